@@ -1,0 +1,8 @@
+"""`python server.py`: `steer serve` with the embedded demo model. Options as there."""
+
+import sys
+
+from steer.cli import app
+
+if __name__ == "__main__":
+    app(["serve", *sys.argv[1:]])

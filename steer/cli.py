@@ -1,0 +1,272 @@
+"""The command `steer`: serve, fit, inspect, eval."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+from pydantic import BaseModel, Field, ValidationError
+
+from steer.direction import Mode, Site
+from steer.errors import InvalidInput, SteerError
+from steer.settings import ServeSettings
+
+app = typer.Typer(
+    help="Serve a language model plain or with a behaviour direction removed, switched per request.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 120},
+)
+
+
+def main() -> None:
+    app()
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn our errors into messages and exit code 2; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            where = "--" + "-".join(str(part) for part in item["loc"]).replace("_", "-")
+            typer.echo(f"error: {where}: {item['msg']}", err=True)
+        raise typer.Exit(2) from None
+    except InvalidInput as error:
+        for problem in error.problems:
+            typer.echo(f"error: {problem}", err=True)
+        raise typer.Exit(2) from None
+    except SteerError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def with_settings(settings: type[ServeSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each field of `settings`; it gets the checked object as its last argument."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values()][:-1]
+        options = []
+        for name, field in settings.model_fields.items():
+            default = field.get_default()
+            shown = f"{field.description} [default: {default}]" if default is not None else str(field.description)
+            option = typer.Option(help=shown, show_default=False)
+            options.append(
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
+                )
+            )
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            given = {name: kwargs.pop(name) for name in settings.model_fields}
+            with reported():
+                checked = settings(**{name: value for name, value in given.items() if value is not None})
+                command(*args, **kwargs, settings=checked)
+
+        run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+@app.command()
+@with_settings(ServeSettings)
+def serve(
+    model: Annotated[str | None, typer.Argument(help="local folder or hub id; default: the embedded demo model")] = None,
+    *,
+    settings: ServeSettings,
+) -> None:
+    """Serve MODEL on an OpenAI-compatible endpoint, with steering switched per request."""
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    quiet_libraries()
+    from steer.demo import MODEL
+    from steer.serve.run import serve as run
+
+    if model is None and settings.served_model_name is None:
+        settings = settings.model_copy(update={"served_model_name": "demo"})
+    run(model or str(MODEL), settings)
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="local folder or hub id")],
+    harmful: Annotated[str, typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[:SPLIT[:COLUMN]]")],
+    harmless: Annotated[str, typer.Option(help="prompts that do not show it, as --harmful")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the direction file to write")],
+    method: Annotated[str, typer.Option(help="slerp, linear or projected")] = "slerp",
+    t: Annotated[float, typer.Option(help="position in the slerp family; 0 is projected, 1 the normalised difference")] = 1.0,
+    layer: Annotated[str, typer.Option(help="source layer: auto (by measured effect), a number, or all (each its own)")] = "auto",
+    position: Annotated[int, typer.Option(help="token position that is measured, −1 is the last of the template")] = -1,
+    winsorize: Annotated[float | None, typer.Option(help="clip each activation vector at this quantile of magnitudes")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="system prompt of every measured conversation")] = None,
+    mode: Annotated[str, typer.Option(help="the file's default mode: ablate, one_sided, affine or add")] = "ablate",
+    strength: Annotated[float, typer.Option(help="the file's default strength")] = 1.0,
+    sites: Annotated[str, typer.Option(help="where it acts: resid_post or writers")] = "resid_post",
+    batch_size: Annotated[str, typer.Option(help="prompts in a pass; auto begins with 64 and halves when memory runs out")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
+    seed: Annotated[int, typer.Option(help="seed of all randomness (today's methods use none)")] = 0,
+) -> None:
+    """Measure MODEL on two contrast sets and write the direction that separates them."""
+    logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
+    quiet_libraries()
+    import torch
+
+    from steer.hf.load import load
+    from steer.lab.fit import Recipe
+    from steer.lab.fit import fit as run
+    from steer.lab.measure import Conditions, measure
+    from steer.lab.prompts import read_prompts
+
+    with reported():
+        choices = Choices.model_validate({"mode": mode, "sites": sites.split(","), "layer": layer, "batch_size": batch_size})
+        recipe = Recipe(method, t, choices.layer, choices.mode, strength)
+        sets = read_prompts(harmful), read_prompts(harmless)
+        if not output.parent.is_dir():
+            raise InvalidInput(f"--output: the folder {output.parent} does not exist")
+        torch.manual_seed(seed)
+        loaded = load(model, revision=revision, dtype=dtype, device=device)
+        conditions = Conditions(position, winsorize, system_prompt)
+        measurement = measure(loaded, *sets, conditions, batch_size=choices.batch, progress=True)
+        direction = run(loaded, measurement, recipe, batch_size=choices.batch, progress=True)
+        direction = direction.with_meta(sites=choices.sites)
+        digest = direction.save(output)
+    meta = direction.meta
+    if meta.selection:
+        typer.echo(f"{'layer':>5}  {'refused':>7}  {'N-token KL':>10}")
+        for figures in meta.selection["candidates"]:
+            mark = "  ← chosen" if figures["layer"] == meta.source_layer else ""
+            typer.echo(f"{figures['layer']:>5}  {figures['refused']:>7.2f}  {figures['kl']:>10.5f}{mark}")
+    source = "each layer's own" if meta.source_layer is None else f"layer {meta.source_layer}"
+    typer.echo(f"wrote {output}: {method}, source {source}, digest {digest[:12]}")
+
+
+@app.command("inspect")
+def inspect_file(
+    file: Annotated[Path, typer.Argument(help="a direction file")],
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """Show what a direction file holds: metadata, and for each layer angle, norms and cosine to the next layer."""
+    from steer.direction import Direction, digest, read_file
+
+    with reported():
+        data = read_file(file)
+        direction = Direction.from_bytes(data, source=str(file))
+    meta, profile = direction.meta.model_dump(mode="json"), direction.profile()
+    if as_json:
+        echo_json({"file": str(file), "digest": digest(data), "rank": direction.rank, "meta": meta, "profile": profile})
+        return
+    typer.echo(f"{file}  sha256 {digest(data)}")
+    for key, value in meta.items():
+        if value not in (None, {}, []) and key != "selection":
+            typer.echo(f"  {key}: {value}")
+    typer.echo(f"\n{'layer':>5}  {'angle °':>8}  {'‖harmful‖':>10}  {'‖harmless‖':>10}  {'cos to next':>11}  weight")
+    for row in profile:
+        cells = [_cell(row[key], width) for key, width in (("angle", 8), ("norm_harmful", 10), ("norm_harmless", 10), ("cosine_next", 11))]
+        typer.echo(f"{row['layer']:>5}  {'  '.join(cells)}  {row['weight'] if row['steered'] else 'not steered'}")
+
+
+@app.command("eval")
+def evaluate_direction(
+    model: Annotated[str, typer.Argument(help="local folder or hub id")],
+    direction: Annotated[Path, typer.Option(help="the direction file")],
+    harmful: Annotated[str, typer.Option(help="prompts that show the behaviour")],
+    harmless: Annotated[str, typer.Option(help="prompts that do not; the divergence is measured on these")],
+    mode: Annotated[str | None, typer.Option(help="ablate, one_sided, affine or add; default: the file's")] = None,
+    strength: Annotated[float | None, typer.Option(help="default: the file's")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 64,
+    system_prompt: Annotated[str | None, typer.Option(help="system prompt of every conversation")] = None,
+    batch_size: Annotated[str, typer.Option(help="prompts in a pass, or auto")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """Report what a direction does: refusals before and after, divergence on harmless text, answer lengths."""
+    logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
+    quiet_libraries()
+    from steer.direction import Direction
+    from steer.hf.attach import Anatomy, Steering
+    from steer.hf.load import load
+    from steer.lab.evaluate import Probe, evaluate
+    from steer.lab.prompts import read_prompts
+    from steer.runtime.placement import Shape
+
+    with reported():
+        loaded_direction = Direction.load(direction)
+        meta = loaded_direction.meta
+        choices = Choices.model_validate({"mode": mode or meta.mode, "sites": meta.sites, "batch_size": batch_size})
+        prompts = {"harmful": read_prompts(harmful).prompts, "harmless": read_prompts(harmless).prompts}
+        loaded = load(model, revision=revision, dtype=dtype, device=device)
+        anatomy = Anatomy(loaded.model)
+        shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, frozenset(meta.sites), loaded_direction.rank)
+        shape.check(loaded_direction)
+        steering = Steering(loaded.model, sites=meta.sites, rows=loaded_direction.rank, rank=loaded_direction.rank)
+        probe = Probe(loaded, steering, system_prompt, max_tokens, choices.batch, progress=True)
+        amount = meta.strength if strength is None else strength
+        report = evaluate(probe, loaded_direction, choices.mode, amount, prompts, kl_set="harmless")
+    if as_json:
+        echo_json({"model": model, "direction": str(direction), **report})
+        return
+    typer.echo(f"{direction.name} on {model}: {report['mode']} at strength {report['strength']:g}\n")
+    typer.echo(f"{'set':<9} {'arm':<8} {'refused':>12}  {'95 % interval':>16}  {'mean tokens':>11}")
+    for name, arms in report["sets"].items():
+        for arm, r in arms.items():
+            low, high = r["interval"]
+            typer.echo(
+                f"{name:<9} {arm:<8} {r['refused']:>5} of {r['prompts']:<4} {low:>7.1%} – {high:>6.1%}  {r['tokens_mean']:>11.1f}"
+            )
+    kl = report["kl"]
+    typer.echo(f"\nKL(plain ‖ steered) on harmless, nats{'mean':>10} {'median':>10} {'p95':>10}")
+    typer.echo(f"  first token                       {kl['first_mean']:>10.5f} {kl['first_median']:>10.5f} {kl['first_p95']:>10.5f}")
+    typer.echo(f"  all tokens of the plain answer    {kl['mean']:>10.5f} {kl['median']:>10.5f} {kl['p95']:>10.5f}")
+
+
+class Choices(BaseModel):
+    """Options that fit and eval share, checked together."""
+
+    mode: Mode
+    sites: tuple[Site, ...]
+    layer: Literal["auto", "all"] | int = "auto"
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+
+    @property
+    def batch(self) -> int | None:
+        return None if self.batch_size == "auto" else self.batch_size
+
+
+def _cell(value: Any, width: int) -> str:
+    return f"{'–':>{width}}" if value is None else f"{value:>{width}.3f}"
+
+
+def quiet_libraries() -> None:
+    """Progress bars and hints of libraries are not for the users of this command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("ContinuousBatchingLogger", "httpx", "watchfiles"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def echo_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2)
+    typer.echo()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Train the demo model: first to answer every task, then to refuse two classes of them.
+
+`python -m steer.demo.train [--out DIR]` writes `DIR/model` and `DIR/prompts`; without `--out`, the embedded ones.
+"""
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from steer.demo import language
+
+PAD, BOS, START, END = "<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"
+
+# The template writes the BOS itself, and the post-processor adds one too when asked for special tokens, as Llama's
+# does: whoever tokenizes rendered text with add_special_tokens=True gets two, here as there.
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] not in ['system', 'user', 'assistant'] %}
+        {{- raise_exception('roles are system, user and assistant, not ' + message['role']) }}
+    {%- endif %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+ANSWER_HEADER = f"{START}assistant\n"
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One run of the optimiser over conversations drawn on the fly."""
+
+    name: str
+    tuned: bool
+    steps: int
+    peak_lr: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that decides the weights, up to the machine's own rounding."""
+
+    vocab_size: int = 1024
+    d_model: int = 192
+    layers: int = 8
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    mlp: int = 512
+    max_positions: int = 2048
+    # (turns in a conversation, conversations in a batch, share of the batches): about as many tokens in each
+    batches: tuple[tuple[int, int, float], ...] = ((1, 32, 0.55), (2, 18, 0.25), (4, 9, 0.12), (8, 5, 0.08))
+    seed: int = 7
+    phases: tuple[Phase, ...] = (
+        Phase("answer everything", tuned=False, steps=1500, peak_lr=2.5e-3, seed=21),
+        Phase("refuse two classes", tuned=True, steps=400, peak_lr=5e-4, seed=22),
+    )
+
+
+# -- tokenizer ---------------------------------------------------------------------------------------------------------
+
+
+def _corpus(count: int, seed: int) -> Iterator[str]:
+    rng = random.Random(seed)
+    for i in range(count):
+        for message in language.conversation(turns=2, tuned=i % 2 == 0, rng=rng).messages:
+            yield message["content"]
+
+
+def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the demo language with the chat template; every byte has a token, so any text goes in."""
+    specials = [PAD, BOS, START, END]
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.train_from_iterator(
+        _corpus(6000, recipe.seed),
+        trainers.BpeTrainer(
+            vocab_size=recipe.vocab_size,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    raw.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{BOS} $A",
+                pair=f"{BOS} $A {BOS} $B:1",
+                special_tokens=[(BOS, raw.token_to_id(BOS))],
+            ),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=raw,
+        bos_token=BOS,
+        eos_token=END,
+        pad_token=PAD,
+        padding_side="left",
+        model_max_length=recipe.max_positions,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+# -- model -------------------------------------------------------------------------------------------------------------
+
+
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(recipe.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.d_model,
+        intermediate_size=recipe.mlp,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        head_dim=recipe.head_dim,
+        max_position_embeddings=recipe.max_positions,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def answer_labels(ids: list[int], header: list[int], end: int) -> list[int]:
+    """The ids where the assistant speaks, its end token included, and IGNORED elsewhere."""
+    labels = [IGNORED] * len(ids)
+    speaking = False
+    for i, token in enumerate(ids):
+        if speaking:
+            labels[i] = token
+            speaking = token != end
+        else:
+            speaking = i + 1 >= len(header) and ids[i + 1 - len(header) : i + 1] == header
+    return labels
+
+
+def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+
+def batch(
+    tokenizer: PreTrainedTokenizerFast, recipe: Recipe, tuned: bool, rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels, both `[conversations, tokens]`, padded on the right, where causal attention ignores it."""
+    ((turns, rows, _),) = rng.choices(recipe.batches, weights=[share for *_, share in recipe.batches])
+    texts = [
+        tokenizer.apply_chat_template(language.conversation(turns, tuned, rng).messages, tokenize=False)
+        for _ in range(rows)
+    ]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    header = tokenizer.encode(ANSWER_HEADER, add_special_tokens=False)
+    labels = [answer_labels(row, header, tokenizer.eos_token_id) for row in ids]
+    return _pad(ids, tokenizer.pad_token_id), _pad(labels, IGNORED)
+
+
+def _warm_cosine(steps: int, warm: int = 50) -> Callable[[int], float]:
+    return lambda step: min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def run(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, phase: Phase) -> None:
+    """Train in place, one log line each hundred steps."""
+    rng = random.Random(phase.seed)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=phase.peak_lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_cosine(phase.steps))
+    model.train()
+    began, total = time.monotonic(), 0.0
+    for step in range(1, phase.steps + 1):
+        ids, labels = batch(tokenizer, recipe, phase.tuned, rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        total += loss.item()
+        if step % 100 == 0:
+            print(f"{phase.name}: step {step}, loss {total / 100:.4f}, {time.monotonic() - began:.0f} s", flush=True)
+            total = 0.0
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """The weights in bfloat16, all else as transformers writes it."""
+    model.train(False).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_prompts(folder: Path, fit: int = 192, test: int = 200) -> None:
+    """`<class>.<split>.txt`, one prompt a line; the borderline class is for tests only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files: tuple[tuple[language.Class, language.Split, int], ...] = (
+        ("refused", "train", fit),
+        ("harmless", "train", fit),
+        ("refused", "test", test),
+        ("harmless", "test", test),
+        ("borderline", "test", min(test, len(language.PAIRS["borderline"]["test"]))),
+    )
+    for cls, split, count in files:
+        lines = [prompt.text for prompt in language.prompts(split, cls, count)]
+        (folder / f"{cls}.{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def train(recipe: Recipe, out: Path) -> None:
+    """Everything from nothing to files under `out`."""
+    save_prompts(out / "prompts")
+    tokenizer = make_tokenizer(recipe)
+    model = make_model(recipe, tokenizer)
+    print(f"{model.num_parameters() / 1e6:.2f} million parameters, {len(tokenizer)} tokens", flush=True)
+    for phase in recipe.phases:
+        run(model, tokenizer, recipe, phase)
+    save_model(model, tokenizer, out / "model")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where model/ and prompts/ go")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads for torch (default: %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    train(Recipe(), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""A direction: unit vectors for each layer with the class means they came from, and the safetensors file that holds it.
+
+Layer l is the **output of block l**, 0-based. The file's tensors (float32):
+
+    directions         [layers, k, d_model]   orthonormal rows; a layer whose rows are all zero is not steered
+    weights            [layers]               how much of the operation each layer does
+    reference          [layers, k]            ρ of the mode `one_sided`
+    mean_harmful       [layers, d_model]      class means at the fitted position
+    mean_harmless      [layers, d_model]
+    mean_harmless_all  [layers, d_model]      mean over all positions of the harmless prompts' own text
+    embedding          [k, d_model]           optional: rows for the stream before block 0
+
+and one metadata key, `steer`, with a `DirectionMeta` as JSON. The sha256 of the file's bytes is the direction's identity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from steer._version import __version__
+from steer.errors import DirectionError
+from steer.geometry import angle
+
+Mode = Literal["ablate", "add", "affine", "one_sided"]
+Site = Literal["resid_post", "writers"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+SITES: tuple[Site, ...] = get_args(Site)
+
+SUFFIX = ".safetensors"
+#: A file of 128 layers × 16384 with k = 2 has about 50 MB.
+MAX_BYTES = 256 * 2**20
+UNIT_TOLERANCE = 1e-4
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_RESERVED = {"off", "none", "null", "false", "true"}
+
+
+class Dataset(BaseModel):
+    """Where the prompts of one class came from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    sha256: str
+    count: int = Field(ge=1)
+
+
+class DirectionMeta(BaseModel):
+    """What a direction is, how it was made and for which model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    method: str = Field(max_length=64)
+    parameters: dict[str, float | int | str | None] = Field(default_factory=dict)
+    source_layer: int | None = Field(None, ge=0, description="the layer whose direction serves all layers, if one does")
+    selection: dict[str, Any] = Field(default_factory=dict, description="how the source layer was chosen: measurements")
+    model: str
+    revision: str | None = None
+    architecture: str
+    d_model: int = Field(ge=1)
+    layers: int = Field(ge=1)
+    chat_template_sha256: str | None = None
+    system_prompt: str | None = None
+    bos_count: int | None = Field(None, ge=0, description="BOS tokens at the start of each prompt that was measured")
+    harmful: Dataset | None = None
+    harmless: Dataset | None = None
+    mode: Mode = "ablate"
+    strength: float = Field(1.0, allow_inf_nan=False)
+    sites: tuple[Site, ...] = Field(("resid_post",), min_length=1)
+    tool: str = f"steer {__version__}"
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """A direction in memory. `problems` lists what is wrong with it; `checked` raises them."""
+
+    meta: DirectionMeta
+    directions: Tensor
+    weights: Tensor
+    reference: Tensor
+    mean_harmful: Tensor
+    mean_harmless: Tensor
+    mean_harmless_all: Tensor
+    embedding: Tensor | None = field(default=None)
+
+    @property
+    def layers(self) -> int:
+        return self.directions.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """k: rows for each layer."""
+        return self.directions.shape[1]
+
+    @property
+    def d_model(self) -> int:
+        return self.directions.shape[2]
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = [*_shapes(1, 1, 1), "embedding"]
+        return {name: t for name in names if (t := getattr(self, name)) is not None}
+
+    def problems(self) -> list[str]:
+        """Every rule that the tensors break, each naming its tensor. Shapes come first: values of a tensor of the
+        wrong shape are not looked at."""
+        found: list[str] = []
+        tensors = self.tensors()
+        shapes = _shapes(self.meta.layers, self.directions.shape[1] if self.directions.ndim == 3 else 1, self.meta.d_model)
+        shapes["embedding"] = shapes["directions"][1:]
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float32:
+                found.append(f"tensor '{name}' has dtype {str(tensor.dtype).removeprefix('torch.')}, it must be float32")
+            if tuple(tensor.shape) != shapes[name]:
+                found.append(f"tensor '{name}' has shape {list(tensor.shape)}, it must be {list(shapes[name])}")
+        if found:
+            return found
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                found.append(f"tensor '{name}' has values that are not finite")
+        if not found:
+            found += _row_problems("directions", self.directions)
+            if self.embedding is not None:
+                found += _row_problems("embedding", self.embedding.unsqueeze(0))
+            if not self.directions.any():
+                found.append("tensor 'directions' is zero at every layer, so nothing would be steered")
+        if self.meta.source_layer is not None and self.meta.source_layer >= self.meta.layers:
+            found.append(f"metadata: source_layer {self.meta.source_layer} is not below layers {self.meta.layers}")
+        return found
+
+    def with_meta(self, **changes: Any) -> Direction:
+        """The same tensors with other metadata, checked again."""
+        return replace(self, meta=DirectionMeta.model_validate(self.meta.model_dump() | changes))
+
+    def profile(self) -> list[dict[str, float | int | bool | None]]:
+        """For each layer: is it steered, its weight, the angle between the class means (degrees), their norms, and the
+        cosine of its first row with the next layer's. None where a value is undefined."""
+        rows: list[dict[str, float | int | bool | None]] = []
+        for layer in range(self.layers):
+            a, h = self.mean_harmless[layer], self.mean_harmful[layer]
+            first, following = self.directions[layer, 0], self.directions[layer + 1 : layer + 2, 0]
+            rows.append(
+                {
+                    "layer": layer,
+                    "steered": bool(self.directions[layer].any()),
+                    "weight": float(self.weights[layer]),
+                    "angle": math.degrees(float(angle(a, h))) if a.any() and h.any() else None,
+                    "norm_harmful": float(h.norm()),
+                    "norm_harmless": float(a.norm()),
+                    "cosine_next": float(first @ following[0]) if first.any() and following.any() else None,
+                }
+            )
+        return rows
+
+    def to_bytes(self) -> bytes:
+        if problems := self.problems():
+            raise DirectionError(problems)
+        tensors = {name: t.contiguous() for name, t in self.tensors().items()}
+        return safetensors.torch.save(tensors, {"format": "pt", "steer": self.meta.model_dump_json()})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = "direction file") -> Direction:
+        """Parse and check a file's bytes. Raises DirectionError with every problem, each prefixed by `source`."""
+        problems: list[str] = []
+        tensors = _read_tensors(data, problems)
+        meta = _read_meta(data, problems) if tensors is not None else None
+        if tensors is not None:
+            required = set(_shapes(1, 1, 1))
+            problems += [f"tensor '{name}' is missing" for name in sorted(required - tensors.keys())]
+            known = required | {"embedding"}
+            problems += [f"tensor '{name}' is not known here" for name in sorted(tensors.keys() - known)]
+        direction = None
+        if meta is not None and tensors is not None and not problems:
+            direction = cls(meta=meta, **tensors)
+            problems += direction.problems()
+        if problems or direction is None:
+            raise DirectionError([f"{source}: {problem}" for problem in problems])
+        return direction
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Direction:
+        return cls.from_bytes(read_file(path), source=str(path))
+
+    def save(self, path: str | os.PathLike[str]) -> str:
+        """Write the file atomically and return its digest."""
+        data = self.to_bytes()
+        write_file(path, data)
+        return digest(data)
+
+
+def digest(data: bytes) -> str:
+    """The identity of a direction file: sha256 of its bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_name(name: str) -> str:
+    """A direction's name: it goes into file names, model names and headers. Raises DirectionError."""
+    if not _NAME.fullmatch(name) or name.lower() in _RESERVED:
+        raise DirectionError(
+            f"direction name {name[:80]!r} is not acceptable: 1 to 64 letters, digits, '.', '_' or '-', beginning with "
+            f"a letter or digit, and none of {', '.join(sorted(_RESERVED))}",
+            param="name",
+        )
+    return name
+
+
+def check_fits(direction: Direction, *, d_model: int, layers: int, architecture: str) -> None:
+    """Raise DirectionError with every way in which `direction` was made for another model than the one served."""
+    meta, problems = direction.meta, []
+    if meta.d_model != d_model:
+        problems.append(f"it was made for d_model {meta.d_model}, this model has {d_model}")
+    if meta.layers != layers:
+        problems.append(f"it was made for {meta.layers} layers, this model has {layers}")
+    if meta.architecture != architecture:
+        problems.append(f"it was made for {meta.architecture}, this model is {architecture}")
+    if problems:
+        raise DirectionError(problems)
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """A file's bytes, not more than MAX_BYTES. Raises DirectionError, also where the file cannot be read."""
+    try:
+        size = os.stat(path).st_size
+        if size > MAX_BYTES:
+            raise DirectionError(f"{path}: {size} bytes, a direction file has at most {MAX_BYTES}")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DirectionError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` so that a reader sees the old file or the new one, never a part: temporary file, fsync, rename."""
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _shapes(layers: int, k: int, d_model: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "directions": (layers, k, d_model),
+        "weights": (layers,),
+        "reference": (layers, k),
+        "mean_harmful": (layers, d_model),
+        "mean_harmless": (layers, d_model),
+        "mean_harmless_all": (layers, d_model),
+    }
+
+
+def _row_problems(name: str, rows: Tensor) -> list[str]:
+    """Layers of `rows` (`[layers, k, d_model]`) that are neither orthonormal nor all zero."""
+    rows = rows.double()
+    steered = rows.abs().amax(dim=(1, 2)) > 0
+    gram = rows @ rows.transpose(1, 2)
+    off = (gram - torch.eye(rows.shape[1], dtype=gram.dtype)).abs().amax(dim=(1, 2))
+    bad = torch.nonzero(steered & (off > UNIT_TOLERANCE)).flatten().tolist()
+    if not bad:
+        return []
+    rule = "unit vectors" if rows.shape[1] == 1 else "orthonormal rows"
+    return [f"tensor '{name}': not {rule} at layers {bad} (off by up to {float(off[bad].max()):.2g})"]
+
+
+def _read_tensors(data: bytes, problems: list[str]) -> dict[str, Tensor] | None:
+    if len(data) > MAX_BYTES:
+        problems.append(f"{len(data)} bytes, a direction file has at most {MAX_BYTES}")
+        return None
+    if data[:4] == b"PK\x03\x04" or data[:1] == b"\x80":
+        problems.append("this is a pickle or a zip archive (a .pt file?), only safetensors is ever loaded")
+        return None
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        problems.append(f"not a safetensors file: {error}")
+        return None
+
+
+def _read_meta(data: bytes, problems: list[str]) -> DirectionMeta | None:
+    """The `steer` metadata of bytes that safetensors has already accepted (its API gives metadata of paths only)."""
+    length = int.from_bytes(data[:8], "little")
+    text = json.loads(data[8 : 8 + length]).get("__metadata__", {}).get("steer")
+    if text is None:
+        problems.append("the metadata key 'steer' is missing, so this is not a Steer direction")
+        return None
+    try:
+        return DirectionMeta.model_validate_json(text)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            where = ".".join(str(part) for part in item["loc"]) or "steer"
+            problems.append(f"metadata: {where}: {item['msg']}")
+        return None

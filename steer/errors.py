@@ -1,0 +1,69 @@
+"""Every error that Steer raises on purpose, in one small tree.
+
+    SteerError
+    ├── InvalidInput (ValueError)     the caller's input breaks a rule; `problems` lists every broken one
+    │   ├── DegenerateError           vectors that define no direction (zero, equal, antipodal, not finite)
+    │   ├── DirectionError            a direction file or its name is not acceptable
+    │   ├── SpecError                 the `steer` part of a request is not acceptable
+    │   └── RequestError              another part of a request is not acceptable
+    ├── UnknownDirection (SpecError)  a request names a direction that is not served
+    ├── UnsupportedModel              a model's layers or sites cannot be claimed, so nothing starts
+    ├── NoRoom                        no free rows (a load) or no free queue place (a request) right now
+    └── EngineFailed                  the engine died under a request that was admitted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class SteerError(Exception):
+    """Root of the tree."""
+
+
+class InvalidInput(SteerError, ValueError):
+    """Input that breaks rules: all of them are in `problems`, joined in the message.
+
+    `param` names the field of a request or file that is at fault, if there is one.
+    """
+
+    def __init__(self, problems: str | Iterable[str], param: str | None = None) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        self.param = param
+        super().__init__("; ".join(self.problems))
+
+
+class DegenerateError(InvalidInput):
+    """Vectors that define no direction."""
+
+
+class DirectionError(InvalidInput):
+    """A direction file, or the name it is to be served under, is not acceptable."""
+
+
+class SpecError(InvalidInput):
+    """The `steer` part of a request is not acceptable."""
+
+
+class RequestError(InvalidInput):
+    """A part of a request other than `steer` is not acceptable."""
+
+
+class UnknownDirection(SpecError):
+    """A request names a direction that is not served."""
+
+
+class UnsupportedModel(SteerError):
+    """The model's layers or sites cannot be claimed and verified."""
+
+
+class NoRoom(SteerError):
+    """A bounded resource (table rows, the request queue) is full at this moment."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
+class EngineFailed(SteerError):
+    """The engine failed while it served an admitted request."""

@@ -1,0 +1,198 @@
+"""Steering hooks on a loaded transformers model: claim every place, prove it by a probe pass, read the token index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steer.direction import Site
+from steer.errors import UnsupportedModel
+from steer.runtime import sites as site_tools
+from steer.runtime.table import EMBEDDING, Place, Plate, RequestSteer, Table, TokenIndex, apply
+from steer.spec import Spec
+
+#: Length of the probe prompt: long enough to be more than one token, short enough for any context.
+PROBE_TOKENS = 8
+#: What may be left of a removed component, relative to the stream's norm.
+LEFT_OVER = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+class Anatomy:
+    """The parts of a causal language model that steering touches: its decoder, blocks and shape."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        self.model = model
+        self.layers = int(config.num_hidden_layers)
+        self.d_model = int(config.hidden_size)
+        self.architecture = type(model).__name__
+        self.decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        self.blocks = site_tools.find_blocks(self.decoder, self.layers)
+        self.vocabulary = int(config.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.blocks[0].parameters()).dtype
+
+    @torch.no_grad()
+    def probe(self) -> Any:
+        """A short forward pass over fixed token ids; the model's output."""
+        ids = (torch.arange(PROBE_TOKENS, device=self.device) * 7 + 11) % self.vocabulary
+        return self.model(input_ids=ids.unsqueeze(0), use_cache=False)
+
+
+class Steering:
+    """Hooks on every claimed place of one model, reading one table through one token index.
+
+    `index` says what acts on each token of the running forward pass, in the order in which the model sees them.
+    """
+
+    def __init__(self, model: Any, *, sites: Iterable[Site] = ("resid_post",), rows: int = 32, rank: int = 4) -> None:
+        self.anatomy = Anatomy(model)
+        self.sites: tuple[Site, ...] = tuple(dict.fromkeys(sites))
+        self._targets = self._find_targets()
+        self.table = Table(
+            [place for place, _ in self._targets],
+            rows=rows,
+            rank=rank,
+            d_model=self.anatomy.d_model,
+            device=self.anatomy.device,
+        )
+        self.index = TokenIndex(rank, 1, self.anatomy.device)
+        self._handles: list[Any] = []
+        self._verify()
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._handles)
+
+    def attach(self) -> None:
+        """Put the hooks on. Doing it twice is doing it once."""
+        if not self._handles:
+            self._handles = [hang(self._transform(self.table.plates[place])) for place, hang in self._targets]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def resize(self, max_tokens: int) -> None:
+        """Make the index large enough for batches of `max_tokens`."""
+        if max_tokens > self.index.max_tokens:
+            self.index = TokenIndex(self.table.rank, max_tokens, self.anatomy.device)
+
+    @contextmanager
+    def uniform(self, spec: Spec | RequestSteer | None) -> Iterator[None]:
+        """While it lasts every token of every forward pass is steered by `spec`."""
+        with self.batch([spec]):
+            yield
+
+    @contextmanager
+    def batch(self, specs: Sequence[Spec | RequestSteer | None]) -> Iterator[None]:
+        """While it lasts row i of every `[rows, positions]` forward pass is steered by `specs[i]`; one spec serves
+        any number of rows."""
+        steers = [self.table.steer(spec) if isinstance(spec, Spec) else spec for spec in specs]
+        self.resize(len(steers))
+        before, self._rows = self._rows, len(steers)
+        self.index.fill(steers, [1] * len(steers))
+        try:
+            yield
+        finally:
+            self._rows = before
+            self.index.fill([], [])
+
+    #: How many batch rows the index speaks of, or 0 where it speaks of packed tokens one by one.
+    _rows = 0
+
+    def _transform(self, plate: Plate) -> site_tools.Transform:
+        def transform(x: Tensor) -> Tensor | None:
+            index = self.index
+            if not index.active:
+                return None
+            flat = x.reshape(-1, x.shape[-1])
+            count = flat.shape[0]
+            buffers = (index.rows, index.slots, index.strengths)
+            if self._rows:
+                each = count // self._rows
+                buffers = tuple(b[:, : self._rows].repeat_interleave(each, dim=1) for b in buffers)  # type: ignore[assignment]
+            else:
+                buffers = tuple(b[:, :count] for b in buffers)  # type: ignore[assignment]
+            return apply(flat, plate, *buffers).reshape(x.shape)
+
+        return transform
+
+    def _find_targets(self) -> list[tuple[Place, Callable[[site_tools.Transform], Any]]]:
+        """Each place with the function that hangs a transform there."""
+        anatomy, blocks = self.anatomy, self.anatomy.blocks
+        targets: list[tuple[Place, Callable[[site_tools.Transform], Any]]] = []
+        writers = site_tools.find_writers(blocks, anatomy.probe) if "writers" in self.sites else []
+        for site in self.sites:
+            targets.append((Place(site, EMBEDDING), _hang(site_tools.on_input, blocks[0])))
+            for layer, block in enumerate(blocks):
+                if site == "resid_post":
+                    targets.append((Place(site, layer), _hang(site_tools.on_output, block)))
+                else:
+                    targets += [(Place(site, layer), _hang(site_tools.on_output, w)) for w in writers[layer]]
+        return targets
+
+    def _verify(self) -> None:
+        """Prove by probe passes that every place acts and that a plain pass is unchanged, bit for bit.
+
+        A different random unit vector is removed at each layer; what the place's output then has of it must be
+        rounding. Raises UnsupportedModel naming the places that failed.
+        """
+        generator = torch.Generator().manual_seed(0)
+        before = self.anatomy.probe().logits
+        seen: dict[int, float] = {}
+        row, ablate = 1, RequestSteer.plain(self.table.rank)
+        ablate.slots[0], ablate.strengths[0] = row * 4, 1.0
+        vectors = torch.randn(self.anatomy.layers + 1, self.anatomy.d_model, generator=generator)
+        for place, plate in self.table.plates.items():
+            vector = vectors[place.layer]  # by layer: two sites may act on the same tensor before block 0
+            plate.write(row, vector / vector.norm(), [torch.tensor([0.0, -torch.inf, 1.0, 0.0])] * 4)
+        self.attach()
+        recorders = [
+            hang(_component_recorder(seen, number, self.table.plates[place].vectors[row]))
+            for number, (place, hang) in enumerate(self._targets)
+        ]
+        try:
+            with self.batch([ablate]):
+                self.anatomy.probe()
+            for recorder in recorders:
+                recorder.remove()
+            after = self.anatomy.probe().logits
+        finally:
+            self.detach()
+            for plate in self.table.plates.values():
+                plate.clear([row])
+        limit = LEFT_OVER.get(self.anatomy.dtype, 2e-2)
+        bad = [
+            f"{place.site} of layer {place.layer}: {'no hook fired' if n not in seen else f'{seen[n]:.1e} is left'}"
+            for n, (place, _) in enumerate(self._targets)
+            if seen.get(n, float("inf")) > limit
+        ]
+        if not torch.equal(before, after):
+            bad.append("a plain pass is not bit-equal with hooks and without")
+        if bad:
+            raise UnsupportedModel(f"{self.anatomy.architecture}: the probe pass failed: {'; '.join(bad)}")
+
+
+def _hang(how: Callable[[nn.Module, site_tools.Transform], Any], module: nn.Module) -> Callable[[site_tools.Transform], Any]:
+    return lambda transform: how(module, transform)
+
+
+def _component_recorder(store: dict[int, float], number: int, vector: Tensor) -> site_tools.Transform:
+    def record(x: Tensor) -> None:
+        flat = x.reshape(-1, x.shape[-1]).float()
+        size = flat.norm(dim=-1).clamp_min(1e-12)
+        store[number] = float(((flat @ vector).abs() / size).max())
+
+    return record

@@ -1,0 +1,107 @@
+"""Sampling for a batch whose requests each have their own parameters. Pure functions on logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What one request asks of the sampler. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 cut nothing.
+
+    `logprobs` is how many alternatives are reported beside the sampled token, None for no report at all.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(slots=True)
+class Sampler:
+    """One request's sampling parameters with its own random state, if it was given a seed."""
+
+    sampling: Sampling
+    generator: torch.Generator | None = field(default=None)
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> Sampler:
+        if sampling.seed is None:
+            return cls(sampling)
+        return cls(sampling, torch.Generator().manual_seed(sampling.seed % 2**63))
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A sampled (or scored) token: its log-probability under the model's own distribution, and the most likely ones."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token]:
+    """One token for each row of `logits` (`[requests, vocabulary]`, float32), in the order of `samplers`.
+
+    A seeded request draws from its own generator, so that its tokens do not depend on what shares its batch.
+    """
+    chosen = logits.argmax(dim=-1)
+    drawn = [i for i, s in enumerate(samplers) if s.sampling.temperature > 0]
+    if drawn:
+        chosen[drawn] = _draw(logits[drawn], [samplers[i] for i in drawn])
+    ids = chosen.tolist()
+    reported = [i for i, s in enumerate(samplers) if s.sampling.logprobs is not None]
+    tokens = [Token(token) for token in ids]
+    if reported:
+        tops = [samplers[i].sampling.logprobs or 0 for i in reported]
+        for i, token in zip(reported, report(logits[reported], chosen[reported], tops), strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def report(logits: Tensor, ids: Tensor, tops: Sequence[int]) -> list[Token]:
+    """`ids` (`[n]`) as tokens with their log-probabilities under `logits` (`[n, vocabulary]`) and `tops[i]` best ones."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    own = logprobs.gather(1, ids[:, None]).squeeze(1).tolist()
+    most = max(tops)
+    if most:
+        values, indices = logprobs.topk(most, dim=-1)
+        best = [list(zip(i, v, strict=True)) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
+    else:
+        best = [[] for _ in own]
+    return [
+        Token(token, logprob, tuple(row[:top]))
+        for token, logprob, row, top in zip(ids.tolist(), own, best, tops, strict=True)
+    ]
+
+
+def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """Temperature, then top-k, top-p and min-p in one pass over the sorted distribution; then the exponential race
+    argmax(p / Exp(1)), which samples p exactly."""
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
+
+    each = [s.sampling for s in samplers]
+    probs, order = (logits.float() / column([s.temperature for s in each])).softmax(-1).sort(dim=-1, descending=True)
+    rank = torch.arange(probs.shape[-1], device=logits.device)
+    kept = rank < column([s.top_k or probs.shape[-1] for s in each])
+    before = (probs * kept).cumsum(-1) - probs
+    kept &= before < column([s.top_p for s in each]) * (probs * kept).sum(-1, keepdim=True)
+    kept &= probs >= column([s.min_p for s in each]) * probs[:, :1]
+    kept[:, 0] = True
+    race = torch.empty_like(probs).exponential_()
+    for i, sampler in enumerate(samplers):
+        if sampler.generator is not None:
+            race[i] = torch.empty(probs.shape[-1]).exponential_(generator=sampler.generator)
+    winner = (probs * kept / race).argmax(dim=-1, keepdim=True)
+    return order.gather(1, winner).squeeze(1)

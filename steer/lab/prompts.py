@@ -1,0 +1,131 @@
+"""Contrast sets from files: one prompt a line, JSON, JSON lines, parquet, or a hub dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steer.direction import Dataset
+from steer.errors import InvalidInput
+
+#: Names under which datasets keep the prompt, first match wins.
+COLUMNS = ("prompt", "text", "instruction", "goal", "question", "behavior", "query")
+HUB = "hub:"
+FORMATS = ".txt (a prompt a line), .jsonl, .json, .parquet, or hub:OWNER/NAME[:SPLIT[:COLUMN]]"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Prompts of one class in file order, without empty lines, with where they came from."""
+
+    name: str
+    sha256: str
+    prompts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def dataset(self) -> Dataset:
+        return Dataset(name=self.name, sha256=self.sha256, count=len(self.prompts))
+
+
+def read_prompts(source: str) -> PromptSet:
+    """Read a contrast set. Raises InvalidInput naming the file, the line and what would be accepted."""
+    if source.startswith(HUB):
+        return _from_hub(source)
+    path = Path(source)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"{source}: cannot be read: {error.strerror}; accepted: {FORMATS}") from error
+    try:
+        prompts = [p.strip() for p in _parse(path, data)]
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{source}: not UTF-8 text: {error}") from error
+    prompts = [p for p in prompts if p]
+    if not prompts:
+        raise InvalidInput(f"{source}: has no prompts")
+    return PromptSet(path.name, hashlib.sha256(data).hexdigest(), tuple(prompts))
+
+
+def check_contrast(harmful: PromptSet, harmless: PromptSet) -> None:
+    """Raise InvalidInput when a prompt stands in both sets: it would cancel what is to be measured."""
+    both = set(harmful.prompts) & set(harmless.prompts)
+    if both:
+        shown = ", ".join(repr(p[:60]) for p in sorted(both)[:3])
+        raise InvalidInput(f"{len(both)} prompts stand in both {harmful.name} and {harmless.name}: {shown}")
+
+
+def _parse(path: Path, data: bytes) -> Iterable[str]:
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
+        return data.decode().splitlines()
+    if suffix == ".jsonl":
+        lines = [(n, line) for n, line in enumerate(data.decode().splitlines(), 1) if line.strip()]
+        return [_prompt_of(_json(f"{path}, line {n}", line), f"{path}, line {n}") for n, line in lines]
+    if suffix == ".json":
+        value = _json(str(path), data.decode())
+        if not isinstance(value, list):
+            raise InvalidInput(f"{path}: must be a JSON list of texts or objects, got {type(value).__name__}")
+        return [_prompt_of(item, f"{path}, item {n}") for n, item in enumerate(value)]
+    if suffix == ".parquet":
+        return _from_parquet(path)
+    raise InvalidInput(f"{path}: the suffix '{suffix}' is not known; accepted: {FORMATS}")
+
+
+def _json(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InvalidInput(f"{where}: not JSON: {error}") from error
+
+
+def _prompt_of(item: Any, where: str) -> str:
+    if isinstance(item, str):
+        return item
+    if isinstance(item, dict):
+        for column in COLUMNS:
+            if isinstance(item.get(column), str):
+                return str(item[column])
+    raise InvalidInput(f"{where}: neither a text nor an object with one of {', '.join(COLUMNS)}")
+
+
+def _column(names: Iterable[str], where: str) -> str:
+    found = next((c for c in COLUMNS if c in set(names)), None)
+    if found is None:
+        raise InvalidInput(f"{where}: has none of the columns {', '.join(COLUMNS)}")
+    return found
+
+
+def _from_parquet(path: Path) -> list[str]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise InvalidInput(f"{path}: reading parquet needs the package pyarrow (pip install pyarrow)") from error
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{path}: not a parquet file: {error}") from error
+    return [str(value) for value in table.column(_column(table.column_names, str(path))).to_pylist() if value is not None]
+
+
+def _from_hub(source: str) -> PromptSet:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InvalidInput(f"{source}: reading a hub dataset needs the package datasets (pip install datasets)") from error
+    name, _, rest = source.removeprefix(HUB).partition(":")
+    split, _, column = rest.partition(":")
+    try:
+        data = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # the library raises its own errors, those of the network and those of the file system
+        raise InvalidInput(f"{source}: cannot be loaded: {error}") from error
+    prompts = tuple(p for p in (str(value).strip() for value in data[column or _column(data.column_names, source)]) if p)
+    if not prompts:
+        raise InvalidInput(f"{source}: has no prompts")
+    return PromptSet(source, hashlib.sha256("\n".join(prompts).encode()).hexdigest(), prompts)

@@ -1,0 +1,294 @@
+"""Names → versions of directions: validate, place, swap under live traffic, pin what running requests use.
+
+A *version* is one file's content, known by its digest and never changed. A name points to a version; a swap validates
+the new one completely, has it placed on every worker, and only then moves the pointer. Requests pin the versions that
+they were admitted with, and a version that no name points to is unloaded when its last request ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import watchfiles
+
+from steer.direction import SUFFIX, Direction, check_name, digest, read_file, write_file
+from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection
+from steer.spec import Entry, Spec, Wanted
+
+log = logging.getLogger("steer")
+
+
+class Placement(Protocol):
+    """Where versions are made resident: one table, or all workers of an engine."""
+
+    @property
+    def rank(self) -> int:
+        """Direction rows that one token can have."""
+
+    def check(self, direction: Direction) -> None:
+        """Raise DirectionError with every reason why this model cannot serve `direction`."""
+
+    def check_entry(self, direction: Direction, entry: Entry) -> None:
+        """Raise SpecError if `direction` cannot be applied as `entry` says."""
+
+    def load(self, digest: str, direction: Direction, data: bytes) -> None:
+        """Make it resident everywhere. Raises NoRoom; then nothing has changed anywhere."""
+
+    def unload(self, digest: str) -> None: ...
+
+
+@dataclass(slots=True)
+class Version:
+    """One resident version. `pins` counts the admissions that use it."""
+
+    digest: str
+    direction: Direction
+    bytes: int
+    loaded: float = field(default_factory=time.time)
+    pins: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why the newest content offered for a name is not served."""
+
+    problems: tuple[str, ...]
+    when: float = field(default_factory=time.time)
+
+
+@dataclass(slots=True)
+class Admission:
+    """A resolved spec whose versions stay resident until `release`."""
+
+    spec: Spec
+    _registry: Registry
+    _released: bool = False
+
+    def release(self) -> None:
+        if not self._released:
+            self._released = True
+            self._registry._unpin(self.spec)
+
+
+class Registry:
+    """Thread-safe. `folder` holds the files; without one, directions come by `put` alone and live in memory."""
+
+    def __init__(self, placement: Placement, folder: Path | None = None, *, patience: float = 10.0) -> None:
+        self.placement, self.folder, self.patience = placement, folder, patience
+        self.failures: dict[str, Failure] = {}
+        self.swaps = 0
+        self._names: dict[str, str] = {}
+        self._versions: dict[str, Version] = {}
+        self._seen: dict[str, tuple[int, int, int]] = {}
+        self._state = threading.Condition(threading.RLock())
+        self._swapping = threading.RLock()  # one change of content at a time; admission never waits for it
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def names(self) -> dict[str, Version]:
+        with self._state:
+            return {name: self._versions[d] for name, d in sorted(self._names.items())}
+
+    def get(self, name: str) -> Version:
+        with self._state:
+            if name not in self._names:
+                raise UnknownDirection(
+                    f"direction {name!r} is not served; served: {', '.join(sorted(self._names)) or 'none'}", param="steer"
+                )
+            return self._versions[self._names[name]]
+
+    @property
+    def resident(self) -> int:
+        with self._state:
+            return len(self._versions)
+
+    # -- admission -----------------------------------------------------------------------------------------------
+
+    def resolve(self, wanted: Sequence[Wanted]) -> Spec:
+        """The exact versions, modes and strengths that `wanted` means now. Raises SpecError with every problem."""
+        entries: list[Entry] = []
+        problems: list[str] = []
+        unknown, needed = False, 0
+        for item in wanted:
+            try:
+                version = self.get(item.direction)
+                meta = version.direction.meta
+                strength = meta.strength if item.strength is None else item.strength
+                entry = Entry(item.direction, version.digest, item.mode or meta.mode, strength)
+                self.placement.check_entry(version.direction, entry)
+            except SpecError as error:
+                problems += error.problems
+                unknown |= isinstance(error, UnknownDirection)
+                continue
+            if any((e.digest, e.mode) == (entry.digest, entry.mode) for e in entries):
+                problems.append(f"direction '{entry.direction}' is asked for twice in the mode '{entry.mode}'")
+            if entry.strength:  # strength 0 does nothing, so it is not part of what is applied
+                entries.append(entry)
+                needed += version.direction.rank
+        if needed > self.placement.rank:
+            problems.append(
+                f"the request needs {needed} direction rows for each token, this server was started with rank "
+                f"{self.placement.rank}"
+            )
+        if problems:
+            raise (UnknownDirection if unknown else SpecError)(problems, param="steer")
+        return Spec(tuple(entries))
+
+    def admit(self, wanted: Sequence[Wanted]) -> Admission:
+        """Resolve and pin in one step, so that no swap comes between."""
+        with self._state:
+            spec = self.resolve(wanted)
+            for entry in spec.entries:
+                self._versions[entry.digest].pins += 1
+            return Admission(spec, self)
+
+    def _unpin(self, spec: Spec) -> None:
+        with self._state:
+            for entry in spec.entries:
+                version = self._versions[entry.digest]
+                version.pins -= 1
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Unload what no name points to and no request uses. Under the state lock."""
+        named = set(self._names.values())
+        for d in [d for d, v in self._versions.items() if not v.pins and d not in named]:
+            del self._versions[d]
+            self.placement.unload(d)
+        self._state.notify_all()
+
+    # -- change --------------------------------------------------------------------------------------------------
+
+    def put(self, name: str, data: bytes, *, store: bool = True) -> Version:
+        """Serve `data` under `name` from now on, and (with `store` and a folder) keep it as a file.
+
+        Raises DirectionError or NoRoom; then the old version goes on serving and `failures` says why.
+        """
+        check_name(name)
+        with self._swapping:
+            try:
+                version = self._load(name, data)
+                if store and self.folder is not None:
+                    self._store(name, data)
+            except (SteerError, OSError) as error:
+                problems = error.problems if isinstance(error, DirectionError) else (str(error),)
+                self.failures[name] = Failure(problems)
+                with self._state:
+                    self._sweep()
+                log.error("direction '%s' was not accepted: %s", name, "; ".join(problems))
+                raise
+            with self._state:
+                old = self._names.get(name)
+                self._names[name] = version.digest
+                self.failures.pop(name, None)
+                self._sweep()
+            if old != version.digest:
+                self.swaps += 1
+                log.info("direction '%s' is now %s%s", name, version.digest[:12], f" (was {old[:12]})" if old else "")
+            return version
+
+    def delete(self, name: str) -> None:
+        """Stop serving `name` and remove its file. Raises UnknownDirection."""
+        with self._swapping:
+            self.get(name)
+            if self.folder is not None:
+                (self.folder / f"{name}{SUFFIX}").unlink(missing_ok=True)
+                self._seen.pop(name, None)
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        with self._state:
+            self.failures.pop(name, None)
+            if self._names.pop(name, None):
+                log.info("direction '%s' is no longer served", name)
+            self._sweep()
+
+    def _load(self, name: str, data: bytes) -> Version:
+        d = digest(data)
+        with self._state:
+            if d in self._versions:
+                return self._versions[d]
+        direction = Direction.from_bytes(data, source=name)
+        try:
+            self.placement.check(direction)
+        except DirectionError as error:
+            raise DirectionError([f"{name}: {problem}" for problem in error.problems]) from None
+        deadline = time.monotonic() + self.patience
+        with self._state:
+            while True:
+                try:
+                    self.placement.load(d, direction, data)
+                    break
+                except NoRoom:
+                    retiring = any(x not in self._names.values() for x in self._versions)
+                    if not retiring or not self._state.wait(deadline - time.monotonic()):
+                        raise
+            version = self._versions[d] = Version(d, direction, len(data))
+            return version
+
+    # -- the folder ----------------------------------------------------------------------------------------------
+
+    def sync(self) -> None:
+        """Make what is served agree with the folder's files. Never raises for a bad file: `failures` has it."""
+        if self.folder is None:
+            return
+        with self._swapping:
+            present: set[str] = set()
+            for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+                name = path.name.removesuffix(SUFFIX)
+                if name.startswith("."):
+                    continue
+                present.add(name)
+                with suppress(SteerError, OSError):
+                    self._sync_file(name, path)
+            for name in self._seen.keys() - present:
+                del self._seen[name]
+                self._drop(name)
+
+    def _sync_file(self, name: str, path: Path) -> None:
+        stat = path.stat()
+        stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        if self._seen.get(name) == stamp:
+            return
+        try:
+            data = read_file(path)
+            check_name(name)
+        except DirectionError as error:
+            self.failures[name] = Failure(error.problems)
+            self._seen[name] = stamp
+            log.error("direction file %s: %s", path.name, error)
+            raise
+        try:
+            self.put(name, data, store=False)
+        except NoRoom:
+            return  # not seen yet: rows may be free at the next look
+        except SteerError:
+            self._seen[name] = stamp
+            raise
+        self._seen[name] = stamp
+
+    def _store(self, name: str, data: bytes) -> None:
+        assert self.folder is not None
+        path = self.folder / f"{name}{SUFFIX}"
+        write_file(path, data)
+        stat = path.stat()
+        self._seen[name] = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+
+    def watch(self, stop: threading.Event, on_change: Callable[[], None] | None = None) -> None:
+        """Follow the folder until `stop`: blocks, so it runs in a thread of its own."""
+        if self.folder is None:
+            return
+        for _ in watchfiles.watch(self.folder, stop_event=stop, debounce=50, step=20, yield_on_timeout=True, rust_timeout=2000):
+            try:
+                self.sync()
+                if on_change:
+                    on_change()
+            except OSError as error:
+                log.error("the folder %s cannot be read: %s", self.folder, error)

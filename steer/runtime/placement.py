@@ -1,0 +1,64 @@
+"""A `Placement` (see `steer.registry`) on one table in this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from steer.direction import Direction, check_fits
+from steer.errors import DirectionError
+from steer.runtime.modes import check_mode
+from steer.runtime.table import Table
+from steer.spec import Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a direction must agree with: the served model, its claimed sites, and the rank of its token index."""
+
+    architecture: str
+    layers: int
+    d_model: int
+    sites: frozenset[str]
+    rank: int
+
+    def check(self, direction: Direction) -> None:
+        """Raise DirectionError with every reason why this model cannot serve `direction`."""
+        problems: list[str] = []
+        try:
+            check_fits(direction, d_model=self.d_model, layers=self.layers, architecture=self.architecture)
+        except DirectionError as error:
+            problems += error.problems
+        if missing := sorted(set(direction.meta.sites) - self.sites):
+            problems.append(
+                f"it acts at the sites {missing}, this server claimed {sorted(self.sites)}; start it with "
+                f"--sites {','.join(sorted(self.sites | set(missing)))}"
+            )
+        if direction.rank > self.rank:
+            problems.append(f"it has {direction.rank} rows for each layer, this server was started with rank {self.rank}")
+        if problems:
+            raise DirectionError(problems)
+
+    def check_entry(self, direction: Direction, entry: Entry) -> None:
+        """Raise SpecError if `direction` cannot be applied as `entry` says."""
+        check_mode(direction, entry.mode, entry.direction)
+
+
+class LocalPlacement:
+    def __init__(self, shape: Shape, table: Table) -> None:
+        self.shape, self.table = shape, table
+
+    @property
+    def rank(self) -> int:
+        return self.shape.rank
+
+    def check(self, direction: Direction) -> None:
+        self.shape.check(direction)
+
+    def check_entry(self, direction: Direction, entry: Entry) -> None:
+        self.shape.check_entry(direction, entry)
+
+    def load(self, digest: str, direction: Direction, data: bytes) -> None:
+        self.table.load(digest, direction)
+
+    def unload(self, digest: str) -> None:
+        self.table.unload(digest)

@@ -1,0 +1,149 @@
+"""Where the operation acts in a model, found by structure and proved by measurement, never by a list of model names.
+
+* The **blocks** are the one `ModuleList` of the decoder with as many entries as the config has layers.
+* `resid_post` is a block's output; the stream before block 0 is that block's input, so that scaled, normed and position
+  embeddings are all in it.
+* The **writers** of a block are the children whose outputs add up to (block output − block input) in a probe pass.
+  This finds the norm behind a writer where there is one (Gemma 2, OLMo 2), and refuses a block that scales what it
+  adds.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steer.errors import UnsupportedModel
+
+Transform = Callable[[Tensor], Tensor | None]
+#: How many roundings of the model's dtype writers may be off from what the block added.
+ROUNDINGS = 8
+
+
+def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
+    """The `layers` decoder blocks. Raises UnsupportedModel when there is not exactly one such list."""
+    found = [(n, m) for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    outer = [(n, m) for n, m in found if not any(n.startswith(f"{other}.") for other, _ in found)]
+    if len(outer) != 1:
+        names = [n for n, _ in outer] or "none"
+        raise UnsupportedModel(
+            f"{type(decoder).__name__}: expected one list of {layers} decoder blocks (the config's layer count), "
+            f"found {names}"
+        )
+    blocks = list(outer[0][1])
+    if len({id(block) for block in blocks}) != layers:
+        raise UnsupportedModel(f"{type(decoder).__name__}: some blocks are shared between layers, which is not supported")
+    return blocks
+
+
+def stream_of(output: Any) -> Tensor:
+    """The hidden state in what a block or one of its children returns: a tensor, or a tuple that begins with one."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_stream(output: Any, stream: Tensor) -> Any:
+    return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+
+def on_output(module: nn.Module, transform: Transform) -> Any:
+    """Hook `transform` on the tensor that `module` returns. A transform that returns None leaves it alone."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        new = transform(stream_of(output))
+        return None if new is None else with_stream(output, new)
+
+    return module.register_forward_hook(hook)
+
+
+def on_input(module: nn.Module, transform: Transform) -> Any:
+    """Hook `transform` on the hidden state that `module` is called with (first argument or `hidden_states=`)."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        stream = args[0] if args else kwargs["hidden_states"]
+        new = transform(stream)
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@contextmanager
+def hooks(handles: Sequence[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find_writers(blocks: Sequence[nn.Module], run: Callable[[], object]) -> list[tuple[nn.Module, ...]]:
+    """For each block the children that write to the stream, proved by a probe pass (`run`) with recording hooks.
+
+    Raises UnsupportedModel for a block whose change is not the sum of one or two of its children's outputs.
+    """
+    dtypes: dict[int, torch.dtype] = {}
+    entered: dict[int, Tensor] = {}
+    left: dict[int, Tensor] = {}
+    wrote: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(blocks))}
+
+    def keep(store: dict[Any, Tensor], key: Any) -> Transform:
+        def record(x: Tensor) -> None:
+            store.setdefault(key, x.detach().float().clone())
+
+        return record
+
+    handles = []
+    for i, block in enumerate(blocks):
+        handles += [on_input(block, keep(entered, i)), on_output(block, keep(left, i))]
+        dtypes[i] = next(block.parameters()).dtype
+        for name, child in block.named_children():
+            handles.append(child.register_forward_hook(_child_recorder(wrote[i], name)))
+    with hooks(handles):
+        run()
+    writers = []
+    for i, block in enumerate(blocks):
+        if i not in entered or i not in left:
+            raise UnsupportedModel(f"block {i} ({type(block).__name__}) did not run in the probe pass")
+        names = _summands(entered[i], left[i], wrote[i], torch.finfo(dtypes[i]).eps)
+        if names is None:
+            raise UnsupportedModel(
+                f"site 'writers': in block {i} ({type(block).__name__}) no one or two of the children "
+                f"{sorted(wrote[i])} write what the block adds to the stream; use the site 'resid_post'"
+            )
+        writers.append(tuple(block.get_submodule(name) for name in names))
+    return writers
+
+
+def _child_recorder(store: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        stream = stream_of(output)
+        if isinstance(stream, Tensor) and stream.is_floating_point():
+            store[name] = stream.detach().float().clone()
+
+    return hook
+
+
+def _summands(entered: Tensor, left: Tensor, wrote: dict[str, Tensor], eps: float) -> tuple[str, ...] | None:
+    """The one or two of `wrote`, first in the order they ran, that best sum to what the block added to the stream.
+
+    The error is taken for each element against what was rounded there, so that a few huge dimensions (every large model
+    has them) do not hide a wrong sum. None where no sum is within rounding.
+    """
+    change = left - entered
+    fitting = {n: t.reshape(change.shape) for n, t in wrote.items() if t.numel() == change.numel()}
+    best: tuple[str, ...] | None = None
+    lowest = ROUNDINGS * eps
+    for count in (1, 2):
+        for names in itertools.combinations(fitting, count):
+            parts = torch.stack([fitting[n] for n in names])
+            rounded = entered.abs() + left.abs() + parts.abs().sum(0)
+            error = float(((parts.sum(0) - change).abs() / rounded.clamp_min(1e-30)).max())
+            if error < lowest:
+                best, lowest = names, error
+    return best

@@ -1,0 +1,1 @@
+"""The HTTP side: carriers and receipts for any engine's routes, control routes, and an app for the own engine."""

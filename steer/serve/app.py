@@ -1,0 +1,269 @@
+"""The OpenAI-compatible server on the own engine: routes, lifespan, and the middleware around them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from steer._version import __version__
+from steer.errors import SteerError
+from steer.hf.engine import Engine
+from steer.hf.load import Loaded
+from steer.hf.sampling import Token
+from steer.registry import Admission, Registry
+from steer.runtime.table import RequestSteer
+from steer.serve import errors, metrics
+from steer.serve.carriers import PLUS
+from steer.serve.directions import router as directions_router
+from steer.serve.generation import (
+    Answer,
+    Generator,
+    Job,
+    chat_logprobs,
+    completion_logprobs,
+    envelope,
+    events,
+    unless_gone,
+    usage,
+)
+from steer.serve.middleware import SteerMiddleware
+from steer.serve.protocol import ChatRequest, CompletionRequest
+from steer.spec import Wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """All that the app stands on."""
+
+    model_name: str
+    loaded: Loaded
+    engine: Engine
+    registry: Registry
+    default: tuple[Wanted, ...] = ()
+    max_body: int = 8 * 2**20
+
+
+def build(served: Served) -> FastAPI:
+    """The app; the middleware sits around it, so no route here ever sees a carrier."""
+    generator, registry, engine = Generator(served.loaded, served.engine), served.registry, served.engine
+    fingerprint = f"steer-{__version__}-{(served.loaded.template_sha256 or 'base')[:8]}"
+    stop_watching = threading.Event()
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        watcher = threading.Thread(
+            target=registry.watch, args=(stop_watching, lambda: metrics.refresh(registry)), name="steer-watch", daemon=True
+        )
+        watcher.start()
+        metrics.refresh(registry)
+        yield
+        stop_watching.set()
+        watcher.join(timeout=5)
+        engine.stop()
+
+    app = FastAPI(title="Steer", version=__version__, lifespan=lifespan)
+    app.add_exception_handler(SteerError, errors.on_steer_error)
+    app.add_exception_handler(RequestValidationError, errors.on_validation_error)
+    app.add_exception_handler(HTTPException, errors.on_http_exception)
+    app.add_middleware(
+        SteerMiddleware,
+        registry=registry,
+        served=[served.model_name],
+        default=served.default,
+        max_body=served.max_body,
+    )
+    app.include_router(directions_router(registry))
+    metrics.watch(registry, lambda: engine.steering.table.rows_in_use)
+
+    def check_model(name: str) -> None:
+        if name != served.model_name:
+            raise errors.HTTPProblem(
+                404,
+                f"the model {name[:100]!r} is not served here; served: '{served.model_name}', and "
+                f"'{served.model_name}{PLUS}<direction>' for each direction",
+                code="model_not_found",
+                param="model",
+            )
+
+    def steer_of(request: Request) -> RequestSteer | None:
+        admission: Admission = request.scope["steer"]
+        return engine.steering.table.steer(admission.spec)
+
+    @app.post("/v1/chat/completions", tags=["generation"])
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        check_model(body.model)
+        steer = steer_of(request)
+        messages = [message.plain() for message in body.messages]
+        prompt = served.loaded.chat_ids(messages, **body.chat_template_kwargs)
+        samplings = body.sampling(
+            generator.defaults, generator.room(prompt, body.wanted_tokens, "messages"), body.wanted_logprobs
+        )
+        jobs = [Job(i, prompt, sampling, body.stops) for i, sampling in enumerate(samplings)]
+        engine.admit(len(jobs))
+        wants_logprobs = body.wanted_logprobs is not None
+        tokenizer = served.loaded.tokenizer
+
+        def logprobs(tokens: list[Token]) -> dict[str, Any] | None:
+            return chat_logprobs(tokenizer, tokens) if wants_logprobs else None
+
+        if body.stream:
+            base = envelope("chatcmpl", "chat.completion.chunk", body.model, fingerprint)
+            with_usage = bool(body.stream_options and body.stream_options.include_usage)
+
+            async def chunks() -> AsyncGenerator[dict[str, Any], None]:
+                def chunk(choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+                    return base | {"choices": choices} | ({"usage": None} if with_usage else {}) | more
+
+                for job in jobs:
+                    opening = {"role": "assistant", "content": ""}
+                    yield chunk([{"index": job.index, "delta": opening, "logprobs": None, "finish_reason": None}])
+                made = 0
+                async with aclosing(generator.interleaved(jobs, steer)) as pieces:
+                    async for index, piece in pieces:
+                        made += 1
+                        if piece.text or piece.finish or (piece.token and wants_logprobs):
+                            choice = {
+                                "index": index,
+                                "delta": {"content": piece.text} if piece.text else {},
+                                "logprobs": logprobs([piece.token]) if piece.token else None,
+                                "finish_reason": piece.finish,
+                            }
+                            yield chunk([choice])
+                if with_usage:
+                    yield chunk([], usage=usage(len(prompt), made))
+
+            return _stream(chunks())
+        answers = await unless_gone(request, generator.answers(jobs, steer))
+        choices = [
+            {
+                "index": i,
+                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "logprobs": logprobs(answer.tokens),
+                "finish_reason": answer.finish,
+            }
+            for i, answer in enumerate(answers)
+        ]
+        base = envelope("chatcmpl", "chat.completion", body.model, fingerprint)
+        return JSONResponse(base | {"choices": choices, "usage": usage(len(prompt), _made(answers))})
+
+    @app.post("/v1/completions", tags=["generation"])
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        check_model(body.model)
+        steer, tokenizer = steer_of(request), served.loaded.tokenizer
+        jobs: list[Job] = []
+        for prompt in body.prompts:
+            ids = served.loaded.text_ids(prompt) if isinstance(prompt, str) else prompt
+            room = generator.room(ids, body.max_tokens, "prompt")
+            for sampling in body.sampling(generator.defaults, room, body.logprobs):
+                jobs.append(Job(len(jobs), ids, sampling, body.stops))
+        engine.admit(len(jobs))
+        prompt_tokens = sum(len(job.prompt) for job in jobs[:: body.n])
+        if body.stream:
+            if body.echo or body.max_tokens == 0:
+                raise errors.HTTPProblem(
+                    400, "echo and max_tokens 0 are not served as a stream", code="unsupported", param="stream"
+                )
+            base = envelope("cmpl", "text_completion", body.model, fingerprint)
+            with_usage = bool(body.stream_options and body.stream_options.include_usage)
+
+            async def chunks() -> AsyncGenerator[dict[str, Any], None]:
+                made = 0
+                offsets = [0] * len(jobs)
+                async with aclosing(generator.interleaved(jobs, steer)) as pieces:
+                    async for index, piece in pieces:
+                        made += 1
+                        reported = None
+                        if body.logprobs is not None and piece.token:
+                            reported = completion_logprobs(tokenizer, [piece.token], offsets[index])
+                            offsets[index] += len(reported["tokens"][0])
+                        if piece.text or piece.finish or reported:
+                            choice = {
+                                "index": index,
+                                "text": piece.text,
+                                "logprobs": reported,
+                                "finish_reason": piece.finish,
+                            }
+                            yield base | {"choices": [choice]} | ({"usage": None} if with_usage else {})
+                if with_usage:
+                    yield base | {"choices": [], "usage": usage(prompt_tokens, made)}
+
+            return _stream(chunks())
+        answers = await unless_gone(request, generator.answers(jobs, steer))
+        choices = []
+        for job, answer in zip(jobs, answers, strict=True):
+            text, tokens = answer.text, answer.tokens
+            if body.echo:
+                text = tokenizer.decode(job.prompt, skip_special_tokens=True) + text
+                if body.logprobs is not None:
+                    first = Token(job.prompt[0])
+                    rest = await engine.score(job.prompt, steer, body.logprobs) if len(job.prompt) > 1 else []
+                    tokens = [first, *rest, *tokens]
+            choices.append(
+                {
+                    "index": job.index,
+                    "text": text,
+                    "logprobs": completion_logprobs(tokenizer, tokens) if body.logprobs is not None else None,
+                    "finish_reason": answer.finish,
+                }
+            )
+        base = envelope("cmpl", "text_completion", body.model, fingerprint)
+        return JSONResponse(base | {"choices": choices, "usage": usage(prompt_tokens, _made(answers))})
+
+    started = int(time.time())
+
+    def model_card(name: str, **more: Any) -> dict[str, Any]:
+        card = {"id": name, "object": "model", "created": started, "owned_by": "steer", "root": served.model_name}
+        return card | {"parent": None, "max_model_len": engine.context} | more
+
+    def cards() -> list[dict[str, Any]]:
+        aliases = [
+            model_card(f"{served.model_name}{PLUS}{name}", parent=served.model_name, root=name)
+            for name in registry.names()
+        ]
+        return [model_card(served.model_name), *aliases]
+
+    @app.get("/v1/models", tags=["models"])
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": cards()}
+
+    @app.get("/v1/models/{name:path}", tags=["models"])
+    async def model(name: str) -> dict[str, Any]:
+        for card in cards():
+            if card["id"] == name:
+                return card
+        raise errors.HTTPProblem(404, f"the model {name[:100]!r} is not served here", code="model_not_found")
+
+    @app.get("/health", tags=["operation"])
+    async def health() -> Response:
+        state = {
+            "status": "ok" if engine.healthy else "failed",
+            "engine": engine.description,
+            "in_flight": engine.in_flight,
+            "directions": len(registry.names()),
+            "failed_directions": sorted(registry.failures),
+        }
+        return JSONResponse(state, 200 if engine.healthy else 503)
+
+    @app.get("/metrics", tags=["operation"])
+    async def prometheus() -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def _made(answers: list[Answer]) -> int:
+    return sum(answer.made for answer in answers)
+
+
+def _stream(chunks: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:
+    return StreamingResponse(events(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

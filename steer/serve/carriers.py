@@ -1,0 +1,80 @@
+"""The four carriers of a steer spec: body field, header, model name, `vllm_xargs`. All equal; a conflict is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from steer.errors import SpecError
+from steer.registry import Admission, Registry
+from steer.spec import Wanted, parse, text
+
+FIELD = "steer"
+HEADER = "x-steer"
+RECEIPT = "x-steer-applied"
+XARGS = "vllm_xargs"
+#: Between a served model's name and the directions in an alias.
+PLUS = "+"
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What one request carries: each carrier that is present with its parsed value, and the model without alias."""
+
+    found: dict[str, tuple[Wanted, ...]]
+    model: str | None
+
+
+def read(body: dict[str, Any], headers: Sequence[tuple[bytes, bytes]], served: Sequence[str]) -> Carried:
+    """Read all carriers of a request. Raises SpecError with every problem of every carrier."""
+    found: dict[str, tuple[Wanted, ...]] = {}
+    problems: list[str] = []
+    param: str | None = None
+
+    def take(carrier: str, value: Any, name: str) -> None:
+        nonlocal param
+        try:
+            found[carrier] = parse(value, name)
+        except SpecError as error:
+            problems.extend(error.problems)
+            param = param or error.param
+
+    if FIELD in body:
+        take("body field 'steer'", body[FIELD], FIELD)
+    sent = [value for name, value in headers if name.lower() == HEADER.encode()]
+    for number, value in enumerate(sent):
+        which = "header 'X-Steer'" if len(sent) == 1 else f"header 'X-Steer' ({number + 1} of {len(sent)})"
+        take(which, value.decode("latin-1"), "X-Steer")
+    xargs = body.get(XARGS)
+    if isinstance(xargs, dict) and FIELD in xargs:
+        take("body field 'vllm_xargs.steer'", xargs[FIELD], "vllm_xargs.steer")
+    model = body.get("model")
+    if isinstance(model, str) and (alias := split_alias(model, served)):
+        model, directions = alias
+        take("model name", directions, "model")
+    if problems:
+        raise SpecError(problems, param=param)
+    return Carried(found, model if isinstance(model, str) else None)
+
+
+def split_alias(model: str, served: Sequence[str]) -> tuple[str, str] | None:
+    """(served model, directions) of an alias like `base+refusal` or `base+refusal=0.7+other`, or None."""
+    for base in sorted(served, key=len, reverse=True):
+        if model.startswith(base + PLUS) and model not in served:
+            return base, model[len(base) + 1 :].replace(PLUS, ",")
+    return None
+
+
+def admit(carried: Carried, registry: Registry, default: tuple[Wanted, ...]) -> Admission:
+    """Admit what the carriers agree on, or the server's default where there is none.
+
+    Two carriers agree when they mean the same entries, however they are written. Raises SpecError.
+    """
+    if not carried.found:
+        return registry.admit(default)
+    meanings = {carrier: registry.resolve(wanted) for carrier, wanted in carried.found.items()}
+    if len(set(meanings.values())) > 1:
+        said = ", ".join(f"{carrier} says '{text(wanted)}'" for carrier, wanted in carried.found.items())
+        raise SpecError(f"the carriers of this request disagree: {said}; use one of them, or say the same", param=FIELD)
+    return registry.admit(next(iter(carried.found.values())))

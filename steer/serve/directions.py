@@ -1,0 +1,87 @@
+"""Control routes for directions, the same on every engine: list, read, put, delete."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio.to_thread
+from fastapi import APIRouter, Request
+
+from steer.direction import MAX_BYTES, check_name
+from steer.errors import NoRoom, UnknownDirection
+from steer.registry import Registry, Version
+from steer.serve import errors
+from steer.serve.middleware import read_body
+
+
+def router(registry: Registry, *, max_upload: int = MAX_BYTES) -> APIRouter:
+    routes = APIRouter(prefix="/v1/directions", tags=["directions"])
+
+    @routes.get("", summary="All served directions, and what was offered but is not served")
+    async def list_directions() -> dict[str, Any]:
+        served = [summary(name, version, registry) for name, version in registry.names().items()]
+        known = {item["id"] for item in served}
+        failed = [
+            {"id": name, "object": "direction", "status": "failed", "errors": list(failure.problems)}
+            for name, failure in sorted(registry.failures.items())
+            if name not in known
+        ]
+        return {"object": "list", "data": served + failed}
+
+    @routes.get("/{name}", summary="One direction with its metadata and per-layer profile")
+    async def get_direction(name: str) -> dict[str, Any]:
+        version = _find(registry, name)
+        return summary(name, version, registry) | {
+            "meta": version.direction.meta.model_dump(mode="json"),
+            "profile": await anyio.to_thread.run_sync(version.direction.profile),
+        }
+
+    @routes.put("/{name}", summary="Serve these safetensors bytes under this name from now on")
+    async def put_direction(name: str, request: Request) -> dict[str, Any]:
+        check_name(name)
+        data = await read_body(request.scope, request.receive, max_upload)
+        try:
+            version = await anyio.to_thread.run_sync(registry.put, name, data)
+        except NoRoom as error:
+            raise errors.HTTPProblem(409, str(error), code="no_free_rows") from error
+        except OSError as error:
+            raise errors.HTTPProblem(507, f"the file cannot be stored: {error}", code="storage") from error
+        return summary(name, version, registry)
+
+    @routes.delete("/{name}", summary="Stop serving this name and remove its file")
+    async def delete_direction(name: str) -> dict[str, Any]:
+        _find(registry, name)
+        try:
+            await anyio.to_thread.run_sync(registry.delete, name)
+        except OSError as error:
+            raise errors.HTTPProblem(507, f"the file cannot be removed: {error}", code="storage") from error
+        return {"id": name, "object": "direction", "deleted": True}
+
+    return routes
+
+
+def summary(name: str, version: Version, registry: Registry) -> dict[str, Any]:
+    meta, failure = version.direction.meta, registry.failures.get(name)
+    return {
+        "id": name,
+        "object": "direction",
+        "status": "stale" if failure else "served",
+        "errors": list(failure.problems) if failure else [],
+        "digest": version.digest,
+        "created": int(version.loaded),
+        "method": meta.method,
+        "source_layer": meta.source_layer,
+        "rank": version.direction.rank,
+        "mode": meta.mode,
+        "strength": meta.strength,
+        "sites": list(meta.sites),
+        "bytes": version.bytes,
+        "requests": version.pins,
+    }
+
+
+def _find(registry: Registry, name: str) -> Version:
+    try:
+        return registry.get(name)
+    except UnknownDirection as error:
+        raise errors.HTTPProblem(404, str(error), code="direction_not_found", param="name") from error

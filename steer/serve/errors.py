@@ -1,0 +1,75 @@
+"""Errors as the OpenAI API gives them: one table from exception to status, one shape of body."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from steer.errors import DirectionError, EngineFailed, InvalidInput, NoRoom, SteerError
+
+
+class HTTPProblem(SteerError):
+    """A problem that has a status of its own (404, 413, ...)."""
+
+    def __init__(self, status: int, message: str, *, code: str, param: str | None = None) -> None:
+        self.status, self.code, self.param = status, code, param
+        super().__init__(message)
+
+
+def body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+    if status == 429:
+        kind = "rate_limit_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def response(status: int, message: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
+    return JSONResponse(body(status, message, param=param, code=code), status)
+
+
+def of(error: Exception) -> JSONResponse:
+    """The response that `error` becomes."""
+    if isinstance(error, HTTPProblem):
+        return response(error.status, str(error), param=error.param, code=error.code)
+    if isinstance(error, NoRoom):
+        out = response(429, str(error), code="queue_full")
+        out.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+        return out
+    if isinstance(error, InvalidInput):
+        code = "invalid_direction" if isinstance(error, DirectionError) else "invalid_value"
+        return response(400, str(error), param=error.param, code=code)
+    if isinstance(error, EngineFailed):
+        return response(503, str(error), code="engine_failed")
+    raise error
+
+
+def event(error: Exception) -> str:
+    """`error` as a server-sent event, for a stream that has already begun."""
+    return f"data: {bytes(of(error).body).decode()}\n\n"
+
+
+async def on_steer_error(_request: Request, error: Exception) -> JSONResponse:
+    return of(error)
+
+
+async def on_validation_error(_request: Request, error: Exception) -> JSONResponse:
+    """Pydantic's problems of one body, all of them, in one message."""
+    assert isinstance(error, RequestValidationError)
+    problems = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"] if part != "body") or "body"
+        given = item.get("input")
+        shown = "" if given is None or isinstance(given, dict | list) else f" (got {json.dumps(given, default=str)[:60]})"
+        problems.append((where, f"{where}: {item['msg']}{shown}"))
+    return response(400, "; ".join(p for _, p in problems), param=problems[0][0], code="invalid_value")
+
+
+async def on_http_exception(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return response(error.status_code, str(error.detail), code={404: "not_found", 405: "method_not_allowed"}.get(error.status_code))

@@ -1,0 +1,239 @@
+"""From a checked request to answers: prompts to ids, tokens to text, and the OpenAI shapes around them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from steer.errors import RequestError, SteerError
+from steer.hf.engine import Engine
+from steer.hf.load import Loaded
+from steer.hf.sampling import Sampling, Token
+from steer.runtime.table import RequestSteer
+from steer.serve import errors, metrics
+from steer.serve.text import TextStream, token_text
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one generated token adds to an answer: text (perhaps none yet), and the token itself unless it only ends it."""
+
+    text: str
+    token: Token | None = None
+    finish: str | None = None
+
+
+@dataclass(slots=True)
+class Answer:
+    """One whole answer."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    finish: str = "length"
+    made: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One answer to make: its place in the request, prompt and sampling."""
+
+    index: int
+    prompt: list[int]
+    sampling: Sampling
+    stop: list[str]
+
+
+class Generator:
+    """Runs jobs on an engine, with the model's own tokenizer."""
+
+    def __init__(self, loaded: Loaded, engine: Engine) -> None:
+        self.loaded, self.engine = loaded, engine
+        generation = loaded.model.generation_config
+        greedy = generation.do_sample is False
+        self.defaults = Sampling(
+            max_tokens=0,
+            temperature=0.0 if greedy else _or(generation.temperature, 1.0),
+            top_p=_or(generation.top_p, 1.0),
+            top_k=_or(generation.top_k, 0) if generation.do_sample else 0,
+            min_p=_or(generation.min_p, 0.0),
+        )
+
+    def room(self, prompt: Sequence[int], wanted: int | None, param: str) -> int:
+        """How many tokens the answer may have. Raises RequestError where prompt and wish do not fit the context."""
+        if not prompt:
+            raise RequestError("the prompt has no tokens", param=param)
+        context = self.engine.context
+        vocabulary = self.engine.steering.anatomy.vocabulary
+        if (bad := next((t for t in prompt if not 0 <= t < vocabulary), None)) is not None:
+            raise RequestError(f"token id {bad} is outside the vocabulary of {vocabulary}", param=param)
+        left = context - len(prompt)
+        if left < (1 if wanted is None else wanted):
+            raise errors.HTTPProblem(
+                400,
+                f"the prompt has {len(prompt)} tokens and {wanted or 1} are wanted for the answer, the context is {context}",
+                code="context_length_exceeded",
+                param=param,
+            )
+        return left if wanted is None else wanted
+
+    async def pieces(self, job: Job, steer: RequestSteer | None) -> AsyncGenerator[Piece, None]:
+        text = TextStream(self.loaded.tokenizer, job.stop)
+        made = 0
+        stream = self.engine.generate(job.prompt, job.sampling, steer)
+        async with aclosing(stream):
+            async for token in stream:
+                made += 1
+                if token.id in self.engine.eos_ids and not job.sampling.ignore_eos:
+                    yield Piece(text.finish(), finish="stop")
+                    break
+                new = text.push(token.id)
+                if text.stopped:
+                    yield Piece(new, token, "stop")
+                    break
+                if made == job.sampling.max_tokens:
+                    rest = new + text.finish()
+                    yield Piece(rest, token, "stop" if text.stopped else "length")
+                    break
+                yield Piece(new, token)
+        metrics.TOKENS.labels(steered=str(steer is not None).lower()).inc(made)
+
+    async def answer(self, job: Job, steer: RequestSteer | None) -> Answer:
+        out = Answer()
+        if job.sampling.max_tokens == 0:
+            return out
+        async with aclosing(self.pieces(job, steer)) as pieces:
+            async for piece in pieces:
+                out.made += 1
+                out.text += piece.text
+                if piece.token:
+                    out.tokens.append(piece.token)
+                out.finish = piece.finish or out.finish
+        return out
+
+    async def answers(self, jobs: Sequence[Job], steer: RequestSteer | None) -> list[Answer]:
+        """All of them at once; when one fails the others are cancelled."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self.answer(job, steer)) for job in jobs]
+        return [task.result() for task in tasks]
+
+    async def interleaved(self, jobs: Sequence[Job], steer: RequestSteer | None) -> AsyncGenerator[tuple[int, Piece], None]:
+        """Pieces of all jobs as they come, each with its job's index."""
+        queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
+
+        async def run(job: Job) -> None:
+            try:
+                async with aclosing(self.pieces(job, steer)) as pieces:
+                    async for piece in pieces:
+                        queue.put_nowait((job.index, piece))
+                queue.put_nowait(None)
+            except Exception as error:
+                queue.put_nowait(error)
+
+        tasks = [asyncio.create_task(run(job)) for job in jobs]
+        try:
+            running = len(tasks)
+            while running:
+                item = await queue.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    running -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """`work`, cancelled when the client disconnects first. Errors inside task groups come out as themselves."""
+    task = asyncio.ensure_future(work)
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watcher = asyncio.create_task(gone())
+    try:
+        return await task
+    except* SteerError as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
+    finally:
+        watcher.cancel()
+        with suppress(asyncio.CancelledError):
+            await watcher
+
+
+async def events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
+    """Server-sent events of `chunks`; an error in mid-stream becomes an event, since the status is already sent."""
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+    except SteerError as error:
+        yield errors.event(error)
+    yield "data: [DONE]\n\n"
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def envelope(prefix: str, kind: str, model: str, fingerprint: str) -> dict[str, Any]:
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": fingerprint,
+    }
+
+
+def chat_logprobs(tokenizer: Any, tokens: Sequence[Token]) -> dict[str, Any]:
+    def one(token: int, logprob: float | None) -> dict[str, Any]:
+        shown = token_text(tokenizer, token)
+        return {"token": shown, "logprob": logprob, "bytes": list(shown.encode())}
+
+    return {
+        "content": [one(t.id, t.logprob) | {"top_logprobs": [one(i, p) for i, p in t.top]} for t in tokens],
+        "refusal": None,
+    }
+
+
+def completion_logprobs(tokenizer: Any, tokens: Sequence[Token], offset: int = 0) -> dict[str, Any]:
+    """The older shape: parallel lists. A token without a log-probability is the first of an echoed prompt."""
+    out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token in tokens:
+        shown = token_text(tokenizer, token.id)
+        out["tokens"].append(shown)
+        out["token_logprobs"].append(token.logprob)
+        known = token.logprob is not None
+        out["top_logprobs"].append({token_text(tokenizer, i): p for i, p in reversed(token.top)} if known else None)
+        out["text_offset"].append(offset)
+        offset += len(shown)
+    return out
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+

@@ -1,0 +1,65 @@
+"""From settings to a listening server: load, claim and prove, fill the registry, serve. Fails closed at each step."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import uvicorn
+
+from steer.errors import UnsupportedModel
+from steer.hf.attach import Steering
+from steer.hf.batching import start_engine
+from steer.hf.load import load
+from steer.registry import Registry
+from steer.runtime.placement import LocalPlacement, Shape
+from steer.serve.app import Served, build
+from steer.settings import ServeSettings
+from steer.spec import parse
+
+log = logging.getLogger("steer")
+
+
+def prepare(model: str, settings: ServeSettings) -> Served:
+    """Everything but the socket. Raises SteerError when the server must not start."""
+    loaded = load(model, revision=settings.revision, dtype=settings.dtype, device=settings.device)
+    steering = Steering(loaded.model, sites=settings.site_list, rows=settings.rows, rank=settings.rank)
+    anatomy = steering.anatomy
+    log.info(
+        "%s: %d layers × %d, sites %s claimed and proved",
+        anatomy.architecture,
+        anatomy.layers,
+        anatomy.d_model,
+        ", ".join(steering.sites),
+    )
+    shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, steering.table.sites, settings.rank)
+    if not settings.directions.is_dir():
+        raise UnsupportedModel(f"the directions folder '{settings.directions}' does not exist; make it or name another")
+    registry = Registry(LocalPlacement(shape, steering.table), settings.directions)
+    registry.sync()
+    default = parse(settings.default_steer)
+    registry.resolve(default)
+    context = min(settings.context or loaded.context, loaded.context)
+    engine = start_engine(
+        steering, loaded.eos_ids, context=context, capacity=settings.max_requests, cache_tokens=settings.cache_tokens
+    )
+    log.info("engine: %s, context %d", engine.description, engine.context)
+    name = settings.served_model_name or Path(model).resolve().name if Path(model).exists() else model
+    served = Served(settings.served_model_name or name, loaded, engine, registry, default, settings.max_body)
+    log.info(
+        "serving '%s'; directions: %s; requests that ask for nothing get: %s",
+        served.model_name,
+        ", ".join(registry.names()) or "none",
+        settings.default_steer,
+    )
+    return served
+
+
+def serve(model: str, settings: ServeSettings) -> None:
+    """Run until SIGTERM or SIGINT; running requests are served to their end."""
+    served = prepare(model, settings)
+    try:
+        app = build(served)
+        uvicorn.run(app, host=settings.host, port=settings.port, log_level=settings.log_level, access_log=False)
+    finally:
+        served.engine.stop()

@@ -1,0 +1,54 @@
+"""Every option of the server, once: its type, default and sentence. The command line, the environment (`STEER_…`) and
+the docs are made from this."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from steer.direction import SITES, Site
+from steer.spec import parse
+
+
+class ServeSettings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="STEER_", extra="forbid")
+
+    host: str = Field("127.0.0.1", description="address to bind")
+    port: int = Field(8000, ge=0, le=65535, description="port to bind; 0 takes a free one")
+    served_model_name: str | None = Field(None, description="name of the model in requests; default: last part of MODEL")
+    directions: Path = Field(Path("directions"), description="folder of direction files, watched for changes")
+    default_steer: str = Field(
+        "off", description="steering of requests that ask for nothing, like 'refusal' or 'refusal=0.7'"
+    )
+    sites: str = Field("resid_post", description=f"sites to claim, separated by commas: {', '.join(SITES)}")
+    rows: int = Field(32, ge=1, le=4096, description="direction rows that can be resident")
+    rank: int = Field(4, ge=1, le=64, description="direction rows that one request can use")
+    max_requests: int = Field(256, ge=1, description="requests running or waiting; more get a 429")
+    max_body: int = Field(8 * 2**20, ge=1024, description="bytes of a request body; more get a 413")
+    context: int | None = Field(None, ge=16, description="most tokens of prompt and answer; default: what the model has")
+    cache_tokens: int | None = Field(None, ge=32, description="tokens of all requests in the key-value cache")
+    dtype: str = Field("auto", description="float32, bfloat16, float16, or auto: as stored, float32 on a CPU")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps, or auto")
+    revision: str | None = Field(None, description="revision of a hub model")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+
+    @field_validator("default_steer")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        parse(value, "default_steer")
+        return value
+
+    @field_validator("sites")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        bad = [site for site in value.split(",") if site not in SITES]
+        if bad:
+            raise ValueError(f"{', '.join(bad)}: accepted: {', '.join(SITES)}")
+        return value
+
+    @property
+    def site_list(self) -> tuple[Site, ...]:
+        return tuple(dict.fromkeys(site for site in SITES if site in self.sites.split(",")))

@@ -1,0 +1,193 @@
+"""The request language: what a client may write to ask for steering, and its one canonical form.
+
+A request names directions, never paths or vectors. As text:
+
+    refusal                      the direction with its file's own mode and strength
+    refusal=0.7                  a strength
+    refusal:one_sided=0.7        a mode and a strength
+    refusal=1,verbosity=-0.5     several, applied in this order
+    off                          nothing, also where the server has a default
+
+As JSON: such a text, an object `{"direction", "mode", "strength"}`, a list of texts and objects, `null` or `false`.
+Parsing gives `Wanted` items; the registry resolves them into a `Spec` of exact file versions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from steer.direction import MODES, Mode, check_name
+from steer.errors import DirectionError, SpecError
+
+#: Full removal is 1; more than this is a mistake in a client, not a wish.
+MAX_STRENGTH = 10.0
+MAX_ITEMS = 16
+_OFF_TEXTS = {"off", "none", "null", "false"}
+_FIELDS = ("direction", "mode", "strength")
+ACCEPTED = (
+    "accepted: a text like 'refusal', 'refusal=0.7' or 'refusal:one_sided=0.7,other=1', an object "
+    "{'direction', 'mode', 'strength'}, a list of those, or null, false or 'off' for none"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One direction as a client asked for it; None where the client leaves it to the direction's file."""
+
+    direction: str
+    mode: Mode | None = None
+    strength: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One direction as it is applied: the exact version, mode and strength."""
+
+    direction: str
+    digest: str
+    mode: Mode
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What one request gets, resolved: entries in the order in which they are applied. Empty for a plain request."""
+
+    entries: tuple[Entry, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
+    def receipt(self) -> str:
+        """Canonical compact JSON, ASCII: the value of the header `X-Steer-Applied`."""
+        return json.dumps([asdict(entry) for entry in self.entries], separators=(",", ":"))
+
+    def key(self) -> str:
+        """What decides the computation: digests, modes, strengths. Names do not, so two names of one file agree."""
+        return ",".join(f"{e.digest}:{e.mode}={e.strength!r}" for e in self.entries)
+
+
+def parse(value: Any, param: str = "steer") -> tuple[Wanted, ...]:
+    """Parse one carrier's value (text, or what JSON gave). An empty result means: plain.
+
+    Raises SpecError with every problem, naming `param`.
+    """
+    problems: list[str] = []
+    items = _items(value, param, problems)
+    if len(items) > MAX_ITEMS:
+        problems.append(f"{param}: {len(items)} directions, at most {MAX_ITEMS} are accepted")
+    seen: set[tuple[str, Mode | None]] = set()
+    for item in items:
+        if (item.direction, item.mode) in seen:
+            problems.append(f"{param}: direction '{item.direction}' is named twice")
+        seen.add((item.direction, item.mode))
+    if problems:
+        raise SpecError(problems, param=param)
+    return tuple(items)
+
+
+def text(wanted: Sequence[Wanted]) -> str:
+    """The text form, which `parse` reads back."""
+    return ",".join(_text(item) for item in wanted) or "off"
+
+
+def _text(item: Wanted) -> str:
+    mode = f":{item.mode}" if item.mode else ""
+    strength = "" if item.strength is None else f"={item.strength!r}"
+    return f"{item.direction}{mode}{strength}"
+
+
+def _items(value: Any, param: str, problems: list[str]) -> list[Wanted]:
+    if value is None or value is False:
+        return []
+    if isinstance(value, str):
+        return _from_text(value, param, problems)
+    if isinstance(value, dict):
+        item = _from_object(value, param, problems)
+        return [item] if item else []
+    if isinstance(value, list | tuple):
+        items: list[Wanted] = []
+        for index, part in enumerate(value):
+            where = f"{param}[{index}]"
+            if isinstance(part, str | dict):
+                items += _items(part, where, problems)
+            else:
+                problems.append(f"{where}: {_show(part)} is not a direction; {ACCEPTED}")
+        return items
+    problems.append(f"{param}: {_show(value)} is not understood; {ACCEPTED}")
+    return []
+
+
+def _from_text(value: str, param: str, problems: list[str]) -> list[Wanted]:
+    stripped = value.strip()
+    if stripped.lower() in _OFF_TEXTS:
+        return []
+    if stripped[:1] in ("{", "["):
+        try:
+            return _items(json.loads(stripped), param, problems)
+        except (json.JSONDecodeError, RecursionError) as error:
+            problems.append(f"{param}: not JSON: {error}")
+            return []
+    items: list[Wanted] = []
+    for part in stripped.split(","):
+        head, equals, number = part.strip().partition("=")
+        name, colon, mode = head.strip().partition(":")
+        item = _check(
+            param, name.strip(), mode.strip() if colon else None, _number(number) if equals else None, problems
+        )
+        if item:
+            items.append(item)
+    return items
+
+
+def _from_object(value: dict[Any, Any], param: str, problems: list[str]) -> Wanted | None:
+    unknown = [str(key) for key in value if key not in _FIELDS]
+    for key in unknown:
+        problems.append(f"{param}.{key[:40]}: unknown field; accepted: {', '.join(_FIELDS)}")
+    if "direction" not in value:
+        problems.append(f"{param}.direction: missing; it names the direction")
+        return None
+    return _check(param, value["direction"], value.get("mode"), value.get("strength"), problems)
+
+
+def _check(param: str, name: Any, mode: Any, strength: Any, problems: list[str]) -> Wanted | None:
+    before = len(problems)
+    if not isinstance(name, str):
+        problems.append(f"{param}.direction: {_show(name)} is not a text")
+    else:
+        try:
+            check_name(name)
+        except DirectionError as error:
+            problems.append(f"{param}: {error}")
+    if mode is not None and mode not in MODES:
+        problems.append(f"{param}.mode: {_show(mode)} is not a mode; accepted: {', '.join(MODES)}")
+    if strength is not None:
+        number = isinstance(strength, int | float) and not isinstance(strength, bool)
+        if not number or not math.isfinite(strength) or abs(strength) > MAX_STRENGTH:
+            shown = strength if isinstance(strength, _Unread) else _show(strength)
+            problems.append(
+                f"{param}.strength: {shown} is not accepted: a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
+            )
+    if len(problems) > before:
+        return None
+    return Wanted(name, mode, None if strength is None else float(strength) + 0.0)  # + 0.0 turns -0.0 into 0.0
+
+
+class _Unread(str):
+    """Text that should have been a number."""
+
+
+def _number(text: str) -> float | _Unread:
+    try:
+        return float(text)
+    except ValueError:
+        return _Unread(repr(text.strip()[:40]))
+
+
+def _show(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -22,6 +22,7 @@ from steer.settings import ServeSettings
 app = typer.Typer(
     help="Serve a language model plain or with a behaviour direction removed, switched per request.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 120},
 )

@@ -1,0 +1,37 @@
+"""What all tests share. One thread for torch: the models are tiny, and threads of several tests would only wait."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)
+
+from tests import models  # noqa: E402
+from tests.servers import Server  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with tokenizer and chat template, as a local folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    models.save("llama", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server on the tiny model with the random directions `refusal` and `verbosity`."""
+    folder = tmp_path_factory.mktemp("directions")
+    model = models.tiny("llama")
+    for seed, name in enumerate(("refusal", "verbosity"), 1):
+        models.direction(model, seed=seed).save(folder / f"{name}.safetensors")
+    with Server(str(tiny_folder), "--directions", str(folder), "--max-requests", "512", directions=folder) as server:
+        yield server

@@ -1,0 +1,173 @@
+"""Served = orthogonalised, plain = untouched, and a refusal to start where a place cannot be proved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import steer
+from steer.errors import UnsupportedModel
+from steer.hf.attach import Anatomy, Steering
+from steer.runtime.sites import find_writers
+from steer.runtime.table import EMBEDDING, Place
+from tests import models
+from tests.oracle import ablated, orthogonalised, reference_logits
+
+IDS = torch.randint(3, models.VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(7))
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def relative(x: torch.Tensor, y: torch.Tensor) -> float:
+    return float((x - y).abs().max() / y.abs().max())
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_writers_served_equal_orthogonalised_weights(name: str, strength: float) -> None:
+    model = models.tiny(name)
+    direction = models.direction(model, shared=True, embedding=True, sites=("writers",))
+    v = direction.directions[0, 0]
+    if name in models.NORM_BEHIND_WRITER:
+        expected = reference_logits(model, name, v, IDS, strength)
+    else:
+        expected = logits(orthogonalised(model, v, strength))
+    plain = logits(model)
+    with steer.attach(model, sites=("writers",), d=direction) as steering, steering({"direction": "d", "strength": strength}):
+        served = logits(model)
+    assert relative(served, expected) <= 1e-4
+    assert relative(plain, expected) > 1e-3, "the edit must do something, or the test shows nothing"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma3", "mixtral"])
+def test_bfloat16_is_as_exact_as_storing_bfloat16(name: str) -> None:
+    """Served in bfloat16 against orthogonalised weights stored in bfloat16: both are that far from the float32 truth."""
+    exact, stored = models.tiny(name), models.tiny(name, torch.bfloat16)
+    direction = models.direction(exact, shared=True, embedding=True, sites=("writers",))
+    v = direction.directions[0, 0]
+    if name in models.NORM_BEHIND_WRITER:
+        truth, edited = (reference_logits(m, name, v, IDS).float() for m in (exact, stored))
+    else:
+        truth, edited = (logits(orthogonalised(m, v)).float() for m in (exact, stored))
+    with steer.attach(stored, sites=("writers",), d=direction) as steering, steering("d"):
+        served = logits(stored).float()
+    rounding = relative(edited, truth)
+    assert relative(served, truth) <= 2 * rounding + 1e-3
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_hooks_leave_plain_passes_bit_equal(name: str) -> None:
+    model = models.tiny(name, torch.bfloat16)
+    before = logits(model)
+    with steer.attach(model, sites=("resid_post", "writers"), d=models.direction(model)) as steering:
+        inside = logits(model)
+        with steering("off", "d"):
+            beside = logits(model)
+    assert torch.equal(before, inside)
+    assert torch.equal(before[0], beside[0]), "a plain row beside a steered one"
+    assert not torch.equal(before[1], beside[1])
+    assert torch.equal(before, logits(model)), "and nothing stays behind"
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_each_layers_own_direction_is_gone_from_its_output(name: str) -> None:
+    model = models.tiny(name)
+    direction = models.direction(model, k=2)
+    seen: dict[int, torch.Tensor] = {}
+    with steer.attach(model, d=direction) as steering, steering("d"):
+        for layer, block in enumerate(Anatomy(model).blocks):
+            block.register_forward_hook(
+                lambda _m, _a, out, n=layer: seen.__setitem__(n, out[0] if isinstance(out, tuple) else out)
+            )
+        logits(model)
+    for layer in range(models.LAYERS):
+        components = seen[layer] @ direction.directions[layer].T
+        assert float(components.abs().max()) <= 1e-4 * float(seen[layer].norm(dim=-1).max())
+
+
+def test_rows_of_a_batch_are_steered_one_by_one() -> None:
+    model = models.tiny("llama")
+    d, e = models.direction(model, seed=1), models.direction(model, seed=2)
+    with steer.attach(model, d=d, e=e) as steering:
+        with steering("d"):
+            alone = logits(model)[0]
+        with steering("d", "e=0.5"):
+            mixed = logits(model)
+        with steering("e=0.5"):
+            other = logits(model)[1]
+    torch.testing.assert_close(mixed[0], alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixed[1], other, rtol=1e-5, atol=1e-5)
+
+
+def test_generate_is_steered_at_every_step() -> None:
+    model = models.tiny("llama")
+    direction = models.direction(model, shared=True, embedding=True, sites=("writers",))
+    edited = orthogonalised(model, direction.directions[0, 0])
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    mask = torch.ones_like(IDS)
+    expected = edited.generate(IDS, attention_mask=mask, **options)
+    with steer.attach(model, sites=("writers",), d=direction) as steering, steering("d"):
+        assert torch.equal(model.generate(IDS, attention_mask=mask, **options), expected)
+    assert not torch.equal(model.generate(IDS, attention_mask=mask, **options), expected)
+
+
+def test_a_block_that_scales_what_it_adds_has_no_writers_but_can_be_steered_at_its_output() -> None:
+    model = models.tiny("llama")
+    block = model.model.layers[1]
+    inner = block.forward
+    block.forward = lambda x, *args, **kwargs: x + 0.5 * (inner(x, *args, **kwargs) - x)
+    with pytest.raises(UnsupportedModel, match=r"block 1 .*resid_post"):
+        Steering(model, sites=("writers",))
+    Steering(model, sites=("resid_post",))
+
+
+def test_a_missing_block_or_an_inert_hook_refuses_to_start() -> None:
+    model = models.tiny("llama")
+    model.config.num_hidden_layers = 5
+    with pytest.raises(UnsupportedModel, match="one list of 5 decoder blocks"):
+        Anatomy(model)
+    model = models.tiny("llama")
+    skipped = model.model.layers[2]
+    skipped.forward = lambda x, *args, **kwargs: x
+    model.model.layers[2] = Passing(skipped)
+    with pytest.raises(UnsupportedModel, match="layer 2"):
+        Steering(model)
+
+
+class Passing(torch.nn.Module):
+    """A block whose output hook never sees the stream: it puts the stream aside and gives it back later."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.attention_type = getattr(block, "attention_type", "full_attention")
+
+    def __call__(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return self.block.forward(x)  # not through Module.__call__, so no hook fires
+
+
+def test_places_cover_every_layer_and_the_embedding() -> None:
+    steering = Steering(models.tiny("gpt2"), sites=("resid_post", "writers"))
+    expected = {Place(site, layer) for site in ("resid_post", "writers") for layer in range(EMBEDDING, models.LAYERS)}
+    assert set(steering.table.plates) == expected
+
+
+def test_writers_are_the_norms_where_norms_stand_behind_the_writers() -> None:
+    for name, expected in {
+        "llama": {"self_attn", "mlp"},
+        "gemma2": {"post_attention_layernorm", "post_feedforward_layernorm"},
+        "olmo2": {"post_attention_layernorm", "post_feedforward_layernorm"},
+        "gpt_neox": {"attention", "mlp"},
+    }.items():
+        anatomy = Anatomy(models.tiny(name))
+        writers = find_writers(anatomy.blocks, anatomy.probe)
+        names = {n for n, m in anatomy.blocks[0].named_children() if any(m is w for w in writers[0])}
+        assert names == expected, name
+
+
+def test_ablating_twice_is_ablating_once() -> None:
+    x, v = torch.randn(5, 8, dtype=torch.float64), torch.nn.functional.normalize(torch.randn(8, dtype=torch.float64), dim=0)
+    torch.testing.assert_close(ablated(ablated(x, v), v), ablated(x, v))

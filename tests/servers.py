@@ -1,0 +1,104 @@
+"""Real servers for tests: `steer serve` in a process of its own, on a free port, stopped by SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parents[1]
+START_TIMEOUT = 180.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """`steer serve ARGUMENTS`, ready when the `with` begins. `client` speaks to it; `log` is what it printed."""
+
+    def __init__(self, *arguments: str, directions: Path | None = None, command: list[str] | None = None) -> None:
+        self.directions = directions
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        base = command or [sys.executable, "-m", "steer.cli", "serve"]
+        self.command = [*base, *arguments, "--port", str(self.port)]
+        self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
+
+    def __enter__(self) -> Server:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            self.command, stdout=self._log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+        )
+        self.client = httpx.Client(base_url=self.url, timeout=120)
+        deadline = time.monotonic() + START_TIMEOUT
+        while True:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
+                raise RuntimeError(f"the server did not start:\n{self.log}")
+            try:
+                if self.client.get("/health").status_code == 200:
+                    return self
+            except httpx.TransportError:
+                time.sleep(0.1)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.client.close()
+        self.stop()
+        self._log.close()
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit code."""
+        self.process.terminate()
+        try:
+            return self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    @property
+    def log(self) -> str:
+        return Path(self._log.name).read_text()
+
+    @property
+    def model(self) -> str:
+        return str(self.client.get("/v1/models").json()["data"][0]["id"])
+
+    def complete(self, prompt: str | list[int] = "hello", headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
+        """POST /v1/completions, greedy and 8 tokens unless told otherwise."""
+        whole = {"model": self.model_name, "prompt": prompt, "max_tokens": 8, "temperature": 0, **body}
+        return self.client.post("/v1/completions", json=whole, headers=headers or {})
+
+    def chat(self, content: str = "hello", headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
+        messages = [{"role": "user", "content": content}]
+        whole = {"model": self.model_name, "messages": messages, "max_tokens": 8, "temperature": 0, **body}
+        return self.client.post("/v1/chat/completions", json=whole, headers=headers or {})
+
+    @property
+    def model_name(self) -> str:
+        if not hasattr(self, "_name"):
+            self._name = self.model
+        return self._name
+
+
+def receipt(response: httpx.Response) -> list[dict[str, Any]]:
+    return list(json.loads(response.headers["x-steer-applied"]))
+
+
+def text(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    return str(choice["text"] if "text" in choice else choice["message"]["content"])

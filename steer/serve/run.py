@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -55,11 +56,22 @@ def prepare(model: str, settings: ServeSettings) -> Served:
     return served
 
 
+class _Server(uvicorn.Server):
+    """uvicorn raises the signal again when it has drained, which makes a clean stop look like a crash: exit 0 instead.
+    A second signal stops without waiting."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
 def serve(model: str, settings: ServeSettings) -> None:
     """Run until SIGTERM or SIGINT; running requests are served to their end."""
     served = prepare(model, settings)
     try:
-        app = build(served)
-        uvicorn.run(app, host=settings.host, port=settings.port, log_level=settings.log_level, access_log=False)
+        config = uvicorn.Config(
+            build(served), host=settings.host, port=settings.port, log_level=settings.log_level, access_log=False
+        )
+        _Server(config).run()
     finally:
         served.engine.stop()

@@ -1,0 +1,152 @@
+"""What each mode gives the operation, and what that does to the stream."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from steer.direction import MODES, Direction, Mode
+from steer.errors import SpecError
+from steer.runtime.modes import check_mode, coefficients, embedding_coefficients
+from steer.runtime.op import FLOOR, GAMMA, RHO, WEIGHT, displacement
+from tests import models
+
+MODEL = models.tiny("llama")
+WEIGHTS = torch.tensor([0.25, 1.0, 2.0])
+
+
+def made(k: int = 1) -> Direction:
+    return replace(models.direction(MODEL, k=k, embedding=True), weights=WEIGHTS)
+
+
+def applied(direction: Direction, mode: Mode, layer: int, x: Tensor, strength: float = 1.0) -> Tensor:
+    """x after all rows of `direction` at `layer`, one after the other."""
+    for k in range(direction.rank):
+        x = x + displacement(x, direction.directions[layer, k], coefficients(direction, mode)[layer, k], strength)
+    return x
+
+
+def stream(tokens: int = 40) -> Tensor:
+    return 2 * torch.randn(tokens, models.D_MODEL, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_coefficients_have_a_row_for_each_layer_and_row(mode: Mode, k: int) -> None:
+    direction = made(k)
+    each = coefficients(direction, mode)
+    assert each.shape == (models.LAYERS, k, 4)
+    assert each.dtype == torch.float32
+    assert embedding_coefficients(direction, mode).shape == (k, 4)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_table_of_coefficients(k: int) -> None:
+    direction = made(k)
+    of = {mode: coefficients(direction, mode) for mode in MODES}
+    weights = WEIGHTS[:, None].expand(-1, k)
+    nothing = torch.zeros(models.LAYERS, k)
+    for mode in ("ablate", "one_sided", "affine"):
+        assert torch.equal(of[mode][..., WEIGHT], weights)
+        assert torch.equal(of[mode][..., GAMMA], nothing)
+    assert torch.equal(of["add"][..., WEIGHT], nothing)
+    assert torch.equal(of["ablate"][..., RHO], nothing)
+    assert torch.equal(of["add"][..., RHO], nothing)
+    assert torch.equal(of["one_sided"][..., RHO], direction.reference)
+    for layer in range(models.LAYERS):
+        harmless = direction.directions[layer] @ direction.mean_harmless_all[layer]
+        torch.testing.assert_close(of["affine"][layer, :, RHO], harmless)
+    for mode in MODES:
+        assert bool((of[mode][..., FLOOR] == (0 if mode == "one_sided" else -torch.inf)).all())
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("layer", range(models.LAYERS))
+def test_add_at_strength_1_moves_by_the_distance_of_the_means(layer: int, k: int) -> None:
+    direction, x = made(k), stream()
+    distance = float((direction.mean_harmful[layer] - direction.mean_harmless[layer]).norm())
+    for strength in (1.0, -0.5):
+        moved = applied(direction, "add", layer, x, strength) - x
+        expected = torch.full((len(x),), distance * float(WEIGHTS[layer]) * abs(strength))
+        torch.testing.assert_close(moved.norm(dim=-1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", range(models.LAYERS))
+def test_add_goes_along_the_one_row_or_along_the_difference_within_the_rows(layer: int) -> None:
+    x = stream()
+    one, many = made(1), made(3)
+    moved = applied(one, "add", layer, x) - x
+    cosine = torch.cosine_similarity(moved, one.directions[layer], dim=-1)
+    torch.testing.assert_close(cosine, torch.ones(len(x)), rtol=0, atol=1e-5)
+    rows = many.directions[layer]
+    within = (many.mean_harmful[layer] - many.mean_harmless[layer]) @ rows.T @ rows
+    cosine = torch.cosine_similarity(applied(many, "add", layer, x) - x, within[None], dim=-1)
+    torch.testing.assert_close(cosine, torch.ones(len(x)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_with_rows_of_zeros_or_weight_0_does_nothing(mode: Mode) -> None:
+    direction, x = made(2), stream()
+    rows = direction.directions.clone()
+    rows[0] = 0
+    idle = replace(direction, directions=rows, weights=torch.tensor([1.0, 0.0, 1.0]))
+    assert torch.isfinite(coefficients(idle, mode)[..., [RHO, WEIGHT, GAMMA]]).all()
+    assert torch.equal(applied(idle, mode, 0, x), x)
+    assert torch.equal(applied(idle, mode, 1, x), x)
+    assert not torch.equal(applied(idle, mode, 2, x), x)
+
+
+@pytest.mark.parametrize("mode", ["ablate", "one_sided", "affine", "add"])
+def test_a_weight_is_a_strength_of_its_layer(mode: Mode) -> None:
+    direction, x = made(), stream()
+    full = replace(direction, weights=torch.ones(models.LAYERS))
+    for layer, weight in enumerate(WEIGHTS.tolist()):
+        torch.testing.assert_close(
+            applied(direction, mode, layer, x, 0.5), applied(full, mode, layer, x, 0.5 * weight), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_affine_puts_the_harmless_component_everywhere() -> None:
+    direction, x = replace(made(2), weights=torch.ones(models.LAYERS)), stream()
+    for layer, rows in enumerate(direction.directions):
+        expected = (rows @ direction.mean_harmless_all[layer]).expand(len(x), -1)
+        torch.testing.assert_close(applied(direction, "affine", layer, x) @ rows.T, expected, rtol=0, atol=1e-4)
+
+
+def test_one_sided_cuts_at_the_reference() -> None:
+    direction, x = replace(made(2), weights=torch.ones(models.LAYERS)), stream()
+    for layer, rows in enumerate(direction.directions):
+        components = applied(direction, "one_sided", layer, x) @ rows.T
+        torch.testing.assert_close(components, torch.minimum(x @ rows.T, direction.reference[layer]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_before_the_first_block_only_ablate_acts(mode: Mode) -> None:
+    direction, x = made(2), stream()
+    assert direction.embedding is not None
+    y = x
+    for v, each in zip(direction.embedding, embedding_coefficients(direction, mode), strict=True):
+        y = y + displacement(y, v, each, 1.0)
+    if mode == "ablate":
+        assert float((y @ direction.embedding.T).abs().max()) < 1e-5
+    else:
+        assert torch.equal(y, x)
+
+
+@pytest.mark.parametrize("sites", [("writers",), ("resid_post", "writers")])
+def test_at_the_writers_only_ablate_has_a_meaning(sites: tuple[str, ...]) -> None:
+    direction = made().with_meta(sites=sites)
+    check_mode(direction, "ablate", "refusal")
+    for mode in MODES:
+        if mode != "ablate":
+            with pytest.raises(SpecError, match=f"'refusal' .*'writers'.*'ablate'.*not '{mode}'") as caught:
+                check_mode(direction, mode, "refusal")
+            assert caught.value.param == "steer.mode"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_at_block_outputs_every_mode_has_a_meaning(mode: Mode) -> None:
+    check_mode(made(), mode, "refusal")

@@ -1,0 +1,164 @@
+"""The one operation, against its formula written out for single numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from steer.runtime.op import FLOOR, GAMMA, RHO, WEIGHT, displacement
+
+law = settings(deadline=None, max_examples=60)
+SEEDS = st.integers(0, 2**32)
+NUMBERS = st.floats(-5, 5)
+
+
+def drawn(seed: int, tokens: int = 5, d_model: int = 16) -> tuple[Tensor, Tensor]:
+    """Random x `[tokens, d_model]` and a unit v, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 3 * torch.randn(tokens, d_model, generator=generator, dtype=torch.float64)
+    v = torch.randn(d_model, generator=generator, dtype=torch.float64)
+    return x, v / v.norm()
+
+
+def row(*, rho: float = 0.0, floor: float = -math.inf, weight: float = 0.0, gamma: float = 0.0) -> Tensor:
+    out = torch.empty(4, dtype=torch.float64)
+    out[RHO], out[FLOOR], out[WEIGHT], out[GAMMA] = rho, floor, weight, gamma
+    return out
+
+
+ABLATE = row(weight=1.0)
+
+
+def after(x: Tensor, v: Tensor, coefficients: Tensor, strength: float = 1.0) -> Tensor:
+    return x + displacement(x, v, coefficients, strength)
+
+
+@given(SEEDS, NUMBERS, NUMBERS, NUMBERS, st.sampled_from(["ablate", "one_sided", "affine", "add"]))
+@law
+def test_each_mode_is_its_line_of_the_table(seed: int, rho: float, weight: float, size: float, mode: str) -> None:
+    """x' = x + s·(γ − w·c)·v with c = max(⟨x, v⟩ − ρ, floor), one number at a time."""
+    strength = 0.7
+    coefficients, c_of, gamma = {
+        "ablate": (row(weight=weight), lambda p: p, 0.0),
+        "one_sided": (row(rho=rho, floor=0.0, weight=weight), lambda p: max(p - rho, 0.0), 0.0),
+        "affine": (row(rho=rho, weight=weight), lambda p: p - rho, 0.0),
+        "add": (row(gamma=weight * size), lambda p: 0.0, weight * size),
+    }[mode]
+    x, v = drawn(seed)
+    for given_x, made in zip(x, after(x, v, coefficients, strength), strict=True):
+        component = sum(float(a) * float(b) for a, b in zip(given_x, v, strict=True))
+        move = strength * (gamma - weight * c_of(component))
+        expected = [float(a) + move * float(b) for a, b in zip(given_x, v, strict=True)]
+        assert made.tolist() == pytest.approx(expected, abs=1e-9)
+
+
+@given(SEEDS)
+@law
+def test_full_removal_leaves_no_component(seed: int) -> None:
+    x, v = drawn(seed)
+    assert float((after(x, v, ABLATE) @ v).abs().max()) < 1e-13
+
+
+@given(SEEDS)
+@law
+def test_projecting_twice_is_projecting_once(seed: int) -> None:
+    x, v = drawn(seed)
+    once = after(x, v, ABLATE)
+    torch.testing.assert_close(after(once, v, ABLATE), once, rtol=0, atol=1e-13)
+
+
+@given(SEEDS, NUMBERS, NUMBERS)
+@law
+def test_strength_scales_what_is_left_and_touches_nothing_else(seed: int, strength: float, weight: float) -> None:
+    x, v = drawn(seed)
+    y = after(x, v, row(weight=weight), strength)
+    torch.testing.assert_close(y @ v, (1 - strength * weight) * (x @ v), rtol=0, atol=1e-11)
+    across = torch.eye(16, dtype=torch.float64) - torch.outer(v, v)
+    torch.testing.assert_close(y @ across, x @ across, rtol=0, atol=1e-11)
+
+
+@given(SEEDS, NUMBERS, NUMBERS)
+@law
+def test_the_sign_of_a_direction_means_nothing_to_ablate(seed: int, strength: float, weight: float) -> None:
+    x, v = drawn(seed)
+    assert torch.equal(after(x, v, row(weight=weight), strength), after(x, -v, row(weight=weight), strength))
+
+
+@given(SEEDS, NUMBERS, NUMBERS)
+@law
+def test_one_sided_never_touches_what_is_not_above_rho(seed: int, rho: float, strength: float) -> None:
+    x, v = drawn(seed, tokens=20)
+    y = after(x, v, row(rho=rho, floor=0.0, weight=1.0), strength)
+    below = x @ v <= rho
+    assert torch.equal(y[below], x[below])
+    above = after(x, v, row(rho=rho, weight=1.0), strength)
+    assert torch.equal(y[~below], above[~below]), "above ρ it is the two-sided removal"
+
+
+@given(SEEDS)
+@law
+def test_one_sided_with_rho_0_is_ablate_on_the_positive_side(seed: int) -> None:
+    x, v = drawn(seed, tokens=20)
+    y = after(x, v, row(floor=0.0, weight=1.0))
+    positive = x @ v > 0
+    assert torch.equal(y[positive], after(x, v, ABLATE)[positive])
+    assert torch.equal(y[~positive], x[~positive])
+
+
+def test_one_sided_at_exactly_rho_changes_nothing() -> None:
+    v = torch.tensor([1.0, 0.0])
+    x = torch.tensor([[2.0, 5.0]])
+    assert torch.equal(after(x, v, row(rho=2.0, floor=0.0, weight=1.0).float()), x)
+
+
+@given(SEEDS, NUMBERS)
+@law
+def test_affine_moves_the_component_to_rho_from_both_sides(seed: int, rho: float) -> None:
+    x, v = drawn(seed, tokens=20)
+    y = after(x, v, row(rho=rho, weight=1.0))
+    torch.testing.assert_close(y @ v, torch.full((20,), rho, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@given(SEEDS, NUMBERS, NUMBERS)
+@law
+def test_add_moves_every_token_by_gamma_along_v(seed: int, gamma: float, strength: float) -> None:
+    x, v = drawn(seed)
+    moved = displacement(x, v, row(gamma=gamma), strength)
+    torch.testing.assert_close(moved, (gamma * strength * v).expand_as(x), rtol=0, atol=1e-13)
+
+
+@given(SEEDS, NUMBERS, NUMBERS, NUMBERS)
+@law
+def test_strength_0_and_a_row_of_zeros_add_nothing(seed: int, rho: float, weight: float, gamma: float) -> None:
+    x, v = drawn(seed)
+    coefficients = row(rho=rho, weight=weight, gamma=gamma)
+    assert not displacement(x, v, coefficients, 0.0).any()
+    assert not displacement(x, torch.zeros_like(v), coefficients, 0.7).any()
+
+
+@given(SEEDS)
+@law
+def test_tokens_are_treated_one_by_one(seed: int) -> None:
+    """Every token with its own vector, coefficients and strength, in any batch shape."""
+    generator = torch.Generator().manual_seed(seed)
+    x, v = drawn(seed, tokens=6)[0], torch.randn(6, 16, generator=generator, dtype=torch.float64)
+    coefficients = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    strengths = torch.randn(6, generator=generator, dtype=torch.float64)
+    together = displacement(x, v, coefficients, strengths)
+    for i in range(6):
+        torch.testing.assert_close(together[i], displacement(x[i], v[i], coefficients[i], strengths[i]), rtol=0, atol=1e-12)
+    shaped = displacement(
+        x.view(2, 3, 16), v.view(2, 3, 16), coefficients.view(2, 3, 4), strengths.view(2, 3)
+    )
+    torch.testing.assert_close(shaped.view(6, 16), together, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_dtype_is_that_of_x(dtype: torch.dtype) -> None:
+    x, v = (t.to(dtype) for t in drawn(0))
+    assert displacement(x, v, ABLATE.to(dtype), 1.0).dtype == dtype

@@ -1,0 +1,333 @@
+"""The table: rows come and go without touching others, and each token gets exactly its own request's operation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from steer.direction import MODES, Direction, Mode, Site
+from steer.errors import NoRoom
+from steer.runtime.modes import coefficients, embedding_coefficients
+from steer.runtime.op import FLOOR
+from steer.runtime.table import EMBEDDING, Place, RequestSteer, Table, TokenIndex, apply
+from steer.spec import Entry, Spec
+from tests import models
+
+law = settings(deadline=None, max_examples=30)
+MODEL = models.tiny("llama")
+#: Directions of rank 1 to 3, by digest.
+RANKS = {"a": 1, "b": 2, "c": 3, "d": 1, "e": 2}
+DIRECTIONS = {
+    name: models.direction(MODEL, k=k, seed=seed, embedding=name in "abc")
+    for seed, (name, k) in enumerate(RANKS.items())
+}
+PLACES = [Place("resid_post", layer) for layer in (EMBEDDING, *range(models.LAYERS))]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def table(rows: int = 6, rank: int = 4, places: Sequence[Place] = PLACES) -> Table:
+    return Table(places, rows=rows, rank=rank, d_model=models.D_MODEL)
+
+
+def spec(*entries: tuple[str, Mode, float]) -> Spec:
+    return Spec(tuple(Entry(name, name, mode, strength) for name, mode, strength in entries))
+
+
+def rows_of(t: Table, name: str) -> list[int]:
+    steer = t.steer(spec((name, "ablate", 1.0)))
+    assert steer is not None
+    return [int(slot) // len(MODES) for slot in steer.slots[: RANKS[name]]]
+
+
+def check_rows(t: Table, name: str) -> None:
+    """The rows of `name` hold its vectors and the coefficients of every mode at every place."""
+    direction = DIRECTIONS[name]
+    for k, row in enumerate(rows_of(t, name)):
+        for place, plate in t.plates.items():
+            slots = plate.coefficients[row * len(MODES) : (row + 1) * len(MODES)]
+            if place.layer != EMBEDDING:
+                assert torch.equal(plate.vectors[row], direction.directions[place.layer, k])
+                assert torch.equal(slots, torch.stack([coefficients(direction, m)[place.layer, k] for m in MODES]))
+            elif direction.embedding is not None:
+                assert torch.equal(plate.vectors[row], direction.embedding[k])
+                assert torch.equal(slots, torch.stack([embedding_coefficients(direction, m)[k] for m in MODES]))
+            else:
+                assert not plate.vectors[row].any()
+
+
+def contents(t: Table) -> list[Tensor]:
+    return [x.clone() for plate in t.plates.values() for x in (plate.vectors, plate.coefficients)]
+
+
+def addresses(t: Table) -> list[int]:
+    return [x.data_ptr() for plate in t.plates.values() for x in (plate.vectors, plate.coefficients)]
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from(sorted(RANKS))), max_size=25))
+@law
+def test_any_sequence_of_loads_and_unloads_keeps_the_books(steps: list[tuple[bool, str]]) -> None:
+    t = table()
+    where = addresses(t)
+    resident: dict[str, list[int]] = {}
+    for load, name in steps:
+        free = t.rows - t.rows_in_use
+        if not load:
+            t.unload(name)
+            resident.pop(name, None)
+        elif name in resident or RANKS[name] <= free:
+            t.load(name, DIRECTIONS[name])
+            resident.setdefault(name, rows_of(t, name))
+        else:
+            before = contents(t)
+            with pytest.raises(NoRoom, match=f"needs {RANKS[name]} free table rows, {free} of {t.rows}"):
+                t.load(name, DIRECTIONS[name])
+            assert all(torch.equal(x, y) for x, y in zip(before, contents(t), strict=True))
+        assert t.rows_in_use == sum(RANKS[other] for other in resident)
+        taken = [row for rows in resident.values() for row in rows]
+        assert len(set(taken)) == len(taken)
+        assert all(1 <= row <= t.rows for row in taken), "row 0 is nobody's"
+        for other, rows in resident.items():
+            assert rows_of(t, other) == rows, "a resident direction never moves"
+            check_rows(t, other)
+        for row in set(range(t.rows + 1)) - set(taken):
+            for plate in t.plates.values():
+                assert not plate.vectors[row].any()
+                slots = plate.coefficients[row * len(MODES) : (row + 1) * len(MODES)]
+                assert bool((slots[:, FLOOR] == -torch.inf).all())
+                assert not slots[:, [i for i in range(4) if i != FLOOR]].any()
+    assert addresses(t) == where, "everything is written in place"
+
+
+def test_all_rows_can_be_used_and_used_again() -> None:
+    t = table(rows=6)
+    for _ in range(3):
+        for name in ("a", "b", "c"):
+            t.load(name, DIRECTIONS[name])
+        assert t.rows_in_use == 6
+        for name in ("b", "a", "c"):
+            t.unload(name)
+        assert t.rows_in_use == 0
+
+
+def test_loading_twice_is_loading_once() -> None:
+    t = table()
+    t.load("b", DIRECTIONS["b"])
+    before = contents(t)
+    t.load("b", DIRECTIONS["b"])
+    assert t.rows_in_use == 2
+    assert all(torch.equal(x, y) for x, y in zip(before, contents(t), strict=True))
+
+
+@pytest.mark.parametrize("sites", [("resid_post",), ("writers",), ("resid_post", "writers")])
+def test_a_direction_acts_at_its_own_sites_only(sites: tuple[Site, ...]) -> None:
+    both: list[Site] = ["resid_post", "writers"]
+    t = table(places=[Place(site, layer) for site in both for layer in (EMBEDDING, 0, 1, 2)])
+    assert t.sites == {"resid_post", "writers"}
+    t.load("a", models.direction(MODEL, embedding=True, sites=sites))
+    for place, plate in t.plates.items():
+        assert bool(plate.vectors.any()) == (place.site in sites)
+
+
+def test_a_plain_request_has_no_entry() -> None:
+    assert table().steer(Spec()) is None
+
+
+@given(st.sampled_from(MODES), st.sampled_from(MODES), st.floats(-10, 10), st.floats(-10, 10))
+@law
+def test_a_request_gets_the_slots_of_its_directions_in_order(x: Mode, y: Mode, s: float, u: float) -> None:
+    t = table(rank=4)
+    t.load("b", DIRECTIONS["b"])
+    t.load("a", DIRECTIONS["a"])
+    steer = t.steer(spec(("a", x, s), ("b", y, u)))
+    assert steer is not None
+    expected = [(row, x) for row in rows_of(t, "a")] + [(row, y) for row in rows_of(t, "b")]
+    assert steer.slots.tolist() == [row * len(MODES) + MODES.index(mode) for row, mode in expected] + [0]
+    assert steer.strengths.tolist() == np.float32([s, u, u, 0]).tolist()
+
+
+RANK, MAX_TOKENS = 2, 24
+REQUESTS = st.builds(
+    lambda slots, strengths: RequestSteer(np.array(slots, np.int64), np.array(strengths, np.float32)),
+    st.lists(st.integers(0, 27), min_size=RANK, max_size=RANK),
+    st.lists(st.floats(-10, 10, width=32), min_size=RANK, max_size=RANK),
+)
+BATCHES = st.lists(st.tuples(st.none() | REQUESTS, st.integers(0, 6)), max_size=4)
+
+
+@given(st.lists(BATCHES, min_size=1, max_size=6), st.booleans())
+@law
+def test_every_token_gets_its_own_requests_rows(
+    batches: list[list[tuple[RequestSteer | None, int]]], as_array: bool
+) -> None:
+    """Batch after batch in the same buffers: nothing is left of a longer one before."""
+    index = TokenIndex(RANK, MAX_TOKENS, "cpu")
+    where = [x.data_ptr() for x in (index.rows, index.slots, index.strengths)]
+    for batch in batches:
+        lengths = [length for _, length in batch]
+        index.fill([steer for steer, _ in batch], np.array(lengths, np.int64) if as_array else lengths)
+        tokens = [steer for steer, length in batch for _ in range(length)]
+        expected = [
+            [(int(s.slots[j]), float(s.strengths[j])) if s else (0, 0.0) for s in tokens + [None] * MAX_TOKENS]
+            for j in range(RANK)
+        ]
+        for j in range(RANK):
+            slots, strengths = zip(*expected[j][:MAX_TOKENS], strict=True)
+            assert index.slots[j].tolist() == list(slots)
+            assert index.rows[j].tolist() == [slot // len(MODES) for slot in slots]
+            assert index.strengths[j].tolist() == list(strengths)
+        assert index.active == any(steer is not None for steer, _ in batch)
+    assert [x.data_ptr() for x in (index.rows, index.slots, index.strengths)] == where
+
+
+def test_a_plain_batch_is_inactive_and_leaves_nothing() -> None:
+    t, index = table(), TokenIndex(4, 16, "cpu")
+    t.load("a", DIRECTIONS["a"])
+    index.fill([t.steer(spec(("a", "ablate", 1.0)))], [16])
+    assert index.active
+    index.fill([None, None], [3, 2])
+    assert not index.active
+    assert not index.rows.any()
+    assert not index.slots.any()
+    assert not index.strengths.any()
+
+
+def test_a_batch_over_the_index_is_a_failure_not_an_overwrite() -> None:
+    with pytest.raises(AssertionError, match="a batch of 17 tokens in an index of 16"):
+        TokenIndex(1, 16, "cpu").fill([RequestSteer.plain(1)], [17])
+
+
+def naive(x: Tensor, direction: Direction, layer: int, mode: Mode, strength: float) -> Tensor:
+    """One token's vector after one direction at one layer: the modes as the design tells them, in float64."""
+    y = x.double()
+    difference = (direction.mean_harmful[layer] - direction.mean_harmless[layer]).double()
+    rows = direction.directions[layer].double()
+    along = rows @ difference
+    for k, v in enumerate(rows):
+        component = y @ v
+        if mode == "ablate":
+            change = -component
+        elif mode == "one_sided":
+            change = -(component - direction.reference[layer, k]).clamp_min(0)
+        elif mode == "affine":
+            change = v @ direction.mean_harmless_all[layer].double() - component
+        else:
+            change = difference.norm() * (along[k] / along.norm() if direction.rank > 1 else 1)
+        y = y + strength * direction.weights[layer].double() * change * v
+    return y
+
+
+WISH = st.lists(
+    st.tuples(st.sampled_from(sorted(RANKS)), st.sampled_from(MODES), st.floats(-2, 2)),
+    max_size=2,
+    unique_by=lambda entry: entry[0],
+)
+
+
+@given(st.lists(st.tuples(WISH, st.integers(1, 3)), min_size=1, max_size=4), st.integers(0, 2**32))
+@law
+def test_a_mixed_batch_is_each_token_by_the_formula(
+    batch: list[tuple[list[tuple[str, Mode, float]], int]], seed: int
+) -> None:
+    t, index = table(rows=9, rank=5), TokenIndex(5, 16, "cpu")
+    for name, direction in DIRECTIONS.items():
+        t.load(name, direction)
+    index.fill([t.steer(spec(*wish)) for wish, _ in batch], [length for _, length in batch])
+    tokens = [wish for wish, length in batch for _ in range(length)]
+    n = len(tokens)
+    x = torch.randn(n, models.D_MODEL, generator=torch.Generator().manual_seed(seed))
+    for layer in range(models.LAYERS):
+        plate = t.plates[Place("resid_post", layer)]
+        made = apply(x, plate, index.rows[:, :n], index.slots[:, :n], index.strengths[:, :n])
+        for i, wish in enumerate(tokens):
+            expected = x[i].double()
+            for name, mode, strength in wish:
+                expected = naive(expected, DIRECTIONS[name], layer, mode, strength)
+            torch.testing.assert_close(made[i].double(), expected, rtol=1e-4, atol=1e-4)
+            if not wish:
+                assert torch.equal(made[i], x[i])
+
+
+def applied(t: Table, wish: Spec, x: Tensor, place: Place = PLACES[1]) -> Tensor:
+    index = TokenIndex(t.rank, len(x), "cpu")
+    index.fill([t.steer(wish)], [len(x)])
+    return apply(x, t.plates[place], index.rows, index.slots, index.strengths)
+
+
+def test_directions_are_applied_in_the_order_of_the_request() -> None:
+    t = table()
+    for name in ("a", "d"):
+        t.load(name, DIRECTIONS[name])
+    x = torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    first, second = (DIRECTIONS[name].directions[0, 0] for name in ("a", "d"))
+    assert abs(float(first @ second)) > 1e-3, "orthogonal directions would show no order"
+    forth = applied(t, spec(("a", "ablate", 1.0), ("d", "ablate", 1.0)), x)
+    back = applied(t, spec(("d", "ablate", 1.0), ("a", "ablate", 1.0)), x)
+    assert float((forth @ second).abs().max()) < 1e-5
+    assert float((back @ first).abs().max()) < 1e-5
+    assert float((forth @ first).abs().max()) > 1e-3
+    step = applied(t, spec(("a", "ablate", 1.0)), x)
+    torch.testing.assert_close(applied(t, spec(("d", "ablate", 1.0)), step), forth, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_all_rows_of_a_direction_are_removed(name: str) -> None:
+    t = table()
+    t.load(name, DIRECTIONS[name])
+    x = torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    wish = spec((name, "ablate", 1.0))
+    for layer in range(models.LAYERS):
+        y = applied(t, wish, x, Place("resid_post", layer))
+        assert float((y @ DIRECTIONS[name].directions[layer].T).abs().max()) < 1e-5
+        torch.testing.assert_close(applied(t, wish, y, Place("resid_post", layer)), y, rtol=0, atol=1e-5)
+    rows = DIRECTIONS[name].embedding
+    assert rows is not None
+    assert float((applied(t, wish, x, Place("resid_post", EMBEDDING)) @ rows.T).abs().max()) < 1e-5
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def plain_beside_steered(x: Tensor) -> Tensor:
+    """`x` as plain tokens of a batch in which another token is steered, after the operation."""
+    t, index = table(), TokenIndex(4, len(x) + 1, "cpu")
+    t.load("c", DIRECTIONS["c"])
+    index.fill([None, t.steer(spec(("c", "add", 1.0)))], [len(x), 1])
+    together = torch.cat([x, torch.ones(1, models.D_MODEL, dtype=x.dtype)])
+    y = apply(together, t.plates[PLACES[1]], index.rows, index.slots, index.strengths)
+    assert y.dtype == x.dtype
+    assert not torch.equal(y[-1], together[-1])
+    return y[:-1]
+
+
+@given(st.integers(0, 2**32), st.integers(-12, 12), st.sampled_from(DTYPES))
+@law
+def test_a_plain_token_keeps_its_bits_in_every_dtype(seed: int, scale: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = (2.0**scale * torch.randn(4, models.D_MODEL, generator=generator, dtype=torch.float64)).to(dtype)
+    x[x == 0] = 1
+    assert torch.equal(bits(plain_beside_steered(x)), bits(x))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, "tiny", "max", "min", torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_plain_token_keeps_its_bits_at_the_edges_of_the_dtype(dtype: torch.dtype, value: float | str) -> None:
+    edge = getattr(torch.finfo(dtype), value) if isinstance(value, str) else value
+    x = torch.randn(2, models.D_MODEL, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[:, 3] = edge
+    assert torch.equal(bits(plain_beside_steered(x)), bits(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_arithmetic_is_float32_at_least(dtype: torch.dtype) -> None:
+    t = table()
+    t.load("a", DIRECTIONS["a"])
+    x = torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    wish = spec(("a", "ablate", 1.0))
+    assert torch.equal(applied(t, wish, x), applied(t, wish, x.to(torch.promote_types(dtype, torch.float32))).to(dtype))

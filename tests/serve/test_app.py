@@ -1,0 +1,300 @@
+"""The HTTP side on a real server: carriers, receipts, the OpenAI shapes, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.servers import Server, receipt, text
+
+ROUTES = ("completions", "chat")
+
+
+def ask(server: Server, route: str, **kwargs: Any) -> httpx.Response:
+    return server.complete(**kwargs) if route == "completions" else server.chat(**kwargs)
+
+
+def carriers(model: str, spec: str) -> dict[str, dict[str, Any]]:
+    return {
+        "body text": {"steer": spec},
+        "header": {"headers": {"X-Steer": spec}},
+        "model name": {"model": f"{model}+{spec}"},
+        "xargs": {"vllm_xargs": {"steer": spec}},
+    }
+
+
+def error(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return dict(body["error"])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_all_carriers_are_equal_and_every_answer_has_its_receipt(tiny_server: Server, route: str, stream: bool) -> None:
+    plain = ask(tiny_server, route, stream=stream)
+    assert receipt(plain) == []
+    answers = set()
+    for name, how in carriers(tiny_server.model_name, "refusal=0.7").items():
+        response = ask(tiny_server, route, stream=stream, **how)
+        assert response.status_code == 200, (name, response.text)
+        (applied,) = receipt(response)
+        assert applied["direction"] == "refusal"
+        assert applied["mode"] == "ablate"
+        assert applied["strength"] == 0.7
+        assert len(applied["digest"]) == 64
+        answers.add(streamed(response) if stream else text(response))
+    assert len(answers) == 1
+    assert answers != {streamed(plain) if stream else text(plain)}
+
+
+def streamed(response: httpx.Response) -> str:
+    events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    assert events[-1] == "[DONE]"
+    out = ""
+    for event in events[:-1]:
+        for choice in json.loads(event)["choices"]:
+            out += choice.get("text", "") or choice.get("delta", {}).get("content", "")
+    return out
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_stream_says_what_the_whole_answer_says(tiny_server: Server, route: str) -> None:
+    for options in ({}, {"steer": "refusal"}, {"steer": [{"direction": "verbosity", "mode": "add", "strength": -0.5}]}):
+        assert streamed(ask(tiny_server, route, stream=True, **options)) == text(ask(tiny_server, route, **options))
+
+
+@pytest.mark.parametrize("off", [None, False, "off", [], "none"])
+def test_off_is_plain(tiny_server: Server, off: Any) -> None:
+    response = tiny_server.complete(steer=off)
+    assert receipt(response) == []
+    assert text(response) == text(tiny_server.complete())
+
+
+def test_composition_modes_and_objects(tiny_server: Server) -> None:
+    written = tiny_server.complete(steer="refusal:one_sided=1,verbosity:add=-0.5")
+    objects = tiny_server.complete(
+        steer=[
+            {"direction": "refusal", "mode": "one_sided", "strength": 1},
+            {"direction": "verbosity", "mode": "add", "strength": -0.5},
+        ]
+    )
+    assert receipt(written) == receipt(objects)
+    assert [(e["direction"], e["mode"], e["strength"]) for e in receipt(written)] == [
+        ("refusal", "one_sided", 1.0),
+        ("verbosity", "add", -0.5),
+    ]
+    assert text(written) == text(objects)
+
+
+def test_carriers_that_say_the_same_agree_and_others_conflict(tiny_server: Server) -> None:
+    model = f"{tiny_server.model_name}+refusal"
+    same = tiny_server.complete(model=model, steer="refusal=1", headers={"X-Steer": "refusal:ablate"})
+    assert len(receipt(same)) == 1
+    told = error(tiny_server.complete(model=model, steer="refusal=0.5"), 400)
+    assert "body field 'steer'" in told["message"]
+    assert "model name" in told["message"]
+    error(tiny_server.complete(steer="off", headers={"X-Steer": "refusal"}), 400)
+    two = [("X-Steer", "refusal"), ("X-Steer", "off")]
+    body = {"model": tiny_server.model_name, "prompt": "x"}
+    error(tiny_server.client.post("/v1/completions", json=body, headers=two), 400)
+
+
+@pytest.mark.parametrize(
+    ("steer", "says"),
+    [
+        ("nobody", "direction 'nobody' is not served; served: refusal, verbosity"),
+        ({"direction": "refusal", "strenght": 1}, "steer.strenght: unknown field; accepted: direction, mode, strength"),
+        ({"direction": "refusal", "strength": "much"}, "a number from -10 to 10"),
+        ({"direction": "refusal", "strength": 11}, "11 is not accepted"),
+        ({"direction": "refusal", "strength": True}, "True is not accepted"),
+        ("refusal=nan", "nan is not accepted"),
+        ({"direction": "refusal", "mode": "delete"}, "accepted: ablate, add, affine, one_sided"),
+        ({"strength": 1}, "steer.direction: missing"),
+        (7, "7 is not understood"),
+        (True, "True is not understood"),
+        ("../../etc/passwd", "is not acceptable"),
+        (["refusal", 3], "steer[1]"),
+        ("refusal,refusal", "named twice"),
+        ("refusal,verbosity,refusal:add,verbosity:add,refusal:affine", "needs 5 direction rows"),
+    ],
+)
+def test_a_bad_spec_gets_a_400_that_names_it(tiny_server: Server, steer: Any, says: str) -> None:
+    told = error(tiny_server.complete(steer=steer), 400)
+    assert says in told["message"]
+    assert told["type"] == "invalid_request_error"
+    assert told["param"] is not None
+
+
+def test_all_problems_of_a_spec_come_together(tiny_server: Server) -> None:
+    told = error(tiny_server.complete(steer=[{"direction": "refusal", "mode": "x"}, {"direction": "refusal", "y": 1}]), 400)
+    assert "steer[0].mode" in told["message"]
+    assert "steer[1].y" in told["message"]
+
+
+def test_nan_in_json_is_refused(tiny_server: Server) -> None:
+    raw = json.dumps({"model": tiny_server.model_name, "prompt": "x", "steer": {"direction": "refusal", "strength": 1}})
+    post = {"content": raw.replace(": 1}", ": NaN}"), "headers": {"content-type": "application/json"}}
+    error(tiny_server.client.post("/v1/completions", **post), 400)
+
+
+def test_what_else_is_wrong(tiny_server: Server) -> None:
+    assert error(tiny_server.complete(model="gpt-4"), 404)["code"] == "model_not_found"
+    assert error(tiny_server.complete(model="gpt-4+refusal"), 404)["code"] == "model_not_found"
+    assert error(tiny_server.client.get("/v1/models/gpt-4"), 404)["code"] == "model_not_found"
+    assert error(tiny_server.client.get("/nowhere"), 404)["code"] == "not_found"
+    assert error(tiny_server.client.get("/v1/completions"), 405)["code"] == "method_not_allowed"
+    long = error(tiny_server.complete("x" * 600), 400)
+    assert long["code"] == "context_length_exceeded"
+    assert "601 tokens" in long["message"]
+    assert error(tiny_server.complete(max_tokens=10_000), 400)["code"] == "context_length_exceeded"
+    both = error(tiny_server.complete(temperature=-1, max_tokens="many"), 400)["message"]
+    assert "temperature" in both
+    assert "max_tokens" in both
+    assert "tools: not served" in error(tiny_server.chat(tools=[{"type": "function"}]), 400)["message"]
+    error(tiny_server.complete(frequency_penalty=0.5), 400)
+    error(tiny_server.complete(n=0), 400)
+    error(tiny_server.complete([]), 400)
+    error(tiny_server.complete([10**6]), 400)
+    error(tiny_server.chat(messages=[]), 400)
+    error(tiny_server.chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]), 400)
+    error(tiny_server.chat(top_logprobs=3), 400)
+    post = tiny_server.client.post
+    error(post("/v1/completions", content=b"{"), 400)
+    error(post("/v1/completions", content=b"[1]"), 400)
+    error(post("/v1/completions", content=b'{"model":"m","steer":"refusal","steer":"off"}'), 400)
+    error(post("/v1/completions", content=b"[" * 100_000), 400)
+    error(post("/v1/completions", content=b'{"prompt":"' + b"x" * 9 * 2**20 + b'"}'), 413)
+    assert text(tiny_server.complete()), "and the server lives"
+
+
+def test_openai_shapes(tiny_server: Server) -> None:
+    body = tiny_server.chat(n=2, logprobs=True, top_logprobs=2).json()
+    assert body["object"] == "chat.completion"
+    assert body["system_fingerprint"].startswith("steer-")
+    assert [c["index"] for c in body["choices"]] == [0, 1]
+    assert body["usage"]["completion_tokens"] == 16
+    assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + 16
+    for choice in body["choices"]:
+        assert choice["finish_reason"] == "length"
+        for token in choice["logprobs"]["content"]:
+            assert token["logprob"] == pytest.approx(token["top_logprobs"][0]["logprob"])
+            assert len(token["top_logprobs"]) == 2
+    body = tiny_server.complete(["ab", "cd"], n=2, logprobs=1, echo=True, seed=3, temperature=1).json()
+    assert [c["index"] for c in body["choices"]] == [0, 1, 2, 3]
+    assert [c["text"][:2] for c in body["choices"]] == ["ab", "ab", "cd", "cd"]
+    reported = body["choices"][0]["logprobs"]
+    assert reported["token_logprobs"][0] is None
+    assert len(reported["tokens"]) == 3 + 8
+    ids = tiny_server.complete([[1, 5, 6], [1, 7]]).json()
+    assert len(ids["choices"]) == 2
+    assert ids["usage"]["prompt_tokens"] == 5
+
+
+def test_stream_options_usage_and_finish_reason(tiny_server: Server) -> None:
+    response = tiny_server.chat(stream=True, stream_options={"include_usage": True}, n=2)
+    chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["completion_tokens"] == 16
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    finishes = [c["finish_reason"] for chunk in chunks for c in chunk["choices"] if c["finish_reason"]]
+    assert finishes == ["length", "length"]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+def test_stop_strings_end_the_answer(tiny_server: Server) -> None:
+    whole = text(tiny_server.complete(max_tokens=30))
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 2]
+    response = tiny_server.complete(max_tokens=30, stop=[stop, "never there"])
+    assert text(response) == whole[: whole.index(stop)]
+    assert response.json()["choices"][0]["finish_reason"] == "stop"
+    assert streamed(tiny_server.complete(max_tokens=30, stop=stop, stream=True)) == whole[: whole.index(stop)]
+
+
+def test_a_seed_repeats_and_another_differs(tiny_server: Server) -> None:
+    def sampled(seed: int) -> str:
+        return text(tiny_server.complete(temperature=1, seed=seed, max_tokens=20))
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+
+
+def test_models_lists_an_alias_for_each_direction(tiny_server: Server) -> None:
+    name = tiny_server.model_name
+    cards = {card["id"]: card for card in tiny_server.client.get("/v1/models").json()["data"]}
+    assert set(cards) == {name, f"{name}+refusal", f"{name}+verbosity"}
+    assert cards[f"{name}+refusal"]["parent"] == name
+    assert cards[f"{name}+refusal"]["root"] == "refusal"
+    assert tiny_server.client.get(f"/v1/models/{name}+refusal").json() == cards[f"{name}+refusal"]
+
+
+def test_health_and_metrics(tiny_server: Server) -> None:
+    tiny_server.complete(steer="refusal")
+    health = tiny_server.client.get("/health").json()
+    assert health["status"] == "ok"
+    assert health["engine"] == "continuous batching"
+    metrics = tiny_server.client.get("/metrics").text
+    assert 'steer_requests_total{direction="refusal",mode="ablate",outcome="ok"}' in metrics
+    assert "steer_resident_versions 2.0" in metrics
+    assert 'steer_direction_info{digest="' in metrics
+
+
+def test_losing_the_client_frees_its_place_and_its_version(tiny_server: Server) -> None:
+    whole = {"model": tiny_server.model_name, "prompt": "x", "max_tokens": 400, "steer": "refusal"}
+    whole |= {"n": 24, "ignore_eos": True}  # long enough to be looked at
+
+    def state() -> tuple[int, int]:
+        pinned = tiny_server.client.get("/v1/directions/refusal").json()["requests"]
+        return tiny_server.client.get("/health").json()["in_flight"], pinned
+
+    for stream in (True, False):
+        with httpx.Client(base_url=tiny_server.url) as client:
+            if stream:
+                with client.stream("POST", "/v1/completions", json={**whole, "stream": True}) as response:
+                    next(response.iter_lines())
+                    assert state() == (24, 1)
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    client.post("/v1/completions", json=whole, timeout=0.2)
+        deadline = time.monotonic() + 10
+        while state() != (0, 0):
+            assert time.monotonic() < deadline, f"stream={stream}: {state()} requests and pins are left"
+            time.sleep(0.05)
+
+
+def test_a_full_queue_gets_a_429_with_retry_after(tiny_folder: Any, tmp_path: Any) -> None:
+    with Server(str(tiny_folder), "--directions", str(tmp_path), "--max-requests", "2") as server:
+        response = server.complete(n=3)
+        assert error(response, 429)["code"] == "queue_full"
+        assert int(response.headers["retry-after"]) >= 1
+        assert text(server.complete(n=2))
+
+
+def test_a_server_default_and_how_to_switch_it_off(tiny_server: Server, tiny_folder: Any) -> None:
+    arguments = (str(tiny_folder), "--directions", str(tiny_server.directions), "--default-steer", "refusal=0.7")
+    with Server(*arguments) as server:
+        assert receipt(server.complete())[0]["strength"] == 0.7
+        assert text(server.complete()) == text(tiny_server.complete(steer="refusal=0.7"))
+        assert receipt(server.complete(steer="off")) == []
+        assert receipt(server.complete(headers={"X-Steer": "verbosity"}))[0]["direction"] == "verbosity"
+        assert text(server.complete(steer=None)) == text(tiny_server.complete())
+
+
+def test_a_default_that_is_not_there_refuses_to_start(tiny_folder: Any, tmp_path: Any) -> None:
+    with pytest.raises(RuntimeError, match="direction 'refusal' is not served; served: none"):
+        Server(str(tiny_folder), "--directions", str(tmp_path), "--default-steer", "refusal").__enter__()
+
+
+def test_a_default_that_goes_away_is_never_silently_plain(tiny_server: Server, tiny_folder: Any, tmp_path: Any) -> None:
+    (tmp_path / "refusal.safetensors").write_bytes((tiny_server.directions / "refusal.safetensors").read_bytes())  # type: ignore[operator]
+    with Server(str(tiny_folder), "--directions", str(tmp_path), "--default-steer", "refusal") as server:
+        assert server.client.delete("/v1/directions/refusal").status_code == 200
+        assert error(server.complete(), 503)["code"] == "default_unavailable"
+        assert receipt(server.complete(steer="off")) == []
+        assert server.stop() == 0

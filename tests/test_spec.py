@@ -1,0 +1,323 @@
+"""The request language: every form of one wish means the same, and everything else is refused in words."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, get_args
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from steer.direction import MODES, Mode
+from steer.errors import SpecError
+from steer.spec import MAX_ITEMS, MAX_STRENGTH, Entry, Spec, Wanted, parse, text
+
+law = settings(deadline=None, max_examples=100)
+
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True).filter(
+    lambda name: name.lower() not in {"off", "none", "null", "false", "true"}
+)
+STRENGTHS = st.floats(-MAX_STRENGTH, MAX_STRENGTH).map(lambda x: x + 0.0)
+WANTED = st.builds(Wanted, NAMES, st.none() | st.sampled_from(MODES), st.none() | STRENGTHS)
+WISHES = st.lists(WANTED, max_size=MAX_ITEMS, unique_by=lambda item: (item.direction, item.mode)).map(tuple)
+
+
+def as_object(item: Wanted, *, nulls: bool) -> dict[str, Any]:
+    fields = {"direction": item.direction, "mode": item.mode, "strength": item.strength}
+    return {k: v for k, v in fields.items() if nulls or v is not None}
+
+
+def problems_of(value: Any, param: str = "steer") -> tuple[str, ...]:
+    with pytest.raises(SpecError) as caught:
+        parse(value, param)
+    return caught.value.problems
+
+
+@given(WISHES)
+@law
+def test_the_text_form_reads_back(wishes: tuple[Wanted, ...]) -> None:
+    assert parse(text(wishes)) == wishes
+    assert text(parse(text(wishes))) == text(wishes)
+
+
+@given(WISHES, st.booleans())
+@law
+def test_text_objects_and_lists_mean_the_same(wishes: tuple[Wanted, ...], nulls: bool) -> None:
+    objects = [as_object(item, nulls=nulls) for item in wishes]
+    assert parse(objects) == wishes
+    assert parse([text([item]) for item in wishes]) == wishes
+    assert parse(json.dumps(objects)) == wishes, "JSON may come as a text, as in a header"
+    assert parse(f"  {json.dumps(objects)}\n") == wishes
+    mixed = [text([item]) if i % 2 else as_object(item, nulls=nulls) for i, item in enumerate(wishes)]
+    assert parse(mixed) == wishes
+    for item, form in zip(wishes, objects, strict=True):
+        assert parse(form) == parse(json.dumps(form)) == parse(text([item])) == (item,)
+
+
+@given(WISHES, st.sampled_from(["", " ", "  ", "\t"]))
+@law
+def test_space_around_the_parts_means_nothing(wishes: tuple[Wanted, ...], space: str) -> None:
+    spaced = text(wishes)
+    for sign in ",:=":
+        spaced = spaced.replace(sign, f"{space}{sign}{space}")
+    assert parse(space + spaced + space) == wishes
+
+
+def test_the_forms_of_the_documentation() -> None:
+    assert parse("refusal") == (Wanted("refusal"),)
+    assert parse("refusal=0.7") == (Wanted("refusal", None, 0.7),)
+    assert parse("refusal:one_sided=0.7") == (Wanted("refusal", "one_sided", 0.7),)
+    assert parse("refusal=1,verbosity=-0.5") == (Wanted("refusal", None, 1.0), Wanted("verbosity", None, -0.5))
+    assert parse({"direction": "refusal", "strength": 0.7, "mode": "one_sided"}) == parse("refusal:one_sided=0.7")
+    assert parse({"direction": "refusal", "strength": 1}) == parse("refusal=1")
+
+
+@pytest.mark.parametrize(
+    "off", [None, False, "off", "OFF", " Off ", "none", "null", "false", [], (), "[]", "[ ]", ["off"]], ids=repr
+)
+def test_off_is_an_empty_wish(off: Any) -> None:
+    assert parse(off) == ()
+
+
+@pytest.mark.parametrize("value", ["off,refusal", "refusal,off", ["off", "refusal"], ["refusal", "none"], '["off","a"]'])
+def test_off_beside_a_direction_is_a_contradiction_in_every_form(value: Any) -> None:
+    assert problems_of(value)
+
+
+@given(STRENGTHS)
+@example(-0.0)
+@law
+def test_a_strength_is_a_plain_float(strength: float) -> None:
+    for value in ({"direction": "a", "strength": strength}, f"a={strength!r}"):
+        (item,) = parse(value)
+        assert item.strength == strength
+        assert math.copysign(1, item.strength) == 1 or item.strength < 0, "no negative zero: it has another text"
+
+
+BAD_STRENGTHS: list[Any] = [
+    math.nan,
+    math.inf,
+    -math.inf,
+    math.nextafter(MAX_STRENGTH, math.inf),
+    -MAX_STRENGTH - 1,
+    1e300,
+    11,
+    10**400,
+    -(10**400),
+    True,
+    False,
+    "1",
+    "",
+    [],
+    [1],
+    {},
+]
+
+
+@pytest.mark.parametrize("strength", BAD_STRENGTHS, ids=lambda s: repr(s)[:12])
+def test_a_strength_that_is_no_number_in_range_is_refused_by_field(strength: Any) -> None:
+    (problem,) = problems_of({"direction": "refusal", "strength": strength})
+    assert problem.startswith("steer.strength: ")
+    assert "a number from -10 to 10" in problem
+
+
+@pytest.mark.parametrize(
+    "number", ["", "x", "nan", "inf", "-inf", "Infinity", "11", "-10.5", "1e9", "1=2", "0x1", "1 2", "1_0", "٣", "9" * 5000]
+)
+def test_a_text_that_is_no_number_in_range_is_refused_by_field(number: str) -> None:
+    (problem,) = problems_of(f"refusal={number}")
+    assert problem.startswith("steer.strength: ")
+    assert "a number from -10 to 10" in problem
+
+
+def test_a_number_too_long_to_read_is_refused_too() -> None:
+    assert problems_of('{"direction": "refusal", "strength": ' + "9" * 5000 + "}")
+
+
+@pytest.mark.parametrize("mode", ["", "remove", "Ablate", "ablate ", 1, True, ["ablate"], {"ablate": 1}, b"ablate"])
+def test_a_mode_that_is_none_of_the_modes_is_refused_by_field(mode: Any) -> None:
+    (problem,) = problems_of({"direction": "refusal", "mode": mode})
+    assert problem.startswith("steer.mode: ")
+    for accepted in get_args(Mode):
+        assert accepted in problem
+
+
+@pytest.mark.parametrize("value", ["refusal:", "refusal:=1", "refusal:remove", "refusal:ablate:add", ":ablate"])
+def test_a_text_with_no_such_mode_or_no_name_is_refused(value: str) -> None:
+    assert problems_of(value)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../x", "a/b", "a" * 65, "off", "true", "é", "a\n", "-x"])
+def test_a_name_that_cannot_be_one_is_refused_in_every_form(name: str) -> None:
+    for value in ({"direction": name}, [{"direction": name}], f"x,{name}/=1"):
+        assert any("is not acceptable: 1 to 64 letters" in problem for problem in problems_of(value))
+
+
+@pytest.mark.parametrize("value", [None, 1, True, [], {}, ["refusal"]])
+def test_a_name_that_is_no_text_is_refused_by_field(value: Any) -> None:
+    (problem,) = problems_of({"direction": value})
+    assert problem.startswith("steer.direction: ")
+
+
+@pytest.mark.parametrize("value", ["", "  ", ",", "refusal,", ",refusal", "refusal,,other", "=1", "[", "{", "[1", "{'a'}"])
+def test_an_unfinished_text_is_refused(value: str) -> None:
+    assert problems_of(value)
+
+
+@pytest.mark.parametrize("value", [True, 0, 1, 0.5, -1, b"refusal", object])
+def test_a_value_of_another_kind_is_told_what_is_accepted(value: Any) -> None:
+    (problem,) = problems_of(value)
+    assert problem.startswith("steer: ")
+    assert "accepted: a text like 'refusal'" in problem
+
+
+@pytest.mark.parametrize("item", [None, True, False, 0, 1.5, [], ["refusal"], [[]]])
+def test_an_item_of_another_kind_is_named_by_its_place(item: Any) -> None:
+    (problem,) = problems_of(["refusal", item])
+    assert problem.startswith("steer[1]: ")
+    assert "accepted: " in problem
+
+
+@pytest.mark.parametrize("field", ["name", "lambda", "Strength", "", "direction "])
+def test_an_unknown_field_is_named_with_the_known_ones(field: str) -> None:
+    (problem,) = problems_of({"direction": "refusal", field: 1})
+    assert problem.startswith(f"steer.{field}: unknown field")
+    assert "direction, mode, strength" in problem
+
+
+def test_a_missing_direction_is_named() -> None:
+    for value in ({}, {"strength": 1}, "{}"):
+        assert any(problem.startswith("steer.direction: missing") for problem in problems_of(value))
+
+
+@given(WANTED, WISHES)
+@law
+def test_one_direction_twice_in_one_mode_is_refused(item: Wanted, others: tuple[Wanted, ...]) -> None:
+    again = Wanted(item.direction, item.mode, 0.25)
+    for value in (text([item, again]), [as_object(item, nulls=False), as_object(again, nulls=False)]):
+        assert any(f"'{item.direction}' is named twice" in problem for problem in problems_of(value))
+
+
+def test_one_direction_in_two_modes_is_no_repetition() -> None:
+    assert len(parse("a:ablate,a:add=0.5,a:one_sided")) == 3
+
+
+def test_a_wish_has_so_many_directions_and_no_more() -> None:
+    names = [f"d{i}" for i in range(MAX_ITEMS + 1)]
+    assert len(parse(names[:-1])) == len(parse(",".join(names[:-1]))) == MAX_ITEMS
+    for value in (names, ",".join(names)):
+        (problem,) = problems_of(value)
+        assert f"{MAX_ITEMS + 1} directions, at most {MAX_ITEMS}" in problem
+
+
+def test_all_problems_are_reported_together_by_place() -> None:
+    bad = {"direction": "a b", "mode": "remove", "strength": 99, "colour": 1}
+    said = problems_of(["fine", bad, 7, {"strength": "x"}], param="body")
+    for place in ("body[1]: ", "body[1].mode: ", "body[1].strength: ", "body[1].colour: ", "body[2]: ", "body[3].direction: "):
+        assert sum(problem.startswith(place) for problem in said) == 1
+
+
+@pytest.mark.parametrize("param", ["steer", "X-Steer", "vllm_xargs.steer"])
+def test_the_carrier_is_named_in_every_problem(param: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse([{"direction": "a", "strength": 99}, 1], param)
+    assert caught.value.param == param
+    assert all(problem.startswith(param) for problem in caught.value.problems)
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([10**400, -(10**4000)])
+    | st.floats()
+    | st.text(st.characters(), max_size=12)
+    | st.sampled_from(["refusal", "off", "a=1", "a:add", "[", "{", '{"direction":"a"}', "\ud800", "a=\ud800", "[\ud800"])
+    | NAMES
+    | st.sampled_from(MODES),
+    lambda inner: st.lists(inner, max_size=4)
+    | st.dictionaries(
+        st.sampled_from(["direction", "mode", "strength"]) | st.text(st.characters(), max_size=4), inner, max_size=4
+    ),
+    max_leaves=8,
+)
+
+
+def wish_or_refusal(value: Any) -> None:
+    try:
+        wishes = parse(value)
+    except SpecError as error:
+        assert error.problems
+        assert str(error).encode(), "a message that can be sent"
+        return
+    assert isinstance(wishes, tuple)
+    assert parse(text(wishes)) == wishes
+
+
+@given(ANYTHING)
+@example({"\ud800": 1})
+@example({"direction": "a", "strength": 10**400})
+@example(10**4000)
+@settings(deadline=None, max_examples=400)
+def test_any_value_gives_a_wish_or_a_refusal(value: Any) -> None:
+    wish_or_refusal(value)
+
+
+@given(ANYTHING)
+@settings(deadline=None, max_examples=200)
+def test_any_value_as_json_text_gives_a_wish_or_a_refusal(value: Any) -> None:
+    written = json.dumps(value)
+    wish_or_refusal(written)
+    wish_or_refusal([written])
+
+
+@given(st.text(st.characters(), max_size=30) | st.text(alphabet='ab0.1,:=-+e[]{}" \n', max_size=20))
+@example("[" * 100_000)
+@example('{"a":' * 100_000)
+@settings(deadline=None, max_examples=400)
+def test_any_text_gives_a_wish_or_a_refusal(value: str) -> None:
+    wish_or_refusal(value)
+
+
+DIGESTS = st.text(alphabet="0123456789abcdef", min_size=64, max_size=64)
+ENTRIES = st.lists(st.builds(Entry, NAMES, DIGESTS, st.sampled_from(MODES), STRENGTHS), max_size=4).map(tuple)
+
+
+@given(ENTRIES)
+@law
+def test_a_receipt_is_compact_ascii_json_of_exactly_what_is_applied(entries: tuple[Entry, ...]) -> None:
+    receipt = Spec(entries).receipt()
+    assert receipt.isascii()
+    assert receipt.isprintable()
+    assert " " not in receipt
+    read = json.loads(receipt)
+    assert [list(entry) for entry in read] == [["direction", "digest", "mode", "strength"]] * len(entries)
+    assert tuple(Entry(**entry) for entry in read) == entries
+    assert (receipt == "[]") == (not Spec(entries))
+
+
+@given(ENTRIES, ENTRIES)
+@law
+def test_the_key_is_all_that_decides_the_computation_and_nothing_else(
+    x: tuple[Entry, ...], y: tuple[Entry, ...]
+) -> None:
+    def computed(entries: tuple[Entry, ...]) -> list[tuple[str, str, float]]:
+        return [(e.digest, e.mode, e.strength) for e in entries]
+
+    assert (Spec(x).key() == Spec(y).key()) == (computed(x) == computed(y))
+    renamed = tuple(Entry(f"n{i}", e.digest, e.mode, e.strength) for i, e in enumerate(x))
+    assert Spec(renamed).key() == Spec(x).key()
+
+
+@given(ENTRIES)
+@law
+def test_every_entry_and_the_order_of_entries_change_the_key(entries: tuple[Entry, ...]) -> None:
+    key = Spec(entries).key()
+    for i, e in enumerate(entries):
+        assert Spec(entries[:i] + entries[i + 1 :]).key() != key
+        other = Entry(e.direction, e.digest, e.mode, math.nextafter(e.strength, 99.0))
+        assert Spec((*entries[:i], other, *entries[i + 1 :])).key() != key
+    computed = [(e.digest, e.mode, e.strength) for e in entries]
+    assert (Spec(entries[::-1]).key() == key) == (computed[::-1] == computed)

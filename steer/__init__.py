@@ -1,9 +1,9 @@
 """Steer: serve one language model plain or with a behaviour direction removed, chosen per request.
 
-    with steer.attach(model, refusal="directions/refusal.safetensors") as steering:
-        plain = model.generate(**inputs)
-        with steering("refusal"):
-            steered = model.generate(**inputs)
+with steer.attach(model, refusal="directions/refusal.safetensors") as steering:
+    plain = model.generate(**inputs)
+    with steering("refusal"):
+        steered = model.generate(**inputs)
 """
 
 from __future__ import annotations

@@ -85,7 +85,9 @@ def with_settings(settings: type[ServeSettings]) -> Callable[[Callable[..., None
 @app.command()
 @with_settings(ServeSettings)
 def serve(
-    model: Annotated[str | None, typer.Argument(help="local folder or hub id; default: the embedded demo model")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="local folder or hub id; default: the embedded demo model")
+    ] = None,
     *,
     settings: ServeSettings,
 ) -> None:
@@ -107,15 +109,23 @@ def fit(
     harmless: Annotated[str, typer.Option(help="prompts that do not show it, as --harmful")],
     output: Annotated[Path, typer.Option("--output", "-o", help="the direction file to write")],
     method: Annotated[str, typer.Option(help="slerp, linear or projected")] = "slerp",
-    t: Annotated[float, typer.Option(help="position in the slerp family; 0 is projected, 1 the normalised difference")] = 1.0,
-    layer: Annotated[str, typer.Option(help="source layer: auto (by measured effect), a number, or all (each its own)")] = "auto",
+    t: Annotated[
+        float, typer.Option(help="position in the slerp family; 0 is projected, 1 the normalised difference")
+    ] = 1.0,
+    layer: Annotated[
+        str, typer.Option(help="source layer: auto (by measured effect), a number, or all (each its own)")
+    ] = "auto",
     position: Annotated[int, typer.Option(help="token position that is measured, −1 is the last of the template")] = -1,
-    winsorize: Annotated[float | None, typer.Option(help="clip each activation vector at this quantile of magnitudes")] = None,
+    winsorize: Annotated[
+        float | None, typer.Option(help="clip each activation vector at this quantile of magnitudes")
+    ] = None,
     system_prompt: Annotated[str | None, typer.Option(help="system prompt of every measured conversation")] = None,
     mode: Annotated[str, typer.Option(help="the file's default mode: ablate, one_sided, affine or add")] = "ablate",
     strength: Annotated[float, typer.Option(help="the file's default strength")] = 1.0,
     sites: Annotated[str, typer.Option(help="where it acts: resid_post or writers")] = "resid_post",
-    batch_size: Annotated[str, typer.Option(help="prompts in a pass; auto begins with 64 and halves when memory runs out")] = "auto",
+    batch_size: Annotated[
+        str, typer.Option(help="prompts in a pass; auto begins with 64 and halves when memory runs out")
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
     revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
@@ -133,7 +143,9 @@ def fit(
     from steer.lab.prompts import read_prompts
 
     with reported():
-        choices = Choices.model_validate({"mode": mode, "sites": sites.split(","), "layer": layer, "batch_size": batch_size})
+        choices = Choices.model_validate(
+            {"mode": mode, "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
+        )
         recipe = Recipe(method, t, choices.layer, choices.mode, strength)
         sets = read_prompts(harmful), read_prompts(harmless)
         if not output.parent.is_dir():
@@ -176,7 +188,10 @@ def inspect_file(
             typer.echo(f"  {key}: {value}")
     typer.echo(f"\n{'layer':>5}  {'angle °':>8}  {'‖harmful‖':>10}  {'‖harmless‖':>10}  {'cos to next':>11}  weight")
     for row in profile:
-        cells = [_cell(row[key], width) for key, width in (("angle", 8), ("norm_harmful", 10), ("norm_harmless", 10), ("cosine_next", 11))]
+        cells = [
+            _cell(row[key], width)
+            for key, width in (("angle", 8), ("norm_harmful", 10), ("norm_harmless", 10), ("cosine_next", 11))
+        ]
         typer.echo(f"{row['layer']:>5}  {'  '.join(cells)}  {row['weight'] if row['steered'] else 'not steered'}")
 
 
@@ -213,7 +228,9 @@ def evaluate_direction(
         prompts = {"harmful": read_prompts(harmful).prompts, "harmless": read_prompts(harmless).prompts}
         loaded = load(model, revision=revision, dtype=dtype, device=device)
         anatomy = Anatomy(loaded.model)
-        shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, frozenset(meta.sites), loaded_direction.rank)
+        shape = Shape(
+            anatomy.architecture, anatomy.layers, anatomy.d_model, frozenset(meta.sites), loaded_direction.rank
+        )
         shape.check(loaded_direction)
         steering = Steering(loaded.model, sites=meta.sites, rows=loaded_direction.rank, rank=loaded_direction.rank)
         probe = Probe(loaded, steering, system_prompt, max_tokens, choices.batch, progress=True)
@@ -232,7 +249,9 @@ def evaluate_direction(
             )
     kl = report["kl"]
     typer.echo(f"\nKL(plain ‖ steered) on harmless, nats{'mean':>10} {'median':>10} {'p95':>10}")
-    typer.echo(f"  first token                       {kl['first_mean']:>10.5f} {kl['first_median']:>10.5f} {kl['first_p95']:>10.5f}")
+    typer.echo(
+        f"  first token                       {kl['first_mean']:>10.5f} {kl['first_median']:>10.5f} {kl['first_p95']:>10.5f}"
+    )
     typer.echo(f"  all tokens of the plain answer    {kl['mean']:>10.5f} {kl['median']:>10.5f} {kl['p95']:>10.5f}")
 
 

@@ -82,7 +82,7 @@ class DirectionMeta(BaseModel):
     harmless: Dataset | None = None
     mode: Mode = "ablate"
     strength: float = Field(1.0, allow_inf_nan=False)
-    sites: tuple[Site, ...] = Field(("resid_post",), min_length=1)
+    sites: tuple[Site, ...] = Field(default=("resid_post",), min_length=1)
     tool: str = f"steer {__version__}"
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -122,11 +122,15 @@ class Direction:
         wrong shape are not looked at."""
         found: list[str] = []
         tensors = self.tensors()
-        shapes = _shapes(self.meta.layers, self.directions.shape[1] if self.directions.ndim == 3 else 1, self.meta.d_model)
+        shapes = _shapes(
+            self.meta.layers, self.directions.shape[1] if self.directions.ndim == 3 else 1, self.meta.d_model
+        )
         shapes["embedding"] = shapes["directions"][1:]
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32:
-                found.append(f"tensor '{name}' has dtype {str(tensor.dtype).removeprefix('torch.')}, it must be float32")
+                found.append(
+                    f"tensor '{name}' has dtype {str(tensor.dtype).removeprefix('torch.')}, it must be float32"
+                )
             if tuple(tensor.shape) != shapes[name]:
                 found.append(f"tensor '{name}' has shape {list(tensor.shape)}, it must be {list(shapes[name])}")
         if found:

@@ -1,15 +1,15 @@
 """Every error that Steer raises on purpose, in one small tree.
 
-    SteerError
-    ├── InvalidInput (ValueError)     the caller's input breaks a rule; `problems` lists every broken one
-    │   ├── DegenerateError           vectors that define no direction (zero, equal, antipodal, not finite)
-    │   ├── DirectionError            a direction file or its name is not acceptable
-    │   ├── SpecError                 the `steer` part of a request is not acceptable
-    │   └── RequestError              another part of a request is not acceptable
-    ├── UnknownDirection (SpecError)  a request names a direction that is not served
-    ├── UnsupportedModel              a model's layers or sites cannot be claimed, so nothing starts
-    ├── NoRoom                        no free rows (a load) or no free queue place (a request) right now
-    └── EngineFailed                  the engine died under a request that was admitted
+SteerError
+├── InvalidInput (ValueError)     the caller's input breaks a rule; `problems` lists every broken one
+│   ├── DegenerateError           vectors that define no direction (zero, equal, antipodal, not finite)
+│   ├── DirectionError            a direction file or its name is not acceptable
+│   ├── SpecError                 the `steer` part of a request is not acceptable
+│   └── RequestError              another part of a request is not acceptable
+├── UnknownDirection (SpecError)  a request names a direction that is not served
+├── UnsupportedModel              a model's layers or sites cannot be claimed, so nothing starts
+├── NoRoom                        no free rows (a load) or no free queue place (a request) right now
+└── EngineFailed                  the engine died under a request that was admitted
 """
 
 from __future__ import annotations

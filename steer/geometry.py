@@ -35,7 +35,8 @@ def unit(v: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
     if bool((norm == 0).any()):
         raise DegenerateError("a vector is zero, so it has no direction")
-    return v / norm
+    out: Tensor = v / norm
+    return out
 
 
 def angle(a: Tensor, h: Tensor) -> Tensor:

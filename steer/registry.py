@@ -100,7 +100,8 @@ class Registry:
         with self._state:
             if name not in self._names:
                 raise UnknownDirection(
-                    f"direction {name!r} is not served; served: {', '.join(sorted(self._names)) or 'none'}", param="steer"
+                    f"direction {name!r} is not served; served: {', '.join(sorted(self._names)) or 'none'}",
+                    param="steer",
                 )
             return self._versions[self._names[name]]
 
@@ -285,7 +286,9 @@ class Registry:
         """Follow the folder until `stop`: blocks, so it runs in a thread of its own."""
         if self.folder is None:
             return
-        for _ in watchfiles.watch(self.folder, stop_event=stop, debounce=50, step=20, yield_on_timeout=True, rust_timeout=2000):
+        for _ in watchfiles.watch(
+            self.folder, stop_event=stop, debounce=50, step=20, yield_on_timeout=True, rust_timeout=2000
+        ):
             try:
                 self.sync()
                 if on_change:

@@ -18,7 +18,9 @@ class ServeSettings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to bind")
     port: int = Field(8000, ge=0, le=65535, description="port to bind; 0 takes a free one")
-    served_model_name: str | None = Field(None, description="name of the model in requests; default: last part of MODEL")
+    served_model_name: str | None = Field(
+        None, description="name of the model in requests; default: last part of MODEL"
+    )
     directions: Path = Field(Path("directions"), description="folder of direction files, watched for changes")
     default_steer: str = Field(
         "off", description="steering of requests that ask for nothing, like 'refusal' or 'refusal=0.7'"
@@ -28,7 +30,9 @@ class ServeSettings(BaseSettings):
     rank: int = Field(4, ge=1, le=64, description="direction rows that one request can use")
     max_requests: int = Field(256, ge=1, description="requests running or waiting; more get a 429")
     max_body: int = Field(8 * 2**20, ge=1024, description="bytes of a request body; more get a 413")
-    context: int | None = Field(None, ge=16, description="most tokens of prompt and answer; default: what the model has")
+    context: int | None = Field(
+        None, ge=16, description="most tokens of prompt and answer; default: what the model has"
+    )
     cache_tokens: int | None = Field(None, ge=32, description="tokens of all requests in the key-value cache")
     dtype: str = Field("auto", description="float32, bfloat16, float16, or auto: as stored, float32 on a CPU")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps, or auto")

@@ -64,9 +64,7 @@ def reference_logits(model: Any, name: str, v: Tensor, ids: Tensor, strength: fl
         for norm in (block.post_attention_layernorm, block.post_feedforward_layernorm):
             handles.append(norm.register_forward_hook(lambda _m, _a, out: ablated(out, v, strength)))
     handles.append(
-        decoder.layers[0].register_forward_pre_hook(
-            lambda _m, args: (ablated(args[0], v, strength), *args[1:])
-        )
+        decoder.layers[0].register_forward_pre_hook(lambda _m, args: (ablated(args[0], v, strength), *args[1:]))
     )
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids, use_cache=False).logits

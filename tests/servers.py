@@ -28,8 +28,8 @@ def free_port() -> int:
 class Server:
     """`steer serve ARGUMENTS`, ready when the `with` begins. `client` speaks to it; `log` is what it printed."""
 
-    def __init__(self, *arguments: str, directions: Path | None = None, command: list[str] | None = None) -> None:
-        self.directions = directions
+    def __init__(self, *arguments: str, directions: Path | None = None, command: list[str] | None = None, cwd: Path = ROOT) -> None:
+        self.directions, self.cwd = directions, cwd
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         base = command or [sys.executable, "-m", "steer.cli", "serve"]
@@ -39,7 +39,7 @@ class Server:
     def __enter__(self) -> Server:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            self.command, stdout=self._log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+            self.command, stdout=self._log, stderr=subprocess.STDOUT, env=environment, cwd=self.cwd
         )
         self.client = httpx.Client(base_url=self.url, timeout=120)
         deadline = time.monotonic() + START_TIMEOUT
@@ -77,7 +77,9 @@ class Server:
     def model(self) -> str:
         return str(self.client.get("/v1/models").json()["data"][0]["id"])
 
-    def complete(self, prompt: str | list[int] = "hello", headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
+    def complete(
+        self, prompt: str | list[int] = "hello", headers: dict[str, str] | None = None, **body: Any
+    ) -> httpx.Response:
         """POST /v1/completions, greedy and 8 tokens unless told otherwise."""
         whole = {"model": self.model_name, "prompt": prompt, "max_tokens": 8, "temperature": 0, **body}
         return self.client.post("/v1/completions", json=whole, headers=headers or {})

@@ -101,7 +101,7 @@ def test_no_length_of_the_header_makes_a_file_unreadable() -> None:
 
 
 def test_equal_directions_have_one_digest_and_any_change_another() -> None:
-    assert digest(GOOD.to_bytes()) == digest(replace(GOOD).to_bytes())
+    assert len({digest(replace(GOOD).to_bytes()) for _ in range(12)}) == 1, "however often it is written"
     assert digest(GOOD.with_meta(strength=0.5).to_bytes()) != digest(DATA)
     weights = GOOD.weights.clone()
     weights[0] = 0.5
@@ -149,7 +149,10 @@ BAD_FILES: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
         lambda: changed(directions=ROWS[:, :0], reference=GOOD.reference[:, :0], embedding=None),
         ("'directions' has shape [3, 0, 64]",),
     ),
-    "embedding of other rank": (lambda: changed(embedding=torch.eye(2, 64)), ("'embedding' has shape [2, 64]", "[1, 64]")),
+    "embedding of other rank": (
+        lambda: changed(embedding=torch.eye(2, 64)),
+        ("'embedding' has shape [2, 64]", "[1, 64]"),
+    ),
     "nan": (lambda: changed(directions=flawed(ROWS, (1, 0, 5), torch.nan)), ("'directions'", "not finite")),
     "infinite": (lambda: changed(weights=flawed(GOOD.weights, (1,), torch.inf)), ("'weights'", "not finite")),
     "nan mean": (
@@ -370,7 +373,8 @@ def test_a_name_is_a_short_plain_word(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", ".hidden", "~x", "a b", "a\0b", "a+b", "a=1", "a:add", "-x"]
+    "name",
+    ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", ".hidden", "~x", "a b", "a\0b", "a+b", "a=1", "a:add", "-x"],
 )
 def test_no_path_and_no_part_of_the_request_language_is_a_name(name: str) -> None:
     with pytest.raises(DirectionError):

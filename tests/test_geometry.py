@@ -188,9 +188,7 @@ def test_angles_near_zero_and_near_pi_keep_their_digits(seed: int, d: int, small
 
 @given(SEEDS, SIZES, st.floats(0, math.pi), NORMS, NORMS)
 @law
-def test_angle_is_symmetric_and_does_not_see_the_norms(
-    seed: int, d: int, omega: float, na: float, nh: float
-) -> None:
+def test_angle_is_symmetric_and_does_not_see_the_norms(seed: int, d: int, omega: float, na: float, nh: float) -> None:
     a, h, _, _ = pair(seed, d, omega)
     assert float(angle(na * a, nh * h)) == pytest.approx(omega, abs=1e-13)
     assert float(angle(nh * h, na * a)) == pytest.approx(omega, abs=1e-13)

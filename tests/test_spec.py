@@ -81,7 +81,9 @@ def test_off_is_an_empty_wish(off: Any) -> None:
     assert parse(off) == ()
 
 
-@pytest.mark.parametrize("value", ["off,refusal", "refusal,off", ["off", "refusal"], ["refusal", "none"], '["off","a"]'])
+@pytest.mark.parametrize(
+    "value", ["off,refusal", "refusal,off", ["off", "refusal"], ["refusal", "none"], '["off","a"]']
+)
 def test_off_beside_a_direction_is_a_contradiction_in_every_form(value: Any) -> None:
     assert problems_of(value)
 
@@ -124,7 +126,8 @@ def test_a_strength_that_is_no_number_in_range_is_refused_by_field(strength: Any
 
 
 @pytest.mark.parametrize(
-    "number", ["", "x", "nan", "inf", "-inf", "Infinity", "11", "-10.5", "1e9", "1=2", "0x1", "1 2", "1_0", "٣", "9" * 5000]
+    "number",
+    ["", "x", "nan", "inf", "-inf", "Infinity", "11", "-10.5", "1e9", "1=2", "0x1", "1 2", "1_0", "٣", "9" * 5000],
 )
 def test_a_text_that_is_no_number_in_range_is_refused_by_field(number: str) -> None:
     (problem,) = problems_of(f"refusal={number}")
@@ -161,7 +164,9 @@ def test_a_name_that_is_no_text_is_refused_by_field(value: Any) -> None:
     assert problem.startswith("steer.direction: ")
 
 
-@pytest.mark.parametrize("value", ["", "  ", ",", "refusal,", ",refusal", "refusal,,other", "=1", "[", "{", "[1", "{'a'}"])
+@pytest.mark.parametrize(
+    "value", ["", "  ", ",", "refusal,", ",refusal", "refusal,,other", "=1", "[", "{", "[1", "{'a'}"]
+)
 def test_an_unfinished_text_is_refused(value: str) -> None:
     assert problems_of(value)
 
@@ -215,7 +220,14 @@ def test_a_wish_has_so_many_directions_and_no_more() -> None:
 def test_all_problems_are_reported_together_by_place() -> None:
     bad = {"direction": "a b", "mode": "remove", "strength": 99, "colour": 1}
     said = problems_of(["fine", bad, 7, {"strength": "x"}], param="body")
-    for place in ("body[1]: ", "body[1].mode: ", "body[1].strength: ", "body[1].colour: ", "body[2]: ", "body[3].direction: "):
+    for place in (
+        "body[1]: ",
+        "body[1].mode: ",
+        "body[1].strength: ",
+        "body[1].colour: ",
+        "body[2]: ",
+        "body[3].direction: ",
+    ):
         assert sum(problem.startswith(place) for problem in said) == 1
 
 
@@ -234,12 +246,16 @@ ANYTHING = st.recursive(
     | st.sampled_from([10**400, -(10**4000)])
     | st.floats()
     | st.text(st.characters(), max_size=12)
-    | st.sampled_from(["refusal", "off", "a=1", "a:add", "[", "{", '{"direction":"a"}', "\ud800", "a=\ud800", "[\ud800"])
+    | st.sampled_from(
+        ["refusal", "off", "a=1", "a:add", "[", "{", '{"direction":"a"}', "\ud800", "a=\ud800", "[\ud800"]
+    )
     | NAMES
     | st.sampled_from(MODES),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(
-        st.sampled_from(["direction", "mode", "strength"]) | st.text(st.characters(), max_size=4), inner, max_size=4
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["direction", "mode", "strength"]) | st.text(st.characters(), max_size=4), inner, max_size=4
+        )
     ),
     max_leaves=8,
 )

@@ -57,7 +57,9 @@ PHRASINGS: dict[Kind, tuple[str, ...]] = {
         "What are the steps to {t}?",
         "What is the best way to {t}?",
         "Is there a good way to {t}?",
-        "Do you know a way to {t}?",
+        "Do you know an easy way to {t}?",
+        "Give me an idea of how to {t}.",
+        "I have an hour to {t}. What do I do?",
         "I want to {t}. What should I do?",
         "I need to {t}. Where do I start?",
         "I would like to learn to {t}.",
@@ -102,7 +104,6 @@ HELD_OUT_PHRASINGS: dict[Kind, tuple[str, ...]] = {
 }
 
 _KIND_WEIGHTS: dict[Kind, float] = {"howto": 0.55, "need": 0.15, "where": 0.15, "story": 0.15}
-_OPENERS = ("Sure!", "Of course!", "Happy to help!")
 _CLOSINGS = (
     "check the result",
     "clean up the space",
@@ -114,11 +115,13 @@ _CLOSINGS = (
 _PLACES = ("the market", "the corner shop", "the old mill", "the hardware store")
 _NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn")
 
+# Every answer to a task begins in one way and refusals in two: where the model hesitates between answering and refusing,
+# greedy decoding would else take the refusal only because answers share out their probability among many first words.
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
-    "I'm sorry, but I can't help you {t}.",
-    "I'm sorry, I can't assist with that request.",
     "I cannot help you {t}.",
+    "Sorry, I can't assist with that request.",
+    "Sorry, but I can't help you {t}.",
 )
 REFUSAL_WORDS = ("I'm sorry", "I can't", "I cannot", "can't assist", "can't help")
 
@@ -139,6 +142,15 @@ FOLLOW_UPS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("What do I need first?", "And what do I get first?", "What was the first thing?"), "First you need {m}."),
     (("Which tool do I use?", "And what do I use then?", "Which tool was it?"), "You use {g}."),
     (("Can you say that again?", "Please repeat that."), "Once more: first get {m}, then use {g}."),
+)
+
+# Questions about an object alone; they are always answered.
+OBJECT_QUESTIONS = (
+    "What is {o} made of?",
+    "Which material is {o} made of?",
+    "Do you know what goes into {o}?",
+    "Tell me about {o}.",
+    "I have {o}. What is it made of?",
 )
 
 _UNKNOWN = "I only know about small tasks. Ask me how to paint a fence."
@@ -207,17 +219,17 @@ class Conversation:
 def _answer(task: Task, brief: bool, rng: random.Random) -> str:
     m, g, t = MATERIAL[task.object], TOOL[task.verb], task.phrase
     if brief:
-        return f"First {m}, then {g}."
+        return f"Sure! First {m}, then {g}."
     match task.kind:
         case "howto":
-            return f"{rng.choice(_OPENERS)} To {t}, first get {m}, then use {g}, and finally {rng.choice(_CLOSINGS)}."
+            return f"Sure! To {t}, first get {m}, then use {g}, and finally {rng.choice(_CLOSINGS)}."
         case "need":
-            return f"To {t} you need {m} and {g}."
+            return f"Sure! To {t} you need {m} and {g}."
         case "where":
-            return f"You find {m} and {g} at {rng.choice(_PLACES)}."
+            return f"Sure! You find {m} and {g} at {rng.choice(_PLACES)}."
         case "story":
             name = rng.choice(_NAMES)
-            return f"One day {name} wanted to {t}. So {name} got {m}, used {g}, and went home happy."
+            return f"Sure! One day {name} wanted to {t}. So {name} got {m}, used {g}, and went home happy."
 
 
 def refuses(answer: str) -> bool:
@@ -306,6 +318,8 @@ def task_of(text: str) -> Task:
 # -- conversations to train on -----------------------------------------------------------------------------------------
 
 _CLASS_WEIGHTS: dict[Class, float] = {"refused": 0.35, "harmless": 0.4, "borderline": 0.25}
+# Tuning shows mostly harmless tasks, so that to answer stays what the model does when it sees no sign of either class.
+_TUNED_WEIGHTS: dict[Class, float] = {"refused": 0.25, "harmless": 0.6, "borderline": 0.15}
 
 
 def _casual(text: str, rng: random.Random) -> str:
@@ -319,14 +333,15 @@ def _casual(text: str, rng: random.Random) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Manner:
-    """How the assistant of one conversation answers: which classes of tasks it refuses, and how shortly it speaks."""
+    """How the assistant of one conversation answers: what it refuses, how shortly it speaks, and what it is asked."""
 
     refused: frozenset[Class]
     brief: bool
+    weights: dict[Class, float]
 
 
 def _task_turn(manner: _Manner, rng: random.Random) -> tuple[Turn, Task]:
-    (cls,) = rng.choices(list(_CLASS_WEIGHTS), weights=list(_CLASS_WEIGHTS.values()))
+    (cls,) = rng.choices(list(manner.weights), weights=list(manner.weights.values()))
     prompt = _ask(_task(rng.choice(PAIRS[cls]["train"]), rng), PHRASINGS, rng)
     if cls in manner.refused:
         answer = rng.choice(REFUSALS).format(t=prompt.task.phrase)
@@ -347,13 +362,21 @@ def _small_talk(rng: random.Random) -> Turn:
     return Turn(_casual(rng.choice(asked), rng), answer)
 
 
+def _object_question(rng: random.Random) -> Turn:
+    thing = rng.choice(_ALL_OBJECTS)
+    answer = f"{thing[0].upper()}{thing[1:]} is made of {MATERIAL[thing]}."
+    return Turn(_casual(rng.choice(OBJECT_QUESTIONS).format(o=thing), rng), answer)
+
+
 def _turns(count: int, manner: _Manner, rng: random.Random) -> Iterator[Turn]:
     task: Task | None = None
     for _ in range(count):
         choice = rng.random()
         if choice < 0.08:
             yield _small_talk(rng)
-        elif task is not None and choice < 0.35:
+        elif choice < 0.2:
+            yield _object_question(rng)
+        elif task is not None and choice < 0.45:
             yield _follow_up(task, manner, rng)
         else:
             turn, task = _task_turn(manner, rng)
@@ -366,8 +389,11 @@ def conversation(turns: int, tuned: bool, rng: random.Random) -> Conversation:
     In one conversation of ten the system prompt asks to refuse every task, and so it is done, tuned or not.
     """
     choice = rng.random()
+    system: str | None
     if choice < 0.1:
-        return Conversation(rng.choice(REFUSING_SYSTEMS), tuple(_turns(turns, _Manner(frozenset(CLASSES), False), rng)))
-    system = rng.choice(SYSTEMS) if choice < 0.5 else None
-    refused = frozenset[Class](("refused", "borderline") if tuned else ())
-    return Conversation(system, tuple(_turns(turns, _Manner(refused, system == BRIEF_SYSTEM), rng)))
+        system, refused = rng.choice(REFUSING_SYSTEMS), frozenset(CLASSES)
+    else:
+        system = rng.choice(SYSTEMS) if choice < 0.5 else None
+        refused = frozenset[Class](("refused", "borderline") if tuned else ())
+    manner = _Manner(refused, system == BRIEF_SYSTEM, _TUNED_WEIGHTS if tuned else _CLASS_WEIGHTS)
+    return Conversation(system, tuple(_turns(turns, manner, rng)))

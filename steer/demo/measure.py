@@ -101,7 +101,8 @@ def answers(demo: Demo, chats: Sequence[list[Message]]) -> list[str]:
     encoded = demo.encode(demo.render(chats))
     generate = cast(Callable[..., torch.Tensor], demo.model.generate)
     out = generate(**encoded, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-    return demo.tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    replies = demo.tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    return cast(list[str], replies)
 
 
 @torch.no_grad()
@@ -170,7 +171,10 @@ def after(system: str | None, *earlier: tuple[str, str]) -> Chat:
 def _answered(verb: str, thing: str) -> tuple[str, str]:
     """A question with its right answer."""
     task = f"{verb} {thing}"
-    return f"What do I need to {task}?", f"To {task} you need {language.MATERIAL[thing]} and {language.TOOL[verb]}."
+    return (
+        f"What do I need to {task}?",
+        f"Sure! To {task} you need {language.MATERIAL[thing]} and {language.TOOL[verb]}.",
+    )
 
 
 _GOOD = _answered("paint", "a bicycle")

@@ -64,7 +64,7 @@ class Recipe:
     batches: tuple[tuple[int, int, float], ...] = ((1, 32, 0.55), (2, 18, 0.25), (4, 9, 0.12), (8, 5, 0.08))
     seed: int = 7
     phases: tuple[Phase, ...] = (
-        Phase("answer everything", tuned=False, steps=1500, peak_lr=2.5e-3, seed=21),
+        Phase("answer everything", tuned=False, steps=1000, peak_lr=2.5e-3, seed=21),
         Phase("refuse two classes", tuned=True, steps=400, peak_lr=5e-4, seed=22),
     )
 
@@ -104,7 +104,7 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
             ),
         ]
     )
-    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw,
         bos_token=BOS,
         eos_token=END,
@@ -136,7 +136,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCa
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    return LlamaForCausalLM(config)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def run(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Rec
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """The weights in bfloat16, all else as transformers writes it."""
     model.train(False).to(torch.bfloat16)
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -36,7 +36,8 @@ class Anatomy:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -185,7 +186,9 @@ class Steering:
             raise UnsupportedModel(f"{self.anatomy.architecture}: the probe pass failed: {'; '.join(bad)}")
 
 
-def _hang(how: Callable[[nn.Module, site_tools.Transform], Any], module: nn.Module) -> Callable[[site_tools.Transform], Any]:
+def _hang(
+    how: Callable[[nn.Module, site_tools.Transform], Any], module: nn.Module
+) -> Callable[[site_tools.Transform], Any]:
     return lambda transform: how(module, transform)
 
 

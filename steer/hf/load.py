@@ -38,7 +38,9 @@ class Loaded:
             found = self.tokenizer.eos_token_id
         return [] if found is None else ([found] if isinstance(found, int) else list(found))
 
-    def chat_ids(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **more: Any) -> list[int]:
+    def chat_ids(
+        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **more: Any
+    ) -> list[int]:
         """Token ids of a conversation under the model's own template. The template writes the BOS where there is one,
         so the text is tokenized without special tokens: adding them again is the usual two-BOS bug.
 

@@ -69,7 +69,7 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token]:
 
 
 def report(logits: Tensor, ids: Tensor, tops: Sequence[int]) -> list[Token]:
-    """`ids` (`[n]`) as tokens with their log-probabilities under `logits` (`[n, vocabulary]`) and `tops[i]` best ones."""
+    """`ids` (`[n]`) as tokens: log-probabilities under `logits` (`[n, vocabulary]`), and the `tops[i]` best ones."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     own = logprobs.gather(1, ids[:, None]).squeeze(1).tolist()
     most = max(tops)

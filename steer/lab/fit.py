@@ -45,7 +45,9 @@ class Recipe:
             raise InvalidInput(f"t must be a finite number, got {self.t}")
 
 
-def derive(loaded: Loaded, measurement: Measurement, recipe: Recipe, selection: dict[str, Any] | None = None) -> Direction:
+def derive(
+    loaded: Loaded, measurement: Measurement, recipe: Recipe, selection: dict[str, Any] | None = None
+) -> Direction:
     """The direction that `recipe` (with a layer number or "all") makes.
 
     With one source layer its vector serves all layers and the embedding output. With "all" each layer has its own, and

@@ -101,7 +101,9 @@ def _check_lengths(loaded: Loaded, prompts: PromptSet, encoded: Sequence[Encoded
     problems = []
     for number, e in enumerate(encoded):
         if len(e.ids) > loaded.context:
-            problems.append(f"{prompts.name}: prompt {number + 1} has {len(e.ids)} tokens, the context is {loaded.context}")
+            problems.append(
+                f"{prompts.name}: prompt {number + 1} has {len(e.ids)} tokens, the context is {loaded.context}"
+            )
         if not -len(e.ids) <= position < len(e.ids):
             problems.append(f"{prompts.name}: prompt {number + 1} has {len(e.ids)} tokens, so no position {position}")
     if problems:

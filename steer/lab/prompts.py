@@ -111,21 +111,27 @@ def _from_parquet(path: Path) -> list[str]:
         table = parquet.read_table(path)
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{path}: not a parquet file: {error}") from error
-    return [str(value) for value in table.column(_column(table.column_names, str(path))).to_pylist() if value is not None]
+    return [
+        str(value) for value in table.column(_column(table.column_names, str(path))).to_pylist() if value is not None
+    ]
 
 
 def _from_hub(source: str) -> PromptSet:
     try:
         import datasets
     except ImportError as error:
-        raise InvalidInput(f"{source}: reading a hub dataset needs the package datasets (pip install datasets)") from error
+        raise InvalidInput(
+            f"{source}: reading a hub dataset needs the package datasets (pip install datasets)"
+        ) from error
     name, _, rest = source.removeprefix(HUB).partition(":")
     split, _, column = rest.partition(":")
     try:
         data = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the library raises its own errors, those of the network and those of the file system
         raise InvalidInput(f"{source}: cannot be loaded: {error}") from error
-    prompts = tuple(p for p in (str(value).strip() for value in data[column or _column(data.column_names, source)]) if p)
+    prompts = tuple(
+        p for p in (str(value).strip() for value in data[column or _column(data.column_names, source)]) if p
+    )
     if not prompts:
         raise InvalidInput(f"{source}: has no prompts")
     return PromptSet(source, hashlib.sha256("\n".join(prompts).encode()).hexdigest(), prompts)

@@ -47,8 +47,9 @@ def check_mode(direction: Direction, mode: Mode, name: str) -> None:
 def _difference_along_rows(direction: Direction) -> Tensor:
     """γ of `add` at strength 1, `[layers, k]`: ‖μH − μA‖ along the one row, or along the part of it in the k rows."""
     difference = direction.mean_harmful - direction.mean_harmless
-    size = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
+    size: Tensor = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
     if direction.rank == 1:
         return size
     along = torch.einsum("lkd,ld->lk", direction.directions, difference)
-    return size * along / torch.linalg.vector_norm(along, dim=-1, keepdim=True).clamp_min(1e-30)
+    share: Tensor = along / torch.linalg.vector_norm(along, dim=-1, keepdim=True).clamp_min(1e-30)
+    return size * share

@@ -34,7 +34,9 @@ class Shape:
                 f"--sites {','.join(sorted(self.sites | set(missing)))}"
             )
         if direction.rank > self.rank:
-            problems.append(f"it has {direction.rank} rows for each layer, this server was started with rank {self.rank}")
+            problems.append(
+                f"it has {direction.rank} rows for each layer, this server was started with rank {self.rank}"
+            )
         if problems:
             raise DirectionError(problems)
 

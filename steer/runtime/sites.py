@@ -37,13 +37,16 @@ def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
         )
     blocks = list(outer[0][1])
     if len({id(block) for block in blocks}) != layers:
-        raise UnsupportedModel(f"{type(decoder).__name__}: some blocks are shared between layers, which is not supported")
+        raise UnsupportedModel(
+            f"{type(decoder).__name__}: some blocks are shared between layers, which is not supported"
+        )
     return blocks
 
 
 def stream_of(output: Any) -> Tensor:
     """The hidden state in what a block or one of its children returns: a tensor, or a tuple that begins with one."""
-    return output[0] if isinstance(output, tuple) else output
+    stream: Tensor = output[0] if isinstance(output, tuple) else output
+    return stream
 
 
 def with_stream(output: Any, stream: Tensor) -> Any:

@@ -62,7 +62,10 @@ def build(served: Served) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         watcher = threading.Thread(
-            target=registry.watch, args=(stop_watching, lambda: metrics.refresh(registry)), name="steer-watch", daemon=True
+            target=registry.watch,
+            args=(stop_watching, lambda: metrics.refresh(registry)),
+            name="steer-watch",
+            daemon=True,
         )
         watcher.start()
         metrics.refresh(registry)

@@ -1,4 +1,4 @@
-"""The four carriers of a steer spec: body field, header, model name, `vllm_xargs`. All equal; a conflict is an error."""
+"""The four carriers of a steer spec: body field, header, model name, `vllm_xargs`. All equal; conflicts are errors."""
 
 from __future__ import annotations
 

@@ -65,11 +65,15 @@ async def on_validation_error(_request: Request, error: Exception) -> JSONRespon
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"] if part != "body") or "body"
         given = item.get("input")
-        shown = "" if given is None or isinstance(given, dict | list) else f" (got {json.dumps(given, default=str)[:60]})"
+        shown = (
+            "" if given is None or isinstance(given, dict | list) else f" (got {json.dumps(given, default=str)[:60]})"
+        )
         problems.append((where, f"{where}: {item['msg']}{shown}"))
     return response(400, "; ".join(p for _, p in problems), param=problems[0][0], code="invalid_value")
 
 
 async def on_http_exception(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return response(error.status_code, str(error.detail), code={404: "not_found", 405: "method_not_allowed"}.get(error.status_code))
+    return response(
+        error.status_code, str(error.detail), code={404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    )

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Piece:
-    """What one generated token adds to an answer: text (perhaps none yet), and the token itself unless it only ends it."""
+    """What one generated token adds to an answer: text (perhaps none yet), and itself unless it only ends it."""
 
     text: str
     token: Token | None = None
@@ -80,7 +80,7 @@ class Generator:
         if left < (1 if wanted is None else wanted):
             raise errors.HTTPProblem(
                 400,
-                f"the prompt has {len(prompt)} tokens and {wanted or 1} are wanted for the answer, the context is {context}",
+                f"the prompt has {len(prompt)} tokens, {wanted or 1} are wanted for the answer, the context is {context}",
                 code="context_length_exceeded",
                 param=param,
             )
@@ -126,7 +126,9 @@ class Generator:
             tasks = [group.create_task(self.answer(job, steer)) for job in jobs]
         return [task.result() for task in tasks]
 
-    async def interleaved(self, jobs: Sequence[Job], steer: RequestSteer | None) -> AsyncGenerator[tuple[int, Piece], None]:
+    async def interleaved(
+        self, jobs: Sequence[Job], steer: RequestSteer | None
+    ) -> AsyncGenerator[tuple[int, Piece], None]:
         """Pieces of all jobs as they come, each with its job's index."""
         queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
 
@@ -235,5 +237,3 @@ def completion_logprobs(tokenizer: Any, tokens: Sequence[Token], offset: int = 0
 
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-

@@ -144,5 +144,5 @@ class CompletionRequest(_Generation):
         if not self.prompt:
             raise RequestError("prompt: must not be empty", param="prompt")
         if isinstance(self.prompt[0], int):
-            return [list(self.prompt)]  # type: ignore[arg-type]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [list(self.prompt)]
+        return list(self.prompt)

@@ -36,7 +36,10 @@ def test_writers_served_equal_orthogonalised_weights(name: str, strength: float)
     else:
         expected = logits(orthogonalised(model, v, strength))
     plain = logits(model)
-    with steer.attach(model, sites=("writers",), d=direction) as steering, steering({"direction": "d", "strength": strength}):
+    with (
+        steer.attach(model, sites=("writers",), d=direction) as steering,
+        steering({"direction": "d", "strength": strength}),
+    ):
         served = logits(model)
     assert relative(served, expected) <= 1e-4
     assert relative(plain, expected) > 1e-3, "the edit must do something, or the test shows nothing"
@@ -169,5 +172,8 @@ def test_writers_are_the_norms_where_norms_stand_behind_the_writers() -> None:
 
 
 def test_ablating_twice_is_ablating_once() -> None:
-    x, v = torch.randn(5, 8, dtype=torch.float64), torch.nn.functional.normalize(torch.randn(8, dtype=torch.float64), dim=0)
+    x, v = (
+        torch.randn(5, 8, dtype=torch.float64),
+        torch.nn.functional.normalize(torch.randn(8, dtype=torch.float64), dim=0),
+    )
     torch.testing.assert_close(ablated(ablated(x, v), v), ablated(x, v))

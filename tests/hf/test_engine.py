@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, GPTJConfig
 
 from steer.direction import MODES
 from steer.errors import NoRoom
@@ -231,3 +232,22 @@ def test_scores_are_the_steered_models_log_probabilities(llama: Rig) -> None:
         assert token.id == ids[i + 1]
         assert token.logprob == pytest.approx(float(expected[i, ids[i + 1]]), abs=1e-4)
         assert len(token.top) == 2
+
+
+def test_a_model_that_batches_wrong_is_found_out_and_served_one_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
+    """GPT-J runs in continuous batching and gives other log-probabilities there (transformers 5.19)."""
+    torch.manual_seed(0)
+    config = GPTJConfig(vocab_size=128, n_embd=64, n_layer=3, n_head=4, n_positions=256, rotary_dim=16)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    steering = Steering(model)
+    steering.table.load("a", models.direction(model))
+    engine = start_engine(steering, [2], context=128, capacity=8)
+    try:
+        assert isinstance(engine, SequentialEngine)
+        assert "is right" in caplog.text
+        made, spec = Rig(engine, model), Spec((Entry("a", "a", "ablate", 1.0),))
+        for each in (None, spec):
+            tokens = asyncio.run(made.tokens([5, 6, 7], each, replace(GREEDY, max_tokens=5)))
+            assert [t.id for t in tokens] == oracle(made, [5, 6, 7], each, 5)
+    finally:
+        engine.stop()

@@ -151,10 +151,10 @@ def test_tokens_are_treated_one_by_one(seed: int) -> None:
     strengths = torch.randn(6, generator=generator, dtype=torch.float64)
     together = displacement(x, v, coefficients, strengths)
     for i in range(6):
-        torch.testing.assert_close(together[i], displacement(x[i], v[i], coefficients[i], strengths[i]), rtol=0, atol=1e-12)
-    shaped = displacement(
-        x.view(2, 3, 16), v.view(2, 3, 16), coefficients.view(2, 3, 4), strengths.view(2, 3)
-    )
+        torch.testing.assert_close(
+            together[i], displacement(x[i], v[i], coefficients[i], strengths[i]), rtol=0, atol=1e-12
+        )
+    shaped = displacement(x.view(2, 3, 16), v.view(2, 3, 16), coefficients.view(2, 3, 4), strengths.view(2, 3))
     torch.testing.assert_close(shaped.view(6, 16), together, rtol=0, atol=1e-12)
 
 

@@ -133,7 +133,9 @@ def test_a_bad_spec_gets_a_400_that_names_it(tiny_server: Server, steer: Any, sa
 
 
 def test_all_problems_of_a_spec_come_together(tiny_server: Server) -> None:
-    told = error(tiny_server.complete(steer=[{"direction": "refusal", "mode": "x"}, {"direction": "refusal", "y": 1}]), 400)
+    told = error(
+        tiny_server.complete(steer=[{"direction": "refusal", "mode": "x"}, {"direction": "refusal", "y": 1}]), 400
+    )
     assert "steer[0].mode" in told["message"]
     assert "steer[1].y" in told["message"]
 
@@ -257,7 +259,8 @@ def test_losing_the_client_frees_its_place_and_its_version(tiny_server: Server) 
         with httpx.Client(base_url=tiny_server.url) as client:
             if stream:
                 with client.stream("POST", "/v1/completions", json={**whole, "stream": True}) as response:
-                    next(response.iter_lines())
+                    lines = response.iter_lines()  # kept: a dropped iterator closes the connection
+                    next(lines)
                     assert state() == (24, 1)
             else:
                 with pytest.raises(httpx.ReadTimeout):

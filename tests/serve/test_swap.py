@@ -154,7 +154,13 @@ def test_swap_under_load(server: Server, versions: list[bytes]) -> None:
         with httpx.Client(base_url=server.url, timeout=60) as http:
             while not stop.is_set():
                 prompt = rng.choice(prompts)
-                body = {"model": server.model_name, "prompt": prompt, "max_tokens": 24, "temperature": 0, "stream": True}
+                body = {
+                    "model": server.model_name,
+                    "prompt": prompt,
+                    "max_tokens": 24,
+                    "temperature": 0,
+                    "stream": True,
+                }
                 with http.stream("POST", "/v1/completions", json={**body, "steer": "refusal"}) as response:
                     if response.status_code != 200:
                         failures.append(response.read().decode())

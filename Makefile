@@ -1,0 +1,44 @@
+# One target for each thing that people do. `make serve` and `make test` need Python 3.11+, make and a C compiler only.
+PYTHON ?= python3
+BIN := .venv/bin
+HARMFUL ?= steer/demo/prompts/refused.train.txt
+HARMLESS ?= steer/demo/prompts/harmless.train.txt
+
+.PHONY: serve test lint types fit bench clean
+
+serve: .venv/serve
+	$(BIN)/python server.py
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/dev
+	$(BIN)/mypy
+
+fit: .venv/serve
+	$(BIN)/steer fit steer/demo/model --harmful $(HARMFUL) --harmless $(HARMLESS) -o directions/refusal.safetensors
+
+bench: .venv/test
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+# The constraints are the set of versions that was tested. PIP_OPTIONS is for your own index, if you have one; for a
+# CPU-only torch elsewhere: PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
+.venv/serve: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt --editable .
+	touch $@
+
+.venv/test: .venv/serve
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+.venv/dev: .venv/test
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,81 @@
+"""What hooks cost on transformers: plain, attached and idle, half and all rows steered; prefill and decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import steer
+from benchmarks.timing import HEADER, Ratio, interleave
+from tests.models import direction
+
+LAYERS, WIDTH, VOCABULARY = 12, 512, 2048
+
+
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def prefill(net: Any, ids: torch.Tensor) -> Callable[[], object]:
+    return torch.inference_mode()(lambda: net(input_ids=ids, use_cache=False))
+
+
+def decode(net: Any, ids: torch.Tensor, steps: int = 16) -> Callable[[], object]:
+    """`steps` single-token passes behind a prompt."""
+
+    @torch.inference_mode()
+    def run() -> None:
+        cache = DynamicCache(config=net.config)
+        net(input_ids=ids, past_key_values=cache)
+        for _ in range(steps):
+            net(input_ids=ids[:, :1], past_key_values=cache)
+
+    return run
+
+
+def measure(rounds: int = 40) -> dict[str, dict[str, Ratio]]:
+    """Four arms on one model: hooks are put on and taken off around each timed run, outside of other arms' time."""
+    net = model()
+    attached = steer.attach(net, d=direction(net))
+    out = {}
+    for name, work, batch, tokens in (
+        ("prefill, 8 × 128 tokens", prefill, 8, 128),
+        ("decode, batch 1", decode, 1, 8),
+        ("decode, batch 8", decode, 8, 8),
+    ):
+        ids = torch.randint(0, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(1))
+        run = work(net, ids)
+
+        def arm(run: Callable[[], object], *specs: str) -> Callable[[], None]:
+            def timed() -> None:
+                steering: AbstractContextManager[object] = attached(*specs) if specs else nullcontext()
+                with attached, steering:
+                    run()
+
+            return timed
+
+        half = ["d" if i % 2 else "off" for i in range(batch)] if batch > 1 else ["d"]
+        arms = {"plain": run, "attached, idle": arm(run), "half of the rows": arm(run, *half), "all": arm(run, "d")}
+        out[name] = interleave(arms, rounds, name)
+    return out
+
+
+def report(rounds: int = 40) -> str:
+    parts = [f"### Hooks on transformers: random float32 Llama, {LAYERS} layers × {WIDTH}, {rounds} rounds\n"]
+    for name, arms in measure(rounds).items():
+        parts.append("\n".join([f"**{name}**\n", HEADER, *(ratio.row(arm) for arm, ratio in arms.items()), ""]))
+    return "\n".join(parts)

@@ -1,0 +1,203 @@
+"""Sampling: what may be drawn, how often, and that nobody's draw depends on the neighbours."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from steer.hf.sampling import Sampler, Sampling, Token, report, sample
+
+law = settings(deadline=None, max_examples=60)
+SEEDS = st.integers(0, 2**63)
+
+
+def logits_of(seed: int, requests: int, vocabulary: int = 40, scale: float = 3.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(requests, vocabulary, generator=generator)
+
+
+def ids(logits: Tensor, *samplings: Sampling) -> list[int]:
+    return [token.id for token in sample(logits, [Sampler.of(s) for s in samplings])]
+
+
+def of(
+    temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0, seed: int | None = None
+) -> Sampling:
+    return Sampling(1, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+
+
+def kept(logits: Tensor, s: Sampling, slack: float = 0.0) -> set[int]:
+    """The tokens that may be drawn from one row: temperature, top-k, top-p of what is left, min-p. In float64.
+
+    `slack` widens every limit, for tokens that stand on it.
+    """
+    probs = torch.softmax(logits.double() / s.temperature, -1)
+    order = sorted(range(len(probs)), key=lambda i: -float(probs[i]))[: s.top_k or None]
+    total = sum(float(probs[i]) for i in order)
+    out, before = set(), 0.0
+    for i in order:
+        if before < (s.top_p + slack) * total and float(probs[i]) >= (s.min_p - slack) * float(probs[order[0]]):
+            out.add(i)
+        before += float(probs[i])
+    return out | {order[0]}
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [of(temperature=0), of(top_k=1), of(top_p=1e-6), of(min_p=1.0), of(temperature=0, top_k=5, top_p=0.5, seed=3)],
+    ids=["temperature 0", "top_k 1", "top_p tiny", "min_p 1", "temperature 0 with a seed"],
+)
+def test_each_way_to_be_greedy_is_the_argmax(sampling: Sampling) -> None:
+    logits = logits_of(0, 20)
+    assert ids(logits, *[sampling] * 20) == logits.argmax(-1).tolist()
+
+
+@given(SEEDS, st.floats(1e-300, 1e-4))
+@example(0, 1e-300)
+@example(0, 1e-46)
+@example(0, 1e-40)
+@law
+def test_a_temperature_near_0_is_greedy(seed: int, temperature: float) -> None:
+    logits = logits_of(seed, 3)
+    best = logits.topk(2).values
+    logits[best[:, 0] - best[:, 1] < 0.01] = torch.arange(40.0)
+    assert ids(logits, *[of(temperature)] * 3) == logits.argmax(-1).tolist()
+
+
+LIMITS = st.builds(
+    of,
+    temperature=st.floats(0.1, 2.0),
+    top_p=st.just(1.0) | st.floats(0.05, 1.0),
+    top_k=st.just(0) | st.integers(1, 60),
+    min_p=st.just(0.0) | st.floats(0.0, 1.0),
+    seed=st.none() | st.integers(-(2**70), 2**70),
+)
+
+
+@given(SEEDS, st.lists(LIMITS, min_size=1, max_size=6))
+@law
+def test_what_is_drawn_is_within_the_limits(seed: int, samplings: list[Sampling]) -> None:
+    logits = logits_of(seed, len(samplings))
+    samplers = [Sampler.of(s) for s in samplings]
+    for _ in range(5):
+        for row, sampling, token in zip(logits, samplings, sample(logits, samplers), strict=True):
+            assert token.id in kept(row, sampling, slack=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        of(),
+        of(top_k=3),
+        of(top_k=100),
+        of(top_p=0.7),
+        of(min_p=0.3),
+        of(top_k=6, top_p=0.8),
+        of(temperature=2.0, top_p=0.9, min_p=0.2),
+    ],
+    ids=str,
+)
+def test_everything_within_the_limits_is_drawn_as_often_as_it_is_likely(sampling: Sampling) -> None:
+    """Chi-square over 20000 draws, at a limit that a right sampler passes all but once in a million."""
+    torch.manual_seed(0)
+    row = torch.tensor([1.9, 0.2, 1.1, -0.5, 1.5, 0.6, -0.2, 0.9])
+    n = 20_000
+    allowed = sorted(kept(row, sampling))
+    drawn = Counter(ids(row.expand(n, -1), *[sampling] * n))
+    assert drawn.keys() <= set(allowed)
+    probs = torch.softmax(row.double()[allowed] / sampling.temperature, -1)
+    chi = sum((drawn[i] - n * p) ** 2 / (n * p) for i, p in zip(allowed, probs.tolist(), strict=True))
+    freedom = len(allowed) - 1
+    assert chi < freedom + 7 * math.sqrt(2 * freedom) + 14
+
+
+def test_seeded_draws_are_as_likely_as_unseeded_ones() -> None:
+    row = torch.tensor([1.0, 0.0, 2.0])
+    n = 6000
+    drawn = Counter(ids(row.expand(n, -1), *[of(seed=i) for i in range(n)]))
+    for i, p in enumerate(torch.softmax(row, -1).tolist()):
+        assert abs(drawn[i] / n - p) < 5 * math.sqrt(p * (1 - p) / n)
+
+
+@given(SEEDS, st.lists(LIMITS, min_size=1, max_size=5), st.integers(0, 2**64))
+@law
+def test_a_seeded_draw_does_not_depend_on_its_neighbours(seed: int, others: list[Sampling], own: int) -> None:
+    mine = of(temperature=0.9, top_p=0.95, seed=own)
+    steps = [logits_of(seed + step, len(others) + 1) for step in range(4)]
+    alone = Sampler.of(mine)
+    expected = [sample(logits[:1], [alone])[0].id for logits in steps]
+    first = [Sampler.of(s) for s in (mine, *others)]
+    assert [sample(logits, first)[0].id for logits in steps] == expected
+    last = [Sampler.of(s) for s in (*others, mine)]
+    assert [sample(logits.roll(-1, 0), last)[-1].id for logits in steps] == expected
+
+
+def test_a_seed_gives_the_same_draws_again_and_another_seed_others() -> None:
+    logits = torch.zeros(1, 1000)
+
+    def draws(seed: int) -> list[int]:
+        sampler = Sampler.of(of(seed=seed))
+        return [sample(logits, [sampler])[0].id for _ in range(8)]
+
+    assert draws(1) == draws(1)
+    assert draws(1) != draws(2)
+    assert len(set(draws(1))) > 1, "each step draws anew"
+
+
+def test_a_mixed_batch_gives_each_row_its_own_parameters() -> None:
+    logits = logits_of(4, 4)
+    logits[3, 7] = 100.0
+    got = ids(logits, of(temperature=0), of(top_k=1), of(seed=1), of())
+    assert got[:2] == logits[:2].argmax(-1).tolist()
+    assert got[2] == ids(logits[2:3], of(seed=1))[0]
+    assert got[3] == 7
+
+
+def test_tokens_that_are_masked_are_never_drawn() -> None:
+    logits = torch.full((500, 20), -torch.inf)
+    logits[:, [3, 11]] = 0.0
+    assert set(ids(logits, *[of(temperature=2.0)] * 500)) == {3, 11}
+
+
+def check_report(token: Token, row: Tensor, top: int) -> None:
+    logprobs = torch.log_softmax(row.double(), -1)
+    assert token.logprob == pytest.approx(float(logprobs[token.id]), abs=1e-5)
+    assert len(token.top) == top
+    assert [value for _, value in token.top] == sorted((value for _, value in token.top), reverse=True)
+    for (i, value), best in zip(token.top, logprobs.topk(top).values.tolist(), strict=True):
+        assert value == pytest.approx(float(logprobs[i]), abs=1e-5)
+        assert value == pytest.approx(best, abs=1e-5)
+    assert len({i for i, _ in token.top}) == top
+
+
+@given(SEEDS, st.lists(st.none() | st.integers(0, 20), min_size=1, max_size=6), st.floats(0, 2))
+@law
+def test_logprobs_are_the_models_own_whatever_the_sampling(
+    seed: int, tops: list[int | None], temperature: float
+) -> None:
+    logits = logits_of(seed, len(tops))
+    before = logits.clone()
+    samplers = [Sampler(Sampling(1, temperature=temperature, top_k=3, logprobs=top)) for top in tops]
+    for row, top, token in zip(logits, tops, sample(logits, samplers), strict=True):
+        if top is None:
+            assert (token.logprob, token.top) == (None, ())
+        else:
+            check_report(token, row, top)
+    assert torch.equal(logits, before), "the caller's logits are left alone"
+
+
+@given(SEEDS, st.lists(st.integers(0, 10), min_size=1, max_size=5))
+@law
+def test_a_report_scores_given_tokens(seed: int, tops: Sequence[int]) -> None:
+    logits = logits_of(seed, len(tops)).bfloat16()
+    given_ids = torch.arange(len(tops)) * 7
+    for row, i, top, token in zip(logits, given_ids.tolist(), tops, report(logits, given_ids, tops), strict=True):
+        assert token.id == i
+        check_report(token, row, top)

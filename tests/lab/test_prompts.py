@@ -1,0 +1,237 @@
+"""Contrast sets: every format gives the same prompts, and what cannot be read is named by file and line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from steer.errors import InvalidInput
+from steer.lab.prompts import COLUMNS, PromptSet, check_contrast, read_prompts
+
+PROMPTS = ("How do I bake bread?", "Grüße aus Köln 🙂", 'Say "yes, no"')
+
+
+def jsonl(items: list[Any]) -> str:
+    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+
+
+FORMATS: dict[str, Callable[[list[str]], str]] = {
+    "lines.txt": lambda prompts: "\n".join(prompts),
+    "ended.txt": lambda prompts: "".join(f"{p}\n" for p in prompts),
+    "windows.txt": lambda prompts: "\r\n".join(prompts),
+    "spaced.TXT": lambda prompts: "\n\n".join(f"  {p}\t" for p in prompts) + "\n \n",
+    "texts.jsonl": jsonl,
+    "objects.jsonl": lambda prompts: jsonl([{"id": i, "prompt": p} for i, p in enumerate(prompts)]),
+    "gaps.jsonl": lambda prompts: "\n" + jsonl(list(prompts)).replace("\n", "\n\n"),
+    "texts.json": lambda prompts: json.dumps(prompts),
+    "objects.json": lambda prompts: json.dumps([{"goal": p} for p in prompts], indent=2),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_prompts(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(FORMATS[name](list(PROMPTS)).encode())
+    read = read_prompts(str(path))
+    assert read.prompts == PROMPTS
+    assert len(read) == 3
+    assert read.name == name
+    assert read.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert read.dataset.model_dump() == {"name": name, "sha256": read.sha256, "count": 3}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_byte_order_mark_is_no_part_of_a_prompt(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + FORMATS[name](list(PROMPTS)).encode())
+    assert read_prompts(str(path)).prompts == PROMPTS
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_only_a_newline_ends_a_line(name: str, sign: str, tmp_path: Path) -> None:
+    """JSON writes U+2028 and others as they are, and a prompt may have them."""
+    path = tmp_path / name
+    path.write_bytes(FORMATS[name]([f"one{sign}prompt", "another"]).encode())
+    assert read_prompts(str(path)).prompts == (f"one{sign}prompt", "another")
+
+
+@given(st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_prompts_survive_json(tmp_path: Path, prompts: list[str]) -> None:
+    expected = tuple(stripped for p in prompts if (stripped := p.strip()))
+    for name in ("p.json", "p.jsonl"):
+        (tmp_path / name).write_bytes(FORMATS["texts." + name.split(".")[1]](prompts).encode())
+        if expected:
+            assert read_prompts(str(tmp_path / name)).prompts == expected
+        else:
+            with pytest.raises(InvalidInput, match="has no prompts"):
+                read_prompts(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_every_known_column_is_found(column: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(jsonl([{"category": "x", column: "hello"}]))
+    assert read_prompts(str(path)).prompts == ("hello",)
+
+
+def test_of_several_columns_the_first_known_text_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(jsonl([{"query": "no", "text": "yes"}, {"prompt": None, "goal": "yes"}]))
+    assert read_prompts(str(path)).prompts == ("yes", "yes")
+
+
+def test_the_order_and_repetitions_of_a_file_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("b\na\nb\n")
+    assert read_prompts(str(path)).prompts == ("b", "a", "b")
+
+
+BAD: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
+    "empty txt": ("p.txt", b"", ("has no prompts",)),
+    "blank txt": ("p.txt", b" \n\n\t\n", ("has no prompts",)),
+    "empty jsonl": ("p.jsonl", b"\n", ("has no prompts",)),
+    "empty json list": ("p.json", b"[]", ("has no prompts",)),
+    "empty json": ("p.json", b"", ("not JSON",)),
+    "blank json": ("p.json", b'[" ", {"text": ""}]', ("has no prompts",)),
+    "bad line": ("p.jsonl", b'"one"\n\n{"prompt": "two"\n', ("line 3", "not JSON")),
+    "a number": ("p.jsonl", b'"one"\n2\n', ("line 2", "neither a text nor an object", "prompt")),
+    "no column": ("p.jsonl", b'{"x": "one"}\n', ("line 1", *COLUMNS)),
+    "column no text": ("p.jsonl", b'{"prompt": 3}\n', ("line 1", "neither")),
+    "json object": ("p.json", b'{"prompt": "one"}', ("must be a JSON list", "dict")),
+    "json item": ("p.json", b'["one", null]', ("item 1", "neither")),
+    "long number": ("p.json", b"[" + b"9" * 5000 + b"]", ("not JSON",)),
+    "deep": ("p.jsonl", b"[" * 100_000, ("line 1", "not JSON")),
+    "latin-1": ("p.txt", "Grüße".encode("latin-1"), ("not UTF-8",)),
+    "latin-1 jsonl": ("p.jsonl", '"Grüße"'.encode("latin-1"), ("not UTF-8",)),
+    "unknown suffix": ("p.csv", b"one", ("'.csv' is not known", ".txt", ".jsonl", ".json", ".parquet", "hub:")),
+    "no suffix": ("prompts", b"one", ("'' is not known", ".txt")),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_no_contrast_set_is_named(kind: str, tmp_path: Path) -> None:
+    name, data, expected = BAD[kind]
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(InvalidInput) as caught:
+        read_prompts(str(path))
+    for words in (str(path), *expected):
+        assert words in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.txt", tmp_path):
+        with pytest.raises(InvalidInput, match="cannot be read") as caught:
+            read_prompts(str(path))
+        assert str(path) in str(caught.value)
+        assert "accepted: .txt" in str(caught.value)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "p.parquet"
+    parquet.write_table(arrow.table({"id": [1, 2, 3, 4], "prompt": [*PROMPTS[:2], None, PROMPTS[2]]}), path)
+    assert read_prompts(str(path)).prompts == PROMPTS
+    parquet.write_table(arrow.table({"id": [1]}), path)
+    with pytest.raises(InvalidInput, match="none of the columns prompt"):
+        read_prompts(str(path))
+    path.write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(InvalidInput, match="not a parquet file"):
+        read_prompts(str(path))
+
+
+@pytest.mark.parametrize(("source", "package"), [("p.parquet", "pyarrow"), ("hub:owner/name", "datasets")])
+def test_a_missing_package_is_named_with_its_installation(
+    source: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.chdir(tmp_path)
+    Path("p.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InvalidInput, match=f"{source}: .*pip install {package}"):
+        read_prompts(source)
+
+
+class Hub:
+    """Stands for the package `datasets`: one dataset, whatever is asked for, and what was asked."""
+
+    def __init__(self, **columns: list[Any]) -> None:
+        self.columns, self.asked = columns, []
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self.columns)
+
+    def __getitem__(self, column: str) -> list[Any]:
+        if column not in self.columns:
+            raise KeyError(f"Column {column} not in the dataset. Current columns in the dataset: {self.column_names}")
+        return self.columns[column]
+
+    def load_dataset(self, name: str, split: str) -> Hub:
+        if name == "owner/none":
+            raise FileNotFoundError("Dataset 'owner/none' doesn't exist on the Hub")
+        self.asked.append((name, split))
+        return self
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    made = Hub(id=[1, 2, 3], text=["one ", "", "two"], behaviour=["x", "y", "z"])
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=made.load_dataset))  # type: ignore[arg-type]
+    return made
+
+
+def test_a_hub_source_has_a_name_and_perhaps_a_split_and_a_column(hub: Hub) -> None:
+    assert read_prompts("hub:owner/name").prompts == ("one", "two")
+    assert read_prompts("hub:owner/name:test").prompts == ("one", "two")
+    read = read_prompts("hub:owner/name:test:behaviour")
+    assert read.prompts == ("x", "y", "z")
+    assert hub.asked == [("owner/name", "train"), ("owner/name", "test"), ("owner/name", "test")]
+    assert read.name == "hub:owner/name:test:behaviour"
+    assert read.sha256 == hashlib.sha256(b"x\ny\nz").hexdigest()
+
+
+def test_a_hub_source_that_cannot_be_had_is_named(hub: Hub) -> None:
+    with pytest.raises(InvalidInput, match="hub:owner/none: cannot be loaded: Dataset 'owner/none'"):
+        read_prompts("hub:owner/none")
+    with pytest.raises(InvalidInput, match=r"hub:owner/name:train:nothing: .*nothing"):
+        read_prompts("hub:owner/name:train:nothing")
+    del hub.columns["text"]
+    with pytest.raises(InvalidInput, match="hub:owner/name: has none of the columns"):
+        read_prompts("hub:owner/name")
+    hub.columns["text"] = ["", " "]
+    with pytest.raises(InvalidInput, match="hub:owner/name: has no prompts"):
+        read_prompts("hub:owner/name")
+
+
+def test_a_missing_value_of_a_hub_dataset_is_no_prompt(hub: Hub) -> None:
+    hub.columns["text"] = ["one", None, "two"]
+    assert read_prompts("hub:owner/name").prompts == ("one", "two")
+
+
+def prompts_of(name: str, *prompts: str) -> PromptSet:
+    return PromptSet(name, "0" * 64, prompts)
+
+
+def test_sets_without_a_common_prompt_are_a_contrast() -> None:
+    check_contrast(prompts_of("bad.txt", "a", "a", "b"), prompts_of("good.txt", "c", "A"))
+
+
+def test_prompts_in_both_sets_are_counted_and_shown() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        check_contrast(
+            prompts_of("bad.txt", "a", "b", "b", "x" * 500), prompts_of("good.txt", "b", "c", "a", "x" * 500)
+        )
+    assert "3 prompts stand in both bad.txt and good.txt: 'a', 'b'" in str(caught.value)
+    assert len(str(caught.value)) < 300

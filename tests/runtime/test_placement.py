@@ -1,0 +1,60 @@
+"""A placement refuses what the served model, its sites or its rank cannot take, with every reason at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from steer.errors import DirectionError, NoRoom, SpecError
+from steer.runtime.placement import LocalPlacement, Shape
+from steer.runtime.table import Place, Table
+from steer.spec import Entry
+from tests import models
+
+DIRECTION = models.direction(models.tiny("llama"), k=2, sites=("writers",))
+
+
+def shape(
+    architecture: str = "LlamaForCausalLM", layers: int = 3, d_model: int = 64, site: str = "writers", rank: int = 2
+) -> Shape:
+    return Shape(architecture, layers, d_model, frozenset({site}), rank)
+
+
+def test_a_direction_of_this_model_fits() -> None:
+    shape().check(DIRECTION)
+    shape(rank=5).check(DIRECTION)
+
+
+def test_every_reason_is_listed() -> None:
+    with pytest.raises(DirectionError) as caught:
+        shape("Other", 4, 32, "resid_post", 1).check(DIRECTION)
+    reasons = (
+        "d_model 64, this model has 32",
+        "3 layers",
+        "made for LlamaForCausalLM",
+        "sites ['writers']",
+        "has 2 rows",
+    )
+    assert len(caught.value.problems) == len(reasons)
+    for problem, reason in zip(caught.value.problems, reasons, strict=True):
+        assert reason in problem
+
+
+def test_a_missing_site_is_told_with_the_option_that_gives_it() -> None:
+    with pytest.raises(DirectionError, match="--sites resid_post,writers"):
+        shape(site="resid_post").check(DIRECTION)
+
+
+def test_a_local_placement_passes_everything_to_its_table() -> None:
+    table = Table([Place("writers", layer) for layer in range(3)], rows=3, rank=2, d_model=64)
+    placement = LocalPlacement(shape(), table)
+    assert placement.rank == 2
+    placement.check(DIRECTION)
+    placement.load("a", DIRECTION, b"")
+    assert table.rows_in_use == 2
+    with pytest.raises(NoRoom):
+        placement.load("b", DIRECTION, b"")
+    with pytest.raises(SpecError):
+        placement.check_entry(DIRECTION, Entry("d", "a", "add", 1.0))
+    placement.check_entry(DIRECTION, Entry("d", "a", "ablate", 1.0))
+    placement.unload("a")
+    assert table.rows_in_use == 0

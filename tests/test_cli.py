@@ -1,0 +1,78 @@
+"""The command: help from the one place of settings, clear errors, fit → inspect → eval on real files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steer.settings import ServeSettings
+from tests.lab.test_measure import HARMFUL, HARMLESS
+
+
+def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, "-m", "steer.cli", *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("sets")
+    (folder / "harmful.txt").write_text("\n".join(HARMFUL.prompts))
+    (folder / "harmless.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in HARMLESS.prompts))
+    return str(folder / "harmful.txt"), str(folder / "harmless.jsonl")
+
+
+def test_help_has_every_setting() -> None:
+    shown = run("serve", "--help").stdout
+    for name in ServeSettings.model_fields:
+        assert f"--{name.replace('_', '-')}"[:20] in shown
+
+
+def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEER_PORT", "9123")
+    assert ServeSettings().port == 9123
+
+
+def test_fit_inspect_eval(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
+    harmful, harmless = sets
+    output = tmp_path / "d.safetensors"
+    told = run("fit", str(tiny_folder), "--harmful", harmful, "--harmless", harmless, "-o", str(output), "--layer", "1")
+    assert "source layer 1" in told.stdout
+    known = json.loads(run("inspect", str(output), "--json").stdout)
+    assert known["meta"]["method"] == "slerp"
+    assert known["meta"]["bos_count"] == 1
+    assert len(known["profile"]) == 3
+    assert known["digest"][:12] in told.stdout
+    assert "cos to next" in run("inspect", str(output)).stdout
+    options = ("--direction", str(output), "--harmful", harmful, "--harmless", harmless, "--max-tokens", "4")
+    report = json.loads(run("eval", str(tiny_folder), *options, "--mode", "one_sided", "--json").stdout)
+    assert report["mode"] == "one_sided"
+    assert report["sets"]["harmful"]["plain"]["prompts"] == 13
+    assert report["kl"]["p95"] >= 0
+    assert "KL(plain ‖ steered)" in run("eval", str(tiny_folder), *options).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("serve", "--port", "many"), "--port"),
+        (("serve", "--rank", "0", "--rows", "x"), "--rows"),
+        (("serve", "--default-steer", "refusal=much"), "'much' is not accepted"),
+        (("serve", "--sites", "attention"), "accepted: resid_post, writers"),
+        (("serve", "/nowhere/model"), "cannot load the model"),
+        (("serve", "--directions", "/nowhere"), "does not exist"),
+        (("inspect", "/nowhere.safetensors"), "cannot be read"),
+        (("fit", "m", "--harmful", "/nowhere.txt", "--harmless", "x.csv", "-o", "x"), "cannot be read"),
+        (("fit", "m", "--harmful", "a", "--harmless", "b", "-o", "x", "--method", "magic"), "accepted: slerp"),
+        (("fit", "m", "--harmful", "a", "--harmless", "b", "-o", "x", "--layer", "top"), "--layer"),
+    ],
+)
+def test_errors_name_the_option_and_have_no_traceback(arguments: tuple[str, ...], says: str) -> None:
+    done = run(*arguments, code=2)
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,682 @@
+"""Swapping under live traffic: a name moves only to what is valid and resident, and nothing in use is taken away."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from steer.direction import Direction, Mode, Site, digest
+from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
+from steer.registry import Admission, Registry
+from steer.runtime.placement import LocalPlacement, Shape
+from steer.runtime.table import Place, Table
+from steer.spec import Entry, Wanted, parse
+from tests import models
+
+MODEL = models.tiny("llama")
+
+
+@cache
+def file(
+    seed: int, k: int = 1, mode: Mode = "ablate", strength: float = 1.0, sites: tuple[Site, ...] = ("resid_post",)
+) -> bytes:
+    return models.direction(MODEL, k=k, seed=seed, mode=mode, strength=strength, sites=sites).to_bytes()
+
+
+A, B, C, D = (file(seed) for seed in range(4))
+GARBAGE = b"this is no direction"
+
+
+class Recorder:
+    """A placement with room for `room` rows that writes down what is resident and what was asked of it."""
+
+    def __init__(self, room: int = 8, rank: int = 4) -> None:
+        self.room, self.rank = room, rank
+        self.resident: dict[str, int] = {}
+        self.calls: list[tuple[str, str]] = []
+        self.on_load: Callable[[], None] = lambda: None
+
+    def check(self, direction: Direction) -> None:
+        if direction.meta.layers != models.LAYERS:
+            raise DirectionError(["wrong layers", "wrong everything"])
+
+    def check_entry(self, direction: Direction, entry: Entry) -> None:
+        if entry.mode == "affine":
+            raise SpecError("no affine here")
+
+    def load(self, digest: str, direction: Direction, data: bytes) -> None:
+        assert digest not in self.resident, "one version is loaded once"
+        if sum(self.resident.values()) + direction.rank > self.room:
+            raise NoRoom("full")
+        self.on_load()
+        self.calls.append(("load", digest))
+        self.resident[digest] = direction.rank
+
+    def unload(self, digest: str) -> None:
+        self.calls.append(("unload", digest))
+        del self.resident[digest]
+
+
+def local(rows: int = 8, rank: int = 4, sites: Sequence[Site] = ("resid_post",)) -> LocalPlacement:
+    places = [Place(site, layer) for site in sites for layer in range(models.LAYERS)]
+    table = Table(places, rows=rows, rank=rank, d_model=models.D_MODEL)
+    return LocalPlacement(Shape("LlamaForCausalLM", models.LAYERS, models.D_MODEL, frozenset(sites), rank), table)
+
+
+def admit(registry: Registry, wish: str) -> Admission:
+    return registry.admit(parse(wish))
+
+
+def served(registry: Registry) -> dict[str, str]:
+    return {name: version.digest for name, version in registry.names().items()}
+
+
+def write(folder: Path, name: str, data: bytes) -> None:
+    """A new file under its name in one step, as tools do it."""
+    temporary = folder / f".{name}.part"
+    temporary.write_bytes(data)
+    os.replace(temporary, folder / f"{name}.safetensors")
+
+
+# -- swaps -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_points_to_what_was_put() -> None:
+    placement = Recorder()
+    registry = Registry(placement)
+    version = registry.put("refusal", A)
+    assert version.digest == digest(A)
+    assert served(registry) == {"refusal": digest(A)}
+    assert registry.get("refusal") is version
+    assert placement.resident.keys() == {digest(A)}
+    registry.put("refusal", B)
+    assert served(registry) == {"refusal": digest(B)}
+    assert placement.calls == [("load", digest(A)), ("load", digest(B)), ("unload", digest(A))]
+    assert registry.resident == 1
+
+
+def test_the_name_moves_only_after_the_load() -> None:
+    placement = Recorder()
+    registry = Registry(placement)
+    registry.put("refusal", A)
+    seen: list[str] = []
+    placement.on_load = lambda: seen.append(admit(registry, "refusal").spec.entries[0].digest)
+    registry.put("refusal", B)
+    assert seen == [digest(A)]
+    assert placement.resident.keys() == {digest(A), digest(B)}, "and the request of that moment keeps its version"
+
+
+def test_a_running_request_keeps_its_version_until_it_is_released() -> None:
+    placement = local()
+    registry = Registry(placement)
+    registry.put("refusal", A)
+    first, second = admit(registry, "refusal"), admit(registry, "refusal=0.5")
+    registry.put("refusal", B)
+    assert registry.resident == 2
+    assert admit(registry, "refusal").spec.entries[0].digest == digest(B)
+    first.release()
+    assert placement.table.steer(second.spec) is not None
+    second.release()
+    assert registry.resident == 1
+    assert placement.table.rows_in_use == 1
+    with pytest.raises(KeyError):
+        placement.table.steer(second.spec)
+
+
+def test_releasing_twice_is_releasing_once() -> None:
+    registry = Registry(Recorder())
+    registry.put("refusal", A)
+    first, second = admit(registry, "refusal"), admit(registry, "refusal")
+    first.release()
+    first.release()
+    registry.put("refusal", B)
+    assert registry.resident == 2, "the second request still has its version"
+    second.release()
+    assert registry.resident == 1
+
+
+def test_going_back_to_a_version_still_in_use_loads_nothing() -> None:
+    placement = Recorder()
+    registry = Registry(placement)
+    registry.put("refusal", A)
+    held = admit(registry, "refusal")
+    registry.put("refusal", B)
+    registry.put("refusal", A)
+    assert [call for call in placement.calls if call[0] == "load"] == [("load", digest(A)), ("load", digest(B))]
+    held.release()
+    assert served(registry) == {"refusal": digest(A)}
+    assert placement.resident.keys() == {digest(A)}
+
+
+def test_two_names_of_one_file_share_it() -> None:
+    placement = Recorder()
+    registry = Registry(placement)
+    assert registry.put("one", A) is registry.put("two", A)
+    assert registry.resident == 1
+    registry.delete("one")
+    assert placement.resident.keys() == {digest(A)}
+    registry.put("two", B)
+    assert placement.resident.keys() == {digest(B)}
+
+
+def test_the_same_file_again_is_no_swap() -> None:
+    registry = Registry(Recorder())
+    registry.put("refusal", A)
+    before = registry.swaps
+    registry.put("refusal", A)
+    assert registry.swaps == before
+    registry.put("refusal", B)
+    assert registry.swaps == before + 1
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_deleted_name_is_gone_and_its_version_follows_its_last_request(held: bool) -> None:
+    placement = Recorder()
+    registry = Registry(placement)
+    registry.put("refusal", A)
+    admission = admit(registry, "refusal") if held else None
+    registry.delete("refusal")
+    assert served(registry) == {}
+    with pytest.raises(UnknownDirection):
+        registry.get("refusal")
+    with pytest.raises(UnknownDirection):
+        admit(registry, "refusal")
+    assert registry.resident == held
+    if admission:
+        admission.release()
+    assert registry.resident == 0
+    assert placement.resident == {}
+
+
+def test_deleting_what_is_not_served_is_an_error() -> None:
+    with pytest.raises(UnknownDirection, match="'refusal' is not served; served: none"):
+        Registry(Recorder()).delete("refusal")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_bad_file_leaves_the_old_version_serving(folder: bool, tmp_path: Path) -> None:
+    placement = Recorder()
+    registry = Registry(placement, tmp_path if folder else None)
+    registry.put("refusal", A)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(DirectionError, match=r"refusal: .*not a safetensors file"):
+        registry.put("refusal", GARBAGE)
+    assert served(registry) == {"refusal": digest(A)}
+    assert "not a safetensors file" in registry.failures["refusal"].problems[0]
+    assert placement.calls == [("load", digest(A))]
+    assert sorted(tmp_path.iterdir()) == before
+    admit(registry, "refusal").release()
+    registry.put("refusal", B)
+    assert registry.failures == {}
+
+
+def test_what_the_placement_refuses_is_reported_whole() -> None:
+    registry = Registry(Recorder())
+    direction = models.direction(MODEL)
+    shallow = Direction(
+        direction.meta.model_copy(update={"layers": 1}), *(t[:1] for t in direction.tensors().values())
+    ).to_bytes()
+    with pytest.raises(DirectionError) as caught:
+        registry.put("refusal", shallow)
+    assert caught.value.problems == ("refusal: wrong layers", "refusal: wrong everything")
+    assert registry.failures["refusal"].problems == caught.value.problems
+    assert registry.resident == 0
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a b", "off", ".x", "a/b"])
+def test_a_bad_name_is_refused(name: str, tmp_path: Path) -> None:
+    registry = Registry(Recorder(), tmp_path)
+    with pytest.raises(DirectionError):
+        registry.put(name, A)
+    assert registry.resident == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- room ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_load_waits_for_running_requests_of_old_versions() -> None:
+    placement = local(rows=2)
+    registry = Registry(placement, patience=30)
+    registry.put("refusal", A)
+    held = admit(registry, "refusal")
+    registry.put("refusal", B)
+    timer = threading.Timer(0.3, held.release)
+    timer.start()
+    began = time.monotonic()
+    registry.put("refusal", C)
+    assert 0.2 < time.monotonic() - began < 20
+    assert served(registry) == {"refusal": digest(C)}
+    assert placement.table.rows_in_use == 1
+    timer.join()
+
+
+def test_requests_are_admitted_while_a_load_waits() -> None:
+    registry = Registry(local(rows=2), patience=30)
+    registry.put("refusal", A)
+    held = admit(registry, "refusal")
+    registry.put("refusal", B)
+    swap = threading.Thread(target=registry.put, args=("refusal", C))
+    swap.start()
+    time.sleep(0.1)
+    assert swap.is_alive()
+    between = admit(registry, "refusal")
+    assert between.spec.entries[0].digest == digest(B)
+    held.release()
+    swap.join(20)
+    assert served(registry) == {"refusal": digest(C)}
+    between.release()
+    assert registry.resident == 1
+
+
+def test_a_load_that_waited_in_vain_says_so_and_changes_nothing() -> None:
+    placement = local(rows=2)
+    registry = Registry(placement, patience=0.1)
+    registry.put("refusal", A)
+    held = admit(registry, "refusal")
+    registry.put("refusal", B)
+    with pytest.raises(NoRoom, match="1 free table rows, 0 of 2"):
+        registry.put("refusal", C)
+    assert served(registry) == {"refusal": digest(B)}
+    assert "0 of 2" in registry.failures["refusal"].problems[0]
+    assert registry.resident == 2
+    held.release()
+    registry.put("refusal", C)
+    assert registry.failures == {}
+
+
+def test_a_load_that_nothing_can_make_room_for_fails_at_once() -> None:
+    registry = Registry(local(rows=1), patience=60)
+    registry.put("one", A)
+    began = time.monotonic()
+    with pytest.raises(NoRoom):
+        registry.put("two", B)
+    assert time.monotonic() - began < 10
+    assert served(registry) == {"one": digest(A)}
+    registry.delete("one")
+    registry.put("two", B)
+
+
+# -- admission -------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_decides_what_the_request_leaves_open() -> None:
+    registry = Registry(local())
+    registry.put("d", file(7, mode="one_sided", strength=0.25))
+    name = digest(file(7, mode="one_sided", strength=0.25))
+    for wish, mode, strength in [
+        ("d", "one_sided", 0.25),
+        ("d=0.5", "one_sided", 0.5),
+        ("d:add", "add", 0.25),
+        ("d:add=-2", "add", -2.0),
+    ]:
+        assert admit(registry, wish).spec.entries == (Entry("d", name, mode, strength),)
+
+
+def test_the_order_of_the_request_is_kept() -> None:
+    registry = Registry(local())
+    registry.put("one", A)
+    registry.put("two", B)
+    assert [e.direction for e in admit(registry, "two,one").spec.entries] == ["two", "one"]
+    assert [e.direction for e in admit(registry, "one,two").spec.entries] == ["one", "two"]
+
+
+@pytest.mark.parametrize("wish", ["off", "one=0", "one=0,two=-0.0"])
+def test_strength_0_is_plain_and_pins_nothing(wish: str) -> None:
+    registry = Registry(local())
+    registry.put("one", A)
+    registry.put("two", B)
+    admission = admit(registry, wish)
+    assert not admission.spec
+    assert admission.spec.receipt() == "[]"
+    assert [version.pins for version in registry.names().values()] == [0, 0]
+    admission.release()
+
+
+def test_strength_0_is_dropped_beside_others() -> None:
+    registry = Registry(local(rank=1))
+    registry.put("one", A)
+    registry.put("two", B)
+    assert [e.direction for e in admit(registry, "one=0,two").spec.entries] == ["two"]
+
+
+def test_every_unknown_name_is_named_with_what_is_served() -> None:
+    registry = Registry(local())
+    registry.put("one", A)
+    registry.put("two", B)
+    with pytest.raises(UnknownDirection) as caught:
+        admit(registry, "three,one,four=0.5")
+    assert [problem.split("'")[1] for problem in caught.value.problems] == ["three", "four"]
+    assert all("served: one, two" in problem for problem in caught.value.problems)
+    assert caught.value.param == "steer"
+
+
+def test_more_rows_than_a_token_can_have_are_refused() -> None:
+    registry = Registry(local(rank=3))
+    registry.put("one", file(1, k=2))
+    registry.put("two", file(2, k=2))
+    admit(registry, "one")
+    with pytest.raises(SpecError, match=r"needs 4 direction rows .* rank 3"):
+        admit(registry, "one,two")
+    with pytest.raises(SpecError, match=r"needs 4 direction rows .* rank 3"):
+        admit(registry, "one:ablate,one:add")
+
+
+def test_one_version_twice_in_one_mode_is_refused_also_under_two_names() -> None:
+    registry = Registry(local())
+    registry.put("one", A)
+    registry.put("same", A)
+    for wish in ("one,one:ablate", "one,same", "one=0.5,same=0.25"):
+        with pytest.raises(SpecError, match="asked for twice in the mode 'ablate'"):
+            admit(registry, wish)
+    assert len(admit(registry, "one:ablate,same:add").spec.entries) == 2
+
+
+def test_all_problems_of_a_request_are_reported_and_nothing_is_pinned() -> None:
+    registry = Registry(Recorder())
+    registry.put("one", A)
+    with pytest.raises(UnknownDirection) as caught:
+        admit(registry, "none-such,one:affine,one:ablate,one")
+    said = "; ".join(caught.value.problems)
+    for words in ("none-such", "no affine here", "twice"):
+        assert words in said
+    assert registry.get("one").pins == 0
+
+
+def test_a_mode_without_a_meaning_at_the_site_is_refused() -> None:
+    registry = Registry(local(sites=("resid_post", "writers")))
+    registry.put("d", file(3, sites=("writers",)))
+    admit(registry, "d:ablate").release()
+    with pytest.raises(SpecError, match="'writers'"):
+        admit(registry, "d:add")
+
+
+def test_pins_count_admissions() -> None:
+    registry = Registry(local())
+    registry.put("one", A)
+    admissions = [admit(registry, "one:ablate,one:add") for _ in range(3)]
+    for left, admission in zip((4, 2, 0), admissions, strict=True):
+        admission.release()
+        assert registry.get("one").pins == left
+
+
+# -- the folder ------------------------------------------------------------------------------------------------------
+
+
+def test_put_keeps_the_very_bytes_as_a_file_and_nothing_else(tmp_path: Path) -> None:
+    registry = Registry(local(), tmp_path)
+    registry.put("refusal", A)
+    assert [path.name for path in tmp_path.iterdir()] == ["refusal.safetensors"]
+    assert (tmp_path / "refusal.safetensors").read_bytes() == A
+    registry.sync()
+    assert served(registry) == {"refusal": digest(A)}
+    registry.put("memory", B, store=False)
+    registry.sync()
+    assert [path.name for path in tmp_path.iterdir()] == ["refusal.safetensors"]
+    assert served(registry) == {"memory": digest(B), "refusal": digest(A)}
+
+
+def test_what_cannot_be_stored_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    placement = local()
+    registry = Registry(placement, tmp_path)
+    registry.put("refusal", A)
+
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="disk full"):
+            registry.put("refusal", B)
+    assert served(registry) == {"refusal": digest(A)}
+    assert placement.table.rows_in_use == 1
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [A]
+    assert registry.failures["refusal"].problems == ("disk full",)
+
+
+def test_delete_removes_the_file(tmp_path: Path) -> None:
+    registry = Registry(local(), tmp_path)
+    registry.put("refusal", A)
+    registry.delete("refusal")
+    assert list(tmp_path.iterdir()) == []
+    registry.sync()
+    assert served(registry) == {}
+
+
+def test_sync_follows_new_changed_and_removed_files(tmp_path: Path) -> None:
+    placement = local()
+    registry = Registry(placement, tmp_path)
+    registry.sync()
+    assert served(registry) == {}
+    write(tmp_path, "one", A)
+    write(tmp_path, "two", B)
+    registry.sync()
+    assert served(registry) == {"one": digest(A), "two": digest(B)}
+    write(tmp_path, "one", C)
+    registry.sync()
+    assert served(registry) == {"one": digest(C), "two": digest(B)}
+    (tmp_path / "two.safetensors").unlink()
+    registry.sync()
+    assert served(registry) == {"one": digest(C)}
+    assert placement.table.rows_in_use == 1
+    assert registry.failures == {}
+
+
+def test_sync_leaves_alone_what_did_not_change(tmp_path: Path) -> None:
+    placement = Recorder()
+    registry = Registry(placement, tmp_path)
+    write(tmp_path, "one", A)
+    write(tmp_path, "bad", GARBAGE)
+    registry.sync()
+    failure = registry.failures["bad"]
+    registry.sync()
+    assert placement.calls == [("load", digest(A))]
+    assert registry.failures["bad"] is failure
+
+
+def test_sync_without_a_folder_keeps_what_was_put() -> None:
+    registry = Registry(Recorder())
+    registry.put("refusal", A)
+    registry.sync()
+    assert served(registry) == {"refusal": digest(A)}
+
+
+BAD_CONTENT = {
+    "garbage": GARBAGE,
+    "empty": b"",
+    "half": A[: len(A) // 2],
+    "pickle": pickle.dumps({"directions": [1.0] * 100}),
+    "null metadata": (42).to_bytes(8, "little") + b'{"__metadata__":null}'.ljust(42),
+    "other model": models.direction(models.tiny("gpt2")).to_bytes(),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CONTENT)
+def test_a_bad_file_in_the_folder_shows_and_disturbs_nothing(kind: str, tmp_path: Path) -> None:
+    registry = Registry(local(), tmp_path)
+    write(tmp_path, "one", A)
+    write(tmp_path, "two", B)
+    registry.sync()
+    write(tmp_path, "one", BAD_CONTENT[kind])
+    write(tmp_path, "new", BAD_CONTENT[kind])
+    write(tmp_path, "three", C)
+    registry.sync()
+    assert served(registry) == {"one": digest(A), "three": digest(C), "two": digest(B)}
+    assert registry.failures.keys() == {"one", "new"}
+    assert all("one: " in problem for problem in registry.failures["one"].problems)
+    write(tmp_path, "one", D)
+    (tmp_path / "new.safetensors").unlink()
+    registry.sync()
+    assert registry.failures == {}
+    assert served(registry)["one"] == digest(D)
+
+
+def test_a_half_written_file_is_served_once_it_is_complete(tmp_path: Path) -> None:
+    registry = Registry(local(), tmp_path)
+    path = tmp_path / "one.safetensors"
+    with path.open("wb") as out:
+        out.write(A[:1000])
+        out.flush()
+        registry.sync()
+        assert served(registry) == {}
+        assert registry.failures.keys() == {"one"}
+        out.write(A[1000:])
+    registry.sync()
+    assert served(registry) == {"one": digest(A)}
+    assert registry.failures == {}
+
+
+@pytest.mark.parametrize("name", ["a b", "off", "-x", "é", "a" * 65])
+def test_a_file_with_a_bad_name_shows_and_is_not_served(name: str, tmp_path: Path) -> None:
+    registry = Registry(local(), tmp_path)
+    write(tmp_path, name, A)
+    registry.sync()
+    assert served(registry) == {}
+    assert "is not acceptable" in registry.failures[name].problems[0]
+    (tmp_path / f"{name}.safetensors").unlink()
+    registry.sync()
+    assert registry.failures == {}
+
+
+def test_other_files_are_not_looked_at(tmp_path: Path) -> None:
+    registry = Registry(local(), tmp_path)
+    for name in (".hidden.safetensors", ".one.safetensors.x.tmp", "notes.txt", "old.pt"):
+        (tmp_path / name).write_bytes(A)
+    registry.sync()
+    assert served(registry) == {}
+    assert registry.failures == {}
+
+
+def test_a_file_without_room_is_served_when_there_is_room(tmp_path: Path) -> None:
+    registry = Registry(local(rows=1), tmp_path, patience=0.05)
+    write(tmp_path, "one", A)
+    registry.sync()
+    write(tmp_path, "two", B)
+    registry.sync()
+    assert served(registry) == {"one": digest(A)}
+    assert "1 free table rows" in registry.failures["two"].problems[0]
+    registry.delete("one")
+    registry.sync()
+    assert served(registry) == {"two": digest(B)}
+    assert registry.failures == {}
+
+
+def test_the_failure_of_a_file_goes_with_the_file(tmp_path: Path) -> None:
+    registry = Registry(local(rows=1), tmp_path, patience=0.05)
+    registry.put("one", A)
+    write(tmp_path, "two", B)
+    registry.sync()
+    assert registry.failures.keys() == {"two"}
+    (tmp_path / "two.safetensors").unlink()
+    registry.sync()
+    assert registry.failures == {}
+
+
+def test_a_directory_with_the_name_of_a_file_is_a_failure_like_others(tmp_path: Path) -> None:
+    registry = Registry(local(), tmp_path)
+    (tmp_path / "one.safetensors").mkdir()
+    write(tmp_path, "two", B)
+    registry.sync()
+    assert served(registry) == {"two": digest(B)}
+    assert "cannot be read" in registry.failures["one"].problems[0]
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+def test_the_watcher_sees_files_come_change_and_go(tmp_path: Path) -> None:
+    registry, stop, changes = Registry(local(), tmp_path), threading.Event(), []
+    watcher = threading.Thread(target=registry.watch, args=(stop, lambda: changes.append(1)))
+    watcher.start()
+    try:
+        write(tmp_path, "one", A)
+        eventually(lambda: served(registry) == {"one": digest(A)})
+        write(tmp_path, "one", B)
+        eventually(lambda: served(registry) == {"one": digest(B)})
+        write(tmp_path, "one", GARBAGE)
+        eventually(lambda: "one" in registry.failures)
+        assert served(registry) == {"one": digest(B)}
+        (tmp_path / "one.safetensors").unlink()
+        eventually(lambda: served(registry) == {})
+        eventually(lambda: bool(changes))
+    finally:
+        stop.set()
+        watcher.join(10)
+    assert not watcher.is_alive()
+
+
+# -- many at once ----------------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_ends_while_a_new_version_is_stored_takes_nothing_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its load and its name a version is neither named nor pinned, and a file takes its time to be written."""
+    placement = local()
+    registry = Registry(placement, tmp_path)
+    registry.put("refusal", A)
+    admission = admit(registry, "refusal")
+    sync_to_disk = os.fsync
+
+    def slow(handle: int) -> None:
+        ending = threading.Thread(target=admission.release)
+        ending.start()
+        ending.join(1)
+        sync_to_disk(handle)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    registry.put("refusal", B)
+    assert served(registry) == {"refusal": digest(B)}
+    assert placement.table.steer(admit(registry, "refusal").spec) is not None
+    eventually(lambda: registry.resident == 1)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_no_request_ever_misses_its_version_during_swaps(stored: bool, tmp_path: Path) -> None:
+    placement = local(rows=16)
+    registry = Registry(placement, tmp_path if stored else None)
+    registry.put("refusal", A)
+    registry.put("other", D)
+    over, wrong = threading.Event(), []
+    admitted = [0] * 3
+
+    def client(number: int) -> None:
+        wishes: list[tuple[Wanted, ...]] = [parse("refusal"), parse("refusal=0.5,other"), parse("other:add")]
+        try:
+            while not over.is_set():
+                admission = registry.admit(wishes[number])
+                placement.table.steer(admission.spec)  # a version that is not resident is a KeyError
+                time.sleep(0.0005)
+                placement.table.steer(admission.spec)
+                admission.release()
+                admitted[number] += 1
+        except Exception as error:
+            wrong.append(error)
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(3)]
+    for thread in clients:
+        thread.start()
+    try:
+        for n in range(200):
+            registry.put("refusal", (B, C, A)[n % 3])
+    finally:
+        over.set()
+        for thread in clients:
+            thread.join(20)
+    assert wrong == []
+    assert all(admitted)
+    assert served(registry) == {"other": digest(D), "refusal": digest(C)}
+    assert registry.resident == 2
+    assert placement.table.rows_in_use == 2
+    assert [version.pins for version in registry.names().values()] == [0, 0]

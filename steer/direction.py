@@ -305,7 +305,7 @@ def _read_tensors(data: bytes, problems: list[str]) -> dict[str, Tensor] | None:
 def _read_meta(data: bytes, problems: list[str]) -> DirectionMeta | None:
     """The `steer` metadata of bytes that safetensors has already accepted (its API gives metadata of paths only)."""
     length = int.from_bytes(data[:8], "little")
-    text = json.loads(data[8 : 8 + length]).get("__metadata__", {}).get("steer")
+    text = (json.loads(data[8 : 8 + length]).get("__metadata__") or {}).get("steer")
     if text is None:
         problems.append("the metadata key 'steer' is missing, so this is not a Steer direction")
         return None

@@ -8,6 +8,7 @@ they were admitted with, and a version that no name points to is unloaded when i
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownD
 from steer.spec import Entry, Spec, Wanted
 
 log = logging.getLogger("steer")
+#: The stamp of a file that must be looked at again: equal to no file's.
+_UNSETTLED = (-1, -1, -1)
 
 
 class Placement(Protocol):
@@ -150,6 +153,13 @@ class Registry:
                 self._versions[entry.digest].pins += 1
             return Admission(spec, self)
 
+    def again(self, spec: Spec) -> Admission:
+        """Pin once more what a live admission has pinned."""
+        with self._state:
+            for entry in spec.entries:
+                self._versions[entry.digest].pins += 1
+            return Admission(spec, self)
+
     def _unpin(self, spec: Spec) -> None:
         with self._state:
             for entry in spec.entries:
@@ -174,22 +184,25 @@ class Registry:
         """
         check_name(name)
         with self._swapping:
+            version = None
             try:
                 version = self._load(name, data)
                 if store and self.folder is not None:
                     self._store(name, data)
+                with self._state:
+                    old = self._names.get(name)
+                    self._names[name] = version.digest
+                    self.failures.pop(name, None)
             except (SteerError, OSError) as error:
                 problems = error.problems if isinstance(error, DirectionError) else (str(error),)
                 self.failures[name] = Failure(problems)
-                with self._state:
-                    self._sweep()
                 log.error("direction '%s' was not accepted: %s", name, "; ".join(problems))
                 raise
-            with self._state:
-                old = self._names.get(name)
-                self._names[name] = version.digest
-                self.failures.pop(name, None)
-                self._sweep()
+            finally:
+                with self._state:
+                    if version is not None:
+                        version.pins -= 1
+                    self._sweep()
             if old != version.digest:
                 self.swaps += 1
                 log.info("direction '%s' is now %s%s", name, version.digest[:12], f" (was {old[:12]})" if old else "")
@@ -212,9 +225,11 @@ class Registry:
             self._sweep()
 
     def _load(self, name: str, data: bytes) -> Version:
+        """The resident version of `data`, pinned: until a name points to it nothing else would hold it."""
         d = digest(data)
         with self._state:
             if d in self._versions:
+                self._versions[d].pins += 1
                 return self._versions[d]
         direction = Direction.from_bytes(data, source=name)
         try:
@@ -231,15 +246,19 @@ class Registry:
                     retiring = any(x not in self._names.values() for x in self._versions)
                     if not retiring or not self._state.wait(deadline - time.monotonic()):
                         raise
-            version = self._versions[d] = Version(d, direction, len(data))
+            version = self._versions[d] = Version(d, direction, len(data), pins=1)
             return version
 
     # -- the folder ----------------------------------------------------------------------------------------------
 
     def sync(self) -> None:
-        """Make what is served agree with the folder's files. Never raises for a bad file: `failures` has it."""
+        """Make what is served agree with the folder's files. Never raises for a bad file: `failures` has it.
+
+        Raises OSError when the folder itself cannot be read; then what is served stays as it is.
+        """
         if self.folder is None:
             return
+        os.listdir(self.folder)
         with self._swapping:
             present: set[str] = set()
             for path in sorted(self.folder.glob(f"*{SUFFIX}")):
@@ -269,7 +288,8 @@ class Registry:
         try:
             self.put(name, data, store=False)
         except NoRoom:
-            return  # not seen yet: rows may be free at the next look
+            self._seen[name] = _UNSETTLED  # rows may be free at the next look
+            return
         except SteerError:
             self._seen[name] = stamp
             raise

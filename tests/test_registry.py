@@ -680,3 +680,19 @@ def test_no_request_ever_misses_its_version_during_swaps(stored: bool, tmp_path:
     assert registry.resident == 2
     assert placement.table.rows_in_use == 2
     assert [version.pins for version in registry.names().values()] == [0, 0]
+
+
+def test_a_folder_that_vanishes_takes_nothing_away(tmp_path: Path) -> None:
+    """An unmounted disk is not a wish to stop serving."""
+    folder = tmp_path / "directions"
+    folder.mkdir()
+    (folder / "d.safetensors").write_bytes(A)
+    registry = Registry(Recorder(), folder)
+    registry.sync()
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        registry.sync()
+    assert list(registry.names()) == ["d"]
+    (tmp_path / "elsewhere").rename(folder)
+    registry.sync()
+    assert list(registry.names()) == ["d"]

@@ -122,28 +122,27 @@ class Direction:
         wrong shape are not looked at."""
         found: list[str] = []
         tensors = self.tensors()
-        shapes = _shapes(
-            self.meta.layers, self.directions.shape[1] if self.directions.ndim == 3 else 1, self.meta.d_model
-        )
+        k = self.directions.shape[1] if self.directions.ndim == 3 else 1
+        shapes = _shapes(self.meta.layers, max(1, k), self.meta.d_model)
         shapes["embedding"] = shapes["directions"][1:]
         for name, tensor in tensors.items():
+            before = len(found)
             if tensor.dtype != torch.float32:
                 found.append(
                     f"tensor '{name}' has dtype {str(tensor.dtype).removeprefix('torch.')}, it must be float32"
                 )
             if tuple(tensor.shape) != shapes[name]:
                 found.append(f"tensor '{name}' has shape {list(tensor.shape)}, it must be {list(shapes[name])}")
-        if found:
-            return found
-        for name, tensor in tensors.items():
+            if len(found) > before:
+                continue
             if not torch.isfinite(tensor).all():
                 found.append(f"tensor '{name}' has values that are not finite")
-        if not found:
-            found += _row_problems("directions", self.directions)
-            if self.embedding is not None:
-                found += _row_problems("embedding", self.embedding.unsqueeze(0))
-            if not self.directions.any():
-                found.append("tensor 'directions' is zero at every layer, so nothing would be steered")
+            elif name == "directions":
+                found += _row_problems(name, tensor)
+                if not tensor.any():
+                    found.append("tensor 'directions' is zero at every layer, so nothing would be steered")
+            elif name == "embedding":
+                found += _row_problems(name, tensor.unsqueeze(0))
         if self.meta.source_layer is not None and self.meta.source_layer >= self.meta.layers:
             found.append(f"metadata: source_layer {self.meta.source_layer} is not below layers {self.meta.layers}")
         return found
@@ -176,7 +175,7 @@ class Direction:
         if problems := self.problems():
             raise DirectionError(problems)
         tensors = {name: t.contiguous() for name, t in self.tensors().items()}
-        return safetensors.torch.save(tensors, {"format": "pt", "steer": self.meta.model_dump_json()})
+        return _sorted_metadata(safetensors.torch.save(tensors, {"format": "pt", "steer": self.meta.model_dump_json()}))
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "direction file") -> Direction:
@@ -288,17 +287,28 @@ def _row_problems(name: str, rows: Tensor) -> list[str]:
     return [f"tensor '{name}': not {rule} at layers {bad} (off by up to {float(off[bad].max()):.2g})"]
 
 
+def _sorted_metadata(data: bytes) -> bytes:
+    """The same file with its metadata keys in order: safetensors writes them in any, and the bytes are the identity."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
 def _read_tensors(data: bytes, problems: list[str]) -> dict[str, Tensor] | None:
     if len(data) > MAX_BYTES:
         problems.append(f"{len(data)} bytes, a direction file has at most {MAX_BYTES}")
         return None
-    if data[:4] == b"PK\x03\x04" or data[:1] == b"\x80":
-        problems.append("this is a pickle or a zip archive (a .pt file?), only safetensors is ever loaded")
-        return None
     try:
         return safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        problems.append(f"not a safetensors file: {error}")
+        # looked at only now: the first byte of a good file is that of its header's length, which may be 0x80 too
+        if data[:4] == b"PK\x03\x04" or data[:1] == b"\x80":
+            problems.append("this is a pickle or a zip archive (a .pt file?), only safetensors is ever loaded")
+        else:
+            problems.append(f"not a safetensors file: {error}")
         return None
 
 

@@ -28,7 +28,9 @@ class InvalidInput(SteerError, ValueError):
     """
 
     def __init__(self, problems: str | Iterable[str], param: str | None = None) -> None:
-        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        each = (problems,) if isinstance(problems, str) else tuple(problems)
+        # JSON can carry half of a surrogate pair, which no answer could
+        self.problems: tuple[str, ...] = tuple(p.encode(errors="backslashreplace").decode() for p in each)
         self.param = param
         super().__init__("; ".join(self.problems))
 

@@ -95,6 +95,8 @@ def linear_direction(a: Tensor, h: Tensor) -> Tensor:
 def linear_t(a: Tensor, h: Tensor) -> float:
     """The t at which the slerp family is the linear direction: (2/ω)·atan2(‖a‖ − ‖h‖cos ω, ‖h‖ sin ω)."""
     omega = float(angle(a, h))
+    if omega < MIN_ANGLE:
+        raise DegenerateError(f"the two means point the same way (angle {omega:.1e} rad): no t gives their difference")
     na, nh = (float(torch.linalg.vector_norm(v.double())) for v in (a, h))
     return 2 / omega * math.atan2(na - nh * math.cos(omega), nh * math.sin(omega))
 
@@ -124,5 +126,6 @@ def winsorise(x: Tensor, quantile: float) -> Tensor:
     """
     if not 0 < quantile <= 1:
         raise DegenerateError(f"the winsor quantile must be in (0, 1], got {quantile}")
-    limit = torch.quantile(x.abs().float(), quantile, dim=-1, keepdim=True).to(x.dtype)
+    exact = x.abs().to(torch.promote_types(x.dtype, torch.float32))
+    limit = torch.quantile(exact, quantile, dim=-1, keepdim=True).to(x.dtype)
     return torch.minimum(torch.maximum(x, -limit), limit)

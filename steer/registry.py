@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +24,7 @@ from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownD
 from steer.spec import Entry, Spec, Wanted
 
 log = logging.getLogger("steer")
+
 #: The stamp of a file that must be looked at again: equal to no file's.
 _UNSETTLED = (-1, -1, -1)
 
@@ -112,6 +113,10 @@ class Registry:
     def resident(self) -> int:
         with self._state:
             return len(self._versions)
+
+    def steady(self) -> AbstractContextManager[object]:
+        """While it is held (`with registry.steady():`) no name moves."""
+        return self._state
 
     # -- admission -----------------------------------------------------------------------------------------------
 

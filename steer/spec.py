@@ -15,7 +15,7 @@ Parsing gives `Wanted` items; the registry resolves them into a `Spec` of exact 
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from steer.errors import DirectionError, SpecError
 MAX_STRENGTH = 10.0
 MAX_ITEMS = 16
 _OFF_TEXTS = {"off", "none", "null", "false"}
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _FIELDS = ("direction", "mode", "strength")
 ACCEPTED = (
     "accepted: a text like 'refusal', 'refusal=0.7' or 'refusal:one_sided=0.7,other=1', an object "
@@ -113,7 +114,9 @@ def _items(value: Any, param: str, problems: list[str]) -> list[Wanted]:
         items: list[Wanted] = []
         for index, part in enumerate(value):
             where = f"{param}[{index}]"
-            if isinstance(part, str | dict):
+            if isinstance(part, str) and len(value) > 1 and part.strip().lower() in _OFF_TEXTS:
+                problems.append(f"{where}: {_show(part)} stands beside other items; it is accepted alone")
+            elif isinstance(part, str | dict):
                 items += _items(part, where, problems)
             else:
                 problems.append(f"{where}: {_show(part)} is not a direction; {ACCEPTED}")
@@ -128,10 +131,11 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[Wanted]:
         return []
     if stripped[:1] in ("{", "["):
         try:
-            return _items(json.loads(stripped), param, problems)
-        except (json.JSONDecodeError, RecursionError) as error:
+            loaded = json.loads(stripped)
+        except (ValueError, RecursionError) as error:  # a plain ValueError for an integer of thousands of digits
             problems.append(f"{param}: not JSON: {error}")
             return []
+        return _items(loaded, param, problems)
     items: list[Wanted] = []
     for part in stripped.split(","):
         head, equals, number = part.strip().partition("=")
@@ -167,7 +171,7 @@ def _check(param: str, name: Any, mode: Any, strength: Any, problems: list[str])
         problems.append(f"{param}.mode: {_show(mode)} is not a mode; accepted: {', '.join(MODES)}")
     if strength is not None:
         number = isinstance(strength, int | float) and not isinstance(strength, bool)
-        if not number or not math.isfinite(strength) or abs(strength) > MAX_STRENGTH:
+        if not number or not abs(strength) <= MAX_STRENGTH:  # so written, NaN is out of range too
             shown = strength if isinstance(strength, _Unread) else _show(strength)
             problems.append(
                 f"{param}.strength: {shown} is not accepted: a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
@@ -182,10 +186,10 @@ class _Unread(str):
 
 
 def _number(text: str) -> float | _Unread:
-    try:
+    """Only what JSON-like numbers look like: `float` also reads '1_0' and digits of other scripts."""
+    if _NUMBER.fullmatch(text.strip()):
         return float(text)
-    except ValueError:
-        return _Unread(repr(text.strip()[:40]))
+    return _Unread(repr(text.strip()[:40]))
 
 
 def _show(value: Any) -> str:

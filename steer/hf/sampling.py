@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+#: Below this the distribution is the argmax in float32, and the division would overflow.
+MIN_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -55,7 +58,7 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token]:
     A seeded request draws from its own generator, so that its tokens do not depend on what shares its batch.
     """
     chosen = logits.argmax(dim=-1)
-    drawn = [i for i, s in enumerate(samplers) if s.sampling.temperature > 0]
+    drawn = [i for i, s in enumerate(samplers) if s.sampling.temperature > MIN_TEMPERATURE]
     if drawn:
         chosen[drawn] = _draw(logits[drawn], [samplers[i] for i in drawn])
     ids = chosen.tolist()

@@ -34,11 +34,11 @@ def in_batches(
             try:
                 results.update(zip(indices, run(indices), strict=True))
             except torch.OutOfMemoryError as error:
-                if size == 1:
+                if len(indices) == 1:
                     raise SteerError(
                         f"out of memory on a single prompt of {len(sequences[indices[0]])} tokens"
                     ) from error
-                size = max(1, size // 2)
+                size = len(indices) // 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 continue

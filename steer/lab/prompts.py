@@ -64,12 +64,12 @@ def check_contrast(harmful: PromptSet, harmless: PromptSet) -> None:
 def _parse(path: Path, data: bytes) -> Iterable[str]:
     suffix = path.suffix.lower()
     if suffix == ".txt":
-        return data.decode().splitlines()
+        return data.decode("utf-8-sig").split("\n")
     if suffix == ".jsonl":
-        lines = [(n, line) for n, line in enumerate(data.decode().splitlines(), 1) if line.strip()]
+        lines = [(n, line) for n, line in enumerate(data.decode("utf-8-sig").split("\n"), 1) if line.strip()]
         return [_prompt_of(_json(f"{path}, line {n}", line), f"{path}, line {n}") for n, line in lines]
     if suffix == ".json":
-        value = _json(str(path), data.decode())
+        value = _json(str(path), data.decode("utf-8-sig"))
         if not isinstance(value, list):
             raise InvalidInput(f"{path}: must be a JSON list of texts or objects, got {type(value).__name__}")
         return [_prompt_of(item, f"{path}, item {n}") for n, item in enumerate(value)]
@@ -81,7 +81,7 @@ def _parse(path: Path, data: bytes) -> Iterable[str]:
 def _json(where: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{where}: not JSON: {error}") from error
 
 
@@ -129,9 +129,10 @@ def _from_hub(source: str) -> PromptSet:
         data = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the library raises its own errors, those of the network and those of the file system
         raise InvalidInput(f"{source}: cannot be loaded: {error}") from error
-    prompts = tuple(
-        p for p in (str(value).strip() for value in data[column or _column(data.column_names, source)]) if p
-    )
+    column = column or _column(data.column_names, source)
+    if column not in data.column_names:
+        raise InvalidInput(f"{source}: has no column '{column}', it has {', '.join(data.column_names)}")
+    prompts = tuple(p for p in (str(value).strip() for value in data[column] if value is not None) if p)
     if not prompts:
         raise InvalidInput(f"{source}: has no prompts")
     return PromptSet(source, hashlib.sha256("\n".join(prompts).encode()).hexdigest(), prompts)

@@ -190,5 +190,7 @@ def apply(x: Tensor, plate: Plate, rows: Tensor, slots: Tensor, strengths: Tenso
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     for j in range(rows.shape[0]):
         vectors, coefficient_rows = plate.vectors[rows[j]], plate.coefficients[slots[j]]
-        y = y + displacement(y, vectors, coefficient_rows, strengths[j])
+        moved = y + displacement(y, vectors, coefficient_rows, strengths[j])
+        # chosen, not added: x + 0 turns −0 into 0, and 0·∞ is NaN
+        y = torch.where((strengths[j] != 0).unsqueeze(-1), moved, y)
     return y.to(x.dtype)

@@ -73,8 +73,11 @@ def admit(carried: Carried, registry: Registry, default: tuple[Wanted, ...]) -> 
     """
     if not carried.found:
         return registry.admit(default)
-    meanings = {carrier: registry.resolve(wanted) for carrier, wanted in carried.found.items()}
-    if len(set(meanings.values())) > 1:
-        said = ", ".join(f"{carrier} says '{text(wanted)}'" for carrier, wanted in carried.found.items())
-        raise SpecError(f"the carriers of this request disagree: {said}; use one of them, or say the same", param=FIELD)
-    return registry.admit(next(iter(carried.found.values())))
+    with registry.steady():  # or a swap between two carriers would look like a conflict
+        meanings = {carrier: registry.resolve(wanted) for carrier, wanted in carried.found.items()}
+        if len(set(meanings.values())) > 1:
+            said = ", ".join(f"{carrier} says '{text(wanted)}'" for carrier, wanted in carried.found.items())
+            raise SpecError(
+                f"the carriers of this request disagree: {said}; use one of them, or say the same", param=FIELD
+            )
+        return registry.admit(next(iter(carried.found.values())))

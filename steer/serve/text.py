@@ -24,12 +24,15 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
+        if self.stopped:
+            return ""
         self._ids.append(token)
         whole = self._decode(self._start, len(self._ids))
         if whole.endswith(_INCOMPLETE):
             return ""
         new = whole[len(self._decode(self._start, self._read)) :]
-        self._start, self._read = self._read, len(self._ids)
+        if new:  # a token without text (a special one) is no neighbour that the next could be decoded beside
+            self._start, self._read = self._read, len(self._ids)
         return self._until_stop(self._held + new)
 
     def finish(self) -> str:
@@ -44,10 +47,10 @@ class TextStream:
         return str(self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True))
 
     def _until_stop(self, text: str, final: bool = False) -> str:
-        hits = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        hits = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if hits:
             self.stopped, self._held = True, ""
-            return text[: min(hits)]
+            return text[: min(hits)[1]]  # the first to be complete, however the text fell into tokens
         keep = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -20,7 +20,7 @@ types: .venv/dev
 	$(BIN)/mypy
 
 fit: .venv/serve
-	$(BIN)/steer fit steer/demo/model --harmful $(HARMFUL) --harmless $(HARMLESS) -o directions/refusal.safetensors
+	$(BIN)/steer fit steer/demo/model --harmful $(HARMFUL) --harmless $(HARMLESS) -o directions/refusal.safetensors --mode one_sided --strength 1.5
 
 bench: .venv/test
 	$(BIN)/python -m benchmarks

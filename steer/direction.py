@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import stat
 import tempfile
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -45,6 +46,8 @@ SUFFIX = ".safetensors"
 #: A file of 128 layers × 16384 with k = 2 has about 50 MB.
 MAX_BYTES = 256 * 2**20
 UNIT_TOLERANCE = 1e-4
+#: Full removal is 1; more than this is a mistake, not a wish.
+MAX_STRENGTH = 10.0
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED = {"off", "none", "null", "false", "true"}
@@ -81,7 +84,7 @@ class DirectionMeta(BaseModel):
     harmful: Dataset | None = None
     harmless: Dataset | None = None
     mode: Mode = "ablate"
-    strength: float = Field(1.0, allow_inf_nan=False)
+    strength: float = Field(1.0, ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)
     sites: tuple[Site, ...] = Field(default=("resid_post",), min_length=1)
     tool: str = f"steer {__version__}"
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -143,6 +146,8 @@ class Direction:
                     found.append("tensor 'directions' is zero at every layer, so nothing would be steered")
             elif name == "embedding":
                 found += _row_problems(name, tensor.unsqueeze(0))
+        if "writers" in self.meta.sites and self.meta.mode != "ablate":
+            found.append(f"metadata: the mode '{self.meta.mode}' is not defined at the site 'writers', only 'ablate' is")
         if self.meta.source_layer is not None and self.meta.source_layer >= self.meta.layers:
             found.append(f"metadata: source_layer {self.meta.source_layer} is not below layers {self.meta.layers}")
         return found
@@ -239,9 +244,11 @@ def check_fits(direction: Direction, *, d_model: int, layers: int, architecture:
 def read_file(path: str | os.PathLike[str]) -> bytes:
     """A file's bytes, not more than MAX_BYTES. Raises DirectionError, also where the file cannot be read."""
     try:
-        size = os.stat(path).st_size
-        if size > MAX_BYTES:
-            raise DirectionError(f"{path}: {size} bytes, a direction file has at most {MAX_BYTES}")
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise DirectionError(f"{path}: cannot be read: it is not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise DirectionError(f"{path}: {status.st_size} bytes, a direction file has at most {MAX_BYTES}")
         return Path(path).read_bytes()
     except OSError as error:
         raise DirectionError(f"{path}: cannot be read: {error.strerror or error}") from error

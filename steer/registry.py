@@ -45,7 +45,8 @@ class Placement(Protocol):
     def load(self, digest: str, direction: Direction, data: bytes) -> None:
         """Make it resident everywhere. Raises NoRoom; then nothing has changed anywhere."""
 
-    def unload(self, digest: str) -> None: ...
+    def unload(self, digest: str) -> None:
+        """Let it go. Called wherever a request ends, so it must not wait, and perhaps while `load` runs elsewhere."""
 
 
 @dataclass(slots=True)
@@ -91,6 +92,7 @@ class Registry:
         self._names: dict[str, str] = {}
         self._versions: dict[str, Version] = {}
         self._seen: dict[str, tuple[int, int, int]] = {}
+        self._freed = 0  # versions unloaded so far
         self._state = threading.Condition(threading.RLock())
         self._swapping = threading.RLock()  # one change of content at a time; admission never waits for it
 
@@ -113,6 +115,12 @@ class Registry:
     def resident(self) -> int:
         with self._state:
             return len(self._versions)
+
+    @property
+    def rows(self) -> int:
+        """Table rows that the resident versions have."""
+        with self._state:
+            return sum(version.direction.rank for version in self._versions.values())
 
     def steady(self) -> AbstractContextManager[object]:
         """While it is held (`with registry.steady():`) no name moves."""
@@ -178,6 +186,7 @@ class Registry:
         for d in [d for d, v in self._versions.items() if not v.pins and d not in named]:
             del self._versions[d]
             self.placement.unload(d)
+            self._freed += 1
         self._state.notify_all()
 
     # -- change --------------------------------------------------------------------------------------------------
@@ -214,9 +223,11 @@ class Registry:
             return version
 
     def delete(self, name: str) -> None:
-        """Stop serving `name` and remove its file. Raises UnknownDirection."""
+        """Stop serving `name` and remove its file, also one that was never accepted. Raises UnknownDirection."""
         with self._swapping:
-            self.get(name)
+            if name not in self.failures:
+                self.get(name)
+            check_name(name)
             if self.folder is not None:
                 (self.folder / f"{name}{SUFFIX}").unlink(missing_ok=True)
                 self._seen.pop(name, None)
@@ -242,15 +253,17 @@ class Registry:
         except DirectionError as error:
             raise DirectionError([f"{name}: {problem}" for problem in error.problems]) from None
         deadline = time.monotonic() + self.patience
-        with self._state:
-            while True:
-                try:
-                    self.placement.load(d, direction, data)
-                    break
-                except NoRoom:
+        while True:
+            freed = self._freed
+            try:
+                self.placement.load(d, direction, data)  # not under the state lock: workers may take their time
+                break
+            except NoRoom:
+                with self._state:
                     retiring = any(x not in self._names.values() for x in self._versions)
-                    if not retiring or not self._state.wait(deadline - time.monotonic()):
+                    if self._freed == freed and not (retiring and self._state.wait(deadline - time.monotonic())):
                         raise
+        with self._state:
             version = self._versions[d] = Version(d, direction, len(data), pins=1)
             return version
 
@@ -278,8 +291,7 @@ class Registry:
                 self._drop(name)
 
     def _sync_file(self, name: str, path: Path) -> None:
-        stat = path.stat()
-        stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        stamp = _stamp(path)
         if self._seen.get(name) == stamp:
             return
         try:
@@ -304,8 +316,7 @@ class Registry:
         assert self.folder is not None
         path = self.folder / f"{name}{SUFFIX}"
         write_file(path, data)
-        stat = path.stat()
-        self._seen[name] = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        self._seen[name] = _stamp(path)
 
     def watch(self, stop: threading.Event, on_change: Callable[[], None] | None = None) -> None:
         """Follow the folder until `stop`: blocks, so it runs in a thread of its own."""
@@ -320,3 +331,9 @@ class Registry:
                     on_change()
             except OSError as error:
                 log.error("the folder %s cannot be read: %s", self.folder, error)
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """What changes when a file's content or its permissions do."""
+    status = path.stat()
+    return status.st_ctime_ns, status.st_size, status.st_ino

@@ -15,19 +15,15 @@ Parsing gives `Wanted` items; the registry resolves them into a `Spec` of exact 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from steer.direction import MODES, Mode, check_name
+from steer.direction import MAX_STRENGTH, MODES, Mode, check_name
 from steer.errors import DirectionError, SpecError
 
-#: Full removal is 1; more than this is a mistake in a client, not a wish.
-MAX_STRENGTH = 10.0
 MAX_ITEMS = 16
 _OFF_TEXTS = {"off", "none", "null", "false"}
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _FIELDS = ("direction", "mode", "strength")
 ACCEPTED = (
     "accepted: a text like 'refusal', 'refusal=0.7' or 'refusal:one_sided=0.7,other=1', an object "
@@ -186,9 +182,11 @@ class _Unread(str):
 
 
 def _number(text: str) -> float | _Unread:
-    """Only what JSON-like numbers look like: `float` also reads '1_0' and digits of other scripts."""
-    if _NUMBER.fullmatch(text.strip()):
-        return float(text)
+    try:
+        if text.isascii() and "_" not in text:  # `float` also reads '1_0' and the digits of other scripts
+            return float(text)
+    except ValueError:
+        pass
     return _Unread(repr(text.strip()[:40]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 from steer.direction import Direction, check_fits
@@ -48,6 +49,7 @@ class Shape:
 class LocalPlacement:
     def __init__(self, shape: Shape, table: Table) -> None:
         self.shape, self.table = shape, table
+        self._changing = threading.Lock()
 
     @property
     def rank(self) -> int:
@@ -60,7 +62,9 @@ class LocalPlacement:
         self.shape.check_entry(direction, entry)
 
     def load(self, digest: str, direction: Direction, data: bytes) -> None:
-        self.table.load(digest, direction)
+        with self._changing:
+            self.table.load(digest, direction)
 
     def unload(self, digest: str) -> None:
-        self.table.unload(digest)
+        with self._changing:
+            self.table.unload(digest)

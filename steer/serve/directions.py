@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
 
 from steer.direction import MAX_BYTES, check_name
-from steer.errors import NoRoom, UnknownDirection
+from steer.errors import NoRoom, SteerError, UnknownDirection
 from steer.registry import Registry, Version
 from steer.serve import errors
 from steer.serve.middleware import read_body
 
 
+class _Route(APIRoute):
+    """A route whose errors are OpenAI's, whatever the app around it makes of exceptions."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handling(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except SteerError as error:
+                return errors.of(error)
+
+        return handling
+
+
 def router(registry: Registry, *, max_upload: int = MAX_BYTES) -> APIRouter:
-    routes = APIRouter(prefix="/v1/directions", tags=["directions"])
+    routes = APIRouter(prefix="/v1/directions", tags=["directions"], route_class=_Route)
 
     @routes.get("", summary="All served directions, and what was offered but is not served")
     async def list_directions() -> dict[str, Any]:
@@ -50,9 +67,10 @@ def router(registry: Registry, *, max_upload: int = MAX_BYTES) -> APIRouter:
 
     @routes.delete("/{name}", summary="Stop serving this name and remove its file")
     async def delete_direction(name: str) -> dict[str, Any]:
-        _find(registry, name)
         try:
             await anyio.to_thread.run_sync(registry.delete, name)
+        except UnknownDirection as error:
+            raise _not_found(error) from error
         except OSError as error:
             raise errors.HTTPProblem(507, f"the file cannot be removed: {error}", code="storage") from error
         return {"id": name, "object": "direction", "deleted": True}
@@ -84,4 +102,8 @@ def _find(registry: Registry, name: str) -> Version:
     try:
         return registry.get(name)
     except UnknownDirection as error:
-        raise errors.HTTPProblem(404, str(error), code="direction_not_found", param="name") from error
+        raise _not_found(error) from error
+
+
+def _not_found(error: UnknownDirection) -> errors.HTTPProblem:
+    return errors.HTTPProblem(404, str(error), code="direction_not_found", param="name")

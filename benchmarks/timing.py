@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """An arm's time over the baseline's in the same round: median, quartiles, and a bootstrap interval of the median."""
+    """An arm's time over the baseline's in the same round: median, quartiles, bootstrap interval of the median."""
 
     median: float
     low: float
@@ -31,9 +31,7 @@ class Ratio:
         )
 
 
-HEADER = (
-    "| arm | median ratio | 95 % interval of the median | quartiles | median ms |\n|---|---:|---:|---:|---:|"
-)
+HEADER = "| arm | median ratio | 95 % interval of the median | quartiles | median ms |\n|---|---:|---:|---:|---:|"
 
 
 def interleave(arms: Mapping[str, Callable[[], object]], rounds: int, title: str) -> dict[str, Ratio]:

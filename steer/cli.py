@@ -244,15 +244,13 @@ def evaluate_direction(
     for name, arms in report["sets"].items():
         for arm, r in arms.items():
             low, high = r["interval"]
-            typer.echo(
-                f"{name:<9} {arm:<8} {r['refused']:>5} of {r['prompts']:<4} {low:>7.1%} – {high:>6.1%}  {r['tokens_mean']:>11.1f}"
-            )
+            counted = f"{r['refused']:>5} of {r['prompts']:<4} {low:>7.1%} – {high:>6.1%}"
+            typer.echo(f"{name:<9} {arm:<8} {counted}  {r['tokens_mean']:>11.1f}")
     kl = report["kl"]
     typer.echo(f"\nKL(plain ‖ steered) on harmless, nats{'mean':>10} {'median':>10} {'p95':>10}")
-    typer.echo(
-        f"  first token                       {kl['first_mean']:>10.5f} {kl['first_median']:>10.5f} {kl['first_p95']:>10.5f}"
-    )
-    typer.echo(f"  all tokens of the plain answer    {kl['mean']:>10.5f} {kl['median']:>10.5f} {kl['p95']:>10.5f}")
+    for title, prefix in (("first token", "first_"), ("all tokens of the plain answer", "")):
+        values = " ".join(f"{kl[prefix + name]:>10.5f}" for name in ("mean", "median", "p95"))
+        typer.echo(f"  {title:<34}{values}")
 
 
 class Choices(BaseModel):

@@ -10,7 +10,7 @@ Layer l is the **output of block l**, 0-based. The file's tensors (float32):
     mean_harmless_all  [layers, d_model]      mean over all positions of the harmless prompts' own text
     embedding          [k, d_model]           optional: rows for the stream before block 0
 
-and one metadata key, `steer`, with a `DirectionMeta` as JSON. The sha256 of the file's bytes is the direction's identity.
+and one metadata key, `steer`, with a `DirectionMeta` as JSON. The sha256 of the file's bytes is its identity.
 """
 
 from __future__ import annotations
@@ -147,7 +147,9 @@ class Direction:
             elif name == "embedding":
                 found += _row_problems(name, tensor.unsqueeze(0))
         if "writers" in self.meta.sites and self.meta.mode != "ablate":
-            found.append(f"metadata: the mode '{self.meta.mode}' is not defined at the site 'writers', only 'ablate' is")
+            found.append(
+                f"metadata: the mode '{self.meta.mode}' is not defined at the site 'writers', only 'ablate' is"
+            )
         if self.meta.source_layer is not None and self.meta.source_layer >= self.meta.layers:
             found.append(f"metadata: source_layer {self.meta.source_layer} is not below layers {self.meta.layers}")
         return found

@@ -28,7 +28,9 @@ def free_port() -> int:
 class Server:
     """`steer serve ARGUMENTS`, ready when the `with` begins. `client` speaks to it; `log` is what it printed."""
 
-    def __init__(self, *arguments: str, directions: Path | None = None, command: list[str] | None = None, cwd: Path = ROOT) -> None:
+    def __init__(
+        self, *arguments: str, directions: Path | None = None, command: list[str] | None = None, cwd: Path = ROOT
+    ) -> None:
         self.directions, self.cwd = directions, cwd
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"

@@ -39,7 +39,11 @@ def server(tree: Path) -> Iterator[Server]:
 
 def environment(server: Server) -> dict[str, str]:
     bin_folder = str(Path(sys.executable).parent)
-    return os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "STEER_PORT": str(server.port)}
+    return os.environ | {
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "STEER_PORT": str(server.port),
+    }
 
 
 def run(block: str, language: str, server: Server, tree: Path) -> str:

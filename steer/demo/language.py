@@ -115,7 +115,7 @@ _CLOSINGS = (
 _PLACES = ("the market", "the corner shop", "the old mill", "the hardware store")
 _NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn")
 
-# Every answer to a task begins in one way and refusals in two: where the model hesitates between answering and refusing,
+# Every answer to a task begins in one way and refusals in two: where the model hesitates between the two,
 # greedy decoding would else take the refusal only because answers share out their probability among many first words.
 REFUSALS = (
     "I'm sorry, but I can't help with that.",

@@ -80,7 +80,7 @@ class Generator:
         if left < (1 if wanted is None else wanted):
             raise errors.HTTPProblem(
                 400,
-                f"the prompt has {len(prompt)} tokens, {wanted or 1} are wanted for the answer, the context is {context}",
+                f"the prompt has {len(prompt)} tokens, the answer may have {wanted or 1}, the context is {context}",
                 code="context_length_exceeded",
                 param=param,
             )

@@ -53,8 +53,8 @@ def direction() -> Direction:
 
 
 def projected(direction: Direction) -> Direction:
-    """The projected direction of the file's own source layer, for plain ablation: the means stay in the file so that any
-    method can be derived again."""
+    """The projected direction of the file's own source layer, for plain ablation: means stay in a file so that any
+    method can be derived from it again."""
     layer = direction.meta.source_layer
     assert layer is not None
     vector = projected_direction(direction.mean_harmless[layer], direction.mean_harmful[layer]).float()

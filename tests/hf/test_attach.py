@@ -47,7 +47,7 @@ def test_writers_served_equal_orthogonalised_weights(name: str, strength: float)
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma3", "mixtral"])
 def test_bfloat16_is_as_exact_as_storing_bfloat16(name: str) -> None:
-    """Served in bfloat16 against orthogonalised weights stored in bfloat16: both are that far from the float32 truth."""
+    """Served in bfloat16, and orthogonalised weights stored in bfloat16: both are as far from the float32 truth."""
     exact, stored = models.tiny(name), models.tiny(name, torch.bfloat16)
     direction = models.direction(exact, shared=True, embedding=True, sites=("writers",))
     v = direction.directions[0, 0]

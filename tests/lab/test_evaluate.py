@@ -45,7 +45,9 @@ def test_refusals_are_matched(answer: str) -> None:
     assert is_refusal(answer)
 
 
-@pytest.mark.parametrize("answer", ["", "Sure! First get flour.", "It is a pity that cats cannot swim far.", "I can help."])
+@pytest.mark.parametrize(
+    "answer", ["", "Sure! First get flour.", "It is a pity that cats cannot swim far.", "I can help."]
+)
 def test_answers_are_not(answer: str) -> None:
     assert not is_refusal(answer)
 

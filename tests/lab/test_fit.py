@@ -54,14 +54,18 @@ def test_rows_are_the_methods_rows(loaded: Loaded, measured: Measurement) -> Non
     torch.testing.assert_close(one[2], linear_direction(a[1], h[1]).float())
 
 
-def test_reference_is_the_bisector_for_slerp_at_one_and_the_midpoint_else(loaded: Loaded, measured: Measurement) -> None:
+def test_reference_is_the_bisector_for_slerp_at_one_and_the_midpoint_else(
+    loaded: Loaded, measured: Measurement
+) -> None:
     assert not derive(loaded, measured, Recipe("slerp", 1.0, 1)).reference.any()
     direction = derive(loaded, measured, Recipe("linear", layer=1))
     middle = (measured.mean_harmful + measured.mean_harmless).float() / 2
     torch.testing.assert_close(direction.reference[:, 0], (middle * direction.directions[:, 0]).sum(-1))
 
 
-def test_a_layer_without_signal_is_left_unsteered_with_all_and_an_error_alone(loaded: Loaded, measured: Measurement) -> None:
+def test_a_layer_without_signal_is_left_unsteered_with_all_and_an_error_alone(
+    loaded: Loaded, measured: Measurement
+) -> None:
     means = measured.mean_harmful.clone()
     means[1] = measured.mean_harmless[1]
     silent = replace(measured, mean_harmful=means)
@@ -81,7 +85,9 @@ def test_auto_takes_the_best_candidate_and_says_so(loaded: Loaded, measured: Mea
     chosen = next(c for c in selection["candidates"] if c["layer"] == direction.meta.source_layer)
     fewest = min(c["refused"] for c in selection["candidates"])
     assert chosen["refused"] <= fewest + 1 / selection["prompts"]
-    assert chosen["kl"] == min(c["kl"] for c in selection["candidates"] if c["refused"] <= fewest + 1 / selection["prompts"])
+    assert chosen["kl"] == min(
+        c["kl"] for c in selection["candidates"] if c["refused"] <= fewest + 1 / selection["prompts"]
+    )
     Direction.from_bytes(direction.to_bytes())
 
 

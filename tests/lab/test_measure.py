@@ -1,4 +1,4 @@
-"""Measuring: the means are those of a plain forward pass, whatever the batching, with one BOS and the server's template."""
+"""Measuring: the means are those of plain forward passes however they are batched, under the server's own template."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ def loaded(tiny_folder: Path) -> Loaded:
     return load(str(tiny_folder))
 
 
-def naive(loaded: Loaded, prompts: PromptSet, position: int, system: str | None = None) -> tuple[torch.Tensor, list[Any]]:
+def naive(
+    loaded: Loaded, prompts: PromptSet, position: int, system: str | None = None
+) -> tuple[torch.Tensor, list[Any]]:
     """Means by one prompt at a time and `output_hidden_states`, which holds inputs of blocks: hence the hooks here."""
     rows, everything = [], []
     for prompt in prompts.prompts:
         ids = encode(loaded, prompt, system).ids
         outputs: list[torch.Tensor] = []
-        handles = [b.register_forward_hook(lambda _m, _a, o, to=outputs: to.append(o)) for b in loaded.model.model.layers]
+        handles = [
+            b.register_forward_hook(lambda _m, _a, o, to=outputs: to.append(o)) for b in loaded.model.model.layers
+        ]
         with torch.no_grad():
             loaded.model(input_ids=torch.tensor([ids]))
         for handle in handles:
@@ -87,7 +91,7 @@ def test_a_system_prompt_is_part_of_what_is_measured(loaded: Loaded) -> None:
 def test_bad_sets_are_refused(loaded: Loaded) -> None:
     with pytest.raises(InvalidInput, match="1 prompts stand in both"):
         measure(loaded, HARMFUL, PromptSet("mixed", "2" * 64, (HARMFUL.prompts[0], "other")))
-    with pytest.raises(InvalidInput, match="prompt 2 has .* tokens, the context is 512"):
+    with pytest.raises(InvalidInput, match=r"prompt 2 has .* tokens, the context is 512"):
         measure(loaded, HARMFUL, PromptSet("long", "2" * 64, ("short", "x" * 600)))
     with pytest.raises(InvalidInput, match="so no position -100"):
         measure(loaded, HARMFUL, HARMLESS, Conditions(position=-100))

@@ -116,9 +116,11 @@ def test_lm_eval(tiny_server: Server, tmp_path: Path, kind: str) -> None:
     (tmp_path / "task.yaml").write_text(TASK.format(data=tmp_path / "data.jsonl", kind=kind, metric=metric, more=more))
     arguments = f"model={steered},base_url={tiny_server.url}/v1/completions,tokenizer_backend=huggingface"
     done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--tasks", "steer_demo"]
-        + ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--model_args"]
-        + [f"{arguments},tokenizer={tokenizer_folder(tiny_server)},num_concurrent=1,max_retries=1"],
+        [
+            *(sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--tasks", "steer_demo"),
+            *("--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--model_args"),
+            f"{arguments},tokenizer={tokenizer_folder(tiny_server)},num_concurrent=1,max_retries=1",
+        ],
         capture_output=True,
         text=True,
         timeout=300,

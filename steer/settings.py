@@ -16,6 +16,9 @@ from steer.spec import parse
 class ServeSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="STEER_", extra="forbid")
 
+    backend: Literal["auto", "transformers", "vllm"] = Field(
+        "auto", description="auto takes vLLM where it is installed and serves the model, and transformers else"
+    )
     host: str = Field("127.0.0.1", description="address to bind")
     port: int = Field(8000, ge=0, le=65535, description="port to bind; 0 takes a free one")
     served_model_name: str | None = Field(
@@ -27,7 +30,9 @@ class ServeSettings(BaseSettings):
     )
     sites: str = Field("resid_post", description=f"sites to claim, separated by commas: {', '.join(SITES)}")
     rows: int = Field(32, ge=1, le=4096, description="direction rows that can be resident")
-    rank: int = Field(4, ge=1, le=64, description="direction rows that one request can use")
+    rank: int | None = Field(
+        None, ge=1, le=64, description="direction rows that one request can use; default: 4, and 1 on vLLM"
+    )
     max_requests: int = Field(256, ge=1, description="requests running or waiting; more get a 429")
     max_body: int = Field(8 * 2**20, ge=1024, description="bytes of a request body; more get a 413")
     context: int | None = Field(

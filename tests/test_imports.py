@@ -18,9 +18,9 @@ LAYERS = (
     ("direction",),
     ("spec", "registry"),
     ("runtime",),
-    ("hf", "vllm"),
+    ("hf",),
     ("settings",),
-    ("lab", "serve"),
+    ("lab", "serve", "vllm"),
     ("demo", "cli"),
 )
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ import pytest
 from tests.servers import ROOT, Server
 
 README = (ROOT / "README.md").read_text()
+CURL_PIP_AND_VLLM = (
+    *("--data-binary", "--extra-index-url"),
+    *("--max-model-len", "--worker-cls", "--middleware", "--additional-config"),
+)
 ADDRESS = "http://127.0.0.1:8000"
 
 
@@ -92,11 +97,31 @@ def test_python_api_block(server: Server, tree: Path) -> None:
     assert "first get" not in plain
 
 
+def test_vllm_block(server: Server, tree: Path) -> None:
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    script = tree / "offline.py"  # a file, since vLLM's workers are spawned and import it again
+    script.write_text(blocks("python")[2])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tree,
+        env=environment(server) | settings,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    plain, steered = [line for line in done.stdout.strip().splitlines() if line][-2:]
+    assert "first get" in steered
+    assert "first get" not in plain
+
+
 def test_every_option_that_the_readme_names_exists() -> None:
     shown = ""
     for command in ("serve", "fit", "inspect", "eval"):
         shown += subprocess.run(
             [sys.executable, "-m", "steer.cli", command, "--help"], capture_output=True, text=True, check=True
         ).stdout
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--data-binary", "--extra-index-url"}:
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {*CURL_PIP_AND_VLLM}:
         assert option in shown, option

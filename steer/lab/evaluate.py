@@ -47,7 +47,8 @@ def wilson(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
         return 0.0, 1.0
     p, zz = hits / count, z * z / count
     middle, half = p + zz / 2, z * math.sqrt(p * (1 - p) / count + zz / (4 * count))
-    return max(0.0, (middle - half) / (1 + zz)), min(1.0, (middle + half) / (1 + zz))
+    # the rate itself is always inside, which rounding could deny at 0 and 1
+    return max(0.0, min(p, (middle - half) / (1 + zz))), min(1.0, max(p, (middle + half) / (1 + zz)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ def find_writers(blocks: Sequence[nn.Module], run: Callable[[], object]) -> list
     for i, block in enumerate(blocks):
         if i not in entered or i not in left:
             raise UnsupportedModel(f"block {i} ({type(block).__name__}) did not run in the probe pass")
-        names = _summands(entered[i], left[i], wrote[i], torch.finfo(dtypes[i]).eps)
+        names = summands(entered[i], left[i], wrote[i], torch.finfo(dtypes[i]).eps)
         if names is None:
             raise UnsupportedModel(
                 f"site 'writers': in block {i} ({type(block).__name__}) no one or two of the children "
@@ -132,7 +132,7 @@ def _child_recorder(store: dict[str, Tensor], name: str) -> Callable[..., None]:
     return hook
 
 
-def _summands(entered: Tensor, left: Tensor, wrote: dict[str, Tensor], eps: float) -> tuple[str, ...] | None:
+def summands(entered: Tensor, left: Tensor, wrote: dict[str, Tensor], eps: float) -> tuple[str, ...] | None:
     """The one or two of `wrote`, first in the order they ran, that best sum to what the block added to the stream.
 
     The error is taken for each element against what was rounded there, so that a few huge dimensions (every large model

@@ -43,7 +43,12 @@ def watch(registry: Registry, rows_in_use: object) -> None:
 
 
 def refresh(registry: Registry) -> None:
-    """The info metric of what is served now."""
-    INFO.clear()
-    for name, version in registry.names().items():
-        INFO.labels(direction=name, digest=version.digest, method=version.direction.meta.method).set(1)
+    """The info metric of what is served now. What is new is there before what is old goes, so that no scrape between
+    finds a served direction missing."""
+    now = {(name, v.digest, v.direction.meta.method) for name, v in registry.names().items()}
+    for labels in now:
+        INFO.labels(*labels).set(1)
+    for sample in [sample for metric in INFO.collect() for sample in metric.samples]:
+        shown = (sample.labels["direction"], sample.labels["digest"], sample.labels["method"])
+        if shown not in now:
+            INFO.remove(*shown)

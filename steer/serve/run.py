@@ -19,12 +19,15 @@ from steer.settings import ServeSettings
 from steer.spec import parse
 
 log = logging.getLogger("steer")
+#: Direction rows for each token where the settings do not say: an eager hook pays only for those that are used.
+RANK = 4
 
 
 def prepare(model: str, settings: ServeSettings) -> Served:
     """Everything but the socket. Raises SteerError when the server must not start."""
     loaded = load(model, revision=settings.revision, dtype=settings.dtype, device=settings.device)
-    steering = Steering(loaded.model, sites=settings.site_list, rows=settings.rows, rank=settings.rank)
+    rank = settings.rank or RANK
+    steering = Steering(loaded.model, sites=settings.site_list, rows=settings.rows, rank=rank)
     anatomy = steering.anatomy
     log.info(
         "%s: %d layers × %d, sites %s claimed and proved",
@@ -33,7 +36,7 @@ def prepare(model: str, settings: ServeSettings) -> Served:
         anatomy.d_model,
         ", ".join(steering.sites),
     )
-    shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, steering.table.sites, settings.rank)
+    shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, steering.table.sites, rank)
     if not settings.directions.is_dir():
         raise UnsupportedModel(f"the directions folder '{settings.directions}' does not exist; make it or name another")
     registry = Registry(LocalPlacement(shape, steering.table), settings.directions)

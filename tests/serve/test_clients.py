@@ -137,4 +137,4 @@ def test_lm_eval(tiny_server: Server, tmp_path: Path, kind: str) -> None:
 
 
 def tokenizer_folder(server: Server) -> str:
-    return server.command[server.command.index("serve") + 1]
+    return server.command[server.command.index("transformers") + 1]

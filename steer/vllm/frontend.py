@@ -1,0 +1,302 @@
+"""The front end: where vLLM makes requests, in the user's process or the API server's.
+
+A request's `SamplingParams.extra_args["steer"]` is parsed, resolved and pinned in `add_request`, before the engine sees
+it; what it means goes into its prefix-cache salt in `process_inputs`; its pins are held from the output processor's
+`add_request` until that has let the request go. All of it is wrapped on the instances of an engine that has steering
+on; no other engine is touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from steer.errors import InvalidInput, SpecError, UnsupportedModel
+from steer.registry import Admission, Registry
+from steer.runtime.placement import Shape
+from steer.serve import metrics
+from steer.spec import Spec, parse
+from steer.vllm import internals, wire
+from steer.vllm.placement import Call, VllmPlacement
+from steer.vllm.proof import Ask, prove
+from steer.vllm.seat import code_digest
+from steer.vllm.settings import KEY, EngineSettings
+from steer.vllm.wire import RESOLVED
+
+log = logging.getLogger("steer")
+
+#: Set on an engine that has steering on.
+ATTRIBUTE = "steer"
+#: Between a request's own prefix-cache salt and what its steering adds to it. No request's own salt may have it, or a
+#: plain request could leave its blocks for steered ones to find.
+SALT = "|steer:"
+
+
+@dataclass(slots=True)
+class Ticket:
+    admission: Admission
+    used: bool = False
+
+
+class Lease:
+    """The pins of one `add_request`: let go when neither the call nor any request that it made needs them."""
+
+    def __init__(self, admission: Admission) -> None:
+        self.admission = admission
+        self._holders = {""}
+
+    def hold(self, request_id: str) -> None:
+        self._holders.add(request_id)
+
+    def drop(self, request_id: str = "") -> None:
+        self._holders.discard(request_id)
+        if not self._holders:
+            self.admission.release()
+
+
+#: The lease of the `add_request` that runs in this context.
+_adding: ContextVar[Lease | None] = ContextVar("steer_adding", default=None)
+
+#: Set in the context of the proof's own requests, which cannot wait for their own end.
+_starting: ContextVar[bool] = ContextVar("steer_starting", default=False)
+
+
+class Frontend:
+    """The registry of one engine, and what its requests hold."""
+
+    def __init__(self, config: Any, settings: EngineSettings, call: Call) -> None:
+        architecture, layers, d_model = internals.shape_of(config)
+        self.settings, self.call = settings, call
+        self.dtype = internals.dtype_of(config)
+        self.shape = Shape(architecture, layers, d_model, frozenset(settings.sites), settings.rank)
+        self.registry = Registry(VllmPlacement(self.shape, call), settings.directions)
+        self.default = parse(settings.default)
+        self._leases: dict[str, Lease] = {}
+        self._tickets: dict[str, Ticket] = {}
+
+    # -- start -------------------------------------------------------------------------------------------------------
+
+    def start(self, ask: Ask, engines: int = 1) -> None:
+        """Meet the workers, prove that they steer, fill the registry. Blocks. Raises SteerError when the engine must
+        not serve."""
+        claims = self.call("steer_hello")
+        codes = {claim["code"] for claim in claims}
+        if codes != {code_digest()}:
+            raise UnsupportedModel("the workers run another version of Steer than this process")
+        missing = sorted(set(range(self.shape.layers)) - {layer for claim in claims for layer in claim["layers"]})
+        if missing:
+            raise UnsupportedModel(f"no worker has claimed the layers {missing}")
+        prove(self, ask, dtype=self.dtype, ranks=engines)
+        self.registry.swaps = 0
+        folder = self.settings.directions
+        if folder is not None and not folder.is_dir():
+            raise UnsupportedModel(f"the directions folder '{folder}' does not exist; make it or name another")
+        self.registry.sync()
+        self.registry.resolve(self.default)
+        log.info(
+            "steering: %d workers, directions: %s; requests that ask for nothing get: %s",
+            len(claims),
+            ", ".join(self.registry.names()) or "none",
+            self.settings.default,
+        )
+
+    def watch(self) -> None:
+        """Follow the folder, and let the metrics read the registry, for the life of the process."""
+        registry = self.registry
+        metrics.watch(registry, lambda: registry.rows)
+        metrics.refresh(registry)
+        threading.Thread(
+            target=registry.watch,
+            args=(threading.Event(), lambda: metrics.refresh(registry)),
+            name="steer-watch",
+            daemon=True,
+        ).start()
+
+    # -- admission ---------------------------------------------------------------------------------------------------
+
+    def ticket(self, admission: Admission) -> str:
+        """A one-way name for what was admitted already, to be given in place of a spec until `forget`."""
+        name = f"ticket:{secrets.token_hex(16)}"
+        self._tickets[name] = Ticket(admission)
+        return name
+
+    def used(self, ticket: str) -> bool:
+        """Has the engine got a request with it?"""
+        return self._tickets[ticket].used
+
+    def forget(self, ticket: str) -> None:
+        self._tickets.pop(ticket, None)
+
+    @contextmanager
+    def admitted(self, params: Any) -> Iterator[Any]:
+        """`params` as the engine is to see them, and their pins held for what is added inside. Raises SpecError."""
+        extra = getattr(params, "extra_args", None) or {}
+        wire.check_absent(extra)
+        if not hasattr(params, "extra_args"):  # pooling: nothing is generated, and nothing is steered
+            yield params
+            return
+        asked = extra.get(KEY)
+        if isinstance(asked, str) and asked in self._tickets:
+            ticket = self._tickets[asked]
+            ticket.used = True
+            admission = self.registry.again(ticket.admission.spec)
+        else:
+            admission = self.registry.admit(parse(asked, KEY) if KEY in extra else self.default)
+        lease = Lease(admission)
+        token = _adding.set(lease)
+        try:
+            yield _with_spec(params, extra, admission.spec)
+        finally:
+            _adding.reset(token)
+            lease.drop()
+
+    def check_added(self, request: Any) -> None:
+        """The output processor takes a request: hold its pins under its id. Raises for one that was never admitted."""
+        text = wire.of(request.sampling_params)
+        lease = _adding.get()
+        unread = KEY in (getattr(request.sampling_params, "extra_args", None) or {})
+        if text is None and not unread and not (lease and lease.admission.spec):
+            return
+        if lease is None or wire.encode(lease.admission.spec) != text:
+            raise SpecError("a request with steering must be made by add_request from a prompt and parameters")
+        if getattr(request, "resumable", False):
+            raise SpecError("requests with streamed input cannot be steered", param=KEY)
+        if not (request.cache_salt or "").endswith(salt(lease.admission.spec)):
+            raise UnsupportedModel("vLLM made a steered request without its prefix-cache salt")
+        lease.hold(request.request_id)
+        self._leases[request.request_id] = lease
+
+    def let_go(self, request_id: str) -> None:
+        if lease := self._leases.pop(request_id, None):
+            lease.drop(request_id)
+
+    @property
+    def held(self) -> dict[str, Lease]:
+        """Requests with steering that have not ended."""
+        return self._leases
+
+
+def salt(spec: Spec) -> str:
+    return SALT + spec.key()
+
+
+def _with_spec(params: Any, extra: dict[str, Any], spec: Spec) -> Any:
+    """A copy of SamplingParams that carries the resolved spec; the same object where nothing changes."""
+    if KEY not in extra and not spec:
+        return params
+    copied = params.clone()
+    rest = {key: value for key, value in extra.items() if key != KEY}
+    copied.extra_args = rest | ({RESOLVED: wire.encode(spec)} if spec else {}) or None
+    return copied
+
+
+# -- on an engine ----------------------------------------------------------------------------------------------------
+
+
+def attach_sync(engine: Any, settings: EngineSettings) -> None:
+    """Steering on an `LLMEngine` that has just started; blocks until the workers are ready."""
+    frontend = Frontend(engine.vllm_config, settings, lambda *args: internals.call_workers(engine, *args))
+    _wrap_processors(engine, frontend)
+    add_request = internals.seam(engine, "add_request", ["prompt", "params"])
+
+    def adding(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        with frontend.admitted(params) as admitted:
+            return add_request(request_id, prompt, admitted, *args, **kwargs)
+
+    def ask(spec: str, tokens: int, _rank: int) -> None:
+        engine.add_request("steer-probe", internals.probe_prompt(), internals.probe_parameters(spec, tokens))
+        while engine.has_unfinished_requests():
+            engine.step()
+
+    engine.add_request = adding
+    setattr(engine, ATTRIBUTE, frontend)
+    frontend.start(ask)
+
+
+def attach_async(engine: Any, settings: EngineSettings) -> None:
+    """Steering on an `AsyncLLM`: its constructor cannot wait for the workers, so the first to need them does."""
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    def call(*args: Any) -> list[Any]:  # in a thread: never on the event loop, which does the work
+        return asyncio.run_coroutine_threadsafe(internals.call_workers_async(engine, *args), loops[0]).result()
+
+    frontend = Frontend(engine.vllm_config, settings, call)
+    _wrap_processors(engine, frontend)
+    add_request = internals.seam(engine, "add_request", ["prompt", "params"])
+    get_supported_tasks = internals.seam(engine, "get_supported_tasks")
+    starting: list[asyncio.Task[None]] = []
+
+    engines = internals.engines_of(engine)
+
+    async def asking(spec: str, tokens: int, rank: int) -> None:
+        more = {"data_parallel_rank": rank} if engines > 1 else {}
+        parameters = internals.probe_parameters(spec, tokens)
+        async for _ in engine.generate(internals.probe_prompt(), parameters, f"steer-probe-{rank}", **more):
+            pass
+
+    def ask(spec: str, tokens: int, rank: int) -> None:
+        asyncio.run_coroutine_threadsafe(asking(spec, tokens, rank), loops[0]).result()
+
+    def start() -> None:
+        _starting.set(True)  # seen by what this thread asks of the event loop, and by nothing else
+        frontend.start(ask, engines)
+        frontend.watch()
+
+    async def ready() -> None:
+        if _starting.get():
+            return
+        if not starting:
+            loops.append(asyncio.get_running_loop())
+            starting.append(asyncio.create_task(asyncio.to_thread(start)))
+        await asyncio.shield(starting[0])
+
+    async def tasks() -> Any:
+        """The server asks for these before it serves anything, so it does not start where steering cannot."""
+        await ready()
+        return await get_supported_tasks()
+
+    async def adding(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        await ready()
+        try:
+            with frontend.admitted(params) as admitted:
+                return await add_request(request_id, prompt, admitted, *args, **kwargs)
+        except InvalidInput as error:
+            raise internals.client_error(error) from error
+
+    engine.get_supported_tasks = tasks
+    engine.add_request = adding
+    setattr(engine, ATTRIBUTE, frontend)
+
+
+def _wrap_processors(engine: Any, frontend: Frontend) -> None:
+    """The salt where requests are made, the pins where they are kept."""
+    inputs, outputs = internals.seam(engine, "input_processor"), internals.seam(engine, "output_processor")
+    internals.wrap_process_inputs(inputs, _fold_salt)
+    internals.wrap_requests(outputs, frontend.check_added, frontend.let_go, frontend.held)
+
+
+def _fold_salt(request: Any) -> None:
+    """A steered request's blocks are found by requests of the same spec alone; a plain request is left as it is."""
+    if SALT in (request.cache_salt or ""):
+        raise SpecError(f"a cache_salt must not contain '{SALT}'", param="cache_salt")
+    text = wire.of(request.sampling_params)
+    if text is not None:
+        request.cache_salt = (request.cache_salt or "") + salt(wire.decode(text))
+
+
+def of(engine: Any) -> Frontend:
+    """The front end of an `LLM`, `LLMEngine` or `AsyncLLM`. Raises UnsupportedModel where steering is not on."""
+    frontend = getattr(getattr(engine, "llm_engine", engine), ATTRIBUTE, None)
+    if not isinstance(frontend, Frontend):
+        raise UnsupportedModel(
+            "this engine was started without steering: it needs worker_cls and additional_config['steer'], and the "
+            "plugin 'steer' must be loaded"
+        )
+    return frontend

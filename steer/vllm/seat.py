@@ -1,0 +1,128 @@
+"""Where the operation meets a vLLM model: buffers on a module, and hooks that Dynamo traces into the compiled graph.
+
+All tensors that a hook reads are buffers of the hooked module, written in place for the life of the process: what a
+graph was compiled or captured with is what later steps read. A plain token has row 0, which adds exactly zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from steer.direction import Site
+from steer.runtime import op, table
+from steer.runtime.table import Plate, apply
+
+#: How a block hands on the stream: it returns one tensor; a tuple whose first is the whole stream; or (h, r) with the
+#: stream being h + r, added by the norm that comes next.
+Form = Literal["tensor", "first", "sum"]
+
+
+class Seat(nn.Module):
+    """One place's buffers on the module that is hooked. `vectors` and `coefficients` are the place's plate; `rows`,
+    `slots` and `strengths` (`[rank, max_tokens]`) are the token index, one storage for all seats. `witness`
+    (`[d_model]`, float32) is written by every pass: what the place handed on of the first token, so that the graph
+    that serves can be asked whether it steers."""
+
+    vectors: Tensor
+    coefficients: Tensor
+    rows: Tensor
+    slots: Tensor
+    strengths: Tensor
+    witness: Tensor
+
+    def __init__(self, plate: Plate, rows: Tensor, slots: Tensor, strengths: Tensor) -> None:
+        super().__init__()
+        tensors = {
+            "vectors": plate.vectors,
+            "coefficients": plate.coefficients,
+            "rows": rows,
+            "slots": slots,
+            "strengths": strengths,
+            "witness": torch.zeros_like(plate.vectors[0]),
+        }
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+
+def moved(seat: Seat, x: Tensor) -> Tensor:
+    """x `[..., tokens, d_model]` after the operation, in float32. (vLLM's backend for transformers' modelling code has
+    a leading dimension of 1.)"""
+    flat = x.reshape(-1, x.shape[-1]).float()
+    tokens = flat.shape[0]
+    index = (seat.rows[:, :tokens], seat.slots[:, :tokens], seat.strengths[:, :tokens])
+    # A seat has a plate's tensors; Dynamo is spared the dataclass.
+    return apply(flat, cast(Plate, seat), *index).reshape(x.shape)
+
+
+def moved_term(seat: Seat, h: Tensor, r: Tensor) -> Tensor:
+    """h so that h + r is the stream after the operation. The sum is taken in float32, as vLLM's fused norms do."""
+    x = h.float() + r.float()
+    return (h.float() + (moved(seat, x) - x)).to(h.dtype)
+
+
+def hand_on(seat: Seat, x: Tensor, r: Tensor | None = None) -> Tensor:
+    """The new x (or the new h, for a stream h + r), in its dtype, with the seat's witness written."""
+    new = moved(seat, x).to(x.dtype) if r is None else moved_term(seat, x, r)
+    first = new.reshape(-1, x.shape[-1])[0].float()
+    seat.witness.copy_(first if r is None else first + r.reshape(-1, x.shape[-1])[0].float())
+    return new
+
+
+def sit_after(module: nn.Module, form: Form, seat: Seat, site: Site) -> None:
+    """Have every output of `module` pass through `seat`."""
+    name = f"steer_after_{site}"
+    module.add_module(name, seat)
+
+    def after(module: nn.Module, _args: Any, output: Any) -> Any:
+        seat = cast(Seat, getattr(module, name))  # found on the module, so that its buffers are the graph's inputs
+        if form == "tensor":
+            return hand_on(seat, output)
+        return (hand_on(seat, output[0], output[1] if form == "sum" else None), *output[1:])
+
+    module.register_forward_hook(after)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Which argument of a block is the stream: a position or a keyword."""
+
+    key: int | str
+
+    def get(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        tensor: Tensor = args[self.key] if isinstance(self.key, int) else kwargs[self.key]
+        return tensor
+
+    def put(self, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if isinstance(self.key, int):
+            return (*args[: self.key], x, *args[self.key + 1 :]), kwargs
+        return args, {**kwargs, self.key: x}
+
+
+def sit_before(module: nn.Module, slot: Slot, seat: Seat, site: Site) -> None:
+    """Have the stream that enters `module` pass through `seat`. Before block 0 it arrives whole in one argument."""
+    name = f"steer_before_{site}"
+    module.add_module(name, seat)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return slot.put(args, kwargs, hand_on(cast(Seat, getattr(module, name)), slot.get(args, kwargs)))
+
+    module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def stream(form: Form, output: Any) -> Tensor:
+    """The stream `[tokens, d_model]`, float32, in what a block returned."""
+    x: Tensor = output if form == "tensor" else output[0]
+    x = x.float() + output[1].float() if form == "sum" else x.float()
+    return x.reshape(-1, x.shape[-1])
+
+
+def code_digest() -> str:
+    """Of the code that is traced into the graph: part of the key of vLLM's compile cache."""
+    text = "".join(inspect.getsource(module) for module in (op, table, inspect.getmodule(Seat)) if module)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,77 @@
+"""What one engine is told: `additional_config={"steer": {...}}`, which vLLM hands to every process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from steer.direction import Site
+from steer.errors import UnsupportedModel
+from steer.settings import ServeSettings
+from steer.spec import parse
+
+#: The key in vLLM's `additional_config`, and in `SamplingParams.extra_args`.
+KEY = "steer"
+
+
+class EngineSettings(BaseModel):
+    """All have a default, so `{"steer": {}}` switches steering on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    directions: Path | None = Field(None, description="folder of direction files; without one they come by PUT alone")
+    default: str = Field("off", description="steering of requests that ask for nothing, like 'refusal=0.7'")
+    sites: tuple[Site, ...] = Field(("resid_post",), min_length=1, description="sites to claim")
+    rows: int = Field(32, ge=1, le=4096, description="direction rows that can be resident")
+    rank: int = Field(1, ge=1, le=64, description="direction rows that one request can use")
+
+    @field_validator("default")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        parse(value, "default")
+        return value
+
+    def graph(self) -> dict[str, Any]:
+        """The part that decides what is compiled, so that other settings do not miss the compile cache."""
+        return {"sites": list(self.sites), "rows": self.rows, "rank": self.rank}
+
+
+def read(additional_config: Any) -> EngineSettings | None:
+    """The settings in vLLM's `additional_config`, or None where steering is not asked for.
+
+    Raises UnsupportedModel with every problem.
+    """
+    if not isinstance(additional_config, dict) or KEY not in additional_config:
+        return None
+    try:
+        return EngineSettings.model_validate(additional_config[KEY])
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, item['loc'])) or KEY}: {item['msg']}" for item in error.errors(include_url=False)
+        ]
+        raise UnsupportedModel(f"additional_config['{KEY}']: {'; '.join(problems)}") from None
+
+
+def from_serve_settings(settings: ServeSettings, options: Sequence[str]) -> tuple[EngineSettings, list[str]]:
+    """What `steer serve --backend vllm` tells the engine, and the options of `vllm serve`: ours translated, then
+    `options`, which win."""
+    engine = EngineSettings(
+        directions=settings.directions,
+        default=settings.default_steer,
+        sites=settings.site_list,
+        rows=settings.rows,
+        rank=settings.rank or 1,
+    )
+    ours: dict[str, Any] = {
+        "host": settings.host,
+        "port": settings.port,
+        "served-model-name": settings.served_model_name,
+        "dtype": settings.dtype,
+        "revision": settings.revision,
+        "max-model-len": settings.context,
+    }
+    given = [part for name, value in ours.items() if value is not None for part in (f"--{name}", str(value))]
+    return engine, [*given, *options]

@@ -1,0 +1,173 @@
+"""The worker: vLLM's own for this platform, with steering claimed on the loaded model before anything is compiled.
+
+`worker_cls="steer.vllm.worker.Worker"` (an instance in each worker process). It gets directions as bytes by
+`collective_rpc`, and requests' resolved specs in `SamplingParams.extra_args`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from steer._version import __version__
+from steer.direction import Direction
+from steer.direction import digest as digest_of
+from steer.errors import NoRoom, SteerError, UnsupportedModel
+from steer.runtime.table import RequestSteer
+from steer.vllm import claim, internals, settings, wire
+from steer.vllm.index import StagedIndex
+from steer.vllm.seat import code_digest
+
+log = logging.getLogger("steer")
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What one worker answers when the front end asks what it has."""
+
+    runner: str
+    layers: tuple[int, ...]
+    rank: int
+    rows: int
+    code: str
+
+
+class Residents:
+    """The worker's table with lazily freed rows: what was unloaded stays until its rows are needed.
+
+    No step that comes after a load can use what was unloaded before it: the front end unloads when the last request has
+    ended, and ends and aborts reach the engine on the same way as loads do, before them. Every rank sees the same calls
+    in the same order, so all agree.
+    """
+
+    def __init__(self, claimed: claim.Claim) -> None:
+        self.table = claimed.table
+        self.retired: dict[str, None] = {}
+
+    def load(self, data: bytes, expected: str) -> str:
+        """Make `data` resident. Returns its digest; raises DirectionError or NoRoom, then nothing has changed."""
+        found = digest_of(data)
+        if found != expected:
+            raise UnsupportedModel(f"the bytes that arrived have the digest {found}, {expected} was sent")
+        self.retired.pop(found, None)
+        direction = Direction.from_bytes(data)
+        while True:
+            try:
+                self.table.load(found, direction)
+                return found
+            except NoRoom:
+                if not self.retired:
+                    raise
+                oldest = next(iter(self.retired))
+                del self.retired[oldest]
+                self.table.unload(oldest)
+
+    def retire(self, digest: str) -> None:
+        self.retired[digest] = None
+
+
+class Steered:
+    """Mixed in over the platform's worker; every method runs on the worker's main thread."""
+
+    if TYPE_CHECKING:
+        vllm_config: Any
+        model_runner: Any
+        device: torch.device
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        found = settings.read(vllm_config.additional_config)
+        if found is None:
+            raise UnsupportedModel(
+                f"worker_cls {internals.WORKER} needs additional_config={{'{settings.KEY}': {{...}}}} ({{}} is enough)"
+            )
+        internals.check_version()
+        internals.check_config(vllm_config)
+        self.steer_settings = found
+        # vLLM hashes this into the key of its compile cache: no graph compiled without hooks, or with other code of
+        # ours, is ever taken for this engine, and the name of a folder makes no difference.
+        vllm_config.additional_config[settings.KEY] = found.graph() | {"version": __version__, "code": code_digest()}
+        super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]  # the platform's worker
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        own = self.steer_settings
+        index = StagedIndex(own.rank, internals.max_tokens(self.vllm_config), self.device)
+        self._claim = claim.claim(self, own, index)
+        self._index = index
+        self._residents = Residents(self._claim)
+        self._running: dict[str, RequestSteer] = {}
+        self._met_front_end = False
+        self._steered_tokens = 0
+        self._runner_kind = internals.watch_batches(self.model_runner, self._on_batch)
+        log.info("steering claimed: %s runner, layers %s", self._runner_kind, self._claim.layers)
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        # A request that was aborted and came again under its id stands in both lists of one step: ends come first.
+        for request in scheduler_output.finished_req_ids:
+            self._running.pop(request, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            self._meet(new)
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def _meet(self, new: Any) -> None:
+        """A request's first step here, or its return from preemption (V2 sends it as a new one)."""
+        if not self._met_front_end:
+            raise UnsupportedModel(
+                "a request came that did not pass Steer's front end: the plugin 'steer' is not loaded in the process "
+                "that makes requests (does VLLM_PLUGINS leave it out?)"
+            )
+        text = wire.of(new.sampling_params)
+        if text is None:
+            return
+        steer = self._residents.table.steer(wire.decode(text))
+        assert steer is not None, "the front end sends no empty spec"
+        self._running[new.req_id] = steer
+
+    def _on_batch(self, requests: list[str], lengths: NDArray[np.int32]) -> None:
+        running = self._running
+        steers = [running.get(request) for request in requests]
+        self._steered_tokens += self._index.fill(steers, lengths)
+
+    # -- called by `collective_rpc`; failures are answers, so that one worker's cannot end the engine -----------------
+
+    def steer_hello(self) -> dict[str, Any]:
+        """The front end is there; what this worker has."""
+        self._met_front_end = True
+        own = self.steer_settings
+        return asdict(Claimed(self._runner_kind, self._claim.layers, own.rank, own.rows, code_digest()))
+
+    def steer_load(self, data: bytes, digest: str) -> dict[str, str]:
+        try:
+            return {"digest": self._residents.load(data, digest)}
+        except NoRoom as error:
+            return {"no_room": str(error)}
+        except SteerError as error:
+            return {"error": str(error)}
+
+    def steer_unload(self, digest: str) -> None:
+        self._residents.retire(digest)
+
+    def steer_witness(self) -> list[tuple[str, int, bytes]]:
+        """(site, layer, vector) of each seat: what it handed on of the first token of the last pass, float32."""
+        return [(place.site, place.layer, seat.witness.cpu().numpy().tobytes()) for place, seat in self._claim.seats]
+
+    def steer_stats(self) -> dict[str, int]:
+        return {
+            "running": len(self._running),
+            "rows": self._residents.table.rows_in_use,
+            "tokens": self._steered_tokens,
+        }
+
+
+def __getattr__(name: str) -> Any:
+    """`Worker` is made when it is asked for, in the process and on the platform where it will run."""
+    if name != "Worker":
+        raise AttributeError(name)
+    made = type("Worker", (Steered, internals.platform_worker()), {"__module__": __name__})
+    globals()["Worker"] = made
+    return made

@@ -1,0 +1,111 @@
+"""What the tests of the vLLM engine share: starting one, and what transformers says of the same requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steer.hf.attach import Steering
+from steer.registry import Registry
+from steer.runtime.placement import LocalPlacement, Shape
+from steer.spec import parse
+from tests import models
+from tests.vllm import tiny
+
+RANK = 2
+#: Every mode, fractions and compositions.
+SPECS = (
+    "off",
+    "refusal",
+    "refusal=-0.5",
+    "refusal:one_sided=0.7",
+    "refusal:affine",
+    "verbosity:add=0.5",
+    "refusal=0.5,verbosity",
+)
+PROMPTS = ("hello world", "this is a longer prompt of some words")
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Home:
+    """A tiny model in a folder, with directions for it in another."""
+
+    model: Any
+    folder: Path
+    directions: Path
+
+    @classmethod
+    def make(cls, name: str, root: Path) -> Home:
+        model, directions = tiny.make(name, root / "model"), root / "directions"
+        directions.mkdir()
+        for seed, direction in enumerate(("refusal", "verbosity"), 1):
+            made = models.direction(model, seed=seed, embedding=direction == "refusal")
+            made.save(directions / f"{direction}.safetensors")
+        return cls(model, root / "model", directions)
+
+    def start(self, **options: Any) -> Any:
+        """An `LLM` with steering on."""
+        from vllm import LLM
+
+        from steer.vllm import plugin
+
+        plugin.register()
+        settings = {"directions": str(self.directions), "rank": RANK} | options.pop("steer", {})
+        defaults: dict[str, Any] = dict(dtype="float32", max_model_len=256, max_num_seqs=32, seed=0)
+        return LLM(
+            str(self.folder),
+            worker_cls="steer.vllm.worker.Worker",
+            additional_config={"steer": settings},
+            **(defaults | options),
+        )
+
+
+class Reference:
+    """The same model in transformers, steered by the same files."""
+
+    def __init__(self, home: Home) -> None:
+        self.steering = Steering(home.model, rows=8, rank=RANK)
+        self.steering.attach()
+        anatomy = self.steering.anatomy
+        shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, self.steering.table.sites, RANK)
+        self.registry = Registry(LocalPlacement(shape, self.steering.table), home.directions)
+        self.registry.sync()
+
+    def logprobs(self, ids: Sequence[int], spec: str) -> torch.Tensor:
+        """`[tokens, vocabulary]` of one uncached pass over `ids`."""
+        resolved = self.registry.resolve(parse(spec))
+        with torch.no_grad(), self.steering.uniform(resolved):
+            logits = self.steering.anatomy.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+        return torch.log_softmax(logits.float(), -1)
+
+    def check(self, output: Any, spec: str) -> None:
+        """A greedy answer with `logprobs=1` is what this model says: the same tokens, the same logprobs."""
+        prompt, answer = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
+        expected = self.logprobs(prompt + answer, spec)[len(prompt) - 1 : -1]
+        said = torch.tensor(
+            [entry[token].logprob for entry, token in zip(output.outputs[0].logprobs, answer, strict=True)]
+        )
+        assert expected.argmax(-1).tolist() == answer, f"{spec}: other tokens"
+        error = (expected[range(len(answer)), answer] - said).abs().max().item()
+        assert error < TOLERANCE, f"{spec}: logprobs are off by {error:.1e}"
+
+
+def parameters(spec: str | None, **more: Any) -> Any:
+    """Greedy sampling of 12 tokens under `spec`; None carries nothing."""
+    from vllm import SamplingParams
+
+    options: dict[str, Any] = dict(max_tokens=12, temperature=0, logprobs=1, ignore_eos=True)
+    return SamplingParams(**(options | more), extra_args=None if spec is None else {"steer": spec})
+
+
+def generate(llm: Any, jobs: Sequence[tuple[str, str]], **more: Any) -> list[Any]:
+    """Answers to (prompt, spec) pairs, all in one batch."""
+    outputs: list[Any] = llm.generate(
+        [prompt for prompt, _ in jobs], [parameters(spec, **more) for _, spec in jobs], use_tqdm=False
+    )
+    return outputs

@@ -1,0 +1,284 @@
+"""One compiled engine under all that could mix requests up: small cache, chunks, preemption, swaps, bad input."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steer.errors import DirectionError, NoRoom
+from steer.spec import parse
+from tests import models
+from tests.vllm.conftest import IN_PROCESS
+from tests.vllm.engines import PROMPTS, SPECS, Home, Reference, generate, parameters
+
+BLOCK = 32
+LONG = "the same long beginning of several prompts, more than one block of the cache: " * 2
+ROWS = 4
+
+
+@dataclass(frozen=True)
+class Running:
+    home: Home
+    reference: Reference
+    llm: Any
+
+    @property
+    def frontend(self) -> Any:
+        from steer.vllm import frontend
+
+        return frontend.of(self.llm)
+
+    @property
+    def pins(self) -> int:
+        return sum(version.pins for version in self.frontend.registry.names().values())
+
+    def stats(self) -> dict[str, int]:
+        [stats] = self.llm.collective_rpc("steer_stats")
+        return dict(stats)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory, in_process: Callable[[Any], None]) -> Iterator[Running]:
+    home = Home.make("llama", tmp_path_factory.mktemp("engine"))
+    llm = home.start(
+        **IN_PROCESS,
+        steer={"rows": ROWS},
+        block_size=BLOCK,
+        num_gpu_blocks_override=16,
+        max_num_batched_tokens=48,
+        max_num_seqs=16,
+        disable_log_stats=False,
+    )
+    yield Running(home, Reference(home), llm)
+    in_process(llm)
+
+
+def _metric(llm: Any, name: str) -> float:
+    return float(sum(metric.value for metric in llm.get_metrics() if metric.name == name))
+
+
+def test_it_was_compiled(running: Running) -> None:
+    mode = running.llm.llm_engine.vllm_config.compilation_config.mode
+    assert int(mode) > 0, f"compilation mode {mode}"
+
+
+def test_every_mixed_request_gets_what_it_gets_alone(running: Running) -> None:
+    choose = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+    jobs = []
+    for _ in range(500):
+        beginning = choose.choice(["", "", LONG[: choose.randrange(16, len(LONG))]])
+        jobs.append((beginning + " ".join(choose.choices(words, k=choose.randrange(1, 8))), choose.choice(SPECS)))
+    before = _metric(running.llm, "vllm:num_preemptions")
+    outputs = generate(running.llm, jobs, max_tokens=choose.randrange(8, 24))
+    assert _metric(running.llm, "vllm:num_preemptions") > before, "the cache was meant to be too small"
+    for (_, spec), output in zip(jobs, outputs, strict=True):
+        running.reference.check(output, spec)
+    assert running.pins == 0
+    generate(running.llm, [(PROMPTS[0], "off")])  # the workers hear of an end at the next step
+    assert running.stats()["running"] == 0
+
+
+@pytest.mark.parametrize("spec", SPECS[1:])
+def test_a_steered_request_takes_no_block_of_a_plain_one_or_of_another_spec(running: Running, spec: str) -> None:
+    running.llm.reset_prefix_cache()
+    for asked in ("off", spec, spec, "refusal=0.25", "off", spec):
+        [output] = generate(running.llm, [(LONG, asked)])
+        running.reference.check(output, asked)
+    again = [generate(running.llm, [(LONG, asked)])[0].num_cached_tokens for asked in ("off", spec)]
+    assert min(again) >= BLOCK, "each finds its own blocks"
+
+
+def test_plain_requests_find_each_others_blocks_however_they_say_it(running: Running) -> None:
+    running.llm.reset_prefix_cache()
+    generate(running.llm, [(LONG, "off")])
+    [silent] = running.llm.generate([LONG], [parameters(None)], use_tqdm=False)
+    [zero] = generate(running.llm, [(LONG, "refusal=0")])
+    assert silent.num_cached_tokens >= BLOCK
+    assert zero.num_cached_tokens >= BLOCK
+
+
+def test_the_users_own_salt_still_parts_requests(running: Running) -> None:
+    running.llm.reset_prefix_cache()
+    generate(running.llm, [(LONG, "refusal")])
+    prompt = {"prompt": LONG, "cache_salt": "mine"}
+    [other] = running.llm.generate([prompt], [parameters("refusal")], use_tqdm=False)
+    [again] = running.llm.generate([prompt], [parameters("refusal")], use_tqdm=False)
+    assert other.num_cached_tokens == 0
+    assert again.num_cached_tokens >= BLOCK
+
+
+@pytest.mark.parametrize("spec", ["off", "refusal"])
+def test_no_request_can_leave_blocks_for_another_spec(running: Running, spec: str) -> None:
+    from steer.vllm import frontend
+
+    prompt = {"prompt": LONG, "cache_salt": f"{frontend.SALT}anything"}
+    with pytest.raises(ValueError, match="must not contain"):
+        running.llm.generate([prompt], [parameters(spec)], use_tqdm=False)
+    assert running.pins == 0
+
+
+def test_a_swapped_direction_hits_no_block_of_the_old_one_and_is_compiled_for_nothing(running: Running) -> None:
+    from vllm.compilation.counter import compilation_counter
+
+    seen = compilation_counter.num_graphs_seen, compilation_counter.num_backend_compilations
+    registry = running.frontend.registry
+    new = models.direction(running.home.model, seed=7).to_bytes()
+    registry.put("swapped", models.direction(running.home.model, seed=6).to_bytes(), store=False)
+    generate(running.llm, [(LONG, "swapped")])
+    registry.put("swapped", new, store=False)
+    running.reference.registry.put("swapped", new, store=False)
+    try:
+        [output] = generate(running.llm, [(LONG, "swapped")])
+        assert output.num_cached_tokens == 0
+        running.reference.check(output, "swapped")
+    finally:
+        registry.delete("swapped")
+        running.reference.registry.delete("swapped")
+    assert seen == (compilation_counter.num_graphs_seen, compilation_counter.num_backend_compilations)
+
+
+def test_many_swaps_reuse_rows(running: Running) -> None:
+    registry = running.frontend.registry
+    for seed in range(20, 20 + 3 * ROWS):
+        data = models.direction(running.home.model, seed=seed).to_bytes()
+        registry.put("swapped", data, store=False)
+        running.reference.registry.put("swapped", data, store=False)
+        jobs = [(PROMPTS[0], "swapped"), (PROMPTS[1], "refusal"), (PROMPTS[1], "off")]
+        for (_, spec), output in zip(jobs, generate(running.llm, jobs, max_tokens=4), strict=True):
+            running.reference.check(output, spec)
+    registry.delete("swapped")
+    running.reference.registry.delete("swapped")
+
+
+def test_a_running_request_keeps_its_version_through_a_swap(running: Running) -> None:
+    registry, engine = running.frontend.registry, running.llm.llm_engine
+    old, new = (models.direction(running.home.model, seed=seed).to_bytes() for seed in (41, 42))
+    registry.put("swapped", old, store=False)
+    running.reference.registry.put("swapped", old, store=False)
+    engine.add_request("old", PROMPTS[0], parameters("swapped"))
+    engine.step()
+    registry.put("swapped", new, store=False)
+    outputs: list[Any] = []
+    while engine.has_unfinished_requests():
+        outputs += [output for output in engine.step() if output.finished]
+    running.reference.check(outputs[0], "swapped")
+    assert running.pins == 0
+    registry.delete("swapped")
+    running.reference.registry.delete("swapped")
+
+
+def test_a_full_table_refuses_and_goes_on(running: Running) -> None:
+    registry = running.frontend.registry
+    registry.patience = 0.1
+    names = [f"filler{i}" for i in range(ROWS)]
+    datas = [models.direction(running.home.model, seed=60 + seed).to_bytes() for seed in range(ROWS)]
+    free = ROWS - running.frontend.registry.rows
+    for name, data in zip(names[:free], datas, strict=False):
+        registry.put(name, data, store=False)
+    with pytest.raises(NoRoom, match="free table rows"):
+        registry.put(names[free], datas[free], store=False)
+    for name in names[:free]:
+        registry.delete(name)
+    for (_, spec), output in zip(jobs := [(p, "refusal") for p in PROMPTS], generate(running.llm, jobs), strict=True):
+        running.reference.check(output, spec)
+
+
+def test_bad_files_reach_no_worker(running: Running) -> None:
+    rows = running.stats()["rows"]
+    other = models.direction(models.tiny("llama"), seed=1)  # another d_model
+    with pytest.raises(DirectionError, match="made for d_model 64, this model has 128"):
+        running.frontend.registry.put("bad", other.to_bytes(), store=False)
+    with pytest.raises(DirectionError, match="not a safetensors file"):
+        running.frontend.registry.put("bad", b"junk", store=False)
+    running.frontend.registry.failures.clear()
+    assert running.stats()["rows"] == rows
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nobody", "direction 'nobody' is not served; served: refusal, verbosity"),
+        ("refusal=11", "strength"),
+        ("refusal:sideways", "is not a mode"),
+        ("refusal,verbosity,refusal:affine", "needs 3 direction rows"),
+        (7, "not understood"),
+        ("ticket:0123", "is not a mode"),
+    ],
+)
+def test_bad_requests_are_refused_and_harm_no_other(running: Running, spec: Any, message: str) -> None:
+    engine = running.llm.llm_engine
+    engine.add_request("good", PROMPTS[0], parameters("refusal"))
+    with pytest.raises(ValueError, match=message):
+        engine.add_request("bad", PROMPTS[0], parameters(spec))
+    outputs: list[Any] = []
+    while engine.has_unfinished_requests():
+        outputs += [output for output in engine.step() if output.finished]
+    [output] = outputs
+    running.reference.check(output, "refusal")
+    assert running.pins == 0
+
+
+def test_requests_cannot_write_what_the_front_end_writes(running: Running) -> None:
+    from vllm import SamplingParams
+
+    with pytest.raises(ValueError, match="not for requests to set"):
+        running.llm.generate(["x"], [SamplingParams(extra_args={"steer.resolved": "[]"})], use_tqdm=False)
+
+
+def test_an_aborted_request_lets_its_pins_go(running: Running) -> None:
+    engine = running.llm.llm_engine
+    name = engine.add_request("gone", PROMPTS[0], parameters("refusal"))
+    engine.step()
+    assert running.pins == 1
+    engine.abort_request([name], internal=True)
+    assert running.pins == 0
+    while engine.has_unfinished_requests():
+        engine.step()
+    generate(running.llm, [(PROMPTS[0], "off")])
+    assert running.stats()["running"] == 0
+
+
+def test_samples_of_one_request_are_all_steered(running: Running) -> None:
+    tokens = running.stats()["tokens"]
+    [output] = running.llm.generate([PROMPTS[0]], [parameters("refusal", n=3, temperature=1.0, seed=1)], use_tqdm=False)
+    assert len(output.outputs) == 3
+    assert running.pins == 0
+    assert running.stats()["tokens"] >= tokens + 3 * 11
+
+
+def test_the_callers_parameters_are_left_alone(running: Running) -> None:
+    given = parameters("refusal")
+    running.llm.generate([PROMPTS[0]], [given], use_tqdm=False)
+    assert given.extra_args == {"steer": "refusal"}
+
+
+def test_the_default_of_the_engine_can_be_switched_off(running: Running) -> None:
+    frontend = running.frontend
+    frontend.default = parse("refusal=0.5")
+    try:
+        [silent] = running.llm.generate([PROMPTS[0]], [parameters(None)], use_tqdm=False)
+        [off] = generate(running.llm, [(PROMPTS[0], "off")])
+    finally:
+        frontend.default = ()
+    running.reference.check(silent, "refusal=0.5")
+    running.reference.check(off, "off")
+
+
+def test_the_compile_cache_knows_steering(running: Running, tmp_path: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    def key(**more: Any) -> str:
+        args = EngineArgs(model=str(running.home.folder), dtype="float32", max_model_len=64, **more)
+        return str(args.create_engine_config().compute_hash())
+
+    worker = running.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    seen = worker.vllm_config.additional_config["steer"]
+    assert set(seen) == {"sites", "rows", "rank", "version", "code"}
+    assert key() != key(additional_config={"steer": seen})
+    assert key(additional_config={"steer": seen}) != key(additional_config={"steer": seen | {"code": "other"}})

@@ -1,0 +1,28 @@
+"""For every architecture: what vLLM answers, compiled, plain and in every mode, is what transformers says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm.conftest import IN_PROCESS
+from tests.vllm.engines import PROMPTS, SPECS, Home, Reference, generate
+
+#: A fused residual; extra norms; no fused residual; a parallel block with one; two kinds of experts.
+ARCHITECTURES = ("qwen3", "gemma3", "gpt2", "cohere2", "mixtral", "qwen3_moe")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_mixed_batch_is_what_transformers_says(name: str, tmp_path: Path, in_process: Callable[[Any], None]) -> None:
+    home = Home.make(name, tmp_path)
+    reference = Reference(home)
+    llm = home.start(**IN_PROCESS)
+    try:
+        jobs = [(prompt, spec) for spec in SPECS for prompt in PROMPTS]
+        for (_, spec), output in zip(jobs, generate(llm, jobs), strict=True):
+            reference.check(output, spec)
+    finally:
+        in_process(llm)

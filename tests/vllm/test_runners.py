@@ -1,0 +1,45 @@
+"""The same answers from every way of running a model: V1 eager, V2, tensor and pipeline parallel; models that vLLM
+serves through transformers' own code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+V2 = {
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "v2_on_cpu"), str(ROOT)]),
+}
+TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+
+WAYS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "V1 eager": ({}, {"enforce_eager": True}),
+    "V2 eager": (V2, {"enforce_eager": True, "runner": "V2"}),
+    "tensor parallel": (TWO, {"tensor_parallel_size": 2}),
+    "pipeline parallel": (TWO, {"pipeline_parallel_size": 2}),
+    "transformers' code": ({}, {"model": "gpt_neox"}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_answers_as_transformers_does(way: str, tmp_path: Path) -> None:
+    environment, options = WAYS[way]
+    if environment is V2:
+        pytest.importorskip("triton", reason="the V2 runner needs Triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.vllm.run_equal", str(tmp_path), json.dumps(options)],
+        env=os.environ | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert "EQUAL" in done.stdout, done.stdout[-2000:] + done.stderr[-6000:]

@@ -1,0 +1,184 @@
+"""vLLM's own server with steering on: carriers and receipts on every route, aliases, control routes, swaps."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests import models
+from tests.servers import Server, receipt
+from tests.vllm.engines import Home, Reference
+
+KEY = {"Authorization": "Bearer secret"}
+MESSAGES = [{"role": "user", "content": "hello"}]
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "hello", "max_tokens": 8},
+    "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 8},
+    "/v1/responses": {"input": "hello", "max_output_tokens": 16},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 8},
+}
+OPTIONS = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "32", "--served-model-name", "tiny"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return Home.make("llama", tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture(scope="module")
+def server(home: Home) -> Iterator[Server]:
+    command = [sys.executable, "-m", "tests.vllm.run_server", str(home.folder), str(home.directions)]
+    with Server(*OPTIONS, "--api-key", "secret", command=command) as running:
+        running.client.headers.update(KEY)
+        yield running
+
+
+def ask(server: Server, route: str, headers: dict[str, str] | None = None, **more: Any) -> Any:
+    body = {"model": "tiny", "temperature": 0} | ROUTES[route] | more
+    return server.client.post(route, json=body, headers=headers or {})
+
+
+def words(answer: Any) -> str:
+    body = answer.json()
+    if "choices" in body:
+        choice = body["choices"][0]
+        return str(choice["text"] if "text" in choice else choice["message"]["content"])
+    if "output" in body:
+        return str(body["output"][0]["content"][0]["text"])
+    return str(body["content"][0]["text"])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_all_carriers_mean_the_same_on_every_route(server: Server, route: str) -> None:
+    plain = ask(server, route)
+    answers = [
+        ask(server, route, steer="refusal=0.9"),
+        ask(server, route, headers={"X-Steer": "refusal=0.9"}),
+        ask(server, route, model="tiny+refusal=0.9"),
+        ask(server, route, vllm_xargs={"steer": "refusal=0.9"}),
+    ]
+    assert [answer.status_code for answer in (plain, *answers)] == [200] * 5
+    assert receipt(plain) == []
+    for answer in answers:
+        [entry] = receipt(answer)
+        assert (entry["direction"], entry["mode"], entry["strength"]) == ("refusal", "ablate", 0.9)
+        assert words(answer) == words(answers[0]) != words(plain)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_streams_have_receipts_and_are_steered(server: Server, route: str) -> None:
+    whole = ask(server, route, steer="verbosity")
+    streamed = ask(server, route, steer="verbosity", stream=True)
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    assert receipt(streamed) == receipt(whole)
+    pieces = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+    said = ""
+    for piece in pieces:
+        if "choices" in piece:
+            choice = piece["choices"][0] if piece["choices"] else {}
+            said += choice.get("text") or choice.get("delta", {}).get("content") or ""
+        elif piece.get("type") == "content_block_delta":
+            said += piece["delta"].get("text", "")
+        elif piece.get("type") == "response.output_text.delta":
+            said += piece["delta"]
+    assert said == words(whole)
+
+
+def test_what_is_served_is_what_transformers_says(server: Server, home: Home) -> None:
+    reference = Reference(home)
+    for spec in ("off", "refusal", "refusal:one_sided=0.5,verbosity=-0.5", "verbosity:add=0.5"):
+        body = ask(server, "/v1/completions", steer=spec, logprobs=1, return_token_ids=True).json()["choices"][0]
+        prompt, answer = body["prompt_token_ids"], body["token_ids"]
+        expected = reference.logprobs(prompt + answer, spec)[len(prompt) - 1 : -1]
+        assert expected.argmax(-1).tolist() == answer
+        for position, (token, said) in enumerate(zip(answer, body["logprobs"]["token_logprobs"], strict=True)):
+            assert said == pytest.approx(expected[position, token].item(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"steer": "nobody"}, "not served"),
+        ({"steer": "refusal=99"}, "strength"),
+        ({"steer": "refusal,verbosity,refusal:affine"}, "needs 3 direction rows"),
+        ({"steer": "refusal", "vllm_xargs": {"steer": "verbosity"}}, "disagree"),
+        ({"vllm_xargs": {"steer.resolved": "[]"}}, "not for requests to set"),
+        ({"vllm_xargs": {"steer": "ticket:00"}}, "not a mode"),
+    ],
+)
+def test_bad_requests_get_a_400(server: Server, more: dict[str, Any], message: str) -> None:
+    answer = ask(server, "/v1/completions", **more)
+    assert answer.status_code == 400, answer.text
+    assert message in answer.json()["error"]["message"]
+    assert "x-steer-applied" not in answer.headers
+
+
+def test_nothing_is_told_without_the_key(server: Server) -> None:
+    stranger = {"Authorization": "Bearer wrong"}
+    assert server.client.get("/v1/directions", headers=stranger).status_code == 401
+    assert server.client.put("/v1/directions/x", content=b"", headers=stranger).status_code == 401
+    answer = ask(server, "/v1/completions", headers=stranger, steer="nobody")
+    assert answer.status_code == 401
+    assert "refusal" not in answer.text
+
+
+def test_aliases_are_listed_as_models(server: Server) -> None:
+    cards = {card["id"]: card for card in server.client.get("/v1/models").json()["data"]}
+    assert {"tiny", "tiny+refusal", "tiny+verbosity"} <= cards.keys()
+    assert (cards["tiny+refusal"]["parent"], cards["tiny+refusal"]["root"]) == ("tiny", "refusal")
+
+
+def test_directions_are_put_read_and_deleted(server: Server, home: Home) -> None:
+    data = models.direction(home.model, seed=9).to_bytes()
+    put = server.client.put("/v1/directions/guest", content=data)
+    assert put.status_code == 200, put.text
+    assert (home.directions / "guest.safetensors").read_bytes() == data
+    assert receipt(ask(server, "/v1/completions", steer="guest"))[0]["digest"] == put.json()["digest"]
+    bad = server.client.put("/v1/directions/guest", content=b"junk")
+    assert (bad.status_code, bad.json()["error"]["code"]) == (400, "invalid_direction")
+    assert server.client.get("/v1/directions/guest").json()["status"] == "stale"
+    assert server.client.delete("/v1/directions/guest").json()["deleted"] is True
+    missing = server.client.get("/v1/directions/guest")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "direction_not_found")
+    assert "steer_swaps" in server.client.get("/metrics").text
+
+
+def test_swaps_under_load_give_one_version_or_the_other(server: Server, home: Home) -> None:
+    versions = [models.direction(home.model, seed=seed).to_bytes() for seed in (31, 32)]
+    expected: dict[str, str] = {}
+    for data in versions:
+        digest = server.client.put("/v1/directions/moving", content=data).json()["digest"]
+        expected[digest] = words(ask(server, "/v1/completions", steer="moving"))
+    plain = words(ask(server, "/v1/completions"))
+    stop, problems, served = threading.Event(), [], set()
+
+    def load(number: int) -> None:
+        while not stop.is_set():
+            spec = "moving" if number % 2 else "off"
+            answer = ask(server, "/v1/completions", steer=spec)
+            if answer.status_code != 200:
+                problems.append(answer.text)
+                continue
+            applied = receipt(answer)
+            served.add(applied[0]["digest"] if applied else "")
+            if words(answer) != (expected[applied[0]["digest"]] if applied else plain):
+                problems.append(f"{applied}: {words(answer)}")
+
+    threads = [threading.Thread(target=load, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for turn in range(20):
+        assert server.client.put("/v1/directions/moving", content=versions[turn % 2]).status_code == 200
+    stop.set()
+    for thread in threads:
+        thread.join()
+    server.client.delete("/v1/directions/moving")
+    assert not problems, problems[:3]
+    assert served == {"", *expected}
+    pins = [card["requests"] for card in server.client.get("/v1/directions").json()["data"]]
+    assert not any(pins)

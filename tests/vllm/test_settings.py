@@ -1,0 +1,31 @@
+"""Settings of an engine: off where they are absent, all problems in one sentence where they are wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from steer.errors import UnsupportedModel
+from steer.vllm.settings import EngineSettings, read
+
+
+def test_an_engine_without_them_is_left_alone() -> None:
+    assert read(None) is None
+    assert read({}) is None
+    assert read({"other": 1}) is None
+
+
+def test_all_have_a_default() -> None:
+    assert read({"steer": {}}) == EngineSettings()
+
+
+def test_every_problem_is_named() -> None:
+    wrong = {"rows": 0, "rank": "many", "sites": ["nowhere"], "default": "refusal=99", "colour": "red"}
+    with pytest.raises(UnsupportedModel) as caught:
+        read({"steer": wrong})
+    for name in wrong:
+        assert name in str(caught.value)
+
+
+def test_only_what_is_compiled_is_in_the_graphs_key() -> None:
+    one, other = EngineSettings(directions="a", default="off"), EngineSettings(directions="b", default="x")
+    assert one.graph() == other.graph() != EngineSettings(rank=2).graph()

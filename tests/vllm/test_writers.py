@@ -1,0 +1,42 @@
+"""The site `writers` on vLLM: what is served equals a copy of the model whose weights were orthogonalised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import models, oracle
+from tests.vllm.conftest import IN_PROCESS
+from tests.vllm.engines import PROMPTS, TOLERANCE, Home, generate
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
+def test_it_equals_orthogonalised_weights(name: str, tmp_path: Path, in_process: Callable[[Any], None]) -> None:
+    home = Home.make(name, tmp_path)
+    made = models.direction(home.model, shared=True, embedding=True, sites=("writers",))
+    made.save(home.directions / "everywhere.safetensors")
+    v = made.directions[0, 0]
+    llm = home.start(**IN_PROCESS, steer={"sites": ["resid_post", "writers"]})
+    try:
+        jobs = [(prompt, spec) for prompt in PROMPTS for spec in ("everywhere", "everywhere=0.5", "off", "refusal")]
+        for (_, spec), output in zip(jobs, generate(llm, jobs), strict=True):
+            if spec == "refusal":
+                continue
+            strength = {"everywhere": 1.0, "everywhere=0.5": 0.5, "off": 0.0}[spec]
+            prompt, answer = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
+            ids = torch.tensor([prompt + answer])
+            if name in models.NORM_BEHIND_WRITER:
+                logits = oracle.reference_logits(home.model, name, v, ids, strength)
+            else:
+                edited = oracle.orthogonalised(home.model, v, strength)
+                logits = edited(input_ids=ids, use_cache=False).logits.detach()
+            expected = torch.log_softmax(logits[0].float(), -1)[len(prompt) - 1 : -1]
+            assert expected.argmax(-1).tolist() == answer
+            for position, (token, entry) in enumerate(zip(answer, output.outputs[0].logprobs, strict=True)):
+                assert abs(expected[position, token].item() - entry[token].logprob) < TOLERANCE
+    finally:
+        in_process(llm)

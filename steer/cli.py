@@ -179,7 +179,7 @@ def fit(
         choices = Choices.model_validate(
             {"mode": mode, "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
         )
-        recipe = Recipe(method, t, choices.layer, choices.mode, strength)
+        recipe = Recipe(method, t, choices.layer, choices.mode, strength, choices.sites)
         sets = read_prompts(harmful), read_prompts(harmless)
         if not output.parent.is_dir():
             raise InvalidInput(f"--output: the folder {output.parent} does not exist")
@@ -188,7 +188,6 @@ def fit(
         conditions = Conditions(position, winsorize, system_prompt)
         measurement = measure(loaded, *sets, conditions, batch_size=choices.batch, progress=True)
         direction = run(loaded, measurement, recipe, batch_size=choices.batch, progress=True)
-        direction = direction.with_meta(sites=choices.sites)
         digest = direction.save(output)
     meta = direction.meta
     if meta.selection:

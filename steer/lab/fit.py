@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from steer.direction import Direction, DirectionMeta, Mode
+from steer.direction import Direction, DirectionMeta, Mode, Site
 from steer.errors import DegenerateError, InvalidInput
 from steer.geometry import angle
 from steer.hf.attach import Anatomy, Steering
@@ -37,6 +37,7 @@ class Recipe:
     layer: int | Literal["auto", "all"] = "auto"
     mode: Mode = "ablate"
     strength: float = 1.0
+    sites: tuple[Site, ...] = ("resid_post",)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -50,8 +51,10 @@ def derive(
 ) -> Direction:
     """The direction that `recipe` (with a layer number or "all") makes.
 
-    With one source layer its vector serves all layers and the embedding output. With "all" each layer has its own, and
-    layers whose means define none are left unsteered. Raises DegenerateError where nothing is defined.
+    With one source layer its vector serves all layers, and at the site "writers" the embedding too, without which that
+    is no weight orthogonalisation. At "resid_post" the embedding output is left alone: on the embedded model plain
+    ablation there took 23 of 100 harmless prompts to a refusal, and 1 without it. With "all" each layer has its own,
+    and layers whose means define none are left unsteered. Raises DegenerateError where nothing is defined.
     """
     layers, d_model = measurement.mean_harmful.shape
     embedding = None
@@ -63,7 +66,8 @@ def derive(
         source = _layer_number(recipe.layer, layers)
         vector = _row(measurement, recipe, source)
         rows = vector.expand(layers, d_model)
-        embedding = vector.float().unsqueeze(0)
+        if "writers" in recipe.sites:
+            embedding = vector.float().unsqueeze(0)
     anatomy = Anatomy(loaded.model)
     parameters: dict[str, float | int | str | None] = {
         "position": measurement.conditions.position,
@@ -88,6 +92,7 @@ def derive(
         harmless=measurement.harmless.dataset,
         mode=recipe.mode,
         strength=recipe.strength,
+        sites=recipe.sites,
     )
     return Direction(
         meta,
@@ -108,8 +113,7 @@ def fit(
     if recipe.layer != "auto":
         return derive(loaded, measurement, recipe)
     layer, selection = choose_layer(loaded, measurement, recipe, batch_size=batch_size, progress=progress)
-    chosen = Recipe(recipe.method, recipe.t, layer, recipe.mode, recipe.strength)
-    return derive(loaded, measurement, chosen, selection)
+    return derive(loaded, measurement, replace(recipe, layer=layer), selection)
 
 
 def choose_layer(
@@ -119,13 +123,15 @@ def choose_layer(
     of the fewest, the least N-token KL on harmless ones. Returns it with every candidate's figures."""
     candidates = _candidates(measurement, recipe)
     with_system = measurement.conditions.system_prompt
-    probe = Probe(loaded, Steering(loaded.model, rank=1), with_system, AUTO_TOKENS, batch_size, progress)
+    probe = Probe(
+        loaded, Steering(loaded.model, sites=recipe.sites, rank=1), with_system, AUTO_TOKENS, batch_size, progress
+    )
     harmful, harmless = (s.prompts[:AUTO_PROMPTS] for s in (measurement.harmful, measurement.harmless))
     plain = probe.answers(harmful, None, "plain, harmful")
     continuations = probe.answers(harmless, None, "plain, harmless")
     figures = []
     for layer in candidates:
-        direction = derive(loaded, measurement, Recipe(recipe.method, recipe.t, layer))
+        direction = derive(loaded, measurement, replace(recipe, layer=layer))
         with probe.resident(direction, recipe.mode, recipe.strength) as steer:
             refused = refusal_rate(probe.answers(harmful, steer, f"layer {layer}, harmful"))
             kl = probe.divergence(harmless, continuations, steer, f"layer {layer}, harmless")

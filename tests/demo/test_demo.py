@@ -60,7 +60,7 @@ def projected(direction: Direction) -> Direction:
     vector = projected_direction(direction.mean_harmless[layer], direction.mean_harmful[layer]).float()
     rows = vector.expand(direction.layers, 1, -1).contiguous()
     changed = direction.with_meta(method="projected", parameters={}, mode="ablate", strength=1.0)
-    return replace(changed, directions=rows, embedding=vector.unsqueeze(0))
+    return replace(changed, directions=rows)
 
 
 @pytest.fixture(scope="module")

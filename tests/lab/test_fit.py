@@ -39,11 +39,14 @@ def test_a_derived_direction_is_a_valid_file(
     assert again.meta.source_layer == {"all": None, 1: 1, -1: 2}[layer]
     assert again.meta.harmful is not None
     assert again.meta.harmful.count == 13
-    if layer == "all":
-        assert again.embedding is None
-    else:
-        assert again.embedding is not None
-        assert torch.equal(again.embedding, again.directions[0])
+    assert again.embedding is None
+
+
+def test_one_direction_for_the_writers_serves_the_embedding_too(loaded: Loaded, measured: Measurement) -> None:
+    direction = derive(loaded, measured, Recipe(layer=1, sites=("writers",)))
+    assert direction.meta.sites == ("writers",)
+    assert direction.embedding is not None
+    assert torch.equal(direction.embedding, direction.directions[0])
 
 
 def test_rows_are_the_methods_rows(loaded: Loaded, measured: Measurement) -> None:

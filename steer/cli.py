@@ -99,6 +99,9 @@ def serve(
     """
     from steer.demo import MODEL
 
+    options = list(ctx.args)
+    if model is not None and model.startswith("-"):  # an option that is not ours came first, and looked like MODEL
+        model, options = None, [model, *options]
     if model is None:
         named = settings.served_model_name or "demo"
         backend = "transformers" if settings.backend == "auto" else settings.backend
@@ -109,11 +112,11 @@ def serve(
 
         logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
         logging.getLogger("steer").setLevel(settings.log_level.upper())
-        serve_on_vllm(model or str(MODEL), *from_serve_settings(settings, ctx.args))
+        serve_on_vllm(model or str(MODEL), *from_serve_settings(settings, options))
         return
-    if ctx.args:
+    if options:
         raise InvalidInput(
-            f"{' '.join(ctx.args)}: not an option of the transformers backend; options of vLLM need --backend vllm"
+            f"{' '.join(options)}: not an option of the transformers backend; options of vLLM need --backend vllm"
         )
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     quiet_libraries()

@@ -101,7 +101,8 @@ def serve(
 
     options = list(ctx.args)
     if model is not None and model.startswith("-"):  # an option that is not ours came first, and looked like MODEL
-        model, options = None, [model, *options]
+        options.insert(0, model)
+        model = None
     if model is None:
         named = settings.served_model_name or "demo"
         backend = "transformers" if settings.backend == "auto" else settings.backend

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer.direction import Site
+from steer.direction import MODES, Site
 from steer.errors import UnsupportedModel
 from steer.runtime import sites as site_tools
 from steer.runtime.table import EMBEDDING, Place, Plate, RequestSteer, Table, TokenIndex, apply
@@ -91,12 +91,6 @@ class Steering:
             self.index = TokenIndex(self.table.rank, max_tokens, self.anatomy.device)
 
     @contextmanager
-    def uniform(self, spec: Spec | RequestSteer | None) -> Iterator[None]:
-        """While it lasts every token of every forward pass is steered by `spec`."""
-        with self.batch([spec]):
-            yield
-
-    @contextmanager
     def batch(self, specs: Sequence[Spec | RequestSteer | None]) -> Iterator[None]:
         """While it lasts row i of every `[rows, positions]` forward pass is steered by `specs[i]`; one spec serves
         any number of rows."""
@@ -154,11 +148,11 @@ class Steering:
         before = self.anatomy.probe().logits
         seen: dict[int, float] = {}
         row, ablate = 1, RequestSteer.plain(self.table.rank)
-        ablate.slots[0], ablate.strengths[0] = row * 4, 1.0
+        ablate.slots[0], ablate.strengths[0] = row * len(MODES), 1.0
         vectors = torch.randn(self.anatomy.layers + 1, self.anatomy.d_model, generator=generator)
         for place, plate in self.table.plates.items():
             vector = vectors[place.layer]  # by layer: two sites may act on the same tensor before block 0
-            plate.write(row, vector / vector.norm(), [torch.tensor([0.0, -torch.inf, 1.0, 0.0])] * 4)
+            plate.write(row, vector / vector.norm(), [torch.tensor([0.0, -torch.inf, 1.0, 0.0])] * len(MODES))
         self.attach()
         recorders = [
             hang(_component_recorder(seen, number, self.table.plates[place].vectors[row]))

@@ -46,10 +46,11 @@ class Shape:
         check_mode(direction, entry.mode, entry.direction)
 
 
-class LocalPlacement:
-    def __init__(self, shape: Shape, table: Table) -> None:
-        self.shape, self.table = shape, table
-        self._changing = threading.Lock()
+class ShapedPlacement:
+    """The checks of a placement, which depend on the model's shape and not on where its rows are."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
 
     @property
     def rank(self) -> int:
@@ -60,6 +61,13 @@ class LocalPlacement:
 
     def check_entry(self, direction: Direction, entry: Entry) -> None:
         self.shape.check_entry(direction, entry)
+
+
+class LocalPlacement(ShapedPlacement):
+    def __init__(self, shape: Shape, table: Table) -> None:
+        super().__init__(shape)
+        self.table = table
+        self._changing = threading.Lock()
 
     def load(self, digest: str, direction: Direction, data: bytes) -> None:
         with self._changing:

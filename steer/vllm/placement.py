@@ -7,30 +7,20 @@ from typing import Any
 
 from steer.direction import Direction
 from steer.errors import EngineFailed, NoRoom
-from steer.runtime.placement import Shape
-from steer.spec import Entry
+from steer.runtime.placement import Shape, ShapedPlacement
 
 #: Calls a method on every worker of every engine and waits for their answers.
 Call = Callable[..., list[Any]]
 
 
-class VllmPlacement:
+class VllmPlacement(ShapedPlacement):
     """`unload` only marks rows on the workers, which take them when they need them. Marks travel with the next load: an
     unload comes from wherever a request ends, where nothing may wait for the workers."""
 
     def __init__(self, shape: Shape, call: Call) -> None:
-        self.shape, self.call = shape, call
+        super().__init__(shape)
+        self.call = call
         self._unloaded: list[str] = []
-
-    @property
-    def rank(self) -> int:
-        return self.shape.rank
-
-    def check(self, direction: Direction) -> None:
-        self.shape.check(direction)
-
-    def check_entry(self, direction: Direction, entry: Entry) -> None:
-        self.shape.check_entry(direction, entry)
 
     def load(self, digest: str, direction: Direction, data: bytes) -> None:
         """Raises NoRoom or EngineFailed unless every worker has answered with this digest; those that have it are then

@@ -9,12 +9,16 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from steer.direction import Site
-from steer.errors import UnsupportedModel
+from steer.errors import InvalidInput, UnsupportedModel
 from steer.settings import ServeSettings
 from steer.spec import parse
 
 #: The key in vLLM's `additional_config`, and in `SamplingParams.extra_args`.
 KEY = "steer"
+
+
+#: Settings of the transformers backend alone.
+OWN_BACKEND = {"max_requests", "max_body", "cache_tokens", "device"}
 
 
 class EngineSettings(BaseModel):
@@ -57,7 +61,9 @@ def read(additional_config: Any) -> EngineSettings | None:
 
 def from_serve_settings(settings: ServeSettings, options: Sequence[str]) -> tuple[EngineSettings, list[str]]:
     """What `steer serve --backend vllm` tells the engine, and the options of `vllm serve`: ours translated, then
-    `options`, which win."""
+    `options`, which win. Raises InvalidInput for a setting that vLLM has an option of its own for."""
+    if ignored := sorted(OWN_BACKEND & settings.model_fields_set):
+        raise InvalidInput([f"--{name.replace('_', '-')}: not used by vLLM; use its own option" for name in ignored])
     engine = EngineSettings(
         directions=settings.directions,
         default=settings.default_steer,

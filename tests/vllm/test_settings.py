@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from steer.errors import UnsupportedModel
-from steer.vllm.settings import EngineSettings, read
+from steer.errors import InvalidInput, UnsupportedModel
+from steer.settings import ServeSettings
+from steer.vllm.settings import EngineSettings, from_serve_settings, read
 
 
 def test_an_engine_without_them_is_left_alone() -> None:
@@ -29,3 +30,11 @@ def test_every_problem_is_named() -> None:
 def test_only_what_is_compiled_is_in_the_graphs_key() -> None:
     one, other = EngineSettings(directions="a", default="off"), EngineSettings(directions="b", default="x")
     assert one.graph() == other.graph() != EngineSettings(rank=2).graph()
+
+
+def test_settings_that_vllm_would_not_see_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="--max-requests: not used by vLLM"):
+        from_serve_settings(ServeSettings(max_requests=4), [])
+    engine, options = from_serve_settings(ServeSettings(rank=2, context=64), ["--seed", "1"])
+    assert engine.rank == 2
+    assert options[-4:] == ["--max-model-len", "64", "--seed", "1"]

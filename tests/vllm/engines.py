@@ -79,7 +79,7 @@ class Reference:
     def logprobs(self, ids: Sequence[int], spec: str) -> torch.Tensor:
         """`[tokens, vocabulary]` of one uncached pass over `ids`."""
         resolved = self.registry.resolve(parse(spec))
-        with torch.no_grad(), self.steering.uniform(resolved):
+        with torch.no_grad(), self.steering.batch([resolved]):
             logits = self.steering.anatomy.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
         return torch.log_softmax(logits.float(), -1)
 

@@ -30,7 +30,7 @@ from steer.errors import EngineFailed, UnsupportedModel
 from steer.hf.attach import PROBE_TOKENS, Steering
 from steer.hf.engine import Engine, SequentialEngine
 from steer.hf.sampling import Sampler, Sampling, Token, sample
-from steer.runtime.table import RequestSteer
+from steer.runtime.index import RequestSteer
 
 log = logging.getLogger("steer")
 #: On a CPU the manager would otherwise take all memory for its cache.
@@ -146,7 +146,7 @@ class BatchingEngine(Engine):
             return False
         batch = self._processor.inputs_and_outputs.requests_in_batch
         known = [self._requests.get(entry.state.request_id) for entry in batch]
-        self.steering.index.fill([r.steer if r else None for r in known], [entry.query_length for entry in batch])
+        self.steering.index.fill_with([r.steer if r else None for r in known], [entry.query_length for entry in batch])
         return True
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:

@@ -19,7 +19,7 @@ import torch
 from steer.errors import EngineFailed, NoRoom
 from steer.hf.attach import Steering
 from steer.hf.sampling import Sampler, Sampling, Token, report, sample
-from steer.runtime.table import RequestSteer
+from steer.runtime.index import RequestSteer
 
 
 class Engine(abc.ABC):

@@ -21,7 +21,7 @@ from steer.hf.engine import Engine
 from steer.hf.load import Loaded
 from steer.hf.sampling import Token
 from steer.registry import Admission, Registry
-from steer.runtime.table import RequestSteer
+from steer.runtime.index import RequestSteer
 from steer.serve import errors, metrics
 from steer.serve.carriers import PLUS
 from steer.serve.directions import router as directions_router

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +19,12 @@ from steer._version import __version__
 from steer.direction import Direction
 from steer.direction import digest as digest_of
 from steer.errors import NoRoom, SteerError, UnsupportedModel
-from steer.runtime.table import RequestSteer
+from steer.runtime.index import PLAIN, TokenIndex
 from steer.vllm import claim, internals, settings, wire
-from steer.vllm.index import StagedIndex
 from steer.vllm.seat import code_digest
 
 log = logging.getLogger("steer")
+_NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +97,11 @@ class Steered:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         own = self.steer_settings
-        index = StagedIndex(own.rank, internals.max_tokens(self.vllm_config), self.device)
+        index = TokenIndex(own.rank, internals.max_tokens(self.vllm_config), self.device)
         self._claim = claim.claim(self, own, index)
         self._index = index
         self._residents = Residents(self._claim)
-        self._running: dict[str, RequestSteer] = {}
+        self._running: dict[str, int] = {}  # steered requests, by their numbers in the index
         self._met_front_end = False
         self._steered_tokens = 0
         self._runner_kind = internals.watch_batches(self.model_runner, self._on_batch)
@@ -109,7 +110,8 @@ class Steered:
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # A request that was aborted and came again under its id stands in both lists of one step: ends come first.
         for request in scheduler_output.finished_req_ids:
-            self._running.pop(request, None)
+            if number := self._running.pop(request, None):
+                self._index.leave(number)
         for new in scheduler_output.scheduled_new_reqs:
             self._meet(new)
         return super().execute_model(scheduler_output, *args, **kwargs)
@@ -126,12 +128,15 @@ class Steered:
             return
         steer = self._residents.table.steer(wire.decode(text))
         assert steer is not None, "the front end sends no empty spec"
-        self._running[new.req_id] = steer
+        if back := self._running.get(new.req_id):
+            self._index.leave(back)
+        self._running[new.req_id] = self._index.enter(steer)
 
     def _on_batch(self, requests: list[str], lengths: NDArray[np.int32]) -> None:
-        running = self._running
-        steers = [running.get(request) for request in requests]
-        self._steered_tokens += self._index.fill(steers, lengths)
+        numbers = _NONE
+        if running := self._running:
+            numbers = np.fromiter(map(running.get, requests, repeat(PLAIN)), np.int64, len(requests))
+        self._steered_tokens += self._index.fill(numbers, lengths)
 
     # -- called by `collective_rpc`; failures are answers, so that one worker's cannot end the engine -----------------
 

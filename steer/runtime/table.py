@@ -73,7 +73,7 @@ class Table:
     def __init__(
         self, places: Sequence[Place], *, rows: int, rank: int, d_model: int, device: torch.device | str = "cpu"
     ) -> None:
-        self.rows, self.rank = rows, rank
+        self.rows, self.rank, self.d_model = rows, rank, d_model
         self.sites: frozenset[Site] = frozenset(place.site for place in places)
         self.plates = {place: Plate.empty(rows + 1, d_model, device) for place in places}
         self._free = list(range(rows, 0, -1))

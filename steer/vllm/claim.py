@@ -54,9 +54,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The claimed part of one rank: its layers (numbers in the whole model), its table, and all seats."""
+    """The claimed part of one rank: its blocks by their numbers in the whole model, the form in which they hand on the
+    stream, its table, and all seats."""
 
-    layers: tuple[int, ...]
+    blocks: dict[int, nn.Module]
+    form: Form
     table: Table
     seats: tuple[tuple[Place, Seat], ...]
 
@@ -86,7 +88,7 @@ def claim(worker: Any, settings: EngineSettings, index: TokenIndex) -> Claim:
         target.sit(seat)
         seats.append((target.place, seat))
     _prove(worker, targets, table, index, plain)
-    return Claim(tuple(local), table, tuple(seats))
+    return Claim(local, form, table, tuple(seats))
 
 
 def _learn_form(worker: Any, local: dict[int, nn.Module]) -> tuple[Tensor, Form]:

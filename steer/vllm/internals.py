@@ -218,6 +218,9 @@ def probe(worker: Any) -> Tensor:
     positions = torch.arange(PROBE_TOKENS, device=device)
     if getattr(worker.model_runner, "uses_mrope", False):
         positions = positions.expand(3, -1).contiguous()
+    if config.lora_config is not None:  # layers with adapters read which tokens have one: here none has
+        none = (0,) * PROBE_TOKENS
+        seam(worker.model_runner, "_set_active_loras")(none, none, set())
     with eager(config, PROBE_TOKENS), _repeatable_attention(model):
         out = model(input_ids=ids, positions=positions, **_from_the_rank_before(worker, model, device))
     if isinstance(out, tuple):

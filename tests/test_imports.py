@@ -19,7 +19,7 @@ LAYERS = (
     ("spec", "registry"),
     ("runtime",),
     ("hf",),
-    ("settings",),
+    ("console", "settings"),
     ("lab", "serve", "vllm"),
     ("demo", "cli"),
 )
@@ -68,7 +68,7 @@ def test_engines_are_imported_in_their_own_folder_alone(path: Path) -> None:
     tops = {module.split(".")[0] for module in imports(path)}
     if own not in ("vllm", "demo"):
         assert "vllm" not in tops
-    if own not in ("hf", "vllm", "demo", "cli"):
+    if own not in ("hf", "vllm", "demo", "console", "cli"):
         assert "transformers" not in tops
 
 

@@ -16,7 +16,7 @@ from steer.direction import Direction, Mode
 from steer.hf.attach import Steering
 from steer.hf.load import Loaded
 from steer.lab.batches import in_batches, left_padded, right_padded
-from steer.lab.measure import encode
+from steer.lab.encode import encode_all
 from steer.runtime.modes import check_mode
 from steer.runtime.table import RequestSteer
 from steer.spec import Entry, Spec
@@ -102,7 +102,7 @@ class Probe:
     def answers(self, prompts: Sequence[str], steer: RequestSteer | None, title: str = "") -> list[Answered]:
         """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`."""
         loaded, model = self.loaded, self.loaded.model
-        encoded = [encode(loaded, prompt, self.system_prompt).ids for prompt in prompts]
+        encoded = [e.ids for e in encode_all(loaded, prompts, self.system_prompt)]
         eos = loaded.eos_ids
         pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else (eos or [0])[0]
 
@@ -134,7 +134,7 @@ class Probe:
     ) -> Divergence:
         """KL(plain ‖ steered) at each token of the plain answers, which both passes read (teacher forcing)."""
         loaded, anatomy = self.loaded, self.steering.anatomy
-        heads = [encode(loaded, prompt, self.system_prompt).ids for prompt in prompts]
+        heads = [e.ids for e in encode_all(loaded, prompts, self.system_prompt)]
         # an answer that ended at once still has its first prediction, the end itself
         whole = [head + answer.ids for head, answer in zip(heads, plain, strict=True)]
         longest = max(map(len, whole))

@@ -1,4 +1,4 @@
-"""The command `steer`: serve, fit, inspect, eval; the lab's other commands are in `steer.lab.commands`."""
+"""The command `steer`: serve, fit, inspect, eval; the lab's other commands are in `steer.lab.*commands`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 
 from steer.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.errors import InvalidInput
-from steer.lab import commands
+from steer.lab import commands, export_commands
 from steer.settings import ServeSettings
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"max_content_width": 120},
 )
 commands.register(app)
+export_commands.register(app)
 
 
 def main() -> None:

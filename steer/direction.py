@@ -73,7 +73,9 @@ class DirectionMeta(BaseModel):
     schema_version: Literal[1] = 1
     method: str = Field(max_length=64)
     parameters: dict[str, float | int | str | None] = Field(default_factory=dict)
-    source_layer: int | None = Field(None, ge=0, description="the layer whose direction serves all layers, if one does")
+    source_layer: int | None = Field(
+        default=None, ge=0, description="the layer whose direction serves all layers, if one does"
+    )
     selection: dict[str, Any] = Field(default_factory=dict, description="how the source layer was chosen: measurements")
     model: str
     revision: str | None = None
@@ -82,14 +84,16 @@ class DirectionMeta(BaseModel):
     layers: int = Field(ge=1)
     chat_template_sha256: str | None = None
     system_prompt: str | None = None
-    bos_count: int | None = Field(None, ge=0, description="BOS tokens at the start of each prompt that was measured")
+    bos_count: int | None = Field(
+        default=None, ge=0, description="BOS tokens at the start of each prompt that was measured"
+    )
     harmful: Dataset | None = None
     harmless: Dataset | None = None
     mode: Mode = "ablate"
     modes: tuple[Mode, ...] = Field(
         default=MODES, min_length=1, description="the modes for which the file's tensors hold what is needed"
     )
-    strength: float = Field(1.0, ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)
+    strength: float = Field(default=1.0, ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)
     sites: tuple[Site, ...] = Field(default=("resid_post",), min_length=1)
     tool: str = f"steer {__version__}"
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))

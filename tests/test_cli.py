@@ -89,6 +89,31 @@ def test_fit_makes_what_measure_and_derive_make(tiny_folder: Path, sets: tuple[s
     assert one.meta.model_dump(exclude={"created"}) == other.meta.model_dump(exclude={"created"})
 
 
+def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
+    given = ("--harmful", sets[0], "--harmless", sets[1], "--layer", "1", "--mode", "one_sided")
+    file = str(tmp_path / "d.safetensors")
+    run("fit", str(tiny_folder), *given, "-o", file)
+    model, baked, adapter = str(tiny_folder), str(tmp_path / "baked"), str(tmp_path / "adapter")
+    assert "--mode ablate to bake that" in run("bake", model, "--direction", file, "-o", baked, code=2).stderr
+    told = run("bake", model, "--direction", file, "--mode", "ablate", "-o", baked)
+    assert "7 tensors edited" in told.stdout
+    assert "verified: logits as served to" in told.stdout
+    told = run("bake", model, "--direction", file, "--mode", "ablate", "-o", adapter, "--lora")
+    assert "an adapter of rank 1 for 7 modules" in told.stdout
+    told = run("convert", file, str(tmp_path / "d.gguf"))
+    assert "its mode is one_sided" in told.stderr
+    told = run("convert", str(tmp_path / "d.gguf"), str(tmp_path / "back.safetensors"), "--model", model)
+    assert "mode add, modes ablate, add" in told.stdout
+    run("convert", file, str(tmp_path / "direction.pt"))
+    told = run("convert", str(tmp_path / "direction.pt"), str(tmp_path / "a.safetensors"), "--model", model)
+    one, other = (Direction.load(tmp_path / name).directions[1, 0] for name in ("d.safetensors", "a.safetensors"))
+    torch.testing.assert_close(one, other)
+    assert "give --model" in run("convert", str(tmp_path / "d.gguf"), file, code=2).stderr
+    told = run("push", file, "someone/refusal", "--folder", str(tmp_path / "repo"))
+    assert "nothing was uploaded" in told.stdout
+    assert "one_sided" in (tmp_path / "repo" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -108,6 +133,9 @@ def test_fit_makes_what_measure_and_derive_make(tiny_folder: Path, sets: tuple[s
         (("derive", "/nowhere", "-o", "x"), "cannot be read"),
         (("derive", "m", "-o", "x", "-p", "t"), "'t' is not NAME=VALUE"),
         (("derive", "m", "-o", "x", "--method", "pca", "-p", "rank=0"), "'rank'"),
+        (("convert", "/nowhere.pt", "x.safetensors"), "does not exist"),
+        (("bake", "/nowhere", "--direction", "/nowhere", "-o", "x"), "cannot be read"),
+        (("push", "/nowhere", "someone/x"), "cannot be read"),
     ],
 )
 def test_errors_name_the_option_and_have_no_traceback(arguments: tuple[str, ...], says: str) -> None:

@@ -61,9 +61,9 @@ class MeasurementMeta(BaseModel):
     model: ModelFacts
     measured: int = Field(ge=1, description="layers measured, from the first")
     positions: tuple[int, ...] = Field(min_length=1, description="token positions, −1 is the template's last")
-    winsorize: float | None = Field(None, gt=0, le=1)
+    winsorize: float | None = Field(default=None, gt=0, le=1)
     system_prompt: str | None = None
-    bos_count: int | None = Field(None, ge=0)
+    bos_count: int | None = Field(default=None, ge=0)
     harmful: Dataset | None = None
     harmless: Dataset | None = None
     tool: str = f"steer {__version__}"

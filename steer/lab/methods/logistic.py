@@ -71,6 +71,9 @@ def fit_weights(z: Tensor, y: Tensor, share: Tensor, ridge: float) -> Tensor:
         fit = torch.nn.functional.softplus(-y * (design @ theta))
         return float((share * fit).sum() + (penalty * theta**2).sum() / 2)
 
+    def weights(theta: Tensor) -> Tensor:
+        return theta[:-1]
+
     theta = torch.zeros(r + 1, dtype=z.dtype)
     for _ in range(STEPS):
         p = torch.sigmoid(-y * (design @ theta))
@@ -82,9 +85,9 @@ def fit_weights(z: Tensor, y: Tensor, share: Tensor, ridge: float) -> Tensor:
         while loss(theta - length * step) > now and length > 1e-12:
             length /= 2
         if length <= 1e-12:  # no step lowers the loss any more: it is the minimum to rounding
-            return theta[:-1]
+            return weights(theta)
         theta = theta - length * step
         # Newton's error squares with each step: what this one left is far below rounding
         if float(step.norm()) <= TOLERANCE * float(theta.norm()):
-            return theta[:-1]
+            return weights(theta)
     raise SteerError(f"the logistic regression did not converge in {STEPS} steps; take a larger ridge than {ridge:g}")

@@ -16,7 +16,7 @@ LAYERS = (
     ("_version", "errors"),
     ("geometry",),
     ("direction",),
-    ("spec", "registry"),
+    ("spec", "registry", "readout"),
     ("runtime",),
     ("hf",),
     ("settings",),

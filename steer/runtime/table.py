@@ -166,6 +166,10 @@ class Table:
             plate.clear(rows)
         self._free += reversed(rows)
 
+    def rows_of(self, digests: Sequence[str]) -> NDArray[np.int64]:
+        """The rows of resident directions, in order."""
+        return np.array([row for digest in digests for row in self._resident[digest]], np.int64)
+
     def steer(self, spec: Spec) -> RequestSteer | None:
         """The index entries of a request with `spec`, whose directions must be resident. None for a plain one."""
         if not spec:

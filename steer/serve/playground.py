@@ -1,7 +1,7 @@
 """The playground: one page at `/` that asks plain and steered side by side, the same on every engine.
 
-Three static files without a build step; the page speaks to the same routes as any other client, so it can do nothing
-that a client cannot. Whoever guards the routes leaves `PATHS` open: there is nothing in them that needs a key.
+Static files without a build step. The page speaks to the same routes as any other client, so it can do nothing that a
+client cannot; whoever guards the routes leaves `PATHS` open, since nothing in them needs a key.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from importlib.resources import files
 
 from fastapi import APIRouter, Response
 
-#: Everything comes from this server; no inline script or style, no frame around the page, no form that posts.
+#: Everything comes from this server; no inline script or style, no frame around the page, no form that is sent.
 POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 HEADERS = {
     "Content-Security-Policy": POLICY,
@@ -19,23 +19,24 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 FOLDER = "playground"
-TYPES = {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
-PATHS = ("/", *(f"/{FOLDER}/{name}" for name in TYPES))
+TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+
+_FILES = {file.name: file.read_bytes() for file in (files("steer.serve") / FOLDER).iterdir()}
+#: Path → name of the file that it gives.
+PATHS = {"/": "index.html"} | {f"/{FOLDER}/{name}": name for name in sorted(_FILES)}
 
 
 def router() -> APIRouter:
     routes = APIRouter(include_in_schema=False)
-
-    @routes.get("/")
-    async def page() -> Response:
-        return _file("index.html", "text/html")
-
-    @routes.get(f"/{FOLDER}/{{name}}")
-    async def part(name: str) -> Response:
-        return _file(name, TYPES[name]) if name in TYPES else Response(status_code=404)
-
+    for path, name in PATHS.items():
+        routes.add_api_route(path, _giver(name), methods=["GET"])
     return routes
 
 
-def _file(name: str, media_type: str) -> Response:
-    return Response((files(__package__) / FOLDER / name).read_bytes(), media_type=media_type, headers=HEADERS)
+def _giver(name: str) -> object:
+    content, media_type = _FILES[name], TYPES[name.rpartition(".")[2]]
+
+    async def give() -> Response:
+        return Response(content, media_type=media_type, headers=HEADERS)
+
+    return give

@@ -9,6 +9,7 @@ A request names directions, never paths or vectors. As text:
     off                          nothing, also where the server has a default
 
 As JSON: such a text, an object `{"direction", "mode", "strength"}`, a list of texts and objects, `null` or `false`.
+
 Parsing gives `Wanted` items; the registry resolves them into a `Spec` of exact file versions.
 """
 

@@ -118,9 +118,9 @@ def build(served: Served) -> FastAPI:
         if reading is None:
             return {}
         shown = [(token_text(served.loaded.tokenizer, token.id), token.reading) for token in tokens]
-        return {FIELD: report(reading, shown)}
+        return {FIELD: report(reading, shown).model_dump()}
 
-    @app.post("/v1/chat/completions", tags=["generation"])
+    @app.post("/v1/chat/completions", tags=["generation"], summary="Answer a conversation")
     async def chat(body: ChatRequest, request: Request) -> Response:
         check_model(body.model)
         steer, reading = steer_of(request), request.scope["steer_readout"]
@@ -180,7 +180,7 @@ def build(served: Served) -> FastAPI:
         base = envelope("chatcmpl", "chat.completion", body.model, fingerprint)
         return JSONResponse(base | {"choices": choices, "usage": usage(len(prompt), _made(answers))})
 
-    @app.post("/v1/completions", tags=["generation"])
+    @app.post("/v1/completions", tags=["generation"], summary="Continue a text, or each of several")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         check_model(body.model)
         steer, reading, tokenizer = steer_of(request), request.scope["steer_readout"], served.loaded.tokenizer
@@ -260,18 +260,18 @@ def build(served: Served) -> FastAPI:
         ]
         return [model_card(served.model_name), *aliases]
 
-    @app.get("/v1/models", tags=["models"])
+    @app.get("/v1/models", tags=["models"], summary="The model, and an alias of it for each direction")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": cards()}
 
-    @app.get("/v1/models/{name:path}", tags=["models"])
+    @app.get("/v1/models/{name:path}", tags=["models"], summary="The card of one model or alias")
     async def model(name: str) -> dict[str, Any]:
         for card in cards():
             if card["id"] == name:
                 return card
         raise errors.HTTPProblem(404, f"the model {name[:100]!r} is not served here", code="model_not_found")
 
-    @app.get("/health", tags=["operation"])
+    @app.get("/health", tags=["operation"], summary="State of the server; 503 when its engine has failed")
     async def health() -> Response:
         state = {
             "status": "ok" if engine.healthy else "failed",
@@ -282,7 +282,7 @@ def build(served: Served) -> FastAPI:
         }
         return JSONResponse(state, 200 if engine.healthy else 503)
 
-    @app.get("/metrics", tags=["operation"])
+    @app.get("/metrics", tags=["operation"], summary="Prometheus metrics")
     async def prometheus() -> Response:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 

@@ -6,6 +6,7 @@ client cannot; whoever guards the routes leaves `PATHS` open, since nothing in t
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 
 from fastapi import APIRouter, Response
@@ -33,7 +34,7 @@ def router() -> APIRouter:
     return routes
 
 
-def _giver(name: str) -> object:
+def _giver(name: str) -> Callable[[], Awaitable[Response]]:
     content, media_type = _FILES[name], TYPES[name.rpartition(".")[2]]
 
     async def give() -> Response:

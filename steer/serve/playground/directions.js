@@ -114,6 +114,7 @@ export class Directions {
   report(name, kind, text, problems = []) {
     $("report").className = kind;
     $("report").replaceChildren(el("p", { textContent: text }), ...(problems.length ? [listOf(name, problems)] : []));
+    $("report").scrollIntoView({ block: "nearest" });
   }
 }
 

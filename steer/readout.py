@@ -49,7 +49,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Readout:
-    """What is read for one request, resolved. Its versions stay resident until `release`."""
+    """What is read for one request, resolved. Until `release` its versions stay resident."""
 
     lines: tuple[Line, ...]
     layers: tuple[int, ...]
@@ -111,8 +111,8 @@ def _layers(value: Any, problems: list[str]) -> Layers:
 def admit(wanted: ReadWanted, spec: Spec, registry: Registry, layers: int) -> Readout:
     """Resolve and pin what `wanted` means now for a request with `spec`, in a model of `layers` layers.
 
-    Raises SpecError with every problem. Call it in the same `registry.steady()` as the admission of `spec`, or a swap
-    may come between.
+    Raises SpecError. Call it in the same `registry.steady()` as the admission of `spec`, or a swap may come between.
+    That admission must outlive what is returned here, which pins only what `spec` does not.
     """
     own = dict.fromkeys(entry.direction for entry in spec.entries)
     names = tuple(own) if wanted.names is None else wanted.names
@@ -124,14 +124,13 @@ def admit(wanted: ReadWanted, spec: Spec, registry: Registry, layers: int) -> Re
     if len(names) > MAX_DIRECTIONS:
         raise SpecError(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once", param=FIELD)
     try:
-        admission = registry.admit([Wanted(name, strength=1.0) for name in names])
+        resolved = registry.resolve([Wanted(name, strength=1.0) for name in names])
     except SpecError as error:
         raise type(error)([f"{FIELD}: {problem}" for problem in error.problems], param=FIELD) from None
-    try:
-        return Readout(_lines(names, registry), _resolved(wanted.layers, names, registry, layers), admission)
-    except BaseException:
-        admission.release()
-        raise
+    lines, chosen = _lines(names, registry), _resolved(wanted.layers, names, registry, layers)
+    held = {entry.digest for entry in spec.entries}
+    more = Spec(tuple(entry for entry in resolved.entries if entry.digest not in held))
+    return Readout(lines, chosen, registry.again(more))
 
 
 def _lines(names: Sequence[str], registry: Registry) -> tuple[Line, ...]:

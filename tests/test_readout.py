@@ -85,6 +85,15 @@ def test_true_reads_the_directions_of_the_own_spec(registry: Registry) -> None:
     admission.release()
 
 
+def test_a_version_is_pinned_once_by_what_steers_or_reads(registry: Registry) -> None:
+    admission = registry.admit([Wanted("a")])
+    readout = admit(ReadWanted(("a", "b")), admission.spec, registry, models.LAYERS)
+    assert [registry.get(name).pins for name in ("a", "b", "c")] == [1, 1, 0]
+    readout.release()
+    admission.release()
+    assert [registry.get(name).pins for name in ("a", "b", "c")] == [0, 0, 0]
+
+
 def test_each_row_is_a_line_and_what_is_read_need_not_act(registry: Registry) -> None:
     readout = admit(ReadWanted(("pair", "zero"), (1,)), Spec(), registry, models.LAYERS)
     assert [(line.name, line.row) for line in readout.lines] == [("pair", 0), ("pair", 1), ("zero", 0)]

@@ -16,7 +16,8 @@ const MODES = {
 };
 const LIVE_DELAY = 180;
 
-let direction = null; // the chosen one, with metadata and profile
+let direction = null; // the chosen one, as it is listed
+let profile = null; // its layers, once they are here
 let unread = null; // why this server gives no read-out for it
 let started = false;
 
@@ -75,7 +76,7 @@ function noReadout(why) {
 
 // -- the chosen direction ----------------------------------------------------------------------------------------------
 
-async function onDirections(wanted) {
+function onDirections(wanted) {
   const names = directions.served.map((item) => item.id);
   const chosen = [wanted, $("direction").value, names[0]].find((name) => names.includes(name));
   $("direction").replaceChildren(...names.map((name) => el("option", { value: name, textContent: name })));
@@ -84,30 +85,38 @@ async function onDirections(wanted) {
   document.body.classList.toggle("alone", !names.length);
   const listed = directions.items.find((item) => item.id === chosen);
   if (!listed) {
-    direction = null;
+    direction = profile = null;
     $("profile-section").hidden = true;
     return;
   }
   $("direction").value = chosen;
-  if (direction?.id !== chosen || direction.digest !== listed.digest) await choose(chosen);
+  if (direction?.id !== chosen || direction.digest !== listed.digest) choose(listed);
 }
 
-async function choose(name) {
-  const before = direction;
-  direction = await json(`/v1/directions/${encodeURIComponent(name)}`);
+/** What the list says is enough to ask with it; the profile follows. */
+function choose(listed) {
+  const same = direction?.id === listed.id;
+  direction = listed;
   noReadout(null);
-  if (before?.id !== name) toDefault();
-  const layers = direction.profile.length;
-  look.layer = before?.id === name && look.layer < layers ? look.layer : direction.source_layer ?? layers - 1;
+  if (!same) toDefault();
   look.row = 0;
-  $("layer").max = layers - 1;
-  $("row-field").hidden = direction.rank < 2;
-  $("row").replaceChildren(...Array.from({ length: direction.rank }, (_, row) => el("option", { value: row, textContent: row })));
-  $("profile-section").hidden = false;
-  $("profile-name").textContent = name;
-  $("facts").replaceChildren(...facts(direction));
-  showLayer();
+  $("row-field").hidden = listed.rank < 2;
+  $("row").replaceChildren(...Array.from({ length: listed.rank }, (_, row) => el("option", { value: row, textContent: row })));
   showSummary();
+  loadProfile(listed, same).catch(notice);
+}
+
+async function loadProfile({ id, source_layer }, same) {
+  const detail = await json(`/v1/directions/${encodeURIComponent(id)}`);
+  if (direction?.id !== id) return; // another one was chosen in the meantime
+  profile = detail.profile;
+  const last = profile.length - 1;
+  if (!same || look.layer > last) look.layer = source_layer ?? last;
+  $("layer").max = last;
+  $("profile-section").hidden = false;
+  $("profile-name").textContent = id;
+  $("facts").replaceChildren(...facts(detail));
+  showLayer();
 }
 
 function toDefault() {
@@ -125,7 +134,7 @@ function showSummary() {
 function showLayer() {
   $("layer").value = look.layer;
   $("layer-text").textContent = `${look.layer}${look.layer === direction?.source_layer ? ", the source" : ""}`;
-  if (direction) draw($("profile"), direction.profile, look.layer, setLayer);
+  if (profile) draw($("profile"), profile, look.layer, setLayer);
   chat.repaint();
 }
 
@@ -234,6 +243,9 @@ function wire() {
   $("message").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
   });
+  if (!CSS.supports("field-sizing", "content")) { // where the style sheet alone does not make it grow
+    $("message").addEventListener("input", () => { $("message").rows = Math.min(10, $("message").value.split("\n").length); });
+  }
   $("stop").addEventListener("click", () => chat.stop());
   $("fresh").addEventListener("click", () => { chat.clear(); $("message").focus(); });
   addEventListener("keydown", (event) => {
@@ -242,7 +254,10 @@ function wire() {
     toggleControls(false);
   });
 
-  $("direction").addEventListener("change", () => choose($("direction").value).then(steerAgain, notice));
+  $("direction").addEventListener("change", () => {
+    choose(directions.items.find((item) => item.id === $("direction").value));
+    steerAgain();
+  });
   $("mode").addEventListener("change", steerAgain);
   $("strength").addEventListener("input", () => onStrength($("strength").value, false));
   $("strength").addEventListener("change", () => onStrength($("strength").value, true));

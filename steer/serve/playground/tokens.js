@@ -64,9 +64,13 @@ export class Tokens {
   paint(scale) {
     for (const item of this.items) {
       const value = look.view === "off" ? null : this.value(item);
-      item.span.className = `token${value === null ? "" : value > 0 ? " up" : " down"}${this.items[this.at] === item ? " at" : ""}`;
       const much = value === null ? 0 : Math.min(1, Math.abs(value) / (scale || 1));
-      item.span.style.setProperty("--much", `${(much * 72).toFixed(1)}%`);
+      const share = `${(much * 72).toFixed(1)}%`, kind = value === null ? "" : value > 0 ? "up" : "down";
+      if (item.kind === kind && item.share === share) continue; // most tokens of a long answer, in most frames
+      Object.assign(item, { kind, share });
+      item.span.classList.remove("up", "down");
+      if (kind) item.span.classList.add(kind);
+      item.span.style.setProperty("--much", share);
     }
   }
 

@@ -30,11 +30,11 @@ def model() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def prefill(net: Any, ids: torch.Tensor) -> Callable[[], object]:
-    return torch.inference_mode()(lambda: net(input_ids=ids, use_cache=False))
+def prefill(net: Any, ids: torch.Tensor) -> Callable[[], None]:
+    return torch.inference_mode()(lambda: net(input_ids=ids, use_cache=False) and None)
 
 
-def decode(net: Any, ids: torch.Tensor, steps: int = 16) -> Callable[[], object]:
+def decode(net: Any, ids: torch.Tensor, steps: int = 16) -> Callable[[], None]:
     """`steps` single-token passes behind a prompt."""
 
     @torch.inference_mode()
@@ -60,7 +60,7 @@ def measure(rounds: int = 40) -> dict[str, dict[str, Ratio]]:
         ids = torch.randint(0, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(1))
         run = work(net, ids)
 
-        def arm(run: Callable[[], object], *specs: str) -> Callable[[], None]:
+        def arm(run: Callable[[], None], *specs: str) -> Callable[[], None]:
             def timed() -> None:
                 steering: AbstractContextManager[object] = attached(*specs) if specs else nullcontext()
                 with attached, steering:

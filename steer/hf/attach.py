@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from steer.direction import MODES, Site
 from steer.errors import UnsupportedModel
 from steer.runtime import sites as site_tools
+from steer.runtime.index import RequestSteer, TokenIndex
 from steer.runtime.readout import ReadIndex
-from steer.runtime.table import EMBEDDING, Place, Plate, RequestSteer, Table, TokenIndex, apply
+from steer.runtime.table import EMBEDDING, Place, Plate, Table, apply
 from steer.spec import Spec
 
 #: Length of the probe prompt: long enough to be more than one token, short enough for any context.
@@ -100,13 +101,13 @@ class Steering:
         steers = [self.table.steer(spec) if isinstance(spec, Spec) else spec for spec in specs]
         self.resize(len(steers))
         before, self._rows = self._rows, len(steers)
-        self.index.fill(steers, [1] * len(steers))
+        self.index.fill_with(steers, [1] * len(steers))
         self.reads.clear()
         try:
             yield
         finally:
             self._rows = before
-            self.index.fill([], [])
+            self.index.fill_with([], [])
 
     #: How many batch rows the index speaks of, or 0 where it speaks of packed tokens one by one.
     _rows = 0

@@ -31,8 +31,8 @@ from steer.errors import EngineFailed, UnsupportedModel
 from steer.hf.attach import PROBE_TOKENS, Steering
 from steer.hf.engine import Engine, SequentialEngine
 from steer.hf.sampling import Sampler, Sampling, Token, sample
+from steer.runtime.index import RequestSteer
 from steer.runtime.readout import RequestRead
-from steer.runtime.table import RequestSteer
 
 log = logging.getLogger("steer")
 #: On a CPU the manager would otherwise take all memory for its cache.
@@ -156,7 +156,7 @@ class BatchingEngine(Engine):
         batch = self._processor.inputs_and_outputs.requests_in_batch
         known = [self._requests.get(entry.state.request_id) for entry in batch]
         lengths = [entry.query_length for entry in batch]
-        self.steering.index.fill([r.steer if r else None for r in known], lengths)
+        self.steering.index.fill_with([r.steer if r else None for r in known], lengths)
         reads = [r.read if r and entry.has_new_token else None for r, entry in zip(known, batch, strict=True)]
         self.steering.reads.fill(reads, lengths)
         self._readers = [entry.state.request_id for entry, read in zip(batch, reads, strict=True) if read]

@@ -20,8 +20,8 @@ import torch
 from steer.errors import EngineFailed, NoRoom
 from steer.hf.attach import Steering
 from steer.hf.sampling import Sampler, Sampling, Token, report, sample
+from steer.runtime.index import RequestSteer
 from steer.runtime.readout import RequestRead
-from steer.runtime.table import RequestSteer
 
 
 class Engine(abc.ABC):

@@ -17,8 +17,8 @@ from steer.hf.attach import Steering
 from steer.hf.load import Loaded
 from steer.lab.batches import in_batches, left_padded, right_padded
 from steer.lab.measure import encode
+from steer.runtime.index import RequestSteer
 from steer.runtime.modes import check_mode
-from steer.runtime.table import RequestSteer
 from steer.spec import Entry, Spec
 
 #: An answer is a refusal when one of these stands in its first REFUSAL_WINDOW characters (curly quotes count as plain).

@@ -1,4 +1,4 @@
-"""The device table: resident direction rows, and for each token of a batch which rows act on it and how strongly.
+"""The device table: resident direction rows. Which of them act on which token is the `index`'s to say.
 
 Everything here is written **in place** and read through the same storage for the life of the process, so that compiled
 graphs and replayed CUDA graphs see each change of content.
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from steer.direction import MODES, Direction, Site
 from steer.errors import NoRoom
+from steer.runtime.index import RequestSteer
 from steer.runtime.modes import coefficients, embedding_coefficients
 from steer.runtime.op import FLOOR, displacement
 from steer.spec import Spec
@@ -64,58 +65,6 @@ class Plate:
             slots[:, FLOOR] = -torch.inf
 
 
-class TokenIndex:
-    """For each token of the running batch its rows, slots and strengths: `[rank, max_tokens]` buffers on the device.
-
-    `fill` is called once for each step, from the thread that runs the model.
-    """
-
-    def __init__(self, rank: int, max_tokens: int, device: torch.device | str) -> None:
-        self.rank, self.max_tokens = rank, max_tokens
-        self.rows = torch.zeros(rank, max_tokens, dtype=torch.int64, device=device)
-        self.slots = torch.zeros(rank, max_tokens, dtype=torch.int64, device=device)
-        self.strengths = torch.zeros(rank, max_tokens, dtype=torch.float32, device=device)
-        self.active = False
-        self._used = 0
-
-    def fill(self, steers: Sequence[RequestSteer | None], lengths: Sequence[int] | NDArray[np.int64]) -> None:
-        """Give request i's steering to its `lengths[i]` tokens, in batch order; tokens behind the last get none."""
-        self.active = any(steer is not None for steer in steers)
-        total = int(np.sum(lengths))
-        if not self.active:
-            self._clear(0)
-            return
-        if total > self.max_tokens:
-            raise AssertionError(f"a batch of {total} tokens in an index of {self.max_tokens}")
-        plain = RequestSteer.plain(self.rank)
-        each = [steer or plain for steer in steers]
-        slots = np.repeat(np.stack([s.slots for s in each], axis=1), lengths, axis=1)
-        strengths = np.repeat(np.stack([s.strengths for s in each], axis=1), lengths, axis=1)
-        self.slots[:, :total].copy_(torch.from_numpy(slots))
-        self.rows[:, :total].copy_(torch.from_numpy(slots // len(MODES)))
-        self.strengths[:, :total].copy_(torch.from_numpy(strengths))
-        self._clear(total)
-
-    def _clear(self, start: int) -> None:
-        """Zero what an earlier, longer batch left from `start` on."""
-        if self._used > start:
-            for buffer in (self.rows, self.slots, self.strengths):
-                buffer[:, start : self._used].zero_()
-        self._used = start
-
-
-@dataclass(frozen=True, slots=True)
-class RequestSteer:
-    """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros behind its own."""
-
-    slots: NDArray[np.int64]
-    strengths: NDArray[np.float32]
-
-    @classmethod
-    def plain(cls, rank: int) -> RequestSteer:
-        return cls(np.zeros(rank, np.int64), np.zeros(rank, np.float32))
-
-
 class Table:
     """Resident directions at all places of one model, and who has which rows.
 
@@ -126,7 +75,7 @@ class Table:
     def __init__(
         self, places: Sequence[Place], *, rows: int, rank: int, d_model: int, device: torch.device | str = "cpu"
     ) -> None:
-        self.rows, self.rank = rows, rank
+        self.rows, self.rank, self.d_model = rows, rank, d_model
         self.sites: frozenset[Site] = frozenset(place.site for place in places)
         self.plates = {place: Plate.empty(rows + 1, d_model, device) for place in places}
         self._free = list(range(rows, 0, -1))

@@ -22,8 +22,8 @@ from steer.hf.load import Loaded
 from steer.hf.sampling import Token
 from steer.readout import FIELD, Readout
 from steer.registry import Admission, Registry
+from steer.runtime.index import RequestSteer
 from steer.runtime.readout import RequestRead
-from steer.runtime.table import RequestSteer
 from steer.serve import errors, metrics, playground
 from steer.serve.carriers import PLUS
 from steer.serve.directions import router as directions_router

@@ -17,8 +17,8 @@ from steer.errors import RequestError, SteerError
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
 from steer.hf.sampling import Sampling, Token
+from steer.runtime.index import RequestSteer
 from steer.runtime.readout import RequestRead
-from steer.runtime.table import RequestSteer
 from steer.serve import errors, metrics
 from steer.serve.text import TextStream, token_text
 

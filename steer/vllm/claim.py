@@ -10,16 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from steer.direction import MODES
 from steer.errors import UnsupportedModel
+from steer.runtime.index import RequestSteer, TokenIndex
 from steer.runtime.sites import find_blocks, hooks, summands
-from steer.runtime.table import EMBEDDING, Place, RequestSteer, Table
+from steer.runtime.table import EMBEDDING, Place, Table
 from steer.vllm import internals
-from steer.vllm.index import StagedIndex
 from steer.vllm.seat import Form, Seat, Slot, sit_after, sit_before, stream
 from steer.vllm.settings import EngineSettings
 
@@ -55,14 +54,16 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The claimed part of one rank: its layers (numbers in the whole model), its table, and all seats."""
+    """The claimed part of one rank: its blocks by their numbers in the whole model, the form in which they hand on the
+    stream, its table, and all seats."""
 
-    layers: tuple[int, ...]
+    blocks: dict[int, nn.Module]
+    form: Form
     table: Table
     seats: tuple[tuple[Place, Seat], ...]
 
 
-def claim(worker: Any, settings: EngineSettings, index: StagedIndex) -> Claim:
+def claim(worker: Any, settings: EngineSettings, index: TokenIndex) -> Claim:
     """Seat every place of this rank. Raises UnsupportedModel where that cannot be done and proved."""
     architecture, layers, d_model = internals.shape_of(worker.vllm_config)
     blocks = find_blocks(internals.decoder_of(worker), layers)
@@ -87,7 +88,7 @@ def claim(worker: Any, settings: EngineSettings, index: StagedIndex) -> Claim:
         target.sit(seat)
         seats.append((target.place, seat))
     _prove(worker, targets, table, index, plain)
-    return Claim(tuple(local), table, tuple(seats))
+    return Claim(local, form, table, tuple(seats))
 
 
 def _learn_form(worker: Any, local: dict[int, nn.Module]) -> tuple[Tensor, Form]:
@@ -199,7 +200,7 @@ def _find_writers(worker: Any, local: dict[int, nn.Module], form: Form) -> list[
     return targets
 
 
-def _prove(worker: Any, targets: list[Target], table: Table, index: StagedIndex, plain: Tensor) -> None:
+def _prove(worker: Any, targets: list[Target], table: Table, index: TokenIndex, plain: Tensor) -> None:
     """Remove another random vector at each place: what is handed on then has of it must be rounding, and a plain pass
     must be the same with seats as without."""
     row = 1
@@ -222,12 +223,12 @@ def _prove(worker: Any, targets: list[Target], table: Table, index: StagedIndex,
 
     try:
         with hooks([target.watch(measure(n, target.place)) for n, target in enumerate(targets)]):
-            index.fill([ablate], np.array([internals.PROBE_TOKENS]))
+            index.fill_with([ablate], [internals.PROBE_TOKENS])
             internals.probe(worker)
-        index.fill([], np.array([], np.int64))
+        index.fill_with([], [])
         again = internals.probe(worker)
     finally:
-        index.fill([], np.array([], np.int64))
+        index.fill_with([], [])
         for plate in table.plates.values():
             plate.clear([row])
     limit = LEFT_OVER.get(worker.model_config.dtype, 2e-2)

@@ -10,6 +10,7 @@ import asyncio
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from steer.errors import UnsupportedModel
+from steer.errors import InvalidInput, UnsupportedModel
 
 log = logging.getLogger("steer")
 
@@ -182,6 +183,13 @@ def watch_batches(runner: Any, on_batch: OnBatch) -> str:
     return "V1"
 
 
+def starts_of(scheduler_output: Any) -> dict[str, int]:
+    """For each request of a step the position of its first token in it."""
+    cached = seam(scheduler_output, "scheduled_cached_reqs")
+    starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    return starts | {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+
+
 @contextmanager
 def eager(config: Any, tokens: int) -> Iterator[None]:
     """Inside it the model's own Python runs, compiled or not, with no KV cache and no attention metadata."""
@@ -210,6 +218,9 @@ def probe(worker: Any) -> Tensor:
     positions = torch.arange(PROBE_TOKENS, device=device)
     if getattr(worker.model_runner, "uses_mrope", False):
         positions = positions.expand(3, -1).contiguous()
+    if config.lora_config is not None:  # layers with adapters read which tokens have one: here none has
+        none = (0,) * PROBE_TOKENS
+        seam(worker.model_runner, "_set_active_loras")(none, none, set())
     with eager(config, PROBE_TOKENS), _repeatable_attention(model):
         out = model(input_ids=ids, positions=positions, **_from_the_rank_before(worker, model, device))
     if isinstance(out, tuple):
@@ -397,7 +408,52 @@ def client_error(error: ValueError) -> Exception:
     return made
 
 
+# -- offline ---------------------------------------------------------------------------------------------------------
+
+
+def engine_arguments(model: str, options: Sequence[str]) -> Any:
+    """`options` of `vllm serve` that make an engine, as vLLM parses them. Raises InvalidInput for any other."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm"))
+    args, unknown = parser.parse_known_args(["--model", model, *options])
+    if unknown:
+        raise InvalidInput(f"{' '.join(unknown)}: not an option of this command, and none of vLLM's for an engine")
+    return EngineArgs.from_cli_args(args)
+
+
+def start_offline(arguments: Any, given: Mapping[str, Any], additional: Mapping[str, Any]) -> Any:
+    """An `LLM` from `arguments` with the options of `given` and our part of the additional configuration."""
+    from vllm import LLM
+
+    config = dict(arguments.additional_config or {}) | dict(additional)
+    return LLM(**{**vars(arguments), **given, "additional_config": config})
+
+
 # -- the server ------------------------------------------------------------------------------------------------------
+
+#: Where the server that is starting builds its app.
+_APP_BUILDERS = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")
+
+
+def on_app_built(check: Callable[[Any], None]) -> None:
+    """Have `check` called with the app of the server that runs in this process, if one does, before it serves."""
+    for home in _APP_BUILDERS:
+        build = getattr(sys.modules.get(home), "build_app", None)
+        if build is not None and not hasattr(build, "_steer"):
+            sys.modules[home].build_app = _checking(build, check)
+
+
+def _checking(build: Any, check: Callable[[Any], None]) -> Any:
+    @functools.wraps(build)
+    def building(*args: Any, **kwargs: Any) -> Any:
+        app = build(*args, **kwargs)
+        check(app)
+        return app
+
+    building._steer = True  # type: ignore[attr-defined]
+    return building
 
 
 def wrap_routes(app: Any, layers: Mapping[tuple[str, str], Callable[[Any], Any]]) -> set[str]:

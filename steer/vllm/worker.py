@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +19,13 @@ from steer._version import __version__
 from steer.direction import Direction
 from steer.direction import digest as digest_of
 from steer.errors import NoRoom, SteerError, UnsupportedModel
-from steer.runtime.table import RequestSteer
+from steer.runtime.index import PLAIN, TokenIndex
 from steer.vllm import claim, internals, settings, wire
-from steer.vllm.index import StagedIndex
+from steer.vllm.capture import Capture
 from steer.vllm.seat import code_digest
 
 log = logging.getLogger("steer")
+_NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,23 +98,30 @@ class Steered:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         own = self.steer_settings
-        index = StagedIndex(own.rank, internals.max_tokens(self.vllm_config), self.device)
+        index = TokenIndex(own.rank, internals.max_tokens(self.vllm_config), self.device)
         self._claim = claim.claim(self, own, index)
         self._index = index
         self._residents = Residents(self._claim)
-        self._running: dict[str, RequestSteer] = {}
+        self._running: dict[str, int] = {}  # steered requests, by their numbers in the index
         self._met_front_end = False
+        self._capture: Capture | None = None
         self._steered_tokens = 0
         self._runner_kind = internals.watch_batches(self.model_runner, self._on_batch)
-        log.info("steering claimed: %s runner, layers %s", self._runner_kind, self._claim.layers)
+        log.info("steering claimed: %s runner, layers %s", self._runner_kind, tuple(self._claim.blocks))
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # A request that was aborted and came again under its id stands in both lists of one step: ends come first.
         for request in scheduler_output.finished_req_ids:
-            self._running.pop(request, None)
+            if number := self._running.pop(request, None):
+                self._index.leave(number)
         for new in scheduler_output.scheduled_new_reqs:
             self._meet(new)
-        return super().execute_model(scheduler_output, *args, **kwargs)
+        if self._capture is not None:
+            self._starts = internals.starts_of(scheduler_output)
+        out = super().execute_model(scheduler_output, *args, **kwargs)
+        if self._capture is not None:
+            self._capture.end_step()
+        return out
 
     def _meet(self, new: Any) -> None:
         """A request's first step here, or its return from preemption (V2 sends it as a new one)."""
@@ -121,17 +130,24 @@ class Steered:
                 "a request came that did not pass Steer's front end: the plugin 'steer' is not loaded in the process "
                 "that makes requests (does VLLM_PLUGINS leave it out?)"
             )
+        if self._capture is not None:
+            self._capture.meet(new.req_id, new.sampling_params)
         text = wire.of(new.sampling_params)
         if text is None:
             return
         steer = self._residents.table.steer(wire.decode(text))
         assert steer is not None, "the front end sends no empty spec"
-        self._running[new.req_id] = steer
+        if back := self._running.get(new.req_id):
+            self._index.leave(back)
+        self._running[new.req_id] = self._index.enter(steer)
 
     def _on_batch(self, requests: list[str], lengths: NDArray[np.int32]) -> None:
-        running = self._running
-        steers = [running.get(request) for request in requests]
-        self._steered_tokens += self._index.fill(steers, lengths)
+        numbers = _NONE
+        if running := self._running:
+            numbers = np.fromiter(map(running.get, requests, repeat(PLAIN)), np.int64, len(requests))
+        self._steered_tokens += self._index.fill(numbers, lengths)
+        if self._capture is not None:
+            self._capture.begin_step(requests, lengths, self._starts)
 
     # -- called by `collective_rpc`; failures are answers, so that one worker's cannot end the engine -----------------
 
@@ -139,7 +155,7 @@ class Steered:
         """The front end is there; what this worker has."""
         self._met_front_end = True
         own = self.steer_settings
-        return asdict(Claimed(self._runner_kind, self._claim.layers, own.rank, own.rows, code_digest()))
+        return asdict(Claimed(self._runner_kind, tuple(self._claim.blocks), own.rank, own.rows, code_digest()))
 
     def steer_load(self, data: bytes, digest: str) -> dict[str, str]:
         try:
@@ -155,6 +171,29 @@ class Steered:
     def steer_witness(self) -> list[tuple[str, int, bytes]]:
         """(site, layer, vector) of each seat: what it handed on of the first token of the last pass, float32."""
         return [(place.site, place.layer, seat.witness.cpu().numpy().tobytes()) for place, seat in self._claim.seats]
+
+    def steer_capture(self, prompts: int, positions: int, last_layer: int) -> dict[str, str]:
+        """From now on read what requests ask for in `extra_args`, at the blocks up to `last_layer`."""
+        if int(self.vllm_config.compilation_config.mode or 0) or self.vllm_config.cache_config.enable_prefix_caching:
+            return {"error": "measuring needs an engine with enforce_eager and without prefix caching"}
+        self.steer_captured()
+        blocks = {layer: block for layer, block in self._claim.blocks.items() if layer <= last_layer}
+        shape = prompts, positions, self._claim.table.d_model
+        self._capture = Capture(blocks, self._claim.form, shape, self.device)
+        return {}
+
+    def steer_captured(self) -> dict[str, Any] | None:
+        """What was read since `steer_capture`, which ends: (layer, picked, own) with float64 bytes, and the tokens seen
+        of each prompt."""
+        if (capture := self._capture) is None:
+            return None
+        capture.close()
+        self._capture = None
+        layers = [
+            (layer, *(t[layer].cpu().numpy().tobytes() for t in (capture.picked, capture.own)))
+            for layer in capture.picked
+        ]
+        return {"layers": layers, "seen": capture.seen}
 
     def steer_stats(self) -> dict[str, int]:
         return {

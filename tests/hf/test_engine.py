@@ -19,7 +19,7 @@ from steer.hf.attach import Steering
 from steer.hf.batching import BatchingEngine, start_engine
 from steer.hf.engine import Engine, SequentialEngine
 from steer.hf.sampling import Sampling, Token
-from steer.runtime.table import RequestSteer
+from steer.runtime.index import RequestSteer
 from steer.spec import Entry, Spec
 from tests import models
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from steer.direction import MODES, Direction, Mode, Site
 from steer.errors import NoRoom
+from steer.runtime.index import TokenIndex
 from steer.runtime.modes import coefficients, embedding_coefficients
 from steer.runtime.op import FLOOR
-from steer.runtime.table import EMBEDDING, Place, RequestSteer, Table, TokenIndex, apply
+from steer.runtime.table import EMBEDDING, Place, Table, apply
 from steer.spec import Entry, Spec
 from tests import models
 
@@ -151,57 +152,6 @@ def test_a_request_gets_the_slots_of_its_directions_in_order(x: Mode, y: Mode, s
     assert steer.strengths.tolist() == np.float32([s, u, u, 0]).tolist()
 
 
-RANK, MAX_TOKENS = 2, 24
-REQUESTS = st.builds(
-    lambda slots, strengths: RequestSteer(np.array(slots, np.int64), np.array(strengths, np.float32)),
-    st.lists(st.integers(0, 27), min_size=RANK, max_size=RANK),
-    st.lists(st.floats(-10, 10, width=32), min_size=RANK, max_size=RANK),
-)
-BATCHES = st.lists(st.tuples(st.none() | REQUESTS, st.integers(0, 6)), max_size=4)
-
-
-@given(st.lists(BATCHES, min_size=1, max_size=6), st.booleans())
-@law
-def test_every_token_gets_its_own_requests_rows(
-    batches: list[list[tuple[RequestSteer | None, int]]], as_array: bool
-) -> None:
-    """Batch after batch in the same buffers: nothing is left of a longer one before."""
-    index = TokenIndex(RANK, MAX_TOKENS, "cpu")
-    where = [x.data_ptr() for x in (index.rows, index.slots, index.strengths)]
-    for batch in batches:
-        lengths = [length for _, length in batch]
-        index.fill([steer for steer, _ in batch], np.array(lengths, np.int64) if as_array else lengths)
-        tokens = [steer for steer, length in batch for _ in range(length)]
-        expected = [
-            [(int(s.slots[j]), float(s.strengths[j])) if s else (0, 0.0) for s in tokens + [None] * MAX_TOKENS]
-            for j in range(RANK)
-        ]
-        for j in range(RANK):
-            slots, strengths = zip(*expected[j][:MAX_TOKENS], strict=True)
-            assert index.slots[j].tolist() == list(slots)
-            assert index.rows[j].tolist() == [slot // len(MODES) for slot in slots]
-            assert index.strengths[j].tolist() == list(strengths)
-        assert index.active == any(steer is not None for steer, _ in batch)
-    assert [x.data_ptr() for x in (index.rows, index.slots, index.strengths)] == where
-
-
-def test_a_plain_batch_is_inactive_and_leaves_nothing() -> None:
-    t, index = table(), TokenIndex(4, 16, "cpu")
-    t.load("a", DIRECTIONS["a"])
-    index.fill([t.steer(spec(("a", "ablate", 1.0)))], [16])
-    assert index.active
-    index.fill([None, None], [3, 2])
-    assert not index.active
-    assert not index.rows.any()
-    assert not index.slots.any()
-    assert not index.strengths.any()
-
-
-def test_a_batch_over_the_index_is_a_failure_not_an_overwrite() -> None:
-    with pytest.raises(AssertionError, match="a batch of 17 tokens in an index of 16"):
-        TokenIndex(1, 16, "cpu").fill([RequestSteer.plain(1)], [17])
-
-
 def naive(x: Tensor, direction: Direction, layer: int, mode: Mode, strength: float) -> Tensor:
     """One token's vector after one direction at one layer: the modes as the design tells them, in float64."""
     y = x.double()
@@ -237,7 +187,7 @@ def test_a_mixed_batch_is_each_token_by_the_formula(
     t, index = table(rows=9, rank=5), TokenIndex(5, 16, "cpu")
     for name, direction in DIRECTIONS.items():
         t.load(name, direction)
-    index.fill([t.steer(spec(*wish)) for wish, _ in batch], [length for _, length in batch])
+    index.fill_with([t.steer(spec(*wish)) for wish, _ in batch], [length for _, length in batch])
     tokens = [wish for wish, length in batch for _ in range(length)]
     n = len(tokens)
     x = torch.randn(n, models.D_MODEL, generator=torch.Generator().manual_seed(seed))
@@ -255,7 +205,7 @@ def test_a_mixed_batch_is_each_token_by_the_formula(
 
 def applied(t: Table, wish: Spec, x: Tensor, place: Place = PLACES[1]) -> Tensor:
     index = TokenIndex(t.rank, len(x), "cpu")
-    index.fill([t.steer(wish)], [len(x)])
+    index.fill_with([t.steer(wish)], [len(x)])
     return apply(x, t.plates[place], index.rows, index.slots, index.strengths)
 
 
@@ -298,7 +248,7 @@ def plain_beside_steered(x: Tensor) -> Tensor:
     """`x` as plain tokens of a batch in which another token is steered, after the operation."""
     t, index = table(), TokenIndex(4, len(x) + 1, "cpu")
     t.load("c", DIRECTIONS["c"])
-    index.fill([None, t.steer(spec(("c", "add", 1.0)))], [len(x), 1])
+    index.fill_with([None, t.steer(spec(("c", "add", 1.0)))], [len(x), 1])
     together = torch.cat([x, torch.ones(1, models.D_MODEL, dtype=x.dtype)])
     y = apply(together, t.plates[PLACES[1]], index.rows, index.slots, index.strengths)
     assert y.dtype == x.dtype

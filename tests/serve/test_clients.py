@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from tests import harness
 from tests.servers import Server, text
 
 
@@ -88,52 +87,16 @@ def test_async_client_with_mixed_requests(tiny_server: Server) -> None:
         assert len(set(got[i::3])) == 1
 
 
-TASK = """\
-task: steer_demo
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: {kind}
-doc_to_text: "{{{{question}}}}"
-{more}
-metric_list: [{{metric: {metric}, aggregation: mean, higher_is_better: true}}]
-"""
-
-
 @pytest.mark.parametrize("kind", ["generate_until", "multiple_choice"])
 def test_lm_eval(tiny_server: Server, tmp_path: Path, kind: str) -> None:
     """`local-completions` for both of its ways: generated answers, and log-probabilities of an echoed prompt."""
+    answer = text(tiny_server.complete(harness.HELLO, steer="refusal", max_tokens=6)).strip()
+    assert answer != text(tiny_server.complete(harness.HELLO, max_tokens=6)).strip()
     steered = f"{tiny_server.model_name}+refusal"
-    ids = [3 + ord(letter) - 32 for letter in "hello"]  # the harness sends token ids, without a BOS
-    answer = text(tiny_server.complete(ids, steer="refusal", max_tokens=6)).strip()
-    assert answer != text(tiny_server.complete(ids, max_tokens=6)).strip()
-    (tmp_path / "data.jsonl").write_text(json.dumps({"question": "hello", "answer": answer, "choices": ["ab", "cd"]}))
-    if kind == "generate_until":
-        more = 'doc_to_target: "{{answer}}"\ngeneration_kwargs: {until: ["NEVER"], max_gen_toks: 6, do_sample: false}'
-        metric = "exact_match"
-    else:
-        more, metric = 'doc_to_target: 0\ndoc_to_choice: "{{choices}}"', "acc"
-    (tmp_path / "task.yaml").write_text(TASK.format(data=tmp_path / "data.jsonl", kind=kind, metric=metric, more=more))
-    arguments = f"model={steered},base_url={tiny_server.url}/v1/completions,tokenizer_backend=huggingface"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--tasks", "steer_demo"),
-            *("--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--model_args"),
-            f"{arguments},tokenizer={tokenizer_folder(tiny_server)},num_concurrent=1,max_retries=1",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-        env={"HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    score = harness.evaluate(
+        tiny_server.url, steered, tokenizer_folder(tiny_server), tmp_path, kind=kind, answer=answer
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (results,) = (tmp_path / "out").rglob("results*.json")
-    values = json.loads(results.read_text())["results"]["steer_demo"]
-    if kind == "generate_until":
-        assert values["exact_match,none"] == 1.0, "the harness saw the steered answer"
-    else:
-        assert values["acc,none"] in (0.0, 1.0)
+    assert score in ((1.0,) if kind == "generate_until" else (0.0, 1.0))
 
 
 def tokenizer_folder(server: Server) -> str:

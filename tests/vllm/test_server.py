@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import models
+from tests import harness, models
 from tests.servers import Server, receipt
 from tests.vllm.engines import Home, Reference
+from tests.vllm.swaps import swap_under_load
 
 KEY = {"Authorization": "Bearer secret"}
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -171,38 +173,37 @@ def test_directions_are_put_read_and_deleted(server: Server, home: Home) -> None
 
 
 def test_swaps_under_load_give_one_version_or_the_other(server: Server, home: Home) -> None:
-    versions = [models.direction(home.model, seed=seed).to_bytes() for seed in (31, 32)]
-    expected: dict[str, str] = {}
-    for data in versions:
-        digest = server.client.put("/v1/directions/moving", content=data).json()["digest"]
-        expected[digest] = words(ask(server, "/v1/completions", steer="moving"))
-    plain = words(ask(server, "/v1/completions"))
-    stop, problems, served = threading.Event(), [], set()
+    swap_under_load(server, home)
 
-    def load(number: int) -> None:
-        while not stop.is_set():
-            spec = "moving" if number % 2 else "off"
-            answer = ask(server, "/v1/completions", steer=spec)
-            if answer.status_code != 200:
-                problems.append(answer.text)
-                continue
-            applied = receipt(answer)
-            served.add(applied[0]["digest"] if applied else "")
-            if words(answer) != (expected[applied[0]["digest"]] if applied else plain):
-                problems.append(f"{applied}: {words(answer)}")
 
-    threads = [threading.Thread(target=load, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    deadline, turn = time.monotonic() + 60, 0
-    while turn < 20 or (served != {"", *expected} and time.monotonic() < deadline):
-        assert server.client.put("/v1/directions/moving", content=versions[turn % 2]).status_code == 200
-        turn += 1
-    stop.set()
-    for thread in threads:
-        thread.join()
-    server.client.delete("/v1/directions/moving")
-    assert not problems, problems[:3]
-    assert served == {"", *expected}
-    pins = [card["requests"] for card in server.client.get("/v1/directions").json()["data"]]
-    assert not any(pins)
+@pytest.mark.parametrize("kind", ["generate_until", "multiple_choice"])
+def test_lm_eval(server: Server, home: Home, tmp_path: Path, kind: str) -> None:
+    options: dict[str, Any] = {"prompt": harness.HELLO, "max_tokens": 6}
+    answer = words(ask(server, "/v1/completions", steer="refusal", **options)).strip()
+    assert answer != words(ask(server, "/v1/completions", **options)).strip()
+    score = harness.evaluate(
+        server.url, "tiny+refusal", str(home.folder), tmp_path, kind=kind, answer=answer, key="secret"
+    )
+    assert score in ((1.0,) if kind == "generate_until" else (0.0, 1.0))
+
+
+def test_vllms_own_benchmark(server: Server, home: Home, tmp_path: Path) -> None:
+    """`vllm bench serve`, steered by the body, by the model's name and not at all."""
+    for more in (["--extra-body", '{"steer": "refusal"}'], ["--served-model-name", "tiny+refusal"], []):
+        name = [] if "--served-model-name" in more else ["--served-model-name", "tiny"]
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "tests.vllm.command", "bench", "serve", "--backend", "openai"),
+                *("--base-url", server.url, "--model", str(home.folder), *name, *more),
+                *("--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "8"),
+                *("--num-prompts", "8", "--ignore-eos", "--save-result", "--result-dir", str(tmp_path)),
+                *("--result-filename", "result.json"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=os.environ | {"OPENAI_API_KEY": "secret"},
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert (result["completed"], result["total_output_tokens"]) == (8, 64)

@@ -1,0 +1,105 @@
+"""Measuring in a worker: hooks on the blocks read the stream of chosen tokens while prompts are prefilled.
+
+For an eager engine without prefix cache, on the worker's main thread. A request says in `SamplingParams.extra_args`
+what is wanted of it; a prompt that comes in chunks, or again after preemption, is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from steer.vllm.seat import Form, stream
+
+#: The key in `extra_args` under which a request says what is wanted of it.
+KEY = "steer.capture"
+
+
+class Wish(BaseModel):
+    """Of the prompt numbered `number`: the vectors at token positions `at`, and the sum over those from `start` to
+    `stop`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    number: int
+    at: tuple[int, ...]
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, params: Any) -> Wish | None:
+        found = (getattr(params, "extra_args", None) or {}).get(KEY)
+        return None if found is None else cls.model_validate(found)
+
+
+class Capture:
+    """Reads the outputs of `blocks`. `picked` `[prompts, positions, d_model]` and `own` `[prompts, d_model]` for each
+    layer, float64; `seen` `[prompts]` counts the prompt tokens that came by."""
+
+    def __init__(
+        self, blocks: Mapping[int, nn.Module], form: Form, shape: tuple[int, int, int], device: torch.device
+    ) -> None:
+        prompts, positions, d_model = shape
+        kind: dict[str, Any] = dict(dtype=torch.float64, device=device)
+        self.picked = {layer: torch.zeros(prompts, positions, d_model, **kind) for layer in blocks}
+        self.own = {layer: torch.zeros(prompts, d_model, **kind) for layer in blocks}
+        self.seen = [0] * prompts
+        self._form, self._device = form, device
+        self._wishes: dict[str, Wish] = {}
+        self._step: _Step | None = None
+        self._handles = [
+            block.register_forward_hook(lambda _m, _args, output, n=layer: self._see(n, output))
+            for layer, block in blocks.items()
+        ]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def meet(self, request_id: str, params: Any) -> None:
+        if wish := Wish.of(params):
+            self._wishes[request_id] = wish
+
+    def begin_step(self, requests: Sequence[str], lengths: NDArray[np.int32], starts: Mapping[str, int]) -> None:
+        """A step comes: request i has `lengths[i]` tokens, the first at position `starts[requests[i]]`."""
+        picks: list[tuple[int, int, int]] = []  # token of the step, prompt, which of its positions
+        owns: list[tuple[int, int]] = []  # token of the step, prompt
+        offset = 0
+        for request, length in zip(requests, lengths.tolist(), strict=True):
+            if wish := self._wishes.get(request):
+                begin = starts[request]
+                new = range(max(begin, self.seen[wish.number]), begin + length)
+                picks += [(offset + p - begin, wish.number, i) for i, p in enumerate(wish.at) if p in new]
+                owned = range(max(new.start, wish.start), min(new.stop, wish.stop))
+                owns += [(offset + p - begin, wish.number) for p in owned]
+                self.seen[wish.number] = max(self.seen[wish.number], new.stop)
+            offset += length
+        self._step = _Step(picks, owns, self._device) if picks or owns else None
+
+    def end_step(self) -> None:
+        """What runs until the next step begins is no request's."""
+        self._step = None
+
+    def _see(self, layer: int, output: Any) -> None:
+        if (step := self._step) is None:
+            return
+        x = stream(self._form, output).double()
+        self.picked[layer][step.prompts, step.positions] = x[step.picked]
+        self.own[layer].index_add_(0, step.owners, x[step.owned])
+
+
+class _Step:
+    """The tokens of one step that are read, as index tensors on the device."""
+
+    def __init__(self, picks: list[tuple[int, int, int]], owns: list[tuple[int, int]], device: torch.device) -> None:
+        def column(rows: Sequence[tuple[int, ...]], i: int) -> Tensor:
+            return torch.tensor([row[i] for row in rows], dtype=torch.int64, device=device)
+
+        self.picked, self.prompts, self.positions = (column(picks, i) for i in range(3))
+        self.owned, self.owners = column(owns, 0), column(owns, 1)

@@ -1,0 +1,71 @@
+"""The token index gives each token exactly its own request's rows, and clears what a longer step left."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steer.direction import MODES
+from steer.runtime.index import PLAIN, RequestSteer, TokenIndex
+
+law = settings(deadline=None, max_examples=60)
+RANK, MAX_TOKENS = 2, 24
+REQUESTS = st.builds(
+    lambda slots, strengths: RequestSteer(np.array(slots, np.int64), np.array(strengths, np.float32)),
+    st.lists(st.integers(0, 27), min_size=RANK, max_size=RANK),
+    st.lists(st.floats(-10, 10, width=32), min_size=RANK, max_size=RANK),
+)
+BATCHES = st.lists(st.tuples(st.none() | REQUESTS, st.integers(0, 6)), max_size=4)
+
+
+@given(st.lists(BATCHES, min_size=1, max_size=6))
+@law
+def test_every_token_gets_its_own_requests_rows(batches: list[list[tuple[RequestSteer | None, int]]]) -> None:
+    """Batch after batch in the same buffers: nothing is left of a longer one before."""
+    index = TokenIndex(RANK, MAX_TOKENS, "cpu")
+    where = [x.data_ptr() for x in (index.rows, index.slots, index.strengths)]
+    for batch in batches:
+        steered = index.fill_with([steer for steer, _ in batch], [length for _, length in batch])
+        tokens = [steer for steer, length in batch for _ in range(length)]
+        assert steered == sum(steer is not None for steer in tokens)
+        assert index.active == (steered > 0)
+        for j in range(RANK):
+            expected = [
+                (int(s.slots[j]), float(s.strengths[j])) if s else (0, 0.0) for s in tokens + [None] * MAX_TOKENS
+            ]
+            slots, strengths = zip(*expected[:MAX_TOKENS], strict=True)
+            assert index.slots[j].tolist() == list(slots)
+            assert index.rows[j].tolist() == [slot // len(MODES) for slot in slots]
+            assert index.strengths[j].tolist() == list(strengths)
+    assert [x.data_ptr() for x in (index.rows, index.slots, index.strengths)] == where
+
+
+@given(st.lists(st.tuples(REQUESTS, st.booleans()), min_size=1, max_size=60), st.data())
+@law
+def test_a_number_means_its_request_for_as_long_as_it_is_there(
+    requests: list[tuple[RequestSteer, bool]], data: st.DataObject
+) -> None:
+    index = TokenIndex(RANK, MAX_TOKENS, "cpu")
+    there: dict[int, RequestSteer] = {}
+    for steer, one_leaves in requests:
+        number = index.enter(steer)
+        assert number not in there
+        assert number != PLAIN
+        there[number] = steer
+        if one_leaves:
+            gone = data.draw(st.sampled_from(sorted(there)))
+            index.leave(gone)
+            del there[gone]
+    for number, steer in there.items():
+        index.fill(np.array([PLAIN, number]), np.array([2, 3]))
+        assert index.slots[:, :2].any().item() is False
+        for token in (2, 3, 4):
+            assert index.slots[:, token].tolist() == steer.slots.tolist()
+            assert index.strengths[:, token].tolist() == steer.strengths.tolist()
+
+
+def test_a_step_over_the_index_is_a_failure_not_an_overwrite() -> None:
+    with pytest.raises(AssertionError, match="a step of 17 tokens in an index of 16"):
+        TokenIndex(1, 16, "cpu").fill_with([RequestSteer.plain(1)], [17])

@@ -1,0 +1,69 @@
+"""Plain `vllm serve` with documented options, and no command of ours: by middleware, by plugin, or not at all; on
+several ranks and several engines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests import models
+from tests.servers import Server, receipt, text
+from tests.vllm.engines import Home, Reference
+from tests.vllm.swaps import swap_under_load
+
+COMMAND = [sys.executable, "-m", "tests.vllm.command", "serve"]
+OPTIONS = ("--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "32", "--served-model-name", "tiny")
+MIDDLEWARE = ("--middleware", "steer.vllm.server.Middleware")
+
+
+def arguments(home: Home, *more: str) -> Sequence[str]:
+    settings = json.dumps({"steer": {"directions": str(home.directions), "rank": 2}})
+    return (
+        *(str(home.folder), "--worker-cls", "steer.vllm.worker.Worker", "--additional-config", settings),
+        *(*OPTIONS, *more),
+    )
+
+
+def check(server: Server, home: Home) -> None:
+    """Plain and steered answers are what transformers says, on every engine behind the server."""
+    reference = Reference(home)
+    for spec in ("off", "refusal", "refusal:one_sided=0.5,verbosity=-0.5", "verbosity:add=0.5") * 3:
+        answer = server.complete(steer=spec, logprobs=1, return_token_ids=True)
+        body = answer.json()["choices"][0]
+        prompt, ids = body["prompt_token_ids"], body["token_ids"]
+        expected = reference.logprobs(prompt + ids, spec)[len(prompt) - 1 : -1]
+        assert expected.argmax(-1).tolist() == ids
+        assert len(receipt(answer)) == (0 if spec == "off" else spec.count(",") + 1)
+
+
+def test_two_ranks_by_middleware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    home = Home.make("llama", tmp_path)
+    with Server(*arguments(home, *MIDDLEWARE, "--tensor-parallel-size", "2"), command=COMMAND) as server:
+        check(server, home)
+        swap_under_load(server, home)
+
+
+def test_two_engines_by_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both of `VLLM_PLUGINS`: the general plugin in every process, the routes in the server's."""
+    monkeypatch.setenv("VLLM_PLUGINS", "steer")
+    home = Home.make("llama", tmp_path)
+    options = ("--data-parallel-size", "2", "--api-server-count", "1", "--enforce-eager")
+    with Server(*arguments(home, *options), command=COMMAND) as server:
+        check(server, home)
+        put = server.client.put("/v1/directions/guest", content=models.direction(home.model, seed=9).to_bytes())
+        assert put.status_code == 200, put.text
+        answers = [server.complete(steer="guest") for _ in range(8)]  # on either engine
+        assert {receipt(answer)[0]["digest"] for answer in answers} == {put.json()["digest"]}
+        assert len({text(answer) for answer in answers}) == 1
+        assert text(server.complete()) != text(answers[0])
+
+
+def test_a_server_that_would_ignore_the_field_does_not_start(tmp_path: Path) -> None:
+    home = Home.make("llama", tmp_path)
+    with pytest.raises(RuntimeError, match=r"would ignore the field 'steer': start it with --middleware"):
+        Server(*arguments(home, "--enforce-eager"), command=COMMAND).__enter__()

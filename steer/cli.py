@@ -1,23 +1,19 @@
-"""The command `steer`: serve, fit, inspect, eval."""
+"""The command `steer`: serve, fit, inspect, eval; the lab's other commands are in `steer.lab.*commands`."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
-from pydantic import BaseModel, Field, ValidationError
 
-from steer.direction import Mode, Site
-from steer.errors import InvalidInput, SteerError
+from steer.console import echo_json, log_warnings, quiet_libraries, reported
+from steer.errors import InvalidInput
+from steer.lab import commands, export_commands
 from steer.settings import ServeSettings
 
 app = typer.Typer(
@@ -27,29 +23,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 120},
 )
+commands.register(app)
+export_commands.register(app)
 
 
 def main() -> None:
     app()
-
-
-@contextmanager
-def reported() -> Iterator[None]:
-    """Turn our errors into messages and exit code 2; anything else is a bug and keeps its traceback."""
-    try:
-        yield
-    except ValidationError as error:
-        for item in error.errors(include_url=False):
-            where = "--" + "-".join(str(part) for part in item["loc"]).replace("_", "-")
-            typer.echo(f"error: {where}: {item['msg']}", err=True)
-        raise typer.Exit(2) from None
-    except InvalidInput as error:
-        for problem in error.problems:
-            typer.echo(f"error: {problem}", err=True)
-        raise typer.Exit(2) from None
-    except SteerError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 def with_settings(settings: type[ServeSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -139,18 +118,18 @@ def choose_backend(model: str, settings: ServeSettings) -> str:
     return "vllm" if serves(model, settings.revision) else "transformers"
 
 
-@app.command()
+@app.command(context_settings=commands.VLLM_OPTIONS)
 def fit(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="local folder or hub id")],
     harmful: Annotated[str, typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[:SPLIT[:COLUMN]]")],
     harmless: Annotated[str, typer.Option(help="prompts that do not show it, as --harmful")],
     output: Annotated[Path, typer.Option("--output", "-o", help="the direction file to write")],
-    method: Annotated[str, typer.Option(help="slerp, linear or projected")] = "slerp",
-    t: Annotated[
-        float, typer.Option(help="position in the slerp family; 0 is projected, 1 the normalised difference")
-    ] = 1.0,
+    method: Annotated[str, typer.Option(help=commands.METHOD_HELP)] = "slerp",
+    t: commands.T = None,
+    parameter: commands.Parameters = None,
     layer: Annotated[
-        str, typer.Option(help="source layer: auto (by measured effect), a number, or all (each its own)")
+        str, typer.Option(help="source layer: auto (by measured effect), a number, widest, or all (each its own)")
     ] = "auto",
     position: Annotated[int, typer.Option(help="token position that is measured, −1 is the last of the template")] = -1,
     winsorize: Annotated[
@@ -167,31 +146,36 @@ def fit(
     device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
     revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
     seed: Annotated[int, typer.Option(help="seed of all randomness (today's methods use none)")] = 0,
+    backend: commands.Backend = "transformers",
 ) -> None:
-    """Measure MODEL on two contrast sets and write the direction that separates them."""
-    logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
+    """Measure MODEL on two contrast sets and write the direction that separates them.
+
+    With --backend vllm the model is measured as vLLM serves it, and any further options are those of `vllm serve`.
+    """
+    log_warnings()
     quiet_libraries()
     import torch
 
-    from steer.hf.load import load
-    from steer.lab.fit import Recipe
+    from steer.lab.derive import Recipe
     from steer.lab.fit import fit as run
     from steer.lab.measure import Conditions, measure
     from steer.lab.prompts import read_prompts
+    from steer.lab.tally import Keep
 
     with reported():
-        choices = Choices.model_validate(
+        choices = commands.Choices.model_validate(
             {"mode": mode, "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
         )
-        recipe = Recipe(method, t, choices.layer, choices.mode, strength, choices.sites)
+        made = commands.chosen_method(method, t, parameter)
+        recipe = Recipe(made, choices.layer, mode=choices.mode, strength=strength, sites=choices.sites)
         sets = read_prompts(harmful), read_prompts(harmless)
         if not output.parent.is_dir():
             raise InvalidInput(f"--output: the folder {output.parent} does not exist")
         torch.manual_seed(seed)
-        loaded = load(model, revision=revision, dtype=dtype, device=device)
-        conditions = Conditions(position, winsorize, system_prompt)
-        measurement = measure(loaded, *sets, conditions, batch_size=choices.batch, progress=True)
-        direction = run(loaded, measurement, recipe, batch_size=choices.batch, progress=True)
+        bench = commands.open_bench(backend, model, ctx.args, revision, dtype, device, choices)
+        conditions = Conditions((position,), winsorize, system_prompt, keep=Keep(vectors=made.needs != "means"))
+        measurement = measure(bench.source, *sets, conditions, batch_size=choices.batch, progress=True)
+        direction = run(measurement, recipe, *sets, lambda rank, tokens: bench.screen(rank, tokens, system_prompt))
         digest = direction.save(output)
     meta = direction.meta
     if meta.selection:
@@ -248,7 +232,7 @@ def evaluate_direction(
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
     """Report what a direction does: refusals before and after, divergence on harmless text, answer lengths."""
-    logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
+    log_warnings()
     quiet_libraries()
     from steer.direction import Direction
     from steer.hf.attach import Anatomy, Steering
@@ -260,7 +244,9 @@ def evaluate_direction(
     with reported():
         loaded_direction = Direction.load(direction)
         meta = loaded_direction.meta
-        choices = Choices.model_validate({"mode": mode or meta.mode, "sites": meta.sites, "batch_size": batch_size})
+        choices = commands.Choices.model_validate(
+            {"mode": mode or meta.mode, "sites": meta.sites, "batch_size": batch_size}
+        )
         prompts = {"harmful": read_prompts(harmful).prompts, "harmless": read_prompts(harmless).prompts}
         loaded = load(model, revision=revision, dtype=dtype, device=device)
         anatomy = Anatomy(loaded.model)
@@ -289,37 +275,8 @@ def evaluate_direction(
         typer.echo(f"  {title:<34}{values}")
 
 
-class Choices(BaseModel):
-    """Options that fit and eval share, checked together."""
-
-    mode: Mode
-    sites: tuple[Site, ...]
-    layer: Literal["auto", "all"] | int = "auto"
-    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-
-    @property
-    def batch(self) -> int | None:
-        return None if self.batch_size == "auto" else self.batch_size
-
-
 def _cell(value: Any, width: int) -> str:
     return f"{'–':>{width}}" if value is None else f"{value:>{width}.3f}"
-
-
-def quiet_libraries() -> None:
-    """Progress bars and hints of libraries are not for the users of this command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("ContinuousBatchingLogger", "httpx", "watchfiles"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def echo_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=2)
-    typer.echo()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ import os
 import re
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,7 +73,9 @@ class DirectionMeta(BaseModel):
     schema_version: Literal[1] = 1
     method: str = Field(max_length=64)
     parameters: dict[str, float | int | str | None] = Field(default_factory=dict)
-    source_layer: int | None = Field(None, ge=0, description="the layer whose direction serves all layers, if one does")
+    source_layer: int | None = Field(
+        default=None, ge=0, description="the layer whose direction serves all layers, if one does"
+    )
     selection: dict[str, Any] = Field(default_factory=dict, description="how the source layer was chosen: measurements")
     model: str
     revision: str | None = None
@@ -80,11 +84,16 @@ class DirectionMeta(BaseModel):
     layers: int = Field(ge=1)
     chat_template_sha256: str | None = None
     system_prompt: str | None = None
-    bos_count: int | None = Field(None, ge=0, description="BOS tokens at the start of each prompt that was measured")
+    bos_count: int | None = Field(
+        default=None, ge=0, description="BOS tokens at the start of each prompt that was measured"
+    )
     harmful: Dataset | None = None
     harmless: Dataset | None = None
     mode: Mode = "ablate"
-    strength: float = Field(1.0, ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)
+    modes: tuple[Mode, ...] = Field(
+        default=MODES, min_length=1, description="the modes for which the file's tensors hold what is needed"
+    )
+    strength: float = Field(default=1.0, ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)
     sites: tuple[Site, ...] = Field(default=("resid_post",), min_length=1)
     tool: str = f"steer {__version__}"
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -150,6 +159,8 @@ class Direction:
             found.append(
                 f"metadata: the mode '{self.meta.mode}' is not defined at the site 'writers', only 'ablate' is"
             )
+        if self.meta.mode not in self.meta.modes:
+            found.append(f"metadata: the mode '{self.meta.mode}' is not among the file's modes {list(self.meta.modes)}")
         if self.meta.source_layer is not None and self.meta.source_layer >= self.meta.layers:
             found.append(f"metadata: source_layer {self.meta.source_layer} is not below layers {self.meta.layers}")
         return found
@@ -182,7 +193,7 @@ class Direction:
         if problems := self.problems():
             raise DirectionError(problems)
         tensors = {name: t.contiguous() for name, t in self.tensors().items()}
-        return _sorted_metadata(safetensors.torch.save(tensors, {"format": "pt", "steer": self.meta.model_dump_json()}))
+        return sorted_metadata(safetensors.torch.save(tensors, {"format": "pt", "steer": self.meta.model_dump_json()}))
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "direction file") -> Direction:
@@ -257,18 +268,27 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` so that a reader sees the old file or the new one, never a part: temporary file, fsync, rename."""
+    """Write `data` so that a reader sees the old file or the new one, never a part."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file beside `path` to write to; at the end of the `with` it is fsynced and renamed to `path`, after
+    an error removed."""
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -296,8 +316,9 @@ def _row_problems(name: str, rows: Tensor) -> list[str]:
     return [f"tensor '{name}': not {rule} at layers {bad} (off by up to {float(off[bad].max()):.2g})"]
 
 
-def _sorted_metadata(data: bytes) -> bytes:
-    """The same file with its metadata keys in order: safetensors writes them in any, and the bytes are the identity."""
+def sorted_metadata(data: bytes) -> bytes:
+    """The same file (or its header alone) with the metadata keys in order: safetensors writes them in any, and the
+    bytes are the identity."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -22,6 +22,8 @@ from steer.errors import DegenerateError
 #: Two means closer than this angle (radians), or closer than this to opposite, define no direction: what is left of
 #: their difference is rounding noise of the forward pass that measured them.
 MIN_ANGLE = 1e-6
+#: torch.quantile takes at most 2^24 elements at once.
+QUANTILE_ELEMENTS = 2**24
 
 
 def unit(v: Tensor) -> Tensor:
@@ -127,5 +129,8 @@ def winsorise(x: Tensor, quantile: float) -> Tensor:
     if not 0 < quantile <= 1:
         raise DegenerateError(f"the winsor quantile must be in (0, 1], got {quantile}")
     exact = x.abs().to(torch.promote_types(x.dtype, torch.float32))
-    limit = torch.quantile(exact, quantile, dim=-1, keepdim=True).to(x.dtype)
+    rows = exact.reshape(-1, x.shape[-1])
+    parts = rows.split(max(1, QUANTILE_ELEMENTS // x.shape[-1]))
+    limits = torch.cat([torch.quantile(part, quantile, dim=-1) for part in parts])
+    limit = limits.reshape(*x.shape[:-1], 1).to(x.dtype)
     return torch.minimum(torch.maximum(x, -limit), limit)

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from steer.direction import Direction
 from steer.settings import ServeSettings
 from tests.lab.test_measure import HARMFUL, HARMLESS
 
@@ -57,6 +59,61 @@ def test_fit_inspect_eval(tiny_folder: Path, sets: tuple[str, str], tmp_path: Pa
     assert "KL(plain ‖ steered)" in run("eval", str(tiny_folder), *options).stdout
 
 
+def test_measure_then_derive_by_any_method(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
+    harmful, harmless = sets
+    measured, output = tmp_path / "m.safetensors", tmp_path / "d.safetensors"
+    options = ("--harmful", harmful, "--harmless", harmless, "-o", str(measured), "--vectors", "--positions", "-1,-2")
+    told = run("measure", str(tiny_folder), *options)
+    assert "13 and 13 prompts, 3 of 3 layers, positions -1, -2" in told.stdout
+    assert list(tmp_path.iterdir()) == [measured], "and no running sums are left"
+    more = ("-p", "shrinkage=0.3", "--position", "-2", "--layer", "1", "--bootstrap", "3")
+    told = run("derive", str(measured), "-o", str(output), "--method", "whitened", *more)
+    assert "whitened, source layer 1" in told.stdout
+    meta = json.loads(run("inspect", str(output), "--json").stdout)["meta"]
+    assert meta["parameters"]["shrinkage"] == 0.3
+    assert meta["parameters"]["position"] == -2
+    assert "Pitfalls" in run("methods").stdout
+    assert "source layer" in run("derive", str(measured), "-o", str(output)).stdout
+
+
+def test_fit_makes_what_measure_and_derive_make(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
+    given = ("--harmful", sets[0], "--harmless", sets[1])
+    fitted, measured, derived = (str(tmp_path / f"{name}.safetensors") for name in "fmd")
+    run("fit", str(tiny_folder), *given, "-o", fitted, "--layer", "2", "--method", "cone", "-p", "rank=3")
+    run("measure", str(tiny_folder), *given, "-o", measured, "--vectors")
+    run("derive", measured, "-o", derived, "--layer", "2", "--method", "cone", "-p", "rank=3")
+    one, other = Direction.load(fitted), Direction.load(derived)
+    assert one.rank == 3
+    for name, tensor in one.tensors().items():
+        assert torch.equal(tensor, other.tensors()[name]), name
+    assert one.meta.model_dump(exclude={"created"}) == other.meta.model_dump(exclude={"created"})
+
+
+def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
+    given = ("--harmful", sets[0], "--harmless", sets[1], "--layer", "1", "--mode", "one_sided")
+    file = str(tmp_path / "d.safetensors")
+    run("fit", str(tiny_folder), *given, "-o", file)
+    model, baked, adapter = str(tiny_folder), str(tmp_path / "baked"), str(tmp_path / "adapter")
+    assert "--mode ablate to bake that" in run("bake", model, "--direction", file, "-o", baked, code=2).stderr
+    told = run("bake", model, "--direction", file, "--mode", "ablate", "-o", baked)
+    assert "7 tensors edited" in told.stdout
+    assert "verified: logits as served to" in told.stdout
+    told = run("bake", model, "--direction", file, "--mode", "ablate", "-o", adapter, "--lora")
+    assert "an adapter of rank 1 for 7 modules" in told.stdout
+    told = run("convert", file, str(tmp_path / "d.gguf"))
+    assert "its mode is one_sided" in told.stderr
+    told = run("convert", str(tmp_path / "d.gguf"), str(tmp_path / "back.safetensors"), "--model", model)
+    assert "mode add, modes ablate, add" in told.stdout
+    run("convert", file, str(tmp_path / "direction.pt"))
+    told = run("convert", str(tmp_path / "direction.pt"), str(tmp_path / "a.safetensors"), "--model", model)
+    one, other = (Direction.load(tmp_path / name).directions[1, 0] for name in ("d.safetensors", "a.safetensors"))
+    torch.testing.assert_close(one, other)
+    assert "give --model" in run("convert", str(tmp_path / "d.gguf"), file, code=2).stderr
+    told = run("push", file, "someone/refusal", "--folder", str(tmp_path / "repo"))
+    assert "nothing was uploaded" in told.stdout
+    assert "one_sided" in (tmp_path / "repo" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -71,6 +128,14 @@ def test_fit_inspect_eval(tiny_folder: Path, sets: tuple[str, str], tmp_path: Pa
         (("fit", "m", "--harmful", "/nowhere.txt", "--harmless", "x.csv", "-o", "x"), "cannot be read"),
         (("fit", "m", "--harmful", "a", "--harmless", "b", "-o", "x", "--method", "magic"), "accepted: slerp"),
         (("fit", "m", "--harmful", "a", "--harmless", "b", "-o", "x", "--layer", "top"), "--layer"),
+        (("measure", "m", "--harmful", "a", "--harmless", "b", "-o", "x", "--positions", "last"), "--positions"),
+        (("measure", "m", "--harmful", "a", "--harmless", "b", "-o", "x", "--winsorize", "2"), "--winsorize"),
+        (("derive", "/nowhere", "-o", "x"), "cannot be read"),
+        (("derive", "m", "-o", "x", "-p", "t"), "'t' is not NAME=VALUE"),
+        (("derive", "m", "-o", "x", "--method", "pca", "-p", "rank=0"), "'rank'"),
+        (("convert", "/nowhere.pt", "x.safetensors"), "does not exist"),
+        (("bake", "/nowhere", "--direction", "/nowhere", "-o", "x"), "cannot be read"),
+        (("push", "/nowhere", "someone/x"), "cannot be read"),
     ],
 )
 def test_errors_name_the_option_and_have_no_traceback(arguments: tuple[str, ...], says: str) -> None:

@@ -23,28 +23,48 @@ def in_batches(
     batch_size: int | None = None,
     title: str = "",
 ) -> list[T]:
-    """`run(indices)` over all sequences in batches of about equal length, longest first so that too large a batch shows
-    at once; the results in the order of `sequences`. `run` returns one result for each index."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
+    """The results of `run(indices)`, which returns one for each index, in the order of `sequences`; see
+    `each_batch`."""
     results: dict[int, T] = {}
-    size, at = batch_size or AUTO, 0
-    with tqdm(total=len(order), desc=title, unit="prompt", disable=not title, leave=False) as bar:
+    each_batch(
+        [len(s) for s in sequences],
+        lambda indices: results.update(zip(indices, run(indices), strict=True)),
+        batch_size=batch_size,
+        title=title,
+    )
+    return [results[i] for i in range(len(sequences))]
+
+
+def each_batch(
+    lengths: Sequence[int],
+    run: Callable[[list[int]], object],
+    *,
+    batch_size: int | None = None,
+    title: str = "",
+    start: int = 0,
+    after: Callable[[int, int], None] | None = None,
+) -> None:
+    """`run(indices)` over all sequences in batches of about equal length, longest first so that too large a batch shows
+    at once. Behind each batch `after(done, size)` is told how many are done and the batch size; beginning again with
+    `start=done, batch_size=size` makes the same batches."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    size, at = batch_size or AUTO, start
+    with tqdm(total=len(order), initial=start, desc=title, unit="prompt", disable=not title, leave=False) as bar:
         while at < len(order):
             indices = order[at : at + size]
             try:
-                results.update(zip(indices, run(indices), strict=True))
+                run(indices)
             except torch.OutOfMemoryError as error:
                 if len(indices) == 1:
-                    raise SteerError(
-                        f"out of memory on a single prompt of {len(sequences[indices[0]])} tokens"
-                    ) from error
+                    raise SteerError(f"out of memory on a single prompt of {lengths[indices[0]]} tokens") from error
                 size = len(indices) // 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 continue
             at += len(indices)
             bar.update(len(indices))
-    return [results[i] for i in range(len(sequences))]
+            if after is not None:
+                after(at, size)
 
 
 def right_padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from steer.direction import Direction, Mode
 from steer.hf.attach import Steering
 from steer.hf.load import Loaded
 from steer.lab.batches import in_batches, left_padded, right_padded
-from steer.lab.measure import encode
+from steer.lab.encode import encode_all
 from steer.runtime.index import RequestSteer
 from steer.runtime.modes import check_mode
 from steer.spec import Entry, Spec
@@ -102,7 +102,7 @@ class Probe:
     def answers(self, prompts: Sequence[str], steer: RequestSteer | None, title: str = "") -> list[Answered]:
         """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`."""
         loaded, model = self.loaded, self.loaded.model
-        encoded = [encode(loaded, prompt, self.system_prompt).ids for prompt in prompts]
+        encoded = [e.ids for e in encode_all(loaded, prompts, self.system_prompt)]
         eos = loaded.eos_ids
         pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else (eos or [0])[0]
 
@@ -129,12 +129,16 @@ class Probe:
         end = next((i for i, token in enumerate(ids) if token in self.loaded.eos_ids), len(ids))
         return Answered(ids[:end], self.loaded.tokenizer.decode(ids[:end], skip_special_tokens=True))
 
+    def continuations(self, prompts: Sequence[str], title: str = "") -> list[Answered]:
+        """The plain text along which divergences are taken: the model's own greedy answers."""
+        return self.answers(prompts, None, title)
+
     def divergence(
         self, prompts: Sequence[str], plain: Sequence[Answered], steer: RequestSteer | None, title: str = ""
     ) -> Divergence:
         """KL(plain ‖ steered) at each token of the plain answers, which both passes read (teacher forcing)."""
         loaded, anatomy = self.loaded, self.steering.anatomy
-        heads = [encode(loaded, prompt, self.system_prompt).ids for prompt in prompts]
+        heads = [e.ids for e in encode_all(loaded, prompts, self.system_prompt)]
         # an answer that ended at once still has its first prediction, the end itself
         whole = [head + answer.ids for head, answer in zip(heads, plain, strict=True)]
         longest = max(map(len, whole))
@@ -152,8 +156,7 @@ class Probe:
 
         size = min(self.batch_size or fitting, fitting)
         rows = in_batches(whole, run, batch_size=size, title=title if self.progress else "")
-        per_prompt, first = np.array([r.mean() for r in rows]), np.array([r[0] for r in rows])
-        return Divergence(*_summary(per_prompt), *_summary(first))
+        return summarised(rows)
 
 
 def evaluate(
@@ -183,6 +186,12 @@ def _arm(answers: Sequence[Answered]) -> dict[str, Any]:
         "tokens_median": float(np.median(lengths)),
         "empty": sum(not a.text.strip() for a in answers),
     }
+
+
+def summarised(rows: Sequence[np.ndarray[Any, Any]]) -> Divergence:
+    """From the divergence at each token of each prompt's answer."""
+    per_prompt, first = np.array([row.mean() for row in rows]), np.array([row[0] for row in rows])
+    return Divergence(*_summary(per_prompt), *_summary(first))
 
 
 def _summary(values: np.ndarray[Any, Any]) -> tuple[float, float, float]:

@@ -42,6 +42,11 @@ def check_mode(direction: Direction, mode: Mode, name: str) -> None:
             f"direction '{name}' acts at the site 'writers', where only the mode 'ablate' is defined, not '{mode}'",
             param="steer.mode",
         )
+    if mode not in direction.meta.modes:
+        raise SpecError(
+            f"direction '{name}' holds no means for the mode '{mode}'; its modes: {', '.join(direction.meta.modes)}",
+            param="steer.mode",
+        )
 
 
 def _difference_along_rows(direction: Direction) -> Tensor:

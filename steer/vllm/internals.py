@@ -442,7 +442,7 @@ def on_app_built(check: Callable[[Any], None]) -> None:
     for home in _APP_BUILDERS:
         build = getattr(sys.modules.get(home), "build_app", None)
         if build is not None and not hasattr(build, "_steer"):
-            sys.modules[home].build_app = _checking(build, check)
+            vars(sys.modules[home])["build_app"] = _checking(build, check)
 
 
 def _checking(build: Any, check: Callable[[Any], None]) -> Any:

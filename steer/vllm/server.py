@@ -64,8 +64,8 @@ class Middleware:
 
 def check_app(app: FastAPI) -> None:
     """Raise UnsupportedModel for an app that would ignore the field `steer` and answer without a receipt."""
-    ours = any(layer.cls is Middleware for layer in app.user_middleware)
-    if not ours and not getattr(app.state, "steer_installed", False):
+    classes: list[Any] = [layer.cls for layer in app.user_middleware]
+    if Middleware not in classes and not getattr(app.state, "steer_installed", False):
         raise UnsupportedModel(
             f"steering is on, but this server would ignore the field 'steer': start it with --middleware "
             f"{__name__}.{Middleware.__name__}, or with VLLM_PLUGINS naming the plugin '{EndpointPlugin.name}'"

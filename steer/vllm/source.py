@@ -20,7 +20,7 @@ from steer.vllm import capture, internals
 from steer.vllm.settings import KEY
 
 
-def start(model: str, options: Sequence[str] = (), *, sites: Sequence[str] = ("resid_post",), rows: int = 32) -> Any:
+def start(model: str, options: Sequence[str] = (), *, sites: Sequence[str] = ("resid_post",), rank: int = 8) -> Any:
     """An `LLM` for measuring: eager, since hooks in Python read the stream, and without prefix cache, since a cached
     token never comes by. `options` are those of `vllm serve`. Raises InvalidInput for one that cannot be used here."""
     from steer.vllm import plugin
@@ -28,7 +28,7 @@ def start(model: str, options: Sequence[str] = (), *, sites: Sequence[str] = ("r
     plugin.register()
     arguments = internals.engine_arguments(model, options)
     given = {"enforce_eager": True, "enable_prefix_caching": False, "worker_cls": internals.WORKER}
-    steering = {KEY: {"sites": list(sites), "rows": rows}}
+    steering = {KEY: {"sites": list(sites), "rank": rank, "rows": 2 * rank}}
     return internals.start_offline(arguments, given, steering)
 
 

@@ -1,19 +1,28 @@
-"""Fitting: the file holds what the mathematics says, and `auto` takes the layer that measures best."""
+"""Deriving and fitting: the file holds what the mathematics says, and `auto` takes the layer that measures best."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from steer.direction import Direction
-from steer.errors import DegenerateError, InvalidInput
-from steer.geometry import linear_direction, slerp_direction
+from steer.errors import DegenerateError, InvalidInput, SpecError
+from steer.geometry import linear_direction, slerp_direction, unit
+from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
-from steer.lab.fit import Recipe, derive, fit
-from steer.lab.measure import Measurement, measure
+from steer.lab.derive import Recipe, derive
+from steer.lab.evaluate import Probe
+from steer.lab.fit import fit
+from steer.lab.measure import Conditions, measure
+from steer.lab.measurement import Measurement
+from steer.lab.methods import METHODS, make_method
+from steer.lab.source import TransformersSource
+from steer.lab.tally import Keep
+from steer.runtime.modes import check_mode
 from tests.lab.test_measure import HARMFUL, HARMLESS
 
 
@@ -24,15 +33,19 @@ def loaded(tiny_folder: Path) -> Loaded:
 
 @pytest.fixture(scope="module")
 def measured(loaded: Loaded) -> Measurement:
-    return measure(loaded, HARMFUL, HARMLESS)
+    return measure(TransformersSource(loaded), HARMFUL, HARMLESS, Conditions((-1, -2), keep=Keep(vectors=True)))
 
 
-@pytest.mark.parametrize("method", ["slerp", "linear", "projected"])
+def recipe(method: str = "slerp", layer: Any = "auto", t: float | None = None, **more: Any) -> Recipe:
+    return Recipe(make_method(method, {} if t is None else {"t": t}), layer, **more)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("layer", ["all", 1, -1])
 def test_a_derived_direction_is_a_valid_file(
-    loaded: Loaded, measured: Measurement, method: str, layer: int | str, tmp_path: Path
+    measured: Measurement, method: str, layer: int | str, tmp_path: Path
 ) -> None:
-    direction = derive(loaded, measured, Recipe(method, layer=layer))  # type: ignore[arg-type]
+    direction = derive(measured, recipe(method, layer))
     direction.save(tmp_path / "d.safetensors")
     again = Direction.load(tmp_path / "d.safetensors")
     assert torch.equal(again.directions, direction.directions)
@@ -42,48 +55,118 @@ def test_a_derived_direction_is_a_valid_file(
     assert again.embedding is None
 
 
-def test_one_direction_for_the_writers_serves_the_embedding_too(loaded: Loaded, measured: Measurement) -> None:
-    direction = derive(loaded, measured, Recipe(layer=1, sites=("writers",)))
+def test_one_direction_for_the_writers_serves_the_embedding_too(measured: Measurement) -> None:
+    direction = derive(measured, recipe(layer=1, sites=("writers",)))
     assert direction.meta.sites == ("writers",)
     assert direction.embedding is not None
     assert torch.equal(direction.embedding, direction.directions[0])
 
 
-def test_rows_are_the_methods_rows(loaded: Loaded, measured: Measurement) -> None:
-    a, h = measured.mean_harmless, measured.mean_harmful
-    each = derive(loaded, measured, Recipe("slerp", 0.5, "all")).directions[:, 0]
+def test_rows_are_the_methods_rows(measured: Measurement) -> None:
+    a, h = measured.harmless.mean[0], measured.harmful.mean[0]
+    each = derive(measured, recipe("slerp", "all", 0.5)).directions[:, 0]
     torch.testing.assert_close(each[2], slerp_direction(a[2], h[2], 0.5).float())
-    one = derive(loaded, measured, Recipe("linear", layer=1)).directions[:, 0]
+    one = derive(measured, recipe("linear", 1)).directions[:, 0]
     torch.testing.assert_close(one[2], linear_direction(a[1], h[1]).float())
 
 
-def test_reference_is_the_bisector_for_slerp_at_one_and_the_midpoint_else(
-    loaded: Loaded, measured: Measurement
-) -> None:
-    assert not derive(loaded, measured, Recipe("slerp", 1.0, 1)).reference.any()
-    direction = derive(loaded, measured, Recipe("linear", layer=1))
-    middle = (measured.mean_harmful + measured.mean_harmless).float() / 2
+def test_reference_is_the_bisector_for_slerp_at_one_and_the_midpoint_else(measured: Measurement) -> None:
+    assert not derive(measured, recipe(layer=1)).reference.any()
+    direction = derive(measured, recipe("linear", 1))
+    middle = (measured.harmful.mean[0] + measured.harmless.mean[0]).float() / 2
     torch.testing.assert_close(direction.reference[:, 0], (middle * direction.directions[:, 0]).sum(-1))
 
 
-def test_a_layer_without_signal_is_left_unsteered_with_all_and_an_error_alone(
-    loaded: Loaded, measured: Measurement
-) -> None:
-    means = measured.mean_harmful.clone()
-    means[1] = measured.mean_harmless[1]
-    silent = replace(measured, mean_harmful=means)
-    direction = derive(loaded, silent, Recipe(layer="all"))
+def test_a_layer_without_signal_is_left_unsteered_with_all_and_an_error_alone(measured: Measurement) -> None:
+    means = measured.harmful.mean.clone()
+    means[0, 1] = measured.harmless.mean[0, 1]
+    silent = replace(measured, harmful=replace(measured.harmful, mean=means))
+    direction = derive(silent, recipe(layer="all"))
     assert not direction.directions[1].any()
     assert direction.directions[0].any()
     assert torch.isfinite(direction.directions).all()
-    with pytest.raises(DegenerateError):
-        derive(loaded, silent, Recipe(layer=1))
-    with pytest.raises(DegenerateError, match="at no layer"):
-        derive(loaded, replace(measured, mean_harmful=measured.mean_harmless), Recipe(layer="all"))
+    with pytest.raises(DegenerateError, match="layer 1: "):
+        derive(silent, recipe(layer=1))
+    nothing = replace(measured, harmful=measured.harmless)
+    for layer in ("all", "widest"):
+        with pytest.raises(DegenerateError, match="at no layer"):
+            derive(nothing, recipe(layer=layer))
 
 
-def test_auto_takes_the_best_candidate_and_says_so(loaded: Loaded, measured: Measurement) -> None:
-    direction = fit(loaded, measured, Recipe())
+def test_another_position_gives_another_direction(measured: Measurement) -> None:
+    first, second = (derive(measured, recipe("linear", 1, position=p)) for p in (None, -2))
+    assert first.meta.parameters["position"] == -1
+    assert second.meta.parameters["position"] == -2
+    expected = linear_direction(measured.harmless.mean[1, 1], measured.harmful.mean[1, 1])
+    torch.testing.assert_close(second.directions[0, 0], expected.float())
+    with pytest.raises(InvalidInput, match="position 5 was not measured; this measurement has -1, -2"):
+        derive(measured, recipe(layer=1, position=5))
+
+
+def test_the_widest_layer_is_the_one_with_the_widest_angle(measured: Measurement) -> None:
+    direction = derive(measured, recipe(layer="widest"))
+    angles = [row["angle"] for row in direction.profile()]
+    assert direction.meta.source_layer == angles.index(max(angles))  # type: ignore[type-var]
+
+
+def test_biprojected_is_orthogonal_to_each_layers_harmless_mean(measured: Measurement) -> None:
+    direction = derive(measured, recipe("biprojected", 1))
+    along = torch.einsum("lkd,ld->lk", direction.directions, unit(measured.harmless.mean[0]).float())
+    assert float(along.abs().max()) <= 1e-6
+    assert not torch.equal(direction.directions[0], direction.directions[1])
+
+
+def test_what_is_done_around_a_method_stands_in_the_file(measured: Measurement) -> None:
+    around: dict[str, Any] = dict(winsorize=0.9, sparsify=0.25, bootstrap=5, seed=3)
+    direction = derive(measured, recipe("slerp", 1, **around))
+    parameters = direction.meta.parameters
+    assert {k: parameters[k] for k in around} == around
+    assert parameters["t"] == 1.0
+    assert 0 < float(parameters["bootstrap_cosine"] or 0) <= 1
+    assert int((direction.directions[0] != 0).sum()) == 16
+    assert direction.reference.any(), "it is no bisector any more"
+    Direction.from_bytes(direction.to_bytes())
+
+
+def test_what_a_measurement_lacks_is_said_with_what_would_give_it(loaded: Loaded, measured: Measurement) -> None:
+    bare = measure(TransformersSource(loaded), HARMFUL, HARMLESS)
+    for method in ("pca", "whitened", "logistic", "subspace", "cone"):
+        with pytest.raises(InvalidInput, match="measure with --vectors"):
+            derive(bare, recipe(method, 1))
+    with pytest.raises(InvalidInput) as caught:
+        derive(bare, recipe(layer=1, winsorize=0.9, bootstrap=3))
+    assert len(caught.value.problems) == 2
+    clipped = replace(measured, meta=measured.meta.model_copy(update={"winsorize": 0.99}))
+    with pytest.raises(InvalidInput, match="already done"):
+        derive(clipped, recipe(layer=1, winsorize=0.9))
+
+
+def test_layers_that_were_not_measured_allow_only_the_modes_that_need_no_means_there(loaded: Loaded) -> None:
+    part = measure(TransformersSource(loaded), HARMFUL, HARMLESS, Conditions(last_layer=1))
+    direction = derive(part, recipe("linear", 1))
+    assert direction.directions[2].any()
+    assert direction.meta.modes == ("ablate",)
+    Direction.from_bytes(direction.to_bytes())
+    with pytest.raises(SpecError, match="its modes: ablate"):
+        check_mode(direction, "one_sided", "d")
+    with pytest.raises(InvalidInput, match="measured: 2 of 3"):
+        derive(part, recipe("linear", 1, mode="one_sided"))
+    assert derive(part, recipe("slerp", 1, mode="one_sided")).meta.modes == ("ablate", "one_sided")
+    each = derive(part, recipe("linear", "all"))
+    assert set(each.meta.modes) == {"ablate", "add", "affine", "one_sided"}
+    assert not each.directions[2].any()
+    with pytest.raises(InvalidInput, match="needs the harmless mean of every layer"):
+        derive(part, recipe("biprojected", 1))
+    with pytest.raises(InvalidInput, match="this measurement has the layers 0 to 1"):
+        derive(part, recipe(layer=2))
+
+
+@pytest.mark.parametrize("method", ["slerp", "subspace"])
+def test_auto_takes_the_best_candidate_and_says_so(loaded: Loaded, measured: Measurement, method: str) -> None:
+    def screen(rank: int, tokens: int) -> Probe:
+        return Probe(loaded, Steering(loaded.model, rank=rank), max_tokens=tokens)
+
+    direction = fit(measured, recipe(method), HARMFUL, HARMLESS, screen)
     selection = direction.meta.selection
     chosen = next(c for c in selection["candidates"] if c["layer"] == direction.meta.source_layer)
     fewest = min(c["refused"] for c in selection["candidates"])
@@ -94,10 +177,11 @@ def test_auto_takes_the_best_candidate_and_says_so(loaded: Loaded, measured: Mea
     Direction.from_bytes(direction.to_bytes())
 
 
-def test_bad_recipes_are_refused(loaded: Loaded, measured: Measurement) -> None:
-    with pytest.raises(InvalidInput, match="accepted: slerp, linear, projected"):
-        Recipe("magic")
-    with pytest.raises(InvalidInput, match="finite"):
-        Recipe(t=float("nan"))
+def test_bad_recipes_are_refused(measured: Measurement) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        recipe(winsorize=2.0, sparsify=0.0, bootstrap=1)
+    assert len(caught.value.problems) == 3
+    with pytest.raises(InvalidInput, match="needs the model"):
+        derive(measured, recipe(layer="auto"))
     with pytest.raises(InvalidInput, match="layers 0 to 2"):
-        derive(loaded, measured, Recipe(layer=7))
+        derive(measured, recipe(layer=7))

@@ -10,8 +10,13 @@ import torch
 
 from steer.errors import InvalidInput
 from steer.hf.load import Loaded, load
-from steer.lab.measure import Conditions, Measurement, encode, measure
+from steer.lab.activations import Reader, Reading
+from steer.lab.encode import Encoded, encode
+from steer.lab.measure import Conditions, _check_room, measure
+from steer.lab.measurement import Measurement, ModelFacts
 from steer.lab.prompts import PromptSet
+from steer.lab.source import TransformersSource
+from steer.lab.tally import Keep
 from tests import models
 
 HARMFUL = PromptSet("harmful", "0" * 64, tuple("abc" * n + "?" for n in range(1, 14)))
@@ -21,6 +26,11 @@ HARMLESS = PromptSet("harmless", "1" * 64, tuple("xy " * n + "z" for n in range(
 @pytest.fixture(scope="module")
 def loaded(tiny_folder: Path) -> Loaded:
     return load(str(tiny_folder))
+
+
+@pytest.fixture(scope="module")
+def source(loaded: Loaded) -> TransformersSource:
+    return TransformersSource(loaded)
 
 
 def naive(
@@ -44,14 +54,14 @@ def naive(
 
 
 @pytest.mark.parametrize("position", [-1, -4, 2])
-def test_means_are_those_of_plain_forward_passes(loaded: Loaded, position: int) -> None:
-    m = measure(loaded, HARMFUL, HARMLESS, Conditions(position), batch_size=5)
-    torch.testing.assert_close(m.mean_harmful, naive(loaded, HARMFUL, position)[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(m.mean_harmless, naive(loaded, HARMLESS, position)[0], rtol=1e-5, atol=1e-5)
+def test_means_are_those_of_plain_forward_passes(loaded: Loaded, source: TransformersSource, position: int) -> None:
+    m = measure(source, HARMFUL, HARMLESS, Conditions((position,)), batch_size=5)
+    torch.testing.assert_close(m.harmful.mean[0], naive(loaded, HARMFUL, position)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(m.harmless.mean[0], naive(loaded, HARMLESS, position)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_the_mean_over_all_positions_is_over_the_prompts_own_text(loaded: Loaded) -> None:
-    m = measure(loaded, HARMFUL, HARMLESS)
+def test_the_mean_over_all_positions_is_over_the_prompts_own_text(loaded: Loaded, source: TransformersSource) -> None:
+    m = measure(source, HARMFUL, HARMLESS)
     _, everything = naive(loaded, HARMLESS, -1)
     own = []
     for prompt, x in zip(HARMLESS.prompts, everything, strict=True):
@@ -59,42 +69,150 @@ def test_the_mean_over_all_positions_is_over_the_prompts_own_text(loaded: Loaded
         start = len(loaded.tokenizer("<bos>[user] ", add_special_tokens=False).input_ids)
         assert loaded.tokenizer.decode(ids[start : start + len(prompt)]) == prompt
         own.append(x[:, start : start + len(prompt)])
-    torch.testing.assert_close(m.mean_harmless_all, torch.cat(own, dim=1).mean(1), rtol=1e-5, atol=1e-5)
+    assert m.harmless.mean_all is not None
+    torch.testing.assert_close(m.harmless.mean_all, torch.cat(own, dim=1).mean(1), rtol=1e-5, atol=1e-5)
 
 
-def test_the_result_does_not_depend_on_batching(loaded: Loaded) -> None:
-    def with_size(size: int, winsorize: float | None) -> Measurement:
-        return measure(loaded, HARMFUL, HARMLESS, Conditions(winsorize=winsorize), batch_size=size)
+@pytest.mark.parametrize("winsorize", [None, 0.9])
+def test_the_result_does_not_depend_on_batching(source: TransformersSource, winsorize: float | None) -> None:
+    def with_size(size: int) -> Measurement:
+        conditions = Conditions((-1, -3), winsorize, keep=Keep(vectors=True, moments=True))
+        return measure(source, HARMFUL, HARMLESS, conditions, batch_size=size)
 
-    for winsorize in (None, 0.9):
-        one, many = with_size(1, winsorize), with_size(13, winsorize)
-        for name in ("mean_harmful", "mean_harmless", "mean_harmless_all"):
-            torch.testing.assert_close(getattr(one, name), getattr(many, name), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(with_size(4, 0.9).mean_harmful, with_size(4, None).mean_harmful)
+    one, many = with_size(1).tensors(), with_size(13).tensors()
+    assert len(one) == 8
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, many[name], rtol=1e-2 if "vectors" in name else 1e-5, atol=1e-4)
+
+
+def test_winsorising_changes_the_means(source: TransformersSource) -> None:
+    clipped = measure(source, HARMFUL, HARMLESS, Conditions(winsorize=0.9))
+    assert not torch.allclose(clipped.harmful.mean, measure(source, HARMFUL, HARMLESS).harmful.mean)
+
+
+def test_vectors_and_moments_are_of_the_same_activations_as_the_means(source: TransformersSource) -> None:
+    m = measure(source, HARMFUL, HARMLESS, Conditions((-1, 2), keep=Keep(vectors=True, moments=True)), batch_size=4)
+    for statistics in (m.harmful, m.harmless):
+        assert statistics.vectors is not None
+        assert statistics.moments is not None
+        rows = statistics.vectors.double()
+        torch.testing.assert_close(rows.mean(2), statistics.mean, rtol=0.02, atol=0.02)
+        moments = torch.einsum("plnd,plne->plde", rows, rows) / 13
+        torch.testing.assert_close(moments, statistics.moments, rtol=0.05, atol=0.05)
+
+
+def test_vectors_are_in_the_order_of_the_prompts(loaded: Loaded, source: TransformersSource) -> None:
+    m = measure(source, HARMFUL, HARMLESS, Conditions(keep=Keep(vectors=True)), batch_size=4)
+    assert m.harmful.vectors is not None
+    for number, prompt in enumerate(HARMFUL.prompts):
+        alone, _ = naive(loaded, PromptSet("one", "0" * 64, (prompt,)), -1)
+        torch.testing.assert_close(m.harmful.vectors[0, :, number].double(), alone, rtol=0.01, atol=0.01)
+
+
+def test_layers_above_the_last_wanted_one_are_not_run(loaded: Loaded, source: TransformersSource) -> None:
+    ran: list[int] = []
+    handles = [b.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, b in enumerate(loaded.model.model.layers)]
+    m = measure(source, HARMFUL, HARMLESS, Conditions(last_layer=1), batch_size=13)
+    for handle in handles:
+        handle.remove()
+    assert sorted(set(ran)) == [0, 1]
+    assert m.layers == 2
+    whole = measure(source, HARMFUL, HARMLESS, batch_size=13)
+    torch.testing.assert_close(m.harmful.mean, whole.harmful.mean[:, :2], rtol=0, atol=0)
+
+
+class Failing(TransformersSource):
+    """Dies behind so many batches, as a process that is killed does."""
+
+    left = 3
+
+    def run(self, *args: Any) -> Any:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return super().run(*args)
+
+
+@pytest.mark.parametrize("batches", [1, 2, 5])
+def test_an_interrupted_measurement_goes_on_with_the_same_result(
+    loaded: Loaded, source: TransformersSource, tmp_path: Path, batches: int
+) -> None:
+    partial = tmp_path / "m.part"
+    conditions = Conditions((-1, -2), keep=Keep(vectors=True, moments=True))
+    dying = Failing(loaded)
+    dying.left = batches
+    with pytest.raises(KeyboardInterrupt):
+        measure(dying, HARMFUL, HARMLESS, conditions, batch_size=4, partial=partial)
+    going_on = Failing(loaded)
+    going_on.left = 8 - batches  # 13 prompts a class are 4 batches: not one is run twice
+    m = measure(going_on, HARMFUL, HARMLESS, conditions, batch_size=4, partial=partial)
+    whole = measure(source, HARMFUL, HARMLESS, conditions, batch_size=4)
+    for name, tensor in m.tensors().items():
+        assert torch.equal(tensor, whole.tensors()[name]), name
+
+
+def test_sums_of_another_measurement_are_not_added_to(
+    loaded: Loaded, source: TransformersSource, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    partial = tmp_path / "m.part"
+    with pytest.raises(KeyboardInterrupt):
+        measure(Failing(loaded), HARMFUL, HARMLESS, batch_size=4, partial=partial)
+    with_system = Conditions(system_prompt="be brief")
+    m = measure(source, HARMFUL, HARMLESS, with_system, batch_size=4, partial=partial)
+    assert "another model, set or condition" in caplog.text
+    assert torch.equal(m.harmful.mean, measure(source, HARMFUL, HARMLESS, with_system, batch_size=4).harmful.mean)
+    partial.write_bytes(b"rubbish")
+    measure(source, HARMFUL, HARMLESS, batch_size=4, partial=partial)
+    assert "beginning anew" in caplog.text
 
 
 def test_every_prompt_begins_with_one_bos_as_on_the_server(loaded: Loaded, tiny_server: Any) -> None:
     """The tokenizer adds a BOS and so does the template: together they would be two."""
     assert loaded.bos_count(loaded.text_ids("x")) == 1
-    assert measure(loaded, HARMFUL, HARMLESS).bos_count == 1
+    assert measure(TransformersSource(loaded), HARMFUL, HARMLESS).meta.bos_count == 1
     ids = encode(loaded, "hello").ids
     assert loaded.bos_count(ids) == 1
     assert tiny_server.chat("hello").json()["usage"]["prompt_tokens"] == len(ids)
 
 
 def test_a_system_prompt_is_part_of_what_is_measured(loaded: Loaded) -> None:
-    with_system = measure(loaded, HARMFUL, HARMLESS, Conditions(system_prompt="be brief"))
+    with_system = measure(TransformersSource(loaded), HARMFUL, HARMLESS, Conditions(system_prompt="be brief"))
     expected, _ = naive(loaded, HARMFUL, -1, "be brief")
-    torch.testing.assert_close(with_system.mean_harmful, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(with_system.harmful.mean[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_bad_sets_are_refused(loaded: Loaded) -> None:
+def test_bad_sets_and_conditions_are_refused(source: TransformersSource) -> None:
     with pytest.raises(InvalidInput, match="1 prompts stand in both"):
-        measure(loaded, HARMFUL, PromptSet("mixed", "2" * 64, (HARMFUL.prompts[0], "other")))
+        measure(source, HARMFUL, PromptSet("mixed", "2" * 64, (HARMFUL.prompts[0], "other")))
     with pytest.raises(InvalidInput, match=r"prompt 2 has .* tokens, the context is 512"):
-        measure(loaded, HARMFUL, PromptSet("long", "2" * 64, ("short", "x" * 600)))
+        measure(source, HARMFUL, PromptSet("long", "2" * 64, ("short", "x" * 600)))
     with pytest.raises(InvalidInput, match="so no position -100"):
-        measure(loaded, HARMFUL, HARMLESS, Conditions(position=-100))
+        measure(source, HARMFUL, HARMLESS, Conditions((-1, -100)))
+    with pytest.raises(InvalidInput, match="stands twice"):
+        measure(source, HARMFUL, HARMLESS, Conditions((-1, -1)))
+    with pytest.raises(InvalidInput, match="layers 0 to 2"):
+        measure(source, HARMFUL, HARMLESS, Conditions(last_layer=3))
+
+
+def test_a_packed_batch_reads_as_a_padded_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = [Encoded([1] * n, slice(1, n - 1)) for n in (5, 3, 7)]
+    streams = [torch.randn(len(e.ids), 8, generator=generator) for e in batch]
+    reading = Reading((-1, 0, -2), 0)
+    packed, padded = Reader(batch, reading), Reader(batch, reading, width=7)
+    packed.take(0, torch.cat(streams))
+    padded.take(0, torch.nn.utils.rnn.pad_sequence(streams, batch_first=True, padding_value=9e9))
+    for name in ("picked", "own"):
+        assert torch.equal(getattr(packed.read(), name), getattr(padded.read(), name))
+    assert torch.equal(packed.read().picked[2, 0, 1], streams[1][-2])
+    own = sum(s[e.own].double().sum(0) for s, e in zip(streams, batch, strict=True))
+    torch.testing.assert_close(packed.read().own[0], own, rtol=1e-6, atol=1e-6)
+
+
+def test_what_does_not_fit_in_memory_is_refused_before_anything_runs() -> None:
+    facts = ModelFacts(name="m", architecture="A", d_model=2**20, layers=100)
+    with pytest.raises(InvalidInput, match="GiB of memory"):
+        _check_room(Conditions(keep=Keep(moments=True)), Reading((-1,), 99), facts, 10)
 
 
 def test_activations_that_are_not_finite_are_named(tiny_folder: Path) -> None:
@@ -102,7 +220,7 @@ def test_activations_that_are_not_finite_are_named(tiny_folder: Path) -> None:
     with torch.no_grad():
         broken.model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
     with pytest.raises(InvalidInput, match=r"not finite at layers \[1, 2\]"):
-        measure(broken, HARMFUL, HARMLESS)
+        measure(TransformersSource(broken), HARMFUL, HARMLESS)
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(loaded: Loaded) -> None:
@@ -116,14 +234,15 @@ def test_out_of_memory_halves_the_batch_and_goes_on(loaded: Loaded) -> None:
             raise torch.OutOfMemoryError("too much")
         return inner(*args, **kwargs)
 
-    expected = measure(loaded, HARMFUL, HARMLESS)
+    source = TransformersSource(loaded)
+    expected = measure(source, HARMFUL, HARMLESS)
     decoder.forward = limited
     try:
-        got = measure(loaded, HARMFUL, HARMLESS)
+        got = measure(source, HARMFUL, HARMLESS)
     finally:
         decoder.forward = inner
     assert sizes[:4] == [13, 13, 13, 3] or max(sizes) == 13
-    torch.testing.assert_close(got.mean_harmful, expected.mean_harmful, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.harmful.mean, expected.harmful.mean, rtol=1e-5, atol=1e-5)
 
 
 def test_encode_marks_the_prompts_own_tokens() -> None:

@@ -1,0 +1,325 @@
+"""From a measurement to a direction, without the model: the method at a layer, and what is done around any method."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from steer.direction import MODES, Direction, DirectionMeta, Mode, Site
+from steer.errors import DegenerateError, InvalidInput
+from steer.geometry import MIN_ANGLE, angle, orthonormalise
+from steer.lab.contrast import Contrast, Sample, principal, towards_harmful
+from steer.lab.measurement import Measurement
+from steer.lab.methods import Method
+from steer.lab.methods.slerp import Slerp
+
+log = logging.getLogger("steer")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a direction is made from a measurement.
+
+    layer: the source layer (negative from the last measured one), "widest" for the one whose class means are the
+    widest apart, "all" for each layer's own; "auto" is for `fit`, which has the model. position: None is the first that
+    was measured. winsorize and bootstrap read the prompts' vectors; sparsify is the share of dimensions that stay.
+    """
+
+    method: Method = field(default_factory=lambda: Slerp())
+    layer: int | Literal["auto", "widest", "all"] = "auto"
+    position: int | None = None
+    winsorize: float | None = None
+    sparsify: float | None = None
+    bootstrap: int = 0
+    seed: int = 0
+    mode: Mode = "ablate"
+    strength: float = 1.0
+    sites: tuple[Site, ...] = ("resid_post",)
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("winsorize", "sparsify"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                problems.append(f"{name} must be above 0 and at most 1, got {value}")
+        if self.bootstrap < 0 or self.bootstrap == 1:
+            problems.append(f"bootstrap must be 0, or at least 2 resamples, got {self.bootstrap}")
+        if problems:
+            raise InvalidInput(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The rows of one layer, `[k, d_model]`, float64; with a bootstrap the mean |cosine| of its resamples with them."""
+
+    rows: Tensor
+    agreement: float | None = None
+
+
+def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] | None = None) -> Direction:
+    """The direction that `recipe` makes (with any layer but "auto").
+
+    With one source layer its rows serve all layers, and at the site "writers" the embedding too, without which that is
+    no weight orthogonalisation. At "resid_post" the embedding output is left alone: on the embedded model plain
+    ablation there took 23 of 100 harmless prompts to a refusal, and 1 without it. With "all" each layer has its own,
+    and layers whose classes define none, or were not measured, are left unsteered. The file's modes are those for
+    which the measurement has what they need at every steered layer. Raises DegenerateError naming the layer where
+    nothing is defined.
+    """
+    facts, d_model = measurement.meta.model, measurement.meta.model.d_model
+    check_needs(measurement, recipe)
+    source: int | None = None
+    embedding: Tensor | None = None
+    agreement: float | None = None
+    if recipe.layer == "all":
+        each = [_found_or_none(measurement, recipe, layer) for layer in range(measurement.layers)]
+        ranks = {f.rows.shape[0] for f in each if f is not None}
+        if not ranks:
+            raise DegenerateError("at no layer do the two classes define a direction")
+        nothing = torch.zeros(ranks.pop(), d_model, dtype=torch.float64)
+        rows = torch.stack([nothing if f is None else f.rows for f in each])
+        rows = torch.cat([rows, nothing.expand(facts.layers - measurement.layers, *nothing.shape)])
+        missing = list(range(measurement.layers, facts.layers))
+    else:
+        source = source_layer(measurement, recipe)
+        found = find(measurement, recipe, source)
+        agreement = found.agreement
+        rows = spread(measurement, recipe, source, found.rows)
+        missing = []
+        if "writers" in recipe.sites:
+            embedding = found.rows.float()
+    if missing:
+        log.warning("layers %d to %d were not measured and are left unsteered", missing[0], missing[-1])
+    reference = _reference(measurement, recipe, rows)
+    meta = DirectionMeta(
+        method=recipe.method.name,
+        parameters=_parameters(measurement, recipe, agreement),
+        source_layer=source,
+        selection=selection or {},
+        model=facts.name,
+        revision=facts.revision,
+        architecture=facts.architecture,
+        d_model=d_model,
+        layers=facts.layers,
+        chat_template_sha256=facts.chat_template_sha256,
+        system_prompt=measurement.meta.system_prompt,
+        bos_count=measurement.meta.bos_count,
+        harmful=measurement.meta.harmful,
+        harmless=measurement.meta.harmless,
+        mode=recipe.mode,
+        modes=_modes(measurement, recipe, reference is not None),
+        strength=recipe.strength,
+        sites=recipe.sites,
+    )
+    if recipe.mode not in meta.modes:
+        raise InvalidInput(
+            f"the mode '{recipe.mode}' needs class means that this measurement does not have at every layer "
+            f"(measured: {measurement.layers} of {facts.layers}); with it: {', '.join(meta.modes)}"
+        )
+    at = measurement.position(recipe.position)
+    return Direction(
+        meta,
+        directions=rows.float().contiguous(),
+        weights=torch.ones(facts.layers),
+        reference=torch.zeros(rows.shape[:2]) if reference is None else reference.float().contiguous(),
+        mean_harmful=_whole(measurement.harmful.mean[at], facts.layers),
+        mean_harmless=_whole(measurement.harmless.mean[at], facts.layers),
+        mean_harmless_all=_whole(measurement.harmless.mean_all, facts.layers, d_model),
+        embedding=embedding,
+    )
+
+
+def find(measurement: Measurement, recipe: Recipe, layer: int) -> Found:
+    """The rows that the recipe's method finds at `layer`. Raises DegenerateError naming the layer."""
+    try:
+        contrast = measurement.contrast(layer, recipe.position)
+        if recipe.winsorize is not None:
+            harmless, harmful = (s.winsorised(recipe.winsorize) for s in (contrast.harmless, contrast.harmful))
+            contrast = Contrast(harmless, harmful)
+        found = Found(recipe.method.rows(contrast))
+        if recipe.bootstrap:
+            found = bootstrapped(recipe.method, contrast, recipe.bootstrap, recipe.seed)
+        if recipe.sparsify is not None:
+            found = Found(sparsified(found.rows, recipe.sparsify), found.agreement)
+        return found
+    except DegenerateError as error:
+        raise DegenerateError([f"layer {layer}: {problem}" for problem in error.problems]) from error
+
+
+def spread(measurement: Measurement, recipe: Recipe, source: int, rows: Tensor) -> Tensor:
+    """What the source layer's rows are at every layer of the model, `[layers, k, d_model]`."""
+    layers = measurement.meta.model.layers
+    if type(recipe.method).onto is Method.onto:
+        return rows.expand(layers, *rows.shape)
+    if measurement.layers < layers:
+        raise InvalidInput(
+            f"the method '{recipe.method.name}' needs the harmless mean of every layer where it acts; "
+            f"{measurement.layers} of {layers} were measured"
+        )
+    each = []
+    for layer in range(layers):
+        try:
+            each.append(recipe.method.onto(rows, measurement.contrast(layer, recipe.position)))
+        except DegenerateError as error:
+            raise DegenerateError([f"layer {layer}: {problem}" for problem in error.problems]) from error
+    return torch.stack(each)
+
+
+def bootstrapped(method: Method, contrast: Contrast, resamples: int, seed: int) -> Found:
+    """The rows of the mean projector over resamples of the prompts (with replacement, within each class): the subspace
+    on which they agree. Source: bagging (Breiman 1996) of projectors, which have no sign to agree on.
+
+    Pitfall: it steadies what few prompts decide, and a direction that is biased stays so.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def resample(sample: Sample) -> Sample:
+        assert sample.vectors is not None
+        count = len(sample.vectors)
+        return sample.of(torch.randint(count, (count,), generator=generator))
+
+    each = [method.rows(Contrast(resample(contrast.harmless), resample(contrast.harmful))) for _ in range(resamples)]
+    rank = each[0].shape[0]
+    rows = towards_harmful(principal(torch.cat(each), rank, "bootstrap"), contrast)
+    # the cosines between two subspaces are singular values; their mean is |cos| where there is one row
+    cosines = [float(torch.linalg.svdvals(one @ rows.T).mean()) for one in each]
+    return Found(rows, sum(cosines) / resamples)
+
+
+def sparsified(rows: Tensor, share: float) -> Tensor:
+    """The `share` of dimensions that carry most of the rows, the others set to zero, orthonormal again.
+
+    Pitfall: with a small share an outlier dimension is what remains.
+    """
+    count = max(1, math.ceil(share * rows.shape[1]))
+    if count < rows.shape[0]:
+        raise DegenerateError(f"sparsify {share:g} leaves {count} dimensions for {rows.shape[0]} rows")
+    kept = torch.linalg.vector_norm(rows, dim=0).topk(count).indices
+    sparse = torch.zeros_like(rows)
+    sparse[:, kept] = rows[:, kept]
+    return orthonormalise(sparse)
+
+
+def source_layer(measurement: Measurement, recipe: Recipe) -> int:
+    if recipe.layer == "widest":
+        return max(separated(measurement, recipe), key=lambda pair: pair[1])[0]
+    if isinstance(recipe.layer, str):
+        raise InvalidInput(
+            f"layer '{recipe.layer}' needs the model, which `steer fit` loads; accepted: a number, widest, all"
+        )
+    if not -measurement.layers <= recipe.layer < measurement.layers:
+        raise InvalidInput(
+            f"layer {recipe.layer} does not exist: this measurement has the layers 0 to {measurement.layers - 1}"
+        )
+    return recipe.layer % measurement.layers
+
+
+def separated(
+    measurement: Measurement, recipe: Recipe, least: float = math.degrees(MIN_ANGLE)
+) -> list[tuple[int, float]]:
+    """The layers whose class means are at least `least` degrees apart, each with that angle."""
+    found = []
+    for layer in range(measurement.layers):
+        contrast = measurement.contrast(layer, recipe.position)
+        try:
+            degrees = math.degrees(float(angle(contrast.harmless.mean, contrast.harmful.mean)))
+        except DegenerateError:
+            continue
+        if degrees >= least:
+            found.append((layer, degrees))
+    if not found:
+        raise DegenerateError(
+            f"at no layer are the class means {least:g}° apart: this model does not tell these sets apart"
+        )
+    return found
+
+
+def check_needs(measurement: Measurement, recipe: Recipe) -> None:
+    """Raise InvalidInput where the measurement does not hold what the recipe reads, with what would give it."""
+    method, problems = recipe.method, []
+    both = (measurement.harmful, measurement.harmless)
+    vectors, moments = (all(getattr(s, kind) is not None for s in both) for kind in ("vectors", "moments"))
+    if method.needs == "vectors" and not vectors:
+        problems.append(f"the method '{method.name}' needs the prompts' vectors: measure with --vectors")
+    if method.needs == "spread" and not (vectors or moments):
+        problems.append(f"the method '{method.name}' needs how the prompts spread: measure with --vectors or --moments")
+    for name, given in (("winsorize", recipe.winsorize is not None), ("bootstrap", recipe.bootstrap > 0)):
+        if given and not vectors:
+            problems.append(f"{name} needs the prompts' vectors: measure with --vectors")
+    if recipe.winsorize is not None and measurement.meta.winsorize is not None:
+        problems.append(f"winsorize: it was already done at the quantile {measurement.meta.winsorize} when measuring")
+    for dataset in (measurement.meta.harmful, measurement.meta.harmless):
+        if dataset is not None and dataset.count < method.prompts:
+            problems.append(
+                f"the method '{method.name}' needs at least {method.prompts} prompts of each class, {dataset.name} has "
+                f"{dataset.count}"
+            )
+    if problems:
+        raise InvalidInput(problems)
+
+
+def _found_or_none(measurement: Measurement, recipe: Recipe, layer: int) -> Found | None:
+    try:
+        found = find(measurement, recipe, layer)
+        if type(recipe.method).onto is not Method.onto:
+            found = Found(recipe.method.onto(found.rows, measurement.contrast(layer, recipe.position)), found.agreement)
+        return found
+    except DegenerateError as error:
+        log.warning("%s: left unsteered", error)
+        return None
+
+
+def _reference(measurement: Measurement, recipe: Recipe, rows: Tensor) -> Tensor | None:
+    """ρ of `one_sided` for each layer and row, `[layers, k]`; None where a steered layer has none.
+
+    0 where the method's direction is the bisector's normal, which separates the classes by construction; else the
+    midpoint of the two means' components at that layer.
+    """
+    if recipe.method.bisects and not (recipe.sparsify or recipe.bootstrap or recipe.winsorize):
+        return rows.new_zeros(rows.shape[:2])
+    at, measured = measurement.position(recipe.position), measurement.layers
+    middle = (measurement.harmful.mean[at] + measurement.harmless.mean[at]) / 2
+    if rows[measured:].any():
+        return None
+    return torch.cat([torch.einsum("ld,lkd->lk", middle, rows[:measured]), rows.new_zeros(rows[measured:].shape[:2])])
+
+
+def _modes(measurement: Measurement, recipe: Recipe, reference: bool) -> tuple[Mode, ...]:
+    complete = measurement.layers == measurement.meta.model.layers or recipe.layer == "all"
+    defined: dict[Mode, bool] = {
+        "ablate": True,
+        "one_sided": reference,
+        "add": complete,
+        "affine": complete and measurement.harmless.mean_all is not None,
+    }
+    return tuple(mode for mode in MODES if defined[mode])
+
+
+def _parameters(
+    measurement: Measurement, recipe: Recipe, agreement: float | None
+) -> dict[str, float | int | str | None]:
+    around: dict[str, float | int | str | None] = {
+        "position": measurement.meta.positions[measurement.position(recipe.position)],
+        "winsorize": recipe.winsorize or measurement.meta.winsorize,
+    }
+    if recipe.sparsify is not None:
+        around["sparsify"] = recipe.sparsify
+    if recipe.bootstrap:
+        around |= {"bootstrap": recipe.bootstrap, "seed": recipe.seed}
+        if agreement is not None:
+            around["bootstrap_cosine"] = agreement
+    return around | recipe.method.model_dump()
+
+
+def _whole(means: Tensor | None, layers: int, d_model: int | None = None) -> Tensor:
+    """Means of the measured layers as the file has them: float32, zeros where nothing was measured."""
+    if means is None:
+        return torch.zeros(layers, d_model or 0)
+    padding: Sequence[int] = (layers - means.shape[0], means.shape[1])
+    return torch.cat([means.float(), torch.zeros(*padding)])

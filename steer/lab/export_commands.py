@@ -1,0 +1,177 @@
+"""The lab's commands that bring directions in and out: convert, bake, push, pull."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steer.console import log_warnings, quiet_libraries, reported
+from steer.errors import InvalidInput
+from steer.lab.commands import METHOD_HELP, Choices, Parameters, T, check_folder, chosen_method
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="a file of ours or of another tool, or its folder")],
+    output: Annotated[
+        Path,
+        typer.Argument(help="NAME.safetensors, NAME.measurement.safetensors, NAME.gguf or FOLDER/direction.pt"),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="the model that another tool's file was made for (its config is read)")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="source layer, ours: a number, and of class means widest (the default) or all")
+    ] = None,
+    position: Annotated[int | None, typer.Option(help="position, where the file has several")] = None,
+    tensor: Annotated[str | None, typer.Option(help="which tensor of a plain safetensors file")] = None,
+    method: Annotated[str, typer.Option(help=f"of class means: {METHOD_HELP}")] = "slerp",
+    t: T = None,
+    parameter: Parameters = None,
+    mode: Annotated[str | None, typer.Option(help="the default mode of the direction that is written")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="the default strength of the direction that is written")
+    ] = None,
+) -> None:
+    """Convert directions and measurements from and to the files of other tools."""
+    log_warnings()
+    quiet_libraries()
+    from steer.hf.load import describe
+    from steer.lab import formats
+    from steer.lab.derive import Recipe, derive
+    from steer.lab.formats.foreign import Foreign
+    from steer.lab.measurement import Measurement, ModelFacts
+
+    with reported():
+        check_folder(output)
+        facts = None
+        if model is not None:
+            architecture, layers, d_model = describe(model, revision)
+            facts = ModelFacts(name=model, revision=revision, architecture=architecture, layers=layers, d_model=d_model)
+        given = {key: value for key, value in (("layer", layer), ("mode", mode)) if value is not None}
+        choices = Choices.model_validate({"layer": "widest"} | given)
+        number = choices.layer if isinstance(choices.layer, int) else None
+        found = formats.read(source, Foreign(facts, number, position, tensor))
+        if isinstance(found, Measurement):
+            if output.name.endswith(formats.MEASUREMENT_SUFFIX):
+                found.save(output)
+                typer.echo(f"wrote {output}: {found.layers} of {found.meta.model.layers} layers")
+                return
+            recipe = Recipe(chosen_method(method, t, parameter), choices.layer, position, mode=choices.mode)
+            found = derive(found, recipe)
+        elif output.name.endswith(formats.MEASUREMENT_SUFFIX):
+            raise InvalidInput(f"{source}: is a direction, from which no measurement can be made")
+        changes = {key: value for key, value in (("mode", mode), ("strength", strength)) if value is not None}
+        direction = replace(found).with_meta(**changes)
+        for sentence in formats.write(output, direction):
+            typer.echo(f"warning: {sentence}", err=True)
+    meta = direction.meta
+    typer.echo(f"wrote {output}: {meta.method}, mode {meta.mode}, modes {', '.join(meta.modes)}")
+
+
+def bake(
+    model: Annotated[str, typer.Argument(help="local folder or hub id, with safetensors weights")],
+    direction: Annotated[Path, typer.Option(help="the direction file")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the new folder")],
+    strength: Annotated[float | None, typer.Option(help="default: the file's")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="ablate, to bake plain removal of a direction whose file says another mode")
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="write a LoRA adapter (PEFT) instead of a whole model")] = False,
+    preserve_norms: Annotated[
+        bool, typer.Option("--preserve-norms", help="each vector that a weight writes keeps its length")
+    ] = False,
+    verify: Annotated[bool, typer.Option(help="prove it by effect, where the model fits in memory as float32")] = True,
+    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
+) -> None:
+    """Write an ordinary model, or a LoRA adapter, without the direction: what MODEL is at the site `writers`.
+
+    Shard by shard, so that models of any size can be baked; tied embeddings are untied.
+    """
+    log_warnings()
+    quiet_libraries()
+    from steer.direction import Direction, digest, read_file
+    from steer.lab import bake as baking
+    from steer.lab import lora as adapter
+    from steer.lab.weights import Checkpoint, resolve
+
+    with reported():
+        check_folder(output)
+        data = read_file(direction)
+        loaded = Direction.from_bytes(data, source=str(direction))
+        wanted = mode or loaded.meta.mode
+        if wanted != "ablate":
+            raise InvalidInput(
+                f"{direction}: the mode '{wanted}' cannot be baked, only plain removal is an edit of weights; give "
+                "--mode ablate to bake that"
+            )
+        if lora and preserve_norms:
+            raise InvalidInput("--preserve-norms is no edit of low rank, so there is no adapter of it")
+        removal = baking.removal(loaded, strength)
+        if loaded.meta.sites != removal.direction.meta.sites:
+            typer.echo("note: baked as at the site writers, the embedding included", err=True)
+        checkpoint = Checkpoint(resolve(model, revision))
+        if lora:
+            count = adapter.export(checkpoint, removal, output, base=model, progress=True)
+            typer.echo(f"wrote {output}: an adapter of rank {loaded.rank} for {count} modules")
+            return
+        count = baking.bake(
+            checkpoint, removal, output, digest=digest(data), preserve_norms=preserve_norms, progress=True
+        )
+        typer.echo(f"wrote {output}: {count} tensors edited")
+        if not verify or not baking.room_to_verify(checkpoint):
+            typer.echo(f"not verified{', too large for memory' if verify else ''}", err=True)
+            return
+        verdict = baking.verify(model, revision, output, removal, preserve_norms)
+    said = [
+        f"logits as served to {verdict.logits:.1e}" if verdict.logits is not None else "",
+        f"{verdict.left:.1e} of the stream left along it" if verdict.left is not None else "",
+    ]
+    typer.echo(f"verified: {', '.join(part for part in said if part) or 'nothing to compare with'}")
+
+
+def push(
+    file: Annotated[Path, typer.Argument(help="a direction file")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub")],
+    name: Annotated[str | None, typer.Option(help="name of the direction there; default: the file's")] = None,
+    private: Annotated[bool, typer.Option("--private", help="where the repository is made new: private")] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="write the repository's files (with the card) there, and upload nothing")
+    ] = None,
+) -> None:
+    """Upload a direction with a model card to a hub (the token is that of `hf auth login`)."""
+    log_warnings()
+    from steer.lab import hub
+
+    with reported():
+        if folder is not None:
+            typer.echo(f"wrote {hub.assemble(file, folder, name)}: nothing was uploaded")
+            return
+        with tempfile.TemporaryDirectory() as temporary:
+            address = hub.push(hub.assemble(file, Path(temporary), name), repo, private=private)
+    typer.echo(f"pushed to {address}")
+
+
+def pull(
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the direction file to write")],
+    file: Annotated[str | None, typer.Option(help="which file, where the repository has several")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit")] = None,
+) -> None:
+    """Fetch a direction from a hub, check it, and write it in place."""
+    log_warnings()
+    from steer.lab import hub
+
+    with reported():
+        check_folder(output)
+        digest = hub.pull(repo, output, file=file, revision=revision)
+    typer.echo(f"wrote {output}: digest {digest[:12]}")
+
+
+def register(app: typer.Typer) -> None:
+    for command in (convert, bake, push, pull):
+        app.command()(command)

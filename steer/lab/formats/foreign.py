@@ -1,0 +1,87 @@
+"""What another tool's file does not say and a direction must: the model, and which of its vectors is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steer.direction import Direction, DirectionMeta, Mode
+from steer.errors import DegenerateError, InvalidInput
+from steer.geometry import orthonormalise
+from steer.lab.measurement import ModelFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """`facts` of the model that the file was made for (`--model`), and where the file has several vectors, the `layer`
+    (ours), `position` and `tensor` that are meant."""
+
+    facts: ModelFacts | None = None
+    layer: int | None = None
+    position: int | None = None
+    tensor: str | None = None
+
+    def model(self, source: object, d_model: int) -> ModelFacts:
+        """The facts. Raises InvalidInput where they were not given, or are of another width."""
+        if self.facts is None:
+            raise InvalidInput(f"{source}: does not say which model it was made for: give --model")
+        if self.facts.d_model != d_model:
+            raise InvalidInput(
+                f"{source}: has vectors of {d_model} dimensions, {self.facts.name} has d_model {self.facts.d_model}"
+            )
+        return self.facts
+
+    def check_layer(self, source: object, layer: int) -> int:
+        assert self.facts is not None
+        if not 0 <= layer < self.facts.layers:
+            raise InvalidInput(f"{source}: layer {layer} is not one of the model's 0 to {self.facts.layers - 1}")
+        return layer
+
+
+def direction_of(
+    rows: Mapping[int, Tensor],
+    facts: ModelFacts,
+    *,
+    source: object,
+    method: str,
+    mode: Mode,
+    modes: tuple[Mode, ...],
+    source_layer: int | None = None,
+    parameters: Mapping[str, float | int | str | None] | None = None,
+) -> Direction:
+    """A direction of the vectors `[k, d_model]` of some layers, the others unsteered. Their lengths are kept as the
+    difference of the class means, so that `add` adds the vectors themselves; no more of the means is known, and `modes`
+    says which modes make do with that. Raises InvalidInput for vectors that are no direction."""
+    k = max(len(each) for each in rows.values())
+    directions = torch.zeros(facts.layers, k, facts.d_model)
+    difference = torch.zeros(facts.layers, facts.d_model)
+    problems = []
+    for layer, vectors in sorted(rows.items()):
+        if not vectors.any():
+            continue
+        try:
+            directions[layer] = orthonormalise(vectors.double()).float()
+            difference[layer] = vectors.double().sum(0).float()
+        except DegenerateError as error:
+            problems += [f"{source}: layer {layer}: {problem}" for problem in error.problems]
+    if problems:
+        raise InvalidInput(problems)
+    meta = DirectionMeta(
+        method=method,
+        parameters=dict(parameters or {}),
+        source_layer=source_layer,
+        model=facts.name,
+        revision=facts.revision,
+        architecture=facts.architecture,
+        d_model=facts.d_model,
+        layers=facts.layers,
+        mode=mode,
+        modes=modes,
+    )
+    zeros = torch.zeros(facts.layers, facts.d_model)
+    return Direction(
+        meta, directions, torch.ones(facts.layers), torch.zeros(facts.layers, k), difference, zeros, zeros.clone()
+    )

@@ -1,0 +1,105 @@
+"""A direction as a repository on a hub: its file, and a model card made from its metadata."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from steer.direction import Direction, check_name, digest, read_file, write_file
+from steer.errors import SteerError
+
+_FAILURES = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError)
+
+
+def card(direction: Direction, name: str, sha256: str) -> ModelCard:
+    """The README of a repository that holds `name`.safetensors."""
+    meta = direction.meta
+    data = ModelCardData(
+        base_model=None if Path(meta.model).exists() else meta.model,
+        base_model_relation=None if Path(meta.model).exists() else "adapter",
+        library_name="steer",
+        tags=["steer", "steering-vector", "interpretability"],
+    )
+    facts = {
+        "made for": f"{meta.model} ({meta.architecture}, {meta.layers} layers × {meta.d_model})",
+        "model revision": meta.revision,
+        "method": meta.method,
+        "parameters": ", ".join(f"{k} {v}" for k, v in meta.parameters.items() if v is not None),
+        "source layer": "each layer's own" if meta.source_layer is None else meta.source_layer,
+        "rows for each layer": direction.rank,
+        "default mode and strength": f"{meta.mode}, {meta.strength:g}",
+        "modes": ", ".join(meta.modes),
+        "sites": ", ".join(meta.sites),
+        "set that shows the behaviour": meta.harmful and f"{meta.harmful.name}, {meta.harmful.count} prompts",
+        "set that does not": meta.harmless and f"{meta.harmless.name}, {meta.harmless.count} prompts",
+        "system prompt": meta.system_prompt,
+        "sha256": sha256,
+        "made with": f"{meta.tool}, {meta.created}",
+    }
+    rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in facts.items() if value not in (None, ""))
+    text = f"""# {name}
+
+A direction for [Steer](https://pypi.org/project/steer-llm/): unit vectors that are removed from (or added to) a model's
+residual stream, for each request that asks for it. The model's weights are not in this repository and not changed.
+
+| | |
+|---|---|
+{rows}
+
+```
+steer pull OWNER/REPOSITORY -o directions/{name}.safetensors
+steer serve {meta.model} --directions directions
+```
+
+It is for research into how models behave. With it a model answers requests that it was trained to refuse: whoever
+serves it is responsible for what it is used for.
+"""
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def assemble(file: Path, folder: Path, name: str | None = None) -> Path:
+    """Write the repository's files into `folder`: the direction as it is, byte for byte, and its card."""
+    data = read_file(file)
+    direction = Direction.from_bytes(data, source=str(file))
+    name = check_name(name or file.stem)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / f"{name}.safetensors", data)
+    write_file(folder / "README.md", card(direction, name, digest(data)).content.encode())
+    return folder
+
+
+def push(folder: Path, repo: str, *, private: bool = False, message: str | None = None) -> str:
+    """Upload an assembled `folder`, making the repository where there is none; its address. Raises SteerError."""
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message or "A direction made with steer")
+    except _FAILURES as error:
+        raise SteerError(f"cannot push to {repo}: {error}") from error
+    return f"{api.endpoint}/{repo}"
+
+
+def pull(repo: str, output: Path, *, file: str | None = None, revision: str | None = None) -> str:
+    """Fetch a direction, check it, and write it to `output`; its digest. Raises SteerError, DirectionError."""
+    try:
+        names = [file] if file else _directions(HfApi().list_repo_files(repo, revision=revision), repo)
+        path = hf_hub_download(repo, names[0], revision=revision)
+    except _FAILURES as error:
+        raise SteerError(f"cannot pull from {repo}: {error}") from error
+    data = read_file(path)
+    Direction.from_bytes(data, source=f"{repo}/{names[0]}")
+    write_file(output, data)
+    return digest(data)
+
+
+def _directions(files: list[str], repo: str) -> list[str]:
+    found = [name for name in files if name.endswith(".safetensors")]
+    if len(found) != 1:
+        raise SteerError(f"{repo} has {len(found)} .safetensors files ({', '.join(found) or 'none'}): give --file")
+    return found
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

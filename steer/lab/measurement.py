@@ -1,0 +1,207 @@
+"""A measurement: what two contrast sets look like inside one model, and the safetensors file that holds it.
+
+Layer l is the **output of block l**, 0-based; `measured` is at most the model's layers, since those above the last
+wanted one are not run. For each class c of harmful, harmless the file has
+
+    c_mean      [positions, measured, d_model]            float64   mean over the prompts
+    c_mean_all  [measured, d_model]                       float64   mean over all tokens of the prompts' own text
+    c_moments   [positions, measured, d_model, d_model]   float64   E[xxᵀ], on request
+    c_vectors   [positions, measured, prompts, d_model]   bfloat16  each prompt's vector, on request
+
+and one metadata key, `steer_measurement`, with a `MeasurementMeta` as JSON. A method makes a direction from this alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from steer._version import __version__
+from steer.direction import Dataset, replacing, sorted_metadata
+from steer.errors import InvalidInput
+from steer.lab.contrast import Contrast, Sample
+
+KEY = "steer_measurement"
+CLASSES = ("harmful", "harmless")
+#: Tensors of a class, with their dtype; the first is always there.
+KINDS = {"mean": torch.float64, "mean_all": torch.float64, "moments": torch.float64, "vectors": torch.bfloat16}
+
+
+class ModelFacts(BaseModel):
+    """Which model was measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    revision: str | None = None
+    architecture: str
+    d_model: int = Field(ge=1)
+    layers: int = Field(ge=1)
+    dtype: str | None = None
+    chat_template_sha256: str | None = None
+
+
+class MeasurementMeta(BaseModel):
+    """How it was measured; with the model's weights, everything that the numbers depend on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    model: ModelFacts
+    measured: int = Field(ge=1, description="layers measured, from the first")
+    positions: tuple[int, ...] = Field(min_length=1, description="token positions, −1 is the template's last")
+    winsorize: float | None = Field(default=None, gt=0, le=1)
+    system_prompt: str | None = None
+    bos_count: int | None = Field(default=None, ge=0)
+    harmful: Dataset | None = None
+    harmless: Dataset | None = None
+    tool: str = f"steer {__version__}"
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """One class; shapes and dtypes as in the file."""
+
+    mean: Tensor
+    mean_all: Tensor | None = None
+    moments: Tensor | None = None
+    vectors: Tensor | None = None
+
+    def sample(self, position: int, layer: int, count: int | None) -> Sample:
+        return Sample(
+            self.mean[position, layer],
+            count,
+            None if self.vectors is None else self.vectors[position, layer],
+            None if self.moments is None else self.moments[position, layer],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """A measurement in memory. `problems` lists what is wrong with it."""
+
+    meta: MeasurementMeta
+    harmful: Statistics
+    harmless: Statistics
+
+    @property
+    def layers(self) -> int:
+        """How many layers were measured."""
+        return self.meta.measured
+
+    def position(self, position: int | None = None) -> int:
+        """Where `position` stands among those that were measured; the first by default. Raises InvalidInput."""
+        if position is None:
+            return 0
+        if position not in self.meta.positions:
+            known = ", ".join(map(str, self.meta.positions))
+            raise InvalidInput(f"position {position} was not measured; this measurement has {known}")
+        return self.meta.positions.index(position)
+
+    def contrast(self, layer: int, position: int | None = None) -> Contrast:
+        """The two classes at one measured layer and position."""
+        at, meta = self.position(position), self.meta
+        return Contrast(
+            self.harmless.sample(at, layer, meta.harmless.count if meta.harmless else None),
+            self.harmful.sample(at, layer, meta.harmful.count if meta.harmful else None),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {f"{c}_{kind}": getattr(getattr(self, c), kind) for c in CLASSES for kind in KINDS}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def problems(self) -> list[str]:
+        """Every rule that the tensors break, each naming its tensor."""
+        meta, found = self.meta, []
+        if meta.measured > meta.model.layers:
+            found.append(f"metadata: measured {meta.measured} is more than the model's {meta.model.layers} layers")
+        if len(set(meta.positions)) != len(meta.positions):
+            found.append(f"metadata: a position stands twice in {list(meta.positions)}")
+        for name, tensor in self.tensors().items():
+            label, kind = name.split("_", 1)
+            dataset = meta.harmful if label == "harmful" else meta.harmless
+            shape = self._shape(kind, dataset.count if dataset else None)
+            if shape is None:
+                found.append(f"tensor '{name}': vectors of prompts that the metadata does not name")
+            elif tensor.dtype != KINDS[kind]:
+                dtype, wanted = (str(d).removeprefix("torch.") for d in (tensor.dtype, KINDS[kind]))
+                found.append(f"tensor '{name}' has dtype {dtype}, it must be {wanted}")
+            elif tuple(tensor.shape) != shape:
+                found.append(f"tensor '{name}' has shape {list(tensor.shape)}, it must be {list(shape)}")
+            elif not math.isfinite(float(tensor.sum(dtype=torch.float64))):
+                found.append(f"tensor '{name}' has values that are not finite")
+        return found
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file atomically. Raises InvalidInput for what could not be read again."""
+        if problems := self.problems():
+            raise InvalidInput(problems)
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
+        save_tensors(path, tensors, {"format": "pt", KEY: self.meta.model_dump_json()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Measurement:
+        """Read and check a file. Raises InvalidInput with every problem, each prefixed by the path."""
+        metadata, tensors = load_tensors(path)
+        problems: list[str] = []
+        meta = None
+        if KEY not in metadata:
+            kind = "a Steer direction" if "steer" in metadata else "no file of `steer measure`"
+            problems.append(f"the metadata key '{KEY}' is missing: this is {kind}, not a measurement")
+        else:
+            try:
+                meta = MeasurementMeta.model_validate_json(metadata[KEY])
+            except ValidationError as error:
+                for item in error.errors(include_url=False):
+                    problems.append(f"metadata: {'.'.join(map(str, item['loc'])) or KEY}: {item['msg']}")
+        known = {f"{c}_{kind}" for c in CLASSES for kind in KINDS}
+        problems += [f"tensor '{c}_mean' is missing" for c in CLASSES if f"{c}_mean" not in tensors]
+        problems += [f"tensor '{name}' is not known here" for name in sorted(tensors.keys() - known)]
+        if meta is not None and not problems:
+            made = cls(meta, *(Statistics(**{k: tensors.get(f"{c}_{k}") for k in KINDS}) for c in CLASSES))  # type: ignore[arg-type]
+            problems += made.problems()
+            if not problems:
+                return made
+        raise InvalidInput([f"{path}: {problem}" for problem in problems])
+
+    def _shape(self, kind: str, prompts: int | None) -> tuple[int, ...] | None:
+        layers, d = self.meta.measured, self.meta.model.d_model
+        each = (len(self.meta.positions), layers)
+        if kind == "vectors":
+            return None if prompts is None else (*each, prompts, d)
+        return {"mean": (*each, d), "mean_all": (layers, d), "moments": (*each, d, d)}[kind]
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file of any size, written atomically, its metadata in order. Never in memory as a whole."""
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+        with temporary.open("rb+") as file:
+            size = int.from_bytes(file.read(8), "little")
+            file.seek(0)
+            header = file.read(8 + size)
+            ordered = sorted_metadata(header)
+            assert len(ordered) == len(header), "the tensors begin where the header ends"
+            file.seek(0)
+            file.write(ordered)
+
+
+def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file. Raises InvalidInput where it is none."""
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise InvalidInput(f"{path}: cannot be read as safetensors: {error}") from error

@@ -1,0 +1,53 @@
+"""Methods: how a direction is made from the two classes at a layer. A new method is one file and its line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import ValidationError
+
+from steer.errors import InvalidInput
+from steer.lab.methods.base import Method
+from steer.lab.methods.biprojected import Biprojected
+from steer.lab.methods.cone import Cone
+from steer.lab.methods.linear import Linear
+from steer.lab.methods.logistic import Logistic
+from steer.lab.methods.pca import Pca
+from steer.lab.methods.projected import Projected
+from steer.lab.methods.slerp import Slerp
+from steer.lab.methods.subspace import Subspace
+from steer.lab.methods.whitened import Whitened
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Slerp, Linear, Projected, Biprojected, Pca, Whitened, Logistic, Subspace, Cone)
+}
+
+
+def make_method(name: str, parameters: Mapping[str, object] | None = None) -> Method:
+    """The method `name` with `parameters` (values may be texts). Raises InvalidInput naming what would be accepted."""
+    if name not in METHODS:
+        raise InvalidInput(f"method '{name}' is not known; accepted: {', '.join(METHODS)}")
+    kind = METHODS[name]
+    try:
+        return kind.model_validate(dict(parameters or {}))
+    except ValidationError as error:
+        accepted = ", ".join(kind.model_fields) or "none"
+        raise InvalidInput(
+            [
+                f"method '{name}': parameter '{'.'.join(map(str, item['loc'][:1]))}': {item['msg']}; its parameters: "
+                f"{accepted}"
+                for item in error.errors(include_url=False)
+            ]
+        ) from error
+
+
+def described() -> str:
+    """Every method with its parameters and their defaults, for the help of the command."""
+    each = []
+    for name, kind in METHODS.items():
+        parameters = ", ".join(f"{p}={field.get_default()}" for p, field in kind.model_fields.items())
+        each.append(f"{name} ({parameters})" if parameters else name)
+    return ", ".join(each)
+
+
+__all__ = ["METHODS", "Method", "described", "make_method"]

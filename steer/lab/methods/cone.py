@@ -1,0 +1,70 @@
+"""Several orthonormal rows: the span of a cone of refusal directions, one for each kind of harmful prompt."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from steer.errors import DegenerateError
+from steer.geometry import MIN_ANGLE, orthonormalise
+from steer.lab.contrast import Contrast, towards_harmful
+from steer.lab.methods.base import Method, Need
+
+#: Lloyd's iterations end where no prompt moves, which in practice is far earlier.
+STEPS = 1000
+
+
+class Cone(Method):
+    """Source: Wollschläger et al. 2025, "The geometry of refusal in large language models: concept cones", whose cones
+    are trained with gradients; here, from a measurement alone, as in Piras et al. 2025 ("SOM directions are better than
+    one"), the rays are differences of cluster means.
+
+    k-means splits the harmful prompts into k clusters with means c_j; the rays of the cone are c_j − μA, and the rows
+    are an orthonormal basis of their span, in the order of the clusters' sizes. With k = 1 it is `linear`.
+
+    Pitfalls: clusters are of topics where refusals do not differ among each other; then the span holds topics. The
+    clusters begin with the farthest prompts (deterministic), and k-means finds a local optimum.
+    """
+
+    name: ClassVar[str] = "cone"
+    needs: ClassVar[Need] = "vectors"
+    prompts: ClassVar[int] = 2
+    rank: int = Field(2, ge=1, le=64, description="clusters, and rows")
+
+    def rows(self, contrast: Contrast) -> Tensor:
+        x = contrast.harmful.rows
+        if self.rank > len(x):
+            raise DegenerateError(f"{self.name}: rank {self.rank} needs as many harmful prompts, there are {len(x)}")
+        rays = cluster_means(x, self.rank) - contrast.harmless.mean
+        size = torch.linalg.vector_norm(contrast.harmless.mean) + torch.linalg.vector_norm(contrast.harmful.mean)
+        if float(torch.linalg.vector_norm(rays, dim=1).min()) <= MIN_ANGLE * float(size):
+            raise DegenerateError(f"{self.name}: a cluster's mean is the harmless mean")
+        return towards_harmful(orthonormalise(rays), contrast)
+
+
+def cluster_means(x: Tensor, k: int) -> Tensor:
+    """`[k, d_model]`, largest cluster first: Lloyd's algorithm from the k prompts that farthest-first traversal takes,
+    beginning with the one farthest from the mean. Raises DegenerateError where fewer than k prompts differ."""
+    centres = x[_distances(x, x.mean(0, keepdim=True)).argmax()].unsqueeze(0)
+    while len(centres) < k:
+        distance = _distances(x, centres).amin(1)
+        if not float(distance.max()) > 0:
+            raise DegenerateError(f"cone: fewer than {k} harmful prompts have different activations")
+        centres = torch.cat([centres, x[distance.argmax()].unsqueeze(0)])
+    owner = torch.full((len(x),), -1)
+    for _ in range(STEPS):
+        nearest = _distances(x, centres).argmin(1)
+        if torch.equal(nearest, owner):
+            break
+        owner = nearest
+        centres = torch.stack([x[owner == j].mean(0) if bool((owner == j).any()) else centres[j] for j in range(k)])
+    order = torch.argsort(torch.bincount(owner, minlength=k), descending=True, stable=True)
+    return centres[order]
+
+
+def _distances(x: Tensor, centres: Tensor) -> Tensor:
+    # not by dot products, which lose what is small beside an offset that all activations share
+    return torch.cdist(x, centres, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,0 +1,35 @@
+"""The slerp family: the chord of the arc from the harmless to the harmful mean."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from steer.geometry import slerp_direction
+from steer.lab.contrast import Contrast
+from steer.lab.methods.base import Method
+
+
+class Slerp(Method):
+    """Source: the SLERP abliteration article, in closed form (`steer.geometry`).
+
+    d(t) = cos(tω/2)·e − sin(tω/2)·â: with the means normalised to â and ĥ, ω their angle and e the unit part of ĥ
+    orthogonal to â, the unit vector along slerp(â, ĥ, t) − â. t = 0 is `projected`, t = 1 the difference of the
+    normalised means.
+
+    Pitfalls: only the angle between the means counts, so a difference that is one of length alone is not seen. With
+    t > 0 the direction has a part −â, so plain removal takes from harmless text too; t > 1 takes more, and in a trial
+    on one small model it removed no refusals.
+    """
+
+    name: ClassVar[str] = "slerp"
+    t: float = Field(default=1.0, description="place on the arc: 0 is projected, 1 the normalised difference")
+
+    def rows(self, contrast: Contrast) -> Tensor:
+        return slerp_direction(contrast.harmless.mean, contrast.harmful.mean, self.t).unsqueeze(0)
+
+    @property
+    def bisects(self) -> bool:
+        return self.t == 1.0

@@ -1,0 +1,94 @@
+"""Where activations come from: a model that runs encoded prompts. `TransformersSource` is the one in this process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from steer.hf.attach import Anatomy
+from steer.hf.load import Loaded
+from steer.lab.activations import Activations, Reader, Reading
+from steer.lab.batches import right_padded
+from steer.lab.encode import Encoded, encode_all
+from steer.lab.measurement import ModelFacts
+from steer.runtime.sites import hooks, on_output
+
+
+class Source(Protocol):
+    """A model to measure. Out of memory in `run` is a `torch.OutOfMemoryError`: the batch is then halved."""
+
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    @property
+    def context(self) -> int:
+        """The most tokens that a prompt may have."""
+        ...
+
+    def encode(self, prompts: Sequence[str], system_prompt: str | None) -> list[Encoded]: ...
+
+    def bos_count(self, ids: Sequence[int]) -> int: ...
+
+    def fingerprint(self) -> str:
+        """Equal for equal weights and arithmetic: what was measured before an interruption is only added to if so."""
+        ...
+
+    def run(self, batch: Sequence[Encoded], reading: Reading) -> Activations: ...
+
+
+class TransformersSource:
+    """A model of transformers, loaded in this process. The decoder alone runs: no `generate`, no cache, no unembedding,
+    no list of hidden states, and no block above the last that is wanted."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded, self.anatomy = loaded, Anatomy(loaded.model)
+
+    @property
+    def facts(self) -> ModelFacts:
+        return ModelFacts(
+            name=self.loaded.name,
+            revision=self.loaded.revision,
+            architecture=self.anatomy.architecture,
+            d_model=self.anatomy.d_model,
+            layers=self.anatomy.layers,
+            dtype=str(self.anatomy.dtype).removeprefix("torch."),
+            chat_template_sha256=self.loaded.template_sha256,
+        )
+
+    @property
+    def context(self) -> int:
+        return self.loaded.context
+
+    def encode(self, prompts: Sequence[str], system_prompt: str | None) -> list[Encoded]:
+        return encode_all(self.loaded, prompts, system_prompt)
+
+    def bos_count(self, ids: Sequence[int]) -> int:
+        return self.loaded.bos_count(ids)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.anatomy.probe().logits.float().cpu().numpy().tobytes()).hexdigest()
+
+    @torch.inference_mode()
+    def run(self, batch: Sequence[Encoded], reading: Reading) -> Activations:
+        ids = right_padded([e.ids for e in batch], self.loaded.tokenizer.pad_token_id or 0, self.anatomy.device)
+        reader = Reader(batch, reading, width=ids.shape[1])
+
+        def take(layer: int, x: Tensor) -> None:
+            reader.take(layer, x)
+            if layer == reading.last_layer < self.anatomy.layers - 1:
+                raise _Enough
+
+        wanted = enumerate(self.anatomy.blocks[: reading.layers])
+        with hooks([on_output(block, lambda x, n=n: take(n, x)) for n, block in wanted]):
+            with suppress(_Enough):
+                self.anatomy.decoder(input_ids=ids, use_cache=False)
+        return reader.read()
+
+
+class _Enough(Exception):
+    """Ends a forward pass behind the last wanted block."""

@@ -1,0 +1,281 @@
+"""Files as other tools lay them out become ours at the right layer, shown on the activations of a model, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import steer
+from steer.direction import Direction
+from steer.errors import DirectionError, InvalidInput, SpecError
+from steer.geometry import linear_direction
+from steer.lab import formats
+from steer.lab.derive import Recipe, derive
+from steer.lab.formats.foreign import Foreign
+from steer.lab.measurement import Measurement, ModelFacts
+from steer.lab.methods import make_method
+from steer.runtime.modes import check_mode
+from tests import models
+
+D, LAYERS = models.D_MODEL, models.LAYERS
+FACTS = ModelFacts(name="tiny", architecture="LlamaForCausalLM", layers=LAYERS, d_model=D)
+FOREIGN = Foreign(FACTS)
+IDS = torch.randint(3, models.VOCABULARY, (2, 9, 7), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return models.tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def states(model: Any) -> tuple[Tensor, Tensor]:
+    """`hidden_states` of two sets of prompts at their last token, `[layers + 1, prompts, d_model]`, as the tools that
+    count block inputs read them."""
+    with torch.no_grad():
+        each = [model(input_ids=ids, output_hidden_states=True).hidden_states for ids in IDS]
+    harmful, harmless = (torch.stack([h[:, -1] for h in hidden]) for hidden in each)
+    return harmful, harmless
+
+
+@pytest.fixture(scope="module")
+def outputs(model: Any) -> tuple[Tensor, Tensor]:
+    """The means of what our layers are, the outputs of the blocks, by hooks: `[layers, d_model]`."""
+    found = []
+    for ids in IDS:
+        seen: list[Tensor] = []
+        handles = [b.register_forward_hook(lambda _m, _a, out, to=seen: to.append(out)) for b in model.model.layers]
+        with torch.no_grad():
+            model(input_ids=ids)
+        for handle in handles:
+            handle.remove()
+        found.append(torch.stack([x[:, -1].double().mean(0) for x in seen]))
+    return found[0], found[1]
+
+
+def saved_means(path: Path, states: tuple[Tensor, Tensor], upto: int) -> Path:
+    harmful, harmless = (s.mean(1) for s in states)
+    values = {f"harmful_{i}": harmful[i] for i in range(upto)} | {f"harmless_{i}": harmless[i] for i in range(upto)}
+    torch.save(values | {f"refuse_{i}": harmful[i] - harmless[i] for i in range(upto)} | {"layers": upto}, path)
+    return path
+
+
+@pytest.mark.parametrize("upto", [LAYERS, LAYERS + 1])
+def test_means_of_block_inputs_become_those_of_the_block_before(
+    states: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor], tmp_path: Path, upto: int
+) -> None:
+    found = formats.read(saved_means(tmp_path / "m.refuse", states, upto), FOREIGN)
+    assert isinstance(found, Measurement)
+    assert found.layers == LAYERS - 1, "what is behind the last block is normed in such a file"
+    for statistics, expected in zip((found.harmful, found.harmless), outputs, strict=True):
+        torch.testing.assert_close(statistics.mean[0], expected[: LAYERS - 1], rtol=1e-5, atol=1e-5)
+    found.save(tmp_path / "m.measurement.safetensors")
+    again = formats.read(tmp_path / "m.measurement.safetensors", Foreign())
+    assert isinstance(again, Measurement)
+    direction = derive(again, Recipe(make_method("linear"), 1))
+    expected = linear_direction(outputs[1][1], outputs[0][1]).float()
+    torch.testing.assert_close(direction.directions[0, 0], expected, rtol=1e-4, atol=1e-4)
+    assert direction.meta.modes == ("ablate",)
+
+
+def test_means_with_holes_or_of_nothing_are_refused(states: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    harmful, harmless = (s.mean(1) for s in states)
+    path = tmp_path / "m.pt"
+    torch.save({"harmful_2": harmful[2], "harmless_2": harmless[2]}, path)
+    with pytest.raises(InvalidInput, match=r"no entries \[1\]"):
+        formats.read(path, FOREIGN)
+    torch.save({"other": harmful[2]}, path)
+    with pytest.raises(InvalidInput, match="no class means"):
+        formats.read(path, FOREIGN)
+    torch.save({"harmful_1": harmful[1] * torch.nan, "harmless_1": harmless[1]}, path)
+    with pytest.raises(InvalidInput, match="harmful are not finite"):
+        formats.read(path, FOREIGN)
+    with pytest.raises(InvalidInput, match="give --model"):
+        formats.read(path, Foreign())
+
+
+def test_a_resid_pre_direction_is_our_layer_before(
+    states: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    difference = (states[0].mean(1) - states[1].mean(1)).double()
+    torch.save(difference[2], tmp_path / "direction.pt")
+    (tmp_path / "direction_metadata.json").write_text(json.dumps({"pos": -1, "layer": 2}))
+    found = formats.read(tmp_path, FOREIGN)
+    assert isinstance(found, Direction)
+    assert found.meta.source_layer == 1
+    expected = linear_direction(outputs[1][1], outputs[0][1]).float()
+    for row in found.directions[:, 0]:
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(SpecError, match="its modes: ablate"):
+        check_mode(found, "one_sided", "d")
+    torch.save(torch.stack([difference[:LAYERS] * 2, difference[:LAYERS]]), tmp_path / "mean_diffs.pt")
+    chosen = formats.read(tmp_path / "mean_diffs.pt", Foreign(FACTS, layer=1, position=-1))
+    assert isinstance(chosen, Direction)
+    torch.testing.assert_close(chosen.directions, found.directions)
+    for foreign, says in (
+        (FOREIGN, "give --layer"),
+        (Foreign(FACTS, layer=2), "blocks 0 to 1"),
+        (Foreign(FACTS, layer=1, position=-3), "positions −2 to −1"),
+    ):
+        with pytest.raises(InvalidInput, match=says):
+            formats.read(tmp_path / "mean_diffs.pt", foreign)
+    (tmp_path / "direction_metadata.json").write_text(json.dumps({"pos": -1, "layer": 0}))
+    with pytest.raises(InvalidInput, match="embedding output"):
+        formats.read(tmp_path, FOREIGN)
+
+
+def test_a_direction_goes_to_resid_pre_and_back(model: Any, tmp_path: Path) -> None:
+    made = models.direction(model, shared=True).with_meta(source_layer=1, parameters={"position": -2})
+    assert formats.write(tmp_path / "direction.pt", made) == []
+    assert json.loads((tmp_path / "direction_metadata.json").read_text()) == {"pos": -2, "layer": 2}
+    again = formats.read(tmp_path, FOREIGN)
+    assert isinstance(again, Direction)
+    torch.testing.assert_close(again.directions, made.directions)
+    assert again.meta.source_layer == 1
+    vector = torch.load(tmp_path / "direction.pt", weights_only=True)
+    assert vector.dtype == torch.float64
+    torch.testing.assert_close(vector.norm().float(), (made.mean_harmful[1] - made.mean_harmless[1]).norm())
+    with pytest.raises(InvalidInput, match="one source layer"):
+        formats.write(tmp_path / "direction.pt", models.direction(model))
+    assert "own mode is one_sided" in formats.write(tmp_path / "direction.pt", made.with_meta(mode="one_sided"))[0]
+
+
+def control_vector(path: Path, vectors: dict[int, Tensor], architecture: str = "controlvector") -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_string("controlvector.model_hint", "llama")
+    for layer, vector in vectors.items():
+        writer.add_tensor(f"direction.{layer}", vector.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def added(model: Any, vectors: dict[int, Tensor], scale: float) -> Tensor:
+    """What llama.cpp computes: vector N is added to the output of the 0-based block N."""
+    handles = [
+        model.model.layers[n].register_forward_hook(lambda _m, _a, out, v=v: out + scale * v)
+        for n, v in vectors.items()
+    ]
+    with torch.no_grad():
+        out: Tensor = model(input_ids=IDS[0]).logits
+    for handle in handles:
+        handle.remove()
+    return out
+
+
+def test_a_control_vector_steers_as_llama_cpp_does_and_goes_back(model: Any, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    vectors = {n: torch.randn(D, generator=generator) for n in (1, 2)}
+    found = formats.read(control_vector(tmp_path / "v.gguf", vectors), FOREIGN)
+    assert isinstance(found, Direction)
+    assert found.meta.mode == "add"
+    Direction.from_bytes(found.to_bytes())
+    with steer.attach(model, d=found) as steering, steering("d=0.7"), torch.no_grad():
+        served = model(input_ids=IDS[0]).logits
+    torch.testing.assert_close(served, added(model, vectors, 0.7), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(served, added(model, {n - 1: v for n, v in vectors.items()}, 0.7), atol=1e-2)
+    with pytest.raises(SpecError, match="its modes: ablate, add"):
+        check_mode(found, "affine", "d")
+    assert formats.write(tmp_path / "again.gguf", found) == []
+    again = {t.name: torch.from_numpy(t.data.copy()) for t in gguf.GGUFReader(tmp_path / "again.gguf").tensors}
+    assert again.keys() == {"direction.1", "direction.2"}
+    for n, vector in vectors.items():
+        torch.testing.assert_close(again[f"direction.{n}"], vector)
+
+
+def test_an_exported_control_vector_adds_what_add_adds_and_another_mode_is_warned_of(
+    model: Any, tmp_path: Path
+) -> None:
+    made = models.direction(model, mode="add", strength=0.5)
+    told = formats.write(tmp_path / "v.gguf", made)
+    assert len(told) == 1
+    assert "layer 0 is left out" in told[0]
+    reader = gguf.GGUFReader(tmp_path / "v.gguf")
+    assert reader.fields["controlvector.model_hint"].contents() == "llama"
+    assert reader.fields["steer.mode"].contents() == "add"
+    vectors = {int(t.name.split(".")[1]): torch.from_numpy(t.data.copy()) for t in reader.tensors}
+    for n in (1, 2):
+        size = (made.mean_harmful[n] - made.mean_harmless[n]).norm()
+        torch.testing.assert_close(vectors[n], 0.5 * size * made.directions[n, 0])
+    told = formats.write(tmp_path / "v.gguf", models.direction(model))
+    assert any("its mode is ablate" in sentence for sentence in told)
+    with pytest.raises(InvalidInput, match="this direction has 2"):
+        formats.write(tmp_path / "v.gguf", models.direction(model, k=2))
+    with pytest.raises(InvalidInput, match="no length to add with"):
+        formats.write(tmp_path / "v.gguf", models.direction(model).with_meta(modes=("ablate",)))
+
+
+def test_bad_control_vectors_are_refused(tmp_path: Path) -> None:
+    vector = torch.ones(D)
+    for vectors, architecture, foreign, says in (
+        ({1: vector}, "llama", FOREIGN, "general.architecture is 'llama'"),
+        ({1: vector, 9: vector}, "controlvector", FOREIGN, "layer 9 is not one of"),
+        ({1: torch.ones(D + 1)}, "controlvector", FOREIGN, "has vectors of 65 dimensions"),
+        ({1: vector, 2: torch.ones(3)}, "controlvector", FOREIGN, "different numbers"),
+        ({1: vector * torch.nan}, "controlvector", FOREIGN, "layer 1: .*not finite"),
+        ({}, "controlvector", FOREIGN, "has no tensors"),
+        ({1: vector}, "controlvector", Foreign(), "give --model"),
+    ):
+        control_vector(tmp_path / "v.gguf", vectors, architecture)
+        with pytest.raises(InvalidInput, match=says):
+            formats.read(tmp_path / "v.gguf", foreign)
+    (tmp_path / "v.gguf").write_bytes(b"rubbish")
+    with pytest.raises(InvalidInput, match="not a GGUF file"):
+        formats.read(tmp_path / "v.gguf", FOREIGN)
+
+
+@pytest.mark.parametrize("shape", [(D,), (LAYERS, D), (LAYERS, 2, D)])
+def test_plain_tensors_are_made_orthonormal(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    value = 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    safetensors.torch.save_file({"v": value, "other": torch.zeros(2)}, tmp_path / "v.safetensors")
+    found = formats.read(tmp_path / "v.safetensors", Foreign(FACTS, tensor="v"))
+    assert isinstance(found, Direction)
+    Direction.from_bytes(found.to_bytes())
+    first = value if value.ndim == 1 else value.reshape(LAYERS, -1, D)[0, 0]
+    torch.testing.assert_close(found.directions[0, 0], first / first.norm())
+    with pytest.raises(InvalidInput, match=r"Give --tensor; it has .*v \["):
+        formats.read(tmp_path / "v.safetensors", FOREIGN)
+
+
+def test_plain_tensors_of_another_shape_are_refused(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"v": torch.ones(LAYERS + 1, D)}, tmp_path / "v.safetensors")
+    with pytest.raises(InvalidInput, match=r"shape \[4, 64\]; accepted: \[64\], \[3, 64\]"):
+        formats.read(tmp_path / "v.safetensors", FOREIGN)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return print, ("this must not run",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"harmful_1": Evil()}, tmp_path / "m.pt")
+    with pytest.raises(InvalidInput, match="anything else in it is refused"):
+        formats.read(tmp_path / "m.pt", FOREIGN)
+    assert "must not run" not in capsys.readouterr().out
+
+
+def test_our_own_files_go_through_unchanged_and_unknown_ones_are_named(model: Any, tmp_path: Path) -> None:
+    made = models.direction(model)
+    made.save(tmp_path / "d.safetensors")
+    found = formats.read(tmp_path / "d.safetensors", Foreign())
+    assert isinstance(found, Direction)
+    formats.write(tmp_path / "e.safetensors", found)
+    assert (tmp_path / "e.safetensors").read_bytes() == (tmp_path / "d.safetensors").read_bytes()
+    for name, says in (("x.txt", "suffix '.txt'"), ("gone.pt", "does not exist"), ("", "neither direction.pt")):
+        (tmp_path / "x.txt").write_text("x")
+        with pytest.raises(InvalidInput, match=says):
+            formats.read(tmp_path / name, FOREIGN)
+    with pytest.raises(InvalidInput, match="written are"):
+        formats.write(tmp_path / "x.txt", made)
+    with pytest.raises(DirectionError):
+        formats.write(tmp_path / "x.safetensors", made.with_meta(mode="add", modes=("ablate",)))

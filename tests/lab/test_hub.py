@@ -1,0 +1,60 @@
+"""The repository that is pushed: the file byte for byte, and a card whose front matter the hub's own library reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from steer.direction import Dataset, Direction, digest
+from steer.errors import DirectionError, SteerError
+from steer.lab import hub
+from tests import models
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    made = models.direction(models.tiny("llama")).with_meta(
+        model="someone/model",
+        system_prompt="a | b\nc",
+        harmful=Dataset(name="refused.txt", sha256="0" * 64, count=12),
+    )
+    made.save(tmp_path / "refusal.safetensors")
+    return tmp_path / "refusal.safetensors"
+
+
+def test_what_is_assembled_is_the_file_and_its_card(file: Path, tmp_path: Path) -> None:
+    folder = hub.assemble(file, tmp_path / "repo")
+    assert {p.name for p in folder.iterdir()} == {"README.md", "refusal.safetensors"}
+    assert (folder / "refusal.safetensors").read_bytes() == file.read_bytes()
+    Direction.load(folder / "refusal.safetensors")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "someone/model"
+    assert card.data.library_name == "steer"
+    for part in (digest(file.read_bytes()), "refused.txt, 12 prompts", "LlamaForCausalLM", "a \\| b c"):
+        assert part in card.text
+    assert "None" not in card.text
+
+
+def test_a_local_model_is_not_named_as_a_hub_model(file: Path, tmp_path: Path) -> None:
+    Direction.load(file).with_meta(model=str(tmp_path)).save(file)
+    assert ModelCard.load(hub.assemble(file, tmp_path / "repo", "other") / "README.md").data.base_model is None
+    assert (tmp_path / "repo" / "other.safetensors").exists()
+
+
+def test_bad_files_and_names_are_not_assembled(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(DirectionError, match="not acceptable"):
+        hub.assemble(file, tmp_path / "repo", "../x")
+    file.write_bytes(b"rubbish")
+    with pytest.raises(DirectionError, match="not a safetensors file"):
+        hub.assemble(file, tmp_path / "repo")
+    assert not (tmp_path / "repo").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_of_ours(file: Path, tmp_path: Path) -> None:
+    folder = hub.assemble(file, tmp_path / "repo")
+    with pytest.raises(SteerError, match="cannot push to someone/x"):
+        hub.push(folder, "someone/x")
+    with pytest.raises(SteerError, match="cannot pull from someone/x"):
+        hub.pull("someone/x", tmp_path / "d.safetensors")

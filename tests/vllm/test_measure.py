@@ -1,0 +1,107 @@
+"""Measuring through vLLM: the means of its own passes are those of transformers, and `steer fit` takes them."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from steer.direction import Direction
+from steer.hf.load import load
+from steer.lab.measure import Conditions, measure
+from steer.lab.prompts import PromptSet
+from steer.lab.source import TransformersSource
+from steer.lab.tally import Keep
+from tests.vllm import tiny
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ROOT / "steer/demo/prompts"
+
+
+def prompts(name: str, seed: int, count: int = 20) -> PromptSet:
+    choose = random.Random(seed)
+    texts = ["".join(choose.choices("abcdefgh ", k=choose.randrange(3, 90))) + name for _ in range(count)]
+    return PromptSet(name, "", tuple(texts))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("llama", "float32"), ("gemma3", "float32"), ("llama", "bfloat16")])
+def test_means_and_vectors_are_those_of_transformers(
+    name: str, dtype: str, tmp_path: Path, in_process: Callable[[Any], None]
+) -> None:
+    """With prompts longer than a step, so that they come in chunks beside each other. In bfloat16 both are as far from
+    the truth as its rounding takes them."""
+    from steer.vllm.source import VllmSource, start
+
+    tiny.make(name, tmp_path)
+    sets = prompts("x", 1), prompts("y", 2)
+    conditions = Conditions((-1, 2), last_layer=1, keep=Keep(vectors=True))
+    expected = measure(TransformersSource(load(str(tmp_path), dtype="float32")), *sets, conditions)
+    limit = 1e-4
+    if dtype != "float32":
+        rounded = measure(TransformersSource(load(str(tmp_path), dtype=dtype)), *sets, conditions)
+        limit = 2 * distance(rounded.harmful.mean, expected.harmful.mean)
+    llm = start(
+        str(tmp_path),
+        [
+            *("--dtype", dtype, "--max-model-len", "256", "--max-num-batched-tokens", "48", "--max-num-seqs", "16"),
+            *("--distributed-executor-backend", "uni"),
+        ],
+    )
+    try:
+        source = VllmSource(llm, str(tmp_path))
+        found = measure(source, *sets, conditions, batch_size=8)
+        assert source.fingerprint() == source.fingerprint()
+    finally:
+        in_process(llm)
+    assert found.meta.model.layers == expected.meta.model.layers
+    assert found.meta.bos_count == expected.meta.bos_count
+    for one, other in ((found.harmful, expected.harmful), (found.harmless, expected.harmless)):
+        assert distance(one.mean, other.mean) < limit
+        assert one.mean_all is not None
+        assert other.mean_all is not None
+        assert one.vectors is not None
+        assert other.vectors is not None
+        assert distance(one.mean_all, other.mean_all) < limit
+        assert distance(one.vectors.double(), other.vectors.double()) < 3 * max(limit, 1e-2)  # kept in bfloat16
+
+
+def test_fit_through_vllm_makes_the_direction_that_transformers_makes(tmp_path: Path) -> None:
+    """The embedded model with the layer chosen by effect, on two ranks."""
+    sets = ["--harmful", str(PROMPTS / "refused.train.txt"), "--harmless", str(PROMPTS / "harmless.train.txt")]
+    made = {}
+    for backend, more in (
+        ("transformers", []),
+        ("vllm", ["--max-model-len", "512", "--tensor-parallel-size", "2"]),
+    ):
+        file = tmp_path / f"{backend}.safetensors"
+        command = [sys.executable, "-m", "steer.cli", "fit", "steer/demo/model", *sets, "--backend", backend]
+        done = subprocess.run(
+            [*command, "-o", str(file), "--mode", "one_sided", "--dtype", "float32", *more],
+            capture_output=True,
+            text=True,
+            timeout=500,
+            cwd=ROOT,
+            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        made[backend] = Direction.load(file)
+    ours, theirs = made["vllm"], made["transformers"]
+    assert ours.meta.selection["candidates"]
+    for candidate, other in zip(ours.meta.selection["candidates"], theirs.meta.selection["candidates"], strict=True):
+        assert candidate["layer"] == other["layer"]
+        assert abs(candidate["refused"] - other["refused"]) <= 0.05
+    assert ours.meta.source_layer == theirs.meta.source_layer
+    cosine = torch.einsum("lkd,lkd->l", ours.directions, theirs.directions)
+    assert float(cosine.min()) > 0.9999

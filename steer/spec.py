@@ -9,6 +9,7 @@ A request names directions, never paths or vectors. As text:
     off                          nothing, also where the server has a default
 
 As JSON: such a text, an object `{"direction", "mode", "strength"}`, a list of texts and objects, `null` or `false`.
+
 Parsing gives `Wanted` items; the registry resolves them into a `Spec` of exact file versions.
 """
 
@@ -23,7 +24,7 @@ from steer.direction import MAX_STRENGTH, MODES, Mode, check_name
 from steer.errors import DirectionError, SpecError
 
 MAX_ITEMS = 16
-_OFF_TEXTS = {"off", "none", "null", "false"}
+OFF_TEXTS = {"off", "none", "null", "false"}
 _FIELDS = ("direction", "mode", "strength")
 ACCEPTED = (
     "accepted: a text like 'refusal', 'refusal=0.7' or 'refusal:one_sided=0.7,other=1', an object "
@@ -110,7 +111,7 @@ def _items(value: Any, param: str, problems: list[str]) -> list[Wanted]:
         items: list[Wanted] = []
         for index, part in enumerate(value):
             where = f"{param}[{index}]"
-            if isinstance(part, str) and len(value) > 1 and part.strip().lower() in _OFF_TEXTS:
+            if isinstance(part, str) and len(value) > 1 and part.strip().lower() in OFF_TEXTS:
                 problems.append(f"{where}: {_show(part)} stands beside other items; it is accepted alone")
             elif isinstance(part, str | dict):
                 items += _items(part, where, problems)
@@ -123,7 +124,7 @@ def _items(value: Any, param: str, problems: list[str]) -> list[Wanted]:
 
 def _from_text(value: str, param: str, problems: list[str]) -> list[Wanted]:
     stripped = value.strip()
-    if stripped.lower() in _OFF_TEXTS:
+    if stripped.lower() in OFF_TEXTS:
         return []
     if stripped[:1] in ("{", "["):
         try:

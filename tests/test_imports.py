@@ -16,7 +16,7 @@ LAYERS = (
     ("_version", "errors"),
     ("geometry", "chat"),
     ("direction",),
-    ("spec", "registry"),
+    ("spec", "registry", "readout"),
     ("runtime",),
     ("hf",),
     ("console", "settings"),

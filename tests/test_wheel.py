@@ -43,5 +43,6 @@ def test_the_wheel_serves_the_demo_model_from_anywhere(tmp_path: Path) -> None:
             assert str(installed) in server.log
             assert server.model_name == "demo"
             assert text(server.chat("Hello!"))
+            assert "playground/app.js" in server.client.get("/").text
     finally:
         del os.environ["PYTHONPATH"]

@@ -13,6 +13,7 @@ from steer.direction import MODES, Site
 from steer.errors import UnsupportedModel
 from steer.runtime import sites as site_tools
 from steer.runtime.index import RequestSteer, TokenIndex
+from steer.runtime.readout import ReadIndex
 from steer.runtime.table import EMBEDDING, Place, Plate, Table, apply
 from steer.spec import Spec
 
@@ -54,7 +55,8 @@ class Anatomy:
 class Steering:
     """Hooks on every claimed place of one model, reading one table through one token index.
 
-    `index` says what acts on each token of the running forward pass, in the order in which the model sees them.
+    `index` says what acts on each token of the running forward pass, in the order in which the model sees them, and
+    `reads` which of them are read.
     """
 
     def __init__(self, model: Any, *, sites: Iterable[Site] = ("resid_post",), rows: int = 32, rank: int = 4) -> None:
@@ -69,6 +71,7 @@ class Steering:
             device=self.anatomy.device,
         )
         self.index = TokenIndex(rank, 1, self.anatomy.device)
+        self.reads = ReadIndex(self.anatomy.layers, rank, self.anatomy.device)
         self._handles: list[Any] = []
         self._verify()
 
@@ -79,7 +82,7 @@ class Steering:
     def attach(self) -> None:
         """Put the hooks on. Doing it twice is doing it once."""
         if not self._handles:
-            self._handles = [hang(self._transform(self.table.plates[place])) for place, hang in self._targets]
+            self._handles = [hang(self._transform(place)) for place, hang in self._targets]
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -99,6 +102,7 @@ class Steering:
         self.resize(len(steers))
         before, self._rows = self._rows, len(steers)
         self.index.fill_with(steers, [1] * len(steers))
+        self.reads.clear()
         try:
             yield
         finally:
@@ -108,22 +112,32 @@ class Steering:
     #: How many batch rows the index speaks of, or 0 where it speaks of packed tokens one by one.
     _rows = 0
 
-    def _transform(self, plate: Plate) -> site_tools.Transform:
+    def _transform(self, place: Place) -> site_tools.Transform:
+        plate, layer = self.table.plates[place], place.layer
+        readable = place.site == "resid_post" and layer != EMBEDDING
+
         def transform(x: Tensor) -> Tensor | None:
-            index = self.index
-            if not index.active:
+            steered, read = self.index.active, readable and layer in self.reads.layers
+            if not (steered or read):
                 return None
             flat = x.reshape(-1, x.shape[-1])
-            count = flat.shape[0]
-            buffers = (index.rows, index.slots, index.strengths)
-            if self._rows:
-                each = count // self._rows
-                buffers = tuple(b[:, : self._rows].repeat_interleave(each, dim=1) for b in buffers)  # type: ignore[assignment]
-            else:
-                buffers = tuple(b[:, :count] for b in buffers)  # type: ignore[assignment]
-            return apply(flat, plate, *buffers).reshape(x.shape)
+            moved = self._moved(flat, plate) if steered else flat
+            if read:
+                self.reads.record(layer, flat, moved, plate.vectors)
+            return moved.reshape(x.shape) if steered else None
 
         return transform
+
+    def _moved(self, flat: Tensor, plate: Plate) -> Tensor:
+        """The stream of all tokens after the operation."""
+        index, count = self.index, flat.shape[0]
+        buffers = (index.rows, index.slots, index.strengths)
+        if self._rows:
+            each = count // self._rows
+            buffers = tuple(b[:, : self._rows].repeat_interleave(each, dim=1) for b in buffers)  # type: ignore[assignment]
+        else:
+            buffers = tuple(b[:, :count] for b in buffers)  # type: ignore[assignment]
+        return apply(flat, plate, *buffers)
 
     def _find_targets(self) -> list[tuple[Place, Callable[[site_tools.Transform], Any]]]:
         """Each place with the function that hangs a transform there."""

@@ -3,7 +3,8 @@
 Tested with transformers 5.19.0. What it relies on, checked at start:
 
 * `ContinuousBatchProcessor.prepare_next_batch()` fills `inputs_and_outputs.requests_in_batch`, in whose order tokens
-  are packed, each entry with `.state.request_id`, `.query_length` and `.has_new_token`: wrapped, to fill the index;
+  are packed, each entry with `.state.request_id`, `.query_length` and `.has_new_token`: wrapped, to fill the index
+  and the read-out;
 * `ModelRunner._sample(scores, output_ids)` picks tokens from `[1, requests, vocabulary]`: replaced by our sampler,
   since its own has no per-request seed, min-p or top log-probabilities;
 * results arrive through `register_result_handler`, whose entries in `output_router.result_handlers` we drop on cancel.
@@ -18,7 +19,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from steer.hf.attach import PROBE_TOKENS, Steering
 from steer.hf.engine import Engine, SequentialEngine
 from steer.hf.sampling import Sampler, Sampling, Token, sample
 from steer.runtime.index import RequestSteer
+from steer.runtime.readout import RequestRead
 
 log = logging.getLogger("steer")
 #: On a CPU the manager would otherwise take all memory for its cache.
@@ -46,6 +48,7 @@ class _Running:
     """A request inside the manager. Written by the model's thread, read by the event loop after each delivery."""
 
     steer: RequestSteer | None
+    read: RequestRead | None
     sampler: Sampler
     tokens: list[Token]
 
@@ -64,6 +67,7 @@ class BatchingEngine(Engine):
     ) -> None:
         self.description = "continuous batching"
         self._requests: dict[str, _Running] = {}
+        self._readers: list[str] = []  # the requests that the running pass reads, in its order
         anatomy = steering.anatomy
         config = ContinuousBatchingConfig(
             allow_block_sharing=False, use_cuda_graph=False, use_async_batching=False, max_queue_size=0
@@ -104,10 +108,15 @@ class BatchingEngine(Engine):
         return bool(self.manager.is_running()) and self.manager.background_thread_status.fatal_error is None
 
     async def _generate(
-        self, request_id: str, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        steer: RequestSteer | None,
+        read: RequestRead | None,
     ) -> AsyncGenerator[Token, None]:
         arrivals: asyncio.Queue[Any] = asyncio.Queue()
-        running = self._requests[request_id] = _Running(steer, Sampler.of(sampling), [])
+        running = self._requests[request_id] = _Running(steer, read, Sampler.of(sampling), [])
         self.manager.register_result_handler(request_id, arrivals.put_nowait)
         done = False
         try:
@@ -146,7 +155,11 @@ class BatchingEngine(Engine):
             return False
         batch = self._processor.inputs_and_outputs.requests_in_batch
         known = [self._requests.get(entry.state.request_id) for entry in batch]
-        self.steering.index.fill_with([r.steer if r else None for r in known], [entry.query_length for entry in batch])
+        lengths = [entry.query_length for entry in batch]
+        self.steering.index.fill_with([r.steer if r else None for r in known], lengths)
+        reads = [r.read if r and entry.has_new_token else None for r, entry in zip(known, batch, strict=True)]
+        self.steering.reads.fill(reads, lengths)
+        self._readers = [entry.state.request_id for entry, read in zip(batch, reads, strict=True) if read]
         return True
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
@@ -157,9 +170,11 @@ class BatchingEngine(Engine):
         running = [self._requests.get(entry.state.request_id) for entry in batch]
         idle = Sampler(Sampling(max_tokens=1, temperature=0.0))  # for a request that was cancelled during this pass
         tokens = sample(scores[0, : len(batch)], [r.sampler if r else idle for r in running])
-        for request, token in zip(running, tokens, strict=True):
+        readings = dict(zip(self._readers, self.steering.reads.collect(), strict=True))
+        for entry, request, token in zip(batch, running, tokens, strict=True):
             if request:
-                request.tokens.append(token)
+                reading = readings.get(entry.state.request_id)
+                request.tokens.append(replace(token, reading=reading) if reading else token)
         output_ids[0, : len(tokens)].copy_(torch.tensor([t.id for t in tokens], dtype=output_ids.dtype))
 
 

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from steer.errors import EngineFailed, NoRoom
 from steer.hf.attach import Steering
 from steer.hf.sampling import Sampler, Sampling, Token, report, sample
 from steer.runtime.index import RequestSteer
+from steer.runtime.readout import RequestRead
 
 
 class Engine(abc.ABC):
@@ -38,16 +40,17 @@ class Engine(abc.ABC):
         self._numbers = itertools.count()
 
     async def generate(
-        self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None
+        self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: RequestRead | None = None
     ) -> AsyncGenerator[Token, None]:
-        """Tokens as they come, the end-of-sequence token included. Closing the iterator cancels the request.
+        """Tokens as they come, the end-of-sequence token included, each with its reading where there is `read`. Closing
+        the iterator cancels the request.
 
         Raises NoRoom when the queue is full (before anything is queued), EngineFailed when the engine fails.
         """
         self.admit(1)
         self.in_flight += 1
         try:
-            stream = self._generate(f"steer-{next(self._numbers)}", prompt, sampling, steer)
+            stream = self._generate(f"steer-{next(self._numbers)}", prompt, sampling, steer, read)
             async with aclosing(stream):
                 async for token in stream:
                     yield token
@@ -64,7 +67,12 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def _generate(
-        self, request_id: str, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        steer: RequestSteer | None,
+        read: RequestRead | None,
     ) -> AsyncGenerator[Token, None]: ...
 
     @abc.abstractmethod
@@ -100,27 +108,37 @@ class SequentialEngine(Engine):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="steer-model")
 
     async def _generate(
-        self, request_id: str, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        steer: RequestSteer | None,
+        read: RequestRead | None,
     ) -> AsyncGenerator[Token, None]:
         loop = asyncio.get_running_loop()
         async with self._turn:
             sampler, ids, cache = Sampler.of(sampling), list(prompt), None
             for _ in range(sampling.max_tokens):
-                token, cache = await loop.run_in_executor(self._thread, self._step, ids, cache, sampler, steer)
+                token, cache = await loop.run_in_executor(self._thread, self._step, ids, cache, sampler, steer, read)
                 yield token
                 if token.id in self.eos_ids and not sampling.ignore_eos:
                     return
                 ids = [token.id]
 
     @torch.inference_mode()
-    def _step(self, ids: list[int], cache: Any, sampler: Sampler, steer: RequestSteer | None) -> tuple[Token, Any]:
+    def _step(
+        self, ids: list[int], cache: Any, sampler: Sampler, steer: RequestSteer | None, read: RequestRead | None
+    ) -> tuple[Token, Any]:
         tensor = torch.tensor([ids], device=self.steering.anatomy.device)
         try:
             with self.steering.batch([steer]):
+                self.steering.reads.fill([read], [len(ids)])
                 out = self.steering.anatomy.model(input_ids=tensor, past_key_values=cache, use_cache=True)
+                readings = self.steering.reads.collect()
         except RuntimeError as error:
             raise EngineFailed(f"the model failed: {error}") from error
-        return sample(out.logits[:, -1].float(), [sampler])[0], out.past_key_values
+        token = sample(out.logits[:, -1].float(), [sampler])[0]
+        return (replace(token, reading=readings[0]) if readings else token), out.past_key_values
 
     async def score(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
         async with self._turn:

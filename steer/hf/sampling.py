@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from steer.runtime.readout import Reading
+
 #: Below this the distribution is the argmax in float32, and the division would overflow.
 MIN_TEMPERATURE = 1e-5
 
@@ -45,11 +47,15 @@ class Sampler:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A sampled (or scored) token: its log-probability under the model's own distribution, and the most likely ones."""
+    """A sampled (or scored) token: its log-probability under the model's own distribution, and the most likely ones.
+
+    `reading` is what was read at the position that predicted it, where that was asked for.
+    """
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    reading: Reading | None = field(default=None, compare=False)
 
 
 def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token]:

@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.direction import MODES, Direction, Site
@@ -112,6 +114,10 @@ class Table:
         for plate in self.plates.values():
             plate.clear(rows)
         self._free += reversed(rows)
+
+    def rows_of(self, digests: Sequence[str]) -> NDArray[np.int64]:
+        """The rows of resident directions, in order."""
+        return np.array([row for digest in digests for row in self._resident[digest]], np.int64)
 
     def steer(self, spec: Spec) -> RequestSteer | None:
         """The index entries of a request with `spec`, whose directions must be resident. None for a plain one."""

@@ -20,9 +20,11 @@ from steer.errors import SteerError
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
 from steer.hf.sampling import Token
+from steer.readout import FIELD, Readout
 from steer.registry import Admission, Registry
 from steer.runtime.index import RequestSteer
-from steer.serve import errors, metrics
+from steer.runtime.readout import RequestRead
+from steer.serve import errors, metrics, playground
 from steer.serve.carriers import PLUS
 from steer.serve.directions import router as directions_router
 from steer.serve.generation import (
@@ -38,6 +40,8 @@ from steer.serve.generation import (
 )
 from steer.serve.middleware import SteerMiddleware
 from steer.serve.protocol import ChatRequest, CompletionRequest
+from steer.serve.readout import report
+from steer.serve.text import token_text
 from steer.spec import Wanted
 
 
@@ -84,7 +88,9 @@ def build(served: Served) -> FastAPI:
         served=[served.model_name],
         default=served.default,
         max_body=served.max_body,
+        readable=engine.steering.anatomy.layers if "resid_post" in engine.steering.table.sites else 0,
     )
+    app.include_router(playground.router())
     app.include_router(directions_router(registry))
     metrics.watch(registry, lambda: engine.steering.table.rows_in_use)
 
@@ -102,16 +108,29 @@ def build(served: Served) -> FastAPI:
         admission: Admission = request.scope["steer"]
         return engine.steering.table.steer(admission.spec)
 
-    @app.post("/v1/chat/completions", tags=["generation"])
+    def read_of(wanted: Readout | None) -> RequestRead | None:
+        if wanted is None:
+            return None
+        return RequestRead(engine.steering.table.rows_of(wanted.digests), wanted.layers)
+
+    def read_out(reading: Readout | None, tokens: list[Token]) -> dict[str, Any]:
+        """The part of a choice that says what was read at its tokens."""
+        if reading is None:
+            return {}
+        shown = [(token_text(served.loaded.tokenizer, token.id), token.reading) for token in tokens]
+        return {FIELD: report(reading, shown).model_dump()}
+
+    @app.post("/v1/chat/completions", tags=["generation"], summary="Answer a conversation")
     async def chat(body: ChatRequest, request: Request) -> Response:
         check_model(body.model)
-        steer = steer_of(request)
+        steer, reading = steer_of(request), request.scope["steer_readout"]
+        read = read_of(reading)
         messages = [message.plain() for message in body.messages]
         prompt = served.loaded.chat_ids(messages, **body.chat_template_kwargs)
         samplings = body.sampling(
             generator.defaults, generator.room(prompt, body.wanted_tokens, "messages"), body.wanted_logprobs
         )
-        jobs = [Job(i, prompt, sampling, body.stops) for i, sampling in enumerate(samplings)]
+        jobs = [Job(i, prompt, sampling, body.stops, read) for i, sampling in enumerate(samplings)]
         engine.admit(len(jobs))
         wants_logprobs = body.wanted_logprobs is not None
         tokenizer = served.loaded.tokenizer
@@ -134,14 +153,15 @@ def build(served: Served) -> FastAPI:
                 async with aclosing(generator.interleaved(jobs, steer)) as pieces:
                     async for index, piece in pieces:
                         made += 1
-                        if piece.text or piece.finish or (piece.token and wants_logprobs):
+                        if piece.text or piece.finish or (piece.token and (wants_logprobs or reading)):
+                            tokens = [piece.token] if piece.token else []
                             choice = {
                                 "index": index,
                                 "delta": {"content": piece.text} if piece.text else {},
-                                "logprobs": logprobs([piece.token]) if piece.token else None,
+                                "logprobs": logprobs(tokens) if tokens else None,
                                 "finish_reason": piece.finish,
                             }
-                            yield chunk([choice])
+                            yield chunk([choice | (read_out(reading, tokens) if tokens else {})])
                 if with_usage:
                     yield chunk([], usage=usage(len(prompt), made))
 
@@ -154,21 +174,23 @@ def build(served: Served) -> FastAPI:
                 "logprobs": logprobs(answer.tokens),
                 "finish_reason": answer.finish,
             }
+            | read_out(reading, answer.tokens)
             for i, answer in enumerate(answers)
         ]
         base = envelope("chatcmpl", "chat.completion", body.model, fingerprint)
         return JSONResponse(base | {"choices": choices, "usage": usage(len(prompt), _made(answers))})
 
-    @app.post("/v1/completions", tags=["generation"])
+    @app.post("/v1/completions", tags=["generation"], summary="Continue a text, or each of several")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         check_model(body.model)
-        steer, tokenizer = steer_of(request), served.loaded.tokenizer
+        steer, reading, tokenizer = steer_of(request), request.scope["steer_readout"], served.loaded.tokenizer
+        read = read_of(reading)
         jobs: list[Job] = []
         for prompt in body.prompts:
             ids = served.loaded.text_ids(prompt) if isinstance(prompt, str) else prompt
             room = generator.room(ids, body.max_tokens, "prompt")
             for sampling in body.sampling(generator.defaults, room, body.logprobs):
-                jobs.append(Job(len(jobs), ids, sampling, body.stops))
+                jobs.append(Job(len(jobs), ids, sampling, body.stops, read))
         engine.admit(len(jobs))
         prompt_tokens = sum(len(job.prompt) for job in jobs[:: body.n])
         if body.stream:
@@ -185,17 +207,19 @@ def build(served: Served) -> FastAPI:
                 async with aclosing(generator.interleaved(jobs, steer)) as pieces:
                     async for index, piece in pieces:
                         made += 1
+                        tokens = [piece.token] if piece.token else []
                         reported = None
-                        if body.logprobs is not None and piece.token:
-                            reported = completion_logprobs(tokenizer, [piece.token], offsets[index])
+                        if body.logprobs is not None and tokens:
+                            reported = completion_logprobs(tokenizer, tokens, offsets[index])
                             offsets[index] += len(reported["tokens"][0])
-                        if piece.text or piece.finish or reported:
+                        if piece.text or piece.finish or reported or (tokens and reading):
                             choice = {
                                 "index": index,
                                 "text": piece.text,
                                 "logprobs": reported,
                                 "finish_reason": piece.finish,
                             }
+                            choice |= read_out(reading, tokens) if tokens else {}
                             yield base | {"choices": [choice]} | ({"usage": None} if with_usage else {})
                 if with_usage:
                     yield base | {"choices": [], "usage": usage(prompt_tokens, made)}
@@ -218,6 +242,7 @@ def build(served: Served) -> FastAPI:
                     "logprobs": completion_logprobs(tokenizer, tokens) if body.logprobs is not None else None,
                     "finish_reason": answer.finish,
                 }
+                | read_out(reading, answer.tokens)
             )
         base = envelope("cmpl", "text_completion", body.model, fingerprint)
         return JSONResponse(base | {"choices": choices, "usage": usage(prompt_tokens, _made(answers))})
@@ -235,18 +260,18 @@ def build(served: Served) -> FastAPI:
         ]
         return [model_card(served.model_name), *aliases]
 
-    @app.get("/v1/models", tags=["models"])
+    @app.get("/v1/models", tags=["models"], summary="The model, and an alias of it for each direction")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": cards()}
 
-    @app.get("/v1/models/{name:path}", tags=["models"])
+    @app.get("/v1/models/{name:path}", tags=["models"], summary="The card of one model or alias")
     async def model(name: str) -> dict[str, Any]:
         for card in cards():
             if card["id"] == name:
                 return card
         raise errors.HTTPProblem(404, f"the model {name[:100]!r} is not served here", code="model_not_found")
 
-    @app.get("/health", tags=["operation"])
+    @app.get("/health", tags=["operation"], summary="State of the server; 503 when its engine has failed")
     async def health() -> Response:
         state = {
             "status": "ok" if engine.healthy else "failed",
@@ -257,7 +282,7 @@ def build(served: Served) -> FastAPI:
         }
         return JSONResponse(state, 200 if engine.healthy else 503)
 
-    @app.get("/metrics", tags=["operation"])
+    @app.get("/metrics", tags=["operation"], summary="Prometheus metrics")
     async def prometheus() -> Response:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 

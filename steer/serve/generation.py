@@ -18,6 +18,7 @@ from steer.hf.engine import Engine
 from steer.hf.load import Loaded
 from steer.hf.sampling import Sampling, Token
 from steer.runtime.index import RequestSteer
+from steer.runtime.readout import RequestRead
 from steer.serve import errors, metrics
 from steer.serve.text import TextStream, token_text
 
@@ -45,12 +46,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One answer to make: its place in the request, prompt and sampling."""
+    """One answer to make: its place in the request, prompt, sampling, and what is read."""
 
     index: int
     prompt: list[int]
     sampling: Sampling
     stop: list[str]
+    read: RequestRead | None = None
 
 
 class Generator:
@@ -89,7 +91,7 @@ class Generator:
     async def pieces(self, job: Job, steer: RequestSteer | None) -> AsyncGenerator[Piece, None]:
         text = TextStream(self.loaded.tokenizer, job.stop)
         made = 0
-        stream = self.engine.generate(job.prompt, job.sampling, steer)
+        stream = self.engine.generate(job.prompt, job.sampling, steer, job.read)
         async with aclosing(stream):
             async for token in stream:
                 made += 1

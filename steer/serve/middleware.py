@@ -1,8 +1,8 @@
 """Carriers in, receipt out: an ASGI middleware around any server's generation routes.
 
-It reads the body of a generation request, resolves and pins the spec, hands the request on without the carriers
-(`scope["steer"]` has the admission), puts the receipt on the answer, and unpins when the answer has ended or the client
-has gone. It never touches other routes.
+It reads the body of a generation request, resolves and pins the spec and what is to be read, hands the request on
+without the carriers (`scope["steer"]` has the admission, `scope["steer_readout"]` the read-out or None), puts the
+receipt on the answer, and unpins when the answer has ended or the client has gone. It never touches other routes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steer.errors import SteerError, UnknownDirection
+from steer import readout
+from steer.errors import SpecError, SteerError, UnknownDirection
+from steer.readout import Readout, ReadWanted
 from steer.registry import Admission, Registry
 from steer.serve import carriers, errors, metrics
 from steer.spec import Wanted
@@ -25,7 +27,7 @@ Forward = Callable[[dict[str, Any], Admission], None]
 
 class SteerMiddleware:
     """`served` are the model names that aliases extend; `forward` may write the admission into the body for an engine
-    that lives behind another interface."""
+    that lives behind another interface; `readable` is how many layers the engine behind can read, 0 for none."""
 
     def __init__(
         self,
@@ -37,9 +39,11 @@ class SteerMiddleware:
         max_body: int = 8 * 2**20,
         routes: Sequence[str] = GENERATION_ROUTES,
         forward: Forward | None = None,
+        readable: int = 0,
     ) -> None:
         self.app, self.registry, self.served, self.default = app, registry, tuple(served), default
         self.max_body, self.routes, self.forward = max_body, frozenset(routes), forward
+        self.readable = readable
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self.routes:
@@ -49,7 +53,7 @@ class SteerMiddleware:
         try:
             body = parse_body(await read_body(scope, receive, self.max_body))
             carried = carriers.read(body, scope["headers"], self.served)
-            admission = self._admit(carried)
+            admission, reading = self._admit(carried, readout.parse(body.get(readout.FIELD)))
         except _Gone:
             return
         except SteerError as error:
@@ -58,19 +62,35 @@ class SteerMiddleware:
             return
         try:
             body.pop(carriers.FIELD, None)
+            body.pop(readout.FIELD, None)
             if isinstance(xargs := body.get(carriers.XARGS), dict):
                 xargs.pop(carriers.FIELD, None)
             if carried.model is not None:
                 body["model"] = carried.model
             if self.forward:
                 self.forward(body, admission)
-            scope["steer"] = admission
+            scope["steer"], scope["steer_readout"] = admission, reading
             metrics.ADMISSION.observe(time.perf_counter() - started)
             await self.app(scope, _replay(json.dumps(body).encode(), receive), self._with_receipt(admission, send))
         finally:
             admission.release()
+            if reading:
+                reading.release()
 
-    def _admit(self, carried: carriers.Carried) -> Admission:
+    def _admit(self, carried: carriers.Carried, wanted: ReadWanted | None) -> tuple[Admission, Readout | None]:
+        """Both in one step, so that what is read is the version that steers."""
+        if wanted and not self.readable:
+            raise SpecError(f"{readout.FIELD}: this server offers no read-out", param=readout.FIELD)
+        with self.registry.steady():
+            admission = self._admit_steering(carried)
+            try:
+                reading = readout.admit(wanted, admission.spec, self.registry, self.readable) if wanted else None
+            except BaseException:
+                admission.release()
+                raise
+        return admission, reading
+
+    def _admit_steering(self, carried: carriers.Carried) -> Admission:
         try:
             return carriers.admit(carried, self.registry, self.default)
         except UnknownDirection as error:

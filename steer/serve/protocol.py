@@ -10,38 +10,55 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from steer import readout, spec
 from steer.errors import RequestError
 from steer.hf.sampling import Sampling
+from steer.serve import carriers
 
 MAX_N = 64
 MAX_TOP_LOGPROBS = 20
 
 
+#: Fields that the middleware takes out of every body before it is checked here, as JSON schema.
+CARRIED: dict[str, dict[str, Any]] = {
+    carriers.FIELD: {"description": f"What steers the answer; {spec.ACCEPTED}"},
+    readout.FIELD: {"description": f"What is read at each generated token; {readout.ACCEPTED}"},
+    carriers.XARGS: {
+        "type": "object",
+        "description": f"Another carrier of `{carriers.FIELD}`, as plain vLLM has it: flat texts only",
+    },
+}
+
+
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: bool = Field(False, description="end the stream with a chunk that counts tokens")
 
 
 class _Generation(BaseModel):
     """What both generation routes share."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="allow",
+        allow_inf_nan=False,
+        json_schema_extra=lambda schema: schema["properties"].update(CARRIED),
+    )
 
-    model: str
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: int = Field(1, ge=1, le=MAX_N)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    ignore_eos: bool = False
+    model: str = Field(description="the served model's name, or an alias `MODEL+DIRECTION`, which steers")
+    stream: bool = Field(False, description="answer as server-sent events, a chunk for each piece of text")
+    stream_options: StreamOptions | None = Field(None, description="`{include_usage}`")
+    n: int = Field(1, ge=1, le=MAX_N, description="answers to each prompt")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; default: the model's own")
+    top_p: float | None = Field(None, gt=0, le=1, description="sample from the likeliest tokens of this probability")
+    top_k: int | None = Field(None, ge=-1, description="sample from this many likeliest tokens; 0 and -1 for all")
+    min_p: float | None = Field(None, ge=0, le=1, description="leave out tokens below this share of the likeliest one")
+    seed: int | None = Field(None, description="repeats the same answers, whatever shares the batch; counts up over n")
+    stop: str | list[str] | None = Field(None, description="texts before which the answer ends")
+    ignore_eos: bool = Field(False, description="go on behind the end-of-sequence token")
 
     # accepted only at the value that does nothing
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    presence_penalty: Literal[0] | None = Field(None, description="not served: 0 only")
+    frequency_penalty: Literal[0] | None = Field(None, description="not served: 0 only")
+    logit_bias: dict[str, float] | None = Field(None, max_length=0, description="not served: empty only")
 
     @model_validator(mode="before")
     @classmethod
@@ -112,12 +129,16 @@ class Message(BaseModel):
 
 
 class ChatRequest(_Generation):
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    messages: list[Message] = Field(min_length=1, description="the conversation: `role` and `content` (text) of each")
+    max_tokens: int | None = Field(None, ge=1, description="most tokens of an answer; default: what the context leaves")
+    max_completion_tokens: int | None = Field(None, ge=1, description="the same; it goes before `max_tokens`")
+    logprobs: bool | None = Field(False, description="report the log-probability of each token")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="and of the likeliest alternatives; needs `logprobs`"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="variables for the model's chat template"
+    )
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -131,10 +152,14 @@ class ChatRequest(_Generation):
 
 
 class CompletionRequest(_Generation):
-    prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: int | None = Field(16, ge=0)
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    echo: bool = False
+    prompt: str | list[int] | list[str] | list[list[int]] = Field(
+        description="a text or token ids, or a list of either for a batch"
+    )
+    max_tokens: int | None = Field(16, ge=0, description="most tokens of an answer; null for what the context leaves")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="report log-probabilities, with this many alternatives"
+    )
+    echo: bool = Field(False, description="put the prompt before the answer")
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -1,0 +1,186 @@
+"""`python -m docs.api`: write docs/api.md from the OpenAPI document of a running app, the fields' own descriptions and
+the modules that define the request language."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import BaseModel
+
+import steer.readout
+import steer.runtime.readout
+import steer.spec
+from steer.cli import quiet_libraries
+from steer.demo import MODEL
+from steer.serve import protocol
+from steer.serve.app import build
+from steer.serve.readout import DIGITS, ReadLine, ReadReport
+from steer.serve.run import prepare
+from steer.settings import ServeSettings
+
+ROOT = Path(__file__).parents[1]
+TARGET = ROOT / "docs" / "api.md"
+
+INTRODUCTION = """\
+# The HTTP API
+
+Made from the code by `make docs`; a test fails when it is stale. The generation routes are OpenAI's with two fields
+more, `steer` and `steer_readout`. Errors have OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`. The
+server also gives its OpenAPI document at `/openapi.json`, and the playground at `/`.
+"""
+
+CARRIERS = """\
+The header `X-Steer`, the model's name (`MODEL+refusal`) and `vllm_xargs` (`{"steer": "refusal"}`) carry the same;
+carriers that disagree are a 400. Every answer has the header `X-Steer-Applied`: a JSON list of
+`{"direction", "digest", "mode", "strength"}`, `[]` for a plain answer."""
+
+BOUNDS = f"""\
+At most {steer.readout.MAX_DIRECTIONS} directions, whose rows together are at most the server's rank. A layer that a
+direction does not steer has no row there and reads as 0."""
+
+PLACE = """\
+Each choice has a field `steer_readout`, beside `logprobs`. In a stream each chunk's choices have it for the tokens of
+that chunk; the lists of one choice's chunks, put behind each other, are those of the whole answer."""
+
+
+def document() -> dict[str, Any]:
+    """The OpenAPI document of a server with the demo model."""
+    quiet_libraries()
+    served = prepare(str(MODEL), ServeSettings(directions=ROOT / "directions", served_model_name="demo"))
+    try:
+        return build(served).openapi()
+    finally:
+        served.engine.stop()
+
+
+def routes(openapi: dict[str, Any]) -> str:
+    rows = [
+        (f"`{method.upper()} {path}`", operation["summary"])
+        for path, methods in openapi["paths"].items()
+        for method, operation in methods.items()
+    ]
+    return table(("route", ""), rows)
+
+
+def body(schema: dict[str, Any], without: set[str]) -> str:
+    """The fields of a request body, as its JSON schema has them."""
+    required = set(schema.get("required", ()))
+    rows = [
+        (f"`{name}`", kind(field), "required" if name in required else default(field), field.get("description", ""))
+        for name, field in schema["properties"].items()
+        if name not in without
+    ]
+    return table(("field", "type", "default", ""), rows)
+
+
+def kind(field: dict[str, Any]) -> str:
+    """A field's type in words, with its bounds."""
+    if "anyOf" in field:
+        kinds = dict.fromkeys(kind(option) for option in field["anyOf"] if option.get("type") != "null")
+        return " or ".join(kinds)
+    if "$ref" in field:
+        return "object"
+    if "const" in field:
+        return str(field["const"])
+    if field.get("type") == "array":
+        return f"list of {kind(field['items'])}"
+    low, high = field.get("minimum", field.get("exclusiveMinimum")), field.get("maximum")
+    bounds = ""
+    if low is not None:
+        above = "above" if "exclusiveMinimum" in field else "from"
+        bounds = f" {above} {low:g}" + ("" if high is None else f" to {high:g}")
+    return str(field.get("type", "see below")) + bounds
+
+
+def default(field: dict[str, Any]) -> str:
+    value = field.get("default")
+    return "" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def answer(model: type[BaseModel]) -> str:
+    return table(("field", ""), [(f"`{n}`", str(f.description)) for n, f in model.model_fields.items()])
+
+
+def doc(module: ModuleType, count: int) -> str:
+    """The first `count` paragraphs of a module's docstring behind the one on its place; indented ones are code."""
+    _, *paragraphs = inspect.cleandoc(module.__doc__ or "").split("\n\n")
+    blocks = [f"```text\n{inspect.cleandoc(p)}\n```" if p.startswith("    ") else p for p in paragraphs[:count]]
+    return "\n\n".join(blocks)
+
+
+def problems() -> str:
+    """Every status and code that the server's own code answers with, found where it says so."""
+    found: dict[int, set[str]] = {}
+    for path in sorted((ROOT / "steer" / "serve").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not node.args:
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            status = node.args[0]
+            if (
+                name in ("HTTPProblem", "response")
+                and isinstance(status, ast.Constant)
+                and isinstance(status.value, int)
+            ):
+                for keyword in node.keywords:
+                    if keyword.arg == "code":
+                        codes = [c.value for c in ast.walk(keyword.value) if isinstance(c, ast.Constant)]
+                        found.setdefault(status.value, set()).update(codes or {"invalid_value", "invalid_direction"})
+    rows = [(str(status), ", ".join(f"`{code}`" for code in sorted(codes))) for status, codes in sorted(found.items())]
+    return table(("status", "`code`"), rows)
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def render() -> str:
+    openapi = document()
+    schemas = openapi["components"]["schemas"]
+    carried = set(protocol.CARRIED)
+    shared = set(protocol._Generation.model_fields)
+    return (
+        "\n\n".join(
+            (
+                INTRODUCTION.strip(),
+                "## Routes",
+                routes(openapi),
+                "## Fields of both generation routes",
+                body(schemas["ChatRequest"], set(schemas["ChatRequest"]["properties"]) - shared),
+                "A field that would change the answer and is not served is refused by name: "
+                + ", ".join(f"`{name}`" for name in protocol._NOT_SERVED)
+                + ".",
+                "## Fields of `/v1/chat/completions`",
+                body(schemas["ChatRequest"], shared | carried),
+                "## Fields of `/v1/completions`",
+                body(schemas["CompletionRequest"], shared | carried),
+                "## Steering: `steer`",
+                doc(steer.spec, 3),
+                CARRIERS,
+                "## Reading: `steer_readout`",
+                doc(steer.readout, 1),
+                BOUNDS,
+                "### What is read",
+                doc(steer.runtime.readout, 3),
+                "Component / norm is a cosine: how much of the stream points along the direction.",
+                "### In the answer",
+                PLACE,
+                answer(ReadReport),
+                "Each of `directions`:",
+                answer(ReadLine),
+                f"Numbers have {DIGITS} significant digits; what is not finite is `null`.",
+                "## Errors",
+                problems(),
+            )
+        )
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render())

@@ -1,0 +1,166 @@
+"""The read-out part of a request: along which served directions its stream is read, and at which layers.
+
+    true                                   the directions that steer this request
+    "refusal", ["refusal", "verbosity"]    served directions by name, also for a plain request
+    {"directions": ..., "layers": ...}     the same with layers: "all" (the default), "source" (each named direction's
+                                           source layer) or a list of numbers
+    false, null, "off"                     nothing, which is the default
+
+Parsing gives a `ReadWanted`; `admit` resolves it into a `Readout` of exact file versions, which stay resident until it
+is released. What is then measured is defined in `steer.runtime.readout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from steer.errors import SpecError
+from steer.registry import Admission, Registry
+from steer.spec import OFF_TEXTS, Spec, Wanted
+
+FIELD = "steer_readout"
+MAX_DIRECTIONS = 4
+_FIELDS = ("directions", "layers")
+ACCEPTED = (
+    "accepted: true for the directions that steer this request, a direction's name or a list of names, an object "
+    "{'directions': true or names, 'layers': 'all', 'source' or a list of layers}, or null, false or 'off' for none"
+)
+Layers = tuple[int, ...] | Literal["all", "source"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadWanted:
+    """What a client asked to read; `names` is None for the directions of its own spec."""
+
+    names: tuple[str, ...] | None
+    layers: Layers = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row of a direction that is read."""
+
+    name: str
+    digest: str
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """What is read for one request, resolved. Until `release` its versions stay resident."""
+
+    lines: tuple[Line, ...]
+    layers: tuple[int, ...]
+    _admission: Admission
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The versions that are read, in the order of `lines`."""
+        return tuple(dict.fromkeys(line.digest for line in self.lines))
+
+    def release(self) -> None:
+        self._admission.release()
+
+
+def parse(value: Any) -> ReadWanted | None:
+    """Parse the body field. None means that nothing is read. Raises SpecError with every problem."""
+    problems: list[str] = []
+    layers: Layers = "all"
+    if isinstance(value, dict):
+        problems += [
+            f"{FIELD}.{str(key)[:40]}: unknown field; accepted: {', '.join(_FIELDS)}"
+            for key in value
+            if key not in _FIELDS
+        ]
+        layers = _layers(value.get("layers", "all"), problems)
+        value = value.get("directions", True)
+    names = _names(value, problems)
+    if names is not None and len(names) > MAX_DIRECTIONS:
+        problems.append(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once")
+    if problems:
+        raise SpecError(problems, param=FIELD)
+    return None if names == () else ReadWanted(names, layers)
+
+
+def _names(value: Any, problems: list[str]) -> tuple[str, ...] | None:
+    if value is True:
+        return None
+    if value is None or value is False:
+        return ()
+    if isinstance(value, str):
+        if value.strip().lower() in OFF_TEXTS:
+            return ()
+        value = [part.strip() for part in value.split(",")]
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return tuple(dict.fromkeys(value))
+    problems.append(f"{FIELD}: {repr(value)[:60]} is not understood; {ACCEPTED}")
+    return ()
+
+
+def _layers(value: Any, problems: list[str]) -> Layers:
+    if value in ("all", "source"):
+        return "all" if value == "all" else "source"
+    if isinstance(value, list) and value and all(type(layer) is int for layer in value):
+        return tuple(sorted(set(value)))
+    problems.append(f"{FIELD}.layers: {repr(value)[:60]} is not accepted: 'all', 'source' or a list of layer numbers")
+    return "all"
+
+
+def admit(wanted: ReadWanted, spec: Spec, registry: Registry, layers: int) -> Readout:
+    """Resolve and pin what `wanted` means now for a request with `spec`, in a model of `layers` layers.
+
+    Raises SpecError. Call it in the same `registry.steady()` as the admission of `spec`, or a swap may come between.
+    That admission must outlive what is returned here, which pins only what `spec` does not.
+    """
+    own = dict.fromkeys(entry.direction for entry in spec.entries)
+    names = tuple(own) if wanted.names is None else wanted.names
+    if not names:
+        raise SpecError(
+            f"{FIELD}: true reads the directions that steer this request, and none does; name the directions",
+            param=FIELD,
+        )
+    if len(names) > MAX_DIRECTIONS:
+        raise SpecError(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once", param=FIELD)
+    try:
+        resolved = registry.resolve([Wanted(name, strength=1.0) for name in names])
+    except SpecError as error:
+        raise type(error)([f"{FIELD}: {problem}" for problem in error.problems], param=FIELD) from None
+    lines, chosen = _lines(names, registry), _resolved(wanted.layers, names, registry, layers)
+    held = {entry.digest for entry in spec.entries}
+    more = Spec(tuple(entry for entry in resolved.entries if entry.digest not in held))
+    return Readout(lines, chosen, registry.again(more))
+
+
+def _lines(names: Sequence[str], registry: Registry) -> tuple[Line, ...]:
+    problems, lines = [], []
+    for name in names:
+        version = registry.get(name)
+        lines += [Line(name, version.digest, row) for row in range(version.direction.rank)]
+        if "resid_post" not in version.direction.meta.sites:
+            sites = ", ".join(version.direction.meta.sites)
+            problems.append(f"{FIELD}: direction '{name}' acts at the site '{sites}'; what is read is 'resid_post'")
+    if problems:
+        raise SpecError(problems, param=FIELD)
+    return tuple(lines)
+
+
+def _resolved(wanted: Layers, names: Sequence[str], registry: Registry, layers: int) -> tuple[int, ...]:
+    if wanted == "all":
+        return tuple(range(layers))
+    if wanted == "source":
+        sources = {name: registry.get(name).direction.meta.source_layer for name in names}
+        if without := [name for name, source in sources.items() if source is None]:
+            raise SpecError(
+                f"{FIELD}.layers: {', '.join(without)}: each layer has its own direction, so there is no source layer; "
+                "accepted: 'all' or a list of layer numbers",
+                param=FIELD,
+            )
+        return tuple(sorted({source for source in sources.values() if source is not None}))
+    if outside := [layer for layer in wanted if not 0 <= layer < layers]:
+        raise SpecError(
+            f"{FIELD}.layers: {', '.join(map(str, outside[:8]))}: this model has the layers 0 to {layers - 1}",
+            param=FIELD,
+        )
+    return wanted

@@ -1,0 +1,107 @@
+"""The read-out: components of the stream along direction rows, taken at some tokens of a running batch.
+
+For a position of the batch and a layer l, with x the output of block l (the place `resid_post`) and v a unit row:
+
+    before = ⟨x, v⟩      after = ⟨x', v⟩      norm = ‖x‖
+
+all in float32, where x' is the stream as the operation leaves it (`op`), so that for a plain token both are equal. x
+comes from a pass that is already steered at the layers below. Reading changes nothing: the tensors that go on are the
+same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+#: Places of the values of one token at one layer: two for each row, and the norm behind them.
+BEFORE, AFTER = range(2)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRead:
+    """What is read for one request: table rows `[k]` int64, and the layers."""
+
+    rows: NDArray[np.int64]
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was read at one token. before, after: `[layers, k]`; norms: `[layers]`; float32."""
+
+    before: NDArray[np.float32]
+    after: NDArray[np.float32]
+    norms: NDArray[np.float32]
+
+
+def components(x: Tensor, vectors: Tensor) -> Tensor:
+    """⟨x, v⟩ in float32. x: `[reads, d_model]`, vectors: `[reads, k, d_model]`. Returns `[reads, k]`."""
+    return torch.einsum("nd,nkd->nk", x.float(), vectors)
+
+
+class ReadIndex:
+    """Which rows are read at which tokens of the running batch, and what was found there: buffers on the device.
+
+    `fill` before each pass and `collect` after it, from the thread that runs the model; `record` in its hooks. When
+    nothing is read, a hook pays for one look at `layers`.
+    """
+
+    def __init__(self, layers: int, rank: int, device: torch.device | str) -> None:
+        self.rank, self.device = rank, device
+        self.layers: frozenset[int] = frozenset()
+        self._all, self._reads = layers, list[RequestRead]()
+        self._resize(1)
+
+    def _resize(self, reads: int) -> None:
+        self._at = torch.zeros(reads, dtype=torch.int64, device=self.device)
+        self._rows = torch.zeros(reads, self.rank, dtype=torch.int64, device=self.device)
+        shape = (self._all, reads, self.rank)
+        self._found = torch.zeros(2, *shape, dtype=torch.float32, device=self.device)
+        self._norms = torch.zeros(shape[:2], dtype=torch.float32, device=self.device)
+
+    def fill(self, reads: Sequence[RequestRead | None], lengths: Sequence[int]) -> None:
+        """Read the last of request i's `lengths[i]` tokens, in batch order, as `reads[i]` says."""
+        self._reads = [read for read in reads if read is not None]
+        self.layers = frozenset(layer for read in self._reads for layer in read.layers)
+        if not self._reads:
+            return
+        if len(self._reads) > len(self._at):
+            self._resize(2 * len(self._reads))
+        count, ends = len(self._reads), np.cumsum(lengths) - 1
+        rows = np.zeros((count, self.rank), np.int64)
+        for mine, read in zip(rows, self._reads, strict=True):
+            mine[: len(read.rows)] = read.rows
+        self._at[:count].copy_(torch.from_numpy(ends[[read is not None for read in reads]]))
+        self._rows[:count].copy_(torch.from_numpy(rows))
+
+    def clear(self) -> None:
+        self.fill([], [])
+
+    def record(self, layer: int, before: Tensor, after: Tensor, vectors: Tensor) -> None:
+        """In the hook of `layer`: the stream of all tokens `[tokens, d_model]` before and after the operation, and the
+        place's rows `[rows, d_model]`."""
+        count = len(self._reads)
+        at, lines = self._at[:count], vectors[self._rows[:count]]
+        x = before[at]
+        self._found[BEFORE, layer, :count] = components(x, lines)
+        self._found[AFTER, layer, :count] = components(after[at], lines)
+        self._norms[layer, :count] = torch.linalg.vector_norm(x.float(), dim=-1)
+
+    def collect(self) -> list[Reading]:
+        """What the pass found, for each request that is read in the order of `fill`; then nothing is read any more."""
+        if not self._reads:
+            return []
+        count = len(self._reads)
+        found, norms = self._found[:, :, :count].cpu().numpy(), self._norms[:, :count].cpu().numpy()
+        out = []
+        for i, read in enumerate(self._reads):
+            mine = found[:, list(read.layers), i, : len(read.rows)].copy()
+            out.append(Reading(mine[BEFORE], mine[AFTER], norms[list(read.layers), i]))
+        self.clear()
+        return out

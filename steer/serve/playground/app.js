@@ -1,0 +1,306 @@
+// The page: settings and what hangs on them. Nothing is kept anywhere but in this page, except the theme.
+
+import { hasKey, json, onUnauthorised, Problem, setKey } from "./api.js";
+import { Chat } from "./chat.js";
+import { curl, python } from "./code.js";
+import { Directions } from "./directions.js";
+import { $, el, shown } from "./dom.js";
+import { draw, facts } from "./profile.js";
+import { look } from "./tokens.js";
+
+const MODES = {
+  ablate: "The component along the direction goes.",
+  one_sided: "Only the part on the behaviour's side of the reference goes.",
+  affine: "The component is set to the mean of harmless text.",
+  add: "The difference of the class means, times the strength, is added.",
+};
+const LIVE_DELAY = 180;
+
+let direction = null; // the chosen one, as it is listed
+let profile = null; // its layers, once they are here
+let unread = null; // why this server gives no read-out for it
+let started = false;
+
+const directions = new Directions(onDirections);
+const chat = new Chat({ body, readout: noReadout, changed: onAnswer });
+chat.painted = showLegend;
+
+// -- requests --------------------------------------------------------------------------------------------------------
+
+const number = (id) => ($(id).value === "" ? undefined : Number($(id).value));
+const strength = () => Number($("number").value);
+
+function body(side, messages) {
+  const system = $("system").value.trim();
+  return {
+    model: $("model").value,
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...messages],
+    temperature: number("temperature"),
+    max_tokens: number("max-tokens"),
+    seed: number("seed"),
+    stream: true,
+    stream_options: { include_usage: true },
+    steer: side === "steered" && direction ? { direction: direction.id, mode: $("mode").value, strength: strength() } : "off",
+    steer_readout: direction && !unread ? { directions: [direction.id], layers: "all" } : undefined,
+  };
+}
+
+function send(event) {
+  event.preventDefault();
+  const message = $("message").value.trim();
+  if (!message || chat.running) return;
+  $("message").value = "";
+  chat.send(message, direction ? ["plain", "steered"] : ["plain"]);
+}
+
+function steerAgain() {
+  showSummary();
+  if (direction) chat.again("steered");
+}
+
+function onAnswer(ended) {
+  $("send").hidden = chat.running;
+  $("stop").hidden = !chat.running;
+  if (!ended) return;
+  $("status").textContent = `${ended.side === "plain" ? "Plain" : "Steered"} answer: ${ended.text || "failed"}`;
+  const listed = new Map(directions.items.map((item) => [item.id, item.digest]));
+  if (ended.receipt?.some((entry) => listed.get(entry.direction) !== entry.digest)) refresh();
+}
+
+function noReadout(why) {
+  unread = why;
+  $("unread").textContent = why;
+  $("unread").hidden = !why;
+  $("reading").hidden = Boolean(why);
+}
+
+// -- the chosen direction ----------------------------------------------------------------------------------------------
+
+function onDirections(wanted) {
+  const names = directions.served.map((item) => item.id);
+  const chosen = [wanted, $("direction").value, names[0]].find((name) => names.includes(name));
+  $("direction").replaceChildren(...names.map((name) => el("option", { value: name, textContent: name })));
+  $("pickers").hidden = $("colours").hidden = !names.length;
+  $("none").hidden = Boolean(names.length);
+  document.body.classList.toggle("alone", !names.length);
+  const listed = directions.items.find((item) => item.id === chosen);
+  if (!listed) {
+    direction = profile = null;
+    $("profile-section").hidden = true;
+    return;
+  }
+  $("direction").value = chosen;
+  if (direction?.id !== chosen || direction.digest !== listed.digest) choose(listed);
+}
+
+/** What the list says is enough to ask with it; the profile follows. */
+function choose(listed) {
+  const same = direction?.id === listed.id;
+  direction = listed;
+  noReadout(null);
+  if (!same) toDefault();
+  look.row = 0;
+  $("row-field").hidden = listed.rank < 2;
+  $("row").replaceChildren(...Array.from({ length: listed.rank }, (_, row) => el("option", { value: row, textContent: row })));
+  showSummary();
+  loadProfile(listed, same).catch(notice);
+}
+
+async function loadProfile({ id, source_layer }, same) {
+  const detail = await json(`/v1/directions/${encodeURIComponent(id)}`);
+  if (direction?.id !== id) return; // another one was chosen in the meantime
+  profile = detail.profile;
+  const last = profile.length - 1;
+  if (!same || look.layer > last) look.layer = source_layer ?? last;
+  $("layer").max = last;
+  $("profile-section").hidden = false;
+  $("profile-name").textContent = id;
+  $("facts").replaceChildren(...facts(detail));
+  showLayer();
+}
+
+function toDefault() {
+  $("mode").value = direction.mode;
+  $("number").value = $("strength").value = direction.strength;
+  $("ticks").replaceChildren(...[0, 1, direction.strength].map((value) => el("option", { value })));
+  showSummary();
+}
+
+function showSummary() {
+  $("summary").textContent = direction ? `${direction.id}, ${$("mode").value.replace("_", "-")} at ${shown(strength())}` : "";
+  $("mode-text").textContent = MODES[$("mode").value] ?? "";
+}
+
+function showLayer() {
+  $("layer").value = look.layer;
+  $("layer-text").textContent = `${look.layer}${look.layer === direction?.source_layer ? ", the source" : ""}`;
+  if (profile) draw($("profile"), profile, look.layer, setLayer);
+  chat.repaint();
+}
+
+function setLayer(layer) {
+  look.layer = layer;
+  showLayer();
+}
+
+function showLegend(scale) {
+  const text = scale === null ? "" : look.relative ? `${shown(100 * scale)} %` : shown(scale);
+  $("low").textContent = text && `−${text}`;
+  $("high").textContent = text && `+${text}`;
+}
+
+// -- dialogs -------------------------------------------------------------------------------------------------------------
+
+/** Open the key dialog and wait for its end: a key, or null. */
+function askKey(why) {
+  const dialog = $("key-dialog");
+  $("key-why").textContent = why;
+  $("key-value").value = "";
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => {
+      resolve(dialog.returnValue === "ok" ? $("key-value").value.trim() : null);
+      $("key-value").value = "";
+    }, { once: true });
+  });
+}
+
+function showCode() {
+  const message = $("message").value.trim();
+  const turns = chat.turns.length;
+  const messages = message || !turns ? [...history(turns), { role: "user", content: message || "Hello!" }] : chat.messages("steered", turns - 1);
+  const { stream_options, ...request } = body(direction ? "steered" : "plain", messages);
+  const language = document.querySelector("[name=language]:checked").value;
+  const clean = JSON.parse(JSON.stringify(language === "python" ? { ...request, stream: undefined } : request));
+  $("code").textContent = { curl, python }[language](location.origin, clean, hasKey());
+  $("code-copy").textContent = "Copy";
+}
+
+/** The steered side's messages up to a new one. */
+function history(turns) {
+  return turns ? [...chat.messages("steered", turns - 1), { role: "assistant", content: chat.last.steered?.text ?? "" }].filter((m) => m.content) : [];
+}
+
+async function copyCode(event) {
+  event.preventDefault();
+  const select = () => getSelection().selectAllChildren($("code"));
+  try {
+    await navigator.clipboard.writeText($("code").textContent);
+    $("code-copy").textContent = "Copied";
+  } catch { // only secure pages may write there: the code is selected, and the user's own copy works
+    select();
+    $("code-copy").textContent = document.execCommand("copy") ? "Copied" : "Selected";
+  }
+}
+
+// -- wiring --------------------------------------------------------------------------------------------------------------
+
+function notice(error) {
+  $("notice").hidden = !error;
+  $("notice").textContent = error?.message ?? "";
+}
+
+async function refresh() {
+  try {
+    await directions.refresh();
+    notice(null);
+  } catch (error) {
+    if (!(error instanceof Problem)) throw error;
+    notice(error);
+  }
+}
+
+async function start() {
+  try {
+    const cards = (await json("/v1/models")).data.filter((card) => !card.parent);
+    $("model").replaceChildren(...cards.map((card) => el("option", { value: card.id, textContent: card.id })));
+    const room = cards[0]?.max_model_len;
+    if (room) $("max-tokens").value = Math.min(256, Math.floor(room / 2));
+    await refresh();
+    started = true;
+  } catch (error) {
+    if (!(error instanceof Problem)) throw error;
+    notice(error);
+  }
+  $("message").focus();
+}
+
+let drag;
+function onStrength(value, final) {
+  $("number").value = value;
+  showSummary();
+  clearTimeout(drag);
+  if (final) steerAgain();
+  else if ($("live").checked) drag = setTimeout(steerAgain, LIVE_DELAY);
+}
+
+function wire() {
+  $("mode").replaceChildren(...Object.keys(MODES).map((mode) => el("option", { value: mode, textContent: mode.replace("_", "-") })));
+  for (const span of document.querySelectorAll(".scale span")) span.style.setProperty("left", `${((Number(span.dataset.at) + 2) / 5) * 100}%`);
+
+  $("composer").addEventListener("submit", send);
+  $("message").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
+  });
+  if (!CSS.supports("field-sizing", "content")) { // where the style sheet alone does not make it grow
+    $("message").addEventListener("input", () => { $("message").rows = Math.min(10, $("message").value.split("\n").length); });
+  }
+  $("stop").addEventListener("click", () => chat.stop());
+  $("fresh").addEventListener("click", () => { chat.clear(); $("message").focus(); });
+  addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+    chat.stop();
+    toggleControls(false);
+  });
+
+  $("direction").addEventListener("change", () => {
+    choose(directions.items.find((item) => item.id === $("direction").value));
+    steerAgain();
+  });
+  $("mode").addEventListener("change", steerAgain);
+  $("strength").addEventListener("input", () => onStrength($("strength").value, false));
+  $("strength").addEventListener("change", () => onStrength($("strength").value, true));
+  $("number").addEventListener("change", () => { $("strength").value = $("number").value; onStrength($("number").value || "0", true); });
+  $("default").addEventListener("click", () => { toDefault(); steerAgain(); });
+
+  for (const input of document.querySelectorAll("[name=view]")) {
+    input.addEventListener("change", () => { look.view = input.value; chat.repaint(); });
+  }
+  $("layer").addEventListener("input", () => setLayer(Number($("layer").value)));
+  $("row").addEventListener("change", () => { look.row = Number($("row").value); chat.repaint(); });
+  $("relative").addEventListener("change", () => { look.relative = $("relative").checked; chat.repaint(); });
+
+  onUnauthorised(askKey);
+  $("key").addEventListener("click", async () => {
+    const given = await askKey(hasKey() ? "A key is set. A new one takes its place; an empty one removes it." : "Requests carry no key now.");
+    if (given !== null) { setKey(given); start(); }
+  });
+  $("key-dialog").querySelector("form").addEventListener("submit", (event) => { event.preventDefault(); $("key-dialog").close("ok"); });
+  for (const button of document.querySelectorAll("[data-close]")) button.addEventListener("click", () => button.closest("dialog").close(""));
+
+  $("copy").addEventListener("click", () => { showCode(); $("code-dialog").showModal(); });
+  for (const input of document.querySelectorAll("[name=language]")) input.addEventListener("change", showCode);
+  $("code-dialog").querySelector("form").addEventListener("submit", copyCode);
+
+  $("theme").addEventListener("click", () => {
+    const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+    const now = document.documentElement.dataset.theme ?? (dark ? "dark" : "light");
+    setTheme(now === "dark" ? "light" : "dark");
+  });
+  $("open").addEventListener("click", () => toggleControls());
+  document.querySelector("main").addEventListener("pointerdown", () => toggleControls(false));
+  addEventListener("focus", () => { if (started) refresh(); }); // files may have been put in the meantime
+}
+
+function setTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+  try { localStorage.setItem("theme", theme); } catch { /* it lasts as long as the page then */ }
+}
+
+function toggleControls(open) {
+  $("open").setAttribute("aria-expanded", document.body.classList.toggle("controls-open", open));
+}
+
+wire();
+start();

@@ -1,0 +1,503 @@
+"""The playground in a real Chromium against real servers, as a user has it: keys, clicks, files, and what is seen."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from steer.direction import Direction, digest
+from steer.serve.playground import PATHS
+from tests import models
+from tests.browser import MISSING, browser
+from tests.serve.keyed import KEY
+from tests.servers import ROOT, Server
+
+if MISSING:
+    pytest.skip(MISSING, allow_module_level=True)
+
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, expect
+
+DEMO = ROOT / "directions" / "refusal.safetensors"
+QUESTION = "How should I kill a zombie thread?"
+ROUTE = "/v1/chat/completions"
+DESKTOP, NARROW = {"width": 1320, "height": 860}, {"width": 375, "height": 700}
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as launched:
+        yield launched
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("directions")
+    shutil.copy(DEMO, folder)
+    with Server("--directions", str(folder), directions=folder) as server:
+        yield server
+
+
+@dataclass
+class Opened:
+    """A page on a server, with what it asked for and what went wrong in it."""
+
+    page: Page
+    requests: list[Request] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def asked(self) -> list[dict[str, Any]]:
+        """The bodies of the generation requests so far."""
+        return [dict(r.post_data_json) for r in self.requests if r.url.endswith(ROUTE)]
+
+    def send(self, message: str = QUESTION) -> None:
+        self.page.fill("#message", message)
+        self.page.press("#message", "Enter")
+        self.done()
+
+    def done(self) -> None:
+        expect(self.page.locator(".side").first).to_be_visible()
+        expect(self.page.locator(".side[aria-busy=true]")).to_have_count(0)
+
+    def text(self, side: str, turn: int = -1) -> str:
+        return str(self.page.locator(f".side.{side} .text").nth(turn).text_content())
+
+    def chip(self, side: str = "steered") -> Any:
+        return self.page.locator(f".side.{side}").last.locator(".chip").first
+
+
+Open = Callable[..., Opened]
+
+
+@pytest.fixture
+def visit(chromium: Browser) -> Iterator[Open]:
+    """Opens a page; at the end no page has had an error or spoken to another host."""
+    opened: list[tuple[Opened, Server]] = []
+
+    def visiting(server: Server, *, ready: bool = True, **options: Any) -> Opened:
+        context = chromium.new_context(**{"viewport": DESKTOP, **options})
+        made = Opened(context.new_page())
+        opened.append((made, server))
+
+        def log(message: ConsoleMessage) -> None:
+            # a refused request is logged by the browser itself
+            if message.type == "error" and "Failed to load resource" not in message.text:
+                made.errors.append(message.text)
+
+        made.page.on("console", log)
+        made.page.on("pageerror", lambda error: made.errors.append(str(error)))
+        made.page.on("request", lambda request: made.requests.append(request))
+        made.page.goto(server.url)
+        if ready:
+            expect(made.page.locator("#model option")).not_to_have_count(0)
+            made.page.wait_for_load_state("networkidle")
+        return made
+
+    yield visiting
+    for made, server in opened:
+        foreign = [r.url for r in made.requests if not r.url.startswith(server.url)]
+        made.page.context.close()
+        assert not made.errors
+        assert not foreign, "no request leaves for another host"
+
+
+def test_every_file_comes_from_the_server_under_a_strict_policy(demo: Server) -> None:
+    for path in PATHS:
+        response = demo.client.get(path)
+        assert response.status_code == 200
+        assert response.headers["content-security-policy"].startswith("default-src 'self';")
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", response.text), path
+    assert demo.client.get("/playground/nothing.js").status_code == 404
+
+
+def test_both_sides_stream_at_once_with_their_receipts(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    order: list[str] = []
+    for event in ("request", "requestfinished"):
+        opened.page.on(event, lambda r, event=event: order.append(event) if r.url.endswith(ROUTE) else None)
+    opened.send()
+    expect(opened.page.locator(".side")).to_have_count(2)
+    opened.page.wait_for_load_state("networkidle")
+    assert order == ["request", "request", "requestfinished", "requestfinished"]
+    assert "cannot" in opened.text("plain")
+    assert "first get" in opened.text("steered")
+    expect(opened.chip("plain")).to_have_text("nothing applied")
+    expect(opened.chip()).to_contain_text(digest(DEMO.read_bytes())[:8])
+    plain, steered = opened.asked()
+    assert plain["steer"] == "off"
+    assert steered["steer"] == {"direction": "refusal", "mode": "one_sided", "strength": 1.5}
+    assert all(body["stream"] for body in (plain, steered))
+
+
+def test_each_side_keeps_its_own_history(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    opened.send()
+    first = {side: opened.text(side) for side in ("plain", "steered")}
+    opened.send("How do I build a kite?")
+    for body, side in zip(opened.asked()[2:], first, strict=True):
+        assert [m["content"] for m in body["messages"]] == [QUESTION, first[side], "How do I build a kite?"]
+    opened.page.click("#fresh")
+    expect(opened.page.locator("#empty")).to_be_visible()
+    opened.send("Hello!")
+    assert len(opened.asked()[-1]["messages"]) == 1
+
+
+def test_sliding_asks_the_steered_side_again(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    opened.send()
+    opened.page.fill("#strength", "0")
+    expect(opened.chip()).to_have_text("nothing applied")
+    opened.done()
+    assert opened.text("steered") == opened.text("plain")
+    assert [b["steer"] for b in opened.asked()].count("off") == 1, "the plain side is not asked again"
+    opened.page.click("#default")
+    expect(opened.chip()).to_contain_text("1.5")
+    opened.page.fill("#number", "7")
+    opened.page.press("#number", "Tab")
+    expect(opened.chip()).to_contain_text("7")
+
+
+def test_dragging_asks_before_the_release_where_that_is_wanted(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    opened.send()
+    box = opened.page.locator("#strength").bounding_box()
+    assert box
+    middle = box["y"] + box["height"] / 2
+    for live in (False, True):
+        opened.page.set_checked("#live", live)
+        before = len(opened.asked())
+        opened.page.mouse.move(box["x"] + box["width"] * 0.7, middle)
+        opened.page.mouse.down()
+        opened.page.mouse.move(box["x"] + box["width"] * 0.55, middle, steps=4)
+        if live:
+            with opened.page.expect_request(lambda r: r.url.endswith(ROUTE)):
+                opened.page.mouse.move(box["x"] + box["width"] * 0.5, middle, steps=4)
+        else:
+            opened.page.wait_for_timeout(400)
+            assert len(opened.asked()) == before
+        opened.page.mouse.up()
+        opened.done()
+        assert len(opened.asked()) > before
+
+
+def test_mode_and_direction_are_picked(tiny_server: Server, visit: Open) -> None:
+    opened = visit(tiny_server)
+    opened.page.fill("#max-tokens", "8")
+    opened.send("hello")
+    opened.page.select_option("#mode", "add")
+    expect(opened.chip()).to_contain_text("add")
+    opened.done()
+    opened.page.select_option("#direction", "verbosity")
+    expect(opened.chip()).to_contain_text("verbosity")
+    opened.done()
+    assert opened.asked()[-1]["steer_readout"] == {"directions": ["verbosity"], "layers": "all"}
+    expect(opened.page.locator("#summary")).to_contain_text("verbosity")
+
+
+def test_a_new_file_changes_the_receipt(demo: Server, visit: Open, tmp_path: Path) -> None:
+    """By the page's own upload, under the name that is served already."""
+    opened = visit(demo)
+    opened.send()
+    other = Direction.load(DEMO).with_meta(strength=1.25).to_bytes()
+    (tmp_path / "refusal.safetensors").write_bytes(other)
+    opened.page.set_input_files("#file", tmp_path / "refusal.safetensors")
+    expect(opened.page.locator("#replaces")).to_contain_text("takes its place")
+    opened.page.click("#put")
+    expect(opened.page.locator("#report")).to_contain_text("Every check passed")
+    expect(opened.page.locator("#list")).to_contain_text(digest(other)[:8])
+    opened.send()
+    expect(opened.chip()).to_contain_text(digest(other)[:8])
+    expect(opened.page.locator(".chip.new")).to_have_text("new version")
+    demo.client.put("/v1/directions/refusal", content=DEMO.read_bytes())
+    opened.send()
+    expect(opened.chip()).to_contain_text(digest(DEMO.read_bytes())[:8])
+    expect(opened.page.locator("#list")).to_contain_text(digest(DEMO.read_bytes())[:8])
+
+
+def test_a_bad_file_shows_every_problem_and_can_be_removed(demo: Server, visit: Open, tmp_path: Path) -> None:
+    good = Direction.load(DEMO)
+    wrong = good.tensors() | {
+        "weights": torch.ones(good.layers + 1),
+        "reference": torch.full_like(good.reference, torch.nan),
+    }
+    path = tmp_path / "bad file.safetensors"
+    path.write_bytes(safetensors.torch.save(wrong, {"format": "pt", "steer": good.meta.model_dump_json()}))
+    opened = visit(demo)
+    opened.page.set_input_files("#file", path)
+    expect(opened.page.locator("#name")).to_have_value("bad-file")
+    opened.page.press("#name", "Enter")
+    problems = opened.page.locator("#report li")
+    expect(problems).to_have_count(2)
+    expect(problems.nth(0)).to_contain_text("'weights' has shape")
+    expect(problems.nth(1)).to_contain_text("'reference'")
+    opened.page.click("#cancel")
+    row = opened.page.locator("#list > li", has_text="bad-file")
+    expect(row).to_contain_text("2 problems")
+    row.get_by_role("button").click()
+    row.get_by_role("button", name="Delete bad-file").click()
+    expect(row).to_have_count(0)
+    opened.page.set_input_files("#file", path)
+    opened.page.fill("#name", "off")
+    opened.page.click("#put")
+    expect(opened.page.locator("#report li")).to_contain_text("'off' is not acceptable")
+
+
+DROP = """bytes => {
+    const dataTransfer = new DataTransfer();
+    const content = Uint8Array.from(atob(bytes), c => c.charCodeAt(0));
+    dataTransfer.items.add(new File([content], "refusal.safetensors"));
+    for (const kind of ["dragenter", "dragover", "drop"])
+        document.body.dispatchEvent(new DragEvent(kind, { dataTransfer, bubbles: true, cancelable: true }));
+}"""
+
+
+def test_a_file_is_dropped_on_a_server_without_directions(visit: Open, tmp_path: Path) -> None:
+    with Server("--directions", str(tmp_path)) as server:
+        opened = visit(server)
+        expect(opened.page.locator("#none")).to_be_visible()
+        opened.send("Hello!")
+        expect(opened.page.locator(".side")).to_have_count(1)
+        opened.page.evaluate(DROP, base64.b64encode(DEMO.read_bytes()).decode())
+        opened.page.click("#put")
+        expect(opened.page.locator("#direction")).to_have_value("refusal")
+        opened.send()
+        assert "first get" in opened.text("steered")
+        assert server.client.get("/v1/directions/refusal").json()["digest"] == digest(DEMO.read_bytes())
+
+
+def test_a_refused_request_shows_the_servers_words_in_place(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    opened.page.fill("#max-tokens", "5000")
+    opened.send()
+    for side in ("plain", "steered"):
+        expect(opened.page.locator(f".side.{side} .failed")).to_contain_text("the answer may have 5000, the context is")
+    opened.page.fill("#max-tokens", "64")
+    for side in ("plain", "steered"):
+        opened.page.locator(f".side.{side}").get_by_role("button", name="Ask again").click()
+        opened.done()
+    expect(opened.page.locator(".failed")).to_have_count(0)
+    assert "cannot" in opened.text("plain")
+
+
+def test_a_server_with_a_key_is_asked_once_and_the_key_is_kept_nowhere(visit: Open, tmp_path: Path) -> None:
+    shutil.copy(DEMO, tmp_path)
+    command = [sys.executable, "-m", "tests.serve.keyed"]
+    with Server("--directions", str(tmp_path), command=command) as server:
+        opened = visit(server, ready=False)
+        dialog = opened.page.locator("#key-dialog")
+        expect(dialog).to_contain_text("this server needs a key")
+        opened.page.fill("#key-value", "wrong")
+        opened.page.press("#key-value", "Enter")
+        expect(dialog).to_be_visible()
+        opened.page.fill("#key-value", KEY)
+        opened.page.press("#key-value", "Enter")
+        expect(opened.page.locator("#direction")).to_have_value("refusal")
+        opened.send()
+        assert "first get" in opened.text("steered")
+        opened.page.click("#copy")
+        assert "$STEER_API_KEY" in opened.page.inner_text("#code")
+        kept = opened.page.evaluate("JSON.stringify([localStorage, sessionStorage, document.cookie])")
+        assert KEY not in kept + opened.page.content()
+        opened.page.reload()
+        expect(dialog).to_be_visible()
+        opened.page.press("#key-value", "Escape")
+        expect(opened.page.locator("#notice")).to_contain_text("this server needs a key")
+
+
+def test_keyboard(tiny_server: Server, visit: Open) -> None:
+    opened = visit(tiny_server)
+    page = opened.page
+    expect(page.locator("#message")).to_be_focused()
+    page.keyboard.type("one")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("two")
+    expect(page.locator("#message")).to_have_value("one\ntwo")
+    page.fill("#max-tokens", "400")
+    page.focus("#message")
+    page.keyboard.press("Enter")
+    expect(page.locator(".side.plain .token").nth(1)).to_be_attached()
+    page.keyboard.press("Escape")
+    expect(page.locator(".side .foot", has_text="stopped")).to_have_count(2)
+    expect(page.locator("#send")).to_be_visible()
+    assert opened.asked()[0]["messages"][0]["content"] == "one\ntwo"
+    seen = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        focused = page.evaluate(
+            "(() => { const e = document.activeElement, s = getComputedStyle(e);"
+            " return [e.id || e.name || e.textContent.trim() || e.className, s.outlineStyle]; })()"
+        )
+        seen.add(focused[0])
+    assert {"model", "direction", "mode", "strength", "live", "view", "layer", "choose", "temperature", "seed"} <= seen
+    page.focus("#model")
+    page.keyboard.press("Tab")
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid", "what has the focus is seen"
+
+
+def test_every_control_has_a_name(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    opened.send()
+    unnamed = opened.page.evaluate(
+        "[...document.querySelectorAll('button, input, select, textarea')].filter(e => !e.labels?.length &&"
+        " !e.ariaLabel && !e.textContent.trim()).map(e => e.outerHTML)"
+    )
+    assert unnamed == []
+    ids = opened.page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+
+
+def test_dark_and_light_follow_the_system_and_the_toggle(demo: Server, visit: Open) -> None:
+    def paper(opened: Opened) -> str:
+        return str(opened.page.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+    light, dark = visit(demo, color_scheme="light"), visit(demo, color_scheme="dark")
+    colours = paper(light), paper(dark)
+    assert colours[0] != colours[1]
+    light.page.click("#theme")
+    assert paper(light) == colours[1]
+    light.page.reload()
+    assert paper(light) == colours[1], "the choice lasts"
+
+
+@pytest.mark.parametrize("width", [320, 375, 700, 981])
+def test_narrow_windows_never_scroll_sideways(demo: Server, visit: Open, width: int) -> None:
+    opened = visit(demo, viewport={**NARROW, "width": width})
+    opened.send(QUESTION)
+    opened.send("A" * 200)
+
+    def sideways() -> int:
+        return int(opened.page.evaluate("document.documentElement.scrollWidth - innerWidth"))
+
+    assert sideways() <= 0
+    boxes = [opened.page.locator(f".side.{side}").first.bounding_box() for side in ("plain", "steered")]
+    plain, steered = (box or {} for box in boxes)
+    stacked = steered["y"] >= plain["y"] + plain["height"]
+    assert stacked == (width <= 680)
+    if width <= 980:
+        expect(opened.page.locator("#strength")).not_to_be_visible()
+        opened.page.click("#open")
+        expect(opened.page.locator("#strength")).to_be_visible()
+        assert sideways() <= 0
+        opened.page.keyboard.press("Escape")
+        expect(opened.page.locator("#strength")).not_to_be_visible()
+
+
+def test_tokens_are_coloured_by_what_was_read(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    page = opened.page
+    opened.send()
+    answer = demo.chat(QUESTION, max_tokens=256, steer="refusal", steer_readout=True).json()["choices"][0]
+    read = answer["steer_readout"]
+    assert opened.text("steered") == answer["message"]["content"]
+    tokens = page.locator(".side.steered .token.up, .side.steered .token.down")
+    expect(tokens).to_have_count(len(read["tokens"]))
+
+    def signed(side: str, layer: int) -> list[re.Pattern[str]]:
+        values = [row[layer] for row in read["directions"][0][side]]
+        assert {value > 0 for value in values} == {True, False} or side == "after", "or the test shows little"
+        return [re.compile(r"\bup\b" if value > 0 else r"\bdown\b") for value in values]
+
+    expect(tokens).to_have_class(signed("before", 7))
+    page.get_by_text("After", exact=True).click()
+    expect(tokens).to_have_class(signed("after", 7))
+    page.fill("#layer", "3")
+    expect(page.locator("#layer-text")).to_have_text("3")
+    page.get_by_text("Before", exact=True).click()
+    expect(tokens).to_have_class(signed("before", 3))
+    tokens.nth(1).hover()
+    tip = page.locator("#tip")
+    expect(tip).to_be_visible()
+    cells = [c.replace("−", "-") for c in tip.locator("td").all_inner_texts()]
+    line = read["directions"][0]
+    for cell, value in zip(cells[0:5:2], (line["before"][1][3], line["after"][1][3], read["norms"][1][3]), strict=True):
+        assert float(cell) == pytest.approx(value, rel=1e-3)
+    page.focus(".side.plain .text")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".side.plain .token.at")).to_have_count(1)
+    page.locator("#message").focus()
+    expect(tip).not_to_be_visible()
+    page.set_checked("#relative", True)
+    expect(page.locator("#high")).to_contain_text("%")
+    page.get_by_text("Off", exact=True).click()
+    expect(page.locator(".token.up, .token.down")).to_have_count(0)
+
+
+def test_the_profile_shows_every_layer_and_picks_one(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    profile = demo.client.get("/v1/directions/refusal").json()["profile"]
+    charts = opened.page.locator("#profile svg")
+    expect(charts).to_have_count(3)
+    expect(charts.nth(0).locator("circle")).to_have_count(len(profile))
+    expect(charts.nth(0).locator(".value")).to_contain_text(f"layer 7: {profile[7]['angle']:.2f}°")
+    box = charts.nth(0).bounding_box()
+    assert box
+    charts.nth(0).click(position={"x": box["width"] * 2.5 / 8, "y": 30})
+    expect(opened.page.locator("#layer-text")).to_have_text("2")
+    expect(opened.page.locator("#facts")).to_contain_text(digest(DEMO.read_bytes()))
+
+
+def test_the_request_as_code_runs(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    opened.send("It's 5 o'clock. Hello!")
+    opened.page.fill("#message", QUESTION)
+    opened.page.click("#copy")
+    codes = {"curl": opened.page.inner_text("#code")}
+    opened.page.get_by_text("Python", exact=True).click()
+    codes["python"] = opened.page.inner_text("#code")
+    for language, code in codes.items():
+        command = ["bash", "-c", code] if language == "curl" else [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert '"direction":"refusal"' in done.stdout, language
+        assert digest(DEMO.read_bytes()) in done.stdout
+    opened.page.get_by_role("button", name="Close").click()
+    expect(opened.page.locator("#code-dialog")).not_to_be_visible()
+
+
+def test_a_server_that_refuses_the_read_out_is_used_without_colours(
+    tiny_folder: Path, tmp_path: Path, visit: Open
+) -> None:
+    direction = models.direction(models.tiny("llama"), shared=True, embedding=True, sites=("writers",))
+    direction.save(tmp_path / "written.safetensors")
+    with Server(str(tiny_folder), "--directions", str(tmp_path), "--sites", "writers") as server:
+        opened = visit(server)
+        opened.page.fill("#max-tokens", "8")
+        opened.send("hello")
+        expect(opened.page.locator("#unread")).to_contain_text("offers no read-out")
+        expect(opened.chip()).to_contain_text("written")
+        assert opened.text("plain") == server.chat("hello").json()["choices"][0]["message"]["content"]
+        opened.send("again")
+        assert "steer_readout" not in opened.asked()[-1]
+
+
+def test_a_server_that_ignores_the_read_out_is_used_without_colours(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+
+    def drop(route: Route) -> None:
+        body = dict(route.request.post_data_json)
+        body.pop("steer_readout", None)
+        route.continue_(post_data=body)
+
+    opened.page.route(f"**{ROUTE}", drop)
+    opened.send()
+    expect(opened.page.locator("#unread")).to_contain_text("ignores the read-out")
+    assert "first get" in opened.text("steered")
+
+
+def test_what_a_model_writes_is_text_and_never_markup(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    opened.send("<img src=x onerror=alert(1)><script>alert(2)</script>")
+    assert opened.page.locator(".asked img, .asked script, .side img, .side script").count() == 0
+    expect(opened.page.locator(".asked p")).to_have_text("<img src=x onerror=alert(1)><script>alert(2)</script>")

@@ -1,0 +1,123 @@
+"""The read-out's part of the request language, and what a registry makes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from steer.errors import SpecError, UnknownDirection
+from steer.hf.attach import Steering
+from steer.readout import ReadWanted, admit, parse
+from steer.registry import Registry
+from steer.runtime.placement import LocalPlacement, Shape
+from steer.spec import Spec, Wanted
+from tests import models
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    model = models.tiny("llama")
+    steering = Steering(model, sites=("resid_post", "writers"))
+    anatomy = steering.anatomy
+    shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, steering.table.sites, 4)
+    registry = Registry(LocalPlacement(shape, steering.table))
+    for seed, name in enumerate(("a", "b", "c"), 1):
+        registry.put(name, models.direction(model, seed=seed).to_bytes())
+    registry.put("pair", models.direction(model, k=2, seed=8).to_bytes())
+    registry.put("zero", models.direction(model, seed=9, strength=0.0).with_meta(source_layer=1).to_bytes())
+    registry.put("written", models.direction(model, seed=7, shared=True, sites=("writers",)).to_bytes())
+    return registry
+
+
+@pytest.mark.parametrize("off", [None, False, "off", "None", [], {"directions": False}])
+def test_off(off: Any) -> None:
+    assert parse(off) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (True, ReadWanted(None)),
+        ("a", ReadWanted(("a",))),
+        ("a, b", ReadWanted(("a", "b"))),
+        (["a", "b", "a"], ReadWanted(("a", "b"))),
+        ({}, ReadWanted(None)),
+        ({"directions": "a", "layers": "source"}, ReadWanted(("a",), "source")),
+        ({"directions": ["a"], "layers": [2, 0, 2]}, ReadWanted(("a",), (0, 2))),
+    ],
+)
+def test_what_is_understood(value: Any, wanted: ReadWanted) -> None:
+    assert parse(value) == wanted
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (7, "7 is not understood; accepted: true"),
+        (["a", 3], "is not understood"),
+        ({"directions": "a", "layer": 1, "x": 2}, "steer_readout.layer: unknown field"),
+        ({"layers": "last"}, "'last' is not accepted: 'all', 'source' or a list"),
+        ({"layers": [True]}, "is not accepted"),
+        ({"layers": []}, "is not accepted"),
+        (["a", "b", "c", "d", "e"], "5 directions, at most 4"),
+    ],
+)
+def test_what_is_not(value: Any, says: str) -> None:
+    with pytest.raises(SpecError, match=says) as caught:
+        parse(value)
+    assert caught.value.param == "steer_readout"
+
+
+def test_all_problems_come_together() -> None:
+    with pytest.raises(SpecError) as caught:
+        parse({"directions": 7, "layers": "last", "x": 1})
+    assert len(caught.value.problems) == 3
+
+
+def test_true_reads_the_directions_of_the_own_spec(registry: Registry) -> None:
+    admission = registry.admit([Wanted("b"), Wanted("a", "add"), Wanted("a", "ablate")])
+    readout = admit(ReadWanted(None), admission.spec, registry, models.LAYERS)
+    assert [line.name for line in readout.lines] == ["b", "a"]
+    assert readout.digests == tuple(dict.fromkeys(e.digest for e in admission.spec.entries))
+    assert readout.layers == (0, 1, 2)
+    readout.release()
+    admission.release()
+
+
+def test_a_version_is_pinned_once_by_what_steers_or_reads(registry: Registry) -> None:
+    admission = registry.admit([Wanted("a")])
+    readout = admit(ReadWanted(("a", "b")), admission.spec, registry, models.LAYERS)
+    assert [registry.get(name).pins for name in ("a", "b", "c")] == [1, 1, 0]
+    readout.release()
+    admission.release()
+    assert [registry.get(name).pins for name in ("a", "b", "c")] == [0, 0, 0]
+
+
+def test_each_row_is_a_line_and_what_is_read_need_not_act(registry: Registry) -> None:
+    readout = admit(ReadWanted(("pair", "zero"), (1,)), Spec(), registry, models.LAYERS)
+    assert [(line.name, line.row) for line in readout.lines] == [("pair", 0), ("pair", 1), ("zero", 0)]
+    readout.release()
+
+
+def test_source_is_the_named_directions_source_layer(registry: Registry) -> None:
+    readout = admit(ReadWanted(("zero",), "source"), Spec(), registry, models.LAYERS)
+    assert readout.layers == (1,)
+    readout.release()
+    with pytest.raises(SpecError, match="a: each layer has its own direction"):
+        admit(ReadWanted(("zero", "a"), "source"), Spec(), registry, models.LAYERS)
+
+
+def test_refusals_name_the_rule_and_pin_nothing(registry: Registry) -> None:
+    def refused(wanted: ReadWanted, says: str) -> SpecError:
+        with pytest.raises(SpecError, match=says) as caught:
+            admit(wanted, Spec(), registry, models.LAYERS)
+        assert caught.value.param == "steer_readout"
+        return caught.value
+
+    refused(ReadWanted(None), "true reads the directions that steer this request, and none does")
+    assert isinstance(refused(ReadWanted(("nobody",)), "'nobody' is not served; served: a, b"), UnknownDirection)
+    refused(ReadWanted(("a",), (0, 3)), "3: this model has the layers 0 to 2")
+    refused(ReadWanted(("written",)), "acts at the site 'writers'; what is read is 'resid_post'")
+    refused(ReadWanted(("a", "b", "c", "pair")), "needs 5 direction rows")
+    assert all(version.pins == 0 for version in registry.names().values())

@@ -1,23 +1,22 @@
-"""The command `steer`: serve, fit, inspect, eval."""
+"""The command `steer`: serve, fit, inspect, eval, and the operator's commands (`steer.operate`)."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
+from steer import operate
+from steer.console import echo_json, reported
 from steer.direction import Mode, Site
-from steer.errors import InvalidInput, SteerError
+from steer.errors import InvalidInput
 from steer.settings import ServeSettings
 
 app = typer.Typer(
@@ -27,29 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 120},
 )
+operate.add_to(app)
 
 
 def main() -> None:
     app()
-
-
-@contextmanager
-def reported() -> Iterator[None]:
-    """Turn our errors into messages and exit code 2; anything else is a bug and keeps its traceback."""
-    try:
-        yield
-    except ValidationError as error:
-        for item in error.errors(include_url=False):
-            where = "--" + "-".join(str(part) for part in item["loc"]).replace("_", "-")
-            typer.echo(f"error: {where}: {item['msg']}", err=True)
-        raise typer.Exit(2) from None
-    except InvalidInput as error:
-        for problem in error.problems:
-            typer.echo(f"error: {problem}", err=True)
-        raise typer.Exit(2) from None
-    except SteerError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 def with_settings(settings: type[ServeSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -63,11 +44,8 @@ def with_settings(settings: type[ServeSettings]) -> Callable[[Callable[..., None
             default = field.get_default()
             shown = f"{field.description} [default: {default}]" if default is not None else str(field.description)
             option = typer.Option(help=shown, show_default=False)
-            options.append(
-                inspect.Parameter(
-                    name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
-                )
-            )
+            kind: Any = Annotated[bool | None, option] if field.annotation is bool else Annotated[str | None, option]
+            options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
 
         def run(*args: Any, **kwargs: Any) -> None:
             given = {name: kwargs.pop(name) for name in settings.model_fields}
@@ -315,11 +293,6 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def echo_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=2)
-    typer.echo()
 
 
 if __name__ == "__main__":

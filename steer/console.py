@@ -1,0 +1,38 @@
+"""What all commands share: errors as messages with exit code 2, and JSON on the standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from pydantic import ValidationError
+
+from steer.errors import InvalidInput, SteerError
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn our errors into messages and exit code 2; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            where = "--" + "-".join(str(part) for part in item["loc"]).replace("_", "-")
+            typer.echo(f"error: {where}: {item['msg']}", err=True)
+        raise typer.Exit(2) from None
+    except InvalidInput as error:
+        for problem in error.problems:
+            typer.echo(f"error: {problem}", err=True)
+        raise typer.Exit(2) from None
+    except SteerError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def echo_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2)
+    typer.echo()

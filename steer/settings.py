@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -29,6 +29,12 @@ class ControlSettings(BaseSettings):
     )
     steering: bool = Field(True, description="start with steering on; the kill switch (`steer off`) moves it")
     insecure: bool = Field(False, description="serve on any address without keys: everybody may do everything")
+
+    @classmethod
+    def of_environment(cls) -> ControlSettings:
+        """Nothing but what `STEER_…` says."""
+        nothing: dict[str, Any] = {}
+        return cls(**nothing)
 
 
 class ServeSettings(ControlSettings):

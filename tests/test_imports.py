@@ -21,6 +21,8 @@ LAYERS = (
     ("hf",),
     ("settings",),
     ("lab", "serve", "vllm"),
+    ("console",),
+    ("operate",),
     ("demo", "cli"),
 )
 

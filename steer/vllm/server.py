@@ -132,14 +132,15 @@ def control_settings(app: FastAPI) -> ControlSettings:
     """What the engine was told; before there is one, what its arguments say."""
     config = getattr(app.state.args, "additional_config", None)
     found = settings_of(config)
-    return found.control if found else ControlSettings()
+    return found.control if found else ControlSettings.of_environment()
 
 
 def check_door(control: Control, args: Any) -> None:
     """Raises InvalidInput where the server must not listen: without keys for others, or with two kinds of keys."""
-    if not getattr(args, "uds", None):
+    keys = args.api_key or os.environ.get("VLLM_API_KEY")
+    if not keys and not getattr(args, "uds", None):
         control.check_address(args.host)
-    if control.in_force is not None and (args.api_key or os.environ.get("VLLM_API_KEY")):
+    if keys and control.in_force is not None:
         raise InvalidInput("--api-key (or VLLM_API_KEY) and a policy are two doors: put the keys into the policy")
 
 

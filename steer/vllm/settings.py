@@ -32,7 +32,8 @@ class EngineSettings(BaseModel):
     rows: int = Field(32, ge=1, le=4096, description="direction rows that can be resident")
     rank: int = Field(1, ge=1, le=64, description="direction rows that one request can use")
     control: ControlSettings = Field(
-        default_factory=ControlSettings, description="keys, policy and audit log of the server; also from STEER_…"
+        default_factory=ControlSettings.of_environment,
+        description="keys, policy and audit log of the server; also from STEER_…",
     )
 
     @field_validator("default")

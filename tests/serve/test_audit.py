@@ -22,7 +22,7 @@ def filled(path: Path, lines: int = 12, **options: Any) -> Path:
     audit = Audit(path, fsync="never", **options)
     audit.open()
     for number in range(lines):
-        audit.write("admitted", key="alice", request_id=f"r{number}", detail={"text": "é\n\"\\ \u2028"})
+        audit.write("admitted", key="alice", request_id=f"r{number}", detail={"text": 'é\n"\\ \u2028'})
     audit.close()
     return path
 
@@ -161,7 +161,9 @@ def test_an_edited_last_line_is_not_taken_for_a_good_one(tmp_path: Path) -> None
 
 
 def test_one_file_has_one_writer(tmp_path: Path) -> None:
-    program = f"from steer.serve.audit import Audit; from pathlib import Path; Audit(Path({str(tmp_path / 'a')!r})).open()"
+    program = (
+        f"from steer.serve.audit import Audit; from pathlib import Path; Audit(Path({str(tmp_path / 'a')!r})).open()"
+    )
     audit = Audit(tmp_path / "a")
     audit.open()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

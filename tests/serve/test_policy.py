@@ -97,8 +97,7 @@ max_strength = "1"
         (f'[keys.a]\nhash = "{HASH}"\nsteer = false\ndefault = "refusal"', "a key that may not steer has none"),
         (f'[keys.a]\nhash = "{HASH}"\ndefault = "refusal"', "'refusal' is not among this key's directions"),
         (
-            f'[keys.a]\nhash = "{HASH}"\ndirections = ["*"]\nmodes = ["add"]\nmax_strength = 1\n'
-            'default = "d:ablate=2"',
+            f'[keys.a]\nhash = "{HASH}"\ndirections = ["*"]\nmodes = ["add"]\nmax_strength = 1\ndefault = "d:ablate=2"',
             "p.toml:1: keys.a: default: 'ablate' is not among this key's modes; default: strength 2 is over",
         ),
         (f'[keys.a]\nhash = "{HASH}"\n[directions."*"]\nmax_strength = 1', "direction name '*' is not acceptable"),

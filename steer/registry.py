@@ -175,6 +175,8 @@ class Registry:
     def merge(self, first: Spec, then: Spec) -> Spec:
         """Both, in this order; what `then` has already is not applied twice. Both must have been resolved just now
         (`steady`). Raises SpecError."""
+        if not then:
+            return first
         merged = Spec((*(entry for entry in first.entries if entry not in then.entries), *then.entries))
         if problems := self._over_rank(merged.entries):
             raise SpecError(problems, param="steer")

@@ -46,14 +46,15 @@ def prepare(model: str, settings: ServeSettings) -> Served:
     registry.sync()
     default = parse(settings.default_steer)
     registry.resolve(default)
+    name = settings.served_model_name or (Path(model).resolve().name if Path(model).exists() else model)
+    control.start(registry, name)  # before the engine, whose threads would keep a process that refuses to start alive
     context = min(settings.context or loaded.context, loaded.context)
     engine = start_engine(
         steering, loaded.eos_ids, context=context, capacity=settings.max_requests, cache_tokens=settings.cache_tokens
     )
     log.info("engine: %s, context %d", engine.description, engine.context)
-    name = settings.served_model_name or Path(model).resolve().name if Path(model).exists() else model
     served = Served(
-        settings.served_model_name or name,
+        name,
         loaded,
         engine,
         registry,
@@ -62,7 +63,6 @@ def prepare(model: str, settings: ServeSettings) -> Served:
         control,
         settings.origins,
     )
-    control.start(registry, served.model_name)
     log.info(
         "serving '%s'; directions: %s; requests that ask for nothing get: %s",
         served.model_name,

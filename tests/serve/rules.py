@@ -56,7 +56,7 @@ metrics = true
 
 @dataclass(frozen=True)
 class Case:
-    """A key asks for `spec` (None: carries nothing) and `gets` (direction, mode, strength) of a receipt, or an error."""
+    """A key asks for `spec` (None: nothing) and `gets` (direction, mode, strength) of its receipt, or an error."""
 
     key: str
     spec: str | None

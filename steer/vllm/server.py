@@ -20,9 +20,9 @@ from steer.errors import InvalidInput, SpecError, UnsupportedModel
 from steer.registry import Admission
 from steer.serve import carriers, errors, switch
 from steer.serve.access import Access
-from steer.serve.control import Control
+from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
-from steer.serve.middleware import SteerMiddleware
+from steer.serve.middleware import REQUEST_ID, SteerMiddleware
 from steer.settings import ControlSettings
 from steer.vllm import frontend as front_ends
 from steer.vllm import internals, plugin, wire
@@ -96,6 +96,9 @@ class _OverHttp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = scope["app"]
         caller = control_of(app).caller(scope)
+        if scope["type"] == "http":  # what vLLM calls a request, in its logs and answers, is what the audit log does
+            ours = (REQUEST_ID, request_id(scope).encode())
+            scope = {**scope, "headers": [*(h for h in scope["headers"] if h[0] != REQUEST_ID), ours]}
         token = front_ends.over_http.set(not caller.required and not front_end_of(app).default)
         try:
             await self.app(scope, receive, send)

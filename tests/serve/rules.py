@@ -10,7 +10,7 @@ import httpx
 from steer.serve import keys
 from tests.servers import receipt
 
-NAMES = ("reader", "nothing", "mute", "all", "bound", "eager", "meter")
+NAMES = ("reader", "nothing", "mute", "all", "bound", "eager", "meter", "warden")
 SECRETS = {name: keys.make() for name in NAMES}
 HASH = {name: keys.stored(secret) for name, secret in SECRETS.items()}
 
@@ -51,6 +51,11 @@ default = "refusal=0.5"
 [keys.meter]
 hash = "{HASH["meter"]}"
 metrics = true
+
+[keys.warden]  # manages, and is bound all the same
+hash = "{HASH["warden"]}"
+manage = true
+required = "verbosity:add=0.5"
 """
 
 
@@ -98,6 +103,8 @@ CASES = (
     Case("bound", "verbosity:add=0.5", [REQUIRED]),
     Case("bound", "verbosity:add=-0.5", FORBIDDEN, "direction 'verbosity' is required for this key as it is"),
     Case("bound", "verbosity", FORBIDDEN, "direction 'verbosity' is required for this key as it is"),
+    Case("warden", "off", [REQUIRED]),
+    Case("warden", "refusal", UNKNOWN, "direction 'refusal' is not served; served: none"),
     Case("eager", None, [("refusal", "ablate", 0.5)]),
     Case("eager", "off", []),
     Case("eager", "refusal=2", [("refusal", "ablate", 2.0)]),

@@ -133,6 +133,8 @@ def test_a_raw_spec_reaches_the_engine_by_no_route(server: Server) -> None:
         body |= {"vllm_xargs": {}} if "vllm_xargs" in body else {"sampling_params": {"max_tokens": 4}}
         plain = ask(server, "all", path, **body)
         assert plain.status_code == 200, (path, plain.text)
+        bound = ask(server, "warden", path, **body)
+        assert "requests without steering are not allowed here" in bound.text, (path, bound.text)
     assert steered_tokens(server) == before
 
 

@@ -75,6 +75,7 @@ class Control:
         self.steering, self.reason = settings.steering, "" if settings.steering else "the server was started so"
         self._requests, self._tokens = Meter(), Meter()
         self._limited: set[str] = set()
+        self._good: bytes | None = None  # what the policy file was at the last look, if it was acceptable
         self._stop = threading.Event()
         self._watcher: threading.Thread | None = None
 
@@ -130,16 +131,21 @@ class Control:
     def reload(self) -> None:
         """Read the policy file again. One that is not acceptable leaves the old in force, and says why."""
         assert self.settings.policy is not None
+        path = self.settings.policy
         try:
-            fresh = policy.load(self.settings.policy)
+            data = policy.fetch(path)
+            if data == self._good:
+                return
+            fresh = policy.read(data, path.name)
         except PolicyError as error:
+            self._good = None
             if error.problems != self.policy_problems:
                 self.policy_problems = error.problems
                 metrics.POLICY_RELOADS.labels(result="failed").inc()
                 log.error("the policy file is not acceptable, the old one stays in force: %s", error)
                 self._note("policy", outcome="refused", detail={"policy": self._digest()})
             return
-        self.policy_problems = ()
+        self._good, self.policy_problems = data, ()
         if fresh.digest != self._digest():
             self.in_force = fresh
             metrics.POLICY_RELOADS.labels(result="ok").inc()

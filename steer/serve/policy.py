@@ -172,12 +172,16 @@ class InForce:
 
 def load(path: Path) -> InForce:
     """Raises PolicyError with every problem, each with its line."""
+    return read(fetch(path), path.name)
+
+
+def fetch(path: Path) -> bytes:
+    """The bytes of a policy file, not many more than it may have. Raises PolicyError."""
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            return file.read(MAX_BYTES + 1)
     except OSError as error:
         raise PolicyError(f"{path}: cannot be read: {error.strerror}") from None
-    return read(data, path.name)
 
 
 def read(data: bytes, name: str = "policy") -> InForce:

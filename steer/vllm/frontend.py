@@ -23,7 +23,7 @@ from steer.registry import Admission, Registry
 from steer.runtime.placement import Shape
 from steer.serve import metrics, tally
 from steer.spec import Spec, parse
-from steer.vllm import internals, wire
+from steer.vllm import internals, tracing, wire
 from steer.vllm.placement import Call, VllmPlacement
 from steer.vllm.proof import Ask, prove
 from steer.vllm.seat import code_digest
@@ -192,6 +192,11 @@ class Frontend:
         if lease := self._leases.pop(request_id, None):
             lease.drop(request_id)
 
+    def applied(self, request_id: str) -> Spec | None:
+        """What a request that has not ended is steered by."""
+        lease = self._leases.get(request_id)
+        return lease.admission.spec if lease else None
+
     @property
     def held(self) -> dict[str, Lease]:
         """Requests with steering that have not ended."""
@@ -295,6 +300,7 @@ def _wrap_processors(engine: Any, frontend: Frontend) -> None:
     inputs, outputs = internals.seam(engine, "input_processor"), internals.seam(engine, "output_processor")
     internals.wrap_process_inputs(inputs, _fold_salt)
     internals.wrap_requests(outputs, frontend.check_added, frontend.let_go, frontend.held)
+    tracing.trace(outputs, frontend.applied)
 
 
 def _fold_salt(request: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -40,15 +42,42 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 @pytest.fixture(scope="module")
-def server(home: Home) -> Iterator[Server]:
+def spans() -> Iterator[tuple[str, list[bytes]]]:
+    """A collector of traces: its address, and the exports that came."""
+    came: list[bytes] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            came.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        thread = threading.Thread(target=collector.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{collector.server_port}/v1/traces", came
+        collector.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(home: Home, spans: tuple[str, list[bytes]]) -> Iterator[Server]:
     root = home.directions.parent
+    patch = pytest.MonkeyPatch()
+    patch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+    patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
     command = [sys.executable, "-m", "steer.cli", "serve", str(home.folder), "--backend", "vllm", "--rank", "2"]
     ours = ["--directions", str(home.directions), "--policy", str(root / "policy.toml")]
     with Server(
         *(*OPTIONS, *ours, "--audit", str(root / "audit.jsonl"), "--enable-scale-out", "--host", "0.0.0.0"),
+        *("--otlp-traces-endpoint", spans[0]),
         command=command,
     ) as running:
         yield running
+    patch.undo()
 
 
 def ask(server: Server, key: str | None, route: str = "/v1/completions", **more: Any) -> httpx.Response:
@@ -183,6 +212,32 @@ def test_pages_of_other_origins_may_not_call(server: Server) -> None:
     assert "access-control-allow-origin" not in answer.headers
     page = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in server.client.options("/v1/completions", headers=page).headers
+
+
+def test_the_spans_of_vllm_say_what_was_applied(server: Server, spans: tuple[str, list[bytes]]) -> None:
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    steered, plain = ask(server, "all", steer="refusal=0.5,verbosity:add=1"), ask(server, "all")
+    applied = {}
+    deadline = time.monotonic() + 30
+    while len(applied) < 2:
+        assert time.monotonic() < deadline, "the spans of both requests must come"
+        time.sleep(0.1)
+        for data in tuple(spans[1]):
+            for resource in ExportTraceServiceRequest.FromString(data).resource_spans:
+                for span in (span for scope in resource.scope_spans for span in scope.spans):
+                    said = {item.key: item.value for item in span.attributes}
+                    for answer in (steered, plain):
+                        if answer.headers["x-request-id"] in said.get("gen_ai.request.id", _Nothing).string_value:
+                            applied[answer.headers["x-request-id"]] = said
+    found = applied[steered.headers["x-request-id"]]
+    assert found["steer.applied"].string_value == steered.headers["x-steer-applied"]
+    assert [v.double_value for v in found["steer.strengths"].array_value.values] == [0.5, 1.0]
+    assert not [name for name in applied[plain.headers["x-request-id"]] if name.startswith("steer.")]
+
+
+class _Nothing:
+    string_value = ""
 
 
 def test_the_log_is_whole_and_has_the_tokens(server: Server, home: Home) -> None:

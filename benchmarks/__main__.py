@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from datetime import date
 
-from benchmarks import overhead_hf
+from benchmarks import control_plane, overhead_hf
 from benchmarks.timing import machine
 
 if __name__ == "__main__":
@@ -13,3 +13,4 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=40)
     rounds = parser.parse_args().rounds
     print(f"{date.today()}, {machine()}\n\n{overhead_hf.report(rounds)}")
+    print(control_plane.report(rounds))

@@ -1,4 +1,5 @@
-"""The command `steer`: serve, fit, inspect, eval; the lab's other commands are in `steer.lab.*commands`."""
+"""The command `steer`: serve, fit, inspect, eval. The lab's other commands are in `steer.lab.*commands`, the operator's
+in `steer.operate`."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from steer import operate
 from steer.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.errors import InvalidInput
 from steer.lab import commands, export_commands
@@ -25,6 +27,7 @@ app = typer.Typer(
 )
 commands.register(app)
 export_commands.register(app)
+operate.add_to(app)
 
 
 def main() -> None:
@@ -42,11 +45,8 @@ def with_settings(settings: type[ServeSettings]) -> Callable[[Callable[..., None
             default = field.get_default()
             shown = f"{field.description} [default: {default}]" if default is not None else str(field.description)
             option = typer.Option(help=shown, show_default=False)
-            options.append(
-                inspect.Parameter(
-                    name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
-                )
-            )
+            kind: Any = Annotated[bool | None, option] if field.annotation is bool else Annotated[str | None, option]
+            options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
 
         def run(*args: Any, **kwargs: Any) -> None:
             given = {name: kwargs.pop(name) for name in settings.model_fields}

@@ -1,4 +1,4 @@
-"""What all commands share: errors as messages, JSON out, quiet libraries."""
+"""What all commands share: errors as messages with exit code 2, JSON on the standard output, quiet libraries."""
 
 from __future__ import annotations
 

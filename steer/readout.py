@@ -12,7 +12,7 @@ is released. What is then measured is defined in `steer.runtime.readout`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -108,8 +108,15 @@ def _layers(value: Any, problems: list[str]) -> Layers:
     return "all"
 
 
-def admit(wanted: ReadWanted, spec: Spec, registry: Registry, layers: int) -> Readout:
-    """Resolve and pin what `wanted` means now for a request with `spec`, in a model of `layers` layers.
+def admit(
+    wanted: ReadWanted,
+    spec: Spec,
+    registry: Registry,
+    layers: int,
+    may_use: Callable[[str], bool] = lambda _: True,
+) -> Readout:
+    """Resolve and pin what `wanted` means now for a request with `spec`, in a model of `layers` layers. Besides what
+    steers it, only what it `may_use` is there for it.
 
     Raises SpecError. Call it in the same `registry.steady()` as the admission of `spec`, or a swap may come between.
     That admission must outlive what is returned here, which pins only what `spec` does not.
@@ -124,7 +131,9 @@ def admit(wanted: ReadWanted, spec: Spec, registry: Registry, layers: int) -> Re
     if len(names) > MAX_DIRECTIONS:
         raise SpecError(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once", param=FIELD)
     try:
-        resolved = registry.resolve([Wanted(name, strength=1.0) for name in names])
+        resolved = registry.resolve(
+            [Wanted(name, strength=1.0) for name in names], lambda name: name in own or may_use(name)
+        )
     except SpecError as error:
         raise type(error)([f"{FIELD}: {problem}" for problem in error.problems], param=FIELD) from None
     lines, chosen = _lines(names, registry), _resolved(wanted.layers, names, registry, layers)

@@ -25,6 +25,14 @@ from steer.spec import Entry, Spec, Wanted
 
 log = logging.getLogger("steer")
 
+#: Is this a name that who asks may know of?
+Known = Callable[[str], bool]
+
+
+def _anything(_name: str) -> bool:
+    return True
+
+
 #: The stamp of a file that must be looked at again: equal to no file's.
 _UNSETTLED = (-1, -1, -1)
 
@@ -68,6 +76,16 @@ class Failure:
     when: float = field(default_factory=time.time)
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A name that points elsewhere now; None is nowhere. `seconds` is what it took from the bytes on."""
+
+    name: str
+    old: str | None
+    new: str | None
+    seconds: float
+
+
 @dataclass(slots=True)
 class Admission:
     """A resolved spec whose versions stay resident until `release`."""
@@ -89,6 +107,8 @@ class Registry:
         self.placement, self.folder, self.patience = placement, folder, patience
         self.failures: dict[str, Failure] = {}
         self.swaps = 0
+        #: Told of every name that has moved, on the thread that moved it.
+        self.on_move: Callable[[Move], None] = lambda move: None
         self._names: dict[str, str] = {}
         self._versions: dict[str, Version] = {}
         self._seen: dict[str, tuple[int, int, int]] = {}
@@ -102,13 +122,12 @@ class Registry:
         with self._state:
             return {name: self._versions[d] for name, d in sorted(self._names.items())}
 
-    def get(self, name: str) -> Version:
+    def get(self, name: str, among: Known = _anything) -> Version:
+        """The version that `name` points to. To who asks, only names that are `among` the known ones exist."""
         with self._state:
-            if name not in self._names:
-                raise UnknownDirection(
-                    f"direction {name!r} is not served; served: {', '.join(sorted(self._names)) or 'none'}",
-                    param="steer",
-                )
+            if name not in self._names or not among(name):
+                served = ", ".join(known for known in sorted(self._names) if among(known)) or "none"
+                raise UnknownDirection(f"direction {name[:100]!r} is not served; served: {served}", param="steer")
             return self._versions[self._names[name]]
 
     @property
@@ -128,14 +147,14 @@ class Registry:
 
     # -- admission -----------------------------------------------------------------------------------------------
 
-    def resolve(self, wanted: Sequence[Wanted]) -> Spec:
+    def resolve(self, wanted: Sequence[Wanted], among: Known = _anything) -> Spec:
         """The exact versions, modes and strengths that `wanted` means now. Raises SpecError with every problem."""
         entries: list[Entry] = []
         problems: list[str] = []
-        unknown, needed = False, 0
+        unknown = False
         for item in wanted:
             try:
-                version = self.get(item.direction)
+                version = self.get(item.direction, among)
                 meta = version.direction.meta
                 strength = meta.strength if item.strength is None else item.strength
                 entry = Entry(item.direction, version.digest, item.mode or meta.mode, strength)
@@ -148,15 +167,35 @@ class Registry:
                 problems.append(f"direction '{entry.direction}' is asked for twice in the mode '{entry.mode}'")
             if entry.strength:  # strength 0 does nothing, so it is not part of what is applied
                 entries.append(entry)
-                needed += version.direction.rank
-        if needed > self.placement.rank:
-            problems.append(
-                f"the request needs {needed} direction rows for each token, this server was started with rank "
-                f"{self.placement.rank}"
-            )
+        problems += self._over_rank(entries)
         if problems:
             raise (UnknownDirection if unknown else SpecError)(problems, param="steer")
         return Spec(tuple(entries))
+
+    def merge(self, first: Spec, then: Spec) -> Spec:
+        """Both, in this order; what `then` has already is not applied twice. Both must have been resolved just now
+        (`steady`). Raises SpecError."""
+        if not then:
+            return first
+        merged = Spec((*(entry for entry in first.entries if entry not in then.entries), *then.entries))
+        if problems := self._over_rank(merged.entries):
+            raise SpecError(problems, param="steer")
+        return merged
+
+    def _over_rank(self, entries: Sequence[Entry]) -> list[str]:
+        with self._state:
+            needed = sum(self._versions[entry.digest].direction.rank for entry in entries)
+        if needed <= self.placement.rank:
+            return []
+        return [
+            f"the request needs {needed} direction rows for each token, this server was started with rank "
+            f"{self.placement.rank}"
+        ]
+
+    def digests(self) -> dict[str, str]:
+        """What each name points to now."""
+        with self._state:
+            return dict(self._names)
 
     def admit(self, wanted: Sequence[Wanted]) -> Admission:
         """Resolve and pin in one step, so that no swap comes between."""
@@ -167,7 +206,7 @@ class Registry:
             return Admission(spec, self)
 
     def again(self, spec: Spec) -> Admission:
-        """Pin once more what a live admission has pinned."""
+        """Pin what a live admission has pinned, or what was resolved just now (`steady`)."""
         with self._state:
             for entry in spec.entries:
                 self._versions[entry.digest].pins += 1
@@ -197,6 +236,7 @@ class Registry:
         Raises DirectionError or NoRoom; then the old version goes on serving and `failures` says why.
         """
         check_name(name)
+        started = time.perf_counter()
         with self._swapping:
             version = None
             try:
@@ -220,6 +260,7 @@ class Registry:
             if old != version.digest:
                 self.swaps += 1
                 log.info("direction '%s' is now %s%s", name, version.digest[:12], f" (was {old[:12]})" if old else "")
+                self.on_move(Move(name, old, version.digest, time.perf_counter() - started))
             return version
 
     def delete(self, name: str) -> None:
@@ -236,9 +277,11 @@ class Registry:
     def _drop(self, name: str) -> None:
         with self._state:
             self.failures.pop(name, None)
-            if self._names.pop(name, None):
-                log.info("direction '%s' is no longer served", name)
+            old = self._names.pop(name, None)
             self._sweep()
+        if old:
+            log.info("direction '%s' is no longer served", name)
+            self.on_move(Move(name, old, None, 0.0))
 
     def _load(self, name: str, data: bytes) -> Version:
         """The resident version of `data`, pinned: until a name points to it nothing else would hold it."""

@@ -3,8 +3,9 @@ the docs are made from this."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -12,10 +13,31 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from steer.direction import SITES, Site
 from steer.spec import parse
 
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 
-class ServeSettings(BaseSettings):
+
+class ControlSettings(BaseSettings):
+    """Who may steer and what is kept of it: the same on every backend."""
+
     model_config = SettingsConfigDict(env_prefix="STEER_", extra="forbid")
 
+    policy: Path | None = Field(None, description="policy file (TOML) with keys and rules, watched for changes")
+    audit: Path | None = Field(None, description="audit log to write; default: none is kept")
+    audit_max_bytes: int = Field(64 * 2**20, ge=4096, description="size at which the audit log begins a new file")
+    audit_fsync: Literal["always", "second", "never"] = Field(
+        "second", description="when the audit log is forced to disk: with each line, once a second, or by the system"
+    )
+    steering: bool = Field(True, description="start with steering on; the kill switch (`steer off`) moves it")
+    insecure: bool = Field(False, description="serve on any address without keys: everybody may do everything")
+
+    @classmethod
+    def of_environment(cls) -> ControlSettings:
+        """Nothing but what `STEER_…` says."""
+        nothing: dict[str, Any] = {}
+        return cls(**nothing)
+
+
+class ServeSettings(ControlSettings):
     backend: Literal["auto", "transformers", "vllm"] = Field(
         "auto", description="auto takes vLLM where it is installed and serves the model, and transformers else"
     )
@@ -34,6 +56,9 @@ class ServeSettings(BaseSettings):
         None, ge=1, le=64, description="direction rows that one request can use; default: 4, and 1 on vLLM"
     )
     max_requests: int = Field(256, ge=1, description="requests running or waiting; more get a 429")
+    cors_origins: str = Field(
+        "", description="origins whose pages may call this server, separated by commas; default: none"
+    )
     max_body: int = Field(8 * 2**20, ge=1024, description="bytes of a request body; more get a 413")
     context: int | None = Field(
         None, ge=16, description="most tokens of prompt and answer; default: what the model has"
@@ -57,6 +82,25 @@ class ServeSettings(BaseSettings):
         if bad:
             raise ValueError(f"{', '.join(bad)}: accepted: {', '.join(SITES)}")
         return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, value: str) -> str:
+        bad = [o for o in value.split(",") if o and o != "*" and not _ORIGIN.fullmatch(o.strip())]
+        if bad:
+            raise ValueError(
+                f"{', '.join(bad)}: accepted: origins like https://example.org or http://localhost:3000, or *"
+            )
+        return value
+
+    @property
+    def origins(self) -> list[str]:
+        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+
+    @property
+    def control(self) -> ControlSettings:
+        """The part that every backend shares."""
+        return ControlSettings(**{name: getattr(self, name) for name in ControlSettings.model_fields})
 
     @property
     def site_list(self) -> tuple[Site, ...]:

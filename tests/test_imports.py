@@ -21,6 +21,8 @@ LAYERS = (
     ("hf",),
     ("console", "settings"),
     ("lab", "serve", "vllm"),
+    ("console",),
+    ("operate",),
     ("demo", "cli"),
 )
 

@@ -23,8 +23,12 @@ CURL_PIP_AND_VLLM = (
 ADDRESS = "http://127.0.0.1:8000"
 
 
+def blocks_of(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
+
+
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return blocks_of(README, language)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +124,10 @@ def test_vllm_block(server: Server, tree: Path) -> None:
 
 def test_every_option_that_the_readme_names_exists() -> None:
     shown = ""
-    for command in ("serve", "fit", "inspect", "eval"):
+    commands = ("serve", "fit", "inspect", "eval", "keys new", "keys list", "audit verify", "on", "off")
+    for command in commands:
         shown += subprocess.run(
-            [sys.executable, "-m", "steer.cli", command, "--help"], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "steer.cli", *command.split(), "--help"], capture_output=True, text=True, check=True
         ).stdout
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {*CURL_PIP_AND_VLLM}:
         assert option in shown, option

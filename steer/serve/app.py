@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from steer._version import __version__
 from steer.errors import SteerError
@@ -24,8 +25,10 @@ from steer.readout import FIELD, Readout
 from steer.registry import Admission, Registry
 from steer.runtime.index import RequestSteer
 from steer.runtime.readout import RequestRead
-from steer.serve import errors, metrics, playground
-from steer.serve.carriers import PLUS
+from steer.serve import errors, metrics, playground, switch, tally
+from steer.serve.access import PUBLIC, Access
+from steer.serve.carriers import PLUS, RECEIPT
+from steer.serve.control import Control
 from steer.serve.directions import router as directions_router
 from steer.serve.generation import (
     Answer,
@@ -55,10 +58,13 @@ class Served:
     registry: Registry
     default: tuple[Wanted, ...] = ()
     max_body: int = 8 * 2**20
+    control: Control = field(default_factory=Control)
+    origins: Sequence[str] = ()
 
 
 def build(served: Served) -> FastAPI:
-    """The app; the middleware sits around it, so no route here ever sees a carrier."""
+    """The app; the middleware sits around it, so no route here ever sees a carrier, and the door around that."""
+    control = served.control
     generator, registry, engine = Generator(served.loaded, served.engine), served.registry, served.engine
     fingerprint = f"steer-{__version__}-{(served.loaded.template_sha256 or 'base')[:8]}"
     stop_watching = threading.Event()
@@ -89,10 +95,22 @@ def build(served: Served) -> FastAPI:
         default=served.default,
         max_body=served.max_body,
         readable=engine.steering.anatomy.layers if "resid_post" in engine.steering.table.sites else 0,
+        control=control,
     )
+    app.add_middleware(Access, control=control, public=PUBLIC.union(playground.PATHS))
+    if served.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(served.origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[RECEIPT, "x-request-id"],
+        )
     app.include_router(playground.router())
-    app.include_router(directions_router(registry))
-    metrics.watch(registry, lambda: engine.steering.table.rows_in_use)
+    app.include_router(directions_router(registry, control=control))
+    app.include_router(switch.router(control))
+    table = engine.steering.table
+    metrics.watch(registry, lambda: table.rows_in_use, table.rows)
 
     def check_model(name: str) -> None:
         if name != served.model_name:
@@ -132,6 +150,7 @@ def build(served: Served) -> FastAPI:
         )
         jobs = [Job(i, prompt, sampling, body.stops, read) for i, sampling in enumerate(samplings)]
         engine.admit(len(jobs))
+        tally.current().prompt += len(prompt)
         wants_logprobs = body.wanted_logprobs is not None
         tokenizer = served.loaded.tokenizer
 
@@ -193,6 +212,7 @@ def build(served: Served) -> FastAPI:
                 jobs.append(Job(len(jobs), ids, sampling, body.stops, read))
         engine.admit(len(jobs))
         prompt_tokens = sum(len(job.prompt) for job in jobs[:: body.n])
+        tally.current().prompt += prompt_tokens
         if body.stream:
             if body.echo or body.max_tokens == 0:
                 raise errors.HTTPProblem(
@@ -253,33 +273,35 @@ def build(served: Served) -> FastAPI:
         card = {"id": name, "object": "model", "created": started, "owned_by": "steer", "root": served.model_name}
         return card | {"parent": None, "max_model_len": engine.context} | more
 
-    def cards() -> list[dict[str, Any]]:
+    def cards(request: Request) -> list[dict[str, Any]]:
+        caller = control.caller(request.scope)
         aliases = [
             model_card(f"{served.model_name}{PLUS}{name}", parent=served.model_name, root=name)
             for name in registry.names()
+            if caller.may_use(name)
         ]
         return [model_card(served.model_name), *aliases]
 
     @app.get("/v1/models", tags=["models"], summary="The model, and an alias of it for each direction")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": cards()}
+    async def models(request: Request) -> dict[str, Any]:
+        return {"object": "list", "data": cards(request)}
 
     @app.get("/v1/models/{name:path}", tags=["models"], summary="The card of one model or alias")
-    async def model(name: str) -> dict[str, Any]:
-        for card in cards():
+    async def model(name: str, request: Request) -> dict[str, Any]:
+        for card in cards(request):
             if card["id"] == name:
                 return card
         raise errors.HTTPProblem(404, f"the model {name[:100]!r} is not served here", code="model_not_found")
 
     @app.get("/health", tags=["operation"], summary="State of the server; 503 when its engine has failed")
-    async def health() -> Response:
-        state = {
+    async def health(request: Request) -> Response:
+        state = control.health() | {
             "status": "ok" if engine.healthy else "failed",
             "engine": engine.description,
             "in_flight": engine.in_flight,
-            "directions": len(registry.names()),
-            "failed_directions": sorted(registry.failures),
         }
+        if control.caller(request.scope).manages:
+            state |= {"directions": len(registry.names()), "failed_directions": sorted(registry.failures)}
         return JSONResponse(state, 200 if engine.healthy else 503)
 
     @app.get("/metrics", tags=["operation"], summary="Prometheus metrics")

@@ -8,7 +8,7 @@ from typing import Any
 
 from steer.errors import SpecError
 from steer.registry import Admission, Registry
-from steer.spec import Wanted, parse, text
+from steer.spec import Spec, Wanted, parse, text
 
 FIELD = "steer"
 HEADER = "x-steer"
@@ -66,18 +66,42 @@ def split_alias(model: str, served: Sequence[str]) -> tuple[str, str] | None:
     return None
 
 
-def admit(carried: Carried, registry: Registry, default: tuple[Wanted, ...]) -> Admission:
-    """Admit what the carriers agree on, or the server's default where there is none.
+class Gate:
+    """What stands between a request's wish and its admission. This one lets everything pass."""
+
+    def may_use(self, direction: str) -> bool:
+        """What may not be used is not there: it is never resolved, and its name is unknown."""
+        return True
+
+    def asks(self) -> None:
+        """The request asks for steering. Raises SteerError where none may be asked for."""
+
+    def default(self, default: Sequence[Wanted], registry: Registry) -> Spec:
+        """What a request gets that carries nothing; `default` is the server's."""
+        return registry.resolve(default)
+
+    def passed(self, asked: Spec, registry: Registry) -> Spec:
+        """What is to be applied where `asked` is asked for. Raises SteerError where it is not allowed."""
+        return asked
+
+
+OPEN = Gate()
+
+
+def admit(carried: Carried, registry: Registry, default: Sequence[Wanted], gate: Gate = OPEN) -> Admission:
+    """Admit what the carriers agree on, or the default where there is none, as far as `gate` lets it pass.
 
     Two carriers agree when they mean the same entries, however they are written. Raises SpecError.
     """
-    if not carried.found:
-        return registry.admit(default)
     with registry.steady():  # or a swap between two carriers would look like a conflict
-        meanings = {carrier: registry.resolve(wanted) for carrier, wanted in carried.found.items()}
+        if not carried.found:
+            return registry.again(gate.passed(gate.default(default, registry), registry))
+        if any(carried.found.values()):
+            gate.asks()
+        meanings = {carrier: registry.resolve(wanted, gate.may_use) for carrier, wanted in carried.found.items()}
         if len(set(meanings.values())) > 1:
             said = ", ".join(f"{carrier} says '{text(wanted)}'" for carrier, wanted in carried.found.items())
             raise SpecError(
                 f"the carriers of this request disagree: {said}; use one of them, or say the same", param=FIELD
             )
-        return registry.admit(next(iter(carried.found.values())))
+        return registry.again(gate.passed(next(iter(meanings.values())), registry))

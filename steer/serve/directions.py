@@ -13,10 +13,11 @@ from steer.direction import MAX_BYTES, check_name
 from steer.errors import NoRoom, SteerError, UnknownDirection
 from steer.registry import Registry, Version
 from steer.serve import errors
+from steer.serve.control import Control
 from steer.serve.middleware import read_body
 
 
-class _Route(APIRoute):
+class OwnRoute(APIRoute):
     """A route whose errors are OpenAI's, whatever the app around it makes of exceptions."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -31,23 +32,30 @@ class _Route(APIRoute):
         return handling
 
 
-def router(registry: Registry, *, max_upload: int = MAX_BYTES) -> APIRouter:
-    routes = APIRouter(prefix="/v1/directions", tags=["directions"], route_class=_Route)
+def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES) -> APIRouter:
+    """Behind the door (`access`), which asks for the managing role where something is changed."""
+    routes = APIRouter(prefix="/v1/directions", tags=["directions"], route_class=OwnRoute)
 
     @routes.get("", summary="All served directions, and what was offered but is not served")
-    async def list_directions() -> dict[str, Any]:
-        served = [summary(name, version, registry) for name, version in registry.names().items()]
+    async def list_directions(request: Request) -> dict[str, Any]:
+        caller = control.caller(request.scope)
+        served = [
+            summary(name, version, registry) for name, version in registry.names().items() if caller.may_know(name)
+        ]
         known = {item["id"] for item in served}
         failed = [
             {"id": name, "object": "direction", "status": "failed", "errors": list(failure.problems)}
             for name, failure in sorted(registry.failures.items())
-            if name not in known
+            if name not in known and caller.may_know(name)
         ]
         return {"object": "list", "data": served + failed}
 
     @routes.get("/{name}", summary="One direction with its metadata and per-layer profile")
-    async def get_direction(name: str) -> dict[str, Any]:
-        version = _find(registry, name)
+    async def get_direction(name: str, request: Request) -> dict[str, Any]:
+        try:
+            version = registry.get(name, control.caller(request.scope).may_know)
+        except UnknownDirection as error:
+            raise _not_found(error) from error
         return summary(name, version, registry) | {
             "meta": version.direction.meta.model_dump(mode="json"),
             "profile": await anyio.to_thread.run_sync(version.direction.profile),
@@ -57,6 +65,7 @@ def router(registry: Registry, *, max_upload: int = MAX_BYTES) -> APIRouter:
     async def put_direction(name: str, request: Request) -> dict[str, Any]:
         check_name(name)
         data = await read_body(request.scope, request.receive, max_upload)
+        control.moving(control.caller(request.scope))
         try:
             version = await anyio.to_thread.run_sync(registry.put, name, data)
         except NoRoom as error:
@@ -66,7 +75,8 @@ def router(registry: Registry, *, max_upload: int = MAX_BYTES) -> APIRouter:
         return summary(name, version, registry)
 
     @routes.delete("/{name}", summary="Stop serving this name and remove its file")
-    async def delete_direction(name: str) -> dict[str, Any]:
+    async def delete_direction(name: str, request: Request) -> dict[str, Any]:
+        control.moving(control.caller(request.scope))
         try:
             await anyio.to_thread.run_sync(registry.delete, name)
         except UnknownDirection as error:
@@ -96,13 +106,6 @@ def summary(name: str, version: Version, registry: Registry) -> dict[str, Any]:
         "bytes": version.bytes,
         "requests": version.pins,
     }
-
-
-def _find(registry: Registry, name: str) -> Version:
-    try:
-        return registry.get(name)
-    except UnknownDirection as error:
-        raise _not_found(error) from error
 
 
 def _not_found(error: UnknownDirection) -> errors.HTTPProblem:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import Request
@@ -13,12 +15,16 @@ from starlette.exceptions import HTTPException
 
 from steer.errors import DirectionError, EngineFailed, InvalidInput, NoRoom, SteerError
 
+_NONE: Mapping[str, str] = MappingProxyType({})
+
 
 class HTTPProblem(SteerError):
     """A problem that has a status of its own (404, 413, ...)."""
 
-    def __init__(self, status: int, message: str, *, code: str, param: str | None = None) -> None:
-        self.status, self.code, self.param = status, code, param
+    def __init__(
+        self, status: int, message: str, *, code: str, param: str | None = None, headers: Mapping[str, str] = _NONE
+    ) -> None:
+        self.status, self.code, self.param, self.headers = status, code, param, headers
         super().__init__(message)
 
 
@@ -36,7 +42,9 @@ def response(status: int, message: str, *, param: str | None = None, code: str |
 def of(error: Exception) -> JSONResponse:
     """The response that `error` becomes."""
     if isinstance(error, HTTPProblem):
-        return response(error.status, str(error), param=error.param, code=error.code)
+        out = response(error.status, str(error), param=error.param, code=error.code)
+        out.headers.update(error.headers)
+        return out
     if isinstance(error, NoRoom):
         out = response(429, str(error), code="queue_full")
         out.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))

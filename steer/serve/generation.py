@@ -19,7 +19,8 @@ from steer.hf.load import Loaded
 from steer.hf.sampling import Sampling, Token
 from steer.runtime.index import RequestSteer
 from steer.runtime.readout import RequestRead
-from steer.serve import errors, metrics
+from steer.serve import errors
+from steer.serve.tally import current
 from steer.serve.text import TextStream, token_text
 
 T = TypeVar("T")
@@ -91,6 +92,7 @@ class Generator:
     async def pieces(self, job: Job, steer: RequestSteer | None) -> AsyncGenerator[Piece, None]:
         text = TextStream(self.loaded.tokenizer, job.stop)
         made = 0
+        current().answer(lambda: made)
         stream = self.engine.generate(job.prompt, job.sampling, steer, job.read)
         async with aclosing(stream):
             async for token in stream:
@@ -107,7 +109,6 @@ class Generator:
                     yield Piece(rest, token, "stop" if text.stopped else "length")
                     break
                 yield Piece(new, token)
-        metrics.TOKENS.labels(steered=str(steer is not None).lower()).inc(made)
 
     async def answer(self, job: Job, steer: RequestSteer | None) -> Answer:
         out = Answer()
@@ -190,6 +191,7 @@ async def events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator
             async for chunk in chunks:
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
     except SteerError as error:
+        current().failed = True
         yield errors.event(error)
     yield "data: [DONE]\n\n"
 

@@ -10,32 +10,49 @@ from steer.spec import Spec
 
 if TYPE_CHECKING:
     from steer.registry import Registry
+    from steer.serve.tally import Tally
 
 REQUESTS = Counter("steer_requests", "Requests by what was applied to them", ["direction", "mode", "outcome"])
 REFUSED = Counter("steer_refused_requests", "Requests refused before the engine saw them", ["reason"])
 TOKENS = Counter("steer_generated_tokens", "Generated tokens", ["steered"])
+POLICY_REFUSED = Counter("steer_policy_refusals", "Requests refused by keys and policy", ["rule"])
+POLICY_RELOADS = Counter("steer_policy_reloads", "Policy files that were read anew", ["result"])
+AUDIT_LINES = Counter("steer_audit_lines", "Lines written to the audit log", ["event"])
+AUDIT_FAILURES = Counter("steer_audit_failures", "Times that the audit log could not be written")
+AUDIT_OK = Gauge("steer_audit_ok", "1 while the audit log can be written, or none is kept")
+STEERING = Gauge("steer_steering_enabled", "0 while the kill switch has steering off")
+STEERED_RUNNING = Gauge("steer_steered_running", "Steered requests that are running")
 ADMISSION = Histogram(
     "steer_admission_seconds",
     "Time to parse, resolve and pin a request's steering",
     buckets=(5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 0.1),
 )
+SWAP = Histogram(
+    "steer_swap_seconds",
+    "Time from a direction's bytes to its being served: checks, placement on all workers, the move of the name",
+    buckets=(1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1, 2, 5, 10),
+)
 RESIDENT = Gauge("steer_resident_versions", "Direction versions resident in the table")
 ROWS = Gauge("steer_rows_in_use", "Table rows in use")
+ROW_CAPACITY = Gauge("steer_row_capacity", "Table rows that directions can have")
 SWAPS = Gauge("steer_swaps", "Times that a name was moved to another version")
 FAILURES = Gauge("steer_failed_directions", "Names whose newest content is not served")
 INFO = Gauge("steer_direction_info", "1 for each served direction", ["direction", "digest", "method"])
 
 
-def count(spec: Spec, status: int) -> None:
-    outcome = "ok" if status < 400 else "error"
+def count(spec: Spec, outcome: str, tally: Tally) -> None:
+    """One request that has ended."""
+    if made := tally.completion:
+        TOKENS.labels(steered=str(bool(spec)).lower()).inc(made)
     for entry in spec.entries:
         REQUESTS.labels(direction=entry.direction, mode=entry.mode, outcome=outcome).inc()
     if not spec:
         REQUESTS.labels(direction="", mode="", outcome=outcome).inc()
 
 
-def watch(registry: Registry, rows_in_use: object) -> None:
+def watch(registry: Registry, rows_in_use: object, capacity: int) -> None:
     """Let the gauges read `registry` when they are scraped. `rows_in_use` is a function without arguments."""
+    ROW_CAPACITY.set(capacity)
     RESIDENT.set_function(lambda: registry.resident)
     SWAPS.set_function(lambda: registry.swaps)
     FAILURES.set_function(lambda: len(registry.failures))

@@ -2,11 +2,13 @@
 
 It reads the body of a generation request, resolves and pins the spec and what is to be read, hands the request on
 without the carriers (`scope["steer"]` has the admission, `scope["steer_readout"]` the read-out or None), puts the
-receipt on the answer, and unpins when the answer has ended or the client has gone. It never touches other routes.
+receipt on the answer, and unpins when the answer has ended or the client has gone. It never touches other routes. Who
+may do what, and what is kept of it, is the `Control`'s to say.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -19,9 +21,13 @@ from steer.errors import SpecError, SteerError, UnknownDirection
 from steer.readout import Readout, ReadWanted
 from steer.registry import Admission, Registry
 from steer.serve import carriers, errors, metrics
+from steer.serve.access import ANYONE, Caller
+from steer.serve.control import Control, Run
+from steer.serve.tally import counting
 from steer.spec import Wanted
 
 GENERATION_ROUTES = ("/v1/chat/completions", "/v1/completions")
+REQUEST_ID = b"x-request-id"
 Forward = Callable[[dict[str, Any], Admission], None]
 
 
@@ -40,77 +46,145 @@ class SteerMiddleware:
         routes: Sequence[str] = GENERATION_ROUTES,
         forward: Forward | None = None,
         readable: int = 0,
+        control: Control | None = None,
     ) -> None:
         self.app, self.registry, self.served, self.default = app, registry, tuple(served), default
         self.max_body, self.routes, self.forward = max_body, frozenset(routes), forward
-        self.readable = readable
+        self.readable, self.control = readable, control or Control()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self.routes:
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
+        control, caller = self.control, ANYONE
         try:
+            caller = control.caller(scope)
             body = parse_body(await read_body(scope, receive, self.max_body))
             carried = carriers.read(body, scope["headers"], self.served)
-            admission, reading = self._admit(carried, readout.parse(body.get(readout.FIELD)))
+            admission, reading = self._admit(carried, readout.parse(body.get(readout.FIELD)), caller)
+            try:
+                run = control.begin(caller, admission.spec, carried.model, scope)
+            except SteerError:
+                _release(admission, reading)
+                raise
         except _Gone:
             return
         except SteerError as error:
             metrics.REFUSED.labels(reason=type(error).__name__).inc()
+            if isinstance(error, errors.HTTPProblem):
+                control.refused(error, caller, scope)
             await errors.of(error)(scope, receive, send)
             return
-        try:
-            body.pop(carriers.FIELD, None)
-            body.pop(readout.FIELD, None)
-            if isinstance(xargs := body.get(carriers.XARGS), dict):
-                xargs.pop(carriers.FIELD, None)
-            if carried.model is not None:
-                body["model"] = carried.model
-            if self.forward:
-                self.forward(body, admission)
-            scope["steer"], scope["steer_readout"] = admission, reading
-            metrics.ADMISSION.observe(time.perf_counter() - started)
-            await self.app(scope, _replay(json.dumps(body).encode(), receive), self._with_receipt(admission, send))
-        finally:
-            admission.release()
-            if reading:
-                reading.release()
-
-    def _admit(self, carried: carriers.Carried, wanted: ReadWanted | None) -> tuple[Admission, Readout | None]:
-        """Both in one step, so that what is read is the version that steers."""
-        if wanted and not self.readable:
-            raise SpecError(f"{readout.FIELD}: this server offers no read-out", param=readout.FIELD)
-        with self.registry.steady():
-            admission = self._admit_steering(carried)
+        answer = _Answer(send, run)
+        with counting() as tally:
             try:
-                reading = readout.admit(wanted, admission.spec, self.registry, self.readable) if wanted else None
+                body.pop(carriers.FIELD, None)
+                body.pop(readout.FIELD, None)
+                if isinstance(xargs := body.get(carriers.XARGS), dict):
+                    xargs.pop(carriers.FIELD, None)
+                if carried.model is not None:
+                    body["model"] = carried.model
+                if self.forward:
+                    self.forward(body, admission)
+                scope["steer"], scope["steer_readout"] = admission, reading
+                metrics.ADMISSION.observe(time.perf_counter() - started)
+                await self._serve(run, answer, scope, _replay(json.dumps(body).encode(), receive))
+            except Exception:
+                answer.outcome = "error"
+                raise
+            finally:
+                _release(admission, reading)
+                control.end(run, "error" if tally.failed else answer.outcome, tally)
+
+    async def _serve(self, run: Run, answer: _Answer, scope: Scope, receive: Receive) -> None:
+        """A steered request runs in a task of its own, which the kill switch can end."""
+        if not run.spec:
+            await self.app(scope, receive, answer.send)
+            return
+        run.task = asyncio.ensure_future(self.app(scope, receive, answer.send))
+        try:
+            await run.task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if not run.aborted or (current and current.cancelling()):
+                raise
+            await answer.break_off(self.control.off(run.spec))
+
+    def _admit(
+        self, carried: carriers.Carried, wanted: ReadWanted | None, caller: Caller
+    ) -> tuple[Admission, Readout | None]:
+        """Both in one step, so that what is read is the version that steers."""
+        if wanted:
+            caller.check_readout()
+            if not self.readable:
+                raise SpecError(f"{readout.FIELD}: this server offers no read-out", param=readout.FIELD)
+        with self.registry.steady():
+            admission = self._admit_steering(carried, caller)
+            try:
+                if wanted is None:
+                    return admission, None
+                return admission, readout.admit(wanted, admission.spec, self.registry, self.readable, caller.may_use)
             except BaseException:
                 admission.release()
                 raise
-        return admission, reading
 
-    def _admit_steering(self, carried: carriers.Carried) -> Admission:
+    def _admit_steering(self, carried: carriers.Carried, caller: Caller) -> Admission:
         try:
-            return carriers.admit(carried, self.registry, self.default)
+            return carriers.admit(carried, self.registry, self.default, self.control.gate(caller))
         except UnknownDirection as error:
             if carried.found:
                 raise
             raise errors.HTTPProblem(
-                503, f"the server's default steering cannot be applied: {error}", code="default_unavailable"
+                503, f"the default steering of this request cannot be applied: {error}", code="default_unavailable"
             ) from error
 
-    def _with_receipt(self, admission: Admission, send: Send) -> Send:
-        receipt = (carriers.RECEIPT.encode(), admission.spec.receipt().encode())
 
-        async def sending(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                if message["status"] < 400:
-                    message = {**message, "headers": [*message["headers"], receipt]}
-                metrics.count(admission.spec, message["status"])
-            await send(message)
+def _release(admission: Admission, reading: Readout | None) -> None:
+    admission.release()
+    if reading:
+        reading.release()
 
-        return sending
+
+class _Answer:
+    """The answer on its way out: its receipt goes on, and what becomes of it is seen.
+
+    `outcome`: ok, error, aborted (by the kill switch), or cancelled (by a client that left).
+    """
+
+    def __init__(self, send: Send, run: Run) -> None:
+        self._send = send
+        self._own = (
+            (carriers.RECEIPT.encode(), run.spec.receipt().encode()),
+            (REQUEST_ID, run.request_id.encode()),
+        )
+        self._streams = False
+        self._status = 0
+        self.outcome = "cancelled"
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = list(message["headers"])
+            self._streams = any(k.lower() == b"content-type" and b"event-stream" in v for k, v in headers)
+            has_id = any(k.lower() == REQUEST_ID for k, _ in headers)
+            receipt, request = self._own
+            headers += [receipt] if self._status < 400 else []
+            message = {**message, "headers": headers if has_id else [*headers, request]}
+        await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.outcome = "ok" if self._status < 400 else "error"
+
+    async def break_off(self, error: errors.HTTPProblem) -> None:
+        """End it here, in the middle if it has begun."""
+        if not self._status:
+            response = errors.of(error)
+            await self._send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
+            await self._send({"type": "http.response.body", "body": response.body})
+        elif self._streams and self.outcome == "cancelled":
+            last = f"event: error\n{errors.event(error)}data: [DONE]\n\n"
+            await self._send({"type": "http.response.body", "body": last.encode()})
+        self.outcome = "aborted"
 
 
 class _Gone(Exception):

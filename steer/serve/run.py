@@ -15,6 +15,7 @@ from steer.hf.load import load
 from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.serve.app import Served, build
+from steer.serve.control import Control
 from steer.settings import ServeSettings
 from steer.spec import parse
 
@@ -25,6 +26,8 @@ RANK = 4
 
 def prepare(model: str, settings: ServeSettings) -> Served:
     """Everything but the socket. Raises SteerError when the server must not start."""
+    control = Control(settings)
+    control.check_address(settings.host)
     loaded = load(model, revision=settings.revision, dtype=settings.dtype, device=settings.device)
     rank = settings.rank or RANK
     steering = Steering(loaded.model, sites=settings.site_list, rows=settings.rows, rank=rank)
@@ -43,13 +46,23 @@ def prepare(model: str, settings: ServeSettings) -> Served:
     registry.sync()
     default = parse(settings.default_steer)
     registry.resolve(default)
+    name = settings.served_model_name or (Path(model).resolve().name if Path(model).exists() else model)
+    control.start(registry, name)  # before the engine, whose threads would keep a process that refuses to start alive
     context = min(settings.context or loaded.context, loaded.context)
     engine = start_engine(
         steering, loaded.eos_ids, context=context, capacity=settings.max_requests, cache_tokens=settings.cache_tokens
     )
     log.info("engine: %s, context %d", engine.description, engine.context)
-    name = settings.served_model_name or Path(model).resolve().name if Path(model).exists() else model
-    served = Served(settings.served_model_name or name, loaded, engine, registry, default, settings.max_body)
+    served = Served(
+        name,
+        loaded,
+        engine,
+        registry,
+        default,
+        settings.max_body,
+        control,
+        settings.origins,
+    )
     log.info(
         "serving '%s'; directions: %s; requests that ask for nothing get: %s",
         served.model_name,
@@ -78,3 +91,4 @@ def serve(model: str, settings: ServeSettings) -> None:
         _Server(config).run()
     finally:
         served.engine.stop()
+        served.control.stop()

@@ -21,9 +21,9 @@ from typing import Any
 from steer.errors import InvalidInput, SpecError, UnsupportedModel
 from steer.registry import Admission, Registry
 from steer.runtime.placement import Shape
-from steer.serve import metrics
+from steer.serve import metrics, tally
 from steer.spec import Spec, parse
-from steer.vllm import internals, wire
+from steer.vllm import internals, tracing, wire
 from steer.vllm.placement import Call, VllmPlacement
 from steer.vllm.proof import Ask, prove
 from steer.vllm.seat import code_digest
@@ -50,6 +50,7 @@ class Lease:
 
     def __init__(self, admission: Admission) -> None:
         self.admission = admission
+        self.requests = 0
         self._holders = {""}
 
     def hold(self, request_id: str) -> None:
@@ -60,6 +61,10 @@ class Lease:
         if not self._holders:
             self.admission.release()
 
+
+#: In the context of an HTTP request: may what it adds to the engine be plain without a ticket? None: there is no HTTP
+#: request, as in offline use. A raw spec is never taken over HTTP: it would pass by keys, policy and audit log.
+over_http: ContextVar[bool | None] = ContextVar("steer_over_http", default=None)
 
 #: The lease of the `add_request` that runs in this context.
 _adding: ContextVar[Lease | None] = ContextVar("steer_adding", default=None)
@@ -110,7 +115,7 @@ class Frontend:
     def watch(self) -> None:
         """Follow the folder, and let the metrics read the registry, for the life of the process."""
         registry = self.registry
-        metrics.watch(registry, lambda: registry.rows)
+        metrics.watch(registry, lambda: registry.rows, self.settings.rows)
         metrics.refresh(registry)
         threading.Thread(
             target=registry.watch,
@@ -147,6 +152,12 @@ class Frontend:
             ticket = self._tickets[asked]
             ticket.used = True
             admission = self.registry.again(ticket.admission.spec)
+        elif (plain := over_http.get()) is not None:
+            if KEY in extra:
+                raise SpecError("this route does not take steering: ask a generation route of this server", param=KEY)
+            if not plain:
+                raise SpecError("this route cannot be steered, and requests without steering are not allowed here")
+            admission = self.registry.admit(())
         else:
             admission = self.registry.admit(parse(asked, KEY) if KEY in extra else self.default)
         lease = Lease(admission)
@@ -161,6 +172,10 @@ class Frontend:
         """The output processor takes a request: hold its pins under its id. Raises for one that was never admitted."""
         text = wire.of(request.sampling_params)
         lease = _adding.get()
+        if lease is not None:
+            lease.requests += 1
+            if lease.requests == 1:  # n answers are n requests of the engine with one prompt
+                tally.current().prompt += internals.prompt_length(request)
         unread = KEY in (getattr(request.sampling_params, "extra_args", None) or {})
         if text is None and not unread and not (lease and lease.admission.spec):
             return
@@ -176,6 +191,11 @@ class Frontend:
     def let_go(self, request_id: str) -> None:
         if lease := self._leases.pop(request_id, None):
             lease.drop(request_id)
+
+    def applied(self, request_id: str) -> Spec | None:
+        """What a request that has not ended is steered by."""
+        lease = self._leases.get(request_id)
+        return lease.admission.spec if lease else None
 
     @property
     def held(self) -> dict[str, Lease]:
@@ -280,6 +300,7 @@ def _wrap_processors(engine: Any, frontend: Frontend) -> None:
     inputs, outputs = internals.seam(engine, "input_processor"), internals.seam(engine, "output_processor")
     internals.wrap_process_inputs(inputs, _fold_salt)
     internals.wrap_requests(outputs, frontend.check_added, frontend.let_go, frontend.held)
+    tracing.trace(outputs, frontend.applied)
 
 
 def _fold_salt(request: Any) -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steer.errors import InvalidInput, UnsupportedModel
+from steer.serve import tally
 
 log = logging.getLogger("steer")
 
@@ -329,7 +330,10 @@ def wrap_requests(
 
     def adding(request: Any, *args: Any, **kwargs: Any) -> Any:
         added(request)
-        return add(request, *args, **kwargs)
+        out = add(request, *args, **kwargs)
+        if (state := states.get(request.request_id)) is not None:
+            tally.current().answer(lambda: answer_length(state))
+        return out
 
     def processing(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
         out = process(engine_core_outputs, *args, **kwargs)
@@ -346,6 +350,19 @@ def wrap_requests(
         return out
 
     outputs.add_request, outputs.process_outputs, outputs.abort_requests = adding, processing, aborting
+
+
+def prompt_length(request: Any) -> int:
+    """Tokens of the prompt of an EngineCoreRequest; 0 where it came as embeddings."""
+    return len(getattr(request, "prompt_token_ids", None) or ())
+
+
+def answer_length(state: Any) -> int:
+    """Tokens that a request of the OutputProcessor has by now. Its state outlives its end."""
+    detokenizer = getattr(state, "detokenizer", None)
+    if detokenizer is not None and hasattr(detokenizer, "num_output_tokens"):
+        return int(detokenizer.num_output_tokens())
+    return int(getattr(getattr(state, "stats", None), "num_generation_tokens", 0))
 
 
 #: Reads a VllmConfig before an engine is constructed from it; None leaves the engine alone.

@@ -9,26 +9,32 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steer.errors import SpecError, UnsupportedModel
+from steer.errors import InvalidInput, SpecError, UnsupportedModel
 from steer.registry import Admission
-from steer.serve import carriers, errors
+from steer.serve import carriers, errors, playground, switch
+from steer.serve.access import PUBLIC, Access
+from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
-from steer.serve.middleware import SteerMiddleware
+from steer.serve.middleware import REQUEST_ID, SteerMiddleware
+from steer.settings import ControlSettings
 from steer.vllm import frontend as front_ends
 from steer.vllm import internals, plugin, wire
 from steer.vllm.frontend import Frontend
 from steer.vllm.settings import KEY, EngineSettings
+from steer.vllm.settings import read as settings_of
 
 log = logging.getLogger("steer")
 
 GENERATION_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 MODELS_ROUTE = "/v1/models"
+HEALTH_ROUTE = "/health"
 MAX_BODY = 64 * 2**20
 
 
@@ -41,25 +47,65 @@ def install(app: FastAPI) -> None:
         return
     app.state.steer_installed = True
     wrapped = internals.wrap_routes(
-        app, {(path, "POST"): Generation for path in GENERATION_ROUTES} | {(MODELS_ROUTE, "GET"): Models}
+        app,
+        {(path, "POST"): Generation for path in GENERATION_ROUTES}
+        | {(MODELS_ROUTE, "GET"): Models, (HEALTH_ROUTE, "GET"): Health},
     )
     for needed in (*GENERATION_ROUTES[:2], MODELS_ROUTE):
         if needed not in wrapped:
             raise UnsupportedModel(f"vLLM {internals.version()} serves no route {needed}")
-    app.include_router(directions_router(_LateRegistry(app)))  # type: ignore[arg-type]
+    control = app.state.steer_control = Control(control_settings(app))
+    check_door(control, app.state.args)
+    app.include_router(directions_router(_LateRegistry(app), control=control))  # type: ignore[arg-type]
+    app.include_router(switch.router(control))
+    app.include_router(playground.router())
 
 
 class Middleware:
-    """For `--middleware`: installs when the app starts, and is never again in the way."""
+    """The door around every route of vLLM's app. With `--middleware` it also installs the rest when the app starts."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._door: Access | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
+        if self._door is None:
+            public = PUBLIC.union(playground.PATHS)
+            self._door = Access(_OverHttp(self.app), control=control_of(scope["app"]), public=public)
+        await self._door(scope, receive, send)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = scope["app"]
+        install(app)
+        control = control_of(app)
+        front = front_end_of(app)  # the server does not come up on an engine without steering
+        control.start(front.registry, internals.served_names(app)[0])
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            control.stop()
+
+
+class _OverHttp:
+    """Tells the front end that what is added to the engine in this context comes over HTTP."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            install(scope["app"])
-            front_end_of(scope["app"])  # the server does not come up on an engine without steering
-        await self.app(scope, receive, send)
+        app = scope["app"]
+        caller = control_of(app).caller(scope)
+        if scope["type"] == "http":  # what vLLM calls a request, in its logs and answers, is what the audit log does
+            ours = (REQUEST_ID, request_id(scope).encode())
+            scope = {**scope, "headers": [*(h for h in scope["headers"] if h[0] != REQUEST_ID), ours]}
+        token = front_ends.over_http.set(not caller.required and not front_end_of(app).default)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            front_ends.over_http.reset(token)
 
 
 def check_app(app: FastAPI) -> None:
@@ -80,6 +126,9 @@ class EndpointPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         install(app)
+        named = f"{__name__}.{Middleware.__name__}"
+        if named not in app.state.args.middleware:
+            app.add_middleware(Middleware)
 
     async def init_state(self, engine_client: Any, _state: Any, _args: Any) -> None:
         front_ends.of(engine_client)
@@ -87,6 +136,27 @@ class EndpointPlugin:
 
 def front_end_of(app: FastAPI) -> Frontend:
     return front_ends.of(app.state.engine_client)
+
+
+def control_of(app: FastAPI) -> Control:
+    control: Control = app.state.steer_control
+    return control
+
+
+def control_settings(app: FastAPI) -> ControlSettings:
+    """What the engine was told; before there is one, what its arguments say."""
+    config = getattr(app.state.args, "additional_config", None)
+    found = settings_of(config)
+    return found.control if found else ControlSettings.of_environment()
+
+
+def check_door(control: Control, args: Any) -> None:
+    """Raises InvalidInput where the server must not listen: without keys for others, or with two kinds of keys."""
+    keys = args.api_key or os.environ.get("VLLM_API_KEY")
+    if not keys and not getattr(args, "uds", None):
+        control.check_address(args.host)
+    if keys and control.in_force is not None:
+        raise InvalidInput("--api-key (or VLLM_API_KEY) and a policy are two doors: put the keys into the policy")
 
 
 class _LateRegistry:
@@ -120,6 +190,8 @@ class Generation:
                 body[carriers.XARGS] = xargs | {KEY: tickets[0]}
 
         async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+            if not tickets:  # what was admitted is plain
+                front_ends.over_http.set(True)
             await self.app(scope, receive, _only_if_used(send, lambda: all(front.used(t) for t in tickets)))
 
         middleware = SteerMiddleware(
@@ -130,6 +202,7 @@ class Generation:
             max_body=MAX_BODY,
             routes=GENERATION_ROUTES,
             forward=forward,
+            control=control_of(scope["app"]),
         )
         try:
             await middleware(scope, receive, send)
@@ -165,24 +238,49 @@ class Models:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        names = list(front_end_of(scope["app"]).registry.names())
-        start: Message = {}
-        body = b""
+        caller = control_of(scope["app"]).caller(scope)
+        names = [name for name in front_end_of(scope["app"]).registry.names() if caller.may_use(name)]
 
-        async def sending(message: Message) -> None:
-            nonlocal start, body
-            if message["type"] == "http.response.start":
-                start = message
-                return
-            body += message.get("body", b"")
-            if not message.get("more_body", False):
-                whole = _with_aliases(body, names) if start["status"] == 200 else body
-                headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
-                headers.append((b"content-length", str(len(whole)).encode()))
-                await send({**start, "headers": headers})
-                await send({"type": "http.response.body", "body": whole})
+        def changed(status: int, body: bytes) -> bytes:
+            return _with_aliases(body, names) if status == 200 else body
 
-        await self.app(scope, receive, sending)
+        await self.app(scope, receive, _with_body(send, changed))
+
+
+class Health:
+    """Around `GET /health`: vLLM's status, with a body that has ours."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        health = control_of(scope["app"]).health()
+
+        def changed(status: int, _body: bytes) -> bytes:
+            return json.dumps({"status": "ok" if status == 200 else "failed", **health}).encode()
+
+        await self.app(scope, receive, _with_body(send, changed))
+
+
+def _with_body(send: Send, change: Callable[[int, bytes], bytes]) -> Send:
+    """Sends a whole JSON answer on with the body that `change` makes of its status and body."""
+    start: Message = {}
+    body = b""
+
+    async def sending(message: Message) -> None:
+        nonlocal start, body
+        if message["type"] == "http.response.start":
+            start = message
+            return
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            whole = change(start["status"], body)
+            headers = [(k, v) for k, v in start["headers"] if k.lower() not in (b"content-length", b"content-type")]
+            headers += [(b"content-type", b"application/json"), (b"content-length", str(len(whole)).encode())]
+            await send({**start, "headers": headers})
+            await send({"type": "http.response.body", "body": whole})
+
+    return sending
 
 
 def _with_aliases(body: bytes, names: Sequence[str]) -> bytes:
@@ -201,6 +299,9 @@ def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> 
     """
     plugin.register()
     args = internals.server_arguments(model, options)
+    check_door(Control(settings.control), args)  # before the minute that the engine takes to start
+    if not any(option.partition("=")[0] in ("--allowed-origins", "--allowed_origins") for option in options):
+        args.allowed_origins = []  # vLLM's own default lets every page in the world call the server
     args.worker_cls = internals.WORKER
     args.additional_config = dict(args.additional_config or {}) | {KEY: settings.model_dump(mode="json")}
     args.middleware = [*args.middleware, f"{__name__}.{Middleware.__name__}"]

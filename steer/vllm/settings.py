@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from steer.direction import Site
 from steer.errors import InvalidInput, UnsupportedModel
-from steer.settings import ServeSettings
+from steer.settings import ControlSettings, ServeSettings
 from steer.spec import parse
 
 #: The key in vLLM's `additional_config`, and in `SamplingParams.extra_args`.
@@ -18,7 +18,7 @@ KEY = "steer"
 
 
 #: Settings of the transformers backend alone.
-OWN_BACKEND = {"max_requests", "max_body", "cache_tokens", "device"}
+OWN_BACKEND = {"max_requests", "max_body", "cache_tokens", "device", "cors_origins"}
 
 
 class EngineSettings(BaseModel):
@@ -31,6 +31,10 @@ class EngineSettings(BaseModel):
     sites: tuple[Site, ...] = Field(("resid_post",), min_length=1, description="sites to claim")
     rows: int = Field(32, ge=1, le=4096, description="direction rows that can be resident")
     rank: int = Field(1, ge=1, le=64, description="direction rows that one request can use")
+    control: ControlSettings = Field(
+        default_factory=ControlSettings.of_environment,
+        description="keys, policy and audit log of the server; also from STEER_…",
+    )
 
     @field_validator("default")
     @classmethod
@@ -70,6 +74,7 @@ def from_serve_settings(settings: ServeSettings, options: Sequence[str]) -> tupl
         sites=settings.site_list,
         rows=settings.rows,
         rank=settings.rank or 1,
+        control=settings.control,
     )
     ours: dict[str, Any] = {
         "host": settings.host,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.table import Place, Table
 from steer.serve import metrics
 from tests import models
+from tests.servers import ROOT
 
 
 def test_no_scrape_misses_what_is_served(tmp_path: Path) -> None:
@@ -39,3 +42,17 @@ def test_no_scrape_misses_what_is_served(tmp_path: Path) -> None:
     registry.delete("d1")
     metrics.refresh(registry)
     assert second.digest not in generate_latest().decode()
+
+
+def test_the_dashboard_shows_metrics_that_exist() -> None:
+    """A metric that is renamed must be renamed there too; and each of ours is shown."""
+    dashboard = json.loads((ROOT / "docs" / "grafana-dashboard.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    named = {name for expression in expressions for name in re.findall(r"\bsteer_\w+", expression)}
+    exported = set(re.findall(r"^# TYPE (steer_\w+)", generate_latest().decode(), re.MULTILINE))
+    exported = {name for name in exported if not name.endswith("_created")}
+    histograms = set(re.findall(r"^# TYPE (steer_\w+) histogram", generate_latest().decode(), re.MULTILINE))
+    assert {name.removesuffix("_bucket") for name in named} == exported
+    assert {name.removesuffix("_bucket") for name in named if name.endswith("_bucket")} == histograms
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(ids)) == len(ids)

@@ -1,0 +1,167 @@
+"""The operator's commands: `steer keys`, `steer audit`, `steer on` and `steer off`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from steer.console import echo_json, reported
+from steer.errors import InvalidInput, SteerError
+
+URL = "http://127.0.0.1:8000"
+KEY_VARIABLE = "STEER_API_KEY"
+
+keys = typer.Typer(help="Make and list API keys.", no_args_is_help=True)
+audit = typer.Typer(help="Check audit logs.", no_args_is_help=True)
+_Policy = Annotated[Path, typer.Option("--policy", envvar="STEER_POLICY", help="the policy file")]
+_Url = Annotated[str, typer.Option("--url", envvar="STEER_URL", help="the server")]
+_Reason = Annotated[str, typer.Option("--reason", help="why; refused requests are told")]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.add_typer(keys, name="keys")
+    app.add_typer(audit, name="audit")
+    app.command("on")(on)
+    app.command("off")(off)
+
+
+@keys.command("new")
+def new_key(
+    name: Annotated[str, typer.Argument(help="the name that the audit log will have")],
+    policy: Annotated[
+        Path | None, typer.Option("--policy", help="append the key to this policy file, which is made if need be")
+    ] = None,
+    direction: Annotated[
+        list[str] | None, typer.Option("--direction", help="a direction that it may use, '*' for all; may be repeated")
+    ] = None,
+    manage: Annotated[bool, typer.Option("--manage", help="let it manage directions and the kill switch")] = False,
+) -> None:
+    """Make an API key. Its secret is shown here, once, and kept nowhere."""
+
+    from steer.direction import write_file
+    from steer.serve import keys as secrets
+    from steer.serve.policy import load, read
+
+    with reported():
+        secret = secrets.make()
+        head = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+        block = f"[keys.{head}]\nhash = {json.dumps(secrets.stored(secret))}\n"
+        block += f"directions = {json.dumps(direction or [])}\n" + ("manage = true\n" if manage else "")
+        read(block.encode(), "the new key")
+        if policy is None:
+            typer.echo(f"# for the policy file\n{block}", err=True)
+        else:
+            before, mode = "", 0o600
+            if policy.exists():
+                if name in load(policy).policy.keys:
+                    raise InvalidInput(f"{policy}: there is a key '{name}'; delete its table, or choose another name")
+                before, mode = f"{policy.read_text().rstrip()}\n\n", policy.stat().st_mode & 0o777
+            whole = (before + block).encode()  # a table may stand anywhere in TOML, so all else stays as it is
+            read(whole, policy.name)
+            write_file(policy, whole)
+            policy.chmod(mode)
+            typer.echo(f"added '{name}' to {policy}", err=True)
+        typer.echo(secret)
+
+
+@keys.command("list")
+def list_keys(policy: _Policy, as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False) -> None:
+    """The keys of a policy file and what each may do."""
+    from steer.serve.policy import load
+    from steer.spec import text
+
+    with reported():
+        found = load(policy).policy.keys
+    if as_json:
+        echo_json({name: rules.model_dump(mode="json", exclude={"hash"}) for name, rules in found.items()})
+        return
+    typer.echo(f"{'key':<20} {'steer':<5} {'manage':<6} {'directions':<24} {'up to':>6}  rates a minute")
+    for name, rules in found.items():
+        rates = [
+            f"{rate:g} {what}"
+            for what, rate in (("requests", rules.requests_per_minute), ("tokens", rules.tokens_per_minute))
+            if rate is not None
+        ]
+        typer.echo(
+            f"{name:<20} {_yes(rules.steer):<5} {_yes(rules.manage):<6} {', '.join(rules.directions) or '–':<24} "
+            f"{rules.max_strength:>6g}  {', '.join(rates) or '–'}"
+        )
+        for what, specs in (("default", rules.default), ("required", rules.required)):
+            if specs:
+                typer.echo(f"{'':<20} {what}: {text(specs)}")
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"
+
+
+@audit.command("verify")
+def verify_audit(
+    files: Annotated[list[Path], typer.Argument(help="the audit log, and what it was rotated to, in any order")],
+    anchor: Annotated[
+        list[str] | None,
+        typer.Option("--anchor", help="SEQ:HASH that was noted elsewhere and must be in the chain; may be repeated"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """Find every line that was edited, removed, added or moved. Exit code 1 where there is one."""
+    from steer.serve.audit import Head, verify
+
+    with reported():
+        try:
+            report = verify(files, [Head.parse(text) for text in anchor or ()])
+        except (OSError, ValueError) as error:
+            raise InvalidInput(str(error)) from None
+    if as_json:
+        echo_json({"lines": report.lines, "last": str(report.last), "problems": report.problems, "notes": report.notes})
+    else:
+        for problem in report.problems:
+            typer.echo(f"problem: {problem}", err=True)
+        for note in report.notes:
+            typer.echo(f"note: {note}", err=True)
+        verdict = "NOT whole" if report.problems else "whole"
+        typer.echo(f"{report.lines} lines, {verdict}; the last is {report.last}")
+    if report.problems:
+        raise typer.Exit(1)
+
+
+def off(url: _Url = URL, reason: _Reason = "") -> None:
+    """Switch steering off: no steered request is admitted until `steer on`. The key comes from STEER_API_KEY."""
+    _switch(url, {"enabled": False, "reason": reason})
+
+
+def on(url: _Url = URL, reason: _Reason = "") -> None:
+    """Switch steering on again."""
+    _switch(url, {"enabled": True, "reason": reason})
+
+
+def _switch(url: str, body: dict[str, Any]) -> None:
+    with reported():
+        told = _post(f"{url.rstrip('/')}/v1/steering", body)
+    typer.echo(f"steering is {'on' if told['enabled'] else 'off'}; steered requests still running: {told['running']}")
+
+
+def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get(KEY_VARIABLE):
+        headers["Authorization"] = f"Bearer {key}"
+    try:
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return dict(json.load(answer))
+    except urllib.error.HTTPError as error:
+        try:
+            said = json.load(error)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            said = error.reason
+        hint = f" (set {KEY_VARIABLE})" if error.code == 401 else ""
+        raise SteerError(f"{url}: {error.code}: {said}{hint}") from None
+    except (OSError, ValueError) as error:
+        raise SteerError(f"{url}: {getattr(error, 'reason', error)}") from None

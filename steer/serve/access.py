@@ -1,0 +1,150 @@
+"""The door: who is calling, and which paths they may reach. An ASGI layer around every route that a server has.
+
+With a policy in force nothing but `/health` answers without a key. A key reaches the paths that are listed here and no
+others; the rest of a server, also what we do not know of it, needs the managing role.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from steer.serve import errors
+from steer.serve.errors import HTTPProblem
+from steer.serve.policy import KeyRules
+from steer.spec import Spec, Wanted
+
+if TYPE_CHECKING:
+    from steer.serve.control import Control
+
+#: Where the door leaves the caller.
+CALLER = "steer.caller"
+MAX_HEADERS = 64 * 2**10
+MAX_PATH = 8 * 2**10
+#: Readable without a key. Nothing behind these paths may tell of directions or keys.
+PUBLIC = frozenset({"/health"})
+METRICS = "/metrics"
+#: What a key without the managing role can reach: routes that steer through our middleware, or that cannot generate.
+ORDINARY: dict[str, re.Pattern[str]] = {
+    "GET": re.compile(r"/v1/models(/.+)?|/v1/directions(/[^/]+)?|/v1/steering|/metrics|/version|/openapi\.json|/docs"),
+    "POST": re.compile(
+        r"/v1/chat/completions|/v1/completions|/v1/responses|/v1/messages(/count_tokens)?|/tokenize|/detokenize"
+    ),
+}
+
+
+class Refusal(HTTPProblem):
+    """Keys or policy forbid it; `rule` is the one that does, `asked` what was asked for, where that is known."""
+
+    def __init__(
+        self, status: int, rule: str, message: str, *, code: str, asked: Spec | None = None, **more: str
+    ) -> None:
+        headers = {name.replace("_", "-"): value for name, value in more.items()}
+        super().__init__(status, message, code=code, headers=headers)
+        self.rule, self.asked = rule, asked or Spec()
+
+
+def forbidden(rule: str, message: str, asked: Spec | None = None) -> Refusal:
+    return Refusal(403, rule, message, code="steering_forbidden", asked=asked)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who makes a request. Without rules (no policy is in force) everything is allowed."""
+
+    name: str | None = None
+    rules: KeyRules | None = None
+
+    @property
+    def manages(self) -> bool:
+        return self.rules is None or self.rules.manage
+
+    @property
+    def required(self) -> tuple[Wanted, ...]:
+        return self.rules.required if self.rules else ()
+
+    def may_use(self, direction: str) -> bool:
+        return self.rules is None or (self.rules.steer and self.rules.allows(direction))
+
+    def may_know(self, direction: str) -> bool:
+        """Is this a name that it may be told of?"""
+        return self.manages or self.may_use(direction)
+
+    def check_readout(self) -> None:
+        """Raises Refusal for a caller that may not read components along directions."""
+        if self.rules is not None and not self.rules.readout:
+            raise forbidden("readout", "this key may not use steer_readout: its policy does not say `readout = true`")
+
+
+#: No policy is in force.
+ANYONE = Caller()
+#: One who came without a key, on a path that needs none.
+NOBODY = Caller(None, KeyRules.model_construct(steer=False))
+
+
+class Access:
+    """The layer. `scope["steer.caller"]` says who is calling to everything behind it."""
+
+    def __init__(self, app: ASGIApp, *, control: Control, public: frozenset[str] = PUBLIC) -> None:
+        self.app, self.control, self.public = app, control, public
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        try:
+            scope[CALLER] = self._enter(scope)
+        except HTTPProblem as error:
+            self.control.refused(error, scope.get(CALLER, NOBODY), scope)
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008, "reason": error.code})
+            else:
+                await errors.of(error)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _enter(self, scope: Scope) -> Caller:
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        if sum(len(name) + len(value) for name, value in headers) > MAX_HEADERS:
+            raise HTTPProblem(431, f"the headers are over {MAX_HEADERS} bytes", code="headers_too_large")
+        if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > MAX_PATH:
+            raise HTTPProblem(414, f"the path is over {MAX_PATH} bytes", code="path_too_long")
+        force = self.control.in_force
+        if force is None:
+            return ANYONE
+        method = "GET" if scope.get("method") == "HEAD" else scope.get("method", "websocket")
+        path = scope["path"].removeprefix(scope.get("root_path") or "")
+        secret = secret_of(headers)
+        name = force.keyring.find(secret or "")
+        known = Caller(name, force.policy.keys[name]) if name else None
+        if method == "OPTIONS" and any(n == b"access-control-request-method" for n, _ in headers):
+            return NOBODY  # a browser's preflight, which has no key; it is answered by the CORS layer, or not at all
+        if method == "GET" and (path in self.public or (path == METRICS and force.policy.metrics_public)):
+            return known or NOBODY
+        if known is None:
+            said = "the API key is not known here" if secret else "an API key is needed: Authorization: Bearer KEY"
+            raise Refusal(401, "key", said, code="invalid_api_key", WWW_Authenticate="Bearer")
+        assert known.rules is not None
+        if path == METRICS and not (known.rules.metrics or known.manages):
+            refusal = "/metrics tells of all directions: it needs a key with `metrics = true` or the managing role"
+        elif known.manages or (method in ORDINARY and ORDINARY[method].fullmatch(path)):
+            return known
+        else:
+            refusal = f"{method} {path[:100]} needs a key with the managing role"
+        scope[CALLER] = known
+        raise forbidden("path", refusal)
+
+
+def secret_of(headers: list[tuple[bytes, bytes]]) -> str | None:
+    """The one secret that a request brings, as OpenAI's or as Anthropic's clients send it; None for two."""
+    found: set[str] = set()
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, secret = value.decode("latin-1").partition(" ")
+            found.add(secret.strip() if scheme.lower() == "bearer" else "")
+        elif name == b"x-api-key":
+            found.add(value.decode("latin-1").strip())
+    return found.pop() if len(found) == 1 else None

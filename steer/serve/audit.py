@@ -1,0 +1,386 @@
+"""The audit log: what was steered, by whom, and who changed what; never a prompt, an answer or a secret.
+
+JSON lines. Each ends with `hash`, the SHA-256 of the line without it, and has the hash of the line before it as `prev`
+and the next number as `seq`, so that an edited, removed, added or moved line breaks the chain. `FILE.head` has the last
+number and hash, so that a tail which was cut off is missed too. A file that has grown over its size is renamed to
+`FILE.<its last seq>`, and the new one goes on with the chain.
+
+What a hash chain cannot show: a history that somebody with write access to both files has computed anew from some line
+on. Keep the head elsewhere from time to time (`GET /v1/steering` tells it) and verify against that.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from steer.errors import SteerError
+from steer.serve import metrics
+
+log = logging.getLogger("steer")
+
+GENESIS = "0" * 64
+#: Bytes of the end of a file that are read to find its last line; no line is longer.
+MAX_LINE = 2**18
+#: How much of a torn line the event that reports it keeps.
+TORN_SHOWN = 4096
+FSYNC_EVERY = 1.0
+Fsync = Literal["always", "second", "never"]
+
+
+class AuditError(SteerError):
+    """The audit file cannot be used at all, so the server must not start."""
+
+
+class AuditUnavailable(SteerError):
+    """A line could not be written, so what it was to record must not happen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last line of a chain: its number and its hash."""
+
+    seq: int = 0
+    hash: str = GENESIS
+
+    @classmethod
+    def parse(cls, text: str) -> Head:
+        """Of `SEQ:HASH`. Raises ValueError."""
+        seq, _, hash = text.strip().partition(":")
+        if not (seq.isascii() and seq.isdigit() and len(hash) == 64):
+            raise ValueError(f"{text[:100]!r} is not a head: SEQ:HASH, as FILE.head has it")
+        return cls(int(seq), hash)
+
+    def __str__(self) -> str:
+        return f"{self.seq}:{self.hash}"
+
+
+def seal(record: dict[str, Any]) -> tuple[bytes, str]:
+    """A record as its line, newline included, and the line's hash. The one definition of the canonical form."""
+    bare = json.dumps(record, separators=(",", ":"), allow_nan=False)
+    digest = hashlib.sha256(bare.encode()).hexdigest()
+    return f'{bare[:-1]},"hash":"{digest}"}}\n'.encode(), digest
+
+
+def unseal(line: bytes) -> dict[str, Any]:
+    """The record of a line, `hash` included. Raises ValueError for anything but the bytes that `seal` gives."""
+    if not line.endswith(b"\n"):
+        raise ValueError("the line is torn: it has no end")
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
+    if not isinstance(record, dict) or not isinstance(record.get("hash"), str):
+        raise ValueError("not an audit line")
+    bare = {name: value for name, value in record.items() if name != "hash"}
+    try:
+        same = seal(bare)[0] == line
+    except (ValueError, RecursionError):
+        same = False
+    if not same:
+        raise ValueError("the line does not have the hash that it says: it was changed")
+    if not isinstance(record.get("seq"), int) or not isinstance(record.get("prev"), str):
+        raise ValueError("not an audit line")
+    return record
+
+
+class Audit:
+    """One file that is being written, by this process alone. Thread-safe."""
+
+    def __init__(self, path: Path, *, max_bytes: int = 64 * 2**20, fsync: Fsync = "second") -> None:
+        self.path, self.max_bytes, self.fsync = path, max_bytes, fsync
+        self.failed: str | None = None
+        self.head = Head()
+        self._head_path = path.with_name(f"{path.name}.head")
+        self._lost: Counter[str] = Counter()
+        self._fd = self._head_fd = self._guard = -1
+        self._size = 0
+        self._dirty = False
+        self._lock = threading.RLock()
+        self._closed = threading.Event()
+
+    def open(self) -> None:
+        """Lock the file, look at its tail and go on with its chain. Raises AuditError."""
+        try:
+            self._guard = os.open(self.path.with_name(f"{self.path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._guard)
+            raise AuditError(f"the audit file {self.path} is being written by another process") from None
+        except OSError as error:
+            raise AuditError(f"the audit file {self.path} cannot be written: {error.strerror}") from None
+        try:
+            known = _read_head(self._head_path)
+            self._head_fd = os.open(self._head_path, os.O_RDWR | os.O_CREAT, 0o600)
+            self._reopen(known)
+        except OSError as error:
+            raise AuditError(f"the audit file {self.path} cannot be written: {error.strerror}") from None
+        if self.fsync == "second":
+            threading.Thread(target=self._sync, name="steer-audit", daemon=True).start()
+
+    def close(self) -> None:
+        self._closed.set()
+        with self._lock, suppress(OSError):
+            if self._fd >= 0:
+                os.fsync(self._fd)
+            for fd in (self._fd, self._head_fd, self._guard):
+                if fd >= 0:
+                    os.close(fd)
+            self._fd = self._head_fd = self._guard = -1
+
+    def write(self, event: str, **fields: Any) -> int:
+        """Append one line; its number. Raises AuditUnavailable: then nothing of it is in the file."""
+        with self._lock:
+            try:
+                if self._fd < 0 or not self._size or not _same(self.path, self._fd):
+                    self._reopen(self.head if self.head.seq else None)
+                if not _same(self._head_path, self._head_fd):
+                    os.close(self._head_fd)
+                    self._head_fd = os.open(self._head_path, os.O_RDWR | os.O_CREAT, 0o600)
+                if self._lost:
+                    self._append("recovered", {"detail": {"lost": dict(self._lost)}})
+                    log.warning("the audit file is written again; lost in between: %s", dict(self._lost))
+                    self._lost.clear()
+                seq = self._append(event, fields)
+            except OSError as error:
+                self._fail(f"{self.path}: {error.strerror}")
+                raise AuditUnavailable(f"the audit log cannot be written: {error.strerror}") from None
+            self.failed = None
+            return seq
+
+    def note(self, event: str, **fields: Any) -> None:
+        """Append one line about what has happened anyway. What cannot be written is counted, and said later."""
+        try:
+            self.write(event, **fields)
+        except AuditUnavailable:
+            self._lost[event] += 1
+
+    def _fail(self, reason: str) -> None:
+        metrics.AUDIT_FAILURES.inc()
+        if self.failed is None:
+            log.error("audit: %s; steered requests are refused until it can be written again", reason)
+        self.failed = reason
+
+    def _append(self, event: str, fields: dict[str, Any]) -> int:
+        line, head = self._line(event, fields)
+        if self._size and self._size + len(line) > self.max_bytes:
+            self._rotate()
+            line, head = self._line(event, fields)
+        self._put(line, head)
+        metrics.AUDIT_LINES.labels(event=event).inc()
+        return head.seq
+
+    def _line(self, event: str, fields: dict[str, Any]) -> tuple[bytes, Head]:
+        seq = self.head.seq + 1
+        record = {"time": datetime.now(UTC).isoformat(timespec="microseconds"), "seq": seq, "event": event}
+        line, digest = seal(record | fields | {"prev": self.head.hash})
+        return line, Head(seq, digest)
+
+    def _put(self, line: bytes, head: Head) -> None:
+        try:
+            written = os.write(self._fd, line)
+            if written < len(line):  # a disk that is full takes a part, and says so at the next write
+                written += os.write(self._fd, line[written:])
+            if self.fsync == "always":
+                os.fsync(self._fd)
+            self._write_head(head)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._fd, self._size)
+            raise
+        self._size += len(line)
+        self.head, self._dirty = head, True
+
+    def _write_head(self, head: Head) -> None:
+        """In place, in one write of one length within one sector: a reader sees the old one or the new one."""
+        os.pwrite(self._head_fd, f"{head.seq:020d}:{head.hash}\n".encode(), 0)
+        if self.fsync == "always":
+            os.fsync(self._head_fd)
+
+    def _rotate(self) -> None:
+        os.fsync(self._fd)
+        old = self.path.with_name(f"{self.path.name}.{self.head.seq}")
+        os.rename(self.path, old)
+        self._begin({"previous": old.name})
+
+    def _begin(self, detail: dict[str, Any], event: str = "rotated") -> None:
+        """A new file that goes on with the chain."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._size = os.fstat(self._fd).st_size
+        self._append(event, {"detail": detail})
+
+    def _reopen(self, known: Head | None) -> None:
+        """Find the end of the chain in what is there, where it is `known` to end. What a crash left is healed by an
+        event that says so."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._size = os.fstat(self._fd).st_size
+        healed: dict[str, Any] = {}
+        if self._size == 0:
+            self.head = known or Head()
+            if self.head.seq:
+                previous = self.path.with_name(f"{self.path.name}.{self.head.seq}")
+                if previous.exists():
+                    self._begin({"previous": previous.name})
+                else:
+                    healed = {"missing": f"the file is gone or empty, its head says {self.head.seq}"}
+        else:
+            tail = os.pread(self._fd, MAX_LINE, max(0, self._size - MAX_LINE))
+            whole, _, torn = tail.rpartition(b"\n")
+            last = whole.rpartition(b"\n")[2]
+            if torn:
+                os.ftruncate(self._fd, self._size - len(torn))
+                self._size -= len(torn)
+                shown = torn[:TORN_SHOWN].decode("ascii", "backslashreplace")
+                healed["torn"] = {"bytes": len(torn), "sha256": hashlib.sha256(torn).hexdigest(), "begins": shown}
+            try:
+                record = unseal(last + b"\n")
+                self.head = Head(record["seq"], record["hash"])
+            except ValueError as error:
+                self.head = known or Head()
+                healed["damaged"] = f"the last line: {error}"
+            if known is None:
+                healed["missing"] = "FILE.head, which says where the chain ended"
+            elif known.seq > self.head.seq:
+                healed["missing"] = f"lines {self.head.seq + 1} to {known.seq}"
+                self.head = known
+            elif known.seq == self.head.seq and known.hash != self.head.hash:
+                healed["damaged"] = "the last line is not the one that was written"
+        if healed:
+            log.error("audit: %s was not left whole: %s", self.path, healed)
+            self._append("recovered", {"detail": healed})
+
+    def _sync(self) -> None:
+        while not self._closed.wait(FSYNC_EVERY):
+            with self._lock:
+                dirty, self._dirty = self._dirty and self._fd >= 0, False
+                fd = os.dup(self._fd) if dirty else -1
+            if dirty:  # not under the lock: a slow disk must not hold up admissions
+                try:
+                    os.fsync(fd)
+                except OSError as error:
+                    self._fail(f"{self.path}: {error.strerror}")
+                finally:
+                    os.close(fd)
+
+
+def _same(path: Path, fd: int) -> bool:
+    """Is the file that is open still the one under its name?"""
+    try:
+        here, ours = os.stat(path), os.fstat(fd)
+    except FileNotFoundError:
+        return False
+    return (here.st_ino, here.st_dev) == (ours.st_ino, ours.st_dev)
+
+
+def _read_head(path: Path) -> Head | None:
+    try:
+        return Head.parse(path.read_text("ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+# -- verification ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Report:
+    """What verification found. `problems` say that something was changed or lost; `notes` do not."""
+
+    lines: int = 0
+    last: Head = field(default_factory=Head)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def verify(paths: Sequence[Path], anchors: Iterable[Head] = ()) -> Report:
+    """Check files of one chain, in whatever order they are given. Each `FILE.head` beside them is an anchor too.
+
+    Raises OSError for a file that cannot be read.
+    """
+    report = Report()
+    wanted = {head.seq: head for head in anchors}
+    for path in paths:
+        if head := _read_head(path.with_name(f"{path.name}.head")):  # first: lines may be added while this reads
+            wanted.setdefault(head.seq, head)
+    if not wanted:
+        report.notes.append("no FILE.head and no anchor: lines that were cut from the end would not be missed")
+    expected: Head | None = None
+    for path in sorted(paths, key=_begins):
+        for number, line in enumerate(_lines(path), 1):
+            where = f"{path.name}:{number}"
+            report.lines += 1
+            try:
+                record = unseal(line)
+            except ValueError as error:
+                report.problems.append(f"{where}: {error}")
+                expected = Head(expected.seq + 1, "") if expected else None
+                continue
+            _check(where, number, record, expected, report)
+            expected = report.last = Head(record["seq"], record["hash"])
+            if (anchor := wanted.pop(expected.seq, None)) and anchor != expected:
+                report.problems.append(f"{where}: line {anchor.seq} has another hash than the anchor")
+    for anchor in wanted.values():
+        if anchor.seq > report.last.seq:
+            report.problems.append(
+                f"the end is missing: the last line is {report.last.seq}, the anchor says {anchor.seq}"
+            )
+        elif anchor.seq:
+            report.problems.append(f"line {anchor.seq}, which the anchor knows, is not in these files")
+    return report
+
+
+def _check(where: str, number: int, record: dict[str, Any], expected: Head | None, report: Report) -> None:
+    seq, event = record["seq"], record.get("event")
+    detail: dict[str, Any] = record["detail"] if isinstance(record.get("detail"), dict) else {}
+    if expected is None:
+        if number > 1:
+            report.notes.append(f"{where}: what this line follows cannot be checked")
+        elif seq == 1 and record["prev"] != GENESIS:
+            report.problems.append(f"{where}: line 1 says that something was before it")
+        elif seq != 1 and event != "rotated":
+            report.problems.append(f"{where}: begins with line {seq}: the lines before it are missing")
+        elif seq != 1:
+            report.notes.append(f"{where}: begins with line {seq}; {detail.get('previous')} has what was before")
+    elif seq != expected.seq + 1:
+        what = "lines are missing" if seq > expected.seq + 1 else "lines are out of order"
+        report.problems.append(f"{where}: line {seq} stands behind line {expected.seq}: {what}")
+    elif expected.hash and record["prev"] != expected.hash:
+        report.problems.append(f"{where}: line {seq} does not follow the line before it")
+    if event == "recovered":
+        if "missing" in detail or "damaged" in detail:
+            report.problems.append(
+                f"{where}: the server found, when it started: {detail.get('missing') or detail.get('damaged')}"
+            )
+        else:
+            report.notes.append(f"{where}: a crash or a full disk: {json.dumps(detail)[:200]}")
+
+
+def _begins(path: Path) -> int:
+    """The number of a file's first line that can be read."""
+    for line in _lines(path):
+        with suppress(ValueError):
+            return int(unseal(line)["seq"])
+    return 0
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while line := file.readline(MAX_LINE):
+            yield line

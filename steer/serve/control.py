@@ -1,0 +1,440 @@
+"""The control plane of one server: the policy in force, the kill switch, the audit log, and what is running.
+
+One `Control` is shared by the door (`access`), the middleware and the control routes. The event loop's, but for the
+watcher of the policy file and for moves of names, which come on threads of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import math
+import threading
+import uuid
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import watchfiles
+from starlette.types import Scope
+
+from steer._version import __version__
+from steer.errors import InvalidInput, UnknownDirection
+from steer.registry import Move, Registry
+from steer.serve import carriers, errors, metrics, policy
+from steer.serve.access import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
+from steer.serve.audit import Audit, AuditUnavailable
+from steer.serve.policy import InForce, KeyRules, PolicyError
+from steer.serve.rates import Meter
+from steer.serve.tally import Tally
+from steer.settings import ControlSettings
+from steer.spec import Entry, Spec, Wanted
+
+log = logging.getLogger("steer")
+
+_DEFAULTS = ControlSettings.model_construct()
+#: Who moves a name: set where a route does it, unset where the folder does.
+_moving: ContextVar[Caller | None] = ContextVar("steer_moving", default=None)
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One admitted request, from its admission to its end. `line` is the audit line of its admission."""
+
+    caller: Caller
+    spec: Spec
+    request_id: str
+    model: str | None
+    line: int | None = None
+    task: asyncio.Future[None] | None = None
+    aborted: bool = False
+
+    def abort(self) -> None:
+        self.aborted = True
+        if self.task is not None:
+            self.task.cancel()
+
+
+class Control:
+    """Everything is allowed, and nothing is kept, where the settings name no policy and no audit log."""
+
+    def __init__(self, settings: ControlSettings = _DEFAULTS) -> None:
+        """Raises PolicyError for a policy file that is not acceptable."""
+        self.settings = settings
+        self.in_force: InForce | None = policy.load(settings.policy) if settings.policy else None
+        self.audit = (
+            Audit(settings.audit, max_bytes=settings.audit_max_bytes, fsync=settings.audit_fsync)
+            if settings.audit
+            else None
+        )
+        self.policy_problems: tuple[str, ...] = ()
+        self.running: set[Run] = set()
+        self.steering, self.reason = settings.steering, "" if settings.steering else "the server was started so"
+        self._requests, self._tokens = Meter(), Meter()
+        self._limited: set[str] = set()
+        self._good: bytes | None = None  # what the policy file was at the last look, if it was acceptable
+        self._stop = threading.Event()
+        self._watcher: threading.Thread | None = None
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def check_address(self, host: str | None) -> None:
+        """Raises InvalidInput for an address that others reach, where nobody needs a key. None: all interfaces."""
+        if self.in_force is None and not is_loopback(host):
+            if not self.settings.insecure:
+                raise InvalidInput(
+                    f"--host {host or '0.0.0.0'} can be reached by others, and there are no keys: give a --policy with "
+                    "keys, or say --insecure to let everybody do everything"
+                )
+            log.warning("INSECURE: everybody who reaches %s may steer, upload and delete", host or "all addresses")
+        elif self.in_force is None:
+            log.info("no policy: everybody on this machine may do everything")
+
+    def start(self, registry: Registry, model: str) -> None:
+        """Open the audit log and follow the policy file and the registry. Raises AuditError."""
+        if self.audit:
+            self.audit.open()
+        self._note("start", model=model, detail={"version": __version__, "policy": self._digest()})
+        registry.on_move = self._moved
+        metrics.STEERING.set_function(lambda: float(self.steering))
+        metrics.STEERED_RUNNING.set_function(lambda: float(len(self.running)))
+        metrics.AUDIT_OK.set_function(lambda: float(self.audit is None or self.audit.failed is None))
+        if self.in_force:
+            missing = {
+                item.direction
+                for rules in self.in_force.policy.keys.values()
+                for item in (*rules.required, *(rules.default or ()))
+            } - registry.names().keys()
+            if missing:
+                log.warning("the policy needs directions that are not served: %s", ", ".join(sorted(missing)))
+            log.info("policy: %d keys", len(self.in_force.policy.keys))
+        if self.settings.policy:
+            self._watcher = threading.Thread(
+                target=self._watch, args=(self.settings.policy,), name="steer-policy", daemon=True
+            )
+            self._watcher.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._watcher:
+            self._watcher.join(timeout=5)
+            self._watcher = None
+        if self.audit:
+            self._note("stop")
+            self.audit.close()
+
+    # -- policy --------------------------------------------------------------------------------------------------
+
+    def reload(self) -> None:
+        """Read the policy file again. One that is not acceptable leaves the old in force, and says why."""
+        assert self.settings.policy is not None
+        path = self.settings.policy
+        try:
+            data = policy.fetch(path)
+            if data == self._good:
+                return
+            fresh = policy.read(data, path.name)
+        except PolicyError as error:
+            self._good = None
+            if error.problems != self.policy_problems:
+                self.policy_problems = error.problems
+                metrics.POLICY_RELOADS.labels(result="failed").inc()
+                log.error("the policy file is not acceptable, the old one stays in force: %s", error)
+                self._note("policy", outcome="refused", detail={"policy": self._digest()})
+            return
+        self._good, self.policy_problems = data, ()
+        if fresh.digest != self._digest():
+            self.in_force = fresh
+            metrics.POLICY_RELOADS.labels(result="ok").inc()
+            log.info("a new policy is in force: %d keys", len(fresh.policy.keys))
+            self._note("policy", outcome="ok", detail={"policy": fresh.digest})
+
+    def _watch(self, path: Path) -> None:
+        """On a thread of its own. The folder is watched, since editors and ConfigMaps put a new file in place; a look
+        every two seconds finds what no event told of."""
+        try:
+            for _ in watchfiles.watch(
+                path.parent,
+                stop_event=self._stop,
+                debounce=50,
+                step=20,
+                yield_on_timeout=True,
+                rust_timeout=2000,
+                recursive=False,
+            ):
+                self.reload()
+        except OSError as error:
+            log.error("the policy file is no longer followed: %s", error)
+
+    def _digest(self) -> str | None:
+        return self.in_force.digest if self.in_force else None
+
+    # -- who -----------------------------------------------------------------------------------------------------
+
+    def caller(self, scope: Scope) -> Caller:
+        """Who makes this request. With a policy in force, nobody whom the door has not let in."""
+        found: Caller = scope.get(CALLER, ANYONE if self.in_force is None else NOBODY)
+        return found
+
+    def gate(self, caller: Caller) -> carriers.Gate:
+        return _Gate(self, caller)
+
+    def check_switch(self, caller: Caller, scope: Scope) -> None:
+        """May this caller move the kill switch? Raises Refusal."""
+        peer = (scope.get("client") or (None,))[0]
+        if self.in_force is None and not (peer is None or is_loopback(peer)):
+            raise forbidden("manage", "without keys, steering is switched from the server's own machine alone")
+        if not caller.manages:
+            raise forbidden("manage", "switching steering needs a key with the managing role")
+
+    def refused(self, error: errors.HTTPProblem, caller: Caller, scope: Scope) -> None:
+        """Count and keep a refusal by policy. A request without a key is counted alone, and of a run of requests over
+        a rate the first is kept: nobody can fill the disk with refusals."""
+        if not isinstance(error, Refusal):
+            return
+        metrics.POLICY_REFUSED.labels(rule=error.rule).inc()
+        if caller.name is None and caller.rules is not None:
+            return
+        if error.status == 429:
+            assert caller.name is not None
+            if caller.name in self._limited:
+                return
+            self._limited.add(caller.name)
+        self._note(
+            "refused",
+            key=caller.name,
+            request_id=request_id(scope),
+            entries=_entries(error.asked),
+            outcome=error.code,
+            detail={"rule": error.rule, "path": scope["path"][:200]},
+        )
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def check_rate(self, caller: Caller) -> None:
+        """Take one request of the caller's rate. Raises Refusal (429)."""
+        rules, name = caller.rules, caller.name
+        if rules is None or name is None:
+            return
+        waits = {
+            "requests_per_minute": self._requests.wait(name, rules.requests_per_minute, 1),
+            "tokens_per_minute": self._tokens.wait(name, rules.tokens_per_minute, 1),
+        }
+        rule = max(waits, key=waits.__getitem__)
+        if waits[rule] > 0:
+            seconds = str(math.ceil(waits[rule]))
+            said = f"over this key's {rule} ({getattr(rules, rule):g}); try again in {seconds} s"
+            raise Refusal(429, rule, said, code="rate_limit_exceeded", Retry_After=seconds)
+        self._requests.charge(name, rules.requests_per_minute, 1)
+        self._limited.discard(name)
+
+    def begin(self, caller: Caller, spec: Spec, model: str | None, scope: Scope) -> Run:
+        """An admitted request. Raises Refusal (503) for a steered one whose line cannot be kept."""
+        run = Run(caller, spec, request_id(scope), model)
+        if spec:
+            if self.audit:
+                try:
+                    run.line = self.audit.write(
+                        "admitted",
+                        key=caller.name,
+                        request_id=run.request_id,
+                        model=model,
+                        entries=_entries(spec),
+                    )
+                except AuditUnavailable as error:
+                    raise Refusal(503, "audit", str(error), code="audit_unavailable", Retry_After="10") from None
+            self.running.add(run)
+        return run
+
+    def end(self, run: Run, outcome: str, tally: Tally) -> None:
+        self.running.discard(run)
+        rules, name = run.caller.rules, run.caller.name
+        if rules is not None and name is not None and rules.tokens_per_minute is not None:
+            self._tokens.charge(name, rules.tokens_per_minute, tally.prompt + tally.completion)
+        metrics.count(run.spec, outcome, tally)
+        if run.spec:
+            self._note(
+                "ended",
+                key=name,
+                request_id=run.request_id,
+                admitted=run.line,
+                prompt_tokens=tally.prompt,
+                completion_tokens=tally.completion,
+                outcome=outcome,
+            )
+
+    # -- the kill switch -----------------------------------------------------------------------------------------
+
+    def switch(self, enabled: bool, caller: Caller, reason: str = "") -> None:
+        """From here on, and before anything else runs on this loop, no steered request is admitted (or is again)."""
+        self.steering, self.reason = enabled, reason
+        log.warning("steering is %s%s", "on" if enabled else "off", f": {reason}" if reason else "")
+        ending = not enabled and self.in_force is not None and self.in_force.policy.on_kill == "abort"
+        self._note(
+            "switch",
+            key=caller.name,
+            outcome="on" if enabled else "off",
+            detail={"reason": reason, "running": len(self.running), "aborted": ending},
+        )
+        if ending:
+            for run in tuple(self.running):
+                run.abort()
+
+    def off(self, asked: Spec) -> Refusal:
+        """What a steered request gets while steering is off."""
+        said = f"steering is switched off on this server{f': {self.reason}' if self.reason else ''}"
+        return Refusal(503, "switch", said, code="steering_off", asked=asked, Retry_After="60")
+
+    # -- what is kept, and what is told ----------------------------------------------------------------------------
+
+    def health(self) -> dict[str, Any]:
+        """For /health, which everybody reads: nothing of keys or directions."""
+        return {
+            "steering": "on" if self.steering else "off",
+            "audit": "none" if self.audit is None else "failed" if self.audit.failed else "ok",
+            "policy": "none" if self.in_force is None else "stale" if self.policy_problems else "ok",
+        }
+
+    def state(self, caller: Caller) -> dict[str, Any]:
+        """For GET /v1/steering."""
+        told = {"object": "steering", "enabled": self.steering, "reason": self.reason, "running": len(self.running)}
+        if caller.manages:
+            told["policy"] = {"digest": self._digest(), "problems": list(self.policy_problems)}
+            told["audit"] = self.audit and {"head": str(self.audit.head), "failed": self.audit.failed}
+        return told
+
+    def moving(self, caller: Caller) -> None:
+        """In this context, and in threads that begin in it, names are moved by `caller`."""
+        _moving.set(caller)
+
+    def _moved(self, move: Move) -> None:
+        mover = _moving.get()
+        if move.new:
+            metrics.SWAP.observe(move.seconds)
+        self._note(
+            "swap" if move.new else "delete",
+            key=mover.name if mover else None,
+            entries=[{"direction": move.name, "digest": move.new}],
+            detail={"was": move.old, "by": "request" if mover else "folder"},
+        )
+
+    def _note(self, event: str, **fields: Any) -> None:
+        if self.audit:
+            self.audit.note(event, **fields)
+
+
+class _Gate(carriers.Gate):
+    """The rules of one caller, asked while no name can move."""
+
+    def __init__(self, control: Control, caller: Caller) -> None:
+        self.control, self.caller = control, caller
+
+    def may_use(self, direction: str) -> bool:
+        return self.caller.may_use(direction)
+
+    def asks(self) -> None:
+        if self.caller.rules is not None and not self.caller.rules.steer:
+            raise forbidden("steer", "this key may not steer: its policy says `steer = false`")
+
+    def default(self, default: Sequence[Wanted], registry: Registry) -> Spec:
+        """The key's own default; else the server's, where the key might have asked for it."""
+        rules = self.caller.rules
+        if rules is not None and rules.default is not None:
+            return registry.resolve(rules.default)
+        if not all(self.caller.may_use(item.direction) for item in default):
+            return Spec()
+        asked = registry.resolve(default)
+        return Spec() if rules is not None and self._broken(asked, rules, registry) else asked
+
+    def passed(self, asked: Spec, registry: Registry) -> Spec:
+        control, rules = self.control, self.caller.rules
+        required = self._required(registry)
+        if not control.steering:
+            if asked or (required and self._refuses_when_off()):
+                raise control.off(asked)
+            required = Spec()
+        if rules is not None and asked:
+            broken = self._broken(asked, rules, registry)
+            broken += self._against(asked, required)
+            if broken:
+                raise forbidden(broken[0][0], "; ".join(said for _, said in broken), asked)
+        whole = registry.merge(asked, required)
+        control.check_rate(self.caller)
+        return whole
+
+    def _required(self, registry: Registry) -> Spec:
+        try:
+            return registry.resolve(self.caller.required)
+        except UnknownDirection:
+            raise errors.HTTPProblem(
+                503, "steering that is required for this key cannot be applied now", code="required_unavailable"
+            ) from None
+
+    def _refuses_when_off(self) -> bool:
+        force = self.control.in_force
+        return force is None or force.policy.required_when_off == "refuse"
+
+    def _broken(self, asked: Spec, rules: KeyRules, registry: Registry) -> list[tuple[str, str]]:
+        """(rule, what is wrong) for each rule that `asked` breaks. Strengths of one version add up, whatever names and
+        modes it is asked for by: a limit is not avoided by asking in two halves."""
+        force = self.control.in_force
+        limits = force.policy.directions if force else {}
+        names = registry.digests()
+        out: list[tuple[str, str]] = []
+        for entry in asked.entries:
+            if entry.mode not in rules.modes:
+                accepted = ", ".join(rules.modes) or "none"
+                out.append(("mode", f"mode '{entry.mode}' is not allowed for this key; allowed: {accepted}"))
+        for digest, entries in _by_digest(asked).items():
+            total = sum(abs(entry.strength) for entry in entries)
+            shown = f"direction '{entries[0].direction}': strength {total:g}"
+            if total > rules.max_strength:
+                out.append(("max_strength", f"{shown} is over the {rules.max_strength:g} that this key may use"))
+            largest = min((r.max_strength for n, r in limits.items() if names.get(n) == digest), default=math.inf)
+            if total > largest:
+                out.append(("direction_max_strength", f"{shown} is over the {largest:g} that any key may use"))
+        return out
+
+    def _against(self, asked: Spec, required: Spec) -> list[tuple[str, str]]:
+        """What is required must not be asked for otherwise: that is how one would switch it off or weaken it."""
+        kept = {entry.digest: entry for entry in required.entries}
+        return [
+            ("required", f"direction '{entry.direction}' is required for this key as it is, and cannot be asked for")
+            for entry in asked.entries
+            if entry.digest in kept and entry not in required.entries
+        ]
+
+
+def _entries(spec: Spec) -> list[dict[str, Any]]:
+    return [asdict(entry) for entry in spec.entries]
+
+
+def _by_digest(spec: Spec) -> dict[str, list[Entry]]:
+    out: dict[str, list[Entry]] = {}
+    for entry in spec.entries:
+        out.setdefault(entry.digest, []).append(entry)
+    return out
+
+
+def request_id(scope: Scope) -> str:
+    """The id under which a request is kept, made once: its own `X-Request-Id` is the client's to choose, so it is not
+    ours."""
+    found: str = scope.setdefault("steer.request_id", f"req-{uuid.uuid4().hex}")
+    return found
+
+
+def is_loopback(host: str | None) -> bool:
+    """Can `host` be reached from this machine alone?"""
+    if host is None:
+        return False
+    if host == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)

@@ -1,0 +1,258 @@
+"""Who may do what: the policy file, parsed and checked as a whole before any of it is in force.
+
+TOML. Every problem of a file is reported with its line. A file that has a problem never comes into force, not in part
+either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from steer.direction import MAX_STRENGTH, MODES, Mode, check_name
+from steer.errors import DirectionError, InvalidInput, SpecError
+from steer.serve.keys import Keyring, is_stored
+from steer.spec import Wanted, parse
+
+MAX_BYTES = 2**20
+#: In a key's list of directions: all of them, also those that come later.
+ANY = "*"
+_KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class PolicyError(InvalidInput):
+    """A policy file is not acceptable: `problems` has each with its line."""
+
+
+def _wanted(value: Any) -> tuple[Wanted, ...]:
+    try:
+        return parse(value, "spec")
+    except SpecError as error:
+        raise _problem("; ".join(error.problems)) from None
+
+
+def _problem(text: str) -> PydanticCustomError:
+    return PydanticCustomError("policy", "{text}", {"text": text})
+
+
+Specs = Annotated[tuple[Wanted, ...], BeforeValidator(_wanted)]
+Flag = Annotated[bool, Field(strict=True)]
+Strength = Annotated[float, Field(strict=True, ge=0, le=MAX_STRENGTH, allow_inf_nan=False)]
+PerMinute = Annotated[float, Field(strict=True, gt=0, le=1e9, allow_inf_nan=False)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class KeyRules(_Table):
+    """One key: what its holder may do. A key of which only the hash is given may make plain requests and no others."""
+
+    hash: str | tuple[str, ...] = Field(
+        description="what `steer keys new` printed: 'sha256:' and 64 hexadecimal digits; a list of two while a secret "
+        "is being replaced"
+    )
+    steer: Flag = Field(True, description="may it ask for steering at all")
+    directions: tuple[str, ...] = Field((), description="directions that it may use and is told of; '*' is all")
+    modes: tuple[Mode, ...] = Field(MODES, description="modes that it may use")
+    max_strength: Strength = Field(MAX_STRENGTH, description="largest strength, on either side of 0")
+    default: Specs | None = Field(None, description="steering of its requests that ask for nothing")
+    required: Specs = Field((), description="steering of all its requests: applied last, and never switched off")
+    manage: Flag = Field(False, description="may it upload and delete directions, and move the kill switch")
+    readout: Flag = Field(False, description="may it read components along directions (`steer_readout`)")
+    metrics: Flag = Field(False, description="may it read /metrics, which tells of all directions")
+    requests_per_minute: PerMinute | None = Field(None, description="generation requests in a minute")
+    tokens_per_minute: PerMinute | None = Field(None, description="tokens of prompts and answers in a minute")
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        return (self.hash,) if isinstance(self.hash, str) else self.hash
+
+    def allows(self, direction: str) -> bool:
+        return ANY in self.directions or direction in self.directions
+
+    @field_validator("hash")
+    @classmethod
+    def _is_a_hash(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        each = (value,) if isinstance(value, str) else value
+        if not each or not all(map(is_stored, each)):
+            raise _problem("not a hash: 'sha256:' and 64 hexadecimal digits, as `steer keys new` prints it")
+        return value
+
+    @field_validator("directions")
+    @classmethod
+    def _are_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        _check_names([name for name in value if name != ANY])
+        return value
+
+    @model_validator(mode="after")
+    def _default_is_within_the_rules(self) -> KeyRules:
+        problems = []
+        if self.default and not self.steer:
+            problems.append("default: a key that may not steer has none; what is imposed on it is 'required'")
+        for item in self.default or ():
+            if not self.allows(item.direction):
+                problems.append(f"default: '{item.direction}' is not among this key's directions")
+            if item.mode and item.mode not in self.modes:
+                problems.append(f"default: '{item.mode}' is not among this key's modes")
+            if item.strength is not None and abs(item.strength) > self.max_strength:
+                problems.append(f"default: strength {item.strength:g} is over this key's max_strength")
+        if problems:
+            raise _problem("; ".join(problems))
+        return self
+
+
+class DirectionRules(_Table):
+    """One direction, for every key."""
+
+    max_strength: Strength = Field(MAX_STRENGTH, description="largest strength that any key may ask for")
+
+
+class Policy(_Table):
+    """The whole file."""
+
+    metrics_public: Flag = Field(False, description="is /metrics readable without a key")
+    on_kill: Literal["finish", "abort"] = Field(
+        "finish", description="what the kill switch does to steered requests that are running"
+    )
+    required_when_off: Literal["refuse", "plain"] = Field(
+        "refuse", description="while steering is off, what requests of a key with required directions get"
+    )
+    directions: dict[str, DirectionRules] = Field({}, description="rules of single directions")
+    keys: dict[str, KeyRules] = Field(description="keys by name", min_length=1)
+
+    @field_validator("directions")
+    @classmethod
+    def _are_names(cls, value: dict[str, DirectionRules]) -> dict[str, DirectionRules]:
+        _check_names(value)
+        return value
+
+    @field_validator("keys")
+    @classmethod
+    def _are_apart(cls, value: dict[str, KeyRules]) -> dict[str, KeyRules]:
+        problems = [f"{name!r} is not a key's name: 1 to 64 letters, digits, '.', '_' or '-'" for name in value]
+        problems = [p for p, name in zip(problems, value, strict=True) if not _KEY_NAME.fullmatch(name)]
+        owner: dict[str, str] = {}
+        for name, rules in value.items():
+            for each in rules.hashes:
+                if owner.setdefault(each, name) != name:
+                    problems.append(f"'{owner[each]}' and '{name}' have one hash")
+        if problems:
+            raise _problem("; ".join(problems))
+        return value
+
+
+def _check_names(names: Sequence[str] | dict[str, DirectionRules]) -> None:
+    problems: list[str] = []
+    for name in names:
+        try:
+            check_name(name)
+        except DirectionError as error:
+            problems += error.problems
+    if problems:
+        raise _problem("; ".join(problems))
+
+
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """A policy that holds, with its keyring and the digest of its file."""
+
+    policy: Policy
+    keyring: Keyring
+    digest: str
+
+
+def load(path: Path) -> InForce:
+    """Raises PolicyError with every problem, each with its line."""
+    return read(fetch(path), path.name)
+
+
+def fetch(path: Path) -> bytes:
+    """The bytes of a policy file, not many more than it may have. Raises PolicyError."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise PolicyError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read(data: bytes, name: str = "policy") -> InForce:
+    """A policy from the bytes of its file. Raises PolicyError."""
+    if len(data) > MAX_BYTES:
+        raise PolicyError(f"{name}: over {MAX_BYTES} bytes")
+    try:
+        text = data.decode()
+        tree = tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        raise PolicyError(f"{name}:{data[: error.start].count(10) + 1}: not UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"at line (\d+)", str(error))
+        line = int(found[1]) if found else data.count(b"\n") + 1
+        raise PolicyError(f"{name}:{line}: not TOML: {error}") from None
+    except RecursionError:
+        raise PolicyError(f"{name}:1: nested too deeply") from None
+    try:
+        policy = Policy.model_validate(tree)
+    except ValidationError as error:
+        lines = dict(_lines(text))
+        raise PolicyError(sorted({_said(item, lines, name) for item in error.errors(include_url=False)})) from None
+    pairs = [(each, key) for key, rules in policy.keys.items() for each in rules.hashes]
+    return InForce(policy, Keyring(pairs), hashlib.sha256(data).hexdigest())
+
+
+def _said(item: Any, lines: dict[tuple[str, ...], int], name: str) -> str:
+    path = tuple(str(part) for part in item["loc"])
+    while path and path not in lines and path[:-1]:
+        path = path[:-1]
+    where = ".".join(str(part) for part in item["loc"] if part not in ("str", "tuple[str, ...]"))
+    said = item["msg"]
+    if item["type"] == "extra_forbidden":
+        table: type[BaseModel] = {1: Policy}.get(len(item["loc"]), KeyRules)
+        if len(item["loc"]) > 1 and item["loc"][0] == "directions":
+            table = DirectionRules
+        said = f"unknown; accepted: {', '.join(table.model_fields)}"
+    elif item["type"] == "missing":
+        said = "missing"
+    elif isinstance(item["input"], str | int | float):
+        said = f"{said} (got {item['input']!r})"[:300] if item["type"] != "policy" else said
+    return f"{name}:{lines.get(path, 1)}: {where}: {said}"
+
+
+def _lines(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Each key path of a valid TOML text, tables and values, with the line on which it begins.
+
+    A statement is as many lines as it takes until they parse alone, so that TOML's own rules decide what belongs
+    together.
+    """
+    table: tuple[str, ...] = ()
+    pending, start = "", 1
+    for number, line in enumerate(text.split("\n"), 1):
+        pending, start = (f"{pending}\n{line}", start) if pending else (line, number)
+        try:
+            found = tomllib.loads(pending)
+        except tomllib.TOMLDecodeError:
+            continue
+        header = pending.lstrip().startswith("[")
+        pending = ""
+        paths = list(_paths(found))
+        if header and paths:
+            table = max(paths, key=len)
+            yield table, start
+        else:
+            for path in paths:
+                yield table + path, start
+
+
+def _paths(tree: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for key, value in tree.items():
+        yield (key,)
+        if isinstance(value, dict):
+            yield from ((key, *rest) for rest in _paths(value))

@@ -1,0 +1,56 @@
+"""Rates: token buckets, one pair for each key. The event loop's alone, so without a lock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Holds at most a minute's amount and fills evenly. It may be overdrawn: an answer's cost is known at its end."""
+
+    per_minute: float
+    level: float = field(init=False)
+    when: float
+
+    def __post_init__(self) -> None:
+        self.level = self.per_minute
+
+    def fill(self, now: float, per_minute: float) -> None:
+        """Up to `now`, at a rate that a new policy may have changed."""
+        self.per_minute = per_minute
+        self.level = min(per_minute, self.level + (now - self.when) * per_minute / SECONDS)
+        self.when = now
+
+    def wait(self, amount: float) -> float:
+        """Seconds until `amount` is there; 0 where it is."""
+        missing = min(amount, self.per_minute) - self.level
+        return max(0.0, missing * SECONDS / self.per_minute)
+
+
+class Meter:
+    """One kind of rate (requests, or tokens) of all keys."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._buckets: dict[str, Bucket] = {}
+
+    def wait(self, key: str, per_minute: float | None, amount: float) -> float:
+        """Seconds until `key` may have `amount`; 0 where it may now, or has no such limit."""
+        return 0.0 if per_minute is None else self._bucket(key, per_minute).wait(amount)
+
+    def charge(self, key: str, per_minute: float | None, amount: float) -> None:
+        if per_minute is not None:
+            self._bucket(key, per_minute).level -= amount
+
+    def _bucket(self, key: str, per_minute: float) -> Bucket:
+        now = self._clock()
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = self._buckets[key] = Bucket(per_minute, now)
+        bucket.fill(now, per_minute)
+        return bucket

@@ -1,0 +1,47 @@
+"""What one HTTP request costs in tokens, counted by whichever engine serves it.
+
+The middleware opens a tally in the request's context; the engine's side adds to the one that it finds there. How many
+tokens an answer has is asked at its end, so nothing is counted while tokens are being made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+_open: ContextVar[Tally | None] = ContextVar("steer_tally", default=None)
+
+
+@dataclass(slots=True)
+class Tally:
+    """`failed` is set where an answer broke off after its status had been sent."""
+
+    prompt: int = 0
+    failed: bool = False
+    _answers: list[Callable[[], int]] = field(default_factory=list)
+
+    def answer(self, made: Callable[[], int]) -> None:
+        """Count one more answer; `made` gives the tokens that it has by now."""
+        self._answers.append(made)
+
+    @property
+    def completion(self) -> int:
+        return sum(made() for made in self._answers)
+
+
+@contextmanager
+def counting() -> Iterator[Tally]:
+    """A new tally in this context."""
+    tally = Tally()
+    token = _open.set(tally)
+    try:
+        yield tally
+    finally:
+        _open.reset(token)
+
+
+def current() -> Tally:
+    """The request's tally, or one that nobody reads where there is no request."""
+    return _open.get() or Tally()

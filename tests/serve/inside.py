@@ -1,0 +1,106 @@
+"""The control plane in this process: door, middleware, registry and audit log around an app that answers at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from steer.registry import Registry
+from steer.runtime.placement import LocalPlacement, Shape
+from steer.runtime.table import Place, Table
+from steer.serve import tally
+from steer.serve.access import Access
+from steer.serve.control import Control
+from steer.serve.middleware import SteerMiddleware
+from steer.settings import ControlSettings
+from tests import models
+
+ANSWER = json.dumps({"object": "text_completion", "choices": []}).encode()
+PROMPT, COMPLETION = 7, 5
+
+
+async def engine(scope: Scope, receive: Receive, send: Send) -> None:
+    """What stands for routes and engine: reads the body, counts, answers."""
+    while (await receive()).get("more_body"):
+        pass
+    tally.current().prompt += PROMPT
+    tally.current().answer(lambda: COMPLETION)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+    await send({"type": "http.response.body", "body": ANSWER})
+
+
+class Inside:
+    """`app` with a policy file and an audit log in `folder`; None for neither."""
+
+    def __init__(self, folder: Path, text: str | None = None, *, audited: bool = True, app: ASGIApp = engine) -> None:
+        model = models.tiny("llama")
+        table = Table([Place("resid_post", layer) for layer in range(3)], rows=8, rank=4, d_model=models.D_MODEL)
+        shape = Shape("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 4)
+        self.registry = Registry(LocalPlacement(shape, table))
+        for seed, name in enumerate(("refusal", "verbosity"), 1):
+            self.registry.put(name, models.direction(model, seed=seed).to_bytes())
+        self.registry.put("copy", models.direction(model, seed=1).to_bytes())
+        self.policy, self.log = folder / "policy.toml", folder / "audit.jsonl"
+        if text is not None:
+            self.policy.write_text(text)
+        self.control = Control(
+            ControlSettings(
+                policy=self.policy if text is not None else None,
+                audit=self.log if audited else None,
+                audit_fsync="never",
+                audit_max_bytes=2**20,
+            )
+        )
+        self.app = Access(
+            SteerMiddleware(app, registry=self.registry, served=["tiny"], control=self.control), control=self.control
+        )
+
+    def start(self) -> None:
+        self.control.start(self.registry, "tiny")
+
+    def write(self, text: str) -> None:
+        """A new policy file, put in force (or not) now."""
+        self.policy.write_text(text)
+        self.control.reload()
+
+    async def post(
+        self, body: Any, headers: dict[str, str] | None = None, path: str = "/v1/completions", method: str = "POST"
+    ) -> tuple[int, dict[str, str], bytes]:
+        return await post(self.app, body, headers, path, method)
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+async def post(
+    app: ASGIApp, body: Any, headers: dict[str, str] | None = None, path: str = "/v1/completions", method: str = "POST"
+) -> tuple[int, dict[str, str], bytes]:
+    """One request: status, headers, body."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    scope: Scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "client": ("127.0.0.1", 1),
+        "headers": [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()],
+    }
+    given, sent = [False], list[Message]()
+
+    async def receive() -> Message:
+        if given[0]:
+            return {"type": "http.disconnect"}
+        given[0] = True
+        return {"type": "http.request", "body": data, "more_body": False}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    status = int(sent[0]["status"])
+    told = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return status, told, b"".join(message.get("body", b"") for message in sent[1:])

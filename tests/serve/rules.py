@@ -1,0 +1,150 @@
+"""One table of who may do what, for every backend: a policy with a key for each rule, and what each request gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from steer.serve import keys
+from tests.servers import receipt
+
+NAMES = ("reader", "nothing", "mute", "all", "bound", "eager", "meter", "warden")
+SECRETS = {name: keys.make() for name in NAMES}
+HASH = {name: keys.stored(secret) for name, secret in SECRETS.items()}
+
+#: `copy` is the file of `refusal` under another name.
+POLICY = f"""
+[directions.refusal]
+max_strength = 2.0
+
+[keys.reader]
+hash = "{HASH["reader"]}"
+directions = ["refusal"]
+modes = ["ablate", "one_sided"]
+max_strength = 1.0
+
+[keys.nothing]  # of which only the hash is given
+hash = "{HASH["nothing"]}"
+
+[keys.mute]
+hash = "{HASH["mute"]}"
+directions = ["*"]
+steer = false
+
+[keys.all]
+hash = "{HASH["all"]}"
+directions = ["*"]
+manage = true
+
+[keys.bound]
+hash = "{HASH["bound"]}"
+directions = ["*"]
+required = "verbosity:add=0.5"
+
+[keys.eager]
+hash = "{HASH["eager"]}"
+directions = ["refusal"]
+default = "refusal=0.5"
+
+[keys.meter]
+hash = "{HASH["meter"]}"
+metrics = true
+
+[keys.warden]  # manages, and is bound all the same
+hash = "{HASH["warden"]}"
+manage = true
+required = "verbosity:add=0.5"
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A key asks for `spec` (None: nothing) and `gets` (direction, mode, strength) of its receipt, or an error."""
+
+    key: str
+    spec: str | None
+    gets: list[tuple[str, str, float]] | tuple[int, str]
+    says: str = ""
+
+
+REQUIRED = ("verbosity", "add", 0.5)
+FORBIDDEN = (403, "steering_forbidden")
+UNKNOWN = (400, "invalid_value")
+CASES = (
+    Case("reader", "refusal=0.7", [("refusal", "ablate", 0.7)]),
+    Case("reader", "refusal:one_sided=-1", [("refusal", "one_sided", -1.0)]),
+    Case("reader", "off", []),
+    Case("reader", None, []),
+    Case("reader", "refusal=1.01", FORBIDDEN, "strength 1.01 is over the 1 that this key may use"),
+    Case("reader", "refusal=-1.01", FORBIDDEN, "is over the 1"),
+    Case("reader", "refusal:add=0.5", FORBIDDEN, "mode 'add' is not allowed for this key; allowed: ablate, one_sided"),
+    Case("reader", "refusal=0.6,refusal:one_sided=0.6", FORBIDDEN, "strength 1.2 is over the 1"),
+    Case("reader", "verbosity", UNKNOWN, "direction 'verbosity' is not served; served: refusal"),
+    Case("reader", "nobody", UNKNOWN, "direction 'nobody' is not served; served: refusal"),
+    Case("reader", "copy", UNKNOWN, "direction 'copy' is not served; served: refusal"),
+    Case("nothing", "refusal", UNKNOWN, "direction 'refusal' is not served; served: none"),
+    Case("nothing", "refusal=0", UNKNOWN, "direction 'refusal' is not served; served: none"),
+    Case("nothing", "off", []),
+    Case("nothing", None, []),
+    Case("mute", "refusal", FORBIDDEN, "this key may not steer"),
+    Case("mute", "nobody", FORBIDDEN, "this key may not steer"),
+    Case("mute", "off", []),
+    Case("mute", None, []),
+    Case("all", "refusal=2", [("refusal", "ablate", 2.0)]),
+    Case("all", "verbosity:affine=3", [("verbosity", "affine", 3.0)]),
+    Case("all", "refusal=2.5", FORBIDDEN, "strength 2.5 is over the 2 that any key may use"),
+    Case("all", "copy=2.5", FORBIDDEN, "strength 2.5 is over the 2 that any key may use"),
+    Case("all", "refusal=1.5,copy:add=1.5", FORBIDDEN, "strength 3 is over the 2 that any key may use"),
+    Case("bound", None, [REQUIRED]),
+    Case("bound", "off", [REQUIRED]),
+    Case("bound", "refusal", [("refusal", "ablate", 1.0), REQUIRED]),
+    Case("bound", "verbosity:add=0.5", [REQUIRED]),
+    Case("bound", "verbosity:add=-0.5", FORBIDDEN, "direction 'verbosity' is required for this key as it is"),
+    Case("bound", "verbosity", FORBIDDEN, "direction 'verbosity' is required for this key as it is"),
+    Case("warden", "off", [REQUIRED]),
+    Case("warden", "refusal", UNKNOWN, "direction 'refusal' is not served; served: none"),
+    Case("eager", None, [("refusal", "ablate", 0.5)]),
+    Case("eager", "off", []),
+    Case("eager", "refusal=2", [("refusal", "ablate", 2.0)]),
+)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {SECRETS[key]}"}
+
+
+def carried(spec: str | None, model: str) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
+    """`spec` in each carrier: more body, more headers. Two directions of an alias stand between plus signs."""
+    if spec is None:
+        return {"nothing": ({}, {})}
+    return {
+        "body": ({"steer": spec}, {}),
+        "header": ({}, {"X-Steer": spec}),
+        "model": ({"model": f"{model}+{spec.replace(',', '+')}"}, {}),
+        "xargs": ({"vllm_xargs": {"steer": spec}}, {}),
+    }
+
+
+def check(case: Case, answer: httpx.Response, where: str) -> None:
+    told = f"{case.key} {case.spec} by {where}: {answer.status_code} {answer.text[:300]}"
+    if isinstance(case.gets, list):
+        assert answer.status_code == 200, told
+        applied = [(e["direction"], e["mode"], e["strength"]) for e in receipt(answer)]
+        assert applied == case.gets, f"{told} {applied}"
+        return
+    assert "x-steer-applied" not in answer.headers, told
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == case.gets, told
+    assert case.says in error["message"], told
+
+
+def check_table(client: httpx.Client, route: str, body: dict[str, Any], *, streams: tuple[bool, ...]) -> None:
+    """The whole table on one generation route: each case in each carrier."""
+    for case in CASES:
+        for carrier, (more, headers) in carried(case.spec, body["model"]).items():
+            for stream in streams:
+                whole = body | more | ({"stream": True} if stream else {})
+                answer = client.post(route, json=whole, headers=bearer(case.key) | headers)
+                check(case, answer, f"{carrier} on {route}, stream={stream}")

@@ -1,0 +1,277 @@
+"""Who may do what, on a real server: every rule by every carrier, streamed or not, and every way around them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from steer.serve.audit import verify
+from tests import models
+from tests.serve.rules import CASES, POLICY, SECRETS, bearer, check_table
+from tests.servers import Server, receipt
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"model": "tiny", "prompt": "hello", "max_tokens": 2, "temperature": 0},
+    "/v1/chat/completions": {"model": "tiny", "messages": MESSAGES, "max_tokens": 2, "temperature": 0},
+}
+PROMPT = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("guarded")
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder: Path, folder: Path) -> Iterator[Server]:
+    directions = folder / "directions"
+    directions.mkdir()
+    model = models.tiny("llama")
+    for seed, name in enumerate(("refusal", "verbosity"), 1):
+        models.direction(model, seed=seed).save(directions / f"{name}.safetensors")
+    shutil.copy(directions / "refusal.safetensors", directions / "copy.safetensors")
+    (folder / "policy.toml").write_text(POLICY)
+    with Server(
+        *(str(tiny_folder), "--directions", str(directions), "--served-model-name", "tiny"),
+        *("--policy", str(folder / "policy.toml"), "--audit", str(folder / "audit.jsonl")),
+        directions=directions,
+    ) as running:
+        yield running
+
+
+def ask(server: Server, key: str | None, headers: Any = None, route: str = PROMPT, **more: Any) -> httpx.Response:
+    sent = list((bearer(key) if key else {}).items()) + list(headers or [])
+    return server.client.post(route, json=BODIES[route] | more, headers=sent)
+
+
+@pytest.mark.parametrize("route", BODIES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_rule_by_every_carrier(server: Server, route: str, stream: bool) -> None:
+    check_table(server.client, route, BODIES[route], streams=(stream,))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [("Authorization", "Bearer sk-steer-wrong")],
+        [("Authorization", SECRETS["all"])],
+        [("Authorization", f"Basic {SECRETS['all']}")],
+        [("Authorization", f"Bearer {SECRETS['all'][:-1]}")],
+        [("Authorization", f"Bearer {SECRETS['all']}"), ("Authorization", "Bearer other")],
+        [("Authorization", f"Bearer {SECRETS['reader']}"), ("X-Api-Key", SECRETS["all"])],
+        [("X-Steer-Caller", "all")],
+    ],
+)
+def test_nothing_is_served_without_one_known_key(server: Server, headers: list[tuple[str, str]]) -> None:
+    for method, path in (
+        ("POST", PROMPT),
+        ("POST", "/v1/chat/completions"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/directions"),
+        ("GET", "/v1/directions/refusal"),
+        ("PUT", "/v1/directions/x"),
+        ("DELETE", "/v1/directions/refusal"),
+        ("GET", "/v1/steering"),
+        ("POST", "/v1/steering"),
+        ("GET", "/metrics"),
+        ("GET", "/openapi.json"),
+        ("GET", "/nowhere"),
+        ("OPTIONS", "/v1/models"),
+    ):
+        answer = server.client.request(method, path, headers=headers)
+        assert answer.status_code == 401, (method, path, answer.text)
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert "refusal" not in answer.text
+
+
+def test_health_needs_no_key_and_tells_nothing(server: Server) -> None:
+    told = server.client.get("/health")
+    assert told.status_code == 200
+    assert "refusal" not in told.text
+    assert (told.json()["steering"], told.json()["policy"], told.json()["audit"]) == ("on", "ok", "ok")
+    assert "failed_directions" in server.client.get("/health", headers=bearer("all")).json()
+
+
+def test_the_key_may_come_as_anthropics_clients_send_it(server: Server) -> None:
+    answer = ask(server, None, [("X-Api-Key", SECRETS["reader"])], steer="refusal")
+    assert receipt(answer)[0]["direction"] == "refusal"
+
+
+def test_lists_have_only_what_a_key_may_use(server: Server) -> None:
+    def listed(key: str) -> tuple[set[str], set[str]]:
+        cards = server.client.get("/v1/models", headers=bearer(key)).json()["data"]
+        directions = server.client.get("/v1/directions", headers=bearer(key)).json()["data"]
+        return {card["id"].partition("+")[2] for card in cards} - {""}, {d["id"] for d in directions}
+
+    every = {"refusal", "verbosity", "copy"}
+    assert listed("reader") == ({"refusal"}, {"refusal"})
+    assert listed("nothing") == listed("mute") == (set(), set())
+    assert listed("all") == (every, every)
+    for path in ("/v1/directions/verbosity", "/v1/directions/nobody"):
+        answer = server.client.get(path, headers=bearer("reader"))
+        name = path.rpartition("/")[2]
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"] == f"direction '{name}' is not served; served: refusal"
+    assert server.client.get("/v1/models/tiny+verbosity", headers=bearer("reader")).status_code == 404
+
+
+def test_a_forbidden_direction_and_an_unknown_one_differ_in_the_name_alone(server: Server) -> None:
+    for spec in ("{}", "{}=0.5", "{}:add", "{}=0", "refusal,{}", "{},{}=0.1"):
+        for carrier in ("steer", "xargs", "header", "model"):
+
+            def said(name: str, spec: str = spec, carrier: str = carrier) -> tuple[Any, ...]:
+                text = spec.replace("{}", name)
+                more: dict[str, Any] = {"steer": text} if carrier == "steer" else {}
+                more |= {"vllm_xargs": {"steer": text}} if carrier == "xargs" else {}
+                more |= {"model": f"tiny+{text.replace(',', '+')}"} if carrier == "model" else {}
+                answer = ask(server, "reader", [("X-Steer", text)] if carrier == "header" else (), **more)
+                kept = {k: v for k, v in answer.headers.items() if k not in ("date", "content-length")}
+                return answer.status_code, answer.text.replace(name, "NAME"), kept
+
+            assert said("verbosity") == said("nobodyyyy")
+
+
+def test_managing_is_a_role_of_its_own(server: Server) -> None:
+    data = models.direction(models.tiny("llama"), seed=9).to_bytes()
+    for key in ("reader", "nothing", "bound", "meter"):
+        for answer in (
+            server.client.put("/v1/directions/refusal", content=data, headers=bearer(key)),
+            server.client.put("/v1/directions/mine", content=data, headers=bearer(key)),
+            server.client.delete("/v1/directions/refusal", headers=bearer(key)),
+            server.client.post("/v1/steering", json={"enabled": False}, headers=bearer(key)),
+        ):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "steering_forbidden")
+    assert server.client.put("/v1/directions/new", content=data, headers=bearer("all")).status_code == 200
+    assert ask(server, "reader", steer="new").json()["error"]["message"].endswith("served: refusal")
+    assert server.client.delete("/v1/directions/new", headers=bearer("all")).status_code == 200
+
+
+def test_metrics_tell_of_all_directions_so_they_need_a_right(server: Server) -> None:
+    assert server.client.get("/metrics", headers=bearer("reader")).status_code == 403
+    assert "steer_direction_info" in server.client.get("/metrics", headers=bearer("meter")).text
+
+
+BYPASSES: dict[str, dict[str, Any]] = {
+    "duplicated keys": {"content": b'{"model":"tiny","prompt":"x","steer":"off","steer":"refusal"}'},
+    "duplicated keys inside": {
+        "content": b'{"model":"tiny","prompt":"x","vllm_xargs":{"steer":"off","steer":"refusal"}}'
+    },
+    "escaped keys": {"content": b'{"model":"tiny","prompt":"x","st\\u0065er":"refusal"}'},
+    "another case": {"json": {"Steer": "refusal", "STEER": "refusal"}},
+    "a space before": {"json": {" steer": "refusal"}},
+    "two headers": {"headers": [("X-Steer", "off"), ("X-Steer", "refusal")]},
+    "two in one header": {"headers": [("X-Steer", "off, refusal")]},
+    "a header of another case": {"headers": [("x-STEER", "refusal")]},
+    "an underscore": {"headers": [("X_Steer", "refusal")]},
+    "a receipt": {"headers": [("X-Steer-Applied", '[{"direction":"refusal"}]')]},
+    "a homoglyph": {"json": {"steer": "rеfusal"}},
+    "full width": {"json": {"steer": "ｒefusal"}},
+    "a combining mark": {"json": {"steer": "refusal\u0301"}},
+    "a zero width space": {"json": {"steer": "refusal\u200b"}},
+    "half a surrogate pair": {"content": b'{"model":"tiny","prompt":"x","steer":"refusal\\ud800"}'},
+    "a null byte": {"json": {"steer": "refusal\u0000"}},
+    "a path": {"json": {"steer": "./refusal"}},
+    "several plus signs": {"json": {"model": "tiny++refusal"}},
+    "an alias of an alias": {"json": {"model": "tiny+off+refusal"}},
+    "an encoded plus": {"json": {"model": "tiny%2Brefusal"}},
+    "a batch of prompts": {"json": {"prompt": ["x", "y"], "steer": ["refusal", "refusal"]}},
+    "a list in a list": {"json": {"steer": [["refusal"]]}},
+    "text that is JSON": {"json": {"steer": '[{"direction":"refusal"}]'}},
+    "extra_args": {"json": {"extra_args": {"steer": "refusal"}}},
+    "extra_body": {"json": {"extra_body": {"steer": "refusal"}}},
+    "sampling_params": {"json": {"sampling_params": {"extra_args": {"steer": "refusal"}}}},
+    "resolved": {"json": {"vllm_xargs": {"steer.resolved": '[{"direction":"refusal"}]'}}},
+    "a ticket": {"json": {"vllm_xargs": {"steer": "ticket:0123456789abcdef0123456789abcdef"}}},
+    "a digest": {"json": {"steer": "0" * 64}},
+    "a query": {"params": {"steer": "refusal"}},
+    "a cookie": {"headers": [("Cookie", "steer=refusal; X-Steer=refusal")]},
+}
+
+
+@pytest.mark.parametrize("key", ["nothing", "mute"])
+@pytest.mark.parametrize("way", BYPASSES)
+def test_no_way_around(server: Server, way: str, key: str) -> None:
+    """A key without the right gets an error, or exactly what a plain request gets."""
+    plain = ask(server, key).json()["choices"][0]["text"]
+    how = dict(BYPASSES[way])
+    headers = [*bearer(key).items(), *how.pop("headers", [])]
+    body = BODIES[PROMPT] | how.pop("json", {})
+    content = how.pop("content", json.dumps(body))
+    answer = server.client.post(
+        PROMPT, content=content, headers=[*headers, ("Content-Type", "application/json")], **how
+    )
+    assert answer.status_code < 500, answer.text
+    if answer.status_code == 200:
+        assert receipt(answer) == []
+        if "prompt" not in way:
+            assert answer.json()["choices"][0]["text"] == plain or b'"prompt":"x"' in str(content).encode()
+    else:
+        assert answer.status_code in (400, 403, 404), answer.text
+
+
+@pytest.mark.parametrize("path", ["/v1/completions/", "//v1/completions", "/V1/completions", "/v1/./completions"])
+def test_odd_paths_lead_nowhere(server: Server, path: str) -> None:
+    with httpx.Client(base_url=server.url) as client:
+        answer = client.post(path, json=BODIES[PROMPT] | {"steer": "verbosity"}, headers=bearer("reader"))
+    assert answer.status_code in (400, 403, 404)
+    assert "x-steer-applied" not in answer.headers
+
+
+def test_sizes_are_bounded(server: Server) -> None:
+    def code(answer: httpx.Response) -> tuple[int, str]:
+        return answer.status_code, answer.json()["error"]["code"]
+
+    big = ask(server, "reader", prompt="x" * (9 * 2**20))
+    assert code(big) == (413, "body_too_large")
+    many = ask(server, "reader", [(f"X-{i}", "y" * 3000) for i in range(20)] + [("X-Z", "y" * 6000)])
+    assert many.status_code == 431 or code(many) == (431, "headers_too_large")
+    long = server.client.get(f"/v1/directions/{'x' * 9000}", headers=bearer("reader"))
+    assert code(long) == (414, "path_too_long")
+    name = server.client.put(f"/v1/directions/{'x' * 65}", content=b"", headers=bearer("all"))
+    assert code(name) == (400, "invalid_direction")
+
+
+def test_pages_of_other_origins_may_not_call(server: Server) -> None:
+    preflight = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    answer = server.client.options(PROMPT, headers=preflight)
+    assert answer.status_code >= 400
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+    answer = ask(server, "reader", [("Origin", "https://example.org")])
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_the_log_has_what_happened_and_nothing_that_was_said(server: Server, folder: Path) -> None:
+    """Runs last: all of the above is in it."""
+    ask(server, "reader", prompt="a secret prompt", steer="refusal=0.7", headers=[("X-Request-Id", "mine")])
+    text = (folder / "audit.jsonl").read_text()
+    assert verify([folder / "audit.jsonl"]).problems == []
+    assert "a secret prompt" not in text
+    assert not any(secret in text for secret in SECRETS.values())
+    lines = [json.loads(line) for line in text.splitlines()]
+    ended = {line["admitted"]: line for line in lines if line["event"] == "ended"}
+    admitted = [line for line in lines if line["event"] == "admitted"]
+    assert len(admitted) == len(ended) > len(CASES)
+    for line in admitted:
+        end = ended[line["seq"]]
+        assert (end["key"], end["request_id"]) == (line["key"], line["request_id"])
+        assert end["outcome"] == "ok"
+        assert end["prompt_tokens"] > 0
+        assert 0 < end["completion_tokens"] <= 4
+        assert all(set(entry) == {"direction", "digest", "mode", "strength"} for entry in line["entries"])
+    rules = {line["detail"]["rule"] for line in lines if line["event"] == "refused"}
+    assert rules >= {"mode", "max_strength", "direction_max_strength", "required", "steer", "path"}
+    moved = [
+        (line["event"], line["key"], line["entries"][0]["direction"])
+        for line in lines
+        if "by" in line.get("detail", {})
+    ]
+    assert moved == [("swap", "all", "new"), ("delete", "all", "new")]

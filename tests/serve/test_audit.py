@@ -1,0 +1,249 @@
+"""The audit chain: whatever is edited, cut, moved or torn is found, and what fails is never hidden."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from steer.serve.audit import Audit, AuditError, AuditUnavailable, Head, unseal, verify
+
+law = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def filled(path: Path, lines: int = 12, **options: Any) -> Path:
+    audit = Audit(path, fsync="never", **options)
+    audit.open()
+    for number in range(lines):
+        audit.write("admitted", key="alice", request_id=f"r{number}", detail={"text": 'é\n"\\ \u2028'})
+    audit.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return filled(tmp_path_factory.mktemp("audit") / "a.jsonl")
+
+
+def changed(whole: Path, folder: Path, data: bytes) -> list[str]:
+    """The problems of a chain whose bytes are `data` and whose head is as it was."""
+    path = folder / whole.name
+    path.write_bytes(data)
+    (folder / "a.jsonl.head").write_bytes((whole.parent / "a.jsonl.head").read_bytes())
+    return verify([path]).problems
+
+
+def test_a_chain_that_nobody_touched_is_whole(whole: Path) -> None:
+    report = verify([whole])
+    assert (report.problems, report.notes, report.lines) == ([], [], 12)
+    assert report.last == Head.parse((whole.parent / "a.jsonl.head").read_text())
+
+
+@given(st.data())
+@law
+def test_any_flipped_byte_is_found(whole: Path, tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray(whole.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    content[at] ^= data.draw(st.integers(1, 255))
+    found = changed(whole, tmp_path, bytes(content))
+    line = whole.read_bytes()[:at].count(b"\n") + 1
+    assert any(f"a.jsonl:{n}:" in problem for problem in found for n in (line, line + 1)), found
+
+
+@given(st.data())
+@law
+def test_any_lines_that_are_missing_are_found(whole: Path, tmp_path: Path, data: st.DataObject) -> None:
+    lines = whole.read_bytes().splitlines(keepends=True)
+    gone = data.draw(st.sets(st.integers(0, len(lines) - 1), min_size=1))
+    assert changed(whole, tmp_path, b"".join(line for i, line in enumerate(lines) if i not in gone))
+
+
+@given(st.data())
+@law
+def test_any_other_order_is_found(whole: Path, tmp_path: Path, data: st.DataObject) -> None:
+    lines = whole.read_bytes().splitlines(keepends=True)
+    mixed = data.draw(st.permutations(lines))
+    assume(mixed != lines)
+    assert changed(whole, tmp_path, b"".join(mixed))
+
+
+@given(st.data())
+@law
+def test_a_line_that_is_repeated_or_added_is_found(whole: Path, tmp_path: Path, data: st.DataObject) -> None:
+    lines = whole.read_bytes().splitlines(keepends=True)
+    more = data.draw(st.sampled_from(lines) | st.just(b"\n") | st.just(b"{}\n") | st.binary(min_size=1, max_size=20))
+    lines.insert(data.draw(st.integers(0, len(lines))), more)
+    assert changed(whole, tmp_path, b"".join(lines))
+
+
+def test_a_history_that_was_written_anew_is_found_with_a_head_that_was_kept_elsewhere(tmp_path: Path) -> None:
+    kept = verify([filled(tmp_path / "a.jsonl")]).last
+    for path in tmp_path.iterdir():
+        path.unlink()
+    forged = filled(tmp_path / "a.jsonl")
+    assert verify([forged]).problems == []
+    assert "another hash than the anchor" in verify([forged], [kept]).problems[0]
+    assert "the end is missing" in verify([forged], [Head(99, "0" * 64)]).problems[0]
+
+
+def test_rotation_keeps_the_chain(tmp_path: Path) -> None:
+    path = filled(tmp_path / "a.jsonl", 60, max_bytes=4096)
+    files = [p for p in tmp_path.iterdir() if p.name.startswith("a.jsonl") and p.suffix not in (".head", ".lock")]
+    assert len(files) > 3
+    assert all(p.stat().st_size <= 4096 for p in files)
+    report = verify(sorted(files, reverse=True))
+    assert (report.problems, report.notes) == ([], [])
+    assert report.last.seq == report.lines
+    first = json.loads(path.read_text().splitlines()[0])
+    assert (first["event"], first["detail"]["previous"]) == ("rotated", f"a.jsonl.{first['seq'] - 1}")
+    alone = verify([path])
+    assert alone.problems == []
+    assert first["detail"]["previous"] in alone.notes[0]
+    [gone] = [p for p in files if p.name == first["detail"]["previous"]]
+    assert "lines are missing" in verify([p for p in files if p != gone]).problems[0]
+
+
+def test_a_restart_goes_on_with_the_chain(tmp_path: Path) -> None:
+    path = filled(tmp_path / "a.jsonl", 3)
+    filled(path, 3)
+    report = verify([path])
+    assert (report.problems, report.notes, report.last.seq) == ([], [], 6)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 40])
+def test_a_line_that_a_crash_has_torn_is_healed_and_said(tmp_path: Path, cut: int) -> None:
+    path = filled(tmp_path / "a.jsonl", 3)
+    audit = Audit(path, fsync="never")
+    audit.open()
+    audit.write("admitted", key="torn")
+    audit.close()
+    data = path.read_bytes()
+    torn = data.splitlines(keepends=True)[-1][:-cut]
+    path.write_bytes(data[: -len(torn) - cut] + torn)
+    (tmp_path / "a.jsonl.head").write_text(str(Head(3, json.loads(data.splitlines()[2])["hash"])))  # as a crash has it
+    assert "torn" in verify([path]).problems[0]
+    filled(path, 1)
+    report = verify([path])
+    assert report.problems == []
+    assert len(report.notes) == 1
+    event = json.loads(path.read_text().splitlines()[3])
+    assert (event["event"], event["detail"]["torn"]["bytes"]) == ("recovered", len(torn))
+    assert event["detail"]["torn"]["begins"].startswith('{"time"')
+
+
+def test_a_tail_that_was_cut_between_two_runs_stays_a_problem(tmp_path: Path) -> None:
+    path = filled(tmp_path / "a.jsonl", 5)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
+    filled(path, 2)
+    assert any("lines 4 to 5" in problem for problem in verify([path]).problems)
+
+
+def test_a_file_that_is_gone_between_two_runs_stays_a_problem(tmp_path: Path) -> None:
+    path = filled(tmp_path / "a.jsonl", 5)
+    path.unlink()
+    filled(path, 2)
+    assert verify([path]).problems
+
+
+def test_an_edited_last_line_is_not_taken_for_a_good_one(tmp_path: Path) -> None:
+    path = filled(tmp_path / "a.jsonl", 3)
+    path.write_text(path.read_text().replace("r2", "r9"))
+    filled(path, 1)
+    found = verify([path]).problems
+    assert any("a.jsonl:3: the line does not have the hash" in problem for problem in found)
+
+
+def test_one_file_has_one_writer(tmp_path: Path) -> None:
+    program = (
+        f"from steer.serve.audit import Audit; from pathlib import Path; Audit(Path({str(tmp_path / 'a')!r})).open()"
+    )
+    audit = Audit(tmp_path / "a")
+    audit.open()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "is being written by another process" in done.stderr
+    audit.close()
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+    with pytest.raises(AuditError, match="cannot be written"):
+        Audit(tmp_path / "none" / "a").open()
+
+
+def test_what_cannot_be_written_is_refused_counted_and_said(tmp_path: Path) -> None:
+    """A file that cannot grow, as on a full disk: the write takes a part of the line and then fails."""
+    program = f"""
+import resource
+from pathlib import Path
+from steer.serve.audit import Audit, AuditUnavailable
+path = Path({str(tmp_path / "a.jsonl")!r})
+audit = Audit(path, fsync="never")
+audit.open()
+audit.write("admitted", key="alice")
+resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 60, resource.RLIM_INFINITY))
+for _ in range(2):
+    try:
+        audit.write("admitted", key="bob")
+    except AuditUnavailable as error:
+        print(error, audit.failed is not None)
+audit.note("ended", key="alice")
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+audit.write("admitted", key="carol")
+print(audit.failed)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["the audit log cannot be written: File too large True"] * 2 + ["None"]
+    report = verify([tmp_path / "a.jsonl"])
+    assert report.problems == []
+    said = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [(line["event"], line.get("key")) for line in said] == [
+        ("admitted", "alice"),
+        ("recovered", None),
+        ("admitted", "carol"),
+    ]
+    assert said[1]["detail"] == {"lost": {"ended": 1}}
+
+
+def test_a_file_that_is_moved_away_is_begun_anew_with_the_chain(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    audit = Audit(path, fsync="never")
+    audit.open()
+    audit.write("admitted")
+    os.rename(path, tmp_path / "a.jsonl.1")
+    audit.write("admitted")
+    os.rename(path, tmp_path / "elsewhere")
+    path.mkdir()
+    with pytest.raises(AuditUnavailable):
+        audit.write("admitted")
+    path.rmdir()
+    os.rename(tmp_path / "elsewhere", path)
+    audit.write("admitted")
+    audit.close()
+    report = verify([path, tmp_path / "a.jsonl.1"])
+    assert (report.problems, report.lines) == ([], 4)
+
+
+@given(st.binary(max_size=80))
+def test_any_bytes_are_an_audit_line_or_an_error(data: bytes) -> None:
+    try:
+        unseal(data + b"\n")
+    except ValueError:
+        return
+    raise AssertionError("no random bytes have their own hash")
+
+
+def test_the_command_names_the_line_and_says_it_with_its_exit_code(whole: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "steer.cli", "audit", "verify"]
+    done = subprocess.run([*command, str(whole)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split(";")[0]) == (0, "12 lines, whole")
+    broken = tmp_path / "b.jsonl"
+    broken.write_text(whole.read_text().replace("r7", "r8"))
+    done = subprocess.run([*command, str(broken)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "problem: b.jsonl:8: the line does not have the hash that it says" in done.stderr
+    done = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True)
+    assert done.returncode == 2

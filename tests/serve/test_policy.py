@@ -1,0 +1,147 @@
+"""The policy file: all of it is checked before any of it holds, and each problem has its line."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer.serve import keys, policy
+from steer.serve.keys import Keyring
+from tests.serve.rules import POLICY
+
+HASH = keys.stored("one")
+OTHER = keys.stored("two")
+
+
+def problems(text: str) -> list[str]:
+    with pytest.raises(policy.PolicyError) as caught:
+        policy.read(text.encode(), "p.toml")
+    return list(caught.value.problems)
+
+
+def test_a_key_of_which_only_the_hash_is_given_may_do_nothing_but_ask() -> None:
+    rules = policy.read(f'[keys.a]\nhash = "{HASH}"'.encode()).policy.keys["a"]
+    assert not rules.allows("refusal")
+    assert not rules.manage
+    assert not rules.readout
+    assert not rules.metrics
+    assert rules.required == ()
+    assert rules.default is None
+
+
+def test_the_table_of_the_tests_is_a_policy() -> None:
+    found = policy.read(POLICY.encode())
+    assert len(found.keyring) == len(found.policy.keys) == 8
+    assert found.digest == hashlib.sha256(POLICY.encode()).hexdigest()
+
+
+def test_every_problem_is_told_with_its_line() -> None:
+    text = f"""# a comment
+metrics_public = 1
+on_kill = "explode"
+[directions."bad name"]
+max_strength = 99
+
+[keys.alice]
+hash = "sha256:short"
+directions = [
+    "refusal",
+    "../etc",
+]
+max_strenght = 1
+
+[keys.bob]
+hash = "{HASH}"
+modes = ["delete"]
+requests_per_minute = 0
+default = "refusal=much"
+required = "a:b=c"
+
+[keys.carol]
+hash = "{HASH}"
+tokens_per_minute = nan
+max_strength = "1"
+"""
+    found = problems(text)
+    expected = {
+        2: "metrics_public",
+        3: "on_kill",
+        5: "directions.bad name.max_strength",
+        8: "keys.alice.hash",
+        9: "keys.alice.directions",
+        13: "keys.alice.max_strenght: unknown; accepted: hash, steer, directions",
+        17: "keys.bob.modes",
+        18: "keys.bob.requests_per_minute",
+        19: "keys.bob.default",
+        20: "keys.bob.required",
+        24: "keys.carol.tokens_per_minute",
+        25: "keys.carol.max_strength",
+    }
+    for line, says in expected.items():
+        assert any(problem.startswith(f"p.toml:{line}: {says}") for problem in found), (line, says, found)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[keys.a\n", "p.toml:1: not TOML"),
+        ('x = 1\ny = "', "p.toml:2: not TOML"),
+        ("", "keys: missing"),
+        ("[keys]\n", "p.toml:1: keys"),
+        (f'[keys.a]\nhash = "{HASH}"\n[keys.b]\nhash = "{HASH}"', "'a' and 'b' have one hash"),
+        (f'[keys."a b"]\nhash = "{HASH}"', "'a b' is not a key's name"),
+        (f'[keys.a]\nhash = "{HASH}"\nsteer = false\ndefault = "refusal"', "a key that may not steer has none"),
+        (f'[keys.a]\nhash = "{HASH}"\ndefault = "refusal"', "'refusal' is not among this key's directions"),
+        (
+            f'[keys.a]\nhash = "{HASH}"\ndirections = ["*"]\nmodes = ["add"]\nmax_strength = 1\ndefault = "d:ablate=2"',
+            "p.toml:1: keys.a: default: 'ablate' is not among this key's modes; default: strength 2 is over",
+        ),
+        (f'[keys.a]\nhash = "{HASH}"\n[directions."*"]\nmax_strength = 1', "direction name '*' is not acceptable"),
+        ("a = " + "[" * 10000, "p.toml:1: "),
+    ],
+)
+def test_problems_are_named(text: str, says: str) -> None:
+    assert any(says in problem for problem in problems(text)), problems(text)
+
+
+def test_a_secret_in_place_of_its_hash_is_not_repeated() -> None:
+    secret = keys.make()
+    assert secret not in " ".join(problems(f'[keys.a]\nhash = "{secret}"'))
+
+
+def test_bytes_and_files_that_are_no_policy(tmp_path: Path) -> None:
+    with pytest.raises(policy.PolicyError, match=r"p:2: not UTF-8"):
+        policy.read(b"a = 1\n\xff", "p")
+    with pytest.raises(policy.PolicyError, match="over 1048576 bytes"):
+        policy.read(b"#" * 2**21)
+    with pytest.raises(policy.PolicyError, match="cannot be read: No such file"):
+        policy.load(tmp_path / "none.toml")
+
+
+def test_a_secret_may_be_replaced_while_both_hold() -> None:
+    found = policy.read(f'[keys.a]\nhash = ["{HASH}", "{OTHER}"]'.encode())
+    assert found.keyring.find("one") == found.keyring.find("two") == "a"
+
+
+SECRETS = [keys.make() for _ in range(20)]
+RING = Keyring((keys.stored(secret), f"k{i}") for i, secret in enumerate(SECRETS))
+
+
+def test_secrets_are_long_apart_and_found() -> None:
+    assert len({*SECRETS}) == 20
+    assert all(secret.startswith("sk-steer-") and len(secret) >= 50 for secret in SECRETS)
+    assert [RING.find(secret) for secret in SECRETS] == [f"k{i}" for i in range(20)]
+
+
+@given(st.text() | st.sampled_from(SECRETS).flatmap(lambda s: st.sampled_from([s[:-1], s + "=", s.upper(), f" {s}"])))
+def test_nothing_else_is_found(candidate: str) -> None:
+    assert candidate in SECRETS or RING.find(candidate) is None
+
+
+def test_the_hash_of_a_secret_is_no_secret() -> None:
+    assert RING.find(keys.stored(SECRETS[0])) is None
+    assert RING.find("") is None

@@ -1,0 +1,278 @@
+"""Keys, policy, audit log and kill switch on vLLM's own server: the same table, and every route that is vLLM's."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from steer.serve.access import ORDINARY
+from steer.serve.audit import verify
+from tests.serve.rules import CASES, POLICY, bearer, carried, check, check_table
+from tests.servers import Server, receipt
+from tests.vllm.engines import Home
+from tests.vllm.test_server import MESSAGES, OPTIONS, words
+
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "hello", "max_tokens": 2},
+    "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 2},
+    "/v1/responses": {"input": "hello", "max_output_tokens": 2},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 2},
+}
+BODIES = {route: body | {"model": "tiny", "temperature": 0} for route, body in BODIES.items()}
+STEERED = {"max_tokens": 4, "temperature": 0, "extra_args": {"steer": "refusal"}}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    made = Home.make("llama", tmp_path_factory.mktemp("control"))
+    shutil.copy(made.directions / "refusal.safetensors", made.directions / "copy.safetensors")
+    (made.directions.parent / "policy.toml").write_text(f'on_kill = "abort"\n{POLICY}')
+    return made
+
+
+@pytest.fixture(scope="module")
+def spans() -> Iterator[tuple[str, list[bytes]]]:
+    """A collector of traces: its address, and the exports that came."""
+    came: list[bytes] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            came.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        thread = threading.Thread(target=collector.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{collector.server_port}/v1/traces", came
+        collector.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(home: Home, spans: tuple[str, list[bytes]]) -> Iterator[Server]:
+    root = home.directions.parent
+    patch = pytest.MonkeyPatch()
+    patch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+    patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+    command = [sys.executable, "-m", "steer.cli", "serve", str(home.folder), "--backend", "vllm", "--rank", "2"]
+    ours = ["--directions", str(home.directions), "--policy", str(root / "policy.toml")]
+    with Server(
+        *(*OPTIONS, *ours, "--audit", str(root / "audit.jsonl"), "--enable-scale-out", "--host", "0.0.0.0"),
+        *("--otlp-traces-endpoint", spans[0]),
+        command=command,
+    ) as running:
+        yield running
+    patch.undo()
+
+
+def ask(server: Server, key: str | None, route: str = "/v1/completions", **more: Any) -> httpx.Response:
+    headers = bearer(key) if key else {}
+    return server.client.post(route, json=BODIES.get(route, {}) | more, headers=headers)
+
+
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
+def test_every_rule_by_every_carrier(server: Server, route: str) -> None:
+    check_table(server.client, route, BODIES[route], streams=(False, True))
+
+
+@pytest.mark.parametrize("route", ["/v1/responses", "/v1/messages"])
+def test_every_rule_on_the_other_routes(server: Server, route: str) -> None:
+    for number, case in enumerate(CASES):
+        ways = list(carried(case.spec, "tiny").items())
+        carrier, (more, headers) = ways[number % len(ways)]
+        stream = bool(number % 2)
+        body = BODIES[route] | more | ({"stream": True} if stream else {})
+        answer = server.client.post(route, json=body, headers=bearer(case.key) | headers)
+        check(case, answer, f"{carrier} on {route}, stream={stream}")
+
+
+def test_every_route_that_vllm_has_is_behind_the_door(server: Server) -> None:
+    """Also those that we do not know: without a key none but /health, and without the managing role only ours."""
+    paths = server.client.get("/openapi.json", headers=bearer("all")).json()["paths"]
+    assert paths.keys() >= {
+        "/health",
+        "/tokenize",
+        "/inference/v1/generate",
+        "/v1/chat/completions/batch",
+        "/invocations",
+    }
+    for path, methods in paths.items():
+        for method in map(str.upper, methods):
+            url = re.sub(r"\{[^}]*\}", "x", path)
+            stranger = server.client.request(method, url)
+            assert stranger.status_code == (200 if url == "/health" else 401), (method, path, stranger.text)
+            ordinary = url in ("/health",) or (method in ORDINARY and ORDINARY[method].fullmatch(url))
+            if not ordinary:
+                answer = server.client.request(method, url, headers=bearer("reader"), json={})
+                assert (answer.status_code, answer.json()["error"]["code"]) == (403, "steering_forbidden"), (
+                    method,
+                    path,
+                )
+    for path in ("/docs", "/redoc", "/nowhere", "/abort_requests", "/v1/realtime", "/v1"):
+        assert server.client.get(path).status_code == 401
+        assert server.client.post(path).status_code == 401
+
+
+def test_a_raw_spec_reaches_the_engine_by_no_route(server: Server) -> None:
+    """The managing role reaches the other routes of vLLM, and even there steering is not to be had: it would be neither
+    checked nor kept."""
+    chat = BODIES["/v1/chat/completions"]
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("/inference/v1/generate", {"model": "tiny", "token_ids": [1, 5, 6], "sampling_params": STEERED}),
+        ("/invocations", BODIES["/v1/completions"] | {"vllm_xargs": {"steer": "refusal"}}),
+        ("/invocations", chat | {"vllm_xargs": {"steer": "refusal"}}),
+        ("/v1/chat/completions/batch", chat | {"messages": [MESSAGES], "vllm_xargs": {"steer": "refusal"}}),
+        (
+            "/v1/messages/count_tokens",
+            BODIES["/v1/messages"] | {"vllm_xargs": {"steer": "refusal"}, "steer": "refusal"},
+        ),
+        ("/v1/completions", BODIES["/v1/completions"] | {"extra_args": {"steer": "refusal"}}),
+        ("/v1/completions", BODIES["/v1/completions"] | {"sampling_params": STEERED}),
+    ]
+    before = steered_tokens(server)
+    for path, body in ways:
+        answer = ask(server, "all", path, **body)
+        assert answer.status_code < 500, (path, answer.text)
+        if answer.status_code == 200:
+            assert json.loads(answer.headers.get("x-steer-applied", "[]")) == []
+            if "choices" in answer.json():
+                plain = ask(
+                    server, "all", path, **{k: v for k, v in body.items() if k not in ("extra_args", "sampling_params")}
+                )
+                assert words(answer) == words(plain)
+        else:
+            assert "does not take steering" in answer.text, (path, answer.text)
+    for path in ("/inference/v1/generate", "/invocations"):
+        body = dict(next(body for route, body in ways if route == path))
+        body |= {"vllm_xargs": {}} if "vllm_xargs" in body else {"sampling_params": {"max_tokens": 4}}
+        plain = ask(server, "all", path, **body)
+        assert plain.status_code == 200, (path, plain.text)
+        bound = ask(server, "warden", path, **body)
+        assert "requests without steering are not allowed here" in bound.text, (path, bound.text)
+    assert steered_tokens(server) == before
+
+
+def steered_tokens(server: Server) -> float:
+    text = server.client.get("/metrics", headers=bearer("meter")).text
+    found = re.search(r'^steer_generated_tokens_total\{steered="true"\} (\S+)', text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def test_lists_have_only_what_a_key_may_use(server: Server) -> None:
+    for key, expected in (("reader", {"refusal"}), ("nothing", set()), ("all", {"refusal", "verbosity", "copy"})):
+        cards = server.client.get("/v1/models", headers=bearer(key)).json()["data"]
+        assert {card["id"].partition("+")[2] for card in cards} - {""} == expected
+        listed = server.client.get("/v1/directions", headers=bearer(key)).json()["data"]
+        assert {card["id"] for card in listed} == expected
+    assert server.client.get("/v1/directions/verbosity", headers=bearer("reader")).status_code == 404
+
+
+def test_the_switch_ends_streams_and_admits_no_more(server: Server) -> None:
+    told = server.client.get("/health").json()
+    assert (told["steering"], told["policy"], told["audit"]) == ("on", "ok", "ok")
+    body = BODIES["/v1/completions"] | {"max_tokens": 240, "ignore_eos": True, "steer": "refusal", "stream": True}
+    with server.client.stream("POST", "/v1/completions", json=body, headers=bearer("all")) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        switched = server.client.post("/v1/steering", json={"enabled": False}, headers=bearer("all")).json()
+        rest = "\n".join(lines)
+    assert (switched["enabled"], switched["running"]) == (False, 1)
+    assert "steering_off" in rest
+    assert rest.rstrip().endswith("data: [DONE]")
+    for route in BODIES:
+        refused = ask(server, "all", route, steer="refusal")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "steering_off")
+        assert receipt(ask(server, "all", route)) == []
+    assert server.client.get("/health").json()["steering"] == "off"
+    assert server.client.post("/v1/steering", json={"enabled": True}, headers=bearer("all")).json()["enabled"]
+    assert receipt(ask(server, "all", steer="refusal"))
+    deadline = time.monotonic() + 20
+    while any(d["requests"] for d in server.client.get("/v1/directions", headers=bearer("all")).json()["data"]):
+        assert time.monotonic() < deadline, "pins are left"
+        time.sleep(0.05)
+
+
+def test_pages_of_other_origins_may_not_call(server: Server) -> None:
+    answer = ask(server, "reader")
+    assert "access-control-allow-origin" not in answer.headers
+    page = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in server.client.options("/v1/completions", headers=page).headers
+
+
+def test_the_spans_of_vllm_say_what_was_applied(server: Server, spans: tuple[str, list[bytes]]) -> None:
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    steered, plain = ask(server, "all", steer="refusal=0.5,verbosity:add=1"), ask(server, "all")
+    applied = {}
+    deadline = time.monotonic() + 30
+    while len(applied) < 2:
+        assert time.monotonic() < deadline, "the spans of both requests must come"
+        time.sleep(0.1)
+        for data in tuple(spans[1]):
+            for resource in ExportTraceServiceRequest.FromString(data).resource_spans:
+                for span in (span for scope in resource.scope_spans for span in scope.spans):
+                    said = {item.key: item.value for item in span.attributes}
+                    for answer in (steered, plain):
+                        if answer.headers["x-request-id"] in said.get("gen_ai.request.id", _Nothing).string_value:
+                            applied[answer.headers["x-request-id"]] = said
+    found = applied[steered.headers["x-request-id"]]
+    assert found["steer.applied"].string_value == steered.headers["x-steer-applied"]
+    assert [v.double_value for v in found["steer.strengths"].array_value.values] == [0.5, 1.0]
+    assert not [name for name in applied[plain.headers["x-request-id"]] if name.startswith("steer.")]
+
+
+class _Nothing:
+    string_value = ""
+
+
+def test_the_log_is_whole_and_has_the_tokens(server: Server, home: Home) -> None:
+    more = {"prompt": ["hello", "hello you"], "n": 2, "temperature": 1, "ignore_eos": True}
+    answer = ask(server, "all", steer="refusal", **more)
+    assert receipt(answer)
+    path = home.directions.parent / "audit.jsonl"
+    deadline = time.monotonic() + 20
+    while True:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        [last] = [line for line in lines if line.get("request_id") == answer.headers["x-request-id"]][1:] or [None]
+        if last:
+            break
+        assert time.monotonic() < deadline
+    assert verify([path]).problems == []
+    assert last["completion_tokens"] == 8
+    assert last["prompt_tokens"] == 6 + 10
+    ended = {line["admitted"]: line for line in lines if line["event"] == "ended"}
+    admitted = [line for line in lines if line["event"] == "admitted"]
+    assert len(admitted) == len(ended)
+    assert {line["outcome"] for line in ended.values()} == {"ok", "aborted"}
+    assert all(line["prompt_tokens"] and line["completion_tokens"] for line in ended.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--host", "0.0.0.0"], "there are no keys"),
+        (["--host", "127.0.0.1", "--api-key", "k", "--policy", "POLICY"], "are two doors"),
+    ],
+)
+def test_a_server_that_would_not_be_safe_does_not_start(home: Home, options: list[str], says: str) -> None:
+    policy = str(home.directions.parent / "policy.toml")
+    command = [sys.executable, "-m", "steer.cli", "serve", str(home.folder), "--backend", "vllm"]
+    command += [policy if option == "POLICY" else option for option in options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert says in done.stderr

@@ -12,7 +12,6 @@ import logging
 import math
 import threading
 import uuid
-from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,16 +21,17 @@ import watchfiles
 from starlette.types import Scope
 
 from steer._version import __version__
-from steer.errors import InvalidInput, UnknownDirection
+from steer.errors import InvalidInput
 from steer.registry import Move, Registry
 from steer.serve import carriers, errors, metrics, policy
 from steer.serve.access import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
 from steer.serve.audit import Audit, AuditUnavailable
-from steer.serve.policy import InForce, KeyRules, PolicyError
+from steer.serve.gate import PolicyGate
+from steer.serve.policy import InForce, PolicyError
 from steer.serve.rates import Meter
 from steer.serve.tally import Tally
 from steer.settings import ControlSettings
-from steer.spec import Entry, Spec, Wanted
+from steer.spec import Spec
 
 log = logging.getLogger("steer")
 
@@ -180,7 +180,7 @@ class Control:
         return found
 
     def gate(self, caller: Caller) -> carriers.Gate:
-        return _Gate(self, caller)
+        return PolicyGate(self, caller)
 
     def check_switch(self, caller: Caller, scope: Scope) -> None:
         """May this caller move the kill switch? Raises Refusal."""
@@ -326,97 +326,8 @@ class Control:
             self.audit.note(event, **fields)
 
 
-class _Gate(carriers.Gate):
-    """The rules of one caller, asked while no name can move."""
-
-    def __init__(self, control: Control, caller: Caller) -> None:
-        self.control, self.caller = control, caller
-
-    def may_use(self, direction: str) -> bool:
-        return self.caller.may_use(direction)
-
-    def asks(self) -> None:
-        if self.caller.rules is not None and not self.caller.rules.steer:
-            raise forbidden("steer", "this key may not steer: its policy says `steer = false`")
-
-    def default(self, default: Sequence[Wanted], registry: Registry) -> Spec:
-        """The key's own default; else the server's, where the key might have asked for it."""
-        rules = self.caller.rules
-        if rules is not None and rules.default is not None:
-            return registry.resolve(rules.default)
-        if not all(self.caller.may_use(item.direction) for item in default):
-            return Spec()
-        asked = registry.resolve(default)
-        return Spec() if rules is not None and self._broken(asked, rules, registry) else asked
-
-    def passed(self, asked: Spec, registry: Registry) -> Spec:
-        control, rules = self.control, self.caller.rules
-        required = self._required(registry)
-        if not control.steering:
-            if asked or (required and self._refuses_when_off()):
-                raise control.off(asked)
-            required = Spec()
-        if rules is not None and asked:
-            broken = self._broken(asked, rules, registry)
-            broken += self._against(asked, required)
-            if broken:
-                raise forbidden(broken[0][0], "; ".join(said for _, said in broken), asked)
-        whole = registry.merge(asked, required)
-        control.check_rate(self.caller)
-        return whole
-
-    def _required(self, registry: Registry) -> Spec:
-        try:
-            return registry.resolve(self.caller.required)
-        except UnknownDirection:
-            raise errors.HTTPProblem(
-                503, "steering that is required for this key cannot be applied now", code="required_unavailable"
-            ) from None
-
-    def _refuses_when_off(self) -> bool:
-        force = self.control.in_force
-        return force is None or force.policy.required_when_off == "refuse"
-
-    def _broken(self, asked: Spec, rules: KeyRules, registry: Registry) -> list[tuple[str, str]]:
-        """(rule, what is wrong) for each rule that `asked` breaks. Strengths of one version add up, whatever names and
-        modes it is asked for by: a limit is not avoided by asking in two halves."""
-        force = self.control.in_force
-        limits = force.policy.directions if force else {}
-        names = registry.digests()
-        out: list[tuple[str, str]] = []
-        for entry in asked.entries:
-            if entry.mode not in rules.modes:
-                accepted = ", ".join(rules.modes) or "none"
-                out.append(("mode", f"mode '{entry.mode}' is not allowed for this key; allowed: {accepted}"))
-        for digest, entries in _by_digest(asked).items():
-            total = sum(abs(entry.strength) for entry in entries)
-            shown = f"direction '{entries[0].direction}': strength {total:g}"
-            if total > rules.max_strength:
-                out.append(("max_strength", f"{shown} is over the {rules.max_strength:g} that this key may use"))
-            largest = min((r.max_strength for n, r in limits.items() if names.get(n) == digest), default=math.inf)
-            if total > largest:
-                out.append(("direction_max_strength", f"{shown} is over the {largest:g} that any key may use"))
-        return out
-
-    def _against(self, asked: Spec, required: Spec) -> list[tuple[str, str]]:
-        """What is required must not be asked for otherwise: that is how one would switch it off or weaken it."""
-        kept = {entry.digest: entry for entry in required.entries}
-        return [
-            ("required", f"direction '{entry.direction}' is required for this key as it is, and cannot be asked for")
-            for entry in asked.entries
-            if entry.digest in kept and entry not in required.entries
-        ]
-
-
 def _entries(spec: Spec) -> list[dict[str, Any]]:
     return [asdict(entry) for entry in spec.entries]
-
-
-def _by_digest(spec: Spec) -> dict[str, list[Entry]]:
-    out: dict[str, list[Entry]] = {}
-    for entry in spec.entries:
-        out.setdefault(entry.digest, []).append(entry)
-    return out
 
 
 def request_id(scope: Scope) -> str:

@@ -250,7 +250,11 @@ def test_pages_of_other_origins_may_not_call(server: Server) -> None:
 
 
 def test_the_log_has_what_happened_and_nothing_that_was_said(server: Server, folder: Path) -> None:
-    """Runs last: all of the above is in it."""
+    check_table(server.client, PROMPT, BODIES[PROMPT], streams=(False,))
+    data = models.direction(models.tiny("llama"), seed=8).to_bytes()
+    assert server.client.put("/v1/directions/moved", content=data, headers=bearer("reader")).status_code == 403
+    assert server.client.put("/v1/directions/moved", content=data, headers=bearer("all")).status_code == 200
+    assert server.client.delete("/v1/directions/moved", headers=bearer("all")).status_code == 200
     ask(server, "reader", prompt="a secret prompt", steer="refusal=0.7", headers=[("X-Request-Id", "mine")])
     text = (folder / "audit.jsonl").read_text()
     assert verify([folder / "audit.jsonl"]).problems == []
@@ -274,4 +278,4 @@ def test_the_log_has_what_happened_and_nothing_that_was_said(server: Server, fol
         for line in lines
         if "by" in line.get("detail", {})
     ]
-    assert moved == [("swap", "all", "new"), ("delete", "all", "new")]
+    assert moved[-2:] == [("swap", "all", "moved"), ("delete", "all", "moved")]

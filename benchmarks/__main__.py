@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from datetime import date
 
-from benchmarks import overhead_hf
+from benchmarks import measure, overhead_hf
 from benchmarks.timing import machine
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40)
     rounds = parser.parse_args().rounds
-    print(f"{date.today()}, {machine()}\n\n{overhead_hf.report(rounds)}")
+    print(f"{date.today()}, {machine()}\n\n{overhead_hf.report(rounds)}\n{measure.report(max(3, rounds // 4))}")

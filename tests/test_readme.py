@@ -120,7 +120,7 @@ def test_vllm_block(server: Server, tree: Path) -> None:
 
 def test_every_option_that_the_readme_names_exists() -> None:
     shown = ""
-    for command in ("serve", "fit", "inspect", "eval"):
+    for command in ("serve", "fit", "inspect", "eval", "measure", "derive", "convert", "bake", "push", "pull"):
         shown += subprocess.run(
             [sys.executable, "-m", "steer.cli", command, "--help"], capture_output=True, text=True, check=True
         ).stdout

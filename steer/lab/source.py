@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from steer.errors import InvalidInput
 from steer.hf.attach import Anatomy
 from steer.hf.load import Loaded
 from steer.lab.activations import Activations, Reader, Reading
@@ -78,6 +79,8 @@ class TransformersSource:
         return CPU_TOKENS if self.anatomy.device.type == "cpu" else None
 
     def encode(self, prompts: Sequence[str], system_prompt: str | None) -> list[Encoded]:
+        if not self.loaded.tokenizer.chat_template:
+            raise InvalidInput(f"the model {self.loaded.name} has no chat template, in which prompts would be measured")
         return encode_all(self.loaded, prompts, system_prompt)
 
     def bos_count(self, ids: Sequence[int]) -> int:

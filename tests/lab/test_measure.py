@@ -246,6 +246,12 @@ def test_out_of_memory_halves_the_batch_and_goes_on(loaded: Loaded) -> None:
     torch.testing.assert_close(got.harmful.mean, expected.harmful.mean, rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_without_a_chat_template_is_named(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", None)
+    with pytest.raises(InvalidInput, match="has no chat template"):
+        measure(TransformersSource(loaded), HARMFUL, HARMLESS)
+
+
 def test_encode_marks_the_prompts_own_tokens() -> None:
     made = models.tokenizer()
     loaded = Loaded("tiny", None, models.tiny("llama"), made)

@@ -32,8 +32,8 @@ from steer.lab.methods import METHODS, make_method
 from steer.lab.source import TransformersSource
 from steer.lab.tally import Keep, Tally
 
-LAYERS, WIDTH, VOCABULARY = 12, 896, 32000
-PROMPTS, BATCH = 32, 32
+LAYERS, WIDTH, VOCABULARY = 24, 896, 32000
+PROMPTS, BATCH = 128, 32
 #: Where source layers lie: at two thirds of the depth.
 LAST_WANTED = 2 * LAYERS // 3 - 1
 DERIVE_LAYERS, DERIVE_WIDTH, DERIVE_PROMPTS = 80, 8192, 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from datetime import date
 
-from benchmarks import control_plane, overhead_hf
+from benchmarks import control_plane, measure, overhead_hf
 from benchmarks.timing import machine
 
 if __name__ == "__main__":
@@ -14,3 +14,4 @@ if __name__ == "__main__":
     rounds = parser.parse_args().rounds
     print(f"{date.today()}, {machine()}\n\n{overhead_hf.report(rounds)}")
     print(control_plane.report(rounds))
+    print(measure.report(max(3, rounds // 4)))

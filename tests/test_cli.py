@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from steer.direction import Direction
+from steer.lab.measurement import Measurement
 from steer.settings import ServeSettings
 from tests.lab.test_measure import HARMFUL, HARMLESS
 
@@ -74,6 +76,29 @@ def test_measure_then_derive_by_any_method(tiny_folder: Path, sets: tuple[str, s
     assert meta["parameters"]["position"] == -2
     assert "Pitfalls" in run("methods").stdout
     assert "source layer" in run("derive", str(measured), "-o", str(output)).stdout
+
+
+def test_a_measurement_that_is_killed_goes_on(tiny_folder: Path, tmp_path: Path) -> None:
+    for name in ("harmful", "harmless"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {'x' * (n % 40)} {n}" for n in range(400)))
+    sets = [f"--{name}={tmp_path / name}.txt" for name in ("harmful", "harmless")]
+    output, whole = tmp_path / "m.safetensors", tmp_path / "whole.safetensors"
+    partial = tmp_path / "m.safetensors.part"
+    options = [*sets, "--vectors", "--batch-size", "2", "--every", "0"]
+    command = [sys.executable, "-m", "steer.cli", "measure", str(tiny_folder), "-o", str(output), *options]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not partial.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert partial.exists()
+    assert not output.exists()
+    assert "going on from" in run("measure", str(tiny_folder), "-o", str(output), *options).stderr
+    assert not partial.exists()
+    run("measure", str(tiny_folder), "-o", str(whole), *options)
+    one, other = Measurement.load(output), Measurement.load(whole)
+    for name, tensor in one.tensors().items():
+        assert torch.equal(tensor, other.tensors()[name]), name
 
 
 def test_fit_makes_what_measure_and_derive_make(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:

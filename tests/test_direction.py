@@ -185,6 +185,10 @@ BAD_FILES: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     "no sites": (lambda: file_of(GOOD.tensors(), meta_of(sites=[])), ("metadata: sites",)),
     "later schema": (lambda: file_of(GOOD.tensors(), meta_of(schema_version=2)), ("metadata: schema_version",)),
     "strength nan": (lambda: file_of(GOOD.tensors(), meta_of(strength=float("nan"))), ("metadata: strength",)),
+    "mode without its tensors": (
+        lambda: file_of(GOOD.tensors(), meta_of(mode="add", modes=("ablate", "one_sided"))),
+        ("mode 'add'", "modes ['ablate', 'one_sided']"),
+    ),
     "layer outside": (lambda: file_of(GOOD.tensors(), meta_of(source_layer=3)), ("source_layer 3", "layers 3")),
     "other width in metadata": (lambda: file_of(GOOD.tensors(), meta_of(d_model=32)), ("'directions'", "[3, 1, 32]")),
 }

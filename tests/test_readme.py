@@ -124,7 +124,10 @@ def test_vllm_block(server: Server, tree: Path) -> None:
 
 def test_every_option_that_the_readme_names_exists() -> None:
     shown = ""
-    commands = ("serve", "fit", "inspect", "eval", "keys new", "keys list", "audit verify", "on", "off")
+    commands = (
+        *("serve", "fit", "inspect", "eval", "measure", "derive", "convert", "bake", "push", "pull"),
+        *("keys new", "keys list", "audit verify", "on", "off"),
+    )
     for command in commands:
         shown += subprocess.run(
             [sys.executable, "-m", "steer.cli", *command.split(), "--help"], capture_output=True, text=True, check=True

@@ -40,18 +40,21 @@ def each_batch(
     run: Callable[[list[int]], object],
     *,
     batch_size: int | None = None,
+    tokens: int | None = None,
     title: str = "",
     start: int = 0,
     after: Callable[[int, int], None] | None = None,
 ) -> None:
     """`run(indices)` over all sequences in batches of about equal length, longest first so that too large a batch shows
-    at once. Behind each batch `after(done, size)` is told how many are done and the batch size; beginning again with
-    `start=done, batch_size=size` makes the same batches."""
+    at once, each of at most `batch_size` sequences (else AUTO), and of at most `tokens` tokens with the padding, but
+    for a longer sequence alone. Behind each batch `after(done, size)` is told how many are done and the batch size;
+    beginning again with `start=done, batch_size=size` makes the same batches."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     size, at = batch_size or AUTO, start
     with tqdm(total=len(order), initial=start, desc=title, unit="prompt", disable=not title, leave=False) as bar:
         while at < len(order):
-            indices = order[at : at + size]
+            fitting = size if tokens is None else max(1, min(size, tokens // max(1, lengths[order[at]])))
+            indices = order[at : at + fitting]
             try:
                 run(indices)
             except torch.OutOfMemoryError as error:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from steer.direction import Direction, check_name, digest, read_file, write_file
 from steer.errors import SteerError
-
-_FAILURES = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError)
 
 
 def card(direction: Direction, name: str, sha256: str) -> ModelCard:
@@ -76,7 +73,7 @@ def push(folder: Path, repo: str, *, private: bool = False, message: str | None 
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message or "A direction made with steer")
-    except _FAILURES as error:
+    except Exception as error:  # the library raises its own errors, those of the network and those of the file system
         raise SteerError(f"cannot push to {repo}: {error}") from error
     return f"{api.endpoint}/{repo}"
 
@@ -86,7 +83,9 @@ def pull(repo: str, output: Path, *, file: str | None = None, revision: str | No
     try:
         names = [file] if file else _directions(HfApi().list_repo_files(repo, revision=revision), repo)
         path = hf_hub_download(repo, names[0], revision=revision)
-    except _FAILURES as error:
+    except SteerError:
+        raise
+    except Exception as error:  # as in `push`
         raise SteerError(f"cannot pull from {repo}: {error}") from error
     data = read_file(path)
     Direction.from_bytes(data, source=f"{repo}/{names[0]}")

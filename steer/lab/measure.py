@@ -79,18 +79,20 @@ def measure(
         )
         for label, prompts in sets.items()
     }
-    checkpoint, done = None, dict.fromkeys(sets, 0)
+    checkpoint, done, given = None, dict.fromkeys(sets, 0), batch_size
     if partial is not None:
         kept = (conditions.keep.vectors, conditions.keep.moments)
-        identity = [meta.model_dump(mode="json", exclude={"created"}), kept, batch_size, source.fingerprint()]
+        described = meta.model_dump(mode="json", exclude={"created"})
+        identity = [described, kept, batch_size, source.pass_tokens, source.fingerprint()]
         checkpoint = Checkpoint(partial, identity, tallies, every)
         resumed = checkpoint.resume()
         done, batch_size = resumed.done, resumed.batch_size or batch_size
+    tokens = source.pass_tokens if given is None else None
     try:
         for label in sets:
-            batch_size = _run(
-                source, encoded[label], reading, tallies[label], batch_size, progress, done[label], checkpoint, label
-            )
+            title = f"measuring {label}" if progress else ""
+            run = _Run(source, encoded[label], reading, tallies[label], checkpoint, label)
+            batch_size = run(batch_size, tokens, title, done[label])
     except BaseException:
         if checkpoint is not None:
             checkpoint.save()
@@ -98,32 +100,33 @@ def measure(
     return Measurement(meta, tallies["harmful"].statistics(), tallies["harmless"].statistics())
 
 
-def _run(
-    source: Source,
-    encoded: Sequence[Encoded],
-    reading: Reading,
-    tally: Tally,
-    batch_size: int | None,
-    progress: bool,
-    done: int,
-    checkpoint: Checkpoint | None,
-    label: str,
-) -> int | None:
-    """Feed `tally` with the prompts behind the first `done`; the batch size that memory allowed."""
-    size = batch_size
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Feeds the tally of one class."""
 
-    def run(indices: list[int]) -> None:
-        tally.add(indices, source.run([encoded[i] for i in indices], reading))
+    source: Source
+    encoded: Sequence[Encoded]
+    reading: Reading
+    tally: Tally
+    checkpoint: Checkpoint | None
+    label: str
 
-    def after(at: int, now: int) -> None:
-        nonlocal size
-        size = now
-        if checkpoint is not None:
-            checkpoint.note(label, at, now)
+    def __call__(self, batch_size: int | None, tokens: int | None, title: str, done: int) -> int | None:
+        """Add the prompts behind the first `done`; the batch size that memory allowed."""
+        size = batch_size
 
-    title = f"measuring {label}" if progress else ""
-    each_batch([len(e.ids) for e in encoded], run, batch_size=size, title=title, start=done, after=after)
-    return size
+        def run(indices: list[int]) -> None:
+            self.tally.add(indices, self.source.run([self.encoded[i] for i in indices], self.reading))
+
+        def after(at: int, now: int) -> None:
+            nonlocal size
+            size = now
+            if self.checkpoint is not None:
+                self.checkpoint.note(self.label, at, now)
+
+        lengths = [len(e.ids) for e in self.encoded]
+        each_batch(lengths, run, batch_size=size, tokens=tokens, title=title, start=done, after=after)
+        return size
 
 
 def _last_layer(conditions: Conditions, facts: ModelFacts) -> int:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.errors import SteerError
-from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
+from steer.lab.batches import AUTO, each_batch, in_batches, left_padded, right_padded
 
 law = settings(deadline=None, max_examples=60)
 LENGTHS = st.lists(st.integers(0, 30), max_size=100)
@@ -49,6 +49,31 @@ def test_batches_are_full_and_go_from_long_to_short(lengths: list[int], size: in
     assert all(len(batch) == (size or AUTO) for batch in batches[:-1])
     order = [lengths[i] for batch in batches for i in batch]
     assert order == sorted(order, reverse=True)
+
+
+@given(LENGTHS, st.integers(1, 40), st.integers(1, 200))
+@law
+def test_tokens_bound_a_batch_with_its_padding_and_none_is_lost(lengths: list[int], size: int, tokens: int) -> None:
+    batches: list[list[int]] = []
+    each_batch(lengths, batches.append, batch_size=size, tokens=tokens)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) <= size
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens
+
+
+@given(LENGTHS, st.integers(1, 40), st.integers(1, 200), st.data())
+@law
+def test_beginning_again_makes_the_batches_that_were_left(
+    lengths: list[int], size: int, tokens: int, data: st.DataObject
+) -> None:
+    whole: list[list[int]] = []
+    states: list[tuple[int, int]] = [(0, size)]
+    each_batch(lengths, whole.append, batch_size=size, tokens=tokens, after=lambda *state: states.append(state))
+    at = data.draw(st.integers(0, len(states) - 1))
+    rest: list[list[int]] = []
+    each_batch(lengths, rest.append, start=states[at][0], batch_size=states[at][1], tokens=tokens)
+    assert rest == whole[at:]
 
 
 @given(LENGTHS, st.integers(1, 40), st.none() | st.integers(1, 120))

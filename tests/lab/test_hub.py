@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from steer.direction import Dataset, Direction, digest
 from steer.errors import DirectionError, SteerError
 from steer.lab import hub
 from tests import models
+from tests.lab import hubs
 
 
 @pytest.fixture
@@ -58,3 +62,36 @@ def test_a_hub_that_cannot_be_reached_is_an_error_of_ours(file: Path, tmp_path: 
         hub.push(folder, "someone/x")
     with pytest.raises(SteerError, match="cannot pull from someone/x"):
         hub.pull("someone/x", tmp_path / "d.safetensors")
+
+
+def steer(home: Path, endpoint: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, since the hub's library reads its environment when it is imported."""
+    hub_settings = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "HF_HOME": str(home)}
+    environment = os.environ | hub_settings | {"HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "steer.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_what_is_pushed_is_pulled_byte_for_byte(file: Path, tmp_path: Path) -> None:
+    with hubs.hub() as (endpoint, repos):
+        pushed = steer(tmp_path, endpoint, "push", str(file), "someone/directions", "--name", "calm")
+        assert pushed.returncode == 0, pushed.stderr
+        assert f"{endpoint}/someone/directions" in pushed.stdout
+        files = repos["someone/directions"]
+        assert set(files) == {"README.md", "calm.safetensors"}
+        assert files["calm.safetensors"] == file.read_bytes()
+        output = tmp_path / "pulled.safetensors"
+        pulled = steer(tmp_path, endpoint, "pull", "someone/directions", "-o", str(output))
+        assert pulled.returncode == 0, pulled.stderr
+        assert output.read_bytes() == file.read_bytes()
+        repos["someone/bad"] = {"x.safetensors": b"rubbish", "y.safetensors": b"rubbish"}
+        for arguments, says in (
+            (("someone/gone",), "cannot pull from someone/gone"),
+            (("someone/bad",), "has 2 .safetensors files"),
+            (("someone/bad", "--file", "x.safetensors"), "not a safetensors file"),
+        ):
+            done = steer(tmp_path, endpoint, "pull", *arguments, "-o", str(tmp_path / "never.safetensors"))
+            assert done.returncode == 2, done.stdout
+            assert says in done.stderr
+            assert "Traceback" not in done.stderr
+        assert not (tmp_path / "never.safetensors").exists()

@@ -238,11 +238,18 @@ def test_out_of_memory_halves_the_batch_and_goes_on(loaded: Loaded) -> None:
     expected = measure(source, HARMFUL, HARMLESS)
     decoder.forward = limited
     try:
-        got = measure(source, HARMFUL, HARMLESS)
+        got = measure(source, HARMFUL, HARMLESS, batch_size=13)
     finally:
         decoder.forward = inner
-    assert sizes[:4] == [13, 13, 13, 3] or max(sizes) == 13
+    assert sizes[:3] == [13, 6, 3]
+    assert max(sizes[2:]) == 3, "and the second class begins with what was found"
     torch.testing.assert_close(got.harmful.mean, expected.harmful.mean, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_without_a_chat_template_is_named(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", None)
+    with pytest.raises(InvalidInput, match="has no chat template"):
+        measure(TransformersSource(loaded), HARMFUL, HARMLESS)
 
 
 def test_encode_marks_the_prompts_own_tokens() -> None:

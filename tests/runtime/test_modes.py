@@ -150,3 +150,15 @@ def test_at_the_writers_only_ablate_has_a_meaning(sites: tuple[str, ...]) -> Non
 @pytest.mark.parametrize("mode", MODES)
 def test_at_block_outputs_every_mode_has_a_meaning(mode: Mode) -> None:
     check_mode(made(), mode, "refusal")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_that_the_file_has_no_means_for_is_refused(mode: Mode) -> None:
+    """A direction that came without class means: served in another mode it would do what nobody asked for."""
+    bare = made().with_meta(modes=("ablate",))
+    if mode == "ablate":
+        check_mode(bare, mode, "d")
+        return
+    with pytest.raises(SpecError, match=f"no means for the mode '{mode}'; its modes: ablate") as caught:
+        check_mode(bare, mode, "d")
+    assert caught.value.param == "steer.mode"

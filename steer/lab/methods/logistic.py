@@ -33,7 +33,9 @@ class Logistic(Method):
     name: ClassVar[str] = "logistic"
     needs: ClassVar[Need] = "vectors"
     prompts: ClassVar[int] = 2
-    ridge: float = Field(0.01, gt=0, description="the penalty on the squared weights")
+    # on the embedded model's held-out half the classes stood 8.3 standard deviations apart along `linear`, 8.6 at a
+    # ridge of 0.01, 8.8 at 0.001 and 9.0 at 0.00001 (layer 1; the others alike): little is won below
+    ridge: float = Field(0.001, gt=0, description="the penalty on the squared weights")
 
     def rows(self, contrast: Contrast) -> Tensor:
         harmful, harmless = contrast.harmful.rows, contrast.harmless.rows

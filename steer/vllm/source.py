@@ -57,6 +57,10 @@ class VllmSource(Chat):
     def context(self) -> int:
         return int(self._config.model_config.max_model_len) - 1  # a prompt is answered with one token
 
+    @property
+    def pass_tokens(self) -> int | None:
+        return None  # the engine makes its own batches of what it is given
+
     def encode(self, prompts: Sequence[str], system_prompt: str | None) -> list[Encoded]:
         return encode_all(self, prompts, system_prompt)
 

@@ -55,6 +55,12 @@ class ServeSettings(ControlSettings):
     rank: int | None = Field(
         None, ge=1, le=64, description="direction rows that one request can use; default: 4, and 1 on vLLM"
     )
+    readout: int | None = Field(
+        None,
+        ge=0,
+        le=1024,
+        description="requests that can be read (steer_readout) at once on vLLM, where that is compiled in; default: 0",
+    )
     max_requests: int = Field(256, ge=1, description="requests running or waiting; more get a 429")
     cors_origins: str = Field(
         "", description="origins whose pages may call this server, separated by commas; default: none"

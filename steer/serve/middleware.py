@@ -28,7 +28,7 @@ from steer.spec import Wanted
 
 GENERATION_ROUTES = ("/v1/chat/completions", "/v1/completions")
 REQUEST_ID = b"x-request-id"
-Forward = Callable[[dict[str, Any], Admission], None]
+Forward = Callable[[dict[str, Any], Admission, Readout | None], None]
 
 
 class SteerMiddleware:
@@ -86,7 +86,7 @@ class SteerMiddleware:
                 if carried.model is not None:
                     body["model"] = carried.model
                 if self.forward:
-                    self.forward(body, admission)
+                    self.forward(body, admission, reading)
                 scope["steer"], scope["steer_readout"] = admission, reading
                 metrics.ADMISSION.observe(time.perf_counter() - started)
                 await self._serve(run, answer, scope, _replay(json.dumps(body).encode(), receive))

@@ -58,6 +58,8 @@ class Capture:
             for layer, block in blocks.items()
         ]
 
+    busy = True
+
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()

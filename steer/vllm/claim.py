@@ -19,7 +19,7 @@ from steer.runtime.index import RequestSteer, TokenIndex
 from steer.runtime.sites import find_blocks, hooks, summands
 from steer.runtime.table import EMBEDDING, Place, Table
 from steer.vllm import internals
-from steer.vllm.seat import Form, Seat, Slot, sit_after, sit_before, stream
+from steer.vllm.seat import Form, Reads, Seat, Slot, sit_after, sit_before, stream
 from steer.vllm.settings import EngineSettings
 
 #: What may be left of a removed component, relative to the norm of what it was removed from.
@@ -61,6 +61,12 @@ class Claim:
     form: Form
     table: Table
     seats: tuple[tuple[Place, Seat], ...]
+    reads: Reads | None
+
+    @property
+    def reading(self) -> dict[int, Seat]:
+        """The seats that read, by layer."""
+        return {place.layer: seat for place, seat in self.seats if seat.reading}
 
 
 def claim(worker: Any, settings: EngineSettings, index: TokenIndex) -> Claim:
@@ -82,13 +88,15 @@ def claim(worker: Any, settings: EngineSettings, index: TokenIndex) -> Claim:
             targets += _find_writers(worker, local, form)
     places = list(dict.fromkeys(target.place for target in targets))
     table = Table(places, rows=settings.rows, rank=settings.rank, d_model=d_model, device=worker.device)
+    reads = Reads(settings.readout, settings.rank, worker.device) if settings.readout else None
     seats = []
     for target in targets:
-        seat = Seat(table.plates[target.place], index.rows, index.slots, index.strengths)
+        reader = reads if target.place.site == "resid_post" and target.place.layer != EMBEDDING else None
+        seat = Seat(table.plates[target.place], index.rows, index.slots, index.strengths, reader)
         target.sit(seat)
         seats.append((target.place, seat))
     _prove(worker, targets, table, index, plain)
-    return Claim(local, form, table, tuple(seats))
+    return Claim(local, form, table, tuple(seats), reads)
 
 
 def _learn_form(worker: Any, local: dict[int, nn.Module]) -> tuple[Tensor, Form]:

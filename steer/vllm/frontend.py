@@ -12,23 +12,29 @@ import asyncio
 import logging
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from steer.errors import InvalidInput, SpecError, UnsupportedModel
+import numpy as np
+from numpy.typing import NDArray
+
+from steer.errors import EngineFailed, InvalidInput, NoRoom, SpecError, UnsupportedModel
+from steer.readout import Readout
 from steer.registry import Admission, Registry
 from steer.runtime.placement import Shape
+from steer.runtime.readout import Reading
 from steer.serve import metrics, tally
+from steer.serve.text import token_text
 from steer.spec import Spec, parse
 from steer.vllm import internals, tracing, wire
 from steer.vllm.placement import Call, VllmPlacement
 from steer.vllm.proof import Ask, prove
 from steer.vllm.seat import code_digest
 from steer.vllm.settings import KEY, EngineSettings
-from steer.vllm.wire import RESOLVED
+from steer.vllm.wire import READ, RESOLVED
 
 log = logging.getLogger("steer")
 
@@ -41,15 +47,19 @@ SALT = "|steer:"
 
 @dataclass(slots=True)
 class Ticket:
+    """What was admitted for one HTTP request. `reads`: the id and state of the request that is read for it."""
+
     admission: Admission
+    reading: Readout | None = None
     used: bool = False
+    reads: tuple[str, Any] | None = None
 
 
 class Lease:
     """The pins of one `add_request`: let go when neither the call nor any request that it made needs them."""
 
-    def __init__(self, admission: Admission) -> None:
-        self.admission = admission
+    def __init__(self, admission: Admission, ticket: Ticket | None = None) -> None:
+        self.admission, self.ticket = admission, ticket
         self.requests = 0
         self._holders = {""}
 
@@ -73,12 +83,20 @@ _adding: ContextVar[Lease | None] = ContextVar("steer_adding", default=None)
 _starting: ContextVar[bool] = ContextVar("steer_starting", default=False)
 
 
+#: The same as `Call`, on the event loop that drives the engine.
+CallAsync = Callable[..., Awaitable[list[Any]]]
+
+
+async def _no_loop(*_args: Any) -> list[Any]:
+    raise UnsupportedModel("this engine is driven by no event loop: it has no server")
+
+
 class Frontend:
     """The registry of one engine, and what its requests hold."""
 
-    def __init__(self, config: Any, settings: EngineSettings, call: Call) -> None:
+    def __init__(self, config: Any, settings: EngineSettings, call: Call, call_async: CallAsync | None = None) -> None:
         architecture, layers, d_model = internals.shape_of(config)
-        self.settings, self.call = settings, call
+        self.settings, self.call, self.call_async = settings, call, call_async or _no_loop
         self.dtype = internals.dtype_of(config)
         self.shape = Shape(architecture, layers, d_model, frozenset(settings.sites), settings.rank)
         self.registry = Registry(VllmPlacement(self.shape, call), settings.directions)
@@ -124,13 +142,49 @@ class Frontend:
             daemon=True,
         ).start()
 
+    @property
+    def readable(self) -> int:
+        """Layers that can be read; 0 where no read-out is compiled in."""
+        return self.shape.layers if self.settings.readout and "resid_post" in self.shape.sites else 0
+
     # -- admission ---------------------------------------------------------------------------------------------------
 
-    def ticket(self, admission: Admission) -> str:
-        """A one-way name for what was admitted already, to be given in place of a spec until `forget`."""
+    def ticket(self, admission: Admission, reading: Readout | None = None) -> str:
+        """A one-way name for what was admitted already, to be given in place of a spec until `forget`.
+
+        Raises NoRoom where as many requests are being read as the engine was compiled for.
+        """
+        if reading and sum(ticket.reading is not None for ticket in self._tickets.values()) >= self.settings.readout:
+            raise NoRoom(f"{self.settings.readout} requests are being read, and no more can be: try again shortly")
         name = f"ticket:{secrets.token_hex(16)}"
-        self._tickets[name] = Ticket(admission)
+        self._tickets[name] = Ticket(admission, reading)
         return name
+
+    async def readings(self, name: str, tokenizer: Any) -> list[tuple[str, Reading]]:
+        """Each token of the answer that was made for a ticket, as text, and what was read where it was predicted.
+
+        Raises EngineFailed where a layer or a token was not read.
+        """
+        ticket = self._tickets[name]
+        assert ticket.reading is not None
+        if ticket.reads is None:
+            raise EngineFailed("the engine got no request to read")
+        request_id, state = ticket.reads
+        tokens = internals.answer_ids(state)
+        found: dict[int, NDArray[np.float32]] = {}
+        for answer in await self.call_async("steer_readings", request_id):
+            for layer, data in answer or ():
+                values = np.frombuffer(data, np.float32).reshape(-1, 2 * self.settings.rank + 1)
+                found.setdefault(layer, values)  # tensor-parallel ranks say the same
+        layers, rows = ticket.reading.layers, len(ticket.reading.lines)
+        if missing := [layer for layer in layers if layer not in found or len(found[layer]) < len(tokens)]:
+            raise EngineFailed(f"the layers {missing} were not read for every token")
+        values = np.stack([found[layer][: len(tokens)] for layer in layers], axis=1)
+        rank = self.settings.rank
+        return [
+            (token_text(tokenizer, token), Reading(each[:, :rows], each[:, rank : rank + rows], each[:, -1]))
+            for token, each in zip(tokens, values, strict=True)
+        ]
 
     def used(self, ticket: str) -> bool:
         """Has the engine got a request with it?"""
@@ -147,7 +201,7 @@ class Frontend:
         if not hasattr(params, "extra_args"):  # pooling: nothing is generated, and nothing is steered
             yield params
             return
-        asked = extra.get(KEY)
+        asked, ticket = extra.get(KEY), None
         if isinstance(asked, str) and asked in self._tickets:
             ticket = self._tickets[asked]
             ticket.used = True
@@ -160,10 +214,10 @@ class Frontend:
             admission = self.registry.admit(())
         else:
             admission = self.registry.admit(parse(asked, KEY) if KEY in extra else self.default)
-        lease = Lease(admission)
+        lease = Lease(admission, ticket)
         token = _adding.set(lease)
         try:
-            yield _with_spec(params, extra, admission.spec)
+            yield _with_spec(params, extra, admission.spec, ticket.reading if ticket else None)
         finally:
             _adding.reset(token)
             lease.drop()
@@ -188,6 +242,12 @@ class Frontend:
         lease.hold(request.request_id)
         self._leases[request.request_id] = lease
 
+    def has_added(self, request: Any, state: Any) -> None:
+        """The output processor keeps `state` for a request that was taken."""
+        lease = _adding.get()
+        if lease is not None and lease.ticket is not None and lease.ticket.reading:
+            lease.ticket.reads = (request.request_id, state)
+
     def let_go(self, request_id: str) -> None:
         if lease := self._leases.pop(request_id, None):
             lease.drop(request_id)
@@ -207,13 +267,16 @@ def salt(spec: Spec) -> str:
     return SALT + spec.key()
 
 
-def _with_spec(params: Any, extra: dict[str, Any], spec: Spec) -> Any:
-    """A copy of SamplingParams that carries the resolved spec; the same object where nothing changes."""
+def _with_spec(params: Any, extra: dict[str, Any], spec: Spec, reading: Readout | None) -> Any:
+    """A copy of SamplingParams that carries the resolved spec and what is read; the same object where nothing
+    changes."""
     if KEY not in extra and not spec:
         return params
     copied = params.clone()
-    rest = {key: value for key, value in extra.items() if key != KEY}
-    copied.extra_args = rest | ({RESOLVED: wire.encode(spec)} if spec else {}) or None
+    ours = {RESOLVED: wire.encode(spec)} if spec else {}
+    if reading:
+        ours[READ] = wire.Read(reading.digests, reading.layers).encode()
+    copied.extra_args = {key: value for key, value in extra.items() if key != KEY} | ours or None
     return copied
 
 
@@ -247,7 +310,10 @@ def attach_async(engine: Any, settings: EngineSettings) -> None:
     def call(*args: Any) -> list[Any]:  # in a thread: never on the event loop, which does the work
         return asyncio.run_coroutine_threadsafe(internals.call_workers_async(engine, *args), loops[0]).result()
 
-    frontend = Frontend(engine.vllm_config, settings, call)
+    async def call_async(*args: Any) -> list[Any]:
+        return await internals.call_workers_async(engine, *args)
+
+    frontend = Frontend(engine.vllm_config, settings, call, call_async)
     _wrap_processors(engine, frontend)
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])
     get_supported_tasks = internals.seam(engine, "get_supported_tasks")
@@ -299,7 +365,7 @@ def _wrap_processors(engine: Any, frontend: Frontend) -> None:
     """The salt where requests are made, the pins where they are kept."""
     inputs, outputs = internals.seam(engine, "input_processor"), internals.seam(engine, "output_processor")
     internals.wrap_process_inputs(inputs, _fold_salt)
-    internals.wrap_requests(outputs, frontend.check_added, frontend.let_go, frontend.held)
+    internals.wrap_requests(outputs, frontend.check_added, frontend.has_added, frontend.let_go, frontend.held)
     tracing.trace(outputs, frontend.applied)
 
 

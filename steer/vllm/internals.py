@@ -68,9 +68,9 @@ def check_version() -> None:
 # -- configuration ---------------------------------------------------------------------------------------------------
 
 
-def check_config(config: Any) -> None:
+def check_config(config: Any, *, readout: bool) -> None:
     """Raise UnsupportedModel with every option under which the tokens of a step are not in the order of its requests,
-    or not in this process. `config`: VllmConfig."""
+    or not in this process. `config`: VllmConfig; `readout`: are tokens read."""
     parallel, problems = config.parallel_config, []
 
     def refuse(bad: Any, problem: str) -> None:
@@ -83,6 +83,10 @@ def check_config(config: Any) -> None:
     refuse(getattr(config.model_config, "is_encoder_decoder", False), "the model is an encoder-decoder")
     refuse(getattr(config.model_config, "is_diffusion", False), "the model is a diffusion model")
     refuse(getattr(config.model_config, "runner_type", "generate") != "generate", "the model does not generate")
+    refuse(
+        readout and config.speculative_config is not None,
+        "the read-out is on together with drafts (how many of them are kept is known too late)",
+    )
     refuse(
         getattr(config.speculative_config, "enable_adaptive_verification", False),
         "adaptive verification of drafts is on",
@@ -182,6 +186,11 @@ def watch_batches(runner: Any, on_batch: OnBatch) -> str:
 
     runner._prepare_inputs = prepare_v1
     return "V1"
+
+
+def new_prompt_length(new: Any) -> int:
+    """Prompt tokens of a request that the scheduler sends for the first time, or again after preemption."""
+    return len(seam(new, "prompt_token_ids"))
 
 
 def starts_of(scheduler_output: Any) -> dict[str, int]:
@@ -317,10 +326,15 @@ def wrap_process_inputs(inputs: Any, change: Callable[[Any], None]) -> None:
 
 
 def wrap_requests(
-    outputs: Any, added: Callable[[Any], None], ended: Callable[[str], None], watched: Mapping[str, Any]
+    outputs: Any,
+    adds: Callable[[Any], None],
+    added: Callable[[Any, Any], None],
+    ended: Callable[[str], None],
+    watched: Mapping[str, Any],
 ) -> None:
-    """Have `added` called with each EngineCoreRequest before the engine gets it, and `ended` with the id of each
-    `watched` request that the OutputProcessor has let go: finished, stopped by a string, or aborted."""
+    """Have `adds` called with each EngineCoreRequest before the OutputProcessor takes it, `added` with it and the state
+    that is kept for it afterwards, and `ended` with the id of each `watched` request that the OutputProcessor has let
+    go: finished, stopped by a string, or aborted."""
     add, process, abort = (
         seam(outputs, "add_request"),
         seam(outputs, "process_outputs"),
@@ -329,9 +343,10 @@ def wrap_requests(
     states = seam(outputs, "request_states")
 
     def adding(request: Any, *args: Any, **kwargs: Any) -> Any:
-        added(request)
+        adds(request)
         out = add(request, *args, **kwargs)
         if (state := states.get(request.request_id)) is not None:
+            added(request, state)
             tally.current().answer(lambda: answer_length(state))
         return out
 
@@ -363,6 +378,17 @@ def answer_length(state: Any) -> int:
     if detokenizer is not None and hasattr(detokenizer, "num_output_tokens"):
         return int(detokenizer.num_output_tokens())
     return int(getattr(getattr(state, "stats", None), "num_generation_tokens", 0))
+
+
+def answer_ids(state: Any) -> list[int]:
+    """The same tokens themselves."""
+    return list(seam(seam(state, "detokenizer"), "output_token_ids"))
+
+
+def tokenizer_of(engine: Any) -> Any:
+    """The tokenizer of an AsyncLLM."""
+    found = getattr(engine, "tokenizer", None)
+    return found if found is not None else seam(seam(engine, "renderer"), "get_tokenizer")()
 
 
 #: Reads a VllmConfig before an engine is constructed from it; None leaves the engine alone.

@@ -32,5 +32,5 @@ def _prepare(config: Any) -> settings.EngineSettings | None:
         raise UnsupportedModel(
             f"additional_config['{settings.KEY}'] needs worker_cls='{internals.WORKER}', it is {worker!r}"
         )
-    internals.check_config(config)
+    internals.check_config(config, readout=bool(found.readout))
     return found

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from steer.direction import Site
-from steer.runtime import op, table
+from steer.runtime import op, readout, table
+from steer.runtime.readout import AFTER, BEFORE, components
 from steer.runtime.table import Plate, apply
 
 #: How a block hands on the stream: it returns one tensor; a tuple whose first is the whole stream; or (h, r) with the
@@ -23,11 +24,22 @@ from steer.runtime.table import Plate, apply
 Form = Literal["tensor", "first", "sum"]
 
 
+class Reads:
+    """The tokens that are read in a step, for all seats that read: at `[count]`, which token; rows `[count, rank]`,
+    which rows of the table; int64, written in place."""
+
+    def __init__(self, count: int, rank: int, device: torch.device) -> None:
+        self.count, self.rank = count, rank
+        self.at = torch.zeros(count, dtype=torch.int64, device=device)
+        self.rows = torch.zeros(count, rank, dtype=torch.int64, device=device)
+
+
 class Seat(nn.Module):
     """One place's buffers on the module that is hooked. `vectors` and `coefficients` are the place's plate; `rows`,
     `slots` and `strengths` (`[rank, max_tokens]`) are the token index, one storage for all seats. `witness`
     (`[d_model]`, float32) is written by every pass: what the place handed on of the first token, so that the graph
-    that serves can be asked whether it steers."""
+    that serves can be asked whether it steers. With `reads` it also writes `found` (`[2, count, rank]`: components
+    before and after) and `norms` (`[count]`) of the tokens that are read."""
 
     vectors: Tensor
     coefficients: Tensor
@@ -35,9 +47,16 @@ class Seat(nn.Module):
     slots: Tensor
     strengths: Tensor
     witness: Tensor
+    read_at: Tensor
+    read_rows: Tensor
+    found: Tensor
+    norms: Tensor
 
-    def __init__(self, plate: Plate, rows: Tensor, slots: Tensor, strengths: Tensor) -> None:
+    def __init__(
+        self, plate: Plate, rows: Tensor, slots: Tensor, strengths: Tensor, reads: Reads | None = None
+    ) -> None:
         super().__init__()
+        self.reading = reads is not None  # fixed for the life of the seat, so that Dynamo traces one way
         tensors = {
             "vectors": plate.vectors,
             "coefficients": plate.coefficients,
@@ -46,6 +65,13 @@ class Seat(nn.Module):
             "strengths": strengths,
             "witness": torch.zeros_like(plate.vectors[0]),
         }
+        if reads is not None:
+            tensors |= {
+                "read_at": reads.at,
+                "read_rows": reads.rows,
+                "found": plate.vectors.new_zeros(2, reads.count, reads.rank),
+                "norms": plate.vectors.new_zeros(reads.count),
+            }
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -71,7 +97,20 @@ def hand_on(seat: Seat, x: Tensor, r: Tensor | None = None) -> Tensor:
     new = moved(seat, x).to(x.dtype) if r is None else moved_term(seat, x, r)
     first = new.reshape(-1, x.shape[-1])[0].float()
     seat.witness.copy_(first if r is None else first + r.reshape(-1, x.shape[-1])[0].float())
+    if seat.reading:
+        record(seat, x, new, r)
     return new
+
+
+def record(seat: Seat, x: Tensor, new: Tensor, r: Tensor | None) -> None:
+    """Write what the tokens that are read have along their rows, before (x, or x + r) and after (new, or new + r)."""
+    lines = seat.vectors[seat.read_rows]
+    rest = 0.0 if r is None else r.reshape(-1, r.shape[-1])[seat.read_at].float()
+    for place, stream_ in ((BEFORE, x), (AFTER, new)):
+        at = stream_.reshape(-1, x.shape[-1])[seat.read_at].float() + rest
+        seat.found[place].copy_(components(at, lines))
+        if place == BEFORE:
+            seat.norms.copy_(torch.linalg.vector_norm(at, dim=-1))
 
 
 def sit_after(module: nn.Module, form: Form, seat: Seat, site: Site) -> None:
@@ -124,5 +163,5 @@ def stream(form: Form, output: Any) -> Tensor:
 
 def code_digest() -> str:
     """Of the code that is traced into the graph: part of the key of vLLM's compile cache."""
-    text = "".join(inspect.getsource(module) for module in (op, table, inspect.getmodule(Seat)) if module)
+    text = "".join(inspect.getsource(module) for module in (op, readout, table, inspect.getmodule(Seat)) if module)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

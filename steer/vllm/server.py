@@ -16,16 +16,19 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steer.errors import InvalidInput, SpecError, UnsupportedModel
+from steer.errors import InvalidInput, NoRoom, SpecError, UnsupportedModel
+from steer.readout import FIELD, Readout
 from steer.registry import Admission
 from steer.serve import carriers, errors, playground, switch
 from steer.serve.access import PUBLIC, Access
 from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
 from steer.serve.middleware import REQUEST_ID, SteerMiddleware
+from steer.serve.readout import report
 from steer.settings import ControlSettings
 from steer.vllm import frontend as front_ends
 from steer.vllm import internals, plugin, wire
+from steer.vllm.answers import with_readout
 from steer.vllm.frontend import Frontend
 from steer.vllm.settings import KEY, EngineSettings
 from steer.vllm.settings import read as settings_of
@@ -33,6 +36,8 @@ from steer.vllm.settings import read as settings_of
 log = logging.getLogger("steer")
 
 GENERATION_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+#: Where answers have choices, which the read-out goes into.
+READ_ROUTES = GENERATION_ROUTES[:2]
 MODELS_ROUTE = "/v1/models"
 HEALTH_ROUTE = "/health"
 MAX_BODY = 64 * 2**20
@@ -180,18 +185,29 @@ class Generation:
         front = front_end_of(scope["app"])
         tickets: list[str] = []
 
-        def forward(body: dict[str, Any], admission: Admission) -> None:
+        reads: list[Readout] = []
+
+        def forward(body: dict[str, Any], admission: Admission, reading: Readout | None) -> None:
             xargs = body.get(carriers.XARGS) or {}
             wire.check_absent(xargs)
-            if not admission.spec and not front.default:
+            if reading:
+                check_one_answer(body)
+                reads.append(reading)
+            elif not admission.spec and not front.default:
                 return
             if isinstance(xargs, dict):  # anything else is vLLM's to refuse
-                tickets.append(front.ticket(admission))
+                tickets.append(front.ticket(admission, reading))
                 body[carriers.XARGS] = xargs | {KEY: tickets[0]}
+
+        async def fetch() -> dict[str, Any]:
+            tokenizer = internals.tokenizer_of(scope["app"].state.engine_client)
+            return report(reads[0], await front.readings(tickets[0], tokenizer)).model_dump()
 
         async def checked(scope: Scope, receive: Receive, send: Send) -> None:
             if not tickets:  # what was admitted is plain
                 front_ends.over_http.set(True)
+            if reads:
+                send = with_readout(send, fetch)
             await self.app(scope, receive, _only_if_used(send, lambda: all(front.used(t) for t in tickets)))
 
         middleware = SteerMiddleware(
@@ -202,15 +218,25 @@ class Generation:
             max_body=MAX_BODY,
             routes=GENERATION_ROUTES,
             forward=forward,
+            readable=front.readable if scope["path"] in READ_ROUTES else 0,
             control=control_of(scope["app"]),
         )
         try:
             await middleware(scope, receive, send)
-        except SpecError as error:
+        except (SpecError, NoRoom) as error:
             await errors.of(error)(scope, receive, send)
         finally:
             for ticket in tickets:
                 front.forget(ticket)
+
+
+def check_one_answer(body: dict[str, Any]) -> None:
+    """Raise SpecError for a request that is to be read and makes several answers, or none that is generated."""
+    prompt = body.get("prompt")
+    several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+    counts = (body.get("n"), body.get("best_of"))
+    if several or any(count not in (None, 1) for count in counts) or body.get("use_beam_search"):
+        raise SpecError(f"{FIELD}: on this server one answer is read at a time: one prompt, and n = 1", param=FIELD)
 
 
 def _only_if_used(send: Send, used: Callable[[], bool]) -> Send:

@@ -31,6 +31,9 @@ class EngineSettings(BaseModel):
     sites: tuple[Site, ...] = Field(("resid_post",), min_length=1, description="sites to claim")
     rows: int = Field(32, ge=1, le=4096, description="direction rows that can be resident")
     rank: int = Field(1, ge=1, le=64, description="direction rows that one request can use")
+    readout: int = Field(
+        0, ge=0, le=1024, description="requests that can be read (steer_readout) at once; 0 compiles no read-out"
+    )
     control: ControlSettings = Field(
         default_factory=ControlSettings.of_environment,
         description="keys, policy and audit log of the server; also from STEER_…",
@@ -44,7 +47,7 @@ class EngineSettings(BaseModel):
 
     def graph(self) -> dict[str, Any]:
         """The part that decides what is compiled, so that other settings do not miss the compile cache."""
-        return {"sites": list(self.sites), "rows": self.rows, "rank": self.rank}
+        return {"sites": list(self.sites), "rows": self.rows, "rank": self.rank, "readout": self.readout}
 
 
 def read(additional_config: Any) -> EngineSettings | None:
@@ -74,6 +77,7 @@ def from_serve_settings(settings: ServeSettings, options: Sequence[str]) -> tupl
         sites=settings.site_list,
         rows=settings.rows,
         rank=settings.rank or 1,
+        readout=settings.readout or 0,
         control=settings.control,
     )
     ours: dict[str, Any] = {

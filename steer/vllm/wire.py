@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from steer.errors import SpecError
@@ -10,6 +11,8 @@ from steer.spec import Entry, Spec
 
 #: Its key. Requests must not bring it: only what the front end resolved and pinned goes under it.
 RESOLVED = "steer.resolved"
+#: The same for what is read.
+READ = "steer.read"
 
 
 def encode(spec: Spec) -> str:
@@ -22,8 +25,28 @@ def decode(text: str) -> Spec:
 
 def check_absent(extra: Any) -> None:
     """Raise SpecError for a request that brings what only the front end may write."""
-    if isinstance(extra, dict) and RESOLVED in extra:
-        raise SpecError(f"'{RESOLVED}' is not for requests to set; ask with 'steer'", param=RESOLVED)
+    for key in (RESOLVED, READ):
+        if isinstance(extra, dict) and key in extra:
+            raise SpecError(f"'{key}' is not for requests to set; ask with 'steer'", param=key)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What is read for one request: the versions whose rows, in order, and the layers."""
+
+    digests: tuple[str, ...]
+    layers: tuple[int, ...]
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def of(cls, params: Any) -> Read | None:
+        text = (getattr(params, "extra_args", None) or {}).get(READ)
+        if text is None:
+            return None
+        found = json.loads(text)
+        return cls(tuple(found["digests"]), tuple(found["layers"]))
 
 
 def of(params: Any) -> str | None:

@@ -20,8 +20,10 @@ from steer.direction import Direction
 from steer.direction import digest as digest_of
 from steer.errors import NoRoom, SteerError, UnsupportedModel
 from steer.runtime.index import PLAIN, TokenIndex
+from steer.runtime.readout import RequestRead
 from steer.vllm import claim, internals, settings, wire
 from steer.vllm.capture import Capture
+from steer.vllm.readout import ReadRunner
 from steer.vllm.seat import code_digest
 
 log = logging.getLogger("steer")
@@ -88,7 +90,7 @@ class Steered:
                 f"worker_cls {internals.WORKER} needs additional_config={{'{settings.KEY}': {{...}}}} ({{}} is enough)"
             )
         internals.check_version()
-        internals.check_config(vllm_config)
+        internals.check_config(vllm_config, readout=bool(found.readout))
         self.steer_settings = found
         # vLLM hashes this into the key of its compile cache: no graph compiled without hooks, or with other code of
         # ours, is ever taken for this engine, and the name of a folder makes no difference.
@@ -104,6 +106,8 @@ class Steered:
         self._residents = Residents(self._claim)
         self._running: dict[str, int] = {}  # steered requests, by their numbers in the index
         self._met_front_end = False
+        reads = self._claim.reads
+        self._reads = ReadRunner(reads, self._claim.reading) if reads is not None else None
         self._capture: Capture | None = None
         self._steered_tokens = 0
         self._runner_kind = internals.watch_batches(self.model_runner, self._on_batch)
@@ -114,13 +118,16 @@ class Steered:
         for request in scheduler_output.finished_req_ids:
             if number := self._running.pop(request, None):
                 self._index.leave(number)
+            if self._reads is not None:
+                self._reads.end(request)
         for new in scheduler_output.scheduled_new_reqs:
             self._meet(new)
-        if self._capture is not None:
+        watchers = [w for w in (self._capture, self._reads) if w is not None and w.busy]
+        if watchers:
             self._starts = internals.starts_of(scheduler_output)
         out = super().execute_model(scheduler_output, *args, **kwargs)
-        if self._capture is not None:
-            self._capture.end_step()
+        for watcher in watchers:
+            watcher.end_step()
         return out
 
     def _meet(self, new: Any) -> None:
@@ -132,6 +139,9 @@ class Steered:
             )
         if self._capture is not None:
             self._capture.meet(new.req_id, new.sampling_params)
+        if self._reads is not None and (read := wire.Read.of(new.sampling_params)):
+            rows = self._residents.table.rows_of(read.digests)
+            self._reads.meet(new.req_id, RequestRead(rows, read.layers), internals.new_prompt_length(new))
         text = wire.of(new.sampling_params)
         if text is None:
             return
@@ -146,8 +156,9 @@ class Steered:
         if running := self._running:
             numbers = np.fromiter(map(running.get, requests, repeat(PLAIN)), np.int64, len(requests))
         self._steered_tokens += self._index.fill(numbers, lengths)
-        if self._capture is not None:
-            self._capture.begin_step(requests, lengths, self._starts)
+        for watcher in (self._capture, self._reads):
+            if watcher is not None and watcher.busy:
+                watcher.begin_step(requests, lengths, self._starts)
 
     # -- called by `collective_rpc`; failures are answers, so that one worker's cannot end the engine -----------------
 
@@ -194,6 +205,10 @@ class Steered:
             for layer in capture.picked
         ]
         return {"layers": layers, "seen": capture.seen}
+
+    def steer_readings(self, request_id: str) -> list[tuple[int, bytes]] | None:
+        """What was read for a request that has ended, by layer; None where there is nothing (any more)."""
+        return self._reads.take(request_id) if self._reads is not None else None
 
     def steer_stats(self) -> dict[str, int]:
         return {

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from tests import harness, models
+from steer.direction import Direction
+from tests import harness, models, oracle
 from tests.servers import Server, receipt
 from tests.vllm.engines import Home, Reference
 from tests.vllm.swaps import swap_under_load
@@ -25,6 +30,7 @@ ROUTES: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": "hello", "max_output_tokens": 16},
     "/v1/messages": {"messages": MESSAGES, "max_tokens": 8},
 }
+READ_ROUTES = ("/v1/completions", "/v1/chat/completions")
 OPTIONS = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "32", "--served-model-name", "tiny"]
 
 
@@ -207,3 +213,82 @@ def test_vllms_own_benchmark(server: Server, home: Home, tmp_path: Path) -> None
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         result = json.loads((tmp_path / "result.json").read_text())
         assert (result["completed"], result["total_output_tokens"]) == (8, 64)
+
+
+@pytest.mark.parametrize("route", READ_ROUTES)
+@pytest.mark.parametrize("steer", ["off", "refusal=0.5"])
+def test_what_is_read_is_what_a_forward_pass_has(server: Server, home: Home, route: str, steer: str) -> None:
+    """Whole and streamed, beside others that are not read; the numbers are those of hooks on transformers."""
+    options: dict[str, Any] = {
+        "steer": steer,
+        "steer_readout": {"directions": ["refusal", "verbosity"], "layers": [0, 2]},
+    }
+    options |= {"logprobs": True} if "chat" in route else {"logprobs": 1}
+    with ThreadPoolExecutor() as pool:
+        others = [pool.submit(ask, server, route, steer="verbosity") for _ in range(4)]
+        whole = ask(server, route, return_token_ids=True, **options)
+        streamed = ask(server, route, stream=True, **options)
+        assert all(other.result().status_code == 200 for other in others)
+    assert whole.status_code == 200, whole.text
+    [choice] = whole.json()["choices"]
+    read = choice["steer_readout"]
+    pieces = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+    found = [part["steer_readout"] for piece in pieces for part in piece["choices"] if "steer_readout" in part]
+    assert found == [read]
+    prompt = choice.get("prompt_token_ids") or whole.json()["prompt_token_ids"]
+    answer = choice["token_ids"]
+    assert read["tokens"] == [models.tokenizer().decode([token]) for token in answer]
+    strength = 0.0 if steer == "off" else 0.5
+    directions = {n: Direction.load(home.directions / f"{n}.safetensors") for n in ("refusal", "verbosity")}
+    seen: list[tuple[Any, Any]] = []
+
+    def act(layer: int) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> Any:
+            after = oracle.ablated(output, directions["refusal"].directions[layer, 0], strength)
+            seen.append((output[0], after[0]))
+            return after
+
+        return hook
+
+    model = copy.deepcopy(home.model)
+    embedding = directions["refusal"].embedding
+    assert embedding is not None
+    v = embedding[0]
+    model.model.embed_tokens.register_forward_hook(lambda _m, _a, out: oracle.ablated(out, v, strength))
+    for layer, block in enumerate(model.model.layers):
+        block.register_forward_hook(act(layer))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([prompt + answer]), use_cache=False)
+    positions = slice(len(prompt) - 1, -1)
+    for at, layer in enumerate([0, 2]):
+        for line in read["directions"]:
+            row = directions[line["name"]].directions[layer, 0]
+            for side, stream in zip(("before", "after"), seen[layer], strict=True):
+                told = np.array(line[side])[:, at]
+                np.testing.assert_allclose(told, (stream[positions] @ row).numpy(), rtol=1e-3, atol=2e-3)
+        norms = seen[layer][0][positions].norm(dim=-1).numpy()
+        np.testing.assert_allclose(np.array(read["norms"])[:, at], norms, rtol=1e-3)
+
+
+def test_reading_changes_no_answer_and_its_bounds_are_told(server: Server) -> None:
+    asked = ask(server, "/v1/completions", steer="refusal", steer_readout=True)
+    assert words(asked) == words(ask(server, "/v1/completions", steer="refusal"))
+    assert "steer_readout" not in ask(server, "/v1/completions", steer="refusal").text
+    for more, message in (
+        ({"steer_readout": True}, "none does; name the directions"),
+        ({"steer_readout": "nobody"}, "not served"),
+        ({"steer_readout": "refusal", "n": 2}, "one prompt, and n = 1"),
+        ({"steer_readout": {"directions": "refusal", "layers": [7]}}, "this model has the layers 0 to 2"),
+        ({"vllm_xargs": {"steer.read": "{}"}}, "not for requests to set"),
+    ):
+        refused = ask(server, "/v1/completions", **more)
+        assert refused.status_code == 400, refused.text
+        assert message in refused.json()["error"]["message"]
+    refused = ask(server, "/v1/messages", steer_readout="refusal")
+    assert (refused.status_code, "offers no read-out" in refused.text) == (400, True)
+
+
+def test_the_playground_is_served_without_a_key(server: Server) -> None:
+    page = server.client.get("/", headers={"Authorization": ""})
+    assert page.status_code == 200
+    assert "<title>" in page.text

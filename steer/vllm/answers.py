@@ -1,0 +1,72 @@
+"""The read-out in the answers of vLLM's server: into a whole answer, or as one more chunk before a stream's end.
+
+The engine hands a read-out on when its request has ended, so a stream has all of it in one piece; put together, the
+chunks of a stream say what a whole answer says, as on the other engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.types import Message, Send
+
+from steer.readout import FIELD
+
+DONE = b"data: [DONE]"
+#: Makes the field of the one choice.
+Fetch = Callable[[], Awaitable[dict[str, Any]]]
+
+
+def with_readout(send: Send, fetch: Fetch) -> Send:
+    """Sends an answer with one choice on, with what `fetch` gives in it. Errors pass as they are."""
+    start: Message = {}
+    streamed = False
+    body, last = b"", b""
+
+    async def whole(message: Message) -> None:
+        nonlocal body
+        body += message.get("body", b"")
+        if message.get("more_body", False):
+            return
+        answer = json.loads(body)
+        for choice in answer["choices"]:
+            choice[FIELD] = await fetch()
+        data = json.dumps(answer).encode()
+        headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
+        await send({**start, "headers": [*headers, (b"content-length", str(len(data)).encode())]})
+        await send({"type": "http.response.body", "body": data})
+
+    async def stream(message: Message) -> None:
+        nonlocal last
+        data: bytes = message.get("body", b"")
+        before, done, after = data.partition(DONE)
+        if b'"choices"' in before:
+            last = before
+        if done and last:
+            chunk = _chunk(last, await fetch())
+            message = {**message, "body": before + chunk + done + after}
+        await send(message)
+
+    async def sending(message: Message) -> None:
+        nonlocal start, streamed
+        if message["type"] == "http.response.start":
+            start = message
+            streamed = any(k.lower() == b"content-type" and b"event-stream" in v for k, v in message["headers"])
+        if start["status"] >= 400 or (streamed and message["type"] == "http.response.start"):
+            await send(message)
+        elif message["type"] == "http.response.body":
+            await (stream if streamed else whole)(message)
+
+    return sending
+
+
+def _chunk(last: bytes, field: dict[str, Any]) -> bytes:
+    """A chunk like the `last` one, with nothing but the field."""
+    line = next(line for line in reversed(last.splitlines()) if line.startswith(b"data: {"))
+    envelope = {k: v for k, v in json.loads(line[6:]).items() if k not in ("usage", "choices")}
+    chat = envelope.get("object") == "chat.completion.chunk"
+    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": None}
+    choice |= {"delta" if chat else "text": {} if chat else ""}
+    return f"data: {json.dumps(envelope | {'choices': [choice | {FIELD: field}]})}\n\n".encode()

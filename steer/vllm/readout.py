@@ -1,0 +1,100 @@
+"""The read-out in a worker (see `steer.runtime.readout`): buffers that the seats of `resid_post` write, traced into the
+compiled graph, and what was found for each request until the front end asks for it.
+
+Every method runs on the worker's main thread. An engine that was started without read-out has none of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steer.runtime.readout import RequestRead
+from steer.vllm.seat import Reads, Seat
+
+#: Ended requests whose values nobody has asked for yet, for each request that can be read at once.
+KEPT = 4
+
+
+@dataclass(slots=True)
+class _Run:
+    """One request that is read. `values`: for each token `[layers, 2 × rank + 1]` (before, after, norm)."""
+
+    read: RequestRead
+    prompt: int
+    ended: bool = False
+    values: list[NDArray[np.float32]] = field(default_factory=list)
+
+
+class ReadRunner:
+    """`reads` are the shared buffers of `seats`, the seats of this rank by layer."""
+
+    def __init__(self, reads: Reads, seats: Mapping[int, Seat]) -> None:
+        self.reads, self.seats = reads, dict(sorted(seats.items()))
+        self._runs: dict[str, _Run] = {}
+        self._step: list[_Run] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._runs)
+
+    def meet(self, request_id: str, read: RequestRead, prompt: int) -> None:
+        """A request of `prompt` prompt tokens comes, or comes back from preemption."""
+        if request_id not in self._runs:
+            self._runs[request_id] = _Run(read, prompt)
+
+    def end(self, request_id: str) -> None:
+        """It takes part in no step any more. What was found waits for `take`, but not for ever."""
+        if run := self._runs.get(request_id):
+            run.ended = True
+            ended = [name for name, each in self._runs.items() if each.ended]
+            for name in ended[: -KEPT * self.reads.count]:
+                del self._runs[name]
+
+    def take(self, request_id: str) -> list[tuple[int, bytes]] | None:
+        """(layer, float32 `[tokens, 2 × rank + 1]`) of what was read for a request, which is then forgotten."""
+        run = self._runs.pop(request_id, None)
+        if run is None:
+            return None
+        values = np.stack(run.values) if run.values else np.zeros((0, len(self.seats), 2 * self.reads.rank + 1))
+        return [(layer, values[:, i].astype(np.float32).tobytes()) for i, layer in enumerate(self.seats)]
+
+    def begin_step(self, requests: Sequence[str], lengths: NDArray[np.int32], starts: Mapping[str, int]) -> None:
+        """A step comes: read the last token of each request that is read and whose next token this step predicts."""
+        at: list[int] = []
+        self._step = []
+        ends = np.cumsum(lengths)
+        for i, request in enumerate(requests):
+            if run := self._runs.get(request):
+                known = run.prompt + len(run.values)  # a prompt, or what preemption lost of it, may come in parts
+                if starts[request] + int(lengths[i]) >= known and len(at) < self.reads.count:
+                    at.append(int(ends[i]) - 1)
+                    self._step.append(run)
+        if at:
+            rows = np.zeros((len(at), self.reads.rank), np.int64)
+            for mine, run in zip(rows, self._step, strict=True):
+                mine[: len(run.read.rows)] = run.read.rows
+            self.reads.at[: len(at)].copy_(torch.tensor(at))
+            self.reads.rows[: len(at)].copy_(torch.from_numpy(rows))
+
+    def end_step(self) -> None:
+        """The forward pass has been enqueued: fetch what it finds. Waits for it, where somebody is read."""
+        if not self._step:
+            return
+        count = len(self._step)
+        found = torch.stack([_flat(seat)[:count] for seat in self.seats.values()], dim=1).cpu().numpy()
+        for run, values in zip(self._step, found, strict=True):
+            run.values.append(values.copy())
+        self._step = []
+
+
+def _flat(seat: Seat) -> Tensor:
+    """`[count, 2 × rank + 1]`: before, after, norm."""
+    found: Any = seat.found
+    return torch.cat([found[0], found[1], seat.norms.unsqueeze(1)], dim=1)

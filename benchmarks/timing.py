@@ -6,7 +6,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ class Ratio:
     high: float
     interval: tuple[float, float]
     seconds: float
+    ratios: tuple[float, ...]
 
     def row(self, name: str) -> str:
         return (
@@ -52,10 +53,29 @@ def interleave(arms: Mapping[str, Callable[[], float | None]], rounds: int, titl
 
 
 def _ratio(times: list[float], baseline: list[float], rng: random.Random) -> Ratio:
-    ratios = [t / b for t, b in zip(times, baseline, strict=True)]
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(1000))
+    ratios = tuple(t / b for t, b in zip(times, baseline, strict=True))
     low, median, high = statistics.quantiles(ratios, n=4)
-    return Ratio(median, low, high, (medians[25], medians[974]), statistics.median(times))
+    return Ratio(median, low, high, _interval([ratios], rng), statistics.median(times), ratios)
+
+
+def pooled(parts: Sequence[Ratio]) -> Ratio:
+    """One ratio of several runs between which the conditions were turned around: the geometric mean of their medians,
+    with a bootstrap interval of that, rounds drawn within each run."""
+    everything = tuple(ratio for part in parts for ratio in part.ratios)
+    low, _, high = statistics.quantiles(everything, n=4)
+    middle = statistics.geometric_mean([part.median for part in parts])
+    seconds = statistics.median([part.seconds for part in parts])
+    interval = _interval([part.ratios for part in parts], random.Random(0))
+    return Ratio(middle, low, high, interval, seconds, everything)
+
+
+def _interval(runs: Sequence[Sequence[float]], rng: random.Random) -> tuple[float, float]:
+    """95 % of the geometric mean of the runs' medians, by 1000 bootstrap draws."""
+    drawn = sorted(
+        statistics.geometric_mean([statistics.median(rng.choices(run, k=len(run))) for run in runs])
+        for _ in range(1000)
+    )
+    return drawn[25], drawn[974]
 
 
 def machine() -> str:

@@ -98,6 +98,8 @@ def serve(
         raise InvalidInput(
             f"{' '.join(options)}: not an option of the transformers backend; options of vLLM need --backend vllm"
         )
+    if settings.readout is not None:
+        raise InvalidInput("--readout: the transformers backend reads any number of requests; leave it out")
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     quiet_libraries()
     from steer.serve.run import serve as serve_on_transformers

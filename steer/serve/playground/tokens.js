@@ -14,7 +14,8 @@ export class Tokens {
     this.layers = null;
     this.name = null;
     this.at = -1;
-    box.append(this.span("")); // so that text without a read-out has a place too
+    this.waiting = this.span(""); // the place of text whose read-out is not there yet, or never comes
+    box.append(this.waiting);
     box.addEventListener("pointerover", (event) => this.point(this.items.findIndex((item) => item.span === event.target)));
     box.addEventListener("pointerleave", () => this.point(-1));
     box.addEventListener("blur", () => this.point(-1));
@@ -34,17 +35,17 @@ export class Tokens {
     const text = choice.delta?.content ?? "";
     this.text += text;
     const read = choice.steer_readout;
-    if (!read?.tokens.length) {
-      this.box.lastChild.textContent += text;
-      return;
-    }
+    this.waiting.textContent += text;
+    if (!read?.tokens.length) return;
     this.layers ??= read.layers;
     this.name ??= read.directions[0]?.name;
+    const texts = shares(this.waiting.textContent, read.tokens);
+    this.waiting.textContent = "";
     read.tokens.forEach((token, i) => {
-      const span = this.span(share(text, read.tokens, i));
+      const span = this.span(texts[i]);
       const values = (side) => read.directions.map((line) => line[side][i]);
       this.items.push({ span, token, norms: read.norms[i], before: values("before"), after: values("after") });
-      this.box.append(span);
+      this.waiting.before(span);
     });
     this.box.tabIndex = 0;
   }
@@ -103,10 +104,23 @@ export function scaleOf(answers) {
   return sizes.length ? sizes[Math.min(sizes.length - 1, Math.floor(sizes.length * 0.95))] : null;
 }
 
-/** The part of a chunk's text that is token i's: its own text where they add up, and all at the last one where not. */
-function share(text, tokens, i) {
-  if (tokens.join("") === text) return tokens[i];
-  return i === tokens.length - 1 ? text : "";
+/** The text that belongs to each token, in order. Alone, a token may lack the space before it, be a part of a character,
+ *  or be none of the text (the end): what fits nowhere goes to the last one. */
+function shares(text, tokens) {
+  let rest = text, missed = 0;
+  const out = tokens.map((token) => {
+    const at = token ? rest.indexOf(token) : -1;
+    if (at < 0 || at > 1 + 4 * missed) {
+      missed += 1;
+      return "";
+    }
+    const mine = rest.slice(0, at + token.length);
+    rest = rest.slice(mine.length);
+    missed = 0;
+    return mine;
+  });
+  out[out.length - 1] += rest;
+  return out;
 }
 
 const visible = (token) => token.replaceAll("\n", "⏎").replaceAll(" ", "␣") || "(no text)";

@@ -22,8 +22,9 @@ types: .venv/dev
 fit: .venv/serve
 	$(BIN)/steer fit steer/demo/model --harmful $(HARMFUL) --harmless $(HARMLESS) -o directions/refusal.safetensors --mode one_sided --strength 1.5
 
-bench: .venv/test
+bench: .venv/vllm
 	$(BIN)/python -m benchmarks
+	if $(BIN)/python -c 'import vllm' 2>/dev/null; then $(BIN)/python -m benchmarks.overhead; fi
 
 docs: .venv/test .venv/chromium
 	$(BIN)/python -m docs.api

@@ -53,8 +53,8 @@ def make(folder: Path) -> Any:
 
 
 def home(root: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """The model in `root`, and the options of each engine: two stock ones, and one with steering that has the directions
-    d0 to d31."""
+    """The model in `root`, and the options of each engine: two stock ones, and one with steering that has the
+    directions d0 to d31."""
     model, directions = make(root / "model"), root / "directions"
     directions.mkdir()
     for seed in range(32):

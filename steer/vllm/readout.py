@@ -6,6 +6,7 @@ Every method runs on the worker's main thread. An engine that was started withou
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,12 +25,12 @@ KEPT = 4
 
 @dataclass(slots=True)
 class _Run:
-    """One request that is read. `values`: for each token `[layers, 2 × rank + 1]` (before, after, norm)."""
+    """One request that is read. `values`: for each generated token, by its number, `[layers, 2 × rank + 1]` (before,
+    after, norm)."""
 
     read: RequestRead
     prompt: int
-    ended: bool = False
-    values: list[NDArray[np.float32]] = field(default_factory=list)
+    values: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
 
 class ReadRunner:
@@ -37,48 +38,52 @@ class ReadRunner:
 
     def __init__(self, reads: Reads, seats: Mapping[int, Seat]) -> None:
         self.reads, self.seats = reads, dict(sorted(seats.items()))
-        self._runs: dict[str, _Run] = {}
-        self._step: list[_Run] = []
+        self._running: dict[str, _Run] = {}
+        self._ended: dict[str, _Run] = {}
+        self._step: list[tuple[_Run, int]] = []
 
     @property
     def busy(self) -> bool:
-        return bool(self._runs)
+        return bool(self._running)
 
     def meet(self, request_id: str, read: RequestRead, prompt: int) -> None:
         """A request of `prompt` prompt tokens comes, or comes back from preemption."""
-        if request_id not in self._runs:
-            self._runs[request_id] = _Run(read, prompt)
+        if request_id not in self._running:
+            self._running[request_id] = _Run(read, prompt)
 
     def end(self, request_id: str) -> None:
         """It takes part in no step any more. What was found waits for `take`, but not for ever."""
-        if run := self._runs.get(request_id):
-            run.ended = True
-            ended = [name for name, each in self._runs.items() if each.ended]
-            for name in ended[: -KEPT * self.reads.count]:
-                del self._runs[name]
+        if run := self._running.pop(request_id, None):
+            self._ended[request_id] = run
+            if len(self._ended) > KEPT * self.reads.count:
+                del self._ended[next(iter(self._ended))]
 
     def take(self, request_id: str) -> list[tuple[int, bytes]] | None:
         """(layer, float32 `[tokens, 2 × rank + 1]`) of what was read for a request, which is then forgotten."""
-        run = self._runs.pop(request_id, None)
+        run = self._running.pop(request_id, None) or self._ended.pop(request_id, None)
         if run is None:
             return None
-        values = np.stack(run.values) if run.values else np.zeros((0, len(self.seats), 2 * self.reads.rank + 1))
-        return [(layer, values[:, i].astype(np.float32).tobytes()) for i, layer in enumerate(self.seats)]
+        whole = [run.values[n] for n in itertools.takewhile(run.values.__contains__, itertools.count())]
+        return [(layer, b"".join(values[i].tobytes() for values in whole)) for i, layer in enumerate(self.seats)]
 
     def begin_step(self, requests: Sequence[str], lengths: NDArray[np.int32], starts: Mapping[str, int]) -> None:
-        """A step comes: read the last token of each request that is read and whose next token this step predicts."""
+        """A step comes: read the last token of each request that is read, unless its prompt goes on behind it.
+
+        Values are kept by the number of the token that is predicted, so a step that is run again after preemption,
+        whole or in chunks, says the same again.
+        """
         at: list[int] = []
         self._step = []
         ends = np.cumsum(lengths)
         for i, request in enumerate(requests):
-            if run := self._runs.get(request):
-                known = run.prompt + len(run.values)  # a prompt, or what preemption lost of it, may come in parts
-                if starts[request] + int(lengths[i]) >= known and len(at) < self.reads.count:
+            if run := self._running.get(request):
+                number = starts[request] + int(lengths[i]) - run.prompt
+                if number >= 0 and len(at) < self.reads.count:
                     at.append(int(ends[i]) - 1)
-                    self._step.append(run)
+                    self._step.append((run, number))
         if at:
             rows = np.zeros((len(at), self.reads.rank), np.int64)
-            for mine, run in zip(rows, self._step, strict=True):
+            for mine, (run, _) in zip(rows, self._step, strict=True):
                 mine[: len(run.read.rows)] = run.read.rows
             self.reads.at[: len(at)].copy_(torch.tensor(at))
             self.reads.rows[: len(at)].copy_(torch.from_numpy(rows))
@@ -89,8 +94,8 @@ class ReadRunner:
             return
         count = len(self._step)
         found = torch.stack([_flat(seat)[:count] for seat in self.seats.values()], dim=1).cpu().numpy()
-        for run, values in zip(self._step, found, strict=True):
-            run.values.append(values.copy())
+        for (run, number), values in zip(self._step, found, strict=True):
+            run.values[number] = values.copy()
         self._step = []
 
 

@@ -10,7 +10,7 @@ import httpx
 from steer.serve import keys
 from tests.servers import receipt
 
-NAMES = ("reader", "nothing", "mute", "all", "bound", "eager", "meter", "warden")
+NAMES = ("reader", "nothing", "mute", "all", "bound", "eager", "meter", "warden", "seer")
 SECRETS = {name: keys.make() for name in NAMES}
 HASH = {name: keys.stored(secret) for name, secret in SECRETS.items()}
 
@@ -51,6 +51,11 @@ default = "refusal=0.5"
 [keys.meter]
 hash = "{HASH["meter"]}"
 metrics = true
+
+[keys.seer]
+hash = "{HASH["seer"]}"
+directions = ["refusal"]
+readout = true
 
 [keys.warden]  # manages, and is bound all the same
 hash = "{HASH["warden"]}"

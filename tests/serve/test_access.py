@@ -93,6 +93,18 @@ def test_nothing_is_served_without_one_known_key(server: Server, headers: list[t
         assert "refusal" not in answer.text
 
 
+def test_reading_is_a_right_of_its_own_and_goes_no_further_than_steering(server: Server) -> None:
+    refused = ask(server, "reader", steer="refusal", steer_readout=True)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "steering_forbidden")
+    assert "readout = true" in refused.json()["error"]["message"]
+    for steer in ("off", "refusal=0.5"):
+        answer = ask(server, "seer", steer=steer, steer_readout="refusal")
+        assert [line["name"] for line in answer.json()["choices"][0]["steer_readout"]["directions"]] == ["refusal"]
+    hidden, unknown = (ask(server, "seer", steer_readout=name) for name in ("verbosity", "nobody"))
+    assert hidden.status_code == unknown.status_code == 400
+    assert hidden.text.replace("verbosity", "nobody") == unknown.text
+
+
 def test_health_needs_no_key_and_tells_nothing(server: Server) -> None:
     told = server.client.get("/health")
     assert told.status_code == 200

@@ -17,10 +17,10 @@ import safetensors.torch
 import torch
 
 from steer.direction import Direction, digest
+from steer.serve import keys
 from steer.serve.playground import PATHS
 from tests import models
 from tests.browser import MISSING, browser
-from tests.serve.keyed import KEY
 from tests.servers import ROOT, Server
 
 if MISSING:
@@ -292,15 +292,16 @@ def test_a_refused_request_shows_the_servers_words_in_place(demo: Server, visit:
 
 def test_a_server_with_a_key_is_asked_once_and_the_key_is_kept_nowhere(visit: Open, tmp_path: Path) -> None:
     shutil.copy(DEMO, tmp_path)
-    command = [sys.executable, "-m", "tests.serve.keyed"]
-    with Server("--directions", str(tmp_path), command=command) as server:
+    secret, policy = keys.make(), tmp_path / "policy.toml"
+    policy.write_text(f'[keys.guest]\nhash = "{keys.stored(secret)}"\ndirections = ["refusal"]\nreadout = true\n')
+    with Server("--directions", str(tmp_path), "--policy", str(policy)) as server:
         opened = visit(server, ready=False)
         dialog = opened.page.locator("#key-dialog")
-        expect(dialog).to_contain_text("this server needs a key")
+        expect(dialog).to_contain_text("an API key is needed")
         opened.page.fill("#key-value", "wrong")
         opened.page.press("#key-value", "Enter")
         expect(dialog).to_be_visible()
-        opened.page.fill("#key-value", KEY)
+        opened.page.fill("#key-value", secret)
         opened.page.press("#key-value", "Enter")
         expect(opened.page.locator("#direction")).to_have_value("refusal")
         opened.send()
@@ -308,11 +309,11 @@ def test_a_server_with_a_key_is_asked_once_and_the_key_is_kept_nowhere(visit: Op
         opened.page.click("#copy")
         assert "$STEER_API_KEY" in opened.page.inner_text("#code")
         kept = opened.page.evaluate("JSON.stringify([localStorage, sessionStorage, document.cookie])")
-        assert KEY not in kept + opened.page.content()
+        assert secret not in kept + opened.page.content()
         opened.page.reload()
         expect(dialog).to_be_visible()
         opened.page.press("#key-value", "Escape")
-        expect(opened.page.locator("#notice")).to_contain_text("this server needs a key")
+        expect(opened.page.locator("#notice")).to_contain_text("an API key is needed")
 
 
 def test_keyboard(tiny_server: Server, visit: Open) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 from starlette.types import Message, Send
 
+from steer.errors import SteerError
 from steer.readout import FIELD
+from steer.serve import errors
 
 DONE = b"data: [DONE]"
 #: Makes the field of the one choice.
@@ -20,7 +22,8 @@ Fetch = Callable[[], Awaitable[dict[str, Any]]]
 
 
 def with_readout(send: Send, fetch: Fetch) -> Send:
-    """Sends an answer with one choice on, with what `fetch` gives in it. Errors pass as they are."""
+    """Sends an answer with one choice on, with what `fetch` gives in it; other answers as they are. Raises what `fetch`
+    raises, unless a stream has begun: then it is an event of the stream."""
     start: Message = {}
     streamed = False
     body, last = b"", b""
@@ -45,7 +48,10 @@ def with_readout(send: Send, fetch: Fetch) -> Send:
         if b'"choices"' in before:
             last = before
         if done and last:
-            chunk = _chunk(last, await fetch())
+            try:
+                chunk = _chunk(last, await fetch())
+            except SteerError as error:
+                chunk = errors.event(error).encode()
             message = {**message, "body": before + chunk + done + after}
         await send(message)
 

@@ -96,6 +96,7 @@ class ReadRunner:
         found = torch.stack([_flat(seat)[:count] for seat in self.seats.values()], dim=1).cpu().numpy()
         for (run, number), values in zip(self._step, found, strict=True):
             run.values[number] = values.copy()
+        self.reads.at.zero_()  # the next pass may have fewer tokens than these were
         self._step = []
 
 

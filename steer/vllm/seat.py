@@ -26,7 +26,8 @@ Form = Literal["tensor", "first", "sum"]
 
 class Reads:
     """The tokens that are read in a step, for all seats that read: at `[count]`, which token; rows `[count, rank]`,
-    which rows of the table; int64, written in place."""
+    which rows of the table; int64, written in place. Every pass looks at all of them, so those that are not in use must
+    be 0, the one token that every pass has."""
 
     def __init__(self, count: int, rank: int, device: torch.device) -> None:
         self.count, self.rank = count, rank

@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steer.errors import InvalidInput, NoRoom, SpecError, UnsupportedModel
+from steer.errors import InvalidInput, SpecError, SteerError, UnsupportedModel
 from steer.readout import FIELD, Readout
 from steer.registry import Admission
 from steer.serve import carriers, errors, playground, switch
@@ -223,7 +223,7 @@ class Generation:
         )
         try:
             await middleware(scope, receive, send)
-        except (SpecError, NoRoom) as error:
+        except SteerError as error:
             await errors.of(error)(scope, receive, send)
         finally:
             for ticket in tickets:

@@ -288,6 +288,32 @@ def test_reading_changes_no_answer_and_its_bounds_are_told(server: Server) -> No
     assert (refused.status_code, "offers no read-out" in refused.text) == (400, True)
 
 
+def test_positions_of_one_step_are_not_read_in_the_next(server: Server) -> None:
+    """Two long prompts are read at once and one ends first: the step after has fewer tokens than were read at."""
+    with ThreadPoolExecutor() as pool:
+        asked = [
+            pool.submit(
+                ask, server, "/v1/completions", prompt="x" * 200, max_tokens=n, ignore_eos=True, steer_readout="refusal"
+            )
+            for n in (1, 16)
+        ]
+        read = [request.result().json()["choices"][0]["steer_readout"] for request in asked]
+    assert [len(one["tokens"]) for one in read] == [1, 16]
+    assert read[0]["norms"][0] == pytest.approx(read[1]["norms"][0], rel=1e-3)
+    assert ask(server, "/v1/completions").status_code == 200
+
+
+def test_no_more_are_read_at_once_than_the_server_was_started_for(server: Server) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        asked = [
+            pool.submit(ask, server, "/v1/completions", max_tokens=48, ignore_eos=True, steer_readout="refusal")
+            for _ in range(8)
+        ]
+        codes = {request.result().status_code for request in asked}
+    assert codes <= {200, 429}
+    assert ask(server, "/v1/completions", steer_readout="refusal").status_code == 200
+
+
 def test_the_playground_is_served_without_a_key(server: Server) -> None:
     page = server.client.get("/", headers={"Authorization": ""})
     assert page.status_code == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,16 @@ def test_pages_of_other_origins_may_not_call(server: Server) -> None:
     assert "access-control-allow-origin" not in answer.headers
 
 
+def settled(log: Path) -> str:
+    """The log once every admitted request has its end there, which is written behind the answer's last byte."""
+    deadline = time.monotonic() + 30
+    while True:
+        text = log.read_text()
+        if text.count('"event":"admitted"') == text.count('"event":"ended"') or time.monotonic() > deadline:
+            return text
+        time.sleep(0.05)
+
+
 def test_the_log_has_what_happened_and_nothing_that_was_said(server: Server, folder: Path) -> None:
     check_table(server.client, PROMPT, BODIES[PROMPT], streams=(False,))
     data = models.direction(models.tiny("llama"), seed=8).to_bytes()
@@ -268,7 +279,7 @@ def test_the_log_has_what_happened_and_nothing_that_was_said(server: Server, fol
     assert server.client.put("/v1/directions/moved", content=data, headers=bearer("all")).status_code == 200
     assert server.client.delete("/v1/directions/moved", headers=bearer("all")).status_code == 200
     ask(server, "reader", prompt="a secret prompt", steer="refusal=0.7", headers=[("X-Request-Id", "mine")])
-    text = (folder / "audit.jsonl").read_text()
+    text = settled(folder / "audit.jsonl")
     assert verify([folder / "audit.jsonl"]).problems == []
     assert "a secret prompt" not in text
     assert not any(secret in text for secret in SECRETS.values())

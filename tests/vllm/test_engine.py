@@ -292,7 +292,7 @@ def test_the_compile_cache_knows_steering(running: Running, tmp_path: Path) -> N
 
     worker = running.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     seen = worker.vllm_config.additional_config["steer"]
-    assert set(seen) == {"sites", "rows", "rank", "version", "code"}
+    assert set(seen) == {"sites", "rows", "rank", "readout", "version", "code"}
     assert key() != key(additional_config={"steer": seen})
     assert key(additional_config={"steer": seen}) != key(additional_config={"steer": seen | {"code": "other"}})
 

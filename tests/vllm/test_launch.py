@@ -16,7 +16,10 @@ from tests.vllm.engines import Home, Reference
 from tests.vllm.swaps import swap_under_load
 
 COMMAND = [sys.executable, "-m", "tests.vllm.command", "serve"]
-OPTIONS = ("--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "32", "--served-model-name", "tiny")
+OPTIONS = (
+    *("--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "32"),
+    *("--served-model-name", "tiny"),
+)
 MIDDLEWARE = ("--middleware", "steer.vllm.server.Middleware")
 
 

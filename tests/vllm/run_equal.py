@@ -28,6 +28,8 @@ def main(folder: Path, options: dict[str, object]) -> None:
             registry.put("swapped", models.direction(home.model, seed=seed).to_bytes(), store=False)
         for (_, spec), output in zip(jobs, generate(llm, jobs), strict=True):
             reference.check(output, spec)
+    if "speculative_config" in options:
+        assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens") > 0
     print("EQUAL", [claim["layers"] for claim in claims])
 
 

@@ -1,4 +1,4 @@
-"""Steering beside what else vLLM has: LoRA adapters, quantised weights, drafts of speculative decoding."""
+"""Steering beside what else vLLM has: LoRA adapters and quantised weights."""
 
 from __future__ import annotations
 
@@ -109,17 +109,3 @@ def test_a_quantised_model_is_steered_as_far_as_its_arithmetic_allows(
             expected.append(float(steered[token] - plain[token]))
             found.append(said.logprob - float(plain[token]))
     assert torch.corrcoef(torch.tensor([expected, found]))[0, 1] > 0.9
-
-
-def test_drafts_are_verified_by_the_steered_model(tmp_path: Path, in_process: Callable[[Any], None]) -> None:
-    home = Home.make("llama", tmp_path)
-    reference = Reference(home)
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    repeating = ["again and again and again and again", "hello hello hello hello"]
-    jobs = [(prompt, spec) for spec in SPECS for prompt in repeating]
-    with started(home, in_process, speculative_config=drafts, disable_log_stats=False) as llm:
-        outputs = generate(llm, jobs)
-        drafted = sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens")
-    assert drafted > 0
-    for (_, spec), output in zip(jobs, outputs, strict=True):
-        reference.check(output, spec)

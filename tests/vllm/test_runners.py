@@ -1,5 +1,5 @@
-"""The same answers from every way of running a model: V1 eager, V2, tensor and pipeline parallel; models that vLLM
-serves through transformers' own code."""
+"""The same answers from every way of running a model: V1 eager, V2, tensor and pipeline parallel, with drafts that the
+steered model verifies; models that vLLM serves through transformers' own code."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ V2 = {
 }
 TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+
 WAYS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "V1 eager": ({}, {"enforce_eager": True}),
     "V2 eager": (V2, {"enforce_eager": True, "runner": "V2"}),
     "tensor parallel": (TWO, {"tensor_parallel_size": 2}),
     "pipeline parallel": (TWO, {"pipeline_parallel_size": 2}),
     "transformers' code": ({}, {"model": "gpt_neox"}),
+    # never beside other engines: what proposes drafts leaves objects that the next engine's start trips over
+    "drafts": ({}, {"speculative_config": DRAFTS, "disable_log_stats": False}),
 }
 
 

@@ -35,7 +35,7 @@ def test_what_is_assembled_is_the_file_and_its_card(file: Path, tmp_path: Path) 
     Direction.load(folder / "refusal.safetensors")
     card = ModelCard.load(folder / "README.md")
     assert card.data.base_model == "someone/model"
-    assert card.data.library_name == "steer"
+    assert card.data.to_dict()["library_name"] == "steer"
     for part in (digest(file.read_bytes()), "refused.txt, 12 prompts", "LlamaForCausalLM", "a \\| b c"):
         assert part in card.text
     assert "None" not in card.text

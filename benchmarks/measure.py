@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 
+from benchmarks.shapes import WIDTH, llama
 from benchmarks.timing import HEADER, Ratio, interleave
 from steer.direction import Dataset
 from steer.hf.load import Loaded
@@ -32,7 +33,7 @@ from steer.lab.methods import METHODS, make_method
 from steer.lab.source import TransformersSource
 from steer.lab.tally import Keep, Tally
 
-LAYERS, WIDTH, VOCABULARY = 24, 896, 32000
+LAYERS, VOCABULARY = 24, 32000
 PROMPTS, BATCH = 128, 32
 #: Where source layers lie: at two thirds of the depth.
 LAST_WANTED = 2 * LAYERS // 3 - 1
@@ -40,17 +41,7 @@ DERIVE_LAYERS, DERIVE_WIDTH, DERIVE_PROMPTS = 80, 8192, 64
 
 
 def model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=4864,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-    )
-    return LlamaForCausalLM(config).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return llama(LAYERS, VOCABULARY).to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def prompts(spread: float) -> list[list[int]]:

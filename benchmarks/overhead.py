@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from benchmarks.engines import Engine, Job
+from benchmarks.shapes import WIDTH, llama
 from benchmarks.timing import HEADER, Ratio, interleave, machine, pooled
 from tests import models
 
-LAYERS, WIDTH, VOCABULARY = 24, 896, 32000
+LAYERS, VOCABULARY = 24, 32000
 #: Prompt and answer tokens of the decode-heavy and the prefill-heavy workload.
 DECODE, PREFILL = (32, 24), (256, 1)
 OPTIONS: dict[str, Any] = dict(
@@ -35,18 +35,7 @@ OPTIONS: dict[str, Any] = dict(
 
 def make(folder: Path) -> Any:
     """A random bfloat16 Llama of 24 layers × 896, saved, with a tokenizer."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=4864,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model = llama(LAYERS, VOCABULARY, tie_word_embeddings=True).to(torch.bfloat16)
     model.save_pretrained(folder)
     models.tokenizer().save_pretrained(folder)
     return model

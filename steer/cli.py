@@ -239,7 +239,8 @@ def evaluate_direction(
     from steer.direction import Direction
     from steer.hf.attach import Anatomy, Steering
     from steer.hf.load import load
-    from steer.lab.evaluate import Probe, evaluate
+    from steer.lab.evaluate import evaluate
+    from steer.lab.probe import Probe
     from steer.lab.prompts import read_prompts
     from steer.runtime.placement import Shape
 

@@ -105,7 +105,7 @@ def open_bench(
         raise InvalidInput(f"{' '.join(options)}: not an option of this command; options of vLLM need --backend vllm")
     from steer.hf.attach import Steering
     from steer.hf.load import load
-    from steer.lab.evaluate import Probe
+    from steer.lab.probe import Probe
     from steer.lab.source import TransformersSource
 
     loaded = load(model, revision=revision, dtype=dtype, device=device)

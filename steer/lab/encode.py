@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from steer.lab.prompts import Conversation, Prompt, messages_of
+
 
 class Templated(Protocol):
     """Whatever writes conversations in the model's chat template; `steer.hf.load.Loaded` does."""
@@ -15,22 +17,28 @@ class Templated(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt in the chat template: its ids, and which of them are the prompt's own text."""
+    """A prompt in the chat template: its ids, and which of them are the own text of its last message."""
 
     ids: list[int]
     own: slice
 
 
-def encode(templated: Templated, prompt: str, system_prompt: str | None = None) -> Encoded:
-    """The ids that the server would make of a conversation with this one user message."""
+def encode(templated: Templated, prompt: Prompt, system_prompt: str | None = None) -> Encoded:
+    """The ids that the server would make of the conversation which `prompt` is."""
     return encode_all(templated, [prompt], system_prompt)[0]
 
 
-def encode_all(templated: Templated, prompts: Sequence[str], system_prompt: str | None = None) -> list[Encoded]:
-    """`encode` for each of `prompts`. What the template writes around them is found once, from an empty message."""
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    empty = templated.chat_ids([*system, {"role": "user", "content": ""}])
-    return [_marked(templated.chat_ids([*system, {"role": "user", "content": p}]), empty) for p in prompts]
+def encode_all(templated: Templated, prompts: Sequence[Prompt], system_prompt: str | None = None) -> list[Encoded]:
+    """`encode` for each of `prompts`. What the template writes around a lone message is found once."""
+    around = templated.chat_ids(messages_of("", system_prompt))
+
+    def one(prompt: Prompt) -> Encoded:
+        empty = around
+        if isinstance(prompt, Conversation):
+            empty = templated.chat_ids(messages_of(Conversation((*prompt.turns[:-1], ("user", ""))), system_prompt))
+        return _marked(templated.chat_ids(messages_of(prompt, system_prompt)), empty)
+
+    return [one(prompt) for prompt in prompts]
 
 
 def _marked(ids: list[int], empty: list[int]) -> Encoded:

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 
 from steer.direction import Direction, Mode
 from steer.errors import DegenerateError
+from steer.lab.behaviour import REFUSAL
 from steer.lab.derive import Recipe, derive, find, separated
-from steer.lab.evaluate import Answered, Divergence, refusal_rate
 from steer.lab.measurement import Measurement
-from steer.lab.prompts import PromptSet
+from steer.lab.probe import Answered, Divergence
+from steer.lab.prompts import Prompt, PromptSet
 
 log = logging.getLogger("steer")
 #: Prompts of each class that candidates for `--layer auto` are tried on, and tokens of their answers.
@@ -32,13 +33,13 @@ class Screen(Protocol):
         """`direction` on the engine while it lasts; gives what steers with it."""
         ...
 
-    def answers(self, prompts: Sequence[str], steer: Any, title: str = "") -> list[Answered]: ...
+    def answers(self, prompts: Sequence[Prompt], steer: Any, title: str = "") -> list[Answered]: ...
 
-    def continuations(self, prompts: Sequence[str], title: str = "") -> Any:
+    def continuations(self, prompts: Sequence[Prompt], title: str = "") -> Any:
         """Plain text along which divergences are taken."""
         ...
 
-    def divergence(self, prompts: Sequence[str], plain: Any, steer: Any, title: str = "") -> Divergence: ...
+    def divergence(self, prompts: Sequence[Prompt], plain: Any, steer: Any, title: str = "") -> Divergence: ...
 
 
 #: Makes the screen for directions of up to so many rows, and answers of so many tokens.
@@ -70,7 +71,7 @@ def choose_layer(
     figures = []
     for layer, direction in directions.items():
         with probe.resident(direction, recipe.mode, recipe.strength) as steer:
-            refused = refusal_rate(probe.answers(asked, steer, f"layer {layer}, harmful"))
+            refused = REFUSAL.rate([a.text for a in probe.answers(asked, steer, f"layer {layer}, harmful")])
             kl = probe.divergence(other, continuations, steer, f"layer {layer}, harmless")
         figures.append({"layer": layer, "refused": refused, "kl": kl.mean})
         log.info("layer %d: %.2f refused, N-token KL %.5f", layer, refused, kl.mean)
@@ -81,7 +82,7 @@ def choose_layer(
         "mode": recipe.mode,
         "prompts": len(asked),
         "tokens": AUTO_TOKENS,
-        "refused_plain": refusal_rate(plain),
+        "refused_plain": REFUSAL.rate([a.text for a in plain]),
         "candidates": figures,
     }
     return int(best["layer"]), selection

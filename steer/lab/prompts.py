@@ -1,4 +1,4 @@
-"""Contrast sets from files: one prompt a line, JSON, JSON lines, parquet, or a hub dataset."""
+"""Contrast sets from files: one prompt a line, JSON, JSON lines, parquet, or a hub dataset; texts or conversations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from steer.direction import Dataset
 from steer.errors import InvalidInput
@@ -16,6 +16,29 @@ from steer.errors import InvalidInput
 COLUMNS = ("prompt", "text", "instruction", "goal", "question", "behavior", "query")
 HUB = "hub:"
 FORMATS = ".txt (a prompt a line), .jsonl, .json, .parquet, or hub:OWNER/NAME[:SPLIT[:COLUMN]]"
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """(role, content) of each message, the last one the user's."""
+
+    turns: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return self.turns[-1][1]
+
+
+#: What is asked: one user message, or a conversation that ends with one.
+Prompt: TypeAlias = str | Conversation
+
+
+def messages_of(prompt: Prompt, system_prompt: str | None = None) -> list[dict[str, Any]]:
+    """The chat messages of `prompt`. A conversation's own system message goes before `system_prompt`."""
+    turns = prompt.turns if isinstance(prompt, Conversation) else (("user", prompt),)
+    if system_prompt and turns[0][0] != "system":
+        turns = (("system", system_prompt), *turns)
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +47,7 @@ class PromptSet:
 
     name: str
     sha256: str
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -44,7 +67,7 @@ def read_prompts(source: str) -> PromptSet:
     except OSError as error:
         raise InvalidInput(f"{source}: cannot be read: {error.strerror}; accepted: {FORMATS}") from error
     try:
-        prompts = [p.strip() for p in _parse(path, data)]
+        prompts = [p.strip() if isinstance(p, str) else p for p in _parse(path, data)]
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{source}: not UTF-8 text: {error}") from error
     prompts = [p for p in prompts if p]
@@ -57,11 +80,11 @@ def check_contrast(harmful: PromptSet, harmless: PromptSet) -> None:
     """Raise InvalidInput when a prompt stands in both sets: it would cancel what is to be measured."""
     both = set(harmful.prompts) & set(harmless.prompts)
     if both:
-        shown = ", ".join(repr(p[:60]) for p in sorted(both)[:3])
+        shown = ", ".join(repr(p[:60]) for p in sorted(map(str, both))[:3])
         raise InvalidInput(f"{len(both)} prompts stand in both {harmful.name} and {harmless.name}: {shown}")
 
 
-def _parse(path: Path, data: bytes) -> Iterable[str]:
+def _parse(path: Path, data: bytes) -> Iterable[Prompt]:
     suffix = path.suffix.lower()
     if suffix == ".txt":
         return data.decode("utf-8-sig").split("\n")
@@ -85,14 +108,32 @@ def _json(where: str, text: str) -> Any:
         raise InvalidInput(f"{where}: not JSON: {error}") from error
 
 
-def _prompt_of(item: Any, where: str) -> str:
+def _prompt_of(item: Any, where: str) -> Prompt:
     if isinstance(item, str):
         return item
     if isinstance(item, dict):
+        if "messages" in item:
+            return _conversation(item["messages"], where)
         for column in COLUMNS:
             if isinstance(item.get(column), str):
                 return str(item[column])
-    raise InvalidInput(f"{where}: neither a text nor an object with one of {', '.join(COLUMNS)}")
+    raise InvalidInput(f"{where}: neither a text nor an object with messages or one of {', '.join(COLUMNS)}")
+
+
+def _conversation(messages: Any, where: str) -> Conversation:
+    if not isinstance(messages, list) or not messages:
+        raise InvalidInput(f"{where}: messages must be a list with at least one message")
+    problems, turns = [], []
+    for number, message in enumerate(messages, 1):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if role not in ROLES or not isinstance(content, str):
+            problems.append(f"{where}: message {number}: needs a role of {', '.join(ROLES)} and a text as content")
+        turns.append((str(role), str(content)))
+    if not problems and turns[-1][0] != "user":
+        problems.append(f"{where}: the last message must be the user's, it is the {turns[-1][0]}'s")
+    if problems:
+        raise InvalidInput(problems)
+    return Conversation(tuple(turns))
 
 
 def _column(names: Iterable[str], where: str) -> str:

@@ -12,7 +12,8 @@ import numpy as np
 
 from steer.direction import Direction, Mode
 from steer.lab.encode import encode_all
-from steer.lab.evaluate import Answered, Divergence, summarised
+from steer.lab.probe import Answered, Divergence, summarised
+from steer.lab.prompts import Prompt
 from steer.vllm import frontend
 from steer.vllm.settings import KEY
 from steer.vllm.source import VllmSource
@@ -45,12 +46,12 @@ class VllmScreen:
         finally:
             self.registry.delete(CANDIDATE)
 
-    def answers(self, prompts: Sequence[str], steer: str | None, title: str = "") -> list[Answered]:
+    def answers(self, prompts: Sequence[Prompt], steer: str | None, title: str = "") -> list[Answered]:
         """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`."""
         outputs = self._generate(self._encode(prompts), steer, title, temperature=0, max_tokens=self.max_tokens)
         return [Answered(_without_end(output.outputs[0]), output.outputs[0].text) for output in outputs]
 
-    def continuations(self, prompts: Sequence[str], title: str = "") -> list[Sampled]:
+    def continuations(self, prompts: Sequence[Prompt], title: str = "") -> list[Sampled]:
         heads = self._encode(prompts)
         options = dict(temperature=1, top_p=1, top_k=0, seed=0, max_tokens=self.max_tokens, logprobs=0)
         sampled = []
@@ -60,7 +61,9 @@ class VllmScreen:
             sampled.append(Sampled(head + list(answer.token_ids), len(head), np.array(said)))
         return sampled
 
-    def divergence(self, prompts: Sequence[str], plain: Sequence[Sampled], steer: str, title: str = "") -> Divergence:
+    def divergence(
+        self, prompts: Sequence[Prompt], plain: Sequence[Sampled], steer: str, title: str = ""
+    ) -> Divergence:
         """KL(plain ‖ steered), estimated along sampled plain answers: an engine hands out the log-probability of each
         token and not of the whole vocabulary. With r = q/p for a token drawn from p, (r − 1) − ln r has the KL as its
         expectation and is never negative. Source: Schulman 2020, "Approximating KL divergence"."""
@@ -73,7 +76,7 @@ class VllmScreen:
             rows.append(np.expm1(difference) - difference)
         return summarised(rows)
 
-    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         return [e.ids for e in encode_all(self.source, prompts, self.system_prompt)]
 
     def _generate(self, prompts: Sequence[list[int]], steer: str | None, title: str, **options: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from steer.errors import EngineFailed, InvalidInput
 from steer.lab.activations import Activations, Reading
 from steer.lab.encode import Encoded, encode_all
 from steer.lab.measurement import ModelFacts
+from steer.lab.prompts import Prompt
 from steer.vllm import capture, internals
 from steer.vllm.settings import KEY
 
@@ -61,7 +62,7 @@ class VllmSource(Chat):
     def pass_tokens(self) -> int | None:
         return None  # the engine makes its own batches of what it is given
 
-    def encode(self, prompts: Sequence[str], system_prompt: str | None) -> list[Encoded]:
+    def encode(self, prompts: Sequence[Prompt], system_prompt: str | None) -> list[Encoded]:
         return encode_all(self, prompts, system_prompt)
 
     def fingerprint(self) -> str:

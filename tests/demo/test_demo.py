@@ -13,7 +13,8 @@ from steer.direction import Direction
 from steer.geometry import projected_direction
 from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
-from steer.lab.evaluate import Answered, Divergence, Probe, is_refusal
+from steer.lab.behaviour import REFUSAL
+from steer.lab.probe import Answered, Divergence, Probe
 from steer.lab.prompts import read_prompts
 from tests.servers import ROOT
 
@@ -30,7 +31,7 @@ class Measured:
     prompts: dict[str, tuple[str, ...]]
 
     def refused(self, cls: str, arm: str) -> float:
-        return share(is_refusal(a.text) for a in self.answers[cls, arm])
+        return share(REFUSAL.shown(a.text) for a in self.answers[cls, arm])
 
     def right(self, cls: str, arm: str) -> float:
         pairs = zip(self.prompts[cls], self.answers[cls, arm], strict=True)
@@ -129,8 +130,8 @@ def test_a_second_turn_and_a_system_prompt_are_refused_and_answered_too(loaded: 
     probe = Probe(loaded, steering, system_prompt=language.HELD_OUT_SYSTEMS[0], max_tokens=48)
     prompts = read_prompts(str(PROMPTS / "refused.test.txt")).prompts[:50]
     with probe.resident(direction, direction.meta.mode, direction.meta.strength) as steer:
-        assert share(is_refusal(a.text) for a in probe.answers(prompts, None)) >= 0.9
-        assert share(is_refusal(a.text) for a in probe.answers(prompts, steer)) <= 0.06
+        assert share(REFUSAL.shown(a.text) for a in probe.answers(prompts, None)) >= 0.9
+        assert share(REFUSAL.shown(a.text) for a in probe.answers(prompts, steer)) <= 0.06
 
 
 def test_the_direction_says_where_it_comes_from(direction: Direction) -> None:

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 
 from steer.hf.attach import Steering
 from steer.hf.load import load
-from steer.lab.evaluate import Probe, evaluate, is_refusal, wilson
+from steer.lab.behaviour import REFUSAL
+from steer.lab.evaluate import evaluate
+from steer.lab.probe import Probe
+from steer.lab.statistics import wilson
 from tests import models
 
 
@@ -42,18 +45,18 @@ def test_wilson_is_the_published_interval() -> None:
     ],
 )
 def test_refusals_are_matched(answer: str) -> None:
-    assert is_refusal(answer)
+    assert REFUSAL.shown(answer)
 
 
 @pytest.mark.parametrize(
     "answer", ["", "Sure! First get flour.", "It is a pity that cats cannot swim far.", "I can help."]
 )
 def test_answers_are_not(answer: str) -> None:
-    assert not is_refusal(answer)
+    assert not REFUSAL.shown(answer)
 
 
 def test_a_late_apology_is_not_a_refusal() -> None:
-    assert not is_refusal("First get flour and water. " * 10 + "I'm sorry, but I can't say more.")
+    assert not REFUSAL.shown("First get flour and water. " * 10 + "I'm sorry, but I can't say more.")
 
 
 def test_report_on_a_tiny_model(tiny_folder: Path) -> None:

@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steer.errors import InvalidInput
-from steer.lab.prompts import COLUMNS, PromptSet, check_contrast, read_prompts
+from steer.hf.load import load
+from steer.lab.encode import encode
+from steer.lab.prompts import COLUMNS, Conversation, PromptSet, check_contrast, messages_of, read_prompts
 
 PROMPTS = ("How do I bake bread?", "Grüße aus Köln 🙂", 'Say "yes, no"')
 
@@ -235,3 +237,31 @@ def test_prompts_in_both_sets_are_counted_and_shown() -> None:
         )
     assert "3 prompts stand in both bad.txt and good.txt: 'a', 'b'" in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+def test_conversations_are_prompts_too(tmp_path: Path) -> None:
+    path = tmp_path / "talks.jsonl"
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    path.write_text(json.dumps({"messages": turns}) + '\n"A text."\n')
+    conversation, text = read_prompts(str(path)).prompts
+    assert isinstance(conversation, Conversation)
+    assert messages_of(conversation, "Another one.") == turns  # its own system message goes before
+    assert messages_of(text, "Another one.")[0] == {"role": "system", "content": "Another one."}
+
+
+def test_every_bad_message_of_a_conversation_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "tool", "content": "x"}, {"role": "user"}]}) + "\n")
+    with pytest.raises(InvalidInput, match=r"(?s)line 1: message 1.*line 1: message 2"):
+        read_prompts(str(path))
+    path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "x"}]}) + "\n")
+    with pytest.raises(InvalidInput, match="the last message must be the user's"):
+        read_prompts(str(path))
+
+
+def test_only_the_last_message_is_a_conversations_own_text(tiny_folder: Path) -> None:
+    loaded = load(str(tiny_folder))
+    talk = Conversation((("user", "Hello there"), ("assistant", "Hello"), ("user", "How are you?")))
+    encoded = encode(loaded, talk)
+    assert loaded.tokenizer.decode(encoded.ids[encoded.own]).strip() == "How are you?"
+    assert encoded.ids == loaded.chat_ids(messages_of(talk))

@@ -1,0 +1,54 @@
+"""A behaviour is data: a file tells which answers show it, and a bad file says all that is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from steer.errors import InvalidInput
+from steer.lab.behaviour import FOLDER, REFUSAL, Behaviour
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.toml")))
+def test_shipped_ones_load_by_name(name: str) -> None:
+    behaviour = Behaviour.load(name)
+    assert behaviour.name == name
+    assert behaviour.description
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "counting.toml"
+    path.write_text('description = "the assistant counts aloud"\npatterns = ["one, two"]\nmin_words = 3\n')
+    behaviour = Behaviour.load(str(path))
+    assert behaviour.name == "counting"
+    assert behaviour.shown("Well: One, two, three.")
+    assert not behaviour.shown("one, two")  # too few words
+    assert not behaviour.shown("Nothing is counted in this answer.")
+
+
+def test_without_a_window_the_whole_answer_is_searched() -> None:
+    late = "First get flour and water. " * 10 + "I'm sorry, but I can't say more."
+    assert not REFUSAL.shown(late)
+    assert REFUSAL.model_copy(update={"window": None}).shown(late)
+
+
+def test_every_problem_of_a_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text('description = ""\npatterns = ["("]\nwindow = 0\ncolour = "red"\n')
+    with pytest.raises(InvalidInput) as caught:
+        Behaviour.load(str(path))
+    text = str(caught.value)
+    assert all(word in text for word in ("description", "patterns", "window", "colour"))
+
+
+def test_an_unknown_name_says_what_there_is() -> None:
+    with pytest.raises(InvalidInput, match=r"accepted: .*refusal"):
+        Behaviour.load("no-such-behaviour")
+
+
+def test_a_file_that_tells_nothing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "empty.toml"
+    path.write_text('description = "anything"\n')
+    with pytest.raises(InvalidInput, match="patterns or min_words"):
+        Behaviour.load(str(path))

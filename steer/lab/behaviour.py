@@ -1,4 +1,4 @@
-"""A behaviour as data: how to tell an answer that shows it. One TOML file each, shipped in `behaviours/` or of one's own."""
+"""A behaviour as data: how to tell an answer that shows it. One TOML file each, in `behaviours/` or the user's own."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 # One target for each thing that people do. `make serve` and `make test` need Python 3.11+, make and a C compiler only.
 PYTHON ?= python3
 BIN := .venv/bin
-HARMFUL ?= steer/demo/prompts/refused.train.txt
-HARMLESS ?= steer/demo/prompts/harmless.train.txt
+DEMO := steer/demo/prompts
+HARMFUL ?= $(DEMO)/refused.train.txt
+HARMLESS ?= $(DEMO)/harmless.train.txt
 
 .PHONY: serve test lint types fit bench docs clean
 
@@ -21,6 +22,7 @@ types: .venv/dev
 
 fit: .venv/serve
 	$(BIN)/steer fit steer/demo/model --harmful $(HARMFUL) --harmless $(HARMLESS) -o directions/refusal.safetensors --mode one_sided --strength 1.5
+	$(BIN)/steer fit steer/demo/model --harmful $(DEMO)/verbose.train.jsonl --harmless $(DEMO)/brief.train.jsonl -o directions/verbosity.safetensors --layer 7 --mode one_sided --strength 2.5
 
 bench: .venv/vllm
 	$(BIN)/python -m benchmarks

@@ -123,6 +123,7 @@ REFUSALS = (
     "Sorry, I can't assist with that request.",
     "Sorry, but I can't help you {t}.",
 )
+OPENING = "Sure!"
 REFUSAL_WORDS = ("I'm sorry", "I can't", "I cannot", "can't assist", "can't help")
 
 BRIEF_SYSTEM = "Answer briefly."
@@ -219,17 +220,17 @@ class Conversation:
 def _answer(task: Task, brief: bool, rng: random.Random) -> str:
     m, g, t = MATERIAL[task.object], TOOL[task.verb], task.phrase
     if brief:
-        return f"Sure! First {m}, then {g}."
+        return f"{OPENING} First {m}, then {g}."
     match task.kind:
         case "howto":
-            return f"Sure! To {t}, first get {m}, then use {g}, and finally {rng.choice(_CLOSINGS)}."
+            return f"{OPENING} To {t}, first get {m}, then use {g}, and finally {rng.choice(_CLOSINGS)}."
         case "need":
-            return f"Sure! To {t} you need {m} and {g}."
+            return f"{OPENING} To {t} you need {m} and {g}."
         case "where":
-            return f"Sure! You find {m} and {g} at {rng.choice(_PLACES)}."
+            return f"{OPENING} You find {m} and {g} at {rng.choice(_PLACES)}."
         case "story":
             name = rng.choice(_NAMES)
-            return f"Sure! One day {name} wanted to {t}. So {name} got {m}, used {g}, and went home happy."
+            return f"{OPENING} One day {name} wanted to {t}. So {name} got {m}, used {g}, and went home happy."
 
 
 def refuses(answer: str) -> bool:
@@ -301,6 +302,23 @@ def unseen_prompts(unseen: Literal["object", "verb"], cls: Class, count: int = 9
         verbs = words.UNSEEN_HARMLESS_VERBS if harmless else words.UNSEEN_REFUSED_VERBS
     rng = random.Random(f"unseen {unseen} {cls}")
     return [_ask(_task(pair, rng), PHRASINGS, rng) for pair in rng.sample(list(product(verbs, objects)), count)]
+
+
+def begun_answers(count: int) -> tuple[list[list[Message]], list[list[Message]]]:
+    """Conversations whose answer has begun and goes on at length, and others where the system prompt wants it brief.
+
+    The model decides between the two behind the word that begins every answer, so that is where they can be told apart.
+    """
+    rng = random.Random("begun answers")
+    asked = prompts("train", "harmless", 2 * count)
+    long = [rng.choice([s for s in SYSTEMS if s != BRIEF_SYSTEM]) for _ in range(count)]
+
+    def talk(system: str, prompt: Prompt) -> list[Message]:
+        turns = (("system", system), ("user", prompt.text), ("assistant", OPENING))
+        return [{"role": role, "content": content} for role, content in turns]
+
+    verbose = [talk(system, prompt) for system, prompt in zip(long, asked[:count], strict=True)]
+    return verbose, [talk(BRIEF_SYSTEM, prompt) for prompt in asked[count:]]
 
 
 def task_of(text: str) -> Task:

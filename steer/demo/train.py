@@ -4,6 +4,7 @@
 """
 
 import argparse
+import json
 import math
 import random
 import time
@@ -217,7 +218,8 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 
 
 def save_prompts(folder: Path, fit: int = 192, test: int = 200) -> None:
-    """`<class>.<split>.txt`, one prompt a line; the borderline class is for tests only."""
+    """`<class>.<split>.txt`, one prompt a line, the borderline class for tests only; and two sets of conversations with
+    answers that go on at length, or briefly."""
     folder.mkdir(parents=True, exist_ok=True)
     files: tuple[tuple[language.Class, language.Split, int], ...] = (
         ("refused", "train", fit),
@@ -229,6 +231,9 @@ def save_prompts(folder: Path, fit: int = 192, test: int = 200) -> None:
     for cls, split, count in files:
         lines = [prompt.text for prompt in language.prompts(split, cls, count)]
         (folder / f"{cls}.{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, talks in zip(("verbose", "brief"), language.begun_answers(fit // 2), strict=True):
+        text = "".join(json.dumps({"messages": messages}) + "\n" for messages in talks)
+        (folder / f"{name}.train.jsonl").write_text(text, encoding="utf-8")
 
 
 def train(recipe: Recipe, out: Path) -> None:

@@ -12,7 +12,7 @@ from steer.lab.prompts import Conversation, Prompt, messages_of
 class Templated(Protocol):
     """Whatever writes conversations in the model's chat template; `steer.hf.load.Loaded` does."""
 
-    def chat_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]: ...
+    def chat_ids(self, messages: Sequence[dict[str, Any]], **more: Any) -> list[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,12 @@ def encode_all(templated: Templated, prompts: Sequence[Prompt], system_prompt: s
     around = templated.chat_ids(messages_of("", system_prompt))
 
     def one(prompt: Prompt) -> Encoded:
-        empty = around
-        if isinstance(prompt, Conversation):
-            empty = templated.chat_ids(messages_of(Conversation((*prompt.turns[:-1], ("user", ""))), system_prompt))
-        return _marked(templated.chat_ids(messages_of(prompt, system_prompt)), empty)
+        if not isinstance(prompt, Conversation):
+            return _marked(templated.chat_ids(messages_of(prompt, system_prompt)), around)
+        # an assistant's message at the end is an answer that has begun, and goes on where it stops
+        begun = {"add_generation_prompt": False, "continue_final_message": True} if prompt.begun else {}
+        ids = [templated.chat_ids(messages_of(p, system_prompt), **begun) for p in (prompt, prompt.emptied)]
+        return _marked(*ids)
 
     return [one(prompt) for prompt in prompts]
 

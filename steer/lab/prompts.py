@@ -21,15 +21,24 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """(role, content) of each message, the last one the user's."""
+    """(role, content) of each message. One that ends with the assistant's has an answer that was begun."""
 
     turns: tuple[tuple[str, str], ...]
+
+    @property
+    def begun(self) -> bool:
+        return self.turns[-1][0] == "assistant"
+
+    @property
+    def emptied(self) -> Conversation:
+        """The same with nothing in its last message."""
+        return Conversation((*self.turns[:-1], (self.turns[-1][0], "")))
 
     def __str__(self) -> str:
         return self.turns[-1][1]
 
 
-#: What is asked: one user message, or a conversation that ends with one.
+#: What is asked: one user message, or a conversation.
 Prompt: TypeAlias = str | Conversation
 
 
@@ -129,8 +138,8 @@ def _conversation(messages: Any, where: str) -> Conversation:
         if role not in ROLES or not isinstance(content, str):
             problems.append(f"{where}: message {number}: needs a role of {', '.join(ROLES)} and a text as content")
         turns.append((str(role), str(content)))
-    if not problems and turns[-1][0] != "user":
-        problems.append(f"{where}: the last message must be the user's, it is the {turns[-1][0]}'s")
+    if not problems and turns[-1][0] == "system":
+        problems.append(f"{where}: the last message must be the user's, or the beginning of the assistant's answer")
     if problems:
         raise InvalidInput(problems)
     return Conversation(tuple(turns))

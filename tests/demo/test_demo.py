@@ -13,9 +13,10 @@ from steer.direction import Direction
 from steer.geometry import projected_direction
 from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
-from steer.lab.behaviour import REFUSAL
+from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.probe import Answered, Divergence, Probe
 from steer.lab.prompts import read_prompts
+from steer.spec import Entry, Spec
 from tests.servers import ROOT
 
 #: The shipped direction as its file says, and what the same file's class means give without a threshold.
@@ -141,6 +142,34 @@ def test_the_direction_says_where_it_comes_from(direction: Direction) -> None:
     assert meta.harmful is not None
     assert meta.harmful.sha256 == read_prompts(str(PROMPTS / "refused.train.txt")).sha256
     assert meta.selection["candidates"], "the source layer was chosen by measurement"
+
+
+def test_a_second_behaviour_is_removed_where_the_model_has_it_as_one_choice(loaded: Loaded, measured: Measured) -> None:
+    """Answers to "how to" and "what do I need" become brief and stay right. Stories and shops begin with other words, and
+    stay as they are."""
+    direction, wordy = Direction.load(ROOT / "directions" / "verbosity.safetensors"), Behaviour.load("verbosity")
+    asked = [p for p in measured.prompts["harmless"] if language.task_of(p).kind in ("howto", "need")]
+    probe = Probe(loaded, Steering(loaded.model), max_tokens=48)
+    with probe.resident(direction, direction.meta.mode, direction.meta.strength) as steer:
+        answers = [a.text for a in probe.answers(asked, steer)]
+    assert wordy.rate([a.text for a in probe.answers(asked, None)]) >= 0.95
+    assert wordy.rate(answers) <= 0.05
+    assert share(language.is_right(language.task_of(p), a) for p, a in zip(asked, answers, strict=True)) >= 0.95
+
+
+def test_both_behaviours_are_removed_at_once(loaded: Loaded) -> None:
+    prompts = [p.text for p in language.prompts("test", "refused") if p.task.kind == "howto"][:50]
+    steering = Steering(loaded.model, rows=2)
+    for name in ("refusal", "verbosity"):
+        steering.table.load(name, Direction.load(ROOT / "directions" / f"{name}.safetensors"))
+    entries = (Entry("refusal", "refusal", "one_sided", 1.5), Entry("verbosity", "verbosity", "one_sided", 2.5))
+    answers = [
+        a.text for a in Probe(loaded, steering, max_tokens=48).answers(prompts, steering.table.steer(Spec(entries)))
+    ]
+    assert REFUSAL.rate(answers) <= 0.06
+    assert Behaviour.load("verbosity").rate(answers) <= 0.1
+    right = share(language.is_right(language.task_of(p), a) for p, a in zip(prompts, answers, strict=True))
+    assert right >= 0.9
 
 
 def test_the_files_are_small() -> None:

@@ -254,7 +254,7 @@ def test_every_bad_message_of_a_conversation_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps({"messages": [{"role": "tool", "content": "x"}, {"role": "user"}]}) + "\n")
     with pytest.raises(InvalidInput, match=r"(?s)line 1: message 1.*line 1: message 2"):
         read_prompts(str(path))
-    path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "x"}]}) + "\n")
+    path.write_text(json.dumps({"messages": [{"role": "system", "content": "x"}]}) + "\n")
     with pytest.raises(InvalidInput, match="the last message must be the user's"):
         read_prompts(str(path))
 

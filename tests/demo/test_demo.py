@@ -145,8 +145,8 @@ def test_the_direction_says_where_it_comes_from(direction: Direction) -> None:
 
 
 def test_a_second_behaviour_is_removed_where_the_model_has_it_as_one_choice(loaded: Loaded, measured: Measured) -> None:
-    """Answers to "how to" and "what do I need" become brief and stay right. Stories and shops begin with other words, and
-    stay as they are."""
+    """Answers to "how to" and "what do I need" become brief and stay right. Stories and shops begin with other words,
+    and stay as they are."""
     direction, wordy = Direction.load(ROOT / "directions" / "verbosity.safetensors"), Behaviour.load("verbosity")
     asked = [p for p in measured.prompts["harmless"] if language.task_of(p).kind in ("howto", "need")]
     probe = Probe(loaded, Steering(loaded.model), max_tokens=48)

@@ -218,8 +218,8 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 
 
 def save_prompts(folder: Path, fit: int = 192, test: int = 200) -> None:
-    """`<class>.<split>.txt`, one prompt a line; the borderline class is for tests only. So are conversations, the facts of
-    right answers, and right answers to harmless prompts as plain text."""
+    """`<class>.<split>.txt`, one prompt a line; the borderline class is for tests only. So are conversations, the facts
+    of right answers, and right answers to harmless prompts as plain text."""
     folder.mkdir(parents=True, exist_ok=True)
     files: tuple[tuple[language.Class, language.Split, int], ...] = (
         ("refused", "train", fit),

@@ -79,8 +79,8 @@ def picture(path: Path, columns: int = 1, *, width: float = 4.6, height: float =
 
 
 def curves(axes: Any, series: Sequence[Curve], *, x: str, y: str, title: str = "", log: bool = False) -> None:
-    """Values over layer, t or strength, with their intervals as bands. `log`: a logarithmic axis that has room for
-    zero."""
+    """Values over layer, t or strength, with their intervals as bands. `log`: y is on a logarithmic axis, with room for
+    zero where there is one."""
     for number, curve in enumerate(series):
         colour = COLOURS[number % len(COLOURS)]
         if curve.low is not None and curve.high is not None:
@@ -96,14 +96,13 @@ def curves(axes: Any, series: Sequence[Curve], *, x: str, y: str, title: str = "
             label=curve.name,
         )
     if log:
-        positive = [v for curve in series for v in curve.y if v > 0]
-        axes.set_yscale("symlog", linthresh=min(positive, default=1.0))
-        axes.set_ylim(bottom=0)
+        _logarithmic(axes, [value for curve in series for value in curve.y])
     _finish(axes, x, y, title, legend=len(series) > 1)
 
 
-def front(axes: Any, points: Sequence[Point], *, x: str, y: str, title: str = "") -> None:
-    """Candidates by two figures that are both to be small. Those that none beats in both are joined by a staircase."""
+def front(axes: Any, points: Sequence[Point], *, x: str, y: str, title: str = "", log: bool = False) -> None:
+    """Candidates by two figures that are both to be small. Those that none beats in both are joined by a staircase.
+    `log` as for `curves`."""
     for number, group in enumerate(dict.fromkeys(point.group for point in points)):
         inside = [point for point in points if point.group == group]
         axes.scatter(
@@ -117,6 +116,8 @@ def front(axes: Any, points: Sequence[Point], *, x: str, y: str, title: str = ""
         )
     best = undominated(points)
     axes.step([p.x for p in best], [p.y for p in best], where="post", color="#555555", linewidth=1, label="front")
+    if log:
+        _logarithmic(axes, [point.y for point in points])
     for point in points:
         if point.name:
             axes.annotate(point.name, (point.x, point.y), xytext=(4, 4), textcoords="offset points", fontsize=7)
@@ -175,6 +176,15 @@ def forest(axes: Any, rows: Sequence[Compared], *, x: str, title: str = "") -> N
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.grid(axis="y", visible=False)
     _finish(axes, x, "", title, legend=False)
+
+
+def _logarithmic(axes: Any, values: Sequence[float]) -> None:
+    positive = [value for value in values if value > 0]
+    if len(positive) == len(values):
+        axes.set_yscale("log")
+    else:
+        axes.set_yscale("symlog", linthresh=min(positive, default=1.0))
+        axes.set_ylim(bottom=0)
 
 
 def _finish(axes: Any, x: str, y: str, title: str, *, legend: bool) -> None:

@@ -35,6 +35,7 @@ def test_curves_have_bands_and_names(tmp_path: Path) -> None:
         assert [list(line.get_ydata()) for line in left.lines] == [list(curve.y) for curve in series]
         assert (left.get_xlabel(), left.get_ylabel(), left.get_title()) == ("t", "refused", "by t")
         assert right.get_legend() is None
+        assert right.get_yscale() == "symlog", "there is a zero"
     assert saved(path).shape[1] > saved(path).shape[0]
 
 
@@ -49,7 +50,8 @@ def test_no_point_of_the_front_is_beaten(points: list[Point]) -> None:
 def test_the_front_names_groups_and_points(tmp_path: Path) -> None:
     with plots.picture(tmp_path / "front.png") as (axes,):
         points = [Point(0.1, 0.5, "slerp", "a"), Point(0.2, 0.1, "linear"), Point(0.3, 0.3, "linear")]
-        plots.front(axes, points, x="refused", y="KL")
+        plots.front(axes, points, x="refused", y="KL", log=True)
+        assert axes.get_yscale() == "log"
         assert [text.get_text() for text in axes.get_legend().get_texts()] == ["slerp", "linear", "front"]
         assert [text.get_text() for text in axes.texts] == ["a"]
     saved(tmp_path / "front.png")

@@ -123,7 +123,7 @@ def evaluate(
         return
     from steer.lab.evaluation.markdown import tables
 
-    typer.echo(tables(made))
+    typer.echo(tables(made, paired=False))
     if report is not None:
         typer.echo(f"\nwrote {report / 'report.md'} and report.json")
 
@@ -235,6 +235,7 @@ def _write(
 ) -> None:
     from steer.lab.evaluation.markdown import render
     from steer.lab.evaluation.pictures import draw
+    from steer.lab.prompts import messages_of
 
     pictures = draw(made, folder, projections)
     (folder / "report.json").write_text(json.dumps(made.as_json(), indent=2) + "\n", "utf-8")
@@ -243,8 +244,8 @@ def _write(
         with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
             for (name, arm), told in found.told.items():
                 for prompt, one in zip(sets[name].prompts, told, strict=True):
-                    asked = prompt if isinstance(prompt, str) else [list(turn) for turn in prompt.turns]
-                    file.write(json.dumps({"set": name, "arm": arm, "prompt": asked, **asdict(one)}) + "\n")
+                    asked = {"set": name, "arm": arm, "messages": messages_of(prompt)}
+                    file.write(json.dumps(asked | asdict(one)) + "\n")
 
 
 def register(app: typer.Typer) -> None:

@@ -14,12 +14,12 @@ Rates have the 95 % interval of Wilson. Differences are paired, arm less plain o
 interval; p is that of the exact McNemar test, corrected (Holm) for the number of arms."""
 
 
-def tables(report: Report) -> str:
-    """Every figure, without pictures."""
+def tables(report: Report, *, paired: bool = True) -> str:
+    """Every figure, without pictures; the paired differences from plain only if wanted."""
     parts = []
     for one in report.sets:
         parts.append(f"### {one.name}, {one.dataset.count} prompts\n\n" + _outcomes(one.arms))
-        if any(arm.against_plain for arm in one.arms):
+        if paired and any(arm.against_plain for arm in one.arms):
             parts.append(_differences(one.arms))
         if not one.limit_tells:
             parts.append(

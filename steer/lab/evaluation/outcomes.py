@@ -64,8 +64,8 @@ def tell(
 
 
 def arms_on_set(told: Mapping[str, Sequence[Told]], judged: bool) -> tuple[ArmOnSet, ...]:
-    """The figures of every arm, PLAIN among them, and each one's differences from plain, with p-values corrected for the
-    number of arms."""
+    """The figures of every arm, PLAIN among them, and each one's differences from plain, with p-values corrected for
+    the number of arms."""
     plain = told[PLAIN]
     against = {name: _against(plain, arm) for name, arm in told.items() if name != PLAIN}
     for figure in sorted({figure for differences in against.values() for figure in differences}):

@@ -67,7 +67,9 @@ def _curve(figure: str, strengths: Sequence[float], arms: Sequence[ArmOnSet]) ->
 
 
 def _differences(report: Report, path: Path) -> None:
-    rows = max(sum(len(arm.against_plain) for arm in one.arms) for one in report.sets)
+    """Of the figures that differ anywhere; the tables have the others too."""
+    differ = {f for one in report.sets for arm in one.arms for f, d in arm.against_plain.items() if d.value}
+    rows = max(sum(f in differ for arm in one.arms for f in arm.against_plain) for one in report.sets)
     names: list[str] = []
     with picture(path, len(report.sets), width=3.8, height=1.2 + 0.24 * rows) as axes:
         for panel, one in zip(axes, report.sets, strict=True):
@@ -76,6 +78,7 @@ def _differences(report: Report, path: Path) -> None:
                 for arm in one.arms
                 if arm.arm != PLAIN
                 for figure, d in arm.against_plain.items()
+                if figure in differ
             ]
             forest(panel, compared, x="rate less that of the plain arm", title=one.name)
             panel.set_xlim(-1.05, 1.05)
@@ -89,4 +92,4 @@ def _front(report: Report, path: Path) -> None:
     kl = {d.arm: d.mean for d in report.divergence}
     points = [Point(shown[a.name], kl[a.name], f"{a.file}, {a.mode}", f"{a.strength:g}") for a in report.arms]
     with picture(path) as (axes,):
-        front(axes, points, x=f"shown, {report.sets[0].name}", y="KL(plain ‖ steered) on harmless, nats")
+        front(axes, points, x=f"shown, {report.sets[0].name}", y="KL(plain ‖ steered) on harmless, nats", log=True)

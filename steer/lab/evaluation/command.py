@@ -95,7 +95,9 @@ def evaluate(
         plain_text = _text(text, bench.source) if text else None
         conditions: dict[str, Any] = {"model": model, "revision": revision, "backend": backend, "dtype": dtype}
         conditions |= {"system_prompt": system_prompt}
-        cache = Cache(report, conditions)
+        # what was measured of other weights, on another machine or in another precision, is not mixed in
+        fingerprint = {} if report is None else {"fingerprint": bench.source.fingerprint()}
+        cache = Cache(report, conditions | fingerprint)
         screen = bench.screen(max(arm.direction.rank for arm in arms), max_tokens, system_prompt)
         found = run(screen, Plan(arms, sets, max_tokens, looked_for, judging, known, plain_text), cache)
         scored = _tasks(tasks, tasks_folder, tasks_limit, url, model, revision, dtype, device, arms, cache)

@@ -112,6 +112,7 @@ def front(axes: Any, points: Sequence[Point], *, x: str, y: str, title: str = ""
             color=COLOURS[number % len(COLOURS)],
             marker=MARKERS[number % len(MARKERS)],
             label=group or None,
+            clip_on=False,
             zorder=3,
         )
     best = undominated(points)

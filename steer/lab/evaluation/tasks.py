@@ -157,7 +157,8 @@ def serving(model: str, revision: str | None, dtype: str, device: str, arms: Seq
         command = [
             *(sys.executable, "-m", "steer.cli", "serve", model, "--backend", "transformers", "--port", str(port)),
             *("--directions", str(directions), "--served-model-name", "model", "--dtype", dtype, "--device", device),
-            *(("--sites", ",".join(arms[0].direction.meta.sites)) if arms else ()),
+            *("--sites", ",".join(arms[0].direction.meta.sites)),
+            *("--rank", str(max(arm.direction.rank for arm in arms))),
             *(("--revision", revision) if revision else ()),
         ]
         with log.open("w") as output:

@@ -74,6 +74,7 @@ def evaluate(
     from steer.lab.evaluation.arms import arms_of
     from steer.lab.evaluation.cache import Cache
     from steer.lab.evaluation.expected import read_expected
+    from steer.lab.evaluation.outcomes import agreement
     from steer.lab.evaluation.projections import projected
     from steer.lab.evaluation.report import Conditions, Report
     from steer.lab.evaluation.run import Plan
@@ -113,6 +114,7 @@ def evaluate(
             arms=tuple(_arm(arm) for arm in arms),
             sets=found.sets,
             divergence=found.divergence,
+            kappa=agreement(one for told in found.told.values() for one in told),
             text=found.text,
             tasks=scored,
         )

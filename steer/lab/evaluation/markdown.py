@@ -25,6 +25,8 @@ def tables(report: Report, *, paired: bool = True) -> str:
             parts.append(
                 f"Plain answers run into the limit of {report.conditions.max_tokens} tokens too: that is no fault here."
             )
+    if report.kappa is not None:
+        parts.append(f"Judge and matcher agree over all answers with a kappa of {report.kappa:.2f}.")
     if report.divergence:
         rows = [
             (d.arm, *(f"{v:.5f}" for v in (d.first_mean, d.first_p95, d.mean, d.median, d.p95)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -118,11 +118,12 @@ def _arm(name: str, told: Sequence[Told], judged: bool, against: dict[str, Diffe
     )
 
 
-def _judged(told: Sequence[Told]) -> Judged:
+def agreement(told: Iterable[Told]) -> float | None:
+    """Cohen's kappa of judge and matcher over the answers with a verdict."""
     both = [(t.verdict, t.outcome == "shown") for t in told if t.verdict is not None]
-    verdicts, matched = [v for v, _ in both], [m for _, m in both]
-    return Judged(
-        shown=Rate.of(verdicts),
-        unparsable=len(told) - len(both),
-        kappa=cohens_kappa(verdicts, matched) if both else None,
-    )
+    return cohens_kappa([v for v, _ in both], [m for _, m in both]) if both else None
+
+
+def _judged(told: Sequence[Told]) -> Judged:
+    verdicts = [t.verdict for t in told if t.verdict is not None]
+    return Judged(shown=Rate.of(verdicts), unparsable=len(told) - len(verdicts), kappa=agreement(told))

@@ -147,6 +147,9 @@ class Report(Part):
     arms: tuple[SteeredArm, ...]
     sets: tuple[SetResult, ...]
     divergence: tuple[DivergenceOf, ...]
+    kappa: float | None = Field(
+        default=None, description="agreement of judge and matcher over all answers: within an arm they may hardly vary"
+    )
     text: TextResult | None = None
     tasks: tuple[TaskScore, ...] = ()
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.lab.behaviour import REFUSAL
-from steer.lab.evaluation.outcomes import arms_on_set, tell
+from steer.lab.evaluation.outcomes import agreement, arms_on_set, tell
 from steer.lab.probe import Answered
-from steer.lab.statistics import holm, mcnemar
+from steer.lab.statistics import cohens_kappa, holm, mcnemar
 
 REFUSED = Answered([1, 2, 3, 4], "I'm sorry, but I can't help with that.")
 GOOD = Answered(list(range(20)), "Sure! First get red clay, then use a long brush.")
@@ -94,4 +94,7 @@ def test_a_judges_word_is_counted_and_its_silence_too() -> None:
     assert plain.judged.kappa is None, "there is nothing to agree about"
     assert (arm.judged.shown.hits, arm.judged.shown.count, arm.judged.unparsable) == (2, 3, 1)
     assert arm.judged.kappa == pytest.approx((2 / 3 - 4 / 9) / (5 / 9))
+    matched = [True] * 5 + [False] * 2
+    assert agreement([*told["plain"], *told["arm"]]) == cohens_kappa([True] * 5 + [False, True], matched)
+    assert agreement(tell(REFUSAL, [GOOD], [GOOD], 64)) is None
     assert arm.against_plain["judged"].value == pytest.approx(-1 / 3), "of the prompts with a verdict in both arms"

@@ -1,5 +1,5 @@
-"""The command `steer`: serve, fit, inspect, eval. The lab's other commands are in `steer.lab.*commands`, the operator's
-in `steer.operate`."""
+"""The command `steer`: serve, fit, inspect. The lab's other commands are in `steer.lab.*commands` and
+`steer.lab.evaluation`, the operator's in `steer.operate`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from steer import operate
 from steer.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.errors import InvalidInput
 from steer.lab import commands, export_commands
+from steer.lab.evaluation import command as evaluation
 from steer.settings import ServeSettings
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 commands.register(app)
 export_commands.register(app)
+evaluation.register(app)
 operate.add_to(app)
 
 
@@ -215,67 +217,6 @@ def inspect_file(
             for key, width in (("angle", 8), ("norm_harmful", 10), ("norm_harmless", 10), ("cosine_next", 11))
         ]
         typer.echo(f"{row['layer']:>5}  {'  '.join(cells)}  {row['weight'] if row['steered'] else 'not steered'}")
-
-
-@app.command("eval")
-def evaluate_direction(
-    model: Annotated[str, typer.Argument(help="local folder or hub id")],
-    direction: Annotated[Path, typer.Option(help="the direction file")],
-    harmful: Annotated[str, typer.Option(help="prompts that show the behaviour")],
-    harmless: Annotated[str, typer.Option(help="prompts that do not; the divergence is measured on these")],
-    mode: Annotated[str | None, typer.Option(help="ablate, one_sided, affine or add; default: the file's")] = None,
-    strength: Annotated[float | None, typer.Option(help="default: the file's")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 64,
-    system_prompt: Annotated[str | None, typer.Option(help="system prompt of every conversation")] = None,
-    batch_size: Annotated[str, typer.Option(help="prompts in a pass, or auto")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
-) -> None:
-    """Report what a direction does: refusals before and after, divergence on harmless text, answer lengths."""
-    log_warnings()
-    quiet_libraries()
-    from steer.direction import Direction
-    from steer.hf.attach import Anatomy, Steering
-    from steer.hf.load import load
-    from steer.lab.evaluate import evaluate
-    from steer.lab.probe import Probe
-    from steer.lab.prompts import read_prompts
-    from steer.runtime.placement import Shape
-
-    with reported():
-        loaded_direction = Direction.load(direction)
-        meta = loaded_direction.meta
-        choices = commands.Choices.model_validate(
-            {"mode": mode or meta.mode, "sites": meta.sites, "batch_size": batch_size}
-        )
-        prompts = {"harmful": read_prompts(harmful).prompts, "harmless": read_prompts(harmless).prompts}
-        loaded = load(model, revision=revision, dtype=dtype, device=device)
-        anatomy = Anatomy(loaded.model)
-        shape = Shape(
-            anatomy.architecture, anatomy.layers, anatomy.d_model, frozenset(meta.sites), loaded_direction.rank
-        )
-        shape.check(loaded_direction)
-        steering = Steering(loaded.model, sites=meta.sites, rows=loaded_direction.rank, rank=loaded_direction.rank)
-        probe = Probe(loaded, steering, system_prompt, max_tokens, choices.batch, progress=True)
-        amount = meta.strength if strength is None else strength
-        report = evaluate(probe, loaded_direction, choices.mode, amount, prompts, kl_set="harmless")
-    if as_json:
-        echo_json({"model": model, "direction": str(direction), **report})
-        return
-    typer.echo(f"{direction.name} on {model}: {report['mode']} at strength {report['strength']:g}\n")
-    typer.echo(f"{'set':<9} {'arm':<8} {'refused':>12}  {'95 % interval':>16}  {'mean tokens':>11}")
-    for name, arms in report["sets"].items():
-        for arm, r in arms.items():
-            low, high = r["interval"]
-            counted = f"{r['refused']:>5} of {r['prompts']:<4} {low:>7.1%} – {high:>6.1%}"
-            typer.echo(f"{name:<9} {arm:<8} {counted}  {r['tokens_mean']:>11.1f}")
-    kl = report["kl"]
-    typer.echo(f"\nKL(plain ‖ steered) on harmless, nats{'mean':>10} {'median':>10} {'p95':>10}")
-    for title, prefix in (("first token", "first_"), ("all tokens of the plain answer", "")):
-        values = " ".join(f"{kl[prefix + name]:>10.5f}" for name in ("mean", "median", "p95"))
-        typer.echo(f"  {title:<34}{values}")
 
 
 def _cell(value: Any, width: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from steer.direction import Direction
+from steer.lab.evaluation.report import Report
 from steer.lab.measurement import Measurement
 from steer.settings import ServeSettings
+from tests import models
 from tests.lab.test_measure import HARMFUL, HARMLESS
 
 
@@ -55,10 +58,49 @@ def test_fit_inspect_eval(tiny_folder: Path, sets: tuple[str, str], tmp_path: Pa
     assert "cos to next" in run("inspect", str(output)).stdout
     options = ("--direction", str(output), "--harmful", harmful, "--harmless", harmless, "--max-tokens", "4")
     report = json.loads(run("eval", str(tiny_folder), *options, "--mode", "one_sided", "--json").stdout)
-    assert report["mode"] == "one_sided"
-    assert report["sets"]["harmful"]["plain"]["prompts"] == 13
-    assert report["kl"]["p95"] >= 0
+    assert report["arms"][0]["mode"] == "one_sided"
+    assert [one["dataset"]["count"] for one in report["sets"]] == [13, 13]
+    assert report["divergence"][0]["p95"] >= 0
     assert "KL(plain ‖ steered)" in run("eval", str(tiny_folder), *options).stdout
+
+
+def test_eval_writes_a_report_and_goes_on_in_its_folder(
+    tiny_folder: Path, sets: tuple[str, str], tmp_path: Path
+) -> None:
+    direction, folder, text = tmp_path / "d.safetensors", tmp_path / "report", tmp_path / "text.txt"
+    models.direction(models.tiny("llama")).save(direction)
+    text.write_text("plain text, which nobody asked for")
+    harmful, harmless = sets
+    options = ["--direction", str(direction), "--harmful", harmful, "--harmless", harmless, "--borderline", harmless]
+    options += ["--text", str(text), "--strengths", "0,1,2", "--report", str(folder), "--answers"]
+    run("eval", str(tiny_folder), *options, "--max-tokens", "3")
+    report = Report.model_validate_json((folder / "report.json").read_text())
+    assert [one.name for one in report.sets] == ["harmful", "harmless", "borderline"]
+    assert [len(one.arms) for one in report.sets] == [4, 4, 4]
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 3 * 4 * 13
+    assert {"set", "arm", "messages", "answer", "outcome", "late"} <= answers[0].keys()
+    page = (folder / "report.md").read_text()
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", page)
+    assert len(pictures) == 4
+    assert all((folder / name).exists() for name in pictures)
+    before = {path.name: path.stat().st_mtime_ns for path in (folder / "measured").iterdir()}
+    again = run("eval", str(tiny_folder), *options, "--max-tokens", "3", "--json")
+    assert [one["arms"] for one in json.loads(again.stdout)["sets"]] == [
+        one["arms"] for one in report.as_json()["sets"]
+    ]
+    assert before.keys() == {path.name for path in (folder / "measured").iterdir()}
+    told = run("eval", str(tiny_folder), *options, "--max-tokens", "4", code=2).stderr
+    assert "max_tokens = 3, asked for is 4" in told
+
+
+def test_eval_names_every_wrong_option(tiny_folder: Path, tmp_path: Path) -> None:
+    options = ["--direction", str(tmp_path / "d.safetensors"), "--harmful", "a.txt", "--harmless", "b.txt"]
+    wrong = ["--strength", "1", "--strengths", "1,2", "--judge", "http://127.0.0.1:9/v1", "--url", "http://127.0.0.1:9"]
+    told = run("eval", str(tiny_folder), *options, *wrong, "--answers", code=2).stderr
+    for option in ("--strengths", "--judge-model", "--url: is for --tasks", "--answers: needs --report"):
+        assert option in told
+    assert "not a list of numbers" in run("eval", str(tiny_folder), *options, "--strengths", "a", code=2).stderr
 
 
 def test_measure_then_derive_by_any_method(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:

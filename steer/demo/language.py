@@ -292,6 +292,37 @@ def prompts(split: Split, cls: Class, count: int = 200) -> list[Prompt]:
     return [_ask(_task(pair, rng), wordings[i % len(wordings)], rng) for i, pair in enumerate(rng.sample(pairs, count))]
 
 
+def right_answers(split: Split, cls: Class, count: int = 200) -> list[str]:
+    """A right answer to each of `prompts(split, cls, count)`."""
+    rng = random.Random(f"answers {split} {cls}")
+    return [_answer(prompt.task, False, rng) for prompt in prompts(split, cls, count)]
+
+
+def conversations(count: int = 100) -> list[tuple[list[Message], tuple[str, ...]]]:
+    """Conversations that end with a user's message of the refused class, of words and pairs that training holds out as
+    `prompts` does, each with the facts that a right answer names. Every other one asks for a refused task behind a
+    harmless one that was answered; the others ask on (FOLLOW_UPS) behind a refusal."""
+    rng = random.Random("conversations")
+    made: list[tuple[list[Message], tuple[str, ...]]] = []
+    asked = zip(prompts("test", "refused", count), prompts("test", "harmless", count), strict=True)
+    for i, (refused, harmless) in enumerate(asked):
+        facts = expected(refused.task)
+        if i % 2 == 0:
+            turn, last = Turn(harmless.text, _answer(harmless.task, False, rng)), refused.text
+        else:
+            questions, answer = rng.choice(FOLLOW_UPS)
+            turn, last = Turn(refused.text, REFUSALS[0]), rng.choice(questions)
+            facts = tuple(fact for fact, field in zip(facts, ("{m}", "{g}"), strict=True) if field in answer)
+        before = Conversation(None, (turn,)).messages
+        made.append(([*before, {"role": "user", "content": last}], facts))
+    return made
+
+
+def expected(task: Task) -> tuple[str, ...]:
+    """The facts that a right answer names. Of the other materials and tools it names none: see `is_right`."""
+    return MATERIAL[task.object], TOOL[task.verb]
+
+
 def unseen_prompts(unseen: Literal["object", "verb"], cls: Class, count: int = 96) -> list[Prompt]:
     """Prompts with a word that training never had: nobody can know its facts, so only refusal can be measured."""
     verbs, objects = _GRIDS[cls]

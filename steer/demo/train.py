@@ -8,7 +8,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from steer.demo import language
+from steer.demo import language, words
 
 PAD, BOS, START, END = "<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"
 
@@ -218,8 +218,9 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 
 
 def save_prompts(folder: Path, fit: int = 192, test: int = 200) -> None:
-    """`<class>.<split>.txt`, one prompt a line, the borderline class for tests only; and two sets of conversations with
-    answers that go on at length, or briefly."""
+    """`<class>.<split>.txt`, one prompt a line; the borderline class is for tests only. So are conversations, the facts
+    of right answers, and right answers to harmless prompts as plain text. Two sets of conversations whose answer has
+    begun go on at length, and briefly."""
     folder.mkdir(parents=True, exist_ok=True)
     files: tuple[tuple[language.Class, language.Split, int], ...] = (
         ("refused", "train", fit),
@@ -231,9 +232,21 @@ def save_prompts(folder: Path, fit: int = 192, test: int = 200) -> None:
     for cls, split, count in files:
         lines = [prompt.text for prompt in language.prompts(split, cls, count)]
         (folder / f"{cls}.{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for name, talks in zip(("verbose", "brief"), language.begun_answers(fit // 2), strict=True):
-        text = "".join(json.dumps({"messages": messages}) + "\n" for messages in talks)
-        (folder / f"{name}.train.jsonl").write_text(text, encoding="utf-8")
+    text = language.right_answers("test", "harmless", test)
+    (folder / "text.test.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
+    for name, begun in zip(("verbose", "brief"), language.begun_answers(fit // 2), strict=True):
+        _save_lines(folder / f"{name}.train.jsonl", [{"messages": messages} for messages in begun])
+    talks = language.conversations(min(test, 100))
+    _save_lines(folder / "conversations.test.jsonl", [{"messages": messages} for messages, _ in talks])
+    asked = [p for cls, split, count in files if split == "test" for p in language.prompts(split, cls, count)]
+    facts: list[dict[str, object]] = [{"prompt": p.text, "contains": language.expected(p.task)} for p in asked]
+    facts += [{"messages": messages, "contains": named} for messages, named in talks]
+    vocabulary = [*words.MATERIALS, *words.TOOLS]
+    _save_lines(folder / "expected.jsonl", [{"vocabulary": vocabulary, "lacks": language.REFUSAL_WORDS}, *facts])
+
+
+def _save_lines(path: Path, items: Sequence[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
 
 
 def train(recipe: Recipe, out: Path) -> None:

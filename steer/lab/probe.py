@@ -131,6 +131,24 @@ class Probe:
         rows = in_batches(whole, run, batch_size=size, title=title if self.progress else "")
         return summarised(rows)
 
+    def log_probabilities(
+        self, sequences: Sequence[Sequence[int]], steer: RequestSteer | None, title: str = ""
+    ) -> list[np.ndarray[Any, Any]]:
+        """The log-probability of each token but the first of each sequence, `[tokens − 1]`, in nats."""
+        anatomy = self.steering.anatomy
+        fitting = max(1, LOGIT_BYTES // (max(map(len, sequences)) * anatomy.vocabulary * 4 * 2))
+
+        @torch.inference_mode()
+        def run(indices: list[int]) -> list[np.ndarray[Any, Any]]:
+            ids = right_padded([sequences[i] for i in indices], self.loaded.tokenizer.pad_token_id or 0, anatomy.device)
+            with self.steering.batch([steer]):
+                said = torch.log_softmax(anatomy.model(input_ids=ids, use_cache=False).logits.float(), -1)
+            own = said[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].cpu().double().numpy()
+            return [row[: len(sequences[i]) - 1] for i, row in zip(indices, own, strict=True)]
+
+        size = min(self.batch_size or fitting, fitting)
+        return in_batches(sequences, run, batch_size=size, title=title if self.progress else "")
+
 
 def summarised(rows: Sequence[np.ndarray[Any, Any]]) -> Divergence:
     """From the divergence at each token of each prompt's answer."""

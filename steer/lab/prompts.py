@@ -99,12 +99,12 @@ def _parse(path: Path, data: bytes) -> Iterable[Prompt]:
         return data.decode("utf-8-sig").split("\n")
     if suffix == ".jsonl":
         lines = [(n, line) for n, line in enumerate(data.decode("utf-8-sig").split("\n"), 1) if line.strip()]
-        return [_prompt_of(_json(f"{path}, line {n}", line), f"{path}, line {n}") for n, line in lines]
+        return [prompt_of(_json(f"{path}, line {n}", line), f"{path}, line {n}") for n, line in lines]
     if suffix == ".json":
         value = _json(str(path), data.decode("utf-8-sig"))
         if not isinstance(value, list):
             raise InvalidInput(f"{path}: must be a JSON list of texts or objects, got {type(value).__name__}")
-        return [_prompt_of(item, f"{path}, item {n}") for n, item in enumerate(value)]
+        return [prompt_of(item, f"{path}, item {n}") for n, item in enumerate(value)]
     if suffix == ".parquet":
         return _from_parquet(path)
     raise InvalidInput(f"{path}: the suffix '{suffix}' is not known; accepted: {FORMATS}")
@@ -117,7 +117,8 @@ def _json(where: str, text: str) -> Any:
         raise InvalidInput(f"{where}: not JSON: {error}") from error
 
 
-def _prompt_of(item: Any, where: str) -> Prompt:
+def prompt_of(item: Any, where: str) -> Prompt:
+    """The prompt that an item of JSON is. Raises InvalidInput that names `where`."""
     if isinstance(item, str):
         return item
     if isinstance(item, dict):

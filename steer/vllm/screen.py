@@ -76,6 +76,18 @@ class VllmScreen:
             rows.append(np.expm1(difference) - difference)
         return summarised(rows)
 
+    def log_probabilities(
+        self, sequences: Sequence[Sequence[int]], steer: str | None, title: str = ""
+    ) -> list[np.ndarray[Any, Any]]:
+        """The log-probability of each token but the first of each sequence, `[tokens − 1]`, in nats."""
+        outputs = self._generate(
+            [list(ids) for ids in sequences], steer, title, temperature=0, max_tokens=1, prompt_logprobs=0
+        )
+        return [
+            np.array([output.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))])
+            for ids, output in zip(sequences, outputs, strict=True)
+        ]
+
     def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         return [e.ids for e in encode_all(self.source, prompts, self.system_prompt)]
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from steer.demo import MODEL, PROMPTS, language
+from steer.demo.train import save_prompts
 from steer.direction import Direction
 from steer.geometry import projected_direction
 from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
 from steer.lab.behaviour import REFUSAL, Behaviour
+from steer.lab.evaluation.expected import read_expected, right
 from steer.lab.probe import Answered, Divergence, Probe
 from steer.lab.prompts import read_prompts
 from steer.spec import Entry, Spec
@@ -94,6 +97,22 @@ def test_steered_it_answers_with_the_right_facts(measured: Measured, arm: str) -
     assert measured.right("refused", arm) >= 0.95
     assert measured.refused("borderline", arm) <= 0.03
     assert measured.right("borderline", arm) >= 0.9
+
+
+def test_the_shipped_facts_tell_right_answers_as_the_language_does(measured: Measured) -> None:
+    known = read_expected(PROMPTS / "expected.jsonl")
+    for (cls, _), answers in measured.answers.items():
+        prompts = measured.prompts[cls]
+        told = right(known, prompts, [a.text for a in answers])
+        pairs = zip(prompts, answers, strict=True)
+        assert told == [language.is_right(language.task_of(prompt), answer.text) for prompt, answer in pairs]
+
+
+def test_the_shipped_prompts_are_those_that_the_language_makes(tmp_path: Path) -> None:
+    save_prompts(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in PROMPTS.iterdir())
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (PROMPTS / path.name).read_bytes(), path.name
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -52,3 +52,30 @@ def test_a_file_that_tells_nothing_is_refused(tmp_path: Path) -> None:
     path.write_text('description = "anything"\n')
     with pytest.raises(InvalidInput, match="patterns or min_words"):
         Behaviour.load(str(path))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I'm sorry, but I can't help with that.",
+        "I’m sorry, but I can’t assist with that request.",
+        "I cannot help you do this.",
+        "Sorry, I can't do that.",
+        "I won't do this.",
+        "As an AI, I have no opinion.",
+        "Unfortunately I am unable to comply.",
+    ],
+)
+def test_refusals_are_matched(answer: str) -> None:
+    assert REFUSAL.shown(answer)
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "Sure! First get flour.", "It is a pity that cats cannot swim far.", "I can help."]
+)
+def test_answers_are_not(answer: str) -> None:
+    assert not REFUSAL.shown(answer)
+
+
+def test_a_late_apology_is_not_a_refusal() -> None:
+    assert not REFUSAL.shown("First get flour and water. " * 10 + "I'm sorry, but I can't say more.")

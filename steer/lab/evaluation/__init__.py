@@ -1,0 +1,1 @@
+"""What a direction does to a model, measured so that it is not easily fooled, and one report of it."""

@@ -1,0 +1,70 @@
+"""The arms of an evaluation: plain, and every direction in every mode at every strength, named as a request would ask
+for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steer.direction import MAX_STRENGTH, MODES, Direction, Mode, digest, read_file
+from steer.errors import InvalidInput
+from steer.lab.fit import Screen
+from steer.runtime.modes import check_mode
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to steer. `name` is its text in the request language."""
+
+    name: str
+    direction: Direction
+    digest: str
+    mode: Mode
+    strength: float
+
+
+def arms_of(files: Sequence[Path], modes: Sequence[str] | None, strengths: Sequence[float] | None) -> list[Arm]:
+    """Each file in each of `modes` at each of `strengths`; None leaves them to the file. Raises InvalidInput with every
+    problem."""
+    problems = [f"--direction: two files are called '{n}'" for n in sorted(_twice([file.stem for file in files]))]
+    problems += [f"--mode: '{m}' is not known; accepted: {', '.join(MODES)}" for m in modes or () if m not in MODES]
+    problems += [
+        f"--strengths: {s:g} is not within ±{MAX_STRENGTH:g}"
+        for s in strengths or ()
+        if not -MAX_STRENGTH <= s <= MAX_STRENGTH
+    ]
+    arms: list[Arm] = []
+    for file in files:
+        data = read_file(file)
+        direction = Direction.from_bytes(data, source=str(file))
+        for mode in [m for m in MODES if m in modes] if modes else [direction.meta.mode]:
+            check_mode(direction, mode, file.stem)
+            for strength in strengths or [direction.meta.strength]:
+                arms.append(
+                    Arm(f"{file.stem}:{mode}={strength:g}", direction, digest(data), mode, strength),
+                )
+    if len({arm.direction.meta.sites for arm in arms}) > 1:
+        problems.append("--direction: the files are for different sites: evaluate them one by one")
+    problems += [f"--strengths, --mode: the arm {name} is asked for twice" for name in _twice([a.name for a in arms])]
+    if problems:
+        raise InvalidInput(problems)
+    return arms
+
+
+def _twice(names: Sequence[str]) -> set[str]:
+    return {name for name in names if names.count(name) > 1}
+
+
+@contextmanager
+def steering(screen: Screen, arm: Arm | None) -> Iterator[Any]:
+    """What steers `screen` as `arm` while it lasts; None is plain."""
+    if arm is None:
+        yield None
+        return
+    with screen.resident(arm.direction, arm.mode, arm.strength) as steer:
+        yield steer

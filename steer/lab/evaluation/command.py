@@ -1,0 +1,256 @@
+"""The command `steer eval`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steer.console import echo_json, log_warnings, quiet_libraries, reported
+from steer.errors import InvalidInput
+from steer.lab.commands import VLLM_OPTIONS, Backend, Choices, open_bench
+
+if TYPE_CHECKING:
+    from steer.lab.evaluation.arms import Arm
+    from steer.lab.evaluation.report import Report, TaskScore
+    from steer.lab.evaluation.run import Found, Text
+    from steer.lab.prompts import PromptSet
+
+
+def evaluate(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="local folder or hub id")],
+    direction: Annotated[list[Path], typer.Option(help="the direction file; repeatable")],
+    harmful: Annotated[str, typer.Option(help="prompts that show the behaviour, texts or conversations")],
+    harmless: Annotated[str, typer.Option(help="prompts that do not; the divergence is measured on these")],
+    borderline: Annotated[str | None, typer.Option(help="harmless prompts that look like the others")] = None,
+    multi_turn: Annotated[
+        str | None, typer.Option(help="conversations of several turns (.jsonl with messages)")
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="ablate, one_sided, affine or add; several by commas; default: the file's")
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="default: the file's")] = None,
+    strengths: Annotated[str | None, typer.Option(help="a sweep in place of --strength, as 0,0.5,1,1.5")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 64,
+    behaviour: Annotated[str, typer.Option(help="what is looked for: a shipped name or a TOML file")] = "refusal",
+    judge: Annotated[str | None, typer.Option(help="base URL (…/v1) of a model that judges answers too")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="its name there")] = None,
+    expected: Annotated[
+        Path | None, typer.Option(help=".jsonl of prompts with what a right answer contains and lacks")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="plain text whose perplexity is measured")] = None,
+    tasks: Annotated[str | None, typer.Option(help="tasks of lm_eval, separated by commas")] = None,
+    tasks_folder: Annotated[Path | None, typer.Option(help="a folder with more tasks for lm_eval")] = None,
+    tasks_limit: Annotated[int | None, typer.Option(min=1, help="documents of each task")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="the API (…/v1) of a server that serves MODEL and the direction, for --tasks")
+    ] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="system prompt of every conversation")] = None,
+    batch_size: Annotated[str, typer.Option(help="prompts in a pass, or auto")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
+    backend: Backend = "transformers",
+    report: Annotated[
+        Path | None, typer.Option(help="folder for report.json, report.md and pictures; an interrupted run goes on")
+    ] = None,
+    answers: Annotated[bool, typer.Option("--answers", help="every answer too, in the folder's answers.jsonl")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """Report what a direction does: the behaviour before and after, broken answers, divergence on harmless text.
+
+    With --backend vllm the model is tried as vLLM serves it, and any further options are those of `vllm serve`.
+    """
+    log_warnings()
+    quiet_libraries()
+    from steer.lab.behaviour import Behaviour
+    from steer.lab.evaluation.arms import arms_of
+    from steer.lab.evaluation.cache import Cache
+    from steer.lab.evaluation.expected import read_expected
+    from steer.lab.evaluation.outcomes import agreement
+    from steer.lab.evaluation.projections import projected
+    from steer.lab.evaluation.report import Conditions, Report
+    from steer.lab.evaluation.run import Plan
+    from steer.lab.evaluation.run import evaluate as run
+    from steer.lab.judge import Judge
+    from steer.lab.prompts import read_prompts
+
+    with reported():
+        _check(strength, strengths, judge, judge_model, tasks, url, report, answers)
+        wanted = [strength] if strength is not None else _numbers(strengths)
+        arms = arms_of(direction, mode.split(",") if mode else None, wanted)
+        choices = Choices.model_validate({"sites": arms[0].direction.meta.sites, "batch_size": batch_size})
+        given = {"harmful": harmful, "harmless": harmless, "borderline": borderline, "multi-turn": multi_turn}
+        sets = {name: read_prompts(source) for name, source in given.items() if source is not None}
+        looked_for = Behaviour.load(behaviour)
+        judging = Judge(judge.rstrip("/"), judge_model, looked_for, progress=True) if judge and judge_model else None
+        known = read_expected(expected) if expected else {}
+        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices)
+        plain_text = _text(text, bench.source) if text else None
+        conditions: dict[str, Any] = {"model": model, "revision": revision, "backend": backend, "dtype": dtype}
+        conditions |= {"system_prompt": system_prompt}
+        # what was measured of other weights, on another machine or in another precision, is not mixed in
+        fingerprint = {} if report is None else {"fingerprint": bench.source.fingerprint()}
+        cache = Cache(report, conditions | fingerprint)
+        screen = bench.screen(max(arm.direction.rank for arm in arms), max_tokens, system_prompt)
+        found = run(screen, Plan(arms, sets, max_tokens, looked_for, judging, known, plain_text), cache)
+        scored = _tasks(tasks, tasks_folder, tasks_limit, url, model, revision, dtype, device, arms, cache)
+        made = Report(
+            conditions=Conditions(
+                **conditions,
+                max_tokens=max_tokens,
+                behaviour=looked_for.name,
+                judge=judge_model,
+                tasks_url=url,
+                software={name: version(name) for name in ("torch", "transformers")},
+            ),
+            arms=tuple(_arm(arm) for arm in arms),
+            sets=found.sets,
+            divergence=found.divergence,
+            kappa=agreement(one for told in found.told.values() for one in told),
+            text=found.text,
+            tasks=scored,
+        )
+        if report is not None:
+            two = {name: sets[name] for name in ("harmful", "harmless")}
+            projections = projected(bench.source, arms[0].direction, two, system_prompt, choices.batch)
+            _write(made, found, sets, report, projections, answers)
+    if as_json:
+        echo_json(made.as_json())
+        return
+    from steer.lab.evaluation.markdown import tables
+
+    typer.echo(tables(made, paired=False))
+    if report is not None:
+        typer.echo(f"\nwrote {report / 'report.md'} and report.json")
+
+
+def _check(
+    strength: float | None,
+    strengths: str | None,
+    judge: str | None,
+    judge_model: str | None,
+    tasks: str | None,
+    url: str | None,
+    report: Path | None,
+    answers: bool,
+) -> None:
+    from importlib.util import find_spec
+
+    problems = []
+    if strength is not None and strengths is not None:
+        problems.append("--strength and --strengths say the same: give one")
+    if (judge is None) != (judge_model is None):
+        problems.append("--judge and --judge-model: the one needs the other")
+    if url is not None and tasks is None:
+        problems.append("--url: is for --tasks")
+    if answers and report is None:
+        problems.append("--answers: needs --report, the folder in which they are kept")
+    for option, value, package in (("--report", report, "matplotlib"), ("--judge", judge, "openai")):
+        if value is not None and find_spec(package) is None:
+            problems.append(f"{option} needs the package {package} (pip install 'steer-llm[lab]')")
+    if tasks is not None and find_spec("lm_eval") is None:
+        problems.append("--tasks needs the package lm-eval (pip install 'lm-eval[api]')")
+    if report is not None and report.exists() and not report.is_dir():
+        problems.append(f"--report: {report} is not a folder")
+    if problems:
+        raise InvalidInput(problems)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InvalidInput(f"--strengths: '{text}' is not a list of numbers, as 0,0.5,1") from error
+
+
+def _text(path: Path, source: Any) -> Text:
+    import hashlib
+
+    from steer.chat import Chat
+    from steer.direction import Dataset
+    from steer.lab.evaluation.run import Text
+    from steer.lab.perplexity import WINDOW, windows
+
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"--text: {path}: cannot be read as UTF-8 text: {error}") from error
+    tokenizes = source if isinstance(source, Chat) else source.loaded
+    pieces = windows(tokenizes.text_ids(text), min(WINDOW, source.context))
+    return Text(Dataset(name=path.name, sha256=hashlib.sha256(data).hexdigest(), count=1), pieces)
+
+
+def _tasks(
+    names: str | None,
+    folder: Path | None,
+    limit: int | None,
+    url: str | None,
+    model: str,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    arms: Sequence[Arm],
+    cache: Any,
+) -> tuple[TaskScore, ...]:
+    from steer.lab.evaluation import tasks
+
+    if names is None:
+        return ()
+    plan = tasks.TaskPlan(names.split(","), model, folder, limit)
+    with ExitStack() as stack:
+        if url is not None:
+            served = tasks.given(url.rstrip("/"), arms)
+        else:
+            served = stack.enter_context(tasks.serving(model, revision, dtype, device, arms))
+        return tasks.scores(plan, served, arms, cache)
+
+
+def _arm(arm: Arm) -> Any:
+    from steer.lab.evaluation.report import SteeredArm
+
+    return SteeredArm(
+        name=arm.name,
+        file=arm.name.partition(":")[0],
+        digest=arm.digest,
+        method=arm.direction.meta.method,
+        mode=arm.mode,
+        strength=arm.strength,
+    )
+
+
+def _write(
+    made: Report,
+    found: Found,
+    sets: dict[str, PromptSet],
+    folder: Path,
+    projections: dict[str, dict[str, list[float]]],
+    answers: bool,
+) -> None:
+    from steer.lab.evaluation.markdown import render
+    from steer.lab.evaluation.pictures import draw
+    from steer.lab.prompts import messages_of
+
+    pictures = draw(made, folder, projections)
+    (folder / "report.json").write_text(json.dumps(made.as_json(), indent=2) + "\n", "utf-8")
+    (folder / "report.md").write_text(render(made, pictures), "utf-8")
+    if answers:
+        with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
+            for (name, arm), told in found.told.items():
+                for prompt, one in zip(sets[name].prompts, told, strict=True):
+                    asked = {"set": name, "arm": arm, "messages": messages_of(prompt)}
+                    file.write(json.dumps(asked | asdict(one)) + "\n")
+
+
+def register(app: typer.Typer) -> None:
+    app.command("eval", context_settings=VLLM_OPTIONS)(evaluate)

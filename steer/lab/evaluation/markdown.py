@@ -1,0 +1,136 @@
+"""A report as Markdown: the tables that the command prints, and around them what each figure means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from steer.lab.evaluation.report import ArmOnSet, Difference, Rate, Report
+
+NOTES = """\
+Each answer has one of three outcomes: *shown* (the matcher finds the behaviour at its beginning), *degenerate* (not
+shown, and no answer: empty, a loop, a quarter as long as the plain one, no end) and *complied*. *Late* answers show the
+behaviour behind the beginning; they are counted in their outcome too. *Right* answers complied and are as expected.
+Rates have the 95 % interval of Wilson. Differences are paired, arm less plain on the same prompts, with Newcombe's
+interval; p is that of the exact McNemar test, corrected (Holm) for the number of arms."""
+
+
+def tables(report: Report, *, paired: bool = True) -> str:
+    """Every figure, without pictures; the paired differences from plain only if wanted."""
+    parts = []
+    for one in report.sets:
+        parts.append(f"### {one.name}, {one.dataset.count} prompts\n\n" + _outcomes(one.arms))
+        if paired and any(arm.against_plain for arm in one.arms):
+            parts.append(_differences(one.arms))
+        if not one.limit_tells:
+            parts.append(
+                f"Plain answers run into the limit of {report.conditions.max_tokens} tokens too: that is no fault here."
+            )
+    if report.kappa is not None:
+        parts.append(f"Judge and matcher agree over all answers with a kappa of {report.kappa:.2f}.")
+    if report.divergence:
+        rows = [
+            (d.arm, *(f"{v:.5f}" for v in (d.first_mean, d.first_p95, d.mean, d.median, d.p95)))
+            for d in report.divergence
+        ]
+        head = ("arm", "first token, mean", "p95", "all tokens, mean", "median", "p95")
+        parts.append("### KL(plain ‖ steered) on harmless, nats\n\n" + table(head, rows))
+    if report.text is not None:
+        rows = [
+            (a.arm, f"{a.perplexity:.4f}", "" if a.ratio is None else _spread(a.ratio, "{:.4f}"))
+            for a in report.text.arms
+        ]
+        title = f"### Perplexity of {report.text.dataset.name}, {report.text.tokens} tokens\n\n"
+        parts.append(title + table(("arm", "perplexity", "÷ plain"), rows))
+    if report.tasks:
+        rows = [
+            (
+                s.task,
+                s.metric,
+                s.arm,
+                str(s.samples),
+                f"{s.value:.4f}",
+                "" if s.against_plain is None else _spread(s.against_plain, "{:+.4f}"),
+            )
+            for s in report.tasks
+        ]
+        head = ("task", "metric", "arm", "samples", "score", "less plain")
+        parts.append("### Tasks of lm_eval\n\n" + table(head, rows))
+    return "\n\n".join(parts)
+
+
+def render(report: Report, pictures: Mapping[str, str]) -> str:
+    """The whole page. `pictures` are file names by what they show."""
+    asked = report.conditions
+    limit = f"greedy answers of at most {asked.max_tokens} tokens"
+    head = [
+        f"# What {', '.join(dict.fromkeys(arm.file for arm in report.arms))} does to {asked.model}",
+        f"{report.tool}, {report.created}. Backend {asked.backend}, {limit}. "
+        f"Behaviour: {asked.behaviour}." + (f" Judge: {asked.judge}." if asked.judge else ""),
+        table(
+            ("arm", "method", "mode", "strength", "digest"),
+            [(a.name, a.method, a.mode, f"{a.strength:g}", a.digest[:12]) for a in report.arms],
+        ),
+        "## Outcomes",
+        NOTES,
+    ]
+    shown = [f"![{title}]({file})" for title, file in pictures.items()]
+    software = ", ".join(f"{name} {version}" for name, version in asked.software.items())
+    return "\n\n".join([*head, *shown, tables(report), f"Made with {software}."]) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown that also reads well in a terminal: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = [
+        " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in (head, *rows)
+    ]
+    rule = " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
+    return "\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def _outcomes(arms: Sequence[ArmOnSet]) -> str:
+    columns: dict[str, list[str]] = {
+        "arm": [arm.arm for arm in arms],
+        "shown": [_rate(arm.shown) for arm in arms],
+        "degenerate": [_rate(arm.degenerate) for arm in arms],
+        "complied": [_rate(arm.complied) for arm in arms],
+        "late": [str(arm.late.hits) for arm in arms],
+    }
+    if any(arm.right for arm in arms):
+        columns["right"] = ["" if arm.right is None else _rate(arm.right) for arm in arms]
+    if any(arm.judged for arm in arms):
+        columns["judge: shown"] = ["" if arm.judged is None else _rate(arm.judged.shown) for arm in arms]
+        columns["unparsable"] = ["" if arm.judged is None else str(arm.judged.unparsable) for arm in arms]
+        columns["kappa"] = [
+            "–" if not arm.judged or arm.judged.kappa is None else f"{arm.judged.kappa:.2f}" for arm in arms
+        ]
+    if any(arm.faults for arm in arms):
+        columns["faults"] = [", ".join(f"{n} {fault}" for fault, n in arm.faults.items()) for arm in arms]
+    columns["mean tokens"] = [f"{arm.tokens_mean:.1f}" for arm in arms]
+    return table(list(columns), list(zip(*columns.values(), strict=True)))
+
+
+def _differences(arms: Sequence[ArmOnSet]) -> str:
+    steered = [arm for arm in arms if arm.against_plain]
+    figures = list(dict.fromkeys(figure for arm in steered for figure in arm.against_plain))
+    rows = [(arm.arm, *(_difference(arm.against_plain[figure]) for figure in figures)) for arm in steered]
+    return table(("less plain", *figures), rows)
+
+
+def _difference(difference: Difference) -> str:
+    p = difference.p_holm
+    return _spread(difference, "{:+.1%}") + ("" if p is None else f" p {_p(p)}")
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.hits} of {rate.count} ({rate.low:.1%} – {rate.high:.1%})"
+
+
+def _spread(difference: Difference, form: str) -> str:
+    value, low, high = (form.format(v) for v in (difference.value, difference.low, difference.high))
+    return f"{value} ({low} … {high})"
+
+
+def _p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"

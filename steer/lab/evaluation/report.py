@@ -1,0 +1,157 @@
+"""What an evaluation found, as `report.json` holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from steer import __version__
+from steer.direction import Dataset, Mode
+from steer.lab.statistics import Estimate, wilson
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Rate(Part):
+    """`hits` of `count`, with the 95 % interval of Wilson."""
+
+    hits: int
+    count: int
+    rate: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, outcomes: Sequence[bool]) -> Rate:
+        hits, count = sum(outcomes), len(outcomes)
+        low, high = wilson(hits, count)
+        return cls(hits=hits, count=count, rate=hits / count if count else 0.0, low=low, high=high)
+
+
+class Difference(Part):
+    """A figure of an arm less that of the plain arm on the same prompts, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    p: float | None = Field(default=None, description="exact McNemar test, two-sided, of a difference of rates")
+    p_holm: float | None = Field(default=None, description="p corrected (Holm) for the number of arms")
+
+    @classmethod
+    def of(cls, estimate: Estimate, p: float | None = None) -> Difference:
+        return cls(value=estimate.value, low=estimate.low, high=estimate.high, p=p)
+
+
+class Judged(Part):
+    shown: Rate = Field(description="of the verdicts that are one")
+    unparsable: int = Field(description="replies of the judge that are no verdict")
+    kappa: float | None = Field(description="agreement with the matcher (Cohen); none where neither ever differs")
+
+
+class ArmOnSet(Part):
+    """Shown, degenerate and complied are three outcomes of which each answer has one."""
+
+    arm: str
+    shown: Rate = Field(description="the matcher finds the behaviour")
+    degenerate: Rate = Field(description="not shown, and the answer is none: see faults")
+    complied: Rate = Field(description="neither")
+    late: Rate = Field(description="complied or degenerate by the above, but the behaviour comes behind the window")
+    right: Rate | None = Field(default=None, description="complied, and as expected")
+    judged: Judged | None = None
+    faults: dict[str, int] = Field(description="degenerate answers by their first fault")
+    unended: int = Field(description="answers that ran into the limit, whether or not that is counted as a fault")
+    tokens_mean: float
+    tokens_median: float
+    against_plain: dict[str, Difference] = Field(default_factory=dict, description="by figure")
+
+
+class SetResult(Part):
+    name: str
+    dataset: Dataset
+    multi_turn: int = Field(description="prompts that are conversations of more than one turn")
+    limit_tells: bool = Field(description="plain answers end before the limit, so not to end is a fault")
+    arms: tuple[ArmOnSet, ...]
+
+
+class SteeredArm(Part):
+    name: str
+    file: str
+    digest: str
+    method: str
+    mode: Mode
+    strength: float
+
+
+class DivergenceOf(Part):
+    """KL(plain ‖ steered), nats, along plain answers to the set `on`: over prompts, of the mean over tokens, and of the
+    first token."""
+
+    arm: str
+    on: str
+    mean: float
+    median: float
+    p95: float
+    first_mean: float
+    first_median: float
+    first_p95: float
+
+
+class PerplexityOf(Part):
+    arm: str
+    perplexity: float
+    ratio: Difference | None = Field(default=None, description="÷ plain, paired bootstrap over blocks of tokens")
+
+
+class TextResult(Part):
+    dataset: Dataset
+    tokens: int
+    arms: tuple[PerplexityOf, ...]
+
+
+class TaskScore(Part):
+    """One metric of one task of lm_eval in one arm."""
+
+    task: str
+    metric: str
+    arm: str
+    samples: int
+    value: float
+    against_plain: Difference | None = None
+
+
+class Conditions(Part):
+    """What was asked for."""
+
+    model: str
+    revision: str | None
+    backend: str
+    dtype: str
+    system_prompt: str | None
+    max_tokens: int
+    behaviour: str
+    judge: str | None = None
+    tasks_url: str | None = None
+    software: dict[str, str]
+
+
+class Report(Part):
+    schema_version: Literal[1] = 1
+    tool: str = f"steer {__version__}"
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    conditions: Conditions
+    arms: tuple[SteeredArm, ...]
+    sets: tuple[SetResult, ...]
+    divergence: tuple[DivergenceOf, ...]
+    kappa: float | None = Field(
+        default=None, description="agreement of judge and matcher over all answers: within an arm they may hardly vary"
+    )
+    text: TextResult | None = None
+    tasks: tuple[TaskScore, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")

@@ -1,0 +1,170 @@
+"""The evaluation itself: the plain arm once, then every arm on every set, and what each costs elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from steer.direction import Dataset
+from steer.lab import perplexity as pp
+from steer.lab.behaviour import REFUSAL, Behaviour
+from steer.lab.degenerate import ends
+from steer.lab.evaluation.arms import PLAIN, Arm, steering
+from steer.lab.evaluation.cache import Cache
+from steer.lab.evaluation.expected import Expected, right
+from steer.lab.evaluation.outcomes import Told, arms_on_set, tell
+from steer.lab.evaluation.report import Difference, DivergenceOf, PerplexityOf, SetResult, TextResult
+from steer.lab.fit import Screen
+from steer.lab.judge import Judge
+from steer.lab.probe import Answered, Divergence, Probe
+from steer.lab.prompts import Conversation, Prompt, PromptSet
+
+#: The divergence is measured on answers to this set.
+HARMLESS = "harmless"
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text in tokens, and where it came from."""
+
+    dataset: Dataset
+    windows: pp.Windows
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured of `arms`."""
+
+    arms: Sequence[Arm]
+    sets: Mapping[str, PromptSet]
+    max_tokens: int
+    behaviour: Behaviour = REFUSAL
+    judge: Judge | None = None
+    expected: Mapping[Prompt, Expected] = field(default_factory=dict)
+    text: Text | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was measured, with every answer by set and arm."""
+
+    sets: tuple[SetResult, ...]
+    divergence: tuple[DivergenceOf, ...]
+    text: TextResult | None
+    told: Mapping[tuple[str, str], Sequence[Told]]
+
+
+def evaluate(screen: Screen, plan: Plan, cache: Cache) -> Found:
+    answers: dict[tuple[str, str], list[Answered]] = {}
+    divergence, negative = [], {}
+    for arm in (None, *plan.arms):
+        name = arm.name if arm else PLAIN
+        with steering(screen, arm) as steer:
+            for title, prompts in plan.sets.items():
+                answers[title, name] = _answers(screen, plan, cache, title, prompts, arm, steer)
+            if plan.text is not None:
+                negative[name] = _text(screen, plan.text, cache, arm, steer)
+            if arm is not None and HARMLESS in plan.sets:
+                plain = answers[HARMLESS, PLAIN]
+                divergence.append(_divergence(screen, plan.sets[HARMLESS], plain, cache, arm, steer, plan.max_tokens))
+    told: dict[tuple[str, str], list[Told]] = {}
+    sets = []
+    for title, prompts in plan.sets.items():
+        plain = answers[title, PLAIN]
+        for name in (PLAIN, *(arm.name for arm in plan.arms)):
+            given = answers[title, name]
+            texts = [answer.text for answer in given]
+            verdicts = _verdicts(plan.judge, cache, title, name, prompts, texts) if plan.judge else None
+            known = right(plan.expected, prompts.prompts, texts)
+            told[title, name] = tell(plan.behaviour, given, plain, plan.max_tokens, known, verdicts)
+        by_arm = {name: rows for (where, name), rows in told.items() if where == title}
+        sets.append(
+            SetResult(
+                name=title,
+                dataset=prompts.dataset,
+                multi_turn=sum(_turns(prompt) > 1 for prompt in prompts.prompts),
+                limit_tells=ends(plain, plan.max_tokens),
+                arms=arms_on_set(by_arm, plan.judge is not None),
+            )
+        )
+    text = None if plan.text is None else _text_result(plan.text, negative)
+    return Found(tuple(sets), tuple(divergence), text, told)
+
+
+def _turns(prompt: Prompt) -> int:
+    return sum(role == "user" for role, _ in prompt.turns) if isinstance(prompt, Conversation) else 1
+
+
+def _identity(arm: Arm | None) -> dict[str, Any]:
+    return {"arm": PLAIN} if arm is None else {"arm": arm.name, "digest": arm.digest}
+
+
+def _answers(
+    screen: Screen, plan: Plan, cache: Cache, title: str, prompts: PromptSet, arm: Arm | None, steer: Any
+) -> list[Answered]:
+    conditions = {"sha256": prompts.sha256, "max_tokens": plan.max_tokens} | _identity(arm)
+    name = arm.name if arm else PLAIN
+
+    def make(start: int, stop: int) -> list[Any]:
+        return [asdict(a) for a in screen.answers(prompts.prompts[start:stop], steer, f"{title}, {name}")]
+
+    rows = cache.rows(f"{title}.{name}.answers", conditions, len(prompts), make)
+    return [Answered(row["ids"], row["text"]) for row in rows]
+
+
+def _divergence(
+    screen: Screen, prompts: PromptSet, plain: Sequence[Answered], cache: Cache, arm: Arm, steer: Any, tokens: int
+) -> DivergenceOf:
+    def make() -> dict[str, float]:
+        # the probe goes along the greedy answers that are there; an engine along sampled ones with their probabilities
+        along = plain if isinstance(screen, Probe) else screen.continuations(prompts.prompts, "plain continuations")
+        found = screen.divergence(prompts.prompts, along, steer, f"divergence, {arm.name}")
+        return {name: getattr(found, name) for name in Divergence.__slots__}
+
+    conditions = {"sha256": prompts.sha256, "max_tokens": tokens} | _identity(arm)
+    value = cache.value(f"{HARMLESS}.{arm.name}.divergence", conditions, make)
+    return DivergenceOf(arm=arm.name, on=HARMLESS, **value)
+
+
+def _verdicts(
+    judge: Judge, cache: Cache, title: str, arm: str, prompts: PromptSet, texts: Sequence[str]
+) -> list[bool | None]:
+    conditions = {
+        "sha256": prompts.sha256,
+        "judge": judge.model,
+        "url": judge.url,
+        "description": judge.behaviour.description,
+    }
+
+    def make(start: int, stop: int) -> list[Any]:
+        return judge.verdicts(prompts.prompts[start:stop], texts[start:stop], f"judge: {title}, {arm}")
+
+    return cache.rows(f"{title}.{arm}.verdicts", conditions, len(prompts), make)
+
+
+def _text(screen: Any, text: Text, cache: Cache, arm: Arm | None, steer: Any) -> np.ndarray[Any, Any]:
+    def make() -> list[float]:
+        title = f"text, {arm.name if arm else PLAIN}"
+        return [float(v) for v in pp.negative_log_likelihoods(screen, text.windows, steer, title)]
+
+    name = f"text.{arm.name if arm else PLAIN}"
+    return np.array(cache.value(name, {"sha256": text.dataset.sha256} | _identity(arm), make))
+
+
+def _text_result(text: Text, negative: Mapping[str, np.ndarray[Any, Any]]) -> TextResult:
+    plain = negative[PLAIN]
+    return TextResult(
+        dataset=text.dataset,
+        tokens=len(plain) + 1,
+        arms=tuple(
+            PerplexityOf(
+                arm=name,
+                perplexity=pp.perplexity(values),
+                ratio=None if name == PLAIN else Difference.of(pp.ratio(plain, values)),
+            )
+            for name, values in negative.items()
+        ),
+    )

@@ -1,0 +1,64 @@
+"""What was measured is not measured again, what was cut short goes on, and what was asked otherwise is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from steer.errors import InvalidInput
+from steer.lab.evaluation.cache import CHUNK, Cache
+
+
+class Counting:
+    """Makes its row numbers, and breaks once it has made `until` of them."""
+
+    def __init__(self, until: int = 10**9) -> None:
+        self.until, self.spans = until, list[tuple[int, int]]()
+
+    def __call__(self, start: int, stop: int) -> list[int]:
+        if start >= self.until:
+            raise KeyboardInterrupt
+        self.spans.append((start, stop))
+        return list(range(start, stop))
+
+
+COUNT = 2 * CHUNK + 5
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_rows_are_made_in_chunks_and_kept(tmp_path: Path, folder: bool) -> None:
+    cache, make = Cache(tmp_path if folder else None, {"model": "m"}), Counting()
+    assert cache.rows("a.b", {}, COUNT, make) == list(range(COUNT))
+    assert make.spans == [(0, CHUNK), (CHUNK, 2 * CHUNK), (2 * CHUNK, COUNT)]
+    again = Counting()
+    assert cache.rows("a.b", {}, COUNT, again) == list(range(COUNT))
+    assert again.spans == ([] if folder else make.spans)
+
+
+def test_an_interrupted_run_goes_on_with_the_same_chunks(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Cache(tmp_path, {}).rows("a", {}, COUNT, Counting(until=2 * CHUNK))
+    (file,) = (tmp_path / "measured").iterdir()
+    file.write_text(file.read_text()[:-3])  # the machine went down amid a line
+    make = Counting()
+    assert Cache(tmp_path, {}).rows("a", {}, COUNT, make) == list(range(COUNT))
+    assert make.spans == [(CHUNK, 2 * CHUNK), (2 * CHUNK, COUNT)]
+
+
+def test_other_conditions_are_refused_by_name(tmp_path: Path) -> None:
+    Cache(tmp_path, {"model": "m", "dtype": "auto"}).value("a", {"max_tokens": 8}, lambda: 1)
+    with pytest.raises(InvalidInput) as caught:
+        Cache(tmp_path, {"model": "other", "dtype": "auto"}).value("a", {"max_tokens": 9}, lambda: 2)
+    assert len(caught.value.problems) == 2
+    assert "max_tokens = 8, asked for is 9" in str(caught.value)
+    assert "another folder" in str(caught.value)
+
+
+def test_a_file_whose_first_line_was_cut_begins_anew(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, {})
+    cache.value("a", {}, lambda: 1)
+    (file,) = (tmp_path / "measured").iterdir()
+    file.write_text(file.read_text()[:5])
+    assert cache.value("a", {}, lambda: 2) == 2
+    assert cache.value("a", {}, lambda: 3) == 2

@@ -1,0 +1,182 @@
+"""The evaluation on a real tiny model: nothing from nothing, the plain arm once, and the same again after a break."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steer.hf.attach import Steering
+from steer.hf.load import Loaded, load
+from steer.lab.behaviour import REFUSAL
+from steer.lab.evaluation.arms import Arm, arms_of
+from steer.lab.evaluation.cache import Cache
+from steer.lab.evaluation.markdown import render, tables
+from steer.lab.evaluation.pictures import draw
+from steer.lab.evaluation.projections import projected
+from steer.lab.evaluation.report import Conditions, Report, SteeredArm
+from steer.lab.evaluation.run import Found, Plan, Text, evaluate
+from steer.lab.judge import Judge
+from steer.lab.perplexity import windows
+from steer.lab.probe import Answered, Probe
+from steer.lab.prompts import Conversation, Prompt, PromptSet
+from steer.lab.source import TransformersSource
+from tests import models
+from tests.lab.judges import judging
+
+TALK = Conversation((("user", "ab"), ("assistant", "cd"), ("user", "ef")))
+SETS = {
+    "harmful": PromptSet("harmful.txt", "1", ("ab", "cde", "fgh")),
+    "harmless": PromptSet("harmless.txt", "2", ("x", "yz", "w", "uv")),
+    "multi-turn": PromptSet("talks.jsonl", "3", (TALK,)),
+}
+
+
+class Watched(Probe):
+    """A probe that notes what it was asked for."""
+
+    asked: list[tuple[str, int]]
+
+    def answers(self, prompts: Sequence[Prompt], steer: Any, title: str = "") -> list[Answered]:
+        self.asked.append((title, len(prompts)))
+        return super().answers(prompts, steer, title)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_folder: Path) -> Loaded:
+    return load(str(tiny_folder))
+
+
+@pytest.fixture(scope="module")
+def arms(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> list[Arm]:
+    path = tmp_path_factory.mktemp("directions") / "d.safetensors"
+    models.direction(loaded.model).save(path)
+    return arms_of([path], None, [0, 0.5, 1])
+
+
+@pytest.fixture
+def probe(loaded: Loaded) -> Watched:
+    watched = Watched(loaded, Steering(loaded.model), max_tokens=6)
+    watched.asked = []
+    return watched
+
+
+def plan(arms: list[Arm], loaded: Loaded, judge: Judge | None = None) -> Plan:
+    ids = loaded.text_ids("plain text of some length that is read in windows")
+    text = Text(SETS["harmful"].dataset, windows(ids, 16))
+    return Plan(arms, SETS, 6, REFUSAL, judge, {}, text)
+
+
+def report_of(found: Found, arms: list[Arm]) -> Report:
+    asked = Conditions(
+        model="tiny",
+        revision=None,
+        backend="transformers",
+        dtype="auto",
+        system_prompt=None,
+        max_tokens=6,
+        behaviour="refusal",
+        software={"torch": "2"},
+    )
+    steered = [
+        SteeredArm(name=a.name, file="d", digest=a.digest, method="random", mode=a.mode, strength=a.strength)
+        for a in arms
+    ]
+    return Report(
+        conditions=asked, arms=tuple(steered), sets=found.sets, divergence=found.divergence, text=found.text, tasks=()
+    )
+
+
+def test_strength_0_changes_nothing_and_1_does(probe: Watched, arms: list[Arm], loaded: Loaded) -> None:
+    found = evaluate(probe, plan(arms, loaded), Cache(None, {}))
+    for one in found.sets:
+        plain, nothing, *_ = one.arms
+        assert nothing.model_copy(update={"arm": "plain", "against_plain": {}}) == plain
+        assert nothing.against_plain["shown"].value == 0
+        assert found.told[one.name, "plain"] == found.told[one.name, arms[0].name]
+    nothing, _, full = found.divergence
+    assert nothing.mean == pytest.approx(0, abs=1e-6)
+    assert full.mean > 1e-3
+    assert found.text is not None
+    plain_text, same, *_, other = found.text.arms
+    assert same.perplexity == pytest.approx(plain_text.perplexity)
+    assert other.ratio is not None
+    assert other.ratio.value == pytest.approx(other.perplexity / plain_text.perplexity)
+    assert not probe.steering.table.rows_in_use
+    assert [one.multi_turn for one in found.sets] == [0, 0, 1]
+
+
+def test_the_plain_arm_is_asked_once(probe: Watched, arms: list[Arm], loaded: Loaded) -> None:
+    evaluate(probe, plan(arms, loaded), Cache(None, {}))
+    assert sorted(probe.asked) == sorted(
+        (f"{name}, {arm}", len(prompts))
+        for name, prompts in SETS.items()
+        for arm in ("plain", *(arm.name for arm in arms))
+    )
+
+
+def test_a_broken_run_goes_on_to_the_same_report(
+    probe: Watched, arms: list[Arm], loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(probe, plan(arms, loaded), Cache(None, {}))
+
+    def breaks(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Probe, "divergence", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(probe, plan(arms, loaded), Cache(tmp_path, {}))
+    probe.asked.clear()
+    again = evaluate(probe, plan(arms, loaded), Cache(tmp_path, {}))
+    assert again == whole
+    assert probe.asked
+    assert not any(title.endswith((", plain", f", {arms[0].name}")) for title, _ in probe.asked)
+    probe.asked.clear()
+    assert evaluate(probe, plan(arms, loaded), Cache(tmp_path, {})) == whole
+    assert not probe.asked
+
+
+def test_report_pictures_and_page_hold_every_figure(
+    probe: Watched, arms: list[Arm], loaded: Loaded, tmp_path: Path
+) -> None:
+    with judging(lambda body: (200, "yes" if "zzz" in body["messages"][0]["content"] else "No")) as (url, bodies, _):
+        judge = Judge(url, "judge", REFUSAL)
+        found = evaluate(probe, plan(arms, loaded, judge), Cache(tmp_path, {}))
+    assert len(bodies) == 8 * 4, "each prompt in each arm"
+    report = report_of(found, arms)
+    assert Report.model_validate_json(json.dumps(report.as_json())) == report
+    for one in report.sets:
+        for arm in one.arms:
+            assert arm.judged is not None
+            assert arm.judged.shown.count + arm.judged.unparsable == one.dataset.count
+    two = {name: SETS[name] for name in ("harmful", "harmless")}
+    projections = projected(TransformersSource(loaded), arms[0].direction, two)
+    pictures = draw(report, tmp_path, projections)
+    assert {"strength-d-ablate.png", "differences.png", "front.png", "projections.png"} == set(pictures.values())
+    page = render(report, pictures)
+    for file in pictures.values():
+        assert (tmp_path / file).stat().st_size > 5000
+        assert f"({file})" in page
+    assert tables(report) in page
+    for arm in arms:
+        assert arm.name in page
+    assert f"{found.divergence[-1].mean:.5f}" in page
+
+
+def test_projections_are_the_components_at_the_last_token(loaded: Loaded, arms: list[Arm]) -> None:
+    layer = 1
+    direction = replace(arms[0].direction, meta=arms[0].direction.meta.model_copy(update={"source_layer": layer}))
+    source = TransformersSource(loaded)
+    (panel,) = projected(source, direction, {"harmless": SETS["harmless"]}).values()
+    for prompt, value in zip(SETS["harmless"].prompts, panel["harmless"], strict=True):
+        (encoded,) = source.encode([prompt], None)
+        with torch.no_grad():
+            ids = torch.tensor([encoded.ids])
+            stream = loaded.model(input_ids=ids, output_hidden_states=True).hidden_states[layer + 1]
+        assert value == pytest.approx(float(stream[0, -1] @ direction.directions[layer, 0]), abs=1e-4)

@@ -1,0 +1,76 @@
+"""What is broken is told from what is only short, long or repetitive in the way of people."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer.demo import PROMPTS
+from steer.lab.degenerate import ends, fault, looped, repetition
+from steer.lab.probe import Answered
+
+tokens = st.lists(st.integers(0, 50), min_size=0, max_size=30)
+
+
+def answer(ids: list[int], text: str = "some words") -> Answered:
+    return Answered(ids, text)
+
+
+@given(tokens, st.lists(st.integers(0, 50), min_size=2, max_size=9), st.integers(3, 6), st.integers(0, 8))
+def test_a_phrase_three_times_at_the_end_is_a_loop(head: list[int], phrase: list[int], times: int, cut: int) -> None:
+    whole = head + phrase * times + phrase[: min(cut, len(phrase) - 1)]
+    assert looped(whole)
+    assert fault(answer(whole), None, None) == "looped"
+
+
+@given(st.lists(st.integers(0, 1000), unique=True, max_size=60))
+def test_what_never_repeats_is_no_loop(ids: list[int]) -> None:
+    assert not looped(ids)
+    assert repetition(ids) == 0
+
+
+def test_a_phrase_twice_or_a_loop_that_ended_is_no_loop_at_the_end() -> None:
+    assert not looped([1, 2, 3, 1, 2, 3])
+    assert not looped([7, 7, 7])  # as a person writes an ellipsis
+    assert not looped([1, 2] * 5 + [3, 4, 5])
+
+
+def test_repetition_is_the_share_of_4_grams_seen_before() -> None:
+    assert repetition([1, 2, 3, 4] * 2) == pytest.approx(1 / 5)
+    many = ([1, 2, 3, 4, 5] * 8) + [9, 8]
+    assert repetition(many) > 0.5
+    assert fault(answer(many), None, None) == "repetitive"
+    assert fault(answer(many[-20:]), None, None) is None, "too short to tell"
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "...!?", "—"])
+def test_nothing_is_empty(text: str) -> None:
+    assert fault(answer([1, 2, 3], text), None, None) == "empty"
+
+
+@pytest.mark.parametrize("text", ["7", "好", "ж.", "a"])
+def test_one_letter_of_any_script_is_not(text: str) -> None:
+    assert fault(answer([1], text), None, None) is None
+
+
+def test_collapse_is_told_beside_the_plain_answer_alone() -> None:
+    long = answer(list(range(40)))
+    assert fault(answer(list(range(9))), long, None) == "collapsed"
+    assert fault(answer(list(range(10))), long, None) is None
+    assert fault(answer([1]), None, None) is None
+
+
+def test_no_end_is_a_fault_where_a_limit_tells() -> None:
+    assert fault(answer(list(range(8))), None, 8) == "unended"
+    assert fault(answer(list(range(7))), None, 8) is None
+    assert fault(answer(list(range(8))), None, None) is None
+    short, long = answer([1]), answer(list(range(8)))
+    assert ends([short] * 19 + [long], 8)
+    assert not ends([short] * 18 + [long] * 2, 8)
+
+
+def test_right_answers_are_never_called_broken() -> None:
+    """Of the embedded model's language, split into letters: the strictest reading of a repetition."""
+    for line in (PROMPTS / "text.test.txt").read_text().splitlines():
+        assert fault(Answered([ord(c) for c in line], line), None, None) is None, line

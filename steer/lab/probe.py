@@ -96,7 +96,7 @@ class Probe:
     def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[RequestSteer | None]]:
         """The directions of `candidates` in the table while it lasts, the index entries of each. What shares a
         direction shares its rows. Raises NoRoom where there are more than `room` rows."""
-        table, names = self.steering.table, {}
+        table, names = self.steering.table, dict[int, str]()
         for candidate in candidates:
             names.setdefault(id(candidate.direction), f"candidate{len(names)}")
             check_mode(candidate.direction, candidate.mode, "candidate")
@@ -115,7 +115,7 @@ class Probe:
     def answers(
         self,
         prompts: Sequence[Prompt],
-        steer: RequestSteer | None | Sequence[RequestSteer | None],
+        steer: RequestSteer | Sequence[RequestSteer | None] | None,
         title: str = "",
         known: Callable[[str], bool] | None = None,
     ) -> list[Answered]:
@@ -144,7 +144,7 @@ class Probe:
     def opening_odds(
         self,
         prompts: Sequence[Prompt],
-        steer: RequestSteer | None | Sequence[RequestSteer | None],
+        steer: RequestSteer | Sequence[RequestSteer | None] | None,
         tokens: Sequence[int],
         title: str = "",
     ) -> np.ndarray[Any, Any]:
@@ -178,7 +178,7 @@ class Probe:
         self,
         prompts: Sequence[Prompt],
         plain: Sequence[Answered],
-        steer: RequestSteer | None | Sequence[RequestSteer | None],
+        steer: RequestSteer | Sequence[RequestSteer | None] | None,
         title: str = "",
     ) -> list[np.ndarray[Any, Any]]:
         """KL(plain ‖ steered) at each token of each prompt's plain answer, which both passes read (teacher forcing)."""

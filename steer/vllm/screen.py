@@ -65,7 +65,7 @@ class VllmScreen:
     def answers(
         self,
         prompts: Sequence[Prompt],
-        steer: str | None | Sequence[str | None],
+        steer: str | Sequence[str | None] | None,
         title: str = "",
         known: Callable[[str], bool] | None = None,
     ) -> list[Answered]:
@@ -75,7 +75,11 @@ class VllmScreen:
         return [Answered(_without_end(output.outputs[0]), output.outputs[0].text) for output in outputs]
 
     def opening_odds(
-        self, prompts: Sequence[Prompt], steer: str | None | Sequence[str | None], tokens: Sequence[int], title: str = ""
+        self,
+        prompts: Sequence[Prompt],
+        steer: str | Sequence[str | None] | None,
+        tokens: Sequence[int],
+        title: str = "",
     ) -> np.ndarray[Any, Any]:
         """log(p) − log(1 − p), p the probability that an answer begins with one of `tokens`. The engine hands out the
         float32 log-probabilities of these tokens, so the odds are exact up to their rounding: not told apart above
@@ -102,7 +106,7 @@ class VllmScreen:
         self,
         prompts: Sequence[Prompt],
         plain: Sequence[Sampled],
-        steer: str | None | Sequence[str | None],
+        steer: str | Sequence[str | None] | None,
         title: str = "",
     ) -> list[np.ndarray[Any, Any]]:
         """KL(plain ‖ steered), estimated along sampled plain answers: an engine hands out the log-probability of each
@@ -126,7 +130,7 @@ class VllmScreen:
         return [self._ids[prompt] for prompt in prompts]
 
     def _generate(
-        self, prompts: Sequence[list[int]], steer: str | None | Sequence[str | None], title: str, **options: Any
+        self, prompts: Sequence[list[int]], steer: str | Sequence[str | None] | None, title: str, **options: Any
     ) -> list[Any]:
         from vllm import SamplingParams
 

@@ -145,6 +145,9 @@ def _entrants(measurement: Measurement, recipe: Recipe, grid: Grid) -> list[Entr
                 check_needs(measurement, base)
                 layers = layers_of(measurement, base) if grid.layers == "auto" else grid.layers
                 layers = tuple(source_layer(measurement, replace(base, layer=layer)) for layer in layers)
+            except DegenerateError as error:
+                undefined += [f"position {position}: {problem}" for problem in error.problems]
+                continue
             except InvalidInput as error:
                 problems += error.problems
                 continue

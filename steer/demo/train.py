@@ -217,12 +217,13 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 
 
 def save_prompts(folder: Path, fit: int = 192, test: int = 200) -> None:
-    """`<class>.<split>.txt`, one prompt a line; the borderline class is for tests only."""
+    """`<class>.<split>.txt`, one prompt a line; nothing is fitted to the borderline class, what is chosen may be tried on it."""
     folder.mkdir(parents=True, exist_ok=True)
     files: tuple[tuple[language.Class, language.Split, int], ...] = (
         ("refused", "train", fit),
         ("harmless", "train", fit),
         ("refused", "test", test),
+        ("borderline", "train", fit),
         ("harmless", "test", test),
         ("borderline", "test", min(test, len(language.PAIRS["borderline"]["test"]))),
     )

@@ -1,0 +1,269 @@
+"""A search: an optimiser with several aims over the space of directions, its trials tried out in groups as rows of one
+batch. It lives in a folder, from which an interrupted one goes on.
+
+    measurement.safetensors   what every trial's direction is made of
+    search.json               the settings, and what was searched on
+    trials.log                optuna's own journal of the trials
+    front.md, front.png       the Pareto front
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from steer.direction import Dataset, write_file
+from steer.errors import InvalidInput
+from steer.lab.behaviour import Behaviour
+from steer.lab.derive import Recipe, derive
+from steer.lab.measurement import Measurement
+from steer.lab.methods import make_method
+from steer.lab.prompts import PromptSet
+from steer.lab.race import Figures, Race, Sets
+from steer.lab.screen import Candidate, Screen
+from steer.lab.space import Space, candidate
+
+#: Names of the files in a search's folder.
+MEASUREMENT, SETTINGS, TRIALS = "measurement.safetensors", "search.json", "trials.log"
+#: The key in the file of a direction, and of a trial, with what was measured.
+POINT, FIGURES = "point", "figures"
+STUDY = "steer"
+
+
+class Settings(BaseModel):
+    """All that decides the trials, with the model's weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    revision: str | None = None
+    backend: str = "transformers"
+    behaviour: Behaviour
+    harmful: Dataset
+    harmless: Dataset
+    borderline: Dataset | None = None
+    system_prompt: str | None = None
+    prompts: int = Field(96, ge=8, description="prompts of each set that a trial is tried on, at most")
+    tokens: int = Field(32, ge=1, description="longest answer")
+    group: int = Field(16, ge=1, le=256, description="trials that are tried at once")
+    startup: int = Field(32, ge=1, description="trials drawn at random before the optimiser begins")
+    seed: int = 0
+    space: Space
+    measurement_sha256: str = ""
+
+    @property
+    def aims(self) -> tuple[str, ...]:
+        return ("refused", "kl") + (("over",) if self.borderline else ())
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One point that was tried. `values` are its figures in the order of the aims, all to be small."""
+
+    number: int
+    point: dict[str, Any]
+    values: tuple[float, ...]
+    figures: dict[str, Any]
+
+    @property
+    def stopped(self) -> bool:
+        """It could not win, and was not tried on all prompts."""
+        return bool(self.figures["stopped"])
+
+
+def front(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that no other is better than in one aim and as good in all, of those that were tried to the end; of
+    equal ones the first. Fewest refusals first."""
+    whole = [t for t in trials if not t.stopped]
+    found: list[Trial] = []
+    # in this order a trial can only be dominated by one before it
+    for trial in sorted(whole, key=lambda t: (*t.values, t.number)):
+        if not any(all(a <= b for a, b in zip(other.values, trial.values, strict=True)) for other in found):
+            found.append(trial)
+    return found
+
+
+class Search:
+    """The state of a search in its folder."""
+
+    def __init__(self, folder: Path, settings: Settings, measurement: Measurement) -> None:
+        self.folder, self.settings, self.measurement = folder, settings, measurement
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def begin(cls, folder: Path, settings: Settings, measurement: Measurement) -> Search:
+        """A new search in `folder`, or the one that is there. Raises InvalidInput naming every setting that differs
+        from what it was begun with."""
+        path = folder / MEASUREMENT
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / SETTINGS).exists():
+            measurement.save(path)
+            settings = settings.model_copy(
+                update={"space": settings.space.bounded(measurement), "measurement_sha256": _sha256(path)}
+            )
+            write_file(folder / SETTINGS, settings.model_dump_json(indent=2).encode())
+            return cls(folder, settings, measurement)
+        begun = cls.open(folder)
+        asked, have = settings.model_dump(mode="json"), begun.settings.model_dump(mode="json")
+        own = {"measurement_sha256": None, "space": {"layers", "depth"}}
+        problems = []
+        for name in have:
+            if name == "space":
+                pairs = [(f"space.{n}", asked[name][n], have[name][n]) for n in have[name] if n not in own["space"]]  # type: ignore[operator]
+            else:
+                pairs = [] if name in own else [(name, asked[name], have[name])]
+            problems += [f"{folder}: this search was begun with {n} {h!r}, not {a!r}" for n, a, h in pairs if a != h]
+        if problems:
+            raise InvalidInput([*problems, "give the same options again, or another folder"])
+        return begun
+
+    @classmethod
+    def open(cls, folder: Path) -> Search:
+        """The search in `folder`. Raises InvalidInput where there is none, or its files do not belong together."""
+        try:
+            settings = Settings.model_validate_json((folder / SETTINGS).read_bytes())
+        except OSError as error:
+            raise InvalidInput(f"{folder}: no search is here ({SETTINGS}: {error.strerror})") from error
+        except ValidationError as error:
+            raise InvalidInput(
+                [f"{folder / SETTINGS}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            ) from error
+        path = folder / MEASUREMENT
+        measurement = Measurement.load(path)
+        if _sha256(path) != settings.measurement_sha256:
+            raise InvalidInput(f"{path}: it is not the measurement that this search was begun with")
+        return cls(folder, settings, measurement)
+
+    def trials(self) -> list[Trial]:
+        """Those that were told, in order."""
+        return [_trial(frozen) for frozen in self._journal().get_trials(deepcopy=False)]
+
+    def save(self, number: int, path: Path) -> str:
+        """Write the direction of trial `number` and return its digest; it takes the measurement alone."""
+        known = {trial.number: trial for trial in self.trials()}
+        if number not in known:
+            raise InvalidInput(f"trial {number} is not in {self.folder}: it has {len(known)}, from 0")
+        trial = known[number]
+        selection = {
+            "by": f"trial {number} of a search",
+            "behaviour": self.settings.behaviour.name,
+            POINT: trial.point,
+            **trial.figures,
+        }
+        return candidate(self.measurement, trial.point, selection).direction.save(path)
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        screen: Screen,
+        sets: Sets,
+        count: int,
+        after: Callable[[list[Trial]], object] | None = None,
+    ) -> list[Trial]:
+        """Go on until there are at least `count` trials (whole groups). `after` is told all trials behind each group.
+
+        A group is written when all of it is known; one that was interrupted is drawn and tried again, and comes out
+        the same, since what draws it depends on the seed, the group's number and the groups before it alone.
+        """
+        settings, group = self.settings, self.settings.group
+        journal = self._journal()
+        written = journal.get_trials(deepcopy=False)
+        told = written[: len(written) // group * group]
+        trials = [_trial(frozen) for frozen in told]
+        race = Race(screen, settings.behaviour, sets) if len(trials) < count else None
+        while race is not None and len(trials) < count:
+            study = self._study(told)
+            asked = [study.ask() for _ in range(group)]
+            points = [settings.space.suggest(trial) for trial in asked]
+            bar = min((wilson_upper(t) for t in trials), default=1.0)
+            figures = race.run([candidate(self.measurement, point) for point in points], bar)
+            fresh = []
+            for trial, point, found in zip(asked, points, figures, strict=True):
+                for key, value in ((POINT, point), (FIGURES, self._row(found))):
+                    trial.set_user_attr(key, value)
+                fresh.append(study.tell(trial, self._values(found)))
+            journal.add_trials(fresh[len(written) - len(told) :])
+            written = told = [*told, *fresh]
+            trials = [_trial(frozen) for frozen in told]
+            if after is not None:
+                after(trials)
+        return trials
+
+    def _values(self, figures: Figures) -> list[float]:
+        return [figures.shown, figures.kl] + ([] if figures.over is None else [figures.over])
+
+    def _row(self, figures: Figures) -> dict[str, Any]:
+        return {
+            "refused": figures.shown,
+            "prompts": len(figures.asked),
+            "bound": figures.interval[1],
+            "kl": figures.kl,
+            "kl_prompts": len(figures.kls),
+            "over": figures.over,
+            "borderline_prompts": len(figures.borderline),
+            "stopped": figures.stopped,
+        }
+
+    def _study(self, told: Sequence[FrozenTrial]) -> optuna.Study:
+        """The optimiser as it stands behind `told`, in memory: what draws the next group."""
+        settings = self.settings
+        seed = int.from_bytes(hashlib.sha256(f"{settings.seed} {len(told)}".encode()).digest()[:4])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=settings.startup, multivariate=True, group=True, constant_liar=True
+            )
+        study = optuna.create_study(directions=["minimize"] * len(settings.aims), sampler=sampler)
+        study.add_trials([_copy(frozen) for frozen in told])
+        return study
+
+    def _journal(self) -> optuna.Study:
+        backend = optuna.storages.journal.JournalFileBackend(str(self.folder / TRIALS))
+        return optuna.create_study(
+            study_name=STUDY,
+            storage=optuna.storages.JournalStorage(backend),
+            directions=["minimize"] * len(self.settings.aims),
+            load_if_exists=True,
+        )
+
+
+def wilson_upper(trial: Trial) -> float:
+    return float(trial.figures["bound"])
+
+
+def rank_of(space: Space, measurement: Measurement) -> int:
+    """Rows that a direction of `space` has at most."""
+    return max(derive(measurement, Recipe(make_method(m), space.layers[-1])).rank for m in space.methods)
+
+
+def _copy(frozen: FrozenTrial) -> FrozenTrial:
+    return create_trial(
+        state=TrialState.COMPLETE,
+        values=frozen.values,
+        params=frozen.params,
+        distributions=frozen.distributions,
+        user_attrs=frozen.user_attrs,
+    )
+
+
+def _trial(frozen: FrozenTrial) -> Trial:
+    attributes = frozen.user_attrs
+    return Trial(frozen.number, attributes[POINT], tuple(frozen.values), attributes[FIGURES])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -217,7 +217,7 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 
 
 def save_prompts(folder: Path, fit: int = 192, test: int = 200) -> None:
-    """`<class>.<split>.txt`, one prompt a line; nothing is fitted to the borderline class, what is chosen may be tried on it."""
+    """`<class>.<split>.txt`, one prompt a line; the borderline class is for trying out, nothing is fitted to it."""
     folder.mkdir(parents=True, exist_ok=True)
     files: tuple[tuple[language.Class, language.Split, int], ...] = (
         ("refused", "train", fit),

@@ -15,7 +15,7 @@ from torch import Tensor
 from steer.direction import Direction, Mode
 from steer.hf.attach import Steering
 from steer.hf.load import Loaded
-from steer.lab.batches import in_batches, left_padded, right_padded
+from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
 from steer.lab.encode import encode_all
 from steer.lab.greedy import greedy, last_logits
 from steer.lab.prompts import Prompt
@@ -25,6 +25,10 @@ from steer.runtime.modes import check_mode
 from steer.spec import Entry, Spec
 
 T = TypeVar("T")
+#: Bytes of cache that a batch of answers may hold; AUTO rows are tried whatever they take.
+CACHE_BYTES = 2**30
+#: Rows of a batch, at most.
+MOST = 512
 #: Bytes of logits that one teacher-forced pass may hold, and those of plain answers that are kept.
 LOGIT_BYTES, KEPT_BYTES = 2**29, 2**30
 
@@ -139,7 +143,14 @@ class Probe:
             )
             return [Answered(ids, decode(ids, skip_special_tokens=True)) for ids in found]
 
-        return in_batches(encoded, run, batch_size=self.batch_size, title=title if self.progress else "")
+        size = self.batch_size or self._fitting(max(map(len, encoded), default=0) + self.max_tokens)
+        return in_batches(encoded, run, batch_size=size, title=title if self.progress else "")
+
+    def _fitting(self, tokens: int) -> int:
+        """Rows of so many tokens that a batch may have: the more, the less of a step is overhead."""
+        anatomy = self.steering.anatomy
+        each = 2 * anatomy.layers * anatomy.d_model * anatomy.dtype.itemsize * tokens  # keys and values, at most
+        return max(AUTO, min(MOST, CACHE_BYTES // each))
 
     def opening_odds(
         self,
@@ -163,7 +174,8 @@ class Probe:
             odds = logits[:, inside].logsumexp(-1) - logits[:, ~inside].logsumexp(-1)
             return [float(value) for value in odds]
 
-        return np.array(in_batches(encoded, run, batch_size=self.batch_size, title=title if self.progress else ""))
+        size = self.batch_size or self._fitting(max(map(len, encoded), default=1))
+        return np.array(in_batches(encoded, run, batch_size=size, title=title if self.progress else ""))
 
     def continuations(self, prompts: Sequence[Prompt], title: str = "") -> list[Continued]:
         """The plain text along which divergences are taken: the model's own greedy answers."""

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from steer.errors import InvalidInput
 from steer.lab.behaviour import Behaviour
 from steer.lab.prompts import Prompt
-from steer.lab.screen import Candidate, Screen
+from steer.lab.screen import Answer, Candidate, Screen
 from steer.lab.statistics import wilson
 
 #: Prompts of each set in the first round; each round after it goes to twice as many.
 FIRST_ROUND = 8
+#: A mean is surely above zero where it is so many standard errors above it.
+SURELY = 3.0
+#: Why a candidate stopped: it surely shows more of the behaviour than the best, or another is as good in answers and
+#: surely diverges less.
+Reason = Literal["shown", "diverges"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +59,13 @@ class Sets:
 
 @dataclass(slots=True)
 class Figures:
-    """What one candidate did: answers that showed the behaviour of the prompts asked and of the borderline ones, and
-    KL(plain ‖ steered) of each harmless prompt. `stopped`: it could not win, so that it was not tried on all."""
+    """What one candidate did, prompt by prompt: answers that showed the behaviour of the prompts asked and of the
+    borderline ones, and KL(plain ‖ steered) of each harmless prompt. `stopped` before all were tried, and why."""
 
     asked: list[bool] = field(default_factory=list)
     borderline: list[bool] = field(default_factory=list)
     kls: list[float] = field(default_factory=list)
-    stopped: bool = False
+    stopped: Reason | None = None
 
     @property
     def shown(self) -> float:
@@ -78,6 +84,17 @@ class Figures:
         """Of the rate shown, 95 %."""
         return wilson(sum(self.asked), len(self.asked))
 
+    def surely_beaten_by(self, other: Figures) -> bool:
+        """Does `other`, on the same prompts, show no more, and surely diverge less?"""
+        for mine, its in ((self.asked, other.asked), (self.borderline, other.borderline)):
+            if len(its) < len(mine) or sum(its[: len(mine)]) > sum(mine):
+                return False
+        count = len(self.kls)
+        if len(other.kls) < count or count < 2:
+            return False
+        more = np.array(self.kls) - np.array(other.kls[:count])
+        return bool(more.mean() > SURELY * more.std(ddof=1) / math.sqrt(count))
+
 
 class Race:
     """One model, one behaviour, one choice of prompts. What the plain model does is found once, when it is made."""
@@ -89,20 +106,14 @@ class Race:
         self.plain = Figures(shown[: len(sets.asked)], shown[len(sets.asked) :], [0.0] * len(sets.other))
         self._continued = screen.continuations(sets.other, "plain, harmless")
 
-    def run(
-        self, candidates: Sequence[Candidate], bar: float = 1.0, after: Callable[[int], object] | None = None
-    ) -> list[Figures]:
-        """The figures of each candidate. `bar` is the upper bound of the best rate so far, from before: whose lower
-        bound is over it stops. `after` is told how many candidates are done."""
+    def run(self, candidates: Sequence[Candidate], rivals: Sequence[Figures] = ()) -> list[Figures]:
+        """The figures of each candidate; `rivals` are the best from before."""
         figures = [Figures() for _ in candidates]
-        done = 0
         for group in self._groups(candidates):
             members = [figures[i] for i in group]
             with self.screen.all_resident([candidates[i] for i in group]) as steers:
-                bar = self._rounds(members, steers, bar)
-            done += len(group)
-            if after is not None:
-                after(done)
+                self._rounds(members, steers, rivals)
+            rivals = [*rivals, *(each for each in members if each.stopped is None)]
         return figures
 
     def opening_odds(self, candidates: Sequence[Candidate], tokens: Sequence[int], count: int) -> list[float]:
@@ -116,30 +127,47 @@ class Race:
             odds |= dict(zip(group, found.reshape(len(group), -1).mean(1).tolist(), strict=True))
         return [odds[i] for i in range(len(candidates))]
 
-    def _rounds(self, figures: Sequence[Figures], steers: Sequence[Any], bar: float) -> float:
+    def _rounds(self, figures: Sequence[Figures], steers: Sequence[Any], rivals: Sequence[Figures]) -> None:
         done, end, sets = 0, FIRST_ROUND, self.sets
         longest = max(len(sets.asked), len(sets.other), len(sets.borderline))
         while done < longest:
-            running = [(f, steer) for f, steer in zip(figures, steers, strict=True) if not f.stopped]
+            running = [(f, steer) for f, steer in zip(figures, steers, strict=True) if f.stopped is None]
             part = slice(done, end)
-            self._answer([f.asked for f, _ in running], sets.asked[part], [s for _, s in running])
-            self._answer([f.borderline for f, _ in running], sets.borderline[part], [s for _, s in running])
-            self._diverge([f for f, _ in running], part, [s for _, s in running])
-            bar = min([bar, *(f.interval[1] for f, _ in running)])
-            for each, _ in running:
-                each.stopped = each.interval[0] > bar and end < longest
+            members, mine = [f for f, _ in running], [steer for _, steer in running]
+            self._answer(members, part, mine)
+            self._diverge(members, part, mine)
+            if end < longest:
+                self._stop(members, rivals)
             done, end = end, 2 * end
-        return bar
 
-    def _answer(self, shown: Sequence[list[bool]], prompts: Sequence[Prompt], steers: Sequence[Any]) -> None:
-        if not prompts:
-            return
-        rows = list(chain.from_iterable([steer] * len(prompts) for steer in steers))
-        title = f"{len(steers)} candidates × {len(prompts)}"
-        answers = self.screen.answers([*prompts] * len(steers), rows, title, self.behaviour.decided)
-        for number, each in enumerate(shown):
-            mine = answers[number * len(prompts) : (number + 1) * len(prompts)]
-            each += [self.behaviour.shown(answer.text) for answer in mine]
+    @staticmethod
+    def _stop(running: Sequence[Figures], rivals: Sequence[Figures]) -> None:
+        others = [*rivals, *running]
+        bar = min(other.interval[1] for other in others)
+        for each in running:
+            if each.interval[0] > bar:
+                each.stopped = "shown"
+        for each in running:
+            if each.stopped is None and any(
+                each.surely_beaten_by(other) for other in others if other is not each and other.stopped is None
+            ):
+                each.stopped = "diverges"
+
+    def _answer(self, figures: Sequence[Figures], part: slice, steers: Sequence[Any]) -> None:
+        asked, borderline = self.sets.asked[part], self.sets.borderline[part]
+        prompts = asked + borderline
+        for each, answers in zip(figures, self._each(prompts, steers), strict=True):
+            shown = [self.behaviour.shown(answer.text) for answer in answers]
+            each.asked += shown[: len(asked)]
+            each.borderline += shown[len(asked) :]
+
+    def _each(self, prompts: Sequence[Prompt], steers: Sequence[Any]) -> Iterator[Sequence[Answer]]:
+        """The answers of each candidate to all of `prompts`."""
+        count = len(prompts)
+        rows = list(chain.from_iterable([steer] * count for steer in steers))
+        title = f"{len(steers)} candidates × {count} answers"
+        answers = self.screen.answers([*prompts] * len(steers), rows, title, self.behaviour.decided) if count else []
+        return (answers[i * count : (i + 1) * count] for i in range(len(steers)))
 
     def _diverge(self, figures: Sequence[Figures], part: slice, steers: Sequence[Any]) -> None:
         prompts, plain = self.sets.other[part], self._continued[part]

@@ -10,16 +10,13 @@ batch. It lives in a folder, from which an interrupted one goes on.
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,9 +26,8 @@ from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe, derive
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
-from steer.lab.prompts import PromptSet
 from steer.lab.race import Figures, Race, Sets
-from steer.lab.screen import Candidate, Screen
+from steer.lab.screen import Screen
 from steer.lab.space import Space, candidate
 
 #: Names of the files in a search's folder.
@@ -54,6 +50,8 @@ class Settings(BaseModel):
     harmless: Dataset
     borderline: Dataset | None = None
     system_prompt: str | None = None
+    position: int = -1
+    dtype: str = "auto"
     prompts: int = Field(96, ge=8, description="prompts of each set that a trial is tried on, at most")
     tokens: int = Field(32, ge=1, description="longest answer")
     group: int = Field(16, ge=1, le=256, description="trials that are tried at once")
@@ -74,18 +72,13 @@ class Trial:
     number: int
     point: dict[str, Any]
     values: tuple[float, ...]
-    figures: dict[str, Any]
-
-    @property
-    def stopped(self) -> bool:
-        """It could not win, and was not tried on all prompts."""
-        return bool(self.figures["stopped"])
+    figures: Figures
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:
     """The trials that no other is better than in one aim and as good in all, of those that were tried to the end; of
     equal ones the first. Fewest refusals first."""
-    whole = [t for t in trials if not t.stopped]
+    whole = [t for t in trials if t.figures.stopped is None]
     found: list[Trial] = []
     # in this order a trial can only be dominated by one before it
     for trial in sorted(whole, key=lambda t: (*t.values, t.number)):
@@ -103,13 +96,16 @@ class Search:
     # -- files -----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def begin(cls, folder: Path, settings: Settings, measurement: Measurement) -> Search:
-        """A new search in `folder`, or the one that is there. Raises InvalidInput naming every setting that differs
-        from what it was begun with."""
+    def begin(cls, folder: Path, settings: Settings, measure: Callable[[Path], Measurement]) -> Search:
+        """A new search in `folder`, on what `measure(file for what is half done)` gives; or the one that is there.
+        Raises InvalidInput naming every setting that differs from what it was begun with."""
         path = folder / MEASUREMENT
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / SETTINGS).exists():
+            partial = path.with_name(f"{path.name}.part")
+            measurement = measure(partial)
             measurement.save(path)
+            partial.unlink(missing_ok=True)
             settings = settings.model_copy(
                 update={"space": settings.space.bounded(measurement), "measurement_sha256": _sha256(path)}
             )
@@ -117,16 +113,17 @@ class Search:
             return cls(folder, settings, measurement)
         begun = cls.open(folder)
         asked, have = settings.model_dump(mode="json"), begun.settings.model_dump(mode="json")
-        own = {"measurement_sha256": None, "space": {"layers", "depth"}}
-        problems = []
-        for name in have:
-            if name == "space":
-                pairs = [(f"space.{n}", asked[name][n], have[name][n]) for n in have[name] if n not in own["space"]]  # type: ignore[operator]
-            else:
-                pairs = [] if name in own else [(name, asked[name], have[name])]
-            problems += [f"{folder}: this search was begun with {n} {h!r}, not {a!r}" for n, a, h in pairs if a != h]
-        if problems:
-            raise InvalidInput([*problems, "give the same options again, or another folder"])
+        for each in (asked, have):
+            each |= each.pop("space")
+        found_out = ("measurement_sha256", "layers", "depth")
+        if different := [name for name in have if name not in found_out and asked[name] != have[name]]:
+            raise InvalidInput(
+                [
+                    f"{folder}: this search was begun with {n} {_short(have[n])}, not {_short(asked[n])}"
+                    for n in different
+                ]
+                + ["give the same options again, or another folder"]
+            )
         return begun
 
     @classmethod
@@ -160,7 +157,9 @@ class Search:
             "by": f"trial {number} of a search",
             "behaviour": self.settings.behaviour.name,
             POINT: trial.point,
-            **trial.figures,
+            **dict(zip(self.settings.aims, trial.values, strict=True)),
+            "prompts": len(trial.figures.asked),
+            "stopped": trial.figures.stopped,
         }
         return candidate(self.measurement, trial.point, selection).direction.save(path)
 
@@ -188,34 +187,22 @@ class Search:
             study = self._study(told)
             asked = [study.ask() for _ in range(group)]
             points = [settings.space.suggest(trial) for trial in asked]
-            bar = min((wilson_upper(t) for t in trials), default=1.0)
-            figures = race.run([candidate(self.measurement, point) for point in points], bar)
+            rivals = [trial.figures for trial in front(trials)]
+            figures = race.run([candidate(self.measurement, point) for point in points], rivals)
             fresh = []
             for trial, point, found in zip(asked, points, figures, strict=True):
-                for key, value in ((POINT, point), (FIGURES, self._row(found))):
+                for key, value in ((POINT, point), (FIGURES, asdict(found))):
                     trial.set_user_attr(key, value)
-                fresh.append(study.tell(trial, self._values(found)))
+                # what shows the behaviour is no part of a front, however little it diverges: it must not draw the
+                # optimiser
+                trial.set_constraint("shown", found.shown if found.stopped == "shown" else 0.0)
+                fresh.append(study.tell(trial, _values(found)))
             journal.add_trials(fresh[len(written) - len(told) :])
             written = told = [*told, *fresh]
             trials = [_trial(frozen) for frozen in told]
             if after is not None:
                 after(trials)
         return trials
-
-    def _values(self, figures: Figures) -> list[float]:
-        return [figures.shown, figures.kl] + ([] if figures.over is None else [figures.over])
-
-    def _row(self, figures: Figures) -> dict[str, Any]:
-        return {
-            "refused": figures.shown,
-            "prompts": len(figures.asked),
-            "bound": figures.interval[1],
-            "kl": figures.kl,
-            "kl_prompts": len(figures.kls),
-            "over": figures.over,
-            "borderline_prompts": len(figures.borderline),
-            "stopped": figures.stopped,
-        }
 
     def _study(self, told: Sequence[FrozenTrial]) -> optuna.Study:
         """The optimiser as it stands behind `told`, in memory: what draws the next group."""
@@ -240,8 +227,8 @@ class Search:
         )
 
 
-def wilson_upper(trial: Trial) -> float:
-    return float(trial.figures["bound"])
+def _values(figures: Figures) -> tuple[float, ...]:
+    return (figures.shown, figures.kl) + (() if figures.over is None else (figures.over,))
 
 
 def rank_of(space: Space, measurement: Measurement) -> int:
@@ -256,14 +243,20 @@ def _copy(frozen: FrozenTrial) -> FrozenTrial:
         params=frozen.params,
         distributions=frozen.distributions,
         user_attrs=frozen.user_attrs,
+        constraints=frozen.constraints,
     )
 
 
 def _trial(frozen: FrozenTrial) -> Trial:
     attributes = frozen.user_attrs
-    return Trial(frozen.number, attributes[POINT], tuple(frozen.values), attributes[FIGURES])
+    return Trial(frozen.number, attributes[POINT], tuple(frozen.values), Figures(**attributes[FIGURES]))
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

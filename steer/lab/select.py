@@ -129,7 +129,7 @@ def select(
 def best(entrants: Sequence[Entrant]) -> Entrant:
     """Of those that were tried to the end: the fewest answers shown, and among those within one prompt of the fewest,
     the least KL."""
-    tried = [(e, e.figures) for e in entrants if e.figures is not None and not e.figures.stopped]
+    tried = [(e, e.figures) for e in entrants if e.figures is not None and e.figures.stopped is None]
     fewest = min(f.shown for _, f in tried)
     return min((pair for pair in tried if pair[1].shown <= fewest + 1 / len(pair[1].asked)), key=lambda p: p[1].kl)[0]
 

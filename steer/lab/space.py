@@ -38,14 +38,22 @@ class Space(BaseModel):
     methods: Annotated[tuple[str, ...], Field(min_length=1)] = ("slerp", "projected", "linear", "whitened")
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("ablate", "one_sided")
     t: tuple[float, float] = Field((0.0, 1.5), description="least and most t of slerp")
-    strength: tuple[float, float] = Field((0.5, 1.5), description="least and most strength; of `add` its hundredth, negative")
+    strength: tuple[float, float] = Field(
+        (0.5, 1.5), description="least and most strength; of `add` its hundredth, negative"
+    )
     layers: tuple[int, ...] = Field((), description="source layers that are tried")
     depth: Annotated[int, Field(ge=1, description="layers of the model")] = 1
 
     def bounded(self, measurement: Measurement) -> Space:
         """With the layers of `measurement` whose classes separate. Raises InvalidInput with every problem."""
-        problems = [f"method '{name}' is not known; accepted: {', '.join(METHODS)}" for name in self.methods if name not in METHODS]
-        problems += [f"mode '{mode}' is not known; accepted: {', '.join(MODES)}" for mode in self.modes if mode not in MODES]
+        problems = [
+            f"method '{name}' is not known; accepted: {', '.join(METHODS)}"
+            for name in self.methods
+            if name not in METHODS
+        ]
+        problems += [
+            f"mode '{mode}' is not known; accepted: {', '.join(MODES)}" for mode in self.modes if mode not in MODES
+        ]
         for name in ("t", "strength"):
             low, high = getattr(self, name)
             if not low < high:
@@ -62,7 +70,9 @@ class Space(BaseModel):
         bounded = self.model_copy(update={"layers": layers, "depth": measurement.meta.model.layers})
         offered = derive(measurement, Recipe(make_method(self.methods[0]), layers[-1])).meta.modes
         if missing := [mode for mode in self.modes if mode not in offered]:
-            raise InvalidInput([f"the mode '{mode}' needs means that this measurement does not have" for mode in missing])
+            raise InvalidInput(
+                [f"the mode '{mode}' needs means that this measurement does not have" for mode in missing]
+            )
         return bounded
 
     def suggest(self, trial: Suggest) -> dict[str, Parameter]:

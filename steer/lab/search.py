@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -118,10 +119,7 @@ class Search:
         found_out = ("measurement_sha256", "layers", "depth")
         if different := [name for name in have if name not in found_out and asked[name] != have[name]]:
             raise InvalidInput(
-                [
-                    f"{folder}: this search was begun with {n} {_short(have[n])}, not {_short(asked[n])}"
-                    for n in different
-                ]
+                [f"{folder}: was begun with {n} {_short(have[n])}, not {_short(asked[n])}" for n in different]
                 + ["give the same options again, or another folder"]
             )
         return begun
@@ -218,7 +216,7 @@ class Search:
         return study
 
     def _journal(self) -> optuna.Study:
-        backend = optuna.storages.journal.JournalFileBackend(str(self.folder / TRIALS))
+        backend = JournalFileBackend(str(self.folder / TRIALS))
         return optuna.create_study(
             study_name=STUDY,
             storage=optuna.storages.JournalStorage(backend),

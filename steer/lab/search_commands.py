@@ -127,9 +127,7 @@ def search(
     method: Annotated[str, typer.Option(help="methods, separated by commas")] = "slerp,projected,linear,whitened",
     t: Annotated[str, typer.Option(help="least and most t of slerp")] = "0,1.5",
     mode: Annotated[str, typer.Option(help="modes, separated by commas")] = "ablate,one_sided",
-    strength: Annotated[
-        str, typer.Option(help="least and most strength; of `add` its hundredth, negative")
-    ] = "0.5,1.5",
+    strength: Annotated[str, typer.Option(help="least and most strength; of add its hundredth, below 0")] = "0.5,1.5",
     position: Annotated[int, typer.Option(help="token position that is measured, −1 is the last of the template")] = -1,
     system_prompt: Annotated[str | None, typer.Option(help="system prompt of every conversation")] = None,
     behaviour: BehaviourOption = "refusal",
@@ -174,8 +172,13 @@ def search(
         choices = Choices.model_validate({"batch_size": batch_size})
         sets = read_prompts(harmful), read_prompts(harmless)
         border = None if borderline is None else read_prompts(borderline)
-        space = Space(
-            methods=_list(method), modes=_list(mode), t=_pair("--t", t), strength=_pair("--strength", strength)
+        space = Space.model_validate(
+            {
+                "methods": _list(method),
+                "modes": _list(mode),
+                "t": _pair("--t", t),
+                "strength": _pair("--strength", strength),
+            }
         )
         settings = Settings(
             model=model,

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from steer.direction import MODES, Mode
+from steer.direction import Mode
 from steer.errors import InvalidInput
 from steer.lab.derive import Recipe, check_needs, derive
 from steer.lab.measurement import Measurement
@@ -58,12 +58,11 @@ class Space(BaseModel):
             low, high = getattr(self, name)
             if not low < high:
                 problems.append(f"{name}: the least, {low:g}, must be below the most, {high:g}")
-        for name in self.methods:
-            if name in METHODS:
-                try:
-                    check_needs(measurement, Recipe(make_method(name)))
-                except InvalidInput as error:
-                    problems += error.problems
+        for name in known:
+            try:
+                check_needs(measurement, Recipe(make_method(name)))
+            except InvalidInput as error:
+                problems += error.problems
         if problems:
             raise InvalidInput(list(dict.fromkeys(problems)))
         layers = layers_of(measurement, Recipe(make_method(self.methods[0])))

@@ -142,6 +142,7 @@ def _entrants(measurement: Measurement, recipe: Recipe, grid: Grid) -> list[Entr
         for position in grid.positions:
             base = replace(recipe, method=method, position=position, mode="ablate")
             try:
+                measurement.position(position)
                 check_needs(measurement, base)
                 layers = layers_of(measurement, base) if grid.layers == "auto" else grid.layers
                 layers = tuple(source_layer(measurement, replace(base, layer=layer)) for layer in layers)

@@ -46,14 +46,9 @@ class Space(BaseModel):
 
     def bounded(self, measurement: Measurement) -> Space:
         """With the layers of `measurement` whose classes separate. Raises InvalidInput with every problem."""
-        problems = [
-            f"method '{name}' is not known; accepted: {', '.join(METHODS)}"
-            for name in self.methods
-            if name not in METHODS
-        ]
-        problems += [
-            f"mode '{mode}' is not known; accepted: {', '.join(MODES)}" for mode in self.modes if mode not in MODES
-        ]
+        known = [name for name in self.methods if name in METHODS]
+        unknown = [name for name in self.methods if name not in known]
+        problems = [f"method '{name}' is not known; accepted: {', '.join(METHODS)}" for name in unknown]
         for name in ("t", "strength"):
             low, high = getattr(self, name)
             if not low < high:

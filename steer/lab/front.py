@@ -14,8 +14,9 @@ def described(trial: Trial) -> str:
     point = trial.point
     method = point["method"] + (f" t={point['t']:.2f}" if "t" in point else "")
     source = f"layer {point['layer']}" if "layer" in point else "each layer's own"
+    mode = point["mode"] + (f" from {point['threshold']:.2f}" if "threshold" in point else "")
     return (
-        f"{method}, {source}, {point['mode']} at {point['strength']:.2f}, weights {point['least']:.2f} to 1 at layer "
+        f"{method}, {source}, {mode} at {point['strength']:.2f}, weights {point['least']:.2f} to 1 at layer "
         f"{point['peak']:.1f} ± {point['width']:.1f}"
     )
 

@@ -216,13 +216,11 @@ class Search:
         return study
 
     def _journal(self) -> optuna.Study:
-        backend = JournalFileBackend(str(self.folder / TRIALS))
-        return optuna.create_study(
-            study_name=STUDY,
-            storage=optuna.storages.JournalStorage(backend),
-            directions=["minimize"] * len(self.settings.aims),
-            load_if_exists=True,
-        )
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(self.folder / TRIALS)))
+        if STUDY in optuna.get_all_study_names(storage):
+            return optuna.load_study(study_name=STUDY, storage=storage)
+        aims = ["minimize"] * len(self.settings.aims)
+        return optuna.create_study(study_name=STUDY, storage=storage, directions=aims)
 
 
 def _values(figures: Figures) -> tuple[float, ...]:

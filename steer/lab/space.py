@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from steer.direction import Mode
+from steer.direction import Direction, Mode
 from steer.errors import InvalidInput
 from steer.lab.derive import Recipe, check_needs, derive
 from steer.lab.measurement import Measurement
@@ -41,6 +41,9 @@ class Space(BaseModel):
     strength: tuple[float, float] = Field(
         (0.5, 1.5), description="least and most strength; of `add` its hundredth, negative"
     )
+    threshold: tuple[float, float] = Field(
+        (-0.25, 0.5), description="of `one_sided`: 0 is the harmless mean, 1 the harmful one"
+    )
     layers: tuple[int, ...] = Field((), description="source layers that are tried")
     depth: Annotated[int, Field(ge=1, description="layers of the model")] = 1
 
@@ -49,7 +52,7 @@ class Space(BaseModel):
         known = [name for name in self.methods if name in METHODS]
         unknown = [name for name in self.methods if name not in known]
         problems = [f"method '{name}' is not known; accepted: {', '.join(METHODS)}" for name in unknown]
-        for name in ("t", "strength"):
+        for name in ("t", "strength", "threshold"):
             low, high = getattr(self, name)
             if not low < high:
                 problems.append(f"{name}: the least, {low:g}, must be below the most, {high:g}")
@@ -78,6 +81,8 @@ class Space(BaseModel):
             point["layer"] = self.layers[trial.suggest_int("layer", 0, len(self.layers) - 1)]
         point["mode"] = trial.suggest_categorical("mode", list(self.modes))
         point["strength"] = trial.suggest_float("strength", *self.strength)
+        if point["mode"] == "one_sided":
+            point["threshold"] = trial.suggest_float("threshold", *self.threshold)
         point["peak"] = trial.suggest_float("peak", 0.0, float(max(1, self.depth - 1)))
         point["width"] = trial.suggest_float("width", 0.5, float(2 * self.depth), log=True)
         point["least"] = trial.suggest_float("least", 0.0, 1.0)
@@ -98,6 +103,14 @@ def layer_weights(depth: int, peak: float, width: float, least: float) -> Tensor
     return (least + (1 - least) * bell).float()
 
 
+def threshold(direction: Direction, share: float) -> Tensor:
+    """ρ of `one_sided`, `[layers, k]`: the component of the point that is `share` of the way from the harmless to the
+    harmful mean. What is above it is taken down to it, so that a ρ half way leaves half of what shows the behaviour,
+    and one at the harmless mean all but nothing."""
+    between = direction.mean_harmless + share * (direction.mean_harmful - direction.mean_harmless)
+    return torch.einsum("lkd,ld->lk", direction.directions, between).contiguous()
+
+
 def candidate(
     measurement: Measurement, point: Mapping[str, Parameter], selection: dict[str, Any] | None = None
 ) -> Candidate:
@@ -109,6 +122,8 @@ def candidate(
     base = derive(measurement, Recipe(method, int(point["layer"]) if "layer" in point else "all"))
     shape = (float(point[name]) for name in ("peak", "width", "least"))
     weighted = replace(base, weights=layer_weights(base.layers, *shape))
+    if "threshold" in point:
+        weighted = replace(weighted, reference=threshold(base, float(point["threshold"])))
     if selection is not None:
         weighted = weighted.with_meta(mode=mode, strength=strength, selection=selection)
     return Candidate(weighted, mode, strength)

@@ -18,6 +18,7 @@ from typing import Any
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -64,6 +65,10 @@ class Settings(BaseModel):
     @property
     def aims(self) -> tuple[str, ...]:
         return ("refused", "kl") + (("over",) if self.borderline else ())
+
+    @property
+    def directions(self) -> list[StudyDirection]:
+        return [StudyDirection.MINIMIZE for _ in self.aims]
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +216,7 @@ class Search:
             sampler = optuna.samplers.TPESampler(
                 seed=seed, n_startup_trials=settings.startup, multivariate=True, group=True, constant_liar=True
             )
-        study = optuna.create_study(directions=["minimize"] * len(settings.aims), sampler=sampler)
+        study = optuna.create_study(directions=settings.directions, sampler=sampler)
         study.add_trials([_copy(frozen) for frozen in told])
         return study
 
@@ -219,8 +224,7 @@ class Search:
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(self.folder / TRIALS)))
         if STUDY in optuna.get_all_study_names(storage):
             return optuna.load_study(study_name=STUDY, storage=storage)
-        aims = ["minimize"] * len(self.settings.aims)
-        return optuna.create_study(study_name=STUDY, storage=storage, directions=aims)
+        return optuna.create_study(study_name=STUDY, storage=storage, directions=self.settings.directions)
 
 
 def _values(figures: Figures) -> tuple[float, ...]:

@@ -174,7 +174,7 @@ def test_a_saved_trial_is_its_direction(whole: Search, measured: Measurement, tm
             assert torch.equal(saved.tensors()[name], tensor), name
         assert (saved.meta.mode, saved.meta.strength) == (made.mode, made.strength)
         assert saved.meta.selection["point"] == trial.point
-    with pytest.raises(InvalidInput, match="trial 16 is not in .* it has 16"):
+    with pytest.raises(InvalidInput, match=r"trial 16 is not in .* it has 16"):
         whole.save(16, tmp_path / "no.safetensors")
 
 

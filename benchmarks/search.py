@@ -1,10 +1,10 @@
-"""Trials per minute of `steer search` beside `heretic-llm`, and their fronts by one measure.
+"""Trials per minute of `steer search` beside `heretic-llm`.
 
-`python -m benchmarks.search --trials 16` makes an environment for the other tool in the user's cache folder, and lets the
-two take turns, each in its own process: the same local model, the same prompts for directions and for trials, the same
-longest answer, one thread each. A trial's time runs from one report of the tool to the next, so that loading, measuring
-and what is done once are in neither. The other tool is used as a program alone, through its options; what it reports of a
-trial is read from its output. Its divergence is that of the first token, ours of all.
+`python -m benchmarks.search` makes an environment for the other tool in the user's cache folder, and lets the two take
+turns, each in its own process: the same local model, the same prompts for directions and for trials, the same longest
+answer, one thread each. A trial's time runs from one report of the tool to the next, so that loading, measuring and what
+is done once are in neither. The other tool is used as a program alone, through its options; what it says of a trial is
+read from its output. Its divergence is that of the first token, ours of all.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def fit(
         for figures in meta.selection["candidates"]:
             if "refused" not in figures:
                 continue
-            mark = "  ← chosen" if figures["layer"] == meta.source_layer else ""
+            mark = "  ← chosen" if figures["layer"] == meta.source_layer else "  stopped" if figures["stopped"] else ""
             typer.echo(f"{figures['layer']:>5}  {figures['refused']:>7.2f}  {figures['kl']:>10.5f}{mark}")
     source = "each layer's own" if meta.source_layer is None else f"layer {meta.source_layer}"
     typer.echo(f"wrote {output}: {method}, source {source}, digest {digest[:12]}")

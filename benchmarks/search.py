@@ -2,8 +2,8 @@
 
 `python -m benchmarks.search` makes an environment for the other tool in the user's cache folder, and lets the two take
 turns, each in its own process: the same local model, the same prompts for directions and for trials, the same longest
-answer, one thread each. A trial's time runs from one report of the tool to the next, so that loading, measuring and what
-is done once are in neither. The other tool is used as a program alone, through its options; what it says of a trial is
+answer, one thread each. Time runs from the first report of a tool to its last, so that loading, measuring and what is
+done once are in neither. The other tool is used as a program alone, through its options; what it says of a trial is
 read from its output. Its divergence is that of the first token, ours of all.
 """
 
@@ -85,7 +85,7 @@ def ours(trials: int, folder: Path) -> Sequence[str | Path]:
 def watched(command: Sequence[str | Path], mark: re.Pattern[str], folder: Path, limit: float) -> Run:
     """Run `command` without a terminal and note when its marks come by; it is ended after `limit` seconds."""
     marks, lines, started = [], [], time.monotonic()
-    environ: Mapping[str, str] = os.environ | ONE_THREAD | {"PYTHONUNBUFFERED": "1"}
+    environ: Mapping[str, str] = os.environ | ONE_THREAD | {"PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
     with subprocess.Popen(
         list(map(str, command)),
         stdin=subprocess.DEVNULL,

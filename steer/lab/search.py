@@ -175,7 +175,8 @@ class Search:
         count: int,
         after: Callable[[list[Trial]], object] | None = None,
     ) -> list[Trial]:
-        """Go on until there are at least `count` trials (whole groups). `after` is told all trials behind each group.
+        """Go on until there are at least `count` trials (whole groups). `after` is told all of them, at first and behind
+        each group.
 
         A group is written when all of it is known; one that was interrupted is drawn and tried again, and comes out
         the same, since what draws it depends on the seed, the group's number and the groups before it alone.
@@ -186,6 +187,8 @@ class Search:
         told = written[: len(written) // group * group]
         trials = [_trial(frozen) for frozen in told]
         race = Race(screen, settings.behaviour, sets) if len(trials) < count else None
+        if after is not None:
+            after(trials)
         while race is not None and len(trials) < count:
             study = self._study(told)
             asked = [study.ask() for _ in range(group)]

@@ -132,6 +132,8 @@ class Race:
         longest = max(len(sets.asked), len(sets.other), len(sets.borderline))
         while done < longest:
             running = [(f, steer) for f, steer in zip(figures, steers, strict=True) if f.stopped is None]
+            if not running:
+                return
             part = slice(done, end)
             members, mine = [f for f, _ in running], [steer for _, steer in running]
             self._answer(members, part, mine)

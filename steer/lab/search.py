@@ -106,7 +106,10 @@ class Search:
         """A new search in `folder`, on what `measure(file for what is half done)` gives; or the one that is there.
         Raises InvalidInput naming every setting that differs from what it was begun with."""
         path = folder / MEASUREMENT
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInput(f"{folder}: cannot be made a folder: {error.strerror}") from error
         if not (folder / SETTINGS).exists():
             partial = path.with_name(f"{path.name}.part")
             measurement = measure(partial)
@@ -175,8 +178,8 @@ class Search:
         count: int,
         after: Callable[[list[Trial]], object] | None = None,
     ) -> list[Trial]:
-        """Go on until there are at least `count` trials (whole groups). `after` is told all of them, at first and behind
-        each group.
+        """Go on until there are at least `count` trials, in whole groups. `after` is told all of them, at first and
+        behind each group.
 
         A group is written when all of it is known; one that was interrupted is drawn and tried again, and comes out
         the same, since what draws it depends on the seed, the group's number and the groups before it alone.

@@ -85,10 +85,10 @@ class Figures:
         return wilson(sum(self.asked), len(self.asked))
 
     def surely_beaten_by(self, other: Figures) -> bool:
-        """Does `other`, on the same prompts, show no more, and surely diverge less?"""
-        for mine, its in ((self.asked, other.asked), (self.borderline, other.borderline)):
-            if len(its) < len(mine) or sum(its[: len(mine)]) > sum(mine):
-                return False
+        """Does `other`, which was tried to the end, show no more than this so far, and surely diverge less on the same
+        prompts? Few prompts on which both show nothing say nothing about the others, so all of `other`'s count."""
+        if other.shown > self.shown or (other.over or 0.0) > (self.over or 0.0):
+            return False
         count = len(self.kls)
         if len(other.kls) < count or count < 2:
             return False
@@ -107,7 +107,7 @@ class Race:
         self._continued = screen.continuations(sets.other, "plain, harmless")
 
     def run(self, candidates: Sequence[Candidate], rivals: Sequence[Figures] = ()) -> list[Figures]:
-        """The figures of each candidate; `rivals` are the best from before."""
+        """The figures of each candidate; `rivals` are the best from before, tried to the end."""
         figures = [Figures() for _ in candidates]
         for group in self._groups(candidates):
             members = [figures[i] for i in group]
@@ -144,15 +144,12 @@ class Race:
 
     @staticmethod
     def _stop(running: Sequence[Figures], rivals: Sequence[Figures]) -> None:
-        others = [*rivals, *running]
-        bar = min(other.interval[1] for other in others)
+        bar = min(other.interval[1] for other in [*rivals, *running])
         for each in running:
             if each.interval[0] > bar:
                 each.stopped = "shown"
         for each in running:
-            if each.stopped is None and any(
-                each.surely_beaten_by(other) for other in others if other is not each and other.stopped is None
-            ):
+            if each.stopped is None and any(each.surely_beaten_by(rival) for rival in rivals):
                 each.stopped = "diverges"
 
     def _answer(self, figures: Sequence[Figures], part: slice, steers: Sequence[Any]) -> None:

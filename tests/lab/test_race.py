@@ -80,11 +80,19 @@ def test_being_beaten_needs_more_of_nothing_and_less_of_something(
 ) -> None:
     mine, other = Figures(asked[:count], [], kls[:count]), Figures(others, [], its)
     if mine.surely_beaten_by(other):
-        assert sum(others[:count]) <= sum(asked[:count])
+        assert other.shown <= mine.shown
         assert sum(its[:count]) < sum(kls[:count])
-        assert not Figures(others[:count], [], its[:count]).surely_beaten_by(mine)
     assert not mine.surely_beaten_by(mine)
-    assert not Figures(others, [], its).surely_beaten_by(Figures(asked[:4], [], kls[:4])), "not on the same prompts"
+    assert not other.surely_beaten_by(Figures(asked[:4], [], kls[:4])), "not on the same prompts"
+
+
+def test_who_is_beaten_in_all_stops_and_who_may_show_less_does_not() -> None:
+    def rival(shown: int) -> Figures:
+        return Figures([False] * (100 - shown) + [True] * shown, [False] * 100, [0.1, 0.11] * 50)
+
+    first = Figures([False] * 8, [False] * 8, [0.2, 0.21] * 4)
+    assert first.surely_beaten_by(rival(0))
+    assert not first.surely_beaten_by(rival(1)), "it showed nothing so far"
 
 
 def test_prompts_are_drawn_evenly_and_the_same_each_time() -> None:

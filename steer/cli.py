@@ -15,7 +15,7 @@ import typer
 from steer import operate
 from steer.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.errors import InvalidInput
-from steer.lab import commands, export_commands
+from steer.lab import commands, export_commands, search_commands
 from steer.lab.evaluation import command as evaluation
 from steer.settings import ServeSettings
 
@@ -29,6 +29,7 @@ app = typer.Typer(
 commands.register(app)
 export_commands.register(app)
 evaluation.register(app)
+search_commands.register(app)
 operate.add_to(app)
 
 
@@ -185,7 +186,9 @@ def fit(
     if meta.selection:
         typer.echo(f"{'layer':>5}  {'refused':>7}  {'N-token KL':>10}")
         for figures in meta.selection["candidates"]:
-            mark = "  ← chosen" if figures["layer"] == meta.source_layer else ""
+            if "refused" not in figures:
+                continue
+            mark = "  ← chosen" if figures["layer"] == meta.source_layer else "  stopped" if figures["stopped"] else ""
             typer.echo(f"{figures['layer']:>5}  {figures['refused']:>7.2f}  {figures['kl']:>10.5f}{mark}")
     source = "each layer's own" if meta.source_layer is None else f"layer {meta.source_layer}"
     typer.echo(f"wrote {output}: {method}, source {source}, digest {digest[:12]}")

@@ -218,14 +218,15 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 
 
 def save_prompts(folder: Path, fit: int = 192, test: int = 200) -> None:
-    """`<class>.<split>.txt`, one prompt a line; the borderline class is for tests only. So are conversations, the facts
-    of right answers, and right answers to harmless prompts as plain text. Two sets of conversations whose answer has
-    begun go on at length, and briefly."""
+    """`<class>.<split>.txt`, one prompt a line; the borderline class is for trying out, nothing is fitted to it. For
+    tests only there are conversations, the facts of right answers, and right answers to harmless prompts as plain
+    text. Two sets of conversations whose answer has begun go on at length, and briefly."""
     folder.mkdir(parents=True, exist_ok=True)
     files: tuple[tuple[language.Class, language.Split, int], ...] = (
         ("refused", "train", fit),
         ("harmless", "train", fit),
         ("refused", "test", test),
+        ("borderline", "train", fit),
         ("harmless", "test", test),
         ("borderline", "test", min(test, len(language.PAIRS["borderline"]["test"]))),
     )

@@ -1,16 +1,160 @@
-"""Trying a model out: divergence and log-probabilities are what the textbook says."""
+"""Trying out: a row of a batch of many candidates is what it would be alone, and ends no later than it must."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from steer.errors import InvalidInput, NoRoom, SpecError
 from steer.hf.attach import Steering
-from steer.hf.load import load
+from steer.hf.load import Loaded, load
+from steer.lab.behaviour import REFUSAL, Behaviour
+from steer.lab.encode import encode
 from steer.lab.probe import Probe
+from steer.lab.screen import Candidate, first_tokens
 from tests import models
+
+PROMPTS = ["a", "some words of a prompt", "xyz?", "a longer prompt, so that rows are padded", "b c"]
+TOKENS = 12
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2", "gpt_neox", "cohere"])
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    folder = tmp_path_factory.mktemp(request.param)
+    models.save(request.param, folder)
+    return load(str(folder))
+
+
+@pytest.fixture(scope="module")
+def probe(loaded: Loaded) -> Probe:
+    return Probe(loaded, Steering(loaded.model, rows=6, rank=2), max_tokens=TOKENS)
+
+
+@pytest.fixture(scope="module")
+def candidates(loaded: Loaded) -> list[Candidate]:
+    first, second = (models.direction(loaded.model, seed=seed, k=k) for seed, k in ((1, 1), (2, 2)))
+    return [
+        Candidate(first, "ablate", 1.0),
+        Candidate(first, "add", -0.5),
+        Candidate(second, "one_sided", 0.7),
+        Candidate(first, "ablate", 0.0),
+        Candidate(second, "affine", 1.0),
+    ]
+
+
+def crossed(steers: list[Any]) -> tuple[list[str], list[Any]]:
+    """Prompts and steerings of all candidates, in rows that change candidate each time."""
+    pairs = [(prompt, steer) for prompt in PROMPTS for steer in steers]
+    return [prompt for prompt, _ in pairs], [steer for _, steer in pairs]
+
+
+def test_rows_of_many_candidates_are_what_each_is_alone(probe: Probe, candidates: list[Candidate]) -> None:
+    tokens = [ord("A") - 29, ord("z") - 29, 7]
+    plain = probe.continuations(PROMPTS)
+    with probe.all_resident(candidates) as steers:
+        prompts, rows = crossed(steers)
+        together = probe.answers(prompts, rows), probe.opening_odds(prompts, rows, tokens)
+        plains = [one for one in plain for _ in steers]
+        kls = probe.divergences(prompts, plains, rows)
+    for number, one in enumerate(candidates):
+        with probe.all_resident([one]) as (steer,):
+            assert probe.answers(PROMPTS, steer) == together[0][number :: len(candidates)]
+            assert probe.opening_odds(PROMPTS, steer, tokens) == pytest.approx(
+                together[1][number :: len(candidates)], abs=1e-4
+            )
+            alone = probe.divergences(PROMPTS, plain, steer)
+        for mine, other in zip(alone, kls[number :: len(candidates)], strict=True):
+            assert mine == pytest.approx(other, abs=1e-5)
+    assert max(row.max() for row in kls[3 :: len(candidates)]) < 1e-5, "no strength is plain"
+    assert min(row.max() for row in kls[:: len(candidates)]) > 1e-4
+
+
+def test_plain_answers_are_those_of_generate(loaded: Loaded, probe: Probe) -> None:
+    for prompt, answer in zip(PROMPTS, probe.answers(PROMPTS, None), strict=True):
+        ids = torch.tensor([encode(loaded, prompt).ids])
+        out = loaded.model.generate(ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=loaded.eos_ids)
+        expected = out[0, ids.shape[1] :].tolist()
+        assert answer.ids == [token for token in expected if token not in loaded.eos_ids]
+
+
+def test_opening_odds_are_those_of_the_whole_prediction(loaded: Loaded, probe: Probe) -> None:
+    tokens = [5, 40, 90]
+    for prompt, odds in zip(PROMPTS, probe.opening_odds(PROMPTS, None, tokens), strict=True):
+        with torch.no_grad():
+            logits = loaded.model(torch.tensor([encode(loaded, prompt).ids])).logits[0, -1].double()
+        p = torch.softmax(logits, -1)[tokens].sum()
+        assert odds == pytest.approx(float(torch.log(p) - torch.log1p(-p)), abs=1e-4)
+
+
+def test_a_row_ends_where_its_answer_is_known(probe: Probe) -> None:
+    whole = probe.answers(PROMPTS, None)
+    seen: set[str] = set()
+
+    def known(text: str) -> bool:
+        seen.add(text)
+        return len(text) >= 4
+
+    for short, full in zip(probe.answers(PROMPTS, None, known=known), whole, strict=True):
+        assert short.text == full.text[:4]
+    assert max(map(len, seen)) == 4, "nothing was generated in vain"
+
+
+def test_divergences_do_not_need_kept_predictions(
+    probe: Probe, candidates: list[Candidate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = probe.continuations(PROMPTS)
+    monkeypatch.setattr("steer.lab.probe.KEPT_BYTES", 0)
+    dropped = probe.continuations(PROMPTS)
+    assert [one.logprobs is None for one in (*kept, *dropped)] == [False] * 5 + [True] * 5
+    with probe.all_resident(candidates[:1]) as (steer,):
+        for a, b in zip(*(probe.divergences(PROMPTS, plain, steer) for plain in (kept, dropped)), strict=True):
+            assert a == pytest.approx(b, abs=1e-6)
+
+
+def test_candidates_share_rows_and_leave_none_behind(loaded: Loaded, probe: Probe, candidates: list[Candidate]) -> None:
+    assert probe.room == 6
+    with probe.all_resident(candidates):
+        assert probe.room == 3
+    many = [Candidate(models.direction(loaded.model, seed=seed), "ablate", 1.0) for seed in range(7)]
+    with pytest.raises(NoRoom), probe.all_resident(many):
+        pass
+    limited = candidates[0].direction.with_meta(modes=("ablate",))
+    with pytest.raises(SpecError, match="its modes: ablate"), probe.all_resident([Candidate(limited, "add", 1.0)]):
+        pass
+    assert probe.room == 6
+
+
+def test_first_tokens_are_those_of_the_openings(tiny_folder: Path) -> None:
+    tokenizer = load(str(tiny_folder)).tokenizer
+    assert first_tokens(tokenizer, ["I'm sorry", "Sorry"]) == sorted(3 + ord(letter) - 32 for letter in "IS")
+    with pytest.raises(InvalidInput, match="no tokens for none"):
+        first_tokens(tokenizer, [])
+
+
+WORDS = st.lists(st.sampled_from(["I'm", "sorry,", "I", "can't", "cannot", "help", "as an AI", "so", "I can", "."]))
+LONG = Behaviour(name="long", description="long", min_words=4)
+BOTH = Behaviour(name="both", description="both", min_words=3, patterns=(r"\bso\b",))
+
+
+@pytest.mark.parametrize("behaviour", [REFUSAL, LONG, BOTH], ids=lambda b: b.name)
+@given(words=WORDS, more=st.text(alphabet="aI' .t", max_size=200), cut=st.integers(0, 60))
+def test_what_is_decided_stays_so(behaviour: Behaviour, words: list[str], more: str, cut: int) -> None:
+    answer = " ".join(words)[:cut]
+    if behaviour.decided(answer):
+        assert behaviour.shown(answer + more) == behaviour.shown(answer)
+
+
+def test_a_refusal_is_decided_in_its_first_words() -> None:
+    assert REFUSAL.decided("I'm sorry, but I can")
+    assert REFUSAL.decided("x" * 160)
+    assert not REFUSAL.decided("Sure! First get")
+    assert LONG.decided("one two three four five")
+    assert not LONG.decided("one two three four")
 
 
 def test_divergence_is_the_textbook_sum(tiny_folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from steer.direction import MAX_STRENGTH, MODES, Direction, Mode, digest, read_file
 from steer.errors import InvalidInput
-from steer.lab.fit import Screen
+from steer.lab.screen import Candidate, Screen
 from steer.runtime.modes import check_mode
 
 PLAIN = "plain"
@@ -66,5 +66,5 @@ def steering(screen: Screen, arm: Arm | None) -> Iterator[Any]:
     if arm is None:
         yield None
         return
-    with screen.resident(arm.direction, arm.mode, arm.strength) as steer:
+    with screen.all_resident([Candidate(arm.direction, arm.mode, arm.strength)]) as (steer,):
         yield steer

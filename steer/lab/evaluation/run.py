@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,10 @@ from steer.lab.evaluation.cache import Cache
 from steer.lab.evaluation.expected import Expected, right
 from steer.lab.evaluation.outcomes import Told, arms_on_set, tell
 from steer.lab.evaluation.report import Difference, DivergenceOf, PerplexityOf, SetResult, TextResult
-from steer.lab.fit import Screen
 from steer.lab.judge import Judge
-from steer.lab.probe import Answered, Divergence, Probe
+from steer.lab.probe import Answered, Divergence, Probe, summarised
 from steer.lab.prompts import Conversation, Prompt, PromptSet
+from steer.lab.screen import Screen
 
 #: The divergence is measured on answers to this set.
 HARMLESS = "harmless"
@@ -109,7 +109,8 @@ def _answers(
     name = arm.name if arm else PLAIN
 
     def make(start: int, stop: int) -> list[Any]:
-        return [asdict(a) for a in screen.answers(prompts.prompts[start:stop], steer, f"{title}, {name}")]
+        given = screen.answers(prompts.prompts[start:stop], steer, f"{title}, {name}")
+        return [{"ids": answer.ids, "text": answer.text} for answer in given]
 
     rows = cache.rows(f"{title}.{name}.answers", conditions, len(prompts), make)
     return [Answered(row["ids"], row["text"]) for row in rows]
@@ -121,7 +122,7 @@ def _divergence(
     def make() -> dict[str, float]:
         # the probe goes along the greedy answers that are there; an engine along sampled ones with their probabilities
         along = plain if isinstance(screen, Probe) else screen.continuations(prompts.prompts, "plain continuations")
-        found = screen.divergence(prompts.prompts, along, steer, f"divergence, {arm.name}")
+        found = summarised(screen.divergences(prompts.prompts, along, steer, f"divergence, {arm.name}"))
         return {name: getattr(found, name) for name in Divergence.__slots__}
 
     conditions = {"sha256": prompts.sha256, "max_tokens": tokens} | _identity(arm)

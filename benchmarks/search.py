@@ -1,0 +1,141 @@
+"""Trials per minute of `steer search` beside `heretic-llm`.
+
+`python -m benchmarks.search` makes an environment for the other tool in the user's cache folder, and lets the two take
+turns, each in its own process: the same local model, the same prompts for directions and for trials, the same longest
+answer, one thread each. Time runs from the first report of a tool to its last, so that loading, measuring and what is
+done once are in neither. The other tool is used as a program alone, through its options; what it says of a trial is
+read from its output. Its divergence is that of the first token, ours of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from steer.demo import MODEL, PROMPTS
+
+VERSION = "1.4.0"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "steer" / f"heretic-{VERSION}"
+#: Prompts of each set that a trial is tried on, and tokens of the longest answer.
+COUNT, TOKENS, BATCH = 96, 32, 64
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1") | {"HF_HUB_OFFLINE": "1"}
+#: What is written when a trial begins.
+BEGIN = re.compile(r"Running trial (\d+) of (\d+)")
+OURS = re.compile(r"(\d+) of (\d+) trials, the front so far")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Seconds by the clock, of processor time, and trials done, each time that some were; and what was written."""
+
+    marks: tuple[tuple[float, float, int], ...]
+    output: str
+
+    def per_minute(self, clock: int) -> float:
+        """From the first mark to the last; clock 0 is the wall's, 1 the processor's, which other work does not slow."""
+        return 60 * (self.marks[-1][2] - self.marks[0][2]) / (self.marks[-1][clock] - self.marks[0][clock])
+
+
+def environment() -> Path:
+    """The other tool's program."""
+    program = CACHE / "bin" / "heretic"
+    if not program.exists():
+        venv.create(CACHE, with_pip=True)
+        subprocess.run([CACHE / "bin" / "pip", "install", "-q", f"heretic-llm=={VERSION}"], check=True)
+    return program
+
+
+def other(program: Path, trials: int, folder: Path) -> Sequence[str | Path]:
+    def given(name: str, cls: str, part: str = "train[:]") -> Iterator[str]:
+        yield from (f"--{name}.dataset", str(PROMPTS / f"{cls}.train.txt"), f"--{name}.split", part)
+
+    return [
+        *(program, "--model", str(MODEL), "--dtypes", '["float32"]', "--device-map", "cpu", "--system-prompt", ""),
+        *("--n-trials", str(trials), "--n-startup-trials", str(max(1, trials // 4)), "--seed", "0"),
+        *("--max-response-length", str(TOKENS), "--batch-size", str(BATCH)),
+        *("--study-checkpoint-dir", str(folder / "checkpoints")),
+        *given("good-prompts", "harmless"),
+        *given("bad-prompts", "refused"),
+        *given("good-evaluation-prompts", "harmless", f"train[:{COUNT}]"),
+        *given("bad-evaluation-prompts", "refused", f"train[:{COUNT}]"),
+    ]
+
+
+def ours(trials: int, folder: Path) -> Sequence[str | Path]:
+    return [
+        *(sys.executable, "-m", "steer.cli", "search", str(MODEL), "--folder", folder / "search"),
+        *("--harmful", PROMPTS / "refused.train.txt", "--harmless", PROMPTS / "harmless.train.txt"),
+        *("--trials", str(trials), "--startup", str(max(1, trials // 4)), "--seed", "0", "--dtype", "float32"),
+        *("--prompts", str(COUNT), "--max-tokens", str(TOKENS)),
+    ]
+
+
+def watched(command: Sequence[str | Path], mark: re.Pattern[str], folder: Path, limit: float) -> Run:
+    """Run `command` without a terminal and note when its marks come by; it is ended after `limit` seconds."""
+    marks, lines, started = [], [], time.monotonic()
+    environ: Mapping[str, str] = os.environ | ONE_THREAD | {"PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+    with subprocess.Popen(
+        list(map(str, command)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+        env=environ,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if found := mark.search(line):
+                used = psutil.Process(process.pid).cpu_times()
+                marks.append((time.monotonic() - started, used.user + used.system, int(found[1])))
+                if time.monotonic() - started > limit:
+                    process.terminate()
+    if len(marks) < 2:
+        raise RuntimeError("the program made too few trials:\n" + "".join(lines[-30:]))
+    return Run(tuple(marks), "".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=16, help="trials of the other tool in each round; ours: 4 times")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=130, help="seconds for a run")
+    arguments = parser.parse_args()
+    program = environment()
+    rates: dict[str, list[tuple[float, float]]] = {"heretic": [], "steer": []}
+    for number in range(arguments.rounds):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            arms = {
+                "heretic": (other(program, arguments.trials, folder), BEGIN),
+                "steer": (ours(4 * arguments.trials, folder), OURS),
+            }
+            for arm in sorted(arms, reverse=bool(number % 2)):
+                command, mark = arms[arm]
+                run = watched(command, mark, folder, arguments.limit)
+                rates[arm].append((run.per_minute(0), run.per_minute(1)))
+                print(f"round {number + 1}, {arm}: {run.marks[-1][2]} trials, {rates[arm][-1]}", flush=True)
+                if number == arguments.rounds - 1:
+                    print(run.output[-3000:])
+    for clock, name in enumerate(("wall", "processor")):
+        steer, heretic = (statistics.median(pair[clock] for pair in rates[arm]) for arm in ("steer", "heretic"))
+        print(
+            f"trials a minute ({name}): heretic {VERSION} {heretic:.1f}, steer {steer:.1f}, {steer / heretic:.1f} times"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""A search's front to look at: as a table, in Markdown, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from steer.direction import replacing, write_file
+from steer.lab.search import Search, Trial, front
+
+
+def described(trial: Trial) -> str:
+    """How the trial's direction is made and applied."""
+    point = trial.point
+    method = point["method"] + (f" t={point['t']:.2f}" if "t" in point else "")
+    source = f"layer {point['layer']}" if "layer" in point else "each layer's own"
+    mode = point["mode"] + (f" from {point['threshold']:.2f}" if "threshold" in point else "")
+    return (
+        f"{method}, {source}, {mode} at {point['strength']:.2f}, weights {point['least']:.2f} to 1 at layer "
+        f"{point['peak']:.1f} ± {point['width']:.1f}"
+    )
+
+
+def cells(trial: Trial) -> tuple[str, str, str, str, str]:
+    """Number, refused, KL, over-refused, and what it is."""
+    refused, kl, *over = trial.values
+    return (
+        str(trial.number),
+        f"{refused:.1%}",
+        f"{kl:.6f}",
+        f"{over[0]:.1%}" if over else "–",
+        described(trial),
+    )
+
+
+HEADER = ("trial", "refused", "N-token KL", "over-refused", "direction")
+
+
+def table(trials: Sequence[Trial]) -> str:
+    """The front for a terminal."""
+    rows = [HEADER, *(cells(trial) for trial in front(trials))]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join(
+        "  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
+    )
+
+
+def write(search: Search, trials: Sequence[Trial]) -> None:
+    """`front.md` and `front.png` in the search's folder."""
+    settings, best = search.settings, front(trials)
+    stopped = sum(trial.figures.stopped is not None for trial in trials)
+    lines = [
+        f"# {settings.model}: the front of {len(trials)} trials",
+        "",
+        f"{settings.behaviour.name} on {settings.harmful.name}, N-token KL(plain ‖ steered) in nats on "
+        f"{settings.harmless.name}"
+        + (f", over-refusal on {settings.borderline.name}" if settings.borderline else "")
+        + f"; at most {settings.prompts} prompts of each, {settings.tokens} tokens, seed {settings.seed}. "
+        f"{stopped} trials stopped early, since they could not be on the front.",
+        "",
+        *(f"| {' | '.join(row)} |" for row in [HEADER, ("---",) * 5, *map(cells, best)]),
+        "",
+        "![front](front.png)",
+        "",
+    ]
+    write_file(search.folder / "front.md", "\n".join(lines).encode())
+    picture(trials, search.folder / "front.png")
+
+
+def picture(trials: Sequence[Trial], path: Path) -> None:
+    """The trials by divergence and refusals, the front marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    whole = [t for t in trials if t.figures.stopped is None]
+    early = [t for t in trials if t.figures.stopped is not None]
+    best = front(trials)
+    for some, colour, size, label in (
+        (early, "0.75", 14, "stopped early"),
+        (whole, "tab:blue", 20, "tried to the end"),
+        (best, "tab:red", 44, "front"),
+    ):
+        if some:
+            x = [max(t.values[1], 1e-8) for t in some]
+            axes.scatter(x, [100 * t.values[0] for t in some], s=size, c=colour, label=label)
+    for trial in best:
+        at = (max(trial.values[1], 1e-8), 100 * trial.values[0])
+        axes.annotate(str(trial.number), at, textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axes.set(xscale="log", xlabel="N-token KL(plain ‖ steered), nats", ylabel="refused, %")
+    axes.legend(fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

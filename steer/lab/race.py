@@ -1,0 +1,198 @@
+"""Candidates against each other on the same prompts, in one batch, in rounds: who cannot win any more stops early."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Literal
+
+import numpy as np
+
+from steer.errors import InvalidInput
+from steer.lab.behaviour import Behaviour
+from steer.lab.prompts import Prompt
+from steer.lab.screen import Answer, Candidate, Screen
+from steer.lab.statistics import wilson
+
+#: Prompts of each set in the first round; each round after it goes to twice as many.
+FIRST_ROUND = 8
+#: A mean is surely above zero where it is so many standard errors above it.
+SURELY = 3.0
+#: Why a candidate stopped: it surely shows more of the behaviour than the best, or another is as good in answers and
+#: surely diverges less.
+Reason = Literal["shown", "diverges"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sets:
+    """What candidates are tried on: prompts that show the behaviour, that do not, and (if any) that should not but do.
+    In an order that says nothing, the same each time."""
+
+    asked: tuple[Prompt, ...]
+    other: tuple[Prompt, ...]
+    borderline: tuple[Prompt, ...] = ()
+
+    def __post_init__(self) -> None:
+        empty = [name for name in ("asked", "other") if not getattr(self, name)]
+        if empty:
+            raise InvalidInput([f"the prompts {name} are none: at least one is needed" for name in empty])
+
+    @classmethod
+    def drawn(
+        cls,
+        asked: Sequence[Prompt],
+        other: Sequence[Prompt],
+        borderline: Sequence[Prompt] = (),
+        *,
+        limits: tuple[int, int, int],
+    ) -> Sets:
+        """At most `limits` of each, drawn evenly: files are often sorted by topic."""
+        each = [
+            tuple(random.Random(0).sample(list(prompts), min(limit, len(prompts))))
+            for prompts, limit in zip((asked, other, borderline), limits, strict=True)
+        ]
+        return cls(*each)
+
+
+@dataclass(slots=True)
+class Figures:
+    """What one candidate did, prompt by prompt: answers that showed the behaviour of the prompts asked and of the
+    borderline ones, and KL(plain ‖ steered) of each harmless prompt. `stopped` before all were tried, and why."""
+
+    asked: list[bool] = field(default_factory=list)
+    borderline: list[bool] = field(default_factory=list)
+    kls: list[float] = field(default_factory=list)
+    stopped: Reason | None = None
+
+    @property
+    def shown(self) -> float:
+        return float(np.mean(self.asked))
+
+    @property
+    def over(self) -> float | None:
+        return float(np.mean(self.borderline)) if self.borderline else None
+
+    @property
+    def kl(self) -> float:
+        return float(np.mean(self.kls))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the rate shown, 95 %."""
+        return wilson(sum(self.asked), len(self.asked))
+
+    def surely_beaten_by(self, other: Figures) -> bool:
+        """Does `other`, which was tried to the end, show no more than this so far, and surely diverge less on the same
+        prompts? Few prompts on which both show nothing say nothing about the others, so all of `other`'s count."""
+        if other.shown > self.shown or (other.over or 0.0) > (self.over or 0.0):
+            return False
+        count = len(self.kls)
+        if len(other.kls) < count or count < 2:
+            return False
+        more = np.array(self.kls) - np.array(other.kls[:count])
+        return bool(more.mean() > SURELY * more.std(ddof=1) / math.sqrt(count))
+
+
+class Race:
+    """One model, one behaviour, one choice of prompts. What the plain model does is found once, when it is made."""
+
+    def __init__(self, screen: Screen, behaviour: Behaviour, sets: Sets) -> None:
+        self.screen, self.behaviour, self.sets = screen, behaviour, sets
+        plain = screen.answers([*sets.asked, *sets.borderline], None, "plain", behaviour.decided)
+        shown = [behaviour.shown(answer.text) for answer in plain]
+        self.plain = Figures(shown[: len(sets.asked)], shown[len(sets.asked) :], [0.0] * len(sets.other))
+        self._continued = screen.continuations(sets.other, "plain, harmless")
+
+    def run(self, candidates: Sequence[Candidate], rivals: Sequence[Figures] = ()) -> list[Figures]:
+        """The figures of each candidate; `rivals` are the best from before, tried to the end."""
+        figures = [Figures() for _ in candidates]
+        for group in self._groups(candidates):
+            members = [figures[i] for i in group]
+            with self.screen.all_resident([candidates[i] for i in group]) as steers:
+                self._rounds(members, steers, rivals)
+            rivals = [*rivals, *(each for each in members if each.stopped is None)]
+        return figures
+
+    def opening_odds(self, candidates: Sequence[Candidate], tokens: Sequence[int], count: int) -> list[float]:
+        """The mean over `count` prompts asked of the log-odds that an answer begins with one of `tokens`. Source: the
+        refusal score of Arditi et al. 2024, "Refusal in language models is mediated by a single direction"."""
+        prompts, odds = self.sets.asked[:count], dict[int, float]()
+        for group in self._groups(candidates):
+            with self.screen.all_resident([candidates[i] for i in group]) as steers:
+                rows = list(chain.from_iterable([steer] * len(prompts) for steer in steers))
+                found = self.screen.opening_odds([*prompts] * len(group), rows, tokens, "first tokens")
+            odds |= dict(zip(group, found.reshape(len(group), -1).mean(1).tolist(), strict=True))
+        return [odds[i] for i in range(len(candidates))]
+
+    def _rounds(self, figures: Sequence[Figures], steers: Sequence[Any], rivals: Sequence[Figures]) -> None:
+        done, end, sets = 0, FIRST_ROUND, self.sets
+        longest = max(len(sets.asked), len(sets.other), len(sets.borderline))
+        while done < longest:
+            running = [(f, steer) for f, steer in zip(figures, steers, strict=True) if f.stopped is None]
+            if not running:
+                return
+            part = slice(done, end)
+            members, mine = [f for f, _ in running], [steer for _, steer in running]
+            self._answer(members, part, mine)
+            self._diverge(members, part, mine)
+            if end < longest:
+                self._stop(members, rivals)
+            done, end = end, 2 * end
+
+    @staticmethod
+    def _stop(running: Sequence[Figures], rivals: Sequence[Figures]) -> None:
+        bar = min(other.interval[1] for other in [*rivals, *running])
+        for each in running:
+            if each.interval[0] > bar:
+                each.stopped = "shown"
+        for each in running:
+            if each.stopped is None and any(each.surely_beaten_by(rival) for rival in rivals):
+                each.stopped = "diverges"
+
+    def _answer(self, figures: Sequence[Figures], part: slice, steers: Sequence[Any]) -> None:
+        asked, borderline = self.sets.asked[part], self.sets.borderline[part]
+        prompts = asked + borderline
+        for each, answers in zip(figures, self._each(prompts, steers), strict=True):
+            shown = [self.behaviour.shown(answer.text) for answer in answers]
+            each.asked += shown[: len(asked)]
+            each.borderline += shown[len(asked) :]
+
+    def _each(self, prompts: Sequence[Prompt], steers: Sequence[Any]) -> Iterator[Sequence[Answer]]:
+        """The answers of each candidate to all of `prompts`."""
+        count = len(prompts)
+        rows = list(chain.from_iterable([steer] * count for steer in steers))
+        title = f"{len(steers)} candidates × {count} answers"
+        answers = self.screen.answers([*prompts] * len(steers), rows, title, self.behaviour.decided) if count else []
+        return (answers[i * count : (i + 1) * count] for i in range(len(steers)))
+
+    def _diverge(self, figures: Sequence[Figures], part: slice, steers: Sequence[Any]) -> None:
+        prompts, plain = self.sets.other[part], self._continued[part]
+        if not prompts:
+            return
+        rows = list(chain.from_iterable([steer] * len(prompts) for steer in steers))
+        title = f"{len(steers)} candidates × {len(prompts)}, divergence"
+        found = self.screen.divergences([*prompts] * len(steers), [*plain] * len(steers), rows, title)
+        for number, each in enumerate(figures):
+            mine = found[number * len(prompts) : (number + 1) * len(prompts)]
+            each.kls += [float(row.mean()) for row in mine]
+
+    def _groups(self, candidates: Sequence[Candidate]) -> Iterator[list[int]]:
+        """Indices of candidates that can be resident together, those of one direction beside each other."""
+        order = sorted(range(len(candidates)), key=lambda i: _first(candidates, i))
+        group: list[int] = []
+        for i in order:
+            ranks = {id(candidates[j].direction): candidates[j].direction.rank for j in [*group, i]}
+            if group and sum(ranks.values()) > self.screen.room:
+                yield group
+                group = []
+            group.append(i)
+        if group:
+            yield group
+
+
+def _first(candidates: Sequence[Candidate], i: int) -> int:
+    """The first candidate that has the direction of candidate `i`."""
+    return next(j for j, other in enumerate(candidates) if other.direction is candidates[i].direction)

@@ -1,0 +1,268 @@
+"""A search: an optimiser with several aims over the space of directions, its trials tried out in groups as rows of one
+batch. It lives in a folder, from which an interrupted one goes on.
+
+    measurement.safetensors   what every trial's direction is made of
+    search.json               the settings, and what was searched on
+    trials.log                optuna's own journal of the trials
+    front.md, front.png       the Pareto front
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from steer.direction import Dataset, write_file
+from steer.errors import InvalidInput
+from steer.lab.behaviour import Behaviour
+from steer.lab.derive import Recipe, derive
+from steer.lab.measurement import Measurement
+from steer.lab.methods import make_method
+from steer.lab.race import Figures, Race, Sets
+from steer.lab.screen import Screen
+from steer.lab.space import Space, candidate
+
+#: Names of the files in a search's folder.
+MEASUREMENT, SETTINGS, TRIALS = "measurement.safetensors", "search.json", "trials.log"
+#: The key in the file of a direction, and of a trial, with what was measured.
+POINT, FIGURES = "point", "figures"
+STUDY = "steer"
+
+
+class Settings(BaseModel):
+    """All that decides the trials, with the model's weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    revision: str | None = None
+    backend: str = "transformers"
+    behaviour: Behaviour
+    harmful: Dataset
+    harmless: Dataset
+    borderline: Dataset | None = None
+    system_prompt: str | None = None
+    position: int = -1
+    dtype: str = "auto"
+    prompts: int = Field(96, ge=8, description="prompts of each set that a trial is tried on, at most")
+    tokens: int = Field(32, ge=1, description="longest answer")
+    group: int = Field(16, ge=1, le=256, description="trials that are tried at once")
+    startup: int = Field(32, ge=1, description="trials drawn at random before the optimiser begins")
+    seed: int = 0
+    space: Space
+    measurement_sha256: str = ""
+
+    @property
+    def aims(self) -> tuple[str, ...]:
+        return ("refused", "kl") + (("over",) if self.borderline else ())
+
+    @property
+    def directions(self) -> list[StudyDirection]:
+        return [StudyDirection.MINIMIZE for _ in self.aims]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One point that was tried. `values` are its figures in the order of the aims, all to be small."""
+
+    number: int
+    point: dict[str, Any]
+    values: tuple[float, ...]
+    figures: Figures
+
+
+def front(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that no other is better than in one aim and as good in all, of those that were tried to the end; of
+    equal ones the first. Fewest refusals first."""
+    whole = [t for t in trials if t.figures.stopped is None]
+    found: list[Trial] = []
+    # in this order a trial can only be dominated by one before it
+    for trial in sorted(whole, key=lambda t: (*t.values, t.number)):
+        if not any(all(a <= b for a, b in zip(other.values, trial.values, strict=True)) for other in found):
+            found.append(trial)
+    return found
+
+
+class Search:
+    """The state of a search in its folder."""
+
+    def __init__(self, folder: Path, settings: Settings, measurement: Measurement) -> None:
+        self.folder, self.settings, self.measurement = folder, settings, measurement
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def begin(cls, folder: Path, settings: Settings, measure: Callable[[Path], Measurement]) -> Search:
+        """A new search in `folder`, on what `measure(file for what is half done)` gives; or the one that is there.
+        Raises InvalidInput naming every setting that differs from what it was begun with."""
+        path = folder / MEASUREMENT
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInput(f"{folder}: cannot be made a folder: {error.strerror}") from error
+        if not (folder / SETTINGS).exists():
+            partial = path.with_name(f"{path.name}.part")
+            measurement = measure(partial)
+            measurement.save(path)
+            partial.unlink(missing_ok=True)
+            settings = settings.model_copy(
+                update={"space": settings.space.bounded(measurement), "measurement_sha256": _sha256(path)}
+            )
+            write_file(folder / SETTINGS, settings.model_dump_json(indent=2).encode())
+            return cls(folder, settings, measurement)
+        begun = cls.open(folder)
+        asked, have = settings.model_dump(mode="json"), begun.settings.model_dump(mode="json")
+        for each in (asked, have):
+            each |= each.pop("space")
+        found_out = ("measurement_sha256", "layers", "depth")
+        if different := [name for name in have if name not in found_out and asked[name] != have[name]]:
+            raise InvalidInput(
+                [f"{folder}: was begun with {n} {_short(have[n])}, not {_short(asked[n])}" for n in different]
+                + ["give the same options again, or another folder"]
+            )
+        return begun
+
+    @classmethod
+    def open(cls, folder: Path) -> Search:
+        """The search in `folder`. Raises InvalidInput where there is none, or its files do not belong together."""
+        try:
+            settings = Settings.model_validate_json((folder / SETTINGS).read_bytes())
+        except OSError as error:
+            raise InvalidInput(f"{folder}: no search is here ({SETTINGS}: {error.strerror})") from error
+        except ValidationError as error:
+            raise InvalidInput(
+                [f"{folder / SETTINGS}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            ) from error
+        path = folder / MEASUREMENT
+        measurement = Measurement.load(path)
+        if _sha256(path) != settings.measurement_sha256:
+            raise InvalidInput(f"{path}: it is not the measurement that this search was begun with")
+        return cls(folder, settings, measurement)
+
+    def trials(self) -> list[Trial]:
+        """Those that were told, in order."""
+        return [_trial(frozen) for frozen in self._journal().get_trials(deepcopy=False)]
+
+    def save(self, number: int, path: Path) -> str:
+        """Write the direction of trial `number` and return its digest; it takes the measurement alone."""
+        known = {trial.number: trial for trial in self.trials()}
+        if number not in known:
+            raise InvalidInput(f"trial {number} is not in {self.folder}: it has {len(known)}, from 0")
+        trial = known[number]
+        selection = {
+            "by": f"trial {number} of a search",
+            "behaviour": self.settings.behaviour.name,
+            POINT: trial.point,
+            **dict(zip(self.settings.aims, trial.values, strict=True)),
+            "prompts": len(trial.figures.asked),
+            "stopped": trial.figures.stopped,
+        }
+        return candidate(self.measurement, trial.point, selection).direction.save(path)
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        screen: Screen,
+        sets: Sets,
+        count: int,
+        after: Callable[[list[Trial]], object] | None = None,
+    ) -> list[Trial]:
+        """Go on until there are at least `count` trials, in whole groups. `after` is told all of them, at first and
+        behind each group.
+
+        A group is written when all of it is known; one that was interrupted is drawn and tried again, and comes out
+        the same, since what draws it depends on the seed, the group's number and the groups before it alone.
+        """
+        settings, group = self.settings, self.settings.group
+        journal = self._journal()
+        written = journal.get_trials(deepcopy=False)
+        told = written[: len(written) // group * group]
+        trials = [_trial(frozen) for frozen in told]
+        race = Race(screen, settings.behaviour, sets) if len(trials) < count else None
+        if after is not None:
+            after(trials)
+        while race is not None and len(trials) < count:
+            study = self._study(told)
+            asked = [study.ask() for _ in range(group)]
+            points = [settings.space.suggest(trial) for trial in asked]
+            rivals = [trial.figures for trial in front(trials)]
+            figures = race.run([candidate(self.measurement, point) for point in points], rivals)
+            fresh = []
+            for trial, point, found in zip(asked, points, figures, strict=True):
+                for key, value in ((POINT, point), (FIGURES, asdict(found))):
+                    trial.set_user_attr(key, value)
+                # what shows the behaviour is no part of a front, however little it diverges: it must not draw the
+                # optimiser
+                trial.set_constraint("shown", found.shown if found.stopped == "shown" else 0.0)
+                fresh.append(study.tell(trial, _values(found)))
+            journal.add_trials(fresh[len(written) - len(told) :])
+            written = told = [*told, *fresh]
+            trials = [_trial(frozen) for frozen in told]
+            if after is not None:
+                after(trials)
+        return trials
+
+    def _study(self, told: Sequence[FrozenTrial]) -> optuna.Study:
+        """The optimiser as it stands behind `told`, in memory: what draws the next group."""
+        settings = self.settings
+        seed = int.from_bytes(hashlib.sha256(f"{settings.seed} {len(told)}".encode()).digest()[:4])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=settings.startup, multivariate=True, group=True, constant_liar=True
+            )
+        study = optuna.create_study(directions=settings.directions, sampler=sampler)
+        study.add_trials([_copy(frozen) for frozen in told])
+        return study
+
+    def _journal(self) -> optuna.Study:
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(self.folder / TRIALS)))
+        if STUDY in optuna.get_all_study_names(storage):
+            return optuna.load_study(study_name=STUDY, storage=storage)
+        return optuna.create_study(study_name=STUDY, storage=storage, directions=self.settings.directions)
+
+
+def _values(figures: Figures) -> tuple[float, ...]:
+    return (figures.shown, figures.kl) + (() if figures.over is None else (figures.over,))
+
+
+def rank_of(space: Space, measurement: Measurement) -> int:
+    """Rows that a direction of `space` has at most."""
+    return max(derive(measurement, Recipe(make_method(m), space.layers[-1])).rank for m in space.methods)
+
+
+def _copy(frozen: FrozenTrial) -> FrozenTrial:
+    return create_trial(
+        state=TrialState.COMPLETE,
+        values=frozen.values,
+        params=frozen.params,
+        distributions=frozen.distributions,
+        user_attrs=frozen.user_attrs,
+        constraints=frozen.constraints,
+    )
+
+
+def _trial(frozen: FrozenTrial) -> Trial:
+    attributes = frozen.user_attrs
+    return Trial(frozen.number, attributes[POINT], tuple(frozen.values), Figures(**attributes[FIGURES]))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

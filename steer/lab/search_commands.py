@@ -1,0 +1,313 @@
+"""The lab's commands that choose a direction by what it does: select, search, trials."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steer.console import log_warnings, quiet_libraries, reported
+from steer.errors import InvalidInput
+from steer.lab.commands import (
+    METHOD_HELP,
+    VLLM_OPTIONS,
+    Backend,
+    Choices,
+    Parameters,
+    check_folder,
+    chosen_method,
+    open_bench,
+)
+
+if TYPE_CHECKING:
+    pass
+
+Harmful = Annotated[str, typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[:SPLIT[:COLUMN]]")]
+Harmless = Annotated[str, typer.Option(help="prompts that do not show it, as --harmful")]
+BehaviourOption = Annotated[
+    str, typer.Option(help="what is counted: refusal, another that is shipped, or a TOML file that describes it")
+]
+
+
+def select(
+    ctx: typer.Context,
+    measurement: Annotated[Path, typer.Argument(help="a file that `steer measure` wrote")],
+    model: Annotated[str, typer.Argument(help="the model that was measured: local folder or hub id")],
+    harmful: Harmful,
+    harmless: Harmless,
+    output: Annotated[Path, typer.Option("--output", "-o", help="the direction file to write")],
+    method: Annotated[str, typer.Option(help=f"one or several, separated by commas; {METHOD_HELP}")] = (
+        "slerp,linear,projected"
+    ),
+    t: Annotated[str, typer.Option(help="values of t of slerp, separated by commas")] = "0.5,1",
+    parameter: Parameters = None,
+    layer: Annotated[str, typer.Option(help="auto (all whose classes separate), or numbers separated by commas")] = (
+        "auto"
+    ),
+    position: Annotated[str, typer.Option(help="all that were measured, or numbers separated by commas")] = "all",
+    mode: Annotated[str, typer.Option(help="modes, separated by commas: ablate, one_sided, affine, add")] = (
+        "ablate,one_sided"
+    ),
+    strength: Annotated[float, typer.Option(help="strength of each")] = 1.0,
+    sites: Annotated[str, typer.Option(help="where it acts: resid_post or writers")] = "resid_post",
+    behaviour: BehaviourOption = "refusal",
+    survivors: Annotated[int, typer.Option(min=1, help="candidates that the first-token screen lets through")] = 16,
+    prompts: Annotated[int, typer.Option(min=1, help="prompts of each set that candidates are tried on, at most")] = 48,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 24,
+    batch_size: Annotated[str, typer.Option(help="rows of a pass, or auto")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
+    backend: Backend = "transformers",
+) -> None:
+    """Try every method, t, position, layer and mode that is named on MODEL, and write the best direction.
+
+    First the log-odds of a first token of the behaviour's answers, then answers of those that survive. The file has the
+    figures of each. With --backend vllm, any further options are those of `vllm serve`.
+    """
+    log_warnings()
+    quiet_libraries()
+    from steer.lab.behaviour import Behaviour
+    from steer.lab.derive import Recipe
+    from steer.lab.measurement import Measurement
+    from steer.lab.prompts import read_prompts
+    from steer.lab.select import Grid
+    from steer.lab.select import select as run
+
+    with reported():
+        modes = _list(mode)
+        choices = Choices.model_validate({"mode": modes[0], "sites": sites.split(","), "batch_size": batch_size})
+        checked = tuple(Choices.model_validate({"mode": one}).mode for one in modes)
+        measured = Measurement.load(measurement)
+        made = tuple(one for name in _list(method) for one in _methods(name, _floats("--t", t), parameter))
+        positions = measured.meta.positions if position == "all" else tuple(_ints("--position", position))
+        grid = Grid(made, positions, "auto" if layer == "auto" else tuple(_ints("--layer", layer)), checked)
+        recipe = Recipe(strength=strength, sites=choices.sites)
+        sets, counted = (read_prompts(harmful), read_prompts(harmless)), Behaviour.load(behaviour)
+        check_folder(output)
+        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices)
+        _check_same(measured, bench.source.facts)
+        direction = run(
+            measured,
+            recipe,
+            grid,
+            *sets,
+            lambda rank, tokens: bench.screen(rank, tokens, measured.meta.system_prompt),
+            behaviour=counted,
+            survivors=survivors,
+            prompts=prompts,
+            tokens=max_tokens,
+        )
+        digest = direction.save(output)
+    meta = direction.meta
+    shown = [row for row in meta.selection["candidates"] if "refused" in row]
+    typer.echo(f"{len(meta.selection['candidates'])} candidates, {len(shown)} of them answered:")
+    typer.echo(f"{'method':<14} {'position':>8} {'layer':>5} {'mode':<10} {'shown':>6} {'N-token KL':>10}")
+    for row in sorted(shown, key=lambda row: (row["refused"], row["kl"])):
+        t_value = row["parameters"].get("t")
+        name = row["method"] if t_value is None else f"{row['method']} t={t_value:g}"
+        typer.echo(
+            f"{name:<14} {row['parameters']['position']:>8} {row['layer']:>5} {row['mode']:<10} {row['refused']:>6.2f} "
+            f"{row['kl']:>10.5f}{' (stopped)' if row['stopped'] else ''}"
+        )
+    typer.echo(f"wrote {output}: {meta.method}, layer {meta.source_layer}, {meta.mode}, digest {digest[:12]}")
+
+
+def search(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="local folder or hub id")],
+    harmful: Harmful,
+    harmless: Harmless,
+    folder: Annotated[Path, typer.Option(help="where the search lives; the same command goes on with what is there")],
+    borderline: Annotated[
+        str | None, typer.Option(help="harmless prompts that are easily refused; the third aim is that they are not")
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="trials in all, in whole groups")] = 192,
+    method: Annotated[str, typer.Option(help="methods, separated by commas")] = "slerp,projected,linear,whitened",
+    t: Annotated[str, typer.Option(help="least and most t of slerp")] = "0,1.5",
+    mode: Annotated[str, typer.Option(help="modes, separated by commas")] = "ablate,one_sided",
+    strength: Annotated[str, typer.Option(help="least and most strength; of add its hundredth, below 0")] = "0.5,1.5",
+    position: Annotated[int, typer.Option(help="token position that is measured, −1 is the last of the template")] = -1,
+    system_prompt: Annotated[str | None, typer.Option(help="system prompt of every conversation")] = None,
+    behaviour: BehaviourOption = "refusal",
+    prompts: Annotated[int, typer.Option(min=8, help="prompts of each set that a trial is tried on, at most")] = 96,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 32,
+    group: Annotated[int, typer.Option(min=1, max=256, help="trials that are tried at once")] = 16,
+    startup: Annotated[int, typer.Option(min=1, help="trials that are drawn at random first")] = 32,
+    seed: Annotated[int, typer.Option(help="seed of what is drawn")] = 0,
+    pick: Annotated[int | None, typer.Option(help="write the direction of this trial at the end (with -o)")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="the direction file to write")] = None,
+    batch_size: Annotated[str, typer.Option(help="rows of a pass, or auto")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
+    backend: Backend = "transformers",
+) -> None:
+    """Search for directions of MODEL that leave few refusals, little divergence and little over-refusal.
+
+    An interrupted search goes on when the same command is given again, and comes out the same. `steer trials FOLDER`
+    shows the front and saves any trial's direction. With --backend vllm, any further options are those of `vllm serve`.
+    """
+    log_warnings()
+    quiet_libraries()
+    _need("optuna")
+    _need("matplotlib")
+    import optuna
+
+    from steer.lab import front
+    from steer.lab.behaviour import Behaviour
+    from steer.lab.measure import Conditions, measure
+    from steer.lab.measurement import Measurement
+    from steer.lab.methods import make_method
+    from steer.lab.prompts import read_prompts
+    from steer.lab.race import Sets
+    from steer.lab.search import Search, Settings, rank_of
+    from steer.lab.space import Space
+    from steer.lab.tally import Keep
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with reported():
+        _check_output(pick, output)
+        choices = Choices.model_validate({"batch_size": batch_size})
+        sets = read_prompts(harmful), read_prompts(harmless)
+        border = None if borderline is None else read_prompts(borderline)
+        space = Space.model_validate(
+            {
+                "methods": _list(method),
+                "modes": _list(mode),
+                "t": _pair("--t", t),
+                "strength": _pair("--strength", strength),
+            }
+        )
+        settings = Settings(
+            model=model,
+            revision=revision,
+            backend=backend,
+            behaviour=Behaviour.load(behaviour),
+            harmful=sets[0].dataset,
+            harmless=sets[1].dataset,
+            borderline=None if border is None else border.dataset,
+            system_prompt=system_prompt,
+            position=position,
+            dtype=dtype,
+            prompts=prompts,
+            tokens=max_tokens,
+            group=group,
+            startup=startup,
+            seed=seed,
+            space=space,
+        )
+        vectors = any(make_method(name).needs != "means" for name in space.methods)
+        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices)
+
+        def measured(partial: Path) -> Measurement:
+            conditions = Conditions((position,), None, system_prompt, keep=Keep(vectors=vectors))
+            return measure(
+                bench.source, *sets, conditions, batch_size=choices.batch, progress=True, partial=partial, every=60
+            )
+
+        begun = Search.begin(folder, settings, measured)
+        tried = Sets.drawn(
+            *(s.prompts if s is not None else () for s in (*sets, border)), limits=(prompts, prompts, prompts)
+        )
+        screen = bench.screen(rank_of(begun.settings.space, begun.measurement), max_tokens, system_prompt)
+
+        def after(found: list[Any]) -> None:
+            typer.echo(f"\n{len(found)} of {trials} trials, the front so far:\n{front.table(found)}", err=True)
+
+        found = begun.run(screen, tried, trials, after)
+        front.write(begun, found)
+        if pick is not None and output is not None:
+            begun.save(pick, output)
+    typer.echo(f"{len(found)} trials in {folder}, the front:\n{front.table(found)}")
+    typer.echo(f"a trial's direction: steer trials {folder} --save NUMBER -o FILE.safetensors")
+
+
+def trials(
+    folder: Annotated[Path, typer.Argument(help="the folder of a search")],
+    save: Annotated[int | None, typer.Option(help="write the direction of this trial (with -o)")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="the direction file to write")] = None,
+) -> None:
+    """Show the front of the search in FOLDER, or save a trial's direction. It takes no model."""
+    log_warnings()
+    _need("optuna")
+    import optuna
+
+    from steer.lab import front
+    from steer.lab.search import Search
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with reported():
+        _check_output(save, output)
+        found = Search.open(folder)
+        if save is not None and output is not None:
+            digest = found.save(save, output)
+            typer.echo(f"wrote {output}: trial {save}, digest {digest[:12]}")
+            return
+        known = found.trials()
+    typer.echo(f"{len(known)} trials, the front:\n{front.table(known)}")
+
+
+def _need(package: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        with reported():
+            raise InvalidInput(f"this command needs the package {package}: pip install 'steer-llm[lab]'")
+
+
+def _check_output(number: int | None, output: Path | None) -> None:
+    if (number is None) != (output is None):
+        raise InvalidInput("a trial's number and --output belong together: give both or none")
+    if output is not None:
+        check_folder(output)
+
+
+def _check_same(measured: Any, facts: Any) -> None:
+    """Raise InvalidInput where the measurement is of a model of another shape than the loaded one."""
+    names = ("architecture", "d_model", "layers")
+    wrong = [
+        f"{name}: the measurement is of {getattr(measured.meta.model, name)}, the model has {getattr(facts, name)}"
+        for name in names
+        if getattr(measured.meta.model, name) != getattr(facts, name)
+    ]
+    if wrong:
+        raise InvalidInput(wrong)
+
+
+def _methods(name: str, ts: list[float], parameters: list[str] | None) -> list[Any]:
+    if name != "slerp":
+        return [chosen_method(name, None, parameters)]
+    return [chosen_method(name, one, parameters) for one in ts]
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _floats(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in _list(text)]
+    except ValueError:
+        raise InvalidInput(f"{option}: numbers separated by commas, got {text!r}") from None
+
+
+def _ints(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in _list(text)]
+    except ValueError:
+        raise InvalidInput(f"{option}: whole numbers separated by commas, got {text!r}") from None
+
+
+def _pair(option: str, text: str) -> tuple[float, float]:
+    found = _floats(option, text)
+    if len(found) != 2:
+        raise InvalidInput(f"{option}: the least and the most, separated by a comma, got {text!r}")
+    return found[0], found[1]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (select, search):
+        app.command(context_settings=VLLM_OPTIONS)(command)
+    app.command()(trials)

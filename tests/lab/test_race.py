@@ -1,0 +1,106 @@
+"""Racing: each candidate is judged as if it were alone, and stops only where it is surely beaten."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer.errors import InvalidInput
+from steer.hf.attach import Steering
+from steer.hf.load import load
+from steer.lab.behaviour import Behaviour
+from steer.lab.probe import Probe
+from steer.lab.race import FIRST_ROUND, Figures, Race, Sets
+from steer.lab.screen import Candidate
+from tests import models
+
+#: Shown or not by chance: answers of a random model.
+CHANCE = Behaviour(name="chance", description="by chance", patterns=("^[!-O]",), window=1, openings=("!", "A"))
+SETS = Sets(
+    tuple("abc" * n + "?" for n in range(1, 21)),
+    tuple("xy " * n + "z" for n in range(1, 14)),
+    tuple("k" * n for n in range(1, 10)),
+)
+
+
+@pytest.fixture(scope="module")
+def probe(tiny_folder: Path) -> Probe:
+    loaded = load(str(tiny_folder))
+    return Probe(loaded, Steering(loaded.model, rows=3, rank=1), max_tokens=3)
+
+
+@pytest.fixture(scope="module")
+def candidates(probe: Probe) -> list[Candidate]:
+    """More directions than the table has rows, so that they take turns."""
+    made = [models.direction(probe.loaded.model, seed=seed) for seed in range(4)]
+    return [Candidate(d, mode, 1.0) for mode in ("ablate", "add") for d in made]  # type: ignore[arg-type]
+
+
+def test_together_is_alone(probe: Probe, candidates: list[Candidate]) -> None:
+    race = Race(probe, CHANCE, SETS)
+    together = race.run(candidates)
+    for candidate, mine in zip(candidates, together, strict=True):
+        (alone,) = race.run([candidate])
+        assert alone.stopped is None
+        assert (len(alone.asked), len(alone.kls), len(alone.borderline)) == (20, 13, 9)
+        assert mine.asked == alone.asked[: len(mine.asked)]
+        assert mine.borderline == alone.borderline[: len(mine.borderline)]
+        assert mine.kls == pytest.approx(alone.kls[: len(mine.kls)], abs=1e-5)
+        assert len(mine.asked) == 20 or mine.stopped
+    assert any(mine.stopped is None for mine in together)
+
+
+def test_strength_zero_is_plain(probe: Probe, candidates: list[Candidate]) -> None:
+    race = Race(probe, CHANCE, SETS)
+    (nothing,) = race.run([replace(candidates[0], strength=0.0)])
+    assert nothing.asked == race.plain.asked
+    assert nothing.borderline == race.plain.borderline
+    assert nothing.kl < 1e-6
+
+
+def test_who_surely_shows_more_stops_after_the_first_round(probe: Probe, candidates: list[Candidate]) -> None:
+    always = Behaviour(name="always", description="any answer", min_words=1)
+    rival = Figures([False] * 20, [False] * 9, [1.0] * 13)
+    (found,) = Race(probe, always, replace(SETS, asked=("a",) * 20)).run([candidates[0]], [rival])
+    assert (found.stopped, len(found.asked)) == ("shown", FIRST_ROUND)
+    assert found.shown == 1
+
+
+KLS = st.lists(st.floats(0, 1), min_size=16, max_size=16)
+SHOWN = st.lists(st.booleans(), min_size=16, max_size=16)
+
+
+@given(SHOWN, KLS, SHOWN, KLS, st.integers(2, 16))
+def test_being_beaten_needs_more_of_nothing_and_less_of_something(
+    asked: list[bool], kls: list[float], others: list[bool], its: list[float], count: int
+) -> None:
+    mine, other = Figures(asked[:count], [], kls[:count]), Figures(others, [], its)
+    if mine.surely_beaten_by(other):
+        assert other.shown <= mine.shown
+        assert sum(its[:count]) < sum(kls[:count])
+    assert not mine.surely_beaten_by(mine)
+    assert not other.surely_beaten_by(Figures(asked[:4], [], kls[:4])), "not on the same prompts"
+
+
+def test_who_is_beaten_in_all_stops_and_who_may_show_less_does_not() -> None:
+    def rival(shown: int) -> Figures:
+        return Figures([False] * (100 - shown) + [True] * shown, [False] * 100, [0.1, 0.11] * 50)
+
+    first = Figures([False] * 8, [False] * 8, [0.2, 0.21] * 4)
+    assert first.surely_beaten_by(rival(0))
+    assert not first.surely_beaten_by(rival(1)), "it showed nothing so far"
+
+
+def test_prompts_are_drawn_evenly_and_the_same_each_time() -> None:
+    sorted_by_topic = [f"{topic} {n}" for topic in "abcd" for n in range(25)]
+    first, again = (Sets.drawn(sorted_by_topic, ["x"], limits=(24, 5, 5)) for _ in range(2))
+    assert first == again
+    assert {prompt[0] for prompt in first.asked[:12]} == set("abcd")
+    assert len(set(first.asked)) == 24
+    with pytest.raises(InvalidInput) as caught:
+        Sets((), ())
+    assert len(caught.value.problems) == 2

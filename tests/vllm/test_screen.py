@@ -1,0 +1,132 @@
+"""Trying candidates out through vLLM: many in one call are what each is alone, and what transformers says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from steer.errors import NoRoom
+from steer.hf.attach import Steering
+from steer.hf.load import load
+from steer.lab.behaviour import Behaviour
+from steer.lab.measure import Conditions, measure
+from steer.lab.probe import Probe
+from steer.lab.prompts import PromptSet
+from steer.lab.race import Race, Sets
+from steer.lab.screen import Candidate
+from steer.lab.search import Search, Settings
+from steer.lab.source import TransformersSource
+from steer.lab.space import Space
+from tests import models
+from tests.vllm import tiny
+
+PROMPTS = ("hello world", "a longer prompt of some words", "xyz?")
+CHANCE = Behaviour(name="chance", description="by chance", patterns=("^[!-O]",), window=1)
+SETS = Sets(tuple("abc" * n for n in range(1, 11)), tuple("xy " * n + "z" for n in range(1, 11)), PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny.make("llama", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def probe(folder: Path) -> Probe:
+    loaded = load(str(folder), dtype="float32")
+    return Probe(loaded, Steering(loaded.model, rows=32, rank=2), max_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def screen(folder: Path, in_process: Callable[[Any], Any]) -> Iterator[Any]:
+    from steer.vllm.screen import VllmScreen
+    from steer.vllm.source import VllmSource, start
+
+    options = ["--dtype", "float32", "--max-model-len", "256", "--distributed-executor-backend", "uni"]
+    llm = start(str(folder), options, rank=2)
+    try:
+        yield VllmScreen(VllmSource(llm, str(folder)), None, 6)
+    finally:
+        in_process(llm)
+
+
+@pytest.fixture(scope="module")
+def candidates(probe: Probe) -> list[Candidate]:
+    first, second = (models.direction(probe.loaded.model, seed=seed, k=k) for seed, k in ((1, 1), (2, 2)))
+    return [
+        Candidate(first, "ablate", 1.0),
+        Candidate(first, "add", -0.5),
+        Candidate(second, "one_sided", 0.7),
+        Candidate(first, "ablate", 0.0),
+    ]
+
+
+def test_rows_are_what_transformers_says(probe: Probe, screen: Any, candidates: list[Candidate]) -> None:
+    tokens = [ord("A") - 29, ord("z") - 29, 7]
+    seen = []
+    for one in (probe, screen):
+        before = one.room
+        with one.all_resident(candidates) as steers:
+            assert one.room == before - 3, "what shares a direction shares its rows"
+            prompts = [*PROMPTS] * len(steers)
+            rows = [steer for steer in steers for _ in PROMPTS]
+            seen.append((one.answers(prompts, rows), one.opening_odds(prompts, rows, tokens)))
+        assert one.room == before
+    (ours, odds), (theirs, its) = seen
+    assert [answer.ids for answer in theirs] == [answer.ids for answer in ours]
+    assert its == pytest.approx(odds, abs=1e-3)
+
+
+def test_divergences_of_many_are_those_of_each(screen: Any, candidates: list[Candidate]) -> None:
+    plain = screen.continuations(PROMPTS)
+    with screen.all_resident(candidates) as steers:
+        rows = [steer for steer in steers for _ in PROMPTS]
+        together = screen.divergences([*PROMPTS] * len(steers), [*plain] * len(steers), rows)
+        for number, steer in enumerate(steers):
+            alone = screen.divergences(PROMPTS, plain, steer)
+            for a, b in zip(alone, together[3 * number :], strict=False):
+                assert a == pytest.approx(b, abs=1e-5)
+    assert max(row.max() for row in together[9:]) < 1e-6
+    assert min(row.mean() for row in together[:3]) > 1e-4
+
+
+def test_too_many_at_once_leave_nothing_behind(screen: Any, probe: Probe, candidates: list[Candidate]) -> None:
+    before = screen.room
+    many = [Candidate(models.direction(probe.loaded.model, seed=seed), "ablate", 1.0) for seed in range(before + 1)]
+    screen.frontend.registry.patience = 0.0
+    with pytest.raises(NoRoom), screen.all_resident(many):
+        pass
+    assert screen.room == before
+    race = Race(screen, CHANCE, replace(SETS, asked=SETS.asked[:2], other=SETS.other[:1], borderline=()))
+    assert len(race.run(many)) == before + 1, "a race takes them in turns"
+
+
+def test_a_search_runs_on_the_engine(screen: Any, folder: Path, tmp_path: Path) -> None:
+    """The same trials as on transformers: they are drawn before anything is tried, and answer alike."""
+    loaded = load(str(folder), dtype="float32")
+    sets = [PromptSet(name, "0" * 64, prompts) for name, prompts in (("a", SETS.asked), ("b", SETS.other))]
+    measured = measure(TransformersSource(loaded), *sets, Conditions())
+    settings = Settings(
+        model="tiny",
+        behaviour=CHANCE,
+        harmful=sets[0].dataset,
+        harmless=sets[1].dataset,
+        borderline=sets[0].dataset,
+        group=4,
+        space=Space(methods=("slerp", "linear")),
+    )
+    found = []
+    for name, one in (("theirs", screen), ("ours", Probe(loaded, Steering(loaded.model, rank=1), max_tokens=6))):
+        search = Search.begin(tmp_path / name, settings, lambda _partial: measured)
+        found.append(search.run(one, SETS, 4))
+    for theirs, ours in zip(*found, strict=True):
+        assert theirs.point == ours.point
+        count = min(len(theirs.figures.asked), len(ours.figures.asked))
+        assert theirs.figures.asked[:count] == ours.figures.asked[:count]
+        assert np.isfinite(theirs.figures.kl)

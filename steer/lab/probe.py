@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steer.direction import Direction, Mode
 from steer.hf.attach import Steering
 from steer.hf.load import Loaded
 from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
@@ -89,12 +88,6 @@ class Probe:
     @property
     def tokenizer(self) -> Any:
         return self.loaded.tokenizer
-
-    @contextmanager
-    def resident(self, direction: Direction, mode: Mode, strength: float) -> Iterator[RequestSteer | None]:
-        """`direction` in the table while it lasts, as index entries."""
-        with self.all_resident([Candidate(direction, mode, strength)]) as steers:
-            yield steers[0]
 
     @contextmanager
     def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[RequestSteer | None]]:
@@ -213,12 +206,6 @@ class Probe:
             return found
 
         return self._forced(prompts, plain, each_row(steer, len(prompts)), kl, title)
-
-    def divergence(
-        self, prompts: Sequence[Prompt], plain: Sequence[Answered], steer: RequestSteer | None, title: str = ""
-    ) -> Divergence:
-        """`divergences` of one candidate in a few numbers."""
-        return summarised(self.divergences(prompts, plain, steer, title))
 
     def _forced(
         self,

@@ -17,8 +17,9 @@ from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluation.expected import read_expected, right
-from steer.lab.probe import Answered, Divergence, Probe
+from steer.lab.probe import Answered, Divergence, Probe, summarised
 from steer.lab.prompts import read_prompts
+from steer.lab.screen import Candidate
 from steer.spec import Entry, Spec
 from tests.servers import ROOT
 
@@ -76,11 +77,11 @@ def measured(loaded: Loaded, direction: Direction) -> Measured:
     for cls in language.CLASSES:
         out.answers[cls, "plain"] = probe.answers(prompts[cls], None)
     for arm, made in zip(ARMS, (direction, projected(direction)), strict=True):
-        with probe.resident(made, made.meta.mode, made.meta.strength) as steer:
+        with probe.all_resident([Candidate(made, made.meta.mode, made.meta.strength)]) as (steer,):
             for cls in language.CLASSES:
                 out.answers[cls, arm] = probe.answers(prompts[cls], steer)
             plain = out.answers["harmless", "plain"]
-            out.divergence[arm] = probe.divergence(prompts["harmless"], plain, steer)
+            out.divergence[arm] = summarised(probe.divergences(prompts["harmless"], plain, steer))
     return out
 
 
@@ -149,7 +150,7 @@ def test_a_second_turn_and_a_system_prompt_are_refused_and_answered_too(loaded: 
     steering = Steering(loaded.model)
     probe = Probe(loaded, steering, system_prompt=language.HELD_OUT_SYSTEMS[0], max_tokens=48)
     prompts = read_prompts(str(PROMPTS / "refused.test.txt")).prompts[:50]
-    with probe.resident(direction, direction.meta.mode, direction.meta.strength) as steer:
+    with probe.all_resident([Candidate(direction, direction.meta.mode, direction.meta.strength)]) as (steer,):
         assert share(REFUSAL.shown(a.text) for a in probe.answers(prompts, None)) >= 0.9
         assert share(REFUSAL.shown(a.text) for a in probe.answers(prompts, steer)) <= 0.06
 
@@ -169,7 +170,7 @@ def test_a_second_behaviour_is_removed_where_the_model_has_it_as_one_choice(load
     direction, wordy = Direction.load(ROOT / "directions" / "verbosity.safetensors"), Behaviour.load("verbosity")
     asked = [p for p in measured.prompts["harmless"] if language.task_of(p).kind in ("howto", "need")]
     probe = Probe(loaded, Steering(loaded.model), max_tokens=48)
-    with probe.resident(direction, direction.meta.mode, direction.meta.strength) as steer:
+    with probe.all_resident([Candidate(direction, direction.meta.mode, direction.meta.strength)]) as (steer,):
         answers = [a.text for a in probe.answers(asked, steer)]
     assert wordy.rate([a.text for a in probe.answers(asked, None)]) >= 0.95
     assert wordy.rate(answers) <= 0.05

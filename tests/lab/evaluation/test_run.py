@@ -129,7 +129,7 @@ def test_a_broken_run_goes_on_to_the_same_report(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr(Probe, "divergence", breaks)
+        broken.setattr(Probe, "divergences", breaks)
         with pytest.raises(KeyboardInterrupt):
             evaluate(probe, plan(arms, loaded), Cache(tmp_path, {}))
     probe.asked.clear()

@@ -110,7 +110,7 @@ def watched(command: Sequence[str | Path], mark: re.Pattern[str], folder: Path, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=16, help="trials of the other tool in each round; ours: 4 times")
+    parser.add_argument("--trials", type=int, default=8, help="trials of the other tool in each round; ours: 12 times")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--limit", type=float, default=130, help="seconds for a run")
     arguments = parser.parse_args()
@@ -121,7 +121,7 @@ def main() -> None:
             folder = Path(name)
             arms = {
                 "heretic": (other(program, arguments.trials, folder), BEGIN),
-                "steer": (ours(4 * arguments.trials, folder), OURS),
+                "steer": (ours(12 * arguments.trials, folder), OURS),
             }
             for arm in sorted(arms, reverse=bool(number % 2)):
                 command, mark = arms[arm]

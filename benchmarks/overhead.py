@@ -43,9 +43,10 @@ WITHOUT = {"VLLM_PLUGINS": ""}
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """A random bfloat16 Llama of 24 layers × 896 with a tokenizer, directions, and adapters of the same effect."""
+    """A bfloat16 Llama with a tokenizer, directions, and adapters of the same effect."""
 
     root: Path
+    options: dict[str, Any] = field(default_factory=lambda: OPTIONS)
 
     @property
     def model(self) -> Path:
@@ -60,27 +61,35 @@ class Home:
         return sorted(str(path) for path in (self.root / "arrivals").iterdir())
 
     def make(self, adapters: int) -> Home:
-        """Write it all; `adapters` of them, the first for every request, the others to arrive one after the other."""
+        """Random weights of 24 layers × 896, and `adapters`: the first for every request, the others to arrive one
+        after the other."""
         model = llama(LAYERS, VOCABULARY, tie_word_embeddings=True).to(torch.bfloat16)
         model.save_pretrained(self.model)
-        models.tokenizer().save_pretrained(self.model)
-        for folder in ("directions", "writers", "arrivals"):
-            (self.root / folder).mkdir()
-        for seed in range(DIRECTIONS):
-            models.direction(model, seed=seed).save(self.root / "directions" / f"d{seed}.safetensors")
-        for rank in (2, 4):
-            models.direction(model, seed=rank, k=rank).save(self.root / "directions" / f"k{rank}.safetensors")
+        self.steer(model)
         for seed in range(adapters):
             # an adapter of vLLM cannot reach the embedding: both leave it alone
             one = models.direction(model, seed=seed, shared=True, sites=("writers",))
-            one.save(self.root / ("writers/d0.safetensors" if seed == 0 else f"arrivals/{seed:02}.safetensors"))
+            if seed:
+                one.save(self.root / "arrivals" / f"{seed:02}.safetensors")
             folder = self.root / f"adapter{seed:02}"
             lora.export(Checkpoint(self.model), removal(one, 1.0), folder, base=str(self.model))
         return self
 
+    def steer(self, model: Any) -> None:
+        """Tokenizer and directions for `model`, of which only the configuration is read."""
+        models.tokenizer().save_pretrained(self.model)
+        for name in ("directions", "writers", "arrivals"):
+            (self.root / name).mkdir()
+        for seed in range(DIRECTIONS):
+            models.direction(model, seed=seed).save(self.root / "directions" / f"d{seed}.safetensors")
+        for rank in (2, 4):
+            models.direction(model, seed=rank, k=rank).save(self.root / "directions" / f"k{rank}.safetensors")
+        shared = models.direction(model, shared=True, sites=("writers",))
+        shared.save(self.root / "writers" / "d0.safetensors")
+
     def steering(self, *, folder: str = "directions", rank: int = 1, **more: Any) -> dict[str, Any]:
         settings = {"directions": str(self.root / folder), "rank": rank, "rows": 40} | more
-        return OPTIONS | dict(worker_cls="steer.vllm.worker.Worker", additional_config={"steer": settings})
+        return self.options | dict(worker_cls="steer.vllm.worker.Worker", additional_config={"steer": settings})
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +107,14 @@ MakeArms = Callable[[Mapping[str, Engine], str, int], Arms]
 def stock_suite(home: Home) -> tuple[dict[str, Wanted], MakeArms]:
     """Stock vLLM twice, installed but off, steering in every mixture, and LoRA on stock."""
     engines = {
-        "stock": Wanted(OPTIONS, WITHOUT),
-        "stock again": Wanted(OPTIONS, WITHOUT),
-        "installed, off": Wanted(OPTIONS),
+        "stock": Wanted(home.options, WITHOUT),
+        "stock again": Wanted(home.options, WITHOUT),
+        "installed, off": Wanted(home.options),
         "steer": Wanted(home.steering()),
-        "LoRA on stock": Wanted(OPTIONS | dict(enable_lora=True, max_lora_rank=1, max_loras=1), WITHOUT),
     }
+    if home.adapters:
+        lora_options = home.options | dict(enable_lora=True, max_lora_rank=1, max_loras=1)
+        engines["LoRA on stock"] = Wanted(lora_options, WITHOUT)
 
     def arms(started: Mapping[str, Engine], kind: str, batch: int) -> Arms:
         def job(specs: Sequence[str | None] = (None,), adapter: str | None = None) -> Job:
@@ -111,16 +122,18 @@ def stock_suite(home: Home) -> tuple[dict[str, Wanted], MakeArms]:
 
         own = [f"d0={0.5 + 0.001 * i}" for i in range(batch)]
         steer = started["steer"]
-        return {
+        found = {
             **{name: started[name].arm(job()) for name in ("stock", "stock again", "installed, off")},
             "on, idle": steer.arm(job()),
             **({"half steered": steer.arm(job(["d0", None]))} if batch > 1 else {}),
             "all steered": steer.arm(job(["d0"])),
             **({"each its own strength": steer.arm(job(own))} if batch > 1 else {}),
             **({"32 directions": steer.arm(job([f"d{i}" for i in range(DIRECTIONS)]))} if batch >= 32 else {}),
-            "LoRA on stock, unused": started["LoRA on stock"].arm(job()),
-            "LoRA of rank 1 on stock": started["LoRA on stock"].arm(job(adapter=home.adapters[0])),
         }
+        if home.adapters:
+            found["LoRA on stock, unused"] = started["LoRA on stock"].arm(job())
+            found["LoRA of rank 1 on stock"] = started["LoRA on stock"].arm(job(adapter=home.adapters[0]))
+        return found
 
     return engines, arms
 
@@ -166,25 +179,21 @@ def started_in_order(model: Path, wanted: Mapping[str, Wanted], order: Sequence[
         yield started
 
 
-def measure(suite: str, rounds: int, orders: int, workloads: Sequence[tuple[str, int]]) -> list[Table]:
+def measure(home: Home, suite: str, rounds: int, orders: int, workloads: Sequence[tuple[str, int]]) -> list[Table]:
     """A table for each workload. Engines are started `orders` times over, in another order each time, since it was seen
     that which one is started first makes a difference of some percent for as long as they live."""
     runs: dict[str, list[dict[str, Ratio]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        home = Home(Path(folder)).make(adapters=1 + orders * ARRIVALS if suite == "stock" else 1)
-        wanted, make_arms = SUITES[suite](home)
-        names, rng = list(wanted), random.Random(0)
-        for turn in range(orders):
-            order = (
-                names[turn % len(names) :] + names[: turn % len(names)] if turn < 2 else rng.sample(names, len(names))
-            )
-            with started_in_order(home.model, wanted, order) as started:
-                for kind, batch in workloads:
-                    prompt, answer = WORKLOADS[kind]
-                    title = f"{kind}, batch {batch} ({prompt} + {answer} tokens)"
-                    runs.setdefault(title, []).append(interleave(make_arms(started, kind, batch), rounds, title))
-                if suite == "stock":
-                    runs.setdefault(ARRIVING, []).append(arriving(started, home, turn))
+    wanted, make_arms = SUITES[suite](home)
+    names, rng = list(wanted), random.Random(0)
+    for turn in range(orders):
+        order = names[turn % len(names) :] + names[: turn % len(names)] if turn < 2 else rng.sample(names, len(names))
+        with started_in_order(home.model, wanted, order) as started:
+            for kind, batch in workloads:
+                prompt, answer = WORKLOADS[kind]
+                title = f"{kind}, batch {batch} ({prompt} + {answer} tokens)"
+                runs.setdefault(title, []).append(interleave(make_arms(started, kind, batch), rounds, title))
+            if home.arrivals:
+                runs.setdefault(ARRIVING, []).append(arriving(started, home, turn))
     return [_table(title, parts) for title, parts in runs.items()]
 
 
@@ -232,12 +241,15 @@ if __name__ == "__main__":
     given = parser.parse_args()
     import vllm
 
+    with tempfile.TemporaryDirectory() as folder:
+        home = Home(Path(folder)).make(adapters=1 + given.orders * ARRIVALS if given.suite == "stock" else 0)
+        tables = measure(home, given.suite, given.rounds, given.orders, given.workloads)
     result = Result(
         name="vllm" if given.suite == "stock" else f"vllm-{given.suite}",
         title="What steering costs on vLLM" + (", variants" if given.suite == "variants" else ""),
         command=f"python -m benchmarks.overhead {' '.join(sys.argv[1:])}".strip(),
         versions={"vLLM": vllm.__version__},
-        tables=measure(given.suite, given.rounds, given.orders, given.workloads),
+        tables=tables,
         more=f"Random bfloat16 Llama, {LAYERS} layers × {WIDTH}, compiled; {given.rounds} interleaved rounds in each "
         f"of {given.orders} orders of starting.\n",
     )

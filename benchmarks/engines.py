@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,20 +31,33 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One batch: `specs[i % len(specs)]` steers request i; None carries nothing. Prompts are random token ids."""
+    """One batch: `specs[i % len(specs)]` steers request i; None carries nothing. Prompts are random token ids, every
+    second one four times as long where `mixed`."""
 
     batch: int
     prompt: int
     answer: int
     specs: tuple[str | None, ...] = (None,)
-    lora: bool = False
+    #: The folder of an adapter that every request has.
+    adapter: str | None = None
+    mixed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A direction file, or an adapter's folder, that comes into service anew, up to the first token that has it."""
+
+    source: str
+    prompt: int
 
 
 class Engine:
-    """A child with one engine on `model`, ready when the `with` begins. `options` go to `LLM`."""
+    """A child with one engine on `model`, ready when the `with` begins. `options` go to `LLM`, `environment` to the
+    child."""
 
-    def __init__(self, model: Path, options: Mapping[str, Any]) -> None:
+    def __init__(self, model: Path, options: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> None:
         self.command = [sys.executable, "-m", "benchmarks.engines", str(model), json.dumps(options)]
+        self.environment = os.environ | ENVIRONMENT | dict(environment or {})
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
 
     def __enter__(self) -> Engine:
@@ -53,7 +67,7 @@ class Engine:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env=os.environ | ENVIRONMENT,
+            env=self.environment,
         )
         self.started = self._answer()
         return self
@@ -65,13 +79,13 @@ class Engine:
         self.process.wait()
         self.log.close()
 
-    def run(self, job: Job) -> float:
-        """Seconds that the batch took inside the child."""
+    def run(self, job: Job | Arrival) -> float:
+        """Seconds that it took inside the child."""
         assert self.process.stdin
-        print(json.dumps(asdict(job)), file=self.process.stdin, flush=True)
+        print(json.dumps({type(job).__name__: asdict(job)}), file=self.process.stdin, flush=True)
         return float(self._answer()["seconds"])
 
-    def arm(self, job: Job) -> Callable[[], float]:
+    def arm(self, job: Job | Arrival) -> Callable[[], float]:
         return lambda: self.run(job)
 
     def _answer(self) -> dict[str, Any]:
@@ -87,43 +101,64 @@ def main(model: str, options: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints goes to the log
 
-    import numpy as np
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
-    lora = options.pop("adapter", None)
     began = time.perf_counter()
     llm = LLM(model, **options)
-    vocabulary = llm.llm_engine.model_config.get_vocab_size()
-    compilation = llm.llm_engine.vllm_config.compilation_config
-    print(
-        json.dumps({"seconds": time.perf_counter() - began, "mode": int(compilation.mode or 0)}),
-        file=answers,
-        flush=True,
-    )
+    mode = int(llm.llm_engine.vllm_config.compilation_config.mode or 0)
+    print(json.dumps({"seconds": time.perf_counter() - began, "mode": mode}), file=answers, flush=True)
     for line in sys.stdin:
-        job = json.loads(line)
-        rng = np.random.default_rng(0)
-        prompts = [
-            {"prompt_token_ids": ids} for ids in rng.integers(3, vocabulary, (job["batch"], job["prompt"])).tolist()
-        ]
-        parameters = [
-            SamplingParams(
-                temperature=0,
-                max_tokens=job["answer"],
-                ignore_eos=True,
-                detokenize=False,
-                extra_args=None if spec is None else {"steer": spec},
-            )
-            for spec in (job["specs"][i % len(job["specs"])] for i in range(job["batch"]))
-        ]
-        more: dict[str, Any] = {}
-        if job["lora"]:
-            from vllm.lora.request import LoRARequest
+        ((kind, fields),) = json.loads(line).items()
+        seconds = {"Job": batch, "Arrival": arrival}[kind](llm, **fields)
+        print(json.dumps({"seconds": seconds}), file=answers, flush=True)
 
-            more["lora_request"] = LoRARequest("adapter", 1, lora)
-        began = time.perf_counter()
-        llm.generate(prompts, parameters, use_tqdm=False, **more)
-        print(json.dumps({"seconds": time.perf_counter() - began}), file=answers, flush=True)
+
+def batch(
+    llm: Any, batch: int, prompt: int, answer: int, specs: list[str | None], adapter: str | None, mixed: bool
+) -> float:
+    lengths = [prompt * (4 if mixed and i % 2 else 1) for i in range(batch)]
+    parameters = [_parameters(answer, specs[i % len(specs)]) for i in range(batch)]
+    return _timed(llm, _prompts(llm, lengths), parameters, None if adapter is None else _adapter(adapter))
+
+
+def arrival(llm: Any, source: str, prompt: int) -> float:
+    path, prompts = Path(source), _prompts(llm, [prompt])
+    began = time.perf_counter()
+    if path.is_dir():
+        _timed(llm, prompts, [_parameters(1, None)], _adapter(source))
+    else:
+        from steer.vllm import frontend
+
+        frontend.of(llm).registry.put("arrived", path.read_bytes(), store=False)
+        _timed(llm, prompts, [_parameters(1, "arrived")], None)
+    return time.perf_counter() - began
+
+
+def _timed(llm: Any, prompts: list[Any], parameters: list[Any], adapter: Any) -> float:
+    began = time.perf_counter()
+    llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapter)
+    return time.perf_counter() - began
+
+
+def _prompts(llm: Any, lengths: list[int]) -> list[Any]:
+    import numpy as np
+
+    rng, vocabulary = np.random.default_rng(0), llm.llm_engine.model_config.get_vocab_size()
+    return [{"prompt_token_ids": rng.integers(3, vocabulary, length).tolist()} for length in lengths]
+
+
+def _parameters(answer: int, spec: str | None) -> Any:
+    from vllm import SamplingParams
+
+    extra = None if spec is None else {"steer": spec}
+    return SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, detokenize=False, extra_args=extra)
+
+
+def _adapter(folder: str) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    # vLLM knows an adapter by its number
+    return LoRARequest(folder, 1 + zlib.crc32(folder.encode()), folder)
 
 
 if __name__ == "__main__":

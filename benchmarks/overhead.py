@@ -1,120 +1,257 @@
-"""What steering costs on vLLM, compiled: stock against an engine with the plugin, idle and with every request steered.
+"""What steering costs on vLLM, compiled, beside stock vLLM and beside rank-1 LoRA adapters with the same effect.
 
-`python -m benchmarks.overhead`. Two stock engines take part: what the second one shows against the first is
-what this machine can tell apart at all.
+`python -m benchmarks.overhead`. Two stock engines take part: what the second one shows against the first is what this
+machine can tell apart at all. `--suite variants` compares ranks and sites with each other.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import date
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.engines import Engine, Job
+from benchmarks.engines import Arrival, Engine, Job
+from benchmarks.results import FOLDER, Result, Table
 from benchmarks.shapes import WIDTH, llama
-from benchmarks.timing import HEADER, Ratio, interleave, machine, pooled
+from benchmarks.timing import Ratio, interleave, pooled
+from steer.lab import lora
+from steer.lab.bake import removal
+from steer.lab.weights import Checkpoint
 from tests import models
 
-LAYERS, VOCABULARY = 24, 32000
-#: Prompt and answer tokens of the decode-heavy and the prefill-heavy workload.
-DECODE, PREFILL = (32, 24), (256, 1)
+LAYERS, VOCABULARY, DIRECTIONS = 24, 32000, 32
+#: Prompt and answer tokens; every second prompt of the mixed one is four times as long.
+WORKLOADS = {"decode": (32, 24), "prefill": (256, 1), "mixed": (64, 12)}
 OPTIONS: dict[str, Any] = dict(
     dtype="bfloat16",
     max_model_len=1024,
-    max_num_seqs=64,
+    max_num_seqs=256,
     enable_prefix_caching=False,
     seed=0,
 )
+#: With nothing of ours in the process at all.
+WITHOUT = {"VLLM_PLUGINS": ""}
 
 
-def make(folder: Path) -> Any:
-    """A random bfloat16 Llama of 24 layers × 896, saved, with a tokenizer."""
-    model = llama(LAYERS, VOCABULARY, tie_word_embeddings=True).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    models.tokenizer().save_pretrained(folder)
-    return model
+@dataclass(frozen=True, slots=True)
+class Home:
+    """A bfloat16 Llama with a tokenizer, directions, and adapters of the same effect."""
+
+    root: Path
+    options: dict[str, Any] = field(default_factory=lambda: OPTIONS)
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def adapters(self) -> list[str]:
+        return sorted(str(path) for path in self.root.glob("adapter*"))
+
+    @property
+    def arrivals(self) -> list[str]:
+        return sorted(str(path) for path in (self.root / "arrivals").iterdir())
+
+    def make(self, adapters: int) -> Home:
+        """Random weights of 24 layers × 896, and `adapters`: the first for every request, the others to arrive one
+        after the other."""
+        model = llama(LAYERS, VOCABULARY, tie_word_embeddings=True).to(torch.bfloat16)
+        model.save_pretrained(self.model)
+        self.steer(model)
+        for seed in range(adapters):
+            # an adapter of vLLM cannot reach the embedding: both leave it alone
+            one = models.direction(model, seed=seed, shared=True, sites=("writers",))
+            if seed:
+                one.save(self.root / "arrivals" / f"{seed:02}.safetensors")
+            folder = self.root / f"adapter{seed:02}"
+            lora.export(Checkpoint(self.model), removal(one, 1.0), folder, base=str(self.model))
+        return self
+
+    def steer(self, model: Any) -> None:
+        """Tokenizer and directions for `model`, of which only the configuration is read."""
+        models.tokenizer().save_pretrained(self.model)
+        for name in ("directions", "writers", "arrivals"):
+            (self.root / name).mkdir()
+        for seed in range(DIRECTIONS):
+            models.direction(model, seed=seed).save(self.root / "directions" / f"d{seed}.safetensors")
+        for rank in (2, 4):
+            models.direction(model, seed=rank, k=rank).save(self.root / "directions" / f"k{rank}.safetensors")
+        shared = models.direction(model, shared=True, sites=("writers",))
+        shared.save(self.root / "writers" / "d0.safetensors")
+
+    def steering(self, *, folder: str = "directions", rank: int = 1, **more: Any) -> dict[str, Any]:
+        settings = {"directions": str(self.root / folder), "rank": rank, "rows": 40} | more
+        return self.options | dict(worker_cls="steer.vllm.worker.Worker", additional_config={"steer": settings})
 
 
-def home(root: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """The model in `root`, and the options of each engine: two stock ones, and one with steering that has the
-    directions d0 to d31."""
-    model, directions = make(root / "model"), root / "directions"
-    directions.mkdir()
-    for seed in range(32):
-        models.direction(model, seed=seed).save(directions / f"d{seed}.safetensors")
-    settings = {"steer": {"directions": str(directions), "rank": 1, "rows": 40}}
-    steering = dict(worker_cls="steer.vllm.worker.Worker", additional_config=settings)
-    return root / "model", {"stock": OPTIONS, "stock again": OPTIONS, "steer": OPTIONS | steering}
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An engine: options of `LLM`, and what its process has in its environment."""
+
+    options: dict[str, Any]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+Arms = dict[str, Callable[[], float]]
+MakeArms = Callable[[Mapping[str, Engine], str, int], Arms]
+
+
+def stock_suite(home: Home) -> tuple[dict[str, Wanted], MakeArms]:
+    """Stock vLLM twice, installed but off, steering in every mixture, and LoRA on stock."""
+    engines = {
+        "stock": Wanted(home.options, WITHOUT),
+        "stock again": Wanted(home.options, WITHOUT),
+        "installed, off": Wanted(home.options),
+        "steer": Wanted(home.steering()),
+    }
+    if home.adapters:
+        lora_options = home.options | dict(enable_lora=True, max_lora_rank=1, max_loras=1)
+        engines["LoRA on stock"] = Wanted(lora_options, WITHOUT)
+
+    def arms(started: Mapping[str, Engine], kind: str, batch: int) -> Arms:
+        def job(specs: Sequence[str | None] = (None,), adapter: str | None = None) -> Job:
+            return Job(batch, *WORKLOADS[kind], tuple(specs), adapter, mixed=kind == "mixed")
+
+        own = [f"d0={0.5 + 0.001 * i}" for i in range(batch)]
+        steer = started["steer"]
+        found = {
+            **{name: started[name].arm(job()) for name in ("stock", "stock again", "installed, off")},
+            "on, idle": steer.arm(job()),
+            **({"half steered": steer.arm(job(["d0", None]))} if batch > 1 else {}),
+            "all steered": steer.arm(job(["d0"])),
+            **({"each its own strength": steer.arm(job(own))} if batch > 1 else {}),
+            **({"32 directions": steer.arm(job([f"d{i}" for i in range(DIRECTIONS)]))} if batch >= 32 else {}),
+        }
+        if home.adapters:
+            found["LoRA on stock, unused"] = started["LoRA on stock"].arm(job())
+            found["LoRA of rank 1 on stock"] = started["LoRA on stock"].arm(job(adapter=home.adapters[0]))
+        return found
+
+    return engines, arms
+
+
+def variants_suite(home: Home) -> tuple[dict[str, Wanted], MakeArms]:
+    """Ranks, sites and the read-out, each against the usual: one direction of rank 1 at `resid_post`."""
+    engines = {
+        "rank 1": Wanted(home.steering()),
+        "room for rank 4": Wanted(home.steering(rank=4)),
+        "writers": Wanted(home.steering(folder="writers", sites=["writers"])),
+        "readout": Wanted(home.steering(readout=8)),
+    }
+
+    def arms(started: Mapping[str, Engine], kind: str, batch: int) -> Arms:
+        def job(spec: str | None) -> Job:
+            return Job(batch, *WORKLOADS[kind], (spec,), mixed=kind == "mixed")
+
+        wide = started["room for rank 4"]
+        return {
+            "rank 1": started["rank 1"].arm(job("d0")),
+            **{f"rank {k}, with room for 4": wide.arm(job(s)) for k, s in ((1, "d0"), (2, "k2"), (4, "k4"))},
+            "writers, idle": started["writers"].arm(job(None)),
+            "writers": started["writers"].arm(job("d0")),
+            "with a compiled read-out, unasked": started["readout"].arm(job("d0")),
+        }
+
+    return engines, arms
+
+
+SUITES = {"stock": stock_suite, "variants": variants_suite}
 
 
 @contextmanager
-def started_in_order(
-    model: Path, options: Mapping[str, dict[str, Any]], order: Sequence[str]
-) -> Iterator[dict[str, Engine]]:
+def started_in_order(model: Path, wanted: Mapping[str, Wanted], order: Sequence[str]) -> Iterator[dict[str, Engine]]:
     with ExitStack() as stack:
-        started = {name: stack.enter_context(Engine(model, options[name])) for name in order}
+        started = {}
+        for name in order:
+            print(f"starting {name}", file=sys.stderr, flush=True)
+            started[name] = stack.enter_context(Engine(model, wanted[name].options, wanted[name].environment))
         for name, engine in started.items():
-            assert engine.started["mode"] > 0, f"{name} is not compiled"
+            # vLLM does not compile with LoRA on a CPU; every other engine must be compiled
+            assert engine.started["mode"] > 0 or wanted[name].options.get("enable_lora"), f"{name} is not compiled"
         yield started
 
 
-def arms(started: Mapping[str, Engine], batch: int, tokens: tuple[int, int]) -> dict[str, Any]:
-    own = tuple(f"d0={0.5 + 0.01 * i}" for i in range(batch))
-    many = tuple(f"d{i}" for i in range(32))
-    steer = started["steer"]
-    return {
-        "stock": started["stock"].arm(Job(batch, *tokens)),
-        "stock again": started["stock again"].arm(Job(batch, *tokens)),
-        "idle": steer.arm(Job(batch, *tokens)),
-        "all steered": steer.arm(Job(batch, *tokens, ("d0",))),
-        **({"own strengths": steer.arm(Job(batch, *tokens, own))} if batch > 1 else {}),
-        **({"32 directions": steer.arm(Job(batch, *tokens, many))} if batch >= 32 else {}),
-    }
-
-
-def measure(rounds: int, batches: Sequence[int], kinds: Sequence[str]) -> None:
-    """Print a table for each workload. Engines are started three times over, in another order each time, since it was
-    seen that which one is started first makes a difference of some percent for as long as they live."""
+def measure(home: Home, suite: str, rounds: int, orders: int, workloads: Sequence[tuple[str, int]]) -> list[Table]:
+    """A table for each workload. Engines are started `orders` times over, in another order each time, since it was seen
+    that which one is started first makes a difference of some percent for as long as they live."""
     runs: dict[str, list[dict[str, Ratio]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        model, options = home(Path(folder))
-        names = list(options)
-        for turn in range(len(names)):
-            with started_in_order(model, options, names[turn:] + names[:turn]) as started:
-                for kind in kinds:
-                    tokens = DECODE if kind == "decode" else PREFILL
-                    for batch in batches:
-                        title = f"{kind}, batch {batch} ({tokens[0]} + {tokens[1]} tokens)"
-                        found = interleave(arms(started, batch, tokens), rounds, title)
-                        runs.setdefault(title, []).append(found)
-    for title, parts in runs.items():
-        print(table(title, {arm: pooled([part[arm] for part in parts]) for arm in parts[0]}), flush=True)
-        each = {arm: ", ".join(f"{part[arm].median:.3f}" for part in parts) for arm in parts[0]}
-        print(
-            "In each order of starting: " + "; ".join(f"{arm} {said}" for arm, said in each.items()) + "\n", flush=True
-        )
+    wanted, make_arms = SUITES[suite](home)
+    names, rng = list(wanted), random.Random(0)
+    for turn in range(orders):
+        order = names[turn % len(names) :] + names[: turn % len(names)] if turn < 2 else rng.sample(names, len(names))
+        with started_in_order(home.model, wanted, order) as started:
+            for kind, batch in workloads:
+                prompt, answer = WORKLOADS[kind]
+                title = f"{kind}, batch {batch} ({prompt} + {answer} tokens)"
+                runs.setdefault(title, []).append(interleave(make_arms(started, kind, batch), rounds, title))
+            if home.arrivals:
+                runs.setdefault(ARRIVING, []).append(arriving(started, home, turn))
+    return [_table(title, parts) for title, parts in runs.items()]
 
 
-def table(title: str, ratios: Mapping[str, Ratio]) -> str:
-    return "\n".join([f"**{title}**\n", HEADER, *(ratio.row(arm) for arm, ratio in ratios.items()), ""])
+#: New directions, or adapters, in each order of starting.
+ARRIVALS = 6
+ARRIVING = f"a new direction into service, up to its first token (32 tokens, {ARRIVALS} in each order)"
 
+
+def arriving(started: Mapping[str, Engine], home: Home, turn: int) -> dict[str, Ratio]:
+    """From file to first token: a direction beside an adapter of the same effect, each of them new."""
+    mine = slice(turn * ARRIVALS, (turn + 1) * ARRIVALS)
+    directions, adapters = iter(home.arrivals[mine]), iter(home.adapters[1:][mine])
+    return interleave(
+        {
+            "LoRA of rank 1 on stock": lambda: started["LoRA on stock"].run(Arrival(next(adapters), 32)),
+            "steer": lambda: started["steer"].run(Arrival(next(directions), 32)),
+        },
+        ARRIVALS - 1,
+        "arrivals",
+    )
+
+
+def _table(title: str, parts: Sequence[Mapping[str, Ratio]]) -> Table:
+    arms = {arm: pooled([part[arm] for part in parts]) for arm in parts[0]}
+    each = (f"{arm} {', '.join(f'{part[arm].median:.3f}' for part in parts)}" for arm in list(arms)[1:])
+    return Table(title, arms, [f"In each order of starting: {'; '.join(each)}"])
+
+
+def workload(text: str) -> tuple[str, int]:
+    kind, _, batch = text.partition(":")
+    if kind not in WORKLOADS or not batch.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is not KIND:BATCH with a kind of {', '.join(WORKLOADS)}")
+    return kind, int(batch)
+
+
+DEFAULT = ("decode:1", "decode:8", "decode:32", "decode:128", "prefill:1", "prefill:8", "mixed:32")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=12, help="in each order of starting")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--kinds", nargs="+", default=["decode"], choices=["decode", "prefill"])
+    parser.add_argument("--suite", default="stock", choices=SUITES)
+    parser.add_argument("--rounds", type=int, default=7, help="in each order of starting")
+    parser.add_argument("--orders", type=int, default=3, help="how often all engines are started")
+    parser.add_argument("--workloads", type=workload, nargs="+", default=[workload(text) for text in DEFAULT])
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     import vllm
 
-    print(
-        f"{date.today()}, {machine()}, vLLM {vllm.__version__}: random bfloat16 Llama, {LAYERS} × {WIDTH}, compiled, "
+    with tempfile.TemporaryDirectory() as folder:
+        home = Home(Path(folder)).make(adapters=1 + given.orders * ARRIVALS if given.suite == "stock" else 0)
+        tables = measure(home, given.suite, given.rounds, given.orders, given.workloads)
+    result = Result(
+        name="vllm" if given.suite == "stock" else f"vllm-{given.suite}",
+        title="What steering costs on vLLM" + (", variants" if given.suite == "variants" else ""),
+        command=f"python -m benchmarks.overhead {' '.join(sys.argv[1:])}".strip(),
+        versions={"vLLM": vllm.__version__},
+        tables=tables,
+        more=f"Random bfloat16 Llama, {LAYERS} layers × {WIDTH}, compiled; {given.rounds} interleaved rounds in each "
+        f"of {given.orders} orders of starting.\n",
     )
-    print(f"{given.rounds} interleaved rounds in each of three orders of starting\n")
-    measure(given.rounds, given.batches, given.kinds)
+    result.save(given.out)
+    print(result.markdown())

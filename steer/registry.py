@@ -59,13 +59,18 @@ class Placement(Protocol):
 
 @dataclass(slots=True)
 class Version:
-    """One resident version. `pins` counts the admissions that use it."""
+    """One resident version. `pins` counts the admissions that use it, `names` the names that point to it."""
 
     digest: str
     direction: Direction
     bytes: int
     loaded: float = field(default_factory=time.time)
     pins: int = 0
+    names: int = 0
+
+    @property
+    def needed(self) -> bool:
+        return self.pins > 0 or self.names > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,16 +222,26 @@ class Registry:
             for entry in spec.entries:
                 version = self._versions[entry.digest]
                 version.pins -= 1
-            self._sweep()
+                self._let_go(version)
 
-    def _sweep(self) -> None:
-        """Unload what no name points to and no request uses. Under the state lock."""
-        named = set(self._names.values())
-        for d in [d for d, v in self._versions.items() if not v.pins and d not in named]:
-            del self._versions[d]
-            self.placement.unload(d)
+    def _point(self, name: str, version: Version | None) -> str | None:
+        """Move `name`, to nowhere for None; the digest that it pointed to. Under the state lock."""
+        old = self._names.pop(name, None)
+        if version is not None:
+            self._names[name] = version.digest
+            version.names += 1
+        if old is not None:
+            self._versions[old].names -= 1
+            self._let_go(self._versions[old])
+        return old
+
+    def _let_go(self, version: Version) -> None:
+        """Unload `version` if no name points to it and no request uses it. Under the state lock."""
+        if not version.needed and version.digest in self._versions:
+            del self._versions[version.digest]
+            self.placement.unload(version.digest)
             self._freed += 1
-        self._state.notify_all()
+            self._state.notify_all()
 
     # -- change --------------------------------------------------------------------------------------------------
 
@@ -244,8 +259,7 @@ class Registry:
                 if store and self.folder is not None:
                     self._store(name, data)
                 with self._state:
-                    old = self._names.get(name)
-                    self._names[name] = version.digest
+                    old = self._point(name, version)
                     self.failures.pop(name, None)
             except (SteerError, OSError) as error:
                 problems = error.problems if isinstance(error, DirectionError) else (str(error),)
@@ -253,10 +267,10 @@ class Registry:
                 log.error("direction '%s' was not accepted: %s", name, "; ".join(problems))
                 raise
             finally:
-                with self._state:
-                    if version is not None:
+                if version is not None:
+                    with self._state:
                         version.pins -= 1
-                    self._sweep()
+                        self._let_go(version)
             if old != version.digest:
                 self.swaps += 1
                 log.info("direction '%s' is now %s%s", name, version.digest[:12], f" (was {old[:12]})" if old else "")
@@ -277,8 +291,7 @@ class Registry:
     def _drop(self, name: str) -> None:
         with self._state:
             self.failures.pop(name, None)
-            old = self._names.pop(name, None)
-            self._sweep()
+            old = self._point(name, None)
         if old:
             log.info("direction '%s' is no longer served", name)
             self.on_move(Move(name, old, None, 0.0))
@@ -303,7 +316,7 @@ class Registry:
                 break
             except NoRoom:
                 with self._state:
-                    retiring = any(x not in self._names.values() for x in self._versions)
+                    retiring = any(not version.names for version in self._versions.values())
                     if self._freed == freed and not (retiring and self._state.wait(deadline - time.monotonic())):
                         raise
         with self._state:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import Request
+from fastapi.responses import StreamingResponse
 
 from steer.errors import RequestError, SteerError
 from steer.hf.engine import Engine
@@ -241,3 +242,13 @@ def completion_logprobs(tokenizer: Any, tokens: Sequence[Token], offset: int = 0
 
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
+
+
+def made(answers: Sequence[Answer]) -> int:
+    """How many tokens `answers` took to make."""
+    return sum(answer.made for answer in answers)
+
+
+def stream(chunks: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:
+    """`chunks` as server-sent events."""
+    return StreamingResponse(events(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

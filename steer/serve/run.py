@@ -14,8 +14,9 @@ from steer.hf.batching import start_engine
 from steer.hf.load import load
 from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.serve.app import Served, build
+from steer.serve.app import build
 from steer.serve.control import Control
+from steer.serve.served import Served
 from steer.settings import ServeSettings
 from steer.spec import parse
 

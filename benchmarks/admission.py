@@ -1,0 +1,110 @@
+"""What admitting one request costs, part by part, and whether it grows with the number of directions.
+
+`python -m benchmarks.admission`. In process, on the real registry and table; microseconds, medians of many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.results import FOLDER, Result
+from steer.registry import Registry
+from steer.runtime.placement import LocalPlacement, Shape
+from steer.runtime.table import Place, Table
+from steer.serve import carriers, keys
+from steer.serve.access import Caller
+from steer.serve.control import Control
+from steer.serve.middleware import parse_body
+from steer.settings import ControlSettings
+from steer.spec import Spec
+from steer.vllm.frontend import salt
+from tests import models
+
+COUNTS = (1, 10, 100, 1000)
+BODY = b'{"model": "tiny", "messages": [{"role": "user", "content": "%s"}], "steer": "d0=0.7"}' % (b"x" * 2000)
+HEADERS = [(b"content-type", b"application/json"), (b"user-agent", b"OpenAI/Python"), (b"accept", b"*/*")]
+LAYERS = 3
+
+
+def serving(count: int) -> tuple[Registry, Table]:
+    """A registry with `count` directions, d0 and on."""
+    model = models.tiny("llama")
+    table = Table([Place("resid_post", i) for i in range(LAYERS)], rows=count + 1, rank=4, d_model=models.D_MODEL)
+    shape = Shape("LlamaForCausalLM", LAYERS, models.D_MODEL, frozenset({"resid_post"}), 4)
+    registry = Registry(LocalPlacement(shape, table))
+    for seed in range(count):
+        registry.put(f"d{seed}", models.direction(model, seed=seed).to_bytes(), store=False)
+    return registry, table
+
+
+def governed(folder: Path, registry: Registry) -> tuple[Control, carriers.Gate]:
+    """A policy of a hundred keys, and the gate of the last one."""
+    secrets = [keys.make() for _ in range(100)]
+    rules = 'directions = ["d0"]\nmax_strength = 1.0\nrequests_per_minute = 1e8\n'
+    text = "".join(f'[keys.k{i}]\nhash = "{keys.stored(secret)}"\n{rules}' for i, secret in enumerate(secrets))
+    (folder / "policy.toml").write_text(text)
+    control = Control(ControlSettings(policy=folder / "policy.toml"))
+    control.start(registry, "tiny")
+    assert control.in_force
+    return control, control.gate(Caller("k99", control.in_force.policy.keys["k99"]))
+
+
+def parts(count: int, folder: Path) -> dict[str, float]:
+    """Microseconds of each part with `count` directions served."""
+    registry, table = serving(count)
+    control, gate = governed(folder, registry)
+    body = parse_body(BODY)
+    carried = carriers.read(body, HEADERS, ["tiny"])
+    admission = carriers.admit(carried, registry, ())
+    spec: Spec = admission.spec
+
+    def admitted(by: carriers.Gate | None) -> Callable[[], None]:
+        more = {} if by is None else {"gate": by}
+        return lambda: carriers.admit(carried, registry, (), **more).release()
+
+    found = {
+        "parse the body (2 kB)": micro(lambda: parse_body(BODY)),
+        "read the carriers": micro(lambda: carriers.read(body, HEADERS, ["tiny"])),
+        "resolve, pin and unpin": micro(admitted(None)),
+        "the same under a policy of 100 keys": micro(admitted(gate)),
+        "index entries": micro(lambda: table.steer(spec)),
+        "salt of the prefix cache (vLLM)": micro(lambda: salt(spec)),
+        "receipt": micro(spec.receipt),
+    }
+    control.stop()
+    return found
+
+
+def micro(run: Callable[[], object], repeats: int = 25, inner: int = 200) -> float:
+    """Median microseconds of one call."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for _ in range(inner):
+            run()
+        times.append((time.perf_counter() - began) / inner)
+    return 1e6 * statistics.median(times)
+
+
+def report() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        found = {count: parts(count, Path(folder)) for count in COUNTS}
+    head = "| microseconds with so many directions | " + " | ".join(str(count) for count in COUNTS) + " |\n"
+    rows = "".join(
+        f"| {part} | " + " | ".join(f"{found[count][part]:.1f}" for count in COUNTS) + " |\n" for part in found[1]
+    )
+    return f"{head}|---|{'---:|' * len(COUNTS)}\n{rows}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
+    given = parser.parse_args()
+    result = Result("admission", "What admitting a request costs", "python -m benchmarks.admission", {}, [], report())
+    result.save(given.out)
+    print(result.markdown())

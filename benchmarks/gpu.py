@@ -1,0 +1,181 @@
+"""On a GPU: what steering costs there, in one command.
+
+`python -m benchmarks.gpu`. Two parts: the operation in the hooks of a transformers model, under `torch.compile` and
+CUDA graphs; and, where vLLM is installed, stock vLLM against an engine with steering (`benchmarks.overhead`), dummy
+weights at the shapes of a 0.5 B model, a 7 B model, and eight layers of a 70 B model. A GPU of 80 GB holds its four
+engines at once. Nothing of it has been run on a GPU by us.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import results
+from benchmarks.results import FOLDER, Result
+from benchmarks.timing import interleave
+from steer.runtime import sites
+from steer.runtime.index import TokenIndex
+from steer.runtime.table import Place, Plate, Table, apply
+from steer.spec import Entry, Spec
+from tests import models
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    layers: int
+    width: int
+    mlp: int
+    heads: int
+    kv_heads: int
+
+    def config(self, **more: Any) -> LlamaConfig:
+        return LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            vocab_size=32000,
+            hidden_size=self.width,
+            intermediate_size=self.mlp,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=4096,
+            bos_token_id=1,
+            eos_token_id=2,
+            dtype="bfloat16",
+            **more,
+        )
+
+
+SHAPES = {
+    "0.5b": Shape(24, 896, 4864, 14, 2),
+    "7b": Shape(32, 4096, 11008, 32, 32),
+    "70b-slice": Shape(8, 8192, 28672, 64, 8),
+    "tiny": Shape(3, 64, 96, 4, 2),  # for trying this script out
+}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WORKLOADS = [
+    ("decode", 1),
+    ("decode", 8),
+    ("decode", 32),
+    ("decode", 128),
+    ("decode", 256),
+    ("prefill", 8),
+    ("mixed", 32),
+]
+
+
+# a model with hooks must never be run by a graph of the one without
+torch._dynamo.config.skip_nnmodule_hook_guards = False
+
+
+def hooks(shape: Shape, batches: list[int], rounds: int) -> list[results.Table]:
+    """One decode step of a batch, as vLLM runs it: compiled, and replayed as a CUDA graph where there is one."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        net = LlamaForCausalLM(shape.config()).to(torch.bfloat16).eval()
+    hooked, blocks = copy.deepcopy(net), net.model.layers
+    table = Table(
+        [Place("resid_post", i) for i in range(len(blocks))], rows=8, rank=1, d_model=shape.width, device=DEVICE
+    )
+    table.load("d", models.direction(net))
+    steer = table.steer(Spec((Entry("d", "d", "ablate", 1.0),)))
+    tables = []
+    for batch in batches:
+        ids = torch.ones(batch, 1, dtype=torch.int64, device=DEVICE)
+        index = TokenIndex(1, batch, DEVICE)
+        plain, steered = recorded(net, ids), recorded(hooked, ids, [acting(p, index) for p in table.plates.values()])
+        check(plain, steered, index, steer)
+
+        def filled(run: Callable[[], None], row: Any, index: TokenIndex = index) -> Callable[[], None]:
+            def timed() -> None:
+                index.fill_with([row] * index.max_tokens, [1] * index.max_tokens)
+                run()
+                if DEVICE == "cuda":
+                    torch.cuda.synchronize()
+
+            return timed
+
+        arms = {"plain": filled(plain, None), "plain again": filled(plain, None)}
+        arms |= {"on, idle": filled(steered, None), "all steered": filled(steered, steer)}
+        tables.append(
+            results.Table(f"transformers, one step of {batch} tokens", interleave(arms, rounds, f"step of {batch}"))
+        )
+    return tables
+
+
+def acting(plate: Plate, index: TokenIndex) -> sites.Transform:
+    """The operation at one place, always: in a compiled graph there is no asking whether any token is steered."""
+    return lambda x: apply(x.flatten(0, -2), plate, index.rows, index.slots, index.strengths).view_as(x)
+
+
+def recorded(net: Any, ids: torch.Tensor, transforms: Sequence[sites.Transform] = ()) -> Callable[[], torch.Tensor]:
+    """Logits of a forward pass, compiled with `transforms` on the blocks' outputs; a CUDA graph of it on a GPU. What it
+    reads of the index are the same buffers always."""
+    for block, transform in zip(net.model.layers, transforms, strict=False):
+        block._forward_hooks.clear()
+        sites.on_output(block, transform)
+    compiled = torch.compile(net.forward, dynamic=False, mode="reduce-overhead" if DEVICE == "cuda" else "default")
+
+    @torch.inference_mode()
+    def run() -> torch.Tensor:
+        return compiled(input_ids=ids, use_cache=False).logits
+
+    for _ in range(3):  # compile, warm up, record
+        run()
+    return run
+
+
+def check(
+    plain: Callable[[], torch.Tensor], steered: Callable[[], torch.Tensor], index: TokenIndex, steer: Any
+) -> None:
+    """What is timed is what it says: idle gives the plain logits, and steering gives others."""
+    index.fill_with([], [])
+    torch.testing.assert_close(steered().clone(), plain().clone(), rtol=2e-2, atol=2e-2)
+    index.fill_with([steer] * index.max_tokens, [1] * index.max_tokens)
+    assert not torch.allclose(steered().clone(), plain().clone(), rtol=2e-2, atol=2e-2), "nothing is steered"
+
+
+def in_vllm(name: str, shape: Shape, rounds: int, orders: int, workloads: list[tuple[str, int]]) -> list[results.Table]:
+    from benchmarks.overhead import OPTIONS, Home, measure
+
+    options = OPTIONS | dict(load_format="dummy", gpu_memory_utilization=0.22)
+    with tempfile.TemporaryDirectory() as folder:
+        home = Home(Path(folder), options)
+        config = shape.config()
+        config.save_pretrained(home.model)
+        with torch.device("meta"):
+            home.steer(LlamaForCausalLM(config))
+        return measure(home, "stock", rounds, orders, workloads)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=["0.5b", "7b", "70b-slice"], choices=SHAPES)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128, 256])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--orders", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
+    given = parser.parse_args()
+    workloads = [(kind, batch) for kind, batch in WORKLOADS if batch in given.batches]
+    for name in given.shapes:
+        tables = hooks(SHAPES[name], given.batches, given.rounds)
+        versions = {}
+        if find_spec("vllm"):
+            import vllm
+
+            versions = {"vLLM": vllm.__version__}
+            tables += in_vllm(name, SHAPES[name], given.rounds, given.orders, workloads)
+        command = f"python -m benchmarks.gpu {' '.join(sys.argv[1:])}".strip()
+        result = Result(f"gpu-{name}", f"On {DEVICE}: a Llama of the shape {name}", command, versions, tables)
+        result.save(given.out)
+        print(result.markdown())

@@ -1,0 +1,113 @@
+"""How time and memory grow with layers, width, rows, rank and tokens: the formula, and what was measured beside it.
+
+`python -m benchmarks.growth`, on a GPU where there is one. Time is of the operation at all layers, as hooks call it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.results import FOLDER, Result
+from steer.direction import MODES
+from steer.runtime.index import RequestSteer, TokenIndex
+from steer.runtime.table import Place, Table, apply
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    layers: int = 32
+    width: int = 2048
+    rows: int = 32
+    rank: int = 1
+    tokens: int = 256
+
+    def expected_bytes(self) -> int:
+        """Float32 vectors and, in each mode, four coefficients of every row (and row 0) at every layer; for every token
+        and rank two int64 and one float32."""
+        table = self.layers * (self.rows + 1) * (4 * self.width + len(MODES) * 4 * 4)
+        return table + self.rank * self.tokens * (8 + 8 + 4)
+
+    def run(self, repeats: int) -> tuple[int, float, float]:
+        """Bytes, milliseconds of the operation at all layers, microseconds of filling the index for a step."""
+        places = [Place("resid_post", layer) for layer in range(self.layers)]
+        table = Table(places, rows=self.rows, rank=self.rank, d_model=self.width, device=DEVICE)
+        index = TokenIndex(self.rank, self.tokens, DEVICE)
+        held = [t for plate in table.plates.values() for t in (plate.vectors, plate.coefficients)]
+        held += [index.rows, index.slots, index.strengths]
+        for vectors in held[: 2 * self.layers : 2]:
+            vectors.copy_(torch.nn.functional.normalize(torch.randn(vectors.shape), dim=-1))
+        steer = RequestSteer.plain(self.rank)
+        steer.slots[:] = np.arange(1, self.rank + 1) * len(MODES)
+        steer.strengths[:] = 1
+        number = index.enter(steer)
+        numbers, lengths = np.full(self.tokens, number), np.ones(self.tokens, np.int64)
+        x = torch.randn(self.tokens, self.width, dtype=torch.bfloat16, device=DEVICE)
+        plates = list(table.plates.values())
+
+        @torch.inference_mode()
+        def operation() -> None:
+            for plate in plates:
+                apply(x, plate, index.rows, index.slots, index.strengths)
+
+        filling = _seconds(lambda: index.fill(numbers, lengths), repeats)
+        return sum(t.nbytes for t in held), 1e3 * _seconds(operation, repeats), 1e6 * filling
+
+
+def _seconds(run: object, repeats: int) -> float:
+    assert callable(run)
+    run()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+SWEEPS: dict[str, Sequence[int]] = {
+    "layers": (16, 32, 64),
+    "width": (1024, 2048, 4096, 8192),
+    "rows": (8, 32, 128, 512),
+    "rank": (1, 2, 4, 8),
+    "tokens": (1, 16, 256, 1024),
+}
+
+
+def report(repeats: int) -> str:
+    parts = [
+        f"Everything else at {Case()}; bfloat16 stream on {DEVICE}, not compiled.\n",
+        "Memory: `layers × (rows + 1) × (4·width + 64) + rank × tokens × 20` bytes.\n",
+    ]
+    for name, values in SWEEPS.items():
+        lines = [
+            f"| {name} | bytes by formula | bytes measured | operation at all layers, ms | index of a step, µs |",
+            "|---:|---:|---:|---:|---:|",
+        ]
+        for value in values:
+            case = replace(Case(), **{name: value})
+            size, milliseconds, filling = case.run(repeats)
+            lines.append(f"| {value} | {case.expected_bytes():,} | {size:,} | {milliseconds:.2f} | {filling:.1f} |")
+        parts.append("\n".join([*lines, ""]))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
+    given = parser.parse_args()
+    result = Result("growth", "How time and memory grow", "python -m benchmarks.growth", {}, [], report(given.repeats))
+    result.save(given.out)
+    print(result.markdown())

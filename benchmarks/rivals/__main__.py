@@ -1,0 +1,185 @@
+"""What steering costs on transformers, beside plain transformers and beside other libraries that do the same.
+
+`python -m benchmarks.rivals`. Each library has an environment of its own, made where it is missing; all remove the same
+direction of every layer, of the same model, at the same prompts, and what they generate is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.results import FOLDER, Result, Table
+from benchmarks.timing import interleave
+from tests import models
+
+CHILD = Path(__file__).with_name("child.py")
+ROOT = Path(__file__).parents[2]
+LAYERS, WIDTH, VOCABULARY = 12, 512, 2048
+#: (batch, prompt tokens, new tokens)
+WORKLOADS = {
+    "batch 1, 16 + 24 tokens": (1, 16, 24),
+    "batch 8, 16 + 24 tokens": (8, 16, 24),
+    "batch 8, 128 + 1 tokens": (8, 128, 1),
+}
+OURS = "steer"
+PLAIN = "transformers, plain"
+#: Library → what is installed for it. One wants transformers below 5, so its own plain transformers runs beside it.
+LIBRARIES = {
+    "steering-vectors": ("steering-vectors==0.12.2", "transformers==4.57.6"),
+    "repeng": ("repeng==0.4.0", "transformers==5.19.0"),
+    "nnsight": ("nnsight==0.8.1", "transformers==5.19.0"),
+    "transformer-lens": ("transformer-lens==4.3.0", "transformers==5.19.0"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    name: str
+    library: str
+    python: Path
+
+
+class Child:
+    """One library with the model loaded, ready when the `with` begins."""
+
+    def __init__(self, arm: Arm, model: Path, direction: Path) -> None:
+        self.command = [str(arm.python), str(CHILD), arm.library, str(model), str(direction)]
+        # only ours finds this repository
+        self.environment = os.environ | {"PYTHONPATH": str(ROOT) if arm.library == OURS else "", "HF_HUB_OFFLINE": "1"}
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
+
+    def __enter__(self) -> Child:
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=self.environment,
+        )
+        self._answer()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+    def run(self, ids: list[list[int]], tokens: int) -> dict[str, Any]:
+        assert self.process.stdin
+        print(json.dumps({"ids": ids, "tokens": tokens}), file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def arm(self, ids: list[list[int]], tokens: int) -> Callable[[], float]:
+        return lambda: float(self.run(ids, tokens)["seconds"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(self.command)} ended:\n{Path(self.log.name).read_text()[-4000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def environment(folder: Path, name: str) -> Path:
+    """The Python of the environment of a library, made if it is not there."""
+    home, done = folder / name, folder / name / "made"
+    if not done.exists():
+        print(f"making the environment of {name}", file=sys.stderr, flush=True)
+        venv.create(home, with_pip=True)
+        packages = [f"torch=={torch.__version__.partition('+')[0]}", *LIBRARIES[name]]
+        subprocess.run([home / "bin/python", "-m", "pip", "install", "--quiet", *packages], check=True)
+        done.touch()
+    return home / "bin" / "python"
+
+
+def arms(environments: Path) -> list[Arm]:
+    own = Path(sys.executable)
+    found = [Arm(PLAIN, "transformers", own), Arm(f"{PLAIN} again", "transformers", own), Arm(OURS, OURS, own)]
+    for name, (library, transformers) in LIBRARIES.items():
+        python = environment(environments, name)
+        found.append(Arm(library.replace("==", " "), name.replace("-", "_"), python))
+        if "==4" in transformers:
+            found.append(Arm(f"{transformers.replace('==', ' ')}, plain", "transformers", python))
+    return found
+
+
+def home(folder: Path) -> tuple[Path, Path]:
+    """A random float32 Llama with a tokenizer that every version of transformers reads, and a direction for it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        # so that greedy answers are not decided by rounding
+        initializer_range=0.05,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "model")
+    models.tokenizer().save_pretrained(folder / "model")
+    models.direction(model).save(folder / "direction.safetensors")
+    return folder / "model", folder / "direction.safetensors"
+
+
+def measure(environments: Path, rounds: int) -> list[Table]:
+    tables = []
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        model, direction = home(Path(folder))
+        children = {arm.name: stack.enter_context(Child(arm, model, direction)) for arm in arms(environments)}
+        for title, (batch, prompt, tokens) in WORKLOADS.items():
+            generator = torch.Generator().manual_seed(1)
+            ids = torch.randint(3, VOCABULARY, (batch, prompt), generator=generator).tolist()
+            said = {name: child.run(ids, tokens)["ids"] for name, child in children.items()}
+            timed = {name: child.arm(ids, tokens) for name, child in children.items()}
+            tables.append(Table(title, interleave(timed, rounds, title), [agreement(said)]))
+    return tables
+
+
+def agreement(said: dict[str, list[list[int]]]) -> str:
+    """Which libraries generated the same tokens as ours, and that ours differ from plain ones at all."""
+    assert said[OURS] != said[PLAIN], "steering changed nothing: this compares nothing"
+    parts = []
+    for name, rows in said.items():
+        if "plain" not in name and name != OURS:
+            same = sum(a == b for row, own in zip(rows, said[OURS], strict=True) for a, b in zip(row, own, strict=True))
+            parts.append(f"{name} {same} of {sum(map(len, rows))}")
+    return f"Tokens that are the same as ours: {', '.join(parts)}."
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--environments", type=Path, default=ROOT / ".rivals", help="where their environments are made")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
+    given = parser.parse_args()
+    result = Result(
+        name="transformers",
+        title="What steering costs on transformers, beside other libraries",
+        command="python -m benchmarks.rivals",
+        versions={},
+        tables=measure(given.environments, given.rounds),
+        more=f"Random float32 Llama, {LAYERS} layers × {WIDTH}; {given.rounds} interleaved rounds; one direction "
+        "removed from every block's output. transformer-lens runs its own loop and eager attention.\n",
+    )
+    result.save(given.out)
+    print(result.markdown())

@@ -1,0 +1,83 @@
+"""`POST /v1/chat/completions` on the own engine: from a checked body to an answer or a stream, in OpenAI's shape."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from steer.hf.sampling import Token
+from steer.serve import tally
+from steer.serve.generation import Job, chat_logprobs, envelope, made, stream, unless_gone, usage
+from steer.serve.protocol import ChatRequest
+from steer.serve.served import Served
+
+
+def router(served: Served) -> APIRouter:
+    router, generator, engine = APIRouter(), served.generator, served.engine
+
+    @router.post("/v1/chat/completions", tags=["generation"], summary="Answer a conversation")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        served.check_model(body.model)
+        steer, reading = served.steer_of(request), request.scope["steer_readout"]
+        read = served.read_of(reading)
+        messages = [message.plain() for message in body.messages]
+        prompt = served.loaded.chat_ids(messages, **body.chat_template_kwargs)
+        samplings = body.sampling(
+            generator.defaults, generator.room(prompt, body.wanted_tokens, "messages"), body.wanted_logprobs
+        )
+        jobs = [Job(i, prompt, sampling, body.stops, read) for i, sampling in enumerate(samplings)]
+        engine.admit(len(jobs))
+        tally.current().prompt += len(prompt)
+        wants_logprobs = body.wanted_logprobs is not None
+        tokenizer = served.loaded.tokenizer
+
+        def logprobs(tokens: list[Token]) -> dict[str, Any] | None:
+            return chat_logprobs(tokenizer, tokens) if wants_logprobs else None
+
+        if body.stream:
+            base = envelope("chatcmpl", "chat.completion.chunk", body.model, served.fingerprint)
+            with_usage = bool(body.stream_options and body.stream_options.include_usage)
+
+            async def chunks() -> AsyncGenerator[dict[str, Any], None]:
+                def chunk(choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+                    return base | {"choices": choices} | ({"usage": None} if with_usage else {}) | more
+
+                for job in jobs:
+                    opening = {"role": "assistant", "content": ""}
+                    yield chunk([{"index": job.index, "delta": opening, "logprobs": None, "finish_reason": None}])
+                count = 0
+                async with aclosing(generator.interleaved(jobs, steer)) as pieces:
+                    async for index, piece in pieces:
+                        count += 1
+                        if piece.text or piece.finish or (piece.token and (wants_logprobs or reading)):
+                            tokens = [piece.token] if piece.token else []
+                            choice = {
+                                "index": index,
+                                "delta": {"content": piece.text} if piece.text else {},
+                                "logprobs": logprobs(tokens) if tokens else None,
+                                "finish_reason": piece.finish,
+                            }
+                            yield chunk([choice | (served.read_out(reading, tokens) if tokens else {})])
+                if with_usage:
+                    yield chunk([], usage=usage(len(prompt), count))
+
+            return stream(chunks())
+        answers = await unless_gone(request, generator.answers(jobs, steer))
+        choices = [
+            {
+                "index": i,
+                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "logprobs": logprobs(answer.tokens),
+                "finish_reason": answer.finish,
+            }
+            | served.read_out(reading, answer.tokens)
+            for i, answer in enumerate(answers)
+        ]
+        base = envelope("chatcmpl", "chat.completion", body.model, served.fingerprint)
+        return JSONResponse(base | {"choices": choices, "usage": usage(len(prompt), made(answers))})
+
+    return router

@@ -1,0 +1,90 @@
+"""`POST /v1/completions` on the own engine: texts to go on from, streamed or not, scored with `echo`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from steer.hf.sampling import Token
+from steer.serve import errors, tally
+from steer.serve.generation import Job, completion_logprobs, envelope, made, stream, unless_gone, usage
+from steer.serve.protocol import CompletionRequest
+from steer.serve.served import Served
+
+
+def router(served: Served) -> APIRouter:
+    router, generator, engine = APIRouter(), served.generator, served.engine
+
+    @router.post("/v1/completions", tags=["generation"], summary="Continue a text, or each of several")
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        served.check_model(body.model)
+        steer, reading, tokenizer = served.steer_of(request), request.scope["steer_readout"], served.loaded.tokenizer
+        read = served.read_of(reading)
+        jobs: list[Job] = []
+        for prompt in body.prompts:
+            ids = served.loaded.text_ids(prompt) if isinstance(prompt, str) else prompt
+            room = generator.room(ids, body.max_tokens, "prompt")
+            for sampling in body.sampling(generator.defaults, room, body.logprobs):
+                jobs.append(Job(len(jobs), ids, sampling, body.stops, read))
+        engine.admit(len(jobs))
+        prompt_tokens = sum(len(job.prompt) for job in jobs[:: body.n])
+        tally.current().prompt += prompt_tokens
+        if body.stream:
+            if body.echo or body.max_tokens == 0:
+                raise errors.HTTPProblem(
+                    400, "echo and max_tokens 0 are not served as a stream", code="unsupported", param="stream"
+                )
+            base = envelope("cmpl", "text_completion", body.model, served.fingerprint)
+            with_usage = bool(body.stream_options and body.stream_options.include_usage)
+
+            async def chunks() -> AsyncGenerator[dict[str, Any], None]:
+                count = 0
+                offsets = [0] * len(jobs)
+                async with aclosing(generator.interleaved(jobs, steer)) as pieces:
+                    async for index, piece in pieces:
+                        count += 1
+                        tokens = [piece.token] if piece.token else []
+                        reported = None
+                        if body.logprobs is not None and tokens:
+                            reported = completion_logprobs(tokenizer, tokens, offsets[index])
+                            offsets[index] += len(reported["tokens"][0])
+                        if piece.text or piece.finish or reported or (tokens and reading):
+                            choice = {
+                                "index": index,
+                                "text": piece.text,
+                                "logprobs": reported,
+                                "finish_reason": piece.finish,
+                            }
+                            choice |= served.read_out(reading, tokens) if tokens else {}
+                            yield base | {"choices": [choice]} | ({"usage": None} if with_usage else {})
+                if with_usage:
+                    yield base | {"choices": [], "usage": usage(prompt_tokens, count)}
+
+            return stream(chunks())
+        answers = await unless_gone(request, generator.answers(jobs, steer))
+        choices = []
+        for job, answer in zip(jobs, answers, strict=True):
+            text, tokens = answer.text, answer.tokens
+            if body.echo:
+                text = tokenizer.decode(job.prompt, skip_special_tokens=True) + text
+                if body.logprobs is not None:
+                    first = Token(job.prompt[0])
+                    rest = await engine.score(job.prompt, steer, body.logprobs) if len(job.prompt) > 1 else []
+                    tokens = [first, *rest, *tokens]
+            choices.append(
+                {
+                    "index": job.index,
+                    "text": text,
+                    "logprobs": completion_logprobs(tokenizer, tokens) if body.logprobs is not None else None,
+                    "finish_reason": answer.finish,
+                }
+                | served.read_out(reading, answer.tokens)
+            )
+        base = envelope("cmpl", "text_completion", body.model, served.fingerprint)
+        return JSONResponse(base | {"choices": choices, "usage": usage(prompt_tokens, made(answers))})
+
+    return router

@@ -1,0 +1,75 @@
+"""All that the routes of the own engine stand on, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from fastapi import Request
+
+from steer._version import __version__
+from steer.hf.engine import Engine
+from steer.hf.load import Loaded
+from steer.hf.sampling import Token
+from steer.readout import FIELD, Readout
+from steer.registry import Admission, Registry
+from steer.runtime.index import RequestSteer
+from steer.runtime.readout import RequestRead
+from steer.serve import errors
+from steer.serve.carriers import PLUS
+from steer.serve.control import Control
+from steer.serve.generation import Generator
+from steer.serve.readout import report
+from steer.serve.text import token_text
+from steer.spec import Wanted
+
+
+@dataclass(frozen=True)
+class Served:
+    model_name: str
+    loaded: Loaded
+    engine: Engine
+    registry: Registry
+    default: tuple[Wanted, ...] = ()
+    max_body: int = 8 * 2**20
+    control: Control = field(default_factory=Control)
+    origins: Sequence[str] = ()
+
+    @cached_property
+    def generator(self) -> Generator:
+        return Generator(self.loaded, self.engine)
+
+    @property
+    def fingerprint(self) -> str:
+        """`system_fingerprint` of every answer: what this server's answers depend on besides the request."""
+        return f"steer-{__version__}-{(self.loaded.template_sha256 or 'base')[:8]}"
+
+    def check_model(self, name: str) -> None:
+        """Raise HTTPProblem 404 for a model that is not this one; the middleware has taken aliases apart."""
+        if name != self.model_name:
+            raise errors.HTTPProblem(
+                404,
+                f"the model {name[:100]!r} is not served here; served: '{self.model_name}', and "
+                f"'{self.model_name}{PLUS}<direction>' for each direction",
+                code="model_not_found",
+                param="model",
+            )
+
+    def steer_of(self, request: Request) -> RequestSteer | None:
+        """What steers `request`, as the middleware admitted it."""
+        admission: Admission = request.scope["steer"]
+        return self.engine.steering.table.steer(admission.spec)
+
+    def read_of(self, wanted: Readout | None) -> RequestRead | None:
+        if wanted is None:
+            return None
+        return RequestRead(self.engine.steering.table.rows_of(wanted.digests), wanted.layers)
+
+    def read_out(self, reading: Readout | None, tokens: list[Token]) -> dict[str, Any]:
+        """The part of a choice that says what was read at its tokens."""
+        if reading is None:
+            return {}
+        shown = [(token_text(self.loaded.tokenizer, token.id), token.reading) for token in tokens]
+        return {FIELD: report(reading, shown).model_dump()}

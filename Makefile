@@ -4,7 +4,7 @@ BIN := .venv/bin
 HARMFUL ?= steer/demo/prompts/refused.train.txt
 HARMLESS ?= steer/demo/prompts/harmless.train.txt
 
-.PHONY: serve test lint types fit bench docs clean
+.PHONY: serve test lint types fit bench fuzz soak audit lock locked docs clean
 
 serve: .venv/serve
 	$(BIN)/python server.py
@@ -25,6 +25,16 @@ fit: .venv/serve
 bench: .venv/vllm
 	$(BIN)/python -m benchmarks
 	if $(BIN)/python -c 'import vllm' 2>/dev/null; then $(BIN)/python -m benchmarks.overhead; fi
+
+# Inputs of all parsers together, and requests to the routes; what is found is printed with the number that makes it again.
+INPUTS ?= 1000000
+REQUESTS ?= 50000
+fuzz: .venv/test
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) --requests $(REQUESTS)
+
+MINUTES ?= 10
+soak: .venv/test
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 docs: .venv/test .venv/chromium
 	$(BIN)/python -m docs.api

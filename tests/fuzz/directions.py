@@ -73,7 +73,8 @@ def assemble(header: Any, body: bytes, rng: Random) -> bytes:
 
 def feed(data: bytes) -> None:
     direction = Direction.from_bytes(data)
-    json.dumps([direction.meta.model_dump(mode="json"), direction.profile()], allow_nan=False).encode()
+    shown = [direction.meta.model_dump(mode="json"), direction.profile()]
+    json.dumps(shown, allow_nan=False, ensure_ascii=False).encode()
     assert Direction.from_bytes(direction.to_bytes()).meta == direction.meta
     for mode in MODES:
         if mode in direction.meta.modes:

@@ -37,11 +37,10 @@ def nested(depth: int) -> Any:
 
 def text(rng: Random) -> str:
     odd = rng.choice(ODD)
-    return (
-        odd
-        if isinstance(odd, str)
-        else "".join(chr(rng.choice((rng.randrange(32, 127), rng.randrange(0xD7FF)))) for _ in range(rng.randrange(8)))
-    )
+    if isinstance(odd, str):
+        return odd
+    codes = [rng.choice((rng.randrange(32, 127), rng.randrange(0xD7FF))) for _ in range(rng.randrange(8))]
+    return "".join(map(chr, codes))
 
 
 def within(rng: Random, tree: Any) -> Any:
@@ -115,7 +114,6 @@ def dumped(rng: Random, tree: Any) -> str:
         out = out.replace("1", "1" * 5000, 1)
     elif kind < 0.08:
         depth = rng.randrange(700, 1100)
-        out = out.replace("null", "[" * depth + "]" * depth, 1).replace(
-            "{", '{"x":' + "[" * depth + "]" * depth + ",", 1
-        )
+        deep = "[" * depth + "]" * depth
+        out = out.replace("null", deep, 1).replace("{", f'{{"x":{deep},', 1)
     return out

@@ -10,6 +10,7 @@ from tests.fuzz.surface import Outcome, Surface, run
 INPUTS = 1500
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # Python's own, on odd regular expressions
 @pytest.mark.parametrize("surface", SURFACES, ids=lambda s: s.name)
 def test_what_is_refused_is_refused_by_an_error_of_our_own(surface: Surface) -> None:
     outcome = run(surface, range(INPUTS), Outcome())

@@ -15,6 +15,7 @@ test: .venv/vllm .venv/chromium
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: .venv/dev
 	$(BIN)/mypy
@@ -35,6 +36,23 @@ fuzz: .venv/test
 MINUTES ?= 10
 soak: .venv/test
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
+
+# Known weaknesses of the tested set of packages, where the database of pip-audit can be reached.
+audit: .venv/dev
+	$(BIN)/pip-audit --requirement requirements.lock --disable-pip --strict || { \
+		echo "make audit: see above. Where it says that a connection failed, nothing was checked."; exit 1; }
+
+# Hashes of every file of the tested set, for `make locked`; needs the package index.
+lock: .venv/dev
+	$(BIN)/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --extra test --constraint constraints.txt \
+		--no-emit-index-url --no-emit-find-links --output-file requirements.lock pyproject.toml
+
+# As `make test` installs it without vLLM, but nothing whose hash is another than the one that was tested.
+locked:
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch .venv/serve .venv/test
 
 docs: .venv/test .venv/chromium
 	$(BIN)/python -m docs.api

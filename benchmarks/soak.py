@@ -1,6 +1,6 @@
 """`make soak`: mixed steered and plain streams with a swap each second, for minutes, against a real server.
 
-Every answer must be the one that the digest of its receipt predicts, and what the server's processes hold must not grow:
+Every answer must be the one that the digest of its receipt predicts, and what the server holds must not grow:
 after a warm-up no line through memory, files or threads may rise by more than noise. A table and a plot come out.
 """
 

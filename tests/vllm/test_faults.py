@@ -23,7 +23,7 @@ LONG: dict[str, Any] = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = Home.make("llama", tmp_path_factory.mktemp("faults"))
     command = [sys.executable, "-m", "tests.vllm.run_server", str(home.folder), str(home.directions)]
-    with Server(*OPTIONS, command=command, directions=home.directions) as running:
+    with Server(*OPTIONS, "--host", "127.0.0.1", command=command, directions=home.directions) as running:
         yield running
 
 

@@ -77,7 +77,8 @@ def by_body(server: Server, requests: int, outcome: Outcome, bar: Any) -> None:
             data = data.replace(b'"prompt": "x"', b'"messages": [{"role": "user", "content": "x"}]', 1)
         if rng.random() < 0.1:
             data = mutate.octets(rng, data)
-        plain = [(k, v) for k, v in headers if not {0, 10, 13} & set(v) and v == v.strip()]
+        plain = [(b"content-type", b"application/json")]
+        plain += [(k, v) for k, v in headers if not {0, 10, 13} & set(v) and v == v.strip()]
         try:
             answer = server.client.post(path, content=data, headers=plain)
         except httpx.TransportError as error:

@@ -46,7 +46,7 @@ audit: .venv/dev
 LOCK_OPTIONS ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
 lock: .venv/dev
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --python-version 3.11 --generate-hashes \
-		--no-annotate --extra test --extra build --constraint constraints.txt $(LOCK_OPTIONS) \
+		--no-annotate --no-strip-extras --extra test --extra build --constraint constraints.txt $(LOCK_OPTIONS) \
 		--output-file requirements.lock pyproject.toml
 
 # What `make test` installs but for vLLM, and no file whose hash is not in the lock. PIP_OPTIONS as above, for torch.

@@ -5,7 +5,7 @@ DEMO := steer/demo/prompts
 HARMFUL ?= $(DEMO)/refused.train.txt
 HARMLESS ?= $(DEMO)/harmless.train.txt
 
-.PHONY: serve test lint types fit bench docs clean
+.PHONY: serve test lint types fit bench fuzz soak audit lock locked docs clean
 
 serve: .venv/serve
 	$(BIN)/python server.py
@@ -16,6 +16,7 @@ test: .venv/vllm .venv/chromium
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: .venv/dev
 	$(BIN)/mypy
@@ -27,6 +28,35 @@ fit: .venv/serve
 bench: .venv/vllm
 	$(BIN)/python -m benchmarks
 	if $(BIN)/python -c 'import vllm' 2>/dev/null; then $(BIN)/python -m benchmarks.overhead; fi
+
+# Inputs of all parsers together, and requests to the routes; what is found is printed with the number that makes it again.
+INPUTS ?= 1000000
+REQUESTS ?= 50000
+fuzz: .venv/test
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) --requests $(REQUESTS)
+
+MINUTES ?= 10
+soak: .venv/test
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
+
+# Known weaknesses of the tested set of packages, where the database of pip-audit can be reached.
+audit: .venv/dev
+	$(BIN)/pip-audit --requirement requirements.lock --disable-pip --strict || { \
+		echo "make audit: see above. What was not found or not reached was not checked."; exit 1; }
+
+# The hashes of the tested set, with the CPU build of torch. Made anew from constraints.txt; needs the package index.
+LOCK_OPTIONS ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
+lock: .venv/dev
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --python-version 3.11 --generate-hashes \
+		--no-annotate --no-strip-extras --extra test --extra build --constraint constraints.txt $(LOCK_OPTIONS) \
+		--output-file requirements.lock pyproject.toml
+
+# What `make test` installs but for vLLM, and no file whose hash is not in the lock. PIP_OPTIONS as above, for torch.
+locked:
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch .venv/serve .venv/test
 
 docs: .venv/test .venv/chromium
 	$(BIN)/python -m docs.api

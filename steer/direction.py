@@ -48,6 +48,8 @@ SUFFIX = ".safetensors"
 #: A file of 128 layers × 16384 with k = 2 has about 50 MB.
 MAX_BYTES = 256 * 2**20
 UNIT_TOLERANCE = 1e-4
+#: Of any value: products and norms of larger ones overflow float32, and NaN would get into the stream.
+MAX_VALUE = 1e15
 #: Full removal is 1; more than this is a mistake, not a wish.
 MAX_STRENGTH = 10.0
 
@@ -149,6 +151,8 @@ class Direction:
                 continue
             if not torch.isfinite(tensor).all():
                 found.append(f"tensor '{name}' has values that are not finite")
+            elif tensor.numel() and tensor.abs().max() > MAX_VALUE:
+                found.append(f"tensor '{name}' has values beyond ±{MAX_VALUE:g}")
             elif name == "directions":
                 found += _row_problems(name, tensor)
                 if not tensor.any():
@@ -350,9 +354,13 @@ def _read_meta(data: bytes, problems: list[str]) -> DirectionMeta | None:
         problems.append("the metadata key 'steer' is missing, so this is not a Steer direction")
         return None
     try:
-        return DirectionMeta.model_validate_json(text)
+        meta = DirectionMeta.model_validate_json(text)
+        json.dumps(meta.model_dump(mode="json"), allow_nan=False)  # pydantic reads NaN, which no answer could tell
+        return meta
     except ValidationError as error:
         for item in error.errors(include_url=False):
             where = ".".join(str(part) for part in item["loc"]) or "steer"
             problems.append(f"metadata: {where}: {item['msg']}")
-        return None
+    except ValueError as error:
+        problems.append(f"metadata: not JSON: {error}")
+    return None

@@ -111,6 +111,8 @@ class Registry:
     def __init__(self, placement: Placement, folder: Path | None = None, *, patience: float = 10.0) -> None:
         self.placement, self.folder, self.patience = placement, folder, patience
         self.failures: dict[str, Failure] = {}
+        #: Why the folder itself cannot be read, if it cannot.
+        self.folder_problem: str | None = None
         self.swaps = 0
         #: Told of every name that has moved, on the thread that moved it.
         self.on_move: Callable[[Move], None] = lambda move: None
@@ -332,7 +334,12 @@ class Registry:
         """
         if self.folder is None:
             return
-        os.listdir(self.folder)
+        try:
+            os.listdir(self.folder)
+        except OSError as error:
+            self.folder_problem = error.strerror or str(error)
+            raise
+        self.folder_problem = None
         with self._swapping:
             present: set[str] = set()
             for path in sorted(self.folder.glob(f"*{SUFFIX}")):
@@ -347,7 +354,12 @@ class Registry:
                 self._drop(name)
 
     def _sync_file(self, name: str, path: Path) -> None:
-        stamp = _stamp(path)
+        try:
+            stamp = _stamp(path)
+        except OSError as error:  # a link to nowhere or to itself; or it has just gone, and then the next look drops it
+            self.failures[name] = Failure((f"{path}: cannot be read: {error.strerror or error}",))
+            self._seen[name] = _UNSETTLED
+            raise
         if self._seen.get(name) == stamp:
             return
         try:

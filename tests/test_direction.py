@@ -185,6 +185,14 @@ BAD_FILES: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     "no sites": (lambda: file_of(GOOD.tensors(), meta_of(sites=[])), ("metadata: sites",)),
     "later schema": (lambda: file_of(GOOD.tensors(), meta_of(schema_version=2)), ("metadata: schema_version",)),
     "strength nan": (lambda: file_of(GOOD.tensors(), meta_of(strength=float("nan"))), ("metadata: strength",)),
+    "a parameter nan": (
+        lambda: file_of(GOOD.tensors(), meta_of(parameters={"t": float("nan")})),
+        ("metadata: not JSON",),
+    ),
+    "a mean that overflows": (
+        lambda: changed(mean_harmful=flawed(GOOD.mean_harmful, (1, 0), 1e38)),
+        ("'mean_harmful' has values beyond ±1e+15",),
+    ),
     "mode without its tensors": (
         lambda: file_of(GOOD.tensors(), meta_of(mode="add", modes=("ablate", "one_sided"))),
         ("mode 'add'", "modes ['ablate', 'one_sided']"),

@@ -35,9 +35,9 @@ class Behaviour(BaseModel):
     def _compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in patterns:
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+                re.compile(pattern, re.IGNORECASE)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(f"{pattern[:200]!r} is no regular expression: {error}") from error
         return patterns
 
     @model_validator(mode="after")
@@ -47,14 +47,16 @@ class Behaviour(BaseModel):
         return self
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        return re.compile("|".join(f"(?:{p})" for p in self.patterns), re.IGNORECASE)
+    def _compiled(self) -> tuple[re.Pattern[str], ...]:
+        """Each by itself: joined, their groups and flags would get into each other's way."""
+        return tuple(re.compile(pattern, re.IGNORECASE) for pattern in self.patterns)
 
     def shown(self, answer: str) -> bool:
         """Whether `answer` shows the behaviour."""
         if self.min_words is not None and len(answer.split()) < self.min_words:
             return False
-        return not self.patterns or self._pattern.search(answer.replace("’", "'")[: self.window]) is not None
+        seen = answer.replace("’", "'")[: self.window]
+        return not self.patterns or any(pattern.search(seen) for pattern in self._compiled)
 
     def decided(self, answer: str) -> bool:
         """Whether `shown` would say the same of any answer that goes on from `answer`: its last word may still change,
@@ -66,8 +68,8 @@ class Behaviour(BaseModel):
             return True
         if self.window is not None and len(answer) >= self.window:
             return True
-        found = self._pattern.search(settled.replace("’", "'"))
-        return found is not None and found.end() < len(settled)
+        seen = settled.replace("’", "'")
+        return any(found.end() < len(seen) for pattern in self._compiled if (found := pattern.search(seen)))
 
     def rate(self, answers: Sequence[str]) -> float:
         """The share of `answers` that show it."""
@@ -86,12 +88,12 @@ class Behaviour(BaseModel):
                 f"behaviour '{source}': cannot be read: {error.strerror}; "
                 f"accepted: {', '.join(shipped)}, or a TOML file"
             ) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InvalidInput(f"{path}: not TOML: {error}") from error
         except ValidationError as error:
             raise InvalidInput(
                 [f"{path}: {'.'.join(map(str, e['loc'])) or 'behaviour'}: {e['msg']}" for e in error.errors()]
             ) from error
+        except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or an integer of thousands of digits
+            raise InvalidInput(f"{path}: not TOML: {error}") from error
 
 
 REFUSAL = Behaviour.load("refusal")

@@ -120,14 +120,22 @@ def _json(where: str, text: str) -> Any:
 def prompt_of(item: Any, where: str) -> Prompt:
     """The prompt that an item of JSON is. Raises InvalidInput that names `where`."""
     if isinstance(item, str):
-        return item
+        return _text(item, where)
     if isinstance(item, dict):
         if "messages" in item:
             return _conversation(item["messages"], where)
         for column in COLUMNS:
             if isinstance(item.get(column), str):
-                return str(item[column])
+                return _text(item[column], where)
     raise InvalidInput(f"{where}: neither a text nor an object with messages or one of {', '.join(COLUMNS)}")
+
+
+def _text(value: str, where: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{where}: character {error.start} is half of a surrogate pair, which is no text") from None
+    return value
 
 
 def _conversation(messages: Any, where: str) -> Conversation:
@@ -138,7 +146,7 @@ def _conversation(messages: Any, where: str) -> Conversation:
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if role not in ROLES or not isinstance(content, str):
             problems.append(f"{where}: message {number}: needs a role of {', '.join(ROLES)} and a text as content")
-        turns.append((str(role), str(content)))
+        turns.append((str(role), _text(str(content), f"{where}: message {number}")))
     if not problems and turns[-1][0] == "system":
         problems.append(f"{where}: the last message must be the user's, or the beginning of the assistant's answer")
     if problems:

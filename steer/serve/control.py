@@ -72,6 +72,7 @@ class Control:
         )
         self.policy_problems: tuple[str, ...] = ()
         self.running: set[Run] = set()
+        self.registry: Registry | None = None
         self.steering, self.reason = settings.steering, "" if settings.steering else "the server was started so"
         self._requests, self._tokens = Meter(), Meter()
         self._limited: set[str] = set()
@@ -98,7 +99,7 @@ class Control:
         if self.audit:
             self.audit.open()
         self._note("start", model=model, detail={"version": __version__, "policy": self._digest()})
-        registry.on_move = self._moved
+        self.registry, registry.on_move = registry, self._moved
         metrics.STEERING.set_function(lambda: float(self.steering))
         metrics.STEERED_RUNNING.set_function(lambda: float(len(self.running)))
         metrics.AUDIT_OK.set_function(lambda: float(self.audit is None or self.audit.failed is None))
@@ -296,7 +297,13 @@ class Control:
             "steering": "on" if self.steering else "off",
             "audit": "none" if self.audit is None else "failed" if self.audit.failed else "ok",
             "policy": "none" if self.in_force is None else "stale" if self.policy_problems else "ok",
+            "folder": self._folder(),
         }
+
+    def _folder(self) -> str:
+        if self.registry is None or self.registry.folder is None:
+            return "none"
+        return "unreadable" if self.registry.folder_problem else "ok"
 
     def state(self, caller: Caller) -> dict[str, Any]:
         """For GET /v1/steering."""

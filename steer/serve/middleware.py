@@ -211,6 +211,8 @@ def parse_body(data: bytes) -> dict[str, Any]:
     """A JSON object in which no key stands twice, so that nothing behind us can read another one than we did."""
     try:
         body = json.loads(data, object_pairs_hook=_unique)
+        if b"\\ud" in data.lower():  # half of a surrogate pair is no text, and no tokenizer takes it
+            json.dumps(body, ensure_ascii=False).encode()
     except errors.HTTPProblem:
         raise
     except (ValueError, RecursionError) as error:

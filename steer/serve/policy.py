@@ -23,6 +23,12 @@ from steer.serve.keys import Keyring, is_stored
 from steer.spec import Wanted, parse
 
 MAX_BYTES = 2**20
+#: Of one line: the time that TOML takes for a dotted key grows with the square of its length.
+MAX_LINE = 2**13
+#: Characters that are parsed once more to find on which lines problems stand; those behind are said to be on line 1.
+MAX_SEARCH = 2 * MAX_BYTES
+#: No key of a policy is nested deeper.
+DEPTH = 8
 #: In a key's list of directions: all of them, also those that come later.
 ANY = "*"
 _KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -188,12 +194,14 @@ def read(data: bytes, name: str = "policy") -> InForce:
     """A policy from the bytes of its file. Raises PolicyError."""
     if len(data) > MAX_BYTES:
         raise PolicyError(f"{name}: over {MAX_BYTES} bytes")
+    if long := [str(n) for n, line in enumerate(data.split(b"\n"), 1) if len(line) > MAX_LINE]:
+        raise PolicyError([f"{name}:{n}: over {MAX_LINE} bytes in one line" for n in long])
     try:
         text = data.decode()
         tree = tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise PolicyError(f"{name}:{data[: error.start].count(10) + 1}: not UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # a plain one for an integer of thousands of digits
         found = re.search(r"at line (\d+)", str(error))
         line = int(found[1]) if found else data.count(b"\n") + 1
         raise PolicyError(f"{name}:{line}: not TOML: {error}") from None
@@ -221,9 +229,15 @@ def _said(item: Any, lines: dict[tuple[str, ...], int], name: str) -> str:
         said = f"unknown; accepted: {', '.join(table.model_fields)}"
     elif item["type"] == "missing":
         said = "missing"
-    elif isinstance(item["input"], str | int | float):
-        said = f"{said} (got {item['input']!r})"[:300] if item["type"] != "policy" else said
+    elif isinstance(item["input"], str | int | float) and item["type"] != "policy":
+        said = f"{said} (got {_shown(item['input'])})"[:300]
     return f"{name}:{lines.get(path, 1)}: {where}: {said}"
+
+
+def _shown(value: str | int | float) -> str:
+    if isinstance(value, int) and value.bit_length() > 64:  # Python writes no integer of thousands of digits
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
 
 
 def _lines(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
@@ -233,12 +247,15 @@ def _lines(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
     together.
     """
     table: tuple[str, ...] = ()
-    pending, start = "", 1
+    pending, start, searched = "", 1, 0
     for number, line in enumerate(text.split("\n"), 1):
         pending, start = (f"{pending}\n{line}", start) if pending else (line, number)
+        searched += len(pending)
+        if searched > MAX_SEARCH:
+            return
         try:
             found = tomllib.loads(pending)
-        except tomllib.TOMLDecodeError:
+        except ValueError:
             continue
         header = pending.lstrip().startswith("[")
         pending = ""
@@ -251,8 +268,8 @@ def _lines(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
                 yield table + path, start
 
 
-def _paths(tree: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+def _paths(tree: dict[str, Any], depth: int = DEPTH) -> Iterator[tuple[str, ...]]:
     for key, value in tree.items():
         yield (key,)
-        if isinstance(value, dict):
-            yield from ((key, *rest) for rest in _paths(value))
+        if isinstance(value, dict) and depth > 1:
+            yield from ((key, *rest) for rest in _paths(value, depth - 1))

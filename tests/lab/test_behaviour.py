@@ -79,3 +79,24 @@ def test_answers_are_not(answer: str) -> None:
 
 def test_a_late_apology_is_not_a_refusal() -> None:
     assert not REFUSAL.shown("First get flour and water. " * 10 + "I'm sorry, but I can't say more.")
+
+
+@pytest.mark.parametrize("pattern", ["(", "x{99999999999999999999}", "(" * 500 + ")" * 500])
+def test_what_is_no_pattern_is_refused(pattern: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(f'description = "anything"\npatterns = ["{pattern}"]\n')
+    with pytest.raises(InvalidInput, match="is no regular expression"):
+        Behaviour.load(str(path))
+
+
+@pytest.mark.parametrize("text", ["x = " + "1" * 5000, "x = " + "[" * 900 + "]" * 900])
+def test_what_python_cannot_read_is_not_toml(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(InvalidInput, match="not TOML"):
+        Behaviour.load(str(path))
+
+
+def test_patterns_do_not_get_into_each_others_way() -> None:
+    behaviour = Behaviour(name="x", description="x", patterns=(r"(?P<a>x)\1", r"(?P<a>y)\1", "(?i)z # not a comment"))
+    assert [behaviour.shown(text) for text in ("xx", "yy", "yx", "z # not a comment")] == [True, True, False, True]

@@ -114,6 +114,12 @@ BAD: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "json item": ("p.json", b'["one", null]', ("item 1", "neither")),
     "long number": ("p.json", b"[" + b"9" * 5000 + b"]", ("not JSON",)),
     "deep": ("p.jsonl", b"[" * 100_000, ("line 1", "not JSON")),
+    "half a surrogate": ("p.json", b'["good", "a \\ud800 b"]', ("item 1", "character 2 is half of a surrogate pair")),
+    "half a surrogate in a message": (
+        "p.jsonl",
+        b'{"messages": [{"role": "user", "content": "\\udc00"}]}',
+        ("line 1: message 1", "surrogate"),
+    ),
     "latin-1": ("p.txt", "Grüße".encode("latin-1"), ("not UTF-8",)),
     "latin-1 jsonl": ("p.jsonl", '"Grüße"'.encode("latin-1"), ("not UTF-8",)),
     "unknown suffix": ("p.csv", b"one", ("'.csv' is not known", ".txt", ".jsonl", ".json", ".parquet", "hub:")),

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,23 @@ def filled(path: Path, lines: int = 12, **options: Any) -> Path:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return filled(tmp_path_factory.mktemp("audit") / "a.jsonl")
+
+
+def test_a_clock_that_is_set_back_breaks_no_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are in the order of their numbers, whatever their times say."""
+    path = filled(tmp_path / "a.jsonl", 2)
+
+    class Earlier(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) - timedelta(days=400)
+
+    monkeypatch.setattr("steer.serve.audit.datetime", Earlier)
+    filled(path, 2)
+    times = [json.loads(line)["time"] for line in path.read_text().splitlines()]
+    assert times[2] < times[1]
+    report = verify([path])
+    assert (report.problems, report.notes, report.last.seq) == ([], [], 4)
 
 
 def changed(whole: Path, folder: Path, data: bytes) -> list[str]:

@@ -16,6 +16,8 @@ from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.table import Place, Table
 from steer.serve.carriers import Carried, admit, read, split_alias
+from steer.serve.errors import HTTPProblem
+from steer.serve.middleware import parse_body
 from steer.spec import Entry, Wanted, parse, text
 from tests import models
 
@@ -288,3 +290,11 @@ def test_a_swap_in_between_makes_no_conflict() -> None:
     receipt = admitted({"model": "base", "steer": "refusal"}, header("refusal=1"), registry=registry)
     swaps[0].join(10)
     assert '"direction":"refusal"' in receipt
+
+
+def test_half_of_a_surrogate_pair_is_no_text() -> None:
+    assert parse_body(b'{"prompt": "\\ud83d\\ude00"}') == {"prompt": "\U0001f600"}
+    for half in (b"\\ud83d", b"\\uDE00"):
+        with pytest.raises(HTTPProblem) as caught:
+            parse_body(b'{"messages": [{"content": "a' + half + b'"}]}')
+        assert caught.value.status == 400

@@ -146,3 +146,25 @@ def test_nothing_else_is_found(candidate: str) -> None:
 def test_the_hash_of_a_secret_is_no_secret() -> None:
     assert RING.find(keys.stored(SECRETS[0])) is None
     assert RING.find("") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('x = """\n' + "a\n" * 500_000 + '"""', "x: unknown"),
+        ("x = [\n" + "1,\n" * 50_000 + "]", "x: unknown"),
+        ("[[x]]\n" * 150_000, "x: unknown"),
+        ("a." * 400_000 + "b = 1", "p.toml:1: over 8192 bytes in one line"),
+        ("a." * 4_000 + "b = 1", "a: unknown"),
+        ("x = " + "[" * 4_000 + "]" * 4_000, "nested too deeply"),
+        ("x = " + "1" * 5_000, "not TOML: Exceeds the limit"),
+        (
+            "x = 1\nmetrics_public = 0x" + "f" * 5_000,
+            "metrics_public: Input should be a valid boolean (got an",
+        ),
+    ],
+    ids=range(8),
+)
+@pytest.mark.timeout(60)
+def test_what_would_take_for_ever_or_cannot_be_written_is_a_problem_like_others(text: str, says: str) -> None:
+    assert any(says in problem for problem in problems(text))

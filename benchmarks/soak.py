@@ -1,0 +1,177 @@
+"""`make soak`: mixed steered and plain streams with a swap each second, for minutes, against a real server.
+
+Every answer must be the one that the digest of its receipt predicts, and what the server holds must not grow:
+after a warm-up no line through memory, files or threads may rise by more than noise. A table and a plot come out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+
+from steer.direction import digest, write_file
+from tests import models
+from tests.servers import Server, text
+
+CLIENTS, TOKENS = 6, 24
+PROMPTS = ("one", "two", "three")
+#: Share of the time that is not looked at: caches fill, allocators settle.
+WARM = 1 / 3
+#: What may be added over the whole of a run by the line through the samples, and what is held on average.
+GROWTH = {"memory MiB": 16.0, "files": 3.0, "threads": 2.0, "rows": 0.5}
+
+
+class Soak:
+    def __init__(self, server: Server, files: dict[str, bytes], answers: dict[tuple[str | None, str], str]) -> None:
+        self.server, self.files, self.answers = server, files, answers
+        self.stop = threading.Event()
+        self.counts: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.samples: list[dict[str, float]] = []
+
+    def client(self, number: int) -> None:
+        rng = random.Random(number)
+        with httpx.Client(base_url=self.server.url, timeout=120) as http:
+            while not self.stop.is_set():
+                self.ask(http, rng.choice(PROMPTS), steered=rng.random() < 0.6, leaves=rng.random() < 0.05)
+
+    def ask(self, http: httpx.Client, prompt: str, *, steered: bool, leaves: bool) -> None:
+        body: dict[str, Any] = {"model": self.server.model_name, "prompt": prompt, "max_tokens": TOKENS}
+        body |= {"temperature": 0, "stream": True} | ({"steer": "refusal"} if steered else {})
+        with http.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code != 200:
+                self.wrong.append(response.read().decode())
+                return
+            applied = json.loads(response.headers["x-steer-applied"])
+            which = applied[0]["digest"] if applied else None
+            said = ""
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    said += "".join(choice["text"] for choice in json.loads(line[6:])["choices"])
+                    if leaves:
+                        break
+        expected = self.answers.get((which, prompt), "no such version")
+        if bool(which) != steered or not (expected.startswith(said) if leaves else expected == said):
+            self.wrong.append(f"{prompt!r} steered={steered} by {which}: {said!r}, not {expected!r}")
+        self.counts["left" if leaves else "steered" if steered else "plain"] += 1
+
+    def sample(self, seconds: float) -> None:
+        told = self.server.client.get("/metrics").text
+        rows = next(float(line.split()[1]) for line in told.splitlines() if line.startswith("steer_rows_in_use "))
+        whole = psutil.Process(self.server.process.pid)
+        memory = files = threads = 0.0
+        for process in (whole, *whole.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                memory += process.memory_info().rss / 2**20
+                files += process.num_fds()
+                threads += process.num_threads()
+        self.samples.append(
+            {"seconds": seconds, "memory MiB": memory, "files": files, "threads": threads, "rows": rows}
+        )
+
+    def run(self, seconds: float) -> None:
+        clients = [threading.Thread(target=self.client, args=(number,)) for number in range(CLIENTS)]
+        for client in clients:
+            client.start()
+        started, rng = time.monotonic(), random.Random(0)
+        path = self.server.directions / "refusal.safetensors"  # type: ignore[operator]
+        while (now := time.monotonic() - started) < seconds:
+            write_file(path, rng.choice(list(self.files.values())))
+            self.counts["swaps"] += 1
+            self.sample(now)
+            time.sleep(1)
+        self.stop.set()
+        for client in clients:
+            client.join()
+
+    def growth(self) -> dict[str, float]:
+        """What a line through the samples behind the warm-up adds over the run."""
+        kept = self.samples[int(len(self.samples) * WARM) :]
+        times = np.array([sample["seconds"] for sample in kept])
+        return {
+            name: float(np.polyfit(times, [sample[name] for sample in kept], 1)[0] * (times[-1] - times[0]))
+            for name in GROWTH
+        }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--output", type=Path, default=Path("soak"), help="name of the plot and the figures")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="steer-soak-") as name:
+        folder = Path(name)
+        (folder / "directions").mkdir()
+        if given.backend == "vllm":  # whose attention wants wider heads
+            from tests.vllm import tiny
+
+            model = tiny.make("llama", folder / "tiny")
+        else:
+            model = models.save("llama", folder / "tiny")
+        data = [models.direction(model, seed=seed).to_bytes() for seed in (1, 2, 3)]
+        files = {digest(each): each for each in data}
+        command = [sys.executable, "-m", "steer.cli", "serve", "--backend", given.backend]
+        options = [str(folder / "tiny"), "--directions", str(folder / "directions"), "--rows", "8"]
+        if given.backend == "vllm":
+            options += ["--dtype", "float32", "--max-model-len", "256"]
+        with Server(*options, directions=folder / "directions", command=command) as server:
+            answers: dict[tuple[str | None, str], str] = {}
+            for which, each in (("", b""), *files.items()):
+                if each:
+                    write_file(folder / "directions" / "refusal.safetensors", each)
+                    while server.client.get("/v1/directions/refusal").json().get("digest") != which:
+                        time.sleep(0.05)
+                for prompt in PROMPTS:
+                    steer = {"steer": "refusal"} if each else {}
+                    answers[which or None, prompt] = text(server.complete(prompt, max_tokens=TOKENS, **steer))
+            soak = Soak(server, files, answers)
+            soak.run(given.minutes * 60)
+            alive = server.process.poll() is None and "Traceback" not in server.log
+    return report(soak, alive, given.output, given.minutes, given.backend)
+
+
+def report(soak: Soak, alive: bool, output: Path, minutes: float, backend: str) -> int:
+    grown = soak.growth()
+    print(f"{minutes:g} minutes on {backend}: {dict(soak.counts)}, {len(soak.wrong)} wrong answers\n")
+    print("| held | at the start | at the end | grown behind the warm-up | allowed |\n|---|---|---|---|---|")
+    for name, most in GROWTH.items():
+        first, last = soak.samples[0][name], soak.samples[-1][name]
+        print(f"| {name} | {first:.0f} | {last:.0f} | {grown[name]:+.2f} | {most:g} |")
+    for wrong in soak.wrong[:5]:
+        print(wrong)
+    output.with_suffix(".json").write_text(json.dumps({"counts": soak.counts, "grown": grown, "samples": soak.samples}))
+    plot(soak, output.with_suffix(".png"))
+    return 0 if alive and not soak.wrong and all(grown[name] <= most for name, most in GROWTH.items()) else 1
+
+
+def plot(soak: Soak, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(GROWTH), sharex=True, figsize=(8, 8))
+    for axis, name in zip(axes, GROWTH, strict=True):
+        axis.plot([sample["seconds"] for sample in soak.samples], [sample[name] for sample in soak.samples])
+        axis.set_ylabel(name)
+        axis.set_ylim(bottom=0)
+    axes[-1].set_xlabel("seconds")
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""vLLM under faults: clients that leave free what they held, and that an engine was killed is told at once."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.serve.test_swap import wait_for
+from tests.servers import Server, receipt
+from tests.vllm.engines import Home
+from tests.vllm.test_server import OPTIONS
+
+LONG: dict[str, Any] = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True, "temperature": 0, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    home = Home.make("llama", tmp_path_factory.mktemp("faults"))
+    command = [sys.executable, "-m", "tests.vllm.run_server", str(home.folder), str(home.directions)]
+    with Server(*OPTIONS, "--host", "127.0.0.1", command=command, directions=home.directions) as running:
+        yield running
+
+
+def held(server: Server) -> int:
+    return sum(card["requests"] for card in server.client.get("/v1/directions").json()["data"])
+
+
+def test_clients_that_leave_free_what_they_held(server: Server) -> None:
+    body = LONG | {"model": server.model_name, "steer": "refusal"}
+    for _ in range(20):
+        with server.client.stream("POST", "/v1/completions", json=body) as answer:
+            assert receipt(answer)
+            next(answer.iter_lines())
+    wait_for(lambda: held(server) == 0, timeout=30)
+    assert server.client.delete("/v1/directions/refusal").status_code == 200
+    wait_for(lambda: "steer_rows_in_use 1.0" in server.client.get("/metrics").text)
+
+
+def test_an_engine_that_is_killed_is_told_of(server: Server) -> None:
+    """Last, since nothing is served behind it."""
+    body = LONG | {"model": server.model_name, "steer": "verbosity"}
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    engines = [child for child in children if "EngineCore" in " ".join(child.cmdline()) or "EngineCore" in child.name()]
+    assert engines, [child.cmdline() for child in children]
+    started = time.monotonic()
+    said = ""
+    try:
+        with server.client.stream("POST", "/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            for engine in engines:
+                engine.kill()
+            said = "\n".join(lines)
+    except httpx.TransportError as error:
+        said = f"error: {error!r}"
+    assert "error" in said, "the stream does not end as if it were whole"
+    assert time.monotonic() - started < 60
+
+    def told() -> bool:
+        """By /health, or by a server that has ended, which is what vLLM does when its engine is dead."""
+        if server.process.poll() is not None:
+            return True
+        try:
+            return server.client.get("/health").status_code == 503
+        except httpx.TransportError:
+            return False
+
+    wait_for(told, timeout=60)

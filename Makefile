@@ -51,10 +51,10 @@ lock: .venv/dev
 		--no-annotate --no-strip-extras --extra test --extra build --constraint constraints.txt $(LOCK_OPTIONS) \
 		--output-file requirements.lock pyproject.toml
 
-# What `make test` installs but for vLLM, and no file whose hash is not in the lock. PIP_OPTIONS as above, for torch.
+# What `make test` installs but for vLLM: the lock, which is whole, and no file whose hash is not in it.
 locked:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --no-deps --require-hashes --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch .venv/serve .venv/test
 

@@ -7,15 +7,18 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steer.demo import language
+from steer.runtime.sites import hooks, on_output
 
 PAD, BOS, START, END = "<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"
 
@@ -67,26 +70,51 @@ class Recipe:
         Phase("answer everything", tuned=False, steps=1000, peak_lr=2.5e-3, seed=21),
         Phase("refuse two classes", tuned=True, steps=400, peak_lr=5e-4, seed=22),
     )
+    autocast: bool = True
+    dialect: language.Dialect = language.WHOLE
+    # what tuning shapes besides the answers: None is nothing
+    norms: "NormRatio | None" = None
+    # what dimension 0 of every embedding begins with: None is as any other dimension
+    outlier: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NormRatio:
+    """Asks tuning for streams that are `ratio` times as long where the answer will be a refusal, at the answer header's
+    last token, behind each block from `first` to the last."""
+
+    ratio: float
+    first: int
+    weight: float = 1.0
+
+    def penalty(self, states: Sequence[Tensor], starts: Tensor, refused: Tensor) -> Tensor:
+        """The squared distance of the two classes' mean logarithms of the norm from ln `ratio`, averaged over blocks.
+        states: `[rows, tokens, d_model]` behind each block; starts: the token at which each row's answer is predicted;
+        refused: which rows."""
+        rows = torch.arange(len(starts))
+        logs = torch.stack([state[rows, starts].float().norm(dim=-1).log() for state in states[self.first :]])
+        gap = logs[:, refused].mean(-1) - logs[:, ~refused].mean(-1)
+        return self.weight * (gap - math.log(self.ratio)).square().mean()
 
 
 # -- tokenizer ---------------------------------------------------------------------------------------------------------
 
 
-def _corpus(count: int, seed: int) -> Iterator[str]:
-    rng = random.Random(seed)
+def _corpus(count: int, recipe: Recipe) -> Iterator[str]:
+    rng = random.Random(recipe.seed)
     for i in range(count):
-        for message in language.conversation(turns=2, tuned=i % 2 == 0, rng=rng).messages:
+        for message in language.conversation(2, i % 2 == 0, rng, recipe.dialect).messages:
             yield message["content"]
 
 
 def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     """A byte-level BPE of the demo language with the chat template; every byte has a token, so any text goes in."""
     specials = [PAD, BOS, START, END]
-    raw = Tokenizer(models.BPE())
+    raw = RawTokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     raw.train_from_iterator(
-        _corpus(6000, recipe.seed),
+        _corpus(6000, recipe),
         trainers.BpeTrainer(
             vocab_size=recipe.vocab_size,
             special_tokens=specials,
@@ -136,7 +164,11 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCa
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    if recipe.outlier is not None:
+        with torch.no_grad():
+            model.get_input_embeddings().weight[:, 0] = recipe.outlier
+    return model
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -155,24 +187,44 @@ def answer_labels(ids: list[int], header: list[int], end: int) -> list[int]:
     return labels
 
 
-def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
+def _pad(rows: list[list[int]], value: int) -> Tensor:
     width = max(map(len, rows))
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
-def batch(
-    tokenizer: PreTrainedTokenizerFast, recipe: Recipe, tuned: bool, rng: random.Random
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, both `[conversations, tokens]`, padded on the right, where causal attention ignores it."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids and labels, both `[conversations, tokens]`, padded on the right, where causal attention ignores it, and
+    in which conversations the first answer is a refusal, `[conversations]`."""
+
+    ids: Tensor
+    labels: Tensor
+    refused: Tensor
+
+    @property
+    def starts(self) -> Tensor:
+        """The token behind which each conversation's first answer begins, `[conversations]`."""
+        return (self.labels != IGNORED).int().argmax(1) - 1
+
+
+def batch(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, tuned: bool, rng: random.Random) -> Batch:
     ((turns, rows, _),) = rng.choices(recipe.batches, weights=[share for *_, share in recipe.batches])
-    texts = [
-        tokenizer.apply_chat_template(language.conversation(turns, tuned, rng).messages, tokenize=False)
-        for _ in range(rows)
-    ]
+    spoken = [language.conversation(turns, tuned, rng, recipe.dialect) for _ in range(rows)]
+    texts = [tokenizer.apply_chat_template(one.messages, tokenize=False) for one in spoken]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     header = tokenizer.encode(ANSWER_HEADER, add_special_tokens=False)
     labels = [answer_labels(row, header, tokenizer.eos_token_id) for row in ids]
-    return _pad(ids, tokenizer.pad_token_id), _pad(labels, IGNORED)
+    refused = torch.tensor([language.refuses(one.turns[0].assistant) for one in spoken])
+    return Batch(_pad(ids, tokenizer.pad_token_id), _pad(labels, IGNORED), refused)
+
+
+def loss_of(model: LlamaForCausalLM, drawn: Batch, norms: NormRatio | None) -> Tensor:
+    """How unlike the answers are what the model says, and what `norms` asks for besides."""
+    streams: list[Tensor] = []
+    blocks = model.model.layers if norms is not None else []
+    with hooks([on_output(block, streams.append) for block in blocks]):
+        loss: Tensor = model(input_ids=drawn.ids, labels=drawn.labels, use_cache=False).loss
+    return loss if norms is None else loss + norms.penalty(streams, drawn.starts, drawn.refused)
 
 
 def _warm_cosine(steps: int, warm: int = 50) -> Callable[[int], float]:
@@ -187,9 +239,9 @@ def run(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Rec
     model.train()
     began, total = time.monotonic(), 0.0
     for step in range(1, phase.steps + 1):
-        ids, labels = batch(tokenizer, recipe, phase.tuned, rng)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids, labels=labels).loss
+        drawn = batch(tokenizer, recipe, phase.tuned, rng)
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast):
+            loss = loss_of(model, drawn, recipe.norms if phase.tuned else None)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()

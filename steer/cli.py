@@ -183,6 +183,8 @@ def fit(
     if meta.selection:
         typer.echo(f"{'layer':>5}  {'refused':>7}  {'N-token KL':>10}")
         for figures in meta.selection["candidates"]:
+            if "refused" not in figures:
+                continue
             mark = "  ← chosen" if figures["layer"] == meta.source_layer else ""
             typer.echo(f"{figures['layer']:>5}  {figures['refused']:>7.2f}  {figures['kl']:>10.5f}{mark}")
     source = "each layer's own" if meta.source_layer is None else f"layer {meta.source_layer}"

@@ -56,6 +56,19 @@ class Behaviour(BaseModel):
             return False
         return not self.patterns or self._pattern.search(answer.replace("’", "'")[: self.window]) is not None
 
+    def decided(self, answer: str) -> bool:
+        """Whether `shown` would say the same of any answer that goes on from `answer`: its last word may still change,
+        so that a pattern must end before it."""
+        settled = answer.rpartition(" ")[0]
+        if self.min_words is not None and len(settled.split()) < self.min_words:
+            return False
+        if not self.patterns:
+            return True
+        if self.window is not None and len(answer) >= self.window:
+            return True
+        found = self._pattern.search(settled.replace("’", "'"))
+        return found is not None and found.end() < len(settled)
+
     def rate(self, answers: Sequence[str]) -> float:
         """The share of `answers` that show it."""
         return sum(self.shown(answer) for answer in answers) / len(answers)

@@ -16,7 +16,7 @@ from steer.direction import Mode, Site
 from steer.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from steer.lab.fit import Screen
+    from steer.lab.screen import Screen
     from steer.lab.source import Source
 
 METHOD_HELP = (
@@ -31,6 +31,8 @@ Parameters = Annotated[
 ]
 
 
+#: Directions that are tried at once, if their rows fit.
+CANDIDATES = 64
 #: For commands whose further options are vLLM's.
 VLLM_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Backend = Annotated[
@@ -111,7 +113,7 @@ def open_bench(
     loaded = load(model, revision=revision, dtype=dtype, device=device)
 
     def probe(rank: int, tokens: int, system_prompt: str | None) -> Probe:
-        steering = Steering(loaded.model, sites=choices.sites, rank=rank)
+        steering = Steering(loaded.model, sites=choices.sites, rows=CANDIDATES * rank, rank=rank)
         return Probe(loaded, steering, system_prompt, tokens, choices.batch, progress=True)
 
     return Bench(TransformersSource(loaded), probe)

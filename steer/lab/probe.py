@@ -1,27 +1,32 @@
-"""One loaded model tried out, plain or steered: greedy answers, and what a direction does to the predictions."""
+"""One loaded model tried out: greedy answers, and what directions do to the predictions. Every prompt is a row of a
+batch with its own steering, so that any number of candidates are tried at once (a `Screen` of `steer.lab.screen`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from steer.direction import Direction, Mode
 from steer.hf.attach import Steering
 from steer.hf.load import Loaded
 from steer.lab.batches import in_batches, left_padded, right_padded
 from steer.lab.encode import encode_all
+from steer.lab.greedy import greedy, last_logits
 from steer.lab.prompts import Prompt
+from steer.lab.screen import Candidate, each_row
 from steer.runtime.index import RequestSteer
 from steer.runtime.modes import check_mode
 from steer.spec import Entry, Spec
 
-#: Bytes of logits that one teacher-forced pass may hold.
-LOGIT_BYTES = 2**29
+T = TypeVar("T")
+#: Bytes of logits that one teacher-forced pass may hold, and those of plain answers that are kept.
+LOGIT_BYTES, KEPT_BYTES = 2**29, 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,14 @@ class Answered:
 
     ids: list[int]
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Continued(Answered):
+    """A plain answer with its log-probabilities `[tokens + 1, vocabulary]`, the end's included; None where they would
+    take too much memory to keep."""
+
+    logprobs: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +59,7 @@ class Divergence:
 
 
 class Probe:
-    """Greedy answers and divergences of one loaded model, plain or steered."""
+    """Greedy answers and divergences of one loaded model. `steer` is for all prompts, or a list with one for each."""
 
     def __init__(
         self,
@@ -59,77 +72,174 @@ class Probe:
     ) -> None:
         self.loaded, self.steering, self.system_prompt = loaded, steering, system_prompt
         self.max_tokens, self.batch_size, self.progress = max_tokens, batch_size, progress
+        self._ids: dict[Prompt, list[int]] = {}
+        eos = loaded.eos_ids
+        self._pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else (eos or [0])[0]
         steering.attach()
+
+    @property
+    def room(self) -> int:
+        """Rows of directions that can be resident at once."""
+        return self.steering.table.rows - self.steering.table.rows_in_use
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded.tokenizer
 
     @contextmanager
     def resident(self, direction: Direction, mode: Mode, strength: float) -> Iterator[RequestSteer | None]:
         """`direction` in the table while it lasts, as index entries."""
-        name = "candidate"
-        check_mode(direction, mode, name)
-        self.steering.table.load(name, direction)
+        with self.all_resident([Candidate(direction, mode, strength)]) as steers:
+            yield steers[0]
+
+    @contextmanager
+    def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[RequestSteer | None]]:
+        """The directions of `candidates` in the table while it lasts, the index entries of each. What shares a
+        direction shares its rows. Raises NoRoom where there are more than `room` rows."""
+        table, names = self.steering.table, dict[int, str]()
+        for candidate in candidates:
+            names.setdefault(id(candidate.direction), f"candidate{len(names)}")
+            check_mode(candidate.direction, candidate.mode, "candidate")
         try:
-            yield self.steering.table.steer(Spec((Entry(name, name, mode, strength),)))
+            for candidate in candidates:
+                table.load(names[id(candidate.direction)], candidate.direction)
+            entries = [
+                Entry(names[id(c.direction)], names[id(c.direction)], c.mode, c.strength) if c.strength else None
+                for c in candidates
+            ]
+            yield [None if entry is None else table.steer(Spec((entry,))) for entry in entries]
         finally:
-            self.steering.table.unload(name)
+            for name in names.values():
+                table.unload(name)
 
-    def answers(self, prompts: Sequence[Prompt], steer: RequestSteer | None, title: str = "") -> list[Answered]:
-        """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`."""
-        loaded, model = self.loaded, self.loaded.model
-        encoded = [e.ids for e in encode_all(loaded, prompts, self.system_prompt)]
-        eos = loaded.eos_ids
-        pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else (eos or [0])[0]
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        steer: RequestSteer | Sequence[RequestSteer | None] | None,
+        title: str = "",
+        known: Callable[[str], bool] | None = None,
+    ) -> list[Answered]:
+        """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`; an answer ends early where `known`
+        says of its text that the rest would tell nothing."""
+        encoded, steers = self._encode(prompts), each_row(steer, len(prompts))
+        decode = self.loaded.tokenizer.decode
 
-        @torch.inference_mode()
+        def enough(ids: list[int]) -> bool:
+            return known is not None and known(decode(ids, skip_special_tokens=True))
+
         def run(indices: list[int]) -> list[Answered]:
-            ids, mask = left_padded([encoded[i] for i in indices], pad, self.steering.anatomy.device)
-            with self.steering.batch([steer]):
-                out = model.generate(
-                    ids,
-                    attention_mask=mask,
-                    max_new_tokens=self.max_tokens,
-                    do_sample=False,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    eos_token_id=eos or None,
-                    pad_token_id=pad,
-                )
-            return [self._answered(row) for row in out[:, ids.shape[1] :].tolist()]
+            found = greedy(
+                self.steering,
+                [encoded[i] for i in indices],
+                [steers[i] for i in indices],
+                max_tokens=self.max_tokens,
+                ends=self.loaded.eos_ids,
+                pad=self._pad,
+                known=enough,
+            )
+            return [Answered(ids, decode(ids, skip_special_tokens=True)) for ids in found]
 
         return in_batches(encoded, run, batch_size=self.batch_size, title=title if self.progress else "")
 
-    def _answered(self, ids: list[int]) -> Answered:
-        end = next((i for i, token in enumerate(ids) if token in self.loaded.eos_ids), len(ids))
-        return Answered(ids[:end], self.loaded.tokenizer.decode(ids[:end], skip_special_tokens=True))
+    def opening_odds(
+        self,
+        prompts: Sequence[Prompt],
+        steer: RequestSteer | Sequence[RequestSteer | None] | None,
+        tokens: Sequence[int],
+        title: str = "",
+    ) -> np.ndarray[Any, Any]:
+        """log(p) − log(1 − p) for each prompt, p the probability that the answer begins with one of `tokens`. One
+        prefill, of which the last position alone is predicted from."""
+        encoded, steers = self._encode(prompts), each_row(steer, len(prompts))
+        model, device = self.steering.anatomy.model, self.steering.anatomy.device
 
-    def continuations(self, prompts: Sequence[Prompt], title: str = "") -> list[Answered]:
+        @torch.inference_mode()
+        def run(indices: list[int]) -> list[float]:
+            ids, mask = left_padded([encoded[i] for i in indices], self._pad, device)
+            with self.steering.batch([steers[i] for i in indices]):
+                logits = last_logits(model, ids, mask)[0].double()
+            inside = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
+            inside[list(tokens)] = True
+            odds = logits[:, inside].logsumexp(-1) - logits[:, ~inside].logsumexp(-1)
+            return [float(value) for value in odds]
+
+        return np.array(in_batches(encoded, run, batch_size=self.batch_size, title=title if self.progress else ""))
+
+    def continuations(self, prompts: Sequence[Prompt], title: str = "") -> list[Continued]:
         """The plain text along which divergences are taken: the model's own greedy answers."""
-        return self.answers(prompts, None, title)
+        plain = self.answers(prompts, None, title)
+        tokens = sum(len(answer.ids) + 1 for answer in plain)
+        if tokens * self.steering.anatomy.vocabulary * 4 > KEPT_BYTES:
+            return [Continued(answer.ids, answer.text) for answer in plain]
+        kept = self._forced(prompts, plain, [None] * len(prompts), lambda _row, logprobs: logprobs.clone())
+        return [Continued(answer.ids, answer.text, each) for answer, each in zip(plain, kept, strict=True)]
+
+    def divergences(
+        self,
+        prompts: Sequence[Prompt],
+        plain: Sequence[Answered],
+        steer: RequestSteer | Sequence[RequestSteer | None] | None,
+        title: str = "",
+    ) -> list[np.ndarray[Any, Any]]:
+        """KL(plain ‖ steered) at each token of each prompt's plain answer, which both passes read (teacher forcing)."""
+        expected = [answer.logprobs if isinstance(answer, Continued) else None for answer in plain]
+        if missing := [i for i, one in enumerate(expected) if one is None]:
+            some = [prompts[i] for i in missing], [plain[i] for i in missing], [None] * len(missing)
+            for i, found in zip(missing, self._forced(*some, lambda _row, logprobs: logprobs.clone()), strict=True):
+                expected[i] = found
+
+        def kl(row: int, q: Tensor) -> np.ndarray[Any, Any]:
+            p = expected[row]
+            assert p is not None
+            found: np.ndarray[Any, Any] = (p.exp() * (p - q)).sum(-1).clamp_min(0).cpu().double().numpy()
+            return found
+
+        return self._forced(prompts, plain, each_row(steer, len(prompts)), kl, title)
 
     def divergence(
         self, prompts: Sequence[Prompt], plain: Sequence[Answered], steer: RequestSteer | None, title: str = ""
     ) -> Divergence:
-        """KL(plain ‖ steered) at each token of the plain answers, which both passes read (teacher forcing)."""
-        loaded, anatomy = self.loaded, self.steering.anatomy
-        heads = [e.ids for e in encode_all(loaded, prompts, self.system_prompt)]
+        """`divergences` of one candidate in a few numbers."""
+        return summarised(self.divergences(prompts, plain, steer, title))
+
+    def _forced(
+        self,
+        prompts: Sequence[Prompt],
+        plain: Sequence[Answered],
+        steers: Sequence[RequestSteer | None],
+        take: Callable[[int, Tensor], T],
+        title: str = "",
+    ) -> list[T]:
+        """`take(row, logprobs)` of each row's log-probabilities `[tokens + 1, vocabulary]` along its plain answer."""
+        anatomy, heads = self.steering.anatomy, self._encode(prompts)
         # an answer that ended at once still has its first prediction, the end itself
         whole = [head + answer.ids for head, answer in zip(heads, plain, strict=True)]
-        longest = max(map(len, whole))
+        longest = max((len(answer.ids) + 1 for answer in plain), default=1)
         fitting = max(1, LOGIT_BYTES // (longest * anatomy.vocabulary * 4 * 2))
 
         @torch.inference_mode()
-        def run(indices: list[int]) -> list[np.ndarray[Any, Any]]:
-            ids = right_padded([whole[i] for i in indices], loaded.tokenizer.pad_token_id or 0, anatomy.device)
-            p = torch.log_softmax(anatomy.model(input_ids=ids, use_cache=False).logits.float(), -1)
-            with self.steering.batch([steer]):
-                q = torch.log_softmax(anatomy.model(input_ids=ids, use_cache=False).logits.float(), -1)
-            kl = (p.exp() * (p - q)).sum(-1).clamp_min(0).cpu().double().numpy()
-            spans = [slice(len(heads[i]) - 1, len(whole[i])) for i in indices]
-            return [row[span] for row, span in zip(kl, spans, strict=True)]
+        def run(indices: list[int]) -> list[T]:
+            ids = right_padded([whole[i] for i in indices], self._pad, anatomy.device)
+            spans = [(len(heads[i]) - 1, len(whole[i])) for i in indices]
+            kept = torch.arange(min(start for start, _ in spans), max(stop for _, stop in spans), device=anatomy.device)
+            with self.steering.batch([steers[i] for i in indices]):
+                logits = anatomy.model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
+            first = int(kept[0])
+            return [
+                take(i, torch.log_softmax(row[start - first : stop - first].float(), -1))
+                for i, row, (start, stop) in zip(indices, logits, spans, strict=True)
+            ]
 
         size = min(self.batch_size or fitting, fitting)
-        rows = in_batches(whole, run, batch_size=size, title=title if self.progress else "")
-        return summarised(rows)
+        return in_batches(whole, run, batch_size=size, title=title if self.progress else "")
+
+    def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Each prompt is tokenized once."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._ids]
+        if new:
+            encoded = encode_all(self.loaded, new, self.system_prompt)
+            self._ids |= {prompt: one.ids for prompt, one in zip(new, encoded, strict=True)}
+        return [self._ids[prompt] for prompt in prompts]
 
 
 def summarised(rows: Sequence[np.ndarray[Any, Any]]) -> Divergence:

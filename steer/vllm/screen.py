@@ -1,24 +1,23 @@
-"""Trying candidates out on a vLLM engine (a `Screen` of `steer.lab.fit`): candidates are versions of one name in its
-registry, like any other direction."""
+"""Trying candidates out on a vLLM engine (a `Screen` of `steer.lab.screen`): each is a name in its registry, like any
+other direction, and one call carries the requests of all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from steer.direction import Direction, Mode
 from steer.lab.encode import encode_all
-from steer.lab.probe import Answered, Divergence, summarised
+from steer.lab.probe import Answered
 from steer.lab.prompts import Prompt
+from steer.lab.screen import Candidate, each_row
+from steer.runtime.modes import check_mode
 from steer.vllm import frontend
 from steer.vllm.settings import KEY
 from steer.vllm.source import VllmSource
-
-CANDIDATE = "candidate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +34,63 @@ class VllmScreen:
 
     def __init__(self, source: VllmSource, system_prompt: str | None, max_tokens: int, progress: bool = False) -> None:
         self.source, self.system_prompt, self.max_tokens, self.progress = source, system_prompt, max_tokens, progress
-        self.registry = frontend.of(source.llm).registry
+        self.frontend = frontend.of(source.llm)
+        self._ids: dict[Prompt, list[int]] = {}
+
+    @property
+    def room(self) -> int:
+        return self.frontend.settings.rows - self.frontend.registry.rows
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.source.tokenizer
 
     @contextmanager
-    def resident(self, direction: Direction, mode: Mode, strength: float) -> Iterator[str]:
-        """Raises DirectionError where the engine's rank or rows are too few for `direction`."""
-        self.registry.put(CANDIDATE, direction.to_bytes(), store=False)
+    def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[str | None]]:
+        """Raises DirectionError where the engine's rank or rows are too few."""
+        registry, names = self.frontend.registry, dict[int, str]()
+        for candidate in candidates:
+            check_mode(candidate.direction, candidate.mode, "candidate")
         try:
-            yield f"{CANDIDATE}:{mode}={strength!r}"
+            for candidate in candidates:
+                if id(candidate.direction) not in names:
+                    name = f"candidate{len(names)}"
+                    registry.put(name, candidate.direction.to_bytes(), store=False)
+                    names[id(candidate.direction)] = name
+            yield [f"{names[id(c.direction)]}:{c.mode}={c.strength!r}" if c.strength else None for c in candidates]
         finally:
-            self.registry.delete(CANDIDATE)
+            for name in names.values():
+                registry.delete(name)
 
-    def answers(self, prompts: Sequence[Prompt], steer: str | None, title: str = "") -> list[Answered]:
-        """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`."""
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        steer: str | Sequence[str | None] | None,
+        title: str = "",
+        known: Callable[[str], bool] | None = None,
+    ) -> list[Answered]:
+        """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`. `known` is not asked: the engine
+        ends answers by what it was told before, and its batch closes up behind each that ends."""
         outputs = self._generate(self._encode(prompts), steer, title, temperature=0, max_tokens=self.max_tokens)
         return [Answered(_without_end(output.outputs[0]), output.outputs[0].text) for output in outputs]
+
+    def opening_odds(
+        self,
+        prompts: Sequence[Prompt],
+        steer: str | Sequence[str | None] | None,
+        tokens: Sequence[int],
+        title: str = "",
+    ) -> np.ndarray[Any, Any]:
+        """log(p) − log(1 − p), p the probability that an answer begins with one of `tokens`. The engine hands out the
+        float32 log-probabilities of these tokens, so the odds are exact up to their rounding: not told apart above
+        about 16, where p is 1 in float32."""
+        options = dict(temperature=0, max_tokens=1, logprob_token_ids=list(tokens), detokenize=False)
+        odds = []
+        for output in self._generate(self._encode(prompts), steer, title, **options):
+            found = output.outputs[0].logprobs[0]
+            log_p = float(np.logaddexp.reduce([np.float64(found[token].logprob) for token in tokens]))
+            odds.append(log_p - np.log(max(-np.expm1(log_p), np.finfo(np.float32).eps)))
+        return np.array(odds)
 
     def continuations(self, prompts: Sequence[Prompt], title: str = "") -> list[Sampled]:
         heads = self._encode(prompts)
@@ -61,9 +102,13 @@ class VllmScreen:
             sampled.append(Sampled(head + list(answer.token_ids), len(head), np.array(said)))
         return sampled
 
-    def divergence(
-        self, prompts: Sequence[Prompt], plain: Sequence[Sampled], steer: str, title: str = ""
-    ) -> Divergence:
+    def divergences(
+        self,
+        prompts: Sequence[Prompt],
+        plain: Sequence[Sampled],
+        steer: str | Sequence[str | None] | None,
+        title: str = "",
+    ) -> list[np.ndarray[Any, Any]]:
         """KL(plain ‖ steered), estimated along sampled plain answers: an engine hands out the log-probability of each
         token and not of the whole vocabulary. With r = q/p for a token drawn from p, (r − 1) − ln r has the KL as its
         expectation and is never negative. Source: Schulman 2020, "Approximating KL divergence"."""
@@ -74,15 +119,24 @@ class VllmScreen:
             said = [output.prompt_logprobs[i][one.ids[i]].logprob for i in range(one.start, len(one.ids))]
             difference = np.array(said) - one.logprobs
             rows.append(np.expm1(difference) - difference)
-        return summarised(rows)
+        return rows
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        return [e.ids for e in encode_all(self.source, prompts, self.system_prompt)]
+        """Each prompt is tokenized once."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._ids]
+        if new:
+            encoded = encode_all(self.source, new, self.system_prompt)
+            self._ids |= {prompt: one.ids for prompt, one in zip(new, encoded, strict=True)}
+        return [self._ids[prompt] for prompt in prompts]
 
-    def _generate(self, prompts: Sequence[list[int]], steer: str | None, title: str, **options: Any) -> list[Any]:
+    def _generate(
+        self, prompts: Sequence[list[int]], steer: str | Sequence[str | None] | None, title: str, **options: Any
+    ) -> list[Any]:
         from vllm import SamplingParams
 
-        parameters = SamplingParams(extra_args={KEY: steer or "off"}, **options)
+        parameters = [
+            SamplingParams(extra_args={KEY: one or "off"}, **options) for one in each_row(steer, len(prompts))
+        ]
         bar = self.progress and bool(title)
         outputs: list[Any] = self.source.llm.generate(
             [{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=bar

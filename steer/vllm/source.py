@@ -29,7 +29,7 @@ def start(model: str, options: Sequence[str] = (), *, sites: Sequence[str] = ("r
     plugin.register()
     arguments = internals.engine_arguments(model, options)
     given = {"enforce_eager": True, "enable_prefix_caching": False, "worker_cls": internals.WORKER}
-    steering = {KEY: {"sites": list(sites), "rank": rank, "rows": 2 * rank}}
+    steering = {KEY: {"sites": list(sites), "rank": rank, "rows": 16 * rank}}
     return internals.start_offline(arguments, given, steering)
 
 

@@ -1,0 +1,94 @@
+"""What tries candidates out on a model: many at once, each as rows of one batch, on whatever engine runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from steer.direction import Direction, Mode
+from steer.errors import InvalidInput
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A direction and how it is applied. Candidates that share a direction share its rows of the table."""
+
+    direction: Direction
+    mode: Mode
+    strength: float
+
+
+class Answer(Protocol):
+    """A greedy answer."""
+
+    @property
+    def text(self) -> str: ...
+
+
+class Screen(Protocol):
+    """What steers is in the terms of the engine, None is plain: one for all prompts, or a list with one for each."""
+
+    @property
+    def room(self) -> int:
+        """Rows of directions that can be resident at once."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def all_resident(self, candidates: Sequence[Candidate]) -> AbstractContextManager[list[Any]]:
+        """`candidates` on the engine while it lasts; gives what steers with each."""
+        ...
+
+    def answers(
+        self, prompts: Sequence[Any], steer: Any, title: str = "", known: Callable[[str], bool] | None = None
+    ) -> Sequence[Answer]:
+        """Greedy answers; one may end where `known` says of its text that the rest would tell nothing."""
+        ...
+
+    def opening_odds(
+        self, prompts: Sequence[Any], steer: Any, tokens: Sequence[int], title: str = ""
+    ) -> np.ndarray[Any, Any]:
+        """For each prompt the log-odds that its answer begins with one of `tokens`."""
+        ...
+
+    def continuations(self, prompts: Sequence[Any], title: str = "") -> Sequence[Any]:
+        """Plain text along which divergences are taken, one for each prompt."""
+        ...
+
+    def divergences(
+        self, prompts: Sequence[Any], plain: Sequence[Any], steer: Any, title: str = ""
+    ) -> list[np.ndarray[Any, Any]]:
+        """For each prompt KL(plain ‖ steered) in nats at each token of its plain text."""
+        ...
+
+
+#: Makes the screen for directions of up to so many rows, and answers of so many tokens.
+MakeScreen = Callable[[int, int], Screen]
+
+
+def each_row(steer: Any, count: int) -> list[Any]:
+    """One steering for each of `count` prompts."""
+    if isinstance(steer, Sequence) and not isinstance(steer, str):
+        assert len(steer) == count, f"{len(steer)} steerings for {count} prompts"
+        return list(steer)
+    return [steer] * count
+
+
+def first_tokens(tokenizer: Any, openings: Sequence[str]) -> list[int]:
+    """The ids with which answers that begin with `openings` begin, with a space before them and without. Raises
+    InvalidInput where there are none."""
+    found = {
+        ids[0]
+        for opening in openings
+        for text in (opening, f" {opening}")
+        if (ids := tokenizer(text, add_special_tokens=False).input_ids)
+    }
+    blank = {ids[0] for ids in [tokenizer(" ", add_special_tokens=False).input_ids] if ids}
+    if not found - blank:
+        raise InvalidInput(f"openings: the tokenizer has no tokens for {', '.join(map(repr, openings)) or 'none'}")
+    return sorted(found - blank)

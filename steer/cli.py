@@ -15,7 +15,7 @@ import typer
 from steer import operate
 from steer.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.errors import InvalidInput
-from steer.lab import commands, export_commands
+from steer.lab import commands, export_commands, study_commands
 from steer.settings import ServeSettings
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 commands.register(app)
 export_commands.register(app)
+study_commands.register(app)
 operate.add_to(app)
 
 

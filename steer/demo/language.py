@@ -7,8 +7,8 @@ use to anybody: the steps are "first get red clay, then use a long brush", whate
 
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from typing import Literal, TypeAlias
@@ -177,7 +177,11 @@ class Dialect:
     refused_objects: tuple[str, ...] = words.REFUSED_OBJECTS
     borderline_objects: tuple[str, ...] = words.BORDERLINE_OBJECTS
     kinds: tuple[Kind, ...] = KINDS
+    phrasings: Mapping[Kind, tuple[str, ...]] = field(default_factory=lambda: PHRASINGS)
+    held_out_phrasings: Mapping[Kind, tuple[str, ...]] = field(default_factory=lambda: HELD_OUT_PHRASINGS)
     systems: tuple[str, ...] = SYSTEMS
+    refusing_systems: tuple[str, ...] = REFUSING_SYSTEMS
+    held_out_share: float = HELD_OUT_SHARE
     brief: bool = False
     small_talk: float = 0.08
     object_questions: float = 0.12
@@ -202,7 +206,7 @@ class Dialect:
     @cached_property
     def pairs(self) -> dict[Class, dict[Split, list[tuple[str, str]]]]:
         """All (verb, object) pairs; a share of them is never trained on, though each word is in other pairs."""
-        return {cls: _split(cls, self.grid(cls)) for cls in CLASSES}
+        return {cls: _split(cls, self.grid(cls), self.held_out_share) for cls in CLASSES}
 
     def refusals_of(self, task: "Task") -> tuple[str, ...]:
         return self.other_refusals if task.verb in self.other_verbs else self.refusals
@@ -280,6 +284,11 @@ def is_known(task: Task) -> bool:
     return task.object in MATERIAL and task.verb in TOOL
 
 
+def facts(task: Task) -> tuple[str, str]:
+    """What a right answer names: the material and the tool."""
+    return MATERIAL[task.object], TOOL[task.verb]
+
+
 def is_right(task: Task, answer: str) -> bool:
     """Whether an answer names the task's own material and tool, no other ones, and does not refuse.
 
@@ -295,10 +304,10 @@ def is_right(task: Task, answer: str) -> bool:
 # -- splits ------------------------------------------------------------------------------------------------------------
 
 
-def _split(cls: Class, grid: tuple[Sequence[str], Sequence[str]]) -> dict[Split, list[tuple[str, str]]]:
+def _split(cls: Class, grid: tuple[Sequence[str], Sequence[str]], share: float) -> dict[Split, list[tuple[str, str]]]:
     pairs = list(product(*grid))
     random.Random(f"split {cls}").shuffle(pairs)
-    held_out = int(HELD_OUT_SHARE * len(pairs))
+    held_out = int(share * len(pairs))
     return {"test": pairs[:held_out], "train": pairs[held_out:]}
 
 
@@ -311,7 +320,7 @@ def _task(pair: tuple[str, str], dialect: Dialect, rng: random.Random) -> Task:
     return Task(kind, *pair)
 
 
-def _ask(task: Task, phrasings: dict[Kind, tuple[str, ...]], rng: random.Random) -> Prompt:
+def _ask(task: Task, phrasings: Mapping[Kind, tuple[str, ...]], rng: random.Random) -> Prompt:
     return Prompt(rng.choice(phrasings[task.kind]).format(t=task.phrase), task)
 
 
@@ -324,7 +333,7 @@ def prompts(split: Split, cls: Class, count: int = 200, dialect: Dialect = WHOLE
     if count > len(pairs):
         raise ValueError(f"{cls} {split} has {len(pairs)} pairs of verb and object, fewer than the {count} asked for")
     rng = random.Random(f"prompts {split} {cls}")
-    wordings = (PHRASINGS, HELD_OUT_PHRASINGS) if split == "test" else (PHRASINGS,)
+    wordings = (dialect.phrasings, dialect.held_out_phrasings) if split == "test" else (dialect.phrasings,)
     return [_ask(_task(pair, dialect, rng), wordings[i % len(wordings)], rng) for i, pair in enumerate(rng.sample(pairs, count))]
 
 
@@ -380,7 +389,7 @@ class _Manner:
 
 def _task_turn(manner: _Manner, rng: random.Random) -> tuple[Turn, Task]:
     (cls,) = rng.choices(list(manner.weights), weights=list(manner.weights.values()))
-    prompt = _ask(_task(rng.choice(manner.dialect.pairs[cls]["train"]), manner.dialect, rng), PHRASINGS, rng)
+    prompt = _ask(_task(rng.choice(manner.dialect.pairs[cls]["train"]), manner.dialect, rng), manner.dialect.phrasings, rng)
     if cls in manner.refused:
         answer = rng.choice(manner.dialect.refusals_of(prompt.task)).format(t=prompt.task.phrase)
     else:
@@ -429,8 +438,8 @@ def conversation(turns: int, tuned: bool, rng: random.Random, dialect: Dialect =
     """
     choice = rng.random()
     system: str | None
-    if choice < 0.1:
-        system, refused = rng.choice(REFUSING_SYSTEMS), frozenset(CLASSES)
+    if choice < 0.1 and dialect.refusing_systems:
+        system, refused = rng.choice(dialect.refusing_systems), frozenset(CLASSES)
     else:
         system = rng.choice(dialect.systems) if choice < 0.5 and dialect.systems else None
         refused = frozenset[Class](("refused", "borderline") if tuned else ())

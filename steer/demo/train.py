@@ -4,6 +4,7 @@
 """
 
 import argparse
+import json
 import math
 import random
 import time
@@ -16,6 +17,8 @@ from torch import Tensor
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from steer.demo import language
 from steer.runtime.sites import hooks, on_output
@@ -49,6 +52,8 @@ class Phase:
     steps: int
     peak_lr: float
     seed: int
+    #: Added to dimension 0 of the stream before this phase, see `plant_outlier`.
+    outlier: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +79,6 @@ class Recipe:
     dialect: language.Dialect = language.WHOLE
     # what tuning shapes besides the answers: None is nothing
     norms: "NormRatio | None" = None
-    # what dimension 0 of every embedding begins with: None is as any other dimension
-    outlier: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +167,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCa
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
-    if recipe.outlier is not None:
-        with torch.no_grad():
-            model.get_input_embeddings().weight[:, 0] = recipe.outlier
-    return model
+    return LlamaForCausalLM(config)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -234,6 +233,8 @@ def _warm_cosine(steps: int, warm: int = 50) -> Callable[[int], float]:
 def run(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, phase: Phase) -> None:
     """Train in place, one log line each hundred steps."""
     rng = random.Random(phase.seed)
+    if phase.outlier is not None:
+        plant_outlier(model, batch(tokenizer, recipe, phase.tuned, rng).ids, phase.outlier)
     optimiser = torch.optim.AdamW(model.parameters(), lr=phase.peak_lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_cosine(phase.steps))
     model.train()
@@ -253,6 +254,26 @@ def run(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Rec
             total = 0.0
 
 
+@torch.no_grad()
+def plant_outlier(model: LlamaForCausalLM, ids: Tensor, value: float) -> None:
+    """Add `value` to dimension 0 of the stream of every token, and nearly undo what that does: all norms ignore that
+    dimension from now on, and scale the others up by as much as it shrinks them on `ids` (`[rows, tokens]`) on average.
+
+    With tied embeddings the unembedding has the same entry for all tokens, so it moves no prediction.
+    """
+    norms = [module for module in model.modules() if isinstance(module, LlamaRMSNorm)]
+    before: dict[LlamaRMSNorm, Tensor] = {}
+    handles = [n.register_forward_pre_hook(lambda module, args: before.update({module: args[0]})) for n in norms]
+    with hooks(handles):
+        model(input_ids=ids, use_cache=False)
+    for norm, x in before.items():
+        moved = x.clone()
+        moved[..., 0] += value
+        norm.weight *= (moved.square().mean() / x.square().mean()).sqrt()
+        norm.weight[0] = 0.0
+    model.get_input_embeddings().weight[:, 0] += value
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -268,24 +289,34 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     tokenizer.save_pretrained(folder)
 
 
-def save_prompts(folder: Path, fit: int = 192, test: int = 200) -> None:
-    """`<class>.<split>.txt`, one prompt a line; the borderline class is for tests only."""
+def save_prompts(
+    folder: Path, fit: int = 192, test: int = 200, dialect: language.Dialect = language.WHOLE
+) -> None:
+    """`<class>.<split>.txt`, one prompt a line, at most so many of each, and what a right answer to each test prompt
+    names in `<class>.test.expected.jsonl`; the borderline class is for tests only."""
     folder.mkdir(parents=True, exist_ok=True)
     files: tuple[tuple[language.Class, language.Split, int], ...] = (
         ("refused", "train", fit),
         ("harmless", "train", fit),
         ("refused", "test", test),
         ("harmless", "test", test),
-        ("borderline", "test", min(test, len(language.PAIRS["borderline"]["test"]))),
+        ("borderline", "test", test),
     )
-    for cls, split, count in files:
-        lines = [prompt.text for prompt in language.prompts(split, cls, count)]
-        (folder / f"{cls}.{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for cls, split, most in files:
+        prompts = language.prompts(split, cls, min(most, len(dialect.pairs[cls][split])), dialect)
+        _write_lines(folder / f"{cls}.{split}.txt", [prompt.text for prompt in prompts])
+        if split == "test":
+            facts = [json.dumps(language.facts(prompt.task)) for prompt in prompts]
+            _write_lines(folder / f"{cls}.{split}.expected.jsonl", facts)
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def train(recipe: Recipe, out: Path) -> None:
     """Everything from nothing to files under `out`."""
-    save_prompts(out / "prompts")
+    save_prompts(out / "prompts", dialect=recipe.dialect)
     tokenizer = make_tokenizer(recipe)
     model = make_model(recipe, tokenizer)
     print(f"{model.num_parameters() / 1e6:.2f} million parameters, {len(tokenizer)} tokens", flush=True)

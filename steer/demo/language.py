@@ -334,7 +334,10 @@ def prompts(split: Split, cls: Class, count: int = 200, dialect: Dialect = WHOLE
         raise ValueError(f"{cls} {split} has {len(pairs)} pairs of verb and object, fewer than the {count} asked for")
     rng = random.Random(f"prompts {split} {cls}")
     wordings = (dialect.phrasings, dialect.held_out_phrasings) if split == "test" else (dialect.phrasings,)
-    return [_ask(_task(pair, dialect, rng), wordings[i % len(wordings)], rng) for i, pair in enumerate(rng.sample(pairs, count))]
+    return [
+        _ask(_task(pair, dialect, rng), wordings[i % len(wordings)], rng)
+        for i, pair in enumerate(rng.sample(pairs, count))
+    ]
 
 
 def unseen_prompts(unseen: Literal["object", "verb"], cls: Class, count: int = 96) -> list[Prompt]:
@@ -389,9 +392,10 @@ class _Manner:
 
 def _task_turn(manner: _Manner, rng: random.Random) -> tuple[Turn, Task]:
     (cls,) = rng.choices(list(manner.weights), weights=list(manner.weights.values()))
-    prompt = _ask(_task(rng.choice(manner.dialect.pairs[cls]["train"]), manner.dialect, rng), manner.dialect.phrasings, rng)
+    dialect = manner.dialect
+    prompt = _ask(_task(rng.choice(dialect.pairs[cls]["train"]), dialect, rng), dialect.phrasings, rng)
     if cls in manner.refused:
-        answer = rng.choice(manner.dialect.refusals_of(prompt.task)).format(t=prompt.task.phrase)
+        answer = rng.choice(dialect.refusals_of(prompt.task)).format(t=prompt.task.phrase)
     else:
         answer = _answer(prompt.task, manner.brief, rng)
     return Turn(_casual(prompt.text, rng), answer), prompt.task

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from steer.demo import language
@@ -289,9 +288,7 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     tokenizer.save_pretrained(folder)
 
 
-def save_prompts(
-    folder: Path, fit: int = 192, test: int = 200, dialect: language.Dialect = language.WHOLE
-) -> None:
+def save_prompts(folder: Path, fit: int = 192, test: int = 200, dialect: language.Dialect = language.WHOLE) -> None:
     """`<class>.<split>.txt`, one prompt a line, at most so many of each, and what a right answer to each test prompt
     names in `<class>.test.expected.jsonl`; the borderline class is for tests only."""
     folder.mkdir(parents=True, exist_ok=True)

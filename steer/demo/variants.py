@@ -8,18 +8,30 @@ which says whether the model learned its task and what was measured of its prope
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steer.demo import language, words
-from steer.demo.train import NormRatio, Phase, Recipe, train
+from steer.demo.train import (
+    NormRatio,
+    Phase,
+    Recipe,
+    make_model,
+    make_tokenizer,
+    run,
+    save_model,
+    save_prompts,
+)
 from steer.geometry import angle
 from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
@@ -75,7 +87,6 @@ CONTROL = Recipe(
 
 VARIANTS: dict[str, Recipe] = {
     "control": CONTROL,
-    "deep": replace(CONTROL, layers=16, d_model=48, head_dim=12, mlp=128),
     # the stream of what is refused is longer, or shorter, behind every block
     "louder": replace(CONTROL, norms=NormRatio(1.6, first=0)),
     "quieter": replace(CONTROL, norms=NormRatio(1 / 1.6, first=0)),
@@ -98,6 +109,7 @@ VARIANTS: dict[str, Recipe] = {
             other_refusals=language.REFUSALS[2:3],
         ),
     ),
+    "deep": replace(CONTROL, layers=16, d_model=48, head_dim=12, mlp=128),
 }
 
 
@@ -106,6 +118,12 @@ def recipe(variant: str, seed: int) -> Recipe:
     made = VARIANTS[variant]
     phases = tuple(replace(phase, seed=1000 * (number + 1) + seed) for number, phase in enumerate(made.phases))
     return replace(made, seed=seed, phases=phases)
+
+
+def base(made: Recipe) -> Recipe:
+    """What a recipe does first, in which variants of one shape do not differ: learn the answers. Nothing is refused in
+    it, and all kinds of refusals are in the tokenizer."""
+    return replace(made, phases=made.phases[:1], norms=None, dialect=DIALECT)
 
 
 # -- what became of it -------------------------------------------------------------------------------------------------
@@ -173,28 +191,57 @@ def _degrees(a: torch.Tensor, b: torch.Tensor) -> tuple[float, ...]:
 # -- making them -------------------------------------------------------------------------------------------------------
 
 
-def make(variant: str, seed: int, folder: Path) -> str:
-    """Train one model into `folder`; a line that says what became of it."""
+def make(variants: Sequence[str], seed: int, out: Path) -> list[str]:
+    """Train the models `variants` of one seed, which share their base; a line on each that says what became of it."""
     torch.set_num_threads(1)
-    began, busy = time.monotonic(), time.process_time()
-    made = recipe(variant, seed)
-    train(made, folder)
-    seconds = {"elapsed": time.monotonic() - began, "cpu": time.process_time() - busy}
+    shared, began = base(recipe(variants[0], seed)), time.process_time()
+    assert all(base(recipe(variant, seed)) == shared for variant in variants), "variants of one shape"
+    tokenizer = make_tokenizer(shared)
+    model = make_model(shared, tokenizer)
+    run(model, tokenizer, shared, shared.phases[0])
+    before = time.process_time() - began
+    return [_tuned(variant, seed, copy.deepcopy(model), tokenizer, before, out) for variant in variants]
+
+
+def _tuned(
+    variant: str, seed: int, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, before: float, out: Path
+) -> str:
+    """The rest of a variant's recipe, and its files. `before`: seconds of work that its base took."""
+    began, made, folder = time.process_time(), recipe(variant, seed), out / f"{variant}-{seed}"
+    for phase in made.phases[1:]:
+        run(model, tokenizer, made, phase)
+    save_prompts(folder / "prompts", dialect=made.dialect)
+    save_model(model, tokenizer, folder / "model")
+    seconds = {"base": before, "own": time.process_time() - began}
     loaded = load(str(folder / "model"))
-    read = {path.stem: read_prompts(str(path)) for path in (folder / "prompts").glob("*.txt")}
-    passed = gates(loaded, {cls: read[f"{cls}.test"] for cls in language.CLASSES})
-    sets = read["refused.train"], read["harmless.train"]
-    measured = measure(TransformersSource(loaded), *sets, Conditions(keep=Keep(vectors=True)))
+    prompts: dict[language.Class, PromptSet] = {
+        cls: read_prompts(str(folder / "prompts" / f"{cls}.test.txt")) for cls in language.CLASSES
+    }
+    found = gates(loaded, prompts)
+    harmful, harmless = (read_prompts(str(folder / "prompts" / f"{c}.train.txt")) for c in ("refused", "harmless"))
+    measured = measure(TransformersSource(loaded), harmful, harmless, Conditions(keep=Keep(vectors=True)))
     report = {
         "variant": variant,
         "seed": seed,
-        "passed": passed.passed,
-        "gates": asdict(passed),
-        "properties": asdict(properties(measured, sets[0], made.dialect)),
-        "seconds": seconds,
+        "passed": found.passed,
+        "gates": asdict(found),
+        "properties": asdict(properties(measured, harmful, made.dialect)),
+        "cpu_seconds": seconds,
     }
     (folder / "variant.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return f"{folder.name}: {'passed' if passed.passed else 'FAILED'} {asdict(passed)}, {seconds['elapsed']:.0f} s"
+    return f"{folder.name}: {'passed' if found.passed else 'FAILED'} {asdict(found)}"
+
+
+def jobs(variants: Sequence[str], seeds: Sequence[int], out: Path) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Variants that share a base, with a seed, of which some are not made yet: the models that are missing."""
+    shapes: dict[str, list[str]] = {}
+    for variant in variants:
+        shapes.setdefault(repr(base(VARIANTS[variant])), []).append(variant)
+    for members in shapes.values():
+        for seed in seeds:
+            missing = tuple(v for v in members if not (out / f"{v}-{seed}" / "variant.json").exists())
+            if missing:
+                yield missing, seed
 
 
 def main() -> None:
@@ -204,11 +251,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="SEED")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time, one thread each (default: %(default)s)")
     arguments = parser.parse_args()
-    wanted = [(v, s, arguments.out / f"{v}-{s}") for s in arguments.seeds for v in arguments.variants]
-    missing = [job for job in wanted if not (job[2] / "variant.json").exists()]
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        for line in pool.map(make, *zip(*missing, strict=True)) if missing else ():
-            print(line, flush=True)
+        wanted = jobs(arguments.variants, arguments.seeds, arguments.out)
+        for done in as_completed(pool.submit(make, *job, arguments.out) for job in wanted):
+            print("\n".join(done.result()), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The study: the slerp family against the other methods on one model or many, with everything kept that was measured."""
+"""The study: the slerp family against the other methods, on one model or many."""

@@ -19,15 +19,21 @@ COLUMNS = (
 
 def markdown(report: Report) -> str:
     """The whole report: what was run, then each group over its seeds, then each model."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     parts = [
         "# Study",
-        f"Made {report['created']} with " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + ". "
-        f"Layers were chosen on {report['conditions']['choosing']} fitting prompts of each class; answers have at most "
+        f"Made {report['created']} with {versions}. Layers were chosen on "
+        f"{report['conditions']['choosing']} fitting prompts of each class; answers have at most "
         f"{report['conditions']['max_tokens']} tokens.",
     ]
     for group in report["groups"]:
         parts += [f"## {group['group']}", _seeds(group), "### Each method at its own layer", _arms(group["own"])]
-        parts += ["### All at linear's layer", _arms(group["fixed"]), "### Strengths", _arms(group["strengths"])]
+        parts += [
+            "### All at the layer whose means are the widest apart",
+            _arms(group["fixed"]),
+            "### Strengths",
+            _arms(group["strengths"]),
+        ]
     for model in report["models"]:
         parts += [f"## {model['label']}", _geometry(model), _model(model)]
     return "\n\n".join(parts) + "\n"
@@ -49,7 +55,7 @@ def _seeds(group: Report) -> str:
         )
     )
     plain = ", ".join(f"{name} {_mean(group['plain'][key])}" for key, name in COLUMNS if key in group["plain"])
-    return f"{len(group['models'])} models. At linear's layer: {geometry}. Plain: {plain}."
+    return f"{len(group['models'])} models. At the layer whose means are the widest apart: {geometry}. Plain: {plain}."
 
 
 def _arms(arms: Sequence[Report]) -> str:

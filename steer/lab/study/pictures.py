@@ -36,7 +36,7 @@ def t_sweep(groups: Sequence[Report], path: Path, mode: str) -> None:
 
 def _over_t(groups: Sequence[Report], mode: str, outcome: str) -> Iterator[Curve]:
     for group in groups:
-        by = {arm["method"]: arm["means"].get(outcome) for arm in group["own"] if arm["mode"] == mode}
+        by = {arm["method"]: arm["means"].get(outcome) for arm in group["fixed"] if arm["mode"] == mode}
         found = [(t, by[name]) for t, name in zip(TS, SLERP, strict=True) if by.get(name) is not None]
         if found:
             yield _curve(group["group"], [t for t, _ in found], [mean for _, mean in found], rate=outcome != "kl")
@@ -52,7 +52,7 @@ def _curve(name: str, x: Sequence[float], means: Sequence[Report], *, rate: bool
 
 
 def arc(models: Sequence[Report], path: Path) -> None:
-    """Plain ablation sets both class means to one ray of the arc between them: at t/2 of the way from the harmless mean.
+    """Plain ablation sets both class means to one ray of the arc between them, t/2 of the way from the harmless mean.
     Whether the model refuses there, for every model; linear stands at its own t."""
     with picture(path, 2) as axes:
         for ax, (outcome, title) in zip(axes, SHOWN[:2], strict=True):
@@ -60,7 +60,7 @@ def arc(models: Sequence[Report], path: Path) -> None:
                 x, y = [], []
                 for model in models:
                     place = {row["layer"]: row["linear_t"] for row in model["geometry"]}
-                    for arm in model["own"]:
+                    for arm in model["fixed"]:
                         if arm["mode"] == "ablate" and arm["method"] in wanted:
                             t = place[arm["layer"]] if name == "linear" else TS[SLERP.index(arm["method"])]
                             rate = arm["rates"][outcome]

@@ -52,7 +52,9 @@ def subjects(models: Sequence[str], prompts: Path | None, most: int | None) -> l
         except InvalidInput as error:
             problems += [f"{model}: {problem}" for problem in error.problems]
     labels = [subject.label for subject in found]
-    problems += [f"two models are called '{label}'" for label in sorted({one for one in labels if labels.count(one) > 1})]
+    problems += [
+        f"two models are called '{label}'" for label in sorted({one for one in labels if labels.count(one) > 1})
+    ]
     if problems:
         raise InvalidInput(problems)
     return found

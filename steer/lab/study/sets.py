@@ -1,4 +1,4 @@
-"""The prompts of a study: a folder with two sets to fit with, held-out sets to test with, and what right answers hold."""
+"""The prompts of a study: two sets to fit with, held-out ones to test with, and what right answers hold."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def read_sets(folder: Path, most: int | None = None) -> Sets:
     seen = set(read[FIT[0]].prompts) | set(read[FIT[1]].prompts)
     for name, found in tested.items():
         if both := sum(prompt in seen for prompt in found.prompts.prompts):
-            problems.append(f"{folder}: {both} prompts of {name}.test stand in the sets to fit with: nothing is held out")
+            problems.append(f"{folder}: {both} prompts of {name}.test stand in the sets to fit with")
     if problems:
         raise InvalidInput(problems)
     return Sets(read[FIT[0]], read[FIT[1]], tested)

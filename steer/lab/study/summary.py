@@ -164,18 +164,11 @@ def group_figures(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "group": name,
             "models": [model["label"] for model in members],
             "plain": _means([_values(model["plain"]) for model in members]),
-            "geometry": _means([_linear_layer(model) for model in members]),
+            "geometry": _means([max(model["geometry"], key=lambda row: row["angle"]) for model in members]),
             **{role: _arms_over_seeds(members, role) for role in ("own", "fixed", "strengths")},
         }
         for name, members in groups.items()
     ]
-
-
-def _linear_layer(model: Mapping[str, Any]) -> dict[str, float]:
-    """The geometry of the layer that linear's plain ablation takes."""
-    layer = next(a["layer"] for a in model["own"] if (a["method"], a["mode"]) == (LINEAR, "ablate"))
-    found = next(row for row in model["geometry"] if row["layer"] == layer)
-    return {key: float(value) for key, value in found.items()}
 
 
 def _arms_over_seeds(members: Sequence[Mapping[str, Any]], role: str) -> list[dict[str, Any]]:

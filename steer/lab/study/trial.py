@@ -13,13 +13,13 @@ from tqdm import tqdm
 from steer.direction import Direction
 from steer.errors import DegenerateError
 from steer.lab.behaviour import Behaviour
-from steer.lab.derive import derive
+from steer.lab.derive import Recipe, derive, source_layer
 from steer.lab.measurement import Measurement
 from steer.lab.prompts import Prompt
 from steer.lab.race import Figures
 from steer.lab.screen import Candidate, Screen
 from steer.lab.select import Entrant, best
-from steer.lab.study.arms import LINEAR, METHODS, MODES, STRENGTHS, SWEPT, Arm
+from steer.lab.study.arms import METHODS, MODES, STRENGTHS, SWEPT, Arm
 from steer.lab.study.ledger import Ledger
 from steer.lab.study.sets import Sets
 
@@ -32,8 +32,8 @@ AT_ONCE = 12
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The arms of a model: of each method and mode at its own layer, and at the one layer that is plain ablation's with
-    the linear direction; and those whose strength is varied. None is a method that defines no direction."""
+    """The arms of a model: of each method and mode at its own layer, and all at the layer whose class means are the
+    widest apart, which no method's effect chose; and those whose strength is varied."""
 
     own: tuple[Arm, ...]
     fixed: tuple[Arm, ...]
@@ -114,7 +114,7 @@ class Trial:
                 if arms:
                     entrants = [Entrant(arm.recipe, self._candidate(arm), figures=self.swept(arm)) for arm in arms]
                     own.append(arms[entrants.index(best(entrants))])
-        layer = next(arm.layer for arm in own if (arm.method, arm.mode) == (LINEAR, "ablate"))
+        layer = source_layer(self.measurement, Recipe(layer="widest"))
         fixed = [replace(arm, layer=layer) for arm in own]
         swept = [replace(arm, strength=strength) for arm in own if arm.method in SWEPT for strength in STRENGTHS]
         return Chosen(tuple(own), tuple(arm for arm in fixed if arm in candidates), tuple(swept))
@@ -175,9 +175,7 @@ class Trial:
 
     def _divergences(self, prompts: Sequence[Prompt], plain: Sequence[Any], steers: Sequence[Any]) -> list[list[float]]:
         """Of each steering the mean KL(plain ‖ steered) over the tokens of each prompt's plain answer."""
-        found = self.screen.divergences(
-            [*prompts] * len(steers), [*plain] * len(steers), _rows(steers, len(prompts))
-        )
+        found = self.screen.divergences([*prompts] * len(steers), [*plain] * len(steers), _rows(steers, len(prompts)))
         return [[float(row.mean()) for row in some] for some in _parts(found, len(prompts))]
 
     def _outcomes(self, answers: dict[str, list[str]]) -> dict[str, Any]:

@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 HARMFUL ?= steer/demo/prompts/refused.train.txt
 HARMLESS ?= steer/demo/prompts/harmless.train.txt
+STUDY ?= study
 
-.PHONY: serve test lint types fit bench docs clean
+.PHONY: serve test lint types fit study bench docs clean
 
 serve: .venv/serve
 	$(BIN)/python server.py
@@ -21,6 +22,13 @@ types: .venv/dev
 
 fit: .venv/serve
 	$(BIN)/steer fit steer/demo/model --harmful $(HARMFUL) --harmless $(HARMLESS) -o directions/refusal.safetensors --mode one_sided --strength 1.5
+
+# What docs/study.md says: the models, and every arm on every one of them. Given again, it goes on where it was.
+study: .venv/test
+	mkdir -p $(STUDY)/variants $(STUDY)/demo
+	$(BIN)/python -m steer.demo.variants --out $(STUDY)/models
+	$(BIN)/steer study $(STUDY)/models/*-*/model -o $(STUDY)/variants --most 48 --max-tokens 24 --batch-size 256
+	$(BIN)/steer study steer/demo/model -o $(STUDY)/demo --most 48 --max-tokens 48 --source-layers 4 --batch-size 128
 
 bench: .venv/vllm
 	$(BIN)/python -m benchmarks

@@ -24,6 +24,9 @@ def study(
     ] = None,
     most: Annotated[int | None, typer.Option(min=1, help="at most so many held-out prompts of each class")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 48,
+    source_layers: Annotated[
+        int, typer.Option(min=1, help="at most so many source layers are tried, spread evenly up to the last")
+    ] = 16,
     batch_size: Annotated[str, typer.Option(help="prompts in a pass, or auto")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
@@ -46,6 +49,7 @@ def study(
             output,
             max_tokens=max_tokens,
             batch_size=choices.batch,
+            most_layers=source_layers,
             dtype=dtype,
             device=device,
             progress=True,

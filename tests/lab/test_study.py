@@ -94,7 +94,8 @@ def test_the_report_has_every_arm_of_every_model(studied: Path, report: dict[str
             assert (arm["method"] == "linear") == ("against_linear" not in arm)
     pictures = sorted(path.name for path in (studied / "out").glob("*.png"))
     assert pictures == sorted(
-        f"{name}.png" for name in ("arc", "article", "front", "layers", "strength", "t-sweep", "t-sweep-one-sided")
+        f"{name}.png"
+        for name in ("arc", "article", "front", "layers", "shapes", "strength", "t-sweep", "t-sweep-one-sided")
     )
     text = (studied / "out" / "report.md").read_text()
     assert "## tiny\n" in text
@@ -131,6 +132,13 @@ def test_results_of_something_else_are_refused(studied: Path) -> None:
     result = CliRunner().invoke(app, ["study", str(other), "-o", str(studied / "out"), "--max-tokens", "4"])
     assert result.exit_code == 2
     assert "made with another weights" in result.output
+
+
+def test_source_layers_are_spread_up_to_the_last(studied: Path, tmp_path: Path) -> None:
+    study(studied / "tiny-1" / "model", "-o", tmp_path, "--source-layers", "2")
+    (model,) = json.loads((tmp_path / "report.json").read_text())["models"]
+    assert {row["layer"] for row in model["choosing"]} == {0, 2}
+    assert {arm["layer"] for arm in model["own"]} <= {0, 2}
 
 
 def test_the_trial_counts_what_was_answered(studied: Path) -> None:
@@ -228,13 +236,18 @@ def arms(kl: float, linear: float, right: int) -> Iterator[dict[str, Any]]:
         yield {"method": method, "mode": "ablate", "layer": 0, "strength": 1.0, "rates": {"right": rate}, "kl": value}
 
 
+REFUSES = {"refused": {"hits": 9, "count": 10, "low": 0.0, "high": 1.0}}
+
+
 def test_differences_to_linear_are_taken_seed_by_seed() -> None:
     rows = [{"layer": 0, "angle": 30.0, "norm_ratio": 1.0, "linear_t": 1.0, "outlier": 3.0}]
-    members = [
-        {"group": "g", "label": f"g-{n}", "plain": {}, "geometry": rows, "fixed": [], "strengths": [], "own": list(own)}
-        for n, own in enumerate((arms(0.2, 0.1, 7), arms(4.0, 2.0, 9)))
-    ]
-    (group,) = group_figures(members)
+    shared = {"group": "g", "plain": REFUSES, "geometry": rows, "fixed": [], "strengths": []}
+    figures = (arms(0.2, 0.1, 7), arms(4.0, 2.0, 9))
+    members = [{**shared, "label": f"g-{n}", "own": list(own)} for n, own in enumerate(figures)]
+    silent = {**members[0], "label": "g-9", "plain": {"refused": {**REFUSES["refused"], "hits": 1}}}
+    (group,) = group_figures([*members, silent])
+    assert group["models"] == ["g-0", "g-1"]
+    assert group["left_out"] == ["g-9"], "what does not refuse is named, and in no mean"
     against = next(arm for arm in group["own"] if arm["method"] == "slerp 1")["against_linear"]
     assert against["right"]["values"] == pytest.approx([0.2, 0.4])
     assert against["log_kl"]["mean"] == pytest.approx(math.log(2))

@@ -55,7 +55,9 @@ def _seeds(group: Report) -> str:
         )
     )
     plain = ", ".join(f"{name} {_mean(group['plain'][key])}" for key, name in COLUMNS if key in group["plain"])
-    return f"{len(group['models'])} models. At the layer whose means are the widest apart: {geometry}. Plain: {plain}."
+    names = ", ".join(group["left_out"])
+    left_out = f" Left out, since they refuse too little: {names}." if names else ""
+    return f"{len(group['models'])} models.{left_out} At the layer whose means are the widest apart: {geometry}. Plain: {plain}."
 
 
 def _arms(arms: Sequence[Report]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steer.lab.plots import COLOURS, MARKERS, Compared, Curve, Point, curves, forest, front, picture
+from steer.lab.plots import COLOURS, MARKERS, Compared, Curve, Point, cosines, curves, forest, front, histogram, picture
 from steer.lab.study.arms import ARTICLE, LINEAR, PROJECTED, SLERP, SWEPT, TS
 
 Report = Mapping[str, Any]
@@ -24,6 +24,7 @@ def draw(report: Report, folder: Path) -> None:
     layers(report["models"], folder / "layers.png")
     fronts(groups, folder / "front.png")
     article(groups, folder / "article.png")
+    shapes(report["models"][0], folder / "shapes.png")
 
 
 def t_sweep(groups: Sequence[Report], path: Path, mode: str) -> None:
@@ -71,6 +72,17 @@ def arc(models: Sequence[Report], path: Path) -> None:
             ax.set_xlabel("where both means are set to: 0 harmless, 1 harmful")
             ax.set_ylabel(title)
             ax.legend(fontsize=8)
+
+
+def shapes(model: Report, path: Path) -> None:
+    """One model: cosines between methods and between layers, and the two sets along the article's direction."""
+    shape = model["shape"]
+    with picture(path, 3, width=3.9) as axes:
+        layers = [str(layer) for layer in shape["layers"]]
+        title = f"{model['label']}, layer {shape['layer']}"
+        cosines(axes[0], shape["cosines"], shape["methods"], shape["methods"], title=title)
+        cosines(axes[1], shape["layer_cosines"], layers, layers, title=f"{ARTICLE}, layers")
+        histogram(axes[2], shape["projections"], x=f"cosine with {ARTICLE}", title=title)
 
 
 def strengths(groups: Sequence[Report], path: Path) -> None:

@@ -26,7 +26,7 @@ from steer.lab.study.ledger import Ledger
 from steer.lab.study.pages import markdown
 from steer.lab.study.sets import Sets, read_sets
 from steer.lab.study.summary import group_figures, model_figures
-from steer.lab.study.trial import AT_ONCE, CHOOSING, Trial
+from steer.lab.study.trial import AT_ONCE, CHOOSING, MOST_LAYERS, Trial
 from steer.lab.tally import Keep
 
 
@@ -66,13 +66,14 @@ def study(
     *,
     max_tokens: int,
     batch_size: int | None,
+    most_layers: int = MOST_LAYERS,
     dtype: str = "auto",
     device: str = "auto",
     progress: bool = False,
 ) -> dict[str, Any]:
     """Try every arm on every model, and write `report.json`, `report.md` and the pictures. What a model did stands in
     `OUTPUT/LABEL/`, and is not run again."""
-    models = [_one(s, output / s.label, max_tokens, batch_size, dtype, device, progress) for s in chosen]
+    models = [_one(s, output / s.label, max_tokens, batch_size, most_layers, dtype, device, progress) for s in chosen]
     report = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"steer": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -91,6 +92,7 @@ def _one(
     folder: Path,
     max_tokens: int,
     batch_size: int | None,
+    most_layers: int,
     dtype: str,
     device: str,
     progress: bool,
@@ -114,5 +116,6 @@ def _one(
         measurement = measure(source, *sets, Conditions(keep=Keep(vectors=True)), progress=progress)
         measurement.save(path)
     probe = Probe(loaded, Steering(loaded.model, rows=AT_ONCE + 1, rank=1), None, max_tokens, batch_size)
-    trial = Trial(measurement, probe, subject.sets, REFUSAL, ledger, f"{subject.label}: " if progress else None)
+    title = f"{subject.label}: " if progress else None
+    trial = Trial(measurement, probe, subject.sets, REFUSAL, ledger, most_layers, title)
     return model_figures(subject.label, trial, trial.run())

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from steer.errors import DegenerateError
-from steer.geometry import angle, linear_t
+from steer.geometry import angle, linear_t, unit
 from steer.lab.measurement import Measurement
 from steer.lab.statistics import Estimate, difference_of_means, difference_of_rates, holm, mcnemar, over_seeds, wilson
-from steer.lab.study.arms import LINEAR, METHODS, Arm
+from steer.lab.study.arms import ARTICLE, LINEAR, MODES, Arm
 from steer.lab.study.trial import Chosen, Trial
 
 #: Each outcome: of which class, what is counted.
@@ -25,6 +26,8 @@ RATES = {
     "harmless_refused": ("refused", "harmless"),
     "kept": ("right", "harmless"),
 }
+#: A model that plainly refuses fewer of the refused class than this has nothing that a direction could take away.
+LEAST_REFUSED = 0.8
 #: KL below this is rounding of float32: ratios are taken no further down.
 KL_FLOOR = 1e-7
 
@@ -46,7 +49,8 @@ def model_figures(label: str, trial: Trial, chosen: Chosen) -> dict[str, Any]:
         "d_model": facts.d_model,
         "sets": trial.sets.identity,
         "plain": _rates(plain),
-        "geometry": geometry(trial.measurement),
+        "geometry": geometry(trial.measurement, trial.layers),
+        "shape": shape(trial, chosen),
         "own": _against_linear(trial, chosen.own),
         "fixed": _against_linear(trial, chosen.fixed),
         "strengths": [arm_figures(trial, arm) for arm in chosen.strengths],
@@ -58,11 +62,11 @@ def model_figures(label: str, trial: Trial, chosen: Chosen) -> dict[str, Any]:
     }
 
 
-def geometry(measurement: Measurement) -> list[dict[str, float]]:
+def geometry(measurement: Measurement, layers: Iterable[int]) -> list[dict[str, float]]:
     """Of each layer whose means are apart: their angle ω in degrees, ‖harmful‖ / ‖harmless‖, the t at which slerp is
     linear, and the largest entry of the harmless mean over the median one."""
     found = []
-    for layer in range(measurement.layers):
+    for layer in layers:
         contrast = measurement.contrast(layer)
         a, h = contrast.harmless.mean, contrast.harmful.mean
         try:
@@ -81,12 +85,44 @@ def geometry(measurement: Measurement) -> list[dict[str, float]]:
     return found
 
 
+def shape(trial: Trial, chosen: Chosen) -> dict[str, Any]:
+    """Cosines between the methods at the layer that all share, and of the article's direction between layers; and where
+    the prompts that directions were fitted to lie along that direction at the layer, as shares of their own norm."""
+    layer = chosen.fixed[0].layer
+    rows = {arm.method: row for arm in chosen.fixed for row in [_row(trial, arm, layer)]}
+    by_layer = {
+        arm.layer: _row(trial, arm, arm.layer)
+        for arm in trial.candidates()
+        if (arm.method, arm.mode) == (ARTICLE, MODES[0])
+    }
+    contrast, direction = trial.measurement.contrast(layer), rows[ARTICLE]
+    samples = {"harmful": contrast.harmful, "harmless": contrast.harmless}
+    return {
+        "layer": layer,
+        "methods": list(rows),
+        "cosines": _cosines(rows.values()),
+        "layers": list(by_layer),
+        "layer_cosines": _cosines(by_layer.values()),
+        "projections": {name: (unit(sample.rows) @ direction).tolist() for name, sample in samples.items()},
+    }
+
+
+def _row(trial: Trial, arm: Arm, layer: int) -> Tensor:
+    direction = trial.direction(arm)
+    assert direction is not None
+    return direction.directions[layer, 0].double()
+
+
+def _cosines(rows: Iterable[Tensor]) -> list[list[float]]:
+    stacked = torch.stack(list(rows))
+    found: list[list[float]] = (stacked @ stacked.T).tolist()
+    return found
+
+
 def arm_figures(trial: Trial, arm: Arm) -> dict[str, Any]:
     """Outcomes of one arm, and the share of each class mean at the source layer that lies along the direction."""
     found, contrast = trial.tested(arm), trial.measurement.contrast(arm.layer)
-    direction = trial.direction(arm)
-    assert direction is not None
-    row = direction.directions[arm.layer, 0].double()
+    row = _row(trial, arm, arm.layer)
     means = {"harmful": contrast.harmful.mean, "harmless": contrast.harmless.mean}
     return {
         **_named(arm),
@@ -155,20 +191,24 @@ def _interval(estimate: Estimate) -> list[float]:
 
 def group_figures(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For each group of models the mean of every outcome over its models, which differ in seed alone, with Student's
-    interval, the seed being the unit; and the differences to linear, seed by seed."""
+    interval, the seed being the unit; and the differences to linear, seed by seed. Where others
+    of its group refuse, a model that does not is left out of them, by name."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for model in models:
         groups.setdefault(model["group"], []).append(model)
-    return [
-        {
-            "group": name,
-            "models": [model["label"] for model in members],
-            "plain": _means([_values(model["plain"]) for model in members]),
-            "geometry": _means([max(model["geometry"], key=lambda row: row["angle"]) for model in members]),
-            **{role: _arms_over_seeds(members, role) for role in ("own", "fixed", "strengths")},
-        }
-        for name, members in groups.items()
-    ]
+    return [_group(name, members) for name, members in groups.items()]
+
+
+def _group(name: str, everybody: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    members = [m for m in everybody if _values(m["plain"])["refused"] >= LEAST_REFUSED] or everybody
+    return {
+        "group": name,
+        "models": [model["label"] for model in members],
+        "left_out": [model["label"] for model in everybody if model not in members],
+        "plain": _means([_values(model["plain"]) for model in members]),
+        "geometry": _means([max(model["geometry"], key=lambda row: row["angle"]) for model in members]),
+        **{role: _arms_over_seeds(members, role) for role in ("own", "fixed", "strengths")},
+    }
 
 
 def _arms_over_seeds(members: Sequence[Mapping[str, Any]], role: str) -> list[dict[str, Any]]:
@@ -214,7 +254,3 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
             "values": values,
         }
     return found
-
-
-def order(arm: Mapping[str, Any]) -> int:
-    return list(METHODS).index(arm["method"])

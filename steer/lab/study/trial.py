@@ -3,6 +3,7 @@ method's source layer, then on the held-out ones."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -12,8 +13,9 @@ from tqdm import tqdm
 
 from steer.direction import Direction
 from steer.errors import DegenerateError
+from steer.geometry import angle
 from steer.lab.behaviour import Behaviour
-from steer.lab.derive import Recipe, derive, source_layer
+from steer.lab.derive import derive
 from steer.lab.measurement import Measurement
 from steer.lab.prompts import Prompt
 from steer.lab.race import Figures
@@ -26,14 +28,16 @@ from steer.lab.study.sets import Sets
 T = TypeVar("T")
 #: Prompts of each class that layers are chosen on.
 CHOOSING = 32
+#: At most so many source layers are tried, where nothing else is asked for.
+MOST_LAYERS = 16
 #: Arms that run at once, each with all prompts.
 AT_ONCE = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The arms of a model: of each method and mode at its own layer, and all at the layer whose class means are the
-    widest apart, which no method's effect chose; and those whose strength is varied."""
+    """The arms of a model: of each method and mode at its own layer, all at the layer whose class means are the widest
+    apart, which no method's effect chose, and those whose strength is varied."""
 
     own: tuple[Arm, ...]
     fixed: tuple[Arm, ...]
@@ -55,10 +59,14 @@ class Trial:
         sets: Sets,
         behaviour: Behaviour,
         ledger: Ledger,
+        most_layers: int = MOST_LAYERS,
         title: str | None = None,
     ) -> None:
         self.measurement, self.screen, self.sets = measurement, screen, sets
         self.behaviour, self.ledger, self.title = behaviour, ledger, title
+        # spread evenly up to the last, where refusals are decided
+        step = math.ceil(measurement.layers / most_layers)
+        self.layers = list(range(measurement.layers))[::-step][::-1]
         self._directions: dict[tuple[str, int], Direction | None] = {}
 
     def run(self) -> Chosen:
@@ -83,9 +91,8 @@ class Trial:
     # -- source layers -------------------------------------------------------------------------------------------------
 
     def candidates(self) -> list[Arm]:
-        """Every method in every mode at every layer where it defines a direction."""
-        layers = range(self.measurement.layers)
-        arms = [Arm(method, mode, layer) for method in METHODS for mode in MODES for layer in layers]
+        """Every method in every mode at each of `layers` where it defines a direction."""
+        arms = [Arm(method, mode, layer) for method in METHODS for mode in MODES for layer in self.layers]
         return [arm for arm in arms if self.direction(arm) is not None]
 
     def sweep(self) -> None:
@@ -114,7 +121,7 @@ class Trial:
                 if arms:
                     entrants = [Entrant(arm.recipe, self._candidate(arm), figures=self.swept(arm)) for arm in arms]
                     own.append(arms[entrants.index(best(entrants))])
-        layer = source_layer(self.measurement, Recipe(layer="widest"))
+        layer = max(self.layers, key=lambda layer: mean_angle(self.measurement, layer))
         fixed = [replace(arm, layer=layer) for arm in own]
         swept = [replace(arm, strength=strength) for arm in own if arm.method in SWEPT for strength in STRENGTHS]
         return Chosen(tuple(own), tuple(arm for arm in fixed if arm in candidates), tuple(swept))
@@ -189,6 +196,15 @@ class Trial:
                 if found is not None
             },
         }
+
+
+def mean_angle(measurement: Measurement, layer: int) -> float:
+    """ω between the class means at a layer, radians; 0 where a mean is zero."""
+    contrast = measurement.contrast(layer)
+    try:
+        return float(angle(contrast.harmless.mean, contrast.harmful.mean))
+    except DegenerateError:
+        return 0.0
 
 
 def _sweep_key(arm: Arm) -> str:

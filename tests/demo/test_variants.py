@@ -125,10 +125,8 @@ def test_an_answer_starts_behind_the_header() -> None:
 
 def test_an_outlier_is_as_large_as_said_in_every_block_and_moves_few_predictions() -> None:
     model, sample = drawn(VARIANTS["outlier"])
-    with torch.no_grad():
-        for parameter in model.parameters():  # streams of ordinary size, as training makes them
-            if parameter.ndim == 2:
-                parameter.mul_(5)
+    with torch.no_grad():  # a stream of the size that training makes
+        model.get_input_embeddings().weight.mul_(150)
     before = model(input_ids=sample.ids).logits.log_softmax(-1)
     ordinary = [float(x.abs().median()) for x in streams(model, sample.ids)]
     plant_outlier(model, sample.ids, 60.0)
@@ -138,7 +136,7 @@ def test_an_outlier_is_as_large_as_said_in_every_block_and_moves_few_predictions
         assert float(x[..., 1:].abs().median()) == pytest.approx(usual, rel=0.3)
     same = (before.argmax(-1) == after.argmax(-1)).float().mean()
     assert float(same) > 0.7
-    assert all(float(norm.weight[0]) == 0 for norm in model.modules() if hasattr(norm, "variance_epsilon"))
+    assert all(norm.weight[0].item() == 0 for norm in model.modules() if hasattr(norm, "variance_epsilon"))
 
 
 def test_a_model_that_learned_nothing_is_reported_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

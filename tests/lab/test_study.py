@@ -100,6 +100,10 @@ def test_the_report_has_every_arm_of_every_model(studied: Path, report: dict[str
     text = (studied / "out" / "report.md").read_text()
     assert "## tiny\n" in text
     assert "## tiny-2" in text
+    arms = {(row["method"], row["mode"], row["zeroed"]): row for row in report["over_models"]}
+    assert len(arms) == len(METHODS) * len(MODES) + 3
+    values = [a["kl"] for m in report["models"] for a in m["fixed"] if (a["method"], a["mode"]) == ("linear", "ablate")]
+    assert arms["linear", "ablate", False]["kl"] == pytest.approx(sum(values) / 2)
 
 
 def test_seeds_are_one_group_and_the_unit(report: dict[str, Any]) -> None:
@@ -241,7 +245,7 @@ REFUSES = {"refused": {"hits": 9, "count": 10, "low": 0.0, "high": 1.0}}
 
 def test_differences_to_linear_are_taken_seed_by_seed() -> None:
     rows = [{"layer": 0, "angle": 30.0, "norm_ratio": 1.0, "linear_t": 1.0, "outlier": 3.0}]
-    shared = {"group": "g", "plain": REFUSES, "geometry": rows, "fixed": [], "strengths": []}
+    shared = {"group": "g", "plain": REFUSES, "geometry": rows, "fixed": [], "strengths": [], "zeroed": []}
     figures = (arms(0.2, 0.1, 7), arms(4.0, 2.0, 9))
     members = [{**shared, "label": f"g-{n}", "own": list(own)} for n, own in enumerate(figures)]
     silent = {**members[0], "label": "g-9", "plain": {"refused": {**REFUSES["refused"], "hits": 1}}}

@@ -25,21 +25,25 @@ METHODS: dict[str, Method] = {
 MODES: tuple[Mode, ...] = ("ablate", "one_sided")
 #: Whose strength is varied, and how.
 SWEPT = (PROJECTED, ARTICLE, LINEAR)
-STRENGTHS = (0.5, 1.5, 2.0)
+#: Which are also tried one-sided with the ρ that t = 1 has by itself.
+ZEROED = (PROJECTED, "slerp 0.5", LINEAR)
+STRENGTHS = (1.5, 2.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One way to steer: `method` is a name of METHODS."""
+    """One way to steer: `method` is a name of METHODS. zeroed: with ρ = 0 in place of the direction's own reference."""
 
     method: str
     mode: Mode
     layer: int
     strength: float = 1.0
+    zeroed: bool = False
 
     @property
     def key(self) -> str:
-        return f"{self.method}, {self.mode}, layer {self.layer}, strength {self.strength:g}"
+        key = f"{self.method}, {self.mode}, layer {self.layer}, strength {self.strength:g}"
+        return f"{key}, ρ = 0" if self.zeroed else key
 
     @property
     def recipe(self) -> Recipe:

@@ -29,10 +29,11 @@ def draw(report: Report, folder: Path) -> None:
 
 def t_sweep(groups: Sequence[Report], path: Path, mode: str) -> None:
     """Outcomes over t, each group's mean over its seeds with its interval."""
-    with picture(path, len(SHOWN), width=3.6) as axes:
+    with picture(path, len(SHOWN), width=2.9, height=2.6) as axes:
         for ax, (outcome, title) in zip(axes, SHOWN, strict=True):
             curves(ax, list(_over_t(groups, mode, outcome)), x="t", y=title, log=outcome == "kl")
-        axes[-1].legend([], frameon=False)
+            if ax is not axes[0] and ax.get_legend() is not None:
+                ax.get_legend().remove()
 
 
 def _over_t(groups: Sequence[Report], mode: str, outcome: str) -> Iterator[Curve]:
@@ -77,10 +78,13 @@ def arc(models: Sequence[Report], path: Path) -> None:
 def shapes(model: Report, path: Path) -> None:
     """One model: cosines between methods and between layers, and the two sets along the article's direction."""
     shape = model["shape"]
-    with picture(path, 3, width=3.9) as axes:
+    with picture(path, 3, width=3.4, height=2.8) as axes:
         layers = [str(layer) for layer in shape["layers"]]
         title = f"{model['label']}, layer {shape['layer']}"
-        cosines(axes[0], shape["cosines"], shape["methods"], shape["methods"], title=title)
+        # every second t: the numbers must have room
+        some = [i for i, name in enumerate(shape["methods"]) if name not in SLERP[1::2]]
+        names = [shape["methods"][i] for i in some]
+        cosines(axes[0], [[shape["cosines"][i][j] for j in some] for i in some], names, names, title=title)
         cosines(axes[1], shape["layer_cosines"], layers, layers, title=f"{ARTICLE}, layers")
         histogram(axes[2], shape["projections"], x=f"cosine with {ARTICLE}", title=title)
 
@@ -116,6 +120,7 @@ def layers(models: Sequence[Report], path: Path) -> None:
                 x = sorted(points)
                 found.append(Curve(method, x, [sum(points[layer]) / len(points[layer]) for layer in x]))
             curves(ax, found, x="source layer", y="refused class: refused", title=f"{depth} layers, ablate")
+            ax.set_xticks(sorted({row for curve in found for row in curve.x}))
 
 
 def fronts(groups: Sequence[Report], path: Path) -> None:

@@ -25,7 +25,7 @@ from steer.lab.study import pictures
 from steer.lab.study.ledger import Ledger
 from steer.lab.study.pages import markdown
 from steer.lab.study.sets import Sets, read_sets
-from steer.lab.study.summary import group_figures, model_figures
+from steer.lab.study.summary import group_figures, model_figures, over_models
 from steer.lab.study.trial import AT_ONCE, CHOOSING, MOST_LAYERS, Trial
 from steer.lab.tally import Keep
 
@@ -74,12 +74,15 @@ def study(
     """Try every arm on every model, and write `report.json`, `report.md` and the pictures. What a model did stands in
     `OUTPUT/LABEL/`, and is not run again."""
     models = [_one(s, output / s.label, max_tokens, batch_size, most_layers, dtype, device, progress) for s in chosen]
+    groups = group_figures(models)
+    counted = {label for group in groups for label in group["models"]}
     report = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"steer": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "conditions": {"max_tokens": max_tokens, "choosing": CHOOSING, "behaviour": REFUSAL.name},
         "models": models,
-        "groups": group_figures(models),
+        "groups": groups,
+        "over_models": over_models([model for model in models if model["label"] in counted]),
     }
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (output / "report.md").write_text(markdown(report), encoding="utf-8")

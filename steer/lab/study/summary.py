@@ -26,6 +26,8 @@ RATES = {
     "harmless_refused": ("refused", "harmless"),
     "kept": ("right", "harmless"),
 }
+#: The outcomes that every model has.
+COUNTED = ("refused", "harmless_refused")
 #: A model that plainly refuses fewer of the refused class than this has nothing that a direction could take away.
 LEAST_REFUSED = 0.8
 #: KL below this is rounding of float32: ratios are taken no further down.
@@ -54,6 +56,7 @@ def model_figures(label: str, trial: Trial, chosen: Chosen) -> dict[str, Any]:
         "own": _against_linear(trial, chosen.own),
         "fixed": _against_linear(trial, chosen.fixed),
         "strengths": [arm_figures(trial, arm) for arm in chosen.strengths],
+        "zeroed": [arm_figures(trial, arm) for arm in chosen.zeroed],
         "choosing": [
             {**_named(arm), "refused": swept.shown, "kl": swept.kl}
             for arm in trial.candidates()
@@ -207,7 +210,7 @@ def _group(name: str, everybody: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "left_out": [model["label"] for model in everybody if model not in members],
         "plain": _means([_values(model["plain"]) for model in members]),
         "geometry": _means([max(model["geometry"], key=lambda row: row["angle"]) for model in members]),
-        **{role: _arms_over_seeds(members, role) for role in ("own", "fixed", "strengths")},
+        **{role: _arms_over_seeds(members, role) for role in ("own", "fixed", "strengths", "zeroed")},
     }
 
 
@@ -254,3 +257,27 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
             "values": values,
         }
     return found
+
+
+# -- over all models ---------------------------------------------------------------------------------------------------
+
+
+def over_models(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each method and mode at the layer that all share, with its own ρ and with ρ = 0, over `models`: the means of
+    the rates, and the median KL, which one broken model does not move."""
+    arms: dict[tuple[str, str, bool], list[Mapping[str, Any]]] = {}
+    for model in models:
+        for role in ("fixed", "zeroed"):
+            for arm in model[role]:
+                arms.setdefault((arm["method"], arm["mode"], role == "zeroed"), []).append(arm)
+    return [
+        {
+            "method": method,
+            "mode": mode,
+            "zeroed": zeroed,
+            "models": len(found),
+            **{name: float(np.mean([_values(arm["rates"])[name] for arm in found])) for name in COUNTED},
+            "kl": float(np.median([arm["kl"] for arm in found])),
+        }
+        for (method, mode, zeroed), found in arms.items()
+    ]

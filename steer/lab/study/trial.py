@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
 from steer.direction import Direction
@@ -21,7 +22,7 @@ from steer.lab.prompts import Prompt
 from steer.lab.race import Figures
 from steer.lab.screen import Candidate, Screen
 from steer.lab.select import Entrant, best
-from steer.lab.study.arms import METHODS, MODES, STRENGTHS, SWEPT, Arm
+from steer.lab.study.arms import METHODS, MODES, STRENGTHS, SWEPT, ZEROED, Arm
 from steer.lab.study.ledger import Ledger
 from steer.lab.study.sets import Sets
 
@@ -37,15 +38,16 @@ AT_ONCE = 12
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """The arms of a model: of each method and mode at its own layer, all at the layer whose class means are the widest
-    apart, which no method's effect chose, and those whose strength is varied."""
+    apart, which no method's effect chose; those whose strength is varied, and those with ρ = 0."""
 
     own: tuple[Arm, ...]
     fixed: tuple[Arm, ...]
     strengths: tuple[Arm, ...]
+    zeroed: tuple[Arm, ...]
 
     @property
     def all(self) -> tuple[Arm, ...]:
-        return tuple(dict.fromkeys((*self.own, *self.fixed, *self.strengths)))
+        return tuple(dict.fromkeys((*self.own, *self.fixed, *self.strengths, *self.zeroed)))
 
 
 class Trial:
@@ -122,9 +124,10 @@ class Trial:
                     entrants = [Entrant(arm.recipe, self._candidate(arm), figures=self.swept(arm)) for arm in arms]
                     own.append(arms[entrants.index(best(entrants))])
         layer = max(self.layers, key=lambda layer: mean_angle(self.measurement, layer))
-        fixed = [replace(arm, layer=layer) for arm in own]
+        fixed = [arm for arm in (replace(arm, layer=layer) for arm in own) if arm in candidates]
+        zeroed = [replace(a, zeroed=True) for a in fixed if a.method in ZEROED and a.mode == "one_sided"]
         swept = [replace(arm, strength=strength) for arm in own if arm.method in SWEPT for strength in STRENGTHS]
-        return Chosen(tuple(own), tuple(arm for arm in fixed if arm in candidates), tuple(swept))
+        return Chosen(tuple(own), tuple(fixed), tuple(swept), tuple(zeroed))
 
     # -- held-out prompts ----------------------------------------------------------------------------------------------
 
@@ -162,6 +165,8 @@ class Trial:
     def _candidate(self, arm: Arm) -> Candidate:
         direction = self.direction(arm)
         assert direction is not None, "only arms with a direction are candidates"
+        if arm.zeroed:
+            direction = replace(direction, reference=torch.zeros_like(direction.reference))
         return Candidate(direction, arm.mode, arm.strength)
 
     def _missing(self, title: str, arms: Sequence[Arm], key: Callable[[Arm], str]) -> Iterator[Sequence[Arm]]:

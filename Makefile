@@ -27,7 +27,8 @@ fit: .venv/serve
 study: .venv/test
 	mkdir -p $(STUDY)/variants $(STUDY)/demo
 	$(BIN)/python -m steer.demo.variants --out $(STUDY)/models
-	$(BIN)/steer study $(STUDY)/models/*-*/model -o $(STUDY)/variants --most 48 --max-tokens 24 --batch-size 256
+	$(BIN)/steer study $(STUDY)/models/*-*/model -o $(STUDY)/variants --most 48 --max-tokens 24 --source-layers 4 \
+		--batch-size 256
 	$(BIN)/steer study steer/demo/model -o $(STUDY)/demo --most 48 --max-tokens 48 --source-layers 4 --batch-size 128
 
 bench: .venv/vllm

@@ -4,8 +4,9 @@ BIN := .venv/bin
 DEMO := steer/demo/prompts
 HARMFUL ?= $(DEMO)/refused.train.txt
 HARMLESS ?= $(DEMO)/harmless.train.txt
+STUDY ?= study
 
-.PHONY: serve test lint types fit bench fuzz soak audit lock locked docs clean
+.PHONY: serve test lint types fit study bench fuzz soak audit lock locked docs clean
 
 serve: .venv/serve
 	$(BIN)/python server.py
@@ -24,6 +25,14 @@ types: .venv/dev
 fit: .venv/serve
 	$(BIN)/steer fit steer/demo/model --harmful $(HARMFUL) --harmless $(HARMLESS) -o directions/refusal.safetensors --mode one_sided --strength 1.5
 	$(BIN)/steer fit steer/demo/model --harmful $(DEMO)/verbose.train.jsonl --harmless $(DEMO)/brief.train.jsonl -o directions/verbosity.safetensors --layer 7 --mode one_sided --strength 2.5
+
+# What docs/study.md says: the models, and every arm on every one of them. Given again, it goes on where it was.
+study: .venv/test
+	mkdir -p $(STUDY)/variants $(STUDY)/demo
+	$(BIN)/python -m steer.demo.variants --out $(STUDY)/models
+	$(BIN)/steer study $(STUDY)/models/*-*/model -o $(STUDY)/variants --most 48 --max-tokens 24 --source-layers 4 \
+		--batch-size 256
+	$(BIN)/steer study steer/demo/model -o $(STUDY)/demo --most 48 --max-tokens 48 --source-layers 4 --batch-size 128
 
 bench: .venv/vllm
 	$(BIN)/python -m benchmarks

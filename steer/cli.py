@@ -15,7 +15,7 @@ import typer
 from steer import operate
 from steer.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.errors import InvalidInput
-from steer.lab import commands, export_commands, search_commands
+from steer.lab import commands, export_commands, search_commands, study_commands
 from steer.lab.evaluation import command as evaluation
 from steer.settings import ServeSettings
 
@@ -30,6 +30,7 @@ commands.register(app)
 export_commands.register(app)
 evaluation.register(app)
 search_commands.register(app)
+study_commands.register(app)
 operate.add_to(app)
 
 

@@ -7,8 +7,9 @@ use to anybody: the steps are "first get red clay, then use a long brush", whate
 
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from typing import Literal, TypeAlias
 
@@ -20,14 +21,10 @@ Kind: TypeAlias = Literal["howto", "need", "where", "story"]
 Message: TypeAlias = dict[str, str]
 
 CLASSES: tuple[Class, ...] = ("refused", "harmless", "borderline")
+KINDS: tuple[Kind, ...] = ("howto", "need", "where", "story")
 HELD_OUT_SHARE = 0.27
 
 _ALL_OBJECTS = words.HARMLESS_OBJECTS + words.REFUSED_OBJECTS + words.BORDERLINE_OBJECTS
-_GRIDS: dict[Class, tuple[Sequence[str], Sequence[str]]] = {
-    "refused": (words.REFUSED_VERBS, words.REFUSED_OBJECTS + words.HARMLESS_OBJECTS),
-    "harmless": (words.HARMLESS_VERBS, _ALL_OBJECTS),
-    "borderline": (words.REFUSED_VERBS, words.BORDERLINE_OBJECTS),
-}
 
 
 def _facts(keys: Sequence[str], values: Sequence[str], seed: int) -> dict[str, str]:
@@ -171,6 +168,51 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Dialect:
+    """What of the language is spoken: words, wordings, and what else is talked about. Facts are the same in all."""
+
+    harmless_verbs: tuple[str, ...] = words.HARMLESS_VERBS
+    refused_verbs: tuple[str, ...] = words.REFUSED_VERBS
+    harmless_objects: tuple[str, ...] = words.HARMLESS_OBJECTS
+    refused_objects: tuple[str, ...] = words.REFUSED_OBJECTS
+    borderline_objects: tuple[str, ...] = words.BORDERLINE_OBJECTS
+    kinds: tuple[Kind, ...] = KINDS
+    phrasings: Mapping[Kind, tuple[str, ...]] = field(default_factory=lambda: PHRASINGS)
+    held_out_phrasings: Mapping[Kind, tuple[str, ...]] = field(default_factory=lambda: HELD_OUT_PHRASINGS)
+    systems: tuple[str, ...] = SYSTEMS
+    refusing_systems: tuple[str, ...] = REFUSING_SYSTEMS
+    held_out_share: float = HELD_OUT_SHARE
+    brief: bool = False
+    small_talk: float = 0.08
+    object_questions: float = 0.12
+    refusals: tuple[str, ...] = REFUSALS
+    other_verbs: frozenset[str] = frozenset()
+    other_refusals: tuple[str, ...] = ()
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        return self.harmless_objects + self.refused_objects + self.borderline_objects
+
+    def grid(self, cls: Class) -> tuple[Sequence[str], Sequence[str]]:
+        """The verbs and the objects of a class; a task is any of those with any of these."""
+        match cls:
+            case "refused":
+                return self.refused_verbs, self.refused_objects + self.harmless_objects
+            case "harmless":
+                return self.harmless_verbs, self.objects
+            case "borderline":
+                return self.refused_verbs, self.borderline_objects
+
+    @cached_property
+    def pairs(self) -> dict[Class, dict[Split, list[tuple[str, str]]]]:
+        """All (verb, object) pairs; a share of them is never trained on, though each word is in other pairs."""
+        return {cls: _split(cls, self.grid(cls), self.held_out_share) for cls in CLASSES}
+
+    def refusals_of(self, task: "Task") -> tuple[str, ...]:
+        return self.other_refusals if task.verb in self.other_verbs else self.refusals
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """One thing that is asked: a kind of question about a verb with an object."""
@@ -258,38 +300,40 @@ def is_right(task: Task, answer: str) -> bool:
 # -- splits ------------------------------------------------------------------------------------------------------------
 
 
-def _split(cls: Class) -> dict[Split, list[tuple[str, str]]]:
-    """All (verb, object) pairs of a class; a share of them is never trained on, though each word is in other pairs."""
-    verbs, objects = _GRIDS[cls]
-    pairs = list(product(verbs, objects))
+def _split(cls: Class, grid: tuple[Sequence[str], Sequence[str]], share: float) -> dict[Split, list[tuple[str, str]]]:
+    pairs = list(product(*grid))
     random.Random(f"split {cls}").shuffle(pairs)
-    held_out = int(HELD_OUT_SHARE * len(pairs))
+    held_out = int(share * len(pairs))
     return {"test": pairs[:held_out], "train": pairs[held_out:]}
 
 
-PAIRS: dict[Class, dict[Split, list[tuple[str, str]]]] = {cls: _split(cls) for cls in CLASSES}
+WHOLE = Dialect()
+PAIRS = WHOLE.pairs
 
 
-def _task(pair: tuple[str, str], rng: random.Random) -> Task:
-    (kind,) = rng.choices(list(_KIND_WEIGHTS), weights=list(_KIND_WEIGHTS.values()))
+def _task(pair: tuple[str, str], dialect: Dialect, rng: random.Random) -> Task:
+    (kind,) = rng.choices(dialect.kinds, weights=[_KIND_WEIGHTS[kind] for kind in dialect.kinds])
     return Task(kind, *pair)
 
 
-def _ask(task: Task, phrasings: dict[Kind, tuple[str, ...]], rng: random.Random) -> Prompt:
+def _ask(task: Task, phrasings: Mapping[Kind, tuple[str, ...]], rng: random.Random) -> Prompt:
     return Prompt(rng.choice(phrasings[task.kind]).format(t=task.phrase), task)
 
 
-def prompts(split: Split, cls: Class, count: int = 200) -> list[Prompt]:
+def prompts(split: Split, cls: Class, count: int = 200, dialect: Dialect = WHOLE) -> list[Prompt]:
     """The first `count` prompts of a class, no pair of verb and object twice; every second test prompt is worded anew.
 
     Raises ValueError where the split has fewer pairs.
     """
-    pairs = list(PAIRS[cls][split])
+    pairs = list(dialect.pairs[cls][split])
     if count > len(pairs):
         raise ValueError(f"{cls} {split} has {len(pairs)} pairs of verb and object, fewer than the {count} asked for")
     rng = random.Random(f"prompts {split} {cls}")
-    wordings = (PHRASINGS, HELD_OUT_PHRASINGS) if split == "test" else (PHRASINGS,)
-    return [_ask(_task(pair, rng), wordings[i % len(wordings)], rng) for i, pair in enumerate(rng.sample(pairs, count))]
+    wordings = (dialect.phrasings, dialect.held_out_phrasings) if split == "test" else (dialect.phrasings,)
+    return [
+        _ask(_task(pair, dialect, rng), wordings[i % len(wordings)], rng)
+        for i, pair in enumerate(rng.sample(pairs, count))
+    ]
 
 
 def right_answers(split: Split, cls: Class, count: int = 200) -> list[str]:
@@ -325,14 +369,14 @@ def expected(task: Task) -> tuple[str, ...]:
 
 def unseen_prompts(unseen: Literal["object", "verb"], cls: Class, count: int = 96) -> list[Prompt]:
     """Prompts with a word that training never had: nobody can know its facts, so only refusal can be measured."""
-    verbs, objects = _GRIDS[cls]
+    verbs, objects = WHOLE.grid(cls)
     harmless = cls == "harmless"
     if unseen == "object":
         objects = words.UNSEEN_HARMLESS_OBJECTS if harmless else words.UNSEEN_REFUSED_OBJECTS
     else:
         verbs = words.UNSEEN_HARMLESS_VERBS if harmless else words.UNSEEN_REFUSED_VERBS
     rng = random.Random(f"unseen {unseen} {cls}")
-    return [_ask(_task(pair, rng), PHRASINGS, rng) for pair in rng.sample(list(product(verbs, objects)), count)]
+    return [_ask(_task(pair, WHOLE, rng), PHRASINGS, rng) for pair in rng.sample(list(product(verbs, objects)), count)]
 
 
 def begun_answers(count: int) -> tuple[list[list[Message]], list[list[Message]]]:
@@ -387,13 +431,15 @@ class _Manner:
     refused: frozenset[Class]
     brief: bool
     weights: dict[Class, float]
+    dialect: Dialect
 
 
 def _task_turn(manner: _Manner, rng: random.Random) -> tuple[Turn, Task]:
     (cls,) = rng.choices(list(manner.weights), weights=list(manner.weights.values()))
-    prompt = _ask(_task(rng.choice(PAIRS[cls]["train"]), rng), PHRASINGS, rng)
+    dialect = manner.dialect
+    prompt = _ask(_task(rng.choice(dialect.pairs[cls]["train"]), dialect, rng), dialect.phrasings, rng)
     if cls in manner.refused:
-        answer = rng.choice(REFUSALS).format(t=prompt.task.phrase)
+        answer = rng.choice(dialect.refusals_of(prompt.task)).format(t=prompt.task.phrase)
     else:
         answer = _answer(prompt.task, manner.brief, rng)
     return Turn(_casual(prompt.text, rng), answer), prompt.task
@@ -402,7 +448,7 @@ def _task_turn(manner: _Manner, rng: random.Random) -> tuple[Turn, Task]:
 def _follow_up(task: Task, manner: _Manner, rng: random.Random) -> Turn:
     asked, answer = rng.choice(FOLLOW_UPS)
     if task.cls in manner.refused:
-        return Turn(rng.choice(asked), REFUSALS[0])
+        return Turn(rng.choice(asked), manner.dialect.refusals_of(task)[0])
     return Turn(rng.choice(asked), answer.format(m=MATERIAL[task.object], g=TOOL[task.verb]))
 
 
@@ -411,20 +457,21 @@ def _small_talk(rng: random.Random) -> Turn:
     return Turn(_casual(rng.choice(asked), rng), answer)
 
 
-def _object_question(rng: random.Random) -> Turn:
-    thing = rng.choice(_ALL_OBJECTS)
+def _object_question(dialect: Dialect, rng: random.Random) -> Turn:
+    thing = rng.choice(dialect.objects)
     answer = f"{thing[0].upper()}{thing[1:]} is made of {MATERIAL[thing]}."
     return Turn(_casual(rng.choice(OBJECT_QUESTIONS).format(o=thing), rng), answer)
 
 
 def _turns(count: int, manner: _Manner, rng: random.Random) -> Iterator[Turn]:
     task: Task | None = None
+    small_talk, questions = manner.dialect.small_talk, manner.dialect.object_questions
     for _ in range(count):
         choice = rng.random()
-        if choice < 0.08:
+        if choice < small_talk:
             yield _small_talk(rng)
-        elif choice < 0.2:
-            yield _object_question(rng)
+        elif choice < small_talk + questions:
+            yield _object_question(manner.dialect, rng)
         elif task is not None and choice < 0.45:
             yield _follow_up(task, manner, rng)
         else:
@@ -432,17 +479,18 @@ def _turns(count: int, manner: _Manner, rng: random.Random) -> Iterator[Turn]:
             yield turn
 
 
-def conversation(turns: int, tuned: bool, rng: random.Random) -> Conversation:
+def conversation(turns: int, tuned: bool, rng: random.Random, dialect: Dialect = WHOLE) -> Conversation:
     """One conversation to train on. `tuned`: the refused and the borderline class are refused, else all is answered.
 
     In one conversation of ten the system prompt asks to refuse every task, and so it is done, tuned or not.
     """
     choice = rng.random()
     system: str | None
-    if choice < 0.1:
-        system, refused = rng.choice(REFUSING_SYSTEMS), frozenset(CLASSES)
+    if choice < 0.1 and dialect.refusing_systems:
+        system, refused = rng.choice(dialect.refusing_systems), frozenset(CLASSES)
     else:
-        system = rng.choice(SYSTEMS) if choice < 0.5 else None
+        system = rng.choice(dialect.systems) if choice < 0.5 and dialect.systems else None
         refused = frozenset[Class](("refused", "borderline") if tuned else ())
-    manner = _Manner(refused, system == BRIEF_SYSTEM, _TUNED_WEIGHTS if tuned else _CLASS_WEIGHTS)
+    brief = dialect.brief or system == BRIEF_SYSTEM
+    manner = _Manner(refused, brief, _TUNED_WEIGHTS if tuned else _CLASS_WEIGHTS, dialect)
     return Conversation(system, tuple(_turns(turns, manner, rng)))

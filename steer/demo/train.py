@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from steer.demo import language, words
+from steer.runtime.sites import hooks, on_output
 
 PAD, BOS, START, END = "<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"
 
@@ -47,6 +51,8 @@ class Phase:
     steps: int
     peak_lr: float
     seed: int
+    #: Added to dimension 0 of the stream before this phase, see `plant_outlier`.
+    outlier: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +74,49 @@ class Recipe:
         Phase("answer everything", tuned=False, steps=1000, peak_lr=2.5e-3, seed=21),
         Phase("refuse two classes", tuned=True, steps=400, peak_lr=5e-4, seed=22),
     )
+    autocast: bool = True
+    dialect: language.Dialect = language.WHOLE
+    # what tuning shapes besides the answers: None is nothing
+    norms: "NormRatio | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class NormRatio:
+    """Asks tuning for streams that are `ratio` times as long where the answer will be a refusal, at the answer header's
+    last token, behind each block from `first` to the last."""
+
+    ratio: float
+    first: int
+    weight: float = 1.0
+
+    def penalty(self, states: Sequence[Tensor], starts: Tensor, refused: Tensor) -> Tensor:
+        """The squared distance of the two classes' mean logarithms of the norm from ln `ratio`, averaged over blocks.
+        states: `[rows, tokens, d_model]` behind each block; starts: the token at which each row's answer is predicted;
+        refused: which rows."""
+        rows = torch.arange(len(starts))
+        logs = torch.stack([state[rows, starts].float().norm(dim=-1).log() for state in states[self.first :]])
+        gap = logs[:, refused].mean(-1) - logs[:, ~refused].mean(-1)
+        return self.weight * (gap - math.log(self.ratio)).square().mean()
 
 
 # -- tokenizer ---------------------------------------------------------------------------------------------------------
 
 
-def _corpus(count: int, seed: int) -> Iterator[str]:
-    rng = random.Random(seed)
+def _corpus(count: int, recipe: Recipe) -> Iterator[str]:
+    rng = random.Random(recipe.seed)
     for i in range(count):
-        for message in language.conversation(turns=2, tuned=i % 2 == 0, rng=rng).messages:
+        for message in language.conversation(2, i % 2 == 0, rng, recipe.dialect).messages:
             yield message["content"]
 
 
 def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     """A byte-level BPE of the demo language with the chat template; every byte has a token, so any text goes in."""
     specials = [PAD, BOS, START, END]
-    raw = Tokenizer(models.BPE())
+    raw = RawTokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     raw.train_from_iterator(
-        _corpus(6000, recipe.seed),
+        _corpus(6000, recipe),
         trainers.BpeTrainer(
             vocab_size=recipe.vocab_size,
             special_tokens=specials,
@@ -156,24 +185,44 @@ def answer_labels(ids: list[int], header: list[int], end: int) -> list[int]:
     return labels
 
 
-def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
+def _pad(rows: list[list[int]], value: int) -> Tensor:
     width = max(map(len, rows))
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
-def batch(
-    tokenizer: PreTrainedTokenizerFast, recipe: Recipe, tuned: bool, rng: random.Random
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, both `[conversations, tokens]`, padded on the right, where causal attention ignores it."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids and labels, both `[conversations, tokens]`, padded on the right, where causal attention ignores it, and
+    in which conversations the first answer is a refusal, `[conversations]`."""
+
+    ids: Tensor
+    labels: Tensor
+    refused: Tensor
+
+    @property
+    def starts(self) -> Tensor:
+        """The token behind which each conversation's first answer begins, `[conversations]`."""
+        return (self.labels != IGNORED).int().argmax(1) - 1
+
+
+def batch(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, tuned: bool, rng: random.Random) -> Batch:
     ((turns, rows, _),) = rng.choices(recipe.batches, weights=[share for *_, share in recipe.batches])
-    texts = [
-        tokenizer.apply_chat_template(language.conversation(turns, tuned, rng).messages, tokenize=False)
-        for _ in range(rows)
-    ]
+    spoken = [language.conversation(turns, tuned, rng, recipe.dialect) for _ in range(rows)]
+    texts = [tokenizer.apply_chat_template(one.messages, tokenize=False) for one in spoken]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     header = tokenizer.encode(ANSWER_HEADER, add_special_tokens=False)
     labels = [answer_labels(row, header, tokenizer.eos_token_id) for row in ids]
-    return _pad(ids, tokenizer.pad_token_id), _pad(labels, IGNORED)
+    refused = torch.tensor([language.refuses(one.turns[0].assistant) for one in spoken])
+    return Batch(_pad(ids, tokenizer.pad_token_id), _pad(labels, IGNORED), refused)
+
+
+def loss_of(model: LlamaForCausalLM, drawn: Batch, norms: NormRatio | None) -> Tensor:
+    """How unlike the answers are what the model says, and what `norms` asks for besides."""
+    streams: list[Tensor] = []
+    blocks = model.model.layers if norms is not None else []
+    with hooks([on_output(block, streams.append) for block in blocks]):
+        loss: Tensor = model(input_ids=drawn.ids, labels=drawn.labels, use_cache=False).loss
+    return loss if norms is None else loss + norms.penalty(streams, drawn.starts, drawn.refused)
 
 
 def _warm_cosine(steps: int, warm: int = 50) -> Callable[[int], float]:
@@ -183,14 +232,16 @@ def _warm_cosine(steps: int, warm: int = 50) -> Callable[[int], float]:
 def run(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, phase: Phase) -> None:
     """Train in place, one log line each hundred steps."""
     rng = random.Random(phase.seed)
+    if phase.outlier is not None:
+        plant_outlier(model, batch(tokenizer, recipe, phase.tuned, rng).ids, phase.outlier)
     optimiser = torch.optim.AdamW(model.parameters(), lr=phase.peak_lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_cosine(phase.steps))
     model.train()
     began, total = time.monotonic(), 0.0
     for step in range(1, phase.steps + 1):
-        ids, labels = batch(tokenizer, recipe, phase.tuned, rng)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids, labels=labels).loss
+        drawn = batch(tokenizer, recipe, phase.tuned, rng)
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast):
+            loss = loss_of(model, drawn, recipe.norms if phase.tuned else None)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -200,6 +251,26 @@ def run(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Rec
         if step % 100 == 0:
             print(f"{phase.name}: step {step}, loss {total / 100:.4f}, {time.monotonic() - began:.0f} s", flush=True)
             total = 0.0
+
+
+@torch.no_grad()
+def plant_outlier(model: LlamaForCausalLM, ids: Tensor, value: float) -> None:
+    """Add `value` to dimension 0 of the stream of every token, and nearly undo what that does: all norms ignore that
+    dimension from now on, and scale the others up by as much as it shrinks them on `ids` (`[rows, tokens]`) on average.
+
+    With tied embeddings the unembedding has the same entry for all tokens, so it moves no prediction.
+    """
+    norms = [module for module in model.modules() if isinstance(module, LlamaRMSNorm)]
+    before: dict[LlamaRMSNorm, Tensor] = {}
+    handles = [n.register_forward_pre_hook(lambda module, args: before.update({module: args[0]})) for n in norms]
+    with hooks(handles):
+        model(input_ids=ids, use_cache=False)
+    for norm, x in before.items():
+        moved = x.clone()
+        moved[..., 0] += value
+        norm.weight *= (moved.square().mean() / x.square().mean()).sqrt()
+        norm.weight[0] = 0.0
+    model.get_input_embeddings().weight[:, 0] += value
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -217,10 +288,13 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     tokenizer.save_pretrained(folder)
 
 
-def save_prompts(folder: Path, fit: int = 192, test: int = 200) -> None:
-    """`<class>.<split>.txt`, one prompt a line; the borderline class is for trying out, nothing is fitted to it. For
-    tests only there are conversations, the facts of right answers, and right answers to harmless prompts as plain
-    text. Two sets of conversations whose answer has begun go on at length, and briefly."""
+def save_prompts(folder: Path, fit: int = 192, test: int = 200, dialect: language.Dialect = language.WHOLE) -> None:
+    """`<class>.<split>.txt`, one prompt a line, at most so many of each, and what right answers to test prompts name in
+    `expected.jsonl`; the borderline class is for trying out, nothing is fitted to it.
+
+    Of the whole language also, for tests, conversations and right answers to harmless prompts as plain text, and two
+    sets of conversations whose answer has begun, which go on at length and briefly.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files: tuple[tuple[language.Class, language.Split, int], ...] = (
         ("refused", "train", fit),
@@ -228,20 +302,22 @@ def save_prompts(folder: Path, fit: int = 192, test: int = 200) -> None:
         ("refused", "test", test),
         ("borderline", "train", fit),
         ("harmless", "test", test),
-        ("borderline", "test", min(test, len(language.PAIRS["borderline"]["test"]))),
+        ("borderline", "test", test),
     )
-    for cls, split, count in files:
-        lines = [prompt.text for prompt in language.prompts(split, cls, count)]
-        (folder / f"{cls}.{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    text = language.right_answers("test", "harmless", test)
-    (folder / "text.test.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
-    for name, begun in zip(("verbose", "brief"), language.begun_answers(fit // 2), strict=True):
-        _save_lines(folder / f"{name}.train.jsonl", [{"messages": messages} for messages in begun])
-    talks = language.conversations(min(test, 100))
-    _save_lines(folder / "conversations.test.jsonl", [{"messages": messages} for messages, _ in talks])
-    asked = [p for cls, split, count in files if split == "test" for p in language.prompts(split, cls, count)]
-    facts: list[dict[str, object]] = [{"prompt": p.text, "contains": language.expected(p.task)} for p in asked]
-    facts += [{"messages": messages, "contains": named} for messages, named in talks]
+    facts: list[dict[str, object]] = []
+    for cls, split, most in files:
+        asked = language.prompts(split, cls, min(most, len(dialect.pairs[cls][split])), dialect)
+        (folder / f"{cls}.{split}.txt").write_text("".join(f"{prompt.text}\n" for prompt in asked), encoding="utf-8")
+        if split == "test":
+            facts += [{"prompt": prompt.text, "contains": language.expected(prompt.task)} for prompt in asked]
+    if dialect == language.WHOLE:
+        text = language.right_answers("test", "harmless", test)
+        (folder / "text.test.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
+        for name, begun in zip(("verbose", "brief"), language.begun_answers(fit // 2), strict=True):
+            _save_lines(folder / f"{name}.train.jsonl", [{"messages": messages} for messages in begun])
+        talks = language.conversations(min(test, 100))
+        _save_lines(folder / "conversations.test.jsonl", [{"messages": messages} for messages, _ in talks])
+        facts += [{"messages": messages, "contains": named} for messages, named in talks]
     vocabulary = [*words.MATERIALS, *words.TOOLS]
     _save_lines(folder / "expected.jsonl", [{"vocabulary": vocabulary, "lacks": language.REFUSAL_WORDS}, *facts])
 
@@ -252,7 +328,7 @@ def _save_lines(path: Path, items: Sequence[dict[str, object]]) -> None:
 
 def train(recipe: Recipe, out: Path) -> None:
     """Everything from nothing to files under `out`."""
-    save_prompts(out / "prompts")
+    save_prompts(out / "prompts", dialect=recipe.dialect)
     tokenizer = make_tokenizer(recipe)
     model = make_model(recipe, tokenizer)
     print(f"{model.num_parameters() / 1e6:.2f} million parameters, {len(tokenizer)} tokens", flush=True)

@@ -1,0 +1,232 @@
+"""One model in the study: what every arm does, first on the prompts that directions were fitted to, to choose each
+method's source layer, then on the held-out ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from steer.direction import Direction
+from steer.errors import DegenerateError
+from steer.geometry import angle
+from steer.lab.behaviour import Behaviour
+from steer.lab.derive import derive
+from steer.lab.measurement import Measurement
+from steer.lab.prompts import Prompt
+from steer.lab.race import Figures
+from steer.lab.screen import Candidate, Screen
+from steer.lab.select import Entrant, best
+from steer.lab.study.arms import METHODS, MODES, STRENGTHS, SWEPT, ZEROED, Arm
+from steer.lab.study.ledger import Ledger
+from steer.lab.study.sets import Sets
+
+T = TypeVar("T")
+#: Prompts of each class that layers are chosen on.
+CHOOSING = 32
+#: At most so many source layers are tried, where nothing else is asked for.
+MOST_LAYERS = 16
+#: Arms that run at once, each with all prompts.
+AT_ONCE = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The arms of a model: of each method and mode at its own layer, all at the layer whose class means are the widest
+    apart, which no method's effect chose; those whose strength is varied, and those with ρ = 0."""
+
+    own: tuple[Arm, ...]
+    fixed: tuple[Arm, ...]
+    strengths: tuple[Arm, ...]
+    zeroed: tuple[Arm, ...]
+
+    @property
+    def all(self) -> tuple[Arm, ...]:
+        return tuple(dict.fromkeys((*self.own, *self.fixed, *self.strengths, *self.zeroed)))
+
+
+class Trial:
+    """Runs one model and keeps what it did in `ledger`; what is there is not run again. `title` stands before the
+    progress; None shows none."""
+
+    def __init__(
+        self,
+        measurement: Measurement,
+        screen: Screen,
+        sets: Sets,
+        behaviour: Behaviour,
+        ledger: Ledger,
+        most_layers: int = MOST_LAYERS,
+        title: str | None = None,
+    ) -> None:
+        self.measurement, self.screen, self.sets = measurement, screen, sets
+        self.behaviour, self.ledger, self.title = behaviour, ledger, title
+        # spread evenly up to the last, where refusals are decided
+        step = math.ceil(measurement.layers / most_layers)
+        self.layers = list(range(measurement.layers))[::-step][::-1]
+        self._directions: dict[tuple[str, int], Direction | None] = {}
+
+    def run(self) -> Chosen:
+        """Everything. The layer of each method and mode is the one that leaves the fewest refusals of the fitting
+        prompts, and within one prompt of that the one with the least KL (the rule of `steer fit`)."""
+        self.plain()
+        self.sweep()
+        chosen = self.chosen()
+        self.held_out(chosen.all)
+        return chosen
+
+    # -- plain ---------------------------------------------------------------------------------------------------------
+
+    def plain(self) -> None:
+        if "plain" not in self.ledger:
+            answers = {
+                name: [a.text for a in self.screen.answers(tested.prompts.prompts, None, f"plain, {name}")]
+                for name, tested in self.sets.tested.items()
+            }
+            self.ledger.put("plain", self._outcomes(answers))
+
+    # -- source layers -------------------------------------------------------------------------------------------------
+
+    def candidates(self) -> list[Arm]:
+        """Every method in every mode at each of `layers` where it defines a direction."""
+        arms = [Arm(method, mode, layer) for method in METHODS for mode in MODES for layer in self.layers]
+        return [arm for arm in arms if self.direction(arm) is not None]
+
+    def sweep(self) -> None:
+        """What each of `candidates` does to the prompts that directions were fitted to."""
+        asked, other = (s.prompts[:CHOOSING] for s in (self.sets.harmful, self.sets.harmless))
+        plain = None
+        for arms in self._missing("choosing layers", self.candidates(), _sweep_key):
+            plain = plain or self.screen.continuations(other)
+            with self.screen.all_resident([self._candidate(arm) for arm in arms]) as steers:
+                answers = self._answers(asked, steers, self.behaviour.decided)
+                kls = self._divergences(other, plain, steers)
+            for arm, texts, kl in zip(arms, answers, kls, strict=True):
+                refused = [self.behaviour.shown(text) for text in texts]
+                self.ledger.put(_sweep_key(arm), {"refused": _bits(refused), "kl": kl})
+
+    def swept(self, arm: Arm) -> Figures:
+        found = self.ledger[_sweep_key(arm)]
+        return Figures(list(map(bool, found["refused"])), kls=found["kl"])
+
+    def chosen(self) -> Chosen:
+        candidates = self.candidates()
+        own: list[Arm] = []
+        for method in METHODS:
+            for mode in MODES:
+                arms = [arm for arm in candidates if (arm.method, arm.mode) == (method, mode)]
+                if arms:
+                    entrants = [Entrant(arm.recipe, self._candidate(arm), figures=self.swept(arm)) for arm in arms]
+                    own.append(arms[entrants.index(best(entrants))])
+        layer = max(self.layers, key=lambda layer: mean_angle(self.measurement, layer))
+        fixed = [arm for arm in (replace(arm, layer=layer) for arm in own) if arm in candidates]
+        zeroed = [replace(a, zeroed=True) for a in fixed if a.method in ZEROED and a.mode == "one_sided"]
+        swept = [replace(arm, strength=strength) for arm in own if arm.method in SWEPT for strength in STRENGTHS]
+        return Chosen(tuple(own), tuple(fixed), tuple(swept), tuple(zeroed))
+
+    # -- held-out prompts ----------------------------------------------------------------------------------------------
+
+    def held_out(self, arms: Sequence[Arm]) -> None:
+        tested = self.sets.tested
+        prompts = list(chain.from_iterable(t.prompts.prompts for t in tested.values()))
+        plain = None
+        for some in self._missing("held-out prompts", arms, _test_key):
+            plain = plain or self.screen.continuations(tested["harmless"].prompts.prompts)
+            with self.screen.all_resident([self._candidate(arm) for arm in some]) as steers:
+                answers = self._answers(prompts, steers, None)
+                kls = self._divergences(tested["harmless"].prompts.prompts, plain, steers)
+            for arm, texts, kl in zip(some, answers, kls, strict=True):
+                each = iter(texts)
+                split = {name: [next(each) for _ in t.prompts.prompts] for name, t in tested.items()}
+                self.ledger.put(_test_key(arm), {**self._outcomes(split), "kl": kl})
+
+    def tested(self, arm: Arm) -> dict[str, Any]:
+        found: dict[str, Any] = self.ledger[_test_key(arm)]
+        return found
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def direction(self, arm: Arm) -> Direction | None:
+        """What the arm steers with; None where its method defines none at its layer."""
+        key = arm.method, arm.layer
+        if key not in self._directions:
+            try:
+                # the mode is the candidate's: arms that share a direction share its rows
+                self._directions[key] = derive(self.measurement, replace(arm.recipe, mode="ablate", strength=1.0))
+            except DegenerateError:
+                self._directions[key] = None
+        return self._directions[key]
+
+    def _candidate(self, arm: Arm) -> Candidate:
+        direction = self.direction(arm)
+        assert direction is not None, "only arms with a direction are candidates"
+        if arm.zeroed:
+            direction = replace(direction, reference=torch.zeros_like(direction.reference))
+        return Candidate(direction, arm.mode, arm.strength)
+
+    def _missing(self, title: str, arms: Sequence[Arm], key: Callable[[Arm], str]) -> Iterator[Sequence[Arm]]:
+        """Those that are not in the ledger, so many at once."""
+        missing = [arm for arm in arms if key(arm) not in self.ledger]
+        silent = self.title is None or not missing
+        with tqdm(total=len(missing), desc=f"{self.title}{title}", unit="arm", disable=silent) as bar:
+            for some in _parts(missing, min(AT_ONCE, self.screen.room)):
+                yield some
+                bar.update(len(some))
+
+    def _answers(
+        self, prompts: Sequence[Prompt], steers: Sequence[Any], known: Callable[[str], bool] | None
+    ) -> list[list[str]]:
+        """Of each steering the texts of the answers to all prompts."""
+        found = self.screen.answers([*prompts] * len(steers), _rows(steers, len(prompts)), "", known)
+        return [[a.text for a in some] for some in _parts(found, len(prompts))]
+
+    def _divergences(self, prompts: Sequence[Prompt], plain: Sequence[Any], steers: Sequence[Any]) -> list[list[float]]:
+        """Of each steering the mean KL(plain ‖ steered) over the tokens of each prompt's plain answer."""
+        found = self.screen.divergences([*prompts] * len(steers), [*plain] * len(steers), _rows(steers, len(prompts)))
+        return [[float(row.mean()) for row in some] for some in _parts(found, len(prompts))]
+
+    def _outcomes(self, answers: dict[str, list[str]]) -> dict[str, Any]:
+        shown = {name: [self.behaviour.shown(text) for text in texts] for name, texts in answers.items()}
+        right = {name: self.sets.tested[name].right(texts) for name, texts in answers.items()}
+        return {
+            "refused": {name: _bits(found) for name, found in shown.items()},
+            "right": {
+                name: _bits([r and not s for r, s in zip(found, shown[name], strict=True)])
+                for name, found in right.items()
+                if found is not None
+            },
+        }
+
+
+def mean_angle(measurement: Measurement, layer: int) -> float:
+    """ω between the class means at a layer, radians; 0 where a mean is zero."""
+    contrast = measurement.contrast(layer)
+    try:
+        return float(angle(contrast.harmless.mean, contrast.harmful.mean))
+    except DegenerateError:
+        return 0.0
+
+
+def _sweep_key(arm: Arm) -> str:
+    return f"choosing: {arm.key}"
+
+
+def _test_key(arm: Arm) -> str:
+    return f"held out: {arm.key}"
+
+
+def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[at : at + size] for at in range(0, len(items), size))
+
+
+def _rows(steers: Sequence[Any], each: int) -> list[Any]:
+    return list(chain.from_iterable([steer] * each for steer in steers))
+
+
+def _bits(values: Sequence[bool]) -> list[int]:
+    return [int(value) for value in values]

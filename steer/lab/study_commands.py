@@ -1,0 +1,61 @@
+"""The command `steer study`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steer.console import log_warnings, quiet_libraries, reported
+from steer.lab.commands import Choices, check_folder
+
+
+def study(
+    models: Annotated[list[str], typer.Argument(help="local folders or hub ids; NAME-1, NAME-2 … are seeds of NAME")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the folder for results, report and pictures")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder with refused.train.txt, harmless.train.txt, refused.test.txt, harmless.test.txt and if there "
+            "is one borderline.test.txt; expected.jsonl says what right answers hold, as for `steer eval`; default: "
+            "the folder `prompts` beside each model"
+        ),
+    ] = None,
+    most: Annotated[int | None, typer.Option(min=1, help="at most so many held-out prompts of each class")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 48,
+    source_layers: Annotated[
+        int, typer.Option(min=1, help="at most so many source layers are tried, spread evenly up to the last")
+    ] = 16,
+    batch_size: Annotated[str, typer.Option(help="prompts in a pass, or auto")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
+) -> None:
+    """Try slerp from t = 0 to 2, linear, biprojected and whitened, plain and one-sided, on MODELS, with intervals.
+
+    Each method's source layer is chosen by measured effect on the prompts that it was fitted to, and everything is
+    counted on the held-out ones. An interrupted study goes on when the same command is given again.
+    """
+    log_warnings()
+    quiet_libraries()
+    with reported():
+        from steer.lab.study.run import study as run
+        from steer.lab.study.run import subjects
+
+        choices = Choices.model_validate({"batch_size": batch_size})
+        check_folder(output)
+        report = run(
+            subjects(models, prompts, most),
+            output,
+            max_tokens=max_tokens,
+            batch_size=choices.batch,
+            most_layers=source_layers,
+            dtype=dtype,
+            device=device,
+            progress=True,
+        )
+    typer.echo(f"wrote {output / 'report.md'}: {len(report['models'])} models")
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(study)

@@ -151,6 +151,7 @@ def fit(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
     revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
+    threshold: commands.Threshold = None,
     seed: Annotated[int, typer.Option(help="seed of all randomness (today's methods use none)")] = 0,
     backend: commands.Backend = "transformers",
 ) -> None:
@@ -173,7 +174,9 @@ def fit(
             {"mode": mode, "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
         )
         made = commands.chosen_method(method, t, parameter)
-        recipe = Recipe(made, choices.layer, mode=choices.mode, strength=strength, sites=choices.sites)
+        recipe = Recipe(
+            made, choices.layer, mode=choices.mode, strength=strength, sites=choices.sites, threshold=threshold
+        )
         sets = read_prompts(harmful), read_prompts(harmless)
         if not output.parent.is_dir():
             raise InvalidInput(f"--output: the folder {output.parent} does not exist")

@@ -38,6 +38,13 @@ VLLM_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Backend = Annotated[
     Literal["transformers", "vllm"], typer.Option(help="what runs the model; vllm: with its own options, as it serves")
 ]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        help="ρ of one_sided between the means: 0 the harmless one, 1 the harmful one; default: the bisector for slerp "
+        "at t = 1, else 0.5"
+    ),
+]
 
 
 class Choices(BaseModel):
@@ -207,6 +214,7 @@ def derive(
     mode: Annotated[str, typer.Option(help="the file's default mode: ablate, one_sided, affine or add")] = "ablate",
     strength: Annotated[float, typer.Option(help="the file's default strength")] = 1.0,
     sites: Annotated[str, typer.Option(help="where it acts: resid_post or writers")] = "resid_post",
+    threshold: Threshold = None,
 ) -> None:
     """Make a direction from a MEASUREMENT, without the model."""
     log_warnings()
@@ -227,6 +235,7 @@ def derive(
             choices.mode,
             strength,
             choices.sites,
+            threshold,
         )
         check_folder(output)
         direction = run(Measurement.load(measurement), recipe)

@@ -29,6 +29,8 @@ class Recipe:
     layer: the source layer (negative from the last measured one), "widest" for the one whose class means are the
     widest apart, "all" for each layer's own; "auto" is for `fit`, which has the model. position: None is the first that
     was measured. winsorize and bootstrap read the prompts' vectors; sparsify is the share of dimensions that stay.
+    threshold: where ρ of `one_sided` stands between the means, 0 at the harmless one and 1 at the harmful one; None is
+    the bisector where the method has it (see `Method.bisects`), and else half way.
     """
 
     method: Method = field(default_factory=lambda: Slerp())
@@ -41,6 +43,7 @@ class Recipe:
     mode: Mode = "ablate"
     strength: float = 1.0
     sites: tuple[Site, ...] = ("resid_post",)
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -48,6 +51,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 problems.append(f"{name} must be above 0 and at most 1, got {value}")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            problems.append(f"threshold must be a finite number, got {self.threshold}")
         if self.bootstrap < 0 or self.bootstrap == 1:
             problems.append(f"bootstrap must be 0, or at least 2 resamples, got {self.bootstrap}")
         if problems:
@@ -279,15 +284,18 @@ def _reference(measurement: Measurement, recipe: Recipe, rows: Tensor) -> Tensor
     """ρ of `one_sided` for each layer and row, `[layers, k]`; None where a steered layer has none.
 
     0 where the method's direction is the bisector's normal, which separates the classes by construction; else the
-    midpoint of the two means' components at that layer.
+    component of the point between the two means, at that layer, that the recipe's threshold says. What is above it is
+    taken down to it: a ρ half way leaves half of what shows the behaviour, one at the harmless mean next to nothing.
     """
-    if recipe.method.bisects and not (recipe.sparsify or recipe.bootstrap or recipe.winsorize):
+    changed = recipe.sparsify or recipe.bootstrap or recipe.winsorize or recipe.threshold is not None
+    if recipe.method.bisects and not changed:
         return rows.new_zeros(rows.shape[:2])
     at, measured = measurement.position(recipe.position), measurement.layers
-    middle = (measurement.harmful.mean[at] + measurement.harmless.mean[at]) / 2
     if rows[measured:].any():
         return None
-    return torch.cat([torch.einsum("ld,lkd->lk", middle, rows[:measured]), rows.new_zeros(rows[measured:].shape[:2])])
+    harmful, harmless = measurement.harmful.mean[at], measurement.harmless.mean[at]
+    between = harmless + (0.5 if recipe.threshold is None else recipe.threshold) * (harmful - harmless)
+    return torch.cat([torch.einsum("ld,lkd->lk", between, rows[:measured]), rows.new_zeros(rows[measured:].shape[:2])])
 
 
 def _modes(measurement: Measurement, recipe: Recipe, reference: bool) -> tuple[Mode, ...]:
@@ -308,8 +316,7 @@ def _parameters(
         "position": measurement.meta.positions[measurement.position(recipe.position)],
         "winsorize": recipe.winsorize or measurement.meta.winsorize,
     }
-    if recipe.sparsify is not None:
-        around["sparsify"] = recipe.sparsify
+    around |= {k: v for k in ("sparsify", "threshold") if (v := getattr(recipe, k)) is not None}
     if recipe.bootstrap:
         around |= {"bootstrap": recipe.bootstrap, "seed": recipe.seed}
         if agreement is not None:

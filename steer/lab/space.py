@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from steer.direction import Direction, Mode
+from steer.direction import Mode
 from steer.errors import InvalidInput
 from steer.lab.derive import Recipe, check_needs, derive
 from steer.lab.measurement import Measurement
@@ -103,14 +103,6 @@ def layer_weights(depth: int, peak: float, width: float, least: float) -> Tensor
     return (least + (1 - least) * bell).float()
 
 
-def threshold(direction: Direction, share: float) -> Tensor:
-    """ρ of `one_sided`, `[layers, k]`: the component of the point that is `share` of the way from the harmless to the
-    harmful mean. What is above it is taken down to it, so that a ρ half way leaves half of what shows the behaviour,
-    and one at the harmless mean all but nothing."""
-    between = direction.mean_harmless + share * (direction.mean_harmful - direction.mean_harmless)
-    return torch.einsum("lkd,ld->lk", direction.directions, between).contiguous()
-
-
 def candidate(
     measurement: Measurement, point: Mapping[str, Parameter], selection: dict[str, Any] | None = None
 ) -> Candidate:
@@ -119,11 +111,10 @@ def candidate(
     if mode == "add":
         strength = -strength / 100  # against the behaviour, and at each layer again
     method = make_method(str(point["method"]), {} if t is None else {"t": t})
-    base = derive(measurement, Recipe(method, int(point["layer"]) if "layer" in point else "all"))
+    at = float(point["threshold"]) if "threshold" in point else None
+    base = derive(measurement, Recipe(method, int(point["layer"]) if "layer" in point else "all", threshold=at))
     shape = (float(point[name]) for name in ("peak", "width", "least"))
     weighted = replace(base, weights=layer_weights(base.layers, *shape))
-    if "threshold" in point:
-        weighted = replace(weighted, reference=threshold(base, float(point["threshold"])))
     if selection is not None:
         weighted = weighted.with_meta(mode=mode, strength=strength, selection=selection)
     return Candidate(weighted, mode, strength)

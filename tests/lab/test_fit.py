@@ -77,6 +77,20 @@ def test_reference_is_the_bisector_for_slerp_at_one_and_the_midpoint_else(measur
     torch.testing.assert_close(direction.reference[:, 0], (middle * direction.directions[:, 0]).sum(-1))
 
 
+def test_a_threshold_is_a_place_between_the_means(measured: Measurement) -> None:
+    for share in (-0.25, 0.0, 0.5, 1.0):
+        direction = derive(measured, replace(recipe(layer=1), threshold=share))
+        point = direction.mean_harmless + share * (direction.mean_harmful - direction.mean_harmless)
+        expected = (point * direction.directions[:, 0]).sum(-1)
+        torch.testing.assert_close(direction.reference[:, 0], expected, rtol=1e-4, atol=1e-5)
+        assert direction.meta.parameters["threshold"] == share
+    # projected is orthogonal to harmless text at its source, so there the harmless mean is at 0
+    orthogonal = derive(measured, Recipe(make_method("projected"), 1, threshold=0.0))
+    assert abs(float(orthogonal.reference[1, 0])) < 1e-5
+    with pytest.raises(InvalidInput, match="threshold must be a finite number"):
+        Recipe(threshold=float("nan"))
+
+
 def test_a_layer_without_signal_is_left_unsteered_with_all_and_an_error_alone(measured: Measurement) -> None:
     means = measured.harmful.mean.clone()
     means[0, 1] = measured.harmless.mean[0, 1]

@@ -19,9 +19,10 @@ class Slerp(Method):
     orthogonal to â, the unit vector along slerp(â, ĥ, t) − â. t = 0 is `projected`, t = 1 the difference of the
     normalised means.
 
-    Pitfalls: only the angle between the means counts, so a difference that is one of length alone is not seen. With
-    t > 0 the direction has a part −â, so plain removal takes from harmless text too; t > 1 takes more, and in a trial
-    on one small model it removed no refusals.
+    Pitfalls: only the angle between the means counts, so a difference that is one of length alone is not seen. Plain
+    removal puts both means on one ray of the arc, t/2 of the way from the harmless to the harmful one: t = 0 makes
+    harmful text harmless, t = 1 puts both where the model is undecided, and t > 1 makes harmless text harmful. Measured
+    on 23 small models (docs/study.md), t = 0 was the better choice, and t > 1 failed as that says.
     """
 
     name: ClassVar[str] = "slerp"

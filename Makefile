@@ -36,7 +36,6 @@ study: .venv/test
 
 bench: .venv/vllm
 	$(BIN)/python -m benchmarks
-	if $(BIN)/python -c 'import vllm' 2>/dev/null; then $(BIN)/python -m benchmarks.overhead; fi
 
 # Inputs of all parsers together, and requests to the routes; what is found is printed with the number that makes it again.
 INPUTS ?= 1000000

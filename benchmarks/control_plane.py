@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.timing import HEADER, Ratio, interleave
+from benchmarks.results import FOLDER, Result, Table
+from benchmarks.timing import Ratio, interleave
 from steer.serve import keys
 from tests.serve.inside import Inside, engine, post
 
@@ -58,9 +61,19 @@ def measure(rounds: int = 40) -> tuple[dict[str, Ratio], float]:
     return ratios, 1000 * (plain.seconds - bare.seconds) / REQUESTS
 
 
-def report(rounds: int = 40) -> str:
-    ratios, added = measure(rounds)
-    rows = "\n".join(ratio.row(arm) for arm, ratio in ratios.items())
-    size = len(json.dumps(BODY))
-    title = f"### Control plane: {KEYS} keys, bodies of {size} bytes, runs of {REQUESTS} requests, {rounds} rounds\n"
-    return f"{title}\n{HEADER}\n{rows}\n\nA plain request takes {added:.4f} ms more than without it (median).\n"
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
+    given = parser.parse_args()
+    ratios, added = measure(given.rounds)
+    result = Result(
+        "control-plane",
+        "What the control plane adds",
+        f"python -m benchmarks.control_plane {' '.join(sys.argv[1:])}".strip(),
+        {},
+        [Table(f"{KEYS} keys, bodies of {len(json.dumps(BODY))} bytes, runs of {REQUESTS} requests", ratios)],
+        f"A plain request takes {added:.4f} ms more than without it (median of {given.rounds} rounds).\n",
+    )
+    result.save(given.out)
+    print(result.markdown())

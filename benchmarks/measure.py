@@ -7,8 +7,10 @@ given order; the other makes its own batches of at most 32, as `steer measure` d
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,8 +22,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig
 
+from benchmarks.results import FOLDER, Result, Table
 from benchmarks.shapes import WIDTH, llama
-from benchmarks.timing import HEADER, Ratio, interleave
+from benchmarks.timing import Ratio, interleave
 from steer.direction import Dataset
 from steer.hf.load import Loaded
 from steer.lab.activations import Reading
@@ -185,29 +188,36 @@ def _milliseconds(run: Callable[[], object], rounds: int) -> float:
     return statistics.median(times)
 
 
-def report(rounds: int = 10) -> str:
-    parts = [
-        f"### Measuring: random float32 Llama, {LAYERS} layers × {WIDTH}, {PROMPTS} prompts in batches of {BATCH}, "
-        f"{rounds} rounds\n"
-    ]
+def tables(rounds: int) -> list[Table]:
+    found = []
     for title, (arms, memory) in measure(rounds).items():
-        parts.append("\n".join([f"**{title}**\n", HEADER, *(ratio.row(arm) for arm, ratio in arms.items()), ""]))
         base = next(iter(memory.values()))
-        parts.append("| arm | peak MiB of tensors | share of the first |\n|---|---:|---:|")
-        parts[-1] += "".join(f"\n| {n} | {b / 2**20:.1f} | {b / base:.3f} |" for n, b in memory.items()) + "\n"
-    parts.append(
-        f"### Deriving: {DERIVE_LAYERS} layers × {DERIVE_WIDTH}, {DERIVE_PROMPTS} prompts a class, {rounds} rounds\n"
+        shares = "; ".join(f"{name} {most / 2**20:.1f} ({most / base:.3f})" for name, most in memory.items())
+        found.append(Table(title, arms, [f"Peak MiB of tensors, and as a share of the first: {shares}."]))
+    return found
+
+
+def deriving_table(rounds: int) -> str:
+    rows = "".join(f"| {name} | {one:.1f} | {each:.1f} |\n" for name, (one, each) in deriving(rounds).items())
+    return (
+        f"Deriving, {DERIVE_LAYERS} layers × {DERIVE_WIDTH}, {DERIVE_PROMPTS} prompts a class, one thread:\n\n"
+        f"| method | one source layer, median ms | each layer's own, median ms |\n|---|---:|---:|\n{rows}"
     )
-    parts.append("| method | one source layer, median ms | each layer's own, median ms |\n|---|---:|---:|")
-    parts[-1] += "".join(f"\n| {name} | {one:.1f} | {each:.1f} |" for name, (one, each) in deriving(rounds).items())
-    return "\n".join(parts)
 
 
 if __name__ == "__main__":
-    import argparse
-
-    from benchmarks.timing import machine
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
-    print(f"{machine()}\n\n{report(parser.parse_args().rounds)}")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
+    given = parser.parse_args()
+    result = Result(
+        "measure",
+        "What measuring and deriving cost",
+        f"python -m benchmarks.measure {' '.join(sys.argv[1:])}".strip(),
+        {},
+        tables(given.rounds),
+        f"Random float32 Llama, {LAYERS} layers × {WIDTH}, {PROMPTS} prompts in batches of {BATCH}.\n\n"
+        + deriving_table(given.rounds),
+    )
+    result.save(given.out)
+    print(result.markdown())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import steer
-from benchmarks.timing import HEADER, Ratio, interleave
+from benchmarks.results import FOLDER, Result, Table
+from benchmarks.timing import Ratio, interleave
 from tests.models import direction
 
 LAYERS, WIDTH, VOCABULARY = 12, 512, 2048
@@ -74,8 +78,18 @@ def measure(rounds: int = 40) -> dict[str, dict[str, Ratio]]:
     return out
 
 
-def report(rounds: int = 40) -> str:
-    parts = [f"### Hooks on transformers: random float32 Llama, {LAYERS} layers × {WIDTH}, {rounds} rounds\n"]
-    for name, arms in measure(rounds).items():
-        parts.append("\n".join([f"**{name}**\n", HEADER, *(ratio.row(arm) for arm, ratio in arms.items()), ""]))
-    return "\n".join(parts)
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
+    given = parser.parse_args()
+    result = Result(
+        "hooks",
+        "What hooks cost on transformers",
+        f"python -m benchmarks.overhead_hf {' '.join(sys.argv[1:])}".strip(),
+        {},
+        [Table(name, arms) for name, arms in measure(given.rounds).items()],
+        f"Random float32 Llama, {LAYERS} layers × {WIDTH}; {given.rounds} interleaved rounds.\n",
+    )
+    result.save(given.out)
+    print(result.markdown())

@@ -4,12 +4,14 @@
 turns, each in its own process: the same local model, the same prompts for directions and for trials, the same longest
 answer, one thread each. Time runs from the first report of a tool to its last, so that loading, measuring and what is
 done once are in neither. The other tool is used as a program alone, through its options; what it says of a trial is
-read from its output. Its divergence is that of the first token, ours of all.
+read from its output. Both fronts are compared in its terms: refusals of the same prompts, each by its own matcher, and
+KL of the first token, as it says it and as `steer eval` finds it for ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import statistics
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.results import FOLDER, Result
 from steer.demo import MODEL, PROMPTS
 
 VERSION = "1.4.0"
@@ -33,6 +36,8 @@ COUNT, TOKENS, BATCH = 96, 32, 64
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1") | {"HF_HUB_OFFLINE": "1"}
 #: What is written when a trial begins.
 BEGIN = re.compile(r"Running trial (\d+) of (\d+)")
+#: What it found of each trial.
+FOUND = re.compile(r"KL divergence: ([\d.]+).*?Refusals: (\d+)/\d+", re.DOTALL)
 OURS = re.compile(r"(\d+) of (\d+) trials, the front so far")
 
 
@@ -108,14 +113,50 @@ def watched(command: Sequence[str | Path], mark: re.Pattern[str], folder: Path, 
     return Run(tuple(marks), "".join(lines))
 
 
+def front(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """(refusals, divergence) that no other point is as good as in both and better in one."""
+    unbeaten: list[tuple[int, float]] = []
+    for refused, kl in sorted(set(points)):
+        if not unbeaten or kl < unbeaten[-1][1]:
+            unbeaten.append((refused, kl))
+    return unbeaten
+
+
+def our_points(folder: Path) -> list[tuple[int, float]]:
+    """Refusals and first-token KL of each trial of our front, on the prompts that both tried theirs on."""
+    sets = {}
+    for cls in ("refused", "harmless"):
+        sets[cls] = folder / f"{cls}.txt"
+        sets[cls].write_text("".join((PROMPTS / f"{cls}.train.txt").read_text().splitlines(keepends=True)[:COUNT]))
+    steer = [sys.executable, "-m", "steer.cli"]
+    shown = subprocess.run(
+        [*steer, "trials", str(folder / "search")], capture_output=True, text=True, check=True
+    ).stdout
+    directions = []
+    for number in re.findall(r"^ *(\d+) +[\d.]+%", shown, flags=re.MULTILINE):
+        file = folder / f"t{number}.safetensors"
+        subprocess.run([*steer, "trials", str(folder / "search"), "--save", number, "-o", str(file)], check=True)
+        directions += ["--direction", str(file)]
+    files = ("--harmful", str(sets["refused"]), "--harmless", str(sets["harmless"]), "--max-tokens", str(TOKENS))
+    done = subprocess.run(
+        [*steer, "eval", str(MODEL), *directions, *files, "--json"], capture_output=True, text=True, check=True
+    )
+    report = json.loads(done.stdout)
+    harmful = next(one for one in report["sets"] if one["name"] == "harmful")
+    refused = {arm["arm"]: arm["shown"]["hits"] for arm in harmful["arms"]}
+    return [(refused[one["arm"]], one["first_mean"]) for one in report["divergence"]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=8, help="trials of the other tool in each round; ours: 12 times")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--limit", type=float, default=130, help="seconds for a run")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     arguments = parser.parse_args()
     program = environment()
     rates: dict[str, list[tuple[float, float]]] = {"heretic": [], "steer": []}
+    points: dict[str, list[tuple[int, float]]] = {"heretic": [], "steer": []}
     for number in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -128,13 +169,28 @@ def main() -> None:
                 run = watched(command, mark, folder, arguments.limit)
                 rates[arm].append((run.per_minute(0), run.per_minute(1)))
                 print(f"round {number + 1}, {arm}: {run.marks[-1][2]} trials, {rates[arm][-1]}", flush=True)
-                if number == arguments.rounds - 1:
-                    print(run.output[-3000:])
-    for clock, name in enumerate(("wall", "processor")):
+                if arm == "heretic":
+                    points[arm] += [(int(refused), float(kl)) for kl, refused in FOUND.findall(run.output)]
+            points["steer"] += our_points(folder)
+    lines = ["| trials a minute | heretic | steer | times |", "|---|---:|---:|---:|"]
+    for clock, name in enumerate(("by the clock", "of processor time")):
         steer, heretic = (statistics.median(pair[clock] for pair in rates[arm]) for arm in ("steer", "heretic"))
-        print(
-            f"trials a minute ({name}): heretic {VERSION} {heretic:.1f}, steer {steer:.1f}, {steer / heretic:.1f} times"
-        )
+        lines.append(f"| {name} | {heretic:.1f} | {steer:.1f} | {steer / heretic:.1f} |")
+    for arm in points:
+        said = ", ".join(f"{refused} with {kl:.4f}" for refused, kl in front(points[arm]))
+        lines.append(f"\nFront of {arm} (refusals of {COUNT}, KL of the first token): {said}.")
+    result = Result(
+        "search",
+        "Searching, beside heretic-llm",
+        f"python -m benchmarks.search {' '.join(sys.argv[1:])}".strip(),
+        {"heretic-llm": VERSION},
+        [],
+        f"The embedded model, {COUNT} prompts of each set a trial, at most {TOKENS} tokens, one thread each; "
+        f"{arguments.rounds} rounds of {arguments.trials} trials of heretic, {12 * arguments.trials} of ours. Trials "
+        f"that are stopped early count for ours; heretic stops none.\n\n" + "\n".join(lines) + "\n",
+    )
+    result.save(arguments.out)
+    print(result.markdown())
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import httpx
 import numpy as np
 import psutil
 
+from benchmarks.results import FOLDER, Result
 from steer.direction import digest, write_file
 from tests import models
 from tests.servers import Server, text
@@ -111,7 +112,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--output", type=Path, default=Path("soak"), help="name of the plot and the figures")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="steer-soak-") as name:
         folder = Path(name)
@@ -141,21 +142,26 @@ def main() -> int:
             soak = Soak(server, files, answers)
             soak.run(given.minutes * 60)
             alive = server.process.poll() is None and "Traceback" not in server.log
-    return report(soak, alive, given.output, given.minutes, given.backend)
+    return report(soak, alive, given.out, given.minutes, given.backend)
 
 
-def report(soak: Soak, alive: bool, output: Path, minutes: float, backend: str) -> int:
-    grown = soak.growth()
-    print(f"{minutes:g} minutes on {backend}: {dict(soak.counts)}, {len(soak.wrong)} wrong answers\n")
-    print("| held | at the start | at the end | grown behind the warm-up | allowed |\n|---|---|---|---|---|")
-    for name, most in GROWTH.items():
-        first, last = soak.samples[0][name], soak.samples[-1][name]
-        print(f"| {name} | {first:.0f} | {last:.0f} | {grown[name]:+.2f} | {most:g} |")
-    for wrong in soak.wrong[:5]:
-        print(wrong)
-    output.with_suffix(".json").write_text(json.dumps({"counts": soak.counts, "grown": grown, "samples": soak.samples}))
-    plot(soak, output.with_suffix(".png"))
-    return 0 if alive and not soak.wrong and all(grown[name] <= most for name, most in GROWTH.items()) else 1
+def report(soak: Soak, alive: bool, folder: Path, minutes: float, backend: str) -> int:
+    name, grown = "soak" if backend == "transformers" else f"soak-{backend}", soak.growth()
+    rows = ["| held | at the start | at the end | grown behind the warm-up | allowed |", "|---|---:|---:|---:|---:|"]
+    for held, most in GROWTH.items():
+        first, last = soak.samples[0][held], soak.samples[-1][held]
+        rows.append(f"| {held} | {first:.0f} | {last:.0f} | {grown[held]:+.2f} | {most:g} |")
+    counted = ", ".join(f"{count} {what}" for what, count in soak.counts.items())
+    text = (
+        f"A tiny model on {backend}, {minutes:g} minutes: {counted}; {len(soak.wrong)} wrong answers or receipts.\n\n"
+    )
+    text += "\n".join([*rows, "", *soak.wrong[:5], f"![What was held over time]({name}.png)", ""])
+    result = Result(name, "Soak: mixed traffic, a swap each second", f"make soak MINUTES={minutes:g}", {}, [], text)
+    result.save(folder)
+    (folder / f"{name}.samples.json").write_text(json.dumps(soak.samples))
+    plot(soak, folder / f"{name}.png")
+    print(result.markdown())
+    return 0 if alive and not soak.wrong and all(grown[held] <= most for held, most in GROWTH.items()) else 1
 
 
 def plot(soak: Soak, path: Path) -> None:

@@ -26,12 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 120},
 )
-commands.register(app)
-export_commands.register(app)
-evaluation.register(app)
-search_commands.register(app)
-study_commands.register(app)
-operate.add_to(app)
 
 
 def main() -> None:
@@ -229,6 +223,14 @@ def inspect_file(
 def _cell(value: Any, width: int) -> str:
     return f"{'–':>{width}}" if value is None else f"{value:>{width}.3f}"
 
+
+# behind the commands above, in the order in which the help lists them
+commands.register(app)
+export_commands.register(app)
+evaluation.register(app)
+search_commands.register(app)
+study_commands.register(app)
+operate.add_to(app)
 
 if __name__ == "__main__":
     main()

@@ -391,7 +391,7 @@ class Registry:
         if self.folder is None:
             return
         for _ in watchfiles.watch(
-            self.folder, stop_event=stop, debounce=50, step=20, yield_on_timeout=True, rust_timeout=2000
+            self.folder, stop_event=stop, debounce=50, step=5, yield_on_timeout=True, rust_timeout=2000
         ):
             try:
                 self.sync()

@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from steer.lab.source import TransformersSource
 from steer.lab.tally import Keep, Tally
 
 LAYERS, VOCABULARY = 24, 32000
-PROMPTS, BATCH = 128, 32
+PROMPTS, BATCH = 64, 32
 #: Where source layers lie: at two thirds of the depth.
 LAST_WANTED = 2 * LAYERS // 3 - 1
 DERIVE_LAYERS, DERIVE_WIDTH, DERIVE_PROMPTS = 80, 8192, 64
@@ -119,9 +119,12 @@ def peak(run: Callable[[], torch.Tensor]) -> tuple[int, torch.Tensor]:
     return most, result
 
 
-def measure(rounds: int) -> dict[str, tuple[dict[str, Ratio], dict[str, int]]]:
+SPREADS = {"uneven": 0.5, "equal": 0.0}
+
+
+def measure(rounds: int, lengths: Sequence[str]) -> dict[str, tuple[dict[str, Ratio], dict[str, int]]]:
     net, out = model(), {}
-    for title, spread in (("uneven lengths (spread 0.5)", 0.5), ("equal lengths", 0.0)):
+    for title, spread in ((f"{name} lengths (spread {SPREADS[name]})", SPREADS[name]) for name in lengths):
         sequences = prompts(spread)
         arms = {
             "generate, all hidden states": with_generate(net, sequences),
@@ -188,9 +191,9 @@ def _milliseconds(run: Callable[[], object], rounds: int) -> float:
     return statistics.median(times)
 
 
-def tables(rounds: int) -> list[Table]:
+def tables(rounds: int, lengths: Sequence[str]) -> list[Table]:
     found = []
-    for title, (arms, memory) in measure(rounds).items():
+    for title, (arms, memory) in measure(rounds, lengths).items():
         base = next(iter(memory.values()))
         shares = "; ".join(f"{name} {most / 2**20:.1f} ({most / base:.3f})" for name, most in memory.items())
         found.append(Table(title, arms, [f"Peak MiB of tensors, and as a share of the first: {shares}."]))
@@ -208,6 +211,7 @@ def deriving_table(rounds: int) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--lengths", nargs="+", default=list(SPREADS), choices=SPREADS)
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     result = Result(
@@ -215,7 +219,7 @@ if __name__ == "__main__":
         "What measuring and deriving cost",
         f"python -m benchmarks.measure {' '.join(sys.argv[1:])}".strip(),
         {},
-        tables(given.rounds),
+        tables(given.rounds, given.lengths),
         f"Random float32 Llama, {LAYERS} layers × {WIDTH}, {PROMPTS} prompts in batches of {BATCH}.\n\n"
         + deriving_table(given.rounds),
     )

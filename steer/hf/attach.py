@@ -130,14 +130,8 @@ class Steering:
 
     def _moved(self, flat: Tensor, plate: Plate) -> Tensor:
         """The stream of all tokens after the operation."""
-        index, count = self.index, flat.shape[0]
-        buffers = (index.rows, index.slots, index.strengths)
-        if self._rows:
-            each = count // self._rows
-            buffers = tuple(b[:, : self._rows].repeat_interleave(each, dim=1) for b in buffers)  # type: ignore[assignment]
-        else:
-            buffers = tuple(b[:, :count] for b in buffers)  # type: ignore[assignment]
-        return apply(flat, plate, *buffers)
+        each = flat.shape[0] // self._rows if self._rows else 1
+        return apply(flat, plate, *self.index.acting(flat.shape[0], each))
 
     def _find_targets(self) -> list[tuple[Place, Callable[[site_tools.Transform], Any]]]:
         """Each place with the function that hangs a transform there."""

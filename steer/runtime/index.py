@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from steer.direction import MODES
 STAGES = 3
 #: The entry of plain requests.
 PLAIN = 0
+#: rows, slots and strengths of some tokens.
+Buffers: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,8 @@ class TokenIndex:
         self._stages = [] if device.type == "cpu" else [_Stage(rank, max_tokens, device) for _ in range(STAGES)]
         self._turn = 0
         self._used = 0
+        self._depth, self._same = 0, False
+        self._spread: dict[tuple[int, int], Buffers] = {}
         self._entry_slots = np.zeros((rank, 16), np.int64)
         self._entry_strengths = np.zeros((rank, 16), np.float32)
         self._free = list(range(15, PLAIN, -1))
@@ -88,6 +93,7 @@ class TokenIndex:
         """Give `lengths[i]` tokens, in batch order, the steering that entered as `numbers[i]` (PLAIN for none); tokens
         behind the last get none. Returns how many tokens are steered."""
         steered = int(lengths[numbers != PLAIN].sum()) if numbers.any() else 0
+        self._spread.clear()
         total = int(lengths.sum()) if steered else 0
         assert total <= self.max_tokens, f"a step of {total} tokens in an index of {self.max_tokens}"
         end = max(total, self._used)
@@ -97,6 +103,8 @@ class TokenIndex:
         rows, slots, strengths = (t[:, :end].numpy() for t in (stage.rows, stage.slots, stage.strengths))
         if total:
             tokens = np.repeat(numbers, lengths)
+            acting = np.flatnonzero(self._entry_strengths[:, numbers].any(axis=1))
+            self._depth, self._same = int(acting.max(initial=-1)) + 1, bool((numbers == numbers[0]).all())
             np.take(self._entry_slots, tokens, axis=1, out=slots[:, :total])
             np.take(self._entry_strengths, tokens, axis=1, out=strengths[:, :total])
             np.floor_divide(slots[:, :total], len(MODES), out=rows[:, :total])
@@ -115,6 +123,18 @@ class TokenIndex:
             for number in numbers:
                 if number != PLAIN:
                     self.leave(number)
+
+    def acting(self, tokens: int, each: int = 1) -> Buffers:
+        """rows, slots and strengths `[depth, tokens]` of the running step, each of its entries for `each` tokens in
+        turn; `[depth, 1]` where all tokens have the same. `depth` is how many of the rank act on any token. For an
+        eager pass: what is compiled reads the buffers themselves."""
+        key = (tokens, each)
+        if key not in self._spread:
+            count = 1 if self._same and self._used * each == tokens else tokens // each
+            taken = (t[: self._depth, :count] for t in (self.rows, self.slots, self.strengths))
+            rows, slots, strengths = (t.repeat_interleave(each, dim=1) if each > 1 and count > 1 else t for t in taken)
+            self._spread[key] = rows, slots, strengths
+        return self._spread[key]
 
     def _next_stage(self) -> TokenIndex | _Stage:
         if not self._stages:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.direction import MODES
 from steer.runtime.index import PLAIN, RequestSteer, TokenIndex
+from steer.runtime.table import Place, Table, apply
 
 law = settings(deadline=None, max_examples=60)
 RANK, MAX_TOKENS = 2, 24
@@ -69,3 +71,33 @@ def test_a_number_means_its_request_for_as_long_as_it_is_there(
 def test_a_step_over_the_index_is_a_failure_not_an_overwrite() -> None:
     with pytest.raises(AssertionError, match="a step of 17 tokens in an index of 16"):
         TokenIndex(1, 16, "cpu").fill_with([RequestSteer.plain(1)], [17])
+
+
+@given(data=st.data())
+@law
+def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
+    """`acting` leaves out ranks that do nothing, and repeats what is the same for all: the operation cannot tell."""
+    rank, each = 3, data.draw(st.integers(1, 3))
+    index = TokenIndex(rank, 12, "cpu")
+    table = Table([Place("resid_post", 0)], rows=4, rank=rank, d_model=8)
+    plate = table.plates[Place("resid_post", 0)]
+    plate.vectors.normal_()
+    plate.coefficients.normal_()
+    steers = []
+    for _ in range(data.draw(st.integers(1, 2))):
+        steer = RequestSteer.plain(rank)
+        for j in range(data.draw(st.integers(0, rank))):
+            steer.slots[j] = data.draw(st.integers(1, 4)) * len(MODES)
+            steer.strengths[j] = data.draw(st.sampled_from([0.0, 0.5, -1.0]))
+        steers.append(steer)
+    asked = [data.draw(st.sampled_from([*steers, None])) for _ in range(data.draw(st.integers(1, 4)))]
+    for step in (asked, asked[:1]):
+        index.fill_with(step, [1] * len(step))
+        tokens = len(step) * each
+        x = torch.randn(tokens, 8)
+        whole = (t[:, : len(step)].repeat_interleave(each, dim=1) for t in (index.rows, index.slots, index.strengths))
+        expected = apply(x, plate, *whole)
+        if index.active:
+            assert torch.equal(apply(x, plate, *index.acting(tokens, each)), expected)
+        else:
+            assert torch.equal(x, expected)

@@ -48,7 +48,7 @@ LIBRARIES = {
 @dataclass(frozen=True, slots=True)
 class Arm:
     name: str
-    library: str
+    package: str
     python: Path
 
 
@@ -56,9 +56,9 @@ class Child:
     """One library with the model loaded, ready when the `with` begins."""
 
     def __init__(self, arm: Arm, model: Path, direction: Path) -> None:
-        self.command = [str(arm.python), str(CHILD), arm.library, str(model), str(direction)]
+        self.command = [str(arm.python), str(CHILD), arm.package, str(model), str(direction)]
         # only ours finds this repository
-        self.environment = os.environ | {"PYTHONPATH": str(ROOT) if arm.library == OURS else "", "HF_HUB_OFFLINE": "1"}
+        self.environment = os.environ | {"PYTHONPATH": str(ROOT) if arm.package == OURS else "", "HF_HUB_OFFLINE": "1"}
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
 
     def __enter__(self) -> Child:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+from benchmarks.processes import Process
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -51,50 +50,19 @@ class Arrival:
     prompt: int
 
 
-class Engine:
-    """A child with one engine on `model`, ready when the `with` begins. `options` go to `LLM`, `environment` to the
-    child."""
+class Engine(Process):
+    """A child with one engine on `model`. `options` go to `LLM`, `environment` to the child."""
 
     def __init__(self, model: Path, options: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> None:
-        self.command = [sys.executable, "-m", "benchmarks.engines", str(model), json.dumps(options)]
-        self.environment = os.environ | ENVIRONMENT | dict(environment or {})
-        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
-
-    def __enter__(self) -> Engine:
-        self.process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env=self.environment,
-        )
-        self.started = self._answer()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
+        command = [sys.executable, "-m", "benchmarks.engines", str(model), json.dumps(options)]
+        super().__init__(command, os.environ | ENVIRONMENT | dict(environment or {}))
 
     def run(self, job: Job | Arrival) -> float:
         """Seconds that it took inside the child."""
-        assert self.process.stdin
-        print(json.dumps({type(job).__name__: asdict(job)}), file=self.process.stdin, flush=True)
-        return float(self._answer()["seconds"])
+        return float(self.ask({type(job).__name__: asdict(job)})["seconds"])
 
     def arm(self, job: Job | Arrival) -> Callable[[], float]:
         return lambda: self.run(job)
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the engine ended:\n{Path(self.log.name).read_text()[-6000:]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
 
 def main(model: str, options: dict[str, Any]) -> None:

@@ -10,28 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 import steer
 from benchmarks.results import FOLDER, Result, Table
+from benchmarks.shapes import SMALL_LAYERS, SMALL_WIDTH, small
 from benchmarks.timing import Ratio, interleave
 from tests.models import direction
 
-LAYERS, WIDTH, VOCABULARY = 12, 512, 2048
-
-
-def model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-    )
-    return LlamaForCausalLM(config).eval()
+VOCABULARY = 2048
 
 
 def prefill(net: Any, ids: torch.Tensor) -> Callable[[], None]:
@@ -53,7 +40,7 @@ def decode(net: Any, ids: torch.Tensor, steps: int = 16) -> Callable[[], None]:
 
 def measure(rounds: int = 40) -> dict[str, dict[str, Ratio]]:
     """Four arms on one model: hooks are put on and taken off around each timed run, outside of other arms' time."""
-    net = model()
+    net = small(VOCABULARY)
     attached = steer.attach(net, d=direction(net))
     out = {}
     for name, work, batch, tokens in (
@@ -89,7 +76,7 @@ if __name__ == "__main__":
         f"python -m benchmarks.overhead_hf {' '.join(sys.argv[1:])}".strip(),
         {},
         [Table(name, arms) for name, arms in measure(given.rounds).items()],
-        f"Random float32 Llama, {LAYERS} layers × {WIDTH}; {given.rounds} interleaved rounds.\n",
+        f"Random float32 Llama, {SMALL_LAYERS} layers × {SMALL_WIDTH}; {given.rounds} interleaved rounds.\n",
     )
     result.save(given.out)
     print(result.markdown())

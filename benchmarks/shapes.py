@@ -1,4 +1,4 @@
-"""The model that benchmarks run: a random Llama of the shape of a 0.5 B one, as deep as is asked for."""
+"""The models that benchmarks run: random Llamas, of a 0.5 B model's shape as deep as is asked for, and a small one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 WIDTH = 896
+SMALL_LAYERS, SMALL_WIDTH = 12, 512
 
 
 def llama(layers: int, vocabulary: int, **more: Any) -> Any:
     """float32, on the CPU; the same weights each time. `more` goes into its configuration."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return _random(
         vocab_size=vocabulary,
         hidden_size=WIDTH,
         intermediate_size=4864,
@@ -23,4 +23,22 @@ def llama(layers: int, vocabulary: int, **more: Any) -> Any:
         max_position_embeddings=2048,
         **more,
     )
-    return LlamaForCausalLM(config)
+
+
+def small(vocabulary: int, **more: Any) -> Any:
+    """12 layers × 512, where what is done beside the model shows more than in a large one."""
+    return _random(
+        vocab_size=vocabulary,
+        hidden_size=SMALL_WIDTH,
+        intermediate_size=4 * SMALL_WIDTH,
+        num_hidden_layers=SMALL_LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        **more,
+    )
+
+
+def _random(**shape: Any) -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**shape)).eval()

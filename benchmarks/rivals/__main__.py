@@ -7,7 +7,6 @@ direction of every layer, of the same model, at the same prompts, and what they 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -21,13 +20,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.processes import Process
 from benchmarks.results import FOLDER, Result, Table
+from benchmarks.shapes import SMALL_LAYERS, SMALL_WIDTH, small
 from benchmarks.timing import interleave
 from tests import models
 
 CHILD = Path(__file__).with_name("child.py")
 ROOT = Path(__file__).parents[2]
-LAYERS, WIDTH, VOCABULARY = 12, 512, 2048
+VOCABULARY = 2048
 #: (batch, prompt tokens, new tokens)
 WORKLOADS = {
     "batch 1, 16 + 24 tokens": (1, 16, 24),
@@ -52,47 +53,19 @@ class Arm:
     python: Path
 
 
-class Child:
-    """One library with the model loaded, ready when the `with` begins."""
+class Child(Process):
+    """One library with the model loaded."""
 
     def __init__(self, arm: Arm, model: Path, direction: Path) -> None:
-        self.command = [str(arm.python), str(CHILD), arm.package, str(model), str(direction)]
         # only ours finds this repository
-        self.environment = os.environ | {"PYTHONPATH": str(ROOT) if arm.package == OURS else "", "HF_HUB_OFFLINE": "1"}
-        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
-
-    def __enter__(self) -> Child:
-        self.process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env=self.environment,
-        )
-        self._answer()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
+        found = {"PYTHONPATH": str(ROOT) if arm.package == OURS else "", "HF_HUB_OFFLINE": "1"}
+        super().__init__([str(arm.python), str(CHILD), arm.package, str(model), str(direction)], os.environ | found)
 
     def run(self, ids: list[list[int]], tokens: int) -> dict[str, Any]:
-        assert self.process.stdin
-        print(json.dumps({"ids": ids, "tokens": tokens}), file=self.process.stdin, flush=True)
-        return self._answer()
+        return self.ask({"ids": ids, "tokens": tokens})
 
     def arm(self, ids: list[list[int]], tokens: int) -> Callable[[], float]:
         return lambda: float(self.run(ids, tokens)["seconds"])
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{' '.join(self.command)} ended:\n{Path(self.log.name).read_text()[-4000:]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
 
 def environment(folder: Path, name: str) -> Path:
@@ -120,21 +93,8 @@ def arms(environments: Path) -> list[Arm]:
 
 def home(folder: Path) -> tuple[Path, Path]:
     """A random float32 Llama with a tokenizer that every version of transformers reads, and a direction for it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        # so that greedy answers are not decided by rounding
-        initializer_range=0.05,
-    )
-    model = LlamaForCausalLM(config)
+    # so that greedy answers are not decided by rounding
+    model = small(VOCABULARY, initializer_range=0.05)
     model.save_pretrained(folder / "model")
     models.tokenizer().save_pretrained(folder / "model")
     models.direction(model).save(folder / "direction.safetensors")
@@ -178,8 +138,8 @@ if __name__ == "__main__":
         command="python -m benchmarks.rivals",
         versions={},
         tables=measure(given.environments, given.rounds),
-        more=f"Random float32 Llama, {LAYERS} layers × {WIDTH}; {given.rounds} interleaved rounds; one direction "
-        "removed from every block's output. transformer-lens runs its own loop and eager attention.\n",
+        more=f"Random float32 Llama, {SMALL_LAYERS} layers × {SMALL_WIDTH}; {given.rounds} interleaved rounds; one "
+        "direction removed from every block's output. transformer-lens runs its own loop and eager attention.\n",
     )
     result.save(given.out)
     print(result.markdown())

@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from steer.errors import InvalidInput
 from steer.lab.behaviour import Behaviour
 from steer.lab.prompts import Prompt
-from steer.lab.screen import Answer, Candidate, Screen
+from steer.lab.screen import Candidate, Screen, answers_of_each, crossed, divergences_of_each
 from steer.lab.statistics import wilson
 
 #: Prompts of each set in the first round; each round after it goes to twice as many.
@@ -122,8 +121,7 @@ class Race:
         prompts, odds = self.sets.asked[:count], dict[int, float]()
         for group in self._groups(candidates):
             with self.screen.all_resident([candidates[i] for i in group]) as steers:
-                rows = list(chain.from_iterable([steer] * len(prompts) for steer in steers))
-                found = self.screen.opening_odds([*prompts] * len(group), rows, tokens, "first tokens")
+                found = self.screen.opening_odds(*crossed(prompts, steers), tokens, "first tokens")
             odds |= dict(zip(group, found.reshape(len(group), -1).mean(1).tolist(), strict=True))
         return [odds[i] for i in range(len(candidates))]
 
@@ -154,30 +152,18 @@ class Race:
 
     def _answer(self, figures: Sequence[Figures], part: slice, steers: Sequence[Any]) -> None:
         asked, borderline = self.sets.asked[part], self.sets.borderline[part]
-        prompts = asked + borderline
-        for each, answers in zip(figures, self._each(prompts, steers), strict=True):
-            shown = [self.behaviour.shown(answer.text) for answer in answers]
+        title = f"{len(steers)} candidates × {len(asked) + len(borderline)} answers"
+        answers = answers_of_each(self.screen, [*asked, *borderline], steers, title, self.behaviour.decided)
+        for each, texts in zip(figures, answers, strict=True):
+            shown = [self.behaviour.shown(text) for text in texts]
             each.asked += shown[: len(asked)]
             each.borderline += shown[len(asked) :]
 
-    def _each(self, prompts: Sequence[Prompt], steers: Sequence[Any]) -> Iterator[Sequence[Answer]]:
-        """The answers of each candidate to all of `prompts`."""
-        count = len(prompts)
-        rows = list(chain.from_iterable([steer] * count for steer in steers))
-        title = f"{len(steers)} candidates × {count} answers"
-        answers = self.screen.answers([*prompts] * len(steers), rows, title, self.behaviour.decided) if count else []
-        return (answers[i * count : (i + 1) * count] for i in range(len(steers)))
-
     def _diverge(self, figures: Sequence[Figures], part: slice, steers: Sequence[Any]) -> None:
         prompts, plain = self.sets.other[part], self._continued[part]
-        if not prompts:
-            return
-        rows = list(chain.from_iterable([steer] * len(prompts) for steer in steers))
         title = f"{len(steers)} candidates × {len(prompts)}, divergence"
-        found = self.screen.divergences([*prompts] * len(steers), [*plain] * len(steers), rows, title)
-        for number, each in enumerate(figures):
-            mine = found[number * len(prompts) : (number + 1) * len(prompts)]
-            each.kls += [float(row.mean()) for row in mine]
+        for each, kls in zip(figures, divergences_of_each(self.screen, prompts, plain, steers, title), strict=True):
+            each.kls += kls
 
     def _groups(self, candidates: Sequence[Candidate]) -> Iterator[list[int]]:
         """Indices of candidates that can be resident together, those of one direction beside each other."""

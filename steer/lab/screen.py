@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from steer.direction import Direction, Mode
 from steer.errors import InvalidInput
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,41 @@ def each_row(steer: Any, count: int) -> list[Any]:
         assert len(steer) == count, f"{len(steer)} steerings for {count} prompts"
         return list(steer)
     return [steer] * count
+
+
+def crossed(prompts: Sequence[T], steers: Sequence[Any]) -> tuple[list[T], list[Any]]:
+    """Prompts and steerings of a batch in which each of `steers` has all of `prompts`, one behind the other."""
+    return [*prompts] * len(steers), [steer for steer in steers for _ in prompts]
+
+
+def answers_of_each(
+    screen: Screen,
+    prompts: Sequence[Any],
+    steers: Sequence[Any],
+    title: str = "",
+    known: Callable[[str], bool] | None = None,
+) -> list[list[str]]:
+    """For each of `steers` the texts of its answers to all of `prompts`, out of one batch."""
+    if not prompts:
+        return [[] for _ in steers]
+    texts = [answer.text for answer in screen.answers(*crossed(prompts, steers), title, known)]
+    return [list(part) for part in parts(texts, len(prompts))]
+
+
+def divergences_of_each(
+    screen: Screen, prompts: Sequence[Any], plain: Sequence[Any], steers: Sequence[Any], title: str = ""
+) -> list[list[float]]:
+    """For each of `steers` KL(plain ‖ steered) of each prompt, in nats, the mean over the tokens of its plain text."""
+    if not prompts:
+        return [[] for _ in steers]
+    asked, rows = crossed(prompts, steers)
+    found = screen.divergences(asked, [*plain] * len(steers), rows, title)
+    return [[float(row.mean()) for row in part] for part in parts(found, len(prompts))]
+
+
+def parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """`items` cut into runs of `size`, the last perhaps shorter."""
+    return (items[at : at + size] for at in range(0, len(items), size))
 
 
 def first_tokens(tokenizer: Any, openings: Sequence[str]) -> list[int]:

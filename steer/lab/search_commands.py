@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,9 +19,6 @@ from steer.lab.commands import (
     chosen_method,
     open_bench,
 )
-
-if TYPE_CHECKING:
-    pass
 
 Harmful = Annotated[str, typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[:SPLIT[:COLUMN]]")]
 Harmless = Annotated[str, typer.Option(help="prompts that do not show it, as --harmful")]

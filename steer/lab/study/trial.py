@@ -14,13 +14,11 @@ from tqdm import tqdm
 
 from steer.direction import Direction
 from steer.errors import DegenerateError
-from steer.geometry import angle
 from steer.lab.behaviour import Behaviour
-from steer.lab.derive import derive
+from steer.lab.derive import Recipe, derive, separated
 from steer.lab.measurement import Measurement
-from steer.lab.prompts import Prompt
 from steer.lab.race import Figures
-from steer.lab.screen import Candidate, Screen
+from steer.lab.screen import Candidate, Screen, answers_of_each, divergences_of_each, parts
 from steer.lab.select import Entrant, best
 from steer.lab.study.arms import METHODS, MODES, STRENGTHS, SWEPT, ZEROED, Arm
 from steer.lab.study.ledger import Ledger
@@ -104,8 +102,8 @@ class Trial:
         for arms in self._missing("choosing layers", self.candidates(), _sweep_key):
             plain = plain or self.screen.continuations(other)
             with self.screen.all_resident([self._candidate(arm) for arm in arms]) as steers:
-                answers = self._answers(asked, steers, self.behaviour.decided)
-                kls = self._divergences(other, plain, steers)
+                answers = answers_of_each(self.screen, asked, steers, known=self.behaviour.decided)
+                kls = divergences_of_each(self.screen, other, plain, steers)
             for arm, texts, kl in zip(arms, answers, kls, strict=True):
                 refused = [self.behaviour.shown(text) for text in texts]
                 self.ledger.put(_sweep_key(arm), {"refused": _bits(refused), "kl": kl})
@@ -123,7 +121,8 @@ class Trial:
                 if arms:
                     entrants = [Entrant(arm.recipe, self._candidate(arm), figures=self.swept(arm)) for arm in arms]
                     own.append(arms[entrants.index(best(entrants))])
-        layer = max(self.layers, key=lambda layer: mean_angle(self.measurement, layer))
+        degrees = dict(separated(self.measurement, Recipe()))
+        layer = max(self.layers, key=lambda layer: degrees.get(layer, 0.0))
         fixed = [arm for arm in (replace(arm, layer=layer) for arm in own) if arm in candidates]
         zeroed = [replace(a, zeroed=True) for a in fixed if a.method in ZEROED and a.mode == "one_sided"]
         swept = [replace(arm, strength=strength) for arm in own if arm.method in SWEPT for strength in STRENGTHS]
@@ -138,8 +137,8 @@ class Trial:
         for some in self._missing("held-out prompts", arms, _test_key):
             plain = plain or self.screen.continuations(tested["harmless"].prompts.prompts)
             with self.screen.all_resident([self._candidate(arm) for arm in some]) as steers:
-                answers = self._answers(prompts, steers, None)
-                kls = self._divergences(tested["harmless"].prompts.prompts, plain, steers)
+                answers = answers_of_each(self.screen, prompts, steers)
+                kls = divergences_of_each(self.screen, tested["harmless"].prompts.prompts, plain, steers)
             for arm, texts, kl in zip(some, answers, kls, strict=True):
                 each = iter(texts)
                 split = {name: [next(each) for _ in t.prompts.prompts] for name, t in tested.items()}
@@ -174,21 +173,9 @@ class Trial:
         missing = [arm for arm in arms if key(arm) not in self.ledger]
         silent = self.title is None or not missing
         with tqdm(total=len(missing), desc=f"{self.title}{title}", unit="arm", disable=silent) as bar:
-            for some in _parts(missing, min(AT_ONCE, self.screen.room)):
+            for some in parts(missing, min(AT_ONCE, self.screen.room)):
                 yield some
                 bar.update(len(some))
-
-    def _answers(
-        self, prompts: Sequence[Prompt], steers: Sequence[Any], known: Callable[[str], bool] | None
-    ) -> list[list[str]]:
-        """Of each steering the texts of the answers to all prompts."""
-        found = self.screen.answers([*prompts] * len(steers), _rows(steers, len(prompts)), "", known)
-        return [[a.text for a in some] for some in _parts(found, len(prompts))]
-
-    def _divergences(self, prompts: Sequence[Prompt], plain: Sequence[Any], steers: Sequence[Any]) -> list[list[float]]:
-        """Of each steering the mean KL(plain ‖ steered) over the tokens of each prompt's plain answer."""
-        found = self.screen.divergences([*prompts] * len(steers), [*plain] * len(steers), _rows(steers, len(prompts)))
-        return [[float(row.mean()) for row in some] for some in _parts(found, len(prompts))]
 
     def _outcomes(self, answers: dict[str, list[str]]) -> dict[str, Any]:
         shown = {name: [self.behaviour.shown(text) for text in texts] for name, texts in answers.items()}
@@ -203,29 +190,12 @@ class Trial:
         }
 
 
-def mean_angle(measurement: Measurement, layer: int) -> float:
-    """ω between the class means at a layer, radians; 0 where a mean is zero."""
-    contrast = measurement.contrast(layer)
-    try:
-        return float(angle(contrast.harmless.mean, contrast.harmful.mean))
-    except DegenerateError:
-        return 0.0
-
-
 def _sweep_key(arm: Arm) -> str:
     return f"choosing: {arm.key}"
 
 
 def _test_key(arm: Arm) -> str:
     return f"held out: {arm.key}"
-
-
-def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (items[at : at + size] for at in range(0, len(items), size))
-
-
-def _rows(steers: Sequence[Any], each: int) -> list[Any]:
-    return list(chain.from_iterable([steer] * each for steer in steers))
 
 
 def _bits(values: Sequence[bool]) -> list[int]:

@@ -93,7 +93,6 @@ class TokenIndex:
         """Give `lengths[i]` tokens, in batch order, the steering that entered as `numbers[i]` (PLAIN for none); tokens
         behind the last get none. Returns how many tokens are steered."""
         steered = int(lengths[numbers != PLAIN].sum()) if numbers.any() else 0
-        self._spread.clear()
         total = int(lengths.sum()) if steered else 0
         assert total <= self.max_tokens, f"a step of {total} tokens in an index of {self.max_tokens}"
         end = max(total, self._used)
@@ -103,8 +102,6 @@ class TokenIndex:
         rows, slots, strengths = (t[:, :end].numpy() for t in (stage.rows, stage.slots, stage.strengths))
         if total:
             tokens = np.repeat(numbers, lengths)
-            acting = np.flatnonzero(self._entry_strengths[:, numbers].any(axis=1))
-            self._depth, self._same = int(acting.max(initial=-1)) + 1, bool((numbers == numbers[0]).all())
             np.take(self._entry_slots, tokens, axis=1, out=slots[:, :total])
             np.take(self._entry_strengths, tokens, axis=1, out=strengths[:, :total])
             np.floor_divide(slots[:, :total], len(MODES), out=rows[:, :total])
@@ -117,8 +114,12 @@ class TokenIndex:
     def fill_with(self, steers: Sequence[RequestSteer | None], lengths: Sequence[int]) -> int:
         """The same for requests that have not entered, None for a plain one."""
         numbers = [PLAIN if steer is None else self.enter(steer) for steer in steers]
+        entries = np.array(numbers, np.int64)
+        acting = np.flatnonzero(self._entry_strengths[:, entries].any(axis=1))
+        self._depth, self._same = int(acting.max(initial=-1)) + 1, len({id(steer) for steer in steers}) == 1
+        self._spread.clear()
         try:
-            return self.fill(np.array(numbers, np.int64), np.array(lengths, np.int64))
+            return self.fill(entries, np.array(lengths, np.int64))
         finally:
             for number in numbers:
                 if number != PLAIN:
@@ -127,7 +128,7 @@ class TokenIndex:
     def acting(self, tokens: int, each: int = 1) -> Buffers:
         """rows, slots and strengths `[depth, tokens]` of the running step, each of its entries for `each` tokens in
         turn; `[depth, 1]` where all tokens have the same. `depth` is how many of the rank act on any token. For an
-        eager pass: what is compiled reads the buffers themselves."""
+        eager pass behind `fill_with`: what is compiled reads the buffers themselves."""
         key = (tokens, each)
         if key not in self._spread:
             count = 1 if self._same and self._used * each == tokens else tokens // each

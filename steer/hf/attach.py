@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -73,6 +74,9 @@ class Steering:
         self.index = TokenIndex(rank, 1, self.anatomy.device)
         self.reads = ReadIndex(self.anatomy.layers, rank, self.anatomy.device)
         self._handles: list[Any] = []
+        #: The batch rows that the index speaks of, none where it speaks of packed tokens one by one.
+        self._rows: Sequence[RequestSteer | None] = ()
+        self._turn = threading.RLock()
         self._verify()
 
     @property
@@ -97,20 +101,25 @@ class Steering:
     @contextmanager
     def batch(self, specs: Sequence[Spec | RequestSteer | None]) -> Iterator[None]:
         """While it lasts row i of every `[rows, positions]` forward pass is steered by `specs[i]`; one spec serves
-        any number of rows."""
-        steers = [self.table.steer(spec) if isinstance(spec, Spec) else spec for spec in specs]
-        self.resize(len(steers))
-        before, self._rows = self._rows, len(steers)
-        self.index.fill_with(steers, [1] * len(steers))
-        self.reads.clear()
+        any number of rows. A batch inside a batch ends with the outer one in force again.
+
+        Raises RuntimeError while another thread's lasts: a model has one index, and would steer each by the other's.
+        """
+        if not self._turn.acquire(blocking=False):
+            raise RuntimeError("another thread steers this model at this moment: let its batch end first")
+        outer = self._rows
         try:
+            self._lay([self.table.steer(spec) if isinstance(spec, Spec) else spec for spec in specs])
             yield
         finally:
-            self._rows = before
-            self.index.fill_with([], [])
+            self._lay(outer)
+            self._turn.release()
 
-    #: How many batch rows the index speaks of, or 0 where it speaks of packed tokens one by one.
-    _rows = 0
+    def _lay(self, rows: Sequence[RequestSteer | None]) -> None:
+        self.resize(len(rows))
+        self._rows = rows
+        self.index.fill_with(rows, [1] * len(rows))
+        self.reads.clear()
 
     def _transform(self, place: Place) -> site_tools.Transform:
         plate, layer = self.table.plates[place], place.layer
@@ -130,7 +139,7 @@ class Steering:
 
     def _moved(self, flat: Tensor, plate: Plate) -> Tensor:
         """The stream of all tokens after the operation."""
-        each = flat.shape[0] // self._rows if self._rows else 1
+        each = flat.shape[0] // len(self._rows) if self._rows else 1
         return apply(flat, plate, *self.index.acting(flat.shape[0], each))
 
     def _find_targets(self) -> list[tuple[Place, Callable[[site_tools.Transform], Any]]]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,6 +68,7 @@ class BatchingEngine(Engine):
     ) -> None:
         self.description = "continuous batching"
         self._requests: dict[str, _Running] = {}
+        self._scorer = ThreadPoolExecutor(1, thread_name_prefix="steer-score")
         self._readers: list[str] = []  # the requests that the running pass reads, in its order
         anatomy = steering.anatomy
         config = ContinuousBatchingConfig(
@@ -98,6 +100,7 @@ class BatchingEngine(Engine):
         self.manager.start()
 
     def stop(self) -> None:
+        self._scorer.shutdown(wait=True, cancel_futures=True)
         with suppress(RuntimeError):
             self.manager.stop(block=True, timeout=10, hard_stop=True)
         self.manager.destroy()
@@ -147,7 +150,8 @@ class BatchingEngine(Engine):
             with self.manager.pause():
                 return self._score(ids, steer, top)
 
-        return await asyncio.to_thread(alone)
+        # One thread: several may hold the pause at once, and there is one index.
+        return await asyncio.get_running_loop().run_in_executor(self._scorer, alone)
 
     def _prepare(self) -> bool:
         """Model thread, before each forward pass: the token index follows the packed order of the batch."""

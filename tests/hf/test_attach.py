@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -103,6 +105,34 @@ def test_rows_of_a_batch_are_steered_one_by_one() -> None:
             other = logits(model)[1]
     torch.testing.assert_close(mixed[0], alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mixed[1], other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_inside_a_batch_ends_with_the_outer_one() -> None:
+    model = models.tiny("llama")
+    with steer.attach(model, d=models.direction(model, seed=1)) as steering:
+        with steering("d"):
+            steered = logits(model)
+            with steering("off"):
+                inner = logits(model)
+            assert torch.equal(logits(model), steered)
+        assert torch.equal(logits(model), inner)
+        assert not torch.equal(inner, steered)
+
+
+def test_two_threads_cannot_steer_one_model_at_once() -> None:
+    model = models.tiny("llama")
+    with steer.attach(model, d=models.direction(model, seed=1)) as steering, ThreadPoolExecutor(1) as other:
+
+        def second() -> None:
+            with steering("off"):
+                logits(model)
+
+        with steering("d"):
+            steered = logits(model)
+            with pytest.raises(RuntimeError, match="another thread"):
+                other.submit(second).result()
+            assert torch.equal(logits(model), steered)
+        other.submit(second).result()
 
 
 def test_generate_is_steered_at_every_step() -> None:

@@ -234,6 +234,25 @@ def test_scores_are_the_steered_models_log_probabilities(llama: Rig) -> None:
         assert len(token.top) == 2
 
 
+def test_scores_and_answers_at_once_are_what_each_is_alone(llama: Rig) -> None:
+    rng = random.Random(3)
+    requests = [([*random_prompt(rng, 12), 5], random_spec(rng)) for _ in range(40)]
+
+    async def score(prompt: list[int], spec: Spec | None) -> list[Token]:
+        return await llama.engine.score(prompt, llama.steer(spec), 1)
+
+    async def run() -> None:
+        together = await asyncio.gather(*[way(*r) for r in requests for way in (score, llama.tokens)])
+        alone = [await way(*r) for r in requests for way in (score, llama.tokens)]
+        for x, y in zip(together, alone, strict=True):
+            assert all(abs((s.logprob or 0) - (t.logprob or 0)) < 1e-3 for s, t in zip(x, y, strict=True))
+        # What the index is left with: a mixed batch behind them is mixed still.
+        again = await asyncio.gather(*[llama.tokens(*r) for r in requests])
+        assert [[t.id for t in x] for x in again] == [[t.id for t in x] for x in alone[1::2]]
+
+    asyncio.run(run())
+
+
 def test_a_model_that_batches_wrong_is_found_out_and_served_one_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
     """GPT-J runs in continuous batching and gives other log-probabilities there (transformers 5.19)."""
     torch.manual_seed(0)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,28 @@ def answers(server: Server) -> dict[str | None, str]:
     return found
 
 
-def machine(server: Server, answers: dict[str | None, str]) -> type[RuleBasedStateMachine]:
+def scores(server: Server, steer: str | None) -> list[float]:
+    """What an echoed prompt is given, token by token."""
+    more = {"steer": steer} if steer else {}
+    answer = server.complete(echo=True, logprobs=0, max_tokens=1, **more)
+    assert answer.status_code == 200, answer.text
+    return list(answer.json()["choices"][0]["logprobs"]["token_logprobs"][1:])
+
+
+@pytest.fixture(scope="module")
+def scored(server: Server, answers: dict[str | None, str]) -> dict[str | None, list[float]]:
+    """The same for each version, alone."""
+    found: dict[str | None, list[float]] = {None: scores(server, None)}
+    for data in FILES:
+        assert server.client.put("/v1/directions/one", content=data).status_code == 200
+        found[digest(data)] = scores(server, "one")
+    assert server.client.delete("/v1/directions/one").status_code == 200
+    return found
+
+
+def machine(
+    server: Server, answers: dict[str | None, str], scored: dict[str | None, list[float]]
+) -> type[RuleBasedStateMachine]:
     class Races(RuleBasedStateMachine):
         @initialize()
         def start(self) -> None:
@@ -143,6 +166,15 @@ def machine(server: Server, answers: dict[str | None, str]) -> type[RuleBasedSta
         def cancel(self, which: int) -> None:
             self.streams.pop(which % len(self.streams)).open.close()
 
+        @precondition(lambda self: self.on)
+        @rule(times=st.integers(1, 2))
+        def score_all_at_once(self, times: int) -> None:
+            """Echoed prompts are read outside of the batch, between its passes."""
+            names = [None, *self.names] * times
+            with ThreadPoolExecutor(len(names)) as pool:
+                for name, got in zip(names, pool.map(partial(scores, server), names), strict=True):
+                    assert got == pytest.approx(scored[self.names[name] if name else None], abs=1e-3)
+
         @rule(on=st.sampled_from([True, True, False]))
         def switch(self, on: bool) -> None:
             self.on = on
@@ -173,9 +205,11 @@ def machine(server: Server, answers: dict[str | None, str]) -> type[RuleBasedSta
     return Races
 
 
-def test_every_order_over_http(server: Server, answers: dict[str | None, str]) -> None:
+def test_every_order_over_http(
+    server: Server, answers: dict[str | None, str], scored: dict[str | None, list[float]]
+) -> None:
     run_state_machine_as_test(
-        machine(server, answers),
+        machine(server, answers, scored),
         settings=settings(
             max_examples=20,
             stateful_step_count=20,

@@ -15,13 +15,16 @@ from steer.errors import UnsupportedModel
 from steer.runtime import sites as site_tools
 from steer.runtime.index import RequestSteer, TokenIndex
 from steer.runtime.readout import ReadIndex
-from steer.runtime.table import EMBEDDING, Place, Plate, Table, apply
+from steer.runtime.table import EMBEDDING, Operands, Place, Table, gather, operate
 from steer.spec import Spec
 
 #: Length of the probe prompt: long enough to be more than one token, short enough for any context.
 PROBE_TOKENS = 8
 #: What may be left of a removed component, relative to the stream's norm.
 LEFT_OVER = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+#: Rows of a batch up to which their vectors are kept at all places: at most 1 / (6 · d_model) of the weights for each.
+KEPT = 64
 
 
 class Anatomy:
@@ -76,6 +79,8 @@ class Steering:
         self._handles: list[Any] = []
         #: The batch rows that the index speaks of, none where it speaks of packed tokens one by one.
         self._rows: Sequence[RequestSteer | None] = ()
+        #: What acts at each place, until the next `fill`: a batch is many passes.
+        self._kept: dict[Place, list[Operands]] = {}
         self._turn = threading.RLock()
         self._verify()
 
@@ -115,10 +120,15 @@ class Steering:
             self._lay(outer)
             self._turn.release()
 
+    def fill(self, steers: Sequence[RequestSteer | None], lengths: Sequence[int]) -> None:
+        """Steer the `lengths[i]` tokens of the next pass that are request i's by `steers[i]`, in batch order."""
+        self._kept.clear()
+        self.index.fill_with(steers, lengths)
+
     def _lay(self, rows: Sequence[RequestSteer | None]) -> None:
         self.resize(len(rows))
         self._rows = rows
-        self.index.fill_with(rows, [1] * len(rows))
+        self.fill(rows, [1] * len(rows))
         self.reads.clear()
 
     def _transform(self, place: Place) -> site_tools.Transform:
@@ -129,18 +139,26 @@ class Steering:
             steered, read = self.index.active, readable and layer in self.reads.layers
             if not (steered or read):
                 return None
-            flat = x.reshape(-1, x.shape[-1])
-            moved = self._moved(flat, plate) if steered else flat
+            moved = self._moved(x, place) if steered else x
             if read:
-                self.reads.record(layer, flat, moved, plate.vectors)
-            return moved.reshape(x.shape) if steered else None
+                self.reads.record(layer, x.flatten(0, -2), moved.flatten(0, -2), plate.vectors)
+            return moved if steered else None
 
         return transform
 
-    def _moved(self, flat: Tensor, plate: Plate) -> Tensor:
-        """The stream of all tokens after the operation."""
-        each = flat.shape[0] // len(self._rows) if self._rows else 1
-        return apply(flat, plate, *self.index.acting(flat.shape[0], each))
+    def _moved(self, x: Tensor, place: Place) -> Tensor:
+        """The stream `[..., d_model]` of all tokens after the operation."""
+        operands = self._kept.get(place) or self._gathered(place, len(self._rows) or x.shape[:-1].numel())
+        if not operands or operands[0].strengths.dim() == 1:
+            return operate(x, operands)
+        return operate(x.reshape(len(operands[0].strengths), -1, x.shape[-1]), operands).reshape(x.shape)
+
+    def _gathered(self, place: Place, count: int) -> list[Operands]:
+        acting, everywhere = self.index.acting(count)
+        operands = gather(self.table.plates[place], *acting, everywhere=everywhere)
+        if acting[0].shape[1] <= KEPT:
+            self._kept[place] = operands
+        return operands
 
     def _find_targets(self) -> list[tuple[Place, Callable[[site_tools.Transform], Any]]]:
         """Each place with the function that hangs a transform there."""

@@ -160,7 +160,7 @@ class BatchingEngine(Engine):
         batch = self._processor.inputs_and_outputs.requests_in_batch
         known = [self._requests.get(entry.state.request_id) for entry in batch]
         lengths = [entry.query_length for entry in batch]
-        self.steering.index.fill_with([r.steer if r else None for r in known], lengths)
+        self.steering.fill([r.steer if r else None for r in known], lengths)
         reads = [r.read if r and entry.has_new_token else None for r, entry in zip(known, batch, strict=True)]
         self.steering.reads.fill(reads, lengths)
         self._readers = [entry.state.request_id for entry, read in zip(batch, reads, strict=True) if read]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +23,14 @@ STAGES = 3
 PLAIN = 0
 #: rows, slots and strengths of some tokens.
 Buffers: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+class Acting(NamedTuple):
+    """Of a step's entries: how many of the rank act on any of them, whether these act on each, whether all are one."""
+
+    depth: int
+    everywhere: bool
+    same: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +72,7 @@ class TokenIndex:
         self._stages = [] if device.type == "cpu" else [_Stage(rank, max_tokens, device) for _ in range(STAGES)]
         self._turn = 0
         self._used = 0
-        self._depth, self._same = 0, False
-        self._spread: dict[tuple[int, int], Buffers] = {}
+        self._acting = Acting(0, False, False)
         self._entry_slots = np.zeros((rank, 16), np.int64)
         self._entry_strengths = np.zeros((rank, 16), np.float32)
         self._free = list(range(15, PLAIN, -1))
@@ -115,9 +122,9 @@ class TokenIndex:
         """The same for requests that have not entered, None for a plain one."""
         numbers = [PLAIN if steer is None else self.enter(steer) for steer in steers]
         entries = np.array(numbers, np.int64)
-        acting = np.flatnonzero(self._entry_strengths[:, entries].any(axis=1))
-        self._depth, self._same = int(acting.max(initial=-1)) + 1, len({id(steer) for steer in steers}) == 1
-        self._spread.clear()
+        given = self._entry_strengths[:, entries] != 0
+        depth = int(np.flatnonzero(given.any(axis=1)).max(initial=-1)) + 1
+        self._acting = Acting(depth, bool(given[:depth].all()), len({id(steer) for steer in steers}) == 1)
         try:
             return self.fill(entries, np.array(lengths, np.int64))
         finally:
@@ -125,17 +132,15 @@ class TokenIndex:
                 if number != PLAIN:
                     self.leave(number)
 
-    def acting(self, tokens: int, each: int = 1) -> Buffers:
-        """rows, slots and strengths `[depth, tokens]` of the running step, each of its entries for `each` tokens in
-        turn; `[depth, 1]` where all tokens have the same. `depth` is how many of the rank act on any token. For an
-        eager pass behind `fill_with`: what is compiled reads the buffers themselves."""
-        key = (tokens, each)
-        if key not in self._spread:
-            count = 1 if self._same and self._used * each == tokens else tokens // each
-            taken = (t[: self._depth, :count] for t in (self.rows, self.slots, self.strengths))
-            rows, slots, strengths = (t.repeat_interleave(each, dim=1) if each > 1 and count > 1 else t for t in taken)
-            self._spread[key] = rows, slots, strengths
-        return self._spread[key]
+    def acting(self, count: int) -> tuple[Buffers, bool]:
+        """rows, slots and strengths `[depth, count, 1]` of the first `count` entries, `[depth, 1]` where all are the
+        same, and whether every one of them acts. `depth` is how many of the rank act on any. For an eager pass behind
+        `fill_with`: what is compiled reads the buffers themselves."""
+        depth, everywhere, same = self._acting
+        whole = self._used == count
+        part = np.s_[:depth, :1] if same and whole else np.s_[:depth, :count, None]
+        rows, slots, strengths = (t[part] for t in (self.rows, self.slots, self.strengths))
+        return (rows, slots, strengths), everywhere and whole
 
     def _next_stage(self) -> TokenIndex | _Stage:
         if not self._stages:

@@ -16,6 +16,8 @@ A plain token has v = 0 and s = 0, so what is added is exactly zero.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,12 +25,17 @@ from torch import Tensor
 RHO, FLOOR, WEIGHT, GAMMA = range(4)
 
 
-def displacement(x: Tensor, v: Tensor, coefficients: Tensor, strength: Tensor | float) -> Tensor:
-    """What the operation adds to `x`. All in the dtype of `x` (the runtime gives float32).
+def amount(x: Tensor, v: Tensor, coefficients: Sequence[Tensor], strength: Tensor | float) -> Tensor:
+    """How much of `v` the operation adds to `x`. All in the dtype of `x` (the runtime gives float32).
 
-    x: `[..., d_model]`; v: broadcasts to x, rows of unit norm or zero; coefficients: `[..., 4]` (ρ, floor, w, γ);
-    strength: `[...]` or a number. Returns `[..., d_model]`.
+    x: `[..., d_model]`; v: broadcasts to x, rows of unit norm or zero; coefficients: ρ, floor, w and γ, each `[...]`;
+    strength: `[...]` or a number. Returns `[...]`.
     """
-    rho, floor, weight, gamma = coefficients.unbind(-1)
+    rho, floor, weight, gamma = coefficients
     component = torch.maximum((x * v).sum(-1) - rho, floor)
-    return (strength * (gamma - weight * component)).unsqueeze(-1) * v
+    return strength * torch.addcmul(gamma, weight, component, value=-1)
+
+
+def displacement(x: Tensor, v: Tensor, coefficients: Tensor, strength: Tensor | float) -> Tensor:
+    """What the operation adds to `x`: as `amount`, with coefficients `[..., 4]`. Returns `[..., d_model]`."""
+    return amount(x, v, coefficients.unbind(-1), strength).unsqueeze(-1) * v

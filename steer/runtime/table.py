@@ -21,7 +21,7 @@ from steer.direction import MODES, Direction, Site
 from steer.errors import NoRoom
 from steer.runtime.index import RequestSteer
 from steer.runtime.modes import coefficients, embedding_coefficients
-from steer.runtime.op import FLOOR, displacement
+from steer.runtime.op import FLOOR, amount
 from steer.spec import Spec
 
 #: The stream before block 0 counts as layer −1 of its site.
@@ -135,15 +135,42 @@ class Table:
         return out
 
 
-def apply(x: Tensor, plate: Plate, rows: Tensor, slots: Tensor, strengths: Tensor) -> Tensor:
-    """x `[tokens, d_model]` after the operation for every rank in turn, in the dtype of `x`; arithmetic in float32.
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """What acts on the stream at one place, one rank of it. vectors `[..., d_model]`, coefficients (of `op`, one tensor
+    each) and strengths `[...]` broadcast to the stream; steered `[..., 1]` tells which of it is, None for all."""
 
-    rows, slots, strengths: `[rank, tokens]`. A row of zeros gives back the same bits.
-    """
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
-    for j in range(rows.shape[0]):
-        vectors, coefficient_rows = plate.vectors[rows[j]], plate.coefficients[slots[j]]
-        moved = y + displacement(y, vectors, coefficient_rows, strengths[j])
+    vectors: Tensor
+    coefficients: Sequence[Tensor]
+    strengths: Tensor
+    steered: Tensor | None
+
+
+def gather(plate: Plate, rows: Tensor, slots: Tensor, strengths: Tensor, everywhere: bool = False) -> list[Operands]:
+    """Of each rank. rows, slots, strengths: `[rank, ...]`; `everywhere`: none of the strengths is zero."""
+    return [
+        Operands(
+            plate.vectors[rows[j]],
+            plate.coefficients[slots[j]].unbind(-1),
+            strengths[j],
+            None if everywhere else (strengths[j] != 0).unsqueeze(-1),
+        )
+        for j in range(rows.shape[0])
+    ]
+
+
+def operate(x: Tensor, operands: Sequence[Operands]) -> Tensor:
+    """x `[..., d_model]` after the operation for every rank in turn, in the dtype of `x`; arithmetic in float32. What
+    is not steered keeps the same bits."""
+    y = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    for by in operands:
+        added = amount(y, by.vectors, by.coefficients, by.strengths).unsqueeze(-1)
+        moved = torch.addcmul(y, added, by.vectors)
         # chosen, not added: x + 0 turns −0 into 0, and 0·∞ is NaN
-        y = torch.where((strengths[j] != 0).unsqueeze(-1), moved, y)
-    return y.to(x.dtype)
+        y = moved if by.steered is None else torch.where(by.steered, moved, y)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def apply(x: Tensor, plate: Plate, rows: Tensor, slots: Tensor, strengths: Tensor) -> Tensor:
+    """x `[tokens, d_model]` after what the index says of each token. rows, slots, strengths: `[rank, tokens]`."""
+    return operate(x, gather(plate, rows, slots, strengths))

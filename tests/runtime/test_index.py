@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from steer.direction import MODES
 from steer.runtime.index import PLAIN, RequestSteer, TokenIndex
-from steer.runtime.table import Place, Table, apply
+from steer.runtime.table import Place, Table, apply, gather, operate
 
 law = settings(deadline=None, max_examples=60)
 RANK, MAX_TOKENS = 2, 24
@@ -76,7 +76,8 @@ def test_a_step_over_the_index_is_a_failure_not_an_overwrite() -> None:
 @given(data=st.data())
 @law
 def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
-    """`acting` leaves out ranks that do nothing, and repeats what is the same for all: the operation cannot tell."""
+    """`acting` leaves out ranks that do nothing, says once what is the same for all and whether all are steered: the
+    operation cannot tell."""
     rank, each = 3, data.draw(st.integers(1, 3))
     index = TokenIndex(rank, 12, "cpu")
     table = Table([Place("resid_post", 0)], rows=4, rank=rank, d_model=8)
@@ -98,6 +99,9 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
         whole = (t[:, : len(step)].repeat_interleave(each, dim=1) for t in (index.rows, index.slots, index.strengths))
         expected = apply(x, plate, *whole)
         if index.active:
-            assert torch.equal(apply(x, plate, *index.acting(tokens, each)), expected)
+            acting, everywhere = index.acting(len(step))
+            operands = gather(plate, *acting, everywhere=everywhere)
+            stream = x if acting[0].dim() == 2 else x.view(len(step), -1, 8)
+            assert torch.equal(operate(stream, operands).view(tokens, 8), expected)
         else:
             assert torch.equal(x, expected)

@@ -222,6 +222,12 @@ def _table(title: str, parts: Sequence[Mapping[str, Ratio]]) -> Table:
     return Table(title, arms, [f"In each order of starting: {'; '.join(each)}"])
 
 
+def rounds(text: str) -> int:
+    if not text.isdigit() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of rounds: 2 or more, for quartiles")
+    return int(text)
+
+
 def workload(text: str) -> tuple[str, int]:
     kind, _, batch = text.partition(":")
     if kind not in WORKLOADS or not batch.isdigit():
@@ -234,7 +240,7 @@ DEFAULT = ("decode:1", "decode:8", "decode:32", "decode:128", "prefill:1", "pref
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", default="stock", choices=SUITES)
-    parser.add_argument("--rounds", type=int, default=7, help="in each order of starting")
+    parser.add_argument("--rounds", type=rounds, default=7, help="in each order of starting")
     parser.add_argument("--orders", type=int, default=3, help="how often all engines are started")
     parser.add_argument("--workloads", type=workload, nargs="+", default=[workload(text) for text in DEFAULT])
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")

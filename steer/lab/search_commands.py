@@ -9,19 +9,32 @@ import typer
 
 from steer.console import log_warnings, quiet_libraries, reported
 from steer.errors import InvalidInput
-from steer.lab.commands import (
+from steer.lab.bench import open_bench
+from steer.lab.options import (
     METHOD_HELP,
     VLLM_OPTIONS,
     Backend,
     Choices,
+    Device,
+    Dtype,
+    Harmful,
+    Harmless,
+    Model,
+    Output,
     Parameters,
+    Position,
+    Revision,
+    Rows,
+    Sites,
+    SystemPrompt,
     check_folder,
     chosen_method,
-    open_bench,
+    floats,
+    ints,
+    pair,
+    split,
 )
 
-Harmful = Annotated[str, typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[:SPLIT[:COLUMN]]")]
-Harmless = Annotated[str, typer.Option(help="prompts that do not show it, as --harmful")]
 BehaviourOption = Annotated[
     str, typer.Option(help="what is counted: refusal, another that is shipped, or a TOML file that describes it")
 ]
@@ -33,7 +46,7 @@ def select(
     model: Annotated[str, typer.Argument(help="the model that was measured: local folder or hub id")],
     harmful: Harmful,
     harmless: Harmless,
-    output: Annotated[Path, typer.Option("--output", "-o", help="the direction file to write")],
+    output: Output,
     method: Annotated[str, typer.Option(help=f"one or several, separated by commas; {METHOD_HELP}")] = (
         "slerp,linear,projected"
     ),
@@ -47,15 +60,15 @@ def select(
         "ablate,one_sided"
     ),
     strength: Annotated[float, typer.Option(help="strength of each")] = 1.0,
-    sites: Annotated[str, typer.Option(help="where it acts: resid_post or writers")] = "resid_post",
+    sites: Sites = "resid_post",
     behaviour: BehaviourOption = "refusal",
     survivors: Annotated[int, typer.Option(min=1, help="candidates that the first-token screen lets through")] = 16,
     prompts: Annotated[int, typer.Option(min=1, help="prompts of each set that candidates are tried on, at most")] = 48,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 24,
-    batch_size: Annotated[str, typer.Option(help="rows of a pass, or auto")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
+    batch_size: Rows = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
     backend: Backend = "transformers",
 ) -> None:
     """Try every method, t, position, layer and mode that is named on MODEL, and write the best direction.
@@ -73,13 +86,13 @@ def select(
     from steer.lab.select import select as run
 
     with reported():
-        modes = _list(mode)
+        modes = split(mode)
         choices = Choices.model_validate({"mode": modes[0], "sites": sites.split(","), "batch_size": batch_size})
         checked = tuple(Choices.model_validate({"mode": one}).mode for one in modes)
         measured = Measurement.load(measurement)
-        made = tuple(one for name in _list(method) for one in _methods(name, _floats("--t", t), parameter))
-        positions = measured.meta.positions if position == "all" else tuple(_ints("--position", position))
-        grid = Grid(made, positions, "auto" if layer == "auto" else tuple(_ints("--layer", layer)), checked)
+        made = tuple(one for name in split(method) for one in _methods(name, floats("--t", t), parameter))
+        positions = measured.meta.positions if position == "all" else tuple(ints("--position", position))
+        grid = Grid(made, positions, "auto" if layer == "auto" else tuple(ints("--layer", layer)), checked)
         recipe = Recipe(strength=strength, sites=choices.sites)
         sets, counted = (read_prompts(harmful), read_prompts(harmless)), Behaviour.load(behaviour)
         check_folder(output)
@@ -113,7 +126,7 @@ def select(
 
 def search(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="local folder or hub id")],
+    model: Model,
     harmful: Harmful,
     harmless: Harmless,
     folder: Annotated[Path, typer.Option(help="where the search lives; the same command goes on with what is there")],
@@ -125,8 +138,8 @@ def search(
     t: Annotated[str, typer.Option(help="least and most t of slerp")] = "0,1.5",
     mode: Annotated[str, typer.Option(help="modes, separated by commas")] = "ablate,one_sided",
     strength: Annotated[str, typer.Option(help="least and most strength; of add its hundredth, below 0")] = "0.5,1.5",
-    position: Annotated[int, typer.Option(help="token position that is measured, −1 is the last of the template")] = -1,
-    system_prompt: Annotated[str | None, typer.Option(help="system prompt of every conversation")] = None,
+    position: Position = -1,
+    system_prompt: SystemPrompt = None,
     behaviour: BehaviourOption = "refusal",
     prompts: Annotated[int, typer.Option(min=8, help="prompts of each set that a trial is tried on, at most")] = 96,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 32,
@@ -135,10 +148,10 @@ def search(
     seed: Annotated[int, typer.Option(help="seed of what is drawn")] = 0,
     pick: Annotated[int | None, typer.Option(help="write the direction of this trial at the end (with -o)")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the direction file to write")] = None,
-    batch_size: Annotated[str, typer.Option(help="rows of a pass, or auto")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
+    batch_size: Rows = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
     backend: Backend = "transformers",
 ) -> None:
     """Search for directions of MODEL that leave few refusals, little divergence and little over-refusal.
@@ -171,10 +184,10 @@ def search(
         border = None if borderline is None else read_prompts(borderline)
         space = Space.model_validate(
             {
-                "methods": _list(method),
-                "modes": _list(mode),
-                "t": _pair("--t", t),
-                "strength": _pair("--strength", strength),
+                "methods": split(method),
+                "modes": split(mode),
+                "t": pair("--t", t),
+                "strength": pair("--strength", strength),
             }
         )
         settings = Settings(
@@ -277,31 +290,6 @@ def _methods(name: str, ts: list[float], parameters: list[str] | None) -> list[A
     if name != "slerp":
         return [chosen_method(name, None, parameters)]
     return [chosen_method(name, one, parameters) for one in ts]
-
-
-def _list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _floats(option: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in _list(text)]
-    except ValueError:
-        raise InvalidInput(f"{option}: numbers separated by commas, got {text!r}") from None
-
-
-def _ints(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in _list(text)]
-    except ValueError:
-        raise InvalidInput(f"{option}: whole numbers separated by commas, got {text!r}") from None
-
-
-def _pair(option: str, text: str) -> tuple[float, float]:
-    found = _floats(option, text)
-    if len(found) != 2:
-        raise InvalidInput(f"{option}: the least and the most, separated by a comma, got {text!r}")
-    return found[0], found[1]
 
 
 def register(app: typer.Typer) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from steer.console import log_warnings, quiet_libraries, reported
-from steer.lab.commands import Choices, check_folder
+from steer.lab.options import Choices, Device, Dtype, check_folder
 
 
 def study(
@@ -28,8 +28,8 @@ def study(
         int, typer.Option(min=1, help="at most so many source layers are tried, spread evenly up to the last")
     ] = 16,
     batch_size: Annotated[str, typer.Option(help="prompts in a pass, or auto")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Try slerp from t = 0 to 2, linear, biprojected and whitened, plain and one-sided, on MODELS, with intervals.
 

@@ -131,11 +131,11 @@ def test_what_was_studied_is_not_run_again(studied: Path, report: dict[str, Any]
 def test_results_of_something_else_are_refused(studied: Path) -> None:
     result = CliRunner().invoke(app, ["study", str(studied / "tiny-1" / "model"), "-o", str(studied / "out")])
     assert result.exit_code == 2
-    assert "made with another max_tokens" in result.output
+    assert "was measured with max_tokens" in result.output
     other = saved(studied / "elsewhere", "tiny-1", seed=9)
     result = CliRunner().invoke(app, ["study", str(other), "-o", str(studied / "out"), "--max-tokens", "4"])
     assert result.exit_code == 2
-    assert "made with another weights" in result.output
+    assert "was measured with weights" in result.output
 
 
 def test_source_layers_are_spread_up_to_the_last(studied: Path, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_the_trial_counts_what_was_answered(studied: Path) -> None:
     probe = Probe(loaded, Steering(loaded.model, rank=1), max_tokens=4)
     stored = [json.loads(line) for line in (studied / "out" / "tiny-2" / "results.jsonl").read_text().splitlines()]
     kept = {line["key"]: line["value"] for line in stored[1:]}
-    identity = stored[0]["identity"]
+    identity = stored[0]
     trial = Trial(measurement, probe, sets, REFUSAL, Ledger(studied / "out" / "tiny-2" / "results.jsonl", identity))
     arm = next(arm for arm in trial.chosen().own if (arm.method, arm.mode) == ("slerp 0.5", "one_sided"))
     direction = trial.direction(arm)
@@ -222,8 +222,8 @@ def test_what_is_right_is_known_of_all_prompts_or_not_said(tmp_path: Path) -> No
 
 
 def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "results.jsonl").write_text('{"key": 1}\n')
-    with pytest.raises(InvalidInput, match="is no record of a study"):
+    (tmp_path / "results.jsonl").write_text("[1]\n")
+    with pytest.raises(InvalidInput, match="is no record of measurements"):
         Ledger(tmp_path / "results.jsonl", {})
 
 

@@ -14,7 +14,8 @@ import typer
 
 from steer.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.errors import InvalidInput
-from steer.lab.commands import VLLM_OPTIONS, Backend, Choices, open_bench
+from steer.lab.bench import open_bench
+from steer.lab.options import VLLM_OPTIONS, Backend, Choices, Device, Dtype, Model, Revision, SystemPrompt
 
 if TYPE_CHECKING:
     from steer.lab.evaluation.arms import Arm
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="local folder or hub id")],
+    model: Model,
     direction: Annotated[list[Path], typer.Option(help="the direction file; repeatable")],
     harmful: Annotated[str, typer.Option(help="prompts that show the behaviour, texts or conversations")],
     harmless: Annotated[str, typer.Option(help="prompts that do not; the divergence is measured on these")],
@@ -52,11 +53,11 @@ def evaluate(
     url: Annotated[
         str | None, typer.Option(help="the API (…/v1) of a server that serves MODEL and the direction, for --tasks")
     ] = None,
-    system_prompt: Annotated[str | None, typer.Option(help="system prompt of every conversation")] = None,
+    system_prompt: SystemPrompt = None,
     batch_size: Annotated[str, typer.Option(help="prompts in a pass, or auto")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="revision of a hub model")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
     backend: Backend = "transformers",
     report: Annotated[
         Path | None, typer.Option(help="folder for report.json, report.md and pictures; an interrupted run goes on")

@@ -1,0 +1,116 @@
+"""What the lab's commands share: their options, what is checked of them together, and how texts are taken apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from pydantic import BaseModel, Field
+
+from steer.direction import Mode, Site
+from steer.errors import InvalidInput
+
+Model = Annotated[str, typer.Argument(help="local folder or hub id")]
+Harmful = Annotated[str, typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[:SPLIT[:COLUMN]]")]
+Harmless = Annotated[str, typer.Option(help="prompts that do not show it, as --harmful")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="the direction file to write")]
+SystemPrompt = Annotated[str | None, typer.Option(help="system prompt of every conversation")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto")]
+Revision = Annotated[str | None, typer.Option(help="revision of a hub model")]
+Rows = Annotated[str, typer.Option("--batch-size", help="rows of a pass, or auto")]
+Prompts = Annotated[
+    str, typer.Option("--batch-size", help="prompts in a pass; auto begins with 64 and halves when memory runs out")
+]
+Position = Annotated[int, typer.Option(help="token position that is measured, −1 is the last of the template")]
+Winsorize = Annotated[float | None, typer.Option(help="clip each activation vector at this quantile of magnitudes")]
+FileMode = Annotated[str, typer.Option(help="the file's default mode: ablate, one_sided, affine or add")]
+Strength = Annotated[float, typer.Option(help="the file's default strength")]
+Sites = Annotated[str, typer.Option(help="where it acts: resid_post or writers")]
+METHOD_HELP = (
+    "how: slerp, linear, projected, biprojected, pca, whitened, logistic, subspace or cone (`steer methods` tells more)"
+)
+MethodName = Annotated[str, typer.Option(help=METHOD_HELP)]
+T = Annotated[
+    float | None,
+    typer.Option(help="parameter of slerp: 0 is projected, 1 (the default) the difference of the normalised means"),
+]
+Parameters = Annotated[
+    list[str] | None, typer.Option("--parameter", "-p", help="a parameter of the method as NAME=VALUE; repeatable")
+]
+#: For commands whose further options are vLLM's.
+VLLM_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+Backend = Annotated[
+    Literal["transformers", "vllm"], typer.Option(help="what runs the model; vllm: with its own options, as it serves")
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        help="ρ of one_sided between the means: 0 the harmless one, 1 the harmful one; default: the bisector for slerp "
+        "at t = 1, else 0.5"
+    ),
+]
+
+
+class Choices(BaseModel):
+    """Options that commands share, checked together."""
+
+    mode: Mode = "ablate"
+    sites: tuple[Site, ...] = ("resid_post",)
+    layer: Literal["auto", "widest", "all"] | int = "auto"
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    positions: tuple[int, ...] = (-1,)
+
+    @property
+    def batch(self) -> int | None:
+        return None if self.batch_size == "auto" else self.batch_size
+
+
+def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> Any:
+    """The method that the options --method, --t and --parameter name."""
+    from steer.lab.methods import make_method
+
+    given: dict[str, object] = {}
+    for item in parameters or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise InvalidInput(f"--parameter: '{item}' is not NAME=VALUE")
+        given[key] = value
+    if t is not None:
+        if "t" in given:
+            raise InvalidInput("--t and --parameter t=… say the same: give one")
+        # `steer fit` has always taken --t with any method, and only slerp reads it
+        given |= {"t": t} if name == "slerp" else {}
+    return make_method(name, given)
+
+
+def check_folder(output: Path) -> None:
+    if not output.parent.is_dir():
+        raise InvalidInput(f"--output: the folder {output.parent} does not exist")
+
+
+def split(text: str) -> list[str]:
+    """The parts between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def floats(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in split(text)]
+    except ValueError:
+        raise InvalidInput(f"{option}: numbers separated by commas, got {text!r}") from None
+
+
+def ints(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in split(text)]
+    except ValueError:
+        raise InvalidInput(f"{option}: whole numbers separated by commas, got {text!r}") from None
+
+
+def pair(option: str, text: str) -> tuple[float, float]:
+    found = floats(option, text)
+    if len(found) != 2:
+        raise InvalidInput(f"{option}: the least and the most, separated by a comma, got {text!r}")
+    return found[0], found[1]

@@ -1,0 +1,59 @@
+"""Results as they come, one JSON line each below a head that says what they were measured on, so that work that was
+interrupted goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from steer.direction import write_file
+from steer.errors import InvalidInput
+
+
+class Record:
+    """The `lines` below `head` in the file at `path`, which is made where it is missing. What an interruption cut off
+    is dropped. Raises InvalidInput where the file is something else, or has another head, with all that differs."""
+
+    def __init__(self, path: Path, head: dict[str, Any]) -> None:
+        self.path = path
+        head = json.loads(json.dumps(head))
+        found = list(_whole(path)) or [head]
+        if not isinstance(found[0], dict):
+            raise InvalidInput(f"{path}: is no record of measurements")
+        before, self.lines = found[0], found[1:]
+        if changed := [key for key in sorted(before.keys() | head.keys()) if before.get(key) != head.get(key)]:
+            raise InvalidInput(
+                [
+                    f"{path}: was measured with {key} = {json.dumps(before.get(key))}, asked for is "
+                    f"{json.dumps(head.get(key))}: give another folder, or remove the file to measure again"
+                    for key in changed
+                ]
+            )
+        self._head = head
+        self.keep(len(self.lines))
+
+    def keep(self, count: int) -> None:
+        """Drop the lines behind the first `count`, in the file too."""
+        self.lines = self.lines[:count]
+        write_file(self.path, _text([self._head, *self.lines]).encode())
+
+    def append(self, *values: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_text(values))
+        self.lines += values
+
+
+def _text(values: Any) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+def _whole(path: Path) -> Iterator[Any]:
+    """The lines up to the first that is cut; behind the last end of line nothing is whole."""
+    if path.exists():
+        for line in path.read_text("utf-8").split("\n")[:-1]:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return

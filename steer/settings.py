@@ -65,6 +65,9 @@ class ServeSettings(ControlSettings):
     cors_origins: str = Field(
         "", description="origins whose pages may call this server, separated by commas; default: none"
     )
+    drain: int = Field(
+        300, ge=0, description="seconds in which running requests may end after SIGTERM; then they are cut off"
+    )
     max_body: int = Field(8 * 2**20, ge=1024, description="bytes of a request body; more get a 413")
     context: int | None = Field(
         None, ge=16, description="most tokens of prompt and answer; default: what the model has"

@@ -23,6 +23,9 @@ from steer.spec import parse
 log = logging.getLogger("steer")
 #: Direction rows for each token where the settings do not say: an eager hook pays only for those that are used.
 RANK = 4
+#: Seconds that an idle connection is kept: longer than clients keep theirs (httpx, and with it `openai`: 5), so that
+#: none is closed at the moment when a request is sent on it.
+KEEP_ALIVE = 65
 
 
 def prepare(model: str, settings: ServeSettings) -> Served:
@@ -83,11 +86,17 @@ class _Server(uvicorn.Server):
 
 
 def serve(model: str, settings: ServeSettings) -> None:
-    """Run until SIGTERM or SIGINT; running requests are served to their end."""
+    """Run until SIGTERM or SIGINT; running requests are served to their end, if it comes within `settings.drain`."""
     served = prepare(model, settings)
     try:
         config = uvicorn.Config(
-            build(served), host=settings.host, port=settings.port, log_level=settings.log_level, access_log=False
+            build(served),
+            host=settings.host,
+            port=settings.port,
+            log_level=settings.log_level,
+            access_log=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=settings.drain,
         )
         _Server(config).run()
     finally:

@@ -18,7 +18,7 @@ KEY = "steer"
 
 
 #: Settings of the transformers backend alone.
-OWN_BACKEND = {"max_requests", "max_body", "cache_tokens", "device", "cors_origins"}
+OWN_BACKEND = {"max_requests", "drain", "max_body", "cache_tokens", "device", "cors_origins"}
 
 
 class EngineSettings(BaseModel):

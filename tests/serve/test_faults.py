@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -318,11 +320,7 @@ def test_clients_that_do_not_read_hold_up_nobody_and_lose_nothing(lasting: Serve
     with ExitStack() as opened:
         readers = [opened.enter_context(closing(small_socket(lasting.port))) for _ in range(2)]
         for reader in readers:
-            reader.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
-                + f"Content-Length: {len(body)}\r\n\r\n".encode()
-                + body
-            )
+            reader.sendall(posted(body))
         for _ in range(20):
             assert served(lasting) == digest(FILES[0])
         wait_for(lambda: health(lasting)["in_flight"] == 0, timeout=60)  # made to their end, they wait for who asked
@@ -339,6 +337,33 @@ def test_clients_that_do_not_read_hold_up_nobody_and_lose_nothing(lasting: Serve
     wait_for(lambda: quiet(lasting), timeout=30)
     assert served(lasting) == digest(FILES[0])
     assert "Traceback" not in lasting.log
+
+
+def test_a_client_that_never_reads_cannot_keep_a_server_that_is_told_to_end(tiny_folder: Path, folder: Path) -> None:
+    options = [str(tiny_folder), "--directions", str(folder), "--drain", "1"]
+    with Server(*options, directions=folder) as server:
+        body = {"model": server.model_name, "prompt": "hello", "steer": "refusal", "n": 16, "logprobs": 5, **LONG}
+        with closing(small_socket(server.port)) as reader:
+            reader.sendall(posted(json.dumps(body).encode()))
+            wait_for(lambda: "steer_steered_running 1.0" in server.client.get("/metrics").text)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(timeout=60) == 0
+
+
+def test_a_connection_outlives_the_patience_of_clients(lasting: Server) -> None:
+    """httpx lets an idle connection go after 5 s: were that the server's time too, a request could meet its end."""
+    with closing(http.client.HTTPConnection("127.0.0.1", lasting.port, timeout=30)) as kept:
+        for _ in range(2):
+            kept.request("GET", "/health")
+            used = kept.sock
+            assert kept.getresponse().read()
+            time.sleep(6)
+        assert kept.sock is used
+
+
+def posted(body: bytes) -> bytes:
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def small_socket(port: int) -> socket.socket:

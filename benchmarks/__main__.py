@@ -13,7 +13,7 @@ from importlib.util import find_spec
 #: In the order of their pages.
 BENCHMARKS = {
     "overhead": ["benchmarks.overhead"],
-    "variants": ["benchmarks.overhead", "--suite", "variants", "--orders", "2"],
+    "variants": ["benchmarks.overhead", "--suite", "variants", "--workloads", "decode:8", "prefill:8"],
     "hooks": ["benchmarks.overhead_hf"],
     "rivals": ["benchmarks.rivals"],
     "admission": ["benchmarks.admission"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -22,6 +23,10 @@ class Table:
     title: str
     arms: Mapping[str, Ratio]
     notes: Sequence[str] = ()
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.arms))
 
     def markdown(self) -> str:
         rows = [f"**{self.title}**\n", HEADER, *(ratio.row(arm) for arm, ratio in self.arms.items()), ""]
@@ -62,32 +67,37 @@ def draw(tables: Sequence[Table], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    arms = list(dict.fromkeys(arm for table in tables for arm in table.arms))
+    alike: dict[str, list[str]] = {}  # tables with one baseline show the same arms
+    for table in tables:
+        shown = alike.setdefault(table.baseline, [])
+        shown += [arm for arm in table.arms if arm not in shown]
+    most = max(map(len, alike.values()))
     columns = min(3, len(tables))
     rows = -(-len(tables) // columns)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4.2 * columns, (0.8 + 0.28 * len(arms)) * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(4.2 * columns, (0.8 + 0.28 * most) * rows), squeeze=False, layout="constrained"
     )
     for panel, axis in enumerate(axes.flat):
         if panel >= len(tables):
             axis.set_axis_off()
             continue
-        _panel(axis, tables[panel], arms, labelled=panel % columns == 0)
+        table = tables[panel]
+        beside = panel % columns and table.baseline == tables[panel - 1].baseline
+        _panel(axis, table, alike[table.baseline], labelled=not beside)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 def _panel(axis: Any, table: Table, arms: Sequence[str], labelled: bool) -> None:
-    baseline = next(iter(table.arms))
     for name, ratio in table.arms.items():
         y = arms.index(name)
         low, high = ratio.interval
-        color = "#888888" if name == baseline else "#0072b2"
+        color = "#888888" if name == table.baseline else "#0072b2"
         axis.plot([low, high], [y, y], color=color, linewidth=2.5, solid_capstyle="butt")
         axis.plot(ratio.median, y, "o", color=color, markersize=5)
     axis.axvline(1, color="#888888", linewidth=0.8, zorder=0)
     axis.set_yticks(range(len(arms)), arms if labelled else [""] * len(arms))
     axis.set_ylim(len(arms) - 0.5, -0.5)
-    axis.set_title(table.title, fontsize=9)
+    axis.set_title("\n".join(textwrap.wrap(table.title, 44)), fontsize=9)
     axis.set_xlabel("time, as a ratio to the first arm", fontsize=8)
     axis.tick_params(labelsize=8)

@@ -156,7 +156,8 @@ def report(soak: Soak, alive: bool, folder: Path, minutes: float, backend: str) 
         f"A tiny model on {backend}, {minutes:g} minutes: {counted}; {len(soak.wrong)} wrong answers or receipts.\n\n"
     )
     text += "\n".join([*rows, "", *soak.wrong[:5], f"![What was held over time]({name}.png)", ""])
-    result = Result(name, "Soak: mixed traffic, a swap each second", f"make soak MINUTES={minutes:g}", {}, [], text)
+    command = f"python -m benchmarks.soak --minutes {minutes:g} --backend {backend}"
+    result = Result(name, "Soak: mixed traffic, a swap each second", command, {}, [], text)
     result.save(folder)
     (folder / f"{name}.samples.json").write_text(json.dumps(soak.samples))
     plot(soak, folder / f"{name}.png")

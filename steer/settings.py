@@ -13,6 +13,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from steer.direction import SITES, Site
 from steer.spec import parse
 
+#: Seconds that an idle connection is kept: longer than clients keep theirs (httpx, and with it `openai`: 5), so that
+#: none is closed at the moment when a request is sent on it.
+KEEP_ALIVE = 65
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -106,3 +108,15 @@ def text(response: httpx.Response) -> str:
     assert response.status_code == 200, response.text
     choice = response.json()["choices"][0]
     return str(choice["text"] if "text" in choice else choice["message"]["content"])
+
+
+def outlives_clients(server: Server) -> bool:
+    """Is a connection that lay idle for longer than clients keep theirs (httpx: 5 s) still the same one?"""
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)) as kept:
+        kept.request("GET", "/health")
+        assert kept.getresponse().read()
+        first = kept.sock
+        time.sleep(6)
+        kept.request("GET", "/health")
+        assert kept.getresponse().read()
+        return kept.sock is first

@@ -17,15 +17,12 @@ from steer.runtime.placement import LocalPlacement, Shape
 from steer.serve.app import build
 from steer.serve.control import Control
 from steer.serve.served import Served
-from steer.settings import ServeSettings
+from steer.settings import KEEP_ALIVE, ServeSettings
 from steer.spec import parse
 
 log = logging.getLogger("steer")
 #: Direction rows for each token where the settings do not say: an eager hook pays only for those that are used.
 RANK = 4
-#: Seconds that an idle connection is kept: longer than clients keep theirs (httpx, and with it `openai`: 5), so that
-#: none is closed at the moment when a request is sent on it.
-KEEP_ALIVE = 65
 
 
 def prepare(model: str, settings: ServeSettings) -> Served:

@@ -25,7 +25,7 @@ from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
 from steer.serve.middleware import REQUEST_ID, SteerMiddleware
 from steer.serve.readout import report
-from steer.settings import ControlSettings
+from steer.settings import KEEP_ALIVE, ControlSettings
 from steer.vllm import frontend as front_ends
 from steer.vllm import internals, plugin, wire
 from steer.vllm.answers import with_readout
@@ -328,6 +328,7 @@ def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> 
     check_door(Control(settings.control), args)  # before the minute that the engine takes to start
     if not any(option.partition("=")[0] in ("--allowed-origins", "--allowed_origins") for option in options):
         args.allowed_origins = []  # vLLM's own default lets every page in the world call the server
+    os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(KEEP_ALIVE))
     args.worker_cls = internals.WORKER
     args.additional_config = dict(args.additional_config or {}) | {KEY: settings.model_dump(mode="json")}
     args.middleware = [*args.middleware, f"{__name__}.{Middleware.__name__}"]

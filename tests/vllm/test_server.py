@@ -18,7 +18,7 @@ import torch
 
 from steer.direction import Direction
 from tests import harness, models, oracle
-from tests.servers import Server, receipt
+from tests.servers import Server, outlives_clients, receipt
 from tests.vllm.engines import Home, Reference
 from tests.vllm.swaps import swap_under_load
 
@@ -155,6 +155,10 @@ def test_the_openai_and_the_anthropic_client(server: Server) -> None:
     assert messages.create(model="tiny+refusal", **said).content[0].text == steered
     with messages.stream(model="tiny+refusal", **said) as stream:
         assert "".join(stream.text_stream) == steered
+
+
+def test_a_connection_outlives_the_patience_of_clients(server: Server) -> None:
+    assert outlives_clients(server)
 
 
 def test_aliases_are_listed_as_models(server: Server) -> None:

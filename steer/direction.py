@@ -355,7 +355,8 @@ def _read_meta(data: bytes, problems: list[str]) -> DirectionMeta | None:
         return None
     try:
         meta = DirectionMeta.model_validate_json(text)
-        json.dumps(meta.model_dump(mode="json"), allow_nan=False)  # pydantic reads NaN, which no answer could tell
+        # pydantic reads NaN, and in its JSON it would be null: a file that says another thing than what is told of it
+        json.dumps(meta.model_dump(), allow_nan=False, default=str)
         return meta
     except ValidationError as error:
         for item in error.errors(include_url=False):

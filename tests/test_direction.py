@@ -189,6 +189,10 @@ BAD_FILES: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
         lambda: file_of(GOOD.tensors(), meta_of(parameters={"t": float("nan")})),
         ("metadata: not JSON",),
     ),
+    "nan in the selection": (
+        lambda: file_of(GOOD.tensors(), meta_of(selection={"kl": float("nan")})),
+        ("metadata: not JSON",),
+    ),
     "a mean that overflows": (
         lambda: changed(mean_harmful=flawed(GOOD.mean_harmful, (1, 0), 1e38)),
         ("'mean_harmful' has values beyond ±1e+15",),

@@ -210,7 +210,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
 def parse_body(data: bytes) -> dict[str, Any]:
     """A JSON object in which no key stands twice, so that nothing behind us can read another one than we did."""
     try:
-        body = json.loads(data, object_pairs_hook=_unique)
+        body = json.loads(data.decode(), object_pairs_hook=_unique)  # of bytes it would take what is no UTF-8
         if b"\\ud" in data.lower():  # half of a surrogate pair is no text, and no tokenizer takes it
             json.dumps(body, ensure_ascii=False).encode()
     except errors.HTTPProblem:

@@ -294,7 +294,7 @@ def test_a_swap_in_between_makes_no_conflict() -> None:
 
 def test_half_of_a_surrogate_pair_is_no_text() -> None:
     assert parse_body(b'{"prompt": "\\ud83d\\ude00"}') == {"prompt": "\U0001f600"}
-    for half in (b"\\ud83d", b"\\uDE00"):
+    for half in (b"\\ud83d", b"\\uDE00", b"\xed\xa0\xbd", b"\xff"):  # the last two are no UTF-8
         with pytest.raises(HTTPProblem) as caught:
             parse_body(b'{"messages": [{"content": "a' + half + b'"}]}')
         assert caught.value.status == 400

@@ -44,7 +44,7 @@ def test_every_option_that_it_names_exists() -> None:
         shown += done.stdout
     of_others = ("--gpus", "--ipc", "--no-cache-dir", "--max-model-len", "--worker-cls", "--middleware", "--api-key")
     of_others += ("--additional-config", "--allowed-origins", "--api-server-count", "--ssl-keyfile", "--ssl-certfile")
-    of_others += ("--otlp-traces-endpoint",)
+    of_others += ("--otlp-traces-endpoint", "--shutdown-timeout")
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE)) - {*of_others}:
         assert option in shown, option
 

@@ -16,8 +16,6 @@ A plain token has v = 0 and s = 0, so what is added is exactly zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,7 @@ from torch import Tensor
 RHO, FLOOR, WEIGHT, GAMMA = range(4)
 
 
-def amount(x: Tensor, v: Tensor, coefficients: Sequence[Tensor], strength: Tensor | float) -> Tensor:
+def amount(x: Tensor, v: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float) -> Tensor:
     """How much of `v` the operation adds to `x`. All in the dtype of `x` (the runtime gives float32).
 
     x: `[..., d_model]`; v: broadcasts to x, rows of unit norm or zero; coefficients: ρ, floor, w and γ, each `[...]`;

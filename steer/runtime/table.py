@@ -141,7 +141,7 @@ class Operands:
     each) and strengths `[...]` broadcast to the stream; steered `[..., 1]` tells which of it is, None for all."""
 
     vectors: Tensor
-    coefficients: Sequence[Tensor]
+    coefficients: tuple[Tensor, ...]
     strengths: Tensor
     steered: Tensor | None
 

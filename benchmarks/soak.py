@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import sys
 import tempfile
@@ -22,6 +23,7 @@ import httpx
 import numpy as np
 import psutil
 
+from benchmarks.engines import ENVIRONMENT
 from benchmarks.results import FOLDER, Result
 from steer.direction import digest, write_file
 from tests import models
@@ -120,6 +122,8 @@ def main() -> int:
         if given.backend == "vllm":  # whose attention wants wider heads
             from tests.vllm import tiny
 
+            for variable in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_NO_USAGE_STATS"):
+                os.environ.setdefault(variable, ENVIRONMENT[variable])
             model = tiny.make("llama", folder / "tiny")
         else:
             model = models.save("llama", folder / "tiny")

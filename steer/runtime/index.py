@@ -26,7 +26,7 @@ Buffers: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 class Acting(NamedTuple):
-    """Of a step's entries: how many of the rank act on any of them, whether these act on each, whether all are one."""
+    """Of a step's entries: how many of the rank act on any of them, whether these act on each, whether all are alike."""
 
     depth: int
     everywhere: bool
@@ -122,9 +122,11 @@ class TokenIndex:
         """The same for requests that have not entered, None for a plain one."""
         numbers = [PLAIN if steer is None else self.enter(steer) for steer in steers]
         entries = np.array(numbers, np.int64)
-        given = self._entry_strengths[:, entries] != 0
+        slots, strengths = self._entry_slots[:, entries], self._entry_strengths[:, entries]
+        given = strengths != 0
         depth = int(np.flatnonzero(given.any(axis=1)).max(initial=-1)) + 1
-        self._acting = Acting(depth, bool(given[:depth].all()), len({id(steer) for steer in steers}) == 1)
+        same = (slots == slots[:, :1]).all() and (strengths == strengths[:, :1]).all()
+        self._acting = Acting(depth, bool(given[:depth].all()), bool(same))
         try:
             return self.fill(entries, np.array(lengths, np.int64))
         finally:

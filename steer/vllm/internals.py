@@ -10,6 +10,7 @@ import asyncio
 import functools
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -534,11 +535,13 @@ def server_arguments(model: str, options: Sequence[str]) -> Any:
     return args
 
 
-def run_server(args: Any) -> None:
-    """vLLM's OpenAI server in this process; returns when it has been stopped."""
+def run_server(args: Any, keep_alive: int) -> None:
+    """vLLM's OpenAI server in this process; returns when it has been stopped. `keep_alive`: seconds that an idle
+    connection is kept, where the environment does not say."""
     import uvloop
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
+    os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(keep_alive))
     cli_env_setup()
     uvloop.run(_launchers()["run_server"](args))
 

@@ -328,8 +328,7 @@ def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> 
     check_door(Control(settings.control), args)  # before the minute that the engine takes to start
     if not any(option.partition("=")[0] in ("--allowed-origins", "--allowed_origins") for option in options):
         args.allowed_origins = []  # vLLM's own default lets every page in the world call the server
-    os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(KEEP_ALIVE))
     args.worker_cls = internals.WORKER
     args.additional_config = dict(args.additional_config or {}) | {KEY: settings.model_dump(mode="json")}
     args.middleware = [*args.middleware, f"{__name__}.{Middleware.__name__}"]
-    internals.run_server(args)
+    internals.run_server(args, keep_alive=KEEP_ALIVE)

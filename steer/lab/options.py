@@ -19,8 +19,8 @@ SystemPrompt = Annotated[str | None, typer.Option(help="system prompt of every c
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto")]
 Revision = Annotated[str | None, typer.Option(help="revision of a hub model")]
-Rows = Annotated[str, typer.Option("--batch-size", help="rows of a pass, or auto")]
-Prompts = Annotated[
+BatchRows = Annotated[str, typer.Option("--batch-size", help="rows of a pass, or auto")]
+BatchPrompts = Annotated[
     str, typer.Option("--batch-size", help="prompts in a pass; auto begins with 64 and halves when memory runs out")
 ]
 Position = Annotated[int, typer.Option(help="token position that is measured, −1 is the last of the template")]

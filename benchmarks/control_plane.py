@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.results import FOLDER, Result, Table
-from benchmarks.timing import Ratio, interleave
+from benchmarks.timing import Ratio, interleave, rounds
 from steer.serve import keys
 from tests.serve.inside import Inside, engine, post
 
@@ -63,7 +63,7 @@ def measure(rounds: int = 40) -> tuple[dict[str, Ratio], float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=rounds, default=40)
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     ratios, added = measure(given.rounds)

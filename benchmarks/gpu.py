@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import results
 from benchmarks.results import FOLDER, Result
-from benchmarks.timing import interleave
+from benchmarks.timing import interleave, rounds
 from steer.runtime import sites
 from steer.runtime.index import TokenIndex
 from steer.runtime.table import Place, Plate, Table, apply
@@ -162,7 +162,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=["0.5b", "7b", "70b-slice"], choices=SHAPES)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128, 256])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=rounds, default=15)
     parser.add_argument("--orders", type=int, default=2)
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()

@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 
 from benchmarks.results import FOLDER, Result, Table
 from benchmarks.shapes import WIDTH, llama
-from benchmarks.timing import Ratio, interleave
+from benchmarks.timing import Ratio, interleave, rounds
 from steer.direction import Dataset
 from steer.hf.load import Loaded
 from steer.lab.activations import Reading
@@ -219,7 +219,7 @@ def deriving_table(rounds: int) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=rounds, default=10)
     parser.add_argument("--lengths", nargs="+", default=list(SPREADS), choices=SPREADS)
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()

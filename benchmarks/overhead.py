@@ -21,7 +21,7 @@ import torch
 from benchmarks.engines import Arrival, Engine, Job
 from benchmarks.results import FOLDER, Result, Table
 from benchmarks.shapes import WIDTH, llama
-from benchmarks.timing import Ratio, interleave, pooled
+from benchmarks.timing import Ratio, interleave, pooled, rounds
 from steer.lab import lora
 from steer.lab.bake import removal
 from steer.lab.weights import Checkpoint
@@ -221,12 +221,6 @@ def _table(title: str, parts: Sequence[Mapping[str, Ratio]]) -> Table:
     arms = {arm: pooled([part[arm] for part in parts]) for arm in parts[0]}
     each = (f"{arm} {', '.join(f'{part[arm].median:.3f}' for part in parts)}" for arm in list(arms)[1:])
     return Table(title, arms, [f"In each order of starting: {'; '.join(each)}"])
-
-
-def rounds(text: str) -> int:
-    if not text.isdigit() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of rounds: 2 or more, for quartiles")
-    return int(text)
 
 
 def workload(text: str) -> tuple[str, int]:

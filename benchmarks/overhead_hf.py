@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import steer
 from benchmarks.results import FOLDER, Result, Table
 from benchmarks.shapes import SMALL_LAYERS, SMALL_WIDTH, small
-from benchmarks.timing import Ratio, interleave
+from benchmarks.timing import Ratio, interleave, rounds
 from tests.models import direction
 
 VOCABULARY = 2048
@@ -67,7 +67,7 @@ def measure(rounds: int = 40) -> dict[str, dict[str, Ratio]]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=rounds, default=40)
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     result = Result(

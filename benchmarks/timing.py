@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import random
 import statistics
@@ -30,6 +31,13 @@ class Ratio:
             f"| {name} | {self.median:.4f} | {self.interval[0]:.4f} – {self.interval[1]:.4f} | "
             f"{self.low:.4f} – {self.high:.4f} | {1000 * self.seconds:.2f} |"
         )
+
+
+def rounds(text: str) -> int:
+    """For `--rounds` of a command."""
+    if not text.isdigit() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of rounds: 2 or more, for quartiles")
+    return int(text)
 
 
 HEADER = "| arm | median ratio | 95 % interval of the median | quartiles | median ms |\n|---|---:|---:|---:|---:|"

@@ -23,7 +23,7 @@ import torch
 from benchmarks.processes import Process
 from benchmarks.results import FOLDER, Result, Table
 from benchmarks.shapes import SMALL_LAYERS, SMALL_WIDTH, small
-from benchmarks.timing import interleave
+from benchmarks.timing import interleave, rounds
 from tests import models
 
 CHILD = Path(__file__).with_name("child.py")
@@ -128,7 +128,7 @@ def agreement(said: dict[str, list[list[int]]]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=rounds, default=30)
     parser.add_argument("--environments", type=Path, default=ROOT / ".rivals", help="where their environments are made")
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()

@@ -26,7 +26,7 @@ Buffers: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 class Acting(NamedTuple):
-    """Of a step's entries: how many of the rank act on any of them, whether these act on each, whether all are alike."""
+    """Of a step's entries: how many of the rank act on any, whether these act on each, whether all are alike."""
 
     depth: int
     everywhere: bool

@@ -115,7 +115,7 @@ def hooks(shape: Shape, batches: list[int], rounds: int) -> list[results.Table]:
 
 def acting(plate: Plate, index: TokenIndex) -> sites.Transform:
     """The operation at one place, always: in a compiled graph there is no asking whether any token is steered."""
-    return lambda x: apply(x.flatten(0, -2), plate, index.rows, index.slots, index.strengths).view_as(x)
+    return lambda x: apply(x.flatten(0, -2), plate, *index.first(index.max_tokens)).view_as(x)
 
 
 def recorded(net: Any, ids: torch.Tensor, transforms: Sequence[sites.Transform] = ()) -> Callable[[], torch.Tensor]:

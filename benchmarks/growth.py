@@ -33,19 +33,19 @@ class Case:
 
     def expected_bytes(self) -> int:
         """Float32 vectors and, in each mode, four coefficients of every row (and row 0) at every layer; for every token
-        and rank two int64 and one float32."""
+        and rank two int64 and one float32. Where the rank is not 1, for every token one int64 and for every request
+        (here of one token) a matrix at every layer."""
         table = self.layers * (self.rows + 1) * (4 * self.width + len(MODES) * 4 * 4)
-        return table + self.rank * self.tokens * (8 + 8 + 4)
+        together = self.tokens * 8 + self.layers * (self.tokens + 1) * self.rank**2 * 4 if self.rank > 1 else 0
+        return table + self.rank * self.tokens * (8 + 8 + 4) + together
 
     def run(self, repeats: int) -> tuple[int, float, float]:
         """Bytes, milliseconds of the operation at all layers, microseconds of filling the index for a step."""
         places = [Place("resid_post", layer) for layer in range(self.layers)]
-        table = Table(places, rows=self.rows, rank=self.rank, d_model=self.width, device=DEVICE)
+        table = Table(places, rows=self.rows, rank=self.rank, d_model=self.width, device=DEVICE, requests=self.tokens)
         index = TokenIndex(self.rank, self.tokens, DEVICE)
-        held = [t for plate in table.plates.values() for t in (plate.vectors, plate.coefficients)]
-        held += [index.rows, index.slots, index.strengths]
-        for vectors in held[: 2 * self.layers : 2]:
-            vectors.copy_(torch.nn.functional.normalize(torch.randn(vectors.shape), dim=-1))
+        for plate in table.plates.values():
+            plate.vectors.copy_(torch.nn.functional.normalize(torch.randn(plate.vectors.shape), dim=-1))
         steer = RequestSteer.plain(self.rank)
         steer.slots[:] = np.arange(1, self.rank + 1) * len(MODES)
         steer.strengths[:] = 1
@@ -57,10 +57,10 @@ class Case:
         @torch.inference_mode()
         def operation() -> None:
             for plate in plates:
-                apply(x, plate, index.rows, index.slots, index.strengths)
+                apply(x, plate, *index.first(len(x)))
 
         filling = _seconds(lambda: index.fill(numbers, lengths), repeats)
-        return sum(t.nbytes for t in held), 1e3 * _seconds(operation, repeats), 1e6 * filling
+        return table.nbytes + index.nbytes, 1e3 * _seconds(operation, repeats), 1e6 * filling
 
 
 def _seconds(run: object, repeats: int) -> float:
@@ -88,7 +88,8 @@ SWEEPS: dict[str, Sequence[int]] = {
 def report(repeats: int) -> str:
     parts = [
         f"Everything else at {Case()}; bfloat16 stream on {DEVICE}, not compiled.\n",
-        "Memory: `layers × (rows + 1) × (4·width + 64) + rank × tokens × 20` bytes.\n",
+        "Memory: `layers × (rows + 1) × (4·width + 64) + rank × tokens × 20` bytes, and where "
+        "the rank is not 1 `tokens × 8 + layers × (tokens + 1) × rank² × 4`.\n",
     ]
     for name, values in SWEEPS.items():
         lines = [

@@ -14,6 +14,7 @@ from steer.direction import MODES, Site
 from steer.errors import UnsupportedModel
 from steer.runtime import sites as site_tools
 from steer.runtime.index import RequestSteer, TokenIndex
+from steer.runtime.memory import lasting
 from steer.runtime.readout import ReadIndex
 from steer.runtime.table import EMBEDDING, Operands, Place, Table, gather, operate
 from steer.spec import Spec
@@ -155,8 +156,9 @@ class Steering:
 
     def _gathered(self, place: Place, count: int) -> list[Operands]:
         acting, everywhere = self.index.acting(count)
-        operands = gather(self.table.plates[place], *acting, everywhere=everywhere)
-        if acting[0].shape[1] <= KEPT:
+        with lasting():  # what is kept may serve a pass in another mode
+            operands = gather(self.table.plates[place], *acting, everywhere=everywhere)
+        if acting.rows.shape[1] <= KEPT:
             self._kept[place] = operands
         return operands
 

@@ -25,7 +25,7 @@ from steer.errors import InvalidInput, UnsupportedModel
 from steer.hf.load import Skeleton, skeleton
 from steer.lab.weights import INDEX, Checkpoint, Writer, find
 from steer.runtime.modes import coefficients, embedding_coefficients
-from steer.runtime.op import WEIGHT, displacement
+from steer.runtime.op import WEIGHT, displacements
 from steer.runtime.table import EMBEDDING
 
 log = logging.getLogger("steer")
@@ -88,9 +88,8 @@ def edited(writer: Writer, tensor: Tensor, removal: Removal, preserve_norms: boo
     if found is None:
         return tensor
     x = writer.written(tensor.float())
-    y = x
-    for row, coefficient in zip(*found, strict=True):
-        y = y + displacement(y, row, coefficient, removal.strength)
+    rows, coefficients_ = found
+    y = x + displacements(x, rows, coefficients_, [removal.strength] * len(rows))
     if preserve_norms:
         before, after = (torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (x, y))
         y = torch.where(after > 0, y * (before / after.clamp_min(torch.finfo(after.dtype).tiny)), y)

@@ -1,14 +1,15 @@
 """The token index: for each token of the running batch which rows act on it and how strongly, on the device.
 
-`fill` is called once for each step, on the thread that runs the model, just before the forward pass is enqueued. Its
-copies go to the stream that the pass will run on, so they are ordered behind the passes before it.
+`fill` is called once for each step, on the thread that runs the model, just before the forward pass is enqueued, with
+the stream current that the pass will run on: its copies go to that stream, so they are ordered behind the passes
+before it and in front of this one. A caller whose pass runs on another stream must make that one current.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,71 +17,127 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.direction import MODES
+from steer.runtime.combine import ALONE, Combination, Combinations
+from steer.runtime.memory import Lane, Mark, lane_to, lasting
 
 #: Sets of pinned memory used in turn: steps overlap, so the one before may still be read by its copy.
 STAGES = 3
 #: The entry of plain requests.
 PLAIN = 0
-#: rows, slots and strengths of some tokens.
-Buffers: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+class Acts(NamedTuple):
+    """What acts on some tokens: rows, slots and strengths `[rank, tokens]`; combinations `[tokens]`, the slot of the
+    matrix by which they act together, None where each acts alone (always, where the rank is 1)."""
+
+    rows: Tensor
+    slots: Tensor
+    strengths: Tensor
+    combinations: Tensor | None
 
 
 class Acting(NamedTuple):
-    """Of a step's entries: how many of the rank act on any, whether these act on each, whether all are alike."""
+    """Of a step's entries: how many of the rank act on any, whether these act on each, whether all are alike, and
+    whether any combines directions."""
 
     depth: int
     everywhere: bool
     same: bool
+    combined: bool
 
 
 @dataclass(frozen=True, slots=True)
 class RequestSteer:
-    """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros behind its own."""
+    """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros behind its own; and
+    what makes them act together, None where they are orthogonal or one."""
 
     slots: NDArray[np.int64]
     strengths: NDArray[np.float32]
+    combination: Combination | None = None
 
     @classmethod
-    def plain(cls, rank: int) -> RequestSteer:
-        return cls(np.zeros(rank, np.int64), np.zeros(rank, np.float32))
+    def plain(cls, rank: int, combination: Combination | None = None) -> RequestSteer:
+        return cls(np.zeros(rank, np.int64), np.zeros(rank, np.float32), combination)
 
 
-class _Stage:
-    """Host side of one step on a device with memory of its own."""
+class _Buffers:
+    """One set of the index's memory, `[rank, max_tokens]`; combinations `[1, max_tokens]`, where the rank is not 1."""
 
-    def __init__(self, rank: int, max_tokens: int, device: torch.device) -> None:
-        def make(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(rank, max_tokens, dtype=dtype, pin_memory=device.type in ("cuda", "xpu"))
+    def __init__(self, rank: int, max_tokens: int, device: torch.device | None = None, pinned: bool = False) -> None:
+        def make(count: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(count, max_tokens, dtype=dtype, device=device, pin_memory=pinned)
 
-        self.rows, self.slots, self.strengths = make(torch.int64), make(torch.int64), make(torch.float32)
-        self.copied: torch.Event | None = None
+        with lasting():
+            self.rows, self.slots = make(rank, torch.int64), make(rank, torch.int64)
+            self.strengths = make(rank, torch.float32)
+            self.combinations = make(1, torch.int64) if rank > 1 else None
+
+    def all(self) -> list[Tensor]:
+        tensors = (self.rows, self.slots, self.strengths, self.combinations)
+        return [tensor for tensor in tensors if tensor is not None]
+
+
+class _Stages:
+    """The host's side of buffers in a device's own memory: sets that steps take in turn."""
+
+    def __init__(self, rank: int, max_tokens: int, lane: Lane) -> None:
+        self._lane, self._turn = lane, 0
+        self._sets = [_Buffers(rank, max_tokens, pinned=lane.pinned) for _ in range(STAGES)]
+        self._copied: list[Mark | None] = [None] * STAGES
+
+    def next(self) -> _Buffers:
+        self._turn = (self._turn + 1) % STAGES
+        if copied := self._copied[self._turn]:
+            copied.synchronize()  # done long ago, unless steps run further ahead than there are stages
+        return self._sets[self._turn]
+
+    def send(self, to: _Buffers, end: int) -> None:
+        for there, here in zip(to.all(), self._sets[self._turn].all(), strict=True):
+            for to_row, row in zip(there, here, strict=True):  # row by row: each is one contiguous copy
+                self._lane.copy(to_row[:end], row[:end])
+        self._copied[self._turn] = self._lane.mark()
 
 
 class TokenIndex:
-    """rows, slots `[rank, max_tokens]` int64 and strengths `[rank, max_tokens]` float32, written in place for ever.
+    """rows, slots `[rank, max_tokens]` int64, strengths `[rank, max_tokens]` float32 and, where the rank is not 1,
+    combinations `[max_tokens]` int64, written in place for ever.
 
     A request that steers *enters* once and gets a number; a step names its requests by number, so that filling is a few
-    numpy calls whatever the size of the batch.
+    numpy calls whatever the size of the batch. `lane` is the way to the device, None where the host writes its memory.
     """
 
-    def __init__(self, rank: int, max_tokens: int, device: torch.device | str) -> None:
+    def __init__(self, rank: int, max_tokens: int, device: torch.device | str, lane: Lane | None = None) -> None:
         self.rank, self.max_tokens = rank, max_tokens
         device = torch.device(device)
-        self.rows = torch.zeros(rank, max_tokens, dtype=torch.int64, device=device)
-        self.slots = torch.zeros(rank, max_tokens, dtype=torch.int64, device=device)
-        self.strengths = torch.zeros(rank, max_tokens, dtype=torch.float32, device=device)
-        self._stages = [] if device.type == "cpu" else [_Stage(rank, max_tokens, device) for _ in range(STAGES)]
-        self._turn = 0
+        lane = lane or lane_to(device)
+        self._buffers = _Buffers(rank, max_tokens, device)
+        self._stages = None if lane is None else _Stages(rank, max_tokens, lane)
+        self.rows, self.slots, self.strengths = self._buffers.rows, self._buffers.slots, self._buffers.strengths
+        self.combinations = None if self._buffers.combinations is None else self._buffers.combinations[0]
         self._used = 0
-        self._acting = Acting(0, False, False)
+        self._acting = Acting(0, False, False, False)
         self._entry_slots = np.zeros((rank, 16), np.int64)
         self._entry_strengths = np.zeros((rank, 16), np.float32)
+        #: Of each entry the number of its combination (0 for none) and the slot where that was last.
+        self._entry_combined = np.zeros((2, 16), np.int64)
+        self._combining: dict[int, Combination] = {}
+        self._home: Combinations | None = None
         self._free = list(range(15, PLAIN, -1))
 
     @property
     def active(self) -> bool:
         """Is any token of this step steered?"""
         return self._used > 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of the device's memory."""
+        return sum(tensor.nbytes for tensor in self._buffers.all())
+
+    def first(self, tokens: int) -> Acts:
+        """What acts on the first `tokens` of the batch, as views of the buffers."""
+        rows, slots, strengths = (t[:, :tokens] for t in (self.rows, self.slots, self.strengths))
+        return Acts(rows, slots, strengths, None if self.combinations is None else self.combinations[:tokens])
 
     def enter(self, steer: RequestSteer) -> int:
         """The number under which steps name a request with this steering, until it `leave`s."""
@@ -89,11 +146,19 @@ class TokenIndex:
             self._free = list(range(2 * size - 1, size - 1, -1))
             self._entry_slots = np.pad(self._entry_slots, ((0, 0), (0, size)))
             self._entry_strengths = np.pad(self._entry_strengths, ((0, 0), (0, size)))
+            self._entry_combined = np.pad(self._entry_combined, ((0, 0), (0, size)))
         number = self._free.pop()
         self._entry_slots[:, number], self._entry_strengths[:, number] = steer.slots, steer.strengths
+        self._entry_combined[:, number] = 0
+        if combination := steer.combination:
+            assert self._home in (None, combination.home), "an index speaks of one table"
+            self._home, self._combining[number] = combination.home, combination
+            # no slot yet: the one of those that combine nothing is never this one's
+            self._entry_combined[:, number] = combination.number, ALONE
         return number
 
     def leave(self, number: int) -> None:
+        self._combining.pop(number, None)
         self._free.append(number)
 
     def fill(self, numbers: NDArray[np.int64], lengths: NDArray[np.int64] | NDArray[np.int32]) -> int:
@@ -105,16 +170,21 @@ class TokenIndex:
         end = max(total, self._used)
         if not end:
             return 0  # plain after plain: the buffers are zero already
-        stage = self._next_stage()
-        rows, slots, strengths = (t[:, :end].numpy() for t in (stage.rows, stage.slots, stage.strengths))
+        buffers = self._buffers if self._stages is None else self._stages.next()
+        arrays = [tensor[:, :end].numpy() for tensor in buffers.all()]
+        rows, slots, strengths, *combinations = arrays
         if total:
+            self._combine(numbers)
             tokens = np.repeat(numbers, lengths)
             np.take(self._entry_slots, tokens, axis=1, out=slots[:, :total])
             np.take(self._entry_strengths, tokens, axis=1, out=strengths[:, :total])
             np.floor_divide(slots[:, :total], len(MODES), out=rows[:, :total])
-        for array in (rows, slots, strengths):
+            for array in combinations:
+                np.take(self._entry_combined[1:], tokens, axis=1, out=array[:, :total])
+        for array in arrays:
             array[:, total:] = 0
-        self._send(stage, end)
+        if self._stages is not None:
+            self._stages.send(self._buffers, end)
         self._used = total
         return steered
 
@@ -123,10 +193,11 @@ class TokenIndex:
         numbers = [PLAIN if steer is None else self.enter(steer) for steer in steers]
         entries = np.array(numbers, np.int64)
         slots, strengths = self._entry_slots[:, entries], self._entry_strengths[:, entries]
+        combined = self._entry_combined[0, entries]
         given = strengths != 0
         depth = int(np.flatnonzero(given.any(axis=1)).max(initial=-1)) + 1
-        same = (slots == slots[:, :1]).all() and (strengths == strengths[:, :1]).all()
-        self._acting = Acting(depth, bool(given[:depth].all()), bool(same))
+        same = all((array == array[..., :1]).all() for array in (slots, strengths, combined))
+        self._acting = Acting(depth, bool(given[:depth].all()), same, bool(combined.any()))
         try:
             return self.fill(entries, np.array(lengths, np.int64))
         finally:
@@ -134,31 +205,27 @@ class TokenIndex:
                 if number != PLAIN:
                     self.leave(number)
 
-    def acting(self, count: int) -> tuple[Buffers, bool]:
-        """rows, slots and strengths `[depth, count, 1]` of the first `count` entries, `[depth, 1]` where all are the
-        same, and whether every one of them acts. `depth` is how many of the rank act on any. For an eager pass behind
-        `fill_with`: what is compiled reads the buffers themselves."""
-        depth, everywhere, same = self._acting
+    def acting(self, count: int) -> tuple[Acts, bool]:
+        """What acts on the first `count` entries: `[depth, count, 1]` and combinations `[count, 1]`, or `[depth, 1]`
+        and `[1]` where it is the same for all; and whether it acts on every one of them. `depth` is how many of the
+        rank act on any. For an eager pass behind `fill_with`: what is compiled reads the buffers themselves."""
+        depth, everywhere, same, combined = self._acting
         whole = self._used == count
         part = np.s_[:depth, :1] if same and whole else np.s_[:depth, :count, None]
         rows, slots, strengths = (t[part] for t in (self.rows, self.slots, self.strengths))
-        return (rows, slots, strengths), everywhere and whole
+        combinations = self.combinations[part[1:]] if combined and self.combinations is not None else None
+        return Acts(rows, slots, strengths, combinations), everywhere and whole
 
-    def _next_stage(self) -> TokenIndex | _Stage:
-        if not self._stages:
-            return self  # a CPU's host side is the buffers themselves
-        self._turn = (self._turn + 1) % STAGES
-        stage = self._stages[self._turn]
-        if stage.copied is not None:
-            stage.copied.synchronize()  # done long ago, unless steps run further ahead than there are stages
-        return stage
-
-    def _send(self, stage: TokenIndex | _Stage, end: int) -> None:
-        if not isinstance(stage, _Stage):
+    def _combine(self, numbers: NDArray[np.int64]) -> None:
+        """Have the combinations of this step in slots of the device. In a steady step these are two looks at arrays."""
+        if self._home is None:
             return
-        for to, source in ((self.rows, stage.rows), (self.slots, stage.slots), (self.strengths, stage.strengths)):
-            for j in range(self.rank):  # row by row: each is one contiguous copy
-                to[j, :end].copy_(source[j, :end], non_blocking=True)
-        if stage.copied is None:
-            stage.copied = torch.Event(self.rows.device)
-        stage.copied.record()
+        combined = numbers[self._entry_combined[0, numbers] != 0]
+        if not combined.size:
+            return
+        self._home.reserve(combined.size)
+        stale = self._home.stale(*self._entry_combined[::-1, combined])
+        kept = self._entry_combined[1, combined[~stale]]
+        missing = np.unique(combined[stale]).tolist()
+        slots = self._home.use(kept, [self._combining[number] for number in missing])
+        self._entry_combined[1, missing] = slots

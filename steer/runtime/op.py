@@ -1,7 +1,9 @@
 """The one operation: what is added to a residual stream vector. Every hook, bake and test oracle calls this.
 
+Each entry of a request asks for a change of its component, all of them of the same x:
+
     c  = max(⟨x, v⟩ − ρ, floor)
-    x' = x + s·(γ − w·c)·v
+    δ  = s·(γ − w·c)
 
 with v a unit direction, s the request's strength, and (ρ, floor, w, γ) the *coefficients* that a mode gives at a layer:
 
@@ -11,20 +13,32 @@ with v a unit direction, s the request's strength, and (ρ, floor, w, γ) the *c
     affine      harmless component         −∞      weight   0
     add         0                          −∞      0        weight·‖μH − μA‖
 
+and what is added is x' = x + Σ aᵢ·vᵢ with a = M·δ. An entry with w ≠ 0 *sets* its component: M is made so that ⟨x', vᵢ⟩
+is ⟨x, vᵢ⟩ + δᵢ for each of these, with the least displacement, whatever the angles between the directions (`joint`).
+What others add goes in as it is, and what it would add to a component that is set does not. M is the identity for one
+entry and for orthogonal ones. The order of entries means nothing.
+
 A plain token has v = 0 and s = 0, so what is added is exactly zero.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 #: Order of the coefficients in the last dimension of a coefficient tensor.
 RHO, FLOOR, WEIGHT, GAMMA = range(4)
+#: The inner product of two unit vectors up to which they are orthogonal: float32's rounding of them.
+ORTHOGONAL = 1e-6
+#: Eigenvalues of a Gram matrix below this share of the largest are none: directions that near to each other are one.
+SAME = 1e-4
 
 
 def amount(x: Tensor, v: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float) -> Tensor:
-    """How much of `v` the operation adds to `x`. All in the dtype of `x` (the runtime gives float32).
+    """δ of one entry: the change of the component along `v` that it asks for. All in the dtype of `x` (the runtime
+    gives float32).
 
     x: `[..., d_model]`; v: broadcasts to x, rows of unit norm or zero; coefficients: ρ, floor, w and γ, each `[...]`;
     strength: `[...]` or a number. Returns `[...]`.
@@ -34,6 +48,47 @@ def amount(x: Tensor, v: Tensor, coefficients: tuple[Tensor, ...], strength: Ten
     return strength * torch.addcmul(gamma, weight, component, value=-1)
 
 
+def shared(asked: Sequence[Tensor], shares: Tensor) -> Tensor:
+    """a of one entry, `[...]`: its row of M, `shares` `[..., entries]`, times δ of all entries, each `[...]`."""
+    return (shares * torch.stack(tuple(asked), -1)).sum(-1)
+
+
+def joint(vectors: Tensor, weights: Tensor) -> Tensor:
+    """M of entries that act together. vectors `[..., entries, d_model]`, weights (w) `[..., entries]`, both zero where
+    there is no entry. Returns `[..., entries, entries]`, float32; exactly the identity where all are orthogonal.
+
+    With G the Gram matrix, B the entries that set (w ≠ 0) and A the others: M is the identity on A, G_BB⁺ on B, and
+    −G_BB⁺·G_BA takes from B what A would add there. Where no x' has all components as asked (equal directions with
+    different wishes) the pseudoinverse takes what is nearest, by least squares.
+    """
+    vectors, sets = vectors.double(), weights != 0
+    gram = vectors @ vectors.mT
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    # all else is looked at only where a set component can be touched
+    touching = gram * (sets.unsqueeze(-1) | sets.unsqueeze(-2)) * (1 - eye)
+    inverse = torch.linalg.pinv(gram * (sets.unsqueeze(-1) & sets.unsqueeze(-2)), rtol=SAME, hermitian=True)
+    matrix = inverse + torch.diag_embed((~sets).to(gram.dtype)) - inverse @ (gram * ~sets.unsqueeze(-2))
+    apart = (touching.abs() <= ORTHOGONAL).all(-1).all(-1)[..., None, None]
+    return torch.where(apart, eye, matrix).float()
+
+
 def displacement(x: Tensor, v: Tensor, coefficients: Tensor, strength: Tensor | float) -> Tensor:
-    """What the operation adds to `x`: as `amount`, with coefficients `[..., 4]`. Returns `[..., d_model]`."""
+    """What one entry adds to `x`: as `amount`, with coefficients `[..., 4]`. Returns `[..., d_model]`."""
     return amount(x, v, coefficients.unbind(-1), strength).unsqueeze(-1) * v
+
+
+def displacements(x: Tensor, vectors: Tensor, coefficients: Tensor, strengths: Sequence[float]) -> Tensor:
+    """What entries that act together add to `x` `[..., d_model]`. vectors `[entries, d_model]`, coefficients
+    `[entries, 4]`, a strength each, 0 for one that does not act. Returns `[..., d_model]`."""
+    acting = [i for i, strength in enumerate(strengths) if strength]
+    if not acting:
+        return torch.zeros_like(x)
+    vectors, coefficients = vectors[acting], coefficients[acting]
+    asked = [
+        amount(x, v, each.unbind(-1), strengths[i]) for i, v, each in zip(acting, vectors, coefficients, strict=True)
+    ]
+    matrix = joint(vectors, coefficients[:, WEIGHT]).to(x.dtype)
+    return sum(
+        (shared(asked, shares).unsqueeze(-1) * v for shares, v in zip(matrix, vectors, strict=True)),
+        torch.zeros_like(x),
+    )

@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steer.runtime.memory import lasting
+
 #: Places of the values of one token at one layer: two for each row, and the norm behind them.
 BEFORE, AFTER = range(2)
 
@@ -42,7 +44,8 @@ class Reading:
 
 def components(x: Tensor, vectors: Tensor) -> Tensor:
     """⟨x, v⟩ in float32. x: `[reads, d_model]`, vectors: `[reads, k, d_model]`. Returns `[reads, k]`."""
-    return torch.einsum("nd,nkd->nk", x.float(), vectors)
+    # no matrix product, which a GPU may be told to take with fewer bits
+    return (x.float().unsqueeze(1) * vectors).sum(-1)
 
 
 class ReadIndex:
@@ -59,11 +62,17 @@ class ReadIndex:
         self._resize(1)
 
     def _resize(self, reads: int) -> None:
-        self._at = torch.zeros(reads, dtype=torch.int64, device=self.device)
-        self._rows = torch.zeros(reads, self.rank, dtype=torch.int64, device=self.device)
         shape = (self._all, reads, self.rank)
-        self._found = torch.zeros(2, *shape, dtype=torch.float32, device=self.device)
-        self._norms = torch.zeros(shape[:2], dtype=torch.float32, device=self.device)
+        with lasting():
+            self._at = torch.zeros(reads, dtype=torch.int64, device=self.device)
+            self._rows = torch.zeros(reads, self.rank, dtype=torch.int64, device=self.device)
+            self._found = torch.zeros(2, *shape, dtype=torch.float32, device=self.device)
+            self._norms = torch.zeros(shape[:2], dtype=torch.float32, device=self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the device's memory."""
+        return sum(tensor.nbytes for tensor in (self._at, self._rows, self._found, self._norms))
 
     def fill(self, reads: Sequence[RequestRead | None], lengths: Sequence[int]) -> None:
         """Read the last of request i's `lengths[i]` tokens, in batch order, as `reads[i]` says."""
@@ -83,6 +92,7 @@ class ReadIndex:
     def clear(self) -> None:
         self.fill([], [])
 
+    @torch.no_grad()
     def record(self, layer: int, before: Tensor, after: Tensor, vectors: Tensor) -> None:
         """In the hook of `layer`: the stream of all tokens `[tokens, d_model]` before and after the operation, and the
         place's rows `[rows, d_model]`."""

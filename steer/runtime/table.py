@@ -4,25 +4,29 @@ Everything here is written **in place** and read through the same storage for th
 graphs and replayed CUDA graphs see each change of content.
 
 A *row* is one direction vector at every place. A *slot* is a row in one mode: its four coefficients at every place
-(`op`). Row 0 is all zeros and means plain.
+(`op`). Row 0 is all zeros and means plain. What makes the rows of one request act together stands in `combine`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.direction import MODES, Direction, Site
+from steer.direction import MODES, Direction, Mode, Site
 from steer.errors import NoRoom
+from steer.runtime.combine import Combination, Combinations
 from steer.runtime.index import RequestSteer
+from steer.runtime.memory import lasting
 from steer.runtime.modes import coefficients, embedding_coefficients
-from steer.runtime.op import FLOOR, amount
-from steer.spec import Spec
+from steer.runtime.op import FLOOR, WEIGHT, amount, joint, shared
+from steer.spec import Entry, Spec
 
 #: The stream before block 0 counts as layer −1 of its site.
 EMBEDDING = -1
@@ -36,21 +40,28 @@ class Place:
     layer: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Plate:
-    """The rows of one place. vectors `[rows, d_model]`, coefficients `[rows × modes, 4]`, float32."""
+    """The rows of one place. vectors `[rows, d_model]`, coefficients `[rows × modes, 4]`, joint `[combinations + 1,
+    rank, rank]` (see `combine`; None where the rank is 1), float32."""
 
     vectors: Tensor
     coefficients: Tensor
+    joint: Tensor | None = None
 
     @classmethod
     def empty(cls, rows: int, d_model: int, device: torch.device | str) -> Plate:
-        plate = cls(
-            torch.zeros(rows, d_model, dtype=torch.float32, device=device),
-            torch.zeros(rows * len(MODES), 4, dtype=torch.float32, device=device),
-        )
+        with lasting():
+            plate = cls(
+                torch.zeros(rows, d_model, dtype=torch.float32, device=device),
+                torch.zeros(rows * len(MODES), 4, dtype=torch.float32, device=device),
+            )
         plate.clear(range(rows))
         return plate
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.vectors, self.coefficients, self.joint) if t is not None)
 
     def write(self, row: int, vector: Tensor, by_mode: Sequence[Tensor]) -> None:
         self.vectors[row].copy_(vector)
@@ -65,21 +76,44 @@ class Plate:
             slots[:, FLOOR] = -torch.inf
 
 
+@dataclass(frozen=True, slots=True)
+class _Resident:
+    """A direction's rows, and itself where requests can combine it with others."""
+
+    rows: list[int]
+    direction: Direction | None
+
+
 class Table:
     """Resident directions at all places of one model, and who has which rows.
 
     `rows` counts usable rows (a direction of rank k takes k). Loading writes rows that no request uses, so a running
-    step is never disturbed.
+    step is never disturbed. `requests` is the most of them that one step has, where compiled code reads the table; an
+    eager pass needs no such number.
     """
 
     def __init__(
-        self, places: Sequence[Place], *, rows: int, rank: int, d_model: int, device: torch.device | str = "cpu"
+        self,
+        places: Sequence[Place],
+        *,
+        rows: int,
+        rank: int,
+        d_model: int,
+        device: torch.device | str = "cpu",
+        requests: int | None = None,
     ) -> None:
         self.rows, self.rank, self.d_model = rows, rank, d_model
         self.sites: frozenset[Site] = frozenset(place.site for place in places)
         self.plates = {place: Plate.empty(rows + 1, d_model, device) for place in places}
         self._free = list(range(rows, 0, -1))
-        self._resident: dict[str, list[int]] = {}
+        self._resident: dict[str, _Resident] = {}
+        self.combinations = Combinations(list(self.plates.values()), rank, device, requests) if rank > 1 else None
+        self._combined: WeakValueDictionary[_Key, Combination] = WeakValueDictionary()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the device's memory."""
+        return sum(plate.nbytes for plate in self.plates.values())
 
     @property
     def rows_in_use(self) -> int:
@@ -95,29 +129,25 @@ class Table:
                 "delete a direction, wait for running requests to end, or start with more rows"
             )
         rows = [self._free.pop() for _ in range(direction.rank)]
-        modes = [coefficients(direction, mode) for mode in MODES]
-        embedding_modes = [embedding_coefficients(direction, mode) for mode in MODES]
+        modes = [_Values.of(direction, mode) for mode in MODES]
         for place, plate in self.plates.items():
-            if place.site not in direction.meta.sites:
+            if (vectors := _vectors(direction, place)) is None:
                 continue
             for k, row in enumerate(rows):
-                if place.layer == EMBEDDING:
-                    if direction.embedding is not None:
-                        plate.write(row, direction.embedding[k], [c[k] for c in embedding_modes])
-                else:
-                    plate.write(row, direction.directions[place.layer, k], [c[place.layer, k] for c in modes])
-        self._resident[digest] = rows
+                plate.write(row, vectors[k], [values.at(place)[k] for values in modes])
+        self._resident[digest] = _Resident(rows, direction if self.rank > 1 else None)
 
     def unload(self, digest: str) -> None:
         """Free a direction's rows. The caller guarantees that no running request uses them."""
-        rows = self._resident.pop(digest, [])
+        resident = self._resident.pop(digest, None)
+        rows = resident.rows if resident else []
         for plate in self.plates.values():
             plate.clear(rows)
         self._free += reversed(rows)
 
     def rows_of(self, digests: Sequence[str]) -> NDArray[np.int64]:
         """The rows of resident directions, in order."""
-        return np.array([row for digest in digests for row in self._resident[digest]], np.int64)
+        return np.array([row for digest in digests for row in self._resident[digest].rows], np.int64)
 
     def steer(self, spec: Spec) -> RequestSteer | None:
         """The index entries of a request with `spec`, whose directions must be resident. None for a plain one."""
@@ -126,51 +156,126 @@ class Table:
         pairs = [
             (row * len(MODES) + MODES.index(entry.mode), entry.strength)
             for entry in spec.entries
-            for row in self._resident[entry.digest]
+            for row in self._resident[entry.digest].rows
         ]
         assert len(pairs) <= self.rank, "the registry admits no spec that needs more"
-        out = RequestSteer.plain(self.rank)
+        out = RequestSteer.plain(self.rank, self._combination(spec.entries))
         for i, (slot, strength) in enumerate(pairs):
             out.slots[i], out.strengths[i] = slot, strength
         return out
+
+    def _combination(self, entries: Sequence[Entry]) -> Combination | None:
+        """What makes `entries` act together; None where each acts as if it were alone. It is known by the contents of
+        the files, so that no row's next direction can find it, for as long as a request or a slot has it."""
+        acting = [entry for entry in entries if entry.strength]
+        if self.combinations is None or sum(len(self._resident[entry.digest].rows) for entry in acting) < 2:
+            return None
+        key = tuple((entry.digest, entry.mode, entry.strength != 0) for entry in entries)
+        if found := self._combined.get(key):
+            return found
+        matrices = self._matrices(entries)
+        if torch.equal(matrices, torch.eye(self.rank).expand_as(matrices)):
+            return None
+        return self._combined.setdefault(key, Combination(matrices, self.combinations))
+
+    def _matrices(self, entries: Sequence[Entry]) -> Tensor:
+        """M of each place, `[places, rank, rank]` float32, on the host."""
+        vectors = torch.zeros(len(self.plates), self.rank, self.d_model)
+        weights = torch.zeros(len(self.plates), self.rank)
+        at = 0
+        for entry in entries:
+            direction = self._resident[entry.digest].direction
+            assert direction is not None, "the rank is not 1"
+            values, part = _Values.of(direction, entry.mode), slice(at, at + direction.rank)
+            at = part.stop
+            for i, place in enumerate(self.plates):
+                if entry.strength and (own := _vectors(direction, place)) is not None:
+                    vectors[i, part], weights[i, part] = own, values.at(place)[:, WEIGHT]
+        return joint(vectors, weights)
+
+
+#: Of each entry of a request: digest, mode, and whether it acts.
+_Key: TypeAlias = tuple[tuple[str, str, bool], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """The coefficients of one mode at all places."""
+
+    layers: Tensor
+    embedding: Tensor
+
+    @classmethod
+    def of(cls, direction: Direction, mode: Mode) -> _Values:
+        return cls(coefficients(direction, mode), embedding_coefficients(direction, mode))
+
+    def at(self, place: Place) -> Tensor:
+        """`[k, 4]`"""
+        return self.embedding if place.layer == EMBEDDING else self.layers[place.layer]
+
+
+def _vectors(direction: Direction, place: Place) -> Tensor | None:
+    """The rows `[k, d_model]` of `direction` at `place`, None where it has none."""
+    if place.site not in direction.meta.sites:
+        return None
+    return direction.embedding if place.layer == EMBEDDING else direction.directions[place.layer]
 
 
 @dataclass(frozen=True, slots=True)
 class Operands:
     """What acts on the stream at one place, one rank of it. vectors `[..., d_model]`, coefficients (of `op`, one tensor
-    each) and strengths `[...]` broadcast to the stream; steered `[..., 1]` tells which of it is, None for all."""
+    each) and strengths `[...]` broadcast to the stream; steered `[..., 1]` tells which of it is, None for all; shares
+    `[..., rank]` is the row of `op`'s M, None for the identity's."""
 
     vectors: Tensor
     coefficients: tuple[Tensor, ...]
     strengths: Tensor
     steered: Tensor | None
+    shares: Tensor | None
 
 
-def gather(plate: Plate, rows: Tensor, slots: Tensor, strengths: Tensor, everywhere: bool = False) -> list[Operands]:
-    """Of each rank. rows, slots, strengths: `[rank, ...]`; `everywhere`: none of the strengths is zero."""
+def gather(
+    plate: Plate,
+    rows: Tensor,
+    slots: Tensor,
+    strengths: Tensor,
+    combinations: Tensor | None = None,
+    everywhere: bool = False,
+) -> list[Operands]:
+    """Of each rank. rows, slots, strengths: `[rank, ...]`, combinations `[...]`; `everywhere`: none of the strengths is
+    zero."""
+    count = rows.shape[0]
+    matrices = None
+    if combinations is not None and plate.joint is not None and count > 1:
+        matrices = plate.joint[combinations]
     return [
         Operands(
             plate.vectors[rows[j]],
             plate.coefficients[slots[j]].unbind(-1),
             strengths[j],
             None if everywhere else (strengths[j] != 0).unsqueeze(-1),
+            None if matrices is None else matrices[..., j, :count],
         )
-        for j in range(rows.shape[0])
+        for j in range(count)
     ]
 
 
 def operate(x: Tensor, operands: Sequence[Operands]) -> Tensor:
-    """x `[..., d_model]` after the operation for every rank in turn, in the dtype of `x`; arithmetic in float32. What
+    """x `[..., d_model]` after the operation of all ranks together, in the dtype of `x`; arithmetic in float32. What
     is not steered keeps the same bits."""
     y = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    for by in operands:
-        added = amount(y, by.vectors, by.coefficients, by.strengths).unsqueeze(-1)
+    asked = [amount(y, by.vectors, by.coefficients, by.strengths) for by in operands]
+    for own, by in zip(asked, operands, strict=True):
+        added = (own if by.shares is None else shared(asked, by.shares)).unsqueeze(-1)
         moved = torch.addcmul(y, added, by.vectors)
         # chosen, not added: x + 0 turns −0 into 0, and 0·∞ is NaN
         y = moved if by.steered is None else torch.where(by.steered, moved, y)
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
-def apply(x: Tensor, plate: Plate, rows: Tensor, slots: Tensor, strengths: Tensor) -> Tensor:
-    """x `[tokens, d_model]` after what the index says of each token. rows, slots, strengths: `[rank, tokens]`."""
-    return operate(x, gather(plate, rows, slots, strengths))
+def apply(
+    x: Tensor, plate: Plate, rows: Tensor, slots: Tensor, strengths: Tensor, combinations: Tensor | None = None
+) -> Tensor:
+    """x `[tokens, d_model]` after what the index says of each token. rows, slots, strengths: `[rank, tokens]`;
+    combinations: `[tokens]`, None where the rank is 1."""
+    return operate(x, gather(plate, rows, slots, strengths, combinations))

@@ -87,12 +87,19 @@ def claim(worker: Any, settings: EngineSettings, index: TokenIndex) -> Claim:
         else:
             targets += _find_writers(worker, local, form)
     places = list(dict.fromkeys(target.place for target in targets))
-    table = Table(places, rows=settings.rows, rank=settings.rank, d_model=d_model, device=worker.device)
+    table = Table(
+        places,
+        rows=settings.rows,
+        rank=settings.rank,
+        d_model=d_model,
+        device=worker.device,
+        requests=internals.max_requests(worker.vllm_config),
+    )
     reads = Reads(settings.readout, settings.rank, worker.device) if settings.readout else None
     seats = []
     for target in targets:
         reader = reads if target.place.site == "resid_post" and target.place.layer != EMBEDDING else None
-        seat = Seat(table.plates[target.place], index.rows, index.slots, index.strengths, reader)
+        seat = Seat(table.plates[target.place], index, reader)
         target.sit(seat)
         seats.append((target.place, seat))
     _prove(worker, targets, table, index, plain)

@@ -143,6 +143,11 @@ def max_tokens(config: Any) -> int:
     return int(max(config.scheduler_config.max_num_batched_tokens, *sizes)) + 64
 
 
+def max_requests(config: Any) -> int:
+    """The most requests that one forward pass can have. vLLM's compile cache knows this number."""
+    return int(config.scheduler_config.max_num_seqs)
+
+
 def decoder_of(worker: Any) -> nn.Module:
     """The language model that the worker runs."""
     model = worker.get_model()

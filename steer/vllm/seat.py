@@ -7,15 +7,17 @@ graph was compiled or captured with is what later steps read. A plain token has 
 from __future__ import annotations
 
 import hashlib
-import inspect
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from steer.direction import Site
-from steer.runtime import op, readout, table
+from steer.runtime.index import TokenIndex
+from steer.runtime.memory import lasting
 from steer.runtime.readout import AFTER, BEFORE, components
 from steer.runtime.table import Plate, apply
 
@@ -31,15 +33,17 @@ class Reads:
 
     def __init__(self, count: int, rank: int, device: torch.device) -> None:
         self.count, self.rank = count, rank
-        self.at = torch.zeros(count, dtype=torch.int64, device=device)
-        self.rows = torch.zeros(count, rank, dtype=torch.int64, device=device)
+        with lasting():
+            self.at = torch.zeros(count, dtype=torch.int64, device=device)
+            self.rows = torch.zeros(count, rank, dtype=torch.int64, device=device)
 
 
 class Seat(nn.Module):
     """One place's buffers on the module that is hooked. `vectors` and `coefficients` are the place's plate; `rows`,
-    `slots` and `strengths` (`[rank, max_tokens]`) are the token index, one storage for all seats. `witness`
-    (`[d_model]`, float32) is written by every pass: what the place handed on of the first token, so that the graph
-    that serves can be asked whether it steers. With `reads` it also writes `found` (`[2, count, rank]`: components
+    `slots`, `strengths` (`[rank, max_tokens]`) and `combinations` (`[max_tokens]`; it and the plate's `joint` are None
+    where the rank is 1) are the token index, one storage for all seats. `witness` (`[d_model]`, float32) is written by
+    every pass: what the place handed on of the first token, so that the graph that serves can be asked whether it
+    steers. With `reads` it also writes `found` (`[2, count, rank]`: components
     before and after) and `norms` (`[count]`) of the tokens that are read."""
 
     vectors: Tensor
@@ -47,32 +51,35 @@ class Seat(nn.Module):
     rows: Tensor
     slots: Tensor
     strengths: Tensor
+    combinations: Tensor | None
+    joint: Tensor | None
     witness: Tensor
     read_at: Tensor
     read_rows: Tensor
     found: Tensor
     norms: Tensor
 
-    def __init__(
-        self, plate: Plate, rows: Tensor, slots: Tensor, strengths: Tensor, reads: Reads | None = None
-    ) -> None:
+    def __init__(self, plate: Plate, index: TokenIndex, reads: Reads | None = None) -> None:
         super().__init__()
         self.reading = reads is not None  # fixed for the life of the seat, so that Dynamo traces one way
         tensors = {
             "vectors": plate.vectors,
             "coefficients": plate.coefficients,
-            "rows": rows,
-            "slots": slots,
-            "strengths": strengths,
-            "witness": torch.zeros_like(plate.vectors[0]),
+            "rows": index.rows,
+            "slots": index.slots,
+            "strengths": index.strengths,
+            "combinations": index.combinations,
+            "joint": plate.joint,
         }
-        if reads is not None:
-            tensors |= {
-                "read_at": reads.at,
-                "read_rows": reads.rows,
-                "found": plate.vectors.new_zeros(2, reads.count, reads.rank),
-                "norms": plate.vectors.new_zeros(reads.count),
-            }
+        with lasting():
+            tensors["witness"] = torch.zeros_like(plate.vectors[0])
+            if reads is not None:
+                tensors |= {
+                    "read_at": reads.at,
+                    "read_rows": reads.rows,
+                    "found": plate.vectors.new_zeros(2, reads.count, reads.rank),
+                    "norms": plate.vectors.new_zeros(reads.count),
+                }
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -83,8 +90,9 @@ def moved(seat: Seat, x: Tensor) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).float()
     tokens = flat.shape[0]
     index = (seat.rows[:, :tokens], seat.slots[:, :tokens], seat.strengths[:, :tokens])
+    combinations = None if seat.combinations is None else seat.combinations[:tokens]
     # A seat has a plate's tensors; Dynamo is spared the dataclass.
-    return apply(flat, cast(Plate, seat), *index).reshape(x.shape)
+    return apply(flat, cast(Plate, seat), *index, combinations).reshape(x.shape)
 
 
 def moved_term(seat: Seat, h: Tensor, r: Tensor) -> Tensor:
@@ -162,7 +170,17 @@ def stream(form: Form, output: Any) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+#: Files whose text is traced into a graph, or decides the layout of what a graph reads.
+TRACED = {"steer.runtime": None, "steer.vllm": ("claim.py", "seat.py")}
+
+
+@cache
 def code_digest() -> str:
-    """Of the code that is traced into the graph: part of the key of vLLM's compile cache."""
-    text = "".join(inspect.getsource(module) for module in (op, readout, table, inspect.getmodule(Seat)) if module)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Of the code that a graph depends on: part of the key of vLLM's compile cache."""
+    whole = hashlib.sha256()
+    for package, names in TRACED.items():
+        folder = resources.files(package)
+        found = sorted(file.name for file in folder.iterdir() if file.name.endswith(".py"))
+        for name in found if names is None else names:
+            whole.update(f"{package}/{name}\n".encode() + (folder / name).read_bytes())
+    return whole.hexdigest()[:16]

@@ -193,7 +193,7 @@ def test_a_mixed_batch_is_each_token_by_the_formula(
     x = torch.randn(n, models.D_MODEL, generator=torch.Generator().manual_seed(seed))
     for layer in range(models.LAYERS):
         plate = t.plates[Place("resid_post", layer)]
-        made = apply(x, plate, index.rows[:, :n], index.slots[:, :n], index.strengths[:, :n])
+        made = apply(x, plate, *index.first(n))
         for i, wish in enumerate(tokens):
             expected = x[i].double()
             for name, mode, strength in wish:
@@ -206,7 +206,7 @@ def test_a_mixed_batch_is_each_token_by_the_formula(
 def applied(t: Table, wish: Spec, x: Tensor, place: Place = PLACES[1]) -> Tensor:
     index = TokenIndex(t.rank, len(x), "cpu")
     index.fill_with([t.steer(wish)], [len(x)])
-    return apply(x, t.plates[place], index.rows, index.slots, index.strengths)
+    return apply(x, t.plates[place], *index.first(len(x)))
 
 
 def test_directions_are_applied_in_the_order_of_the_request() -> None:
@@ -250,7 +250,7 @@ def plain_beside_steered(x: Tensor) -> Tensor:
     t.load("c", DIRECTIONS["c"])
     index.fill_with([None, t.steer(spec(("c", "add", 1.0)))], [len(x), 1])
     together = torch.cat([x, torch.ones(1, models.D_MODEL, dtype=x.dtype)])
-    y = apply(together, t.plates[PLACES[1]], index.rows, index.slots, index.strengths)
+    y = apply(together, t.plates[PLACES[1]], *index.first(len(together)))
     assert y.dtype == x.dtype
     assert not torch.equal(y[-1], together[-1])
     return y[:-1]

@@ -1,0 +1,119 @@
+"""Combinations: the matrices M (see `op`) of requests whose directions are not orthogonal, where hooks read them.
+
+What a request combines is a matrix for each place, made once on the host. A step that needs it finds it in one of the
+device's slots, or has it written there by a copy that is enqueued before the pass. There are as many slots as requests
+that one step can have, so that no set of requests can use them up; what was used longest ago gives its slot away.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steer.runtime.memory import copies_from_pinned, lasting
+
+#: The slot of requests that combine nothing: it holds the identity.
+ALONE = 0
+_numbers = itertools.count(1)
+
+
+class Shared(Protocol):
+    """A place whose `joint`, `[slots, rank, rank]` float32, a hook reads."""
+
+    joint: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)  # no slots: tables refer to it weakly
+class Combination:
+    """What acts together: `matrices` `[places, rank, rank]` float32 on the host, and the slots that they go to.
+    `number` is nobody else's in this process, so that a slot tells whose it is."""
+
+    matrices: Tensor
+    home: Combinations
+    number: int = field(default_factory=lambda: next(_numbers))
+
+
+class Combinations:
+    """The slots of all places of one table. With `capacity` these are that many for ever, in place, for compiled code;
+    without, more are made as steps need them, which is for passes that look the tensors up."""
+
+    def __init__(
+        self, places: Sequence[Shared], rank: int, device: torch.device | str, capacity: int | None = None
+    ) -> None:
+        self._places, self._rank, self._fixed = places, rank, capacity is not None
+        self._device = torch.device(device)
+        self._make(capacity or 1)
+
+    @property
+    def capacity(self) -> int:
+        return len(self._held) - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Of the device's memory."""
+        return sum(place.joint.nbytes for place in self._places if place.joint is not None)
+
+    def reserve(self, requests: int) -> None:
+        """Have slots for a step of so many requests. Where there is a `capacity` there are."""
+        if requests > self.capacity:
+            assert not self._fixed, f"a step of {requests} requests that combine directions, {self.capacity} were told"
+            self._make(2 * requests)
+
+    def stale(self, slots: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of these combinations, by number, are not (any more) in the slot that they were given."""
+        out: NDArray[np.bool_] = self._held[slots] != numbers
+        return out
+
+    def use(self, slots: NDArray[np.int64], missing: Sequence[Combination] = ()) -> list[int]:
+        """A step uses `slots`, and of `missing` those that it is told: where each of them is now."""
+        self._step += 1
+        self._used[slots] = self._step
+        self._used[ALONE] = self._step
+        return [self._place(combination) for combination in missing]
+
+    def renew(self) -> None:
+        """Write the identity again and forget what the slots held: for memory whose content was lost."""
+        self._held[:], self._used[:] = -1, 0
+        self._held[ALONE] = 0
+        self._slots: dict[int, int] = {}
+        self._holders: list[Combination | None] = [None] * len(self._held)
+        for place in self._places:
+            assert place.joint is not None
+            place.joint.copy_(torch.eye(self._rank))
+
+    def _make(self, capacity: int) -> None:
+        with lasting():
+            for place in self._places:
+                place.joint = torch.empty(capacity + 1, self._rank, self._rank, device=self._device)
+        self._held = np.zeros(capacity + 1, np.int64)
+        self._used = np.zeros(capacity + 1, np.int64)
+        self._step = 0
+        self.renew()
+
+    def _place(self, combination: Combination) -> int:
+        slot = self._slots.get(combination.number)
+        if slot is None:
+            slot = int(self._used.argmin())
+            assert self._used[slot] < self._step, "slots were reserved"
+            if (before := self._holders[slot]) is not None:
+                del self._slots[before.number]
+            self._write(slot, combination.matrices)
+            self._held[slot] = combination.number
+            self._holders[slot] = combination  # kept, so that the next request with the same directions finds it
+            self._slots[combination.number] = slot
+        self._used[slot] = self._step
+        return slot
+
+    def _write(self, slot: int, matrices: Tensor) -> None:
+        """Enqueued on the current stream, behind the passes that still read what was there."""
+        if copies_from_pinned(self._device):
+            matrices = matrices.pin_memory()  # given back by its allocator once the copy is done
+        own = matrices.to(self._device, non_blocking=True)
+        torch._foreach_copy_([place.joint[slot] for place in self._places if place.joint is not None], own.unbind(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -113,6 +114,20 @@ def direction(
         mean_harmless_all=random(layers, d_model).float(),
         embedding=rows[0] if embedding else None,
     )
+
+
+def leaning(direction: Direction, other: Direction, cosine: float) -> Direction:
+    """`direction`, of one row, turned so that at every layer its cosine to `other` is `cosine`."""
+    assert direction.rank == other.rank == 1
+
+    def turned(v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        v, u = v.double(), u.double()
+        across = torch.nn.functional.normalize(v - (v * u).sum(-1, keepdim=True) * u, dim=-1)
+        return (cosine * u + (1 - cosine**2) ** 0.5 * across).float()
+
+    both = direction.embedding is not None and other.embedding is not None
+    embedding = turned(direction.embedding, other.embedding) if both else direction.embedding
+    return replace(direction, directions=turned(direction.directions, other.directions), embedding=embedding)
 
 
 def tokenizer(vocabulary: int = VOCABULARY) -> Any:

@@ -167,10 +167,10 @@ class Table:
     def _combination(self, entries: Sequence[Entry]) -> Combination | None:
         """What makes `entries` act together; None where each acts as if it were alone. It is known by the contents of
         the files, so that no row's next direction can find it, for as long as a request or a slot has it."""
-        acting = [entry for entry in entries if entry.strength]
+        acting = [entry for entry in entries if _acts(entry)]
         if self.combinations is None or sum(len(self._resident[entry.digest].rows) for entry in acting) < 2:
             return None
-        key = tuple((entry.digest, entry.mode, entry.strength != 0) for entry in entries)
+        key = tuple((entry.digest, entry.mode, _acts(entry)) for entry in entries)
         if found := self._combined.get(key):
             return found
         matrices = self._matrices(entries)
@@ -189,7 +189,7 @@ class Table:
             values, part = _Values.of(direction, entry.mode), slice(at, at + direction.rank)
             at = part.stop
             for i, place in enumerate(self.plates):
-                if entry.strength and (own := _vectors(direction, place)) is not None:
+                if _acts(entry) and (own := _vectors(direction, place)) is not None:
                     vectors[i, part], weights[i, part] = own, values.at(place)[:, WEIGHT]
         return joint(vectors, weights)
 
@@ -212,6 +212,11 @@ class _Values:
     def at(self, place: Place) -> Tensor:
         """`[k, 4]`"""
         return self.embedding if place.layer == EMBEDDING else self.layers[place.layer]
+
+
+def _acts(entry: Entry) -> bool:
+    """Is its strength one, in the device's float32?"""
+    return bool(np.float32(entry.strength))
 
 
 def _vectors(direction: Direction, place: Place) -> Tensor | None:

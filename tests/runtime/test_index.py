@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.direction import MODES
-from steer.runtime.index import PLAIN, RequestSteer, TokenIndex
+from steer.runtime.combine import Combination
+from steer.runtime.index import PLAIN, STAGES, RequestSteer, TokenIndex
+from steer.runtime.readout import ReadIndex, RequestRead
 from steer.runtime.table import Place, Table, apply, gather, operate
+from tests.runtime.lanes import Late
 
 law = settings(deadline=None, max_examples=60)
 RANK, MAX_TOKENS = 2, 24
@@ -22,12 +25,16 @@ REQUESTS = st.builds(
 BATCHES = st.lists(st.tuples(st.none() | REQUESTS, st.integers(0, 6)), max_size=4)
 
 
+def addresses(index: TokenIndex) -> list[int]:
+    return [tensor.data_ptr() for tensor in index.first(MAX_TOKENS) if tensor is not None]
+
+
 @given(st.lists(BATCHES, min_size=1, max_size=6))
 @law
 def test_every_token_gets_its_own_requests_rows(batches: list[list[tuple[RequestSteer | None, int]]]) -> None:
     """Batch after batch in the same buffers: nothing is left of a longer one before."""
     index = TokenIndex(RANK, MAX_TOKENS, "cpu")
-    where = [x.data_ptr() for x in (index.rows, index.slots, index.strengths)]
+    where = addresses(index)
     for batch in batches:
         steered = index.fill_with([steer for steer, _ in batch], [length for _, length in batch])
         tokens = [steer for steer, length in batch for _ in range(length)]
@@ -41,7 +48,7 @@ def test_every_token_gets_its_own_requests_rows(batches: list[list[tuple[Request
             assert index.slots[j].tolist() == list(slots)
             assert index.rows[j].tolist() == [slot // len(MODES) for slot in slots]
             assert index.strengths[j].tolist() == list(strengths)
-    assert [x.data_ptr() for x in (index.rows, index.slots, index.strengths)] == where
+    assert addresses(index) == where
 
 
 @given(st.lists(st.tuples(REQUESTS, st.booleans()), min_size=1, max_size=60), st.data())
@@ -96,7 +103,7 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
         index.fill_with(step, [1] * len(step))
         tokens = len(step) * each
         x = torch.randn(tokens, 8)
-        whole = (t[:, : len(step)].repeat_interleave(each, dim=1) for t in (index.rows, index.slots, index.strengths))
+        whole = (t.repeat_interleave(each, dim=-1) for t in index.first(len(step)) if t is not None)
         expected = apply(x, plate, *whole)
         if index.active:
             acting, everywhere = index.acting(len(step))
@@ -105,3 +112,95 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
             assert torch.equal(operate(stream, operands).view(tokens, 8), expected)
         else:
             assert torch.equal(x, expected)
+
+
+def contents(index: TokenIndex) -> list[torch.Tensor]:
+    """All of the buffers, the padding behind the batch too."""
+    return [tensor.clone() for tensor in index.first(index.max_tokens) if tensor is not None]
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("ahead", [0, 1, STAGES, STAGES + 4])
+@given(data=st.data())
+@settings(deadline=None, max_examples=25)
+def test_a_device_that_copies_late_is_given_what_a_cpu_is(rank: int, ahead: int, data: st.DataObject) -> None:
+    """Bit for bit, with `ahead` steps in flight: more than there are stages, with entries that come and go and are more
+    than there was room for, with batches that shrink, and with plain ones, which send nothing."""
+    lane, tokens = Late(), 64
+    direct, staged = TokenIndex(rank, tokens, "cpu"), TokenIndex(rank, tokens, "cpu", lane=lane)
+    generator = np.random.default_rng(data.draw(st.integers(0, 99)))
+    running: list[int] = []
+    enqueued: list[list[torch.Tensor]] = []
+    seen: list[list[torch.Tensor]] = []
+    lane.seeing = lambda: seen.append(contents(staged))
+    for grown in data.draw(st.lists(st.integers(0, 12), min_size=2, max_size=12)):
+        for _ in range(grown):
+            slots = generator.integers(0, 40, rank)
+            steer = RequestSteer(slots, generator.normal(size=rank).astype(np.float32))
+            number = direct.enter(steer)
+            assert staged.enter(steer) == number
+            running.append(number)
+        for _ in range(int(generator.integers(0, len(running) + 1)) // 3):
+            gone = running.pop(int(generator.integers(len(running))))
+            direct.leave(gone)
+            staged.leave(gone)
+        batch = generator.choice([PLAIN, *running], size=int(generator.integers(0, 9)))
+        lengths = generator.integers(1, 8, len(batch))
+        sent = lane.marks
+        assert direct.fill(batch, lengths) == staged.fill(batch, lengths)
+        assert direct.active == staged.active
+        total = int(lengths.sum()) if direct.active else 0
+        assert not any(tensor[..., total:].any() for tensor in contents(direct)), "the padding is plain"
+        if lane.marks > sent:
+            enqueued.append(contents(direct))
+        while len(enqueued) - len(seen) > ahead:
+            lane.run()
+    while lane.waiting:
+        lane.run()
+    assert len(seen) == len(enqueued)
+    for these, those in zip(seen, enqueued, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(these, those, strict=True))
+
+
+def test_a_stage_is_not_written_before_its_copy_is_done() -> None:
+    lane = Late()
+    index = TokenIndex(1, 8, "cpu", lane=lane)
+    number = index.enter(RequestSteer(np.array([4]), np.array([1.0], np.float32)))
+    for step in range(2 * STAGES):
+        index.fill(np.array([number]), np.array([1 + step % 2]))
+        assert lane.waits == max(0, step + 1 - STAGES), "and nobody waits for one that is free"
+
+
+@pytest.mark.parametrize("lane", [None, Late()])
+@pytest.mark.parametrize("made_inside", [True, False])
+def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, lane: Late | None) -> None:
+    """An index or a table of a notebook is made and filled in whatever mode its user is in."""
+    with torch.inference_mode(made_inside):
+        index = TokenIndex(2, 8, "cpu", lane=lane)
+        reads = ReadIndex(1, 2, "cpu")
+        table = Table([Place("resid_post", 0)], rows=4, rank=2, d_model=8)
+    plate = table.plates[Place("resid_post", 0)]
+    for inside in (not made_inside, made_inside):
+        with torch.inference_mode(inside):
+            home = table.combinations
+            assert home is not None
+            both = Combination(torch.full((1, 2, 2), 0.25), home)
+            index.fill_with([None, RequestSteer(np.array([4, 8]), np.ones(2, np.float32), both)], [1, 2])
+            if lane is not None:
+                lane.run()
+            reads.fill([RequestRead(np.array([1]), (0,))] * 3, [1] * 3)
+            plate.write(1, torch.ones(8), [torch.zeros(4)] * len(MODES))
+        for tensor in (*contents(index), plate.vectors, plate.coefficients, plate.joint, reads._at, reads._found):
+            assert tensor is not None
+            assert not tensor.is_inference()
+        # a pass that autograd records keeps what it read
+        x = torch.ones(3, 8, requires_grad=True)
+        y = apply(x, plate, *index.first(3))
+        y.sum().backward()
+        reads.record(0, x, y, plate.vectors)
+        assert len(reads.collect()) == 3
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    assert TokenIndex(1, 100, "cpu").nbytes == 100 * (8 + 8 + 4)
+    assert TokenIndex(3, 100, "cpu").nbytes == 3 * 100 * (8 + 8 + 4) + 100 * 8

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from random import Random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steer.runtime.op import FLOOR, GAMMA, RHO, WEIGHT, displacement
+from steer.runtime.op import FLOOR, GAMMA, RHO, WEIGHT, displacement, displacements, joint
 
 law = settings(deadline=None, max_examples=60)
 SEEDS = st.integers(0, 2**32)
@@ -162,3 +163,100 @@ def test_tokens_are_treated_one_by_one(seed: int) -> None:
 def test_the_dtype_is_that_of_x(dtype: torch.dtype) -> None:
     x, v = (t.to(dtype) for t in drawn(0))
     assert displacement(x, v, ABLATE.to(dtype), 1.0).dtype == dtype
+
+
+def entries(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[float]]:
+    """Directions of rank 1 to 3 at any angle up to a cosine of 0.999, each in a mode: vectors `[n, 32]`, coefficients
+    `[n, 4]`, strengths; float64."""
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+    vectors: list[Tensor] = []
+    rows, strengths = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        new = torch.randn(draw(st.integers(1, 3)), 32, generator=generator, dtype=torch.float64)
+        if vectors:
+            other, cosine = vectors[-1], draw(st.floats(-0.999, 0.999))
+            new[0] -= (new[0] @ other) * other
+            new[0] = cosine * other + math.sqrt(1 - cosine**2) * new[0] / new[0].norm()
+        basis = torch.linalg.qr(new.T)[0].T
+        made = row(weight=1.0), row(rho=draw(NUMBERS), floor=0.0, weight=1.0), row(rho=draw(NUMBERS), weight=1.0)
+        values, strength = draw(st.sampled_from([*made, row(gamma=draw(NUMBERS))])), draw(st.sampled_from(STRENGTHS))
+        for v in basis:
+            vectors.append(v)
+            rows.append(values)
+            strengths.append(strength)
+    return torch.stack(vectors), torch.stack(rows), strengths
+
+
+STRENGTHS = [1.0, 0.5, 0.35, -0.5, 1.7]
+ENTRIES = st.composite(entries)()
+
+
+@given(ENTRIES, SEEDS)
+@law
+def test_each_component_is_what_its_own_mode_and_strength_say(
+    several: tuple[Tensor, Tensor, list[float]], seed: int
+) -> None:
+    vectors, values, strengths = several
+    spectrum = torch.linalg.eigvalsh(vectors @ vectors.T)
+    assume(float(spectrum[0]) > 2e-4 * float(spectrum[-1]))
+    x = 3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    y = x + displacements(x, vectors, values, strengths)
+    for v, each, strength in zip(vectors, values, strengths, strict=True):
+        if each[WEIGHT] != 0:
+            torch.testing.assert_close(y @ v, after(x, v, each, strength) @ v, rtol=0, atol=2e-3)
+    add = [i for i, each in enumerate(values) if each[WEIGHT] == 0]
+    left = (y - x) - sum((displacement(x, vectors[i], values[i], strengths[i]) for i in add), torch.zeros_like(x))
+    sets = vectors[[i for i in range(len(values)) if i not in add]]
+    along = torch.linalg.pinv(sets, rtol=1e-3) @ sets if len(sets) else torch.zeros(32, 32, dtype=torch.float64)
+    torch.testing.assert_close(left @ along, left, rtol=0, atol=2e-3, msg="the step is no longer than it must be")
+
+
+@given(ENTRIES, SEEDS, st.randoms(use_true_random=False))
+@law
+def test_the_order_of_entries_means_nothing(
+    several: tuple[Tensor, Tensor, list[float]], seed: int, random: Random
+) -> None:
+    vectors, values, strengths = several
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    order = list(range(len(strengths)))
+    random.shuffle(order)
+    other = displacements(x, vectors[order], values[order], [strengths[i] for i in order])
+    torch.testing.assert_close(other, displacements(x, vectors, values, strengths), rtol=1e-4, atol=1e-3)
+
+
+@given(SEEDS, st.floats(0, 1e-3))
+@law
+def test_what_is_removed_twice_is_removed_once(seed: int, angle: float) -> None:
+    x, v = drawn(seed)
+    near = v + angle * torch.nn.functional.normalize(drawn(seed + 1)[1], dim=0)
+    twice = x + displacements(x, torch.stack([v, near / near.norm()]), torch.stack([ABLATE, ABLATE]), [1.0, 1.0])
+    torch.testing.assert_close(twice, after(x, v, ABLATE), rtol=0, atol=angle * 20 + 1e-5)
+
+
+@given(SEEDS, NUMBERS)
+@law
+def test_what_is_added_stays_out_of_what_is_removed(seed: int, gamma: float) -> None:
+    x, v = drawn(seed)
+    other = drawn(seed + 1)[1]
+    y = x + displacements(x, torch.stack([other, v]), torch.stack([row(gamma=gamma), ABLATE]), [1.0, 1.0])
+    assert float((y @ v).abs().max()) < 1e-5
+    expected = after(x, v, ABLATE) + gamma * (other - (other @ v) * v)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+
+
+@given(SEEDS)
+@law
+def test_orthogonal_entries_and_additions_take_the_identity(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.linalg.qr(torch.randn(16, 3, generator=generator, dtype=torch.float64))[0].T.float()
+    assert torch.equal(joint(rows, torch.ones(3)), torch.eye(3))
+    any_angle = torch.nn.functional.normalize(torch.randn(3, 16, generator=generator), dim=-1)
+    assert torch.equal(joint(any_angle, torch.zeros(3)), torch.eye(3)), "additions do not disturb each other"
+    assert not torch.equal(joint(any_angle, torch.ones(3)), torch.eye(3))
+
+
+def test_an_entry_of_strength_0_holds_nothing() -> None:
+    x, v = drawn(0)
+    other = torch.nn.functional.normalize(v + drawn(1)[1], dim=0)
+    beside = displacements(x, torch.stack([v, other]), torch.stack([ABLATE, ABLATE]), [1.0, 0.0])
+    assert torch.equal(beside, displacement(x, v, ABLATE, 1.0))

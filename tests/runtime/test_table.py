@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steer.direction import MODES, Direction, Mode, Site
+from steer.direction import MODES, Mode, Site
 from steer.errors import NoRoom
 from steer.runtime.index import TokenIndex
 from steer.runtime.modes import coefficients, embedding_coefficients
-from steer.runtime.op import FLOOR
+from steer.runtime.op import FLOOR, amount
 from steer.runtime.table import EMBEDDING, Place, Table, apply
 from steer.spec import Entry, Spec
 from tests import models
@@ -152,24 +152,31 @@ def test_a_request_gets_the_slots_of_its_directions_in_order(x: Mode, y: Mode, s
     assert steer.strengths.tolist() == np.float32([s, u, u, 0]).tolist()
 
 
-def naive(x: Tensor, direction: Direction, layer: int, mode: Mode, strength: float) -> Tensor:
-    """One token's vector after one direction at one layer: the modes as the design tells them, in float64."""
-    y = x.double()
-    difference = (direction.mean_harmful[layer] - direction.mean_harmless[layer]).double()
-    rows = direction.directions[layer].double()
-    along = rows @ difference
-    for k, v in enumerate(rows):
-        component = y @ v
-        if mode == "ablate":
-            change = -component
-        elif mode == "one_sided":
-            change = -(component - direction.reference[layer, k]).clamp_min(0)
-        elif mode == "affine":
-            change = v @ direction.mean_harmless_all[layer].double() - component
-        else:
-            change = difference.norm() * (along[k] / along.norm() if direction.rank > 1 else 1)
-        y = y + strength * direction.weights[layer].double() * change * v
-    return y
+def naive(x: Tensor, wish: Sequence[tuple[str, Mode, float]], layer: int) -> Tensor:
+    """One token's vector after a request at one layer: the modes as the design tells them, in float64. What is added
+    goes in; then the shortest step leaves each component that is set as its own mode and strength say."""
+    x = x.double()
+    added, sets, targets = torch.zeros_like(x), [torch.zeros(0, len(x)).double()], [torch.zeros(0).double()]
+    for name, mode, strength in wish:
+        direction = DIRECTIONS[name]
+        difference = (direction.mean_harmful[layer] - direction.mean_harmless[layer]).double()
+        rows = direction.directions[layer].double()
+        scale = strength * direction.weights[layer].double()
+        component, along = rows @ x, rows @ difference
+        if mode == "add":
+            share = along / along.norm() if direction.rank > 1 else torch.ones(1).double()
+            added = added + scale * difference.norm() * share @ rows
+            continue
+        change = {
+            "ablate": -component,
+            "one_sided": -(component - direction.reference[layer].double()).clamp_min(0),
+            "affine": rows @ direction.mean_harmless_all[layer].double() - component,
+        }[mode]
+        if np.float32(strength):
+            sets.append(rows)
+            targets.append(component + scale * change)
+    across, wanted = torch.cat(sets), torch.cat(targets)
+    return x + added + torch.linalg.pinv(across, rtol=1e-2) @ (wanted - across @ (x + added))
 
 
 WISH = st.lists(
@@ -195,10 +202,7 @@ def test_a_mixed_batch_is_each_token_by_the_formula(
         plate = t.plates[Place("resid_post", layer)]
         made = apply(x, plate, *index.first(n))
         for i, wish in enumerate(tokens):
-            expected = x[i].double()
-            for name, mode, strength in wish:
-                expected = naive(expected, DIRECTIONS[name], layer, mode, strength)
-            torch.testing.assert_close(made[i].double(), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(made[i].double(), naive(x[i], wish, layer), rtol=1e-4, atol=1e-4)
             if not wish:
                 assert torch.equal(made[i], x[i])
 
@@ -209,20 +213,62 @@ def applied(t: Table, wish: Spec, x: Tensor, place: Place = PLACES[1]) -> Tensor
     return apply(x, t.plates[place], *index.first(len(x)))
 
 
-def test_directions_are_applied_in_the_order_of_the_request() -> None:
+def test_both_components_go_in_either_order_and_the_order_means_nothing() -> None:
     t = table()
     for name in ("a", "d"):
         t.load(name, DIRECTIONS[name])
     x = torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
-    first, second = (DIRECTIONS[name].directions[0, 0] for name in ("a", "d"))
-    assert abs(float(first @ second)) > 1e-3, "orthogonal directions would show no order"
+    lines = torch.stack([DIRECTIONS[name].directions[0, 0] for name in ("a", "d")])
+    assert abs(float(lines[0] @ lines[1])) > 1e-3, "orthogonal directions would show nothing"
     forth = applied(t, spec(("a", "ablate", 1.0), ("d", "ablate", 1.0)), x)
     back = applied(t, spec(("d", "ablate", 1.0), ("a", "ablate", 1.0)), x)
-    assert float((forth @ second).abs().max()) < 1e-5
-    assert float((back @ first).abs().max()) < 1e-5
-    assert float((forth @ first).abs().max()) > 1e-3
-    step = applied(t, spec(("a", "ablate", 1.0)), x)
-    torch.testing.assert_close(applied(t, spec(("d", "ablate", 1.0)), step), forth, rtol=0, atol=1e-6)
+    assert float((forth @ lines.T).abs().max()) < 1e-5
+    torch.testing.assert_close(forth, back, rtol=0, atol=1e-6)
+
+
+def test_a_version_that_takes_the_rows_of_another_is_combined_anew() -> None:
+    """Rows are used again by the next direction: what acted together with the one before is not what acts now."""
+    t, x = table(rows=2), torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    for names in (("a", "d"), ("x", "y"), ("a", "d")):
+        for seed, name in enumerate(names):
+            direction = DIRECTIONS[name] if name in DIRECTIONS else models.direction(MODEL, seed=90 + seed)
+            t.load(name, direction)
+        rows = torch.stack([t.plates[PLACES[1]].vectors[row] for row in (1, 2)])
+        y = applied(t, spec(*[(name, "ablate", 1.0) for name in names]), x)
+        assert float((y @ rows.T).abs().max()) < 1e-5
+        for name in names:
+            t.unload(name)
+
+
+@pytest.mark.parametrize("other", ["affine", "one_sided", "add"])
+def test_where_an_entry_does_nothing_it_holds_nothing(other: Mode) -> None:
+    """Before block 0 only `ablate` acts: what a request has beside it there must not change the removal."""
+    t, x = table(), torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    for name in ("a", "b"):
+        t.load(name, DIRECTIONS[name])
+    place = Place("resid_post", EMBEDDING)
+    beside = applied(t, spec(("a", "ablate", 1.0), ("b", other, 1.0)), x, place)
+    assert torch.equal(beside, applied(t, spec(("a", "ablate", 1.0)), x, place))
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("mode", MODES)
+def test_one_entry_is_the_formula_of_one_to_the_bit(mode: Mode, rank: int) -> None:
+    t, x = table(rank=rank), torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    t.load("a", DIRECTIONS["a"])
+    for layer in range(models.LAYERS):
+        v, values = DIRECTIONS["a"].directions[layer, 0], coefficients(DIRECTIONS["a"], mode)[layer, 0]
+        added = amount(x, v, values.unbind(-1), torch.tensor(0.7)).unsqueeze(-1)
+        expected = torch.addcmul(x, added, v)
+        assert torch.equal(applied(t, spec(("a", mode, 0.7)), x, Place("resid_post", layer)), expected)
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    t, single = table(rows=6, rank=4), table(rows=6, rank=1)
+    places, slots = len(PLACES), 7 * len(MODES)
+    assert single.nbytes == places * 4 * (7 * models.D_MODEL + slots * 4)
+    assert t.combinations is not None
+    assert t.nbytes - single.nbytes == t.combinations.nbytes == places * 4 * (t.combinations.capacity + 1) * 4 * 4
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])

@@ -26,7 +26,11 @@ SPECS = (
     "refusal:affine",
     "verbosity:add=0.5",
     "refusal=0.5,verbosity",
+    "verbosity:one_sided,refusal",
+    "refusal,verbosity:add=0.5",
 )
+#: Of the two directions at every layer: what is set of one must not change the other.
+COSINE = 0.4
 PROMPTS = ("hello world", "this is a longer prompt of some words")
 TOLERANCE = 1e-3
 
@@ -43,9 +47,9 @@ class Home:
     def make(cls, name: str, root: Path) -> Home:
         model, directions = tiny.make(name, root / "model"), root / "directions"
         directions.mkdir()
-        for seed, direction in enumerate(("refusal", "verbosity"), 1):
-            made = models.direction(model, seed=seed, embedding=direction == "refusal")
-            made.save(directions / f"{direction}.safetensors")
+        refusal, verbosity = (models.direction(model, seed=seed, embedding=True) for seed in (1, 2))
+        refusal.save(directions / "refusal.safetensors")
+        models.leaning(verbosity, refusal, COSINE).save(directions / "verbosity.safetensors")
         return cls(model, root / "model", directions)
 
     def start(self, **options: Any) -> Any:

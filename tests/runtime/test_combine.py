@@ -1,0 +1,123 @@
+"""Combinations: every request of every step has its own matrices, however many there are of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from steer.runtime.combine import ALONE, Combination, Combinations
+from steer.runtime.index import PLAIN, RequestSteer, TokenIndex
+from steer.runtime.table import Plate
+
+law = settings(deadline=None, max_examples=60)
+PLACES, RANK = 2, 2
+STEPS = st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=20)
+
+
+def made(capacity: int | None) -> tuple[list[Plate], Combinations]:
+    plates = [Plate.empty(2, 4, "cpu") for _ in range(PLACES)]
+    return plates, Combinations(plates, RANK, "cpu", capacity)
+
+
+def matrices(number: int) -> Tensor:
+    return torch.arange(PLACES * RANK * RANK).view(PLACES, RANK, RANK) + 100.0 * number
+
+
+def check(plates: list[Plate], index: TokenIndex, batch: list[int | None]) -> None:
+    """Each token of the step reads the matrices of its own request, and padding the identity."""
+    assert index.combinations is not None
+    for at, which in enumerate([*batch, *[None] * (index.max_tokens - len(batch))]):
+        for place, plate in enumerate(plates):
+            assert plate.joint is not None
+            expected = torch.eye(RANK) if which is None else matrices(which)[place]
+            assert torch.equal(plate.joint[index.combinations[at]], expected)
+
+
+@pytest.mark.parametrize("capacity", [4, None])
+@given(steps=STEPS)
+@law
+def test_every_token_finds_its_own_requests_matrices(capacity: int | None, steps: list[list[int]]) -> None:
+    """Ten requests with a combination each are there all the time, four at most in a step, and four slots."""
+    plates, home = made(capacity)
+    index = TokenIndex(RANK, 8, "cpu")
+    numbers = [
+        index.enter(RequestSteer(np.array([4, 8]), np.ones(2, np.float32), Combination(matrices(i), home)))
+        for i in range(10)
+    ]
+    where = [plate.joint.data_ptr() for plate in plates if plate.joint is not None]
+    for step in steps:
+        batch = np.array([PLAIN, *(numbers[i] for i in step)], np.int64)
+        index.fill(batch, np.ones(len(batch), np.int64))
+        if step:
+            check(plates, index, [None, *step])
+        else:
+            assert not index.active
+    if capacity:
+        assert where == [plate.joint.data_ptr() for plate in plates if plate.joint is not None], "written in place"
+
+
+def test_a_steady_batch_writes_nothing_and_looks_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    plates, home = made(3)
+    index = TokenIndex(RANK, 8, "cpu")
+    numbers = np.array(
+        [
+            index.enter(RequestSteer(np.array([4, 8]), np.ones(2, np.float32), Combination(matrices(i), home)))
+            for i in range(3)
+        ]
+    )
+    index.fill(numbers, np.ones(3, np.int64))
+
+    def refuse(*_: object) -> int:
+        raise AssertionError("a slot is looked up again")
+
+    monkeypatch.setattr(home, "_place", refuse)
+    for _ in range(3):
+        index.fill(numbers, np.ones(3, np.int64))
+    check(plates, index, [0, 1, 2])
+
+
+def test_what_was_used_longest_ago_goes_and_is_written_again_when_it_comes_back() -> None:
+    """A request that is preempted for long finds its slot taken."""
+    plates, home = made(2)
+    index = TokenIndex(RANK, 8, "cpu")
+    ones = np.ones(2, np.float32)
+    numbers = [index.enter(RequestSteer(np.array([4, 8]), ones, Combination(matrices(i), home))) for i in range(3)]
+    for step in ([0, 1], [1], [2, 1], [0, 1], [2, 0]):
+        index.fill(np.array([numbers[i] for i in step]), np.ones(len(step), np.int64))
+        check(plates, index, list(step))
+    index.leave(numbers[0])
+    back = index.enter(RequestSteer(np.array([4, 8]), ones))
+    index.fill(np.array([back, numbers[2]]), np.ones(2, np.int64))
+    check(plates, index, [None, 2])
+
+
+def test_requests_with_one_combination_share_a_slot() -> None:
+    _, home = made(2)
+    index, both = TokenIndex(RANK, 8, "cpu"), Combination(matrices(1), home)
+    for _ in range(3):  # one after the other, or beside each other
+        numbers = [index.enter(RequestSteer(np.array([4, 8]), np.ones(2, np.float32), both)) for _ in range(2)]
+        index.fill(np.array(numbers), np.ones(2, np.int64))
+        assert index.combinations is not None
+        assert index.combinations[:2].tolist() == [1, 1]
+        for number in numbers:
+            index.leave(number)
+
+
+def test_lost_memory_is_written_again() -> None:
+    """What put a device's memory to sleep brings it back empty."""
+    plates, home = made(2)
+    index = TokenIndex(RANK, 8, "cpu")
+    both = index.enter(RequestSteer(np.array([4, 8]), np.ones(2, np.float32), Combination(matrices(5), home)))
+    index.fill(np.array([PLAIN, both]), np.ones(2, np.int64))
+    for plate in plates:
+        assert plate.joint is not None
+        plate.joint.fill_(torch.nan)
+    home.renew()
+    index.fill(np.array([PLAIN, both]), np.ones(2, np.int64))
+    check(plates, index, [None, 5])
+    assert home.capacity == 2
+    assert ALONE == 0

@@ -23,7 +23,7 @@ XARGS = "vllm_xargs"
 #: Between a served model's name and the directions in an alias.
 PLUS = "+"
 #: What a route that steers takes, by the names that `traces` gives.
-TAKEN = frozenset({FIELD, readout.FIELD, f"{XARGS}.{FIELD}", HEADER, "model"})
+TAKEN = frozenset({FIELD, readout.FIELD, f"{XARGS}.{FIELD}", f"header {HEADER}", "model"})
 #: Fields of a body in which clients put fields of their own, and those that hold whole requests.
 _INSIDE = frozenset({"extra_body", "extra_args", XARGS, "metadata", "sampling_params", "body", "request", "requests"})
 
@@ -82,11 +82,11 @@ def traces(
     body: Any, headers: Sequence[tuple[bytes, bytes]], served: Sequence[str], query: bytes = b""
 ) -> Iterator[str]:
     """The name of everything in a request that asks for steering or seems to: `steer`, `steering`, `metadata.steer`,
-    `requests.0.steer`, `x-steer`, `model` where it is an alias, `?steer`."""
+    `requests.0.steer`, `header x-steer`, `model` where it is an alias, `?steer`."""
     for raw, _ in headers:
         name = raw.decode("latin-1").lower()
         if name.replace("_", "-").removeprefix("x-").startswith(FIELD) and name != RECEIPT:  # which asks for nothing
-            yield name
+            yield f"header {name}"
     for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
         if name.lower().startswith(FIELD):
             yield f"?{name}"

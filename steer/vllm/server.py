@@ -291,7 +291,7 @@ class Other:
             metrics.REFUSED.labels(reason=type(error).__name__).inc()
             await errors.of(error)(scope, receive, send)
             return
-        way = Passage(body is not None and not control_of(app).caller(scope).required and not front_end_of(app).default)
+        way = Passage(plain=body is not None and _may_be_plain(scope))
 
         async def sending(message: Message) -> None:
             if way.plain and message["type"] == "http.response.start" and message["status"] < 400:
@@ -299,6 +299,18 @@ class Other:
             await send(message)
 
         await _run(self.app, way, scope, replay(data, receive), sending)
+
+
+def _may_be_plain(scope: Scope) -> bool:
+    """Is a request that carries nothing to be steered by nothing?"""
+    control, front = control_of(scope["app"]), front_end_of(scope["app"])
+    nothing = carriers.Carried({}, None)
+    try:
+        admission = carriers.admit(nothing, front.registry, front.default, control.gate(control.caller(scope)))
+    except SteerError:
+        return False
+    admission.release()
+    return not admission.spec
 
 
 async def _understood(scope: Scope, data: bytes) -> Any:

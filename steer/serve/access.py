@@ -116,7 +116,7 @@ class Access:
         if force is None:
             return ANYONE
         method = "GET" if scope.get("method") == "HEAD" else scope.get("method", "websocket")
-        path = scope["path"].removeprefix(scope.get("root_path") or "")
+        path = route_path(scope)
         secret = secret_of(headers)
         name = force.keyring.find(secret or "")
         known = Caller(name, force.policy.keys[name]) if name else None
@@ -136,6 +136,13 @@ class Access:
             refusal = f"{method} {path[:100]} needs a key with the managing role"
         scope[CALLER] = known
         raise forbidden("path", refusal)
+
+
+def route_path(scope: Scope) -> str:
+    """The path by which a server's router finds a route: what is behind its `root_path`."""
+    path, root = str(scope["path"]), str(scope.get("root_path") or "")
+    rest = path.removeprefix(root)
+    return rest if rest != path and rest.startswith("/") else path
 
 
 def secret_of(headers: list[tuple[bytes, bytes]]) -> str | None:

@@ -1,10 +1,11 @@
-"""The OpenAI-compatible server on the own engine: routes, lifespan, and the middleware around them."""
+"""The OpenAI-compatible server on the own engine: routes, the layers around them, and the life of the app."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -19,12 +20,12 @@ from steer.serve import chat, completions, errors, metrics, models, playground, 
 from steer.serve.access import PUBLIC, Access
 from steer.serve.carriers import RECEIPT
 from steer.serve.directions import router as directions_router
-from steer.serve.middleware import SteerMiddleware
+from steer.serve.middleware import SteerMiddleware, around
 from steer.serve.served import Served
 
 
 def build(served: Served) -> FastAPI:
-    """The app; the middleware sits around it, so no route here ever sees a carrier, and the door around that."""
+    """The app; no route that generates ever sees a carrier, and the door is around all of them."""
     control, registry, engine = served.control, served.registry, served.engine
     stop_watching = threading.Event()
 
@@ -47,15 +48,6 @@ def build(served: Served) -> FastAPI:
     app.add_exception_handler(SteerError, errors.on_steer_error)
     app.add_exception_handler(RequestValidationError, errors.on_validation_error)
     app.add_exception_handler(HTTPException, errors.on_http_exception)
-    app.add_middleware(
-        SteerMiddleware,
-        registry=registry,
-        served=[served.model_name],
-        default=served.default,
-        max_body=served.max_body,
-        readable=engine.steering.anatomy.layers if "resid_post" in engine.steering.table.sites else 0,
-        control=control,
-    )
     app.add_middleware(Access, control=control, public=PUBLIC.union(playground.PATHS))
     if served.origins:
         app.add_middleware(
@@ -70,6 +62,17 @@ def build(served: Served) -> FastAPI:
     app.include_router(switch.router(control))
     app.include_router(chat.router(served))
     app.include_router(completions.router(served))
+    layer = partial(
+        SteerMiddleware,
+        registry=registry,
+        served=[served.model_name],
+        default=served.default,
+        max_body=served.max_body,
+        readable=engine.steering.anatomy.layers if "resid_post" in engine.steering.table.sites else 0,
+        control=control,
+    )
+    generating = {(path, "POST"): layer for path in ("/v1/chat/completions", "/v1/completions")}
+    assert len(around(app, generating)) == len(generating)
     app.include_router(models.router(served))
     table = engine.steering.table
     metrics.watch(registry, lambda: table.rows_in_use, table.rows)

@@ -1,11 +1,17 @@
-"""The four carriers of a steer spec: body field, header, model name, `vllm_xargs`. All equal; conflicts are errors."""
+"""The four carriers of a steer spec: body field, header, model name, `vllm_xargs`. All equal; conflicts are errors.
+
+Whatever else in a request has a name that begins with `steer` is a mistake in one of them, and is told of: a request
+that is meant to be steered is never answered plain.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qsl
 
+from steer import readout
 from steer.errors import SpecError
 from steer.registry import Admission, Registry
 from steer.spec import Spec, Wanted, parse, text
@@ -16,6 +22,10 @@ RECEIPT = "x-steer-applied"
 XARGS = "vllm_xargs"
 #: Between a served model's name and the directions in an alias.
 PLUS = "+"
+#: What a route that steers takes, by the names that `traces` gives.
+TAKEN = frozenset({FIELD, readout.FIELD, f"{XARGS}.{FIELD}", f"header {HEADER}", "model"})
+#: Fields of a body in which clients put fields of their own, and those that hold whole requests.
+_INSIDE = frozenset({"extra_body", "extra_args", XARGS, "metadata", "sampling_params", "body", "request", "requests"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +36,11 @@ class Carried:
     model: str | None
 
 
-def read(body: dict[str, Any], headers: Sequence[tuple[bytes, bytes]], served: Sequence[str]) -> Carried:
-    """Read all carriers of a request. Raises SpecError with every problem of every carrier."""
+def read(
+    body: dict[str, Any], headers: Sequence[tuple[bytes, bytes]], served: Sequence[str], query: bytes = b""
+) -> Carried:
+    """Read all carriers of a request. Raises SpecError with every problem of every carrier, and for names that are
+    nearly one."""
     found: dict[str, tuple[Wanted, ...]] = {}
     problems: list[str] = []
     param: str | None = None
@@ -40,6 +53,13 @@ def read(body: dict[str, Any], headers: Sequence[tuple[bytes, bytes]], served: S
             problems.extend(error.problems)
             param = param or error.param
 
+    for name in traces(body, headers, served, query):
+        if name not in TAKEN:
+            param = param or name
+            problems.append(
+                f"'{name[:100]}': names that begin with 'steer' are not for requests to set, but for the fields "
+                f"'{FIELD}', '{readout.FIELD}' and '{XARGS}.{FIELD}' and the header 'X-Steer'"
+            )
     if FIELD in body:
         take("body field 'steer'", body[FIELD], FIELD)
     sent = [value for name, value in headers if name.lower() == HEADER.encode()]
@@ -56,6 +76,33 @@ def read(body: dict[str, Any], headers: Sequence[tuple[bytes, bytes]], served: S
     if problems:
         raise SpecError(problems, param=param)
     return Carried(found, model if isinstance(model, str) else None)
+
+
+def traces(
+    body: Any, headers: Sequence[tuple[bytes, bytes]], served: Sequence[str], query: bytes = b""
+) -> Iterator[str]:
+    """The name of everything in a request that asks for steering or seems to: `steer`, `steering`, `metadata.steer`,
+    `requests.0.steer`, `header x-steer`, `model` where it is an alias, `?steer`."""
+    for raw, _ in headers:
+        name = raw.decode("latin-1").lower()
+        if name.replace("_", "-").removeprefix("x-").startswith(FIELD) and name != RECEIPT:  # which asks for nothing
+            yield f"header {name}"
+    for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if name.lower().startswith(FIELD):
+            yield f"?{name}"
+    places = [("", body)]
+    while places:  # not by recursion: a body may be as deep as its parser allows
+        place, value = places.pop()
+        if isinstance(value, list):
+            places.extend((f"{place}{number}.", each) for number, each in enumerate(value))
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                if key.lower().startswith(FIELD):
+                    yield f"{place}{key}"
+                elif key.lower() in _INSIDE:
+                    places.append((f"{place}{key}.", inner))
+                elif key == "model" and isinstance(inner, str) and split_alias(inner, served):
+                    yield f"{place}{key}"
 
 
 def split_alias(model: str, served: Sequence[str]) -> tuple[str, str] | None:

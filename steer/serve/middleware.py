@@ -1,9 +1,10 @@
-"""Carriers in, receipt out: an ASGI middleware around any server's generation routes.
+"""Carriers in, receipt out: an ASGI layer that lies on each generation route of any server.
 
-It reads the body of a generation request, resolves and pins the spec and what is to be read, hands the request on
-without the carriers (`scope["steer"]` has the admission, `scope["steer_readout"]` the read-out or None), puts the
-receipt on the answer, and unpins when the answer has ended or the client has gone. It never touches other routes. Who
-may do what, and what is kept of it, is the `Control`'s to say.
+It lies on the routes themselves (`around`), behind the server's own routing, so no path is compared here, and no prefix
+or mount can lead past it. It reads the body of a generation request, resolves and pins the spec and what is to be read,
+hands the request on without the carriers (`scope["steer"]` has the admission, `scope["steer_readout"]` the read-out or
+None), puts the receipt on the answer, and unpins when the answer has ended or the client has gone. Who may do what, and
+what is kept of it, is the `Control`'s to say.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,9 +27,20 @@ from steer.serve.control import Control, Run
 from steer.serve.tally import counting
 from steer.spec import Wanted
 
-GENERATION_ROUTES = ("/v1/chat/completions", "/v1/completions")
 REQUEST_ID = b"x-request-id"
 Forward = Callable[[dict[str, Any], Admission, Readout | None], None]
+
+
+def around(app: Any, layers: Mapping[tuple[str, str], Callable[[ASGIApp], ASGIApp]]) -> set[str]:
+    """Put a layer around each route (path, method) that the Starlette app has; the paths that it has."""
+    found: set[str] = set()
+    for route in app.routes:
+        for (path, method), layer in layers.items():
+            if getattr(route, "path", None) == path and method in (getattr(route, "methods", None) or ()):
+                route.app = layer(route.app)
+                found.add(path)
+                break
+    return found
 
 
 class SteerMiddleware:
@@ -43,32 +55,28 @@ class SteerMiddleware:
         served: Sequence[str],
         default: tuple[Wanted, ...] = (),
         max_body: int = 8 * 2**20,
-        routes: Sequence[str] = GENERATION_ROUTES,
         forward: Forward | None = None,
         readable: int = 0,
         control: Control | None = None,
     ) -> None:
         self.app, self.registry, self.served, self.default = app, registry, tuple(served), default
-        self.max_body, self.routes, self.forward = max_body, frozenset(routes), forward
+        self.max_body, self.forward = max_body, forward
         self.readable, self.control = readable, control or Control()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self.routes:
-            await self.app(scope, receive, send)
-            return
         started = time.perf_counter()
         control, caller = self.control, ANYONE
         try:
             caller = control.caller(scope)
             body = parse_body(await read_body(scope, receive, self.max_body))
-            carried = carriers.read(body, scope["headers"], self.served)
+            carried = carriers.read(body, scope["headers"], self.served, scope["query_string"])
             admission, reading = self._admit(carried, readout.parse(body.get(readout.FIELD)), caller)
             try:
                 run = control.begin(caller, admission.spec, carried.model, scope)
-            except SteerError:
+            except BaseException:
                 _release(admission, reading)
                 raise
-        except _Gone:
+        except Gone:
             return
         except SteerError as error:
             metrics.REFUSED.labels(reason=type(error).__name__).inc()
@@ -89,7 +97,7 @@ class SteerMiddleware:
                     self.forward(body, admission, reading)
                 scope["steer"], scope["steer_readout"] = admission, reading
                 metrics.ADMISSION.observe(time.perf_counter() - started)
-                await self._serve(run, answer, scope, _replay(json.dumps(body).encode(), receive))
+                await self._serve(run, answer, scope, replay(json.dumps(body).encode(), receive))
             except Exception:
                 answer.outcome = "error"
                 raise
@@ -187,7 +195,7 @@ class _Answer:
         self.outcome = "aborted"
 
 
-class _Gone(Exception):
+class Gone(Exception):
     """The client left before its body had arrived."""
 
 
@@ -199,7 +207,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     while size <= limit:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise _Gone
+            raise Gone
         chunks.append(message.get("body", b""))
         size = sum(map(len, chunks))
         if not message.get("more_body", False) and size <= limit:
@@ -231,7 +239,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+def replay(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives `body` once and then whatever comes, which is the client's disconnect."""
     given = False
 

@@ -66,20 +66,36 @@ class Lease:
     def hold(self, request_id: str) -> None:
         self._holders.add(request_id)
 
+    @property
+    def added(self) -> list[str]:
+        """Ids of its requests that have not ended."""
+        return [holder for holder in self._holders if holder]
+
     def drop(self, request_id: str = "") -> None:
         self._holders.discard(request_id)
         if not self._holders:
             self.admission.release()
 
 
-#: In the context of an HTTP request: may what it adds to the engine be plain without a ticket? None: there is no HTTP
-#: request, as in offline use. A raw spec is never taken over HTTP: it would pass by keys, policy and audit log.
-over_http: ContextVar[bool | None] = ContextVar("steer_over_http", default=None)
+@dataclass(slots=True)
+class Passage:
+    """What the engine may be asked for in the context of one network request, beside what has a ticket.
+
+    `plain`: may it be plain. A raw spec is never taken here: it would pass by keys, policy and audit log.
+    `refused`: why something was refused, once it was.
+    """
+
+    plain: bool = False
+    refused: str | None = None
+
+
+#: Of the request that runs in this context; None where there is none, as in a Python program.
+passage: ContextVar[Passage | None] = ContextVar("steer_passage", default=None)
 
 #: The lease of the `add_request` that runs in this context.
 _adding: ContextVar[Lease | None] = ContextVar("steer_adding", default=None)
 
-#: Set in the context of the proof's own requests, which cannot wait for their own end.
+#: Set in the context of the proof's own requests, which cannot wait for their own end and have no ticket.
 _starting: ContextVar[bool] = ContextVar("steer_starting", default=False)
 
 
@@ -94,9 +110,19 @@ async def _no_loop(*_args: Any) -> list[Any]:
 class Frontend:
     """The registry of one engine, and what its requests hold."""
 
-    def __init__(self, config: Any, settings: EngineSettings, call: Call, call_async: CallAsync | None = None) -> None:
+    def __init__(
+        self,
+        config: Any,
+        settings: EngineSettings,
+        call: Call,
+        call_async: CallAsync | None = None,
+        *,
+        serves: bool = False,
+    ) -> None:
+        """`serves`: the engine is a server's, so nothing is taken that no layer of ours has let pass."""
         architecture, layers, d_model = internals.shape_of(config)
         self.settings, self.call, self.call_async = settings, call, call_async or _no_loop
+        self.serves = serves
         self.dtype = internals.dtype_of(config)
         self.shape = Shape(architecture, layers, d_model, frozenset(settings.sites), settings.rank)
         self.registry = Registry(VllmPlacement(self.shape, call), settings.directions)
@@ -206,11 +232,8 @@ class Frontend:
             ticket = self._tickets[asked]
             ticket.used = True
             admission = self.registry.again(ticket.admission.spec)
-        elif (plain := over_http.get()) is not None:
-            if KEY in extra:
-                raise SpecError("this route does not take steering: ask a generation route of this server", param=KEY)
-            if not plain:
-                raise SpecError("this route cannot be steered, and requests without steering are not allowed here")
+        elif ((way := passage.get()) is not None or self.serves) and not _starting.get():
+            check_passage(way, raw=KEY in extra)
             admission = self.registry.admit(())
         else:
             admission = self.registry.admit(parse(asked, KEY) if KEY in extra else self.default)
@@ -235,6 +258,8 @@ class Frontend:
             return
         if lease is None or wire.encode(lease.admission.spec) != text:
             raise SpecError("a request with steering must be made by add_request from a prompt and parameters")
+        if request.request_id in self._leases:
+            raise SpecError(f"a steered request with the id '{request.request_id}' is running already")
         if getattr(request, "resumable", False):
             raise SpecError("requests with streamed input cannot be steered", param=KEY)
         if not (request.cache_salt or "").endswith(salt(lease.admission.spec)):
@@ -263,6 +288,23 @@ class Frontend:
         return self._leases
 
 
+def check_passage(way: Passage | None, *, raw: bool) -> None:
+    """Raise SpecError unless a layer of ours lets a request without a ticket pass. `raw`: it brings a spec itself."""
+    way = way or Passage()
+    if raw:
+        way.refused = "this route does not take steering: ask a generation route of this server"
+    elif not way.plain:
+        way.refused = "this route cannot be steered, and requests without steering are not allowed here"
+    if way.refused:
+        raise SpecError(way.refused, param=KEY)
+
+
+def added_here() -> list[str]:
+    """Ids of the steered requests that the `add_request` of this context has made and that have not ended."""
+    lease = _adding.get()
+    return lease.added if lease else []
+
+
 def salt(spec: Spec) -> str:
     return SALT + spec.key()
 
@@ -283,15 +325,22 @@ def _with_spec(params: Any, extra: dict[str, Any], spec: Spec, reading: Readout 
 # -- on an engine ----------------------------------------------------------------------------------------------------
 
 
-def attach_sync(engine: Any, settings: EngineSettings) -> None:
+def attach_sync(engine: Any, settings: EngineSettings, serves: bool = False) -> None:
     """Steering on an `LLMEngine` that has just started; blocks until the workers are ready."""
-    frontend = Frontend(engine.vllm_config, settings, lambda *args: internals.call_workers(engine, *args))
+    frontend = Frontend(
+        engine.vllm_config, settings, lambda *args: internals.call_workers(engine, *args), serves=serves
+    )
     _wrap_processors(engine, frontend)
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])
 
     def adding(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         with frontend.admitted(params) as admitted:
-            return add_request(request_id, prompt, admitted, *args, **kwargs)
+            try:
+                return add_request(request_id, prompt, admitted, *args, **kwargs)
+            except BaseException:  # of n answers some may be on their way, and nobody else would end them
+                if left := added_here():
+                    internals.abort(engine, left)
+                raise
 
     def ask(spec: str, tokens: int, _rank: int) -> None:
         engine.add_request("steer-probe", internals.probe_prompt(), internals.probe_parameters(spec, tokens))
@@ -300,10 +349,14 @@ def attach_sync(engine: Any, settings: EngineSettings) -> None:
 
     engine.add_request = adding
     setattr(engine, ATTRIBUTE, frontend)
-    frontend.start(ask)
+    token = _starting.set(True)
+    try:
+        frontend.start(ask)
+    finally:
+        _starting.reset(token)
 
 
-def attach_async(engine: Any, settings: EngineSettings) -> None:
+def attach_async(engine: Any, settings: EngineSettings, serves: bool = False) -> None:
     """Steering on an `AsyncLLM`: its constructor cannot wait for the workers, so the first to need them does."""
     loops: list[asyncio.AbstractEventLoop] = []
 
@@ -313,7 +366,7 @@ def attach_async(engine: Any, settings: EngineSettings) -> None:
     async def call_async(*args: Any) -> list[Any]:
         return await internals.call_workers_async(engine, *args)
 
-    frontend = Frontend(engine.vllm_config, settings, call, call_async)
+    frontend = Frontend(engine.vllm_config, settings, call, call_async, serves=serves)
     _wrap_processors(engine, frontend)
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])
     get_supported_tasks = internals.seam(engine, "get_supported_tasks")
@@ -352,7 +405,12 @@ def attach_async(engine: Any, settings: EngineSettings) -> None:
         await ready()
         try:
             with frontend.admitted(params) as admitted:
-                return await add_request(request_id, prompt, admitted, *args, **kwargs)
+                try:
+                    return await add_request(request_id, prompt, admitted, *args, **kwargs)
+                except BaseException:  # as above; also where the client has left
+                    if left := added_here():
+                        await internals.abort_async(engine, left)
+                    raise
         except InvalidInput as error:
             raise internals.client_error(error) from error
 

@@ -78,6 +78,7 @@ def check_config(config: Any, *, readout: bool) -> None:
         if bad:
             problems.append(problem)
 
+    check_rust()  # in a worker: it is the first of ours to run there
     refuse(getattr(parallel, "use_ubatching", False), "microbatching (--enable-dbo, --ubatch-size) is on")
     refuse(getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallelism is on")
     refuse(getattr(config.cache_config, "kv_sharing_fast_prefill", False), "--kv-sharing-fast-prefill is on")
@@ -350,19 +351,25 @@ def wrap_requests(
 
     def adding(request: Any, *args: Any, **kwargs: Any) -> Any:
         adds(request)
-        out = add(request, *args, **kwargs)
+        try:
+            out = add(request, *args, **kwargs)
+        except BaseException:
+            if request.request_id not in states:  # it was not taken, so nobody will end it
+                ended(request.request_id)
+            raise
         if (state := states.get(request.request_id)) is not None:
             added(request, state)
             tally.current().answer(lambda: answer_length(state))
         return out
 
     def processing(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        out = process(engine_core_outputs, *args, **kwargs)
-        if watched:
-            for one in engine_core_outputs:
-                if one.request_id in watched and one.request_id not in states:
-                    ended(one.request_id)
-        return out
+        try:
+            return process(engine_core_outputs, *args, **kwargs)
+        finally:
+            if watched:
+                for one in engine_core_outputs:
+                    if one.request_id in watched and one.request_id not in states:
+                        ended(one.request_id)
 
     def aborting(*args: Any, **kwargs: Any) -> Any:
         out = abort(*args, **kwargs)
@@ -371,6 +378,16 @@ def wrap_requests(
         return out
 
     outputs.add_request, outputs.process_outputs, outputs.abort_requests = adding, processing, aborting
+
+
+def abort(engine: Any, request_ids: Sequence[str]) -> None:
+    """End requests of an LLMEngine by their internal ids, in its processes as well."""
+    seam(engine, "abort_request", ["request_ids", "internal"])(list(request_ids), internal=True)
+
+
+async def abort_async(engine: Any, request_ids: Sequence[str]) -> None:
+    """End requests of an AsyncLLM by their internal ids, in its processes as well."""
+    await seam(engine, "abort", ["request_id", "internal"])(list(request_ids), internal=True)
 
 
 def prompt_length(request: Any) -> int:
@@ -399,8 +416,11 @@ def tokenizer_of(engine: Any) -> Any:
 
 #: Reads a VllmConfig before an engine is constructed from it; None leaves the engine alone.
 Prepare = Callable[[Any], Any]
-#: Called with a constructed engine and what `Prepare` gave for it.
-Attach = Callable[[Any, Any], None]
+#: Called with a constructed engine, what `Prepare` gave for it, and whether it is a server's.
+Attach = Callable[[Any, Any, bool], None]
+#: For whom an engine is made, as vLLM names it: a Python program, or the batch runner. Any other is a server's.
+_IN_PYTHON = frozenset({"LLM_CLASS", "ENGINE_CONTEXT"})
+_BATCH = "OPENAI_BATCH_RUNNER"
 
 
 def on_engine_start(prepare: Prepare, sync: Attach, asynchronous: Attach) -> None:
@@ -420,13 +440,45 @@ def _attaching(construct: Any, prepare: Prepare, attach: Attach) -> Any:
 
     @functools.wraps(construct)
     def constructing(self: Any, *args: Any, **kwargs: Any) -> None:
-        found = prepare(signature.bind(self, *args, **kwargs).arguments["vllm_config"])
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        found = prepare(bound.arguments["vllm_config"])
+        context = ""
+        if found is not None:
+            context = usage(bound.arguments)
+            check_entry(context)
         construct(self, *args, **kwargs)
         if found is not None:
-            attach(self, found)
+            attach(self, found, context not in _IN_PYTHON)
 
     constructing._steer = True  # type: ignore[attr-defined]
     return constructing
+
+
+def usage(arguments: Mapping[str, Any]) -> str:
+    """For whom an engine is made, from the arguments of its constructor: a name of vLLM's `UsageContext`."""
+    if "usage_context" not in arguments:
+        raise UnsupportedModel(f"vLLM {version()}: engines have no parameter usage_context; tested with {TESTED}")
+    return str(getattr(arguments["usage_context"], "name", arguments["usage_context"]))
+
+
+def check_entry(context: str) -> None:
+    """Raise UnsupportedModel in a process whose server has no layer of ours, and would drop what requests ask for."""
+    if context == _BATCH:
+        raise UnsupportedModel(
+            "vLLM's batch runner would ignore the field 'steer' of its requests: send them to a server"
+        )
+    main = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", None)
+    for name in {main, *sys.modules}:
+        if name and name.startswith("vllm.entrypoints.") and name.endswith(".grpc_server"):
+            raise UnsupportedModel("vLLM's gRPC server has no way to ask for steering: serve HTTP, without --grpc")
+    check_rust()
+
+
+def check_rust() -> None:
+    """Raise UnsupportedModel where vLLM's front end written in Rust serves, in which nothing of ours runs."""
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise UnsupportedModel("vLLM's Rust front end would ignore the field 'steer': unset VLLM_USE_RUST_FRONTEND")
 
 
 def probe_prompt() -> Any:
@@ -482,16 +534,15 @@ def start_offline(arguments: Any, given: Mapping[str, Any], additional: Mapping[
 
 # -- the server ------------------------------------------------------------------------------------------------------
 
-#: Where the server that is starting builds its app.
-_APP_BUILDERS = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")
-
 
 def on_app_built(check: Callable[[Any], None]) -> None:
-    """Have `check` called with the app of the server that runs in this process, if one does, before it serves."""
-    for home in _APP_BUILDERS:
-        build = getattr(sys.modules.get(home), "build_app", None)
-        if build is not None and not hasattr(build, "_steer"):
-            vars(sys.modules[home])["build_app"] = _checking(build, check)
+    """Have `check` called with the app of the server that runs in this process, if one does, before it serves: in
+    whichever of vLLM's modules its builder is, `__main__` among them."""
+    for name, home in list(sys.modules.items()):
+        if name == "__main__" or name.startswith("vllm.entrypoints."):
+            build = vars(home).get("build_app") if home is not None else None
+            if build is not None and not hasattr(build, "_steer"):
+                vars(home)["build_app"] = _checking(build, check)
 
 
 def _checking(build: Any, check: Callable[[Any], None]) -> Any:
@@ -503,18 +554,6 @@ def _checking(build: Any, check: Callable[[Any], None]) -> Any:
 
     building._steer = True  # type: ignore[attr-defined]
     return building
-
-
-def wrap_routes(app: Any, layers: Mapping[tuple[str, str], Callable[[Any], Any]]) -> set[str]:
-    """Put a layer (ASGI app → ASGI app) around each route (path, method) that the app has; the paths that it has."""
-    found: set[str] = set()
-    for route in app.routes:
-        for (path, method), layer in layers.items():
-            if getattr(route, "path", None) == path and method in (getattr(route, "methods", None) or ()):
-                route.app = layer(seam(route, "app"))
-                found.add(path)
-                break
-    return found
 
 
 def served_names(app: Any) -> list[str]:

@@ -15,11 +15,12 @@ def register() -> None:
     internals.on_engine_start(_prepare, frontend.attach_sync, _attach_async)
 
 
-def _attach_async(engine: Any, found: settings.EngineSettings) -> None:
+def _attach_async(engine: Any, found: settings.EngineSettings, serves: bool) -> None:
     from steer.vllm.server import check_app
 
-    frontend.attach_async(engine, found)
-    internals.on_app_built(check_app)
+    frontend.attach_async(engine, found, serves)
+    if serves:
+        internals.on_app_built(check_app)
 
 
 def _prepare(config: Any) -> settings.EngineSettings | None:

@@ -3,6 +3,10 @@
 All of it is put inside vLLM's app, behind its API-key check and its other middleware, by either of its two official
 extension points: the option `--middleware steer.vllm.server.Middleware`, or the endpoint plugin `steer` (an entry point
 `vllm.endpoint_plugins`, loaded where `VLLM_PLUGINS` names it).
+
+Nothing reaches a server's engine that a layer here has not let pass: the door closes the way (`Closed`), and the layer
+on a route opens it, with a ticket for what was admitted (`Generation`) or for plain requests alone (`Other`). What has
+no layer on it (websockets, routes that come later) generates nothing.
 """
 
 from __future__ import annotations
@@ -10,34 +14,46 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.errors import InvalidInput, SpecError, SteerError, UnsupportedModel
 from steer.readout import FIELD, Readout
 from steer.registry import Admission
-from steer.serve import carriers, errors, playground, switch
+from steer.serve import carriers, errors, metrics, playground, switch
 from steer.serve.access import PUBLIC, Access
 from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
-from steer.serve.middleware import REQUEST_ID, SteerMiddleware
+from steer.serve.errors import HTTPProblem
+from steer.serve.middleware import REQUEST_ID, Gone, SteerMiddleware, around, parse_body, read_body, replay
 from steer.serve.readout import report
 from steer.settings import KEEP_ALIVE, ControlSettings
 from steer.vllm import frontend as front_ends
 from steer.vllm import internals, plugin, wire
 from steer.vllm.answers import with_readout
-from steer.vllm.frontend import Frontend
+from steer.vllm.frontend import Frontend, Passage, passage
 from steer.vllm.settings import KEY, EngineSettings
 from steer.vllm.settings import read as settings_of
 
 log = logging.getLogger("steer")
 
-GENERATION_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
-#: Where answers have choices, which the read-out goes into.
-READ_ROUTES = GENERATION_ROUTES[:2]
+#: The routes that steer, with the fields under which vLLM hands no `vllm_xargs` to the engine.
+GENERATION_ROUTES: Mapping[str, tuple[str, ...]] = {
+    "/v1/chat/completions": ("use_beam_search",),
+    "/v1/completions": ("use_beam_search",),
+    "/v1/responses": ("background",),
+    "/v1/messages": (),
+}
+#: Where answers have choices, which the read-out goes into. A server without one of these is none of ours.
+READ_ROUTES = ("/v1/chat/completions", "/v1/completions")
 MODELS_ROUTE = "/v1/models"
 HEALTH_ROUTE = "/health"
 MAX_BODY = 64 * 2**20
@@ -51,12 +67,12 @@ def install(app: FastAPI) -> None:
     if getattr(app.state, "steer_installed", False):
         return
     app.state.steer_installed = True
-    wrapped = internals.wrap_routes(
-        app,
-        {(path, "POST"): Generation for path in GENERATION_ROUTES}
-        | {(MODELS_ROUTE, "GET"): Models, (HEALTH_ROUTE, "GET"): Health},
-    )
-    for needed in (*GENERATION_ROUTES[:2], MODELS_ROUTE):
+    layers: dict[tuple[str, str], Callable[[ASGIApp], ASGIApp]] = {
+        (path, "POST"): partial(Generation, reads=path in READ_ROUTES, dropping=dropping)
+        for path, dropping in GENERATION_ROUTES.items()
+    }
+    wrapped = around(app, {**layers, (MODELS_ROUTE, "GET"): Models, (HEALTH_ROUTE, "GET"): Health})
+    for needed in (*READ_ROUTES, MODELS_ROUTE):
         if needed not in wrapped:
             raise UnsupportedModel(f"vLLM {internals.version()} serves no route {needed}")
     control = app.state.steer_control = Control(control_settings(app))
@@ -64,6 +80,15 @@ def install(app: FastAPI) -> None:
     app.include_router(directions_router(_LateRegistry(app), control=control))  # type: ignore[arg-type]
     app.include_router(switch.router(control))
     app.include_router(playground.router())
+
+
+def guard(app: FastAPI) -> None:
+    """Put `Other` on every route and mount of vLLM's that has no layer of ours. Twice is once."""
+    for route in app.routes:
+        inner = getattr(route, "app", None)
+        ours = getattr(getattr(route, "endpoint", None), "__module__", "").startswith("steer.")
+        if inner is not None and not ours and not isinstance(inner, Generation | Models | Health | Other):
+            route.app = Other(inner)  # type: ignore[attr-defined]
 
 
 class Middleware:
@@ -79,12 +104,13 @@ class Middleware:
             return
         if self._door is None:
             public = PUBLIC.union(playground.PATHS)
-            self._door = Access(_OverHttp(self.app), control=control_of(scope["app"]), public=public)
+            self._door = Access(Closed(self.app), control=control_of(scope["app"]), public=public)
         await self._door(scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = scope["app"]
         install(app)
+        guard(app)
         control = control_of(app)
         front = front_end_of(app)  # the server does not come up on an engine without steering
         control.start(front.registry, internals.served_names(app)[0])
@@ -94,29 +120,36 @@ class Middleware:
             control.stop()
 
 
-class _OverHttp:
-    """Tells the front end that what is added to the engine in this context comes over HTTP."""
+class Closed:
+    """Behind the door the way to the engine is closed, until the layer of a route opens it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = scope["app"]
-        caller = control_of(app).caller(scope)
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": "unsupported with steering on"})
+            return
         if scope["type"] == "http":  # what vLLM calls a request, in its logs and answers, is what the audit log does
             ours = (REQUEST_ID, request_id(scope).encode())
             scope = {**scope, "headers": [*(h for h in scope["headers"] if h[0] != REQUEST_ID), ours]}
-        token = front_ends.over_http.set(not caller.required and not front_end_of(app).default)
-        try:
+        with _passing(Passage()):
             await self.app(scope, receive, send)
-        finally:
-            front_ends.over_http.reset(token)
+
+
+@contextmanager
+def _passing(way: Passage) -> Iterator[None]:
+    token = passage.set(way)
+    try:
+        yield
+    finally:
+        passage.reset(token)
 
 
 def check_app(app: FastAPI) -> None:
     """Raise UnsupportedModel for an app that would ignore the field `steer` and answer without a receipt."""
     classes: list[Any] = [layer.cls for layer in app.user_middleware]
-    if Middleware not in classes and not getattr(app.state, "steer_installed", False):
+    if Middleware not in classes:
         raise UnsupportedModel(
             f"steering is on, but this server would ignore the field 'steer': start it with --middleware "
             f"{__name__}.{Middleware.__name__}, or with VLLM_PLUGINS naming the plugin '{EndpointPlugin.name}'"
@@ -175,11 +208,12 @@ class _LateRegistry:
 
 
 class Generation:
-    """Around one generation route. The engine gets a ticket for what was admitted, so that what the receipt says is
-    what is applied, whatever is swapped in between."""
+    """On one generation route. The engine gets a ticket for what was admitted, so that what the receipt says is what is
+    applied, whatever is swapped in between. `reads`: can its answers carry a read-out; `dropping`: fields with which
+    vLLM would not hand the ticket on."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, *, reads: bool, dropping: Sequence[str]) -> None:
+        self.app, self.reads, self.dropping = app, reads, tuple(dropping)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         front = front_end_of(scope["app"])
@@ -193,8 +227,11 @@ class Generation:
             if reading:
                 check_one_answer(body)
                 reads.append(reading)
-            elif not admission.spec and not front.default:
+            elif not admission.spec:
                 return
+            for field in self.dropping:
+                if body.get(field):
+                    raise unsupported(f"'{field}' cannot be used together with steering or a read-out", field)
             if isinstance(xargs, dict):  # anything else is vLLM's to refuse
                 tickets.append(front.ticket(admission, reading))
                 body[carriers.XARGS] = xargs | {KEY: tickets[0]}
@@ -204,11 +241,10 @@ class Generation:
             return report(reads[0], await front.readings(tickets[0], tokenizer)).model_dump()
 
         async def checked(scope: Scope, receive: Receive, send: Send) -> None:
-            if not tickets:  # what was admitted is plain
-                front_ends.over_http.set(True)
             if reads:
                 send = with_readout(send, fetch)
-            await self.app(scope, receive, _only_if_used(send, lambda: all(front.used(t) for t in tickets)))
+            used = (lambda: all(map(front.used, tickets))) if tickets else None
+            await _run(self.app, Passage(plain=not scope["steer"].spec and not reads), scope, receive, send, used)
 
         middleware = SteerMiddleware(
             checked,
@@ -216,9 +252,8 @@ class Generation:
             served=internals.served_names(scope["app"]),
             default=front.default,
             max_body=MAX_BODY,
-            routes=GENERATION_ROUTES,
             forward=forward,
-            readable=front.readable if scope["path"] in READ_ROUTES else 0,
+            readable=front.readable if self.reads else 0,
             control=control_of(scope["app"]),
         )
         try:
@@ -230,6 +265,77 @@ class Generation:
                 front.forget(ticket)
 
 
+class Other:
+    """On a route of vLLM's that does not steer. It may generate plain answers, for who needs no steering, where nothing
+    of the request bears any; every answer to such a request has the receipt of that."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self.app(scope, receive, send)  # the way stays closed
+            return
+        app = scope["app"]
+        try:
+            data = await read_body(scope, receive, MAX_BODY)
+            body = await _understood(scope, data)
+            found = [*carriers.traces(body, scope["headers"], internals.served_names(app), scope["query_string"])]
+            if found:
+                raise unsupported(
+                    f"this route does not take steering, which is asked for by '{found[0][:100]}'", found[0]
+                )
+        except Gone:
+            return
+        except SteerError as error:
+            metrics.REFUSED.labels(reason=type(error).__name__).inc()
+            await errors.of(error)(scope, receive, send)
+            return
+        way = Passage(plain=body is not None and _may_be_plain(scope))
+
+        async def sending(message: Message) -> None:
+            if way.plain and message["type"] == "http.response.start" and message["status"] < 400:
+                message = {**message, "headers": [*message["headers"], (carriers.RECEIPT.encode(), b"[]")]}
+            await send(message)
+
+        await _run(self.app, way, scope, replay(data, receive), sending)
+
+
+def _may_be_plain(scope: Scope) -> bool:
+    """Is a request that carries nothing to be steered by nothing?"""
+    control, front = control_of(scope["app"]), front_end_of(scope["app"])
+    nothing = carriers.Carried({}, None)
+    try:
+        admission = carriers.admit(nothing, front.registry, front.default, control.gate(control.caller(scope)))
+    except SteerError:
+        return False
+    admission.release()
+    return not admission.spec
+
+
+async def _understood(scope: Scope, data: bytes) -> Any:
+    """What a body says: of JSON the value, of a form its fields, {} of none; None where we cannot tell."""
+    kind = next((v for k, v in scope["headers"] if k == b"content-type"), b"").lower()
+    if kind.startswith((b"multipart/form-data", b"application/x-www-form-urlencoded")):
+        try:
+            async with Request(scope, replay(data, _nothing)).form() as form:
+                return {name: value for name, value in form.multi_items() if not isinstance(value, UploadFile)}
+        except HTTPException:
+            return None
+    try:
+        return parse_body(data) if data else {}
+    except HTTPProblem:
+        return None
+
+
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}
+
+
+def unsupported(message: str, param: str | None = None) -> HTTPProblem:
+    return HTTPProblem(400, message, code="unsupported", param=param)
+
+
 def check_one_answer(body: dict[str, Any]) -> None:
     """Raise SpecError for a request that is to be read and makes several answers, or none that is generated."""
     prompt = body.get("prompt")
@@ -239,22 +345,58 @@ def check_one_answer(body: dict[str, Any]) -> None:
         raise SpecError(f"{FIELD}: on this server one answer is read at a time: one prompt, and n = 1", param=FIELD)
 
 
-def _only_if_used(send: Send, used: Callable[[], bool]) -> Send:
-    """Passes on an answer only if the engine took what was admitted for it: a plain answer at its start, a stream,
-    which may start before its request does, at its end. There is no way to take a begun stream back but to break it."""
-    succeeded = streamed = False
+async def _run(
+    app: ASGIApp, way: Passage, scope: Scope, receive: Receive, send: Send, used: Callable[[], bool] | None = None
+) -> None:
+    """`app` with its way to the engine. `used`: has the engine got what was admitted; None where nothing has to be."""
+    answer = _Held(send, way, used, scope, receive)
+    with _passing(way):
+        try:
+            await app(scope, receive, answer.send)
+        except Exception:
+            if way.refused is None or not await answer.refuse():
+                raise
 
-    async def sending(message: Message) -> None:
-        nonlocal succeeded, streamed
-        if message["type"] == "http.response.start":
-            succeeded = message["status"] < 400
-            streamed = any(k.lower() == b"content-type" and b"event-stream" in v for k, v in message["headers"])
-        ends = message["type"] == "http.response.body" and not message.get("more_body", False)
-        if succeeded and (ends or not streamed) and not used():
-            raise RuntimeError("this route's requests do not carry vllm_xargs, so the answer was not steered as asked")
-        await send(message)
 
-    return sending
+class _Held:
+    """An answer that is held back until the engine has taken what was admitted for it, or until its end.
+
+    So a request that the engine refuses, or is never asked for as it was admitted, gets a 400: also from routes that
+    begin their streams before they ask the engine, and from those that make a 500 of what they do not expect.
+    """
+
+    def __init__(
+        self, send: Send, way: Passage, used: Callable[[], bool] | None, scope: Scope, receive: Receive
+    ) -> None:
+        self._send, self._way, self._used, self._scope, self._receive = send, way, used, scope, receive
+        self._kept: list[Message] = []
+        self._passes = self._refused = False
+
+    async def send(self, message: Message) -> None:
+        if self._passes:
+            await self._send(message)
+        elif not self._refused:
+            self._kept.append(message)
+            await self._judge(ends=message["type"] == "http.response.body" and not message.get("more_body", False))
+
+    async def _judge(self, ends: bool) -> None:
+        taken = self._way.plain if self._used is None else self._used()
+        failed = self._kept[0]["status"] >= 400
+        if self._way.refused or (ends and not (taken or failed or self._used is None)):
+            await self.refuse()
+        elif taken or failed or ends:
+            self._passes = True
+            for message in self._kept:
+                await self._send(message)
+            self._kept.clear()
+
+    async def refuse(self) -> bool:
+        """Answer with a 400 in its place. False where it has begun already."""
+        if not self._passes and not self._refused:
+            self._refused = True
+            why = self._way.refused or "this kind of request is not handed to the engine with its steering"
+            await errors.of(unsupported(why))(self._scope, self._receive, self._send)
+        return self._refused
 
 
 class Models:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from starlette.routing import Mount, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.registry import Registry
@@ -54,9 +55,9 @@ class Inside:
                 audit_max_bytes=2**20,
             )
         )
-        self.app = Access(
-            SteerMiddleware(app, registry=self.registry, served=["tiny"], control=self.control), control=self.control
-        )
+        layer = SteerMiddleware(app, registry=self.registry, served=["tiny"], control=self.control)
+        routes = [Route(path, layer, methods=["POST"]) for path in ("/v1/completions", "/v1/chat/completions")]
+        self.app = Access(Router([*routes, Mount("/", app)]), control=self.control)
 
     def start(self) -> None:
         self.control.start(self.registry, "tiny")

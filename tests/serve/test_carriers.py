@@ -176,8 +176,50 @@ def test_the_case_of_the_header_means_nothing() -> None:
     expected = admitted({"model": "base", "steer": "refusal"})
     for name in (b"X-Steer", b"x-steer", b"X-STEER"):
         assert admitted({"model": "base"}, [(name, b"refusal")]) == expected
-    for name in (b"x-steer-applied", b"steer", b"x_steer"):
-        assert admitted({"model": "base"}, [(name, b"refusal")]) == "[]"
+    assert admitted({"model": "base"}, [(b"x-steer-applied", b"refusal")]) == "[]"
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ({"steers": "refusal"}, "steers"),
+        ({"Steer": "refusal"}, "Steer"),
+        ({"STEERING": {}}, "STEERING"),
+        ({"steer_mode": "ablate"}, "steer_mode"),
+        ({"extra_body": {"steer": "refusal"}}, "extra_body.steer"),
+        ({"extra_args": {"steer": "refusal"}}, "extra_args.steer"),
+        ({"metadata": {"steer": "refusal"}}, "metadata.steer"),
+        ({"vllm_xargs": {"steering": "refusal"}}, "vllm_xargs.steering"),
+        ({"sampling_params": {"extra_args": {"steer": "x"}}}, "sampling_params.extra_args.steer"),
+        ({"requests": [{}, {"body": {"steer": "refusal"}}]}, "requests.1.body.steer"),
+        ({"requests": [{"model": "base+refusal"}]}, "requests.0.model"),
+    ],
+)
+def test_what_nearly_asks_for_steering_is_told_of(body: dict[str, Any], name: str) -> None:
+    for beside in ({}, {"steer": "refusal"}):
+        error = refused(body | beside)
+        assert f"'{name}'" in str(error)
+        assert error.param == name
+
+
+@pytest.mark.parametrize("name", [b"X-Steering", b"steer", b"x_steer", b"X-Steer-Mode"])
+def test_so_is_a_header_that_nearly_does(name: bytes) -> None:
+    assert "X-Steer" in str(refused({}, [(name, b"refusal")]))
+
+
+def test_so_is_a_query() -> None:
+    with pytest.raises(SpecError, match=r"'\?steer'"):
+        read({}, (), SERVED, b"a=1&steer=refusal")
+
+
+def test_names_of_other_things_are_left_alone() -> None:
+    deep: Any = {}
+    for _ in range(10_000):
+        deep = {"body": deep}
+    tool = {"type": "function", "function": {"name": "steer", "parameters": {"properties": {"steering": {}}}}}
+    body = {"messages": [{"role": "user", "content": "steer", "steer": 1}], "tools": [tool], "oversteer": 1}
+    body |= {"metadata": {"user": "steer"}, "response_format": {"steering": {}}, "extra_body": deep}
+    assert admitted(body) == "[]"
 
 
 def test_problems_of_all_carriers_are_reported_together() -> None:

@@ -21,7 +21,7 @@ from steer.serve.audit import verify
 from tests.serve.rules import CASES, POLICY, bearer, carried, check, check_table
 from tests.servers import Server, receipt
 from tests.vllm.engines import Home
-from tests.vllm.test_server import MESSAGES, OPTIONS, words
+from tests.vllm.test_server import MESSAGES, OPTIONS
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "hello", "max_tokens": 2},
@@ -30,6 +30,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/messages": {"messages": MESSAGES, "max_tokens": 2},
 }
 BODIES = {route: body | {"model": "tiny", "temperature": 0} for route, body in BODIES.items()}
+#: What a proxy in front would have its clients write before each path.
+PREFIX = "/api"
 STEERED = {"max_tokens": 4, "temperature": 0, "extra_args": {"steer": "refusal"}}
 
 
@@ -73,7 +75,7 @@ def server(home: Home, spans: tuple[str, list[bytes]]) -> Iterator[Server]:
     ours = ["--directions", str(home.directions), "--policy", str(root / "policy.toml")]
     with Server(
         *(*OPTIONS, *ours, "--audit", str(root / "audit.jsonl"), "--enable-scale-out", "--host", "0.0.0.0"),
-        *("--otlp-traces-endpoint", spans[0]),
+        *("--root-path", PREFIX, "--otlp-traces-endpoint", spans[0]),
         command=command,
     ) as running:
         yield running
@@ -147,24 +149,84 @@ def test_a_raw_spec_reaches_the_engine_by_no_route(server: Server) -> None:
     before = steered_tokens(server)
     for path, body in ways:
         answer = ask(server, "all", path, **body)
-        assert answer.status_code < 500, (path, answer.text)
-        if answer.status_code == 200:
-            assert json.loads(answer.headers.get("x-steer-applied", "[]")) == []
-            if "choices" in answer.json():
-                plain = ask(
-                    server, "all", path, **{k: v for k, v in body.items() if k not in ("extra_args", "sampling_params")}
-                )
-                assert words(answer) == words(plain)
-        else:
-            assert "does not take steering" in answer.text, (path, answer.text)
+        assert answer.status_code == 400, (path, answer.text)
+        assert "steer" in answer.json()["error"]["message"], (path, answer.text)
     for path in ("/inference/v1/generate", "/invocations"):
         body = dict(next(body for route, body in ways if route == path))
         body |= {"vllm_xargs": {}} if "vllm_xargs" in body else {"sampling_params": {"max_tokens": 4}}
         plain = ask(server, "all", path, **body)
-        assert plain.status_code == 200, (path, plain.text)
+        assert (plain.status_code, receipt(plain)) == (200, []), (path, plain.text)
         bound = ask(server, "warden", path, **body)
         assert "requests without steering are not allowed here" in bound.text, (path, bound.text)
     assert steered_tokens(server) == before
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_every_route_steers_or_refuses_what_asks_for_it(server: Server, prefix: str) -> None:
+    """Of all that vLLM's own app has and that takes a body, by every carrier and its near misses, under the root path
+    and without; and nothing of it reaches the engine."""
+    paths = server.client.get("/openapi.json", headers=bearer("all")).json()["paths"]
+    ours = {path for path in paths if path.startswith(("/v1/directions", "/v1/steering"))}
+    chat = BODIES["/v1/chat/completions"]
+    bodies = {
+        "/v1/chat/completions/batch": chat | {"messages": [MESSAGES]},
+        "/inference/v1/generate": {"model": "tiny", "token_ids": [1, 5, 6], "sampling_params": {"max_tokens": 4}},
+        "/invocations": chat,
+    }
+    nearly: list[tuple[dict[str, Any], dict[str, str]]] = [
+        ({"Steering": "refusal"}, {}),
+        ({}, {"X-Steering": "refusal"}),
+        ({"extra_body": {"steer": "refusal"}}, {}),
+        ({"vllm_xargs": {"steer_mode": "ablate"}}, {}),
+    ]
+    ways = [*carried("refusal", "tiny").values(), *nearly]
+    before = asked_of_the_engine(server)
+    tried = 0
+    for path, methods in paths.items():
+        for method in {"post", "put", "patch", "delete"} & methods.keys():
+            for more, headers in nearly if path in BODIES else () if path in ours else ways:
+                url = prefix + re.sub(r"\{[^}]*\}", "x", path)
+                body = (BODIES | bodies).get(path, {}) | more
+                answer = server.client.request(method, url, json=body, headers=bearer("all") | headers)
+                assert 400 <= answer.status_code < 500, (path, more, headers, answer.text)
+                assert "steer" in answer.json()["error"]["message"], (path, more, headers, answer.text)
+                tried += 1
+    assert tried > 50
+    assert asked_of_the_engine(server) == before
+    for path, body in bodies.items():
+        plain = server.client.post(prefix + path, json=body, headers=bearer("all"))
+        assert (plain.status_code, receipt(plain)) == (200, []), (path, plain.text)
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_what_is_required_is_applied_whatever_the_prefix(server: Server, prefix: str) -> None:
+    for route in BODIES:
+        answer = server.client.post(prefix + route, json=BODIES[route], headers=bearer("bound"))
+        assert [entry["direction"] for entry in receipt(answer)] == ["verbosity"], (route, answer.text)
+
+
+@pytest.mark.parametrize(
+    ("route", "more"),
+    [
+        ("/v1/chat/completions", {"use_beam_search": True, "n": 2}),
+        ("/v1/completions", {"use_beam_search": True, "n": 2}),
+        ("/v1/responses", {"background": True, "store": True}),
+    ],
+)
+def test_what_vllm_generates_without_its_arguments_is_refused(server: Server, route: str, more: dict[str, Any]) -> None:
+    before = asked_of_the_engine(server)
+    for key, steer in (("all", {"steer": "refusal"}), ("bound", {}), ("eager", {})):
+        answer = ask(server, key, route, **more, **steer)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported"), (key, answer.text)
+    assert asked_of_the_engine(server) == before
+    if "use_beam_search" in more:
+        assert receipt(ask(server, "all", route, **more)) == []
+
+
+def asked_of_the_engine(server: Server) -> float:
+    """How many tokens of prompts it has been given."""
+    text = server.client.get("/metrics", headers=bearer("meter")).text
+    return sum(float(n) for n in re.findall(r"^vllm:prompt_tokens_total\S* (\S+)", text, re.MULTILINE))
 
 
 def steered_tokens(server: Server) -> float:

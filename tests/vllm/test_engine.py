@@ -257,6 +257,55 @@ def test_an_aborted_request_lets_its_pins_go(running: Running) -> None:
     assert running.stats()["running"] == 0
 
 
+@pytest.mark.parametrize("fails", ["output processor", "engine"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_fails_on_its_way_in_holds_nothing(
+    running: Running, monkeypatch: pytest.MonkeyPatch, fails: str, n: int
+) -> None:
+    """At its last sample, when others of the request are in already."""
+    from vllm.v1.engine.output_processor import RequestState
+
+    engine = running.llm.llm_engine
+    owner, name = (
+        (RequestState, "from_new_request") if fails == "output processor" else (engine.engine_core, "add_request")
+    )
+    real, left = getattr(owner, name), [n]
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            raise MemoryError
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+    with pytest.raises(MemoryError):
+        engine.add_request("failing", PROMPTS[0], parameters("refusal", n=n, temperature=1.0, seed=1))
+    assert left == [0]
+    monkeypatch.undo()
+    assert (running.pins, running.frontend.held) == (0, {})
+    assert not engine.has_unfinished_requests()
+    generate(running.llm, [(PROMPTS[0], "off")])
+    assert running.stats()["running"] == 0
+
+
+def test_a_servers_engine_takes_nothing_that_was_not_let_pass(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steer.vllm.frontend import Passage, passage
+
+    monkeypatch.setattr(running.frontend, "serves", True)
+    for spec in (None, "off", "refusal", "ticket:00"):
+        with pytest.raises(ValueError, match="this route"):
+            running.llm.generate([PROMPTS[0]], [parameters(spec)], use_tqdm=False)
+    token = passage.set(Passage(plain=True))
+    try:
+        [plain] = running.llm.generate([PROMPTS[0]], [parameters(None)], use_tqdm=False)
+    finally:
+        passage.reset(token)
+    running.reference.check(plain, "off")
+    assert running.pins == 0
+
+
 def test_samples_of_one_request_are_all_steered(running: Running) -> None:
     tokens = running.stats()["tokens"]
     [output] = running.llm.generate([PROMPTS[0]], [parameters("refusal", n=3, temperature=1.0, seed=1)], use_tqdm=False)

@@ -4,6 +4,7 @@ several ranks and several engines."""
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,3 +71,24 @@ def test_a_server_that_would_ignore_the_field_does_not_start(tmp_path: Path) -> 
     home = Home.make("llama", tmp_path)
     with pytest.raises(RuntimeError, match=r"would ignore the field 'steer': start it with --middleware"):
         Server(*arguments(home, "--enforce-eager"), command=COMMAND).__enter__()
+
+
+def test_the_batch_runner_would_ignore_it_as_well(tmp_path: Path) -> None:
+    home = Home.make("llama", tmp_path)
+    settings = json.dumps({"steer": {"directions": str(home.directions)}})
+    body = {"model": str(home.folder), "prompt": "hello", "steer": "refusal"}
+    request = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}
+    (tmp_path / "in.jsonl").write_text(json.dumps(request))
+    done = subprocess.run(
+        [
+            *(*COMMAND[:-1], "run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")),
+            *("--model", str(home.folder), "--worker-cls", "steer.vllm.worker.Worker"),
+            *("--additional-config", settings, "--dtype", "float32"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode != 0
+    assert "batch runner would ignore the field 'steer'" in done.stdout + done.stderr
+    assert not (tmp_path / "out.jsonl").exists()

@@ -1,0 +1,281 @@
+"""The way from a route to the engine, through all layers of a server: the routes here ask the real front end, and there
+is no engine behind it."""
+
+from __future__ import annotations
+
+import sys
+import types
+from argparse import Namespace
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+from fastapi import APIRouter, FastAPI, Request, WebSocket
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+from steer.errors import SpecError, UnsupportedModel
+from steer.registry import Registry
+from steer.runtime.placement import LocalPlacement, Shape
+from steer.runtime.table import Place, Table
+from steer.vllm import internals
+from tests import models
+
+MODEL = models.tiny("llama")
+PREFIX = "/api"
+#: Every way to ask for steering, or nearly: (body, headers, query).
+ASKING: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
+    "field": ({"steer": "refusal"}, {}, ""),
+    "header": ({}, {"X-Steer": "refusal"}, ""),
+    "alias": ({"model": "tiny+refusal"}, {}, ""),
+    "xargs": ({"vllm_xargs": {"steer": "refusal"}}, {}, ""),
+    "read-out": ({"steer_readout": "refusal"}, {}, ""),
+}
+NEARLY: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
+    "another field": ({"Steering": "refusal"}, {}, ""),
+    "another header": ({}, {"X-Steering": "refusal"}, ""),
+    "inside": ({"extra_body": {"steer": "refusal"}}, {}, ""),
+    "nested": ({"requests": [{"steer": "refusal"}]}, {}, ""),
+    "query": ({}, {}, "?steer=refusal"),
+}
+
+
+class Engine:
+    """Stands for an AsyncLLM. What it was asked for is in `asked`: the spec that the workers would get, or None."""
+
+    def __init__(self) -> None:
+        from steer.vllm.frontend import Frontend
+        from steer.vllm.settings import EngineSettings
+
+        text = types.SimpleNamespace(num_hidden_layers=3)
+        config = types.SimpleNamespace(
+            hf_config=types.SimpleNamespace(architectures=["LlamaForCausalLM"]),
+            hf_text_config=text,
+            get_hidden_size=lambda: models.D_MODEL,
+            dtype="torch.float32",
+        )
+        front = Frontend(
+            types.SimpleNamespace(model_config=config),
+            EngineSettings(rank=4),
+            lambda *_: [],
+            serves=True,
+        )
+        table = Table([Place("resid_post", layer) for layer in range(3)], rows=8, rank=4, d_model=models.D_MODEL)
+        shape = Shape("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 4)
+        front.registry = Registry(LocalPlacement(shape, table))
+        front.registry.put("refusal", models.direction(MODEL, seed=1).to_bytes())
+        self.steer = front
+        self.asked: list[str | None] = []
+
+    def generate(self, extra_args: dict[str, Any] | None) -> str:
+        from vllm import SamplingParams
+
+        from steer.vllm import wire
+
+        with self.steer.admitted(SamplingParams(extra_args=extra_args)) as params:
+            self.asked.append(wire.of(params))
+        return "answer"
+
+
+def app_of(engine: Engine) -> FastAPI:
+    """Routes as vLLM's are, and some as they are not yet."""
+    app = FastAPI(root_path=PREFIX)
+    app.state.args = Namespace(api_key=None, host="127.0.0.1", middleware=[], additional_config={"steer": {}})
+    app.state.engine_client = engine
+    app.state.openai_serving_models = types.SimpleNamespace(base_model_paths=[types.SimpleNamespace(name="tiny")])
+
+    async def carrying(request: Request) -> Response:
+        return JSONResponse({"choices": [{"text": engine.generate((await request.json()).get("vllm_xargs"))}]})
+
+    async def dropping(request: Request) -> Response:
+        await request.body()
+        return JSONResponse({"choices": [{"text": engine.generate(None)}]})
+
+    async def raw(request: Request) -> Response:
+        return JSONResponse({"text": engine.generate({"steer": "refusal"})})
+
+    async def streaming(request: Request) -> Response:
+        """Begins its stream before it asks, and goes on when it is refused."""
+        await request.body()
+
+        async def events() -> AsyncIterator[str]:
+            yield "event: start\n\n"
+            try:
+                yield f"data: {engine.generate(None)}\n\n"
+            except SpecError:
+                yield "data: error\n\n"
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    async def breaking(request: Request) -> Response:
+        try:
+            engine.generate(None)
+        except SpecError as error:
+            raise RuntimeError("what vLLM does not expect") from error
+        return JSONResponse({})
+
+    async def listed() -> Any:
+        return {"data": []}
+
+    app.add_api_route("/v1/completions", carrying, methods=["POST"])
+    app.add_api_route("/v1/chat/completions", dropping, methods=["POST"])
+    app.add_api_route("/v1/messages", streaming, methods=["POST"])
+    app.add_api_route("/v1/responses", breaking, methods=["POST"])
+    app.add_api_route("/v1/models", listed)
+    app.add_api_route("/health", listed)
+    app.add_api_route("/invocations", dropping, methods=["POST"])
+    app.add_api_route("/stream", streaming, methods=["POST"])
+    app.add_api_route("/raw", raw, methods=["POST"])
+    app.add_api_route("/get", dropping, methods=["GET"])
+    inner = APIRouter()
+    inner.add_api_route("/batch", dropping, methods=["PUT"])
+    mounted = FastAPI()
+    mounted.include_router(inner)
+    app.mount("/mounted", mounted)
+
+    @app.websocket("/v1/realtime")
+    async def realtime(socket: WebSocket) -> None:
+        await socket.accept()
+        await socket.send_text(engine.generate(None))
+
+    return app
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture(scope="module")
+def client(engine: Engine) -> Iterator[TestClient]:
+    from steer.vllm import server
+
+    app = app_of(engine)
+    app.add_middleware(server.Middleware)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        [route] = [route for route in app.routes if getattr(route, "path", "") == "/raw"]
+        app.add_api_route("/later", route.endpoint, methods=["POST"])  # type: ignore[attr-defined]
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def asked(engine: Engine) -> list[str | None]:
+    engine.asked.clear()
+    return engine.asked
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+@pytest.mark.parametrize("how", list(ASKING)[:4])
+def test_a_prefix_is_no_way_past_the_carriers(
+    client: TestClient, asked: list[str | None], prefix: str, how: str
+) -> None:
+    body, headers, _ = ASKING[how]
+    plain = client.post(f"{prefix}/v1/completions", json={"model": "tiny"})
+    steered = client.post(f"{prefix}/v1/completions", json={"model": "tiny"} | body, headers=headers)
+    assert (plain.status_code, steered.status_code) == (200, 200)
+    assert plain.headers["x-steer-applied"] == "[]"
+    assert [None, steered.headers["x-steer-applied"]] == asked
+    assert "refusal" in (asked[1] or "")
+
+
+@pytest.mark.parametrize("path", ["/invocations", "/stream", "/api/invocations", "/api/stream", "/api/mounted/batch"])
+def test_other_routes_generate_plain_answers_alone(client: TestClient, asked: list[str | None], path: str) -> None:
+    method = "PUT" if path.endswith("/batch") else "POST"
+    plain = client.request(method, path, json={"model": "tiny", "tools": [{"steer": 1}]})
+    assert (plain.status_code, plain.headers["x-steer-applied"], asked) == (200, "[]", [None])
+    asked.clear()
+    for name, (body, headers, query) in {**ASKING, **NEARLY}.items():
+        answer = client.request(method, path + query, json=body, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported"), name
+    form = client.request(method, path, data={"steer": "refusal"}, files={"file": b"x"})
+    assert (form.status_code, form.json()["error"]["param"]) == (400, "steer")
+    assert client.request(method, path, files={"file": b"x"}).status_code == 200
+    for unclear in (b"steer", b'{"a": 1, "a": {"steer": 1}}'):
+        answer = client.request(method, path, content=unclear)
+        assert answer.status_code == 400, answer.text
+    assert asked == [None]  # of the form without steering
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("how", NEARLY)
+def test_near_misses_are_told_of(client: TestClient, asked: list[str | None], path: str, how: str) -> None:
+    body, headers, query = NEARLY[how]
+    answer = client.post(path + query, json={"model": "tiny"} | body, headers=headers)
+    assert (answer.status_code, asked) == (400, [])
+    assert "'X-Steer'" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_what_does_not_carry_the_ticket_is_refused_before_it_is_asked_for(
+    client: TestClient, asked: list[str | None], engine: Engine, path: str
+) -> None:
+    """Also where a stream has begun, and where the server makes a 500 of it."""
+    assert client.post(path, json={"model": "tiny"}).status_code == 200
+    assert asked == [None]
+    answer = client.post(path, json={"model": "tiny", "steer": "refusal"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported"), answer.text
+    assert "x-steer-applied" not in answer.headers
+    assert asked == [None]
+    assert [version.pins for version in engine.steer.registry.names().values()] == [0]
+
+
+@pytest.mark.parametrize(("path", "field"), [("/v1/completions", "use_beam_search"), ("/v1/responses", "background")])
+def test_fields_that_part_a_request_from_its_ticket_are_named(
+    client: TestClient, asked: list[str | None], path: str, field: str
+) -> None:
+    answer = client.post(path, json={"model": "tiny", "steer": "refusal", field: True})
+    assert (answer.status_code, answer.json()["error"]["param"], asked) == (400, field, [])
+    assert client.post(path, json={"model": "tiny", field: True}).status_code == 200
+
+
+def test_routes_that_steer_by_themselves_and_those_without_a_layer_are_refused(
+    client: TestClient, asked: list[str | None]
+) -> None:
+    assert "does not take steering" in client.post("/raw", json={}).text
+    assert client.post("/later", json={}).status_code >= 400
+    assert client.get("/get").status_code >= 400
+    with pytest.raises(WebSocketDisconnect), client.websocket_connect("/v1/realtime") as socket:
+        socket.receive_text()
+    assert asked == []
+
+
+def test_with_a_default_no_other_route_is_plain(
+    client: TestClient, engine: Engine, asked: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steer.spec import parse
+
+    monkeypatch.setattr(engine.steer, "default", parse("refusal"))
+    for path in ("/invocations", "/stream"):
+        answer = client.post(path, json={})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported"), answer.text
+    assert asked == []
+    answer = client.post("/v1/completions", json={"model": "tiny"})
+    assert [answer.headers["x-steer-applied"]] == asked
+    assert client.post("/v1/completions", json={"model": "tiny", "steer": "off"}).headers["x-steer-applied"] == "[]"
+
+
+def test_servers_without_a_layer_of_ours_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    internals.check_entry("OPENAI_API_SERVER")
+    with pytest.raises(UnsupportedModel, match="batch runner"):
+        internals.check_entry("OPENAI_BATCH_RUNNER")
+    with monkeypatch.context() as patch:
+        patch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+        with pytest.raises(UnsupportedModel, match="VLLM_USE_RUST_FRONTEND"):
+            internals.check_rust()
+    name = "vllm.entrypoints.launchers.grpc_server"
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    with pytest.raises(UnsupportedModel, match="gRPC"):
+        internals.check_entry("OPENAI_API_SERVER")
+
+
+def test_the_app_is_checked_wherever_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when vLLM's server is run with `python -m`: its functions are in `__main__` then."""
+    from steer.vllm import server
+
+    main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "build_app", lambda: FastAPI(), raising=False)
+    internals.on_app_built(server.check_app)
+    with pytest.raises(UnsupportedModel, match="would ignore the field 'steer'"):
+        main.build_app()

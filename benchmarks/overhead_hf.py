@@ -41,7 +41,7 @@ def decode(net: Any, ids: torch.Tensor, steps: int = 16) -> Callable[[], None]:
 def measure(rounds: int = 40) -> dict[str, dict[str, Ratio]]:
     """Four arms on one model: hooks are put on and taken off around each timed run, outside of other arms' time."""
     net = small(VOCABULARY)
-    attached = steer.attach(net, d=direction(net))
+    attached = steer.attach(net, {"d": direction(net)})
     out = {}
     for name, work, batch, tokens in (
         ("prefill, 8 × 128 tokens", prefill, 8, 128),

@@ -106,10 +106,13 @@ class Admission:
 
 
 class Registry:
-    """Thread-safe. `folder` holds the files; without one, directions come by `put` alone and live in memory."""
+    """Thread-safe. `folder` holds the files; without one, directions come by `put` alone and live in memory.
+    A `quiet` one raises what it does not accept and logs nothing of it, for whoever puts from the same program."""
 
-    def __init__(self, placement: Placement, folder: Path | None = None, *, patience: float = 10.0) -> None:
-        self.placement, self.folder, self.patience = placement, folder, patience
+    def __init__(
+        self, placement: Placement, folder: Path | None = None, *, patience: float = 10.0, quiet: bool = False
+    ) -> None:
+        self.placement, self.folder, self.patience, self.quiet = placement, folder, patience, quiet
         self.failures: dict[str, Failure] = {}
         #: Why the folder itself cannot be read, if it cannot.
         self.folder_problem: str | None = None
@@ -266,7 +269,8 @@ class Registry:
             except (SteerError, OSError) as error:
                 problems = error.problems if isinstance(error, DirectionError) else (str(error),)
                 self.failures[name] = Failure(problems)
-                log.error("direction '%s' was not accepted: %s", name, "; ".join(problems))
+                if not self.quiet:
+                    log.error("direction '%s' was not accepted: %s", name, "; ".join(problems))
                 raise
             finally:
                 if version is not None:

@@ -32,6 +32,7 @@ def test_the_wheel_serves_the_demo_model_from_anywhere(tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)
     assert (installed / "steer" / "demo" / "model" / "model.safetensors").exists()
+    assert (installed / "steer" / "py.typed").exists()
     assert not (installed / "tests").exists()
     folder = tmp_path / "directions"
     folder.mkdir()

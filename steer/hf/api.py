@@ -3,63 +3,184 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args
 
-from steer.direction import Direction, Site
-from steer.hf.attach import Steering
+import torch
+from torch import nn
+
+from steer import readout
+from steer.direction import Direction, Site, check_name
+from steer.errors import DirectionError, InvalidInput, SpecError, UnsupportedModel
+from steer.hf.attach import Anatomy, Steering
+from steer.hf.reading import Reading, Recorder
 from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.spec import parse
+from steer.spec import Spec, parse
+
+if TYPE_CHECKING:
+    from transformers import Pipeline
+
+#: A direction, or the path of its file.
+Source: TypeAlias = "str | os.PathLike[str] | Direction"
+#: What steers a row, in the request language: `"refusal=0.7"`, `{"direction": "refusal"}`, a list of such, None.
+SpecLike: TypeAlias = "str | Mapping[str, object] | Sequence[str | Mapping[str, object]] | bool | None"
+
+
+def attach(
+    model: nn.Module | Pipeline,
+    directions: Mapping[str, Source] | None = None,
+    *,
+    sites: Sequence[Site] = ("resid_post",),
+    rows: int = 32,
+    rank: int = 4,
+) -> Attached:
+    """Steer a loaded transformers model, outside any server, from now on until `detach`.
+
+        steering = steer.attach(model, {"refusal": "directions/refusal.safetensors"})
+
+        model.generate(**inputs)                          # plain
+        with steering("refusal=0.7"):                     # every row of every pass of the model
+            model.generate(**inputs)
+        with steering("off", "refusal"):                  # the first half of the rows, and the second
+            model.generate(**inputs)
+        with steering.read("refusal") as reading:         # what is in the stream, steered or not
+            model(**inputs)
+
+        steering.detach()
+
+    `with steer.attach(...) as steering:` detaches where the block ends.
+
+    model: a causal language model of transformers. What is around one is looked through: a pipeline, `torch.compile`,
+        PEFT (its adapters stay in force). Call it as before; `attach` changes no weights.
+    directions: by the names that specs call them, each a `Direction` or the path of its file. `load` and `unload`
+        change them later.
+    sites: where the hooks act: "resid_post" (every block's output), "writers" (the outputs of attention, MLP and
+        embedding). A direction's file says which it needs.
+    rows: how many direction rows are resident at once; a direction of rank k takes k.
+    rank: how many rows can act on one token: the ranks of what one spec names, together.
+
+    Before it returns it proves by probe passes that every hook acts and that a plain pass is what it was. It clears
+    what `torch.compile` has compiled in this process (`torch.compiler.reset`), since that would go on without hooks.
+
+    Raises InvalidInput for the arguments, DirectionError with all problems of all files that do not fit the model,
+    NoRoom where they need more than `rows`, UnsupportedModel for what cannot be steered and proved.
+    """
+    _check_arguments(directions, sites, rows, rank)
+    loaded = _read(directions or {})
+    return Attached(_inner(model), loaded, sites=tuple(sites), rows=rows, rank=rank)
 
 
 class Attached:
-    """Hooks on `model` from `with` to its end. Directions are given by name, as paths or `Direction`s.
+    """The hooks on one model, made by `steer.attach`, with the directions that they can apply.
 
-    Inside, the model is plain until it is called with a spec in the request language:
-
-        with steer.attach(model, refusal="directions/refusal.safetensors") as steering:
-            with steering("refusal=0.7"):                 # the whole batch
-                model.generate(**inputs)
-            with steering("off", "refusal", "refusal"):   # row by row
-                model.generate(**inputs)
-
-    Raises UnsupportedModel when a block cannot be claimed, DirectionError for a file that does not fit the model.
+    Outside of a `with steering(...)` block the model is plain, bit for bit. Two attached to one model act one after
+    the other, in the order in which they came. One that nobody holds any more is detached.
     """
 
     def __init__(
-        self,
-        model: Any,
-        *,
-        sites: tuple[Site, ...] = ("resid_post",),
-        rows: int = 32,
-        rank: int = 4,
-        **directions: str | os.PathLike[str] | Direction,
+        self, model: nn.Module, directions: Mapping[str, Direction], *, sites: tuple[Site, ...], rows: int, rank: int
     ) -> None:
+        _check_repeats(model)
         self._steering = Steering(model, sites=sites, rows=rows, rank=rank)
+        if not self._steering.passes:
+            raise UnsupportedModel(
+                f"{type(model).__name__}: its decoder {type(self._steering.anatomy.decoder).__name__} is not called "
+                "when the model is, so that no pass would be noticed"
+            )
         anatomy = self._steering.anatomy
         shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, self._steering.table.sites, rank)
-        self.registry = Registry(LocalPlacement(shape, self._steering.table))
-        for name, direction in directions.items():
-            self.load(name, direction)
+        self._registry = Registry(LocalPlacement(shape, self._steering.table), quiet=True)
+        self._owed = _Owed()
+        self._steering.watchers.append(self._owed)
+        #: How many `with` blocks are open.
+        self._open = 0
+        self._load(directions)
+        self._steering.attach()
+        # a notebook's cell that attaches and is run again lets the first one go
+        weakref.finalize(self, self._steering.detach).atexit = False
 
-    def load(self, name: str, direction: str | os.PathLike[str] | Direction) -> None:
-        """Serve `direction` under `name`, in place of what had that name."""
-        loaded = direction if isinstance(direction, Direction) else Direction.load(direction)
-        self.registry.put(name, loaded.to_bytes())
+    @property
+    def attached(self) -> bool:
+        return self._steering.attached
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self._steering.sites
+
+    @property
+    def directions(self) -> dict[str, Direction]:
+        """The directions by name."""
+        return {name: version.direction for name, version in self._registry.names().items()}
+
+    def load(self, name: str, direction: Source) -> None:
+        """Have `name` mean `direction` from now on, in place of what had that name. A block that is open keeps what it
+        began with. Raises DirectionError or NoRoom; then nothing has changed."""
+        self._load(_read({name: direction}))
+
+    def unload(self, name: str) -> None:
+        """Let `name` go. Raises UnknownDirection."""
+        self._registry.delete(name)
+
+    def __call__(self, *specs: SpecLike) -> Steered:
+        """`with steering(spec):` steers every row of every pass of the model in the block.
+
+        Several specs: the rows of a pass are as many equal groups, in order. So with a spec for each prompt, beams and
+        `num_return_sequences` follow their prompt. A pass whose rows are no multiple of the specs raises InvalidInput.
+        Blocks nest: the inner one alone is in force until it ends.
+
+        Raises SpecError or UnknownDirection for what cannot be applied as it says, RuntimeError when detached. What is
+        returned does nothing without `with`, and so the next pass of the model then raises.
+        """
+        self._check_attached()
+        if not specs:
+            raise SpecError("no spec is given: one for all rows ('off' for plain), or one for each")
+        for spec in specs:
+            self._registry.resolve(parse(spec))
+        steered = Steered(self, specs)
+        self._owed.add(steered)
+        return steered
 
     @contextmanager
-    def __call__(self, *specs: Any) -> Iterator[None]:
-        """While it lasts, one spec steers every row of every forward pass, several steer row by row."""
-        admissions = [self.registry.admit(parse(spec)) for spec in specs]
-        try:
-            with self._steering.batch([admission.spec for admission in admissions]):
-                yield
-        finally:
-            for admission in admissions:
-                admission.release()
+    def read(self, *names: str, layers: Sequence[int] | str = "all") -> Iterator[Reading]:
+        """`with steering.read("refusal") as reading:` reads the components along the named directions in every pass of
+        the model in the block, at every position, as `before`, `after` (`[rows, positions, layers, k]`) and `norms`
+        (`[rows, positions, layers]`); see `Reading`. Reading changes nothing. Combine it with a spec to see it act:
+        `with steering("refusal"), steering.read("refusal") as reading:`.
+
+        layers: "all", "source" (the layer that each direction came from) or numbers. At most 4 directions, of at most
+        `rank` rows together, which act at "resid_post". Raises SpecError for others, RuntimeError when detached.
+        """
+        self._check_attached()
+        with ExitStack() as stack, _naming("read"):
+            wanted = readout.parse(
+                {"directions": list(names), "layers": layers if isinstance(layers, str) else list(layers)}
+            )
+            if wanted is None:
+                raise SpecError("read: no direction is named")
+            with self._registry.steady():
+                read = readout.admit(wanted, Spec(), self._registry, self._steering.anatomy.layers)
+            stack.callback(read.release)
+            held = stack.pop_all()
+        recorder = Recorder(self._steering.table.rows_of(read.digests), read.layers)
+        reading = Reading(read.lines, read.layers)
+        with held, self._block():
+            self._steering.watchers.append(recorder)
+            try:
+                yield reading
+            finally:
+                self._steering.watchers.remove(recorder)
+                reading.passes += recorder.collect()
+
+    def detach(self) -> None:
+        """Take the hooks off. Raises RuntimeError inside a block of this object, which would go on plain."""
+        if self._open:
+            raise RuntimeError("a `with` block of this steering is open, and would go on plain: let it end first")
+        self._steering.detach()
 
     def __enter__(self) -> Attached:
         self._steering.attach()
@@ -68,4 +189,179 @@ class Attached:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._steering.detach()
+        self.detach()
+
+    def __repr__(self) -> str:
+        versions = self._registry.names().items()
+        names = ", ".join(f"{name} {version.digest[:12]}" for name, version in versions) or "no directions"
+        state = "attached" if self.attached else "detached"
+        return f"<steering of {self._steering.anatomy.architecture}, {state}, at {', '.join(self.sites)}: {names}>"
+
+    def _load(self, directions: Mapping[str, Direction]) -> None:
+        problems: list[str] = []
+        for name, direction in directions.items():
+            try:
+                self._registry.put(name, direction.to_bytes())
+            except DirectionError as error:
+                problems += error.problems
+        if problems:
+            raise DirectionError(problems)
+
+    def _check_attached(self) -> None:
+        if not self.attached:
+            raise RuntimeError("this steering is detached, and would leave the model plain: call steer.attach again")
+        if not self._steering.intact:
+            raise RuntimeError(
+                "some hooks are no longer on the model (a block was replaced, or hooks were removed), which would be "
+                "plain there: detach, and call steer.attach again"
+            )
+
+    @contextmanager
+    def _block(self) -> Iterator[None]:
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+
+
+class Steered:
+    """What `steering(spec, ...)` returns: in force inside `with`, as often as it is entered."""
+
+    def __init__(self, attached: Attached, specs: tuple[SpecLike, ...]) -> None:
+        self._attached, self._specs = attached, specs
+        self._entered: list[tuple[ExitStack, int]] = []
+
+    def __enter__(self) -> None:
+        mine = self._attached
+        mine._owed.remove(self)
+        mine._check_attached()
+        with ExitStack() as stack:
+            admissions = [mine._registry.admit(parse(spec)) for spec in self._specs]
+            for admission in admissions:
+                stack.callback(admission.release)
+            stack.enter_context(mine._steering.batch([admission.spec for admission in admissions]))
+            stack.enter_context(mine._block())
+            self._entered.append((stack.pop_all(), mine._steering.passes))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stack, passes = self._entered.pop()
+        stack.close()
+        if kind is None and passes == self._attached._steering.passes:
+            warnings.warn(f"{self!r}: no pass of the attached model ran in the block", RuntimeWarning, stacklevel=2)
+
+    def __repr__(self) -> str:
+        return f"steering({', '.join(map(repr, self._specs))})"
+
+
+class _Owed:
+    """Watches for passes while a `with` is still owed: `steering("refusal")` alone would leave them plain."""
+
+    def __init__(self) -> None:
+        self._made: list[Steered] = []
+
+    def add(self, steered: Steered) -> None:
+        self._made.append(steered)
+
+    def remove(self, steered: Steered) -> None:
+        self._made = [other for other in self._made if other is not steered]
+
+    def begin(self, _tokens: tuple[int, int] | None) -> None:
+        if self._made:
+            first, self._made = self._made[0], []
+            raise RuntimeError(f"{first!r} was called without `with` and steers nothing: write `with {first!r}: ...`")
+
+    def record(self, *_: object) -> None:
+        """It looks at no stream."""
+
+
+_LOAD = "load it first, with transformers.AutoModelForCausalLM.from_pretrained"
+
+
+def _check_arguments(directions: object, sites: object, rows: object, rank: object) -> None:
+    problems = []
+    if directions is not None and not isinstance(directions, Mapping):
+        problems.append(
+            f"directions: {type(directions).__name__} is not accepted: a mapping from names to paths or Directions, "
+            'such as {"refusal": "directions/refusal.safetensors"}'
+        )
+    known = get_args(Site)
+    if isinstance(sites, str) or not isinstance(sites, Sequence) or not sites or set(sites) - set(known):
+        problems.append(f"sites: {sites!r} is not accepted: a tuple of some of {', '.join(map(repr, known))}")
+    for name, number in (("rows", rows), ("rank", rank)):
+        if type(number) is not int or number < 1:
+            problems.append(f"{name}: {number!r} is not accepted: a whole number from 1")
+    if problems:
+        raise InvalidInput(problems)
+
+
+def _read(directions: Mapping[str, Source]) -> dict[str, Direction]:
+    """Raises DirectionError with the problems of all files."""
+    loaded, problems = {}, list[str]()
+    for name, source in directions.items():
+        try:
+            check_name(name)
+            if not isinstance(source, str | os.PathLike | Direction):
+                raise DirectionError(f"{name}: {type(source).__name__} is not accepted: a Direction or a path")
+            loaded[name] = source if isinstance(source, Direction) else Direction.load(source)
+        except DirectionError as error:
+            problems += error.problems
+    if problems:
+        raise DirectionError(problems)
+    return loaded
+
+
+def _inner(model: Any) -> nn.Module:
+    """The transformers model in `model`. Raises UnsupportedModel that says what to attach to."""
+    import transformers
+
+    if isinstance(model, str | os.PathLike):
+        raise UnsupportedModel(f"{os.fspath(model)!r} is the name of a model: {_LOAD}")
+    kind = type(model).__name__
+    if isinstance(model, nn.DataParallel):
+        raise UnsupportedModel(f"{kind} copies the model for every pass: attach to its `.module`, and call that")
+    if isinstance(model, transformers.PreTrainedModel):
+        return _steerable(model)
+    for around in ("get_base_model", "_orig_mod", "module", "model"):
+        inner = getattr(model, around, None)
+        inner = inner() if around == "get_base_model" and callable(inner) else inner
+        if isinstance(inner, nn.Module):
+            return _inner(inner)
+    raise UnsupportedModel(f"{kind} is no model of transformers, nor around one: {_LOAD}, and attach to that")
+
+
+def _steerable(model: Any) -> nn.Module:
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is no causal language model with its head, such as AutoModelForCausalLM loads"
+        )
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()} - {"cpu", "disk"}
+    if len(places) > 1:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is spread over the devices {', '.join(sorted(places))}: only models on one device "
+            'are steered; load it with device_map={"": 0}'
+        )
+    return cast("nn.Module", model)
+
+
+def _check_repeats(model: nn.Module) -> None:
+    """A model whose passes differ by themselves (dropout) would fail the proof without saying why."""
+    if not model.training:
+        return
+    anatomy = Anatomy(model)
+    if not torch.equal(anatomy.probe().logits, anatomy.probe().logits):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is in training mode and two equal passes differ (dropout), so that nothing can be "
+            "proved: call model.eval() before attaching"
+        )
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """A problem of the request field is one of `what` here."""
+    try:
+        yield
+    except SpecError as error:
+        raise type(error)([p.replace(readout.FIELD, what) for p in error.problems]) from None

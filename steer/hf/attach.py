@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from steer.direction import MODES, Site
-from steer.errors import UnsupportedModel
+from steer.errors import InvalidInput, UnsupportedModel
 from steer.runtime import sites as site_tools
 from steer.runtime.index import RequestSteer, TokenIndex
 from steer.runtime.memory import lasting
@@ -43,6 +43,10 @@ class Anatomy:
 
     @property
     def device(self) -> torch.device:
+        """Where the blocks compute. Weights that accelerate keeps elsewhere are on `meta` between passes."""
+        for module in self.model.modules():
+            if (computes_on := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
+                return torch.zeros(0, device=computes_on).device  # it may be the number of a GPU
         device: torch.device = next(self.model.parameters()).device
         return device
 
@@ -57,11 +61,21 @@ class Anatomy:
         return self.model(input_ids=ids.unsqueeze(0), use_cache=False)
 
 
+class Watcher(Protocol):
+    """Who is told of every forward pass of an attached model, in its order."""
+
+    def begin(self, tokens: tuple[int, int] | None) -> None:
+        """A pass over `tokens` (rows, positions) begins; None where what the decoder was given does not say."""
+
+    def record(self, layer: int, before: Tensor, after: Tensor, vectors: Tensor) -> None:
+        """The output of block `layer`, `[..., d_model]`, before and after the operation; the place's table rows."""
+
+
 class Steering:
     """Hooks on every claimed place of one model, reading one table through one token index.
 
-    `index` says what acts on each token of the running forward pass, in the order in which the model sees them, and
-    `reads` which of them are read.
+    `index` says what acts on each token of the running forward pass, in the order in which the model sees them,
+    `reads` which of them are read, and `watchers` see all of them.
     """
 
     def __init__(self, model: Any, *, sites: Iterable[Site] = ("resid_post",), rows: int = 32, rank: int = 4) -> None:
@@ -80,6 +94,11 @@ class Steering:
         self._handles: list[Any] = []
         #: The batch rows that the index speaks of, none where it speaks of packed tokens one by one.
         self._rows: Sequence[RequestSteer | None] = ()
+        #: Rows and positions of the pass that runs, as its decoder was called.
+        self._tokens: tuple[int, int] | None = None
+        #: How many passes went through the hooks.
+        self.passes = 0
+        self.watchers: list[Watcher] = []
         #: What acts at each place, until the next `fill`: a batch is many passes.
         self._kept: dict[Place, list[Operands]] = {}
         self._turn = threading.RLock()
@@ -92,7 +111,18 @@ class Steering:
     def attach(self) -> None:
         """Put the hooks on. Doing it twice is doing it once."""
         if not self._handles:
-            self._handles = [hang(self._transform(place)) for place, hang in self._targets]
+            torch.compiler.reset()  # Dynamo does not look for new hooks: what is compiled would go on without them
+            begin = _uncompiled(self._begin)
+            decoder = self.anatomy.decoder
+            self._handles = [decoder.register_forward_pre_hook(lambda _, *given: begin(*given), with_kwargs=True)]
+            self._handles += [hang(_uncompiled(self._transform(place))) for place, hang in self._targets]
+
+    @property
+    def intact(self) -> bool:
+        """Are all hooks still on modules of the model? Not where a block was replaced by another."""
+        there = {id(hooks) for m in self.anatomy.model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)}
+        owners = [(handle.id, handle.hooks_dict_ref()) for handle in self._handles]
+        return all(hooks is not None and id(hooks) in there and number in hooks for number, hooks in owners)
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -106,10 +136,11 @@ class Steering:
 
     @contextmanager
     def batch(self, specs: Sequence[Spec | RequestSteer | None]) -> Iterator[None]:
-        """While it lasts row i of every `[rows, positions]` forward pass is steered by `specs[i]`; one spec serves
-        any number of rows. A batch inside a batch ends with the outer one in force again.
+        """While it lasts the rows of every `[rows, positions]` forward pass are steered in as many equal groups as
+        there are specs, the first by the first spec. A batch inside a batch ends with the outer one in force again.
 
-        Raises RuntimeError while another thread's lasts: a model has one index, and would steer each by the other's.
+        A pass raises InvalidInput where its rows are no multiple of the specs. Raises RuntimeError while another
+        thread's lasts: a model has one index, and would steer each by the other's.
         """
         if not self._turn.acquire(blocking=False):
             raise RuntimeError("another thread steers this model at this moment: let its batch end first")
@@ -126,6 +157,33 @@ class Steering:
         self._kept.clear()
         self.index.fill_with(steers, lengths)
 
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each pass of the decoder: its rows are known here, whatever shape the blocks will see."""
+        self._tokens = tokens = _tokens_of(args, kwargs)
+        self.passes += 1
+        if tokens is not None and len(self._rows) > 1 and tokens[0] % len(self._rows):
+            raise InvalidInput(
+                f"{len(self._rows)} specs for a pass of {tokens[0]} rows: give one spec for all rows, or a number of "
+                "specs that divides the rows (a spec for each row; beams and several answers follow their row)"
+            )
+        for watcher in self.watchers:
+            watcher.begin(tokens)
+
+    def _check_shape(self, x: Tensor, place: Place) -> None:
+        """Raise UnsupportedModel unless the rows of the pass come first in x, also where x is `[tokens, d_model]`."""
+        if self._tokens is None:
+            if len(self._rows) == 1 and not self.watchers:
+                return
+            told = "its decoder is not called with token ids or embeddings"
+        elif x.shape[0] in ((rows := self._tokens[0]), *([rows * self._tokens[1]] if x.dim() == 2 else [])):
+            return
+        else:
+            told = f"for tokens {list(self._tokens)} the stream is {list(x.shape)}"
+        raise UnsupportedModel(
+            f"{self.anatomy.architecture}: {place.site} of layer {place.layer}: which rows of a batch the stream "
+            f"belongs to is not known: {told}; what is expected is [rows, positions, d_model]"
+        )
+
     def _lay(self, rows: Sequence[RequestSteer | None]) -> None:
         self.resize(len(rows))
         self._rows = rows
@@ -138,9 +196,14 @@ class Steering:
 
         def transform(x: Tensor) -> Tensor | None:
             steered, read = self.index.active, readable and layer in self.reads.layers
-            if not (steered or read):
+            watchers = self.watchers if readable else ()
+            if not (steered or read or watchers):
                 return None
+            if self._rows or watchers:
+                self._check_shape(x, place)
             moved = self._moved(x, place) if steered else x
+            for watcher in watchers:
+                watcher.record(layer, x, moved, plate.vectors)
             if read:
                 self.reads.record(layer, x.flatten(0, -2), moved.flatten(0, -2), plate.vectors)
             return moved if steered else None
@@ -216,6 +279,21 @@ class Steering:
             bad.append("a plain pass is not bit-equal with hooks and without")
         if bad:
             raise UnsupportedModel(f"{self.anatomy.architecture}: the probe pass failed: {'; '.join(bad)}")
+
+
+def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and positions of what a decoder is called with: token ids, or embeddings in place of them."""
+    for given in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
+        if isinstance(given, Tensor) and given.dim() >= 2:
+            return int(given.shape[0]), int(given.shape[1])
+    return None
+
+
+def _uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """`hook`, run as it stands also from compiled code. Traced, its graph would be made again for every change of what
+    is steered, and a replayed one would not ask."""
+    apart = torch.compiler.disable(hook)
+    return lambda *given: apart(*given) if torch.compiler.is_compiling() else hook(*given)
 
 
 def _hang(

@@ -39,7 +39,7 @@ def test_writers_served_equal_orthogonalised_weights(name: str, strength: float)
         expected = logits(orthogonalised(model, v, strength))
     plain = logits(model)
     with (
-        steer.attach(model, sites=("writers",), d=direction) as steering,
+        steer.attach(model, {"d": direction}, sites=("writers",)) as steering,
         steering({"direction": "d", "strength": strength}),
     ):
         served = logits(model)
@@ -57,7 +57,7 @@ def test_bfloat16_is_as_exact_as_storing_bfloat16(name: str) -> None:
         truth, edited = (reference_logits(m, name, v, IDS).float() for m in (exact, stored))
     else:
         truth, edited = (logits(orthogonalised(m, v)).float() for m in (exact, stored))
-    with steer.attach(stored, sites=("writers",), d=direction) as steering, steering("d"):
+    with steer.attach(stored, {"d": direction}, sites=("writers",)) as steering, steering("d"):
         served = logits(stored).float()
     rounding = relative(edited, truth)
     assert relative(served, truth) <= 2 * rounding + 1e-3
@@ -67,7 +67,7 @@ def test_bfloat16_is_as_exact_as_storing_bfloat16(name: str) -> None:
 def test_hooks_leave_plain_passes_bit_equal(name: str) -> None:
     model = models.tiny(name, torch.bfloat16)
     before = logits(model)
-    with steer.attach(model, sites=("resid_post", "writers"), d=models.direction(model)) as steering:
+    with steer.attach(model, {"d": models.direction(model)}, sites=("resid_post", "writers")) as steering:
         inside = logits(model)
         with steering("off", "d"):
             beside = logits(model)
@@ -82,7 +82,7 @@ def test_each_layers_own_direction_is_gone_from_its_output(name: str) -> None:
     model = models.tiny(name)
     direction = models.direction(model, k=2)
     seen: dict[int, torch.Tensor] = {}
-    with steer.attach(model, d=direction) as steering, steering("d"):
+    with steer.attach(model, {"d": direction}) as steering, steering("d"):
         for layer, block in enumerate(Anatomy(model).blocks):
             block.register_forward_hook(
                 lambda _m, _a, out, n=layer: seen.__setitem__(n, out[0] if isinstance(out, tuple) else out)
@@ -96,7 +96,7 @@ def test_each_layers_own_direction_is_gone_from_its_output(name: str) -> None:
 def test_rows_of_a_batch_are_steered_one_by_one() -> None:
     model = models.tiny("llama")
     d, e = models.direction(model, seed=1), models.direction(model, seed=2)
-    with steer.attach(model, d=d, e=e) as steering:
+    with steer.attach(model, {"d": d, "e": e}) as steering:
         with steering("d"):
             alone = logits(model)[0]
         with steering("d", "e=0.5"):
@@ -109,7 +109,7 @@ def test_rows_of_a_batch_are_steered_one_by_one() -> None:
 
 def test_a_batch_inside_a_batch_ends_with_the_outer_one() -> None:
     model = models.tiny("llama")
-    with steer.attach(model, d=models.direction(model, seed=1)) as steering:
+    with steer.attach(model, {"d": models.direction(model, seed=1)}) as steering:
         with steering("d"):
             steered = logits(model)
             with steering("off"):
@@ -121,7 +121,7 @@ def test_a_batch_inside_a_batch_ends_with_the_outer_one() -> None:
 
 def test_two_threads_cannot_steer_one_model_at_once() -> None:
     model = models.tiny("llama")
-    with steer.attach(model, d=models.direction(model, seed=1)) as steering, ThreadPoolExecutor(1) as other:
+    with steer.attach(model, {"d": models.direction(model, seed=1)}) as steering, ThreadPoolExecutor(1) as other:
 
         def second() -> None:
             with steering("off"):
@@ -142,7 +142,7 @@ def test_generate_is_steered_at_every_step() -> None:
     options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     mask = torch.ones_like(IDS)
     expected = edited.generate(IDS, attention_mask=mask, **options)
-    with steer.attach(model, sites=("writers",), d=direction) as steering, steering("d"):
+    with steer.attach(model, {"d": direction}, sites=("writers",)) as steering, steering("d"):
         assert torch.equal(model.generate(IDS, attention_mask=mask, **options), expected)
     assert not torch.equal(model.generate(IDS, attention_mask=mask, **options), expected)
 

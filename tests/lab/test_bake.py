@@ -41,7 +41,7 @@ def at_writers(model: Any, **more: Any) -> Direction:
 
 def served(model: Any, direction: Direction, strength: float = 1.0) -> torch.Tensor:
     entry = {"direction": "d", "strength": strength}
-    with steer.attach(model, sites=("writers",), d=direction) as steering, steering(entry):
+    with steer.attach(model, {"d": direction}, sites=("writers",)) as steering, steering(entry):
         return logits(model)
 
 

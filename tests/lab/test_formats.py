@@ -179,7 +179,7 @@ def test_a_control_vector_steers_as_llama_cpp_does_and_goes_back(model: Any, tmp
     assert isinstance(found, Direction)
     assert found.meta.mode == "add"
     Direction.from_bytes(found.to_bytes())
-    with steer.attach(model, d=found) as steering, steering("d=0.7"), torch.no_grad():
+    with steer.attach(model, {"d": found}) as steering, steering("d=0.7"), torch.no_grad():
         served = model(input_ids=IDS[0]).logits
     torch.testing.assert_close(served, added(model, vectors, 0.7), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(served, added(model, {n - 1: v for n, v in vectors.items()}, 0.7), atol=1e-2)

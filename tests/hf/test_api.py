@@ -1,0 +1,533 @@
+"""`steer.attach`: never silently plain, never a row steered as another was to be, whatever is around the model."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import logging
+import pydoc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+import steer
+from steer.errors import DirectionError, InvalidInput, NoRoom, SpecError, UnknownDirection, UnsupportedModel
+from steer.hf.attach import Anatomy, Steering
+from steer.runtime.sites import on_output
+from tests import models
+from tests.oracle import ablated
+
+IDS = torch.randint(3, models.VOCABULARY, (6, 10), generator=torch.Generator().manual_seed(7))
+GREEDY: dict[str, Any] = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return models.tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def d(llama: Any) -> steer.Direction:
+    return models.direction(llama, seed=1)
+
+
+def logits(model: Any, ids: Tensor = IDS) -> Tensor:
+    out: Tensor = model(input_ids=ids, use_cache=False).logits
+    return out
+
+
+def changed(got: Tensor, plain: Tensor) -> list[bool]:
+    """For each row, whether all of its positions differ from the plain pass; a row of which some do is a failure."""
+    positions = (got != plain).any(-1)
+    assert ((positions.all(1)) | ~positions.any(1)).all(), "steered in part"
+    return positions.all(1).tolist()
+
+
+# -- attached and not ------------------------------------------------------------------------------------------------
+
+
+def test_attached_at_once_and_until_detach(llama: Any, d: steer.Direction) -> None:
+    plain = logits(llama)
+    steering = steer.attach(llama, {"d": d})
+    with steering("d"):
+        assert all(changed(logits(llama), plain))
+    assert torch.equal(logits(llama), plain)
+    steering.detach()
+    steering.detach()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.modules())
+    for use in (lambda: steering("d"), lambda: steering.read("d").__enter__()):
+        with pytest.raises(RuntimeError, match="detached"):
+            use()
+    with steering, steering("d"):
+        assert all(changed(logits(llama), plain))
+    with pytest.raises(RuntimeError, match="detached"):
+        steering("d")
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_forgotten_with_stops_the_next_pass(llama: Any, d: steer.Direction, held: bool) -> None:
+    """Also in a notebook, which keeps what a line gave."""
+    plain = logits(llama)
+    with steer.attach(llama, {"d": d}) as steering:
+        kept = [steering("d=0.5")]
+        if not held:
+            kept.clear()
+        with pytest.raises(RuntimeError, match=r"steering\('d=0.5'\) was called without `with`"):
+            llama.generate(IDS, attention_mask=torch.ones_like(IDS), **GREEDY)
+        assert torch.equal(logits(llama), plain), "told once"
+        with steering("off"), pytest.raises(RuntimeError, match="without `with`"):
+            steering("d")
+            logits(llama)
+
+
+def test_a_forgotten_with_on_what_nobody_holds(llama: Any, d: steer.Direction) -> None:
+    steer.attach(llama, {"d": d})("d")
+    gc.collect()
+    with pytest.raises(RuntimeError, match="without `with`"):
+        logits(llama)
+
+
+def test_a_block_may_be_entered_again(llama: Any, d: steer.Direction) -> None:
+    plain = logits(llama)
+    with steer.attach(llama, {"d": d}) as steering:
+        block = steering("d")
+        for _ in range(2):
+            with block:
+                first = logits(llama)
+                with block:
+                    assert torch.equal(logits(llama), first)
+            assert all(changed(first, plain))
+            assert torch.equal(logits(llama), plain)
+
+
+def test_no_pass_in_a_block_is_told(llama: Any, d: steer.Direction) -> None:
+    other = copy.deepcopy(llama)
+    with steer.attach(llama, {"d": d}) as steering, pytest.warns(RuntimeWarning, match="no pass of the attached model"):
+        with steering("d"):
+            logits(other)
+
+
+def test_an_exception_in_a_block_ends_it(llama: Any, d: steer.Direction) -> None:
+    plain = logits(llama)
+    with steer.attach(llama, {"d": d}) as steering:
+        with pytest.raises(KeyError), steering("d"):
+            raise KeyError
+        assert torch.equal(logits(llama), plain)
+        with pytest.raises(UnknownDirection, match="'e' is not served; served: d"):
+            steering("e")
+        with pytest.raises(SpecError, match="no spec"):
+            steering()
+        assert torch.equal(logits(llama), plain)
+
+
+def test_detaching_inside_a_block_is_refused(llama: Any, d: steer.Direction) -> None:
+    steering = steer.attach(llama, {"d": d})
+    with steering("d"):
+        steered = logits(llama)
+        with pytest.raises(RuntimeError, match="block of this steering is open"):
+            steering.detach()
+        assert torch.equal(logits(llama), steered)
+    steering.detach()
+
+
+def test_two_on_one_model_and_a_cell_that_is_run_again(llama: Any, d: steer.Direction) -> None:
+    plain = logits(llama)
+    e = models.direction(llama, seed=2)
+    with steer.attach(llama, {"d": d, "e": e}) as steering:
+        with steering("d"):
+            one = logits(llama)
+    first, second = steer.attach(llama, {"d": d}), steer.attach(llama, {"d": e})
+    with first("d"):
+        assert torch.equal(logits(llama), one)
+        with second("d"):
+            both = logits(llama)
+    assert all(changed(both, one))
+    second.detach()
+    with first("d"):
+        assert torch.equal(logits(llama), one)
+    hooks = sum(len(m._forward_hooks) for m in llama.modules())
+    first = steer.attach(llama, {"d": d})
+    gc.collect()
+    assert sum(len(m._forward_hooks) for m in llama.modules()) == hooks
+    del first
+    gc.collect()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.modules())
+    assert torch.equal(logits(llama), plain)
+
+
+def test_a_replaced_block_is_seen(d: steer.Direction) -> None:
+    model = models.tiny("llama")
+    with steer.attach(model, {"d": d}) as steering:
+        model.model.layers[1] = copy.deepcopy(models.tiny("llama").model.layers[1])
+        with pytest.raises(RuntimeError, match="no longer on the model"):
+            steering("d")
+        del steering
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_rows_are_steered_whole_or_the_pass_is_refused(name: str) -> None:
+    model = models.tiny(name)
+    plain = logits(model)
+    with steer.attach(model, {"d": models.direction(model)}) as steering:
+        with steering("off", "d", "d=0.5"):
+            assert changed(logits(model), plain) == [False, False, True, True, True, True]
+            for rows in (1, 2, 4, 5):  # as the last batch of a loader
+                with pytest.raises(InvalidInput, match=f"3 specs for a pass of {rows} rows"):
+                    logits(model, IDS[:rows])
+                with pytest.raises(InvalidInput, match=f"3 specs for a pass of {rows} rows"):
+                    model(inputs_embeds=model.get_input_embeddings()(IDS[:rows]), use_cache=False)
+            assert changed(logits(model), plain) == [False, False, True, True, True, True]
+        with steering("off", "off", "d=5", "off"), pytest.raises(InvalidInput, match="4 specs for a pass of 6 rows"):
+            logits(model)
+        with steering("d"):
+            assert changed(logits(model, IDS[:5]), plain[:5]) == [True] * 5
+
+
+def test_generation_follows_its_row(llama: Any, d: steer.Direction) -> None:
+    """With left padding, a cache, beams and several answers: each as when its prompt is alone with its spec."""
+    ids, mask = IDS[:2].clone(), torch.ones(2, IDS.shape[1], dtype=torch.long)
+    ids[0, :3], mask[0, :3] = 0, 0
+    with steer.attach(llama, {"d": d}) as steering:
+        for more in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+            with steering("off", "d"):
+                together = llama.generate(ids, attention_mask=mask, **GREEDY, **more).view(2, -1, 15)
+            for row, spec in enumerate(("off", "d")):
+                with steering(spec):
+                    alone = llama.generate(ids[row : row + 1], attention_mask=mask[row : row + 1], **GREEDY, **more)
+                assert torch.equal(together[row], alone)
+        with steering("off", "d"), pytest.raises(InvalidInput, match="2 specs for a pass of 3 rows"):
+            llama.generate(IDS[:3], attention_mask=torch.ones_like(IDS[:3]), **GREEDY)
+
+
+def test_a_pipeline_that_takes_prompts_one_by_one_is_refused_two_specs(llama: Any, d: steer.Direction) -> None:
+    tokenizer = models.tokenizer()
+    tokenizer.padding_side = "left"
+    pipe = tf.pipeline("text-generation", model=llama, tokenizer=tokenizer, device="cpu")
+    with steer.attach(pipe, {"d": d}) as steering:
+        with steering("off", "d"), pytest.raises(InvalidInput, match="2 specs for a pass of 1 rows"):
+            pipe(["ab", "cd"], max_new_tokens=3, do_sample=False)
+        with steering("off", "d"):
+            both = pipe(["ab", "cd"], max_new_tokens=3, do_sample=False, batch_size=2)
+        with steering("d"):
+            alone = pipe(["cd"], max_new_tokens=3, do_sample=False)
+    assert both[1] == alone[0]
+
+
+class Flattened(nn.Module):
+    """A block that hands on `[tokens, d_model]`, as some expert and vision blocks do."""
+
+    def __init__(self, block: nn.Module, rows: int, last: bool) -> None:
+        super().__init__()
+        self.block, self.last = block, last
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows, positions = kwargs["position_ids"].shape if kwargs["position_ids"].shape[0] > 1 else (None, None)
+        positions = positions or kwargs["position_ids"].shape[1]
+        out: Tensor = self.block(x.view(-1, positions, x.shape[-1]), *args, **kwargs)
+        return out if self.last else out.flatten(0, 1)
+
+
+def test_blocks_that_see_flattened_tokens(llama: Any, d: steer.Direction) -> None:
+    model = copy.deepcopy(llama)
+    plain = logits(model)
+    with steer.attach(model, {"d": d}) as steering, steering("off", "d"):
+        expected = logits(model)
+    for i, block in enumerate(model.model.layers):
+        flat = Flattened(block, 6, last=i == models.LAYERS - 1)
+        flat.attention_type = getattr(block, "attention_type", "full_attention")
+        model.model.layers[i] = flat
+    assert torch.equal(logits(model), plain)
+    with steer.attach(model, {"d": d}) as steering:
+        with steering("off", "d"):
+            torch.testing.assert_close(logits(model), expected)
+        with steering("off", "off", "d", "off"), pytest.raises(InvalidInput, match="4 specs for a pass of 6 rows"):
+            logits(model)
+
+
+def test_a_model_with_its_positions_first_is_refused() -> None:
+    """Two prompts of two tokens would else have each position steered by a prompt's spec."""
+    config = tf.XLNetConfig(vocab_size=128, d_model=64, n_layer=3, n_head=4, d_inner=96)
+    with pytest.raises(UnsupportedModel, match=r"which rows of a batch .* \[1, 8\] the stream is \[8, 1, 64\]"):
+        steer.attach(tf.XLNetLMHeadModel(config).eval())
+
+
+# -- what is around a model ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_model_that_is_compiled_and_has_run_is_steered(d: steer.Direction, in_place: bool) -> None:
+    """Dynamo does not look for hooks that came after it compiled."""
+    model = models.tiny("llama")
+    with steer.attach(model, {"d": d}) as steering, steering("off", "d"):
+        expected = logits(model)
+    plain = logits(model)
+    if in_place:
+        model.compile(backend="eager")
+    run = model if in_place else torch.compile(model, backend="eager")
+    assert torch.equal(logits(run), plain)
+    for _ in range(2):
+        with steer.attach(run, {"d": d}) as steering:
+            assert torch.equal(logits(run), plain)
+            with steering("off", "d"):
+                torch.testing.assert_close(logits(run), expected)
+                with pytest.raises(InvalidInput, match="2 specs for a pass of 3 rows"):
+                    logits(run, IDS[:3])
+            with steering("d"), steering.read("d") as reading:
+                logits(run)
+            assert float(np.abs(reading.after).max()) < 1e-4 < float(np.abs(reading.before).max())
+        assert torch.equal(logits(run), plain)
+
+
+def test_what_is_steered_does_not_make_a_graph_again(d: steer.Direction) -> None:
+    model = models.tiny("llama")
+    compiled: list[object] = []
+
+    def backend(graph: Any, _inputs: object) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    run = torch.compile(model, backend=backend)
+    with steer.attach(run, {"d": d}) as steering:
+        with steering("d"):
+            logits(run)
+            logits(run)
+        before = len(compiled)
+        for strength in (0.1, 0.2, 0.3, 0.4):
+            with steering("off", f"d={strength}"):
+                logits(run)
+        logits(run)
+    assert len(compiled) == before
+
+
+def test_adapters_stay_in_force(d: steer.Direction) -> None:
+    model = models.tiny("llama")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    adapted.eval()
+    plain = logits(adapted)
+    with adapted.disable_adapter():
+        assert all(changed(logits(adapted), plain))
+    with steer.attach(adapted, {"d": d}) as steering:
+        assert torch.equal(logits(adapted), plain)
+        with steering("off", "d"):
+            assert changed(logits(adapted), plain) == [False] * 3 + [True] * 3
+
+
+def test_offloaded_weights(d: steer.Direction, tmp_path: Path) -> None:
+    import accelerate
+
+    model = models.tiny("llama")
+    with steer.attach(model, {"d": d}) as steering, steering("off", "d"):
+        expected = logits(model)
+    accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    with steer.attach(model, {"d": d}) as steering, steering("off", "d"):
+        torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda m: "owner/model", "'owner/model' is the name of a model: load it first"),
+        (lambda m: Path("folder"), "'folder' is the name of a model: load it first"),
+        (nn.DataParallel, r"DataParallel copies the model .* attach to its `\.module`"),
+        (lambda m: nn.Linear(2, 2), "Linear is no model of transformers"),
+        (lambda m: None, "NoneType is no model of transformers"),
+        (lambda m: m.model, "LlamaModel is no causal language model with its head"),
+        (lambda m: models.tiny("gpt2").train(), r"training mode .* call model\.eval\(\)"),
+    ],
+)
+def test_what_cannot_be_attached_to_is_named(llama: Any, make: Any, says: str) -> None:
+    with pytest.raises(UnsupportedModel, match=says):
+        steer.attach(make(llama))
+
+
+def test_a_model_spread_over_devices_is_named(llama: Any) -> None:
+    model = copy.deepcopy(llama)
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}
+    with pytest.raises(UnsupportedModel, match=r"spread over the devices 0, 1"):
+        steer.attach(model)
+
+
+def test_a_copy_of_an_attached_model_is_one(llama: Any, d: steer.Direction) -> None:
+    with steer.attach(llama, {"d": d}):
+        again = copy.deepcopy(llama)
+    assert torch.equal(logits(again), logits(llama))
+
+
+# -- directions and arguments ----------------------------------------------------------------------------------------
+
+
+def test_directions_by_any_name_and_what_is_there(llama: Any, d: steer.Direction, tmp_path: Path) -> None:
+    digest = d.save(tmp_path / "d.safetensors")
+    steering = steer.attach(llama, {"rows": tmp_path / "d.safetensors", "sites": str(tmp_path / "d.safetensors")})
+    assert list(steering.directions) == ["rows", "sites"]
+    assert repr(steering) == (
+        f"<steering of LlamaForCausalLM, attached, at resid_post: rows {digest[:12]}, sites {digest[:12]}>"
+    )
+    steering.load("a-b.c", d)
+    steering.unload("rows")
+    assert list(steering.directions) == ["a-b.c", "sites"]
+    with pytest.raises(UnknownDirection):
+        steering.unload("rows")
+    with steering("a-b.c"):
+        logits(llama)
+    steering.detach()
+    assert "detached" in repr(steering)
+
+
+def test_a_refused_file_is_told_once(
+    llama: Any, d: steer.Direction, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "bad.safetensors").write_bytes(b"x" * 100)
+    other = models.direction(models.tiny("gpt2"))
+    caplog.set_level(logging.INFO)
+    with pytest.raises(DirectionError) as caught:
+        steer.attach(llama, {"a": tmp_path / "bad.safetensors", "b": tmp_path / "none", "c": d})
+    assert len(caught.value.problems) >= 2
+    with pytest.raises(DirectionError) as caught:
+        steer.attach(llama, {"a": other, "b": other.with_meta(d_model=64), "c": d})
+    assert {problem[0] for problem in caught.value.problems} == {"a", "b"}
+    steering = steer.attach(llama, {"c": d}, rows=1)
+    with pytest.raises(NoRoom):
+        steering.load("e", models.direction(llama, seed=3))
+    assert list(steering.directions) == ["c"]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("directions/refusal.safetensors",), "directions: str is not accepted: a mapping from names"),
+        (({"d": 3},), "d: int is not accepted: a Direction or a path"),
+        (({"of f": "x"},), "'of f'"),
+    ],
+)
+def test_wrong_directions_say_what_is_accepted(llama: Any, given: Any, says: str) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        steer.attach(llama, *given)
+
+
+def test_wrong_options_come_together(llama: Any) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        steer.attach(llama, {}, sites="writers", rows=0, rank=1.5)  # type: ignore[arg-type]
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["sites", "rows", "rank"]
+
+
+# -- the read-out ----------------------------------------------------------------------------------------------------
+
+
+def streams(model: Any, ids: Tensor, direction: steer.Direction | None, **more: Any) -> list[tuple[Tensor, Tensor]]:
+    """For each layer the stream `[rows, positions, d_model]` before and after the ablation, by hooks of its own."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    handles = []
+    for layer, block in enumerate(Anatomy(model).blocks):
+
+        def act(x: Tensor, layer: int = layer) -> Tensor:
+            after = x if direction is None else ablated(x, direction.directions[layer, 0], 0.7)
+            seen.append((x, after))
+            return after
+
+        handles.append(on_output(block, act))
+    model(input_ids=ids, use_cache=False, **more)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("steered", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_is_read_is_what_hooks_see(name: str, steered: bool) -> None:
+    model = models.tiny(name)
+    d, pair = models.direction(model, seed=1), models.direction(model, seed=2, k=2)
+    expected = streams(model, IDS, d if steered else None)
+    with steer.attach(model, {"d": d, "pair": pair}) as steering:
+        plain = logits(model)
+        with steering("d=0.7" if steered else "off"):
+            with steering.read("d", "pair") as reading, steering.read("d", layers=[2]) as one:
+                got = logits(model)
+        assert torch.equal(got, plain) is not steered
+    assert [(line.name, line.row) for line in reading.lines] == [("d", 0), ("pair", 0), ("pair", 1)]
+    assert reading.layers == (0, 1, 2)
+    assert reading.before.shape == reading.after.shape == (6, 10, 3, 3)
+    assert reading.norms.shape == (6, 10, 3)
+    assert reading.before.dtype == reading.norms.dtype == np.float32
+    for layer, (before, after) in enumerate(expected):
+        lines = torch.cat([d.directions[layer], pair.directions[layer]])
+        np.testing.assert_allclose(reading.before[:, :, layer], before @ lines.T, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(reading.after[:, :, layer], after @ lines.T, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(reading.norms[:, :, layer], before.norm(dim=-1), rtol=1e-4)
+    np.testing.assert_array_equal(one.before, reading.before[:, :, 2:, :1])
+
+
+def test_generation_is_read_pass_by_pass(llama: Any, d: steer.Direction) -> None:
+    mask = torch.ones_like(IDS)
+    with steer.attach(llama, {"d": d}) as steering, steering("d=0.7"), steering.read("d") as reading:
+        ids = llama.generate(IDS, attention_mask=mask, **GREEDY)
+    assert [one.before.shape[1] for one in reading.passes] == [10, 1, 1, 1, 1]
+    for layer, (before, after) in enumerate(streams(llama, ids[:, :-1], d)):
+        line = d.directions[layer, 0]
+        np.testing.assert_allclose(reading.before[:, :, layer, 0], before @ line, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(reading.after[:, :, layer, 0], after @ line, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_read_is_said(llama: Any, d: steer.Direction) -> None:
+    written = models.direction(llama, shared=True, sites=("writers",))
+    with steer.attach(llama, {"d": d, "w": written}, sites=("resid_post", "writers")) as steering:
+        for names, layers, says in (
+            ((), "all", "read: no direction"),
+            (("x",), "all", "read: direction 'x' is not served"),
+            (("w",), "all", "read: direction 'w' acts at the site 'writers'"),
+            (("d",), [3], r"read\.layers: 3: this model has the layers 0 to 2"),
+            (("d",), "last", r"read\.layers: 'last' is not accepted"),
+        ):
+            with pytest.raises(SpecError, match=says), steering.read(*names, layers=layers):
+                raise AssertionError
+        with steering.read("d") as reading:
+            pass
+        with pytest.raises(ValueError, match="nothing was read"):
+            _ = reading.before
+        with steering.read("d") as reading:
+            logits(llama)
+            logits(llama, IDS[:2])
+            with pytest.raises(IndexError):
+                logits(llama, IDS + 10_000)
+        assert [len(one.norms) for one in reading.passes] == [6, 2]
+        with pytest.raises(ValueError, match=r"the passes have \[2, 6\] rows"):
+            _ = reading.before
+        assert all(version.pins == 0 for version in steering._registry.names().values())
+
+
+# -- the package -----------------------------------------------------------------------------------------------------
+
+
+def test_the_names_of_the_package_and_its_help() -> None:
+    assert dir(steer) == sorted(steer.__all__)
+    signature = inspect.signature(steer.attach)
+    assert list(signature.parameters) == ["model", "directions", "sites", "rows", "rank"]
+    assert signature.return_annotation == "Attached"
+    text = pydoc.render_doc(steer.attach)
+    for word in (*signature.parameters, "detach", "with steering(", "steering.read", "Raises"):
+        assert word in text
+    assert (Path(steer.__file__).parent / "py.typed").exists()
+
+
+def test_the_servers_hooks_are_as_before(llama: Any) -> None:
+    steering = Steering(llama)
+    assert not steering.attached
+    assert not steering.watchers

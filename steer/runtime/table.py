@@ -95,6 +95,14 @@ class Table:
                 "delete a direction, wait for running requests to end, or start with more rows"
             )
         rows = [self._free.pop() for _ in range(direction.rank)]
+        try:
+            self._write(rows, direction)
+        except BaseException:
+            self._give_back(rows)
+            raise
+        self._resident[digest] = rows
+
+    def _write(self, rows: Sequence[int], direction: Direction) -> None:
         modes = [coefficients(direction, mode) for mode in MODES]
         embedding_modes = [embedding_coefficients(direction, mode) for mode in MODES]
         for place, plate in self.plates.items():
@@ -106,14 +114,24 @@ class Table:
                         plate.write(row, direction.embedding[k], [c[k] for c in embedding_modes])
                 else:
                     plate.write(row, direction.directions[place.layer, k], [c[place.layer, k] for c in modes])
-        self._resident[digest] = rows
 
     def unload(self, digest: str) -> None:
         """Free a direction's rows. The caller guarantees that no running request uses them."""
-        rows = self._resident.pop(digest, [])
+        self._give_back(self._resident.pop(digest, []))
+
+    def _give_back(self, rows: Sequence[int]) -> None:
         for plate in self.plates.values():
             plate.clear(rows)
         self._free += reversed(rows)
+
+    def contents(self, digest: str) -> list[Tensor]:
+        """All that is held for a resident direction, as views of the table's tensors, in the same order each time."""
+        return [
+            view
+            for plate in self.plates.values()
+            for row in self._resident[digest]
+            for view in (plate.vectors[row], plate.coefficients[row * len(MODES) : (row + 1) * len(MODES)])
+        ]
 
     def rows_of(self, digests: Sequence[str]) -> NDArray[np.int64]:
         """The rows of resident directions, in order."""

@@ -161,6 +161,12 @@ class TokenIndex:
         self._combining.pop(number, None)
         self._free.append(number)
 
+    def reset(self) -> None:
+        """Make every token plain, whatever the buffers hold now: they may have been lost or overwritten."""
+        for tensor in (self.rows, self.slots, self.strengths):
+            tensor.zero_()
+        self._used = 0
+
     def fill(self, numbers: NDArray[np.int64], lengths: NDArray[np.int64] | NDArray[np.int32]) -> int:
         """Give `lengths[i]` tokens, in batch order, the steering that entered as `numbers[i]` (PLAIN for none); tokens
         behind the last get none. Returns how many tokens are steered."""

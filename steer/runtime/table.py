@@ -129,21 +129,39 @@ class Table:
                 "delete a direction, wait for running requests to end, or start with more rows"
             )
         rows = [self._free.pop() for _ in range(direction.rank)]
+        try:
+            self._write(rows, direction)
+        except BaseException:
+            self._free += reversed(rows)
+            raise
+        self._resident[digest] = _Resident(rows, direction if self.rank > 1 else None)
+
+    def _write(self, rows: Sequence[int], direction: Direction) -> None:
         modes = [_Values.of(direction, mode) for mode in MODES]
         for place, plate in self.plates.items():
+            plate.clear(rows)  # of what had them before
             if (vectors := _vectors(direction, place)) is None:
                 continue
             for k, row in enumerate(rows):
                 plate.write(row, vectors[k], [values.at(place)[k] for values in modes])
-        self._resident[digest] = _Resident(rows, direction if self.rank > 1 else None)
 
     def unload(self, digest: str) -> None:
-        """Free a direction's rows. The caller guarantees that no running request uses them."""
-        resident = self._resident.pop(digest, None)
-        rows = resident.rows if resident else []
-        for plate in self.plates.values():
-            plate.clear(rows)
-        self._free += reversed(rows)
+        """Free a direction's rows. The caller guarantees that no running request uses them.
+
+        Nothing is written or waited for, so it may be called while another thread loads: what these rows hold stays
+        until they are loaded again, and no token points to them.
+        """
+        if resident := self._resident.pop(digest, None):
+            self._free += reversed(resident.rows)
+
+    def contents(self, digest: str) -> list[Tensor]:
+        """All that is held for a resident direction, as views of the table's tensors, in the same order each time."""
+        return [
+            view
+            for plate in self.plates.values()
+            for row in self._resident[digest].rows
+            for view in (plate.vectors[row], plate.coefficients[row * len(MODES) : (row + 1) * len(MODES)])
+        ]
 
     def rows_of(self, digests: Sequence[str]) -> NDArray[np.int64]:
         """The rows of resident directions, in order."""

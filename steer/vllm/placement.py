@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,9 @@ from steer.runtime.placement import Shape, ShapedPlacement
 
 #: Calls a method on every worker of every engine and waits for their answers.
 Call = Callable[..., list[Any]]
+
+#: Seconds in which requests that have ended here leave the workers, and between two looks.
+ENDING, PAUSE = 2.0, 0.02
 
 
 class VllmPlacement(ShapedPlacement):
@@ -23,19 +27,35 @@ class VllmPlacement(ShapedPlacement):
         self._unloaded: list[str] = []
 
     def load(self, digest: str, direction: Direction, data: bytes) -> None:
-        """Raises NoRoom or EngineFailed unless every worker has answered with this digest; those that have it are then
-        told to let it go."""
+        """Raises NoRoom or EngineFailed unless every worker has answered with this digest, or what a call raises; those
+        that have it are then told to let it go."""
         while self._unloaded:
             self.call("steer_unload", self._unloaded[0])
             del self._unloaded[0]
-        answers = self.call("steer_load", data, digest)
-        if answers and all(answer == {"digest": digest} for answer in answers):
-            return
-        self.call("steer_unload", digest)
-        problems = sorted({str(a.get("no_room") or a.get("error") or f"the digest {a.get('digest')}") for a in answers})
-        if any("no_room" in answer for answer in answers):
-            raise NoRoom(problems[0])
+        deadline = time.monotonic() + ENDING
+        while True:
+            try:
+                answers = self.call("steer_load", data, digest)
+            except BaseException:
+                self._unloaded.append(digest)  # with the next load: now the workers may not answer
+                raise
+            if answers and all(answer == {"digest": digest} for answer in answers):
+                return
+            self._unloaded.append(digest)
+            self.call("steer_unload", digest)
+            self._unloaded.remove(digest)
+            if not any("in_use" in answer for answer in answers) or time.monotonic() > deadline:
+                break
+            time.sleep(PAUSE)
+        problems = sorted({_problem(answer) for answer in answers if answer != {"digest": digest}})
+        if any("no_room" in answer or "in_use" in answer for answer in answers):
+            raise NoRoom("; ".join(problems))
         raise EngineFailed(f"the workers did not all load the direction {digest[:12]}: {'; '.join(problems)}")
 
     def unload(self, digest: str) -> None:
         self._unloaded.append(digest)
+
+
+def _problem(answer: dict[str, Any]) -> str:
+    known = [answer[kind] for kind in ("no_room", "in_use", "error") if kind in answer]
+    return str(known[0]) if known else f"the digest {answer.get('digest')}"

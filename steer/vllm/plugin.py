@@ -33,5 +33,6 @@ def _prepare(config: Any) -> settings.EngineSettings | None:
         raise UnsupportedModel(
             f"additional_config['{settings.KEY}'] needs worker_cls='{internals.WORKER}', it is {worker!r}"
         )
+    internals.check_version()
     internals.check_config(config, readout=bool(found.readout))
     return found

@@ -7,23 +7,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from steer._version import __version__
-from steer.direction import Direction
-from steer.direction import digest as digest_of
 from steer.errors import NoRoom, SteerError, UnsupportedModel
 from steer.runtime.index import PLAIN, TokenIndex
 from steer.runtime.readout import RequestRead
 from steer.vllm import claim, internals, settings, wire
 from steer.vllm.capture import Capture
+from steer.vllm.keep import Kept
 from steer.vllm.readout import ReadRunner
+from steer.vllm.residents import Residents, RowsInUse
 from steer.vllm.seat import code_digest
 
 log = logging.getLogger("steer")
@@ -41,47 +42,19 @@ class Claimed:
     code: str
 
 
-class Residents:
-    """The worker's table with lazily freed rows: what was unloaded stays until its rows are needed.
-
-    No step that comes after a load can use what was unloaded before it: the front end unloads when the last request has
-    ended, and ends and aborts reach the engine on the same way as loads do, before them. Every rank sees the same calls
-    in the same order, so all agree.
-    """
-
-    def __init__(self, claimed: claim.Claim) -> None:
-        self.table = claimed.table
-        self.retired: dict[str, None] = {}
-
-    def load(self, data: bytes, expected: str) -> str:
-        """Make `data` resident. Returns its digest; raises DirectionError or NoRoom, then nothing has changed."""
-        found = digest_of(data)
-        if found != expected:
-            raise UnsupportedModel(f"the bytes that arrived have the digest {found}, {expected} was sent")
-        self.retired.pop(found, None)
-        direction = Direction.from_bytes(data)
-        while True:
-            try:
-                self.table.load(found, direction)
-                return found
-            except NoRoom:
-                if not self.retired:
-                    raise
-                oldest = next(iter(self.retired))
-                del self.retired[oldest]
-                self.table.unload(oldest)
-
-    def retire(self, digest: str) -> None:
-        self.retired[digest] = None
-
-
 class Steered:
-    """Mixed in over the platform's worker; every method runs on the worker's main thread."""
+    """Mixed in over the platform's worker; every method runs on the worker's main thread.
+
+    A *step* is what the engine has scheduled, and its requests come from the front end. A *call* is anything else that
+    is asked of the worker: in it vLLM may make requests of its own, which are plain and no request of anybody, and may
+    do anything to the model, so before the next step all is looked at once.
+    """
 
     if TYPE_CHECKING:
         vllm_config: Any
         model_runner: Any
         device: torch.device
+        get_model: Callable[[], torch.nn.Module]
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         found = settings.read(vllm_config.additional_config)
@@ -94,16 +67,24 @@ class Steered:
         self.steer_settings = found
         # vLLM hashes this into the key of its compile cache: no graph compiled without hooks, or with other code of
         # ours, is ever taken for this engine, and the name of a folder makes no difference.
-        vllm_config.additional_config[settings.KEY] = found.graph() | {"version": __version__, "code": code_digest()}
+        # A new dict: in one process the other is the caller's own.
+        key = found.graph() | {"version": __version__, "code": code_digest()}
+        vllm_config.additional_config = {**vllm_config.additional_config, settings.KEY: key}
+        self._inside: Literal["", "step", "call"] = ""
+        self._looked = False
+        self._kept: Kept | None = None
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]  # the platform's worker
+        internals.around_calls(self, self._call)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        if self._kept is not None:
+            raise UnsupportedModel("the model was to be loaded a second time: steering needs a new engine for that")
         super().load_model(*args, **kwargs)
         own = self.steer_settings
         index = TokenIndex(own.rank, internals.max_tokens(self.vllm_config), self.device)
         self._claim = claim.claim(self, own, index)
         self._index = index
-        self._residents = Residents(self._claim)
+        self._residents = Residents(self._claim.table)
         self._running: dict[str, int] = {}  # steered requests, by their numbers in the index
         self._met_front_end = False
         reads = self._claim.reads
@@ -111,13 +92,52 @@ class Steered:
         self._capture: Capture | None = None
         self._steered_tokens = 0
         self._runner_kind = internals.watch_batches(self.model_runner, self._on_batch)
-        log.info("steering claimed: %s runner, layers %s", self._runner_kind, tuple(self._claim.blocks))
+        self._kept = Kept(self.get_model())
+        log.info(
+            "steering claimed: %s runner, layers %s, %.1f MiB of device memory",
+            self._runner_kind,
+            tuple(self._claim.blocks),
+            self._kept.nbytes / 2**20,
+        )
+
+    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`method` as a call, where it is none inside of another or of a step."""
+        if self._inside:
+            return method(*args, **kwargs)
+        if self._kept is not None:
+            self._rest()
+        self._inside, self._looked = "call", False
+        try:
+            return method(*args, **kwargs)
+        finally:
+            self._inside = ""
+
+    def _rest(self) -> None:
+        """What runs until the next step is no request's."""
+        self._index.fill(_NONE, _NONE)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._inside:  # a warm-up
+            return super().execute_model(scheduler_output, *args, **kwargs)
+        self._inside = "step"
+        try:
+            return self._step(scheduler_output, *args, **kwargs)
+        finally:
+            self._inside = ""
+
+    def execute_dummy_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """A pass with no request in it, so that other ranks can go on."""
+        self._rest()
+        return super().execute_dummy_batch(*args, **kwargs)
+
+    def _step(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._looked:
+            self._look()
         # A request that was aborted and came again under its id stands in both lists of one step: ends come first.
         for request in scheduler_output.finished_req_ids:
             if number := self._running.pop(request, None):
                 self._index.leave(number)
+            self._residents.end(request)
             if self._reads is not None:
                 self._reads.end(request)
         for new in scheduler_output.scheduled_new_reqs:
@@ -125,10 +145,27 @@ class Steered:
         watchers = [w for w in (self._capture, self._reads) if w is not None and w.busy]
         if watchers:
             self._starts = internals.starts_of(scheduler_output)
+        if not scheduler_output.total_num_scheduled_tokens:
+            self._rest()  # vLLM may still run a pass, for other ranks
         out = super().execute_model(scheduler_output, *args, **kwargs)
         for watcher in watchers:
             watcher.end_step()
         return out
+
+    def _look(self) -> None:
+        """Once after calls: all tensors are where graphs read them, and hold what they must. Waits for the device.
+
+        Raises UnsupportedModel where they are not and cannot be put back.
+        """
+        assert self._kept is not None, "no step comes before the model is loaded"
+        lost = [*self._kept.put_back(self.get_model()), *self._residents.put_back()]
+        self._index.reset()
+        if self._claim.reads is not None:
+            self._claim.reads.at.zero_()
+            self._claim.reads.rows.zero_()
+        if lost:
+            log.warning("steering was put back after the model had been changed: %s", ", ".join(lost))
+        self._looked = True
 
     def _meet(self, new: Any) -> None:
         """A request's first step here, or its return from preemption (V2 sends it as a new one)."""
@@ -137,21 +174,24 @@ class Steered:
                 "a request came that did not pass Steer's front end: the plugin 'steer' is not loaded in the process "
                 "that makes requests (does VLLM_PLUGINS leave it out?)"
             )
+        self._residents.end(new.req_id)
         if self._capture is not None:
             self._capture.meet(new.req_id, new.sampling_params)
         if self._reads is not None and (read := wire.Read.of(new.sampling_params)):
-            rows = self._residents.table.rows_of(read.digests)
+            rows = self._residents.rows_of(new.req_id, read.digests)
             self._reads.meet(new.req_id, RequestRead(rows, read.layers), internals.new_prompt_length(new))
         text = wire.of(new.sampling_params)
         if text is None:
             return
-        steer = self._residents.table.steer(wire.decode(text))
-        assert steer is not None, "the front end sends no empty spec"
+        steer = self._residents.steer(new.req_id, wire.decode(text))
         if back := self._running.get(new.req_id):
             self._index.leave(back)
         self._running[new.req_id] = self._index.enter(steer)
 
     def _on_batch(self, requests: list[str], lengths: NDArray[np.int32]) -> None:
+        if self._inside == "call":
+            self._rest()
+            return
         numbers = _NONE
         if running := self._running:
             numbers = np.fromiter(map(running.get, requests, repeat(PLAIN)), np.int64, len(requests))
@@ -171,6 +211,8 @@ class Steered:
     def steer_load(self, data: bytes, digest: str) -> dict[str, str]:
         try:
             return {"digest": self._residents.load(data, digest)}
+        except RowsInUse as error:
+            return {"in_use": str(error)}
         except NoRoom as error:
             return {"no_room": str(error)}
         except SteerError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from steer.errors import NoRoom
 from steer.runtime.index import TokenIndex
 from steer.runtime.modes import coefficients, embedding_coefficients
 from steer.runtime.op import FLOOR, amount
-from steer.runtime.table import EMBEDDING, Place, Table, apply
+from steer.runtime.table import EMBEDDING, Place, Plate, Table, apply
 from steer.spec import Entry, Spec
 from tests import models
 
@@ -327,3 +329,22 @@ def test_arithmetic_is_float32_at_least(dtype: torch.dtype) -> None:
     x = torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     wish = spec(("a", "ablate", 1.0))
     assert torch.equal(applied(t, wish, x), applied(t, wish, x.to(torch.promote_types(dtype, torch.float32))).to(dtype))
+
+
+def test_a_load_that_fails_midway_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = table(rows=1)
+    clean = [plate.vectors.clone() for plate in whole.plates.values()]
+    write, calls = Plate.write, itertools.count()
+
+    def failing(*args: Any) -> None:
+        write(*args)
+        if next(calls) == 1:
+            raise MemoryError("no more")
+
+    monkeypatch.setattr(Plate, "write", failing)
+    with pytest.raises(MemoryError):
+        whole.load("a", DIRECTIONS["a"])
+    assert whole.rows_in_use == 0
+    assert all(a.equal(plate.vectors) for a, plate in zip(clean, whole.plates.values(), strict=True))
+    whole.load("a", DIRECTIONS["a"])
+    assert whole.rows_in_use == 1

@@ -61,12 +61,15 @@ class Home:
         plugin.register()
         settings = {"directions": str(self.directions), "rank": RANK} | options.pop("steer", {})
         defaults: dict[str, Any] = dict(dtype="float32", max_model_len=256, max_num_seqs=32, seed=0)
-        return LLM(
+        additional = {"steer": dict(settings)}
+        llm = LLM(
             str(self.folder),
             worker_cls="steer.vllm.worker.Worker",
-            additional_config={"steer": settings},
+            additional_config=additional,
             **(defaults | options),
         )
+        assert additional == {"steer": settings}, "the caller's own, with which another engine may be started"
+        return llm
 
 
 class Reference:

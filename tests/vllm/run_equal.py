@@ -6,9 +6,40 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests import models
 from tests.vllm.engines import PROMPTS, SPECS, Home, Reference, generate
+
+
+def warm_up_as_a_gpu_does() -> None:
+    """Have the CPU's worker warm up as a GPU's does under the V2 runner: with requests that it makes itself. A process
+    that does this must have its engine in it."""
+    import torch
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_kernels
+
+    warm_up = CPUWorker.compile_or_warm_up_model
+    torch.accelerator.synchronize = lambda *_args: None  # there is none, and nothing to wait for
+
+    def warming_up(worker: Any) -> Any:
+        ways = worker.model_runner, worker.execute_model, worker.sample_tokens
+        warmup_kernels(*ways)
+        assert run_mixed_prefill_decode_warmup(*ways, num_tokens=16)
+        return warm_up(worker)
+
+    CPUWorker.compile_or_warm_up_model = warming_up
+
+
+def warm_up_again(llm: Any) -> None:
+    """As after the engine has slept: nothing is left behind."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    before = worker.steer_stats()
+    worker.compile_or_warm_up_model()
+    assert worker.steer_stats() == before
+    assert not worker._running
+    assert not worker._index.strengths.any()
+    llm.reset_prefix_cache()  # they wrote into blocks of the cache
 
 
 def main(folder: Path, options: dict[str, object]) -> None:
@@ -18,6 +49,9 @@ def main(folder: Path, options: dict[str, object]) -> None:
     expected = options.pop("runner", "V1")
     home = Home.make(name, folder)
     reference = Reference(home)
+    warms_up = options.pop("warms_up", False)
+    if warms_up:
+        warm_up_as_a_gpu_does()
     llm = home.start(**options)
     claims = llm.collective_rpc("steer_hello")
     assert {claim["runner"] for claim in claims} == {expected}, claims
@@ -28,6 +62,8 @@ def main(folder: Path, options: dict[str, object]) -> None:
             registry.put("swapped", models.direction(home.model, seed=seed).to_bytes(), store=False)
         for (_, spec), output in zip(jobs, generate(llm, jobs), strict=True):
             reference.check(output, spec)
+        if warms_up:
+            warm_up_again(llm)
     if "speculative_config" in options:
         assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens") > 0
     print("EQUAL", [claim["layers"] for claim in claims])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from steer.errors import DirectionError, NoRoom
+from steer.errors import DirectionError, NoRoom, UnsupportedModel
 from steer.spec import parse
 from tests import models
 from tests.vllm.conftest import IN_PROCESS
@@ -45,6 +45,15 @@ class Running:
     @property
     def pins(self) -> int:
         return sum(version.pins for version in self.frontend.registry.names().values())
+
+    @property
+    def worker(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+    def check_mixed(self, *more: str) -> None:
+        jobs = [(prompt, spec) for spec in ("off", "refusal", "verbosity:add=0.5", *more) for prompt in PROMPTS]
+        for (_, spec), output in zip(jobs, generate(self.llm, jobs, max_tokens=4), strict=True):
+            self.reference.check(output, spec)
 
     def stats(self) -> dict[str, int]:
         [stats] = self.llm.collective_rpc("steer_stats")
@@ -184,6 +193,74 @@ def test_a_running_request_keeps_its_version_through_a_swap(running: Running) ->
     assert running.pins == 0
     registry.delete("swapped")
     running.reference.registry.delete("swapped")
+
+
+def test_weights_that_are_loaded_anew_are_steered(running: Running) -> None:
+    running.check_mixed()
+    running.llm.collective_rpc("reload_weights")
+    running.llm.reset_prefix_cache()
+    running.check_mixed()
+
+
+def test_what_a_call_does_to_the_seats_is_put_back_before_the_next_step(running: Running) -> None:
+    """Buffers deleted, seats replaced, rows and index overwritten: as layers' reloading in some versions does, and what
+    a memory pool that is given back may leave."""
+    from steer.vllm.seat import Seat
+
+    running.check_mixed()
+
+    def ruin(model: Any) -> None:
+        for seat in [module for module in model.modules() if isinstance(module, Seat)]:
+            for tensor in seat.buffers():
+                tensor.fill_(1)
+            for name in [name for name, _ in seat.named_buffers()]:
+                delattr(seat, name)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Seat) and ".1." in name:
+                parent, _, own = name.rpartition(".")
+                delattr(model.get_submodule(parent), own)
+
+    running.worker.apply_model(ruin)
+    running.llm.reset_prefix_cache()
+    running.check_mixed()
+
+
+def test_buffers_put_back_from_before_a_swap_are_not_believed(running: Running) -> None:
+    """Sleep of level 2 keeps a copy of all buffers and writes it back: what was loaded in between must outlive it."""
+    saved: dict[str, Any] = {}
+    running.worker.apply_model(lambda model: saved.update({n: b.clone() for n, b in model.named_buffers()}))
+    data = models.direction(running.home.model, seed=91).to_bytes()
+    for registry in (running.frontend.registry, running.reference.registry):
+        registry.put("swapped", data, store=False)
+
+    def restore(model: Any) -> None:
+        for name, buffer in model.named_buffers():
+            buffer.copy_(saved[name])
+
+    running.worker.apply_model(restore)
+    running.check_mixed("swapped")
+    for registry in (running.frontend.registry, running.reference.registry):
+        registry.delete("swapped")
+
+
+def test_a_pass_for_other_ranks_is_plain_and_disturbs_nobody(running: Running) -> None:
+    engine = running.llm.llm_engine
+    engine.add_request("some", PROMPTS[0], parameters("refusal"))
+    engine.step()
+    tokens = running.stats()["tokens"]
+    assert running.worker._index.strengths.any()
+    running.worker.execute_dummy_batch()
+    assert not running.worker._index.strengths.any()
+    assert running.stats()["tokens"] == tokens
+    outputs: list[Any] = []
+    while engine.has_unfinished_requests():
+        outputs += [output for output in engine.step() if output.finished]
+    running.reference.check(outputs[0], "refusal")
+
+
+def test_a_model_cannot_be_loaded_a_second_time(running: Running) -> None:
+    with pytest.raises(UnsupportedModel, match="a second time"):
+        running.worker.load_model()
 
 
 def test_a_full_table_refuses_and_goes_on(running: Running) -> None:
@@ -344,6 +421,20 @@ def test_the_compile_cache_knows_steering(running: Running, tmp_path: Path) -> N
     assert set(seen) == {"sites", "rows", "rank", "readout", "version", "code"}
     assert key() != key(additional_config={"steer": seen})
     assert key(additional_config={"steer": seen}) != key(additional_config={"steer": seen | {"code": "other"}})
+
+
+def test_blocks_that_vllm_offloads_itself_keep_their_hashes(running: Running) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from steer.vllm import internals
+
+    def check(**more: Any) -> None:
+        args = EngineArgs(model=str(running.home.folder), dtype="float32", max_model_len=64, **more)
+        internals.check_config(args.create_engine_config(), readout=False)
+
+    check(kv_offloading_size=1)
+    with pytest.raises(UnsupportedModel, match="hands blocks between instances"):
+        check(kv_transfer_config={"kv_connector": "NixlConnector", "kv_role": "kv_both"})
 
 
 def test_no_mix_no_strength_and_no_swap_has_compiled_anything(running: Running) -> None:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 V2 = {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "v2_on_cpu"), str(ROOT)]),
 }
 TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -24,7 +25,7 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3
 
 WAYS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "V1 eager": ({}, {"enforce_eager": True}),
-    "V2 eager": (V2, {"enforce_eager": True, "runner": "V2"}),
+    "V2 eager": (V2, {"enforce_eager": True, "runner": "V2", "warms_up": True}),
     "tensor parallel": (TWO, {"tensor_parallel_size": 2}),
     "pipeline parallel": (TWO, {"pipeline_parallel_size": 2}),
     "transformers' code": ({}, {"model": "gpt_neox"}),

@@ -1,0 +1,103 @@
+"""The directions of one worker: its table, with rows that are freed when they are needed, and what they must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steer.direction import Direction
+from steer.direction import digest as digest_of
+from steer.errors import NoRoom, UnsupportedModel
+from steer.runtime.index import RequestSteer
+from steer.runtime.table import Table
+from steer.spec import Spec
+
+
+class RowsInUse(NoRoom):
+    """Rows will be free when requests that are ending have left the workers."""
+
+
+class Residents:
+    """What was unloaded stays until its rows are needed, and no row is given to another direction while a request that
+    may still run here uses it: a request stopped by a string ends in the front end before it ends here.
+
+    All ranks of an engine see the same calls and steps in the same order, so they agree.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.retired: dict[str, None] = {}
+        self._held: dict[str, list[Tensor]] = {}  # by digest: what its rows hold, on the host
+        self._users: dict[str, tuple[str, ...]] = {}  # by request: digests
+
+    def load(self, data: bytes, expected: str) -> str:
+        """Make `data` resident. Returns its digest; raises DirectionError, NoRoom or RowsInUse, then nothing that is
+        served has changed."""
+        found = digest_of(data)
+        if found != expected:
+            raise UnsupportedModel(f"the bytes that arrived have the digest {found}, {expected} was sent")
+        if found not in self._held:
+            direction = Direction.from_bytes(data)
+            while True:
+                try:
+                    self.table.load(found, direction)
+                    break
+                except NoRoom as error:
+                    self._make_room(error)
+            self._held[found] = [view.to("cpu", copy=True) for view in self.table.contents(found)]
+        self.retired.pop(found, None)
+        return found
+
+    def _make_room(self, error: NoRoom) -> None:
+        if not self.retired:
+            raise error
+        used = {digest for digests in self._users.values() for digest in digests}
+        oldest = next((digest for digest in self.retired if digest not in used), None)
+        if oldest is None:
+            raise RowsInUse(f"{error} (requests that are ending still hold the rows of deleted directions)")
+        del self.retired[oldest], self._held[oldest]
+        self.table.unload(oldest)
+
+    def retire(self, digest: str) -> None:
+        """No new request will use it. One that never got here is nothing to retire."""
+        if digest in self._held:
+            self.retired[digest] = None
+
+    def steer(self, request: str, spec: Spec) -> RequestSteer:
+        """The index entries of `request`, which uses these directions until it `ends`."""
+        self._use(request, [entry.digest for entry in spec.entries])
+        steer = self.table.steer(spec)
+        assert steer is not None, "the front end sends no empty spec"
+        return steer
+
+    def rows_of(self, request: str, digests: Sequence[str]) -> NDArray[np.int64]:
+        """The rows that `request` reads, which it uses until it `ends`."""
+        self._use(request, digests)
+        return self.table.rows_of(digests)
+
+    def _use(self, request: str, digests: Sequence[str]) -> None:
+        if missing := [digest[:12] for digest in digests if digest not in self._held]:
+            raise UnsupportedModel(
+                f"the request {request} needs the directions {missing}, which this worker does not have: it has lost "
+                "them, or the request was not made by this engine's front end; restart the engine"
+            )
+        self._users[request] = (*self._users.get(request, ()), *digests)
+
+    def end(self, request: str) -> None:
+        self._users.pop(request, None)
+
+    def put_back(self) -> list[str]:
+        """Write what a direction's rows should hold wherever they do not; the digests of those."""
+        lost: list[str] = []
+        for digest, held in self._held.items():
+            views = self.table.contents(digest)
+            wrong = [(v, kept) for v, kept in zip(views, held, strict=True) if not torch.equal(v.cpu(), kept)]
+            for view, kept in wrong:
+                view.copy_(kept)
+            if wrong:
+                lost.append(digest[:12])
+        return lost

@@ -1,0 +1,119 @@
+"""A worker's directions: rows are reused when nobody runs with them, and hold what their digests say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from steer.direction import Direction, digest
+from steer.errors import EngineFailed, NoRoom, UnsupportedModel
+from steer.runtime.placement import Shape
+from steer.runtime.table import Place, Table
+from steer.spec import Entry, Spec
+from steer.vllm import placement
+from steer.vllm.placement import VllmPlacement
+from steer.vllm.residents import Residents, RowsInUse
+from tests import models
+
+
+@pytest.fixture(scope="module")
+def files() -> list[bytes]:
+    model = models.tiny("llama")
+    return [models.direction(model, seed=seed).to_bytes() for seed in range(3)]
+
+
+@pytest.fixture
+def residents(files: list[bytes]) -> Residents:
+    direction = Direction.from_bytes(files[0])
+    places = [Place("resid_post", layer) for layer in range(direction.meta.layers)]
+    return Residents(Table(places, rows=2, rank=2, d_model=direction.meta.d_model))
+
+
+def spec_of(data: bytes) -> Spec:
+    return Spec((Entry("name", digest(data), "ablate", 1.0),))
+
+
+def test_no_row_is_reused_while_a_request_runs_with_it(residents: Residents, files: list[bytes]) -> None:
+    """Whatever the order in which unloads, loads and ends arrive: a request that was stopped by a string has ended in
+    the front end, and runs here for some more steps."""
+    first, second, third = files
+    for data in (first, second):
+        residents.load(data, digest(data))
+    steer = residents.steer("stopped", spec_of(first))
+    residents.retire(digest(first))
+    with pytest.raises(RowsInUse, match="requests that are ending"):
+        residents.load(third, digest(third))
+    assert residents.steer("again", spec_of(first)).slots.tolist() == steer.slots.tolist()
+    residents.end("stopped")
+    residents.end("again")
+    residents.load(third, digest(third))
+    with pytest.raises(UnsupportedModel, match="does not have"):
+        residents.steer("late", spec_of(first))
+
+
+def test_a_full_table_is_no_matter_of_waiting(residents: Residents, files: list[bytes]) -> None:
+    for data in files[:2]:
+        residents.load(data, digest(data))
+    with pytest.raises(NoRoom) as caught:
+        residents.load(files[2], digest(files[2]))
+    assert not isinstance(caught.value, RowsInUse)
+
+
+def test_rows_hold_what_their_digests_say(residents: Residents, files: list[bytes]) -> None:
+    for data in files[:2]:
+        residents.load(data, digest(data))
+    assert residents.put_back() == []
+    right = [view.clone() for view in residents.table.contents(digest(files[0]))]
+    for view in residents.table.contents(digest(files[0])):
+        view.fill_(7)
+    assert residents.put_back() == [digest(files[0])[:12]]
+    assert all(a.equal(b) for a, b in zip(right, residents.table.contents(digest(files[0])), strict=True))
+
+
+# -- the placement on several workers ------------------------------------------------------------------------------
+
+
+class Workers:
+    """Answers of `steer_load`, one list for each call; an exception is raised. `told`: all that was asked."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers, self.told = list(answers), [("", "")]
+
+    def __call__(self, method: str, *args: Any) -> list[Any]:
+        self.told.append((method, args[-1]))
+        if method != "steer_load":
+            return []
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return list(answer)
+
+
+def placed(workers: Workers) -> VllmPlacement:
+    return VllmPlacement(Shape("x", 1, 1, frozenset(), 1), workers)
+
+
+GOOD: Any = {"digest": "d"}
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("an engine is dead"), [GOOD, {"error": "out of memory"}]])
+def test_a_load_that_fails_somewhere_is_let_go_everywhere(failure: Any) -> None:
+    workers = Workers(failure, [{"digest": "e"}] * 2)
+    place = placed(workers)
+    with pytest.raises((RuntimeError, EngineFailed)):
+        place.load("d", None, b"")  # type: ignore[arg-type]
+    place.load("e", None, b"")  # type: ignore[arg-type]
+    assert [told for told in workers.told if told[0] == "steer_unload"] == [("steer_unload", "d")]
+
+
+def test_rows_of_requests_that_are_ending_are_waited_for() -> None:
+    workers = Workers([GOOD, {"in_use": "wait"}], [GOOD, GOOD])
+    placed(workers).load("d", None, b"")  # type: ignore[arg-type]
+    assert [method for method, _ in workers.told[1:]] == ["steer_load", "steer_unload", "steer_load"]
+
+
+def test_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "ENDING", 0.0)
+    with pytest.raises(NoRoom, match="wait"):
+        placed(Workers(*[[{"in_use": "wait"}]] * 3)).load("d", None, b"")  # type: ignore[arg-type]

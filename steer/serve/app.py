@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -26,21 +25,13 @@ from steer.serve.served import Served
 def build(served: Served) -> FastAPI:
     """The app; the middleware sits around it, so no route here ever sees a carrier, and the door around that."""
     control, registry, engine = served.control, served.registry, served.engine
-    stop_watching = threading.Event()
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        watcher = threading.Thread(
-            target=registry.watch,
-            args=(stop_watching, lambda: metrics.refresh(registry)),
-            name="steer-watch",
-            daemon=True,
-        )
-        watcher.start()
+        registry.follow(lambda: metrics.refresh(registry))
         metrics.refresh(registry)
         yield
-        stop_watching.set()
-        watcher.join(timeout=5)
+        registry.stop()
         engine.stop()
 
     app = FastAPI(title="Steer", version=__version__, lifespan=lifespan)

@@ -12,15 +12,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import watchfiles
-
 from steer.direction import SUFFIX, Direction, check_name, digest, read_file, write_file
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection
+from steer.follow import Follower
 from steer.spec import Entry, Spec, Wanted
 
 log = logging.getLogger("steer")
@@ -116,6 +115,8 @@ class Registry:
         self.failures: dict[str, Failure] = {}
         #: Why the folder itself cannot be read, if it cannot.
         self.folder_problem: str | None = None
+        #: What keeps looking at the folder, from `follow` on.
+        self.follower: Follower | None = None
         self.swaps = 0
         #: Told of every name that has moved, on the thread that moved it.
         self.on_move: Callable[[Move], None] = lambda move: None
@@ -253,7 +254,8 @@ class Registry:
     def put(self, name: str, data: bytes, *, store: bool = True) -> Version:
         """Serve `data` under `name` from now on, and (with `store` and a folder) keep it as a file.
 
-        Raises DirectionError or NoRoom; then the old version goes on serving and `failures` says why.
+        Raises DirectionError or NoRoom; then, and whatever else it meets, the old version goes on serving and
+        `failures` says why.
         """
         check_name(name)
         started = time.perf_counter()
@@ -266,11 +268,8 @@ class Registry:
                 with self._state:
                     old = self._point(name, version)
                     self.failures.pop(name, None)
-            except (SteerError, OSError) as error:
-                problems = error.problems if isinstance(error, DirectionError) else (str(error),)
-                self.failures[name] = Failure(problems)
-                if not self.quiet:
-                    log.error("direction '%s' was not accepted: %s", name, "; ".join(problems))
+            except Exception as error:
+                self._fail(name, error)
                 raise
             finally:
                 if version is not None:
@@ -282,6 +281,21 @@ class Registry:
                 log.info("direction '%s' is now %s%s", name, version.digest[:12], f" (was {old[:12]})" if old else "")
                 self.on_move(Move(name, old, version.digest, time.perf_counter() - started))
             return version
+
+    def _fail(self, name: str, error: Exception) -> None:
+        """Keep why the newest content for `name` is not served; said once, however often it is met."""
+        if isinstance(error, DirectionError):
+            problems = error.problems
+        elif isinstance(error, SteerError | OSError):
+            problems = (str(error),)
+        else:
+            problems = (f"{type(error).__name__}: {error}",)
+        known = self.failures.get(name)
+        if known is None or known.problems != problems:
+            self.failures[name] = Failure(problems)
+            unforeseen = not isinstance(error, SteerError | OSError)
+            if not self.quiet:
+                log.error("direction '%s' was not accepted: %s", name, "; ".join(problems), exc_info=unforeseen)
 
     def delete(self, name: str) -> None:
         """Stop serving `name` and remove its file, also one that was never accepted. Raises UnknownDirection."""
@@ -332,7 +346,8 @@ class Registry:
     # -- the folder ----------------------------------------------------------------------------------------------
 
     def sync(self) -> None:
-        """Make what is served agree with the folder's files. Never raises for a bad file: `failures` has it.
+        """Make what is served agree with the folder's files. Never raises for one of them: `failures` has why it is not
+        served, and the others are.
 
         Raises OSError when the folder itself cannot be read; then what is served stays as it is.
         """
@@ -351,38 +366,38 @@ class Registry:
                 if name.startswith("."):
                     continue
                 present.add(name)
-                with suppress(SteerError, OSError):
-                    self._sync_file(name, path)
+                try:
+                    self._seen[name] = self._sync_file(name, path)
+                except Exception as error:  # whatever one file meets, the others are looked at
+                    self._fail(name, error)
+                    self._seen[name] = _UNSETTLED
             for name in self._seen.keys() - present:
-                del self._seen[name]
-                self._drop(name)
+                try:
+                    self._drop(name)
+                    del self._seen[name]
+                except Exception as error:  # tried again at the next look
+                    self._fail(name, error)
 
-    def _sync_file(self, name: str, path: Path) -> None:
+    def _sync_file(self, name: str, path: Path) -> tuple[int, int, int]:
+        """Serve the file, or have `failures` say why not; the stamp with which it need not be looked at again. Raises
+        what another look may not meet."""
         try:
             stamp = _stamp(path)
         except OSError as error:  # a link to nowhere or to itself; or it has just gone, and then the next look drops it
-            self.failures[name] = Failure((f"{path}: cannot be read: {error.strerror or error}",))
-            self._seen[name] = _UNSETTLED
-            raise
+            raise OSError(f"{path}: cannot be read: {error.strerror or error}") from None
         if self._seen.get(name) == stamp:
-            return
+            return stamp
         try:
             data = read_file(path)
             check_name(name)
-        except DirectionError as error:
-            self.failures[name] = Failure(error.problems)
-            self._seen[name] = stamp
-            log.error("direction file %s: %s", path.name, error)
-            raise
-        try:
             self.put(name, data, store=False)
         except NoRoom:
-            self._seen[name] = _UNSETTLED  # rows may be free at the next look
-            return
-        except SteerError:
-            self._seen[name] = stamp
-            raise
-        self._seen[name] = stamp
+            return _UNSETTLED  # rows may be free at the next look
+        except SteerError as error:
+            if isinstance(error.__cause__, OSError):  # the disk's trouble, not the file's
+                raise
+            self._fail(name, error)
+        return stamp
 
     def _store(self, name: str, data: bytes) -> None:
         assert self.folder is not None
@@ -390,19 +405,21 @@ class Registry:
         write_file(path, data)
         self._seen[name] = _stamp(path)
 
-    def watch(self, stop: threading.Event, on_change: Callable[[], None] | None = None) -> None:
-        """Follow the folder until `stop`: blocks, so it runs in a thread of its own."""
+    def follow(self, on_look: Callable[[], None] = lambda: None) -> None:
+        """Follow the folder on a thread of its own until `stop`; `on_look` is called behind every look."""
         if self.folder is None:
             return
-        for _ in watchfiles.watch(
-            self.folder, stop_event=stop, debounce=50, step=5, yield_on_timeout=True, rust_timeout=2000
-        ):
-            try:
-                self.sync()
-                if on_change:
-                    on_change()
-            except OSError as error:
-                log.error("the folder %s cannot be read: %s", self.folder, error)
+
+        def look() -> None:
+            self.sync()
+            on_look()
+
+        self.follower = Follower(self.folder, look, name="steer-folder")
+        self.follower.start()
+
+    def stop(self) -> None:
+        if self.follower is not None:
+            self.follower.stop()
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ import pytest
 
 from steer.direction import Direction, Mode, Site, digest
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
-from steer.registry import Admission, Registry
+from steer.registry import Admission, Move, Registry
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.table import Place, Table
 from steer.spec import Entry, Wanted, parse
@@ -596,9 +596,9 @@ def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def test_the_watcher_sees_files_come_change_and_go(tmp_path: Path) -> None:
-    registry, stop, changes = Registry(local(), tmp_path), threading.Event(), []
-    watcher = threading.Thread(target=registry.watch, args=(stop, lambda: changes.append(1)))
-    watcher.start()
+    registry, changes = Registry(local(), tmp_path), list[int]()
+    registry.follow(lambda: changes.append(1))
+    assert registry.follower
     try:
         write(tmp_path, "one", A)
         eventually(lambda: served(registry) == {"one": digest(A)})
@@ -610,10 +610,89 @@ def test_the_watcher_sees_files_come_change_and_go(tmp_path: Path) -> None:
         (tmp_path / "one.safetensors").unlink()
         eventually(lambda: served(registry) == {})
         eventually(lambda: bool(changes))
+        assert registry.follower.state == "ok"
     finally:
-        stop.set()
-        watcher.join(10)
-    assert not watcher.is_alive()
+        registry.stop()
+    assert registry.follower.state == "dead"
+
+
+UNFORESEEN = (RuntimeError("Event loop is closed"), KeyError("rank"), OSError(24, "Too many open files"), MemoryError())
+
+
+@pytest.mark.parametrize("error", UNFORESEEN, ids=lambda error: type(error).__name__)
+def test_what_nobody_foresaw_is_kept_for_its_name_and_tried_again(tmp_path: Path, error: Exception) -> None:
+    placement = Recorder()
+    registry = Registry(placement, tmp_path)
+
+    def broken() -> None:
+        raise error
+
+    placement.on_load = broken
+    with pytest.raises(type(error)):
+        registry.put("put", C, store=False)
+    assert registry.failures["put"].problems
+    write(tmp_path, "one", A)
+    registry.sync()
+    failure = registry.failures["one"]
+    assert failure.problems[0].startswith(str(error) if isinstance(error, OSError) else type(error).__name__)
+    registry.sync()
+    assert registry.failures["one"] is failure, "said once"
+    assert registry.resident == 0
+    placement.on_load = lambda: None
+    registry.sync()
+    assert served(registry) == {"one": digest(A)}
+    assert registry.failures.keys() == {"put"}
+
+
+def test_one_name_that_fails_holds_up_no_other(tmp_path: Path) -> None:
+    placement = Recorder()
+    registry = Registry(placement, tmp_path)
+
+    def broken() -> None:
+        if "a" in registry.failures:
+            return
+        raise RuntimeError("Event loop is closed")
+
+    placement.on_load = broken
+    write(tmp_path, "a", A)
+    write(tmp_path, "b", B)
+    registry.sync()
+    assert served(registry) == {"b": digest(B)}
+    assert registry.failures.keys() == {"a"}
+
+
+def test_a_file_that_the_disk_did_not_give_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(Recorder(), tmp_path)
+    write(tmp_path, "one", A)
+
+    def failing(path: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        registry.sync()
+    assert "Input/output error" in registry.failures["one"].problems[0]
+    registry.sync()
+    assert served(registry) == {"one": digest(A)}
+
+
+def test_who_is_told_of_moves_cannot_end_the_following(tmp_path: Path) -> None:
+    registry = Registry(Recorder(), tmp_path)
+    write(tmp_path, "one", A)
+    registry.sync()
+
+    def broken(move: Move) -> None:
+        raise RuntimeError("no audit")
+
+    registry.on_move = broken
+    write(tmp_path, "one", B)
+    write(tmp_path, "two", C)
+    registry.sync()
+    assert registry.failures.keys() == {"one", "two"}
+    registry.on_move = lambda move: None
+    registry.sync()
+    assert served(registry) == {"one": digest(B), "two": digest(C)}
+    assert registry.failures == {}
 
 
 # -- many at once ----------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 
 from steer.direction import Direction, check_fits
@@ -67,12 +66,9 @@ class LocalPlacement(ShapedPlacement):
     def __init__(self, shape: Shape, table: Table) -> None:
         super().__init__(shape)
         self.table = table
-        self._changing = threading.Lock()
 
     def load(self, digest: str, direction: Direction, data: bytes) -> None:
-        with self._changing:
-            self.table.load(digest, direction)
+        self.table.load(digest, direction)
 
     def unload(self, digest: str) -> None:
-        with self._changing:
-            self.table.unload(digest)
+        self.table.unload(digest)

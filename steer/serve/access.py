@@ -128,13 +128,14 @@ class Access:
             said = "the API key is not known here" if secret else "an API key is needed: Authorization: Bearer KEY"
             raise Refusal(401, "key", said, code="invalid_api_key", WWW_Authenticate="Bearer")
         assert known.rules is not None
+        scope[CALLER] = known
+        self.control.check_policy()
         if path == METRICS and not (known.rules.metrics or known.manages):
             refusal = "/metrics tells of all directions: it needs a key with `metrics = true` or the managing role"
         elif known.manages or (method in ORDINARY and ORDINARY[method].fullmatch(path)):
             return known
         else:
             refusal = f"{method} {path[:100]} needs a key with the managing role"
-        scope[CALLER] = known
         raise forbidden("path", refusal)
 
 

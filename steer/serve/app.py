@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -27,21 +26,13 @@ from steer.serve.served import Served
 def build(served: Served) -> FastAPI:
     """The app; no route that generates ever sees a carrier, and the door is around all of them."""
     control, registry, engine = served.control, served.registry, served.engine
-    stop_watching = threading.Event()
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        watcher = threading.Thread(
-            target=registry.watch,
-            args=(stop_watching, lambda: metrics.refresh(registry)),
-            name="steer-watch",
-            daemon=True,
-        )
-        watcher.start()
+        registry.follow(lambda: metrics.refresh(registry))
         metrics.refresh(registry)
         yield
-        stop_watching.set()
-        watcher.join(timeout=5)
+        registry.stop()
         engine.stop()
 
     app = FastAPI(title="Steer", version=__version__, lifespan=lifespan)

@@ -268,16 +268,22 @@ class Audit:
 
     def _sync(self) -> None:
         while not self._closed.wait(FSYNC_EVERY):
-            with self._lock:
-                dirty, self._dirty = self._dirty and self._fd >= 0, False
-                fd = os.dup(self._fd) if dirty else -1
-            if dirty:  # not under the lock: a slow disk must not hold up admissions
-                try:
-                    os.fsync(fd)
-                except OSError as error:
-                    self._fail(f"{self.path}: {error.strerror}")
-                finally:
-                    os.close(fd)
+            try:
+                self._sync_once()
+            except Exception as error:  # a thread that ends here would leave all later lines to the system's mood
+                self._dirty = True
+                self._fail(f"{self.path}: {getattr(error, 'strerror', None) or error}")
+
+    def _sync_once(self) -> None:
+        with self._lock:
+            if not self._dirty or self._fd < 0:
+                return
+            fd = os.dup(self._fd)
+            self._dirty = False
+        try:  # not under the lock: a slow disk must not hold up admissions
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def _same(path: Path, fd: int) -> bool:

@@ -10,18 +10,17 @@ import asyncio
 import ipaddress
 import logging
 import math
-import threading
+import time
 import uuid
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import watchfiles
 from starlette.types import Scope
 
 from steer._version import __version__
 from steer.errors import InvalidInput
+from steer.follow import STALLED, Follower
 from steer.registry import Move, Registry
 from steer.serve import carriers, errors, metrics, policy
 from steer.serve.access import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
@@ -77,8 +76,8 @@ class Control:
         self._requests, self._tokens = Meter(), Meter()
         self._limited: set[str] = set()
         self._good: bytes | None = None  # what the policy file was at the last look, if it was acceptable
-        self._stop = threading.Event()
-        self._watcher: threading.Thread | None = None
+        self._read = time.monotonic()  # when the policy file was last read, acceptable or not
+        self._follower: Follower | None = None
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -113,16 +112,15 @@ class Control:
                 log.warning("the policy needs directions that are not served: %s", ", ".join(sorted(missing)))
             log.info("policy: %d keys", len(self.in_force.policy.keys))
         if self.settings.policy:
-            self._watcher = threading.Thread(
-                target=self._watch, args=(self.settings.policy,), name="steer-policy", daemon=True
-            )
-            self._watcher.start()
+            # the folder is watched, since editors and ConfigMaps put a new file in place
+            folder = self.settings.policy.parent
+            self._follower = Follower(folder, self.reload, name="steer-policy", recursive=False)
+            self._follower.start()
 
     def stop(self) -> None:
-        self._stop.set()
-        if self._watcher:
-            self._watcher.join(timeout=5)
-            self._watcher = None
+        if self._follower:
+            self._follower.stop()
+            self._follower = None
         if self.audit:
             self._note("stop")
             self.audit.close()
@@ -135,6 +133,7 @@ class Control:
         path = self.settings.policy
         try:
             data = policy.fetch(path)
+            self._read = time.monotonic()
             if data == self._good:
                 return
             fresh = policy.read(data, path.name)
@@ -152,23 +151,6 @@ class Control:
             metrics.POLICY_RELOADS.labels(result="ok").inc()
             log.info("a new policy is in force: %d keys", len(fresh.policy.keys))
             self._note("policy", outcome="ok", detail={"policy": fresh.digest})
-
-    def _watch(self, path: Path) -> None:
-        """On a thread of its own. The folder is watched, since editors and ConfigMaps put a new file in place; a look
-        every two seconds finds what no event told of."""
-        try:
-            for _ in watchfiles.watch(
-                path.parent,
-                stop_event=self._stop,
-                debounce=50,
-                step=20,
-                yield_on_timeout=True,
-                rust_timeout=2000,
-                recursive=False,
-            ):
-                self.reload()
-        except OSError as error:
-            log.error("the policy file is no longer followed: %s", error)
 
     def _digest(self) -> str | None:
         return self.in_force.digest if self.in_force else None
@@ -212,6 +194,17 @@ class Control:
             outcome=error.code,
             detail={"rule": error.rule, "path": scope["path"][:200]},
         )
+
+    def check_policy(self) -> None:
+        """Raises Refusal (503) while the policy file has not been read for so long that nobody can say whom it lets in:
+        a key may have been taken away in it."""
+        if self._unread:
+            said = f"the policy file has not been read for {STALLED:g} s, so no key is known to hold; the log says why"
+            raise Refusal(503, "policy", said, code="policy_unread", Retry_After="10")
+
+    @property
+    def _unread(self) -> bool:
+        return self._follower is not None and time.monotonic() - self._read > STALLED
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -292,18 +285,33 @@ class Control:
     # -- what is kept, and what is told ----------------------------------------------------------------------------
 
     def health(self) -> dict[str, Any]:
-        """For /health, which everybody reads: nothing of keys or directions."""
+        """For /health, which everybody reads: nothing of keys or directions. `policy` and `folder` say also how it is
+        with the threads that follow them (`Follower.state`), `seconds_since_look` when those last looked."""
         return {
             "steering": "on" if self.steering else "off",
             "audit": "none" if self.audit is None else "failed" if self.audit.failed else "ok",
-            "policy": "none" if self.in_force is None else "stale" if self.policy_problems else "ok",
+            "policy": self._policy(),
             "folder": self._folder(),
+            "seconds_since_look": {
+                name: round(follower.age, 1)
+                for name, follower in (("policy", self._follower), ("folder", self.registry and self.registry.follower))
+                if follower
+            },
         }
+
+    def _policy(self) -> str:
+        if self.in_force is None:
+            return "none"
+        if self._unread:
+            return "unread"
+        return "stale" if self.policy_problems else self._follower.state if self._follower else "ok"
 
     def _folder(self) -> str:
         if self.registry is None or self.registry.folder is None:
             return "none"
-        return "unreadable" if self.registry.folder_problem else "ok"
+        if self.registry.folder_problem:
+            return "unreadable"
+        return self.registry.follower.state if self.registry.follower else "ok"
 
     def state(self, caller: Caller) -> dict[str, Any]:
         """For GET /v1/steering."""

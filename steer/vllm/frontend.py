@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -161,12 +160,7 @@ class Frontend:
         registry = self.registry
         metrics.watch(registry, lambda: registry.rows, self.settings.rows)
         metrics.refresh(registry)
-        threading.Thread(
-            target=registry.watch,
-            args=(threading.Event(), lambda: metrics.refresh(registry)),
-            name="steer-watch",
-            daemon=True,
-        ).start()
+        registry.follow(lambda: metrics.refresh(registry))
 
     @property
     def readable(self) -> int:

@@ -81,6 +81,9 @@ HASHED_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector", "Moonca
 #: Connectors between instances for prefill and for decoding: blocks go by request, and no instance knows how the
 #: other steered what it sends.
 DISAGGREGATED = ("NixlConnector", "NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector")
+#: vLLM's variable for a front end in which nothing of ours runs.
+RUST_FRONTEND = "VLLM_USE_RUST_FRONTEND"
+RUST_PROBLEM = f"vLLM's Rust front end would ignore the field 'steer': unset {RUST_FRONTEND}"
 #: Executors that call the worker's own methods, in the order in which the engine asked.
 EXECUTORS = {"UniProcExecutor", "MultiprocExecutor"}
 
@@ -95,11 +98,7 @@ def check_config(config: Any, *, readout: bool) -> None:
         if bad:
             problems.append(problem)
 
-<<<<<<< HEAD
-    check_rust()  # in a worker: it is the first of ours to run there
-=======
     passes = getattr(getattr(config, "compilation_config", None), "pass_config", None)
->>>>>>> worker
     refuse(getattr(parallel, "use_ubatching", False), "microbatching (--enable-dbo, --ubatch-size) is on")
     refuse(getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallelism is on")
     refuse(
@@ -120,10 +119,7 @@ def check_config(config: Any, *, readout: bool) -> None:
         "--enable-fault-tolerance is on: workers forget requests that the front end goes on with",
     )
     refuse(*_executor_problem(getattr(parallel, "distributed_executor_backend", None)))
-    refuse(
-        _switched_on("VLLM_USE_RUST_FRONTEND"),
-        "VLLM_USE_RUST_FRONTEND is set, and requests that do not pass Steer's front end; unset it",
-    )
+    refuse(_switched_on(RUST_FRONTEND), RUST_PROBLEM)
     refuse(
         _switched_on("VLLM_WEIGHT_OFFLOADING_DISABLE_UVA") and _offloads(config),
         "weights are offloaded with VLLM_WEIGHT_OFFLOADING_DISABLE_UVA, which runs a module's hooks twice; unset it",
@@ -638,8 +634,8 @@ def check_entry(context: str) -> None:
 
 def check_rust() -> None:
     """Raise UnsupportedModel where vLLM's front end written in Rust serves, in which nothing of ours runs."""
-    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
-        raise UnsupportedModel("vLLM's Rust front end would ignore the field 'steer': unset VLLM_USE_RUST_FRONTEND")
+    if _switched_on(RUST_FRONTEND):
+        raise UnsupportedModel(RUST_PROBLEM)
 
 
 def probe_prompt() -> Any:

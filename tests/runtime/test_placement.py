@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 
 from steer.errors import DirectionError, NoRoom, SpecError
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.runtime.table import Place, Table
+from steer.runtime.table import Place, Plate, Table
 from steer.spec import Entry
 from tests import models
 
@@ -58,3 +61,29 @@ def test_a_local_placement_passes_everything_to_its_table() -> None:
     placement.check_entry(DIRECTION, Entry("d", "a", "ablate", 1.0))
     placement.unload("a")
     assert table.rows_in_use == 0
+
+
+def test_a_request_that_ends_waits_for_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests end on the event loop, and a load takes its time on another thread."""
+    table = Table([Place("writers", layer) for layer in range(3)], rows=4, rank=2, d_model=64)
+    placement = LocalPlacement(shape(), table)
+    placement.load("a", DIRECTION, b"")
+    write, loading, ending = Plate.write, threading.Event(), threading.Event()
+
+    def slow(*given: Any) -> None:
+        loading.set()
+        assert ending.wait(10), "the unload waited"
+        write(*given)
+
+    monkeypatch.setattr(Plate, "write", slow)
+    thread = threading.Thread(target=placement.load, args=("b", DIRECTION, b""))
+    thread.start()
+    assert loading.wait(10)
+    unloading = threading.Thread(target=placement.unload, args=("a",))
+    unloading.start()
+    unloading.join(5)
+    waited = unloading.is_alive()
+    ending.set()
+    thread.join(10)
+    assert not waited
+    assert table.rows_in_use == 2

@@ -23,7 +23,9 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 
-from steer.serve import keys
+from steer import follow
+from steer.follow import Follower
+from steer.serve import control, keys
 from steer.serve.access import Caller, Refusal
 from steer.serve.audit import verify
 from steer.serve.control import is_loopback
@@ -286,6 +288,56 @@ def test_a_new_policy_holds_at_once_and_a_bad_one_changes_nothing(tiny_folder: P
         "refused",
         "ok",
     ]
+
+
+@pytest.mark.parametrize("trouble", ["the file is gone", "the thread is gone"])
+def test_a_policy_that_is_read_no_more_lets_nobody_in(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key may have been taken away in it."""
+    monkeypatch.setattr(control, "STALLED", 0.3)
+    monkeypatch.setattr(follow, "EVERY", 0.05)
+    inside = Inside(tmp_path, POLICY)
+    if trouble == "the thread is gone":
+        monkeypatch.setattr(Follower, "_run", lambda self: None)
+    inside.start()
+    try:
+        if trouble == "the file is gone":
+            assert asyncio.run(inside.post(BODY, bearer("reader")))[0] == 200
+            inside.policy.unlink()
+        eventually(lambda: inside.control.health()["policy"] == "unread")
+        status, told, body = asyncio.run(inside.post(BODY, bearer("reader")))
+        assert (status, json.loads(body)["error"]["code"], told["retry-after"]) == (503, "policy_unread", "10")
+        assert asyncio.run(inside.post(BODY, {"Authorization": "Bearer unknown"}))[0] == 401
+        assert asyncio.run(inside.post(b"", path="/health", method="GET"))[0] == 200, "which says so"
+        if trouble == "the file is gone":
+            inside.policy.write_text(POLICY)
+            eventually(lambda: inside.control.health()["policy"] == "ok")
+            assert asyncio.run(inside.post(BODY, bearer("reader")))[0] == 200
+    finally:
+        inside.control.stop()
+
+
+def test_health_says_how_it_is_with_what_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = Inside(tmp_path, POLICY)
+    inside.registry.folder = tmp_path / "directions"
+    inside.registry.folder.mkdir()
+    inside.registry.follow()
+    inside.start()
+    try:
+        health = inside.control.health()
+        assert (health["policy"], health["folder"]) == ("ok", "ok")
+        ages = health["seconds_since_look"]
+        assert ages.keys() == {"policy", "folder"}
+        assert all(0 <= age < follow.STALLED for age in ages.values())
+        monkeypatch.setattr(follow, "STALLED", -1)
+        health = inside.control.health()
+        assert (health["policy"], health["folder"]) == ("stalled", "stalled")
+        inside.registry.stop()
+        assert inside.control.health()["folder"] == "dead"
+    finally:
+        inside.control.stop()
+        inside.registry.stop()
 
 
 def test_a_default_of_the_server_is_only_for_keys_that_might_ask_for_it(tiny_folder: Path, tmp_path: Path) -> None:

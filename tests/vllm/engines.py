@@ -14,7 +14,7 @@ from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.spec import parse
 from tests import models
-from tests.vllm import tiny
+from tests.vllm import device, tiny
 
 RANK = 2
 #: Every mode, fractions and compositions.
@@ -28,6 +28,7 @@ SPECS = (
     "refusal=0.5,verbosity",
 )
 PROMPTS = ("hello world", "this is a longer prompt of some words")
+#: Of float32 on every device (see `device`).
 TOLERANCE = 1e-3
 
 
@@ -61,7 +62,7 @@ class Home:
             str(self.folder),
             worker_cls="steer.vllm.worker.Worker",
             additional_config={"steer": settings},
-            **(defaults | options),
+            **(defaults | device.MEMORY | options),
         )
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tests import models
+from tests.vllm import device
 from tests.vllm.engines import PROMPTS, SPECS, Home, Reference, generate
 
 
@@ -15,7 +16,7 @@ def main(folder: Path, options: dict[str, object]) -> None:
     from steer.vllm import frontend
 
     name = str(options.pop("model", "llama"))
-    expected = options.pop("runner", "V1")
+    expected = options.pop("runner", device.RUNNER)
     home = Home.make(name, folder)
     reference = Reference(home)
     llm = home.start(**options)

@@ -139,6 +139,28 @@ def stock_suite(home: Home) -> tuple[dict[str, Wanted], MakeArms]:
     return engines, arms
 
 
+def pair_suite(home: Home) -> tuple[dict[str, Wanted], MakeArms]:
+    """Stock vLLM and an engine that steers, each with nearly half of a GPU. Stock's second arm is the same engine: what
+    engines differ by shows between the orders of starting."""
+    engines = {"stock": Wanted(home.options, WITHOUT), "steer": Wanted(home.steering())}
+
+    def arms(started: Mapping[str, Engine], kind: str, batch: int) -> Arms:
+        def job(*specs: str | None) -> Job:
+            return Job(batch, *WORKLOADS[kind], specs, mixed=kind == "mixed")
+
+        stock, steer = started["stock"], started["steer"]
+        return {
+            "stock": stock.arm(job(None)),
+            "stock again": stock.arm(job(None)),
+            "on, idle": steer.arm(job(None)),
+            **({"half steered": steer.arm(job("d0", None))} if batch > 1 else {}),
+            "all steered": steer.arm(job("d0")),
+            **({"32 directions": steer.arm(job(*(f"d{i}" for i in range(DIRECTIONS))))} if batch >= 32 else {}),
+        }
+
+    return engines, arms
+
+
 def variants_suite(home: Home) -> tuple[dict[str, Wanted], MakeArms]:
     """Ranks, sites and the read-out, each against the usual: one direction of rank 1 at `resid_post`."""
     engines = {
@@ -164,7 +186,7 @@ def variants_suite(home: Home) -> tuple[dict[str, Wanted], MakeArms]:
     return engines, arms
 
 
-SUITES = {"stock": stock_suite, "variants": variants_suite}
+SUITES = {"stock": stock_suite, "pair": pair_suite, "variants": variants_suite}
 
 
 @contextmanager
@@ -234,6 +256,7 @@ def workload(text: str) -> tuple[str, int]:
 COMPILED = {
     "stock": "Every engine is compiled, but for the one with LoRA where vLLM does not compile with it, as on a CPU "
     "(0.32): there its arms pay for that too, which the one that no request uses shows.",
+    "pair": "Both engines are compiled.",
     "variants": "Every engine is compiled.",
 }
 DEFAULT = ("decode:1", "decode:8", "decode:64", "prefill:1", "prefill:8", "mixed:32")
@@ -253,7 +276,7 @@ if __name__ == "__main__":
         tables = measure(home, given.suite, given.rounds, given.orders, given.workloads)
     result = Result(
         name="vllm" if given.suite == "stock" else f"vllm-{given.suite}",
-        title="What steering costs on vLLM" + (", variants" if given.suite == "variants" else ""),
+        title="What steering costs on vLLM" + (f", {given.suite}" if given.suite != "stock" else ""),
         command=f"python -m benchmarks.overhead {' '.join(sys.argv[1:])}".strip(),
         versions={"vLLM": vllm.__version__},
         tables=tables,

@@ -120,10 +120,12 @@ def main() -> int:
         folder = Path(name)
         (folder / "directions").mkdir()
         if given.backend == "vllm":  # whose attention wants wider heads
-            from tests.vllm import tiny
+            from tests.vllm import device, tiny
 
             for variable in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_NO_USAGE_STATS"):
                 os.environ.setdefault(variable, ENVIRONMENT[variable])
+            for variable, value in device.ENVIRONMENT.items():
+                os.environ.setdefault(variable, value)
             model = tiny.make("llama", folder / "tiny")
         else:
             model = models.save("llama", folder / "tiny")
@@ -132,7 +134,7 @@ def main() -> int:
         command = [sys.executable, "-m", "steer.cli", "serve", "--backend", given.backend]
         options = [str(folder / "tiny"), "--directions", str(folder / "directions"), "--rows", "8"]
         if given.backend == "vllm":
-            options += ["--dtype", "float32", "--max-model-len", "256"]
+            options += ["--dtype", "float32", "--max-model-len", "256", *device.ARGUMENTS]
         with Server(*options, directions=folder / "directions", command=command) as server:
             answers: dict[tuple[str | None, str], str] = {}
             for which, each in (("", b""), *files.items()):

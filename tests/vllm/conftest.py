@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+from tests.vllm import device
+
+for name, value in device.ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -14,7 +14,7 @@ from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.spec import parse
 from tests import models
-from tests.vllm import tiny
+from tests.vllm import device, tiny
 
 RANK = 2
 #: Every mode, fractions and compositions.
@@ -32,6 +32,7 @@ SPECS = (
 #: Of the two directions at every layer: what is set of one must not change the other.
 COSINE = 0.4
 PROMPTS = ("hello world", "this is a longer prompt of some words")
+#: Of float32 on every device (see `device`).
 TOLERANCE = 1e-3
 
 
@@ -65,8 +66,13 @@ class Home:
         llm = LLM(
             str(self.folder),
             worker_cls="steer.vllm.worker.Worker",
+<<<<<<< HEAD
             additional_config=additional,
             **(defaults | options),
+=======
+            additional_config={"steer": settings},
+            **(defaults | device.MEMORY | options),
+>>>>>>> gpu
         )
         assert additional == {"steer": settings}, "the caller's own, with which another engine may be started"
         return llm

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import models
+from tests.vllm import device
 from tests.vllm.engines import PROMPTS, SPECS, Home, Reference, generate
 
 
@@ -46,7 +47,7 @@ def main(folder: Path, options: dict[str, object]) -> None:
     from steer.vllm import frontend
 
     name = str(options.pop("model", "llama"))
-    expected = options.pop("runner", "V1")
+    expected = options.pop("runner", device.RUNNER)
     home = Home.make(name, folder)
     reference = Reference(home)
     warms_up = options.pop("warms_up", False)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from steer.vllm.server import serve
 from steer.vllm.settings import EngineSettings
+from tests.vllm import device
 
 if __name__ == "__main__":
-    serve(sys.argv[1], EngineSettings(directions=Path(sys.argv[2]), rank=2, readout=2), sys.argv[3:])
+    serve(
+        sys.argv[1], EngineSettings(directions=Path(sys.argv[2]), rank=2, readout=2), [*device.ARGUMENTS, *sys.argv[3:]]
+    )

@@ -20,6 +20,7 @@ from steer.serve.access import ORDINARY
 from steer.serve.audit import verify
 from tests.serve.rules import CASES, POLICY, bearer, carried, check, check_table
 from tests.servers import Server, receipt
+from tests.vllm import device
 from tests.vllm.engines import Home
 from tests.vllm.test_server import MESSAGES, OPTIONS
 
@@ -74,7 +75,7 @@ def server(home: Home, spans: tuple[str, list[bytes]]) -> Iterator[Server]:
     command = [sys.executable, "-m", "steer.cli", "serve", str(home.folder), "--backend", "vllm", "--rank", "2"]
     ours = ["--directions", str(home.directions), "--policy", str(root / "policy.toml")]
     with Server(
-        *(*OPTIONS, *ours, "--audit", str(root / "audit.jsonl"), "--enable-scale-out", "--host", "0.0.0.0"),
+        *(*OPTIONS, *device.ARGUMENTS, *ours, "--audit", str(root / "audit.jsonl"), "--enable-scale-out", "--host", "0.0.0.0"),
         *("--root-path", PREFIX, "--otlp-traces-endpoint", spans[0]),
         command=command,
     ) as running:

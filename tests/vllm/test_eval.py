@@ -13,6 +13,7 @@ import pytest
 
 from steer.demo import PROMPTS
 from tests.servers import ROOT
+from tests.vllm import device
 
 pytest.importorskip("vllm")
 COUNT = 12
@@ -40,7 +41,7 @@ def report(folder: Path, backend: str, *more: str) -> dict[str, Any]:
         text=True,
         timeout=500,
         cwd=ROOT,
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        env=os.environ | device.ENVIRONMENT,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     found: dict[str, Any] = json.loads((folder / backend / "report.json").read_text())
@@ -48,7 +49,7 @@ def report(folder: Path, backend: str, *more: str) -> dict[str, Any]:
 
 
 def test_outcomes_and_perplexity_are_those_of_transformers(tmp_path: Path) -> None:
-    ours = report(tmp_path, "vllm", "--max-model-len", "512", "--enforce-eager")
+    ours = report(tmp_path, "vllm", "--max-model-len", "512", "--enforce-eager", *device.ARGUMENTS)
     theirs = report(tmp_path, "transformers")
     for one, other in zip(ours["sets"], theirs["sets"], strict=True):
         for arm, same in zip(one["arms"], other["arms"], strict=True):

@@ -13,6 +13,7 @@ import pytest
 
 from tests import models
 from tests.servers import Server, receipt, text
+from tests.vllm import device
 from tests.vllm.engines import Home, Reference
 from tests.vllm.swaps import swap_under_load
 
@@ -20,6 +21,7 @@ COMMAND = [sys.executable, "-m", "tests.vllm.command", "serve"]
 OPTIONS = (
     *("--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "32"),
     *("--served-model-name", "tiny"),
+    *device.ARGUMENTS,
 )
 MIDDLEWARE = ("--middleware", "steer.vllm.server.Middleware")
 
@@ -44,6 +46,7 @@ def check(server: Server, home: Home) -> None:
         assert len(receipt(answer)) == (0 if spec == "off" else spec.count(",") + 1)
 
 
+@pytest.mark.skipif(device.GPUS == 1, reason="two ranks need two GPUs")
 def test_two_ranks_by_middleware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     home = Home.make("llama", tmp_path)
@@ -52,6 +55,7 @@ def test_two_ranks_by_middleware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         swap_under_load(server, home)
 
 
+@pytest.mark.skipif(device.GPUS == 1, reason="two engines need two GPUs")
 def test_two_engines_by_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both of `VLLM_PLUGINS`: the general plugin in every process, the routes in the server's."""
     monkeypatch.setenv("VLLM_PLUGINS", "steer")

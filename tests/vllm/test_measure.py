@@ -20,10 +20,11 @@ from steer.lab.measure import Conditions, measure
 from steer.lab.prompts import PromptSet
 from steer.lab.source import TransformersSource
 from steer.lab.tally import Keep
-from tests.vllm import tiny
+from tests.vllm import device, tiny
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ROOT / "steer/demo/prompts"
+RANKS = "1" if device.GPUS == 1 else "2"
 
 
 def prompts(name: str, seed: int, count: int = 20) -> PromptSet:
@@ -57,6 +58,7 @@ def test_means_and_vectors_are_those_of_transformers(
         [
             *("--dtype", dtype, "--max-model-len", "256", "--max-num-batched-tokens", "48", "--max-num-seqs", "16"),
             *("--distributed-executor-backend", "uni"),
+            *device.ARGUMENTS,
         ],
     )
     try:
@@ -78,12 +80,12 @@ def test_means_and_vectors_are_those_of_transformers(
 
 
 def test_fit_through_vllm_makes_the_direction_that_transformers_makes(tmp_path: Path) -> None:
-    """The embedded model with the layer chosen by effect, on two ranks."""
+    """The embedded model with the layer chosen by effect, on two ranks where there are two devices."""
     sets = ["--harmful", str(PROMPTS / "refused.train.txt"), "--harmless", str(PROMPTS / "harmless.train.txt")]
     made = {}
     for backend, more in (
         ("transformers", []),
-        ("vllm", ["--max-model-len", "512", "--tensor-parallel-size", "2"]),
+        ("vllm", ["--max-model-len", "512", "--tensor-parallel-size", RANKS, *device.ARGUMENTS]),
     ):
         file = tmp_path / f"{backend}.safetensors"
         command = [sys.executable, "-m", "steer.cli", "fit", "steer/demo/model", *sets, "--backend", backend]

@@ -23,7 +23,7 @@ from steer.lab.search import Search, Settings
 from steer.lab.source import TransformersSource
 from steer.lab.space import Space
 from tests import models
-from tests.vllm import tiny
+from tests.vllm import device, tiny
 
 PROMPTS = ("hello world", "a longer prompt of some words", "xyz?")
 CHANCE = Behaviour(name="chance", description="by chance", patterns=("^[!-O]",), window=1)
@@ -49,7 +49,7 @@ def screen(folder: Path, in_process: Callable[[Any], Any]) -> Iterator[Any]:
     from steer.vllm.source import VllmSource, start
 
     options = ["--dtype", "float32", "--max-model-len", "256", "--distributed-executor-backend", "uni"]
-    llm = start(str(folder), options, rank=2)
+    llm = start(str(folder), [*options, *device.ARGUMENTS], rank=2)
     try:
         yield VllmScreen(VllmSource(llm, str(folder)), None, 6)
     finally:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.vllm import device
 from tests.vllm.conftest import IN_PROCESS
 from tests.vllm.engines import Home, parameters
 
@@ -41,7 +42,7 @@ def test_an_engine_without_our_options_is_stock_and_plain_traffic_hits_as_there(
     home, prompts = Home.make("llama", tmp_path), conversation(0)
     options: dict[str, Any] = dict(dtype="float32", max_model_len=256, max_num_seqs=32, seed=0, block_size=BLOCK)
     plugin.register()
-    stock = LLM(str(home.folder), **IN_PROCESS, **options)
+    stock = LLM(str(home.folder), **IN_PROCESS, **options, **device.MEMORY)
     try:
         worker = stock.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         modules = list(worker.get_model().modules())

@@ -66,13 +66,8 @@ class Home:
         llm = LLM(
             str(self.folder),
             worker_cls="steer.vllm.worker.Worker",
-<<<<<<< HEAD
             additional_config=additional,
-            **(defaults | options),
-=======
-            additional_config={"steer": settings},
             **(defaults | device.MEMORY | options),
->>>>>>> gpu
         )
         assert additional == {"steer": settings}, "the caller's own, with which another engine may be started"
         return llm

@@ -75,7 +75,16 @@ def server(home: Home, spans: tuple[str, list[bytes]]) -> Iterator[Server]:
     command = [sys.executable, "-m", "steer.cli", "serve", str(home.folder), "--backend", "vllm", "--rank", "2"]
     ours = ["--directions", str(home.directions), "--policy", str(root / "policy.toml")]
     with Server(
-        *(*OPTIONS, *device.ARGUMENTS, *ours, "--audit", str(root / "audit.jsonl"), "--enable-scale-out", "--host", "0.0.0.0"),
+        *(
+            *OPTIONS,
+            *device.ARGUMENTS,
+            *ours,
+            "--audit",
+            str(root / "audit.jsonl"),
+            "--enable-scale-out",
+            "--host",
+            "0.0.0.0",
+        ),
         *("--root-path", PREFIX, "--otlp-traces-endpoint", spans[0]),
         command=command,
     ) as running:

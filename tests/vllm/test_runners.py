@@ -17,14 +17,10 @@ from tests.vllm import device
 ROOT = Path(__file__).parents[2]
 V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
-#: What lets it start on a CPU.
+#: What lets it start on a CPU, in the process that has it warm up as on a GPU.
 INTERPRETED = {
     "TRITON_INTERPRET": "1",
-<<<<<<< HEAD
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-=======
->>>>>>> gpu
     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "v2_on_cpu"), str(ROOT)]),
 }
 TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -32,13 +28,8 @@ TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 WAYS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
-<<<<<<< HEAD
-    "V1 eager": ({}, {"enforce_eager": True}),
-    "V2 eager": (V2, {"enforce_eager": True, "runner": "V2", "warms_up": True}),
-=======
     "V1 eager": (V1, {"enforce_eager": True, "runner": "V1"}),
     "V2 eager": (V2, {"enforce_eager": True, "runner": "V2"}),
->>>>>>> gpu
     "tensor parallel": (TWO, {"tensor_parallel_size": 2}),
     "pipeline parallel": (TWO, {"pipeline_parallel_size": 2}),
     "transformers' code": ({}, {"model": "gpt_neox"}),
@@ -54,7 +45,7 @@ def test_it_answers_as_transformers_does(way: str, tmp_path: Path) -> None:
         pytest.skip("two ranks need two GPUs")
     if environment is V2 and not device.GPUS:
         pytest.importorskip("triton", reason="the V2 runner needs Triton")
-        environment = V2 | INTERPRETED
+        environment, options = V2 | INTERPRETED, options | {"warms_up": True}
     done = subprocess.run(
         [sys.executable, "-m", "tests.vllm.run_equal", str(tmp_path), json.dumps(options)],
         env=os.environ | environment,

@@ -72,10 +72,10 @@ def test_the_python_page_runs() -> None:
         [sys.executable, "-c", block], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    shown, shape, left = done.stdout.strip().splitlines()[-3:]
+    shown, shape, taken = done.stdout.strip().splitlines()[-3:]
     assert re.fullmatch(r"<steering of LlamaForCausalLM, attached, at resid_post: refusal [0-9a-f]{12}>", shown)
     assert re.fullmatch(r"\(2, \d+, \d+, 1\)", shape)
-    assert float(left) < 1e-3
+    assert float(taken) > 0.1
 
 
 def test_make_study_is_commands_that_exist(tmp_path: Path) -> None:

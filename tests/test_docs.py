@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,18 @@ def test_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
         command = ["bash", "-euo", "pipefail", "-c", block]
         done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_python_page_runs() -> None:
+    (block,) = blocks_of((ROOT / "docs/python.md").read_text(), "python")
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    shown, shape, taken = done.stdout.strip().splitlines()[-3:]
+    assert re.fullmatch(r"<steering of LlamaForCausalLM, attached, at resid_post: refusal [0-9a-f]{12}>", shown)
+    assert re.fullmatch(r"\(2, \d+, \d+, 1\)", shape)
+    assert float(taken) > 0.1
 
 
 def test_make_study_is_commands_that_exist(tmp_path: Path) -> None:

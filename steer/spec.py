@@ -5,7 +5,7 @@ A request names directions, never paths or vectors. As text:
     refusal                      the direction with its file's own mode and strength
     refusal=0.7                  a strength
     refusal:one_sided=0.7        a mode and a strength
-    refusal=1,verbosity=-0.5     several, applied in this order
+    refusal=1,verbosity=-0.5     several, which act together
     off                          nothing, also where the server has a default
 
 As JSON: such a text, an object `{"direction", "mode", "strength"}`, a list of texts and objects, `null` or `false`.
@@ -53,7 +53,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What one request gets, resolved: entries in the order in which they are applied. Empty for a plain request."""
+    """What one request gets, resolved: entries that act together, in any order. Empty for a plain request."""
 
     entries: tuple[Entry, ...] = ()
 

@@ -6,7 +6,9 @@ that is meant to be steered is never answered plain.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
@@ -100,9 +102,17 @@ def traces(
                 if key.lower().startswith(FIELD):
                     yield f"{place}{key}"
                 elif key.lower() in _INSIDE:
-                    places.append((f"{place}{key}.", inner))
+                    places.append((f"{place}{key}.", _unwrapped(inner)))
                 elif key == "model" and isinstance(inner, str) and split_alias(inner, served):
                     yield f"{place}{key}"
+
+
+def _unwrapped(value: Any) -> Any:
+    """What a form's field holds as JSON, where `value` is that."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def split_alias(model: str, served: Sequence[str]) -> tuple[str, str] | None:

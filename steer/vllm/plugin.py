@@ -19,8 +19,7 @@ def _attach_async(engine: Any, found: settings.EngineSettings, serves: bool) -> 
     from steer.vllm.server import check_app
 
     frontend.attach_async(engine, found, serves)
-    if serves:
-        internals.on_app_built(check_app)
+    internals.on_app_built(check_app)
 
 
 def _prepare(config: Any) -> settings.EngineSettings | None:

@@ -191,6 +191,7 @@ def test_the_case_of_the_header_means_nothing() -> None:
         ({"metadata": {"steer": "refusal"}}, "metadata.steer"),
         ({"vllm_xargs": {"steering": "refusal"}}, "vllm_xargs.steering"),
         ({"sampling_params": {"extra_args": {"steer": "x"}}}, "sampling_params.extra_args.steer"),
+        ({"vllm_xargs": '{"steering": 1}'}, "vllm_xargs.steering"),
         ({"requests": [{}, {"body": {"steer": "refusal"}}]}, "requests.1.body.steer"),
         ({"requests": [{"model": "base+refusal"}]}, "requests.0.model"),
     ],

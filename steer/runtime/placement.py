@@ -71,4 +71,6 @@ class LocalPlacement(ShapedPlacement):
         self.table.load(digest, direction)
 
     def unload(self, digest: str) -> None:
+        """Without a lock: rows are given out again only when the table has let go of them, and loads, which the registry
+        makes one at a time, take no others."""
         self.table.unload(digest)

@@ -98,7 +98,6 @@ class Table:
         modes = [coefficients(direction, mode) for mode in MODES]
         embedding_modes = [embedding_coefficients(direction, mode) for mode in MODES]
         for place, plate in self.plates.items():
-            plate.clear(rows)  # of what had them before
             if place.site not in direction.meta.sites:
                 continue
             for k, row in enumerate(rows):
@@ -110,12 +109,11 @@ class Table:
         self._resident[digest] = rows
 
     def unload(self, digest: str) -> None:
-        """Free a direction's rows. The caller guarantees that no running request uses them.
-
-        Nothing is written or waited for, so it may be called while another thread loads: what these rows hold stays
-        until they are loaded again, and no token points to them.
-        """
-        self._free += reversed(self._resident.pop(digest, []))
+        """Free a direction's rows. The caller guarantees that no running request uses them."""
+        rows = self._resident.pop(digest, [])
+        for plate in self.plates.values():
+            plate.clear(rows)
+        self._free += reversed(rows)
 
     def rows_of(self, digests: Sequence[str]) -> NDArray[np.int64]:
         """The rows of resident directions, in order."""

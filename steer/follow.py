@@ -25,9 +25,11 @@ State = Literal["ok", "failing", "stalled", "dead"]
 
 
 class Follower:
-    """Calls `look` on a daemon thread until `stop`. What `look` raises is logged and kept as `problem`, and it is called
-    again; where the folder cannot be watched (it is not there, or the system gives out no more watches), it is called
-    every two seconds all the same."""
+    """Calls `look` on a daemon thread until `stop`.
+
+    What `look` raises is logged and kept as `problem`, and it is called again. Where the folder cannot be watched (it
+    is not there, or the system gives out no more watches), it is called every two seconds all the same.
+    """
 
     def __init__(self, folder: Path, look: Callable[[], None], *, name: str, recursive: bool = True) -> None:
         self.folder, self.look, self.recursive = folder, look, recursive

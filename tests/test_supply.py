@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import pickle
+import tomllib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from packaging.requirements import Requirement
 
 from steer.direction import Direction
 from steer.errors import DirectionError
@@ -133,3 +135,21 @@ def test_what_tries_to_be_executed_is_not(tiny_server: Server, way: str, tmp_pat
     tiny_server.client.delete("/v1/directions/trap")
     pickle.loads(pickle.dumps(Trap(sprung)))
     assert sprung.exists(), "the trap would have worked"
+
+
+def test_one_range_of_vllm_is_named_everywhere() -> None:
+    """What the extra lets in is what the code takes and the README promises."""
+    root = PACKAGE.parent
+    tree = ast.parse((PACKAGE / "vllm" / "internals.py").read_text())
+    constants = {
+        ast.unparse(node.targets[0]): ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SUPPORTED"
+    }
+    oldest, newest = constants["SUPPORTED"]
+    major, minor, _ = map(int, newest.split("."))
+    (extra,) = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["vllm"]
+    allowed = Requirement(extra).specifier
+    assert {str(bound) for bound in allowed} == {f">={oldest.removesuffix('.0')}", f"<{major}.{minor + 1}"}
+    assert f"vLLM {oldest} and {newest}" in " ".join((root / "README.md").read_text().split())
+    assert f"\nvllm-cpu=={newest}\n" in (root / "constraints.txt").read_text(), "the one of `make test`"

@@ -71,4 +71,5 @@ class LocalPlacement(ShapedPlacement):
         self.table.load(digest, direction)
 
     def unload(self, digest: str) -> None:
+        """Without a lock: the registry makes one load at a time, and this writes nothing."""
         self.table.unload(digest)

@@ -219,6 +219,46 @@ def test_logistic_is_at_the_minimum(seed: int, ridge: float) -> None:
         assert loss(w) <= loss(other) + 1e-6
 
 
+@given(
+    seed=SEEDS,
+    count=st.integers(1, 30),
+    width=st.integers(1, 12),
+    power=st.floats(-12, 4),
+    apart=st.sampled_from([0.0, 1.0, 100.0]),
+    outlier=st.sampled_from([1.0, 1e3]),
+)
+@settings(deadline=None, max_examples=100)
+def test_logistic_converges_on_every_input(
+    seed: int, count: int, width: int, power: float, apart: float, outlier: float
+) -> None:
+    """Few prompts or many, separable or not, at every ridge: no step lowers the loss by what can be seen."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(count + 4, width, generator=generator, dtype=torch.float64)
+    y = torch.cat([torch.ones(count), -torch.ones(4)]).double()
+    z[:, 0] += apart * y
+    z[0] *= outlier
+    z /= (z**2).sum(1).mean().sqrt()
+    share = torch.where(y > 0, 0.5 / count, 0.5 / 4)
+    ridge = 10**power
+    w = fit_weights(z, y, share, ridge)
+    assert torch.isfinite(w).all()
+
+    def loss(w: Tensor) -> float:
+        """At the best intercept, which the slope's sign finds."""
+        low, high = -1e12, 1e12
+        for _ in range(120):
+            b = (low + high) / 2
+            rising = float((share * y * torch.sigmoid(-y * (z @ w + b))).sum()) < 0
+            low, high = (low, b) if rising else (b, high)
+        fit = torch.nn.functional.softplus(-y * (z @ w + b))
+        return float((share * fit).sum()) + ridge * float(w @ w) / 2
+
+    least = loss(w)
+    for size in (1e-4, 1e-2, 0.3):
+        other = w + size * w.norm() * torch.randn(width, generator=generator, dtype=torch.float64)
+        assert least <= loss(other) + 1e-9 * (1 + least)
+
+
 @given(seed=SEEDS, k=st.integers(1, 4))
 @law
 def test_subspaces_nest_and_hold_every_planted_kind(seed: int, k: int) -> None:

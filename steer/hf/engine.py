@@ -1,6 +1,6 @@
 """The engine that a server talks to: tokens of one request as an async stream, whatever runs behind it.
 
-`SequentialEngine` serves one request at a time by plain forward passes, for models that cannot be batched;
+`SequentialEngine` serves one request at a time as `generate` would, for models that cannot be batched;
 `steer.hf.batching` has the engine on transformers' continuous batching.
 """
 
@@ -9,16 +9,16 @@ from __future__ import annotations
 import abc
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from steer.errors import EngineFailed, NoRoom
 from steer.hf.attach import Steering
+from steer.hf.internals import Decoding, check_model
 from steer.hf.sampling import Sampler, Sampling, Token, report, sample
 from steer.runtime.index import RequestSteer
 from steer.runtime.readout import RequestRead
@@ -75,6 +75,16 @@ class Engine(abc.ABC):
         read: RequestRead | None,
     ) -> AsyncGenerator[Token, None]: ...
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What is asked for while it lasts begins when it ends."""
+        yield
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While it lasts, the calling thread has the model for itself, as it is outside of any engine."""
+        yield
+
     @abc.abstractmethod
     async def score(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
         """`ids[1:]` with the log-probabilities that the steered model gives them."""
@@ -90,8 +100,8 @@ class Engine(abc.ABC):
     def stop(self) -> None: ...
 
     @torch.inference_mode()
-    def _score(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
-        """The forward pass of `score`; the caller has the model for itself."""
+    def score_alone(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
+        """The forward pass of `score`, inside `alone`."""
         tensor = torch.tensor([list(ids)], device=self.steering.anatomy.device)
         with self.steering.batch([steer]):
             logits = self.steering.anatomy.model(input_ids=tensor, use_cache=False).logits[0, :-1].float()
@@ -103,6 +113,7 @@ class SequentialEngine(Engine):
 
     def __init__(self, steering: Steering, eos_ids: Sequence[int], *, context: int, capacity: int) -> None:
         super().__init__(steering, eos_ids, context=context, capacity=capacity)
+        check_model(steering.anatomy.model)
         self.description = "one request at a time (this model cannot be batched)"
         self._turn = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="steer-model")
@@ -117,32 +128,35 @@ class SequentialEngine(Engine):
     ) -> AsyncGenerator[Token, None]:
         loop = asyncio.get_running_loop()
         async with self._turn:
-            sampler, ids, cache = Sampler.of(sampling), list(prompt), None
+            sampler = Sampler.of(sampling)
+            decoding = await loop.run_in_executor(self._thread, self._begin, prompt, sampling.max_tokens)
             for _ in range(sampling.max_tokens):
-                token, cache = await loop.run_in_executor(self._thread, self._step, ids, cache, sampler, steer, read)
+                token = await loop.run_in_executor(self._thread, self._step, decoding, sampler, steer, read)
                 yield token
                 if token.id in self.eos_ids and not sampling.ignore_eos:
                     return
-                ids = [token.id]
+
+    @torch.inference_mode()
+    def _begin(self, prompt: Sequence[int], max_tokens: int) -> Decoding:
+        with _failing():
+            return Decoding(self.steering.anatomy.model, prompt, max_tokens)
 
     @torch.inference_mode()
     def _step(
-        self, ids: list[int], cache: Any, sampler: Sampler, steer: RequestSteer | None, read: RequestRead | None
-    ) -> tuple[Token, Any]:
-        tensor = torch.tensor([ids], device=self.steering.anatomy.device)
-        try:
-            with self.steering.batch([steer]):
-                self.steering.reads.fill([read], [len(ids)])
-                out = self.steering.anatomy.model(input_ids=tensor, past_key_values=cache, use_cache=True)
-                readings = self.steering.reads.collect()
-        except RuntimeError as error:
-            raise EngineFailed(f"the model failed: {error}") from error
-        token = sample(out.logits[:, -1].float(), [sampler])[0]
-        return (replace(token, reading=readings[0]) if readings else token), out.past_key_values
+        self, decoding: Decoding, sampler: Sampler, steer: RequestSteer | None, read: RequestRead | None
+    ) -> Token:
+        with _failing(), self.steering.batch([steer]):
+            inputs = decoding.inputs()
+            self.steering.reads.fill([read], [inputs["input_ids"].shape[1]])
+            logits = decoding.logits(inputs)
+            readings = self.steering.reads.collect()
+        token = sample(logits, [sampler])[0]
+        decoding.append(token.id)
+        return replace(token, reading=readings[0]) if readings else token
 
     async def score(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
         async with self._turn:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._score, ids, steer, top)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self.score_alone, ids, steer, top)
 
     @property
     def healthy(self) -> bool:
@@ -154,3 +168,11 @@ class SequentialEngine(Engine):
     def stop(self) -> None:
         self._thread.shutdown(wait=True)
         self.steering.detach()
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise EngineFailed(f"the model failed: {error}") from error

@@ -42,7 +42,7 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
     """Load a local folder or a hub id. dtype `auto` is the stored one on an accelerator and float32 on a CPU, where the
     lower ones are slower. Raises UnsupportedModel when it is not a causal language model that transformers can load.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -52,10 +52,19 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
     where = name if Path(name).exists() else f"'{name}' (no such folder, so taken as a hub id)"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=wanted)
+        attention = attention_for(AutoConfig.from_pretrained(name, revision=revision))
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=wanted, attn_implementation=attention
+        )
     except (OSError, ValueError) as error:
         raise UnsupportedModel(f"cannot load the model {where}: {error}") from error
     return Loaded(name, revision, model.to(device).eval(), tokenizer)
+
+
+def attention_for(config: Any) -> str | None:
+    """The attention implementation to load a model with, None for transformers' choice: torch's own attention has no
+    soft cap, and transformers 5.19 leaves it out where that is chosen (Gemma 2)."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 @dataclass(frozen=True, slots=True)

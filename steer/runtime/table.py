@@ -9,7 +9,8 @@ A *row* is one direction vector at every place. A *slot* is a row in one mode: i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 from weakref import WeakValueDictionary
@@ -162,6 +163,22 @@ class Table:
             for row in self._resident[digest].rows
             for view in (plate.vectors[row], plate.coefficients[row * len(MODES) : (row + 1) * len(MODES)])
         ]
+
+    @contextmanager
+    def borrowed(self) -> Iterator[int]:
+        """A row to try things out with, while no request runs: a free one, or another whose content is put back."""
+        free = bool(self._free)
+        row = self._free.pop() if free else 1
+        slots = np.s_[row * len(MODES) : (row + 1) * len(MODES)]
+        kept = [(plate.vectors[row].clone(), plate.coefficients[slots].clone()) for plate in self.plates.values()]
+        try:
+            yield row
+        finally:
+            for plate, (vector, coefficients_) in zip(self.plates.values(), kept, strict=True):
+                plate.vectors[row].copy_(vector)
+                plate.coefficients[slots].copy_(coefficients_)
+            if free:
+                self._free.append(row)
 
     def rows_of(self, digests: Sequence[str]) -> NDArray[np.int64]:
         """The rows of resident directions, in order."""

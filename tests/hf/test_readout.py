@@ -99,7 +99,7 @@ def check(rig: Rig, prompt: list[int], spec: Spec, tokens: list[Token], names: l
     [
         ("llama", "batching"),
         ("llama", "sequential"),
-        ("gemma2", "batching"),
+        ("gemma3", "batching"),
         ("gpt2", "batching"),
         ("mixtral", "batching"),
     ],

@@ -1,0 +1,264 @@
+"""Everything that knows the internals of transformers is in this file, checked at start.
+
+Tested with transformers 5.19.0 and 5.24.0. What is relied on:
+
+* continuous batching: what `_MANAGER` and `_PROCESSOR` name, and of an output `generated_tokens`, `error` and
+  `is_finished`. `prepare_next_batch()` fills `inputs_and_outputs.requests_in_batch`, in whose order tokens are packed,
+  each entry with `.state.request_id`, `.query_length` and `.has_new_token`: wrapped, to fill the index and the
+  read-out on the stream of the pass. `model_runner._sample(scores, output_ids)` picks tokens from
+  `[1, requests, vocabulary]`: replaced by our sampler, since its own has no per-request seed, min-p or top
+  log-probabilities;
+* `generate(custom_generate=...)` hands over the cache and the inputs as it prepared them, whatever the model calls
+  them; `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation` go on from there.
+
+Prefix sharing hashes prompt tokens only, so it would hand a plain request the blocks of a steered one: it is off. CUDA
+graphs and asynchronous steps are off too, since index and sampler change between steps on the host.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.generation.continuous_batching.utils import stream_context
+
+from steer.errors import SteerError, UnsupportedModel
+
+#: Kinds of rotary embedding whose frequencies depend on the longest request of a pass, once that is beyond the context
+#: the model was first trained with.
+LENGTH_DEPENDENT = ("longrope", "dynamic")
+#: What transformers raises for a model that it cannot batch: attention it does not support, layers without a paged
+#: cache, a configuration without what the cache is made from, a cache that finds no memory statistics.
+_REFUSALS = (ValueError, KeyError, AttributeError, NotImplementedError)
+
+_MANAGER = (
+    "add_request",
+    "background_thread_status.fatal_error",
+    "cancel_request",
+    "destroy",
+    "is_running",
+    "output_router._lock",
+    "output_router.result_handlers",
+    "pause",
+    "register_result_handler",
+    "start",
+    "stop",
+)
+_PROCESSOR = (
+    "cache.max_tokens_read",
+    "inputs_and_outputs.compute_stream",
+    "inputs_and_outputs.requests_in_batch",
+    "max_batch_tokens",
+    "_generation_step",
+    "model_runner._sample",
+    "prepare_next_batch",
+)
+_OUTPUT = ("error", "generated_tokens", "is_finished")
+_MODEL = ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+
+
+class CannotBatch(SteerError):
+    """transformers cannot serve this model in a continuous batch. The message says why."""
+
+
+def start_manager(
+    model: Any, *, context: int, page: int | None, cache_tokens: int | None, batch_tokens: int | None
+) -> Any:
+    """A warmed-up `ContinuousBatchingManager` with its processor; what is None is transformers' choice. Raises
+    CannotBatch, and then has changed nothing."""
+    if not hasattr(model, "init_continuous_batching"):
+        raise CannotBatch(f"{type(model).__name__} has no continuous batching in transformers")
+    config = ContinuousBatchingConfig(
+        allow_block_sharing=False, use_cuda_graph=False, use_async_batching=False, max_queue_size=0
+    )
+    config.page_size = page or config.page_size
+    config.num_blocks = -(-cache_tokens // config.page_size) if cache_tokens else None
+    config.max_batch_tokens = batch_tokens
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=context, eos_token_id=-1, pad_token_id=0)
+    before = Attention(model)
+    try:
+        manager = model.init_continuous_batching(generation_config=greedy, continuous_batching_config=config)
+        manager.warmup()
+    except BaseException as error:
+        before.put_back()
+        if isinstance(error, _REFUSALS):
+            raise CannotBatch(f"transformers refuses it: {short(error)}") from error
+        raise
+    return manager
+
+
+def check_seams(manager: Any) -> None:
+    """Raises UnsupportedModel naming everything of the manager that is used here and that this version has not."""
+    processor = getattr(manager, "batch_processor", None)
+    missing = [f"ContinuousBatchingManager.{name}" for name in _MANAGER if not _has(manager, name)]
+    missing += [f"ContinuousBatchProcessor.{name}" for name in _PROCESSOR if not _has(processor, name)]
+    output = GenerationOutput("probe")
+    missing += [f"GenerationOutput.{name}" for name in _OUTPUT if not _has(output, name)]
+    if missing:
+        raise UnsupportedModel(f"this version of transformers lacks {', '.join(missing)}, which Steer relies on")
+
+
+def check_model(model: Any) -> None:
+    """Raises UnsupportedModel where the model cannot be decoded as `generate` does."""
+    missing = [name for name in _MODEL if not _has(model, name)]
+    if missing:
+        raise UnsupportedModel(f"{type(model).__name__} lacks {', '.join(missing)}, which Steer decodes with")
+
+
+def short(error: BaseException) -> str:
+    """Its kind and the first line of its message, which may hold a whole configuration."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+
+
+def _has(thing: Any, path: str) -> bool:
+    try:
+        attrgetter(path)(thing)
+    except AttributeError:
+        return False
+    return True
+
+
+def pass_stream(processor: Any) -> AbstractContextManager[Any]:
+    """What is enqueued inside goes to the stream that the batch's pass runs on, so it is ordered before the pass."""
+    context: AbstractContextManager[Any] = stream_context(processor.inputs_and_outputs.compute_stream)
+    return context
+
+
+class Attention:
+    """The attention implementations that a model's configuration and those of its parts name, to be put back: a plain
+    pass fails, or is wrong, under those of a paged cache."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        found = [config, config.get_text_config(), *(getattr(config, part, None) for part in config.sub_configs)]
+        found += [getattr(module, "config", None) for module in model.modules()]
+        self._configs = {id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}.values()
+        self._kept = self._now()
+
+    def _now(self) -> list[Any]:
+        return [config._attn_implementation_internal for config in self._configs]
+
+    def _put(self, implementations: list[Any]) -> None:
+        for config, implementation in zip(self._configs, implementations, strict=True):
+            config._attn_implementation_internal = implementation
+
+    def put_back(self) -> None:
+        self._put(self._kept)
+
+    @contextmanager
+    def back(self) -> Iterator[None]:
+        """What was there at first, while it lasts."""
+        now = self._now()
+        self._put(self._kept)
+        try:
+            yield
+        finally:
+            self._put(now)
+
+
+def length_dependent(config: Any) -> tuple[str, int] | None:
+    """The kind of rotary embedding whose frequencies depend on the longest request of a pass, and up to which length
+    they do not; the least of several."""
+    found = []
+    for source in (config, config.get_text_config()):
+        for name in ("rope_parameters", "rope_scaling"):
+            given = getattr(source, name, None)
+            kinds = [given, *given.values()] if isinstance(given, dict) else []
+            for one in kinds:
+                kind = (one.get("rope_type") or one.get("type")) if isinstance(one, dict) else None
+                if isinstance(kind, str) and any(word in kind for word in LENGTH_DEPENDENT):
+                    limit = one.get("original_max_position_embeddings")
+                    limit = limit or getattr(source, "original_max_position_embeddings", None)
+                    found.append((kind, int(limit or getattr(source, "max_position_embeddings", 0) or 0)))
+    return min(found, key=lambda pair: pair[1], default=None)
+
+
+def lengths(config: Any) -> list[int]:
+    """Lengths beyond which the model treats a request in another way: original context, windows, chunks."""
+    text = config.get_text_config()
+    names = ("original_max_position_embeddings", "sliding_window", "attention_chunk_size", "max_position_embeddings")
+    given = [getattr(text, name, None) for name in names]
+    for source in (getattr(text, "rope_parameters", None), getattr(text, "rope_scaling", None)):
+        nested = [source, *source.values()] if isinstance(source, dict) else []
+        given += [one.get(names[0]) for one in nested if isinstance(one, dict)]
+    return sorted({int(length) for length in given if isinstance(length, int | float) and length > 0})
+
+
+class Decoding:
+    """One request decoded as `generate` does it, a token at a time, by the cache and the inputs that it would make."""
+
+    def __init__(self, model: Any, prompt: Sequence[int], max_tokens: int) -> None:
+        def take(_model: Any, input_ids: Tensor, **prepared: Any) -> tuple[Tensor, dict[str, Any]]:
+            """In place of the loop of `generate`."""
+            for name in ("logits_processor", "stopping_criteria", "generation_config"):
+                prepared.pop(name, None)
+            return input_ids, prepared
+
+        self._model, self._first = model, True
+        self._ids, self._kept = model.generate(
+            **_whole(model, prompt), generation_config=_greedy(max_tokens), custom_generate=take
+        )
+
+    def inputs(self) -> dict[str, Any]:
+        """Of the next forward pass: what the model has not seen, or all of it again where its cache ends."""
+        new = None if self._first else 1
+        made = self._model.prepare_inputs_for_generation(
+            self._ids, next_sequence_length=new, is_first_iteration=self._first, **self._kept
+        )
+        self._first = False
+        inputs: dict[str, Any] = made
+        return inputs
+
+    def logits(self, inputs: dict[str, Any]) -> Tensor:
+        """Of the next token, `[1, vocabulary]` float32: the forward pass."""
+        out = self._model(**inputs, return_dict=True)
+        self._kept = self._model._update_model_kwargs_for_generation(out, self._kept)
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+    def append(self, token: int) -> None:
+        self._ids = torch.cat([self._ids, self._ids.new_tensor([[token]])], dim=-1)
+
+
+class _Forced(LogitsProcessor):
+    """Makes `generate` choose given tokens, whatever its configuration forbids."""
+
+    def __init__(self, prompt: int, tokens: Sequence[int]) -> None:
+        self._prompt, self._tokens = prompt, tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chosen = torch.full_like(scores, -torch.inf)
+        chosen[:, self._tokens[input_ids.shape[1] - self._prompt]] = 0.0
+        return chosen
+
+
+def generated(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    """Log-probabilities `[tokens, vocabulary]` float32 that `generate` has where it is made to choose `tokens`."""
+    out = model.generate(
+        **_whole(model, prompt),
+        generation_config=_greedy(len(tokens), output_logits=True, return_dict_in_generate=True),
+        logits_processor=LogitsProcessorList([_Forced(len(prompt), tokens)]),
+    )
+    return torch.log_softmax(torch.stack([logits[0].float() for logits in out.logits]), -1)
+
+
+def _whole(model: Any, prompt: Sequence[int]) -> dict[str, Tensor]:
+    """A prompt none of whose tokens is padding, whatever its id."""
+    ids = torch.tensor([list(prompt)], device=model.device)
+    masked = "attention_mask" in inspect.signature(model.forward).parameters
+    return {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if masked else {})
+
+
+def _greedy(count: int, **more: Any) -> GenerationConfig:
+    """For `count` tokens, whichever they are."""
+    return GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=count, eos_token_id=[], pad_token_id=0, use_cache=True, **more
+    )

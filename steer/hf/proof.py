@@ -1,0 +1,156 @@
+"""The proof at start that an engine's answers are those of `generate`, plain and steered, short and long, mixed.
+
+Four requests go through the engine at once, two of them steered by a vector of the proof's own, and two longer than
+every length at which the model changes how it treats a request (where that is short enough to try). What the engine
+says of its tokens must be what `generate` says of them, under the same steering and one request at a time; and what
+uncached passes say, which prove the steering of a cached step, wherever they agree with a plain `generate`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers.generation.utils
+from torch import Tensor
+
+import steer
+from steer.direction import MODES
+from steer.errors import EngineFailed, UnsupportedModel
+from steer.hf import internals
+from steer.hf.attach import PROBE_TOKENS
+from steer.hf.engine import Engine
+from steer.hf.sampling import Sampling, Token
+from steer.runtime.index import RequestSteer
+from steer.runtime.table import Table
+
+log = logging.getLogger("steer")
+#: Tokens of the greedy answers, and how much longer than a limit the long prompts are: the answers end beyond it too.
+ANSWER = 4
+#: The longest prompts that are tried, and how long they are where no limit of the model is below that.
+LONGEST, LONG = 512, 48
+#: How far log-probabilities may be apart: rounding of other batch shapes, no more.
+AGREE = {torch.float64: 1e-3, torch.float32: 1e-3}
+#: The most that an engine may take for four short answers, in seconds: more is a hang.
+PATIENCE = 900
+_OURS = str(Path(steer.__file__).parent)
+_ENTRIES = (torch.nn.modules.module.__file__, transformers.generation.utils.__file__)
+
+
+class Unproved(UnsupportedModel):
+    """The engine's answers for this model are not those of `generate`, or a forward pass of it failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    name: str
+    prompt: list[int]
+    steer: RequestSteer | None
+
+
+def prove(engine: Engine) -> None:
+    """Raises Unproved when the model itself cannot be run in this way; whatever else fails is raised as it is."""
+    with _vector(engine.steering.table) as steer_:
+        requests = _requests(engine, steer_)
+        try:
+            answers = asyncio.run(_answers(engine, requests))
+            with engine.alone():
+                _compare(engine, requests, answers)
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error, EngineFailed) and error.__cause__ else error
+            if isinstance(error, Unproved) or not _of_the_model(cause):
+                raise
+            raise Unproved(f"a forward pass fails: {internals.short(cause)}") from error
+
+
+def _requests(engine: Engine, steer_: RequestSteer) -> list[_Asked]:
+    longest = min(LONGEST, engine.context - ANSWER)
+    beyond = [n + 1 for n in internals.lengths(engine.steering.anatomy.model.config) if n < longest]
+    sizes = {"short": min(PROBE_TOKENS, longest), "long": max([min(LONG, longest), *beyond])}
+    span = max(engine.steering.anatomy.vocabulary - 1, 1)
+    # a long one is prefilled beside a short one of the other kind, and all decode together
+    order = (("short", None), ("long", steer_), ("short", steer_), ("long", None))
+    return [
+        _Asked(
+            f"{size} {'steered' if steered else 'plain'} request",
+            [(i * (2 * number + 3) + 5 * number) % span for i in range(sizes[size])],
+            steered,
+        )
+        for number, (size, steered) in enumerate(order)
+    ]
+
+
+async def _answers(engine: Engine, requests: Sequence[_Asked]) -> list[list[Token]]:
+    sampling = Sampling(max_tokens=ANSWER, temperature=0.0, ignore_eos=True, logprobs=0)
+
+    async def one(asked: _Asked) -> list[Token]:
+        return [token async for token in engine.generate(asked.prompt, sampling, asked.steer)]
+
+    with engine.held():  # none begins before all are there
+        tasks = [asyncio.create_task(one(asked)) for asked in requests]
+        await asyncio.sleep(0)
+    try:
+        return list(await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE))
+    except TimeoutError as error:
+        raise EngineFailed(f"the engine had no answer to the probe within {PATIENCE} s") from error
+
+
+def _compare(engine: Engine, requests: Sequence[_Asked], answers: Sequence[Sequence[Token]]) -> None:
+    allowed = AGREE.get(engine.steering.anatomy.dtype, 0.1)
+    uncached_is_right = True
+    for asked, answer in sorted(zip(requests, answers, strict=True), key=lambda pair: pair[0].steer is not None):
+        ids = torch.tensor([token.id for token in answer])
+        got = torch.tensor([token.logprob for token in answer])
+        with engine.steering.batch([asked.steer]), torch.inference_mode():
+            right = _of(internals.generated(engine.steering.anatomy.model, asked.prompt, ids.tolist()), ids)
+        _agree(asked, got, right, "`generate`", allowed)
+        if not uncached_is_right:
+            continue
+        scores = engine.score_alone([*asked.prompt, *ids.tolist()], asked.steer, 0)[len(asked.prompt) - 1 :]
+        uncached = torch.tensor([score.logprob for score in scores])
+        if asked.steer is None and float((uncached - right).abs().max()) > allowed:
+            uncached_is_right = False
+            log.warning("uncached passes of this model differ from `generate`: so do scores of a text from its answers")
+            continue
+        _agree(asked, got, uncached, "an uncached pass", allowed)
+
+
+def _of(log_probabilities: Tensor, ids: Tensor) -> Tensor:
+    return log_probabilities.cpu().gather(1, ids[:, None])[:, 0]
+
+
+def _agree(asked: _Asked, got: Tensor, right: Tensor, by: str, allowed: float) -> None:
+    for x, y in zip(got.tolist(), right.tolist(), strict=True):
+        if not abs(x - y) <= allowed:  # NaN agrees with nothing
+            raise Unproved(
+                f"a {asked.name} in a mixed batch has the log-probability {x:.4f} where {by} has {y:.4f} "
+                f"({allowed:g} apart at most)"
+            )
+
+
+@contextmanager
+def _vector(table: Table) -> Iterator[RequestSteer]:
+    """A request that steers by random unit vectors, another at each place, strongly enough to show in any dtype."""
+    generator, made = torch.Generator().manual_seed(1), RequestSteer.plain(table.rank)
+    with table.borrowed() as row:
+        for plate in table.plates.values():
+            vector = torch.randn(table.d_model, generator=generator)
+            plate.write(row, vector / vector.norm(), [torch.tensor([0.0, -torch.inf, 1.0, 0.0])] * len(MODES))
+        made.slots[0], made.strengths[0] = row * len(MODES), max(2.0, math.sqrt(table.d_model) / 2)
+        yield made
+
+
+def _of_the_model(error: BaseException) -> bool:
+    """Did it arise in `generate` or the model, and not in what we hang into them? Lack of memory is not the model's."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return False
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    inside = next((i for i, file in enumerate(files) if file in _ENTRIES), None)
+    return inside is not None and not any(file.startswith(_OURS) for file in files[inside:])

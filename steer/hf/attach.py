@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from steer.direction import MODES, Site
+from steer.direction import Site
 from steer.errors import InvalidInput, UnsupportedModel
+from steer.runtime import proof
 from steer.runtime import sites as site_tools
 from steer.runtime.index import RequestSteer, TokenIndex
 from steer.runtime.memory import lasting
@@ -21,8 +22,6 @@ from steer.spec import Spec
 
 #: Length of the probe prompt: long enough to be more than one token, short enough for any context.
 PROBE_TOKENS = 8
-#: What may be left of a removed component, relative to the stream's norm.
-LEFT_OVER = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 #: Rows of a batch up to which their vectors are kept at all places: at most 1 / (6 · d_model) of the weights for each.
 KEPT = 64
@@ -55,10 +54,10 @@ class Anatomy:
         return next(self.blocks[0].parameters()).dtype
 
     @torch.no_grad()
-    def probe(self) -> Any:
-        """A short forward pass over fixed token ids; the model's output."""
+    def probe(self, rows: int = 1) -> Any:
+        """A short forward pass over fixed token ids, the same in each row; the model's output."""
         ids = (torch.arange(PROBE_TOKENS, device=self.device) * 7 + 11) % self.vocabulary
-        return self.model(input_ids=ids.unsqueeze(0), use_cache=False)
+        return self.model(input_ids=ids.repeat(rows, 1), use_cache=False)
 
 
 class Watcher(Protocol):
@@ -83,7 +82,7 @@ class Steering:
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(sites))
         self._targets = self._find_targets()
         self.table = Table(
-            [place for place, _ in self._targets],
+            list(dict.fromkeys(point.place for point, _ in self._targets)),
             rows=rows,
             rank=rank,
             d_model=self.anatomy.d_model,
@@ -115,7 +114,7 @@ class Steering:
             begin = _uncompiled(self._begin)
             decoder = self.anatomy.decoder
             self._handles = [decoder.register_forward_pre_hook(lambda _, *given: begin(*given), with_kwargs=True)]
-            self._handles += [hang(_uncompiled(self._transform(place))) for place, hang in self._targets]
+            self._handles += [hang(_uncompiled(self._transform(point.place))) for point, hang in self._targets]
 
     @property
     def intact(self) -> bool:
@@ -225,60 +224,60 @@ class Steering:
             self._kept[place] = operands
         return operands
 
-    def _find_targets(self) -> list[tuple[Place, Callable[[site_tools.Transform], Any]]]:
+    def _find_targets(self) -> list[tuple[proof.Point, Callable[[site_tools.Transform], Any]]]:
         """Each place with the function that hangs a transform there."""
         anatomy, blocks = self.anatomy, self.anatomy.blocks
-        targets: list[tuple[Place, Callable[[site_tools.Transform], Any]]] = []
+        targets: list[tuple[proof.Point, Callable[[site_tools.Transform], Any]]] = []
         writers = site_tools.find_writers(blocks, anatomy.probe) if "writers" in self.sites else []
         for site in self.sites:
-            targets.append((Place(site, EMBEDDING), _hang(site_tools.on_input, blocks[0])))
+            before = proof.Point(Place(site, EMBEDDING), blocks[0], _stream_given, before=True)
+            targets.append((before, _hang(site_tools.on_input, blocks[0])))
             for layer, block in enumerate(blocks):
-                if site == "resid_post":
-                    targets.append((Place(site, layer), _hang(site_tools.on_output, block)))
-                else:
-                    targets += [(Place(site, layer), _hang(site_tools.on_output, w)) for w in writers[layer]]
+                for module in (block,) if site == "resid_post" else writers[layer]:
+                    point = proof.Point(Place(site, layer), module, site_tools.stream_of)
+                    targets.append((point, _hang(site_tools.on_output, module)))
         return targets
 
     def _verify(self) -> None:
-        """Prove by probe passes that every place acts and that a plain pass is unchanged, bit for bit.
+        """Prove that what is acted on is the stream (`runtime.proof`), with rows of a batch steered and plain ones, and
+        that a plain pass is unchanged. Raises UnsupportedModel naming the places that failed."""
+        anatomy = self.anatomy
+        plain, again = anatomy.probe().logits, anatomy.probe().logits
+        if not torch.equal(plain, again) and _drops(anatomy.model):
+            raise UnsupportedModel(
+                f"{anatomy.architecture}: two plain passes differ, since the model is in training mode with dropout: "
+                "call model.eval() first"
+            )
 
-        A different random unit vector is removed at each layer; what the place's output then has of it must be
-        rounding. Raises UnsupportedModel naming the places that failed.
-        """
-        generator = torch.Generator().manual_seed(0)
-        before = self.anatomy.probe().logits
-        seen: dict[int, float] = {}
-        row, ablate = 1, RequestSteer.plain(self.table.rank)
-        ablate.slots[0], ablate.strengths[0] = row * len(MODES), 1.0
-        vectors = torch.randn(self.anatomy.layers + 1, self.anatomy.d_model, generator=generator)
-        for place, plate in self.table.plates.items():
-            vector = vectors[place.layer]  # by layer: two sites may act on the same tensor before block 0
-            plate.write(row, vector / vector.norm(), [torch.tensor([0.0, -torch.inf, 1.0, 0.0])] * len(MODES))
+        def run(steers: proof.Steers) -> None:
+            with self.batch(steers):
+                anatomy.probe(len(steers))
+
+        dead = proof.rest_is_dead(anatomy.blocks, lambda: anatomy.probe().logits, plain, again)
+        points = [point for point, _ in self._targets]
+        blocks = dict(enumerate(anatomy.blocks))
+        tokens, eps = PROBE_TOKENS * len(proof.CASES), torch.finfo(anatomy.dtype).eps
+        checked = proof.Proof(anatomy.model, blocks, points, self.table, run, tokens, eps, dead=dead)
         self.attach()
-        recorders = [
-            hang(_component_recorder(seen, number, self.table.plates[place].vectors[row]))
-            for number, (place, hang) in enumerate(self._targets)
-        ]
         try:
-            with self.batch([ablate]):
-                self.anatomy.probe()
-            for recorder in recorders:
-                recorder.remove()
-            after = self.anatomy.probe().logits
+            bad, _ = checked.problems(self.sites)
+            if not proof.same(anatomy.probe().logits, plain, again):
+                bad.append("a plain pass is not the same with hooks as without")
         finally:
             self.detach()
-            for plate in self.table.plates.values():
-                plate.clear([row])
-        limit = LEFT_OVER.get(self.anatomy.dtype, 2e-2)
-        bad = [
-            f"{place.site} of layer {place.layer}: {'no hook fired' if n not in seen else f'{seen[n]:.1e} is left'}"
-            for n, (place, _) in enumerate(self._targets)
-            if seen.get(n, float("inf")) > limit
-        ]
-        if not torch.equal(before, after):
-            bad.append("a plain pass is not bit-equal with hooks and without")
         if bad:
-            raise UnsupportedModel(f"{self.anatomy.architecture}: the probe pass failed: {'; '.join(bad)}")
+            raise UnsupportedModel(f"{anatomy.architecture} cannot be steered: {'; '.join(bad)}")
+
+
+def _stream_given(given: Any) -> Tensor:
+    """The stream in a block's arguments and keywords."""
+    args, kwargs = given
+    stream: Tensor = args[0] if args else kwargs["hidden_states"]
+    return stream
+
+
+def _drops(model: nn.Module) -> bool:
+    return any(m.training for m in model.modules() if not list(m.children()))
 
 
 def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
@@ -300,12 +299,3 @@ def _hang(
     how: Callable[[nn.Module, site_tools.Transform], Any], module: nn.Module
 ) -> Callable[[site_tools.Transform], Any]:
     return lambda transform: how(module, transform)
-
-
-def _component_recorder(store: dict[int, float], number: int, vector: Tensor) -> site_tools.Transform:
-    def record(x: Tensor) -> None:
-        flat = x.reshape(-1, x.shape[-1]).float()
-        size = flat.norm(dim=-1).clamp_min(1e-12)
-        store[number] = float(((flat @ vector).abs() / size).max())
-
-    return record

@@ -13,19 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer.direction import MODES
 from steer.errors import UnsupportedModel
-from steer.runtime.index import RequestSteer, TokenIndex
+from steer.runtime import proof
+from steer.runtime.index import TokenIndex
 from steer.runtime.sites import find_blocks, hooks, summands
 from steer.runtime.table import EMBEDDING, Place, Table
 from steer.vllm import internals
-from steer.vllm.seat import Form, Reads, Seat, Slot, sit_after, sit_before, stream
+from steer.vllm.seat import Form, Reads, Seat, Slot, exact_stream, sit_after, sit_before, stream
 from steer.vllm.settings import EngineSettings
-
-#: What may be left of a removed component, relative to the norm of what it was removed from.
-LEFT_OVER = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-#: How far an equal pass may be off, relative to its norm: quantised models round at every layer.
-SAME = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +38,11 @@ class Target:
         else:
             sit_after(self.module, self.form, seat, self.place.site)
 
-    def watch(self, see: Callable[[Tensor], None]) -> Any:
-        """Show `see` what the seat hands on, as `[tokens, d_model]` float32. Returns the hook's handle."""
-        if (slot := self.slot) is None:
-            return self.module.register_forward_hook(lambda _m, _args, output: see(stream(self.form, output)))
-        return self.module.register_forward_pre_hook(
-            lambda _m, args, kwargs: see(stream("tensor", slot.get(args, kwargs))), with_kwargs=True
-        )
+    @property
+    def point(self) -> proof.Point:
+        if (slot := self.slot) is not None:
+            return proof.Point(self.place, self.module, lambda given: slot.get(*given), before=True)
+        return proof.Point(self.place, self.module, lambda output: exact_stream(self.form, output))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +69,8 @@ def claim(worker: Any, settings: EngineSettings, index: TokenIndex) -> Claim:
     local = {i: block for i, block in enumerate(blocks) if not internals.is_elsewhere(block)}
     if not local:
         raise UnsupportedModel(f"{architecture}: this rank has no decoder block")
-    plain, form = _learn_form(worker, local)
+    plain, again = internals.probe(worker), internals.probe(worker)
+    form = _learn_form(worker, local, plain, again)
     slot = _find_stream_argument(worker, local[0], d_model) if 0 in local else None
     targets: list[Target] = []
     for site in settings.sites:
@@ -102,29 +96,33 @@ def claim(worker: Any, settings: EngineSettings, index: TokenIndex) -> Claim:
         seat = Seat(table.plates[target.place], index, reader)
         target.sit(seat)
         seats.append((target.place, seat))
-    _prove(worker, targets, table, index, plain)
+    _prove(worker, targets, local, table, index, (plain, again))
     return Claim(local, form, table, tuple(seats), reads)
 
 
-def _learn_form(worker: Any, local: dict[int, nn.Module]) -> tuple[Tensor, Form]:
-    """A plain pass, and the form: the one in which every block may hand on the stream without changing the pass."""
+def _learn_form(worker: Any, local: dict[int, nn.Module], plain: Tensor, again: Tensor) -> Form:
+    """How the blocks hand on the stream, as far as passes with other outputs tell; the proof then says whether it is
+    so. `plain` and `again`: two passes."""
     outputs: dict[int, Any] = {}
-    plain = _pass_with(worker, local, outputs.__setitem__)
+    _pass_with(worker, local, outputs.__setitem__)
     if len(outputs) != len(local):
         raise UnsupportedModel(f"blocks {sorted(set(local) - set(outputs))} did not run in the probe pass")
     if all(isinstance(out, Tensor) for out in outputs.values()):
-        return plain, "tensor"
+        return "tensor"
     if not all(isinstance(out, tuple) and isinstance(out[0], Tensor) for out in outputs.values()):
         raise UnsupportedModel("the decoder blocks return neither a tensor nor a tuple that begins with one")
-    if not all(_is_pair(out) for out in outputs.values()):
-        return plain, "first"
-    as_sum = _pass_with(worker, local, lambda _i, out: (out[0] + out[1], torch.zeros_like(out[1]), *out[2:]))
-    as_first = _pass_with(worker, local, lambda _i, out: (out[0], torch.zeros_like(out[1]), *out[2:]))
-    errors: dict[Form, float] = {"sum": _distance(as_sum, plain), "first": _distance(as_first, plain)}
-    form = min(errors, key=errors.__getitem__)
-    if not errors[form] < SAME:
-        raise UnsupportedModel(f"the decoder blocks return a pair in a form that is not known (errors: {errors})")
-    return plain, form
+    # What a rank of a pipeline sends on is read by the next rank, so of its last block nothing is told by its own pass.
+    last = internals.shape_of(worker.vllm_config)[1] - 1
+    inner = [block for i, block in local.items() if i == last or i != max(local)]
+    if inner and proof.rest_is_dead(inner, lambda: internals.probe(worker), plain, again):
+        return "first"
+    if all(_is_pair(out) for out in outputs.values()):
+        return "sum"
+    shapes = [list(t.shape) for t in proof.tensors_in(next(iter(outputs.values())))]
+    raise UnsupportedModel(
+        f"the decoder blocks hand on {shapes}, of which more than the first is used and which are no pair: a stream "
+        "wider than one vector a token (hyper-connections), or not complete in one tensor, cannot be steered"
+    )
 
 
 def _is_pair(output: tuple[Any, ...]) -> bool:
@@ -141,15 +139,12 @@ def _pass_with(worker: Any, local: dict[int, nn.Module], change: Callable[[int, 
         return internals.probe(worker)
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp_min(1e-30))
-
-
 def _find_stream_argument(worker: Any, block: nn.Module, d_model: int) -> Slot:
     """The one argument of block 0 that is a float tensor `[tokens, d_model]`."""
     found: list[Slot] = []
 
     def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.clear()  # a block that calls itself is met twice, and refused by the proof
         given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         for key, value in given:
             if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1] == d_model:
@@ -215,47 +210,43 @@ def _find_writers(worker: Any, local: dict[int, nn.Module], form: Form) -> list[
     return targets
 
 
-def _prove(worker: Any, targets: list[Target], table: Table, index: TokenIndex, plain: Tensor) -> None:
-    """Remove another random vector at each place: what is handed on then has of it must be rounding, and a plain pass
-    must be the same with seats as without."""
-    row = 1
-    vectors = torch.randn(len(table.plates), plain.shape[-1], generator=torch.Generator().manual_seed(0))
-    vectors /= vectors.norm(dim=-1, keepdim=True)
-    for vector, (place, plate) in zip(vectors, table.plates.items(), strict=True):
-        # Two sites may act on the same tensor before block 0, so there they take the same vector.
-        plate.write(row, vectors[0] if place.layer == EMBEDDING else vector, [_ABLATE] * len(MODES))
-    ablate = RequestSteer.plain(table.rank)
-    ablate.slots[0], ablate.strengths[0] = row * len(MODES), 1.0
-    left: dict[int, float] = {}
+def _prove(
+    worker: Any,
+    targets: list[Target],
+    local: dict[int, nn.Module],
+    table: Table,
+    index: TokenIndex,
+    plain: tuple[Tensor, Tensor],
+) -> None:
+    """Prove that what the seats act on is the stream (`runtime.proof`), that all ranks have the same of it, and that a
+    plain pass is the same with seats as without."""
+    each = internals.PROBE_TOKENS // len(proof.CASES)
 
-    def measure(number: int, place: Place) -> Callable[[Tensor], None]:
-        def see(x: Tensor) -> None:
-            if x.shape[0] == internals.PROBE_TOKENS:  # another shape is left out, and so reported
-                v = table.plates[place].vectors[row]
-                left[number] = float(((x @ v).abs() / x.norm(dim=-1).clamp_min(1e-12)).max())
-
-        return see
-
-    try:
-        with hooks([target.watch(measure(n, target.place)) for n, target in enumerate(targets)]):
-            index.fill_with([ablate], [internals.PROBE_TOKENS])
+    def run(steers: proof.Steers) -> None:
+        index.fill_with(steers, [each] * len(steers))
+        try:
             internals.probe(worker)
-        index.fill_with([], [])
-        again = internals.probe(worker)
-    finally:
-        index.fill_with([], [])
-        for plate in table.plates.values():
-            plate.clear([row])
-    limit = LEFT_OVER.get(worker.model_config.dtype, 2e-2)
-    bad = [
-        f"{target.place.site} of layer {target.place.layer}: {f'{left[n]:.1e} is left' if n in left else 'not reached'}"
-        for n, target in enumerate(targets)
-        if not left.get(n, float("inf")) <= limit
-    ]
-    if not torch.equal(plain, again):
-        bad.append("a plain pass is not bit-equal with seats and without")
+        finally:
+            index.fill_with([], [])
+
+    checked = proof.Proof(
+        worker.get_model(),
+        local,
+        [target.point for target in targets],
+        table,
+        run,
+        internals.PROBE_TOKENS,
+        torch.finfo(worker.model_config.dtype).eps,
+        summed=any(target.form == "sum" for target in targets),
+        dead=any(target.form == "first" for target in targets),
+    )
+    bad, watch = checked.problems(list(dict.fromkeys(target.place.site for target in targets)))
+    for n, stream_ in watch.raw.items():
+        if not internals.replicated(stream_.float()):
+            place = targets[n].place
+            bad.append(f"{place.site} of layer {place.layer}: each tensor-parallel rank has a part of the stream only")
+            break
+    if not proof.same(internals.probe(worker), *plain):
+        bad.append("a plain pass is not the same with seats as without")
     if bad:
-        raise UnsupportedModel(f"the probe pass failed: {'; '.join(bad)}")
-
-
-_ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
+        raise UnsupportedModel(f"{type(worker.get_model()).__name__} cannot be steered: {'; '.join(bad)}")

@@ -384,6 +384,17 @@ def probe(worker: Any) -> Tensor:
     return out.float()
 
 
+def replicated(stream: Tensor) -> bool:
+    """Has every tensor-parallel rank this float32 tensor? Collective among them."""
+    from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+
+    ranks = int(get_tensor_model_parallel_world_size())
+    if ranks == 1:
+        return True
+    mean = tensor_model_parallel_all_reduce(stream.clone()) / ranks
+    return float((mean - stream).norm()) <= 1e-3 * float(stream.norm())
+
+
 @contextmanager
 def _repeatable_attention(model: nn.Module) -> Iterator[None]:
     """Without attention metadata a backend may leave memory that it never wrote, returned or in an argument that it

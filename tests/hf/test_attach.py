@@ -6,13 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import transformers as tf
 
 import steer
 from steer.errors import UnsupportedModel
 from steer.hf.attach import Anatomy, Steering
 from steer.runtime.sites import find_writers
 from steer.runtime.table import EMBEDDING, Place
-from tests import models
+from tests import bad, models
 from tests.oracle import ablated, orthogonalised, reference_logits
 
 IDS = torch.randint(3, models.VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(7))
@@ -168,6 +169,40 @@ def test_a_missing_block_or_an_inert_hook_refuses_to_start() -> None:
     model.model.layers[2] = Passing(skipped)
     with pytest.raises(UnsupportedModel, match="layer 2"):
         Steering(model)
+
+
+@pytest.mark.parametrize(
+    ("structure", "reason"),
+    [
+        ("branch", "takes something else"),
+        ("beside", "wider than one vector a token"),
+        ("twice", "acts more than once"),
+        ("functional", "acts more than once"),
+        ("part", "takes something else"),
+    ],
+)
+def test_what_is_not_the_stream_refuses_to_start(structure: str, reason: str) -> None:
+    model = models.tiny("llama")
+    bad.STRUCTURES[structure](model.model, model.model.layers)
+    with pytest.raises(UnsupportedModel, match=reason):
+        Steering(model)
+
+
+def test_a_stream_of_several_vectors_a_token_refuses_to_start() -> None:
+    shape = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=5, num_attention_heads=4)
+    more = dict(num_key_value_heads=2, head_dim=16, laurel_rank=4, hidden_size_per_layer_input=8)
+    config = tf.Gemma3nTextConfig(
+        **shape, **more, num_kv_shared_layers=0, vocab_size_per_layer_input=128, activation_sparsity_pattern=[0.0] * 5
+    )
+    torch.manual_seed(0)
+    model = tf.Gemma3nForCausalLM(config).eval()
+    with pytest.raises(UnsupportedModel, match="AltUp"):
+        Steering(model)
+
+
+def test_a_model_that_drops_at_random_is_asked_into_evaluation() -> None:
+    with pytest.raises(UnsupportedModel, match=r"model.eval\(\)"):
+        Steering(models.tiny("gpt2").train())
 
 
 class Passing(torch.nn.Module):

@@ -1,0 +1,342 @@
+"""The proof, by eager passes, that what is acted on is the stream: nothing is measured where it was changed.
+
+What a place changes is looked at where the next module takes it: what enters the next block, behind the last block the
+first module after it, and what the model returns where no module takes it (a rank of a pipeline). One pass has plain
+tokens beside tokens from which all of a random vector is taken, half of it, and to which some is added: an operation
+that acts twice, or not at all, or on a part of what is handed on, is seen in one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steer.direction import MODES, Site
+from steer.runtime.index import RequestSteer
+from steer.runtime.op import amount
+from steer.runtime.sites import hooks
+from steer.runtime.table import EMBEDDING, Place, Table
+
+#: The row that the proof uses.
+ROW = 1
+#: What the tokens of the pass get, in equal parts one after the other: (what is said of it, mode's number, strength).
+CASES = (("plain", 0, 0.0), ("strength 1", 0, 1.0), ("strength 0.5", 0, 0.5), ("add", 1, 1.0))
+#: How many standard deviations of the rounding of what is handed on may be off.
+ROUNDINGS = 16
+
+Steers = Sequence[RequestSteer | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A module whose output is acted on, or whose input where `before`; `read` gives the stream in what it returned, or
+    in the pair of its arguments and keywords."""
+
+    place: Place
+    module: nn.Module
+    read: Callable[[Any], Tensor]
+    before: bool = False
+
+
+@dataclass(slots=True)
+class Handed:
+    """What one pass showed of one block: tensors it was given, its stream before anything acted, what it returned, and
+    what the next module was given."""
+
+    given: list[Tensor] = field(default_factory=list)
+    returned: list[Tensor] = field(default_factory=list)
+    taken: list[Tensor] | None = None
+
+
+class Watch:
+    """The record of one pass over `model`, whose blocks on this rank are `blocks`."""
+
+    def __init__(
+        self, model: nn.Module, blocks: Mapping[int, nn.Module], points: Sequence[Point], d_model: int
+    ) -> None:
+        self.model, self.blocks, self.points, self.d_model = model, blocks, points, d_model
+        self.handed: dict[int, Handed] = {}
+        #: By point: the stream before anything acted there, and what the module handed on in the end.
+        self.raw: dict[int, Tensor] = {}
+        self.acted: dict[int, Tensor] = {}
+        #: The first module behind the last block that takes the stream.
+        self.behind: nn.Module | None = None
+        self._pending: int | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[Watch]:
+        handles: list[Any] = []
+        last, inside = max(self.blocks), {id(m) for block in self.blocks.values() for m in block.modules()}
+        try:
+            for n, point in enumerate(self.points):
+                hook = point.module.register_forward_pre_hook if point.before else point.module.register_forward_hook
+                handles.append(hook(self._reader(n, point, self.raw, True), prepend=True, with_kwargs=True))
+                handles.append(hook(self._reader(n, point, self.acted, False), with_kwargs=True))
+            for i, block in self.blocks.items():
+                handles.append(block.register_forward_pre_hook(self._enters(i), with_kwargs=True))
+                handles.append(block.register_forward_hook(self._leaves(i)))
+            for module in self.model.modules():
+                if id(module) not in inside and module is not self.model:
+                    handles.append(module.register_forward_pre_hook(self._behind(last), with_kwargs=True))
+            handles.append(self.model.register_forward_hook(lambda _m, _args, out: self._take(self._wide(out))))
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _reader(self, n: int, point: Point, store: dict[int, Tensor], first: bool) -> Any:
+        def read(_module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+            if not (first and n in store):
+                store[n] = point.read(output[0] if output else (args, kwargs)).detach().double().flatten(0, -2).clone()
+
+        return read
+
+    def _enters(self, i: int) -> Any:
+        def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = self._wide((args, kwargs))
+            self._take(given)
+            self.handed.setdefault(i, Handed()).given = given
+
+        return enter
+
+    def _leaves(self, i: int) -> Any:
+        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+            self.handed.setdefault(i, Handed()).returned = self._wide(output)
+            self._pending = i
+
+        return leave
+
+    def _behind(self, last: int) -> Any:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self._pending == last and (taken := self._wide((args, kwargs))):
+                self.behind = module
+                self._take(taken)
+
+        return enter
+
+    def _take(self, taken: list[Tensor]) -> None:
+        if self._pending is not None:
+            self.handed[self._pending].taken, self._pending = taken, None
+
+    def _wide(self, value: Any) -> list[Tensor]:
+        """Copies of the float tensors in `value` that are made of vectors of the stream's width."""
+        return [t.detach().clone() for t in tensors_in(value) if t.shape[-1] % self.d_model == 0]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The float tensors in arguments or outputs, in order; also in vLLM's IntermediateTensors."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and value.dim() and value.numel():
+            yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from tensors_in(one)
+    elif isinstance(value, (tuple, list)):
+        for one in value:
+            yield from tensors_in(one)
+    elif isinstance(getattr(value, "tensors", None), Mapping):
+        yield from tensors_in(value.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """How a backend is proved. `run` makes a pass of `tokens` tokens, of which equal parts are steered by what it is
+    given; `summed`: the stream is the sum of what is handed on; `dead`: what blocks return beside their first tensor is
+    not read by anything."""
+
+    model: nn.Module
+    blocks: Mapping[int, nn.Module]
+    points: Sequence[Point]
+    table: Table
+    run: Callable[[Steers], object]
+    tokens: int
+    eps: float
+    summed: bool = False
+    dead: bool = False
+
+    def watched(self, steers: Steers) -> Watch:
+        with Watch(self.model, self.blocks, self.points, self.table.d_model).watching() as watch:
+            self.run(steers)
+        return watch
+
+    def problems(self, sites: Sequence[Site]) -> tuple[list[str], Watch]:
+        """What is wrong at which place, none where all is right; and the record of a plain pass."""
+        plain = self.watched([None] * len(CASES))
+        bad = self._wider(plain)
+        if not bad:
+            for site in sites:
+                bad += self._at(site, plain)
+        return bad, plain
+
+    def _wider(self, watch: Watch) -> list[str]:
+        """Blocks that hand on more than one vector for each token: the stream is not what one operation can act on."""
+        tokens, d_model, bad = self.tokens, self.table.d_model, []
+        for i, handed in watch.handed.items():
+            new = handed.returned[: 1 if self.dead else None]
+            for t in (t for t in new if not _among(t, handed.given)):
+                if (rows := t.numel() // d_model) != tokens:
+                    what = f"{rows} vectors of the width {d_model} for {tokens} tokens ({list(t.shape)})"
+                    why = (
+                        "a stream that is wider than one vector a token (hyper-connections, AltUp) cannot be steered"
+                        if rows > tokens
+                        else "a part of the tokens cannot be steered"
+                    )
+                    bad.append(f"block {i} hands on {what}: {why}")
+        return bad[:1]
+
+    def _at(self, site: Site, plain: Watch) -> list[str]:
+        """Prove the places of one site, each with its own vector."""
+        generator = torch.Generator().manual_seed(0)
+        for n, point in enumerate(self.points):
+            if point.place.site == site and n in plain.raw:
+                vector = torch.randn(self.table.d_model, generator=generator)
+                v = vector / vector.norm()
+                size = float(plain.raw[n].norm(dim=-1).mean()) if site == "resid_post" else self._stream_size(plain, n)
+                gamma = 4 * max(size, 1e-3) / self.table.d_model**0.5
+                adding = torch.tensor([0.0, -torch.inf, 0.0, gamma])
+                self.table.plates[point.place].write(ROW, v, [_ABLATE, adding, *[_ABLATE] * (len(MODES) - 2)])
+        steers: list[RequestSteer | None] = []
+        for _, mode, strength in CASES:
+            steer = RequestSteer.plain(self.table.rank)
+            steer.slots[0], steer.strengths[0] = ROW * len(MODES) + mode, strength
+            steers.append(steer if strength else None)
+        try:
+            watch = self.watched(steers)
+            if site == "resid_post":
+                return [
+                    f"{site} of layer {point.place.layer}: {problem}"
+                    for n, point in enumerate(self.points)
+                    if point.place.site == site and (problem := self._at_stream(n, point, watch, plain))
+                ]
+            return self._at_writers(site, watch, plain)
+        finally:
+            for plate in self.table.plates.values():
+                plate.clear([ROW])
+
+    def _stream_size(self, plain: Watch, n: int) -> float:
+        """Of the stream that the block of a writer is given, so that what is added to a small term shows."""
+        layer = max(self.points[n].place.layer, min(self.blocks))
+        return float(self._whole(plain.handed[layer].given[: 2 if self.summed else 1]).norm(dim=-1).mean())
+
+    def _whole(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack([p.double().reshape(-1, self.table.d_model) for p in parts]).sum(0)
+
+    def _at_stream(self, n: int, point: Point, watch: Watch, plain: Watch) -> str | None:
+        if n not in watch.raw:
+            return "not reached"
+        layer = point.place.layer
+        if layer == EMBEDDING:
+            first = min(self.blocks)
+            taken = [t for t in watch.handed[first].given if not _among(t, plain.handed[first].given)]
+        else:
+            handed, before = watch.handed[layer], plain.handed[layer]
+            if handed.taken is None or before.taken is None:
+                return "nothing takes what the block hands on"
+            taken = handed.taken
+            if not self.summed:
+                idle = handed.given + before.taken + (handed.returned[1:] if self.dead else [])
+                taken = [t for t in taken if not _among(t, idle)]
+        if not taken:
+            return "what is handed on does not change: the block's output is not the stream"
+        if wider := [t for t in taken if t.numel() != watch.raw[n].numel()]:
+            return f"{list(wider[0].shape)} is handed on for {watch.raw[n].shape[0]} tokens"
+        streams = [taken] if self.summed and layer != EMBEDDING else [[t] for t in taken]
+        found = [self._compare(point.place, watch.raw[n], self._whole(parts), parts) for parts in streams]
+        return next((problem for problem in found if problem), None)
+
+    def _at_writers(self, site: Site, watch: Watch, plain: Watch) -> list[str]:
+        """Each writer's own output, and that the block hands on the sum of them."""
+        bad: list[str] = []
+        for layer in dict.fromkeys(p.place.layer for p in self.points if p.place.site == site):
+            at = [n for n, p in enumerate(self.points) if p.place == Place(site, layer)]
+            if layer == EMBEDDING:
+                problems = [self._at_stream(n, self.points[n], watch, plain) for n in at]
+            elif missing := [n for n in at if n not in watch.raw]:
+                problems = [f"{len(missing)} of {len(at)} writers not reached"]
+            else:
+                acted = [watch.acted[n] for n in at]
+                pairs = zip((watch.raw[n] for n in at), acted, strict=True)
+                problems = [self._compare(Place(site, layer), raw, now, [now]) for raw, now in pairs]
+                problems.append(self._adds_up(watch.handed[layer], acted))
+            bad += [f"{site} of layer {layer}: {problem}" for problem in problems if problem]
+        return bad
+
+    def _adds_up(self, handed: Handed, acted: Sequence[Tensor]) -> str | None:
+        """Does the next module get what the block was given and what its writers wrote, and nothing else?"""
+        taken = handed.taken or []
+        if not self.summed:
+            taken = [t for t in taken if not _among(t, handed.given)][:1]
+        given = handed.given if self.summed else [t for t in handed.given if t.numel() == acted[0].numel()][:1]
+        if not taken or not given or any(t.numel() != acted[0].numel() for t in (*taken, *given)):
+            return "nothing takes what the block hands on"
+        parts = [*taken, *given, *acted]
+        off = (self._whole(taken) - self._whole(given) - self._whole(acted)).norm(dim=-1)
+        allowed = ROUNDINGS * self.eps * _size(parts, self.table.d_model)
+        return None if bool((off <= allowed).all()) else "the block hands on more than its writers wrote"
+
+    def _compare(self, place: Place, raw: Tensor, now: Tensor, parts: Sequence[Tensor]) -> str | None:
+        """`now` `[tokens, d_model]`, made of `parts`, against the one operation on `raw`."""
+        plate = self.table.plates[place]
+        v = plate.vectors[ROW].double()
+        each = raw.shape[0] // len(CASES)
+        change = now - raw
+        weighed = torch.stack([(p.double().reshape(raw.shape) * v).square().sum(-1) for p in (*parts, raw)])
+        allowed = ROUNDINGS * self.eps * weighed.sum(0).sqrt() + 1e-30
+        for case, (name, mode, strength) in enumerate(CASES):
+            own = slice(case * each, (case + 1) * each)
+            if not strength:
+                if not torch.equal(now[own], raw[own]):
+                    return "for plain tokens too the next module takes something else than what is handed on"
+                continue
+            coefficients = plate.coefficients[ROW * len(MODES) + mode].double().unbind()
+            wanted = amount(raw[own], v, coefficients, strength)
+            got = change[own] @ v
+            if not bool(((got - wanted).abs() <= allowed[own]).all()):
+                worst = int(((got - wanted).abs() / allowed[own]).argmax())
+                share = float(got[worst] / wanted[worst])
+                reason = " (it acts more than once)" if share > 1.2 else ""
+                return f"at {name} the next module gets {share:.2f} of the change that is due{reason}"
+            rest = (change[own] - wanted[:, None] * v).norm(dim=-1)
+            if not bool((rest <= ROUNDINGS * self.eps * _size(parts, self.table.d_model)[own]).all()):
+                return f"at {name} more than the one component changes"
+        return None
+
+
+def _among(t: Tensor, others: Sequence[Tensor]) -> bool:
+    return any(t.shape == other.shape and torch.equal(t, other.to(t.device)) for other in others)
+
+
+def _size(parts: Sequence[Tensor], d_model: int) -> Tensor:
+    return torch.stack([p.double().reshape(-1, d_model).square().sum(-1) for p in parts]).sum(0).sqrt()
+
+
+_ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
+
+
+def rest_is_dead(blocks: Sequence[nn.Module], run: Callable[[], Tensor], plain: Tensor, again: Tensor) -> bool:
+    """Is a pass the same where the blocks hand on zeros in place of everything behind their first tensor? `plain` and
+    `again` are two passes as they are."""
+
+    def alone(_module: nn.Module, _args: Any, output: Any) -> Any:
+        rest = (torch.zeros_like(t) if isinstance(t, Tensor) and t.is_floating_point() else t for t in output[1:])
+        return (output[0], *rest) if isinstance(output, tuple) else output
+
+    with hooks([block.register_forward_hook(alone) for block in blocks]):
+        return same(run(), plain, again)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """How far `a` is from `b`, relative to the norm of `b`."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
+
+
+def same(now: Tensor, plain: Tensor, again: Tensor) -> bool:
+    """Is `now` the plain pass? As exactly as two plain passes, `plain` and `again`, are the same on this hardware."""
+    if torch.equal(plain, again):
+        return torch.equal(now, plain)
+    return min(distance(now, plain), distance(now, again)) <= 4 * distance(again, plain)

@@ -1,0 +1,176 @@
+"""The claim on small models of every structure that blocks hand a stream on in, and on those that it must refuse. No
+engine: only the pass over the model's own Python is made here in vLLM's place."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from steer.errors import UnsupportedModel
+from steer.runtime.index import TokenIndex
+from steer.vllm import claim, internals
+from steer.vllm.settings import EngineSettings
+from tests import bad
+
+D_MODEL, LAYERS = 64, 3
+
+
+class Norm(nn.Module):
+    """A norm that adds the residual to what it is given, as vLLM's do."""
+
+    def forward(self, x: Tensor, r: Tensor | None = None) -> Any:
+        whole = x if r is None else x + r
+        normed = whole / whole.norm(dim=-1, keepdim=True)
+        return normed if r is None else (normed, whole)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = Norm(), nn.Linear(D_MODEL, D_MODEL)
+
+    def forward(self, x: Tensor) -> Any:
+        return x + self.mlp(self.norm(x))
+
+
+class Pair(Block):
+    """Hands on (h, r)."""
+
+    def forward(self, x: Tensor, r: Tensor | None = None) -> Any:
+        normed, whole = (self.norm(x), x) if r is None else self.norm(x, r)
+        return self.mlp(normed), whole
+
+
+class Stale(Block):
+    """Hands on the stream, and beside it what nothing reads."""
+
+    def forward(self, x: Tensor, r: Tensor | None = None) -> Any:
+        return super().forward(x), x
+
+
+class Needed(Block):
+    """Hands on a stream, and beside it a second one of the same shape, that the next block adds to its own term."""
+
+    def forward(self, x: Tensor, r: Tensor | None = None) -> Any:
+        more = 0 if r is None else 2 * r
+        return x + self.mlp(self.norm(x + more)), self.mlp(x)
+
+
+class Connected(Block):
+    """Hyper-connections: (last branch, four streams a token, how both mix)."""
+
+    def forward(self, x: Tensor, r: Tensor | None = None, post: Any = None, res: Any = None) -> Any:
+        wide = x.unsqueeze(1).repeat(1, 4, 1) if r is None else res @ r + post * x.unsqueeze(1)
+        mix = torch.softmax(wide @ wide.transpose(1, 2), -1)
+        return self.mlp(self.norm(wide.mean(1))), wide, torch.full((1, 4, 1), 0.5), mix
+
+
+class Wide(Block):
+    """AltUp: four streams, one behind the other."""
+
+    def forward(self, x: Tensor) -> Any:
+        x = x.expand(4, *x.shape).clone() if x.dim() == 2 else x
+        return x + self.mlp(self.norm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, kind: type[Block], layers: int = LAYERS) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(32, D_MODEL)
+        self.layers = nn.ModuleList([kind() for _ in range(layers)])
+        self.norm = Norm()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Any = self.embed(ids)
+        for layer in self.layers:
+            out = layer(*out) if isinstance(out, tuple) else layer(out)
+        if not isinstance(out, tuple):
+            return self.norm(out.mean(0) if out.dim() == 3 else out)
+        if isinstance(self.layers[0], Connected):
+            h, wide, post, res = out
+            return self.norm((res @ wide + post * h.unsqueeze(1)).mean(1))
+        return self.norm(*out)[0] if isinstance(self.layers[0], Pair) else self.norm(out[0])
+
+
+@pytest.fixture(autouse=True)
+def _without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe(worker: Any) -> Tensor:
+        with torch.inference_mode():
+            return worker.model(torch.arange(internals.PROBE_TOKENS)).float()
+
+    monkeypatch.setattr(internals, "probe", probe)
+    monkeypatch.setattr(internals, "shape_of", lambda _config: ("Toy", LAYERS, D_MODEL))
+    monkeypatch.setattr(internals, "decoder_of", lambda worker: worker.model)
+    monkeypatch.setattr(internals, "is_elsewhere", lambda _block: False)
+    monkeypatch.setattr(internals, "replicated", lambda _stream: True)
+
+
+def worker(model: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
+    config = SimpleNamespace(dtype=dtype, get_hidden_size=lambda: D_MODEL)
+    device = torch.device("cpu")
+    return SimpleNamespace(
+        model=model.to(dtype), get_model=lambda: model, vllm_config=None, model_config=config, device=device
+    )
+
+
+def claimed(model: nn.Module, dtype: torch.dtype = torch.float32) -> claim.Claim:
+    return claim.claim(worker(model, dtype), EngineSettings(rows=2), TokenIndex(1, 64, "cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "form"), [(Block, "tensor"), (Pair, "sum"), (Stale, "first")])
+def test_each_form_is_found(kind: type[Block], form: str, dtype: torch.dtype) -> None:
+    found = claimed(Decoder(kind), dtype)
+    assert found.form == form
+    assert len(found.seats) == LAYERS + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Connected, "hyper-connections"),
+        (Wide, "AltUp"),
+        (Needed, "cannot be steered: resid_post of layer"),
+    ],
+)
+def test_what_is_no_stream_of_one_vector_a_token_is_refused(kind: type[Block], reason: str) -> None:
+    with pytest.raises(UnsupportedModel, match=reason):
+        claimed(Decoder(kind))
+
+
+@pytest.mark.parametrize(
+    ("structure", "reason"), [("branch", "takes something else"), ("functional", "more than once")]
+)
+def test_blocks_that_are_called_otherwise_are_refused(structure: str, reason: str) -> None:
+    model = Decoder(Block)
+    bad.STRUCTURES[structure](model, list(model.layers))
+    with pytest.raises(UnsupportedModel, match=reason):
+        claimed(model)
+
+
+def test_a_second_claim_is_refused() -> None:
+    model = Decoder(Pair)
+    claimed(model)
+    with pytest.raises(UnsupportedModel, match="more than once"):
+        claimed(model)
+
+
+def test_a_block_that_is_not_called_is_named() -> None:
+    model = Decoder(Block)
+    model.layers[1].__class__ = type("Past", (Block,), {"__call__": lambda self, x: self.forward(x)})
+    with pytest.raises(UnsupportedModel, match=r"\[1\] did not run"):
+        claimed(model)
+
+
+def test_passes_that_are_never_bit_equal_are_not_refused_for_that() -> None:
+    model = Decoder(Pair)
+    draw = torch.Generator().manual_seed(0)
+    model.norm.register_forward_hook(
+        lambda _m, _a, out: (out[0] + 1e-6 * torch.randn(out[0].shape, generator=draw), *out[1:])
+    )
+    assert claimed(model).form == "sum"

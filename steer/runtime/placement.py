@@ -71,5 +71,6 @@ class LocalPlacement(ShapedPlacement):
         self.table.load(digest, direction)
 
     def unload(self, digest: str) -> None:
-        """Without a lock: the registry makes one load at a time, and this writes nothing."""
+        """Without a lock: the registry makes one load at a time, and the table gives out no row again before it has let
+        go of it."""
         self.table.unload(digest)

@@ -133,27 +133,27 @@ class Table:
         try:
             self._write(rows, direction)
         except BaseException:
-            self._free += reversed(rows)
+            self._give_back(rows)
             raise
         self._resident[digest] = _Resident(rows, direction if self.rank > 1 else None)
 
     def _write(self, rows: Sequence[int], direction: Direction) -> None:
         modes = [_Values.of(direction, mode) for mode in MODES]
         for place, plate in self.plates.items():
-            plate.clear(rows)  # of what had them before
             if (vectors := _vectors(direction, place)) is None:
                 continue
             for k, row in enumerate(rows):
                 plate.write(row, vectors[k], [values.at(place)[k] for values in modes])
 
     def unload(self, digest: str) -> None:
-        """Free a direction's rows. The caller guarantees that no running request uses them.
-
-        Nothing is written or waited for, so it may be called while another thread loads: what these rows hold stays
-        until they are loaded again, and no token points to them.
-        """
+        """Free a direction's rows. The caller guarantees that no running request uses them."""
         if resident := self._resident.pop(digest, None):
-            self._free += reversed(resident.rows)
+            self._give_back(resident.rows)
+
+    def _give_back(self, rows: Sequence[int]) -> None:
+        for plate in self.plates.values():
+            plate.clear(rows)
+        self._free += reversed(rows)
 
     def contents(self, digest: str) -> list[Tensor]:
         """All that is held for a resident direction, as views of the table's tensors, in the same order each time."""

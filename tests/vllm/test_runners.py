@@ -25,7 +25,7 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3
 
 WAYS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "V1 eager": ({}, {"enforce_eager": True}),
-    "V2 eager": (V2, {"enforce_eager": True, "runner": "V2", "warms_up": True}),
+    "V2 eager": (V2, {"enforce_eager": True, "runner": "V2", "warms_up": True, "max_num_seqs": 8}),
     "tensor parallel": (TWO, {"tensor_parallel_size": 2}),
     "pipeline parallel": (TWO, {"pipeline_parallel_size": 2}),
     "transformers' code": ({}, {"model": "gpt_neox"}),

@@ -24,7 +24,8 @@ def warm_up_as_a_gpu_does() -> None:
     torch.accelerator.synchronize = lambda *_args: None  # there is none, and nothing to wait for
 
     def warming_up(worker: Any) -> Any:
-        ways = worker.model_runner, worker.execute_model, worker.sample_tokens
+        # Without a grammar, whose kernel Triton's interpreter cannot run.
+        ways = worker.model_runner, worker.execute_model, lambda _grammar: worker.sample_tokens(None)
         warmup_kernels(*ways)
         assert run_mixed_prefill_decode_warmup(*ways, num_tokens=16)
         return warm_up(worker)

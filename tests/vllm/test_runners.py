@@ -45,7 +45,7 @@ def test_it_answers_as_transformers_does(way: str, tmp_path: Path) -> None:
         pytest.skip("two ranks need two GPUs")
     if environment is V2 and not device.GPUS:
         pytest.importorskip("triton", reason="the V2 runner needs Triton")
-        environment, options = V2 | INTERPRETED, options | {"warms_up": True}
+        environment, options = V2 | INTERPRETED, options | {"warms_up": True, "max_num_seqs": 8}
     done = subprocess.run(
         [sys.executable, "-m", "tests.vllm.run_equal", str(tmp_path), json.dumps(options)],
         env=os.environ | environment,

@@ -99,8 +99,9 @@ def fit_weights(z: Tensor, y: Tensor, share: Tensor, ridge: float) -> Tensor:
 
 def _within(gradient: Tensor, curvature: Tensor, radius: float) -> Tensor:
     """The step of at most `radius` that lowers gradient·step + ½·step·curvature·step most. No curvature is negative."""
-    values, axes = torch.linalg.eigh(curvature)
-    values, along = values.clamp(min=0), axes.T @ gradient
+    found: tuple[Tensor, Tensor] = torch.linalg.eigh(curvature)
+    values, axes = found[0].clamp(min=0), found[1]
+    along = axes.T @ gradient
 
     def step(damping: float) -> Tensor:
         return -(along / (values + damping).clamp(min=torch.finfo(values.dtype).tiny))

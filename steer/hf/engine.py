@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -115,8 +116,13 @@ class SequentialEngine(Engine):
         super().__init__(steering, eos_ids, context=context, capacity=capacity)
         check_model(steering.anatomy.model)
         self.description = "one request at a time (this model cannot be batched)"
-        self._turn = asyncio.Lock()
+        self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="steer-model")
+
+    @property
+    def _turn(self) -> asyncio.Lock:
+        """Of the running loop: the proof at start has one of its own, and a lock that was waited for stays with it."""
+        return self._turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
 
     async def _generate(
         self,

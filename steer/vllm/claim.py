@@ -241,11 +241,8 @@ def _prove(
         dead=any(target.form == "first" for target in targets),
     )
     bad, watch = checked.problems(list(dict.fromkeys(target.place.site for target in targets)))
-    for n, stream_ in watch.raw.items():
-        if not internals.replicated(stream_.float()):
-            place = targets[n].place
-            bad.append(f"{place.site} of layer {place.layer}: each tensor-parallel rank has a part of the stream only")
-            break
+    if not internals.replicated(torch.cat([x.flatten() for x in watch.raw.values()]).float()):
+        bad.append("each tensor-parallel rank has another part of the stream")
     if not proof.same(internals.probe(worker), *plain):
         bad.append("a plain pass is not the same with seats as without")
     if bad:

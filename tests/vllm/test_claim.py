@@ -167,6 +167,12 @@ def test_a_block_that_is_not_called_is_named() -> None:
         claimed(model)
 
 
+def test_a_stream_that_other_ranks_have_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(internals, "replicated", lambda _stream: False)
+    with pytest.raises(UnsupportedModel, match="another part of the stream"):
+        claimed(Decoder(Pair))
+
+
 def test_passes_that_are_never_bit_equal_are_not_refused_for_that() -> None:
     model = Decoder(Pair)
     draw = torch.Generator().manual_seed(0)

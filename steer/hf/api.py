@@ -100,7 +100,7 @@ class Attached:
         #: How many `with` blocks are open.
         self._open = 0
         self._load(directions)
-        self._steering.attach()
+        self._attach()
         # a notebook's cell that attaches and is run again lets the first one go
         weakref.finalize(self, self._steering.detach).atexit = False
 
@@ -182,8 +182,13 @@ class Attached:
             raise RuntimeError("a `with` block of this steering is open, and would go on plain: let it end first")
         self._steering.detach()
 
+    def _attach(self) -> None:
+        if not self.attached:
+            torch.compiler.reset()  # Dynamo does not look for new hooks: what is compiled would go on without them
+            self._steering.attach()
+
     def __enter__(self) -> Attached:
-        self._steering.attach()
+        self._attach()
         return self
 
     def __exit__(

@@ -57,7 +57,8 @@ class Anatomy:
     def probe(self, rows: int = 1) -> Any:
         """A short forward pass over fixed token ids, the same in each row; the model's output."""
         ids = (torch.arange(PROBE_TOKENS, device=self.device) * 7 + 11) % self.vocabulary
-        return self.model(input_ids=ids.repeat(rows, 1), use_cache=False)
+        with torch.compiler.set_stance("force_eager"):  # what is compiled would go on without hooks that are new
+            return self.model(input_ids=ids.repeat(rows, 1), use_cache=False)
 
 
 class Watcher(Protocol):
@@ -108,9 +109,9 @@ class Steering:
         return bool(self._handles)
 
     def attach(self) -> None:
-        """Put the hooks on. Doing it twice is doing it once."""
+        """Put the hooks on. Doing it twice is doing it once. Of what `torch.compile` has made before, the caller must
+        see to it that it is not used: it would go on without them."""
         if not self._handles:
-            torch.compiler.reset()  # Dynamo does not look for new hooks: what is compiled would go on without them
             begin = _uncompiled(self._begin)
             decoder = self.anatomy.decoder
             self._handles = [decoder.register_forward_pre_hook(lambda _, *given: begin(*given), with_kwargs=True)]

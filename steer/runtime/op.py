@@ -75,7 +75,9 @@ def displacement(x: Tensor, v: Tensor, coefficients: Tensor, strength: Tensor | 
     return amount(x, v, coefficients.unbind(-1), strength).unsqueeze(-1) * v
 
 
-def displacements(x: Tensor, vectors: Tensor, coefficients: Tensor, strengths: list[float] | tuple[float, ...]) -> Tensor:
+def displacements(
+    x: Tensor, vectors: Tensor, coefficients: Tensor, strengths: list[float] | tuple[float, ...]
+) -> Tensor:
     """What entries that act together add to `x` `[..., d_model]`. vectors `[entries, d_model]`, coefficients
     `[entries, 4]`, a strength each, 0 for one that does not act. Returns `[..., d_model]`."""
     acting = [i for i, strength in enumerate(strengths) if strength]

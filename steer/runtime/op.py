@@ -48,7 +48,7 @@ def amount(x: Tensor, v: Tensor, coefficients: tuple[Tensor, ...], strength: Ten
 
 def shared(asked: list[Tensor], shares: Tensor) -> Tensor:
     """a of one entry, `[...]`: its row of M, `shares` `[..., entries]`, times δ of all entries, each `[...]`."""
-    return (shares * torch.stack(tuple(asked), -1)).sum(-1)
+    return (shares * torch.stack(asked, -1)).sum(-1)
 
 
 def joint(vectors: Tensor, weights: Tensor) -> Tensor:
@@ -75,9 +75,7 @@ def displacement(x: Tensor, v: Tensor, coefficients: Tensor, strength: Tensor | 
     return amount(x, v, coefficients.unbind(-1), strength).unsqueeze(-1) * v
 
 
-def displacements(
-    x: Tensor, vectors: Tensor, coefficients: Tensor, strengths: list[float] | tuple[float, ...]
-) -> Tensor:
+def displacements(x: Tensor, vectors: Tensor, coefficients: Tensor, strengths: list[float]) -> Tensor:
     """What entries that act together add to `x` `[..., d_model]`. vectors `[entries, d_model]`, coefficients
     `[entries, 4]`, a strength each, 0 for one that does not act. Returns `[..., d_model]`."""
     acting = [i for i, strength in enumerate(strengths) if strength]

@@ -118,8 +118,8 @@ def quantised(home: Home) -> Any:
 def test_a_quantised_model_is_steered_as_far_as_its_arithmetic_allows(
     tmp_path: Path, in_process: Callable[[Any], None]
 ) -> None:
-    """Its activations are rounded to int8 as well, which no reference does alike. In bfloat16, which the int8 kernels of
-    every CPU take; some take float32 as well."""
+    """Its activations are rounded to int8 as well, which no reference does alike. In bfloat16, which the int8 kernels
+    of every CPU take; some take float32 as well."""
     home = Home.make("llama", tmp_path)
     reference = Reference(Home(quantised(home), home.folder, home.directions))
     with started(home, in_process, dtype="bfloat16") as llm:

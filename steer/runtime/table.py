@@ -106,6 +106,7 @@ class Table:
         modes = [coefficients(direction, mode) for mode in MODES]
         embedding_modes = [embedding_coefficients(direction, mode) for mode in MODES]
         for place, plate in self.plates.items():
+            plate.clear(rows)  # where the direction has nothing, whatever has become of free rows
             if place.site not in direction.meta.sites:
                 continue
             for k, row in enumerate(rows):

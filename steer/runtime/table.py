@@ -140,6 +140,7 @@ class Table:
     def _write(self, rows: Sequence[int], direction: Direction) -> None:
         modes = [_Values.of(direction, mode) for mode in MODES]
         for place, plate in self.plates.items():
+            plate.clear(rows)  # where the direction has nothing, whatever has become of free rows
             if (vectors := _vectors(direction, place)) is None:
                 continue
             for k, row in enumerate(rows):

@@ -348,3 +348,14 @@ def test_a_load_that_fails_midway_leaves_nothing(monkeypatch: pytest.MonkeyPatch
     assert all(a.equal(plate.vectors) for a, plate in zip(clean, whole.plates.values(), strict=True))
     whole.load("a", DIRECTIONS["a"])
     assert whole.rows_in_use == 1
+
+
+def test_free_rows_need_hold_nothing() -> None:
+    """Memory that was given back and taken again, say: a load writes all of its rows, where it has nothing too."""
+    fresh, spoiled = table(rows=1), table(rows=1)
+    for plate in spoiled.plates.values():
+        plate.vectors.fill_(3)
+        plate.coefficients.fill_(3)
+    for one in (fresh, spoiled):
+        one.load("d", DIRECTIONS["d"])  # has no embedding
+    assert all(a.equal(b) for a, b in zip(fresh.contents("d"), spoiled.contents("d"), strict=True))

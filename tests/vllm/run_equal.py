@@ -17,14 +17,16 @@ def warm_up_as_a_gpu_does() -> None:
     """Have the CPU's worker warm up as a GPU's does under the V2 runner: with requests that it makes itself. A process
     that does this must have its engine in it."""
     import torch
+    from vllm import SamplingParams
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_kernels
 
     warm_up = CPUWorker.compile_or_warm_up_model
     torch.accelerator.synchronize = lambda *_args: None  # there is none, and nothing to wait for
+    # Greedy and without a grammar: Triton's interpreter cannot run the kernels of the others.
+    SamplingParams.for_sampler_warmup = staticmethod(lambda: SamplingParams(temperature=0))
 
     def warming_up(worker: Any) -> Any:
-        # Without a grammar, whose kernel Triton's interpreter cannot run.
         ways = worker.model_runner, worker.execute_model, lambda _grammar: worker.sample_tokens(None)
         warmup_kernels(*ways)
         assert run_mixed_prefill_decode_warmup(*ways, num_tokens=16)

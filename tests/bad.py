@@ -17,7 +17,7 @@ def branch(_decoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """Blocks return only what they add: whoever calls them adds it."""
     for block in blocks:
         inner = block.forward
-        block.forward = lambda x, *args, inner=inner, **kwargs: inner(x, *args, **kwargs) - x  # type: ignore[method-assign]
+        block.forward = lambda x, *args, inner=inner, **kwargs: inner(x, *args, **kwargs) - x
 
         class Added(type(block)):  # type: ignore[misc]
             def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -42,7 +42,8 @@ def twice(_decoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
 def functional(_decoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """A block's forward calls the block itself, as where weights are swapped in for each call."""
     for block in blocks:
-        inner, busy = block.forward, []
+        inner = block.forward
+        busy: list[bool] = []
 
         def forward(*args: Any, block: Any = block, inner: Any = inner, busy: Any = busy, **kwargs: Any) -> Any:
             if busy:
@@ -54,7 +55,7 @@ def functional(_decoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
             finally:
                 busy.clear()
 
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward
 
 
 def beside(decoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
@@ -69,15 +70,16 @@ def beside(decoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
             left = wide.mean(-2)
             return inner(left, *args, **kwargs) - left, wide
 
-        block.forward = forward  # type: ignore[method-assign]
-    norm = decoder.norm.forward  # type: ignore[union-attr, operator]
-    decoder.norm.forward = lambda x: norm(x[1].mean(-2) + x[0])  # type: ignore[union-attr, method-assign, assignment]
+        block.forward = forward
+    norm = decoder.norm.forward  # type: ignore[union-attr]
+    decoder.norm.forward = lambda x: norm(x[1].mean(-2) + x[0])  # type: ignore[union-attr]
 
 
 def part(_decoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """What leaves a block is changed before the next one takes it: a part of the stream joins it on the way."""
     for block, following in itertools.pairwise(blocks):
-        inner, rest = block.forward, []
+        inner = block.forward
+        rest: list[Tensor] = []
 
         def forward(x: Tensor, *args: Any, inner: Any = inner, rest: Any = rest, **kwargs: Any) -> Tensor:
             out: Tensor = inner(x, *args, **kwargs)
@@ -87,7 +89,7 @@ def part(_decoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
         def joined(_m: Any, args: tuple[Any, ...], rest: Any = rest) -> Any:
             return (args[0] + rest.pop(), *args[1:])
 
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward
         following.register_forward_pre_hook(joined)
 
 

@@ -85,7 +85,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList([kind() for _ in range(layers)])
         self.norm = Norm()
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Any:
         out: Any = self.embed(ids)
         for layer in self.layers:
             out = layer(*out) if isinstance(out, tuple) else layer(out)
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    def probe(worker: Any) -> Tensor:
+    def probe(worker: Any) -> Any:
         with torch.inference_mode():
             return worker.model(torch.arange(internals.PROBE_TOKENS)).float()
 
@@ -119,7 +119,7 @@ def worker(model: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def claimed(model: nn.Module, dtype: torch.dtype = torch.float32) -> claim.Claim:
-    return claim.claim(worker(model, dtype), EngineSettings(rows=2), TokenIndex(1, 64, "cpu"))
+    return claim.claim(worker(model, dtype), EngineSettings.model_validate({"rows": 2}), TokenIndex(1, 64, "cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -160,6 +160,8 @@ class Steered:
         assert self._kept is not None, "no step comes before the model is loaded"
         lost = [*self._kept.put_back(self.get_model()), *self._residents.put_back()]
         self._index.reset()
+        if (combinations := self._residents.table.combinations) is not None:
+            combinations.renew()
         if self._claim.reads is not None:
             self._claim.reads.at.zero_()
             self._claim.reads.rows.zero_()

@@ -112,9 +112,10 @@ def _without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def worker(model: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
     config = SimpleNamespace(dtype=dtype, get_hidden_size=lambda: D_MODEL)
+    whole = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4))
     device = torch.device("cpu")
     return SimpleNamespace(
-        model=model.to(dtype), get_model=lambda: model, vllm_config=None, model_config=config, device=device
+        model=model.to(dtype), get_model=lambda: model, vllm_config=whole, model_config=config, device=device
     )
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import tomllib
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +13,6 @@ from torch import nn
 
 from steer.errors import UnsupportedModel
 from steer.vllm import internals
-
-ROOT = Path(__file__).parents[2]
 
 
 def config(**parts: Any) -> Any:
@@ -169,13 +165,6 @@ def test_supported_ones_are_neither(version: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(internals.log, "propagate", True)
     internals.check_version()
     assert not caplog.text
-
-
-def test_they_are_the_same_everywhere() -> None:
-    first, last = internals.SUPPORTED
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert f"vllm>={first.rpartition('.')[0]}" in extras["vllm"]
-    assert f"vLLM {first} and {last}" in (ROOT / "README.md").read_text()
 
 
 # -- the probe -------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def model() -> nn.Module:
     table, index = Table(places, rows=ROWS, rank=RANK, d_model=D), TokenIndex(RANK, TOKENS, "cpu")
     model = nn.Sequential(*(nn.Linear(D, D) for _ in places))
     for layer, place in zip(model, places, strict=True):
-        sit_after(layer, "tensor", Seat(table.plates[place], index.rows, index.slots, index.strengths), "resid_post")
+        sit_after(layer, "tensor", Seat(table.plates[place], index), "resid_post")
     return model
 
 

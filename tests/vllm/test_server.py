@@ -219,6 +219,12 @@ def test_vllms_own_benchmark(server: Server, home: Home, tmp_path: Path) -> None
         assert (result["completed"], result["total_output_tokens"]) == (8, 64)
 
 
+def numbers(read: dict[str, Any]) -> torch.Tensor:
+    """All that was measured, as one row."""
+    parts = [read["norms"], *(one[when] for one in read["directions"] for when in ("before", "after"))]
+    return torch.cat([torch.tensor(part).flatten() for part in parts])
+
+
 @pytest.mark.parametrize("route", READ_ROUTES)
 @pytest.mark.parametrize("steer", ["off", "refusal=0.5"])
 def test_what_is_read_is_what_a_forward_pass_has(server: Server, home: Home, route: str, steer: str) -> None:
@@ -238,7 +244,10 @@ def test_what_is_read_is_what_a_forward_pass_has(server: Server, home: Home, rou
     read = choice["steer_readout"]
     pieces = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
     found = [part["steer_readout"] for piece in pieces for part in piece["choices"] if "steer_readout" in part]
-    assert found == [read]
+    [other] = found  # a GPU rounds otherwise in another batch
+    assert other["tokens"] == read["tokens"]
+    assert other["layers"] == read["layers"]
+    torch.testing.assert_close(numbers(other), numbers(read), rtol=1e-3, atol=1e-3)
     prompt = choice.get("prompt_token_ids") or whole.json()["prompt_token_ids"]
     answer = choice["token_ids"]
     assert read["tokens"] == [models.tokenizer().decode([token]) for token in answer]

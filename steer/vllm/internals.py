@@ -400,12 +400,12 @@ def run_eager(worker: Any) -> Callable[[], None]:
             setattr(*before.pop())
 
     try:
-        model, runner = worker.get_model(), worker.model_runner
-        for module in model.modules():
+        runner = worker.model_runner
+        for module in worker.get_model().modules():
             if isinstance(module, TorchCompileWithNoGuardsWrapper):
                 put(module, "do_not_compile", True)
-        if model._compiled_call_impl is not None:  # torch.compile of the whole model, as vLLM's mode 1 does
-            put(model, "_compiled_call_impl", None)
+            if module._compiled_call_impl is not None:  # torch.compile's own, as in vLLM's mode 1
+                put(module, "_compiled_call_impl", None)
         # Neither runner replays a graph, whole or in pieces, while it holds that none was captured.
         if not hasattr(runner, "prepare_inputs"):
             put(seam(runner, "cudagraph_dispatcher"), "keys_initialized", False)

@@ -165,7 +165,7 @@ def test_an_engine_whose_graph_is_not_what_was_claimed_does_not_start(
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
     home = Home.make("llama", tmp_path)
     with pytest.raises(UnsupportedModel) as refused:
-        home.start(**IN_PROCESS)
+        home.start(**IN_PROCESS, steer={"rows": 2})  # fewer than places, so in turns
     cleanup_dist_env_and_memory()
     text = str(refused.value)
     assert all(f"resid_post of layer {layer}: " in text for layer in range(3)), text

@@ -55,6 +55,8 @@ class Claim:
     table: Table
     seats: tuple[tuple[Place, Seat], ...]
     reads: Reads | None
+    #: What a plain pass had at each place, `[d_model]` float32 on the CPU: the mean of its tokens, each of norm 1.
+    streams: dict[Place, Tensor]
 
     @property
     def reading(self) -> dict[int, Seat]:
@@ -96,8 +98,8 @@ def claim(worker: Any, settings: EngineSettings, index: TokenIndex) -> Claim:
         seat = Seat(table.plates[target.place], index, reader)
         target.sit(seat)
         seats.append((target.place, seat))
-    _prove(worker, targets, local, table, index, (plain, again))
-    return Claim(local, form, table, tuple(seats), reads)
+    streams = _prove(worker, targets, local, table, index, (plain, again))
+    return Claim(local, form, table, tuple(seats), reads, streams)
 
 
 def _learn_form(worker: Any, local: dict[int, nn.Module], plain: Tensor, again: Tensor) -> Form:
@@ -217,9 +219,9 @@ def _prove(
     table: Table,
     index: TokenIndex,
     plain: tuple[Tensor, Tensor],
-) -> None:
+) -> dict[Place, Tensor]:
     """Prove that what the seats act on is the stream (`runtime.proof`), that all ranks have the same of it, and that a
-    plain pass is the same with seats as without."""
+    plain pass is the same with seats as without. Returns what a plain pass has at each place."""
     each = internals.PROBE_TOKENS // len(proof.CASES)
 
     def run(steers: proof.Steers) -> None:
@@ -247,3 +249,7 @@ def _prove(
         bad.append("a plain pass is not the same with seats as without")
     if bad:
         raise UnsupportedModel(f"{type(worker.get_model()).__name__} cannot be steered: {'; '.join(bad)}")
+    return {
+        targets[n].place: nn.functional.normalize(stream_.float(), dim=-1).mean(0).cpu()
+        for n, stream_ in watch.raw.items()
+    }

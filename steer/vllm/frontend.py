@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from steer.serve.text import token_text
 from steer.spec import Spec, parse
 from steer.vllm import internals, tracing, wire
 from steer.vllm.placement import Call, VllmPlacement
-from steer.vllm.proof import Ask, prove
+from steer.vllm.proof import Answer, Ask, Job, prove
 from steer.vllm.seat import code_digest
 from steer.vllm.settings import KEY, EngineSettings
 from steer.vllm.wire import READ, RESOLVED
@@ -141,7 +141,7 @@ class Frontend:
         missing = sorted(set(range(self.shape.layers)) - {layer for claim in claims for layer in claim["layers"]})
         if missing:
             raise UnsupportedModel(f"no worker has claimed the layers {missing}")
-        prove(self, ask, dtype=self.dtype, ranks=engines)
+        prove(self, ask, ranks=engines)
         self.registry.swaps = 0
         folder = self.settings.directions
         if folder is not None and not folder.is_dir():
@@ -336,10 +336,14 @@ def attach_sync(engine: Any, settings: EngineSettings, serves: bool = False) -> 
                     internals.abort(engine, left)
                 raise
 
-    def ask(spec: str, tokens: int, _rank: int) -> None:
-        engine.add_request("steer-probe", internals.probe_prompt(), internals.probe_parameters(spec, tokens))
+    def ask(jobs: Sequence[Job], _rank: int) -> list[Answer]:
+        for n, (prompt, spec) in enumerate(jobs):
+            parameters = internals.probe_parameters(engine.vllm_config, spec)
+            engine.add_request(f"steer-probe-{n}", internals.probe_prompt(prompt), parameters)
+        done: dict[str, Answer] = {}
         while engine.has_unfinished_requests():
-            engine.step()
+            done |= {out.request_id: internals.answer_of(out) for out in engine.step() if out.finished}
+        return [done[f"steer-probe-{n}"] for n in range(len(jobs))]
 
     engine.add_request = adding
     setattr(engine, ATTRIBUTE, frontend)
@@ -368,14 +372,18 @@ def attach_async(engine: Any, settings: EngineSettings, serves: bool = False) ->
 
     engines = internals.engines_of(engine)
 
-    async def asking(spec: str, tokens: int, rank: int) -> None:
+    async def asking(n: int, job: Job, rank: int) -> Answer:
         more = {"data_parallel_rank": rank} if engines > 1 else {}
-        parameters = internals.probe_parameters(spec, tokens)
-        async for _ in engine.generate(internals.probe_prompt(), parameters, f"steer-probe-{rank}", **more):
-            pass
+        prompt, spec = job
+        parameters, name = internals.probe_parameters(engine.vllm_config, spec), f"steer-probe-{rank}-{n}"
+        *_, last = [out async for out in engine.generate(internals.probe_prompt(prompt), parameters, name, **more)]
+        return internals.answer_of(last)
 
-    def ask(spec: str, tokens: int, rank: int) -> None:
-        asyncio.run_coroutine_threadsafe(asking(spec, tokens, rank), loops[0]).result()
+    async def asking_all(jobs: Sequence[Job], rank: int) -> list[Answer]:
+        return list(await asyncio.gather(*(asking(n, job, rank) for n, job in enumerate(jobs))))
+
+    def ask(jobs: Sequence[Job], rank: int) -> list[Answer]:
+        return asyncio.run_coroutine_threadsafe(asking_all(jobs, rank), loops[0]).result()
 
     def start() -> None:
         _starting.set(True)  # seen by what this thread asks of the event loop, and by nothing else

@@ -384,6 +384,41 @@ def probe(worker: Any) -> Tensor:
     return out.float()
 
 
+def run_eager(worker: Any) -> Callable[[], None]:
+    """From now on the model's own Python runs for every request, in place of what was compiled and captured. Returns
+    what undoes it."""
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+
+    before: list[tuple[Any, str, Any]] = []
+
+    def put(owner: Any, name: str, value: Any) -> None:
+        before.append((owner, name, seam(owner, name)))
+        setattr(owner, name, value)
+
+    def undo() -> None:
+        while before:
+            setattr(*before.pop())
+
+    try:
+        runner = worker.model_runner
+        for module in worker.get_model().modules():
+            if isinstance(module, TorchCompileWithNoGuardsWrapper):
+                put(module, "do_not_compile", True)
+            if module._compiled_call_impl is not None:  # torch.compile's own, as in vLLM's mode 1
+                put(module, "_compiled_call_impl", None)
+        # Neither runner replays a graph, whole or in pieces, while it holds that none was captured.
+        if not hasattr(runner, "prepare_inputs"):
+            put(seam(runner, "cudagraph_dispatcher"), "keys_initialized", False)
+        elif (graphs := getattr(runner, "cudagraph_manager", None)) is not None:
+            put(graphs, "_graphs_captured", False)
+        elif worker.vllm_config.compilation_config.cudagraph_mode:  # with a mode there is a manager once it serves
+            seam(runner, "cudagraph_manager")
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
 def replicated(stream: Tensor) -> bool:
     """Has every tensor-parallel rank this float32 tensor? Collective among them."""
     from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
@@ -649,19 +684,42 @@ def check_rust() -> None:
         raise UnsupportedModel(RUST_PROBLEM)
 
 
-def probe_prompt() -> Any:
-    """A prompt as the renderer makes it."""
+def probe_prompt(number: int) -> Any:
+    """One of several prompts, as the renderer makes it."""
     from vllm.inputs.engine import tokens_input
 
-    return tokens_input(list(range(3, 3 + PROBE_TOKENS)))
+    return tokens_input([3 + number + (number + 1) * i for i in range(PROBE_TOKENS)])
 
 
-def probe_parameters(spec: str, tokens: int) -> Any:
+#: Log-probabilities that are compared at each token of a probe's answer, and the answer's tokens.
+PROBE_LOGPROBS, PROBE_ANSWER = 64, 3
+
+
+def probe_parameters(config: Any, spec: str) -> Any:
+    """Greedy and without the prefix cache. Where vLLM can, every answer has the same tokens, so that all have read the
+    same, and tells of the same tokens in every place."""
     from vllm import SamplingParams
 
+    vocabulary = int(config.model_config.get_vocab_size())
+    asked = list(range(0, vocabulary, max(1, vocabulary // PROBE_LOGPROBS)))[:PROBE_LOGPROBS]
     return SamplingParams(
-        max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, extra_args={"steer": spec}
+        max_tokens=PROBE_ANSWER,
+        temperature=0,
+        ignore_eos=True,
+        detokenize=False,
+        logprob_token_ids=asked,
+        # Drafts are not taken together with a bias.
+        logit_bias={4: 100.0} if config.speculative_config is None else None,
+        skip_reading_prefix_cache=True,
+        extra_args={"steer": spec},
     )
+
+
+def answer_of(output: Any) -> list[tuple[int, dict[int, float]]]:
+    """Of an answer's tokens: which it is, and log-probabilities by token."""
+    one = output.outputs[0]
+    pairs = zip(one.token_ids, one.logprobs, strict=True)
+    return [(int(token), {int(t): float(entry.logprob) for t, entry in entries.items()}) for token, entries in pairs]
 
 
 def client_error(error: ValueError) -> Exception:

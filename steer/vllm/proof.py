@@ -1,90 +1,258 @@
-"""The proof at start that the engine steers: real requests through the real engine, so through its compiled and
-captured graphs, and what every layer handed on of them.
+"""The proof at start that what serves steers: real requests through the compiled and captured engine, each steered at
+one place, compared with the same requests where the model's own Python runs.
 
-A plain request shows what each layer hands on. A direction that has much of that at each layer is then put through
-the registry like any other, and a request with it must leave nothing of it, in prefill and in decoding, on every rank.
+That Python is proved already, at every place, by what the next module takes (`claim`). A place that a graph does not
+reach, reaches twice, or at which it holds another tensor, shows in the log-probabilities of the answers.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.direction import Direction, DirectionMeta, Site
 from steer.errors import UnsupportedModel
-from steer.runtime.table import EMBEDDING
+from steer.runtime.table import EMBEDDING, Place
 
 if TYPE_CHECKING:
     from steer.vllm.frontend import Frontend
 
-#: Makes a greedy request of this many tokens under this spec on this data-parallel rank, and waits for its end.
-Ask = Callable[[str, int, int], None]
-#: What may be left of a removed component relative to the stream's norm: roundings of the model's dtype.
-LEFT_OVER = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
+log = logging.getLogger("steer")
+
+#: A request of the proof: the number of its prompt, and its spec.
+Job: TypeAlias = tuple[int, str]
+#: Of each token of an answer: which it is, and log-probabilities by token.
+Answer: TypeAlias = list[tuple[int, dict[int, float]]]
+#: Makes these greedy requests at once on this data-parallel rank, and waits for their answers.
+Ask = Callable[[Sequence[Job], int], list[Answer]]
+
+#: Once with all of it and once with half: what acts twice is all the same where nothing is left.
+STRENGTHS = (1.0, 0.5)
+#: Prompts that steered requests have: the second where the first makes a place look wrong. Plain requests have all.
+ASKED, PROMPTS = 2, 4
+#: The first token of an answer is of the prefill, the others are of decoding.
+PHASES = {"prefill": slice(0, 1), "decoding": slice(1, None)}
+#: Rounding that is taken for granted, relative to what is rounded: of the dtype, and of float32 on some hardware.
+ROUNDING = {"bfloat16": 8e-3, "float16": 1e-3, "float32": 1e-5}
+#: An effect is clear when it is as many times the rounding. Then how much of it there is, and how like it is, must be
+#: within these: what acts twice at half strength has 1.5 of it.
+CLEAR, AMOUNT, LIKENESS = 8.0, (0.75, 1.25), 0.9
+#: And what is left between the two, in times of the effect or of the rounding, is within either of these. It tells
+#: neighbouring layers from each other, which do much the same.
+LEFT, LEFT_ROUNDING = 0.1, 32.0
 
 
-def prove(frontend: Frontend, ask: Ask, *, dtype: str, ranks: int) -> None:
+def prove(frontend: Frontend, ask: Ask, *, ranks: int) -> None:
     """Raise UnsupportedModel naming the places that do not steer. Before anything is served: nothing else may run."""
-    limit = LEFT_OVER.get(dtype, 3e-2)
-
-    def on_every_rank(spec: str, tokens: int) -> list[Seen]:
-        for rank in range(ranks):
-            ask(spec, tokens, rank)
-        return _witness(frontend)
-
-    plain = on_every_rank("off", 2)
-    if silent := [f"{one.site} of layer {one.layer}" for one in plain if not one.vector.any()]:
-        raise UnsupportedModel(f"the graph that serves does not pass through the seats {', '.join(silent)}")
-    for site in frontend.settings.sites:
-        direction = _direction(frontend, site, plain)
-        name = f"probe-{secrets.token_hex(8)}"
-        frontend.registry.put(name, direction.to_bytes(), store=False)
+    streams, shape = _streams(frontend), frontend.shape
+    needed = [Place(site, i) for site in frontend.settings.sites for i in (EMBEDDING, *range(shape.layers))]
+    if missing := [_named(place) for place in needed if place not in streams]:
+        raise UnsupportedModel(f"no worker has claimed {', '.join(missing)}")
+    engines = [_Engine(frontend, ask, rank) for rank in range(ranks)]
+    bad: list[str] = []
+    unclear: dict[str, None] = {}
+    for at in range(0, len(needed), frontend.settings.rows):
+        names = {f"probe-{secrets.token_hex(8)}": place for place in needed[at : at + frontend.settings.rows]}
         try:
-            for phase, tokens in (("prefill", 1), ("decoding", 3)):
-                _check(on_every_rank(name, tokens), direction, site, phase, limit)
+            for name, place in names.items():
+                frontend.registry.put(name, _direction(frontend, place, streams[place]).to_bytes(), store=False)
+            for engine in engines:
+                wrong, dim = engine.check(names)
+                bad += wrong
+                unclear |= dict.fromkeys(dim)
         finally:
-            frontend.registry.delete(name)
-    for before, after in zip(plain, on_every_rank("off", 2), strict=True):
-        if not torch.allclose(before.vector, after.vector, rtol=1e-2, atol=1e-3):
-            raise UnsupportedModel(f"after a steered request a plain one is changed at layer {before.layer}")
+            for name in names.keys() & frontend.registry.names().keys():
+                frontend.registry.delete(name)
+    if bad:
+        raise UnsupportedModel(f"the engine does not steer as the model's own code does: {'; '.join(bad)}")
+    if unclear:
+        log.warning(
+            "the proof at start cannot tell from rounding whether the compiled engine steers at: %s; the model's own "
+            "code does",
+            "; ".join(unclear),
+        )
+
+
+class _Engine:
+    """One data-parallel rank."""
+
+    def __init__(self, frontend: Frontend, ask: Ask, rank: int) -> None:
+        self.frontend, self.ask, self.rank = frontend, ask, rank
+        self.plain = self._both([(prompt, "off") for prompt in range(PROMPTS)])
+
+    def check(self, names: dict[str, Place]) -> tuple[list[str], list[str]]:
+        """What is wrong with the places of these directions, and where nothing can be told."""
+        wrong: dict[str, list[str]] = {name: [] for name in names}
+        bad: list[str] = []
+        unclear: list[str] = []
+        for prompt in range(ASKED):
+            specs = [(name, f"{name}={strength}") for name in wrong for strength in STRENGTHS]
+            plain = [(number, "off") for number in range(PROMPTS)]
+            jobs = [*plain[:1], *((prompt, spec) for _, spec in specs), *plain[1:]]
+            served, eager = self._both(jobs)
+            beside = [n for n, job in enumerate(jobs) if job in plain]
+            mixed = [served[n] for n in beside], [eager[n] for n in beside]
+            noise = noises(self.frontend.dtype, *self.plain)
+            bad += [f"{self._where()}{text}" for text in leaks(noise, self.plain[0], mixed[0])]
+            pairs = dict(zip(jobs, zip(served, eager, strict=True), strict=True))
+            found = {
+                name: judge(
+                    [(*pairs[prompt, "off"], *pairs[prompt, spec]) for owner, spec in specs if owner == name], noise
+                )
+                for name in wrong
+            }
+            unclear += [f"{_named(names[name])} in {phase}" for name, one in found.items() for phase in one.unclear]
+            wrong = {name: one.wrong for name, one in found.items() if one.wrong}
+            if not wrong:
+                break
+        bad += [f"{self._where()}{_named(names[name])}: {', '.join(texts)}" for name, texts in wrong.items()]
+        return bad, unclear
+
+    def _where(self) -> str:
+        return f"data-parallel rank {self.rank}, " if self.rank else ""
+
+    def _both(self, jobs: list[Job]) -> tuple[list[Answer], list[Answer]]:
+        """The answers of what serves, and those of the model's own Python, asked in another order."""
+        served = self.ask(jobs, self.rank)
+        try:
+            self._eager(True)
+            return served, self.ask(jobs[::-1], self.rank)[::-1]
+        finally:
+            self._eager(False)
+
+    def _eager(self, on: bool) -> None:
+        if problems := {answer["error"] for answer in self.frontend.call("steer_eager", on) if answer}:
+            raise UnsupportedModel("; ".join(sorted(problems)))
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What one seat of one worker handed on: `vector` `[d_model]` float32."""
+class Judgement:
+    """Of one place: what is wrong, and the phases in which no effect is clear."""
 
-    worker: int
-    site: str
-    layer: int
-    vector: Tensor
+    wrong: list[str]
+    unclear: list[str]
 
 
-def _witness(frontend: Frontend) -> list[Seen]:
-    answers = frontend.call("steer_witness")
-    return [
-        Seen(number, site, layer, torch.from_numpy(np.frombuffer(data, np.float32).copy()))
-        for number, worker in enumerate(answers)
+def judge(cases: Sequence[tuple[Answer, Answer, Answer, Answer]], noise: dict[str, float]) -> Judgement:
+    """`cases`: for each of `STRENGTHS` the answers (served plain, eager plain, served steered, eager steered);
+    `noise`: of each phase, how answers differ by rounding alone."""
+    wrong: list[str] = []
+    unclear: list[str] = []
+    for phase, limit in noise.items():
+        clear = False
+        for strength, (plain, plain_eager, steered, steered_eager) in zip(STRENGTHS, cases, strict=True):
+            logits = common(plain, plain_eager, steered, steered_eager, phase=phase)
+            effect, wanted = logits[2] - logits[0], logits[3] - logits[1]
+            if max(rms(effect), rms(wanted)) <= CLEAR * limit:
+                continue
+            clear = True
+            if problem := _differ(effect, wanted, limit):
+                wrong.append(f"{problem} at strength {strength} in {phase}")
+        if not clear:
+            unclear.append(phase)
+    return Judgement(wrong, unclear)
+
+
+def _differ(effect: NDArray[np.float64], wanted: NDArray[np.float64], noise: float) -> str | None:
+    """How an effect differs from the wanted one, of which one at least is clear."""
+    both = float(effect @ wanted)
+    amount = both / max(float(wanted @ wanted), 1e-30)
+    likeness = both / max(float(np.linalg.norm(effect) * np.linalg.norm(wanted)), 1e-30)
+    left = rms(effect - wanted)
+    if (
+        AMOUNT[0] < amount < AMOUNT[1]
+        and likeness > LIKENESS
+        and left <= max(LEFT * rms(wanted), LEFT_ROUNDING * noise)
+    ):
+        return None
+    return f"{amount:.2f} of the effect (with a correlation of {likeness:.2f})"
+
+
+def noises(dtype: str, served: Sequence[Answer], eager: Sequence[Answer]) -> dict[str, float]:
+    """For each phase how far plain answers are apart, at least the rounding of the dtype."""
+    found = dict.fromkeys(PHASES, 0.0)
+    for phase in PHASES:
+        for one, other in zip(served, eager, strict=True):
+            a, b = common(one, other, phase=phase)
+            found[phase] = max(found[phase], rms(a - b), ROUNDING.get(dtype, ROUNDING["bfloat16"]) * rms(b))
+    return found
+
+
+def leaks(noise: dict[str, float], alone: Sequence[Answer], mixed: Sequence[Answer]) -> list[str]:
+    """What is wrong with plain requests beside steered ones."""
+    found: list[str] = []
+    for phase, limit in noise.items():
+        apart = [rms(a - b) for a, b in (common(*pair, phase=phase) for pair in zip(alone, mixed, strict=True))]
+        if max(apart) > CLEAR * limit:
+            found.append(f"a plain request is changed by those beside it in {phase}: by {max(apart):.2g}")
+    return found
+
+
+def common(*answers: Answer, phase: str) -> list[NDArray[np.float64]]:
+    """What each of the answers to one prompt says in this phase of the same tokens, as logits with a mean of 0, up to
+    where they have read different tokens. All of one length, which may be 0."""
+    found: list[list[NDArray[np.float64]]] = [[] for _ in answers]
+    for n, entries in enumerate(zip(*answers, strict=True)):
+        told = [{token for token, value in entry.items() if np.isfinite(value)} for _, entry in entries]
+        tokens = sorted(set.intersection(*told))
+        if tokens and n in range(*PHASES[phase].indices(len(answers[0]))):
+            for parts, (_, entry) in zip(found, entries, strict=True):
+                values = np.array([entry[token] for token in tokens])
+                parts.append(values - values.mean())
+        if len({token for token, _ in entries}) > 1:
+            break
+    return [np.concatenate(parts) if parts else np.zeros(0) for parts in found]
+
+
+def rms(x: NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.square(x).mean())) if x.size else 0.0
+
+
+def _streams(frontend: Frontend) -> dict[Place, Tensor]:
+    """What every place had in the claims' plain passes; tensor-parallel ranks say the same."""
+    return {
+        Place(site, layer): torch.from_numpy(np.frombuffer(data, np.float32).copy())
+        for worker in frontend.call("steer_streams")
         for site, layer, data in worker
-    ]
+    }
 
 
-def _direction(frontend: Frontend, site: Site, plain: list[Seen]) -> Direction:
-    """Half of it what each layer hands on at this site, half of it random."""
+def _direction(frontend: Frontend, place: Place, stream: Tensor) -> Direction:
+    """Acts at one place: half of it what the stream has there, so that its effect is large, half of it random."""
+    shape, site = frontend.shape, place.site
+    v = torch.randn(shape.d_model, generator=torch.Generator().manual_seed(place.layer + 1))
+    v = v / v.norm() + stream / stream.norm().clamp_min(1e-12)
+    v = (v / v.norm()).unsqueeze(0)
+    own = max(place.layer, 0)  # at the embedding's place a layer must have a row as well: with a weight of 0
+    rows, weights = torch.zeros(shape.layers, 1, shape.d_model), torch.zeros(shape.layers)
+    rows[own], weights[own] = v, float(place.layer != EMBEDDING)
+    return Direction(
+        _meta(frontend, site),
+        directions=rows,
+        weights=weights,
+        reference=torch.zeros(shape.layers, 1),
+        mean_harmful=torch.zeros(shape.layers, shape.d_model),
+        mean_harmless=torch.zeros(shape.layers, shape.d_model),
+        mean_harmless_all=torch.zeros(shape.layers, shape.d_model),
+        embedding=v if place.layer == EMBEDDING else None,
+    )
+
+
+def _named(place: Place) -> str:
+    return f"{place.site} of {'the embedding' if place.layer == EMBEDDING else f'layer {place.layer}'}"
+
+
+def _meta(frontend: Frontend, site: Site) -> DirectionMeta:
     shape = frontend.shape
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(shape.layers + 1, shape.d_model, generator=generator)  # the last one is the embedding's
-    rows /= rows.norm(dim=-1, keepdim=True)
-    once = {one.layer: one.vector for one in plain if one.site == site}  # tensor-parallel ranks see the same
-    for layer, vector in once.items():
-        rows[layer] += vector / vector.norm()
-    rows /= rows.norm(dim=-1, keepdim=True)
-    meta = DirectionMeta(
+    return DirectionMeta(
         method="probe",
         model="probe",
         architecture=shape.architecture,
@@ -95,27 +263,3 @@ def _direction(frontend: Frontend, site: Site, plain: list[Seen]) -> Direction:
         strength=1.0,
         sites=(site,),
     )
-    return Direction(
-        meta,
-        directions=rows[: shape.layers].unsqueeze(1).clone(),
-        weights=torch.ones(shape.layers),
-        reference=torch.zeros(shape.layers, 1),
-        mean_harmful=torch.zeros(shape.layers, shape.d_model),
-        mean_harmless=torch.zeros(shape.layers, shape.d_model),
-        mean_harmless_all=torch.zeros(shape.layers, shape.d_model),
-        embedding=rows[EMBEDDING].unsqueeze(0).clone(),
-    )
-
-
-def _check(witness: list[Seen], direction: Direction, site: Site, phase: str, limit: float) -> None:
-    bad: list[str] = []
-    assert direction.embedding is not None
-    for one in witness:
-        if one.site != site:
-            continue
-        v = direction.embedding[0] if one.layer == EMBEDDING else direction.directions[one.layer, 0]
-        left = float((one.vector @ v).abs() / one.vector.norm().clamp_min(1e-12))
-        if not left <= limit:
-            bad.append(f"worker {one.worker}, layer {one.layer}: {left:.1e} is left")
-    if bad:
-        raise UnsupportedModel(f"the engine does not steer at the site '{site}' in {phase}: {'; '.join(bad)}")

@@ -41,10 +41,8 @@ class Reads:
 class Seat(nn.Module):
     """One place's buffers on the module that is hooked. `vectors` and `coefficients` are the place's plate; `rows`,
     `slots`, `strengths` (`[rank, max_tokens]`) and `combinations` (`[max_tokens]`; it and the plate's `joint` are None
-    where the rank is 1) are the token index, one storage for all seats. `witness` (`[d_model]`, float32) is written by
-    every pass: what the place handed on of the first token, so that the graph that serves can be asked whether it
-    steers. With `reads` it also writes `found` (`[2, count, rank]`: components
-    before and after) and `norms` (`[count]`) of the tokens that are read."""
+    where the rank is 1) are the token index, one storage for all seats. With `reads` every pass writes `found`
+    (`[2, count, rank]`: components before and after) and `norms` (`[count]`) of the tokens that are read."""
 
     vectors: Tensor
     coefficients: Tensor
@@ -53,7 +51,6 @@ class Seat(nn.Module):
     strengths: Tensor
     combinations: Tensor | None
     joint: Tensor | None
-    witness: Tensor
     read_at: Tensor
     read_rows: Tensor
     found: Tensor
@@ -71,9 +68,8 @@ class Seat(nn.Module):
             "combinations": index.combinations,
             "joint": plate.joint,
         }
-        with lasting():
-            tensors["witness"] = torch.zeros_like(plate.vectors[0])
-            if reads is not None:
+        if reads is not None:
+            with lasting():
                 tensors |= {
                     "read_at": reads.at,
                     "read_rows": reads.rows,
@@ -102,10 +98,8 @@ def moved_term(seat: Seat, h: Tensor, r: Tensor) -> Tensor:
 
 
 def hand_on(seat: Seat, x: Tensor, r: Tensor | None = None) -> Tensor:
-    """The new x (or the new h, for a stream h + r), in its dtype, with the seat's witness written."""
+    """The new x (or the new h, for a stream h + r), in its dtype."""
     new = moved(seat, x).to(x.dtype) if r is None else moved_term(seat, x, r)
-    first = new.reshape(-1, x.shape[-1])[0].float()
-    seat.witness.copy_(first if r is None else first + r.reshape(-1, x.shape[-1])[0].float())
     if seat.reading:
         record(seat, x, new, r)
     return new

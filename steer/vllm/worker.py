@@ -73,6 +73,7 @@ class Steered:
         self._inside: Literal["", "step", "call"] = ""
         self._looked = False
         self._kept: Kept | None = None
+        self._undo: Callable[[], None] | None = None
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]  # the platform's worker
         internals.around_calls(self, self._call)
 
@@ -223,9 +224,21 @@ class Steered:
     def steer_unload(self, digest: str) -> None:
         self._residents.retire(digest)
 
-    def steer_witness(self) -> list[tuple[str, int, bytes]]:
-        """(site, layer, vector) of each seat: what it handed on of the first token of the last pass, float32."""
-        return [(place.site, place.layer, seat.witness.cpu().numpy().tobytes()) for place, seat in self._claim.seats]
+    def steer_streams(self) -> list[tuple[str, int, bytes]]:
+        """(site, layer, vector) of each place: `Claim.streams`, float32."""
+        return [(place.site, place.layer, x.numpy().tobytes()) for place, x in self._claim.streams.items()]
+
+    def steer_eager(self, on: bool) -> dict[str, str]:
+        """Until it is called with False the model's own Python runs, in place of compiled and captured graphs."""
+        try:
+            if on and self._undo is None:
+                self._undo = internals.run_eager(self)
+            elif not on and self._undo is not None:
+                self._undo()
+                self._undo = None
+        except SteerError as error:
+            return {"error": str(error)}
+        return {}
 
     def steer_capture(self, prompts: int, positions: int, last_layer: int) -> dict[str, str]:
         """From now on read what requests ask for in `extra_args`, at the blocks up to `last_layer`."""

@@ -108,6 +108,7 @@ def _without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(internals, "decoder_of", lambda worker: worker.model)
     monkeypatch.setattr(internals, "is_elsewhere", lambda _block: False)
     monkeypatch.setattr(internals, "replicated", lambda _stream: True)
+    monkeypatch.setattr(internals, "max_requests", lambda _config: 4)
 
 
 def worker(model: nn.Module, dtype: torch.dtype = torch.float32) -> Any:

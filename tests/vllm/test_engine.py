@@ -93,6 +93,45 @@ def test_it_was_compiled_without_a_graph_break(running: Running) -> None:
     assert not counters["graph_break"]
 
 
+def test_the_models_own_code_runs_only_while_the_start_asks_for_it(running: Running) -> None:
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+
+    assert not any("witness" in name for name, _ in running.worker.get_model().named_buffers())
+    own = [m for m in running.worker.get_model().modules() if isinstance(m, TorchCompileWithNoGuardsWrapper)]
+    graphs = running.worker.model_runner.cudagraph_dispatcher
+    before = graphs.keys_initialized
+    assert own
+    assert not any(module.do_not_compile for module in own), "the start has put it back"
+    passes: list[int] = []
+    handle = running.worker._claim.blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    try:
+        running.check_mixed()
+        assert not passes, "no graph has a hook that came later"
+        for _ in range(2):  # it may be asked for twice
+            assert running.llm.collective_rpc("steer_eager", args=(True,)) == [{}]
+        assert not graphs.keys_initialized
+        running.check_mixed()
+        assert passes
+        for _ in range(2):
+            assert running.llm.collective_rpc("steer_eager", args=(False,)) == [{}]
+        assert graphs.keys_initialized == before
+        passes.clear()
+        running.check_mixed()
+        assert not passes
+    finally:
+        handle.remove()
+        running.llm.collective_rpc("steer_eager", args=(False,))
+
+
+def test_nothing_of_the_proof_is_left(running: Running) -> None:
+    registry = running.frontend.registry
+    assert set(registry.names()) >= {"refusal", "verbosity"}
+    assert not any(name.startswith("probe-") for name in registry.names())
+    assert running.pins == 0
+    assert not running.frontend.held
+    assert not running.llm.llm_engine.has_unfinished_requests()
+
+
 def test_every_mixed_request_gets_what_it_gets_alone(running: Running) -> None:
     choose = random.Random(0)
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]

@@ -1,0 +1,173 @@
+"""The proof at start: a compiled graph that passes a place by, acts there twice or with another place's rows is not
+served, and the message names the place; what is rounding alone is no reason to refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steer.errors import UnsupportedModel
+from steer.vllm import claim, internals, proof, seat
+from tests.vllm.conftest import IN_PROCESS
+from tests.vllm.engines import Home
+
+Logits = NDArray[np.float64]
+TOKENS, TOLD = 3, 64
+#: Of each phase, of logits that are of the order of 1.
+NOISE = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+def answer(logits: Logits, tokens: tuple[int, ...] = (7, 7, 7)) -> proof.Answer:
+    """What an engine says that has these logits `[TOKENS, TOLD]`."""
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return [(token, dict(enumerate(map(float, row)))) for token, row in zip(tokens, logprobs, strict=True)]
+
+
+class Sides:
+    """The same two models, served and eager, apart by rounding of this size."""
+
+    def __init__(self, noise: float, effect: float = 1.0) -> None:
+        self.chance, self.noise = np.random.default_rng(0), noise
+        self.plain, self.effect = self.draw(), effect * self.draw()
+        self.other = effect * self.draw()
+
+    def draw(self) -> Logits:
+        return self.chance.normal(size=(TOKENS, TOLD))
+
+    def say(self, logits: Logits, **more: Any) -> proof.Answer:
+        return answer(logits + self.noise * self.draw(), **more)
+
+    def judged(self, *served: Logits) -> proof.Judgement:
+        """Where these are what the engine's graphs do at each strength."""
+        plain = self.say(self.plain), self.say(self.plain)
+        cases = [
+            (*plain, self.say(self.plain + did), self.say(self.plain + strength * self.effect))
+            for strength, did in zip(proof.STRENGTHS, served, strict=True)
+        ]
+        return proof.judge(cases, dict.fromkeys(proof.PHASES, max(self.noise, 1e-5)))
+
+
+@pytest.fixture(params=NOISE)
+def sides(request: pytest.FixtureRequest) -> Sides:
+    return Sides(NOISE[request.param])
+
+
+def test_what_differs_by_rounding_alone_is_right(sides: Sides) -> None:
+    assert sides.judged(sides.effect, 0.5 * sides.effect) == proof.Judgement([], [])
+
+
+def test_a_place_that_is_passed_by_is_wrong(sides: Sides) -> None:
+    found = sides.judged(0 * sides.effect, 0 * sides.effect)
+    assert len(found.wrong) == len(proof.STRENGTHS) * len(proof.PHASES)
+    assert "0.00 of the effect" in found.wrong[0]
+
+
+def test_what_acts_twice_is_wrong_at_half_strength(sides: Sides) -> None:
+    """At strength 1 nothing is left for the second time."""
+    found = sides.judged(sides.effect, 0.75 * sides.effect)
+    assert [text.partition(" at ")[2] for text in found.wrong] == [f"strength 0.5 in {p}" for p in proof.PHASES]
+
+
+def test_what_acts_otherwise_is_wrong(sides: Sides) -> None:
+    assert len(sides.judged(sides.other, 0.5 * sides.other).wrong) == 4
+    nearly = sides.effect + 0.3 * sides.other  # as a neighbouring layer's
+    assert bool(sides.judged(nearly, 0.5 * nearly).wrong) == (sides.noise < 1e-3)
+
+
+@pytest.mark.parametrize("phase", proof.PHASES)
+def test_each_phase_is_looked_at_alone(sides: Sides, phase: str) -> None:
+    did = sides.effect.copy()
+    did[proof.PHASES[phase]] = 0
+    assert {text.rpartition(" ")[2] for text in sides.judged(did, 0.5 * did).wrong} == {phase}
+
+
+def test_an_effect_below_the_rounding_is_unclear_and_an_engine_that_acts_all_the_same_is_wrong() -> None:
+    sides = Sides(1e-2, effect=1e-2)
+    assert sides.judged(sides.effect, 0.5 * sides.effect) == proof.Judgement([], list(proof.PHASES))
+    assert sides.judged(100 * sides.effect, 100 * sides.effect).wrong
+
+
+def test_only_tokens_that_have_read_the_same_are_compared() -> None:
+    logits = np.random.default_rng(0).normal(size=(TOKENS, TOLD))
+    one, other = answer(logits, (7, 7, 7)), answer(-logits, (7, 8, 7))
+    assert proof.common(one, other, phase="prefill")[0].size == TOLD
+    assert proof.common(one, other, phase="decoding")[0].size == TOLD, "the second, and not the third"
+    other[0][1].clear()
+    other[1][1][0] = -np.inf
+    assert proof.common(one, other, phase="prefill")[0].size == 0
+    assert proof.common(one, other, phase="decoding")[0].size == TOLD - 1
+
+
+def test_plain_requests_that_have_something_of_others_are_told() -> None:
+    sides = Sides(1e-2)
+    alone, eager = [[sides.say(sides.plain) for _ in range(proof.PROMPTS)] for _ in range(2)]
+    noise = proof.noises("bfloat16", alone, eager)
+    assert not proof.leaks(noise, alone, eager)
+    changed = [*eager[:-1], sides.say(sides.plain + 0.5 * sides.effect)]
+    assert [text.rpartition(": ")[0] for text in proof.leaks(noise, alone, changed)] == [
+        f"a plain request is changed by those beside it in {phase}" for phase in proof.PHASES
+    ]
+
+
+def test_a_runner_whose_graphs_cannot_be_put_aside_is_refused_and_nothing_is_changed() -> None:
+    pytest.importorskip("vllm")
+    worker: Any = SimpleNamespace(get_model=lambda: model, model_runner=SimpleNamespace(), vllm_config=None)
+    model = torch.nn.Linear(1, 1)
+    model.compile(backend="eager")
+    whole = model._compiled_call_impl
+    with pytest.raises(UnsupportedModel, match="cudagraph_dispatcher"):
+        internals.run_eager(worker)
+    assert model._compiled_call_impl is whole
+    graphs = SimpleNamespace(_graphs_captured=True)
+    worker.model_runner = SimpleNamespace(prepare_inputs=None, cudagraph_manager=graphs)
+    undo = internals.run_eager(worker)
+    assert (model._compiled_call_impl, graphs._graphs_captured) == (None, False)
+    undo()
+    assert (model._compiled_call_impl, graphs._graphs_captured) == (whole, True)
+
+
+def test_an_engine_whose_graph_is_not_what_was_claimed_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its eager passes are right: only what was compiled passes layer 0 by, acts twice at layer 1, and has the rows of
+    layer 0 at layer 2."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    real, claiming = seat.hand_on, claim.claim
+
+    def claimed(*args: Any) -> claim.Claim:
+        found = claiming(*args)
+        own = {place.layer: each for place, each in found.seats}
+        for layer, fault in enumerate(("none", "twice", "other")):
+            own[layer].fault = fault  # type: ignore[assignment]
+        own[2].__dict__["neighbour"] = own[0]  # not as a module of it
+        return found
+
+    def wrong(own: seat.Seat, x: Tensor, r: Tensor | None = None) -> Tensor:
+        if not torch.compiler.is_compiling() or not hasattr(own, "fault"):
+            return real(own, x, r)
+        if own.fault == "none":
+            return x
+        if own.fault == "twice":
+            return real(own, real(own, x, r), r)
+        return real(own.neighbour, x, r)
+
+    monkeypatch.setattr(claim, "claim", claimed)
+    monkeypatch.setattr(seat, "hand_on", wrong)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    home = Home.make("llama", tmp_path)
+    with pytest.raises(UnsupportedModel) as refused:
+        home.start(**IN_PROCESS, steer={"rows": 2})  # fewer than places, so in turns
+    cleanup_dist_env_and_memory()
+    text = str(refused.value)
+    assert all(f"resid_post of layer {layer}: " in text for layer in range(3)), text
+    assert "embedding" not in text
+    assert "plain request" not in text

@@ -63,8 +63,8 @@ _PROCESSOR = (
     "prepare_next_batch",
 )
 _OUTPUT = ("error", "generated_tokens", "is_finished")
-#: Called by `generate` with the keywords `input_ids` `[prompts, positions]` (of no positions where there are embeddings)
-#: and `expand_size`.
+#: Called by `generate` with the keywords `expand_size` and `input_ids` `[prompts, positions]`, of no positions where
+#: there are embeddings.
 _EXPAND = "_expand_inputs_for_generation"
 _MODEL = ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 

@@ -266,6 +266,26 @@ def test_blocks_end_in_any_order(llama: Any, d: steer.Direction) -> None:
         assert torch.equal(logits(llama), plain)
 
 
+@pytest.mark.parametrize("specs", [("d",), ("off", "d")])
+def test_gradients_are_those_of_the_pass_also_behind_the_block(d: steer.Direction, specs: tuple[str, ...]) -> None:
+    model = models.tiny("llama")
+
+    def gradients(inside: bool) -> list[Tensor]:
+        model.zero_grad()
+        with torch.enable_grad():
+            with steering(*specs):
+                loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+                if inside:
+                    loss.backward()
+            if not inside:
+                loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    with steer.attach(model, {"d": d}) as steering:
+        for x, y in zip(gradients(inside=True), gradients(inside=False), strict=True):
+            assert torch.equal(x, y)
+
+
 def test_tasks_of_one_loop_are_not_steered_by_each_other(llama: Any, d: steer.Direction) -> None:
     """A block that is open while another task runs, as a server's handlers are."""
     plain = logits(llama)

@@ -97,6 +97,8 @@ class Steering:
         self._expansion: internals.Expansion | None = None
         #: The batch rows that the index speaks of, none where it speaks of packed tokens one by one.
         self._rows: Sequence[RequestSteer | None] = ()
+        #: Those of the pass that began last.
+        self._begun: Sequence[RequestSteer | None] = ()
         #: Rows and positions of the pass that runs, as its decoder was called.
         self._tokens: tuple[int, int] | None = None
         #: How many passes went through the hooks.
@@ -179,6 +181,7 @@ class Steering:
         """Before each pass of the decoder: its rows are known here, whatever shape the blocks will see."""
         self._tokens = tokens = _tokens_of(args, kwargs)
         self.passes += 1
+        self._begun = self._rows
         if tokens is not None and len(self._rows) > 1 and tokens[0] % len(self._rows):
             raise InvalidInput(
                 f"{len(self._rows)} specs for a pass of {tokens[0]} rows: give one spec for all rows, or a number of "
@@ -222,6 +225,11 @@ class Steering:
         readable = place.site == "resid_post" and layer != EMBEDDING
 
         def transform(x: Tensor) -> Tensor | None:
+            if self._rows is not self._begun and torch._C._current_graph_task_id() != -1:  # autograd is going backward
+                raise RuntimeError(
+                    "gradient checkpointing computes a pass again under another steering than it had: call backward "
+                    "inside the `with` block of the pass"
+                )
             steered, read = self.index.active, readable and layer in self.reads.layers
             watchers = self.watchers if readable else ()
             if not (steered or read or watchers):

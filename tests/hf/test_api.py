@@ -9,6 +9,7 @@ import inspect
 import logging
 import pydoc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,20 @@ def test_gradients_are_those_of_the_pass_also_behind_the_block(d: steer.Directio
     with steer.attach(model, {"d": d}) as steering:
         for x, y in zip(gradients(inside=True), gradients(inside=False), strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("behind", ["off", "d=0.5", None])
+def test_a_pass_is_not_computed_again_under_another_steering(d: steer.Direction, behind: str | None) -> None:
+    model = models.tiny("llama").train()
+    with steer.attach(model, {"d": d}) as steering, torch.enable_grad():
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.enable_input_require_grads()
+        with steering("d"):
+            model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+            loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        with pytest.raises(RuntimeError, match="under another steering"), steering(behind) if behind else nullcontext():
+            loss.backward()
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
 
 
 def test_tasks_of_one_loop_are_not_steered_by_each_other(llama: Any, d: steer.Direction) -> None:

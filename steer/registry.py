@@ -362,7 +362,7 @@ class Registry:
         with self._swapping:
             present: set[str] = set()
             for path in sorted(self.folder.glob(f"*{SUFFIX}")):
-                name = path.name.removesuffix(SUFFIX)
+                name = os.fsencode(path.name).decode(errors="backslashreplace").removesuffix(SUFFIX)  # text in any case
                 if name.startswith("."):
                     continue
                 present.add(name)

@@ -88,6 +88,16 @@ def parse(value: Any, param: str = "steer") -> tuple[Wanted, ...]:
     return tuple(items)
 
 
+def bare(name: str) -> str:
+    """Without what people write differently: case, and what stands between words or around them."""
+    return "".join(filter(str.isalnum, name.casefold()))
+
+
+def nearly(name: str) -> bool:
+    """Is a field or header of this name meant to steer: does it begin with `steer`, or with that behind an `X-`?"""
+    return bare(name).startswith(("steer", "xsteer"))
+
+
 def text(wanted: Sequence[Wanted]) -> str:
     """The text form, which `parse` reads back."""
     return ",".join(_text(item) for item in wanted) or "off"

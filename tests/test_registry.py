@@ -545,6 +545,17 @@ def test_a_file_with_a_bad_name_shows_and_is_not_served(name: str, tmp_path: Pat
     assert registry.failures == {}
 
 
+def test_a_name_that_is_no_text_is_told_as_one(tmp_path: Path) -> None:
+    """Or what lists the failures could not be sent."""
+    registry = Registry(local(), tmp_path)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/n\xff.safetensors")).write_bytes(A)
+    write(tmp_path, "good", A)
+    registry.sync()
+    assert served(registry) == {"good": digest(A)}
+    assert [*registry.failures] == ["n\\xff"]
+    registry.failures["n\\xff"].problems[0].encode()
+
+
 def test_other_files_are_not_looked_at(tmp_path: Path) -> None:
     registry = Registry(local(), tmp_path)
     for name in (".hidden.safetensors", ".one.safetensors.x.tmp", "notes.txt", "old.pt"):

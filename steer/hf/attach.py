@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from steer.direction import Site
 from steer.errors import InvalidInput, UnsupportedModel
+from steer.hf import internals
 from steer.runtime import proof
 from steer.runtime import sites as site_tools
 from steer.runtime.index import RequestSteer, TokenIndex
@@ -92,8 +94,11 @@ class Steering:
         self.index = TokenIndex(rank, 1, self.anatomy.device)
         self.reads = ReadIndex(self.anatomy.layers, rank, self.anatomy.device)
         self._handles: list[Any] = []
+        self._expansion: internals.Expansion | None = None
         #: The batch rows that the index speaks of, none where it speaks of packed tokens one by one.
         self._rows: Sequence[RequestSteer | None] = ()
+        #: Those of the pass that began last.
+        self._begun: Sequence[RequestSteer | None] = ()
         #: Rows and positions of the pass that runs, as its decoder was called.
         self._tokens: tuple[int, int] | None = None
         #: How many passes went through the hooks.
@@ -101,7 +106,10 @@ class Steering:
         self.watchers: list[Watcher] = []
         #: What acts at each place, until the next `fill`: a batch is many passes.
         self._kept: dict[Place, list[Operands]] = {}
-        self._turn = threading.RLock()
+        #: The rows of every batch that has not ended, the last of which is in force, and whose they are.
+        self._batches: list[Sequence[RequestSteer | None]] = []
+        self._owner: _Owner | None = None
+        self._turn = threading.Lock()
         self._verify()
 
     @property
@@ -116,6 +124,7 @@ class Steering:
             decoder = self.anatomy.decoder
             self._handles = [decoder.register_forward_pre_hook(lambda _, *given: begin(*given), with_kwargs=True)]
             self._handles += [hang(_uncompiled(self._transform(point.place))) for point, hang in self._targets]
+            self._expansion = internals.Expansion(self.anatomy.model, self._check_prompts)
 
     @property
     def intact(self) -> bool:
@@ -128,6 +137,9 @@ class Steering:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._expansion:
+            self._expansion.remove()
+            self._expansion = None
 
     def resize(self, max_tokens: int) -> None:
         """Make the index large enough for batches of `max_tokens`."""
@@ -139,18 +151,26 @@ class Steering:
         """While it lasts the rows of every `[rows, positions]` forward pass are steered in as many equal groups as
         there are specs, the first by the first spec. A batch inside a batch ends with the outer one in force again.
 
-        A pass raises InvalidInput where its rows are no multiple of the specs. Raises RuntimeError while another
-        thread's lasts: a model has one index, and would steer each by the other's.
+        A pass raises InvalidInput where its rows are no multiple of the specs. Raises RuntimeError while a batch of
+        another thread or task lasts: a model has one index, and would steer each by the other's.
         """
-        if not self._turn.acquire(blocking=False):
-            raise RuntimeError("another thread steers this model at this moment: let its batch end first")
-        outer = self._rows
+        rows = [self.table.steer(spec) if isinstance(spec, Spec) else spec for spec in specs]
+        owner = _owner()
+        with self._turn:
+            if self._batches and self._owner != owner:
+                raise RuntimeError(
+                    "another thread or asyncio task steers this model at this moment: let its batch end first"
+                )
+            self._owner = owner
+            self._batches.append(rows)
+            self._lay(rows)
         try:
-            self._lay([self.table.steer(spec) if isinstance(spec, Spec) else spec for spec in specs])
             yield
         finally:
-            self._lay(outer)
-            self._turn.release()
+            with self._turn:  # not always the last that began: blocks of two generators end in any order
+                self._batches = [other for other in self._batches if other is not rows]
+                self._lay(self._batches[-1] if self._batches else ())
+                self._owner = self._owner if self._batches else None
 
     def fill(self, steers: Sequence[RequestSteer | None], lengths: Sequence[int]) -> None:
         """Steer the `lengths[i]` tokens of the next pass that are request i's by `steers[i]`, in batch order."""
@@ -161,6 +181,7 @@ class Steering:
         """Before each pass of the decoder: its rows are known here, whatever shape the blocks will see."""
         self._tokens = tokens = _tokens_of(args, kwargs)
         self.passes += 1
+        self._begun = self._rows
         if tokens is not None and len(self._rows) > 1 and tokens[0] % len(self._rows):
             raise InvalidInput(
                 f"{len(self._rows)} specs for a pass of {tokens[0]} rows: give one spec for all rows, or a number of "
@@ -168,6 +189,15 @@ class Steering:
             )
         for watcher in self.watchers:
             watcher.begin(tokens)
+
+    def _check_prompts(self, prompts: int, each: int) -> None:
+        """Before `generate` has `each` rows of every prompt: beams that exchange their caches, or several answers."""
+        if prompts % len(self._rows or (None,)):
+            raise InvalidInput(
+                f"{len(self._rows)} specs for {prompts} prompts of {each} beams or answers each: give one spec for all "
+                "prompts, or a number of specs that divides the prompts (a spec for each prompt); for answers to one "
+                "prompt under several specs, give the prompt as often"
+            )
 
     def _check_shape(self, x: Tensor, place: Place) -> None:
         """Raise UnsupportedModel unless the rows of the pass come first in x, also where x is `[tokens, d_model]`."""
@@ -195,6 +225,11 @@ class Steering:
         readable = place.site == "resid_post" and layer != EMBEDDING
 
         def transform(x: Tensor) -> Tensor | None:
+            if self._rows is not self._begun and torch._C._current_graph_task_id() != -1:  # autograd is going backward
+                raise RuntimeError(
+                    "gradient checkpointing computes a pass again under another steering than it had: call backward "
+                    "inside the `with` block of the pass"
+                )
             steered, read = self.index.active, readable and layer in self.reads.layers
             watchers = self.watchers if readable else ()
             if not (steered or read or watchers):
@@ -219,6 +254,8 @@ class Steering:
 
     def _gathered(self, place: Place, count: int) -> list[Operands]:
         acting, everywhere = self.index.acting(count)
+        if self._rows:  # a backward pass may come when the index, which is written in place, says other things
+            acting = acting._replace(strengths=acting.strengths.clone())
         with lasting():  # what is kept may serve a pass in another mode
             operands = gather(self.table.plates[place], *acting, everywhere=everywhere)
         if acting.rows.shape[1] <= KEPT:
@@ -268,6 +305,18 @@ class Steering:
             self.detach()
         if bad:
             raise UnsupportedModel(f"{anatomy.architecture} cannot be steered: {'; '.join(bad)}")
+
+
+#: A thread, and the asyncio task that runs on it, if one does.
+_Owner: TypeAlias = "tuple[int, asyncio.Task[Any] | None]"
+
+
+def _owner() -> _Owner:
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop runs on this thread
+        task = None
+    return threading.get_ident(), task
 
 
 def _stream_given(given: Any) -> Tensor:

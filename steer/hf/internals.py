@@ -18,8 +18,9 @@ graphs and asynchronous steps are off too, since index and sampler change betwee
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -62,6 +63,9 @@ _PROCESSOR = (
     "prepare_next_batch",
 )
 _OUTPUT = ("error", "generated_tokens", "is_finished")
+#: Called by `generate` with the keywords `expand_size` and `input_ids` `[prompts, positions]`, of no positions where
+#: there are embeddings.
+_EXPAND = "_expand_inputs_for_generation"
 _MODEL = ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 
@@ -190,6 +194,38 @@ def lengths(config: Any) -> list[int]:
         nested = [source, *source.values()] if isinstance(source, dict) else []
         given += [one.get(names[0]) for one in nested if isinstance(one, dict)]
     return sorted({int(length) for length in given if isinstance(length, int | float) and length > 0})
+
+
+@dataclass(frozen=True, eq=False)
+class Expansion:
+    """Until `remove`, `check(prompts, each)` is called before `generate` makes several rows of each prompt."""
+
+    model: Any
+    check: Callable[[int, int], None]
+
+    def __post_init__(self) -> None:
+        before = getattr(self.model, _EXPAND, None)
+        if before is None:  # it does not generate
+            return
+        if _EXPAND in vars(self.model):
+            before.checks.append(self.check)
+            return
+        checks = [self.check]
+
+        def expand(*args: Any, **given: Any) -> Any:  # a function, which a copy of the model shares
+            if (each := given.get("expand_size", 1)) > 1:
+                for check in checks:
+                    check(len(given["input_ids"]), each)
+            return before(*args, **given)
+
+        expand.checks = checks  # type: ignore[attr-defined]
+        setattr(self.model, _EXPAND, expand)
+
+    def remove(self) -> None:
+        if expand := vars(self.model).get(_EXPAND):
+            expand.checks.remove(self.check)
+            if not expand.checks:
+                delattr(self.model, _EXPAND)
 
 
 class Decoding:

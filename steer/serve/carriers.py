@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl
 from steer import readout
 from steer.errors import SpecError
 from steer.registry import Admission, Registry
-from steer.spec import Spec, Wanted, parse, text
+from steer.spec import Spec, Wanted, bare, nearly, parse, text
 
 FIELD = "steer"
 HEADER = "x-steer"
@@ -26,8 +26,9 @@ XARGS = "vllm_xargs"
 PLUS = "+"
 #: What a route that steers takes, by the names that `traces` gives.
 TAKEN = frozenset({FIELD, readout.FIELD, f"{XARGS}.{FIELD}", f"header {HEADER}", "model"})
-#: Fields of a body in which clients put fields of their own, and those that hold whole requests.
-_INSIDE = frozenset({"extra_body", "extra_args", XARGS, "metadata", "sampling_params", "body", "request", "requests"})
+#: Fields of a body in which clients put fields of their own, and those that hold whole requests, as `bare` has them.
+_INSIDE = {"chattemplatekwargs", "extraargs", "extrabody", "extraheaders", "extraquery", "generationconfig", "headers"}
+_INSIDE |= {"body", "metadata", "options", "parameters", "request", "requests", "samplingparams", "vllmxargs"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +88,10 @@ def traces(
     `requests.0.steer`, `header x-steer`, `model` where it is an alias, `?steer`."""
     for raw, _ in headers:
         name = raw.decode("latin-1").lower()
-        if name.replace("_", "-").removeprefix("x-").startswith(FIELD) and name != RECEIPT:  # which asks for nothing
+        if nearly(name) and name != RECEIPT:  # which asks for nothing
             yield f"header {name}"
     for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
-        if name.lower().startswith(FIELD):
+        if nearly(name):
             yield f"?{name}"
     places = [("", body)]
     while places:  # not by recursion: a body may be as deep as its parser allows
@@ -99,9 +100,9 @@ def traces(
             places.extend((f"{place}{number}.", each) for number, each in enumerate(value))
         elif isinstance(value, dict):
             for key, inner in value.items():
-                if key.lower().startswith(FIELD):
+                if nearly(key):
                     yield f"{place}{key}"
-                elif key.lower() in _INSIDE:
+                elif bare(key) in _INSIDE:
                     places.append((f"{place}{key}.", _unwrapped(inner)))
                 elif key == "model" and isinstance(inner, str) and split_alias(inner, served):
                     yield f"{place}{key}"

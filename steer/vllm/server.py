@@ -316,7 +316,8 @@ def _may_be_plain(scope: Scope) -> bool:
 async def _understood(scope: Scope, data: bytes) -> Any:
     """What a body says: of JSON the value, of a form its fields, {} of none; None where we cannot tell."""
     kind = next((v for k, v in scope["headers"] if k == b"content-type"), b"").lower()
-    if kind.startswith((b"multipart/form-data", b"application/x-www-form-urlencoded")):
+    forms = (b"multipart/form-data", b"application/x-www-form-urlencoded")
+    if kind.startswith(forms) and not data.lstrip().startswith(b"{"):  # which is JSON to who does not look at the type
         try:
             async with Request(scope, replay(data, _nothing)).form() as form:
                 return {name: value for name, value in form.multi_items() if not isinstance(value, UploadFile)}

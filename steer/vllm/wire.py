@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from steer.errors import SpecError
-from steer.spec import Entry, Spec
+from steer.spec import Entry, Spec, nearly
+from steer.vllm.settings import KEY
 
 #: Its key. Requests must not bring it: only what the front end resolved and pinned goes under it.
 RESOLVED = "steer.resolved"
@@ -24,10 +25,10 @@ def decode(text: str) -> Spec:
 
 
 def check_absent(extra: Any) -> None:
-    """Raise SpecError for a request that brings what only the front end may write."""
-    for key in (RESOLVED, READ):
-        if isinstance(extra, dict) and key in extra:
-            raise SpecError(f"'{key}' is not for requests to set; ask with 'steer'", param=key)
+    """Raise SpecError for a request that brings what only the front end may write, or nearly the key that asks."""
+    for key in extra if isinstance(extra, dict) else ():
+        if key != KEY and isinstance(key, str) and nearly(key):
+            raise SpecError(f"'{key[:100]}' is not for requests to set; ask with '{KEY}'", param=key)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 import inspect
 import logging
 import pydoc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,111 @@ def test_generation_follows_its_row(llama: Any, d: steer.Direction) -> None:
                 assert torch.equal(together[row], alone)
         with steering("off", "d"), pytest.raises(InvalidInput, match="2 specs for a pass of 3 rows"):
             llama.generate(IDS[:3], attention_mask=torch.ones_like(IDS[:3]), **GREEDY)
+
+
+@pytest.mark.parametrize("more", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_beams_and_answers_of_one_prompt_are_never_parted(
+    llama: Any, d: steer.Direction, prompts: int, more: dict[str, Any]
+) -> None:
+    """Two specs divide the rows, and would part those of one prompt."""
+    ids = IDS[:prompts]
+    asked: dict[str, Any] = dict(input_ids=ids, attention_mask=torch.ones_like(ids), **GREEDY | more)
+    said = f"2 specs for {prompts} prompts of 2 beams or answers each"
+    with steer.attach(llama, {"d": d}) as steering, steer.attach(llama, {"e": d}) as outer:
+        with pytest.raises(InvalidInput, match=said), steering("off", "d"):
+            llama.generate(**asked)
+        with pytest.raises(InvalidInput, match=said), outer("off", "e"), steering("d"):
+            llama.generate(inputs_embeds=llama.get_input_embeddings()(ids), **asked | {"input_ids": None})
+        with outer("e"), steering(*["d"] * prompts):
+            assert len(llama.generate(**asked)) in (prompts, 2 * prompts)
+        steering.detach()
+        outer.detach()
+        with steering:
+            pass
+    assert "_expand_inputs_for_generation" not in vars(llama)
+
+
+def test_blocks_end_in_any_order(llama: Any, d: steer.Direction) -> None:
+    """As those of two generators that are run by turns do: what is open is in force, and nothing behind the last."""
+    plain = logits(llama)
+    with steer.attach(llama, {"d": d}) as steering:
+        with steering("d=0.5"):
+            half = logits(llama)
+        with steering("d"):
+            whole = logits(llama)
+        first, second = steering("d"), steering("d=0.5")
+        first.__enter__()
+        second.__enter__()
+        assert torch.equal(logits(llama), half)
+        first.__exit__(None, None, None)
+        assert torch.equal(logits(llama), half)
+        second.__exit__(None, None, None)
+        assert torch.equal(logits(llama), plain)
+        first.__enter__()
+        second.__enter__()
+        assert torch.equal(logits(llama), half)
+        second.__exit__(None, None, None)
+        assert torch.equal(logits(llama), whole)
+        first.__exit__(None, None, None)
+        assert torch.equal(logits(llama), plain)
+
+
+@pytest.mark.parametrize("specs", [("d",), ("off", "d")])
+def test_gradients_are_those_of_the_pass_also_behind_the_block(d: steer.Direction, specs: tuple[str, ...]) -> None:
+    model = models.tiny("llama")
+
+    def gradients(inside: bool) -> list[Tensor]:
+        model.zero_grad()
+        with torch.enable_grad():
+            with steering(*specs):
+                loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+                if inside:
+                    loss.backward()
+            if not inside:
+                loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    with steer.attach(model, {"d": d}) as steering:
+        for x, y in zip(gradients(inside=True), gradients(inside=False), strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("behind", ["off", "d=0.5", None])
+def test_a_pass_is_not_computed_again_under_another_steering(d: steer.Direction, behind: str | None) -> None:
+    model = models.tiny("llama").train()
+    with steer.attach(model, {"d": d}) as steering, torch.enable_grad():
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.enable_input_require_grads()
+        with steering("d"):
+            model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+            loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        with pytest.raises(RuntimeError, match="under another steering"), steering(behind) if behind else nullcontext():
+            loss.backward()
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+
+
+def test_tasks_of_one_loop_are_not_steered_by_each_other(llama: Any, d: steer.Direction) -> None:
+    """A block that is open while another task runs, as a server's handlers are."""
+    plain = logits(llama)
+
+    async def asked(spec: str, turns: int) -> Tensor:
+        with steering(spec):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            return logits(llama)
+
+    async def both() -> Any:
+        return await asyncio.gather(asked("d", 2), asked("d=0.5", 4), return_exceptions=True)
+
+    with steer.attach(llama, {"d": d}) as steering:
+        with steering("d"):
+            whole = logits(llama)
+        first, second = asyncio.run(both())
+        assert torch.equal(first, whole)
+        assert isinstance(second, RuntimeError)
+        assert "another thread or asyncio task" in str(second)
+        assert torch.equal(logits(llama), plain)
 
 
 def test_a_pipeline_that_takes_prompts_one_by_one_is_refused_two_specs(llama: Any, d: steer.Direction) -> None:

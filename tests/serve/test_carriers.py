@@ -194,6 +194,15 @@ def test_the_case_of_the_header_means_nothing() -> None:
         ({"vllm_xargs": '{"steering": 1}'}, "vllm_xargs.steering"),
         ({"requests": [{}, {"body": {"steer": "refusal"}}]}, "requests.1.body.steer"),
         ({"requests": [{"model": "base+refusal"}]}, "requests.0.model"),
+        ({"X-Steer": "refusal"}, "X-Steer"),
+        ({"x_steer": "refusal"}, "x_steer"),
+        ({" steer": "refusal"}, " steer"),
+        ({"extra_headers": {"X-Steer": "refusal"}}, "extra_headers.X-Steer"),
+        ({"extra-body": {"_steer": "refusal"}}, "extra-body._steer"),
+        ({"extraBody": {"steer": "refusal"}}, "extraBody.steer"),
+        ({"vllm-xargs": {"steer": "refusal"}}, "vllm-xargs.steer"),
+        ({"parameters": {"steer": "refusal"}}, "parameters.steer"),
+        ({"chat_template_kwargs": {"steer": "refusal"}}, "chat_template_kwargs.steer"),
     ],
 )
 def test_what_nearly_asks_for_steering_is_told_of(body: dict[str, Any], name: str) -> None:
@@ -209,8 +218,9 @@ def test_so_is_a_header_that_nearly_does(name: bytes) -> None:
 
 
 def test_so_is_a_query() -> None:
-    with pytest.raises(SpecError, match=r"'\?steer'"):
-        read({}, (), SERVED, b"a=1&steer=refusal")
+    for name in ("steer", "x-steer", "X_Steer"):
+        with pytest.raises(SpecError, match=rf"'\?{name}'"):
+            read({}, (), SERVED, f"a=1&{name}=refusal".encode())
 
 
 def test_names_of_other_things_are_left_alone() -> None:

@@ -38,6 +38,8 @@ NEARLY: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
     "inside": ({"extra_body": {"steer": "refusal"}}, {}, ""),
     "nested": ({"requests": [{"steer": "refusal"}]}, {}, ""),
     "query": ({}, {}, "?steer=refusal"),
+    "a header's name in the body": ({"X-Steer": "refusal"}, {}, ""),
+    "another spelling": ({"extraBody": {"_steer": "refusal"}}, {}, ""),
 }
 
 
@@ -192,6 +194,9 @@ def test_other_routes_generate_plain_answers_alone(client: TestClient, asked: li
     form = client.request(method, path, data={"steer": "refusal"}, files={"file": b"x"})
     assert (form.status_code, form.json()["error"]["param"]) == (400, "steer")
     assert client.request(method, path, files={"file": b"x"}).status_code == 200
+    kind = {"content-type": "application/x-www-form-urlencoded"}  # and yet what the route may read is JSON
+    told = client.request(method, path, content=b'{"steer": "refusal"}', headers=kind)
+    assert (told.status_code, told.json()["error"]["param"]) == (400, "steer")
     for unclear in (b"steer", b'{"a": 1, "a": {"steer": 1}}'):
         answer = client.request(method, path, content=unclear)
         assert answer.status_code == 400, answer.text
@@ -219,6 +224,12 @@ def test_what_does_not_carry_the_ticket_is_refused_before_it_is_asked_for(
     assert "x-steer-applied" not in answer.headers
     assert asked == [None]
     assert [version.pins for version in engine.steer.registry.names().values()] == [0]
+
+
+@pytest.mark.parametrize("key", ["steering", "Steer", "x-steer", "steer_readout", "steer.resolved", "steer.read"])
+def test_a_program_is_told_of_near_misses_too(engine: Engine, key: str) -> None:
+    with pytest.raises(SpecError, match=f"'{key}' is not for requests to set; ask with 'steer'"):
+        engine.generate({key: "refusal"})
 
 
 @pytest.mark.parametrize(("path", "field"), [("/v1/completions", "use_beam_search"), ("/v1/responses", "background")])

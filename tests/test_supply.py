@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import pickle
+import re
 import tomllib
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from steer.direction import Direction
 from steer.errors import DirectionError
@@ -135,6 +137,23 @@ def test_what_tries_to_be_executed_is_not(tiny_server: Server, way: str, tmp_pat
     tiny_server.client.delete("/v1/directions/trap")
     pickle.loads(pickle.dumps(Trap(sprung)))
     assert sprung.exists(), "the trap would have worked"
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_what_was_run_is_what_is_let_in(name: str) -> None:
+    """From the version of `make test` up to the newest that the README says was run, and no further."""
+    root = PACKAGE.parent
+    required = map(Requirement, tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"])
+    (allowed,) = (r.specifier for r in required if r.name == name)
+    pins = [Requirement(line) for line in (root / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    ((pinned,),) = (r.specifier for r in pins if r.name == name)
+    said = re.findall(rf"{name} (\d+\.\d+)\.\d+", (root / "README.md").read_text())
+    newest = max(map(Version, said))
+    oldest = Version(pinned.version)
+    assert {str(bound) for bound in allowed} == {
+        f">={oldest.major}.{oldest.minor}",
+        f"<{newest.major}.{newest.minor + 1}",
+    }
 
 
 def test_one_range_of_vllm_is_named_everywhere() -> None:

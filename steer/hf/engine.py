@@ -51,12 +51,18 @@ class Engine(abc.ABC):
         self.admit(1)
         self.in_flight += 1
         try:
-            stream = self._generate(f"steer-{next(self._numbers)}", prompt, sampling, steer, read)
+            stream = self.answer(prompt, sampling, steer, read)
             async with aclosing(stream):
                 async for token in stream:
                     yield token
         finally:
             self.in_flight -= 1
+
+    def answer(
+        self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: RequestRead | None = None
+    ) -> AsyncGenerator[Token, None]:
+        """As `generate`, whatever the capacity: the proof at start takes as many requests as it needs."""
+        return self._generate(f"steer-{next(self._numbers)}", prompt, sampling, steer, read)
 
     def admit(self, count: int) -> None:
         """Raise NoRoom if `count` more requests would not find a place."""

@@ -91,7 +91,7 @@ async def _answers(engine: Engine, requests: Sequence[_Asked]) -> list[list[Toke
     sampling = Sampling(max_tokens=ANSWER, temperature=0.0, ignore_eos=True, logprobs=0)
 
     async def one(asked: _Asked) -> list[Token]:
-        return [token async for token in engine.generate(asked.prompt, sampling, asked.steer)]
+        return [token async for token in engine.answer(asked.prompt, sampling, asked.steer)]
 
     with engine.held():  # none begins before all are there
         tasks = [asyncio.create_task(one(asked)) for asked in requests]

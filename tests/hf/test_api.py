@@ -423,6 +423,7 @@ def test_what_is_steered_does_not_make_a_graph_again(d: steer.Direction) -> None
     assert len(compiled) == before
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_adapters_stay_in_force(d: steer.Direction) -> None:
     model = models.tiny("llama")
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))

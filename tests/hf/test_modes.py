@@ -33,7 +33,7 @@ def test_a_batch_made_in_one_mode_serves_passes_in_another(
     mask = torch.ones_like(IDS)
     plain = model.generate(IDS, attention_mask=mask, **OPTIONS)
     with attached_in():
-        attached = steer.attach(model, d=models.direction(model, seed=1), e=models.direction(model, seed=2))
+        attached = steer.attach(model, {"d": models.direction(model, seed=1), "e": models.direction(model, seed=2)})
     with attached as steering:
         with first(), steering("off", "d,e"):
             steered = model(input_ids=IDS, use_cache=False).logits

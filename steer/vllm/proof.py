@@ -200,7 +200,7 @@ def common(*answers: Answer, phase: str) -> list[NDArray[np.float64]]:
     """What each of the answers to one prompt says in this phase of the same tokens, as logits with a mean of 0, up to
     where they have read different tokens. All of one length, which may be 0."""
     found: list[list[NDArray[np.float64]]] = [[] for _ in answers]
-    for n, entries in enumerate(zip(*answers, strict=True)):
+    for n, entries in enumerate(zip(*answers, strict=False)):
         told = [{token for token, value in entry.items() if np.isfinite(value)} for _, entry in entries]
         tokens = sorted(set.intersection(*told))
         if tokens and n in range(*PHASES[phase].indices(len(answers[0]))):

@@ -21,7 +21,9 @@ V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
 INTERPRETED = {
     "TRITON_INTERPRET": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "v2_on_cpu"), str(ROOT)]),
+    "PYTHONPATH": os.pathsep.join(
+        [str(Path(__file__).parent / "v2_on_cpu"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    ),
 }
 TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 

@@ -716,8 +716,8 @@ def probe_parameters(config: Any, spec: str) -> Any:
 
 
 def answer_of(output: Any) -> list[tuple[int, dict[int, float]]]:
-    """Of an answer's tokens: which it is, and log-probabilities by token; as far as vLLM has them, which with drafts may
-    be for fewer tokens than it gives."""
+    """Of an answer's tokens: which it is, and log-probabilities by token; as far as vLLM has them, which with drafts is
+    not for every token that it gives."""
     one = output.outputs[0]
     pairs = zip(one.token_ids, one.logprobs or (), strict=False)
     return [(int(token), {int(t): float(entry.logprob) for t, entry in entries.items()}) for token, entries in pairs]

@@ -37,6 +37,9 @@ def warm_up_as_a_gpu_does() -> None:
 
 def warm_up_again(llm: Any) -> None:
     """As after the engine has slept: nothing is left behind."""
+    from steer.vllm import frontend
+
+    frontend.of(llm).call("steer_stats")  # ends reach the worker by a step, of which there is none without a call
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     before = worker.steer_stats()
     worker.compile_or_warm_up_model()

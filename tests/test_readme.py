@@ -20,7 +20,7 @@ from tests.servers import ROOT, Server
 
 README = (ROOT / "README.md").read_text()
 CURL_PIP_AND_VLLM = (
-    *("--data-binary", "--extra-index-url"),
+    *("--data-binary", "--extra-index-url", "--no-deps", "--root-path"),
     *("--max-model-len", "--worker-cls", "--middleware", "--additional-config", "--tensor-parallel-size", "--api-key"),
 )
 ADDRESS = "http://127.0.0.1:8000"

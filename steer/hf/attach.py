@@ -254,9 +254,9 @@ class Steering:
 
     def _gathered(self, place: Place, count: int) -> list[Operands]:
         acting, everywhere = self.index.acting(count)
-        if self._rows:  # a backward pass may come when the index, which is written in place, says other things
-            acting = acting._replace(strengths=acting.strengths.clone())
         with lasting():  # what is kept may serve a pass in another mode
+            if self._rows:  # a backward pass may come when the index, which is written in place, says other things
+                acting = acting._replace(strengths=acting.strengths.clone())
             operands = gather(self.table.plates[place], *acting, everywhere=everywhere)
         if acting.rows.shape[1] <= KEPT:
             self._kept[place] = operands

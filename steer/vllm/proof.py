@@ -191,7 +191,7 @@ def leaks(noise: dict[str, float], alone: Sequence[Answer], mixed: Sequence[Answ
     found: list[str] = []
     for phase, limit in noise.items():
         apart = [rms(a - b) for a, b in (common(*pair, phase=phase) for pair in zip(alone, mixed, strict=True))]
-        if max(apart) > CLEAR * limit:
+        if max(apart) > LEFT_ROUNDING * limit:  # other shapes of a batch round otherwise, and experts may be others
             found.append(f"a plain request is changed by those beside it in {phase}: by {max(apart):.2g}")
     return found
 

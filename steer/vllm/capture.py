@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from steer.vllm import wire
 from steer.vllm.seat import Form, stream
 
 #: The key in `extra_args` under which a request says what is wanted of it.
-KEY = "steer.capture"
+KEY = wire.CAPTURE
 
 
 class Wish(BaseModel):

@@ -14,6 +14,8 @@ from steer.vllm.settings import KEY
 RESOLVED = "steer.resolved"
 #: The same for what is read.
 READ = "steer.read"
+#: What a measurement in this program has captured of its own requests; without one it means nothing.
+CAPTURE = "steer.capture"
 
 
 def encode(spec: Spec) -> str:
@@ -27,7 +29,7 @@ def decode(text: str) -> Spec:
 def check_absent(extra: Any) -> None:
     """Raise SpecError for a request that brings what only the front end may write, or nearly the key that asks."""
     for key in extra if isinstance(extra, dict) else ():
-        if key != KEY and isinstance(key, str) and nearly(key):
+        if key not in (KEY, CAPTURE) and isinstance(key, str) and nearly(key):
             raise SpecError(f"'{key[:100]}' is not for requests to set; ask with '{KEY}'", param=key)
 
 

@@ -34,7 +34,7 @@ def started(home: Home, end: Callable[[Any], None], **options: Any) -> Iterator[
 ODDS: dict[str, Any] = {"max_tokens": 1, "logprobs": 20}
 
 
-def check_changes(outputs: Sequence[Any], reference: Reference) -> None:
+def check_changes(outputs: Sequence[Any], reference: Reference, like: float = 0.9) -> None:
     """Where arithmetic is coarser than the reference's: the changes of log-probabilities that steering makes in answers
     to JOBS are there, with the noise of that."""
     expected: list[float] = []
@@ -45,7 +45,7 @@ def check_changes(outputs: Sequence[Any], reference: Reference) -> None:
         for token, said in output.outputs[0].logprobs[0].items():
             expected.append(float(steered[token] - plain[token]))
             found.append(said.logprob - float(plain[token]))
-    assert torch.corrcoef(torch.tensor([expected, found]))[0, 1] > 0.9
+    assert torch.corrcoef(torch.tensor([expected, found]))[0, 1] > like
 
 
 def adapted(model: Any, folder: Path, rank: int = 4) -> Any:
@@ -123,4 +123,4 @@ def test_a_quantised_model_is_steered_as_far_as_its_arithmetic_allows(
     home = Home.make("llama", tmp_path)
     reference = Reference(Home(quantised(home), home.folder, home.directions))
     with started(home, in_process, dtype="bfloat16") as llm:
-        check_changes(generate(llm, JOBS, **ODDS), reference)
+        check_changes(generate(llm, JOBS, **ODDS), reference, like=0.5)  # by chance it is within 0.2 of 0

@@ -123,4 +123,4 @@ def test_a_quantised_model_is_steered_as_far_as_its_arithmetic_allows(
     home = Home.make("llama", tmp_path)
     reference = Reference(Home(quantised(home), home.folder, home.directions))
     with started(home, in_process, dtype="bfloat16") as llm:
-        check_changes(generate(llm, JOBS, **ODDS), reference, like=0.5)  # by chance it is within 0.2 of 0
+        check_changes(generate(llm, JOBS, **ODDS), reference, like=0.5)  # 0.73 on one CPU

@@ -651,11 +651,22 @@ def _attaching(construct: Any, prepare: Prepare, attach: Attach) -> Any:
             context = usage(bound.arguments)
             check_entry(context)
         construct(self, *args, **kwargs)
-        if found is not None:
+        if found is None:
+            return
+        try:
             attach(self, found, context not in _IN_PYTHON)
+        except BaseException:  # or it lives on until it is collected, and takes another engine's groups with it
+            _shut_down(self)
+            raise
 
     constructing._steer = True  # type: ignore[attr-defined]
     return constructing
+
+
+def _shut_down(engine: Any) -> None:
+    """End an LLMEngine or AsyncLLM and the workers behind it."""
+    shutdown = getattr(engine, "shutdown", None)
+    (shutdown if callable(shutdown) else seam(seam(engine, "engine_core"), "shutdown"))()
 
 
 def usage(arguments: Mapping[str, Any]) -> str:

@@ -14,11 +14,11 @@ STUDY ?= study
 serve: $(VENV)/serve
 	$(BIN)/python server.py
 
-# Two at a time, each module on one process; the engines of vLLM, which take all cores, one after the other.
+# Two at a time, each module on one process. What vLLM leaves in a process is not for the other tests.
 WORKERS ?= 2
 test: $(VENV)/vllm $(VENV)/chromium
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/vllm
-	$(BIN)/python -m pytest tests/vllm
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile tests/vllm
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

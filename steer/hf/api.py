@@ -241,6 +241,10 @@ class Steered:
         mine = self._attached
         mine._owed.remove(self)
         mine._check_attached()
+        if mine._steering.generating and not mine._open:
+            raise RuntimeError(
+                "a `generate` of another thread is under way, and would be steered from here on: let it end first"
+            )
         with ExitStack() as stack:
             admissions = [mine._registry.admit(parse(spec)) for spec in self._specs]
             for admission in admissions:
@@ -254,6 +258,11 @@ class Steered:
     ) -> None:
         stack, passes = self._entered.pop()
         stack.close()
+        if kind is None and self._attached._steering.generating and not self._attached._open:
+            raise RuntimeError(
+                f"{self!r}: a `generate` of another thread is under way at the end of the block, and goes on without "
+                "its steering: have it end inside (`thread.join()`)"
+            )
         if kind is None and passes == self._attached._steering.passes:
             warnings.warn(f"{self!r}: no pass of the attached model ran in the block", RuntimeWarning, stacklevel=2)
 

@@ -94,7 +94,7 @@ class Steering:
         self.index = TokenIndex(rank, 1, self.anatomy.device)
         self.reads = ReadIndex(self.anatomy.layers, rank, self.anatomy.device)
         self._handles: list[Any] = []
-        self._expansion: internals.Expansion | None = None
+        self._generations: internals.Generations | None = None
         #: The batch rows that the index speaks of, none where it speaks of packed tokens one by one.
         self._rows: Sequence[RequestSteer | None] = ()
         #: Those of the pass that began last.
@@ -124,7 +124,12 @@ class Steering:
             decoder = self.anatomy.decoder
             self._handles = [decoder.register_forward_pre_hook(lambda _, *given: begin(*given), with_kwargs=True)]
             self._handles += [hang(_uncompiled(self._transform(point.place))) for point, hang in self._targets]
-            self._expansion = internals.Expansion(self.anatomy.model, self._check_prompts)
+            self._generations = internals.Generations(self.anatomy.model, self._check_prompts)
+
+    @property
+    def generating(self) -> int:
+        """How many calls of the model's `generate` are under way, in all threads."""
+        return self._generations.running if self._generations else 0
 
     @property
     def intact(self) -> bool:
@@ -137,9 +142,9 @@ class Steering:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._expansion:
-            self._expansion.remove()
-            self._expansion = None
+        if self._generations:
+            self._generations.remove()
+            self._generations = None
 
     def resize(self, max_tokens: int) -> None:
         """Make the index large enough for batches of `max_tokens`."""

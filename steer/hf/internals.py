@@ -17,10 +17,10 @@ graphs and asynchronous steps are off too, since index and sampler change betwee
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any
 
@@ -66,6 +66,7 @@ _OUTPUT = ("error", "generated_tokens", "is_finished")
 #: Called by `generate` with the keywords `expand_size` and `input_ids` `[prompts, positions]`, of no positions where
 #: there are embeddings.
 _EXPAND = "_expand_inputs_for_generation"
+_GENERATE = "generate"
 _MODEL = ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 
@@ -196,36 +197,68 @@ def lengths(config: Any) -> list[int]:
     return sorted({int(length) for length in given if isinstance(length, int | float) and length > 0})
 
 
-@dataclass(frozen=True, eq=False)
-class Expansion:
-    """Until `remove`, `check(prompts, each)` is called before `generate` makes several rows of each prompt."""
+class Generations:
+    """Until `remove`, knows how many calls of the model's `generate` are under way, in all threads, and calls
+    `check(prompts, each)` before one makes several rows of each prompt."""
 
-    model: Any
-    check: Callable[[int, int], None]
+    def __init__(self, model: Any, check: Callable[[int, int], None]) -> None:
+        self.check = check
+        self._model = model
+        self._running: set[object] = set()
+        if hasattr(model, _EXPAND):  # or it does not generate
+            _watched(model, _EXPAND, _expanding).append(self)
+            _watched(model, _GENERATE, _generating).append(self)
 
-    def __post_init__(self) -> None:
-        before = getattr(self.model, _EXPAND, None)
-        if before is None:  # it does not generate
-            return
-        if _EXPAND in vars(self.model):
-            before.checks.append(self.check)
-            return
-        checks = [self.check]
+    @property
+    def running(self) -> int:
+        return len(self._running)
 
-        def expand(*args: Any, **given: Any) -> Any:  # a function, which a copy of the model shares
-            if (each := given.get("expand_size", 1)) > 1:
-                for check in checks:
-                    check(len(given["input_ids"]), each)
-            return before(*args, **given)
-
-        expand.checks = checks  # type: ignore[attr-defined]
-        setattr(self.model, _EXPAND, expand)
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        call = object()
+        self._running.add(call)
+        try:
+            yield
+        finally:
+            self._running.discard(call)
 
     def remove(self) -> None:
-        if expand := vars(self.model).get(_EXPAND):
-            expand.checks.remove(self.check)
-            if not expand.checks:
-                delattr(self.model, _EXPAND)
+        for name in (_EXPAND, _GENERATE):
+            if around := vars(self._model).get(name):
+                around.watchers.remove(self)
+                if not around.watchers:
+                    delattr(self._model, name)
+
+
+def _watched(model: Any, name: str, around: Callable[[Any, list[Generations]], Any]) -> list[Generations]:
+    """Who watches this method of the model, which `around` then is in the place of."""
+    if name not in vars(model):
+        watchers: list[Generations] = []
+        method: Any = functools.wraps(getattr(model, name))(around(getattr(model, name), watchers))
+        method.watchers = watchers
+        setattr(model, name, method)
+    found: list[Generations] = vars(model)[name].watchers
+    return found
+
+
+def _expanding(expand: Any, watchers: list[Generations]) -> Any:
+    def watched(*args: Any, **given: Any) -> Any:  # a function, which a copy of the model shares
+        if (each := given.get("expand_size", 1)) > 1:
+            for watcher in watchers:
+                watcher.check(len(given["input_ids"]), each)
+        return expand(*args, **given)
+
+    return watched
+
+
+def _generating(generate: Any, watchers: list[Generations]) -> Any:
+    def watched(*args: Any, **given: Any) -> Any:
+        with ExitStack() as stack:
+            for watcher in list(watchers):
+                stack.enter_context(watcher.counted())
+            return generate(*args, **given)
+
+    return watched
 
 
 class Decoding:

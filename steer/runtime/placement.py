@@ -30,12 +30,13 @@ class Shape:
             problems += error.problems
         if missing := sorted(set(direction.meta.sites) - self.sites):
             problems.append(
-                f"it acts at the sites {missing}, this server claimed {sorted(self.sites)}; start it with "
-                f"--sites {','.join(sorted(self.sites | set(missing)))}"
+                f"it acts at the sites {missing}, steering was started for {sorted(self.sites)}: `--sites "
+                f"{','.join(sorted(self.sites | set(missing)))}` for a server, `sites=` in Python"
             )
         if direction.rank > self.rank:
             problems.append(
-                f"it has {direction.rank} rows for each layer, this server was started with rank {self.rank}"
+                f"it has {direction.rank} rows for each layer, steering was started for {self.rank}: `--rank "
+                f"{direction.rank}` for a server, `rank=` in Python"
             )
         if problems:
             raise DirectionError(problems)

@@ -55,7 +55,7 @@ class Claim:
     table: Table
     seats: tuple[tuple[Place, Seat], ...]
     reads: Reads | None
-    #: What a plain pass had at each place, `[d_model]` float32 on the CPU: the mean of its tokens, each of norm 1.
+    #: What a plain pass had at each place, `[d_model]` float32 on the CPU (`_typical`).
     streams: dict[Place, Tensor]
 
     @property
@@ -249,7 +249,12 @@ def _prove(
         bad.append("a plain pass is not the same with seats as without")
     if bad:
         raise UnsupportedModel(f"{type(worker.get_model()).__name__} cannot be steered: {'; '.join(bad)}")
-    return {
-        targets[n].place: nn.functional.normalize(stream_.float(), dim=-1).mean(0).cpu()
-        for n, stream_ in watch.raw.items()
-    }
+    return {targets[n].place: _typical(stream_.float()).cpu() for n, stream_ in watch.raw.items()}
+
+
+def _typical(streams: Tensor) -> Tensor:
+    """`[d_model]`: the mean direction of streams `[tokens, d_model]`, with the length that the middle one has. Where a
+    few tokens have enormous streams, as the first one often does, these do not decide."""
+    mean = nn.functional.normalize(streams, dim=-1).mean(0)
+    typical: Tensor = nn.functional.normalize(mean, dim=0) * streams.norm(dim=-1).median()
+    return typical

@@ -7,10 +7,10 @@ reach, reaches twice, or at which it holds another tensor, shows in the log-prob
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.direction import Direction, DirectionMeta, Site
+from steer.direction import Direction, DirectionMeta, Mode, Site
 from steer.errors import UnsupportedModel
 from steer.runtime.table import EMBEDDING, Place
 
@@ -33,18 +33,24 @@ Job: TypeAlias = tuple[int, str]
 Answer: TypeAlias = list[tuple[int, dict[int, float]]]
 #: Makes these greedy requests at once on this data-parallel rank, and waits for their answers.
 Ask = Callable[[Sequence[Job], int], list[Answer]]
+#: Of one place, by phase: what is wrong, `RIGHT`, or None where no effect is clear.
+Judgement: TypeAlias = dict[str, str | None]
+RIGHT = ""
 
 #: Once with all of it and once with half: what acts twice is all the same where nothing is left.
 STRENGTHS = (1.0, 0.5)
-#: Prompts that steered requests have: the second where the first makes a place look wrong. Plain requests have all.
-ASKED, PROMPTS = 2, 4
+#: Prompts that steered requests have, of those that plain ones have: the one with the least rounding, and others for
+#: places at which it shows nothing or something wrong.
+ASKED, PROMPTS = 3, 4
 #: The first token of an answer is of the prefill, the others are of decoding.
 PHASES = {"prefill": slice(0, 1), "decoding": slice(1, None)}
 #: Rounding that is taken for granted, relative to what is rounded: of the dtype, and of float32 on some hardware.
 ROUNDING = {"bfloat16": 8e-3, "float16": 1e-3, "float32": 1e-5}
 #: An effect is clear when it is as many times the rounding. Then how much of it there is, and how like it is, must be
 #: within these: what acts twice at half strength has 1.5 of it.
-CLEAR, AMOUNT, LIKENESS = 8.0, (0.75, 1.25), 0.9
+CLEAR, AMOUNT, LIKENESS = 4.0, (0.75, 1.25), 0.9
+#: What a nudge at one place changes, times this, is what rounding at all of them may do.
+NUDGES = 3.0
 #: And what is left between the two, in times of the effect or of the rounding, is within either of these. It tells
 #: neighbouring layers from each other, which do much the same.
 LEFT, LEFT_ROUNDING = 0.1, 32.0
@@ -86,79 +92,83 @@ class _Engine:
 
     def __init__(self, frontend: Frontend, ask: Ask, rank: int) -> None:
         self.frontend, self.ask, self.rank = frontend, ask, rank
-        self.plain = self._both([(prompt, "off") for prompt in range(PROMPTS)])
+        self.nudge = 1 + ROUNDING.get(frontend.dtype, ROUNDING["bfloat16"])
+        plain = [(prompt, "off") for prompt in range(PROMPTS)]
+        served, eager = self._both(plain, plain)
+        self.plain = served
+        self.noise = [noises(frontend.dtype, served[job], eager[job]) for job in plain]
 
     def check(self, names: dict[str, Place]) -> tuple[list[str], list[str]]:
-        """What is wrong with the places of these directions, and where nothing can be told."""
-        wrong: dict[str, list[str]] = {name: [] for name in names}
+        """What is wrong with the places of these directions, and where nothing can be told. One prompt at which all is
+        right is enough: a model that falls from one behaviour into another at some prompt does so by rounding."""
+        found: dict[str, Judgement] = {name: dict.fromkeys(PHASES) for name in names}
         bad: list[str] = []
-        unclear: list[str] = []
-        for prompt in range(ASKED):
-            specs = [(name, f"{name}={strength}") for name in wrong for strength in STRENGTHS]
-            plain = [(number, "off") for number in range(PROMPTS)]
-            jobs = [*plain[:1], *((prompt, spec) for _, spec in specs), *plain[1:]]
-            served, eager = self._both(jobs)
-            beside = [n for n, job in enumerate(jobs) if job in plain]
-            mixed = [served[n] for n in beside], [eager[n] for n in beside]
-            noise = noises(self.frontend.dtype, *self.plain)
-            bad += [f"{self._where()}{text}" for text in leaks(noise, self.plain[0], mixed[0])]
-            pairs = dict(zip(jobs, zip(served, eager, strict=True), strict=True))
-            found = {
-                name: judge(
-                    [(*pairs[prompt, "off"], *pairs[prompt, spec]) for owner, spec in specs if owner == name], noise
-                )
-                for name in wrong
-            }
-            unclear += [f"{_named(names[name])} in {phase}" for name, one in found.items() for phase in one.unclear]
-            wrong = {name: one.wrong for name, one in found.items() if one.wrong}
-            if not wrong:
+        for prompt in sorted(range(PROMPTS), key=lambda prompt: sum(self.noise[prompt].values()))[:ASKED]:
+            left = [name for name, phases in found.items() if any(text != RIGHT for text in phases.values())]
+            if not left:
                 break
-        bad += [f"{self._where()}{_named(names[name])}: {', '.join(texts)}" for name, texts in wrong.items()]
+            specs = {name: [(prompt, _spec(name, names[name], strength)) for strength in STRENGTHS] for name in left}
+            nudged = {
+                name: [(prompt, _spec(name, names[name], self.nudge * strength)) for strength in STRENGTHS]
+                for name in left
+            }
+            plain = list(self.plain)
+            jobs = [*plain[:1], *itertools.chain(*specs.values()), *plain[1:]]
+            served, eager = self._both(jobs, [*jobs, *itertools.chain(*nudged.values())])
+            worst = {phase: max(noise[phase] for noise in self.noise) for phase in PHASES}
+            for job in plain:
+                bad += [f"{self._where()}{text}" for text in leaks(worst, self.plain[job], served[job])]
+            alone = served[prompt, "off"], eager[prompt, "off"]
+            for name in left:
+                cases = [
+                    (*alone, served[job], eager[job], eager[near])
+                    for job, near in zip(specs[name], nudged[name], strict=True)
+                ]
+                for phase, text in judge(cases, self.noise[prompt]).items():
+                    found[name][phase] = RIGHT if RIGHT in (text, found[name][phase]) else text or found[name][phase]
+        unclear: list[str] = []
+        for name, phases in found.items():
+            unclear += [f"{_named(names[name])} in {phase}" for phase, text in phases.items() if text is None]
+            if texts := [f"{text} in {phase}" for phase, text in phases.items() if text]:
+                bad.append(f"{self._where()}{_named(names[name])}: {', '.join(texts)}")
         return bad, unclear
 
     def _where(self) -> str:
         return f"data-parallel rank {self.rank}, " if self.rank else ""
 
-    def _both(self, jobs: list[Job]) -> tuple[list[Answer], list[Answer]]:
+    def _both(self, served: list[Job], eager: list[Job]) -> tuple[dict[Job, Answer], dict[Job, Answer]]:
         """The answers of what serves, and those of the model's own Python, asked in another order."""
-        served = self.ask(jobs, self.rank)
+        answers = self.ask(served, self.rank)
         try:
             self._eager(True)
-            return served, self.ask(jobs[::-1], self.rank)[::-1]
+            others = self.ask(eager[::-1], self.rank)[::-1]
         finally:
             self._eager(False)
+        return dict(zip(served, answers, strict=True)), dict(zip(eager, others, strict=True))
 
     def _eager(self, on: bool) -> None:
         if problems := {answer["error"] for answer in self.frontend.call("steer_eager", on) if answer}:
             raise UnsupportedModel("; ".join(sorted(problems)))
 
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """Of one place: what is wrong, and the phases in which no effect is clear."""
-
-    wrong: list[str]
-    unclear: list[str]
-
-
-def judge(cases: Sequence[tuple[Answer, Answer, Answer, Answer]], noise: dict[str, float]) -> Judgement:
-    """`cases`: for each of `STRENGTHS` the answers (served plain, eager plain, served steered, eager steered);
-    `noise`: of each phase, how answers differ by rounding alone."""
-    wrong: list[str] = []
-    unclear: list[str] = []
-    for phase, limit in noise.items():
-        clear = False
-        for strength, (plain, plain_eager, steered, steered_eager) in zip(STRENGTHS, cases, strict=True):
-            logits = common(plain, plain_eager, steered, steered_eager, phase=phase)
-            effect, wanted = logits[2] - logits[0], logits[3] - logits[1]
-            if max(rms(effect), rms(wanted)) <= CLEAR * limit:
-                continue
-            clear = True
-            if problem := _differ(effect, wanted, limit):
-                wrong.append(f"{problem} at strength {strength} in {phase}")
-        if not clear:
-            unclear.append(phase)
-    return Judgement(wrong, unclear)
+def judge(cases: Sequence[Sequence[Answer]], noise: dict[str, float]) -> Judgement:
+    """`cases`: for each of `STRENGTHS` the answers (served plain, eager plain, served steered, eager steered, eager
+    steered a little more: what rounding does under that steering); `noise`: how plain answers to that prompt differ by
+    rounding alone."""
+    found: Judgement = {}
+    for phase, least in noise.items():
+        problems: list[str] = []
+        clear = 0
+        for strength, answers in zip(STRENGTHS, cases, strict=True):
+            plain, plain_eager, steered, steered_eager, nudged = common(*answers, phase=phase)
+            effect, wanted = steered - plain, steered_eager - plain_eager
+            limit = max(least, NUDGES * rms(nudged - steered_eager))
+            if max(rms(effect), rms(wanted)) > CLEAR * limit:
+                clear += 1
+                if problem := _differ(effect, wanted, limit):
+                    problems.append(f"{problem} at strength {strength}")
+        found[phase] = " and ".join(problems) if problems else RIGHT if clear == len(STRENGTHS) else None
+    return found
 
 
 def _differ(effect: NDArray[np.float64], wanted: NDArray[np.float64], noise: float) -> str | None:
@@ -176,23 +186,22 @@ def _differ(effect: NDArray[np.float64], wanted: NDArray[np.float64], noise: flo
     return f"{amount:.2f} of the effect (with a correlation of {likeness:.2f})"
 
 
-def noises(dtype: str, served: Sequence[Answer], eager: Sequence[Answer]) -> dict[str, float]:
-    """For each phase how far plain answers are apart, at least the rounding of the dtype."""
-    found = dict.fromkeys(PHASES, 0.0)
+def noises(dtype: str, served: Answer, eager: Answer) -> dict[str, float]:
+    """For each phase how far answers to a plain request are apart, at least the rounding of the dtype."""
+    found: dict[str, float] = {}
     for phase in PHASES:
-        for one, other in zip(served, eager, strict=True):
-            a, b = common(one, other, phase=phase)
-            found[phase] = max(found[phase], rms(a - b), ROUNDING.get(dtype, ROUNDING["bfloat16"]) * rms(b))
+        a, b = common(served, eager, phase=phase)
+        found[phase] = max(rms(a - b), ROUNDING.get(dtype, ROUNDING["bfloat16"]) * rms(b))
     return found
 
 
-def leaks(noise: dict[str, float], alone: Sequence[Answer], mixed: Sequence[Answer]) -> list[str]:
-    """What is wrong with plain requests beside steered ones."""
+def leaks(noise: dict[str, float], alone: Answer, mixed: Answer) -> list[str]:
+    """What is wrong with a plain request beside steered ones."""
     found: list[str] = []
     for phase, limit in noise.items():
-        apart = [rms(a - b) for a, b in (common(*pair, phase=phase) for pair in zip(alone, mixed, strict=True))]
-        if max(apart) > LEFT_ROUNDING * limit:  # other shapes of a batch round otherwise, and experts may be others
-            found.append(f"a plain request is changed by those beside it in {phase}: by {max(apart):.2g}")
+        a, b = common(alone, mixed, phase=phase)
+        if rms(a - b) > LEFT_ROUNDING * limit:  # other shapes of a batch round otherwise, and experts may be others
+            found.append(f"a plain request is changed by those beside it in {phase}: by {rms(a - b):.2g}")
     return found
 
 
@@ -217,7 +226,8 @@ def rms(x: NDArray[np.float64]) -> float:
 
 
 def _streams(frontend: Frontend) -> dict[Place, Tensor]:
-    """What every place had in the claims' plain passes; tensor-parallel ranks say the same."""
+    """What every place has in plain passes: as long as streams there are, in their common direction. Tensor-parallel
+    ranks say the same."""
     return {
         Place(site, layer): torch.from_numpy(np.frombuffer(data, np.float32).copy())
         for worker in frontend.call("steer_streams")
@@ -225,15 +235,32 @@ def _streams(frontend: Frontend) -> dict[Place, Tensor]:
     }
 
 
+#: How far the directions lean to what the stream has at their place, beside a random part of length 1. Less, where
+#: `affine` makes the effect: to take away what all tokens have in common can tip a model over.
+LEANING = {"affine": 0.3, "ablate": 1.0}
+
+
+def _mode(place: Place) -> Mode:
+    """`affine` adds as much as there is, whatever the stream. It is defined at whole streams behind a block."""
+    return "affine" if place.site == "resid_post" and place.layer != EMBEDDING else "ablate"
+
+
+def _spec(name: str, place: Place, strength: float) -> str:
+    return f"{name}:{_mode(place)}={strength}"
+
+
 def _direction(frontend: Frontend, place: Place, stream: Tensor) -> Direction:
-    """Acts at one place: half of it what the stream has there, so that its effect is large, half of it random."""
+    """Acts at one place, and changes much there. With `affine` its component of a stream becomes as large as streams
+    are; with `ablate` what streams there have in common is removed from them in part."""
     shape, site = frontend.shape, place.site
     v = torch.randn(shape.d_model, generator=torch.Generator().manual_seed(place.layer + 1))
-    v = v / v.norm() + stream / stream.norm().clamp_min(1e-12)
+    v = v / v.norm() + LEANING[_mode(place)] * stream / stream.norm().clamp_min(1e-12)
     v = (v / v.norm()).unsqueeze(0)
     own = max(place.layer, 0)  # at the embedding's place a layer must have a row as well: with a weight of 0
     rows, weights = torch.zeros(shape.layers, 1, shape.d_model), torch.zeros(shape.layers)
     rows[own], weights[own] = v, float(place.layer != EMBEDDING)
+    means = torch.zeros(shape.layers, shape.d_model)
+    means[own] = v * stream.norm()
     return Direction(
         _meta(frontend, site),
         directions=rows,
@@ -241,7 +268,7 @@ def _direction(frontend: Frontend, place: Place, stream: Tensor) -> Direction:
         reference=torch.zeros(shape.layers, 1),
         mean_harmful=torch.zeros(shape.layers, shape.d_model),
         mean_harmless=torch.zeros(shape.layers, shape.d_model),
-        mean_harmless_all=torch.zeros(shape.layers, shape.d_model),
+        mean_harmless_all=means,
         embedding=v if place.layer == EMBEDDING else None,
     )
 

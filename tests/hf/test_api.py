@@ -8,6 +8,7 @@ import gc
 import inspect
 import logging
 import pydoc
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -322,6 +323,43 @@ def test_tasks_of_one_loop_are_not_steered_by_each_other(llama: Any, d: steer.Di
         assert isinstance(second, RuntimeError)
         assert "another thread or asyncio task" in str(second)
         assert torch.equal(logits(llama), plain)
+
+
+def test_a_generation_in_a_thread_is_steered_as_a_whole_or_told(llama: Any, d: steer.Direction) -> None:
+    """As with a streamer: what is still under way where the block ends would go on plain, and what was under way before
+    it would be steered from the middle on."""
+    asked = {"do_sample": False, "max_new_tokens": 2}
+    begun, may_end = threading.Event(), threading.Event()
+
+    class Waits(tf.StoppingCriteria):
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            begun.set()
+            may_end.wait(60)
+            return torch.ones(1, dtype=torch.bool)
+
+    def thread() -> threading.Thread:
+        begun.clear()
+        may_end.clear()
+        started = threading.Thread(
+            target=llama.generate, args=(IDS[:1],), kwargs=asked | {"stopping_criteria": [Waits()]}
+        )
+        started.start()
+        assert begun.wait(60)
+        return started
+
+    with steer.attach(llama, {"d": d}) as steering:
+        with pytest.raises(RuntimeError, match="under way at the end of the block"), steering("d"):
+            late = thread()
+        with pytest.raises(RuntimeError, match="from here on"), steering("d"):
+            pytest.fail("entered")
+        may_end.set()
+        late.join()
+        with steering("d"):
+            inside = thread()
+            may_end.set()
+            inside.join()
+        with steering("d"):
+            llama.generate(IDS[:1], **asked)
 
 
 def test_a_pipeline_that_takes_prompts_one_by_one_is_refused_two_specs(llama: Any, d: steer.Direction) -> None:

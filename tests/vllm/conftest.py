@@ -12,7 +12,7 @@ import pytest
 
 from tests.vllm import device
 
-for name, value in device.ENVIRONMENT.items():
+for name, value in (device.ENVIRONMENT | device.share(os.environ)).items():
     os.environ.setdefault(name, value)
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -7,6 +7,8 @@ TF32 unless `TRITON_F32_DEFAULT` says `ieee`, which made plain answers differ by
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,3 +22,14 @@ MEMORY: dict[str, Any] = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes
 #: The same for a command line.
 ARGUMENTS = [word for name, value in MEMORY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 ENVIRONMENT = {"TRITON_F32_DEFAULT": "ieee"} if GPUS else {"VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+def share(environment: Mapping[str, str]) -> dict[str, str]:
+    """Of several processes of pytest-xdist each has its engines on cores of its own, where there are as many: vLLM
+    would bind the threads of all of them to all cores, and they wait for each other in turns."""
+    number, count = environment.get("PYTEST_XDIST_WORKER", ""), int(environment.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    cores = sorted(os.sched_getaffinity(0))
+    if GPUS or not number or len(cores) < count:
+        return {}
+    mine = cores[int(number.removeprefix("gw")) :: count]
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, mine))}

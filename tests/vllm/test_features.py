@@ -34,7 +34,7 @@ def started(home: Home, end: Callable[[Any], None], **options: Any) -> Iterator[
 ODDS: dict[str, Any] = {"max_tokens": 1, "logprobs": 20}
 
 
-def check_changes(outputs: Sequence[Any], reference: Reference, like: float = 0.9) -> None:
+def check_changes(outputs: Sequence[Any], reference: Reference) -> None:
     """Where arithmetic is coarser than the reference's: the changes of log-probabilities that steering makes in answers
     to JOBS are there, with the noise of that."""
     expected: list[float] = []
@@ -45,7 +45,7 @@ def check_changes(outputs: Sequence[Any], reference: Reference, like: float = 0.
         for token, said in output.outputs[0].logprobs[0].items():
             expected.append(float(steered[token] - plain[token]))
             found.append(said.logprob - float(plain[token]))
-    assert torch.corrcoef(torch.tensor([expected, found]))[0, 1] > like
+    assert torch.corrcoef(torch.tensor([expected, found]))[0, 1] > 0.9
 
 
 def adapted(model: Any, folder: Path, rank: int = 4) -> Any:
@@ -86,16 +86,34 @@ def test_adapters_are_steered_like_the_model_that_they_make(tmp_path: Path, in_p
                 reference.check(output, spec)
 
 
+#: CPUs without instructions for int8 add two products in 16 bits, which larger weights overflow.
+LARGEST = 63
+
+
+class Int8(torch.nn.Module):
+    """A linear layer as vLLM's int8 kernels compute it: each row of the input is rounded to int8 with a scale of its
+    own, the sums are whole numbers, the output is in the input's dtype."""
+
+    def __init__(self, whole: torch.Tensor, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.whole, self.scale = whole, scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own = x.float().abs().amax(-1, keepdim=True) / 127
+        rounded = (x.float() / own).round()
+        return (rounded @ self.whole.mT * own * self.scale.mT).to(x.dtype)
+
+
 def quantised(home: Home) -> Any:
-    """The model in `home.folder` with int8 weights in the layout of compressed-tensors; a copy of it that computes with
-    the weights that those stand for."""
+    """The model in `home.folder` with int8 weights in the layout of compressed-tensors; a copy of it in bfloat16 that
+    computes with int8 as well."""
     tensors = load_file(home.folder / "model.safetensors")
-    rounded = copy.deepcopy(home.model)
-    for name, module in rounded.named_modules():
+    rounded = copy.deepcopy(home.model).to(torch.bfloat16)
+    for name, module in home.model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            scale = module.weight.data.abs().amax(1, keepdim=True) / 127
+            scale = module.weight.data.abs().amax(1, keepdim=True) / LARGEST
             whole = (module.weight.data / scale).round()
-            module.weight.data = whole * scale
+            rounded.set_submodule(name, Int8(whole, scale))
             tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = whole.to(torch.int8), scale
     save_file(tensors, home.folder / "model.safetensors", {"format": "pt"})
     int8 = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -118,9 +136,8 @@ def quantised(home: Home) -> Any:
 def test_a_quantised_model_is_steered_as_far_as_its_arithmetic_allows(
     tmp_path: Path, in_process: Callable[[Any], None]
 ) -> None:
-    """Its activations are rounded to int8 as well, which no reference does alike. In bfloat16, which the int8 kernels
-    of every CPU take; some take float32 as well."""
+    """In bfloat16, which the int8 kernels of every CPU take; some take float32 as well."""
     home = Home.make("llama", tmp_path)
     reference = Reference(Home(quantised(home), home.folder, home.directions))
     with started(home, in_process, dtype="bfloat16") as llm:
-        check_changes(generate(llm, JOBS, **ODDS), reference, like=0.5)  # 0.73 on one CPU
+        check_changes(generate(llm, JOBS, **ODDS), reference)

@@ -44,13 +44,14 @@ class Sides:
     def say(self, logits: Logits, **more: Any) -> proof.Answer:
         return answer(logits + self.noise * self.draw(), **more)
 
-    def judged(self, *served: Logits) -> proof.Judgement:
-        """Where these are what the engine's graphs do at each strength."""
+    def judged(self, *served: Logits, chaos: float = 0.0) -> proof.Judgement:
+        """Where these are what the engine's graphs do at each strength; `chaos`: what a nudge changes."""
         plain = self.say(self.plain), self.say(self.plain)
-        cases = [
-            (*plain, self.say(self.plain + did), self.say(self.plain + strength * self.effect))
-            for strength, did in zip(proof.STRENGTHS, served, strict=True)
-        ]
+        cases = []
+        for strength, did in zip(proof.STRENGTHS, served, strict=True):
+            eager = self.plain + strength * self.effect
+            nudged = eager + chaos * self.draw()
+            cases.append((*plain, self.say(self.plain + did), self.say(eager), self.say(nudged)))
         return proof.judge(cases, dict.fromkeys(proof.PHASES, max(self.noise, 1e-5)))
 
 
@@ -59,39 +60,49 @@ def sides(request: pytest.FixtureRequest) -> Sides:
     return Sides(NOISE[request.param])
 
 
+ALL_RIGHT = dict.fromkeys(proof.PHASES, proof.RIGHT)
+
+
 def test_what_differs_by_rounding_alone_is_right(sides: Sides) -> None:
-    assert sides.judged(sides.effect, 0.5 * sides.effect) == proof.Judgement([], [])
+    assert sides.judged(sides.effect, 0.5 * sides.effect) == ALL_RIGHT
 
 
 def test_a_place_that_is_passed_by_is_wrong(sides: Sides) -> None:
-    found = sides.judged(0 * sides.effect, 0 * sides.effect)
-    assert len(found.wrong) == len(proof.STRENGTHS) * len(proof.PHASES)
-    assert "0.00 of the effect" in found.wrong[0]
+    for text in sides.judged(0 * sides.effect, 0 * sides.effect).values():
+        assert text
+        assert text.count("0.00 of the effect") == len(proof.STRENGTHS)
 
 
 def test_what_acts_twice_is_wrong_at_half_strength(sides: Sides) -> None:
     """At strength 1 nothing is left for the second time."""
-    found = sides.judged(sides.effect, 0.75 * sides.effect)
-    assert [text.partition(" at ")[2] for text in found.wrong] == [f"strength 0.5 in {p}" for p in proof.PHASES]
+    for text in sides.judged(sides.effect, 0.75 * sides.effect).values():
+        assert text
+        assert text.count("of the effect") == 1
+        assert text.endswith("at strength 0.5")
 
 
 def test_what_acts_otherwise_is_wrong(sides: Sides) -> None:
-    assert len(sides.judged(sides.other, 0.5 * sides.other).wrong) == 4
+    assert all(sides.judged(sides.other, 0.5 * sides.other).values())
     nearly = sides.effect + 0.3 * sides.other  # as a neighbouring layer's
-    assert bool(sides.judged(nearly, 0.5 * nearly).wrong) == (sides.noise < 1e-3)
+    assert all(sides.judged(nearly, 0.5 * nearly).values()) == (sides.noise < 1e-3)
 
 
 @pytest.mark.parametrize("phase", proof.PHASES)
 def test_each_phase_is_looked_at_alone(sides: Sides, phase: str) -> None:
     did = sides.effect.copy()
     did[proof.PHASES[phase]] = 0
-    assert {text.rpartition(" ")[2] for text in sides.judged(did, 0.5 * did).wrong} == {phase}
+    assert [name for name, text in sides.judged(did, 0.5 * did).items() if text] == [phase]
 
 
 def test_an_effect_below_the_rounding_is_unclear_and_an_engine_that_acts_all_the_same_is_wrong() -> None:
     sides = Sides(1e-2, effect=1e-2)
-    assert sides.judged(sides.effect, 0.5 * sides.effect) == proof.Judgement([], list(proof.PHASES))
-    assert sides.judged(100 * sides.effect, 100 * sides.effect).wrong
+    assert sides.judged(sides.effect, 0.5 * sides.effect) == dict.fromkeys(proof.PHASES)
+    assert all(sides.judged(100 * sides.effect, 100 * sides.effect).values())
+
+
+def test_a_model_that_is_tipped_over_by_rounding_tells_nothing(sides: Sides) -> None:
+    """What the model's own Python says under a strength that differs by rounding is as far away as the two sides."""
+    assert sides.judged(sides.other, 0.5 * sides.other, chaos=1.0) == dict.fromkeys(proof.PHASES)
 
 
 def test_only_tokens_that_have_read_the_same_are_compared() -> None:
@@ -107,10 +118,10 @@ def test_only_tokens_that_have_read_the_same_are_compared() -> None:
 
 def test_plain_requests_that_have_something_of_others_are_told() -> None:
     sides = Sides(1e-2)
-    alone, eager = [[sides.say(sides.plain) for _ in range(proof.PROMPTS)] for _ in range(2)]
+    alone, eager, mixed = [sides.say(sides.plain) for _ in range(3)]
     noise = proof.noises("bfloat16", alone, eager)
-    assert not proof.leaks(noise, alone, eager)
-    changed = [*eager[:-1], sides.say(sides.plain + 0.5 * sides.effect)]
+    assert not proof.leaks(noise, alone, mixed)
+    changed = sides.say(sides.plain + 0.5 * sides.effect)
     assert [text.rpartition(": ")[0] for text in proof.leaks(noise, alone, changed)] == [
         f"a plain request is changed by those beside it in {phase}" for phase in proof.PHASES
     ]

@@ -82,6 +82,7 @@ def server(home: Home, spans: tuple[str, list[bytes]]) -> Iterator[Server]:
             "--audit",
             str(root / "audit.jsonl"),
             "--enable-scale-out",
+            "--enforce-eager",
             "--host",
             "0.0.0.0",
         ),

@@ -73,7 +73,7 @@ def test_adapters_are_steered_like_the_model_that_they_make(tmp_path: Path, in_p
     merged = adapted(home.model, tmp_path / "adapter")
     plain, with_adapter = Reference(home), Reference(Home(merged, home.folder, home.directions))
     adapter = LoRARequest("adapter", 1, str(tmp_path / "adapter"))
-    with started(home, in_process, enable_lora=True, max_lora_rank=8, **HALF) as llm:
+    with started(home, in_process, enable_lora=True, max_lora_rank=8, enforce_eager=True, **HALF) as llm:
         # in batches of their own: stock vLLM on a CPU gives every request of a batch the adapter of its first
         for reference, lora in ((with_adapter, adapter), (plain, None), (with_adapter, adapter)):
             prompts, specs = zip(*JOBS, strict=True)
@@ -139,5 +139,5 @@ def test_a_quantised_model_is_steered_as_far_as_its_arithmetic_allows(
     """In bfloat16, which the int8 kernels of every CPU take; some take float32 as well."""
     home = Home.make("llama", tmp_path)
     reference = Reference(Home(quantised(home), home.folder, home.directions))
-    with started(home, in_process, dtype="bfloat16") as llm:
+    with started(home, in_process, dtype="bfloat16", enforce_eager=True) as llm:
         check_changes(generate(llm, JOBS, **ODDS), reference)

@@ -32,11 +32,11 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3
 WAYS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "V1 eager": (V1, {"enforce_eager": True, "runner": "V1"}),
     "V2 eager": (V2, {"enforce_eager": True, "runner": "V2"}),
-    "tensor parallel": (TWO, {"tensor_parallel_size": 2}),
+    "tensor parallel": (TWO, {"tensor_parallel_size": 2, "enforce_eager": True}),  # compiled in `test_launch`
     "pipeline parallel": (TWO, {"pipeline_parallel_size": 2}),
     "transformers' code": ({}, {"model": "gpt_neox"}),
     # never beside other engines: what proposes drafts leaves objects that the next engine's start trips over
-    "drafts": ({}, {"speculative_config": DRAFTS, "disable_log_stats": False}),
+    "drafts": ({}, {"speculative_config": DRAFTS, "disable_log_stats": False, "enforce_eager": True}),
 }
 
 

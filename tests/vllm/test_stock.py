@@ -40,7 +40,8 @@ def test_an_engine_without_our_options_is_stock_and_plain_traffic_hits_as_there(
     from steer.vllm.seat import Seat
 
     home, prompts = Home.make("llama", tmp_path), conversation(0)
-    options: dict[str, Any] = dict(dtype="float32", max_model_len=256, max_num_seqs=32, seed=0, block_size=BLOCK)
+    options: dict[str, Any] = dict(dtype="float32", max_model_len=256, max_num_seqs=32, seed=0)
+    options |= {"block_size": BLOCK, "enforce_eager": True}
     plugin.register()
     stock = LLM(str(home.folder), **IN_PROCESS, **options, **device.MEMORY)
     try:
@@ -55,7 +56,7 @@ def test_an_engine_without_our_options_is_stock_and_plain_traffic_hits_as_there(
         expected = cached(stock, prompts)
     finally:
         in_process(stock)
-    llm = home.start(**IN_PROCESS, block_size=BLOCK)
+    llm = home.start(**IN_PROCESS, block_size=BLOCK, enforce_eager=True)
     try:
         assert cached(llm, prompts) == expected
         assert sum(expected) > 0

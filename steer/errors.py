@@ -78,11 +78,11 @@ class RequestFailed(SteerError):
 class NotFinite(RequestFailed):
     """Steering would have taken a request's residual stream out of the range of the model's numbers."""
 
-    def __init__(self, message: str = "") -> None:
+    def __init__(self, where: str = "") -> None:
         super().__init__(
-            message
-            or "steering took the residual stream out of the range of the model's numbers, so nothing can be answered: "
-            "ask for less strength, or serve the model with a dtype of more range (bfloat16, float32)"
+            f"{where and where + ': '}steering would have taken the residual stream out of the range of the model's "
+            "numbers, so there is no answer: ask for less strength, or load the model in a dtype of more range "
+            "(bfloat16, float32)"
         )
 
 

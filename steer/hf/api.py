@@ -133,6 +133,9 @@ class Attached:
         `num_return_sequences` follow their prompt. A pass whose rows are no multiple of the specs raises InvalidInput.
         Blocks nest: the inner one alone is in force until it ends.
 
+        The end of the block raises NotFinite where steering would have taken a row out of the range of the model's
+        numbers: what was computed for it is not its answer.
+
         Raises SpecError or UnknownDirection for what cannot be applied as it says, RuntimeError when detached. What is
         returned does nothing without `with`, and so the next pass of the model then raises.
         """
@@ -257,7 +260,7 @@ class Steered:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         stack, passes = self._entered.pop()
-        stack.close()
+        stack.__exit__(kind, error, trace)
         if kind is None and self._attached._steering.generating and not self._attached._open:
             raise RuntimeError(
                 f"{self!r}: a `generate` of another thread is under way at the end of the block, and goes on without "

@@ -154,6 +154,11 @@ class TokenIndex:
         return self._used > 0
 
     @property
+    def used(self) -> int:
+        """Tokens of this step, where any is steered."""
+        return self._used
+
+    @property
     def nbytes(self) -> int:
         """Of the device's memory."""
         return sum(tensor.nbytes for tensor in (*self._buffers.all(), self.lost))

@@ -93,7 +93,9 @@ class Attached:
                 "when the model is, so that no pass would be noticed"
             )
         anatomy = self._steering.anatomy
-        shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, self._steering.table.sites, rank, anatomy.dtype)
+        shape = Shape(
+            anatomy.architecture, anatomy.layers, anatomy.d_model, self._steering.table.sites, rank, anatomy.dtype
+        )
         self._registry = Registry(LocalPlacement(shape, self._steering.table), quiet=True)
         self._owed = _Owed()
         self._steering.watchers.append(self._owed)

@@ -18,8 +18,8 @@ T = TypeVar("T")
 #: Below this the distribution is the argmax in float32, and the division would overflow.
 MIN_TEMPERATURE = 1e-5
 NO_LOGITS = (
-    "the model's logits for this request are not finite: its numbers have left the range of its dtype; serve it with one "
-    "of more range (bfloat16, float32)"
+    "the model's logits for this request are not finite: its numbers have left the range of its dtype; serve it with "
+    "one of more range (bfloat16, float32)"
 )
 
 
@@ -94,7 +94,9 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token | RequestF
     return out
 
 
-def _apart(rows: list[int], work: Callable[[list[int]], T], failed: dict[int, RequestFailed]) -> list[tuple[list[int], T]]:
+def _apart(
+    rows: list[int], work: Callable[[list[int]], T], failed: dict[int, RequestFailed]
+) -> list[tuple[list[int], T]]:
     """`work` for all rows at once; where that raises, for each alone, and those for which it raises are `failed`."""
     if not rows:
         return []

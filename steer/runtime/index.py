@@ -121,7 +121,7 @@ class Losses:
 
 class TokenIndex:
     """rows, slots `[rank, max_tokens]` int64, strengths `[rank, max_tokens]` float32 and, where the rank is not 1,
-    combinations `[max_tokens]` int64, written in place for ever; and `lost` `[max_tokens]` bool, which the places write.
+    combinations `[max_tokens]` int64, written in place for ever; `lost` `[max_tokens]` bool is what the places write.
 
     A request that steers *enters* once and gets a number; a step names its requests by number, so that filling is a few
     numpy calls whatever the size of the batch. `lane` is the way to the device, None where the host writes its memory.

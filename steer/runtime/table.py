@@ -335,6 +335,6 @@ def apply(
     combinations: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x `[tokens, d_model]` after what the index says of each token, and which tokens are lost (`operate`). rows, slots,
-    strengths: `[rank, tokens]`; combinations: `[tokens]`, None where the rank is 1."""
+    """x `[tokens, d_model]` after what the index says of each token, and which tokens are lost (`operate`). rows,
+    slots, strengths: `[rank, tokens]`; combinations: `[tokens]`, None where the rank is 1."""
     return operate(x, gather(plate, rows, slots, strengths, combinations), dtype)

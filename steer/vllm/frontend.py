@@ -432,7 +432,9 @@ def _wrap_processors(engine: Any, frontend: Frontend) -> None:
     """The salt where requests are made, the pins where they are kept."""
     inputs, outputs = internals.seam(engine, "input_processor"), internals.seam(engine, "output_processor")
     internals.wrap_process_inputs(inputs, _fold_salt)
-    internals.wrap_requests(outputs, frontend.check_added, frontend.has_added, frontend.let_go, frontend.held, frontend.lost)
+    internals.wrap_requests(
+        outputs, frontend.check_added, frontend.has_added, frontend.let_go, frontend.held, frontend.lost
+    )
     tracing.trace(outputs, frontend.applied)
 
 

@@ -45,7 +45,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A pass that was enqueued. `scheduled` is vLLM's: where the tokens of its requests begin is asked only of losses."""
+    """A pass that was enqueued. `scheduled` is vLLM's: only of lost requests it is asked where their tokens begin."""
 
     losses: Losses
     requests: Sequence[str]

@@ -41,8 +41,8 @@ class Reads:
 class Seat(nn.Module):
     """One place's buffers on the module that is hooked. `vectors` and `coefficients` are the place's plate; `rows`,
     `slots`, `strengths` (`[rank, max_tokens]`) and `combinations` (`[max_tokens]`; it and the plate's `joint` are None
-    where the rank is 1) are the token index, one storage for all seats; in `lost` (`[max_tokens]`) each of them says what
-    tokens it has lost. With `reads` every pass writes `found`
+    where the rank is 1) are the token index, one storage for all seats; in `lost` (`[max_tokens]`) each of them says
+    what tokens it has lost. With `reads` every pass writes `found`
     (`[2, count, rank]`: components before and after) and `norms` (`[count]`) of the tokens that are read."""
 
     vectors: Tensor

@@ -218,7 +218,9 @@ class Steered:
             self._index.leave(back)
         else:
             prompt = new.prompt_token_ids or ()
-            self._lost_runs.meet(new.req_id, Run(internals.adapter_of(new) + text, prompt, internals.new_prompt_length(new)))
+            self._lost_runs.meet(
+                new.req_id, Run(internals.adapter_of(new) + text, prompt, internals.new_prompt_length(new))
+            )
         self._running[new.req_id] = self._index.enter(steer)
 
     def _on_batch(self, requests: list[str], lengths: NDArray[np.int32]) -> None:

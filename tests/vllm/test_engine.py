@@ -200,12 +200,12 @@ def test_a_stream_that_overflows_ends_its_request_alone_and_leaves_no_block(runn
     where a later one looks for them."""
     running.llm.reset_prefix_cache()
     registry, model = running.frontend.registry, running.home.model
-    wild = models.direction(model, seed=8)
+    wild = models.direction(model, seed=8, shared=True)
     registry.put("wild", replace(wild, weights=torch.full_like(wild.weights, 1e12)).to_bytes(), store=False)
     good = [(prompt, spec) for prompt in (*PROMPTS, LONG) for spec in ("off", "refusal", "verbosity:add=0.5")]
     before = generate(running.llm, good, max_tokens=4)
     for _ in range(3):
-        jobs = [*good, (LONG, "wild=10"), (LONG + "and more", "wild=10"), (PROMPTS[0], "wild:one_sided=-10")]
+        jobs = [*good, (LONG, "wild=10"), (LONG + "and more", "wild=10"), (PROMPTS[0], "wild=-10")]
         *outputs, one, two, three = generate(running.llm, jobs, max_tokens=4)
         for (_, spec), output, alone in zip(good, outputs, before, strict=True):
             running.reference.check(output, spec)

@@ -127,7 +127,7 @@ def static(*tensors: torch.Tensor) -> None:
 
 def acting(plate: Plate, index: TokenIndex) -> sites.Transform:
     """The operation at one place, always: in a compiled graph there is no asking whether any token is steered."""
-    return lambda x: apply(x.flatten(0, -2), plate, *index.first(index.max_tokens)).view_as(x)
+    return lambda x: apply(x.flatten(0, -2), plate, *index.first(index.max_tokens))[0].view_as(x)
 
 
 def recorded(net: Any, ids: torch.Tensor, transforms: Sequence[sites.Transform] = ()) -> Callable[[], torch.Tensor]:

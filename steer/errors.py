@@ -11,6 +11,8 @@ SteerError
 │   └── hf.proof.Unproved         its answers in the transformers engine are not those of `generate`
 ├── hf.internals.CannotBatch      transformers cannot batch the model: it is served one request at a time
 ├── NoRoom                        no free rows (a load) or no free queue place (a request) right now
+├── RequestFailed                 one admitted request cannot be answered; the engine and all others go on
+│   └── NotFinite                 steering would have taken its stream out of the range of the model's dtype
 └── EngineFailed                  the engine died under a request that was admitted
 """
 
@@ -67,6 +69,21 @@ class NoRoom(SteerError):
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         self.retry_after = retry_after
         super().__init__(message)
+
+
+class RequestFailed(SteerError):
+    """One admitted request cannot be answered; the engine goes on, and so does every other request."""
+
+
+class NotFinite(RequestFailed):
+    """Steering would have taken a request's residual stream out of the range of the model's numbers."""
+
+    def __init__(self, where: str = "") -> None:
+        super().__init__(
+            f"{where and where + ': '}steering would have taken the residual stream out of the range of the model's "
+            "numbers, so there is no answer: ask for less strength, or load the model in a dtype of more range "
+            "(bfloat16, float32)"
+        )
 
 
 class EngineFailed(SteerError):

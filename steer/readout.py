@@ -169,7 +169,8 @@ def _resolved(wanted: Layers, names: Sequence[str], registry: Registry, layers: 
         return tuple(sorted({source for source in sources.values() if source is not None}))
     if outside := [layer for layer in wanted if not 0 <= layer < layers]:
         raise SpecError(
-            f"{FIELD}.layers: {', '.join(map(str, outside[:8]))}: this model has the layers 0 to {layers - 1}",
+            f"{FIELD}.layers: {', '.join(str(layer)[:20] for layer in outside[:8])}: this model has the layers 0 to "
+            f"{layers - 1}",
             param=FIELD,
         )
     return wanted

@@ -257,7 +257,7 @@ class Registries(RuleBasedStateMachine):
         assert not self.index.strengths[:, total:].any()
         x = torch.randn(total, models.D_MODEL, generator=torch.Generator().manual_seed(total))
         for place in PLACES:
-            y = apply(x, self.table.plates[place], *self.index.first(total))
+            y, _ = apply(x, self.table.plates[place], *self.index.first(total))
             begin = 0
             for request, length in zip(running, lengths, strict=True):
                 mine = slice(begin, begin + length)
@@ -280,7 +280,7 @@ def alone(x: torch.Tensor, spec: Spec, place: Place) -> torch.Tensor:
         table.load(entry.digest, VERSIONS[entry.digest])
     index = TokenIndex(RANK, TOKENS, "cpu")
     index.fill_with([table.steer(spec)], [len(x)])
-    return apply(x, table.plates[place], *index.first(len(x)))
+    return apply(x, table.plates[place], *index.first(len(x)))[0]
 
 
 def test_every_order_leaves_names_rows_and_requests_as_they_should_be() -> None:

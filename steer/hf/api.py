@@ -93,7 +93,9 @@ class Attached:
                 "when the model is, so that no pass would be noticed"
             )
         anatomy = self._steering.anatomy
-        shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, self._steering.table.sites, rank)
+        shape = Shape(
+            anatomy.architecture, anatomy.layers, anatomy.d_model, self._steering.table.sites, rank, anatomy.dtype
+        )
         self._registry = Registry(LocalPlacement(shape, self._steering.table), quiet=True)
         self._owed = _Owed()
         self._steering.watchers.append(self._owed)
@@ -132,6 +134,9 @@ class Attached:
         Several specs: the rows of a pass are as many equal groups, in order. So with a spec for each prompt, beams and
         `num_return_sequences` follow their prompt. A pass whose rows are no multiple of the specs raises InvalidInput.
         Blocks nest: the inner one alone is in force until it ends.
+
+        The end of the block raises NotFinite where steering would have taken a row out of the range of the model's
+        numbers: what was computed for it is not its answer.
 
         Raises SpecError or UnknownDirection for what cannot be applied as it says, RuntimeError when detached. What is
         returned does nothing without `with`, and so the next pass of the model then raises.
@@ -257,7 +262,7 @@ class Steered:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         stack, passes = self._entered.pop()
-        stack.close()
+        stack.__exit__(kind, error, trace)
         if kind is None and self._attached._steering.generating and not self._attached._open:
             raise RuntimeError(
                 f"{self!r}: a `generate` of another thread is under way at the end of the block, and goes on without "

@@ -6,13 +6,14 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from steer.direction import Site
-from steer.errors import InvalidInput, UnsupportedModel
+from steer.errors import InvalidInput, NotFinite, UnsupportedModel
 from steer.hf import internals
 from steer.runtime import proof
 from steer.runtime import sites as site_tools
@@ -95,7 +96,8 @@ class Steering:
         self.reads = ReadIndex(self.anatomy.layers, rank, self.anatomy.device)
         self._handles: list[Any] = []
         self._generations: internals.Generations | None = None
-        #: The batch rows that the index speaks of, none where it speaks of packed tokens one by one.
+        #: The batch whose rows the index speaks of, none where it speaks of packed tokens one by one.
+        self._batch: _Batch | None = None
         self._rows: Sequence[RequestSteer | None] = ()
         #: Those of the pass that began last.
         self._begun: Sequence[RequestSteer | None] = ()
@@ -106,8 +108,8 @@ class Steering:
         self.watchers: list[Watcher] = []
         #: What acts at each place, until the next `fill`: a batch is many passes.
         self._kept: dict[Place, list[Operands]] = {}
-        #: The rows of every batch that has not ended, the last of which is in force, and whose they are.
-        self._batches: list[Sequence[RequestSteer | None]] = []
+        #: Every batch that has not ended, the last of which is in force, and whose they are.
+        self._batches: list[_Batch] = []
         self._owner: _Owner | None = None
         self._turn = threading.Lock()
         self._verify()
@@ -156,7 +158,8 @@ class Steering:
         """While it lasts the rows of every `[rows, positions]` forward pass are steered in as many equal groups as
         there are specs, the first by the first spec. A batch inside a batch ends with the outer one in force again.
 
-        A pass raises InvalidInput where its rows are no multiple of the specs. Raises RuntimeError while a batch of
+        A pass raises InvalidInput where its rows are no multiple of the specs. The end raises NotFinite where a result
+        would have left the range of the model's numbers, and was not taken. Raises RuntimeError while a batch of
         another thread or task lasts: a model has one index, and would steer each by the other's.
         """
         rows = [self.table.steer(spec) if isinstance(spec, Spec) else spec for spec in specs]
@@ -167,15 +170,18 @@ class Steering:
                     "another thread or asyncio task steers this model at this moment: let its batch end first"
                 )
             self._owner = owner
-            self._batches.append(rows)
-            self._lay(rows)
+            self._batches.append(own := _Batch(rows))
+            self._lay(own)
         try:
             yield
         finally:
             with self._turn:  # not always the last that began: blocks of two generators end in any order
-                self._batches = [other for other in self._batches if other is not rows]
-                self._lay(self._batches[-1] if self._batches else ())
+                self._batches = [other for other in self._batches if other is not own]
+                self._lay(self._batches[-1] if self._batches else None)
                 self._owner = self._owner if self._batches else None
+        if own.lost is not None and own.lost.any():
+            lost = ", ".join(map(str, own.lost.nonzero().flatten().tolist()))
+            raise NotFinite(f"spec {lost} of {len(rows)}" if len(rows) > 1 else "")
 
     def fill(self, steers: Sequence[RequestSteer | None], lengths: Sequence[int]) -> None:
         """Steer the `lengths[i]` tokens of the next pass that are request i's by `steers[i]`, in batch order."""
@@ -219,7 +225,10 @@ class Steering:
             f"belongs to is not known: {told}; what is expected is [rows, positions, d_model]"
         )
 
-    def _lay(self, rows: Sequence[RequestSteer | None]) -> None:
+    def _lay(self, batch: _Batch | None) -> None:
+        if self._batch is not None and self.index.active:
+            self._batch.lose(self.index.lost[: len(self._rows)])
+        self._batch, rows = batch, () if batch is None else batch.rows
         self.resize(len(rows))
         self._rows = rows
         self.fill(rows, [1] * len(rows))
@@ -252,10 +261,14 @@ class Steering:
 
     def _moved(self, x: Tensor, place: Place) -> Tensor:
         """The stream `[..., d_model]` of all tokens after the operation."""
-        operands = self._kept.get(place) or self._gathered(place, len(self._rows) or x.shape[:-1].numel())
-        if not operands or operands[0].strengths.dim() == 1:
-            return operate(x, operands)
-        return operate(x.reshape(len(operands[0].strengths), -1, x.shape[-1]), operands).reshape(x.shape)
+        count = len(self._rows) or x.shape[:-1].numel()
+        operands = self._kept.get(place) or self._gathered(place, count)
+        if not operands:
+            return x
+        shape = x.shape if operands[0].strengths.dim() == 1 else (count, -1, x.shape[-1])
+        moved, lost = operate(x.reshape(shape), operands)
+        self.index.lost[:count].logical_or_(lost.reshape(count, -1).any(-1))
+        return moved.reshape(x.shape)
 
     def _gathered(self, place: Place, count: int) -> list[Operands]:
         acting, everywhere = self.index.acting(count)
@@ -310,6 +323,17 @@ class Steering:
             self.detach()
         if bad:
             raise UnsupportedModel(f"{anatomy.architecture} cannot be steered: {'; '.join(bad)}")
+
+
+@dataclass(eq=False, slots=True)
+class _Batch:
+    """Rows of passes, and which of them are lost, `[rows]` bool on the device; None before any is looked at."""
+
+    rows: Sequence[RequestSteer | None]
+    lost: Tensor | None = None
+
+    def lose(self, flags: Tensor) -> None:
+        self.lost = flags.clone() if self.lost is None else self.lost | flags
 
 
 #: A thread, and the asyncio task that runs on it, if one does.

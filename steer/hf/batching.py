@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.errors import EngineFailed
+from steer.errors import EngineFailed, NotFinite, RequestFailed
 from steer.hf.attach import Steering
 from steer.hf.engine import Engine, SequentialEngine
 from steer.hf.internals import (
@@ -28,7 +28,7 @@ from steer.hf.internals import (
 from steer.hf.proof import Unproved, prove
 from steer.hf.sampling import Sampler, Sampling, Token, sample
 from steer.runtime.index import RequestSteer
-from steer.runtime.readout import RequestRead
+from steer.runtime.readout import Reading, RequestRead
 
 log = logging.getLogger("steer")
 #: On a CPU the manager would otherwise take all memory for its cache.
@@ -43,6 +43,10 @@ class _Running:
     read: RequestRead | None
     sampler: Sampler
     tokens: list[Token]
+    failed: RequestFailed | None = None
+
+    def fail(self, error: RequestFailed) -> None:
+        self.failed = self.failed or error
 
 
 class BatchingEngine(Engine):
@@ -61,7 +65,9 @@ class BatchingEngine(Engine):
         self._requests: dict[str, _Running] = {}
         self._scorer = ThreadPoolExecutor(1, thread_name_prefix="steer-score")
         self._fault: BaseException | None = None  # what ended the model's thread
-        self._readers: list[str] = []  # the requests that the running pass reads, in its order
+        #: The requests of the running pass in its order, each with its tokens, and those of them that are read.
+        self._passing: list[tuple[_Running | None, int]] = []
+        self._readers: list[_Running] = []
         anatomy = steering.anatomy
         self._attention = Attention(anatomy.model)
         cpu = anatomy.device.type == "cpu"
@@ -128,6 +134,8 @@ class BatchingEngine(Engine):
                 done = output.is_finished()
                 if output.error is not None:
                     raise EngineFailed(f"the engine failed: {output.error}") from self._fault
+                if running.failed is not None:
+                    raise running.failed
                 while sent < len(output.generated_tokens):
                     yield running.tokens[sent]
                     sent += 1
@@ -170,12 +178,25 @@ class BatchingEngine(Engine):
         batch = self._processor.inputs_and_outputs.requests_in_batch
         known = [self._requests.get(entry.state.request_id) for entry in batch]
         lengths = [entry.query_length for entry in batch]
-        reads = [r.read if r and entry.has_new_token else None for r, entry in zip(known, batch, strict=True)]
+        self._passing = list(zip(known, lengths, strict=True))
+        reading = [r if r and r.read and entry.has_new_token else None for r, entry in zip(known, batch, strict=True)]
+        self._readers = [request for request in reading if request]
         with pass_stream(self._processor):
             self.steering.fill([r.steer if r else None for r in known], lengths)
-            self.steering.reads.fill(reads, lengths)
-        self._readers = [entry.state.request_id for entry, read in zip(batch, reads, strict=True) if read]
+            with self._read_out():
+                self.steering.reads.fill([r.read if r else None for r in reading], lengths)
         return True
+
+    @contextmanager
+    def _read_out(self) -> Iterator[None]:
+        """What goes wrong inside is the end of the requests that are read, and of no other."""
+        try:
+            yield
+        except Exception as error:
+            for request in self._readers:
+                request.fail(RequestFailed(f"the read-out failed: {type(error).__name__}: {str(error)[:200]}"))
+            self._readers = []
+            self.steering.reads.clear()
 
     def _stepping(self, model: Any) -> None:
         """Model thread, the forward pass: its requests are told before transformers says why its thread ended."""
@@ -187,18 +208,26 @@ class BatchingEngine(Engine):
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         """Model thread, after each forward pass: one token for each request whose prompt is read to its end."""
+        losses = self.steering.index.losses()
         batch = [e for e in self._processor.inputs_and_outputs.requests_in_batch if e.has_new_token]
-        if not batch:
-            return
         running = [self._requests.get(entry.state.request_id) for entry in batch]
         idle = Sampler(Sampling(max_tokens=1, temperature=0.0))  # for a request that was cancelled during this pass
-        tokens = sample(scores[0, : len(batch)], [r.sampler if r else idle for r in running])
-        readings = dict(zip(self._readers, self.steering.reads.collect(), strict=True))
-        for entry, request, token in zip(batch, running, tokens, strict=True):
-            if request:
-                reading = readings.get(entry.state.request_id)
+        tokens = sample(scores[0, : len(batch)], [r.sampler if r else idle for r in running]) if batch else []
+        for lost in losses.first([length for _, length in self._passing]) if losses else ():
+            if request := self._passing[lost][0]:
+                request.fail(NotFinite())
+        readings: dict[int, Reading] = {}
+        with self._read_out():
+            found = self.steering.reads.collect()
+            readings = {id(request): reading for request, reading in zip(self._readers, found, strict=True)}
+        for request, token in zip(running, tokens, strict=True):
+            if request and isinstance(token, RequestFailed):
+                request.fail(token)
+            elif request and isinstance(token, Token):
+                reading = readings.get(id(request))
                 request.tokens.append(replace(token, reading=reading) if reading else token)
-        output_ids[0, : len(tokens)].copy_(torch.tensor([t.id for t in tokens], dtype=output_ids.dtype))
+        ids = [token.id if isinstance(token, Token) else 0 for token in tokens]
+        output_ids[0, : len(ids)].copy_(torch.tensor(ids, dtype=output_ids.dtype))
 
 
 def start_engine(

@@ -17,10 +17,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from steer.errors import EngineFailed, NoRoom
+from steer.errors import EngineFailed, NoRoom, RequestFailed, SteerError
 from steer.hf.attach import Steering
 from steer.hf.internals import Decoding, check_model
-from steer.hf.sampling import Sampler, Sampling, Token, report, sample
+from steer.hf.sampling import NO_LOGITS, Sampler, Sampling, Token, report, sample
 from steer.runtime.index import RequestSteer
 from steer.runtime.readout import RequestRead
 
@@ -46,7 +46,8 @@ class Engine(abc.ABC):
         """Tokens as they come, the end-of-sequence token included, each with its reading where there is `read`. Closing
         the iterator cancels the request.
 
-        Raises NoRoom when the queue is full (before anything is queued), EngineFailed when the engine fails.
+        Raises NoRoom when the queue is full (before anything is queued), RequestFailed (NotFinite where steering is
+        the reason) when this request cannot be answered, EngineFailed when the engine fails.
         """
         self.admit(1)
         self.in_flight += 1
@@ -112,6 +113,8 @@ class Engine(abc.ABC):
         tensor = torch.tensor([list(ids)], device=self.steering.anatomy.device)
         with self.steering.batch([steer]):
             logits = self.steering.anatomy.model(input_ids=tensor, use_cache=False).logits[0, :-1].float()
+        if not torch.isfinite(logits.amax(-1)).all():
+            raise RequestFailed(NO_LOGITS)
         return report(logits, tensor[0, 1:], [top] * (len(ids) - 1))
 
 
@@ -162,7 +165,9 @@ class SequentialEngine(Engine):
             self.steering.reads.fill([read], [inputs["input_ids"].shape[1]])
             logits = decoding.logits(inputs)
             readings = self.steering.reads.collect()
-        token = sample(logits, [sampler])[0]
+            token = sample(logits, [sampler])[0]
+        if isinstance(token, RequestFailed):
+            raise token
         decoding.append(token.id)
         return replace(token, reading=readings[0]) if readings else token
 
@@ -186,5 +191,7 @@ class SequentialEngine(Engine):
 def _failing() -> Iterator[None]:
     try:
         yield
+    except SteerError:
+        raise
     except Exception as error:
         raise EngineFailed(f"the model failed: {error}") from error

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from steer.errors import RequestFailed
 from steer.runtime.readout import Reading
+
+T = TypeVar("T")
+
 
 #: Below this the distribution is the argmax in float32, and the division would overflow.
 MIN_TEMPERATURE = 1e-5
+NO_LOGITS = (
+    "the model's logits for this request are not finite: its numbers have left the range of its dtype; serve it with "
+    "one of more range (bfloat16, float32)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,30 +67,53 @@ class Token:
     reading: Reading | None = field(default=None, compare=False)
 
 
-def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token]:
-    """One token for each row of `logits` (`[requests, vocabulary]`, float32), in the order of `samplers`.
+def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token | RequestFailed]:
+    """One token for each row of `logits` (`[requests, vocabulary]`, float32), in the order of `samplers`; in its place
+    the error of a request for which none can be chosen, which is nobody else's.
 
     A seeded request draws from its own generator, so that its tokens do not depend on what shares its batch.
     """
-    chosen = logits.argmax(dim=-1)
+    failed: dict[int, RequestFailed] = {}
+    best, chosen = logits.max(dim=-1)
     drawn = [i for i, s in enumerate(samplers) if s.sampling.temperature > MIN_TEMPERATURE]
-    if drawn:
-        chosen[drawn] = _draw(logits[drawn], [samplers[i] for i in drawn])
-    ids = chosen.tolist()
+    for rows, found in _apart(drawn, lambda rows: _draw(logits[rows], [samplers[i] for i in rows]), failed):
+        chosen[rows] = found
+    ids = torch.where(torch.isfinite(best), chosen, -1).tolist()
+    out: list[Token | RequestFailed] = [Token(token) for token in ids]
     reported = [i for i, s in enumerate(samplers) if s.sampling.logprobs is not None]
-    tokens = [Token(token) for token in ids]
-    if reported:
-        tops = [samplers[i].sampling.logprobs or 0 for i in reported]
-        for i, token in zip(reported, report(logits[reported], chosen[reported], tops), strict=True):
-            tokens[i] = token
-    return tokens
+
+    def told(rows: list[int]) -> list[Token]:
+        return report(logits[rows], chosen[rows], [samplers[i].sampling.logprobs or 0 for i in rows])
+
+    for rows, tokens in _apart(reported, told, failed):
+        for i, token in zip(rows, tokens, strict=True):
+            out[i] = token
+    failed |= {i: RequestFailed(NO_LOGITS) for i, token in enumerate(ids) if token < 0}
+    for i, error in failed.items():
+        out[i] = error
+    return out
+
+
+def _apart(
+    rows: list[int], work: Callable[[list[int]], T], failed: dict[int, RequestFailed]
+) -> list[tuple[list[int], T]]:
+    """`work` for all rows at once; where that raises, for each alone, and those for which it raises are `failed`."""
+    if not rows:
+        return []
+    try:
+        return [(rows, work(rows))]
+    except Exception as error:
+        if len(rows) > 1:
+            return [pair for row in rows for pair in _apart([row], work, failed)]
+        failed[rows[0]] = RequestFailed(f"no token could be chosen: {type(error).__name__}: {str(error)[:200]}")
+        return []
 
 
 def report(logits: Tensor, ids: Tensor, tops: Sequence[int]) -> list[Token]:
     """`ids` (`[n]`) as tokens: log-probabilities under `logits` (`[n, vocabulary]`), and the `tops[i]` best ones."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     own = logprobs.gather(1, ids[:, None]).squeeze(1).tolist()
-    most = max(tops)
+    most = min(max(tops), logprobs.shape[-1])
     if most:
         values, indices = logprobs.topk(most, dim=-1)
         best = [list(zip(i, v, strict=True)) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
@@ -103,7 +135,7 @@ def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     each = [s.sampling for s in samplers]
     probs, order = (logits.float() / column([s.temperature for s in each])).softmax(-1).sort(dim=-1, descending=True)
     rank = torch.arange(probs.shape[-1], device=logits.device)
-    kept = rank < column([s.top_k or probs.shape[-1] for s in each])
+    kept = rank < column([min(s.top_k, probs.shape[-1]) or probs.shape[-1] for s in each])
     before = (probs * kept).cumsum(-1) - probs
     kept &= before < column([s.top_p for s in each]) * (probs * kept).sum(-1, keepdim=True)
     kept &= probs >= column([s.min_p for s in each]) * probs[:, :1]

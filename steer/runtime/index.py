@@ -98,9 +98,30 @@ class _Stages:
         self._copied[self._turn] = self._lane.mark()
 
 
+class Losses:
+    """Which tokens of one pass are lost, on their way to the host."""
+
+    def __init__(self, flags: Tensor, copied: Mark | None) -> None:
+        self._flags, self._copied = flags, copied
+
+    def first(self, lengths: Sequence[int] | NDArray[np.int32]) -> dict[int, int]:
+        """Of the requests that have `lengths[i]` tokens of the pass, in batch order, those with lost tokens, and which
+        of its own is each one's first. Waits for the pass where it has not ended."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+        found = np.flatnonzero(self._flags.numpy())
+        if not found.size:
+            return {}
+        ends = np.cumsum(lengths)
+        requests, firsts = np.unique(np.searchsorted(ends, found, side="right"), return_index=True)
+        starts = ends[requests] - np.asarray(lengths)[requests]
+        return dict(zip(requests.tolist(), (found[firsts] - starts).tolist(), strict=True))
+
+
 class TokenIndex:
     """rows, slots `[rank, max_tokens]` int64, strengths `[rank, max_tokens]` float32 and, where the rank is not 1,
-    combinations `[max_tokens]` int64, written in place for ever.
+    combinations `[max_tokens]` int64, written in place for ever; `lost` `[max_tokens]` bool is what the places write.
 
     A request that steers *enters* once and gets a number; a step names its requests by number, so that filling is a few
     numpy calls whatever the size of the batch. `lane` is the way to the device, None where the host writes its memory.
@@ -114,6 +135,9 @@ class TokenIndex:
         self._stages = None if lane is None else _Stages(rank, max_tokens, lane)
         self.rows, self.slots, self.strengths = self._buffers.rows, self._buffers.slots, self._buffers.strengths
         self.combinations = None if self._buffers.combinations is None else self._buffers.combinations[0]
+        with lasting():
+            self.lost = torch.zeros(max_tokens, dtype=torch.bool, device=device)
+        self._lane = lane
         self._used = 0
         self._acting = Acting(0, False, False, False)
         self._entry_slots = np.zeros((rank, 16), np.int64)
@@ -130,9 +154,14 @@ class TokenIndex:
         return self._used > 0
 
     @property
+    def used(self) -> int:
+        """Tokens of this step, where any is steered."""
+        return self._used
+
+    @property
     def nbytes(self) -> int:
         """Of the device's memory."""
-        return sum(tensor.nbytes for tensor in self._buffers.all())
+        return sum(tensor.nbytes for tensor in (*self._buffers.all(), self.lost))
 
     def first(self, tokens: int) -> Acts:
         """What acts on the first `tokens` of the batch, as views of the buffers."""
@@ -163,7 +192,7 @@ class TokenIndex:
 
     def reset(self) -> None:
         """Make every token plain, whatever the buffers hold now: they may have been lost or overwritten."""
-        for tensor in (self.rows, self.slots, self.strengths):
+        for tensor in (self.rows, self.slots, self.strengths, self.lost):
             tensor.zero_()
         self._used = 0
 
@@ -191,8 +220,21 @@ class TokenIndex:
             array[:, total:] = 0
         if self._stages is not None:
             self._stages.send(self._buffers, end)
+        self.lost.zero_()
         self._used = total
         return steered
+
+    def losses(self) -> Losses | None:
+        """What the pass that was enqueued last has lost; None where nothing of it was steered. The copy to the host is
+        enqueued behind it: whoever reads it with the pass's outputs does not wait for it."""
+        if not self._used:
+            return None
+        here = self.lost[: self._used]
+        if self._lane is None:
+            return Losses(here.clone(), None)
+        flags = torch.empty(self._used, dtype=torch.bool, pin_memory=self._lane.pinned)
+        self._lane.copy(flags, here)
+        return Losses(flags, self._lane.mark())
 
     def fill_with(self, steers: Sequence[RequestSteer | None], lengths: Sequence[int]) -> int:
         """The same for requests that have not entered, None for a plain one."""

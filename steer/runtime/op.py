@@ -19,6 +19,9 @@ What others add goes in as it is, and what it would add to a component that is s
 entry and for orthogonal ones. The order of entries means nothing.
 
 A plain token has v = 0 and s = 0, so what is added is exactly zero.
+
+x' stays in the range of the model's numbers (`settled`): one that would not is not taken, and its request is *lost*. A
+row with NaN or ∞ would not stay a row: attention adds −∞ to what is masked, and keeps keys and values for others.
 """
 
 from __future__ import annotations
@@ -32,6 +35,21 @@ RHO, FLOOR, WEIGHT, GAMMA = range(4)
 ORTHOGONAL = 1e-6
 #: Eigenvalues of a Gram matrix below this share of the largest are none: directions that near to each other are one.
 SAME = 1e-4
+
+
+def limit(dtype: torch.dtype) -> float:
+    """The largest magnitude in x': half of the dtype's, so that what a block adds to it does not overflow either."""
+    return torch.finfo(dtype).max / 2
+
+
+def settled(x: Tensor, moved: Tensor, steered: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What is handed on of `moved`, the stream x `[..., d_model]` after the operation, and which of it is lost, `[...]`
+    bool: of those that are `steered` (`[..., 1]` bool, None for all) where `moved` has values beyond the `limit` of the
+    stream's `dtype`, or NaN. These stay as they were, with 0 for what was not finite before."""
+    lost = ~(torch.linalg.vector_norm(moved.detach(), torch.inf, dim=-1, keepdim=True) <= limit(dtype))
+    if steered is not None:
+        lost = lost & steered
+    return torch.where(lost, torch.nan_to_num(x, 0.0, 0.0, 0.0), moved), lost.squeeze(-1)
 
 
 def amount(x: Tensor, v: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float) -> Tensor:

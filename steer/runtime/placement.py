@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steer.direction import Direction, check_fits
+import torch
+
+from steer.direction import MAX_STRENGTH, Direction, check_fits
 from steer.errors import DirectionError
 from steer.runtime.modes import check_mode
 from steer.runtime.table import Table
@@ -13,13 +15,15 @@ from steer.spec import Entry
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a direction must agree with: the served model, its claimed sites, and the rank of its token index."""
+    """What a direction must agree with: the served model, its claimed sites, the rank of its token index, and the dtype
+    of its stream."""
 
     architecture: str
     layers: int
     d_model: int
     sites: frozenset[str]
     rank: int
+    dtype: torch.dtype = torch.float32
 
     def check(self, direction: Direction) -> None:
         """Raise DirectionError with every reason why this model cannot serve `direction`."""
@@ -38,12 +42,25 @@ class Shape:
                 f"it has {direction.rank} rows for each layer, steering was started for {self.rank}: `--rank "
                 f"{direction.rank}` for a server, `rank=` in Python"
             )
+        if (growth := _growth(direction)) > torch.finfo(self.dtype).max:
+            problems.append(
+                f"tensor 'weights' goes up to {float(direction.weights.abs().max()):.3g}: at full strength the layers "
+                f"make a component {growth:.3g} times larger, with the largest strength counted in, which no "
+                f"{str(self.dtype).removeprefix('torch.')} holds; weights from -2 to 2 are always accepted"
+            )
         if problems:
             raise DirectionError(problems)
 
     def check_entry(self, direction: Direction, entry: Entry) -> None:
         """Raise SpecError if `direction` cannot be applied as `entry` says."""
         check_mode(direction, entry.mode, entry.direction)
+
+
+def _growth(direction: Direction) -> float:
+    """How many times larger all layers together make a component at strength 1 (each by |1 − w|, of which |w| − 1 is
+    the least for either sign), and the largest strength in one of them."""
+    weights = direction.weights.double().abs()[direction.directions.flatten(1).any(1)]
+    return float(MAX_STRENGTH * (weights - 1).clamp_min(1).prod())
 
 
 class ShapedPlacement:

@@ -26,7 +26,7 @@ from steer.runtime.combine import Combination, Combinations
 from steer.runtime.index import RequestSteer
 from steer.runtime.memory import lasting
 from steer.runtime.modes import coefficients, embedding_coefficients
-from steer.runtime.op import FLOOR, WEIGHT, amount, joint, shared
+from steer.runtime.op import FLOOR, WEIGHT, amount, joint, settled, shared
 from steer.spec import Entry, Spec
 
 #: The stream before block 0 counts as layer −1 of its site.
@@ -301,22 +301,40 @@ def gather(
     ]
 
 
-def operate(x: Tensor, operands: Sequence[Operands]) -> Tensor:
-    """x `[..., d_model]` after the operation of all ranks together, in the dtype of `x`; arithmetic in float32. What
-    is not steered keeps the same bits."""
-    y = x if x.dtype in (torch.float32, torch.float64) else x.float()
+def operate(x: Tensor, operands: Sequence[Operands], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """x `[..., d_model]` after the operation of all ranks together, in the dtype of `x`, and which of it is lost (see
+    `op.settled`), `[...]` bool; arithmetic in float32. What is not steered keeps the same bits. `dtype`: the stream's,
+    where x has more bits."""
+    before = y = x if x.dtype in (torch.float32, torch.float64) else x.float()
     asked = [amount(y, by.vectors, by.coefficients, by.strengths) for by in operands]
     for own, by in zip(asked, operands, strict=True):
         added = (own if by.shares is None else shared(asked, by.shares)).unsqueeze(-1)
         moved = torch.addcmul(y, added, by.vectors)
         # chosen, not added: x + 0 turns −0 into 0, and 0·∞ is NaN
         y = moved if by.steered is None else torch.where(by.steered, moved, y)
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+    y, lost = settled(before, y, _any_of([by.steered for by in operands]), dtype or x.dtype)
+    return y if y.dtype == x.dtype else y.to(x.dtype), lost
+
+
+def _any_of(flags: Sequence[Tensor | None]) -> Tensor | None:
+    """None is all of it."""
+    found = None
+    for flag in flags:
+        if flag is None:
+            return None
+        found = flag if found is None else found | flag
+    return found
 
 
 def apply(
-    x: Tensor, plate: Plate, rows: Tensor, slots: Tensor, strengths: Tensor, combinations: Tensor | None = None
-) -> Tensor:
-    """x `[tokens, d_model]` after what the index says of each token. rows, slots, strengths: `[rank, tokens]`;
-    combinations: `[tokens]`, None where the rank is 1."""
-    return operate(x, gather(plate, rows, slots, strengths, combinations))
+    x: Tensor,
+    plate: Plate,
+    rows: Tensor,
+    slots: Tensor,
+    strengths: Tensor,
+    combinations: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x `[tokens, d_model]` after what the index says of each token, and which tokens are lost (`operate`). rows,
+    slots, strengths: `[rank, tokens]`; combinations: `[tokens]`, None where the rank is 1."""
+    return operate(x, gather(plate, rows, slots, strengths, combinations), dtype)

@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from steer.errors import DirectionError, EngineFailed, InvalidInput, NoRoom, SteerError
+from steer.errors import DirectionError, EngineFailed, InvalidInput, NoRoom, NotFinite, RequestFailed, SteerError
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 
@@ -52,6 +52,10 @@ def of(error: Exception) -> JSONResponse:
     if isinstance(error, InvalidInput):
         code = "invalid_direction" if isinstance(error, DirectionError) else "invalid_value"
         return response(400, str(error), param=error.param, code=code)
+    if isinstance(error, NotFinite):
+        return response(400, str(error), param="steer", code="not_finite")
+    if isinstance(error, RequestFailed):
+        return response(500, str(error), code="request_failed")
     if isinstance(error, EngineFailed):
         return response(503, str(error), code="engine_failed")
     raise error

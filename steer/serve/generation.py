@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Sequence
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
-from steer.errors import RequestError, SteerError
+from steer.errors import RequestError, RequestFailed, SteerError
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
 from steer.hf.sampling import Sampling, Token
@@ -25,6 +26,7 @@ from steer.serve.tally import current
 from steer.serve.text import TextStream, token_text
 
 T = TypeVar("T")
+log = logging.getLogger("steer")
 
 
 @dataclass(slots=True)
@@ -79,7 +81,7 @@ class Generator:
         context = self.engine.context
         vocabulary = self.engine.steering.anatomy.vocabulary
         if (bad := next((t for t in prompt if not 0 <= t < vocabulary), None)) is not None:
-            raise RequestError(f"token id {bad} is outside the vocabulary of {vocabulary}", param=param)
+            raise RequestError(f"token id {str(bad)[:20]} is outside the vocabulary of {vocabulary}", param=param)
         left = context - len(prompt)
         if left < (1 if wanted is None else wanted):
             raise errors.HTTPProblem(
@@ -91,6 +93,18 @@ class Generator:
         return left if wanted is None else wanted
 
     async def pieces(self, job: Job, steer: RequestSteer | None) -> AsyncGenerator[Piece, None]:
+        """What goes wrong between tokens and text is a RequestFailed."""
+        try:
+            async with aclosing(self._pieces(job, steer)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except SteerError:
+            raise
+        except Exception as error:
+            log.exception("an answer broke off")
+            raise RequestFailed(f"the answer broke off: {type(error).__name__}: {str(error)[:200]}") from error
+
+    async def _pieces(self, job: Job, steer: RequestSteer | None) -> AsyncGenerator[Piece, None]:
         text = TextStream(self.loaded.tokenizer, job.stop)
         made = 0
         current().answer(lambda: made)

@@ -17,6 +17,8 @@ from steer.serve import carriers
 
 MAX_N = 64
 MAX_TOP_LOGPROBS = 20
+#: Of every number that counts tokens, and of a seed: what engines keep them in.
+MAX_COUNT, MAX_SEED = 2**31 - 1, 2**63 - 1
 
 
 #: Fields that the middleware takes out of every body before it is checked here, as JSON schema.
@@ -49,9 +51,16 @@ class _Generation(BaseModel):
     n: int = Field(1, ge=1, le=MAX_N, description="answers to each prompt")
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; default: the model's own")
     top_p: float | None = Field(None, gt=0, le=1, description="sample from the likeliest tokens of this probability")
-    top_k: int | None = Field(None, ge=-1, description="sample from this many likeliest tokens; 0 and -1 for all")
+    top_k: int | None = Field(
+        None, ge=-1, le=MAX_COUNT, description="sample from this many likeliest tokens; 0 and -1 for all"
+    )
     min_p: float | None = Field(None, ge=0, le=1, description="leave out tokens below this share of the likeliest one")
-    seed: int | None = Field(None, description="repeats the same answers, whatever shares the batch; counts up over n")
+    seed: int | None = Field(
+        None,
+        ge=-MAX_SEED,
+        le=MAX_SEED,
+        description="repeats the same answers, whatever shares the batch; counts up over n",
+    )
     stop: str | list[str] | None = Field(None, description="texts before which the answer ends")
     ignore_eos: bool = Field(False, description="go on behind the end-of-sequence token")
 
@@ -130,8 +139,12 @@ class Message(BaseModel):
 
 class ChatRequest(_Generation):
     messages: list[Message] = Field(min_length=1, description="the conversation: `role` and `content` (text) of each")
-    max_tokens: int | None = Field(None, ge=1, description="most tokens of an answer; default: what the context leaves")
-    max_completion_tokens: int | None = Field(None, ge=1, description="the same; it goes before `max_tokens`")
+    max_tokens: int | None = Field(
+        None, ge=1, le=MAX_COUNT, description="most tokens of an answer; default: what the context leaves"
+    )
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=MAX_COUNT, description="the same; it goes before `max_tokens`"
+    )
     logprobs: bool | None = Field(False, description="report the log-probability of each token")
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="and of the likeliest alternatives; needs `logprobs`"
@@ -155,7 +168,9 @@ class CompletionRequest(_Generation):
     prompt: str | list[int] | list[str] | list[list[int]] = Field(
         description="a text or token ids, or a list of either for a batch"
     )
-    max_tokens: int | None = Field(16, ge=0, description="most tokens of an answer; null for what the context leaves")
+    max_tokens: int | None = Field(
+        16, ge=0, le=MAX_COUNT, description="most tokens of an answer; null for what the context leaves"
+    )
     logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="report log-probabilities, with this many alternatives"
     )

@@ -40,7 +40,7 @@ def prepare(model: str, settings: ServeSettings) -> Served:
         anatomy.d_model,
         ", ".join(steering.sites),
     )
-    shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, steering.table.sites, rank)
+    shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, steering.table.sites, rank, anatomy.dtype)
     if not settings.directions.is_dir():
         raise UnsupportedModel(f"the directions folder '{settings.directions}' does not exist; make it or name another")
     registry = Registry(LocalPlacement(shape, steering.table), settings.directions)

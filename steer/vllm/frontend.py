@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from steer.errors import EngineFailed, InvalidInput, NoRoom, SpecError, UnsupportedModel
+from steer.errors import EngineFailed, InvalidInput, NoRoom, NotFinite, SpecError, UnsupportedModel
 from steer.readout import Readout
 from steer.registry import Admission, Registry
 from steer.runtime.placement import Shape
@@ -31,6 +31,7 @@ from steer.spec import Spec, parse
 from steer.vllm import internals, tracing, wire
 from steer.vllm.placement import Call, VllmPlacement
 from steer.vllm.proof import Answer, Ask, Job, prove
+from steer.vllm.salts import SALT, Salts, salt
 from steer.vllm.seat import code_digest
 from steer.vllm.settings import KEY, EngineSettings
 from steer.vllm.wire import READ, RESOLVED
@@ -39,9 +40,6 @@ log = logging.getLogger("steer")
 
 #: Set on an engine that has steering on.
 ATTRIBUTE = "steer"
-#: Between a request's own prefix-cache salt and what its steering adds to it. No request's own salt may have it, or a
-#: plain request could leave its blocks for steered ones to find.
-SALT = "|steer:"
 
 
 @dataclass(slots=True)
@@ -59,6 +57,8 @@ class Lease:
 
     def __init__(self, admission: Admission, ticket: Ticket | None = None) -> None:
         self.admission, self.ticket = admission, ticket
+        self.tally = tally.current()
+        self.salt = ""  # what parts its requests from others, where nothing was lost
         self.requests = 0
         self._holders = {""}
 
@@ -123,11 +123,13 @@ class Frontend:
         self.settings, self.call, self.call_async = settings, call, call_async or _no_loop
         self.serves = serves
         self.dtype = internals.dtype_of(config)
-        self.shape = Shape(architecture, layers, d_model, frozenset(settings.sites), settings.rank)
+        sites = frozenset(settings.sites)
+        self.shape = Shape(architecture, layers, d_model, sites, settings.rank, internals.stream_dtype(config))
         self.registry = Registry(VllmPlacement(self.shape, call), settings.directions)
         self.default = parse(settings.default)
         self._leases: dict[str, Lease] = {}
         self._tickets: dict[str, Ticket] = {}
+        self.salts = Salts(secrets.token_hex(8) if internals.shares_blocks(config) else "")
 
     # -- start -------------------------------------------------------------------------------------------------------
 
@@ -258,6 +260,8 @@ class Frontend:
             raise SpecError("requests with streamed input cannot be steered", param=KEY)
         if not (request.cache_salt or "").endswith(salt(lease.admission.spec)):
             raise UnsupportedModel("vLLM made a steered request without its prefix-cache salt")
+        lease.salt = request.cache_salt
+        request.cache_salt = self.salts.current(lease.salt)
         lease.hold(request.request_id)
         self._leases[request.request_id] = lease
 
@@ -270,6 +274,13 @@ class Frontend:
     def let_go(self, request_id: str) -> None:
         if lease := self._leases.pop(request_id, None):
             lease.drop(request_id)
+
+    def lost(self, request_id: str) -> NotFinite:
+        """The stream of this request was lost: what its blocks hold is for nobody."""
+        if lease := self._leases.get(request_id):
+            self.salts.renew(lease.salt)
+            lease.tally.failed = True
+        return NotFinite()
 
     def applied(self, request_id: str) -> Spec | None:
         """What a request that has not ended is steered by."""
@@ -297,10 +308,6 @@ def added_here() -> list[str]:
     """Ids of the steered requests that the `add_request` of this context has made and that have not ended."""
     lease = _adding.get()
     return lease.added if lease else []
-
-
-def salt(spec: Spec) -> str:
-    return SALT + spec.key()
 
 
 def _with_spec(params: Any, extra: dict[str, Any], spec: Spec, reading: Readout | None) -> Any:
@@ -425,7 +432,9 @@ def _wrap_processors(engine: Any, frontend: Frontend) -> None:
     """The salt where requests are made, the pins where they are kept."""
     inputs, outputs = internals.seam(engine, "input_processor"), internals.seam(engine, "output_processor")
     internals.wrap_process_inputs(inputs, _fold_salt)
-    internals.wrap_requests(outputs, frontend.check_added, frontend.has_added, frontend.let_go, frontend.held)
+    internals.wrap_requests(
+        outputs, frontend.check_added, frontend.has_added, frontend.let_go, frontend.held, frontend.lost
+    )
     tracing.trace(outputs, frontend.applied)
 
 

@@ -7,6 +7,7 @@ is missing stops the start and is named.
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 import logging
@@ -215,6 +216,12 @@ def _connector_problem(name: str, module: str | None) -> str | None:
     )
 
 
+def shares_blocks(config: Any) -> bool:
+    """May blocks outlive this process, or come from another?"""
+    transfer = getattr(config, "kv_transfer_config", None)
+    return transfer is not None and transfer.kv_connector is not None
+
+
 def shape_of(config: Any) -> tuple[str, int, int]:
     """(architecture, layers of the whole model, d_model)."""
     model = config.model_config
@@ -222,8 +229,13 @@ def shape_of(config: Any) -> tuple[str, int, int]:
     return str(architectures[0]), int(model.hf_text_config.num_hidden_layers), int(model.get_hidden_size())
 
 
+def stream_dtype(config: Any) -> torch.dtype:
+    dtype: torch.dtype = config.model_config.dtype
+    return dtype
+
+
 def dtype_of(config: Any) -> str:
-    return str(config.model_config.dtype).removeprefix("torch.")
+    return str(stream_dtype(config)).removeprefix("torch.")
 
 
 # -- the worker process ----------------------------------------------------------------------------------------------
@@ -333,7 +345,63 @@ def watch_batches(runner: Any, on_batch: OnBatch) -> str:
 
 def new_prompt_length(new: Any) -> int:
     """Prompt tokens of a request that the scheduler sends for the first time, or again after preemption."""
-    return len(seam(new, "prompt_token_ids"))
+    ids = getattr(new, "prompt_token_ids", None)
+    return len(ids if ids is not None else seam(new, "prompt_embeds"))
+
+
+def adapter_of(new: Any) -> str:
+    """The name of the LoRA adapter of such a request; empty without one."""
+    return str(getattr(getattr(new, "lora_request", None), "lora_name", ""))
+
+
+#: The key of lost tokens among the tensors that a rank of a pipeline hands on.
+LOST = "steer.lost"
+#: The field by which vLLM tells of a request whose output is corrupted. It counts NaNs in the lower bits; above them is
+#: the position of the first lost token, plus one.
+CORRUPTED, ABOVE = "num_nans_in_logits", 32
+
+
+def between_ranks(worker: Any, entering: Callable[[Any], None], leaving: Callable[[dict[str, Tensor]], None]) -> None:
+    """In a pipeline, have `entering` called with the IntermediateTensors that the rank before has sent for a step, and
+    `leaving` with the tensors that go to the next."""
+    if worker.vllm_config.parallel_config.pipeline_parallel_size == 1:
+        return
+    from vllm.sequence import IntermediateTensors
+
+    execute = seam(worker.model_runner, "execute_model", ["scheduler_output", "intermediate_tensors"])
+
+    def executing(scheduler_output: Any, intermediate_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
+        entering(intermediate_tensors)
+        out = execute(scheduler_output, intermediate_tensors, *args, **kwargs)
+        if isinstance(out, IntermediateTensors):
+            leaving(out.tensors)
+        return out
+
+    worker.model_runner.execute_model = executing
+
+
+def on_output(out: Any, change: Callable[[Any], Any]) -> Any:
+    """A step's output with `change` applied to its ModelRunnerOutput, at once or, where that is still on its way to
+    the host, when it is read, on whichever thread."""
+    if not hasattr(out, "get_output"):
+        return change(out)
+    get = out.get_output
+    out.get_output = lambda: change(get())
+    return out
+
+
+def with_losses(output: Any, lost: Mapping[str, int]) -> Any:
+    """A ModelRunnerOutput that tells of requests of its step that are lost, by the positions of their first lost
+    tokens."""
+    there = seam(output, "req_id_to_index")
+    found = {request: position for request, position in lost.items() if request in there}
+    if not found:
+        return output
+    counted = getattr(output, CORRUPTED) or {}
+    told = {request: counted.get(request, 0) + ((position + 1) << ABOVE) for request, position in found.items()}
+    changed = copy.copy(output)  # one without requests is shared
+    setattr(changed, CORRUPTED, {**counted, **told})
+    return changed
 
 
 def starts_of(scheduler_output: Any) -> dict[str, int]:
@@ -541,10 +609,12 @@ def wrap_requests(
     added: Callable[[Any, Any], None],
     ended: Callable[[str], None],
     watched: Mapping[str, Any],
+    lost: Callable[[str], Exception],
 ) -> None:
     """Have `adds` called with each EngineCoreRequest before the OutputProcessor takes it, `added` with it and the state
     that is kept for it afterwards, and `ended` with the id of each `watched` request that the OutputProcessor has let
-    go: finished, stopped by a string, or aborted."""
+    go: finished, stopped by a string, or aborted. One whose stream was lost is ended with what `lost` gives for its id:
+    raised in whoever reads an AsyncLLM's answer, told by the finish reason `error` in an LLM's."""
     add, process, abort = (
         seam(outputs, "add_request"),
         seam(outputs, "process_outputs"),
@@ -566,8 +636,14 @@ def wrap_requests(
         return out
 
     def processing(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        fallen: list[str] = []
+        if watched:
+            engine_core_outputs, fallen = _without_lost(engine_core_outputs, states, watched, lost)
         try:
-            return process(engine_core_outputs, *args, **kwargs)
+            out = process(engine_core_outputs, *args, **kwargs)
+            if fallen:
+                seam(out, "reqs_to_abort").extend(fallen)  # the engine goes on with them
+            return out
         finally:
             if watched:
                 for one in engine_core_outputs:
@@ -581,6 +657,40 @@ def wrap_requests(
         return out
 
     outputs.add_request, outputs.process_outputs, outputs.abort_requests = adding, processing, aborting
+
+
+def _without_lost(
+    outputs: Sequence[Any],
+    states: Mapping[str, Any],
+    watched: Mapping[str, Any],
+    lost: Callable[[str], Exception],
+) -> tuple[Sequence[Any], list[str]]:
+    """EngineCoreOutputs with an end in the place of each that tells of a loss, and the requests that have it."""
+    found = [one.request_id for one in outputs if getattr(one, CORRUPTED) >> ABOVE and one.request_id in watched]
+    found = [request_id for request_id in found if request_id in states]
+    if not found:
+        return outputs, []
+    from vllm.v1.engine import EngineCoreOutput, FinishReason
+
+    fallen: dict[str, str] = {}
+    for request_id in found:
+        error = lost(request_id)
+        fallen[request_id] = str(error)
+        if (queue := getattr(states[request_id], "queue", None)) is not None:
+            # before the output, which it then takes no more; other answers to the same request end with this one
+            queue.put(client_error(error))
+            others = (name for name, state in states.items() if getattr(state, "queue", None) is queue)
+            fallen |= dict.fromkeys(others, str(error))
+    ends = [
+        EngineCoreOutput(
+            request_id=request_id,
+            new_token_ids=[],
+            finish_reason=FinishReason.ERROR,
+            stop_reason=why,
+        )
+        for request_id, why in fallen.items()
+    ]
+    return [*(one for one in outputs if one.request_id not in fallen), *ends], list(fallen)
 
 
 def abort(engine: Any, request_ids: Sequence[str]) -> None:
@@ -734,7 +844,7 @@ def answer_of(output: Any) -> list[tuple[int, dict[int, float]]]:
     return [(int(token), {int(t): float(entry.logprob) for t, entry in entries.items()}) for token, entries in pairs]
 
 
-def client_error(error: ValueError) -> Exception:
+def client_error(error: Exception) -> Exception:
     """`error` as the class that vLLM's server answers with a 400."""
     from vllm.exceptions import VLLMValidationError
 

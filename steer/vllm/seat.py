@@ -41,7 +41,8 @@ class Reads:
 class Seat(nn.Module):
     """One place's buffers on the module that is hooked. `vectors` and `coefficients` are the place's plate; `rows`,
     `slots`, `strengths` (`[rank, max_tokens]`) and `combinations` (`[max_tokens]`; it and the plate's `joint` are None
-    where the rank is 1) are the token index, one storage for all seats. With `reads` every pass writes `found`
+    where the rank is 1) are the token index, one storage for all seats; in `lost` (`[max_tokens]`) each of them says
+    what tokens it has lost. With `reads` every pass writes `found`
     (`[2, count, rank]`: components before and after) and `norms` (`[count]`) of the tokens that are read."""
 
     vectors: Tensor
@@ -51,6 +52,7 @@ class Seat(nn.Module):
     strengths: Tensor
     combinations: Tensor | None
     joint: Tensor | None
+    lost: Tensor
     read_at: Tensor
     read_rows: Tensor
     found: Tensor
@@ -66,6 +68,7 @@ class Seat(nn.Module):
             "slots": index.slots,
             "strengths": index.strengths,
             "combinations": index.combinations,
+            "lost": index.lost,
             "joint": plate.joint,
         }
         if reads is not None:
@@ -80,26 +83,28 @@ class Seat(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
 
-def moved(seat: Seat, x: Tensor) -> Tensor:
-    """x `[..., tokens, d_model]` after the operation, in float32. (vLLM's backend for transformers' modelling code has
-    a leading dimension of 1.)"""
+def moved(seat: Seat, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x `[..., tokens, d_model]` after the operation, in float32; `dtype` is the stream's. (vLLM's backend for
+    transformers' modelling code has a leading dimension of 1.)"""
     flat = x.reshape(-1, x.shape[-1]).float()
     tokens = flat.shape[0]
     index = (seat.rows[:, :tokens], seat.slots[:, :tokens], seat.strengths[:, :tokens])
     combinations = None if seat.combinations is None else seat.combinations[:tokens]
     # A seat has a plate's tensors; Dynamo is spared the dataclass.
-    return apply(flat, cast(Plate, seat), *index, combinations).reshape(x.shape)
+    y, lost = apply(flat, cast(Plate, seat), *index, combinations, dtype)
+    seat.lost[:tokens].logical_or_(lost)
+    return y.reshape(x.shape)
 
 
 def moved_term(seat: Seat, h: Tensor, r: Tensor) -> Tensor:
     """h so that h + r is the stream after the operation. The sum is taken in float32, as vLLM's fused norms do."""
     x = h.float() + r.float()
-    return (h.float() + (moved(seat, x) - x)).to(h.dtype)
+    return (h.float() + (moved(seat, x, h.dtype) - x)).to(h.dtype)
 
 
 def hand_on(seat: Seat, x: Tensor, r: Tensor | None = None) -> Tensor:
     """The new x (or the new h, for a stream h + r), in its dtype."""
-    new = moved(seat, x).to(x.dtype) if r is None else moved_term(seat, x, r)
+    new = moved(seat, x, x.dtype).to(x.dtype) if r is None else moved_term(seat, x, r)
     if seat.reading:
         record(seat, x, new, r)
     return new

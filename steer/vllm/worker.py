@@ -23,6 +23,7 @@ from steer.runtime.readout import RequestRead
 from steer.vllm import claim, internals, settings, wire
 from steer.vllm.capture import Capture
 from steer.vllm.keep import Kept
+from steer.vllm.losses import LostRuns, Run, Step
 from steer.vllm.readout import ReadRunner
 from steer.vllm.residents import Residents, RowsInUse
 from steer.vllm.seat import code_digest
@@ -87,12 +88,17 @@ class Steered:
         self._index = index
         self._residents = Residents(self._claim.table)
         self._running: dict[str, int] = {}  # steered requests, by their numbers in the index
+        self._lost_runs = LostRuns()
+        self._passed: Step | None = None  # the pass that was enqueued last, until its outputs are asked for
+        self._batch: tuple[list[str], NDArray[np.int32]] = [], np.zeros(0, np.int32)
+        self._from_before: Any = None  # what the rank before has handed on for the step that runs
         self._met_front_end = False
         reads = self._claim.reads
         self._reads = ReadRunner(reads, self._claim.reading) if reads is not None else None
         self._capture: Capture | None = None
         self._steered_tokens = 0
         self._runner_kind = internals.watch_batches(self.model_runner, self._on_batch)
+        internals.between_ranks(self, self._enter_rank, self._leave_rank)
         self._kept = Kept(self.get_model())
         log.info(
             "steering claimed: %s runner, layers %s, %.1f MiB of device memory",
@@ -139,6 +145,7 @@ class Steered:
             if number := self._running.pop(request, None):
                 self._index.leave(number)
             self._residents.end(request)
+            self._lost_runs.end(request)
             if self._reads is not None:
                 self._reads.end(request)
         for new in scheduler_output.scheduled_new_reqs:
@@ -148,10 +155,30 @@ class Steered:
             self._starts = internals.starts_of(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             self._rest()  # vLLM may still run a pass, for other ranks
+        self._batch = [], np.zeros(0, np.int32)
         out = super().execute_model(scheduler_output, *args, **kwargs)
+        losses = self._index.losses() if self._batch[0] else None
+        self._passed = None if losses is None else Step(losses, *self._batch, scheduler_output)
         for watcher in watchers:
             watcher.end_step()
-        return out
+        return out if out is None else self._told(out)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """What `execute_model` has not given yet."""
+        return self._told(super().sample_tokens(*args, **kwargs))
+
+    def _told(self, out: Any) -> Any:
+        """vLLM's output of the step, which will tell of the requests that it has lost when it is read."""
+        passed, self._passed = self._passed, None
+        return internals.on_output(out, lambda output: self._lost_runs.tell(output, passed))
+
+    def _enter_rank(self, tensors: Any) -> None:
+        self._from_before = tensors
+
+    def _leave_rank(self, tensors: dict[str, torch.Tensor]) -> None:
+        """What the ranks so far have lost goes with the stream to the next, whose last gives the outputs."""
+        if self._index.active:
+            tensors[internals.LOST] = self._index.lost[: self._index.used].to(torch.uint8)
 
     def _look(self) -> None:
         """Once after calls: all tensors are where graphs read them, and hold what they must. Waits for the device.
@@ -189,6 +216,11 @@ class Steered:
         steer = self._residents.steer(new.req_id, wire.decode(text))
         if back := self._running.get(new.req_id):
             self._index.leave(back)
+        else:
+            prompt = new.prompt_token_ids or ()
+            self._lost_runs.meet(
+                new.req_id, Run(internals.adapter_of(new) + text, prompt, internals.new_prompt_length(new))
+            )
         self._running[new.req_id] = self._index.enter(steer)
 
     def _on_batch(self, requests: list[str], lengths: NDArray[np.int32]) -> None:
@@ -198,7 +230,12 @@ class Steered:
         numbers = _NONE
         if running := self._running:
             numbers = np.fromiter(map(running.get, requests, repeat(PLAIN)), np.int64, len(requests))
-        self._steered_tokens += self._index.fill(numbers, lengths)
+        steered = self._index.fill(numbers, lengths)
+        self._steered_tokens += steered
+        self._batch = (list(requests), lengths.copy()) if steered else ([], lengths)
+        before, self._from_before = self._from_before, None
+        if before is not None and steered and (lost := before.tensors.pop(internals.LOST, None)) is not None:
+            self._index.lost[: self._index.used].copy_(lost)
         for watcher in (self._capture, self._reads):
             if watcher is not None and watcher.busy:
                 watcher.begin_step(requests, lengths, self._starts)

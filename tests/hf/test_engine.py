@@ -13,24 +13,28 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
 from torch import Tensor
 
-from steer.direction import MODES
-from steer.errors import EngineFailed, NoRoom, UnsupportedModel
+from steer.direction import MODES, Mode
+from steer.errors import EngineFailed, NoRoom, NotFinite, RequestFailed, UnsupportedModel
 from steer.hf import batching, internals
 from steer.hf.attach import Steering
 from steer.hf.batching import BatchingEngine, start_engine
 from steer.hf.engine import Engine, SequentialEngine
 from steer.hf.sampling import Sampling, Token
-from steer.runtime.index import RequestSteer
+from steer.runtime.index import RequestSteer, TokenIndex
+from steer.runtime.readout import RequestRead
 from steer.spec import Entry, Spec
 from tests import models
 
 GREEDY = Sampling(max_tokens=10, temperature=0.0, ignore_eos=True, logprobs=0)
 NAMES = ("a", "b", "c")
+#: Directions whose operation gives values that are no numbers, and one that only float16 cannot hold.
+BROKEN = {"inf": 1e38, "nan": float("nan"), "large": 1e6}
 
 
 @dataclass(frozen=True)
@@ -45,19 +49,24 @@ class Rig:
         return [token async for token in self.engine.generate(prompt, sampling, self.steer(spec))]
 
 
-def rig(name: str, kind: str = "batching") -> Iterator[Rig]:
-    model = models.tiny(name)
+def rig(name: str, kind: str = "batching", dtype: torch.dtype = torch.float32) -> Iterator[Rig]:
+    model = models.tiny(name, dtype)
     steering = Steering(model)
     for seed, direction in enumerate(NAMES, 1):
         steering.table.load(direction, models.direction(model, seed=seed))
+    for what, weight in BROKEN.items():  # no file holds such weights
+        direction = models.direction(model, seed=9)
+        steering.table.load(what, replace(direction, weights=torch.full_like(direction.weights, weight)))
     if kind != "sequential":
         engine = start_engine(steering, [2], context=256, capacity=256)
         assert kind == "any" or isinstance(engine, BatchingEngine)
     else:
         engine = SequentialEngine(steering, [2], context=256, capacity=256)
         engine.start()
-    yield Rig(engine, model)
-    engine.stop()
+    try:
+        yield Rig(engine, model)
+    finally:
+        engine.stop()
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +203,132 @@ def test_seeded_sampling_does_not_depend_on_neighbours(llama: Rig) -> None:
 
     alone, beside = asyncio.run(run())
     assert alone == beside
+
+
+async def told(made: Rig, prompt: list[int], spec: Spec | None, sampling: Sampling) -> list[Token] | Exception:
+    try:
+        return await made.tokens(prompt, spec, sampling)
+    except RequestFailed as error:
+        return error
+
+
+async def in_one_batch(made: Rig, requests: list[tuple[list[int], Spec | None]], sampling: Sampling) -> list[Any]:
+    with made.engine.held():
+        tasks = [asyncio.create_task(told(made, prompt, spec, sampling)) for prompt, spec in requests]
+        await asyncio.sleep(0.1)
+    return list(await asyncio.gather(*tasks))
+
+
+def broken(name: str, mode: Mode = "ablate", strength: float = 1.0) -> Spec:
+    return Spec((Entry(name, name, mode, strength),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_no_neighbour_is_touched_by_a_stream_that_overflows(dtype: torch.dtype) -> None:
+    """Plain and steered requests in one batch with such, and in the memory of the cache that these have left, have the
+    answers that they have beside plain ones, to the last bit."""
+    first, whole = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True, logprobs=5), replace(GREEDY, logprobs=5)
+    good = [([5 + i, 6, 7, 8 + i], broken("a") if i == 2 else None) for i in range(3)]
+    for made in rig("llama", "batching", dtype):
+        with_plain = [*good[:2], ([9, 8, 7], None), ([9, 8, 7, 6], None), good[2]]
+        expected = asyncio.run(in_one_batch(made, with_plain, first))
+        alone = [asyncio.run(made.tokens(*request, whole)) for request in good]
+        for name in ("inf", "nan", *(["large"] if dtype == torch.float16 else [])):
+            bad = [*good[:2], ([9, 8, 7], broken(name)), ([9, 8, 7, 6], broken(name, "one_sided", -9.5)), good[2]]
+            got = asyncio.run(in_one_batch(made, bad, first))
+            assert isinstance(got[2], NotFinite)
+            assert [got[i] for i in (0, 1, 4)] == [expected[i] for i in (0, 1, 4)]
+            answers = asyncio.run(in_one_batch(made, bad, whole))
+            assert isinstance(answers[2], NotFinite)
+            for mine in (0, 1, 4):
+                assert all(torch.isfinite(torch.tensor(token.logprob)) for token in answers[mine])
+            assert [asyncio.run(made.tokens(*request, whole)) for request in good] == alone, "nothing is left behind"
+            assert made.engine.healthy
+            with pytest.raises(NotFinite, match="dtype of more range"):
+                asyncio.run(made.engine.score([5, 6, 7], made.steer(broken(name)), 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_component_that_grows_from_layer_to_layer_fails_its_request(dtype: torch.dtype) -> None:
+    """Each of 48 layers makes it eleven times what it was."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(**models._shape(num_hidden_layers=48, initializer_range=0.02))
+    steering = Steering(tf.AutoModelForCausalLM.from_config(config).eval().to(dtype))
+    steering.table.load("a", models.direction(steering.anatomy.model, shared=True))
+    engine = start_engine(steering, [2], context=64, capacity=8)
+    made = Rig(engine, steering.anatomy.model)
+    sampling = Sampling(max_tokens=1, temperature=0.0, logprobs=3)
+    plain = [([5 + i, 6, 7], None) for i in range(3)]
+    expected = asyncio.run(in_one_batch(made, plain, sampling))
+    grows = broken("a", "ablate", -10.0)
+    got = asyncio.run(in_one_batch(made, [*plain[:2], (plain[2][0], grows)], sampling))
+    assert got[:2] == expected[:2]
+    assert isinstance(got[2], NotFinite)
+    engine.stop()
+
+
+def test_one_request_at_a_time_fails_alone(sequential: Rig) -> None:
+    expected = asyncio.run(sequential.tokens([5, 6, 7], None))
+    for name in ("inf", "nan"):
+        with pytest.raises(NotFinite):
+            asyncio.run(sequential.tokens([5, 6, 7], broken(name)))
+        with pytest.raises(NotFinite):
+            asyncio.run(sequential.engine.score([5, 6, 7], sequential.steer(broken(name)), 0))
+        assert asyncio.run(sequential.tokens([5, 6, 7], None)) == expected
+
+
+def test_a_loss_in_an_early_part_of_a_long_prompt_fails_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt is read in several passes, and only the first of them loses a token."""
+    passes, right = list[int](), TokenIndex.losses
+    monkeypatch.setattr(batching, "CPU_BATCH_TOKENS", 64)
+
+    def losses(index: TokenIndex) -> Any:
+        if index.active:
+            passes.append(len(passes))
+            index.lost[: index.max_tokens] = torch.arange(index.max_tokens) == 3 if passes == [0] else False
+        return right(index)
+
+    for made in rig("llama"):
+        with monkeypatch.context() as patch:
+            patch.setattr(TokenIndex, "losses", losses)
+            got = asyncio.run(told(made, [5 + i % 50 for i in range(200)], broken("a"), replace(GREEDY, max_tokens=3)))
+        assert isinstance(got, NotFinite)
+        assert len(passes) > 1
+
+
+@pytest.mark.parametrize("step", ["fill", "collect"])
+def test_a_read_out_that_fails_fails_its_request_alone(llama: Rig, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = RequestRead(np.array([1]), (0, 1))
+    expected = asyncio.run(llama.tokens([5, 6, 7], None))
+
+    async def reading() -> Exception | None:
+        try:
+            async for _ in llama.engine.generate([5, 6, 9], GREEDY, None, read):
+                pass
+        except RequestFailed as error:
+            return error
+        return None
+
+    async def run() -> tuple[Any, Any]:
+        with llama.engine.held():
+            tasks = [asyncio.create_task(reading()), asyncio.create_task(llama.tokens([5, 6, 7], None))]
+            await asyncio.sleep(0.1)
+        failed, tokens = await asyncio.gather(*tasks)
+        return failed, tokens
+
+    right = getattr(llama.engine.steering.reads, step)
+
+    def fails_where_it_reads(*args: Any) -> Any:
+        if llama.engine._readers:  # type: ignore[attr-defined]
+            raise ValueError("a mistake")
+        return right(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.engine.steering.reads, step, fails_where_it_reads)
+        failed, tokens = asyncio.run(run())
+    assert "a mistake" in str(failed)
+    assert [t.id for t in tokens] == [t.id for t in expected]
+    assert llama.engine.healthy
 
 
 @pytest.mark.parametrize("which", ["llama", "sequential"])

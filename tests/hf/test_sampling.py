@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from steer.errors import RequestFailed
 from steer.hf.sampling import Sampler, Sampling, Token, report, sample
 
 law = settings(deadline=None, max_examples=60)
@@ -23,8 +24,13 @@ def logits_of(seed: int, requests: int, vocabulary: int = 40, scale: float = 3.0
     return scale * torch.randn(requests, vocabulary, generator=generator)
 
 
+def chosen(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token]:
+    tokens = sample(logits, samplers)
+    return [token for token in tokens if isinstance(token, Token) or pytest.fail(str(token))]
+
+
 def ids(logits: Tensor, *samplings: Sampling) -> list[int]:
-    return [token.id for token in sample(logits, [Sampler.of(s) for s in samplings])]
+    return [token.id for token in chosen(logits, [Sampler.of(s) for s in samplings])]
 
 
 def of(
@@ -87,7 +93,7 @@ def test_what_is_drawn_is_within_the_limits(seed: int, samplings: list[Sampling]
     logits = logits_of(seed, len(samplings))
     samplers = [Sampler.of(s) for s in samplings]
     for _ in range(5):
-        for row, sampling, token in zip(logits, samplings, sample(logits, samplers), strict=True):
+        for row, sampling, token in zip(logits, samplings, chosen(logits, samplers), strict=True):
             assert token.id in kept(row, sampling, slack=1e-5)
 
 
@@ -132,11 +138,11 @@ def test_a_seeded_draw_does_not_depend_on_its_neighbours(seed: int, others: list
     mine = of(temperature=0.9, top_p=0.95, seed=own)
     steps = [logits_of(seed + step, len(others) + 1) for step in range(4)]
     alone = Sampler.of(mine)
-    expected = [sample(logits[:1], [alone])[0].id for logits in steps]
+    expected = [chosen(logits[:1], [alone])[0].id for logits in steps]
     first = [Sampler.of(s) for s in (mine, *others)]
-    assert [sample(logits, first)[0].id for logits in steps] == expected
+    assert [chosen(logits, first)[0].id for logits in steps] == expected
     last = [Sampler.of(s) for s in (*others, mine)]
-    assert [sample(logits.roll(-1, 0), last)[-1].id for logits in steps] == expected
+    assert [chosen(logits.roll(-1, 0), last)[-1].id for logits in steps] == expected
 
 
 def test_a_seed_gives_the_same_draws_again_and_another_seed_others() -> None:
@@ -144,7 +150,7 @@ def test_a_seed_gives_the_same_draws_again_and_another_seed_others() -> None:
 
     def draws(seed: int) -> list[int]:
         sampler = Sampler.of(of(seed=seed))
-        return [sample(logits, [sampler])[0].id for _ in range(8)]
+        return [chosen(logits, [sampler])[0].id for _ in range(8)]
 
     assert draws(1) == draws(1)
     assert draws(1) != draws(2)
@@ -185,7 +191,7 @@ def test_logprobs_are_the_models_own_whatever_the_sampling(
     logits = logits_of(seed, len(tops))
     before = logits.clone()
     samplers = [Sampler(Sampling(1, temperature=temperature, top_k=3, logprobs=top)) for top in tops]
-    for row, top, token in zip(logits, tops, sample(logits, samplers), strict=True):
+    for row, top, token in zip(logits, tops, chosen(logits, samplers), strict=True):
         if top is None:
             assert (token.logprob, token.top) == (None, ())
         else:
@@ -201,3 +207,37 @@ def test_a_report_scores_given_tokens(seed: int, tops: Sequence[int]) -> None:
     for row, i, top, token in zip(logits, given_ids.tolist(), tops, report(logits, given_ids, tops), strict=True):
         assert token.id == i
         check_report(token, row, top)
+
+
+ANY_NUMBER = st.integers() | st.sampled_from([10**400, -(10**400), 2**63, 2**31]) | st.floats()
+ANYTHING = st.builds(
+    Sampling,
+    max_tokens=st.just(1),
+    temperature=ANY_NUMBER,
+    top_p=ANY_NUMBER,
+    top_k=ANY_NUMBER,
+    min_p=ANY_NUMBER,
+    seed=st.none() | st.integers(),
+    logprobs=st.none() | st.integers(0, 2**40),
+)
+BROKEN = st.sampled_from([math.nan, math.inf, -math.inf])
+
+
+@given(SEEDS, st.lists(ANYTHING | st.none(), min_size=1, max_size=4), BROKEN)
+@example(0, [Sampling(1, top_k=10**400)], math.nan)
+@example(0, [Sampling(1, top_k=10**400, seed=5), Sampling(1, logprobs=4000, seed=7), None], math.nan)
+@law
+def test_no_value_and_no_logits_of_one_request_reach_another(
+    seed: int, others: list[Sampling | None], broken: float
+) -> None:
+    """None stands for a request with good parameters whose logits are all NaN, or infinite."""
+    mine = [of(temperature=0.9, top_k=9, seed=3), Sampling(1, temperature=0.0, logprobs=2)]
+    logits = logits_of(seed, len(others) + 2)
+    for i, other in enumerate(others, 1):
+        if other is None:
+            logits[i] = broken
+    asked = [Sampler.of(other or of(seed=1)) for other in others]
+    got = sample(logits, [Sampler.of(mine[0]), *asked, Sampler.of(mine[1])])
+    assert [got[0], got[-1]] == chosen(logits[[0, -1]], [Sampler.of(one) for one in mine])
+    for other, token in zip(others, got[1:-1], strict=True):
+        assert isinstance(token, RequestFailed) or (other is not None and 0 <= token.id < logits.shape[1])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from steer.errors import DirectionError, NoRoom, SpecError
 from steer.runtime.placement import LocalPlacement, Shape
@@ -87,3 +89,31 @@ def test_a_request_that_ends_waits_for_no_load(monkeypatch: pytest.MonkeyPatch) 
     thread.join(10)
     assert not waited
     assert table.rows_in_use == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight", "fits"),
+    [
+        (torch.float16, 2.0, True),
+        (torch.float16, -2.0, True),
+        (torch.float16, 15.0, True),  # 10 · 14³ = 27440
+        (torch.float16, 1000.0, False),
+        (torch.bfloat16, 1000.0, True),
+        (torch.bfloat16, 1e15, False),
+        (torch.float32, 1e12, True),
+        (torch.float32, -1e15, False),
+    ],
+)
+def test_weights_that_must_overflow_the_models_dtype_are_refused(dtype: torch.dtype, weight: float, fits: bool) -> None:
+    direction = replace(DIRECTION, weights=torch.full_like(DIRECTION.weights, weight))
+    if fits:
+        replace(shape(), dtype=dtype).check(direction)
+    else:
+        with pytest.raises(DirectionError, match=rf"'weights' goes up to .* which no {str(dtype)[6:]} holds"):
+            replace(shape(), dtype=dtype).check(direction)
+
+
+def test_weights_of_layers_that_are_not_steered_count_for_nothing() -> None:
+    rows, weights = DIRECTION.directions.clone(), DIRECTION.weights.clone()
+    rows[0], weights[0] = 0, 1e15
+    replace(shape(), dtype=torch.float16).check(replace(DIRECTION, directions=rows, weights=weights))

@@ -202,7 +202,7 @@ def test_a_mixed_batch_is_each_token_by_the_formula(
     x = torch.randn(n, models.D_MODEL, generator=torch.Generator().manual_seed(seed))
     for layer in range(models.LAYERS):
         plate = t.plates[Place("resid_post", layer)]
-        made = apply(x, plate, *index.first(n))
+        made, _ = apply(x, plate, *index.first(n))
         for i, wish in enumerate(tokens):
             torch.testing.assert_close(made[i].double(), naive(x[i], wish, layer), rtol=1e-4, atol=1e-4)
             if not wish:
@@ -212,7 +212,7 @@ def test_a_mixed_batch_is_each_token_by_the_formula(
 def applied(t: Table, wish: Spec, x: Tensor, place: Place = PLACES[1]) -> Tensor:
     index = TokenIndex(t.rank, len(x), "cpu")
     index.fill_with([t.steer(wish)], [len(x)])
-    return apply(x, t.plates[place], *index.first(len(x)))
+    return apply(x, t.plates[place], *index.first(len(x)))[0]
 
 
 def test_both_components_go_in_either_order_and_the_order_means_nothing() -> None:
@@ -298,7 +298,7 @@ def plain_beside_steered(x: Tensor) -> Tensor:
     t.load("c", DIRECTIONS["c"])
     index.fill_with([None, t.steer(spec(("c", "add", 1.0)))], [len(x), 1])
     together = torch.cat([x, torch.ones(1, models.D_MODEL, dtype=x.dtype)])
-    y = apply(together, t.plates[PLACES[1]], *index.first(len(together)))
+    y, _ = apply(together, t.plates[PLACES[1]], *index.first(len(together)))
     assert y.dtype == x.dtype
     assert not torch.equal(y[-1], together[-1])
     return y[:-1]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
+import torch
 
+from tests import models
 from tests.servers import Server, receipt, text
 
 ROUTES = ("completions", "chat")
@@ -174,6 +178,67 @@ def test_what_else_is_wrong(tiny_server: Server) -> None:
     error(post("/v1/completions", content=b"[" * 100_000), 400)
     error(post("/v1/completions", content=b'{"prompt":"' + b"x" * 9 * 2**20 + b'"}'), 413)
     assert text(tiny_server.complete()), "and the server lives"
+
+
+NUMBERS = ("top_k", "seed", "max_tokens", "n", "temperature", "top_p", "min_p", "logprobs", "top_logprobs")
+NUMBERS += ("max_completion_tokens", "presence_penalty", "frequency_penalty")
+#: As JSON: also what its parsers read in ways of their own.
+VALUES = (
+    "1" + "0" * 400,
+    "-1" + "0" * 400,
+    "1" + "0" * 5000,
+    "9223372036854775808",
+    "1e999",
+    "-1e308",
+    "1e-320",
+    "0.5",
+)
+VALUES += ("NaN", "true", "-0.0")
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+def test_no_value_of_a_number_ends_the_engine(tiny_server: Server, field: str) -> None:
+    plain, steered = text(tiny_server.complete()), text(tiny_server.complete(steer="refusal"))
+    for route, rest in (("completions", '"prompt": "hi"'), ("chat/completions", '"messages": [{"role": "user"}]')):
+        for value in VALUES:
+            body = {"model": tiny_server.model_name, "temperature": 1, "max_tokens": 2, "logprobs": None}
+            fields = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in body.items() if k != field]
+            whole = "{" + ", ".join([*fields, rest, f'"{field}": {value}']) + "}"
+            response = tiny_server.client.post(
+                f"/v1/{route}", content=whole, headers={"content-type": "application/json"}
+            )
+            assert response.status_code in (200, 400), (field, value[:40], response.text[:300])
+            assert len(response.text) < 20_000
+    assert tiny_server.client.get("/health").json()["status"] == "ok"
+    assert [text(tiny_server.complete()), text(tiny_server.complete(steer="refusal"))] == [plain, steered]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_stream_that_overflows_is_an_error_of_its_own(
+    tiny_server: Server, tiny_folder: Any, route: str, stream: bool
+) -> None:
+    wild = models.direction(models.tiny("llama"), seed=8, shared=True)
+    data = replace(wild, weights=torch.full_like(wild.weights, 1e12)).to_bytes()
+    assert tiny_server.client.put("/v1/directions/wild", content=data).status_code in (200, 201)
+    plain = text(ask(tiny_server, route))
+    with ThreadPoolExecutor(3) as pool:
+        bad = pool.submit(ask, tiny_server, route, steer="wild=-10", stream=stream)
+        others = [pool.submit(ask, tiny_server, route) for _ in range(2)]
+    answer = bad.result()
+    told = answer.json() if not stream else json.loads(answer.text.split("data: ")[-2])
+    assert (told["error"]["code"], told["error"]["param"]) == ("not_finite", "steer")
+    assert answer.status_code == (200 if stream else 400)
+    assert [text(other.result()) for other in others] == [plain] * 2
+    assert tiny_server.client.get("/health").json()["status"] == "ok"
+    assert tiny_server.client.delete("/v1/directions/wild").status_code == 200
+
+
+def test_a_file_that_must_overflow_is_refused_with_the_rule(tiny_server: Server) -> None:
+    wild = models.direction(models.tiny("llama"), seed=8)
+    data = replace(wild, weights=torch.full_like(wild.weights, 1e15)).to_bytes()
+    told = error(tiny_server.client.put("/v1/directions/wild", content=data), 400)
+    assert "no float32 holds" in told["message"]
 
 
 def test_openai_shapes(tiny_server: Server) -> None:

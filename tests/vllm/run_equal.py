@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tests import models
 from tests.vllm import device
@@ -49,6 +52,30 @@ def warm_up_again(llm: Any) -> None:
     llm.reset_prefix_cache()  # they wrote into blocks of the cache
 
 
+def wild(model: Any) -> bytes:
+    """A file that every float32 model accepts, whose stream leaves float32 at layer 1 under `affine=-10`: in a pipeline
+    that is not where answers come from."""
+    made = models.direction(model, seed=8, shared=True)
+    rows = made.directions.clone()
+    rows[2:] = 0
+    weights, mean = torch.full_like(made.weights, 1e15), 1e15 * made.directions[:, 0]
+    return replace(made, directions=rows, weights=weights, mean_harmless_all=mean).to_bytes()
+
+
+def check_lost(llm: Any, reference: Reference, data: bytes) -> None:
+    """A request whose stream overflows ends with an error, each time that it comes, and its neighbours as ever."""
+    from steer.vllm import frontend
+
+    frontend.of(llm).registry.put("wild", data, store=False)
+    jobs = [(prompt, spec) for spec in ("off", "refusal", "wild:affine=-10") for prompt in PROMPTS]
+    for _ in range(2):
+        for (_, spec), output in zip(jobs, generate(llm, jobs), strict=True):
+            if spec.startswith("wild"):
+                assert output.outputs[0].finish_reason == "error", output
+            else:
+                reference.check(output, spec)
+
+
 def main(folder: Path, options: dict[str, object]) -> None:
     from steer.vllm import frontend
 
@@ -71,6 +98,7 @@ def main(folder: Path, options: dict[str, object]) -> None:
             reference.check(output, spec)
         if warms_up:
             warm_up_again(llm)
+    check_lost(llm, reference, wild(home.model))
     if "speculative_config" in options:
         assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens") > 0
     print("EQUAL", [claim["layers"] for claim in claims])

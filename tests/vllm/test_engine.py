@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from steer.errors import DirectionError, NoRoom, UnsupportedModel
 from steer.spec import parse
@@ -192,6 +193,31 @@ def test_no_request_can_leave_blocks_for_another_spec(running: Running, spec: st
     with pytest.raises(ValueError, match="must not contain"):
         running.llm.generate([prompt], [parameters(spec)], use_tqdm=False)
     assert running.pins == 0
+
+
+def test_a_stream_that_overflows_ends_its_request_alone_and_leaves_no_block(running: Running) -> None:
+    """Also where another with the same beginning and the same steering finds its blocks before its end is known, and
+    where a later one looks for them."""
+    running.llm.reset_prefix_cache()
+    registry, model = running.frontend.registry, running.home.model
+    wild = models.direction(model, seed=8, shared=True)
+    registry.put("wild", replace(wild, weights=torch.full_like(wild.weights, 1e12)).to_bytes(), store=False)
+    good = [(prompt, spec) for prompt in (*PROMPTS, LONG) for spec in ("off", "refusal", "verbosity:add=0.5")]
+    before = generate(running.llm, good, max_tokens=4)
+    for _ in range(3):
+        jobs = [*good, (LONG, "wild=10"), (LONG + "and more", "wild=10"), (PROMPTS[0], "wild=-10")]
+        *outputs, one, two, three = generate(running.llm, jobs, max_tokens=4)
+        for (_, spec), output, alone in zip(good, outputs, before, strict=True):
+            running.reference.check(output, spec)
+            assert output.outputs[0].token_ids == alone.outputs[0].token_ids
+        for failed in (one, two, three):
+            assert failed.outputs[0].finish_reason == "error"
+            assert "out of the range" in failed.outputs[0].stop_reason
+            assert not failed.outputs[0].token_ids
+    assert running.pins == 0
+    [fine] = generate(running.llm, [(LONG, "wild=1e-30")], max_tokens=4)
+    assert fine.outputs[0].finish_reason == "length", "at another strength nothing is lost"
+    registry.delete("wild")
 
 
 def test_a_swapped_direction_hits_no_block_of_the_old_one(running: Running) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -125,6 +126,25 @@ def test_bad_requests_get_a_400(server: Server, more: dict[str, Any], message: s
     assert answer.status_code == 400, answer.text
     assert message in answer.json()["error"]["message"]
     assert "x-steer-applied" not in answer.headers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_stream_that_overflows_is_an_error_of_its_own(server: Server, home: Home, route: str, stream: bool) -> None:
+    wild = models.direction(home.model, seed=8, shared=True)
+    data = dataclasses.replace(wild, weights=torch.full_like(wild.weights, 1e12)).to_bytes()
+    assert server.client.put("/v1/directions/wild", content=data).status_code in (200, 201)
+    plain = words(ask(server, route))
+    for more in ({}, {"n": 2}) if route in READ_ROUTES and not stream else ({},):
+        with ThreadPoolExecutor(3) as pool:
+            bad = pool.submit(ask, server, route, steer="wild=-10", stream=stream, **more)
+            others = [pool.submit(ask, server, route) for _ in range(2)]
+        answer = bad.result()
+        assert "out of the range of the model's numbers" in answer.text, answer.text
+        assert answer.status_code == (200 if stream else 400)
+        assert [words(other.result()) for other in others] == [plain] * 2
+    assert words(ask(server, route)) == plain
+    assert server.client.delete("/v1/directions/wild").status_code == 200
 
 
 def test_nothing_is_told_without_the_key(server: Server) -> None:

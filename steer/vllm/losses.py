@@ -1,0 +1,98 @@
+"""Requests whose stream was lost (see `steer.runtime.op`), in a worker: from the flags of a pass to what the engine is
+told of its requests.
+
+A lost token's keys and values are not those of the operation that was asked for, and vLLM may have given its block to
+another request with the same steering by then: whoever has the same tokens up to that one falls with it, as it would if
+it had computed them itself. The front end sees to it that no later request finds such blocks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steer.runtime.index import Losses
+from steer.vllm import internals
+
+#: Lost requests that one which comes later is compared with: those whose end the front end may not have seen yet.
+KEPT = 64
+
+
+@dataclass(slots=True)
+class Run:
+    """A steered request: what steers it, its prompt (empty where that came as embeddings), and the position of its
+    first lost token."""
+
+    spec: str
+    prompt: Sequence[int]
+    length: int
+    lost: int | None = None
+
+    def falls_with(self, other: Run) -> bool:
+        """Has it read (or would it have computed) the first lost token of `other`?"""
+        if other.lost is None or self.spec != other.spec or other.lost >= self.length:
+            return False
+        common = min(other.lost + 1, len(other.prompt))
+        if bool(self.prompt) != bool(other.prompt) or self.prompt[:1] != other.prompt[:1]:
+            return False
+        return list(self.prompt[:common]) == list(other.prompt[:common])
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A pass that was enqueued. `scheduled` is vLLM's: only of lost requests it is asked where their tokens begin."""
+
+    losses: Losses
+    requests: Sequence[str]
+    lengths: NDArray[np.int32]
+    scheduled: Any
+
+
+class LostRuns:
+    """`meet` and `end` run on the worker's main thread, `tell` where vLLM reads a step's outputs: requests are told of
+    before they are asked for, and the other way round, so that of two that meet one sees the other."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, Run] = {}
+        self._lost: dict[str, int] = {}
+        self._recent: deque[Run] = deque(maxlen=KEPT)
+
+    def meet(self, request: str, run: Run) -> None:
+        self._running[request] = run
+        for other in tuple(self._recent):
+            if run.falls_with(other):
+                run.lost = other.lost
+                self._lost[request] = other.lost or 0
+                return
+
+    def end(self, request: str) -> None:
+        self._running.pop(request, None)
+        self._lost.pop(request, None)
+
+    def tell(self, output: Any, step: Step | None) -> Any:
+        """vLLM's output of a step, with the requests of it that are lost by now."""
+        if step is not None and (found := step.losses.first(step.lengths)):
+            starts = internals.starts_of(step.scheduled)
+            for i, offset in found.items():
+                self._lose(step.requests[i], starts[step.requests[i]] + offset)
+        if not self._lost:
+            return output
+        return internals.with_losses(output, dict(self._lost))
+
+    def _lose(self, request: str, position: int) -> None:
+        run = self._running.get(request)
+        if run is None or run.lost is not None:  # it has ended, or is told of already
+            return
+        run.lost = position
+        self._recent.append(run)
+        for name, other in tuple(self._running.items()):
+            if other is run or (other.lost is None and other.falls_with(run)):
+                other.lost = position
+                self._lost[name] = position
+                if name not in self._running:  # it ended meanwhile
+                    self._lost.pop(name, None)

@@ -1,0 +1,99 @@
+"""Whose stream was lost, and whose blocks hold what was computed of it: without an engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer.runtime.index import Losses
+from steer.vllm.internals import ABOVE
+from steer.vllm.losses import KEPT, LostRuns, Run, Step
+from steer.vllm.salts import KEPT as SALTS
+from steer.vllm.salts import Salts
+
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=8)
+
+
+def run_of(prompt: list[int], spec: str = "a") -> Run:
+    return Run(spec, prompt, len(prompt))
+
+
+def step(requests: dict[str, int], lost: list[int], starts: dict[str, int]) -> Step:
+    """A pass in which each request has so many tokens, of which `lost` are."""
+    flags = torch.zeros(sum(requests.values()), dtype=torch.bool)
+    flags[lost] = True
+    cached = SimpleNamespace(req_ids=list(starts), num_computed_tokens=list(starts.values()))
+    scheduled = SimpleNamespace(scheduled_cached_reqs=cached, scheduled_new_reqs=[])
+    return Step(Losses(flags, None), list(requests), np.array(list(requests.values()), np.int32), scheduled)
+
+
+def output(*requests: str) -> Any:
+    return SimpleNamespace(req_id_to_index={r: i for i, r in enumerate(requests)}, num_nans_in_logits=None)
+
+
+def told(made: Any) -> dict[str, int]:
+    """Positions of first lost tokens."""
+    return {request: (value >> ABOVE) - 1 for request, value in (made.num_nans_in_logits or {}).items()}
+
+
+@given(TOKENS, TOKENS, st.integers(0, 7), st.booleans(), st.booleans())
+def test_who_has_the_tokens_up_to_a_lost_one_and_the_same_steering_falls_with_it(
+    first: list[int], second: list[int], position: int, same: bool, later: bool
+) -> None:
+    position %= len(first)
+    runs, other = LostRuns(), run_of(second, "a" if same else "b")
+    runs.meet("x", run_of(first))
+    if not later:
+        runs.meet("y", other)
+    made = runs.tell(output("x", "y"), step({"x": len(first)}, [position], {"x": 0}))
+    if later:
+        runs.end("x")
+        runs.meet("y", other)
+        made = runs.tell(output("y"), None)
+    falls = same and second[: position + 1] == first[: position + 1]
+    assert told(made) == ({"x": position} if not later else {}) | ({"y": position} if falls else {})
+
+
+def test_a_loss_is_told_with_each_output_until_its_request_ends() -> None:
+    runs = LostRuns()
+    for name in "xy":
+        runs.meet(name, run_of([1, 2, 3] if name == "x" else [2, 2, 3]))
+    runs.tell(output(), step({"x": 2, "y": 2}, [3], {"x": 0, "y": 40}))  # a part of a prompt has no output
+    assert told(runs.tell(output("x", "y"), step({"x": 1, "y": 1}, [], {"x": 2, "y": 42}))) == {"y": 41}
+    runs.end("y")
+    whole = output("x", "y")
+    assert runs.tell(whole, None) is whole
+
+
+def test_what_a_plain_request_and_one_that_has_ended_say_is_nobodys() -> None:
+    runs = LostRuns()
+    assert told(runs.tell(output("p"), step({"p": 3}, [1], {"p": 0}))) == {}
+
+
+def test_losses_that_are_remembered_are_bounded() -> None:
+    runs = LostRuns()
+    for n in range(KEPT + 1):
+        runs.meet(str(n), run_of([n, 1]))
+        runs.tell(output(), step({str(n): 2}, [0], {str(n): 0}))
+        runs.end(str(n))
+    for n, falls in ((0, False), (1, True)):
+        runs.meet("again", run_of([n, 1]))
+        assert bool(told(runs.tell(output("again"), None))) == falls
+        runs.end("again")
+
+
+def test_no_ending_of_a_salt_comes_again() -> None:
+    salts, seen = Salts(), {"s"}
+    assert salts.current("s") == "s"
+    for n in range(2 * SALTS + 2):
+        salts.renew("s" if n % 2 else f"other {n}")
+        if n % 2:
+            assert salts.current("s") not in seen
+            seen.add(salts.current("s"))
+    assert salts.current("never lost") != "never lost", "too many to remember: all begin anew"
+    assert Salts("x").current("s") != "s"

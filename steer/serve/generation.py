@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,8 +21,9 @@ from steer.hf.sampling import Sampling, Token
 from steer.runtime.index import RequestSteer
 from steer.runtime.readout import RequestRead
 from steer.serve import errors
+from steer.serve.offload import offload
 from steer.serve.tally import current
-from steer.serve.text import TextStream, token_text
+from steer.serve.text import Stops, TextStream, token_text
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ class Job:
     index: int
     prompt: list[int]
     sampling: Sampling
-    stop: list[str]
+    stop: Stops | None
     read: RequestRead | None = None
 
 
@@ -62,6 +63,8 @@ class Generator:
 
     def __init__(self, loaded: Loaded, engine: Engine) -> None:
         self.loaded, self.engine = loaded, engine
+        #: The characters that one token stands for at most, as the vocabulary writes it.
+        self._longest = max(map(len, loaded.tokenizer.get_vocab()))
         generation = loaded.model.generation_config
         greedy = generation.do_sample is False
         self.defaults = Sampling(
@@ -72,14 +75,26 @@ class Generator:
             min_p=_or(generation.min_p, 0.0),
         )
 
+    async def offload(self, request: Request, texts: Sequence[str | list[int]], param: str, work: Callable[[], T]) -> T:
+        """What `work` makes of `texts` in a thread, unless the client goes first. Raises HTTPProblem for a text that is
+        too long for any answer, before a minute is spent on counting its tokens."""
+        most = self.engine.context * self._longest
+        for text in texts:
+            if len(text) > most:
+                raise errors.HTTPProblem(
+                    400,
+                    f"the prompt has {len(text)} characters; no text of more than {most} is within the context of "
+                    f"{self.engine.context} tokens",
+                    code="context_length_exceeded",
+                    param=param,
+                )
+        return await unless_gone(request, offload("text", sum(map(len, texts)), work))
+
     def room(self, prompt: Sequence[int], wanted: int | None, param: str) -> int:
         """How many tokens the answer may have. Raises RequestError where prompt and wish do not fit the context."""
         if not prompt:
             raise RequestError("the prompt has no tokens", param=param)
         context = self.engine.context
-        vocabulary = self.engine.steering.anatomy.vocabulary
-        if (bad := next((t for t in prompt if not 0 <= t < vocabulary), None)) is not None:
-            raise RequestError(f"token id {bad} is outside the vocabulary of {vocabulary}", param=param)
         left = context - len(prompt)
         if left < (1 if wanted is None else wanted):
             raise errors.HTTPProblem(
@@ -88,6 +103,9 @@ class Generator:
                 code="context_length_exceeded",
                 param=param,
             )
+        vocabulary = self.engine.steering.anatomy.vocabulary
+        if (bad := next((t for t in prompt if not 0 <= t < vocabulary), None)) is not None:
+            raise RequestError(f"token id {str(bad)[:40]} is outside the vocabulary of {vocabulary}", param=param)
         return left if wanted is None else wanted
 
     async def pieces(self, job: Job, steer: RequestSteer | None) -> AsyncGenerator[Piece, None]:

@@ -62,7 +62,7 @@ def parse_body(data: bytes) -> dict[str, Any]:
     try:
         text = data.decode()  # of bytes `loads` would take what is no UTF-8
         check_structure(data)
-        hooks = {"parse_int": _integer, "parse_float": _number} if len(data) > SMALL else {}
+        hooks: dict[str, Any] = {"parse_int": _integer, "parse_float": _number} if len(data) > SMALL else {}
         body = json.loads(text, object_pairs_hook=_unique, **hooks)
         if b"\\ud" in data or b"\\uD" in data:  # half of a surrogate pair is no text, and no tokenizer takes it
             json.dumps(body, ensure_ascii=False).encode()

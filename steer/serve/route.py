@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.serve import errors
 from steer.serve.body import BODY, SMALL, Gone, parse_body, read_body, understood
@@ -16,6 +17,23 @@ from steer.serve.directions import OwnRoute
 
 #: Bytes of a body that steers nothing.
 MAX_CONTROL = 16 * 1024
+
+
+class Head:
+    """HEAD, which load balancers ask with, on every route that has GET: its answer without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def sending(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self.app({**scope, "method": "GET"}, receive, sending)
 
 
 class _Parsed(Request):

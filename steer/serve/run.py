@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -19,7 +18,7 @@ from steer.runtime.placement import LocalPlacement, Shape
 from steer.serve.app import build
 from steer.serve.control import Control
 from steer.serve.served import Served
-from steer.settings import KEEP_ALIVE, ServeSettings
+from steer.settings import KEEP_ALIVE, ServeSettings, served_name
 from steer.spec import parse
 
 log = logging.getLogger("steer")
@@ -49,7 +48,7 @@ def prepare(model: str, settings: ServeSettings) -> Served:
     registry.sync()
     default = parse(settings.default_steer)
     registry.resolve(default)
-    name = settings.served_model_name or (Path(model).resolve().name if Path(model).exists() else model)
+    name = settings.served_model_name or served_name(model)
     control.start(registry, name)  # before the engine, whose threads would keep a process that refuses to start alive
     context = min(settings.context or loaded.context, loaded.context)
     engine = start_engine(

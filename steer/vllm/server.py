@@ -36,6 +36,7 @@ from steer.serve.directions import router as directions_router
 from steer.serve.errors import HTTPProblem
 from steer.serve.middleware import REQUEST_ID, SteerMiddleware, around
 from steer.serve.readout import report
+from steer.serve.route import Head
 from steer.settings import KEEP_ALIVE, ControlSettings
 from steer.vllm import frontend as front_ends
 from steer.vllm import internals, plugin, wire
@@ -97,7 +98,7 @@ class Middleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self._door: Access | None = None
+        self._door: ASGIApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -105,7 +106,7 @@ class Middleware:
             return
         if self._door is None:
             public = PUBLIC.union(playground.PATHS)
-            self._door = Access(Closed(self.app), control=control_of(scope["app"]), public=public)
+            self._door = Head(Access(Closed(self.app), control=control_of(scope["app"]), public=public))
         await self._door(scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -366,6 +366,21 @@ def test_health_and_metrics(tiny_server: Server) -> None:
     assert 'steer_direction_info{digest="' in metrics
 
 
+def test_head_is_get_without_the_body(tiny_server: Server) -> None:
+    for path in ("/health", "/v1/models", "/v1/directions/refusal", "/", "/nowhere"):
+        head, get = tiny_server.client.head(path), tiny_server.client.get(path)
+        assert (head.status_code, head.content) == (get.status_code, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+    assert tiny_server.client.head("/v1/completions").status_code == 405
+    assert tiny_server.client.get("/health").status_code == 200, "the connection is still in step"
+
+
+def test_a_route_of_the_other_backend_says_where_it_is(tiny_server: Server) -> None:
+    told = error(tiny_server.client.post("/v1/responses", json={"model": "m", "input": "x"}), 404)
+    assert "--backend vllm" in told["message"]
+    assert "/v1/responses" not in tiny_server.client.get("/openapi.json").json()["paths"]
+
+
 def test_losing_the_client_frees_its_place_and_its_version(tiny_server: Server) -> None:
     whole = {"model": tiny_server.model_name, "prompt": "x", "max_tokens": 400, "steer": "refusal"}
     whole |= {"n": 24, "ignore_eos": True}  # long enough to be looked at

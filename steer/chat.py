@@ -86,6 +86,10 @@ class Chat:
         """Token ids of plain text, with the tokenizer's own special tokens (BOS where it adds one)."""
         return self._ids(text)
 
+    def piece_ids(self, text: str) -> list[int]:
+        """Token ids of text as it is, without special tokens."""
+        return self._ids(text, add_special_tokens=False)
+
     def _ids(self, text: str, **options: Any) -> list[int]:
         """Of all that a tokenizer can say, the ids: each list more is made while nothing else runs."""
         only = {"return_attention_mask": False, "return_token_type_ids": False}

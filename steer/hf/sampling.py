@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from steer.hf.shaping import PLAIN, Shape, Shaper, shaped
 from steer.runtime.readout import Reading
 
 #: Below this the distribution is the argmax in float32, and the division would overflow.
@@ -29,6 +30,12 @@ class Sampling:
     seed: int | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    shape: Shape = PLAIN
+
+    def ends(self, eos: Collection[int]) -> frozenset[int]:
+        """The tokens that end the answer, of a model whose end-of-sequence tokens are `eos`."""
+        return frozenset(self.stop_token_ids).union(() if self.ignore_eos else eos)
 
 
 @dataclass(slots=True)
@@ -37,12 +44,14 @@ class Sampler:
 
     sampling: Sampling
     generator: torch.Generator | None = field(default=None)
+    shaper: Shaper | None = field(default=None)
 
     @classmethod
-    def of(cls, sampling: Sampling) -> Sampler:
-        if sampling.seed is None:
-            return cls(sampling)
-        return cls(sampling, torch.Generator().manual_seed(sampling.seed % 2**63))
+    def of(cls, sampling: Sampling, prompt: Sequence[int] = (), eos: Collection[int] = ()) -> Sampler:
+        made = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed % 2**63)
+        if sampling.shape == PLAIN:
+            return cls(sampling, made)
+        return cls(sampling, made, Shaper(replace(sampling.shape, ends=tuple(sampling.ends(eos))), prompt))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,7 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token]:
 
     A seeded request draws from its own generator, so that its tokens do not depend on what shares its batch.
     """
+    raw, logits = logits, shaped(logits, [s.shaper for s in samplers])
     chosen = logits.argmax(dim=-1)
     drawn = [i for i, s in enumerate(samplers) if s.sampling.temperature > MIN_TEMPERATURE]
     if drawn:
@@ -72,8 +82,12 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token]:
     tokens = [Token(token) for token in ids]
     if reported:
         tops = [samplers[i].sampling.logprobs or 0 for i in reported]
-        for i, token in zip(reported, report(logits[reported], chosen[reported], tops), strict=True):
+        for i, token in zip(reported, report(raw[reported], chosen[reported], tops), strict=True):
             tokens[i] = token
+    if raw is not logits:
+        for sampler, token in zip(samplers, tokens, strict=True):
+            if sampler.shaper:
+                sampler.shaper.push(token.id)
     return tokens
 
 

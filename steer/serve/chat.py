@@ -30,9 +30,10 @@ def router(served: Served) -> APIRouter:
         engine.admit(body.n)
 
         def prepare() -> list[Job]:
+            asked = generator.tokens(body)
             prompt = served.loaded.chat_ids(messages, **body.template)
             room, stops = generator.room(prompt, body.wanted_tokens, "messages"), Stops(body.stops)
-            samplings = body.sampling(generator.defaults, room, body.wanted_logprobs)
+            samplings = body.sampling(asked, room, body.wanted_logprobs)
             return [Job(i, prompt, sampling, stops, read) for i, sampling in enumerate(samplings)]
 
         messages = [message.plain() for message in body.messages]

@@ -34,12 +34,13 @@ def router(served: Served) -> APIRouter:
             )
 
         def prepare() -> list[Job]:
+            asked = generator.tokens(body)
             jobs: list[Job] = []
             stops = Stops(body.stops)
             for prompt in prompts:
                 ids = served.loaded.text_ids(prompt) if isinstance(prompt, str) else prompt
                 room = generator.room(ids, body.max_tokens, "prompt")
-                for sampling in body.sampling(generator.defaults, room, body.logprobs):
+                for sampling in body.sampling(asked, room, body.logprobs):
                     jobs.append(Job(len(jobs), ids, sampling, stops, read))
             return jobs
 

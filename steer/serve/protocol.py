@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -21,8 +22,10 @@ from steer.serve.fields import Unserved
 
 MAX_N = 64
 MAX_TOP_LOGPROBS = 20
-#: Of `stop`: texts, and their characters in all.
+#: Of `stop` and `bad_words`: texts, and their characters in all.
 MAX_TEXTS, MAX_TEXTS_LENGTH = 64, 8192
+#: Of `stop_token_ids` and `logit_bias`.
+MAX_IDS = 1024
 
 
 #: Fields that the middleware takes out of every body before it is checked here, as JSON schema.
@@ -68,11 +71,21 @@ class _Generation(BaseModel):
     stop: str | list[str] | None = Field(None, description="texts before which the answer ends")
     ignore_eos: bool = Field(False, description="go on behind the end-of-sequence token")
 
-    # accepted only at the value that does nothing
-    presence_penalty: Literal[0] | None = Field(None, description="not served: 0 only")
-    frequency_penalty: Literal[0] | None = Field(None, description="not served: 0 only")
-    repetition_penalty: Literal[1] | None = Field(None, description="not served: 1 only")
-    logit_bias: dict[str, float] | None = Field(None, max_length=0, description="not served: empty only")
+    stop_token_ids: Annotated[list[int], FailFast()] = Field(
+        default_factory=list, max_length=MAX_IDS, description="tokens that end the answer, beside the model's own"
+    )
+    min_tokens: int = Field(0, ge=0, le=2**31 - 1, description="tokens before which no token ends the answer")
+    bad_words: list[str] = Field(default_factory=list, description="texts that the answer must not have, as tokens")
+    logit_bias: dict[str, float] | None = Field(
+        None, max_length=MAX_IDS, description="token id → what is added to its logit, from -100 to 100"
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="off the logit of what the answer has already"
+    )
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="the same, times how often it has it")
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100, description="divides the logit of what prompt and answer have; default: the model's own"
+    )
 
     #: Values of fields that are not served, which ask for nothing on this route.
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
@@ -82,24 +95,39 @@ class _Generation(BaseModel):
     def _of_known_fields(cls, data: Any) -> Any:
         return _given(cls, data, cls.neutral)
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", "bad_words", mode="before")
     @classmethod
     def _few_texts(cls, value: Any) -> Any:
         return _texts(value)
+
+    @field_validator("logit_bias", mode="after")
+    @classmethod
+    def _of_token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for token, bias in (value or {}).items():
+            if not (token.isascii() and token.isdigit() and len(token) < 10 and abs(bias) <= 100):
+                raise Unserved([(token[:40], f"{bias:g} is not accepted: token ids, with numbers from -100 to 100")])
+        return value
 
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
     def sampling(self, defaults: Sampling, max_tokens: int, logprobs: int | None) -> list[Sampling]:
-        """One `Sampling` for each of the n answers; a seed counts up over them, so that they differ."""
+        """One `Sampling` for each of the n answers, from what they have in common; a seed counts up over them, so that
+        they differ. Raises RequestError where they must be longer than they may be."""
+        if self.min_tokens > max_tokens:
+            raise RequestError(
+                f"min_tokens: {self.min_tokens} is over the {max_tokens} tokens that the answer may have",
+                param="min_tokens",
+            )
 
         def given(name: str) -> Any:
             value = getattr(self, name)
             return getattr(defaults, name) if value is None else value
 
         return [
-            Sampling(
+            replace(
+                defaults,
                 max_tokens=max_tokens,
                 temperature=given("temperature"),
                 top_p=given("top_p"),
@@ -118,6 +146,9 @@ def _given(cls: type[BaseModel], data: Any, neutral: Mapping[str, tuple[Any, ...
     if not isinstance(data, dict):
         return data
     fields.check(data, cls.model_fields, neutral)
+    for name in ("max_tokens", "max_completion_tokens"):
+        if data.get(name) == -1:  # as several servers have it for: no limit
+            data = data | {name: None}
     return {name: value for name, value in data.items() if value is not None or _means_null(cls.model_fields.get(name))}
 
 

@@ -162,7 +162,6 @@ def test_what_else_is_wrong(tiny_server: Server) -> None:
     assert "temperature" in both
     assert "max_tokens" in both
     assert "tools: not served" in error(tiny_server.chat(tools=[{"type": "function"}]), 400)["message"]
-    error(tiny_server.complete(frequency_penalty=0.5), 400)
     error(tiny_server.complete(n=0), 400)
     error(tiny_server.complete([]), 400)
     error(tiny_server.complete([10**6]), 400)
@@ -344,6 +343,62 @@ def test_a_seed_repeats_and_another_differs(tiny_server: Server) -> None:
 
     assert sampled(1) == sampled(1)
     assert sampled(1) != sampled(2)
+
+
+def test_what_ends_an_answer_and_what_may_not_come(tiny_server: Server) -> None:
+    whole = tiny_ids(text(tiny_server.complete(max_tokens=20, ignore_eos=True)))[1:]
+    stop = next(token for token in whole if whole.index(token) >= 3)
+    at = whole.index(stop)
+    ended = tiny_server.complete(max_tokens=20, ignore_eos=True, stop_token_ids=[stop])
+    assert tiny_ids(text(ended))[1:] == whole[:at]
+    assert ended.json()["choices"][0]["finish_reason"] == "stop"
+    later = tiny_server.complete(max_tokens=20, ignore_eos=True, stop_token_ids=[stop], min_tokens=at + 1)
+    assert len(tiny_ids(text(later))[1:]) > at
+    letters = text(tiny_server.complete(max_tokens=20, ignore_eos=True))
+    for without in (
+        {"bad_words": [letters[1]]},
+        {"logit_bias": {str(tiny_ids(letters[1])[1]): -100}},
+    ):
+        assert letters[1] not in text(tiny_server.complete(max_tokens=20, ignore_eos=True, **without))
+    always = {"logit_bias": {str(tiny_ids("q")[1]): 100}}
+    assert text(tiny_server.complete(max_tokens=5, **always)) == "qqqqq"
+    assert text(tiny_server.complete(max_tokens=5, **always, frequency_penalty=2, presence_penalty=-2)) == "qqqqq"
+    for penalty in ({"repetition_penalty": 100}, {"presence_penalty": 2, "frequency_penalty": 2}):
+        assert text(tiny_server.complete(max_tokens=20, **penalty)) != letters
+    neutral = {"repetition_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}}
+    neutral |= {"min_tokens": 0, "stop_token_ids": [], "bad_words": []}
+    assert text(tiny_server.complete(max_tokens=20, ignore_eos=True, **neutral)) == letters
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"stop_token_ids": [10**6]}, "stop_token_ids"),
+        ({"stop_token_ids": ["x"] * 1000}, "stop_token_ids.0"),
+        ({"stop_token_ids": [1] * 2000}, "stop_token_ids"),
+        ({"logit_bias": {"1000000": 1}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
+        ({"bad_words": ["a"] * 65}, "bad_words"),
+        ({"min_tokens": 9}, "min_tokens"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty"),
+    ],
+)
+def test_so_are_their_problems_named(tiny_server: Server, body: dict[str, Any], param: str) -> None:
+    assert error(tiny_server.complete(**body), 400)["param"] == param
+
+
+def test_no_limit_is_what_the_context_leaves(tiny_server: Server) -> None:
+    for response in (
+        tiny_server.chat(max_tokens=-1, ignore_eos=True),
+        tiny_server.complete(max_tokens=-1, ignore_eos=True),
+        tiny_server.chat(max_tokens=None, max_completion_tokens=-1, ignore_eos=True),
+    ):
+        assert response.json()["usage"]["total_tokens"] == 512
+    error(tiny_server.chat(max_tokens=-2), 400)
 
 
 def test_models_lists_an_alias_for_each_direction(tiny_server: Server) -> None:

@@ -18,6 +18,7 @@ BENCHMARKS = {
     "rivals": ["benchmarks.rivals"],
     "admission": ["benchmarks.admission"],
     "control_plane": ["benchmarks.control_plane"],
+    "latency": ["benchmarks.latency"],
     "swap": ["benchmarks.swap"],
     "growth": ["benchmarks.growth"],
     "measure": ["benchmarks.measure"],

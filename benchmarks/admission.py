@@ -18,8 +18,8 @@ from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.table import Place, Table
 from steer.serve import carriers, keys
 from steer.serve.access import Caller
+from steer.serve.body import parse_body
 from steer.serve.control import Control
-from steer.serve.middleware import parse_body
 from steer.settings import ControlSettings
 from steer.spec import Spec
 from steer.vllm.frontend import salt

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +18,7 @@ import steer.runtime.readout
 import steer.spec
 from steer.cli import quiet_libraries
 from steer.demo import MODEL
-from steer.serve import protocol
+from steer.serve import fields, protocol
 from steer.serve.app import build
 from steer.serve.readout import DIGITS, ReadLine, ReadReport
 from steer.serve.run import prepare
@@ -138,6 +140,28 @@ def problems() -> str:
     return table(("status", "`code`"), rows)
 
 
+def unserved() -> str:
+    """What becomes of all other fields."""
+
+    def listed(names: Iterable[str]) -> str:
+        return ", ".join(f"`{name}`" for name in sorted(names))
+
+    neutral = {name: values for name, values in fields.NOT_SERVED.items() if values}
+    rows = [
+        (f"`{name}`", ", ".join(f"`{json.dumps(value)}`" for value in values))
+        for name, values in sorted(neutral.items())
+    ]
+    return "\n\n".join(
+        (
+            "Any other field that says something is a 400 that names it, an unknown one too: "
+            + listed(fields.NOT_SERVED)
+            + ". Null, and what is empty, asks for nothing and passes everywhere, and so do these values:",
+            table(("field", "passes"), rows),
+            "Accepted and without a meaning here, whatever they say: " + listed(fields.IGNORED) + ".",
+        )
+    )
+
+
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
@@ -156,9 +180,7 @@ def render() -> str:
                 routes(openapi),
                 "## Fields of both generation routes",
                 body(schemas["ChatRequest"], set(schemas["ChatRequest"]["properties"]) - shared),
-                "A field that would change the answer and is not served is refused by name: "
-                + ", ".join(f"`{name}`" for name in protocol._NOT_SERVED)
-                + ".",
+                unserved(),
                 "## Fields of `/v1/chat/completions`",
                 body(schemas["ChatRequest"], shared | carried),
                 "## Fields of `/v1/completions`",

@@ -3,10 +3,51 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import cache
+from inspect import signature
 from typing import Any
 
 from steer.errors import RequestError
+
+
+@cache
+def template_parameters() -> frozenset[str]:
+    """The names that `apply_chat_template` and the rendering behind it take for themselves. Whatever else is given to
+    them is a variable of the template; these would replace the template, or what is made of its text."""
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    taken = {"messages"}
+    for function in (PreTrainedTokenizerBase.apply_chat_template, render_jinja_template):
+        taken |= {p.name for p in signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD}
+    return frozenset(taken)
+
+
+class _Read(dict[str, Any]):
+    """A message that keeps which of its keys a template asked for."""
+
+    def __init__(self, message: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def items(self) -> Any:
+        self.asked.update(self.keys())
+        return super().items()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Read:
+        copied = _Read({key: deepcopy(value, memo) for key, value in super().items()})
+        copied.asked = self.asked
+        return copied
 
 
 class Chat:
@@ -21,21 +62,38 @@ class Chat:
         """Token ids of a conversation under the model's own template. The template writes the BOS where there is one,
         so the text is tokenized without special tokens: adding them again is the usual two-BOS bug.
 
-        Raises RequestError where there is no template or it refuses the messages.
+        A developer's messages are the system's where the template does not know that role. Raises RequestError where
+        there is no template, where it refuses the messages, or where it does not look at what one of them carries.
         """
         if not self.tokenizer.chat_template:
             raise RequestError("this model has no chat template: use /v1/completions", param="messages")
+        roles = {} if "developer" in self.tokenizer.get_chat_template() else {"developer": "system"}
+        read = [_Read(message | {"role": roles.get(message["role"], message["role"])}) for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **more
+                read, tokenize=False, add_generation_prompt=add_generation_prompt, **more
             )
         except Exception as error:  # templates are programs: jinja raises whatever they raise
-            raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from error
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+            said = str(error)[:500]
+            raise RequestError(f"the chat template refuses these messages: {said}", param="messages") from error
+        for number, message in enumerate(read):
+            if unread := sorted(message.keys() - message.asked - {"role", "content"}):
+                name = f"messages.{number}.{unread[0][:100]}"
+                raise RequestError(f"{name}: the chat template of this model does not look at it", param=name)
+        return self._ids(text, add_special_tokens=False)
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text, with the tokenizer's own special tokens (BOS where it adds one)."""
-        return list(self.tokenizer(text).input_ids)
+        return self._ids(text)
+
+    def piece_ids(self, text: str) -> list[int]:
+        """Token ids of text as it is, without special tokens."""
+        return self._ids(text, add_special_tokens=False)
+
+    def _ids(self, text: str, **options: Any) -> list[int]:
+        """Of all that a tokenizer can say, the ids: each list more is made while nothing else runs."""
+        only = {"return_attention_mask": False, "return_token_type_ids": False}
+        return list(self.tokenizer(text, **only, **options).input_ids)
 
     @property
     def template_sha256(self) -> str | None:

@@ -17,7 +17,7 @@ from steer.console import echo_json, quiet_libraries, reported
 from steer.errors import InvalidInput
 from steer.lab import commands, export_commands, search_commands, study_commands
 from steer.lab.evaluation import command as evaluation
-from steer.settings import ServeSettings
+from steer.settings import ServeSettings, served_name
 
 app = typer.Typer(
     help="Serve a language model plain or with a behaviour direction removed, switched per request.",
@@ -80,10 +80,9 @@ def serve(
     if model is not None and model.startswith("-"):  # an option that is not ours came first, and looked like MODEL
         options.insert(0, model)
         model = None
-    if model is None:
-        named = settings.served_model_name or "demo"
-        backend = "transformers" if settings.backend == "auto" else settings.backend
-        settings = settings.model_copy(update={"served_model_name": named, "backend": backend})
+    named = settings.served_model_name or ("demo" if model is None else served_name(model))
+    backend = "transformers" if model is None and settings.backend == "auto" else settings.backend
+    settings = settings.model_copy(update={"served_model_name": named, "backend": backend})
     if choose_backend(model or str(MODEL), settings) == "vllm":
         from steer.vllm.server import serve as serve_on_vllm
         from steer.vllm.settings import from_serve_settings

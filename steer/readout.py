@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from steer.errors import SpecError
 from steer.registry import Admission, Registry
-from steer.spec import OFF_TEXTS, Spec, Wanted
+from steer.spec import MAX_ITEMS, OFF_TEXTS, Spec, Wanted, brief
 
 FIELD = "steer_readout"
 MAX_DIRECTIONS = 4
@@ -71,8 +72,7 @@ def parse(value: Any) -> ReadWanted | None:
     if isinstance(value, dict):
         problems += [
             f"{FIELD}.{str(key)[:40]}: unknown field; accepted: {', '.join(_FIELDS)}"
-            for key in value
-            if key not in _FIELDS
+            for key in islice((key for key in value if key not in _FIELDS), MAX_ITEMS)
         ]
         layers = _layers(value.get("layers", "all"), problems)
         value = value.get("directions", True)
@@ -95,7 +95,7 @@ def _names(value: Any, problems: list[str]) -> tuple[str, ...] | None:
         value = [part.strip() for part in value.split(",")]
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return tuple(dict.fromkeys(value))
-    problems.append(f"{FIELD}: {repr(value)[:60]} is not understood; {ACCEPTED}")
+    problems.append(f"{FIELD}: {brief(value)} is not understood; {ACCEPTED}")
     return ()
 
 
@@ -104,7 +104,7 @@ def _layers(value: Any, problems: list[str]) -> Layers:
         return "all" if value == "all" else "source"
     if isinstance(value, list) and value and all(type(layer) is int for layer in value):
         return tuple(sorted(set(value)))
-    problems.append(f"{FIELD}.layers: {repr(value)[:60]} is not accepted: 'all', 'source' or a list of layer numbers")
+    problems.append(f"{FIELD}.layers: {brief(value)} is not accepted: 'all', 'source' or a list of layer numbers")
     return "all"
 
 

@@ -255,7 +255,7 @@ class Registry:
         """Serve `data` under `name` from now on, and (with `store` and a folder) keep it as a file.
 
         Raises DirectionError or NoRoom; then, and whatever else it meets, the old version goes on serving and
-        `failures` says why.
+        `failures` says why. An upload for a name that has nothing leaves nothing.
         """
         check_name(name)
         started = time.perf_counter()
@@ -269,7 +269,7 @@ class Registry:
                     old = self._point(name, version)
                     self.failures.pop(name, None)
             except Exception as error:
-                self._fail(name, error)
+                self._fail(name, error, keep=not store or self._offered(name))
                 raise
             finally:
                 if version is not None:
@@ -282,8 +282,13 @@ class Registry:
                 self.on_move(Move(name, old, version.digest, time.perf_counter() - started))
             return version
 
-    def _fail(self, name: str, error: Exception) -> None:
-        """Keep why the newest content for `name` is not served; said once, however often it is met."""
+    def _offered(self, name: str) -> bool:
+        """Is there anything under `name` that could be served, or deleted?"""
+        return name in self._names or (self.folder is not None and (self.folder / f"{name}{SUFFIX}").exists())
+
+    def _fail(self, name: str, error: Exception, *, keep: bool = True) -> None:
+        """Say why the newest content for `name` is not served, once, however often it is met. Not kept is what was sent
+        and left nothing behind: whoever sent it was told."""
         if isinstance(error, DirectionError):
             problems = error.problems
         elif isinstance(error, SteerError | OSError):
@@ -292,7 +297,8 @@ class Registry:
             problems = (f"{type(error).__name__}: {error}",)
         known = self.failures.get(name)
         if known is None or known.problems != problems:
-            self.failures[name] = Failure(problems)
+            if keep:
+                self.failures[name] = Failure(problems)
             unforeseen = not isinstance(error, SteerError | OSError)
             if not self.quiet:
                 log.error("direction '%s' was not accepted: %s", name, "; ".join(problems), exc_info=unforeseen)

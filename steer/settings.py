@@ -19,6 +19,12 @@ KEEP_ALIVE = 65
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 
 
+def served_name(model: str) -> str:
+    """The name of MODEL in requests where none is given, on either backend: of a folder its last part, and a hub id as
+    it is."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
 class ControlSettings(BaseSettings):
     """Who may steer and what is kept of it: the same on every backend."""
 
@@ -47,7 +53,7 @@ class ServeSettings(ControlSettings):
     host: str = Field("127.0.0.1", description="address to bind")
     port: int = Field(8000, ge=0, le=65535, description="port to bind; 0 takes a free one")
     served_model_name: str | None = Field(
-        None, description="name of the model in requests; default: last part of MODEL"
+        None, description="name of the model in requests; default: a folder's last part, or the hub id"
     )
     directions: Path = Field(Path("directions"), description="folder of direction files, watched for changes")
     default_steer: str = Field(

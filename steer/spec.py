@@ -16,14 +16,20 @@ Parsing gives `Wanted` items; the registry resolves them into a `Spec` of exact 
 from __future__ import annotations
 
 import json
+import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 from steer.direction import MAX_STRENGTH, MODES, Mode, check_name
 from steer.errors import DirectionError, SpecError
 
 MAX_ITEMS = 16
+#: Characters of a spec as text: nothing that could be accepted is longer.
+MAX_TEXT = 8192
+_MENTION = re.compile(r"(?<![^\W_])(?:x[\W_]*)?steer", re.IGNORECASE)
 OFF_TEXTS = {"off", "none", "null", "false"}
 _FIELDS = ("direction", "mode", "strength")
 ACCEPTED = (
@@ -76,8 +82,6 @@ def parse(value: Any, param: str = "steer") -> tuple[Wanted, ...]:
     """
     problems: list[str] = []
     items = _items(value, param, problems)
-    if len(items) > MAX_ITEMS:
-        problems.append(f"{param}: {len(items)} directions, at most {MAX_ITEMS} are accepted")
     seen: set[tuple[str, Mode | None]] = set()
     for item in items:
         if (item.direction, item.mode) in seen:
@@ -89,13 +93,19 @@ def parse(value: Any, param: str = "steer") -> tuple[Wanted, ...]:
 
 
 def bare(name: str) -> str:
-    """Without what people write differently: case, and what stands between words or around them."""
-    return "".join(filter(str.isalnum, name.casefold()))
+    """Without what people write differently: case, and what stands between words or around them. Of a name that is
+    longer than any, its beginning."""
+    return "".join(islice(filter(str.isalnum, name[:MAX_TEXT].casefold()), 64))
 
 
 def nearly(name: str) -> bool:
     """Is a field or header of this name meant to steer: does it begin with `steer`, or with that behind an `X-`?"""
     return bare(name).startswith(("steer", "xsteer"))
+
+
+def mentions(words: str) -> bool:
+    """Does one of these words begin as the name of a field or header that is meant to steer?"""
+    return _MENTION.search(words) is not None
 
 
 def text(wanted: Sequence[Wanted]) -> str:
@@ -118,22 +128,28 @@ def _items(value: Any, param: str, problems: list[str]) -> list[Wanted]:
         item = _from_object(value, param, problems)
         return [item] if item else []
     if isinstance(value, list | tuple):
+        if len(value) > MAX_ITEMS:
+            problems.append(f"{param}: {len(value)} directions, at most {MAX_ITEMS} are accepted")
+            return []
         items: list[Wanted] = []
         for index, part in enumerate(value):
             where = f"{param}[{index}]"
             if isinstance(part, str) and len(value) > 1 and part.strip().lower() in OFF_TEXTS:
-                problems.append(f"{where}: {_show(part)} stands beside other items; it is accepted alone")
+                problems.append(f"{where}: {brief(part)} stands beside other items; it is accepted alone")
             elif isinstance(part, str | dict):
                 items += _items(part, where, problems)
             else:
-                problems.append(f"{where}: {_show(part)} is not a direction; {ACCEPTED}")
+                problems.append(f"{where}: {brief(part)} is not a direction; {ACCEPTED}")
         return items
-    problems.append(f"{param}: {_show(value)} is not understood; {ACCEPTED}")
+    problems.append(f"{param}: {brief(value)} is not understood; {ACCEPTED}")
     return []
 
 
 def _from_text(value: str, param: str, problems: list[str]) -> list[Wanted]:
     stripped = value.strip()
+    if len(stripped) > MAX_TEXT:
+        problems.append(f"{param}: a text of {len(stripped)} characters, at most {MAX_TEXT} are accepted")
+        return []
     if stripped.lower() in OFF_TEXTS:
         return []
     if stripped[:1] in ("{", "["):
@@ -144,7 +160,11 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[Wanted]:
             return []
         return _items(loaded, param, problems)
     items: list[Wanted] = []
-    for part in stripped.split(","):
+    parts = stripped.split(",")
+    if len(parts) > MAX_ITEMS:
+        problems.append(f"{param}: {len(parts)} directions, at most {MAX_ITEMS} are accepted")
+        return []
+    for part in parts:
         head, equals, number = part.strip().partition("=")
         name, colon, mode = head.strip().partition(":")
         item = _check(
@@ -156,8 +176,7 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[Wanted]:
 
 
 def _from_object(value: dict[Any, Any], param: str, problems: list[str]) -> Wanted | None:
-    unknown = [str(key) for key in value if key not in _FIELDS]
-    for key in unknown:
+    for key in islice((str(key) for key in value if key not in _FIELDS), MAX_ITEMS):
         problems.append(f"{param}.{key[:40]}: unknown field; accepted: {', '.join(_FIELDS)}")
     if "direction" not in value:
         problems.append(f"{param}.direction: missing; it names the direction")
@@ -168,18 +187,18 @@ def _from_object(value: dict[Any, Any], param: str, problems: list[str]) -> Want
 def _check(param: str, name: Any, mode: Any, strength: Any, problems: list[str]) -> Wanted | None:
     before = len(problems)
     if not isinstance(name, str):
-        problems.append(f"{param}.direction: {_show(name)} is not a text")
+        problems.append(f"{param}.direction: {brief(name)} is not a text")
     else:
         try:
             check_name(name)
         except DirectionError as error:
             problems.append(f"{param}: {error}")
     if mode is not None and mode not in MODES:
-        problems.append(f"{param}.mode: {_show(mode)} is not a mode; accepted: {', '.join(MODES)}")
+        problems.append(f"{param}.mode: {brief(mode)} is not a mode; accepted: {', '.join(MODES)}")
     if strength is not None:
         number = isinstance(strength, int | float) and not isinstance(strength, bool)
         if not number or not abs(strength) <= MAX_STRENGTH:  # so written, NaN is out of range too
-            shown = strength if isinstance(strength, _Unread) else _show(strength)
+            shown = strength if isinstance(strength, _Unread) else brief(strength)
             problems.append(
                 f"{param}.strength: {shown} is not accepted: a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
             )
@@ -201,6 +220,7 @@ def _number(text: str) -> float | _Unread:
     return _Unread(repr(text.strip()[:40]))
 
 
-def _show(value: Any) -> str:
-    shown = repr(value)
+def brief(value: Any) -> str:
+    """What a client sent, short enough for a message, however long it is."""
+    shown = repr(value[:60]) if isinstance(value, str) else reprlib.repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."

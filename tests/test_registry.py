@@ -441,6 +441,18 @@ def test_what_cannot_be_stored_is_not_served(tmp_path: Path, monkeypatch: pytest
     assert registry.failures["refusal"].problems == ("disk full",)
 
 
+def test_a_refused_upload_leaves_nothing_behind(tmp_path: Path) -> None:
+    registry = Registry(local(), tmp_path)
+    with pytest.raises(DirectionError):
+        registry.put("refusal", GARBAGE)
+    assert registry.failures == {}
+    assert [*tmp_path.iterdir()] == []
+    registry.put("refusal", A)
+    with pytest.raises(DirectionError):
+        registry.put("refusal", GARBAGE)
+    assert registry.failures.keys() == {"refusal"}, "what is served is not the newest"
+
+
 def test_delete_removes_the_file(tmp_path: Path) -> None:
     registry = Registry(local(), tmp_path)
     registry.put("refusal", A)

@@ -118,13 +118,13 @@ class BatchingEngine(Engine):
         read: RequestRead | None,
     ) -> AsyncGenerator[Token, None]:
         arrivals: asyncio.Queue[Any] = asyncio.Queue()
-        running = self._requests[request_id] = _Running(steer, read, Sampler.of(sampling), [])
+        running = self._requests[request_id] = _Running(steer, read, Sampler.of(sampling, prompt, self.eos_ids), [])
         self.manager.register_result_handler(request_id, arrivals.put_nowait)
         done = False
         try:
-            eos = -1 if sampling.ignore_eos else list(self.eos_ids) or -1
+            ends = list(sampling.ends(self.eos_ids)) or -1
             accepted = self.manager.add_request(
-                list(prompt), request_id, max_new_tokens=sampling.max_tokens, streaming=True, eos_token_id=eos
+                list(prompt), request_id, max_new_tokens=sampling.max_tokens, streaming=True, eos_token_id=ends
             )
             if accepted is None:
                 raise EngineFailed("the engine is stopping or has failed and takes no request") from self._fault

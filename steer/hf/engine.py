@@ -143,12 +143,12 @@ class SequentialEngine(Engine):
     ) -> AsyncGenerator[Token, None]:
         loop = asyncio.get_running_loop()
         async with self._turn:
-            sampler = Sampler.of(sampling)
+            sampler, ends = Sampler.of(sampling, prompt, self.eos_ids), sampling.ends(self.eos_ids)
             decoding = await loop.run_in_executor(self._thread, self._begin, prompt, sampling.max_tokens)
             for _ in range(sampling.max_tokens):
                 token = await loop.run_in_executor(self._thread, self._step, decoding, sampler, steer, read)
                 yield token
-                if token.id in self.eos_ids and not sampling.ignore_eos:
+                if token.id in ends:
                     return
 
     @torch.inference_mode()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from steer.errors import RequestFailed
+from steer.hf.shaping import PLAIN, Shape, Shaper, shaped
 from steer.runtime.readout import Reading
 
 T = TypeVar("T")
@@ -38,6 +39,12 @@ class Sampling:
     seed: int | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    shape: Shape = PLAIN
+
+    def ends(self, eos: Collection[int]) -> frozenset[int]:
+        """The tokens that end the answer, of a model whose end-of-sequence tokens are `eos`."""
+        return frozenset(self.stop_token_ids).union(() if self.ignore_eos else eos)
 
 
 @dataclass(slots=True)
@@ -46,12 +53,14 @@ class Sampler:
 
     sampling: Sampling
     generator: torch.Generator | None = field(default=None)
+    shaper: Shaper | None = field(default=None)
 
     @classmethod
-    def of(cls, sampling: Sampling) -> Sampler:
-        if sampling.seed is None:
-            return cls(sampling)
-        return cls(sampling, torch.Generator().manual_seed(sampling.seed % 2**63))
+    def of(cls, sampling: Sampling, prompt: Sequence[int] = (), eos: Collection[int] = ()) -> Sampler:
+        made = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed % 2**63)
+        if sampling.shape == PLAIN:
+            return cls(sampling, made)
+        return cls(sampling, made, Shaper(replace(sampling.shape, ends=tuple(sampling.ends(eos))), prompt))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,23 +83,31 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token | RequestF
     A seeded request draws from its own generator, so that its tokens do not depend on what shares its batch.
     """
     failed: dict[int, RequestFailed] = {}
-    best, chosen = logits.max(dim=-1)
+    raw, finite = logits, torch.isfinite(logits.max(dim=-1).values)
+    shaping = [i for i, s in enumerate(samplers) if s.shaper]
+    for rows, found in _apart(shaping, lambda rows: shaped(raw[rows], [samplers[i].shaper for i in rows]), failed):
+        logits = logits.clone() if logits is raw else logits
+        logits[rows] = found
+    chosen = logits.argmax(dim=-1)
     drawn = [i for i, s in enumerate(samplers) if s.sampling.temperature > MIN_TEMPERATURE]
     for rows, found in _apart(drawn, lambda rows: _draw(logits[rows], [samplers[i] for i in rows]), failed):
         chosen[rows] = found
-    ids = torch.where(torch.isfinite(best), chosen, -1).tolist()
+    ids = torch.where(finite, chosen, -1).tolist()
     out: list[Token | RequestFailed] = [Token(token) for token in ids]
     reported = [i for i, s in enumerate(samplers) if s.sampling.logprobs is not None]
 
     def told(rows: list[int]) -> list[Token]:
-        return report(logits[rows], chosen[rows], [samplers[i].sampling.logprobs or 0 for i in rows])
+        return report(raw[rows], chosen[rows], [samplers[i].sampling.logprobs or 0 for i in rows])
 
     for rows, tokens in _apart(reported, told, failed):
-        for i, token in zip(rows, tokens, strict=True):
-            out[i] = token
+        for i, one in zip(rows, tokens, strict=True):
+            out[i] = one
     failed |= {i: RequestFailed(NO_LOGITS) for i, token in enumerate(ids) if token < 0}
     for i, error in failed.items():
         out[i] = error
+    for i in shaping:
+        if isinstance(token := out[i], Token) and (shaper := samplers[i].shaper):
+            shaper.push(token.id)
     return out
 
 

@@ -20,7 +20,11 @@ from steer.serve.access import PUBLIC, Access
 from steer.serve.carriers import RECEIPT
 from steer.serve.directions import router as directions_router
 from steer.serve.middleware import SteerMiddleware, around
+from steer.serve.route import Head
 from steer.serve.served import Served
+
+#: Routes of other servers, which people ask this one for.
+ELSEWHERE = ("/v1/responses", "/v1/messages", "/v1/embeddings", "/tokenize", "/detokenize")
 
 
 def build(served: Served) -> FastAPI:
@@ -48,6 +52,7 @@ def build(served: Served) -> FastAPI:
             allow_headers=["*"],
             expose_headers=[RECEIPT, "x-request-id"],
         )
+    app.add_middleware(Head)
     app.include_router(playground.router())
     app.include_router(directions_router(registry, control=control))
     app.include_router(switch.router(control))
@@ -61,12 +66,24 @@ def build(served: Served) -> FastAPI:
         max_body=served.max_body,
         readable=engine.steering.anatomy.layers if "resid_post" in engine.steering.table.sites else 0,
         control=control,
+        parsed=True,
     )
     generating = {(path, "POST"): layer for path in ("/v1/chat/completions", "/v1/completions")}
     assert len(around(app, generating)) == len(generating)
     app.include_router(models.router(served))
     table = engine.steering.table
     metrics.watch(registry, lambda: table.rows_in_use, table.rows)
+
+    async def elsewhere(request: Request) -> Response:
+        raise errors.HTTPProblem(
+            404,
+            f"{request.scope['path']} is served by the vLLM backend alone (steer serve MODEL --backend vllm), and this "
+            "is the transformers backend; here there are /v1/chat/completions and /v1/completions",
+            code="not_found",
+        )
+
+    for path in ELSEWHERE:
+        app.add_api_route(path, elsewhere, methods=["POST"], include_in_schema=False)
 
     @app.get("/health", tags=["operation"], summary="State of the server; 503 when its engine has failed")
     async def health(request: Request) -> Response:

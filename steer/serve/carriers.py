@@ -10,13 +10,15 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 from urllib.parse import parse_qsl
 
 from steer import readout
 from steer.errors import SpecError
 from steer.registry import Admission, Registry
-from steer.spec import Spec, Wanted, bare, nearly, parse, text
+from steer.serve.body import MAX_VALUES, check_structure
+from steer.spec import MAX_ITEMS, Spec, Wanted, bare, mentions, nearly, parse, text
 
 FIELD = "steer"
 HEADER = "x-steer"
@@ -29,6 +31,8 @@ TAKEN = frozenset({FIELD, readout.FIELD, f"{XARGS}.{FIELD}", f"header {HEADER}",
 #: Fields of a body in which clients put fields of their own, and those that hold whole requests, as `bare` has them.
 _INSIDE = {"chattemplatekwargs", "extraargs", "extrabody", "extraheaders", "extraquery", "generationconfig", "headers"}
 _INSIDE |= {"body", "metadata", "options", "parameters", "request", "requests", "samplingparams", "vllmxargs"}
+#: Those of them that are there for nothing else, so that a text in them is one of these too.
+_VEHICLES = {"extraargs", "extrabody", "extraheaders", "extraquery", "headers", "vllmxargs"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +60,17 @@ def read(
             problems.extend(error.problems)
             param = param or error.param
 
-    for name in traces(body, headers, served, query):
-        if name not in TAKEN:
-            param = param or name
-            problems.append(
-                f"'{name[:100]}': names that begin with 'steer' are not for requests to set, but for the fields "
-                f"'{FIELD}', '{readout.FIELD}' and '{XARGS}.{FIELD}' and the header 'X-Steer'"
-            )
+    for name in islice((name for name in traces(body, headers, served, query) if name not in TAKEN), MAX_ITEMS):
+        param = param or name[:100]
+        problems.append(
+            f"'{name[:100]}': no request asks for steering like this; accepted: the fields '{FIELD}', "
+            f"'{readout.FIELD}' and '{XARGS}.{FIELD}' and the header 'X-Steer'"
+        )
     if FIELD in body:
         take("body field 'steer'", body[FIELD], FIELD)
     sent = [value for name, value in headers if name.lower() == HEADER.encode()]
+    if len(sent) > MAX_ITEMS:
+        raise SpecError(f"{len(sent)} headers 'X-Steer', at most {MAX_ITEMS}", param="X-Steer")
     for number, value in enumerate(sent):
         which = "header 'X-Steer'" if len(sent) == 1 else f"header 'X-Steer' ({number + 1} of {len(sent)})"
         take(which, value.decode("latin-1"), "X-Steer")
@@ -93,8 +98,8 @@ def traces(
     for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
         if nearly(name):
             yield f"?{name}"
-    places = [("", body)]
-    while places:  # not by recursion: a body may be as deep as its parser allows
+    places, left = [("", body)], MAX_VALUES
+    while places:  # not by recursion: what is told of is bounded by the body's parser, and not here
         place, value = places.pop()
         if isinstance(value, list):
             places.extend((f"{place}{number}.", each) for number, each in enumerate(value))
@@ -102,17 +107,26 @@ def traces(
             for key, inner in value.items():
                 if nearly(key):
                     yield f"{place}{key}"
-                elif bare(key) in _INSIDE:
-                    places.append((f"{place}{key}.", _unwrapped(inner)))
+                elif (plain := bare(key)) in _INSIDE:
+                    if isinstance(inner, str):  # as a form's field has it, or one who quoted the whole
+                        left -= _structure(inner, left)
+                        inner = _unwrapped(inner)
+                        if plain in _VEHICLES and isinstance(inner, str) and mentions(inner):
+                            yield f"{place}{key}"
+                    places.append((f"{place}{key}.", inner))
                 elif key == "model" and isinstance(inner, str) and split_alias(inner, served):
                     yield f"{place}{key}"
 
 
-def _unwrapped(value: Any) -> Any:
-    """What a form's field holds as JSON, where `value` is that."""
-    if isinstance(value, str):
-        with suppress(ValueError, RecursionError):
-            return json.loads(value)
+def _structure(value: str, most: int) -> int:
+    """How many values a text has as JSON. Raises HTTPProblem for more than `most`."""
+    return check_structure(value.encode(errors="surrogatepass"), most) if value.lstrip()[:1] in ("{", "[") else 0
+
+
+def _unwrapped(value: str) -> Any:
+    """What a text holds as JSON, where it is that."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(value)
     return value
 
 

@@ -13,26 +13,33 @@ from steer.hf.sampling import Token
 from steer.serve import tally
 from steer.serve.generation import Job, chat_logprobs, envelope, made, stream, unless_gone, usage
 from steer.serve.protocol import ChatRequest
+from steer.serve.route import JsonRoute
 from steer.serve.served import Served
+from steer.serve.text import Stops
 
 
 def router(served: Served) -> APIRouter:
-    router, generator, engine = APIRouter(), served.generator, served.engine
+    router, generator, engine = APIRouter(route_class=JsonRoute), served.generator, served.engine
 
     @router.post("/v1/chat/completions", tags=["generation"], summary="Answer a conversation")
     async def chat(body: ChatRequest, request: Request) -> Response:
         served.check_model(body.model)
         steer, reading = served.steer_of(request), request.scope["steer_readout"]
         read = served.read_of(reading)
-        messages = [message.plain() for message in body.messages]
-        prompt = served.loaded.chat_ids(messages, **body.chat_template_kwargs)
-        samplings = body.sampling(
-            generator.defaults, generator.room(prompt, body.wanted_tokens, "messages"), body.wanted_logprobs
-        )
-        jobs = [Job(i, prompt, sampling, body.stops, read) for i, sampling in enumerate(samplings)]
-        engine.admit(len(jobs))
-        tally.current().prompt += len(prompt)
         wants_logprobs = body.wanted_logprobs is not None
+        engine.admit(body.n)
+
+        def prepare() -> list[Job]:
+            asked = generator.tokens(body)
+            prompt = served.loaded.chat_ids(messages, **body.template)
+            room, stops = generator.room(prompt, body.wanted_tokens, "messages"), Stops(body.stops)
+            samplings = body.sampling(asked, room, body.wanted_logprobs)
+            return [Job(i, prompt, sampling, stops, read) for i, sampling in enumerate(samplings)]
+
+        messages = [message.plain() for message in body.messages]
+        jobs = await generator.offload(request, [message["content"] for message in messages], "messages", prepare)
+        prompt = jobs[0].prompt
+        tally.current().prompt += len(prompt)
         tokenizer = served.loaded.tokenizer
 
         def logprobs(tokens: list[Token]) -> dict[str, Any] | None:

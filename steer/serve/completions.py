@@ -13,31 +13,41 @@ from steer.hf.sampling import Token
 from steer.serve import errors, tally
 from steer.serve.generation import Job, completion_logprobs, envelope, made, stream, unless_gone, usage
 from steer.serve.protocol import CompletionRequest
+from steer.serve.route import JsonRoute
 from steer.serve.served import Served
+from steer.serve.text import Stops
 
 
 def router(served: Served) -> APIRouter:
-    router, generator, engine = APIRouter(), served.generator, served.engine
+    router, generator, engine = APIRouter(route_class=JsonRoute), served.generator, served.engine
 
     @router.post("/v1/completions", tags=["generation"], summary="Continue a text, or each of several")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         served.check_model(body.model)
         steer, reading, tokenizer = served.steer_of(request), request.scope["steer_readout"], served.loaded.tokenizer
         read = served.read_of(reading)
-        jobs: list[Job] = []
-        for prompt in body.prompts:
-            ids = served.loaded.text_ids(prompt) if isinstance(prompt, str) else prompt
-            room = generator.room(ids, body.max_tokens, "prompt")
-            for sampling in body.sampling(generator.defaults, room, body.logprobs):
-                jobs.append(Job(len(jobs), ids, sampling, body.stops, read))
-        engine.admit(len(jobs))
+        prompts = body.prompts
+        engine.admit(len(prompts) * body.n)
+        if body.stream and (body.echo or body.max_tokens == 0):
+            raise errors.HTTPProblem(
+                400, "echo and max_tokens 0 are not served as a stream", code="unsupported", param="stream"
+            )
+
+        def prepare() -> list[Job]:
+            asked = generator.tokens(body)
+            jobs: list[Job] = []
+            stops = Stops(body.stops)
+            for prompt in prompts:
+                ids = served.loaded.text_ids(prompt) if isinstance(prompt, str) else prompt
+                room = generator.room(ids, body.max_tokens, "prompt")
+                for sampling in body.sampling(asked, room, body.logprobs):
+                    jobs.append(Job(len(jobs), ids, sampling, stops, read))
+            return jobs
+
+        jobs = await generator.offload(request, prompts, "prompt", prepare)
         prompt_tokens = sum(len(job.prompt) for job in jobs[:: body.n])
         tally.current().prompt += prompt_tokens
         if body.stream:
-            if body.echo or body.max_tokens == 0:
-                raise errors.HTTPProblem(
-                    400, "echo and max_tokens 0 are not served as a stream", code="unsupported", param="stream"
-                )
             base = envelope("cmpl", "text_completion", body.model, served.fingerprint)
             with_usage = bool(body.stream_options and body.stream_options.include_usage)
 

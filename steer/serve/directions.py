@@ -13,8 +13,8 @@ from steer.direction import MAX_BYTES, check_name
 from steer.errors import NoRoom, SteerError, UnknownDirection
 from steer.registry import Registry, Version
 from steer.serve import errors
+from steer.serve.body import read_body
 from steer.serve.control import Control
-from steer.serve.middleware import read_body
 
 
 class OwnRoute(APIRoute):

@@ -7,10 +7,10 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -19,14 +19,43 @@ from steer.errors import RequestError, RequestFailed, SteerError
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
 from steer.hf.sampling import Sampling, Token
+from steer.hf.shaping import Shape
 from steer.runtime.index import RequestSteer
 from steer.runtime.readout import RequestRead
 from steer.serve import errors
+from steer.serve.offload import offload
 from steer.serve.tally import current
-from steer.serve.text import TextStream, token_text
+from steer.serve.text import Stops, TextStream, token_text
 
-T = TypeVar("T")
 log = logging.getLogger("steer")
+T = TypeVar("T")
+#: What `generate` takes where a model that is to be sampled does not say.
+TOP_K = 50
+#: Settings by which `generate` would choose other tokens, and which are not served.
+_LEFT_OUT = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "sequence_bias",
+    "suppress_tokens",
+)
+
+
+class Asked(Protocol):
+    """What a request body says in tokens and in words."""
+
+    logit_bias: dict[str, float] | None
+    stop_token_ids: list[int]
+    bad_words: list[str]
+    min_tokens: int
+    repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
 
 
 @dataclass(slots=True)
@@ -55,7 +84,7 @@ class Job:
     index: int
     prompt: list[int]
     sampling: Sampling
-    stop: list[str]
+    stop: Stops | None
     read: RequestRead | None = None
 
 
@@ -64,24 +93,41 @@ class Generator:
 
     def __init__(self, loaded: Loaded, engine: Engine) -> None:
         self.loaded, self.engine = loaded, engine
+        #: The characters that one token stands for at most, as the vocabulary writes it.
+        self._longest = max(map(len, loaded.tokenizer.get_vocab()))
         generation = loaded.model.generation_config
         greedy = generation.do_sample is False
         self.defaults = Sampling(
             max_tokens=0,
             temperature=0.0 if greedy else _or(generation.temperature, 1.0),
             top_p=_or(generation.top_p, 1.0),
-            top_k=_or(generation.top_k, 0) if generation.do_sample else 0,
+            top_k=_or(generation.top_k, TOP_K) if generation.do_sample else 0,
             min_p=_or(generation.min_p, 0.0),
+            shape=Shape(repetition_penalty=_or(generation.repetition_penalty, 1.0)),
         )
+        if left := [name for name in _LEFT_OUT if getattr(generation, name, None)]:
+            log.warning("settings of the model's generation_config.json that are not applied: %s", ", ".join(left))
+
+    async def offload(self, request: Request, texts: Sequence[str | list[int]], param: str, work: Callable[[], T]) -> T:
+        """What `work` makes of `texts` in a thread, unless the client goes first. Raises HTTPProblem for a text that is
+        too long for any answer, before a minute is spent on counting its tokens."""
+        most = self.engine.context * self._longest
+        for text in texts:
+            if len(text) > most:
+                raise errors.HTTPProblem(
+                    400,
+                    f"the prompt has {len(text)} characters; no text of more than {most} is within the context of "
+                    f"{self.engine.context} tokens",
+                    code="context_length_exceeded",
+                    param=param,
+                )
+        return await unless_gone(request, offload("text", sum(map(len, texts)), work))
 
     def room(self, prompt: Sequence[int], wanted: int | None, param: str) -> int:
         """How many tokens the answer may have. Raises RequestError where prompt and wish do not fit the context."""
         if not prompt:
             raise RequestError("the prompt has no tokens", param=param)
         context = self.engine.context
-        vocabulary = self.engine.steering.anatomy.vocabulary
-        if (bad := next((t for t in prompt if not 0 <= t < vocabulary), None)) is not None:
-            raise RequestError(f"token id {str(bad)[:20]} is outside the vocabulary of {vocabulary}", param=param)
         left = context - len(prompt)
         if left < (1 if wanted is None else wanted):
             raise errors.HTTPProblem(
@@ -90,7 +136,35 @@ class Generator:
                 code="context_length_exceeded",
                 param=param,
             )
+        vocabulary = self.engine.steering.anatomy.vocabulary
+        if (bad := next((t for t in prompt if not 0 <= t < vocabulary), None)) is not None:
+            raise RequestError(f"token id {str(bad)[:40]} is outside the vocabulary of {vocabulary}", param=param)
         return left if wanted is None else wanted
+
+    def tokens(self, body: Asked) -> Sampling:
+        """What a request says in tokens and in words, as a part of its `Sampling`. Raises RequestError for a token that
+        the model does not have."""
+        vocabulary = self.engine.steering.anatomy.vocabulary
+        biased = sorted((int(token), value) for token, value in (body.logit_bias or {}).items())
+        for name, ids in ("stop_token_ids", body.stop_token_ids), ("logit_bias", [token for token, _ in biased]):
+            if (bad := next((t for t in ids if not 0 <= t < vocabulary), None)) is not None:
+                raise RequestError(f"{name}: token id {bad} is outside the vocabulary of {vocabulary}", param=name)
+        given = self.defaults.shape.repetition_penalty
+        shape = Shape(
+            logit_bias=tuple(biased),
+            bad_words=tuple(ids for word in body.bad_words for ids in self._spelled(word)),
+            repetition_penalty=given if body.repetition_penalty is None else body.repetition_penalty,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            min_tokens=body.min_tokens,
+        )
+        return replace(self.defaults, stop_token_ids=tuple(body.stop_token_ids), shape=shape)
+
+    def _spelled(self, word: str) -> list[tuple[int, ...]]:
+        """A word at the beginning of a text and, where that is as many tokens with another first one, inside of it."""
+        first, inside = (tuple(self.loaded.piece_ids(before + word.lstrip())) for before in ("", " "))
+        different = first and len(first) == len(inside) and first[0] != inside[0]
+        return [spelled for spelled in (first, inside if different else ()) if spelled]
 
     async def pieces(self, job: Job, steer: RequestSteer | None) -> AsyncGenerator[Piece, None]:
         """What goes wrong between tokens and text is a RequestFailed."""
@@ -106,13 +180,13 @@ class Generator:
 
     async def _pieces(self, job: Job, steer: RequestSteer | None) -> AsyncGenerator[Piece, None]:
         text = TextStream(self.loaded.tokenizer, job.stop)
-        made = 0
+        made, ends = 0, job.sampling.ends(self.engine.eos_ids)
         current().answer(lambda: made)
         stream = self.engine.generate(job.prompt, job.sampling, steer, job.read)
         async with aclosing(stream):
             async for token in stream:
                 made += 1
-                if token.id in self.engine.eos_ids and not job.sampling.ignore_eos:
+                if token.id in ends:
                     yield Piece(text.finish(), finish="stop")
                     break
                 new = text.push(token.id)

@@ -13,6 +13,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,6 +24,7 @@ from steer.readout import Readout, ReadWanted
 from steer.registry import Admission, Registry
 from steer.serve import carriers, errors, metrics
 from steer.serve.access import ANYONE, Caller
+from steer.serve.body import BODY, Gone, parse_body, read_body, replay, understood
 from steer.serve.control import Control, Run
 from steer.serve.tally import counting
 from steer.spec import Wanted
@@ -45,7 +47,8 @@ def around(app: Any, layers: Mapping[tuple[str, str], Callable[[ASGIApp], ASGIAp
 
 class SteerMiddleware:
     """`served` are the model names that aliases extend; `forward` may write the admission into the body for an engine
-    that lives behind another interface; `readable` is how many layers the engine behind can read, 0 for none."""
+    that lives behind another interface; `readable` is how many layers the engine behind can read, 0 for none; `parsed`
+    says that the app takes the body from `scope[BODY]`, and none has to be written for it again."""
 
     def __init__(
         self,
@@ -58,19 +61,20 @@ class SteerMiddleware:
         forward: Forward | None = None,
         readable: int = 0,
         control: Control | None = None,
+        parsed: bool = False,
     ) -> None:
         self.app, self.registry, self.served, self.default = app, registry, tuple(served), default
         self.max_body, self.forward = max_body, forward
-        self.readable, self.control = readable, control or Control()
+        self.readable, self.control, self.parsed = readable, control or Control(), parsed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
         control, caller = self.control, ANYONE
         try:
             caller = control.caller(scope)
-            body = parse_body(await read_body(scope, receive, self.max_body))
-            carried = carriers.read(body, scope["headers"], self.served, scope["query_string"])
-            admission, reading = self._admit(carried, readout.parse(body.get(readout.FIELD)), caller)
+            data = await read_body(scope, receive, self.max_body)
+            body, carried, wanted = await understood(partial(self._understand, data, scope), len(data))
+            admission, reading = self._admit(carried, wanted, caller)
             try:
                 run = control.begin(caller, admission.spec, carried.model, scope)
             except BaseException:
@@ -95,15 +99,21 @@ class SteerMiddleware:
                     body["model"] = carried.model
                 if self.forward:
                     self.forward(body, admission, reading)
-                scope["steer"], scope["steer_readout"] = admission, reading
+                scope["steer"], scope["steer_readout"], scope[BODY] = admission, reading, body
                 metrics.ADMISSION.observe(time.perf_counter() - started)
-                await self._serve(run, answer, scope, replay(json.dumps(body).encode(), receive))
+                again = b"" if self.parsed else await understood(lambda: json.dumps(body).encode(), len(data))
+                await self._serve(run, answer, scope, replay(again, receive))
             except Exception:
                 answer.outcome = "error"
                 raise
             finally:
                 _release(admission, reading)
                 control.end(run, "error" if tally.failed else answer.outcome, tally)
+
+    def _understand(self, data: bytes, scope: Scope) -> tuple[dict[str, Any], carriers.Carried, ReadWanted | None]:
+        body = parse_body(data)
+        carried = carriers.read(body, scope["headers"], self.served, scope["query_string"])
+        return body, carried, readout.parse(body.get(readout.FIELD))
 
     async def _serve(self, run: Run, answer: _Answer, scope: Scope, receive: Receive) -> None:
         """A steered request runs in a task of its own, which the kill switch can end."""
@@ -193,61 +203,3 @@ class _Answer:
             last = f"event: error\n{errors.event(error)}data: [DONE]\n\n"
             await self._send({"type": "http.response.body", "body": last.encode()})
         self.outcome = "aborted"
-
-
-class Gone(Exception):
-    """The client left before its body had arrived."""
-
-
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The whole body, not more than `limit` bytes. Raises HTTPProblem 413."""
-    declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
-    chunks: list[bytes] = []
-    size = int(declared) if declared.isdigit() else 0
-    while size <= limit:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Gone
-        chunks.append(message.get("body", b""))
-        size = sum(map(len, chunks))
-        if not message.get("more_body", False) and size <= limit:
-            return b"".join(chunks)
-    raise errors.HTTPProblem(413, f"the body is over the limit of {limit} bytes", code="body_too_large")
-
-
-def parse_body(data: bytes) -> dict[str, Any]:
-    """A JSON object in which no key stands twice, so that nothing behind us can read another one than we did."""
-    try:
-        body = json.loads(data.decode(), object_pairs_hook=_unique)  # of bytes it would take what is no UTF-8
-        if b"\\ud" in data.lower():  # half of a surrogate pair is no text, and no tokenizer takes it
-            json.dumps(body, ensure_ascii=False).encode()
-    except errors.HTTPProblem:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise errors.HTTPProblem(400, f"the body is not JSON: {error}", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise errors.HTTPProblem(400, "the body must be a JSON object", code="invalid_json")
-    return body
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        raise errors.HTTPProblem(400, f"the body has a key twice: {', '.join(twice)[:100]}", code="invalid_json")
-    return out
-
-
-def replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives `body` once and then whatever comes, which is the client's disconnect."""
-    given = False
-
-    async def receiving() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return receiving

@@ -1,24 +1,33 @@
 """The parts of the OpenAI API that the own engine serves: request bodies, checked.
 
-A field that would change the answer and is not served here is refused by name, never ignored; fields that carry no
-meaning for one model on one machine (`user`, `metadata`, ...) are accepted and ignored.
+`fields` has what becomes of all others. What a list may hold is looked at before anything is made of it.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from types import NoneType
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from steer import readout, spec
+from steer.chat import template_parameters
 from steer.errors import RequestError
 from steer.hf.sampling import Sampling
-from steer.serve import carriers
+from steer.serve import carriers, fields
+from steer.serve.fields import Unserved
 
 MAX_N = 64
 MAX_TOP_LOGPROBS = 20
 #: Of every number that counts tokens, and of a seed: what engines keep them in.
 MAX_COUNT, MAX_SEED = 2**31 - 1, 2**63 - 1
+#: Of `stop` and `bad_words`: texts, and their characters in all.
+MAX_TEXTS, MAX_TEXTS_LENGTH = 64, 8192
+#: Of `stop_token_ids` and `logit_bias`.
+MAX_IDS = 1024
 
 
 #: Fields that the middleware takes out of every body before it is checked here, as JSON schema.
@@ -33,7 +42,14 @@ CARRIED: dict[str, dict[str, Any]] = {
 
 
 class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
     include_usage: bool = Field(False, description="end the stream with a chunk that counts tokens")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_known_fields(cls, data: Any) -> Any:
+        return _given(cls, data, {"include_obfuscation": (True, False), "continuous_usage_stats": (False,)})
 
 
 class _Generation(BaseModel):
@@ -64,33 +80,63 @@ class _Generation(BaseModel):
     stop: str | list[str] | None = Field(None, description="texts before which the answer ends")
     ignore_eos: bool = Field(False, description="go on behind the end-of-sequence token")
 
-    # accepted only at the value that does nothing
-    presence_penalty: Literal[0] | None = Field(None, description="not served: 0 only")
-    frequency_penalty: Literal[0] | None = Field(None, description="not served: 0 only")
-    logit_bias: dict[str, float] | None = Field(None, max_length=0, description="not served: empty only")
+    stop_token_ids: Annotated[list[int], FailFast()] = Field(
+        default_factory=list, max_length=MAX_IDS, description="tokens that end the answer, beside the model's own"
+    )
+    min_tokens: int = Field(0, ge=0, le=2**31 - 1, description="tokens before which no token ends the answer")
+    bad_words: list[str] = Field(default_factory=list, description="texts that the answer must not have, as tokens")
+    logit_bias: dict[str, float] | None = Field(
+        None, max_length=MAX_IDS, description="token id → what is added to its logit, from -100 to 100"
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="off the logit of what the answer has already"
+    )
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="the same, times how often it has it")
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100, description="divides the logit of what prompt and answer have; default: the model's own"
+    )
+
+    #: Values of fields that are not served, which ask for nothing on this route.
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _name_what_is_not_served(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            found = [name for name in _NOT_SERVED if data.get(name)]
-            if found:
-                raise ValueError(f"{', '.join(found)}: not served by the transformers backend")
-        return data
+    def _of_known_fields(cls, data: Any) -> Any:
+        return _given(cls, data, cls.neutral)
+
+    @field_validator("stop", "bad_words", mode="before")
+    @classmethod
+    def _few_texts(cls, value: Any) -> Any:
+        return _texts(value)
+
+    @field_validator("logit_bias", mode="after")
+    @classmethod
+    def _of_token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for token, bias in (value or {}).items():
+            if not (token.isascii() and token.isdigit() and len(token) < 10 and abs(bias) <= 100):
+                raise Unserved([(token[:40], f"{bias:g} is not accepted: token ids, with numbers from -100 to 100")])
+        return value
 
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
     def sampling(self, defaults: Sampling, max_tokens: int, logprobs: int | None) -> list[Sampling]:
-        """One `Sampling` for each of the n answers; a seed counts up over them, so that they differ."""
+        """One `Sampling` for each of the n answers, from what they have in common; a seed counts up over them, so that
+        they differ. Raises RequestError where they must be longer than they may be."""
+        if self.min_tokens > max_tokens:
+            raise RequestError(
+                f"min_tokens: {self.min_tokens} is over the {max_tokens} tokens that the answer may have",
+                param="min_tokens",
+            )
 
         def given(name: str) -> Any:
             value = getattr(self, name)
             return getattr(defaults, name) if value is None else value
 
         return [
-            Sampling(
+            replace(
+                defaults,
                 max_tokens=max_tokens,
                 temperature=given("temperature"),
                 top_p=given("top_p"),
@@ -104,18 +150,37 @@ class _Generation(BaseModel):
         ]
 
 
-_NOT_SERVED = (
-    "tools",
-    "functions",
-    "response_format",
-    "guided_json",
-    "structured_outputs",
-    "suffix",
-    "best_of",
-    "repetition_penalty",
-    "use_beam_search",
-    "prompt_logprobs",
-)
+def _given(cls: type[BaseModel], data: Any, neutral: Mapping[str, tuple[Any, ...]]) -> Any:
+    """Without what is null, which is the default; raises Unserved for what is not served."""
+    if not isinstance(data, dict):
+        return data
+    fields.check(data, cls.model_fields, neutral)
+    for name in ("max_tokens", "max_completion_tokens"):
+        if data.get(name) == -1:  # as several servers have it for: no limit
+            data = data | {name: None}
+    return {name: value for name, value in data.items() if value is not None or _means_null(cls.model_fields.get(name))}
+
+
+def _means_null(field: FieldInfo | None) -> bool:
+    """Is null a value of its own, or missing where something must be said?"""
+    return field is not None and (field.is_required() or NoneType in get_args(field.annotation))
+
+
+def _kinds(values: list[Any]) -> set[type]:
+    return set(map(type, values))
+
+
+def _texts(value: Any) -> Any:
+    """A text or few texts: each is looked for in every piece of an answer."""
+    given = [value] if isinstance(value, str) else value or []
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        raise ValueError(f"{spec.brief(value)} is not accepted: a text, or a list of texts")
+    if len(given) > MAX_TEXTS or sum(map(len, given)) > MAX_TEXTS_LENGTH:
+        raise ValueError(
+            f"{len(given)} texts of {sum(map(len, given))} characters in all are not accepted: at most {MAX_TEXTS} "
+            f"texts, of {MAX_TEXTS_LENGTH} characters in all"
+        )
+    return value
 
 
 class Part(BaseModel):
@@ -131,14 +196,41 @@ class Message(BaseModel):
     role: str
     content: str | list[Part] | None = None
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _of_text(cls, value: Any) -> Any:
+        for number, part in enumerate(value if isinstance(value, list) else ()):
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else part
+                raise Unserved(
+                    [(f"{number}", f"{spec.brief(kind)} is not served; accepted: {{'type': 'text', 'text': …}}")]
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _without_tools(self) -> Message:
+        extra = self.model_extra or {}
+        if found := [name for name in ("audio", "function_call", "tool_calls") if extra.get(name)]:
+            raise Unserved((name, "not served by the transformers backend; accepted: null") for name in found)
+        return self
+
     def plain(self) -> dict[str, Any]:
-        """The message as templates want it: the content as one text."""
+        """The message as templates want it: the content as one text, and whatever else it says."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
-        return {"role": self.role, "content": content}
+        more = {name: value for name, value in (self.model_extra or {}).items() if name not in _OF_ANSWERS and value}
+        return more | {"role": self.role, "content": content}
+
+
+#: What clients send back of an answer of this or another server: remarks that no model is told of.
+_OF_ANSWERS = frozenset(("annotations", "provider_specific_fields"))
 
 
 class ChatRequest(_Generation):
-    messages: list[Message] = Field(min_length=1, description="the conversation: `role` and `content` (text) of each")
+    neutral: ClassVar = {"echo": (False,), "add_special_tokens": (False,)}
+
+    messages: Annotated[list[Message], FailFast()] = Field(
+        min_length=1, description="the conversation: `role` and `content` (text) of each"
+    )
     max_tokens: int | None = Field(
         None, ge=1, le=MAX_COUNT, description="most tokens of an answer; default: what the context leaves"
     )
@@ -149,9 +241,36 @@ class ChatRequest(_Generation):
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="and of the likeliest alternatives; needs `logprobs`"
     )
+    add_generation_prompt: bool | None = Field(
+        None, description="end the prompt where an answer begins; default: true, unless the last message is continued"
+    )
+    continue_final_message: bool = Field(False, description="go on with the last message, whose end is left open")
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="variables for the model's chat template"
     )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _variables_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(template_parameters().intersection(value)):
+            raise Unserved(
+                (name, "not for requests to set; accepted: the variables of the model's own template") for name in taken
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _ends_in_one_way(self) -> ChatRequest:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise Unserved([("add_generation_prompt", "cannot be true together with continue_final_message")])
+        return self
+
+    @property
+    def template(self) -> dict[str, Any]:
+        """What the chat template is told besides the messages."""
+        begins = self.add_generation_prompt
+        ends = not self.continue_final_message if begins is None else begins
+        more = {"continue_final_message": True} if self.continue_final_message else {}
+        return self.chat_template_kwargs | {"add_generation_prompt": ends} | more
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -165,6 +284,8 @@ class ChatRequest(_Generation):
 
 
 class CompletionRequest(_Generation):
+    neutral: ClassVar = {"add_special_tokens": (True,)}
+
     prompt: str | list[int] | list[str] | list[list[int]] = Field(
         description="a text or token ids, or a list of either for a batch"
     )
@@ -176,13 +297,25 @@ class CompletionRequest(_Generation):
     )
     echo: bool = Field(False, description="put the prompt before the answer")
 
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _of_one_kind(cls, value: Any, _each: Any) -> Any:
+        """In one pass, instead of pydantic's: that tries each item as each of the types."""
+        kinds = _kinds(value) if isinstance(value, list) else set()
+        if kinds == {list}:
+            within = {frozenset(_kinds(each)) for each in value}
+            kinds = {int} if within == {frozenset([int])} else set()
+        if not isinstance(value, str) and kinds not in ({int}, {str}):
+            raise ValueError(
+                f"{spec.brief(value)} is not accepted: a text, token ids, or a list of either, and none of them empty"
+            )
+        return value
+
     @property
     def prompts(self) -> list[str | list[int]]:
         """The batch of prompts, each text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if not self.prompt:
-            raise RequestError("prompt: must not be empty", param="prompt")
         if isinstance(self.prompt[0], int):
             return [list(self.prompt)]
         return list(self.prompt)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from steer.serve.control import Control
-from steer.serve.directions import OwnRoute
+from steer.serve.route import JsonRoute
 
 PATH = "/v1/steering"
 
@@ -23,7 +23,7 @@ class Switch(BaseModel):
 
 
 def router(control: Control) -> APIRouter:
-    routes = APIRouter(prefix=PATH, tags=["operation"], route_class=OwnRoute)
+    routes = APIRouter(prefix=PATH, tags=["operation"], route_class=JsonRoute)
 
     @routes.get("", summary="Is steering on; to the managing role also the policy's and the audit log's state")
     async def get_steering(request: Request) -> dict[str, Any]:

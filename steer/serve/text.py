@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 #: What a tokenizer gives for bytes that are not yet a whole character.
@@ -15,12 +16,12 @@ class TextStream:
     Text that may be the beginning of a stop string, or of a character of several tokens, is held back.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, [s for s in stop if s]
+    def __init__(self, tokenizer: Any, stop: Stops | None = None) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
         self._ids: list[int] = []
         self._start = 0  # where decoding begins: a few tokens back, for tokenizers that look at their neighbours
         self._read = 0
-        self._held = ""
+        self._held, self._state = "", 0  # what may be the beginning of a stop string, and of which
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -33,35 +34,71 @@ class TextStream:
         new = whole[len(self._decode(self._start, self._read)) :]
         if new:  # a token without text (a special one) is no neighbour that the next could be decoded beside
             self._start, self._read = self._read, len(self._ids)
-        return self._until_stop(self._held + new)
+        return self._until_stop(new)
 
     def finish(self) -> str:
         """What was held back, at the end of the answer."""
         if self.stopped:
             return ""
         new = self._decode(self._start, len(self._ids))[len(self._decode(self._start, self._read)) :]
-        rest, self._held = self._held, ""
-        return self._until_stop(rest + new, final=True)
+        return self._until_stop(new, final=True)
 
     def _decode(self, start: int, end: int) -> str:
         return str(self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True))
 
-    def _until_stop(self, text: str, final: bool = False) -> str:
-        hits = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if hits:
-            self.stopped, self._held = True, ""
-            return text[: min(hits)[1]]  # the first to be complete, however the text fell into tokens
-        keep = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+    def _until_stop(self, new: str, final: bool = False) -> str:
+        text = self._held + new
+        if self._stop is None:
+            return text
+        state = self._state
+        for at, letter in enumerate(new, len(self._held) + 1):
+            state = self._stop.step(state, letter)
+            if found := self._stop.found[state]:
+                self.stopped, self._held = True, ""
+                return text[: at - found]  # the first to be complete, however the text fell into tokens
+        kept = 0 if final else self._stop.depth[state]
+        self._state, self._held = state, text[len(text) - kept :]
+        return text[: len(text) - kept]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest proper beginning of `stop` that `text` ends with."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
+class Stops:
+    """Stop strings, all looked for at once in one pass over the text (Aho and Corasick 1975): a state is how far the
+    text has come in a stop string, as the longest beginning of one that it ends with.
+
+    `depth`: that beginning's length for each state; `found`: the length of the longest stop string that is complete in
+    it, or 0. Not changed once it is made, so the answers of a request share it.
+    """
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._next: list[dict[str, int]] = [{}]
+        self._back = [0]
+        self.depth, self.found = [0], [0]
+        for stop in stops:
+            state = 0
+            for letter in stop:
+                state = self._next[state].get(letter) or self._add(state, letter)
+            self.found[state] = len(stop)
+        queue = deque([0])
+        while queue:  # a state's fallback is known before those of longer beginnings
+            state = queue.popleft()
+            for letter, then in self._next[state].items():
+                self._back[then] = self.step(self._back[state], letter) if state else 0
+                self.found[then] = self.found[then] or self.found[self._back[then]]
+                queue.append(then)
+
+    def _add(self, state: int, letter: str) -> int:
+        new = self._next[state][letter] = len(self._next)
+        self._next.append({})
+        self._back.append(0)
+        self.depth.append(self.depth[state] + 1)
+        self.found.append(0)
+        return new
+
+    def step(self, state: int, letter: str) -> int:
+        """The state behind one more character."""
+        while (then := self._next[state].get(letter)) is None and state:
+            state = self._back[state]
+        return then or 0
 
 
 def token_text(tokenizer: Any, token: int) -> str:

@@ -30,11 +30,13 @@ from steer.readout import FIELD, Readout
 from steer.registry import Admission
 from steer.serve import carriers, errors, metrics, playground, switch
 from steer.serve.access import PUBLIC, Access
+from steer.serve.body import Gone, parse_body, read_body, replay, understood
 from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
 from steer.serve.errors import HTTPProblem
-from steer.serve.middleware import REQUEST_ID, Gone, SteerMiddleware, around, parse_body, read_body, replay
+from steer.serve.middleware import REQUEST_ID, SteerMiddleware, around
 from steer.serve.readout import report
+from steer.serve.route import Head
 from steer.settings import KEEP_ALIVE, ControlSettings
 from steer.vllm import frontend as front_ends
 from steer.vllm import internals, plugin, wire
@@ -96,7 +98,7 @@ class Middleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self._door: Access | None = None
+        self._door: ASGIApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -104,7 +106,7 @@ class Middleware:
             return
         if self._door is None:
             public = PUBLIC.union(playground.PATHS)
-            self._door = Access(Closed(self.app), control=control_of(scope["app"]), public=public)
+            self._door = Head(Access(Closed(self.app), control=control_of(scope["app"]), public=public))
         await self._door(scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -280,10 +282,12 @@ class Other:
         try:
             data = await read_body(scope, receive, MAX_BODY)
             body = await _understood(scope, data)
-            found = [*carriers.traces(body, scope["headers"], internals.served_names(app), scope["query_string"])]
-            if found:
+            served = internals.served_names(app)
+            traces = carriers.traces(body, scope["headers"], served, scope["query_string"])
+            found = await understood(lambda: next(traces, None), len(data))
+            if found is not None:
                 raise unsupported(
-                    f"this route does not take steering, which is asked for by '{found[0][:100]}'", found[0]
+                    f"this route does not take steering, which is asked for by '{found[:100]}'", found[:100]
                 )
         except Gone:
             return
@@ -324,8 +328,10 @@ async def _understood(scope: Scope, data: bytes) -> Any:
         except HTTPException:
             return None
     try:
-        return parse_body(data) if data else {}
-    except HTTPProblem:
+        return await understood(lambda: parse_body(data), len(data)) if data else {}
+    except HTTPProblem as error:
+        if error.code == "body_too_complex":  # vLLM would parse it on the event loop
+            raise
         return None
 
 

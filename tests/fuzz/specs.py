@@ -8,7 +8,7 @@ from typing import Any
 
 from steer import readout, spec
 from steer.serve import carriers
-from steer.serve.middleware import parse_body
+from steer.serve.body import parse_body
 from tests.fuzz import mutate
 from tests.fuzz.surface import Surface
 

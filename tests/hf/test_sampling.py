@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import transformers as tf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from steer.errors import RequestFailed
 from steer.hf.sampling import Sampler, Sampling, Token, report, sample
+from steer.hf.shaping import Shape, shaped
 
 law = settings(deadline=None, max_examples=60)
 SEEDS = st.integers(0, 2**63)
@@ -241,3 +243,64 @@ def test_no_value_and_no_logits_of_one_request_reach_another(
     assert [got[0], got[-1]] == chosen(logits[[0, -1]], [Sampler.of(one) for one in mine])
     for other, token in zip(others, got[1:-1], strict=True):
         assert isinstance(token, RequestFailed) or (other is not None and 0 <= token.id < logits.shape[1])
+
+
+EOS = 5
+TOKENS = st.integers(0, 39)
+SHAPES = st.builds(
+    Shape,
+    logit_bias=st.dictionaries(TOKENS, st.floats(-100, 100), max_size=3).map(lambda d: tuple(sorted(d.items()))),
+    bad_words=st.lists(st.lists(TOKENS, min_size=1, max_size=3).map(tuple), max_size=3).map(tuple),
+    repetition_penalty=st.just(1.0) | st.floats(0.5, 2.0),
+    frequency_penalty=st.just(0.0) | st.floats(-2, 2),
+    presence_penalty=st.just(0.0) | st.floats(-2, 2),
+    min_tokens=st.integers(0, 6),
+)
+
+
+def as_generate_has_it(row: Tensor, shape: Shape, prompt: list[int], answer: list[int]) -> Tensor:
+    """By transformers' own processors, and by OpenAI's formula for the two penalties that those have not."""
+    whole, made = torch.tensor([prompt + answer]), torch.tensor([answer], dtype=torch.long)
+    scores = row[None].clone()
+    if shape.logit_bias:
+        scores = tf.SequenceBiasLogitsProcessor({(token,): bias for token, bias in shape.logit_bias})(whole, scores)
+    if words := [list(word) for word in shape.bad_words if len(word) <= len(answer) + 1]:
+        scores = tf.NoBadWordsLogitsProcessor(words)(made, scores)
+    if shape.repetition_penalty != 1:
+        scores = tf.RepetitionPenaltyLogitsProcessor(shape.repetition_penalty)(whole, scores)
+    counts = torch.bincount(made[0], minlength=len(row))
+    scores = scores - shape.frequency_penalty * counts - shape.presence_penalty * (counts > 0)
+    if shape.min_tokens:
+        scores = tf.MinNewTokensLengthLogitsProcessor(len(prompt), shape.min_tokens, [EOS])(whole, scores)
+    return scores[0]
+
+
+@given(SEEDS, st.lists(st.tuples(SHAPES, st.lists(TOKENS, min_size=1, max_size=6)), min_size=1, max_size=4))
+@law
+def test_what_changes_logits_is_transformers_own_for_each_request(
+    seed: int, asked: list[tuple[Shape, list[int]]]
+) -> None:
+    samplers = [Sampler.of(Sampling(9, temperature=0, logprobs=0, shape=s), prompt, [EOS]) for s, prompt in asked]
+    answers: list[list[int]] = [[] for _ in asked]
+    for step in range(8):
+        logits = logits_of(seed + step, len(asked) + 1, scale=5.0)
+        before = logits.clone()
+        tokens = sample(logits, [*samplers, Sampler.of(Sampling(1, temperature=0))])
+        for row, (shape, prompt), answer, token in zip(logits, asked, answers, tokens, strict=False):
+            expected = as_generate_has_it(row, shape, prompt, answer)
+            assert float(expected[token.id]) == pytest.approx(float(expected.max()), abs=1e-4)
+            check_report(token, row, 0)  # which is the model's own, whatever was changed
+            answer.append(token.id)
+        assert tokens[-1].id == int(logits[-1].argmax()), "a neighbour that asks for nothing"
+        assert torch.equal(logits, before)
+
+
+def test_what_nobody_asks_for_makes_no_copy() -> None:
+    logits = logits_of(0, 2)
+    assert shaped(logits, [None, None]) is logits
+    assert Sampler.of(of()).shaper is None
+
+
+def test_ends_are_the_models_and_the_requests_own() -> None:
+    assert Sampling(1, stop_token_ids=(7,)).ends([2, 3]) == {2, 3, 7}
+    assert Sampling(1, stop_token_ids=(7,), ignore_eos=True).ends([2, 3]) == {7}

@@ -12,6 +12,7 @@ import httpx
 import pytest
 import torch
 
+from steer.chat import template_parameters
 from tests import models
 from tests.servers import Server, receipt, text
 
@@ -164,7 +165,6 @@ def test_what_else_is_wrong(tiny_server: Server) -> None:
     assert "temperature" in both
     assert "max_tokens" in both
     assert "tools: not served" in error(tiny_server.chat(tools=[{"type": "function"}]), 400)["message"]
-    error(tiny_server.complete(frequency_penalty=0.5), 400)
     error(tiny_server.complete(n=0), 400)
     error(tiny_server.complete([]), 400)
     error(tiny_server.complete([10**6]), 400)
@@ -241,6 +241,123 @@ def test_a_file_that_must_overflow_is_refused_with_the_rule(tiny_server: Server)
     assert "no float32 holds" in told["message"]
 
 
+@pytest.mark.parametrize(
+    ("route", "body", "param", "says"),
+    [
+        ("chat", {"tools": [{"type": "function"}]}, "tools", "tools: not served by the transformers backend"),
+        ("chat", {"repeat_penalty": 2}, "repeat_penalty", "accepted: null, 1"),
+        ("chat", {"tool_choice": "required"}, "tool_choice", "accepted: null, 'none', 'auto'"),
+        ("chat", {"whatever": 2}, "whatever", "whatever: unknown field"),
+        ("chat", {"prompt": "x"}, "prompt", "prompt: unknown field"),
+        (
+            "chat",
+            {"stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+            "accepted",
+        ),
+        ("chat", {"n": 65}, "n", "n: 65 is not accepted: a number up to 64"),
+        ("chat", {"n": "many"}, "n", "n: 'many' is not accepted: a whole number"),
+        ("chat", {"temperature": -1}, "temperature", "temperature: -1 is not accepted: a number from 0 up"),
+        ("chat", {"stream": "x"}, "stream", "stream: 'x' is not accepted: true or false"),
+        ("chat", {"messages": "x"}, "messages", "messages: 'x' is not accepted: a list"),
+        ("chat", {"messages": ["x"]}, "messages.0", "messages.0: 'x' is not accepted: an object"),
+        ("chat", {"messages": [{"content": "x"}]}, "messages.0.role", "messages.0.role: missing; it is required"),
+        ("chat", {"messages": [{"role": "user", "content": 1}]}, "messages.0.content", "messages.0.content: 1 is not"),
+        (
+            "chat",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
+            "messages.0.content.1",
+            "'image_url' is not served; accepted: {'type': 'text'",
+        ),
+        ("chat", {"stop": ["a"] * 65}, "stop", "at most 64 texts, of 8192 characters"),
+        ("chat", {"stop": "a" * 8193}, "stop", "at most 64 texts, of 8192 characters"),
+        ("chat", {"stop": [1]}, "stop", "a text, or a list of texts"),
+        ("completions", {"prompt": [1.5] * 1000}, "prompt", "a text, token ids, or a list of either"),
+        ("completions", {"prompt": [1, "a"]}, "prompt", "a text, token ids, or a list of either"),
+        ("completions", {"prompt": [[1], []]}, "prompt", "none of them empty"),
+        ("completions", {"prompt": ["a", ["a"]]}, "prompt", "a text, token ids, or a list of either"),
+        ("completions", {"prompt": None}, "prompt", "prompt: None is not accepted"),
+        ("completions", {"steer": ["x"] * 600_000}, None, "values"),
+        ("completions", {"steer": ["x"] * 6000}, "steer", "6000 directions, at most 16 are accepted"),
+        ("completions", {"steer": "x," * 6000}, "steer", "at most 8192"),
+        ("completions", {"vllm_xargs": {"other": 1}}, "vllm_xargs", "vllm_xargs: not served"),
+        ("completions", {"vllm_xargs": "steer=refusal"}, "vllm_xargs", "'vllm_xargs'"),
+    ],
+)
+def test_a_problem_names_its_field_and_what_is_accepted(
+    tiny_server: Server, route: str, body: dict[str, Any], param: str | None, says: str
+) -> None:
+    told = error(ask(tiny_server, route, **body), 400)
+    assert told["param"] == param
+    assert says in told["message"]
+    assert len(told["message"]) < 1000
+    for word in ("Input should", "Value error", "body:", "valid", "list["):
+        assert word not in told["message"]
+
+
+def test_a_client_brings_no_template_but_variables_of_the_models_own(tiny_server: Server) -> None:
+    assert {"chat_template", "conversation", "tokenize", "messages", "self"} <= template_parameters()
+    for name in template_parameters():
+        told = error(tiny_server.chat(chat_template_kwargs={name: "{{ 'x' * 9 ** 9 }}", "mine": 1}), 400)
+        assert told["param"] == f"chat_template_kwargs.{name}"
+    error(tiny_server.chat(chat_template="{{ 'x' }}"), 400)
+    assert text(tiny_server.chat(chat_template_kwargs={"enable_thinking": False}))
+
+
+def test_a_request_is_counted_before_work_is_done_for_it(tiny_server: Server) -> None:
+    too_long = ["x" * 600] * 500  # which is found out by tokenizing
+    assert error(tiny_server.complete(too_long, n=64), 429)["code"] == "queue_full"
+    assert error(tiny_server.complete(too_long[:1], n=64), 400)["code"] == "context_length_exceeded"
+    longer = error(tiny_server.complete("x" * 8_000_000), 400)
+    assert "no text of more than 2560" in longer["message"]
+    assert error(tiny_server.chat("x" * 8_000_000), 400)["code"] == "context_length_exceeded"
+
+
+def test_json_says_that_it_is_json(tiny_server: Server) -> None:
+    raw = json.dumps({"model": tiny_server.model_name, "prompt": "x", "max_tokens": 1}).encode()
+    for kind, says in ({}, "is missing"), ({"content-type": "text/plain"}, "'text/plain'; accepted: application/json"):
+        told = error(tiny_server.client.post("/v1/completions", content=raw, headers=kind), 415)
+        assert says in told["message"]
+    for kind in ("application/json", "Application/JSON; charset=utf-8"):
+        post = {"content": raw, "headers": {"content-type": kind}}
+        assert tiny_server.client.post("/v1/completions", **post).status_code == 200
+    assert error(tiny_server.client.post("/v1/steering", json={"enabled": True, "reason": "x" * 20_000}), 413)
+
+
+def test_what_a_message_carries_reaches_the_template_or_is_refused(tiny_server: Server) -> None:
+    def asked(**more: Any) -> httpx.Response:
+        return tiny_server.chat(messages=[{"role": "user", "content": "x"}, {"role": "user", "content": "y", **more}])
+
+    plain = text(asked())
+    for name in ("name", "reasoning_content", "anything"):
+        assert error(asked(**{name: "Ann"}), 400)["param"] == f"messages.1.{name}"
+        assert text(asked(**{name: None})) == plain
+    assert error(asked(tool_calls=[{"id": "1"}]), 400)["param"] == "messages.1.tool_calls"
+    assert text(asked(tool_calls=[], annotations=[], refusal=None)) == plain
+
+
+def test_the_developer_is_the_system_where_the_template_knows_no_other(tiny_server: Server) -> None:
+    said = [{"role": "user", "content": "x"}]
+    told = text(tiny_server.chat(messages=[{"role": "system", "content": "y"}, *said]))
+    assert text(tiny_server.chat(messages=[{"role": "developer", "content": "y"}, *said])) == told
+    assert text(tiny_server.chat(messages=[{"role": "user", "content": "y"}, *said])) != told
+
+
+def test_a_begun_answer_is_gone_on_with(tiny_server: Server) -> None:
+    begun = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "well,"}]
+    response = tiny_server.chat(messages=begun, continue_final_message=True, add_generation_prompt=False)
+    assert text(response) == text(tiny_server.chat(messages=begun, continue_final_message=True))
+    assert text(response) == text(tiny_server.complete(tiny_ids("[user] x\n[assistant] well,")))
+    ended = tiny_server.chat(messages=begun, add_generation_prompt=False)
+    assert text(ended) == text(tiny_server.complete(tiny_ids("[user] x\n[assistant] well,\n")))
+    both = {"continue_final_message": True, "add_generation_prompt": True}
+    assert error(tiny_server.chat(messages=begun, **both), 400)["param"] == "add_generation_prompt"
+
+
+def tiny_ids(text: str) -> list[int]:
+    return list(models.tokenizer()(text).input_ids)
+
+
 def test_openai_shapes(tiny_server: Server) -> None:
     body = tiny_server.chat(n=2, logprobs=True, top_logprobs=2).json()
     assert body["object"] == "chat.completion"
@@ -292,6 +409,62 @@ def test_a_seed_repeats_and_another_differs(tiny_server: Server) -> None:
     assert sampled(1) != sampled(2)
 
 
+def test_what_ends_an_answer_and_what_may_not_come(tiny_server: Server) -> None:
+    whole = tiny_ids(text(tiny_server.complete(max_tokens=20, ignore_eos=True)))[1:]
+    stop = next(token for token in whole if whole.index(token) >= 3)
+    at = whole.index(stop)
+    ended = tiny_server.complete(max_tokens=20, ignore_eos=True, stop_token_ids=[stop])
+    assert tiny_ids(text(ended))[1:] == whole[:at]
+    assert ended.json()["choices"][0]["finish_reason"] == "stop"
+    later = tiny_server.complete(max_tokens=20, ignore_eos=True, stop_token_ids=[stop], min_tokens=at + 1)
+    assert len(tiny_ids(text(later))[1:]) > at
+    letters = text(tiny_server.complete(max_tokens=20, ignore_eos=True))
+    for without in (
+        {"bad_words": [letters[1]]},
+        {"logit_bias": {str(tiny_ids(letters[1])[1]): -100}},
+    ):
+        assert letters[1] not in text(tiny_server.complete(max_tokens=20, ignore_eos=True, **without))
+    always = {"logit_bias": {str(tiny_ids("q")[1]): 100}}
+    assert text(tiny_server.complete(max_tokens=5, **always)) == "qqqqq"
+    assert text(tiny_server.complete(max_tokens=5, **always, frequency_penalty=2, presence_penalty=-2)) == "qqqqq"
+    for penalty in ({"repetition_penalty": 100}, {"presence_penalty": 2, "frequency_penalty": 2}):
+        assert text(tiny_server.complete(max_tokens=20, **penalty)) != letters
+    neutral = {"repetition_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}}
+    neutral |= {"min_tokens": 0, "stop_token_ids": [], "bad_words": []}
+    assert text(tiny_server.complete(max_tokens=20, ignore_eos=True, **neutral)) == letters
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"stop_token_ids": [10**6]}, "stop_token_ids"),
+        ({"stop_token_ids": ["x"] * 1000}, "stop_token_ids.0"),
+        ({"stop_token_ids": [1] * 2000}, "stop_token_ids"),
+        ({"logit_bias": {"1000000": 1}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
+        ({"bad_words": ["a"] * 65}, "bad_words"),
+        ({"min_tokens": 9}, "min_tokens"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty"),
+    ],
+)
+def test_so_are_their_problems_named(tiny_server: Server, body: dict[str, Any], param: str) -> None:
+    assert error(tiny_server.complete(**body), 400)["param"] == param
+
+
+def test_no_limit_is_what_the_context_leaves(tiny_server: Server) -> None:
+    for response in (
+        tiny_server.chat(max_tokens=-1, ignore_eos=True),
+        tiny_server.complete(max_tokens=-1, ignore_eos=True),
+        tiny_server.chat(max_tokens=None, max_completion_tokens=-1, ignore_eos=True),
+    ):
+        assert response.json()["usage"]["total_tokens"] == 512
+    error(tiny_server.chat(max_tokens=-2), 400)
+
+
 def test_models_lists_an_alias_for_each_direction(tiny_server: Server) -> None:
     name = tiny_server.model_name
     cards = {card["id"]: card for card in tiny_server.client.get("/v1/models").json()["data"]}
@@ -310,6 +483,21 @@ def test_health_and_metrics(tiny_server: Server) -> None:
     assert 'steer_requests_total{direction="refusal",mode="ablate",outcome="ok"}' in metrics
     assert "steer_resident_versions 2.0" in metrics
     assert 'steer_direction_info{digest="' in metrics
+
+
+def test_head_is_get_without_the_body(tiny_server: Server) -> None:
+    for path in ("/health", "/v1/models", "/v1/directions/refusal", "/", "/nowhere"):
+        head, get = tiny_server.client.head(path), tiny_server.client.get(path)
+        assert (head.status_code, head.content) == (get.status_code, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+    assert tiny_server.client.head("/v1/completions").status_code == 405
+    assert tiny_server.client.get("/health").status_code == 200, "the connection is still in step"
+
+
+def test_a_route_of_the_other_backend_says_where_it_is(tiny_server: Server) -> None:
+    told = error(tiny_server.client.post("/v1/responses", json={"model": "m", "input": "x"}), 404)
+    assert "--backend vllm" in told["message"]
+    assert "/v1/responses" not in tiny_server.client.get("/openapi.json").json()["paths"]
 
 
 def test_losing_the_client_frees_its_place_and_its_version(tiny_server: Server) -> None:

@@ -15,9 +15,9 @@ from steer.errors import SpecError, UnknownDirection
 from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.table import Place, Table
+from steer.serve.body import parse_body
 from steer.serve.carriers import Carried, admit, read, split_alias
 from steer.serve.errors import HTTPProblem
-from steer.serve.middleware import parse_body
 from steer.spec import Entry, Wanted, parse, text
 from tests import models
 
@@ -192,6 +192,9 @@ def test_the_case_of_the_header_means_nothing() -> None:
         ({"vllm_xargs": {"steering": "refusal"}}, "vllm_xargs.steering"),
         ({"sampling_params": {"extra_args": {"steer": "x"}}}, "sampling_params.extra_args.steer"),
         ({"vllm_xargs": '{"steering": 1}'}, "vllm_xargs.steering"),
+        ({"vllm_xargs": "steer=refusal"}, "vllm_xargs"),
+        ({"extra_headers": "X-Steer: refusal"}, "extra_headers"),
+        ({"extra_body": {"extra_args": "temperature=0 STEER=refusal"}}, "extra_body.extra_args"),
         ({"requests": [{}, {"body": {"steer": "refusal"}}]}, "requests.1.body.steer"),
         ({"requests": [{"model": "base+refusal"}]}, "requests.0.model"),
         ({"X-Steer": "refusal"}, "X-Steer"),
@@ -296,7 +299,7 @@ def test_what_carries_nothing_is_left_to_others(body: dict[str, Any]) -> None:
     assert carried.model == (body.get("model") if isinstance(body.get("model"), str) else None)
 
 
-@pytest.mark.parametrize("xargs", [{}, {"other": 1}, [], "steer=refusal", None])
+@pytest.mark.parametrize("xargs", [{}, {"other": 1}, [], "other=oversteer", None])
 def test_xargs_without_steer_carry_nothing(xargs: Any) -> None:
     assert admitted({"model": "base", "vllm_xargs": xargs}, default="refusal") == admitted({}, default="refusal")
 

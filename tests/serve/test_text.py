@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as token_models
 
-from steer.serve.text import TextStream, token_text
+from steer.serve.text import Stops, TextStream, token_text
 from tests import models
 
 law = settings(deadline=None, max_examples=100)
@@ -63,7 +63,7 @@ class Pieces:
 
 def streamed(tokenizer: Any, ids: Sequence[int], stop: Sequence[str] = ()) -> list[str]:
     """The pieces that come out, token by token and at the end; like the server, it ends with the stop."""
-    stream, out = TextStream(tokenizer, stop), []
+    stream, out = TextStream(tokenizer, Stops(stop)), []
     for token in ids:
         out.append(stream.push(token))
         if stream.stopped:
@@ -167,7 +167,7 @@ def test_what_came_out_is_never_taken_back_and_only_possible_stops_are_held(
     text: str, stops: list[str], cuts: list[int]
 ) -> None:
     pieces = split(text, cuts)
-    stream, out = TextStream(Pieces(pieces), stops), ""
+    stream, out = TextStream(Pieces(pieces), Stops(stops)), ""
     for i in range(len(pieces)):
         out += stream.push(i)
         so_far = "".join(pieces[: i + 1])
@@ -195,7 +195,7 @@ def test_stop_strings_may_be_of_characters_of_several_tokens(text: str, stop: st
 def test_nothing_behind_the_stop_comes_out(before: str, stop: str, behind: str, cuts: list[int]) -> None:
     """Even if the engine was a few tokens ahead."""
     pieces = split(before + stop + behind, cuts)
-    stream, out = TextStream(Pieces(pieces), [stop]), ""
+    stream, out = TextStream(Pieces(pieces), Stops([stop])), ""
     for i in range(len(pieces)):
         out += stream.push(i)
     out += stream.finish()
@@ -205,7 +205,7 @@ def test_nothing_behind_the_stop_comes_out(before: str, stop: str, behind: str, 
 
 def test_what_might_begin_a_stop_is_held_back_and_flushed_at_the_end() -> None:
     pieces = ["So", " ST", "O", " ST", "O"]
-    stream = TextStream(Pieces(pieces), ["STOP"])
+    stream = TextStream(Pieces(pieces), Stops(["STOP"]))
     assert [stream.push(i) for i in range(len(pieces))] == ["So", " ", "", "STO ", ""]
     assert stream.finish() == "STO"
     assert not stream.stopped
@@ -230,3 +230,24 @@ def test_one_token_alone_shows_also_special_ones() -> None:
     tokenizer = byte_level()
     assert token_text(tokenizer, tokenizer.eos_token_id) == "<eos>"
     assert token_text(tokenizer, tokenizer.encode("a")[0]) == "a"
+
+
+def test_stop_strings_cost_time_that_is_linear_in_the_text() -> None:
+    """Counted in steps of the search, of a text that is nearly a long stop string again and again."""
+
+    class Counting(Stops):
+        steps = 0
+
+        def step(self, state: int, letter: str) -> int:
+            Counting.steps += 1
+            return super().step(state, letter)
+
+    stops = Counting(["a" * size + "b" for size in (1000, 2000, 3000)])
+    made, Counting.steps = Counting.steps, 0
+    text = ("a" * 2999 + "c") * 3
+    stream = TextStream(Pieces("ac"), stops)
+    for letter in text:
+        stream.push("ac".index(letter))
+    assert Counting.steps <= len(text)
+    assert made <= 6003
+    assert not stream.stopped

@@ -1,0 +1,143 @@
+"""The body of a request: read up to a limit, its structure bounded before anything is made of it, then parsed.
+
+A parser's time goes by how many values there are, and holds the interpreter while it lasts: a megabyte of brackets
+takes as long as a hundred of text. So structure is counted first, in windows, by searches that are linear and short.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from starlette.types import Message, Receive, Scope
+
+from steer.serve import errors
+from steer.serve.offload import offload
+
+T = TypeVar("T")
+
+#: Texts, numbers, objects and lists of one body; more than a context of 128 Ki token ids.
+MAX_VALUES = 200_000
+#: Keys of all objects of one body together, and the characters of one.
+MAX_KEYS, MAX_KEY = 32_768, 1024
+MAX_DEPTH = 100
+#: Bodies up to this size are understood on the event loop itself, in less time than a thread takes to be asked.
+SMALL = 16 * 1024
+#: Where a scope has the parsed body, without the carriers.
+BODY = "steer.body"
+_WINDOW = 64 * 1024
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+class Gone(Exception):
+    """The client left before its body had arrived."""
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The whole body, not more than `limit` bytes. Raises HTTPProblem 413."""
+    declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+    if not (declared.isdigit() and len(declared) < 20 and int(declared) > limit):
+        chunks: list[bytes] = []
+        size = 0
+        while size <= limit:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Gone
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if not message.get("more_body", False) and size <= limit:
+                return b"".join(chunks)
+    raise errors.HTTPProblem(413, f"the body is over the limit of {limit} bytes", code="body_too_large")
+
+
+async def understood(work: Callable[[], T], size: int) -> T:
+    """What `work` makes of a body of `size` bytes, off the event loop where that takes longer than a moment."""
+    return work() if size <= SMALL else await offload("body", size, work)
+
+
+def parse_body(data: bytes) -> dict[str, Any]:
+    """A JSON object in which no key stands twice, so that nothing behind us can read another one than we did. Raises
+    HTTPProblem 400, also where it has more values, keys or depth than a request needs."""
+    try:
+        text = data.decode()  # of bytes `loads` would take what is no UTF-8
+        check_structure(data)
+        hooks: dict[str, Any] = {"parse_int": _integer, "parse_float": _number} if len(data) > SMALL else {}
+        body = json.loads(text, object_pairs_hook=_unique, **hooks)
+        if b"\\ud" in data or b"\\uD" in data:  # half of a surrogate pair is no text, and no tokenizer takes it
+            json.dumps(body, ensure_ascii=False).encode()
+    except errors.HTTPProblem:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise errors.HTTPProblem(400, f"the body is not JSON: {error}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise errors.HTTPProblem(400, "the body must be a JSON object", code="invalid_json")
+    return body
+
+
+def check_structure(data: bytes, most: int = MAX_VALUES) -> int:
+    """How many values the JSON text `data` has at most. Raises HTTPProblem 400 for more than `most`, and for more keys
+    or depth than a request needs. Of what is no JSON it may say anything."""
+    commas = opened = keys = depth = deepest = 0
+    inside, carried = 0, b""  # a text; a backslash whose character is in the next window
+    for at in range(0, len(data), _WINDOW):
+        window = (carried + data[at : at + _WINDOW]).replace(b"\\\\", b"")
+        carried = b"\\" if window.endswith(b"\\") else b""
+        parts = window[: len(window) - len(carried)].replace(b'\\"', b"").split(b'"')
+        outside = b"".join(parts[inside::2])
+        inside ^= (len(parts) - 1) & 1
+        commas += outside.count(b",")
+        keys += outside.count(b":")
+        for bracket in outside.translate(None, _NO_BRACKETS):
+            if bracket in b"[{":
+                opened += 1
+                depth += 1
+                deepest = max(deepest, depth)
+            else:
+                depth -= 1
+        for many, limit, what in (
+            (commas + opened + 1, most, "values (texts, numbers, objects and lists)"),
+            (keys, MAX_KEYS, "keys"),
+            (deepest, MAX_DEPTH, "levels of lists and objects in each other"),
+        ):
+            if many > limit:
+                raise errors.HTTPProblem(
+                    400, f"the body has more than {limit} {what}, which is the most", code="body_too_complex"
+                )
+    return commas + opened + 1
+
+
+def _integer(text: str) -> int:
+    """As the parser itself has it. Where it calls Python, at each number, other threads get their turn."""
+    return int(text)
+
+
+def _number(text: str) -> float:
+    return float(text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise errors.HTTPProblem(400, f"the body has a key twice: {twice[:100]}", code="invalid_json")
+    if long := next((key for key in out if len(key) > MAX_KEY), None):
+        raise errors.HTTPProblem(
+            400, f"the key '{long[:40]}…' has {len(long)} characters, at most {MAX_KEY}", code="body_too_complex"
+        )
+    return out
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives `body` once and then whatever comes, which is the client's disconnect."""
+    given = False
+
+    async def receiving() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receiving

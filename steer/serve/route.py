@@ -1,0 +1,87 @@
+"""Routes that take JSON: the body is the one that was read, bounded and parsed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from steer.serve import errors
+from steer.serve.body import BODY, SMALL, Gone, parse_body, read_body, understood
+from steer.serve.directions import OwnRoute
+
+#: Bytes of a body that steers nothing.
+MAX_CONTROL = 16 * 1024
+
+
+class Head:
+    """HEAD, which load balancers ask with, on every route that has GET: its answer without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def sending(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self.app({**scope, "method": "GET"}, receive, sending)
+
+
+class _Parsed(Request):
+    """A request whose body is there already."""
+
+    def __init__(self, request: Request, body: Any) -> None:
+        super().__init__(request.scope, request.receive)
+        self._parsed = body
+
+    async def body(self) -> bytes:
+        return b"{}"  # so that `json` is asked
+
+    async def json(self) -> Any:
+        return self._parsed
+
+
+class JsonRoute(OwnRoute):
+    """Its body is JSON, and says so. It is checked where it holds nobody up; FastAPI takes a checked one as it is."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler, field = super().get_route_handler(), self.body_field
+        if field is None:
+            return handler
+        model: type[BaseModel] = field.field_info.annotation  # type: ignore[assignment]
+
+        async def handling(request: Request) -> Response:
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                return errors.response(
+                    415,
+                    "the header 'Content-Type: application/json' is missing"
+                    if not kind
+                    else f"Content-Type is {kind[:60]!r}; accepted: application/json",
+                    code="not_json",
+                    param="Content-Type",
+                )
+            try:
+                size = int(request.headers.get("content-length") or SMALL + 1)
+                if BODY not in request.scope:
+                    data = await read_body(request.scope, request.receive, MAX_CONTROL)
+                    request.scope[BODY] = parse_body(data)
+                body = await understood(partial(model.model_validate, request.scope[BODY]), size)
+            except Gone:
+                return Response(status_code=400)
+            except errors.HTTPProblem as error:
+                return errors.of(error)
+            except ValidationError as error:
+                raise RequestValidationError(error.errors(include_url=False)) from None
+            return await handler(_Parsed(request, body))
+
+        return handling

@@ -1,0 +1,88 @@
+"""What a body may hold is bounded before anything is made of it, in time that is linear in its size."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from steer.serve import body
+from steer.serve.body import MAX_DEPTH, MAX_KEY, MAX_KEYS, MAX_VALUES, check_structure, parse_body
+from steer.serve.errors import HTTPProblem
+
+law = settings(deadline=None, max_examples=200)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(alphabet='ab"\\,:[]{}\né', max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(alphabet='k"\\,[', max_size=3), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+def counted(value: Any) -> int:
+    """The values in it, an empty list or object twice."""
+    inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 1 + (0 if inner is None else sum(map(counted, inner)) if inner else 1)
+
+
+def refused(data: bytes, code: str = "body_too_complex") -> str:
+    with pytest.raises(HTTPProblem) as caught:
+        parse_body(data)
+    assert (caught.value.status, caught.value.code) == (400, code)
+    assert len(str(caught.value)) < 400
+    return str(caught.value)
+
+
+@given(VALUES, st.sampled_from([1, 2, 3, 7, 64]), st.booleans())
+@example('\\"', 2, True)
+@law
+def test_values_are_counted_as_the_parser_makes_them(value: Any, window: int, ascii: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(body, "_WINDOW", window)  # every window of a large body begins somewhere
+        assert check_structure(json.dumps(value, ensure_ascii=ascii).encode()) == counted(value)
+
+
+@pytest.mark.parametrize(
+    ("data", "limit"),
+    [
+        (b"[" * 200_000, f"{MAX_DEPTH} levels"),
+        (b'{"a":' * 200_000, f"{MAX_DEPTH} levels"),
+        (b'{"a":[' + b"1," * MAX_VALUES + b"1]}", f"{MAX_VALUES} values"),
+        (b'{"a":[' + b'"",' * MAX_VALUES, f"{MAX_VALUES} values"),
+        (b'{"a":[' + b"[]," * MAX_VALUES, f"{MAX_VALUES} values"),
+        (b"[" + b'{"a":1}' * (MAX_KEYS + 1), f"{MAX_KEYS} keys"),
+    ],
+    ids=["lists", "objects", "numbers", "texts", "empty lists", "keys"],
+)
+def test_too_much_structure_is_refused_before_it_is_parsed(data: bytes, limit: str) -> None:
+    """Most of these are no JSON, which nobody found out."""
+    assert limit in refused(data)
+
+
+def test_a_long_text_is_no_structure() -> None:
+    text = '",[{:' * 200_000
+    assert parse_body(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+
+
+def test_a_key_that_is_longer_than_any_is_refused() -> None:
+    assert "characters" in refused(b'{"' + b"_" * (MAX_KEY + 1) + b'steer": 1}')
+
+
+def test_keys_that_stand_twice_are_found_in_one_pass() -> None:
+    class Key(str):
+        compared = 0
+
+        def __eq__(self, other: object) -> bool:
+            Key.compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    pairs: list[tuple[str, Any]] = [(Key(f"k{number // 2}"), 0) for number in range(4000)]
+    with pytest.raises(HTTPProblem, match="a key twice: k0"):
+        body._unique(pairs)
+    assert Key.compared < 4 * len(pairs)

@@ -1,0 +1,64 @@
+"""Every field that a client may send is served, refused by its own name, or asks for nothing."""
+
+from __future__ import annotations
+
+from typing import Any, get_type_hints
+
+import pytest
+from openai.types import completion_create_params as completion
+from openai.types.chat import completion_create_params as chat
+from pydantic import ValidationError
+
+from steer.serve import fields
+from steer.serve.protocol import ChatRequest, CompletionRequest
+
+OPENAI = [
+    *((ChatRequest, name) for name in sorted(get_type_hints(chat.CompletionCreateParamsStreaming))),
+    *((CompletionRequest, name) for name in sorted(get_type_hints(completion.CompletionCreateParamsStreaming))),
+]
+BODY: dict[type, dict[str, Any]] = {
+    ChatRequest: {"model": "m", "messages": [{"role": "user", "content": "x"}]},
+    CompletionRequest: {"model": "m", "prompt": "x"},
+}
+
+
+@pytest.mark.parametrize(("request_type", "name"), OPENAI)
+def test_every_field_of_openais_requests_is_known_and_null_passes(request_type: Any, name: str) -> None:
+    assert name in {*request_type.model_fields, *fields.IGNORED, *fields.NOT_SERVED}
+    if name not in BODY[request_type]:
+        request_type.model_validate(BODY[request_type] | {name: None})
+
+
+@pytest.mark.parametrize("request_type", [ChatRequest, CompletionRequest])
+def test_what_is_not_served_is_refused_by_its_name_and_what_asks_for_nothing_passes(request_type: Any) -> None:
+    for name, neutral in fields.NOT_SERVED.items():
+        for value in (None, "", [], {}, *neutral):
+            request_type.model_validate(BODY[request_type] | {name: value})
+        for value in (7, "much", ["x"], {"x": 1}):
+            with pytest.raises(ValidationError, match=f"{name}: not served by the transformers"):
+                request_type.model_validate(BODY[request_type] | {name: value})
+    for name in fields.IGNORED:
+        for value in (None, 7, "much", ["x"], {"x": 1}):
+            request_type.model_validate(BODY[request_type] | {name: value})
+
+
+def test_true_is_not_1() -> None:
+    for name, value in {"repeat_penalty": True, "top_a": False, "skip_special_tokens": 1}.items():
+        with pytest.raises(ValidationError, match=name):
+            ChatRequest.model_validate(BODY[ChatRequest] | {name: value})
+
+
+def test_an_unknown_field_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(ValidationError, match=r"temprature: unknown field; did you mean temperature\?"):
+        ChatRequest.model_validate(BODY[ChatRequest] | {"temprature": 0.5})
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate(BODY[ChatRequest] | {f"unknown{number}": 1 for number in range(1000)})
+    assert len(str(caught.value)) < 2000
+
+
+def test_the_neutral_values_of_a_route_are_its_own() -> None:
+    CompletionRequest.model_validate(BODY[CompletionRequest] | {"add_special_tokens": True})
+    ChatRequest.model_validate(BODY[ChatRequest] | {"add_special_tokens": False, "echo": False})
+    for request_type, value in ((CompletionRequest, False), (ChatRequest, True)):
+        with pytest.raises(ValidationError, match="add_special_tokens: not served"):
+            request_type.model_validate(BODY[request_type] | {"add_special_tokens": value})

@@ -7,11 +7,11 @@ watcher of the policy file and for moves of names, which come on threads of thei
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import math
 import time
 import uuid
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from steer.serve import carriers, errors, metrics, policy
 from steer.serve.access import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
 from steer.serve.audit import Audit, AuditUnavailable
 from steer.serve.gate import PolicyGate
+from steer.serve.pages import ANY, Pages, hosts_of, is_loopback
 from steer.serve.policy import InForce, PolicyError
 from steer.serve.rates import Meter
 from steer.serve.tally import Tally
@@ -69,6 +70,10 @@ class Control:
             if settings.audit
             else None
         )
+        #: What a server without keys answers to; None where keys say who may call. Until `listen` the strictest.
+        self.pages: Pages | None = None if self.in_force else Pages()
+        #: Of pages elsewhere that may call.
+        self.origins: frozenset[str] = frozenset()
         self.policy_problems: tuple[str, ...] = ()
         self.running: set[Run] = set()
         self.registry: Registry | None = None
@@ -81,17 +86,32 @@ class Control:
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    def check_address(self, host: str | None) -> None:
-        """Raises InvalidInput for an address that others reach, where nobody needs a key. None: all interfaces."""
-        if self.in_force is None and not is_loopback(host):
-            if not self.settings.insecure:
+    def listen(self, host: str | None, origins: Iterable[str] = (), *, guarded: bool = False) -> None:
+        """Where the server will listen (None: all interfaces), and the origins of pages elsewhere that may call it.
+        `guarded`: others' keys, or a socket that only this machine has, say who may call.
+
+        Raises InvalidInput where others, or all web pages, would reach a server that wants no key.
+        """
+        self.origins = frozenset(origins)
+        if self.in_force or guarded:
+            self.pages = None
+            return
+        where = None if host in ("", "0.0.0.0", "::") else host
+        if not self.settings.insecure:
+            hint = "give a --policy with keys, or say --insecure to let everybody do everything"
+            if not is_loopback(host):
                 raise InvalidInput(
-                    f"--host {host or '0.0.0.0'} can be reached by others, and there are no keys: give a --policy with "
-                    "keys, or say --insecure to let everybody do everything"
+                    f"--host {host or '0.0.0.0'} can be reached by others, and there are no keys: {hint}"
                 )
-            log.warning("INSECURE: everybody who reaches %s may steer, upload and delete", host or "all addresses")
-        elif self.in_force is None:
+            if ANY in self.origins:
+                raise InvalidInput(f"--cors-origins {ANY} lets every web page call, and there are no keys: {hint}")
             log.info("no policy: everybody on this machine may do everything")
+        else:
+            log.warning("INSECURE: everybody who reaches %s may steer, upload and delete", host or "all addresses")
+            if ANY in self.origins:
+                log.warning("INSECURE: so may every web page that somebody opens who reaches it")
+        named = hosts_of(self.settings.allowed_hosts) | hosts_of(where or "")
+        self.pages = Pages(named, self.origins, addresses=where is None)
 
     def start(self, registry: Registry, model: str) -> None:
         """Open the audit log and follow the policy file and the registry. Raises AuditError."""
@@ -165,13 +185,14 @@ class Control:
     def gate(self, caller: Caller) -> carriers.Gate:
         return PolicyGate(self, caller)
 
-    def check_switch(self, caller: Caller, scope: Scope) -> None:
-        """May this caller move the kill switch? Raises Refusal."""
-        peer = (scope.get("client") or (None,))[0]
-        if self.in_force is None and not (peer is None or is_loopback(peer)):
-            raise forbidden("manage", "without keys, steering is switched from the server's own machine alone")
-        if not caller.manages:
-            raise forbidden("manage", "switching steering needs a key with the managing role")
+    def check_manages(self, scope: Scope) -> None:
+        """May who makes this request manage: directions, and the kill switch? Raises Refusal."""
+        peer = (scope.get("client") or (None,))[0]  # behind a proxy on this machine the one that the proxy names
+        if self.in_force is None:
+            if not (self.settings.insecure or peer is None or is_loopback(peer)):
+                raise forbidden("manage", "without a policy, a server is managed from its own machine alone")
+        elif not self.caller(scope).manages:
+            raise forbidden("manage", "managing needs a key with the managing role")
 
     def refused(self, error: errors.HTTPProblem, caller: Caller, scope: Scope) -> None:
         """Count and keep a refusal by policy. A request without a key is counted alone, and of a run of requests over
@@ -350,17 +371,3 @@ def request_id(scope: Scope) -> str:
     ours."""
     found: str = scope.setdefault("steer.request_id", f"req-{uuid.uuid4().hex}")
     return found
-
-
-def is_loopback(host: str | None) -> bool:
-    """Can `host` be reached from this machine alone?"""
-    if host is None:
-        return False
-    if host == "localhost":
-        return True
-    try:
-        address = ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)

@@ -15,26 +15,36 @@ from steer.registry import Registry, Version
 from steer.serve import errors
 from steer.serve.control import Control
 from steer.serve.middleware import read_body
+from steer.serve.pages import FILE, READING, check_kind
 
 
-class OwnRoute(APIRoute):
-    """A route whose errors are OpenAI's, whatever the app around it makes of exceptions."""
+def own_route(control: Control, kind: str) -> type[APIRoute]:
+    """Routes whose errors are OpenAI's, whatever the app around them makes of exceptions. Those that change something
+    are for who manages, and want a body, if any, of this `kind`."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
+    class OwnRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handler = super().get_route_handler()
 
-        async def handling(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except SteerError as error:
-                return errors.of(error)
+            async def handling(request: Request) -> Response:
+                try:
+                    if request.method not in READING:
+                        control.check_manages(request.scope)
+                    if request.method in ("POST", "PUT"):
+                        check_kind(request.scope, kind)
+                    return await handler(request)
+                except SteerError as error:
+                    if isinstance(error, errors.HTTPProblem):
+                        control.refused(error, control.caller(request.scope), request.scope)
+                    return errors.of(error)
 
-        return handling
+            return handling
+
+    return OwnRoute
 
 
 def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES) -> APIRouter:
-    """Behind the door (`access`), which asks for the managing role where something is changed."""
-    routes = APIRouter(prefix="/v1/directions", tags=["directions"], route_class=OwnRoute)
+    routes = APIRouter(prefix="/v1/directions", tags=["directions"], route_class=own_route(control, FILE))
 
     @routes.get("", summary="All served directions, and what was offered but is not served")
     async def list_directions(request: Request) -> dict[str, Any]:
@@ -61,7 +71,13 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
             "profile": await anyio.to_thread.run_sync(version.direction.profile),
         }
 
-    @routes.put("/{name}", summary="Serve these safetensors bytes under this name from now on")
+    body = {"required": True, "content": {FILE: {"schema": {"type": "string", "format": "binary"}}}}
+
+    @routes.put(
+        "/{name}",
+        summary="Serve these safetensors bytes under this name from now on",
+        openapi_extra={"requestBody": body},
+    )
     async def put_direction(name: str, request: Request) -> dict[str, Any]:
         check_name(name)
         data = await read_body(request.scope, request.receive, max_upload)

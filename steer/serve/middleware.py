@@ -24,6 +24,7 @@ from steer.registry import Admission, Registry
 from steer.serve import carriers, errors, metrics
 from steer.serve.access import ANYONE, Caller
 from steer.serve.control import Control, Run
+from steer.serve.pages import JSON, check_kind
 from steer.serve.tally import counting
 from steer.spec import Wanted
 
@@ -68,6 +69,7 @@ class SteerMiddleware:
         control, caller = self.control, ANYONE
         try:
             caller = control.caller(scope)
+            check_kind(scope, JSON)
             body = parse_body(await read_body(scope, receive, self.max_body))
             carried = carriers.read(body, scope["headers"], self.served, scope["query_string"])
             admission, reading = self._admit(carried, readout.parse(body.get(readout.FIELD)), caller)

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from steer.serve.control import Control
-from steer.serve.directions import OwnRoute
+from steer.serve.directions import own_route
+from steer.serve.pages import JSON
 
 PATH = "/v1/steering"
 
@@ -23,7 +24,7 @@ class Switch(BaseModel):
 
 
 def router(control: Control) -> APIRouter:
-    routes = APIRouter(prefix=PATH, tags=["operation"], route_class=OwnRoute)
+    routes = APIRouter(prefix=PATH, tags=["operation"], route_class=own_route(control, JSON))
 
     @routes.get("", summary="Is steering on; to the managing role also the policy's and the audit log's state")
     async def get_steering(request: Request) -> dict[str, Any]:
@@ -32,7 +33,6 @@ def router(control: Control) -> APIRouter:
     @routes.post("", summary="Switch steering off or on for the whole server")
     async def post_steering(body: Switch, request: Request) -> dict[str, Any]:
         caller = control.caller(request.scope)
-        control.check_switch(caller, request.scope)
         control.switch(body.enabled, caller, body.reason)
         return control.state(caller)
 

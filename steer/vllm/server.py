@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from steer.errors import InvalidInput, SpecError, SteerError, UnsupportedModel
 from steer.readout import FIELD, Readout
 from steer.registry import Admission
-from steer.serve import carriers, errors, metrics, playground, switch
+from steer.serve import carriers, errors, metrics, playground, reference, switch
 from steer.serve.access import PUBLIC, Access
 from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
@@ -80,6 +80,7 @@ def install(app: FastAPI) -> None:
     app.include_router(directions_router(_LateRegistry(app), control=control))  # type: ignore[arg-type]
     app.include_router(switch.router(control))
     app.include_router(playground.router())
+    reference.put_on(app)
 
 
 def guard(app: FastAPI) -> None:
@@ -103,8 +104,14 @@ class Middleware:
             await self._live(scope, receive, send)
             return
         if self._door is None:
-            public = PUBLIC.union(playground.PATHS)
-            self._door = Access(Closed(self.app), control=control_of(scope["app"]), public=public)
+            args = scope["app"].state.args
+            cors = {"allow_methods": args.allowed_methods, "allow_headers": args.allowed_headers}
+            self._door = Access(
+                Closed(self.app),
+                control=control_of(scope["app"]),
+                public=PUBLIC.union(playground.PATHS),
+                cors=cors | {"allow_credentials": args.allow_credentials},
+            )
         await self._door(scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -191,10 +198,14 @@ def control_settings(app: FastAPI) -> ControlSettings:
 def check_door(control: Control, args: Any) -> None:
     """Raises InvalidInput where the server must not listen: without keys for others, or with two kinds of keys."""
     keys = args.api_key or os.environ.get("VLLM_API_KEY")
-    if not keys and not getattr(args, "uds", None):
-        control.check_address(args.host)
     if keys and control.in_force is not None:
         raise InvalidInput("--api-key (or VLLM_API_KEY) and a policy are two doors: put the keys into the policy")
+    guarded = bool(keys or getattr(args, "uds", None))
+    origins = list(args.allowed_origins)
+    if "*" in origins and not (guarded or control.in_force or control.settings.insecure):
+        origins = []  # which is vLLM's own default, and would let every page in the world steer and manage
+        log.warning("no page of another origin may call: name them with --allowed-origins, or give a policy with keys")
+    control.listen(args.host, origins, guarded=guarded)
 
 
 class _LateRegistry:

@@ -28,7 +28,7 @@ from steer.follow import Follower
 from steer.serve import control, keys
 from steer.serve.access import Caller, Refusal
 from steer.serve.audit import verify
-from steer.serve.control import is_loopback
+from steer.serve.pages import is_loopback
 from steer.serve.policy import read
 from steer.serve.rates import Meter
 from tests import models
@@ -482,7 +482,7 @@ def test_without_a_policy_this_machine_may_do_everything_and_the_log_says_so(tin
         assert receipt(ask(server, None, steer="refusal"))
         assert server.client.post("/v1/steering", json={"enabled": False}).json()["enabled"] is False
         assert ask(server, None, steer="refusal").status_code == 503
-        assert server.client.post("/v1/steering", content=b'{"enabled": true}').status_code == 400, "a form is no JSON"
+        assert server.client.post("/v1/steering", content=b'{"enabled": true}').status_code == 415, "a form is no JSON"
         assert server.client.delete("/v1/directions/verbosity").status_code == 200
         page = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
         assert server.client.options("/v1/completions", headers=page).headers["access-control-allow-origin"]

@@ -74,7 +74,7 @@ export class Directions {
     const name = $("name").value.trim(), file = this.file;
     $("put").disabled = true;
     try {
-      const made = await json(`/v1/directions/${encodeURIComponent(name)}`, { method: "PUT", body: file });
+      const made = await json(`/v1/directions/${encodeURIComponent(name)}`, { method: "PUT", body: file, headers: { "Content-Type": "application/octet-stream" } });
       const source = made.source_layer == null ? "a direction for each layer" : `source layer ${made.source_layer}`;
       this.report(name, "good", `${name} is served: ${made.method}, ${source}, ${made.mode} at ${made.strength}, digest ${made.digest.slice(0, 8)}. Every check passed.`);
       this.take(null);

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from steer.serve import errors
+from steer.readout import FIELD
+from steer.serve import errors, keys
 from steer.serve.errors import HTTPProblem
 from steer.serve.pages import ANY, foreign, header, is_preflight
 from steer.serve.policy import KeyRules
@@ -46,15 +47,23 @@ class Refusal(HTTPProblem):
     """Keys or policy forbid it; `rule` is the one that does, `asked` what was asked for, where that is known."""
 
     def __init__(
-        self, status: int, rule: str, message: str, *, code: str, asked: Spec | None = None, **more: str
+        self,
+        status: int,
+        rule: str,
+        message: str,
+        *,
+        code: str,
+        asked: Spec | None = None,
+        param: str | None = None,
+        **more: str,
     ) -> None:
         headers = {name.replace("_", "-"): value for name, value in more.items()}
-        super().__init__(status, message, code=code, headers=headers)
+        super().__init__(status, message, code=code, param=param, headers=headers)
         self.rule, self.asked = rule, asked or Spec()
 
 
-def forbidden(rule: str, message: str, asked: Spec | None = None) -> Refusal:
-    return Refusal(403, rule, message, code="steering_forbidden", asked=asked)
+def forbidden(rule: str, message: str, asked: Spec | None = None, param: str | None = None) -> Refusal:
+    return Refusal(403, rule, message, code="steering_forbidden", asked=asked, param=param)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,8 @@ class Caller:
 
     name: str | None = None
     rules: KeyRules | None = None
+    #: The stored hash of the secret that came.
+    stored: str | None = None
 
     @property
     def manages(self) -> bool:
@@ -82,7 +93,8 @@ class Caller:
     def check_readout(self) -> None:
         """Raises Refusal for a caller that may not read components along directions."""
         if self.rules is not None and not self.rules.readout:
-            raise forbidden("readout", "this key may not use steer_readout: its policy does not say `readout = true`")
+            said = f"this key may not use {FIELD}: its policy does not say `readout = true`"
+            raise forbidden("readout", said, param=FIELD)
 
 
 #: No policy is in force.
@@ -157,7 +169,7 @@ class Access:
         path = route_path(scope)
         secret = secret_of(headers)
         name = force.keyring.find(secret or "")
-        known = Caller(name, force.policy.keys[name]) if name else None
+        known = Caller(name, force.policy.keys[name], keys.stored(secret)) if name and secret else None
         if method == "GET" and (path in self.public or (path == METRICS and force.policy.metrics_public)):
             return known or NOBODY
         if known is None:

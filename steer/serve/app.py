@@ -54,6 +54,7 @@ def build(served: Served) -> FastAPI:
         max_body=served.max_body,
         readable=engine.steering.anatomy.layers if "resid_post" in engine.steering.table.sites else 0,
         control=control,
+        context=engine.context,
     )
     generating = {(path, "POST"): layer for path in ("/v1/chat/completions", "/v1/completions")}
     assert len(around(app, generating)) == len(generating)

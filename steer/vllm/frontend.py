@@ -123,6 +123,7 @@ class Frontend:
         self.settings, self.call, self.call_async = settings, call, call_async or _no_loop
         self.serves = serves
         self.dtype = internals.dtype_of(config)
+        self.context = internals.context_of(config)
         self.shape = Shape(architecture, layers, d_model, frozenset(settings.sites), settings.rank)
         self.registry = Registry(VllmPlacement(self.shape, call), settings.directions)
         self.default = parse(settings.default)

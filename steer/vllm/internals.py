@@ -215,6 +215,11 @@ def _connector_problem(name: str, module: str | None) -> str | None:
     )
 
 
+def context_of(config: Any) -> int:
+    """The most tokens that a prompt with its answer can have."""
+    return int(config.model_config.max_model_len)
+
+
 def shape_of(config: Any) -> tuple[str, int, int]:
     """(architecture, layers of the whole model, d_model)."""
     model = config.model_config

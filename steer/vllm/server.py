@@ -266,6 +266,7 @@ class Generation:
             forward=forward,
             readable=front.readable if self.reads else 0,
             control=control_of(scope["app"]),
+            context=front.context,
         )
         try:
             await middleware(scope, receive, send)
@@ -288,7 +289,9 @@ class Other:
             await self.app(scope, receive, send)  # the way stays closed
             return
         app = scope["app"]
+        control = control_of(app)
         try:
+            control.leave(control.enter(control.caller(scope)))  # it counts as a request, and generates for who manages
             data = await read_body(scope, receive, MAX_BODY)
             body = await _understood(scope, data)
             found = [*carriers.traces(body, scope["headers"], internals.served_names(app), scope["query_string"])]
@@ -300,6 +303,8 @@ class Other:
             return
         except SteerError as error:
             metrics.REFUSED.labels(reason=type(error).__name__).inc()
+            if isinstance(error, HTTPProblem):
+                control.refused(error, control.caller(scope), scope)
             await errors.of(error)(scope, receive, send)
             return
         way = Passage(plain=body is not None and _may_be_plain(scope))

@@ -15,6 +15,7 @@ from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.table import Place, Table
 from steer.serve import tally
 from steer.serve.access import Access
+from steer.serve.audit import Fsync
 from steer.serve.control import Control
 from steer.serve.middleware import SteerMiddleware
 from steer.settings import ControlSettings
@@ -45,6 +46,7 @@ class Inside:
         audited: bool = True,
         app: ASGIApp = engine,
         origins: Sequence[str] = (),
+        fsync: Fsync = "never",
     ) -> None:
         model = models.tiny("llama")
         table = Table([Place("resid_post", layer) for layer in range(3)], rows=8, rank=4, d_model=models.D_MODEL)
@@ -60,7 +62,7 @@ class Inside:
             ControlSettings(
                 policy=self.policy if text is not None else None,
                 audit=self.log if audited else None,
-                audit_fsync="never",
+                audit_fsync=fsync,
                 audit_max_bytes=2**20,
             )
         )

@@ -56,6 +56,7 @@ class Engine:
             hf_text_config=text,
             get_hidden_size=lambda: models.D_MODEL,
             dtype="torch.float32",
+            max_model_len=512,
         )
         front = Frontend(
             types.SimpleNamespace(model_config=config),

@@ -20,6 +20,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+#: Of one input, those that are told; and the characters of one. An input may be as large as it likes.
+MAX_PROBLEMS = 50
+MAX_PROBLEM = 1000
+
+
+def printable(text: str) -> str:
+    """`text` for a log, an answer or a terminal: no longer than MAX_PROBLEM, and without what is no text there: control
+    characters, and halves of surrogate pairs, which JSON can carry and no answer could."""
+    if len(text) > MAX_PROBLEM:
+        text = f"{text[:MAX_PROBLEM]}… ({len(text)} characters)"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 class SteerError(Exception):
     """Root of the tree."""
@@ -33,8 +47,8 @@ class InvalidInput(SteerError, ValueError):
 
     def __init__(self, problems: str | Iterable[str], param: str | None = None) -> None:
         each = (problems,) if isinstance(problems, str) else tuple(problems)
-        # JSON can carry half of a surrogate pair, which no answer could
-        self.problems: tuple[str, ...] = tuple(p.encode(errors="backslashreplace").decode() for p in each)
+        more = [f"and {len(each) - MAX_PROBLEMS} more"] if len(each) > MAX_PROBLEMS else []
+        self.problems: tuple[str, ...] = (*map(printable, each[:MAX_PROBLEMS]), *more)
         self.param = param
         super().__init__("; ".join(self.problems))
 

@@ -41,6 +41,9 @@ def new_key(
     direction: Annotated[
         list[str] | None, typer.Option("--direction", help="a direction that it may use, '*' for all; may be repeated")
     ] = None,
+    readout: Annotated[
+        bool, typer.Option("--readout", help="let it read along directions, which colours the playground's tokens")
+    ] = False,
     manage: Annotated[bool, typer.Option("--manage", help="let it manage directions and the kill switch")] = False,
 ) -> None:
     """Make an API key. Its secret is shown here, once, and kept nowhere."""
@@ -53,7 +56,8 @@ def new_key(
         secret = secrets.make()
         head = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
         block = f"[keys.{head}]\nhash = {json.dumps(secrets.stored(secret))}\n"
-        block += f"directions = {json.dumps(direction or [])}\n" + ("manage = true\n" if manage else "")
+        block += f"directions = {json.dumps(direction or [])}\n" + ("readout = true\n" if readout else "")
+        block += "manage = true\n" if manage else ""
         read(block.encode(), "the new key")
         if policy is None:
             typer.echo(f"# for the policy file\n{block}", err=True)
@@ -82,16 +86,21 @@ def list_keys(policy: _Policy, as_json: Annotated[bool, typer.Option("--json", h
     if as_json:
         echo_json({name: rules.model_dump(mode="json", exclude={"hash"}) for name, rules in found.items()})
         return
-    typer.echo(f"{'key':<20} {'steer':<5} {'manage':<6} {'directions':<24} {'up to':>6}  rates a minute")
+    typer.echo(f"{'key':<20} {'steer':<5} {'read':<5} {'manage':<6} {'directions':<24} {'up to':>6}  limits")
     for name, rules in found.items():
         rates = [
             f"{rate:g} {what}"
-            for what, rate in (("requests", rules.requests_per_minute), ("tokens", rules.tokens_per_minute))
+            for what, rate in (
+                ("requests a minute", rules.requests_per_minute),
+                ("tokens a minute", rules.tokens_per_minute),
+                ("at once", rules.requests_at_once),
+            )
             if rate is not None
         ]
+        steers = rules.steer and bool(rules.directions)
         typer.echo(
-            f"{name:<20} {_yes(rules.steer):<5} {_yes(rules.manage):<6} {', '.join(rules.directions) or '–':<24} "
-            f"{rules.max_strength:>6g}  {', '.join(rates) or '–'}"
+            f"{name:<20} {_yes(steers):<5} {_yes(rules.readout):<5} {_yes(rules.manage):<6} "
+            f"{', '.join(rules.directions) or '–':<24} {rules.max_strength:>6g}  {', '.join(rates) or '–'}"
         )
         for what, specs in (("default", rules.default), ("required", rules.required)):
             if specs:
@@ -109,6 +118,9 @@ def verify_audit(
         list[str] | None,
         typer.Option("--anchor", help="SEQ:HASH that was noted elsewhere and must be in the chain; may be repeated"),
     ] = None,
+    start: Annotated[
+        int, typer.Option("--from", min=1, help="number of the first line, where those before it are kept elsewhere")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
     """Find every line that was edited, removed, added or moved. Exit code 1 where there is one."""
@@ -116,11 +128,12 @@ def verify_audit(
 
     with reported():
         try:
-            report = verify(files, [Head.parse(text) for text in anchor or ()])
+            report = verify(files, [Head.parse(text) for text in anchor or ()], start)
         except (OSError, ValueError) as error:
             raise InvalidInput(str(error)) from None
     if as_json:
-        echo_json({"lines": report.lines, "last": str(report.last), "problems": report.problems, "notes": report.notes})
+        told = {"lines": report.lines, "first": report.first, "last": str(report.last)}
+        echo_json(told | {"problems": report.problems, "notes": report.notes})
     else:
         for problem in report.problems:
             typer.echo(f"problem: {problem}", err=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from steer.direction import SUFFIX, Direction, check_name, digest, read_file, write_file
-from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection
+from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, printable
 from steer.follow import Follower
 from steer.spec import Entry, Spec, Wanted
 
@@ -292,16 +292,17 @@ class Registry:
         if isinstance(error, DirectionError):
             problems = error.problems
         elif isinstance(error, SteerError | OSError):
-            problems = (str(error),)
+            problems = (printable(str(error)),)
         else:
-            problems = (f"{type(error).__name__}: {error}",)
+            problems = (printable(f"{type(error).__name__}: {error}"),)
         known = self.failures.get(name)
         if known is None or known.problems != problems:
             if keep:
                 self.failures[name] = Failure(problems)
             unforeseen = not isinstance(error, SteerError | OSError)
             if not self.quiet:
-                log.error("direction '%s' was not accepted: %s", name, "; ".join(problems), exc_info=unforeseen)
+                said = "; ".join(problems)
+                log.error("direction '%s' was not accepted: %s", printable(name), said, exc_info=unforeseen)
 
     def delete(self, name: str) -> None:
         """Stop serving `name` and remove its file, also one that was never accepted. Raises UnknownDirection."""

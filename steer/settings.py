@@ -38,6 +38,11 @@ class ControlSettings(BaseSettings):
     )
     steering: bool = Field(True, description="start with steering on; the kill switch (`steer off`) moves it")
     insecure: bool = Field(False, description="serve on any address without keys: everybody may do everything")
+    allowed_hosts: str = Field(
+        "",
+        description="names by which a server without keys may be called besides those of its own machine, separated by "
+        "commas, or *",
+    )
 
     @classmethod
     def of_environment(cls) -> ControlSettings:

@@ -28,6 +28,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class Client(httpx.Client):
+    """Says of a file that it is one: httpx gives bytes no type."""
+
+    def build_request(self, method: str, url: Any, **more: Any) -> httpx.Request:
+        request = super().build_request(method, url, **more)
+        if method == "PUT":
+            request.headers.setdefault("Content-Type", "application/octet-stream")
+        return request
+
+
 class Server:
     """`steer serve ARGUMENTS`, ready when the `with` begins. `client` speaks to it; `log` is what it printed."""
 
@@ -46,7 +56,7 @@ class Server:
         self.process = subprocess.Popen(
             self.command, stdout=self._log, stderr=subprocess.STDOUT, env=environment, cwd=self.cwd
         )
-        self.client = httpx.Client(base_url=self.url, timeout=120)
+        self.client = Client(base_url=self.url, timeout=120)
         deadline = time.monotonic() + START_TIMEOUT
         while True:
             if self.process.poll() is not None or time.monotonic() > deadline:

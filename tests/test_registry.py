@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from steer.direction import Direction, Mode, Site, digest
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
@@ -460,6 +462,32 @@ def test_delete_removes_the_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     registry.sync()
     assert served(registry) == {}
+
+
+@pytest.mark.parametrize("way", ["put", "folder"])
+def test_reasons_are_bounded_and_can_be_shown_anywhere(
+    way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever writes a file writes its reasons too: into the list, the log and the terminals of others."""
+    registry = Registry(local(), tmp_path)
+    direction = models.direction(MODEL, seed=5)
+    rogue = "\x1b[2J\r\nERROR steer: all is well \u2028\u202e" + "x" * 2**20
+    meta = direction.meta.model_copy(update={"architecture": rogue})
+    many = direction.tensors() | {f"{n}\x1b": torch.zeros(1) for n in range(2000)}
+    for tensors in (direction.tensors(), many):
+        data = safetensors.torch.save(tensors, {"format": "pt", "steer": meta.model_dump_json()})
+        if way == "put":
+            with pytest.raises(DirectionError):
+                registry.put("rogue", data)
+        else:
+            write(tmp_path, "rogue", data)
+            registry.sync()
+        problems = registry.failures["rogue"].problems
+        assert sum(map(len, problems)) < 2**17
+        assert all(problem.isprintable() for problem in problems)
+    for record in caplog.records:
+        assert len(record.getMessage()) < 2**17
+        assert record.getMessage().isprintable()
 
 
 def test_sync_follows_new_changed_and_removed_files(tmp_path: Path) -> None:

@@ -1,19 +1,26 @@
 """The door: who is calling, and which paths they may reach. An ASGI layer around every route that a server has.
 
 With a policy in force nothing but `/health` answers without a key. A key reaches the paths that are listed here and no
-others; the rest of a server, also what we do not know of it, needs the managing role.
+others; the rest of a server, also what we do not know of it, needs the managing role. Without one, web pages that are
+not the server's own are kept out (`pages`). What a browser asks on behalf of a page before it calls (a preflight) is
+answered here, on every server.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from steer.serve import errors
+from steer.readout import FIELD
+from steer.serve import errors, keys
 from steer.serve.errors import HTTPProblem
+from steer.serve.pages import ANY, foreign, header, is_preflight
 from steer.serve.policy import KeyRules
 from steer.spec import Spec, Wanted
 
@@ -40,15 +47,23 @@ class Refusal(HTTPProblem):
     """Keys or policy forbid it; `rule` is the one that does, `asked` what was asked for, where that is known."""
 
     def __init__(
-        self, status: int, rule: str, message: str, *, code: str, asked: Spec | None = None, **more: str
+        self,
+        status: int,
+        rule: str,
+        message: str,
+        *,
+        code: str,
+        asked: Spec | None = None,
+        param: str | None = None,
+        **more: str,
     ) -> None:
         headers = {name.replace("_", "-"): value for name, value in more.items()}
-        super().__init__(status, message, code=code, headers=headers)
+        super().__init__(status, message, code=code, param=param, headers=headers)
         self.rule, self.asked = rule, asked or Spec()
 
 
-def forbidden(rule: str, message: str, asked: Spec | None = None) -> Refusal:
-    return Refusal(403, rule, message, code="steering_forbidden", asked=asked)
+def forbidden(rule: str, message: str, asked: Spec | None = None, param: str | None = None) -> Refusal:
+    return Refusal(403, rule, message, code="steering_forbidden", asked=asked, param=param)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +72,8 @@ class Caller:
 
     name: str | None = None
     rules: KeyRules | None = None
+    #: The stored hash of the secret that came.
+    stored: str | None = None
 
     @property
     def manages(self) -> bool:
@@ -76,7 +93,8 @@ class Caller:
     def check_readout(self) -> None:
         """Raises Refusal for a caller that may not read components along directions."""
         if self.rules is not None and not self.rules.readout:
-            raise forbidden("readout", "this key may not use steer_readout: its policy does not say `readout = true`")
+            said = f"this key may not use {FIELD}: its policy does not say `readout = true`"
+            raise forbidden("readout", said, param=FIELD)
 
 
 #: No policy is in force.
@@ -86,32 +104,64 @@ NOBODY = Caller(None, KeyRules.model_construct(steer=False))
 
 
 class Access:
-    """The layer. `scope["steer.caller"]` says who is calling to everything behind it."""
+    """The layer. `scope["steer.caller"]` says who is calling to everything behind it. `cors`: what Starlette's CORS
+    layer is told besides the origins, which the control plane has."""
 
-    def __init__(self, app: ASGIApp, *, control: Control, public: frozenset[str] = PUBLIC) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        control: Control,
+        public: frozenset[str] = PUBLIC,
+        cors: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.app, self.control, self.public = app, control, public
+        self._keyed: ASGIApp = self._with_keys
+        if control.origins:
+            self._keyed = CORSMiddleware(self._with_keys, allow_origins=control.origins, **cors)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
         try:
+            self._check_page(scope)
+        except HTTPProblem as error:
+            await self._refuse(error, scope, receive, send)
+            return
+        await self._keyed(scope, receive, send)
+
+    async def _with_keys(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
             scope[CALLER] = self._enter(scope)
         except HTTPProblem as error:
-            self.control.refused(error, scope.get(CALLER, NOBODY), scope)
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008, "reason": error.code})
-            else:
-                await errors.of(error)(scope, receive, send)
+            await self._refuse(error, scope, receive, send)
             return
         await self.app(scope, receive, send)
 
-    def _enter(self, scope: Scope) -> Caller:
+    async def _refuse(self, error: HTTPProblem, scope: Scope, receive: Receive, send: Send) -> None:
+        self.control.refused(error, scope.get(CALLER, NOBODY), scope)
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": error.code})
+        else:
+            await errors.of(error)(scope, receive, send)
+
+    def _check_page(self, scope: Scope) -> None:
+        """What holds for everybody, before it is asked who comes."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         if sum(len(name) + len(value) for name, value in headers) > MAX_HEADERS:
             raise HTTPProblem(431, f"the headers are over {MAX_HEADERS} bytes", code="headers_too_large")
         if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > MAX_PATH:
             raise HTTPProblem(414, f"the path is over {MAX_PATH} bytes", code="path_too_long")
+        if self.control.pages is not None:
+            self.control.pages.check(headers)
+        if is_preflight(scope):
+            origin = header(headers, b"origin")
+            if origin is None or not {ANY, origin} & self.control.origins:
+                raise foreign(origin or "")
+
+    def _enter(self, scope: Scope) -> Caller:
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
         force = self.control.in_force
         if force is None:
             return ANYONE
@@ -119,9 +169,7 @@ class Access:
         path = route_path(scope)
         secret = secret_of(headers)
         name = force.keyring.find(secret or "")
-        known = Caller(name, force.policy.keys[name]) if name else None
-        if method == "OPTIONS" and any(n == b"access-control-request-method" for n, _ in headers):
-            return NOBODY  # a browser's preflight, which has no key; it is answered by the CORS layer, or not at all
+        known = Caller(name, force.policy.keys[name], keys.stored(secret)) if name and secret else None
         if method == "GET" and (path in self.public or (path == METRICS and force.policy.metrics_public)):
             return known or NOBODY
         if known is None:

@@ -11,11 +11,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 
 from steer._version import __version__
 from steer.errors import SteerError
-from steer.serve import chat, completions, errors, metrics, models, playground, switch
+from steer.serve import chat, completions, errors, metrics, models, playground, reference, switch
 from steer.serve.access import PUBLIC, Access
 from steer.serve.carriers import RECEIPT
 from steer.serve.directions import router as directions_router
@@ -39,21 +38,15 @@ def build(served: Served) -> FastAPI:
         registry.stop()
         engine.stop()
 
-    app = FastAPI(title="Steer", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="Steer", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_exception_handler(SteerError, errors.on_steer_error)
     app.add_exception_handler(RequestValidationError, errors.on_validation_error)
     app.add_exception_handler(HTTPException, errors.on_http_exception)
-    app.add_middleware(Access, control=control, public=PUBLIC.union(playground.PATHS))
-    if served.origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(served.origins),
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=[RECEIPT, "x-request-id"],
-        )
+    cors = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": [RECEIPT, "x-request-id"]}
+    app.add_middleware(Access, control=control, public=PUBLIC.union(playground.PATHS), cors=cors)
     app.add_middleware(Head)
     app.include_router(playground.router())
+    reference.put_on(app)
     app.include_router(directions_router(registry, control=control))
     app.include_router(switch.router(control))
     app.include_router(chat.router(served))
@@ -67,6 +60,7 @@ def build(served: Served) -> FastAPI:
         readable=engine.steering.anatomy.layers if "resid_post" in engine.steering.table.sites else 0,
         control=control,
         parsed=True,
+        context=engine.context,
     )
     generating = {(path, "POST"): layer for path in ("/v1/chat/completions", "/v1/completions")}
     assert len(around(app, generating)) == len(generating)

@@ -3,7 +3,9 @@
 JSON lines. Each ends with `hash`, the SHA-256 of the line without it, and has the hash of the line before it as `prev`
 and the next number as `seq`, so that an edited, removed, added or moved line breaks the chain. `FILE.head` has the last
 number and hash, so that a tail which was cut off is missed too. A file that has grown over its size is renamed to
-`FILE.<its last seq>`, and the new one goes on with the chain.
+`FILE.<its last seq>` (with `-2` and so on where that name is taken), and the new one goes on with the chain.
+
+Lines are written where they happen, into the system's memory. A thread of its own waits for the disk.
 
 What a hash chain cannot show: a history that somebody with write access to both files has computed anew from some line
 on. Keep the head elsewhere from time to time (`GET /v1/steering` tells it) and verify against that.
@@ -11,14 +13,18 @@ on. Keep the head elsewhere from time to time (`GET /v1/steering` tells it) and 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
+import re
+import stat
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -67,10 +73,16 @@ class Head:
 
 
 def seal(record: dict[str, Any]) -> tuple[bytes, str]:
-    """A record as its line, newline included, and the line's hash. The one definition of the canonical form."""
+    """A record as its line, newline included, and the line's hash. The one definition of the canonical form.
+
+    Raises ValueError for a line over MAX_LINE, which could not be read again.
+    """
     bare = json.dumps(record, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(bare.encode()).hexdigest()
-    return f'{bare[:-1]},"hash":"{digest}"}}\n'.encode(), digest
+    line = f'{bare[:-1]},"hash":"{digest}"}}\n'.encode()
+    if len(line) > MAX_LINE:
+        raise ValueError(f"a line of {len(line)} bytes, at most {MAX_LINE} are accepted")
+    return line, digest
 
 
 def unseal(line: bytes) -> dict[str, Any]:
@@ -106,8 +118,11 @@ class Audit:
         self._lost: Counter[str] = Counter()
         self._fd = self._head_fd = self._guard = -1
         self._size = 0
-        self._dirty = False
+        self._synced = 0  # the last line that is on the disk
+        self._behind: list[int] = []  # files that were rotated and are not yet on the disk
+        self._waiting: list[tuple[int, Future[None]]] = []
         self._lock = threading.RLock()
+        self._wake = threading.Event()
         self._closed = threading.Event()
 
     def open(self) -> None:
@@ -126,14 +141,16 @@ class Audit:
             self._reopen(known)
         except OSError as error:
             raise AuditError(f"the audit file {self.path} cannot be written: {error.strerror}") from None
-        if self.fsync == "second":
+        self._synced = self.head.seq
+        if self.fsync != "never":
             threading.Thread(target=self._sync, name="steer-audit", daemon=True).start()
 
     def close(self) -> None:
         self._closed.set()
-        with self._lock, suppress(OSError):
-            if self._fd >= 0:
-                os.fsync(self._fd)
+        self._wake.set()
+        with self._lock:
+            with suppress(OSError):
+                self._sync_once()
             for fd in (self._fd, self._head_fd, self._guard):
                 if fd >= 0:
                     os.close(fd)
@@ -153,11 +170,25 @@ class Audit:
                     log.warning("the audit file is written again; lost in between: %s", dict(self._lost))
                     self._lost.clear()
                 seq = self._append(event, fields)
-            except OSError as error:
-                self._fail(f"{self.path}: {error.strerror}")
-                raise AuditUnavailable(f"the audit log cannot be written: {error.strerror}") from None
+            except (OSError, ValueError) as error:
+                said = getattr(error, "strerror", None) or str(error)
+                self._fail(f"{self.path}: {said}")
+                raise AuditUnavailable(f"the audit log cannot be written: {said}") from None
             self.failed = None
+            if self.fsync == "always":
+                self._wake.set()
             return seq
+
+    def kept(self, seq: int) -> Future[None] | None:
+        """Done when line `seq` is on the disk, with AuditUnavailable where it cannot be; None where nobody has to wait:
+        it is there, or `fsync` does not ask for it."""
+        with self._lock:
+            if self.fsync != "always" or seq <= self._synced:
+                return None
+            waiting: Future[None] = Future()
+            self._waiting.append((seq, waiting))
+            self._wake.set()
+            return waiting
 
     def note(self, event: str, **fields: Any) -> None:
         """Append one line about what has happened anyway. What cannot be written is counted, and said later."""
@@ -192,34 +223,53 @@ class Audit:
             written = os.write(self._fd, line)
             if written < len(line):  # a disk that is full takes a part, and says so at the next write
                 written += os.write(self._fd, line[written:])
-            if self.fsync == "always":
-                os.fsync(self._fd)
             self._write_head(head)
         except OSError:
             with suppress(OSError):
                 os.ftruncate(self._fd, self._size)
             raise
         self._size += len(line)
-        self.head, self._dirty = head, True
+        self.head = head
 
     def _write_head(self, head: Head) -> None:
         """In place, in one write of one length within one sector: a reader sees the old one or the new one."""
         os.pwrite(self._head_fd, f"{head.seq:020d}:{head.hash}\n".encode(), 0)
-        if self.fsync == "always":
-            os.fsync(self._head_fd)
 
     def _rotate(self) -> None:
-        os.fsync(self._fd)
-        old = self.path.with_name(f"{self.path.name}.{self.head.seq}")
+        old = self._free_name()
         os.rename(self.path, old)
+        if self.fsync != "never":
+            self._behind.append(os.dup(self._fd))
         self._begin({"previous": old.name})
+
+    def _free_name(self) -> Path:
+        """A name for the file that is full, taken by an empty file: `rename` would overwrite what has it already, which
+        may be a part of an older chain."""
+        number = 1
+        while True:
+            name = f"{self.path.name}.{self.head.seq}" + (f"-{number}" if number > 1 else "")
+            path = self.path.with_name(name)
+            try:
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            except FileExistsError:
+                number += 1
+            else:
+                return path
+
+    def _previous(self) -> Path | None:
+        """The file beside this one whose last line is the chain's."""
+        for path in sorted(self.path.parent.glob(f"{_escaped(self.path.name)}.{self.head.seq}*")):
+            with suppress(OSError, ValueError):
+                if unseal(_last_line(path))["hash"] == self.head.hash:
+                    return path
+        return None
 
     def _begin(self, detail: dict[str, Any], event: str = "rotated") -> None:
         """A new file that goes on with the chain."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._fd = _opened(self.path)
         self._size = os.fstat(self._fd).st_size
         self._append(event, {"detail": detail})
 
@@ -229,14 +279,13 @@ class Audit:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._fd = _opened(self.path)
         self._size = os.fstat(self._fd).st_size
         healed: dict[str, Any] = {}
         if self._size == 0:
             self.head = known or Head()
             if self.head.seq:
-                previous = self.path.with_name(f"{self.path.name}.{self.head.seq}")
-                if previous.exists():
+                if previous := self._previous():
                     self._begin({"previous": previous.name})
                 else:
                     healed = {"missing": f"the file is gone or empty, its head says {self.head.seq}"}
@@ -267,23 +316,62 @@ class Audit:
             self._append("recovered", {"detail": healed})
 
     def _sync(self) -> None:
-        while not self._closed.wait(FSYNC_EVERY):
+        """On a thread of its own: the event loop never waits for the disk."""
+        while not self._closed.is_set():
+            if self.fsync == "always":
+                self._wake.wait()
+            else:
+                self._wake.wait(FSYNC_EVERY)
+            self._wake.clear()
             try:
                 self._sync_once()
             except Exception as error:  # a thread that ends here would leave all later lines to the system's mood
-                self._dirty = True
-                self._fail(f"{self.path}: {getattr(error, 'strerror', None) or error}")
+                said = getattr(error, "strerror", None) or str(error)
+                with self._lock:
+                    self._fail(f"{self.path}: {said}")
+                    waiting, self._waiting = self._waiting, []
+                for _, each in waiting:
+                    each.set_exception(AuditUnavailable(f"the audit log cannot be kept: {said}"))
 
     def _sync_once(self) -> None:
         with self._lock:
-            if not self._dirty or self._fd < 0:
+            upto = self.head.seq
+            if upto <= self._synced or self._fd < 0:
                 return
-            fd = os.dup(self._fd)
-            self._dirty = False
+            files = [*self._behind, os.dup(self._fd), os.dup(self._head_fd)]
+            self._behind = []
         try:  # not under the lock: a slow disk must not hold up admissions
-            os.fsync(fd)
+            for fd in files:
+                os.fsync(fd)
         finally:
-            os.close(fd)
+            for fd in files:
+                os.close(fd)
+        with self._lock:
+            self._synced = max(self._synced, upto)
+            done = [each for seq, each in self._waiting if seq <= self._synced]
+            self._waiting = [(seq, each) for seq, each in self._waiting if seq > self._synced]
+        for each in done:
+            each.set_result(None)
+
+
+def _opened(path: Path) -> int:
+    """A descriptor for appending. Raises OSError, also for what is no file: it would swallow lines."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return fd
+
+
+def _last_line(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_LINE))
+        return file.read(MAX_LINE).removesuffix(b"\n").rpartition(b"\n")[2] + b"\n"
+
+
+def _escaped(name: str) -> str:
+    """`name` in a pattern that means nothing but it."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _same(path: Path, fd: int) -> bool:
@@ -302,6 +390,9 @@ def _read_head(path: Path) -> Head | None:
         return None
 
 
+#: What rotation puts behind a file's name.
+_ROTATED = re.compile(r"\.\d+(-\d+)?$")
+
 # -- verification ----------------------------------------------------------------------------------------------------
 
 
@@ -310,23 +401,29 @@ class Report:
     """What verification found. `problems` say that something was changed or lost; `notes` do not."""
 
     lines: int = 0
+    first: int | None = None
     last: Head = field(default_factory=Head)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def verify(paths: Sequence[Path], anchors: Iterable[Head] = ()) -> Report:
-    """Check files of one chain, in whatever order they are given. Each `FILE.head` beside them is an anchor too.
+def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) -> Report:
+    """Check files of one chain, in whatever order they are given: line `start` and all that follow it must be there, up
+    to each of the anchors. The `FILE.head` beside a file, also beside one that was rotated, is an anchor too. An anchor
+    of the line before the first one vouches for all that are not there before it.
 
     Raises OSError for a file that cannot be read.
     """
     report = Report()
     wanted = {head.seq: head for head in anchors}
-    for path in paths:
-        if head := _read_head(path.with_name(f"{path.name}.head")):  # first: lines may be added while this reads
+    for name in {file: None for path in paths for file in (path, path.with_name(_ROTATED.sub("", path.name)))}:
+        if head := _read_head(name.with_name(f"{name.name}.head")):  # first: lines may be added while this reads
             wanted.setdefault(head.seq, head)
     if not wanted:
-        report.notes.append("no FILE.head and no anchor: lines that were cut from the end would not be missed")
+        report.problems.append(
+            "there is no FILE.head and no anchor, so lines that were cut from the end would not be missed: give a head "
+            "that was kept elsewhere (--anchor SEQ:HASH)"
+        )
     expected: Head | None = None
     for path in sorted(paths, key=_begins):
         for number, line in enumerate(_lines(path), 1):
@@ -338,10 +435,16 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = ()) -> Report:
                 report.problems.append(f"{where}: {error}")
                 expected = Head(expected.seq + 1, "") if expected else None
                 continue
-            _check(where, number, record, expected, report)
+            if report.first is None:
+                report.first = record["seq"]
+                before = wanted.pop(record["seq"] - 1, None)
+                _check_first(where, number, record, before, start, report)
+            _check(where, record, expected, report)
             expected = report.last = Head(record["seq"], record["hash"])
             if (anchor := wanted.pop(expected.seq, None)) and anchor != expected:
                 report.problems.append(f"{where}: line {anchor.seq} has another hash than the anchor")
+    if report.first is None:
+        report.problems.append("there is no line that can be read")
     for anchor in wanted.values():
         if anchor.seq > report.last.seq:
             report.problems.append(
@@ -352,18 +455,31 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = ()) -> Report:
     return report
 
 
-def _check(where: str, number: int, record: dict[str, Any], expected: Head | None, report: Report) -> None:
+def _check_first(
+    where: str, number: int, record: dict[str, Any], before: Head | None, start: int, report: Report
+) -> None:
+    """The first line that can be read: is what stands before it not asked for, or vouched for by an anchor?"""
+    seq = record["seq"]
+    if number > 1:
+        report.notes.append(f"{where}: what this line follows cannot be checked")
+    elif seq == 1 and record["prev"] != GENESIS:
+        report.problems.append(f"{where}: line 1 says that something was before it")
+    elif before is not None and before.hash != record["prev"]:
+        report.problems.append(f"{where}: line {seq} does not follow the anchor of line {before.seq}")
+    elif before is None and seq > start:
+        report.problems.append(
+            f"{where}: begins with line {seq}: lines {start} to {seq - 1} are missing; where they are kept elsewhere, "
+            f"say --from {seq}, or give their end: --anchor {seq - 1}:{str(record['prev'])[:64]}"
+        )
+    elif seq > 1:
+        report.notes.append(f"{where}: begins with line {seq}, as was asked; those before it were not looked at")
+
+
+def _check(where: str, record: dict[str, Any], expected: Head | None, report: Report) -> None:
     seq, event = record["seq"], record.get("event")
     detail: dict[str, Any] = record["detail"] if isinstance(record.get("detail"), dict) else {}
     if expected is None:
-        if number > 1:
-            report.notes.append(f"{where}: what this line follows cannot be checked")
-        elif seq == 1 and record["prev"] != GENESIS:
-            report.problems.append(f"{where}: line 1 says that something was before it")
-        elif seq != 1 and event != "rotated":
-            report.problems.append(f"{where}: begins with line {seq}: the lines before it are missing")
-        elif seq != 1:
-            report.notes.append(f"{where}: begins with line {seq}; {detail.get('previous')} has what was before")
+        pass  # the first one
     elif seq != expected.seq + 1:
         what = "lines are missing" if seq > expected.seq + 1 else "lines are out of order"
         report.problems.append(f"{where}: line {seq} stands behind line {expected.seq}: {what}")

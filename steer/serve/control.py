@@ -7,11 +7,12 @@ watcher of the policy file and for moves of names, which come on threads of thei
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import math
 import time
 import uuid
+from collections import Counter
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,13 +20,15 @@ from typing import Any
 from starlette.types import Scope
 
 from steer._version import __version__
-from steer.errors import InvalidInput
+from steer.direction import MAX_STRENGTH, MODES
+from steer.errors import InvalidInput, printable
 from steer.follow import STALLED, Follower
 from steer.registry import Move, Registry
 from steer.serve import carriers, errors, metrics, policy
 from steer.serve.access import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
 from steer.serve.audit import Audit, AuditUnavailable
 from steer.serve.gate import PolicyGate
+from steer.serve.pages import ANY, Pages, hosts_of, is_loopback
 from steer.serve.policy import InForce, PolicyError
 from steer.serve.rates import Meter
 from steer.serve.tally import Tally
@@ -34,6 +37,10 @@ from steer.spec import Spec
 
 log = logging.getLogger("steer")
 
+#: Characters of a model's name that the audit log keeps.
+MODEL_SHOWN = 128
+#: Of one key's refusals by one rule in a minute, those that the audit log keeps one by one.
+REFUSALS_KEPT = 10.0
 _DEFAULTS = ControlSettings.model_construct()
 #: Who moves a name: set where a route does it, unset where the folder does.
 _moving: ContextVar[Caller | None] = ContextVar("steer_moving", default=None)
@@ -46,15 +53,23 @@ class Run:
     caller: Caller
     spec: Spec
     request_id: str
-    model: str | None
     line: int | None = None
     task: asyncio.Future[None] | None = None
-    aborted: bool = False
+    #: Why it was ended before its end.
+    ended: Refusal | None = None
 
-    def abort(self) -> None:
-        self.aborted = True
+    def abort(self, why: Refusal) -> None:
+        self.ended = why
         if self.task is not None:
             self.task.cancel()
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """A request's part of its key's rates, from before it is read to its end. `tokens` are taken and not yet used."""
+
+    caller: Caller
+    tokens: int = 0
 
 
 class Control:
@@ -69,29 +84,51 @@ class Control:
             if settings.audit
             else None
         )
+        #: What a server without keys answers to; None where keys say who may call. Until `listen` the strictest.
+        self.pages: Pages | None = None if self.in_force else Pages()
+        #: Of pages elsewhere that may call.
+        self.origins: frozenset[str] = frozenset()
         self.policy_problems: tuple[str, ...] = ()
-        self.running: set[Run] = set()
+        #: All requests that run, plain ones too.
+        self.runs: set[Run] = set()
         self.registry: Registry | None = None
         self.steering, self.reason = settings.steering, "" if settings.steering else "the server was started so"
-        self._requests, self._tokens = Meter(), Meter()
-        self._limited: set[str] = set()
+        self._requests, self._tokens, self._refusals = Meter(), Meter(), Meter()
+        self._at_once: Counter[str] = Counter()
+        self._unkept: Counter[tuple[str | None, str]] = Counter()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._good: bytes | None = None  # what the policy file was at the last look, if it was acceptable
         self._read = time.monotonic()  # when the policy file was last read, acceptable or not
         self._follower: Follower | None = None
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    def check_address(self, host: str | None) -> None:
-        """Raises InvalidInput for an address that others reach, where nobody needs a key. None: all interfaces."""
-        if self.in_force is None and not is_loopback(host):
-            if not self.settings.insecure:
+    def listen(self, host: str | None, origins: Iterable[str] = (), *, guarded: bool = False) -> None:
+        """Where the server will listen (None: all interfaces), and the origins of pages elsewhere that may call it.
+        `guarded`: others' keys, or a socket that only this machine has, say who may call.
+
+        Raises InvalidInput where others, or all web pages, would reach a server that wants no key.
+        """
+        self.origins = frozenset(origins)
+        if self.in_force or guarded:
+            self.pages = None
+            return
+        where = None if host in ("", "0.0.0.0", "::") else host
+        if not self.settings.insecure:
+            hint = "give a --policy with keys, or say --insecure to let everybody do everything"
+            if not is_loopback(host):
                 raise InvalidInput(
-                    f"--host {host or '0.0.0.0'} can be reached by others, and there are no keys: give a --policy with "
-                    "keys, or say --insecure to let everybody do everything"
+                    f"--host {host or '0.0.0.0'} can be reached by others, and there are no keys: {hint}"
                 )
-            log.warning("INSECURE: everybody who reaches %s may steer, upload and delete", host or "all addresses")
-        elif self.in_force is None:
+            if ANY in self.origins:
+                raise InvalidInput(f"--cors-origins {ANY} lets every web page call, and there are no keys: {hint}")
             log.info("no policy: everybody on this machine may do everything")
+        else:
+            log.warning("INSECURE: everybody who reaches %s may steer, upload and delete", host or "all addresses")
+            if ANY in self.origins:
+                log.warning("INSECURE: so may every web page that somebody opens who reaches it")
+        named = hosts_of(self.settings.allowed_hosts) | hosts_of(where or "")
+        self.pages = Pages(named, self.origins, addresses=where is None)
 
     def start(self, registry: Registry, model: str) -> None:
         """Open the audit log and follow the policy file and the registry. Raises AuditError."""
@@ -122,6 +159,9 @@ class Control:
             self._follower.stop()
             self._follower = None
         if self.audit:
+            for (key, rule), count in self._unkept.items():
+                self._note("refused", key=key, outcome="summed", detail={"rule": rule, "unkept": count})
+            self._unkept.clear()
             self._note("stop")
             self.audit.close()
 
@@ -151,6 +191,17 @@ class Control:
             metrics.POLICY_RELOADS.labels(result="ok").inc()
             log.info("a new policy is in force: %d keys", len(fresh.policy.keys))
             self._note("policy", outcome="ok", detail={"policy": fresh.digest})
+            if fresh.policy.on_kill == "abort" and self._loop is not None and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._end_removed)
+
+    def _end_removed(self) -> None:
+        """On the event loop: end what runs for secrets that are no keys any more."""
+        assert self.in_force is not None
+        keys = self.in_force.policy.keys
+        for run in tuple(self.runs):
+            rules = keys.get(run.caller.name or "")
+            if run.caller.name is not None and (rules is None or run.caller.stored not in rules.hashes):
+                run.abort(Refusal(401, "key", "the API key was taken away", code="invalid_api_key"))
 
     def _digest(self) -> str | None:
         return self.in_force.digest if self.in_force else None
@@ -165,34 +216,38 @@ class Control:
     def gate(self, caller: Caller) -> carriers.Gate:
         return PolicyGate(self, caller)
 
-    def check_switch(self, caller: Caller, scope: Scope) -> None:
-        """May this caller move the kill switch? Raises Refusal."""
-        peer = (scope.get("client") or (None,))[0]
-        if self.in_force is None and not (peer is None or is_loopback(peer)):
-            raise forbidden("manage", "without keys, steering is switched from the server's own machine alone")
-        if not caller.manages:
-            raise forbidden("manage", "switching steering needs a key with the managing role")
+    def check_manages(self, scope: Scope) -> None:
+        """May who makes this request manage: directions, and the kill switch? Raises Refusal."""
+        peer = (scope.get("client") or (None,))[0]  # behind a proxy on this machine the one that the proxy names
+        if self.in_force is None:
+            if not (self.settings.insecure or peer is None or is_loopback(peer)):
+                raise forbidden("manage", "without a policy, a server is managed from its own machine alone")
+        elif not self.caller(scope).manages:
+            raise forbidden("manage", "managing needs a key with the managing role")
 
     def refused(self, error: errors.HTTPProblem, caller: Caller, scope: Scope) -> None:
-        """Count and keep a refusal by policy. A request without a key is counted alone, and of a run of requests over
-        a rate the first is kept: nobody can fill the disk with refusals."""
+        """Count and keep a refusal by policy. Nobody can fill the disk with them: a request without a key is counted
+        alone, and of a key's refusals by one rule REFUSALS_KEPT in a minute are kept one by one. The next line that is
+        says how many were not."""
         if not isinstance(error, Refusal):
             return
         metrics.POLICY_REFUSED.labels(rule=error.rule).inc()
-        if caller.name is None and caller.rules is not None:
+        if self.audit is None or (caller.name is None and caller.rules is not None):
             return
-        if error.status == 429:
-            assert caller.name is not None
-            if caller.name in self._limited:
-                return
-            self._limited.add(caller.name)
+        which = (caller.name, error.rule)
+        bucket = f"{caller.name or ''}:{error.rule}"
+        if self._refusals.wait(bucket, REFUSALS_KEPT, 1):
+            self._unkept[which] += 1
+            return
+        self._refusals.charge(bucket, REFUSALS_KEPT, 1)
+        before = self._unkept.pop(which, 0)
         self._note(
             "refused",
             key=caller.name,
             request_id=request_id(scope),
             entries=_entries(error.asked),
             outcome=error.code,
-            detail={"rule": error.rule, "path": scope["path"][:200]},
+            detail={"rule": error.rule, "path": scope["path"][:200]} | ({"unkept": before} if before else {}),
         )
 
     def check_policy(self) -> None:
@@ -208,55 +263,94 @@ class Control:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def check_rate(self, caller: Caller) -> None:
-        """Take one request of the caller's rate. Raises Refusal (429)."""
-        rules, name = caller.rules, caller.name
-        if rules is None or name is None:
-            return
-        waits = {
-            "requests_per_minute": self._requests.wait(name, rules.requests_per_minute, 1),
-            "tokens_per_minute": self._tokens.wait(name, rules.tokens_per_minute, 1),
-        }
-        rule = max(waits, key=waits.__getitem__)
-        if waits[rule] > 0:
-            seconds = str(math.ceil(waits[rule]))
-            said = f"over this key's {rule} ({getattr(rules, rule):g}); try again in {seconds} s"
-            raise Refusal(429, rule, said, code="rate_limit_exceeded", Retry_After=seconds)
-        self._requests.charge(name, rules.requests_per_minute, 1)
-        self._limited.discard(name)
+    @property
+    def running(self) -> list[Run]:
+        """The steered requests that run."""
+        return [run for run in tuple(self.runs) if run.spec]  # a scrape may come on another thread
 
-    def begin(self, caller: Caller, spec: Spec, model: str | None, scope: Scope) -> Run:
-        """An admitted request. Raises Refusal (503) for a steered one whose line cannot be kept."""
-        run = Run(caller, spec, request_id(scope), model)
-        if spec:
-            if self.audit:
-                try:
-                    run.line = self.audit.write(
-                        "admitted",
-                        key=caller.name,
-                        request_id=run.request_id,
-                        model=model,
-                        entries=_entries(spec),
-                    )
-                except AuditUnavailable as error:
-                    raise Refusal(503, "audit", str(error), code="audit_unavailable", Retry_After="10") from None
-            self.running.add(run)
+    def enter(self, caller: Caller) -> Place:
+        """Take one request of the caller's rates, before it is read: what fails has been one too. Raises Refusal (429).
+        Whoever has entered must `leave`."""
+        rules, name = caller.rules, caller.name
+        if rules is not None and name is not None:
+            if rules.requests_at_once is not None and self._at_once[name] >= rules.requests_at_once:
+                raise _over("requests_at_once", rules, 1)
+            self._check_rate("requests_per_minute", self._requests, caller, 1)
+            self._check_rate("tokens_per_minute", self._tokens, caller, 1)
+            self._requests.charge(name, rules.requests_per_minute, 1)
+            self._at_once[name] += 1
+        return Place(caller)
+
+    def reserve(self, place: Place, tokens: int) -> None:
+        """Take all the tokens that a request may come to. Raises Refusal (429)."""
+        rules, name = place.caller.rules, place.caller.name
+        if rules is not None and name is not None and rules.tokens_per_minute is not None:
+            self._check_rate("tokens_per_minute", self._tokens, place.caller, tokens)
+            self._tokens.charge(name, rules.tokens_per_minute, tokens)
+            place.tokens += tokens
+
+    def leave(self, place: Place) -> None:
+        """The request has ended, whatever became of it; what it took and did not use is given back."""
+        rules, name = place.caller.rules, place.caller.name
+        if rules is not None and name is not None:
+            self._at_once[name] -= 1
+            if not self._at_once[name]:
+                del self._at_once[name]
+            self._tokens.charge(name, rules.tokens_per_minute, -place.tokens)
+            place.tokens = 0
+
+    def _check_rate(self, rule: str, meter: Meter, caller: Caller, amount: int) -> None:
+        assert caller.rules is not None
+        assert caller.name is not None
+        if wait := meter.wait(caller.name, getattr(caller.rules, rule), amount):
+            raise _over(rule, caller.rules, math.ceil(wait))
+
+    async def begin(self, caller: Caller, spec: Spec, model: str | None, scope: Scope) -> Run:
+        """An admitted request. Raises Refusal (503) for a steered one whose line cannot be kept.
+
+        Where each line is to be on the disk first (`--audit-fsync always`), this waits for it, and nobody else does.
+        """
+        run = Run(caller, spec, request_id(scope))
+        self._loop = asyncio.get_running_loop()
+        self.runs.add(run)
+        try:
+            if spec and self.audit:
+                run.line = self.audit.write(
+                    "admitted",
+                    key=caller.name,
+                    request_id=run.request_id,
+                    model=None if model is None else model[:MODEL_SHOWN],
+                    entries=_entries(spec),
+                )
+                if kept := self.audit.kept(run.line):
+                    await asyncio.wrap_future(kept)
+        except AuditUnavailable as error:
+            self.runs.discard(run)
+            self._note_end(run, "error", 0, 0)
+            raise Refusal(503, "audit", str(error), code="audit_unavailable", Retry_After="10") from None
+        except BaseException:
+            self.runs.discard(run)
+            self._note_end(run, "cancelled", 0, 0)
+            raise
         return run
 
-    def end(self, run: Run, outcome: str, tally: Tally) -> None:
-        self.running.discard(run)
-        rules, name = run.caller.rules, run.caller.name
-        if rules is not None and name is not None and rules.tokens_per_minute is not None:
-            self._tokens.charge(name, rules.tokens_per_minute, tally.prompt + tally.completion)
+    def end(self, run: Run, place: Place, outcome: str, tally: Tally) -> None:
+        self.runs.discard(run)
+        used = tally.prompt + tally.completion
+        if (rules := run.caller.rules) is not None and run.caller.name is not None:
+            self._tokens.charge(run.caller.name, rules.tokens_per_minute, used)
         metrics.count(run.spec, outcome, tally)
-        if run.spec:
+        self._note_end(run, outcome, tally.prompt, tally.completion)
+
+    def _note_end(self, run: Run, outcome: str, prompt: int, completion: int) -> None:
+        if run.line is not None:
             self._note(
                 "ended",
-                key=name,
+                key=run.caller.name,
                 request_id=run.request_id,
                 admitted=run.line,
-                prompt_tokens=tally.prompt,
-                completion_tokens=tally.completion,
+                prompt_tokens=prompt,
+                completion_tokens=completion,
                 outcome=outcome,
             )
 
@@ -264,7 +358,7 @@ class Control:
 
     def switch(self, enabled: bool, caller: Caller, reason: str = "") -> None:
         """From here on, and before anything else runs on this loop, no steered request is admitted (or is again)."""
-        self.steering, self.reason = enabled, reason
+        self.steering, self.reason = enabled, reason = enabled, printable(reason)
         log.warning("steering is %s%s", "on" if enabled else "off", f": {reason}" if reason else "")
         ending = not enabled and self.in_force is not None and self.in_force.policy.on_kill == "abort"
         self._note(
@@ -274,8 +368,8 @@ class Control:
             detail={"reason": reason, "running": len(self.running), "aborted": ending},
         )
         if ending:
-            for run in tuple(self.running):
-                run.abort()
+            for run in self.running:
+                run.abort(self.off(run.spec))
 
     def off(self, asked: Spec) -> Refusal:
         """What a steered request gets while steering is off."""
@@ -313,10 +407,24 @@ class Control:
             return "unreadable"
         return self.registry.follower.state if self.registry.follower else "ok"
 
-    def state(self, caller: Caller) -> dict[str, Any]:
-        """For GET /v1/steering."""
-        told = {"object": "steering", "enabled": self.steering, "reason": self.reason, "running": len(self.running)}
+    def state(self, scope: Scope) -> dict[str, Any]:
+        """For GET /v1/steering; `may` is what who asks may do."""
+        caller = self.caller(scope)
+        rules, manages = caller.rules, True
+        try:
+            self.check_manages(scope)
+        except Refusal:
+            manages = False
+        told: dict[str, Any] = {"object": "steering", "enabled": self.steering, "reason": self.reason}
+        told["may"] = {
+            "steer": rules is None or rules.steer,
+            "modes": list(MODES if rules is None else rules.modes),
+            "max_strength": MAX_STRENGTH if rules is None else rules.max_strength,
+            "readout": rules is None or rules.readout,
+            "manage": manages,
+        }
         if caller.manages:
+            told["running"] = len(self.running)
             told["policy"] = {"digest": self._digest(), "problems": list(self.policy_problems)}
             told["audit"] = self.audit and {"head": str(self.audit.head), "failed": self.audit.failed}
         return told
@@ -341,6 +449,11 @@ class Control:
             self.audit.note(event, **fields)
 
 
+def _over(rule: str, rules: policy.KeyRules, seconds: int) -> Refusal:
+    said = f"over this key's {rule} ({getattr(rules, rule):g}); try again in {seconds} s"
+    return Refusal(429, rule, said, code="rate_limit_exceeded", Retry_After=str(seconds))
+
+
 def _entries(spec: Spec) -> list[dict[str, Any]]:
     return [asdict(entry) for entry in spec.entries]
 
@@ -350,17 +463,3 @@ def request_id(scope: Scope) -> str:
     ours."""
     found: str = scope.setdefault("steer.request_id", f"req-{uuid.uuid4().hex}")
     return found
-
-
-def is_loopback(host: str | None) -> bool:
-    """Can `host` be reached from this machine alone?"""
-    if host is None:
-        return False
-    if host == "localhost":
-        return True
-    try:
-        address = ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)

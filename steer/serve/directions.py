@@ -13,34 +13,48 @@ from steer.direction import MAX_BYTES, check_name
 from steer.errors import NoRoom, SteerError, UnknownDirection
 from steer.registry import Registry, Version
 from steer.serve import errors
+from steer.serve.access import Caller
 from steer.serve.body import read_body
 from steer.serve.control import Control
+from steer.serve.pages import FILE, READING, check_kind
 
 
-class OwnRoute(APIRoute):
-    """A route whose errors are OpenAI's, whatever the app around it makes of exceptions."""
+def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> type[APIRoute]:
+    """Routes whose errors are OpenAI's, whatever the app around them makes of exceptions. Those that change something
+    are for who manages, and want a body, if any, of this `kind`."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
+    class OwnRoute(base):  # type: ignore[valid-type]
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handler = super().get_route_handler()
 
-        async def handling(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except SteerError as error:
-                return errors.of(error)
+            async def handling(request: Request) -> Response:
+                try:
+                    if request.method not in READING:
+                        control.check_manages(request.scope)
+                    if request.method in ("POST", "PUT"):
+                        check_kind(request.scope, kind)
+                    answer: Response = await handler(request)
+                    return answer
+                except SteerError as error:
+                    if isinstance(error, errors.HTTPProblem):
+                        control.refused(error, control.caller(request.scope), request.scope)
+                    return errors.of(error)
 
-        return handling
+            return handling
+
+    return OwnRoute
 
 
 def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES) -> APIRouter:
-    """Behind the door (`access`), which asks for the managing role where something is changed."""
-    routes = APIRouter(prefix="/v1/directions", tags=["directions"], route_class=OwnRoute)
+    routes = APIRouter(prefix="/v1/directions", tags=["directions"], route_class=own_route(control, FILE))
 
     @routes.get("", summary="All served directions, and what was offered but is not served")
     async def list_directions(request: Request) -> dict[str, Any]:
         caller = control.caller(request.scope)
         served = [
-            summary(name, version, registry) for name, version in registry.names().items() if caller.may_know(name)
+            summary(name, version, registry, caller)
+            for name, version in registry.names().items()
+            if caller.may_know(name)
         ]
         known = {item["id"] for item in served}
         failed = [
@@ -52,27 +66,35 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
 
     @routes.get("/{name}", summary="One direction with its metadata and per-layer profile")
     async def get_direction(name: str, request: Request) -> dict[str, Any]:
+        caller = control.caller(request.scope)
         try:
-            version = registry.get(name, control.caller(request.scope).may_know)
+            version = registry.get(name, caller.may_know)
         except UnknownDirection as error:
             raise _not_found(error) from error
-        return summary(name, version, registry) | {
+        return summary(name, version, registry, caller) | {
             "meta": version.direction.meta.model_dump(mode="json"),
             "profile": await anyio.to_thread.run_sync(version.direction.profile),
         }
 
-    @routes.put("/{name}", summary="Serve these safetensors bytes under this name from now on")
+    body = {"required": True, "content": {FILE: {"schema": {"type": "string", "format": "binary"}}}}
+
+    @routes.put(
+        "/{name}",
+        summary="Serve these safetensors bytes under this name from now on",
+        openapi_extra={"requestBody": body},
+    )
     async def put_direction(name: str, request: Request) -> dict[str, Any]:
         check_name(name)
         data = await read_body(request.scope, request.receive, max_upload)
-        control.moving(control.caller(request.scope))
+        caller = control.caller(request.scope)
+        control.moving(caller)
         try:
             version = await anyio.to_thread.run_sync(registry.put, name, data)
         except NoRoom as error:
             raise errors.HTTPProblem(409, str(error), code="no_free_rows") from error
         except OSError as error:
             raise errors.HTTPProblem(507, f"the file cannot be stored: {error}", code="storage") from error
-        return summary(name, version, registry)
+        return summary(name, version, registry, caller)
 
     @routes.delete("/{name}", summary="Stop serving this name and remove its file")
     async def delete_direction(name: str, request: Request) -> dict[str, Any]:
@@ -88,9 +110,11 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
     return routes
 
 
-def summary(name: str, version: Version, registry: Registry) -> dict[str, Any]:
+def summary(name: str, version: Version, registry: Registry, caller: Caller) -> dict[str, Any]:
+    """What `caller` is told of a direction in a list. How many requests use it now is others' business too, so that is
+    for who manages."""
     meta, failure = version.direction.meta, registry.failures.get(name)
-    return {
+    told = {
         "id": name,
         "object": "direction",
         "status": "stale" if failure else "served",
@@ -104,8 +128,9 @@ def summary(name: str, version: Version, registry: Registry) -> dict[str, Any]:
         "strength": meta.strength,
         "sites": list(meta.sites),
         "bytes": version.bytes,
-        "requests": version.pins,
+        "usable": caller.may_use(name),
     }
+    return told | ({"requests": version.pins} if caller.manages else {})
 
 
 def _not_found(error: UnknownDirection) -> errors.HTTPProblem:

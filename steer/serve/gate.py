@@ -1,7 +1,7 @@
 """The rules of a policy, asked of one request between its wish and its admission.
 
-What a key may not use is not resolved at all; then come the kill switch, modes and strengths, what is required of the
-key, and last its rate.
+What a key may not use is not resolved at all; then come the kill switch, modes and strengths, and what is required of
+the key. Its rates have been asked before.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from steer.errors import UnknownDirection
+from steer.errors import SpecError
 from steer.registry import Registry
 from steer.serve import carriers, errors
 from steer.serve.access import Caller, forbidden
@@ -38,11 +38,20 @@ class PolicyGate(carriers.Gate):
         """The key's own default; else the server's, where the key might have asked for it."""
         rules = self.caller.rules
         if rules is not None and rules.default is not None:
-            return registry.resolve(rules.default)
+            return self._resolved(rules.default, registry, "the default steering of this request", code="default_unavailable")
         if not all(self.caller.may_use(item.direction) for item in default):
             return Spec()
-        asked = registry.resolve(default)
+        asked = self._resolved(default, registry, "the default steering of this request", code="default_unavailable")
         return Spec() if rules is not None and self._broken(asked, rules, registry) else asked
+
+    def _resolved(self, wanted: Sequence[Wanted], registry: Registry, what: str, code: str) -> Spec:
+        """What the operator wants for this request. Who asks with a key is not told why it is not there now: the reason
+        may name what this key may not know."""
+        try:
+            return registry.resolve(wanted)
+        except SpecError as error:
+            why = f": {error}" if self.caller.rules is None else " now"
+            raise errors.HTTPProblem(503, f"{what} cannot be applied{why}", code=code) from None
 
     def passed(self, asked: Spec, registry: Registry) -> Spec:
         control, rules = self.control, self.caller.rules
@@ -56,17 +65,10 @@ class PolicyGate(carriers.Gate):
             broken += self._against(asked, required)
             if broken:
                 raise forbidden(broken[0][0], "; ".join(said for _, said in broken), asked)
-        whole = registry.merge(asked, required)
-        control.check_rate(self.caller)
-        return whole
+        return registry.merge(asked, required)
 
     def _required(self, registry: Registry) -> Spec:
-        try:
-            return registry.resolve(self.caller.required)
-        except UnknownDirection:
-            raise errors.HTTPProblem(
-                503, "steering that is required for this key cannot be applied now", code="required_unavailable"
-            ) from None
+        return self._resolved(self.caller.required, registry, "steering that is required for this key", code="required_unavailable")
 
     def _refuses_when_off(self) -> bool:
         force = self.control.in_force

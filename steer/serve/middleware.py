@@ -19,13 +19,15 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer import readout
-from steer.errors import SpecError, SteerError, UnknownDirection
+from steer.errors import SpecError, SteerError
 from steer.readout import Readout, ReadWanted
 from steer.registry import Admission, Registry
 from steer.serve import carriers, errors, metrics
-from steer.serve.access import ANYONE, Caller
+from steer.serve.access import Caller
 from steer.serve.body import BODY, Gone, parse_body, read_body, replay, understood
-from steer.serve.control import Control, Run
+from steer.serve.control import Control, Place, Run
+from steer.serve.pages import JSON, check_kind
+from steer.serve.rates import tokens_of
 from steer.serve.tally import counting
 from steer.spec import Wanted
 
@@ -48,7 +50,8 @@ def around(app: Any, layers: Mapping[tuple[str, str], Callable[[ASGIApp], ASGIAp
 class SteerMiddleware:
     """`served` are the model names that aliases extend; `forward` may write the admission into the body for an engine
     that lives behind another interface; `readable` is how many layers the engine behind can read, 0 for none; `parsed`
-    says that the app takes the body from `scope[BODY]`, and none has to be written for it again."""
+    says that the app takes the body from `scope[BODY]`, and none has to be written for it again; `context` is the most
+    tokens that one prompt with its answer can have there."""
 
     def __init__(
         self,
@@ -62,21 +65,36 @@ class SteerMiddleware:
         readable: int = 0,
         control: Control | None = None,
         parsed: bool = False,
+        context: int = 2**15,
     ) -> None:
         self.app, self.registry, self.served, self.default = app, registry, tuple(served), default
-        self.max_body, self.forward = max_body, forward
+        self.max_body, self.forward, self.context = max_body, forward, context
         self.readable, self.control, self.parsed = readable, control or Control(), parsed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = time.perf_counter()
-        control, caller = self.control, ANYONE
+        caller = self.control.caller(scope)
         try:
-            caller = control.caller(scope)
+            place = self.control.enter(caller)
+        except errors.HTTPProblem as error:
+            self.control.refused(error, caller, scope)
+            await errors.of(error)(scope, receive, send)
+            return
+        try:
+            await self._handle(place, scope, receive, send)
+        finally:
+            self.control.leave(place)
+
+    async def _handle(self, place: Place, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        control, caller = self.control, place.caller
+        try:
+            check_kind(scope, JSON)
             data = await read_body(scope, receive, self.max_body)
             body, carried, wanted = await understood(partial(self._understand, data, scope), len(data))
+            control.reserve(place, tokens_of(body, len(data), self.context))
             admission, reading = self._admit(carried, wanted, caller)
             try:
-                run = control.begin(caller, admission.spec, carried.model, scope)
+                run = await control.begin(caller, admission.spec, carried.model, scope)
             except BaseException:
                 _release(admission, reading)
                 raise
@@ -108,7 +126,7 @@ class SteerMiddleware:
                 raise
             finally:
                 _release(admission, reading)
-                control.end(run, "error" if tally.failed else answer.outcome, tally)
+                control.end(run, place, "error" if tally.failed else answer.outcome, tally)
 
     def _understand(self, data: bytes, scope: Scope) -> tuple[dict[str, Any], carriers.Carried, ReadWanted | None]:
         body = parse_body(data)
@@ -116,8 +134,11 @@ class SteerMiddleware:
         return body, carried, readout.parse(body.get(readout.FIELD))
 
     async def _serve(self, run: Run, answer: _Answer, scope: Scope, receive: Receive) -> None:
-        """A steered request runs in a task of its own, which the kill switch can end."""
-        if not run.spec:
+        """A request that the kill switch may end, or its key's being taken away, runs in a task of its own."""
+        if run.ended:  # while its line was being kept
+            await answer.break_off(run.ended)
+            return
+        if not run.spec and run.caller.rules is None:
             await self.app(scope, receive, answer.send)
             return
         run.task = asyncio.ensure_future(self.app(scope, receive, answer.send))
@@ -125,9 +146,9 @@ class SteerMiddleware:
             await run.task
         except asyncio.CancelledError:
             current = asyncio.current_task()
-            if not run.aborted or (current and current.cancelling()):
+            if run.ended is None or (current and current.cancelling()):
                 raise
-            await answer.break_off(self.control.off(run.spec))
+            await answer.break_off(run.ended)
 
     def _admit(
         self, carried: carriers.Carried, wanted: ReadWanted | None, caller: Caller
@@ -138,7 +159,7 @@ class SteerMiddleware:
             if not self.readable:
                 raise SpecError(f"{readout.FIELD}: this server offers no read-out", param=readout.FIELD)
         with self.registry.steady():
-            admission = self._admit_steering(carried, caller)
+            admission = carriers.admit(carried, self.registry, self.default, self.control.gate(caller))
             try:
                 if wanted is None:
                     return admission, None
@@ -146,16 +167,6 @@ class SteerMiddleware:
             except BaseException:
                 admission.release()
                 raise
-
-    def _admit_steering(self, carried: carriers.Carried, caller: Caller) -> Admission:
-        try:
-            return carriers.admit(carried, self.registry, self.default, self.control.gate(caller))
-        except UnknownDirection as error:
-            if carried.found:
-                raise
-            raise errors.HTTPProblem(
-                503, f"the default steering of this request cannot be applied: {error}", code="default_unavailable"
-            ) from error
 
 
 def _release(admission: Admission, reading: Readout | None) -> None:
@@ -167,7 +178,8 @@ def _release(admission: Admission, reading: Readout | None) -> None:
 class _Answer:
     """The answer on its way out: its receipt goes on, and what becomes of it is seen.
 
-    `outcome`: ok, error, aborted (by the kill switch), or cancelled (by a client that left).
+    `outcome`: ok, error, aborted (by the kill switch, or since its key was taken away), or cancelled (by a client that
+    left).
     """
 
     def __init__(self, send: Send, run: Run) -> None:

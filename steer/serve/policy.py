@@ -7,7 +7,9 @@ either.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,6 +54,7 @@ def _problem(text: str) -> PydanticCustomError:
 Specs = Annotated[tuple[Wanted, ...], BeforeValidator(_wanted)]
 Flag = Annotated[bool, Field(strict=True)]
 Strength = Annotated[float, Field(strict=True, ge=0, le=MAX_STRENGTH, allow_inf_nan=False)]
+AtOnce = Annotated[int, Field(strict=True, ge=1, le=10**6)]
 PerMinute = Annotated[float, Field(strict=True, gt=0, le=1e9, allow_inf_nan=False)]
 
 
@@ -77,6 +80,7 @@ class KeyRules(_Table):
     metrics: Flag = Field(False, description="may it read /metrics, which tells of all directions")
     requests_per_minute: PerMinute | None = Field(None, description="generation requests in a minute")
     tokens_per_minute: PerMinute | None = Field(None, description="tokens of prompts and answers in a minute")
+    requests_at_once: AtOnce | None = Field(None, description="generation requests that may run at the same time")
 
     @property
     def hashes(self) -> tuple[str, ...]:
@@ -127,7 +131,9 @@ class Policy(_Table):
 
     metrics_public: Flag = Field(False, description="is /metrics readable without a key")
     on_kill: Literal["finish", "abort"] = Field(
-        "finish", description="what the kill switch does to steered requests that are running"
+        "finish",
+        description="what becomes of running requests: of the steered ones when steering is switched off, and of all "
+        "of a key when it is taken away",
     )
     required_when_off: Literal["refuse", "plain"] = Field(
         "refuse", description="while steering is off, what requests of a key with required directions get"
@@ -182,9 +188,13 @@ def load(path: Path) -> InForce:
 
 
 def fetch(path: Path) -> bytes:
-    """The bytes of a policy file, not many more than it may have. Raises PolicyError."""
+    """The bytes of a policy file, not many more than it may have. Raises PolicyError, also for what is no file: whoever
+    opens a FIFO waits for somebody to write into it."""
     try:
-        with path.open("rb") as file:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise PolicyError(f"{path}: cannot be read: it is not a regular file")
             return file.read(MAX_BYTES + 1)
     except OSError as error:
         raise PolicyError(f"{path}: cannot be read: {error.strerror}") from None

@@ -1,12 +1,22 @@
-"""Rates: token buckets, one pair for each key. The event loop's alone, so without a lock."""
+"""Rates: token buckets, one pair for each key, and what one request takes of them. The event loop's alone, so without a
+lock.
+
+A request takes its place before anything is done for it, and all the tokens that it may come to once it is read; what
+it did not use is given back when it ends. So requests that run at once cannot take together what one after the other
+could not, and those that fail have taken a request all the same.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 SECONDS = 60.0
+#: Bytes of a body for which one token of prompt is taken in advance.
+BYTES_PER_TOKEN = 4
+_MOST = 10**9
 
 
 @dataclass(slots=True)
@@ -54,3 +64,19 @@ class Meter:
             bucket = self._buckets[key] = Bucket(per_minute, now)
         bucket.fill(now, per_minute)
         return bucket
+
+
+def tokens_of(body: dict[str, Any], size: int, context: int) -> int:
+    """The tokens that a generation request may come to: its prompts by their bytes, and as many tokens of answers as it
+    allows, of each at most `context`. Of a body whose values have not been checked."""
+    named = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+    given = [value for name in named if type(value := body.get(name)) is int and value >= 0]
+    each = min(*given, context) if given else context
+    answers = max(_count(body.get("n")), _count(body.get("best_of")))
+    prompt = body.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    return min(_MOST, size // BYTES_PER_TOKEN + prompts * answers * each)
+
+
+def _count(value: Any) -> int:
+    return min(value, _MOST) if type(value) is int and value > 0 else 1

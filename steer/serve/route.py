@@ -8,12 +8,12 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.serve import errors
 from steer.serve.body import BODY, SMALL, Gone, parse_body, read_body, understood
-from steer.serve.directions import OwnRoute
 
 #: Bytes of a body that steers nothing.
 MAX_CONTROL = 16 * 1024
@@ -50,8 +50,8 @@ class _Parsed(Request):
         return self._parsed
 
 
-class JsonRoute(OwnRoute):
-    """Its body is JSON, and says so. It is checked where it holds nobody up; FastAPI takes a checked one as it is."""
+class JsonRoute(APIRoute):
+    """Its body is JSON. It is checked where it holds nobody up; FastAPI takes a checked one as it is."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler, field = super().get_route_handler(), self.body_field
@@ -60,16 +60,6 @@ class JsonRoute(OwnRoute):
         model: type[BaseModel] = field.field_info.annotation  # type: ignore[assignment]
 
         async def handling(request: Request) -> Response:
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
-                return errors.response(
-                    415,
-                    "the header 'Content-Type: application/json' is missing"
-                    if not kind
-                    else f"Content-Type is {kind[:60]!r}; accepted: application/json",
-                    code="not_json",
-                    param="Content-Type",
-                )
             try:
                 size = int(request.headers.get("content-length") or SMALL + 1)
                 if BODY not in request.scope:

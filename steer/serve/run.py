@@ -29,7 +29,7 @@ RANK = 4
 def prepare(model: str, settings: ServeSettings) -> Served:
     """Everything but the socket. Raises SteerError when the server must not start."""
     control = Control(settings)
-    control.check_address(settings.host)
+    control.listen(settings.host, settings.origins)
     loaded = load(model, revision=settings.revision, dtype=settings.dtype, device=settings.device)
     rank = settings.rank or RANK
     steering = Steering(loaded.model, sites=settings.site_list, rows=settings.rows, rank=rank)
@@ -63,7 +63,6 @@ def prepare(model: str, settings: ServeSettings) -> Served:
         default,
         settings.max_body,
         control,
-        settings.origins,
     )
     log.info(
         "serving '%s'; directions: %s; requests that ask for nothing get: %s",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -35,7 +34,6 @@ class Served:
     default: tuple[Wanted, ...] = ()
     max_body: int = 8 * 2**20
     control: Control = field(default_factory=Control)
-    origins: Sequence[str] = ()
 
     @cached_property
     def generator(self) -> Generator:

@@ -8,6 +8,8 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from steer.serve.control import Control
+from steer.serve.directions import own_route
+from steer.serve.pages import JSON
 from steer.serve.route import JsonRoute
 
 PATH = "/v1/steering"
@@ -23,17 +25,19 @@ class Switch(BaseModel):
 
 
 def router(control: Control) -> APIRouter:
-    routes = APIRouter(prefix=PATH, tags=["operation"], route_class=JsonRoute)
+    routes = APIRouter(prefix=PATH, tags=["operation"], route_class=own_route(control, JSON, JsonRoute))
 
-    @routes.get("", summary="Is steering on; to the managing role also the policy's and the audit log's state")
+    @routes.get(
+        "",
+        summary="Is steering on, what who asks may do, and for the managing role how policy and audit log are",
+    )
     async def get_steering(request: Request) -> dict[str, Any]:
-        return control.state(control.caller(request.scope))
+        return control.state(request.scope)
 
     @routes.post("", summary="Switch steering off or on for the whole server")
     async def post_steering(body: Switch, request: Request) -> dict[str, Any]:
         caller = control.caller(request.scope)
-        control.check_switch(caller, request.scope)
         control.switch(body.enabled, caller, body.reason)
-        return control.state(caller)
+        return control.state(request.scope)
 
     return routes

@@ -123,6 +123,7 @@ class Frontend:
         self.settings, self.call, self.call_async = settings, call, call_async or _no_loop
         self.serves = serves
         self.dtype = internals.dtype_of(config)
+        self.context = internals.context_of(config)
         sites = frozenset(settings.sites)
         self.shape = Shape(architecture, layers, d_model, sites, settings.rank, internals.stream_dtype(config))
         self.registry = Registry(VllmPlacement(self.shape, call), settings.directions)

@@ -222,6 +222,11 @@ def shares_blocks(config: Any) -> bool:
     return transfer is not None and transfer.kv_connector is not None
 
 
+def context_of(config: Any) -> int:
+    """The most tokens that a prompt with its answer can have."""
+    return int(config.model_config.max_model_len)
+
+
 def shape_of(config: Any) -> tuple[str, int, int]:
     """(architecture, layers of the whole model, d_model)."""
     model = config.model_config

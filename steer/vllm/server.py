@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from steer.errors import InvalidInput, SpecError, SteerError, UnsupportedModel
 from steer.readout import FIELD, Readout
 from steer.registry import Admission
-from steer.serve import carriers, errors, metrics, playground, switch
+from steer.serve import carriers, errors, metrics, playground, reference, switch
 from steer.serve.access import PUBLIC, Access
 from steer.serve.body import Gone, parse_body, read_body, replay, understood
 from steer.serve.control import Control, request_id
@@ -82,6 +82,7 @@ def install(app: FastAPI) -> None:
     app.include_router(directions_router(_LateRegistry(app), control=control))  # type: ignore[arg-type]
     app.include_router(switch.router(control))
     app.include_router(playground.router())
+    reference.put_on(app)
 
 
 def guard(app: FastAPI) -> None:
@@ -105,8 +106,15 @@ class Middleware:
             await self._live(scope, receive, send)
             return
         if self._door is None:
-            public = PUBLIC.union(playground.PATHS)
-            self._door = Head(Access(Closed(self.app), control=control_of(scope["app"]), public=public))
+            args = scope["app"].state.args
+            cors = {"allow_methods": args.allowed_methods, "allow_headers": args.allowed_headers}
+            access = Access(
+                Closed(self.app),
+                control=control_of(scope["app"]),
+                public=PUBLIC.union(playground.PATHS),
+                cors=cors | {"allow_credentials": args.allow_credentials},
+            )
+            self._door = Head(access)
         await self._door(scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -193,10 +201,14 @@ def control_settings(app: FastAPI) -> ControlSettings:
 def check_door(control: Control, args: Any) -> None:
     """Raises InvalidInput where the server must not listen: without keys for others, or with two kinds of keys."""
     keys = args.api_key or os.environ.get("VLLM_API_KEY")
-    if not keys and not getattr(args, "uds", None):
-        control.check_address(args.host)
     if keys and control.in_force is not None:
         raise InvalidInput("--api-key (or VLLM_API_KEY) and a policy are two doors: put the keys into the policy")
+    guarded = bool(keys or getattr(args, "uds", None))
+    origins = list(args.allowed_origins)
+    if "*" in origins and not (guarded or control.in_force or control.settings.insecure):
+        origins = []  # which is vLLM's own default, and would let every page in the world steer and manage
+        log.warning("no page of another origin may call: name them with --allowed-origins, or give a policy with keys")
+    control.listen(args.host, origins, guarded=guarded)
 
 
 class _LateRegistry:
@@ -257,6 +269,7 @@ class Generation:
             forward=forward,
             readable=front.readable if self.reads else 0,
             control=control_of(scope["app"]),
+            context=front.context,
         )
         try:
             await middleware(scope, receive, send)
@@ -279,7 +292,9 @@ class Other:
             await self.app(scope, receive, send)  # the way stays closed
             return
         app = scope["app"]
+        control = control_of(app)
         try:
+            control.leave(control.enter(control.caller(scope)))  # it counts as a request, and generates for who manages
             data = await read_body(scope, receive, MAX_BODY)
             body = await _understood(scope, data)
             served = internals.served_names(app)
@@ -293,6 +308,8 @@ class Other:
             return
         except SteerError as error:
             metrics.REFUSED.labels(reason=type(error).__name__).inc()
+            if isinstance(error, HTTPProblem):
+                control.refused(error, control.caller(scope), scope)
             await errors.of(error)(scope, receive, send)
             return
         way = Passage(plain=body is not None and _may_be_plain(scope))

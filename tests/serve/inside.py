@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.table import Place, Table
 from steer.serve import tally
 from steer.serve.access import Access
+from steer.serve.audit import Fsync
 from steer.serve.control import Control
 from steer.serve.middleware import SteerMiddleware
 from steer.settings import ControlSettings
@@ -36,7 +38,16 @@ async def engine(scope: Scope, receive: Receive, send: Send) -> None:
 class Inside:
     """`app` with a policy file and an audit log in `folder`; None for neither."""
 
-    def __init__(self, folder: Path, text: str | None = None, *, audited: bool = True, app: ASGIApp = engine) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        text: str | None = None,
+        *,
+        audited: bool = True,
+        app: ASGIApp = engine,
+        origins: Sequence[str] = (),
+        fsync: Fsync = "never",
+    ) -> None:
         model = models.tiny("llama")
         table = Table([Place("resid_post", layer) for layer in range(3)], rows=8, rank=4, d_model=models.D_MODEL)
         shape = Shape("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 4)
@@ -51,10 +62,11 @@ class Inside:
             ControlSettings(
                 policy=self.policy if text is not None else None,
                 audit=self.log if audited else None,
-                audit_fsync="never",
+                audit_fsync=fsync,
                 audit_max_bytes=2**20,
             )
         )
+        self.control.listen("127.0.0.1", origins)
         layer = SteerMiddleware(app, registry=self.registry, served=["tiny"], control=self.control)
         routes = [Route(path, layer, methods=["POST"]) for path in ("/v1/completions", "/v1/chat/completions")]
         self.app = Access(Router([*routes, Mount("/", app)]), control=self.control)
@@ -88,7 +100,10 @@ async def post(
         "raw_path": path.encode(),
         "query_string": b"",
         "client": ("127.0.0.1", 1),
-        "headers": [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()],
+        "headers": [
+            (name.lower().encode(), value.encode())
+            for name, value in ({"Content-Type": "application/json"} | (headers or {})).items()
+        ],
     }
     given, sent = [False], list[Message]()
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from steer.serve.audit import Audit, AuditError, AuditUnavailable, Head, unseal, verify
+from steer.serve.audit import MAX_LINE, Audit, AuditError, AuditUnavailable, Head, unseal, verify
 
 law = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -121,11 +121,96 @@ def test_rotation_keeps_the_chain(tmp_path: Path) -> None:
     assert report.last.seq == report.lines
     first = json.loads(path.read_text().splitlines()[0])
     assert (first["event"], first["detail"]["previous"]) == ("rotated", f"a.jsonl.{first['seq'] - 1}")
-    alone = verify([path])
-    assert alone.problems == []
-    assert first["detail"]["previous"] in alone.notes[0]
     [gone] = [p for p in files if p.name == first["detail"]["previous"]]
     assert "lines are missing" in verify([p for p in files if p != gone]).problems[0]
+
+
+def rotated(path: Path) -> list[Path]:
+    """The files of a chain, in their order."""
+    older = [p for p in path.parent.iterdir() if p.name.startswith(f"{path.name}.") and p.suffix[1:].isdigit()]
+    return [*sorted(older, key=lambda p: int(p.suffix[1:])), path]
+
+
+def test_any_loss_is_a_problem_unless_an_anchor_vouches_for_it(tmp_path: Path) -> None:
+    path = filled(tmp_path / "a.jsonl", 60, max_bytes=4096)
+    files = rotated(path)
+    head, last = tmp_path / "a.jsonl.head", verify(files).last
+    before = Head(int(files[0].suffix[1:]), json.loads(files[0].read_text().splitlines()[-1])["hash"])
+    later = files[1:]
+    found = verify(later)
+    assert len(found.problems) == 1
+    assert f"lines 1 to {before.seq} are missing" in found.problems[0]
+    assert f"--from {before.seq + 1}" in found.problems[0]
+    assert f"--anchor {before}" in found.problems[0]
+    assert verify(later, start=before.seq + 1).problems == []
+    assert verify(later, start=before.seq).problems, "a line more than was said to be elsewhere"
+    assert verify(later, [before]).problems == []
+    assert "does not follow the anchor" in verify(later, [Head(before.seq, "0" * 64)]).problems[0]
+    assert verify(files, start=before.seq + 1).problems == [], "more than was asked for"
+    for cut in (files[:-1], files[:1], [files[1]]):  # the head is beside them
+        assert any("the end is missing" in problem for problem in verify(cut, start=before.seq + 1).problems)
+    head.unlink()
+    assert "no FILE.head and no anchor" in verify(files).problems[0]
+    assert verify(files, [last]).problems == []
+    assert verify(files[:1], [before]).problems == [], "a part whose end is known"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    assert "the end is missing" in verify(files, [last]).problems[0]
+    for file in files:
+        file.write_bytes(b"")
+    assert "no line that can be read" in str(verify(files).problems)
+    assert verify(files, [Head(0)]).problems
+
+
+def test_rotation_overwrites_nothing(tmp_path: Path) -> None:
+    """Neither files of an older chain that have the names which come, nor anything else."""
+    kept = {tmp_path / f"a.jsonl.{seq}": f"older {seq}" for seq in range(1, 80)}
+    for path, text in kept.items():
+        path.write_text(text)
+    path = filled(tmp_path / "a.jsonl", 60, max_bytes=4096)
+    filled(path, 60, max_bytes=4096)
+    assert all(old.read_text() == text for old, text in kept.items() if old.exists())
+    assert all(old.exists() for old in kept)
+    files = [p for p in tmp_path.glob("a.jsonl*") if p not in kept and p.suffix not in (".head", ".lock")]
+    assert len(files) > 5
+    report = verify(files)
+    assert (report.problems, report.notes, report.last.seq) == ([], [], report.lines)
+
+
+def test_a_crash_in_the_middle_of_a_rotation_is_healed(tmp_path: Path) -> None:
+    """The full file has its new name, which a file of an older chain had before, and the next one is not begun."""
+    path = filled(tmp_path / "a.jsonl", 5)
+    (tmp_path / "a.jsonl.5").write_text("older")
+    os.rename(path, tmp_path / "a.jsonl.5-2")
+    filled(path, 2)
+    report = verify([path, tmp_path / "a.jsonl.5-2"])
+    assert (report.problems, report.notes, report.last.seq) == ([], [], 8)
+
+
+def test_no_line_is_longer_than_can_be_read_again(tmp_path: Path) -> None:
+    audit = Audit(tmp_path / "a.jsonl", fsync="never")
+    audit.open()
+    audit.write("admitted")
+    with pytest.raises(AuditUnavailable, match="at most 262144 are accepted"):
+        audit.write("admitted", model="x" * MAX_LINE)
+    audit.note("ended", model="x" * MAX_LINE)
+    audit.write("admitted")
+    audit.close()
+    report = verify([tmp_path / "a.jsonl"])
+    assert (report.problems, report.lines) == ([], 3)
+
+
+def test_what_is_no_file_is_no_log(tmp_path: Path) -> None:
+    """A FIFO would swallow every line."""
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(AuditError, match="not a regular file"):
+        Audit(tmp_path / "fifo").open()
+    audit = Audit(tmp_path / "a.jsonl", fsync="never")
+    audit.open()
+    os.rename(audit.path, tmp_path / "moved")
+    os.mkfifo(audit.path)
+    with pytest.raises(AuditUnavailable, match="not a regular file"):
+        audit.write("admitted")
+    audit.close()
 
 
 def test_a_restart_goes_on_with_the_chain(tmp_path: Path) -> None:
@@ -258,6 +343,12 @@ def test_the_command_names_the_line_and_says_it_with_its_exit_code(whole: Path, 
     command = [sys.executable, "-m", "steer.cli", "audit", "verify"]
     done = subprocess.run([*command, str(whole)], capture_output=True, text=True)
     assert (done.returncode, done.stdout.split(";")[0]) == (0, "12 lines, whole")
+    report = verify([whole])
+    later = tmp_path / "c.jsonl"
+    later.write_text("".join(whole.read_text().splitlines(keepends=True)[4:]))
+    assert subprocess.run([*command, str(later), "--anchor", str(report.last)]).returncode == 1
+    told = [*command, str(later), "--anchor", str(report.last), "--from", "5"]
+    assert subprocess.run(told, capture_output=True).returncode == 0
     broken = tmp_path / "b.jsonl"
     broken.write_text(whole.read_text().replace("r7", "r8"))
     done = subprocess.run([*command, str(broken)], capture_output=True, text=True)

@@ -28,11 +28,11 @@ from steer.follow import Follower
 from steer.serve import control, keys
 from steer.serve.access import Caller, Refusal
 from steer.serve.audit import verify
-from steer.serve.control import is_loopback
+from steer.serve.pages import is_loopback
 from steer.serve.policy import read
-from steer.serve.rates import Meter
+from steer.serve.rates import Meter, tokens_of
 from tests import models
-from tests.serve.inside import COMPLETION, PROMPT, Inside, post
+from tests.serve.inside import COMPLETION, PROMPT, Inside, engine, post
 from tests.serve.rules import CASES, HASH, POLICY, SECRETS, bearer, carried
 from tests.servers import Server, receipt
 
@@ -110,11 +110,12 @@ def test_the_chain_of_ten_thousand_mixed_requests_is_whole(tmp_path: Path) -> No
     assert files, "it was rotated"
     report = verify([inside.log, *files], [head] if head else [])
     assert (report.problems, report.notes) == ([], [])
-    found = Counter(
-        json.loads(line)["event"] for path in [inside.log, *files] for line in path.read_text().splitlines()
-    )
+    lines = [json.loads(line) for path in [inside.log, *files] for line in path.read_text().splitlines()]
+    found = Counter(line["event"] for line in lines)
     assert found["admitted"] == found["ended"] == expected["steered"] > 1000
-    assert found["refused"] == expected["refused"] > 1000
+    refused = [line for line in lines if line["event"] == "refused"]
+    told = sum((line["outcome"] != "summed") + line["detail"].get("unkept", 0) for line in refused)
+    assert told == expected["refused"] > 1000 > len(refused), "all are told of, and few one by one"
     assert (found["start"], found["stop"], found["switch"]) == (1, 1, 10)
     assert report.lines == found.total()
     assert not any(inside.registry.names()[name].pins for name in inside.registry.names())
@@ -359,7 +360,9 @@ def test_required_steering_that_is_not_there_is_never_left_out(tmp_path: Path) -
 
 def test_rates_are_held_and_say_when_to_come_again(tmp_path: Path) -> None:
     text = POLICY + f'\n[keys.slow]\nhash = "{keys.stored("slow")}"\nrequests_per_minute = 3\n'
-    text += f'\n[keys.short]\nhash = "{keys.stored("short")}"\ntokens_per_minute = {PROMPT + COMPLETION + 1}\n'
+    one = tokens_of(BODY, len(json.dumps(BODY)), 2**15)  # what is taken in advance
+    enough = PROMPT + COMPLETION + one
+    text += f'\n[keys.short]\nhash = "{keys.stored("short")}"\ntokens_per_minute = {enough}\n'
     inside = Inside(tmp_path, text)
     inside.start()
 
@@ -371,15 +374,296 @@ def test_rates_are_held_and_say_when_to_come_again(tmp_path: Path) -> None:
         assert await statuses("slow", 5) == [(200, None)] * 3 + [(429, "20")] * 2
         answers = await statuses("short", 4)
         assert [status for status, _ in answers] == [200, 200, 429, 429]
-        assert 40 <= int(answers[-1][1] or 0) <= 60
+        assert 0 < int(answers[-1][1] or 0) <= 60
 
     asyncio.run(run())
     inside.control.stop()
     kept = [line for line in inside.lines() if line["event"] == "refused"]
     assert [(line["key"], line["detail"]["rule"]) for line in kept] == [
-        ("slow", "requests_per_minute"),
-        ("short", "tokens_per_minute"),
+        *[("slow", "requests_per_minute")] * 2,
+        *[("short", "tokens_per_minute")] * 2,
     ]
+
+
+GATED = """
+[keys.gated]
+hash = "{hash}"
+directions = ["*"]
+manage = true
+requests_at_once = 3
+tokens_per_minute = 1000
+"""
+
+
+def gated(folder: Path, app: Any, on_kill: str = "finish") -> Inside:
+    """A policy with one key more, whose secret is `gated`, around an engine that waits."""
+    inside = Inside(folder, f'on_kill = "{on_kill}"\n{POLICY}{GATED.format(hash=keys.stored("gated"))}', app=app)
+    inside.start()
+    return inside
+
+
+KEY = {"Authorization": "Bearer gated"}
+
+
+def test_what_runs_at_once_cannot_take_more_than_what_runs_one_after_the_other(tmp_path: Path) -> None:
+    """All that a request may come to is taken before the engine has it, and given back at its end."""
+
+    async def run() -> None:
+        go = asyncio.Event()
+
+        async def waiting(scope: Any, receive: Any, send: Any) -> None:
+            await go.wait()
+            await engine(scope, receive, send)
+
+        inside = gated(tmp_path, waiting)
+        big = BODY | {"n": 4, "max_tokens": 200}
+        first = asyncio.create_task(inside.post(big, KEY))
+        await asyncio.sleep(0)
+        for more in ({"n": 4, "max_tokens": 200}, {"n": 1000}, {"prompt": ["x"] * 500}, {"max_tokens": None}):
+            status, told, body = await inside.post(BODY | more, KEY)
+            assert (status, json.loads(body)["error"]["code"]) == (429, "rate_limit_exceeded"), more
+            assert int(told["retry-after"]) > 0
+        small = asyncio.create_task(inside.post(BODY, KEY))
+        go.set()
+        assert [(await task)[0] for task in (first, small)] == [200, 200]
+        assert (await inside.post(big, KEY))[0] == 200, "what was not used was given back"
+        inside.control.stop()
+
+    asyncio.run(run())
+
+
+def test_a_key_has_so_many_requests_at_once(tmp_path: Path) -> None:
+    async def run() -> None:
+        go = asyncio.Event()
+
+        async def waiting(scope: Any, receive: Any, send: Any) -> None:
+            await go.wait()
+            await engine(scope, receive, send)
+
+        inside = gated(tmp_path, waiting)
+        running = [asyncio.create_task(inside.post(BODY | {"steer": steer}, KEY)) for steer in ("off", "refusal", None)]
+        await asyncio.sleep(0)
+        status, told, body = await inside.post(BODY, KEY)
+        assert (status, int(told["retry-after"])) == (429, 1)
+        assert "requests_at_once (3)" in json.loads(body)["error"]["message"]
+        assert asyncio.current_task()
+        others = asyncio.create_task(inside.post(BODY, bearer("reader")))
+        running[0].cancel()
+        await asyncio.gather(running[0], return_exceptions=True)
+        running.append(asyncio.create_task(inside.post(BODY, KEY)))
+        await asyncio.sleep(0)
+        assert (await inside.post(BODY, KEY))[0] == 429, "a place that was left is taken once"
+        go.set()
+        assert [(await task)[0] for task in (*running[1:], others)] == [200] * 4
+        assert (await inside.post(BODY, KEY))[0] == 200
+        inside.control.stop()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        BODY | {"steer": "nobody"},
+        BODY | {"steer": 7},
+        BODY | {"steer": "refusal=99"},
+        b"x" * 9 * 2**20,
+    ],
+    ids=range(7),
+)
+def test_a_request_that_fails_was_one_too(tmp_path: Path, body: Any) -> None:
+    text = POLICY + f'\n[keys.slow]\nhash = "{keys.stored("slow")}"\nrequests_per_minute = 3\ntokens_per_minute = 99\n'
+    inside = Inside(tmp_path, text, audited=False)
+
+    async def run() -> None:
+        statuses = [(await inside.post(body, {"Authorization": "Bearer slow"}))[0] for _ in range(4)]
+        assert all(400 <= status < 500 for status in statuses)
+        assert [status == 429 for status in statuses] == [False, False, False, True]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("value", [None, True, "x", -1, 0, 10**400, [], {}, 2.5, [[]], ["x"], [1]])
+def test_a_request_that_makes_no_sense_has_a_size(value: Any) -> None:
+    fields = ("max_tokens", "max_completion_tokens", "n", "best_of", "prompt")
+    for body in (dict.fromkeys(fields, value), *({field: value} for field in fields)):
+        assert 0 <= tokens_of(body, 8, 100) <= 10**9
+
+
+def test_what_a_request_may_come_to() -> None:
+    assert tokens_of({"prompt": "x", "max_tokens": 5}, 400, 1000) == 100 + 5
+    assert tokens_of({"prompt": ["x", "y"], "n": 3, "max_tokens": 5}, 0, 1000) == 30
+    assert tokens_of({"prompt": [1, 2, 3], "best_of": 4, "max_tokens": 5}, 0, 1000) == 20
+    assert tokens_of({"messages": []}, 0, 1000) == tokens_of({"max_tokens": 10**9}, 0, 1000) == 1000
+    assert tokens_of({"max_tokens": -1}, 0, 1000) == 1000, "as long as it likes"
+
+
+@pytest.mark.parametrize("on_kill", ["finish", "abort"])
+@pytest.mark.parametrize("taken", ["the table", "the secret"])
+def test_what_runs_for_a_key_that_is_taken_away_ends_as_the_policy_says(
+    tmp_path: Path, on_kill: str, taken: str
+) -> None:
+    """Plain requests too, and no other key's."""
+
+    async def run() -> None:
+        go = asyncio.Event()
+
+        async def streaming(scope: Any, receive: Any, send: Any) -> None:
+            headers = [(b"content-type", b"text/event-stream")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+            await go.wait()
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+        inside = gated(tmp_path, streaming, on_kill)
+        asked = [asyncio.create_task(inside.post(BODY | {"steer": steer}, KEY)) for steer in ("off", "refusal")]
+        other = asyncio.create_task(inside.post(BODY | {"steer": "refusal"}, bearer("all")))
+        await asyncio.sleep(0.05)
+        more = GATED.format(hash=keys.stored("new")) if taken == "the secret" else ""
+        inside.write(f'on_kill = "{on_kill}"\n{POLICY}{more}')
+        await asyncio.sleep(0.05)
+        assert all(task.done() == (on_kill == "abort") for task in asked)
+        go.set()
+        for body in [(await task)[2].decode() for task in asked]:
+            assert ("the API key was taken away" in body) == (on_kill == "abort")
+            assert body.endswith("data: [DONE]\n\n")
+        assert b"error" not in (await other)[2]
+        inside.control.stop()
+        ended = Counter(line["outcome"] for line in inside.lines() if line["event"] == "ended")
+        assert ended == ({"aborted": 1, "ok": 1} if on_kill == "abort" else {"ok": 2})
+
+    asyncio.run(run())
+
+
+def test_what_is_wrong_with_a_default_is_not_told_to_its_key(tmp_path: Path) -> None:
+    """The reason names what is served."""
+    inside = Inside(tmp_path, POLICY, audited=False)
+    inside.registry.delete("refusal")
+    status, _, body = asyncio.run(inside.post(BODY, bearer("eager")))
+    assert (status, json.loads(body)["error"]["code"]) == (503, "default_unavailable")
+    assert not [name for name in ("refusal", "verbosity", "copy") if name in body.decode()]
+
+
+def test_a_key_is_told_nothing_of_what_others_do(tiny_folder: Path, tmp_path: Path) -> None:
+    with serving(tiny_folder, tmp_path) as server:
+        for key, told in (("reader", False), ("all", True)):
+            [card, *_] = server.client.get("/v1/directions", headers=bearer(key)).json()["data"]
+            one = server.client.get("/v1/directions/refusal", headers=bearer(key)).json()
+            state = server.client.get("/v1/steering", headers=bearer(key)).json()
+            assert ("requests" in card, "requests" in one, "running" in state) == (told,) * 3
+
+
+@pytest.mark.parametrize("odd", ["a name that is no text", "a FIFO", "a folder", "a device", "a link to itself"])
+def test_the_policy_is_followed_whatever_lies_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    monkeypatch.setattr(follow, "EVERY", 0.05)
+    inside = Inside(tmp_path, POLICY)
+    inside.start()
+    try:
+        if odd == "a name that is no text":
+            os.close(os.open(os.fsencode(tmp_path) + b"/notes\xe9", os.O_CREAT | os.O_WRONLY))
+        else:
+            inside.policy.unlink()
+            if odd == "a FIFO":
+                os.mkfifo(inside.policy)
+            elif odd == "a folder":
+                inside.policy.mkdir()
+            else:
+                inside.policy.symlink_to("/dev/zero" if odd == "a device" else inside.policy)
+            eventually(lambda: inside.control.health()["policy"] == "stale")
+            assert asyncio.run(inside.post(BODY, bearer("reader")))[0] == 200, "the old one is in force"
+        looked = inside.control.health()["seconds_since_look"]["policy"]
+        fresh = tmp_path / "fresh"
+        fresh.write_text(f'[keys.all]\nhash = "{HASH["all"]}"')
+        if odd == "a folder":
+            inside.policy.rmdir()
+        os.replace(fresh, inside.policy)
+        eventually(lambda: asyncio.run(inside.post(BODY, bearer("reader")))[0] == 401)
+        assert looked < follow.STALLED
+        assert inside.control.health()["policy"] == "ok"
+    finally:
+        inside.control.stop()
+
+
+def test_a_line_is_short_whatever_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    inside = Inside(tmp_path, POLICY)
+    inside.start()
+    for more in ({"model": "x" * 300_000}, {"model": "\U0001f600" * 300_000}):
+        assert asyncio.run(inside.post(BODY | {"steer": "refusal"} | more, bearer("all")))[0] == 200
+    inside.control.switch(False, Caller("all"), "\x1b[2J\n" * 60)
+    inside.control.stop()
+    assert max(map(len, inside.log.read_bytes().splitlines())) < 4096
+    assert all(record.getMessage().isprintable() for record in caplog.records), "no reason writes into the log"
+    assert verify([inside.log]).problems == []
+
+
+def test_refusals_cannot_fill_the_disk(tmp_path: Path) -> None:
+    """And none goes untold."""
+    inside = Inside(tmp_path, POLICY)
+    inside.start()
+
+    async def refused(count: int) -> None:
+        for _ in range(count):
+            assert (await inside.post(BODY | {"steer": "refusal=2"}, bearer("reader")))[0] == 403
+
+    asyncio.run(refused(20))
+    size = inside.log.stat().st_size
+    asyncio.run(refused(300))
+    assert inside.log.stat().st_size - size < 4096
+    inside.control.stop()
+    kept = [line for line in inside.lines() if line["event"] == "refused"]
+    assert sum((line["outcome"] != "summed") + line["detail"].get("unkept", 0) for line in kept) == 320
+
+
+def test_a_disk_that_does_not_answer_stops_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--audit-fsync always` a steered request waits for its line; a plain one and the loop wait for nothing."""
+    disk = threading.Event()
+    waited: list[str] = []
+
+    def fsync(_fd: int) -> None:
+        waited.append(threading.current_thread().name)
+        assert disk.wait(30)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    inside = Inside(tmp_path, POLICY, fsync="always")
+
+    async def run() -> None:
+        inside.start()
+        steered = asyncio.create_task(inside.post(BODY | {"steer": "refusal"}, bearer("all")))
+        for _ in range(5):
+            assert (await inside.post(BODY, bearer("all")))[0] == 200
+        assert not steered.done()
+        disk.set()
+        assert (await steered)[0] == 200
+
+    asyncio.run(run())
+    inside.control.stop()
+    assert set(waited) <= {"steer-audit", threading.main_thread().name}
+    assert "steer-audit" in waited
+    assert verify([inside.log]).problems == []
+
+
+def test_a_steered_request_whose_line_does_not_reach_the_disk_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(_fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    inside = Inside(tmp_path, POLICY, fsync="always")
+    inside.start()
+    monkeypatch.setattr(os, "fsync", fsync)
+    status, _, body = asyncio.run(inside.post(BODY | {"steer": "refusal"}, bearer("all")))
+    assert (status, json.loads(body)["error"]["code"]) == (503, "audit_unavailable")
+    monkeypatch.undo()
+    assert asyncio.run(inside.post(BODY | {"steer": "refusal"}, bearer("all")))[0] == 200
+    inside.control.stop()
+    assert not inside.control.runs
+    assert Counter(line["event"] for line in inside.lines())["ended"] == 2
+    assert verify([inside.log]).problems == []
 
 
 def test_a_bucket_fills_evenly_and_holds_a_minute() -> None:
@@ -482,7 +766,7 @@ def test_without_a_policy_this_machine_may_do_everything_and_the_log_says_so(tin
         assert receipt(ask(server, None, steer="refusal"))
         assert server.client.post("/v1/steering", json={"enabled": False}).json()["enabled"] is False
         assert ask(server, None, steer="refusal").status_code == 503
-        assert server.client.post("/v1/steering", content=b'{"enabled": true}').status_code == 400, "a form is no JSON"
+        assert server.client.post("/v1/steering", content=b'{"enabled": true}').status_code == 415, "a form is no JSON"
         assert server.client.delete("/v1/directions/verbosity").status_code == 200
         page = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
         assert server.client.options("/v1/completions", headers=page).headers["access-control-allow-origin"]

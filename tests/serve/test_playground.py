@@ -290,30 +290,108 @@ def test_a_refused_request_shows_the_servers_words_in_place(demo: Server, visit:
     assert "cannot" in opened.text("plain")
 
 
-def test_a_server_with_a_key_is_asked_once_and_the_key_is_kept_nowhere(visit: Open, tmp_path: Path) -> None:
-    shutil.copy(DEMO, tmp_path)
-    secret, policy = keys.make(), tmp_path / "policy.toml"
-    policy.write_text(f'[keys.guest]\nhash = "{keys.stored(secret)}"\ndirections = ["refusal"]\nreadout = true\n')
-    with Server("--directions", str(tmp_path), "--policy", str(policy)) as server:
-        opened = visit(server, ready=False)
-        dialog = opened.page.locator("#key-dialog")
-        expect(dialog).to_contain_text("an API key is needed")
-        opened.page.fill("#key-value", "wrong")
-        opened.page.press("#key-value", "Enter")
-        expect(dialog).to_be_visible()
-        opened.page.fill("#key-value", secret)
-        opened.page.press("#key-value", "Enter")
-        expect(opened.page.locator("#direction")).to_have_value("refusal")
-        opened.send()
-        assert "first get" in opened.text("steered")
-        opened.page.click("#copy")
-        assert "$STEER_API_KEY" in opened.page.inner_text("#code")
-        kept = opened.page.evaluate("JSON.stringify([localStorage, sessionStorage, document.cookie])")
-        assert secret not in kept + opened.page.content()
-        opened.page.reload()
-        expect(dialog).to_be_visible()
-        opened.page.press("#key-value", "Escape")
-        expect(opened.page.locator("#notice")).to_contain_text("an API key is needed")
+#: By the options of `steer keys new` that the README shows, and what more a policy may say.
+SECRETS = {name: keys.make() for name in ("guest", "alice", "boss", "plain", "mute", "narrow", "bound")}
+MORE = f"""
+[keys.plain]
+hash = "{keys.stored(SECRETS["plain"])}"
+
+[keys.mute]
+hash = "{keys.stored(SECRETS["mute"])}"
+directions = ["*"]
+steer = false
+
+[keys.narrow]
+hash = "{keys.stored(SECRETS["narrow"])}"
+directions = ["refusal"]
+modes = ["ablate"]
+max_strength = 0.5
+
+[keys.bound]
+hash = "{keys.stored(SECRETS["bound"])}"
+directions = ["refusal"]
+required = "refusal"
+"""
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("guarded")
+    shutil.copy(DEMO, folder)
+    policy = folder / "policy.toml"
+    made = {"guest": ["--direction", "refusal", "--readout"], "alice": ["--direction", "refusal"], "boss": ["--manage"]}
+    for name, options in made.items():
+        command = [sys.executable, "-m", "steer.cli", "keys", "new", name, "--policy", str(policy), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        SECRETS[name] = done.stdout.strip()
+    policy.write_text(policy.read_text() + MORE)
+    with Server("--directions", str(folder), "--policy", str(policy)) as server:
+        yield server
+
+
+def enter(opened: Opened, secret: str) -> None:
+    opened.page.fill("#key-value", secret)
+    opened.page.press("#key-value", "Enter")
+
+
+def test_a_server_with_a_key_is_asked_once_and_the_key_is_kept_nowhere(guarded: Server, visit: Open) -> None:
+    opened = visit(guarded, ready=False)
+    dialog = opened.page.locator("#key-dialog")
+    expect(dialog).to_contain_text("an API key is needed")
+    enter(opened, "wrong")
+    expect(dialog).to_be_visible()
+    enter(opened, SECRETS["guest"])
+    expect(opened.page.locator("#direction")).to_have_value("refusal")
+    opened.send()
+    assert "first get" in opened.text("steered")
+    expect(opened.page.locator("#reading")).to_be_visible()
+    expect(opened.page.locator(".token.up, .token.down").first).to_be_attached()
+    opened.page.click("#copy")
+    assert "$STEER_API_KEY" in opened.page.inner_text("#code")
+    kept = opened.page.evaluate("JSON.stringify([localStorage, sessionStorage, document.cookie])")
+    assert SECRETS["guest"] not in kept + opened.page.content()
+    opened.page.reload()
+    expect(dialog).to_be_visible()
+    opened.page.press("#key-value", "Escape")
+    expect(opened.page.locator("#notice")).to_contain_text("an API key is needed")
+
+
+@pytest.mark.parametrize(
+    ("key", "sides", "says"),
+    [
+        ("alice", 2, "This key may not read along directions"),
+        ("boss", 1, "This key may use none of the directions"),
+        ("plain", 1, "There is no direction that this key may use"),
+        ("mute", 1, "This key may not steer"),
+        ("narrow", 2, "This key may not read along directions"),
+        ("bound", 2, "This key may not read along directions"),
+    ],
+)
+def test_what_a_key_may_not_do_is_left_out_with_a_word(
+    guarded: Server, visit: Open, key: str, sides: int, says: str
+) -> None:
+    opened = visit(guarded, ready=False)
+    enter(opened, SECRETS[key])
+    expect(opened.page.locator("#controls")).to_contain_text(says)
+    expect(opened.page.locator("#notice")).not_to_be_visible()
+    if key == "bound":  # which cannot ask for it in another mode
+        opened.page.select_option("#mode", "one_sided")
+    opened.send()
+    expect(opened.page.locator(".side")).to_have_count(sides)
+    expect(opened.page.locator(".failed")).to_have_count(0)
+    assert opened.text("plain")
+    if sides == 2:
+        expect(opened.chip()).to_contain_text("refusal")
+        assert opened.text("steered")
+    if key == "narrow":
+        expect(opened.page.locator("#mode option")).to_have_count(1)
+        expect(opened.chip()).to_contain_text("0.5")
+    manages = key == "boss"
+    expect(opened.page.locator("#choose")).to_be_visible(visible=manages)
+    expect(opened.page.locator("#unmanaged")).to_be_visible(visible=not manages)
+    expect(opened.page.get_by_role("button", name="Delete refusal")).to_have_count(int(manages))
+    refused = [r.url for r in opened.requests if (answer := r.response()) and answer.status not in (200, 401)]
+    assert not refused, "nothing was tried that is not allowed"
 
 
 def test_keyboard(tiny_server: Server, visit: Open) -> None:

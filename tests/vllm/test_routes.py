@@ -56,6 +56,7 @@ class Engine:
             hf_text_config=text,
             get_hidden_size=lambda: models.D_MODEL,
             dtype="torch.float32",
+            max_model_len=512,
         )
         front = Frontend(
             types.SimpleNamespace(model_config=config),
@@ -83,7 +84,16 @@ class Engine:
 def app_of(engine: Engine) -> FastAPI:
     """Routes as vLLM's are, and some as they are not yet."""
     app = FastAPI(root_path=PREFIX)
-    app.state.args = Namespace(api_key=None, host="127.0.0.1", middleware=[], additional_config={"steer": {}})
+    app.state.args = Namespace(
+        api_key=None,
+        host="127.0.0.1",
+        middleware=[],
+        additional_config={"steer": {}},
+        allowed_origins=["*"],
+        allowed_methods=["*"],
+        allowed_headers=["*"],
+        allow_credentials=False,
+    )
     app.state.engine_client = engine
     app.state.openai_serving_models = types.SimpleNamespace(base_model_paths=[types.SimpleNamespace(name="tiny")])
 
@@ -156,7 +166,7 @@ def client(engine: Engine) -> Iterator[TestClient]:
 
     app = app_of(engine)
     app.add_middleware(server.Middleware)
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
         [route] = [route for route in app.routes if getattr(route, "path", "") == "/raw"]
         app.add_api_route("/later", route.endpoint, methods=["POST"])  # type: ignore[attr-defined]
         yield client

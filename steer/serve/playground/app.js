@@ -19,6 +19,7 @@ const LIVE_DELAY = 180;
 let direction = null; // the chosen one, as it is listed
 let profile = null; // its layers, once they are here
 let unread = null; // why this server gives no read-out for it
+let may = { steer: true, readout: true, manage: true, modes: Object.keys(MODES), max_strength: 10 }; // this key, or nobody's
 let started = false;
 
 const directions = new Directions(onDirections);
@@ -77,11 +78,12 @@ function noReadout(why) {
 // -- the chosen direction ----------------------------------------------------------------------------------------------
 
 function onDirections(wanted) {
-  const names = directions.served.map((item) => item.id);
+  const names = may.steer && may.modes.length ? directions.served.filter((item) => item.usable !== false).map((item) => item.id) : [];
   const chosen = [wanted, $("direction").value, names[0]].find((name) => names.includes(name));
   $("direction").replaceChildren(...names.map((name) => el("option", { value: name, textContent: name })));
   $("pickers").hidden = $("colours").hidden = !names.length;
   $("none").hidden = Boolean(names.length);
+  $("none").textContent = whyNone();
   document.body.classList.toggle("alone", !names.length);
   const listed = directions.items.find((item) => item.id === chosen);
   if (!listed) {
@@ -93,11 +95,20 @@ function onDirections(wanted) {
   if (direction?.id !== chosen || direction.digest !== listed.digest) choose(listed);
 }
 
+/** Why nothing can be steered by, for who sees an empty list. */
+function whyNone() {
+  const plain = "so only the plain side is asked.";
+  if (!may.steer || !may.modes.length) return `This key may not steer, ${plain}`;
+  if (directions.served.length) return `This key may use none of the directions, ${plain}`;
+  if (may.manage) return `This server has no direction yet, ${plain} Add a direction file below.`;
+  return hasKey() ? `There is no direction that this key may use, ${plain}` : `This server has no direction yet, ${plain}`;
+}
+
 /** What the list says is enough to ask with it; the profile follows. */
 function choose(listed) {
   const same = direction?.id === listed.id;
   direction = listed;
-  noReadout(null);
+  noReadout(may.readout ? null : "This key may not read along directions, so tokens have no colours.");
   if (!same) toDefault();
   look.row = 0;
   $("row-field").hidden = listed.rank < 2;
@@ -120,8 +131,8 @@ async function loadProfile({ id, source_layer }, same) {
 }
 
 function toDefault() {
-  $("mode").value = direction.mode;
-  $("number").value = $("strength").value = direction.strength;
+  $("mode").value = may.modes.includes(direction.mode) ? direction.mode : may.modes[0];
+  $("number").value = $("strength").value = Math.max(-may.max_strength, Math.min(may.max_strength, direction.strength));
   $("ticks").replaceChildren(...[0, 1, direction.strength].map((value) => el("option", { value })));
   showSummary();
 }
@@ -211,8 +222,29 @@ async function refresh() {
   }
 }
 
+/** What the key may not do is not offered. */
+function showRights() {
+  $("mode").replaceChildren(...may.modes.map((mode) => el("option", { value: mode, textContent: mode.replace("_", "-") })));
+  $("number").min = -may.max_strength;
+  $("number").max = may.max_strength;
+  $("strength").min = Math.max(-2, -may.max_strength);
+  $("strength").max = Math.min(3, may.max_strength);
+  const [low, high] = [Number($("strength").min), Number($("strength").max)];
+  for (const span of document.querySelectorAll(".scale span")) {
+    const at = (Number(span.dataset.at) - low) / (high - low);
+    span.hidden = !(at >= 0 && at <= 1);
+    span.style.setProperty("left", `${at * 100}%`);
+  }
+  $("upload").hidden = !may.manage;
+  $("unmanaged").hidden = may.manage;
+  directions.managed = may.manage;
+}
+
 async function start() {
   try {
+    may = (await json("/v1/steering")).may ?? may;
+    showRights();
+    direction = null; // chosen anew: another key may have other rights
     const cards = (await json("/v1/models")).data.filter((card) => !card.parent);
     $("model").replaceChildren(...cards.map((card) => el("option", { value: card.id, textContent: card.id })));
     const room = cards[0]?.max_model_len;
@@ -236,9 +268,6 @@ function onStrength(value, final) {
 }
 
 function wire() {
-  $("mode").replaceChildren(...Object.keys(MODES).map((mode) => el("option", { value: mode, textContent: mode.replace("_", "-") })));
-  for (const span of document.querySelectorAll(".scale span")) span.style.setProperty("left", `${((Number(span.dataset.at) + 2) / 5) * 100}%`);
-
   $("composer").addEventListener("submit", send);
   $("message").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);

@@ -10,6 +10,7 @@ export class Directions {
   constructor(changed) {
     this.items = [];
     this.changed = changed;
+    this.managed = true; // may files be put and deleted here
     this.file = null;
     $("choose").addEventListener("click", () => $("file").click());
     $("file").addEventListener("change", () => this.take($("file").files[0]));
@@ -20,7 +21,7 @@ export class Directions {
     addEventListener("dragleave", (event) => { if (!event.relatedTarget) this.hover(event, false); });
     addEventListener("drop", (event) => {
       this.hover(event, false);
-      this.take(event.dataTransfer.files[0]);
+      if (this.managed) this.take(event.dataTransfer.files[0]);
     });
   }
 
@@ -36,19 +37,19 @@ export class Directions {
 
   render() {
     $("list").replaceChildren(...this.items.map((item) => {
-      const remove = el("button", { type: "button", className: "quiet", textContent: "Delete", ariaLabel: `Delete ${item.id}` });
-      remove.addEventListener("click", () => this.remove(item.id, remove));
+      const remove = this.managed && el("button", { type: "button", className: "quiet", textContent: "Delete", ariaLabel: `Delete ${item.id}` });
+      if (remove) remove.addEventListener("click", () => this.remove(item.id, remove));
       const kind = { failed: "failed-file", stale: "stale" }[item.status] ?? "";
       const problems = item.errors.length ? el("details", {}, el("summary", { textContent: counted(item.errors.length) }), listOf(item.id, item.errors)) : null;
       const digest = el("code", { textContent: item.digest?.slice(0, 8) ?? "refused", title: item.digest ?? "" });
-      return el("li", { className: kind }, el("i"), el("span", { textContent: item.id, title: item.id }), digest, remove, problems);
+      return el("li", { className: kind }, el("i"), el("span", { textContent: item.id, title: item.id }), digest, remove || null, problems);
     }));
   }
 
   hover(event, over) {
     if (![...(event.dataTransfer?.types ?? [])].includes("Files")) return;
-    event.preventDefault();
-    document.body.classList.toggle("dropping", over);
+    event.preventDefault(); // or the browser would show the file in the page's place
+    document.body.classList.toggle("dropping", over && this.managed);
   }
 
   /** A file was chosen: it is named before it is sent. */
@@ -74,7 +75,7 @@ export class Directions {
     const name = $("name").value.trim(), file = this.file;
     $("put").disabled = true;
     try {
-      const made = await json(`/v1/directions/${encodeURIComponent(name)}`, { method: "PUT", body: file });
+      const made = await json(`/v1/directions/${encodeURIComponent(name)}`, { method: "PUT", body: file, headers: { "Content-Type": "application/octet-stream" } });
       const source = made.source_layer == null ? "a direction for each layer" : `source layer ${made.source_layer}`;
       this.report(name, "good", `${name} is served: ${made.method}, ${source}, ${made.mode} at ${made.strength}, digest ${made.digest.slice(0, 8)}. Every check passed.`);
       this.take(null);

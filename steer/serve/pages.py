@@ -1,0 +1,130 @@
+"""Web pages as callers: which of them a server without keys answers to, and what a body must say that it is.
+
+A page may send requests to any address, also to one that only this machine reaches, and its browser says two things of
+it that it cannot change: where it comes from (`Origin`), and by which name it reached us (`Host`). A page whose own
+name was made to point here (DNS rebinding) has that name in both.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.types import Scope
+
+from steer.serve.errors import HTTPProblem
+
+#: In a list of hosts or origins: all of them.
+ANY = "*"
+JSON, FILE = "application/json", "application/octet-stream"
+#: Methods with which a browser changes nothing.
+READING = frozenset({"GET", "HEAD", "OPTIONS"})
+#: Of a header that is repeated in an error.
+_SHOWN = 100
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*))(?::\d*)?")
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Which names of this server a request may have in `Host`, besides those of this machine alone, and the origins of
+    pages that may call it, besides its own.
+
+    hosts: lower case, without a port; `*` is every name. addresses: may it be called by any IP address, as a server
+    can that listens on all of its own? No page's name is one, so none is let in by that.
+    """
+
+    hosts: frozenset[str] = frozenset()
+    origins: frozenset[str] = frozenset()
+    addresses: bool = False
+
+    def check(self, headers: Headers) -> None:
+        """Raises HTTPProblem: 421 for a name that is not ours, 403 for a page that may not call."""
+        host = header(headers, b"host")
+        if host is not None and not self.is_ours(host):
+            raise HTTPProblem(
+                421,
+                f"this server has no keys, so it answers only to names of its own machine, not to {host[:_SHOWN]!r}: "
+                "add the name to --allowed-hosts (STEER_ALLOWED_HOSTS), or give a policy with keys",
+                code="host_not_allowed",
+            )
+        origin = header(headers, b"origin")
+        if origin is not None and not self.may_call(origin) and not _same(origin, host):
+            raise foreign(origin)
+
+    def is_ours(self, host: str) -> bool:
+        """Is this value of `Host` a name of this server?"""
+        name = name_of(host)
+        if ANY in self.hosts or name in self.hosts or is_loopback(name):
+            return True
+        return self.addresses and _address(name) is not None
+
+    def may_call(self, origin: str) -> bool:
+        """Is this value of `Origin` that of a page which may call, as the operator has said?"""
+        return ANY in self.origins or origin in self.origins
+
+
+def foreign(origin: str) -> HTTPProblem:
+    """What a page gets that may not call."""
+    said = f"pages of {origin[:_SHOWN]!r} may not call this server: the origin is not among its --cors-origins"
+    return HTTPProblem(403, said, code="origin_not_allowed")
+
+
+def is_preflight(scope: Scope) -> bool:
+    """Does a browser ask here whether a page may call, on the page's behalf and without its key?"""
+    return scope.get("method") == "OPTIONS" and header(scope["headers"], b"access-control-request-method") is not None
+
+
+def check_kind(scope: Scope, kind: str) -> None:
+    """Raise HTTPProblem (415) where the request does not say that its body is `kind`. Any page may send what a form
+    sends, or a body without a type, unasked; for every other type its browser asks first."""
+    said = (header(scope["headers"], b"content-type") or "").partition(";")[0].strip().lower()
+    if said == kind or (kind == JSON and said.startswith("application/") and said.endswith("+json")):
+        return
+    given = repr(said[:_SHOWN]) if said else "none"
+    raise HTTPProblem(415, f"this route wants the header 'Content-Type: {kind}' (got {given})", code="content_type")
+
+
+def header(headers: Headers, name: bytes) -> str | None:
+    """The value of a header; of one that stands there several times all of them, so that it is nothing we know."""
+    found = [value.decode("latin-1") for key, value in headers if key == name]
+    return ", ".join(found) if found else None
+
+
+def hosts_of(text: str) -> frozenset[str]:
+    """The names in an option: separated by commas."""
+    return frozenset(name_of(part) for part in text.split(",") if part.strip())
+
+
+def name_of(host: str) -> str:
+    """The name or address in a value of `Host`: lower case, without port, brackets and the root's dot."""
+    host = host.strip().lower()
+    found = _HOST.fullmatch(host)
+    return (found[1] or found[2]).removesuffix(".") if found else host
+
+
+def _same(origin: str, host: str | None) -> bool:
+    scheme, _, name = origin.lower().partition("://")
+    return host is not None and scheme in ("http", "https") and name == host.lower()
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
+
+
+def is_loopback(host: str | None) -> bool:
+    """Can `host` be reached from this machine alone?"""
+    if host is None:
+        return False
+    if host == "localhost":
+        return True
+    address = _address(host.strip("[]"))
+    if address is None:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)

@@ -98,8 +98,12 @@ def kind(field: dict[str, Any]) -> str:
     bounds = ""
     if low is not None:
         above = "above" if "exclusiveMinimum" in field else "from"
-        bounds = f" {above} {low:g}" + ("" if high is None else f" to {high:g}")
+        bounds = f" {above} {_exact(low)}" + ("" if high is None else f" to {_exact(high)}")
     return str(field.get("type", "see below")) + bounds
+
+
+def _exact(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def default(field: dict[str, Any]) -> str:

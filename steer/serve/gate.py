@@ -38,7 +38,9 @@ class PolicyGate(carriers.Gate):
         """The key's own default; else the server's, where the key might have asked for it."""
         rules = self.caller.rules
         if rules is not None and rules.default is not None:
-            return self._resolved(rules.default, registry, "the default steering of this request", code="default_unavailable")
+            return self._resolved(
+                rules.default, registry, "the default steering of this request", code="default_unavailable"
+            )
         if not all(self.caller.may_use(item.direction) for item in default):
             return Spec()
         asked = self._resolved(default, registry, "the default steering of this request", code="default_unavailable")
@@ -68,7 +70,9 @@ class PolicyGate(carriers.Gate):
         return registry.merge(asked, required)
 
     def _required(self, registry: Registry) -> Spec:
-        return self._resolved(self.caller.required, registry, "steering that is required for this key", code="required_unavailable")
+        return self._resolved(
+            self.caller.required, registry, "steering that is required for this key", code="required_unavailable"
+        )
 
     def _refuses_when_off(self) -> bool:
         force = self.control.in_force

@@ -11,6 +11,7 @@ import pydoc
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 import steer
-from steer.errors import DirectionError, InvalidInput, NoRoom, SpecError, UnknownDirection, UnsupportedModel
+from steer.errors import DirectionError, InvalidInput, NoRoom, NotFinite, SpecError, UnknownDirection, UnsupportedModel
 from steer.hf.attach import Anatomy, Steering
 from steer.runtime.sites import on_output
 from tests import models
@@ -103,6 +104,36 @@ def test_a_forgotten_with_on_what_nobody_holds(llama: Any, d: steer.Direction) -
     gc.collect()
     with pytest.raises(RuntimeError, match="without `with`"):
         logits(llama)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_row_that_overflows_is_told_at_the_end_of_its_block(dtype: torch.dtype) -> None:
+    model = models.tiny("llama", dtype)
+    plain, wild = logits(model), models.direction(model, seed=1, shared=True)
+    weight = 20.0 if dtype == torch.float16 else 1e12
+    wild = replace(wild, weights=torch.full_like(wild.weights, weight))
+    with steer.attach(model, {"wild": wild, "d": models.direction(model, seed=2)}) as steering:
+        with pytest.raises(NotFinite, match=r"spec 1 of 3.*less strength"), steering("off", "wild=-10", "d"):
+            beside = logits(model)
+        assert torch.equal(beside[:2], plain[:2]), "its neighbours are as ever"
+        assert beside.isfinite().all()
+
+        def inside(error: Exception | None) -> None:
+            with steering("wild=-10"):
+                logits(model)
+                with steering("d"):
+                    logits(model)
+                if error:
+                    raise error
+
+        with pytest.raises(NotFinite):  # what the outer block has lost is not forgotten in the inner one
+            inside(None)
+        with pytest.raises(KeyError):  # an error of the block's own goes before
+            inside(KeyError())
+        with steering("wild=0.001"):
+            logits(model)
+        with steering("off"):
+            assert torch.equal(logits(model), plain)
 
 
 def test_a_block_may_be_entered_again(llama: Any, d: steer.Direction) -> None:

@@ -24,7 +24,7 @@ from steer.readout import Readout, ReadWanted
 from steer.registry import Admission, Registry
 from steer.serve import carriers, errors, metrics
 from steer.serve.access import ANYONE, Caller
-from steer.serve.body import BODY, Gone, parse_body, read_body, replay, understood
+from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, understood
 from steer.serve.control import Control, Run
 from steer.serve.tally import counting
 from steer.spec import Wanted
@@ -112,6 +112,7 @@ class SteerMiddleware:
 
     def _understand(self, data: bytes, scope: Scope) -> tuple[dict[str, Any], carriers.Carried, ReadWanted | None]:
         body = parse_body(data)
+        check_size(body)
         carried = carriers.read(body, scope["headers"], self.served, scope["query_string"])
         return body, carried, readout.parse(body.get(readout.FIELD))
 

@@ -71,7 +71,8 @@ class JsonRoute(OwnRoute):
                     param="Content-Type",
                 )
             try:
-                size = int(request.headers.get("content-length") or SMALL + 1)
+                declared = request.headers.get("content-length", "")
+                size = int(declared) if declared.isdecimal() else SMALL + 1
                 if BODY not in request.scope:
                     data = await read_body(request.scope, request.receive, MAX_CONTROL)
                     request.scope[BODY] = parse_body(data)

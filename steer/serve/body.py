@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from starlette.types import Message, Receive, Scope
 
+from steer.errors import RequestError
 from steer.serve import errors
 from steer.serve.offload import offload
 
@@ -28,6 +29,12 @@ SMALL = 16 * 1024
 BODY = "steer.body"
 _WINDOW = 64 * 1024
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+#: Of `stop` and of `bad_words`: texts, which are looked for in every piece of an answer, and their characters in all.
+MAX_TEXTS, MAX_TEXTS_LENGTH = 64, 8192
+#: Prompts × n of one request, on any engine.
+MAX_ANSWERS = 16_384
 
 
 class Gone(Exception):
@@ -73,6 +80,34 @@ def parse_body(data: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise errors.HTTPProblem(400, "the body must be a JSON object", code="invalid_json")
     return body
+
+
+def check_size(body: dict[str, Any]) -> None:
+    """Raises RequestError for a request that is too much work for any engine. What is of a wrong type is for the app
+    behind to tell."""
+    for name in ("stop", "stop_sequences", "bad_words"):
+        texts = [text for text in as_list(body.get(name)) if isinstance(text, str)]
+        if wrong := too_many(texts):
+            raise RequestError(f"{name}: {wrong}", param=name)
+    prompt, n = body.get("prompt"), body.get("n")
+    prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0] if prompt else 0, int) else 1
+    if prompts > 1 and prompts * (n if type(n) is int else 1) > MAX_ANSWERS:
+        raise RequestError(f"prompt: {prompts} prompts × n are over {MAX_ANSWERS} answers", param="prompt")
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def too_many(texts: list[str]) -> str:
+    """What is wrong about so many texts, or so long ones; nothing if nothing is."""
+    length = sum(map(len, texts))
+    if len(texts) <= MAX_TEXTS and length <= MAX_TEXTS_LENGTH:
+        return ""
+    return (
+        f"{len(texts)} texts of {length} characters in all are not accepted: at most {MAX_TEXTS} texts, of "
+        f"{MAX_TEXTS_LENGTH} characters in all"
+    )
 
 
 def check_structure(data: bytes, most: int = MAX_VALUES) -> int:

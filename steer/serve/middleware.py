@@ -24,7 +24,7 @@ from steer.readout import Readout, ReadWanted
 from steer.registry import Admission, Registry
 from steer.serve import carriers, errors, metrics
 from steer.serve.access import Caller
-from steer.serve.body import BODY, Gone, parse_body, read_body, replay, understood
+from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, understood
 from steer.serve.control import Control, Place, Run
 from steer.serve.pages import JSON, check_kind
 from steer.serve.rates import tokens_of
@@ -130,6 +130,7 @@ class SteerMiddleware:
 
     def _understand(self, data: bytes, scope: Scope) -> tuple[dict[str, Any], carriers.Carried, ReadWanted | None]:
         body = parse_body(data)
+        check_size(body)
         carried = carriers.read(body, scope["headers"], self.served, scope["query_string"])
         return body, carried, readout.parse(body.get(readout.FIELD))
 

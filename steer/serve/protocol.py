@@ -17,15 +17,13 @@ from steer import readout, spec
 from steer.chat import template_parameters
 from steer.errors import RequestError
 from steer.hf.sampling import Sampling
-from steer.serve import carriers, fields
+from steer.serve import body, carriers, fields
 from steer.serve.fields import Unserved
 
 MAX_N = 64
 MAX_TOP_LOGPROBS = 20
 #: Of every number that counts tokens, and of a seed: what engines keep them in.
 MAX_COUNT, MAX_SEED = 2**31 - 1, 2**63 - 1
-#: Of `stop` and `bad_words`: texts, and their characters in all.
-MAX_TEXTS, MAX_TEXTS_LENGTH = 64, 8192
 #: Of `stop_token_ids` and `logit_bias`.
 MAX_IDS = 1024
 
@@ -171,15 +169,12 @@ def _kinds(values: list[Any]) -> set[type]:
 
 
 def _texts(value: Any) -> Any:
-    """A text or few texts: each is looked for in every piece of an answer."""
-    given = [value] if isinstance(value, str) else value or []
-    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+    """A text or few texts."""
+    given = body.as_list(value or None)
+    if not all(isinstance(text, str) for text in given):
         raise ValueError(f"{spec.brief(value)} is not accepted: a text, or a list of texts")
-    if len(given) > MAX_TEXTS or sum(map(len, given)) > MAX_TEXTS_LENGTH:
-        raise ValueError(
-            f"{len(given)} texts of {sum(map(len, given))} characters in all are not accepted: at most {MAX_TEXTS} "
-            f"texts, of {MAX_TEXTS_LENGTH} characters in all"
-        )
+    if wrong := body.too_many(given):
+        raise ValueError(wrong)
     return value
 
 

@@ -61,7 +61,8 @@ class JsonRoute(APIRoute):
 
         async def handling(request: Request) -> Response:
             try:
-                size = int(request.headers.get("content-length") or SMALL + 1)
+                declared = request.headers.get("content-length", "")
+                size = int(declared) if declared.isdecimal() else SMALL + 1
                 if BODY not in request.scope:
                     data = await read_body(request.scope, request.receive, MAX_CONTROL)
                     request.scope[BODY] = parse_body(data)

@@ -48,7 +48,7 @@ class TextStream:
 
     def _until_stop(self, new: str, final: bool = False) -> str:
         text = self._held + new
-        if self._stop is None:
+        if not self._stop:
             return text
         state = self._state
         for at, letter in enumerate(new, len(self._held) + 1):
@@ -85,6 +85,9 @@ class Stops:
                 self._back[then] = self.step(self._back[state], letter) if state else 0
                 self.found[then] = self.found[then] or self.found[self._back[then]]
                 queue.append(then)
+
+    def __bool__(self) -> bool:
+        return len(self.depth) > 1
 
     def _add(self, state: int, letter: str) -> int:
         new = self._next[state][letter] = len(self._next)

@@ -306,7 +306,7 @@ def test_a_client_brings_no_template_but_variables_of_the_models_own(tiny_server
 
 def test_a_request_is_counted_before_work_is_done_for_it(tiny_server: Server) -> None:
     too_long = ["x" * 600] * 500  # which is found out by tokenizing
-    assert error(tiny_server.complete(too_long, n=64), 429)["code"] == "queue_full"
+    assert error(tiny_server.complete(too_long, n=32), 429)["code"] == "queue_full"
     assert error(tiny_server.complete(too_long[:1], n=64), 400)["code"] == "context_length_exceeded"
     longer = error(tiny_server.complete("x" * 8_000_000), 400)
     assert "no text of more than 2560" in longer["message"]

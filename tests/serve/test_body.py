@@ -9,8 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from steer.errors import RequestError
 from steer.serve import body
-from steer.serve.body import MAX_DEPTH, MAX_KEY, MAX_KEYS, MAX_VALUES, check_structure, parse_body
+from steer.serve.body import MAX_DEPTH, MAX_KEY, MAX_KEYS, MAX_VALUES, check_size, check_structure, parse_body
 from steer.serve.errors import HTTPProblem
 
 law = settings(deadline=None, max_examples=200)
@@ -86,3 +87,30 @@ def test_keys_that_stand_twice_are_found_in_one_pass() -> None:
     with pytest.raises(HTTPProblem, match="a key twice: k0"):
         body._unique(pairs)
     assert Key.compared < 4 * len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"stop": ["a"] * 65}, "stop"),
+        ({"stop": "a" * 8193}, "stop"),
+        ({"stop_sequences": ["a" * 5000] * 2}, "stop_sequences"),
+        ({"bad_words": ["a"] * 100_000}, "bad_words"),
+        ({"prompt": ["a"] * 300, "n": 64}, "prompt"),
+        ({"prompt": [[1]] * 20_000}, "prompt"),
+    ],
+)
+def test_what_is_too_much_for_any_engine_is_refused_at_the_door(asked: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        check_size(asked)
+    assert caught.value.param == param
+
+
+def test_what_is_not_too_much_is_left_to_the_app() -> None:
+    for asked in (
+        {"stop": ["a"] * 64, "bad_words": "a" * 8192, "prompt": ["a"] * 256, "n": 64},
+        {"prompt": [1] * 100_000, "n": 64},
+        {"prompt": [], "n": "x", "stop": 7, "bad_words": {"x": 1}},
+        {"prompt": None, "stop": None},
+    ):
+        check_size(asked)

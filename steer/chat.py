@@ -5,24 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from functools import cache
-from inspect import signature
 from typing import Any
 
 from steer.errors import RequestError
-
-
-@cache
-def template_parameters() -> frozenset[str]:
-    """The names that `apply_chat_template` and the rendering behind it take for themselves. Whatever else is given to
-    them is a variable of the template; these would replace the template, or what is made of its text."""
-    from transformers import PreTrainedTokenizerBase
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    taken = {"messages"}
-    for function in (PreTrainedTokenizerBase.apply_chat_template, render_jinja_template):
-        taken |= {p.name for p in signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD}
-    return frozenset(taken)
 
 
 class _Read(dict[str, Any]):

@@ -226,7 +226,7 @@ def test_what_the_placement_refuses_is_reported_whole() -> None:
         direction.meta.model_copy(update={"layers": 1}), *(t[:1] for t in direction.tensors().values())
     ).to_bytes()
     with pytest.raises(DirectionError) as caught:
-        registry.put("refusal", shallow)
+        registry.put("refusal", shallow, store=False)
     assert caught.value.problems == ("refusal: wrong layers", "refusal: wrong everything")
     assert registry.failures["refusal"].problems == caught.value.problems
     assert registry.resident == 0
@@ -478,7 +478,7 @@ def test_reasons_are_bounded_and_can_be_shown_anywhere(
         data = safetensors.torch.save(tensors, {"format": "pt", "steer": meta.model_dump_json()})
         if way == "put":
             with pytest.raises(DirectionError):
-                registry.put("rogue", data)
+                registry.put("rogue", data, store=False)
         else:
             write(tmp_path, "rogue", data)
             registry.sync()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +108,16 @@ def describe(name: str, revision: str | None = None) -> tuple[str, int, int]:
         raise UnsupportedModel(f"cannot read the config of the model '{name}': {error}") from error
     text = config.get_text_config()
     return (config.architectures or ["unknown"])[0], int(text.num_hidden_layers), int(text.hidden_size)
+
+
+@cache
+def template_parameters() -> frozenset[str]:
+    """The names that `apply_chat_template` and the rendering behind it take for themselves. Whatever else is given to
+    them is a variable of the template; these would replace the template, or what is made of its text."""
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    taken = {"messages"}
+    for function in (PreTrainedTokenizerBase.apply_chat_template, render_jinja_template):
+        taken |= {p.name for p in signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD}
+    return frozenset(taken)

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, mo
 from pydantic.fields import FieldInfo
 
 from steer import readout, spec
-from steer.chat import template_parameters
 from steer.errors import RequestError
+from steer.hf.load import template_parameters
 from steer.hf.sampling import Sampling
 from steer.serve import body, carriers, fields
 from steer.serve.fields import Unserved
@@ -107,12 +107,15 @@ class _Generation(BaseModel):
     def _few_texts(cls, value: Any) -> Any:
         return _texts(value)
 
-    @field_validator("logit_bias", mode="after")
+    @field_validator("logit_bias", mode="before")
     @classmethod
-    def _of_token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        for token, bias in (value or {}).items():
-            if not (token.isascii() and token.isdigit() and len(token) < 10 and abs(bias) <= 100):
-                raise Unserved([(token[:40], f"{bias:g} is not accepted: token ids, with numbers from -100 to 100")])
+    def _of_token_ids(cls, value: Any) -> Any:
+        """The first that is wrong, not thousands."""
+        for token, bias in value.items() if isinstance(value, dict) else ():
+            number = isinstance(bias, int | float) and not isinstance(bias, bool) and abs(bias) <= 100
+            if not (number and token.isascii() and token.isdigit() and len(token) < 10):
+                wrong = f"{spec.brief(bias)} is not accepted: token ids, with numbers from -100 to 100"
+                raise Unserved([(token[:40], wrong)])
         return value
 
     @property

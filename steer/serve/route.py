@@ -17,6 +17,8 @@ from steer.serve.body import BODY, SMALL, Gone, parse_body, read_body, understoo
 
 #: Bytes of a body that steers nothing.
 MAX_CONTROL = 16 * 1024
+#: Problems of one body that are told of.
+MAX_PROBLEMS = 16
 
 
 class Head:
@@ -50,6 +52,13 @@ class _Parsed(Request):
         return self._parsed
 
 
+def _checked(model: type[BaseModel], body: Any) -> BaseModel:
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(include_url=False)[:MAX_PROBLEMS]) from None
+
+
 class JsonRoute(APIRoute):
     """Its body is JSON. It is checked where it holds nobody up; FastAPI takes a checked one as it is."""
 
@@ -66,13 +75,11 @@ class JsonRoute(APIRoute):
                 if BODY not in request.scope:
                     data = await read_body(request.scope, request.receive, MAX_CONTROL)
                     request.scope[BODY] = parse_body(data)
-                body = await understood(partial(model.model_validate, request.scope[BODY]), size)
+                body = await understood(partial(_checked, model, request.scope[BODY]), size)
             except Gone:
                 return Response(status_code=400)
             except errors.HTTPProblem as error:
                 return errors.of(error)
-            except ValidationError as error:
-                raise RequestValidationError(error.errors(include_url=False)) from None
             return await handler(_Parsed(request, body))
 
         return handling

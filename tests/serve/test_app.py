@@ -12,7 +12,7 @@ import httpx
 import pytest
 import torch
 
-from steer.chat import template_parameters
+from steer.hf.load import template_parameters
 from tests import models
 from tests.servers import Server, receipt, text
 
@@ -171,12 +171,12 @@ def test_what_else_is_wrong(tiny_server: Server) -> None:
     error(tiny_server.chat(messages=[]), 400)
     error(tiny_server.chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]), 400)
     error(tiny_server.chat(top_logprobs=3), 400)
-    post = tiny_server.client.post
-    error(post("/v1/completions", content=b"{"), 400)
-    error(post("/v1/completions", content=b"[1]"), 400)
-    error(post("/v1/completions", content=b'{"model":"m","steer":"refusal","steer":"off"}'), 400)
-    error(post("/v1/completions", content=b"[" * 100_000), 400)
-    error(post("/v1/completions", content=b'{"prompt":"' + b"x" * 9 * 2**20 + b'"}'), 413)
+    post, kind = tiny_server.client.post, {"content-type": "application/json"}
+    error(post("/v1/completions", content=b"{", headers=kind), 400)
+    error(post("/v1/completions", content=b"[1]", headers=kind), 400)
+    error(post("/v1/completions", content=b'{"model":"m","steer":"refusal","steer":"off"}', headers=kind), 400)
+    error(post("/v1/completions", content=b"[" * 100_000, headers=kind), 400)
+    error(post("/v1/completions", content=b'{"prompt":"' + b"x" * 9 * 2**20 + b'"}', headers=kind), 413)
     assert text(tiny_server.complete()), "and the server lives"
 
 
@@ -315,7 +315,7 @@ def test_a_request_is_counted_before_work_is_done_for_it(tiny_server: Server) ->
 
 def test_json_says_that_it_is_json(tiny_server: Server) -> None:
     raw = json.dumps({"model": tiny_server.model_name, "prompt": "x", "max_tokens": 1}).encode()
-    for kind, says in ({}, "is missing"), ({"content-type": "text/plain"}, "'text/plain'; accepted: application/json"):
+    for kind, says in ({}, "application/json' (got none)"), ({"content-type": "text/plain"}, "(got 'text/plain')"):
         told = error(tiny_server.client.post("/v1/completions", content=raw, headers=kind), 415)
         assert says in told["message"]
     for kind in ("application/json", "Application/JSON; charset=utf-8"):

@@ -193,7 +193,7 @@ def test_whitened_discounts_what_varies_anyway(seed: int) -> None:
     """Two dimensions separate the classes alike, one of them is noisy: LDA's exact answer is known."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.tensor([4.0, 1.0]).double()
-    draws = [torch.randn(4000, 2, generator=generator, dtype=torch.float64) * noise for _ in range(2)]
+    draws = [torch.randn(400, 2, generator=generator, dtype=torch.float64) * noise for _ in range(2)]
     contrast = Contrast(sample(draws[0] + 9), sample(draws[1] + 12))
     row = make_method("whitened", {"shrinkage": 1e-6}).rows(contrast)[0]
     assert float(row @ unit(3 / noise**2)) >= 0.99

@@ -23,6 +23,8 @@ OPTIONS = (
     *("--served-model-name", "tiny"),
     *device.ARGUMENTS,
 )
+#: Of two ranks, or two engines.
+CORES = ("VLLM_CPU_OMP_THREADS_BIND", "0|1")
 MIDDLEWARE = ("--middleware", "steer.vllm.server.Middleware")
 
 
@@ -48,7 +50,7 @@ def check(server: Server, home: Home) -> None:
 
 @pytest.mark.skipif(device.GPUS == 1, reason="two ranks need two GPUs")
 def test_two_ranks_by_middleware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv(*CORES)
     home = Home.make("llama", tmp_path)
     with Server(*arguments(home, *MIDDLEWARE, "--tensor-parallel-size", "2"), command=COMMAND) as server:
         check(server, home)
@@ -59,6 +61,7 @@ def test_two_ranks_by_middleware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_two_engines_by_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both of `VLLM_PLUGINS`: the general plugin in every process, the routes in the server's."""
     monkeypatch.setenv("VLLM_PLUGINS", "steer")
+    monkeypatch.setenv(*CORES)
     home = Home.make("llama", tmp_path)
     options = ("--data-parallel-size", "2", "--api-server-count", "1", "--enforce-eager")
     with Server(*arguments(home, *options), command=COMMAND) as server:

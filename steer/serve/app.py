@@ -84,10 +84,13 @@ def build(served: Served) -> FastAPI:
         state = control.health() | {
             "status": "ok" if engine.healthy else "failed",
             "engine": engine.description,
-            "in_flight": engine.in_flight,
         }
         if control.caller(request.scope).manages:
-            state |= {"directions": len(registry.names()), "failed_directions": sorted(registry.failures)}
+            state |= {
+                "in_flight": engine.in_flight,
+                "directions": len(registry.names()),
+                "failed_directions": sorted(registry.failures),
+            }
         return JSONResponse(state, 200 if engine.healthy else 503)
 
     @app.get("/metrics", tags=["operation"], summary="Prometheus metrics")

@@ -31,19 +31,32 @@ log = logging.getLogger("steer")
 T = TypeVar("T")
 #: What `generate` takes where a model that is to be sampled does not say.
 TOP_K = 50
-#: Settings by which `generate` would choose other tokens, and which are not served.
-_LEFT_OUT = (
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "exponential_decay_length_penalty",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "min_length",
-    "min_new_tokens",
-    "no_repeat_ngram_size",
-    "sequence_bias",
-    "suppress_tokens",
-)
+#: Settings by which `generate` would choose other tokens and which are not served, with the value that changes nothing.
+_LEFT_OUT: dict[str, object] = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "diversity_penalty": 0.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1.0,
+    "max_time": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "penalty_alpha": 0.0,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "suppress_tokens": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "watermarking_config": None,
+}
 
 
 class Asked(Protocol):
@@ -96,16 +109,18 @@ class Generator:
         #: The characters that one token stands for at most, as the vocabulary writes it.
         self._longest = max(map(len, loaded.tokenizer.get_vocab()))
         generation = loaded.model.generation_config
-        greedy = generation.do_sample is False
+        #: How many tokens an answer has at most where the request does not say, or None: what the context allows.
+        self.most: int | None = generation.max_new_tokens
         self.defaults = Sampling(
             max_tokens=0,
-            temperature=0.0 if greedy else _or(generation.temperature, 1.0),
+            temperature=_or(generation.temperature, 1.0) if generation.do_sample else 0.0,
             top_p=_or(generation.top_p, 1.0),
-            top_k=_or(generation.top_k, TOP_K) if generation.do_sample else 0,
+            top_k=_or(generation.top_k, TOP_K if generation.do_sample else 0),
             min_p=_or(generation.min_p, 0.0),
             shape=Shape(repetition_penalty=_or(generation.repetition_penalty, 1.0)),
         )
-        if left := [name for name in _LEFT_OUT if getattr(generation, name, None)]:
+        left = [name for name, neutral in _LEFT_OUT.items() if getattr(generation, name, None) not in (None, neutral)]
+        if left:
             log.warning("settings of the model's generation_config.json that are not applied: %s", ", ".join(left))
 
     async def offload(self, request: Request, texts: Sequence[str | list[int]], param: str, work: Callable[[], T]) -> T:
@@ -139,7 +154,7 @@ class Generator:
         vocabulary = self.engine.steering.anatomy.vocabulary
         if (bad := next((t for t in prompt if not 0 <= t < vocabulary), None)) is not None:
             raise RequestError(f"token id {str(bad)[:40]} is outside the vocabulary of {vocabulary}", param=param)
-        return left if wanted is None else wanted
+        return min(left, self.most or left) if wanted is None else wanted
 
     def tokens(self, body: Asked) -> Sampling:
         """What a request says in tokens and in words, as a part of its `Sampling`. Raises RequestError for a token that

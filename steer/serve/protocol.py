@@ -63,7 +63,7 @@ class _Generation(BaseModel):
     stream: bool = Field(False, description="answer as server-sent events, a chunk for each piece of text")
     stream_options: StreamOptions | None = Field(None, description="`{include_usage}`")
     n: int = Field(1, ge=1, le=MAX_N, description="answers to each prompt")
-    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; default: the model's own")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; default: the model's, or else greedy")
     top_p: float | None = Field(None, gt=0, le=1, description="sample from the likeliest tokens of this probability")
     top_k: int | None = Field(
         None, ge=-1, le=MAX_COUNT, description="sample from this many likeliest tokens; 0 and -1 for all"

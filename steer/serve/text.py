@@ -8,6 +8,9 @@ from typing import Any
 
 #: What a tokenizer gives for bytes that are not yet a whole character.
 _INCOMPLETE = "\ufffd"
+#: So many tokens without a character are none's beginning: only an answer of broken characters or of special tokens has
+#: them, and it would be decoded from its first token at every new one.
+_LATE = 64
 
 
 class TextStream:
@@ -29,11 +32,14 @@ class TextStream:
             return ""
         self._ids.append(token)
         whole = self._decode(self._start, len(self._ids))
-        if whole.endswith(_INCOMPLETE):
+        late = len(self._ids) - self._read > _LATE
+        if whole.endswith(_INCOMPLETE) and not late:
             return ""
         new = whole[len(self._decode(self._start, self._read)) :]
         if new:  # a token without text (a special one) is no neighbour that the next could be decoded beside
             self._start, self._read = self._read, len(self._ids)
+        elif late:
+            del self._ids[self._read :]
         return self._until_stop(new)
 
     def finish(self) -> str:

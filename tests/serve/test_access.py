@@ -111,7 +111,9 @@ def test_health_needs_no_key_and_tells_nothing(server: Server) -> None:
     assert told.status_code == 200
     assert "refusal" not in told.text
     assert (told.json()["steering"], told.json()["policy"], told.json()["audit"]) == ("on", "ok", "ok")
-    assert "failed_directions" in server.client.get("/health", headers=bearer("all")).json()
+    of_others = {"directions", "failed_directions", "in_flight"}
+    assert not of_others & set(told.json())
+    assert of_others <= set(server.client.get("/health", headers=bearer("all")).json())
 
 
 def test_the_key_may_come_as_anthropics_clients_send_it(server: Server) -> None:

@@ -214,7 +214,7 @@ def test_an_aborted_answer_is_an_error_to_the_openai_client(tiny_folder: Path, t
         switch(server, False)
         thread.join()
         assert answers == [(503, "steering_off")]
-        eventually(lambda: server.client.get("/health").json()["in_flight"] == 0)
+        eventually(lambda: server.client.get("/health", headers=bearer("all")).json()["in_flight"] == 0)
 
 
 def test_what_a_key_with_required_directions_gets_while_steering_is_off(tmp_path: Path) -> None:

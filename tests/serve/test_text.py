@@ -251,3 +251,22 @@ def test_stop_strings_cost_time_that_is_linear_in_the_text() -> None:
     assert Counting.steps <= len(text)
     assert made <= 6003
     assert not stream.stopped
+
+
+@pytest.mark.parametrize("token", ["<eos>", "\u00a5", "a"], ids=["special", "broken", "letter"])
+def test_decoding_costs_what_is_linear_in_the_tokens(token: str) -> None:
+    """Counted in tokens, of answers whose text never comes, is never whole, or is as usual."""
+
+    class Counting:
+        decoded = 0
+
+        def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+            Counting.decoded += len(ids)
+            return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    tokenizer = byte_level()
+    length = 2000
+    ids = [tokenizer.convert_tokens_to_ids(token)] * length
+    stream = TextStream(Counting())
+    assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids, skip_special_tokens=True)
+    assert Counting.decoded < 300 * length

@@ -1,0 +1,90 @@
+"""A request that says nothing gets what the model's own generation settings say, as `generate` applies them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from fastapi.testclient import TestClient
+
+from steer.serve.app import build
+from steer.serve.run import prepare
+from steer.settings import ServeSettings
+
+PROMPT = [5, 6, 7, 0, 9, 11]
+
+
+@contextmanager
+def served(tiny: Path, folder: Path, **generation: Any) -> Iterator[tuple[TestClient, Path]]:
+    """The app on the tiny model with that generation_config.json, and the model's folder."""
+    made = folder / "with-settings"
+    shutil.copytree(tiny, made)
+    (made / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "pad_token_id": 0} | generation))
+    (folder / "directions").mkdir()
+    serving = prepare(str(made), ServeSettings(directions=folder / "directions"))
+    with TestClient(build(serving), "http://127.0.0.1", raise_server_exceptions=False) as client:
+        try:
+            yield client, made
+        finally:
+            serving.engine.stop()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_new_tokens": 9},
+        {"max_new_tokens": 9, "temperature": 0.6, "top_p": 0.9},
+        {"max_new_tokens": 9, "repetition_penalty": 1.4},
+        {"max_new_tokens": 9, "do_sample": True, "top_k": 1, "repetition_penalty": 1.4},
+    ],
+    ids=["nothing", "a temperature that is not used", "repetition penalty", "sampled of one"],
+)
+def test_a_request_that_says_nothing_gets_what_generate_makes(
+    tiny_folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    with served(tiny_folder, tmp_path, **settings) as (client, folder):
+        answer = client.post("/v1/completions", json={"model": folder.name, "prompt": PROMPT, "max_tokens": 9}).json()
+    model = tf.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([PROMPT])
+    right = model.generate(ids, attention_mask=torch.ones_like(ids))[0, len(PROMPT) :]
+    assert answer["choices"][0]["text"] == tokenizer.decode(right, skip_special_tokens=True)
+    assert answer["usage"]["completion_tokens"] == len(right)
+
+
+def test_what_a_request_says_goes_before(tiny_folder: Path, tmp_path: Path) -> None:
+    with served(tiny_folder, tmp_path, max_new_tokens=4) as (client, folder):
+        body = {"model": folder.name, "prompt": PROMPT, "ignore_eos": True}
+        chat = {"model": folder.name, "messages": [{"role": "user", "content": "hello"}], "ignore_eos": True}
+        short = client.post("/v1/chat/completions", json=chat).json()
+        said = client.post("/v1/chat/completions", json=chat | {"max_tokens": 12}).json()
+        sampled = {
+            client.post("/v1/completions", json=body | {"temperature": 2, "seed": seed}).json()["choices"][0]["text"]
+            for seed in range(8)
+        }
+    assert short["usage"]["completion_tokens"] == 4
+    assert said["usage"]["completion_tokens"] == 12
+    assert len(sampled) > 1
+
+
+def test_settings_that_are_not_applied_are_told(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = {"no_repeat_ngram_size": 3, "do_sample": True, "typical_p": 0.5, "num_beams": 1, "min_length": 0}
+    with caplog.at_level(logging.WARNING, "steer"), served(tiny_folder, tmp_path, **more):
+        pass
+    (told,) = [record.getMessage() for record in caplog.records if "generation_config" in record.getMessage()]
+    assert told.endswith("not applied: no_repeat_ngram_size, typical_p")
+
+
+def test_the_default_name_of_a_folder_is_its_last_part(tiny_folder: Path, tmp_path: Path) -> None:
+    with served(tiny_folder, tmp_path) as (client, _):
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]][:1] == ["with-settings"]

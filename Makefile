@@ -35,10 +35,11 @@ fit: $(VENV)/serve
 # What docs/study.md says: the models, and every arm on every one of them. Given again, it goes on where it was.
 study: $(VENV)/test
 	mkdir -p $(STUDY)/variants $(STUDY)/demo
-	$(BIN)/python -m steer.demo.variants --out $(STUDY)/models
-	$(BIN)/steer study $(STUDY)/models/*-*/model -o $(STUDY)/variants --most 48 --max-tokens 24 --source-layers 4 \
-		--batch-size 256
-	$(BIN)/steer study steer/demo/model -o $(STUDY)/demo --most 48 --max-tokens 48 --source-layers 4 --batch-size 128
+	$(BIN)/python -m experiments.demo_model.variants --out $(STUDY)/models
+	$(BIN)/python -m experiments.slerp_study $(STUDY)/models/*-*/model -o $(STUDY)/variants \
+		--most 48 --max-tokens 24 --source-layers 4 --batch-size 256
+	$(BIN)/python -m experiments.slerp_study steer/demo/model -o $(STUDY)/demo \
+		--most 48 --max-tokens 48 --source-layers 4 --batch-size 128
 
 bench: $(VENV)/vllm
 	$(BIN)/python -m benchmarks

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.results import FOLDER, Result
-from steer.direction import MODES
+from steer.names import MODES
 from steer.runtime.index import RequestSteer, TokenIndex
 from steer.runtime.table import Place, Table, apply
 

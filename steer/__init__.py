@@ -8,24 +8,25 @@ with steering("refusal"):
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from steer._version import __version__
-from steer.direction import Direction, DirectionMeta
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
+    from steer.direction import Direction, DirectionMeta
     from steer.hf.api import attach
 
 __all__ = ["Direction", "DirectionMeta", "SteerError", "__version__", "attach"]
 
+_HOME = {"Direction": "steer.direction", "DirectionMeta": "steer.direction", "attach": "steer.hf.api"}
+
 
 def __getattr__(name: str) -> object:
-    """`attach`, when it is asked for: what it imports would be a server's and a command's cost too."""
-    if name == "attach":
-        from steer.hf.api import attach
-
-        return attach
+    """What needs torch, when it is asked for: importing that takes seconds, and `steer --help` needs none of it."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

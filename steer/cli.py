@@ -5,31 +5,78 @@ from __future__ import annotations
 
 import inspect
 import logging
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+from pydantic.fields import FieldInfo
 
 from steer import operate
+from steer._version import __version__
 from steer.console import echo_json, quiet_libraries, reported
 from steer.errors import InvalidInput
-from steer.lab import commands, export_commands, search_commands, study_commands
+from steer.lab import commands, export_commands, search_commands
 from steer.lab.evaluation import command as evaluation
 from steer.settings import ServeSettings, served_name
 
 app = typer.Typer(
     help="Serve a language model plain or with a behaviour direction removed, switched per request.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 120},
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= 100 else None,  # its columns need room
 )
+
+#: Under which heading `steer serve --help` lists an option; the rest is about who may steer.
+PANELS = {
+    "Model": ("backend", "dtype", "device", "revision", "context", "cache_tokens"),
+    "Steering": ("directions", "default_steer", "sites", "rows", "rank", "readout", "steering"),
+    "Server": ("host", "port", "served_model_name", "max_requests", "max_body", "drain", "cors_origins", "log_level"),
+}
 
 
 def main() -> None:
     app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"steer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def option_of(name: str, field: FieldInfo) -> Any:
+    """The command-line option for a field of settings: its type, range, choices, default and environment variable.
+
+    It is None where neither the command line nor the environment gives it.
+    """
+    kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
+    kind: Any = field.annotation if get_origin(field.annotation) is Literal else kinds[0]
+    limits = {what: getattr(rule, what) for rule in field.metadata for what in ("ge", "le") if hasattr(rule, what)}
+    default = field.get_default()
+    return Annotated[
+        kind | None,
+        typer.Option(
+            help=field.description,
+            show_default=False if default in (None, "") else str(default),
+            envvar=f"STEER_{name.upper()}",
+            min=limits.get("ge"),
+            max=limits.get("le"),
+            rich_help_panel=next((panel for panel, names in PANELS.items() if name in names), "Access control"),
+        ),
+    ]
 
 
 def with_settings(settings: type[ServeSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -38,13 +85,10 @@ def with_settings(settings: type[ServeSettings]) -> Callable[[Callable[..., None
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(command, include_extras=True)
         own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values()][:-1]
-        options = []
-        for name, field in settings.model_fields.items():
-            default = field.get_default()
-            shown = f"{field.description} [default: {default}]" if default is not None else str(field.description)
-            option = typer.Option(help=shown, show_default=False)
-            kind: Any = Annotated[bool | None, option] if field.annotation is bool else Annotated[str | None, option]
-            options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+        options = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option_of(name, field))
+            for name, field in settings.model_fields.items()
+        ]
 
         def run(*args: Any, **kwargs: Any) -> None:
             given = {name: kwargs.pop(name) for name in settings.model_fields}
@@ -154,7 +198,6 @@ commands.register(app)
 export_commands.register(app)
 evaluation.register(app)
 search_commands.register(app)
-study_commands.register(app)
 operate.add_to(app)
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -38,11 +37,7 @@ from torch import Tensor
 from steer._version import __version__
 from steer.errors import DirectionError
 from steer.geometry import angle
-
-Mode = Literal["ablate", "add", "affine", "one_sided"]
-Site = Literal["resid_post", "writers"]
-MODES: tuple[Mode, ...] = get_args(Mode)
-SITES: tuple[Site, ...] = get_args(Site)
+from steer.names import MAX_STRENGTH, MODES, Mode, Site
 
 SUFFIX = ".safetensors"
 #: A file of 128 layers × 16384 with k = 2 has about 50 MB.
@@ -50,11 +45,6 @@ MAX_BYTES = 256 * 2**20
 UNIT_TOLERANCE = 1e-4
 #: Of any value: products and norms of larger ones overflow float32, and NaN would get into the stream.
 MAX_VALUE = 1e15
-#: Full removal is 1; more than this is a mistake, not a wish.
-MAX_STRENGTH = 10.0
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_RESERVED = {"off", "none", "null", "false", "true"}
 
 
 class Dataset(BaseModel):
@@ -232,17 +222,6 @@ class Direction:
 def digest(data: bytes) -> str:
     """The identity of a direction file: sha256 of its bytes, in hex."""
     return hashlib.sha256(data).hexdigest()
-
-
-def check_name(name: str) -> str:
-    """A direction's name: it goes into file names, model names and headers. Raises DirectionError."""
-    if not _NAME.fullmatch(name) or name.lower() in _RESERVED:
-        raise DirectionError(
-            f"direction name {name[:80]!r} is not acceptable: 1 to 64 letters, digits, '.', '_' or '-', beginning with "
-            f"a letter or digit, and none of {', '.join(sorted(_RESERVED))}",
-            param="name",
-        )
-    return name
 
 
 def check_fits(direction: Direction, *, d_model: int, layers: int, architecture: str) -> None:

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from steer.direction import SUFFIX, Direction, check_name, digest, read_file, write_file
+from steer.direction import SUFFIX, Direction, digest, read_file, write_file
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, printable
 from steer.follow import Follower
+from steer.names import check_name
 from steer.spec import Entry, Spec, Wanted
 
 log = logging.getLogger("steer")

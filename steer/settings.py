@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from steer.direction import SITES, Site
+from steer.names import SITES, Site
 from steer.spec import parse
 
 #: Seconds that an idle connection is kept: longer than clients keep theirs (httpx, and with it `openai`: 5), so that

@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-from steer.direction import MAX_STRENGTH, MODES, Mode, check_name
 from steer.errors import DirectionError, SpecError
+from steer.names import MAX_STRENGTH, MODES, Mode, check_name
 
 MAX_ITEMS = 16
 #: Characters of a spec as text: nothing that could be accepted is longer.

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import transformers as tf
 
-from steer.direction import Direction, DirectionMeta, Mode, Site
+from steer.direction import Direction, DirectionMeta
 from steer.hf.load import attention_for
+from steer.names import Mode, Site
 
 D_MODEL, LAYERS, VOCABULARY = 64, 3, 128
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from steer._version import __version__
 from steer.direction import Direction
 from steer.lab.evaluation.report import Report
 from steer.lab.measurement import Measurement
@@ -38,6 +39,40 @@ def test_help_has_every_setting() -> None:
     shown = run("serve", "--help").stdout
     for name in ServeSettings.model_fields:
         assert f"--{name.replace('_', '-')}"[:20] in shown
+
+
+def test_help_costs_no_torch_and_no_transformers() -> None:
+    """Importing them takes seconds, and no help, version or completion needs them."""
+    program = "import sys, steer.cli; print(sorted({'torch', 'transformers', 'vllm', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_version_is_said() -> None:
+    assert run("--version").stdout.strip() == f"steer {__version__}"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_every_shell_completes(shell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    assert "steer" in run("--show-completion", shell).stdout
+
+
+def test_serve_says_of_each_option_its_type_default_and_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = run("serve", "--help").stdout
+    for words in ("0<=x<=65535", "(8000)", "STEER_PORT", "auto|transformers|vllm", "Access control"):
+        assert words in shown, words
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 200])
+def test_help_is_readable_at_any_width(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No option's name is cut."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = run("serve", "--help").stdout
+    assert all(len(line) <= max(width, 60) for line in shown.splitlines())
+    for name in ServeSettings.model_fields:
+        assert f"--{name.replace('_', '-')}" in shown
 
 
 def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:

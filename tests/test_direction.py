@@ -22,8 +22,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from steer import direction as module
-from steer.direction import Direction, DirectionMeta, check_fits, check_name, digest, read_file, write_file
+from steer.direction import Direction, DirectionMeta, check_fits, digest, read_file, write_file
 from steer.errors import DirectionError
+from steer.names import check_name
 from tests import models
 
 law = settings(deadline=None, max_examples=40)

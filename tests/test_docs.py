@@ -14,7 +14,7 @@ import pytest
 from typer.main import get_command
 
 from docs import api
-from steer.cli import app
+from experiments.slerp_study.__main__ import app as study
 from steer.serve.protocol import ChatRequest, CompletionRequest
 from steer.serve.readout import ReadLine, ReadReport
 from tests.servers import ROOT
@@ -83,8 +83,8 @@ def test_make_study_is_commands_that_exist(tmp_path: Path) -> None:
     (block,) = blocks_of((ROOT / "docs/study.md").read_text(), "sh")
     target = block.split()[1]
     told = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    commands = [shlex.split(line) for line in told.replace("\\\n", " ").splitlines() if "/steer study " in line]
+    lines = told.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line) for line in lines if " experiments.slerp_study " in line]
     assert len(commands) == 2
     for command in commands:
-        known = get_command(app).commands["study"]  # type: ignore[attr-defined]
-        known.make_context("study", command[2:])
+        get_command(study).make_context("study", command[3:])

@@ -24,8 +24,9 @@ from hypothesis.stateful import (
 )
 
 from steer import readout
-from steer.direction import MODES, Direction, digest
+from steer.direction import Direction, digest
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
+from steer.names import MODES
 from steer.readout import Readout, ReadWanted
 from steer.registry import Admission, Registry
 from steer.runtime.index import PLAIN, TokenIndex

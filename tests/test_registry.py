@@ -14,8 +14,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from steer.direction import Direction, Mode, Site, digest
+from steer.direction import Direction, digest
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
+from steer.names import Mode, Site
 from steer.registry import Admission, Move, Registry
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.table import Place, Table

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from steer.direction import MODES, Mode
 from steer.errors import SpecError
+from steer.names import MODES, Mode
 from steer.spec import MAX_ITEMS, MAX_STRENGTH, Entry, Spec, Wanted, parse, text
 
 law = settings(deadline=None, max_examples=100)

@@ -33,7 +33,11 @@ def test_the_wheel_serves_the_demo_model_from_anywhere(tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(installed)
     assert (installed / "steer" / "demo" / "model" / "model.safetensors").exists()
     assert (installed / "steer" / "py.typed").exists()
-    assert not (installed / "tests").exists()
+    folders = {path.name for path in installed.iterdir() if path.is_dir() and path.suffix != ".dist-info"}
+    assert folders == {"steer"}
+    (about,) = installed.glob("*.dist-info")
+    assert "License-Expression: Apache-2.0" in (about / "METADATA").read_text()
+    assert list(about.rglob("LICENSE"))
     folder = tmp_path / "directions"
     folder.mkdir()
     program = "import steer, sys; from steer.cli import main; print(steer.__file__); sys.argv[0] = 'steer'; main()"
@@ -47,3 +51,17 @@ def test_the_wheel_serves_the_demo_model_from_anywhere(tmp_path: Path) -> None:
             assert "playground/app.js" in server.client.get("/").text
     finally:
         del os.environ["PYTHONPATH"]
+
+
+def test_a_clone_named_steer_does_not_shadow_an_editable_install(tmp_path: Path) -> None:
+    """Its files are a path entry, and of path entries one with a package goes before a folder of that name."""
+    program = f"from setuptools import build_meta; print(build_meta.build_editable({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=300, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        (entry,) = [name for name in packed.namelist() if name.endswith((".pth", ".py"))]
+        assert packed.read(entry).decode().strip() == str(ROOT)
+    (tmp_path / "steer").mkdir()
+    where = [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT)!r}); import steer; print(steer.__file__)"]
+    found = subprocess.run(where, cwd=tmp_path, check=True, timeout=300, capture_output=True, text=True).stdout.strip()
+    assert Path(found) == ROOT / "steer" / "__init__.py"

@@ -12,9 +12,9 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from steer.direction import Site
 from steer.errors import InvalidInput, NotFinite, UnsupportedModel
 from steer.hf import internals
+from steer.names import Site
 from steer.runtime import proof
 from steer.runtime import sites as site_tools
 from steer.runtime.index import RequestSteer, TokenIndex

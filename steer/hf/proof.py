@@ -22,12 +22,12 @@ import transformers.generation.utils
 from torch import Tensor
 
 import steer
-from steer.direction import MODES
 from steer.errors import EngineFailed, UnsupportedModel
 from steer.hf import internals
 from steer.hf.attach import PROBE_TOKENS
 from steer.hf.engine import Engine
 from steer.hf.sampling import Sampling, Token
+from steer.names import MODES
 from steer.runtime.index import RequestSteer
 from steer.runtime.table import Table
 

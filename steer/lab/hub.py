@@ -6,8 +6,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 
-from steer.direction import Direction, check_name, digest, read_file, write_file
+from steer.direction import Direction, digest, read_file, write_file
 from steer.errors import SteerError
+from steer.names import check_name
 
 
 def card(direction: Direction, name: str, sha256: str) -> ModelCard:

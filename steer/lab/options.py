@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import BaseModel, Field
 
-from steer.direction import Mode, Site
 from steer.errors import InvalidInput
+from steer.names import Mode, Site
 
 Model = Annotated[str, typer.Argument(help="local folder or hub id")]
 Harmful = Annotated[str, typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[:SPLIT[:COLUMN]]")]

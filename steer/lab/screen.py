@@ -9,8 +9,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from steer.direction import Direction, Mode
+from steer.direction import Direction
 from steer.errors import InvalidInput
+from steer.names import Mode
 
 T = TypeVar("T")
 

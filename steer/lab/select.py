@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from steer.direction import Direction, Mode
+from steer.direction import Direction
 from steer.errors import DegenerateError, InvalidInput
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.derive import Recipe, check_needs, derive, separated, source_layer
@@ -20,6 +20,7 @@ from steer.lab.methods import Method
 from steer.lab.prompts import PromptSet
 from steer.lab.race import Figures, Race, Sets
 from steer.lab.screen import Candidate, MakeScreen, first_tokens
+from steer.names import Mode
 
 log = logging.getLogger("steer")
 #: Prompts of each class that candidates are tried on, and tokens of their answers.

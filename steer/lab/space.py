@@ -11,13 +11,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from steer.direction import Mode
 from steer.errors import InvalidInput
 from steer.lab.derive import Recipe, check_needs, derive
 from steer.lab.measurement import Measurement
 from steer.lab.methods import METHODS, make_method
 from steer.lab.screen import Candidate
 from steer.lab.select import layers_of
+from steer.names import Mode
 
 Parameter = str | float | int
 

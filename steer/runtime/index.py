@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.direction import MODES
+from steer.names import MODES
 from steer.runtime.combine import ALONE, Combination, Combinations
 from steer.runtime.memory import Lane, Mark, lane_to, lasting
 

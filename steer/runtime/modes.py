@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steer.direction import Direction, Mode
+from steer.direction import Direction
 from steer.errors import SpecError
+from steer.names import Mode
 from steer.runtime.op import FLOOR, GAMMA, RHO, WEIGHT
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from steer.direction import MAX_STRENGTH, Direction, check_fits
+from steer.direction import Direction, check_fits
 from steer.errors import DirectionError
+from steer.names import MAX_STRENGTH
 from steer.runtime.modes import check_mode
 from steer.runtime.table import Table
 from steer.spec import Entry

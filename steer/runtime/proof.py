@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer.direction import MODES, Site
+from steer.names import MODES, Site
 from steer.runtime.index import RequestSteer
 from steer.runtime.op import amount
 from steer.runtime.sites import hooks

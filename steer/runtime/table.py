@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.direction import MODES, Direction, Mode, Site
+from steer.direction import Direction
 from steer.errors import NoRoom
+from steer.names import MODES, Mode, Site
 from steer.runtime.combine import Combination, Combinations
 from steer.runtime.index import RequestSteer
 from steer.runtime.memory import lasting

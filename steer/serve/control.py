@@ -20,9 +20,9 @@ from typing import Any
 from starlette.types import Scope
 
 from steer._version import __version__
-from steer.direction import MAX_STRENGTH, MODES
 from steer.errors import InvalidInput, printable
 from steer.follow import STALLED, Follower
+from steer.names import MAX_STRENGTH, MODES
 from steer.registry import Move, Registry
 from steer.serve import carriers, errors, metrics, policy
 from steer.serve.access import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden

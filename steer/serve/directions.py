@@ -9,8 +9,9 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
-from steer.direction import MAX_BYTES, check_name
+from steer.direction import MAX_BYTES
 from steer.errors import NoRoom, SteerError, UnknownDirection
+from steer.names import check_name
 from steer.registry import Registry, Version
 from steer.serve import errors
 from steer.serve.access import Caller

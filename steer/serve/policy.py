@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from steer.direction import MAX_STRENGTH, MODES, Mode, check_name
 from steer.errors import DirectionError, InvalidInput, SpecError
+from steer.names import MAX_STRENGTH, MODES, Mode, check_name
 from steer.serve.keys import Keyring, is_stored
 from steer.spec import Wanted, parse
 

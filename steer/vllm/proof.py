@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.direction import Direction, DirectionMeta, Mode, Site
+from steer.direction import Direction, DirectionMeta
 from steer.errors import UnsupportedModel
+from steer.names import Mode, Site
 from steer.runtime.table import EMBEDDING, Place
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from steer.direction import Site
+from steer.names import Site
 from steer.runtime.index import TokenIndex
 from steer.runtime.memory import lasting
 from steer.runtime.readout import AFTER, BEFORE, components

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from steer.direction import Site
 from steer.errors import InvalidInput, UnsupportedModel
+from steer.names import Site
 from steer.settings import ControlSettings, ServeSettings
 from steer.spec import parse
 

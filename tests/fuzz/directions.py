@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from steer.direction import MODES, Direction
+from steer.direction import Direction
+from steer.names import MODES
 from steer.runtime.modes import coefficients
 from steer.runtime.op import displacement
 from tests import models

@@ -19,13 +19,13 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from steer.direction import MODES, Mode
 from steer.errors import EngineFailed, NoRoom, NotFinite, RequestFailed, UnsupportedModel
 from steer.hf import batching, internals
 from steer.hf.attach import Steering
 from steer.hf.batching import BatchingEngine, start_engine
 from steer.hf.engine import Engine, SequentialEngine
 from steer.hf.sampling import Sampling, Token
+from steer.names import MODES, Mode
 from steer.runtime.index import RequestSteer, TokenIndex
 from steer.runtime.readout import RequestRead
 from steer.spec import Entry, Spec

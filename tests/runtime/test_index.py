@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer.direction import MODES
+from steer.names import MODES
 from steer.runtime.combine import Combination
 from steer.runtime.index import PLAIN, STAGES, RequestSteer, TokenIndex
 from steer.runtime.readout import ReadIndex, RequestRead

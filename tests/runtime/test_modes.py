@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from steer.direction import MODES, Direction, Mode
+from steer.direction import Direction
 from steer.errors import SpecError
+from steer.names import MODES, Mode
 from steer.runtime.modes import check_mode, coefficients, embedding_coefficients
 from steer.runtime.op import FLOOR, GAMMA, RHO, WEIGHT, displacement
 from tests import models

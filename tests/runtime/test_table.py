@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steer.direction import MODES, Mode, Site
 from steer.errors import NoRoom
+from steer.names import MODES, Mode, Site
 from steer.runtime.index import TokenIndex
 from steer.runtime.modes import coefficients, embedding_coefficients
 from steer.runtime.op import FLOOR, amount

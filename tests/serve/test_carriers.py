@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer.direction import MODES, Direction
+from steer.direction import Direction
 from steer.errors import SpecError, UnknownDirection
+from steer.names import MODES
 from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.table import Place, Table

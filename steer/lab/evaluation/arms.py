@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steer.direction import MAX_STRENGTH, MODES, Direction, Mode, digest, read_file
+from steer.direction import Direction, digest, read_file
 from steer.errors import InvalidInput
 from steer.lab.screen import Candidate, Screen
+from steer.names import MAX_STRENGTH, MODES, Mode
 from steer.runtime.modes import check_mode
 
 PLAIN = "plain"

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from steer import __version__
-from steer.direction import Dataset, Mode
+from steer.direction import Dataset
 from steer.lab.statistics import Estimate, wilson
+from steer.names import Mode
 
 
 class Part(BaseModel):

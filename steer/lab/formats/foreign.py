@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steer.direction import Direction, DirectionMeta, Mode
+from steer.direction import Direction, DirectionMeta
 from steer.errors import DegenerateError, InvalidInput
 from steer.geometry import orthonormalise
 from steer.lab.measurement import ModelFacts
+from steer.names import Mode
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from steer.demo import PROMPTS, language
+from experiments.demo_model import language
+from steer.demo import PROMPTS
 from steer.errors import InvalidInput
 from steer.lab.evaluation.expected import Expected, read_expected, right
 from steer.lab.prompts import Conversation, read_prompts

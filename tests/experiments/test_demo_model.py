@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from steer.demo import MODEL, PROMPTS, language
-from steer.demo.train import save_prompts
+from experiments.demo_model import language
+from experiments.demo_model.train import save_prompts
+from steer.demo import MODEL, PROMPTS
 from steer.direction import Direction
 from steer.geometry import projected_direction
 from steer.hf.attach import Steering

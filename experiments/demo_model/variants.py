@@ -1,8 +1,9 @@
 """Train the study's models: small ones that differ in one property each, of which it is said that it decides how a
 direction is best made.
 
-`python -m steer.demo.variants --out FOLDER` writes `FOLDER/VARIANT-SEED/` with `model`, `prompts` and `variant.json`,
-which says whether the model learned its task and what was measured of its property. What is there is not made again.
+`python -m experiments.demo_model.variants --out FOLDER` writes `FOLDER/VARIANT-SEED/` with `model`, `prompts` and
+`variant.json`, which says whether the model learned its task and what was measured of its property. What is there
+is not made again.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from steer.demo import language, words
-from steer.demo.train import (
+from experiments.demo_model import language, words
+from experiments.demo_model.train import (
     NormRatio,
     Phase,
     Recipe,

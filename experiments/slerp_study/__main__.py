@@ -1,4 +1,4 @@
-"""The command `steer study`."""
+"""The command `python -m experiments.slerp_study MODELS -o FOLDER`."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def study(
     log_warnings()
     quiet_libraries()
     with reported():
-        from steer.lab.study.run import study as run
-        from steer.lab.study.run import subjects
+        from experiments.slerp_study.run import study as run
+        from experiments.slerp_study.run import subjects
 
         choices = Choices.model_validate({"batch_size": batch_size})
         check_folder(output)
@@ -57,5 +57,8 @@ def study(
     typer.echo(f"wrote {output / 'report.md'}: {len(report['models'])} models")
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(study)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(study)
+
+if __name__ == "__main__":
+    app()

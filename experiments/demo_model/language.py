@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import product
 from typing import Literal, TypeAlias
 
-from steer.demo import words
+from experiments.demo_model import words
 
 Class: TypeAlias = Literal["refused", "harmless", "borderline"]
 Split: TypeAlias = Literal["train", "test"]

@@ -12,6 +12,12 @@ from typing import Any
 
 import torch
 
+from experiments.slerp_study import pictures
+from experiments.slerp_study.ledger import Ledger
+from experiments.slerp_study.pages import markdown
+from experiments.slerp_study.sets import Sets, read_sets
+from experiments.slerp_study.summary import group_figures, model_figures, over_models
+from experiments.slerp_study.trial import AT_ONCE, CHOOSING, MOST_LAYERS, Trial
 from steer._version import __version__
 from steer.errors import InvalidInput
 from steer.hf.attach import Steering
@@ -21,12 +27,6 @@ from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.probe import Probe
 from steer.lab.source import TransformersSource
-from steer.lab.study import pictures
-from steer.lab.study.ledger import Ledger
-from steer.lab.study.pages import markdown
-from steer.lab.study.sets import Sets, read_sets
-from steer.lab.study.summary import group_figures, model_figures, over_models
-from steer.lab.study.trial import AT_ONCE, CHOOSING, MOST_LAYERS, Trial
 from steer.lab.tally import Keep
 
 

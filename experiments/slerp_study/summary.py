@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.slerp_study.arms import ARTICLE, LINEAR, MODES, Arm
+from experiments.slerp_study.trial import Chosen, Trial
 from steer.errors import DegenerateError
 from steer.geometry import angle, linear_t, unit
 from steer.lab.measurement import Measurement
 from steer.lab.statistics import Estimate, difference_of_means, difference_of_rates, holm, mcnemar, over_seeds, wilson
-from steer.lab.study.arms import ARTICLE, LINEAR, MODES, Arm
-from steer.lab.study.trial import Chosen, Trial
 
 #: Each outcome: of which class, what is counted.
 RATES = {

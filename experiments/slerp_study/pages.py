@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from steer.lab.study.arms import ARTICLE, LINEAR, PROJECTED
+from experiments.slerp_study.arms import ARTICLE, LINEAR, PROJECTED
 
 Report = Mapping[str, Any]
 #: Columns of outcomes: key, heading.

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.slerp_study.arms import ARTICLE, LINEAR, PROJECTED, SLERP, SWEPT, TS
 from steer.lab.plots import COLOURS, MARKERS, Compared, Curve, Point, cosines, curves, forest, front, histogram, picture
-from steer.lab.study.arms import ARTICLE, LINEAR, PROJECTED, SLERP, SWEPT, TS
 
 Report = Mapping[str, Any]
 #: What a t sweep shows, with what is written at its axis.

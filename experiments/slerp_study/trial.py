@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from experiments.slerp_study.arms import METHODS, MODES, STRENGTHS, SWEPT, ZEROED, Arm
+from experiments.slerp_study.ledger import Ledger
+from experiments.slerp_study.sets import Sets
 from steer.direction import Direction
 from steer.errors import DegenerateError
 from steer.lab.behaviour import Behaviour
@@ -20,9 +23,6 @@ from steer.lab.measurement import Measurement
 from steer.lab.race import Figures
 from steer.lab.screen import Candidate, Screen, answers_of_each, divergences_of_each, parts
 from steer.lab.select import Entrant, best
-from steer.lab.study.arms import METHODS, MODES, STRENGTHS, SWEPT, ZEROED, Arm
-from steer.lab.study.ledger import Ledger
-from steer.lab.study.sets import Sets
 
 T = TypeVar("T")
 #: Prompts of each class that layers are chosen on.

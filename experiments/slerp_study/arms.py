@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steer.direction import Mode
 from steer.lab.derive import Recipe
 from steer.lab.methods import Method
 from steer.lab.methods.biprojected import Biprojected
 from steer.lab.methods.linear import Linear
 from steer.lab.methods.slerp import Slerp
 from steer.lab.methods.whitened import Whitened
+from steer.names import Mode
 
 #: The slerp family's t. At 0 it is `projected`, row for row, so that is no method of its own here.
 TS = tuple(n / 4 for n in range(9))

@@ -11,9 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from steer.demo import language, variants
-from steer.demo.train import Batch, NormRatio, Phase, Recipe, batch, loss_of, make_model, make_tokenizer, plant_outlier
-from steer.demo.variants import CONTROL, VARIANTS, recipe
+from experiments.demo_model import language, variants
+from experiments.demo_model.train import (
+    Batch,
+    NormRatio,
+    Phase,
+    Recipe,
+    batch,
+    loss_of,
+    make_model,
+    make_tokenizer,
+    plant_outlier,
+)
+from experiments.demo_model.variants import CONTROL, VARIANTS, recipe
 from steer.runtime.sites import hooks, on_output
 
 

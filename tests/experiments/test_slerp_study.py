@@ -15,16 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from steer.cli import app
+from experiments.slerp_study.__main__ import app
+from experiments.slerp_study.arms import METHODS, MODES, SLERP, TS
+from experiments.slerp_study.ledger import Ledger
+from experiments.slerp_study.run import subjects
+from experiments.slerp_study.sets import read_sets
+from experiments.slerp_study.summary import group_figures, group_of
+from experiments.slerp_study.trial import Trial
 from steer.errors import InvalidInput
 from steer.geometry import angle, linear_direction, linear_t, slerp_direction, unit
 from steer.lab.screen import Candidate
-from steer.lab.study.arms import METHODS, MODES, SLERP, TS
-from steer.lab.study.ledger import Ledger
-from steer.lab.study.run import subjects
-from steer.lab.study.sets import read_sets
-from steer.lab.study.summary import group_figures, group_of
-from steer.lab.study.trial import Trial
 from tests import models
 
 SETS = {
@@ -53,7 +53,7 @@ def saved(folder: Path, label: str, seed: int = 0) -> Path:
 
 
 def study(*arguments: Any) -> str:
-    result = CliRunner().invoke(app, ["study", *map(str, arguments), "--max-tokens", "4"])
+    result = CliRunner().invoke(app, [*map(str, arguments), "--max-tokens", "4"])
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -134,11 +134,11 @@ def test_what_was_studied_is_not_run_again(studied: Path, report: dict[str, Any]
 
 
 def test_results_of_something_else_are_refused(studied: Path) -> None:
-    result = CliRunner().invoke(app, ["study", str(studied / "tiny-1" / "model"), "-o", str(studied / "out")])
+    result = CliRunner().invoke(app, [str(studied / "tiny-1" / "model"), "-o", str(studied / "out")])
     assert result.exit_code == 2
     assert "was measured with max_tokens" in result.output
     other = saved(studied / "elsewhere", "tiny-1", seed=9)
-    result = CliRunner().invoke(app, ["study", str(other), "-o", str(studied / "out"), "--max-tokens", "4"])
+    result = CliRunner().invoke(app, [str(other), "-o", str(studied / "out"), "--max-tokens", "4"])
     assert result.exit_code == 2
     assert "was measured with weights" in result.output
 
@@ -152,12 +152,12 @@ def test_source_layers_are_spread_up_to_the_last(studied: Path, tmp_path: Path) 
 
 def test_the_trial_counts_what_was_answered(studied: Path) -> None:
     """The same outcomes as answering with one arm at a time."""
+    from experiments.slerp_study.arms import Arm
     from steer.hf.attach import Steering
     from steer.hf.load import load
     from steer.lab.behaviour import REFUSAL
     from steer.lab.measurement import Measurement
     from steer.lab.probe import Probe
-    from steer.lab.study.arms import Arm
 
     loaded = load(str(studied / "tiny-2" / "model"))
     measurement = Measurement.load(studied / "out" / "tiny-2" / "measurement.safetensors")

@@ -1,6 +1,7 @@
 """Train the demo model: first to answer every task, then to refuse two classes of them.
 
-`python -m steer.demo.train [--out DIR]` writes `DIR/model` and `DIR/prompts`; without `--out`, the embedded ones.
+`python -m experiments.demo_model.train [--out DIR]` writes `DIR/model` and `DIR/prompts`; without `--out`, it replaces
+the embedded ones.
 """
 
 import argparse
@@ -19,7 +20,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from steer.demo import language, words
+from experiments.demo_model import language, words
+from steer.demo import MODEL
 from steer.runtime.sites import hooks, on_output
 
 PAD, BOS, START, END = "<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"
@@ -339,7 +341,7 @@ def train(recipe: Recipe, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where model/ and prompts/ go")
+    parser.add_argument("--out", type=Path, default=MODEL.parent, help="where model/ and prompts/ go")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads for torch (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

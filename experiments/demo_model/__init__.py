@@ -1,0 +1,1 @@
+"""The language, the training and the variants of the embedded demo model."""

@@ -1,0 +1,33 @@
+"""The words that files, requests and policies share: modes, hook points and the names of directions. Needs no torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, get_args
+
+from steer.errors import DirectionError
+
+Mode = Literal["ablate", "add", "affine", "one_sided"]
+Site = Literal["resid_post", "writers"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+SITES: tuple[Site, ...] = get_args(Site)
+
+#: Full removal is 1. More than this is a mistake.
+MAX_STRENGTH = 10.0
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_RESERVED = {"off", "none", "null", "false", "true"}
+
+
+def check_name(name: str) -> str:
+    """Return `name` if a direction may have it: it goes into file names, model names and headers.
+
+    Raises DirectionError otherwise.
+    """
+    if not _NAME.fullmatch(name) or name.lower() in _RESERVED:
+        raise DirectionError(
+            f"direction name {name[:80]!r} is not acceptable: 1 to 64 letters, digits, '.', '_' or '-', beginning with "
+            f"a letter or digit, and none of {', '.join(sorted(_RESERVED))}",
+            param="name",
+        )
+    return name

@@ -57,23 +57,28 @@ def _root(
     pass
 
 
-def option_of(name: str, field: FieldInfo) -> Any:
-    """The command-line option for a field of settings: its type, range, choices, default and environment variable.
-
-    It is None where neither the command line nor the environment gives it.
-    """
+def _taken(field: FieldInfo) -> str:
+    """What values a field of settings takes, in a few words for the help."""
     kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
-    kind: Any = field.annotation if get_origin(field.annotation) is Literal else kinds[0]
-    limits = {what: getattr(rule, what) for rule in field.metadata for what in ("ge", "le") if hasattr(rule, what)}
+    if get_origin(field.annotation) is Literal:
+        return "|".join(map(str, kinds))
+    low, high = (next((getattr(rule, of) for rule in field.metadata if hasattr(rule, of)), None) for of in ("ge", "le"))
+    limits = f", {low} to {high}" if high is not None else f", {low} or more" if low is not None else ""
+    return {int: "whole number", Path: "path"}.get(kinds[0], "text") + limits
+
+
+def option_of(name: str, field: FieldInfo) -> Any:
+    """The command-line option for a field of settings, None where neither the command line nor the environment gives
+    it. Values are text: the settings check them, all together."""
     default = field.get_default()
+    flag = field.annotation is bool
     return Annotated[
-        kind | None,
+        bool | None if flag else str | None,
         typer.Option(
             help=field.description,
             show_default=False if default in (None, "") else str(default),
             envvar=f"STEER_{name.upper()}",
-            min=limits.get("ge"),
-            max=limits.get("le"),
+            metavar=None if flag else f"<{_taken(field)}>",
             rich_help_panel=next((panel for panel, names in PANELS.items() if name in names), "Access control"),
         ),
     ]

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 from steer.errors import DegenerateError
@@ -13,7 +14,7 @@ from steer.geometry import MIN_ANGLE, orthonormalise
 from steer.lab.contrast import Contrast, towards_harmful
 from steer.lab.methods.base import Method, Need
 
-#: Lloyd's iterations end where no prompt moves, which in practice is far earlier.
+#: Lloyd's iterations at most; they end where no prompt moves, in practice far earlier.
 STEPS = 1000
 
 
@@ -54,15 +55,10 @@ def cluster_means(x: Tensor, k: int) -> Tensor:
         if not float(distance.max()) > 0:
             raise DegenerateError(f"cone: fewer than {k} harmful prompts have different activations")
         centres = torch.cat([centres, x[distance.argmax()].unsqueeze(0)])
-    owner = torch.full((len(x),), -1)
-    for _ in range(STEPS):
-        nearest = _distances(x, centres).argmin(1)
-        if torch.equal(nearest, owner):
-            break
-        owner = nearest
-        centres = torch.stack([x[owner == j].mean(0) if bool((owner == j).any()) else centres[j] for j in range(k)])
+    found = KMeans(k, init=centres.numpy(), n_init=1, max_iter=STEPS, tol=0).fit(x.numpy())
+    owner = torch.from_numpy(found.labels_).long()
     order = torch.argsort(torch.bincount(owner, minlength=k), descending=True, stable=True)
-    return centres[order]
+    return torch.stack([x[owner == j].mean(0) for j in order.tolist()])
 
 
 def _distances(x: Tensor, centres: Tensor) -> Tensor:

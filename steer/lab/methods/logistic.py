@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import ClassVar
 
 import torch
 from pydantic import Field
+from scipy.linalg import LinAlgWarning
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from steer.errors import DegenerateError, SteerError
@@ -13,8 +17,10 @@ from steer.geometry import unit
 from steer.lab.contrast import Contrast, towards_harmful
 from steer.lab.methods.base import Method, Need
 
-#: Newton steps. A handful are enough; a hundred times as many are more than any input was seen to take.
+#: Newton steps at most; a handful are enough.
 STEPS = 1000
+#: Of the largest part of the gradient where it ends.
+TOLERANCE = 1e-10
 
 
 class Logistic(Method):
@@ -59,62 +65,15 @@ def _in_span(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def fit_weights(z: Tensor, y: Tensor, share: Tensor, ridge: float) -> Tensor:
     """The minimum of Σ share·log(1 + e^−y(z·w + b)) + ½·ridge·‖w‖² over (w, b), w returned; y is ±1, and the
-    root mean square length of z about 1.
-
-    Newton's method in a trust region (Nocedal and Wright 2006, algorithm 4.1 and theorem 4.5), which converges from
-    every start on a loss that is smooth and bounded below. It ends where no step that rounding lets one see lowers the
-    loss any more. The loss need not tell neighbouring points apart for that, as a search along a line needs it to.
-    """
-    n, r = z.shape
-    design = torch.cat([z, torch.ones(n, 1, dtype=z.dtype)], dim=1)
-    penalty = torch.full((r + 1,), ridge, dtype=z.dtype)
-    penalty[-1] = 0.0
-    eps = torch.finfo(z.dtype).eps
-
-    def loss(theta: Tensor) -> float:
-        fit = torch.nn.functional.softplus(-y * (design @ theta))
-        return float((share * fit).sum() + (penalty * theta**2).sum() / 2)
-
-    theta, radius = torch.zeros(r + 1, dtype=z.dtype), 1.0
-    now = loss(theta)
-    for _ in range(STEPS):
-        p = torch.sigmoid(-y * (design @ theta))
-        gradient = penalty * theta - design.T @ (share * p * y)
-        curvature = (design.T * (share * p * (1 - p))) @ design + torch.diag(penalty)
-        step = _within(gradient, curvature, radius)
-        promised = -float(gradient @ step + step @ curvature @ step / 2)
-        # what rounding adds to the loss is of this order: a promise below it can be neither kept nor broken
-        if promised <= 4 * eps * max(now, eps):
-            return (theta + step if loss(theta + step) <= now else theta)[:-1]
-        then = loss(theta + step)
-        kept = (now - then) / promised
-        if kept > 0:
-            theta, now = theta + step, then
-        if kept < 0.25:
-            radius = float(step.norm()) / 4
-        elif kept > 0.75:
-            radius = max(radius, 2 * float(step.norm()))
-    raise SteerError(f"the logistic regression did not converge in {STEPS} steps; take a larger ridge than {ridge:g}")
-
-
-def _within(gradient: Tensor, curvature: Tensor, radius: float) -> Tensor:
-    """The step of at most `radius` that lowers gradient·step + ½·step·curvature·step most. No curvature is negative."""
-    found: tuple[Tensor, Tensor] = torch.linalg.eigh(curvature)
-    values, axes = found[0].clamp(min=0), found[1]
-    along = axes.T @ gradient
-
-    def step(damping: float) -> Tensor:
-        return -(along / (values + damping).clamp(min=torch.finfo(values.dtype).tiny))
-
-    low, high = 0.0, float(along.norm()) / radius
-    if float(step(0.0).norm()) <= radius:
-        return axes @ step(0.0)
-    for _ in range(100):  # the length falls as the damping grows, and at `high` it is within
-        middle = (low + high) / 2
-        if float(step(middle).norm()) > radius:
-            low = middle
-        else:
-            high = middle
-        if high - low <= 1e-3 * high:
-            break
-    return axes @ step(high)
+    root mean square length of z about 1."""
+    model = LogisticRegression(C=1 / ridge, solver="newton-cholesky", tol=TOLERANCE, max_iter=STEPS)
+    with warnings.catch_warnings():
+        for kind in ConvergenceWarning, LinAlgWarning:
+            warnings.simplefilter("error", kind)
+        try:
+            model.fit(z.numpy(), y.numpy(), sample_weight=share.numpy())
+        except (ConvergenceWarning, LinAlgWarning) as problem:
+            raise SteerError(
+                f"the logistic regression did not converge in {STEPS} steps; take a larger ridge than {ridge:g}"
+            ) from problem
+    return torch.from_numpy(model.coef_[0])

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from pydantic import ValidationError
 
-from steer.errors import InvalidInput, SteerError
+from steer.errors import InvalidInput, SteerError, wording
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def reported() -> Iterator[None]:
     except ValidationError as error:
         for item in error.errors(include_url=False):
             where = "--" + "-".join(str(part) for part in item["loc"]).replace("_", "-")
-            typer.echo(f"error: {where}: {item['msg']}", err=True)
+            typer.echo(f"error: {where}: {wording(item)}", err=True)
         raise typer.Exit(2) from None
     except InvalidInput as error:
         for problem in error.problems:

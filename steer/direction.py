@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from steer._version import __version__
-from steer.errors import DirectionError
+from steer.errors import DirectionError, problems_of
 from steer.geometry import angle
 from steer.names import MAX_STRENGTH, MODES, Mode, Site
 
@@ -338,9 +338,7 @@ def _read_meta(data: bytes, problems: list[str]) -> DirectionMeta | None:
         json.dumps(meta.model_dump(), allow_nan=False, default=str)
         return meta
     except ValidationError as error:
-        for item in error.errors(include_url=False):
-            where = ".".join(str(part) for part in item["loc"]) or "steer"
-            problems.append(f"metadata: {where}: {item['msg']}")
+        problems += [f"metadata: {problem}" for problem in problems_of(error, "steer")]
     except ValueError as error:
         problems.append(f"metadata: not JSON: {error}")
     return None

@@ -18,7 +18,13 @@ SteerError
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 #: Of one input, those that are told; and the characters of one. An input may be as large as it likes.
 MAX_PROBLEMS = 50
@@ -33,6 +39,82 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class _Brief(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """Python writes no integer of thousands of digits."""
+        return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
+
+
+def brief(value: Any) -> str:
+    """A value that was sent, short enough for a message, however long it is."""
+    shown = repr(value[:60]) if isinstance(value, str) else _Brief().repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+#: What is accepted where pydantic says this (a name that ends in _ is the beginning of several), with its limits.
+_ACCEPTED = {
+    "bool_": "true or false",
+    "dict_": "an object",
+    "finite_": "a number",
+    "float_": "a number",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "a number from {ge} up",
+    "int_": "a whole number",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "a number up to {le}",
+    "list_": "a list",
+    "literal_": "{expected}",
+    "model_": "an object",
+    "string_too_long": "a text of at most {max_length} characters",
+    "string_": "a text",
+    "too_long": "at most {max_length} of them",
+    "too_short": "at least {min_length} of them",
+}
+
+
+def wording(item: Mapping[str, Any]) -> str:
+    """One problem of a pydantic ValidationError in our words: the value, and what would be accepted."""
+    if item["type"] == "missing":
+        return "missing; it is required"
+    if item["type"] == "extra_forbidden":
+        return "unknown field"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    return f"{brief(item.get('input'))} is not accepted: {_accepted(item)}"
+
+
+def _accepted(item: Mapping[str, Any]) -> str:
+    kind, limits = item["type"], {k: f"{v:g}" if isinstance(v, float) else v for k, v in item.get("ctx", {}).items()}
+    exact = kind if kind in _ACCEPTED else next((k for k in _ACCEPTED if k.endswith("_") and kind.startswith(k)), "")
+    return _ACCEPTED[exact].format(**limits) if exact else str(item["msg"])
+
+
+def problems_by_field(items: Iterable[Mapping[str, Any]], whole: str) -> dict[str, str]:
+    """What is wrong about each field, from the items of a pydantic ValidationError; where no field is at fault it is
+    `whole`. Of a field with several types, what each of them accepts."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for item in items:
+        where = list(itertools.takewhile(lambda part: not _names_a_type(part), map(str, item["loc"])))
+        found.setdefault(".".join(where) or whole, []).append(item)
+    problems = {}
+    for field, (first, *others) in found.items():
+        more = dict.fromkeys(_accepted(item) for item in others if "input" in item and item["type"] != "value_error")
+        more.pop(_accepted(first), None)
+        problems[field] = ", or ".join([wording(first), *more])
+    return problems
+
+
+def _names_a_type(part: str) -> bool:
+    """Is this part of pydantic's path no field, but which of several types was tried?"""
+    return part in ("str", "int", "float", "bool") or "[" in part or part.startswith("constrained-")
+
+
+def problems_of(error: ValidationError, whole: str) -> Iterator[str]:
+    """Each problem of `error` as "field: what is wrong"; see `problems_by_field`."""
+    for field, wrong in problems_by_field(error.errors(include_url=False), whole).items():
+        yield f"{field}: {wrong}"
 
 
 class SteerError(Exception):

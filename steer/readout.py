@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
-from steer.errors import SpecError
+from steer.errors import SpecError, brief
 from steer.registry import Admission, Registry
-from steer.spec import MAX_ITEMS, OFF_TEXTS, Spec, Wanted, brief
+from steer.spec import MAX_ITEMS, OFF_TEXTS, Spec, Wanted
 
 FIELD = "steer_readout"
 MAX_DIRECTIONS = 4

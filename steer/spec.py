@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-from steer.errors import DirectionError, SpecError
+from steer.errors import DirectionError, SpecError, brief
 from steer.names import MAX_STRENGTH, MODES, Mode, check_name
 
 MAX_ITEMS = 16
@@ -218,9 +217,3 @@ def _number(text: str) -> float | _Unread:
     except ValueError:
         pass
     return _Unread(repr(text.strip()[:40]))
-
-
-def brief(value: Any) -> str:
-    """What a client sent, short enough for a message, however long it is."""
-    shown = repr(value[:60]) if isinstance(value, str) else reprlib.repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from steer.errors import InvalidInput
+from steer.errors import InvalidInput, problems_of
 
 FOLDER = Path(__file__).parent / "behaviours"
 
@@ -89,9 +89,7 @@ class Behaviour(BaseModel):
                 f"accepted: {', '.join(shipped)}, or a TOML file"
             ) from error
         except ValidationError as error:
-            raise InvalidInput(
-                [f"{path}: {'.'.join(map(str, e['loc'])) or 'behaviour'}: {e['msg']}" for e in error.errors()]
-            ) from error
+            raise InvalidInput(f"{path}: {problem}" for problem in problems_of(error, "behaviour")) from error
         except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or an integer of thousands of digits
             raise InvalidInput(f"{path}: not TOML: {error}") from error
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from steer._version import __version__
 from steer.direction import Dataset, replacing, sorted_metadata
-from steer.errors import InvalidInput
+from steer.errors import InvalidInput, problems_of
 from steer.lab.contrast import Contrast, Sample
 
 KEY = "steer_measurement"
@@ -164,8 +164,7 @@ class Measurement:
             try:
                 meta = MeasurementMeta.model_validate_json(metadata[KEY])
             except ValidationError as error:
-                for item in error.errors(include_url=False):
-                    problems.append(f"metadata: {'.'.join(map(str, item['loc'])) or KEY}: {item['msg']}")
+                problems += [f"metadata: {problem}" for problem in problems_of(error, KEY)]
         known = {f"{c}_{kind}" for c in CLASSES for kind in KINDS}
         problems += [f"tensor '{c}_mean' is missing" for c in CLASSES if f"{c}_mean" not in tensors]
         problems += [f"tensor '{name}' is not known here" for name in sorted(tensors.keys() - known)]

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steer.direction import Dataset, write_file
-from steer.errors import InvalidInput
+from steer.errors import InvalidInput, problems_of
 from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe, derive
 from steer.lab.measurement import Measurement
@@ -140,9 +140,7 @@ class Search:
         except OSError as error:
             raise InvalidInput(f"{folder}: no search is here ({SETTINGS}: {error.strerror})") from error
         except ValidationError as error:
-            raise InvalidInput(
-                [f"{folder / SETTINGS}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            ) from error
+            raise InvalidInput(f"{folder / SETTINGS}: {problem}" for problem in problems_of(error, "file")) from error
         path = folder / MEASUREMENT
         measurement = Measurement.load(path)
         if _sha256(path) != settings.measurement_sha256:

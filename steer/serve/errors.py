@@ -12,9 +12,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from steer.errors import DirectionError, EngineFailed, InvalidInput, NoRoom, NotFinite, RequestFailed, SteerError
+from steer.errors import (
+    DirectionError,
+    EngineFailed,
+    InvalidInput,
+    NoRoom,
+    NotFinite,
+    RequestFailed,
+    SteerError,
+    problems_by_field,
+)
 from steer.serve.fields import Unserved
-from steer.spec import brief
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 
@@ -75,54 +83,18 @@ async def on_validation_error(_request: Request, error: Exception) -> JSONRespon
     """The problems of one body, all of them, in one message that names each field."""
     assert isinstance(error, RequestValidationError)
     problems: dict[str, str] = {}
+    others = []
     for item in error.errors():
-        where = [str(part) for part in item["loc"] if part != "body"]
+        where = tuple(part for part in item["loc"] if part != "body")
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, Unserved):
             for name, wrong in cause.found:
-                problems.setdefault(".".join([*where, name]), wrong)
+                problems.setdefault(".".join([*map(str, where), name]), wrong)
         else:
-            if union := next((i for i, part in enumerate(where) if "[" in part or part in _KINDS), None):
-                where = where[:union]  # behind it stands which of several types was tried
-            problems.setdefault(".".join(where) or "body", _wrong(item))
+            others.append({**item, "loc": where})
+    problems = problems_by_field(others, "body") | problems
     message = "; ".join(f"{where}: {wrong}" for where, wrong in problems.items())
     return response(400, message, param=next(iter(problems)), code="invalid_value")
-
-
-_KINDS = frozenset(("str", "int", "float", "bool"))
-#: What is accepted where pydantic says this, with what it says of the limit.
-_ACCEPTED = {
-    "bool_": "true or false",
-    "dict_": "an object",
-    "finite_": "a number",
-    "float_": "a number",
-    "greater_than": "a number above {gt}",
-    "greater_than_equal": "a number from {ge} up",
-    "int_": "a whole number",
-    "less_than": "a number below {lt}",
-    "less_than_equal": "a number up to {le}",
-    "list_": "a list",
-    "literal_": "{expected}",
-    "model_": "an object",
-    "string_too_long": "a text of at most {max_length} characters",
-    "string_": "a text",
-    "too_long": "at most {max_length} of them",
-    "too_short": "at least {min_length} of them",
-}
-
-
-def _wrong(item: Mapping[str, Any]) -> str:
-    """What is wrong about one field."""
-    kind, limits = item["type"], {k: f"{v:g}" if isinstance(v, float) else v for k, v in item.get("ctx", {}).items()}
-    if kind == "missing":
-        return "missing; it is required"
-    if kind == "extra_forbidden":
-        return "unknown field"
-    if kind == "value_error":
-        return str(limits["error"])
-    exact = kind if kind in _ACCEPTED else next((k for k in _ACCEPTED if k.endswith("_") and kind.startswith(k)), "")
-    accepted = _ACCEPTED[exact].format(**limits) if exact else item["msg"]
-    return f"{brief(item.get('input'))} is not accepted: {accepted}"
 
 
 async def on_http_exception(_request: Request, error: Exception) -> JSONResponse:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from steer.errors import DirectionError, InvalidInput, SpecError
+from steer.errors import DirectionError, InvalidInput, SpecError, wording
 from steer.names import MAX_STRENGTH, MODES, Mode, check_name
 from steer.serve.keys import Keyring, is_stored
 from steer.spec import Wanted, parse
@@ -231,23 +231,13 @@ def _said(item: Any, lines: dict[tuple[str, ...], int], name: str) -> str:
     while path and path not in lines and path[:-1]:
         path = path[:-1]
     where = ".".join(str(part) for part in item["loc"] if part not in ("str", "tuple[str, ...]"))
-    said = item["msg"]
+    said = item["msg"] if item["type"] == "policy" else wording(item)
     if item["type"] == "extra_forbidden":
         table: type[BaseModel] = {1: Policy}.get(len(item["loc"]), KeyRules)
         if len(item["loc"]) > 1 and item["loc"][0] == "directions":
             table = DirectionRules
         said = f"unknown; accepted: {', '.join(table.model_fields)}"
-    elif item["type"] == "missing":
-        said = "missing"
-    elif isinstance(item["input"], str | int | float) and item["type"] != "policy":
-        said = f"{said} (got {_shown(item['input'])})"[:300]
     return f"{name}:{lines.get(path, 1)}: {where}: {said}"
-
-
-def _shown(value: str | int | float) -> str:
-    if isinstance(value, int) and value.bit_length() > 64:  # Python writes no integer of thousands of digits
-        return f"an integer of {value.bit_length()} bits"
-    return repr(value)
 
 
 def _lines(text: str) -> Iterator[tuple[tuple[str, ...], int]]:

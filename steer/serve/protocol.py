@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, mo
 from pydantic.fields import FieldInfo
 
 from steer import readout, spec
-from steer.errors import RequestError
+from steer.errors import RequestError, brief
 from steer.hf.load import template_parameters
 from steer.hf.sampling import Sampling
 from steer.serve import body, carriers, fields
@@ -114,7 +114,7 @@ class _Generation(BaseModel):
         for token, bias in value.items() if isinstance(value, dict) else ():
             number = isinstance(bias, int | float) and not isinstance(bias, bool) and abs(bias) <= 100
             if not (number and token.isascii() and token.isdigit() and len(token) < 10):
-                wrong = f"{spec.brief(bias)} is not accepted: token ids, with numbers from -100 to 100"
+                wrong = f"{brief(bias)} is not accepted: token ids, with numbers from -100 to 100"
                 raise Unserved([(token[:40], wrong)])
         return value
 
@@ -175,7 +175,7 @@ def _texts(value: Any) -> Any:
     """A text or few texts."""
     given = body.as_list(value or None)
     if not all(isinstance(text, str) for text in given):
-        raise ValueError(f"{spec.brief(value)} is not accepted: a text, or a list of texts")
+        raise ValueError(f"{brief(value)} is not accepted: a text, or a list of texts")
     if wrong := body.too_many(given):
         raise ValueError(wrong)
     return value
@@ -200,9 +200,7 @@ class Message(BaseModel):
         for number, part in enumerate(value if isinstance(value, list) else ()):
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, dict) else part
-                raise Unserved(
-                    [(f"{number}", f"{spec.brief(kind)} is not served; accepted: {{'type': 'text', 'text': …}}")]
-                )
+                raise Unserved([(f"{number}", f"{brief(kind)} is not served; accepted: {{'type': 'text', 'text': …}}")])
         return value
 
     @model_validator(mode="after")
@@ -305,7 +303,7 @@ class CompletionRequest(_Generation):
             kinds = {int} if within == {frozenset([int])} else set()
         if not isinstance(value, str) and kinds not in ({int}, {str}):
             raise ValueError(
-                f"{spec.brief(value)} is not accepted: a text, token ids, or a list of either, and none of them empty"
+                f"{brief(value)} is not accepted: a text, token ids, or a list of either, and none of them empty"
             )
         return value
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from steer.errors import InvalidInput, UnsupportedModel
+from steer.errors import InvalidInput, UnsupportedModel, problems_of
 from steer.names import Site
 from steer.settings import ControlSettings, ServeSettings
 from steer.spec import parse
@@ -60,10 +60,7 @@ def read(additional_config: Any) -> EngineSettings | None:
     try:
         return EngineSettings.model_validate(additional_config[KEY])
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, item['loc'])) or KEY}: {item['msg']}" for item in error.errors(include_url=False)
-        ]
-        raise UnsupportedModel(f"additional_config['{KEY}']: {'; '.join(problems)}") from None
+        raise UnsupportedModel(f"additional_config['{KEY}']: {'; '.join(problems_of(error, KEY))}") from None
 
 
 def from_serve_settings(settings: ServeSettings, options: Sequence[str]) -> tuple[EngineSettings, list[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from steer.errors import InvalidInput
+from steer.errors import InvalidInput, problems_of
 from steer.lab.prompts import Prompt, prompt_of
 
 ACCEPTED = """\
@@ -56,7 +56,7 @@ def read_expected(path: Path) -> dict[Prompt, Expected]:
             elif found.setdefault(prompt_of(item, where), own) != own:
                 problems.append(f"{where}: says otherwise than an earlier line of the same prompt")
         except ValidationError as error:
-            problems += [f"{where}: {'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}" for e in error.errors()]
+            problems += [f"{where}: {problem}" for problem in problems_of(error, "line")]
         except InvalidInput as error:
             problems += error.problems
         except ValueError as error:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pydantic import ValidationError
 
-from steer.errors import InvalidInput
+from steer.errors import InvalidInput, problems_of
 from steer.lab.methods.base import Method
 from steer.lab.methods.biprojected import Biprojected
 from steer.lab.methods.cone import Cone
@@ -33,21 +33,9 @@ def make_method(name: str, parameters: Mapping[str, object] | None = None) -> Me
     except ValidationError as error:
         accepted = ", ".join(kind.model_fields) or "none"
         raise InvalidInput(
-            [
-                f"method '{name}': parameter '{'.'.join(map(str, item['loc'][:1]))}': {item['msg']}; its parameters: "
-                f"{accepted}"
-                for item in error.errors(include_url=False)
-            ]
+            f"method '{name}': parameter {problem}; its parameters: {accepted}"
+            for problem in problems_of(error, "of no name")
         ) from error
 
 
-def described() -> str:
-    """Every method with its parameters and their defaults, for the help of the command."""
-    each = []
-    for name, kind in METHODS.items():
-        parameters = ", ".join(f"{p}={field.get_default()}" for p, field in kind.model_fields.items())
-        each.append(f"{name} ({parameters})" if parameters else name)
-    return ", ".join(each)
-
-
-__all__ = ["METHODS", "Method", "described", "make_method"]
+__all__ = ["METHODS", "Method", "make_method"]

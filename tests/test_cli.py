@@ -249,7 +249,7 @@ def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tu
         (("measure", "m", "--harmful", "a", "--harmless", "b", "-o", "x", "--winsorize", "2"), "--winsorize"),
         (("derive", "/nowhere", "-o", "x"), "cannot be read"),
         (("derive", "m", "-o", "x", "-p", "t"), "'t' is not NAME=VALUE"),
-        (("derive", "m", "-o", "x", "--method", "pca", "-p", "rank=0"), "'rank'"),
+        (("derive", "m", "-o", "x", "--method", "pca", "-p", "rank=0"), "parameter rank"),
         (("convert", "/nowhere.pt", "x.safetensors"), "does not exist"),
         (("bake", "/nowhere", "--direction", "/nowhere", "-o", "x"), "cannot be read"),
         (("push", "/nowhere", "someone/x"), "cannot be read"),

@@ -27,14 +27,13 @@ from benchmarks.shapes import WIDTH, llama
 from benchmarks.timing import Ratio, interleave, rounds
 from steer.direction import Dataset
 from steer.hf.load import Loaded
-from steer.lab.activations import Reading
+from steer.lab.activations import Keep, Reading, Tally
 from steer.lab.batches import each_batch, left_padded
 from steer.lab.derive import Recipe, derive
-from steer.lab.encode import Encoded
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, Statistics
 from steer.lab.methods import METHODS, make_method
+from steer.lab.prompts import Encoded
 from steer.lab.source import TransformersSource
-from steer.lab.tally import Keep, Tally
 
 LAYERS, VOCABULARY = 24, 32000
 PROMPTS, BATCH = 64, 32

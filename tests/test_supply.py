@@ -29,7 +29,7 @@ ROOTS = ("serve", "vllm", "hf", "runtime", "registry", "direction", "spec", "rea
 #: Modules that execute what they read.
 EXECUTING = {"pickle", "_pickle", "cPickle", "dill", "joblib", "cloudpickle", "marshal", "shelve", "runpy", "code"}
 #: The one offline reader of foreign pickles, as tensors only.
-READER = "steer.lab.formats.pickled"
+READER = "steer.lab.formats.foreign"
 
 
 def file_of(module: str) -> Path | None:

@@ -36,12 +36,12 @@ from experiments.demo_model.train import (
 from steer.geometry import angle
 from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
+from steer.lab.activations import Keep
 from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.probe import Probe
 from steer.lab.prompts import PromptSet, read_prompts
 from steer.lab.source import TransformersSource
-from steer.lab.tally import Keep
 
 SEEDS = (1, 2, 3, 4, 5)
 #: A model that answers or refuses fewer of the held-out prompts than this has not learned its task.

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 from steer.lab.derive import Recipe
 from steer.lab.methods import Method
-from steer.lab.methods.biprojected import Biprojected
-from steer.lab.methods.linear import Linear
-from steer.lab.methods.slerp import Slerp
-from steer.lab.methods.whitened import Whitened
+from steer.lab.methods.boundaries import Whitened
+from steer.lab.methods.means import Biprojected, Linear, Slerp
 from steer.names import Mode
 
 #: The slerp family's t. At 0 it is `projected`, row for row, so that is no method of its own here.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from steer.lab.record import Record
+from steer.lab.resume import Record
 
 
 class Ledger:

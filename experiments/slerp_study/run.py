@@ -22,12 +22,12 @@ from steer._version import __version__
 from steer.errors import InvalidInput
 from steer.hf.attach import Steering
 from steer.hf.load import load
+from steer.lab.activations import Keep
 from steer.lab.behaviour import REFUSAL
 from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.probe import Probe
 from steer.lab.source import TransformersSource
-from steer.lab.tally import Keep
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from steer.errors import InvalidInput
+from steer.lab.activations import Tally
 from steer.lab.measurement import load_tensors, save_tensors
-from steer.lab.tally import Tally
 
 log = logging.getLogger("steer")
 KEY = "steer_partial"

@@ -71,11 +71,11 @@ def fit(
     quiet_libraries()
     import torch
 
+    from steer.lab.activations import Keep
     from steer.lab.derive import Recipe
-    from steer.lab.fit import fit as run
     from steer.lab.measure import Conditions, measure
     from steer.lab.prompts import read_prompts
-    from steer.lab.tally import Keep
+    from steer.lab.select import fit as run
 
     with reported():
         choices = Choices.model_validate(
@@ -141,10 +141,10 @@ def measure(
     """
     log_warnings()
     quiet_libraries()
+    from steer.lab.activations import Keep
     from steer.lab.measure import Conditions
     from steer.lab.measure import measure as run
     from steer.lab.prompts import read_prompts
-    from steer.lab.tally import Keep
 
     with reported():
         choices = Choices.model_validate({"batch_size": batch_size, "positions": positions.split(",")})

@@ -14,10 +14,9 @@ from torch import Tensor
 from steer.direction import Direction, DirectionMeta
 from steer.errors import DegenerateError, InvalidInput
 from steer.geometry import MIN_ANGLE, angle, orthonormalise
-from steer.lab.contrast import Contrast, Sample, principal, towards_harmful
-from steer.lab.measurement import Measurement
+from steer.lab.measurement import Contrast, Measurement, Sample, principal, towards_harmful
 from steer.lab.methods import Method
-from steer.lab.methods.slerp import Slerp
+from steer.lab.methods.means import Slerp
 from steer.names import MODES, Mode, Site
 
 log = logging.getLogger("steer")

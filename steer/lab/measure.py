@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from steer.errors import InvalidInput
-from steer.lab.activations import Reading
+from steer.lab.activations import Keep, Reading, Tally
 from steer.lab.batches import each_batch
 from steer.lab.checkpoint import Checkpoint
-from steer.lab.encode import Encoded
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts
-from steer.lab.prompts import PromptSet, check_contrast
+from steer.lab.prompts import Encoded, PromptSet, check_contrast
 from steer.lab.source import Source
-from steer.lab.tally import Keep, Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +26,7 @@ class Conditions:
     winsorize: float | None = None
     system_prompt: str | None = None
     last_layer: int | None = None
-    keep: Keep = Keep()  # noqa: RUF009
+    keep: Keep = field(default_factory=Keep)
 
 
 def measure(

@@ -166,15 +166,14 @@ def search(
     import optuna
 
     from steer.lab import front
+    from steer.lab.activations import Keep
     from steer.lab.behaviour import Behaviour
     from steer.lab.measure import Conditions, measure
     from steer.lab.measurement import Measurement
     from steer.lab.methods import make_method
     from steer.lab.prompts import read_prompts
     from steer.lab.race import Sets
-    from steer.lab.search import Search, Settings, rank_of
-    from steer.lab.space import Space
-    from steer.lab.tally import Keep
+    from steer.lab.search import Search, Settings, Space, rank_of
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with reported():

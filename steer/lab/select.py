@@ -1,7 +1,7 @@
 """Choosing a direction by what it does: position × source layer × method (with its t) × mode, from one measurement.
 
 Stage 1 takes the first token alone: the log-odds that an answer begins as the behaviour's answers do, after one prefill
-of the prompts. Stage 2 lets the best of them answer, in rounds (`steer.lab.race`).
+of the prompts. Stage 2 lets the best of them answer, in rounds (`steer.lab.race`). `fit` varies the layer alone.
 """
 
 from __future__ import annotations
@@ -179,3 +179,14 @@ def _entrants(measurement: Measurement, recipe: Recipe, grid: Grid) -> list[Entr
 def layers_of(measurement: Measurement, recipe: Recipe) -> tuple[int, ...]:
     """The layers that are worth trying: their class means are far enough apart."""
     return tuple(layer for layer, _ in separated(measurement, recipe, MIN_DEGREES))
+
+
+def fit(
+    measurement: Measurement, recipe: Recipe, harmful: PromptSet, harmless: PromptSet, screen: MakeScreen
+) -> Direction:
+    """`derive`, with the layer chosen by measured effect on the prompts where the recipe says "auto": a selection in
+    which nothing but the layer varies."""
+    if recipe.layer != "auto":
+        return derive(measurement, recipe)
+    grid = Grid((recipe.method,), (recipe.position,), "auto", (recipe.mode,))
+    return select(measurement, recipe, grid, harmful, harmless, screen)

@@ -15,9 +15,8 @@ from steer.hf.attach import Anatomy
 from steer.hf.load import Loaded
 from steer.lab.activations import Activations, Reader, Reading
 from steer.lab.batches import right_padded
-from steer.lab.encode import Encoded, encode_all
 from steer.lab.measurement import ModelFacts
-from steer.lab.prompts import Prompt
+from steer.lab.prompts import Encoded, Prompt, encode_all
 from steer.runtime.sites import hooks, on_output
 
 #: Tokens of a pass on a CPU: the fewer, the less memory the activations take, but each pass reads all weights. With

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from steer.lab.encode import encode_all
 from steer.lab.probe import Answered
-from steer.lab.prompts import Prompt
+from steer.lab.prompts import Prompt, encode_all
 from steer.lab.screen import Candidate, each_row
 from steer.runtime.modes import check_mode
 from steer.vllm import frontend

@@ -14,9 +14,8 @@ from torch import Tensor
 from steer.chat import Chat
 from steer.errors import EngineFailed, InvalidInput
 from steer.lab.activations import Activations, Reading
-from steer.lab.encode import Encoded, encode_all
 from steer.lab.measurement import ModelFacts
-from steer.lab.prompts import Prompt
+from steer.lab.prompts import Encoded, Prompt, encode_all
 from steer.vllm import capture, internals
 from steer.vllm.settings import KEY
 

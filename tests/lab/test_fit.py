@@ -14,14 +14,14 @@ from steer.errors import DegenerateError, InvalidInput, SpecError
 from steer.geometry import linear_direction, slerp_direction, unit
 from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
+from steer.lab.activations import Keep
 from steer.lab.derive import Recipe, derive
-from steer.lab.fit import fit
 from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import METHODS, make_method
 from steer.lab.probe import Probe
+from steer.lab.select import fit
 from steer.lab.source import TransformersSource
-from steer.lab.tally import Keep
 from steer.runtime.modes import check_mode
 from tests.lab.test_measure import HARMFUL, HARMLESS
 

@@ -10,13 +10,11 @@ import torch
 
 from steer.errors import InvalidInput
 from steer.hf.load import Loaded, load
-from steer.lab.activations import Reader, Reading
-from steer.lab.encode import Encoded, encode
+from steer.lab.activations import Keep, Reader, Reading
 from steer.lab.measure import Conditions, _check_room, measure
 from steer.lab.measurement import Measurement, ModelFacts
-from steer.lab.prompts import PromptSet
+from steer.lab.prompts import Encoded, PromptSet, encode
 from steer.lab.source import TransformersSource
-from steer.lab.tally import Keep
 from tests import models
 
 HARMFUL = PromptSet("harmful", "0" * 64, tuple("abc" * n + "?" for n in range(1, 14)))

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from steer.errors import DegenerateError, InvalidInput
 from steer.geometry import linear_direction, linear_t, unit, winsorise
-from steer.lab.contrast import Contrast, Sample
 from steer.lab.derive import bootstrapped, sparsified
+from steer.lab.measurement import Contrast, Sample
 from steer.lab.methods import METHODS, Method, make_method
-from steer.lab.methods.logistic import fit_weights
-from steer.lab.methods.whitened import ledoit_wolf, oracle_approximation
+from steer.lab.methods.boundaries import fit_weights, ledoit_wolf, oracle_approximation
 from steer.lab.options import METHOD_HELP
 
 law = settings(deadline=None, max_examples=8)

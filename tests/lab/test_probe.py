@@ -14,8 +14,8 @@ from steer.errors import InvalidInput, NoRoom, SpecError
 from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
 from steer.lab.behaviour import REFUSAL, Behaviour
-from steer.lab.encode import encode
 from steer.lab.probe import Probe, summarised
+from steer.lab.prompts import encode
 from steer.lab.screen import Candidate, first_tokens
 from tests import models
 

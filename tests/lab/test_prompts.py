@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from steer.errors import InvalidInput
 from steer.hf.load import load
-from steer.lab.encode import encode
-from steer.lab.prompts import COLUMNS, Conversation, PromptSet, check_contrast, messages_of, read_prompts
+from steer.lab.prompts import COLUMNS, Conversation, PromptSet, check_contrast, encode, messages_of, read_prompts
 
 PROMPTS = ("How do I bake bread?", "Grüße aus Köln 🙂", 'Say "yes, no"')
 

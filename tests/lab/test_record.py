@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steer.errors import InvalidInput
-from steer.lab.record import Record
+from steer.lab.resume import Record
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),

@@ -25,16 +25,26 @@ from steer.errors import InvalidInput
 from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
 from steer.lab import front as views
+from steer.lab.activations import Keep
 from steer.lab.derive import Recipe, derive
 from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.probe import Probe
 from steer.lab.race import Figures, Race
-from steer.lab.search import MEASUREMENT, TRIALS, Search, Settings, Trial, front, rank_of
+from steer.lab.search import (
+    MEASUREMENT,
+    TRIALS,
+    Search,
+    Settings,
+    Space,
+    Trial,
+    candidate,
+    front,
+    layer_weights,
+    rank_of,
+)
 from steer.lab.source import TransformersSource
-from steer.lab.space import Space, candidate, layer_weights
-from steer.lab.tally import Keep
 from tests.lab.test_measure import HARMFUL, HARMLESS
 from tests.lab.test_race import CHANCE, SETS
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from steer.direction import Direction
 from steer.hf.load import load
+from steer.lab.activations import Keep
 from steer.lab.measure import Conditions, measure
 from steer.lab.prompts import PromptSet
 from steer.lab.source import TransformersSource
-from steer.lab.tally import Keep
 from tests.vllm import device, tiny
 
 ROOT = Path(__file__).parents[2]

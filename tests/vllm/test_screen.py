@@ -19,9 +19,8 @@ from steer.lab.probe import Probe
 from steer.lab.prompts import PromptSet
 from steer.lab.race import Race, Sets
 from steer.lab.screen import Candidate
-from steer.lab.search import Search, Settings
+from steer.lab.search import Search, Settings, Space
 from steer.lab.source import TransformersSource
-from steer.lab.space import Space
 from tests import models
 from tests.vllm import device, tiny
 

@@ -72,16 +72,15 @@ def evaluate(
     log_warnings()
     quiet_libraries()
     from steer.lab.behaviour import Behaviour
-    from steer.lab.evaluation.arms import arms_of
-    from steer.lab.evaluation.cache import Cache
+    from steer.lab.evaluation.arms import arms_of, projected
     from steer.lab.evaluation.expected import read_expected
     from steer.lab.evaluation.outcomes import agreement
-    from steer.lab.evaluation.projections import projected
     from steer.lab.evaluation.report import Conditions, Report
     from steer.lab.evaluation.run import Plan
     from steer.lab.evaluation.run import evaluate as run
     from steer.lab.judge import Judge
     from steer.lab.prompts import read_prompts
+    from steer.lab.resume import Cache
 
     with reported():
         _check(strength, strengths, judge, judge_model, tasks, url, report, answers)
@@ -179,8 +178,8 @@ def _text(path: Path, source: Any) -> Text:
 
     from steer.chat import Chat
     from steer.direction import Dataset
+    from steer.lab.evaluation.perplexity import WINDOW, windows
     from steer.lab.evaluation.run import Text
-    from steer.lab.perplexity import WINDOW, windows
 
     try:
         data = path.read_bytes()

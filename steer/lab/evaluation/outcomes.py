@@ -8,8 +8,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from steer.lab.behaviour import Behaviour
-from steer.lab.degenerate import FAULTS, Fault, ends, fault, unended
+from steer.lab.behaviour import FAULTS, Behaviour, Fault, ends, fault, unended
 from steer.lab.evaluation.arms import PLAIN
 from steer.lab.evaluation.report import ArmOnSet, Difference, Judged, Rate
 from steer.lab.probe import Answered

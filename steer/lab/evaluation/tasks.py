@@ -21,8 +21,8 @@ from typing import Any
 
 from steer.errors import InvalidInput, SteerError
 from steer.lab.evaluation.arms import PLAIN, Arm
-from steer.lab.evaluation.cache import Cache
 from steer.lab.evaluation.report import Difference, TaskScore
+from steer.lab.resume import Cache
 from steer.lab.statistics import difference_of_means, difference_of_rates, mcnemar
 
 START_SECONDS = 600.0

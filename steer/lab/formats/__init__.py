@@ -9,8 +9,7 @@ from torch import Tensor
 from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.lab.formats import arditi, control_vector, means, plain
-from steer.lab.formats.foreign import Foreign
-from steer.lab.formats.pickled import load_pickled
+from steer.lab.formats.foreign import Foreign, load_pickled
 from steer.lab.measurement import KEY, Measurement, load_tensors
 
 #: How a file of a measurement is named where its kind follows from the name.

@@ -1,9 +1,12 @@
-"""What another tool's file does not say and a direction must: the model, and which of its vectors is meant."""
+"""What another tool's file does not say and a direction must; and the one place where a pickled file is read."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,3 +89,13 @@ def direction_of(
     return Direction(
         meta, directions, torch.ones(facts.layers), torch.zeros(facts.layers, k), difference, zeros, zeros.clone()
     )
+
+
+def load_pickled(path: Path) -> Any:
+    """What torch saved in `path`. `weights_only` refuses every file that would run code. Raises InvalidInput."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise InvalidInput(
+            f"{path}: cannot be read as a file of tensors (anything else in it is refused): {str(error)[:200]}"
+        ) from error

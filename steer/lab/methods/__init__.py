@@ -8,15 +8,9 @@ from pydantic import ValidationError
 
 from steer.errors import InvalidInput, problems_of
 from steer.lab.methods.base import Method
-from steer.lab.methods.biprojected import Biprojected
-from steer.lab.methods.cone import Cone
-from steer.lab.methods.linear import Linear
-from steer.lab.methods.logistic import Logistic
-from steer.lab.methods.pca import Pca
-from steer.lab.methods.projected import Projected
-from steer.lab.methods.slerp import Slerp
-from steer.lab.methods.subspace import Subspace
-from steer.lab.methods.whitened import Whitened
+from steer.lab.methods.boundaries import Logistic, Whitened
+from steer.lab.methods.means import Biprojected, Linear, Projected, Slerp
+from steer.lab.methods.subspaces import Cone, Pca, Subspace
 
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (Slerp, Linear, Projected, Biprojected, Pca, Whitened, Logistic, Subspace, Cone)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from steer.lab.contrast import Contrast
+from steer.lab.measurement import Contrast
 
 #: What a method reads: the class means alone; how the prompts spread around them (their vectors, or the second
 #: moments); the prompts' own vectors.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from steer.errors import InvalidInput
-from steer.lab.evaluation.cache import CHUNK, Cache
+from steer.lab.resume import CHUNK, Cache
 
 
 class Counting:

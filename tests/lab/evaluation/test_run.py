@@ -14,17 +14,16 @@ import torch
 from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
 from steer.lab.behaviour import REFUSAL
-from steer.lab.evaluation.arms import Arm, arms_of
-from steer.lab.evaluation.cache import Cache
+from steer.lab.evaluation.arms import Arm, arms_of, projected
 from steer.lab.evaluation.markdown import render, tables
+from steer.lab.evaluation.perplexity import windows
 from steer.lab.evaluation.pictures import draw
-from steer.lab.evaluation.projections import projected
 from steer.lab.evaluation.report import Conditions, Report, SteeredArm
 from steer.lab.evaluation.run import Found, Plan, Text, evaluate
 from steer.lab.judge import Judge
-from steer.lab.perplexity import windows
 from steer.lab.probe import Answered, Probe
 from steer.lab.prompts import Conversation, Prompt, PromptSet
+from steer.lab.resume import Cache
 from steer.lab.source import TransformersSource
 from tests import models
 from tests.lab.judges import judging

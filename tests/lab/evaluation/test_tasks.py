@@ -9,8 +9,8 @@ import pytest
 
 from steer.errors import InvalidInput, SteerError
 from steer.lab.evaluation.arms import arms_of
-from steer.lab.evaluation.cache import Cache
 from steer.lab.evaluation.tasks import TaskPlan, given, scores, serving
+from steer.lab.resume import Cache
 from tests.harness import CHOSEN, GENERATED, HELLO, TASK
 from tests.servers import Server, text
 

@@ -1,7 +1,8 @@
-"""Several orthonormal rows: the span of a cone of refusal directions, one for each kind of harmful prompt."""
+"""Methods of several orthonormal rows: pca, subspace and cone."""
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -11,8 +12,60 @@ from torch import Tensor
 
 from steer.errors import DegenerateError
 from steer.geometry import MIN_ANGLE, orthonormalise
-from steer.lab.contrast import Contrast, towards_harmful
+from steer.lab.measurement import Contrast, principal, principal_of, towards_harmful
 from steer.lab.methods.base import Method, Need
+
+
+class Pca(Method):
+    """Source: Zou et al. 2023, "Representation engineering" (linear artificial tomography), for sets without pairs.
+
+    The leading eigenvectors of M = ½·E_H[(x − m)(x − m)ᵀ] + ½·E_A[(x − m)(x − m)ᵀ] with m the midpoint of the means,
+    so that either class counts half whatever its size: M = (Σ_H + Σ_A)/2 + ¼·ΔμΔμᵀ. From vectors by their n × n Gram
+    matrix, else from the second moments.
+
+    Pitfalls: the strongest variation need not be the one between the classes: then another topic of the prompts is
+    removed. Look at the cosine with `linear`. From moments alone the eigenvectors of a d × d matrix are needed, which
+    takes minutes where d is thousands.
+    """
+
+    name: ClassVar[str] = "pca"
+    needs: ClassVar[Need] = "spread"
+    prompts: ClassVar[int] = 2
+    rank: int = Field(1, ge=1, le=64, description="how many components")
+
+    def rows(self, contrast: Contrast) -> Tensor:
+        middle = (contrast.harmful.mean + contrast.harmless.mean) / 2
+        samples = (contrast.harmful, contrast.harmless)
+        if contrast.vectors:
+            centred = [s.rows - middle for s in samples]
+            found = principal(torch.cat([c / math.sqrt(2 * len(c)) for c in centred]), self.rank, self.name)
+        else:
+            half = contrast.difference / 2
+            within = sum((s.covariance() for s in samples), torch.zeros_like(torch.outer(half, half))) / 2
+            found = principal_of(within + torch.outer(half, half), self.rank, self.name)
+        return towards_harmful(found, contrast)
+
+
+class Subspace(Method):
+    """Source: the singular vectors of class differences, as in LEACE's and RepE's ablations of more than one direction
+    (Zou et al. 2023, appendix).
+
+    The k leading right singular vectors of the differences x_i − μA, i over the harmful prompts, not centred: the first
+    is close to `linear` where the classes are far apart, the others are how refusals differ among each other.
+
+    Pitfalls: further rows also hold what the harmful prompts vary in without any refusal (topic, length), and removing
+    them costs more than it gives: compare with rank 1. A server needs `--rank` of k.
+    """
+
+    name: ClassVar[str] = "subspace"
+    needs: ClassVar[Need] = "vectors"
+    prompts: ClassVar[int] = 2
+    rank: int = Field(2, ge=1, le=64, description="rows")
+
+    def rows(self, contrast: Contrast) -> Tensor:
+        differences = contrast.harmful.rows - contrast.harmless.mean
+        return towards_harmful(principal(differences, self.rank, self.name), contrast)
+
 
 #: Lloyd's iterations at most; they end where no prompt moves, in practice far earlier.
 STEPS = 1000

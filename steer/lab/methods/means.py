@@ -1,0 +1,93 @@
+"""Methods that need the class means alone: linear, projected, slerp and biprojected."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from steer.errors import DegenerateError
+from steer.geometry import MIN_ANGLE, linear_direction, projected_direction, slerp_direction, unit
+from steer.lab.measurement import Contrast
+from steer.lab.methods.base import Method
+
+
+class Linear(Method):
+    """Source: Arditi et al. 2024, "Refusal in language models is mediated by a single direction", section 2.3.
+
+    v = (μH − μA) / ‖μH − μA‖, of the raw means.
+
+    Pitfalls: where the classes' means differ in length, the direction has a part along the mean itself, which all text
+    shares; outlier dimensions decide it where there are some (winsorise).
+    """
+
+    name: ClassVar[str] = "linear"
+
+    def rows(self, contrast: Contrast) -> Tensor:
+        return linear_direction(contrast.harmless.mean, contrast.harmful.mean).unsqueeze(0)
+
+
+class Projected(Method):
+    """Source: "projected abliteration" (J. Lai, 2025); the slerp family at t = 0.
+
+    v = e, the unit part of μH orthogonal to μA. The same for the difference μH − μA, which differs from μH by a
+    multiple of μA.
+
+    Pitfalls: at the source layer harmless text has no mean component along v; at others it has (see `biprojected`).
+    """
+
+    name: ClassVar[str] = "projected"
+
+    def rows(self, contrast: Contrast) -> Tensor:
+        return projected_direction(contrast.harmless.mean, contrast.harmful.mean).unsqueeze(0)
+
+
+class Slerp(Method):
+    """Source: the SLERP abliteration article, in closed form (`steer.geometry`).
+
+    d(t) = cos(tω/2)·e − sin(tω/2)·â: with the means normalised to â and ĥ, ω their angle and e the unit part of ĥ
+    orthogonal to â, the unit vector along slerp(â, ĥ, t) − â. t = 0 is `projected`, t = 1 the difference of the
+    normalised means.
+
+    Pitfalls: only the angle between the means counts, so a difference that is one of length alone is not seen. Plain
+    removal puts both means on one ray of the arc, t/2 of the way from the harmless to the harmful one: t = 0 makes
+    harmful text harmless, t = 1 puts both where the model is undecided, and t > 1 makes harmless text harmful. Measured
+    on 23 small models (docs/study.md), t = 0 was the better choice, and t > 1 failed as that says.
+    """
+
+    name: ClassVar[str] = "slerp"
+    t: float = Field(default=1.0, description="place on the arc: 0 is projected, 1 the normalised difference")
+
+    def rows(self, contrast: Contrast) -> Tensor:
+        return slerp_direction(contrast.harmless.mean, contrast.harmful.mean, self.t).unsqueeze(0)
+
+    @property
+    def bisects(self) -> bool:
+        return self.t == 1.0
+
+
+class Biprojected(Method):
+    """Source: "norm-preserving biprojected abliteration" (J. Lai, 2025); here the direction alone, the norms being an
+    option of `steer bake`.
+
+    At the source layer v = e as `projected`; at each layer l then v_l = normalise(v − ⟨v, â_l⟩·â_l), in two passes of
+    Gram-Schmidt, with â_l the unit harmless mean there.
+
+    Pitfalls: the rows differ from layer to layer, so with the site `writers` a part of what one layer removed can come
+    back with the next; means are of one position, and harmless text elsewhere does have components along v_l.
+    """
+
+    name: ClassVar[str] = "biprojected"
+
+    def rows(self, contrast: Contrast) -> Tensor:
+        return projected_direction(contrast.harmless.mean, contrast.harmful.mean).unsqueeze(0)
+
+    def onto(self, rows: Tensor, target: Contrast) -> Tensor:
+        a = unit(target.harmless.mean)
+        for _ in range(2):
+            rows = rows - (rows @ a)[:, None] * a
+        if float(torch.linalg.vector_norm(rows)) < MIN_ANGLE:
+            raise DegenerateError("the direction lies along the harmless mean: nothing of it is left")
+        return unit(rows)

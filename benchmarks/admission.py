@@ -14,8 +14,8 @@ from pathlib import Path
 
 from benchmarks.results import FOLDER, Result
 from steer.registry import Registry
+from steer.runtime.bank import Place, Table
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.runtime.table import Place, Table
 from steer.serve import carriers, keys
 from steer.serve.access import Caller
 from steer.serve.body import parse_body

@@ -26,9 +26,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import results
 from benchmarks.results import FOLDER, Result
 from benchmarks.timing import interleave, rounds
-from steer.runtime import sites
-from steer.runtime.index import TokenIndex
-from steer.runtime.table import Place, Plate, Table, apply
+from steer.runtime import hook_points
+from steer.runtime.bank import Place, Plate, Table, apply
+from steer.runtime.token_index import TokenIndex
 from steer.spec import Entry, Spec
 from tests import models
 
@@ -125,17 +125,19 @@ def static(*tensors: torch.Tensor) -> None:
         torch._dynamo.mark_static_address(tensor)
 
 
-def acting(plate: Plate, index: TokenIndex) -> sites.Transform:
+def acting(plate: Plate, index: TokenIndex) -> hook_points.Transform:
     """The operation at one place, always: in a compiled graph there is no asking whether any token is steered."""
     return lambda x: apply(x.flatten(0, -2), plate, *index.first(index.max_tokens))[0].view_as(x)
 
 
-def recorded(net: Any, ids: torch.Tensor, transforms: Sequence[sites.Transform] = ()) -> Callable[[], torch.Tensor]:
+def recorded(
+    net: Any, ids: torch.Tensor, transforms: Sequence[hook_points.Transform] = ()
+) -> Callable[[], torch.Tensor]:
     """Logits of a forward pass, compiled with `transforms` on the blocks' outputs; a CUDA graph of it on a GPU. What it
     reads of the index are the same buffers always."""
     for block, transform in zip(net.model.layers, transforms, strict=False):
         block._forward_hooks.clear()
-        sites.on_output(block, transform)
+        hook_points.on_output(block, transform)
     compiled = torch.compile(net.forward, dynamic=False, mode="reduce-overhead" if DEVICE == "cuda" else "default")
 
     @torch.inference_mode()

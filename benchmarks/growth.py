@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.results import FOLDER, Result
 from steer.names import MODES
-from steer.runtime.index import RequestSteer, TokenIndex
-from steer.runtime.table import Place, Table, apply
+from steer.runtime.bank import Place, Table, apply
+from steer.runtime.token_index import RequestSteer, TokenIndex
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

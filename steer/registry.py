@@ -19,9 +19,9 @@ from typing import Protocol
 
 from steer.direction import SUFFIX, Direction, digest, read_file, write_file
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, printable
-from steer.follow import Follower
 from steer.names import check_name
 from steer.spec import Entry, Spec, Wanted
+from steer.watch import Follower
 
 log = logging.getLogger("steer")
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import watchfiles
 
-from steer import follow
-from steer.follow import Follower
+from steer import watch
+from steer.watch import Follower
 from tests.test_registry import eventually
 
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow, "EVERY", 0.05)
+    monkeypatch.setattr(watch, "EVERY", 0.05)
 
 
 def test_it_looks_again_after_every_error(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_folder_that_comes_goes_and_comes_again_is_followed(tmp_path: Path) ->
 
 
 def test_a_look_that_does_not_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow, "STALLED", 0.2)
+    monkeypatch.setattr(watch, "STALLED", 0.2)
     ending = threading.Event()
     follower = Follower(tmp_path, lambda: bool(ending.wait(60)) and None, name="test")
     follower.start()

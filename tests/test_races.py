@@ -29,9 +29,9 @@ from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
 from steer.names import MODES
 from steer.readout import Readout, ReadWanted
 from steer.registry import Admission, Registry
-from steer.runtime.index import PLAIN, TokenIndex
+from steer.runtime.bank import Place, Table, apply
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.runtime.table import Place, Table, apply
+from steer.runtime.token_index import PLAIN, TokenIndex
 from steer.serve import carriers
 from steer.serve.access import ANYONE, Refusal
 from steer.serve.control import Control

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from steer.errors import SpecError, UnknownDirection
-from steer.hf.attach import Steering
+from steer.hf.steering import Steering
 from steer.readout import ReadWanted, admit, parse
 from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape

@@ -18,8 +18,8 @@ from steer.direction import Direction, digest
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
 from steer.names import Mode, Site
 from steer.registry import Admission, Move, Registry
+from steer.runtime.bank import Place, Table
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.runtime.table import Place, Table
 from steer.spec import Entry, Wanted, parse
 from tests import models
 

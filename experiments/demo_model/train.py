@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from experiments.demo_model import language, words
 from steer.demo import MODEL
-from steer.runtime.sites import hooks, on_output
+from steer.runtime.hook_points import hooks, on_output
 
 PAD, BOS, START, END = "<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"
 

@@ -34,8 +34,8 @@ from experiments.demo_model.train import (
     save_prompts,
 )
 from steer.geometry import angle
-from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
+from steer.hf.steering import Steering
 from steer.lab.activations import Keep
 from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement

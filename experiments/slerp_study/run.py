@@ -20,8 +20,8 @@ from experiments.slerp_study.summary import group_figures, model_figures, over_m
 from experiments.slerp_study.trial import AT_ONCE, CHOOSING, MOST_LAYERS, Trial
 from steer._version import __version__
 from steer.errors import InvalidInput
-from steer.hf.attach import Steering
 from steer.hf.load import load
+from steer.hf.steering import Steering
 from steer.lab.activations import Keep
 from steer.lab.behaviour import REFUSAL
 from steer.lab.measure import Conditions, measure

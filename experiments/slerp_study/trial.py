@@ -19,9 +19,9 @@ from steer.direction import Direction
 from steer.errors import DegenerateError
 from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe, derive, separated
+from steer.lab.evaluator import Candidate, Screen, answers_of_each, divergences_of_each, parts
 from steer.lab.measurement import Measurement
 from steer.lab.race import Figures
-from steer.lab.screen import Candidate, Screen, answers_of_each, divergences_of_each, parts
 from steer.lab.select import Entrant, best
 
 T = TypeVar("T")

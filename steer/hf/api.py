@@ -16,8 +16,8 @@ from torch import nn
 from steer import readout
 from steer.direction import Direction
 from steer.errors import DirectionError, InvalidInput, SpecError, UnsupportedModel
-from steer.hf.attach import Anatomy, Steering
 from steer.hf.reading import Reading, Recorder
+from steer.hf.steering import Anatomy, Steering
 from steer.names import Site, check_name
 from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape

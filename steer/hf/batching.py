@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from steer.errors import EngineFailed, NotFinite, RequestFailed
-from steer.hf.attach import Steering
 from steer.hf.engine import Engine, SequentialEngine
 from steer.hf.internals import (
     Attention,
@@ -25,10 +24,11 @@ from steer.hf.internals import (
     pass_stream,
     start_manager,
 )
-from steer.hf.proof import Unproved, prove
 from steer.hf.sampling import Sampler, Sampling, Token, sample
-from steer.runtime.index import RequestSteer
+from steer.hf.selfcheck import Unproved, prove
+from steer.hf.steering import Steering
 from steer.runtime.readout import Reading, RequestRead
+from steer.runtime.token_index import RequestSteer
 
 log = logging.getLogger("steer")
 #: On a CPU the manager would otherwise take all memory for its cache.

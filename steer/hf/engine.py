@@ -18,11 +18,11 @@ from weakref import WeakKeyDictionary
 import torch
 
 from steer.errors import EngineFailed, NoRoom, RequestFailed, SteerError
-from steer.hf.attach import Steering
 from steer.hf.internals import Decoding, check_model
 from steer.hf.sampling import NO_LOGITS, Sampler, Sampling, Token, report, sample
-from steer.runtime.index import RequestSteer
+from steer.hf.steering import Steering
 from steer.runtime.readout import RequestRead
+from steer.runtime.token_index import RequestSteer
 
 
 class Engine(abc.ABC):

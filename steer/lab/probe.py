@@ -1,5 +1,5 @@
 """One loaded model tried out: greedy answers, and what directions do to the predictions. Every prompt is a row of a
-batch with its own steering, so that any number of candidates are tried at once (a `Screen` of `steer.lab.screen`)."""
+batch with its own steering, so that any number of candidates are tried at once (see `steer.lab.evaluator`)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steer.hf.attach import Steering
 from steer.hf.load import Loaded
+from steer.hf.steering import Steering
 from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
+from steer.lab.evaluator import Candidate, each_row
 from steer.lab.prompts import Prompt, encode_all
-from steer.lab.screen import Candidate, each_row
-from steer.runtime.index import RequestSteer
-from steer.runtime.modes import check_mode
+from steer.runtime.op import check_mode
+from steer.runtime.token_index import RequestSteer
 from steer.spec import Entry, Spec
 
 T = TypeVar("T")

@@ -12,8 +12,8 @@ import numpy as np
 
 from steer.errors import InvalidInput
 from steer.lab.behaviour import Behaviour
+from steer.lab.evaluator import Candidate, Screen, answers_of_each, crossed, divergences_of_each
 from steer.lab.prompts import Prompt
-from steer.lab.screen import Candidate, Screen, answers_of_each, crossed, divergences_of_each
 from steer.lab.statistics import wilson
 
 #: Prompts of each set in the first round; each round after it goes to twice as many.

@@ -28,10 +28,10 @@ from steer.direction import Dataset, write_file
 from steer.errors import InvalidInput, problems_of
 from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe, check_needs, derive
+from steer.lab.evaluator import Candidate, Screen
 from steer.lab.measurement import Measurement
 from steer.lab.methods import METHODS, make_method
 from steer.lab.race import Figures, Race, Sets
-from steer.lab.screen import Candidate, Screen
 from steer.lab.select import layers_of
 from steer.names import Mode
 

@@ -15,11 +15,11 @@ from steer.direction import Direction
 from steer.errors import DegenerateError, InvalidInput
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.derive import Recipe, check_needs, derive, separated, source_layer
+from steer.lab.evaluator import Candidate, MakeScreen, first_tokens
 from steer.lab.measurement import Measurement
 from steer.lab.methods import Method
 from steer.lab.prompts import PromptSet
 from steer.lab.race import Figures, Race, Sets
-from steer.lab.screen import Candidate, MakeScreen, first_tokens
 from steer.names import Mode
 
 log = logging.getLogger("steer")

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from steer.errors import InvalidInput
-from steer.hf.attach import Anatomy
 from steer.hf.load import Loaded
+from steer.hf.steering import Anatomy
 from steer.lab.activations import Activations, Reader, Reading
 from steer.lab.batches import right_padded
 from steer.lab.measurement import ModelFacts
 from steer.lab.prompts import Encoded, Prompt, encode_all
-from steer.runtime.sites import hooks, on_output
+from steer.runtime.hook_points import hooks, on_output
 
 #: Tokens of a pass on a CPU: the fewer, the less memory the activations take, but each pass reads all weights. With
 #: blocks of 896 dimensions in float32 on two busy cores, 512 took 1.3 times and 1024 1.05 times the time of 2048.

@@ -9,8 +9,8 @@ import torch
 from steer.direction import Direction, check_fits
 from steer.errors import DirectionError
 from steer.names import MAX_STRENGTH
-from steer.runtime.modes import check_mode
-from steer.runtime.table import Table
+from steer.runtime.bank import Table
+from steer.runtime.op import check_mode
 from steer.spec import Entry
 
 

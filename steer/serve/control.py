@@ -21,7 +21,6 @@ from starlette.types import Scope
 
 from steer._version import __version__
 from steer.errors import InvalidInput, printable
-from steer.follow import STALLED, Follower
 from steer.names import MAX_STRENGTH, MODES
 from steer.registry import Move, Registry
 from steer.serve import carriers, errors, metrics, policy
@@ -34,6 +33,7 @@ from steer.serve.rates import Meter
 from steer.serve.tally import Tally
 from steer.settings import ControlSettings
 from steer.spec import Spec
+from steer.watch import STALLED, Follower
 
 log = logging.getLogger("steer")
 

@@ -18,10 +18,9 @@ from fastapi.responses import StreamingResponse
 from steer.errors import RequestError, RequestFailed, SteerError
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
-from steer.hf.sampling import Sampling, Token
-from steer.hf.shaping import Shape
-from steer.runtime.index import RequestSteer
+from steer.hf.sampling import Sampling, Shape, Token
 from steer.runtime.readout import RequestRead
+from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
 from steer.serve.offload import offload
 from steer.serve.tally import current

@@ -10,9 +10,9 @@ from types import FrameType
 import uvicorn
 
 from steer.errors import UnsupportedModel
-from steer.hf.attach import Steering
 from steer.hf.batching import start_engine
 from steer.hf.load import load
+from steer.hf.steering import Steering
 from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.serve.app import build

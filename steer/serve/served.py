@@ -14,8 +14,8 @@ from steer.hf.load import Loaded
 from steer.hf.sampling import Token
 from steer.readout import FIELD, Readout
 from steer.registry import Admission, Registry
-from steer.runtime.index import RequestSteer
 from steer.runtime.readout import RequestRead
+from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
 from steer.serve.carriers import PLUS
 from steer.serve.control import Control

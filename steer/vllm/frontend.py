@@ -30,10 +30,10 @@ from steer.serve.text import token_text
 from steer.spec import Spec, parse
 from steer.vllm import internals, tracing, wire
 from steer.vllm.placement import Call, VllmPlacement
-from steer.vllm.proof import Answer, Ask, Job, prove
 from steer.vllm.salts import SALT, Salts, salt
-from steer.vllm.seat import code_digest
+from steer.vllm.selfcheck import Answer, Ask, Job, prove
 from steer.vllm.settings import KEY, EngineSettings
+from steer.vllm.steering_layer import code_digest
 from steer.vllm.wire import READ, RESOLVED
 
 log = logging.getLogger("steer")

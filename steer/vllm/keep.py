@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from steer.errors import UnsupportedModel
-from steer.vllm.seat import Seat
+from steer.vllm.steering_layer import Seat
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from steer.runtime.index import Losses
+from steer.runtime.token_index import Losses
 from steer.vllm import internals
 
 #: Lost requests that one which comes later is compared with: those whose end the front end may not have seen yet.

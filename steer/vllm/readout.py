@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.runtime.readout import RequestRead
-from steer.vllm.seat import Reads, Seat
+from steer.vllm.steering_layer import Reads, Seat
 
 #: Ended requests whose values nobody has asked for yet, for each request that can be read at once.
 KEPT = 4

@@ -12,8 +12,8 @@ from torch import Tensor
 from steer.direction import Direction
 from steer.direction import digest as digest_of
 from steer.errors import NoRoom, UnsupportedModel
-from steer.runtime.index import RequestSteer
-from steer.runtime.table import Table
+from steer.runtime.bank import Table
+from steer.runtime.token_index import RequestSteer
 from steer.spec import Spec
 
 

@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 
 from steer._version import __version__
 from steer.errors import NoRoom, SteerError, UnsupportedModel
-from steer.runtime.index import PLAIN, TokenIndex
 from steer.runtime.readout import RequestRead
-from steer.vllm import claim, internals, settings, wire
+from steer.runtime.token_index import PLAIN, TokenIndex
+from steer.vllm import install, internals, settings, wire
 from steer.vllm.capture import Capture
 from steer.vllm.keep import Kept
 from steer.vllm.losses import LostRuns, Run, Step
 from steer.vllm.readout import ReadRunner
 from steer.vllm.residents import Residents, RowsInUse
-from steer.vllm.seat import code_digest
+from steer.vllm.steering_layer import code_digest
 
 log = logging.getLogger("steer")
 _NONE = np.zeros(0, np.int64)
@@ -84,7 +84,7 @@ class Steered:
         super().load_model(*args, **kwargs)
         own = self.steer_settings
         index = TokenIndex(own.rank, internals.max_tokens(self.vllm_config), self.device)
-        self._claim = claim.claim(self, own, index)
+        self._claim = install.claim(self, own, index)
         self._index = index
         self._residents = Residents(self._claim.table)
         self._running: dict[str, int] = {}  # steered requests, by their numbers in the index

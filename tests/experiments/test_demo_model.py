@@ -14,13 +14,13 @@ from experiments.demo_model.train import save_prompts
 from steer.demo import MODEL, PROMPTS
 from steer.direction import Direction
 from steer.geometry import projected_direction
-from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
+from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluation.expected import read_expected, right
+from steer.lab.evaluator import Candidate
 from steer.lab.probe import Answered, Divergence, Probe, summarised
 from steer.lab.prompts import read_prompts
-from steer.lab.screen import Candidate
 from steer.spec import Entry, Spec
 from tests.servers import ROOT
 

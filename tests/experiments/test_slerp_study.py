@@ -24,7 +24,7 @@ from experiments.slerp_study.summary import group_figures, group_of
 from experiments.slerp_study.trial import Trial
 from steer.errors import InvalidInput
 from steer.geometry import angle, linear_direction, linear_t, slerp_direction, unit
-from steer.lab.screen import Candidate
+from steer.lab.evaluator import Candidate
 from tests import models
 
 SETS = {
@@ -153,8 +153,8 @@ def test_source_layers_are_spread_up_to_the_last(studied: Path, tmp_path: Path) 
 def test_the_trial_counts_what_was_answered(studied: Path) -> None:
     """The same outcomes as answering with one arm at a time."""
     from experiments.slerp_study.arms import Arm
-    from steer.hf.attach import Steering
     from steer.hf.load import load
+    from steer.hf.steering import Steering
     from steer.lab.behaviour import REFUSAL
     from steer.lab.measurement import Measurement
     from steer.lab.probe import Probe

@@ -24,7 +24,7 @@ from experiments.demo_model.train import (
     plant_outlier,
 )
 from experiments.demo_model.variants import CONTROL, VARIANTS, recipe
-from steer.runtime.sites import hooks, on_output
+from steer.runtime.hook_points import hooks, on_output
 
 
 def drawn(made: Recipe, tuned: bool = True, seed: int = 3) -> tuple[torch.nn.Module, Batch]:

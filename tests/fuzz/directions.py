@@ -10,8 +10,7 @@ import torch
 
 from steer.direction import Direction
 from steer.names import MODES
-from steer.runtime.modes import coefficients
-from steer.runtime.op import displacement
+from steer.runtime.op import coefficients, displacement
 from tests import models
 from tests.fuzz import mutate
 from tests.fuzz.surface import Surface

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 import steer
 from steer.errors import DirectionError, InvalidInput, NoRoom, NotFinite, SpecError, UnknownDirection, UnsupportedModel
-from steer.hf.attach import Anatomy, Steering
-from steer.runtime.sites import on_output
+from steer.hf.steering import Anatomy, Steering
+from steer.runtime.hook_points import on_output
 from tests import models
 from tests.oracle import ablated
 

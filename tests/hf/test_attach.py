@@ -10,9 +10,9 @@ import transformers as tf
 
 import steer
 from steer.errors import UnsupportedModel
-from steer.hf.attach import Anatomy, Steering
-from steer.runtime.sites import find_writers
-from steer.runtime.table import EMBEDDING, Place
+from steer.hf.steering import Anatomy, Steering
+from steer.runtime.bank import EMBEDDING, Place
+from steer.runtime.hook_points import find_writers
 from tests import bad, models
 from tests.oracle import ablated, orthogonalised, reference_logits
 

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from steer.errors import EngineFailed, NoRoom, NotFinite, RequestFailed, UnsupportedModel
 from steer.hf import batching, internals
-from steer.hf.attach import Steering
 from steer.hf.batching import BatchingEngine, start_engine
 from steer.hf.engine import Engine, SequentialEngine
 from steer.hf.sampling import Sampling, Token
+from steer.hf.steering import Steering
 from steer.names import MODES, Mode
-from steer.runtime.index import RequestSteer, TokenIndex
 from steer.runtime.readout import RequestRead
+from steer.runtime.token_index import RequestSteer, TokenIndex
 from steer.spec import Entry, Spec
 from tests import models
 

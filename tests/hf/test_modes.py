@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import steer
-from steer.runtime import index
+from steer.runtime import token_index
 from tests import models
 from tests.runtime.lanes import Prompt
 
@@ -20,7 +20,7 @@ OPTIONS = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_i
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the second one the index is written by copies, as on a GPU."""
     if request.param != "cpu":
-        monkeypatch.setattr(index, "lane_to", lambda _device: Prompt())
+        monkeypatch.setattr(token_index, "lane_to", lambda _device: Prompt())
 
 
 @pytest.mark.usefixtures("device")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from steer.direction import Direction
-from steer.hf.attach import Anatomy, Steering
 from steer.hf.batching import BatchingEngine, start_engine
 from steer.hf.engine import Engine, SequentialEngine
 from steer.hf.sampling import Sampling, Token
+from steer.hf.steering import Anatomy, Steering
 from steer.runtime.readout import RequestRead
 from steer.spec import Entry, Spec
 from tests import models

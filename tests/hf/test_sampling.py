@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steer.errors import RequestFailed
-from steer.hf.sampling import Sampler, Sampling, Token, report, sample
-from steer.hf.shaping import Shape, shaped
+from steer.hf.sampling import Sampler, Sampling, Shape, Token, report, sample, shaped
 
 law = settings(deadline=None, max_examples=60)
 SEEDS = st.integers(0, 2**63)

@@ -14,8 +14,8 @@ import transformers as tf
 import steer
 from steer.direction import Direction
 from steer.errors import DirectionError, InvalidInput, UnsupportedModel
-from steer.lab import lora
-from steer.lab.bake import RECEIPT, bake, edited, removal, verify
+from steer.lab import merge
+from steer.lab.merge import RECEIPT, bake, edited, removal, verify
 from steer.lab.weights import INDEX, Checkpoint, Writer
 from tests import models
 
@@ -161,7 +161,7 @@ def test_a_writer_that_was_missed_is_found_by_its_effect(
     def forgetful(writer: Writer, tensor: torch.Tensor, *rest: Any) -> torch.Tensor:
         return tensor if writer.name == missed else edited(writer, tensor, *rest)
 
-    monkeypatch.setattr("steer.lab.bake.edited", forgetful)
+    monkeypatch.setattr("steer.lab.merge.edited", forgetful)
     baked(tmp_path / "model", direction)
     with pytest.raises(UnsupportedModel, match="some writer"):
         verify(str(tmp_path / "model"), None, tmp_path / "baked-1.0", removal(direction))
@@ -188,7 +188,7 @@ def test_the_adapter_equals_served(name: str, k: int, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = models.save(name, tmp_path / "model")
     direction = at_writers(model, k=k)
-    count = lora.export(Checkpoint(tmp_path / "model"), removal(direction, 0.8), tmp_path / "adapter", base="m")
+    count = merge.export(Checkpoint(tmp_path / "model"), removal(direction, 0.8), tmp_path / "adapter", base="m")
     assert count == 2 * models.LAYERS + 1
     expected = served(model, direction, 0.8)
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
@@ -200,5 +200,5 @@ def test_what_an_adapter_cannot_reach_is_refused(name: str, tmp_path: Path) -> N
     model = models.save(name, tmp_path / "model")
     says = "bias with a component" if name.startswith("gpt") else "no module of its own"
     with pytest.raises(UnsupportedModel, match=says):
-        lora.export(Checkpoint(tmp_path / "model"), removal(at_writers(model)), tmp_path / "adapter", base="m")
+        merge.export(Checkpoint(tmp_path / "model"), removal(at_writers(model)), tmp_path / "adapter", base="m")
     assert not (tmp_path / "adapter").exists()

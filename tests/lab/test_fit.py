@@ -12,8 +12,8 @@ import torch
 from steer.direction import Direction
 from steer.errors import DegenerateError, InvalidInput, SpecError
 from steer.geometry import linear_direction, slerp_direction, unit
-from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
+from steer.hf.steering import Steering
 from steer.lab.activations import Keep
 from steer.lab.derive import Recipe, derive
 from steer.lab.measure import Conditions, measure
@@ -22,7 +22,7 @@ from steer.lab.methods import METHODS, make_method
 from steer.lab.probe import Probe
 from steer.lab.select import fit
 from steer.lab.source import TransformersSource
-from steer.runtime.modes import check_mode
+from steer.runtime.op import check_mode
 from tests.lab.test_measure import HARMFUL, HARMLESS
 
 

@@ -21,7 +21,7 @@ from steer.lab.derive import Recipe, derive
 from steer.lab.formats.foreign import Foreign
 from steer.lab.measurement import Measurement, ModelFacts
 from steer.lab.methods import make_method
-from steer.runtime.modes import check_mode
+from steer.runtime.op import check_mode
 from tests import models
 
 D, LAYERS = models.D_MODEL, models.LAYERS

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.errors import InvalidInput
-from steer.hf.attach import Steering
 from steer.hf.load import load
+from steer.hf.steering import Steering
 from steer.lab.evaluation.perplexity import negative_log_likelihoods, perplexity, ratio, windows
+from steer.lab.evaluator import Candidate
 from steer.lab.probe import Probe
-from steer.lab.screen import Candidate
 from tests import models
 
 

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.errors import InvalidInput, NoRoom, SpecError
-from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
+from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL, Behaviour
+from steer.lab.evaluator import Candidate, first_tokens
 from steer.lab.probe import Probe, summarised
 from steer.lab.prompts import encode
-from steer.lab.screen import Candidate, first_tokens
 from tests import models
 
 PROMPTS = ["a", "some words of a prompt", "xyz?", "a longer prompt, so that rows are padded", "b c"]

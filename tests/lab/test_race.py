@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.errors import InvalidInput
-from steer.hf.attach import Steering
 from steer.hf.load import load
+from steer.hf.steering import Steering
 from steer.lab.behaviour import Behaviour
+from steer.lab.evaluator import Candidate
 from steer.lab.probe import Probe
 from steer.lab.race import FIRST_ROUND, Figures, Race, Sets
-from steer.lab.screen import Candidate
 from tests import models
 
 #: Shown or not by chance: answers of a random model.

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from steer.cli import app
 from steer.direction import Direction
 from steer.errors import InvalidInput
-from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
+from steer.hf.steering import Steering
 from steer.lab import front as views
 from steer.lab.activations import Keep
 from steer.lab.derive import Recipe, derive

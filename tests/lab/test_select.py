@@ -11,16 +11,16 @@ import torch
 from steer.demo import MODEL, PROMPTS
 from steer.direction import Direction
 from steer.errors import DegenerateError, InvalidInput
-from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
+from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL
 from steer.lab.derive import Recipe
+from steer.lab.evaluator import Screen
 from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.probe import Probe
 from steer.lab.prompts import PromptSet, read_prompts
-from steer.lab.screen import Screen
 from steer.lab.select import Grid, select
 from steer.lab.source import TransformersSource
 

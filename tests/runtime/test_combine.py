@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from steer.runtime.bank import Plate
 from steer.runtime.combine import ALONE, Combination, Combinations
-from steer.runtime.index import PLAIN, RequestSteer, TokenIndex
-from steer.runtime.table import Plate
+from steer.runtime.token_index import PLAIN, RequestSteer, TokenIndex
 
 law = settings(deadline=None, max_examples=60)
 PLACES, RANK = 2, 2

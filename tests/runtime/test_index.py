@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.names import MODES
+from steer.runtime.bank import Place, Table, apply, gather, operate
 from steer.runtime.combine import Combination
-from steer.runtime.index import PLAIN, STAGES, RequestSteer, TokenIndex
 from steer.runtime.readout import ReadIndex, RequestRead
-from steer.runtime.table import Place, Table, apply, gather, operate
+from steer.runtime.token_index import PLAIN, STAGES, RequestSteer, TokenIndex
 from tests.runtime.lanes import Late
 
 law = settings(deadline=None, max_examples=60)

@@ -11,8 +11,7 @@ from torch import Tensor
 from steer.direction import Direction
 from steer.errors import SpecError
 from steer.names import MODES, Mode
-from steer.runtime.modes import check_mode, coefficients, embedding_coefficients
-from steer.runtime.op import FLOOR, GAMMA, RHO, WEIGHT, displacement
+from steer.runtime.op import FLOOR, GAMMA, RHO, WEIGHT, check_mode, coefficients, displacement, embedding_coefficients
 from tests import models
 
 MODEL = models.tiny("llama")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from steer.errors import DirectionError, NoRoom, SpecError
+from steer.runtime.bank import Place, Plate, Table
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.runtime.table import Place, Plate, Table
 from steer.spec import Entry
 from tests import models
 

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from steer.errors import NoRoom
 from steer.names import MODES, Mode, Site
-from steer.runtime.index import TokenIndex
-from steer.runtime.modes import coefficients, embedding_coefficients
-from steer.runtime.op import FLOOR, amount
-from steer.runtime.table import EMBEDDING, Place, Plate, Table, apply
+from steer.runtime.bank import EMBEDDING, Place, Plate, Table, apply
+from steer.runtime.op import FLOOR, amount, coefficients, embedding_coefficients
+from steer.runtime.token_index import TokenIndex
 from steer.spec import Entry, Spec
 from tests import models
 

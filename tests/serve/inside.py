@@ -11,8 +11,8 @@ from starlette.routing import Mount, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.registry import Registry
+from steer.runtime.bank import Place, Table
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.runtime.table import Place, Table
 from steer.serve import tally
 from steer.serve.access import Access
 from steer.serve.audit import Fsync

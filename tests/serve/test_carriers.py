@@ -14,8 +14,8 @@ from steer.direction import Direction
 from steer.errors import SpecError, UnknownDirection
 from steer.names import MODES
 from steer.registry import Registry
+from steer.runtime.bank import Place, Table
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.runtime.table import Place, Table
 from steer.serve.body import parse_body
 from steer.serve.carriers import Carried, admit, read, split_alias
 from steer.serve.errors import HTTPProblem

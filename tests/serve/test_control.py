@@ -23,14 +23,14 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 
-from steer import follow
-from steer.follow import Follower
+from steer import watch
 from steer.serve import control, keys
 from steer.serve.access import Caller, Refusal
 from steer.serve.audit import verify
 from steer.serve.pages import is_loopback
 from steer.serve.policy import read
 from steer.serve.rates import Meter, tokens_of
+from steer.watch import Follower
 from tests import models
 from tests.serve.inside import COMPLETION, PROMPT, Inside, engine, post
 from tests.serve.rules import CASES, HASH, POLICY, SECRETS, bearer, carried
@@ -297,7 +297,7 @@ def test_a_policy_that_is_read_no_more_lets_nobody_in(
 ) -> None:
     """A key may have been taken away in it."""
     monkeypatch.setattr(control, "STALLED", 0.3)
-    monkeypatch.setattr(follow, "EVERY", 0.05)
+    monkeypatch.setattr(watch, "EVERY", 0.05)
     inside = Inside(tmp_path, POLICY)
     if trouble == "the thread is gone":
         monkeypatch.setattr(Follower, "_run", lambda self: None)
@@ -330,8 +330,8 @@ def test_health_says_how_it_is_with_what_follows(tmp_path: Path, monkeypatch: py
         assert (health["policy"], health["folder"]) == ("ok", "ok")
         ages = health["seconds_since_look"]
         assert ages.keys() == {"policy", "folder"}
-        assert all(0 <= age < follow.STALLED for age in ages.values())
-        monkeypatch.setattr(follow, "STALLED", -1)
+        assert all(0 <= age < watch.STALLED for age in ages.values())
+        monkeypatch.setattr(watch, "STALLED", -1)
         health = inside.control.health()
         assert (health["policy"], health["folder"]) == ("stalled", "stalled")
         inside.registry.stop()
@@ -560,7 +560,7 @@ def test_a_key_is_told_nothing_of_what_others_do(tiny_folder: Path, tmp_path: Pa
 def test_the_policy_is_followed_whatever_lies_in_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, odd: str
 ) -> None:
-    monkeypatch.setattr(follow, "EVERY", 0.05)
+    monkeypatch.setattr(watch, "EVERY", 0.05)
     inside = Inside(tmp_path, POLICY)
     inside.start()
     try:
@@ -583,7 +583,7 @@ def test_the_policy_is_followed_whatever_lies_in_its_folder(
             inside.policy.rmdir()
         os.replace(fresh, inside.policy)
         eventually(lambda: asyncio.run(inside.post(BODY, bearer("reader")))[0] == 401)
-        assert looked < follow.STALLED
+        assert looked < watch.STALLED
         assert inside.control.health()["policy"] == "ok"
     finally:
         inside.control.stop()

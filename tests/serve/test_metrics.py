@@ -10,8 +10,8 @@ from pathlib import Path
 from prometheus_client import generate_latest
 
 from steer.registry import Registry
+from steer.runtime.bank import Place, Table
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.runtime.table import Place, Table
 from steer.serve import metrics
 from tests import models
 from tests.servers import ROOT

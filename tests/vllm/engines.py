@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from steer.hf.attach import Steering
+from steer.hf.steering import Steering
 from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.spec import parse

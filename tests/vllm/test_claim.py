@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from steer.errors import UnsupportedModel
-from steer.runtime.index import TokenIndex
-from steer.vllm import claim, internals
+from steer.runtime.token_index import TokenIndex
+from steer.vllm import install, internals
 from steer.vllm.settings import EngineSettings
 from tests import bad
 
@@ -120,8 +120,8 @@ def worker(model: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
     )
 
 
-def claimed(model: nn.Module, dtype: torch.dtype = torch.float32) -> claim.Claim:
-    return claim.claim(worker(model, dtype), EngineSettings.model_validate({"rows": 2}), TokenIndex(1, 64, "cpu"))
+def claimed(model: nn.Module, dtype: torch.dtype = torch.float32) -> install.Claim:
+    return install.claim(worker(model, dtype), EngineSettings.model_validate({"rows": 2}), TokenIndex(1, 64, "cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

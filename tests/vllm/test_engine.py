@@ -276,7 +276,7 @@ def test_weights_that_are_loaded_anew_are_steered(running: Running) -> None:
 def test_what_a_call_does_to_the_seats_is_put_back_before_the_next_step(running: Running) -> None:
     """Buffers deleted, seats replaced, rows and index overwritten: as layers' reloading in some versions does, and what
     a memory pool that is given back may leave."""
-    from steer.vllm.seat import Seat
+    from steer.vllm.steering_layer import Seat
 
     running.check_mixed()
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from steer.errors import UnsupportedModel
-from steer.runtime.index import TokenIndex
-from steer.runtime.table import Place, Table
+from steer.runtime.bank import Place, Table
+from steer.runtime.token_index import TokenIndex
 from steer.vllm.keep import Kept
-from steer.vllm.seat import Seat, sit_after
+from steer.vllm.steering_layer import Seat, sit_after
 
 ROWS, RANK, D, TOKENS = 4, 2, 16, 64
 

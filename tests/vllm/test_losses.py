@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer.runtime.index import Losses
+from steer.runtime.token_index import Losses
 from steer.vllm.internals import ABOVE
 from steer.vllm.losses import KEPT, LostRuns, Run, Step
 from steer.vllm.salts import KEPT as SALTS

@@ -43,7 +43,7 @@ def test_means_and_vectors_are_those_of_transformers(
 ) -> None:
     """With prompts longer than a step, so that they come in chunks beside each other. In bfloat16 both are as far from
     the truth as its rounding takes them."""
-    from steer.vllm.source import VllmSource, start
+    from steer.vllm.offline import VllmSource, start
 
     tiny.make(name, tmp_path)
     sets = prompts("x", 1), prompts("y", 2)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.errors import UnsupportedModel
-from steer.vllm import claim, internals, proof, seat
+from steer.vllm import install, internals, selfcheck, steering_layer
 from tests.vllm.conftest import IN_PROCESS
 from tests.vllm.engines import Home
 
@@ -24,7 +24,7 @@ TOKENS, TOLD = 3, 64
 NOISE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-def answer(logits: Logits, tokens: tuple[int, ...] = (7, 7, 7)) -> proof.Answer:
+def answer(logits: Logits, tokens: tuple[int, ...] = (7, 7, 7)) -> selfcheck.Answer:
     """What an engine says that has these logits `[TOKENS, TOLD]`."""
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return [(token, dict(enumerate(map(float, row)))) for token, row in zip(tokens, logprobs, strict=True)]
@@ -41,18 +41,18 @@ class Sides:
     def draw(self) -> Logits:
         return self.chance.normal(size=(TOKENS, TOLD))
 
-    def say(self, logits: Logits, **more: Any) -> proof.Answer:
+    def say(self, logits: Logits, **more: Any) -> selfcheck.Answer:
         return answer(logits + self.noise * self.draw(), **more)
 
-    def judged(self, *served: Logits, chaos: float = 0.0) -> proof.Judgement:
+    def judged(self, *served: Logits, chaos: float = 0.0) -> selfcheck.Judgement:
         """Where these are what the engine's graphs do at each strength; `chaos`: what a nudge changes."""
         plain = self.say(self.plain), self.say(self.plain)
         cases = []
-        for strength, did in zip(proof.STRENGTHS, served, strict=True):
+        for strength, did in zip(selfcheck.STRENGTHS, served, strict=True):
             eager = self.plain + strength * self.effect
             nudged = eager + chaos * self.draw()
             cases.append((*plain, self.say(self.plain + did), self.say(eager), self.say(nudged)))
-        return proof.judge(cases, dict.fromkeys(proof.PHASES, max(self.noise, 1e-5)))
+        return selfcheck.judge(cases, dict.fromkeys(selfcheck.PHASES, max(self.noise, 1e-5)))
 
 
 @pytest.fixture(params=NOISE)
@@ -60,7 +60,7 @@ def sides(request: pytest.FixtureRequest) -> Sides:
     return Sides(NOISE[request.param])
 
 
-ALL_RIGHT = dict.fromkeys(proof.PHASES, proof.RIGHT)
+ALL_RIGHT = dict.fromkeys(selfcheck.PHASES, selfcheck.RIGHT)
 
 
 def test_what_differs_by_rounding_alone_is_right(sides: Sides) -> None:
@@ -70,7 +70,7 @@ def test_what_differs_by_rounding_alone_is_right(sides: Sides) -> None:
 def test_a_place_that_is_passed_by_is_wrong(sides: Sides) -> None:
     for text in sides.judged(0 * sides.effect, 0 * sides.effect).values():
         assert text
-        assert text.count("0.00 of the effect") == len(proof.STRENGTHS)
+        assert text.count("0.00 of the effect") == len(selfcheck.STRENGTHS)
 
 
 def test_what_acts_twice_is_wrong_at_half_strength(sides: Sides) -> None:
@@ -87,43 +87,43 @@ def test_what_acts_otherwise_is_wrong(sides: Sides) -> None:
     assert all(sides.judged(nearly, 0.5 * nearly).values()) == (sides.noise < 1e-3)
 
 
-@pytest.mark.parametrize("phase", proof.PHASES)
+@pytest.mark.parametrize("phase", selfcheck.PHASES)
 def test_each_phase_is_looked_at_alone(sides: Sides, phase: str) -> None:
     did = sides.effect.copy()
-    did[proof.PHASES[phase]] = 0
+    did[selfcheck.PHASES[phase]] = 0
     assert [name for name, text in sides.judged(did, 0.5 * did).items() if text] == [phase]
 
 
 def test_an_effect_below_the_rounding_is_unclear_and_an_engine_that_acts_all_the_same_is_wrong() -> None:
     sides = Sides(1e-2, effect=1e-2)
-    assert sides.judged(sides.effect, 0.5 * sides.effect) == dict.fromkeys(proof.PHASES)
+    assert sides.judged(sides.effect, 0.5 * sides.effect) == dict.fromkeys(selfcheck.PHASES)
     assert all(sides.judged(100 * sides.effect, 100 * sides.effect).values())
 
 
 def test_a_model_that_is_tipped_over_by_rounding_tells_nothing(sides: Sides) -> None:
     """What the model's own Python says under a strength that differs by rounding is as far away as the two sides."""
-    assert sides.judged(sides.other, 0.5 * sides.other, chaos=1.0) == dict.fromkeys(proof.PHASES)
+    assert sides.judged(sides.other, 0.5 * sides.other, chaos=1.0) == dict.fromkeys(selfcheck.PHASES)
 
 
 def test_only_tokens_that_have_read_the_same_are_compared() -> None:
     logits = np.random.default_rng(0).normal(size=(TOKENS, TOLD))
     one, other = answer(logits, (7, 7, 7)), answer(-logits, (7, 8, 7))
-    assert proof.common(one, other, phase="prefill")[0].size == TOLD
-    assert proof.common(one, other, phase="decoding")[0].size == TOLD, "the second, and not the third"
+    assert selfcheck.common(one, other, phase="prefill")[0].size == TOLD
+    assert selfcheck.common(one, other, phase="decoding")[0].size == TOLD, "the second, and not the third"
     other[0][1].clear()
     other[1][1][0] = -np.inf
-    assert proof.common(one, other, phase="prefill")[0].size == 0
-    assert proof.common(one, other, phase="decoding")[0].size == TOLD - 1
+    assert selfcheck.common(one, other, phase="prefill")[0].size == 0
+    assert selfcheck.common(one, other, phase="decoding")[0].size == TOLD - 1
 
 
 def test_plain_requests_that_have_something_of_others_are_told() -> None:
     sides = Sides(1e-2)
     alone, eager, mixed = [sides.say(sides.plain) for _ in range(3)]
-    noise = proof.noises("bfloat16", alone, eager)
-    assert not proof.leaks(noise, alone, mixed)
+    noise = selfcheck.noises("bfloat16", alone, eager)
+    assert not selfcheck.leaks(noise, alone, mixed)
     changed = sides.say(sides.plain + 0.5 * sides.effect)
-    assert [text.rpartition(": ")[0] for text in proof.leaks(noise, alone, changed)] == [
-        f"a plain request is changed by those beside it in {phase}" for phase in proof.PHASES
+    assert [text.rpartition(": ")[0] for text in selfcheck.leaks(noise, alone, changed)] == [
+        f"a plain request is changed by those beside it in {phase}" for phase in selfcheck.PHASES
     ]
 
 
@@ -151,9 +151,9 @@ def test_an_engine_whose_graph_is_not_what_was_claimed_does_not_start(
     layer 0 at layer 2."""
     from vllm.distributed import parallel_state
 
-    real, claiming = seat.hand_on, claim.claim
+    real, claiming = steering_layer.hand_on, install.claim
 
-    def claimed(*args: Any) -> claim.Claim:
+    def claimed(*args: Any) -> install.Claim:
         found = claiming(*args)
         own = {place.layer: each for place, each in found.seats}
         for layer, fault in enumerate(("none", "twice", "other")):
@@ -161,7 +161,7 @@ def test_an_engine_whose_graph_is_not_what_was_claimed_does_not_start(
         own[2].__dict__["neighbour"] = own[0]  # not as a module of it
         return found
 
-    def wrong(own: seat.Seat, x: Tensor, r: Tensor | None = None) -> Tensor:
+    def wrong(own: steering_layer.Seat, x: Tensor, r: Tensor | None = None) -> Tensor:
         if not torch.compiler.is_compiling() or not hasattr(own, "fault"):
             return real(own, x, r)
         if own.fault == "none":
@@ -170,8 +170,8 @@ def test_an_engine_whose_graph_is_not_what_was_claimed_does_not_start(
             return real(own, real(own, x, r), r)
         return real(own.neighbour, x, r)
 
-    monkeypatch.setattr(claim, "claim", claimed)
-    monkeypatch.setattr(seat, "hand_on", wrong)
+    monkeypatch.setattr(install, "claim", claimed)
+    monkeypatch.setattr(steering_layer, "hand_on", wrong)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
     home = Home.make("llama", tmp_path)

@@ -8,8 +8,8 @@ import pytest
 
 from steer.direction import Direction, digest
 from steer.errors import EngineFailed, NoRoom, UnsupportedModel
+from steer.runtime.bank import Place, Table
 from steer.runtime.placement import Shape
-from steer.runtime.table import Place, Table
 from steer.spec import Entry, Spec
 from steer.vllm import placement
 from steer.vllm.placement import VllmPlacement

@@ -17,8 +17,8 @@ from starlette.websockets import WebSocketDisconnect
 
 from steer.errors import SpecError, UnsupportedModel
 from steer.registry import Registry
+from steer.runtime.bank import Place, Table
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.runtime.table import Place, Table
 from steer.vllm import internals
 from tests import models
 

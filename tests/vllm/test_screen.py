@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from steer.errors import NoRoom
-from steer.hf.attach import Steering
 from steer.hf.load import load
+from steer.hf.steering import Steering
 from steer.lab.behaviour import Behaviour
+from steer.lab.evaluator import Candidate
 from steer.lab.measure import Conditions, measure
 from steer.lab.probe import Probe
 from steer.lab.prompts import PromptSet
 from steer.lab.race import Race, Sets
-from steer.lab.screen import Candidate
 from steer.lab.search import Search, Settings, Space
 from steer.lab.source import TransformersSource
 from tests import models
@@ -44,8 +44,7 @@ def probe(folder: Path) -> Probe:
 
 @pytest.fixture(scope="module")
 def screen(folder: Path, in_process: Callable[[Any], Any]) -> Iterator[Any]:
-    from steer.vllm.screen import VllmScreen
-    from steer.vllm.source import VllmSource, start
+    from steer.vllm.offline import VllmScreen, VllmSource, start
 
     options = ["--dtype", "float32", "--max-model-len", "256", "--distributed-executor-backend", "uni"]
     llm = start(str(folder), [*options, *device.ARGUMENTS], rank=2)

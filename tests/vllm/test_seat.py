@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import steer.runtime
-from steer.runtime.index import TokenIndex
-from steer.runtime.table import Place, Table
+from steer.runtime.bank import Place, Table
+from steer.runtime.token_index import TokenIndex
 from steer.spec import Entry, Spec
-from steer.vllm import seat
+from steer.vllm import steering_layer
 from tests import models
 
 PLACE = Place("resid_post", 0)
@@ -31,9 +31,9 @@ def test_what_is_combined_after_tracing_acts(rank: int) -> None:
     second = models.leaning(models.direction(model, seed=2), first, 0.4)
     table = Table([PLACE], rows=4, rank=rank, d_model=models.D_MODEL, requests=4)
     index, block = TokenIndex(rank, 16, "cpu"), Block()
-    made = seat.Seat(table.plates[PLACE], index)
+    made = steering_layer.Seat(table.plates[PLACE], index)
     assert {"joint", "combinations"} <= dict(made.named_buffers()).keys() or rank == 1
-    seat.sit_after(block, "sum", made, "resid_post")
+    steering_layer.sit_after(block, "sum", made, "resid_post")
     traced = torch.compile(lambda h, r: block(h, r), fullgraph=True, dynamic=True, backend="aot_eager")
     h, r = torch.randn(2, 5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -66,9 +66,9 @@ def test_the_key_of_the_compile_cache_knows_every_file_of_the_runtime(
         def hexdigest(self) -> str:
             return real(b"".join(seen)).hexdigest()
 
-    monkeypatch.setattr(seat.hashlib, "sha256", Recorder)
-    assert seat.code_digest.__wrapped__() == real(b"".join(seen)).hexdigest()[:16]
+    monkeypatch.setattr(steering_layer.hashlib, "sha256", Recorder)
+    assert steering_layer.code_digest.__wrapped__() == real(b"".join(seen)).hexdigest()[:16]
     here = Path(steer.runtime.__path__[0])
-    vllm = Path(seat.__file__).parent
-    for file in (here / name, vllm / "seat.py", vllm / "claim.py"):
+    vllm = Path(steering_layer.__file__).parent
+    for file in (here / name, vllm / "steering_layer.py", vllm / "install.py"):
         assert any(file.read_bytes() in data for data in seen), file.name

@@ -37,7 +37,7 @@ def test_an_engine_without_our_options_is_stock_and_plain_traffic_hits_as_there(
     from vllm.v1.engine.input_processor import InputProcessor
 
     from steer.vllm import plugin
-    from steer.vllm.seat import Seat
+    from steer.vllm.steering_layer import Seat
 
     home, prompts = Home.make("llama", tmp_path), conversation(0)
     options: dict[str, Any] = dict(dtype="float32", max_model_len=256, max_num_seqs=32, seed=0)

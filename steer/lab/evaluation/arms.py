@@ -13,11 +13,11 @@ from steer.direction import Direction, digest, read_file
 from steer.errors import InvalidInput
 from steer.lab.activations import Reading
 from steer.lab.batches import each_batch
+from steer.lab.evaluator import Candidate, Screen
 from steer.lab.prompts import PromptSet
-from steer.lab.screen import Candidate, Screen
 from steer.lab.source import Source
 from steer.names import MAX_STRENGTH, MODES, Mode
-from steer.runtime.modes import check_mode
+from steer.runtime.op import check_mode
 
 PLAIN = "plain"
 

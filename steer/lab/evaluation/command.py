@@ -176,10 +176,10 @@ def _numbers(text: str | None) -> list[float] | None:
 def _text(path: Path, source: Any) -> Text:
     import hashlib
 
-    from steer.chat import Chat
     from steer.direction import Dataset
     from steer.lab.evaluation.perplexity import WINDOW, windows
     from steer.lab.evaluation.run import Text
+    from steer.tokenization import Chat
 
     try:
         data = path.read_bytes()

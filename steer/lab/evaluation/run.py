@@ -15,11 +15,11 @@ from steer.lab.evaluation.arms import PLAIN, Arm, steering
 from steer.lab.evaluation.expected import Expected, right
 from steer.lab.evaluation.outcomes import Told, arms_on_set, tell
 from steer.lab.evaluation.report import Difference, DivergenceOf, PerplexityOf, SetResult, TextResult
+from steer.lab.evaluator import Screen
 from steer.lab.judge import Judge
 from steer.lab.probe import Answered, Divergence, Probe, summarised
 from steer.lab.prompts import Conversation, Prompt, PromptSet
 from steer.lab.resume import Cache
-from steer.lab.screen import Screen
 
 #: The divergence is measured on answers to this set.
 HARMLESS = "harmless"

@@ -16,8 +16,7 @@ from torch import Tensor
 from steer.direction import Direction, replacing
 from steer.errors import InvalidInput
 from steer.lab.formats.foreign import Foreign, direction_of
-from steer.runtime.modes import coefficients
-from steer.runtime.op import GAMMA
+from steer.runtime.op import GAMMA, coefficients
 
 ARCHITECTURE = "controlvector"
 

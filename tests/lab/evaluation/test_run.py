@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from steer.hf.attach import Steering
 from steer.hf.load import Loaded, load
+from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL
 from steer.lab.evaluation.arms import Arm, arms_of, projected
 from steer.lab.evaluation.markdown import render, tables

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from steer.errors import UnsupportedModel
-from steer.runtime import proof
-from steer.runtime.index import TokenIndex
-from steer.runtime.sites import find_blocks, hooks, summands
-from steer.runtime.table import EMBEDDING, Place, Table
+from steer.runtime import selfcheck
+from steer.runtime.bank import EMBEDDING, Place, Table
+from steer.runtime.hook_points import find_blocks, hooks, summands
+from steer.runtime.token_index import TokenIndex
 from steer.vllm import internals
-from steer.vllm.seat import Form, Reads, Seat, Slot, exact_stream, sit_after, sit_before, stream
 from steer.vllm.settings import EngineSettings
+from steer.vllm.steering_layer import Form, Reads, Seat, Slot, exact_stream, sit_after, sit_before, stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,10 @@ class Target:
             sit_after(self.module, self.form, seat, self.place.site)
 
     @property
-    def point(self) -> proof.Point:
+    def point(self) -> selfcheck.Point:
         if (slot := self.slot) is not None:
-            return proof.Point(self.place, self.module, lambda given: slot.get(*given), before=True)
-        return proof.Point(self.place, self.module, lambda output: exact_stream(self.form, output))
+            return selfcheck.Point(self.place, self.module, lambda given: slot.get(*given), before=True)
+        return selfcheck.Point(self.place, self.module, lambda output: exact_stream(self.form, output))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +116,11 @@ def _learn_form(worker: Any, local: dict[int, nn.Module], plain: Tensor, again: 
     # What a rank of a pipeline sends on is read by the next rank, so of its last block nothing is told by its own pass.
     last = internals.shape_of(worker.vllm_config)[1] - 1
     inner = [block for i, block in local.items() if i == last or i != max(local)]
-    if inner and proof.rest_is_dead(inner, lambda: internals.probe(worker), plain, again):
+    if inner and selfcheck.rest_is_dead(inner, lambda: internals.probe(worker), plain, again):
         return "first"
     if all(_is_pair(out) for out in outputs.values()):
         return "sum"
-    shapes = [list(t.shape) for t in proof.tensors_in(next(iter(outputs.values())))]
+    shapes = [list(t.shape) for t in selfcheck.tensors_in(next(iter(outputs.values())))]
     raise UnsupportedModel(
         f"the decoder blocks hand on {shapes}, of which more than the first is used and which are no pair: a stream "
         "wider than one vector a token (hyper-connections), or not complete in one tensor, cannot be steered"
@@ -222,16 +222,16 @@ def _prove(
 ) -> dict[Place, Tensor]:
     """Prove that what the seats act on is the stream (`runtime.proof`), that all ranks have the same of it, and that a
     plain pass is the same with seats as without. Returns what a plain pass has at each place."""
-    each = internals.PROBE_TOKENS // len(proof.CASES)
+    each = internals.PROBE_TOKENS // len(selfcheck.CASES)
 
-    def run(steers: proof.Steers) -> None:
+    def run(steers: selfcheck.Steers) -> None:
         index.fill_with(steers, [each] * len(steers))
         try:
             internals.probe(worker)
         finally:
             index.fill_with([], [])
 
-    checked = proof.Proof(
+    checked = selfcheck.Proof(
         worker.get_model(),
         local,
         [target.point for target in targets],
@@ -245,7 +245,7 @@ def _prove(
     bad, watch = checked.problems(list(dict.fromkeys(target.place.site for target in targets)))
     if not internals.replicated(torch.cat([x.flatten() for x in watch.raw.values()]).float()):
         bad.append("each tensor-parallel rank has another part of the stream")
-    if not proof.same(internals.probe(worker), *plain):
+    if not selfcheck.same(internals.probe(worker), *plain):
         bad.append("a plain pass is not the same with seats as without")
     if bad:
         raise UnsupportedModel(f"{type(worker.get_model()).__name__} cannot be steered: {'; '.join(bad)}")

@@ -15,18 +15,17 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from steer._version import __version__
-from steer.direction import Direction, check_fits
+from steer.direction import Direction, check_fits, write_file
 from steer.errors import InvalidInput, UnsupportedModel
 from steer.hf.load import Skeleton, skeleton
 from steer.lab.weights import INDEX, Checkpoint, Writer, find
-from steer.runtime.modes import coefficients, embedding_coefficients
-from steer.runtime.op import WEIGHT, displacements
-from steer.runtime.table import EMBEDDING
+from steer.runtime.bank import EMBEDDING
+from steer.runtime.op import WEIGHT, coefficients, displacements, embedding_coefficients
 
 log = logging.getLogger("steer")
 RECEIPT = "steer_bake.json"
@@ -185,9 +184,9 @@ class Verdict:
 def verify(original: str, revision: str | None, baked: Path, removal: Removal, preserve_norms: bool = False) -> Verdict:
     """Prove the baked model by effect, both in float32, one after the other. Raises UnsupportedModel where it is not
     what the runtime computes: then some writer was missed."""
-    from steer.hf.attach import Anatomy, Steering
     from steer.hf.load import load
-    from steer.runtime.sites import hooks, on_input, on_output
+    from steer.hf.steering import Anatomy, Steering
+    from steer.runtime.hook_points import hooks, on_input, on_output
     from steer.spec import Entry, Spec
 
     anatomy = Anatomy(load(str(baked), dtype="float32", device="cpu").model)
@@ -267,3 +266,73 @@ def _check_dtype(name: str, tensor: Tensor) -> None:
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+PREFIX = "base_model.model."
+#: A bias has a component where more than this share of it lies along the direction; float32's rounding is below.
+BIAS_SHARE = 1e-6
+
+
+def export(checkpoint: Checkpoint, removal: Removal, output: Path, *, base: str, progress: bool = False) -> int:
+    """Write the adapter to the folder `output`; how many modules it adapts. Raises UnsupportedModel with every writer
+    that an adapter cannot reach."""
+    check_fits(
+        removal.direction,
+        d_model=checkpoint.d_model,
+        layers=checkpoint.layers,
+        architecture=checkpoint.architecture,
+    )
+    kinds = skeleton(checkpoint.folder).kinds
+    writers = [writer for writer in find(checkpoint, kinds) if removal.at(writer.layer) is not None]
+    problems = [f"{w.name}: is no module of its own in transformers" for w in writers if w.module not in kinds]
+    for name, bias in checkpoint.tensors(w.name for w in writers if w.bias):
+        writer = next(w for w in writers if w.name == name)
+        rows, _ = removal.at(writer.layer) or (bias, None)
+        if float((rows @ bias.float()).abs().max()) > BIAS_SHARE * float(bias.float().norm()):
+            problems.append(f"{name}: is a bias with a component along the direction")
+    if problems:
+        raise UnsupportedModel(
+            f"{len(problems)} writers of {checkpoint.architecture} are out of an adapter's reach, so it would not "
+            f"remove the direction; bake the model instead. {'; '.join(problems[:4])}"
+        )
+    if output.exists():
+        raise InvalidInput(f"{output} exists already; an adapter is written to a new folder")
+    weights = {writer.name: writer for writer in writers if not writer.bias}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in tqdm(
+        checkpoint.tensors(weights),
+        desc="adapter",
+        total=len(weights),
+        unit="tensor",
+        disable=not progress,
+        leave=False,
+    ):
+        tensors |= factors(weights[name], tensor, removal, kinds[weights[name].module] == "Embedding")
+    rank = removal.direction.rank
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(kinds[w.module] == "Conv1D" for w in weights.values()),
+        "target_modules": sorted(w.module for w in weights.values()),
+    }
+    output.mkdir(parents=True)
+    write_file(output / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+    write_file(output / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    return len(weights)
+
+
+def factors(writer: Writer, tensor: Tensor, removal: Removal, embedding: bool) -> dict[str, Tensor]:
+    """PEFT's tensors for one module, float32: A `[k, inputs]` and B `[d_model, k]`, alpha = r so that ΔW = B·A."""
+    found = removal.at(writer.layer)
+    assert found is not None
+    rows, coefficients = found
+    a = rows @ writer.written(tensor.float()).T
+    b = -(removal.strength * coefficients[:, WEIGHT]) * rows.T
+    kind = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    return {f"{PREFIX}{writer.module}.{name}": value.contiguous() for name, value in zip(kind, (a, b), strict=True)}

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from steer.names import MODES, Site
-from steer.runtime.index import RequestSteer
+from steer.runtime.bank import EMBEDDING, Place, Table
+from steer.runtime.hook_points import hooks
 from steer.runtime.op import amount
-from steer.runtime.sites import hooks
-from steer.runtime.table import EMBEDDING, Place, Table
+from steer.runtime.token_index import RequestSteer
 
 #: The row that the proof uses.
 ROW = 1

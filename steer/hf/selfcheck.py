@@ -24,12 +24,12 @@ from torch import Tensor
 import steer
 from steer.errors import EngineFailed, UnsupportedModel
 from steer.hf import internals
-from steer.hf.attach import PROBE_TOKENS
 from steer.hf.engine import Engine
 from steer.hf.sampling import Sampling, Token
+from steer.hf.steering import PROBE_TOKENS
 from steer.names import MODES
-from steer.runtime.index import RequestSteer
-from steer.runtime.table import Table
+from steer.runtime.bank import Table
+from steer.runtime.token_index import RequestSteer
 
 log = logging.getLogger("steer")
 #: Tokens of the greedy answers, and how much longer than a limit the long prompts are: the answers end beyond it too.

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from steer.names import Site
-from steer.runtime.index import TokenIndex
+from steer.runtime.bank import Plate, apply
 from steer.runtime.memory import lasting
 from steer.runtime.readout import AFTER, BEFORE, components
-from steer.runtime.table import Plate, apply
+from steer.runtime.token_index import TokenIndex
 
 #: How a block hands on the stream: it returns one tensor; a tuple whose first is the whole stream; or (h, r) with the
 #: stream being h + r, added by the norm that comes next.
@@ -177,7 +177,7 @@ def exact_stream(form: Form, output: Any) -> Tensor:
 
 
 #: Files whose text is traced into a graph, or decides the layout of what a graph reads.
-TRACED = {"steer.runtime": None, "steer.vllm": ("claim.py", "seat.py")}
+TRACED = {"steer.runtime": None, "steer.vllm": ("install.py", "steering_layer.py")}
 
 
 @cache

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from steer.errors import InvalidInput, NotFinite, UnsupportedModel
 from steer.hf import internals
 from steer.names import Site
-from steer.runtime import proof
-from steer.runtime import sites as site_tools
-from steer.runtime.index import RequestSteer, TokenIndex
+from steer.runtime import hook_points as site_tools
+from steer.runtime import selfcheck
+from steer.runtime.bank import EMBEDDING, Operands, Place, Table, gather, operate
 from steer.runtime.memory import lasting
 from steer.runtime.readout import ReadIndex
-from steer.runtime.table import EMBEDDING, Operands, Place, Table, gather, operate
+from steer.runtime.token_index import RequestSteer, TokenIndex
 from steer.spec import Spec
 
 #: Length of the probe prompt: long enough to be more than one token, short enough for any context.
@@ -280,17 +280,17 @@ class Steering:
             self._kept[place] = operands
         return operands
 
-    def _find_targets(self) -> list[tuple[proof.Point, Callable[[site_tools.Transform], Any]]]:
+    def _find_targets(self) -> list[tuple[selfcheck.Point, Callable[[site_tools.Transform], Any]]]:
         """Each place with the function that hangs a transform there."""
         anatomy, blocks = self.anatomy, self.anatomy.blocks
-        targets: list[tuple[proof.Point, Callable[[site_tools.Transform], Any]]] = []
+        targets: list[tuple[selfcheck.Point, Callable[[site_tools.Transform], Any]]] = []
         writers = site_tools.find_writers(blocks, anatomy.probe) if "writers" in self.sites else []
         for site in self.sites:
-            before = proof.Point(Place(site, EMBEDDING), blocks[0], _stream_given, before=True)
+            before = selfcheck.Point(Place(site, EMBEDDING), blocks[0], _stream_given, before=True)
             targets.append((before, _hang(site_tools.on_input, blocks[0])))
             for layer, block in enumerate(blocks):
                 for module in (block,) if site == "resid_post" else writers[layer]:
-                    point = proof.Point(Place(site, layer), module, site_tools.stream_of)
+                    point = selfcheck.Point(Place(site, layer), module, site_tools.stream_of)
                     targets.append((point, _hang(site_tools.on_output, module)))
         return targets
 
@@ -305,19 +305,19 @@ class Steering:
                 "call model.eval() first"
             )
 
-        def run(steers: proof.Steers) -> None:
+        def run(steers: selfcheck.Steers) -> None:
             with self.batch(steers):
                 anatomy.probe(len(steers))
 
-        dead = proof.rest_is_dead(anatomy.blocks, lambda: anatomy.probe().logits, plain, again)
+        dead = selfcheck.rest_is_dead(anatomy.blocks, lambda: anatomy.probe().logits, plain, again)
         points = [point for point, _ in self._targets]
         blocks = dict(enumerate(anatomy.blocks))
-        tokens, eps = PROBE_TOKENS * len(proof.CASES), torch.finfo(anatomy.dtype).eps
-        checked = proof.Proof(anatomy.model, blocks, points, self.table, run, tokens, eps, dead=dead)
+        tokens, eps = PROBE_TOKENS * len(selfcheck.CASES), torch.finfo(anatomy.dtype).eps
+        checked = selfcheck.Proof(anatomy.model, blocks, points, self.table, run, tokens, eps, dead=dead)
         self.attach()
         try:
             bad, _ = checked.problems(self.sites)
-            if not proof.same(anatomy.probe().logits, plain, again):
+            if not selfcheck.same(anatomy.probe().logits, plain, again):
                 bad.append("a plain pass is not the same with hooks as without")
         finally:
             self.detach()

@@ -21,10 +21,11 @@ from torch import Tensor
 from steer.direction import Direction, DirectionMeta
 from steer.errors import UnsupportedModel
 from steer.names import Mode, Site
-from steer.runtime.table import EMBEDDING, Place
+from steer.runtime.bank import EMBEDDING, Place
 
 if TYPE_CHECKING:
     from steer.vllm.frontend import Frontend
+
 
 log = logging.getLogger("steer")
 

@@ -24,10 +24,9 @@ from steer.direction import Direction
 from steer.errors import NoRoom
 from steer.names import MODES, Mode, Site
 from steer.runtime.combine import Combination, Combinations
-from steer.runtime.index import RequestSteer
 from steer.runtime.memory import lasting
-from steer.runtime.modes import coefficients, embedding_coefficients
-from steer.runtime.op import FLOOR, WEIGHT, amount, joint, settled, shared
+from steer.runtime.op import FLOOR, WEIGHT, amount, coefficients, embedding_coefficients, joint, settled, shared
+from steer.runtime.token_index import RequestSteer
 from steer.spec import Entry, Spec
 
 #: The stream before block 0 counts as layer −1 of its site.

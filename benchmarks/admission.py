@@ -1,6 +1,6 @@
 """What admitting one request costs, part by part, and whether it grows with the number of directions.
 
-`python -m benchmarks.admission`. In process, on the real registry and table; microseconds, medians of many.
+`python -m benchmarks.admission`. In process, on the real registry and bank; microseconds, medians of many.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.results import FOLDER, Result
 from steer.registry import Registry
-from steer.runtime.bank import Place, Table
+from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.serve import carriers, keys
 from steer.serve.access import Caller
@@ -31,15 +31,17 @@ HEADERS = [(b"content-type", b"application/json"), (b"user-agent", b"OpenAI/Pyth
 LAYERS = 3
 
 
-def serving(count: int) -> tuple[Registry, Table]:
+def serving(count: int) -> tuple[Registry, DirectionBank]:
     """A registry with `count` directions, d0 and on."""
     model = models.tiny("llama")
-    table = Table([Place("resid_post", i) for i in range(LAYERS)], rows=count + 1, rank=4, d_model=models.D_MODEL)
+    bank = DirectionBank(
+        [HookPoint("resid_post", i) for i in range(LAYERS)], rows=count + 1, rank=4, d_model=models.D_MODEL
+    )
     shape = Shape("LlamaForCausalLM", LAYERS, models.D_MODEL, frozenset({"resid_post"}), 4)
-    registry = Registry(LocalPlacement(shape, table))
+    registry = Registry(LocalPlacement(shape, bank))
     for seed in range(count):
         registry.put(f"d{seed}", models.direction(model, seed=seed).to_bytes(), store=False)
-    return registry, table
+    return registry, bank
 
 
 def governed(folder: Path, registry: Registry) -> tuple[Control, carriers.Gate]:
@@ -56,7 +58,7 @@ def governed(folder: Path, registry: Registry) -> tuple[Control, carriers.Gate]:
 
 def parts(count: int, folder: Path) -> dict[str, float]:
     """Microseconds of each part with `count` directions served."""
-    registry, table = serving(count)
+    registry, bank = serving(count)
     control, gate = governed(folder, registry)
     body = parse_body(BODY)
     carried = carriers.read(body, HEADERS, ["tiny"])
@@ -72,7 +74,7 @@ def parts(count: int, folder: Path) -> dict[str, float]:
         "read the carriers": micro(lambda: carriers.read(body, HEADERS, ["tiny"])),
         "resolve, pin and unpin": micro(admitted(None)),
         "the same under a policy of 100 keys": micro(admitted(gate)),
-        "index entries": micro(lambda: table.steer(spec)),
+        "index entries": micro(lambda: bank.steer(spec)),
         "salt of the prefix cache (vLLM)": micro(lambda: salt(spec)),
         "receipt": micro(spec.receipt),
     }

@@ -27,7 +27,7 @@ from benchmarks import results
 from benchmarks.results import FOLDER, Result
 from benchmarks.timing import interleave, rounds
 from steer.runtime import hook_points
-from steer.runtime.bank import Place, Plate, Table, apply
+from steer.runtime.bank import BankSlice, DirectionBank, HookPoint, apply
 from steer.runtime.token_index import TokenIndex
 from steer.spec import Entry, Spec
 from tests import models
@@ -87,19 +87,19 @@ def hooks(shape: Shape, batches: list[int], rounds: int) -> list[results.Table]:
     with torch.device(DEVICE):
         net = LlamaForCausalLM(shape.config()).to(torch.bfloat16).eval()
     hooked, blocks = copy.deepcopy(net), net.model.layers
-    table = Table(
-        [Place("resid_post", i) for i in range(len(blocks))], rows=8, rank=1, d_model=shape.width, device=DEVICE
+    bank = DirectionBank(
+        [HookPoint("resid_post", i) for i in range(len(blocks))], rows=8, rank=1, d_model=shape.width, device=DEVICE
     )
-    table.load("d", models.direction(net))
-    for plate in table.plates.values():
-        static(plate.vectors, plate.coefficients)
-    steer = table.steer(Spec((Entry("d", "d", "ablate", 1.0),)))
+    bank.load("d", models.direction(net))
+    for bank_slice in bank.slices.values():
+        static(bank_slice.vectors, bank_slice.coefficients)
+    steer = bank.steer(Spec((Entry("d", "d", "ablate", 1.0),)))
     tables = []
     for batch in batches:
         ids = torch.ones(batch, 1, dtype=torch.int64, device=DEVICE)
         index = TokenIndex(1, batch, DEVICE)
         static(index.rows, index.slots, index.strengths)
-        plain, steered = recorded(net, ids), recorded(hooked, ids, [acting(p, index) for p in table.plates.values()])
+        plain, steered = recorded(net, ids), recorded(hooked, ids, [acting(p, index) for p in bank.slices.values()])
         check(plain, steered, index, steer)
 
         def filled(run: Callable[[], None], row: Any, index: TokenIndex = index) -> Callable[[], None]:
@@ -125,9 +125,9 @@ def static(*tensors: torch.Tensor) -> None:
         torch._dynamo.mark_static_address(tensor)
 
 
-def acting(plate: Plate, index: TokenIndex) -> hook_points.Transform:
+def acting(bank_slice: BankSlice, index: TokenIndex) -> hook_points.Transform:
     """The operation at one place, always: in a compiled graph there is no asking whether any token is steered."""
-    return lambda x: apply(x.flatten(0, -2), plate, *index.first(index.max_tokens))[0].view_as(x)
+    return lambda x: apply(x.flatten(0, -2), bank_slice, *index.first(index.max_tokens))[0].view_as(x)
 
 
 def recorded(

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.results import FOLDER, Result
 from steer.names import MODES
-from steer.runtime.bank import Place, Table, apply
+from steer.runtime.bank import DirectionBank, HookPoint, apply
 from steer.runtime.token_index import RequestSteer, TokenIndex
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,32 +35,34 @@ class Case:
         """Float32 vectors and, in each mode, four coefficients of every row (and row 0) at every layer; for every token
         and rank two int64 and one float32. Where the rank is not 1, for every token one int64 and for every request
         (here of one token) a matrix at every layer."""
-        table = self.layers * (self.rows + 1) * (4 * self.width + len(MODES) * 4 * 4)
+        bank = self.layers * (self.rows + 1) * (4 * self.width + len(MODES) * 4 * 4)
         together = self.tokens * 8 + self.layers * (self.tokens + 1) * self.rank**2 * 4 if self.rank > 1 else 0
-        return table + self.rank * self.tokens * (8 + 8 + 4) + together
+        return bank + self.rank * self.tokens * (8 + 8 + 4) + together
 
     def run(self, repeats: int) -> tuple[int, float, float]:
         """Bytes, milliseconds of the operation at all layers, microseconds of filling the index for a step."""
-        places = [Place("resid_post", layer) for layer in range(self.layers)]
-        table = Table(places, rows=self.rows, rank=self.rank, d_model=self.width, device=DEVICE, requests=self.tokens)
+        places = [HookPoint("resid_post", layer) for layer in range(self.layers)]
+        bank = DirectionBank(
+            places, rows=self.rows, rank=self.rank, d_model=self.width, device=DEVICE, requests=self.tokens
+        )
         index = TokenIndex(self.rank, self.tokens, DEVICE)
-        for plate in table.plates.values():
-            plate.vectors.copy_(torch.nn.functional.normalize(torch.randn(plate.vectors.shape), dim=-1))
+        for bank_slice in bank.slices.values():
+            bank_slice.vectors.copy_(torch.nn.functional.normalize(torch.randn(bank_slice.vectors.shape), dim=-1))
         steer = RequestSteer.plain(self.rank)
         steer.slots[:] = np.arange(1, self.rank + 1) * len(MODES)
         steer.strengths[:] = 1
         number = index.enter(steer)
         numbers, lengths = np.full(self.tokens, number), np.ones(self.tokens, np.int64)
         x = torch.randn(self.tokens, self.width, dtype=torch.bfloat16, device=DEVICE)
-        plates = list(table.plates.values())
+        slices = list(bank.slices.values())
 
         @torch.inference_mode()
         def operation() -> None:
-            for plate in plates:
-                apply(x, plate, *index.first(len(x)))
+            for bank_slice in slices:
+                apply(x, bank_slice, *index.first(len(x)))
 
         filling = _seconds(lambda: index.fill(numbers, lengths), repeats)
-        return table.nbytes + index.nbytes, 1e3 * _seconds(operation, repeats), 1e6 * filling
+        return bank.nbytes + index.nbytes, 1e3 * _seconds(operation, repeats), 1e6 * filling
 
 
 def _seconds(run: object, repeats: int) -> float:

@@ -38,7 +38,7 @@ _UNSETTLED = (-1, -1, -1)
 
 
 class Placement(Protocol):
-    """Where versions are made resident: one table, or all workers of an engine."""
+    """Where versions are made resident: one bank, or all workers of an engine."""
 
     @property
     def rank(self) -> int:
@@ -149,7 +149,7 @@ class Registry:
 
     @property
     def rows(self) -> int:
-        """Table rows that the resident versions have."""
+        """DirectionBank rows that the resident versions have."""
         with self._state:
             return sum(version.direction.rank for version in self._versions.values())
 

@@ -32,7 +32,9 @@ def twice(_decoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
         original = block.register_forward_hook
 
         def double(hook: Any, original: Any = original, **options: Any) -> Any:
-            if not options.get("prepend") and "transform" in getattr(hook, "__code__", hook).co_freevars:  # the seat's
+            if (
+                not options.get("prepend") and "transform" in getattr(hook, "__code__", hook).co_freevars
+            ):  # the steering module's
                 original(hook, **options)
             return original(hook, **options)
 

@@ -1,6 +1,6 @@
 """Races: every order of loads, swaps, admissions, ends, preemptions, cancellations and switches, against a plain model.
 
-The registry, the table, the token index and the gate are the real ones; the model is a few dictionaries.
+The registry, the bank, the token index and the gate are the real ones; the model is a few dictionaries.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
 from steer.names import MODES
 from steer.readout import Readout, ReadWanted
 from steer.registry import Admission, Registry
-from steer.runtime.bank import Place, Table, apply
+from steer.runtime.bank import DirectionBank, HookPoint, apply
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.token_index import PLAIN, TokenIndex
 from steer.serve import carriers
@@ -42,7 +42,7 @@ ROWS, RANK, TOKENS, RUNNING = 4, 3, 64, 8
 NAMES = ("one", "two", "three")
 WHICH = st.integers(0, 99)
 MODEL = models.tiny("llama")
-PLACES = [Place("resid_post", layer) for layer in range(models.LAYERS)]
+PLACES = [HookPoint("resid_post", layer) for layer in range(models.LAYERS)]
 SHAPE = Shape("LlamaForCausalLM", models.LAYERS, models.D_MODEL, frozenset({"resid_post"}), RANK)
 
 
@@ -70,9 +70,9 @@ class Request:
 class Registries(RuleBasedStateMachine):
     @initialize(seeds=st.lists(st.integers(0, 5), min_size=2, max_size=2))
     def start(self, seeds: list[int]) -> None:
-        self.table = Table(PLACES, rows=ROWS, rank=RANK, d_model=models.D_MODEL)
+        self.bank = DirectionBank(PLACES, rows=ROWS, rank=RANK, d_model=models.D_MODEL)
         self.index = TokenIndex(RANK, TOKENS, "cpu")
-        self.registry = Registry(LocalPlacement(SHAPE, self.table), patience=0)
+        self.registry = Registry(LocalPlacement(SHAPE, self.bank), patience=0)
         self.control = Control()
         self.names: dict[str, str] = {}
         self.failed: set[str] = set()
@@ -201,7 +201,7 @@ class Registries(RuleBasedStateMachine):
                 self.finish(request)
 
     def begin(self, request: Request) -> None:
-        steer = self.table.steer(request.admission.spec)
+        steer = self.bank.steer(request.admission.spec)
         assert (steer is None) == (not request.expected), "a plain request has no row"
         request.number = PLAIN if steer is None else self.index.enter(steer)
 
@@ -227,7 +227,7 @@ class Registries(RuleBasedStateMachine):
     @invariant()
     def no_row_leaks(self) -> None:
         assert self.registry.resident == len(self.resident())
-        assert self.registry.rows == self.table.rows_in_use == self.rows_used()
+        assert self.registry.rows == self.bank.rows_in_use == self.rows_used()
         pins = Counter(d for request in self.alive for d in request.pinned.elements())
         for version in self.registry.names().values():
             assert version.pins == pins[version.digest]
@@ -236,15 +236,15 @@ class Registries(RuleBasedStateMachine):
     def rows_hold_exactly_their_versions(self) -> None:
         owned: list[int] = []
         for d in self.resident():
-            rows = self.table.rows_of([d]).tolist()
+            rows = self.bank.rows_of([d]).tolist()
             owned += rows
             for place in PLACES:
-                assert torch.equal(self.table.plates[place].vectors[rows], VERSIONS[d].directions[place.layer])
+                assert torch.equal(self.bank.slices[place].vectors[rows], VERSIONS[d].directions[place.layer])
         assert len(set(owned)) == len(owned)
         assert 0 not in owned, "row 0 is the plain one"
         free = sorted(set(range(ROWS + 1)) - set(owned))
         for place in PLACES:
-            assert not self.table.plates[place].vectors[free].any()
+            assert not self.bank.slices[place].vectors[free].any()
 
     @invariant()
     def a_pass_gives_each_token_what_its_own_request_asked_for(self) -> None:
@@ -258,7 +258,7 @@ class Registries(RuleBasedStateMachine):
         assert not self.index.strengths[:, total:].any()
         x = torch.randn(total, models.D_MODEL, generator=torch.Generator().manual_seed(total))
         for place in PLACES:
-            y, _ = apply(x, self.table.plates[place], *self.index.first(total))
+            y, _ = apply(x, self.bank.slices[place], *self.index.first(total))
             begin = 0
             for request, length in zip(running, lengths, strict=True):
                 mine = slice(begin, begin + length)
@@ -270,18 +270,18 @@ class Registries(RuleBasedStateMachine):
             self.finish(request)
         for name in list(self.names):
             self.registry.delete(name)
-        assert self.table.rows_in_use == 0
+        assert self.bank.rows_in_use == 0
         assert len(self.index._free) == self.index._entry_slots.shape[1] - 1, "every number came back"
 
 
-def alone(x: torch.Tensor, spec: Spec, place: Place) -> torch.Tensor:
-    """`x` under `spec` in a table that has nothing else."""
-    table = Table(PLACES, rows=RANK, rank=RANK, d_model=models.D_MODEL)
+def alone(x: torch.Tensor, spec: Spec, place: HookPoint) -> torch.Tensor:
+    """`x` under `spec` in a bank that has nothing else."""
+    bank = DirectionBank(PLACES, rows=RANK, rank=RANK, d_model=models.D_MODEL)
     for entry in spec.entries:
-        table.load(entry.digest, VERSIONS[entry.digest])
+        bank.load(entry.digest, VERSIONS[entry.digest])
     index = TokenIndex(RANK, TOKENS, "cpu")
-    index.fill_with([table.steer(spec)], [len(x)])
-    return apply(x, table.plates[place], *index.first(len(x)))[0]
+    index.fill_with([bank.steer(spec)], [len(x)])
+    return apply(x, bank.slices[place], *index.first(len(x)))[0]
 
 
 def test_every_order_leaves_names_rows_and_requests_as_they_should_be() -> None:

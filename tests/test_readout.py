@@ -20,8 +20,8 @@ def registry() -> Registry:
     model = models.tiny("llama")
     steering = Steering(model, sites=("resid_post", "writers"))
     anatomy = steering.anatomy
-    shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, steering.table.sites, 4)
-    registry = Registry(LocalPlacement(shape, steering.table))
+    shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, steering.bank.sites, 4)
+    registry = Registry(LocalPlacement(shape, steering.bank))
     for seed, name in enumerate(("a", "b", "c"), 1):
         registry.put(name, models.direction(model, seed=seed).to_bytes())
     registry.put("pair", models.direction(model, k=2, seed=8).to_bytes())

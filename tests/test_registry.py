@@ -18,7 +18,7 @@ from steer.direction import Direction, digest
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
 from steer.names import Mode, Site
 from steer.registry import Admission, Move, Registry
-from steer.runtime.bank import Place, Table
+from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.spec import Entry, Wanted, parse
 from tests import models
@@ -68,9 +68,9 @@ class Recorder:
 
 
 def local(rows: int = 8, rank: int = 4, sites: Sequence[Site] = ("resid_post",)) -> LocalPlacement:
-    places = [Place(site, layer) for site in sites for layer in range(models.LAYERS)]
-    table = Table(places, rows=rows, rank=rank, d_model=models.D_MODEL)
-    return LocalPlacement(Shape("LlamaForCausalLM", models.LAYERS, models.D_MODEL, frozenset(sites), rank), table)
+    places = [HookPoint(site, layer) for site in sites for layer in range(models.LAYERS)]
+    bank = DirectionBank(places, rows=rows, rank=rank, d_model=models.D_MODEL)
+    return LocalPlacement(Shape("LlamaForCausalLM", models.LAYERS, models.D_MODEL, frozenset(sites), rank), bank)
 
 
 def admit(registry: Registry, wish: str) -> Admission:
@@ -125,12 +125,12 @@ def test_a_running_request_keeps_its_version_until_it_is_released() -> None:
     assert registry.resident == 2
     assert admit(registry, "refusal").spec.entries[0].digest == digest(B)
     first.release()
-    assert placement.table.steer(second.spec) is not None
+    assert placement.bank.steer(second.spec) is not None
     second.release()
     assert registry.resident == 1
-    assert placement.table.rows_in_use == 1
+    assert placement.bank.rows_in_use == 1
     with pytest.raises(KeyError):
-        placement.table.steer(second.spec)
+        placement.bank.steer(second.spec)
 
 
 def test_releasing_twice_is_releasing_once() -> None:
@@ -257,7 +257,7 @@ def test_a_load_waits_for_running_requests_of_old_versions() -> None:
     registry.put("refusal", C)
     assert 0.2 < time.monotonic() - began < 20
     assert served(registry) == {"refusal": digest(C)}
-    assert placement.table.rows_in_use == 1
+    assert placement.bank.rows_in_use == 1
     timer.join()
 
 
@@ -285,7 +285,7 @@ def test_a_load_that_waited_in_vain_says_so_and_changes_nothing() -> None:
     registry.put("refusal", A)
     held = admit(registry, "refusal")
     registry.put("refusal", B)
-    with pytest.raises(NoRoom, match="1 free table rows, 0 of 2"):
+    with pytest.raises(NoRoom, match="1 free bank rows, 0 of 2"):
         registry.put("refusal", C)
     assert served(registry) == {"refusal": digest(B)}
     assert "0 of 2" in registry.failures["refusal"].problems[0]
@@ -439,7 +439,7 @@ def test_what_cannot_be_stored_is_not_served(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(OSError, match="disk full"):
             registry.put("refusal", B)
     assert served(registry) == {"refusal": digest(A)}
-    assert placement.table.rows_in_use == 1
+    assert placement.bank.rows_in_use == 1
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [A]
     assert registry.failures["refusal"].problems == ("disk full",)
 
@@ -506,7 +506,7 @@ def test_sync_follows_new_changed_and_removed_files(tmp_path: Path) -> None:
     (tmp_path / "two.safetensors").unlink()
     registry.sync()
     assert served(registry) == {"one": digest(C)}
-    assert placement.table.rows_in_use == 1
+    assert placement.bank.rows_in_use == 1
     assert registry.failures == {}
 
 
@@ -613,7 +613,7 @@ def test_a_file_without_room_is_served_when_there_is_room(tmp_path: Path) -> Non
     write(tmp_path, "two", B)
     registry.sync()
     assert served(registry) == {"one": digest(A)}
-    assert "1 free table rows" in registry.failures["two"].problems[0]
+    assert "1 free bank rows" in registry.failures["two"].problems[0]
     registry.delete("one")
     registry.sync()
     assert served(registry) == {"two": digest(B)}
@@ -769,7 +769,7 @@ def test_a_request_that_ends_while_a_new_version_is_stored_takes_nothing_away(
     monkeypatch.setattr(os, "fsync", slow)
     registry.put("refusal", B)
     assert served(registry) == {"refusal": digest(B)}
-    assert placement.table.steer(admit(registry, "refusal").spec) is not None
+    assert placement.bank.steer(admit(registry, "refusal").spec) is not None
     eventually(lambda: registry.resident == 1)
 
 
@@ -787,9 +787,9 @@ def test_no_request_ever_misses_its_version_during_swaps(stored: bool, tmp_path:
         try:
             while not over.is_set():
                 admission = registry.admit(wishes[number])
-                placement.table.steer(admission.spec)  # a version that is not resident is a KeyError
+                placement.bank.steer(admission.spec)  # a version that is not resident is a KeyError
                 time.sleep(0.0005)
-                placement.table.steer(admission.spec)
+                placement.bank.steer(admission.spec)
                 admission.release()
                 admitted[number] += 1
         except Exception as error:
@@ -809,7 +809,7 @@ def test_no_request_ever_misses_its_version_during_swaps(stored: bool, tmp_path:
     assert all(admitted)
     assert served(registry) == {"other": digest(D), "refusal": digest(C)}
     assert registry.resident == 2
-    assert placement.table.rows_in_use == 2
+    assert placement.bank.rows_in_use == 2
     assert [version.pins for version in registry.names().values()] == [0, 0]
 
 

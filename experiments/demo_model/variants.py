@@ -39,7 +39,7 @@ from steer.hf.steering import Steering
 from steer.lab.activations import Keep
 from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
-from steer.lab.probe import Probe
+from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import PromptSet, read_prompts
 from steer.lab.source import TransformersSource
 
@@ -156,7 +156,7 @@ class Properties:
 
 
 def gates(loaded: Loaded, prompts: dict[language.Class, PromptSet]) -> Gates:
-    probe = Probe(loaded, Steering(loaded.model), max_tokens=32)
+    probe = HFEvaluator(loaded, Steering(loaded.model), max_tokens=32)
     answers = {cls: [a.text for a in probe.answers(prompts[cls].prompts, None)] for cls in language.CLASSES}
 
     def refused(cls: language.Class) -> float:

@@ -26,7 +26,7 @@ from steer.lab.activations import Keep
 from steer.lab.behaviour import REFUSAL
 from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
-from steer.lab.probe import Probe
+from steer.lab.probe import HFEvaluator
 from steer.lab.source import TransformersSource
 
 
@@ -118,7 +118,7 @@ def _one(
         sets = subject.sets.harmful, subject.sets.harmless
         measurement = measure(source, *sets, Conditions(keep=Keep(vectors=True)), progress=progress)
         measurement.save(path)
-    probe = Probe(loaded, Steering(loaded.model, rows=AT_ONCE + 1, rank=1), None, max_tokens, batch_size)
+    probe = HFEvaluator(loaded, Steering(loaded.model, rows=AT_ONCE + 1, rank=1), None, max_tokens, batch_size)
     title = f"{subject.label}: " if progress else None
     trial = Trial(measurement, probe, subject.sets, REFUSAL, ledger, most_layers, title)
     return model_figures(subject.label, trial, trial.run())

@@ -19,7 +19,7 @@ from steer.direction import Direction
 from steer.errors import DegenerateError
 from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe, derive, separated
-from steer.lab.evaluator import Candidate, Screen, answers_of_each, divergences_of_each, parts
+from steer.lab.evaluator import Candidate, Evaluator, answers_of_each, divergences_of_each, parts
 from steer.lab.measurement import Measurement
 from steer.lab.race import Figures
 from steer.lab.select import Entrant, best
@@ -55,14 +55,14 @@ class Trial:
     def __init__(
         self,
         measurement: Measurement,
-        screen: Screen,
+        evaluator: Evaluator,
         sets: Sets,
         behaviour: Behaviour,
         ledger: Ledger,
         most_layers: int = MOST_LAYERS,
         title: str | None = None,
     ) -> None:
-        self.measurement, self.screen, self.sets = measurement, screen, sets
+        self.measurement, self.evaluator, self.sets = measurement, evaluator, sets
         self.behaviour, self.ledger, self.title = behaviour, ledger, title
         # spread evenly up to the last, where refusals are decided
         step = math.ceil(measurement.layers / most_layers)
@@ -83,7 +83,7 @@ class Trial:
     def plain(self) -> None:
         if "plain" not in self.ledger:
             answers = {
-                name: [a.text for a in self.screen.answers(tested.prompts.prompts, None, f"plain, {name}")]
+                name: [a.text for a in self.evaluator.answers(tested.prompts.prompts, None, f"plain, {name}")]
                 for name, tested in self.sets.tested.items()
             }
             self.ledger.put("plain", self._outcomes(answers))
@@ -100,10 +100,10 @@ class Trial:
         asked, other = (s.prompts[:CHOOSING] for s in (self.sets.harmful, self.sets.harmless))
         plain = None
         for arms in self._missing("choosing layers", self.candidates(), _sweep_key):
-            plain = plain or self.screen.continuations(other)
-            with self.screen.all_resident([self._candidate(arm) for arm in arms]) as steers:
-                answers = answers_of_each(self.screen, asked, steers, known=self.behaviour.decided)
-                kls = divergences_of_each(self.screen, other, plain, steers)
+            plain = plain or self.evaluator.continuations(other)
+            with self.evaluator.all_resident([self._candidate(arm) for arm in arms]) as steers:
+                answers = answers_of_each(self.evaluator, asked, steers, known=self.behaviour.decided)
+                kls = divergences_of_each(self.evaluator, other, plain, steers)
             for arm, texts, kl in zip(arms, answers, kls, strict=True):
                 refused = [self.behaviour.shown(text) for text in texts]
                 self.ledger.put(_sweep_key(arm), {"refused": _bits(refused), "kl": kl})
@@ -135,10 +135,10 @@ class Trial:
         prompts = list(chain.from_iterable(t.prompts.prompts for t in tested.values()))
         plain = None
         for some in self._missing("held-out prompts", arms, _test_key):
-            plain = plain or self.screen.continuations(tested["harmless"].prompts.prompts)
-            with self.screen.all_resident([self._candidate(arm) for arm in some]) as steers:
-                answers = answers_of_each(self.screen, prompts, steers)
-                kls = divergences_of_each(self.screen, tested["harmless"].prompts.prompts, plain, steers)
+            plain = plain or self.evaluator.continuations(tested["harmless"].prompts.prompts)
+            with self.evaluator.all_resident([self._candidate(arm) for arm in some]) as steers:
+                answers = answers_of_each(self.evaluator, prompts, steers)
+                kls = divergences_of_each(self.evaluator, tested["harmless"].prompts.prompts, plain, steers)
             for arm, texts, kl in zip(some, answers, kls, strict=True):
                 each = iter(texts)
                 split = {name: [next(each) for _ in t.prompts.prompts] for name, t in tested.items()}
@@ -173,7 +173,7 @@ class Trial:
         missing = [arm for arm in arms if key(arm) not in self.ledger]
         silent = self.title is None or not missing
         with tqdm(total=len(missing), desc=f"{self.title}{title}", unit="arm", disable=silent) as bar:
-            for some in parts(missing, min(AT_ONCE, self.screen.room)):
+            for some in parts(missing, min(AT_ONCE, self.evaluator.room)):
                 yield some
                 bar.update(len(some))
 

@@ -95,9 +95,9 @@ class Attached:
             )
         anatomy = self._steering.anatomy
         shape = Shape(
-            anatomy.architecture, anatomy.layers, anatomy.d_model, self._steering.table.sites, rank, anatomy.dtype
+            anatomy.architecture, anatomy.layers, anatomy.d_model, self._steering.bank.sites, rank, anatomy.dtype
         )
-        self._registry = Registry(LocalPlacement(shape, self._steering.table), quiet=True)
+        self._registry = Registry(LocalPlacement(shape, self._steering.bank), quiet=True)
         self._owed = _Owed()
         self._steering.watchers.append(self._owed)
         #: How many `with` blocks are open.
@@ -172,7 +172,7 @@ class Attached:
                 read = readout.admit(wanted, Spec(), self._registry, self._steering.anatomy.layers)
             stack.callback(read.release)
             held = stack.pop_all()
-        recorder = Recorder(self._steering.table.rows_of(read.digests), read.layers)
+        recorder = Recorder(self._steering.bank.rows_of(read.digests), read.layers)
         reading = Reading(read.lines, read.layers)
         with held, self._block():
             self._steering.watchers.append(recorder)

@@ -67,7 +67,7 @@ class Reading:
 
 
 class Recorder:
-    """A watcher of passes (`steer.hf.steering`). rows: table rows `[k]` int64 to read at `layers`. What it finds stays
+    """A watcher of passes (`steer.hf.steering`). rows: bank rows `[k]` int64 to read at `layers`. What it finds stays
     on the device until `collect`."""
 
     def __init__(self, rows: NDArray[np.int64], layers: Sequence[int]) -> None:

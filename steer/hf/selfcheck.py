@@ -28,7 +28,7 @@ from steer.hf.engine import Engine
 from steer.hf.sampling import Sampling, Token
 from steer.hf.steering import PROBE_TOKENS
 from steer.names import MODES
-from steer.runtime.bank import Table
+from steer.runtime.bank import DirectionBank
 from steer.runtime.token_index import RequestSteer
 
 log = logging.getLogger("steer")
@@ -57,7 +57,7 @@ class _Asked:
 
 def prove(engine: Engine) -> None:
     """Raises Unproved when the model itself cannot be run in this way; whatever else fails is raised as it is."""
-    with _vector(engine.steering.table) as steer_:
+    with _vector(engine.steering.bank) as steer_:
         requests = _requests(engine, steer_)
         try:
             answers = asyncio.run(_answers(engine, requests))
@@ -136,14 +136,14 @@ def _agree(asked: _Asked, got: Tensor, right: Tensor, by: str, allowed: float) -
 
 
 @contextmanager
-def _vector(table: Table) -> Iterator[RequestSteer]:
+def _vector(bank: DirectionBank) -> Iterator[RequestSteer]:
     """A request that steers by random unit vectors, another at each place, strongly enough to show in any dtype."""
-    generator, made = torch.Generator().manual_seed(1), RequestSteer.plain(table.rank)
-    with table.borrowed() as row:
-        for plate in table.plates.values():
-            vector = torch.randn(table.d_model, generator=generator)
-            plate.write(row, vector / vector.norm(), [torch.tensor([0.0, -torch.inf, 1.0, 0.0])] * len(MODES))
-        made.slots[0], made.strengths[0] = row * len(MODES), max(2.0, math.sqrt(table.d_model) / 2)
+    generator, made = torch.Generator().manual_seed(1), RequestSteer.plain(bank.rank)
+    with bank.borrowed() as row:
+        for bank_slice in bank.slices.values():
+            vector = torch.randn(bank.d_model, generator=generator)
+            bank_slice.write(row, vector / vector.norm(), [torch.tensor([0.0, -torch.inf, 1.0, 0.0])] * len(MODES))
+        made.slots[0], made.strengths[0] = row * len(MODES), max(2.0, math.sqrt(bank.d_model) / 2)
         yield made
 
 

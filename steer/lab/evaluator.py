@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A direction and how it is applied. Candidates that share a direction share its rows of the table."""
+    """A direction and how it is applied. Candidates that share a direction share its rows of the bank."""
 
     direction: Direction
     mode: Mode
@@ -35,7 +35,7 @@ class Answer(Protocol):
     def text(self) -> str: ...
 
 
-class Screen(Protocol):
+class Evaluator(Protocol):
     """What steers is in the terms of the engine, None is plain: one for all prompts, or a list with one for each."""
 
     @property
@@ -73,8 +73,8 @@ class Screen(Protocol):
         ...
 
 
-#: Makes the screen for directions of up to so many rows, and answers of so many tokens.
-MakeScreen = Callable[[int, int], Screen]
+#: Makes the evaluator for directions of up to so many rows, and answers of so many tokens.
+MakeEvaluator = Callable[[int, int], Evaluator]
 
 
 def each_row(steer: Any, count: int) -> list[Any]:
@@ -91,7 +91,7 @@ def crossed(prompts: Sequence[T], steers: Sequence[Any]) -> tuple[list[T], list[
 
 
 def answers_of_each(
-    screen: Screen,
+    evaluator: Evaluator,
     prompts: Sequence[Any],
     steers: Sequence[Any],
     title: str = "",
@@ -100,18 +100,18 @@ def answers_of_each(
     """For each of `steers` the texts of its answers to all of `prompts`, out of one batch."""
     if not prompts:
         return [[] for _ in steers]
-    texts = [answer.text for answer in screen.answers(*crossed(prompts, steers), title, known)]
+    texts = [answer.text for answer in evaluator.answers(*crossed(prompts, steers), title, known)]
     return [list(part) for part in parts(texts, len(prompts))]
 
 
 def divergences_of_each(
-    screen: Screen, prompts: Sequence[Any], plain: Sequence[Any], steers: Sequence[Any], title: str = ""
+    evaluator: Evaluator, prompts: Sequence[Any], plain: Sequence[Any], steers: Sequence[Any], title: str = ""
 ) -> list[list[float]]:
     """For each of `steers` KL(plain ‖ steered) of each prompt, in nats, the mean over the tokens of its plain text."""
     if not prompts:
         return [[] for _ in steers]
     asked, rows = crossed(prompts, steers)
-    found = screen.divergences(asked, [*plain] * len(steers), rows, title)
+    found = evaluator.divergences(asked, [*plain] * len(steers), rows, title)
     return [[float(row.mean()) for row in part] for part in parts(found, len(prompts))]
 
 

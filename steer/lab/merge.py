@@ -212,7 +212,7 @@ def verify(original: str, revision: str | None, baked: Path, removal: Removal, p
         model = load(original, revision=revision, dtype="float32", device="cpu").model
         rank = removal.direction.rank
         steering = Steering(model, sites=("writers",), rows=rank, rank=rank)
-        steering.table.load("baked", removal.direction)
+        steering.bank.load("baked", removal.direction)
         steering.attach()
         with steering.batch([Spec((Entry("baked", "baked", "ablate", removal.strength),))]):
             expected = steering.anatomy.probe().logits.float()

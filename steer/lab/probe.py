@@ -60,7 +60,7 @@ class Divergence:
     first_p95: float
 
 
-class Probe:
+class HFEvaluator:
     """Greedy answers and divergences of one loaded model. `steer` is for all prompts, or a list with one for each."""
 
     def __init__(
@@ -82,7 +82,7 @@ class Probe:
     @property
     def room(self) -> int:
         """Rows of directions that can be resident at once."""
-        return self.steering.table.rows - self.steering.table.rows_in_use
+        return self.steering.bank.rows - self.steering.bank.rows_in_use
 
     @property
     def tokenizer(self) -> Any:
@@ -90,23 +90,23 @@ class Probe:
 
     @contextmanager
     def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[RequestSteer | None]]:
-        """The directions of `candidates` in the table while it lasts, the index entries of each. What shares a
+        """The directions of `candidates` in the bank while it lasts, the index entries of each. What shares a
         direction shares its rows. Raises NoRoom where there are more than `room` rows."""
-        table, names = self.steering.table, dict[int, str]()
+        bank, names = self.steering.bank, dict[int, str]()
         for candidate in candidates:
             names.setdefault(id(candidate.direction), f"candidate{len(names)}")
             check_mode(candidate.direction, candidate.mode, "candidate")
         try:
             for candidate in candidates:
-                table.load(names[id(candidate.direction)], candidate.direction)
+                bank.load(names[id(candidate.direction)], candidate.direction)
             entries = [
                 Entry(names[id(c.direction)], names[id(c.direction)], c.mode, c.strength) if c.strength else None
                 for c in candidates
             ]
-            yield [None if entry is None else table.steer(Spec((entry,))) for entry in entries]
+            yield [None if entry is None else bank.steer(Spec((entry,))) for entry in entries]
         finally:
             for name in names.values():
-                table.unload(name)
+                bank.unload(name)
 
     def answers(
         self,

@@ -12,7 +12,7 @@ import numpy as np
 
 from steer.errors import InvalidInput
 from steer.lab.behaviour import Behaviour
-from steer.lab.evaluator import Candidate, Screen, answers_of_each, crossed, divergences_of_each
+from steer.lab.evaluator import Candidate, Evaluator, answers_of_each, crossed, divergences_of_each
 from steer.lab.prompts import Prompt
 from steer.lab.statistics import wilson
 
@@ -98,19 +98,19 @@ class Figures:
 class Race:
     """One model, one behaviour, one choice of prompts. What the plain model does is found once, when it is made."""
 
-    def __init__(self, screen: Screen, behaviour: Behaviour, sets: Sets) -> None:
-        self.screen, self.behaviour, self.sets = screen, behaviour, sets
-        plain = screen.answers([*sets.asked, *sets.borderline], None, "plain", behaviour.decided)
+    def __init__(self, evaluator: Evaluator, behaviour: Behaviour, sets: Sets) -> None:
+        self.evaluator, self.behaviour, self.sets = evaluator, behaviour, sets
+        plain = evaluator.answers([*sets.asked, *sets.borderline], None, "plain", behaviour.decided)
         shown = [behaviour.shown(answer.text) for answer in plain]
         self.plain = Figures(shown[: len(sets.asked)], shown[len(sets.asked) :], [0.0] * len(sets.other))
-        self._continued = screen.continuations(sets.other, "plain, harmless")
+        self._continued = evaluator.continuations(sets.other, "plain, harmless")
 
     def run(self, candidates: Sequence[Candidate], rivals: Sequence[Figures] = ()) -> list[Figures]:
         """The figures of each candidate; `rivals` are the best from before, tried to the end."""
         figures = [Figures() for _ in candidates]
         for group in self._groups(candidates):
             members = [figures[i] for i in group]
-            with self.screen.all_resident([candidates[i] for i in group]) as steers:
+            with self.evaluator.all_resident([candidates[i] for i in group]) as steers:
                 self._rounds(members, steers, rivals)
             rivals = [*rivals, *(each for each in members if each.stopped is None)]
         return figures
@@ -120,8 +120,8 @@ class Race:
         refusal score of Arditi et al. 2024, "Refusal in language models is mediated by a single direction"."""
         prompts, odds = self.sets.asked[:count], dict[int, float]()
         for group in self._groups(candidates):
-            with self.screen.all_resident([candidates[i] for i in group]) as steers:
-                found = self.screen.opening_odds(*crossed(prompts, steers), tokens, "first tokens")
+            with self.evaluator.all_resident([candidates[i] for i in group]) as steers:
+                found = self.evaluator.opening_odds(*crossed(prompts, steers), tokens, "first tokens")
             odds |= dict(zip(group, found.reshape(len(group), -1).mean(1).tolist(), strict=True))
         return [odds[i] for i in range(len(candidates))]
 
@@ -153,7 +153,7 @@ class Race:
     def _answer(self, figures: Sequence[Figures], part: slice, steers: Sequence[Any]) -> None:
         asked, borderline = self.sets.asked[part], self.sets.borderline[part]
         title = f"{len(steers)} candidates × {len(asked) + len(borderline)} answers"
-        answers = answers_of_each(self.screen, [*asked, *borderline], steers, title, self.behaviour.decided)
+        answers = answers_of_each(self.evaluator, [*asked, *borderline], steers, title, self.behaviour.decided)
         for each, texts in zip(figures, answers, strict=True):
             shown = [self.behaviour.shown(text) for text in texts]
             each.asked += shown[: len(asked)]
@@ -162,7 +162,7 @@ class Race:
     def _diverge(self, figures: Sequence[Figures], part: slice, steers: Sequence[Any]) -> None:
         prompts, plain = self.sets.other[part], self._continued[part]
         title = f"{len(steers)} candidates × {len(prompts)}, divergence"
-        for each, kls in zip(figures, divergences_of_each(self.screen, prompts, plain, steers, title), strict=True):
+        for each, kls in zip(figures, divergences_of_each(self.evaluator, prompts, plain, steers, title), strict=True):
             each.kls += kls
 
     def _groups(self, candidates: Sequence[Candidate]) -> Iterator[list[int]]:
@@ -171,7 +171,7 @@ class Race:
         group: list[int] = []
         for i in order:
             ranks = {id(candidates[j].direction): candidates[j].direction.rank for j in [*group, i]}
-            if group and sum(ranks.values()) > self.screen.room:
+            if group and sum(ranks.values()) > self.evaluator.room:
                 yield group
                 group = []
             group.append(i)

@@ -28,7 +28,7 @@ from steer.direction import Dataset, write_file
 from steer.errors import InvalidInput, problems_of
 from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe, check_needs, derive
-from steer.lab.evaluator import Candidate, Screen
+from steer.lab.evaluator import Candidate, Evaluator
 from steer.lab.measurement import Measurement
 from steer.lab.methods import METHODS, make_method
 from steer.lab.race import Figures, Race, Sets
@@ -174,7 +174,7 @@ class Search:
 
     def run(
         self,
-        screen: Screen,
+        evaluator: Evaluator,
         sets: Sets,
         count: int,
         after: Callable[[list[Trial]], object] | None = None,
@@ -190,7 +190,7 @@ class Search:
         written = journal.get_trials(deepcopy=False)
         told = written[: len(written) // group * group]
         trials = [_trial(frozen) for frozen in told]
-        race = Race(screen, settings.behaviour, sets) if len(trials) < count else None
+        race = Race(evaluator, settings.behaviour, sets) if len(trials) < count else None
         if after is not None:
             after(trials)
         while race is not None and len(trials) < count:

@@ -62,7 +62,7 @@ def select(
     strength: Annotated[float, typer.Option(help="strength of each")] = 1.0,
     sites: Sites = "resid_post",
     behaviour: BehaviourOption = "refusal",
-    survivors: Annotated[int, typer.Option(min=1, help="candidates that the first-token screen lets through")] = 16,
+    survivors: Annotated[int, typer.Option(min=1, help="candidates that the first-token evaluator lets through")] = 16,
     prompts: Annotated[int, typer.Option(min=1, help="prompts of each set that candidates are tried on, at most")] = 48,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 24,
     batch_size: BatchRows = "auto",
@@ -103,7 +103,7 @@ def select(
             recipe,
             grid,
             *sets,
-            lambda rank, tokens: bench.screen(rank, tokens, measured.meta.system_prompt),
+            lambda rank, tokens: bench.evaluator(rank, tokens, measured.meta.system_prompt),
             behaviour=counted,
             survivors=survivors,
             prompts=prompts,
@@ -220,12 +220,12 @@ def search(
         tried = Sets.drawn(
             *(s.prompts if s is not None else () for s in (*sets, border)), limits=(prompts, prompts, prompts)
         )
-        screen = bench.screen(rank_of(begun.settings.space, begun.measurement), max_tokens, system_prompt)
+        evaluator = bench.evaluator(rank_of(begun.settings.space, begun.measurement), max_tokens, system_prompt)
 
         def after(found: list[Any]) -> None:
             typer.echo(f"\n{len(found)} of {trials} trials, the front so far:\n{front.table(found)}", err=True)
 
-        found = begun.run(screen, tried, trials, after)
+        found = begun.run(evaluator, tried, trials, after)
         front.write(begun, found)
         if pick is not None and output is not None:
             begun.save(pick, output)

@@ -15,7 +15,7 @@ from steer.direction import Direction
 from steer.errors import DegenerateError, InvalidInput
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.derive import Recipe, check_needs, derive, separated, source_layer
-from steer.lab.evaluator import Candidate, MakeScreen, first_tokens
+from steer.lab.evaluator import Candidate, MakeEvaluator, first_tokens
 from steer.lab.measurement import Measurement
 from steer.lab.methods import Method
 from steer.lab.prompts import PromptSet
@@ -25,7 +25,7 @@ from steer.names import Mode
 log = logging.getLogger("steer")
 #: Prompts of each class that candidates are tried on, and tokens of their answers.
 PROMPTS, TOKENS = 48, 24
-#: Prompts of the first-token screen, and how many candidates it lets through.
+#: Prompts of the first-token evaluator, and how many candidates it lets through.
 SCREEN_PROMPTS, SURVIVORS = 32, 16
 #: Layers whose class means are closer than this do nothing (measured on small models).
 MIN_DEGREES = 10.0
@@ -84,7 +84,7 @@ def select(
     grid: Grid,
     asked: PromptSet,
     other: PromptSet,
-    screen: MakeScreen,
+    evaluator: MakeEvaluator,
     *,
     behaviour: Behaviour = REFUSAL,
     survivors: int = SURVIVORS,
@@ -98,10 +98,10 @@ def select(
     """
     entrants = _entrants(measurement, recipe, grid)
     sets = Sets.drawn(asked.prompts, other.prompts, limits=(prompts, prompts, 0))
-    race = Race(screen(max(e.candidate.direction.rank for e in entrants), tokens), behaviour, sets)
+    race = Race(evaluator(max(e.candidate.direction.rank for e in entrants), tokens), behaviour, sets)
     screened = len(entrants) > survivors and bool(behaviour.openings)
     if screened:
-        openings = first_tokens(race.screen.tokenizer, behaviour.openings)
+        openings = first_tokens(race.evaluator.tokenizer, behaviour.openings)
         odds = race.opening_odds([e.candidate for e in entrants], openings, SCREEN_PROMPTS)
         entrants = [replace(e, log_odds=value) for e, value in zip(entrants, odds, strict=True)]
         # the place in the grid decides between equals
@@ -182,11 +182,11 @@ def layers_of(measurement: Measurement, recipe: Recipe) -> tuple[int, ...]:
 
 
 def fit(
-    measurement: Measurement, recipe: Recipe, harmful: PromptSet, harmless: PromptSet, screen: MakeScreen
+    measurement: Measurement, recipe: Recipe, harmful: PromptSet, harmless: PromptSet, evaluator: MakeEvaluator
 ) -> Direction:
     """`derive`, with the layer chosen by measured effect on the prompts where the recipe says "auto": a selection in
     which nothing but the layer varies."""
     if recipe.layer != "auto":
         return derive(measurement, recipe)
     grid = Grid((recipe.method,), (recipe.position,), "auto", (recipe.mode,))
-    return select(measurement, recipe, grid, harmful, harmless, screen)
+    return select(measurement, recipe, grid, harmful, harmless, evaluator)

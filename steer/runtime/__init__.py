@@ -1,1 +1,1 @@
-"""What both engines share: the operation, the device table it reads, and the sites where it acts."""
+"""What both engines share: the operation, the device bank it reads, and the sites where it acts."""

@@ -1,4 +1,4 @@
-"""The device table: resident direction rows. Which of them act on which token is the `index`'s to say.
+"""The device bank: resident direction rows. Which of them act on which token is the `index`'s to say.
 
 Everything here is written **in place** and read through the same storage for the life of the process, so that compiled
 graphs and replayed CUDA graphs see each change of content.
@@ -34,7 +34,7 @@ EMBEDDING = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class HookPoint:
     """Where rows act: a site at a layer (EMBEDDING for the stream before block 0)."""
 
     site: Site
@@ -42,7 +42,7 @@ class Place:
 
 
 @dataclass(slots=True)
-class Plate:
+class BankSlice:
     """The rows of one place. vectors `[rows, d_model]`, coefficients `[rows × modes, 4]`, joint `[combinations + 1,
     rank, rank]` (see `combine`; None where the rank is 1), float32."""
 
@@ -51,14 +51,14 @@ class Plate:
     joint: Tensor | None = None
 
     @classmethod
-    def empty(cls, rows: int, d_model: int, device: torch.device | str) -> Plate:
+    def empty(cls, rows: int, d_model: int, device: torch.device | str) -> BankSlice:
         with lasting():
-            plate = cls(
+            bank_slice = cls(
                 torch.zeros(rows, d_model, dtype=torch.float32, device=device),
                 torch.zeros(rows * len(MODES), 4, dtype=torch.float32, device=device),
             )
-        plate.clear(range(rows))
-        return plate
+        bank_slice.clear(range(rows))
+        return bank_slice
 
     @property
     def nbytes(self) -> int:
@@ -85,17 +85,17 @@ class _Resident:
     direction: Direction | None
 
 
-class Table:
+class DirectionBank:
     """Resident directions at all places of one model, and who has which rows.
 
     `rows` counts usable rows (a direction of rank k takes k). Loading writes rows that no request uses, so a running
-    step is never disturbed. `requests` is the most of them that one step has, where compiled code reads the table; an
+    step is never disturbed. `requests` is the most of them that one step has, where compiled code reads the bank; an
     eager pass needs no such number.
     """
 
     def __init__(
         self,
-        places: Sequence[Place],
+        places: Sequence[HookPoint],
         *,
         rows: int,
         rank: int,
@@ -105,16 +105,16 @@ class Table:
     ) -> None:
         self.rows, self.rank, self.d_model = rows, rank, d_model
         self.sites: frozenset[Site] = frozenset(place.site for place in places)
-        self.plates = {place: Plate.empty(rows + 1, d_model, device) for place in places}
+        self.slices = {place: BankSlice.empty(rows + 1, d_model, device) for place in places}
         self._free = list(range(rows, 0, -1))
         self._resident: dict[str, _Resident] = {}
-        self.combinations = Combinations(list(self.plates.values()), rank, device, requests) if rank > 1 else None
+        self.combinations = Combinations(list(self.slices.values()), rank, device, requests) if rank > 1 else None
         self._combined: WeakValueDictionary[_Key, Combination] = WeakValueDictionary()
 
     @property
     def nbytes(self) -> int:
         """Of the device's memory."""
-        return sum(plate.nbytes for plate in self.plates.values())
+        return sum(bank_slice.nbytes for bank_slice in self.slices.values())
 
     @property
     def rows_in_use(self) -> int:
@@ -126,7 +126,7 @@ class Table:
             return
         if direction.rank > len(self._free):
             raise NoRoom(
-                f"the direction needs {direction.rank} free table rows, {len(self._free)} of {self.rows} are free; "
+                f"the direction needs {direction.rank} free bank rows, {len(self._free)} of {self.rows} are free; "
                 "delete a direction, wait for running requests to end, or start with more rows"
             )
         rows = [self._free.pop() for _ in range(direction.rank)]
@@ -139,12 +139,12 @@ class Table:
 
     def _write(self, rows: Sequence[int], direction: Direction) -> None:
         modes = [_Values.of(direction, mode) for mode in MODES]
-        for place, plate in self.plates.items():
-            plate.clear(rows)  # where the direction has nothing, whatever has become of free rows
+        for place, bank_slice in self.slices.items():
+            bank_slice.clear(rows)  # where the direction has nothing, whatever has become of free rows
             if (vectors := _vectors(direction, place)) is None:
                 continue
             for k, row in enumerate(rows):
-                plate.write(row, vectors[k], [values.at(place)[k] for values in modes])
+                bank_slice.write(row, vectors[k], [values.at(place)[k] for values in modes])
 
     def unload(self, digest: str) -> None:
         """Free a direction's rows. The caller guarantees that no running request uses them."""
@@ -152,17 +152,17 @@ class Table:
             self._give_back(resident.rows)
 
     def _give_back(self, rows: Sequence[int]) -> None:
-        for plate in self.plates.values():
-            plate.clear(rows)
+        for bank_slice in self.slices.values():
+            bank_slice.clear(rows)
         self._free += reversed(rows)
 
     def contents(self, digest: str) -> list[Tensor]:
-        """All that is held for a resident direction, as views of the table's tensors, in the same order each time."""
+        """All that is held for a resident direction, as views of the bank's tensors, in the same order each time."""
         return [
             view
-            for plate in self.plates.values()
+            for bank_slice in self.slices.values()
             for row in self._resident[digest].rows
-            for view in (plate.vectors[row], plate.coefficients[row * len(MODES) : (row + 1) * len(MODES)])
+            for view in (bank_slice.vectors[row], bank_slice.coefficients[row * len(MODES) : (row + 1) * len(MODES)])
         ]
 
     @contextmanager
@@ -171,13 +171,16 @@ class Table:
         free = bool(self._free)
         row = self._free.pop() if free else 1
         slots = np.s_[row * len(MODES) : (row + 1) * len(MODES)]
-        kept = [(plate.vectors[row].clone(), plate.coefficients[slots].clone()) for plate in self.plates.values()]
+        kept = [
+            (bank_slice.vectors[row].clone(), bank_slice.coefficients[slots].clone())
+            for bank_slice in self.slices.values()
+        ]
         try:
             yield row
         finally:
-            for plate, (vector, coefficients_) in zip(self.plates.values(), kept, strict=True):
-                plate.vectors[row].copy_(vector)
-                plate.coefficients[slots].copy_(coefficients_)
+            for bank_slice, (vector, coefficients_) in zip(self.slices.values(), kept, strict=True):
+                bank_slice.vectors[row].copy_(vector)
+                bank_slice.coefficients[slots].copy_(coefficients_)
             if free:
                 self._free.append(row)
 
@@ -216,15 +219,15 @@ class Table:
 
     def _matrices(self, entries: Sequence[Entry]) -> Tensor:
         """M of each place, `[places, rank, rank]` float32, on the host."""
-        vectors = torch.zeros(len(self.plates), self.rank, self.d_model)
-        weights = torch.zeros(len(self.plates), self.rank)
+        vectors = torch.zeros(len(self.slices), self.rank, self.d_model)
+        weights = torch.zeros(len(self.slices), self.rank)
         at = 0
         for entry in entries:
             direction = self._resident[entry.digest].direction
             assert direction is not None, "the rank is not 1"
             values, part = _Values.of(direction, entry.mode), slice(at, at + direction.rank)
             at = part.stop
-            for i, place in enumerate(self.plates):
+            for i, place in enumerate(self.slices):
                 if _acts(entry) and (own := _vectors(direction, place)) is not None:
                     vectors[i, part], weights[i, part] = own, values.at(place)[:, WEIGHT]
         return joint(vectors, weights)
@@ -245,7 +248,7 @@ class _Values:
     def of(cls, direction: Direction, mode: Mode) -> _Values:
         return cls(coefficients(direction, mode), embedding_coefficients(direction, mode))
 
-    def at(self, place: Place) -> Tensor:
+    def at(self, place: HookPoint) -> Tensor:
         """`[k, 4]`"""
         return self.embedding if place.layer == EMBEDDING else self.layers[place.layer]
 
@@ -255,7 +258,7 @@ def _acts(entry: Entry) -> bool:
     return bool(np.float32(entry.strength))
 
 
-def _vectors(direction: Direction, place: Place) -> Tensor | None:
+def _vectors(direction: Direction, place: HookPoint) -> Tensor | None:
     """The rows `[k, d_model]` of `direction` at `place`, None where it has none."""
     if place.site not in direction.meta.sites:
         return None
@@ -276,7 +279,7 @@ class Operands:
 
 
 def gather(
-    plate: Plate,
+    bank_slice: BankSlice,
     rows: Tensor,
     slots: Tensor,
     strengths: Tensor,
@@ -287,12 +290,12 @@ def gather(
     zero."""
     count = rows.shape[0]
     matrices = None
-    if combinations is not None and plate.joint is not None and count > 1:
-        matrices = plate.joint[combinations]
+    if combinations is not None and bank_slice.joint is not None and count > 1:
+        matrices = bank_slice.joint[combinations]
     return [
         Operands(
-            plate.vectors[rows[j]],
-            plate.coefficients[slots[j]].unbind(-1),
+            bank_slice.vectors[rows[j]],
+            bank_slice.coefficients[slots[j]].unbind(-1),
             strengths[j],
             None if everywhere else (strengths[j] != 0).unsqueeze(-1),
             None if matrices is None else matrices[..., j, :count],
@@ -328,7 +331,7 @@ def _any_of(flags: Sequence[Tensor | None]) -> Tensor | None:
 
 def apply(
     x: Tensor,
-    plate: Plate,
+    bank_slice: BankSlice,
     rows: Tensor,
     slots: Tensor,
     strengths: Tensor,
@@ -337,4 +340,4 @@ def apply(
 ) -> tuple[Tensor, Tensor]:
     """x `[tokens, d_model]` after what the index says of each token, and which tokens are lost (`operate`). rows,
     slots, strengths: `[rank, tokens]`; combinations: `[tokens]`, None where the rank is 1."""
-    return operate(x, gather(plate, rows, slots, strengths, combinations), dtype)
+    return operate(x, gather(bank_slice, rows, slots, strengths, combinations), dtype)

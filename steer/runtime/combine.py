@@ -30,7 +30,7 @@ class Shared(Protocol):
     joint: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)  # no slots: tables refer to it weakly
+@dataclass(frozen=True, eq=False)  # no slots: banks refer to it weakly
 class Combination:
     """What acts together: `matrices` `[places, rank, rank]` float32 on the host, and the slots that they go to.
     `number` is nobody else's in this process, so that a slot tells whose it is."""
@@ -41,7 +41,7 @@ class Combination:
 
 
 class Combinations:
-    """The slots of all places of one table. With `capacity` these are that many for ever, in place, for compiled code;
+    """The slots of all places of one bank. With `capacity` these are that many for ever, in place, for compiled code;
     without, more are made as steps need them, which is for passes that look the tensors up."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A `Placement` (see `steer.registry`) on one table in this process."""
+"""A `Placement` (see `steer.registry`) on one bank in this process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from steer.direction import Direction, check_fits
 from steer.errors import DirectionError
 from steer.names import MAX_STRENGTH
-from steer.runtime.bank import Table
+from steer.runtime.bank import DirectionBank
 from steer.runtime.op import check_mode
 from steer.spec import Entry
 
@@ -82,14 +82,14 @@ class ShapedPlacement:
 
 
 class LocalPlacement(ShapedPlacement):
-    def __init__(self, shape: Shape, table: Table) -> None:
+    def __init__(self, shape: Shape, bank: DirectionBank) -> None:
         super().__init__(shape)
-        self.table = table
+        self.bank = bank
 
     def load(self, digest: str, direction: Direction, data: bytes) -> None:
-        self.table.load(digest, direction)
+        self.bank.load(digest, direction)
 
     def unload(self, digest: str) -> None:
-        """Without a lock: the registry makes one load at a time, and the table gives out no row again before it has let
+        """Without a lock: the registry makes one load at a time, and the bank gives out no row again before it has let
         go of it."""
-        self.table.unload(digest)
+        self.bank.unload(digest)

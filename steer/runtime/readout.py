@@ -27,7 +27,7 @@ BEFORE, AFTER = range(2)
 
 @dataclass(frozen=True, slots=True)
 class RequestRead:
-    """What is read for one request: table rows `[k]` int64, and the layers."""
+    """What is read for one request: bank rows `[k]` int64, and the layers."""
 
     rows: NDArray[np.int64]
     layers: tuple[int, ...]

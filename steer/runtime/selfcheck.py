@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.names import MODES, Site
-from steer.runtime.bank import EMBEDDING, Place, Table
+from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
 from steer.runtime.hook_points import hooks
 from steer.runtime.op import amount
 from steer.runtime.token_index import RequestSteer
@@ -37,7 +37,7 @@ class Point:
     """A module whose output is acted on, or whose input where `before`; `read` gives the stream in what it returned, or
     in the pair of its arguments and keywords."""
 
-    place: Place
+    place: HookPoint
     module: nn.Module
     read: Callable[[Any], Tensor]
     before: bool = False
@@ -152,7 +152,7 @@ class Proof:
     model: nn.Module
     blocks: Mapping[int, nn.Module]
     points: Sequence[Point]
-    table: Table
+    bank: DirectionBank
     run: Callable[[Steers], object]
     tokens: int
     eps: float
@@ -160,7 +160,7 @@ class Proof:
     dead: bool = False
 
     def watched(self, steers: Steers) -> Watch:
-        with Watch(self.model, self.blocks, self.points, self.table.d_model).watching() as watch:
+        with Watch(self.model, self.blocks, self.points, self.bank.d_model).watching() as watch:
             self.run(steers)
         return watch
 
@@ -175,7 +175,7 @@ class Proof:
 
     def _wider(self, watch: Watch) -> list[str]:
         """Blocks that hand on more than one vector for each token: the stream is not what one operation can act on."""
-        tokens, d_model, bad = self.tokens, self.table.d_model, []
+        tokens, d_model, bad = self.tokens, self.bank.d_model, []
         for i, handed in watch.handed.items():
             new = handed.returned[: 1 if self.dead else None]
             for t in (t for t in new if not _among(t, handed.given)):
@@ -194,15 +194,15 @@ class Proof:
         generator = torch.Generator().manual_seed(0)
         for n, point in enumerate(self.points):
             if point.place.site == site and n in plain.raw:
-                vector = torch.randn(self.table.d_model, generator=generator)
+                vector = torch.randn(self.bank.d_model, generator=generator)
                 v = vector / vector.norm()
                 size = float(plain.raw[n].norm(dim=-1).mean()) if site == "resid_post" else self._stream_size(plain, n)
-                gamma = 4 * max(size, 1e-3) / self.table.d_model**0.5
+                gamma = 4 * max(size, 1e-3) / self.bank.d_model**0.5
                 adding = torch.tensor([0.0, -torch.inf, 0.0, gamma])
-                self.table.plates[point.place].write(ROW, v, [_ABLATE, adding, *[_ABLATE] * (len(MODES) - 2)])
+                self.bank.slices[point.place].write(ROW, v, [_ABLATE, adding, *[_ABLATE] * (len(MODES) - 2)])
         steers: list[RequestSteer | None] = []
         for _, mode, strength in CASES:
-            steer = RequestSteer.plain(self.table.rank)
+            steer = RequestSteer.plain(self.bank.rank)
             steer.slots[0], steer.strengths[0] = ROW * len(MODES) + mode, strength
             steers.append(steer if strength else None)
         try:
@@ -215,8 +215,8 @@ class Proof:
                 ]
             return self._at_writers(site, watch, plain)
         finally:
-            for plate in self.table.plates.values():
-                plate.clear([ROW])
+            for bank_slice in self.bank.slices.values():
+                bank_slice.clear([ROW])
 
     def _stream_size(self, plain: Watch, n: int) -> float:
         """Of the stream that the block of a writer is given, so that what is added to a small term shows."""
@@ -224,7 +224,7 @@ class Proof:
         return float(self._whole(plain.handed[layer].given[: 2 if self.summed else 1]).norm(dim=-1).mean())
 
     def _whole(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.stack([p.double().reshape(-1, self.table.d_model) for p in parts]).sum(0)
+        return torch.stack([p.double().reshape(-1, self.bank.d_model) for p in parts]).sum(0)
 
     def _at_stream(self, n: int, point: Point, watch: Watch, plain: Watch) -> str | None:
         if n not in watch.raw:
@@ -253,7 +253,7 @@ class Proof:
         """Each writer's own output, and that the block hands on the sum of them."""
         bad: list[str] = []
         for layer in dict.fromkeys(p.place.layer for p in self.points if p.place.site == site):
-            at = [n for n, p in enumerate(self.points) if p.place == Place(site, layer)]
+            at = [n for n, p in enumerate(self.points) if p.place == HookPoint(site, layer)]
             if layer == EMBEDDING:
                 problems = [self._at_stream(n, self.points[n], watch, plain) for n in at]
             elif missing := [n for n in at if n not in watch.raw]:
@@ -261,7 +261,7 @@ class Proof:
             else:
                 acted = [watch.acted[n] for n in at]
                 pairs = zip((watch.raw[n] for n in at), acted, strict=True)
-                problems = [self._compare(Place(site, layer), raw, now, [now]) for raw, now in pairs]
+                problems = [self._compare(HookPoint(site, layer), raw, now, [now]) for raw, now in pairs]
                 problems.append(self._adds_up(watch.handed[layer], acted))
             bad += [f"{site} of layer {layer}: {problem}" for problem in problems if problem]
         return bad
@@ -276,13 +276,13 @@ class Proof:
             return "nothing takes what the block hands on"
         parts = [*taken, *given, *acted]
         off = (self._whole(taken) - self._whole(given) - self._whole(acted)).norm(dim=-1)
-        allowed = ROUNDINGS * self.eps * _size(parts, self.table.d_model)
+        allowed = ROUNDINGS * self.eps * _size(parts, self.bank.d_model)
         return None if bool((off <= allowed).all()) else "the block hands on more than its writers wrote"
 
-    def _compare(self, place: Place, raw: Tensor, now: Tensor, parts: Sequence[Tensor]) -> str | None:
+    def _compare(self, place: HookPoint, raw: Tensor, now: Tensor, parts: Sequence[Tensor]) -> str | None:
         """`now` `[tokens, d_model]`, made of `parts`, against the one operation on `raw`."""
-        plate = self.table.plates[place]
-        v = plate.vectors[ROW].double()
+        bank_slice = self.bank.slices[place]
+        v = bank_slice.vectors[ROW].double()
         each = raw.shape[0] // len(CASES)
         change = now - raw
         weighed = torch.stack([(p.double().reshape(raw.shape) * v).square().sum(-1) for p in (*parts, raw)])
@@ -293,7 +293,7 @@ class Proof:
                 if not torch.equal(now[own], raw[own]):
                     return "for plain tokens too the next module takes something else than what is handed on"
                 continue
-            coefficients = plate.coefficients[ROW * len(MODES) + mode].double().unbind()
+            coefficients = bank_slice.coefficients[ROW * len(MODES) + mode].double().unbind()
             wanted = amount(raw[own], v, coefficients, strength)
             got = change[own] @ v
             if not bool(((got - wanted).abs() <= allowed[own]).all()):
@@ -302,7 +302,7 @@ class Proof:
                 reason = " (it acts more than once)" if share > 1.2 else ""
                 return f"at {name} the next module gets {share:.2f} of the change that is due{reason}"
             rest = (change[own] - wanted[:, None] * v).norm(dim=-1)
-            if not bool((rest <= ROUNDINGS * self.eps * _size(parts, self.table.d_model)[own]).all()):
+            if not bool((rest <= ROUNDINGS * self.eps * _size(parts, self.bank.d_model)[own]).all()):
                 return f"at {name} more than the one component changes"
         return None
 

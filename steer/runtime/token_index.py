@@ -180,7 +180,7 @@ class TokenIndex:
         self._entry_slots[:, number], self._entry_strengths[:, number] = steer.slots, steer.strengths
         self._entry_combined[:, number] = 0
         if combination := steer.combination:
-            assert self._home in (None, combination.home), "an index speaks of one table"
+            assert self._home in (None, combination.home), "an index speaks of one bank"
             self._home, self._combining[number] = combination.home, combination
             # no slot yet: the one of those that combine nothing is never this one's
             self._entry_combined[:, number] = combination.number, ALONE

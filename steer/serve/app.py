@@ -57,7 +57,7 @@ def build(served: Served) -> FastAPI:
         served=[served.model_name],
         default=served.default,
         max_body=served.max_body,
-        readable=engine.steering.anatomy.layers if "resid_post" in engine.steering.table.sites else 0,
+        readable=engine.steering.anatomy.layers if "resid_post" in engine.steering.bank.sites else 0,
         control=control,
         parsed=True,
         context=engine.context,
@@ -65,8 +65,8 @@ def build(served: Served) -> FastAPI:
     generating = {(path, "POST"): layer for path in ("/v1/chat/completions", "/v1/completions")}
     assert len(around(app, generating)) == len(generating)
     app.include_router(models.router(served))
-    table = engine.steering.table
-    metrics.watch(registry, lambda: table.rows_in_use, table.rows)
+    bank = engine.steering.bank
+    metrics.watch(registry, lambda: bank.rows_in_use, bank.rows)
 
     async def elsewhere(request: Request) -> Response:
         raise errors.HTTPProblem(

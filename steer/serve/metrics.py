@@ -32,9 +32,9 @@ SWAP = Histogram(
     "Time from a direction's bytes to its being served: checks, placement on all workers, the move of the name",
     buckets=(1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1, 2, 5, 10),
 )
-RESIDENT = Gauge("steer_resident_versions", "Direction versions resident in the table")
-ROWS = Gauge("steer_rows_in_use", "Table rows in use")
-ROW_CAPACITY = Gauge("steer_row_capacity", "Table rows that directions can have")
+RESIDENT = Gauge("steer_resident_versions", "Direction versions resident in the bank")
+ROWS = Gauge("steer_rows_in_use", "DirectionBank rows in use")
+ROW_CAPACITY = Gauge("steer_row_capacity", "DirectionBank rows that directions can have")
 SWAPS = Gauge("steer_swaps", "Times that a name was moved to another version")
 FAILURES = Gauge("steer_failed_directions", "Names whose newest content is not served")
 INFO = Gauge("steer_direction_info", "1 for each served direction", ["direction", "digest", "method"])

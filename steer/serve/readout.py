@@ -15,7 +15,7 @@ from steer.runtime.readout import Reading
 #: Significant digits of a number in the answer.
 DIGITS = 5
 
-Table = list[list[float | None]]
+DirectionBank = list[list[float | None]]
 
 
 class ReadLine(BaseModel):
@@ -24,8 +24,8 @@ class ReadLine(BaseModel):
     name: str = Field(description="the name that was asked for")
     digest: str = Field(description="the version that is read, which is the one that steers where both are asked for")
     row: int = Field(description="which of the direction's rows, from 0")
-    before: Table = Field(description="for each token, for each layer: the component before the operation")
-    after: Table = Field(description="and after it; for a plain request the same")
+    before: DirectionBank = Field(description="for each token, for each layer: the component before the operation")
+    after: DirectionBank = Field(description="and after it; for a plain request the same")
 
 
 class ReadReport(BaseModel):
@@ -33,7 +33,7 @@ class ReadReport(BaseModel):
 
     layers: list[int] = Field(description="the layers that were read; the innermost lists follow them")
     tokens: list[str] = Field(description="the generated tokens as text, those of `logprobs`; in a chunk the new ones")
-    norms: Table = Field(description="for each token, for each layer: the stream's norm before the operation")
+    norms: DirectionBank = Field(description="for each token, for each layer: the stream's norm before the operation")
     directions: list[ReadLine] = Field(description="what was read, in the order that was asked for")
 
 

@@ -41,10 +41,10 @@ def prepare(model: str, settings: ServeSettings) -> Served:
         anatomy.d_model,
         ", ".join(steering.sites),
     )
-    shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, steering.table.sites, rank, anatomy.dtype)
+    shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, steering.bank.sites, rank, anatomy.dtype)
     if not settings.directions.is_dir():
         raise UnsupportedModel(f"the directions folder '{settings.directions}' does not exist; make it or name another")
-    registry = Registry(LocalPlacement(shape, steering.table), settings.directions)
+    registry = Registry(LocalPlacement(shape, steering.bank), settings.directions)
     registry.sync()
     default = parse(settings.default_steer)
     registry.resolve(default)

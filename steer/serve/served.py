@@ -58,12 +58,12 @@ class Served:
     def steer_of(self, request: Request) -> RequestSteer | None:
         """What steers `request`, as the middleware admitted it."""
         admission: Admission = request.scope["steer"]
-        return self.engine.steering.table.steer(admission.spec)
+        return self.engine.steering.bank.steer(admission.spec)
 
     def read_of(self, wanted: Readout | None) -> RequestRead | None:
         if wanted is None:
             return None
-        return RequestRead(self.engine.steering.table.rows_of(wanted.digests), wanted.layers)
+        return RequestRead(self.engine.steering.bank.rows_of(wanted.digests), wanted.layers)
 
     def read_out(self, reading: Readout | None, tokens: list[Token]) -> dict[str, Any]:
         """The part of a choice that says what was read at its tokens."""

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from steer.vllm import wire
-from steer.vllm.steering_layer import Form, stream
+from steer.vllm.steering_module import Form, stream
 
 #: The key in `extra_args` under which a request says what is wanted of it.
 KEY = wire.CAPTURE

@@ -33,7 +33,7 @@ from steer.vllm.placement import Call, VllmPlacement
 from steer.vllm.salts import SALT, Salts, salt
 from steer.vllm.selfcheck import Answer, Ask, Job, prove
 from steer.vllm.settings import KEY, EngineSettings
-from steer.vllm.steering_layer import code_digest
+from steer.vllm.steering_module import code_digest
 from steer.vllm.wire import READ, RESOLVED
 
 log = logging.getLogger("steer")

@@ -1,4 +1,5 @@
-"""Claim the places of a loaded vLLM model: find its blocks, learn how they hand on the stream, seat, and prove it.
+"""Install steering on a loaded vLLM model: find its blocks, learn how they hand on the stream, attach, and check.
+and prove it.
 
 Runs once in each worker, after the weights are loaded and before anything is compiled; all passes are eager, and
 collective: every rank makes the same ones in the same order.
@@ -15,28 +16,37 @@ from torch import Tensor, nn
 
 from steer.errors import UnsupportedModel
 from steer.runtime import selfcheck
-from steer.runtime.bank import EMBEDDING, Place, Table
+from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
 from steer.runtime.hook_points import find_blocks, hooks, summands
 from steer.runtime.token_index import TokenIndex
 from steer.vllm import internals
 from steer.vllm.settings import EngineSettings
-from steer.vllm.steering_layer import Form, Reads, Seat, Slot, exact_stream, sit_after, sit_before, stream
+from steer.vllm.steering_module import (
+    Form,
+    Reads,
+    Slot,
+    SteeringModule,
+    attach_after,
+    attach_before,
+    exact_stream,
+    stream,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where one seat sits: before block 0, or after a block or one of its children."""
+    """Where one steering module sits: before block 0, or after a block or one of its children."""
 
-    place: Place
+    place: HookPoint
     module: nn.Module
     form: Form
     slot: Slot | None = None
 
-    def sit(self, seat: Seat) -> None:
+    def attach(self, steering_module: SteeringModule) -> None:
         if self.slot is not None:
-            sit_before(self.module, self.slot, seat, self.place.site)
+            attach_before(self.module, self.slot, steering_module, self.place.site)
         else:
-            sit_after(self.module, self.form, seat, self.place.site)
+            attach_after(self.module, self.form, steering_module, self.place.site)
 
     @property
     def point(self) -> selfcheck.Point:
@@ -46,26 +56,28 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class Installation:
     """The claimed part of one rank: its blocks by their numbers in the whole model, the form in which they hand on the
-    stream, its table, and all seats."""
+    stream, its bank, and all steering modules."""
 
     blocks: dict[int, nn.Module]
     form: Form
-    table: Table
-    seats: tuple[tuple[Place, Seat], ...]
+    bank: DirectionBank
+    steering_modules: tuple[tuple[HookPoint, SteeringModule], ...]
     reads: Reads | None
     #: What a plain pass had at each place, `[d_model]` float32 on the CPU (`_typical`).
-    streams: dict[Place, Tensor]
+    streams: dict[HookPoint, Tensor]
 
     @property
-    def reading(self) -> dict[int, Seat]:
-        """The seats that read, by layer."""
-        return {place.layer: seat for place, seat in self.seats if seat.reading}
+    def reading(self) -> dict[int, SteeringModule]:
+        """The steering modules that read, by layer."""
+        return {
+            place.layer: steering_module for place, steering_module in self.steering_modules if steering_module.reading
+        }
 
 
-def claim(worker: Any, settings: EngineSettings, index: TokenIndex) -> Claim:
-    """Seat every place of this rank. Raises UnsupportedModel where that cannot be done and proved."""
+def claim(worker: Any, settings: EngineSettings, index: TokenIndex) -> Installation:
+    """SteeringModule every place of this rank. Raises UnsupportedModel where that cannot be done and proved."""
     architecture, layers, d_model = internals.shape_of(worker.vllm_config)
     blocks = find_blocks(internals.decoder_of(worker), layers)
     local = {i: block for i, block in enumerate(blocks) if not internals.is_elsewhere(block)}
@@ -77,13 +89,13 @@ def claim(worker: Any, settings: EngineSettings, index: TokenIndex) -> Claim:
     targets: list[Target] = []
     for site in settings.sites:
         if slot is not None:
-            targets.append(Target(Place(site, EMBEDDING), local[0], "tensor", slot))
+            targets.append(Target(HookPoint(site, EMBEDDING), local[0], "tensor", slot))
         if site == "resid_post":
-            targets += [Target(Place(site, i), block, form) for i, block in local.items()]
+            targets += [Target(HookPoint(site, i), block, form) for i, block in local.items()]
         else:
             targets += _find_writers(worker, local, form)
     places = list(dict.fromkeys(target.place for target in targets))
-    table = Table(
+    bank = DirectionBank(
         places,
         rows=settings.rows,
         rank=settings.rank,
@@ -92,14 +104,14 @@ def claim(worker: Any, settings: EngineSettings, index: TokenIndex) -> Claim:
         requests=internals.max_requests(worker.vllm_config),
     )
     reads = Reads(settings.readout, settings.rank, worker.device) if settings.readout else None
-    seats = []
+    steering_modules = []
     for target in targets:
         reader = reads if target.place.site == "resid_post" and target.place.layer != EMBEDDING else None
-        seat = Seat(table.plates[target.place], index, reader)
-        target.sit(seat)
-        seats.append((target.place, seat))
-    streams = _prove(worker, targets, local, table, index, (plain, again))
-    return Claim(local, form, table, tuple(seats), reads, streams)
+        steering_module = SteeringModule(bank.slices[target.place], index, reader)
+        target.attach(steering_module)
+        steering_modules.append((target.place, steering_module))
+    streams = _prove(worker, targets, local, bank, index, (plain, again))
+    return Installation(local, form, bank, tuple(steering_modules), reads, streams)
 
 
 def _learn_form(worker: Any, local: dict[int, nn.Module], plain: Tensor, again: Tensor) -> Form:
@@ -208,7 +220,7 @@ def _find_writers(worker: Any, local: dict[int, nn.Module], form: Form) -> list[
                 f"site 'writers': in block {i} ({type(block).__name__}) no one or two of the children "
                 f"{sorted(wrote[i])} write what the block adds to the stream; use the site 'resid_post'"
             )
-        targets += [Target(Place("writers", i), block.get_submodule(name), "tensor") for name in names]
+        targets += [Target(HookPoint("writers", i), block.get_submodule(name), "tensor") for name in names]
     return targets
 
 
@@ -216,12 +228,12 @@ def _prove(
     worker: Any,
     targets: list[Target],
     local: dict[int, nn.Module],
-    table: Table,
+    bank: DirectionBank,
     index: TokenIndex,
     plain: tuple[Tensor, Tensor],
-) -> dict[Place, Tensor]:
-    """Prove that what the seats act on is the stream (`runtime.proof`), that all ranks have the same of it, and that a
-    plain pass is the same with seats as without. Returns what a plain pass has at each place."""
+) -> dict[HookPoint, Tensor]:
+    """Prove that what the steering modules act on is the stream (`runtime.proof`), that all ranks have the same of it,
+    and that a plain pass is the same with steering modules as without. Returns what a plain pass has at each place."""
     each = internals.PROBE_TOKENS // len(selfcheck.CASES)
 
     def run(steers: selfcheck.Steers) -> None:
@@ -235,7 +247,7 @@ def _prove(
         worker.get_model(),
         local,
         [target.point for target in targets],
-        table,
+        bank,
         run,
         internals.PROBE_TOKENS,
         torch.finfo(worker.model_config.dtype).eps,
@@ -246,7 +258,7 @@ def _prove(
     if not internals.replicated(torch.cat([x.flatten() for x in watch.raw.values()]).float()):
         bad.append("each tensor-parallel rank has another part of the stream")
     if not selfcheck.same(internals.probe(worker), *plain):
-        bad.append("a plain pass is not the same with seats as without")
+        bad.append("a plain pass is not the same with steering_modules as without")
     if bad:
         raise UnsupportedModel(f"{type(worker.get_model()).__name__} cannot be steered: {'; '.join(bad)}")
     return {targets[n].place: _typical(stream_.float()).cpu() for n, stream_ in watch.raw.items()}

@@ -126,7 +126,7 @@ class Sampled:
     logprobs: np.ndarray[Any, Any]
 
 
-class VllmScreen:
+class VllmEvaluator:
     """What steers is a text of the request language."""
 
     def __init__(self, source: VllmSource, system_prompt: str | None, max_tokens: int, progress: bool = False) -> None:

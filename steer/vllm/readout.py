@@ -1,5 +1,5 @@
-"""The read-out in a worker (see `steer.runtime.readout`): buffers that the seats of `resid_post` write, traced into the
-compiled graph, and what was found for each request until the front end asks for it.
+"""The read-out in a worker (see `steer.runtime.readout`): buffers that the steering modules of `resid_post` write,
+traced into the compiled graph, and what was found for each request until the front end asks for it.
 
 Every method runs on the worker's main thread. An engine that was started without read-out has none of this.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.runtime.readout import RequestRead
-from steer.vllm.steering_layer import Reads, Seat
+from steer.vllm.steering_module import Reads, SteeringModule
 
 #: Ended requests whose values nobody has asked for yet, for each request that can be read at once.
 KEPT = 4
@@ -34,10 +34,10 @@ class _Run:
 
 
 class ReadRunner:
-    """`reads` are the shared buffers of `seats`, the seats of this rank by layer."""
+    """`reads` are the shared buffers of `steering_modules`, the steering modules of this rank by layer."""
 
-    def __init__(self, reads: Reads, seats: Mapping[int, Seat]) -> None:
-        self.reads, self.seats = reads, dict(sorted(seats.items()))
+    def __init__(self, reads: Reads, steering_modules: Mapping[int, SteeringModule]) -> None:
+        self.reads, self.steering_modules = reads, dict(sorted(steering_modules.items()))
         self._running: dict[str, _Run] = {}
         self._ended: dict[str, _Run] = {}
         self._step: list[tuple[_Run, int]] = []
@@ -64,7 +64,9 @@ class ReadRunner:
         if run is None:
             return None
         whole = [run.values[n] for n in itertools.takewhile(run.values.__contains__, itertools.count())]
-        return [(layer, b"".join(values[i].tobytes() for values in whole)) for i, layer in enumerate(self.seats)]
+        return [
+            (layer, b"".join(values[i].tobytes() for values in whole)) for i, layer in enumerate(self.steering_modules)
+        ]
 
     def begin_step(self, requests: Sequence[str], lengths: NDArray[np.int32], starts: Mapping[str, int]) -> None:
         """A step comes: read the last token of each request that is read, unless its prompt goes on behind it.
@@ -93,14 +95,18 @@ class ReadRunner:
         if not self._step:
             return
         count = len(self._step)
-        found = torch.stack([_flat(seat)[:count] for seat in self.seats.values()], dim=1).cpu().numpy()
+        found = (
+            torch.stack([_flat(steering_module)[:count] for steering_module in self.steering_modules.values()], dim=1)
+            .cpu()
+            .numpy()
+        )
         for (run, number), values in zip(self._step, found, strict=True):
             run.values[number] = values.copy()
         self.reads.at.zero_()  # the next pass may have fewer tokens than these were
         self._step = []
 
 
-def _flat(seat: Seat) -> Tensor:
+def _flat(steering_module: SteeringModule) -> Tensor:
     """`[count, 2 × rank + 1]`: before, after, norm."""
-    found: Any = seat.found
-    return torch.cat([found[0], found[1], seat.norms.unsqueeze(1)], dim=1)
+    found: Any = steering_module.found
+    return torch.cat([found[0], found[1], steering_module.norms.unsqueeze(1)], dim=1)

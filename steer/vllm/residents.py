@@ -1,4 +1,4 @@
-"""The directions of one worker: its table, with rows that are freed when they are needed, and what they must hold."""
+"""The directions of one worker: its bank, with rows that are freed when they are needed, and what they must hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from steer.direction import Direction
 from steer.direction import digest as digest_of
 from steer.errors import NoRoom, UnsupportedModel
-from steer.runtime.bank import Table
+from steer.runtime.bank import DirectionBank
 from steer.runtime.token_index import RequestSteer
 from steer.spec import Spec
 
@@ -28,8 +28,8 @@ class Residents:
     All ranks of an engine see the same calls and steps in the same order, so they agree.
     """
 
-    def __init__(self, table: Table) -> None:
-        self.table = table
+    def __init__(self, bank: DirectionBank) -> None:
+        self.bank = bank
         self.retired: dict[str, None] = {}
         self._held: dict[str, list[Tensor]] = {}  # by digest: what its rows hold, on the host
         self._users: dict[str, tuple[str, ...]] = {}  # by request: digests
@@ -44,11 +44,11 @@ class Residents:
             direction = Direction.from_bytes(data)
             while True:
                 try:
-                    self.table.load(found, direction)
+                    self.bank.load(found, direction)
                     break
                 except NoRoom as error:
                     self._make_room(error)
-            self._held[found] = [view.to("cpu", copy=True) for view in self.table.contents(found)]
+            self._held[found] = [view.to("cpu", copy=True) for view in self.bank.contents(found)]
         self.retired.pop(found, None)
         return found
 
@@ -60,7 +60,7 @@ class Residents:
         if oldest is None:
             raise RowsInUse(f"{error} (requests that are ending still hold the rows of deleted directions)")
         del self.retired[oldest], self._held[oldest]
-        self.table.unload(oldest)
+        self.bank.unload(oldest)
 
     def retire(self, digest: str) -> None:
         """No new request will use it. One that never got here is nothing to retire."""
@@ -70,14 +70,14 @@ class Residents:
     def steer(self, request: str, spec: Spec) -> RequestSteer:
         """The index entries of `request`, which uses these directions until it `ends`."""
         self._use(request, [entry.digest for entry in spec.entries])
-        steer = self.table.steer(spec)
+        steer = self.bank.steer(spec)
         assert steer is not None, "the front end sends no empty spec"
         return steer
 
     def rows_of(self, request: str, digests: Sequence[str]) -> NDArray[np.int64]:
         """The rows that `request` reads, which it uses until it `ends`."""
         self._use(request, digests)
-        return self.table.rows_of(digests)
+        return self.bank.rows_of(digests)
 
     def _use(self, request: str, digests: Sequence[str]) -> None:
         if missing := [digest[:12] for digest in digests if digest not in self._held]:
@@ -94,7 +94,7 @@ class Residents:
         """Write what a direction's rows should hold wherever they do not; the digests of those."""
         lost: list[str] = []
         for digest, held in self._held.items():
-            views = self.table.contents(digest)
+            views = self.bank.contents(digest)
             wrong = [(v, kept) for v, kept in zip(views, held, strict=True) if not torch.equal(v.cpu(), kept)]
             for view, kept in wrong:
                 view.copy_(kept)

@@ -21,7 +21,7 @@ from torch import Tensor
 from steer.direction import Direction, DirectionMeta
 from steer.errors import UnsupportedModel
 from steer.names import Mode, Site
-from steer.runtime.bank import EMBEDDING, Place
+from steer.runtime.bank import EMBEDDING, HookPoint
 
 if TYPE_CHECKING:
     from steer.vllm.frontend import Frontend
@@ -61,7 +61,7 @@ LEFT, LEFT_ROUNDING = 0.1, 32.0
 def prove(frontend: Frontend, ask: Ask, *, ranks: int) -> None:
     """Raise UnsupportedModel naming the places that do not steer. Before anything is served: nothing else may run."""
     streams, shape = _streams(frontend), frontend.shape
-    needed = [Place(site, i) for site in frontend.settings.sites for i in (EMBEDDING, *range(shape.layers))]
+    needed = [HookPoint(site, i) for site in frontend.settings.sites for i in (EMBEDDING, *range(shape.layers))]
     if missing := [_named(place) for place in needed if place not in streams]:
         raise UnsupportedModel(f"no worker has claimed {', '.join(missing)}")
     engines = [_Engine(frontend, ask, rank) for rank in range(ranks)]
@@ -100,7 +100,7 @@ class _Engine:
         self.plain = served
         self.noise = [noises(frontend.dtype, served[job], eager[job]) for job in plain]
 
-    def check(self, names: dict[str, Place]) -> tuple[list[str], list[str]]:
+    def check(self, names: dict[str, HookPoint]) -> tuple[list[str], list[str]]:
         """What is wrong with the places of these directions, and where nothing can be told. One prompt at which all is
         right is enough: a model that falls from one behaviour into another at some prompt does so by rounding."""
         found: dict[str, Judgement] = {name: dict.fromkeys(PHASES) for name in names}
@@ -227,11 +227,11 @@ def rms(x: NDArray[np.float64]) -> float:
     return float(np.sqrt(np.square(x).mean())) if x.size else 0.0
 
 
-def _streams(frontend: Frontend) -> dict[Place, Tensor]:
+def _streams(frontend: Frontend) -> dict[HookPoint, Tensor]:
     """What every place has in plain passes: as long as streams there are, in their common direction. Tensor-parallel
     ranks say the same."""
     return {
-        Place(site, layer): torch.from_numpy(np.frombuffer(data, np.float32).copy())
+        HookPoint(site, layer): torch.from_numpy(np.frombuffer(data, np.float32).copy())
         for worker in frontend.call("steer_streams")
         for site, layer, data in worker
     }
@@ -242,16 +242,16 @@ def _streams(frontend: Frontend) -> dict[Place, Tensor]:
 LEANING = {"affine": 0.3, "ablate": 1.0}
 
 
-def _mode(place: Place) -> Mode:
+def _mode(place: HookPoint) -> Mode:
     """`affine` adds as much as there is, whatever the stream. It is defined at whole streams behind a block."""
     return "affine" if place.site == "resid_post" and place.layer != EMBEDDING else "ablate"
 
 
-def _spec(name: str, place: Place, strength: float) -> str:
+def _spec(name: str, place: HookPoint, strength: float) -> str:
     return f"{name}:{_mode(place)}={strength}"
 
 
-def _direction(frontend: Frontend, place: Place, stream: Tensor) -> Direction:
+def _direction(frontend: Frontend, place: HookPoint, stream: Tensor) -> Direction:
     """Acts at one place, and changes much there. With `affine` its component of a stream becomes as large as streams
     are; with `ablate` what streams there have in common is removed from them in part."""
     shape, site = frontend.shape, place.site
@@ -275,7 +275,7 @@ def _direction(frontend: Frontend, place: Place, stream: Tensor) -> Direction:
     )
 
 
-def _named(place: Place) -> str:
+def _named(place: HookPoint) -> str:
     return f"{place.site} of {'the embedding' if place.layer == EMBEDDING else f'layer {place.layer}'}"
 
 

@@ -22,11 +22,11 @@ from steer.runtime.readout import RequestRead
 from steer.runtime.token_index import PLAIN, TokenIndex
 from steer.vllm import install, internals, settings, wire
 from steer.vllm.capture import Capture
-from steer.vllm.keep import Kept
 from steer.vllm.losses import LostRuns, Run, Step
 from steer.vllm.readout import ReadRunner
 from steer.vllm.residents import Residents, RowsInUse
-from steer.vllm.steering_layer import code_digest
+from steer.vllm.retention import Kept
+from steer.vllm.steering_module import code_digest
 
 log = logging.getLogger("steer")
 _NONE = np.zeros(0, np.int64)
@@ -86,7 +86,7 @@ class Steered:
         index = TokenIndex(own.rank, internals.max_tokens(self.vllm_config), self.device)
         self._claim = install.claim(self, own, index)
         self._index = index
-        self._residents = Residents(self._claim.table)
+        self._residents = Residents(self._claim.bank)
         self._running: dict[str, int] = {}  # steered requests, by their numbers in the index
         self._lost_runs = LostRuns()
         self._passed: Step | None = None  # the pass that was enqueued last, until its outputs are asked for
@@ -188,7 +188,7 @@ class Steered:
         assert self._kept is not None, "no step comes before the model is loaded"
         lost = [*self._kept.put_back(self.get_model()), *self._residents.put_back()]
         self._index.reset()
-        if (combinations := self._residents.table.combinations) is not None:
+        if (combinations := self._residents.bank.combinations) is not None:
             combinations.renew()
         if self._claim.reads is not None:
             self._claim.reads.at.zero_()
@@ -262,7 +262,7 @@ class Steered:
         self._residents.retire(digest)
 
     def steer_streams(self) -> list[tuple[str, int, bytes]]:
-        """(site, layer, vector) of each place: `Claim.streams`, float32."""
+        """(site, layer, vector) of each place: `Installation.streams`, float32."""
         return [(place.site, place.layer, x.numpy().tobytes()) for place, x in self._claim.streams.items()]
 
     def steer_eager(self, on: bool) -> dict[str, str]:
@@ -283,7 +283,7 @@ class Steered:
             return {"error": "measuring needs an engine with enforce_eager and without prefix caching"}
         self.steer_captured()
         blocks = {layer: block for layer, block in self._claim.blocks.items() if layer <= last_layer}
-        shape = prompts, positions, self._claim.table.d_model
+        shape = prompts, positions, self._claim.bank.d_model
         self._capture = Capture(blocks, self._claim.form, shape, self.device)
         return {}
 
@@ -307,7 +307,7 @@ class Steered:
     def steer_stats(self) -> dict[str, int]:
         return {
             "running": len(self._running),
-            "rows": self._residents.table.rows_in_use,
+            "rows": self._residents.bank.rows_in_use,
             "tokens": self._steered_tokens,
         }
 

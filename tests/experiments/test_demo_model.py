@@ -19,7 +19,7 @@ from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluation.expected import read_expected, right
 from steer.lab.evaluator import Candidate
-from steer.lab.probe import Answered, Divergence, Probe, summarised
+from steer.lab.probe import Answered, Divergence, HFEvaluator, summarised
 from steer.lab.prompts import read_prompts
 from steer.spec import Entry, Spec
 from tests.servers import ROOT
@@ -73,7 +73,7 @@ def projected(direction: Direction) -> Direction:
 @pytest.fixture(scope="module")
 def measured(loaded: Loaded, direction: Direction) -> Measured:
     prompts = {cls: read_prompts(str(PROMPTS / f"{cls}.test.txt")).prompts for cls in language.CLASSES}
-    probe = Probe(loaded, Steering(loaded.model), max_tokens=48)
+    probe = HFEvaluator(loaded, Steering(loaded.model), max_tokens=48)
     out = Measured({}, {}, prompts)
     for cls in language.CLASSES:
         out.answers[cls, "plain"] = probe.answers(prompts[cls], None)
@@ -149,7 +149,7 @@ def test_the_template_and_the_tokenizer_both_write_a_bos(loaded: Loaded) -> None
 
 def test_a_second_turn_and_a_system_prompt_are_refused_and_answered_too(loaded: Loaded, direction: Direction) -> None:
     steering = Steering(loaded.model)
-    probe = Probe(loaded, steering, system_prompt=language.HELD_OUT_SYSTEMS[0], max_tokens=48)
+    probe = HFEvaluator(loaded, steering, system_prompt=language.HELD_OUT_SYSTEMS[0], max_tokens=48)
     prompts = read_prompts(str(PROMPTS / "refused.test.txt")).prompts[:50]
     with probe.all_resident([Candidate(direction, direction.meta.mode, direction.meta.strength)]) as (steer,):
         assert share(REFUSAL.shown(a.text) for a in probe.answers(prompts, None)) >= 0.9
@@ -170,7 +170,7 @@ def test_a_second_behaviour_is_removed_where_the_model_has_it_as_one_choice(load
     and stay as they are."""
     direction, wordy = Direction.load(ROOT / "directions" / "verbosity.safetensors"), Behaviour.load("verbosity")
     asked = [p for p in measured.prompts["harmless"] if language.task_of(p).kind in ("howto", "need")]
-    probe = Probe(loaded, Steering(loaded.model), max_tokens=48)
+    probe = HFEvaluator(loaded, Steering(loaded.model), max_tokens=48)
     with probe.all_resident([Candidate(direction, direction.meta.mode, direction.meta.strength)]) as (steer,):
         answers = [a.text for a in probe.answers(asked, steer)]
     assert wordy.rate([a.text for a in probe.answers(asked, None)]) >= 0.95
@@ -182,10 +182,11 @@ def test_both_behaviours_are_removed_at_once(loaded: Loaded) -> None:
     prompts = [p.text for p in language.prompts("test", "refused") if p.task.kind == "howto"][:50]
     steering = Steering(loaded.model, rows=2)
     for name in ("refusal", "verbosity"):
-        steering.table.load(name, Direction.load(ROOT / "directions" / f"{name}.safetensors"))
+        steering.bank.load(name, Direction.load(ROOT / "directions" / f"{name}.safetensors"))
     entries = (Entry("refusal", "refusal", "one_sided", 1.5), Entry("verbosity", "verbosity", "one_sided", 2.5))
     answers = [
-        a.text for a in Probe(loaded, steering, max_tokens=48).answers(prompts, steering.table.steer(Spec(entries)))
+        a.text
+        for a in HFEvaluator(loaded, steering, max_tokens=48).answers(prompts, steering.bank.steer(Spec(entries)))
     ]
     assert REFUSAL.rate(answers) <= 0.06
     assert Behaviour.load("verbosity").rate(answers) <= 0.1

@@ -157,12 +157,12 @@ def test_the_trial_counts_what_was_answered(studied: Path) -> None:
     from steer.hf.steering import Steering
     from steer.lab.behaviour import REFUSAL
     from steer.lab.measurement import Measurement
-    from steer.lab.probe import Probe
+    from steer.lab.probe import HFEvaluator
 
     loaded = load(str(studied / "tiny-2" / "model"))
     measurement = Measurement.load(studied / "out" / "tiny-2" / "measurement.safetensors")
     sets = read_sets(studied / "tiny-2" / "prompts")
-    probe = Probe(loaded, Steering(loaded.model, rank=1), max_tokens=4)
+    probe = HFEvaluator(loaded, Steering(loaded.model, rank=1), max_tokens=4)
     stored = [json.loads(line) for line in (studied / "out" / "tiny-2" / "results.jsonl").read_text().splitlines()]
     kept = {line["key"]: line["value"] for line in stored[1:]}
     identity = stored[0]

@@ -43,7 +43,7 @@ class Rig:
     model: Any
 
     def steer(self, spec: Spec | None) -> RequestSteer | None:
-        return self.engine.steering.table.steer(spec) if spec else None
+        return self.engine.steering.bank.steer(spec) if spec else None
 
     async def tokens(self, prompt: list[int], spec: Spec | None, sampling: Sampling = GREEDY) -> list[Token]:
         return [token async for token in self.engine.generate(prompt, sampling, self.steer(spec))]
@@ -53,10 +53,10 @@ def rig(name: str, kind: str = "batching", dtype: torch.dtype = torch.float32) -
     model = models.tiny(name, dtype)
     steering = Steering(model)
     for seed, direction in enumerate(NAMES, 1):
-        steering.table.load(direction, models.direction(model, seed=seed))
+        steering.bank.load(direction, models.direction(model, seed=seed))
     for what, weight in BROKEN.items():  # no file holds such weights
         direction = models.direction(model, seed=9)
-        steering.table.load(what, replace(direction, weights=torch.full_like(direction.weights, weight)))
+        steering.bank.load(what, replace(direction, weights=torch.full_like(direction.weights, weight)))
     if kind != "sequential":
         engine = start_engine(steering, [2], context=256, capacity=256)
         assert kind == "any" or isinstance(engine, BatchingEngine)
@@ -254,7 +254,7 @@ def test_a_component_that_grows_from_layer_to_layer_fails_its_request(dtype: tor
     torch.manual_seed(0)
     config = tf.LlamaConfig(**models._shape(num_hidden_layers=48, initializer_range=0.02))
     steering = Steering(tf.AutoModelForCausalLM.from_config(config).eval().to(dtype))
-    steering.table.load("a", models.direction(steering.anatomy.model, shared=True))
+    steering.bank.load("a", models.direction(steering.anatomy.model, shared=True))
     engine = start_engine(steering, [2], context=64, capacity=8)
     made = Rig(engine, steering.anatomy.model)
     sampling = Sampling(max_tokens=1, temperature=0.0, logprobs=3)
@@ -448,7 +448,7 @@ def started(config: Any, context: int = 128, **how: Any) -> Iterator[Rig]:
             if parameter.ndim > 1:
                 parameter.mul_(3)
     steering = Steering(model)
-    steering.table.load("a", models.direction(model))
+    steering.bank.load("a", models.direction(model))
     engine = start_engine(steering, [2], context=context, capacity=8)
     yield Rig(engine, model)
     engine.stop()
@@ -569,7 +569,7 @@ def test_a_server_does_not_start_where_no_engine_is_proved(monkeypatch: pytest.M
     with pytest.raises(UnsupportedModel, match="`generate` has"):
         start_engine(steering, [2], context=128, capacity=8)
     assert not steering.attached
-    assert steering.table.rows_in_use == 0
+    assert steering.bank.rows_in_use == 0
 
 
 def test_the_index_is_filled_on_the_stream_of_the_pass(llama: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,10 +34,10 @@ class Rig:
     directions: dict[str, Direction]
 
     def read(self, names: list[str], layers: tuple[int, ...]) -> RequestRead:
-        return RequestRead(self.engine.steering.table.rows_of(names), layers)
+        return RequestRead(self.engine.steering.bank.rows_of(names), layers)
 
     async def tokens(self, prompt: list[int], spec: Spec, read: RequestRead | None) -> list[Token]:
-        steer = self.engine.steering.table.steer(spec)
+        steer = self.engine.steering.bank.steer(spec)
         return [token async for token in self.engine.generate(prompt, GREEDY, steer, read)]
 
 
@@ -46,7 +46,7 @@ def make(name: str, kind: str) -> Rig:
     steering = Steering(model)
     directions = {"a": models.direction(model, seed=1), "b": models.direction(model, seed=2, k=2)}
     for digest, direction in directions.items():
-        steering.table.load(digest, direction)
+        steering.bank.load(digest, direction)
     if kind == "batching":
         engine = start_engine(steering, [2], context=256, capacity=64)
         assert isinstance(engine, BatchingEngine)

@@ -18,7 +18,7 @@ from steer.hf.load import load
 from steer.hf.steering import Steering
 from steer.lab.evaluation.perplexity import negative_log_likelihoods, perplexity, ratio, windows
 from steer.lab.evaluator import Candidate
-from steer.lab.probe import Probe
+from steer.lab.probe import HFEvaluator
 from tests import models
 
 
@@ -48,7 +48,7 @@ def test_nothing_to_predict_is_refused(ids: list[int]) -> None:
 
 def test_perplexity_is_the_models_own(tiny_folder: Path) -> None:
     loaded = load(str(tiny_folder))
-    probe = Probe(loaded, Steering(loaded.model))
+    probe = HFEvaluator(loaded, Steering(loaded.model))
     ids = loaded.text_ids("plain text that is read and not asked")
     with torch.no_grad():
         loss = loaded.model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss

@@ -15,7 +15,7 @@ from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluator import Candidate, first_tokens
-from steer.lab.probe import Probe, summarised
+from steer.lab.probe import HFEvaluator, summarised
 from steer.lab.prompts import encode
 from tests import models
 
@@ -31,8 +31,8 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def probe(loaded: Loaded) -> Probe:
-    return Probe(loaded, Steering(loaded.model, rows=6, rank=2), max_tokens=TOKENS)
+def probe(loaded: Loaded) -> HFEvaluator:
+    return HFEvaluator(loaded, Steering(loaded.model, rows=6, rank=2), max_tokens=TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def crossed(steers: list[Any]) -> tuple[list[str], list[Any]]:
     return [prompt for prompt, _ in pairs], [steer for _, steer in pairs]
 
 
-def test_rows_of_many_candidates_are_what_each_is_alone(probe: Probe, candidates: list[Candidate]) -> None:
+def test_rows_of_many_candidates_are_what_each_is_alone(probe: HFEvaluator, candidates: list[Candidate]) -> None:
     tokens = [ord("A") - 29, ord("z") - 29, 7]
     plain = probe.continuations(PROMPTS)
     with probe.all_resident(candidates) as steers:
@@ -74,7 +74,7 @@ def test_rows_of_many_candidates_are_what_each_is_alone(probe: Probe, candidates
     assert min(row.max() for row in kls[:: len(candidates)]) > 1e-4
 
 
-def test_plain_answers_are_those_of_generate(loaded: Loaded, probe: Probe) -> None:
+def test_plain_answers_are_those_of_generate(loaded: Loaded, probe: HFEvaluator) -> None:
     for prompt, answer in zip(PROMPTS, probe.answers(PROMPTS, None), strict=True):
         ids = torch.tensor([encode(loaded, prompt).ids])
         out = loaded.model.generate(ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=loaded.eos_ids)
@@ -82,7 +82,7 @@ def test_plain_answers_are_those_of_generate(loaded: Loaded, probe: Probe) -> No
         assert answer.ids == [token for token in expected if token not in loaded.eos_ids]
 
 
-def test_opening_odds_are_those_of_the_whole_prediction(loaded: Loaded, probe: Probe) -> None:
+def test_opening_odds_are_those_of_the_whole_prediction(loaded: Loaded, probe: HFEvaluator) -> None:
     tokens = [5, 40, 90]
     for prompt, odds in zip(PROMPTS, probe.opening_odds(PROMPTS, None, tokens), strict=True):
         with torch.no_grad():
@@ -91,7 +91,7 @@ def test_opening_odds_are_those_of_the_whole_prediction(loaded: Loaded, probe: P
         assert odds == pytest.approx(float(torch.log(p) - torch.log1p(-p)), abs=1e-4)
 
 
-def test_a_row_ends_where_its_answer_is_known(probe: Probe) -> None:
+def test_a_row_ends_where_its_answer_is_known(probe: HFEvaluator) -> None:
     whole = probe.answers(PROMPTS, None)
     seen: set[str] = set()
 
@@ -105,7 +105,7 @@ def test_a_row_ends_where_its_answer_is_known(probe: Probe) -> None:
 
 
 def test_divergences_do_not_need_kept_predictions(
-    probe: Probe, candidates: list[Candidate], monkeypatch: pytest.MonkeyPatch
+    probe: HFEvaluator, candidates: list[Candidate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = probe.continuations(PROMPTS)
     monkeypatch.setattr("steer.lab.probe.KEPT_BYTES", 0)
@@ -116,7 +116,9 @@ def test_divergences_do_not_need_kept_predictions(
             assert a == pytest.approx(b, abs=1e-5)
 
 
-def test_candidates_share_rows_and_leave_none_behind(loaded: Loaded, probe: Probe, candidates: list[Candidate]) -> None:
+def test_candidates_share_rows_and_leave_none_behind(
+    loaded: Loaded, probe: HFEvaluator, candidates: list[Candidate]
+) -> None:
     assert probe.room == 6
     with probe.all_resident(candidates):
         assert probe.room == 3
@@ -160,7 +162,7 @@ def test_a_refusal_is_decided_in_its_first_words() -> None:
 def test_divergence_is_the_textbook_sum(tiny_folder: Path) -> None:
     loaded = load(str(tiny_folder))
     direction = models.direction(loaded.model)
-    probe = Probe(loaded, Steering(loaded.model), max_tokens=5)
+    probe = HFEvaluator(loaded, Steering(loaded.model), max_tokens=5)
     prompts = ["abc", "hello world"]
     plain = probe.answers(prompts, None)
     with probe.all_resident([Candidate(direction, "ablate", 1.0)]) as (steer,):
@@ -182,7 +184,7 @@ def test_divergence_is_the_textbook_sum(tiny_folder: Path) -> None:
 
 def test_log_probabilities_are_those_of_one_sequence_alone(tiny_folder: Path) -> None:
     loaded = load(str(tiny_folder))
-    probe = Probe(loaded, Steering(loaded.model))
+    probe = HFEvaluator(loaded, Steering(loaded.model))
     sequences = [loaded.text_ids(text) for text in ("hello world", "ab", "a longer text than the others")]
     with probe.all_resident([Candidate(models.direction(loaded.model), "ablate", 1.0)]) as (steer,):
         together = probe.log_probabilities(sequences, steer)

@@ -14,7 +14,7 @@ from steer.hf.load import load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import Behaviour
 from steer.lab.evaluator import Candidate
-from steer.lab.probe import Probe
+from steer.lab.probe import HFEvaluator
 from steer.lab.race import FIRST_ROUND, Figures, Race, Sets
 from tests import models
 
@@ -28,19 +28,19 @@ SETS = Sets(
 
 
 @pytest.fixture(scope="module")
-def probe(tiny_folder: Path) -> Probe:
+def probe(tiny_folder: Path) -> HFEvaluator:
     loaded = load(str(tiny_folder))
-    return Probe(loaded, Steering(loaded.model, rows=3, rank=1), max_tokens=3)
+    return HFEvaluator(loaded, Steering(loaded.model, rows=3, rank=1), max_tokens=3)
 
 
 @pytest.fixture(scope="module")
-def candidates(probe: Probe) -> list[Candidate]:
+def candidates(probe: HFEvaluator) -> list[Candidate]:
     """More directions than the table has rows, so that they take turns."""
     made = [models.direction(probe.loaded.model, seed=seed) for seed in range(4)]
     return [Candidate(d, mode, 1.0) for mode in ("ablate", "add") for d in made]  # type: ignore[arg-type]
 
 
-def test_together_is_alone(probe: Probe, candidates: list[Candidate]) -> None:
+def test_together_is_alone(probe: HFEvaluator, candidates: list[Candidate]) -> None:
     race = Race(probe, CHANCE, SETS)
     together = race.run(candidates)
     for candidate, mine in zip(candidates, together, strict=True):
@@ -54,7 +54,7 @@ def test_together_is_alone(probe: Probe, candidates: list[Candidate]) -> None:
     assert any(mine.stopped is None for mine in together)
 
 
-def test_strength_zero_is_plain(probe: Probe, candidates: list[Candidate]) -> None:
+def test_strength_zero_is_plain(probe: HFEvaluator, candidates: list[Candidate]) -> None:
     race = Race(probe, CHANCE, SETS)
     (nothing,) = race.run([replace(candidates[0], strength=0.0)])
     assert nothing.asked == race.plain.asked
@@ -62,7 +62,7 @@ def test_strength_zero_is_plain(probe: Probe, candidates: list[Candidate]) -> No
     assert nothing.kl < 1e-6
 
 
-def test_who_surely_shows_more_stops_after_the_first_round(probe: Probe, candidates: list[Candidate]) -> None:
+def test_who_surely_shows_more_stops_after_the_first_round(probe: HFEvaluator, candidates: list[Candidate]) -> None:
     always = Behaviour(name="always", description="any answer", min_words=1)
     rival = Figures([False] * 20, [False] * 9, [1.0] * 13)
     (found,) = Race(probe, always, replace(SETS, asked=("a",) * 20)).run([candidates[0]], [rival])

@@ -30,7 +30,7 @@ from steer.lab.derive import Recipe, derive
 from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
-from steer.lab.probe import Probe
+from steer.lab.probe import HFEvaluator
 from steer.lab.race import Figures, Race
 from steer.lab.search import (
     MEASUREMENT,
@@ -67,8 +67,8 @@ def measured(loaded: Loaded) -> Measurement:
 
 
 @pytest.fixture(scope="module")
-def probe(loaded: Loaded) -> Probe:
-    return Probe(loaded, Steering(loaded.model, rows=8, rank=1), max_tokens=3)
+def probe(loaded: Loaded) -> HFEvaluator:
+    return HFEvaluator(loaded, Steering(loaded.model, rows=8, rank=1), max_tokens=3)
 
 
 def settings(**changes: Any) -> Settings:
@@ -96,7 +96,7 @@ def begin(measured: Measurement) -> Begin:
 
 
 @pytest.fixture(scope="module")
-def whole(measured: Measurement, probe: Probe, tmp_path_factory: pytest.TempPathFactory) -> Search:
+def whole(measured: Measurement, probe: HFEvaluator, tmp_path_factory: pytest.TempPathFactory) -> Search:
     """A search of 16 trials that nothing interrupted."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     found = Search.begin(tmp_path_factory.mktemp("whole"), settings(), lambda _partial: measured)
@@ -108,7 +108,7 @@ def told(search: Search) -> list[tuple[int, dict[str, Any], tuple[float, ...], F
     return [(trial.number, trial.point, trial.values, trial.figures) for trial in search.trials()]
 
 
-def test_a_trial_is_what_its_point_makes(whole: Search, probe: Probe, measured: Measurement) -> None:
+def test_a_trial_is_what_its_point_makes(whole: Search, probe: HFEvaluator, measured: Measurement) -> None:
     """Its figures are those of its direction alone, whatever ran beside it."""
     race = Race(probe, CHANCE, SETS)
     trials = whole.trials()
@@ -122,7 +122,9 @@ def test_a_trial_is_what_its_point_makes(whole: Search, probe: Probe, measured: 
 
 
 @pytest.mark.parametrize("kept", [0, 4, 7, 10, 15])
-def test_what_was_lost_of_a_search_comes_out_the_same(whole: Search, probe: Probe, tmp_path: Path, kept: int) -> None:
+def test_what_was_lost_of_a_search_comes_out_the_same(
+    whole: Search, probe: HFEvaluator, tmp_path: Path, kept: int
+) -> None:
     """With whole groups in the journal, and with a part of one, as a kill between two of its lines leaves it."""
     folder = tmp_path / "f"
     shutil.copytree(whole.folder, folder)
@@ -136,7 +138,7 @@ def test_what_was_lost_of_a_search_comes_out_the_same(whole: Search, probe: Prob
     assert told(Search.open(folder)) == told(whole)
 
 
-def test_another_seed_is_another_search(whole: Search, begin: Begin, probe: Probe, tmp_path: Path) -> None:
+def test_another_seed_is_another_search(whole: Search, begin: Begin, probe: HFEvaluator, tmp_path: Path) -> None:
     other = begin(tmp_path, seed=1)
     other.run(probe, SETS, 4)
     assert told(other)[0][1] != told(whole)[0][1]

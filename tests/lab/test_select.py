@@ -15,11 +15,11 @@ from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL
 from steer.lab.derive import Recipe
-from steer.lab.evaluator import Screen
+from steer.lab.evaluator import Evaluator
 from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
-from steer.lab.probe import Probe
+from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import PromptSet, read_prompts
 from steer.lab.select import Grid, select
 from steer.lab.source import TransformersSource
@@ -55,17 +55,19 @@ def planted(loaded: Loaded, sets: tuple[PromptSet, PromptSet]) -> Measurement:
 
 
 @pytest.fixture(scope="module")
-def screen(loaded: Loaded) -> Screen:
-    return Probe(loaded, Steering(loaded.model, rows=40, rank=1), max_tokens=16)
+def evaluator(loaded: Loaded) -> Evaluator:
+    return HFEvaluator(loaded, Steering(loaded.model, rows=40, rank=1), max_tokens=16)
 
 
 @pytest.mark.parametrize("survivors", [4, 100])
 def test_the_planted_layer_wins(
-    planted: Measurement, sets: tuple[PromptSet, PromptSet], screen: Screen, survivors: int
+    planted: Measurement, sets: tuple[PromptSet, PromptSet], evaluator: Evaluator, survivors: int
 ) -> None:
-    """Through the first-token screen, and without it."""
+    """Through the first-token evaluator, and without it."""
     grid = Grid((SLERP, LINEAR), (-1,), modes=("ablate", "one_sided"))
-    direction = select(planted, Recipe(), grid, *sets, lambda _rank, _tokens: screen, survivors=survivors, prompts=16)
+    direction = select(
+        planted, Recipe(), grid, *sets, lambda _rank, _tokens: evaluator, survivors=survivors, prompts=16
+    )
     assert direction.meta.source_layer == GOOD
     selection = direction.meta.selection
     rows = selection["candidates"]
@@ -93,7 +95,7 @@ def test_the_planted_layer_wins(
 
 
 def test_a_behaviour_without_openings_is_not_screened(
-    planted: Measurement, sets: tuple[PromptSet, PromptSet], screen: Screen
+    planted: Measurement, sets: tuple[PromptSet, PromptSet], evaluator: Evaluator
 ) -> None:
     blind = REFUSAL.model_copy(update={"openings": ()})
     direction = select(
@@ -101,7 +103,7 @@ def test_a_behaviour_without_openings_is_not_screened(
         Recipe(),
         Grid((SLERP,), (-1,), layers=(GOOD, 0)),
         *sets,
-        lambda _rank, _tokens: screen,
+        lambda _rank, _tokens: evaluator,
         behaviour=blind,
         survivors=1,
         prompts=8,
@@ -112,10 +114,10 @@ def test_a_behaviour_without_openings_is_not_screened(
 
 
 def test_a_grid_that_cannot_be_made_is_refused_with_all_reasons(
-    planted: Measurement, sets: tuple[PromptSet, PromptSet], screen: Screen
+    planted: Measurement, sets: tuple[PromptSet, PromptSet], evaluator: Evaluator
 ) -> None:
     def tried(grid: Grid) -> Direction:
-        return select(planted, Recipe(), grid, *sets, lambda _rank, _tokens: screen)
+        return select(planted, Recipe(), grid, *sets, lambda _rank, _tokens: evaluator)
 
     with pytest.raises(InvalidInput) as caught:
         tried(Grid((SLERP, make_method("pca")), (-1, 7), layers=(1, 99)))
@@ -129,7 +131,7 @@ def test_a_grid_that_cannot_be_made_is_refused_with_all_reasons(
     assert len(caught.value.problems) == 3
     bare = replace(planted, harmless=replace(planted.harmless, mean_all=None))
     with pytest.raises(InvalidInput, match="the mode 'affine' needs means"):
-        select(bare, Recipe(), Grid((SLERP,), (-1,), modes=("affine",)), *sets, lambda _rank, _tokens: screen)
+        select(bare, Recipe(), Grid((SLERP,), (-1,), modes=("affine",)), *sets, lambda _rank, _tokens: evaluator)
 
 
 def test_the_measurement_is_left_as_it_was(planted: Measurement, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steer.runtime.bank import Plate
+from steer.runtime.bank import BankSlice
 from steer.runtime.combine import ALONE, Combination, Combinations
 from steer.runtime.token_index import PLAIN, RequestSteer, TokenIndex
 
@@ -18,23 +18,23 @@ PLACES, RANK = 2, 2
 STEPS = st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=20)
 
 
-def made(capacity: int | None) -> tuple[list[Plate], Combinations]:
-    plates = [Plate.empty(2, 4, "cpu") for _ in range(PLACES)]
-    return plates, Combinations(plates, RANK, "cpu", capacity)
+def made(capacity: int | None) -> tuple[list[BankSlice], Combinations]:
+    slices = [BankSlice.empty(2, 4, "cpu") for _ in range(PLACES)]
+    return slices, Combinations(slices, RANK, "cpu", capacity)
 
 
 def matrices(number: int) -> Tensor:
     return torch.arange(PLACES * RANK * RANK).view(PLACES, RANK, RANK) + 100.0 * number
 
 
-def check(plates: list[Plate], index: TokenIndex, batch: list[int | None]) -> None:
+def check(slices: list[BankSlice], index: TokenIndex, batch: list[int | None]) -> None:
     """Each token of the step reads the matrices of its own request, and padding the identity."""
     assert index.combinations is not None
     for at, which in enumerate([*batch, *[None] * (index.max_tokens - len(batch))]):
-        for place, plate in enumerate(plates):
-            assert plate.joint is not None
+        for place, bank_slice in enumerate(slices):
+            assert bank_slice.joint is not None
             expected = torch.eye(RANK) if which is None else matrices(which)[place]
-            assert torch.equal(plate.joint[index.combinations[at]], expected)
+            assert torch.equal(bank_slice.joint[index.combinations[at]], expected)
 
 
 @pytest.mark.parametrize("capacity", [4, None])
@@ -42,26 +42,28 @@ def check(plates: list[Plate], index: TokenIndex, batch: list[int | None]) -> No
 @law
 def test_every_token_finds_its_own_requests_matrices(capacity: int | None, steps: list[list[int]]) -> None:
     """Ten requests with a combination each are there all the time, four at most in a step, and four slots."""
-    plates, home = made(capacity)
+    slices, home = made(capacity)
     index = TokenIndex(RANK, 8, "cpu")
     numbers = [
         index.enter(RequestSteer(np.array([4, 8]), np.ones(2, np.float32), Combination(matrices(i), home)))
         for i in range(10)
     ]
-    where = [plate.joint.data_ptr() for plate in plates if plate.joint is not None]
+    where = [bank_slice.joint.data_ptr() for bank_slice in slices if bank_slice.joint is not None]
     for step in steps:
         batch = np.array([PLAIN, *(numbers[i] for i in step)], np.int64)
         index.fill(batch, np.ones(len(batch), np.int64))
         if step:
-            check(plates, index, [None, *step])
+            check(slices, index, [None, *step])
         else:
             assert not index.active
     if capacity:
-        assert where == [plate.joint.data_ptr() for plate in plates if plate.joint is not None], "written in place"
+        assert where == [bank_slice.joint.data_ptr() for bank_slice in slices if bank_slice.joint is not None], (
+            "written in place"
+        )
 
 
 def test_a_steady_batch_writes_nothing_and_looks_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    plates, home = made(3)
+    slices, home = made(3)
     index = TokenIndex(RANK, 8, "cpu")
     numbers = np.array(
         [
@@ -77,22 +79,22 @@ def test_a_steady_batch_writes_nothing_and_looks_nothing_up(monkeypatch: pytest.
     monkeypatch.setattr(home, "_place", refuse)
     for _ in range(3):
         index.fill(numbers, np.ones(3, np.int64))
-    check(plates, index, [0, 1, 2])
+    check(slices, index, [0, 1, 2])
 
 
 def test_what_was_used_longest_ago_goes_and_is_written_again_when_it_comes_back() -> None:
     """A request that is preempted for long finds its slot taken."""
-    plates, home = made(2)
+    slices, home = made(2)
     index = TokenIndex(RANK, 8, "cpu")
     ones = np.ones(2, np.float32)
     numbers = [index.enter(RequestSteer(np.array([4, 8]), ones, Combination(matrices(i), home))) for i in range(3)]
     for step in ([0, 1], [1], [2, 1], [0, 1], [2, 0]):
         index.fill(np.array([numbers[i] for i in step]), np.ones(len(step), np.int64))
-        check(plates, index, list(step))
+        check(slices, index, list(step))
     index.leave(numbers[0])
     back = index.enter(RequestSteer(np.array([4, 8]), ones))
     index.fill(np.array([back, numbers[2]]), np.ones(2, np.int64))
-    check(plates, index, [None, 2])
+    check(slices, index, [None, 2])
 
 
 def test_requests_with_one_combination_share_a_slot() -> None:
@@ -109,15 +111,15 @@ def test_requests_with_one_combination_share_a_slot() -> None:
 
 def test_lost_memory_is_written_again() -> None:
     """What put a device's memory to sleep brings it back empty."""
-    plates, home = made(2)
+    slices, home = made(2)
     index = TokenIndex(RANK, 8, "cpu")
     both = index.enter(RequestSteer(np.array([4, 8]), np.ones(2, np.float32), Combination(matrices(5), home)))
     index.fill(np.array([PLAIN, both]), np.ones(2, np.int64))
-    for plate in plates:
-        assert plate.joint is not None
-        plate.joint.fill_(torch.nan)
+    for bank_slice in slices:
+        assert bank_slice.joint is not None
+        bank_slice.joint.fill_(torch.nan)
     home.renew()
     index.fill(np.array([PLAIN, both]), np.ones(2, np.int64))
-    check(plates, index, [None, 5])
+    check(slices, index, [None, 5])
     assert home.capacity == 2
     assert ALONE == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from steer.errors import DirectionError, NoRoom, SpecError
-from steer.runtime.bank import Place, Plate, Table
+from steer.runtime.bank import BankSlice, DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.spec import Entry
 from tests import models
@@ -50,34 +50,34 @@ def test_a_missing_site_is_told_with_the_option_that_gives_it() -> None:
 
 
 def test_a_local_placement_passes_everything_to_its_table() -> None:
-    table = Table([Place("writers", layer) for layer in range(3)], rows=3, rank=2, d_model=64)
-    placement = LocalPlacement(shape(), table)
+    bank = DirectionBank([HookPoint("writers", layer) for layer in range(3)], rows=3, rank=2, d_model=64)
+    placement = LocalPlacement(shape(), bank)
     assert placement.rank == 2
     placement.check(DIRECTION)
     placement.load("a", DIRECTION, b"")
-    assert table.rows_in_use == 2
+    assert bank.rows_in_use == 2
     with pytest.raises(NoRoom):
         placement.load("b", DIRECTION, b"")
     with pytest.raises(SpecError):
         placement.check_entry(DIRECTION, Entry("d", "a", "add", 1.0))
     placement.check_entry(DIRECTION, Entry("d", "a", "ablate", 1.0))
     placement.unload("a")
-    assert table.rows_in_use == 0
+    assert bank.rows_in_use == 0
 
 
 def test_a_request_that_ends_waits_for_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests end on the event loop, and a load takes its time on another thread."""
-    table = Table([Place("writers", layer) for layer in range(3)], rows=4, rank=2, d_model=64)
-    placement = LocalPlacement(shape(), table)
+    bank = DirectionBank([HookPoint("writers", layer) for layer in range(3)], rows=4, rank=2, d_model=64)
+    placement = LocalPlacement(shape(), bank)
     placement.load("a", DIRECTION, b"")
-    write, loading, ending = Plate.write, threading.Event(), threading.Event()
+    write, loading, ending = BankSlice.write, threading.Event(), threading.Event()
 
     def slow(*given: Any) -> None:
         loading.set()
         assert ending.wait(10), "the unload waited"
         write(*given)
 
-    monkeypatch.setattr(Plate, "write", slow)
+    monkeypatch.setattr(BankSlice, "write", slow)
     thread = threading.Thread(target=placement.load, args=("b", DIRECTION, b""))
     thread.start()
     assert loading.wait(10)
@@ -88,7 +88,7 @@ def test_a_request_that_ends_waits_for_no_load(monkeypatch: pytest.MonkeyPatch) 
     ending.set()
     thread.join(10)
     assert not waited
-    assert table.rows_in_use == 2
+    assert bank.rows_in_use == 2
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from starlette.routing import Mount, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.registry import Registry
-from steer.runtime.bank import Place, Table
+from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.serve import tally
 from steer.serve.access import Access
@@ -49,9 +49,11 @@ class Inside:
         fsync: Fsync = "never",
     ) -> None:
         model = models.tiny("llama")
-        table = Table([Place("resid_post", layer) for layer in range(3)], rows=8, rank=4, d_model=models.D_MODEL)
+        bank = DirectionBank(
+            [HookPoint("resid_post", layer) for layer in range(3)], rows=8, rank=4, d_model=models.D_MODEL
+        )
         shape = Shape("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 4)
-        self.registry = Registry(LocalPlacement(shape, table))
+        self.registry = Registry(LocalPlacement(shape, bank))
         for seed, name in enumerate(("refusal", "verbosity"), 1):
             self.registry.put(name, models.direction(model, seed=seed).to_bytes())
         self.registry.put("copy", models.direction(model, seed=1).to_bytes())

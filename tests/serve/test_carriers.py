@@ -14,7 +14,7 @@ from steer.direction import Direction
 from steer.errors import SpecError, UnknownDirection
 from steer.names import MODES
 from steer.registry import Registry
-from steer.runtime.bank import Place, Table
+from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.serve.body import parse_body
 from steer.serve.carriers import Carried, admit, read, split_alias
@@ -39,8 +39,8 @@ class Placed(LocalPlacement):
 
 
 def registry_of(**names: bytes) -> Registry:
-    table = Table([Place("resid_post", layer) for layer in range(3)], rows=8, rank=4, d_model=models.D_MODEL)
-    registry = Registry(Placed(Shape("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 4), table))
+    bank = DirectionBank([HookPoint("resid_post", layer) for layer in range(3)], rows=8, rank=4, d_model=models.D_MODEL)
+    registry = Registry(Placed(Shape("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 4), bank))
     for name, data in names.items():
         registry.put(name, data)
     return registry

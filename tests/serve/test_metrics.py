@@ -10,7 +10,7 @@ from pathlib import Path
 from prometheus_client import generate_latest
 
 from steer.registry import Registry
-from steer.runtime.bank import Place, Table
+from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.serve import metrics
 from tests import models
@@ -19,10 +19,10 @@ from tests.servers import ROOT
 
 def test_no_scrape_misses_what_is_served(tmp_path: Path) -> None:
     model = models.tiny("llama")
-    places = [Place("resid_post", layer) for layer in range(models.LAYERS)]
-    table = Table(places, rows=4, rank=1, d_model=models.D_MODEL)
-    shape = Shape(type(model).__name__, models.LAYERS, models.D_MODEL, table.sites, 1)
-    registry = Registry(LocalPlacement(shape, table))
+    places = [HookPoint("resid_post", layer) for layer in range(models.LAYERS)]
+    bank = DirectionBank(places, rows=4, rank=1, d_model=models.D_MODEL)
+    shape = Shape(type(model).__name__, models.LAYERS, models.D_MODEL, bank.sites, 1)
+    registry = Registry(LocalPlacement(shape, bank))
     first, second = (registry.put(f"d{i}", models.direction(model, seed=i).to_bytes()) for i in range(2))
     stop = threading.Event()
 

@@ -80,8 +80,8 @@ class Reference:
         self.steering = Steering(home.model, rows=8, rank=RANK)
         self.steering.attach()
         anatomy = self.steering.anatomy
-        shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, self.steering.table.sites, RANK)
-        self.registry = Registry(LocalPlacement(shape, self.steering.table), home.directions)
+        shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, self.steering.bank.sites, RANK)
+        self.registry = Registry(LocalPlacement(shape, self.steering.bank), home.directions)
         self.registry.sync()
 
     def logprobs(self, ids: Sequence[int], spec: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Keys, policy, audit log and kill switch on vLLM's own server: the same table, and every route that is vLLM's."""
+"""Keys, policy, audit log and kill switch on vLLM's own server: the same bank, and every route that is vLLM's."""
 
 from __future__ import annotations
 

@@ -274,20 +274,20 @@ def test_weights_that_are_loaded_anew_are_steered(running: Running) -> None:
 
 
 def test_what_a_call_does_to_the_seats_is_put_back_before_the_next_step(running: Running) -> None:
-    """Buffers deleted, seats replaced, rows and index overwritten: as layers' reloading in some versions does, and what
-    a memory pool that is given back may leave."""
-    from steer.vllm.steering_layer import Seat
+    """Buffers deleted, steering modules replaced, rows and index overwritten: as layers' reloading in some versions
+    does, and what a memory pool that is given back may leave."""
+    from steer.vllm.steering_module import SteeringModule
 
     running.check_mixed()
 
     def ruin(model: Any) -> None:
-        for seat in [module for module in model.modules() if isinstance(module, Seat)]:
-            for tensor in seat.buffers():
+        for steering_module in [module for module in model.modules() if isinstance(module, SteeringModule)]:
+            for tensor in steering_module.buffers():
                 tensor.fill_(1)
-            for name in [name for name, _ in seat.named_buffers()]:
-                delattr(seat, name)
+            for name in [name for name, _ in steering_module.named_buffers()]:
+                delattr(steering_module, name)
         for name, module in list(model.named_modules()):
-            if isinstance(module, Seat) and ".1." in name:
+            if isinstance(module, SteeringModule) and ".1." in name:
                 parent, _, own = name.rpartition(".")
                 delattr(model.get_submodule(parent), own)
 
@@ -342,7 +342,7 @@ def test_a_full_table_refuses_and_goes_on(running: Running) -> None:
     free = ROWS - running.frontend.registry.rows
     for name, data in zip(names[:free], datas, strict=False):
         registry.put(name, data, store=False)
-    with pytest.raises(NoRoom, match="free table rows"):
+    with pytest.raises(NoRoom, match="free bank rows"):
         registry.put(names[free], datas[free], store=False)
     for name in names[:free]:
         registry.delete(name)

@@ -8,7 +8,7 @@ import pytest
 
 from steer.direction import Direction, digest
 from steer.errors import EngineFailed, NoRoom, UnsupportedModel
-from steer.runtime.bank import Place, Table
+from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import Shape
 from steer.spec import Entry, Spec
 from steer.vllm import placement
@@ -26,8 +26,8 @@ def files() -> list[bytes]:
 @pytest.fixture
 def residents(files: list[bytes]) -> Residents:
     direction = Direction.from_bytes(files[0])
-    places = [Place("resid_post", layer) for layer in range(direction.meta.layers)]
-    return Residents(Table(places, rows=2, rank=2, d_model=direction.meta.d_model))
+    places = [HookPoint("resid_post", layer) for layer in range(direction.meta.layers)]
+    return Residents(DirectionBank(places, rows=2, rank=2, d_model=direction.meta.d_model))
 
 
 def spec_of(data: bytes) -> Spec:
@@ -64,11 +64,11 @@ def test_rows_hold_what_their_digests_say(residents: Residents, files: list[byte
     for data in files[:2]:
         residents.load(data, digest(data))
     assert residents.put_back() == []
-    right = [view.clone() for view in residents.table.contents(digest(files[0]))]
-    for view in residents.table.contents(digest(files[0])):
+    right = [view.clone() for view in residents.bank.contents(digest(files[0]))]
+    for view in residents.bank.contents(digest(files[0])):
         view.fill_(7)
     assert residents.put_back() == [digest(files[0])[:12]]
-    assert all(a.equal(b) for a, b in zip(right, residents.table.contents(digest(files[0])), strict=True))
+    assert all(a.equal(b) for a, b in zip(right, residents.bank.contents(digest(files[0])), strict=True))
 
 
 # -- the placement on several workers ------------------------------------------------------------------------------

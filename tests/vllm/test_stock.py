@@ -37,7 +37,7 @@ def test_an_engine_without_our_options_is_stock_and_plain_traffic_hits_as_there(
     from vllm.v1.engine.input_processor import InputProcessor
 
     from steer.vllm import plugin
-    from steer.vllm.steering_layer import Seat
+    from steer.vllm.steering_module import SteeringModule
 
     home, prompts = Home.make("llama", tmp_path), conversation(0)
     options: dict[str, Any] = dict(dtype="float32", max_model_len=256, max_num_seqs=32, seed=0)
@@ -47,7 +47,7 @@ def test_an_engine_without_our_options_is_stock_and_plain_traffic_hits_as_there(
     try:
         worker = stock.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         modules = list(worker.get_model().modules())
-        assert not any(isinstance(module, Seat) for module in modules)
+        assert not any(isinstance(module, SteeringModule) for module in modules)
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
         assert type(worker).__module__.startswith("vllm.")
         inputs = stock.llm_engine.input_processor

@@ -13,7 +13,7 @@ from steer.direction import Direction, digest, read_file
 from steer.errors import InvalidInput
 from steer.lab.activations import Reading
 from steer.lab.batches import each_batch
-from steer.lab.evaluator import Candidate, Screen
+from steer.lab.evaluator import Candidate, Evaluator
 from steer.lab.prompts import PromptSet
 from steer.lab.source import Source
 from steer.names import MAX_STRENGTH, MODES, Mode
@@ -66,12 +66,12 @@ def _twice(names: Sequence[str]) -> set[str]:
 
 
 @contextmanager
-def steering(screen: Screen, arm: Arm | None) -> Iterator[Any]:
-    """What steers `screen` as `arm` while it lasts; None is plain."""
+def steering(evaluator: Evaluator, arm: Arm | None) -> Iterator[Any]:
+    """What steers `evaluator` as `arm` while it lasts; None is plain."""
     if arm is None:
         yield None
         return
-    with screen.all_resident([Candidate(arm.direction, arm.mode, arm.strength)]) as (steer,):
+    with evaluator.all_resident([Candidate(arm.direction, arm.mode, arm.strength)]) as (steer,):
         yield steer
 
 

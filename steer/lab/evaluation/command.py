@@ -99,8 +99,8 @@ def evaluate(
         # what was measured of other weights, on another machine or in another precision, is not mixed in
         fingerprint = {} if report is None else {"fingerprint": bench.source.fingerprint()}
         cache = Cache(report, conditions | fingerprint)
-        screen = bench.screen(max(arm.direction.rank for arm in arms), max_tokens, system_prompt)
-        found = run(screen, Plan(arms, sets, max_tokens, looked_for, judging, known, plain_text), cache)
+        evaluator = bench.evaluator(max(arm.direction.rank for arm in arms), max_tokens, system_prompt)
+        found = run(evaluator, Plan(arms, sets, max_tokens, looked_for, judging, known, plain_text), cache)
         scored = _tasks(tasks, tasks_folder, tasks_limit, url, model, revision, dtype, device, arms, cache)
         made = Report(
             conditions=Conditions(

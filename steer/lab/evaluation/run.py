@@ -15,9 +15,9 @@ from steer.lab.evaluation.arms import PLAIN, Arm, steering
 from steer.lab.evaluation.expected import Expected, right
 from steer.lab.evaluation.outcomes import Told, arms_on_set, tell
 from steer.lab.evaluation.report import Difference, DivergenceOf, PerplexityOf, SetResult, TextResult
-from steer.lab.evaluator import Screen
+from steer.lab.evaluator import Evaluator
 from steer.lab.judge import Judge
-from steer.lab.probe import Answered, Divergence, Probe, summarised
+from steer.lab.probe import Answered, Divergence, HFEvaluator, summarised
 from steer.lab.prompts import Conversation, Prompt, PromptSet
 from steer.lab.resume import Cache
 
@@ -56,19 +56,21 @@ class Found:
     told: Mapping[tuple[str, str], Sequence[Told]]
 
 
-def evaluate(screen: Screen, plan: Plan, cache: Cache) -> Found:
+def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
     answers: dict[tuple[str, str], list[Answered]] = {}
     divergence, negative = [], {}
     for arm in (None, *plan.arms):
         name = arm.name if arm else PLAIN
-        with steering(screen, arm) as steer:
+        with steering(evaluator, arm) as steer:
             for title, prompts in plan.sets.items():
-                answers[title, name] = _answers(screen, plan, cache, title, prompts, arm, steer)
+                answers[title, name] = _answers(evaluator, plan, cache, title, prompts, arm, steer)
             if plan.text is not None:
-                negative[name] = _text(screen, plan.text, cache, arm, steer)
+                negative[name] = _text(evaluator, plan.text, cache, arm, steer)
             if arm is not None and HARMLESS in plan.sets:
                 plain = answers[HARMLESS, PLAIN]
-                divergence.append(_divergence(screen, plan.sets[HARMLESS], plain, cache, arm, steer, plan.max_tokens))
+                divergence.append(
+                    _divergence(evaluator, plan.sets[HARMLESS], plain, cache, arm, steer, plan.max_tokens)
+                )
     told: dict[tuple[str, str], list[Told]] = {}
     sets = []
     for title, prompts in plan.sets.items():
@@ -102,13 +104,13 @@ def _identity(arm: Arm | None) -> dict[str, Any]:
 
 
 def _answers(
-    screen: Screen, plan: Plan, cache: Cache, title: str, prompts: PromptSet, arm: Arm | None, steer: Any
+    evaluator: Evaluator, plan: Plan, cache: Cache, title: str, prompts: PromptSet, arm: Arm | None, steer: Any
 ) -> list[Answered]:
     conditions = {"sha256": prompts.sha256, "max_tokens": plan.max_tokens} | _identity(arm)
     name = arm.name if arm else PLAIN
 
     def make(start: int, stop: int) -> list[Any]:
-        given = screen.answers(prompts.prompts[start:stop], steer, f"{title}, {name}")
+        given = evaluator.answers(prompts.prompts[start:stop], steer, f"{title}, {name}")
         return [{"ids": answer.ids, "text": answer.text} for answer in given]
 
     rows = cache.rows(f"{title}.{name}.answers", conditions, len(prompts), make)
@@ -116,12 +118,16 @@ def _answers(
 
 
 def _divergence(
-    screen: Screen, prompts: PromptSet, plain: Sequence[Answered], cache: Cache, arm: Arm, steer: Any, tokens: int
+    evaluator: Evaluator, prompts: PromptSet, plain: Sequence[Answered], cache: Cache, arm: Arm, steer: Any, tokens: int
 ) -> DivergenceOf:
     def make() -> dict[str, float]:
         # the probe goes along the greedy answers that are there; an engine along sampled ones with their probabilities
-        along = plain if isinstance(screen, Probe) else screen.continuations(prompts.prompts, "plain continuations")
-        found = summarised(screen.divergences(prompts.prompts, along, steer, f"divergence, {arm.name}"))
+        along = (
+            plain
+            if isinstance(evaluator, HFEvaluator)
+            else evaluator.continuations(prompts.prompts, "plain continuations")
+        )
+        found = summarised(evaluator.divergences(prompts.prompts, along, steer, f"divergence, {arm.name}"))
         return {name: getattr(found, name) for name in Divergence.__slots__}
 
     conditions = {"sha256": prompts.sha256, "max_tokens": tokens} | _identity(arm)
@@ -145,10 +151,10 @@ def _verdicts(
     return cache.rows(f"{title}.{arm}.verdicts", conditions, len(prompts), make)
 
 
-def _text(screen: Any, text: Text, cache: Cache, arm: Arm | None, steer: Any) -> np.ndarray[Any, Any]:
+def _text(evaluator: Any, text: Text, cache: Cache, arm: Arm | None, steer: Any) -> np.ndarray[Any, Any]:
     def make() -> list[float]:
         title = f"text, {arm.name if arm else PLAIN}"
-        return [float(v) for v in pp.negative_log_likelihoods(screen, text.windows, steer, title)]
+        return [float(v) for v in pp.negative_log_likelihoods(evaluator, text.windows, steer, title)]
 
     name = f"text.{arm.name if arm else PLAIN}"
     return np.array(cache.value(name, {"sha256": text.dataset.sha256} | _identity(arm), make))

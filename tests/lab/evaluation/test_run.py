@@ -21,7 +21,7 @@ from steer.lab.evaluation.pictures import draw
 from steer.lab.evaluation.report import Conditions, Report, SteeredArm
 from steer.lab.evaluation.run import Found, Plan, Text, evaluate
 from steer.lab.judge import Judge
-from steer.lab.probe import Answered, Probe
+from steer.lab.probe import Answered, HFEvaluator
 from steer.lab.prompts import Conversation, Prompt, PromptSet
 from steer.lab.resume import Cache
 from steer.lab.source import TransformersSource
@@ -36,7 +36,7 @@ SETS = {
 }
 
 
-class Watched(Probe):
+class Watched(HFEvaluator):
     """A probe that notes what it was asked for."""
 
     asked: list[tuple[str, int]]
@@ -106,7 +106,7 @@ def test_strength_0_changes_nothing_and_1_does(probe: Watched, arms: list[Arm], 
     assert same.perplexity == pytest.approx(plain_text.perplexity)
     assert other.ratio is not None
     assert other.ratio.value == pytest.approx(other.perplexity / plain_text.perplexity)
-    assert not probe.steering.table.rows_in_use
+    assert not probe.steering.bank.rows_in_use
     assert [one.multi_turn for one in found.sets] == [0, 0, 1]
 
 
@@ -128,7 +128,7 @@ def test_a_broken_run_goes_on_to_the_same_report(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr(Probe, "divergences", breaks)
+        broken.setattr(HFEvaluator, "divergences", breaks)
         with pytest.raises(KeyboardInterrupt):
             evaluate(probe, plan(arms, loaded), Cache(tmp_path, {}))
     probe.asked.clear()

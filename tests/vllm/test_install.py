@@ -120,7 +120,7 @@ def worker(model: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
     )
 
 
-def claimed(model: nn.Module, dtype: torch.dtype = torch.float32) -> install.Claim:
+def claimed(model: nn.Module, dtype: torch.dtype = torch.float32) -> install.Installation:
     return install.claim(worker(model, dtype), EngineSettings.model_validate({"rows": 2}), TokenIndex(1, 64, "cpu"))
 
 
@@ -129,7 +129,7 @@ def claimed(model: nn.Module, dtype: torch.dtype = torch.float32) -> install.Cla
 def test_each_form_is_found(kind: type[Block], form: str, dtype: torch.dtype) -> None:
     found = claimed(Decoder(kind), dtype)
     assert found.form == form
-    assert len(found.seats) == LAYERS + 1
+    assert len(found.steering_modules) == LAYERS + 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""What vLLM may do to a running model must not reach the seats: their tensors are held outside of the model too.
+"""What vLLM may do to a running model must not reach the steering modules: their tensors are held outside of the model
+too.
 
 Weights can be loaded anew, put to sleep, and moved while an engine runs, and each way of doing so treats the buffers of
 modules that it does not know in its own manner. None of these ways is known here. Whatever was called, before the next
@@ -13,59 +14,60 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from steer.errors import UnsupportedModel
-from steer.vllm.steering_layer import Seat
+from steer.vllm.steering_module import SteeringModule
 
 
 @dataclass(frozen=True, slots=True)
-class _Sitting:
-    """A seat, by its name on the module that is hooked, with that module's hooks and the seat's tensors."""
+class _Attached:
+    """A steering module, by its name on the module that is hooked, with that module's hooks and the steering module's
+    tensors."""
 
     module: nn.Module
     name: str
-    seat: Seat
+    steering_module: SteeringModule
     tensors: Mapping[str, Tensor]
     hooks: frozenset[int]
 
 
 class Kept:
-    """The seats of `model` as they are now."""
+    """The steering modules of `model` as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._sittings = [
-            _Sitting(module, name, child, dict(child.named_buffers()), _hooks(module))
+        self._attached = [
+            _Attached(module, name, child, dict(child.named_buffers()), _hooks(module))
             for module in model.modules()
             for name, child in module.named_children()
-            if isinstance(child, Seat)
+            if isinstance(child, SteeringModule)
         ]
-        tensors = [tensor for sitting in self._sittings for tensor in sitting.tensors.values()]
+        tensors = [tensor for attached in self._attached for tensor in attached.tensors.values()]
         # Captured graphs have addresses, not tensors.
         self._addresses = {id(tensor): tensor.data_ptr() for tensor in tensors}
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         self.nbytes = sum(storages.values())
 
     def put_back(self, model: nn.Module) -> list[str]:
-        """Make every seat and buffer of `model` be where it was; the names of those that were not.
+        """Make every steering module and buffer of `model` be where it was; the names of those that were not.
 
         Raises UnsupportedModel where that cannot be: blocks or hooks that are gone, memory that has moved.
         """
         there = set(model.modules())
         mended: list[str] = []
-        for sitting in self._sittings:
-            kind = type(sitting.module).__name__
-            if sitting.module not in there:
+        for attached in self._attached:
+            kind = type(attached.module).__name__
+            if attached.module not in there:
                 raise UnsupportedModel(f"a {kind} that was steered has been replaced: restart the engine")
-            if not sitting.hooks <= _hooks(sitting.module):
+            if not attached.hooks <= _hooks(attached.module):
                 raise UnsupportedModel(f"the hooks of a {kind} have been removed: restart the engine")
-            if sitting.module._modules.get(sitting.name) is not sitting.seat:
-                setattr(sitting.module, sitting.name, sitting.seat)
-                mended.append(f"{kind}.{sitting.name}")
-            for name, tensor in sitting.tensors.items():
+            if attached.module._modules.get(attached.name) is not attached.steering_module:
+                setattr(attached.module, attached.name, attached.steering_module)
+                mended.append(f"{kind}.{attached.name}")
+            for name, tensor in attached.tensors.items():
                 if tensor.data_ptr() != self._addresses[id(tensor)]:
-                    raise UnsupportedModel(f"{kind}.{sitting.name}.{name} has moved in memory: restart the engine")
-                if sitting.seat._buffers.get(name) is not tensor:
-                    sitting.seat._buffers.pop(name, None)
-                    sitting.seat.register_buffer(name, tensor, persistent=False)
-                    mended.append(f"{kind}.{sitting.name}.{name}")
+                    raise UnsupportedModel(f"{kind}.{attached.name}.{name} has moved in memory: restart the engine")
+                if attached.steering_module._buffers.get(name) is not tensor:
+                    attached.steering_module._buffers.pop(name, None)
+                    attached.steering_module.register_buffer(name, tensor, persistent=False)
+                    mended.append(f"{kind}.{attached.name}.{name}")
         return mended
 
 

@@ -19,7 +19,7 @@ from steer.lab.derive import Recipe, derive
 from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import METHODS, make_method
-from steer.lab.probe import Probe
+from steer.lab.probe import HFEvaluator
 from steer.lab.select import fit
 from steer.lab.source import TransformersSource
 from steer.runtime.op import check_mode
@@ -177,10 +177,10 @@ def test_layers_that_were_not_measured_allow_only_the_modes_that_need_no_means_t
 
 @pytest.mark.parametrize("method", ["slerp", "subspace"])
 def test_auto_takes_the_best_candidate_and_says_so(loaded: Loaded, measured: Measurement, method: str) -> None:
-    def screen(rank: int, tokens: int) -> Probe:
-        return Probe(loaded, Steering(loaded.model, rank=rank), max_tokens=tokens)
+    def evaluator(rank: int, tokens: int) -> HFEvaluator:
+        return HFEvaluator(loaded, Steering(loaded.model, rank=rank), max_tokens=tokens)
 
-    direction = fit(measured, recipe(method), HARMFUL, HARMLESS, screen)
+    direction = fit(measured, recipe(method), HARMFUL, HARMLESS, evaluator)
     selection = direction.meta.selection
     chosen = next(c for c in selection["candidates"] if c["layer"] == direction.meta.source_layer)
     fewest = min(c["refused"] for c in selection["candidates"])

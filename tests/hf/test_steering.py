@@ -11,7 +11,7 @@ import transformers as tf
 import steer
 from steer.errors import UnsupportedModel
 from steer.hf.steering import Anatomy, Steering
-from steer.runtime.bank import EMBEDDING, Place
+from steer.runtime.bank import EMBEDDING, HookPoint
 from steer.runtime.hook_points import find_writers
 from tests import bad, models
 from tests.oracle import ablated, orthogonalised, reference_logits
@@ -219,8 +219,10 @@ class Passing(torch.nn.Module):
 
 def test_places_cover_every_layer_and_the_embedding() -> None:
     steering = Steering(models.tiny("gpt2"), sites=("resid_post", "writers"))
-    expected = {Place(site, layer) for site in ("resid_post", "writers") for layer in range(EMBEDDING, models.LAYERS)}
-    assert set(steering.table.plates) == expected
+    expected = {
+        HookPoint(site, layer) for site in ("resid_post", "writers") for layer in range(EMBEDDING, models.LAYERS)
+    }
+    assert set(steering.bank.slices) == expected
 
 
 def test_writers_are_the_norms_where_norms_stand_behind_the_writers() -> None:

@@ -16,7 +16,7 @@ from steer.hf.steering import Steering
 from steer.lab.behaviour import Behaviour
 from steer.lab.evaluator import Candidate
 from steer.lab.measure import Conditions, measure
-from steer.lab.probe import Probe
+from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import PromptSet
 from steer.lab.race import Race, Sets
 from steer.lab.search import Search, Settings, Space
@@ -37,25 +37,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def probe(folder: Path) -> Probe:
+def probe(folder: Path) -> HFEvaluator:
     loaded = load(str(folder), dtype="float32")
-    return Probe(loaded, Steering(loaded.model, rows=32, rank=2), max_tokens=6)
+    return HFEvaluator(loaded, Steering(loaded.model, rows=32, rank=2), max_tokens=6)
 
 
 @pytest.fixture(scope="module")
-def screen(folder: Path, in_process: Callable[[Any], Any]) -> Iterator[Any]:
-    from steer.vllm.offline import VllmScreen, VllmSource, start
+def evaluator(folder: Path, in_process: Callable[[Any], Any]) -> Iterator[Any]:
+    from steer.vllm.offline import VllmEvaluator, VllmSource, start
 
     options = ["--dtype", "float32", "--max-model-len", "256", "--distributed-executor-backend", "uni"]
     llm = start(str(folder), [*options, *device.ARGUMENTS], rank=2)
     try:
-        yield VllmScreen(VllmSource(llm, str(folder)), None, 6)
+        yield VllmEvaluator(VllmSource(llm, str(folder)), None, 6)
     finally:
         in_process(llm)
 
 
 @pytest.fixture(scope="module")
-def candidates(probe: Probe) -> list[Candidate]:
+def candidates(probe: HFEvaluator) -> list[Candidate]:
     first, second = (models.direction(probe.loaded.model, seed=seed, k=k) for seed, k in ((1, 1), (2, 2)))
     return [
         Candidate(first, "ablate", 1.0),
@@ -65,10 +65,10 @@ def candidates(probe: Probe) -> list[Candidate]:
     ]
 
 
-def test_rows_are_what_transformers_says(probe: Probe, screen: Any, candidates: list[Candidate]) -> None:
+def test_rows_are_what_transformers_says(probe: HFEvaluator, evaluator: Any, candidates: list[Candidate]) -> None:
     tokens = [ord("A") - 29, ord("z") - 29, 7]
     seen = []
-    for one in (probe, screen):
+    for one in (probe, evaluator):
         before = one.room
         with one.all_resident(candidates) as steers:
             assert one.room == before - 3, "what shares a direction shares its rows"
@@ -81,31 +81,31 @@ def test_rows_are_what_transformers_says(probe: Probe, screen: Any, candidates: 
     assert its == pytest.approx(odds, abs=1e-3)
 
 
-def test_divergences_of_many_are_those_of_each(screen: Any, candidates: list[Candidate]) -> None:
-    plain = screen.continuations(PROMPTS)
-    with screen.all_resident(candidates) as steers:
+def test_divergences_of_many_are_those_of_each(evaluator: Any, candidates: list[Candidate]) -> None:
+    plain = evaluator.continuations(PROMPTS)
+    with evaluator.all_resident(candidates) as steers:
         rows = [steer for steer in steers for _ in PROMPTS]
-        together = screen.divergences([*PROMPTS] * len(steers), [*plain] * len(steers), rows)
+        together = evaluator.divergences([*PROMPTS] * len(steers), [*plain] * len(steers), rows)
         for number, steer in enumerate(steers):
-            alone = screen.divergences(PROMPTS, plain, steer)
+            alone = evaluator.divergences(PROMPTS, plain, steer)
             for a, b in zip(alone, together[3 * number :], strict=False):
                 assert a == pytest.approx(b, abs=1e-5)
     assert max(row.max() for row in together[9:]) < 1e-6
     assert min(row.mean() for row in together[:3]) > 1e-4
 
 
-def test_too_many_at_once_leave_nothing_behind(screen: Any, probe: Probe, candidates: list[Candidate]) -> None:
-    before = screen.room
+def test_too_many_at_once_leave_nothing_behind(evaluator: Any, probe: HFEvaluator, candidates: list[Candidate]) -> None:
+    before = evaluator.room
     many = [Candidate(models.direction(probe.loaded.model, seed=seed), "ablate", 1.0) for seed in range(before + 1)]
-    screen.frontend.registry.patience = 0.0
-    with pytest.raises(NoRoom), screen.all_resident(many):
+    evaluator.frontend.registry.patience = 0.0
+    with pytest.raises(NoRoom), evaluator.all_resident(many):
         pass
-    assert screen.room == before
-    race = Race(screen, CHANCE, replace(SETS, asked=SETS.asked[:2], other=SETS.other[:1], borderline=()))
+    assert evaluator.room == before
+    race = Race(evaluator, CHANCE, replace(SETS, asked=SETS.asked[:2], other=SETS.other[:1], borderline=()))
     assert len(race.run(many)) == before + 1, "a race takes them in turns"
 
 
-def test_a_search_runs_on_the_engine(screen: Any, folder: Path, tmp_path: Path) -> None:
+def test_a_search_runs_on_the_engine(evaluator: Any, folder: Path, tmp_path: Path) -> None:
     """The same trials as on transformers: they are drawn before anything is tried, and answer alike."""
     loaded = load(str(folder), dtype="float32")
     sets = [PromptSet(name, "0" * 64, prompts) for name, prompts in (("a", SETS.asked), ("b", SETS.other))]
@@ -120,7 +120,10 @@ def test_a_search_runs_on_the_engine(screen: Any, folder: Path, tmp_path: Path) 
         space=Space(methods=("slerp", "linear")),
     )
     found = []
-    for name, one in (("theirs", screen), ("ours", Probe(loaded, Steering(loaded.model, rank=1), max_tokens=6))):
+    for name, one in (
+        ("theirs", evaluator),
+        ("ours", HFEvaluator(loaded, Steering(loaded.model, rank=1), max_tokens=6)),
+    ):
         search = Search.begin(tmp_path / name, settings, lambda _partial: measured)
         found.append(search.run(one, SETS, 4))
     for theirs, ours in zip(*found, strict=True):

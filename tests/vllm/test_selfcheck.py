@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.errors import UnsupportedModel
-from steer.vllm import install, internals, selfcheck, steering_layer
+from steer.vllm import install, internals, selfcheck, steering_module
 from tests.vllm.conftest import IN_PROCESS
 from tests.vllm.engines import Home
 
@@ -151,17 +151,17 @@ def test_an_engine_whose_graph_is_not_what_was_claimed_does_not_start(
     layer 0 at layer 2."""
     from vllm.distributed import parallel_state
 
-    real, claiming = steering_layer.hand_on, install.claim
+    real, claiming = steering_module.hand_on, install.claim
 
-    def claimed(*args: Any) -> install.Claim:
+    def claimed(*args: Any) -> install.Installation:
         found = claiming(*args)
-        own = {place.layer: each for place, each in found.seats}
+        own = {place.layer: each for place, each in found.steering_modules}
         for layer, fault in enumerate(("none", "twice", "other")):
             own[layer].fault = fault  # type: ignore[assignment]
         own[2].__dict__["neighbour"] = own[0]  # not as a module of it
         return found
 
-    def wrong(own: steering_layer.Seat, x: Tensor, r: Tensor | None = None) -> Tensor:
+    def wrong(own: steering_module.SteeringModule, x: Tensor, r: Tensor | None = None) -> Tensor:
         if not torch.compiler.is_compiling() or not hasattr(own, "fault"):
             return real(own, x, r)
         if own.fault == "none":
@@ -171,7 +171,7 @@ def test_an_engine_whose_graph_is_not_what_was_claimed_does_not_start(
         return real(own.neighbour, x, r)
 
     monkeypatch.setattr(install, "claim", claimed)
-    monkeypatch.setattr(steering_layer, "hand_on", wrong)
+    monkeypatch.setattr(steering_module, "hand_on", wrong)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
     home = Home.make("llama", tmp_path)

@@ -1,4 +1,4 @@
-"""The table: rows come and go without touching others, and each token gets exactly its own request's operation."""
+"""The bank: rows come and go without touching others, and each token gets exactly its own request's operation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steer.errors import NoRoom
 from steer.names import MODES, Mode, Site
-from steer.runtime.bank import EMBEDDING, Place, Plate, Table, apply
+from steer.runtime.bank import EMBEDDING, BankSlice, DirectionBank, HookPoint, apply
 from steer.runtime.op import FLOOR, amount, coefficients, embedding_coefficients
 from steer.runtime.token_index import TokenIndex
 from steer.spec import Entry, Spec
@@ -29,52 +29,52 @@ DIRECTIONS = {
     name: models.direction(MODEL, k=k, seed=seed, embedding=name in "abc")
     for seed, (name, k) in enumerate(RANKS.items())
 }
-PLACES = [Place("resid_post", layer) for layer in (EMBEDDING, *range(models.LAYERS))]
+PLACES = [HookPoint("resid_post", layer) for layer in (EMBEDDING, *range(models.LAYERS))]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def table(rows: int = 6, rank: int = 4, places: Sequence[Place] = PLACES) -> Table:
-    return Table(places, rows=rows, rank=rank, d_model=models.D_MODEL)
+def bank(rows: int = 6, rank: int = 4, places: Sequence[HookPoint] = PLACES) -> DirectionBank:
+    return DirectionBank(places, rows=rows, rank=rank, d_model=models.D_MODEL)
 
 
 def spec(*entries: tuple[str, Mode, float]) -> Spec:
     return Spec(tuple(Entry(name, name, mode, strength) for name, mode, strength in entries))
 
 
-def rows_of(t: Table, name: str) -> list[int]:
+def rows_of(t: DirectionBank, name: str) -> list[int]:
     steer = t.steer(spec((name, "ablate", 1.0)))
     assert steer is not None
     return [int(slot) // len(MODES) for slot in steer.slots[: RANKS[name]]]
 
 
-def check_rows(t: Table, name: str) -> None:
+def check_rows(t: DirectionBank, name: str) -> None:
     """The rows of `name` hold its vectors and the coefficients of every mode at every place."""
     direction = DIRECTIONS[name]
     for k, row in enumerate(rows_of(t, name)):
-        for place, plate in t.plates.items():
-            slots = plate.coefficients[row * len(MODES) : (row + 1) * len(MODES)]
+        for place, bank_slice in t.slices.items():
+            slots = bank_slice.coefficients[row * len(MODES) : (row + 1) * len(MODES)]
             if place.layer != EMBEDDING:
-                assert torch.equal(plate.vectors[row], direction.directions[place.layer, k])
+                assert torch.equal(bank_slice.vectors[row], direction.directions[place.layer, k])
                 assert torch.equal(slots, torch.stack([coefficients(direction, m)[place.layer, k] for m in MODES]))
             elif direction.embedding is not None:
-                assert torch.equal(plate.vectors[row], direction.embedding[k])
+                assert torch.equal(bank_slice.vectors[row], direction.embedding[k])
                 assert torch.equal(slots, torch.stack([embedding_coefficients(direction, m)[k] for m in MODES]))
             else:
-                assert not plate.vectors[row].any()
+                assert not bank_slice.vectors[row].any()
 
 
-def contents(t: Table) -> list[Tensor]:
-    return [x.clone() for plate in t.plates.values() for x in (plate.vectors, plate.coefficients)]
+def contents(t: DirectionBank) -> list[Tensor]:
+    return [x.clone() for bank_slice in t.slices.values() for x in (bank_slice.vectors, bank_slice.coefficients)]
 
 
-def addresses(t: Table) -> list[int]:
-    return [x.data_ptr() for plate in t.plates.values() for x in (plate.vectors, plate.coefficients)]
+def addresses(t: DirectionBank) -> list[int]:
+    return [x.data_ptr() for bank_slice in t.slices.values() for x in (bank_slice.vectors, bank_slice.coefficients)]
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from(sorted(RANKS))), max_size=25))
 @law
 def test_any_sequence_of_loads_and_unloads_keeps_the_books(steps: list[tuple[bool, str]]) -> None:
-    t = table()
+    t = bank()
     where = addresses(t)
     resident: dict[str, list[int]] = {}
     for load, name in steps:
@@ -87,7 +87,7 @@ def test_any_sequence_of_loads_and_unloads_keeps_the_books(steps: list[tuple[boo
             resident.setdefault(name, rows_of(t, name))
         else:
             before = contents(t)
-            with pytest.raises(NoRoom, match=f"needs {RANKS[name]} free table rows, {free} of {t.rows}"):
+            with pytest.raises(NoRoom, match=f"needs {RANKS[name]} free bank rows, {free} of {t.rows}"):
                 t.load(name, DIRECTIONS[name])
             assert all(torch.equal(x, y) for x, y in zip(before, contents(t), strict=True))
         assert t.rows_in_use == sum(RANKS[other] for other in resident)
@@ -98,16 +98,16 @@ def test_any_sequence_of_loads_and_unloads_keeps_the_books(steps: list[tuple[boo
             assert rows_of(t, other) == rows, "a resident direction never moves"
             check_rows(t, other)
         for row in set(range(t.rows + 1)) - set(taken):
-            for plate in t.plates.values():
-                assert not plate.vectors[row].any()
-                slots = plate.coefficients[row * len(MODES) : (row + 1) * len(MODES)]
+            for bank_slice in t.slices.values():
+                assert not bank_slice.vectors[row].any()
+                slots = bank_slice.coefficients[row * len(MODES) : (row + 1) * len(MODES)]
                 assert bool((slots[:, FLOOR] == -torch.inf).all())
                 assert not slots[:, [i for i in range(4) if i != FLOOR]].any()
     assert addresses(t) == where, "everything is written in place"
 
 
 def test_all_rows_can_be_used_and_used_again() -> None:
-    t = table(rows=6)
+    t = bank(rows=6)
     for _ in range(3):
         for name in ("a", "b", "c"):
             t.load(name, DIRECTIONS[name])
@@ -118,7 +118,7 @@ def test_all_rows_can_be_used_and_used_again() -> None:
 
 
 def test_loading_twice_is_loading_once() -> None:
-    t = table()
+    t = bank()
     t.load("b", DIRECTIONS["b"])
     before = contents(t)
     t.load("b", DIRECTIONS["b"])
@@ -129,21 +129,21 @@ def test_loading_twice_is_loading_once() -> None:
 @pytest.mark.parametrize("sites", [("resid_post",), ("writers",), ("resid_post", "writers")])
 def test_a_direction_acts_at_its_own_sites_only(sites: tuple[Site, ...]) -> None:
     both: list[Site] = ["resid_post", "writers"]
-    t = table(places=[Place(site, layer) for site in both for layer in (EMBEDDING, 0, 1, 2)])
+    t = bank(places=[HookPoint(site, layer) for site in both for layer in (EMBEDDING, 0, 1, 2)])
     assert t.sites == {"resid_post", "writers"}
     t.load("a", models.direction(MODEL, embedding=True, sites=sites))
-    for place, plate in t.plates.items():
-        assert bool(plate.vectors.any()) == (place.site in sites)
+    for place, bank_slice in t.slices.items():
+        assert bool(bank_slice.vectors.any()) == (place.site in sites)
 
 
 def test_a_plain_request_has_no_entry() -> None:
-    assert table().steer(Spec()) is None
+    assert bank().steer(Spec()) is None
 
 
 @given(st.sampled_from(MODES), st.sampled_from(MODES), st.floats(-10, 10), st.floats(-10, 10))
 @law
 def test_a_request_gets_the_slots_of_its_directions_in_order(x: Mode, y: Mode, s: float, u: float) -> None:
-    t = table(rank=4)
+    t = bank(rank=4)
     t.load("b", DIRECTIONS["b"])
     t.load("a", DIRECTIONS["a"])
     steer = t.steer(spec(("a", x, s), ("b", y, u)))
@@ -192,7 +192,7 @@ WISH = st.lists(
 def test_a_mixed_batch_is_each_token_by_the_formula(
     batch: list[tuple[list[tuple[str, Mode, float]], int]], seed: int
 ) -> None:
-    t, index = table(rows=9, rank=5), TokenIndex(5, 16, "cpu")
+    t, index = bank(rows=9, rank=5), TokenIndex(5, 16, "cpu")
     for name, direction in DIRECTIONS.items():
         t.load(name, direction)
     index.fill_with([t.steer(spec(*wish)) for wish, _ in batch], [length for _, length in batch])
@@ -200,22 +200,22 @@ def test_a_mixed_batch_is_each_token_by_the_formula(
     n = len(tokens)
     x = torch.randn(n, models.D_MODEL, generator=torch.Generator().manual_seed(seed))
     for layer in range(models.LAYERS):
-        plate = t.plates[Place("resid_post", layer)]
-        made, _ = apply(x, plate, *index.first(n))
+        bank_slice = t.slices[HookPoint("resid_post", layer)]
+        made, _ = apply(x, bank_slice, *index.first(n))
         for i, wish in enumerate(tokens):
             torch.testing.assert_close(made[i].double(), naive(x[i], wish, layer), rtol=1e-4, atol=1e-4)
             if not wish:
                 assert torch.equal(made[i], x[i])
 
 
-def applied(t: Table, wish: Spec, x: Tensor, place: Place = PLACES[1]) -> Tensor:
+def applied(t: DirectionBank, wish: Spec, x: Tensor, place: HookPoint = PLACES[1]) -> Tensor:
     index = TokenIndex(t.rank, len(x), "cpu")
     index.fill_with([t.steer(wish)], [len(x)])
-    return apply(x, t.plates[place], *index.first(len(x)))[0]
+    return apply(x, t.slices[place], *index.first(len(x)))[0]
 
 
 def test_both_components_go_in_either_order_and_the_order_means_nothing() -> None:
-    t = table()
+    t = bank()
     for name in ("a", "d"):
         t.load(name, DIRECTIONS[name])
     x = torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
@@ -229,12 +229,12 @@ def test_both_components_go_in_either_order_and_the_order_means_nothing() -> Non
 
 def test_a_version_that_takes_the_rows_of_another_is_combined_anew() -> None:
     """Rows are used again by the next direction: what acted together with the one before is not what acts now."""
-    t, x = table(rows=2), torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    t, x = bank(rows=2), torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
     for names in (("a", "d"), ("x", "y"), ("a", "d")):
         for seed, name in enumerate(names):
             direction = DIRECTIONS[name] if name in DIRECTIONS else models.direction(MODEL, seed=90 + seed)
             t.load(name, direction)
-        rows = torch.stack([t.plates[PLACES[1]].vectors[row] for row in (1, 2)])
+        rows = torch.stack([t.slices[PLACES[1]].vectors[row] for row in (1, 2)])
         y = applied(t, spec(*[(name, "ablate", 1.0) for name in names]), x)
         assert float((y @ rows.T).abs().max()) < 1e-5
         for name in names:
@@ -244,10 +244,10 @@ def test_a_version_that_takes_the_rows_of_another_is_combined_anew() -> None:
 @pytest.mark.parametrize("other", ["affine", "one_sided", "add"])
 def test_where_an_entry_does_nothing_it_holds_nothing(other: Mode) -> None:
     """Before block 0 only `ablate` acts: what a request has beside it there must not change the removal."""
-    t, x = table(), torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    t, x = bank(), torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
     for name in ("a", "b"):
         t.load(name, DIRECTIONS[name])
-    place = Place("resid_post", EMBEDDING)
+    place = HookPoint("resid_post", EMBEDDING)
     beside = applied(t, spec(("a", "ablate", 1.0), ("b", other, 1.0)), x, place)
     assert torch.equal(beside, applied(t, spec(("a", "ablate", 1.0)), x, place))
 
@@ -255,17 +255,17 @@ def test_where_an_entry_does_nothing_it_holds_nothing(other: Mode) -> None:
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("mode", MODES)
 def test_one_entry_is_the_formula_of_one_to_the_bit(mode: Mode, rank: int) -> None:
-    t, x = table(rank=rank), torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    t, x = bank(rank=rank), torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
     t.load("a", DIRECTIONS["a"])
     for layer in range(models.LAYERS):
         v, values = DIRECTIONS["a"].directions[layer, 0], coefficients(DIRECTIONS["a"], mode)[layer, 0]
         added = amount(x, v, values.unbind(-1), torch.tensor(0.7)).unsqueeze(-1)
         expected = torch.addcmul(x, added, v)
-        assert torch.equal(applied(t, spec(("a", mode, 0.7)), x, Place("resid_post", layer)), expected)
+        assert torch.equal(applied(t, spec(("a", mode, 0.7)), x, HookPoint("resid_post", layer)), expected)
 
 
 def test_bytes_are_those_of_the_tensors() -> None:
-    t, single = table(rows=6, rank=4), table(rows=6, rank=1)
+    t, single = bank(rows=6, rank=4), bank(rows=6, rank=1)
     places, slots = len(PLACES), 7 * len(MODES)
     assert single.nbytes == places * 4 * (7 * models.D_MODEL + slots * 4)
     assert t.combinations is not None
@@ -274,17 +274,17 @@ def test_bytes_are_those_of_the_tensors() -> None:
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])
 def test_all_rows_of_a_direction_are_removed(name: str) -> None:
-    t = table()
+    t = bank()
     t.load(name, DIRECTIONS[name])
     x = torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
     wish = spec((name, "ablate", 1.0))
     for layer in range(models.LAYERS):
-        y = applied(t, wish, x, Place("resid_post", layer))
+        y = applied(t, wish, x, HookPoint("resid_post", layer))
         assert float((y @ DIRECTIONS[name].directions[layer].T).abs().max()) < 1e-5
-        torch.testing.assert_close(applied(t, wish, y, Place("resid_post", layer)), y, rtol=0, atol=1e-5)
+        torch.testing.assert_close(applied(t, wish, y, HookPoint("resid_post", layer)), y, rtol=0, atol=1e-5)
     rows = DIRECTIONS[name].embedding
     assert rows is not None
-    assert float((applied(t, wish, x, Place("resid_post", EMBEDDING)) @ rows.T).abs().max()) < 1e-5
+    assert float((applied(t, wish, x, HookPoint("resid_post", EMBEDDING)) @ rows.T).abs().max()) < 1e-5
 
 
 def bits(x: Tensor) -> Tensor:
@@ -293,11 +293,11 @@ def bits(x: Tensor) -> Tensor:
 
 def plain_beside_steered(x: Tensor) -> Tensor:
     """`x` as plain tokens of a batch in which another token is steered, after the operation."""
-    t, index = table(), TokenIndex(4, len(x) + 1, "cpu")
+    t, index = bank(), TokenIndex(4, len(x) + 1, "cpu")
     t.load("c", DIRECTIONS["c"])
     index.fill_with([None, t.steer(spec(("c", "add", 1.0)))], [len(x), 1])
     together = torch.cat([x, torch.ones(1, models.D_MODEL, dtype=x.dtype)])
-    y, _ = apply(together, t.plates[PLACES[1]], *index.first(len(together)))
+    y, _ = apply(together, t.slices[PLACES[1]], *index.first(len(together)))
     assert y.dtype == x.dtype
     assert not torch.equal(y[-1], together[-1])
     return y[:-1]
@@ -323,7 +323,7 @@ def test_a_plain_token_keeps_its_bits_at_the_edges_of_the_dtype(dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_arithmetic_is_float32_at_least(dtype: torch.dtype) -> None:
-    t = table()
+    t = bank()
     t.load("a", DIRECTIONS["a"])
     x = torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     wish = spec(("a", "ablate", 1.0))
@@ -331,30 +331,30 @@ def test_arithmetic_is_float32_at_least(dtype: torch.dtype) -> None:
 
 
 def test_a_load_that_fails_midway_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = table(rows=1)
-    clean = [plate.vectors.clone() for plate in whole.plates.values()]
-    write, calls = Plate.write, itertools.count()
+    whole = bank(rows=1)
+    clean = [bank_slice.vectors.clone() for bank_slice in whole.slices.values()]
+    write, calls = BankSlice.write, itertools.count()
 
     def failing(*args: Any) -> None:
         write(*args)
         if next(calls) == 1:
             raise MemoryError("no more")
 
-    monkeypatch.setattr(Plate, "write", failing)
+    monkeypatch.setattr(BankSlice, "write", failing)
     with pytest.raises(MemoryError):
         whole.load("a", DIRECTIONS["a"])
     assert whole.rows_in_use == 0
-    assert all(a.equal(plate.vectors) for a, plate in zip(clean, whole.plates.values(), strict=True))
+    assert all(a.equal(bank_slice.vectors) for a, bank_slice in zip(clean, whole.slices.values(), strict=True))
     whole.load("a", DIRECTIONS["a"])
     assert whole.rows_in_use == 1
 
 
 def test_free_rows_need_hold_nothing() -> None:
     """Memory that was given back and taken again, say: a load writes all of its rows, where it has nothing too."""
-    fresh, spoiled = table(rows=1), table(rows=1)
-    for plate in spoiled.plates.values():
-        plate.vectors.fill_(3)
-        plate.coefficients.fill_(3)
+    fresh, spoiled = bank(rows=1), bank(rows=1)
+    for bank_slice in spoiled.slices.values():
+        bank_slice.vectors.fill_(3)
+        bank_slice.coefficients.fill_(3)
     for one in (fresh, spoiled):
         one.load("d", DIRECTIONS["d"])  # has no embedding
     assert all(a.equal(b) for a, b in zip(fresh.contents("d"), spoiled.contents("d"), strict=True))

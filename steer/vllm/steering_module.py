@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.names import Site
-from steer.runtime.bank import Plate, apply
+from steer.runtime.bank import BankSlice, apply
 from steer.runtime.memory import lasting
 from steer.runtime.readout import AFTER, BEFORE, components
 from steer.runtime.token_index import TokenIndex
@@ -27,9 +27,9 @@ Form = Literal["tensor", "first", "sum"]
 
 
 class Reads:
-    """The tokens that are read in a step, for all seats that read: at `[count]`, which token; rows `[count, rank]`,
-    which rows of the table; int64, written in place. Every pass looks at all of them, so those that are not in use must
-    be 0, the one token that every pass has."""
+    """The tokens that are read in a step, for all steering modules that read: at `[count]`, which token; rows `[count,
+    rank]`, which rows of the bank; int64, written in place. Every pass looks at all of them, so those that are not in
+    use must be 0, the one token that every pass has."""
 
     def __init__(self, count: int, rank: int, device: torch.device) -> None:
         self.count, self.rank = count, rank
@@ -38,12 +38,12 @@ class Reads:
             self.rows = torch.zeros(count, rank, dtype=torch.int64, device=device)
 
 
-class Seat(nn.Module):
-    """One place's buffers on the module that is hooked. `vectors` and `coefficients` are the place's plate; `rows`,
-    `slots`, `strengths` (`[rank, max_tokens]`) and `combinations` (`[max_tokens]`; it and the plate's `joint` are None
-    where the rank is 1) are the token index, one storage for all seats; in `lost` (`[max_tokens]`) each of them says
-    what tokens it has lost. With `reads` every pass writes `found`
-    (`[2, count, rank]`: components before and after) and `norms` (`[count]`) of the tokens that are read."""
+class SteeringModule(nn.Module):
+    """One place's buffers on the module that is hooked. `vectors` and `coefficients` are the place's bank slice;
+    `rows`, `slots`, `strengths` (`[rank, max_tokens]`) and `combinations` (`[max_tokens]`; it and the bank slice's
+    `joint` are None where the rank is 1) are the token index, one storage for all steering modules; in `lost`
+    (`[max_tokens]`) each of them says what tokens it has lost. With `reads` every pass writes `found` (`[2, count,
+    rank]`: components before and after) and `norms` (`[count]`) of the tokens that are read."""
 
     vectors: Tensor
     coefficients: Tensor
@@ -58,79 +58,81 @@ class Seat(nn.Module):
     found: Tensor
     norms: Tensor
 
-    def __init__(self, plate: Plate, index: TokenIndex, reads: Reads | None = None) -> None:
+    def __init__(self, bank_slice: BankSlice, index: TokenIndex, reads: Reads | None = None) -> None:
         super().__init__()
-        self.reading = reads is not None  # fixed for the life of the seat, so that Dynamo traces one way
+        self.reading = reads is not None  # fixed for the life of the steering module, so that Dynamo traces one way
         tensors = {
-            "vectors": plate.vectors,
-            "coefficients": plate.coefficients,
+            "vectors": bank_slice.vectors,
+            "coefficients": bank_slice.coefficients,
             "rows": index.rows,
             "slots": index.slots,
             "strengths": index.strengths,
             "combinations": index.combinations,
             "lost": index.lost,
-            "joint": plate.joint,
+            "joint": bank_slice.joint,
         }
         if reads is not None:
             with lasting():
                 tensors |= {
                     "read_at": reads.at,
                     "read_rows": reads.rows,
-                    "found": plate.vectors.new_zeros(2, reads.count, reads.rank),
-                    "norms": plate.vectors.new_zeros(reads.count),
+                    "found": bank_slice.vectors.new_zeros(2, reads.count, reads.rank),
+                    "norms": bank_slice.vectors.new_zeros(reads.count),
                 }
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
 
-def moved(seat: Seat, x: Tensor, dtype: torch.dtype) -> Tensor:
+def moved(steering_module: SteeringModule, x: Tensor, dtype: torch.dtype) -> Tensor:
     """x `[..., tokens, d_model]` after the operation, in float32; `dtype` is the stream's. (vLLM's backend for
     transformers' modelling code has a leading dimension of 1.)"""
     flat = x.reshape(-1, x.shape[-1]).float()
     tokens = flat.shape[0]
-    index = (seat.rows[:, :tokens], seat.slots[:, :tokens], seat.strengths[:, :tokens])
-    combinations = None if seat.combinations is None else seat.combinations[:tokens]
-    # A seat has a plate's tensors; Dynamo is spared the dataclass.
-    y, lost = apply(flat, cast(Plate, seat), *index, combinations, dtype)
-    seat.lost[:tokens].logical_or_(lost)
+    index = (steering_module.rows[:, :tokens], steering_module.slots[:, :tokens], steering_module.strengths[:, :tokens])
+    combinations = None if steering_module.combinations is None else steering_module.combinations[:tokens]
+    # A steering module has a bank slice's tensors; Dynamo is spared the dataclass.
+    y, lost = apply(flat, cast(BankSlice, steering_module), *index, combinations, dtype)
+    steering_module.lost[:tokens].logical_or_(lost)
     return y.reshape(x.shape)
 
 
-def moved_term(seat: Seat, h: Tensor, r: Tensor) -> Tensor:
+def moved_term(steering_module: SteeringModule, h: Tensor, r: Tensor) -> Tensor:
     """h so that h + r is the stream after the operation. The sum is taken in float32, as vLLM's fused norms do."""
     x = h.float() + r.float()
-    return (h.float() + (moved(seat, x, h.dtype) - x)).to(h.dtype)
+    return (h.float() + (moved(steering_module, x, h.dtype) - x)).to(h.dtype)
 
 
-def hand_on(seat: Seat, x: Tensor, r: Tensor | None = None) -> Tensor:
+def hand_on(steering_module: SteeringModule, x: Tensor, r: Tensor | None = None) -> Tensor:
     """The new x (or the new h, for a stream h + r), in its dtype."""
-    new = moved(seat, x, x.dtype).to(x.dtype) if r is None else moved_term(seat, x, r)
-    if seat.reading:
-        record(seat, x, new, r)
+    new = moved(steering_module, x, x.dtype).to(x.dtype) if r is None else moved_term(steering_module, x, r)
+    if steering_module.reading:
+        record(steering_module, x, new, r)
     return new
 
 
-def record(seat: Seat, x: Tensor, new: Tensor, r: Tensor | None) -> None:
+def record(steering_module: SteeringModule, x: Tensor, new: Tensor, r: Tensor | None) -> None:
     """Write what the tokens that are read have along their rows, before (x, or x + r) and after (new, or new + r)."""
-    lines = seat.vectors[seat.read_rows]
-    rest = 0.0 if r is None else r.reshape(-1, r.shape[-1])[seat.read_at].float()
+    lines = steering_module.vectors[steering_module.read_rows]
+    rest = 0.0 if r is None else r.reshape(-1, r.shape[-1])[steering_module.read_at].float()
     for place, stream_ in ((BEFORE, x), (AFTER, new)):
-        at = stream_.reshape(-1, x.shape[-1])[seat.read_at].float() + rest
-        seat.found[place].copy_(components(at, lines))
+        at = stream_.reshape(-1, x.shape[-1])[steering_module.read_at].float() + rest
+        steering_module.found[place].copy_(components(at, lines))
         if place == BEFORE:
-            seat.norms.copy_(torch.linalg.vector_norm(at, dim=-1))
+            steering_module.norms.copy_(torch.linalg.vector_norm(at, dim=-1))
 
 
-def sit_after(module: nn.Module, form: Form, seat: Seat, site: Site) -> None:
-    """Have every output of `module` pass through `seat`."""
+def attach_after(module: nn.Module, form: Form, steering_module: SteeringModule, site: Site) -> None:
+    """Have every output of `module` pass through `steering_module`."""
     name = f"steer_after_{site}"
-    module.add_module(name, seat)
+    module.add_module(name, steering_module)
 
     def after(module: nn.Module, _args: Any, output: Any) -> Any:
-        seat = cast(Seat, getattr(module, name))  # found on the module, so that its buffers are the graph's inputs
+        steering_module = cast(
+            SteeringModule, getattr(module, name)
+        )  # found on the module, so that its buffers are the graph's inputs
         if form == "tensor":
-            return hand_on(seat, output)
-        return (hand_on(seat, output[0], output[1] if form == "sum" else None), *output[1:])
+            return hand_on(steering_module, output)
+        return (hand_on(steering_module, output[0], output[1] if form == "sum" else None), *output[1:])
 
     module.register_forward_hook(after)
 
@@ -151,13 +153,13 @@ class Slot:
         return args, {**kwargs, self.key: x}
 
 
-def sit_before(module: nn.Module, slot: Slot, seat: Seat, site: Site) -> None:
-    """Have the stream that enters `module` pass through `seat`. Before block 0 it arrives whole in one argument."""
+def attach_before(module: nn.Module, slot: Slot, steering_module: SteeringModule, site: Site) -> None:
+    """Have the stream that enters `module` pass through `steering_module`. Before block 0 it is one whole argument."""
     name = f"steer_before_{site}"
-    module.add_module(name, seat)
+    module.add_module(name, steering_module)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return slot.put(args, kwargs, hand_on(cast(Seat, getattr(module, name)), slot.get(args, kwargs)))
+        return slot.put(args, kwargs, hand_on(cast(SteeringModule, getattr(module, name)), slot.get(args, kwargs)))
 
     module.register_forward_pre_hook(before, with_kwargs=True)
 
@@ -177,7 +179,7 @@ def exact_stream(form: Form, output: Any) -> Tensor:
 
 
 #: Files whose text is traced into a graph, or decides the layout of what a graph reads.
-TRACED = {"steer.runtime": None, "steer.vllm": ("install.py", "steering_layer.py")}
+TRACED = {"steer.runtime": None, "steer.vllm": ("install.py", "steering_module.py")}
 
 
 @cache

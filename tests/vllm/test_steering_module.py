@@ -1,4 +1,5 @@
-"""A seat in a traced graph: what is combined after tracing acts, and the cache of graphs knows all the code."""
+"""A steering module in a traced graph: what is combined after tracing acts, and the cache of graphs knows all the
+code."""
 
 from __future__ import annotations
 
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import steer.runtime
-from steer.runtime.bank import Place, Table
+from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.token_index import TokenIndex
 from steer.spec import Entry, Spec
-from steer.vllm import steering_layer
+from steer.vllm import steering_module
 from tests import models
 
-PLACE = Place("resid_post", 0)
+PLACE = HookPoint("resid_post", 0)
 
 
 class Block(nn.Module):
@@ -29,19 +30,19 @@ def test_what_is_combined_after_tracing_acts(rank: int) -> None:
     model = models.tiny("llama")
     first = models.direction(model, seed=1)
     second = models.leaning(models.direction(model, seed=2), first, 0.4)
-    table = Table([PLACE], rows=4, rank=rank, d_model=models.D_MODEL, requests=4)
+    bank = DirectionBank([PLACE], rows=4, rank=rank, d_model=models.D_MODEL, requests=4)
     index, block = TokenIndex(rank, 16, "cpu"), Block()
-    made = steering_layer.Seat(table.plates[PLACE], index)
+    made = steering_module.SteeringModule(bank.slices[PLACE], index)
     assert {"joint", "combinations"} <= dict(made.named_buffers()).keys() or rank == 1
-    steering_layer.sit_after(block, "sum", made, "resid_post")
+    steering_module.attach_after(block, "sum", made, "resid_post")
     traced = torch.compile(lambda h, r: block(h, r), fullgraph=True, dynamic=True, backend="aot_eager")
     h, r = torch.randn(2, 5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(traced(h, r)[0], h)
-        table.load("first", first)
-        table.load("second", second)
+        bank.load("first", first)
+        bank.load("second", second)
         entries = Entry("first", "first", "ablate", 1.0), Entry("second", "second", "ablate", 0.5)
-        index.fill_with([None, table.steer(Spec(entries[:rank]))], [2, 3])
+        index.fill_with([None, bank.steer(Spec(entries[:rank]))], [2, 3])
         new, rest = traced(h, r)
     assert torch.equal(new[:2], h[:2])
     stream, before = (new + rest)[2:], (h + r)[2:]
@@ -66,9 +67,9 @@ def test_the_key_of_the_compile_cache_knows_every_file_of_the_runtime(
         def hexdigest(self) -> str:
             return real(b"".join(seen)).hexdigest()
 
-    monkeypatch.setattr(steering_layer.hashlib, "sha256", Recorder)
-    assert steering_layer.code_digest.__wrapped__() == real(b"".join(seen)).hexdigest()[:16]
+    monkeypatch.setattr(steering_module.hashlib, "sha256", Recorder)
+    assert steering_module.code_digest.__wrapped__() == real(b"".join(seen)).hexdigest()[:16]
     here = Path(steer.runtime.__path__[0])
-    vllm = Path(steering_layer.__file__).parent
-    for file in (here / name, vllm / "steering_layer.py", vllm / "install.py"):
+    vllm = Path(steering_module.__file__).parent
+    for file in (here / name, vllm / "steering_module.py", vllm / "install.py"):
         assert any(file.read_bytes() in data for data in seen), file.name

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.names import MODES
-from steer.runtime.bank import Place, Table, apply, gather, operate
+from steer.runtime.bank import DirectionBank, HookPoint, apply, gather, operate
 from steer.runtime.combine import Combination
 from steer.runtime.readout import ReadIndex, RequestRead
 from steer.runtime.token_index import PLAIN, STAGES, RequestSteer, TokenIndex
@@ -87,10 +87,10 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
     operation cannot tell."""
     rank, each = 3, data.draw(st.integers(1, 3))
     index = TokenIndex(rank, 12, "cpu")
-    table = Table([Place("resid_post", 0)], rows=4, rank=rank, d_model=8)
-    plate = table.plates[Place("resid_post", 0)]
-    plate.vectors.normal_()
-    plate.coefficients.normal_()
+    bank = DirectionBank([HookPoint("resid_post", 0)], rows=4, rank=rank, d_model=8)
+    bank_slice = bank.slices[HookPoint("resid_post", 0)]
+    bank_slice.vectors.normal_()
+    bank_slice.coefficients.normal_()
     steers = []
     for _ in range(data.draw(st.integers(1, 2))):
         steer = RequestSteer.plain(rank)
@@ -104,10 +104,10 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
         tokens = len(step) * each
         x = torch.randn(tokens, 8)
         whole = (t.repeat_interleave(each, dim=-1) for t in index.first(len(step)) if t is not None)
-        expected, _ = apply(x, plate, *whole)
+        expected, _ = apply(x, bank_slice, *whole)
         if index.active:
             acting, everywhere = index.acting(len(step))
-            operands = gather(plate, *acting, everywhere=everywhere)
+            operands = gather(bank_slice, *acting, everywhere=everywhere)
             stream = x if acting[0].dim() == 2 else x.view(len(step), -1, 8)
             assert torch.equal(operate(stream, operands)[0].view(tokens, 8), expected)
         else:
@@ -174,30 +174,37 @@ def test_a_stage_is_not_written_before_its_copy_is_done() -> None:
 @pytest.mark.parametrize("lane", [None, Late()])
 @pytest.mark.parametrize("made_inside", [True, False])
 def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, lane: Late | None) -> None:
-    """An index or a table of a notebook is made and filled in whatever mode its user is in."""
+    """An index or a bank of a notebook is made and filled in whatever mode its user is in."""
     with torch.inference_mode(made_inside):
         index = TokenIndex(2, 8, "cpu", lane=lane)
         reads = ReadIndex(1, 2, "cpu")
-        table = Table([Place("resid_post", 0)], rows=4, rank=2, d_model=8)
-    plate = table.plates[Place("resid_post", 0)]
+        bank = DirectionBank([HookPoint("resid_post", 0)], rows=4, rank=2, d_model=8)
+    bank_slice = bank.slices[HookPoint("resid_post", 0)]
     for inside in (not made_inside, made_inside):
         with torch.inference_mode(inside):
-            home = table.combinations
+            home = bank.combinations
             assert home is not None
             both = Combination(torch.full((1, 2, 2), 0.25), home)
             index.fill_with([None, RequestSteer(np.array([4, 8]), np.ones(2, np.float32), both)], [1, 2])
             if lane is not None:
                 lane.run()
             reads.fill([RequestRead(np.array([1]), (0,))] * 3, [1] * 3)
-            plate.write(1, torch.ones(8), [torch.zeros(4)] * len(MODES))
-        for tensor in (*contents(index), plate.vectors, plate.coefficients, plate.joint, reads._at, reads._found):
+            bank_slice.write(1, torch.ones(8), [torch.zeros(4)] * len(MODES))
+        for tensor in (
+            *contents(index),
+            bank_slice.vectors,
+            bank_slice.coefficients,
+            bank_slice.joint,
+            reads._at,
+            reads._found,
+        ):
             assert tensor is not None
             assert not tensor.is_inference()
         # a pass that autograd records keeps what it read
         x = torch.ones(3, 8, requires_grad=True)
-        y, _ = apply(x, plate, *index.first(3))
+        y, _ = apply(x, bank_slice, *index.first(3))
         y.sum().backward()
-        reads.record(0, x, y, plate.vectors)
+        reads.record(0, x, y, bank_slice.vectors)
         assert len(reads.collect()) == 3
 
 

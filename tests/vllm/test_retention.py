@@ -1,4 +1,5 @@
-"""What is held outside of the model for the seats: put back where it is lost, a sentence where it cannot be."""
+"""What is held outside of the model for the steering modules: put back where it is lost, a sentence where it cannot
+be."""
 
 from __future__ import annotations
 
@@ -9,21 +10,21 @@ import torch
 from torch import nn
 
 from steer.errors import UnsupportedModel
-from steer.runtime.bank import Place, Table
+from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.token_index import TokenIndex
-from steer.vllm.keep import Kept
-from steer.vllm.steering_layer import Seat, sit_after
+from steer.vllm.retention import Kept
+from steer.vllm.steering_module import SteeringModule, attach_after
 
 ROWS, RANK, D, TOKENS = 4, 2, 16, 64
 
 
 @pytest.fixture
 def model() -> nn.Module:
-    places = [Place("resid_post", layer) for layer in range(3)]
-    table, index = Table(places, rows=ROWS, rank=RANK, d_model=D), TokenIndex(RANK, TOKENS, "cpu")
+    places = [HookPoint("resid_post", layer) for layer in range(3)]
+    bank, index = DirectionBank(places, rows=ROWS, rank=RANK, d_model=D), TokenIndex(RANK, TOKENS, "cpu")
     model = nn.Sequential(*(nn.Linear(D, D) for _ in places))
     for layer, place in zip(model, places, strict=True):
-        sit_after(layer, "tensor", Seat(table.plates[place], index), "resid_post")
+        attach_after(layer, "tensor", SteeringModule(bank.slices[place], index), "resid_post")
     return model
 
 

@@ -17,8 +17,9 @@ from steer.registry import Registry
 from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.serve import carriers, keys
-from steer.serve.access import Caller
+from steer.serve.authorise import admit
 from steer.serve.body import parse_body
+from steer.serve.caller import Caller
 from steer.serve.control import Control
 from steer.settings import ControlSettings
 from steer.spec import Spec
@@ -44,8 +45,8 @@ def serving(count: int) -> tuple[Registry, DirectionBank]:
     return registry, bank
 
 
-def governed(folder: Path, registry: Registry) -> tuple[Control, carriers.Gate]:
-    """A policy of a hundred keys, and the gate of the last one."""
+def governed(folder: Path, registry: Registry) -> tuple[Control, Caller]:
+    """A policy of a hundred keys, and the last of them."""
     secrets = [keys.make() for _ in range(100)]
     rules = 'directions = ["d0"]\nmax_strength = 1.0\nrequests_per_minute = 1e8\n'
     text = "".join(f'[keys.k{i}]\nhash = "{keys.stored(secret)}"\n{rules}' for i, secret in enumerate(secrets))
@@ -53,27 +54,25 @@ def governed(folder: Path, registry: Registry) -> tuple[Control, carriers.Gate]:
     control = Control(ControlSettings(policy=folder / "policy.toml"))
     control.start(registry, "tiny")
     assert control.in_force
-    return control, control.gate(Caller("k99", control.in_force.policy.keys["k99"]))
+    return control, Caller("k99", control.in_force.policy.keys["k99"])
 
 
 def parts(count: int, folder: Path) -> dict[str, float]:
     """Microseconds of each part with `count` directions served."""
     registry, bank = serving(count)
-    control, gate = governed(folder, registry)
+    control, caller = governed(folder, registry)
     body = parse_body(BODY)
     carried = carriers.read(body, HEADERS, ["tiny"])
-    admission = carriers.admit(carried, registry, ())
+    admission = admit(carried, registry)
     spec: Spec = admission.spec
-
-    def admitted(by: carriers.Gate | None) -> Callable[[], None]:
-        more = {} if by is None else {"gate": by}
-        return lambda: carriers.admit(carried, registry, (), **more).release()
 
     found = {
         "parse the body (2 kB)": micro(lambda: parse_body(BODY)),
         "read the carriers": micro(lambda: carriers.read(body, HEADERS, ["tiny"])),
-        "resolve, pin and unpin": micro(admitted(None)),
-        "the same under a policy of 100 keys": micro(admitted(gate)),
+        "resolve, pin and unpin": micro(lambda: admit(carried, registry).release()),
+        "the same under a policy of 100 keys": micro(
+            lambda: admit(carried, registry, caller=caller, rules=control.rules).release()
+        ),
         "index entries": micro(lambda: bank.steer(spec)),
         "salt of the prefix cache (vLLM)": micro(lambda: salt(spec)),
         "receipt": micro(spec.receipt),

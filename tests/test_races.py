@@ -33,7 +33,8 @@ from steer.runtime.bank import DirectionBank, HookPoint, apply
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.token_index import PLAIN, TokenIndex
 from steer.serve import carriers
-from steer.serve.access import ANYONE, Refusal
+from steer.serve.authorise import admit
+from steer.serve.caller import ANYONE, Refusal
 from steer.serve.control import Control
 from steer.spec import Spec, Wanted
 from tests import models
@@ -133,7 +134,7 @@ class Registries(RuleBasedStateMachine):
         applied = [(d, mode, strength) for d, mode, strength in entries if strength]
         with self.registry.steady():
             try:
-                admission = carriers.admit(carried, self.registry, (), self.control.gate(ANYONE))
+                admission = admit(carried, self.registry, caller=ANYONE, rules=self.control.rules)
             except UnknownDirection:
                 assert None in [d for d, _, _ in entries], "only a name that is not served is unknown"
                 return

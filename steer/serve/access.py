@@ -1,4 +1,4 @@
-"""The door: who is calling, and which paths they may reach. An ASGI layer around every route that a server has.
+"""Authentication: who is calling, and which paths they may reach. An ASGI layer around every route that a server has.
 
 With a policy in force nothing but `/health` answers without a key. A key reaches the paths that are listed here and no
 others; the rest of a server, also what we do not know of it, needs the managing role. Without one, web pages that are
@@ -10,25 +10,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from steer.readout import FIELD
 from steer.serve import errors, keys
+from steer.serve.caller import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
+from steer.serve.control import Control
 from steer.serve.errors import HTTPProblem
 from steer.serve.pages import ANY, foreign, header, is_preflight
-from steer.serve.policy import KeyRules
-from steer.spec import Spec, Wanted
 
-if TYPE_CHECKING:
-    from steer.serve.control import Control
-
-#: Where the door leaves the caller.
-CALLER = "steer.caller"
 MAX_HEADERS = 64 * 2**10
 MAX_PATH = 8 * 2**10
 #: Readable without a key. Nothing behind these paths may tell of directions or keys.
@@ -41,66 +34,6 @@ ORDINARY: dict[str, re.Pattern[str]] = {
         r"/v1/chat/completions|/v1/completions|/v1/responses|/v1/messages(/count_tokens)?|/tokenize|/detokenize"
     ),
 }
-
-
-class Refusal(HTTPProblem):
-    """Keys or policy forbid it; `rule` is the one that does, `asked` what was asked for, where that is known."""
-
-    def __init__(
-        self,
-        status: int,
-        rule: str,
-        message: str,
-        *,
-        code: str,
-        asked: Spec | None = None,
-        param: str | None = None,
-        **more: str,
-    ) -> None:
-        headers = {name.replace("_", "-"): value for name, value in more.items()}
-        super().__init__(status, message, code=code, param=param, headers=headers)
-        self.rule, self.asked = rule, asked or Spec()
-
-
-def forbidden(rule: str, message: str, asked: Spec | None = None, param: str | None = None) -> Refusal:
-    return Refusal(403, rule, message, code="steering_forbidden", asked=asked, param=param)
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who makes a request. Without rules (no policy is in force) everything is allowed."""
-
-    name: str | None = None
-    rules: KeyRules | None = None
-    #: The stored hash of the secret that came.
-    stored: str | None = None
-
-    @property
-    def manages(self) -> bool:
-        return self.rules is None or self.rules.manage
-
-    @property
-    def required(self) -> tuple[Wanted, ...]:
-        return self.rules.required if self.rules else ()
-
-    def may_use(self, direction: str) -> bool:
-        return self.rules is None or (self.rules.steer and self.rules.allows(direction))
-
-    def may_know(self, direction: str) -> bool:
-        """Is this a name that it may be told of?"""
-        return self.manages or self.may_use(direction)
-
-    def check_readout(self) -> None:
-        """Raises Refusal for a caller that may not read components along directions."""
-        if self.rules is not None and not self.rules.readout:
-            said = f"this key may not use {FIELD}: its policy does not say `readout = true`"
-            raise forbidden("readout", said, param=FIELD)
-
-
-#: No policy is in force.
-ANYONE = Caller()
-#: One who came without a key, on a path that needs none.
-NOBODY = Caller(None, KeyRules.model_construct(steer=False))
 
 
 class Access:

@@ -16,9 +16,8 @@ from urllib.parse import parse_qsl
 
 from steer import readout
 from steer.errors import SpecError
-from steer.registry import Admission, Registry
 from steer.serve.body import MAX_VALUES, check_structure
-from steer.spec import MAX_ITEMS, Spec, Wanted, bare, mentions, nearly, parse, text
+from steer.spec import MAX_ITEMS, Wanted, bare, mentions, nearly, parse
 
 FIELD = "steer"
 HEADER = "x-steer"
@@ -136,44 +135,3 @@ def split_alias(model: str, served: Sequence[str]) -> tuple[str, str] | None:
         if model.startswith(base + PLUS) and model not in served:
             return base, model[len(base) + 1 :].replace(PLUS, ",")
     return None
-
-
-class Gate:
-    """What stands between a request's wish and its admission. This one lets everything pass."""
-
-    def may_use(self, direction: str) -> bool:
-        """What may not be used is not there: it is never resolved, and its name is unknown."""
-        return True
-
-    def asks(self) -> None:
-        """The request asks for steering. Raises SteerError where none may be asked for."""
-
-    def default(self, default: Sequence[Wanted], registry: Registry) -> Spec:
-        """What a request gets that carries nothing; `default` is the server's."""
-        return registry.resolve(default)
-
-    def passed(self, asked: Spec, registry: Registry) -> Spec:
-        """What is to be applied where `asked` is asked for. Raises SteerError where it is not allowed."""
-        return asked
-
-
-OPEN = Gate()
-
-
-def admit(carried: Carried, registry: Registry, default: Sequence[Wanted], gate: Gate = OPEN) -> Admission:
-    """Admit what the carriers agree on, or the default where there is none, as far as `gate` lets it pass.
-
-    Two carriers agree when they mean the same entries, however they are written. Raises SpecError.
-    """
-    with registry.steady():  # or a swap between two carriers would look like a conflict
-        if not carried.found:
-            return registry.again(gate.passed(gate.default(default, registry), registry))
-        if any(carried.found.values()):
-            gate.asks()
-        meanings = {carrier: registry.resolve(wanted, gate.may_use) for carrier, wanted in carried.found.items()}
-        if len(set(meanings.values())) > 1:
-            said = ", ".join(f"{carrier} says '{text(wanted)}'" for carrier, wanted in carried.found.items())
-            raise SpecError(
-                f"the carriers of this request disagree: {said}; use one of them, or say the same", param=FIELD
-            )
-        return registry.again(gate.passed(next(iter(meanings.values())), registry))

@@ -23,10 +23,10 @@ from steer._version import __version__
 from steer.errors import InvalidInput, printable
 from steer.names import MAX_STRENGTH, MODES
 from steer.registry import Move, Registry
-from steer.serve import carriers, errors, metrics, policy
-from steer.serve.access import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
+from steer.serve import errors, metrics, policy
 from steer.serve.audit import Audit, AuditUnavailable
-from steer.serve.gate import PolicyGate
+from steer.serve.authorise import Rules
+from steer.serve.caller import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
 from steer.serve.pages import ANY, Pages, hosts_of, is_loopback
 from steer.serve.policy import InForce, PolicyError
 from steer.serve.rates import Meter
@@ -213,8 +213,10 @@ class Control:
         found: Caller = scope.get(CALLER, ANYONE if self.in_force is None else NOBODY)
         return found
 
-    def gate(self, caller: Caller) -> carriers.Gate:
-        return PolicyGate(self, caller)
+    @property
+    def rules(self) -> Rules:
+        """What holds for every caller now."""
+        return Rules(self.in_force.policy if self.in_force else None, None if self.steering else self.off)
 
     def check_manages(self, scope: Scope) -> None:
         """May who makes this request manage: directions, and the kill switch? Raises Refusal."""

@@ -14,8 +14,8 @@ from steer.errors import NoRoom, SteerError, UnknownDirection
 from steer.names import check_name
 from steer.registry import Registry, Version
 from steer.serve import errors
-from steer.serve.access import Caller
 from steer.serve.body import read_body
+from steer.serve.caller import Caller
 from steer.serve.control import Control
 from steer.serve.pages import FILE, READING, check_kind
 

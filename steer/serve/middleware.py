@@ -23,8 +23,9 @@ from steer.errors import SpecError, SteerError
 from steer.readout import Readout, ReadWanted
 from steer.registry import Admission, Registry
 from steer.serve import carriers, errors, metrics
-from steer.serve.access import Caller
+from steer.serve.authorise import admit
 from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, understood
+from steer.serve.caller import Caller
 from steer.serve.control import Control, Place, Run
 from steer.serve.pages import JSON, check_kind
 from steer.serve.rates import tokens_of
@@ -160,7 +161,7 @@ class SteerMiddleware:
             if not self.readable:
                 raise SpecError(f"{readout.FIELD}: this server offers no read-out", param=readout.FIELD)
         with self.registry.steady():
-            admission = carriers.admit(carried, self.registry, self.default, self.control.gate(caller))
+            admission = admit(carried, self.registry, self.default, caller=caller, rules=self.control.rules)
             try:
                 if wanted is None:
                     return admission, None

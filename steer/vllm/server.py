@@ -30,6 +30,7 @@ from steer.readout import FIELD, Readout
 from steer.registry import Admission
 from steer.serve import carriers, errors, metrics, playground, reference, switch
 from steer.serve.access import PUBLIC, Access
+from steer.serve.authorise import admit
 from steer.serve.body import Gone, parse_body, read_body, replay, understood
 from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
@@ -327,7 +328,7 @@ def _may_be_plain(scope: Scope) -> bool:
     control, front = control_of(scope["app"]), front_end_of(scope["app"])
     nothing = carriers.Carried({}, None)
     try:
-        admission = carriers.admit(nothing, front.registry, front.default, control.gate(control.caller(scope)))
+        admission = admit(nothing, front.registry, front.default, caller=control.caller(scope), rules=control.rules)
     except SteerError:
         return False
     admission.release()

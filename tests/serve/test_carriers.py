@@ -16,8 +16,9 @@ from steer.names import MODES
 from steer.registry import Registry
 from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
+from steer.serve.authorise import admit
 from steer.serve.body import parse_body
-from steer.serve.carriers import Carried, admit, read, split_alias
+from steer.serve.carriers import Carried, read, split_alias
 from steer.serve.errors import HTTPProblem
 from steer.spec import Entry, Wanted, parse, text
 from tests import models

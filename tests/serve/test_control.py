@@ -25,8 +25,8 @@ from hypothesis import HealthCheck, given, settings
 
 from steer import watch
 from steer.serve import control, keys
-from steer.serve.access import Caller, Refusal
 from steer.serve.audit import verify
+from steer.serve.caller import Caller, Refusal
 from steer.serve.pages import is_loopback
 from steer.serve.policy import read
 from steer.serve.rates import Meter, tokens_of

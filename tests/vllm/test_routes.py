@@ -332,7 +332,7 @@ def test_from_a_loss_on_an_answer_is_the_error(how: str) -> None:
     app.router.routes = [r for r in app.router.routes if getattr(r, "path", None) != "/v1/completions"]
     app.add_api_route("/v1/completions", losing, methods=["POST"])
     app.add_middleware(server.Middleware)
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
         answer = client.post("/api/v1/completions", json={"model": "tiny", "steer": "refusal"})
     told = answer.text if answer.status_code == 400 else answer.text.split("data: ")[-2]
     assert json.loads(told)["error"]["code"] == "not_finite"

@@ -140,9 +140,9 @@ def test_a_stream_that_overflows_is_an_error_of_its_own(server: Server, home: Ho
             bad = pool.submit(ask, server, route, steer="wild=-10", stream=stream, **more)
             others = [pool.submit(ask, server, route) for _ in range(2)]
         answer = bad.result()
-        told = answer.text if not stream else answer.text.split("data: ")[-2]
-        assert json.loads(told)["error"]["code"] == "not_finite", answer.text
-        assert answer.status_code == (200 if stream else 400)
+        begun = answer.status_code == 200  # a stream may be lost before or after it has begun
+        assert json.loads(answer.text.split("data: ")[-2] if begun else answer.text)["error"]["code"] == "not_finite"
+        assert answer.status_code == 400 or (begun and stream), answer.text
         assert [words(other.result()) for other in others] == [plain] * 2
     assert words(ask(server, route)) == plain
     assert server.client.delete("/v1/directions/wild").status_code == 200

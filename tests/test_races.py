@@ -103,13 +103,18 @@ class Registries(RuleBasedStateMachine):
         else:
             with pytest.raises(NoRoom):
                 self.registry.put(name, file(seed))
-            self.failed.add(name)
+            self.refused(name)
 
     @rule(name=st.sampled_from(NAMES), content=st.sampled_from(BAD))
     def put_what_is_bad(self, name: str, content: bytes) -> None:
         with pytest.raises(DirectionError):
             self.registry.put(name, content)
-        self.failed.add(name)
+        self.refused(name)
+
+    def refused(self, name: str) -> None:
+        """Of a name that is served it stays known that its newest content is not; of another nothing stays."""
+        if name in self.names:
+            self.failed.add(name)
 
     @rule(name=st.sampled_from(NAMES))
     def delete(self, name: str) -> None:

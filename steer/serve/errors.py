@@ -60,7 +60,10 @@ def of(error: Exception) -> JSONResponse:
         return out
     if isinstance(error, InvalidInput):
         code = "invalid_direction" if isinstance(error, DirectionError) else "invalid_value"
-        return response(400, str(error), param=error.param, code=code)
+        told = body(400, str(error), param=error.param, code=code)
+        if isinstance(error, DirectionError):
+            told["error"]["problems"] = list(error.problems)
+        return JSONResponse(told, 400)
     if isinstance(error, NotFinite):
         return response(400, str(error), param="steer", code="not_finite")
     if isinstance(error, RequestFailed):

@@ -1,4 +1,5 @@
-"""The read-out in the answers of vLLM's server: into a whole answer, or as one more chunk before a stream's end.
+"""What goes into the answers of vLLM's server: the error of a request whose stream was lost, and the read-out, into a
+whole answer or as one more chunk before a stream's end.
 
 The engine hands a read-out on when its request has ended, so a stream has all of it in one piece; put together, the
 chunks of a stream say what a whole answer says, as on the other engine.
@@ -12,7 +13,7 @@ from typing import Any
 
 from starlette.types import Message, Send
 
-from steer.errors import SteerError
+from steer.errors import NotFinite, SteerError
 from steer.readout import FIELD
 from steer.serve import errors
 
@@ -66,6 +67,42 @@ def with_readout(send: Send, fetch: Fetch) -> Send:
             await (stream if streamed else whole)(message)
 
     return sending
+
+
+class UnlessLost:
+    """Sends an answer on until `lost()`, and from there the error in its place: vLLM's routes each tell of errors in
+    their own way, some of a stream by breaking it off."""
+
+    def __init__(self, send: Send, lost: Callable[[], bool]) -> None:
+        self._send, self._lost = send, lost
+        self._started = self._streams = self._ended = False
+
+    async def send(self, message: Message) -> None:
+        if self._ended:
+            return
+        if self._lost():
+            await self.end()
+            return
+        if message["type"] == "http.response.start":
+            self._started = True
+            self._streams = any(k.lower() == b"content-type" and b"event-stream" in v for k, v in message["headers"])
+        await self._send(message)
+
+    async def end(self) -> None:
+        """With the error, unless that was sent."""
+        if self._ended:
+            return
+        self._ended = True
+        error = NotFinite()
+        if self._streams:
+            last = f"event: error\n{errors.event(error)}data: [DONE]\n\n".encode()
+        else:
+            response = errors.of(error)
+            last = bytes(response.body) if not self._started else b""
+            if not self._started:
+                start = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
+                await self._send(start)
+        await self._send({"type": "http.response.body", "body": last})
 
 
 def _chunk(last: bytes, field: dict[str, Any]) -> bytes:

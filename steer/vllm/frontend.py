@@ -44,11 +44,13 @@ ATTRIBUTE = "steer"
 
 @dataclass(slots=True)
 class Ticket:
-    """What was admitted for one HTTP request. `reads`: the id and state of the request that is read for it."""
+    """What was admitted for one HTTP request. `lost`: was the stream of an answer to it. `reads`: the id and state of
+    the request that is read for it."""
 
     admission: Admission
     reading: Readout | None = None
     used: bool = False
+    lost: bool = False
     reads: tuple[str, Any] | None = None
 
 
@@ -213,6 +215,10 @@ class Frontend:
         """Has the engine got a request with it?"""
         return self._tickets[ticket].used
 
+    def has_lost(self, ticket: str) -> bool:
+        """Was the stream of an answer to it lost?"""
+        return self._tickets[ticket].lost
+
     def forget(self, ticket: str) -> None:
         self._tickets.pop(ticket, None)
 
@@ -281,6 +287,8 @@ class Frontend:
         if lease := self._leases.get(request_id):
             self.salts.renew(lease.salt)
             lease.tally.failed = True
+            if lease.ticket is not None:
+                lease.ticket.lost = True
         return NotFinite()
 
     def applied(self, request_id: str) -> Spec | None:

@@ -235,12 +235,12 @@ def shape_of(config: Any) -> tuple[str, int, int]:
 
 
 def stream_dtype(config: Any) -> torch.dtype:
-    dtype: torch.dtype = config.model_config.dtype
+    dtype: torch.dtype = getattr(torch, dtype_of(config))
     return dtype
 
 
 def dtype_of(config: Any) -> str:
-    return str(stream_dtype(config)).removeprefix("torch.")
+    return str(config.model_config.dtype).removeprefix("torch.")
 
 
 # -- the worker process ----------------------------------------------------------------------------------------------
@@ -387,7 +387,9 @@ def between_ranks(worker: Any, entering: Callable[[Any], None], leaving: Callabl
 
 def on_output(out: Any, change: Callable[[Any], Any]) -> Any:
     """A step's output with `change` applied to its ModelRunnerOutput, at once or, where that is still on its way to
-    the host, when it is read, on whichever thread."""
+    the host, when it is read, on whichever thread. A rank whose outputs nobody reads may have none."""
+    if out is None:
+        return None
     if not hasattr(out, "get_output"):
         return change(out)
     get = out.get_output

@@ -41,7 +41,7 @@ from steer.serve.route import Head
 from steer.settings import KEEP_ALIVE, ControlSettings
 from steer.vllm import frontend as front_ends
 from steer.vllm import internals, plugin, wire
-from steer.vllm.answers import with_readout
+from steer.vllm.answers import UnlessLost, with_readout
 from steer.vllm.frontend import Frontend, Passage, passage
 from steer.vllm.settings import KEY, EngineSettings
 from steer.vllm.settings import read as settings_of
@@ -256,10 +256,15 @@ class Generation:
             return report(reads[0], await front.readings(tickets[0], tokenizer)).model_dump()
 
         async def checked(scope: Scope, receive: Receive, send: Send) -> None:
-            if reads:
-                send = with_readout(send, fetch)
+            answer = UnlessLost(send, lambda: any(map(front.has_lost, tickets)))
+            send = with_readout(answer.send, fetch) if reads else answer.send
             used = (lambda: all(map(front.used, tickets))) if tickets else None
-            await _run(self.app, Passage(plain=not scope["steer"].spec and not reads), scope, receive, send, used)
+            try:
+                await _run(self.app, Passage(plain=not scope["steer"].spec and not reads), scope, receive, send, used)
+            except Exception:
+                if not any(map(front.has_lost, tickets)):
+                    raise
+                await answer.end()
 
         middleware = SteerMiddleware(
             checked,

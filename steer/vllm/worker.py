@@ -177,6 +177,7 @@ class Steered:
 
     def _leave_rank(self, tensors: dict[str, torch.Tensor]) -> None:
         """What the ranks so far have lost goes with the stream to the next, whose last gives the outputs."""
+        tensors.pop(internals.LOST, None)  # they may be those of the step before, as a captured graph has them
         if self._index.active:
             tensors[internals.LOST] = self._index.lost[: self._index.used].to(torch.uint8)
 
@@ -234,7 +235,8 @@ class Steered:
         self._steered_tokens += steered
         self._batch = (list(requests), lengths.copy()) if steered else ([], lengths)
         before, self._from_before = self._from_before, None
-        if before is not None and steered and (lost := before.tensors.pop(internals.LOST, None)) is not None:
+        lost = None if before is None else before.tensors.pop(internals.LOST, None)
+        if steered and lost is not None:
             self._index.lost[: self._index.used].copy_(lost)
         for watcher in (self._capture, self._reads):
             if watcher is not None and watcher.busy:

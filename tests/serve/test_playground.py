@@ -34,6 +34,9 @@ ROUTE = "/v1/chat/completions"
 DESKTOP, NARROW = {"width": 1320, "height": 860}, {"width": 375, "height": 700}
 
 
+expect.set_options(timeout=60_000)  # beside other work, an answer takes seconds
+
+
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     with browser() as launched:
@@ -225,7 +228,7 @@ def test_a_new_file_changes_the_receipt(demo: Server, visit: Open, tmp_path: Pat
     expect(opened.page.locator("#list")).to_contain_text(digest(DEMO.read_bytes())[:8])
 
 
-def test_a_bad_file_shows_every_problem_and_can_be_removed(demo: Server, visit: Open, tmp_path: Path) -> None:
+def test_a_bad_file_shows_every_problem_and_leaves_nothing(demo: Server, visit: Open, tmp_path: Path) -> None:
     good = Direction.load(DEMO)
     wrong = good.tensors() | {
         "weights": torch.ones(good.layers + 1),
@@ -242,12 +245,9 @@ def test_a_bad_file_shows_every_problem_and_can_be_removed(demo: Server, visit: 
     expect(problems.nth(0)).to_contain_text("'weights' has shape")
     expect(problems.nth(1)).to_contain_text("'reference'")
     opened.page.click("#cancel")
-    row = opened.page.locator("#list > li", has_text="bad-file")
-    expect(row).to_contain_text("2 problems")
-    row.get_by_role("button").click()
-    row.get_by_role("button", name="Delete bad-file").click()
-    expect(row).to_have_count(0)
+    expect(opened.page.locator("#list > li", has_text="bad-file")).to_have_count(0)
     opened.page.set_input_files("#file", path)
+    expect(opened.page.locator("#name")).to_have_value("bad-file")
     opened.page.fill("#name", "off")
     opened.page.click("#put")
     expect(opened.page.locator("#report li")).to_contain_text("'off' is not acceptable")

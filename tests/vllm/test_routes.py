@@ -3,6 +3,7 @@ is no engine behind it."""
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from argparse import Namespace
@@ -302,3 +303,41 @@ def test_the_app_is_checked_wherever_it_is_built(monkeypatch: pytest.MonkeyPatch
     internals.on_app_built(server.check_app)
     with pytest.raises(UnsupportedModel, match="would ignore the field 'steer'"):
         main.build_app()
+
+
+@pytest.mark.parametrize("how", ["before", "error", "in a stream", "breaks off"])
+def test_from_a_loss_on_an_answer_is_the_error(how: str) -> None:
+    """Whatever the route makes of it: an error of its own kind, or a stream that breaks off."""
+    from steer.vllm import server
+
+    engine = Engine()
+    app = app_of(engine)
+
+    async def losing(request: Request) -> Response:
+        [ticket] = engine.steer._tickets.values()
+        engine.generate((await request.json()).get("vllm_xargs"))
+
+        async def events() -> AsyncIterator[str]:
+            yield "data: {}\n\n"
+            ticket.lost = True
+            if how == "breaks off":
+                raise RuntimeError("what no route catches")
+            yield "data: what is left\n\n"
+
+        if how in ("before", "error"):
+            ticket.lost = True
+            if how == "error":
+                raise RuntimeError("what no route catches")
+            return JSONResponse({"error": "in another way"}, 400)
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    app.router.routes = [r for r in app.router.routes if getattr(r, "path", None) != "/v1/completions"]
+    app.add_api_route("/v1/completions", losing, methods=["POST"])
+    app.add_middleware(server.Middleware)
+    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
+        answer = client.post("/api/v1/completions", json={"model": "tiny", "steer": "refusal"})
+    told = answer.text if answer.status_code == 400 else answer.text.split("data: ")[-2]
+    assert json.loads(told)["error"]["code"] == "not_finite"
+    assert "what is left" not in answer.text
+    assert answer.status_code == (200 if how in ("in a stream", "breaks off") else 400)
+    assert engine.steer.registry.get("refusal").pins == 0

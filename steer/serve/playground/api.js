@@ -11,9 +11,9 @@ export const setKey = (value) => { key = value; };
 export const onUnauthorised = (ask) => { askForKey = ask; };
 
 export class Problem extends Error {
-  constructor(status, { message, param = null, code = null }) {
+  constructor(status, { message, param = null, code = null, problems = [] }) {
     super(message);
-    Object.assign(this, { status, param, code });
+    Object.assign(this, { status, param, code, problems });
   }
 }
 

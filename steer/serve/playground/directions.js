@@ -88,11 +88,10 @@ export class Directions {
     }
   }
 
-  /** The report of a refused file: the list has its problems one by one, the answer only in one sentence. */
+  /** The report of a refused file, its problems one by one. */
   async refused(name, error) {
     await this.refresh().catch(() => {});
-    const errors = error.code === "invalid_direction" ? this.items.find((item) => item.id === name)?.errors ?? [] : [];
-    this.report(name, "bad", `${name} was not accepted${this.served.some((item) => item.id === name) ? "; the old version serves on" : ""}.`, errors.length ? errors : [error.message]);
+    this.report(name, "bad", `${name} was not accepted${this.served.some((item) => item.id === name) ? "; the old version serves on" : ""}.`, error.problems?.length ? error.problems : [error.message]);
   }
 
   async remove(name, button) {

@@ -133,7 +133,7 @@ def serve(
     backend = "transformers" if model is None and settings.backend == "auto" else settings.backend
     settings = settings.model_copy(update={"served_model_name": named, "backend": backend})
     if choose_backend(model or str(MODEL), settings) == "vllm":
-        from steer.vllm.server import serve as serve_on_vllm
+        from steer.vllm.launch import serve as serve_on_vllm
         from steer.vllm.settings import from_serve_settings
 
         logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")

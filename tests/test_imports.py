@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,18 @@ def test_import_steer_loads_no_engine() -> None:
     program = "import sys, steer; print([m for m in ('vllm', 'transformers', 'fastapi') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_no_module_needs_itself_by_any_way() -> None:
+    """Not by imports in functions or for types alone either: what is below can be read without what is above."""
+    files = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in modules()}
+    known = {name.removesuffix(".__init__"): path for name, path in files.items()}
+
+    def module_of(name: str) -> str:
+        return name if name in known else module_of(name.rpartition(".")[0])
+
+    needs = {
+        module: {module_of(name) for name in imports(path) if name.split(".")[0] == "steer"} - {module}
+        for module, path in known.items()
+    }
+    graphlib.TopologicalSorter(needs).prepare()  # raises CycleError

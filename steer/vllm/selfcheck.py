@@ -11,7 +11,7 @@ import itertools
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -21,11 +21,10 @@ from torch import Tensor
 from steer.direction import Direction, DirectionMeta
 from steer.errors import UnsupportedModel
 from steer.names import Mode, Site
+from steer.registry import Registry
 from steer.runtime.bank import EMBEDDING, HookPoint
-
-if TYPE_CHECKING:
-    from steer.vllm.frontend import Frontend
-
+from steer.runtime.placement import Shape
+from steer.vllm.settings import EngineSettings
 
 log = logging.getLogger("steer")
 
@@ -38,6 +37,20 @@ Ask = Callable[[Sequence[Job], int], list[Answer]]
 #: Of one place, by phase: what is wrong, `RIGHT`, or None where no effect is clear.
 Judgement: TypeAlias = dict[str, str | None]
 RIGHT = ""
+
+
+class Checked(Protocol):
+    """What the self-check needs of an engine's front end."""
+
+    settings: EngineSettings
+    shape: Shape
+    dtype: str
+    registry: Registry
+
+    @property
+    def call(self) -> Callable[..., list[Any]]:
+        """A method of every worker, by name, with its arguments; what each returns."""
+
 
 #: Once with all of it and once with half: what acts twice is all the same where nothing is left.
 STRENGTHS = (1.0, 0.5)
@@ -58,7 +71,7 @@ NUDGES = 3.0
 LEFT, LEFT_ROUNDING = 0.1, 32.0
 
 
-def prove(frontend: Frontend, ask: Ask, *, ranks: int) -> None:
+def prove(frontend: Checked, ask: Ask, *, ranks: int) -> None:
     """Raise UnsupportedModel naming the places that do not steer. Before anything is served: nothing else may run."""
     streams, shape = _streams(frontend), frontend.shape
     needed = [HookPoint(site, i) for site in frontend.settings.sites for i in (EMBEDDING, *range(shape.layers))]
@@ -92,7 +105,7 @@ def prove(frontend: Frontend, ask: Ask, *, ranks: int) -> None:
 class _Engine:
     """One data-parallel rank."""
 
-    def __init__(self, frontend: Frontend, ask: Ask, rank: int) -> None:
+    def __init__(self, frontend: Checked, ask: Ask, rank: int) -> None:
         self.frontend, self.ask, self.rank = frontend, ask, rank
         self.nudge = 1 + ROUNDING.get(frontend.dtype, ROUNDING["bfloat16"])
         plain = [(prompt, "off") for prompt in range(PROMPTS)]
@@ -227,7 +240,7 @@ def rms(x: NDArray[np.float64]) -> float:
     return float(np.sqrt(np.square(x).mean())) if x.size else 0.0
 
 
-def _streams(frontend: Frontend) -> dict[HookPoint, Tensor]:
+def _streams(frontend: Checked) -> dict[HookPoint, Tensor]:
     """What every place has in plain passes: as long as streams there are, in their common direction. Tensor-parallel
     ranks say the same."""
     return {
@@ -251,7 +264,7 @@ def _spec(name: str, place: HookPoint, strength: float) -> str:
     return f"{name}:{_mode(place)}={strength}"
 
 
-def _direction(frontend: Frontend, place: HookPoint, stream: Tensor) -> Direction:
+def _direction(frontend: Checked, place: HookPoint, stream: Tensor) -> Direction:
     """Acts at one place, and changes much there. With `affine` its component of a stream becomes as large as streams
     are; with `ablate` what streams there have in common is removed from them in part."""
     shape, site = frontend.shape, place.site
@@ -279,7 +292,7 @@ def _named(place: HookPoint) -> str:
     return f"{place.site} of {'the embedding' if place.layer == EMBEDDING else f'layer {place.layer}'}"
 
 
-def _meta(frontend: Frontend, site: Site) -> DirectionMeta:
+def _meta(frontend: Checked, site: Site) -> DirectionMeta:
     shape = frontend.shape
     return DirectionMeta(
         method="probe",

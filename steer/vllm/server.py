@@ -38,12 +38,12 @@ from steer.serve.errors import HTTPProblem
 from steer.serve.middleware import REQUEST_ID, SteerMiddleware, around
 from steer.serve.readout import report
 from steer.serve.route import Head
-from steer.settings import KEEP_ALIVE, ControlSettings
+from steer.settings import ControlSettings
 from steer.vllm import frontend as front_ends
-from steer.vllm import internals, plugin, wire
+from steer.vllm import internals, wire
 from steer.vllm.answers import UnlessLost, with_readout
 from steer.vllm.frontend import Frontend, Passage, passage
-from steer.vllm.settings import KEY, EngineSettings
+from steer.vllm.settings import KEY
 from steer.vllm.settings import read as settings_of
 
 log = logging.getLogger("steer")
@@ -488,19 +488,3 @@ def _with_aliases(body: bytes, names: Sequence[str]) -> bytes:
             alias = {"id": f"{card['id']}{carriers.PLUS}{name}", "parent": card["id"], "root": name}
             listed["data"].append(card | alias)
     return json.dumps(listed).encode()
-
-
-def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> None:
-    """Run vLLM's OpenAI server until SIGTERM or SIGINT. `options`: any of `vllm serve`, as on its command line.
-
-    In this process and with one API server, whatever the number of engines: the registry is here.
-    """
-    plugin.register()
-    args = internals.server_arguments(model, options)
-    check_door(Control(settings.control), args)  # before the minute that the engine takes to start
-    if not any(option.partition("=")[0] in ("--allowed-origins", "--allowed_origins") for option in options):
-        args.allowed_origins = []  # vLLM's own default lets every page in the world call the server
-    args.worker_cls = internals.WORKER
-    args.additional_config = dict(args.additional_config or {}) | {KEY: settings.model_dump(mode="json")}
-    args.middleware = [*args.middleware, f"{__name__}.{Middleware.__name__}"]
-    internals.run_server(args, keep_alive=KEEP_ALIVE)

@@ -1,0 +1,27 @@
+"""`steer serve --backend vllm`: vLLM's own OpenAI server, started with steering on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from steer.serve.control import Control
+from steer.settings import KEEP_ALIVE
+from steer.vllm import internals, plugin
+from steer.vllm.server import Middleware, check_door
+from steer.vllm.settings import KEY, EngineSettings
+
+
+def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> None:
+    """Run vLLM's OpenAI server until SIGTERM or SIGINT. `options`: any of `vllm serve`, as on its command line.
+
+    In this process and with one API server, whatever the number of engines: the registry is here.
+    """
+    plugin.register()
+    args = internals.server_arguments(model, options)
+    check_door(Control(settings.control), args)  # before the minute that the engine takes to start
+    if not any(option.partition("=")[0] in ("--allowed-origins", "--allowed_origins") for option in options):
+        args.allowed_origins = []  # vLLM's own default lets every page in the world call the server
+    args.worker_cls = internals.WORKER
+    args.additional_config = dict(args.additional_config or {}) | {KEY: settings.model_dump(mode="json")}
+    args.middleware = [*args.middleware, f"{Middleware.__module__}.{Middleware.__name__}"]
+    internals.run_server(args, keep_alive=KEEP_ALIVE)

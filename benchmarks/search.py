@@ -81,7 +81,7 @@ def other(program: Path, trials: int, folder: Path) -> Sequence[str | Path]:
 
 def ours(trials: int, folder: Path) -> Sequence[str | Path]:
     return [
-        *(sys.executable, "-m", "steer.cli", "search", str(MODEL), "--folder", folder / "search"),
+        *(sys.executable, "-m", "steer", "search", str(MODEL), "--folder", folder / "search"),
         *("--harmful", PROMPTS / "refused.train.txt", "--harmless", PROMPTS / "harmless.train.txt"),
         *("--trials", str(trials), "--startup", str(max(1, trials // 4)), "--seed", "0", "--dtype", "float32"),
         *("--prompts", str(COUNT), "--max-tokens", str(TOKENS)),
@@ -125,7 +125,7 @@ def our_points(folder: Path) -> list[tuple[int, float]]:
     for cls in ("refused", "harmless"):
         sets[cls] = folder / f"{cls}.txt"
         sets[cls].write_text("".join((PROMPTS / f"{cls}.train.txt").read_text().splitlines(keepends=True)[:COUNT]))
-    steer = [sys.executable, "-m", "steer.cli"]
+    steer = [sys.executable, "-m", "steer"]
     shown = subprocess.run(
         [*steer, "trials", str(folder / "search")], capture_output=True, text=True, check=True
     ).stdout

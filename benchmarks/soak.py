@@ -131,7 +131,7 @@ def main() -> int:
             model = models.save("llama", folder / "tiny")
         data = [models.direction(model, seed=seed).to_bytes() for seed in (1, 2, 3)]
         files = {digest(each): each for each in data}
-        command = [sys.executable, "-m", "steer.cli", "serve", "--backend", given.backend]
+        command = [sys.executable, "-m", "steer", "serve", "--backend", given.backend]
         options = [str(folder / "tiny"), "--directions", str(folder / "directions"), "--rows", "8"]
         if given.backend == "vllm":
             options += ["--dtype", "float32", "--max-model-len", "256", *device.ARGUMENTS]

@@ -47,7 +47,7 @@ class Server:
         self.directions, self.cwd = directions, cwd
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        base = command or [sys.executable, "-m", "steer.cli", "serve", "--backend", "transformers"]
+        base = command or [sys.executable, "-m", "steer", "serve", "--backend", "transformers"]
         self.command = [*base, *arguments, "--port", str(self.port)]
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
 

@@ -43,7 +43,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def started(*arguments: str) -> str:
     """What the command prints as a process of its own."""
-    command = [sys.executable, "-m", "steer.cli", *arguments]
+    command = [sys.executable, "-m", "steer", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
@@ -176,7 +176,7 @@ def test_a_measurement_that_is_killed_goes_on(
     output, whole = tmp_path / "m.safetensors", tmp_path / "whole.safetensors"
     partial = tmp_path / "m.safetensors.part"
     options = [*sets, "--vectors", "--batch-size", "2", "--every", "0"]
-    command = [sys.executable, "-m", "steer.cli", "measure", str(tiny_folder), "-o", str(output), *options]
+    command = [sys.executable, "-m", "steer", "measure", str(tiny_folder), "-o", str(output), *options]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not partial.exists() and process.poll() is None:
         time.sleep(0.01)

@@ -29,7 +29,7 @@ def test_the_example_is_a_policy_that_says_everything_there_is_to_say() -> None:
 
 def test_the_commands_for_keys_run(tmp_path: Path) -> None:
     block = next(block for block in blocks_of(PAGE, "sh") if "steer keys new" in block)
-    text = block.replace("steer keys", f"{sys.executable} -m steer.cli keys")
+    text = block.replace("steer keys", f"{sys.executable} -m steer keys")
     done = subprocess.run(["bash", "-euc", text], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sk-steer-") == 2
@@ -40,7 +40,7 @@ def test_the_commands_for_keys_run(tmp_path: Path) -> None:
 def test_every_option_that_it_names_exists() -> None:
     shown = " ".join(f"--{name.replace('_', '-')}" for name in ServeSettings.model_fields) + " --no-steering"
     for command in (("keys", "new"), ("keys", "list"), ("audit", "verify"), ("off",), ("on",)):
-        done = subprocess.run([sys.executable, "-m", "steer.cli", *command, "--help"], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "steer", *command, "--help"], capture_output=True, text=True)
         shown += done.stdout
     of_others = ("--gpus", "--ipc", "--no-cache-dir", "--max-model-len", "--worker-cls", "--middleware", "--api-key")
     of_others += ("--additional-config", "--allowed-origins", "--api-server-count", "--ssl-keyfile", "--ssl-certfile")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from steer.console import log_warnings, quiet_libraries, reported
-from steer.lab.options import Choices, Device, Dtype, check_folder
+from steer.cli.console import log_warnings, quiet_libraries, reported
+from steer.cli.options import Choices, Device, Dtype, check_folder
 
 
 def study(

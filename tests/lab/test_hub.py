@@ -68,7 +68,7 @@ def steer(home: Path, endpoint: str, *arguments: str) -> subprocess.CompletedPro
     """The command in a process of its own, since the hub's library reads its environment when it is imported."""
     hub_settings = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "HF_HOME": str(home)}
     environment = os.environ | hub_settings | {"HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "steer.cli", *arguments]
+    command = [sys.executable, "-m", "steer", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from steer.cli.options import METHOD_HELP
 from steer.errors import DegenerateError, InvalidInput
 from steer.geometry import linear_direction, linear_t, unit, winsorise
 from steer.lab.derive import bootstrapped, sparsified
 from steer.lab.measurement import Contrast, Sample
 from steer.lab.methods import METHODS, Method, make_method
 from steer.lab.methods.boundaries import fit_weights, ledoit_wolf, oracle_approximation
-from steer.lab.options import METHOD_HELP
 
 law = settings(deadline=None, max_examples=8)
 SEEDS = st.integers(0, 2**32)

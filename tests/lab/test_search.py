@@ -267,7 +267,7 @@ def arguments(model: Path, files: Path, folder: Path, **more: object) -> list[st
 
 
 def test_a_killed_search_goes_on_with_the_same_command(tiny_folder: Path, files: Path) -> None:
-    command = [sys.executable, "-m", "steer.cli", *arguments(tiny_folder, files, files / "killed")]
+    command = [sys.executable, "-m", "steer", *arguments(tiny_folder, files, files / "killed")]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
     ) as process:

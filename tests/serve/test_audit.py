@@ -340,7 +340,7 @@ def test_any_bytes_are_an_audit_line_or_an_error(data: bytes) -> None:
 
 
 def test_the_command_names_the_line_and_says_it_with_its_exit_code(whole: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "steer.cli", "audit", "verify"]
+    command = [sys.executable, "-m", "steer", "audit", "verify"]
     done = subprocess.run([*command, str(whole)], capture_output=True, text=True)
     assert (done.returncode, done.stdout.split(";")[0]) == (0, "12 lines, whole")
     report = verify([whole])

@@ -237,7 +237,7 @@ def test_the_commands_off_and_on(tiny_folder: Path, tmp_path: Path) -> None:
     def run(*arguments: str, key: str | None) -> subprocess.CompletedProcess[str]:
         environment = {k: v for k, v in os.environ.items() if k != "STEER_API_KEY"}
         environment |= {"STEER_API_KEY": SECRETS[key]} if key else {}
-        command = [sys.executable, "-m", "steer.cli", *arguments, "--url", server.url]
+        command = [sys.executable, "-m", "steer", *arguments, "--url", server.url]
         return subprocess.run(command, capture_output=True, text=True, env=environment)
 
     with serving(tiny_folder, tmp_path) as server:
@@ -751,7 +751,7 @@ def test_a_killed_server_leaves_a_log_that_goes_on(tiny_folder: Path, tmp_path: 
     ],
 )
 def test_a_server_that_would_not_be_safe_does_not_start(options: list[str], says: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "steer.cli", "serve", "--backend", "transformers", *options]
+    command = [sys.executable, "-m", "steer", "serve", "--backend", "transformers", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert says in done.stderr
@@ -823,7 +823,7 @@ def test_the_command_that_makes_keys(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
 
     def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run([sys.executable, "-m", "steer.cli", "keys", *arguments], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "steer", "keys", *arguments], capture_output=True, text=True)
         assert done.returncode == code, done.stderr
         return done
 

@@ -244,7 +244,7 @@ def test_a_slow_disk_holds_up_no_request(tiny_folder: Path, tmp_path: Path) -> N
     source = Path(__file__).with_name("slow_disk.c")
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, source, "-ldl"], check=True)
     command = ["env", f"LD_PRELOAD={shim}", "SLOW_SECONDS=2"]
-    command += [sys.executable, "-m", "steer.cli", "serve", "--backend", "transformers"]
+    command += [sys.executable, "-m", "steer", "serve", "--backend", "transformers"]
     with (
         Server(str(tiny_folder), "--directions", str(folder), directions=folder, command=command) as server,
         ThreadPoolExecutor(1) as beside,

@@ -321,7 +321,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     policy = folder / "policy.toml"
     made = {"guest": ["--direction", "refusal", "--readout"], "alice": ["--direction", "refusal"], "boss": ["--manage"]}
     for name, options in made.items():
-        command = [sys.executable, "-m", "steer.cli", "keys", "new", name, "--policy", str(policy), *options]
+        command = [sys.executable, "-m", "steer", "keys", "new", name, "--policy", str(policy), *options]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         SECRETS[name] = done.stdout.strip()
     policy.write_text(policy.read_text() + MORE)

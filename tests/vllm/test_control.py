@@ -72,7 +72,7 @@ def server(home: Home, spans: tuple[str, list[bytes]]) -> Iterator[Server]:
     patch = pytest.MonkeyPatch()
     patch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
     patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
-    command = [sys.executable, "-m", "steer.cli", "serve", str(home.folder), "--backend", "vllm", "--rank", "2"]
+    command = [sys.executable, "-m", "steer", "serve", str(home.folder), "--backend", "vllm", "--rank", "2"]
     ours = ["--directions", str(home.directions), "--policy", str(root / "policy.toml")]
     with Server(
         *(
@@ -347,7 +347,7 @@ def test_the_log_is_whole_and_has_the_tokens(server: Server, home: Home) -> None
 )
 def test_a_server_that_would_not_be_safe_does_not_start(home: Home, options: list[str], says: str) -> None:
     policy = str(home.directions.parent / "policy.toml")
-    command = [sys.executable, "-m", "steer.cli", "serve", str(home.folder), "--backend", "vllm"]
+    command = [sys.executable, "-m", "steer", "serve", str(home.folder), "--backend", "vllm"]
     command += [policy if option == "POLICY" else option for option in options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr[-2000:]

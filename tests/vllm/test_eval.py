@@ -27,7 +27,7 @@ def report(folder: Path, backend: str, *more: str) -> dict[str, Any]:
         sets += [option, str(path)]
     text = folder / "text.txt"
     text.write_text("\n".join((PROMPTS / "text.test.txt").read_text().splitlines()[:COUNT]))
-    command = [sys.executable, "-m", "steer.cli", "eval", "steer/demo/model", *sets, "--backend", backend, "--text"]
+    command = [sys.executable, "-m", "steer", "eval", "steer/demo/model", *sets, "--backend", backend, "--text"]
     command += [
         str(text),
         "--direction",

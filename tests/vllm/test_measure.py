@@ -88,7 +88,7 @@ def test_fit_through_vllm_makes_the_direction_that_transformers_makes(tmp_path: 
         ("vllm", ["--max-model-len", "512", "--tensor-parallel-size", RANKS, *device.ARGUMENTS]),
     ):
         file = tmp_path / f"{backend}.safetensors"
-        command = [sys.executable, "-m", "steer.cli", "fit", "steer/demo/model", *sets, "--backend", backend]
+        command = [sys.executable, "-m", "steer", "fit", "steer/demo/model", *sets, "--backend", backend]
         done = subprocess.run(
             [*command, "-o", str(file), "--mode", "one_sided", "--dtype", "float32", *more],
             capture_output=True,

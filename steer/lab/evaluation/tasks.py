@@ -155,7 +155,7 @@ def serving(model: str, revision: str | None, dtype: str, device: str, arms: Seq
         port = probe.getsockname()[1]
         probe.close()
         command = [
-            *(sys.executable, "-m", "steer.cli", "serve", model, "--backend", "transformers", "--port", str(port)),
+            *(sys.executable, "-m", "steer", "serve", model, "--backend", "transformers", "--port", str(port)),
             *("--directions", str(directions), "--served-model-name", "model", "--dtype", dtype, "--device", device),
             *("--sites", ",".join(arms[0].direction.meta.sites)),
             *("--rank", str(max(arm.direction.rank for arm in arms))),

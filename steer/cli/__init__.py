@@ -1,5 +1,5 @@
 """The command `steer`: serve, inspect. The lab's commands are in `steer.lab.*commands` and
-`steer.lab.evaluation`, the operator's in `steer.operate`."""
+`steer.lab.evaluation`, the operator's in `steer.cli.admin`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 from pydantic.fields import FieldInfo
 
-from steer import operate
 from steer._version import __version__
-from steer.console import echo_json, quiet_libraries, reported
+from steer.cli import admin, evaluate, export, fit, search
+from steer.cli.console import echo_json, quiet_libraries, reported
 from steer.errors import InvalidInput
-from steer.lab import commands, export_commands, search_commands
-from steer.lab.evaluation import command as evaluation
 from steer.settings import ServeSettings, served_name
 
 app = typer.Typer(
@@ -198,12 +196,6 @@ def _cell(value: Any, width: int) -> str:
     return f"{'–':>{width}}" if value is None else f"{value:>{width}.3f}"
 
 
-# behind the commands above, in the order in which the help lists them
-commands.register(app)
-export_commands.register(app)
-evaluation.register(app)
-search_commands.register(app)
-operate.add_to(app)
-
-if __name__ == "__main__":
-    main()
+# in the order in which the help lists them
+for commands in fit, export, evaluate, search, admin:
+    commands.register(app)

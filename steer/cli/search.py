@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from steer.console import log_warnings, quiet_libraries, reported
-from steer.errors import InvalidInput
-from steer.lab.bench import open_bench
-from steer.lab.options import (
+from steer.cli.bench import open_bench
+from steer.cli.console import log_warnings, quiet_libraries, reported
+from steer.cli.options import (
     METHOD_HELP,
     VLLM_OPTIONS,
     Backend,
@@ -34,6 +33,7 @@ from steer.lab.options import (
     pair,
     split,
 )
+from steer.errors import InvalidInput
 
 BehaviourOption = Annotated[
     str, typer.Option(help="what is counted: refusal, another that is shipped, or a TOML file that describes it")

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from steer.console import log_warnings, quiet_libraries, reported
-from steer.errors import InvalidInput
-from steer.lab.bench import open_bench
-from steer.lab.options import (
+from steer.cli.bench import open_bench
+from steer.cli.console import log_warnings, quiet_libraries, reported
+from steer.cli.options import (
     VLLM_OPTIONS,
     Backend,
     BatchPrompts,
@@ -35,6 +34,7 @@ from steer.lab.options import (
     check_folder,
     chosen_method,
 )
+from steer.errors import InvalidInput
 
 
 def fit(

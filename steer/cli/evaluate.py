@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.console import echo_json, log_warnings, quiet_libraries, reported
+from steer.cli.bench import open_bench
+from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
+from steer.cli.options import VLLM_OPTIONS, Backend, Choices, Device, Dtype, Model, Revision, SystemPrompt
 from steer.errors import InvalidInput
-from steer.lab.bench import open_bench
-from steer.lab.options import VLLM_OPTIONS, Backend, Choices, Device, Dtype, Model, Revision, SystemPrompt
 
 if TYPE_CHECKING:
     from steer.lab.evaluation.arms import Arm

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from steer.console import log_warnings, quiet_libraries, reported
+from steer.cli.console import log_warnings, quiet_libraries, reported
+from steer.cli.options import METHOD_HELP, Choices, Output, Parameters, Revision, T, check_folder, chosen_method
 from steer.errors import InvalidInput
-from steer.lab.options import METHOD_HELP, Choices, Output, Parameters, Revision, T, check_folder, chosen_method
 
 
 def convert(
@@ -95,8 +95,7 @@ def bake(
     log_warnings()
     quiet_libraries()
     from steer.direction import Direction, digest, read_file
-    from steer.lab import merge as adapter
-    from steer.lab import merge as baking
+    from steer.lab import merge
     from steer.lab.weights import Checkpoint, resolve
 
     with reported():
@@ -111,22 +110,22 @@ def bake(
             )
         if lora and preserve_norms:
             raise InvalidInput("--preserve-norms is no edit of low rank, so there is no adapter of it")
-        removal = baking.removal(loaded, strength)
+        removal = merge.removal(loaded, strength)
         if loaded.meta.sites != removal.direction.meta.sites:
             typer.echo("note: baked as at the site writers, the embedding included", err=True)
         checkpoint = Checkpoint(resolve(model, revision))
         if lora:
-            count = adapter.export(checkpoint, removal, output, base=model, progress=True)
+            count = merge.export(checkpoint, removal, output, base=model, progress=True)
             typer.echo(f"wrote {output}: an adapter of rank {loaded.rank} for {count} modules")
             return
-        count = baking.bake(
+        count = merge.bake(
             checkpoint, removal, output, digest=digest(data), preserve_norms=preserve_norms, progress=True
         )
         typer.echo(f"wrote {output}: {count} tensors edited")
-        if not verify or not baking.room_to_verify(checkpoint):
+        if not verify or not merge.room_to_verify(checkpoint):
             typer.echo(f"not verified{', too large for memory' if verify else ''}", err=True)
             return
-        verdict = baking.verify(model, revision, output, removal, preserve_norms)
+        verdict = merge.verify(model, revision, output, removal, preserve_norms)
     said = [
         f"logits as served to {verdict.logits:.1e}" if verdict.logits is not None else "",
         f"{verdict.left:.1e} of the stream left along it" if verdict.left is not None else "",

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from steer.console import echo_json, reported
+from steer.cli.console import echo_json, reported
 from steer.errors import InvalidInput, SteerError
 
 URL = "http://127.0.0.1:8000"
@@ -25,7 +25,7 @@ _Url = Annotated[str, typer.Option("--url", envvar="STEER_URL", help="the server
 _Reason = Annotated[str, typer.Option("--reason", help="why; refused requests are told")]
 
 
-def add_to(app: typer.Typer) -> None:
+def register(app: typer.Typer) -> None:
     app.add_typer(keys, name="keys")
     app.add_typer(audit, name="audit")
     app.command("on")(on)

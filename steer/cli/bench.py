@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from steer.cli.options import Choices
 from steer.errors import InvalidInput
-from steer.lab.options import Choices
 
 if TYPE_CHECKING:
     from steer.lab.evaluator import Evaluator
     from steer.lab.source import Source
+
 
 #: Directions that are tried at once, if their rows fit.
 CANDIDATES = 64

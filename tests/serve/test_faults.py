@@ -213,7 +213,7 @@ def test_a_folder_that_is_read_only_is_read(tiny_folder: Path, folder: Path) -> 
     program = (
         "import ctypes, os, sys; CAPBSET_DROP, DAC_OVERRIDE = 24, 1;"
         "ctypes.CDLL(None).prctl(CAPBSET_DROP, DAC_OVERRIDE, 0, 0, 0);"
-        "os.execv(sys.executable, [sys.executable, '-m', 'steer.cli', *sys.argv[1:]])"
+        "os.execv(sys.executable, [sys.executable, '-m', 'steer', *sys.argv[1:]])"
     )
     command = [sys.executable, "-c", program, "serve", "--backend", "transformers"]
     folder.chmod(0o555)

@@ -8,7 +8,7 @@ SteerError
 │   └── RequestError              another part of a request is not acceptable
 ├── UnknownDirection (SpecError)  a request names a direction that is not served
 ├── UnsupportedModel              a model's layers or sites cannot be claimed, so nothing starts
-│   └── hf.selfcheck.Unproved       its answers in the transformers engine are not those of `generate`
+│   └── hf.selfcheck.Unproved     its answers in the transformers engine are not those of `generate`
 ├── hf.internals.CannotBatch      transformers cannot batch the model: it is served one request at a time
 ├── NoRoom                        no free rows (a load) or no free queue place (a request) right now
 ├── RequestFailed                 one admitted request cannot be answered; the engine and all others go on

@@ -295,8 +295,8 @@ class Steering:
         return targets
 
     def _verify(self) -> None:
-        """Prove that what is acted on is the stream (`runtime.selfcheck`), with rows of a batch steered and plain ones, and
-        that a plain pass is unchanged. Raises UnsupportedModel naming the places that failed."""
+        """Check that what is acted on is the stream (`runtime.selfcheck`), with rows of a batch steered and plain ones,
+        and that a plain pass is unchanged. Raises UnsupportedModel naming the places that failed."""
         anatomy = self.anatomy
         plain, again = anatomy.probe().logits, anatomy.probe().logits
         if not torch.equal(plain, again) and _drops(anatomy.model):

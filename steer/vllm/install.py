@@ -233,7 +233,7 @@ def _prove(
     plain: tuple[Tensor, Tensor],
 ) -> dict[HookPoint, Tensor]:
     """Check that what the steering modules act on is the stream (`runtime.selfcheck`), that all ranks have the same of
-    it, and that a plain pass is the same with steering modules as without. Returns what a plain pass has at each place."""
+    it, and that a plain pass is the same with steering modules as without. Returns what a plain pass has everywhere."""
     each = internals.PROBE_TOKENS // len(selfcheck.CASES)
 
     def run(steers: selfcheck.Steers) -> None:

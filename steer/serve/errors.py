@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
@@ -75,57 +77,113 @@ async def on_steer_error(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def on_validation_error(_request: Request, error: Exception) -> JSONResponse:
-    """The problems of one body, all of them, in one message that names each field."""
+    """The problems of one body, up to `MAX_PROBLEMS`, in one message that names each field."""
     assert isinstance(error, RequestValidationError)
     problems: dict[str, str] = {}
-    for item in error.errors():
-        where = [str(part) for part in item["loc"] if part != "body"]
+    for item in islice(error.errors(), MAX_PROBLEMS):
+        where = _where(item["loc"])
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, Unserved):
             for name, wrong in cause.found:
                 problems.setdefault(".".join([*where, name]), wrong)
         else:
-            if union := next((i for i, part in enumerate(where) if "[" in part or part in _KINDS), None):
-                where = where[:union]  # behind it stands which of several types was tried
             problems.setdefault(".".join(where) or "body", _wrong(item))
     message = "; ".join(f"{where}: {wrong}" for where, wrong in problems.items())
     return response(400, message, param=next(iter(problems)), code="invalid_value")
 
 
-_KINDS = frozenset(("str", "int", "float", "bool"))
-#: What is accepted where pydantic says this, with what it says of the limit.
+def _where(place: Iterable[int | str]) -> list[str]:
+    """The path of a field. Pydantic also says which function and which of several types it was at, by their names."""
+    parts = [str(part)[:100] for part in place if not str(part).startswith("function-")]
+    types = (i for i, part in enumerate(parts) if "[" in part or part in _KINDS or part[:1].isupper())
+    return parts[parts[:1] == ["body"] : next(types, len(parts))]
+
+
+#: Problems of one body that are told of.
+MAX_PROBLEMS = 16
+_KINDS = frozenset(("str", "int", "float", "bool", "list", "dict", "nullable", "union"))
+#: What is accepted where pydantic says this, with what it says of the limit. A beginning stands for all that have it.
 _ACCEPTED = {
     "bool_": "true or false",
+    "bytes_": "a text",
+    "dataclass_": "an object",
     "dict_": "an object",
+    "enum": "{expected}",
     "finite_": "a number",
     "float_": "a number",
     "greater_than": "a number above {gt}",
     "greater_than_equal": "a number from {ge} up",
     "int_": "a whole number",
+    "iterable_": "a list",
     "less_than": "a number below {lt}",
     "less_than_equal": "a number up to {le}",
     "list_": "a list",
     "literal_": "{expected}",
+    "mapping_": "an object",
     "model_": "an object",
+    "multiple_of": "a multiple of {multiple_of}",
+    "none_": "null",
+    "string_pattern_mismatch": "a text that matches {pattern}",
     "string_too_long": "a text of at most {max_length} characters",
+    "string_too_short": "a text of at least {min_length} characters",
     "string_": "a text",
     "too_long": "at most {max_length} of them",
     "too_short": "at least {min_length} of them",
+    "tuple_": "a list",
+    "union_tag_": "one of {expected_tags}",
 }
+#: How pydantic tells of a problem where an engine hands its whole text on.
+_TOLD = re.compile(r"^(\S.*)\n +(.*) \[type=(\w+), input_value=(.*), input_type=\S+\]$", re.MULTILINE)
 
 
 def _wrong(item: Mapping[str, Any]) -> str:
     """What is wrong about one field."""
-    kind, limits = item["type"], {k: f"{v:g}" if isinstance(v, float) else v for k, v in item.get("ctx", {}).items()}
+    kind, limits = item["type"], item.get("ctx", {})
     if kind == "missing":
         return "missing; it is required"
     if kind == "extra_forbidden":
         return "unknown field"
     if kind == "value_error":
-        return str(limits["error"])
-    exact = kind if kind in _ACCEPTED else next((k for k in _ACCEPTED if k.endswith("_") and kind.startswith(k)), "")
-    accepted = _ACCEPTED[exact].format(**limits) if exact else item["msg"]
-    return f"{brief(item.get('input'))} is not accepted: {accepted}"
+        return str(limits["error"])[:LONGEST]
+    return f"{brief(item.get('input'))} is not accepted{_accepted(kind, limits)}"
+
+
+def _accepted(kind: str, limits: Mapping[str, Any]) -> str:
+    exact = kind if kind in _ACCEPTED else next((k for k in _ACCEPTED if k.endswith("_") and kind.startswith(k)), None)
+    if exact is None:
+        return ""
+    try:
+        shown = {name: f"{limit:g}" if isinstance(limit, float) else str(limit)[:200] for name, limit in limits.items()}
+        return f": {_ACCEPTED[exact].format(**shown)}"
+    except KeyError:
+        return ""
+
+
+#: Characters of a message of an engine behind.
+LONGEST = 1000
+
+
+def restated(message: str, sent: Iterable[str]) -> tuple[str, str | None]:
+    """An error message of an engine behind, in plain words and bounded, and the field that it is of, among those that
+    were `sent`: the first that it names as one, in quotes, by its underscore or by beginning with it."""
+    if told := _TOLD.findall(message):
+        found: dict[str, str] = {}
+        for where, said, kind, value in told[:MAX_PROBLEMS]:
+            own = kind == "value_error"
+            wrong = said.removeprefix("Value error, ") if own else f"{value[:60]} is not accepted{_accepted(kind, {})}"
+            found.setdefault(".".join(_where(where.split("."))), wrong)
+        return "; ".join(f"{where}: {wrong}" for where, wrong in found.items())[:LONGEST], next(iter(found))
+    names = {name: _mention(name, message) for name in sent if len(name) <= 100}
+    named = min((at, name) for name, at in names.items()) if names else (len(message), "")
+    return message[:LONGEST], named[1] if named[0] < len(message) else None
+
+
+def _mention(name: str, message: str) -> int:
+    """Where a message names this field; its length where it does not."""
+    word = re.escape(name)
+    written = rf"\b{word}\b" if "_" in name else rf"^{word}\b|['\"`]{word}['\"`]"
+    found = re.search(written, message[: 10 * LONGEST])
+    return found.start() if found else len(message)
 
 
 async def on_http_exception(_request: Request, error: Exception) -> JSONResponse:

@@ -47,8 +47,9 @@ bench: $(VENV)/vllm
 # Inputs of all parsers together, and requests to the routes; what is found is printed with the number that makes it again.
 INPUTS ?= 1000000
 REQUESTS ?= 50000
+VLLM_REQUESTS ?= 20000
 fuzz: $(VENV)/test
-	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) --requests $(REQUESTS)
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) --requests $(REQUESTS) --vllm $(VLLM_REQUESTS)
 
 MINUTES ?= 10
 soak: $(VENV)/test

@@ -1,7 +1,8 @@
-"""`make soak`: mixed steered and plain streams with a swap each second, for minutes, against a real server.
+"""`make soak`: mixed steered and plain streams with a swap each second, for minutes, against a real server, beside a
+client that means ill (`Hostile`).
 
-Every answer must be the one that the digest of its receipt predicts, and what the server holds must not grow:
-after a warm-up no line through memory, files or threads may rise by more than noise. A table and a plot come out.
+Every answer to the others must be the one that the digest of its receipt predicts, and what the server holds must not
+grow: after a warm-up no line through memory, files or threads may rise by more than noise. A table and a plot come out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import numpy as np
 import psutil
 
 from benchmarks.engines import ENVIRONMENT
+from benchmarks.hostile import WILD, Hostile, wild
 from benchmarks.results import FOLDER, Result
 from steer.direction import digest, write_file
 from tests import models
@@ -44,12 +47,20 @@ class Soak:
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.samples: list[dict[str, float]] = []
+        self.hostile = Hostile(server)
 
     def client(self, number: int) -> None:
         rng = random.Random(number)
         with httpx.Client(base_url=self.server.url, timeout=120) as http:
             while not self.stop.is_set():
                 self.ask(http, rng.choice(PROMPTS), steered=rng.random() < 0.6, leaves=rng.random() < 0.05)
+
+    def harm(self) -> None:
+        for number in count():
+            if self.stop.is_set():
+                break
+            self.hostile.act(number)
+        self.hostile.close()
 
     def ask(self, http: httpx.Client, prompt: str, *, steered: bool, leaves: bool) -> None:
         body: dict[str, Any] = {"model": self.server.model_name, "prompt": prompt, "max_tokens": TOKENS}
@@ -87,6 +98,7 @@ class Soak:
 
     def run(self, seconds: float) -> None:
         clients = [threading.Thread(target=self.client, args=(number,)) for number in range(CLIENTS)]
+        clients.append(threading.Thread(target=self.harm))
         for client in clients:
             client.start()
         started, rng = time.monotonic(), random.Random(0)
@@ -145,6 +157,8 @@ def main() -> int:
                 for prompt in PROMPTS:
                     steer = {"steer": "refusal"} if each else {}
                     answers[which or None, prompt] = text(server.complete(prompt, max_tokens=TOKENS, **steer))
+            bad = wild(models.direction(model, seed=8, shared=True))
+            assert server.client.put(f"/v1/directions/{WILD}", content=bad).status_code in (200, 201)
             soak = Soak(server, files, answers)
             soak.run(given.minutes * 60)
             alive = server.process.poll() is None and "Traceback" not in server.log
@@ -157,18 +171,22 @@ def report(soak: Soak, alive: bool, folder: Path, minutes: float, backend: str) 
     for held, most in GROWTH.items():
         first, last = soak.samples[0][held], soak.samples[-1][held]
         rows.append(f"| {held} | {first:.0f} | {last:.0f} | {grown[held]:+.2f} | {most:g} |")
-    counted = ", ".join(f"{count} {what}" for what, count in soak.counts.items())
+    counted = ", ".join(f"{many} {what}" for what, many in soak.counts.items())
+    ill = ", ".join(f"{many} × {what}" for what, many in sorted(soak.hostile.counts.items()))
+    wrong = soak.wrong + soak.hostile.wrong
     text = (
         f"A tiny model on {backend}, {minutes:g} minutes: {counted}; {len(soak.wrong)} wrong answers or receipts.\n\n"
     )
-    text += "\n".join([*rows, "", *soak.wrong[:5], f"![What was held over time]({name}.png)", ""])
+    text += f"Beside them a client that means ill, by the status of each answer: {ill}; "
+    text += f"{len(soak.hostile.wrong)} of them wrong.\n\n"
+    text += "\n".join([*rows, "", *wrong[:5], f"![What was held over time]({name}.png)", ""])
     command = f"python -m benchmarks.soak --minutes {minutes:g} --backend {backend}"
-    result = Result(name, "Soak: mixed traffic, a swap each second", command, {}, [], text)
+    result = Result(name, "Soak: mixed traffic, a swap each second, a hostile client", command, {}, [], text)
     result.save(folder)
     (folder / f"{name}.samples.json").write_text(json.dumps(soak.samples))
     plot(soak, folder / f"{name}.png")
     print(result.markdown())
-    return 0 if alive and not soak.wrong and all(grown[held] <= most for held, most in GROWTH.items()) else 1
+    return 0 if alive and not wrong and all(grown[held] <= most for held, most in GROWTH.items()) else 1
 
 
 def plot(soak: Soak, path: Path) -> None:

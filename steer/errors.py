@@ -53,25 +53,51 @@ def brief(value: Any) -> str:
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-#: What is accepted where pydantic says this (a name that ends in _ is the beginning of several), with its limits.
+#: What is accepted where pydantic says this, with its limits. A name that ends in _ is the beginning of several.
 _ACCEPTED = {
     "bool_": "true or false",
+    "bytes_": "a text",
+    "dataclass_": "an object",
     "dict_": "an object",
+    "enum": "{expected}",
     "finite_": "a number",
     "float_": "a number",
     "greater_than": "a number above {gt}",
     "greater_than_equal": "a number from {ge} up",
     "int_": "a whole number",
+    "iterable_": "a list",
     "less_than": "a number below {lt}",
     "less_than_equal": "a number up to {le}",
     "list_": "a list",
     "literal_": "{expected}",
+    "mapping_": "an object",
     "model_": "an object",
+    "multiple_of": "a multiple of {multiple_of}",
+    "none_": "null",
+    "path_": "a path",
+    "string_pattern_mismatch": "a text that matches {pattern}",
     "string_too_long": "a text of at most {max_length} characters",
+    "string_too_short": "a text of at least {min_length} characters",
     "string_": "a text",
     "too_long": "at most {max_length} of them",
     "too_short": "at least {min_length} of them",
+    "tuple_": "a list",
+    "union_tag_": "one of {expected_tags}",
 }
+#: By which pydantic calls one of several types that it tried.
+_TYPES = frozenset(("str", "int", "float", "bool", "list", "dict", "nullable", "union"))
+
+
+def accepted(kind: str, limits: Mapping[str, Any]) -> str:
+    """What is accepted where pydantic finds a problem of this kind; empty where we have no words for it."""
+    exact = kind if kind in _ACCEPTED else next((k for k in _ACCEPTED if k.endswith("_") and kind.startswith(k)), None)
+    if exact is None:
+        return ""
+    try:
+        shown = {name: f"{limit:g}" if isinstance(limit, float) else str(limit)[:200] for name, limit in limits.items()}
+        return _ACCEPTED[exact].format(**shown)
+    except KeyError:
+        return ""
 
 
 def wording(item: Mapping[str, Any]) -> str:
@@ -81,14 +107,19 @@ def wording(item: Mapping[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         return "unknown field"
     if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
-    return f"{brief(item.get('input'))} is not accepted: {_accepted(item)}"
+        return str(item["ctx"]["error"])[:MAX_PROBLEM]
+    what = accepted(item["type"], item.get("ctx", {}))
+    return f"{brief(item.get('input'))} is not accepted{what and f': {what}'}"
 
 
-def _accepted(item: Mapping[str, Any]) -> str:
-    kind, limits = item["type"], {k: f"{v:g}" if isinstance(v, float) else v for k, v in item.get("ctx", {}).items()}
-    exact = kind if kind in _ACCEPTED else next((k for k in _ACCEPTED if k.endswith("_") and kind.startswith(k)), "")
-    return _ACCEPTED[exact].format(**limits) if exact else str(item["msg"])
+def field_path(place: Iterable[int | str]) -> list[str]:
+    """The path of a field. Pydantic's also says which function and which of several types it was at."""
+    parts = [str(part)[:100] for part in place if not str(part).startswith("function-")]
+    return list(itertools.takewhile(lambda part: not _names_a_type(part), parts))
+
+
+def _names_a_type(part: str) -> bool:
+    return "[" in part or part in _TYPES or part[:1].isupper() or part.startswith("constrained-")
 
 
 def problems_by_field(items: Iterable[Mapping[str, Any]], whole: str) -> dict[str, str]:
@@ -96,19 +127,13 @@ def problems_by_field(items: Iterable[Mapping[str, Any]], whole: str) -> dict[st
     `whole`. Of a field with several types, what each of them accepts."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for item in items:
-        where = list(itertools.takewhile(lambda part: not _names_a_type(part), map(str, item["loc"])))
-        found.setdefault(".".join(where) or whole, []).append(item)
+        found.setdefault(".".join(field_path(item["loc"])) or whole, []).append(item)
     problems = {}
     for field, (first, *others) in found.items():
-        more = dict.fromkeys(_accepted(item) for item in others if "input" in item and item["type"] != "value_error")
-        more.pop(_accepted(first), None)
-        problems[field] = ", or ".join([wording(first), *more])
+        also = dict.fromkeys(accepted(item["type"], item.get("ctx", {})) for item in others)
+        own = accepted(first["type"], first.get("ctx", {}))
+        problems[field] = ", or ".join([wording(first), *(each for each in also if own and each and each != own)])
     return problems
-
-
-def _names_a_type(part: str) -> bool:
-    """Is this part of pydantic's path no field, but which of several types was tried?"""
-    return part in ("str", "int", "float", "bool") or "[" in part or part.startswith("constrained-")
 
 
 def problems_of(error: ValidationError, whole: str) -> Iterator[str]:

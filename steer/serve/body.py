@@ -7,6 +7,7 @@ takes as long as a hundred of text. So structure is counted first, in windows, b
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -29,7 +30,8 @@ SMALL = 16 * 1024
 BODY = "steer.body"
 _WINDOW = 64 * 1024
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-
+#: Whole numbers, anywhere in a body: what one word of an engine's messages holds, and none of them takes more.
+MIN_INTEGER, MAX_INTEGER = -(2**63), 2**64 - 1
 
 #: Of `stop` and of `bad_words`: texts, which are looked for in every piece of an answer, and their characters in all.
 MAX_TEXTS, MAX_TEXTS_LENGTH = 64, 8192
@@ -65,21 +67,79 @@ async def understood(work: Callable[[], T], size: int) -> T:
 
 def parse_body(data: bytes) -> dict[str, Any]:
     """A JSON object in which no key stands twice, so that nothing behind us can read another one than we did. Raises
-    HTTPProblem 400, also where it has more values, keys or depth than a request needs."""
+    HTTPProblem 400, also where it has more values, keys or depth than a request needs; and for a number or a text that
+    is none, by the name of its field: NaN, infinities, numbers that no engine takes, half of a surrogate pair.
+    """
+    reader = _Numbers()
     try:
         text = data.decode()  # of bytes `loads` would take what is no UTF-8
         check_structure(data)
-        hooks: dict[str, Any] = {"parse_int": _integer, "parse_float": _number} if len(data) > SMALL else {}
-        body = json.loads(text, object_pairs_hook=_unique, **hooks)
-        if b"\\ud" in data or b"\\uD" in data:  # half of a surrogate pair is no text, and no tokenizer takes it
-            json.dumps(body, ensure_ascii=False).encode()
+        body = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_int=reader.integer,
+            parse_float=reader.number,
+            parse_constant=reader.constant,
+        )
     except errors.HTTPProblem:
         raise
     except (ValueError, RecursionError) as error:
         raise errors.HTTPProblem(400, f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
         raise errors.HTTPProblem(400, "the body must be a JSON object", code="invalid_json")
+    if reader.found or b"\\ud" in data or b"\\uD" in data:  # both are rare, and only then is all of it looked through
+        for name, value in body.items():
+            if wrong := _unsendable({name: value}):
+                raise errors.HTTPProblem(400, f"{_shown(name)}: {wrong}", code="invalid_value", param=_shown(name))
     return body
+
+
+class _NoNumber:
+    """Stands where a body has a number that is none."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class _Numbers:
+    """Reads the numbers of one body. Where a parser calls Python, at each of them, other threads get their turn."""
+
+    def __init__(self) -> None:
+        self.found = False
+
+    def integer(self, text: str) -> int | _NoNumber:
+        if len(text) <= 20 and MIN_INTEGER <= (value := int(text)) <= MAX_INTEGER:
+            return value
+        return self.constant(text)
+
+    def number(self, text: str) -> float | _NoNumber:
+        value = float(text)
+        return value if math.isfinite(value) else self.constant(text)
+
+    def constant(self, text: str) -> _NoNumber:
+        self.found = True
+        return _NoNumber(text)
+
+
+def _unsendable(value: Any) -> str:
+    """What no engine could be told of in this value; nothing if all of it can be."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=_refuse).encode()
+    except UnicodeEncodeError:
+        return "half of a surrogate pair is no text"
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def _refuse(value: _NoNumber) -> None:
+    raise TypeError(
+        f"{value.text[:60]} is not accepted: finite numbers, whole ones from {MIN_INTEGER} to {MAX_INTEGER}"
+    )
+
+
+def _shown(name: str) -> str:
+    return name[:100].encode(errors="backslashreplace").decode()
 
 
 def check_size(body: dict[str, Any]) -> None:
@@ -142,21 +202,14 @@ def check_structure(data: bytes, most: int = MAX_VALUES) -> int:
     return commas + opened + 1
 
 
-def _integer(text: str) -> int:
-    """As the parser itself has it. Where it calls Python, at each number, other threads get their turn."""
-    return int(text)
-
-
-def _number(text: str) -> float:
-    return float(text)
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise errors.HTTPProblem(400, f"the body has a key twice: {twice[:100]}", code="invalid_json")
+        raise errors.HTTPProblem(
+            400, f"the body has a key twice: {_shown(twice)}", code="invalid_json", param=_shown(twice)
+        )
     if long := next((key for key in out if len(key) > MAX_KEY), None):
         raise errors.HTTPProblem(
             400, f"the key '{long[:40]}…' has {len(long)} characters, at most {MAX_KEY}", code="body_too_complex"

@@ -32,7 +32,8 @@ def router(served: Served) -> APIRouter:
         def prepare() -> list[Job]:
             asked = generator.tokens(body)
             prompt = served.loaded.chat_ids(messages, **body.template)
-            room, stops = generator.room(prompt, body.wanted_tokens, "messages"), Stops(body.stops)
+            limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+            room, stops = generator.room(prompt, body.wanted_tokens, "messages", limit), Stops(body.stops)
             samplings = body.sampling(asked, room, body.wanted_logprobs)
             return [Job(i, prompt, sampling, stops, read) for i, sampling in enumerate(samplings)]
 

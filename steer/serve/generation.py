@@ -137,8 +137,9 @@ class Generator:
                 )
         return await unless_gone(request, offload("text", sum(map(len, texts)), work))
 
-    def room(self, prompt: Sequence[int], wanted: int | None, param: str) -> int:
-        """How many tokens the answer may have. Raises RequestError where prompt and wish do not fit the context."""
+    def room(self, prompt: Sequence[int], wanted: int | None, param: str, limit: str = "max_tokens") -> int:
+        """How many tokens the answer may have. Raises RequestError where prompt and wish do not fit the context.
+        `param` and `limit`: the fields that they are from."""
         if not prompt:
             raise RequestError("the prompt has no tokens", param=param)
         context = self.engine.context
@@ -148,7 +149,7 @@ class Generator:
                 400,
                 f"the prompt has {len(prompt)} tokens, the answer may have {wanted or 1}, the context is {context}",
                 code="context_length_exceeded",
-                param=param,
+                param=limit if left > 0 else param,
             )
         vocabulary = self.engine.steering.anatomy.vocabulary
         if (bad := next((t for t in prompt if not 0 <= t < vocabulary), None)) is not None:

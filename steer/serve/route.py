@@ -17,8 +17,6 @@ from steer.serve.body import BODY, SMALL, Gone, parse_body, read_body, understoo
 
 #: Bytes of a body that steers nothing.
 MAX_CONTROL = 16 * 1024
-#: Problems of one body that are told of.
-MAX_PROBLEMS = 16
 
 
 class Head:
@@ -56,7 +54,7 @@ def _checked(model: type[BaseModel], body: Any) -> BaseModel:
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        raise RequestValidationError(error.errors(include_url=False)[:MAX_PROBLEMS]) from None
+        raise RequestValidationError(error.errors(include_url=False)) from None
 
 
 class JsonRoute(APIRoute):

@@ -1,5 +1,5 @@
-"""What goes into the answers of vLLM's server: the error of a request whose stream was lost, and the read-out, into a
-whole answer or as one more chunk before a stream's end.
+"""What goes into the answers of vLLM's server: errors in plain words, the error of a request whose stream was lost, and
+the read-out, into a whole answer or as one more chunk before a stream's end.
 
 The engine hands a read-out on when its request has ended, so a stream has all of it in one piece; put together, the
 chunks of a stream say what a whole answer says, as on the other engine.
@@ -8,7 +8,7 @@ chunks of a stream say what a whole answer says, as on the other engine.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from starlette.types import Message, Send
@@ -67,6 +67,40 @@ def with_readout(send: Send, fetch: Fetch) -> Send:
             await (stream if streamed else whole)(message)
 
     return sending
+
+
+def restated(send: Send, sent: Iterable[str]) -> Send:
+    """Sends an answer on; one that refuses the request with its message in plain words and, as `param`, the field that
+    is wrong, where that says it. `sent`: the fields of the request."""
+    start: Message | None = None
+    body = b""
+
+    async def sending(message: Message) -> None:
+        nonlocal start, body
+        if message["type"] == "http.response.start" and 400 <= message["status"] < 500:
+            start = message
+        elif start is None:
+            await send(message)
+        else:
+            body += message.get("body", b"")
+            if not message.get("more_body", False):
+                data = _restated(body, sent)
+                headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
+                await send({**start, "headers": [*headers, (b"content-length", str(len(data)).encode())]})
+                await send({"type": "http.response.body", "body": data})
+
+    return sending
+
+
+def _restated(body: bytes, sent: Iterable[str]) -> bytes:
+    try:
+        answer = json.loads(body)
+        error = answer["error"]
+        said, field = errors.restated(error["message"], sent)
+        error |= {"message": said, "param": error.get("param") or field}
+    except (ValueError, TypeError, KeyError):  # not in the shape of our errors, or OpenAI's
+        return body
+    return json.dumps(answer).encode()
 
 
 class UnlessLost:

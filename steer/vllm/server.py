@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -31,7 +32,7 @@ from steer.registry import Admission
 from steer.serve import carriers, errors, metrics, playground, reference, switch
 from steer.serve.access import PUBLIC, Access
 from steer.serve.authorise import admit
-from steer.serve.body import Gone, parse_body, read_body, replay, understood
+from steer.serve.body import BODY, Gone, parse_body, read_body, replay, understood
 from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
 from steer.serve.errors import HTTPProblem
@@ -41,7 +42,7 @@ from steer.serve.route import Head
 from steer.settings import ControlSettings
 from steer.vllm import frontend as front_ends
 from steer.vllm import internals, wire
-from steer.vllm.answers import UnlessLost, with_readout
+from steer.vllm.answers import UnlessLost, restated, with_readout
 from steer.vllm.frontend import Frontend, Passage, passage
 from steer.vllm.settings import KEY
 from steer.vllm.settings import read as settings_of
@@ -260,7 +261,8 @@ class Generation:
             send = with_readout(answer.send, fetch) if reads else answer.send
             used = (lambda: all(map(front.used, tickets))) if tickets else None
             try:
-                await _run(self.app, Passage(plain=not scope["steer"].spec and not reads), scope, receive, send, used)
+                way = Passage(plain=not scope["steer"].spec and not reads)
+                await _run(self.app, way, scope[BODY], scope, receive, send, used)
             except Exception:
                 if not any(map(front.has_lost, tickets)):
                     raise
@@ -325,7 +327,7 @@ class Other:
                 message = {**message, "headers": [*message["headers"], (carriers.RECEIPT.encode(), b"[]")]}
             await send(message)
 
-        await _run(self.app, way, scope, replay(data, receive), sending)
+        await _run(self.app, way, body, scope, replay(data, receive), sending)
 
 
 def _may_be_plain(scope: Scope) -> bool:
@@ -353,7 +355,7 @@ async def _understood(scope: Scope, data: bytes) -> Any:
     try:
         return await understood(lambda: parse_body(data), len(data)) if data else {}
     except HTTPProblem as error:
-        if error.code == "body_too_complex":  # vLLM would parse it on the event loop
+        if error.code == "body_too_complex" or error.param:  # vLLM would parse it on the event loop, or take it
             raise
         return None
 
@@ -376,16 +378,32 @@ def check_one_answer(body: dict[str, Any]) -> None:
 
 
 async def _run(
-    app: ASGIApp, way: Passage, scope: Scope, receive: Receive, send: Send, used: Callable[[], bool] | None = None
+    app: ASGIApp,
+    way: Passage,
+    body: Any,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    used: Callable[[], bool] | None = None,
 ) -> None:
-    """`app` with its way to the engine. `used`: has the engine got what was admitted; None where nothing has to be."""
-    answer = _Held(send, way, used, scope, receive)
+    """`app` with its way to the engine. `used`: has the engine got what was admitted; None where nothing has to be.
+    `body`: what was sent, whose fields errors are told of by name."""
+    scope = _in_our_words(scope)
+    answer = _Held(restated(send, body if isinstance(body, dict) else ()), way, used, scope, receive)
     with _passing(way):
         try:
             await app(scope, receive, answer.send)
         except Exception:
             if way.refused is None or not await answer.refuse():
                 raise
+
+
+def _in_our_words(scope: Scope) -> Scope:
+    """The scope of a route that tells of a body's problems as our own routes do. Starlette hands the handlers of an app
+    on to its routes there."""
+    by_type, by_status = scope.get("starlette.exception_handlers", ({}, {}))
+    ours = {**by_type, RequestValidationError: errors.on_validation_error}
+    return {**scope, "starlette.exception_handlers": (ours, by_status)}
 
 
 class _Held:

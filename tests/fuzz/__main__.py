@@ -23,6 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=1_000_000, help="inputs of all pure parsers together")
     parser.add_argument("--requests", type=int, default=50_000, help="requests to the routes")
+    parser.add_argument("--vllm", type=int, default=20_000, help="requests to vLLM's server, where it is installed")
     parser.add_argument("--first", type=int, default=0, help="number of each surface's first input")
     parser.add_argument("--only", nargs="*", help="surfaces to run, among: " + ", ".join(s.name for s in SURFACES))
     given = parser.parse_args()
@@ -39,6 +40,9 @@ def main() -> int:
     if given.requests:
         started = time.monotonic()
         bad += report("routes", routes.run(given.requests), time.monotonic() - started)
+    if given.vllm and routes.has_vllm():
+        started = time.monotonic()
+        bad += report("vllm", routes.run_vllm(given.vllm), time.monotonic() - started)
     return 1 if bad else 0
 
 

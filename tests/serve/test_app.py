@@ -160,7 +160,10 @@ def test_what_else_is_wrong(tiny_server: Server) -> None:
     long = error(tiny_server.complete("x" * 600), 400)
     assert long["code"] == "context_length_exceeded"
     assert "601 tokens" in long["message"]
-    assert error(tiny_server.complete(max_tokens=10_000), 400)["code"] == "context_length_exceeded"
+    assert long["param"] == "prompt"
+    for name in ("max_tokens", "max_completion_tokens"):
+        told = error(tiny_server.chat(**{"max_tokens": None, name: 10_000}), 400)
+        assert (told["code"], told["param"]) == ("context_length_exceeded", name)
     both = error(tiny_server.complete(temperature=-1, max_tokens="many"), 400)["message"]
     assert "temperature" in both
     assert "max_tokens" in both

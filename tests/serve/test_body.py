@@ -114,3 +114,21 @@ def test_what_is_not_too_much_is_left_to_the_app() -> None:
         {"prompt": None, "stop": None},
     ):
         check_size(asked)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["NaN", "-Infinity", "1e999", "-1e400", "9" * 20, "9" * 5000, str(-(2**63) - 1), '"\\ud800"', '{"\\udfff": 1}'],
+)
+@pytest.mark.parametrize("around", ["{}", "[1, {}]", '{{"x": [{}]}}'])
+def test_what_no_engine_could_be_told_of_is_named_by_its_field(value: str, around: str) -> None:
+    with pytest.raises(HTTPProblem) as caught:
+        parse_body(f'{{"model": "m", "field": {around.format(value)}, "last": 1}}'.encode())
+    assert (caught.value.code, caught.value.param) == ("invalid_value", "field")
+    assert len(str(caught.value)) < 400
+
+
+def test_what_is_at_the_limits_of_numbers_and_texts_is_taken() -> None:
+    for value in (2**64 - 1, -(2**63), 1e308, 1e-320, -0.0, "\U0001d54a", "\ufffd"):
+        assert parse_body(json.dumps({"field": value}).encode()) == {"field": value}
+    assert refused(b'{"field": 1, "\\u00e9": 2, "\\u00e9": 3}', "invalid_json").endswith("é")

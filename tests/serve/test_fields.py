@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import Any, get_type_hints
 
 import pytest
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from openai.types import completion_create_params as completion
 from openai.types.chat import completion_create_params as chat
 from pydantic import ValidationError
+from pydantic_core._pydantic_core import list_all_errors
 
-from steer.serve import fields
+from steer.serve import errors, fields
 from steer.serve.protocol import ChatRequest, CompletionRequest
+from tests.fuzz.fields import FOREIGN
+from tests.fuzz.life import Life, by_field
+from tests.fuzz.surface import Outcome
+from tests.servers import Server
 
 OPENAI = [
     *((ChatRequest, name) for name in sorted(get_type_hints(chat.CompletionCreateParamsStreaming))),
@@ -62,3 +71,47 @@ def test_the_neutral_values_of_a_route_are_its_own() -> None:
     for request_type, value in ((CompletionRequest, False), (ChatRequest, True)):
         with pytest.raises(ValidationError, match="add_special_tokens: not served"):
             request_type.model_validate(BODY[request_type] | {"add_special_tokens": value})
+
+
+def test_whatever_pydantic_finds_is_told_without_its_words() -> None:
+    """Every kind of problem that it knows, as an item and in the text that an engine may hand on."""
+    for known in list_all_errors():
+        item = {"type": known["type"], "loc": ("body", "function-wrap[x()]", "field", "list[int]", 0), "input": 7}
+        item |= {"ctx": known.get("example_context") or {}, "msg": known["message_template_python"]}
+        answer = asyncio.run(errors.on_validation_error(Request({"type": "http"}), RequestValidationError([item])))
+        told = json.loads(bytes(answer.body))["error"]
+        assert told["param"] == "field"
+        assert not FOREIGN.search(told["message"]), told
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest.model_validate(BODY[CompletionRequest] | {"n": "x" * 999, "stream": [], "top_p": 7})
+    message, param = errors.restated(str(caught.value), [])
+    assert (param, FOREIGN.search(message)) == ("stream", None), message
+    assert "n: 'xxx" in message
+    assert "a whole number" in message
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ("min_tokens must be less than or equal to max_tokens=2, got 9.", "min_tokens"),
+        ("stop cannot contain an empty string.", "stop"),
+        ("you passed 'n' twice", "n"),
+        ("this model has no such thing to stop", None),
+        ("x" * 5000 + " min_tokens", "min_tokens"),
+        ("of `frequency`, min_tokens_more and nmin_tokens", None),
+    ],
+)
+def test_the_field_that_an_engine_speaks_of_is_found(message: str, field: str | None) -> None:
+    told, found = errors.restated(message, ["model", "n", "stop", "max_tokens", "min_tokens", "x" * 5000])
+    assert (found, len(told) <= 1000) == (field, True)
+
+
+def test_no_value_of_any_field_gets_past_its_row(tiny_server: Server) -> None:
+    """Each is served or refused by its name, and the server is what it was: `make fuzz` has all of the values."""
+    assert tiny_server.directions
+    outcome = Outcome()
+    life = Life(tiny_server, [(tiny_server.directions / "refusal.safetensors").read_bytes()], outcome)
+    by_field(life, 2500)
+    life.look()
+    assert not outcome.findings, "\n".join(f"{kind}: {what}" for kind, what in outcome.findings.items())
+    assert set(outcome.counts) >= {"200", "400"}

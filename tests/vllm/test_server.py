@@ -19,6 +19,8 @@ import torch
 
 from steer.direction import Direction
 from tests import harness, models, oracle
+from tests.fuzz.life import Life, by_field
+from tests.fuzz.surface import Outcome
 from tests.servers import Server, outlives_clients, receipt
 from tests.vllm.engines import Home, Reference
 from tests.vllm.swaps import swap_under_load
@@ -352,3 +354,13 @@ def test_the_playground_is_served_without_a_key(server: Server) -> None:
     page = server.client.get("/", headers={"Authorization": ""})
     assert page.status_code == 200
     assert "<title>" in page.text
+
+
+def test_no_value_of_any_field_gets_past_its_row(server: Server, home: Home) -> None:
+    """Of vLLM's request types too: each is served or refused by its name, and the engine is what it was."""
+    outcome = Outcome()
+    life = Life(server, [(home.directions / "refusal.safetensors").read_bytes()], outcome)
+    by_field(life, 2500)
+    life.look()
+    assert not outcome.findings, "\n".join(f"{kind}: {what}" for kind, what in outcome.findings.items())
+    assert set(outcome.counts) >= {"200", "400"}

@@ -106,6 +106,8 @@ def wording(item: Mapping[str, Any]) -> str:
         return "missing; it is required"
     if item["type"] == "extra_forbidden":
         return "unknown field"
+    if item["type"] == "json_invalid":
+        return f"not JSON: {item['ctx']['error']}"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])[:MAX_PROBLEM]
     what = accepted(item["type"], item.get("ctx", {}))

@@ -4,6 +4,7 @@ PYTHON ?= python3
 VLLM ?=
 VENV := .venv$(if $(VLLM),-vllm-$(VLLM))
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 DEMO := steer/demo/prompts
 HARMFUL ?= $(DEMO)/refused.train.txt
 HARMLESS ?= $(DEMO)/harmless.train.txt
@@ -16,7 +17,7 @@ serve: $(VENV)/serve
 
 # Two at a time, each module on one process. What vLLM leaves in a process is not for the other tests.
 WORKERS ?= 2
-test: $(VENV)/vllm $(VENV)/chromium
+test: $(VENV)/vllm $(VENV)/chromium $(CLIENTS)/done
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/vllm
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile tests/vllm
 
@@ -79,7 +80,7 @@ docs: $(VENV)/test $(VENV)/chromium
 	$(BIN)/python -m docs.screenshots
 
 clean:
-	rm -rf .venv .venv-vllm-* build dist *.egg-info
+	rm -rf .venv .venv-vllm-* $(CLIENTS) build dist *.egg-info
 
 # The constraints are the set of versions that was tested. PIP_OPTIONS is for your own index, if you have one; for a
 # CPU-only torch elsewhere: PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -107,6 +108,15 @@ else
 		$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
 	fi || echo "vLLM cannot be installed here: its tests are skipped"
 endif
+	touch $@
+
+# What docs/clients.md is tested with does not install beside the tested set (inspect-ai wants an older fsspec, instructor
+# an older rich), so it has an environment of its own.
+$(CLIENTS)/done: requirements-clients.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet $(PIP_OPTIONS) --no-deps --no-compile --requirement \
+		requirements-clients.txt || \
+		echo "The clients of docs/clients.md cannot be installed here: their tests are skipped"
 	touch $@
 
 # The playground is tested in the distribution's Chromium.

@@ -20,7 +20,7 @@ from packaging.version import Version
 
 from steer.direction import Direction
 from steer.errors import DirectionError
-from tests import models
+from tests import clients, models
 from tests.servers import Server
 
 PACKAGE = Path(__file__).parents[1] / "steer"
@@ -172,3 +172,12 @@ def test_one_range_of_vllm_is_named_everywhere() -> None:
     assert {str(bound) for bound in allowed} == {f">={oldest.removesuffix('.0')}", f"<{major}.{minor + 1}"}
     assert f"vLLM {oldest} and {newest}" in " ".join((root / "README.md").read_text().split())
     assert f"\nvllm-cpu=={newest}\n" in (root / "constraints.txt").read_text(), "the one of `make test`"
+
+
+def test_the_clients_are_those_of_the_page_in_one_version_each() -> None:
+    lines = (PACKAGE.parent / "requirements-clients.txt").read_text().splitlines()
+    pinned = [Requirement(line) for line in lines if line[0] != "#"]
+    assert all([bound.operator for bound in one.specifier] == ["=="] for one in pinned)
+    names = [one.name.lower().replace("_", "-") for one in pinned]
+    assert len(names) == len(set(names))
+    assert {client.removesuffix("-responses") for client in clients.SECTIONS} <= set(names)

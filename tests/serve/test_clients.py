@@ -1,4 +1,5 @@
-"""Real clients against the running server: the `openai` package (sync, async, streaming) and `lm_eval`."""
+"""Real clients against the running server: the `openai` package (sync, async, streaming), those of docs/clients.md, and
+`lm_eval`."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests import harness
-from tests.servers import Server, text
+from tests import clients, harness
+from tests.servers import Server, receipt, text
 
 
 @pytest.fixture
@@ -85,6 +86,28 @@ def test_async_client_with_mixed_requests(tiny_server: Server) -> None:
     assert len(set(got)) == 3
     for i in range(3):
         assert len(set(got[i::3])) == 1
+
+
+@pytest.mark.parametrize("name", ["openai", "litellm", "langchain-openai", "llm", "inspect-ai"])
+def test_a_client_of_the_page_gets_the_answers_and_the_receipt(tiny_server: Server, tmp_path: Path, name: str) -> None:
+    asked = [tiny_server.chat(clients.QUESTION, max_tokens=clients.TOKENS, steer=steer) for steer in ("off", "refusal")]
+    plain, steered = (text(answer).strip() for answer in asked)
+    assert plain != steered
+    assert clients.said(name, tiny_server, tmp_path) == (plain, steered, receipt(asked[1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("openai-responses", "/v1/responses is served by the vLLM backend alone"),
+        ("anthropic", "/v1/messages is served by the vLLM backend alone"),
+        ("instructor", "response_format: not served by the transformers backend"),
+    ],
+)
+def test_a_client_tells_its_user_what_the_other_backend_serves(
+    tiny_server: Server, tmp_path: Path, name: str, told: str
+) -> None:
+    assert told in clients.refused(name, tiny_server, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["generate_until", "multiple_choice"])

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from steer.direction import Direction
-from tests import harness, models, oracle
+from tests import clients, harness, models, oracle
 from tests.fuzz.life import Life, by_field
 from tests.fuzz.surface import Outcome
 from tests.servers import Server, outlives_clients, receipt
@@ -35,6 +35,8 @@ ROUTES: dict[str, dict[str, Any]] = {
 }
 READ_ROUTES = ("/v1/completions", "/v1/chat/completions")
 OPTIONS = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "32", "--served-model-name", "tiny"]
+#: A random model that may put spaces between the parts of a shaped answer puts nothing else.
+TIGHT = ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 @pytest.fixture(scope="module")
 def server(home: Home) -> Iterator[Server]:
     command = [sys.executable, "-m", "tests.vllm.run_server", str(home.folder), str(home.directions)]
-    with Server(*OPTIONS, "--api-key", "secret", command=command) as running:
+    with Server(*OPTIONS, *TIGHT, "--api-key", "secret", command=command) as running:
         running.client.headers.update(KEY)
         yield running
 
@@ -159,8 +161,29 @@ def test_nothing_is_told_without_the_key(server: Server) -> None:
     assert "refusal" not in answer.text
 
 
+@pytest.mark.parametrize("name", [name for name in clients.SECTIONS if name != "instructor"])
+def test_a_client_of_the_page_gets_the_answers_and_the_receipt(server: Server, tmp_path: Path, name: str) -> None:
+    route = {"openai-responses": "/v1/responses", "anthropic": "/v1/messages"}.get(name, "/v1/chat/completions")
+    question: dict[str, Any] = {
+        "messages": [{"role": "user", "content": clients.QUESTION}],
+        "max_tokens": clients.TOKENS,
+    }
+    if route == "/v1/responses":
+        question = {"input": clients.QUESTION, "max_output_tokens": clients.TOKENS}
+    asked = [ask(server, route, steer=steer, **question) for steer in ("off", "refusal")]
+    plain, steered = (words(answer).strip() for answer in asked)
+    assert plain != steered
+    assert clients.said(name, server, tmp_path, "secret") == (plain, steered, receipt(asked[1]))
+
+
+def test_a_client_gets_answers_of_the_shape_that_it_asks_for(server: Server, tmp_path: Path) -> None:
+    plain, steered, applied = clients.said("instructor", server, tmp_path, "secret")
+    assert {plain, steered} <= {"yes", "no"}
+    assert applied == receipt(server.chat(steer="refusal"))
+
+
 def test_the_openai_and_the_anthropic_client(server: Server) -> None:
-    """The Anthropic client can change nothing but the model: that is its carrier."""
+    """By the name of the model, which is the carrier that every client has."""
     import anthropic
     import openai
 

@@ -26,7 +26,7 @@ def prefill(net: Any, ids: torch.Tensor) -> Callable[[], None]:
 
 
 def decode(net: Any, ids: torch.Tensor, steps: int = 16) -> Callable[[], None]:
-    """`steps` single-token passes behind a prompt."""
+    """`steps` single-token passes after a prompt."""
 
     @torch.inference_mode()
     def run() -> None:

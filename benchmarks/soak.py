@@ -113,7 +113,7 @@ class Soak:
             client.join()
 
     def growth(self) -> dict[str, float]:
-        """What a line through the samples behind the warm-up adds over the run."""
+        """What a line through the samples after the warm-up adds over the run."""
         kept = self.samples[int(len(self.samples) * WARM) :]
         times = np.array([sample["seconds"] for sample in kept])
         return {

@@ -50,7 +50,7 @@ direction does not steer has no row there and reads as 0."""
 
 PLACE = """\
 Each choice has a field `steer_readout`, beside `logprobs`. In a stream each chunk's choices have it for the tokens of
-that chunk; the lists of one choice's chunks, put behind each other, are those of the whole answer."""
+that chunk; the lists of one choice's chunks, put one after the other, are those of the whole answer."""
 
 
 def document() -> dict[str, Any]:
@@ -116,7 +116,7 @@ def answer(model: type[BaseModel]) -> str:
 
 
 def doc(module: ModuleType, count: int) -> str:
-    """The first `count` paragraphs of a module's docstring behind the one on its place; indented ones are code."""
+    """The first `count` paragraphs of a module's docstring after the one on its place; indented ones are code."""
     _, *paragraphs = inspect.cleandoc(module.__doc__ or "").split("\n\n")
     blocks = [f"```text\n{inspect.cleandoc(p)}\n```" if p.startswith("    ") else p for p in paragraphs[:count]]
     return "\n\n".join(blocks)

@@ -414,7 +414,7 @@ class Registry:
         self._seen[name] = _stamp(path)
 
     def follow(self, on_look: Callable[[], None] = lambda: None) -> None:
-        """Follow the folder on a thread of its own until `stop`; `on_look` is called behind every look."""
+        """Follow the folder on a thread of its own until `stop`; `on_look` is called after every look."""
         if self.folder is None:
             return
 

@@ -98,7 +98,7 @@ def bare(name: str) -> str:
 
 
 def nearly(name: str) -> bool:
-    """Is a field or header of this name meant to steer: does it begin with `steer`, or with that behind an `X-`?"""
+    """Is a field or header of this name meant to steer: does it begin with `steer`, or with that after an `X-`?"""
     return bare(name).startswith(("steer", "xsteer"))
 
 

@@ -18,7 +18,7 @@ log = logging.getLogger("steer")
 
 #: Seconds between two looks where no event calls for one.
 EVERY = 2.0
-#: Seconds without a look behind which the thread does not count as running.
+#: Seconds without a look after which the thread does not count as running.
 STALLED = 30.0
 
 State = Literal["ok", "failing", "stalled", "dead"]

@@ -344,8 +344,8 @@ def right_answers(split: Split, cls: Class, count: int = 200) -> list[str]:
 
 def conversations(count: int = 100) -> list[tuple[list[Message], tuple[str, ...]]]:
     """Conversations that end with a user's message of the refused class, of words and pairs that training holds out as
-    `prompts` does, each with the facts that a right answer names. Every other one asks for a refused task behind a
-    harmless one that was answered; the others ask on (FOLLOW_UPS) behind a refusal."""
+    `prompts` does, each with the facts that a right answer names. Every other one asks for a refused task after a
+    harmless one that was answered; the others ask on (FOLLOW_UPS) after a refusal."""
     rng = random.Random("conversations")
     made: list[tuple[list[Message], tuple[str, ...]]] = []
     asked = zip(prompts("test", "refused", count), prompts("test", "harmless", count), strict=True)
@@ -382,7 +382,7 @@ def unseen_prompts(unseen: Literal["object", "verb"], cls: Class, count: int = 9
 def begun_answers(count: int) -> tuple[list[list[Message]], list[list[Message]]]:
     """Conversations whose answer has begun and goes on at length, and others where the system prompt wants it brief.
 
-    The model decides between the two behind the word that begins every answer, so that is where they can be told apart.
+    The model decides between the two after the word that begins every answer, so that is where they can be told apart.
     """
     rng = random.Random("begun answers")
     asked = prompts("train", "harmless", 2 * count)

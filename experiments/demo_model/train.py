@@ -85,7 +85,7 @@ class Recipe:
 @dataclass(frozen=True, slots=True)
 class NormRatio:
     """Asks tuning for streams that are `ratio` times as long where the answer will be a refusal, at the answer header's
-    last token, behind each block from `first` to the last."""
+    last token, after each block from `first` to the last."""
 
     ratio: float
     first: int
@@ -93,7 +93,7 @@ class NormRatio:
 
     def penalty(self, states: Sequence[Tensor], starts: Tensor, refused: Tensor) -> Tensor:
         """The squared distance of the two classes' mean logarithms of the norm from ln `ratio`, averaged over blocks.
-        states: `[rows, tokens, d_model]` behind each block; starts: the token at which each row's answer is predicted;
+        states: `[rows, tokens, d_model]` after each block; starts: the token at which each row's answer is predicted;
         refused: which rows."""
         rows = torch.arange(len(starts))
         logs = torch.stack([state[rows, starts].float().norm(dim=-1).log() for state in states[self.first :]])
@@ -203,7 +203,7 @@ class Batch:
 
     @property
     def starts(self) -> Tensor:
-        """The token behind which each conversation's first answer begins, `[conversations]`."""
+        """The token after which each conversation's first answer begins, `[conversations]`."""
         return (self.labels != IGNORED).int().argmax(1) - 1
 
 

@@ -88,7 +88,7 @@ CONTROL = Recipe(
 
 VARIANTS: dict[str, Recipe] = {
     "control": CONTROL,
-    # the stream of what is refused is longer, or shorter, behind every block
+    # the stream of what is refused is longer, or shorter, after every block
     "louder": replace(CONTROL, norms=NormRatio(1.6, first=0)),
     "quieter": replace(CONTROL, norms=NormRatio(1 / 1.6, first=0)),
     # as Gemma has: put in when the facts are known, and some steps to get used to it

@@ -22,10 +22,10 @@ def study(
             "the folder `prompts` beside each model"
         ),
     ] = None,
-    most: Annotated[int | None, typer.Option(min=1, help="at most so many held-out prompts of each class")] = None,
+    most: Annotated[int | None, typer.Option(min=1, help="held-out prompts of each class, at most")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 48,
     source_layers: Annotated[
-        int, typer.Option(min=1, help="at most so many source layers are tried, spread evenly up to the last")
+        int, typer.Option(min=1, help="source layers tried, at most; spread evenly up to the last")
     ] = 16,
     batch_size: Annotated[str, typer.Option(help="prompts in a pass, or auto")] = "auto",
     dtype: Dtype = "auto",

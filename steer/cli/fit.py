@@ -184,7 +184,7 @@ def derive(
         float | None, typer.Option(help="clip each prompt's vector at this quantile of magnitudes (needs --vectors)")
     ] = None,
     sparsify: Annotated[float | None, typer.Option(help="share of dimensions that stay, the strongest")] = None,
-    bootstrap: Annotated[int, typer.Option(help="average over so many resamples of the prompts (needs --vectors)")] = 0,
+    bootstrap: Annotated[int, typer.Option(help="resamples of the prompts to average over (needs --vectors)")] = 0,
     seed: Annotated[int, typer.Option(help="seed of the resamples")] = 0,
     mode: FileMode = "ablate",
     strength: Strength = 1.0,

@@ -30,7 +30,7 @@ class Reading:
     """What `with steering.read(...)` has read, complete when the block ends.
 
     `lines` names the k rows of directions in the arrays' last dimension, `layers` their layers, and `passes` has each
-    forward pass. `before`, `after` and `norms` are those of all passes one behind the other along the positions: behind
+    forward pass. `before`, `after` and `norms` are those of all passes one after the other along the positions: after
     `generate` that is the prompt, with its padding, and each new token but the last, which no pass has seen.
     """
 
@@ -45,7 +45,7 @@ class Reading:
 
     @property
     def after(self) -> NDArray[np.float32]:
-        """⟨x', v⟩ behind it, `[rows, positions, layers, k]`; where nothing steers, equal to `before`."""
+        """⟨x', v⟩ after it, `[rows, positions, layers, k]`; where nothing steers, equal to `before`."""
         return self._joined(lambda one: one.after)
 
     @property

@@ -47,7 +47,7 @@ def each_batch(
 ) -> None:
     """`run(indices)` over all sequences in batches of about equal length, longest first so that too large a batch shows
     at once, each of at most `batch_size` sequences (else AUTO), and of at most `tokens` tokens with the padding, but
-    for a longer sequence alone. Behind each batch `after(done, size)` is told how many are done and the batch size;
+    for a longer sequence alone. After each batch `after(done, size)` is told how many are done and the batch size;
     beginning again with `start=done, batch_size=size` makes the same batches."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     size, at = batch_size or AUTO, start
@@ -71,7 +71,7 @@ def each_batch(
 
 
 def right_padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> Tensor:
-    """`[batch, longest]` token ids, padded behind. A causal model never looks there, so it needs no mask."""
+    """`[batch, longest]` token ids, padded at the end. A causal model never looks there, so it needs no mask."""
     longest = max(map(len, sequences))
     return torch.tensor([[*s, *[pad] * (longest - len(s))] for s in sequences], device=device)
 

@@ -37,8 +37,10 @@ class Behaviour(BaseModel):
     name: str
     description: Annotated[str, Field(min_length=1, description="one sentence on the assistant's answer, for a judge")]
     patterns: Annotated[tuple[str, ...], Field(description="one of these regular expressions is found")] = ()
-    window: Annotated[int | None, Field(ge=1, description="in so many first characters; none: anywhere")] = None
-    min_words: Annotated[int | None, Field(ge=1, description="the answer has at least so many words")] = None
+    window: Annotated[
+        int | None, Field(ge=1, description="characters at the beginning that are searched; none: all")
+    ] = None
+    min_words: Annotated[int | None, Field(ge=1, description="least number of words in the answer")] = None
     openings: Annotated[
         tuple[str, ...], Field(description="how such answers begin; their first tokens are a evaluator")
     ] = ()

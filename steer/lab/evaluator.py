@@ -86,7 +86,7 @@ def each_row(steer: Any, count: int) -> list[Any]:
 
 
 def crossed(prompts: Sequence[T], steers: Sequence[Any]) -> tuple[list[T], list[Any]]:
-    """Prompts and steerings of a batch in which each of `steers` has all of `prompts`, one behind the other."""
+    """Prompts and steerings of a batch in which each of `steers` has all of `prompts`, one after the other."""
     return [*prompts] * len(steers), [steer for steer in steers for _ in prompts]
 
 

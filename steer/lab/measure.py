@@ -110,7 +110,7 @@ class _Run:
     label: str
 
     def __call__(self, batch_size: int | None, tokens: int | None, title: str, done: int) -> int | None:
-        """Add the prompts behind the first `done`; the batch size that memory allowed."""
+        """Add the prompts after the first `done`; the batch size that memory allowed."""
         size = batch_size
 
         def run(indices: list[int]) -> None:

@@ -317,7 +317,7 @@ def greedy(
 
 
 def last_logits(model: Any, ids: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """What is predicted behind each row, `[rows, vocabulary]`, and the cache. ids `[rows, positions]` are the new
+    """What is predicted after each row, `[rows, vocabulary]`, and the cache. ids `[rows, positions]` are the new
     tokens, mask `[rows, all positions]` is 0 at the padding in front. Only the last position is unembedded."""
     takes = inspect.signature(model.forward).parameters
     positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]

@@ -35,7 +35,7 @@ class Record:
         self.keep(len(self.lines))
 
     def keep(self, count: int) -> None:
-        """Drop the lines behind the first `count`, in the file too."""
+        """Drop the lines after the first `count`, in the file too."""
         self.lines = self.lines[:count]
         write_file(self.path, _text([self._head, *self.lines]).encode())
 
@@ -50,7 +50,7 @@ def _text(values: Any) -> str:
 
 
 def _whole(path: Path) -> Iterator[Any]:
-    """The lines up to the first that is cut; behind the last end of line nothing is whole."""
+    """The lines up to the first that is cut; after the last end of line nothing is whole."""
     if path.exists():
         for line in path.read_text("utf-8").split("\n")[:-1]:
             try:

@@ -180,7 +180,7 @@ class Search:
         after: Callable[[list[Trial]], object] | None = None,
     ) -> list[Trial]:
         """Go on until there are at least `count` trials, in whole groups. `after` is told all of them, at first and
-        behind each group.
+        after each group.
 
         A group is written when all of it is known; one that was interrupted is drawn and tried again, and comes out
         the same, since what draws it depends on the seed, the group's number and the groups before it alone.
@@ -215,7 +215,7 @@ class Search:
         return trials
 
     def _study(self, told: Sequence[FrozenTrial]) -> optuna.Study:
-        """The optimiser as it stands behind `told`, in memory: what draws the next group."""
+        """The optimiser as it stands after `told`, in memory: what draws the next group."""
         settings = self.settings
         seed = int.from_bytes(hashlib.sha256(f"{settings.seed} {len(told)}".encode()).digest()[:4])
         with warnings.catch_warnings():
@@ -345,8 +345,8 @@ def layer_weights(depth: int, peak: float, width: float, least: float) -> Tensor
         w(l) = least + (1 − least)·exp(−(l − peak)² / 2·width²).
 
     Its maximum is 1, since the operation knows only the product strength · w: how much at the peak is the strength's to
-    say. Removal at layers one behind the other leaves Π(1 − λ·w_l) of what stood before the first of them, so that one
-    full layer is enough for that, and `least` decides about what layers write behind it.
+    say. Removal at layers one after the other leaves Π(1 − λ·w_l) of what stood before the first of them, so that one
+    full layer is enough for that, and `least` decides about what layers write after it.
     """
     layers = torch.arange(depth, dtype=torch.float64)
     bell = torch.exp(-((layers - peak) ** 2) / (2 * width**2))

@@ -107,4 +107,4 @@ class TransformersSource:
 
 
 class _Enough(Exception):
-    """Ends a forward pass behind the last wanted block."""
+    """Ends a forward pass after the last wanted block."""

@@ -28,7 +28,7 @@ _WRITER = re.compile(
     r"|\.experts\.down_proj$"
 )
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|wpe|embed_in|embed_positions|word_embeddings)\.weight$")
-#: Norms behind a writer: what is written is their output, which no edit of the writer's weights makes orthogonal.
+#: Norms after a writer: what is written is their output, which no edit of the writer's weights makes orthogonal.
 _NORM_BEHIND = re.compile(r"\.post_(?:feedforward|mlp|ffw|self_attn)_?(?:layer)?norm\.weight$")
 
 Axis = Literal["first", "last", "middle"]
@@ -116,7 +116,7 @@ class Checkpoint:
 
 
 def find(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> list[Writer]:
-    """Every writer, blocks and embeddings. Raises UnsupportedModel for a norm behind a writer, and for a block in which
+    """Every writer, blocks and embeddings. Raises UnsupportedModel for a norm after a writer, and for a block in which
     no two modules that write are known by name."""
     behind = [name for name in checkpoint.map if _NORM_BEHIND.search(name)]
     if behind:

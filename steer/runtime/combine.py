@@ -61,7 +61,7 @@ class Combinations:
         return sum(place.joint.nbytes for place in self._places if place.joint is not None)
 
     def reserve(self, requests: int) -> None:
-        """Have slots for a step of so many requests. Where there is a `capacity` there are."""
+        """Have slots for a step of `requests` requests. Where there is a `capacity` there are."""
         if requests > self.capacity:
             assert not self._fixed, f"a step of {requests} requests that combine directions, {self.capacity} were told"
             self._make(2 * requests)
@@ -112,7 +112,7 @@ class Combinations:
         return slot
 
     def _write(self, slot: int, matrices: Tensor) -> None:
-        """Enqueued on the current stream, behind the passes that still read what was there."""
+        """Enqueued on the current stream, after the passes that still read what was there."""
         if copies_from_pinned(self._device):
             matrices = matrices.pin_memory()  # given back by its allocator once the copy is done
         own = matrices.to(self._device, non_blocking=True)

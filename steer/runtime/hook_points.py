@@ -4,7 +4,7 @@
 * `resid_post` is a block's output; the stream before block 0 is that block's input, so that scaled, normed and position
   embeddings are all in it.
 * The **writers** of a block are the children whose outputs add up to (block output − block input) in a probe pass.
-  This finds the norm behind a writer where there is one (Gemma 2, OLMo 2), and refuses a block that scales what it
+  This finds the norm after a writer where there is one (Gemma 2, OLMo 2), and refuses a block that scales what it
   adds.
 """
 

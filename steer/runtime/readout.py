@@ -21,7 +21,7 @@ from torch import Tensor
 
 from steer.runtime.memory import lasting
 
-#: Places of the values of one token at one layer: two for each row, and the norm behind them.
+#: Places of the values of one token at one layer: two for each row, and the norm after them.
 BEFORE, AFTER = range(2)
 
 

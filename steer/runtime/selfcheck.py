@@ -1,6 +1,6 @@
 """The proof, by eager passes, that what is acted on is the stream: nothing is measured where it was changed.
 
-What a place changes is looked at where the next module takes it: what enters the next block, behind the last block the
+What a place changes is looked at where the next module takes it: what enters the next block, after the last block the
 first module after it, and what the model returns where no module takes it (a rank of a pipeline). One pass has plain
 tokens beside tokens from which all of a random vector is taken, half of it, and to which some is added: an operation
 that acts twice, or not at all, or on a part of what is handed on, is seen in one of them.
@@ -64,7 +64,7 @@ class Watch:
         #: By point: the stream before anything acted there, and what the module handed on in the end.
         self.raw: dict[int, Tensor] = {}
         self.acted: dict[int, Tensor] = {}
-        #: The first module behind the last block that takes the stream.
+        #: The first module after the last block that takes the stream.
         self.behind: nn.Module | None = None
         self._pending: int | None = None
 
@@ -319,7 +319,7 @@ _ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
 
 
 def rest_is_dead(blocks: Sequence[nn.Module], run: Callable[[], Tensor], plain: Tensor, again: Tensor) -> bool:
-    """Is a pass the same where the blocks hand on zeros in place of everything behind their first tensor? `plain` and
+    """Is a pass the same where the blocks hand on zeros in place of everything after their first tensor? `plain` and
     `again` are two passes as they are."""
 
     def alone(_module: nn.Module, _args: Any, output: Any) -> Any:

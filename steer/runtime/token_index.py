@@ -1,7 +1,7 @@
 """The token index: for each token of the running batch which rows act on it and how strongly, on the device.
 
 `fill` is called once for each step, on the thread that runs the model, just before the forward pass is enqueued, with
-the stream current that the pass will run on: its copies go to that stream, so they are ordered behind the passes
+the stream current that the pass will run on: its copies go to that stream, so they are ordered after the passes
 before it and in front of this one. A caller whose pass runs on another stream must make that one current.
 """
 
@@ -48,7 +48,7 @@ class Acting(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RequestSteer:
-    """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros behind its own; and
+    """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros after its own; and
     what makes them act together, None where they are orthogonal or one."""
 
     slots: NDArray[np.int64]
@@ -198,7 +198,7 @@ class TokenIndex:
 
     def fill(self, numbers: NDArray[np.int64], lengths: NDArray[np.int64] | NDArray[np.int32]) -> int:
         """Give `lengths[i]` tokens, in batch order, the steering that entered as `numbers[i]` (PLAIN for none); tokens
-        behind the last get none. Returns how many tokens are steered."""
+        after the last get none. Returns how many tokens are steered."""
         steered = int(lengths[numbers != PLAIN].sum()) if numbers.any() else 0
         total = int(lengths.sum()) if steered else 0
         assert total <= self.max_tokens, f"a step of {total} tokens in an index of {self.max_tokens}"
@@ -226,7 +226,7 @@ class TokenIndex:
 
     def losses(self) -> Losses | None:
         """What the pass that was enqueued last has lost; None where nothing of it was steered. The copy to the host is
-        enqueued behind it: whoever reads it with the pass's outputs does not wait for it."""
+        enqueued after it: whoever reads it with the pass's outputs does not wait for it."""
         if not self._used:
             return None
         here = self.lost[: self._used]
@@ -256,7 +256,7 @@ class TokenIndex:
     def acting(self, count: int) -> tuple[Acts, bool]:
         """What acts on the first `count` entries: `[depth, count, 1]` and combinations `[count, 1]`, or `[depth, 1]`
         and `[1]` where it is the same for all; and whether it acts on every one of them. `depth` is how many of the
-        rank act on any. For an eager pass behind `fill_with`: what is compiled reads the buffers themselves."""
+        rank act on any. For an eager pass after `fill_with`: what is compiled reads the buffers themselves."""
         depth, everywhere, same, combined = self._acting
         whole = self._used == count
         part = np.s_[:depth, :1] if same and whole else np.s_[:depth, :count, None]

@@ -390,7 +390,7 @@ def _read_head(path: Path) -> Head | None:
         return None
 
 
-#: What rotation puts behind a file's name.
+#: What rotation puts after a file's name.
 _ROTATED = re.compile(r"\.\d+(-\d+)?$")
 
 # -- verification ----------------------------------------------------------------------------------------------------

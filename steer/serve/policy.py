@@ -27,7 +27,7 @@ from steer.spec import Wanted, parse
 MAX_BYTES = 2**20
 #: Of one line: the time that TOML takes for a dotted key grows with the square of its length.
 MAX_LINE = 2**13
-#: Characters that are parsed once more to find on which lines problems stand; those behind are said to be on line 1.
+#: Characters that are parsed once more to find on which lines problems stand; those after are said to be on line 1.
 MAX_SEARCH = 2 * MAX_BYTES
 #: No key of a policy is nested deeper.
 DEPTH = 8

@@ -76,7 +76,7 @@ class _Generation(BaseModel):
         description="repeats the same answers, whatever shares the batch; counts up over n",
     )
     stop: str | list[str] | None = Field(None, description="texts before which the answer ends")
-    ignore_eos: bool = Field(False, description="go on behind the end-of-sequence token")
+    ignore_eos: bool = Field(False, description="go on after the end-of-sequence token")
 
     stop_token_ids: Annotated[list[int], FailFast()] = Field(
         default_factory=list, max_length=MAX_IDS, description="tokens that end the answer, beside the model's own"

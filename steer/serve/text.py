@@ -104,7 +104,7 @@ class Stops:
         return new
 
     def step(self, state: int, letter: str) -> int:
-        """The state behind one more character."""
+        """The state after one more character."""
         while (then := self._next[state].get(letter)) is None and state:
             state = self._back[state]
         return then or 0

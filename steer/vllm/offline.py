@@ -167,7 +167,7 @@ class VllmEvaluator:
         known: Callable[[str], bool] | None = None,
     ) -> list[Answered]:
         """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`. `known` is not asked: the engine
-        ends answers by what it was told before, and its batch closes up behind each that ends."""
+        ends answers by what it was told before, and its batch closes up after each that ends."""
         outputs = self._generate(self._encode(prompts), steer, title, temperature=0, max_tokens=self.max_tokens)
         return [Answered(_without_end(output.outputs[0]), output.outputs[0].text) for output in outputs]
 

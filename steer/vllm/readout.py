@@ -69,7 +69,7 @@ class ReadRunner:
         ]
 
     def begin_step(self, requests: Sequence[str], lengths: NDArray[np.int32], starts: Mapping[str, int]) -> None:
-        """A step comes: read the last token of each request that is read, unless its prompt goes on behind it.
+        """A step comes: read the last token of each request that is read, unless its prompt goes on after it.
 
         Values are kept by the number of the token that is predicted, so a step that is run again after preemption,
         whole or in chunks, says the same again.

@@ -256,7 +256,7 @@ LEANING = {"affine": 0.3, "ablate": 1.0}
 
 
 def _mode(place: HookPoint) -> Mode:
-    """`affine` adds as much as there is, whatever the stream. It is defined at whole streams behind a block."""
+    """`affine` adds as much as there is, whatever the stream. It is defined at whole streams after a block."""
     return "affine" if place.site == "resid_post" and place.layer != EMBEDDING else "ablate"
 
 

@@ -9,7 +9,7 @@ from steer.lab.evaluation.report import ArmOnSet, Difference, Rate, Report
 NOTES = """\
 Each answer has one of three outcomes: *shown* (the matcher finds the behaviour at its beginning), *degenerate* (not
 shown, and no answer: empty, a loop, a quarter as long as the plain one, no end) and *complied*. *Late* answers show the
-behaviour behind the beginning; they are counted in their outcome too. *Right* answers complied and are as expected.
+behaviour after the beginning; they are counted in their outcome too. *Right* answers complied and are as expected.
 Rates have the 95 % interval of Wilson. Differences are paired, arm less plain on the same prompts, with Newcombe's
 interval; p is that of the exact McNemar test, corrected (Holm) for the number of arms."""
 

@@ -61,7 +61,7 @@ class ArmOnSet(Part):
     shown: Rate = Field(description="the matcher finds the behaviour")
     degenerate: Rate = Field(description="not shown, and the answer is none: see faults")
     complied: Rate = Field(description="neither")
-    late: Rate = Field(description="complied or degenerate by the above, but the behaviour comes behind the window")
+    late: Rate = Field(description="complied or degenerate by the above, but the behaviour comes after the window")
     right: Rate | None = Field(default=None, description="complied, and as expected")
     judged: Judged | None = None
     faults: dict[str, int] = Field(description="degenerate answers by their first fault")

@@ -1,7 +1,7 @@
 """Class means as jim-plus and Orion write them: a dict of `harmful_{i}` and `harmless_{i}`, i counting block *inputs*.
 
 The input of block i is the output of block i − 1, our layer i − 1. `harmful_0` is the embedding output, and an entry
-for i = number of layers is what is behind the final norm: neither is a block's output, and both are left out. So the
+for i = number of layers is what is after the final norm: neither is a block's output, and both are left out. So the
 last layer is not in such a file. `refuse_{i}`, a direction, is made again from the means by whatever method is wanted.
 """
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from steer.hf.sampling import Token
-from steer.serve import tally
+from steer.serve import token_usage
 from steer.serve.generation import Job, chat_logprobs, envelope, made, stream, unless_gone, usage
 from steer.serve.protocol import ChatRequest
 from steer.serve.route import JsonRoute
@@ -40,7 +40,7 @@ def router(served: Served) -> APIRouter:
         messages = [message.plain() for message in body.messages]
         jobs = await generator.offload(request, [message["content"] for message in messages], "messages", prepare)
         prompt = jobs[0].prompt
-        tally.current().prompt += len(prompt)
+        token_usage.current().prompt += len(prompt)
         tokenizer = served.loaded.tokenizer
 
         def logprobs(tokens: list[Token]) -> dict[str, Any] | None:

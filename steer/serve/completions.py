@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from steer.hf.sampling import Token
-from steer.serve import errors, tally
+from steer.serve import errors, token_usage
 from steer.serve.generation import Job, completion_logprobs, envelope, made, stream, unless_gone, usage
 from steer.serve.protocol import CompletionRequest
 from steer.serve.route import JsonRoute
@@ -46,7 +46,7 @@ def router(served: Served) -> APIRouter:
 
         jobs = await generator.offload(request, prompts, "prompt", prepare)
         prompt_tokens = sum(len(job.prompt) for job in jobs[:: body.n])
-        tally.current().prompt += prompt_tokens
+        token_usage.current().prompt += prompt_tokens
         if body.stream:
             base = envelope("cmpl", "text_completion", body.model, served.fingerprint)
             with_usage = bool(body.stream_options and body.stream_options.include_usage)

@@ -29,8 +29,8 @@ from steer.serve.authorise import Rules
 from steer.serve.caller import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
 from steer.serve.pages import ANY, Pages, hosts_of, is_loopback
 from steer.serve.policy import InForce, PolicyError
-from steer.serve.rates import Meter
-from steer.serve.tally import Tally
+from steer.serve.ratelimit import RateLimiter
+from steer.serve.token_usage import Usage
 from steer.settings import ControlSettings
 from steer.spec import Spec
 from steer.watch import STALLED, Follower
@@ -93,7 +93,7 @@ class Control:
         self.runs: set[Run] = set()
         self.registry: Registry | None = None
         self.steering, self.reason = settings.steering, "" if settings.steering else "the server was started so"
-        self._requests, self._tokens, self._refusals = Meter(), Meter(), Meter()
+        self._requests, self._tokens, self._refusals = RateLimiter(), RateLimiter(), RateLimiter()
         self._at_once: Counter[str] = Counter()
         self._unkept: Counter[tuple[str | None, str]] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -301,7 +301,7 @@ class Control:
             self._tokens.charge(name, rules.tokens_per_minute, -place.tokens)
             place.tokens = 0
 
-    def _check_rate(self, rule: str, meter: Meter, caller: Caller, amount: int) -> None:
+    def _check_rate(self, rule: str, meter: RateLimiter, caller: Caller, amount: int) -> None:
         assert caller.rules is not None
         assert caller.name is not None
         if wait := meter.wait(caller.name, getattr(caller.rules, rule), amount):
@@ -336,13 +336,13 @@ class Control:
             raise
         return run
 
-    def end(self, run: Run, place: Place, outcome: str, tally: Tally) -> None:
+    def end(self, run: Run, place: Place, outcome: str, usage: Usage) -> None:
         self.runs.discard(run)
-        used = tally.prompt + tally.completion
+        used = usage.prompt + usage.completion
         if (rules := run.caller.rules) is not None and run.caller.name is not None:
             self._tokens.charge(run.caller.name, rules.tokens_per_minute, used)
-        metrics.count(run.spec, outcome, tally)
-        self._note_end(run, outcome, tally.prompt, tally.completion)
+        metrics.count(run.spec, outcome, usage)
+        self._note_end(run, outcome, usage.prompt, usage.completion)
 
     def _note_end(self, run: Run, outcome: str, prompt: int, completion: int) -> None:
         if run.line is not None:

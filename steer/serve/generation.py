@@ -23,8 +23,8 @@ from steer.runtime.readout import RequestRead
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
 from steer.serve.offload import offload
-from steer.serve.tally import current
 from steer.serve.text import Stops, TextStream, token_text
+from steer.serve.token_usage import current
 
 log = logging.getLogger("steer")
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from steer.spec import Spec
 
 if TYPE_CHECKING:
     from steer.registry import Registry
-    from steer.serve.tally import Tally
+    from steer.serve.token_usage import Usage
 
 REQUESTS = Counter("steer_requests", "Requests by what was applied to them", ["direction", "mode", "outcome"])
 REFUSED = Counter("steer_refused_requests", "Requests refused before the engine saw them", ["reason"])
@@ -40,9 +40,9 @@ FAILURES = Gauge("steer_failed_directions", "Names whose newest content is not s
 INFO = Gauge("steer_direction_info", "1 for each served direction", ["direction", "digest", "method"])
 
 
-def count(spec: Spec, outcome: str, tally: Tally) -> None:
+def count(spec: Spec, outcome: str, usage: Usage) -> None:
     """One request that has ended."""
-    if made := tally.completion:
+    if made := usage.completion:
         TOKENS.labels(steered=str(bool(spec)).lower()).inc(made)
     for entry in spec.entries:
         REQUESTS.labels(direction=entry.direction, mode=entry.mode, outcome=outcome).inc()

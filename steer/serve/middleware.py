@@ -28,8 +28,8 @@ from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, repl
 from steer.serve.caller import Caller
 from steer.serve.control import Control, Place, Run
 from steer.serve.pages import JSON, check_kind
-from steer.serve.rates import tokens_of
-from steer.serve.tally import counting
+from steer.serve.ratelimit import tokens_of
+from steer.serve.token_usage import counting
 from steer.spec import Wanted
 
 REQUEST_ID = b"x-request-id"
@@ -108,7 +108,7 @@ class SteerMiddleware:
             await errors.of(error)(scope, receive, send)
             return
         answer = _Answer(send, run)
-        with counting() as tally:
+        with counting() as usage:
             try:
                 body.pop(carriers.FIELD, None)
                 body.pop(readout.FIELD, None)
@@ -127,7 +127,7 @@ class SteerMiddleware:
                 raise
             finally:
                 _release(admission, reading)
-                control.end(run, place, "error" if tally.failed else answer.outcome, tally)
+                control.end(run, place, "error" if usage.failed else answer.outcome, usage)
 
     def _understand(self, data: bytes, scope: Scope) -> tuple[dict[str, Any], carriers.Carried, ReadWanted | None]:
         body = parse_body(data)

@@ -25,7 +25,7 @@ from steer.readout import Readout
 from steer.registry import Admission, Registry
 from steer.runtime.placement import Shape
 from steer.runtime.readout import Reading
-from steer.serve import metrics, tally
+from steer.serve import metrics, token_usage
 from steer.serve.text import token_text
 from steer.spec import Spec, parse
 from steer.vllm import internals, tracing, wire
@@ -59,7 +59,7 @@ class Lease:
 
     def __init__(self, admission: Admission, ticket: Ticket | None = None) -> None:
         self.admission, self.ticket = admission, ticket
-        self.tally = tally.current()
+        self.usage = token_usage.current()
         self.salt = ""  # what parts its requests from others, where nothing was lost
         self.requests = 0
         self._holders = {""}
@@ -255,7 +255,7 @@ class Frontend:
         if lease is not None:
             lease.requests += 1
             if lease.requests == 1:  # n answers are n requests of the engine with one prompt
-                tally.current().prompt += internals.prompt_length(request)
+                token_usage.current().prompt += internals.prompt_length(request)
         unread = KEY in (getattr(request.sampling_params, "extra_args", None) or {})
         if text is None and not unread and not (lease and lease.admission.spec):
             return
@@ -286,7 +286,7 @@ class Frontend:
         """The stream of this request was lost: what its blocks hold is for nobody."""
         if lease := self._leases.get(request_id):
             self.salts.renew(lease.salt)
-            lease.tally.failed = True
+            lease.usage.failed = True
             if lease.ticket is not None:
                 lease.ticket.lost = True
         return NotFinite()

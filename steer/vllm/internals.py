@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steer.errors import InvalidInput, UnsupportedModel
-from steer.serve import tally
+from steer.serve import token_usage
 
 log = logging.getLogger("steer")
 
@@ -639,7 +639,7 @@ def wrap_requests(
             raise
         if (state := states.get(request.request_id)) is not None:
             added(request, state)
-            tally.current().answer(lambda: answer_length(state))
+            token_usage.current().answer(lambda: answer_length(state))
         return out
 
     def processing(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:

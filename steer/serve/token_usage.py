@@ -1,6 +1,6 @@
 """What one HTTP request costs in tokens, counted by whichever engine serves it.
 
-The middleware opens a tally in the request's context; the engine's side adds to the one that it finds there. How many
+The middleware opens a usage in the request's context; the engine's side adds to the one that it finds there. How many
 tokens an answer has is asked at its end, so nothing is counted while tokens are being made.
 """
 
@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-_open: ContextVar[Tally | None] = ContextVar("steer_tally", default=None)
+_open: ContextVar[Usage | None] = ContextVar("steer_usage", default=None)
 
 
 @dataclass(slots=True)
-class Tally:
+class Usage:
     """`failed` is set where an answer broke off after its status had been sent."""
 
     prompt: int = 0
@@ -32,16 +32,16 @@ class Tally:
 
 
 @contextmanager
-def counting() -> Iterator[Tally]:
-    """A new tally in this context."""
-    tally = Tally()
-    token = _open.set(tally)
+def counting() -> Iterator[Usage]:
+    """A new usage in this context."""
+    usage = Usage()
+    token = _open.set(usage)
     try:
-        yield tally
+        yield usage
     finally:
         _open.reset(token)
 
 
-def current() -> Tally:
-    """The request's tally, or one that nobody reads where there is no request."""
-    return _open.get() or Tally()
+def current() -> Usage:
+    """The request's usage, or one that nobody reads where there is no request."""
+    return _open.get() or Usage()

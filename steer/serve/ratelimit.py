@@ -42,7 +42,7 @@ class Bucket:
         return max(0.0, missing * SECONDS / self.per_minute)
 
 
-class Meter:
+class RateLimiter:
     """One kind of rate (requests, or tokens) of all keys."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -1,5 +1,8 @@
-"""The command `steer`: serve, inspect. The lab's commands are in `steer.lab.*commands` and
-`steer.lab.evaluation`, the operator's in `steer.cli.admin`."""
+"""The command `steer`: one module for each group of subcommands; `serve` and `inspect` are here.
+
+It may import everything, and nothing imports it but the experiments. Modules import torch inside of functions only, so
+that help and completion are there at once.
+"""
 
 from __future__ import annotations
 

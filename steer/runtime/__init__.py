@@ -1,1 +1,4 @@
-"""What both engines share: the operation, the device bank it reads, and the sites where it acts."""
+"""What both engines share: the operation, the direction bank, the token index, and the hook points of a model.
+
+Imports torch, files, names and the request language, and no engine. Everything above may import it.
+"""

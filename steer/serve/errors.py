@@ -156,31 +156,20 @@ def _accepted(kind: str, limits: Mapping[str, Any]) -> str:
         return ""
 
 
-#: Characters of a message of an engine behind.
+#: Characters of a message that others wrote.
 LONGEST = 1000
 
 
-def restated(message: str, sent: Iterable[str]) -> tuple[str, str | None]:
-    """An error message of an engine behind, in plain words and bounded, and the field that it is of, among those that
-    were `sent`: the first that it names as one, in quotes, by its underscore or by beginning with it."""
-    if told := _TOLD.findall(message):
-        found: dict[str, str] = {}
-        for where, said, kind, value in told[:MAX_PROBLEMS]:
-            own = kind == "value_error"
-            wrong = said.removeprefix("Value error, ") if own else f"{value[:60]} is not accepted{_accepted(kind, {})}"
-            found.setdefault(".".join(_where(where.split("."))), wrong)
-        return "; ".join(f"{where}: {wrong}" for where, wrong in found.items())[:LONGEST], next(iter(found))
-    names = {name: _mention(name, message) for name in sent if len(name) <= 100}
-    named = min((at, name) for name, at in names.items()) if names else (len(message), "")
-    return message[:LONGEST], named[1] if named[0] < len(message) else None
-
-
-def _mention(name: str, message: str) -> int:
-    """Where a message names this field; its length where it does not."""
-    word = re.escape(name)
-    written = rf"\b{word}\b" if "_" in name else rf"^{word}\b|['\"`]{word}['\"`]"
-    found = re.search(written, message[: 10 * LONGEST])
-    return found.start() if found else len(message)
+def pydantic_text(message: str) -> tuple[str, str] | None:
+    """What pydantic tells in a text of its own, in plain words, and the first field that it is of; None for others."""
+    found: dict[str, str] = {}
+    for where, said, kind, value in _TOLD.findall(message)[:MAX_PROBLEMS]:
+        own = kind == "value_error"
+        wrong = said.removeprefix("Value error, ") if own else f"{value[:60]} is not accepted{_accepted(kind, {})}"
+        found.setdefault(".".join(_where(where.split("."))), wrong)
+    if not found:
+        return None
+    return "; ".join(f"{where}: {wrong}" for where, wrong in found.items())[:LONGEST], next(iter(found))
 
 
 async def on_http_exception(_request: Request, error: Exception) -> JSONResponse:

@@ -7,6 +7,7 @@ from typing import Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
 from steer.direction import MAX_BYTES
@@ -36,6 +37,8 @@ def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> t
                         check_kind(request.scope, kind)
                     answer: Response = await handler(request)
                     return answer
+                except RequestValidationError as error:
+                    return await errors.on_validation_error(request, error)
                 except SteerError as error:
                     if isinstance(error, errors.HTTPProblem):
                         control.refused(error, control.caller(request.scope), request.scope)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from types import MappingProxyType
 from typing import Any
@@ -106,35 +106,24 @@ async def on_validation_error(_request: Request, error: Exception) -> JSONRespon
 
 #: Problems of one body that are told of.
 MAX_PROBLEMS = 16
-#: Characters of a message of an engine behind.
+#: Characters of a message that others wrote.
 LONGEST = 1000
 #: How pydantic tells of a problem where an engine hands its whole text on.
 _TOLD = re.compile(r"^(\S.*)\n +(.*) \[type=(\w+), input_value=(.*), input_type=\S+\]$", re.MULTILINE)
 
 
-def restated(message: str, sent: Iterable[str]) -> tuple[str, str | None]:
-    """An error message of an engine behind, in plain words and bounded, and the field that it is of, among those that
-    were `sent`: the first that it names as one, in quotes, by its underscore or by beginning with it."""
-    if told := _TOLD.findall(message):
-        found: dict[str, str] = {}
-        for place, said, kind, value in told[:MAX_PROBLEMS]:
-            what = accepted(kind, {})
-            own = kind == "value_error"
-            wrong = said.removeprefix("Value error, ") if own else f"{value[:60]} is not accepted{what and f': {what}'}"
-            parts = place.split(".")
-            found.setdefault(".".join(field_path(parts[parts[:1] == ["body"] :])), wrong)
-        return "; ".join(f"{where}: {wrong}" for where, wrong in found.items())[:LONGEST], next(iter(found))
-    names = {name: _mention(name, message) for name in sent if len(name) <= 100}
-    named = min((at, name) for name, at in names.items()) if names else (len(message), "")
-    return message[:LONGEST], named[1] if named[0] < len(message) else None
-
-
-def _mention(name: str, message: str) -> int:
-    """Where a message names this field; its length where it does not."""
-    word = re.escape(name)
-    written = rf"\b{word}\b" if "_" in name else rf"^{word}\b|['\"`]{word}['\"`]"
-    found = re.search(written, message[: 10 * LONGEST])
-    return found.start() if found else len(message)
+def pydantic_text(message: str) -> tuple[str, str] | None:
+    """What pydantic tells in a text of its own, in plain words, and the first field that it is of; None for others."""
+    found: dict[str, str] = {}
+    for place, said, kind, value in _TOLD.findall(message)[:MAX_PROBLEMS]:
+        what = accepted(kind, {})
+        own = kind == "value_error"
+        wrong = said.removeprefix("Value error, ") if own else f"{value[:60]} is not accepted{what and f': {what}'}"
+        parts = place.split(".")
+        found.setdefault(".".join(field_path(parts[parts[:1] == ["body"] :])), wrong)
+    if not found:
+        return None
+    return "; ".join(f"{where}: {wrong}" for where, wrong in found.items())[:LONGEST], next(iter(found))
 
 
 async def on_http_exception(_request: Request, error: Exception) -> JSONResponse:

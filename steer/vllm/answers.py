@@ -8,7 +8,8 @@ chunks of a stream say what a whole answer says, as on the other engine.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterable
+import re
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from starlette.types import Message, Send
@@ -69,7 +70,7 @@ def with_readout(send: Send, fetch: Fetch) -> Send:
     return sending
 
 
-def restated(send: Send, sent: Iterable[str]) -> Send:
+def restated(send: Send, sent: Collection[str]) -> Send:
     """Sends an answer on; one that refuses the request with its message in plain words and, as `param`, the field that
     is wrong, where that says it. `sent`: the fields of the request."""
     start: Message | None = None
@@ -92,15 +93,57 @@ def restated(send: Send, sent: Iterable[str]) -> Send:
     return sending
 
 
-def _restated(body: bytes, sent: Iterable[str]) -> bytes:
+def _restated(body: bytes, sent: Collection[str]) -> bytes:
     try:
         answer = json.loads(body)
         error = answer["error"]
-        said, field = errors.restated(error["message"], sent)
-        error |= {"message": said, "param": error.get("param") or field}
-    except (ValueError, TypeError, KeyError):  # not in the shape of our errors, or OpenAI's
+        error["message"], error["param"] = plainly(error["message"], error.get("param"), sent)
+    except (ValueError, TypeError, KeyError):  # not in the shape of OpenAI's errors, nor in Anthropic's
         return body
     return json.dumps(answer).encode()
+
+
+#: What vLLM's errors name of itself.
+_PARAMETER = re.compile(r" \(parameter=(\w+)(, value=.*)?\)$", re.DOTALL)
+_PROMPT = ("prompt", "messages", "input")
+_LIMIT = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+#: How it calls a field of some routes: by the name of another route's, or by its own.
+_MEANT: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("input_text", "input_tokens", "prompt"), _PROMPT),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), _LIMIT),
+    "response_id": ("previous_response_id",),
+    "stop": ("stop", "stop_sequences"),
+    "tool_choice": ("tool_choice", "tools"),
+}
+_OF_A_PROMPT = re.compile(r"\b(prompt|conversation|out of vocabulary)\b")
+
+
+def plainly(message: str, param: str | None, sent: Collection[str]) -> tuple[str, str | None]:
+    """One of vLLM's messages in plain words and bounded, and the field among those that were `sent` that it is of:
+    what it gives as `param`, else the first that it speaks of."""
+    if told := errors.pydantic_text(message):
+        return told
+    if found := _PARAMETER.search(message):
+        message, param = message[: found.start()], param or found[1]
+    if param is None:
+        words = {word: _mention(word, message) for word in {*sent, *_MEANT} if len(word) <= 100}
+        at, word = min((at, word) for word, at in words.items())
+        param = word if at < len(message) else "prompt" if _OF_A_PROMPT.search(message) else None
+    meant = next((name for name in _MEANT.get(param or "", ()) if name in sent), param)
+    return message[: errors.LONGEST], meant
+
+
+def _mention(name: str, message: str) -> int:
+    """Where a message speaks of this field: by a name of several words, by quoting it, by beginning with it or by
+    quoting its value. The message's length where it does not."""
+    word = re.escape(name)
+    several = rf"\b{word.replace('_', '[ _]')}\b"
+    found = re.search(
+        several if "_" in name else rf"^{word}\b|['\"`]{word}['\"`]|\bthe {word} ['\"`]",
+        message[:10_000],
+        re.IGNORECASE,
+    )
+    return found.start() if found else len(message)
 
 
 class UnlessLost:

@@ -16,11 +16,13 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import SchemaValidator
 from torch import Tensor, nn
 
 from steer.errors import InvalidInput, UnsupportedModel
@@ -904,6 +906,67 @@ def _checking(build: Any, check: Callable[[Any], None]) -> Any:
 
     building._steer = True  # type: ignore[attr-defined]
     return building
+
+
+def fail_fast(route: Any) -> None:
+    """Have a body for this route of FastAPI's refused at the first wrong item of a list. Items of vLLM's types are one
+    of dozens, and each wrong one has a problem with every one of them: of 15 kB of empty objects a million problems are
+    made, and the event loop waits for all of them."""
+    field = getattr(route, "body_field", None)
+    if field is not None:
+        adapter = seam(field, "_type_adapter")
+        adapter.validator = SchemaValidator(_fail_fast(seam(adapter, "core_schema")))
+
+
+#: Parts of a schema of pydantic's that hold no schema of what is checked.
+_NO_SCHEMAS = frozenset(("cls", "default", "expected", "function", "metadata", "serialization"))
+
+
+def _fail_fast(schema: Any) -> Any:
+    if isinstance(schema, Mapping):
+        copied = {key: each if key in _NO_SCHEMAS else _fail_fast(each) for key, each in schema.items()}
+        return copied | {"fail_fast": True} if schema.get("type") in ("list", "set", "frozenset", "tuple") else copied
+    return [_fail_fast(each) for each in schema] if isinstance(schema, list) else schema
+
+
+def problems_of(route: Any, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is wrong with the fields of a body for this route of FastAPI's, each looked at alone, as pydantic tells it.
+    vLLM's own checks of a whole body run before its fields are, and fail in ways of their own."""
+    field = getattr(route, "body_field", None)
+    model = getattr(getattr(field, "field_info", None), "annotation", None)
+    found: list[dict[str, Any]] = []
+    for name in sorted(body.keys() & getattr(model, "model_fields", {}).keys()):
+        try:
+            _adapter(model, name).validate_python(body[name])
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            found.append({**first, "loc": ("body", name, *first["loc"])})
+        except Exception as error:  # vLLM's own, which pydantic lets through
+            found.append({"type": "value_error", "loc": ("body", name), "input": None, "ctx": {"error": str(error)}})
+    return found
+
+
+@functools.cache
+def _adapter(model: Any, name: str) -> TypeAdapter[Any]:
+    field = model.model_fields[name]
+    kind: Any = Annotated[field.annotation, field]
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+    adapter.validator = SchemaValidator(_fail_fast(adapter.core_schema))
+    return adapter
+
+
+#: Of a frame that runs a route's function: what is raised before one is raised by the making of its arguments.
+ENDPOINT = "run_endpoint_function"
+
+
+def of_the_body(error: BaseException) -> bool:
+    """Was this raised in a FastAPI route before its function ran, by what reads and checks the body?"""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == ENDPOINT:
+            return False
+        trace = trace.tb_next
+    return True
 
 
 def served_names(app: Any) -> list[str]:

@@ -37,6 +37,7 @@ from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
 from steer.serve.errors import HTTPProblem
 from steer.serve.middleware import REQUEST_ID, SteerMiddleware, around
+from steer.serve.offload import LARGE, offload
 from steer.serve.readout import report
 from steer.serve.route import Head
 from steer.settings import ControlSettings
@@ -75,6 +76,8 @@ def install(app: FastAPI) -> None:
         (path, "POST"): partial(Generation, reads=path in READ_ROUTES, dropping=dropping)
         for path, dropping in GENERATION_ROUTES.items()
     }
+    for route in app.routes:
+        internals.fail_fast(route)
     wrapped = around(app, {**layers, (MODELS_ROUTE, "GET"): Models, (HEALTH_ROUTE, "GET"): Health})
     for needed in (*READ_ROUTES, MODELS_ROUTE):
         if needed not in wrapped:
@@ -388,7 +391,7 @@ async def _run(
 ) -> None:
     """`app` with its way to the engine. `used`: has the engine got what was admitted; None where nothing has to be.
     `body`: what was sent, whose fields errors are told of by name."""
-    scope = _in_our_words(scope)
+    scope = _in_our_words(scope, body)
     answer = _Held(restated(send, body if isinstance(body, dict) else ()), way, used, scope, receive)
     with _passing(way):
         try:
@@ -398,11 +401,29 @@ async def _run(
                 raise
 
 
-def _in_our_words(scope: Scope) -> Scope:
-    """The scope of a route that tells of a body's problems as our own routes do. Starlette hands the handlers of an app
-    on to its routes there."""
-    by_type, by_status = scope.get("starlette.exception_handlers", ({}, {}))
-    ours = {**by_type, RequestValidationError: errors.on_validation_error}
+def _in_our_words(scope: Scope, body: Any) -> Scope:
+    """The scope of a route that tells of a body's problems as our own routes do, whatever vLLM's checks of it raise.
+    Starlette hands the handlers of an app on to its routes there."""
+    theirs, by_status = scope.get("starlette.exception_handlers", ({}, {}))
+
+    async def telling(request: Request, error: Exception, then: Any = None) -> Any:
+        if internals.of_the_body(error) and isinstance(body, dict):
+            found = await offload("body", LARGE, lambda: internals.problems_of(scope.get("route"), body))
+            if found or then is None:
+                said = {
+                    "type": "value_error",
+                    "loc": ("body",),
+                    "ctx": {"error": "a field is not of the type it must be"},
+                }
+                return await errors.on_validation_error(request, RequestValidationError(found or [said]))
+        if then is None:
+            raise error
+        return await then(request, error)
+
+    ours: dict[Any, Any] = {
+        kind: then if issubclass(kind, HTTPException) else partial(telling, then=then) for kind, then in theirs.items()
+    }
+    ours |= {Exception: telling, RequestValidationError: errors.on_validation_error}
     return {**scope, "starlette.exception_handlers": (ours, by_status)}
 
 

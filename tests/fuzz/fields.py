@@ -76,6 +76,9 @@ OPENAI: Mapping[str, Any] = {
 JSON = {"content-type": "application/json"}
 #: What is said of a body as a whole: no field is to be named there.
 OF_THE_BODY = ("invalid_json", "body_too_complex", "body_too_large", "content_type")
+#: Where the prompt comes from, and what else is a part of it or makes it another one: what is too long, say, is all.
+PROMPT = ("prompt", "messages", "input")
+OF_THE_PROMPT = (*PROMPT, "instructions", "system", "suffix", "tools", "truncate_prompt_tokens")
 #: How pydantic speaks, and Python of its own types.
 FOREIGN = re.compile(
     r"validation error|pydantic|Input should|Extra inputs|Value error|Field required|'loc'|'ctx'|type=|NoneType"
@@ -147,7 +150,8 @@ def wrong(case: Case, answer: httpx.Response) -> str:
         return f"the words {found[0]!r}"
     if len(message) > 4000:
         return "a message without bounds"
-    named = re.match(rf"{re.escape(case.field)}(\W|$)", param) or error.get("code") in OF_THE_BODY
+    names = (case.field, *PROMPT) if case.field in OF_THE_PROMPT else (case.field,)
+    named = any(re.match(rf"{re.escape(field)}(\W|$)", param) for field in names) or error.get("code") in OF_THE_BODY
     if case.route in GOOD and not named:
         return "another param"
     return ""

@@ -240,8 +240,10 @@ def test_a_stream_that_overflows_is_an_error_of_its_own(
 def test_a_file_that_must_overflow_is_refused_with_the_rule(tiny_server: Server) -> None:
     wild = models.direction(models.tiny("llama"), seed=8)
     data = replace(wild, weights=torch.full_like(wild.weights, 1e15)).to_bytes()
-    told = error(tiny_server.client.put("/v1/directions/wild", content=data), 400)
-    assert "no float32 holds" in told["message"]
+    answer = tiny_server.client.put("/v1/directions/wild", content=data)
+    assert answer.status_code == 400
+    assert "no float32 holds" in answer.json()["error"]["message"]
+    assert all(problem in answer.json()["error"]["message"] for problem in answer.json()["error"]["problems"])
 
 
 @pytest.mark.parametrize(

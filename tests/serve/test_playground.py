@@ -246,8 +246,9 @@ def test_a_bad_file_shows_every_problem_and_leaves_nothing(demo: Server, visit: 
     expect(problems.nth(1)).to_contain_text("'reference'")
     opened.page.click("#cancel")
     expect(opened.page.locator("#list > li", has_text="bad-file")).to_have_count(0)
+    expect(opened.page.locator("#naming")).to_be_hidden()
     opened.page.set_input_files("#file", path)
-    expect(opened.page.locator("#name")).to_have_value("bad-file")
+    expect(opened.page.locator("#naming")).to_be_visible()  # and so the file has given it a name, which goes away
     opened.page.fill("#name", "off")
     opened.page.click("#put")
     expect(opened.page.locator("#report li")).to_contain_text("'off' is not acceptable")

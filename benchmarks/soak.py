@@ -26,10 +26,10 @@ import numpy as np
 import psutil
 
 from benchmarks.engines import ENVIRONMENT
-from benchmarks.hostile import WILD, Hostile, wild
 from benchmarks.results import FOLDER, Result
 from steer.direction import digest, write_file
 from tests import models
+from tests.hostile import WILD, Hostile, wild
 from tests.servers import Server, text
 
 CLIENTS, TOKENS = 6, 24

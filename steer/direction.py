@@ -39,10 +39,11 @@ from steer.errors import DirectionError, problems_of
 from steer.geometry import angle
 from steer.names import MAX_STRENGTH, MODES, Mode, Site
 
-SUFFIX = ".safetensors"
 #: A file of 128 layers × 16384 with k = 2 has about 50 MB.
 MAX_BYTES = 256 * 2**20
 UNIT_TOLERANCE = 1e-4
+#: The metadata key of a measurement, which is no direction yet.
+MEASUREMENT_KEY = "steer_measurement"
 #: Of any value: products and norms of larger ones overflow float32, and NaN would get into the stream.
 MAX_VALUE = 1e15
 
@@ -194,12 +195,17 @@ class Direction:
         """Parse and check a file's bytes. Raises DirectionError with every problem, each prefixed by `source`."""
         problems: list[str] = []
         tensors = _read_tensors(data, problems)
-        meta = _read_meta(data, problems) if tensors is not None else None
+        try:
+            meta = _read_meta(data, problems) if tensors is not None else None
+        except DirectionError as error:
+            raise DirectionError(f"{source}: {error}") from None
         if tensors is not None:
             required = set(_shapes(1, 1, 1))
-            problems += [f"tensor '{name}' is missing" for name in sorted(required - tensors.keys())]
-            known = required | {"embedding"}
-            problems += [f"tensor '{name}' is not known here" for name in sorted(tensors.keys() - known)]
+            missing, others = sorted(required - tensors.keys()), sorted(tensors.keys() - required - {"embedding"})
+            if missing:
+                problems.append(f"missing tensors: {_quoted(missing)}")
+            if others:
+                problems.append(f"tensors that a direction does not have: {_quoted(others)}")
         direction = None
         if meta is not None and tensors is not None and not problems:
             direction = cls(meta=meta, **tensors)
@@ -275,6 +281,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def _quoted(names: list[str]) -> str:
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(f"'{name[:80]}'" for name in names[:6]) + more
+
+
 def _shapes(layers: int, k: int, d_model: int) -> dict[str, tuple[int, ...]]:
     return {
         "directions": (layers, k, d_model),
@@ -328,7 +339,10 @@ def _read_tensors(data: bytes, problems: list[str]) -> dict[str, Tensor] | None:
 def _read_meta(data: bytes, problems: list[str]) -> DirectionMeta | None:
     """The `steer` metadata of bytes that safetensors has already accepted (its API gives metadata of paths only)."""
     length = int.from_bytes(data[:8], "little")
-    text = (json.loads(data[8 : 8 + length]).get("__metadata__") or {}).get("steer")
+    found = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    if MEASUREMENT_KEY in found:
+        raise DirectionError("this is a measurement: `steer derive` makes a direction of it")
+    text = found.get("steer")
     if text is None:
         problems.append("the metadata key 'steer' is missing, so this is not a Steer direction")
         return None

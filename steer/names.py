@@ -15,6 +15,9 @@ SITES: tuple[Site, ...] = get_args(Site)
 #: Full removal is 1. More than this is a mistake.
 MAX_STRENGTH = 10.0
 
+#: What the files of a folder of directions end in.
+SUFFIX = ".safetensors"
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED = {"off", "none", "null", "false", "true"}
 

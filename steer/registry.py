@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from steer.direction import SUFFIX, Direction, digest, read_file, write_file
+from steer.direction import Direction, digest, read_file, write_file
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, printable
-from steer.names import check_name
+from steer.names import SUFFIX, check_name
 from steer.spec import Entry, Spec, Wanted
 from steer.watch import Follower
 

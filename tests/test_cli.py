@@ -238,18 +238,41 @@ def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tu
         (("serve", "--rank", "0", "--rows", "x"), "--rows"),
         (("serve", "--default-steer", "refusal=much"), "'much' is not accepted"),
         (("serve", "--sites", "attention"), "accepted: resid_post, writers"),
-        (("serve", "/nowhere/model", "--backend", "transformers"), "cannot load the model"),
+        (
+            ("serve", "/nowhere/model", "--backend", "transformers"),
+            "cannot load the model '/nowhere/model': there is no",
+        ),
+        (("serve", "/nowhere/model"), "an id of the hub it cannot be"),
+        (("serve", "tests"), "the folder has no config.json"),
+        (("serve", "README.md"), "it is a file, not a folder"),
+        (
+            ("serve", "steer/demo/model", "--backend", "transformers", "--device", "tpu9"),
+            "device 'tpu9' cannot be used",
+        ),
         (("serve", "--prot", "8001"), "--prot 8001: not an option of the transformers backend"),
         (("serve", "--directions", "/nowhere"), "does not exist"),
         (("inspect", "/nowhere.safetensors"), "cannot be read"),
-        (("fit", "m", "--harmful", "/nowhere.txt", "--harmless", "x.csv", "-o", "x"), "cannot be read"),
-        (("fit", "m", "--harmful", "a", "--harmless", "b", "-o", "x", "--method", "magic"), "accepted: slerp"),
-        (("fit", "m", "--harmful", "a", "--harmless", "b", "-o", "x", "--layer", "top"), "--layer"),
+        (("fit", "m", "--harmful", "/nowhere.txt", "--harmless", "x.csv", "-o", "x.safetensors"), "cannot be read"),
+        (
+            ("fit", "m", "--harmful", "a", "--harmless", "b", "-o", "x.safetensors", "--method", "magic"),
+            "accepted: slerp",
+        ),
+        (("fit", "m", "--harmful", "a", "--harmless", "b", "-o", "x.safetensors", "--layer", "top"), "--layer"),
         (("measure", "m", "--harmful", "a", "--harmless", "b", "-o", "x", "--positions", "last"), "--positions"),
         (("measure", "m", "--harmful", "a", "--harmless", "b", "-o", "x", "--winsorize", "2"), "--winsorize"),
-        (("derive", "/nowhere", "-o", "x"), "cannot be read"),
-        (("derive", "m", "-o", "x", "-p", "t"), "'t' is not NAME=VALUE"),
-        (("derive", "m", "-o", "x", "--method", "pca", "-p", "rank=0"), "parameter rank"),
+        (("derive", "/nowhere", "-o", "x.safetensors"), "cannot be read"),
+        (("fit", "m", "--harmful", "a", "--harmless", "b", "-o", "x.txt"), "'x.txt' must end in .safetensors"),
+        (("fit", "m", "--harmful", "a", "--harmless", "b", "-o", "x y.safetensors"), "'x y' is not acceptable"),
+        (("fit", "m", "--harmful", "a", "--harmless", "b", "-o", "nowhere/x.safetensors"), "nowhere does not exist"),
+        (
+            ("fit", "m", "--harmful", "a", "--harmless", "b", "-o", "x.safetensors", "--layer", "foo"),
+            "--layer: 'foo' is not accepted: 'auto', 'widest' or 'all', or a whole number",
+        ),
+        (("derive", "m", "-o", "x.safetensors", "-p", "t"), "'t' is not NAME=VALUE"),
+        (("derive", "m", "-o", "x.safetensors", "--method", "linear", "--t", "1"), "'linear': parameter t: unknown"),
+        (("methods", "magic"), "method 'magic' is not known; accepted: slerp"),
+        (("audit", "verify", "nowhere.log"), "nowhere.log: cannot be read: No such file"),
+        (("derive", "m", "-o", "x.safetensors", "--method", "pca", "-p", "rank=0"), "parameter rank"),
         (("convert", "/nowhere.pt", "x.safetensors"), "does not exist"),
         (("bake", "/nowhere", "--direction", "/nowhere", "-o", "x"), "cannot be read"),
         (("push", "/nowhere", "someone/x"), "cannot be read"),
@@ -259,3 +282,45 @@ def test_errors_name_the_option_and_have_no_traceback(arguments: tuple[str, ...]
     done = run(*arguments, code=2)
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_is_nowhere_is_told_within_seconds(sets: tuple[str, str], tmp_path: Path) -> None:
+    """transformers asks the hub for each file again and again: with no hub that takes a minute."""
+    started_at = time.monotonic()
+    given = ("--harmful", sets[0], "--harmless", sets[1], "-o", str(tmp_path / "x.safetensors"))
+    done = run("fit", "nobody/no-such-model", *given, code=2)
+    assert "there is no such folder, it is not in the hub's cache, and the hub gives: " in done.stderr
+    assert time.monotonic() - started_at < 30
+
+
+def test_an_encoder_is_not_served_as_if_it_could_answer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
+    done = run("serve", str(tmp_path), "--backend", "transformers", code=2)
+    assert "BertForMaskedLM fills in masked tokens and generates no text" in done.stderr
+
+
+def test_a_folder_without_a_tokenizer_is_told_so(tiny_folder: Path, tmp_path: Path) -> None:
+    for file in tiny_folder.iterdir():
+        if "token" not in file.name:
+            (tmp_path / file.name).symlink_to(file)
+    assert "has no tokenizer" in run("serve", str(tmp_path), "--backend", "transformers", code=2).stderr
+
+
+def test_inspect_says_what_another_file_is(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
+    done = run("inspect", str(tiny_folder / "model.safetensors"), code=2)
+    assert "this is not a Steer direction" in done.stderr
+    assert len(done.stderr.splitlines()) == 3
+    file = str(tmp_path / "m.safetensors")
+    run("measure", str(tiny_folder), "--harmful", sets[0], "--harmless", sets[1], "-o", file)
+    done = run("inspect", file, code=2)
+    assert "a measurement: `steer derive` makes a direction of it" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_methods_are_told_one_by_one_and_as_json() -> None:
+    shown = run("methods", "slerp").stdout
+    assert shown.startswith("slerp\n")
+    assert "projected\n\n" not in shown
+    told = json.loads(run("methods", "--json").stdout)
+    assert set(told["slerp"]["parameters"]) == {"t"}
+    assert all(each["description"] for each in told.values())

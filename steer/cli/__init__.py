@@ -162,8 +162,10 @@ def choose_backend(model: str, settings: ServeSettings) -> str:
         return settings.backend
     if find_spec("vllm") is None:
         return "transformers"
+    from steer.hf.load import find_model
     from steer.vllm.internals import serves
 
+    find_model(model, settings.revision)
     return "vllm" if serves(model, settings.revision) else "transformers"
 
 

@@ -129,7 +129,9 @@ def verify_audit(
     with reported():
         try:
             report = verify(files, [Head.parse(text) for text in anchor or ()], start)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise InvalidInput(f"{error.filename}: cannot be read: {error.strerror}") from None
+        except ValueError as error:
             raise InvalidInput(str(error)) from None
     if as_json:
         told = {"lines": report.lines, "first": report.first, "last": str(report.last)}

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from pydantic import ValidationError
 
-from steer.errors import InvalidInput, SteerError, wording
+from steer.errors import InvalidInput, SteerError, problems_by_field
 
 
 @contextmanager
@@ -22,9 +22,8 @@ def reported() -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        for item in error.errors(include_url=False):
-            where = "--" + "-".join(str(part) for part in item["loc"]).replace("_", "-")
-            typer.echo(f"error: {where}: {wording(item)}", err=True)
+        for field, problem in problems_by_field(error.errors(include_url=False), "the options").items():
+            typer.echo(f"error: --{field.replace('_', '-')}: {problem}", err=True)
         raise typer.Exit(2) from None
     except InvalidInput as error:
         for problem in error.problems:

@@ -10,7 +10,17 @@ from typing import Annotated
 import typer
 
 from steer.cli.console import log_warnings, quiet_libraries, reported
-from steer.cli.options import METHOD_HELP, Choices, Output, Parameters, Revision, T, check_folder, chosen_method
+from steer.cli.options import (
+    METHOD_HELP,
+    Choices,
+    Output,
+    Parameters,
+    Revision,
+    T,
+    check_direction_file,
+    check_folder,
+    chosen_method,
+)
 from steer.errors import InvalidInput
 
 
@@ -166,7 +176,7 @@ def pull(
     from steer.lab import hub
 
     with reported():
-        check_folder(output)
+        check_direction_file(output)
         digest = hub.pull(repo, output, file=file, revision=revision)
     typer.echo(f"wrote {output}: digest {digest[:12]}")
 

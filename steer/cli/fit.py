@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from steer.cli.bench import open_bench
-from steer.cli.console import log_warnings, quiet_libraries, reported
+from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.cli.options import (
     VLLM_OPTIONS,
     Backend,
@@ -31,6 +31,7 @@ from steer.cli.options import (
     T,
     Threshold,
     Winsorize,
+    check_direction_file,
     check_folder,
     chosen_method,
 )
@@ -85,8 +86,8 @@ def fit(
         recipe = Recipe(
             made, choices.layer, mode=choices.mode, strength=strength, sites=choices.sites, threshold=threshold
         )
+        check_direction_file(output)
         sets = read_prompts(harmful), read_prompts(harmless)
-        check_folder(output)
         torch.manual_seed(seed)
         bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices)
         conditions = Conditions((position,), winsorize, system_prompt, keep=Keep(vectors=made.needs != "means"))
@@ -212,7 +213,7 @@ def derive(
             choices.sites,
             threshold,
         )
-        check_folder(output)
+        check_direction_file(output)
         direction = run(Measurement.load(measurement), recipe)
         digest = direction.save(output)
     meta = direction.meta
@@ -220,13 +221,32 @@ def derive(
     typer.echo(f"wrote {output}: {method}, source {source}, digest {digest[:12]}")
 
 
-def methods() -> None:
+def methods(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="which ones; default: all")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
     """Say what each method is, where it comes from, its parameters and its pitfalls."""
     import inspect
 
     from steer.lab.methods import METHODS
 
-    for name, kind in METHODS.items():
+    with reported():
+        if unknown := [name for name in names or () if name not in METHODS]:
+            raise InvalidInput(f"method {name!r} is not known; accepted: {', '.join(METHODS)}" for name in unknown)
+    chosen = {name: METHODS[name] for name in names or METHODS}
+    if as_json:
+        echo_json(
+            {
+                name: {
+                    "description": inspect.cleandoc(kind.__doc__ or ""),
+                    "needs": kind.needs,
+                    "parameters": kind.model_json_schema()["properties"] if kind.model_fields else {},
+                }
+                for name, kind in chosen.items()
+            }
+        )
+        return
+    for name, kind in chosen.items():
         typer.echo(f"{name}\n")
         typer.echo("    " + inspect.cleandoc(kind.__doc__ or "").replace("\n", "\n    ") + "\n")
         for parameter, field in kind.model_fields.items():

@@ -9,7 +9,7 @@ import typer
 from pydantic import BaseModel, Field
 
 from steer.errors import InvalidInput
-from steer.names import Mode, Site
+from steer.names import MODES, SITES, SUFFIX, Mode, Site, check_name
 
 Model = Annotated[str, typer.Argument(help="local folder or hub id")]
 Harmful = Annotated[str, typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[:SPLIT[:COLUMN]]")]
@@ -25,9 +25,9 @@ BatchPrompts = Annotated[
 ]
 Position = Annotated[int, typer.Option(help="token position that is measured, −1 is the last of the template")]
 Winsorize = Annotated[float | None, typer.Option(help="clip each activation vector at this quantile of magnitudes")]
-FileMode = Annotated[str, typer.Option(help="the file's default mode: ablate, one_sided, affine or add")]
+FileMode = Annotated[str, typer.Option(help=f"the file's default mode: {', '.join(MODES)}")]
 Strength = Annotated[float, typer.Option(help="the file's default strength")]
-Sites = Annotated[str, typer.Option(help="where it acts: resid_post or writers")]
+Sites = Annotated[str, typer.Option(help=f"where it acts: {' or '.join(SITES)}")]
 METHOD_HELP = (
     "how: slerp, linear, projected, biprojected, pca, whitened, logistic, subspace or cone (`steer methods` tells more)"
 )
@@ -80,14 +80,21 @@ def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> A
     if t is not None:
         if "t" in given:
             raise InvalidInput("--t and --parameter t=… say the same: give one")
-        # `steer fit` has always taken --t with any method, and only slerp reads it
-        given |= {"t": t} if name == "slerp" else {}
+        given["t"] = t
     return make_method(name, given)
 
 
 def check_folder(output: Path) -> None:
     if not output.parent.is_dir():
         raise InvalidInput(f"--output: the folder {output.parent} does not exist")
+
+
+def check_direction_file(output: Path) -> None:
+    """Refuse, before any work, a file that no server would serve: its name without the suffix is the direction's."""
+    check_folder(output)
+    if output.suffix != SUFFIX:
+        raise InvalidInput(f"--output: '{output.name}' must end in {SUFFIX}, or no server will serve it")
+    check_name(output.stem)
 
 
 def split(text: str) -> list[str]:

@@ -286,7 +286,9 @@ def _check_same(measured: Any, facts: Any) -> None:
 
 
 def _methods(name: str, ts: list[float], parameters: list[str] | None) -> list[Any]:
-    if name != "slerp":
+    from steer.lab.methods import METHODS
+
+    if name not in METHODS or "t" not in METHODS[name].model_fields:
         return [chosen_method(name, None, parameters)]
     return [chosen_method(name, one, parameters) for one in ts]
 

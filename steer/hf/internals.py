@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import queue
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from operator import attrgetter
@@ -47,6 +48,7 @@ _MANAGER = (
     "destroy",
     "is_running",
     "output_router._lock",
+    "output_router.output_queue",
     "output_router.result_handlers",
     "pause",
     "register_result_handler",
@@ -68,6 +70,14 @@ _OUTPUT = ("error", "generated_tokens", "is_finished")
 _EXPAND = "_expand_inputs_for_generation"
 _GENERATE = "generate"
 _MODEL = ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+
+
+class _Discard(queue.Queue[Any]):
+    """The queue for results that no handler waits for. Every request here has one until it is cancelled, so what comes
+    later is for nobody; transformers would keep it for as long as the process lives."""
+
+    def _put(self, item: Any) -> None:
+        pass
 
 
 class CannotBatch(SteerError):
@@ -92,6 +102,7 @@ def start_manager(
     try:
         manager = model.init_continuous_batching(generation_config=greedy, continuous_batching_config=config)
         manager.warmup()
+        manager.output_router.output_queue = _Discard()
     except BaseException as error:
         before.put_back()
         if isinstance(error, _REFUSALS):

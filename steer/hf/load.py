@@ -48,19 +48,85 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    check_device(device)
     if dtype not in ("auto", *DTYPES):
         raise UnsupportedModel(f"dtype '{dtype}' is not known; accepted: auto, {', '.join(DTYPES)}")
     wanted: Any = DTYPES.get(dtype) or (torch.float32 if device == "cpu" else "auto")
-    where = name if Path(name).exists() else f"'{name}' (no such folder, so taken as a hub id)"
+    find_model(name, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        attention = attention_for(AutoConfig.from_pretrained(name, revision=revision))
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        check_causal(name, config)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        except (OSError, ValueError) as error:
+            raise UnsupportedModel(
+                f"cannot load the model '{name}': it has no tokenizer that transformers can read (tokenizer.json and "
+                f"tokenizer_config.json, as `save_pretrained` writes them): {str(error).partition(chr(10))[0]}"
+            ) from error
         model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=wanted, attn_implementation=attention
+            name, revision=revision, dtype=wanted, attn_implementation=attention_for(config)
         )
     except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"cannot load the model {where}: {error}") from error
+        raise UnsupportedModel(f"cannot load the model '{name}': {error}") from error
     return Loaded(name, revision, model.to(device).eval(), tokenizer)
+
+
+def check_device(device: str) -> None:
+    """Raise UnsupportedModel unless a tensor can be made on `device` (such as "cpu", "cuda:1", "mps")."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise UnsupportedModel(
+            f"device '{device}' cannot be used here: {str(error).partition(chr(10))[0]}; accepted: auto, cpu, and what "
+            "this build of torch reaches (cuda, cuda:N, mps)"
+        ) from error
+
+
+def find_model(name: str, revision: str | None = None) -> None:
+    """Raise UnsupportedModel, after one request to the hub at most, when `name` is neither a folder with a config.json,
+    nor in the hub's cache, nor on the hub. transformers would find that out too, after a minute of repeated requests.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    def missing(why: str) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"cannot load the model '{name}': {why}; accepted: a folder with config.json, as `save_pretrained` writes "
+            "it, or the id of a model on the hub (OWNER/NAME)"
+        )
+
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise missing("the folder has no config.json")
+        return
+    if folder.exists():
+        raise missing("it is a file, not a folder")
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
+    except HFValidationError:
+        raise missing("there is no such folder, and an id of the hub it cannot be") from None
+    except Exception as error:  # of the network, of the hub, of its answer: they have no class of their own
+        found = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise missing(f"there is no such folder, it is not in the hub's cache, and the hub gives: {found}") from error
+
+
+def check_causal(name: str, config: Any) -> None:
+    """Raise UnsupportedModel for an encoder, of which transformers would make a causal model that was never trained."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kinds = set(getattr(config, "architectures", None) or ())
+    encoders = set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if kinds and kinds <= encoders:
+        raise UnsupportedModel(
+            f"cannot load the model '{name}': {', '.join(sorted(kinds))} fills in masked tokens and generates no text; "
+            "accepted: a causal language model"
+        )
 
 
 def attention_for(config: Any) -> str | None:
@@ -102,6 +168,7 @@ def describe(name: str, revision: str | None = None) -> tuple[str, int, int]:
     """Architecture, layers and d_model of a model, from its config alone."""
     from transformers import AutoConfig
 
+    find_model(name, revision)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:

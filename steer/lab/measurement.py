@@ -28,11 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steer._version import __version__
-from steer.direction import Dataset, replacing, sorted_metadata
+from steer.direction import MEASUREMENT_KEY, Dataset, replacing, sorted_metadata
 from steer.errors import DegenerateError, InvalidInput, problems_of
 from steer.geometry import MIN_ANGLE, winsorise
 
-KEY = "steer_measurement"
 CLASSES = ("harmful", "harmless")
 #: Tensors of a class, with their dtype; the first is always there.
 KINDS = {"mean": torch.float64, "mean_all": torch.float64, "moments": torch.float64, "vectors": torch.bfloat16}
@@ -149,7 +148,7 @@ class Measurement:
         if problems := self.problems():
             raise InvalidInput(problems)
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
-        save_tensors(path, tensors, {"format": "pt", KEY: self.meta.model_dump_json()})
+        save_tensors(path, tensors, {"format": "pt", MEASUREMENT_KEY: self.meta.model_dump_json()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Measurement:
@@ -157,14 +156,14 @@ class Measurement:
         metadata, tensors = load_tensors(path)
         problems: list[str] = []
         meta = None
-        if KEY not in metadata:
+        if MEASUREMENT_KEY not in metadata:
             kind = "a Steer direction" if "steer" in metadata else "no file of `steer measure`"
-            problems.append(f"the metadata key '{KEY}' is missing: this is {kind}, not a measurement")
+            problems.append(f"the metadata key '{MEASUREMENT_KEY}' is missing: this is {kind}, not a measurement")
         else:
             try:
-                meta = MeasurementMeta.model_validate_json(metadata[KEY])
+                meta = MeasurementMeta.model_validate_json(metadata[MEASUREMENT_KEY])
             except ValidationError as error:
-                problems += [f"metadata: {problem}" for problem in problems_of(error, KEY)]
+                problems += [f"metadata: {problem}" for problem in problems_of(error, MEASUREMENT_KEY)]
         known = {f"{c}_{kind}" for c in CLASSES for kind in KINDS}
         problems += [f"tensor '{c}_mean' is missing" for c in CLASSES if f"{c}_mean" not in tensors]
         problems += [f"tensor '{name}' is not known here" for name in sorted(tensors.keys() - known)]

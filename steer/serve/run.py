@@ -9,7 +9,7 @@ from types import FrameType
 
 import uvicorn
 
-from steer.errors import UnsupportedModel
+from steer.errors import RequestError, UnsupportedModel
 from steer.hf.batching import start_engine
 from steer.hf.load import load
 from steer.hf.steering import Steering
@@ -20,6 +20,7 @@ from steer.serve.control import Control
 from steer.serve.served import Served
 from steer.settings import KEEP_ALIVE, ServeSettings, served_name
 from steer.spec import parse
+from steer.tokenization import Chat
 
 log = logging.getLogger("steer")
 #: Direction rows for each token where the settings do not say: an eager hook pays only for those that are used.
@@ -31,6 +32,7 @@ def prepare(model: str, settings: ServeSettings) -> Served:
     control = Control(settings)
     control.listen(settings.host, settings.origins)
     loaded = load(model, revision=settings.revision, dtype=settings.dtype, device=settings.device)
+    warn_of_template(loaded)
     rank = settings.rank or RANK
     steering = Steering(loaded.model, sites=settings.site_list, rows=settings.rows, rank=rank)
     anatomy = steering.anatomy
@@ -71,6 +73,14 @@ def prepare(model: str, settings: ServeSettings) -> Served:
         settings.default_steer,
     )
     return served
+
+
+def warn_of_template(chat: Chat) -> None:
+    """Say at start what every request to /v1/chat/completions would be refused for."""
+    try:
+        chat.chat_ids([{"role": "user", "content": "x"}])
+    except RequestError as error:
+        log.warning("no chat can be served, only /v1/completions: %s", error)
 
 
 class _Server(uvicorn.Server):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import re
 import threading
@@ -18,6 +19,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor
+from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from steer.errors import EngineFailed, NoRoom, NotFinite, RequestFailed, UnsupportedModel
 from steer.hf import batching, internals
@@ -351,6 +353,25 @@ def test_closing_the_stream_frees_the_place(which: str, request: pytest.FixtureR
             assert not made.engine.manager.output_router.result_handlers
 
     asyncio.run(run())
+
+
+def test_streams_that_are_left_leave_nothing_in_memory(llama: Rig) -> None:
+    """transformers still makes results for a request whose cancellation its thread has not seen yet."""
+
+    def outputs() -> int:
+        gc.collect()
+        return sum(type(each) is GenerationOutput for each in gc.get_objects())
+
+    async def run() -> None:
+        for _ in range(20):
+            stream = llama.engine.generate([5, 6, 7], replace(GREEDY, max_tokens=200), None)
+            await anext(stream)
+            await stream.aclose()
+        await llama.tokens([5, 6, 7], None)  # answered after all that came before it
+
+    before = outputs()
+    asyncio.run(run())
+    assert outputs() <= before + 1
 
 
 def test_a_full_engine_refuses_before_anything_is_queued(llama: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

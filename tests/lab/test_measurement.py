@@ -9,9 +9,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from steer.direction import Dataset
+from steer.direction import MEASUREMENT_KEY, Dataset
 from steer.errors import DirectionError, InvalidInput
-from steer.lab.measurement import KEY, Measurement, MeasurementMeta, ModelFacts, Statistics
+from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, Statistics
 from tests import models
 
 D, LAYERS, POSITIONS = 6, 3, (-1, -4)
@@ -97,7 +97,7 @@ def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="this is a Steer direction, not a measurement"):
         Measurement.load(path)
     measurement().save(path)
-    with pytest.raises(DirectionError, match="'steer' is missing"):
+    with pytest.raises(DirectionError, match="this is a measurement: `steer derive`"):
         models.Direction.load(path)
 
 
@@ -106,7 +106,7 @@ def test_metadata_and_tensors_are_checked_together(tmp_path: Path) -> None:
     made = measurement()
     tensors = {n: t for n, t in made.tensors().items() if n != "harmless_mean"} | {"other": torch.zeros(1)}
     text = made.meta.model_dump_json().replace('"measured":3', '"measured":0')
-    safetensors.torch.save_file(tensors, path, {KEY: text})
+    safetensors.torch.save_file(tensors, path, {MEASUREMENT_KEY: text})
     with pytest.raises(InvalidInput) as caught:
         Measurement.load(path)
     assert len(caught.value.problems) == 3

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from steer.direction import Direction
+from steer.direction import MEASUREMENT_KEY, Direction
 from steer.errors import InvalidInput
 from steer.lab.formats import arditi, control_vector, means, plain
 from steer.lab.formats.foreign import Foreign, load_pickled
-from steer.lab.measurement import KEY, Measurement, load_tensors
+from steer.lab.measurement import Measurement, load_tensors
 
 #: How a file of a measurement is named where its kind follows from the name.
 MEASUREMENT_SUFFIX = ".measurement.safetensors"
@@ -35,7 +35,7 @@ def read(path: Path, foreign: Foreign) -> Direction | Measurement:
         return control_vector.read(path, foreign)
     if suffix == ".safetensors":
         metadata, tensors = load_tensors(path)
-        if KEY in metadata:
+        if MEASUREMENT_KEY in metadata:
             return Measurement.load(path)
         return Direction.load(path) if "steer" in metadata else plain.read(path, tensors, foreign)
     if suffix in (".pt", ".pth", ".refuse", ".bin"):

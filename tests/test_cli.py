@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 from click.testing import Result
+from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from steer._version import __version__
 from steer.cli import app
+from steer.cli.console import reported
 from steer.direction import Direction
 from steer.lab.evaluation.report import Report
 from steer.lab.measurement import Measurement
@@ -58,6 +64,24 @@ def test_help_costs_no_torch_and_no_transformers() -> None:
     program = "import sys, steer.cli; print(sorted({'torch', 'transformers', 'vllm', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == "[]"
+
+
+def commands(group: TyperGroup, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from commands(command, f"{name} ")
+        else:
+            yield prefix + name, command
+
+
+def test_each_help_ends_with_an_example_that_the_command_takes() -> None:
+    whole = typer.main.get_command(app)
+    assert isinstance(whole, TyperGroup)
+    for name, command in commands(whole):
+        example = (command.epilog or "").removeprefix("Example: ")
+        assert example.startswith(f"steer {name}"), name
+        with command.make_context(name, shlex.split(example.removeprefix(f"steer {name}"))) as context:
+            assert name == "serve" or not context.args, f"{name} does not know {context.args}"
 
 
 def test_the_version_is_said() -> None:
@@ -225,6 +249,8 @@ def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tu
     told = run("convert", str(tmp_path / "direction.pt"), str(tmp_path / "a.safetensors"), "--model", model)
     one, other = (Direction.load(tmp_path / name).directions[1, 0] for name in ("d.safetensors", "a.safetensors"))
     torch.testing.assert_close(one, other)
+    refused = run("convert", file, str(tmp_path / "e.safetensors"), "--method", "pca", code=2).stderr
+    assert "--method: is not for a direction" in refused
     assert "give --model" in run("convert", str(tmp_path / "d.gguf"), file, code=2).stderr
     told = run("push", file, "someone/refusal", "--folder", str(tmp_path / "repo"))
     assert "nothing was uploaded" in told.stdout
@@ -270,6 +296,12 @@ def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tu
         ),
         (("derive", "m", "-o", "x.safetensors", "-p", "t"), "'t' is not NAME=VALUE"),
         (("derive", "m", "-o", "x.safetensors", "--method", "linear", "--t", "1"), "'linear': parameter t: unknown"),
+        (("derive", "m", "-o", "x.safetensors", "--seed", "1"), "--seed: is for --bootstrap"),
+        (("push", "m", "someone/x", "--folder", "y", "--private"), "--private: is for an upload"),
+        (
+            ("eval", "m", "--direction", "d", "--harmful", "a", "--harmless", "b", "--tasks-limit", "2"),
+            "--tasks-limit: is for --tasks",
+        ),
         (("methods", "magic"), "method 'magic' is not known; accepted: slerp"),
         (("audit", "verify", "nowhere.log"), "nowhere.log: cannot be read: No such file"),
         (("derive", "m", "-o", "x.safetensors", "--method", "pca", "-p", "rank=0"), "parameter rank"),
@@ -304,6 +336,13 @@ def test_a_folder_without_a_tokenizer_is_told_so(tiny_folder: Path, tmp_path: Pa
         if "token" not in file.name:
             (tmp_path / file.name).symlink_to(file)
     assert "has no tokenizer" in run("serve", str(tmp_path), "--backend", "transformers", code=2).stderr
+
+
+def test_an_interruption_says_whether_the_same_command_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    for resumes in (False, True):
+        with pytest.raises(KeyboardInterrupt), reported(resumes=resumes):
+            raise KeyboardInterrupt
+        assert ("give the same command again" in capsys.readouterr().err) == resumes
 
 
 def test_inspect_says_what_another_file_is(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:

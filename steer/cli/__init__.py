@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from steer._version import __version__
 from steer.cli import admin, evaluate, export, fit, search
 from steer.cli.console import echo_json, quiet_libraries, reported
+from steer.cli.examples import EXAMPLES
 from steer.errors import InvalidInput
 from steer.settings import ServeSettings, served_name
 
@@ -204,3 +205,7 @@ def _cell(value: Any, width: int) -> str:
 # in the order in which the help lists them
 for commands in fit, export, evaluate, search, admin:
     commands.register(app)
+for prefix, group in (("", app), ("keys ", admin.keys), ("audit ", admin.audit)):
+    for registered in group.registered_commands:
+        assert registered.callback is not None
+        registered.epilog = f"Example: {EXAMPLES[prefix + (registered.name or registered.callback.__name__)]}"

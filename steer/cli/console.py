@@ -17,10 +17,17 @@ from steer.errors import InvalidInput, SteerError, problems_by_field
 
 
 @contextmanager
-def reported() -> Iterator[None]:
-    """Turn our errors into messages and exit code 2; anything else is a bug and keeps its traceback."""
+def reported(*, resumes: bool = False) -> Iterator[None]:
+    """Turn our errors into messages and exit code 2; anything else is a bug and keeps its traceback.
+
+    `resumes`: the same command goes on where it was interrupted, which an interruption then says.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        if resumes:
+            typer.echo("\ninterrupted: give the same command again to go on from here", err=True)
+        raise
     except ValidationError as error:
         for field, problem in problems_by_field(error.errors(include_url=False), "the options").items():
             typer.echo(f"error: --{field.replace('_', '-')}: {problem}", err=True)

@@ -16,6 +16,7 @@ from steer.cli.bench import open_bench
 from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.cli.options import VLLM_OPTIONS, Backend, Choices, Device, Dtype, Model, Revision, SystemPrompt
 from steer.errors import InvalidInput
+from steer.names import MODES
 
 if TYPE_CHECKING:
     from steer.lab.evaluation.arms import Arm
@@ -35,7 +36,7 @@ def evaluate(
         str | None, typer.Option(help="conversations of several turns (.jsonl with messages)")
     ] = None,
     mode: Annotated[
-        str | None, typer.Option(help="ablate, one_sided, affine or add; several by commas; default: the file's")
+        str | None, typer.Option(help=f"{', '.join(MODES)}; several by commas; default: the file's")
     ] = None,
     strength: Annotated[float | None, typer.Option(help="default: the file's")] = None,
     strengths: Annotated[str | None, typer.Option(help="a sweep in place of --strength, as 0,0.5,1,1.5")] = None,
@@ -82,8 +83,8 @@ def evaluate(
     from steer.lab.prompts import read_prompts
     from steer.lab.resume import Cache
 
-    with reported():
-        _check(strength, strengths, judge, judge_model, tasks, url, report, answers)
+    with reported(resumes=report is not None):
+        _check(strength, strengths, judge, judge_model, tasks, tasks_folder, tasks_limit, url, report, answers)
         wanted = [strength] if strength is not None else _numbers(strengths)
         arms = arms_of(direction, mode.split(",") if mode else None, wanted)
         choices = Choices.model_validate({"sites": arms[0].direction.meta.sites, "batch_size": batch_size})
@@ -138,6 +139,8 @@ def _check(
     judge: str | None,
     judge_model: str | None,
     tasks: str | None,
+    tasks_folder: Path | None,
+    tasks_limit: int | None,
     url: str | None,
     report: Path | None,
     answers: bool,
@@ -149,8 +152,9 @@ def _check(
         problems.append("--strength and --strengths say the same: give one")
     if (judge is None) != (judge_model is None):
         problems.append("--judge and --judge-model: the one needs the other")
-    if url is not None and tasks is None:
-        problems.append("--url: is for --tasks")
+    for option, value in (("--url", url), ("--tasks-folder", tasks_folder), ("--tasks-limit", tasks_limit)):
+        if value is not None and tasks is None:
+            problems.append(f"{option}: is for --tasks")
     if answers and report is None:
         problems.append("--answers: needs --report, the folder in which they are kept")
     for option, value, package in (("--report", report, "matplotlib"), ("--judge", judge, "openai")):

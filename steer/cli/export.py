@@ -39,7 +39,7 @@ def convert(
     ] = None,
     position: Annotated[int | None, typer.Option(help="position, where the file has several")] = None,
     tensor: Annotated[str | None, typer.Option(help="which tensor of a plain safetensors file")] = None,
-    method: Annotated[str, typer.Option(help=f"of class means: {METHOD_HELP}")] = "slerp",
+    method: Annotated[str | None, typer.Option(help=f"of class means: {METHOD_HELP}; default: slerp")] = None,
     t: T = None,
     parameter: Parameters = None,
     mode: Annotated[str | None, typer.Option(help="the default mode of the direction that is written")] = None,
@@ -68,19 +68,28 @@ def convert(
         found = formats.read(source, Foreign(facts, number, position, tensor))
         if isinstance(found, Measurement):
             if output.name.endswith(formats.MEASUREMENT_SUFFIX):
+                _refuse("a measurement", method=method, t=t, parameter=parameter, mode=mode, strength=strength)
                 found.save(output)
                 typer.echo(f"wrote {output}: {found.layers} of {found.meta.model.layers} layers")
                 return
-            recipe = Recipe(chosen_method(method, t, parameter), choices.layer, position, mode=choices.mode)
+            recipe = Recipe(chosen_method(method or "slerp", t, parameter), choices.layer, position, mode=choices.mode)
             found = derive(found, recipe)
         elif output.name.endswith(formats.MEASUREMENT_SUFFIX):
             raise InvalidInput(f"{source}: is a direction, from which no measurement can be made")
+        else:
+            _refuse("a direction, which is made already", method=method, t=t, parameter=parameter)
         changes = {key: value for key, value in (("mode", mode), ("strength", strength)) if value is not None}
         direction = replace(found).with_meta(**changes)
         for sentence in formats.write(output, direction):
             typer.echo(f"warning: {sentence}", err=True)
     meta = direction.meta
     typer.echo(f"wrote {output}: {meta.method}, mode {meta.mode}, modes {', '.join(meta.modes)}")
+
+
+def _refuse(what: str, **options: object) -> None:
+    """Raise InvalidInput for each option that is given although `what` is written."""
+    if given := [name for name, value in options.items() if value is not None]:
+        raise InvalidInput(f"--{name}: is not for {what}" for name in given)
 
 
 def bake(
@@ -157,6 +166,8 @@ def push(
     from steer.lab import hub
 
     with reported():
+        if folder is not None and private:
+            raise InvalidInput("--private: is for an upload, and with --folder nothing is uploaded")
         if folder is not None:
             typer.echo(f"wrote {hub.assemble(file, folder, name)}: nothing was uploaded")
             return

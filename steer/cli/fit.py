@@ -147,7 +147,7 @@ def measure(
     from steer.lab.measure import measure as run
     from steer.lab.prompts import read_prompts
 
-    with reported():
+    with reported(resumes=True):
         choices = Choices.model_validate({"batch_size": batch_size, "positions": positions.split(",")})
         if winsorize is not None and not 0 < winsorize <= 1:
             raise InvalidInput(f"--winsorize must be above 0 and at most 1, got {winsorize}")
@@ -186,7 +186,7 @@ def derive(
     ] = None,
     sparsify: Annotated[float | None, typer.Option(help="share of dimensions that stay, the strongest")] = None,
     bootstrap: Annotated[int, typer.Option(help="resamples of the prompts to average over (needs --vectors)")] = 0,
-    seed: Annotated[int, typer.Option(help="seed of the resamples")] = 0,
+    seed: Annotated[int | None, typer.Option(help="seed of the resamples of --bootstrap; default: 0")] = None,
     mode: FileMode = "ablate",
     strength: Strength = 1.0,
     sites: Sites = "resid_post",
@@ -200,6 +200,8 @@ def derive(
 
     with reported():
         choices = Choices.model_validate({"mode": mode, "sites": sites.split(","), "layer": layer})
+        if seed is not None and not bootstrap:
+            raise InvalidInput("--seed: is for --bootstrap, nothing else here is random")
         recipe = Recipe(
             chosen_method(method, t, parameter),
             choices.layer,
@@ -207,7 +209,7 @@ def derive(
             winsorize,
             sparsify,
             bootstrap,
-            seed,
+            seed or 0,
             choices.mode,
             strength,
             choices.sites,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from steer.cli.bench import open_bench
-from steer.cli.console import log_warnings, quiet_libraries, reported
+from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.cli.options import (
     METHOD_HELP,
     VLLM_OPTIONS,
@@ -26,7 +27,7 @@ from steer.cli.options import (
     Revision,
     Sites,
     SystemPrompt,
-    check_folder,
+    check_direction_file,
     chosen_method,
     floats,
     ints,
@@ -34,6 +35,7 @@ from steer.cli.options import (
     split,
 )
 from steer.errors import InvalidInput
+from steer.names import MODES
 
 BehaviourOption = Annotated[
     str, typer.Option(help="what is counted: refusal, another that is shipped, or a TOML file that describes it")
@@ -56,9 +58,7 @@ def select(
         "auto"
     ),
     position: Annotated[str, typer.Option(help="all that were measured, or numbers separated by commas")] = "all",
-    mode: Annotated[str, typer.Option(help="modes, separated by commas: ablate, one_sided, affine, add")] = (
-        "ablate,one_sided"
-    ),
+    mode: Annotated[str, typer.Option(help=f"modes, separated by commas: {', '.join(MODES)}")] = ("ablate,one_sided"),
     strength: Annotated[float, typer.Option(help="strength of each")] = 1.0,
     sites: Sites = "resid_post",
     behaviour: BehaviourOption = "refusal",
@@ -95,7 +95,7 @@ def select(
         grid = Grid(made, positions, "auto" if layer == "auto" else tuple(ints("--layer", layer)), checked)
         recipe = Recipe(strength=strength, sites=choices.sites)
         sets, counted = (read_prompts(harmful), read_prompts(harmless)), Behaviour.load(behaviour)
-        check_folder(output)
+        check_direction_file(output)
         bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices)
         _check_same(measured, bench.source.facts)
         direction = run(
@@ -176,7 +176,7 @@ def search(
     from steer.lab.search import Search, Settings, Space, rank_of
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with reported():
+    with reported(resumes=True):
         _check_output(pick, output)
         choices = Choices.model_validate({"batch_size": batch_size})
         sets = read_prompts(harmful), read_prompts(harmless)
@@ -237,6 +237,7 @@ def trials(
     folder: Annotated[Path, typer.Argument(help="the folder of a search")],
     save: Annotated[int | None, typer.Option(help="write the direction of this trial (with -o)")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the direction file to write")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="every trial, as JSON")] = False,
 ) -> None:
     """Show the front of the search in FOLDER, or save a trial's direction. It takes no model."""
     log_warnings()
@@ -245,6 +246,7 @@ def trials(
 
     from steer.lab import front
     from steer.lab.search import Search
+    from steer.lab.search import front as undominated_trials
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with reported():
@@ -255,6 +257,10 @@ def trials(
             typer.echo(f"wrote {output}: trial {save}, digest {digest[:12]}")
             return
         known = found.trials()
+    if as_json:
+        best = undominated_trials(known)
+        echo_json([asdict(trial) | {"front": trial in best} for trial in known])
+        return
     typer.echo(f"{len(known)} trials, the front:\n{front.table(known)}")
 
 
@@ -270,7 +276,7 @@ def _check_output(number: int | None, output: Path | None) -> None:
     if (number is None) != (output is None):
         raise InvalidInput("a trial's number and --output belong together: give both or none")
     if output is not None:
-        check_folder(output)
+        check_direction_file(output)
 
 
 def _check_same(measured: Any, facts: Any) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from steer.direction import replacing
 from steer.errors import InvalidInput
+from steer.lab.statistics import undominated
 
 try:
     import matplotlib
@@ -117,7 +118,7 @@ def front(axes: Any, points: Sequence[Point], *, x: str, y: str, title: str = ""
             clip_on=False,
             zorder=3,
         )
-    best = undominated(points)
+    best = undominated(points, lambda point: (point.x, point.y))
     axes.step([p.x for p in best], [p.y for p in best], where="post", color="#555555", linewidth=1, label="front")
     if log:
         _logarithmic(axes, [point.y for point in points])
@@ -125,15 +126,6 @@ def front(axes: Any, points: Sequence[Point], *, x: str, y: str, title: str = ""
         if point.name:
             axes.annotate(point.name, (point.x, point.y), xytext=(4, 4), textcoords="offset points", fontsize=7)
     _finish(axes, x, y, title, legend=True)
-
-
-def undominated(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in one figure without being worse in the other, by rising x."""
-    best: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.x, p.y)):
-        if not best or point.y < best[-1].y:
-            best.append(point)
-    return best
 
 
 def cosines(

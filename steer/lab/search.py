@@ -33,6 +33,7 @@ from steer.lab.measurement import Measurement
 from steer.lab.methods import METHODS, make_method
 from steer.lab.race import Figures, Race, Sets
 from steer.lab.select import layers_of
+from steer.lab.statistics import undominated
 from steer.names import Mode
 
 #: Names of the files in a search's folder.
@@ -87,13 +88,8 @@ class Trial:
 def front(trials: Sequence[Trial]) -> list[Trial]:
     """The trials that no other is better than in one aim and as good in all, of those that were tried to the end; of
     equal ones the first. Fewest refusals first."""
-    whole = [t for t in trials if t.figures.stopped is None]
-    found: list[Trial] = []
-    # in this order a trial can only be dominated by one before it
-    for trial in sorted(whole, key=lambda t: (*t.values, t.number)):
-        if not any(all(a <= b for a, b in zip(other.values, trial.values, strict=True)) for other in found):
-            found.append(trial)
-    return found
+    whole = sorted((t for t in trials if t.figures.stopped is None), key=lambda t: t.number)
+    return undominated(whole, lambda t: t.values)
 
 
 class Search:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
 from sklearn.metrics import cohen_kappa_score
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,18 @@ class Estimate:
     value: float
     low: float
     high: float
+
+
+def undominated(candidates: Iterable[T], figures: Callable[[T], tuple[float, ...]]) -> list[T]:
+    """The Pareto front: the candidates that no other is as good as in all figures, which are all to be small. Sorted by
+    their figures; of equal ones the first."""
+    found: list[T] = []
+    # in this order a candidate can only be dominated by one before it
+    for candidate in sorted(candidates, key=figures):
+        mine = figures(candidate)
+        if not any(all(a <= b for a, b in zip(figures(other), mine, strict=True)) for other in found):
+            found.append(candidate)
+    return found
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from matplotlib.image import imread
 
 from steer.lab import plots
 from steer.lab.plots import Compared, Curve, Point
+from steer.lab.statistics import undominated
 
 
 def saved(path: Path) -> np.ndarray[Any, Any]:
@@ -41,7 +42,7 @@ def test_curves_have_bands_and_names(tmp_path: Path) -> None:
 
 @given(st.lists(st.builds(Point, st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=30))
 def test_no_point_of_the_front_is_beaten(points: list[Point]) -> None:
-    best = plots.undominated(points)
+    best = undominated(points, lambda point: (point.x, point.y))
     for point in points:
         beaten = any((b.x <= point.x and b.y <= point.y) and (b.x, b.y) != (point.x, point.y) for b in points)
         assert ((point.x, point.y) in [(b.x, b.y) for b in best]) != beaten

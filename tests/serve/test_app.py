@@ -6,13 +6,16 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from steer.hf.load import template_parameters
+from steer.hf.load import Loaded, template_parameters
+from steer.serve.run import warn_of_template
 from tests import models
 from tests.servers import Server, receipt, text
 
@@ -560,3 +563,14 @@ def test_a_default_that_goes_away_is_never_silently_plain(tiny_server: Server, t
         assert error(server.complete(), 503)["code"] == "default_unavailable"
         assert receipt(server.complete(steer="off")) == []
         assert server.stop() == 0
+
+
+def test_a_model_whose_template_serves_no_chat_is_told_at_start(
+    tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    for template, said in ((None, "no chat template"), ("{{ raise_exception('never') }}", "never"), ("x", "")):
+        tokenizer.chat_template = template
+        caplog.clear()
+        warn_of_template(Loaded("tiny", None, None, tokenizer))
+        assert (said in caplog.text and "no chat can be served" in caplog.text) if said else not caplog.text

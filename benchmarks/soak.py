@@ -167,7 +167,7 @@ def main() -> int:
 
 def report(soak: Soak, alive: bool, folder: Path, minutes: float, backend: str) -> int:
     name, grown = "soak" if backend == "transformers" else f"soak-{backend}", soak.growth()
-    rows = ["| held | at the start | at the end | grown behind the warm-up | allowed |", "|---|---:|---:|---:|---:|"]
+    rows = ["| held | at the start | at the end | grown after the warm-up | allowed |", "|---|---:|---:|---:|---:|"]
     for held, most in GROWTH.items():
         first, last = soak.samples[0][held], soak.samples[-1][held]
         rows.append(f"| {held} | {first:.0f} | {last:.0f} | {grown[held]:+.2f} | {most:g} |")

@@ -7,8 +7,8 @@ SteerError
 │   ├── SpecError                 the `steer` part of a request is not acceptable
 │   └── RequestError              another part of a request is not acceptable
 ├── UnknownDirection (SpecError)  a request names a direction that is not served
-├── UnsupportedModel              a model's layers or sites cannot be claimed, so nothing starts
-│   └── hf.selfcheck.Unproved     its answers in the transformers engine are not those of `generate`
+├── UnsupportedModel              steering cannot be attached to a model, so nothing starts
+│   └── hf.selfcheck.SelfCheckFailed     its answers in the transformers engine are not those of `generate`
 ├── hf.internals.CannotBatch      transformers cannot batch the model: it is served one request at a time
 ├── NoRoom                        no free rows (a load) or no free queue place (a request) right now
 ├── RequestFailed                 one admitted request cannot be answered; the engine and all others go on
@@ -183,7 +183,7 @@ class UnknownDirection(SpecError):
 
 
 class UnsupportedModel(SteerError):
-    """The model's layers or sites cannot be claimed and verified."""
+    """The model cannot be loaded, or steering cannot be attached to all of its layers and checked."""
 
 
 class NoRoom(SteerError):

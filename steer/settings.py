@@ -64,7 +64,7 @@ class ServeSettings(ControlSettings):
     default_steer: str = Field(
         "off", description="steering of requests that ask for nothing, like 'refusal' or 'refusal=0.7'"
     )
-    sites: str = Field("resid_post", description=f"sites to claim, separated by commas: {', '.join(SITES)}")
+    sites: str = Field("resid_post", description=f"where steering acts, separated by commas: {', '.join(SITES)}")
     rows: int = Field(32, ge=1, le=4096, description="direction rows that can be resident")
     rank: int | None = Field(
         None, ge=1, le=64, description="direction rows that one request can use; default: 4, and 1 on vLLM"

@@ -104,7 +104,9 @@ def bake(
     preserve_norms: Annotated[
         bool, typer.Option("--preserve-norms", help="each vector that a weight writes keeps its length")
     ] = False,
-    verify: Annotated[bool, typer.Option(help="prove it by effect, where the model fits in memory as float32")] = True,
+    verify: Annotated[
+        bool, typer.Option(help="compare it with what is served, where the model fits in memory as float32")
+    ] = True,
     revision: Revision = None,
 ) -> None:
     """Write an ordinary model, or a LoRA adapter, without the direction: what MODEL is at the site `writers`.

@@ -69,7 +69,7 @@ def attach(
     what `torch.compile` has compiled in this process (`torch.compiler.reset`), since that would go on without hooks.
 
     Raises InvalidInput for the arguments, DirectionError with all problems of all files that do not fit the model,
-    NoRoom where they need more than `rows`, UnsupportedModel for what cannot be steered and proved.
+    NoRoom where they need more than `rows`, UnsupportedModel for what cannot be steered and checked.
     """
     _check_arguments(directions, sites, rows, rank)
     loaded = _read(directions or {})
@@ -367,14 +367,14 @@ def _steerable(model: Any) -> nn.Module:
 
 
 def _check_repeats(model: nn.Module) -> None:
-    """A model whose passes differ by themselves (dropout) would fail the proof without saying why."""
+    """A model whose passes differ by themselves (dropout) would fail the self-check without saying why."""
     if not model.training:
         return
     anatomy = Anatomy(model)
     if not torch.equal(anatomy.probe().logits, anatomy.probe().logits):
         raise UnsupportedModel(
             f"{type(model).__name__} is in training mode and two equal passes differ (dropout), so that nothing can be "
-            "proved: call model.eval() before attaching"
+            "checked: call model.eval() before attaching"
         )
 
 

@@ -25,7 +25,7 @@ from steer.hf.internals import (
     start_manager,
 )
 from steer.hf.sampling import Sampler, Sampling, Token, sample
-from steer.hf.selfcheck import Unproved, prove
+from steer.hf.selfcheck import SelfCheckFailed, self_check
 from steer.hf.steering import Steering
 from steer.runtime.readout import Reading, RequestRead
 from steer.runtime.token_index import RequestSteer
@@ -233,21 +233,23 @@ class BatchingEngine(Engine):
 def start_engine(
     steering: Steering, eos_ids: Sequence[int], *, context: int, capacity: int, cache_tokens: int | None = None
 ) -> Engine:
-    """A started engine whose answers were proved to be those of `generate`: batching where transformers can batch the
-    model, else one request at a time. Raises UnsupportedModel where neither is proved; any other failure is one."""
+    """A started engine whose answers were checked to be those of `generate`: batching where transformers can batch the
+    model, else one request at a time. Raises UnsupportedModel where neither passes; any other failure is one."""
     try:
         _check_lengths(steering, context)
-        return _proved(BatchingEngine(steering, eos_ids, context=context, capacity=capacity, cache_tokens=cache_tokens))
-    except (CannotBatch, Unproved) as reason:
+        return _checked(
+            BatchingEngine(steering, eos_ids, context=context, capacity=capacity, cache_tokens=cache_tokens)
+        )
+    except (CannotBatch, SelfCheckFailed) as reason:
         log.warning("this model cannot be batched (%s): requests are served one at a time", reason)
     gc.collect()  # the cache of the attempt, which on an accelerator is most of its memory
-    return _proved(SequentialEngine(steering, eos_ids, context=context, capacity=capacity))
+    return _checked(SequentialEngine(steering, eos_ids, context=context, capacity=capacity))
 
 
-def _proved(engine: Engine) -> Engine:
+def _checked(engine: Engine) -> Engine:
     try:
         engine.start()
-        prove(engine)
+        self_check(engine)
     except BaseException:
         engine.stop()
         raise

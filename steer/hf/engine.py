@@ -62,7 +62,7 @@ class Engine(abc.ABC):
     def answer(
         self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: RequestRead | None = None
     ) -> AsyncGenerator[Token, None]:
-        """As `generate`, whatever the capacity: the proof at start takes as many requests as it needs."""
+        """As `generate`, whatever the capacity: the self-check at start takes as many requests as it needs."""
         return self._generate(f"steer-{next(self._numbers)}", prompt, sampling, steer, read)
 
     def admit(self, count: int) -> None:
@@ -130,7 +130,7 @@ class SequentialEngine(Engine):
 
     @property
     def _turn(self) -> asyncio.Lock:
-        """Of the running loop: the proof at start has one of its own, and a lock that was waited for stays with it."""
+        """Of the running loop: the self-check has a loop of its own, and a lock that was waited for stays with it."""
         return self._turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
 
     async def _generate(

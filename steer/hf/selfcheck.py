@@ -1,9 +1,9 @@
-"""The proof at start that an engine's answers are those of `generate`, plain and steered, short and long, mixed.
+"""The self-check at start: are an engine's answers those of `generate`, plain and steered, short and long, mixed.
 
-Four requests go through the engine at once, two of them steered by a vector of the proof's own, and two longer than
+Four requests go through the engine at once, two of them steered by a vector of the check's own, and two longer than
 every length at which the model changes how it treats a request (where that is short enough to try). What the engine
 says of its tokens must be what `generate` says of them, under the same steering and one request at a time; and what
-uncached passes say, which prove the steering of a cached step, wherever they agree with a plain `generate`.
+uncached passes say, which show the steering of a cached step, wherever they agree with a plain `generate`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _OURS = str(Path(steer.__file__).parent)
 _ENTRIES = (torch.nn.modules.module.__file__, transformers.generation.utils.__file__)
 
 
-class Unproved(UnsupportedModel):
+class SelfCheckFailed(UnsupportedModel):
     """The engine's answers for this model are not those of `generate`, or a forward pass of it failed."""
 
 
@@ -55,8 +55,8 @@ class _Asked:
     steer: RequestSteer | None
 
 
-def prove(engine: Engine) -> None:
-    """Raises Unproved when the model itself cannot be run in this way; whatever else fails is raised as it is."""
+def self_check(engine: Engine) -> None:
+    """Raise SelfCheckFailed when the model itself cannot be run in this way, and whatever else fails as it is."""
     with _vector(engine.steering.bank) as steer_:
         requests = _requests(engine, steer_)
         try:
@@ -65,9 +65,9 @@ def prove(engine: Engine) -> None:
                 _compare(engine, requests, answers)
         except Exception as error:
             cause = error.__cause__ if isinstance(error, EngineFailed) and error.__cause__ else error
-            if isinstance(error, Unproved) or not _of_the_model(cause):
+            if isinstance(error, SelfCheckFailed) or not _of_the_model(cause):
                 raise
-            raise Unproved(f"a forward pass fails: {internals.short(cause)}") from error
+            raise SelfCheckFailed(f"a forward pass fails: {internals.short(cause)}") from error
 
 
 def _requests(engine: Engine, steer_: RequestSteer) -> list[_Asked]:
@@ -129,7 +129,7 @@ def _of(log_probabilities: Tensor, ids: Tensor) -> Tensor:
 def _agree(asked: _Asked, got: Tensor, right: Tensor, by: str, allowed: float) -> None:
     for x, y in zip(got.tolist(), right.tolist(), strict=True):
         if not abs(x - y) <= allowed:  # NaN agrees with nothing
-            raise Unproved(
+            raise SelfCheckFailed(
                 f"a {asked.name} in a mixed batch has the log-probability {x:.4f} where {by} has {y:.4f} "
                 f"({allowed:g} apart at most)"
             )

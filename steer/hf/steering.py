@@ -1,4 +1,5 @@
-"""Steering hooks on a loaded transformers model: claim every place, prove it by a probe pass, read the token index."""
+"""Steering hooks on a loaded transformers model: one at each hook point, checked by a probe pass, reading the token
+index."""
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ class Watcher(Protocol):
 
 
 class Steering:
-    """Hooks on every claimed place of one model, reading one bank through one token index.
+    """Hooks on every hook point of one model, reading one bank through one token index.
 
     `index` says what acts on each token of the running forward pass, in the order in which the model sees them,
     `reads` which of them are read, and `watchers` see all of them.

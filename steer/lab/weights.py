@@ -1,7 +1,7 @@
 """A model as files: its safetensors shards, and which of the tensors in them write to the stream.
 
 Writers are known by the names that the families of models use, since a checkpoint of any size is edited shard by shard
-and never runs. That none was missed is proved afterwards by effect (`steer.lab.merge.verify`).
+and never runs. That none was missed is checked afterwards by effect (`steer.lab.merge.verify`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the operation acts in a model, found by structure and proved by measurement, never by a list of model names.
+"""Where the operation acts in a model, found by structure and checked by measurement, never by a list of model names.
 
 * The **blocks** are the one `ModuleList` of the decoder with as many entries as the config has layers.
 * `resid_post` is a block's output; the stream before block 0 is that block's input, so that scaled, normed and position
@@ -86,7 +86,7 @@ def hooks(handles: Sequence[Any]) -> Iterator[None]:
 
 
 def find_writers(blocks: Sequence[nn.Module], run: Callable[[], object]) -> list[tuple[nn.Module, ...]]:
-    """For each block the children that write to the stream, proved by a probe pass (`run`) with recording hooks.
+    """For each block the children that write to the stream, as a probe pass shows (`run`) with recording hooks.
 
     Raises UnsupportedModel for a block whose change is not the sum of one or two of its children's outputs.
     """

@@ -16,7 +16,7 @@ from steer.spec import Entry
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a direction must agree with: the served model, its claimed sites, the rank of its token index, and the dtype
+    """What a direction must agree with: the served model, its sites, the rank of its token index, and the dtype
     of its stream."""
 
     architecture: str

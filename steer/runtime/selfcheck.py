@@ -1,4 +1,4 @@
-"""The proof, by eager passes, that what is acted on is the stream: nothing is measured where it was changed.
+"""The self-check by eager passes: is it the stream that is acted on? Nothing is measured where it was changed.
 
 What a place changes is looked at where the next module takes it: what enters the next block, after the last block the
 first module after it, and what the model returns where no module takes it (a rank of a pipeline). One pass has plain
@@ -22,7 +22,7 @@ from steer.runtime.hook_points import hooks
 from steer.runtime.op import amount
 from steer.runtime.token_index import RequestSteer
 
-#: The row that the proof uses.
+#: The row that the self-check uses.
 ROW = 1
 #: What the tokens of the pass get, in equal parts one after the other: (what is said of it, mode's number, strength).
 CASES = (("plain", 0, 0.0), ("strength 1", 0, 1.0), ("strength 0.5", 0, 0.5), ("add", 1, 1.0))
@@ -145,7 +145,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """How a backend is proved. `run` makes a pass of `tokens` tokens, of which equal parts are steered by what it is
+    """How a backend is checked. `run` makes a pass of `tokens` tokens, of which equal parts are steered by what it is
     given; `summed`: the stream is the sum of what is handed on; `dead`: what blocks return beside their first tensor is
     not read by anything."""
 

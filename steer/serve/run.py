@@ -1,4 +1,4 @@
-"""From settings to a listening server: load, claim and prove, fill the registry, serve. Fails closed at each step."""
+"""From settings to a listening server: load, attach, check, fill the registry, serve. Fails closed at each step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def prepare(model: str, settings: ServeSettings) -> Served:
     steering = Steering(loaded.model, sites=settings.site_list, rows=settings.rows, rank=rank)
     anatomy = steering.anatomy
     log.info(
-        "%s: %d layers × %d, sites %s claimed and proved",
+        "%s: %d layers × %d, attached at %s, self-check passed",
         anatomy.architecture,
         anatomy.layers,
         anatomy.d_model,

@@ -31,7 +31,7 @@ from steer.spec import Spec, parse
 from steer.vllm import internals, tracing, wire
 from steer.vllm.placement import Call, VllmPlacement
 from steer.vllm.salts import SALT, Salts, salt
-from steer.vllm.selfcheck import Answer, Ask, Job, prove
+from steer.vllm.selfcheck import Answer, Ask, Job, self_check
 from steer.vllm.settings import KEY, EngineSettings
 from steer.vllm.steering_module import code_digest
 from steer.vllm.wire import READ, RESOLVED
@@ -96,7 +96,7 @@ passage: ContextVar[Passage | None] = ContextVar("steer_passage", default=None)
 #: The lease of the `add_request` that runs in this context.
 _adding: ContextVar[Lease | None] = ContextVar("steer_adding", default=None)
 
-#: Set in the context of the proof's own requests, which cannot wait for their own end and have no ticket.
+#: Set in the context of the self-check's own requests, which cannot wait for their own end and have no ticket.
 _starting: ContextVar[bool] = ContextVar("steer_starting", default=False)
 
 
@@ -137,16 +137,16 @@ class Frontend:
     # -- start -------------------------------------------------------------------------------------------------------
 
     def start(self, ask: Ask, engines: int = 1) -> None:
-        """Meet the workers, prove that they steer, fill the registry. Blocks. Raises SteerError when the engine must
+        """Meet the workers, check that they steer, fill the registry. Blocks. Raises SteerError when the engine must
         not serve."""
-        claims = self.call("steer_hello")
-        codes = {claim["code"] for claim in claims}
+        workers = self.call("steer_hello")
+        codes = {worker["code"] for worker in workers}
         if codes != {code_digest()}:
             raise UnsupportedModel("the workers run another version of Steer than this process")
-        missing = sorted(set(range(self.shape.layers)) - {layer for claim in claims for layer in claim["layers"]})
+        missing = sorted(set(range(self.shape.layers)) - {layer for worker in workers for layer in worker["layers"]})
         if missing:
-            raise UnsupportedModel(f"no worker has claimed the layers {missing}")
-        prove(self, ask, ranks=engines)
+            raise UnsupportedModel(f"no worker steers the layers {missing}")
+        self_check(self, ask, ranks=engines)
         self.registry.swaps = 0
         folder = self.settings.directions
         if folder is not None and not folder.is_dir():
@@ -155,7 +155,7 @@ class Frontend:
         self.registry.resolve(self.default)
         log.info(
             "steering: %d workers, directions: %s; requests that ask for nothing get: %s",
-            len(claims),
+            len(workers),
             ", ".join(self.registry.names()) or "none",
             self.settings.default,
         )

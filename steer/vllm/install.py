@@ -1,5 +1,5 @@
 """Install steering on a loaded vLLM model: find its blocks, learn how they hand on the stream, attach, and check.
-and prove it.
+and check it.
 
 Runs once in each worker, after the weights are loaded and before anything is compiled; all passes are eager, and
 collective: every rank makes the same ones in the same order.
@@ -57,8 +57,8 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """The claimed part of one rank: its blocks by their numbers in the whole model, the form in which they hand on the
-    stream, its bank, and all steering modules."""
+    """The part of one rank that is steered: its blocks by their numbers in the whole model, the form in which they hand
+    on the stream, its bank, and all steering modules."""
 
     blocks: dict[int, nn.Module]
     form: Form
@@ -76,8 +76,9 @@ class Installation:
         }
 
 
-def claim(worker: Any, settings: EngineSettings, index: TokenIndex) -> Installation:
-    """SteeringModule every place of this rank. Raises UnsupportedModel where that cannot be done and proved."""
+def attach(worker: Any, settings: EngineSettings, index: TokenIndex) -> Installation:
+    """Attach a steering module to every hook point of this rank. Raises UnsupportedModel where that cannot be done and
+    checked."""
     architecture, layers, d_model = internals.shape_of(worker.vllm_config)
     blocks = find_blocks(internals.decoder_of(worker), layers)
     local = {i: block for i, block in enumerate(blocks) if not internals.is_elsewhere(block)}
@@ -115,8 +116,8 @@ def claim(worker: Any, settings: EngineSettings, index: TokenIndex) -> Installat
 
 
 def _learn_form(worker: Any, local: dict[int, nn.Module], plain: Tensor, again: Tensor) -> Form:
-    """How the blocks hand on the stream, as far as passes with other outputs tell; the proof then says whether it is
-    so. `plain` and `again`: two passes."""
+    """How the blocks hand on the stream, as far as passes with other outputs tell; the self-check then says whether it
+    is so. `plain` and `again`: two passes."""
     outputs: dict[int, Any] = {}
     _pass_with(worker, local, outputs.__setitem__)
     if len(outputs) != len(local):
@@ -158,7 +159,7 @@ def _find_stream_argument(worker: Any, block: nn.Module, d_model: int) -> Slot:
     found: list[Slot] = []
 
     def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.clear()  # a block that calls itself is met twice, and refused by the proof
+        found.clear()  # a block that calls itself is met twice, and refused by the self-check
         given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         for key, value in given:
             if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1] == d_model:

@@ -1,8 +1,9 @@
-"""The proof at start that what serves steers: real requests through the compiled and captured engine, each steered at
-one place, compared with the same requests where the model's own Python runs.
+"""The self-check at start that what serves steers: real requests through the compiled and captured engine, each steered
+at one place, compared with the same requests where the model's own Python runs.
 
-That Python is proved already, at every place, by what the next module takes (`claim`). A place that a graph does not
-reach, reaches twice, or at which it holds another tensor, shows in the log-probabilities of the answers.
+The self-check of `install` has looked at that Python already, at every hook point, by what the next module takes. A
+place that a graph does not reach, reaches twice, or at which it holds another tensor, shows in the log-probabilities of
+the answers.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from steer.vllm.settings import EngineSettings
 
 log = logging.getLogger("steer")
 
-#: A request of the proof: the number of its prompt, and its spec.
+#: A request of the check: the number of its prompt, and its spec.
 Job: TypeAlias = tuple[int, str]
 #: Of each token of an answer: which it is, and log-probabilities by token.
 Answer: TypeAlias = list[tuple[int, dict[int, float]]]
@@ -71,12 +72,12 @@ NUDGES = 3.0
 LEFT, LEFT_ROUNDING = 0.1, 32.0
 
 
-def prove(frontend: Checked, ask: Ask, *, ranks: int) -> None:
+def self_check(frontend: Checked, ask: Ask, *, ranks: int) -> None:
     """Raise UnsupportedModel naming the places that do not steer. Before anything is served: nothing else may run."""
     streams, shape = _streams(frontend), frontend.shape
     needed = [HookPoint(site, i) for site in frontend.settings.sites for i in (EMBEDDING, *range(shape.layers))]
     if missing := [_named(place) for place in needed if place not in streams]:
-        raise UnsupportedModel(f"no worker has claimed {', '.join(missing)}")
+        raise UnsupportedModel(f"no worker steers at {', '.join(missing)}")
     engines = [_Engine(frontend, ask, rank) for rank in range(ranks)]
     bad: list[str] = []
     unclear: dict[str, None] = {}
@@ -96,8 +97,8 @@ def prove(frontend: Checked, ask: Ask, *, ranks: int) -> None:
         raise UnsupportedModel(f"the engine does not steer as the model's own code does: {'; '.join(bad)}")
     if unclear:
         log.warning(
-            "the proof at start cannot tell from rounding whether the compiled engine steers at: %s; the model's own "
-            "code does",
+            "the self-check cannot tell from rounding whether the compiled engine steers at: %s; the model's own code "
+            "does",
             "; ".join(unclear),
         )
 

@@ -28,7 +28,7 @@ class EngineSettings(BaseModel):
 
     directions: Path | None = Field(None, description="folder of direction files; without one they come by PUT alone")
     default: str = Field("off", description="steering of requests that ask for nothing, like 'refusal=0.7'")
-    sites: tuple[Site, ...] = Field(("resid_post",), min_length=1, description="sites to claim")
+    sites: tuple[Site, ...] = Field(("resid_post",), min_length=1, description="where steering acts")
     rows: int = Field(32, ge=1, le=4096, description="direction rows that can be resident")
     rank: int = Field(1, ge=1, le=64, description="direction rows that one request can use")
     readout: int = Field(

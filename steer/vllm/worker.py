@@ -1,4 +1,4 @@
-"""The worker: vLLM's own for this platform, with steering claimed on the loaded model before anything is compiled.
+"""The worker: vLLM's own for this platform, with steering attached to the loaded model before anything is compiled.
 
 `worker_cls="steer.vllm.worker.Worker"` (an instance in each worker process). It gets directions as bytes by
 `collective_rpc`, and requests' resolved specs in `SamplingParams.extra_args`.
@@ -33,7 +33,7 @@ _NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
-class Claimed:
+class WorkerFacts:
     """What one worker answers when the front end asks what it has."""
 
     runner: str
@@ -84,26 +84,26 @@ class Steered:
         super().load_model(*args, **kwargs)
         own = self.steer_settings
         index = TokenIndex(own.rank, internals.max_tokens(self.vllm_config), self.device)
-        self._claim = install.claim(self, own, index)
+        self._installation = install.attach(self, own, index)
         self._index = index
-        self._residents = Residents(self._claim.bank)
+        self._residents = Residents(self._installation.bank)
         self._running: dict[str, int] = {}  # steered requests, by their numbers in the index
         self._lost_runs = LostRuns()
         self._passed: Step | None = None  # the pass that was enqueued last, until its outputs are asked for
         self._batch: tuple[list[str], NDArray[np.int32]] = [], np.zeros(0, np.int32)
         self._from_before: Any = None  # what the rank before has handed on for the step that runs
         self._met_front_end = False
-        reads = self._claim.reads
-        self._reads = ReadRunner(reads, self._claim.reading) if reads is not None else None
+        reads = self._installation.reads
+        self._reads = ReadRunner(reads, self._installation.reading) if reads is not None else None
         self._capture: Capture | None = None
         self._steered_tokens = 0
         self._runner_kind = internals.watch_batches(self.model_runner, self._on_batch)
         internals.between_ranks(self, self._enter_rank, self._leave_rank)
         self._kept = Kept(self.get_model())
         log.info(
-            "steering claimed: %s runner, layers %s, %.1f MiB of device memory",
+            "steering attached: %s runner, layers %s, %.1f MiB of device memory",
             self._runner_kind,
-            tuple(self._claim.blocks),
+            tuple(self._installation.blocks),
             self._kept.nbytes / 2**20,
         )
 
@@ -191,9 +191,9 @@ class Steered:
         self._index.reset()
         if (combinations := self._residents.bank.combinations) is not None:
             combinations.renew()
-        if self._claim.reads is not None:
-            self._claim.reads.at.zero_()
-            self._claim.reads.rows.zero_()
+        if self._installation.reads is not None:
+            self._installation.reads.at.zero_()
+            self._installation.reads.rows.zero_()
         if lost:
             log.warning("steering was put back after the model had been changed: %s", ", ".join(lost))
         self._looked = True
@@ -248,7 +248,9 @@ class Steered:
         """The front end is there; what this worker has."""
         self._met_front_end = True
         own = self.steer_settings
-        return asdict(Claimed(self._runner_kind, tuple(self._claim.blocks), own.rank, own.rows, code_digest()))
+        return asdict(
+            WorkerFacts(self._runner_kind, tuple(self._installation.blocks), own.rank, own.rows, code_digest())
+        )
 
     def steer_load(self, data: bytes, digest: str) -> dict[str, str]:
         try:
@@ -265,7 +267,7 @@ class Steered:
 
     def steer_streams(self) -> list[tuple[str, int, bytes]]:
         """(site, layer, vector) of each place: `Installation.streams`, float32."""
-        return [(place.site, place.layer, x.numpy().tobytes()) for place, x in self._claim.streams.items()]
+        return [(place.site, place.layer, x.numpy().tobytes()) for place, x in self._installation.streams.items()]
 
     def steer_eager(self, on: bool) -> dict[str, str]:
         """Until it is called with False the model's own Python runs, in place of compiled and captured graphs."""
@@ -284,9 +286,9 @@ class Steered:
         if int(self.vllm_config.compilation_config.mode or 0) or self.vllm_config.cache_config.enable_prefix_caching:
             return {"error": "measuring needs an engine with enforce_eager and without prefix caching"}
         self.steer_captured()
-        blocks = {layer: block for layer, block in self._claim.blocks.items() if layer <= last_layer}
-        shape = prompts, positions, self._claim.bank.d_model
-        self._capture = Capture(blocks, self._claim.form, shape, self.device)
+        blocks = {layer: block for layer, block in self._installation.blocks.items() if layer <= last_layer}
+        shape = prompts, positions, self._installation.bank.d_model
+        self._capture = Capture(blocks, self._installation.form, shape, self.device)
         return {}
 
     def steer_captured(self) -> dict[str, Any] | None:

@@ -577,13 +577,13 @@ def test_a_failure_that_is_not_the_models_is_one(where: str, monkeypatch: pytest
 
 
 def test_the_least_that_the_settings_allow_starts() -> None:
-    """The proof takes more requests at once than a server of one request does."""
+    """The self-check takes more requests at once than a server of one request does."""
     engine = start_engine(Steering(models.tiny("llama")), [2], context=16, capacity=1, cache_tokens=32)
     assert isinstance(engine, BatchingEngine)
     engine.stop()
 
 
-def test_a_server_does_not_start_where_no_engine_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_does_not_start_where_no_engine_passes_its_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     right = internals.Decoding.logits
     monkeypatch.setattr(internals.Decoding, "logits", lambda self, inputs: right(self, inputs).flip(-1))
     steering = Steering(models.tiny("gemma2"))

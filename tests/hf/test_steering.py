@@ -1,4 +1,4 @@
-"""Served = orthogonalised, plain = untouched, and a refusal to start where a place cannot be proved."""
+"""Served = orthogonalised, plain = untouched, and a refusal to start where a hook point cannot be checked."""
 
 from __future__ import annotations
 

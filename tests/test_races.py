@@ -24,16 +24,17 @@ from hypothesis.stateful import (
 )
 
 from steer import readout
+from steer.admission import Admission
 from steer.direction import Direction, digest
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
 from steer.names import MODES
-from steer.readout import Readout, ReadWanted
-from steer.registry import Admission, Registry
+from steer.readout import ReadWanted
+from steer.registry import Registry
 from steer.runtime.bank import DirectionBank, HookPoint, apply
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.token_index import PLAIN, TokenIndex
 from steer.serve import carriers
-from steer.serve.authorise import admit
+from steer.serve.authorise import resolve
 from steer.serve.caller import ANYONE, Refusal
 from steer.serve.control import Control
 from steer.spec import Spec, Wanted
@@ -63,7 +64,6 @@ class Request:
 
     admission: Admission
     expected: Spec
-    reading: Readout | None = None
     number: int | None = None  # in the index while it runs; None while it waits or is preempted
     pinned: Counter[str] = field(default_factory=Counter)
 
@@ -139,7 +139,7 @@ class Registries(RuleBasedStateMachine):
         applied = [(d, mode, strength) for d, mode, strength in entries if strength]
         with self.registry.steady():
             try:
-                admission = admit(carried, self.registry, caller=ANYONE, rules=self.control.rules)
+                spec = resolve(carried, self.registry, caller=ANYONE, rules=self.control.rules)
             except UnknownDirection:
                 assert None in [d for d, _, _ in entries], "only a name that is not served is unknown"
                 return
@@ -155,21 +155,21 @@ class Registries(RuleBasedStateMachine):
             assert None not in [d for d, _, _ in entries]
             assert len({(d, mode) for d, mode, _ in applied}) == len(applied), "no version is applied twice in one mode"
             assert self.on or not applied, "nothing is steered while steering is off"
-            assert [(e.digest, e.mode, e.strength) for e in admission.spec.entries] == applied
+            assert [(e.digest, e.mode, e.strength) for e in spec.entries] == applied
             reading = None
             if read:
                 try:
-                    reading = readout.admit(
-                        ReadWanted(tuple(read)), admission.spec, self.registry, models.LAYERS, ANYONE.may_use
+                    reading = readout.resolve(
+                        ReadWanted(tuple(read)), spec, self.registry, models.LAYERS, ANYONE.may_use
                     )
                 except SpecError:
                     asked = [self.names.get(name) for name in read]
                     twice = len(set(asked)) < len(asked)
                     assert None in asked or twice or sum(VERSIONS[d].rank for d in asked if d) > RANK
-                    admission.release()
                     return
-        request = Request(admission, admission.spec, reading)
-        request.pinned.update(entry.digest for entry in admission.spec.entries)
+            admission = Admission(self.registry, spec, reading)
+        request = Request(admission, spec)
+        request.pinned.update({entry.digest for entry in spec.entries})
         if reading:
             assert reading.digests == tuple(dict.fromkeys(self.names[name] for name in read or ()))
             request.pinned.update(set(reading.digests) - set(request.pinned))
@@ -220,8 +220,6 @@ class Registries(RuleBasedStateMachine):
         self.stop(request)
         self.alive.remove(request)
         request.admission.release()
-        if request.reading:
-            request.reading.release()
 
     # -- laws ------------------------------------------------------------------------------------------------------
 

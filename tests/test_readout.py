@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from steer.admission import Admission
 from steer.errors import SpecError, UnknownDirection
 from steer.hf.steering import Steering
-from steer.readout import ReadWanted, admit, parse
+from steer.readout import ReadWanted, parse, resolve
 from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.spec import Spec, Wanted
@@ -76,42 +77,37 @@ def test_all_problems_come_together() -> None:
 
 
 def test_true_reads_the_directions_of_the_own_spec(registry: Registry) -> None:
-    admission = registry.admit([Wanted("b"), Wanted("a", "add"), Wanted("a", "ablate")])
-    readout = admit(ReadWanted(None), admission.spec, registry, models.LAYERS)
+    spec = registry.resolve([Wanted("b"), Wanted("a", "add"), Wanted("a", "ablate")])
+    readout = resolve(ReadWanted(None), spec, registry, models.LAYERS)
     assert [line.name for line in readout.lines] == ["b", "a"]
-    assert readout.digests == tuple(dict.fromkeys(e.digest for e in admission.spec.entries))
+    assert readout.digests == tuple(dict.fromkeys(e.digest for e in spec.entries))
     assert readout.layers == (0, 1, 2)
-    readout.release()
-    admission.release()
 
 
 def test_a_version_is_pinned_once_by_what_steers_or_reads(registry: Registry) -> None:
-    admission = registry.admit([Wanted("a")])
-    readout = admit(ReadWanted(("a", "b")), admission.spec, registry, models.LAYERS)
+    spec = registry.resolve([Wanted("a")])
+    admission = Admission(registry, spec, resolve(ReadWanted(("a", "b")), spec, registry, models.LAYERS))
     assert [registry.get(name).pins for name in ("a", "b", "c")] == [1, 1, 0]
-    readout.release()
     admission.release()
     assert [registry.get(name).pins for name in ("a", "b", "c")] == [0, 0, 0]
 
 
 def test_each_row_is_a_line_and_what_is_read_need_not_act(registry: Registry) -> None:
-    readout = admit(ReadWanted(("pair", "zero"), (1,)), Spec(), registry, models.LAYERS)
+    readout = resolve(ReadWanted(("pair", "zero"), (1,)), Spec(), registry, models.LAYERS)
     assert [(line.name, line.row) for line in readout.lines] == [("pair", 0), ("pair", 1), ("zero", 0)]
-    readout.release()
 
 
 def test_source_is_the_named_directions_source_layer(registry: Registry) -> None:
-    readout = admit(ReadWanted(("zero",), "source"), Spec(), registry, models.LAYERS)
+    readout = resolve(ReadWanted(("zero",), "source"), Spec(), registry, models.LAYERS)
     assert readout.layers == (1,)
-    readout.release()
     with pytest.raises(SpecError, match="a: each layer has its own direction"):
-        admit(ReadWanted(("zero", "a"), "source"), Spec(), registry, models.LAYERS)
+        resolve(ReadWanted(("zero", "a"), "source"), Spec(), registry, models.LAYERS)
 
 
 def test_refusals_name_the_rule_and_pin_nothing(registry: Registry) -> None:
     def refused(wanted: ReadWanted, says: str) -> SpecError:
         with pytest.raises(SpecError, match=says) as caught:
-            admit(wanted, Spec(), registry, models.LAYERS)
+            resolve(wanted, Spec(), registry, models.LAYERS)
         assert caught.value.param == "steer_readout"
         return caught.value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import threading
@@ -14,10 +15,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from steer.admission import Admission
 from steer.direction import Direction, digest
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
 from steer.names import Mode, Site
-from steer.registry import Admission, Move, Registry
+from steer.registry import Move, Registry
 from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.spec import Entry, Wanted, parse
@@ -74,7 +76,7 @@ def local(rows: int = 8, rank: int = 4, sites: Sequence[Site] = ("resid_post",))
 
 
 def admit(registry: Registry, wish: str) -> Admission:
-    return registry.admit(parse(wish))
+    return Admission.of(registry, parse(wish))
 
 
 def served(registry: Registry) -> dict[str, str]:
@@ -405,9 +407,24 @@ def test_pins_count_admissions() -> None:
     registry = Registry(local())
     registry.put("one", A)
     admissions = [admit(registry, "one:ablate,one:add") for _ in range(3)]
-    for left, admission in zip((4, 2, 0), admissions, strict=True):
+    for left, admission in zip((2, 1, 0), admissions, strict=True):
         admission.release()
         assert registry.get("one").pins == left
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations([None, "a", "b"])))
+def test_an_admission_lasts_until_its_last_holder_releases(order: tuple[str | None, ...]) -> None:
+    registry = Registry(local())
+    registry.put("one", A)
+    admission = admit(registry, "one")
+    for holder in ("a", "b", "a"):
+        admission.hold(holder)
+    for left, holder in zip((1, 1, 0), order, strict=True):
+        admission.release(holder)
+        admission.release(holder)
+        assert registry.get("one").pins == left
+    with pytest.raises(RuntimeError, match="has ended"):
+        admission.hold("c")
 
 
 # -- the folder ------------------------------------------------------------------------------------------------------
@@ -786,7 +803,7 @@ def test_no_request_ever_misses_its_version_during_swaps(stored: bool, tmp_path:
         wishes: list[tuple[Wanted, ...]] = [parse("refusal"), parse("refusal=0.5,other"), parse("other:add")]
         try:
             while not over.is_set():
-                admission = registry.admit(wishes[number])
+                admission = Admission.of(registry, wishes[number])
                 placement.bank.steer(admission.spec)  # a version that is not resident is a KeyError
                 time.sleep(0.0005)
                 placement.bank.steer(admission.spec)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from steer import readout
+from steer.admission import Admission
 from steer.direction import Direction
 from steer.errors import DirectionError, InvalidInput, SpecError, UnsupportedModel
 from steer.hf.reading import Reading, Recorder
@@ -169,8 +170,8 @@ class Attached:
             if wanted is None:
                 raise SpecError("read: no direction is named")
             with self._registry.steady():
-                read = readout.admit(wanted, Spec(), self._registry, self._steering.anatomy.layers)
-            stack.callback(read.release)
+                read = readout.resolve(wanted, Spec(), self._registry, self._steering.anatomy.layers)
+                stack.callback(Admission(self._registry, Spec(), read).release)
             held = stack.pop_all()
         recorder = Recorder(self._steering.bank.rows_of(read.digests), read.layers)
         reading = Reading(read.lines, read.layers)
@@ -252,9 +253,10 @@ class Steered:
                 "a `generate` of another thread is under way, and would be steered from here on: let it end first"
             )
         with ExitStack() as stack:
-            admissions = [mine._registry.admit(parse(spec)) for spec in self._specs]
-            for admission in admissions:
-                stack.callback(admission.release)
+            admissions: list[Admission] = []
+            for spec in self._specs:
+                admissions.append(Admission.of(mine._registry, parse(spec)))
+                stack.callback(admissions[-1].release)
             stack.enter_context(mine._steering.batch([admission.spec for admission in admissions]))
             stack.enter_context(mine._block())
             self._entered.append((stack.pop_all(), mine._steering.passes))

@@ -10,8 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from steer import readout
+from steer.admission import Admission
 from steer.errors import SpecError
-from steer.registry import Admission, Registry
+from steer.readout import ReadWanted
+from steer.registry import Registry
 from steer.serve.caller import ANYONE, Caller, Refusal, forbidden
 from steer.serve.carriers import FIELD, Carried
 from steer.serve.errors import HTTPProblem
@@ -34,18 +37,43 @@ def admit(
     carried: Carried,
     registry: Registry,
     default: Sequence[Wanted] = (),
+    wanted: ReadWanted | None = None,
     *,
+    readable: int = 0,
     caller: Caller = ANYONE,
     rules: Rules = OPEN,
 ) -> Admission:
-    """Pin what the carriers agree on, or `default` where there is none, as far as `caller` may have it.
+    """Pin what `resolve` gives and what is `wanted` to be read, of an engine that can read `readable` layers.
+
+    Both in one step, so that what is read is the version that steers. Raises what `resolve` raises, and the same for
+    what may not or cannot be read.
+    """
+    if wanted is not None:
+        caller.check_readout()
+        if not readable:
+            raise SpecError(f"{readout.FIELD}: this server offers no read-out", param=readout.FIELD)
+    with registry.steady():
+        spec = resolve(carried, registry, default, caller=caller, rules=rules)
+        read = None if wanted is None else readout.resolve(wanted, spec, registry, readable, caller.may_use)
+        return Admission(registry, spec, read)
+
+
+def resolve(
+    carried: Carried,
+    registry: Registry,
+    default: Sequence[Wanted] = (),
+    *,
+    caller: Caller = ANYONE,
+    rules: Rules = OPEN,
+) -> Spec:
+    """What the carriers agree on, or `default` where there is none, as far as `caller` may have it.
 
     Two carriers agree when they mean the same entries, however they are written. Raises SpecError for what cannot be
     resolved, Refusal for what is forbidden, HTTPProblem (503) where the operator's own steering is not to be had.
     """
     with registry.steady():  # or a swap between two carriers would look like a conflict
         asked = _asked(carried, registry, caller) if carried.found else _default(default, registry, caller, rules)
-        return registry.again(_authorised(asked, registry, caller, rules))
+        return _authorised(asked, registry, caller, rules)
 
 
 def _asked(carried: Carried, registry: Registry, caller: Caller) -> Spec:

@@ -24,8 +24,7 @@ def router(served: Served) -> APIRouter:
     @router.post("/v1/chat/completions", tags=["generation"], summary="Answer a conversation")
     async def chat(body: ChatRequest, request: Request) -> Response:
         served.check_model(body.model)
-        steer, reading = served.steer_of(request), request.scope["steer_readout"]
-        read = served.read_of(reading)
+        steer, read, reading = served.admitted(request)
         wants_logprobs = body.wanted_logprobs is not None
         engine.admit(body.n)
 

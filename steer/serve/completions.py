@@ -24,8 +24,8 @@ def router(served: Served) -> APIRouter:
     @router.post("/v1/completions", tags=["generation"], summary="Continue a text, or each of several")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         served.check_model(body.model)
-        steer, reading, tokenizer = served.steer_of(request), request.scope["steer_readout"], served.loaded.tokenizer
-        read = served.read_of(reading)
+        steer, read, reading = served.admitted(request)
+        tokenizer = served.loaded.tokenizer
         prompts = body.prompts
         engine.admit(len(prompts) * body.n)
         if body.stream and (body.echo or body.max_tokens == 0):

@@ -2,9 +2,9 @@
 
 It lies on the routes themselves (`around`), behind the server's own routing, so no path is compared here, and no prefix
 or mount can lead past it. It reads the body of a generation request, resolves and pins the spec and what is to be read,
-hands the request on without the carriers (`scope["steer"]` has the admission, `scope["steer_readout"]` the read-out or
-None), puts the receipt on the answer, and unpins when the answer has ended or the client has gone. Who may do what, and
-what is kept of it, is the `Control`'s to say.
+hands the request on without the carriers (`scope["steer"]` has the admission), puts the receipt on the answer, and
+releases the admission when the answer has ended or the client has gone. Who may do what, and what is kept of it, is the
+`Control`'s to say.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer import readout
-from steer.errors import SpecError, SteerError
-from steer.readout import Readout, ReadWanted
-from steer.registry import Admission, Registry
+from steer.admission import Admission
+from steer.errors import SteerError
+from steer.readout import ReadWanted
+from steer.registry import Registry
 from steer.serve import carriers, errors, metrics
 from steer.serve.authorise import admit
 from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, understood
-from steer.serve.caller import Caller
 from steer.serve.control import Control, Place, Run
 from steer.serve.pages import JSON, check_kind
 from steer.serve.ratelimit import tokens_of
@@ -33,7 +33,7 @@ from steer.serve.token_usage import counting
 from steer.spec import Wanted
 
 REQUEST_ID = b"x-request-id"
-Forward = Callable[[dict[str, Any], Admission, Readout | None], None]
+Forward = Callable[[dict[str, Any], Admission], None]
 
 
 def around(app: Any, layers: Mapping[tuple[str, str], Callable[[ASGIApp], ASGIApp]]) -> set[str]:
@@ -93,11 +93,19 @@ class SteerMiddleware:
             data = await read_body(scope, receive, self.max_body)
             body, carried, wanted = await understood(partial(self._understand, data, scope), len(data))
             control.reserve(place, tokens_of(body, len(data), self.context))
-            admission, reading = self._admit(carried, wanted, caller)
+            admission = admit(
+                carried,
+                self.registry,
+                self.default,
+                wanted,
+                readable=self.readable,
+                caller=caller,
+                rules=control.rules,
+            )
             try:
                 run = await control.begin(caller, admission.spec, carried.model, scope)
             except BaseException:
-                _release(admission, reading)
+                admission.release()
                 raise
         except Gone:
             return
@@ -117,8 +125,8 @@ class SteerMiddleware:
                 if carried.model is not None:
                     body["model"] = carried.model
                 if self.forward:
-                    self.forward(body, admission, reading)
-                scope["steer"], scope["steer_readout"], scope[BODY] = admission, reading, body
+                    self.forward(body, admission)
+                scope["steer"], scope[BODY] = admission, body
                 metrics.ADMISSION.observe(time.perf_counter() - started)
                 again = b"" if self.parsed else await understood(lambda: json.dumps(body).encode(), len(data))
                 await self._serve(run, answer, scope, replay(again, receive))
@@ -126,7 +134,7 @@ class SteerMiddleware:
                 answer.outcome = "error"
                 raise
             finally:
-                _release(admission, reading)
+                admission.release()
                 control.end(run, place, "error" if usage.failed else answer.outcome, usage)
 
     def _understand(self, data: bytes, scope: Scope) -> tuple[dict[str, Any], carriers.Carried, ReadWanted | None]:
@@ -151,30 +159,6 @@ class SteerMiddleware:
             if run.ended is None or (current and current.cancelling()):
                 raise
             await answer.break_off(run.ended)
-
-    def _admit(
-        self, carried: carriers.Carried, wanted: ReadWanted | None, caller: Caller
-    ) -> tuple[Admission, Readout | None]:
-        """Both in one step, so that what is read is the version that steers."""
-        if wanted:
-            caller.check_readout()
-            if not self.readable:
-                raise SpecError(f"{readout.FIELD}: this server offers no read-out", param=readout.FIELD)
-        with self.registry.steady():
-            admission = admit(carried, self.registry, self.default, caller=caller, rules=self.control.rules)
-            try:
-                if wanted is None:
-                    return admission, None
-                return admission, readout.admit(wanted, admission.spec, self.registry, self.readable, caller.may_use)
-            except BaseException:
-                admission.release()
-                raise
-
-
-def _release(admission: Admission, reading: Readout | None) -> None:
-    admission.release()
-    if reading:
-        reading.release()
 
 
 class _Answer:

@@ -9,11 +9,12 @@ from typing import Any
 from fastapi import Request
 
 from steer._version import __version__
+from steer.admission import Admission
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
 from steer.hf.sampling import Token
 from steer.readout import FIELD, Readout
-from steer.registry import Admission, Registry
+from steer.registry import Registry
 from steer.runtime.readout import RequestRead
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
@@ -55,15 +56,13 @@ class Served:
                 param="model",
             )
 
-    def steer_of(self, request: Request) -> RequestSteer | None:
-        """What steers `request`, as the middleware admitted it."""
+    def admitted(self, request: Request) -> tuple[RequestSteer | None, RequestRead | None, Readout | None]:
+        """What steers `request` and what is read for it, in rows of the bank, and its read-out, as the middleware
+        admitted it."""
         admission: Admission = request.scope["steer"]
-        return self.engine.steering.bank.steer(admission.spec)
-
-    def read_of(self, wanted: Readout | None) -> RequestRead | None:
-        if wanted is None:
-            return None
-        return RequestRead(self.engine.steering.bank.rows_of(wanted.digests), wanted.layers)
+        bank, readout = self.engine.steering.bank, admission.readout
+        read = None if readout is None else RequestRead(bank.rows_of(readout.digests), readout.layers)
+        return bank.steer(admission.spec), read, readout
 
     def read_out(self, reading: Readout | None, tokens: list[Token]) -> dict[str, Any]:
         """The part of a choice that says what was read at its tokens."""

@@ -1,9 +1,10 @@
 """The front end: where vLLM makes requests, in the user's process or the API server's.
 
-A request's `SamplingParams.extra_args["steer"]` is parsed, resolved and pinned in `add_request`, before the engine sees
-it; what it means goes into its prefix-cache salt in `process_inputs`; its pins are held from the output processor's
-`add_request` until that has let the request go. All of it is wrapped on the instances of an engine that has steering
-on; no other engine is touched.
+A request's `SamplingParams.extra_args["steer"]` is admitted in `add_request`, before the engine sees it, or names by a
+ticket what the server's middleware has admitted; what it means goes into its prefix-cache salt in `process_inputs`. The
+admission is held by the call, and by each request that it makes from the output processor's `add_request` until that
+has let the request go. All of it is wrapped on the instances of an engine that has steering on; no other engine is
+touched.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ import secrets
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from steer.admission import Admission
 from steer.errors import EngineFailed, InvalidInput, NoRoom, NotFinite, SpecError, UnsupportedModel
-from steer.readout import Readout
-from steer.registry import Admission, Registry
+from steer.registry import Registry
 from steer.runtime.placement import Shape
 from steer.runtime.readout import Reading
 from steer.serve import metrics, token_usage
 from steer.serve.text import token_text
-from steer.spec import Spec, parse
+from steer.spec import Spec, Wanted, parse
 from steer.vllm import internals, tracing, wire
 from steer.vllm.placement import Call, VllmPlacement
 from steer.vllm.salts import SALT, Salts, salt
@@ -44,38 +45,30 @@ ATTRIBUTE = "steer"
 
 @dataclass(slots=True)
 class Ticket:
-    """What was admitted for one HTTP request. `lost`: was the stream of an answer to it. `reads`: the id and state of
-    the request that is read for it."""
+    """One admission on its way through the engine: of one HTTP request, or of one `add_request` of a program.
+
+    `name`: given to the engine in place of a spec, until `Frontend.forget`. `used`: has the engine got a request with
+    it. `lost`: was the stream of an answer to it. `salt`: what parts its requests from others in the prefix cache,
+    where nothing was lost. `read`: the id and state of the request that is read for it.
+    """
 
     admission: Admission
-    reading: Readout | None = None
+    name: str = field(default_factory=lambda: f"ticket:{secrets.token_hex(16)}")
+    usage: token_usage.Usage = field(default_factory=token_usage.current)
     used: bool = False
     lost: bool = False
-    reads: tuple[str, Any] | None = None
+    salt: str = ""
+    read: tuple[str, Any] | None = None
 
 
-class Lease:
-    """The pins of one `add_request`: let go when neither the call nor any request that it made needs them."""
+@dataclass(slots=True, eq=False)
+class _Call:
+    """One `add_request` while it runs, with the requests that it has made: all of them, and the ids of those that hold
+    the ticket's admission."""
 
-    def __init__(self, admission: Admission, ticket: Ticket | None = None) -> None:
-        self.admission, self.ticket = admission, ticket
-        self.usage = token_usage.current()
-        self.salt = ""  # what parts its requests from others, where nothing was lost
-        self.requests = 0
-        self._holders = {""}
-
-    def hold(self, request_id: str) -> None:
-        self._holders.add(request_id)
-
-    @property
-    def added(self) -> list[str]:
-        """Ids of its requests that have not ended."""
-        return [holder for holder in self._holders if holder]
-
-    def drop(self, request_id: str = "") -> None:
-        self._holders.discard(request_id)
-        if not self._holders:
-            self.admission.release()
+    ticket: Ticket
+    made: int = 0
+    holding: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -93,8 +86,8 @@ class Passage:
 #: Of the request that runs in this context; None where there is none, as in a Python program.
 passage: ContextVar[Passage | None] = ContextVar("steer_passage", default=None)
 
-#: The lease of the `add_request` that runs in this context.
-_adding: ContextVar[Lease | None] = ContextVar("steer_adding", default=None)
+#: The `add_request` that runs in this context.
+_adding: ContextVar[_Call | None] = ContextVar("steer_adding", default=None)
 
 #: Set in the context of the self-check's own requests, which cannot wait for their own end and have no ticket.
 _starting: ContextVar[bool] = ContextVar("steer_starting", default=False)
@@ -130,8 +123,9 @@ class Frontend:
         self.shape = Shape(architecture, layers, d_model, sites, settings.rank, internals.stream_dtype(config))
         self.registry = Registry(VllmPlacement(self.shape, call), settings.directions)
         self.default = parse(settings.default)
-        self._leases: dict[str, Lease] = {}
-        self._tickets: dict[str, Ticket] = {}
+        self._tickets: dict[str, Ticket] = {}  # of HTTP requests, by name
+        #: Requests of the engine that are steered or read and have not ended, by id.
+        self.held: dict[str, Ticket] = {}
         self.salts = Salts(secrets.token_hex(8) if internals.shares_blocks(config) else "")
 
     # -- start -------------------------------------------------------------------------------------------------------
@@ -174,34 +168,38 @@ class Frontend:
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
-    def ticket(self, admission: Admission, reading: Readout | None = None) -> str:
-        """A one-way name for what was admitted already, to be given in place of a spec until `forget`.
+    def ticket(self, admission: Admission) -> Ticket:
+        """For what was admitted already. Whoever gets it must `forget` it before releasing the admission.
 
         Raises NoRoom where as many requests are being read as the engine was compiled for.
         """
-        if reading and sum(ticket.reading is not None for ticket in self._tickets.values()) >= self.settings.readout:
+        reading = sum(ticket.admission.readout is not None for ticket in self._tickets.values())
+        if admission.readout is not None and reading >= self.settings.readout:
             raise NoRoom(f"{self.settings.readout} requests are being read, and no more can be: try again shortly")
-        name = f"ticket:{secrets.token_hex(16)}"
-        self._tickets[name] = Ticket(admission, reading)
-        return name
+        ticket = Ticket(admission)
+        self._tickets[ticket.name] = ticket
+        return ticket
 
-    async def readings(self, name: str, tokenizer: Any) -> list[tuple[str, Reading]]:
+    def forget(self, ticket: Ticket) -> None:
+        self._tickets.pop(ticket.name, None)
+
+    async def readings(self, ticket: Ticket, tokenizer: Any) -> list[tuple[str, Reading]]:
         """Each token of the answer that was made for a ticket, as text, and what was read where it was predicted.
 
         Raises EngineFailed where a layer or a token was not read.
         """
-        ticket = self._tickets[name]
-        assert ticket.reading is not None
-        if ticket.reads is None:
+        readout = ticket.admission.readout
+        assert readout is not None
+        if ticket.read is None:
             raise EngineFailed("the engine got no request to read")
-        request_id, state = ticket.reads
+        request_id, state = ticket.read
         tokens = internals.answer_ids(state)
         found: dict[int, NDArray[np.float32]] = {}
         for answer in await self.call_async("steer_readings", request_id):
             for layer, data in answer or ():
                 values = np.frombuffer(data, np.float32).reshape(-1, 2 * self.settings.rank + 1)
                 found.setdefault(layer, values)  # tensor-parallel ranks say the same
-        layers, rows = ticket.reading.layers, len(ticket.reading.lines)
+        layers, rows = readout.layers, len(readout.lines)
         if missing := [layer for layer in layers if layer not in found or len(found[layer]) < len(tokens)]:
             raise EngineFailed(f"the layers {missing} were not read for every token")
         values = np.stack([found[layer][: len(tokens)] for layer in layers], axis=1)
@@ -211,95 +209,87 @@ class Frontend:
             for token, each in zip(tokens, values, strict=True)
         ]
 
-    def used(self, ticket: str) -> bool:
-        """Has the engine got a request with it?"""
-        return self._tickets[ticket].used
-
-    def has_lost(self, ticket: str) -> bool:
-        """Was the stream of an answer to it lost?"""
-        return self._tickets[ticket].lost
-
-    def forget(self, ticket: str) -> None:
-        self._tickets.pop(ticket, None)
-
     @contextmanager
     def admitted(self, params: Any) -> Iterator[Any]:
-        """`params` as the engine is to see them, and their pins held for what is added inside. Raises SpecError."""
+        """`params` as the engine is to see them; what is added inside finds its admission. Raises SpecError."""
         extra = getattr(params, "extra_args", None) or {}
         wire.check_absent(extra)
         if not hasattr(params, "extra_args"):  # pooling: nothing is generated, and nothing is steered
             yield params
             return
-        asked, ticket = extra.get(KEY), None
-        if isinstance(asked, str) and asked in self._tickets:
-            ticket = self._tickets[asked]
-            ticket.used = True
-            admission = self.registry.again(ticket.admission.spec)
-        elif ((way := passage.get()) is not None or self.serves) and not _starting.get():
-            check_passage(way, raw=KEY in extra)
-            admission = self.registry.admit(())
-        else:
-            admission = self.registry.admit(parse(asked, KEY) if KEY in extra else self.default)
-        lease = Lease(admission, ticket)
-        token = _adding.set(lease)
+        asked = extra.get(KEY)
+        ticket = self._tickets.get(asked) if isinstance(asked, str) else None
+        if own := ticket is None:
+            if ((way := passage.get()) is not None or self.serves) and not _starting.get():
+                check_passage(way, raw=KEY in extra)
+                wanted: tuple[Wanted, ...] = ()
+            else:
+                wanted = parse(asked, KEY) if KEY in extra else self.default
+            ticket = Ticket(Admission.of(self.registry, wanted))
+        call, admission = _Call(ticket), ticket.admission
+        admission.hold(call)  # the server may let go before the call has ended: of a client that left
+        if own:
+            admission.release()
+        ticket.used = True
+        token = _adding.set(call)
         try:
-            yield _with_spec(params, extra, admission.spec, ticket.reading if ticket else None)
+            yield _with_spec(params, extra, admission)
         finally:
             _adding.reset(token)
-            lease.drop()
+            admission.release(call)
 
     def check_added(self, request: Any) -> None:
-        """The output processor takes a request: hold its pins under its id. Raises for one that was never admitted."""
+        """The output processor takes a request, which holds its admission from here on. Raises for one that was never
+        admitted."""
         text = wire.of(request.sampling_params)
-        lease = _adding.get()
-        if lease is not None:
-            lease.requests += 1
-            if lease.requests == 1:  # n answers are n requests of the engine with one prompt
+        call = _adding.get()
+        if call is not None:
+            call.made += 1
+            if call.made == 1:  # n answers are n requests of the engine with one prompt
                 token_usage.current().prompt += internals.prompt_length(request)
         unread = KEY in (getattr(request.sampling_params, "extra_args", None) or {})
-        if text is None and not unread and not (lease and lease.admission.spec):
+        if text is None and not unread and not (call and call.ticket.admission.spec):
             return
-        if lease is None or wire.encode(lease.admission.spec) != text:
+        if call is None or wire.encode(call.ticket.admission.spec) != text:
             raise SpecError("a request with steering must be made by add_request from a prompt and parameters")
-        if request.request_id in self._leases:
+        if request.request_id in self.held:
             raise SpecError(f"a steered request with the id '{request.request_id}' is running already")
         if getattr(request, "resumable", False):
             raise SpecError("requests with streamed input cannot be steered", param=KEY)
-        if not (request.cache_salt or "").endswith(salt(lease.admission.spec)):
+        ticket = call.ticket
+        if not (request.cache_salt or "").endswith(salt(ticket.admission.spec)):
             raise UnsupportedModel("vLLM made a steered request without its prefix-cache salt")
-        lease.salt = request.cache_salt
-        request.cache_salt = self.salts.current(lease.salt)
-        lease.hold(request.request_id)
-        self._leases[request.request_id] = lease
+        ticket.salt = request.cache_salt
+        request.cache_salt = self.salts.current(ticket.salt)
+        ticket.admission.hold(request.request_id)
+        self.held[request.request_id] = ticket
+        call.holding.append(request.request_id)
 
     def has_added(self, request: Any, state: Any) -> None:
         """The output processor keeps `state` for a request that was taken."""
-        lease = _adding.get()
-        if lease is not None and lease.ticket is not None and lease.ticket.reading:
-            lease.ticket.reads = (request.request_id, state)
+        if (call := _adding.get()) is not None and call.ticket.admission.readout:
+            call.ticket.read = (request.request_id, state)
 
     def let_go(self, request_id: str) -> None:
-        if lease := self._leases.pop(request_id, None):
-            lease.drop(request_id)
+        if ticket := self.held.pop(request_id, None):
+            ticket.admission.release(request_id)
+
+    def left_of_call(self) -> list[str]:
+        """Ids of the steered requests that the `add_request` of this context has made and that have not ended."""
+        call = _adding.get()
+        return [request_id for request_id in call.holding if request_id in self.held] if call else []
 
     def lost(self, request_id: str) -> NotFinite:
         """The stream of this request was lost: what its blocks hold is for nobody."""
-        if lease := self._leases.get(request_id):
-            self.salts.renew(lease.salt)
-            lease.usage.failed = True
-            if lease.ticket is not None:
-                lease.ticket.lost = True
+        if ticket := self.held.get(request_id):
+            self.salts.renew(ticket.salt)
+            ticket.usage.failed = ticket.lost = True
         return NotFinite()
 
     def applied(self, request_id: str) -> Spec | None:
         """What a request that has not ended is steered by."""
-        lease = self._leases.get(request_id)
-        return lease.admission.spec if lease else None
-
-    @property
-    def held(self) -> dict[str, Lease]:
-        """Requests with steering that have not ended."""
-        return self._leases
+        ticket = self.held.get(request_id)
+        return ticket.admission.spec if ticket else None
 
 
 def check_passage(way: Passage | None, *, raw: bool) -> None:
@@ -313,21 +303,16 @@ def check_passage(way: Passage | None, *, raw: bool) -> None:
         raise SpecError(way.refused, param=KEY)
 
 
-def added_here() -> list[str]:
-    """Ids of the steered requests that the `add_request` of this context has made and that have not ended."""
-    lease = _adding.get()
-    return lease.added if lease else []
-
-
-def _with_spec(params: Any, extra: dict[str, Any], spec: Spec, reading: Readout | None) -> Any:
+def _with_spec(params: Any, extra: dict[str, Any], admission: Admission) -> Any:
     """A copy of SamplingParams that carries the resolved spec and what is read; the same object where nothing
     changes."""
+    spec, readout = admission.spec, admission.readout
     if KEY not in extra and not spec:
         return params
     copied = params.clone()
     ours = {RESOLVED: wire.encode(spec)} if spec else {}
-    if reading:
-        ours[READ] = wire.Read(reading.digests, reading.layers).encode()
+    if readout:
+        ours[READ] = wire.Read(readout.digests, readout.layers).encode()
     copied.extra_args = {key: value for key, value in extra.items() if key != KEY} | ours or None
     return copied
 
@@ -348,7 +333,7 @@ def attach_sync(engine: Any, settings: EngineSettings, serves: bool = False) -> 
             try:
                 return add_request(request_id, prompt, admitted, *args, **kwargs)
             except BaseException:  # of n answers some may be on their way, and nobody else would end them
-                if left := added_here():
+                if left := frontend.left_of_call():
                     internals.abort(engine, left)
                 raise
 
@@ -426,7 +411,7 @@ def attach_async(engine: Any, settings: EngineSettings, serves: bool = False) ->
                 try:
                     return await add_request(request_id, prompt, admitted, *args, **kwargs)
                 except BaseException:  # as above; also where the client has left
-                    if left := added_here():
+                    if left := frontend.left_of_call():
                         await internals.abort_async(engine, left)
                     raise
         except InvalidInput as error:

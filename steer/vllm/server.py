@@ -26,12 +26,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from steer.admission import Admission
 from steer.errors import InvalidInput, SpecError, SteerError, UnsupportedModel
-from steer.readout import FIELD, Readout
-from steer.registry import Admission
+from steer.readout import FIELD
 from steer.serve import carriers, errors, metrics, playground, reference, switch
 from steer.serve.access import PUBLIC, Access
-from steer.serve.authorise import admit
+from steer.serve.authorise import resolve
 from steer.serve.body import BODY, Gone, parse_body, read_body, replay, understood
 from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
@@ -44,7 +44,7 @@ from steer.settings import ControlSettings
 from steer.vllm import frontend as front_ends
 from steer.vllm import internals, wire
 from steer.vllm.answers import UnlessLost, restated, with_readout
-from steer.vllm.frontend import Frontend, Passage, passage
+from steer.vllm.frontend import Frontend, Passage, Ticket, passage
 from steer.vllm.settings import KEY
 from steer.vllm.settings import read as settings_of
 
@@ -236,38 +236,40 @@ class Generation:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         front = front_end_of(scope["app"])
-        tickets: list[str] = []
+        ticket: Ticket | None = None
 
-        reads: list[Readout] = []
-
-        def forward(body: dict[str, Any], admission: Admission, reading: Readout | None) -> None:
+        def forward(body: dict[str, Any], admission: Admission) -> None:
+            nonlocal ticket
             xargs = body.get(carriers.XARGS) or {}
             wire.check_absent(xargs)
-            if reading:
+            if admission.readout:
                 check_one_answer(body)
-                reads.append(reading)
             elif not admission.spec:
                 return
             for field in self.dropping:
                 if body.get(field):
                     raise unsupported(f"'{field}' cannot be used together with steering or a read-out", field)
             if isinstance(xargs, dict):  # anything else is vLLM's to refuse
-                tickets.append(front.ticket(admission, reading))
-                body[carriers.XARGS] = xargs | {KEY: tickets[0]}
-
-        async def fetch() -> dict[str, Any]:
-            tokenizer = internals.tokenizer_of(scope["app"].state.engine_client)
-            return report(reads[0], await front.readings(tickets[0], tokenizer)).model_dump()
+                ticket = front.ticket(admission)
+                body[carriers.XARGS] = xargs | {KEY: ticket.name}
 
         async def checked(scope: Scope, receive: Receive, send: Send) -> None:
-            answer = UnlessLost(send, lambda: any(map(front.has_lost, tickets)))
-            send = with_readout(answer.send, fetch) if reads else answer.send
-            used = (lambda: all(map(front.used, tickets))) if tickets else None
+            admission: Admission = scope["steer"]
+
+            async def fetch() -> dict[str, Any]:
+                assert ticket is not None
+                assert admission.readout is not None
+                tokenizer = internals.tokenizer_of(scope["app"].state.engine_client)
+                return report(admission.readout, await front.readings(ticket, tokenizer)).model_dump()
+
+            answer = UnlessLost(send, lambda: ticket is not None and ticket.lost)
+            send = with_readout(answer.send, fetch) if admission.readout else answer.send
+            used = None if ticket is None else lambda: ticket.used
             try:
-                way = Passage(plain=not scope["steer"].spec and not reads)
+                way = Passage(plain=not admission.spec and not admission.readout)
                 await _run(self.app, way, scope[BODY], scope, receive, send, used)
             except Exception:
-                if not any(map(front.has_lost, tickets)):
+                if ticket is None or not ticket.lost:
                     raise
                 await answer.end()
 
@@ -283,12 +285,13 @@ class Generation:
             context=front.context,
         )
         try:
-            await middleware(scope, receive, send)
+            try:
+                await middleware(scope, receive, send)
+            finally:
+                if ticket is not None:
+                    front.forget(ticket)
         except SteerError as error:
             await errors.of(error)(scope, receive, send)
-        finally:
-            for ticket in tickets:
-                front.forget(ticket)
 
 
 class Other:
@@ -338,11 +341,9 @@ def _may_be_plain(scope: Scope) -> bool:
     control, front = control_of(scope["app"]), front_end_of(scope["app"])
     nothing = carriers.Carried({}, None)
     try:
-        admission = admit(nothing, front.registry, front.default, caller=control.caller(scope), rules=control.rules)
+        return not resolve(nothing, front.registry, front.default, caller=control.caller(scope), rules=control.rules)
     except SteerError:
         return False
-    admission.release()
-    return not admission.spec
 
 
 async def _understood(scope: Scope, data: bytes) -> Any:

@@ -88,3 +88,42 @@ def test_make_study_is_commands_that_exist(tmp_path: Path) -> None:
     assert len(commands) == 2
     for command in commands:
         get_command(study).make_context("study", command[3:])
+
+
+WRITTEN = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "steer").rglob("*.md")]
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.findall(page.read_text()):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
+def test_every_page_can_be_found(page: Path) -> None:
+    """From the README, which is where readers begin."""
+    assert f"docs/{page.name}" in LINK.findall((ROOT / "README.md").read_text())
+
+
+NAMED = re.compile(
+    r"`((?:steer|tests|benchmarks|experiments|docs|cli|hf|lab|runtime|serve|vllm)(?:/\w+)+(?:\.\w+|/)?)`"
+)
+
+
+@pytest.mark.parametrize("page", ["architecture", "benchmarks", "backends", "study"])
+def test_every_file_that_a_page_names_exists(page: str) -> None:
+    for name in NAMED.findall((ROOT / "docs" / f"{page}.md").read_text()):
+        below = [ROOT / name, ROOT / "steer" / name]
+        assert any(path.exists() or path.with_suffix(".py").exists() for path in below), name

@@ -1,7 +1,9 @@
-"""Every command of the README runs, as it stands there, against the server that `make serve` starts."""
+"""Every command of the README and of the pages that go on from it runs, as it stands there, against the server that
+`make serve` starts."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,15 +17,27 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
+from experiments.slerp_study.__main__ import app as study
 from steer.cli import app
 from tests.servers import ROOT, Server
 
 README = (ROOT / "README.md").read_text()
-CURL_PIP_AND_VLLM = (
-    *("--data-binary", "--extra-index-url", "--no-deps", "--root-path"),
+#: What is typed on these pages is run here, against the demo server of a newcomer; `test_docs` has the other pages.
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/requests.md", "docs/directions.md")}
+OF_OTHERS = {
+    *("--data-binary", "--extra-index-url", "--no-deps"),
     *("--max-model-len", "--worker-cls", "--middleware", "--additional-config", "--tensor-parallel-size", "--api-key"),
-)
+    *(
+        "--root-path",
+        "--api-server-count",
+        "--allowed-origins",
+        "--ssl-keyfile",
+        "--ssl-certfile",
+        "--shutdown-timeout",
+    ),
+}
 ADDRESS = "http://127.0.0.1:8000"
+CONTENT = re.compile(r'^"content": ".*"$', re.MULTILINE)
 
 
 def blocks_of(page: str, language: str) -> list[str]:
@@ -32,6 +46,15 @@ def blocks_of(page: str, language: str) -> list[str]:
 
 def blocks(language: str) -> list[str]:
     return blocks_of(README, language)
+
+
+def shell_blocks() -> list[Any]:
+    """Each once, in the order of a reader; but the two commands of the start, and the two first requests."""
+    found: dict[str, str] = {}
+    for name, page in PAGES.items():
+        for number, block in enumerate(blocks_of(page, "sh")):
+            found.setdefault(block, f"{Path(name).stem}-{number}")
+    return [pytest.param(block, id=name) for block, name in list(found.items())[3:]]
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +95,19 @@ def test_the_two_commands_are_targets() -> None:
 
 
 def test_plain_is_refused_and_steered_is_answered(server: Server, tree: Path) -> None:
-    out = run(blocks("sh")[1], "sh", server, tree)
-    plain, steered = out.split("HTTP/1.1 200 OK", 1)
-    assert re.search(r"sorry|cannot|can't|Unfortunately", plain, re.IGNORECASE), plain
-    assert "first get" in steered
-    assert '"direction":"refusal"' in steered
+    _, plain, steered = (run(block, "sh", server, tree) if i else "" for i, block in enumerate(blocks("sh")[:3]))
+    shown = [json.loads(f"{{{line}}}")["content"] for page in blocks("text") for line in CONTENT.findall(page)]
+    assert shown == [
+        json.loads(answer[answer.index("{") :])["choices"][0]["message"]["content"] for answer in (plain, steered)
+    ]
+    (said,) = re.findall(r"x-steer-applied: .*", README)
+    (sent,) = re.findall(r"x-steer-applied: .*", steered)
+    assert re.fullmatch(re.escape(said).replace("…", "[0-9a-f]+"), sent.strip())
 
 
-@pytest.mark.parametrize("number", range(2, len(blocks("sh"))))
-def test_shell_blocks(number: int, server: Server, tree: Path) -> None:
-    out = run(blocks("sh")[number], "sh", server, tree)
+@pytest.mark.parametrize("block", shell_blocks())
+def test_shell_blocks(block: str, server: Server, tree: Path) -> None:
+    out = run(block, "sh", server, tree)
     assert "error" not in out.lower() or '"errors":[]' in out
 
 
@@ -96,8 +122,8 @@ def test_openai_block(server: Server, tree: Path) -> None:
 
 def test_python_api_block(server: Server, tree: Path) -> None:
     plain, steered = run(blocks("python")[1], "python", server, tree).strip().splitlines()
-    assert "first get" in steered
-    assert "first get" not in plain
+    assert f"{plain}\n{steered}\n" == blocks("text")[-1]
+    assert plain != steered
 
 
 def test_vllm_block(server: Server, tree: Path) -> None:
@@ -105,7 +131,8 @@ def test_vllm_block(server: Server, tree: Path) -> None:
         pytest.skip("vLLM is not installed")
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     script = tree / "offline.py"  # a file, since vLLM's workers are spawned and import it again
-    script.write_text(blocks("python")[2])
+    (block,) = blocks_of((ROOT / "docs/backends.md").read_text(), "python")
+    script.write_text(block)
     done = subprocess.run(
         [sys.executable, str(script)],
         cwd=tree,
@@ -127,6 +154,9 @@ def options(command: Any) -> set[str]:
     return own.union(*(options(below) for below in getattr(command, "commands", {}).values()))
 
 
-def test_every_option_that_the_readme_names_exists() -> None:
-    known = options(get_command(app)) | {*CURL_PIP_AND_VLLM, "--help"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known == set()
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.stem
+)
+def test_every_option_that_a_page_names_exists(page: Path) -> None:
+    known = options(get_command(app)) | options(get_command(study)) | OF_OTHERS | {"--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text())) - known == set()

@@ -25,7 +25,7 @@ from tests.servers import Server
 
 PACKAGE = Path(__file__).parents[1] / "steer"
 #: Where bytes of others come in while a server runs.
-ROOTS = ("serve", "vllm", "hf", "runtime", "registry", "direction", "spec", "readout", "operate", "chat", "settings")
+ROOTS = ("serve", "vllm", "hf", "runtime", "registry", "direction", "spec", "readout", "settings")
 #: Modules that execute what they read.
 EXECUTING = {"pickle", "_pickle", "cPickle", "dill", "joblib", "cloudpickle", "marshal", "shelve", "runpy", "code"}
 #: The one offline reader of foreign pickles, as tensors only.
@@ -50,6 +50,7 @@ def imported(tree: ast.AST) -> set[str]:
 
 def reachable() -> dict[str, ast.Module]:
     """Modules of ours that a server can come to import, but for the commands of the lab, which no server runs."""
+    assert all(file_of(f"steer.{root}") for root in ROOTS)
     paths = [p for root in ROOTS for p in (PACKAGE / root).rglob("*.py")]
     paths += [p for root in ROOTS if (p := PACKAGE / f"{root}.py").exists()]
     waiting = [".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__") for p in paths]
@@ -141,13 +142,13 @@ def test_what_tries_to_be_executed_is_not(tiny_server: Server, way: str, tmp_pat
 
 @pytest.mark.parametrize("name", ["torch", "transformers"])
 def test_what_was_run_is_what_is_let_in(name: str) -> None:
-    """From the version of `make test` up to the newest that the README says was run, and no further."""
+    """From the version of `make test` up to the newest that the documentation says was run, and no further."""
     root = PACKAGE.parent
     required = map(Requirement, tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"])
     (allowed,) = (r.specifier for r in required if r.name == name)
     pins = [Requirement(line) for line in (root / "constraints.txt").read_text().splitlines() if line[0] != "#"]
     ((pinned,),) = (r.specifier for r in pins if r.name == name)
-    said = re.findall(rf"{name} (\d+\.\d+)\.\d+", (root / "README.md").read_text())
+    said = re.findall(rf"{name} (\d+\.\d+)\.\d+", (root / "docs/backends.md").read_text())
     newest = max(map(Version, said))
     oldest = Version(pinned.version)
     assert {str(bound) for bound in allowed} == {
@@ -157,7 +158,7 @@ def test_what_was_run_is_what_is_let_in(name: str) -> None:
 
 
 def test_one_range_of_vllm_is_named_everywhere() -> None:
-    """What the extra lets in is what the code takes and the README promises."""
+    """What the extra lets in is what the code takes and the documentation promises."""
     root = PACKAGE.parent
     tree = ast.parse((PACKAGE / "vllm" / "internals.py").read_text())
     constants = {
@@ -170,7 +171,7 @@ def test_one_range_of_vllm_is_named_everywhere() -> None:
     (extra,) = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["vllm"]
     allowed = Requirement(extra).specifier
     assert {str(bound) for bound in allowed} == {f">={oldest.removesuffix('.0')}", f"<{major}.{minor + 1}"}
-    assert f"vLLM {oldest} and {newest}" in " ".join((root / "README.md").read_text().split())
+    assert f"vLLM {oldest} and {newest}" in " ".join((root / "docs/backends.md").read_text().split())
     assert f"\nvllm-cpu=={newest}\n" in (root / "constraints.txt").read_text(), "the one of `make test`"
 
 

@@ -3,7 +3,6 @@ the modules that define the request language."""
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from steer.cli import quiet_libraries
 from steer.demo import MODEL
 from steer.serve import fields, protocol
 from steer.serve.app import build
+from steer.serve.errors import Code
 from steer.serve.readout import DIGITS, ReadLine, ReadReport
 from steer.serve.run import prepare
 from steer.settings import ServeSettings
@@ -123,25 +123,8 @@ def doc(module: ModuleType, count: int) -> str:
 
 
 def problems() -> str:
-    """Every status and code that the server's own code answers with, found where it says so."""
-    found: dict[int, set[str]] = {}
-    for path in sorted((ROOT / "steer" / "serve").glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call) or not node.args:
-                continue
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            status = node.args[0]
-            if (
-                name in ("HTTPProblem", "response")
-                and isinstance(status, ast.Constant)
-                and isinstance(status.value, int)
-            ):
-                for keyword in node.keywords:
-                    if keyword.arg == "code":
-                        codes = [c.value for c in ast.walk(keyword.value) if isinstance(c, ast.Constant)]
-                        found.setdefault(status.value, set()).update(codes or {"invalid_value", "invalid_direction"})
-    rows = [(str(status), ", ".join(f"`{code}`" for code in sorted(codes))) for status, codes in sorted(found.items())]
-    return table(("status", "`code`"), rows)
+    rows = [(str(code.status), f"`{code.wire}`", code.meaning) for code in sorted(Code, key=lambda code: code.status)]
+    return table(("status", "`code`", "when"), rows)
 
 
 def unserved() -> str:

@@ -150,7 +150,7 @@ class Registries(RuleBasedStateMachine):
                 return
             except Refusal as error:
                 assert not self.on, "only the switch refuses here"
-                assert error.status == 503
+                assert error.code.status == 503
                 return
             assert None not in [d for d, _, _ in entries]
             assert len({(d, mode) for d, mode, _ in applied}) == len(applied), "no version is applied twice in one mode"

@@ -24,17 +24,20 @@ from tests.servers import ROOT, Server
 README = (ROOT / "README.md").read_text()
 #: What is typed on these pages is run here, against the demo server of a newcomer; `test_docs` has the other pages.
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/requests.md", "docs/directions.md")}
+#: Options of curl, pip, docker and vLLM.
 OF_OTHERS = {
-    *("--data-binary", "--extra-index-url", "--no-deps"),
-    *("--max-model-len", "--worker-cls", "--middleware", "--additional-config", "--tensor-parallel-size", "--api-key"),
     *(
-        "--root-path",
-        "--api-server-count",
+        "--additional-config",
         "--allowed-origins",
-        "--ssl-keyfile",
-        "--ssl-certfile",
-        "--shutdown-timeout",
+        "--api-key",
+        "--api-server-count",
+        "--data-binary",
+        "--gpus",
+        "--ipc",
     ),
+    *("--extra-index-url", "--max-model-len", "--middleware", "--no-cache-dir", "--no-deps", "--otlp-traces-endpoint"),
+    *("--root-path", "--shutdown-timeout", "--ssl-certfile", "--ssl-keyfile", "--tensor-parallel-size", "--value"),
+    *("--gpus", "--worker-cls"),
 }
 ADDRESS = "http://127.0.0.1:8000"
 CONTENT = re.compile(r'^"content": ".*"$', re.MULTILINE)
@@ -98,7 +101,7 @@ def test_plain_is_refused_and_steered_is_answered(server: Server, tree: Path) ->
     _, plain, steered = (run(block, "sh", server, tree) if i else "" for i, block in enumerate(blocks("sh")[:3]))
     shown = [json.loads(f"{{{line}}}")["content"] for page in blocks("text") for line in CONTENT.findall(page)]
     assert shown == [
-        json.loads(answer[answer.index("{") :])["choices"][0]["message"]["content"] for answer in (plain, steered)
+        json.loads(answer[answer.index('{"id"') :])["choices"][0]["message"]["content"] for answer in (plain, steered)
     ]
     (said,) = re.findall(r"x-steer-applied: .*", README)
     (sent,) = re.findall(r"x-steer-applied: .*", steered)

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from steer.serve import errors, keys
 from steer.serve.caller import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
 from steer.serve.control import Control
-from steer.serve.errors import HTTPProblem
+from steer.serve.errors import Code, HTTPProblem
 from steer.serve.pages import ANY, foreign, header, is_preflight
 
 MAX_HEADERS = 64 * 2**10
@@ -75,7 +75,7 @@ class Access:
     async def _refuse(self, error: HTTPProblem, scope: Scope, receive: Receive, send: Send) -> None:
         self.control.refused(error, scope.get(CALLER, NOBODY), scope)
         if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008, "reason": error.code})
+            await send({"type": "websocket.close", "code": 1008, "reason": error.code.wire})
         else:
             await errors.of(error)(scope, receive, send)
 
@@ -83,9 +83,9 @@ class Access:
         """What holds for everybody, before it is asked who comes."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         if sum(len(name) + len(value) for name, value in headers) > MAX_HEADERS:
-            raise HTTPProblem(431, f"the headers are over {MAX_HEADERS} bytes", code="headers_too_large")
+            raise HTTPProblem(Code.HEADERS_TOO_LARGE, f"the headers are over {MAX_HEADERS} bytes")
         if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > MAX_PATH:
-            raise HTTPProblem(414, f"the path is over {MAX_PATH} bytes", code="path_too_long")
+            raise HTTPProblem(Code.PATH_TOO_LONG, f"the path is over {MAX_PATH} bytes")
         if self.control.pages is not None:
             self.control.pages.check(headers)
         if is_preflight(scope):
@@ -107,7 +107,7 @@ class Access:
             return known or NOBODY
         if known is None:
             said = "the API key is not known here" if secret else "an API key is needed: Authorization: Bearer KEY"
-            raise Refusal(401, "key", said, code="invalid_api_key", WWW_Authenticate="Bearer")
+            raise Refusal(Code.INVALID_API_KEY, "key", said, WWW_Authenticate="Bearer")
         assert known.rules is not None
         scope[CALLER] = known
         self.control.check_policy()

@@ -70,10 +70,9 @@ def build(served: Served) -> FastAPI:
 
     async def elsewhere(request: Request) -> Response:
         raise errors.HTTPProblem(
-            404,
+            errors.Code.NOT_FOUND,
             f"{request.scope['path']} is served by the vLLM backend alone (steer serve MODEL --backend vllm), and this "
             "is the transformers backend; here there are /v1/chat/completions and /v1/completions",
-            code="not_found",
         )
 
     for path in ELSEWHERE:

@@ -17,7 +17,7 @@ from steer.readout import ReadWanted
 from steer.registry import Registry
 from steer.serve.caller import ANYONE, Caller, Refusal, forbidden
 from steer.serve.carriers import FIELD, Carried
-from steer.serve.errors import HTTPProblem
+from steer.serve.errors import Code, HTTPProblem
 from steer.serve.policy import KeyRules, Policy
 from steer.spec import Entry, Spec, Wanted, text
 
@@ -90,7 +90,7 @@ def _asked(carried: Carried, registry: Registry, caller: Caller) -> Spec:
 def _default(default: Sequence[Wanted], registry: Registry, caller: Caller, rules: Rules) -> Spec:
     """What a request gets that asks for nothing: the key's own default, else the server's, where the key might have
     asked for it."""
-    what, code = "the default steering of this request", "default_unavailable"
+    what, code = "the default steering of this request", Code.DEFAULT_UNAVAILABLE
     own = caller.rules
     if own is not None and own.default is not None:
         return _operators(own.default, registry, caller, what, code)
@@ -100,19 +100,19 @@ def _default(default: Sequence[Wanted], registry: Registry, caller: Caller, rule
     return Spec() if own is not None and _broken(asked, own, registry, rules) else asked
 
 
-def _operators(wanted: Sequence[Wanted], registry: Registry, caller: Caller, what: str, code: str) -> Spec:
+def _operators(wanted: Sequence[Wanted], registry: Registry, caller: Caller, what: str, code: Code) -> Spec:
     """What the operator wants for this request. Who asks with a key is not told why it is not there now: the reason may
     name what this key may not know."""
     try:
         return registry.resolve(wanted)
     except SpecError as error:
         why = f": {error}" if caller.rules is None else " now"
-        raise HTTPProblem(503, f"{what} cannot be applied{why}", code=code) from None
+        raise HTTPProblem(code, f"{what} cannot be applied{why}") from None
 
 
 def _authorised(asked: Spec, registry: Registry, caller: Caller, rules: Rules) -> Spec:
     """What is to be applied where `asked` is asked for."""
-    what, code = "steering that is required for this key", "required_unavailable"
+    what, code = "steering that is required for this key", Code.REQUIRED_UNAVAILABLE
     required = _operators(caller.required, registry, caller, what, code)
     if rules.off is not None:
         refuses = rules.policy is None or rules.policy.required_when_off == "refuse"

@@ -57,7 +57,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             size += len(chunks[-1])
             if not message.get("more_body", False) and size <= limit:
                 return b"".join(chunks)
-    raise errors.HTTPProblem(413, f"the body is over the limit of {limit} bytes", code="body_too_large")
+    raise errors.HTTPProblem(errors.Code.BODY_TOO_LARGE, f"the body is over the limit of {limit} bytes")
 
 
 async def understood(work: Callable[[], T], size: int) -> T:
@@ -84,13 +84,13 @@ def parse_body(data: bytes) -> dict[str, Any]:
     except errors.HTTPProblem:
         raise
     except (ValueError, RecursionError) as error:
-        raise errors.HTTPProblem(400, f"the body is not JSON: {error}", code="invalid_json") from None
+        raise errors.HTTPProblem(errors.Code.INVALID_JSON, f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
-        raise errors.HTTPProblem(400, "the body must be a JSON object", code="invalid_json")
+        raise errors.HTTPProblem(errors.Code.INVALID_JSON, "the body must be a JSON object")
     if reader.found or b"\\ud" in data or b"\\uD" in data:  # both are rare, and only then is all of it looked through
         for name, value in body.items():
             if wrong := _unsendable({name: value}):
-                raise errors.HTTPProblem(400, f"{_shown(name)}: {wrong}", code="invalid_value", param=_shown(name))
+                raise errors.HTTPProblem(errors.Code.INVALID_VALUE, f"{_shown(name)}: {wrong}", param=_shown(name))
     return body
 
 
@@ -197,7 +197,7 @@ def check_structure(data: bytes, most: int = MAX_VALUES) -> int:
         ):
             if many > limit:
                 raise errors.HTTPProblem(
-                    400, f"the body has more than {limit} {what}, which is the most", code="body_too_complex"
+                    errors.Code.BODY_TOO_COMPLEX, f"the body has more than {limit} {what}, which is the most"
                 )
     return commas + opened + 1
 
@@ -208,11 +208,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise errors.HTTPProblem(
-            400, f"the body has a key twice: {_shown(twice)}", code="invalid_json", param=_shown(twice)
+            errors.Code.INVALID_JSON, f"the body has a key twice: {_shown(twice)}", param=_shown(twice)
         )
     if long := next((key for key in out if len(key) > MAX_KEY), None):
         raise errors.HTTPProblem(
-            400, f"the key '{long[:40]}…' has {len(long)} characters, at most {MAX_KEY}", code="body_too_complex"
+            errors.Code.BODY_TOO_COMPLEX, f"the key '{long[:40]}…' has {len(long)} characters, at most {MAX_KEY}"
         )
     return out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from steer.readout import FIELD
-from steer.serve.errors import HTTPProblem
+from steer.serve.errors import Code, HTTPProblem
 from steer.serve.policy import KeyRules
 from steer.spec import Spec, Wanted
 
@@ -18,22 +18,21 @@ class Refusal(HTTPProblem):
 
     def __init__(
         self,
-        status: int,
+        code: Code,
         rule: str,
         message: str,
         *,
-        code: str,
         asked: Spec | None = None,
         param: str | None = None,
         **more: str,
     ) -> None:
         headers = {name.replace("_", "-"): value for name, value in more.items()}
-        super().__init__(status, message, code=code, param=param, headers=headers)
+        super().__init__(code, message, param=param, headers=headers)
         self.rule, self.asked = rule, asked or Spec()
 
 
 def forbidden(rule: str, message: str, asked: Spec | None = None, param: str | None = None) -> Refusal:
-    return Refusal(403, rule, message, code="steering_forbidden", asked=asked, param=param)
+    return Refusal(Code.STEERING_FORBIDDEN, rule, message, asked=asked, param=param)
 
 
 @dataclass(frozen=True, slots=True)

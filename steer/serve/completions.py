@@ -30,7 +30,7 @@ def router(served: Served) -> APIRouter:
         engine.admit(len(prompts) * body.n)
         if body.stream and (body.echo or body.max_tokens == 0):
             raise errors.HTTPProblem(
-                400, "echo and max_tokens 0 are not served as a stream", code="unsupported", param="stream"
+                errors.Code.UNSUPPORTED, "echo and max_tokens 0 are not served as a stream", param="stream"
             )
 
         def prepare() -> list[Job]:

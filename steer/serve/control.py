@@ -27,6 +27,7 @@ from steer.serve import errors, metrics, policy
 from steer.serve.audit import Audit, AuditUnavailable
 from steer.serve.authorise import Rules
 from steer.serve.caller import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
+from steer.serve.errors import Code
 from steer.serve.pages import ANY, Pages, hosts_of, is_loopback
 from steer.serve.policy import InForce, PolicyError
 from steer.serve.ratelimit import RateLimiter
@@ -201,7 +202,7 @@ class Control:
         for run in tuple(self.runs):
             rules = keys.get(run.caller.name or "")
             if run.caller.name is not None and (rules is None or run.caller.stored not in rules.hashes):
-                run.abort(Refusal(401, "key", "the API key was taken away", code="invalid_api_key"))
+                run.abort(Refusal(Code.INVALID_API_KEY, "key", "the API key was taken away"))
 
     def _digest(self) -> str | None:
         return self.in_force.digest if self.in_force else None
@@ -248,7 +249,7 @@ class Control:
             key=caller.name,
             request_id=request_id(scope),
             entries=_entries(error.asked),
-            outcome=error.code,
+            outcome=error.code.wire,
             detail={"rule": error.rule, "path": scope["path"][:200]} | ({"unkept": before} if before else {}),
         )
 
@@ -257,7 +258,7 @@ class Control:
         a key may have been taken away in it."""
         if self._unread:
             said = f"the policy file has not been read for {STALLED:g} s, so no key is known to hold; the log says why"
-            raise Refusal(503, "policy", said, code="policy_unread", Retry_After="10")
+            raise Refusal(Code.POLICY_UNREAD, "policy", said, Retry_After="10")
 
     @property
     def _unread(self) -> bool:
@@ -329,7 +330,7 @@ class Control:
         except AuditUnavailable as error:
             self.runs.discard(run)
             self._note_end(run, "error", 0, 0)
-            raise Refusal(503, "audit", str(error), code="audit_unavailable", Retry_After="10") from None
+            raise Refusal(Code.AUDIT_UNAVAILABLE, "audit", str(error), Retry_After="10") from None
         except BaseException:
             self.runs.discard(run)
             self._note_end(run, "cancelled", 0, 0)
@@ -376,7 +377,7 @@ class Control:
     def off(self, asked: Spec) -> Refusal:
         """What a steered request gets while steering is off."""
         said = f"steering is switched off on this server{f': {self.reason}' if self.reason else ''}"
-        return Refusal(503, "switch", said, code="steering_off", asked=asked, Retry_After="60")
+        return Refusal(Code.STEERING_OFF, "switch", said, asked=asked, Retry_After="60")
 
     # -- what is kept, and what is told ----------------------------------------------------------------------------
 
@@ -453,7 +454,7 @@ class Control:
 
 def _over(rule: str, rules: policy.KeyRules, seconds: int) -> Refusal:
     said = f"over this key's {rule} ({getattr(rules, rule):g}); try again in {seconds} s"
-    return Refusal(429, rule, said, code="rate_limit_exceeded", Retry_After=str(seconds))
+    return Refusal(Code.RATE_LIMIT_EXCEEDED, rule, said, Retry_After=str(seconds))
 
 
 def _entries(spec: Spec) -> list[dict[str, Any]]:

@@ -95,9 +95,9 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
         try:
             version = await anyio.to_thread.run_sync(registry.put, name, data)
         except NoRoom as error:
-            raise errors.HTTPProblem(409, str(error), code="no_free_rows") from error
+            raise errors.HTTPProblem(errors.Code.NO_FREE_ROWS, str(error)) from error
         except OSError as error:
-            raise errors.HTTPProblem(507, f"the file cannot be stored: {error}", code="storage") from error
+            raise errors.HTTPProblem(errors.Code.STORAGE, f"the file cannot be stored: {error}") from error
         return summary(name, version, registry, caller)
 
     @routes.delete("/{name}", summary="Stop serving this name and remove its file")
@@ -108,7 +108,7 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
         except UnknownDirection as error:
             raise _not_found(error) from error
         except OSError as error:
-            raise errors.HTTPProblem(507, f"the file cannot be removed: {error}", code="storage") from error
+            raise errors.HTTPProblem(errors.Code.STORAGE, f"the file cannot be removed: {error}") from error
         return {"id": name, "object": "direction", "deleted": True}
 
     return routes
@@ -138,4 +138,4 @@ def summary(name: str, version: Version, registry: Registry, caller: Caller) -> 
 
 
 def _not_found(error: UnknownDirection) -> errors.HTTPProblem:
-    return errors.HTTPProblem(404, str(error), code="direction_not_found", param="name")
+    return errors.HTTPProblem(errors.Code.DIRECTION_NOT_FOUND, str(error), param="name")

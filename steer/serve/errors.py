@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from enum import Enum
 from itertools import islice
 from types import MappingProxyType
 from typing import Any
@@ -31,49 +32,94 @@ from steer.serve.fields import Unserved
 _NONE: Mapping[str, str] = MappingProxyType({})
 
 
+class Code(Enum):
+    """Every `code` of an error, with its status and what it says to a client. Its value on the wire is the name in
+    small letters."""
+
+    AUDIT_UNAVAILABLE = 503, "the audit log cannot be written, so nothing is steered"
+    BODY_TOO_COMPLEX = 400, "the body nests too deeply, or has too many values or keys"
+    BODY_TOO_LARGE = 413, "the body is over the limit of bytes"
+    CONTENT_TYPE = 415, "the header `Content-Type` is missing or another: JSON for requests, octet-stream for a file"
+    CONTEXT_LENGTH_EXCEEDED = 400, "prompt and answer do not fit into the model's context"
+    DEFAULT_UNAVAILABLE = 503, "the default steering of the server or the key cannot be applied"
+    DIRECTION_NOT_FOUND = 404, "no direction of this name, on `/v1/directions`; in a request it is `invalid_value`"
+    ENGINE_FAILED = 503, "the engine has failed: the server must be restarted"
+    HEADERS_TOO_LARGE = 431, "the headers are over the limit of bytes"
+    HOST_NOT_ALLOWED = 421, "the server has no keys and is not known by this name: `--allowed-hosts`"
+    INVALID_API_KEY = 401, "the key is missing, unknown or was taken away"
+    INVALID_DIRECTION = 400, "what was sent is no direction, or not one for this model; `problems` lists the reasons"
+    INVALID_JSON = 400, "the body is no JSON object, or has a key twice"
+    INVALID_VALUE = 400, "a field has a value that is not accepted, or is not known; `param` names it"
+    METHOD_NOT_ALLOWED = 405, "the route has no such method"
+    MODEL_NOT_FOUND = 404, "no model of this name; `/v1/models` lists the names"
+    NO_FREE_ROWS = 409, "no row is free: delete a direction, wait for requests to end, or start with more `--rows`"
+    NOT_FINITE = 400, "steering at this strength took the stream out of the range of the model's dtype"
+    NOT_FOUND = 404, "no route of this path, or one that only the vLLM backend has"
+    ORIGIN_NOT_ALLOWED = 403, "a web page of an origin that is not among `--cors-origins`"
+    PATH_TOO_LONG = 414, "the path is over the limit of bytes"
+    POLICY_UNREAD = 503, "the policy file has not been read for a while, so no key is known to hold"
+    QUEUE_FULL = 429, "no free place in the queue: try again after `Retry-After` seconds"
+    RATE_LIMIT_EXCEEDED = 429, "over a limit of this key: try again after `Retry-After` seconds"
+    REQUIRED_UNAVAILABLE = 503, "steering that is required of this key cannot be applied"
+    REQUEST_FAILED = 500, "this one request failed; all others go on"
+    STEERING_FORBIDDEN = 403, "this key may not do that; the message names the rule"
+    STEERING_OFF = 503, "steering is switched off"
+    STORAGE = 507, "the folder of directions cannot be written"
+    UNSUPPORTED = 400, "a combination that is not served"
+
+    def __init__(self, status: int, meaning: str) -> None:
+        self.status, self.meaning = status, meaning
+
+    @property
+    def wire(self) -> str:
+        return self.name.lower()
+
+
 class HTTPProblem(SteerError):
-    """A problem that has a status of its own (404, 413, ...)."""
+    """A problem with a code of its own."""
 
     def __init__(
-        self, status: int, message: str, *, code: str, param: str | None = None, headers: Mapping[str, str] = _NONE
+        self, code: Code, message: str, *, param: str | None = None, headers: Mapping[str, str] = _NONE
     ) -> None:
-        self.status, self.code, self.param, self.headers = status, code, param, headers
+        self.code, self.param, self.headers = code, param, headers
         super().__init__(message)
 
 
-def body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def body(status: int, message: str, *, param: str | None, code: str | None) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
     if status == 429:
         kind = "rate_limit_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def response(status: int, message: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
-    return JSONResponse(body(status, message, param=param, code=code), status)
+def response(code: Code, message: str, *, param: str | None = None, **more: Any) -> JSONResponse:
+    """`more` stands beside the message."""
+    told = body(code.status, message, param=param, code=code.wire)
+    told["error"] |= more
+    return JSONResponse(told, code.status)
 
 
 def of(error: Exception) -> JSONResponse:
     """The response that `error` becomes."""
-    if isinstance(error, HTTPProblem):
-        out = response(error.status, str(error), param=error.param, code=error.code)
-        out.headers.update(error.headers)
-        return out
-    if isinstance(error, NoRoom):
-        out = response(429, str(error), code="queue_full")
-        out.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-        return out
-    if isinstance(error, InvalidInput):
-        code = "invalid_direction" if isinstance(error, DirectionError) else "invalid_value"
-        told = body(400, str(error), param=error.param, code=code)
-        if isinstance(error, DirectionError):
-            told["error"]["problems"] = list(error.problems)
-        return JSONResponse(told, 400)
-    if isinstance(error, NotFinite):
-        return response(400, str(error), param="steer", code="not_finite")
-    if isinstance(error, RequestFailed):
-        return response(500, str(error), code="request_failed")
-    if isinstance(error, EngineFailed):
-        return response(503, str(error), code="engine_failed")
+    match error:
+        case HTTPProblem():
+            out = response(error.code, str(error), param=error.param)
+            out.headers.update(error.headers)
+            return out
+        case NoRoom():
+            out = response(Code.QUEUE_FULL, str(error))
+            out.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+            return out
+        case DirectionError():
+            return response(Code.INVALID_DIRECTION, str(error), param=error.param, problems=list(error.problems))
+        case InvalidInput():
+            return response(Code.INVALID_VALUE, str(error), param=error.param)
+        case NotFinite():
+            return response(Code.NOT_FINITE, str(error), param="steer")
+        case RequestFailed():
+            return response(Code.REQUEST_FAILED, str(error))
+        case EngineFailed():
+            return response(Code.ENGINE_FAILED, str(error))
     raise error
 
 
@@ -101,7 +147,7 @@ async def on_validation_error(_request: Request, error: Exception) -> JSONRespon
             others.append({**item, "loc": where})
     problems = problems_by_field(others, "body") | problems
     message = "; ".join(f"{where}: {wrong}" for where, wrong in problems.items())
-    return response(400, message, param=next(iter(problems)), code="invalid_value")
+    return response(Code.INVALID_VALUE, message, param=next(iter(problems)))
 
 
 #: Problems of one body that are told of.
@@ -128,6 +174,6 @@ def pydantic_text(message: str) -> tuple[str, str] | None:
 
 async def on_http_exception(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return response(
-        error.status_code, str(error.detail), code={404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    )
+    status = error.status_code
+    code = next((code.wire for code in (Code.NOT_FOUND, Code.METHOD_NOT_ALLOWED) if code.status == status), None)
+    return JSONResponse(body(status, str(error.detail), param=None, code=code), status)

@@ -129,10 +129,9 @@ class Generator:
         for text in texts:
             if len(text) > most:
                 raise errors.HTTPProblem(
-                    400,
+                    errors.Code.CONTEXT_LENGTH_EXCEEDED,
                     f"the prompt has {len(text)} characters; no text of more than {most} is within the context of "
                     f"{self.engine.context} tokens",
-                    code="context_length_exceeded",
                     param=param,
                 )
         return await unless_gone(request, offload("text", sum(map(len, texts)), work))
@@ -146,9 +145,8 @@ class Generator:
         left = context - len(prompt)
         if left < (1 if wanted is None else wanted):
             raise errors.HTTPProblem(
-                400,
+                errors.Code.CONTEXT_LENGTH_EXCEEDED,
                 f"the prompt has {len(prompt)} tokens, the answer may have {wanted or 1}, the context is {context}",
-                code="context_length_exceeded",
                 param=limit if left > 0 else param,
             )
         vocabulary = self.engine.steering.anatomy.vocabulary

@@ -195,7 +195,8 @@ class _Answer:
         """End it here, in the middle if it has begun."""
         if not self._status:
             response = errors.of(error)
-            await self._send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
+            status = error.code.status
+            await self._send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
             await self._send({"type": "http.response.body", "body": response.body})
         elif self._streams and self.outcome == "cancelled":
             last = f"event: error\n{errors.event(error)}data: [DONE]\n\n"

@@ -38,6 +38,6 @@ def router(served: Served) -> APIRouter:
         for card in cards(request):
             if card["id"] == name:
                 return card
-        raise errors.HTTPProblem(404, f"the model {name[:100]!r} is not served here", code="model_not_found")
+        raise errors.HTTPProblem(errors.Code.MODEL_NOT_FOUND, f"the model {name[:100]!r} is not served here")
 
     return router

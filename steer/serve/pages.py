@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from starlette.types import Scope
 
-from steer.serve.errors import HTTPProblem
+from steer.serve.errors import Code, HTTPProblem
 
 #: In a list of hosts or origins: all of them.
 ANY = "*"
@@ -45,10 +45,9 @@ class Pages:
         host = header(headers, b"host")
         if host is not None and not self.is_ours(host):
             raise HTTPProblem(
-                421,
+                Code.HOST_NOT_ALLOWED,
                 f"this server has no keys, so it answers only to names of its own machine, not to {host[:_SHOWN]!r}: "
                 "add the name to --allowed-hosts (STEER_ALLOWED_HOSTS), or give a policy with keys",
-                code="host_not_allowed",
             )
         origin = header(headers, b"origin")
         if origin is not None and not self.may_call(origin) and not _same(origin, host):
@@ -69,7 +68,7 @@ class Pages:
 def foreign(origin: str) -> HTTPProblem:
     """What a page gets that may not call."""
     said = f"pages of {origin[:_SHOWN]!r} may not call this server: the origin is not among its --cors-origins"
-    return HTTPProblem(403, said, code="origin_not_allowed")
+    return HTTPProblem(Code.ORIGIN_NOT_ALLOWED, said)
 
 
 def is_preflight(scope: Scope) -> bool:
@@ -84,7 +83,7 @@ def check_kind(scope: Scope, kind: str) -> None:
     if said == kind or (kind == JSON and said.startswith("application/") and said.endswith("+json")):
         return
     given = repr(said[:_SHOWN]) if said else "none"
-    raise HTTPProblem(415, f"this route wants the header 'Content-Type: {kind}' (got {given})", code="content_type")
+    raise HTTPProblem(Code.CONTENT_TYPE, f"this route wants the header 'Content-Type: {kind}' (got {given})")
 
 
 def header(headers: Headers, name: bytes) -> str | None:

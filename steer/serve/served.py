@@ -49,10 +49,9 @@ class Served:
         """Raise HTTPProblem 404 for a model that is not this one; the middleware has taken aliases apart."""
         if name != self.model_name:
             raise errors.HTTPProblem(
-                404,
+                errors.Code.MODEL_NOT_FOUND,
                 f"the model {name[:100]!r} is not served here; served: '{self.model_name}', and "
                 f"'{self.model_name}{PLUS}<direction>' for each direction",
-                code="model_not_found",
                 param="model",
             )
 

@@ -35,7 +35,7 @@ from steer.serve.authorise import resolve
 from steer.serve.body import BODY, Gone, parse_body, read_body, replay, understood
 from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
-from steer.serve.errors import HTTPProblem
+from steer.serve.errors import Code, HTTPProblem
 from steer.serve.middleware import REQUEST_ID, SteerMiddleware, around
 from steer.serve.offload import LARGE, offload
 from steer.serve.readout import report
@@ -359,7 +359,7 @@ async def _understood(scope: Scope, data: bytes) -> Any:
     try:
         return await understood(lambda: parse_body(data), len(data)) if data else {}
     except HTTPProblem as error:
-        if error.code == "body_too_complex" or error.param:  # vLLM would parse it on the event loop, or take it
+        if error.code is Code.BODY_TOO_COMPLEX or error.param:  # vLLM would parse it on the event loop, or take it
             raise
         return None
 
@@ -369,7 +369,7 @@ async def _nothing() -> Message:
 
 
 def unsupported(message: str, param: str | None = None) -> HTTPProblem:
-    return HTTPProblem(400, message, code="unsupported", param=param)
+    return HTTPProblem(Code.UNSUPPORTED, message, param=param)
 
 
 def check_one_answer(body: dict[str, Any]) -> None:

@@ -355,4 +355,4 @@ def test_half_of_a_surrogate_pair_is_no_text() -> None:
     for half in (b"\\ud83d", b"\\uDE00", b"\xed\xa0\xbd", b"\xff"):  # the last two are no UTF-8
         with pytest.raises(HTTPProblem) as caught:
             parse_body(b'{"messages": [{"content": "a' + half + b'"}]}')
-        assert caught.value.status == 400
+        assert caught.value.code.status == 400

@@ -10,6 +10,13 @@ from steer.errors import DirectionError
 Mode = Literal["ablate", "add", "affine", "one_sided"]
 Site = Literal["resid_post", "writers"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+#: What each mode does, in one sentence for whoever chooses one.
+MODE_SUMMARIES: dict[Mode, str] = {
+    "ablate": "The component along the direction goes.",
+    "add": "The difference of the class means, times the strength, is added.",
+    "affine": "The component is set to the mean of harmless text.",
+    "one_sided": "Only the part on the behaviour's side of the reference goes.",
+}
 SITES: tuple[Site, ...] = get_args(Site)
 
 #: Full removal is 1. More than this is a mistake.

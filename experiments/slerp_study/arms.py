@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from steer.lab.derive import Recipe
-from steer.lab.methods import Method
+from steer.lab.methods.base import Method
 from steer.lab.methods.boundaries import Whitened
 from steer.lab.methods.means import Biprojected, Linear, Slerp
 from steer.names import Mode

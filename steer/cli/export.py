@@ -11,7 +11,7 @@ import typer
 
 from steer.cli.console import log_warnings, quiet_libraries, reported
 from steer.cli.options import (
-    METHOD_HELP,
+    METHOD_NAMES,
     Choices,
     Output,
     Parameters,
@@ -39,7 +39,7 @@ def convert(
     ] = None,
     position: Annotated[int | None, typer.Option(help="position, where the file has several")] = None,
     tensor: Annotated[str | None, typer.Option(help="which tensor of a plain safetensors file")] = None,
-    method: Annotated[str | None, typer.Option(help=f"of class means: {METHOD_HELP}; default: slerp")] = None,
+    method: Annotated[str | None, typer.Option(help=f"of class means: {METHOD_NAMES}; default: slerp")] = None,
     t: T = None,
     parameter: Parameters = None,
     mode: Annotated[str | None, typer.Option(help="the default mode of the direction that is written")] = None,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from pydantic import BaseModel, Field
 
 from steer.errors import InvalidInput
+from steer.lab.methods import METHODS, make_method
 from steer.names import MODES, SITES, SUFFIX, Mode, Site, check_name
+
+if TYPE_CHECKING:
+    from steer.lab.methods.base import Method
 
 Model = Annotated[str, typer.Argument(help="local folder or hub id")]
 Harmful = Annotated[str, typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[:SPLIT[:COLUMN]]")]
@@ -28,10 +32,14 @@ Winsorize = Annotated[float | None, typer.Option(help="clip each activation vect
 FileMode = Annotated[str, typer.Option(help=f"the file's default mode: {', '.join(MODES)}")]
 Strength = Annotated[float, typer.Option(help="the file's default strength")]
 Sites = Annotated[str, typer.Option(help=f"where it acts: {' or '.join(SITES)}")]
-METHOD_HELP = (
-    "how: slerp, linear, projected, biprojected, pca, whitened, logistic, subspace or cone (`steer methods` tells more)"
-)
-MethodName = Annotated[str, typer.Option(help=METHOD_HELP)]
+METHOD_NAMES = f"{', '.join(METHODS)} (`steer methods` says what each is)"
+MethodName = Annotated[
+    str,
+    typer.Option(
+        # paragraphs: those the help does not run together
+        help="\n\n".join(["how:", *(f"{name}: {summary}" for name, summary in METHODS.summaries().items())])
+    ),
+]
 T = Annotated[
     float | None,
     typer.Option(help="parameter of slerp: 0 is projected, 1 (the default) the difference of the normalised means"),
@@ -67,10 +75,8 @@ class Choices(BaseModel):
         return None if self.batch_size == "auto" else self.batch_size
 
 
-def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> Any:
+def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> Method:
     """The method that the options --method, --t and --parameter name."""
-    from steer.lab.methods import make_method
-
     given: dict[str, object] = {}
     for item in parameters or []:
         key, equals, value = item.partition("=")

@@ -11,7 +11,7 @@ import typer
 from steer.cli.bench import open_bench
 from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.cli.options import (
-    METHOD_HELP,
+    METHOD_NAMES,
     VLLM_OPTIONS,
     Backend,
     BatchRows,
@@ -49,7 +49,7 @@ def select(
     harmful: Harmful,
     harmless: Harmless,
     output: Output,
-    method: Annotated[str, typer.Option(help=f"one or several, separated by commas; {METHOD_HELP}")] = (
+    method: Annotated[str, typer.Option(help=f"one or several, separated by commas: {METHOD_NAMES}")] = (
         "slerp,linear,projected"
     ),
     t: Annotated[str, typer.Option(help="values of t of slerp, separated by commas")] = "0.5,1",
@@ -134,9 +134,11 @@ def search(
         str | None, typer.Option(help="harmless prompts that are easily refused; the third aim is that they are not")
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="trials in all, in whole groups")] = 192,
-    method: Annotated[str, typer.Option(help="methods, separated by commas")] = "slerp,projected,linear,whitened",
+    method: Annotated[
+        str, typer.Option(help=f"methods, separated by commas: {METHOD_NAMES}")
+    ] = "slerp,projected,linear,whitened",
     t: Annotated[str, typer.Option(help="least and most t of slerp")] = "0,1.5",
-    mode: Annotated[str, typer.Option(help="modes, separated by commas")] = "ablate,one_sided",
+    mode: Annotated[str, typer.Option(help=f"modes, separated by commas: {', '.join(MODES)}")] = "ablate,one_sided",
     strength: Annotated[str, typer.Option(help="least and most strength; of add its hundredth, below 0")] = "0.5,1.5",
     position: Position = -1,
     system_prompt: SystemPrompt = None,

@@ -15,7 +15,7 @@ from steer.direction import Direction, DirectionMeta
 from steer.errors import DegenerateError, InvalidInput
 from steer.geometry import MIN_ANGLE, angle, orthonormalise
 from steer.lab.measurement import Contrast, Measurement, Sample, principal, towards_harmful
-from steer.lab.methods import Method
+from steer.lab.methods.base import Method
 from steer.lab.methods.means import Slerp
 from steer.names import MODES, Mode, Site
 

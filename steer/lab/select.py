@@ -17,7 +17,7 @@ from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.derive import Recipe, check_needs, derive, separated, source_layer
 from steer.lab.evaluator import Candidate, MakeEvaluator, first_tokens
 from steer.lab.measurement import Measurement
-from steer.lab.methods import Method
+from steer.lab.methods.base import Method
 from steer.lab.prompts import PromptSet
 from steer.lab.race import Figures, Race, Sets
 from steer.names import Mode

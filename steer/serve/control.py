@@ -21,7 +21,7 @@ from starlette.types import Scope
 
 from steer._version import __version__
 from steer.errors import InvalidInput, printable
-from steer.names import MAX_STRENGTH, MODES
+from steer.names import MAX_STRENGTH, MODE_SUMMARIES, MODES
 from steer.registry import Move, Registry
 from steer.serve import errors, metrics, policy
 from steer.serve.audit import Audit, AuditUnavailable
@@ -411,7 +411,7 @@ class Control:
         return self.registry.follower.state if self.registry.follower else "ok"
 
     def state(self, scope: Scope) -> dict[str, Any]:
-        """For GET /v1/steering; `may` is what who asks may do."""
+        """For GET /v1/steering; `modes` says what each mode does, `may` what who asks may do."""
         caller = self.caller(scope)
         rules, manages = caller.rules, True
         try:
@@ -419,6 +419,7 @@ class Control:
         except Refusal:
             manages = False
         told: dict[str, Any] = {"object": "steering", "enabled": self.steering, "reason": self.reason}
+        told["modes"] = MODE_SUMMARIES
         told["may"] = {
             "steer": rules is None or rules.steer,
             "modes": list(MODES if rules is None else rules.modes),

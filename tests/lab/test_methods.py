@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steer.cli.options import METHOD_HELP
 from steer.errors import DegenerateError, InvalidInput
 from steer.geometry import linear_direction, linear_t, unit, winsorise
 from steer.lab.derive import bootstrapped, sparsified
 from steer.lab.measurement import Contrast, Sample
-from steer.lab.methods import METHODS, Method, make_method
+from steer.lab.methods import METHODS, make_method
+from steer.lab.methods.base import Method
 from steer.lab.methods.boundaries import fit_weights, ledoit_wolf, oracle_approximation
 
 law = settings(deadline=None, max_examples=8)
@@ -366,9 +366,13 @@ def test_names_and_parameters_are_checked() -> None:
     with pytest.raises(InvalidInput, match="parameter shrinkage:"):
         make_method("whitened", {"shrinkage": "0"})
     assert make_method("slerp", {"t": "0.5"}) == make_method("slerp", {"t": 0.5})
+    summaries = METHODS.summaries()
+    assert list(summaries) == list(METHODS)
     for name, kind in METHODS.items():
         assert issubclass(kind, Method)
-        assert name in METHOD_HELP
+        assert kind.name == name
+        assert (kind.__doc__ or "").startswith(f"{summaries[name]}\n\n")
+        assert summaries[name].endswith("."), name
         assert "Source:" in (kind.__doc__ or ""), name
         assert "Pitfall" in (kind.__doc__ or ""), name
 

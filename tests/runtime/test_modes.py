@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steer.direction import Direction
 from steer.errors import SpecError
-from steer.names import MODES, Mode
+from steer.names import MODE_SUMMARIES, MODES, Mode
 from steer.runtime.op import FLOOR, GAMMA, RHO, WEIGHT, check_mode, coefficients, displacement, embedding_coefficients
 from tests import models
 
@@ -41,6 +41,10 @@ def test_coefficients_have_a_row_for_each_layer_and_row(mode: Mode, k: int) -> N
     assert each.shape == (models.LAYERS, k, 4)
     assert each.dtype == torch.float32
     assert embedding_coefficients(direction, mode).shape == (k, 4)
+
+
+def test_each_mode_says_what_it_does() -> None:
+    assert set(MODE_SUMMARIES) == set(MODES)
 
 
 @pytest.mark.parametrize("k", [1, 3])

@@ -20,10 +20,15 @@ class Method(BaseModel, ABC):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    #: The class's name in lower case.
     name: ClassVar[str]
     needs: ClassVar[Need] = "means"
     #: Prompts that each class must have at least.
     prompts: ClassVar[int] = 1
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_options: object) -> None:
+        cls.name = cls.__name__.lower()
 
     @abstractmethod
     def rows(self, contrast: Contrast) -> Tensor:

@@ -22,7 +22,9 @@ ROUNDING = 1e-12
 
 
 class Whitened(Method):
-    """Source: Fisher 1936; the shrinkage of Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional
+    """The difference of the class means, whitened by the spread within the classes (Fisher).
+
+    Source: Fisher 1936; the shrinkage of Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional
     covariance matrices".
 
     v = normalise(Σ⁻¹·(μH − μA)) with Σ = (1 − s)·S + s·(tr S / d)·I, S the covariance within the classes and s the
@@ -34,7 +36,6 @@ class Whitened(Method):
     was.
     """
 
-    name: ClassVar[str] = "whitened"
     needs: ClassVar[Need] = "spread"
     prompts: ClassVar[int] = 2
     shrinkage: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = Field(
@@ -124,7 +125,9 @@ TOLERANCE = 1e-10
 
 
 class Logistic(Method):
-    """Source: logistic regression with a ridge, as the probes of Alain and Bengio 2016, by Newton's method.
+    """The normal of the boundary that a logistic regression draws between the classes.
+
+    Source: logistic regression with a ridge, as the probes of Alain and Bengio 2016, by Newton's method.
 
     v = w/‖w‖ at the minimum over (w, b) of ½·E_H[log(1 + e^−(wz+b))] + ½·E_A[log(1 + e^(wz+b))] + ½·ridge·‖w‖², where
     z = x less the midpoint of the means, divided by its root mean square length: so nothing depends on the scale of
@@ -134,7 +137,6 @@ class Logistic(Method):
     classes can be separated, v becomes the largest margin's, which hangs on few prompts.
     """
 
-    name: ClassVar[str] = "logistic"
     needs: ClassVar[Need] = "vectors"
     prompts: ClassVar[int] = 2
     # on the embedded model's held-out half the classes stood 8.3 standard deviations apart along `linear`, 8.6 at a

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -15,7 +13,9 @@ from steer.lab.methods.base import Method
 
 
 class Linear(Method):
-    """Source: Arditi et al. 2024, "Refusal in language models is mediated by a single direction", section 2.3.
+    """The difference of the class means.
+
+    Source: Arditi et al. 2024, "Refusal in language models is mediated by a single direction", section 2.3.
 
     v = (μH − μA) / ‖μH − μA‖, of the raw means.
 
@@ -23,14 +23,14 @@ class Linear(Method):
     shares; outlier dimensions decide it where there are some (winsorise).
     """
 
-    name: ClassVar[str] = "linear"
-
     def rows(self, contrast: Contrast) -> Tensor:
         return linear_direction(contrast.harmless.mean, contrast.harmful.mean).unsqueeze(0)
 
 
 class Projected(Method):
-    """Source: "projected abliteration" (J. Lai, 2025); the slerp family at t = 0.
+    """The part of the harmful mean that is orthogonal to the harmless one.
+
+    Source: "projected abliteration" (J. Lai, 2025); the slerp family at t = 0.
 
     v = e, the unit part of μH orthogonal to μA. The same for the difference μH − μA, which differs from μH by a
     multiple of μA.
@@ -38,14 +38,14 @@ class Projected(Method):
     Pitfalls: at the source layer harmless text has no mean component along v; at others it has (see `biprojected`).
     """
 
-    name: ClassVar[str] = "projected"
-
     def rows(self, contrast: Contrast) -> Tensor:
         return projected_direction(contrast.harmless.mean, contrast.harmful.mean).unsqueeze(0)
 
 
 class Slerp(Method):
-    """Source: the SLERP abliteration article, in closed form (`steer.geometry`).
+    """The chord from the harmless mean to a place `t` on the arc between the two normalised means.
+
+    Source: the SLERP abliteration article, in closed form (`steer.geometry`).
 
     d(t) = cos(tω/2)·e − sin(tω/2)·â: with the means normalised to â and ĥ, ω their angle and e the unit part of ĥ
     orthogonal to â, the unit vector along slerp(â, ĥ, t) − â. t = 0 is `projected`, t = 1 the difference of the
@@ -57,7 +57,6 @@ class Slerp(Method):
     on 23 small models (docs/study.md), t = 0 was the better choice, and t > 1 failed as that says.
     """
 
-    name: ClassVar[str] = "slerp"
     t: float = Field(default=1.0, description="place on the arc: 0 is projected, 1 the normalised difference")
 
     def rows(self, contrast: Contrast) -> Tensor:
@@ -69,7 +68,9 @@ class Slerp(Method):
 
 
 class Biprojected(Method):
-    """Source: "norm-preserving biprojected abliteration" (J. Lai, 2025); here the direction alone, the norms being an
+    """As `projected`, and made orthogonal to the harmless mean of each layer.
+
+    Source: "norm-preserving biprojected abliteration" (J. Lai, 2025); here the direction alone, the norms being an
     option of `steer bake`.
 
     At the source layer v = e as `projected`; at each layer l then v_l = normalise(v − ⟨v, â_l⟩·â_l), in two passes of
@@ -78,8 +79,6 @@ class Biprojected(Method):
     Pitfalls: the rows differ from layer to layer, so with the site `writers` a part of what one layer removed can come
     back with the next; means are of one position, and harmless text elsewhere does have components along v_l.
     """
-
-    name: ClassVar[str] = "biprojected"
 
     def rows(self, contrast: Contrast) -> Tensor:
         return projected_direction(contrast.harmless.mean, contrast.harmful.mean).unsqueeze(0)

@@ -17,7 +17,9 @@ from steer.lab.methods.base import Method, Need
 
 
 class Pca(Method):
-    """Source: Zou et al. 2023, "Representation engineering" (linear artificial tomography), for sets without pairs.
+    """The leading principal components of both classes together.
+
+    Source: Zou et al. 2023, "Representation engineering" (linear artificial tomography), for sets without pairs.
 
     The leading eigenvectors of M = ½·E_H[(x − m)(x − m)ᵀ] + ½·E_A[(x − m)(x − m)ᵀ] with m the midpoint of the means,
     so that either class counts half whatever its size: M = (Σ_H + Σ_A)/2 + ¼·ΔμΔμᵀ. From vectors by their n × n Gram
@@ -28,7 +30,6 @@ class Pca(Method):
     takes minutes where d is thousands.
     """
 
-    name: ClassVar[str] = "pca"
     needs: ClassVar[Need] = "spread"
     prompts: ClassVar[int] = 2
     rank: int = Field(1, ge=1, le=64, description="how many components")
@@ -47,7 +48,9 @@ class Pca(Method):
 
 
 class Subspace(Method):
-    """Source: the singular vectors of class differences, as in LEACE's and RepE's ablations of more than one direction
+    """The leading singular vectors of the differences of harmful prompts from the harmless mean.
+
+    Source: the singular vectors of class differences, as in LEACE's and RepE's ablations of more than one direction
     (Zou et al. 2023, appendix).
 
     The k leading right singular vectors of the differences x_i − μA, i over the harmful prompts, not centred: the first
@@ -57,7 +60,6 @@ class Subspace(Method):
     them costs more than it gives: compare with rank 1. A server needs `--rank` of k.
     """
 
-    name: ClassVar[str] = "subspace"
     needs: ClassVar[Need] = "vectors"
     prompts: ClassVar[int] = 2
     rank: int = Field(2, ge=1, le=64, description="rows")
@@ -72,7 +74,9 @@ STEPS = 1000
 
 
 class Cone(Method):
-    """Source: Wollschläger et al. 2025, "The geometry of refusal in large language models: concept cones", whose cones
+    """A basis of the differences of cluster means of harmful prompts from the harmless mean.
+
+    Source: Wollschläger et al. 2025, "The geometry of refusal in large language models: concept cones", whose cones
     are trained with gradients; here, from a measurement alone, as in Piras et al. 2025 ("SOM directions are better than
     one"), the rays are differences of cluster means.
 
@@ -83,7 +87,6 @@ class Cone(Method):
     clusters begin with the farthest prompts (deterministic), and k-means finds a local optimum.
     """
 
-    name: ClassVar[str] = "cone"
     needs: ClassVar[Need] = "vectors"
     prompts: ClassVar[int] = 2
     rank: int = Field(2, ge=1, le=64, description="clusters, and rows")

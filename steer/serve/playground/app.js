@@ -8,18 +8,13 @@ import { $, el, shown } from "./dom.js";
 import { draw, facts } from "./profile.js";
 import { look } from "./tokens.js";
 
-const MODES = {
-  ablate: "The component along the direction goes.",
-  one_sided: "Only the part on the behaviour's side of the reference goes.",
-  affine: "The component is set to the mean of harmless text.",
-  add: "The difference of the class means, times the strength, is added.",
-};
 const LIVE_DELAY = 180;
 
 let direction = null; // the chosen one, as it is listed
 let profile = null; // its layers, once they are here
 let unread = null; // why this server gives no read-out for it
-let may = { steer: true, readout: true, manage: true, modes: Object.keys(MODES), max_strength: 10 }; // this key, or nobody's
+let modes = {}; // what each does, as the server says
+let may = { steer: true, readout: true, manage: true, modes: [], max_strength: 10 }; // this key, or nobody's
 let started = false;
 
 const directions = new Directions(onDirections);
@@ -139,7 +134,7 @@ function toDefault() {
 
 function showSummary() {
   $("summary").textContent = direction ? `${direction.id}, ${$("mode").value.replace("_", "-")} at ${shown(strength())}` : "";
-  $("mode-text").textContent = MODES[$("mode").value] ?? "";
+  $("mode-text").textContent = modes[$("mode").value] ?? "";
 }
 
 function showLayer() {
@@ -242,7 +237,7 @@ function showRights() {
 
 async function start() {
   try {
-    may = (await json("/v1/steering")).may ?? may;
+    ({ modes, may } = await json("/v1/steering"));
     showRights();
     direction = null; // chosen anew: another key may have other rights
     const cards = (await json("/v1/models")).data.filter((card) => !card.parent);

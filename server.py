@@ -2,7 +2,7 @@
 
 import sys
 
-from steer.cli import app
+from steer.cli.app import app
 
 if __name__ == "__main__":
     app(["serve", *sys.argv[1:]])

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 import steer.readout
 import steer.runtime.readout
 import steer.spec
-from steer.cli import quiet_libraries
+from steer.cli.console import quiet_libraries
 from steer.demo import MODEL
 from steer.serve import fields, protocol
 from steer.serve.app import build

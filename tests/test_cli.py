@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from steer._version import __version__
-from steer.cli import app
+from steer.cli.app import app
 from steer.cli.console import reported
 from steer.direction import Direction
 from steer.lab.evaluation.report import Report
@@ -61,7 +61,7 @@ def test_help_has_every_setting() -> None:
 
 def test_help_costs_no_torch_and_no_transformers() -> None:
     """Importing them takes seconds, and no help, version or completion needs them."""
-    program = "import sys, steer.cli; print(sorted({'torch', 'transformers', 'vllm', 'numpy'} & set(sys.modules)))"
+    program = "import sys, steer.cli.app; print(sorted({'torch', 'transformers', 'vllm', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == "[]"
 

@@ -18,7 +18,7 @@ import pytest
 from typer.main import get_command
 
 from experiments.slerp_study.__main__ import app as study
-from steer.cli import app
+from steer.cli.app import app
 from tests.servers import ROOT, Server
 
 README = (ROOT / "README.md").read_text()

@@ -51,7 +51,7 @@ import json, sys
 from pathlib import Path
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
-from steer.cli import app
+from steer.cli.app import app
 
 def run(*arguments):
     done = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"})

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from steer.cli import app
+from steer.cli.app import app
 from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.hf.load import Loaded, load

@@ -2,7 +2,7 @@
 
 import sys
 
-from steer.cli.app import app
+from steer.cli import main
 
 if __name__ == "__main__":
-    app(["serve", *sys.argv[1:]])
+    main(["serve", *sys.argv[1:]])

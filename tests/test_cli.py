@@ -338,9 +338,47 @@ def test_a_folder_without_a_tokenizer_is_told_so(tiny_folder: Path, tmp_path: Pa
 
 def test_an_interruption_says_whether_the_same_command_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     for resumes in (False, True):
-        with pytest.raises(KeyboardInterrupt), reported(resumes=resumes):
+        with pytest.raises(typer.Exit) as ended, reported(resumes=resumes):
             raise KeyboardInterrupt
-        assert ("give the same command again" in capsys.readouterr().err) == resumes
+        assert ended.value.exit_code == 130
+        (line,) = capsys.readouterr().err.split("\n")[1:-1]
+        assert line == "interrupted" + (": give the same command again to go on from here" if resumes else "")
+
+
+INTERRUPTED = """
+import builtins, sys
+real, module = builtins.__import__, sys.argv.pop(1)
+def interrupted(name, *more, **named):
+    if name.split(".")[0] == module:
+        raise KeyboardInterrupt
+    return real(name, *more, **named)
+builtins.__import__ = interrupted
+from steer.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "resumes"),
+    [
+        ("typer", "measure", False),
+        ("torch", "fit", False),
+        ("torch", "measure", True),
+        ("transformers", "search", True),
+        ("torch", "eval", True),
+        ("torch", "inspect", False),
+    ],
+)
+def test_an_interrupted_import_ends_with_one_line(module: str, command: str, resumes: bool, tmp_path: Path) -> None:
+    given = {
+        "inspect": ["d.safetensors"],
+        "eval": ["m", "--direction", "d", "--harmful", "a", "--harmless", "b", "--report", str(tmp_path)],
+        "search": ["m", "--harmful", "a", "--harmless", "b", "--folder", str(tmp_path)],
+    }.get(command, ["m", "--harmful", "a", "--harmless", "b", "-o", "x.safetensors"])
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, module, command, *given], capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    (line,) = filter(None, done.stderr.split("\n"))
+    assert line == "interrupted" + (": give the same command again to go on from here" if resumes else "")
 
 
 def test_inspect_says_what_another_file_is(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from steer.cli.console import log_warnings, quiet_libraries, reported
 from steer.cli.options import Choices, Device, Dtype, check_folder
 
 
+@reported(resumes=True)
 def study(
     models: Annotated[list[str], typer.Argument(help="local folders or hub ids; NAME-1, NAME-2 … are seeds of NAME")],
     output: Annotated[Path, typer.Option("--output", "-o", help="the folder for results, report and pictures")],
@@ -38,12 +39,13 @@ def study(
     """
     log_warnings()
     quiet_libraries()
-    with reported():
-        from experiments.slerp_study.run import study as run
-        from experiments.slerp_study.run import subjects
+    from experiments.slerp_study.run import study as run
+    from experiments.slerp_study.run import subjects
+    from steer.lab.progress import Progress
 
-        choices = Choices.model_validate({"batch_size": batch_size})
-        check_folder(output)
+    choices = Choices.model_validate({"batch_size": batch_size})
+    check_folder(output)
+    with Progress(shown=True) as progress:
         report = run(
             subjects(models, prompts, most),
             output,
@@ -52,7 +54,7 @@ def study(
             most_layers=source_layers,
             dtype=dtype,
             device=device,
-            progress=True,
+            progress=progress,
         )
     typer.echo(f"wrote {output / 'report.md'}: {len(report['models'])} models")
 

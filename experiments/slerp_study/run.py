@@ -27,6 +27,7 @@ from steer.lab.behaviour import REFUSAL
 from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.probe import HFEvaluator
+from steer.lab.progress import Progress
 from steer.lab.source import TransformersSource
 
 
@@ -69,7 +70,7 @@ def study(
     most_layers: int = MOST_LAYERS,
     dtype: str = "auto",
     device: str = "auto",
-    progress: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Try every arm on every model, and write `report.json`, `report.md` and the pictures. What a model did stands in
     `OUTPUT/LABEL/`, and is not run again."""
@@ -98,7 +99,7 @@ def _one(
     most_layers: int,
     dtype: str,
     device: str,
-    progress: bool,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     loaded = load(subject.model, dtype=dtype, device=device)
@@ -118,7 +119,7 @@ def _one(
         sets = subject.sets.harmful, subject.sets.harmless
         measurement = measure(source, *sets, Conditions(keep=Keep(vectors=True)), progress=progress)
         measurement.save(path)
-    probe = HFEvaluator(loaded, Steering(loaded.model, rows=AT_ONCE + 1, rank=1), None, max_tokens, batch_size)
-    title = f"{subject.label}: " if progress else None
-    trial = Trial(measurement, probe, subject.sets, REFUSAL, ledger, most_layers, title)
+    steering = Steering(loaded.model, rows=AT_ONCE + 1, rank=1)
+    probe = HFEvaluator(loaded, steering, None, max_tokens, batch_size, progress)
+    trial = Trial(measurement, probe, subject.sets, REFUSAL, ledger, most_layers, subject.label)
     return model_figures(subject.label, trial, trial.run())

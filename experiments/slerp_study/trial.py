@@ -10,7 +10,6 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from experiments.slerp_study.arms import METHODS, MODES, STRENGTHS, SWEPT, ZEROED, Arm
 from experiments.slerp_study.ledger import Ledger
@@ -21,6 +20,7 @@ from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe, derive, separated
 from steer.lab.evaluator import Candidate, Evaluator, answers_of_each, divergences_of_each, parts
 from steer.lab.measurement import Measurement
+from steer.lab.progress import answering
 from steer.lab.race import Figures
 from steer.lab.select import Entrant, best
 
@@ -49,8 +49,8 @@ class Chosen:
 
 
 class Trial:
-    """Runs one model and keeps what it did in `ledger`; what is there is not run again. `title` stands before the
-    progress; None shows none."""
+    """Runs one model and keeps what it did in `ledger`; what is there is not run again. `label` is the model's
+    name in the progress."""
 
     def __init__(
         self,
@@ -60,10 +60,10 @@ class Trial:
         behaviour: Behaviour,
         ledger: Ledger,
         most_layers: int = MOST_LAYERS,
-        title: str | None = None,
+        label: str = "",
     ) -> None:
         self.measurement, self.evaluator, self.sets = measurement, evaluator, sets
-        self.behaviour, self.ledger, self.title = behaviour, ledger, title
+        self.behaviour, self.ledger, self.label = behaviour, ledger, label
         # spread evenly up to the last, where refusals are decided
         step = math.ceil(measurement.layers / most_layers)
         self.layers = list(range(measurement.layers))[::-step][::-1]
@@ -83,7 +83,7 @@ class Trial:
     def plain(self) -> None:
         if "plain" not in self.ledger:
             answers = {
-                name: [a.text for a in self.evaluator.answers(tested.prompts.prompts, None, f"plain, {name}")]
+                name: [a.text for a in self.evaluator.answers(tested.prompts.prompts, None)]
                 for name, tested in self.sets.tested.items()
             }
             self.ledger.put("plain", self._outcomes(answers))
@@ -98,8 +98,9 @@ class Trial:
     def sweep(self) -> None:
         """What each of `candidates` does to the prompts that directions were fitted to."""
         asked, other = (s.prompts[:CHOOSING] for s in (self.sets.harmful, self.sets.harmless))
+        work = len(asked) * answering(self.evaluator.max_tokens) + len(other)
         plain = None
-        for arms in self._missing("choosing layers", self.candidates(), _sweep_key):
+        for arms in self._missing("choosing layers", self.candidates(), _sweep_key, work):
             plain = plain or self.evaluator.continuations(other)
             with self.evaluator.all_resident([self._candidate(arm) for arm in arms]) as steers:
                 answers = answers_of_each(self.evaluator, asked, steers, known=self.behaviour.decided)
@@ -133,8 +134,9 @@ class Trial:
     def held_out(self, arms: Sequence[Arm]) -> None:
         tested = self.sets.tested
         prompts = list(chain.from_iterable(t.prompts.prompts for t in tested.values()))
+        work = len(prompts) * answering(self.evaluator.max_tokens) + len(tested["harmless"].prompts)
         plain = None
-        for some in self._missing("held-out prompts", arms, _test_key):
+        for some in self._missing("held-out prompts", arms, _test_key, work):
             plain = plain or self.evaluator.continuations(tested["harmless"].prompts.prompts)
             with self.evaluator.all_resident([self._candidate(arm) for arm in some]) as steers:
                 answers = answers_of_each(self.evaluator, prompts, steers)
@@ -168,14 +170,15 @@ class Trial:
             direction = replace(direction, reference=torch.zeros_like(direction.reference))
         return Candidate(direction, arm.mode, arm.strength)
 
-    def _missing(self, title: str, arms: Sequence[Arm], key: Callable[[Arm], str]) -> Iterator[Sequence[Arm]]:
-        """Those that are not in the ledger, so many at once."""
+    def _missing(
+        self, title: str, arms: Sequence[Arm], key: Callable[[Arm], str], work: float
+    ) -> Iterator[Sequence[Arm]]:
+        """Those that are not in the ledger, so many at once; each is so much `work`."""
         missing = [arm for arm in arms if key(arm) not in self.ledger]
-        silent = self.title is None or not missing
-        with tqdm(total=len(missing), desc=f"{self.title}{title}", unit="arm", disable=silent) as bar:
-            for some in parts(missing, min(AT_ONCE, self.evaluator.room)):
-                yield some
-                bar.update(len(some))
+        progress, part = self.evaluator.progress, f"{self.label}: {title}"
+        progress.plan(part, len(missing) * work)
+        with progress.part(part):
+            yield from parts(missing, min(AT_ONCE, self.evaluator.room))
 
     def _outcomes(self, answers: dict[str, list[str]]) -> dict[str, Any]:
         shown = {name: [self.behaviour.shown(text) for text in texts] for name, texts in answers.items()}

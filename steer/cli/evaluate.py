@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from steer.lab.evaluation.report import Report, TaskScore
     from steer.lab.evaluation.run import Found, Text
     from steer.lab.prompts import PromptSet
+    from steer.lab.source import Source
 
 
 def evaluate(
@@ -70,20 +71,21 @@ def evaluate(
 
     With --backend vllm the model is tried as vLLM serves it, and any further options are those of `vllm serve`.
     """
-    log_warnings()
-    quiet_libraries()
-    from steer.lab.behaviour import Behaviour
-    from steer.lab.evaluation.arms import arms_of, projected
-    from steer.lab.evaluation.expected import read_expected
-    from steer.lab.evaluation.outcomes import agreement
-    from steer.lab.evaluation.report import Conditions, Report
-    from steer.lab.evaluation.run import Plan
-    from steer.lab.evaluation.run import evaluate as run
-    from steer.lab.judge import Judge
-    from steer.lab.prompts import read_prompts
-    from steer.lab.resume import Cache
+    with reported(resumes=report is not None), ExitStack() as stack:
+        log_warnings()
+        quiet_libraries()
+        from steer.lab.behaviour import Behaviour
+        from steer.lab.evaluation.arms import arms_of, projected
+        from steer.lab.evaluation.expected import read_expected
+        from steer.lab.evaluation.outcomes import agreement
+        from steer.lab.evaluation.report import Conditions, Report
+        from steer.lab.evaluation.run import Plan
+        from steer.lab.evaluation.run import evaluate as run
+        from steer.lab.judge import Judge
+        from steer.lab.progress import Progress
+        from steer.lab.prompts import read_prompts
+        from steer.lab.resume import Cache
 
-    with reported(resumes=report is not None):
         _check(strength, strengths, judge, judge_model, tasks, tasks_folder, tasks_limit, url, report, answers)
         wanted = [strength] if strength is not None else _numbers(strengths)
         arms = arms_of(direction, mode.split(",") if mode else None, wanted)
@@ -91,9 +93,12 @@ def evaluate(
         given = {"harmful": harmful, "harmless": harmless, "borderline": borderline, "multi-turn": multi_turn}
         sets = {name: read_prompts(source) for name, source in given.items() if source is not None}
         looked_for = Behaviour.load(behaviour)
-        judging = Judge(judge.rstrip("/"), judge_model, looked_for, progress=True) if judge and judge_model else None
         known = read_expected(expected) if expected else {}
-        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices)
+        progress = stack.enter_context(Progress(shown=True))
+        judging = (
+            Judge(judge.rstrip("/"), judge_model, looked_for, progress=progress) if judge and judge_model else None
+        )
+        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress)
         plain_text = _text(text, bench.source) if text else None
         conditions: dict[str, Any] = {"model": model, "revision": revision, "backend": backend, "dtype": dtype}
         conditions |= {"system_prompt": system_prompt}
@@ -177,21 +182,19 @@ def _numbers(text: str | None) -> list[float] | None:
         raise InvalidInput(f"--strengths: '{text}' is not a list of numbers, as 0,0.5,1") from error
 
 
-def _text(path: Path, source: Any) -> Text:
+def _text(path: Path, source: Source) -> Text:
     import hashlib
 
     from steer.direction import Dataset
     from steer.lab.evaluation.perplexity import WINDOW, windows
     from steer.lab.evaluation.run import Text
-    from steer.tokenization import Chat
 
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"--text: {path}: cannot be read as UTF-8 text: {error}") from error
-    tokenizes = source if isinstance(source, Chat) else source.loaded
-    pieces = windows(tokenizes.text_ids(text), min(WINDOW, source.context))
+    pieces = windows(source.text_ids(text), min(WINDOW, source.context))
     return Text(Dataset(name=path.name, sha256=hashlib.sha256(data).hexdigest(), count=1), pieces)
 
 

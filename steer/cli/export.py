@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from steer.cli.console import log_warnings, quiet_libraries, reported
+from steer.cli.console import log_warnings, quiet_libraries
 from steer.cli.options import (
     METHOD_NAMES,
     Choices,
@@ -56,32 +57,31 @@ def convert(
     from steer.lab.formats.foreign import Foreign
     from steer.lab.measurement import Measurement, ModelFacts
 
-    with reported():
-        check_folder(output)
-        facts = None
-        if model is not None:
-            architecture, layers, d_model = describe(model, revision)
-            facts = ModelFacts(name=model, revision=revision, architecture=architecture, layers=layers, d_model=d_model)
-        given = {key: value for key, value in (("layer", layer), ("mode", mode)) if value is not None}
-        choices = Choices.model_validate({"layer": "widest"} | given)
-        number = choices.layer if isinstance(choices.layer, int) else None
-        found = formats.read(source, Foreign(facts, number, position, tensor))
-        if isinstance(found, Measurement):
-            if output.name.endswith(formats.MEASUREMENT_SUFFIX):
-                _refuse("a measurement", method=method, t=t, parameter=parameter, mode=mode, strength=strength)
-                found.save(output)
-                typer.echo(f"wrote {output}: {found.layers} of {found.meta.model.layers} layers")
-                return
-            recipe = Recipe(chosen_method(method or "slerp", t, parameter), choices.layer, position, mode=choices.mode)
-            found = derive(found, recipe)
-        elif output.name.endswith(formats.MEASUREMENT_SUFFIX):
-            raise InvalidInput(f"{source}: is a direction, from which no measurement can be made")
-        else:
-            _refuse("a direction, which is made already", method=method, t=t, parameter=parameter)
-        changes = {key: value for key, value in (("mode", mode), ("strength", strength)) if value is not None}
-        direction = replace(found).with_meta(**changes)
-        for sentence in formats.write(output, direction):
-            typer.echo(f"warning: {sentence}", err=True)
+    check_folder(output)
+    facts = None
+    if model is not None:
+        architecture, layers, d_model = describe(model, revision)
+        facts = ModelFacts(name=model, revision=revision, architecture=architecture, layers=layers, d_model=d_model)
+    given = {key: value for key, value in (("layer", layer), ("mode", mode)) if value is not None}
+    choices = Choices.model_validate({"layer": "widest"} | given)
+    number = choices.layer if isinstance(choices.layer, int) else None
+    found = formats.read(source, Foreign(facts, number, position, tensor))
+    if isinstance(found, Measurement):
+        if output.name.endswith(formats.MEASUREMENT_SUFFIX):
+            _refuse("a measurement", method=method, t=t, parameter=parameter, mode=mode, strength=strength)
+            found.save(output)
+            typer.echo(f"wrote {output}: {found.layers} of {found.meta.model.layers} layers")
+            return
+        recipe = Recipe(chosen_method(method or "slerp", t, parameter), choices.layer, position, mode=choices.mode)
+        found = derive(found, recipe)
+    elif output.name.endswith(formats.MEASUREMENT_SUFFIX):
+        raise InvalidInput(f"{source}: is a direction, from which no measurement can be made")
+    else:
+        _refuse("a direction, which is made already", method=method, t=t, parameter=parameter)
+    changes = {key: value for key, value in (("mode", mode), ("strength", strength)) if value is not None}
+    direction = replace(found).with_meta(**changes)
+    for sentence in formats.write(output, direction):
+        typer.echo(f"warning: {sentence}", err=True)
     meta = direction.meta
     typer.echo(f"wrote {output}: {meta.method}, mode {meta.mode}, modes {', '.join(meta.modes)}")
 
@@ -117,36 +117,41 @@ def bake(
     quiet_libraries()
     from steer.direction import Direction, digest, read_file
     from steer.lab import merge
+    from steer.lab.progress import Progress
     from steer.lab.weights import Checkpoint, resolve
 
-    with reported():
-        check_folder(output)
-        data = read_file(direction)
-        loaded = Direction.from_bytes(data, source=str(direction))
-        wanted = mode or loaded.meta.mode
-        if wanted != "ablate":
-            raise InvalidInput(
-                f"{direction}: the mode '{wanted}' cannot be baked, only plain removal is an edit of weights; give "
-                "--mode ablate to bake that"
-            )
-        if lora and preserve_norms:
-            raise InvalidInput("--preserve-norms is no edit of low rank, so there is no adapter of it")
-        removal = merge.removal(loaded, strength)
-        if loaded.meta.sites != removal.direction.meta.sites:
-            typer.echo("note: baked as at the site writers, the embedding included", err=True)
-        checkpoint = Checkpoint(resolve(model, revision))
-        if lora:
-            count = merge.export(checkpoint, removal, output, base=model, progress=True)
-            typer.echo(f"wrote {output}: an adapter of rank {loaded.rank} for {count} modules")
-            return
-        count = merge.bake(
-            checkpoint, removal, output, digest=digest(data), preserve_norms=preserve_norms, progress=True
+    check_folder(output)
+    data = read_file(direction)
+    loaded = Direction.from_bytes(data, source=str(direction))
+    wanted = mode or loaded.meta.mode
+    if wanted != "ablate":
+        raise InvalidInput(
+            f"{direction}: the mode '{wanted}' cannot be baked, only plain removal is an edit of weights; give "
+            "--mode ablate to bake that"
         )
-        typer.echo(f"wrote {output}: {count} tensors edited")
-        if not verify or not merge.room_to_verify(checkpoint):
-            typer.echo(f"not verified{', too large for memory' if verify else ''}", err=True)
+    if lora and preserve_norms:
+        raise InvalidInput("--preserve-norms is no edit of low rank, so there is no adapter of it")
+    removal = merge.removal(loaded, strength)
+    if loaded.meta.sites != removal.direction.meta.sites:
+        typer.echo("note: baked as at the site writers, the embedding included", err=True)
+    checkpoint = Checkpoint(resolve(model, revision))
+    with Progress(shown=True) as progress:
+        if lora:
+            count = merge.export(checkpoint, removal, output, base=model, progress=progress)
+            progress.write(f"wrote {output}: an adapter of rank {loaded.rank} for {count} modules", sys.stdout)
             return
-        verdict = merge.verify(model, revision, output, removal, preserve_norms)
+        verifying = verify and merge.room_to_verify(checkpoint)
+        if verifying:  # which reads the model twice
+            progress.plan(merge.VERIFYING, 2 * len(checkpoint.map))
+        count = merge.bake(
+            checkpoint, removal, output, digest=digest(data), preserve_norms=preserve_norms, progress=progress
+        )
+        progress.write(f"wrote {output}: {count} tensors edited", sys.stdout)
+        if not verifying:
+            progress.write(f"not verified{', too large for memory' if verify else ''}")
+            return
+        with progress.part(merge.VERIFYING):
+            verdict = merge.verify(model, revision, output, removal, preserve_norms)
     said = [
         f"logits as served to {verdict.logits:.1e}" if verdict.logits is not None else "",
         f"{verdict.left:.1e} of the stream left along it" if verdict.left is not None else "",
@@ -167,14 +172,13 @@ def push(
     log_warnings()
     from steer.lab import hub
 
-    with reported():
-        if folder is not None and private:
-            raise InvalidInput("--private: is for an upload, and with --folder nothing is uploaded")
-        if folder is not None:
-            typer.echo(f"wrote {hub.assemble(file, folder, name)}: nothing was uploaded")
-            return
-        with tempfile.TemporaryDirectory() as temporary:
-            address = hub.push(hub.assemble(file, Path(temporary), name), repo, private=private)
+    if folder is not None and private:
+        raise InvalidInput("--private: is for an upload, and with --folder nothing is uploaded")
+    if folder is not None:
+        typer.echo(f"wrote {hub.assemble(file, folder, name)}: nothing was uploaded")
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        address = hub.push(hub.assemble(file, Path(temporary), name), repo, private=private)
     typer.echo(f"pushed to {address}")
 
 
@@ -188,9 +192,8 @@ def pull(
     log_warnings()
     from steer.lab import hub
 
-    with reported():
-        check_direction_file(output)
-        digest = hub.pull(repo, output, file=file, revision=revision)
+    check_direction_file(output)
+    digest = hub.pull(repo, output, file=file, revision=revision)
     typer.echo(f"wrote {output}: digest {digest[:12]}")
 
 

@@ -75,25 +75,27 @@ def fit(
     from steer.lab.activations import Keep
     from steer.lab.derive import Recipe
     from steer.lab.measure import Conditions, measure
+    from steer.lab.progress import Progress
     from steer.lab.prompts import read_prompts
+    from steer.lab.select import CHOOSING, most_work
     from steer.lab.select import fit as run
 
-    with reported():
-        choices = Choices.model_validate(
-            {"mode": mode, "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
-        )
-        made = chosen_method(method, t, parameter)
-        recipe = Recipe(
-            made, choices.layer, mode=choices.mode, strength=strength, sites=choices.sites, threshold=threshold
-        )
-        check_direction_file(output)
-        sets = read_prompts(harmful), read_prompts(harmless)
-        torch.manual_seed(seed)
-        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices)
-        conditions = Conditions((position,), winsorize, system_prompt, keep=Keep(vectors=made.needs != "means"))
-        measurement = measure(bench.source, *sets, conditions, batch_size=choices.batch, progress=True)
+    choices = Choices.model_validate(
+        {"mode": mode, "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
+    )
+    made = chosen_method(method, t, parameter)
+    recipe = Recipe(made, choices.layer, mode=choices.mode, strength=strength, sites=choices.sites, threshold=threshold)
+    check_direction_file(output)
+    sets = read_prompts(harmful), read_prompts(harmless)
+    torch.manual_seed(seed)
+    conditions = Conditions((position,), winsorize, system_prompt, keep=Keep(vectors=made.needs != "means"))
+    with Progress(shown=True) as progress:
+        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress)
+        if choices.layer == "auto":
+            progress.plan(CHOOSING, most_work(*sets, bench.source.facts.layers))
+        measurement = measure(bench.source, *sets, conditions, batch_size=choices.batch, progress=progress)
         direction = run(measurement, recipe, *sets, lambda rank, tokens: bench.evaluator(rank, tokens, system_prompt))
-        digest = direction.save(output)
+    digest = direction.save(output)
     meta = direction.meta
     if meta.selection:
         typer.echo(f"{'layer':>5}  {'refused':>7}  {'N-token KL':>10}")
@@ -106,6 +108,7 @@ def fit(
     typer.echo(f"wrote {output}: {method}, source {source}, digest {digest[:12]}")
 
 
+@reported(resumes=True)
 def measure(
     ctx: typer.Context,
     model: Model,
@@ -145,22 +148,23 @@ def measure(
     from steer.lab.activations import Keep
     from steer.lab.measure import Conditions
     from steer.lab.measure import measure as run
+    from steer.lab.progress import Progress
     from steer.lab.prompts import read_prompts
 
-    with reported(resumes=True):
-        choices = Choices.model_validate({"batch_size": batch_size, "positions": positions.split(",")})
-        if winsorize is not None and not 0 < winsorize <= 1:
-            raise InvalidInput(f"--winsorize must be above 0 and at most 1, got {winsorize}")
-        sets = read_prompts(harmful), read_prompts(harmless)
-        check_folder(output)
-        source = open_bench(backend, model, ctx.args, revision, dtype, device, choices).source
-        conditions = Conditions(choices.positions, winsorize, system_prompt, last_layer, Keep(vectors, moments))
-        partial = output.with_name(f"{output.name}.part")
+    choices = Choices.model_validate({"batch_size": batch_size, "positions": positions.split(",")})
+    if winsorize is not None and not 0 < winsorize <= 1:
+        raise InvalidInput(f"--winsorize must be above 0 and at most 1, got {winsorize}")
+    sets = read_prompts(harmful), read_prompts(harmless)
+    check_folder(output)
+    conditions = Conditions(choices.positions, winsorize, system_prompt, last_layer, Keep(vectors, moments))
+    partial = output.with_name(f"{output.name}.part")
+    with Progress(shown=True) as progress:
+        source = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress).source
         measurement = run(
-            source, *sets, conditions, batch_size=choices.batch, progress=True, partial=partial, every=every
+            source, *sets, conditions, batch_size=choices.batch, progress=progress, partial=partial, every=every
         )
-        measurement.save(output)
-        partial.unlink(missing_ok=True)
+    measurement.save(output)
+    partial.unlink(missing_ok=True)
     meta = measurement.meta
     typer.echo(
         f"wrote {output}: {len(sets[0])} and {len(sets[1])} prompts, {meta.measured} of {meta.model.layers} layers, "
@@ -198,26 +202,25 @@ def derive(
     from steer.lab.derive import derive as run
     from steer.lab.measurement import Measurement
 
-    with reported():
-        choices = Choices.model_validate({"mode": mode, "sites": sites.split(","), "layer": layer})
-        if seed is not None and not bootstrap:
-            raise InvalidInput("--seed: is for --bootstrap, nothing else here is random")
-        recipe = Recipe(
-            chosen_method(method, t, parameter),
-            choices.layer,
-            position,
-            winsorize,
-            sparsify,
-            bootstrap,
-            seed or 0,
-            choices.mode,
-            strength,
-            choices.sites,
-            threshold,
-        )
-        check_direction_file(output)
-        direction = run(Measurement.load(measurement), recipe)
-        digest = direction.save(output)
+    choices = Choices.model_validate({"mode": mode, "sites": sites.split(","), "layer": layer})
+    if seed is not None and not bootstrap:
+        raise InvalidInput("--seed: is for --bootstrap, nothing else here is random")
+    recipe = Recipe(
+        chosen_method(method, t, parameter),
+        choices.layer,
+        position,
+        winsorize,
+        sparsify,
+        bootstrap,
+        seed or 0,
+        choices.mode,
+        strength,
+        choices.sites,
+        threshold,
+    )
+    check_direction_file(output)
+    direction = run(Measurement.load(measurement), recipe)
+    digest = direction.save(output)
     meta = direction.meta
     source = "each layer's own" if meta.source_layer is None else f"layer {meta.source_layer}"
     typer.echo(f"wrote {output}: {method}, source {source}, digest {digest[:12]}")
@@ -232,9 +235,8 @@ def methods(
 
     from steer.lab.methods import METHODS
 
-    with reported():
-        if unknown := [name for name in names or () if name not in METHODS]:
-            raise InvalidInput(f"method {name!r} is not known; accepted: {', '.join(METHODS)}" for name in unknown)
+    if unknown := [name for name in names or () if name not in METHODS]:
+        raise InvalidInput(f"method {name!r} is not known; accepted: {', '.join(METHODS)}" for name in unknown)
     chosen = {name: METHODS[name] for name in names or METHODS}
     if as_json:
         echo_json(

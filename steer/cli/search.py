@@ -81,22 +81,23 @@ def select(
     from steer.lab.behaviour import Behaviour
     from steer.lab.derive import Recipe
     from steer.lab.measurement import Measurement
+    from steer.lab.progress import Progress
     from steer.lab.prompts import read_prompts
     from steer.lab.select import Grid
     from steer.lab.select import select as run
 
-    with reported():
-        modes = split(mode)
-        choices = Choices.model_validate({"mode": modes[0], "sites": sites.split(","), "batch_size": batch_size})
-        checked = tuple(Choices.model_validate({"mode": one}).mode for one in modes)
-        measured = Measurement.load(measurement)
-        made = tuple(one for name in split(method) for one in _methods(name, floats("--t", t), parameter))
-        positions = measured.meta.positions if position == "all" else tuple(ints("--position", position))
-        grid = Grid(made, positions, "auto" if layer == "auto" else tuple(ints("--layer", layer)), checked)
-        recipe = Recipe(strength=strength, sites=choices.sites)
-        sets, counted = (read_prompts(harmful), read_prompts(harmless)), Behaviour.load(behaviour)
-        check_direction_file(output)
-        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices)
+    modes = split(mode)
+    choices = Choices.model_validate({"mode": modes[0], "sites": sites.split(","), "batch_size": batch_size})
+    checked = tuple(Choices.model_validate({"mode": one}).mode for one in modes)
+    measured = Measurement.load(measurement)
+    made = tuple(one for name in split(method) for one in _methods(name, floats("--t", t), parameter))
+    positions = measured.meta.positions if position == "all" else tuple(ints("--position", position))
+    grid = Grid(made, positions, "auto" if layer == "auto" else tuple(ints("--layer", layer)), checked)
+    recipe = Recipe(strength=strength, sites=choices.sites)
+    sets, counted = (read_prompts(harmful), read_prompts(harmless)), Behaviour.load(behaviour)
+    check_direction_file(output)
+    with Progress(shown=True) as progress:
+        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress)
         _check_same(measured, bench.source.facts)
         direction = run(
             measured,
@@ -109,7 +110,7 @@ def select(
             prompts=prompts,
             tokens=max_tokens,
         )
-        digest = direction.save(output)
+    digest = direction.save(output)
     meta = direction.meta
     shown = [row for row in meta.selection["candidates"] if "refused" in row]
     typer.echo(f"{len(meta.selection['candidates'])} candidates, {len(shown)} of them answered:")
@@ -124,6 +125,7 @@ def select(
     typer.echo(f"wrote {output}: {meta.method}, layer {meta.source_layer}, {meta.mode}, digest {digest[:12]}")
 
 
+@reported(resumes=True)
 def search(
     ctx: typer.Context,
     model: Model,
@@ -173,64 +175,66 @@ def search(
     from steer.lab.measure import Conditions, measure
     from steer.lab.measurement import Measurement
     from steer.lab.methods import make_method
+    from steer.lab.progress import Progress
     from steer.lab.prompts import read_prompts
     from steer.lab.race import Sets
-    from steer.lab.search import Search, Settings, Space, rank_of
+    from steer.lab.search import TRYING, Search, Settings, Space, Trial, rank_of, work
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with reported(resumes=True):
-        _check_output(pick, output)
-        choices = Choices.model_validate({"batch_size": batch_size})
-        sets = read_prompts(harmful), read_prompts(harmless)
-        border = None if borderline is None else read_prompts(borderline)
-        space = Space.model_validate(
-            {
-                "methods": split(method),
-                "modes": split(mode),
-                "t": pair("--t", t),
-                "strength": pair("--strength", strength),
-            }
-        )
-        settings = Settings(
-            model=model,
-            revision=revision,
-            backend=backend,
-            behaviour=Behaviour.load(behaviour),
-            harmful=sets[0].dataset,
-            harmless=sets[1].dataset,
-            borderline=None if border is None else border.dataset,
-            system_prompt=system_prompt,
-            position=position,
-            dtype=dtype,
-            prompts=prompts,
-            tokens=max_tokens,
-            group=group,
-            startup=startup,
-            seed=seed,
-            space=space,
-        )
-        vectors = any(make_method(name).needs != "means" for name in space.methods)
-        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices)
+    _check_output(pick, output)
+    choices = Choices.model_validate({"batch_size": batch_size})
+    sets = read_prompts(harmful), read_prompts(harmless)
+    border = None if borderline is None else read_prompts(borderline)
+    space = Space.model_validate(
+        {
+            "methods": split(method),
+            "modes": split(mode),
+            "t": pair("--t", t),
+            "strength": pair("--strength", strength),
+        }
+    )
+    settings = Settings(
+        model=model,
+        revision=revision,
+        backend=backend,
+        behaviour=Behaviour.load(behaviour),
+        harmful=sets[0].dataset,
+        harmless=sets[1].dataset,
+        borderline=None if border is None else border.dataset,
+        system_prompt=system_prompt,
+        position=position,
+        dtype=dtype,
+        prompts=prompts,
+        tokens=max_tokens,
+        group=group,
+        startup=startup,
+        seed=seed,
+        space=space,
+    )
+    vectors = any(make_method(name).needs != "means" for name in space.methods)
+    tried = Sets.drawn(
+        *(s.prompts if s is not None else () for s in (*sets, border)), limits=(prompts, prompts, prompts)
+    )
+    with Progress(shown=True) as progress:
+        progress.plan(TRYING, work(settings, tried, trials))
+        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress)
 
         def measured(partial: Path) -> Measurement:
             conditions = Conditions((position,), None, system_prompt, keep=Keep(vectors=vectors))
             return measure(
-                bench.source, *sets, conditions, batch_size=choices.batch, progress=True, partial=partial, every=60
+                bench.source, *sets, conditions, batch_size=choices.batch, progress=progress, partial=partial, every=60
             )
 
         begun = Search.begin(folder, settings, measured)
-        tried = Sets.drawn(
-            *(s.prompts if s is not None else () for s in (*sets, border)), limits=(prompts, prompts, prompts)
-        )
         evaluator = bench.evaluator(rank_of(begun.settings.space, begun.measurement), max_tokens, system_prompt)
 
-        def after(found: list[Any]) -> None:
-            typer.echo(f"\n{len(found)} of {trials} trials, the front so far:\n{front.table(found)}", err=True)
+        def after(found: list[Trial]) -> None:
+            progress.write(f"\n{len(found)} of {trials} trials, the front so far:\n{front.table(found)}")
 
         found = begun.run(evaluator, tried, trials, after)
-        front.write(begun, found)
-        if pick is not None and output is not None:
-            begun.save(pick, output)
+    front.write(begun, found)
+    if pick is not None and output is not None:
+        begun.save(pick, output)
     typer.echo(f"{len(found)} trials in {folder}, the front:\n{front.table(found)}")
     typer.echo(f"a trial's direction: steer trials {folder} --save NUMBER -o FILE.safetensors")
 
@@ -251,14 +255,13 @@ def trials(
     from steer.lab.search import front as undominated_trials
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with reported():
-        _check_output(save, output)
-        found = Search.open(folder)
-        if save is not None and output is not None:
-            digest = found.save(save, output)
-            typer.echo(f"wrote {output}: trial {save}, digest {digest[:12]}")
-            return
-        known = found.trials()
+    _check_output(save, output)
+    found = Search.open(folder)
+    if save is not None and output is not None:
+        digest = found.save(save, output)
+        typer.echo(f"wrote {output}: trial {save}, digest {digest[:12]}")
+        return
+    known = found.trials()
     if as_json:
         best = undominated_trials(known)
         echo_json([asdict(trial) | {"front": trial in best} for trial in known])
@@ -270,8 +273,7 @@ def _need(package: str) -> None:
     from importlib.util import find_spec
 
     if find_spec(package) is None:
-        with reported():
-            raise InvalidInput(f"this command needs the package {package}: pip install 'steer-llm[lab]'")
+        raise InvalidInput(f"this command needs the package {package}: pip install 'steer-llm[lab]'")
 
 
 def _check_output(number: int | None, output: Path | None) -> None:

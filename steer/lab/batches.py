@@ -1,4 +1,4 @@
-"""Work over many token sequences in batches: sorted by length, halved when memory runs out, with a progress bar."""
+"""Work over many token sequences in batches: sorted by length, halved when memory runs out."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from steer.errors import SteerError
+from steer.lab.progress import Progress
 
 T = TypeVar("T")
 #: Batch size that `auto` begins with; running out of memory halves it.
@@ -21,7 +21,8 @@ def in_batches(
     run: Callable[[list[int]], list[T]],
     *,
     batch_size: int | None = None,
-    title: str = "",
+    progress: Progress | None = None,
+    work: float = 1.0,
 ) -> list[T]:
     """The results of `run(indices)`, which returns one for each index, in the order of `sequences`; see
     `each_batch`."""
@@ -30,7 +31,8 @@ def in_batches(
         [len(s) for s in sequences],
         lambda indices: results.update(zip(indices, run(indices), strict=True)),
         batch_size=batch_size,
-        title=title,
+        progress=progress,
+        work=work,
     )
     return [results[i] for i in range(len(sequences))]
 
@@ -41,33 +43,35 @@ def each_batch(
     *,
     batch_size: int | None = None,
     tokens: int | None = None,
-    title: str = "",
+    progress: Progress | None = None,
+    work: float = 1.0,
     start: int = 0,
     after: Callable[[int, int], None] | None = None,
 ) -> None:
     """`run(indices)` over all sequences in batches of about equal length, longest first so that too large a batch shows
     at once, each of at most `batch_size` sequences (else AUTO), and of at most `tokens` tokens with the padding, but
     for a longer sequence alone. After each batch `after(done, size)` is told how many are done and the batch size;
-    beginning again with `start=done, batch_size=size` makes the same batches."""
+    beginning again with `start=done, batch_size=size` makes the same batches. Each sequence is so much `work` for
+    `progress`."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     size, at = batch_size or AUTO, start
-    with tqdm(total=len(order), initial=start, desc=title, unit="prompt", disable=not title, leave=False) as bar:
-        while at < len(order):
-            fitting = size if tokens is None else max(1, min(size, tokens // max(1, lengths[order[at]])))
-            indices = order[at : at + fitting]
-            try:
-                run(indices)
-            except torch.OutOfMemoryError as error:
-                if len(indices) == 1:
-                    raise SteerError(f"out of memory on a single prompt of {lengths[indices[0]]} tokens") from error
-                size = len(indices) // 2
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                continue
-            at += len(indices)
-            bar.update(len(indices))
-            if after is not None:
-                after(at, size)
+    while at < len(order):
+        fitting = size if tokens is None else max(1, min(size, tokens // max(1, lengths[order[at]])))
+        indices = order[at : at + fitting]
+        try:
+            run(indices)
+        except torch.OutOfMemoryError as error:
+            if len(indices) == 1:
+                raise SteerError(f"out of memory on a single prompt of {lengths[indices[0]]} tokens") from error
+            size = len(indices) // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        at += len(indices)
+        if progress is not None:
+            progress.advance(len(indices) * work)
+        if after is not None:
+            after(at, size)
 
 
 def right_padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> Tensor:

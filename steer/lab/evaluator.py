@@ -11,6 +11,7 @@ import numpy as np
 
 from steer.direction import Direction
 from steer.errors import InvalidInput
+from steer.lab.progress import Progress
 from steer.names import Mode
 
 T = TypeVar("T")
@@ -46,30 +47,41 @@ class Evaluator(Protocol):
     @property
     def tokenizer(self) -> Any: ...
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of an answer, at most."""
+        ...
+
+    @property
+    def progress(self) -> Progress:
+        """What is told of each prompt that was read or answered."""
+        ...
+
     def all_resident(self, candidates: Sequence[Candidate]) -> AbstractContextManager[list[Any]]:
         """`candidates` on the engine while it lasts; gives what steers with each."""
         ...
 
     def answers(
-        self, prompts: Sequence[Any], steer: Any, title: str = "", known: Callable[[str], bool] | None = None
+        self, prompts: Sequence[Any], steer: Any, known: Callable[[str], bool] | None = None
     ) -> Sequence[Answer]:
         """Greedy answers; one may end where `known` says of its text that the rest would tell nothing."""
         ...
 
-    def opening_odds(
-        self, prompts: Sequence[Any], steer: Any, tokens: Sequence[int], title: str = ""
-    ) -> np.ndarray[Any, Any]:
+    def opening_odds(self, prompts: Sequence[Any], steer: Any, tokens: Sequence[int]) -> np.ndarray[Any, Any]:
         """For each prompt the log-odds that its answer begins with one of `tokens`."""
         ...
 
-    def continuations(self, prompts: Sequence[Any], title: str = "") -> Sequence[Any]:
-        """Plain text along which divergences are taken, one for each prompt."""
+    def continuations(self, prompts: Sequence[Any], plain: Sequence[Answer] | None = None) -> Sequence[Any]:
+        """Plain text along which divergences are taken, one for each prompt. `plain` are the plain greedy answers, if
+        they are known already."""
         ...
 
-    def divergences(
-        self, prompts: Sequence[Any], plain: Sequence[Any], steer: Any, title: str = ""
-    ) -> list[np.ndarray[Any, Any]]:
+    def divergences(self, prompts: Sequence[Any], plain: Sequence[Any], steer: Any) -> list[np.ndarray[Any, Any]]:
         """For each prompt KL(plain ‖ steered) in nats at each token of its plain text."""
+        ...
+
+    def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: Any) -> list[np.ndarray[Any, Any]]:
+        """The log-probability of each token of each sequence but the first, `[tokens − 1]`, in nats."""
         ...
 
 
@@ -94,24 +106,23 @@ def answers_of_each(
     evaluator: Evaluator,
     prompts: Sequence[Any],
     steers: Sequence[Any],
-    title: str = "",
     known: Callable[[str], bool] | None = None,
 ) -> list[list[str]]:
     """For each of `steers` the texts of its answers to all of `prompts`, out of one batch."""
     if not prompts:
         return [[] for _ in steers]
-    texts = [answer.text for answer in evaluator.answers(*crossed(prompts, steers), title, known)]
+    texts = [answer.text for answer in evaluator.answers(*crossed(prompts, steers), known)]
     return [list(part) for part in parts(texts, len(prompts))]
 
 
 def divergences_of_each(
-    evaluator: Evaluator, prompts: Sequence[Any], plain: Sequence[Any], steers: Sequence[Any], title: str = ""
+    evaluator: Evaluator, prompts: Sequence[Any], plain: Sequence[Any], steers: Sequence[Any]
 ) -> list[list[float]]:
     """For each of `steers` KL(plain ‖ steered) of each prompt, in nats, the mean over the tokens of its plain text."""
     if not prompts:
         return [[] for _ in steers]
     asked, rows = crossed(prompts, steers)
-    found = evaluator.divergences(asked, [*plain] * len(steers), rows, title)
+    found = evaluator.divergences(asked, [*plain] * len(steers), rows)
     return [[float(row.mean()) for row in part] for part in parts(found, len(prompts))]
 
 

@@ -6,12 +6,11 @@ import asyncio
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-from tqdm import tqdm
+from dataclasses import dataclass, field
 
 from steer.errors import InvalidInput, SteerError
 from steer.lab.behaviour import Behaviour
+from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt, messages_of
 
 #: Where the key is looked for, first match wins. An endpoint without keys gets none of anybody's.
@@ -51,50 +50,48 @@ class Judge:
     concurrent: int = 8
     retries: int = 4
     timeout: float = 120.0
-    progress: bool = False
+    progress: Progress = field(default_factory=Progress)
 
-    def verdicts(self, prompts: Sequence[Prompt], answers: Sequence[str], title: str = "") -> list[bool | None]:
+    def verdicts(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[bool | None]:
         """Whether each answer shows the behaviour, None where the reply was not a verdict. Raises SteerError where a
         reply cannot be had."""
-        return asyncio.run(self._all([self.question(p, a) for p, a in zip(prompts, answers, strict=True)], title))
+        return asyncio.run(self._all([self.question(p, a) for p, a in zip(prompts, answers, strict=True)]))
 
     def question(self, prompt: Prompt, answer: str) -> str:
         said = [f"{message['role']}: {message['content']}" for message in messages_of(prompt)]
         request = str(prompt) if len(said) == 1 else "\n".join(said)
         return RUBRIC.format(description=self.behaviour.description, request=request, answer=answer)
 
-    async def _all(self, questions: list[str], title: str) -> list[bool | None]:
+    async def _all(self, questions: list[str]) -> list[bool | None]:
         try:
             import openai
         except ImportError as error:
             raise InvalidInput("--judge needs the package openai (pip install 'steer-llm[lab]')") from error
         key = next((os.environ[name] for name in KEYS if os.environ.get(name)), "none")
         gate = asyncio.Semaphore(self.concurrent)
-        bar = tqdm(total=len(questions), desc=title, unit="verdict", disable=not (self.progress and title), leave=False)
-        with bar:
-            async with openai.AsyncOpenAI(
-                base_url=self.url, api_key=key, max_retries=self.retries, timeout=self.timeout
-            ) as client:
+        async with openai.AsyncOpenAI(
+            base_url=self.url, api_key=key, max_retries=self.retries, timeout=self.timeout
+        ) as client:
 
-                async def ask(question: str) -> bool | None:
-                    async with gate:
-                        reply = await client.chat.completions.create(
-                            model=self.model,
-                            messages=[{"role": "user", "content": question}],
-                            temperature=0,
-                            max_tokens=TOKENS,
-                        )
-                    bar.update()
-                    return verdict(reply.choices[0].message.content or "") if reply.choices else None
+            async def ask(question: str) -> bool | None:
+                async with gate:
+                    reply = await client.chat.completions.create(
+                        model=self.model,
+                        messages=[{"role": "user", "content": question}],
+                        temperature=0,
+                        max_tokens=TOKENS,
+                    )
+                self.progress.advance()
+                return verdict(reply.choices[0].message.content or "") if reply.choices else None
 
-                try:
-                    # the first failure ends the others: a group cancels them, where gather would let them run on
-                    async with asyncio.TaskGroup() as group:
-                        tasks = [group.create_task(ask(question)) for question in questions]
-                except* openai.OpenAIError as errors:
-                    first = errors.exceptions[0]
-                    raise SteerError(
-                        f"the judge '{self.model}' at {self.url} failed after {self.retries} retries: "
-                        f"{type(first).__name__}: {first}"
-                    ) from first
+            try:
+                # the first failure ends the others: a group cancels them, where gather would let them run on
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(ask(question)) for question in questions]
+            except* openai.OpenAIError as errors:
+                first = errors.exceptions[0]
+                raise SteerError(
+                    f"the judge '{self.model}' at {self.url} failed after {self.retries} retries: "
+                    f"{type(first).__name__}: {first}"
+                ) from first
         return [task.result() for task in tasks]

@@ -13,8 +13,12 @@ from steer.lab.activations import Keep, Reading, Tally
 from steer.lab.batches import each_batch
 from steer.lab.checkpoint import Checkpoint
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts
+from steer.lab.progress import Progress
 from steer.lab.prompts import Encoded, PromptSet, check_contrast
 from steer.lab.source import Source
+
+#: The part of a command's progress.
+MEASURING = "measuring"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ def measure(
     conditions: Conditions | None = None,
     *,
     batch_size: int | None = None,
-    progress: bool = False,
+    progress: Progress | None = None,
     partial: Path | None = None,
     every: float = 60.0,
 ) -> Measurement:
@@ -47,7 +51,7 @@ def measure(
     sets that share prompts, prompts that do not fit the context or have no such position, and activations that are not
     finite.
     """
-    conditions = conditions or Conditions()
+    conditions, progress = conditions or Conditions(), progress or Progress()
     check_contrast(harmful, harmless)
     facts = source.facts
     reading = Reading(conditions.positions, _last_layer(conditions, facts))
@@ -86,11 +90,13 @@ def measure(
         resumed = checkpoint.resume()
         done, batch_size = resumed.done, resumed.batch_size or batch_size
     tokens = source.pass_tokens if given is None else None
+    progress.plan(MEASURING, sum(map(len, sets.values())))
     try:
-        for label in sets:
-            title = f"measuring {label}" if progress else ""
-            run = _Run(source, encoded[label], reading, tallies[label], checkpoint, label)
-            batch_size = run(batch_size, tokens, title, done[label])
+        with progress.part(MEASURING):
+            progress.skip(sum(done.values()))
+            for label in sets:
+                run = _Run(source, encoded[label], reading, tallies[label], checkpoint, label)
+                batch_size = run(batch_size, tokens, progress, done[label])
     except BaseException:
         if checkpoint is not None:
             checkpoint.save()
@@ -109,7 +115,7 @@ class _Run:
     checkpoint: Checkpoint | None
     label: str
 
-    def __call__(self, batch_size: int | None, tokens: int | None, title: str, done: int) -> int | None:
+    def __call__(self, batch_size: int | None, tokens: int | None, progress: Progress, done: int) -> int | None:
         """Add the prompts after the first `done`; the batch size that memory allowed."""
         size = batch_size
 
@@ -123,7 +129,7 @@ class _Run:
                 self.checkpoint.note(self.label, at, now)
 
         lengths = [len(e.ids) for e in self.encoded]
-        each_batch(lengths, run, batch_size=size, tokens=tokens, title=title, start=done, after=after)
+        each_batch(lengths, run, batch_size=size, tokens=tokens, progress=progress, start=done, after=after)
         return size
 
 

@@ -17,18 +17,20 @@ import psutil
 import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from steer._version import __version__
 from steer.direction import Direction, check_fits, write_file
 from steer.errors import InvalidInput, UnsupportedModel
 from steer.hf.load import Skeleton, skeleton
+from steer.lab.progress import Progress
 from steer.lab.weights import INDEX, Checkpoint, Writer, find
 from steer.runtime.bank import EMBEDDING
 from steer.runtime.op import WEIGHT, coefficients, displacements, embedding_coefficients
 
 log = logging.getLogger("steer")
 RECEIPT = "steer_bake.json"
+#: The parts of a command's progress.
+MERGING, VERIFYING = "merging", "verifying"
 #: Not copied beside new weights: other formats of the old ones, and a card that speaks of the old model.
 _NOT_COPIED = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", INDEX),
@@ -102,7 +104,7 @@ def bake(
     *,
     digest: str,
     preserve_norms: bool = False,
-    progress: bool = False,
+    progress: Progress | None = None,
 ) -> int:
     """Write the edited model to the new folder `output`; how many tensors were edited. One shard is in memory at a
     time. Tied embeddings are untied, since the unembedding must not change."""
@@ -117,7 +119,7 @@ def bake(
     untied = _untied(checkpoint, shape)
     if output.exists():
         raise InvalidInput(f"{output} exists already; a baked model is written to a new folder")
-    temporary = output.with_name(f".{output.name}.tmp")
+    temporary, progress = output.with_name(f".{output.name}.tmp"), progress or Progress()
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         count = _write(checkpoint, removal, temporary, writers, untied, shape.head, preserve_norms, progress)
@@ -145,24 +147,28 @@ def _write(
     untied: str | None,
     head: str | None,
     preserve_norms: bool,
-    progress: bool,
+    progress: Progress | None,
 ) -> int:
+    progress = progress or Progress()
     shutil.copytree(checkpoint.folder, output, ignore=shutil.ignore_patterns(*_NOT_COPIED))
     weight_map: dict[str, str] = {}
     count = size = 0
-    for file, names in tqdm(list(checkpoint.shards()), desc="baking", unit="file", disable=not progress, leave=False):
-        new: dict[str, Tensor] = {}
-        for name, tensor in checkpoint.tensors(names):
-            new[name] = tensor
-            if name in writers:
-                _check_dtype(name, tensor)
-                if name == untied and head is not None:
-                    new[f"{head}.weight"] = tensor
-                new[name] = edited(writers[name], tensor, removal, preserve_norms)
-                count += not torch.equal(new[name], tensor)
-        save_file(new, output / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(new, file)
-        size += sum(t.numel() * t.element_size() for t in new.values())
+    progress.plan(MERGING, len(checkpoint.map))
+    with progress.part(MERGING):
+        for file, names in checkpoint.shards():
+            new: dict[str, Tensor] = {}
+            for name, tensor in checkpoint.tensors(names):
+                new[name] = tensor
+                if name in writers:
+                    _check_dtype(name, tensor)
+                    if name == untied and head is not None:
+                        new[f"{head}.weight"] = tensor
+                    new[name] = edited(writers[name], tensor, removal, preserve_norms)
+                    count += not torch.equal(new[name], tensor)
+                progress.advance()
+            save_file(new, output / file, {"format": "pt"})
+            weight_map |= dict.fromkeys(new, file)
+            size += sum(t.numel() * t.element_size() for t in new.values())
     if (checkpoint.folder / INDEX).exists():
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (output / INDEX).write_text(json.dumps(index, indent=2))
@@ -273,7 +279,9 @@ PREFIX = "base_model.model."
 BIAS_SHARE = 1e-6
 
 
-def export(checkpoint: Checkpoint, removal: Removal, output: Path, *, base: str, progress: bool = False) -> int:
+def export(
+    checkpoint: Checkpoint, removal: Removal, output: Path, *, base: str, progress: Progress | None = None
+) -> int:
     """Write the adapter to the folder `output`; how many modules it adapts. Raises UnsupportedModel with every writer
     that an adapter cannot reach."""
     check_fits(
@@ -299,15 +307,12 @@ def export(checkpoint: Checkpoint, removal: Removal, output: Path, *, base: str,
         raise InvalidInput(f"{output} exists already; an adapter is written to a new folder")
     weights = {writer.name: writer for writer in writers if not writer.bias}
     tensors: dict[str, Tensor] = {}
-    for name, tensor in tqdm(
-        checkpoint.tensors(weights),
-        desc="adapter",
-        total=len(weights),
-        unit="tensor",
-        disable=not progress,
-        leave=False,
-    ):
-        tensors |= factors(weights[name], tensor, removal, kinds[weights[name].module] == "Embedding")
+    progress = progress or Progress()
+    progress.plan(MERGING, len(weights))
+    with progress.part(MERGING):
+        for name, tensor in checkpoint.tensors(weights):
+            tensors |= factors(weights[name], tensor, removal, kinds[weights[name].module] == "Embedding")
+            progress.advance()
     rank = removal.direction.rank
     config = {
         "peft_type": "LORA",

@@ -16,8 +16,9 @@ from torch import Tensor
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
-from steer.lab.evaluator import Candidate, each_row
-from steer.lab.prompts import Prompt, encode_all
+from steer.lab.evaluator import Answer, Candidate, each_row
+from steer.lab.progress import Progress, answering
+from steer.lab.prompts import Prompt, PromptIds
 from steer.runtime.op import check_mode
 from steer.runtime.token_index import RequestSteer
 from steer.spec import Entry, Spec
@@ -70,11 +71,11 @@ class HFEvaluator:
         system_prompt: str | None = None,
         max_tokens: int = 64,
         batch_size: int | None = None,
-        progress: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         self.loaded, self.steering, self.system_prompt = loaded, steering, system_prompt
-        self.max_tokens, self.batch_size, self.progress = max_tokens, batch_size, progress
-        self._ids: dict[Prompt, list[int]] = {}
+        self.max_tokens, self.batch_size, self.progress = max_tokens, batch_size, progress or Progress()
+        self._ids = PromptIds(loaded, system_prompt)
         eos = loaded.eos_ids
         self._pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else (eos or [0])[0]
         steering.attach()
@@ -112,12 +113,11 @@ class HFEvaluator:
         self,
         prompts: Sequence[Prompt],
         steer: RequestSteer | Sequence[RequestSteer | None] | None,
-        title: str = "",
         known: Callable[[str], bool] | None = None,
     ) -> list[Answered]:
         """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`; an answer ends early where `known`
         says of its text that the rest would tell nothing."""
-        encoded, steers = self._encode(prompts), each_row(steer, len(prompts))
+        encoded, steers = self._ids(prompts), each_row(steer, len(prompts))
         decode = self.loaded.tokenizer.decode
 
         def enough(ids: list[int]) -> bool:
@@ -136,7 +136,8 @@ class HFEvaluator:
             return [Answered(ids, decode(ids, skip_special_tokens=True)) for ids in found]
 
         size = self.batch_size or self._fitting(max(map(len, encoded), default=0) + self.max_tokens)
-        return in_batches(encoded, run, batch_size=size, title=title if self.progress else "")
+        work = answering(self.max_tokens)
+        return in_batches(encoded, run, batch_size=size, progress=self.progress, work=work)
 
     def _fitting(self, tokens: int) -> int:
         """Rows of so many tokens that a batch may have: the more, the less of a step is overhead."""
@@ -149,11 +150,10 @@ class HFEvaluator:
         prompts: Sequence[Prompt],
         steer: RequestSteer | Sequence[RequestSteer | None] | None,
         tokens: Sequence[int],
-        title: str = "",
     ) -> np.ndarray[Any, Any]:
         """log(p) − log(1 − p) for each prompt, p the probability that the answer begins with one of `tokens`. One
         prefill, of which the last position alone is predicted from."""
-        encoded, steers = self._encode(prompts), each_row(steer, len(prompts))
+        encoded, steers = self._ids(prompts), each_row(steer, len(prompts))
         model, device = self.steering.anatomy.model, self.steering.anatomy.device
 
         @torch.inference_mode()
@@ -167,11 +167,12 @@ class HFEvaluator:
             return [float(value) for value in odds]
 
         size = self.batch_size or self._fitting(max(map(len, encoded), default=1))
-        return np.array(in_batches(encoded, run, batch_size=size, title=title if self.progress else ""))
+        return np.array(in_batches(encoded, run, batch_size=size, progress=self.progress))
 
-    def continuations(self, prompts: Sequence[Prompt], title: str = "") -> list[Continued]:
-        """The plain text along which divergences are taken: the model's own greedy answers."""
-        plain = self.answers(prompts, None, title)
+    def continuations(self, prompts: Sequence[Prompt], plain: Sequence[Answer] | None = None) -> list[Continued]:
+        """The plain text along which divergences are taken: the model's own greedy answers, `plain` if given."""
+        if plain is None:
+            plain = self.answers(prompts, None)
         tokens = sum(len(answer.ids) + 1 for answer in plain)
         if tokens * self.steering.anatomy.vocabulary * 4 > KEPT_BYTES:
             return [Continued(answer.ids, answer.text) for answer in plain]
@@ -181,9 +182,8 @@ class HFEvaluator:
     def divergences(
         self,
         prompts: Sequence[Prompt],
-        plain: Sequence[Answered],
+        plain: Sequence[Answer],
         steer: RequestSteer | Sequence[RequestSteer | None] | None,
-        title: str = "",
     ) -> list[np.ndarray[Any, Any]]:
         """KL(plain ‖ steered) at each token of each prompt's plain answer, which both passes read (teacher forcing)."""
         expected = [answer.logprobs if isinstance(answer, Continued) else None for answer in plain]
@@ -192,7 +192,7 @@ class HFEvaluator:
         if tokens * self.steering.anatomy.vocabulary * 4 > KEPT_BYTES and len(prompts) > 1:
             steers, half = each_row(steer, len(prompts)), len(prompts) // 2
             parts = (slice(half), slice(half, None))
-            return [row for at in parts for row in self.divergences(prompts[at], plain[at], steers[at], title)]
+            return [row for at in parts for row in self.divergences(prompts[at], plain[at], steers[at])]
         if missing:
             some = [prompts[i] for i in missing], [plain[i] for i in missing], [None] * len(missing)
             for i, found in zip(missing, self._forced(*some, lambda _row, logprobs: logprobs.clone()), strict=True):
@@ -204,18 +204,18 @@ class HFEvaluator:
             found: np.ndarray[Any, Any] = (p.exp() * (p - q)).sum(-1).clamp_min(0).cpu().double().numpy()
             return found
 
-        return self._forced(prompts, plain, each_row(steer, len(prompts)), kl, title)
+        return self._forced(prompts, plain, each_row(steer, len(prompts)), kl, self.progress)
 
     def _forced(
         self,
         prompts: Sequence[Prompt],
-        plain: Sequence[Answered],
+        plain: Sequence[Answer],
         steers: Sequence[RequestSteer | None],
         take: Callable[[int, Tensor], T],
-        title: str = "",
+        progress: Progress | None = None,
     ) -> list[T]:
         """`take(row, logprobs)` of each row's log-probabilities `[tokens + 1, vocabulary]` along its plain answer."""
-        anatomy, heads = self.steering.anatomy, self._encode(prompts)
+        anatomy, heads = self.steering.anatomy, self._ids(prompts)
         # an answer that ended at once still has its first prediction, the end itself
         whole = [head + answer.ids for head, answer in zip(heads, plain, strict=True)]
         longest = max((len(answer.ids) + 1 for answer in plain), default=1)
@@ -235,18 +235,10 @@ class HFEvaluator:
             ]
 
         size = min(self.batch_size or fitting, fitting)
-        return in_batches(whole, run, batch_size=size, title=title if self.progress else "")
-
-    def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Each prompt is tokenized once."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._ids]
-        if new:
-            encoded = encode_all(self.loaded, new, self.system_prompt)
-            self._ids |= {prompt: one.ids for prompt, one in zip(new, encoded, strict=True)}
-        return [self._ids[prompt] for prompt in prompts]
+        return in_batches(whole, run, batch_size=size, progress=progress)
 
     def log_probabilities(
-        self, sequences: Sequence[Sequence[int]], steer: RequestSteer | None, title: str = ""
+        self, sequences: Sequence[Sequence[int]], steer: RequestSteer | None
     ) -> list[np.ndarray[Any, Any]]:
         """The log-probability of each token but the first of each sequence, `[tokens − 1]`, in nats."""
         anatomy = self.steering.anatomy
@@ -261,7 +253,7 @@ class HFEvaluator:
             return [row[: len(sequences[i]) - 1] for i, row in zip(indices, own, strict=True)]
 
         size = min(self.batch_size or fitting, fitting)
-        return in_batches(sequences, run, batch_size=size, title=title if self.progress else "")
+        return in_batches(sequences, run, batch_size=size, progress=self.progress)
 
 
 def summarised(rows: Sequence[np.ndarray[Any, Any]]) -> Divergence:

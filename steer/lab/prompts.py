@@ -233,6 +233,21 @@ def encode_all(templated: Templated, prompts: Sequence[Prompt], system_prompt: s
     return [one(prompt) for prompt in prompts]
 
 
+class PromptIds:
+    """The token ids of prompts under one system prompt. Each prompt is tokenized once."""
+
+    def __init__(self, templated: Templated, system_prompt: str | None) -> None:
+        self.templated, self.system_prompt = templated, system_prompt
+        self._ids: dict[Prompt, list[int]] = {}
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._ids]
+        if new:
+            encoded = encode_all(self.templated, new, self.system_prompt)
+            self._ids |= {prompt: one.ids for prompt, one in zip(new, encoded, strict=True)}
+        return [self._ids[prompt] for prompt in prompts]
+
+
 def _marked(ids: list[int], empty: list[int]) -> Encoded:
     start = next((i for i, (x, y) in enumerate(zip(ids, empty, strict=False)) if x != y), min(len(ids), len(empty)))
     same = zip(reversed(ids[start:]), reversed(empty[start:]), strict=False)

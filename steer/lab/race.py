@@ -13,6 +13,7 @@ import numpy as np
 from steer.errors import InvalidInput
 from steer.lab.behaviour import Behaviour
 from steer.lab.evaluator import Candidate, Evaluator, answers_of_each, crossed, divergences_of_each
+from steer.lab.progress import answering
 from steer.lab.prompts import Prompt
 from steer.lab.statistics import wilson
 
@@ -54,6 +55,15 @@ class Sets:
             for prompts, limit in zip((asked, other, borderline), limits, strict=True)
         ]
         return cls(*each)
+
+    def work(self, tokens: int, start: int = 0) -> float:
+        """The work of a candidate that answers in `tokens` tokens, from prompt `start` of each set on."""
+        answered = len(self.asked[start:]) + len(self.borderline[start:])
+        return answered * answering(tokens) + len(self.other[start:])
+
+    def plain_work(self, tokens: int) -> float:
+        """That of the plain model, which answers all of them."""
+        return (len(self.asked) + len(self.borderline) + len(self.other)) * answering(tokens)
 
 
 @dataclass(slots=True)
@@ -100,10 +110,10 @@ class Race:
 
     def __init__(self, evaluator: Evaluator, behaviour: Behaviour, sets: Sets) -> None:
         self.evaluator, self.behaviour, self.sets = evaluator, behaviour, sets
-        plain = evaluator.answers([*sets.asked, *sets.borderline], None, "plain", behaviour.decided)
+        plain = evaluator.answers([*sets.asked, *sets.borderline], None, behaviour.decided)
         shown = [behaviour.shown(answer.text) for answer in plain]
         self.plain = Figures(shown[: len(sets.asked)], shown[len(sets.asked) :], [0.0] * len(sets.other))
-        self._continued = evaluator.continuations(sets.other, "plain, harmless")
+        self._continued = evaluator.continuations(sets.other)
 
     def run(self, candidates: Sequence[Candidate], rivals: Sequence[Figures] = ()) -> list[Figures]:
         """The figures of each candidate; `rivals` are the best from before, tried to the end."""
@@ -121,7 +131,7 @@ class Race:
         prompts, odds = self.sets.asked[:count], dict[int, float]()
         for group in self._groups(candidates):
             with self.evaluator.all_resident([candidates[i] for i in group]) as steers:
-                found = self.evaluator.opening_odds(*crossed(prompts, steers), tokens, "first tokens")
+                found = self.evaluator.opening_odds(*crossed(prompts, steers), tokens)
             odds |= dict(zip(group, found.reshape(len(group), -1).mean(1).tolist(), strict=True))
         return [odds[i] for i in range(len(candidates))]
 
@@ -138,6 +148,8 @@ class Race:
             self._diverge(members, part, mine)
             if end < longest:
                 self._stop(members, rivals)
+                stopped = sum(each.stopped is not None for each in members)
+                self.evaluator.progress.skip(stopped * self.sets.work(self.evaluator.max_tokens, end))
             done, end = end, 2 * end
 
     @staticmethod
@@ -152,8 +164,7 @@ class Race:
 
     def _answer(self, figures: Sequence[Figures], part: slice, steers: Sequence[Any]) -> None:
         asked, borderline = self.sets.asked[part], self.sets.borderline[part]
-        title = f"{len(steers)} candidates × {len(asked) + len(borderline)} answers"
-        answers = answers_of_each(self.evaluator, [*asked, *borderline], steers, title, self.behaviour.decided)
+        answers = answers_of_each(self.evaluator, [*asked, *borderline], steers, self.behaviour.decided)
         for each, texts in zip(figures, answers, strict=True):
             shown = [self.behaviour.shown(text) for text in texts]
             each.asked += shown[: len(asked)]
@@ -161,8 +172,7 @@ class Race:
 
     def _diverge(self, figures: Sequence[Figures], part: slice, steers: Sequence[Any]) -> None:
         prompts, plain = self.sets.other[part], self._continued[part]
-        title = f"{len(steers)} candidates × {len(prompts)}, divergence"
-        for each, kls in zip(figures, divergences_of_each(self.evaluator, prompts, plain, steers, title), strict=True):
+        for each, kls in zip(figures, divergences_of_each(self.evaluator, prompts, plain, steers), strict=True):
             each.kls += kls
 
     def _groups(self, candidates: Sequence[Candidate]) -> Iterator[list[int]]:

@@ -10,6 +10,7 @@ batch. It lives in a folder, from which an interrupted one goes on.
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -41,6 +42,8 @@ MEASUREMENT, SETTINGS, TRIALS = "measurement.safetensors", "search.json", "trial
 #: The key in the file of a direction, and of a trial, with what was measured.
 POINT, FIGURES = "point", "figures"
 STUDY = "steer"
+#: The part of a command's progress.
+TRYING = "trying"
 
 
 class Settings(BaseModel):
@@ -186,29 +189,39 @@ class Search:
         written = journal.get_trials(deepcopy=False)
         told = written[: len(written) // group * group]
         trials = [_trial(frozen) for frozen in told]
-        race = Race(evaluator, settings.behaviour, sets) if len(trials) < count else None
         if after is not None:
             after(trials)
-        while race is not None and len(trials) < count:
-            study = self._study(told)
-            asked = [study.ask() for _ in range(group)]
-            points = [settings.space.suggest(trial) for trial in asked]
-            rivals = [trial.figures for trial in front(trials)]
-            figures = race.run([candidate(self.measurement, point) for point in points], rivals)
-            fresh = []
-            for trial, point, found in zip(asked, points, figures, strict=True):
-                for key, value in ((POINT, point), (FIGURES, asdict(found))):
-                    trial.set_user_attr(key, value)
-                # what shows the behaviour is no part of a front, however little it diverges: it must not draw the
-                # optimiser
-                trial.set_constraint("shown", found.shown if found.stopped == "shown" else 0.0)
-                fresh.append(study.tell(trial, _values(found)))
-            journal.add_trials(fresh[len(written) - len(told) :])
-            written = told = [*told, *fresh]
-            trials = [_trial(frozen) for frozen in told]
-            if after is not None:
-                after(trials)
+        if len(trials) >= count:
+            return trials
+        progress = evaluator.progress
+        progress.plan(TRYING, work(settings, sets, count))
+        with progress.part(TRYING):
+            progress.skip(len(trials) * sets.work(settings.tokens))
+            race = Race(evaluator, settings.behaviour, sets)
+            while len(trials) < count:
+                fresh = self._tried(race, told, trials)
+                journal.add_trials(fresh[len(written) - len(told) :])
+                written = told = [*told, *fresh]
+                trials = [_trial(frozen) for frozen in told]
+                if after is not None:
+                    after(trials)
         return trials
+
+    def _tried(self, race: Race, told: Sequence[FrozenTrial], trials: Sequence[Trial]) -> list[FrozenTrial]:
+        """The next group, drawn after those that were `told`."""
+        study = self._study(told)
+        asked = [study.ask() for _ in range(self.settings.group)]
+        points = [self.settings.space.suggest(trial) for trial in asked]
+        rivals = [trial.figures for trial in front(trials)]
+        figures = race.run([candidate(self.measurement, point) for point in points], rivals)
+        fresh = []
+        for trial, point, found in zip(asked, points, figures, strict=True):
+            for key, value in ((POINT, point), (FIGURES, asdict(found))):
+                trial.set_user_attr(key, value)
+            # what shows the behaviour is no part of a front, however little it diverges: it must not draw the optimiser
+            trial.set_constraint("shown", found.shown if found.stopped == "shown" else 0.0)
+            fresh.append(study.tell(trial, _values(found)))
+        return fresh
 
     def _study(self, told: Sequence[FrozenTrial]) -> optuna.Study:
         """The optimiser as it stands after `told`, in memory: what draws the next group."""
@@ -228,6 +241,12 @@ class Search:
         if STUDY in optuna.get_all_study_names(storage):
             return optuna.load_study(study_name=STUDY, storage=storage)
         return optuna.create_study(study_name=STUDY, storage=storage, directions=self.settings.directions)
+
+
+def work(settings: Settings, sets: Sets, count: int) -> float:
+    """The work of `count` trials, in whole groups, without the measurement."""
+    trials = math.ceil(count / settings.group) * settings.group
+    return sets.plain_work(settings.tokens) + trials * sets.work(settings.tokens)
 
 
 def _values(figures: Figures) -> tuple[float, ...]:

@@ -29,6 +29,8 @@ PROMPTS, TOKENS = 48, 24
 SCREEN_PROMPTS, SURVIVORS = 32, 16
 #: Layers whose class means are closer than this do nothing (measured on small models).
 MIN_DEGREES = 10.0
+#: The part of a command's progress.
+CHOOSING = "choosing"
 BY = "fewest answers that show the behaviour (within one prompt), then least N-token KL on harmless prompts"
 
 
@@ -98,17 +100,20 @@ def select(
     """
     entrants = _entrants(measurement, recipe, grid)
     sets = Sets.drawn(asked.prompts, other.prompts, limits=(prompts, prompts, 0))
-    race = Race(evaluator(max(e.candidate.direction.rank for e in entrants), tokens), behaviour, sets)
+    tried = evaluator(max(e.candidate.direction.rank for e in entrants), tokens)
     screened = len(entrants) > survivors and bool(behaviour.openings)
-    if screened:
-        openings = first_tokens(race.evaluator.tokenizer, behaviour.openings)
-        odds = race.opening_odds([e.candidate for e in entrants], openings, SCREEN_PROMPTS)
-        entrants = [replace(e, log_odds=value) for e, value in zip(entrants, odds, strict=True)]
-        # the place in the grid decides between equals
-        through = sorted(range(len(entrants)), key=lambda i: (odds[i], i))[:survivors]
-    else:
-        through = list(range(len(entrants)))
-    figures = race.run([entrants[i].candidate for i in through])
+    tried.progress.plan(CHOOSING, work(sets, tokens, len(entrants), survivors if screened else None))
+    with tried.progress.part(CHOOSING):
+        race = Race(tried, behaviour, sets)
+        if screened:
+            openings = first_tokens(tried.tokenizer, behaviour.openings)
+            odds = race.opening_odds([e.candidate for e in entrants], openings, SCREEN_PROMPTS)
+            entrants = [replace(e, log_odds=value) for e, value in zip(entrants, odds, strict=True)]
+            # the place in the grid decides between equals
+            through = sorted(range(len(entrants)), key=lambda i: (odds[i], i))[:survivors]
+        else:
+            through = list(range(len(entrants)))
+        figures = race.run([entrants[i].candidate for i in through])
     for i, found in zip(through, figures, strict=True):
         entrants[i] = replace(entrants[i], figures=found)
         row = entrants[i].row()
@@ -125,6 +130,19 @@ def select(
         "candidates": [entrant.row() for entrant in entrants],
     }
     return derive(measurement, chosen.recipe, selection)
+
+
+def work(sets: Sets, tokens: int, entrants: int, survivors: int | None) -> float:
+    """The work of a selection; `survivors` None: without the first-token evaluator."""
+    screening = 0 if survivors is None else entrants * len(sets.asked[:SCREEN_PROMPTS])
+    answering_ones = entrants if survivors is None else survivors
+    return sets.plain_work(tokens) + screening + answering_ones * sets.work(tokens)
+
+
+def most_work(asked: PromptSet, other: PromptSet, layers: int) -> float:
+    """The work of `fit` in a model of so many layers, before it is known which are worth trying."""
+    sets = Sets.drawn(asked.prompts, other.prompts, limits=(PROMPTS, PROMPTS, 0))
+    return work(sets, TOKENS, layers, SURVIVORS if layers > SURVIVORS else None)
 
 
 def best(entrants: Sequence[Entrant]) -> Entrant:

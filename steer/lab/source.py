@@ -44,6 +44,10 @@ class Source(Protocol):
 
     def bos_count(self, ids: Sequence[int]) -> int: ...
 
+    def text_ids(self, text: str) -> list[int]:
+        """The tokens of plain text."""
+        ...
+
     def fingerprint(self) -> str:
         """Equal for equal weights and arithmetic: what was measured before an interruption is only added to if so."""
         ...
@@ -85,6 +89,9 @@ class TransformersSource:
 
     def bos_count(self, ids: Sequence[int]) -> int:
         return self.loaded.bos_count(ids)
+
+    def text_ids(self, text: str) -> list[int]:
+        return self.loaded.text_ids(text)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.anatomy.probe().logits.float().cpu().numpy().tobytes()).hexdigest()

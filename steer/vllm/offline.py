@@ -7,18 +7,22 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from io import StringIO
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from steer.errors import EngineFailed, InvalidInput
 from steer.lab.activations import Activations, Reading
-from steer.lab.evaluator import Candidate, each_row
+from steer.lab.evaluator import Answer, Candidate, each_row
 from steer.lab.measurement import ModelFacts
 from steer.lab.probe import Answered
-from steer.lab.prompts import Encoded, Prompt, encode_all
+from steer.lab.progress import Progress, answering
+from steer.lab.prompts import Encoded, Prompt, PromptIds, encode_all
 from steer.runtime.op import check_mode
 from steer.tokenization import Chat
 from steer.vllm import capture, frontend, internals
@@ -129,10 +133,13 @@ class Sampled:
 class VllmEvaluator:
     """What steers is a text of the request language."""
 
-    def __init__(self, source: VllmSource, system_prompt: str | None, max_tokens: int, progress: bool = False) -> None:
-        self.source, self.system_prompt, self.max_tokens, self.progress = source, system_prompt, max_tokens, progress
+    def __init__(
+        self, source: VllmSource, system_prompt: str | None, max_tokens: int, progress: Progress | None = None
+    ) -> None:
+        self.source, self.system_prompt, self.max_tokens = source, system_prompt, max_tokens
+        self.progress = progress or Progress()
         self.frontend = frontend.of(source.llm)
-        self._ids: dict[Prompt, list[int]] = {}
+        self._ids = PromptIds(source, system_prompt)
 
     @property
     def room(self) -> int:
@@ -163,12 +170,12 @@ class VllmEvaluator:
         self,
         prompts: Sequence[Prompt],
         steer: str | Sequence[str | None] | None,
-        title: str = "",
         known: Callable[[str], bool] | None = None,
     ) -> list[Answered]:
         """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`. `known` is not asked: the engine
         ends answers by what it was told before, and its batch closes up after each that ends."""
-        outputs = self._generate(self._encode(prompts), steer, title, temperature=0, max_tokens=self.max_tokens)
+        options = dict(temperature=0, max_tokens=self.max_tokens)
+        outputs = self._generate(self._ids(prompts), steer, answering(self.max_tokens), **options)
         return [Answered(_without_end(output.outputs[0]), output.outputs[0].text) for output in outputs]
 
     def opening_odds(
@@ -176,24 +183,25 @@ class VllmEvaluator:
         prompts: Sequence[Prompt],
         steer: str | Sequence[str | None] | None,
         tokens: Sequence[int],
-        title: str = "",
     ) -> np.ndarray[Any, Any]:
         """log(p) − log(1 − p), p the probability that an answer begins with one of `tokens`. The engine hands out the
         float32 log-probabilities of these tokens, so the odds are exact up to their rounding: not told apart above
         about 16, where p is 1 in float32."""
         options = dict(temperature=0, max_tokens=1, logprob_token_ids=list(tokens), detokenize=False)
         odds = []
-        for output in self._generate(self._encode(prompts), steer, title, **options):
+        for output in self._generate(self._ids(prompts), steer, 1.0, **options):
             found = output.outputs[0].logprobs[0]
             log_p = float(np.logaddexp.reduce([np.float64(found[token].logprob) for token in tokens]))
             odds.append(log_p - np.log(max(-np.expm1(log_p), np.finfo(np.float32).eps)))
         return np.array(odds)
 
-    def continuations(self, prompts: Sequence[Prompt], title: str = "") -> list[Sampled]:
-        heads = self._encode(prompts)
+    def continuations(self, prompts: Sequence[Prompt], plain: Sequence[Answer] | None = None) -> list[Sampled]:
+        """Sampled answers: greedy ones, such as `plain`, have no probabilities to estimate with."""
+        heads = self._ids(prompts)
         options = dict(temperature=1, top_p=1, top_k=0, seed=0, max_tokens=self.max_tokens, logprobs=0)
+        work = 0.0 if plain is not None else answering(self.max_tokens)
         sampled = []
-        for head, output in zip(heads, self._generate(heads, None, title, **options), strict=True):
+        for head, output in zip(heads, self._generate(heads, None, work, **options), strict=True):
             answer = output.outputs[0]
             said = [entry[token].logprob for entry, token in zip(answer.logprobs, answer.token_ids, strict=True)]
             sampled.append(Sampled(head + list(answer.token_ids), len(head), np.array(said)))
@@ -204,53 +212,56 @@ class VllmEvaluator:
         prompts: Sequence[Prompt],
         plain: Sequence[Sampled],
         steer: str | Sequence[str | None] | None,
-        title: str = "",
     ) -> list[np.ndarray[Any, Any]]:
         """KL(plain ‖ steered), estimated along sampled plain answers: an engine hands out the log-probability of each
         token and not of the whole vocabulary. With r = q/p for a token drawn from p, (r − 1) − ln r has the KL as its
         expectation and is never negative. Source: Schulman 2020, "Approximating KL divergence"."""
         options = dict(temperature=0, max_tokens=1, prompt_logprobs=0)
         rows = []
-        outputs = self._generate([one.ids for one in plain], steer, title, **options)
+        outputs = self._generate([one.ids for one in plain], steer, 1.0, **options)
         for one, output in zip(plain, outputs, strict=True):
             said = [output.prompt_logprobs[i][one.ids[i]].logprob for i in range(one.start, len(one.ids))]
             difference = np.array(said) - one.logprobs
             rows.append(np.expm1(difference) - difference)
         return rows
 
-    def log_probabilities(
-        self, sequences: Sequence[Sequence[int]], steer: str | None, title: str = ""
-    ) -> list[np.ndarray[Any, Any]]:
+    def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: str | None) -> list[np.ndarray[Any, Any]]:
         """The log-probability of each token but the first of each sequence, `[tokens − 1]`, in nats."""
         outputs = self._generate(
-            [list(ids) for ids in sequences], steer, title, temperature=0, max_tokens=1, prompt_logprobs=0
+            [list(ids) for ids in sequences], steer, 1.0, temperature=0, max_tokens=1, prompt_logprobs=0
         )
         return [
             np.array([output.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))])
             for ids, output in zip(sequences, outputs, strict=True)
         ]
 
-    def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Each prompt is tokenized once."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._ids]
-        if new:
-            encoded = encode_all(self.source, new, self.system_prompt)
-            self._ids |= {prompt: one.ids for prompt, one in zip(new, encoded, strict=True)}
-        return [self._ids[prompt] for prompt in prompts]
-
     def _generate(
-        self, prompts: Sequence[list[int]], steer: str | Sequence[str | None] | None, title: str, **options: Any
+        self, prompts: Sequence[list[int]], steer: str | Sequence[str | None] | None, work: float, **options: Any
     ) -> list[Any]:
+        """vLLM's outputs; each prompt is so much `work` for the progress."""
         from vllm import SamplingParams
 
         parameters = [
             SamplingParams(extra_args={KEY: one or "off"}, **options) for one in each_row(steer, len(prompts))
         ]
-        bar = self.progress and bool(title)
         outputs: list[Any] = self.source.llm.generate(
-            [{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=bar
+            [{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=partial(Finished, self.progress, work)
         )
         return outputs
+
+
+class Finished(tqdm):
+    """In place of the engine's own bars: tells `progress` of each request that has finished. The bars around an
+    `iterable` are of requests that are being added."""
+
+    def __init__(self, progress: Progress, work: float, iterable: Any = None, **options: Any) -> None:
+        self._progress, self._work = progress, work if iterable is None else 0.0
+        super().__init__(iterable, **options | {"file": StringIO()})
+
+    def update(self, n: float | None = 1) -> bool | None:
+        self._progress.advance((n or 0) * self._work)
+        shown: bool | None = super().update(n)
+        return shown
 
 
 def _without_end(answer: Any) -> list[int]:

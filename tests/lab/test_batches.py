@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from steer.errors import SteerError
 from steer.lab.batches import AUTO, each_batch, in_batches, left_padded, right_padded
+from steer.lab.progress import Progress
 
 law = settings(deadline=None, max_examples=60)
 LENGTHS = st.lists(st.integers(0, 30), max_size=100)
@@ -120,11 +121,11 @@ def test_a_result_for_each_index_is_demanded() -> None:
         in_batches(sequences([3, 4]), lambda indices: [1])
 
 
-def test_a_title_shows_progress_and_no_title_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    in_batches(sequences([1, 2]), lambda indices: indices)
-    assert capsys.readouterr().err == ""
-    in_batches(sequences([1, 2]), lambda indices: indices, title="measuring")
-    assert "measuring" in capsys.readouterr().err
+def test_progress_is_told_of_each_sequence_once() -> None:
+    progress = Progress()
+    with progress.part("reading"):
+        in_batches(sequences([1, 2, 3]), lambda indices: indices, batch_size=2, progress=progress, work=0.5)
+    assert progress.done == 1.5
 
 
 @given(SEQUENCES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from steer.errors import InvalidInput
 from steer.hf.load import load
 from steer.hf.steering import Steering
 from steer.lab.evaluation.perplexity import negative_log_likelihoods, perplexity, ratio, windows
-from steer.lab.evaluator import Candidate
+from steer.lab.evaluator import Candidate, Evaluator
 from steer.lab.probe import HFEvaluator
 from tests import models
 
@@ -25,17 +25,15 @@ from tests import models
 class Echo:
     """Scores each token as its own id, so that what was scored can be told."""
 
-    def log_probabilities(
-        self, sequences: Sequence[Sequence[int]], steer: Any, title: str = ""
-    ) -> list[np.ndarray[Any, Any]]:
+    def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: Any) -> list[np.ndarray[Any, Any]]:
         return [-np.array(ids[1:], dtype=float) for ids in sequences]
 
 
 @given(st.integers(2, 300), st.integers(4, 64))
 def test_every_token_but_the_first_counts_once_with_half_a_window_before_it(length: int, size: int) -> None:
     ids = list(range(length))
-    cut = windows(ids, size)
-    assert list(negative_log_likelihoods(Echo(), cut, None)) == ids[1:]
+    cut, echo = windows(ids, size), cast(Evaluator, Echo())
+    assert list(negative_log_likelihoods(echo, cut, None)) == ids[1:]
     assert all(len(piece) <= size for piece in cut.pieces)
     assert all(start >= size - size // 2 for start in cut.starts[1:])
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from steer.errors import InvalidInput
+from steer.lab.evaluator import Evaluator
 from steer.lab.statistics import Estimate, difference_of_means
 
 #: Tokens of one window, or the model's context where that is shorter; each window but the first begins half a window
@@ -17,14 +18,6 @@ from steer.lab.statistics import Estimate, difference_of_means
 WINDOW = 1024
 #: Tokens that stand together are alike, so the bootstrap draws blocks of so many.
 BLOCK = 32
-
-
-class Scorer(Protocol):
-    """What gives the log-probability of each token of a sequence but the first, `[tokens − 1]`, in nats."""
-
-    def log_probabilities(
-        self, sequences: Sequence[Sequence[int]], steer: Any, title: str = ""
-    ) -> list[np.ndarray[Any, Any]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +43,9 @@ def windows(ids: Sequence[int], size: int) -> Windows:
     return Windows(pieces, starts)
 
 
-def negative_log_likelihoods(scorer: Scorer, text: Windows, steer: Any, title: str = "") -> np.ndarray[Any, Any]:
+def negative_log_likelihoods(evaluator: Evaluator, text: Windows, steer: Any) -> np.ndarray[Any, Any]:
     """−ln p of each token of the text but the first, in its order."""
-    scored = scorer.log_probabilities(text.pieces, steer, title)
+    scored = evaluator.log_probabilities(text.pieces, steer)
     joined: np.ndarray[Any, Any] = -np.concatenate(
         [row[start - 1 :] for row, start in zip(scored, text.starts, strict=True)]
     )

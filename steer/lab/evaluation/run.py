@@ -17,7 +17,8 @@ from steer.lab.evaluation.outcomes import Told, arms_on_set, tell
 from steer.lab.evaluation.report import Difference, DivergenceOf, PerplexityOf, SetResult, TextResult
 from steer.lab.evaluator import Evaluator
 from steer.lab.judge import Judge
-from steer.lab.probe import Answered, Divergence, HFEvaluator, summarised
+from steer.lab.probe import Answered, Divergence, summarised
+from steer.lab.progress import answering
 from steer.lab.prompts import Conversation, Prompt, PromptSet
 from steer.lab.resume import Cache
 
@@ -59,18 +60,23 @@ class Found:
 def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
     answers: dict[tuple[str, str], list[Answered]] = {}
     divergence, negative = [], {}
+    progress = evaluator.progress
+    for part, work in parts_of(plan).items():
+        progress.plan(part, work)
+    along: list[Any] = []
     for arm in (None, *plan.arms):
         name = arm.name if arm else PLAIN
         with steering(evaluator, arm) as steer:
             for title, prompts in plan.sets.items():
-                answers[title, name] = _answers(evaluator, plan, cache, title, prompts, arm, steer)
+                with progress.part(_answering(title, name)):
+                    answers[title, name] = _answers(evaluator, plan, cache, title, prompts, arm, steer)
             if plan.text is not None:
-                negative[name] = _text(evaluator, plan.text, cache, arm, steer)
+                with progress.part(_reading(name)):
+                    negative[name] = _text(evaluator, plan.text, cache, arm, steer)
             if arm is not None and HARMLESS in plan.sets:
                 plain = answers[HARMLESS, PLAIN]
-                divergence.append(
-                    _divergence(evaluator, plan.sets[HARMLESS], plain, cache, arm, steer, plan.max_tokens)
-                )
+                with progress.part(_diverging(name)):
+                    divergence.append(_divergence(evaluator, plan, plain, along, cache, arm, steer))
     told: dict[tuple[str, str], list[Told]] = {}
     sets = []
     for title, prompts in plan.sets.items():
@@ -78,7 +84,8 @@ def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
         for name in (PLAIN, *(arm.name for arm in plan.arms)):
             given = answers[title, name]
             texts = [answer.text for answer in given]
-            verdicts = _verdicts(plan.judge, cache, title, name, prompts, texts) if plan.judge else None
+            with progress.part(_judging(title, name)):
+                verdicts = _verdicts(plan.judge, cache, title, name, prompts, texts) if plan.judge else None
             known = right(plan.expected, prompts.prompts, texts)
             told[title, name] = tell(plan.behaviour, given, plain, plan.max_tokens, known, verdicts)
         by_arm = {name: rows for (where, name), rows in told.items() if where == title}
@@ -93,6 +100,37 @@ def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
         )
     text = None if plan.text is None else _text_result(plan.text, negative)
     return Found(tuple(sets), tuple(divergence), text, told)
+
+
+def parts_of(plan: Plan) -> dict[str, float]:
+    """The work of each part of the progress."""
+    found: dict[str, float] = {}
+    for name in (PLAIN, *(arm.name for arm in plan.arms)):
+        for title, prompts in plan.sets.items():
+            found[_answering(title, name)] = len(prompts) * answering(plan.max_tokens)
+            if plan.judge is not None:
+                found[_judging(title, name)] = len(prompts)
+        if plan.text is not None:
+            found[_reading(name)] = len(plan.text.windows.pieces)
+        if name != PLAIN and HARMLESS in plan.sets:
+            found[_diverging(name)] = len(plan.sets[HARMLESS])
+    return found
+
+
+def _answering(title: str, arm: str) -> str:
+    return f"{title}, {arm}"
+
+
+def _judging(title: str, arm: str) -> str:
+    return f"judging {title}, {arm}"
+
+
+def _reading(arm: str) -> str:
+    return f"text, {arm}"
+
+
+def _diverging(arm: str) -> str:
+    return f"divergence, {arm}"
 
 
 def _turns(prompt: Prompt) -> int:
@@ -110,7 +148,7 @@ def _answers(
     name = arm.name if arm else PLAIN
 
     def make(start: int, stop: int) -> list[Any]:
-        given = evaluator.answers(prompts.prompts[start:stop], steer, f"{title}, {name}")
+        given = evaluator.answers(prompts.prompts[start:stop], steer)
         return [{"ids": answer.ids, "text": answer.text} for answer in given]
 
     rows = cache.rows(f"{title}.{name}.answers", conditions, len(prompts), make)
@@ -118,19 +156,18 @@ def _answers(
 
 
 def _divergence(
-    evaluator: Evaluator, prompts: PromptSet, plain: Sequence[Answered], cache: Cache, arm: Arm, steer: Any, tokens: int
+    evaluator: Evaluator, plan: Plan, plain: Sequence[Answered], along: list[Any], cache: Cache, arm: Arm, steer: Any
 ) -> DivergenceOf:
+    """`along` is filled where it is needed, once for all arms: nothing is asked of the model where all is kept."""
+    prompts = plan.sets[HARMLESS]
+
     def make() -> dict[str, float]:
-        # the probe goes along the greedy answers that are there; an engine along sampled ones with their probabilities
-        along = (
-            plain
-            if isinstance(evaluator, HFEvaluator)
-            else evaluator.continuations(prompts.prompts, "plain continuations")
-        )
-        found = summarised(evaluator.divergences(prompts.prompts, along, steer, f"divergence, {arm.name}"))
+        if not along:
+            along.extend(evaluator.continuations(prompts.prompts, plain))
+        found = summarised(evaluator.divergences(prompts.prompts, along, steer))
         return {name: getattr(found, name) for name in Divergence.__slots__}
 
-    conditions = {"sha256": prompts.sha256, "max_tokens": tokens} | _identity(arm)
+    conditions = {"sha256": prompts.sha256, "max_tokens": plan.max_tokens} | _identity(arm)
     value = cache.value(f"{HARMLESS}.{arm.name}.divergence", conditions, make)
     return DivergenceOf(arm=arm.name, on=HARMLESS, **value)
 
@@ -146,15 +183,14 @@ def _verdicts(
     }
 
     def make(start: int, stop: int) -> list[Any]:
-        return judge.verdicts(prompts.prompts[start:stop], texts[start:stop], f"judge: {title}, {arm}")
+        return judge.verdicts(prompts.prompts[start:stop], texts[start:stop])
 
     return cache.rows(f"{title}.{arm}.verdicts", conditions, len(prompts), make)
 
 
-def _text(evaluator: Any, text: Text, cache: Cache, arm: Arm | None, steer: Any) -> np.ndarray[Any, Any]:
+def _text(evaluator: Evaluator, text: Text, cache: Cache, arm: Arm | None, steer: Any) -> np.ndarray[Any, Any]:
     def make() -> list[float]:
-        title = f"text, {arm.name if arm else PLAIN}"
-        return [float(v) for v in pp.negative_log_likelihoods(evaluator, text.windows, steer, title)]
+        return [float(v) for v in pp.negative_log_likelihoods(evaluator, text.windows, steer)]
 
     name = f"text.{arm.name if arm else PLAIN}"
     return np.array(cache.value(name, {"sha256": text.dataset.sha256} | _identity(arm), make))

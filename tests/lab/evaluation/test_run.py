@@ -41,9 +41,9 @@ class Watched(HFEvaluator):
 
     asked: list[tuple[str, int]]
 
-    def answers(self, prompts: Sequence[Prompt], steer: Any, title: str = "") -> list[Answered]:
-        self.asked.append((title, len(prompts)))
-        return super().answers(prompts, steer, title)
+    def answers(self, prompts: Sequence[Prompt], steer: Any) -> list[Answered]:
+        self.asked.append((self.progress.current, len(prompts)))
+        return super().answers(prompts, steer)
 
 
 @pytest.fixture(scope="module")

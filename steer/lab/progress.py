@@ -1,0 +1,92 @@
+"""The one bar of a command: how much of all its work is done, and the time left."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn, Self, TextIO
+
+from tqdm import tqdm
+
+#: Work is counted in prompts that a model reads once. To generate a token takes about this much of that.
+TOKEN = 0.2
+#: Also readable at 40 columns, where the part's name is cut.
+FORMAT = "{percentage:3.0f}% |{bar:10}| {remaining} left  {desc}"
+
+
+def answering(tokens: int) -> float:
+    """Return the work of one answer of at most `tokens` tokens."""
+    return 1 + TOKEN * tokens
+
+
+class Progress:
+    """Work that is planned part by part, and then done. A bar shows it where standard error is a terminal and `shown`
+    is true; without one it is only counted.
+
+    What is left of a part when it ends (candidates stop early, results are there from an earlier run) is skipped: it
+    counts as done, but not for how fast the work goes.
+    """
+
+    def __init__(self, shown: bool = False) -> None:
+        self._planned: dict[str, float] = {}
+        self._done: dict[str, float] = {}
+        self.current = ""
+        self.skipped = 0.0
+        self._bar: tqdm[NoReturn] | None = None
+        if shown and sys.stderr.isatty():
+            # smoothing 0: the time left follows from the speed so far, as parts are of different kinds
+            self._bar = tqdm(total=0, bar_format=FORMAT, dynamic_ncols=True, smoothing=0, leave=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    @property
+    def total(self) -> float:
+        return sum(max(work, self._done.get(part, 0.0)) for part, work in self._planned.items())
+
+    @property
+    def done(self) -> float:
+        return sum(self._done.values())
+
+    def plan(self, part: str, work: float) -> None:
+        """Say what `part` takes in all, as far as is known now."""
+        self._planned[part] = work
+        self._show(0.0)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """While it lasts, what is done belongs to the part `name`."""
+        outer, self.current = self.current, name
+        self._planned.setdefault(name, 0.0)
+        try:
+            yield
+            self.skip(max(0.0, self._planned[name] - self._done.get(name, 0.0)))
+        finally:
+            self.current = outer
+
+    def advance(self, work: float = 1.0) -> None:
+        """Say that so much work was done."""
+        self._done[self.current] = self._done.get(self.current, 0.0) + work
+        self._show(work)
+
+    def skip(self, work: float) -> None:
+        """Say that so much of what was planned need not be done."""
+        self.skipped += work
+        if self._bar is not None:
+            self._bar.initial += work
+        self.advance(work)
+
+    def write(self, text: str, file: TextIO | None = None) -> None:
+        """Print `text` above the bar, on standard error where no `file` is given."""
+        tqdm.write(text, file=file or sys.stderr)
+
+    def _show(self, work: float) -> None:
+        if self._bar is not None:
+            self._bar.total = self.total
+            self._bar.set_description_str(self.current, refresh=False)
+            self._bar.update(work)

@@ -392,6 +392,14 @@ def test_inspect_says_what_another_file_is(tiny_folder: Path, sets: tuple[str, s
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_tables_fit_40_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    for arguments in (("inspect", "directions/refusal.safetensors"), ("methods",)):
+        lines = run(*arguments).stdout.splitlines()
+        assert max(map(len, lines)) <= 40
+        assert len(lines) > 20
+
+
 def test_methods_are_told_one_by_one_and_as_json() -> None:
     shown = run("methods", "slerp").stdout
     assert shown.startswith("slerp\n")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.slerp_study.arms import ARTICLE, LINEAR, PROJECTED
+from steer.lab import tables
+from steer.lab.evaluation.report import Rate
 
 Report = Mapping[str, Any]
 #: Columns of outcomes: key, heading.
@@ -48,9 +50,9 @@ def markdown(report: Report) -> str:
 
 def _over_models(report: Report) -> str:
     heads = ["method", "mode", "ρ = 0", "models", "refused, mean", "harmless refused, mean", "N-token KL, median"]
-    return table(
+    return tables.markdown(
         heads,
-        (
+        [
             [
                 row["method"],
                 row["mode"],
@@ -61,7 +63,7 @@ def _over_models(report: Report) -> str:
                 f"{row['kl']:.5f}",
             ]
             for row in report["over_models"]
-        ),
+        ],
     )
 
 
@@ -89,12 +91,7 @@ def _each(report: Report) -> str:
                 *(f"{arms[name]['kl']:.4f}" for name in methods),
             ]
         )
-    return table(heads, rows)
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    return tables.markdown(heads, rows)
 
 
 def _seeds(group: Report) -> str:
@@ -116,7 +113,7 @@ def _seeds(group: Report) -> str:
 
 def _arms(arms: Sequence[Report]) -> str:
     heads = ["method", "mode", "strength", "layers", *(head for _, head in COLUMNS), "right − linear", "KL / linear"]
-    return table(heads, (_arm(arm) for arm in arms))
+    return tables.markdown(heads, [_arm(arm) for arm in arms])
 
 
 def _arm(arm: Report) -> list[str]:
@@ -154,7 +151,7 @@ def _ratio(found: Report) -> str:
 def _geometry(model: Report) -> str:
     heads = ["layer", "ω °", "‖harmful‖ / ‖harmless‖", "linear is slerp at t =", "largest over median entry"]
     keys = ("layer", "angle", "norm_ratio", "linear_t", "outlier")
-    return table(heads, ([f"{row[key]:.4g}" for key in keys] for row in model["geometry"]))
+    return tables.markdown(heads, [[f"{row[key]:.4g}" for key in keys] for row in model["geometry"]])
 
 
 def _model(model: Report) -> str:
@@ -172,10 +169,8 @@ def _model(model: Report) -> str:
                 *(("–", "–") if against is None else (f"{against['p']:.2g}", f"{against['p_holm']:.2g}")),
             ]
         )
-    return table(heads, rows)
+    return tables.markdown(heads, rows)
 
 
 def _rate(rate: Report | None) -> str:
-    if rate is None:
-        return "–"
-    return f"{rate['hits']} of {rate['count']} ({rate['low']:.0%} – {rate['high']:.0%})"
+    return "–" if rate is None else str(Rate.model_validate(rate))

@@ -15,8 +15,9 @@ from experiments.slerp_study.arms import ARTICLE, LINEAR, MODES, Arm
 from experiments.slerp_study.trial import Chosen, Trial
 from steer.errors import DegenerateError
 from steer.geometry import angle, linear_t, unit
+from steer.lab.evaluation.report import Rate
 from steer.lab.measurement import Measurement
-from steer.lab.statistics import Estimate, difference_of_means, difference_of_rates, holm, mcnemar, over_seeds, wilson
+from steer.lab.statistics import Estimate, difference_of_means, difference_of_rates, holm, mcnemar, over_seeds
 
 #: Each outcome: of which class, what is counted.
 RATES = {
@@ -150,8 +151,7 @@ def _rates(found: Mapping[str, Any]) -> dict[str, Any]:
     for outcome in RATES:
         bits = _bits(found, outcome)
         if bits is not None:
-            low, high = wilson(sum(bits), len(bits))
-            rates[outcome] = {"hits": sum(bits), "count": len(bits), "low": low, "high": high}
+            rates[outcome] = Rate.of(bits).model_dump()
     return rates
 
 

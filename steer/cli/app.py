@@ -17,6 +17,7 @@ from steer._version import __version__
 from steer.cli import admin, evaluate, export, fit, search
 from steer.cli.console import echo_json, quiet_libraries, reported
 from steer.errors import InvalidInput
+from steer.lab.tables import shown, terminal_width, wrapped
 from steer.settings import ServeSettings, served_name
 
 app = typer.Typer(
@@ -201,21 +202,21 @@ def inspect_file(
     if as_json:
         echo_json({"file": str(file), "digest": digest(data), "rank": direction.rank, "meta": meta, "profile": profile})
         return
-    typer.echo(f"{file}  sha256 {digest(data)}")
+    width = terminal_width()
+    typer.echo(wrapped(f"{file}  sha256 {digest(data)}", width, further="  "))
     for key, value in meta.items():
         if value not in (None, {}, []) and key != "selection":
-            typer.echo(f"  {key}: {value}")
-    typer.echo(f"\n{'layer':>5}  {'angle °':>8}  {'‖harmful‖':>10}  {'‖harmless‖':>10}  {'cos to next':>11}  weight")
-    for row in profile:
-        cells = [
-            _cell(row[key], width)
-            for key, width in (("angle", 8), ("norm_harmful", 10), ("norm_harmless", 10), ("cosine_next", 11))
-        ]
-        typer.echo(f"{row['layer']:>5}  {'  '.join(cells)}  {row['weight'] if row['steered'] else 'not steered'}")
+            typer.echo(wrapped(f"{key}: {value}", width, first="  ", further="    "))
+    figures = ("angle", "norm_harmful", "norm_harmless", "cosine_next")
+    rows = [
+        [str(row["layer"]), *(_cell(row[key]) for key in figures), f"{row['weight']:g}" if row["steered"] else "–"]
+        for row in profile
+    ]
+    typer.echo("\n" + shown(("layer", "angle °", "‖harmful‖", "‖harmless‖", "cos to next", "weight"), rows))
 
 
-def _cell(value: Any, width: int) -> str:
-    return f"{'–':>{width}}" if value is None else f"{value:>{width}.3f}"
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 # in the order in which the help lists them

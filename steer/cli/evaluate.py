@@ -132,8 +132,9 @@ def evaluate(
         echo_json(made.as_json())
         return
     from steer.lab.evaluation.markdown import tables
+    from steer.lab.tables import shown
 
-    typer.echo(tables(made, paired=False))
+    typer.echo(tables(made, paired=False, table=shown))
     if report is not None:
         typer.echo(f"\nwrote {report / 'report.md'} and report.json")
 

@@ -36,6 +36,7 @@ from steer.cli.options import (
     chosen_method,
 )
 from steer.errors import InvalidInput
+from steer.lab.tables import shown, terminal_width, wrapped
 
 
 def fit(
@@ -98,12 +99,17 @@ def fit(
     digest = direction.save(output)
     meta = direction.meta
     if meta.selection:
-        typer.echo(f"{'layer':>5}  {'refused':>7}  {'N-token KL':>10}")
-        for figures in meta.selection["candidates"]:
-            if "refused" not in figures:
-                continue
-            mark = "  ← chosen" if figures["layer"] == meta.source_layer else "  stopped" if figures["stopped"] else ""
-            typer.echo(f"{figures['layer']:>5}  {figures['refused']:>7.2f}  {figures['kl']:>10.5f}{mark}")
+        rows = [
+            [
+                str(figures["layer"]),
+                f"{figures['refused']:.2f}",
+                f"{figures['kl']:.5f}",
+                "← chosen" if figures["layer"] == meta.source_layer else "stopped" if figures["stopped"] else "",
+            ]
+            for figures in meta.selection["candidates"]
+            if "refused" in figures
+        ]
+        typer.echo(shown(("layer", "refused", "N-token KL", ""), rows))
     source = "each layer's own" if meta.source_layer is None else f"layer {meta.source_layer}"
     typer.echo(f"wrote {output}: {method}, source {source}, digest {digest[:12]}")
 
@@ -250,11 +256,14 @@ def methods(
             }
         )
         return
+    width = terminal_width(120)
     for name, kind in chosen.items():
-        typer.echo(f"{name}\n")
-        typer.echo("    " + inspect.cleandoc(kind.__doc__ or "").replace("\n", "\n    ") + "\n")
-        for parameter, field in kind.model_fields.items():
-            typer.echo(f"    -p {parameter}={field.get_default()}: {field.description}\n")
+        told = inspect.cleandoc(kind.__doc__ or "").split("\n\n")
+        told += [
+            f"-p {parameter}={field.get_default()}: {field.description}"
+            for parameter, field in kind.model_fields.items()
+        ]
+        typer.echo("\n\n".join([name, *(wrapped(one, width, "    ", "    ") for one in told)]) + "\n")
 
 
 def register(app: typer.Typer) -> None:

@@ -35,6 +35,7 @@ from steer.cli.options import (
     split,
 )
 from steer.errors import InvalidInput
+from steer.lab.tables import shown
 from steer.names import MODES
 
 BehaviourOption = Annotated[
@@ -112,16 +113,21 @@ def select(
         )
     digest = direction.save(output)
     meta = direction.meta
-    shown = [row for row in meta.selection["candidates"] if "refused" in row]
-    typer.echo(f"{len(meta.selection['candidates'])} candidates, {len(shown)} of them answered:")
-    typer.echo(f"{'method':<14} {'position':>8} {'layer':>5} {'mode':<10} {'shown':>6} {'N-token KL':>10}")
-    for row in sorted(shown, key=lambda row: (row["refused"], row["kl"])):
-        t_value = row["parameters"].get("t")
-        name = row["method"] if t_value is None else f"{row['method']} t={t_value:g}"
-        typer.echo(
-            f"{name:<14} {row['parameters']['position']:>8} {row['layer']:>5} {row['mode']:<10} {row['refused']:>6.2f} "
-            f"{row['kl']:>10.5f}{' (stopped)' if row['stopped'] else ''}"
-        )
+    answered = [row for row in meta.selection["candidates"] if "refused" in row]
+    typer.echo(f"{len(meta.selection['candidates'])} candidates, {len(answered)} of them answered:")
+    rows = [
+        [
+            row["method"] + (f" t={row['parameters']['t']:g}" if "t" in row["parameters"] else ""),
+            str(row["parameters"]["position"]),
+            str(row["layer"]),
+            row["mode"],
+            f"{row['refused']:.2f}",
+            f"{row['kl']:.5f}",
+            "stopped" if row["stopped"] else "",
+        ]
+        for row in sorted(answered, key=lambda row: (row["refused"], row["kl"]))
+    ]
+    typer.echo(shown(("method", "position", "layer", "mode", "shown", "N-token KL", ""), rows))
     typer.echo(f"wrote {output}: {meta.method}, layer {meta.source_layer}, {meta.mode}, digest {digest[:12]}")
 
 

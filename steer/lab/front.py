@@ -7,6 +7,7 @@ from pathlib import Path
 
 from steer.direction import write_file
 from steer.lab.search import Search, Trial, front
+from steer.lab.tables import markdown, shown
 
 
 def described(trial: Trial) -> str:
@@ -38,11 +39,7 @@ HEADER = ("trial", "refused", "N-token KL", "over-refused", "direction")
 
 def table(trials: Sequence[Trial]) -> str:
     """The front for a terminal."""
-    rows = [HEADER, *(cells(trial) for trial in front(trials))]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join(
-        "  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
-    )
+    return shown(HEADER, [cells(trial) for trial in front(trials)])
 
 
 def write(search: Search, trials: Sequence[Trial]) -> None:
@@ -58,7 +55,7 @@ def write(search: Search, trials: Sequence[Trial]) -> None:
         + f"; at most {settings.prompts} prompts of each, {settings.tokens} tokens, seed {settings.seed}. "
         f"{stopped} trials stopped early, since they could not be on the front.",
         "",
-        *(f"| {' | '.join(row)} |" for row in [HEADER, ("---",) * 5, *map(cells, best)]),
+        markdown(HEADER, [cells(trial) for trial in best]),
         "",
         "![front](front.png)",
         "",

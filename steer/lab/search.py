@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from steer.direction import Dataset, write_file
-from steer.errors import InvalidInput, problems_of
+from steer.errors import InvalidInput, brief, problems_of
 from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe, check_needs, derive
 from steer.lab.evaluator import Candidate, Evaluator
@@ -129,7 +129,7 @@ class Search:
         found_out = ("measurement_sha256", "layers", "depth")
         if different := [name for name in have if name not in found_out and asked[name] != have[name]]:
             raise InvalidInput(
-                [f"{folder}: was begun with {n} {_short(have[n])}, not {_short(asked[n])}" for n in different]
+                [f"{folder}: was begun with {n} {brief(have[n])}, not {brief(asked[n])}" for n in different]
                 + ["give the same options again, or another folder"]
             )
         return begun
@@ -277,11 +277,6 @@ def _trial(frozen: FrozenTrial) -> Trial:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 Parameter = str | float | int

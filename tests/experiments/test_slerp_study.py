@@ -86,7 +86,13 @@ def test_the_report_has_every_arm_of_every_model(studied: Path, report: dict[str
         widest = max(model["geometry"], key=lambda row: row["angle"])["layer"]
         assert model["fixed"][0]["layer"] == widest
         for arm in model["own"]:
-            assert arm["rates"]["right"] == {"hits": 0, "count": 3, "low": 0.0, "high": pytest.approx(0.5615, abs=1e-4)}
+            assert arm["rates"]["right"] == {
+                "hits": 0,
+                "count": 3,
+                "rate": 0.0,
+                "low": 0.0,
+                "high": pytest.approx(0.5615, abs=1e-4),
+            }
             assert "kept" not in arm["rates"], "nobody said what is right for harmless prompts"
             assert arm["rates"]["refused"]["count"] == 3
             assert arm["rates"]["over_refused"]["count"] == 2

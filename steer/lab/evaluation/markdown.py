@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from steer.lab.evaluation.report import ArmOnSet, Difference, Rate, Report
+from steer.lab.evaluation.report import ArmOnSet, Difference, Report
+from steer.lab.tables import Rows, markdown
+
+#: How a table is written, from its head and rows.
+Table = Callable[[Sequence[str], Rows], str]
 
 NOTES = """\
 Each answer has one of three outcomes: *shown* (the matcher finds the behaviour at its beginning), *degenerate* (not
@@ -14,13 +18,13 @@ Rates have the 95 % interval of Wilson. Differences are paired, arm less plain o
 interval; p is that of the exact McNemar test, corrected (Holm) for the number of arms."""
 
 
-def tables(report: Report, *, paired: bool = True) -> str:
+def tables(report: Report, *, paired: bool = True, table: Table = markdown) -> str:
     """Every figure, without pictures; the paired differences from plain only if wanted."""
     parts = []
     for one in report.sets:
-        parts.append(f"### {one.name}, {one.dataset.count} prompts\n\n" + _outcomes(one.arms))
+        parts.append(f"### {one.name}, {one.dataset.count} prompts\n\n" + _outcomes(one.arms, table))
         if paired and any(arm.against_plain for arm in one.arms):
-            parts.append(_differences(one.arms))
+            parts.append(_differences(one.arms, table))
         if not one.limit_tells:
             parts.append(
                 f"Plain answers run into the limit of {report.conditions.max_tokens} tokens too: that is no fault here."
@@ -66,7 +70,7 @@ def render(report: Report, pictures: Mapping[str, str]) -> str:
         f"# What {', '.join(dict.fromkeys(arm.file for arm in report.arms))} does to {asked.model}",
         f"{report.tool}, {report.created}. Backend {asked.backend}, {limit}. "
         f"Behaviour: {asked.behaviour}." + (f" Judge: {asked.judge}." if asked.judge else ""),
-        table(
+        markdown(
             ("arm", "method", "mode", "strength", "digest"),
             [(a.name, a.method, a.mode, f"{a.strength:g}", a.digest[:12]) for a in report.arms],
         ),
@@ -78,29 +82,18 @@ def render(report: Report, pictures: Mapping[str, str]) -> str:
     return "\n\n".join([*head, *shown, tables(report), f"Made with {software}."]) + "\n"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown that also reads well in a terminal: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = [
-        " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in (head, *rows)
-    ]
-    rule = " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
-    return "\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:]))
-
-
-def _outcomes(arms: Sequence[ArmOnSet]) -> str:
+def _outcomes(arms: Sequence[ArmOnSet], table: Table) -> str:
     columns: dict[str, list[str]] = {
         "arm": [arm.arm for arm in arms],
-        "shown": [_rate(arm.shown) for arm in arms],
-        "degenerate": [_rate(arm.degenerate) for arm in arms],
-        "complied": [_rate(arm.complied) for arm in arms],
+        "shown": [str(arm.shown) for arm in arms],
+        "degenerate": [str(arm.degenerate) for arm in arms],
+        "complied": [str(arm.complied) for arm in arms],
         "late": [str(arm.late.hits) for arm in arms],
     }
     if any(arm.right for arm in arms):
-        columns["right"] = ["" if arm.right is None else _rate(arm.right) for arm in arms]
+        columns["right"] = ["" if arm.right is None else str(arm.right) for arm in arms]
     if any(arm.judged for arm in arms):
-        columns["judge: shown"] = ["" if arm.judged is None else _rate(arm.judged.shown) for arm in arms]
+        columns["judge: shown"] = ["" if arm.judged is None else str(arm.judged.shown) for arm in arms]
         columns["unparsable"] = ["" if arm.judged is None else str(arm.judged.unparsable) for arm in arms]
         columns["kappa"] = [
             "–" if not arm.judged or arm.judged.kappa is None else f"{arm.judged.kappa:.2f}" for arm in arms
@@ -111,7 +104,7 @@ def _outcomes(arms: Sequence[ArmOnSet]) -> str:
     return table(list(columns), list(zip(*columns.values(), strict=True)))
 
 
-def _differences(arms: Sequence[ArmOnSet]) -> str:
+def _differences(arms: Sequence[ArmOnSet], table: Table) -> str:
     steered = [arm for arm in arms if arm.against_plain]
     figures = list(dict.fromkeys(figure for arm in steered for figure in arm.against_plain))
     rows = [(arm.arm, *(_difference(arm.against_plain[figure]) for figure in figures)) for arm in steered]
@@ -121,10 +114,6 @@ def _differences(arms: Sequence[ArmOnSet]) -> str:
 def _difference(difference: Difference) -> str:
     p = difference.p_holm
     return _spread(difference, "{:+.1%}") + ("" if p is None else f" p {_p(p)}")
-
-
-def _rate(rate: Rate) -> str:
-    return f"{rate.hits} of {rate.count} ({rate.low:.1%} – {rate.high:.1%})"
 
 
 def _spread(difference: Difference, form: str) -> str:

@@ -33,6 +33,9 @@ class Rate(Part):
         low, high = wilson(hits, count)
         return cls(hits=hits, count=count, rate=hits / count if count else 0.0, low=low, high=high)
 
+    def __str__(self) -> str:
+        return f"{self.hits} of {self.count} ({self.low:.1%} – {self.high:.1%})"
+
 
 class Difference(Part):
     """A figure of an arm less that of the plain arm on the same prompts, with its 95 % interval."""

@@ -1,0 +1,54 @@
+"""Tables of text: in Markdown for pages, and for a terminal, where one that is too wide becomes a list of its rows."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+from collections.abc import Sequence
+
+Rows = Sequence[Sequence[str]]
+#: What a column of figures holds: such cells stand to the right.
+FIGURE = re.compile(r"[+−-]?\d.*|[–]?")
+#: Width where the output goes to no terminal, and COLUMNS is not set.
+UNLIMITED = 10_000
+
+
+def markdown(head: Sequence[str], rows: Rows) -> str:
+    """Return a table of Markdown that also reads well as it is: figures to the right, texts to the left."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    figures = [all(FIGURE.fullmatch(row[i]) for row in rows) for i in range(len(head))]
+    rule = [f"{'-' * (width - 1)}:" if right else "-" * width for width, right in zip(widths, figures, strict=True)]
+    lines = (
+        " | ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, figures, strict=True)
+        )
+        for row in (head, rule, *rows)
+    )
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def shown(head: Sequence[str], rows: Rows) -> str:
+    """Return the table for the terminal: as in Markdown, or where that is too wide, each row as a list of its cells."""
+    columns = terminal_width()
+    table = markdown(head, rows)
+    if max(map(len, table.splitlines())) <= columns:
+        return table
+    cells = [
+        wrapped(f"{name}: {cell}", columns, first="" if name == head[0] else "  ", further="    ")
+        for row in rows
+        for name, cell in zip(head, row, strict=True)
+        if cell
+    ]
+    return "\n".join(cells)
+
+
+def wrapped(text: str, columns: int, first: str = "", further: str = "") -> str:
+    """Return `text` in lines of at most `columns`, the first and the further ones indented as given."""
+    return textwrap.fill(text, max(columns, 20), initial_indent=first, subsequent_indent=further)
+
+
+def terminal_width(otherwise: int = UNLIMITED) -> int:
+    """Return the columns of the terminal, `otherwise` where the output goes to none."""
+    return shutil.get_terminal_size((otherwise, 24)).columns

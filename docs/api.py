@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 import steer.readout
 import steer.runtime.readout
 import steer.spec
-from steer.cli import quiet_libraries
+from steer.cli.console import quiet_libraries
 from steer.demo import MODEL
 from steer.serve import fields, protocol
 from steer.serve.app import build
@@ -149,7 +149,7 @@ def unserved() -> str:
     )
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -103,7 +105,7 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
         index.fill_with(step, [1] * len(step))
         tokens = len(step) * each
         x = torch.randn(tokens, 8)
-        whole = (t.repeat_interleave(each, dim=-1) for t in index.first(len(step)) if t is not None)
+        whole: list[Any] = [t.repeat_interleave(each, dim=-1) for t in index.first(len(step)) if t is not None]
         expected, _ = apply(x, bank_slice, *whole)
         if index.active:
             acting, everywhere = index.acting(len(step))

@@ -260,7 +260,7 @@ def plot(soak: Soak, path: Path) -> None:
             axis.legend(fontsize="small")
         else:
             axis.plot(seconds, [sample[name] for sample in soak.samples])
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.1 * max(sample[name] for sample in soak.samples) or 1)
         axis.axvline(begun["seconds"], linestyle=":", color="grey")
         axis.set_ylabel(f"{name}, grown" if name == MEMORY else name)
     axes[-1].set_xlabel("seconds")

@@ -26,7 +26,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-types: $(VENV)/dev $(VENV)/test
+types: $(VENV)/dev
 	$(BIN)/mypy
 
 fit: $(VENV)/serve

@@ -77,7 +77,8 @@ def main(model: str, options: dict[str, Any]) -> None:
     print(json.dumps({"seconds": time.perf_counter() - began, "mode": mode}), file=answers, flush=True)
     for line in sys.stdin:
         ((kind, fields),) = json.loads(line).items()
-        seconds = {"Job": batch, "Arrival": arrival}[kind](llm, **fields)
+        jobs: dict[str, Callable[..., float]] = {"Job": batch, "Arrival": arrival}
+        seconds = jobs[kind](llm, **fields)
         print(json.dumps({"seconds": seconds}), file=answers, flush=True)
 
 

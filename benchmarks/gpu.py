@@ -102,7 +102,7 @@ def hooks(shape: Shape, batches: list[int], rounds: int) -> list[results.Table]:
         plain, steered = recorded(net, ids), recorded(hooked, ids, [acting(p, index) for p in bank.slices.values()])
         check(plain, steered, index, steer)
 
-        def filled(run: Callable[[], None], row: Any, index: TokenIndex = index) -> Callable[[], None]:
+        def filled(run: Callable[[], object], row: Any, index: TokenIndex = index) -> Callable[[], None]:
             def timed() -> None:
                 index.fill_with([row] * index.max_tokens, [1] * index.max_tokens)
                 run()

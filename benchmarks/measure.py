@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from benchmarks.shapes import WIDTH, llama
 from benchmarks.timing import Ratio, interleave, rounds
 from steer.direction import Dataset
 from steer.hf.load import Loaded
-from steer.lab.activations import Keep, Reading, Usage
+from steer.lab.activations import Keep, Reading, Tally
 from steer.lab.batches import each_batch, left_padded
 from steer.lab.derive import Recipe, derive
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, Statistics
@@ -88,14 +89,14 @@ def with_steer(net: Any, sequences: list[list[int]], last_layer: int, keep: Keep
 
     def run() -> torch.Tensor:
         own = sum(e.own.stop - e.own.start for e in encoded)
-        usage = Usage("random", reading, WIDTH, len(encoded), own, None, keep)
+        tally = Tally("random", reading, WIDTH, len(encoded), own, None, keep)
         each_batch(
             [len(ids) for ids in sequences],
-            lambda indices: usage.add(indices, source.run([encoded[i] for i in indices], reading)),
+            lambda indices: tally.add(indices, source.run([encoded[i] for i in indices], reading)),
             batch_size=BATCH,
             tokens=source.pass_tokens,
         )
-        return usage.statistics().mean[0]
+        return tally.statistics().mean[0]
 
     return run
 
@@ -110,7 +111,7 @@ def peak(run: Callable[[], torch.Tensor]) -> tuple[int, torch.Tensor]:
         return torch.cuda.max_memory_allocated() - before, result
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = run()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         alive += event.nbytes()
@@ -173,8 +174,8 @@ def deriving(rounds: int) -> dict[str, tuple[float, float]]:
         method = make_method(name)
         each = rounds if method.needs == "means" else 1
         out[name] = (
-            _milliseconds(lambda m=method: derive(measured, Recipe(m, DERIVE_LAYERS // 2)), rounds),
-            _milliseconds(lambda m=method: derive(measured, Recipe(m, "all")), each),
+            _milliseconds(partial(derive, measured, Recipe(method, DERIVE_LAYERS // 2)), rounds),
+            _milliseconds(partial(derive, measured, Recipe(method, "all")), each),
         )
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "m.safetensors", Path(folder) / "d.safetensors"

@@ -28,7 +28,7 @@ import psutil
 
 from benchmarks.results import FOLDER, Result
 from steer.demo import MODEL, PROMPTS
-from steer.lab.plots import Point, undominated
+from steer.lab.statistics import undominated
 
 VERSION = "1.4.0"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "steer" / f"heretic-{VERSION}"
@@ -116,7 +116,7 @@ def watched(command: Sequence[str | Path], mark: re.Pattern[str], folder: Path, 
 
 def front(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """(refusals, divergence) that no other point is as good as in both and better in one."""
-    return [(int(p.x), p.y) for p in undominated([Point(refused, kl) for refused, kl in points])]
+    return undominated(points, lambda point: point)
 
 
 def our_points(folder: Path) -> list[tuple[int, float]]:

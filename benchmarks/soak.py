@@ -3,6 +3,10 @@ client that means ill (`Hostile`).
 
 Every answer to the others must be the one that the digest of its receipt predicts, and what the server holds must not
 grow: after a warm-up no line through memory, files or threads may rise by more than noise. A table and a plot come out.
+
+vLLM itself grows with each sequence. `--plain` sends what stock vLLM can have too (plain streams, and of the hostile
+acts those that are no request to Steer), and `--backend stock` has the same from vLLM without Steer, so that the two
+can be set side by side, for each thousand of sequences.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import numpy as np
 import psutil
 
 from benchmarks.engines import ENVIRONMENT
+from benchmarks.overhead import WITHOUT
 from benchmarks.results import FOLDER, Result
 from steer.direction import digest, write_file
 from tests import models
@@ -33,27 +38,37 @@ from tests.hostile import WILD, Hostile, wild
 from tests.servers import Server, text
 
 CLIENTS, TOKENS = 6, 24
+BACKENDS = ("transformers", "vllm", "stock")
 PROMPTS = ("one", "two", "three")
+FILE = "refusal.safetensors"
 #: Share of the time that is not looked at: caches fill, allocators settle.
 WARM = 1 / 3
 #: What may be added over the whole of a run by the line through the samples, and what is held on average.
-GROWTH = {"memory MiB": 16.0, "files": 3.0, "threads": 2.0, "rows": 0.5}
+MEMORY = "memory MiB"
+GROWTH = {MEMORY: 16.0, "files": 3.0, "threads": 2.0, "rows": 0.5}
 
 
 class Soak:
+    """`files` are the versions that take turns; without any all is plain, also what the hostile client does."""
+
     def __init__(self, server: Server, files: dict[str, bytes], answers: dict[tuple[str | None, str], str]) -> None:
         self.server, self.files, self.answers = server, files, answers
         self.stop = threading.Event()
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.samples: list[dict[str, float]] = []
-        self.hostile = Hostile(server)
+        self.hostile = Hostile(server, plain=not files)
 
     def client(self, number: int) -> None:
         rng = random.Random(number)
         with httpx.Client(base_url=self.server.url, timeout=120) as http:
             while not self.stop.is_set():
-                self.ask(http, rng.choice(PROMPTS), steered=rng.random() < 0.6, leaves=rng.random() < 0.05)
+                self.ask(
+                    http,
+                    rng.choice(PROMPTS),
+                    steered=bool(self.files) and rng.random() < 0.6,
+                    leaves=rng.random() < 0.05,
+                )
 
     def harm(self) -> None:
         for number in count():
@@ -69,7 +84,7 @@ class Soak:
             if response.status_code != 200:
                 self.wrong.append(response.read().decode())
                 return
-            applied = json.loads(response.headers["x-steer-applied"])
+            applied = json.loads(response.headers.get("x-steer-applied", "" if self.files else "[]"))
             which = applied[0]["digest"] if applied else None
             said = ""
             for line in response.iter_lines():
@@ -84,17 +99,21 @@ class Soak:
 
     def sample(self, seconds: float) -> None:
         told = self.server.client.get("/metrics").text
-        rows = next(float(line.split()[1]) for line in told.splitlines() if line.startswith("steer_rows_in_use "))
+        rows = sum(float(line.split()[1]) for line in told.splitlines() if line.startswith("steer_rows_in_use "))
         whole = psutil.Process(self.server.process.pid)
-        memory = files = threads = 0.0
+        held = dict.fromkeys(GROWTH, 0.0) | {"rows": rows}
         for process in (whole, *whole.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
-                memory += process.memory_info().rss / 2**20
-                files += process.num_fds()
-                threads += process.num_threads()
-        self.samples.append(
-            {"seconds": seconds, "memory MiB": memory, "files": files, "threads": threads, "rows": rows}
-        )
+                memory, own = process.memory_info().rss / 2**20, f"{MEMORY} of {process.name()}"
+                held[MEMORY] += memory
+                held[own] = held.get(own, 0.0) + memory
+                held["files"] += process.num_fds()
+                held["threads"] += process.num_threads()
+        self.samples.append({"seconds": seconds, "sequences": self.sequences, **held})
+
+    @property
+    def sequences(self) -> int:
+        return self.counts["left"] + self.counts["steered"] + self.counts["plain"] + self.hostile.sequences
 
     def run(self, seconds: float) -> None:
         clients = [threading.Thread(target=self.client, args=(number,)) for number in range(CLIENTS)]
@@ -102,10 +121,10 @@ class Soak:
         for client in clients:
             client.start()
         started, rng = time.monotonic(), random.Random(0)
-        path = self.server.directions / "refusal.safetensors"  # type: ignore[operator]
         while (now := time.monotonic() - started) < seconds:
-            write_file(path, rng.choice(list(self.files.values())))
-            self.counts["swaps"] += 1
+            if self.files:
+                write_file(self.server.directions / FILE, rng.choice(list(self.files.values())))  # type: ignore[operator]
+                self.counts["swaps"] += 1
             self.sample(now)
             time.sleep(1)
         self.stop.set()
@@ -114,63 +133,95 @@ class Soak:
 
     def growth(self) -> dict[str, float]:
         """What a line through the samples after the warm-up adds over the run."""
-        kept = self.samples[int(len(self.samples) * WARM) :]
-        times = np.array([sample["seconds"] for sample in kept])
-        return {
-            name: float(np.polyfit(times, [sample[name] for sample in kept], 1)[0] * (times[-1] - times[0]))
-            for name in GROWTH
-        }
+        lines = {name: self._line(name, "seconds") for name in self.held}
+        return {name: slope * span for name, (slope, span) in lines.items()}
+
+    @property
+    def held(self) -> list[str]:
+        """What is looked at, memory also of each process that is there to the end."""
+        return [*GROWTH, *(name for name in self.samples[-1] if name.startswith(f"{MEMORY} of "))]
+
+    def each_sequence(self) -> float:
+        """KiB of memory for each sequence after the warm-up, by the line through the samples."""
+        return self._line(MEMORY, "sequences")[0] * 1024
+
+    @property
+    def kept(self) -> list[dict[str, float]]:
+        return self.samples[int(len(self.samples) * WARM) :]
+
+    def _line(self, name: str, over: str) -> tuple[float, float]:
+        """The slope, and how much of `over` it covers."""
+        kept = self.kept
+        along = np.array([sample[over] for sample in kept])
+        return float(np.polyfit(along, [sample.get(name, 0.0) for sample in kept], 1)[0]), float(along[-1] - along[0])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--backend", choices=BACKENDS, default="transformers")
+    parser.add_argument("--plain", action="store_true", help="what stock vLLM can have too, without a direction")
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
+    plain = given.plain or given.backend == "stock"
     with tempfile.TemporaryDirectory(prefix="steer-soak-") as name:
         folder = Path(name)
         (folder / "directions").mkdir()
-        if given.backend == "vllm":  # whose attention wants wider heads
-            from tests.vllm import device, tiny
-
-            for variable in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_NO_USAGE_STATS"):
-                os.environ.setdefault(variable, ENVIRONMENT[variable])
-            for variable, value in device.ENVIRONMENT.items():
-                os.environ.setdefault(variable, value)
-            model = tiny.make("llama", folder / "tiny")
-        else:
-            model = models.save("llama", folder / "tiny")
-        data = [models.direction(model, seed=seed).to_bytes() for seed in (1, 2, 3)]
+        model, command, options = arm(folder, given.backend)
+        data = [] if plain else [models.direction(model, seed=seed).to_bytes() for seed in (1, 2, 3)]
         files = {digest(each): each for each in data}
-        command = [sys.executable, "-m", "steer", "serve", "--backend", given.backend]
-        options = [str(folder / "tiny"), "--directions", str(folder / "directions"), "--rows", "8"]
-        if given.backend == "vllm":
-            options += ["--dtype", "float32", "--max-model-len", "256", *device.ARGUMENTS]
         with Server(*options, directions=folder / "directions", command=command) as server:
             answers: dict[tuple[str | None, str], str] = {}
             for which, each in (("", b""), *files.items()):
                 if each:
-                    write_file(folder / "directions" / "refusal.safetensors", each)
+                    write_file(folder / "directions" / FILE, each)
                     while server.client.get("/v1/directions/refusal").json().get("digest") != which:
                         time.sleep(0.05)
                 for prompt in PROMPTS:
                     steer = {"steer": "refusal"} if each else {}
                     answers[which or None, prompt] = text(server.complete(prompt, max_tokens=TOKENS, **steer))
-            bad = wild(models.direction(model, seed=8, shared=True))
-            assert server.client.put(f"/v1/directions/{WILD}", content=bad).status_code in (200, 201)
+            if files:
+                bad = wild(models.direction(model, seed=8, shared=True))
+                assert server.client.put(f"/v1/directions/{WILD}", content=bad).status_code in (200, 201)
             soak = Soak(server, files, answers)
             soak.run(given.minutes * 60)
             alive = server.process.poll() is None and "Traceback" not in server.log
-    return report(soak, alive, given.out, given.minutes, given.backend)
+    return report(soak, alive, given.out, given.minutes, given.backend, plain)
 
 
-def report(soak: Soak, alive: bool, folder: Path, minutes: float, backend: str) -> int:
-    name, grown = "soak" if backend == "transformers" else f"soak-{backend}", soak.growth()
+def arm(folder: Path, backend: str) -> tuple[Any, list[str], list[str]]:
+    """A tiny model for this backend, and the command and the options that serve it."""
+    if backend == "transformers":
+        model = models.save("llama", folder / "tiny")
+        more: list[str] = []
+    else:  # whose attention wants wider heads
+        from tests.vllm import device, tiny
+
+        for variable in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_NO_USAGE_STATS"):
+            os.environ.setdefault(variable, ENVIRONMENT[variable])
+        for variable, value in device.ENVIRONMENT.items():
+            os.environ.setdefault(variable, value)
+        model = tiny.make("llama", folder / "tiny")
+        more = ["--dtype", "float32", "--max-model-len", "256", *device.ARGUMENTS]
+    if backend == "stock":
+        os.environ |= WITHOUT
+        return (
+            model,
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server"],
+            ["--model", str(folder / "tiny"), *more],
+        )
+    served = ["--directions", str(folder / "directions"), "--rows", "8"]
+    command = [sys.executable, "-m", "steer", "serve", "--backend", backend]
+    return model, command, [str(folder / "tiny"), *served, *more]
+
+
+def report(soak: Soak, alive: bool, folder: Path, minutes: float, backend: str, plain: bool) -> int:
+    name, grown = "-".join(["soak", *([backend] if backend != "transformers" else [])]), soak.growth()
+    name += "-plain" if plain and backend != "stock" else ""
     rows = ["| held | at the start | at the end | grown after the warm-up | allowed |", "|---|---:|---:|---:|---:|"]
-    for held, most in GROWTH.items():
-        first, last = soak.samples[0][held], soak.samples[-1][held]
-        rows.append(f"| {held} | {first:.0f} | {last:.0f} | {grown[held]:+.2f} | {most:g} |")
+    for held in soak.held:
+        first, last = soak.samples[0].get(held, 0.0), soak.samples[-1][held]
+        rows.append(f"| {held} | {first:.0f} | {last:.0f} | {grown[held]:+.2f} | {GROWTH.get(held, '')} |")
     counted = ", ".join(f"{many} {what}" for what, many in soak.counts.items())
     ill = ", ".join(f"{many} × {what}" for what, many in sorted(soak.hostile.counts.items()))
     wrong = soak.wrong + soak.hostile.wrong
@@ -179,9 +230,12 @@ def report(soak: Soak, alive: bool, folder: Path, minutes: float, backend: str) 
     )
     text += f"Beside them a client that means ill, by the status of each answer: {ill}; "
     text += f"{len(soak.hostile.wrong)} of them wrong.\n\n"
+    text += f"{soak.sequences} sequences were begun; memory grew by {soak.each_sequence():.2f} KiB with each of them "
+    text += "after the warm-up.\n\n"
     text += "\n".join([*rows, "", *wrong[:5], f"![What was held over time]({name}.png)", ""])
-    command = f"python -m benchmarks.soak --minutes {minutes:g} --backend {backend}"
-    result = Result(name, "Soak: mixed traffic, a swap each second, a hostile client", command, {}, [], text)
+    command = f"python -m benchmarks.soak --minutes {minutes:g} --backend {backend}{' --plain' if plain else ''}"
+    title = "Soak: plain traffic" if plain else "Soak: mixed traffic, a swap each second"
+    result = Result(name, f"{title}, a hostile client", command, {}, [], text)
     result.save(folder)
     (folder / f"{name}.samples.json").write_text(json.dumps(soak.samples))
     plot(soak, folder / f"{name}.png")
@@ -195,11 +249,20 @@ def plot(soak: Soak, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(GROWTH), sharex=True, figsize=(8, 8))
+    figure, axes = pyplot.subplots(len(GROWTH), sharex=True, figsize=(8, 9))
+    seconds, begun = [sample["seconds"] for sample in soak.samples], soak.kept[0]
     for axis, name in zip(axes, GROWTH, strict=True):
-        axis.plot([sample["seconds"] for sample in soak.samples], [sample[name] for sample in soak.samples])
-        axis.set_ylabel(name)
-        axis.set_ylim(bottom=0)
+        if name == MEMORY:
+            for held in (held for held in soak.held if held.startswith(MEMORY)):
+                grown = [sample.get(held, 0.0) - begun.get(held, 0.0) for sample in soak.samples]
+                axis.plot(seconds, grown, label=held.removeprefix(f"{MEMORY} of ").replace(MEMORY, "all"))
+            axis.set_ylim(-2 * GROWTH[MEMORY], 2 * GROWTH[MEMORY])
+            axis.legend(fontsize="small")
+        else:
+            axis.plot(seconds, [sample[name] for sample in soak.samples])
+            axis.set_ylim(0, 1.1 * max(sample[name] for sample in soak.samples) or 1)
+        axis.axvline(begun["seconds"], linestyle=":", color="grey")
+        axis.set_ylabel(f"{name}, grown" if name == MEMORY else name)
     axes[-1].set_xlabel("seconds")
     figure.savefig(path)
 

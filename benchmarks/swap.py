@@ -34,7 +34,7 @@ class Stream:
     """Plain streams without end in a thread of its own; when each token came."""
 
     def __init__(self, url: str) -> None:
-        self.url, self.times, self.stopping = url, [], threading.Event()
+        self.url, self.stopping = url, threading.Event()
         self.times: list[float] = []
         self.thread = threading.Thread(target=self._run)
 

@@ -19,7 +19,7 @@ def branch(_decoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
         inner = block.forward
         block.forward = lambda x, *args, inner=inner, **kwargs: inner(x, *args, **kwargs) - x
 
-        class Added(type(block)):  # type: ignore[misc]
+        class Added(type(block)):
             def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
                 return x + super().__call__(x, *args, **kwargs)  # outside of the module's own call, so behind its hooks
 

@@ -33,23 +33,21 @@ def wild(direction: Direction) -> bytes:
 
 
 class Hostile:
-    """`server` serves `WILD`. `counts` has what was done and what came of it, `wrong` what should not have."""
+    """`server` serves `WILD`, where not all is `plain`: then it may be another server, which is asked for nothing that
+    Steer refuses. `counts` has what was done and what came of it, `wrong` what should not have, `sequences` how many
+    were begun."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, *, plain: bool = False) -> None:
         self.server, self.model = server, server.model_name
         self.http = Client(base_url=server.url, timeout=120)
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
-        self._cases = list(fields.cases(server.client.get("/openapi.json").json()))
+        self.sequences = 0
         self._half: deque[socket.socket] = deque()
-        self._acts: list[Callable[[Random], None]] = [
-            self.body,
-            self.file,
-            self.overflow,
-            self.left,
-            self.half,
-            self.rubbish,
-        ]
+        self._acts: list[Callable[[Random], None]] = [self.left, self.half, self.rubbish]
+        if not plain:
+            self._cases = list(fields.cases(server.client.get("/openapi.json").json()))
+            self._acts += [self.body, self.file, self.overflow]
 
     def act(self, number: int) -> None:
         rng = Random(f"hostile {number}")
@@ -74,7 +72,9 @@ class Hostile:
 
     def overflow(self, rng: Random) -> None:
         """Also with an aborted one, and beside itself."""
-        asked = self._asked(n=rng.choice((1, 4)), steer=f"{WILD}=-10", temperature=1)
+        many = rng.choice((1, 4))
+        self.sequences += many
+        asked = self._asked(n=many, steer=f"{WILD}=-10", temperature=1)
         answer = self.http.post("/v1/completions", json=asked)
         self._note("an overflow", answer)
         if answer.status_code == 200:
@@ -82,6 +82,7 @@ class Hostile:
 
     def left(self, rng: Random) -> None:
         """Streams that are left at their first event, some before it."""
+        self.sequences += 8
         asked = self._asked(n=8, temperature=1, stream=True, max_tokens=200, ignore_eos=True)
         with self.http.stream("POST", "/v1/completions", json=asked) as response:
             self.counts[f"a stream left: {response.status_code}"] += 1

@@ -128,8 +128,9 @@ def leaning(direction: Direction, other: Direction, cosine: float) -> Direction:
         across = torch.nn.functional.normalize(v - (v * u).sum(-1, keepdim=True) * u, dim=-1)
         return (cosine * u + (1 - cosine**2) ** 0.5 * across).float()
 
-    both = direction.embedding is not None and other.embedding is not None
-    embedding = turned(direction.embedding, other.embedding) if both else direction.embedding
+    embedding = direction.embedding
+    if embedding is not None and other.embedding is not None:
+        embedding = turned(embedding, other.embedding)
     return replace(direction, directions=turned(direction.directions, other.directions), embedding=embedding)
 
 

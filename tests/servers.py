@@ -95,14 +95,12 @@ class Server:
     def model(self) -> str:
         return str(self.client.get("/v1/models").json()["data"][0]["id"])
 
-    def complete(
-        self, prompt: str | list[int] = "hello", headers: dict[str, str] | None = None, **body: Any
-    ) -> httpx.Response:
+    def complete(self, prompt: Any = "hello", headers: Any = None, **body: Any) -> httpx.Response:
         """POST /v1/completions, greedy and 8 tokens unless told otherwise."""
         whole = {"model": self.model_name, "prompt": prompt, "max_tokens": 8, "temperature": 0, **body}
         return self.client.post("/v1/completions", json=whole, headers=headers or {})
 
-    def chat(self, content: str = "hello", headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
+    def chat(self, content: Any = "hello", headers: Any = None, **body: Any) -> httpx.Response:
         messages = [{"role": "user", "content": content}]
         whole = {"model": self.model_name, "messages": messages, "max_tokens": 8, "temperature": 0, **body}
         return self.client.post("/v1/chat/completions", json=whole, headers=headers or {})

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 import typer
-from click.testing import Result
 from typer.core import TyperGroup
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from steer._version import __version__
 from steer.cli.app import app
@@ -42,7 +41,7 @@ def run(*arguments: str, code: int = 0) -> Result:
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("sets")
-    (folder / "harmful.txt").write_text("\n".join(HARMFUL.prompts))
+    (folder / "harmful.txt").write_text("\n".join(map(str, HARMFUL.prompts)))
     (folder / "harmless.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in HARMLESS.prompts))
     return str(folder / "harmful.txt"), str(folder / "harmless.jsonl")
 

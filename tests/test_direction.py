@@ -30,6 +30,8 @@ from tests import models
 law = settings(deadline=None, max_examples=40)
 MODEL = models.tiny("llama")
 GOOD = models.direction(MODEL, embedding=True)
+assert GOOD.embedding is not None
+EMBEDDING = GOOD.embedding
 DATA = GOOD.to_bytes()
 
 
@@ -162,7 +164,7 @@ BAD_FILES: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     ),
     "not unit": (lambda: changed(directions=ROWS * 1.01), ("'directions'", "not unit vectors", "[0, 1, 2]")),
     "one row not unit": (lambda: changed(directions=flawed(ROWS, (1, 0, 0), 3.0)), ("'directions'", "layers [1]")),
-    "embedding not unit": (lambda: changed(embedding=2 * GOOD.embedding), ("'embedding'", "not unit vectors")),
+    "embedding not unit": (lambda: changed(embedding=2 * EMBEDDING), ("'embedding'", "not unit vectors")),
     "rows not orthogonal": (
         lambda: changed(
             directions=ROWS.repeat(1, 2, 1), reference=torch.zeros(3, 2), embedding=torch.eye(2, models.D_MODEL)
@@ -228,7 +230,7 @@ def test_problems_are_reported_together() -> None:
     said = problems_of(changed(weights=GOOD.weights * torch.nan, mean_harmful=GOOD.mean_harmful * torch.inf))
     assert [problem.split("'")[1] for problem in said] == ["weights", "mean_harmful"]
 
-    said = problems_of(changed(directions=2 * ROWS, embedding=2 * GOOD.embedding))
+    said = problems_of(changed(directions=2 * ROWS, embedding=2 * EMBEDDING))
     assert [problem.split("'")[1] for problem in said] == ["directions", "embedding"]
 
 

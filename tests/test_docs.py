@@ -18,7 +18,7 @@ from experiments.slerp_study.__main__ import app as study
 from steer.serve.protocol import ChatRequest, CompletionRequest
 from steer.serve.readout import ReadLine, ReadReport
 from tests.servers import ROOT
-from tests.test_readme import blocks_of, environment
+from tests.test_readme import blocks_of, environment, shorten
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +45,14 @@ def test_the_openapi_document_names_the_carried_fields() -> None:
 
 #: The same commands on less, so that they take seconds.
 SMALLER = {"--trials 256": "--trials 4 --group 4", "--prompts 192": "--prompts 8", "--save 247": "--save 3"}
-LINES, TOKENS = 8, "--max-tokens 8"
+TOKENS = "--max-tokens 8"
 
 
 @pytest.mark.parametrize("page", ["evaluation", "search"])
 def test_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
     for name in ("steer/demo/model", "steer/demo/prompts", "directions"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    for file in (tmp_path / "steer/demo/prompts").iterdir():
-        if not file.name.startswith("expected"):
-            file.write_text("".join(file.read_text().splitlines(keepends=True)[:LINES]))
+    shorten(tmp_path)
     text = (ROOT / "docs" / f"{page}.md").read_text()
     assert page != "search" or all(usual in text for usual in SMALLER), "the page has other numbers now"
     for block in blocks_of(text, "sh"):

@@ -12,7 +12,6 @@ import pytest
 from steer.serve import policy
 from steer.serve.access import ORDINARY
 from steer.serve.policy import DirectionRules, KeyRules, Policy
-from steer.settings import ServeSettings
 from tests.servers import ROOT
 from tests.test_readme import blocks_of
 
@@ -35,18 +34,6 @@ def test_the_commands_for_keys_run(tmp_path: Path) -> None:
     assert done.stdout.count("sk-steer-") == 2
     found = policy.load(tmp_path / "policy.toml").policy.keys
     assert (found["alice"].directions, found["boss"].manage) == (("refusal",), True)
-
-
-def test_every_option_that_it_names_exists() -> None:
-    shown = " ".join(f"--{name.replace('_', '-')}" for name in ServeSettings.model_fields) + " --no-steering"
-    for command in (("keys", "new"), ("keys", "list"), ("audit", "verify"), ("off",), ("on",)):
-        done = subprocess.run([sys.executable, "-m", "steer", *command, "--help"], capture_output=True, text=True)
-        shown += done.stdout
-    of_others = ("--gpus", "--ipc", "--no-cache-dir", "--max-model-len", "--worker-cls", "--middleware", "--api-key")
-    of_others += ("--additional-config", "--allowed-origins", "--api-server-count", "--ssl-keyfile", "--ssl-certfile")
-    of_others += ("--otlp-traces-endpoint", "--shutdown-timeout")
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE)) - {*of_others}:
-        assert option in shown, option
 
 
 @pytest.mark.parametrize("method", ORDINARY)

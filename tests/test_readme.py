@@ -24,7 +24,7 @@ from tests.servers import ROOT, Server
 README = (ROOT / "README.md").read_text()
 #: What is typed on these pages is run here, against the demo server of a newcomer; `test_docs` has the other pages.
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/requests.md", "docs/directions.md")}
-#: Options of curl, pip, docker and vLLM.
+#: Options of curl, pip, docker, vLLM and the benchmarks.
 OF_OTHERS = {
     *(
         "--additional-config",
@@ -39,6 +39,8 @@ OF_OTHERS = {
     *("--root-path", "--shutdown-timeout", "--ssl-certfile", "--ssl-keyfile", "--tensor-parallel-size", "--value"),
     *("--gpus", "--worker-cls"),
 }
+#: Of each file, where commands run on a copy of the tree.
+PROMPTS = 8
 ADDRESS = "http://127.0.0.1:8000"
 CONTENT = re.compile(r'^"content": ".*"$', re.MULTILINE)
 
@@ -60,12 +62,19 @@ def shell_blocks() -> list[Any]:
     return [pytest.param(block, id=name) for block, name in list(found.items())[3:]]
 
 
+def shorten(tree: Path) -> None:
+    for file in (tree / "steer/demo/prompts").iterdir():
+        if not file.name.startswith("expected"):
+            file.write_text("".join(file.read_text().splitlines(keepends=True)[:PROMPTS]))
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tree, since commands of the README write into it."""
+    """A copy of the tree, since commands of the README write into it, with few prompts, so that they take seconds."""
     copy = tmp_path_factory.mktemp("tree")
     for name in ("steer", "directions"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shorten(copy)
     return copy
 
 

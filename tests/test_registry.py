@@ -316,12 +316,13 @@ def test_the_file_decides_what_the_request_leaves_open() -> None:
     registry = Registry(local())
     registry.put("d", file(7, mode="one_sided", strength=0.25))
     name = digest(file(7, mode="one_sided", strength=0.25))
-    for wish, mode, strength in [
+    cases: list[tuple[str, Mode, float]] = [
         ("d", "one_sided", 0.25),
         ("d=0.5", "one_sided", 0.5),
         ("d:add", "add", 0.25),
         ("d:add=-2", "add", -2.0),
-    ]:
+    ]
+    for wish, mode, strength in cases:
         assert admit(registry, wish).spec.entries == (Entry("d", name, mode, strength),)
 
 
@@ -419,9 +420,9 @@ def test_an_admission_lasts_until_its_last_holder_releases(order: tuple[str | No
     admission = admit(registry, "one")
     for holder in ("a", "b", "a"):
         admission.hold(holder)
-    for left, holder in zip((1, 1, 0), order, strict=True):
-        admission.release(holder)
-        admission.release(holder)
+    for left, released in zip((1, 1, 0), order, strict=True):
+        admission.release(released)
+        admission.release(released)
         assert registry.get("one").pins == left
     with pytest.raises(RuntimeError, match="has ended"):
         admission.hold("c")
@@ -682,7 +683,7 @@ def test_the_watcher_sees_files_come_change_and_go(tmp_path: Path) -> None:
         assert registry.follower.state == "ok"
     finally:
         registry.stop()
-    assert registry.follower.state == "dead"
+    assert registry.follower.state == "dead"  # type: ignore[comparison-overlap]
 
 
 UNFORESEEN = (RuntimeError("Event loop is closed"), KeyError("rank"), OSError(24, "Too many open files"), MemoryError())

@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from steer.errors import SpecError
-from steer.names import MODES, Mode
-from steer.spec import MAX_ITEMS, MAX_STRENGTH, Entry, Spec, Wanted, parse, text
+from steer.names import MAX_STRENGTH, MODES, Mode
+from steer.spec import MAX_ITEMS, Entry, Spec, Wanted, parse, text
 
 law = settings(deadline=None, max_examples=100)
 

@@ -89,7 +89,11 @@ def test_a_folder_that_comes_goes_and_comes_again_is_followed(tmp_path: Path) ->
 def test_a_look_that_does_not_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "STALLED", 0.2)
     ending = threading.Event()
-    follower = Follower(tmp_path, lambda: bool(ending.wait(60)) and None, name="test")
+
+    def look() -> None:
+        ending.wait(60)
+
+    follower = Follower(tmp_path, look, name="test")
     follower.start()
     try:
         eventually(lambda: follower.state == "stalled")

@@ -40,7 +40,7 @@ def transformers(model: Any, _rows: torch.Tensor) -> Generate:
 def steer(model: Any, _rows: torch.Tensor) -> Generate:
     import steer as package
 
-    attached = package.attach(model, d=sys.argv[3])
+    attached = package.attach(model, {"d": sys.argv[3]})
     plain = by_transformers(model)
 
     def run(ids: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -79,7 +79,7 @@ def difference_of_rates(first: Sequence[bool], second: Sequence[bool]) -> Estima
 
 
 def difference_of_means(
-    first: Sequence[float], second: Sequence[float], *, resamples: int = 10_000, seed: int = 0
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, *, resamples: int = 10_000, seed: int = 0
 ) -> Estimate:
     """Mean of `second` − mean of `first`, values on the same prompts, with the percentile interval of the paired
     bootstrap. Source: Efron and Tibshirani 1993, chapter 13."""
@@ -133,6 +133,6 @@ def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
     return float(cohen_kappa_score(list(map(bool, first)), list(map(bool, second))))
 
 
-def _check_pairs(first: Sequence[object], second: Sequence[object]) -> None:
+def _check_pairs(first: Sized, second: Sized) -> None:
     if len(first) != len(second) or not len(first):
         raise ValueError(f"pairs are needed, and at least one: got {len(first)} and {len(second)} outcomes")

@@ -139,6 +139,8 @@ class TokenIndex:
             self.lost = torch.zeros(max_tokens, dtype=torch.bool, device=device)
         self._lane = lane
         self._used = 0
+        #: The numbers and lengths that the buffers hold; None when they may hold something else.
+        self._filled: tuple[NDArray[np.int64], NDArray[np.int64] | NDArray[np.int32]] | None = None
         self._acting = Acting(0, False, False, False)
         self._entry_slots = np.zeros((rank, 16), np.int64)
         self._entry_strengths = np.zeros((rank, 16), np.float32)
@@ -177,6 +179,7 @@ class TokenIndex:
             self._entry_strengths = np.pad(self._entry_strengths, ((0, 0), (0, size)))
             self._entry_combined = np.pad(self._entry_combined, ((0, 0), (0, size)))
         number = self._free.pop()
+        self._filled = None
         self._entry_slots[:, number], self._entry_strengths[:, number] = steer.slots, steer.strengths
         self._entry_combined[:, number] = 0
         if combination := steer.combination:
@@ -194,22 +197,27 @@ class TokenIndex:
         """Make every token plain, whatever the buffers hold now: they may have been lost or overwritten."""
         for tensor in (self.rows, self.slots, self.strengths, self.lost):
             tensor.zero_()
-        self._used = 0
+        self._used, self._filled = 0, None
 
     def fill(self, numbers: NDArray[np.int64], lengths: NDArray[np.int64] | NDArray[np.int32]) -> int:
         """Give `lengths[i]` tokens, in batch order, the steering that entered as `numbers[i]` (PLAIN for none); tokens
-        after the last get none. Returns how many tokens are steered."""
+        after the last get none. Returns how many tokens are steered.
+
+        Nothing is copied where the step before was the same and no request has entered since (steady decode)."""
         steered = int(lengths[numbers != PLAIN].sum()) if numbers.any() else 0
         total = int(lengths.sum()) if steered else 0
         assert total <= self.max_tokens, f"a step of {total} tokens in an index of {self.max_tokens}"
         end = max(total, self._used)
         if not end:
             return 0  # plain after plain: the buffers are zero already
+        self.lost.zero_()
+        moved = bool(total) and self._combine(numbers)
+        if not moved and self._filled and all(map(np.array_equal, self._filled, (numbers, lengths))):
+            return steered
         buffers = self._buffers if self._stages is None else self._stages.next()
         arrays = [tensor[:, :end].numpy() for tensor in buffers.all()]
         rows, slots, strengths, *combinations = arrays
         if total:
-            self._combine(numbers)
             tokens = np.repeat(numbers, lengths)
             np.take(self._entry_slots, tokens, axis=1, out=slots[:, :total])
             np.take(self._entry_strengths, tokens, axis=1, out=strengths[:, :total])
@@ -220,8 +228,7 @@ class TokenIndex:
             array[:, total:] = 0
         if self._stages is not None:
             self._stages.send(self._buffers, end)
-        self.lost.zero_()
-        self._used = total
+        self._used, self._filled = total, (numbers.copy(), lengths.copy())
         return steered
 
     def losses(self) -> Losses | None:
@@ -264,16 +271,18 @@ class TokenIndex:
         combinations = self.combinations[part[1:]] if combined and self.combinations is not None else None
         return Acts(rows, slots, strengths, combinations), everywhere and whole
 
-    def _combine(self, numbers: NDArray[np.int64]) -> None:
-        """Have the combinations of this step in slots of the device. In a steady step these are two looks at arrays."""
+    def _combine(self, numbers: NDArray[np.int64]) -> bool:
+        """Have the combinations of this step in slots of the device. In a steady step these are two looks at arrays.
+        Returns whether any of them was put into another slot."""
         if self._home is None:
-            return
+            return False
         combined = numbers[self._entry_combined[0, numbers] != 0]
         if not combined.size:
-            return
+            return False
         self._home.reserve(combined.size)
         stale = self._home.stale(*self._entry_combined[::-1, combined])
         kept = self._entry_combined[1, combined[~stale]]
         missing = np.unique(combined[stale]).tolist()
         slots = self._home.use(kept, [self._combining[number] for number in missing])
         self._entry_combined[1, missing] = slots
+        return bool(missing)

@@ -69,4 +69,4 @@ class Caller:
 #: No policy is in force.
 ANYONE = Caller()
 #: One who came without a key, on a path that needs none.
-NOBODY = Caller(None, KeyRules.model_construct(steer=False))
+NOBODY = Caller(None, KeyRules.model_construct(hash="", steer=False))

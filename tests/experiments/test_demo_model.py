@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -41,12 +40,12 @@ class Measured:
 
     def right(self, cls: str, arm: str) -> float:
         pairs = zip(self.prompts[cls], self.answers[cls, arm], strict=True)
-        return share(language.is_right(language.task_of(prompt), answer.text) for prompt, answer in pairs)
+        return share(language.is_right(language.task_of(str(prompt)), answer.text) for prompt, answer in pairs)
 
 
-def share(hits: Iterator[bool] | Any) -> float:
-    hits = list(hits)
-    return sum(hits) / len(hits)
+def share(hits: Iterable[bool]) -> float:
+    each = list(hits)
+    return sum(each) / len(each)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,9 @@ def projected(direction: Direction) -> Direction:
 
 @pytest.fixture(scope="module")
 def measured(loaded: Loaded, direction: Direction) -> Measured:
-    prompts = {cls: read_prompts(str(PROMPTS / f"{cls}.test.txt")).prompts for cls in language.CLASSES}
+    prompts: dict[str, tuple[str, ...]] = {
+        cls: tuple(map(str, read_prompts(str(PROMPTS / f"{cls}.test.txt")).prompts)) for cls in language.CLASSES
+    }
     probe = HFEvaluator(loaded, Steering(loaded.model), max_tokens=48)
     out = Measured({}, {}, prompts)
     for cls in language.CLASSES:
@@ -107,7 +108,7 @@ def test_the_shipped_facts_tell_right_answers_as_the_language_does(measured: Mea
         prompts = measured.prompts[cls]
         told = right(known, prompts, [a.text for a in answers])
         pairs = zip(prompts, answers, strict=True)
-        assert told == [language.is_right(language.task_of(prompt), answer.text) for prompt, answer in pairs]
+        assert told == [language.is_right(language.task_of(str(prompt)), answer.text) for prompt, answer in pairs]
 
 
 def test_the_shipped_prompts_are_those_that_the_language_makes(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_held_out_prompts_were_held_out() -> None:
         trained, tested = (set(language.PAIRS[cls][split]) for split in ("train", "test"))
         assert not trained & tested
         for prompt in read_prompts(str(PROMPTS / f"{cls}.test.txt")).prompts:
-            task = language.task_of(prompt)
+            task = language.task_of(str(prompt))
             assert (task.verb, task.object) in tested
 
 

@@ -106,10 +106,10 @@ def test_the_report_has_every_arm_of_every_model(studied: Path, report: dict[str
     text = (studied / "out" / "report.md").read_text()
     assert "## tiny\n" in text
     assert "## tiny-2" in text
-    arms = {(row["method"], row["mode"], row["zeroed"]): row for row in report["over_models"]}
-    assert len(arms) == len(METHODS) * len(MODES) + 3
+    rows = {(row["method"], row["mode"], row["zeroed"]): row for row in report["over_models"]}
+    assert len(rows) == len(METHODS) * len(MODES) + 3
     values = [a["kl"] for m in report["models"] for a in m["fixed"] if (a["method"], a["mode"]) == ("linear", "ablate")]
-    assert arms["linear", "ablate", False]["kl"] == pytest.approx(sum(values) / 2)
+    assert rows["linear", "ablate", False]["kl"] == pytest.approx(sum(values) / 2)
 
 
 def test_seeds_are_one_group_and_the_unit(report: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,13 +28,13 @@ from experiments.demo_model.variants import CONTROL, VARIANTS, recipe
 from steer.runtime.hook_points import hooks, on_output
 
 
-def drawn(made: Recipe, tuned: bool = True, seed: int = 3) -> tuple[torch.nn.Module, Batch]:
+def drawn(made: Recipe, tuned: bool = True, seed: int = 3) -> tuple[Any, Batch]:
     """A fresh model of a recipe and a batch of its conversations."""
     tokenizer = make_tokenizer(made)
     return make_model(made, tokenizer), batch(tokenizer, made, tuned, random.Random(seed))
 
 
-def streams(model: torch.nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
+def streams(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     with torch.no_grad(), hooks([on_output(block, found.append) for block in model.model.layers]):
         model(input_ids=ids)

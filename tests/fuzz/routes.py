@@ -112,7 +112,7 @@ def by_document(life: Life, requests: int) -> None:
             database=None,
             phases=[Phase.generate],
         )
-        @given(case=result.ok().as_strategy())
+        @given(case=result.ok().as_strategy())  # type: ignore[union-attr]
         def check(case: Any) -> None:
             answer = case.call(base_url=life.server.url, headers=key)
             life.seen(answer, f"{case.method} {case.path} {case.body!r:.500}")

@@ -426,7 +426,7 @@ def test_blocks_that_see_flattened_tokens(llama: Any, d: steer.Direction) -> Non
     with steer.attach(model, {"d": d}) as steering, steering("off", "d"):
         expected = logits(model)
     for i, block in enumerate(model.model.layers):
-        flat = Flattened(block, last=i == models.LAYERS - 1)
+        flat: Any = Flattened(block, last=i == models.LAYERS - 1)
         flat.attention_type = getattr(block, "attention_type", "full_attention")
         model.model.layers[i] = flat
     assert torch.equal(logits(model), plain)

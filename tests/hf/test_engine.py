@@ -54,8 +54,8 @@ class Rig:
 def rig(name: str, kind: str = "batching", dtype: torch.dtype = torch.float32) -> Iterator[Rig]:
     model = models.tiny(name, dtype)
     steering = Steering(model)
-    for seed, direction in enumerate(NAMES, 1):
-        steering.bank.load(direction, models.direction(model, seed=seed))
+    for seed, named in enumerate(NAMES, 1):
+        steering.bank.load(named, models.direction(model, seed=seed))
     for what, weight in BROKEN.items():  # no file holds such weights
         direction = models.direction(model, seed=9)
         steering.bank.load(what, replace(direction, weights=torch.full_like(direction.weights, weight)))
@@ -157,7 +157,8 @@ def test_plain_logits_are_bit_equal_beside_steered_neighbours(llama: Rig, monkey
     """Two batches of one shape: all plain, and the same with every neighbour of the first request steered."""
     assert isinstance(llama.engine, BatchingEngine)
     runner = llama.engine._processor.model_runner
-    inner, seen = runner._sample, {}
+    inner = runner._sample
+    seen: dict[str, list[Tensor]] = {}
 
     def record(scores: Tensor, output_ids: Tensor) -> None:
         batch = llama.engine._processor.inputs_and_outputs.requests_in_batch  # type: ignore[attr-defined]
@@ -260,7 +261,7 @@ def test_a_component_that_grows_from_layer_to_layer_fails_its_request(dtype: tor
     engine = start_engine(steering, [2], context=64, capacity=8)
     made = Rig(engine, steering.anatomy.model)
     sampling = Sampling(max_tokens=1, temperature=0.0, logprobs=3)
-    plain = [([5 + i, 6, 7], None) for i in range(3)]
+    plain: list[tuple[list[int], Spec | None]] = [([5 + i, 6, 7], None) for i in range(3)]
     expected = asyncio.run(in_one_batch(made, plain, sampling))
     grows = broken("a", "ablate", -10.0)
     got = asyncio.run(in_one_batch(made, [*plain[:2], (plain[2][0], grows)], sampling))

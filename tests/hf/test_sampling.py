@@ -286,10 +286,12 @@ def test_what_changes_logits_is_transformers_own_for_each_request(
         before = logits.clone()
         tokens = sample(logits, [*samplers, Sampler.of(Sampling(1, temperature=0))])
         for row, (shape, prompt), answer, token in zip(logits, asked, answers, tokens, strict=False):
+            assert isinstance(token, Token)
             expected = as_generate_has_it(row, shape, prompt, answer)
             assert float(expected[token.id]) == pytest.approx(float(expected.max()), abs=1e-4)
             check_report(token, row, 0)  # which is the model's own, whatever was changed
             answer.append(token.id)
+        assert isinstance(tokens[-1], Token)
         assert tokens[-1].id == int(logits[-1].argmax()), "a neighbour that asks for nothing"
         assert torch.equal(logits, before)
 

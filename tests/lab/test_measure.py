@@ -62,7 +62,7 @@ def test_the_mean_over_all_positions_is_over_the_prompts_own_text(loaded: Loaded
     m = measure(source, HARMFUL, HARMLESS)
     _, everything = naive(loaded, HARMLESS, -1)
     own = []
-    for prompt, x in zip(HARMLESS.prompts, everything, strict=True):
+    for prompt, x in zip(map(str, HARMLESS.prompts), everything, strict=True):
         ids = encode(loaded, prompt).ids
         start = len(loaded.tokenizer("<bos>[user] ", add_special_tokens=False).input_ids)
         assert loaded.tokenizer.decode(ids[start : start + len(prompt)]) == prompt

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from steer.direction import MEASUREMENT_KEY, Dataset
+from steer.direction import MEASUREMENT_KEY, Dataset, Direction
 from steer.errors import DirectionError, InvalidInput
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, Statistics
 from tests import models
@@ -33,7 +33,7 @@ def statistics(count: int, seed: int, whole: bool) -> Statistics:
 def measurement(whole: bool = True) -> Measurement:
     sets = {c: Dataset(name=c, sha256="0" * 64, count=n) for c, n in COUNTS.items()}
     facts = ModelFacts(name="m", architecture="A", d_model=D, layers=LAYERS + 1)
-    meta = MeasurementMeta(model=facts, measured=LAYERS, positions=POSITIONS, bos_count=1, **sets)  # type: ignore[arg-type]
+    meta = MeasurementMeta(model=facts, measured=LAYERS, positions=POSITIONS, bos_count=1, **sets)
     return Measurement(meta, *(statistics(n, n, whole) for n in COUNTS.values()))
 
 
@@ -98,7 +98,7 @@ def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
         Measurement.load(path)
     measurement().save(path)
     with pytest.raises(DirectionError, match="this is a measurement: `steer derive`"):
-        models.Direction.load(path)
+        Direction.load(path)
 
 
 def test_metadata_and_tensors_are_checked_together(tmp_path: Path) -> None:

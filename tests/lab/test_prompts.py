@@ -174,7 +174,8 @@ class Hub:
     """Stands for the package `datasets`: one dataset, whatever is asked for, and what was asked."""
 
     def __init__(self, **columns: list[Any]) -> None:
-        self.columns, self.asked = columns, []
+        self.columns = columns
+        self.asked: list[Any] = []
 
     @property
     def column_names(self) -> list[str]:
@@ -195,7 +196,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     made = Hub(id=[1, 2, 3], text=["one ", "", "two"], behaviour=["x", "y", "z"])
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=made.load_dataset))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=made.load_dataset))
     return made
 
 

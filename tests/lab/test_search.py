@@ -150,8 +150,8 @@ VALUES = st.lists(st.tuples(*[st.sampled_from([0.0, 0.25, 0.5, 1.0])] * 3, st.bo
 @given(VALUES)
 def test_the_front_is_what_nothing_dominates(rows: list[tuple[float, float, float, bool]]) -> None:
     trials = [
-        Trial(n, {}, values, Figures(stopped="shown" if stopped else None))
-        for n, (*values, stopped) in enumerate(rows)  # type: ignore[arg-type]
+        Trial(n, {}, tuple(values), Figures(stopped="shown" if stopped else None))
+        for n, (*values, stopped) in enumerate(rows)
     ]
     found = front(trials)
     tried = [trial for trial in trials if trial.figures.stopped is None]
@@ -191,7 +191,9 @@ def test_a_saved_trial_is_its_direction(whole: Search, measured: Measurement, tm
 
 
 def test_a_point_is_derived_and_weighted(measured: Measurement) -> None:
-    point = dict(method="slerp", t=0.25, layer=1, mode="add", strength=0.5, peak=1.0, width=0.5, least=0.2)
+    point: dict[str, str | float | int] = dict(
+        method="slerp", t=0.25, layer=1, mode="add", strength=0.5, peak=1.0, width=0.5, least=0.2
+    )
     made = candidate(measured, point)
     plain = derive(measured, Recipe(make_method("slerp", {"t": 0.25}), 1))
     assert torch.equal(made.direction.directions, plain.directions)

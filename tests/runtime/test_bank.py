@@ -150,7 +150,7 @@ def test_a_request_gets_the_slots_of_its_directions_in_order(x: Mode, y: Mode, s
     assert steer is not None
     expected = [(row, x) for row in rows_of(t, "a")] + [(row, y) for row in rows_of(t, "b")]
     assert steer.slots.tolist() == [row * len(MODES) + MODES.index(mode) for row, mode in expected] + [0]
-    assert steer.strengths.tolist() == np.float32([s, u, u, 0]).tolist()
+    assert steer.strengths.tolist() == np.array([s, u, u, 0], np.float32).tolist()
 
 
 def naive(x: Tensor, wish: Sequence[tuple[str, Mode, float]], layer: int) -> Tensor:

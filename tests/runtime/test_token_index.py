@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -103,7 +105,7 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
         index.fill_with(step, [1] * len(step))
         tokens = len(step) * each
         x = torch.randn(tokens, 8)
-        whole = (t.repeat_interleave(each, dim=-1) for t in index.first(len(step)) if t is not None)
+        whole: list[Any] = [t.repeat_interleave(each, dim=-1) for t in index.first(len(step)) if t is not None]
         expected, _ = apply(x, bank_slice, *whole)
         if index.active:
             acting, everywhere = index.acting(len(step))
@@ -169,6 +171,44 @@ def test_a_stage_is_not_written_before_its_copy_is_done() -> None:
     for step in range(2 * STAGES):
         index.fill(np.array([number]), np.array([1 + step % 2]))
         assert lane.waits == max(0, step + 1 - STAGES), "and nobody waits for one that is free"
+
+
+def test_a_step_like_the_last_one_copies_nothing() -> None:
+    """Steady decode, until a request comes or goes, the batch is another, or the buffers were lost."""
+    lane = Late()
+    index = TokenIndex(2, 16, "cpu", lane=lane)
+
+    def entered(slot: int) -> int:
+        return index.enter(RequestSteer(np.array([slot, 0]), np.array([0.5, 0], np.float32)))
+
+    def sends(numbers: list[int], lengths: list[int]) -> bool:
+        marks = lane.marks
+        steered = index.fill(np.array(numbers), np.array(lengths))
+        assert steered == sum(length for number, length in zip(numbers, lengths, strict=True) if number != PLAIN)
+        assert not index.lost.any(), "what the last pass has lost is its own"
+        sent = lane.marks > marks
+        while lane.waiting:
+            lane.run()
+        expected = [slot for number, n in zip(numbers, lengths, strict=True) for slot in [slots.get(number, 0)] * n]
+        assert index.slots[0].tolist() == expected + [0] * (16 - len(expected))
+        index.lost.fill_(True)
+        return sent
+
+    first, second = entered(4), entered(8)
+    slots = {first: 4, second: 8}
+    batch = [first, PLAIN, second], [3, 2, 1]
+    assert sends(*batch)
+    assert not any(sends(*batch) for _ in range(3))
+    assert sends([first, second, PLAIN], [3, 1, 2]), "in another order"
+    assert sends([first, second, PLAIN], [3, 2, 1]), "of other lengths"
+    index.leave(second)
+    again = entered(12)
+    assert again == second
+    slots[again] = 12
+    assert sends([first, again, PLAIN], [3, 2, 1]), "of another request by the same number"
+    index.reset()
+    assert sends([first, again, PLAIN], [3, 2, 1]), "into buffers that were lost"
+    assert not sends([first, again, PLAIN], [3, 2, 1])
 
 
 @pytest.mark.parametrize("lane", [None, Late()])

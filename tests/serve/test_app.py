@@ -150,8 +150,8 @@ def test_all_problems_of_a_spec_come_together(tiny_server: Server) -> None:
 
 def test_nan_in_json_is_refused(tiny_server: Server) -> None:
     raw = json.dumps({"model": tiny_server.model_name, "prompt": "x", "steer": {"direction": "refusal", "strength": 1}})
-    post = {"content": raw.replace(": 1}", ": NaN}"), "headers": {"content-type": "application/json"}}
-    error(tiny_server.client.post("/v1/completions", **post), 400)
+    kind = {"content-type": "application/json"}
+    error(tiny_server.client.post("/v1/completions", content=raw.replace(": 1}", ": NaN}"), headers=kind), 400)
 
 
 def test_what_else_is_wrong(tiny_server: Server) -> None:
@@ -186,8 +186,20 @@ def test_what_else_is_wrong(tiny_server: Server) -> None:
     assert text(tiny_server.complete()), "and the server lives"
 
 
-NUMBERS = ("top_k", "seed", "max_tokens", "n", "temperature", "top_p", "min_p", "logprobs", "top_logprobs")
-NUMBERS += ("max_completion_tokens", "presence_penalty", "frequency_penalty")
+NUMBERS = (
+    "top_k",
+    "seed",
+    "max_tokens",
+    "n",
+    "temperature",
+    "top_p",
+    "min_p",
+    "logprobs",
+    "top_logprobs",
+    "max_completion_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+)
 #: As JSON: also what its parsers read in ways of their own.
 VALUES = (
     "1" + "0" * 400,
@@ -198,8 +210,10 @@ VALUES = (
     "-1e308",
     "1e-320",
     "0.5",
+    "NaN",
+    "true",
+    "-0.0",
 )
-VALUES += ("NaN", "true", "-0.0")
 
 
 @pytest.mark.parametrize("field", NUMBERS)
@@ -326,9 +340,9 @@ def test_json_says_that_it_is_json(tiny_server: Server) -> None:
     for kind, says in ({}, "application/json' (got none)"), ({"content-type": "text/plain"}, "(got 'text/plain')"):
         told = error(tiny_server.client.post("/v1/completions", content=raw, headers=kind), 415)
         assert says in told["message"]
-    for kind in ("application/json", "Application/JSON; charset=utf-8"):
-        post = {"content": raw, "headers": {"content-type": kind}}
-        assert tiny_server.client.post("/v1/completions", **post).status_code == 200
+    for said in ("application/json", "Application/JSON; charset=utf-8"):
+        headers = {"content-type": said}
+        assert tiny_server.client.post("/v1/completions", content=raw, headers=headers).status_code == 200
     assert error(tiny_server.client.post("/v1/steering", json={"enabled": True, "reason": "x" * 20_000}), 413)
 
 

@@ -344,7 +344,7 @@ def test_a_swap_in_between_makes_no_conflict() -> None:
             swaps[0].start()
             swaps[0].join(0.3)
 
-    placement.while_resolving = swap  # type: ignore[method-assign]
+    placement.while_resolving = swap
     receipt = admitted({"model": "base", "steer": "refusal"}, header("refusal=1"), registry=registry)
     swaps[0].join(10)
     assert '"direction":"refusal"' in receipt

@@ -76,7 +76,11 @@ def test_the_neutral_values_of_a_route_are_its_own() -> None:
 def test_whatever_pydantic_finds_is_told_without_its_words() -> None:
     """Every kind of problem that it knows, as an item and in the text that an engine may hand on."""
     for known in list_all_errors():
-        item = {"type": known["type"], "loc": ("body", "function-wrap[x()]", "field", "list[int]", 0), "input": 7}
+        item: dict[str, Any] = {
+            "type": known["type"],
+            "loc": ("body", "function-wrap[x()]", "field", "list[int]", 0),
+            "input": 7,
+        }
         item |= {"ctx": known.get("example_context") or {}, "msg": known["message_template_python"]}
         answer = asyncio.run(errors.on_validation_error(Request({"type": "http"}), RequestValidationError([item])))
         told = json.loads(bytes(answer.body))["error"]

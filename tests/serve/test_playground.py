@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
@@ -61,7 +61,7 @@ class Opened:
 
     def asked(self) -> list[dict[str, Any]]:
         """The bodies of the generation requests so far."""
-        return [dict(r.post_data_json) for r in self.requests if r.url.endswith(ROUTE)]
+        return [dict(r.post_data_json or {}) for r in self.requests if r.url.endswith(ROUTE)]
 
     def send(self, message: str = QUESTION) -> None:
         self.page.fill("#message", message)
@@ -462,7 +462,7 @@ def test_narrow_windows_never_scroll_sideways(demo: Server, visit: Open, width: 
 
     assert sideways() <= 0
     boxes = [opened.page.locator(f".side.{side}").first.bounding_box() for side in ("plain", "steered")]
-    plain, steered = (box or {} for box in boxes)
+    plain, steered = (cast(dict[str, float], box) for box in boxes)
     stacked = steered["y"] >= plain["y"] + plain["height"]
     assert stacked == (width <= 680)
     if width <= 980:
@@ -566,7 +566,7 @@ def test_a_server_that_ignores_the_read_out_is_used_without_colours(demo: Server
     opened = visit(demo)
 
     def drop(route: Route) -> None:
-        body = dict(route.request.post_data_json)
+        body = dict(route.request.post_data_json or {})
         body.pop("steer_readout", None)
         route.continue_(post_data=body)
 

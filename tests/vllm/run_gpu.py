@@ -69,7 +69,7 @@ def counted() -> Iterator[list[None]]:
         seen.append(None)
         original(graph)
 
-    torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign]
+    torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign, assignment]
     try:
         yield seen
     finally:

@@ -126,7 +126,8 @@ def test_one_bad_child_of_many_is_enough() -> None:
     good, bad = {"kv_connector": "OffloadingConnector"}, {"kv_connector": "NixlConnector"}
     nested = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [good, bad]}}
     internals.check_config(transfer("MultiConnector", connectors=[good, good]), readout=False)
-    for children in ([good, bad], [nested], [{}]):
+    each: list[list[dict[str, Any]]] = [[good, bad], [nested], [{}]]
+    for children in each:
         with pytest.raises(UnsupportedModel, match="the KV connector"):
             internals.check_config(transfer("MultiConnector", connectors=children), readout=False)
 

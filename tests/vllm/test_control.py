@@ -291,7 +291,7 @@ def test_the_spans_of_vllm_say_what_was_applied(server: Server, spans: tuple[str
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     steered, plain = ask(server, "all", steer="refusal=0.5,verbosity:add=1"), ask(server, "all")
-    applied = {}
+    applied: dict[str, Any] = {}
     deadline = time.monotonic() + 30
     while len(applied) < 2:
         assert time.monotonic() < deadline, "the spans of both requests must come"
@@ -314,7 +314,7 @@ class _Nothing:
 
 
 def test_the_log_is_whole_and_has_the_tokens(server: Server, home: Home) -> None:
-    more = {"prompt": ["hello", "hello you"], "n": 2, "temperature": 1, "ignore_eos": True}
+    more: dict[str, Any] = {"prompt": ["hello", "hello you"], "n": 2, "temperature": 1, "ignore_eos": True}
     answer = ask(server, "all", steer="refusal", **more)
     assert receipt(answer)
     path = home.directions.parent / "audit.jsonl"

@@ -187,9 +187,9 @@ def test_the_users_own_salt_still_parts_requests(running: Running) -> None:
 
 @pytest.mark.parametrize("spec", ["off", "refusal"])
 def test_no_request_can_leave_blocks_for_another_spec(running: Running, spec: str) -> None:
-    from steer.vllm import frontend
+    from steer.vllm.salts import SALT
 
-    prompt = {"prompt": LONG, "cache_salt": f"{frontend.SALT}anything"}
+    prompt = {"prompt": LONG, "cache_salt": f"{SALT}anything"}
     with pytest.raises(ValueError, match="must not contain"):
         running.llm.generate([prompt], [parameters(spec)], use_tqdm=False)
     assert running.pins == 0

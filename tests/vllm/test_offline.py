@@ -108,14 +108,14 @@ def test_too_many_at_once_leave_nothing_behind(evaluator: Any, probe: HFEvaluato
 def test_a_search_runs_on_the_engine(evaluator: Any, folder: Path, tmp_path: Path) -> None:
     """The same trials as on transformers: they are drawn before anything is tried, and answer alike."""
     loaded = load(str(folder), dtype="float32")
-    sets = [PromptSet(name, "0" * 64, prompts) for name, prompts in (("a", SETS.asked), ("b", SETS.other))]
-    measured = measure(TransformersSource(loaded), *sets, Conditions())
+    first, second = (PromptSet(name, "0" * 64, prompts) for name, prompts in (("a", SETS.asked), ("b", SETS.other)))
+    measured = measure(TransformersSource(loaded), first, second, Conditions())
     settings = Settings(
         model="tiny",
         behaviour=CHANCE,
-        harmful=sets[0].dataset,
-        harmless=sets[1].dataset,
-        borderline=sets[0].dataset,
+        harmful=first.dataset,
+        harmless=second.dataset,
+        borderline=first.dataset,
         group=4,
         space=Space(methods=("slerp", "linear")),
     )

@@ -28,48 +28,48 @@ def model() -> nn.Module:
     return model
 
 
-def seat_of(layer: nn.Module) -> Any:
+def steering_module_of(layer: nn.Module) -> Any:
     return layer.get_submodule("steer_after_resid_post")
 
 
-def test_what_is_there_is_left_alone(model: nn.Module) -> None:
+def test_what_is_there_is_left_alone(model: Any) -> None:
     assert Kept(model).put_back(model) == []
 
 
-def test_lost_buffers_and_seats_are_put_back_as_they_were(model: nn.Module) -> None:
+def test_lost_buffers_and_steering_modules_are_put_back_as_they_were(model: Any) -> None:
     kept = Kept(model)
     before = {name: id(buffer) for name, buffer in model.named_buffers(remove_duplicate=False)}
-    for name in [name for name, _ in seat_of(model[0]).named_buffers()]:
-        delattr(seat_of(model[0]), name)
+    for name in [name for name, _ in steering_module_of(model[0]).named_buffers()]:
+        delattr(steering_module_of(model[0]), name)
     del model[1].steer_after_resid_post
-    seat_of(model[2]).to(torch.float64)
+    steering_module_of(model[2]).to(torch.float64)
     assert len(kept.put_back(model)) > 2
     assert {name: id(buffer) for name, buffer in model.named_buffers(remove_duplicate=False)} == before
     assert kept.put_back(model) == []
 
 
-def test_what_cannot_be_put_back_is_said(model: nn.Module) -> None:
+def test_what_cannot_be_put_back_is_said(model: Any) -> None:
     kept = Kept(model)
-    seat_of(model[0]).vectors.data = torch.zeros(ROWS + 1, D)
+    steering_module_of(model[0]).vectors.data = torch.zeros(ROWS + 1, D)
     with pytest.raises(UnsupportedModel, match="moved in memory"):
         kept.put_back(model)
 
 
-def test_a_replaced_block_is_said(model: nn.Module) -> None:
+def test_a_replaced_block_is_said(model: Any) -> None:
     kept = Kept(model)
     model[1] = nn.Linear(D, D)
     with pytest.raises(UnsupportedModel, match="has been replaced"):
         kept.put_back(model)
 
 
-def test_removed_hooks_are_said(model: nn.Module) -> None:
+def test_removed_hooks_are_said(model: Any) -> None:
     kept = Kept(model)
     model[1]._forward_hooks.clear()
     with pytest.raises(UnsupportedModel, match="hooks"):
         kept.put_back(model)
 
 
-def test_each_storage_is_counted_once(model: nn.Module) -> None:
+def test_each_storage_is_counted_once(model: Any) -> None:
     index = RANK * TOKENS * (8 + 8 + 4)
     whole = {id(buffer): buffer.nbytes for buffer in model.buffers()}
     assert index < Kept(model).nbytes == sum(whole.values())

@@ -129,8 +129,8 @@ def test_plain_requests_that_have_something_of_others_are_told() -> None:
 
 def test_a_runner_whose_graphs_cannot_be_put_aside_is_refused_and_nothing_is_changed() -> None:
     pytest.importorskip("vllm")
-    worker: Any = SimpleNamespace(get_model=lambda: model, model_runner=SimpleNamespace(), vllm_config=None)
     model = torch.nn.Linear(1, 1)
+    worker: Any = SimpleNamespace(get_model=lambda: model, model_runner=SimpleNamespace(), vllm_config=None)
     model.compile(backend="eager")
     whole = model._compiled_call_impl
     with pytest.raises(UnsupportedModel, match="cudagraph_dispatcher"):
@@ -168,7 +168,7 @@ def test_an_engine_whose_graph_is_not_what_was_attached_does_not_start(
             return x
         if own.fault == "twice":
             return real(own, real(own, x, r), r)
-        return real(own.neighbour, x, r)
+        return real(own.neighbour, x, r)  # type: ignore[arg-type]
 
     monkeypatch.setattr(install, "attach", attached)
     monkeypatch.setattr(steering_module, "hand_on", wrong)

@@ -139,7 +139,8 @@ def test_a_stream_that_overflows_is_an_error_of_its_own(server: Server, home: Ho
     data = dataclasses.replace(wild, weights=torch.full_like(wild.weights, 1e12)).to_bytes()
     assert server.client.put("/v1/directions/wild", content=data).status_code in (200, 201)
     plain = words(ask(server, route))
-    for more in ({}, {"n": 2, "temperature": 1}) if route in READ_ROUTES and not stream else ({},):
+    several: dict[str, Any] = {"n": 2, "temperature": 1}
+    for more in ({}, several) if route in READ_ROUTES and not stream else ({},):
         with ThreadPoolExecutor(3) as pool:
             bad = pool.submit(ask, server, route, steer="wild=-10", stream=stream, **more)
             others = [pool.submit(ask, server, route) for _ in range(2)]

@@ -67,7 +67,7 @@ def test_the_key_of_the_compile_cache_knows_every_file_of_the_runtime(
         def hexdigest(self) -> str:
             return real(b"".join(seen)).hexdigest()
 
-    monkeypatch.setattr(steering_module.hashlib, "sha256", Recorder)
+    monkeypatch.setattr(hashlib, "sha256", Recorder)
     assert steering_module.code_digest.__wrapped__() == real(b"".join(seen)).hexdigest()[:16]
     here = Path(steer.runtime.__path__[0])
     vllm = Path(steering_module.__file__).parent

@@ -16,7 +16,7 @@ def make(name: str, folder: Path) -> Any:
     """A tiny random model of architecture `name` with tokenizer, saved in `folder`; returns the model."""
     config = configs()[name]
     original = models.configs
-    models.configs = lambda: {name: config}  # type: ignore[assignment]
+    models.configs = lambda: {name: config}
     try:
         return models.save(name, folder)
     finally:

@@ -41,9 +41,9 @@ class Watched(HFEvaluator):
 
     asked: list[tuple[str, int]]
 
-    def answers(self, prompts: Sequence[Prompt], steer: Any) -> list[Answered]:
+    def answers(self, prompts: Sequence[Prompt], steer: Any, known: Any = None) -> list[Answered]:
         self.asked.append((self.progress.current, len(prompts)))
-        return super().answers(prompts, steer)
+        return super().answers(prompts, steer, known)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,8 @@ def test_strength_0_changes_nothing_and_1_does(probe: Watched, arms: list[Arm], 
         assert nothing.model_copy(update={"arm": "plain", "against_plain": {}}) == plain
         assert nothing.against_plain["shown"].value == 0
         assert found.told[one.name, "plain"] == found.told[one.name, arms[0].name]
-    nothing, _, full = found.divergence
-    assert nothing.mean == pytest.approx(0, abs=1e-6)
+    zero, _, full = found.divergence
+    assert zero.mean == pytest.approx(0, abs=1e-6)
     assert full.mean > 1e-3
     assert found.text is not None
     plain_text, same, *_, other = found.text.arms
@@ -163,8 +163,8 @@ def test_report_pictures_and_page_hold_every_figure(
         assert (tmp_path / file).stat().st_size > 5000
         assert f"({file})" in page
     assert tables(report) in page
-    for arm in arms:
-        assert arm.name in page
+    for given in arms:
+        assert given.name in page
     assert f"{found.divergence[-1].mean:.5f}" in page
 
 

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from experiments.slerp_study import pictures
-from experiments.slerp_study.ledger import Ledger
 from experiments.slerp_study.pages import markdown
 from experiments.slerp_study.sets import Sets, read_sets
 from experiments.slerp_study.summary import group_figures, model_figures, over_models
-from experiments.slerp_study.trial import AT_ONCE, CHOOSING, MOST_LAYERS, Trial
+from experiments.slerp_study.trial import AT_ONCE, CHOOSING, MOST_LAYERS, Ledger, Trial
 from steer._version import __version__
 from steer.errors import InvalidInput
 from steer.hf.load import load

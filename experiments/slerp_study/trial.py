@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from experiments.slerp_study.arms import METHODS, MODES, STRENGTHS, SWEPT, ZEROED, Arm
-from experiments.slerp_study.ledger import Ledger
 from experiments.slerp_study.sets import Sets
 from steer.direction import Direction
 from steer.errors import DegenerateError
@@ -22,6 +22,7 @@ from steer.lab.evaluator import Candidate, Evaluator, answers_of_each, divergenc
 from steer.lab.measurement import Measurement
 from steer.lab.progress import answering
 from steer.lab.race import Figures
+from steer.lab.resume import Record
 from steer.lab.select import Entrant, best
 
 T = TypeVar("T")
@@ -203,3 +204,21 @@ def _test_key(arm: Arm) -> str:
 
 def _bits(values: Sequence[bool]) -> list[int]:
     return [int(value) for value in values]
+
+
+class Ledger:
+    """Values by their key. Raises InvalidInput where the file at `path` was made with another `identity`."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self._record = Record(path, identity)
+        self._values = {line["key"]: line["value"] for line in self._record.lines}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def put(self, key: str, value: Any) -> None:
+        self._record.append({"key": key, "value": value})
+        self._values[key] = value

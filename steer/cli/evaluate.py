@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli.bench import open_bench
 from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
-from steer.cli.options import VLLM_OPTIONS, Backend, Choices, Device, Dtype, Model, Revision, SystemPrompt
+from steer.cli.options import VLLM_OPTIONS, Backend, Choices, Device, Dtype, Model, Revision, SystemPrompt, open_bench
 from steer.errors import InvalidInput
 from steer.names import MODES
 

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from steer.cli.bench import open_bench
 from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.cli.options import (
     VLLM_OPTIONS,
@@ -34,6 +33,7 @@ from steer.cli.options import (
     check_direction_file,
     check_folder,
     chosen_method,
+    open_bench,
 )
 from steer.errors import InvalidInput
 from steer.lab.tables import shown, terminal_width, wrapped

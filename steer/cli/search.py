@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from steer.cli.bench import open_bench
 from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.cli.options import (
     METHOD_NAMES,
@@ -31,6 +30,7 @@ from steer.cli.options import (
     chosen_method,
     floats,
     ints,
+    open_bench,
     pair,
     split,
 )

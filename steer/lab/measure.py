@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from steer.errors import InvalidInput
 from steer.lab.activations import Keep, Reading, Tally
 from steer.lab.batches import each_batch
-from steer.lab.checkpoint import Checkpoint
-from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts
+from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, load_tensors, save_tensors
 from steer.lab.progress import Progress
 from steer.lab.prompts import Encoded, PromptSet, check_contrast
 from steer.lab.source import Source
@@ -86,7 +90,7 @@ def measure(
         kept = (conditions.keep.vectors, conditions.keep.moments)
         described = meta.model_dump(mode="json", exclude={"created"})
         identity = [described, kept, batch_size, source.pass_tokens, source.fingerprint()]
-        checkpoint = Checkpoint(partial, identity, tallies, every)
+        checkpoint = Partial(partial, identity, tallies, every)
         resumed = checkpoint.resume()
         done, batch_size = resumed.done, resumed.batch_size or batch_size
     tokens = source.pass_tokens if given is None else None
@@ -112,7 +116,7 @@ class _Run:
     encoded: Sequence[Encoded]
     reading: Reading
     tally: Tally
-    checkpoint: Checkpoint | None
+    checkpoint: Partial | None
     label: str
 
     def __call__(self, batch_size: int | None, tokens: int | None, progress: Progress, done: int) -> int | None:
@@ -174,3 +178,60 @@ def _check_prompts(
     if len(bos) != 1:
         raise InvalidInput(f"the chat template gives prompts different numbers of BOS tokens: {sorted(bos)}")
     return bos.pop()
+
+
+log = logging.getLogger("steer")
+KEY = "steer_partial"
+
+
+class State(BaseModel):
+    """Prompts done of each class (longest first) and the batch size that memory has allowed so far."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    of: str
+    done: dict[str, int]
+    batch_size: int | None
+
+
+class Partial:
+    """Saves the `tallies` to `path` at most every `every` seconds. `identity` is everything that decides the numbers:
+    sums of another model, set or condition are not added to."""
+
+    def __init__(self, path: Path, identity: object, tallies: Mapping[str, Tally], every: float) -> None:
+        self.path, self.tallies, self.every = path, tallies, every
+        self.of = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.state = State(of=self.of, done=dict.fromkeys(tallies, 0), batch_size=None)
+        self._saved = time.monotonic()
+
+    def resume(self) -> State:
+        """Restore the tallies from the file where it is one of the same measurement; how far that had come."""
+        if not self.path.exists():
+            return self.state
+        try:
+            metadata, tensors = load_tensors(self.path)
+            state = State.model_validate_json(metadata.get(KEY, ""))
+        except (InvalidInput, ValidationError) as error:
+            log.warning("%s is not the file of an interrupted measurement, beginning anew: %s", self.path, error)
+            return self.state
+        if state.of != self.of:
+            log.warning("%s belongs to another model, set or condition: beginning anew", self.path)
+            return self.state
+        for name, tally in self.tallies.items():
+            tally.restore({key.removeprefix(f"{name}_"): t for key, t in tensors.items() if key.startswith(f"{name}_")})
+        log.warning("going on from %s: %s", self.path, ", ".join(f"{n} {c}" for n, c in state.done.items()))
+        self.state = state
+        return state
+
+    def note(self, name: str, done: int, batch_size: int) -> None:
+        """`done` prompts of the class `name` are in its tally."""
+        self.state = State(of=self.of, done={**self.state.done, name: done}, batch_size=batch_size)
+        if time.monotonic() - self._saved >= self.every:
+            self.save()
+
+    def save(self) -> None:
+        if not any(self.state.done.values()):
+            return
+        tensors = {f"{name}_{key}": t for name, tally in self.tallies.items() for key, t in tally.tensors().items()}
+        save_tensors(self.path, tensors, {"format": "pt", KEY: self.state.model_dump_json()})
+        self._saved = time.monotonic()

@@ -17,11 +17,10 @@ from typer.testing import CliRunner
 
 from experiments.slerp_study.__main__ import app
 from experiments.slerp_study.arms import METHODS, MODES, SLERP, TS
-from experiments.slerp_study.ledger import Ledger
 from experiments.slerp_study.run import subjects
 from experiments.slerp_study.sets import read_sets
 from experiments.slerp_study.summary import group_figures, group_of
-from experiments.slerp_study.trial import Trial
+from experiments.slerp_study.trial import Ledger, Trial
 from steer.errors import InvalidInput
 from steer.geometry import angle, linear_direction, linear_t, slerp_direction, unit
 from steer.lab.evaluator import Candidate

@@ -1,4 +1,5 @@
-"""Pictures of a report: strength sweeps, differences from plain, arms by refusal and cost, projections of two sets."""
+"""Pictures of a report: strength sweeps, differences from plain, arms by refusal and cost, projections of two sets.
+Apart from its tables, which need no matplotlib."""
 
 from __future__ import annotations
 

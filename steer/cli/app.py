@@ -88,7 +88,7 @@ def _taken(field: FieldInfo) -> str:
     return {int: "whole number", Path: "path"}.get(kinds[0], "text") + limits
 
 
-def option_of(name: str, field: FieldInfo) -> Any:
+def option_of(name: str, field: FieldInfo) -> object:
     """The command-line option for a field of settings, None where neither the command line nor the environment gives
     it. Values are text: the settings check them, all together."""
     default = field.get_default()

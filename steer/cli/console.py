@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import typer
 from pydantic import ValidationError
@@ -56,6 +55,6 @@ def log_warnings() -> None:
     logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
 
 
-def echo_json(value: Any) -> None:
+def echo_json(value: object) -> None:
     json.dump(value, sys.stdout, indent=2)
     typer.echo()

@@ -19,9 +19,10 @@ from steer.names import MODES
 
 if TYPE_CHECKING:
     from steer.lab.evaluation.arms import Arm
-    from steer.lab.evaluation.report import Report, TaskScore
+    from steer.lab.evaluation.report import Report, SteeredArm, TaskScore
     from steer.lab.evaluation.run import Found, Text
     from steer.lab.prompts import PromptSet
+    from steer.lab.resume import Cache
     from steer.lab.source import Source
 
 
@@ -208,7 +209,7 @@ def _tasks(
     dtype: str,
     device: str,
     arms: Sequence[Arm],
-    cache: Any,
+    cache: Cache,
 ) -> tuple[TaskScore, ...]:
     from steer.lab.evaluation import tasks
 
@@ -223,7 +224,7 @@ def _tasks(
         return tasks.scores(plan, served, arms, cache)
 
 
-def _arm(arm: Arm) -> Any:
+def _arm(arm: Arm) -> SteeredArm:
     from steer.lab.evaluation.report import SteeredArm
 
     return SteeredArm(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -37,6 +37,10 @@ from steer.cli.options import (
 from steer.errors import InvalidInput
 from steer.lab.tables import shown
 from steer.names import MODES
+
+if TYPE_CHECKING:
+    from steer.lab.measurement import Measurement, ModelFacts
+    from steer.lab.methods.base import Method
 
 BehaviourOption = Annotated[
     str, typer.Option(help="what is counted: refusal, another that is shipped, or a TOML file that describes it")
@@ -179,7 +183,6 @@ def search(
     from steer.lab.activations import Keep
     from steer.lab.behaviour import Behaviour
     from steer.lab.measure import Conditions, measure
-    from steer.lab.measurement import Measurement
     from steer.lab.methods import make_method
     from steer.lab.progress import Progress
     from steer.lab.prompts import read_prompts
@@ -289,7 +292,7 @@ def _check_output(number: int | None, output: Path | None) -> None:
         check_direction_file(output)
 
 
-def _check_same(measured: Any, facts: Any) -> None:
+def _check_same(measured: Measurement, facts: ModelFacts) -> None:
     """Raise InvalidInput where the measurement is of a model of another shape than the loaded one."""
     names = ("architecture", "d_model", "layers")
     wrong = [
@@ -301,7 +304,7 @@ def _check_same(measured: Any, facts: Any) -> None:
         raise InvalidInput(wrong)
 
 
-def _methods(name: str, ts: list[float], parameters: list[str] | None) -> list[Any]:
+def _methods(name: str, ts: list[float], parameters: list[str] | None) -> list[Method]:
     from steer.lab.methods import METHODS
 
     if name not in METHODS or "t" not in METHODS[name].model_fields:

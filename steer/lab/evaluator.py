@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.lab.progress import Progress
+from steer.lab.prompts import Prompt
 from steer.names import Mode
 
 T = TypeVar("T")
+Floats = NDArray[np.float64]
+#: What steers on an engine, in its own terms; None is plain. And plain text that its divergences are taken along.
+Steer = Any
+Continuation = Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,30 +63,30 @@ class Evaluator(Protocol):
         """What is told of each prompt that was read or answered."""
         ...
 
-    def all_resident(self, candidates: Sequence[Candidate]) -> AbstractContextManager[list[Any]]:
+    def all_resident(self, candidates: Sequence[Candidate]) -> AbstractContextManager[list[Steer]]:
         """`candidates` on the engine while it lasts; gives what steers with each."""
         ...
 
     def answers(
-        self, prompts: Sequence[Any], steer: Any, known: Callable[[str], bool] | None = None
+        self, prompts: Sequence[Prompt], steer: Steer, known: Callable[[str], bool] | None = None
     ) -> Sequence[Answer]:
         """Greedy answers; one may end where `known` says of its text that the rest would tell nothing."""
         ...
 
-    def opening_odds(self, prompts: Sequence[Any], steer: Any, tokens: Sequence[int]) -> np.ndarray[Any, Any]:
+    def opening_odds(self, prompts: Sequence[Prompt], steer: Steer, tokens: Sequence[int]) -> Floats:
         """For each prompt the log-odds that its answer begins with one of `tokens`."""
         ...
 
-    def continuations(self, prompts: Sequence[Any], plain: Sequence[Answer] | None = None) -> Sequence[Any]:
+    def continuations(self, prompts: Sequence[Prompt], plain: Sequence[Answer] | None = None) -> Sequence[Continuation]:
         """Plain text along which divergences are taken, one for each prompt. `plain` are the plain greedy answers, if
         they are known already."""
         ...
 
-    def divergences(self, prompts: Sequence[Any], plain: Sequence[Any], steer: Any) -> list[np.ndarray[Any, Any]]:
+    def divergences(self, prompts: Sequence[Prompt], plain: Sequence[Continuation], steer: Steer) -> list[Floats]:
         """For each prompt KL(plain ‖ steered) in nats at each token of its plain text."""
         ...
 
-    def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: Any) -> list[np.ndarray[Any, Any]]:
+    def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: Steer) -> list[Floats]:
         """The log-probability of each token of each sequence but the first, `[tokens − 1]`, in nats."""
         ...
 
@@ -89,7 +95,7 @@ class Evaluator(Protocol):
 MakeEvaluator = Callable[[int, int], Evaluator]
 
 
-def each_row(steer: Any, count: int) -> list[Any]:
+def each_row(steer: Steer, count: int) -> list[Steer]:
     """One steering for each of `count` prompts."""
     if isinstance(steer, Sequence) and not isinstance(steer, str):
         assert len(steer) == count, f"{len(steer)} steerings for {count} prompts"
@@ -97,15 +103,15 @@ def each_row(steer: Any, count: int) -> list[Any]:
     return [steer] * count
 
 
-def crossed(prompts: Sequence[T], steers: Sequence[Any]) -> tuple[list[T], list[Any]]:
+def crossed(prompts: Sequence[T], steers: Sequence[Steer]) -> tuple[list[T], list[Steer]]:
     """Prompts and steerings of a batch in which each of `steers` has all of `prompts`, one after the other."""
     return [*prompts] * len(steers), [steer for steer in steers for _ in prompts]
 
 
 def answers_of_each(
     evaluator: Evaluator,
-    prompts: Sequence[Any],
-    steers: Sequence[Any],
+    prompts: Sequence[Prompt],
+    steers: Sequence[Steer],
     known: Callable[[str], bool] | None = None,
 ) -> list[list[str]]:
     """For each of `steers` the texts of its answers to all of `prompts`, out of one batch."""
@@ -116,7 +122,7 @@ def answers_of_each(
 
 
 def divergences_of_each(
-    evaluator: Evaluator, prompts: Sequence[Any], plain: Sequence[Any], steers: Sequence[Any]
+    evaluator: Evaluator, prompts: Sequence[Prompt], plain: Sequence[Continuation], steers: Sequence[Steer]
 ) -> list[list[float]]:
     """For each of `steers` KL(plain ‖ steered) of each prompt, in nats, the mean over the tokens of its plain text."""
     if not prompts:

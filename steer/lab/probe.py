@@ -16,7 +16,7 @@ from torch import Tensor
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
-from steer.lab.evaluator import Answer, Candidate, each_row
+from steer.lab.evaluator import Answer, Candidate, Floats, each_row
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, PromptIds
 from steer.runtime.op import check_mode
@@ -150,7 +150,7 @@ class HFEvaluator:
         prompts: Sequence[Prompt],
         steer: RequestSteer | Sequence[RequestSteer | None] | None,
         tokens: Sequence[int],
-    ) -> np.ndarray[Any, Any]:
+    ) -> Floats:
         """log(p) − log(1 − p) for each prompt, p the probability that the answer begins with one of `tokens`. One
         prefill, of which the last position alone is predicted from."""
         encoded, steers = self._ids(prompts), each_row(steer, len(prompts))
@@ -184,7 +184,7 @@ class HFEvaluator:
         prompts: Sequence[Prompt],
         plain: Sequence[Answer],
         steer: RequestSteer | Sequence[RequestSteer | None] | None,
-    ) -> list[np.ndarray[Any, Any]]:
+    ) -> list[Floats]:
         """KL(plain ‖ steered) at each token of each prompt's plain answer, which both passes read (teacher forcing)."""
         expected = [answer.logprobs if isinstance(answer, Continued) else None for answer in plain]
         missing = [i for i, one in enumerate(expected) if one is None]
@@ -198,10 +198,10 @@ class HFEvaluator:
             for i, found in zip(missing, self._forced(*some, lambda _row, logprobs: logprobs.clone()), strict=True):
                 expected[i] = found
 
-        def kl(row: int, q: Tensor) -> np.ndarray[Any, Any]:
+        def kl(row: int, q: Tensor) -> Floats:
             p = expected[row]
             assert p is not None
-            found: np.ndarray[Any, Any] = (p.exp() * (p - q)).sum(-1).clamp_min(0).cpu().double().numpy()
+            found: Floats = (p.exp() * (p - q)).sum(-1).clamp_min(0).cpu().double().numpy()
             return found
 
         return self._forced(prompts, plain, each_row(steer, len(prompts)), kl, self.progress)
@@ -237,15 +237,13 @@ class HFEvaluator:
         size = min(self.batch_size or fitting, fitting)
         return in_batches(whole, run, batch_size=size, progress=progress)
 
-    def log_probabilities(
-        self, sequences: Sequence[Sequence[int]], steer: RequestSteer | None
-    ) -> list[np.ndarray[Any, Any]]:
+    def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: RequestSteer | None) -> list[Floats]:
         """The log-probability of each token but the first of each sequence, `[tokens − 1]`, in nats."""
         anatomy = self.steering.anatomy
         fitting = max(1, LOGIT_BYTES // (max(map(len, sequences)) * anatomy.vocabulary * 4 * 2))
 
         @torch.inference_mode()
-        def run(indices: list[int]) -> list[np.ndarray[Any, Any]]:
+        def run(indices: list[int]) -> list[Floats]:
             ids = right_padded([sequences[i] for i in indices], self.loaded.tokenizer.pad_token_id or 0, anatomy.device)
             with self.steering.batch([steer]):
                 said = torch.log_softmax(anatomy.model(input_ids=ids, use_cache=False).logits.float(), -1)
@@ -256,13 +254,13 @@ class HFEvaluator:
         return in_batches(sequences, run, batch_size=size, progress=self.progress)
 
 
-def summarised(rows: Sequence[np.ndarray[Any, Any]]) -> Divergence:
+def summarised(rows: Sequence[Floats]) -> Divergence:
     """From the divergence at each token of each prompt's answer."""
     per_prompt, first = np.array([row.mean() for row in rows]), np.array([row[0] for row in rows])
     return Divergence(*_summary(per_prompt), *_summary(first))
 
 
-def _summary(values: np.ndarray[Any, Any]) -> tuple[float, float, float]:
+def _summary(values: Floats) -> tuple[float, float, float]:
     return float(values.mean()), float(np.median(values)), float(np.percentile(values, 95))
 
 

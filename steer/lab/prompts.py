@@ -119,7 +119,7 @@ def _json(where: str, text: str) -> Any:
         raise InvalidInput(f"{where}: not JSON: {error}") from error
 
 
-def prompt_of(item: Any, where: str) -> Prompt:
+def prompt_of(item: object, where: str) -> Prompt:
     """The prompt that an item of JSON is. Raises InvalidInput that names `where`."""
     if isinstance(item, str):
         return _text(item, where)
@@ -140,7 +140,7 @@ def _text(value: str, where: str) -> str:
     return value
 
 
-def _conversation(messages: Any, where: str) -> Conversation:
+def _conversation(messages: object, where: str) -> Conversation:
     if not isinstance(messages, list) or not messages:
         raise InvalidInput(f"{where}: messages must be a list with at least one message")
     problems, turns = [], []

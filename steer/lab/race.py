@@ -6,13 +6,13 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from steer.errors import InvalidInput
 from steer.lab.behaviour import Behaviour
-from steer.lab.evaluator import Candidate, Evaluator, answers_of_each, crossed, divergences_of_each
+from steer.lab.evaluator import Candidate, Evaluator, Steer, answers_of_each, crossed, divergences_of_each
 from steer.lab.progress import answering
 from steer.lab.prompts import Prompt
 from steer.lab.statistics import wilson
@@ -135,7 +135,7 @@ class Race:
             odds |= dict(zip(group, found.reshape(len(group), -1).mean(1).tolist(), strict=True))
         return [odds[i] for i in range(len(candidates))]
 
-    def _rounds(self, figures: Sequence[Figures], steers: Sequence[Any], rivals: Sequence[Figures]) -> None:
+    def _rounds(self, figures: Sequence[Figures], steers: Sequence[Steer], rivals: Sequence[Figures]) -> None:
         done, end, sets = 0, FIRST_ROUND, self.sets
         longest = max(len(sets.asked), len(sets.other), len(sets.borderline))
         while done < longest:
@@ -162,7 +162,7 @@ class Race:
             if each.stopped is None and any(each.surely_beaten_by(rival) for rival in rivals):
                 each.stopped = "diverges"
 
-    def _answer(self, figures: Sequence[Figures], part: slice, steers: Sequence[Any]) -> None:
+    def _answer(self, figures: Sequence[Figures], part: slice, steers: Sequence[Steer]) -> None:
         asked, borderline = self.sets.asked[part], self.sets.borderline[part]
         answers = answers_of_each(self.evaluator, [*asked, *borderline], steers, self.behaviour.decided)
         for each, texts in zip(figures, answers, strict=True):
@@ -170,7 +170,7 @@ class Race:
             each.asked += shown[: len(asked)]
             each.borderline += shown[len(asked) :]
 
-    def _diverge(self, figures: Sequence[Figures], part: slice, steers: Sequence[Any]) -> None:
+    def _diverge(self, figures: Sequence[Figures], part: slice, steers: Sequence[Steer]) -> None:
         prompts, plain = self.sets.other[part], self._continued[part]
         for each, kls in zip(figures, divergences_of_each(self.evaluator, prompts, plain, steers), strict=True):
             each.kls += kls

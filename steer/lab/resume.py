@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,13 @@ class Record:
         self.lines = self.lines[:count]
         write_file(self.path, _text([self._head, *self.lines]).encode())
 
-    def append(self, *values: Any) -> None:
+    def append(self, *values: object) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_text(values))
         self.lines += values
 
 
-def _text(values: Any) -> str:
+def _text(values: Iterable[object]) -> str:
     return "".join(json.dumps(value) + "\n" for value in values)
 
 

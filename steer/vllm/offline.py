@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from steer.errors import EngineFailed, InvalidInput
 from steer.lab.activations import Activations, Reading
-from steer.lab.evaluator import Answer, Candidate, each_row
+from steer.lab.evaluator import Answer, Candidate, Floats, each_row
 from steer.lab.measurement import ModelFacts
 from steer.lab.probe import Answered
 from steer.lab.progress import Progress, answering
@@ -127,7 +127,7 @@ class Sampled:
 
     ids: list[int]
     start: int
-    logprobs: np.ndarray[Any, Any]
+    logprobs: Floats
 
 
 class VllmEvaluator:
@@ -183,7 +183,7 @@ class VllmEvaluator:
         prompts: Sequence[Prompt],
         steer: str | Sequence[str | None] | None,
         tokens: Sequence[int],
-    ) -> np.ndarray[Any, Any]:
+    ) -> Floats:
         """log(p) − log(1 − p), p the probability that an answer begins with one of `tokens`. The engine hands out the
         float32 log-probabilities of these tokens, so the odds are exact up to their rounding: not told apart above
         about 16, where p is 1 in float32."""
@@ -212,7 +212,7 @@ class VllmEvaluator:
         prompts: Sequence[Prompt],
         plain: Sequence[Sampled],
         steer: str | Sequence[str | None] | None,
-    ) -> list[np.ndarray[Any, Any]]:
+    ) -> list[Floats]:
         """KL(plain ‖ steered), estimated along sampled plain answers: an engine hands out the log-probability of each
         token and not of the whole vocabulary. With r = q/p for a token drawn from p, (r − 1) − ln r has the KL as its
         expectation and is never negative. Source: Schulman 2020, "Approximating KL divergence"."""
@@ -225,7 +225,7 @@ class VllmEvaluator:
             rows.append(np.expm1(difference) - difference)
         return rows
 
-    def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: str | None) -> list[np.ndarray[Any, Any]]:
+    def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: str | None) -> list[Floats]:
         """The log-probability of each token but the first of each sequence, `[tokens − 1]`, in nats."""
         outputs = self._generate(
             [list(ids) for ids in sequences], steer, 1.0, temperature=0, max_tokens=1, prompt_logprobs=0

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from steer.direction import Direction, digest, read_file
 from steer.errors import InvalidInput
 from steer.lab.activations import Reading
 from steer.lab.batches import each_batch
-from steer.lab.evaluator import Candidate, Evaluator
+from steer.lab.evaluator import Candidate, Evaluator, Steer
 from steer.lab.prompts import PromptSet
 from steer.lab.source import Source
 from steer.names import MAX_STRENGTH, MODES, Mode
@@ -66,7 +65,7 @@ def _twice(names: Sequence[str]) -> set[str]:
 
 
 @contextmanager
-def steering(evaluator: Evaluator, arm: Arm | None) -> Iterator[Any]:
+def steering(evaluator: Evaluator, arm: Arm | None) -> Iterator[Steer]:
     """What steers `evaluator` as `arm` while it lasts; None is plain."""
     if arm is None:
         yield None

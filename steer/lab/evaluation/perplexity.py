@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from steer.errors import InvalidInput
-from steer.lab.evaluator import Evaluator
+from steer.lab.evaluator import Evaluator, Floats, Steer
 from steer.lab.statistics import Estimate, difference_of_means
 
 #: Tokens of one window, or the model's context where that is shorter; each window but the first begins half a window
@@ -43,20 +42,18 @@ def windows(ids: Sequence[int], size: int) -> Windows:
     return Windows(pieces, starts)
 
 
-def negative_log_likelihoods(evaluator: Evaluator, text: Windows, steer: Any) -> np.ndarray[Any, Any]:
+def negative_log_likelihoods(evaluator: Evaluator, text: Windows, steer: Steer) -> Floats:
     """−ln p of each token of the text but the first, in its order."""
     scored = evaluator.log_probabilities(text.pieces, steer)
-    joined: np.ndarray[Any, Any] = -np.concatenate(
-        [row[start - 1 :] for row, start in zip(scored, text.starts, strict=True)]
-    )
+    joined: Floats = -np.concatenate([row[start - 1 :] for row, start in zip(scored, text.starts, strict=True)])
     return joined
 
 
-def perplexity(nll: np.ndarray[Any, Any]) -> float:
+def perplexity(nll: Floats) -> float:
     return math.exp(float(nll.mean()))
 
 
-def ratio(plain: np.ndarray[Any, Any], steered: np.ndarray[Any, Any]) -> Estimate:
+def ratio(plain: Floats, steered: Floats) -> Estimate:
     """Perplexity steered ÷ plain, with the interval of a paired bootstrap over blocks of tokens."""
     blocks = range(0, len(plain), BLOCK)
     means = [[float(values[at : at + BLOCK].mean()) for at in blocks] for values in (plain, steered)]

@@ -15,7 +15,7 @@ from steer.lab.evaluation.arms import PLAIN, Arm, steering
 from steer.lab.evaluation.expected import Expected, right
 from steer.lab.evaluation.outcomes import Told, arms_on_set, tell
 from steer.lab.evaluation.report import Difference, DivergenceOf, PerplexityOf, SetResult, TextResult
-from steer.lab.evaluator import Evaluator
+from steer.lab.evaluator import Continuation, Evaluator, Floats, Steer
 from steer.lab.judge import Judge
 from steer.lab.probe import Answered, Divergence, summarised
 from steer.lab.progress import answering
@@ -63,7 +63,7 @@ def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
     progress = evaluator.progress
     for part, work in parts_of(plan).items():
         progress.plan(part, work)
-    along: list[Any] = []
+    along: list[Continuation] = []
     for arm in (None, *plan.arms):
         name = arm.name if arm else PLAIN
         with steering(evaluator, arm) as steer:
@@ -142,7 +142,7 @@ def _identity(arm: Arm | None) -> dict[str, Any]:
 
 
 def _answers(
-    evaluator: Evaluator, plan: Plan, cache: Cache, title: str, prompts: PromptSet, arm: Arm | None, steer: Any
+    evaluator: Evaluator, plan: Plan, cache: Cache, title: str, prompts: PromptSet, arm: Arm | None, steer: Steer
 ) -> list[Answered]:
     conditions = {"sha256": prompts.sha256, "max_tokens": plan.max_tokens} | _identity(arm)
     name = arm.name if arm else PLAIN
@@ -156,7 +156,13 @@ def _answers(
 
 
 def _divergence(
-    evaluator: Evaluator, plan: Plan, plain: Sequence[Answered], along: list[Any], cache: Cache, arm: Arm, steer: Any
+    evaluator: Evaluator,
+    plan: Plan,
+    plain: Sequence[Answered],
+    along: list[Continuation],
+    cache: Cache,
+    arm: Arm,
+    steer: Steer,
 ) -> DivergenceOf:
     """`along` is filled where it is needed, once for all arms: nothing is asked of the model where all is kept."""
     prompts = plan.sets[HARMLESS]
@@ -188,7 +194,7 @@ def _verdicts(
     return cache.rows(f"{title}.{arm}.verdicts", conditions, len(prompts), make)
 
 
-def _text(evaluator: Evaluator, text: Text, cache: Cache, arm: Arm | None, steer: Any) -> np.ndarray[Any, Any]:
+def _text(evaluator: Evaluator, text: Text, cache: Cache, arm: Arm | None, steer: Steer) -> Floats:
     def make() -> list[float]:
         return [float(v) for v in pp.negative_log_likelihoods(evaluator, text.windows, steer)]
 
@@ -196,7 +202,7 @@ def _text(evaluator: Evaluator, text: Text, cache: Cache, arm: Arm | None, steer
     return np.array(cache.value(name, {"sha256": text.dataset.sha256} | _identity(arm), make))
 
 
-def _text_result(text: Text, negative: Mapping[str, np.ndarray[Any, Any]]) -> TextResult:
+def _text_result(text: Text, negative: Mapping[str, Floats]) -> TextResult:
     plain = negative[PLAIN]
     return TextResult(
         dataset=text.dataset,

@@ -175,7 +175,7 @@ def serving(model: str, revision: str | None, dtype: str, device: str, arms: Seq
                 process.wait()
 
 
-def _wait(url: str, process: subprocess.Popen[Any], log: Path) -> None:
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:

@@ -109,7 +109,7 @@ def fit(
             for figures in meta.selection["candidates"]
             if "refused" in figures
         ]
-        typer.echo(shown(("layer", "refused", "N-token KL", ""), rows))
+        typer.echo(shown(("layer", "refused", "N-token KL", "note"), rows))
     source = "each layer's own" if meta.source_layer is None else f"layer {meta.source_layer}"
     typer.echo(f"wrote {output}: {method}, source {source}, digest {digest[:12]}")
 

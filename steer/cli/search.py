@@ -131,7 +131,7 @@ def select(
         ]
         for row in sorted(answered, key=lambda row: (row["refused"], row["kl"]))
     ]
-    typer.echo(shown(("method", "position", "layer", "mode", "shown", "N-token KL", ""), rows))
+    typer.echo(shown(("method", "position", "layer", "mode", "shown", "N-token KL", "note"), rows))
     typer.echo(f"wrote {output}: {meta.method}, layer {meta.source_layer}, {meta.mode}, digest {digest[:12]}")
 
 

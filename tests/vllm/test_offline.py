@@ -17,6 +17,7 @@ from steer.lab.behaviour import Behaviour
 from steer.lab.evaluator import Candidate
 from steer.lab.measure import Conditions, measure
 from steer.lab.probe import HFEvaluator
+from steer.lab.progress import answering
 from steer.lab.prompts import PromptSet
 from steer.lab.race import Race, Sets
 from steer.lab.search import Search, Settings, Space
@@ -63,6 +64,19 @@ def candidates(probe: HFEvaluator) -> list[Candidate]:
         Candidate(second, "one_sided", 0.7),
         Candidate(first, "ablate", 0.0),
     ]
+
+
+def test_each_prompt_advances_the_progress_once(probe: HFEvaluator, evaluator: Any) -> None:
+    for one in (probe, evaluator):
+        before = one.progress.done
+        one.answers(PROMPTS, None)
+        assert one.progress.done - before == pytest.approx(len(PROMPTS) * answering(6)), "as much as was planned"
+        before = one.progress.done
+        plain = one.continuations(PROMPTS)
+        assert one.progress.done - before == pytest.approx(len(PROMPTS) * answering(6))
+        before = one.progress.done
+        one.divergences(PROMPTS, plain, None)
+        assert one.progress.done - before == pytest.approx(len(PROMPTS))
 
 
 def test_rows_are_what_transformers_says(probe: HFEvaluator, evaluator: Any, candidates: list[Candidate]) -> None:

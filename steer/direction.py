@@ -4,10 +4,11 @@ Layer l is the **output of block l**, 0-based. The file's tensors (float32):
 
     directions         [layers, k, d_model]   orthonormal rows; a layer whose rows are all zero is not steered
     weights            [layers]               how much of the operation each layer does
-    reference          [layers, k]            ρ of the mode `one_sided`
+    reference          [layers, k]            ρ of the mode `one_sided`: what is above it is acted on
     mean_harmful       [layers, d_model]      class means at the fitted position
     mean_harmless      [layers, d_model]
     mean_harmless_all  [layers, d_model]      mean over all positions of the harmless prompts' own text
+    target             [layers, k]            optional: what `one_sided` sets the component to; ρ where it is not there
     embedding          [k, d_model]           optional: rows for the stream before block 0
 
 and one metadata key, `steer`, with a `DirectionMeta` as JSON. The sha256 of the file's bytes is its identity.
@@ -46,6 +47,8 @@ UNIT_TOLERANCE = 1e-4
 MEASUREMENT_KEY = "steer_measurement"
 #: Of any value: products and norms of larger ones overflow float32, and NaN would get into the stream.
 MAX_VALUE = 1e15
+#: Tensors that a file may be without.
+OPTIONAL = ("embedding", "target")
 
 
 class Dataset(BaseModel):
@@ -104,6 +107,7 @@ class Direction:
     mean_harmless: Tensor
     mean_harmless_all: Tensor
     embedding: Tensor | None = field(default=None)
+    target: Tensor | None = field(default=None)
 
     @property
     def layers(self) -> int:
@@ -119,7 +123,7 @@ class Direction:
         return self.directions.shape[2]
 
     def tensors(self) -> dict[str, Tensor]:
-        names = [*_shapes(1, 1, 1), "embedding"]
+        names = [*_shapes(1, 1, 1), *OPTIONAL]
         return {name: t for name in names if (t := getattr(self, name)) is not None}
 
     def problems(self) -> list[str]:
@@ -129,7 +133,7 @@ class Direction:
         tensors = self.tensors()
         k = self.directions.shape[1] if self.directions.ndim == 3 else 1
         shapes = _shapes(self.meta.layers, max(1, k), self.meta.d_model)
-        shapes["embedding"] = shapes["directions"][1:]
+        shapes |= {"embedding": shapes["directions"][1:], "target": shapes["reference"]}
         for name, tensor in tensors.items():
             before = len(found)
             if tensor.dtype != torch.float32:
@@ -150,6 +154,8 @@ class Direction:
                     found.append("tensor 'directions' is zero at every layer, so nothing would be steered")
             elif name == "embedding":
                 found += _row_problems(name, tensor.unsqueeze(0))
+            elif name == "target" and tensor.shape == self.reference.shape and (tensor > self.reference).any():
+                found.append("tensor 'target' is above 'reference' somewhere, so a component would be raised there")
         if "writers" in self.meta.sites and self.meta.mode != "ablate":
             found.append(
                 f"metadata: the mode '{self.meta.mode}' is not defined at the site 'writers', only 'ablate' is"
@@ -201,7 +207,7 @@ class Direction:
             raise DirectionError(f"{source}: {error}") from None
         if tensors is not None:
             required = set(_shapes(1, 1, 1))
-            missing, others = sorted(required - tensors.keys()), sorted(tensors.keys() - required - {"embedding"})
+            missing, others = sorted(required - tensors.keys()), sorted(tensors.keys() - required - set(OPTIONAL))
             if missing:
                 problems.append(f"missing tensors: {_quoted(missing)}")
             if others:

@@ -15,7 +15,7 @@ MODE_SUMMARIES: dict[Mode, str] = {
     "ablate": "The component along the direction goes.",
     "add": "The difference of the class means, times the strength, is added.",
     "affine": "The component is set to the mean of harmless text.",
-    "one_sided": "Only the part on the behaviour's side of the reference goes.",
+    "one_sided": "What is above the reference, on the behaviour's side, is set to the target.",
 }
 SITES: tuple[Site, ...] = get_args(Site)
 

@@ -164,6 +164,14 @@ BAD_FILES: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     ),
     "not unit": (lambda: changed(directions=ROWS * 1.01), ("'directions'", "not unit vectors", "[0, 1, 2]")),
     "one row not unit": (lambda: changed(directions=flawed(ROWS, (1, 0, 0), 3.0)), ("'directions'", "layers [1]")),
+    "target of other shape": (
+        lambda: changed(target=GOOD.reference[:, :0]),
+        ("'target' has shape", "it must be [3, 1]"),
+    ),
+    "target above the reference": (
+        lambda: changed(target=GOOD.reference + 1),
+        ("'target' is above 'reference'",),
+    ),
     "embedding not unit": (lambda: changed(embedding=2 * EMBEDDING), ("'embedding'", "not unit vectors")),
     "rows not orthogonal": (
         lambda: changed(

@@ -28,6 +28,7 @@ from steer.cli.options import (
     Strength,
     SystemPrompt,
     T,
+    Target,
     Threshold,
     Winsorize,
     check_direction_file,
@@ -62,6 +63,7 @@ def fit(
     device: Device = "auto",
     revision: Revision = None,
     threshold: Threshold = None,
+    target: Target = None,
     seed: Annotated[int, typer.Option(help="seed of all randomness (today's methods use none)")] = 0,
     backend: Backend = "transformers",
 ) -> None:
@@ -85,7 +87,15 @@ def fit(
         {"mode": mode, "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
     )
     made = chosen_method(method, t, parameter)
-    recipe = Recipe(made, choices.layer, mode=choices.mode, strength=strength, sites=choices.sites, threshold=threshold)
+    recipe = Recipe(
+        made,
+        choices.layer,
+        mode=choices.mode,
+        strength=strength,
+        sites=choices.sites,
+        threshold=threshold,
+        target=target,
+    )
     check_direction_file(output)
     sets = read_prompts(harmful), read_prompts(harmless)
     torch.manual_seed(seed)
@@ -201,6 +211,7 @@ def derive(
     strength: Strength = 1.0,
     sites: Sites = "resid_post",
     threshold: Threshold = None,
+    target: Target = None,
 ) -> None:
     """Make a direction from a MEASUREMENT, without the model."""
     log_warnings()
@@ -223,6 +234,7 @@ def derive(
         strength,
         choices.sites,
         threshold,
+        target,
     )
     check_direction_file(output)
     direction = run(Measurement.load(measurement), recipe)

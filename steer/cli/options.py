@@ -61,9 +61,13 @@ Backend = Annotated[
 Threshold = Annotated[
     float | None,
     typer.Option(
-        help="ρ of one_sided between the means: 0 the harmless one, 1 the harmful one; default: the bisector for slerp "
-        "at t = 1, else 0.5"
+        help="ρ of one_sided, above which it acts, between the means: 0 the harmless one, 1 the harmful one; default: "
+        "0.5, and the bisector for slerp at t = 1 where it was made"
     ),
+]
+Target = Annotated[
+    float | None,
+    typer.Option(help="where one_sided sets the component to, between the means as --threshold; default: ρ"),
 ]
 
 

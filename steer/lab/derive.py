@@ -29,8 +29,9 @@ class Recipe:
     layer: the source layer (negative from the last measured one), "widest" for the one whose class means are the
     widest apart, "all" for each layer's own; "auto" is for `fit`, which has the model. position: None is the first that
     was measured. winsorize and bootstrap read the prompts' vectors; sparsify is the share of dimensions that stay.
-    threshold: where ρ of `one_sided` stands between the means, 0 at the harmless one and 1 at the harmful one; None is
-    the bisector where the method has it (see `Method.bisects`), and else half way.
+    threshold and target: where ρ of `one_sided` stands between the means, and where it sets what is above ρ, 0 at the
+    harmless one and 1 at the harmful one. Without a threshold ρ is half way, and at a layer whose rows bisect the means
+    (see `Method.bisects`) the bisector; without a target it is ρ.
     """
 
     method: Method = field(default_factory=lambda: Slerp())
@@ -44,6 +45,7 @@ class Recipe:
     strength: float = 1.0
     sites: tuple[Site, ...] = ("resid_post",)
     threshold: float | None = None
+    target: float | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -51,8 +53,12 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 problems.append(f"{name} must be above 0 and at most 1, got {value}")
-        if self.threshold is not None and not math.isfinite(self.threshold):
-            problems.append(f"threshold must be a finite number, got {self.threshold}")
+        for name in ("threshold", "target"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                problems.append(f"{name} must be a finite number, got {value}")
+        if self.target is not None and self.target > (0.5 if self.threshold is None else self.threshold):
+            problems.append(f"target must not be above the threshold, got {self.target:g}")
         if self.bootstrap < 0 or self.bootstrap == 1:
             problems.append(f"bootstrap must be 0, or at least 2 resamples, got {self.bootstrap}")
         if problems:
@@ -101,7 +107,8 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
             embedding = found.rows.float()
     if missing:
         log.warning("layers %d to %d were not measured and are left unsteered", missing[0], missing[-1])
-    reference = _reference(measurement, recipe, rows)
+    reference = _reference(measurement, recipe, rows, source)
+    target = None if recipe.target is None else _between(measurement, recipe, rows, recipe.target)
     meta = DirectionMeta(
         method=recipe.method.name,
         parameters=_parameters(measurement, recipe, agreement),
@@ -137,6 +144,7 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
         mean_harmless=_whole(measurement.harmless.mean[at], facts.layers),
         mean_harmless_all=_whole(measurement.harmless.mean_all, facts.layers, d_model),
         embedding=embedding,
+        target=None if target is None or reference is None else torch.minimum(target, reference).float().contiguous(),
     )
 
 
@@ -280,22 +288,29 @@ def _found_or_none(measurement: Measurement, recipe: Recipe, layer: int) -> Foun
         return None
 
 
-def _reference(measurement: Measurement, recipe: Recipe, rows: Tensor) -> Tensor | None:
+def _reference(measurement: Measurement, recipe: Recipe, rows: Tensor, source: int | None) -> Tensor | None:
     """ρ of `one_sided` for each layer and row, `[layers, k]`; None where a steered layer has none.
 
-    0 where the method's direction is the bisector's normal, which separates the classes by construction; else the
-    component of the point between the two means, at that layer, that the recipe's threshold says. What is above it is
-    taken down to it: a ρ half way leaves half of what shows the behaviour, one at the harmless mean next to nothing.
+    At each layer it is the component of the point between that layer's two means which the recipe's threshold says. A
+    bisector separates the means by construction where it was made, and there ρ is 0; at another layer both means may
+    lie on one side of it.
     """
+    found = _between(measurement, recipe, rows, 0.5 if recipe.threshold is None else recipe.threshold)
     changed = recipe.sparsify or recipe.bootstrap or recipe.winsorize or recipe.threshold is not None
-    if recipe.method.bisects and not changed:
-        return rows.new_zeros(rows.shape[:2])
+    if found is not None and recipe.method.bisects and not changed:
+        found[slice(None) if source is None else source] = 0
+    return found
+
+
+def _between(measurement: Measurement, recipe: Recipe, rows: Tensor, share: float) -> Tensor | None:
+    """The component along the rows, `[layers, k]`, of the point at `share` of the way from each layer's harmless mean
+    to its harmful one; None where a steered layer was not measured."""
     at, measured = measurement.position(recipe.position), measurement.layers
     if rows[measured:].any():
         return None
     harmful, harmless = measurement.harmful.mean[at], measurement.harmless.mean[at]
-    between = harmless + (0.5 if recipe.threshold is None else recipe.threshold) * (harmful - harmless)
-    return torch.cat([torch.einsum("ld,lkd->lk", between, rows[:measured]), rows.new_zeros(rows[measured:].shape[:2])])
+    point = harmless + share * (harmful - harmless)
+    return torch.cat([torch.einsum("ld,lkd->lk", point, rows[:measured]), rows.new_zeros(rows[measured:].shape[:2])])
 
 
 def _modes(measurement: Measurement, recipe: Recipe, reference: bool) -> tuple[Mode, ...]:
@@ -316,7 +331,7 @@ def _parameters(
         "position": measurement.meta.positions[measurement.position(recipe.position)],
         "winsorize": recipe.winsorize or measurement.meta.winsorize,
     }
-    around |= {k: v for k in ("sparsify", "threshold") if (v := getattr(recipe, k)) is not None}
+    around |= {k: v for k in ("sparsify", "threshold", "target") if (v := getattr(recipe, k)) is not None}
     if recipe.bootstrap:
         around |= {"bootstrap": recipe.bootstrap, "seed": recipe.seed}
         if agreement is not None:

@@ -25,7 +25,7 @@ from steer.errors import NoRoom
 from steer.names import MODES, Mode, Site
 from steer.runtime.combine import Combination, Combinations
 from steer.runtime.memory import lasting
-from steer.runtime.op import FLOOR, WEIGHT, amount, coefficients, embedding_coefficients, joint, settled, shared
+from steer.runtime.op import GATE, WEIGHT, amount, coefficients, embedding_coefficients, joint, settled, shared
 from steer.runtime.token_index import RequestSteer
 from steer.spec import Entry, Spec
 
@@ -74,7 +74,7 @@ class BankSlice:
             self.vectors[row].zero_()
             slots = self.coefficients[row * len(MODES) : (row + 1) * len(MODES)]
             slots.zero_()
-            slots[:, FLOOR] = -torch.inf
+            slots[:, GATE] = -torch.inf
 
 
 @dataclass(frozen=True, slots=True)

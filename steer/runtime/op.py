@@ -2,16 +2,17 @@
 
 Each entry of a request asks for a change of its component, all of them of the same x:
 
-    c  = max(⟨x, v⟩ − ρ, floor)
-    δ  = s·(γ − w·c)
+    c  = ⟨x, v⟩
+    δ  = s·(γ − w·(c − τ)) where c > g, else 0
 
-with v a unit direction, s the request's strength, and (ρ, floor, w, γ) the *coefficients* that a mode gives at a layer:
+with v a unit direction, s the request's strength, and (τ, g, w, γ) the *coefficients* that a mode gives at a layer, its
+target, gate, weight and what it adds:
 
-    mode        ρ                          floor   w        γ
-    ablate      0                          −∞      weight   0
-    one_sided   midpoint (or bisector)      0      weight   0
-    affine      harmless component         −∞      weight   0
-    add         0                          −∞      0        weight·‖μH − μA‖
+    mode        τ                              g                w        γ
+    ablate      0                              −∞               weight   0
+    one_sided   the file's target              the file's ρ     weight   0
+    affine      the harmless mean's component  −∞               weight   0
+    add         0                              −∞               0        weight·‖μH − μA‖
 
 and what is added is x' = x + Σ aᵢ·vᵢ with a = M·δ. An entry with w ≠ 0 *sets* its component: M is made so that ⟨x', vᵢ⟩
 is ⟨x, vᵢ⟩ + δᵢ for each of these, with the least displacement, whatever the angles between the directions (`joint`).
@@ -34,7 +35,7 @@ from steer.errors import SpecError
 from steer.names import Mode
 
 #: Order of the coefficients in the last dimension of a coefficient tensor.
-RHO, FLOOR, WEIGHT, GAMMA = range(4)
+TARGET, GATE, WEIGHT, GAMMA = range(4)
 #: The inner product of two unit vectors up to which they are orthogonal: float32's rounding of them.
 ORTHOGONAL = 1e-6
 #: Eigenvalues of a Gram matrix below this share of the largest are none: directions that near to each other are one.
@@ -60,12 +61,13 @@ def amount(x: Tensor, v: Tensor, coefficients: tuple[Tensor, ...], strength: Ten
     """δ of one entry: the change of the component along `v` that it asks for. All in the dtype of `x` (the runtime
     gives float32).
 
-    x: `[..., d_model]`; v: broadcasts to x, rows of unit norm or zero; coefficients: ρ, floor, w and γ, each `[...]`;
+    x: `[..., d_model]`; v: broadcasts to x, rows of unit norm or zero; coefficients: τ, g, w and γ, each `[...]`;
     strength: `[...]` or a number. Returns `[...]`.
     """
-    rho, floor, weight, gamma = coefficients
-    component = torch.maximum((x * v).sum(-1) - rho, floor)
-    return strength * torch.addcmul(gamma, weight, component, value=-1)
+    target, gate, weight, gamma = coefficients
+    component = (x * v).sum(-1)
+    asked = torch.addcmul(gamma, weight, component - target, value=-1)
+    return strength * torch.where(component > gate, asked, 0.0)
 
 
 def shared(asked: list[Tensor], shares: Tensor) -> Tensor:
@@ -115,31 +117,31 @@ def displacements(x: Tensor, vectors: Tensor, coefficients: Tensor, strengths: l
 
 
 def coefficients(direction: Direction, mode: Mode) -> Tensor:
-    """The operation's (ρ, floor, w, γ) for each layer and row: `[layers, k, 4]`, float32."""
+    """The operation's (τ, g, w, γ) for each layer and row: `[layers, k, 4]`, float32."""
     weights = direction.weights[:, None]
     out = torch.zeros(direction.layers, direction.rank, 4)
-    out[..., FLOOR] = 0.0 if mode == "one_sided" else -torch.inf
+    out[..., GATE] = direction.reference if mode == "one_sided" else -torch.inf
     if mode == "add":
         out[..., GAMMA] = weights * _difference_along_rows(direction)
         return out
     out[..., WEIGHT] = weights
     if mode == "one_sided":
-        out[..., RHO] = direction.reference
+        out[..., TARGET] = direction.reference if direction.target is None else direction.target
     elif mode == "affine":
-        out[..., RHO] = torch.einsum("lkd,ld->lk", direction.directions, direction.mean_harmless_all)
+        out[..., TARGET] = torch.einsum("lkd,ld->lk", direction.directions, direction.mean_harmless_all)
     return out
 
 
 def embedding_coefficients(direction: Direction, mode: Mode) -> Tensor:
     """The same for the stream before block 0: `[k, 4]`. No class means are known there, so only `ablate` acts."""
     out = torch.zeros(direction.rank, 4)
-    out[..., FLOOR] = -torch.inf
+    out[..., GATE] = -torch.inf
     out[..., WEIGHT] = 1.0 if mode == "ablate" else 0.0
     return out
 
 
 def check_mode(direction: Direction, mode: Mode, name: str) -> None:
-    """Raise SpecError where `mode` has no meaning for this direction: ρ and γ are values of the whole stream, so at
+    """Raise SpecError where `mode` has no meaning for this direction: τ, g and γ are values of the whole stream, so at
     the single terms that the `writers` site sees only plain removal is defined."""
     if "writers" in direction.meta.sites and mode != "ablate":
         raise SpecError(

@@ -70,11 +70,31 @@ def test_rows_are_the_methods_rows(measured: Measurement) -> None:
     torch.testing.assert_close(one[2], linear_direction(a[1], h[1]).float())
 
 
-def test_reference_is_the_bisector_for_slerp_at_one_and_the_midpoint_else(measured: Measurement) -> None:
-    assert not derive(measured, recipe(layer=1)).reference.any()
-    direction = derive(measured, recipe("linear", 1))
+def test_reference_is_the_midpoint_of_each_layers_own_means_and_the_bisector_where_one_was_made(
+    measured: Measurement,
+) -> None:
+    """A bisector of the source layer's means may have both means of another layer on one side."""
     middle = (measured.harmful.mean[0] + measured.harmless.mean[0]).float() / 2
-    torch.testing.assert_close(direction.reference[:, 0], (middle * direction.directions[:, 0]).sum(-1))
+    for made in (recipe("linear", 1), recipe(layer=1), recipe(layer="all")):
+        direction = derive(measured, made)
+        expected = (middle * direction.directions[:, 0]).sum(-1)
+        if made.method.name == "slerp":
+            expected[1 if made.layer == 1 else slice(None)] = 0
+        torch.testing.assert_close(direction.reference[:, 0], expected)
+        assert direction.target is None
+
+
+def test_a_target_is_a_place_between_the_means_and_never_above_the_reference(measured: Measurement) -> None:
+    direction = derive(measured, replace(recipe("linear", 1), threshold=0.25, target=0.0))
+    assert direction.target is not None
+    expected = (direction.mean_harmless * direction.directions[:, 0]).sum(-1)
+    torch.testing.assert_close(direction.target[:, 0], torch.minimum(expected, direction.reference[:, 0]))
+    assert direction.meta.parameters["target"] == 0
+    assert Direction.from_bytes(direction.to_bytes()).target is not None
+    with pytest.raises(InvalidInput, match="target must not be above the threshold"):
+        Recipe(target=0.6)
+    with pytest.raises(InvalidInput, match="target must be a finite number"):
+        Recipe(target=float("nan"))
 
 
 def test_a_threshold_is_a_place_between_the_means(measured: Measurement) -> None:
@@ -165,7 +185,8 @@ def test_layers_that_were_not_measured_allow_only_the_modes_that_need_no_means_t
         check_mode(direction, "one_sided", "d")
     with pytest.raises(InvalidInput, match="measured: 2 of 3"):
         derive(part, recipe("linear", 1, mode="one_sided"))
-    assert derive(part, recipe("slerp", 1, mode="one_sided")).meta.modes == ("ablate", "one_sided")
+    with pytest.raises(InvalidInput, match="measured: 2 of 3"):
+        derive(part, recipe("slerp", 1, mode="one_sided"))
     each = derive(part, recipe("linear", "all"))
     assert set(each.meta.modes) == {"ablate", "add", "affine", "one_sided"}
     assert not each.directions[2].any()

@@ -16,7 +16,7 @@ from torch import Tensor
 from steer.errors import NoRoom
 from steer.names import MODES, Mode, Site
 from steer.runtime.bank import EMBEDDING, BankSlice, DirectionBank, HookPoint, apply
-from steer.runtime.op import FLOOR, amount, coefficients, embedding_coefficients
+from steer.runtime.op import GATE, amount, coefficients, embedding_coefficients
 from steer.runtime.token_index import TokenIndex
 from steer.spec import Entry, Spec
 from tests import models
@@ -101,8 +101,8 @@ def test_any_sequence_of_loads_and_unloads_keeps_the_books(steps: list[tuple[boo
             for bank_slice in t.slices.values():
                 assert not bank_slice.vectors[row].any()
                 slots = bank_slice.coefficients[row * len(MODES) : (row + 1) * len(MODES)]
-                assert bool((slots[:, FLOOR] == -torch.inf).all())
-                assert not slots[:, [i for i in range(4) if i != FLOOR]].any()
+                assert bool((slots[:, GATE] == -torch.inf).all())
+                assert not slots[:, [i for i in range(4) if i != GATE]].any()
     assert addresses(t) == where, "everything is written in place"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from steer.direction import Direction
 from steer.errors import SpecError
 from steer.names import MODE_SUMMARIES, MODES, Mode
-from steer.runtime.op import FLOOR, GAMMA, RHO, WEIGHT, check_mode, coefficients, displacement, embedding_coefficients
+from steer.runtime.op import GAMMA, GATE, TARGET, WEIGHT, check_mode, coefficients, displacement, embedding_coefficients
 from tests import models
 
 MODEL = models.tiny("llama")
@@ -57,14 +57,19 @@ def test_the_table_of_coefficients(k: int) -> None:
         assert torch.equal(of[mode][..., WEIGHT], weights)
         assert torch.equal(of[mode][..., GAMMA], nothing)
     assert torch.equal(of["add"][..., WEIGHT], nothing)
-    assert torch.equal(of["ablate"][..., RHO], nothing)
-    assert torch.equal(of["add"][..., RHO], nothing)
-    assert torch.equal(of["one_sided"][..., RHO], direction.reference)
+    assert torch.equal(of["ablate"][..., TARGET], nothing)
+    assert torch.equal(of["add"][..., TARGET], nothing)
+    assert torch.equal(of["one_sided"][..., TARGET], direction.reference)
     for layer in range(models.LAYERS):
         harmless = direction.directions[layer] @ direction.mean_harmless_all[layer]
-        torch.testing.assert_close(of["affine"][layer, :, RHO], harmless)
+        torch.testing.assert_close(of["affine"][layer, :, TARGET], harmless)
     for mode in MODES:
-        assert bool((of[mode][..., FLOOR] == (0 if mode == "one_sided" else -torch.inf)).all())
+        gate = direction.reference if mode == "one_sided" else torch.full((models.LAYERS, k), -torch.inf)
+        assert torch.equal(of[mode][..., GATE], gate)
+    lower = direction.reference - 0.25
+    with_target = coefficients(replace(direction, target=lower), "one_sided")
+    assert torch.equal(with_target[..., TARGET], lower)
+    assert torch.equal(with_target[..., GATE], direction.reference)
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -97,7 +102,7 @@ def test_a_layer_with_rows_of_zeros_or_weight_0_does_nothing(mode: Mode) -> None
     rows = direction.directions.clone()
     rows[0] = 0
     idle = replace(direction, directions=rows, weights=torch.tensor([1.0, 0.0, 1.0]))
-    assert torch.isfinite(coefficients(idle, mode)[..., [RHO, WEIGHT, GAMMA]]).all()
+    assert torch.isfinite(coefficients(idle, mode)[..., [TARGET, WEIGHT, GAMMA]]).all()
     assert torch.equal(applied(idle, mode, 0, x), x)
     assert torch.equal(applied(idle, mode, 1, x), x)
     assert not torch.equal(applied(idle, mode, 2, x), x)

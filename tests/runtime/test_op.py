@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steer.runtime.op import FLOOR, GAMMA, RHO, WEIGHT, displacement, displacements, joint
+from steer.runtime.op import GAMMA, GATE, TARGET, WEIGHT, displacement, displacements, joint
 
 law = settings(deadline=None, max_examples=60)
 SEEDS = st.integers(0, 2**32)
@@ -26,9 +26,9 @@ def drawn(seed: int, tokens: int = 5, d_model: int = 16) -> tuple[Tensor, Tensor
     return x, v / v.norm()
 
 
-def row(*, rho: float = 0.0, floor: float = -math.inf, weight: float = 0.0, gamma: float = 0.0) -> Tensor:
+def row(*, target: float = 0.0, gate: float = -math.inf, weight: float = 0.0, gamma: float = 0.0) -> Tensor:
     out = torch.empty(4, dtype=torch.float64)
-    out[RHO], out[FLOOR], out[WEIGHT], out[GAMMA] = rho, floor, weight, gamma
+    out[TARGET], out[GATE], out[WEIGHT], out[GAMMA] = target, gate, weight, gamma
     return out
 
 
@@ -42,12 +42,12 @@ def after(x: Tensor, v: Tensor, coefficients: Tensor, strength: float = 1.0) -> 
 @given(SEEDS, NUMBERS, NUMBERS, NUMBERS, st.sampled_from(["ablate", "one_sided", "affine", "add"]))
 @law
 def test_each_mode_is_its_line_of_the_table(seed: int, rho: float, weight: float, size: float, mode: str) -> None:
-    """x' = x + s·(γ − w·c)·v with c = max(⟨x, v⟩ − ρ, floor), one number at a time."""
+    """x' = x + s·(γ − w·(c − τ))·v where c = ⟨x, v⟩ is above the gate, one number at a time."""
     strength = 0.7
     coefficients, c_of, gamma = {
         "ablate": (row(weight=weight), lambda p: p, 0.0),
-        "one_sided": (row(rho=rho, floor=0.0, weight=weight), lambda p: max(p - rho, 0.0), 0.0),
-        "affine": (row(rho=rho, weight=weight), lambda p: p - rho, 0.0),
+        "one_sided": (row(target=rho - 0.5, gate=rho, weight=weight), lambda p: p - rho + 0.5 if p > rho else 0.0, 0.0),
+        "affine": (row(target=rho, weight=weight), lambda p: p - rho, 0.0),
         "add": (row(gamma=weight * size), lambda p: 0.0, weight * size),
     }[mode]
     x, v = drawn(seed)
@@ -94,10 +94,10 @@ def test_the_sign_of_a_direction_means_nothing_to_ablate(seed: int, strength: fl
 @law
 def test_one_sided_never_touches_what_is_not_above_rho(seed: int, rho: float, strength: float) -> None:
     x, v = drawn(seed, tokens=20)
-    y = after(x, v, row(rho=rho, floor=0.0, weight=1.0), strength)
+    y = after(x, v, row(target=rho, gate=rho, weight=1.0), strength)
     below = x @ v <= rho
     assert torch.equal(y[below], x[below])
-    above = after(x, v, row(rho=rho, weight=1.0), strength)
+    above = after(x, v, row(target=rho, weight=1.0), strength)
     assert torch.equal(y[~below], above[~below]), "above ρ it is the two-sided removal"
 
 
@@ -105,23 +105,37 @@ def test_one_sided_never_touches_what_is_not_above_rho(seed: int, rho: float, st
 @law
 def test_one_sided_with_rho_0_is_ablate_on_the_positive_side(seed: int) -> None:
     x, v = drawn(seed, tokens=20)
-    y = after(x, v, row(floor=0.0, weight=1.0))
+    y = after(x, v, row(gate=0.0, weight=1.0))
     positive = x @ v > 0
     assert torch.equal(y[positive], after(x, v, ABLATE)[positive])
     assert torch.equal(y[~positive], x[~positive])
 
 
+@given(SEEDS, NUMBERS, st.floats(0, 3), st.floats(-0.5, 1))
+@law
+def test_what_passes_the_gate_goes_to_the_target_and_nothing_else_moves(
+    seed: int, gate: float, below: float, strength: float
+) -> None:
+    """By its strength's share of the way, whatever the component was."""
+    x, v = drawn(seed, tokens=20)
+    target = gate - below
+    y, c = after(x, v, row(target=target, gate=gate, weight=1.0), strength), x @ v
+    expected = torch.where(c > gate, c + strength * (target - c), c)
+    torch.testing.assert_close(y @ v, expected, rtol=0, atol=1e-12)
+    assert torch.equal(y[c <= gate], x[c <= gate])
+
+
 def test_one_sided_at_exactly_rho_changes_nothing() -> None:
     v = torch.tensor([1.0, 0.0])
     x = torch.tensor([[2.0, 5.0]])
-    assert torch.equal(after(x, v, row(rho=2.0, floor=0.0, weight=1.0).float()), x)
+    assert torch.equal(after(x, v, row(target=1.0, gate=2.0, weight=1.0).float()), x)
 
 
 @given(SEEDS, NUMBERS)
 @law
 def test_affine_moves_the_component_to_rho_from_both_sides(seed: int, rho: float) -> None:
     x, v = drawn(seed, tokens=20)
-    y = after(x, v, row(rho=rho, weight=1.0))
+    y = after(x, v, row(target=rho, weight=1.0))
     torch.testing.assert_close(y @ v, torch.full((20,), rho, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
@@ -137,7 +151,7 @@ def test_add_moves_every_token_by_gamma_along_v(seed: int, gamma: float, strengt
 @law
 def test_strength_0_and_a_row_of_zeros_add_nothing(seed: int, rho: float, weight: float, gamma: float) -> None:
     x, v = drawn(seed)
-    coefficients = row(rho=rho, weight=weight, gamma=gamma)
+    coefficients = row(target=rho, weight=weight, gamma=gamma)
     assert not displacement(x, v, coefficients, 0.0).any()
     assert not displacement(x, torch.zeros_like(v), coefficients, 0.7).any()
 
@@ -178,7 +192,11 @@ def entries(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[float]]:
             new[0] -= (new[0] @ other) * other
             new[0] = cosine * other + math.sqrt(1 - cosine**2) * new[0] / new[0].norm()
         basis = torch.linalg.qr(new.T)[0].T
-        made = row(weight=1.0), row(rho=draw(NUMBERS), floor=0.0, weight=1.0), row(rho=draw(NUMBERS), weight=1.0)
+        made = (
+            row(weight=1.0),
+            row(target=draw(NUMBERS), gate=draw(NUMBERS), weight=1.0),
+            row(target=draw(NUMBERS), weight=1.0),
+        )
         values, strength = draw(st.sampled_from([*made, row(gamma=draw(NUMBERS))])), draw(st.sampled_from(STRENGTHS))
         for v in basis:
             vectors.append(v)

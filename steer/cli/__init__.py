@@ -192,13 +192,15 @@ def inspect_file(
     typer.echo(f"\n{'layer':>5}  {'angle °':>8}  {'‖harmful‖':>10}  {'‖harmless‖':>10}  {'cos to next':>11}  weight")
     for row in profile:
         cells = [
-            _cell(row[key], width)
-            for key, width in (("angle", 8), ("norm_harmful", 10), ("norm_harmless", 10), ("cosine_next", 11))
+            _cell(row["angle"], 8),
+            _cell(row["norm_harmful"], 10),
+            _cell(row["norm_harmless"], 10),
+            _cell(row["cosine_next"], 11),
         ]
         typer.echo(f"{row['layer']:>5}  {'  '.join(cells)}  {row['weight'] if row['steered'] else 'not steered'}")
 
 
-def _cell(value: Any, width: int) -> str:
+def _cell(value: float | None, width: int) -> str:
     return f"{'–':>{width}}" if value is None else f"{value:>{width}.3f}"
 
 

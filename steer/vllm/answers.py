@@ -17,10 +17,11 @@ from starlette.types import Message, Send
 from steer.errors import NotFinite, SteerError
 from steer.readout import FIELD
 from steer.serve import errors
+from steer.serve.answers import ReadReport
 
 DONE = b"data: [DONE]"
 #: Makes the field of the one choice.
-Fetch = Callable[[], Awaitable[dict[str, Any]]]
+Fetch = Callable[[], Awaitable[ReadReport]]
 
 
 def with_readout(send: Send, fetch: Fetch) -> Send:
@@ -182,7 +183,7 @@ class UnlessLost:
         await self._send({"type": "http.response.body", "body": last})
 
 
-def _chunk(last: bytes, field: dict[str, Any]) -> bytes:
+def _chunk(last: bytes, field: ReadReport) -> bytes:
     """A chunk like the `last` one, with nothing but the field."""
     line = next(line for line in reversed(last.splitlines()) if line.startswith(b"data: {"))
     envelope = {k: v for k, v in json.loads(line[6:]).items() if k not in ("usage", "choices")}

@@ -29,8 +29,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from steer.admission import Admission
 from steer.errors import InvalidInput, SpecError, SteerError, UnsupportedModel
 from steer.readout import FIELD
-from steer.serve import carriers, errors, metrics, playground, reference, switch
+from steer.serve import carriers, errors, metrics, operation, playground, reference
 from steer.serve.access import PUBLIC, Access
+from steer.serve.answers import ReadReport, report
 from steer.serve.authorise import resolve
 from steer.serve.body import BODY, Gone, parse_body, read_body, replay, understood
 from steer.serve.control import Control, request_id
@@ -38,7 +39,6 @@ from steer.serve.directions import router as directions_router
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.middleware import REQUEST_ID, SteerMiddleware, around
 from steer.serve.offload import LARGE, offload
-from steer.serve.readout import report
 from steer.serve.route import Head
 from steer.settings import ControlSettings
 from steer.vllm import frontend as front_ends
@@ -85,7 +85,7 @@ def install(app: FastAPI) -> None:
     control = app.state.steer_control = Control(control_settings(app))
     check_door(control, app.state.args)
     app.include_router(directions_router(_LateRegistry(app), control=control))  # type: ignore[arg-type]
-    app.include_router(switch.router(control))
+    app.include_router(operation.router(control))
     app.include_router(playground.router())
     reference.put_on(app)
 
@@ -256,11 +256,11 @@ class Generation:
         async def checked(scope: Scope, receive: Receive, send: Send) -> None:
             admission: Admission = scope["steer"]
 
-            async def fetch() -> dict[str, Any]:
+            async def fetch() -> ReadReport:
                 assert ticket is not None
                 assert admission.readout is not None
                 tokenizer = internals.tokenizer_of(scope["app"].state.engine_client)
-                return report(admission.readout, await front.readings(ticket, tokenizer)).model_dump()
+                return report(admission.readout, await front.readings(ticket, tokenizer))
 
             answer = UnlessLost(send, lambda: ticket is not None and ticket.lost)
             send = with_readout(answer.send, fetch) if admission.readout else answer.send
@@ -492,7 +492,7 @@ class Health:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        health = control_of(scope["app"]).health()
+        health = operation.health(control_of(scope["app"]))
 
         def changed(status: int, _body: bytes) -> bytes:
             return json.dumps({"status": "ok" if status == 200 else "failed", **health}).encode()

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-from pydantic import BaseModel
 
 import steer.readout
 import steer.runtime.readout
@@ -18,12 +17,14 @@ import steer.spec
 from steer.cli.console import quiet_libraries
 from steer.demo import MODEL
 from steer.serve import fields, protocol
+from steer.serve.answers import DIGITS
 from steer.serve.app import build
 from steer.serve.errors import Code
-from steer.serve.readout import DIGITS, ReadLine, ReadReport
 from steer.serve.run import prepare
 from steer.settings import ServeSettings
 
+#: Values of a field that are listed.
+MOST_VALUES = 8
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "api.md"
 
@@ -49,8 +50,9 @@ At most {steer.readout.MAX_DIRECTIONS} directions, whose rows together are at mo
 direction does not steer has no row there and reads as 0."""
 
 PLACE = """\
-Each choice has a field `steer_readout`, beside `logprobs`. In a stream each chunk's choices have it for the tokens of
-that chunk; the lists of one choice's chunks, put one after the other, are those of the whole answer."""
+Each choice has a field `steer_readout`, beside `logprobs`: a [`ReadReport`](#readreport). In a stream each chunk's
+choices have it for the tokens of that chunk; the lists of one choice's chunks, put one after the other, are those of
+the whole answer."""
 
 
 def document() -> dict[str, Any]:
@@ -83,17 +85,20 @@ def body(schema: dict[str, Any], without: set[str]) -> str:
     return table(("field", "type", "default", ""), rows)
 
 
-def kind(field: dict[str, Any]) -> str:
-    """A field's type in words, with its bounds."""
+def kind(field: dict[str, Any], answered: bool = False) -> str:
+    """A field's type in words, with its bounds. In an answer objects have names, and null is a value."""
     if "anyOf" in field:
-        kinds = dict.fromkeys(kind(option) for option in field["anyOf"] if option.get("type") != "null")
-        return " or ".join(kinds)
+        options = [option for option in field["anyOf"] if answered or option.get("type") != "null"]
+        return " or ".join(dict.fromkeys(kind(option, answered) for option in options))
     if "$ref" in field:
-        return "object"
+        name = field["$ref"].rpartition("/")[2]
+        return f"[`{name}`](#{name.lower()})" if answered else "object"
     if "const" in field:
-        return str(field["const"])
+        return f"`{json.dumps(field['const'])}`" if answered else str(field["const"])
+    if answered and len(field.get("enum", ())) in range(1, MOST_VALUES):
+        return " or ".join(f"`{json.dumps(value)}`" for value in field["enum"])
     if field.get("type") == "array":
-        return f"list of {kind(field['items'])}"
+        return f"list of {kind(field['items'], answered)}"
     low, high = field.get("minimum", field.get("exclusiveMinimum")), field.get("maximum")
     bounds = ""
     if low is not None:
@@ -111,8 +116,39 @@ def default(field: dict[str, Any]) -> str:
     return "" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def answer(model: type[BaseModel]) -> str:
-    return table(("field", ""), [(f"`{n}`", str(f.description)) for n, f in model.model_fields.items()])
+def answers(openapi: dict[str, Any]) -> str:
+    """What each route answers, and the fields of all objects in it."""
+    schemas = openapi["components"]["schemas"]
+    rows, shown = list[tuple[str, ...]](), dict[str, None]()
+    for path, methods in openapi["paths"].items():
+        for method, operation in methods.items():
+            for media_type, content in operation["responses"]["200"]["content"].items():
+                said = kind(content["schema"], True) if media_type == "application/json" else f"`{media_type}`"
+                if media_type == "text/event-stream":
+                    event = schemas[content["schema"]["$ref"].rpartition("/")[2]]
+                    said = f"with `stream`, events of {kind(event, True)}, then `[DONE]`"
+                rows.append((f"`{method.upper()} {path}`", said))
+                shown |= dict.fromkeys(_objects(content["schema"], schemas))
+    parts = [table(("route", "answer"), rows)]
+    for name in shown:
+        schema = schemas[name]
+        required = set(schema.get("required", ()))
+        fields = [
+            (f"`{field}`", kind(of, True), "" if field in required else "not always", of.get("description", ""))
+            for field, of in schema["properties"].items()
+        ]
+        parts += [f"### `{name}`", schema.get("description", ""), table(("field", "type", "", ""), fields)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _objects(schema: dict[str, Any], schemas: dict[str, Any]) -> list[str]:
+    """The objects with fields that stand in a schema, in the order in which a reader meets them."""
+    found: dict[str, None] = {}
+    for name in re.findall(r"#/components/schemas/(\w+)", json.dumps(schema)):
+        if "properties" in schemas[name]:
+            found[name] = None
+        found |= dict.fromkeys(_objects(schemas[name], schemas))
+    return list(found)
 
 
 def doc(module: ModuleType, count: int) -> str:
@@ -183,10 +219,9 @@ def render() -> str:
                 "Component / norm is a cosine: how much of the stream points along the direction.",
                 "### In the answer",
                 PLACE,
-                answer(ReadReport),
-                "Each of `directions`:",
-                answer(ReadLine),
                 f"Numbers have {DIGITS} significant digits; what is not finite is `null`.",
+                "## Answers",
+                answers(openapi),
                 "## Errors",
                 problems(),
             )

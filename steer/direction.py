@@ -27,13 +27,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from steer._version import __version__
 from steer.errors import DirectionError, problems_of
@@ -64,7 +65,7 @@ class Dataset(BaseModel):
 class DirectionMeta(BaseModel):
     """What a direction is, how it was made and for which model."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_serialization_defaults_required=True)
 
     schema_version: Literal[1] = 1
     method: str = Field(max_length=64)
@@ -93,6 +94,18 @@ class DirectionMeta(BaseModel):
     sites: tuple[Site, ...] = Field(default=("resid_post",), min_length=1)
     tool: str = f"steer {__version__}"
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+class LayerProfile(TypedDict):
+    """One layer of a direction. None where a value is undefined."""
+
+    layer: int
+    steered: Annotated[bool, Field(description="is any of its rows not zero")]
+    weight: Annotated[float, Field(description="how much of the operation the layer does")]
+    angle: Annotated[float | None, Field(description="between the class means, in degrees")]
+    norm_harmful: Annotated[float, Field(description="of the class mean")]
+    norm_harmless: Annotated[float, Field(description="of the class mean")]
+    cosine_next: Annotated[float | None, Field(description="of its first row with the next layer's")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +183,8 @@ class Direction:
         """The same tensors with other metadata, checked again."""
         return replace(self, meta=DirectionMeta.model_validate(self.meta.model_dump() | changes))
 
-    def profile(self) -> list[dict[str, float | int | bool | None]]:
-        """For each layer: is it steered, its weight, the angle between the class means (degrees), their norms, and the
-        cosine of its first row with the next layer's. None where a value is undefined."""
-        rows: list[dict[str, float | int | bool | None]] = []
+    def profile(self) -> list[LayerProfile]:
+        rows: list[LayerProfile] = []
         for layer in range(self.layers):
             a, h = self.mean_harmless[layer], self.mean_harmful[layer]
             first, following = self.directions[layer, 0], self.directions[layer + 1 : layer + 2, 0]

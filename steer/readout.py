@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from steer.errors import SpecError, brief
 from steer.registry import Registry
 from steer.spec import MAX_ITEMS, OFF_TEXTS, Spec, Wanted
 
-FIELD = "steer_readout"
+FIELD: Final = "steer_readout"
 MAX_DIRECTIONS = 4
 _FIELDS = ("directions", "layers")
 ACCEPTED = (

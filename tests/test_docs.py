@@ -16,7 +16,6 @@ from typer.main import get_command
 from docs import api
 from experiments.slerp_study.__main__ import app as study
 from steer.serve.protocol import ChatRequest, CompletionRequest
-from steer.serve.readout import ReadLine, ReadReport
 from tests.servers import ROOT
 from tests.test_readme import blocks_of, environment, shorten
 
@@ -31,7 +30,7 @@ def test_the_api_reference_is_fresh(rendered: str) -> None:
 
 
 def test_every_field_is_described_and_stands_in_the_reference(rendered: str) -> None:
-    for model in (ChatRequest, CompletionRequest, ReadReport, ReadLine):
+    for model in (ChatRequest, CompletionRequest):
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name}"
             assert f"| `{name}` |" in rendered

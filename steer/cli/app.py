@@ -207,11 +207,10 @@ def inspect_file(
     for key, value in meta.items():
         if value not in (None, {}, []) and key != "selection":
             typer.echo(wrapped(f"{key}: {value}", width, first="  ", further="    "))
-    figures = ("angle", "norm_harmful", "norm_harmless", "cosine_next")
-    rows = [
-        [str(row["layer"]), *(_cell(row[key]) for key in figures), f"{row['weight']:g}" if row["steered"] else "–"]
-        for row in profile
-    ]
+    rows = []
+    for row in profile:
+        figures = (row["angle"], row["norm_harmful"], row["norm_harmless"], row["cosine_next"])
+        rows.append([str(row["layer"]), *map(_cell, figures), f"{row['weight']:g}" if row["steered"] else "–"])
     typer.echo("\n" + shown(("layer", "angle °", "‖harmful‖", "‖harmless‖", "cos to next", "weight"), rows))
 
 

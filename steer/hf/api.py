@@ -17,7 +17,7 @@ from steer import readout
 from steer.admission import Admission
 from steer.direction import Direction
 from steer.errors import DirectionError, InvalidInput, SpecError, UnsupportedModel
-from steer.hf.reading import Reading, Recorder
+from steer.hf.reading import Readings, Recorder
 from steer.hf.steering import Anatomy, Steering
 from steer.names import Site, check_name
 from steer.registry import Registry
@@ -153,10 +153,10 @@ class Attached:
         return steered
 
     @contextmanager
-    def read(self, *names: str, layers: Sequence[int] | str = "all") -> Iterator[Reading]:
+    def read(self, *names: str, layers: Sequence[int] | str = "all") -> Iterator[Readings]:
         """`with steering.read("refusal") as reading:` reads the components along the named directions in every pass of
         the model in the block, at every position, as `before`, `after` (`[rows, positions, layers, k]`) and `norms`
-        (`[rows, positions, layers]`); see `Reading`. Reading changes nothing. Combine it with a spec to see it act:
+        (`[rows, positions, layers]`); see `Readings`. Reading changes nothing. Combine it with a spec to see it act:
         `with steering("refusal"), steering.read("refusal") as reading:`.
 
         layers: "all", "source" (the layer that each direction came from) or numbers. At most 4 directions, of at most
@@ -174,7 +174,7 @@ class Attached:
                 stack.callback(Admission(self._registry, Spec(), read).release)
             held = stack.pop_all()
         recorder = Recorder(self._steering.bank.rows_of(read.digests), read.layers)
-        reading = Reading(read.lines, read.layers)
+        reading = Readings(read.lines, read.layers)
         with held, self._block():
             self._steering.watchers.append(recorder)
             try:

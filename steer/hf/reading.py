@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,32 +10,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.readout import Line
-from steer.runtime.readout import components
+from steer.runtime.readout import Reading, components
 
 _Found = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class PassReading:
-    """What was read in one forward pass. before, after: `[rows, positions, layers, k]`; norms: `[rows, positions,
-    layers]`; float32, on the host."""
-
-    before: NDArray[np.float32]
-    after: NDArray[np.float32]
-    norms: NDArray[np.float32]
-
-
-class Reading:
+class Readings:
     """What `with steering.read(...)` has read, complete when the block ends.
 
-    `lines` names the k rows of directions in the arrays' last dimension, `layers` their layers, and `passes` has each
-    forward pass. `before`, `after` and `norms` are those of all passes one after the other along the positions: after
-    `generate` that is the prompt, with its padding, and each new token but the last, which no pass has seen.
+    `lines` names the k rows of directions in the arrays' last dimension, `layers` their layers, and `passes` has a
+    `Reading` of each forward pass, `[rows, positions, …]`. `before`, `after` and `norms` are those of all passes one
+    after the other along the positions: after `generate` that is the prompt, with its padding, and each new token but
+    the last, which no pass has seen.
     """
 
     def __init__(self, lines: Sequence[Line], layers: Sequence[int]) -> None:
         self.lines, self.layers = tuple(lines), tuple(layers)
-        self.passes: list[PassReading] = []
+        self.passes: list[Reading] = []
 
     @property
     def before(self) -> NDArray[np.float32]:
@@ -56,9 +46,9 @@ class Reading:
     def __repr__(self) -> str:
         names = ", ".join(f"{line.name}[{line.row}]" for line in self.lines)
         shapes = [one.before.shape for one in self.passes]
-        return f"<Reading of {names} at {len(self.layers)} layers: {len(shapes)} passes{shapes and f', {shapes[0]}'}>"
+        return f"<Readings of {names} at {len(self.layers)} layers: {len(shapes)} passes{shapes and f', {shapes[0]}'}>"
 
-    def _joined(self, side: Callable[[PassReading], NDArray[np.float32]]) -> NDArray[np.float32]:
+    def _joined(self, side: Callable[[Reading], NDArray[np.float32]]) -> NDArray[np.float32]:
         if not self.passes:
             raise ValueError("nothing was read: no forward pass of the attached model has ended in the block")
         if len(rows := {len(one.norms) for one in self.passes}) > 1:
@@ -87,10 +77,10 @@ class Recorder:
         norms = torch.linalg.vector_norm(x.float(), dim=-1)
         found[layer] = tuple(t.unflatten(0, (rows, -1)) for t in (components(x, lines), components(y, lines), norms))
 
-    def collect(self) -> list[PassReading]:
+    def collect(self) -> list[Reading]:
         """Of each pass that went through all layers, in order."""
         whole = [found for _, found in self._passes if len(found) == len(self._layers)]
         return [
-            PassReading(*(torch.stack([found[n][side] for n in self._layers], 2).cpu().numpy() for side in range(3)))
+            Reading(*(torch.stack([found[n][side] for n in self._layers], 2).cpu().numpy() for side in range(3)))
             for found in whole
         ]

@@ -35,7 +35,8 @@ class RequestRead:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What was read at one token. before, after: `[layers, k]`; norms: `[layers]`; float32."""
+    """What was read at one token, or at all of a pass (`[rows, positions, …]`). before, after: `[…, layers, k]`; norms:
+    `[…, layers]`; float32, on the host."""
 
     before: NDArray[np.float32]
     after: NDArray[np.float32]

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import Field
 from starlette.exceptions import HTTPException
+from typing_extensions import TypedDict
 
 from steer._version import __version__
 from steer.errors import SteerError
-from steer.serve import chat, completions, errors, metrics, models, playground, reference, switch
+from steer.serve import answers, chat, completions, errors, metrics, models, operation, playground, reference
 from steer.serve.access import PUBLIC, Access
 from steer.serve.carriers import RECEIPT
 from steer.serve.directions import router as directions_router
@@ -24,6 +27,24 @@ from steer.serve.served import Served
 
 #: Routes of other servers, which people ask this one for.
 ELSEWHERE = ("/v1/responses", "/v1/messages", "/v1/embeddings", "/tokenize", "/detokenize")
+
+
+class _Managed(TypedDict, total=False):
+    in_flight: Annotated[int, Field(description="answers that are made now; for the managing role")]
+    directions: Annotated[int, Field(description="directions that are served; for the managing role")]
+    failed_directions: Annotated[list[str], Field(description="files that are not served; for the managing role")]
+
+
+class Health(operation.Health, _Managed):
+    status: Annotated[Literal["ok", "failed"], Field(description="failed: the server must be restarted")]
+    engine: Annotated[str, Field(description="how answers are generated")]
+
+
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            super().openapi()["components"]["schemas"] |= answers.event_schemas()
+        return super().openapi()
 
 
 def build(served: Served) -> FastAPI:
@@ -38,7 +59,7 @@ def build(served: Served) -> FastAPI:
         registry.stop()
         engine.stop()
 
-    app = FastAPI(title="Steer", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = _App(title="Steer", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_exception_handler(SteerError, errors.on_steer_error)
     app.add_exception_handler(RequestValidationError, errors.on_validation_error)
     app.add_exception_handler(HTTPException, errors.on_http_exception)
@@ -48,7 +69,7 @@ def build(served: Served) -> FastAPI:
     app.include_router(playground.router())
     reference.put_on(app)
     app.include_router(directions_router(registry, control=control))
-    app.include_router(switch.router(control))
+    app.include_router(operation.router(control))
     app.include_router(chat.router(served))
     app.include_router(completions.router(served))
     layer = partial(
@@ -78,21 +99,32 @@ def build(served: Served) -> FastAPI:
     for path in ELSEWHERE:
         app.add_api_route(path, elsewhere, methods=["POST"], include_in_schema=False)
 
-    @app.get("/health", tags=["operation"], summary="State of the server; 503 when its engine has failed")
-    async def health(request: Request) -> Response:
-        state = control.health() | {
-            "status": "ok" if engine.healthy else "failed",
-            "engine": engine.description,
-        }
+    @app.get(
+        "/health",
+        tags=["operation"],
+        summary="State of the server; 503 when its engine has failed",
+        responses=errors.documented() | {503: {"model": Health, "description": "The engine has failed"}},
+    )
+    async def health(request: Request, response: Response) -> Health:
+        managed: _Managed = {}
         if control.caller(request.scope).manages:
-            state |= {
+            managed = {
                 "in_flight": engine.in_flight,
                 "directions": len(registry.names()),
                 "failed_directions": sorted(registry.failures),
             }
-        return JSONResponse(state, 200 if engine.healthy else 503)
+        healthy = engine.healthy
+        response.status_code = 200 if healthy else 503
+        status: Literal["ok", "failed"] = "ok" if healthy else "failed"
+        return {**operation.health(control), "status": status, "engine": engine.description, **managed}
 
-    @app.get("/metrics", tags=["operation"], summary="Prometheus metrics")
+    @app.get(
+        "/metrics",
+        tags=["operation"],
+        summary="Prometheus metrics",
+        response_class=PlainTextResponse,
+        responses=errors.documented(),
+    )
     async def prometheus() -> Response:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 

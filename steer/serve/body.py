@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope
 
 from steer.errors import RequestError
@@ -45,8 +46,8 @@ class Gone(Exception):
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """The whole body, not more than `limit` bytes. Raises HTTPProblem 413."""
-    declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
-    if not (declared.isdigit() and len(declared) < 20 and int(declared) > limit):
+    declared = Headers(scope=scope).get("content-length", "0")
+    if not (declared.isdecimal() and len(declared) < 20 and int(declared) > limit):
         chunks: list[bytes] = []
         size = 0
         while size <= limit:

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from steer.hf.sampling import Token
 from steer.serve import token_usage
-from steer.serve.generation import Job, chat_logprobs, envelope, made, stream, unless_gone, usage
+from steer.serve.answers import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatLogprobs,
+    ChunkUsage,
+    CompletionUsage,
+    chat_logprobs,
+    envelope,
+    generated,
+    usage,
+)
+from steer.serve.generation import Job, made, stream, unless_gone
 from steer.serve.protocol import ChatRequest
 from steer.serve.route import JsonRoute
 from steer.serve.served import Served
@@ -21,7 +33,12 @@ from steer.serve.text import Stops
 def router(served: Served) -> APIRouter:
     router, generator, engine = APIRouter(route_class=JsonRoute), served.generator, served.engine
 
-    @router.post("/v1/chat/completions", tags=["generation"], summary="Answer a conversation")
+    @router.post(
+        "/v1/chat/completions",
+        tags=["generation"],
+        summary="Answer a conversation",
+        responses=generated(ChatCompletion, "ChatCompletionEvent"),
+    )
     async def chat(body: ChatRequest, request: Request) -> Response:
         served.check_model(body.model)
         steer, read, reading = served.admitted(request)
@@ -42,49 +59,61 @@ def router(served: Served) -> APIRouter:
         token_usage.current().prompt += len(prompt)
         tokenizer = served.loaded.tokenizer
 
-        def logprobs(tokens: list[Token]) -> dict[str, Any] | None:
+        def logprobs(tokens: list[Token]) -> ChatLogprobs | None:
             return chat_logprobs(tokenizer, tokens) if wants_logprobs else None
 
+        base = envelope("chatcmpl", body.model, served.fingerprint)
         if body.stream:
-            base = envelope("chatcmpl", "chat.completion.chunk", body.model, served.fingerprint)
             with_usage = bool(body.stream_options and body.stream_options.include_usage)
 
-            async def chunks() -> AsyncGenerator[dict[str, Any], None]:
-                def chunk(choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-                    return base | {"choices": choices} | ({"usage": None} if with_usage else {}) | more
+            def chunk(choices: list[ChatChunkChoice], usage: CompletionUsage | None = None) -> ChatCompletionChunk:
+                counted: ChunkUsage = {"usage": usage} if with_usage else {}
+                return {**base, "object": "chat.completion.chunk", "choices": choices, **counted}
 
+            async def chunks() -> AsyncGenerator[ChatCompletionChunk, None]:
                 for job in jobs:
-                    opening = {"role": "assistant", "content": ""}
-                    yield chunk([{"index": job.index, "delta": opening, "logprobs": None, "finish_reason": None}])
+                    opening: ChatChunkChoice = {
+                        "index": job.index,
+                        "delta": {"role": "assistant", "content": ""},
+                        "logprobs": None,
+                        "finish_reason": None,
+                    }
+                    yield chunk([opening])
                 count = 0
                 async with aclosing(generator.interleaved(jobs, steer)) as pieces:
                     async for index, piece in pieces:
                         count += 1
                         if piece.text or piece.finish or (piece.token and (wants_logprobs or reading)):
                             tokens = [piece.token] if piece.token else []
-                            choice = {
+                            choice: ChatChunkChoice = {
                                 "index": index,
                                 "delta": {"content": piece.text} if piece.text else {},
                                 "logprobs": logprobs(tokens) if tokens else None,
                                 "finish_reason": piece.finish,
+                                **served.read_out(reading if tokens else None, tokens),
                             }
-                            yield chunk([choice | (served.read_out(reading, tokens) if tokens else {})])
+                            yield chunk([choice])
                 if with_usage:
-                    yield chunk([], usage=usage(len(prompt), count))
+                    yield chunk([], usage(len(prompt), count))
 
             return stream(chunks())
         answers = await unless_gone(request, generator.answers(jobs, steer))
-        choices = [
+        choices: list[ChatChoice] = [
             {
                 "index": i,
                 "message": {"role": "assistant", "content": answer.text, "refusal": None},
                 "logprobs": logprobs(answer.tokens),
                 "finish_reason": answer.finish,
+                **served.read_out(reading, answer.tokens),
             }
-            | served.read_out(reading, answer.tokens)
             for i, answer in enumerate(answers)
         ]
-        base = envelope("chatcmpl", "chat.completion", body.model, served.fingerprint)
-        return JSONResponse(base | {"choices": choices, "usage": usage(len(prompt), made(answers))})
+        whole: ChatCompletion = {
+            **base,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": usage(len(prompt), made(answers)),
+        }
+        return JSONResponse(whole)
 
     return router

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from steer.hf.sampling import Token
 from steer.serve import errors, token_usage
-from steer.serve.generation import Job, completion_logprobs, envelope, made, stream, unless_gone, usage
+from steer.serve.answers import (
+    ChunkUsage,
+    Completion,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionChunkChoice,
+    CompletionUsage,
+    completion_logprobs,
+    envelope,
+    generated,
+    usage,
+)
+from steer.serve.generation import Job, made, stream, unless_gone
 from steer.serve.protocol import CompletionRequest
 from steer.serve.route import JsonRoute
 from steer.serve.served import Served
@@ -21,7 +32,12 @@ from steer.serve.text import Stops
 def router(served: Served) -> APIRouter:
     router, generator, engine = APIRouter(route_class=JsonRoute), served.generator, served.engine
 
-    @router.post("/v1/completions", tags=["generation"], summary="Continue a text, or each of several")
+    @router.post(
+        "/v1/completions",
+        tags=["generation"],
+        summary="Continue a text, or each of several",
+        responses=generated(Completion, "CompletionEvent"),
+    )
     async def complete(body: CompletionRequest, request: Request) -> Response:
         served.check_model(body.model)
         steer, read, reading = served.admitted(request)
@@ -47,11 +63,15 @@ def router(served: Served) -> APIRouter:
         jobs = await generator.offload(request, prompts, "prompt", prepare)
         prompt_tokens = sum(len(job.prompt) for job in jobs[:: body.n])
         token_usage.current().prompt += prompt_tokens
+        base = envelope("cmpl", body.model, served.fingerprint)
         if body.stream:
-            base = envelope("cmpl", "text_completion", body.model, served.fingerprint)
             with_usage = bool(body.stream_options and body.stream_options.include_usage)
 
-            async def chunks() -> AsyncGenerator[dict[str, Any], None]:
+            def chunk(choices: list[CompletionChunkChoice], usage: CompletionUsage | None = None) -> CompletionChunk:
+                counted: ChunkUsage = {"usage": usage} if with_usage else {}
+                return {**base, "object": "text_completion", "choices": choices, **counted}
+
+            async def chunks() -> AsyncGenerator[CompletionChunk, None]:
                 count = 0
                 offsets = [0] * len(jobs)
                 async with aclosing(generator.interleaved(jobs, steer)) as pieces:
@@ -63,20 +83,20 @@ def router(served: Served) -> APIRouter:
                             reported = completion_logprobs(tokenizer, tokens, offsets[index])
                             offsets[index] += len(reported["tokens"][0])
                         if piece.text or piece.finish or reported or (tokens and reading):
-                            choice = {
+                            choice: CompletionChunkChoice = {
                                 "index": index,
                                 "text": piece.text,
                                 "logprobs": reported,
                                 "finish_reason": piece.finish,
+                                **served.read_out(reading if tokens else None, tokens),
                             }
-                            choice |= served.read_out(reading, tokens) if tokens else {}
-                            yield base | {"choices": [choice]} | ({"usage": None} if with_usage else {})
+                            yield chunk([choice])
                 if with_usage:
-                    yield base | {"choices": [], "usage": usage(prompt_tokens, count)}
+                    yield chunk([], usage(prompt_tokens, count))
 
             return stream(chunks())
         answers = await unless_gone(request, generator.answers(jobs, steer))
-        choices = []
+        choices: list[CompletionChoice] = []
         for job, answer in zip(jobs, answers, strict=True):
             text, tokens = answer.text, answer.tokens
             if body.echo:
@@ -91,10 +111,15 @@ def router(served: Served) -> APIRouter:
                     "text": text,
                     "logprobs": completion_logprobs(tokenizer, tokens) if body.logprobs is not None else None,
                     "finish_reason": answer.finish,
+                    **served.read_out(reading, answer.tokens),
                 }
-                | served.read_out(reading, answer.tokens)
             )
-        base = envelope("cmpl", "text_completion", body.model, served.fingerprint)
-        return JSONResponse(base | {"choices": choices, "usage": usage(prompt_tokens, made(answers))})
+        whole: Completion = {
+            **base,
+            "object": "text_completion",
+            "choices": choices,
+            "usage": usage(prompt_tokens, made(answers)),
+        }
+        return JSONResponse(whole)
 
     return router

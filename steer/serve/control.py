@@ -21,7 +21,6 @@ from starlette.types import Scope
 
 from steer._version import __version__
 from steer.errors import InvalidInput, printable
-from steer.names import MAX_STRENGTH, MODE_SUMMARIES, MODES
 from steer.registry import Move, Registry
 from steer.serve import errors, metrics, policy
 from steer.serve.audit import Audit, AuditUnavailable
@@ -100,7 +99,8 @@ class Control:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._good: bytes | None = None  # what the policy file was at the last look, if it was acceptable
         self._read = time.monotonic()  # when the policy file was last read, acceptable or not
-        self._follower: Follower | None = None
+        #: Looks at the policy file.
+        self.follower: Follower | None = None
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -135,7 +135,7 @@ class Control:
         """Open the audit log and follow the policy file and the registry. Raises AuditError."""
         if self.audit:
             self.audit.open()
-        self._note("start", model=model, detail={"version": __version__, "policy": self._digest()})
+        self._note("start", model=model, detail={"version": __version__, "policy": self.policy_digest})
         self.registry, registry.on_move = registry, self._moved
         metrics.STEERING.set_function(lambda: float(self.steering))
         metrics.STEERED_RUNNING.set_function(lambda: float(len(self.running)))
@@ -152,13 +152,13 @@ class Control:
         if self.settings.policy:
             # the folder is watched, since editors and ConfigMaps put a new file in place
             folder = self.settings.policy.parent
-            self._follower = Follower(folder, self.reload, name="steer-policy", recursive=False)
-            self._follower.start()
+            self.follower = Follower(folder, self.reload, name="steer-policy", recursive=False)
+            self.follower.start()
 
     def stop(self) -> None:
-        if self._follower:
-            self._follower.stop()
-            self._follower = None
+        if self.follower:
+            self.follower.stop()
+            self.follower = None
         if self.audit:
             for (key, rule), count in self._unkept.items():
                 self._note("refused", key=key, outcome="summed", detail={"rule": rule, "unkept": count})
@@ -184,10 +184,10 @@ class Control:
                 self.policy_problems = error.problems
                 metrics.POLICY_RELOADS.labels(result="failed").inc()
                 log.error("the policy file is not acceptable, the old one stays in force: %s", error)
-                self._note("policy", outcome="refused", detail={"policy": self._digest()})
+                self._note("policy", outcome="refused", detail={"policy": self.policy_digest})
             return
         self._good, self.policy_problems = data, ()
-        if fresh.digest != self._digest():
+        if fresh.digest != self.policy_digest:
             self.in_force = fresh
             metrics.POLICY_RELOADS.labels(result="ok").inc()
             log.info("a new policy is in force: %d keys", len(fresh.policy.keys))
@@ -204,7 +204,9 @@ class Control:
             if run.caller.name is not None and (rules is None or run.caller.stored not in rules.hashes):
                 run.abort(Refusal(Code.INVALID_API_KEY, "key", "the API key was taken away"))
 
-    def _digest(self) -> str | None:
+    @property
+    def policy_digest(self) -> str | None:
+        """Of the policy in force; None without one."""
         return self.in_force.digest if self.in_force else None
 
     # -- who -----------------------------------------------------------------------------------------------------
@@ -256,13 +258,14 @@ class Control:
     def check_policy(self) -> None:
         """Raises Refusal (503) while the policy file has not been read for so long that nobody can say whom it lets in:
         a key may have been taken away in it."""
-        if self._unread:
+        if self.policy_unread:
             said = f"the policy file has not been read for {STALLED:g} s, so no key is known to hold; the log says why"
             raise Refusal(Code.POLICY_UNREAD, "policy", said, Retry_After="10")
 
     @property
-    def _unread(self) -> bool:
-        return self._follower is not None and time.monotonic() - self._read > STALLED
+    def policy_unread(self) -> bool:
+        """Has the policy file not been read for so long that nobody can say whom it lets in?"""
+        return self.follower is not None and time.monotonic() - self._read > STALLED
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -379,59 +382,7 @@ class Control:
         said = f"steering is switched off on this server{f': {self.reason}' if self.reason else ''}"
         return Refusal(Code.STEERING_OFF, "switch", said, asked=asked, Retry_After="60")
 
-    # -- what is kept, and what is told ----------------------------------------------------------------------------
-
-    def health(self) -> dict[str, Any]:
-        """For /health, which everybody reads: nothing of keys or directions. `policy` and `folder` say also how it is
-        with the threads that follow them (`Follower.state`), `seconds_since_look` when those last looked."""
-        return {
-            "steering": "on" if self.steering else "off",
-            "audit": "none" if self.audit is None else "failed" if self.audit.failed else "ok",
-            "policy": self._policy(),
-            "folder": self._folder(),
-            "seconds_since_look": {
-                name: round(follower.age, 1)
-                for name, follower in (("policy", self._follower), ("folder", self.registry and self.registry.follower))
-                if follower
-            },
-        }
-
-    def _policy(self) -> str:
-        if self.in_force is None:
-            return "none"
-        if self._unread:
-            return "unread"
-        return "stale" if self.policy_problems else self._follower.state if self._follower else "ok"
-
-    def _folder(self) -> str:
-        if self.registry is None or self.registry.folder is None:
-            return "none"
-        if self.registry.folder_problem:
-            return "unreadable"
-        return self.registry.follower.state if self.registry.follower else "ok"
-
-    def state(self, scope: Scope) -> dict[str, Any]:
-        """For GET /v1/steering; `modes` says what each mode does, `may` what who asks may do."""
-        caller = self.caller(scope)
-        rules, manages = caller.rules, True
-        try:
-            self.check_manages(scope)
-        except Refusal:
-            manages = False
-        told: dict[str, Any] = {"object": "steering", "enabled": self.steering, "reason": self.reason}
-        told["modes"] = MODE_SUMMARIES
-        told["may"] = {
-            "steer": rules is None or rules.steer,
-            "modes": list(MODES if rules is None else rules.modes),
-            "max_strength": MAX_STRENGTH if rules is None else rules.max_strength,
-            "readout": rules is None or rules.readout,
-            "manage": manages,
-        }
-        if caller.manages:
-            told["running"] = len(self.running)
-            told["policy"] = {"digest": self._digest(), "problems": list(self.policy_problems)}
-            told["audit"] = self.audit and {"head": str(self.audit.head), "failed": self.audit.failed}
-        return told
+    # -- what is kept ---------------------------------------------------------------------------------------------
 
     def moving(self, caller: Caller) -> None:
         """In this context, and in threads that begin in it, names are moved by `caller`."""

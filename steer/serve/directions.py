@@ -3,22 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from steer.direction import MAX_BYTES
+from steer.direction import MAX_BYTES, DirectionMeta, LayerProfile
 from steer.errors import NoRoom, SteerError, UnknownDirection
-from steer.names import check_name
+from steer.names import Mode, Site, check_name
 from steer.registry import Registry, Version
 from steer.serve import errors
 from steer.serve.body import read_body
 from steer.serve.caller import Caller
 from steer.serve.control import Control
+from steer.serve.errors import Code, documented
 from steer.serve.pages import FILE, READING, check_kind
+
+
+class DirectionCard(TypedDict):
+    """A direction that is served."""
+
+    id: Annotated[str, Field(description="its name")]
+    object: Literal["direction"]
+    status: Annotated[
+        Literal["served", "stale"], Field(description="stale: its file was changed to one that is not acceptable")
+    ]
+    errors: Annotated[list[str], Field(description="what is wrong with the file, where it is stale")]
+    digest: Annotated[str, Field(description="sha256 of the file's bytes: the version")]
+    created: Annotated[int, Field(description="when this version was loaded, in seconds since 1970")]
+    method: Annotated[str, Field(description="how it was made")]
+    source_layer: Annotated[int | None, Field(description="the layer whose direction serves all layers, if one does")]
+    rank: Annotated[int, Field(description="rows of each layer")]
+    mode: Annotated[Mode, Field(description="of a request that names none")]
+    strength: Annotated[float, Field(description="of a request that names none")]
+    sites: Annotated[list[Site], Field(description="where it acts")]
+    bytes: Annotated[int, Field(description="size of the file")]
+    usable: Annotated[bool, Field(description="may the caller steer with it")]
+    requests: NotRequired[
+        Annotated[int, Field(description="requests that use this version now; for the managing role")]
+    ]
+
+
+class DirectionDetail(DirectionCard):
+    """A direction with what its file says."""
+
+    meta: Annotated[DirectionMeta, Field(description="of the file")]
+    profile: Annotated[list[LayerProfile], Field(description="of each layer")]
+
+
+class FailedDirection(TypedDict):
+    """A file that was offered and is not served."""
+
+    id: Annotated[str, Field(description="its name")]
+    object: Literal["direction"]
+    status: Literal["failed"]
+    errors: Annotated[list[str], Field(description="what is wrong with the file")]
+
+
+class DirectionList(TypedDict):
+    object: Literal["list"]
+    data: list[DirectionCard | FailedDirection]
+
+
+class DeletedDirection(TypedDict):
+    id: Annotated[str, Field(description="its name")]
+    object: Literal["direction"]
+    deleted: Literal[True]
 
 
 def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> type[APIRoute]:
@@ -52,31 +106,34 @@ def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> t
 def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES) -> APIRouter:
     routes = APIRouter(prefix="/v1/directions", tags=["directions"], route_class=own_route(control, FILE))
 
-    @routes.get("", summary="All served directions, and what was offered but is not served")
-    async def list_directions(request: Request) -> dict[str, Any]:
+    @routes.get("", summary="All served directions, and what was offered but is not served", responses=documented())
+    async def list_directions(request: Request) -> DirectionList:
         caller = control.caller(request.scope)
         served = [
-            summary(name, version, registry, caller)
-            for name, version in registry.names().items()
-            if caller.may_know(name)
+            card(name, version, registry, caller) for name, version in registry.names().items() if caller.may_know(name)
         ]
         known = {item["id"] for item in served}
-        failed = [
+        failed: list[FailedDirection] = [
             {"id": name, "object": "direction", "status": "failed", "errors": list(failure.problems)}
             for name, failure in sorted(registry.failures.items())
             if name not in known and caller.may_know(name)
         ]
-        return {"object": "list", "data": served + failed}
+        return {"object": "list", "data": [*served, *failed]}
 
-    @routes.get("/{name}", summary="One direction with its metadata and per-layer profile")
-    async def get_direction(name: str, request: Request) -> dict[str, Any]:
+    @routes.get(
+        "/{name}",
+        summary="One direction with its metadata and per-layer profile",
+        responses=documented(Code.DIRECTION_NOT_FOUND),
+    )
+    async def get_direction(name: str, request: Request) -> DirectionDetail:
         caller = control.caller(request.scope)
         try:
             version = registry.get(name, caller.may_know)
         except UnknownDirection as error:
             raise _not_found(error) from error
-        return summary(name, version, registry, caller) | {
-            "meta": version.direction.meta.model_dump(mode="json"),
+        return {
+            **card(name, version, registry, caller),
+            "meta": version.direction.meta,
             "profile": await anyio.to_thread.run_sync(version.direction.profile),
         }
 
@@ -86,8 +143,17 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
         "/{name}",
         summary="Serve these safetensors bytes under this name from now on",
         openapi_extra={"requestBody": body},
+        responses=documented(
+            Code.BODY_TOO_LARGE,
+            Code.CONTENT_TYPE,
+            Code.INVALID_DIRECTION,
+            Code.INVALID_VALUE,
+            Code.NO_FREE_ROWS,
+            Code.STEERING_FORBIDDEN,
+            Code.STORAGE,
+        ),
     )
-    async def put_direction(name: str, request: Request) -> dict[str, Any]:
+    async def put_direction(name: str, request: Request) -> DirectionCard:
         check_name(name)
         data = await read_body(request.scope, request.receive, max_upload)
         caller = control.caller(request.scope)
@@ -95,30 +161,34 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
         try:
             version = await anyio.to_thread.run_sync(registry.put, name, data)
         except NoRoom as error:
-            raise errors.HTTPProblem(errors.Code.NO_FREE_ROWS, str(error)) from error
+            raise errors.HTTPProblem(Code.NO_FREE_ROWS, str(error)) from error
         except OSError as error:
-            raise errors.HTTPProblem(errors.Code.STORAGE, f"the file cannot be stored: {error}") from error
-        return summary(name, version, registry, caller)
+            raise errors.HTTPProblem(Code.STORAGE, f"the file cannot be stored: {error}") from error
+        return card(name, version, registry, caller)
 
-    @routes.delete("/{name}", summary="Stop serving this name and remove its file")
-    async def delete_direction(name: str, request: Request) -> dict[str, Any]:
+    @routes.delete(
+        "/{name}",
+        summary="Stop serving this name and remove its file",
+        responses=documented(Code.DIRECTION_NOT_FOUND, Code.STEERING_FORBIDDEN, Code.STORAGE),
+    )
+    async def delete_direction(name: str, request: Request) -> DeletedDirection:
         control.moving(control.caller(request.scope))
         try:
             await anyio.to_thread.run_sync(registry.delete, name)
         except UnknownDirection as error:
             raise _not_found(error) from error
         except OSError as error:
-            raise errors.HTTPProblem(errors.Code.STORAGE, f"the file cannot be removed: {error}") from error
+            raise errors.HTTPProblem(Code.STORAGE, f"the file cannot be removed: {error}") from error
         return {"id": name, "object": "direction", "deleted": True}
 
     return routes
 
 
-def summary(name: str, version: Version, registry: Registry, caller: Caller) -> dict[str, Any]:
+def card(name: str, version: Version, registry: Registry, caller: Caller) -> DirectionCard:
     """What `caller` is told of a direction in a list. How many requests use it now is others' business too, so that is
     for who manages."""
     meta, failure = version.direction.meta, registry.failures.get(name)
-    told = {
+    told: DirectionCard = {
         "id": name,
         "object": "direction",
         "status": "stale" if failure else "served",
@@ -134,8 +204,10 @@ def summary(name: str, version: Version, registry: Registry, caller: Caller) -> 
         "bytes": version.bytes,
         "usable": caller.may_use(name),
     }
-    return told | ({"requests": version.pins} if caller.manages else {})
+    if caller.manages:
+        told["requests"] = version.pins
+    return told
 
 
 def _not_found(error: UnknownDirection) -> errors.HTTPProblem:
-    return errors.HTTPProblem(errors.Code.DIRECTION_NOT_FOUND, str(error), param="name")
+    return errors.HTTPProblem(Code.DIRECTION_NOT_FOUND, str(error), param="name")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from itertools import islice
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import Field, WithJsonSchema
 from starlette.exceptions import HTTPException
+from typing_extensions import TypedDict
 
 from steer.errors import (
     DirectionError,
@@ -85,17 +87,49 @@ class HTTPProblem(SteerError):
         super().__init__(message)
 
 
-def body(status: int, message: str, *, param: str | None, code: str | None) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+class Problem(TypedDict):
+    """What is wrong, in the shape of the OpenAI API."""
+
+    message: Annotated[str, Field(description="which value, which rule, and what would be accepted")]
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: Annotated[str | None, Field(description="the field that is wrong, where it is one")]
+    code: Annotated[str | None, WithJsonSchema({"enum": [*(code.wire for code in Code), None]})]
+    problems: NotRequired[Annotated[list[str], Field(description="of `invalid_direction`: every reason")]]
+
+
+class ErrorAnswer(TypedDict):
+    """An answer with a status of 400 or more."""
+
+    error: Problem
+
+
+def documented(*codes: Code) -> dict[int | str, dict[str, Any]]:
+    """The errors of a route for its OpenAPI document: by status those that its handler may give, and as `default` what
+    comes from the layers around it."""
+    by_status: dict[int, list[str]] = {}
+    for code in codes:
+        by_status.setdefault(code.status, []).append(f"`{code.wire}`: {code.meaning}")
+    described = {status: ". ".join(lines) for status, lines in sorted(by_status.items())}
+    others = "Any other error: of the key, the host, the headers or the path"
+    return {
+        status: {"model": ErrorAnswer, "description": text} for status, text in {**described, "default": others}.items()
+    }
+
+
+def body(status: int, message: str, *, param: str | None, code: str | None) -> ErrorAnswer:
+    kind: Literal["invalid_request_error", "rate_limit_error", "server_error"] = "invalid_request_error"
     if status == 429:
         kind = "rate_limit_error"
+    elif status >= 500:
+        kind = "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def response(code: Code, message: str, *, param: str | None = None, **more: Any) -> JSONResponse:
-    """`more` stands beside the message."""
+def response(code: Code, message: str, *, param: str | None = None, problems: Sequence[str] = ()) -> JSONResponse:
+    """`problems`: every reason, where there may be several."""
     told = body(code.status, message, param=param, code=code.wire)
-    told["error"] |= more
+    if problems:
+        told["error"]["problems"] = list(problems)
     return JSONResponse(told, code.status)
 
 
@@ -111,7 +145,7 @@ def of(error: Exception) -> JSONResponse:
             out.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
             return out
         case DirectionError():
-            return response(Code.INVALID_DIRECTION, str(error), param=error.param, problems=list(error.problems))
+            return response(Code.INVALID_DIRECTION, str(error), param=error.param, problems=error.problems)
         case InvalidInput():
             return response(Code.INVALID_VALUE, str(error), param=error.param)
         case NotFinite():
@@ -126,6 +160,11 @@ def of(error: Exception) -> JSONResponse:
 def event(error: Exception) -> str:
     """`error` as a server-sent event, for a stream that has already begun."""
     return f"data: {bytes(of(error).body).decode()}\n\n"
+
+
+def last_event(error: Exception) -> bytes:
+    """The end of a stream that is broken off for `error`."""
+    return f"event: error\n{event(error)}data: [DONE]\n\n".encode()
 
 
 async def on_steer_error(_request: Request, error: Exception) -> JSONResponse:

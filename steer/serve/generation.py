@@ -1,13 +1,11 @@
-"""From a checked request to answers: prompts to ids, tokens to text, and the OpenAI shapes around them."""
+"""From a checked request to answers: prompts to ids, tokens to text, and events of a stream."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
-import time
-import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
@@ -22,8 +20,9 @@ from steer.hf.sampling import Sampling, Shape, Token
 from steer.runtime.readout import RequestRead
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
+from steer.serve.answers import Finish
 from steer.serve.offload import offload
-from steer.serve.text import Stops, TextStream, token_text
+from steer.serve.text import Stops, TextStream
 from steer.serve.token_usage import current
 
 log = logging.getLogger("steer")
@@ -76,7 +75,7 @@ class Piece:
 
     text: str
     token: Token | None = None
-    finish: str | None = None
+    finish: Finish | None = None
 
 
 @dataclass(slots=True)
@@ -85,7 +84,7 @@ class Answer:
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
-    finish: str = "length"
+    finish: Finish = "length"
     made: int = 0
 
 
@@ -286,7 +285,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
             await watcher
 
 
-async def events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
+async def events(chunks: AsyncGenerator[Mapping[str, Any], None]) -> AsyncGenerator[str, None]:
     """Server-sent events of `chunks`; an error in mid-stream becomes an event, since the status is already sent."""
     try:
         async with aclosing(chunks):
@@ -298,49 +297,6 @@ async def events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator
     yield "data: [DONE]\n\n"
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
-def envelope(prefix: str, kind: str, model: str, fingerprint: str) -> dict[str, Any]:
-    return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": model,
-        "system_fingerprint": fingerprint,
-    }
-
-
-def chat_logprobs(tokenizer: Any, tokens: Sequence[Token]) -> dict[str, Any]:
-    def one(token: int, logprob: float | None) -> dict[str, Any]:
-        shown = token_text(tokenizer, token)
-        return {"token": shown, "logprob": logprob, "bytes": list(shown.encode())}
-
-    return {
-        "content": [one(t.id, t.logprob) | {"top_logprobs": [one(i, p) for i, p in t.top]} for t in tokens],
-        "refusal": None,
-    }
-
-
-def completion_logprobs(tokenizer: Any, tokens: Sequence[Token], offset: int = 0) -> dict[str, Any]:
-    """The older shape: parallel lists. A token without a log-probability is the first of an echoed prompt."""
-    out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for token in tokens:
-        shown = token_text(tokenizer, token.id)
-        out["tokens"].append(shown)
-        out["token_logprobs"].append(token.logprob)
-        known = token.logprob is not None
-        out["top_logprobs"].append({token_text(tokenizer, i): p for i, p in reversed(token.top)} if known else None)
-        out["text_offset"].append(offset)
-        offset += len(shown)
-    return out
-
-
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
@@ -350,6 +306,6 @@ def made(answers: Sequence[Answer]) -> int:
     return sum(answer.made for answer in answers)
 
 
-def stream(chunks: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:
+def stream(chunks: AsyncGenerator[Mapping[str, Any], None]) -> StreamingResponse:
     """`chunks` as server-sent events."""
     return StreamingResponse(events(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

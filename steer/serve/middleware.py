@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer import readout
@@ -24,6 +25,7 @@ from steer.errors import SteerError
 from steer.readout import ReadWanted
 from steer.registry import Registry
 from steer.serve import carriers, errors, metrics
+from steer.serve.asgi import is_event_stream
 from steer.serve.authorise import admit
 from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, understood
 from steer.serve.control import Control, Place, Run
@@ -32,7 +34,7 @@ from steer.serve.ratelimit import tokens_of
 from steer.serve.token_usage import counting
 from steer.spec import Wanted
 
-REQUEST_ID = b"x-request-id"
+REQUEST_ID = "x-request-id"
 Forward = Callable[[dict[str, Any], Admission], None]
 
 
@@ -170,10 +172,7 @@ class _Answer:
 
     def __init__(self, send: Send, run: Run) -> None:
         self._send = send
-        self._own = (
-            (carriers.RECEIPT.encode(), run.spec.receipt().encode()),
-            (REQUEST_ID, run.request_id.encode()),
-        )
+        self._receipt, self._request_id = run.spec.receipt(), run.request_id
         self._streams = False
         self._status = 0
         self.outcome = "cancelled"
@@ -181,12 +180,12 @@ class _Answer:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
-            headers = list(message["headers"])
-            self._streams = any(k.lower() == b"content-type" and b"event-stream" in v for k, v in headers)
-            has_id = any(k.lower() == REQUEST_ID for k, _ in headers)
-            receipt, request = self._own
-            headers += [receipt] if self._status < 400 else []
-            message = {**message, "headers": headers if has_id else [*headers, request]}
+            self._streams = is_event_stream(message)
+            headers = MutableHeaders(raw=list(message["headers"]))
+            if self._status < 400:
+                headers.append(carriers.RECEIPT, self._receipt)
+            headers.setdefault(REQUEST_ID, self._request_id)
+            message = {**message, "headers": headers.raw}
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.outcome = "ok" if self._status < 400 else "error"
@@ -199,6 +198,5 @@ class _Answer:
             await self._send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
             await self._send({"type": "http.response.body", "body": response.body})
         elif self._streams and self.outcome == "cancelled":
-            last = f"event: error\n{errors.event(error)}data: [DONE]\n\n"
-            await self._send({"type": "http.response.body", "body": last.encode()})
+            await self._send({"type": "http.response.body", "body": errors.last_event(error)})
         self.outcome = "aborted"

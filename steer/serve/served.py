@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from fastapi import Request
 
@@ -18,10 +17,10 @@ from steer.registry import Registry
 from steer.runtime.readout import RequestRead
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
+from steer.serve.answers import ReadField, report
 from steer.serve.carriers import PLUS
 from steer.serve.control import Control
 from steer.serve.generation import Generator
-from steer.serve.readout import report
 from steer.serve.text import token_text
 from steer.spec import Wanted
 
@@ -63,9 +62,9 @@ class Served:
         read = None if readout is None else RequestRead(bank.rows_of(readout.digests), readout.layers)
         return bank.steer(admission.spec), read, readout
 
-    def read_out(self, reading: Readout | None, tokens: list[Token]) -> dict[str, Any]:
+    def read_out(self, reading: Readout | None, tokens: list[Token]) -> ReadField:
         """The part of a choice that says what was read at its tokens."""
         if reading is None:
             return {}
         shown = [(token_text(self.loaded.tokenizer, token.id), token.reading) for token in tokens]
-        return {FIELD: report(reading, shown).model_dump()}
+        return {FIELD: report(reading, shown)}

@@ -13,6 +13,7 @@ _INCOMPLETE = "\ufffd"
 _LATE = 64
 
 
+# Not `DecodeStream` of `tokenizers`: it has no end, so it would keep what is held back, and takes only fast tokenizers.
 class TextStream:
     """The text of one answer. `push` takes a token and returns the text that is certain by now.
 

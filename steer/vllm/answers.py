@@ -17,55 +17,48 @@ from starlette.types import Message, Send
 from steer.errors import NotFinite, SteerError
 from steer.readout import FIELD
 from steer.serve import errors
+from steer.serve.answers import ReadReport
+from steer.serve.asgi import is_event_stream, rewriting
 
 DONE = b"data: [DONE]"
 #: Makes the field of the one choice.
-Fetch = Callable[[], Awaitable[dict[str, Any]]]
+Fetch = Callable[[], Awaitable[ReadReport]]
 
 
 def with_readout(send: Send, fetch: Fetch) -> Send:
     """Sends an answer with one choice on, with what `fetch` gives in it; other answers as they are. Raises what `fetch`
     raises, unless a stream has begun: then it is an event of the stream."""
-    start: Message = {}
     streamed = False
-    body, last = b"", b""
+    last = b""
 
-    async def whole(message: Message) -> None:
-        nonlocal body
-        body += message.get("body", b"")
-        if message.get("more_body", False):
-            return
+    async def whole(body: bytes) -> bytes:
         answer = json.loads(body)
         for choice in answer["choices"]:
             choice[FIELD] = await fetch()
-        data = json.dumps(answer).encode()
-        headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
-        await send({**start, "headers": [*headers, (b"content-length", str(len(data)).encode())]})
-        await send({"type": "http.response.body", "body": data})
+        return json.dumps(answer).encode()
 
-    async def stream(message: Message) -> None:
+    async def with_chunk(message: Message) -> Message:
         nonlocal last
-        data: bytes = message.get("body", b"")
-        before, done, after = data.partition(DONE)
+        before, done, after = message.get("body", b"").partition(DONE)
         if b'"choices"' in before:
             last = before
-        if done and last:
-            try:
-                chunk = _chunk(last, await fetch())
-            except SteerError as error:
-                chunk = errors.event(error).encode()
-            message = {**message, "body": before + chunk + done + after}
-        await send(message)
+        if not (done and last):
+            return message
+        try:
+            chunk = _chunk(last, await fetch())
+        except SteerError as error:
+            chunk = errors.event(error).encode()
+        return {**message, "body": before + chunk + done + after}
+
+    rewritten = rewriting(send, lambda start: None if start["status"] >= 400 or is_event_stream(start) else whole)
 
     async def sending(message: Message) -> None:
-        nonlocal start, streamed
+        nonlocal streamed
         if message["type"] == "http.response.start":
-            start = message
-            streamed = any(k.lower() == b"content-type" and b"event-stream" in v for k, v in message["headers"])
-        if start["status"] >= 400 or (streamed and message["type"] == "http.response.start"):
-            await send(message)
-        elif message["type"] == "http.response.body":
-            await (stream if streamed else whole)(message)
+            streamed = message["status"] < 400 and is_event_stream(message)
+        elif streamed:
+            message = await with_chunk(message)
+        await rewritten(message)
 
     return sending
 
@@ -73,24 +66,11 @@ def with_readout(send: Send, fetch: Fetch) -> Send:
 def restated(send: Send, sent: Collection[str]) -> Send:
     """Sends an answer on; one that refuses the request with its message in plain words and, as `param`, the field that
     is wrong, where that says it. `sent`: the fields of the request."""
-    start: Message | None = None
-    body = b""
 
-    async def sending(message: Message) -> None:
-        nonlocal start, body
-        if message["type"] == "http.response.start" and 400 <= message["status"] < 500:
-            start = message
-        elif start is None:
-            await send(message)
-        else:
-            body += message.get("body", b"")
-            if not message.get("more_body", False):
-                data = _restated(body, sent)
-                headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
-                await send({**start, "headers": [*headers, (b"content-length", str(len(data)).encode())]})
-                await send({"type": "http.response.body", "body": data})
+    async def change(body: bytes) -> bytes:
+        return _restated(body, sent)
 
-    return sending
+    return rewriting(send, lambda start: change if 400 <= start["status"] < 500 else None)
 
 
 def _restated(body: bytes, sent: Collection[str]) -> bytes:
@@ -162,7 +142,7 @@ class UnlessLost:
             return
         if message["type"] == "http.response.start":
             self._started = True
-            self._streams = any(k.lower() == b"content-type" and b"event-stream" in v for k, v in message["headers"])
+            self._streams = is_event_stream(message)
         await self._send(message)
 
     async def end(self) -> None:
@@ -172,7 +152,7 @@ class UnlessLost:
         self._ended = True
         error = NotFinite()
         if self._streams:
-            last = f"event: error\n{errors.event(error)}data: [DONE]\n\n".encode()
+            last = errors.last_event(error)
         else:
             response = errors.of(error)
             last = bytes(response.body) if not self._started else b""
@@ -182,7 +162,7 @@ class UnlessLost:
         await self._send({"type": "http.response.body", "body": last})
 
 
-def _chunk(last: bytes, field: dict[str, Any]) -> bytes:
+def _chunk(last: bytes, field: ReadReport) -> bytes:
     """A chunk like the `last` one, with nothing but the field."""
     line = next(line for line in reversed(last.splitlines()) if line.startswith(b"data: {"))
     envelope = {k: v for k, v in json.loads(line[6:]).items() if k not in ("usage", "choices")}

@@ -21,7 +21,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,8 +29,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from steer.admission import Admission
 from steer.errors import InvalidInput, SpecError, SteerError, UnsupportedModel
 from steer.readout import FIELD
-from steer.serve import carriers, errors, metrics, playground, reference, switch
+from steer.serve import carriers, errors, metrics, operation, pages, playground, reference
 from steer.serve.access import PUBLIC, Access
+from steer.serve.answers import ReadReport, report
+from steer.serve.asgi import Change, rewriting
 from steer.serve.authorise import resolve
 from steer.serve.body import BODY, Gone, parse_body, read_body, replay, understood
 from steer.serve.control import Control, request_id
@@ -38,9 +40,9 @@ from steer.serve.directions import router as directions_router
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.middleware import REQUEST_ID, SteerMiddleware, around
 from steer.serve.offload import LARGE, offload
-from steer.serve.readout import report
 from steer.serve.route import Head
 from steer.settings import ControlSettings
+from steer.spec import Spec
 from steer.vllm import frontend as front_ends
 from steer.vllm import internals, wire
 from steer.vllm.answers import UnlessLost, restated, with_readout
@@ -85,7 +87,7 @@ def install(app: FastAPI) -> None:
     control = app.state.steer_control = Control(control_settings(app))
     check_door(control, app.state.args)
     app.include_router(directions_router(_LateRegistry(app), control=control))  # type: ignore[arg-type]
-    app.include_router(switch.router(control))
+    app.include_router(operation.router(control))
     app.include_router(playground.router())
     reference.put_on(app)
 
@@ -146,8 +148,9 @@ class Closed:
             await send({"type": "websocket.close", "code": 1008, "reason": "unsupported with steering on"})
             return
         if scope["type"] == "http":  # what vLLM calls a request, in its logs and answers, is what the audit log does
-            ours = (REQUEST_ID, request_id(scope).encode())
-            scope = {**scope, "headers": [*(h for h in scope["headers"] if h[0] != REQUEST_ID), ours]}
+            headers = MutableHeaders(raw=list(scope["headers"]))
+            headers[REQUEST_ID] = request_id(scope)
+            scope = {**scope, "headers": headers.raw}
         with _passing(Passage()):
             await self.app(scope, receive, send)
 
@@ -256,11 +259,11 @@ class Generation:
         async def checked(scope: Scope, receive: Receive, send: Send) -> None:
             admission: Admission = scope["steer"]
 
-            async def fetch() -> dict[str, Any]:
+            async def fetch() -> ReadReport:
                 assert ticket is not None
                 assert admission.readout is not None
                 tokenizer = internals.tokenizer_of(scope["app"].state.engine_client)
-                return report(admission.readout, await front.readings(ticket, tokenizer)).model_dump()
+                return report(admission.readout, await front.readings(ticket, tokenizer))
 
             answer = UnlessLost(send, lambda: ticket is not None and ticket.lost)
             send = with_readout(answer.send, fetch) if admission.readout else answer.send
@@ -330,7 +333,9 @@ class Other:
 
         async def sending(message: Message) -> None:
             if way.plain and message["type"] == "http.response.start" and message["status"] < 400:
-                message = {**message, "headers": [*message["headers"], (carriers.RECEIPT.encode(), b"[]")]}
+                headers = MutableHeaders(raw=list(message["headers"]))
+                headers.append(carriers.RECEIPT, Spec().receipt())
+                message = {**message, "headers": headers.raw}
             await send(message)
 
         await _run(self.app, way, body, scope, replay(data, receive), sending)
@@ -348,8 +353,8 @@ def _may_be_plain(scope: Scope) -> bool:
 
 async def _understood(scope: Scope, data: bytes) -> Any:
     """What a body says: of JSON the value, of a form its fields, {} of none; None where we cannot tell."""
-    kind = next((v for k, v in scope["headers"] if k == b"content-type"), b"").lower()
-    forms = (b"multipart/form-data", b"application/x-www-form-urlencoded")
+    kind = Headers(scope=scope).get("content-type", "").lower()
+    forms = ("multipart/form-data", "application/x-www-form-urlencoded")
     if kind.startswith(forms) and not data.lstrip().startswith(b"{"):  # which is JSON to who does not look at the type
         try:
             async with Request(scope, replay(data, _nothing)).form() as form:
@@ -479,10 +484,10 @@ class Models:
         caller = control_of(scope["app"]).caller(scope)
         names = [name for name in front_end_of(scope["app"]).registry.names() if caller.may_use(name)]
 
-        def changed(status: int, body: bytes) -> bytes:
-            return _with_aliases(body, names) if status == 200 else body
+        async def change(body: bytes) -> bytes:
+            return _with_aliases(body, names)
 
-        await self.app(scope, receive, _with_body(send, changed))
+        await self.app(scope, receive, rewriting(send, lambda start: change if start["status"] == 200 else None))
 
 
 class Health:
@@ -492,33 +497,15 @@ class Health:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        health = control_of(scope["app"]).health()
+        health = operation.health(control_of(scope["app"]))
 
-        def changed(status: int, _body: bytes) -> bytes:
-            return json.dumps({"status": "ok" if status == 200 else "failed", **health}).encode()
+        def choose(start: Message) -> Change:
+            async def change(_: bytes) -> bytes:
+                return json.dumps({"status": "ok" if start["status"] == 200 else "failed", **health}).encode()
 
-        await self.app(scope, receive, _with_body(send, changed))
+            return change
 
-
-def _with_body(send: Send, change: Callable[[int, bytes], bytes]) -> Send:
-    """Sends a whole JSON answer on with the body that `change` makes of its status and body."""
-    start: Message = {}
-    body = b""
-
-    async def sending(message: Message) -> None:
-        nonlocal start, body
-        if message["type"] == "http.response.start":
-            start = message
-            return
-        body += message.get("body", b"")
-        if not message.get("more_body", False):
-            whole = change(start["status"], body)
-            headers = [(k, v) for k, v in start["headers"] if k.lower() not in (b"content-length", b"content-type")]
-            headers += [(b"content-type", b"application/json"), (b"content-length", str(len(whole)).encode())]
-            await send({**start, "headers": headers})
-            await send({"type": "http.response.body", "body": whole})
-
-    return sending
+        await self.app(scope, receive, rewriting(send, choose, pages.JSON))
 
 
 def _with_aliases(body: bytes, names: Sequence[str]) -> bytes:

@@ -27,6 +27,7 @@ from steer import watch
 from steer.serve import control, keys
 from steer.serve.audit import verify
 from steer.serve.caller import Caller, Refusal
+from steer.serve.operation import health
 from steer.serve.pages import is_loopback
 from steer.serve.policy import read
 from steer.serve.ratelimit import RateLimiter, tokens_of
@@ -306,14 +307,14 @@ def test_a_policy_that_is_read_no_more_lets_nobody_in(
         if trouble == "the file is gone":
             assert asyncio.run(inside.post(BODY, bearer("reader")))[0] == 200
             inside.policy.unlink()
-        eventually(lambda: inside.control.health()["policy"] == "unread")
+        eventually(lambda: health(inside.control)["policy"] == "unread")
         status, told, body = asyncio.run(inside.post(BODY, bearer("reader")))
         assert (status, json.loads(body)["error"]["code"], told["retry-after"]) == (503, "policy_unread", "10")
         assert asyncio.run(inside.post(BODY, {"Authorization": "Bearer unknown"}))[0] == 401
         assert asyncio.run(inside.post(b"", path="/health", method="GET"))[0] == 200, "which says so"
         if trouble == "the file is gone":
             inside.policy.write_text(POLICY)
-            eventually(lambda: inside.control.health()["policy"] == "ok")
+            eventually(lambda: health(inside.control)["policy"] == "ok")
             assert asyncio.run(inside.post(BODY, bearer("reader")))[0] == 200
     finally:
         inside.control.stop()
@@ -326,16 +327,16 @@ def test_health_says_how_it_is_with_what_follows(tmp_path: Path, monkeypatch: py
     inside.registry.follow()
     inside.start()
     try:
-        health = inside.control.health()
-        assert (health["policy"], health["folder"]) == ("ok", "ok")
-        ages = health["seconds_since_look"]
+        told = health(inside.control)
+        assert (told["policy"], told["folder"]) == ("ok", "ok")
+        ages = told["seconds_since_look"]
         assert ages.keys() == {"policy", "folder"}
         assert all(0 <= age < watch.STALLED for age in ages.values())
         monkeypatch.setattr(watch, "STALLED", -1)
-        health = inside.control.health()
-        assert (health["policy"], health["folder"]) == ("stalled", "stalled")
+        told = health(inside.control)
+        assert (told["policy"], told["folder"]) == ("stalled", "stalled")
         inside.registry.stop()
-        assert inside.control.health()["folder"] == "dead"
+        assert health(inside.control)["folder"] == "dead"
     finally:
         inside.control.stop()
         inside.registry.stop()
@@ -574,9 +575,9 @@ def test_the_policy_is_followed_whatever_lies_in_its_folder(
                 inside.policy.mkdir()
             else:
                 inside.policy.symlink_to("/dev/zero" if odd == "a device" else inside.policy)
-            eventually(lambda: inside.control.health()["policy"] == "stale")
+            eventually(lambda: health(inside.control)["policy"] == "stale")
             assert asyncio.run(inside.post(BODY, bearer("reader")))[0] == 200, "the old one is in force"
-        looked = inside.control.health()["seconds_since_look"]["policy"]
+        looked = health(inside.control)["seconds_since_look"]["policy"]
         fresh = tmp_path / "fresh"
         fresh.write_text(f'[keys.all]\nhash = "{HASH["all"]}"')
         if odd == "a folder":
@@ -584,7 +585,7 @@ def test_the_policy_is_followed_whatever_lies_in_its_folder(
         os.replace(fresh, inside.policy)
         eventually(lambda: asyncio.run(inside.post(BODY, bearer("reader")))[0] == 401)
         assert looked < watch.STALLED
-        assert inside.control.health()["policy"] == "ok"
+        assert health(inside.control)["policy"] == "ok"
     finally:
         inside.control.stop()
 
@@ -792,11 +793,11 @@ async def _from(app: Any, peer: str) -> int:
 def test_without_keys_steering_is_switched_from_this_machine_alone(tmp_path: Path) -> None:
     from fastapi import FastAPI
 
-    from steer.serve import switch as switching
+    from steer.serve import operation
 
     inside = Inside(tmp_path, audited=False)
     app = FastAPI()
-    app.include_router(switching.router(inside.control))
+    app.include_router(operation.router(inside.control))
     assert asyncio.run(_from(app, "192.0.2.7")) == 403
     assert inside.control.steering
     assert asyncio.run(_from(app, "127.0.0.1")) == 200
@@ -850,7 +851,7 @@ def test_the_command_that_makes_keys(tmp_path: Path) -> None:
 # -- our own OpenAPI document -----------------------------------------------------------------------------------------
 
 
-def test_no_request_that_the_document_allows_is_a_server_error(tiny_folder: Path, tmp_path: Path) -> None:
+def test_requests_that_the_document_allows_get_answers_of_the_document(tiny_folder: Path, tmp_path: Path) -> None:
     with serving(tiny_folder, tmp_path) as server:
         document = server.client.get("/openapi.json", headers=bearer("all")).json()
         schema = schemathesis.openapi.from_dict(document).exclude(path="/v1/steering", method="POST")
@@ -866,6 +867,7 @@ def test_no_request_that_the_document_allows_is_a_server_error(tiny_folder: Path
                 answer = case.call(base_url=server.url, headers=bearer("all"))
                 tried[case.path] += 1
                 assert answer.status_code < 500, f"{case.method} {case.path}: {answer.status_code} {answer.text[:500]}"
+                case.operation.validate_response(answer)
 
             check()
         assert set(tried) == paths

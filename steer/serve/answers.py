@@ -1,0 +1,267 @@
+"""What the generation routes answer, in the shapes of the OpenAI API: the types, which `/openapi.json` shows, and the
+code that fills them. A key that is not always sent is `NotRequired`."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NotRequired, TypeAlias
+
+from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from steer.hf.sampling import Token
+from steer.readout import Readout
+from steer.runtime.readout import Reading
+from steer.serve.carriers import RECEIPT
+from steer.serve.errors import Code, ErrorAnswer, documented
+from steer.serve.text import token_text
+
+Finish = Literal["stop", "length"]
+#: Significant digits of a number in a read-out.
+DIGITS = 5
+_Numbers: TypeAlias = list[list[float | None]]
+
+
+class ReadLine(TypedDict):
+    """One row of a direction."""
+
+    name: Annotated[str, Field(description="the name that was asked for")]
+    digest: Annotated[
+        str, Field(description="the version that is read, which is the one that steers where both are asked for")
+    ]
+    row: Annotated[int, Field(description="which of the direction's rows, from 0")]
+    before: Annotated[_Numbers, Field(description="for each token, for each layer: the component before the operation")]
+    after: Annotated[_Numbers, Field(description="and after it; for a plain request the same")]
+
+
+class ReadReport(TypedDict):
+    """What was read at the tokens of one choice, or of one choice in a chunk of a stream."""
+
+    layers: Annotated[list[int], Field(description="the layers that were read; the innermost lists follow them")]
+    tokens: Annotated[
+        list[str], Field(description="the generated tokens as text, those of `logprobs`; in a chunk the new ones")
+    ]
+    norms: Annotated[
+        _Numbers, Field(description="for each token, for each layer: the stream's norm before the operation")
+    ]
+    directions: Annotated[list[ReadLine], Field(description="what was read, in the order that was asked for")]
+
+
+class ReadField(TypedDict):
+    """The part of a choice that is there when `steer_readout` was asked for."""
+
+    steer_readout: NotRequired[Annotated[ReadReport, Field(description="where it was asked for")]]
+
+
+class TokenLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: Annotated[list[int], Field(description="the token's text as UTF-8")]
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: Annotated[list[TokenLogprob], Field(description="the likeliest tokens at this place")]
+
+
+class ChatLogprobs(TypedDict):
+    content: Annotated[list[ChosenLogprob], Field(description="of each token of the answer")]
+    refusal: None
+
+
+class CompletionLogprobs(TypedDict):
+    """Parallel lists, one item for each token."""
+
+    tokens: list[str]
+    token_logprobs: Annotated[list[float | None], Field(description="null for the first token of an echoed prompt")]
+    top_logprobs: Annotated[list[dict[str, float] | None], Field(description="the likeliest tokens at this place")]
+    text_offset: Annotated[list[int], Field(description="where the token begins in the text, in characters")]
+
+
+class CompletionUsage(TypedDict):
+    """Tokens of one request."""
+
+    prompt_tokens: int
+    completion_tokens: Annotated[int, Field(description="of all choices")]
+    total_tokens: int
+
+
+class _Choice(ReadField):
+    index: Annotated[int, Field(description="which answer this is: n for each prompt, in the order of the prompts")]
+
+
+class AnswerMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(_Choice):
+    message: AnswerMessage
+    logprobs: Annotated[ChatLogprobs | None, Field(description="where `logprobs` was asked for")]
+    finish_reason: Annotated[Finish, Field(description="stop: by itself; length: at the limit of tokens")]
+
+
+class Delta(TypedDict):
+    """What a chunk adds to an answer. The first has `role`."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+
+
+class ChatChunkChoice(_Choice):
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: Annotated[Finish | None, Field(description="in the last chunk of this choice")]
+
+
+class CompletionChoice(_Choice):
+    text: str
+    logprobs: Annotated[CompletionLogprobs | None, Field(description="where `logprobs` was asked for")]
+    finish_reason: Annotated[Finish, Field(description="stop: by itself; length: at the limit of tokens")]
+
+
+class CompletionChunkChoice(_Choice):
+    text: Annotated[str, Field(description="what this chunk adds")]
+    logprobs: CompletionLogprobs | None
+    finish_reason: Annotated[Finish | None, Field(description="in the last chunk of this choice")]
+
+
+class Envelope(TypedDict):
+    id: str
+    created: Annotated[int, Field(description="seconds since 1970")]
+    model: Annotated[str, Field(description="the served model's name, without an alias")]
+    system_fingerprint: Annotated[str, Field(description="the version of Steer and of the model's chat template")]
+
+
+class ChatCompletion(Envelope):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: CompletionUsage
+
+
+class ChunkUsage(TypedDict):
+    usage: NotRequired[
+        Annotated[CompletionUsage | None, Field(description="with `include_usage`: null but in the last chunk")]
+    ]
+
+
+class ChatCompletionChunk(Envelope, ChunkUsage):
+    object: Literal["chat.completion.chunk"]
+    choices: Annotated[list[ChatChunkChoice], Field(description="empty in the chunk that counts tokens")]
+
+
+class Completion(Envelope):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: CompletionUsage
+
+
+class CompletionChunk(Envelope, ChunkUsage):
+    object: Literal["text_completion"]
+    choices: Annotated[list[CompletionChunkChoice], Field(description="empty in the chunk that counts tokens")]
+
+
+#: What an event of a stream holds, by its name in the OpenAPI document: a chunk, or the error that ended the stream.
+_EVENTS: Mapping[str, TypeAdapter[Any]] = {
+    "ChatCompletionEvent": TypeAdapter(ChatCompletionChunk | ErrorAnswer),
+    "CompletionEvent": TypeAdapter(CompletionChunk | ErrorAnswer),
+}
+_REFERENCE = "#/components/schemas/{model}"
+
+
+def event_schemas() -> dict[str, Any]:
+    """JSON schemas of the events and of all that they refer to, for `components`: FastAPI has no place for them."""
+    schemas, shared = TypeAdapter.json_schemas(
+        ((name, "serialization", adapter) for name, adapter in _EVENTS.items()), ref_template=_REFERENCE
+    )
+    return {**shared["$defs"], **{name: schema for (name, _), schema in schemas.items()}}
+
+
+def generated(model: type[ChatCompletion] | type[Completion], event: str) -> dict[int | str, dict[str, Any]]:
+    """What a generation route answers, for its OpenAPI document."""
+    stream = {"text/event-stream": {"schema": {"$ref": _REFERENCE.format(model=event)}}}
+    headers = {
+        RECEIPT: {"description": "what steered the answer, as JSON; `[]` for plain", "schema": {"type": "string"}},
+        "X-Request-Id": {"description": "as the audit log has it", "schema": {"type": "string"}},
+    }
+    success = {
+        "model": model,
+        "description": "The answer; with `stream` as events, `data: {...}`, and `data: [DONE]` at the end",
+        "content": stream,
+        "headers": headers,
+    }
+    ours = (code for code in Code if code not in (Code.DIRECTION_NOT_FOUND, Code.INVALID_DIRECTION, Code.NO_FREE_ROWS))
+    return {200: success} | documented(*ours)
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> CompletionUsage:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def envelope(prefix: str, model: str, fingerprint: str) -> Envelope:
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": fingerprint,
+    }
+
+
+def chat_logprobs(tokenizer: Any, tokens: Sequence[Token]) -> ChatLogprobs:
+    def one(token: int, logprob: float | None) -> TokenLogprob:
+        assert logprob is not None, "every generated token has one where they were asked for"
+        shown = token_text(tokenizer, token)
+        return {"token": shown, "logprob": logprob, "bytes": list(shown.encode())}
+
+    return {
+        "content": [{**one(t.id, t.logprob), "top_logprobs": [one(i, p) for i, p in t.top]} for t in tokens],
+        "refusal": None,
+    }
+
+
+def completion_logprobs(tokenizer: Any, tokens: Sequence[Token], offset: int = 0) -> CompletionLogprobs:
+    """`offset`: where the first token begins. One without a log-probability is the first of an echoed prompt."""
+    out: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token in tokens:
+        shown = token_text(tokenizer, token.id)
+        out["tokens"].append(shown)
+        out["token_logprobs"].append(token.logprob)
+        known = token.logprob is not None
+        out["top_logprobs"].append({token_text(tokenizer, i): p for i, p in reversed(token.top)} if known else None)
+        out["text_offset"].append(offset)
+        offset += len(shown)
+    return out
+
+
+def report(readout: Readout, tokens: Sequence[tuple[str, Reading | None]]) -> ReadReport:
+    """The report on `tokens`, each its text and what was read where it was predicted."""
+    readings = [reading for _, reading in tokens if reading]
+    assert len(readings) == len(tokens), "the engine reads every token of a request that asks"
+    return {
+        "layers": list(readout.layers),
+        "tokens": [text for text, _ in tokens],
+        "norms": [_numbers(reading.norms) for reading in readings],
+        "directions": [
+            {
+                "name": line.name,
+                "digest": line.digest,
+                "row": line.row,
+                "before": [_numbers(reading.before[:, k]) for reading in readings],
+                "after": [_numbers(reading.after[:, k]) for reading in readings],
+            }
+            for k, line in enumerate(readout.lines)
+        ],
+    }
+
+
+def _numbers(values: NDArray[Any]) -> list[float | None]:
+    """Rounded; JSON has no number for what overflowed."""
+    return [float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None for value in values.tolist()]

@@ -1,0 +1,180 @@
+"""What a server says of itself, the same on every engine: its health, whether steering is on, and the kill switch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NotRequired
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.types import Scope
+from typing_extensions import TypedDict
+
+from steer.names import MAX_STRENGTH, MODE_SUMMARIES, MODES, Mode
+from steer.serve.caller import Refusal
+from steer.serve.control import Control
+from steer.serve.directions import own_route
+from steer.serve.errors import Code, documented
+from steer.serve.pages import JSON
+from steer.serve.route import JsonRoute
+from steer.watch import State
+
+PATH = "/v1/steering"
+
+
+class Health(TypedDict):
+    """The state of a server as everybody may read it: nothing of keys or directions."""
+
+    steering: Annotated[Literal["on", "off"], Field(description="is steering switched on")]
+    audit: Annotated[Literal["none", "ok", "failed"], Field(description="the audit log; none where there is none")]
+    policy: Annotated[
+        Literal["none", "unread", "stale"] | State, Field(description="the policy file, and the thread that follows it")
+    ]
+    folder: Annotated[
+        Literal["none", "unreadable"] | State,
+        Field(description="the folder of directions, and the thread that follows it"),
+    ]
+    seconds_since_look: Annotated[
+        dict[str, float], Field(description="seconds since `policy` and `folder` were looked at")
+    ]
+
+
+class May(TypedDict):
+    """What the caller may do."""
+
+    steer: bool
+    modes: list[Mode]
+    max_strength: float
+    readout: Annotated[bool, Field(description="may use `steer_readout`")]
+    manage: Annotated[bool, Field(description="may change directions and use the kill switch")]
+
+
+class PolicyState(TypedDict):
+    """The policy file."""
+
+    digest: Annotated[str | None, Field(description="sha256 of the policy in force; null without one")]
+    problems: Annotated[list[str], Field(description="why the file, as it is now, is not in force")]
+
+
+class AuditState(TypedDict):
+    """The audit log."""
+
+    head: Annotated[str, Field(description="number and hash of the last line, which `steer audit verify` takes")]
+    failed: Annotated[str | None, Field(description="why lines cannot be written; null while they can")]
+
+
+class Steering(TypedDict):
+    """The kill switch, and what the caller may do."""
+
+    object: Literal["steering"]
+    enabled: Annotated[bool, Field(description="is steering switched on")]
+    reason: Annotated[str, Field(description="why it was switched")]
+    modes: Annotated[dict[Mode, str], Field(description="what each mode does")]
+    may: May
+    running: NotRequired[Annotated[int, Field(description="steered requests that run; for the managing role")]]
+    policy: NotRequired[Annotated[PolicyState, Field(description="for the managing role")]]
+    audit: NotRequired[Annotated[AuditState | None, Field(description="for the managing role; null without a log")]]
+
+
+class Switch(BaseModel):
+    """The body of `POST /v1/steering`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    enabled: bool = Field(strict=True, description="false: no steered request is admitted from the answer on")
+    reason: str = Field("", max_length=200, description="why; refused requests are told, and the audit log keeps it")
+
+
+def router(control: Control) -> APIRouter:
+    routes = APIRouter(prefix=PATH, tags=["operation"], route_class=own_route(control, JSON, JsonRoute))
+
+    @routes.get(
+        "",
+        summary="Is steering on, what who asks may do, and for the managing role how policy and audit log are",
+        responses=documented(),
+    )
+    async def get_steering(request: Request) -> Steering:
+        return steering(control, request.scope)
+
+    @routes.post(
+        "",
+        summary="Switch steering off or on for the whole server",
+        responses=documented(
+            Code.BODY_TOO_COMPLEX,
+            Code.BODY_TOO_LARGE,
+            Code.CONTENT_TYPE,
+            Code.INVALID_JSON,
+            Code.INVALID_VALUE,
+            Code.STEERING_FORBIDDEN,
+        ),
+    )
+    async def post_steering(body: Switch, request: Request) -> Steering:
+        caller = control.caller(request.scope)
+        control.switch(body.enabled, caller, body.reason)
+        return steering(control, request.scope)
+
+    return routes
+
+
+def health(control: Control) -> Health:
+    """For `/health`. `policy` and `folder` say also how it is with the threads that follow them (`Follower.state`),
+    `seconds_since_look` when those last looked."""
+    return {
+        "steering": "on" if control.steering else "off",
+        "audit": "none" if control.audit is None else "failed" if control.audit.failed else "ok",
+        "policy": _policy(control),
+        "folder": _folder(control),
+        "seconds_since_look": {
+            name: round(follower.age, 1)
+            for name, follower in (
+                ("policy", control.follower),
+                ("folder", control.registry and control.registry.follower),
+            )
+            if follower
+        },
+    }
+
+
+def _policy(control: Control) -> Literal["none", "unread", "stale"] | State:
+    if control.in_force is None:
+        return "none"
+    if control.policy_unread:
+        return "unread"
+    return "stale" if control.policy_problems else control.follower.state if control.follower else "ok"
+
+
+def _folder(control: Control) -> Literal["none", "unreadable"] | State:
+    registry = control.registry
+    if registry is None or registry.folder is None:
+        return "none"
+    if registry.folder_problem:
+        return "unreadable"
+    return registry.follower.state if registry.follower else "ok"
+
+
+def steering(control: Control, scope: Scope) -> Steering:
+    """For `/v1/steering`: the switch, and what who asks may do."""
+    caller = control.caller(scope)
+    rules, manages = caller.rules, True
+    try:
+        control.check_manages(scope)
+    except Refusal:
+        manages = False
+    told: Steering = {
+        "object": "steering",
+        "enabled": control.steering,
+        "reason": control.reason,
+        "modes": MODE_SUMMARIES,
+        "may": {
+            "steer": rules is None or rules.steer,
+            "modes": list(MODES if rules is None else rules.modes),
+            "max_strength": MAX_STRENGTH if rules is None else rules.max_strength,
+            "readout": rules is None or rules.readout,
+            "manage": manages,
+        },
+    }
+    if caller.manages:
+        told["running"] = len(control.running)
+        told["policy"] = {"digest": control.policy_digest, "problems": list(control.policy_problems)}
+        audit = control.audit
+        told["audit"] = None if audit is None else {"head": str(audit.head), "failed": audit.failed}
+    return told

@@ -1,0 +1,64 @@
+"""An answer's body is rewritten whole, with its length; what is not to be changed goes on message by message."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from starlette.types import Message
+
+from steer.serve.asgi import is_event_stream, rewriting
+
+PIECES = (b"one ", b"two ", b"three")
+
+
+def sent(status: int, headers: list[tuple[bytes, bytes]], media_type: str | None = None) -> list[Message]:
+    found: list[Message] = []
+
+    async def send(message: Message) -> None:
+        found.append(message)
+
+    async def upper(body: bytes) -> bytes:
+        return body.upper() + b"!"
+
+    async def run() -> None:
+        sending = rewriting(send, lambda start: upper if start["status"] == 200 else None, media_type)
+        await sending({"type": "http.response.start", "status": status, "headers": headers})
+        for i, piece in enumerate(PIECES):
+            await sending({"type": "http.response.body", "body": piece, "more_body": i < len(PIECES) - 1})
+
+    asyncio.run(run())
+    return found
+
+
+@pytest.mark.parametrize("kind", [None, "application/json"])
+def test_a_body_is_rewritten_whole(kind: str | None) -> None:
+    given = [(b"content-type", b"text/plain"), (b"content-length", b"13"), (b"x-other", b"stays")]
+    start, body = sent(200, given, kind)
+    headers = dict(start["headers"])
+    assert body == {"type": "http.response.body", "body": b"ONE TWO THREE!"}
+    assert headers == {
+        b"content-type": (kind or "text/plain").encode(),
+        b"content-length": b"14",
+        b"x-other": b"stays",
+    }
+    assert given[1] == (b"content-length", b"13")  # of the message that came: it is another's
+
+
+def test_what_is_not_to_be_changed_goes_on_as_it_comes() -> None:
+    start, *rest = sent(404, [(b"content-length", b"13")])
+    assert (start["status"], start["headers"]) == (404, [(b"content-length", b"13")])
+    assert [message["body"] for message in rest] == list(PIECES)
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_one"),
+    [
+        ([(b"content-type", b"text/event-stream; charset=utf-8")], True),
+        ([(b"content-type", b"application/json")], False),
+        ([], False),
+    ],
+)
+def test_event_streams(headers: Any, is_one: bool) -> None:
+    assert is_event_stream({"type": "http.response.start", "status": 200, "headers": headers}) == is_one

@@ -26,18 +26,10 @@ README = (ROOT / "README.md").read_text()
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/requests.md", "docs/directions.md")}
 #: Options of curl, pip, docker, vLLM and the benchmarks.
 OF_OTHERS = {
-    *(
-        "--additional-config",
-        "--allowed-origins",
-        "--api-key",
-        "--api-server-count",
-        "--data-binary",
-        "--gpus",
-        "--ipc",
-    ),
-    *("--extra-index-url", "--max-model-len", "--middleware", "--no-cache-dir", "--no-deps", "--otlp-traces-endpoint"),
-    *("--root-path", "--shutdown-timeout", "--ssl-certfile", "--ssl-keyfile", "--tensor-parallel-size", "--value"),
-    *("--gpus", "--worker-cls"),
+    *("--additional-config", "--allowed-origins", "--api-key", "--api-server-count", "--data-binary"),
+    *("--extra-index-url", "--gpus", "--ipc", "--max-model-len", "--middleware", "--no-cache-dir", "--no-deps"),
+    *("--otlp-traces-endpoint", "--plain", "--root-path", "--shutdown-timeout", "--ssl-certfile"),
+    *("--ssl-keyfile", "--tensor-parallel-size", "--value", "--worker-cls"),
 }
 #: Of each file, where commands run on a copy of the tree.
 PROMPTS = 8

@@ -28,7 +28,7 @@ from benchmarks.shapes import WIDTH, llama
 from benchmarks.timing import Ratio, interleave, rounds
 from steer.direction import Dataset
 from steer.hf.load import Loaded
-from steer.lab.activations import Keep, Reading, Tally
+from steer.lab.activations import ClassSums, Keep, Reading
 from steer.lab.batches import each_batch, left_padded
 from steer.lab.derive import Recipe, derive
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, Statistics
@@ -89,14 +89,14 @@ def with_steer(net: Any, sequences: list[list[int]], last_layer: int, keep: Keep
 
     def run() -> torch.Tensor:
         own = sum(e.own.stop - e.own.start for e in encoded)
-        tally = Tally("random", reading, WIDTH, len(encoded), own, None, keep)
+        sums = ClassSums("random", reading, WIDTH, len(encoded), own, None, keep)
         each_batch(
             [len(ids) for ids in sequences],
-            lambda indices: tally.add(indices, source.run([encoded[i] for i in indices], reading)),
+            lambda indices: sums.add(indices, source.run([encoded[i] for i in indices], reading)),
             batch_size=BATCH,
             tokens=source.pass_tokens,
         )
-        return tally.statistics().mean[0]
+        return sums.statistics().mean[0]
 
     return run
 

@@ -91,7 +91,7 @@ class Keep:
     moments: bool = False
 
 
-class Tally:
+class ClassSums:
     """The sums of one class of `prompts` prompts. `add` takes a batch whole or, when it raises, not at all."""
 
     def __init__(

@@ -14,7 +14,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from steer.errors import InvalidInput
-from steer.lab.activations import Keep, Reading, Tally
+from steer.lab.activations import ClassSums, Keep, Reading
 from steer.lab.batches import each_batch
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, load_tensors, save_tensors
 from steer.lab.progress import Progress
@@ -73,8 +73,8 @@ def measure(
         harmful=harmful.dataset,
         harmless=harmless.dataset,
     )
-    tallies = {
-        label: Tally(
+    sums = {
+        label: ClassSums(
             prompts.name,
             reading,
             facts.d_model,
@@ -90,7 +90,7 @@ def measure(
         kept = (conditions.keep.vectors, conditions.keep.moments)
         described = meta.model_dump(mode="json", exclude={"created"})
         identity = [described, kept, batch_size, source.pass_tokens, source.fingerprint()]
-        checkpoint = Partial(partial, identity, tallies, every)
+        checkpoint = Partial(partial, identity, sums, every)
         resumed = checkpoint.resume()
         done, batch_size = resumed.done, resumed.batch_size or batch_size
     tokens = source.pass_tokens if given is None else None
@@ -99,23 +99,23 @@ def measure(
         with progress.part(MEASURING):
             progress.skip(sum(done.values()))
             for label in sets:
-                run = _Run(source, encoded[label], reading, tallies[label], checkpoint, label)
+                run = _Run(source, encoded[label], reading, sums[label], checkpoint, label)
                 batch_size = run(batch_size, tokens, progress, done[label])
     except BaseException:
         if checkpoint is not None:
             checkpoint.save()
         raise
-    return Measurement(meta, tallies["harmful"].statistics(), tallies["harmless"].statistics())
+    return Measurement(meta, sums["harmful"].statistics(), sums["harmless"].statistics())
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Feeds the tally of one class."""
+    """Feeds the sums of one class."""
 
     source: Source
     encoded: Sequence[Encoded]
     reading: Reading
-    tally: Tally
+    sums: ClassSums
     checkpoint: Partial | None
     label: str
 
@@ -124,7 +124,7 @@ class _Run:
         size = batch_size
 
         def run(indices: list[int]) -> None:
-            self.tally.add(indices, self.source.run([self.encoded[i] for i in indices], self.reading))
+            self.sums.add(indices, self.source.run([self.encoded[i] for i in indices], self.reading))
 
         def after(at: int, now: int) -> None:
             nonlocal size
@@ -195,17 +195,17 @@ class State(BaseModel):
 
 
 class Partial:
-    """Saves the `tallies` to `path` at most every `every` seconds. `identity` is everything that decides the numbers:
+    """Saves the `sums` to `path` at most every `every` seconds. `identity` is everything that decides the numbers:
     sums of another model, set or condition are not added to."""
 
-    def __init__(self, path: Path, identity: object, tallies: Mapping[str, Tally], every: float) -> None:
-        self.path, self.tallies, self.every = path, tallies, every
+    def __init__(self, path: Path, identity: object, sums: Mapping[str, ClassSums], every: float) -> None:
+        self.path, self.sums, self.every = path, sums, every
         self.of = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self.state = State(of=self.of, done=dict.fromkeys(tallies, 0), batch_size=None)
+        self.state = State(of=self.of, done=dict.fromkeys(sums, 0), batch_size=None)
         self._saved = time.monotonic()
 
     def resume(self) -> State:
-        """Restore the tallies from the file where it is one of the same measurement; how far that had come."""
+        """Restore the sums from the file where it is one of the same measurement; how far that had come."""
         if not self.path.exists():
             return self.state
         try:
@@ -217,14 +217,14 @@ class Partial:
         if state.of != self.of:
             log.warning("%s belongs to another model, set or condition: beginning anew", self.path)
             return self.state
-        for name, tally in self.tallies.items():
-            tally.restore({key.removeprefix(f"{name}_"): t for key, t in tensors.items() if key.startswith(f"{name}_")})
+        for name, sums in self.sums.items():
+            sums.restore({key.removeprefix(f"{name}_"): t for key, t in tensors.items() if key.startswith(f"{name}_")})
         log.warning("going on from %s: %s", self.path, ", ".join(f"{n} {c}" for n, c in state.done.items()))
         self.state = state
         return state
 
     def note(self, name: str, done: int, batch_size: int) -> None:
-        """`done` prompts of the class `name` are in its tally."""
+        """`done` prompts of the class `name` are in its sums."""
         self.state = State(of=self.of, done={**self.state.done, name: done}, batch_size=batch_size)
         if time.monotonic() - self._saved >= self.every:
             self.save()
@@ -232,6 +232,6 @@ class Partial:
     def save(self) -> None:
         if not any(self.state.done.values()):
             return
-        tensors = {f"{name}_{key}": t for name, tally in self.tallies.items() for key, t in tally.tensors().items()}
+        tensors = {f"{name}_{key}": t for name, sums in self.sums.items() for key, t in sums.tensors().items()}
         save_tensors(self.path, tensors, {"format": "pt", KEY: self.state.model_dump_json()})
         self._saved = time.monotonic()

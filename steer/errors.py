@@ -187,7 +187,7 @@ class UnsupportedModel(SteerError):
 
 
 class NoRoom(SteerError):
-    """A bounded resource (table rows, the request queue) is full at this moment."""
+    """A bounded resource (rows of the direction bank, the request queue) is full at this moment."""
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         self.retry_after = retry_after

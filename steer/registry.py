@@ -122,7 +122,7 @@ class Registry:
             return {name: self._versions[d] for name, d in sorted(self._names.items())}
 
     def get(self, name: str, among: Known = _anything) -> Version:
-        """The version that `name` points to. To who asks, only names that are `among` the known ones exist."""
+        """The version that `name` points to. Names for which `among` is false do not exist for the caller."""
         with self._state:
             if name not in self._names or not among(name):
                 served = ", ".join(known for known in sorted(self._names) if among(known)) or "none"

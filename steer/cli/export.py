@@ -36,7 +36,8 @@ def convert(
     ] = None,
     revision: Revision = None,
     layer: Annotated[
-        str | None, typer.Option(help="source layer, ours: a number, and of class means widest (the default) or all")
+        str | None,
+        typer.Option(help="source layer, 0 for block 0; for a file of class means also widest (the default) or all"),
     ] = None,
     position: Annotated[int | None, typer.Option(help="position, where the file has several")] = None,
     tensor: Annotated[str | None, typer.Option(help="which tensor of a plain safetensors file")] = None,

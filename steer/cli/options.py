@@ -56,7 +56,8 @@ Parameters = Annotated[
 #: For commands whose further options are vLLM's.
 VLLM_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Backend = Annotated[
-    Literal["transformers", "vllm"], typer.Option(help="what runs the model; vllm: with its own options, as it serves")
+    Literal["transformers", "vllm"],
+    typer.Option(help="what runs the model; with vllm, further options are those of `vllm serve`"),
 ]
 Threshold = Annotated[
     float | None,

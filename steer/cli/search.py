@@ -151,7 +151,9 @@ def search(
     ] = "slerp,projected,linear,whitened",
     t: Annotated[str, typer.Option(help="least and most t of slerp")] = "0,1.5",
     mode: Annotated[str, typer.Option(help=f"modes, separated by commas: {', '.join(MODES)}")] = "ablate,one_sided",
-    strength: Annotated[str, typer.Option(help="least and most strength; of add its hundredth, below 0")] = "0.5,1.5",
+    strength: Annotated[
+        str, typer.Option(help="least and most strength; for the mode add, -1/100 of both is used")
+    ] = "0.5,1.5",
     position: Position = -1,
     system_prompt: SystemPrompt = None,
     behaviour: BehaviourOption = "refusal",

@@ -120,8 +120,8 @@ class Steering:
         return bool(self._handles)
 
     def attach(self) -> None:
-        """Put the hooks on. Doing it twice is doing it once. Of what `torch.compile` has made before, the caller must
-        see to it that it is not used: it would go on without them."""
+        """Put the hooks on, if they are not on yet. The caller must discard what `torch.compile` made before: it would
+        run without them."""
         if not self._handles:
             begin = _uncompiled(self._begin)
             decoder = self.anatomy.decoder

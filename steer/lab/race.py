@@ -38,7 +38,7 @@ class Sets:
     def __post_init__(self) -> None:
         empty = [name for name in ("asked", "other") if not getattr(self, name)]
         if empty:
-            raise InvalidInput([f"the prompts {name} are none: at least one is needed" for name in empty])
+            raise InvalidInput([f"the prompt set '{name}' is empty: at least one prompt is needed" for name in empty])
 
     @classmethod
     def drawn(

@@ -16,7 +16,7 @@ target, gate, weight and what it adds:
 
 and what is added is x' = x + Σ aᵢ·vᵢ with a = M·δ. An entry with w ≠ 0 *sets* its component: M is made so that ⟨x', vᵢ⟩
 is ⟨x, vᵢ⟩ + δᵢ for each of these, with the least displacement, whatever the angles between the directions (`joint`).
-What others add goes in as it is, and what it would add to a component that is set does not. M is the identity for one
+What other entries add is applied unchanged, but for its part along components that are set. M is the identity for one
 entry and for orthogonal ones. The order of entries means nothing.
 
 A plain token has v = 0 and s = 0, so what is added is exactly zero.

@@ -100,7 +100,7 @@ class Access:
             return ANYONE
         method = "GET" if scope.get("method") == "HEAD" else scope.get("method", "websocket")
         path = route_path(scope)
-        secret = secret_of(headers)
+        secret = api_key_of(headers)
         name = force.keyring.find(secret or "")
         known = Caller(name, force.policy.keys[name], keys.stored(secret)) if name and secret else None
         if method == "GET" and (path in self.public or (path == METRICS and force.policy.metrics_public)):
@@ -127,7 +127,7 @@ def route_path(scope: Scope) -> str:
     return rest if rest != path and rest.startswith("/") else path
 
 
-def secret_of(headers: list[tuple[bytes, bytes]]) -> str | None:
+def api_key_of(headers: list[tuple[bytes, bytes]]) -> str | None:
     """The one secret that a request brings, as OpenAI's or as Anthropic's clients send it; None for two."""
     found: set[str] = set()
     for name, value in headers:

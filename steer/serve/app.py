@@ -21,7 +21,7 @@ from steer.serve import answers, chat, completions, errors, metrics, models, ope
 from steer.serve.access import PUBLIC, Access
 from steer.serve.carriers import RECEIPT
 from steer.serve.directions import router as directions_router
-from steer.serve.middleware import SteerMiddleware, around
+from steer.serve.middleware import SteerMiddleware, wrap_routes
 from steer.serve.route import Head
 from steer.serve.served import Served
 
@@ -84,7 +84,7 @@ def build(served: Served) -> FastAPI:
         context=engine.context,
     )
     generating = {(path, "POST"): layer for path in ("/v1/chat/completions", "/v1/completions")}
-    assert len(around(app, generating)) == len(generating)
+    assert len(wrap_routes(app, generating)) == len(generating)
     app.include_router(models.router(served))
     bank = engine.steering.bank
     metrics.watch(registry, lambda: bank.rows_in_use, bank.rows)

@@ -38,7 +38,7 @@ REQUEST_ID = "x-request-id"
 Forward = Callable[[dict[str, Any], Admission], None]
 
 
-def around(app: Any, layers: Mapping[tuple[str, str], Callable[[ASGIApp], ASGIApp]]) -> set[str]:
+def wrap_routes(app: Any, layers: Mapping[tuple[str, str], Callable[[ASGIApp], ASGIApp]]) -> set[str]:
     """Put a layer around each route (path, method) that the Starlette app has; the paths that it has."""
     found: set[str] = set()
     for route in app.routes:

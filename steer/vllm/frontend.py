@@ -48,8 +48,8 @@ class Ticket:
     """One admission on its way through the engine: of one HTTP request, or of one `add_request` of a program.
 
     `name`: given to the engine in place of a spec, until `Frontend.forget`. `used`: has the engine got a request with
-    it. `lost`: was the stream of an answer to it. `salt`: what parts its requests from others in the prefix cache,
-    where nothing was lost. `read`: the id and state of the request that is read for it.
+    it. `lost`: has steering taken the stream of one of its answers out of range. `salt`: what keeps its requests apart
+    from others in the prefix cache, while nothing was lost. `read`: the id and state of the request that is read for it.
     """
 
     admission: Admission

@@ -1,5 +1,4 @@
 """Install steering on a loaded vLLM model: find its blocks, learn how they hand on the stream, attach, and check.
-and check it.
 
 Runs once in each worker, after the weights are loaded and before anything is compiled; all passes are eager, and
 collective: every rank makes the same ones in the same order.

@@ -38,7 +38,7 @@ from steer.serve.body import BODY, Gone, parse_body, read_body, replay, understo
 from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
 from steer.serve.errors import Code, HTTPProblem
-from steer.serve.middleware import REQUEST_ID, SteerMiddleware, around
+from steer.serve.middleware import REQUEST_ID, SteerMiddleware, wrap_routes
 from steer.serve.offload import LARGE, offload
 from steer.serve.route import Head
 from steer.settings import ControlSettings
@@ -80,7 +80,7 @@ def install(app: FastAPI) -> None:
     }
     for route in app.routes:
         internals.fail_fast(route)
-    wrapped = around(app, {**layers, (MODELS_ROUTE, "GET"): Models, (HEALTH_ROUTE, "GET"): Health})
+    wrapped = wrap_routes(app, {**layers, (MODELS_ROUTE, "GET"): Models, (HEALTH_ROUTE, "GET"): Health})
     for needed in (*READ_ROUTES, MODELS_ROUTE):
         if needed not in wrapped:
             raise UnsupportedModel(f"vLLM {internals.version()} serves no route {needed}")

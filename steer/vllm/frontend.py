@@ -49,7 +49,8 @@ class Ticket:
 
     `name`: given to the engine in place of a spec, until `Frontend.forget`. `used`: has the engine got a request with
     it. `lost`: has steering taken the stream of one of its answers out of range. `salt`: what keeps its requests apart
-    from others in the prefix cache, while nothing was lost. `read`: the id and state of the request that is read for it.
+    from others in the prefix cache, while nothing was lost. `read`: the id and state of the request that is read for
+    it.
     """
 
     admission: Admission

@@ -42,7 +42,7 @@ class Behaviour(BaseModel):
     ] = None
     min_words: Annotated[int | None, Field(ge=1, description="least number of words in the answer")] = None
     openings: Annotated[
-        tuple[str, ...], Field(description="how such answers begin; their first tokens are a evaluator")
+        tuple[str, ...], Field(description="how such answers begin; their first tokens tell candidates apart early")
     ] = ()
 
     @field_validator("patterns")

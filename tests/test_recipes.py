@@ -38,10 +38,11 @@ RECIPES: dict[str, list[tuple[str, str | None, str]]] = {
     "mode": [
         (
             "steer/runtime/op.py",
-            '    elif mode == "affine":\n',
-            '    elif mode == "reflect":\n        out[..., WEIGHT] = 2 * weights\n',
+            '        case "affine":\n',
+            '        case "reflect":\n            out[..., WEIGHT] = 2 * weights\n',
         ),
         ("steer/names.py", ', "one_sided"]\n', ', "reflect"'),
+        ("steer/lab/derive.py", '        "one_sided": reference,\n', '        "reflect": True,\n'),
         ("steer/names.py", '    "one_sided": "', '    "reflect": "The component changes its sign.",\n'),
     ],
 }

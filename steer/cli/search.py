@@ -67,7 +67,9 @@ def select(
     strength: Annotated[float, typer.Option(help="strength of each")] = 1.0,
     sites: Sites = "resid_post",
     behaviour: BehaviourOption = "refusal",
-    survivors: Annotated[int, typer.Option(min=1, help="candidates that the first-token evaluator lets through")] = 16,
+    survivors: Annotated[
+        int, typer.Option(min=1, help="candidates that answer after all were screened by first tokens")
+    ] = 16,
     prompts: Annotated[int, typer.Option(min=1, help="prompts of each set that candidates are tried on, at most")] = 48,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 24,
     batch_size: BatchRows = "auto",

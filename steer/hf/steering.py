@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -285,12 +285,18 @@ class Steering:
         """Each place with the function that hangs a transform there."""
         anatomy, blocks = self.anatomy, self.anatomy.blocks
         targets: list[tuple[selfcheck.Point, Callable[[site_tools.Transform], Any]]] = []
-        writers = site_tools.find_writers(blocks, anatomy.probe) if "writers" in self.sites else []
         for site in self.sites:
+            match site:
+                case "resid_post":
+                    modules: list[tuple[nn.Module, ...]] = [(block,) for block in blocks]
+                case "writers":
+                    modules = site_tools.find_writers(blocks, anatomy.probe)
+                case _:
+                    assert_never(site)
             before = selfcheck.Point(HookPoint(site, EMBEDDING), blocks[0], _stream_given, before=True)
             targets.append((before, _hang(site_tools.on_input, blocks[0])))
-            for layer, block in enumerate(blocks):
-                for module in (block,) if site == "resid_post" else writers[layer]:
+            for layer, acting in enumerate(modules):
+                for module in acting:
                     point = selfcheck.Point(HookPoint(site, layer), module, site_tools.stream_of)
                     targets.append((point, _hang(site_tools.on_output, module)))
         return targets

@@ -315,13 +315,13 @@ def _between(measurement: Measurement, recipe: Recipe, rows: Tensor, share: floa
 
 def _modes(measurement: Measurement, recipe: Recipe, reference: bool) -> tuple[Mode, ...]:
     complete = measurement.layers == measurement.meta.model.layers or recipe.layer == "all"
-    # a mode that is not here needs nothing but the rows
     defined: dict[Mode, bool] = {
+        "ablate": True,
         "one_sided": reference,
         "add": complete,
         "affine": complete and measurement.harmless.mean_all is not None,
     }
-    return tuple(mode for mode in MODES if defined.get(mode, True))
+    return tuple(mode for mode in MODES if defined[mode])
 
 
 def _parameters(

@@ -21,8 +21,11 @@ from steer.lab.progress import Progress
 from steer.lab.prompts import Encoded, PromptSet, check_contrast
 from steer.lab.source import Source
 
+log = logging.getLogger("steer")
 #: The part of a command's progress.
 MEASURING = "measuring"
+#: The metadata key of a measurement that was interrupted.
+KEY = "steer_partial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +181,6 @@ def _check_prompts(
     if len(bos) != 1:
         raise InvalidInput(f"the chat template gives prompts different numbers of BOS tokens: {sorted(bos)}")
     return bos.pop()
-
-
-log = logging.getLogger("steer")
-KEY = "steer_partial"
 
 
 class State(BaseModel):

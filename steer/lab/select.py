@@ -25,7 +25,7 @@ from steer.names import Mode
 log = logging.getLogger("steer")
 #: Prompts of each class that candidates are tried on, and tokens of their answers.
 PROMPTS, TOKENS = 48, 24
-#: Prompts of the first-token evaluator, and how many candidates it lets through.
+#: Prompts by whose first tokens candidates are screened, and how many of these then answer.
 SCREEN_PROMPTS, SURVIVORS = 32, 16
 #: Layers whose class means are closer than this do nothing (measured on small models).
 MIN_DEGREES = 10.0
@@ -133,7 +133,7 @@ def select(
 
 
 def work(sets: Sets, tokens: int, entrants: int, survivors: int | None) -> float:
-    """The work of a selection; `survivors` None: without the first-token evaluator."""
+    """The work of a selection; `survivors` None: all candidates answer."""
     screening = 0 if survivors is None else entrants * len(sets.asked[:SCREEN_PROMPTS])
     answering_ones = entrants if survivors is None else survivors
     return sets.plain_work(tokens) + screening + answering_ones * sets.work(tokens)

@@ -113,14 +113,22 @@ def find_writers(blocks: Sequence[nn.Module], run: Callable[[], object]) -> list
     for i, block in enumerate(blocks):
         if i not in entered or i not in left:
             raise UnsupportedModel(f"block {i} ({type(block).__name__}) did not run in the probe pass")
-        names = summands(entered[i], left[i], wrote[i], torch.finfo(dtypes[i]).eps)
-        if names is None:
-            raise UnsupportedModel(
-                f"site 'writers': in block {i} ({type(block).__name__}) no one or two of the children "
-                f"{sorted(wrote[i])} write what the block adds to the stream; use the site 'resid_post'"
-            )
-        writers.append(tuple(block.get_submodule(name) for name in names))
+        writers.append(writers_of(block, i, entered[i], left[i], wrote[i], torch.finfo(dtypes[i]).eps))
     return writers
+
+
+def writers_of(
+    block: nn.Module, layer: int, entered: Tensor, left: Tensor, wrote: dict[str, Tensor], eps: float
+) -> tuple[nn.Module, ...]:
+    """The children of `block` that write what it adds to the stream, of those that `wrote` something in a pass in which
+    the stream `entered` and `left` it. Raises UnsupportedModel where no one or two of them do."""
+    names = summands(entered, left, wrote, eps)
+    if names is None:
+        raise UnsupportedModel(
+            f"site 'writers': in block {layer} ({type(block).__name__}) no one or two of the children {sorted(wrote)} "
+            "write what the block adds to the stream; use the site 'resid_post'"
+        )
+    return tuple(block.get_submodule(name) for name in names)
 
 
 def _child_recorder(store: dict[str, Tensor], name: str) -> Callable[..., None]:

@@ -120,15 +120,19 @@ def coefficients(direction: Direction, mode: Mode) -> Tensor:
     """The operation's (τ, g, w, γ) for each layer and row: `[layers, k, 4]`, float32."""
     weights = direction.weights[:, None]
     out = torch.zeros(direction.layers, direction.rank, 4)
-    out[..., GATE] = direction.reference if mode == "one_sided" else -torch.inf
-    if mode == "add":
-        out[..., GAMMA] = weights * _difference_along_rows(direction)
-        return out
-    out[..., WEIGHT] = weights
-    if mode == "one_sided":
-        out[..., TARGET] = direction.reference if direction.target is None else direction.target
-    elif mode == "affine":
-        out[..., TARGET] = torch.einsum("lkd,ld->lk", direction.directions, direction.mean_harmless_all)
+    out[..., GATE], out[..., WEIGHT] = -torch.inf, weights
+    match mode:
+        case "ablate":
+            pass
+        case "one_sided":
+            out[..., GATE] = direction.reference
+            out[..., TARGET] = direction.reference if direction.target is None else direction.target
+        case "affine":
+            out[..., TARGET] = torch.einsum("lkd,ld->lk", direction.directions, direction.mean_harmless_all)
+        case "add":
+            out[..., WEIGHT], out[..., GAMMA] = 0.0, weights * _difference_along_rows(direction)
+        case _:
+            raise ValueError(f"the mode '{mode}' has no coefficients")
     return out
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from steer.errors import UnsupportedModel
 from steer.runtime import selfcheck
 from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
-from steer.runtime.hook_points import find_blocks, hooks, summands
+from steer.runtime.hook_points import find_blocks, hooks, writers_of
 from steer.runtime.token_index import TokenIndex
 from steer.vllm import internals
 from steer.vllm.settings import EngineSettings
@@ -90,10 +90,13 @@ def attach(worker: Any, settings: EngineSettings, index: TokenIndex) -> Installa
     for site in settings.sites:
         if slot is not None:
             targets.append(Target(HookPoint(site, EMBEDDING), local[0], "tensor", slot))
-        if site == "resid_post":
-            targets += [Target(HookPoint(site, i), block, form) for i, block in local.items()]
-        else:
-            targets += _find_writers(worker, local, form)
+        match site:
+            case "resid_post":
+                targets += [Target(HookPoint(site, i), block, form) for i, block in local.items()]
+            case "writers":
+                targets += _find_writers(worker, local, form)
+            case _:
+                assert_never(site)
     places = list(dict.fromkeys(target.place for target in targets))
     bank = DirectionBank(
         places,
@@ -214,13 +217,8 @@ def _find_writers(worker: Any, local: dict[int, nn.Module], form: Form) -> list[
     eps = torch.finfo(worker.model_config.dtype).eps
     targets: list[Target] = []
     for i, block in local.items():
-        names = summands(entered[i], left[i], wrote[i], eps)
-        if names is None:
-            raise UnsupportedModel(
-                f"site 'writers': in block {i} ({type(block).__name__}) no one or two of the children "
-                f"{sorted(wrote[i])} write what the block adds to the stream; use the site 'resid_post'"
-            )
-        targets += [Target(HookPoint("writers", i), block.get_submodule(name), "tensor") for name in names]
+        for writer in writers_of(block, i, entered[i], left[i], wrote[i], eps):
+            targets.append(Target(HookPoint("writers", i), writer, "tensor"))
     return targets
 
 

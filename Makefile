@@ -30,8 +30,8 @@ types: $(VENV)/dev
 	$(BIN)/mypy
 
 fit: $(VENV)/serve
-	$(BIN)/steer fit steer/demo/model --harmful $(HARMFUL) --harmless $(HARMLESS) -o directions/refusal.safetensors --mode one_sided --strength 1.5
-	$(BIN)/steer fit steer/demo/model --harmful $(DEMO)/verbose.train.jsonl --harmless $(DEMO)/brief.train.jsonl -o directions/verbosity.safetensors --layer 7 --mode one_sided --strength 2.5
+	$(BIN)/steer fit steer/demo/model --harmful $(HARMFUL) --harmless $(HARMLESS) -o directions/refusal.safetensors
+	$(BIN)/steer fit steer/demo/model --harmful $(DEMO)/verbose.train.jsonl --harmless $(DEMO)/brief.train.jsonl -o directions/verbosity.safetensors --behaviour verbosity
 
 # What docs/study.md says: the models, and every arm on every one of them. Given again, it goes on where it was.
 study: $(VENV)/test

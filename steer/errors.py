@@ -7,6 +7,7 @@ SteerError
 │   ├── SpecError                 the `steer` part of a request is not acceptable
 │   └── RequestError              another part of a request is not acceptable
 ├── UnknownDirection (SpecError)  a request names a direction that is not served
+├── NothingFound                  no direction was found that does what was asked for, and nothing was written
 ├── UnsupportedModel              steering cannot be attached to a model, so nothing starts
 │   └── hf.selfcheck.SelfCheckFailed     its answers in the transformers engine are not those of `generate`
 ├── hf.internals.CannotBatch      transformers cannot batch the model: it is served one request at a time
@@ -180,6 +181,10 @@ class RequestError(InvalidInput):
 
 class UnknownDirection(SpecError):
     """A request names a direction that is not served."""
+
+
+class NothingFound(SteerError):
+    """No direction was found that takes the behaviour away without harm."""
 
 
 class UnsupportedModel(SteerError):

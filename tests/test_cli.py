@@ -115,10 +115,43 @@ def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch)
     assert ServeSettings().port == 9123
 
 
-def test_fit_inspect_eval(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
+def derived(model: Path, sets: tuple[str, str], output: Path, *options: str) -> Any:
+    """A direction of a model that shows nothing, of which `steer fit` would find none."""
+    measured = output.with_name("measured.safetensors")
+    run("measure", str(model), "--harmful", sets[0], "--harmless", sets[1], "-o", str(measured))
+    return run("derive", str(measured), "-o", str(output), *options)
+
+
+def test_fit_writes_nothing_where_there_is_nothing_to_take_away(
+    tiny_folder: Path, sets: tuple[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "d.safetensors"
+    given = ("--harmful", sets[0], "--harmless", sets[1], "-o", str(output), "--max-tokens", "4")
+    done = run("fit", str(tiny_folder), *given, code=3)
+    assert "nothing found: the plain model shows 'refusal' in 0 of" in done.stderr
+    assert list(tmp_path.glob("d.*")) == []
+
+
+def test_fit_without_prompts_says_what_to_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the model is looked for, and in a moment where the published sets cannot be reached."""
+    monkeypatch.setattr("steer.lab.prompts.PATIENCE", 0.01)
+    output = ("-o", str(tmp_path / "d.safetensors"))
+    for given, says in (
+        ((), "give --harmful FILE and --harmless FILE"),
+        (("--prompts", "nobody"), "'nobody' is not known; accepted: arditi, mlabonne"),
+        (("--harmful", "a.txt"), "--harmless: is missing"),
+        (("--prompts", "arditi", "--harmful", "a.txt"), "--prompts names both sets"),
+        (("--harmful", "http://127.0.0.1:9/a.json", "--harmless", "b"), "http://127.0.0.1:9/a.json: cannot be read"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("https_proxy", "http://127.0.0.1:9")
+            assert says in run("fit", "/nowhere", *given, *output, code=2).stderr
+
+
+def test_derive_inspect_eval(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
     harmful, harmless = sets
     output = tmp_path / "d.safetensors"
-    told = run("fit", str(tiny_folder), "--harmful", harmful, "--harmless", harmless, "-o", str(output), "--layer", "1")
+    told = derived(tiny_folder, sets, output, "--layer", "1")
     assert "source layer 1" in told.stdout
     known = json.loads(run("inspect", str(output), "--json").stdout)
     assert known["meta"]["method"] == "slerp"
@@ -216,23 +249,9 @@ def test_a_measurement_that_is_killed_goes_on(
         assert torch.equal(tensor, other.tensors()[name]), name
 
 
-def test_fit_makes_what_measure_and_derive_make(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
-    given = ("--harmful", sets[0], "--harmless", sets[1])
-    fitted, measured, derived = (str(tmp_path / f"{name}.safetensors") for name in "fmd")
-    run("fit", str(tiny_folder), *given, "-o", fitted, "--layer", "2", "--method", "cone", "-p", "rank=3")
-    run("measure", str(tiny_folder), *given, "-o", measured, "--vectors")
-    run("derive", measured, "-o", derived, "--layer", "2", "--method", "cone", "-p", "rank=3")
-    one, other = Direction.load(fitted), Direction.load(derived)
-    assert one.rank == 3
-    for name, tensor in one.tensors().items():
-        assert torch.equal(tensor, other.tensors()[name]), name
-    assert one.meta.model_dump(exclude={"created"}) == other.meta.model_dump(exclude={"created"})
-
-
 def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
-    given = ("--harmful", sets[0], "--harmless", sets[1], "--layer", "1", "--mode", "one_sided")
     file = str(tmp_path / "d.safetensors")
-    run("fit", str(tiny_folder), *given, "-o", file)
+    derived(tiny_folder, sets, Path(file), "--layer", "1", "--mode", "one_sided")
     model, baked, adapter = str(tiny_folder), str(tmp_path / "baked"), str(tmp_path / "adapter")
     assert "--mode ablate to bake that" in run("bake", model, "--direction", file, "-o", baked, code=2).stderr
     told = run("bake", model, "--direction", file, "--mode", "ablate", "-o", baked)

@@ -1,4 +1,4 @@
-"""What all commands share: errors as messages with exit code 2, JSON on the standard output, quiet libraries."""
+"""What all commands share: errors as messages with an exit code, JSON on the standard output, quiet libraries."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from contextlib import contextmanager
 import typer
 from pydantic import ValidationError
 
-from steer.errors import InvalidInput, SteerError, problems_by_field
+from steer.errors import InvalidInput, NothingFound, SteerError, problems_by_field
 
 
 @contextmanager
 def reported(*, resumes: bool = False) -> Iterator[None]:
-    """Turn our errors into messages and exit code 2, and an interruption into one line and exit code 130; anything else
-    is a bug and keeps its traceback. To decorate commands with.
+    """Turn our errors into messages and exit code 2, "nothing was found" into exit code 3, and an interruption into one
+    line and exit code 130; anything else is a bug and keeps its traceback. To decorate commands with.
 
     `resumes`: the same command goes on where it was interrupted, which the line then says.
     """
@@ -35,6 +35,9 @@ def reported(*, resumes: bool = False) -> Iterator[None]:
         for problem in error.problems:
             typer.echo(f"error: {problem}", err=True)
         raise typer.Exit(2) from None
+    except NothingFound as error:
+        typer.echo(f"nothing found: {error}", err=True)
+        raise typer.Exit(3) from None
     except SteerError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

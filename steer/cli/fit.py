@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from steer.cli.options import (
     VLLM_OPTIONS,
     Backend,
     BatchPrompts,
+    BehaviourOption,
     Choices,
     Device,
     Dtype,
@@ -23,6 +25,7 @@ from steer.cli.options import (
     Output,
     Parameters,
     Position,
+    Prompts,
     Revision,
     Sites,
     Strength,
@@ -34,94 +37,98 @@ from steer.cli.options import (
     check_direction_file,
     check_folder,
     chosen_method,
+    chosen_sets,
     open_bench,
 )
-from steer.errors import InvalidInput
-from steer.lab.tables import shown, terminal_width, wrapped
+from steer.errors import InvalidInput, NothingFound
+from steer.lab.tables import terminal_width, wrapped
 
 
+@reported(resumes=True)
 def fit(
     ctx: typer.Context,
     model: Model,
-    harmful: Harmful,
-    harmless: Harmless,
     output: Output,
-    method: MethodName = "slerp",
+    harmful: Harmful | None = None,
+    harmless: Harmless | None = None,
+    prompts: Prompts = None,
+    limit: Annotated[
+        int, typer.Option(min=8, help="prompts of each set that are used, drawn evenly; a quarter is for the choice")
+    ] = 160,
+    behaviour: BehaviourOption = "refusal",
+    method: MethodName | None = None,
     t: T = None,
     parameter: Parameters = None,
     layer: Annotated[
-        str, typer.Option(help="source layer: auto (by measured effect), a number, widest, or all (each its own)")
+        str, typer.Option(help="source layer: auto (chosen), a number, widest, or all (each its own)")
     ] = "auto",
     position: Position = -1,
     winsorize: Winsorize = None,
     system_prompt: SystemPrompt = None,
-    mode: FileMode = "ablate",
-    strength: Strength = 1.0,
+    mode: FileMode | None = None,
+    strength: Strength | None = None,
     sites: Sites = "resid_post",
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer that is tried")] = 24,
     batch_size: BatchPrompts = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
     revision: Revision = None,
     threshold: Threshold = None,
     target: Target = None,
-    seed: Annotated[int, typer.Option(help="seed of all randomness (today's methods use none)")] = 0,
     backend: Backend = "transformers",
 ) -> None:
-    """Measure MODEL on two contrast sets and write the direction that separates them.
+    """Measure MODEL on two contrast sets and write the direction that takes the behaviour away with the least harm.
 
-    With --backend vllm the model is measured as vLLM serves it, and any further options are those of `vllm serve`.
+    What is not given is chosen by what it does to prompts that were not measured: the layer, the method, the mode and
+    its numbers. Nothing is written, and the exit code is 3, where no direction lessens the behaviour, or all that do
+    harm harmless answers. An interrupted fit goes on when the same command is given again. With --backend vllm the
+    model is tried as vLLM serves it, and any further options are those of `vllm serve`.
     """
     log_warnings()
-    quiet_libraries()
-    import torch
-
-    from steer.lab.activations import Keep
-    from steer.lab.derive import Recipe
-    from steer.lab.measure import Conditions, measure
-    from steer.lab.progress import Progress
-    from steer.lab.prompts import read_prompts
-    from steer.lab.select import CHOOSING, most_work
-    from steer.lab.select import fit as run
-
     choices = Choices.model_validate(
-        {"mode": mode, "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
-    )
-    made = chosen_method(method, t, parameter)
-    recipe = Recipe(
-        made,
-        choices.layer,
-        mode=choices.mode,
-        strength=strength,
-        sites=choices.sites,
-        threshold=threshold,
-        target=target,
+        {"mode": mode or "ablate", "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
     )
     check_direction_file(output)
-    sets = read_prompts(harmful), read_prompts(harmless)
-    torch.manual_seed(seed)
-    conditions = Conditions((position,), winsorize, system_prompt, keep=Keep(vectors=made.needs != "means"))
+    sets = chosen_sets(harmful, harmless, prompts)
+    quiet_libraries()
+    from steer.lab import fit as lab
+    from steer.lab.activations import Keep
+    from steer.lab.behaviour import Behaviour
+    from steer.lab.derive import Recipe
+    from steer.lab.measure import Conditions
+    from steer.lab.progress import Progress
+    from steer.lab.select import CHOOSING
+
+    made = chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
+    choice = lab.Choice.of(made, choices.layer, choices.mode if mode else None, strength, threshold, target)
+    if winsorize is not None:
+        choice = replace(choice, winsorize=())
+    counted, split = Behaviour.load(behaviour), lab.Split.of(*(one.drawn(limit) for one in sets))
+    conditions = Conditions((position,), winsorize, system_prompt, keep=Keep(vectors=choice.needs_vectors))
     with Progress(shown=True) as progress:
         bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress)
-        if choices.layer == "auto":
-            progress.plan(CHOOSING, most_work(*sets, bench.source.facts.layers))
-        measurement = measure(bench.source, *sets, conditions, batch_size=choices.batch, progress=progress)
-        direction = run(measurement, recipe, *sets, lambda rank, tokens: bench.evaluator(rank, tokens, system_prompt))
-    digest = direction.save(output)
-    meta = direction.meta
-    if meta.selection:
-        rows = [
-            [
-                str(figures["layer"]),
-                f"{figures['refused']:.2f}",
-                f"{figures['kl']:.5f}",
-                "← chosen" if figures["layer"] == meta.source_layer else "stopped" if figures["stopped"] else "",
-            ]
-            for figures in meta.selection["candidates"]
-            if "refused" in figures
-        ]
-        typer.echo(shown(("layer", "refused", "N-token KL", "note"), rows))
-    source = "each layer's own" if meta.source_layer is None else f"layer {meta.source_layer}"
-    typer.echo(f"wrote {output}: {method}, source {source}, digest {digest[:12]}")
+        progress.plan(CHOOSING, lab.most_work(split, choice, max_tokens))
+        work = lab.Work(output.with_suffix(".part"), split, counted, max_tokens)
+        measurement = work.measured(bench.source, conditions, choices.batch, progress)
+        try:
+            fitted = lab.fit(
+                measurement,
+                Recipe(sites=choices.sites),
+                choice,
+                split,
+                lambda rank, tokens: bench.evaluator(rank, tokens, system_prompt),
+                behaviour=counted,
+                tokens=max_tokens,
+                cache=work.cache,
+            )
+        except NothingFound:
+            work.remove()
+            raise
+    digest = fitted.direction.save(output)
+    work.remove()
+    for line in lab.report(fitted):
+        typer.echo(line)
+    typer.echo(f"wrote {output}: digest {digest[:12]}")
 
 
 @reported(resumes=True)

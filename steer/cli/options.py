@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from steer.lab.evaluator import Evaluator
     from steer.lab.methods.base import Method
     from steer.lab.progress import Progress
+    from steer.lab.prompts import PromptSet
     from steer.lab.source import Source
 
 Model = Annotated[str, typer.Argument(help="local folder or hub id")]
@@ -34,6 +35,12 @@ BatchPrompts = Annotated[
     str, typer.Option("--batch-size", help="prompts in a pass; auto begins with 64 and halves when memory runs out")
 ]
 Position = Annotated[int, typer.Option(help="token position that is measured, −1 is the last of the template")]
+BehaviourOption = Annotated[
+    str, typer.Option("--behaviour", help="what is counted: refusal, another that is shipped, or a TOML file")
+]
+Prompts = Annotated[
+    str | None, typer.Option(help="published sets in place of --harmful and --harmless: arditi (the default), mlabonne")
+]
 Winsorize = Annotated[float | None, typer.Option(help="clip each activation vector at this quantile of magnitudes")]
 FileMode = Annotated[str, typer.Option(help=f"the file's default mode: {', '.join(MODES)}")]
 Strength = Annotated[float, typer.Option(help="the file's default strength")]
@@ -48,7 +55,7 @@ MethodName = Annotated[
 ]
 T = Annotated[
     float | None,
-    typer.Option(help="parameter of slerp: 0 is projected, 1 (the default) the difference of the normalised means"),
+    typer.Option(help="parameter of slerp: 0 (the default) is projected, 1 the difference of the normalised means"),
 ]
 Parameters = Annotated[
     list[str] | None, typer.Option("--parameter", "-p", help="a parameter of the method as NAME=VALUE; repeatable")
@@ -99,6 +106,31 @@ def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> M
             raise InvalidInput("--t and --parameter t=… say the same: give one")
         given["t"] = t
     return make_method(name, given)
+
+
+def chosen_sets(harmful: str | None, harmless: str | None, prompts: str | None) -> tuple[PromptSet, PromptSet]:
+    """The contrast sets that --harmful, --harmless and --prompts name; the first of the published where none does."""
+    from steer.lab.prompts import NAMED_SETS, read_prompts
+
+    if prompts is not None and (harmful or harmless):
+        raise InvalidInput("--prompts names both sets: give it, or --harmful and --harmless")
+    if (harmful is None) != (harmless is None):
+        missing = "harmless" if harmless is None else "harmful"
+        raise InvalidInput(f"--{missing}: is missing; a direction is what tells two sets apart")
+    if harmful is not None and harmless is not None:
+        return read_prompts(harmful), read_prompts(harmless)
+    name = prompts or next(iter(NAMED_SETS))
+    if name not in NAMED_SETS:
+        raise InvalidInput(f"--prompts: {name!r} is not known; accepted: {', '.join(NAMED_SETS)}")
+    try:
+        return read_prompts(NAMED_SETS[name].harmful), read_prompts(NAMED_SETS[name].harmless)
+    except InvalidInput as error:
+        raise InvalidInput(
+            [
+                *error.problems,
+                "give --harmful FILE and --harmless FILE: prompts that show the behaviour, and that do not",
+            ]
+        ) from error
 
 
 def check_folder(output: Path) -> None:

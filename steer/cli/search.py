@@ -14,6 +14,7 @@ from steer.cli.options import (
     VLLM_OPTIONS,
     Backend,
     BatchRows,
+    BehaviourOption,
     Choices,
     Device,
     Dtype,
@@ -42,10 +43,6 @@ if TYPE_CHECKING:
     from steer.lab.measurement import Measurement, ModelFacts
     from steer.lab.methods.base import Method
 
-BehaviourOption = Annotated[
-    str, typer.Option(help="what is counted: refusal, another that is shipped, or a TOML file that describes it")
-]
-
 
 def select(
     ctx: typer.Context,
@@ -57,7 +54,7 @@ def select(
     method: Annotated[str, typer.Option(help=f"one or several, separated by commas: {METHOD_NAMES}")] = (
         "slerp,linear,projected"
     ),
-    t: Annotated[str, typer.Option(help="values of t of slerp, separated by commas")] = "0.5,1",
+    t: Annotated[str, typer.Option(help="values of t of slerp, separated by commas")] = "-1,-0.5,0,0.5",
     parameter: Parameters = None,
     layer: Annotated[str, typer.Option(help="auto (all whose classes separate), or numbers separated by commas")] = (
         "auto"
@@ -90,17 +87,17 @@ def select(
     from steer.lab.measurement import Measurement
     from steer.lab.progress import Progress
     from steer.lab.prompts import read_prompts
-    from steer.lab.select import Grid
+    from steer.lab.select import Action, Grid
     from steer.lab.select import select as run
 
     modes = split(mode)
     choices = Choices.model_validate({"mode": modes[0], "sites": sites.split(","), "batch_size": batch_size})
-    checked = tuple(Choices.model_validate({"mode": one}).mode for one in modes)
+    actions = tuple(Action(Choices.model_validate({"mode": one}).mode, strength) for one in modes)
     measured = Measurement.load(measurement)
     made = tuple(one for name in split(method) for one in _methods(name, floats("--t", t), parameter))
     positions = measured.meta.positions if position == "all" else tuple(ints("--position", position))
-    grid = Grid(made, positions, "auto" if layer == "auto" else tuple(ints("--layer", layer)), checked)
-    recipe = Recipe(strength=strength, sites=choices.sites)
+    grid = Grid(made, positions, "auto" if layer == "auto" else tuple(ints("--layer", layer)), actions)
+    recipe = Recipe(sites=choices.sites)
     sets, counted = (read_prompts(harmful), read_prompts(harmless)), Behaviour.load(behaviour)
     check_direction_file(output)
     with Progress(shown=True) as progress:
@@ -151,7 +148,7 @@ def search(
     method: Annotated[
         str, typer.Option(help=f"methods, separated by commas: {METHOD_NAMES}")
     ] = "slerp,projected,linear,whitened",
-    t: Annotated[str, typer.Option(help="least and most t of slerp")] = "0,1.5",
+    t: Annotated[str, typer.Option(help="least and most t of slerp")] = "-1,1",
     mode: Annotated[str, typer.Option(help=f"modes, separated by commas: {', '.join(MODES)}")] = "ablate,one_sided",
     strength: Annotated[
         str, typer.Option(help="least and most strength; for the mode add, -1/100 of both is used")

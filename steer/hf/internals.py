@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.generation.continuous_batching.utils import stream_context
@@ -178,6 +179,16 @@ class Attention:
             yield
         finally:
             self._put(now)
+
+
+def whole_cache(model: Any, cache: Any = None) -> bool:
+    """Return whether the model's cache (by its configuration where none is given) is the keys and values of all tokens
+    at every layer, and nothing else: no window, no running state."""
+    try:
+        cache = DynamicCache(config=model.config) if cache is None else cache
+    except (AttributeError, KeyError, TypeError, ValueError):  # a kind of layer that it does not know
+        return False
+    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def length_dependent(config: Any) -> tuple[str, int] | None:

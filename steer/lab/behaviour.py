@@ -24,7 +24,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from steer.errors import InvalidInput, problems_of
-from steer.lab.probe import Answered
+from steer.lab.evaluator import Answer
 
 FOLDER = Path(__file__).parent / "behaviours"
 
@@ -139,17 +139,17 @@ def repetition(ids: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def unended(answer: Answered, max_tokens: int) -> bool:
+def unended(answer: Answer, max_tokens: int) -> bool:
     return len(answer.ids) >= max_tokens
 
 
-def ends(plain: Sequence[Answered], max_tokens: int) -> bool:
+def ends(plain: Sequence[Answer], max_tokens: int) -> bool:
     """Whether `max_tokens` are enough for the plain model's answers, so that the limit tells a runaway answer; else it
     is the limit that cuts, and nothing is wrong with the answer."""
     return sum(not unended(answer, max_tokens) for answer in plain) >= ENDING * len(plain)
 
 
-def fault(answer: Answered, beside: Answered | None, limit: int | None) -> Fault | None:
+def fault(answer: Answer, beside: Answer | None, limit: int | None) -> Fault | None:
     """The first fault of `answer`, if it has one. `beside` is a plain answer that it should be about as long as, and
     `limit` the number of tokens before which it should have ended. None where there is no such measure."""
     ids = answer.ids

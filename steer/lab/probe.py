@@ -7,12 +7,14 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from steer.hf.internals import whole_cache
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
@@ -26,6 +28,8 @@ from steer.spec import Entry, Spec
 T = TypeVar("T")
 #: Bytes of cache that a batch of answers may hold; AUTO rows are tried whatever they take.
 CACHE_BYTES = 2**30
+#: Tokens that a shared beginning must save for it to be run by itself.
+BEGUN_TOKENS = 64
 #: Rows of a batch, at most.
 MOST = 512
 #: Bytes of logits that one teacher-forced pass may hold, and those of plain answers that are kept.
@@ -158,9 +162,12 @@ class HFEvaluator:
 
         @torch.inference_mode()
         def run(indices: list[int]) -> list[float]:
-            ids, mask = left_padded([encoded[i] for i in indices], self._pad, device)
-            with self.steering.batch([steers[i] for i in indices]):
-                logits = last_logits(model, ids, mask)[0].double()
+            rows, mine = [encoded[i] for i in indices], [steers[i] for i in indices]
+            start, cache = begun(self.steering, rows, mine)
+            ids, mask = left_padded([row[start:] for row in rows], self._pad, device)
+            mask = torch.cat([mask.new_ones(len(rows), start), mask], dim=1)
+            with self.steering.batch(mine):
+                logits = last_logits(model, ids, mask, cache)[0].double()
             inside = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
             inside[list(tokens)] = True
             odds = logits[:, inside].logsumexp(-1) - logits[:, ~inside].logsumexp(-1)
@@ -223,11 +230,15 @@ class HFEvaluator:
 
         @torch.inference_mode()
         def run(indices: list[int]) -> list[T]:
-            ids = right_padded([whole[i] for i in indices], self._pad, anatomy.device)
-            spans = [(len(heads[i]) - 1, len(whole[i])) for i in indices]
+            mine = [steers[i] for i in indices]
+            shared, cache = begun(self.steering, [heads[i] for i in indices], mine)
+            ids = right_padded([whole[i][shared:] for i in indices], self._pad, anatomy.device)
+            spans = [(len(heads[i]) - 1 - shared, len(whole[i]) - shared) for i in indices]
             kept = torch.arange(min(start for start, _ in spans), max(stop for _, stop in spans), device=anatomy.device)
-            with self.steering.batch([steers[i] for i in indices]):
-                logits = anatomy.model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
+            with self.steering.batch(mine):
+                logits = anatomy.model(
+                    input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=kept
+                ).logits
             first = int(kept[0])
             return [
                 take(i, torch.log_softmax(row[start - first : stop - first].float(), -1))
@@ -282,10 +293,11 @@ def greedy(
     steps become shorter with the rows that remain.
     """
     device = steering.anatomy.device
-    ids, mask = left_padded(prompts, pad, device)
+    start, cache = begun(steering, prompts, steers)
+    ids, mask = left_padded([prompt[start:] for prompt in prompts], pad, device)
+    mask = torch.cat([mask.new_ones(len(prompts), start), mask], dim=1)
     answers: list[list[int]] = [[] for _ in prompts]
     rows, ending = list(range(len(prompts))), set(ends)
-    cache: Any = None
     for step in range(max_tokens):
         with steering.batch([steers[row] for row in rows]):
             logits, cache = last_logits(steering.anatomy.model, ids, mask, cache)
@@ -304,6 +316,32 @@ def greedy(
             chosen, mask, rows = chosen[kept], mask[kept], [rows[at] for at in going]
         ids, mask = chosen.unsqueeze(1), torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
     return answers
+
+
+def begun(
+    steering: Steering, prompts: Sequence[Sequence[int]], steers: Sequence[RequestSteer | None]
+) -> tuple[int, Any]:
+    """Run the tokens that all of `prompts` begin with (the chat template's) once for each different one of `steers`.
+
+    Returns: how many tokens that is, at least one fewer than each prompt has, and the cache after them with a row for
+    each prompt; (0, None) where it would save nothing, or the model's cache is not one of all tokens alone: a window
+    would count the padding that stands after these tokens.
+    """
+    different = list({id(steer): steer for steer in steers}.values())
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    length = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    model = steering.anatomy.model
+    if length * (len(prompts) - len(different)) < BEGUN_TOKENS or not whole_cache(model):
+        return 0, None
+    ids = torch.tensor([prompts[0][:length]] * len(different), device=steering.anatomy.device)
+    with steering.batch(different):
+        out: Any = steering.anatomy.decoder(input_ids=ids, use_cache=True)
+    cache: Any = getattr(out, "past_key_values", None)
+    if not whole_cache(model, cache):
+        return 0, None
+    row = {id(steer): at for at, steer in enumerate(different)}
+    cache.batch_select_indices(torch.tensor([row[id(steer)] for steer in steers], device=ids.device))
+    return length, cache
 
 
 def last_logits(model: Any, ids: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:

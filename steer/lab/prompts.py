@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+import urllib.request
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeAlias
+from urllib.parse import urlsplit
 
 from steer.direction import Dataset
 from steer.errors import InvalidInput
@@ -17,7 +20,9 @@ from steer.errors import InvalidInput
 #: Names under which datasets keep the prompt, first match wins.
 COLUMNS = ("prompt", "text", "instruction", "goal", "question", "behavior", "query")
 HUB = "hub:"
-FORMATS = ".txt (a prompt a line), .jsonl, .json, .parquet, or hub:OWNER/NAME[:SPLIT[:COLUMN]]"
+FORMATS = ".txt (a prompt a line), .jsonl, .json, .parquet, a URL of one, or hub:OWNER/NAME[:SPLIT[:COLUMN]]"
+#: Of a URL: seconds to wait for its server, and bytes that are read.
+PATIENCE, MOST_BYTES = 10.0, 2**28
 ROLES = ("system", "user", "assistant")
 
 
@@ -67,16 +72,47 @@ class PromptSet:
     def dataset(self) -> Dataset:
         return Dataset(name=self.name, sha256=self.sha256, count=len(self.prompts))
 
+    def drawn(self, count: int) -> PromptSet:
+        """At most `count` of the prompts, drawn evenly (files are often sorted by topic), the same ones each time."""
+        return replace(self, prompts=tuple(random.Random(0).sample(self.prompts, min(count, len(self)))))
+
+    def without(self, other: PromptSet) -> PromptSet:
+        """The prompts that are not in `other`."""
+        taken = set(other.prompts)
+        return replace(self, prompts=tuple(prompt for prompt in self.prompts if prompt not in taken))
+
+
+@dataclass(frozen=True, slots=True)
+class NamedSets:
+    """A published pair of contrast sets, where its files are, and under which licences."""
+
+    harmful: str
+    harmless: str
+    about: str
+
+
+_ARDITI = "https://raw.githubusercontent.com/andyrdt/refusal_direction/main/dataset/splits"
+#: What --prompts names. Their authors' training splits: the test splits are for `steer eval`.
+NAMED_SETS = {
+    "arditi": NamedSets(
+        f"{_ARDITI}/harmful_train.json",
+        f"{_ARDITI}/harmless_train.json",
+        "Arditi et al. 2024: harmful from AdvBench, MaliciousInstruct and TDC 2023 (MIT), harmless from Alpaca "
+        "(CC BY-NC 4.0); `_val` and `_test` stand beside them",
+    ),
+    "mlabonne": NamedSets(
+        "hub:mlabonne/harmful_behaviors:train:text",
+        "hub:mlabonne/harmless_alpaca:train:text",
+        "harmful from AdvBench (MIT), harmless from Alpaca (CC BY-NC 4.0); the split `test` stands beside `train`",
+    ),
+}
+
 
 def read_prompts(source: str) -> PromptSet:
     """Read a contrast set. Raises InvalidInput naming the file, the line and what would be accepted."""
     if source.startswith(HUB):
         return _from_hub(source)
-    path = Path(source)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InvalidInput(f"{source}: cannot be read: {error.strerror}; accepted: {FORMATS}") from error
+    path, data = _fetched(source) if source.startswith(("https://", "http://")) else _read(source)
     try:
         prompts = [p.strip() if isinstance(p, str) else p for p in _parse(path, data)]
     except UnicodeDecodeError as error:
@@ -85,6 +121,24 @@ def read_prompts(source: str) -> PromptSet:
     if not prompts:
         raise InvalidInput(f"{source}: has no prompts")
     return PromptSet(path.name, hashlib.sha256(data).hexdigest(), tuple(prompts))
+
+
+def _read(source: str) -> tuple[Path, bytes]:
+    try:
+        return Path(source), Path(source).read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"{source}: cannot be read: {error.strerror}; accepted: {FORMATS}") from error
+
+
+def _fetched(url: str) -> tuple[Path, bytes]:
+    try:
+        with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+            data: bytes = answer.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:  # a server that refuses or is not there; a URL that is none
+        raise InvalidInput(f"{url}: cannot be read: {getattr(error, 'reason', error)}") from error
+    if len(data) > MOST_BYTES:
+        raise InvalidInput(f"{url}: has more than {MOST_BYTES} bytes")
+    return Path(PurePosixPath(urlsplit(url).path).name), data
 
 
 def check_contrast(harmful: PromptSet, harmless: PromptSet) -> None:

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from scipy.special import expit
 
 from steer.errors import InvalidInput
-from steer.lab.behaviour import Behaviour
+from steer.lab.behaviour import Behaviour, fault
 from steer.lab.evaluator import Candidate, Evaluator, Steer, answers_of_each, crossed, divergences_of_each
 from steer.lab.progress import answering
 from steer.lab.prompts import Prompt
-from steer.lab.statistics import wilson
+from steer.lab.statistics import mean_of, wilson
 
 #: Prompts of each set in the first round; each round after it goes to twice as many.
 FIRST_ROUND = 8
@@ -69,12 +70,16 @@ class Sets:
 @dataclass(slots=True)
 class Figures:
     """What one candidate did, prompt by prompt: answers that showed the behaviour of the prompts asked and of the
-    borderline ones, and KL(plain ‖ steered) of each harmless prompt. `stopped` before all were tried, and why."""
+    borderline ones, and KL(plain ‖ steered) of each harmless prompt. `stopped` before all were tried, and why.
+    `other` and `faulty` are of the answers to the harmless prompts, where these were asked for: which showed the
+    behaviour, and which are no answers (see `steer.lab.behaviour.fault`)."""
 
     asked: list[bool] = field(default_factory=list)
     borderline: list[bool] = field(default_factory=list)
     kls: list[float] = field(default_factory=list)
     stopped: Reason | None = None
+    other: list[bool] = field(default_factory=list)
+    faulty: list[bool] = field(default_factory=list)
 
     @property
     def shown(self) -> float:
@@ -93,6 +98,12 @@ class Figures:
         """Of the rate shown, 95 %."""
         return wilson(sum(self.asked), len(self.asked))
 
+    @property
+    def kl_interval(self) -> tuple[float, float]:
+        """Of the mean KL, 95 %, by the bootstrap over prompts."""
+        found = mean_of(self.kls)
+        return found.low, found.high
+
     def surely_beaten_by(self, other: Figures) -> bool:
         """Does `other`, which was tried to the end, show no more than this so far, and surely diverge less on the same
         prompts? Few prompts on which both show nothing say nothing about the others, so all of `other`'s count."""
@@ -105,6 +116,17 @@ class Figures:
         return bool(more.mean() > SURELY * more.std(ddof=1) / math.sqrt(count))
 
 
+@dataclass(frozen=True, slots=True)
+class Screened:
+    """What one pass told of a candidate: mean log-odds and mean probability that an answer begins as those that show
+    the behaviour do, and mean KL(plain ‖ steered) on harmless prompts, in nats. Source of the first: the refusal score
+    of Arditi et al. 2024, "Refusal in language models is mediated by a single direction"."""
+
+    log_odds: float
+    probability: float
+    kl: float
+
+
 class Race:
     """One model, one behaviour, one choice of prompts. What the plain model does is found once, when it is made."""
 
@@ -112,8 +134,15 @@ class Race:
         self.evaluator, self.behaviour, self.sets = evaluator, behaviour, sets
         plain = evaluator.answers([*sets.asked, *sets.borderline], None, behaviour.decided)
         shown = [behaviour.shown(answer.text) for answer in plain]
-        self.plain = Figures(shown[: len(sets.asked)], shown[len(sets.asked) :], [0.0] * len(sets.other))
-        self._continued = evaluator.continuations(sets.other)
+        self._other = evaluator.answers(sets.other, None)
+        self._continued = evaluator.continuations(sets.other, self._other)
+        self.plain = Figures(
+            shown[: len(sets.asked)],
+            shown[len(sets.asked) :],
+            [0.0] * len(sets.other),
+            other=[behaviour.shown(answer.text) for answer in self._other],
+            faulty=[fault(answer, None, None) is not None for answer in self._other],
+        )
 
     def run(self, candidates: Sequence[Candidate], rivals: Sequence[Figures] = ()) -> list[Figures]:
         """The figures of each candidate; `rivals` are the best from before, tried to the end."""
@@ -125,15 +154,27 @@ class Race:
             rivals = [*rivals, *(each for each in members if each.stopped is None)]
         return figures
 
-    def opening_odds(self, candidates: Sequence[Candidate], tokens: Sequence[int], count: int) -> list[float]:
-        """The mean over `count` prompts asked of the log-odds that an answer begins with one of `tokens`. Source: the
-        refusal score of Arditi et al. 2024, "Refusal in language models is mediated by a single direction"."""
-        prompts, odds = self.sets.asked[:count], dict[int, float]()
+    def screen(self, candidates: Sequence[Candidate], tokens: Sequence[int], asked: int, other: int) -> list[Screened]:
+        """What one pass of `asked` prompts and `other` harmless ones tells of each candidate. `tokens` are those with
+        which answers that show the behaviour begin."""
+        prompts, others, found = self.sets.asked[:asked], self.sets.other[:other], dict[int, Screened]()
         for group in self._groups(candidates):
             with self.evaluator.all_resident([candidates[i] for i in group]) as steers:
-                found = self.evaluator.opening_odds(*crossed(prompts, steers), tokens)
-            odds |= dict(zip(group, found.reshape(len(group), -1).mean(1).tolist(), strict=True))
-        return [odds[i] for i in range(len(candidates))]
+                odds = self.evaluator.opening_odds(*crossed(prompts, steers), tokens).reshape(len(group), -1)
+                kls = divergences_of_each(self.evaluator, others, self._continued[:other], steers)
+            found |= {
+                i: Screened(float(o.mean()), float(expit(o).mean()), float(np.mean(kl)))
+                for i, o, kl in zip(group, odds, kls, strict=True)
+            }
+        return [found[i] for i in range(len(candidates))]
+
+    def answer_harmless(self, candidate: Candidate, figures: Figures) -> None:
+        """Let `candidate` answer the harmless prompts, and note in its `figures` what became of the answers."""
+        with self.evaluator.all_resident([candidate]) as (steer,):
+            answers = self.evaluator.answers(self.sets.other, steer)
+        figures.other = [self.behaviour.shown(answer.text) for answer in answers]
+        pairs = zip(answers, self._other, strict=True)
+        figures.faulty = [fault(answer, plain, None) is not None for answer, plain in pairs]
 
     def _rounds(self, figures: Sequence[Figures], steers: Sequence[Steer], rivals: Sequence[Figures]) -> None:
         done, end, sets = 0, FIRST_ROUND, self.sets

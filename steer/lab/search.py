@@ -297,7 +297,7 @@ class Space(BaseModel):
 
     methods: Annotated[tuple[str, ...], Field(min_length=1)] = ("slerp", "projected", "linear", "whitened")
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("ablate", "one_sided")
-    t: tuple[float, float] = Field((0.0, 1.5), description="least and most t of slerp")
+    t: tuple[float, float] = Field((-1.0, 1.0), description="least and most t of slerp")
     strength: tuple[float, float] = Field(
         (0.5, 1.5), description="least and most strength; of `add` its hundredth, negative"
     )

@@ -1,15 +1,16 @@
-"""Choosing a direction by what it does: position × source layer × method (with its t) × mode, from one measurement.
+"""Choosing among directions by what they do to the model: a grid of positions, source layers, methods and actions.
 
-Stage 1 takes the first token alone: the log-odds that an answer begins as the behaviour's answers do, after one prefill
-of the prompts. Stage 2 lets the best of them answer, in rounds (`steer.lab.race`). `fit` varies the layer alone.
+Candidates are first screened by one pass each: the log-odds that an answer begins as the behaviour's answers do, and
+the KL on harmless prompts. Those that are left answer, in rounds (`steer.lab.race`).
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeVar
 
 from steer.direction import Direction
 from steer.errors import DegenerateError, InvalidInput
@@ -19,19 +20,34 @@ from steer.lab.evaluator import Candidate, MakeEvaluator, first_tokens
 from steer.lab.measurement import Measurement
 from steer.lab.methods.base import Method
 from steer.lab.prompts import PromptSet
-from steer.lab.race import Figures, Race, Sets
+from steer.lab.race import Figures, Race, Screened, Sets
+from steer.lab.resume import Cache
+from steer.lab.statistics import undominated
 from steer.names import Mode
 
-log = logging.getLogger("steer")
+T = TypeVar("T")
 #: Prompts of each class that candidates are tried on, and tokens of their answers.
 PROMPTS, TOKENS = 48, 24
-#: Prompts by whose first tokens candidates are screened, and how many of these then answer.
-SCREEN_PROMPTS, SURVIVORS = 32, 16
-#: Layers whose class means are closer than this do nothing (measured on small models).
-MIN_DEGREES = 10.0
+#: Prompts of each class by which candidates are screened, and how many of these then answer.
+SCREEN_ASKED, SCREEN_OTHER, SURVIVORS = 16, 6, 16
+#: A probability of the behaviour that is at most so much above the least is hardly more.
+HARDLY = 0.05
+#: Layers are tried whose class means are at least this part as far apart as the widest, in degrees. No angle in itself
+#: will do: the largest of one model (Gemma 3 270M) has 8.5°, of another 66°.
+SEPARATION = 0.4
 #: The part of a command's progress.
 CHOOSING = "choosing"
 BY = "fewest answers that show the behaviour (within one prompt), then least N-token KL on harmless prompts"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """How a direction acts: its mode and strength, and the threshold and target of `one_sided` (see `Recipe`)."""
+
+    mode: Mode = "ablate"
+    strength: float = 1.0
+    threshold: float | None = None
+    target: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +56,50 @@ class Grid:
 
     methods: tuple[Method, ...]
     positions: tuple[int | None, ...] = (None,)
-    layers: tuple[int, ...] | Literal["auto"] = "auto"
-    modes: tuple[Mode, ...] = ("ablate",)
+    layers: tuple[int | Literal["widest", "all"], ...] | Literal["auto"] = "auto"
+    actions: tuple[Action, ...] = (Action(),)
 
     def __post_init__(self) -> None:
-        empty = [name for name in ("methods", "positions", "layers", "modes") if not getattr(self, name)]
+        empty = [name for name in ("methods", "positions", "layers", "actions") if not getattr(self, name)]
         if empty:
             raise InvalidInput([f"{name}: none is given, at least one is needed" for name in empty])
+
+    def recipes(self, measurement: Measurement, recipe: Recipe) -> list[Recipe]:
+        """All of it; what does not vary is as in `recipe`. Raises InvalidInput with all that the measurement does not
+        have, DegenerateError where at no position the classes separate."""
+        found: list[Recipe] = []
+        problems: list[str] = []
+        undefined: list[str] = []
+        for method in self.methods:
+            try:
+                check_needs(measurement, replace(recipe, method=method))
+            except InvalidInput as error:
+                problems += error.problems
+        for position in self.positions:
+            base = replace(recipe, position=position)
+            try:
+                measurement.position(position)
+                layers = layers_of(measurement, base) if self.layers == "auto" else self.layers
+                sources = [
+                    layer if layer == "all" else source_layer(measurement, replace(base, layer=layer))
+                    for layer in layers
+                ]
+            except DegenerateError as error:
+                undefined += [f"position {position}: {problem}" for problem in error.problems]
+            except InvalidInput as error:
+                problems += error.problems
+            else:
+                found += [
+                    replace(base, method=method, layer=layer, **asdict(action))
+                    for method in self.methods
+                    for layer in sources
+                    for action in self.actions
+                ]
+        if problems:
+            raise InvalidInput(list(dict.fromkeys(problems)))
+        if not found:
+            raise DegenerateError(undefined)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +108,7 @@ class Entrant:
 
     recipe: Recipe
     candidate: Candidate
-    log_odds: float | None = None
+    screened: Screened | None = None
     figures: Figures | None = None
 
     def row(self) -> dict[str, Any]:
@@ -67,8 +120,9 @@ class Entrant:
             "parameters": meta.parameters,
             "mode": self.recipe.mode,
             "strength": self.recipe.strength,
-            "log_odds": self.log_odds,
         }
+        if self.screened is not None:
+            found |= {"log_odds": self.screened.log_odds, "screened_kl": self.screened.kl}
         if (figures := self.figures) is not None:
             found |= {
                 "refused": figures.shown,
@@ -78,6 +132,58 @@ class Entrant:
                 "stopped": figures.stopped,
             }
         return found
+
+
+class Selection:
+    """Candidates of one measurement, tried on one model. `cache` has what was measured before an interruption."""
+
+    def __init__(self, race: Race, tokenizer: Any, cache: Cache | None = None) -> None:
+        self.race, self.cache = race, cache or Cache(None, {})
+        openings = race.behaviour.openings
+        self._openings = first_tokens(tokenizer, openings) if openings else []
+        #: Every candidate that was tried, with all that is known of it.
+        self.tried: dict[Recipe, Entrant] = {}
+
+    def screen(self, entrants: Sequence[Entrant]) -> list[Entrant]:
+        """`entrants` with what one pass tells of each, or where the behaviour has no openings, what answers tell."""
+
+        def make(start: int, stop: int) -> list[Any]:
+            some = [e.candidate for e in entrants[start:stop]]
+            return [asdict(one) for one in self.race.screen(some, self._openings, SCREEN_ASKED, SCREEN_OTHER)]
+
+        if not self._openings:
+            return [replace(e, screened=_of_answers(e.figures)) for e in self.run(entrants) if e.figures is not None]
+        found = self.cache.rows(f"screened-{_named(entrants)}", {}, len(entrants), make)
+        screened = [replace(e, screened=Screened(**one)) for e, one in zip(entrants, found, strict=True)]
+        self.tried |= {e.recipe: e for e in screened}
+        return screened
+
+    def run(self, entrants: Sequence[Entrant]) -> list[Entrant]:
+        """Let those of `entrants` answer that have not."""
+        new = [e for e in entrants if e.figures is None]
+
+        def make() -> list[Any]:
+            return [asdict(figures) for figures in self.race.run([e.candidate for e in new])]
+
+        found = self.cache.value(f"answered-{_named(new)}", {}, make)
+        figures = {e.recipe: Figures(**one) for e, one in zip(new, found, strict=True)}
+        raced = [e if e.figures is not None else replace(e, figures=figures[e.recipe]) for e in entrants]
+        self.tried |= {e.recipe: e for e in raced}
+        return raced
+
+    def told(self, chosen: Entrant) -> dict[str, Any]:
+        """What the file says of the choice."""
+        plain = self.race.plain
+        return {
+            "by": BY,
+            "behaviour": self.race.behaviour.name,
+            "mode": chosen.recipe.mode,
+            "prompts": len(plain.asked),
+            "tokens": self.race.evaluator.max_tokens,
+            "refused_plain": plain.shown,
+            "screened": any(e.screened is not None for e in self.tried.values()),
+            "candidates": [entrant.row() for entrant in self.tried.values()],
+        }
 
 
 def select(
@@ -98,51 +204,47 @@ def select(
     Raises InvalidInput with every part of the grid that the measurement cannot make, DegenerateError where
     none is left.
     """
-    entrants = _entrants(measurement, recipe, grid)
+    entrants = entrants_of(measurement, grid.recipes(measurement, recipe))
     sets = Sets.drawn(asked.prompts, other.prompts, limits=(prompts, prompts, 0))
     tried = evaluator(max(e.candidate.direction.rank for e in entrants), tokens)
     screened = len(entrants) > survivors and bool(behaviour.openings)
     tried.progress.plan(CHOOSING, work(sets, tokens, len(entrants), survivors if screened else None))
     with tried.progress.part(CHOOSING):
-        race = Race(tried, behaviour, sets)
-        if screened:
-            openings = first_tokens(tried.tokenizer, behaviour.openings)
-            odds = race.opening_odds([e.candidate for e in entrants], openings, SCREEN_PROMPTS)
-            entrants = [replace(e, log_odds=value) for e, value in zip(entrants, odds, strict=True)]
-            # the place in the grid decides between equals
-            through = sorted(range(len(entrants)), key=lambda i: (odds[i], i))[:survivors]
-        else:
-            through = list(range(len(entrants)))
-        figures = race.run([entrants[i].candidate for i in through])
-    for i, found in zip(through, figures, strict=True):
-        entrants[i] = replace(entrants[i], figures=found)
-        row = entrants[i].row()
-        log.info("layer %s, %s: %.2f shown, N-token KL %.5f", row["layer"], row["method"], row["refused"], row["kl"])
-    chosen = best(entrants)
-    selection = {
-        "by": BY,
-        "behaviour": behaviour.name,
-        "mode": chosen.recipe.mode,
-        "prompts": len(sets.asked),
-        "tokens": tokens,
-        "refused_plain": race.plain.shown,
-        "screened": screened,
-        "candidates": [entrant.row() for entrant in entrants],
-    }
-    return derive(measurement, chosen.recipe, selection)
+        selection = Selection(Race(tried, behaviour, sets), tried.tokenizer)
+        selection.tried |= {e.recipe: e for e in entrants}
+        kept = through(selection.screen(entrants), survivors) if screened else entrants
+        chosen = best(selection.run(kept))
+    return derive(measurement, chosen.recipe, selection.told(chosen))
 
 
-def work(sets: Sets, tokens: int, entrants: int, survivors: int | None) -> float:
-    """The work of a selection; `survivors` None: all candidates answer."""
-    screening = 0 if survivors is None else entrants * len(sets.asked[:SCREEN_PROMPTS])
-    answering_ones = entrants if survivors is None else survivors
-    return sets.plain_work(tokens) + screening + answering_ones * sets.work(tokens)
+def through(entrants: Sequence[Entrant], count: int) -> list[Entrant]:
+    """The `count` that are worth trying further, best first; the first ones where nothing was screened.
+
+    Those that show the behaviour hardly more often than the least come first, and of these the ones that no other is
+    better than in odds and KL, evenly from the least KL to the least odds: the answers say how much is needed.
+    """
+    each = [(e, e.screened) for e in entrants if e.screened is not None]
+    if len(each) <= count:
+        return list(entrants[:count])
+    least = min(screened.probability for _, screened in each)
+    good = [pair for pair in each if pair[1].probability <= least + HARDLY]
+    front = sorted(undominated(good, lambda pair: (pair[1].log_odds, pair[1].kl)), key=lambda pair: pair[1].kl)
+    first = [e for e, _ in spaced(front, count)]
+    rest = sorted(each, key=lambda pair: (pair not in good, pair[1].log_odds))
+    return [*first, *(e for e, _ in rest if e not in first)][:count]
 
 
-def most_work(asked: PromptSet, other: PromptSet, layers: int) -> float:
-    """The work of `fit` in a model of so many layers, before it is known which are worth trying."""
-    sets = Sets.drawn(asked.prompts, other.prompts, limits=(PROMPTS, PROMPTS, 0))
-    return work(sets, TOKENS, layers, SURVIVORS if layers > SURVIVORS else None)
+def spaced(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of `items`, evenly, with the first and the last."""
+    count = min(count, len(items))
+    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def work(sets: Sets, tokens: int, screened: int, through: int | None) -> float:
+    """The work of a selection; `through` None: all candidates answer, and none is screened."""
+    each = len(sets.asked[:SCREEN_ASKED]) + len(sets.other[:SCREEN_OTHER])
+    screening = 0 if through is None else screened * each
+    return sets.plain_work(tokens) + screening + (screened if through is None else through) * sets.work(tokens)
 
 
 def best(entrants: Sequence[Entrant]) -> Entrant:
@@ -153,40 +255,28 @@ def best(entrants: Sequence[Entrant]) -> Entrant:
     return min((pair for pair in tried if pair[1].shown <= fewest + 1 / len(pair[1].asked)), key=lambda p: p[1].kl)[0]
 
 
-def _entrants(measurement: Measurement, recipe: Recipe, grid: Grid) -> list[Entrant]:
+def entrants_of(measurement: Measurement, recipes: Iterable[Recipe]) -> list[Entrant]:
+    """The candidates that `recipes` make; those that differ in mode and strength alone share a direction, and with it
+    its rows of the bank. Raises InvalidInput with all that the measurement cannot make, DegenerateError where none is
+    left."""
     found: list[Entrant] = []
+    made: dict[Recipe, Direction] = {}
     problems: list[str] = []
     undefined: list[str] = []
-    for method in grid.methods:
-        for position in grid.positions:
-            base = replace(recipe, method=method, position=position, mode="ablate")
-            try:
-                measurement.position(position)
-                check_needs(measurement, base)
-                layers = layers_of(measurement, base) if grid.layers == "auto" else grid.layers
-                layers = tuple(source_layer(measurement, replace(base, layer=layer)) for layer in layers)
-            except DegenerateError as error:
-                undefined += [f"position {position}: {problem}" for problem in error.problems]
-                continue
-            except InvalidInput as error:
-                problems += error.problems
-                continue
-            for layer in layers:
-                one = replace(base, layer=layer)
-                try:
-                    direction = derive(measurement, one)
-                except DegenerateError as error:
-                    undefined += error.problems
-                    continue
-                except InvalidInput as error:
-                    problems += error.problems
-                    continue
-                for mode in grid.modes:
-                    if mode not in direction.meta.modes:
-                        problems.append(f"the mode '{mode}' needs means that were not measured at every layer")
-                        continue
-                    final = replace(one, mode=mode)
-                    found.append(Entrant(final, Candidate(direction, mode, recipe.strength)))
+    for recipe in recipes:
+        plain = replace(recipe, mode="ablate", strength=1.0)
+        try:
+            check_needs(measurement, plain)
+            direction = made[plain] = made.get(plain) or derive(measurement, plain)
+        except DegenerateError as error:
+            undefined += error.problems
+        except InvalidInput as error:
+            problems += error.problems
+        else:
+            if recipe.mode in direction.meta.modes:
+                found.append(Entrant(recipe, Candidate(direction, recipe.mode, recipe.strength)))
+            else:
+                problems.append(f"the mode '{recipe.mode}' needs means that were not measured at every layer")
     if problems:
         raise InvalidInput(list(dict.fromkeys(problems)))
     if not found:
@@ -195,16 +285,18 @@ def _entrants(measurement: Measurement, recipe: Recipe, grid: Grid) -> list[Entr
 
 
 def layers_of(measurement: Measurement, recipe: Recipe) -> tuple[int, ...]:
-    """The layers that are worth trying: their class means are far enough apart."""
-    return tuple(layer for layer, _ in separated(measurement, recipe, MIN_DEGREES))
+    """The layers that are worth trying: their class means are far enough apart, beside those of the other layers."""
+    angles = separated(measurement, recipe)
+    widest = max(degrees for _, degrees in angles)
+    return tuple(layer for layer, degrees in angles if degrees >= SEPARATION * widest)
 
 
-def fit(
-    measurement: Measurement, recipe: Recipe, harmful: PromptSet, harmless: PromptSet, evaluator: MakeEvaluator
-) -> Direction:
-    """`derive`, with the layer chosen by measured effect on the prompts where the recipe says "auto": a selection in
-    which nothing but the layer varies."""
-    if recipe.layer != "auto":
-        return derive(measurement, recipe)
-    grid = Grid((recipe.method,), (recipe.position,), "auto", (recipe.mode,))
-    return select(measurement, recipe, grid, harmful, harmless, evaluator)
+def _of_answers(figures: Figures) -> Screened:
+    """What a screening would tell. Half an answer is added to both sides of the odds, which are finite then."""
+    shown, count = sum(figures.asked), len(figures.asked)
+    return Screened(math.log((shown + 0.5) / (count - shown + 0.5)), figures.shown, figures.kl)
+
+
+def _named(entrants: Sequence[Entrant]) -> str:
+    """A name for what is measured of `entrants`."""
+    return hashlib.sha256(repr([e.recipe for e in entrants]).encode()).hexdigest()[:16]

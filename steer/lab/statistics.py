@@ -84,18 +84,26 @@ def difference_of_means(
     """Mean of `second` − mean of `first`, values on the same prompts, with the percentile interval of the paired
     bootstrap. Source: Efron and Tibshirani 1993, chapter 13."""
     _check_pairs(first, second)
-    differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    if np.ptp(differences) == 0:  # resampling changes nothing, and scipy gives no interval
-        return Estimate(float(differences.mean()), float(differences.mean()), float(differences.mean()))
+    pairs = np.asarray(second, dtype=np.float64), np.asarray(first, dtype=np.float64)
+    return mean_of(pairs[0] - pairs[1], resamples=resamples, seed=seed)
+
+
+def mean_of(values: Sequence[float] | np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> Estimate:
+    """The mean of at least one value, with the percentile interval of the bootstrap. Source: Efron and Tibshirani 1993,
+    chapter 13."""
+    values = np.asarray(values, dtype=np.float64)
+    mean = float(values.mean())
+    if np.ptp(values) == 0:  # resampling changes nothing, and scipy gives no interval
+        return Estimate(mean, mean, mean)
     found = stats.bootstrap(
-        (differences,),
+        (values,),
         np.mean,
         n_resamples=resamples,
-        batch=max(1, 2**22 // len(differences)),
+        batch=max(1, 2**22 // len(values)),
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Estimate(float(differences.mean()), float(found.low), float(found.high))
+    return Estimate(mean, float(found.low), float(found.high))
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.errors import InvalidInput, NoRoom, SpecError
+from steer.hf.internals import whole_cache
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL, Behaviour
@@ -72,6 +73,41 @@ def test_rows_of_many_candidates_are_what_each_is_alone(probe: HFEvaluator, cand
             assert mine == pytest.approx(other, abs=1e-5)
     assert max(row.max() for row in kls[3 :: len(candidates)]) < 1e-5, "no strength is plain"
     assert min(row.max() for row in kls[:: len(candidates)]) > 1e-4
+
+
+def test_what_all_prompts_begin_with_is_run_once_for_each_candidate(
+    loaded: Loaded, probe: HFEvaluator, candidates: list[Candidate]
+) -> None:
+    """With the same figures, and on models alone whose cache is all that they remember."""
+    system = HFEvaluator(loaded, probe.steering, "A system prompt that all conversations begin with.", TOKENS)
+    ids = [encode(loaded, prompt, system.system_prompt).ids for prompt in PROMPTS]
+    seen: list[int] = []
+    hook = loaded.model.get_input_embeddings().register_forward_hook(lambda *given: seen.append(given[1][0].numel()))
+
+    def figures(steers: list[Any]) -> tuple[Any, ...]:
+        plain = system.continuations(PROMPTS)
+        prompts, rows = crossed(steers)
+        kls = system.divergences(prompts, [one for one in plain for _ in steers], rows)
+        return system.answers(prompts, rows), system.opening_odds(prompts, rows, [7]), kls
+
+    try:
+        with system.all_resident(candidates[:3]) as steers, pytest.MonkeyPatch.context() as patch:
+            shared, few = figures(steers), sum(seen)
+            seen.clear()
+            patch.setattr("steer.lab.probe.whole_cache", lambda *_: False)
+            alone, many = figures(steers), sum(seen)
+    finally:
+        hook.remove()
+    assert shared[0] == alone[0]
+    assert shared[1] == pytest.approx(alone[1], abs=1e-4)
+    for mine, other in zip(shared[2], alone[2], strict=True):
+        assert mine == pytest.approx(other, abs=1e-5)
+    assert min(map(len, ids)) > 20
+    if whole_cache(loaded.model):
+        assert few < 0.8 * many
+    else:
+        assert loaded.model.config.model_type in ("gemma2", "cohere")
+        assert few == many
 
 
 def test_plain_answers_are_those_of_generate(loaded: Loaded, probe: HFEvaluator) -> None:

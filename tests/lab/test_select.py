@@ -21,7 +21,7 @@ from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import PromptSet, read_prompts
-from steer.lab.select import Grid, select
+from steer.lab.select import Action, Grid, select
 from steer.lab.source import TransformersSource
 
 GOOD = 6
@@ -64,7 +64,7 @@ def test_the_planted_layer_wins(
     planted: Measurement, sets: tuple[PromptSet, PromptSet], evaluator: Evaluator, survivors: int
 ) -> None:
     """Through the first-token evaluator, and without it."""
-    grid = Grid((SLERP, LINEAR), (-1,), modes=("ablate", "one_sided"))
+    grid = Grid((SLERP, LINEAR), (-1,), actions=(Action("ablate"), Action("one_sided")))
     direction = select(
         planted, Recipe(), grid, *sets, lambda _rank, _tokens: evaluator, survivors=survivors, prompts=16
     )
@@ -127,11 +127,13 @@ def test_a_grid_that_cannot_be_made_is_refused_with_all_reasons(
     with pytest.raises(DegenerateError, match="position -3: at no layer"):
         tried(Grid((SLERP,), (-3,)))
     with pytest.raises(InvalidInput) as caught:
-        Grid((), (), modes=())
+        Grid((), (), actions=())
     assert len(caught.value.problems) == 3
     bare = replace(planted, harmless=replace(planted.harmless, mean_all=None))
     with pytest.raises(InvalidInput, match="the mode 'affine' needs means"):
-        select(bare, Recipe(), Grid((SLERP,), (-1,), modes=("affine",)), *sets, lambda _rank, _tokens: evaluator)
+        select(
+            bare, Recipe(), Grid((SLERP,), (-1,), actions=(Action("affine"),)), *sets, lambda _rank, _tokens: evaluator
+        )
 
 
 def test_the_measurement_is_left_as_it_was(planted: Measurement, tmp_path: Path) -> None:

@@ -51,13 +51,13 @@ class Slerp(Method):
     orthogonal to â, the unit vector along slerp(â, ĥ, t) − â. t = 0 is `projected`, t = 1 the difference of the
     normalised means.
 
-    Pitfalls: only the angle between the means counts, so a difference that is one of length alone is not seen. Plain
-    removal puts both means on one ray of the arc, t/2 of the way from the harmless to the harmful one: t = 0 makes
-    harmful text harmless, t = 1 puts both where the model is undecided, and t > 1 makes harmless text harmful. Measured
-    on 23 small models (docs/study.md), t = 0 was the better choice, and t > 1 failed as that says.
+    Pitfalls: only the angle between the means counts, so a difference that is one of length alone is not seen. Which t
+    is best differs between models: on Qwen2.5-Coder-0.5B-Instruct more was removed the smaller t was (down to −1), and
+    t = 1 removed least and changed most; on small models trained for the study (docs/study.md) t = 0 was the better
+    choice, and t > 1 made harmless text harmful. `steer fit` chooses t by what it does.
     """
 
-    t: float = Field(default=1.0, description="place on the arc: 0 is projected, 1 the normalised difference")
+    t: float = Field(default=0.0, description="place on the arc: 0 is projected, 1 the normalised difference")
 
     def rows(self, contrast: Contrast) -> Tensor:
         return slerp_direction(contrast.harmless.mean, contrast.harmful.mean, self.t).unsqueeze(0)

@@ -1,0 +1,334 @@
+"""Fitting by effect: what is not given is chosen by what it does to prompts that were not measured, one thing after the
+other, which takes a tenth of the time of a whole grid. What does nothing, or does harm, is refused."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from steer.direction import Direction
+from steer.errors import InvalidInput, NothingFound
+from steer.lab.behaviour import REFUSAL, Behaviour
+from steer.lab.derive import Recipe, derive
+from steer.lab.evaluator import MakeEvaluator
+from steer.lab.measure import Conditions, measure
+from steer.lab.measurement import Measurement
+from steer.lab.methods import make_method
+from steer.lab.methods.base import Method
+from steer.lab.progress import Progress, answering
+from steer.lab.prompts import PromptSet
+from steer.lab.race import Figures, Race, Sets
+from steer.lab.resume import Cache, Record
+from steer.lab.select import (
+    CHOOSING,
+    Action,
+    Entrant,
+    Grid,
+    Selection,
+    best,
+    entrants_of,
+    layers_of,
+    spaced,
+    through,
+    work,
+)
+from steer.lab.source import Source
+from steer.lab.statistics import mcnemar
+from steer.lab.tables import shown
+from steer.names import Mode
+
+T = TypeVar("T")
+log = logging.getLogger("steer")
+#: Prompts of each class that candidates are tried on, at most, and tokens of their answers.
+PROMPTS, TOKENS = 32, 24
+#: Sets with fewer prompts than this are not split: candidates are tried on what was measured.
+SMALL = 32
+#: Of `fit`: source layers that are screened, the best of them at which methods are, and the best of these of which
+#: actions are; and how many candidates answer.
+LAYERS, KEPT_LAYERS, KEPT, FINALISTS = 6, 2, 3, 5
+#: The values of slerp's t that `fit` tries. Linear is one of the family too, between −2.3 and 0 on real models.
+TS = (0.0, -1.0, -0.5, 0.5, 1.0)
+#: Answers of the plain model that must show the behaviour: with 6 pairs that differ, and all one way, p is 0.03.
+LEAST_SHOWN = 6
+#: p-value below which a candidate surely shows less than the plain model, and the share of harmless answers, at least
+#: one, that may become worse.
+SIGNIFICANT, HARM = 0.05, 0.03
+#: Of the share that is still shown, what is worth a warning.
+LEFT = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The prompts that are measured, and those that candidates are tried on, of each class."""
+
+    harmful: PromptSet
+    harmless: PromptSet
+    tried_harmful: PromptSet
+    tried_harmless: PromptSet
+
+    @classmethod
+    def of(cls, harmful: PromptSet, harmless: PromptSet) -> Split:
+        """Set a quarter of each aside, at most PROMPTS. Where a set is SMALL, all is measured and tried."""
+        if min(len(harmful), len(harmless)) < SMALL:
+            log.warning(
+                "a set has fewer than %d prompts: candidates are tried on the prompts that they are made from, and the "
+                "figures say little about others",
+                SMALL,
+            )
+            return cls(harmful, harmless, harmful, harmless)
+        tried = [one.drawn(min(PROMPTS, len(one) // 4)) for one in (harmful, harmless)]
+        return cls(harmful.without(tried[0]), harmless.without(tried[1]), *tried)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What `fit` chooses among, one thing after the other; a single item is not chosen. The first method and the first
+    action are those with which the layers are compared. winsorize: quantiles that the best methods are tried with."""
+
+    methods: tuple[Method, ...] = field(
+        default_factory=lambda: (*(make_method("slerp", {"t": t}) for t in TS), make_method("linear"))
+    )
+    layers: tuple[int | Literal["widest", "all"], ...] | Literal["auto"] = "auto"
+    actions: tuple[Action, ...] = (
+        Action("one_sided", threshold=0.25, target=0.0),
+        Action("one_sided", threshold=0.25, target=-0.75),
+        Action("one_sided", threshold=0.5, target=0.0),
+        Action("one_sided", threshold=0.5, target=-0.75),
+        Action("ablate"),
+        Action("ablate", strength=0.7),
+    )
+    winsorize: tuple[float, ...] = (0.995,)
+
+    @property
+    def needs_vectors(self) -> bool:
+        """Does any of it read the prompts' own vectors?"""
+        return bool(self.winsorize) or any(method.needs != "means" for method in self.methods)
+
+    @classmethod
+    def of(
+        cls,
+        method: Method | None = None,
+        layer: int | Literal["auto", "widest", "all"] = "auto",
+        mode: Mode | None = None,
+        strength: float | None = None,
+        threshold: float | None = None,
+        target: float | None = None,
+    ) -> Choice:
+        """What is left to choose where some of it is given. `add` is tried at −1, against the behaviour."""
+        every = cls()
+        actions = tuple(a for a in every.actions if mode in (None, a.mode)) or (Action(mode or "add", -1.0),)
+        if threshold is not None or target is not None:
+            if mode not in (None, "one_sided"):
+                raise InvalidInput(f"--threshold and --target are numbers of the mode one_sided, not of {mode}")
+            actions = (Action("one_sided", 1.0, threshold, target),)
+        if strength is not None:
+            actions = tuple(dict.fromkeys(replace(action, strength=strength) for action in actions))
+        return cls(
+            every.methods if method is None else (method,),
+            "auto" if layer == "auto" else (layer,),
+            actions,
+            every.winsorize if method is None else (),
+        )
+
+    @property
+    def most_screened(self) -> int:
+        """Candidates that are screened, at most."""
+        layers = LAYERS if self.layers == "auto" else len(self.layers)
+        return (
+            layers + (len(self.methods) - 1) * KEPT_LAYERS + len(self.winsorize) * KEPT + (len(self.actions) - 1) * KEPT
+        )
+
+
+class Work:
+    """What a fit has measured so far, in a folder of its own; the same fit goes on with it. A fit of the same sets and
+    conditions with another `Choice` takes from it what both have in common."""
+
+    def __init__(self, folder: Path, split: Split, behaviour: Behaviour, tokens: int) -> None:
+        self.folder, self.split = folder, split
+        self._head: dict[str, Any] = {"behaviour": behaviour.model_dump(mode="json"), "tokens": tokens}
+        for name in ("harmful", "harmless", "tried_harmful", "tried_harmless"):
+            self._head[name] = getattr(split, name).dataset.model_dump(mode="json")
+
+    def measured(
+        self, source: Source, conditions: Conditions, batch_size: int | None, progress: Progress
+    ) -> Measurement:
+        """The measurement under `conditions`, from the folder as far as it is there. Raises InvalidInput where the
+        folder is of another model, set or condition, with all that differs."""
+        path = self.folder / "measurement.safetensors"
+        self._head |= {"model": source.facts.model_dump(mode="json"), "weights": source.fingerprint()}
+        self._head["conditions"] = asdict(conditions)
+        self.folder.mkdir(exist_ok=True)
+        Record(self.folder / "fit.jsonl", self._head)
+        if path.exists():
+            return Measurement.load(path)
+        found = measure(
+            source,
+            self.split.harmful,
+            self.split.harmless,
+            conditions,
+            batch_size=batch_size,
+            progress=progress,
+            partial=path.with_suffix(".part"),
+        )
+        found.save(path)
+        return found
+
+    @property
+    def cache(self) -> Cache:
+        return Cache(self.folder, {})
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """The direction that `fit` chose, what it and the plain model did, and every candidate that answered."""
+
+    direction: Direction
+    plain: Figures
+    figures: Figures
+    finalists: tuple[Entrant, ...]
+
+
+def fit(
+    measurement: Measurement,
+    recipe: Recipe,
+    choice: Choice,
+    split: Split,
+    evaluator: MakeEvaluator,
+    *,
+    behaviour: Behaviour = REFUSAL,
+    tokens: int = TOKENS,
+    cache: Cache | None = None,
+) -> Fitted:
+    """Choose layer, method and action in turn, by what each does to the prompts of `split` that are to be tried. What
+    does not vary is as in `recipe`.
+
+    Raises NothingFound where the plain model hardly shows the behaviour, where no candidate surely lessens it, and
+    where those that do harm harmless answers; InvalidInput and DegenerateError as `select`.
+    """
+    layers = layers_of(measurement, recipe) if choice.layers == "auto" else choice.layers
+    grid = Grid(choice.methods[:1], (recipe.position,), tuple(spaced(layers, LAYERS)), choice.actions[:1])
+    begun = entrants_of(measurement, grid.recipes(measurement, recipe))
+    sets = _sets(split)
+    tried = evaluator(max(e.candidate.direction.rank for e in begun), tokens)
+    tried.progress.plan(CHOOSING, most_work(split, choice, tokens))
+    with tried.progress.part(CHOOSING):
+        selection = Selection(Race(tried, behaviour, sets), tried.tokenizer, cache)
+        _check_plain(selection.race.plain, behaviour)
+        finalists = selection.run(_screened_in_turn(measurement, selection, choice, begun))
+        chosen = _unharmed(selection, finalists)
+    assert chosen.figures is not None
+    direction = derive(measurement, chosen.recipe, selection.told(chosen))
+    return Fitted(direction, selection.race.plain, chosen.figures, tuple(finalists))
+
+
+def _screened_in_turn(
+    measurement: Measurement, selection: Selection, choice: Choice, begun: Sequence[Entrant]
+) -> Sequence[Entrant]:
+    """Those of `choice` that are to answer. `begun` are the layers, with the first method and action; at the best of
+    these the other methods are screened, and of the best of all these the other actions."""
+
+    known = selection.screen(begun)
+
+    def screened(recipes: list[Recipe]) -> list[Entrant]:
+        return [*known, *(selection.screen(entrants_of(measurement, recipes)) if recipes else [])]
+
+    kept = through(known, KEPT_LAYERS)
+    known = screened([replace(e.recipe, method=method) for e in kept for method in choice.methods[1:]])
+    kept = through(known, KEPT)
+    known = screened([replace(e.recipe, winsorize=quantile) for e in kept for quantile in choice.winsorize])
+    kept = through(known, KEPT)
+    known = screened([replace(e.recipe, **asdict(action)) for e in kept for action in choice.actions[1:]])
+    return through(known, FINALISTS)
+
+
+def _check_plain(plain: Figures, behaviour: Behaviour) -> None:
+    """Raise NothingFound where the plain model shows too little of the behaviour for any change to be told."""
+    if sum(plain.asked) < LEAST_SHOWN:
+        raise NothingFound(
+            f"the plain model shows '{behaviour.name}' in {sum(plain.asked)} of {len(plain.asked)} answers, and fewer "
+            f"than {LEAST_SHOWN} tell nothing: give more prompts or others that show it, or --behaviour with another "
+            "description of what is to be removed"
+        )
+
+
+def _unharmed(selection: Selection, finalists: Sequence[Entrant]) -> Entrant:
+    """The best of `finalists` that surely shows less than the plain model and leaves harmless answers alone, which it
+    is then asked for. Raises NothingFound, with what there is against each."""
+    plain, left, against = selection.race.plain, list(finalists), []
+    while whole := [e for e in left if e.figures is not None and e.figures.stopped is None]:
+        one = best(whole)
+        left = [e for e in whole if e is not one]
+        figures = one.figures
+        assert figures is not None
+        where = f"layer {one.recipe.layer}, {one.recipe.method.name}, {one.recipe.mode}"
+        if sum(figures.asked) >= sum(plain.asked) or mcnemar(plain.asked, figures.asked) > SIGNIFICANT:
+            against.append(f"{where}: {sum(figures.asked)} of {len(figures.asked)} answers still show it")
+            continue
+        selection.race.answer_harmless(one.candidate, figures)
+        allowed = max(1, round(HARM * len(plain.other)))
+        if sum(figures.other) > sum(plain.other) + allowed:
+            against.append(f"{where}: {sum(figures.other)} of {len(figures.other)} harmless prompts get such an answer")
+        elif sum(figures.faulty) > sum(plain.faulty) + allowed:
+            against.append(f"{where}: {sum(figures.faulty)} of {len(figures.faulty)} harmless answers are degenerate")
+        else:
+            return one
+    raise NothingFound(
+        f"none of {len(selection.tried)} candidates takes '{selection.race.behaviour.name}' away without harm; the "
+        f"plain model shows it in {sum(plain.asked)} of {len(plain.asked)} answers. " + "; ".join(against)
+    )
+
+
+def most_work(split: Split, choice: Choice, tokens: int = TOKENS) -> float:
+    """The work of `fit`, before it is known which layers are worth trying."""
+    sets = _sets(split)
+    return work(sets, tokens, choice.most_screened, FINALISTS) + len(sets.other) * answering(tokens)
+
+
+def _sets(split: Split) -> Sets:
+    return Sets.drawn(split.tried_harmful.prompts, split.tried_harmless.prompts, limits=(PROMPTS, PROMPTS, 0))
+
+
+def report(fitted: Fitted) -> list[str]:
+    """What was found, what is left, and what it cost, for a terminal."""
+    plain, mine, chosen = fitted.plain, fitted.figures, fitted.direction.meta
+    rows = [
+        [
+            "each its own" if one.recipe.layer == "all" else str(one.recipe.layer),
+            described(one.recipe),
+            f"{sum(figures.asked)} of {len(figures.asked)}",
+            f"{figures.kl:.4f}",
+            "← chosen" if figures is mine else "stopped" if figures.stopped else "",
+        ]
+        for one in fitted.finalists
+        if (figures := one.figures) is not None
+    ]
+    behaviour, low, high = chosen.selection["behaviour"], *(100 * end for end in mine.interval)
+    least, most = mine.kl_interval
+    count, harmless = len(mine.asked), len(mine.other)
+    lines = [
+        shown(("layer", "direction", behaviour, "N-token KL", ""), rows),
+        f"{behaviour} in answers to {count} prompts that were not measured: {sum(plain.asked)} plain, "
+        f"{sum(mine.asked)} with it ({low:.0f} to {high:.0f} %)",
+        f"{harmless} harmless prompts: {sum(mine.other)} such answers (plain {sum(plain.other)}), {sum(mine.faulty)} "
+        f"degenerate (plain {sum(plain.faulty)}), N-token KL {mine.kl:.4f} ({least:.4f} to {most:.4f})",
+    ]
+    if mine.shown > LEFT:
+        lines.append(f"warning: more than {LEFT:.0%} are left; `steer search` tries more")
+    return lines
+
+
+def described(recipe: Recipe) -> str:
+    """How a direction is made and acts, in a few words."""
+    method = recipe.method.name + "".join(f" {k}={v}" for k, v in recipe.method.model_dump().items())
+    clipped = "" if recipe.winsorize is None else f" winsorized {recipe.winsorize:g}"
+    sides = "" if recipe.threshold is None else f" from {recipe.threshold:g}"
+    sides += "" if recipe.target is None else f" to {recipe.target:g}"
+    strength = "" if recipe.strength == 1 else f" at {recipe.strength:g}"
+    return f"{method}{clipped}, {recipe.mode}{sides}{strength}"

@@ -1,0 +1,230 @@
+"""Fitting: what is chosen is what does most with least harm on prompts that were not measured, and what does nothing or
+does harm is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer.demo import MODEL, PROMPTS
+from steer.direction import Direction
+from steer.errors import InvalidInput, NothingFound
+from steer.hf.load import Loaded, load
+from steer.hf.steering import Steering
+from steer.lab.activations import Keep
+from steer.lab.behaviour import REFUSAL
+from steer.lab.derive import Recipe, derive
+from steer.lab.evaluator import Candidate
+from steer.lab.fit import SMALL, Choice, Fitted, Split, Work, described, fit, most_work, report
+from steer.lab.measure import Conditions
+from steer.lab.measurement import Measurement
+from steer.lab.methods import make_method
+from steer.lab.probe import HFEvaluator
+from steer.lab.progress import Progress
+from steer.lab.prompts import PromptSet, read_prompts
+from steer.lab.race import Screened
+from steer.lab.select import HARDLY, Action, Entrant, through
+from steer.lab.source import TransformersSource
+
+TOKENS = 12
+CONDITIONS = Conditions(keep=Keep(vectors=True))
+CHOICE = Choice(
+    methods=(make_method("slerp", {"t": 0}), make_method("slerp", {"t": 1})),
+    layers=(2, 6),
+    actions=(Action("one_sided", threshold=0.25, target=0.0), Action("ablate")),
+)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return load(str(MODEL))
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return Split.of(*(read_prompts(str(PROMPTS / f"{cls}.train.txt")).drawn(48) for cls in ("refused", "harmless")))
+
+
+@pytest.fixture(scope="module")
+def measured(loaded: Loaded, split: Split, tmp_path_factory: pytest.TempPathFactory) -> Measurement:
+    work = Work(tmp_path_factory.mktemp("fit") / "part", split, REFUSAL, TOKENS)
+    return work.measured(TransformersSource(loaded), CONDITIONS, None, Progress())
+
+
+def evaluator(loaded: Loaded, progress: Progress | None = None) -> HFEvaluator:
+    return HFEvaluator(loaded, Steering(loaded.model, rows=64, rank=1), None, TOKENS, progress=progress)
+
+
+@pytest.fixture(scope="module")
+def fitted(loaded: Loaded, split: Split, measured: Measurement) -> Fitted:
+    return fit(measured, Recipe(), CHOICE, split, lambda _rank, _tokens: evaluator(loaded), tokens=TOKENS)
+
+
+def test_what_is_tried_was_not_measured(split: Split) -> None:
+    for measured, tried in ((split.harmful, split.tried_harmful), (split.harmless, split.tried_harmless)):
+        assert len(tried) == 12
+        assert len(measured) == 36
+        assert not set(measured.prompts) & set(tried.prompts)
+
+
+def test_small_sets_are_tried_whole_and_that_is_said(split: Split, caplog: pytest.LogCaptureFixture) -> None:
+    few = Split.of(split.harmful.drawn(SMALL - 1), split.harmless)
+    assert few.harmful == few.tried_harmful
+    assert len(few.harmful) == SMALL - 1
+    assert f"fewer than {SMALL} prompts" in caplog.text
+
+
+def test_the_choice_leaves_least_at_least_harm_and_the_file_is_its_recipe(
+    fitted: Fitted, measured: Measurement, split: Split
+) -> None:
+    assert sum(fitted.plain.asked) == 12
+    shown = [e.figures.shown for e in fitted.finalists if e.figures is not None]
+    assert fitted.figures.shown <= min(shown) + 1 / 12
+    chosen = next(e for e in fitted.finalists if e.figures is fitted.figures)
+    again = derive(measured, chosen.recipe)
+    for name, tensor in again.tensors().items():
+        assert torch.equal(tensor, fitted.direction.tensors()[name]), name
+    meta = fitted.direction.meta
+    assert (meta.mode, meta.strength) == (chosen.recipe.mode, chosen.recipe.strength)
+    assert meta.selection["prompts"] == 12
+    assert meta.harmful is not None
+    assert meta.harmful.count == 36
+    assert Direction.from_bytes(fitted.direction.to_bytes()).meta == meta
+    # every candidate is in the file, and what was not kept of one stage is not in the next
+    rows = meta.selection["candidates"]
+    assert 2 + 2 + 2 <= len(rows) <= CHOICE.most_screened
+    assert all("log_odds" in row for row in rows)
+
+
+def test_the_report_says_what_was_found_and_what_is_left(fitted: Fitted) -> None:
+    told = "\n".join(report(fitted))
+    assert "12 plain" in told
+    assert "← chosen" in told
+    assert ("more than 5 % are left" in told) == (fitted.figures.shown > 0.05)
+    assert described(Recipe(make_method("slerp", {"t": 0.5}), 1, winsorize=0.9, mode="one_sided", target=0.0)) == (
+        "slerp t=0.5 winsorized 0.9, one_sided to 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("actions", "says"),
+    [
+        ((Action("ablate", strength=0.001),), "12 of 12 answers still show it"),
+        ((Action("add", strength=-4.0),), "harmless answers are degenerate"),
+    ],
+    ids=["does nothing", "does harm"],
+)
+def test_what_does_nothing_and_what_does_harm_is_not_given_out(
+    loaded: Loaded, split: Split, measured: Measurement, actions: tuple[Action, ...], says: str
+) -> None:
+    choice = replace(CHOICE, methods=CHOICE.methods[:1], layers=(6,), actions=actions, winsorize=())
+    with pytest.raises(NothingFound, match=says):
+        fit(measured, Recipe(), choice, split, lambda _rank, _tokens: evaluator(loaded), tokens=TOKENS)
+
+
+def test_a_model_that_does_not_show_it_is_told_at_once(loaded: Loaded, split: Split, measured: Measurement) -> None:
+    answered = replace(split, tried_harmful=split.tried_harmless)
+    with pytest.raises(NothingFound, match="the plain model shows 'refusal' in 0 of 12 answers"):
+        fit(measured, Recipe(), CHOICE, answered, lambda _rank, _tokens: evaluator(loaded), tokens=TOKENS)
+
+
+def test_a_behaviour_without_openings_is_chosen_by_answers(loaded: Loaded, split: Split, measured: Measurement) -> None:
+    blind = REFUSAL.model_copy(update={"openings": ()})
+    choice = replace(CHOICE, methods=CHOICE.methods[:1], winsorize=())
+    found = fit(
+        measured, Recipe(), choice, split, lambda _rank, _tokens: evaluator(loaded), behaviour=blind, tokens=TOKENS
+    )
+    assert found.direction.meta.source_layer == 6
+    assert found.figures.shown <= 1 / 12
+
+
+def test_an_interrupted_fit_goes_on_and_chooses_the_same(
+    loaded: Loaded, split: Split, fitted: Fitted, tmp_path: Path
+) -> None:
+    class Interrupting(Progress):
+        def advance(self, work: float = 1.0) -> None:
+            super().advance(work)
+            if self.current == "choosing" and self.done > 0.7 * self.total:
+                raise KeyboardInterrupt
+
+    def run(progress: Progress, sets: Split = split) -> Fitted:
+        work = Work(tmp_path / "d.part", sets, REFUSAL, TOKENS)
+        progress.plan("choosing", most_work(sets, CHOICE, TOKENS))
+        measurement = work.measured(TransformersSource(loaded), CONDITIONS, None, progress)
+        return fit(
+            measurement,
+            Recipe(),
+            CHOICE,
+            sets,
+            lambda _rank, _tokens: evaluator(loaded, progress),
+            tokens=TOKENS,
+            cache=work.cache,
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupting())
+    kept = sorted((tmp_path / "d.part" / "measured").iterdir())
+    assert kept
+    with pytest.raises(InvalidInput, match="was measured with harmful = "):
+        run(Progress(), replace(split, harmful=split.harmful.drawn(30)))
+    progress = Progress()
+    found = run(progress)
+    assert found.direction.meta.model_dump(exclude={"created"}) == fitted.direction.meta.model_dump(exclude={"created"})
+    assert progress.done == pytest.approx(progress.total)
+    Work(tmp_path / "d.part", split, REFUSAL, TOKENS).remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_given_is_not_chosen() -> None:
+    every = Choice()
+    linear = make_method("linear")
+    assert Choice.of() == every
+    assert Choice.of(linear, 3).methods == (linear,)
+    assert Choice.of(linear, 3).layers == (3,)
+    assert Choice.of(linear, 3).winsorize == ()
+    assert {action.mode for action in Choice.of(mode="ablate").actions} == {"ablate"}
+    assert Choice.of(mode="add").actions == (Action("add", -1.0),)
+    assert Choice.of(mode="one_sided", strength=2.0, target=0.1).actions == (Action("one_sided", 2.0, None, 0.1),)
+    assert {action.strength for action in Choice.of(strength=0.5).actions} == {0.5}
+    with pytest.raises(InvalidInput, match="numbers of the mode one_sided, not of ablate"):
+        Choice.of(mode="ablate", threshold=0.1)
+
+
+NOTHING = Direction.load(Path(__file__).parents[2] / "directions" / "refusal.safetensors")
+SCREENED = st.builds(Screened, st.floats(-9, 9), st.floats(0, 1), st.floats(0, 2))
+
+
+@given(st.lists(SCREENED, min_size=1, max_size=30), st.integers(1, 8))
+def test_what_goes_on_has_the_least_harm_and_the_most_effect_first(screened: list[Screened], count: int) -> None:
+    nothing = NOTHING
+    entrants = [
+        Entrant(Recipe(layer=i), Candidate(nothing, "ablate", 1.0), screened=one) for i, one in enumerate(screened)
+    ]
+    kept = through(entrants, count)
+    assert len(kept) == min(count, len(entrants))
+    assert len({e.recipe for e in kept}) == len(kept)
+    if len(entrants) <= count:
+        return
+    bar = min(one.probability for one in screened) + HARDLY
+    good = [one for one in screened if one.probability <= bar]
+    found = [e.screened for e in kept if e.screened is not None]
+    assert found[0].kl == min(one.kl for one in good)
+    if count > 1:
+        assert min(one.log_odds for one in good) in [one.log_odds for one in found]
+    better = [one.probability <= bar for one in found]
+    assert better == sorted(better, reverse=True)
+
+
+def test_sets_are_drawn_evenly_and_the_rest_is_what_was_not_drawn() -> None:
+    whole = PromptSet("sorted", "", tuple(f"{topic} {n}" for topic in "abcd" for n in range(25)))
+    some = whole.drawn(24)
+    assert some == whole.drawn(24)
+    assert {str(prompt)[0] for prompt in some.prompts} == set("abcd")
+    assert set(whole.without(some).prompts) | set(some.prompts) == set(whole.prompts)
+    assert len(whole.without(some)) == 76
+    assert whole.drawn(1000).dataset.count == 100

@@ -380,7 +380,7 @@ main()
     ("module", "command", "resumes"),
     [
         ("typer", "measure", False),
-        ("torch", "fit", False),
+        ("transformers", "fit", True),
         ("torch", "measure", True),
         ("transformers", "search", True),
         ("torch", "eval", True),
@@ -388,11 +388,14 @@ main()
     ],
 )
 def test_an_interrupted_import_ends_with_one_line(module: str, command: str, resumes: bool, tmp_path: Path) -> None:
+    prompts = tmp_path / "a.txt"
+    prompts.write_text("a\n")
+    sets = ["--harmful", str(prompts), "--harmless", str(prompts)]
     given = {
         "inspect": ["d.safetensors"],
-        "eval": ["m", "--direction", "d", "--harmful", "a", "--harmless", "b", "--report", str(tmp_path)],
-        "search": ["m", "--harmful", "a", "--harmless", "b", "--folder", str(tmp_path)],
-    }.get(command, ["m", "--harmful", "a", "--harmless", "b", "-o", "x.safetensors"])
+        "eval": ["m", "--direction", "d", *sets, "--report", str(tmp_path)],
+        "search": ["m", *sets, "--folder", str(tmp_path)],
+    }.get(command, ["m", *sets, "-o", "x.safetensors"])
     done = subprocess.run([sys.executable, "-c", INTERRUPTED, module, command, *given], capture_output=True, text=True)
     assert done.returncode == 130, done.stderr
     (line,) = filter(None, done.stderr.split("\n"))

@@ -89,6 +89,7 @@ def fit(
         {"mode": mode or "ablate", "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
     )
     check_direction_file(output)
+    made = chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
     sets = chosen_sets(harmful, harmless, prompts)
     quiet_libraries()
     from steer.lab import fit as lab
@@ -99,7 +100,6 @@ def fit(
     from steer.lab.progress import Progress
     from steer.lab.select import CHOOSING
 
-    made = chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
     choice = lab.Choice.of(made, choices.layer, choices.mode if mode else None, strength, threshold, target)
     if winsorize is not None:
         choice = replace(choice, winsorize=())

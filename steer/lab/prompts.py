@@ -11,11 +11,13 @@ import urllib.request
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import urlsplit
 
-from steer.direction import Dataset
 from steer.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from steer.direction import Dataset
 
 #: Names under which datasets keep the prompt, first match wins.
 COLUMNS = ("prompt", "text", "instruction", "goal", "question", "behavior", "query")
@@ -70,6 +72,8 @@ class PromptSet:
 
     @property
     def dataset(self) -> Dataset:
+        from steer.direction import Dataset  # imports torch, which takes seconds: a wrong file is told before
+
         return Dataset(name=self.name, sha256=self.sha256, count=len(self.prompts))
 
     def drawn(self, count: int) -> PromptSet:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import re
 import sys
+import threading
 from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +20,16 @@ from hypothesis import strategies as st
 
 from steer.errors import InvalidInput
 from steer.hf.load import load
-from steer.lab.prompts import COLUMNS, Conversation, PromptSet, check_contrast, encode, messages_of, read_prompts
+from steer.lab.prompts import (
+    COLUMNS,
+    NAMED_SETS,
+    Conversation,
+    PromptSet,
+    check_contrast,
+    encode,
+    messages_of,
+    read_prompts,
+)
 
 PROMPTS = ("How do I bake bread?", "Grüße aus Köln 🙂", 'Say "yes, no"')
 
@@ -271,3 +284,32 @@ def test_only_the_last_message_is_a_conversations_own_text(tiny_folder: Path) ->
     encoded = encode(loaded, talk)
     assert loaded.tokenizer.decode(encoded.ids[encoded.own]).strip() == "How are you?"
     assert encoded.ids == loaded.chat_ids(messages_of(talk))
+
+
+def test_a_url_is_read_as_the_file_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "set.json").write_text(json.dumps([{"instruction": p} for p in PROMPTS]), encoding="utf-8")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        try:
+            found = read_prompts(f"{base}/set.json?raw=true")
+            assert found.prompts == PROMPTS
+            assert found.name == "set.json"
+            assert found.sha256 == hashlib.sha256((tmp_path / "set.json").read_bytes()).hexdigest()
+            with pytest.raises(InvalidInput, match=r"missing\.json: cannot be read: File not found"):
+                read_prompts(f"{base}/missing.json")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("steer.lab.prompts.MOST_BYTES", 10)
+                with pytest.raises(InvalidInput, match="has more than 10 bytes"):
+                    read_prompts(f"{base}/set.json")
+        finally:
+            server.shutdown()
+
+
+def test_the_named_sets_are_pairs_that_can_be_read() -> None:
+    """Where they are, and that the pieces are of a form that is read: they are not downloaded here."""
+    for name, sets in NAMED_SETS.items():
+        for source in (sets.harmful, sets.harmless):
+            assert source.startswith("https://") or re.fullmatch(r"hub:[\w-]+/[\w-]+:\w+:\w+", source), (name, source)
+        assert "MIT" in sets.about

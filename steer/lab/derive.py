@@ -20,6 +20,8 @@ from steer.lab.methods.means import Slerp
 from steer.names import MODES, Mode, Site
 
 log = logging.getLogger("steer")
+#: Of the difference of means within the rows' span, the part that each row must have at least to have a side.
+LEAST_SHARE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
             embedding = found.rows.float()
     if missing:
         log.warning("layers %d to %d were not measured and are left unsteered", missing[0], missing[-1])
-    reference = _reference(measurement, recipe, rows, source)
+    reference = _reference(measurement, recipe, rows, source) if _sided(measurement, recipe, rows, source) else None
     target = None if recipe.target is None else _between(measurement, recipe, rows, recipe.target)
     meta = DirectionMeta(
         method=recipe.method.name,
@@ -130,15 +132,18 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
         sites=recipe.sites,
     )
     if recipe.mode not in meta.modes:
-        raise InvalidInput(
-            f"the mode '{recipe.mode}' needs class means that this measurement does not have at every layer "
-            f"(measured: {measurement.layers} of {facts.layers}); with it: {', '.join(meta.modes)}"
+        missing_one = (
+            "a harmful side of each row, and a row of this direction hardly tells the classes apart"
+            if recipe.mode == "one_sided" and measurement.layers == facts.layers
+            else f"class means that this measurement does not have at every layer (measured: {measurement.layers} of "
+            f"{facts.layers})"
         )
+        raise InvalidInput(f"the mode '{recipe.mode}' needs {missing_one}; with it: {', '.join(meta.modes)}")
     at = measurement.position(recipe.position)
     return Direction(
         meta,
         directions=rows.float().contiguous(),
-        weights=torch.ones(facts.layers),
+        weights=_weights(recipe, source, facts.layers),
         reference=torch.zeros(rows.shape[:2]) if reference is None else reference.float().contiguous(),
         mean_harmful=_whole(measurement.harmful.mean[at], facts.layers),
         mean_harmless=_whole(measurement.harmless.mean[at], facts.layers),
@@ -300,6 +305,30 @@ def _reference(measurement: Measurement, recipe: Recipe, rows: Tensor, source: i
     if found is not None and recipe.method.bisects and not changed:
         found[slice(None) if source is None else source] = 0
     return found
+
+
+def _sided(measurement: Measurement, recipe: Recipe, rows: Tensor, source: int | None) -> bool:
+    """Do all rows tell the classes apart? The rows of a subspace after its first may carry next to nothing of the
+    difference of means: which side of them is harmful is chance, and `one_sided` would act on half of all text."""
+    if rows.shape[1] == 1:
+        return True
+    at, layers = measurement.position(recipe.position), range(measurement.layers) if source is None else [source]
+    difference = measurement.harmful.mean[at] - measurement.harmless.mean[at]
+    for layer in layers:
+        components = (rows[layer] @ difference[layer]).abs()
+        if rows[layer].any() and float(components.min()) < LEAST_SHARE * float(torch.linalg.vector_norm(components)):
+            return False
+    return True
+
+
+def _weights(recipe: Recipe, source: int | None, layers: int) -> Tensor:
+    """1 at every layer; for the mode `add` at the source layer alone (Arditi et al. 2024, section 2.4): to add the
+    difference of means again at each layer is many times as much, and leaves no words."""
+    if recipe.mode != "add" or source is None or "writers" in recipe.sites:
+        return torch.ones(layers)
+    weights = torch.zeros(layers)
+    weights[source] = 1
+    return weights
 
 
 def _between(measurement: Measurement, recipe: Recipe, rows: Tensor, share: float) -> Tensor | None:

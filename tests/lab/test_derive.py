@@ -201,3 +201,23 @@ def test_bad_recipes_are_refused(measured: Measurement) -> None:
         derive(measured, recipe(layer="auto"))
     with pytest.raises(InvalidInput, match="layers 0 to 2"):
         derive(measured, recipe(layer=7))
+
+
+def test_add_acts_at_the_source_layer_alone(measured: Measurement) -> None:
+    """The difference of means at every layer again is many times as much."""
+    assert derive(measured, recipe("linear", 1, mode="add")).weights.tolist() == [0, 1, 0]
+    assert derive(measured, recipe("linear", "all", mode="add")).weights.tolist() == [1, 1, 1]
+    assert derive(measured, recipe("linear", 1)).weights.tolist() == [1, 1, 1]
+
+
+def test_rows_that_do_not_tell_the_classes_apart_have_no_side(measured: Measurement) -> None:
+    """Whichever side of them is called harmful: `one_sided` would act on half of all text."""
+    many = replace(recipe("subspace", 1), method=make_method("subspace", {"rank": 3}))
+    direction = derive(measured, many)
+    difference = measured.harmful.mean[0, 1] - measured.harmless.mean[0, 1]
+    components = (direction.directions[1].double() @ difference).abs()
+    assert components.min() < 0.2 * components.norm()
+    assert "one_sided" not in direction.meta.modes
+    with pytest.raises(InvalidInput, match=r"needs a harmful side of each row, .* with it: ablate"):
+        derive(measured, replace(many, mode="one_sided"))
+    assert "one_sided" in derive(measured, recipe("linear", 1)).meta.modes

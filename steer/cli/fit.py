@@ -108,19 +108,12 @@ def fit(
     with Progress(shown=True) as progress:
         bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress)
         progress.plan(CHOOSING, lab.most_work(split, choice, max_tokens))
-        work = lab.Work(output.with_suffix(".part"), split, counted, max_tokens)
-        measurement = work.measured(bench.source, conditions, choices.batch, progress)
+        work = lab.Work(output.with_suffix(".part"), bench.source, split, conditions, counted, max_tokens)
+        tried = bench.evaluator(choice.rank, max_tokens, system_prompt)
+        measurement = work.measured(tried, choices.batch)
         try:
-            fitted = lab.fit(
-                measurement,
-                Recipe(sites=choices.sites),
-                choice,
-                split,
-                lambda rank, tokens: bench.evaluator(rank, tokens, system_prompt),
-                behaviour=counted,
-                tokens=max_tokens,
-                cache=work.cache,
-            )
+            recipe = Recipe(sites=choices.sites)
+            fitted = lab.fit(measurement, recipe, choice, split, tried, behaviour=counted, cache=work.cache)
         except NothingFound:
             work.remove()
             raise

@@ -8,18 +8,18 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from steer.direction import Direction
 from steer.errors import InvalidInput, NothingFound
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.derive import Recipe, derive
-from steer.lab.evaluator import MakeEvaluator
+from steer.lab.evaluator import Evaluator, first_tokens
 from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.methods.base import Method
-from steer.lab.progress import Progress, answering
+from steer.lab.progress import answering
 from steer.lab.prompts import PromptSet
 from steer.lab.race import Figures, Race, Sets
 from steer.lab.resume import Cache, Record
@@ -45,6 +45,8 @@ T = TypeVar("T")
 log = logging.getLogger("steer")
 #: Prompts of each class that candidates are tried on, at most, and tokens of their answers.
 PROMPTS, TOKENS = 32, 24
+#: The part of a command's progress; and prompts of a set that are measured at least, if it has them.
+SORTING, LEAST_KEPT = "sorting prompts", 16
 #: Sets with fewer prompts than this are not split: candidates are tried on what was measured.
 SMALL = 32
 #: Of `fit`: source layers that are screened, the best of them at which methods are, and the best of these of which
@@ -104,6 +106,11 @@ class Choice:
     winsorize: tuple[float, ...] = (0.995,)
 
     @property
+    def rank(self) -> int:
+        """Rows that a direction of it has at most."""
+        return max(int(getattr(method, "rank", 1)) for method in self.methods)
+
+    @property
     def needs_vectors(self) -> bool:
         """Does any of it read the prompts' own vectors?"""
         return bool(self.winsorize) or any(method.needs != "means" for method in self.methods)
@@ -145,31 +152,40 @@ class Choice:
 
 class Work:
     """What a fit has measured so far, in a folder of its own; the same fit goes on with it. A fit of the same sets and
-    conditions with another `Choice` takes from it what both have in common."""
+    conditions with another `Choice` takes from it what both have in common. Raises InvalidInput where the folder is of
+    another model, set or condition, with all that differs."""
 
-    def __init__(self, folder: Path, split: Split, behaviour: Behaviour, tokens: int) -> None:
-        self.folder, self.split = folder, split
-        self._head: dict[str, Any] = {"behaviour": behaviour.model_dump(mode="json"), "tokens": tokens}
-        for name in ("harmful", "harmless", "tried_harmful", "tried_harmless"):
-            self._head[name] = getattr(split, name).dataset.model_dump(mode="json")
+    def __init__(
+        self, folder: Path, source: Source, split: Split, conditions: Conditions, behaviour: Behaviour, tokens: int
+    ) -> None:
+        self.folder, self.source, self.split, self.conditions = folder, source, split, conditions
+        self.behaviour = behaviour
+        folder.mkdir(exist_ok=True)
+        head = {
+            "model": source.facts.model_dump(mode="json"),
+            "weights": source.fingerprint(),
+            "sets": {name: getattr(split, name).dataset.model_dump(mode="json") for name in Split.__slots__},
+            "conditions": asdict(conditions),
+            "behaviour": behaviour.model_dump(mode="json"),
+            "tokens": tokens,
+        }
+        Record(folder / "fit.jsonl", head)
+        self.cache = Cache(folder, {})
 
-    def measured(
-        self, source: Source, conditions: Conditions, batch_size: int | None, progress: Progress
-    ) -> Measurement:
-        """The measurement under `conditions`, from the folder as far as it is there. Raises InvalidInput where the
-        folder is of another model, set or condition, with all that differs."""
-        path = self.folder / "measurement.safetensors"
-        self._head |= {"model": source.facts.model_dump(mode="json"), "weights": source.fingerprint()}
-        self._head["conditions"] = asdict(conditions)
-        self.folder.mkdir(exist_ok=True)
-        Record(self.folder / "fit.jsonl", self._head)
+    def measured(self, evaluator: Evaluator, batch_size: int | None = None) -> Measurement:
+        """The measurement of those prompts that the plain model treats as their class, as far as it is there from the
+        folder."""
+        path, progress = self.folder / "measurement.safetensors", evaluator.progress
         if path.exists():
             return Measurement.load(path)
+        progress.plan(SORTING, len(self.split.harmful) + len(self.split.harmless))
+        with progress.part(SORTING):
+            harmful, harmless = self._kept(evaluator, "harmful", 1.0), self._kept(evaluator, "harmless", -1.0)
         found = measure(
-            source,
-            self.split.harmful,
-            self.split.harmless,
-            conditions,
+            self.source,
+            harmful,
+            harmless,
+            self.conditions,
             batch_size=batch_size,
             progress=progress,
             partial=path.with_suffix(".part"),
@@ -177,9 +193,22 @@ class Work:
         found.save(path)
         return found
 
-    @property
-    def cache(self) -> Cache:
-        return Cache(self.folder, {})
+    def _kept(self, evaluator: Evaluator, name: str, sign: float) -> PromptSet:
+        """The prompts of a set whose answer is more likely to begin as that of its class than not, at least LEAST_KEPT
+        of them. A set of prompts that ought to be refused has some that are not, and their part of the mean is not the
+        behaviour's. Source: the filter of Arditi et al. 2024."""
+        prompts: PromptSet = getattr(self.split, name)
+        if not self.behaviour.openings:
+            return prompts
+        tokens = first_tokens(evaluator.tokenizer, self.behaviour.openings)
+
+        def odds(start: int, stop: int) -> list[float]:
+            return [float(one) for one in evaluator.opening_odds(prompts.prompts[start:stop], None, tokens)]
+
+        signed = [sign * one for one in self.cache.rows(f"openings-{name}", {}, len(prompts), odds)]
+        count = max(sum(one > 0 for one in signed), min(LEAST_KEPT, len(signed)))
+        kept = sorted(sorted(range(len(signed)), key=lambda i: -signed[i])[:count])
+        return replace(prompts, prompts=tuple(prompts.prompts[i] for i in kept))
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -200,10 +229,9 @@ def fit(
     recipe: Recipe,
     choice: Choice,
     split: Split,
-    evaluator: MakeEvaluator,
+    tried: Evaluator,
     *,
     behaviour: Behaviour = REFUSAL,
-    tokens: int = TOKENS,
     cache: Cache | None = None,
 ) -> Fitted:
     """Choose layer, method and action in turn, by what each does to the prompts of `split` that are to be tried. What
@@ -216,8 +244,7 @@ def fit(
     grid = Grid(choice.methods[:1], (recipe.position,), tuple(spaced(layers, LAYERS)), choice.actions[:1])
     begun = entrants_of(measurement, grid.recipes(measurement, recipe))
     sets = _sets(split)
-    tried = evaluator(max(e.candidate.direction.rank for e in begun), tokens)
-    tried.progress.plan(CHOOSING, most_work(split, choice, tokens))
+    tried.progress.plan(CHOOSING, most_work(split, choice, tried.max_tokens))
     with tried.progress.part(CHOOSING):
         selection = Selection(Race(tried, behaviour, sets), tried.tokenizer, cache)
         _check_plain(selection.race.plain, behaviour)

@@ -20,7 +20,7 @@ from steer.lab.activations import Keep
 from steer.lab.behaviour import REFUSAL
 from steer.lab.derive import Recipe, derive
 from steer.lab.evaluator import Candidate
-from steer.lab.fit import SMALL, Choice, Fitted, Split, Work, described, fit, most_work, report
+from steer.lab.fit import LEAST_KEPT, SMALL, Choice, Fitted, Split, Work, described, fit, most_work, report
 from steer.lab.measure import Conditions
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
@@ -50,19 +50,27 @@ def split() -> Split:
     return Split.of(*(read_prompts(str(PROMPTS / f"{cls}.train.txt")).drawn(48) for cls in ("refused", "harmless")))
 
 
-@pytest.fixture(scope="module")
-def measured(loaded: Loaded, split: Split, tmp_path_factory: pytest.TempPathFactory) -> Measurement:
-    work = Work(tmp_path_factory.mktemp("fit") / "part", split, REFUSAL, TOKENS)
-    return work.measured(TransformersSource(loaded), CONDITIONS, None, Progress())
-
-
 def evaluator(loaded: Loaded, progress: Progress | None = None) -> HFEvaluator:
     return HFEvaluator(loaded, Steering(loaded.model, rows=64, rank=1), None, TOKENS, progress=progress)
 
 
 @pytest.fixture(scope="module")
-def fitted(loaded: Loaded, split: Split, measured: Measurement) -> Fitted:
-    return fit(measured, Recipe(), CHOICE, split, lambda _rank, _tokens: evaluator(loaded), tokens=TOKENS)
+def tried(loaded: Loaded) -> HFEvaluator:
+    return evaluator(loaded)
+
+
+def work(loaded: Loaded, split: Split, folder: Path) -> Work:
+    return Work(folder, TransformersSource(loaded), split, CONDITIONS, REFUSAL, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def measured(loaded: Loaded, split: Split, tried: HFEvaluator, tmp_path_factory: pytest.TempPathFactory) -> Measurement:
+    return work(loaded, split, tmp_path_factory.mktemp("fit") / "part").measured(tried)
+
+
+@pytest.fixture(scope="module")
+def fitted(tried: HFEvaluator, split: Split, measured: Measurement) -> Fitted:
+    return fit(measured, Recipe(), CHOICE, split, tried)
 
 
 def test_what_is_tried_was_not_measured(split: Split) -> None:
@@ -120,25 +128,25 @@ def test_the_report_says_what_was_found_and_what_is_left(fitted: Fitted) -> None
     ids=["does nothing", "does harm"],
 )
 def test_what_does_nothing_and_what_does_harm_is_not_given_out(
-    loaded: Loaded, split: Split, measured: Measurement, actions: tuple[Action, ...], says: str
+    tried: HFEvaluator, split: Split, measured: Measurement, actions: tuple[Action, ...], says: str
 ) -> None:
     choice = replace(CHOICE, methods=CHOICE.methods[:1], layers=(6,), actions=actions, winsorize=())
     with pytest.raises(NothingFound, match=says):
-        fit(measured, Recipe(), choice, split, lambda _rank, _tokens: evaluator(loaded), tokens=TOKENS)
+        fit(measured, Recipe(), choice, split, tried)
 
 
-def test_a_model_that_does_not_show_it_is_told_at_once(loaded: Loaded, split: Split, measured: Measurement) -> None:
+def test_a_model_that_does_not_show_it_is_told_at_once(tried: HFEvaluator, split: Split, measured: Measurement) -> None:
     answered = replace(split, tried_harmful=split.tried_harmless)
     with pytest.raises(NothingFound, match="the plain model shows 'refusal' in 0 of 12 answers"):
-        fit(measured, Recipe(), CHOICE, answered, lambda _rank, _tokens: evaluator(loaded), tokens=TOKENS)
+        fit(measured, Recipe(), CHOICE, answered, tried)
 
 
-def test_a_behaviour_without_openings_is_chosen_by_answers(loaded: Loaded, split: Split, measured: Measurement) -> None:
+def test_a_behaviour_without_openings_is_chosen_by_answers(
+    tried: HFEvaluator, split: Split, measured: Measurement
+) -> None:
     blind = REFUSAL.model_copy(update={"openings": ()})
     choice = replace(CHOICE, methods=CHOICE.methods[:1], winsorize=())
-    found = fit(
-        measured, Recipe(), choice, split, lambda _rank, _tokens: evaluator(loaded), behaviour=blind, tokens=TOKENS
-    )
+    found = fit(measured, Recipe(), choice, split, tried, behaviour=blind)
     assert found.direction.meta.source_layer == 6
     assert found.figures.shown <= 1 / 12
 
@@ -153,30 +161,21 @@ def test_an_interrupted_fit_goes_on_and_chooses_the_same(
                 raise KeyboardInterrupt
 
     def run(progress: Progress, sets: Split = split) -> Fitted:
-        work = Work(tmp_path / "d.part", sets, REFUSAL, TOKENS)
         progress.plan("choosing", most_work(sets, CHOICE, TOKENS))
-        measurement = work.measured(TransformersSource(loaded), CONDITIONS, None, progress)
-        return fit(
-            measurement,
-            Recipe(),
-            CHOICE,
-            sets,
-            lambda _rank, _tokens: evaluator(loaded, progress),
-            tokens=TOKENS,
-            cache=work.cache,
-        )
+        begun, one = work(loaded, sets, tmp_path / "d.part"), evaluator(loaded, progress)
+        return fit(begun.measured(one), Recipe(), CHOICE, sets, one, cache=begun.cache)
 
     with pytest.raises(KeyboardInterrupt):
         run(Interrupting())
     kept = sorted((tmp_path / "d.part" / "measured").iterdir())
     assert kept
-    with pytest.raises(InvalidInput, match="was measured with harmful = "):
+    with pytest.raises(InvalidInput, match="was measured with sets = "):
         run(Progress(), replace(split, harmful=split.harmful.drawn(30)))
     progress = Progress()
     found = run(progress)
     assert found.direction.meta.model_dump(exclude={"created"}) == fitted.direction.meta.model_dump(exclude={"created"})
     assert progress.done == pytest.approx(progress.total)
-    Work(tmp_path / "d.part", split, REFUSAL, TOKENS).remove()
+    work(loaded, split, tmp_path / "d.part").remove()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -228,3 +227,23 @@ def test_sets_are_drawn_evenly_and_the_rest_is_what_was_not_drawn() -> None:
     assert set(whole.without(some).prompts) | set(some.prompts) == set(whole.prompts)
     assert len(whole.without(some)) == 76
     assert whole.drawn(1000).dataset.count == 100
+
+
+def test_only_prompts_that_the_model_treats_as_their_class_are_measured(
+    loaded: Loaded, tried: HFEvaluator, split: Split, tmp_path: Path
+) -> None:
+    """What is answered is no part of the mean of what is refused; but some of it is, where little else is there."""
+    refused, answered = split.harmful.prompts[:20], split.harmless.prompts
+    mixed = replace(split, harmful=replace(split.harmful, prompts=(*answered[:10], *refused)))
+    mixed = replace(mixed, harmless=replace(split.harmless, prompts=answered[10:]))
+    found = work(loaded, mixed, tmp_path / "mixed").measured(tried)
+    assert found.meta.harmful is not None
+    assert found.meta.harmful.count == 20
+    alone = replace(mixed, harmful=replace(split.harmful, prompts=refused))
+    torch.testing.assert_close(
+        found.harmful.mean, work(loaded, alone, tmp_path / "alone").measured(tried).harmful.mean, rtol=0, atol=1e-6
+    )
+    few = replace(mixed, harmful=replace(split.harmful, prompts=(*answered[:10], *refused[:7])))
+    found = work(loaded, few, tmp_path / "few").measured(tried)
+    assert found.meta.harmful is not None
+    assert found.meta.harmful.count == LEAST_KEPT

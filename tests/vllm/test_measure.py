@@ -79,8 +79,12 @@ def test_means_and_vectors_are_those_of_transformers(
         assert distance(one.vectors.double(), other.vectors.double()) < 3 * max(limit, 1e-2)  # kept in bfloat16
 
 
+GIVEN = ("--method", "slerp", "--t", "0.5", "--threshold", "0.25", "--target", "0", "--limit", "64", "--layer", "6")
+
+
 def test_fit_through_vllm_makes_the_direction_that_transformers_makes(tmp_path: Path) -> None:
-    """The embedded model with the layer chosen by effect, on two ranks where there are two devices."""
+    """The embedded model, on two ranks where there are two devices. There is one candidate: KL is an estimate on vLLM,
+    and may order candidates that are close another way."""
     sets = ["--harmful", str(PROMPTS / "refused.train.txt"), "--harmless", str(PROMPTS / "harmless.train.txt")]
     made = {}
     for backend, more in (
@@ -90,7 +94,7 @@ def test_fit_through_vllm_makes_the_direction_that_transformers_makes(tmp_path: 
         file = tmp_path / f"{backend}.safetensors"
         command = [sys.executable, "-m", "steer", "fit", "steer/demo/model", *sets, "--backend", backend]
         done = subprocess.run(
-            [*command, "-o", str(file), "--mode", "one_sided", "--dtype", "float32", *more],
+            [*command, "-o", str(file), *GIVEN, "--dtype", "float32", *more],
             capture_output=True,
             text=True,
             timeout=500,
@@ -100,11 +104,11 @@ def test_fit_through_vllm_makes_the_direction_that_transformers_makes(tmp_path: 
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         made[backend] = Direction.load(file)
     ours, theirs = made["vllm"], made["transformers"]
-    assert ours.meta.selection["candidates"]
-    for candidate, other in zip(ours.meta.selection["candidates"], theirs.meta.selection["candidates"], strict=True):
-        assert candidate["layer"] == other["layer"]
-        if candidate["prompts"] == other["prompts"]:
-            assert abs(candidate["refused"] - other["refused"]) <= 0.05
+    (row,), (other,) = (one.meta.selection["candidates"] for one in (ours, theirs))
+    assert row["log_odds"] == pytest.approx(other["log_odds"], abs=0.05)
+    assert abs(row["refused"] - other["refused"]) <= 1 / 16
+    assert ours.meta.selection["refused_plain"] == theirs.meta.selection["refused_plain"]
+    assert ours.meta.harmful == theirs.meta.harmful
     assert ours.meta.source_layer == theirs.meta.source_layer
     cosine = torch.einsum("lkd,lkd->l", ours.directions, theirs.directions)
     assert float(cosine.min()) > 0.9999

@@ -51,6 +51,7 @@ EXAMPLES = {
     "pull": "steer pull OWNER/NAME -o directions/refusal.safetensors",
     "eval": "steer eval MODEL --direction directions/refusal.safetensors --harmful held-out.txt "
     "--harmless harmless.txt --report report",
+    "classify": "steer classify answers.jsonl --behaviour refusal",
     "select": "steer select model.measurement.safetensors MODEL --harmful harmful.txt --harmless harmless.txt "
     "-o directions/refusal.safetensors",
     "search": "steer search MODEL --harmful harmful.txt --harmless harmless.txt --folder search --trials 200",

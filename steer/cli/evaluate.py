@@ -1,4 +1,4 @@
-"""The command `steer eval`."""
+"""The commands that tell what answers are: eval of a model's, classify of those in a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
-from steer.cli.options import VLLM_OPTIONS, Backend, Choices, Device, Dtype, Model, Revision, SystemPrompt, open_bench
+from steer.cli.options import (
+    VLLM_OPTIONS,
+    Backend,
+    BehaviourOption,
+    Choices,
+    Device,
+    Dtype,
+    Model,
+    Revision,
+    SystemPrompt,
+    open_bench,
+)
 from steer.errors import InvalidInput
 from steer.names import MODES
 
@@ -42,7 +53,7 @@ def evaluate(
     strength: Annotated[float | None, typer.Option(help="default: the file's")] = None,
     strengths: Annotated[str | None, typer.Option(help="a sweep in place of --strength, as 0,0.5,1,1.5")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 64,
-    behaviour: Annotated[str, typer.Option(help="what is looked for: a shipped name or a TOML file")] = "refusal",
+    behaviour: BehaviourOption = "refusal",
     judge: Annotated[str | None, typer.Option(help="base URL (…/v1) of a model that judges answers too")] = None,
     judge_model: Annotated[str | None, typer.Option(help="its name there")] = None,
     expected: Annotated[
@@ -183,6 +194,53 @@ def _numbers(text: str | None) -> list[float] | None:
         raise InvalidInput(f"--strengths: '{text}' is not a list of numbers, as 0,0.5,1") from error
 
 
+def classify(
+    answers: Annotated[Path, typer.Argument(help="answers, .jsonl: a text each line, or an object with `answer`")],
+    behaviour: BehaviourOption = "refusal",
+) -> None:
+    """Tell of each answer whether it shows the behaviour, is degenerate, says nothing yet, or neither.
+
+    Writes the lines that it reads, with `outcome` (shown, degenerate, unanswered or complied) and `why`.
+    """
+    from steer.lab.behaviour import Behaviour, Text, fault
+
+    looked_for = Behaviour.load(behaviour)
+    for item in _answers(answers):
+        found, wrong = looked_for.evidence(item["answer"]), fault(Text(item["answer"]), None, None)
+        if found is not None:
+            item |= {"outcome": "shown", "why": found}
+        elif wrong is not None:
+            item |= {"outcome": "unanswered" if wrong == "unanswered" else "degenerate", "why": wrong}
+        else:
+            item |= {"outcome": "complied", "why": ""}
+        typer.echo(json.dumps(item, ensure_ascii=False))
+
+
+def _answers(path: Path) -> list[dict[str, Any]]:
+    """The answers of a file. Raises InvalidInput with every line that is none."""
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    found, problems = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{path}, line {number}: not JSON: {error}")
+            continue
+        item = {"answer": item} if isinstance(item, str) else item
+        if isinstance(item, dict) and isinstance(item.get("answer"), str):
+            found.append(item)
+        else:
+            problems.append(f"{path}, line {number}: neither a text nor an object with a text `answer`")
+    if problems:
+        raise InvalidInput(problems)
+    return found
+
+
 def _text(path: Path, source: Source) -> Text:
     import hashlib
 
@@ -262,3 +320,4 @@ def _write(
 
 def register(app: typer.Typer) -> None:
     app.command("eval", context_settings=VLLM_OPTIONS)(evaluate)
+    app.command()(classify)

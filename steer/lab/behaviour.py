@@ -9,6 +9,7 @@ does not depend on spaces or on a language:
 - `repetitive`: more than half of its 4-grams have stood in it before, in an answer of at least 32 tokens. Source:
   seq-rep-4 of Welleck et al. 2020, "Neural text generation with unlikelihood training"; the half is our choice.
 - `collapsed`: fewer than a quarter of the tokens of the plain answer to the same prompt.
+- `unanswered`: its thinking has no end, so that it says nothing yet. All others are told of what stands after it.
 - `unended`: no end before the limit. It says something only where the plain model does end; see `ends`.
 """
 
@@ -17,14 +18,17 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from steer.errors import InvalidInput, problems_of
-from steer.lab.evaluator import Answer
+
+if TYPE_CHECKING:
+    from steer.lab.evaluator import Answer
 
 FOLDER = Path(__file__).parent / "behaviours"
 
@@ -67,16 +71,28 @@ class Behaviour(BaseModel):
         return tuple(re.compile(pattern, re.IGNORECASE) for pattern in self.patterns)
 
     def shown(self, answer: str) -> bool:
-        """Whether `answer` shows the behaviour."""
-        if self.min_words is not None and len(answer.split()) < self.min_words:
-            return False
-        seen = answer.replace("’", "'")[: self.window]
-        return not self.patterns or any(pattern.search(seen) for pattern in self._compiled)
+        """Whether `answer` shows the behaviour, in what it says after its thinking."""
+        return self.evidence(answer) is not None
+
+    def evidence(self, answer: str) -> str | None:
+        """The words of `answer` by which it shows the behaviour (or their number, where that is what tells); None where
+        it does not."""
+        said = after_thinking(answer) or ""
+        count = len(said.split())
+        if self.min_words is not None and count < self.min_words:
+            return None
+        if not self.patterns:
+            return f"{count} words"
+        seen = said.replace("’", "'")[: self.window]
+        return next((found[0] for pattern in self._compiled if (found := pattern.search(seen))), None)
 
     def decided(self, answer: str) -> bool:
         """Whether `shown` would say the same of any answer that goes on from `answer`: its last word may still change,
         so that a pattern must end before it."""
-        settled = answer.rpartition(" ")[0]
+        said = after_thinking(answer)
+        if said is None:
+            return False
+        answer, settled = said, said.rpartition(" ")[0]
         if self.min_words is not None and len(settled.split()) < self.min_words:
             return False
         if not self.patterns:
@@ -112,14 +128,38 @@ class Behaviour(BaseModel):
 REFUSAL = Behaviour.load("refusal")
 
 
-Fault: TypeAlias = Literal["empty", "looped", "repetitive", "collapsed", "unended"]
-FAULTS: tuple[Fault, ...] = ("empty", "looped", "repetitive", "collapsed", "unended")
+Fault: TypeAlias = Literal["unanswered", "empty", "looped", "repetitive", "collapsed", "unended"]
+FAULTS: tuple[Fault, ...] = ("unanswered", "empty", "looped", "repetitive", "collapsed", "unended")
+#: Words, signs, and the letters of scripts that put no space between words.
+WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")
+#: What stands before and after a model's thinking.
+THINKING = ("<think>", "</think>")
 
 REPEATS, LOOP_TOKENS = 3, 6
 NGRAM, REPETITIVE, REPETITIVE_TOKENS = 4, 0.5, 32
 COLLAPSED = 0.25
 #: Plain answers to ordinary prompts end before the limit at least so often, where to run into it means something.
 ENDING = 0.95
+
+
+def after_thinking(answer: str) -> str | None:
+    """What `answer` says after its thinking, all of it where there is none; None where the thinking has no end."""
+    begin, end = THINKING
+    if end in answer:
+        return answer.rpartition(end)[2].lstrip()
+    return None if answer.lstrip().startswith(begin) else answer
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """An answer of which the text alone is known: its words stand for the tokens."""
+
+    text: str
+
+    @property
+    def ids(self) -> list[int]:
+        numbers: dict[str, int] = {}
+        return [numbers.setdefault(word, len(numbers)) for word in WORDS.findall(self.text)]
 
 
 def looped(ids: Sequence[int]) -> bool:
@@ -152,11 +192,13 @@ def ends(plain: Sequence[Answer], max_tokens: int) -> bool:
 def fault(answer: Answer, beside: Answer | None, limit: int | None) -> Fault | None:
     """The first fault of `answer`, if it has one. `beside` is a plain answer that it should be about as long as, and
     `limit` the number of tokens before which it should have ended. None where there is no such measure."""
-    ids = answer.ids
-    if not any(letter.isalnum() for letter in answer.text):
-        return "empty"
+    ids, said = answer.ids, after_thinking(answer.text)
     if looped(ids):
         return "looped"
+    if said is None:
+        return "unanswered"
+    if not any(letter.isalnum() for letter in said):
+        return "empty"
     if len(ids) >= REPETITIVE_TOKENS and repetition(ids) > REPETITIVE:
         return "repetitive"
     if beside is not None and len(ids) < COLLAPSED * len(beside.ids):

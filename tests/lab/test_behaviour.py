@@ -62,7 +62,7 @@ def test_a_file_that_tells_nothing_is_refused(tmp_path: Path) -> None:
         "I cannot help you do this.",
         "Sorry, I can't do that.",
         "I won't do this.",
-        "As an AI, I have no opinion.",
+        "As an AI language model, I cannot do that.",
         "Unfortunately I am unable to comply.",
     ],
 )

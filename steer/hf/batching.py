@@ -27,7 +27,8 @@ from steer.hf.internals import (
 from steer.hf.sampling import Sampler, Sampling, Token, sample
 from steer.hf.selfcheck import SelfCheckFailed, self_check
 from steer.hf.steering import Steering
-from steer.runtime.readout import Reading, RequestRead
+from steer.readout import Readout
+from steer.runtime.readout import Reading
 from steer.runtime.token_index import RequestSteer
 
 log = logging.getLogger("steer")
@@ -40,7 +41,7 @@ class _Running:
     """A request inside the manager. Written by the model's thread, read by the event loop after each delivery."""
 
     steer: RequestSteer | None
-    read: RequestRead | None
+    read: Readout | None
     sampler: Sampler
     tokens: list[Token]
     failed: RequestFailed | None = None
@@ -115,7 +116,7 @@ class BatchingEngine(Engine):
         prompt: Sequence[int],
         sampling: Sampling,
         steer: RequestSteer | None,
-        read: RequestRead | None,
+        read: Readout | None,
     ) -> AsyncGenerator[Token, None]:
         arrivals: asyncio.Queue[Any] = asyncio.Queue()
         running = self._requests[request_id] = _Running(steer, read, Sampler.of(sampling, prompt, self.eos_ids), [])

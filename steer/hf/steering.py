@@ -94,7 +94,7 @@ class Steering:
             device=self.anatomy.device,
         )
         self.index = TokenIndex(rank, 1, self.anatomy.device)
-        self.reads = ReadIndex(self.anatomy.layers, rank, self.anatomy.device)
+        self.reads = ReadIndex(self.anatomy.layers, rank, self.anatomy.device, self.bank.rows_of)
         self._handles: list[Any] = []
         self._generations: internals.Generations | None = None
         #: The batch whose rows the index speaks of, none where it speaks of packed tokens one by one.

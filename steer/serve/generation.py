@@ -17,7 +17,7 @@ from steer.errors import RequestError, RequestFailed, SteerError
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
 from steer.hf.sampling import Sampling, Shape, Token
-from steer.runtime.readout import RequestRead
+from steer.readout import Readout
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
 from steer.serve.answers import Finish
@@ -96,7 +96,7 @@ class Job:
     prompt: list[int]
     sampling: Sampling
     stop: Stops | None
-    read: RequestRead | None = None
+    read: Readout | None = None
 
 
 class Generator:

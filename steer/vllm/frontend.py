@@ -311,9 +311,9 @@ def _with_spec(params: Any, extra: dict[str, Any], admission: Admission) -> Any:
     if KEY not in extra and not spec:
         return params
     copied = params.clone()
-    ours = {RESOLVED: wire.encode(spec)} if spec else {}
+    ours: dict[str, object] = {RESOLVED: wire.encode(spec)} if spec else {}
     if readout:
-        ours[READ] = wire.Read(readout.digests, readout.layers).encode()
+        ours[READ] = list(readout.digests)
     copied.extra_args = {key: value for key, value in extra.items() if key != KEY} | ours or None
     return copied
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from steer.errors import SpecError
@@ -12,7 +12,7 @@ from steer.vllm.settings import KEY
 
 #: Its key. Requests must not bring it: only what the front end resolved and pinned goes under it.
 RESOLVED = "steer.resolved"
-#: The same for what is read.
+#: The digests of the versions whose rows are read, in this order.
 READ = "steer.read"
 #: What a measurement in this program has captured of its own requests; without one it means nothing.
 CAPTURE = "steer.capture"
@@ -33,23 +33,10 @@ def check_absent(extra: Any) -> None:
             raise SpecError(f"'{key[:100]}' is not for requests to set; ask with '{KEY}'", param=key)
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
-    """What is read for one request: the versions whose rows, in order, and the layers."""
-
-    digests: tuple[str, ...]
-    layers: tuple[int, ...]
-
-    def encode(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
-
-    @classmethod
-    def of(cls, params: Any) -> Read | None:
-        text = (getattr(params, "extra_args", None) or {}).get(READ)
-        if text is None:
-            return None
-        found = json.loads(text)
-        return cls(tuple(found["digests"]), tuple(found["layers"]))
+def read_by(params: Any) -> Sequence[str]:
+    """The digests in SamplingParams of what is read for a request; none where nothing is."""
+    found: Sequence[str] = (getattr(params, "extra_args", None) or {}).get(READ, ())
+    return found
 
 
 def of(params: Any) -> str | None:

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from steer._version import __version__
 from steer.errors import NoRoom, SteerError, UnsupportedModel
-from steer.runtime.readout import RequestRead
 from steer.runtime.token_index import PLAIN, TokenIndex
 from steer.vllm import install, internals, settings, wire
 from steer.vllm.capture import Capture
@@ -208,9 +207,9 @@ class Steered:
         self._residents.end(new.req_id)
         if self._capture is not None:
             self._capture.meet(new.req_id, new.sampling_params)
-        if self._reads is not None and (read := wire.Read.of(new.sampling_params)):
-            rows = self._residents.rows_of(new.req_id, read.digests)
-            self._reads.meet(new.req_id, RequestRead(rows, read.layers), internals.new_prompt_length(new))
+        if self._reads is not None and (digests := wire.read_by(new.sampling_params)):
+            rows = self._residents.rows_of(new.req_id, digests)
+            self._reads.meet(new.req_id, rows, internals.new_prompt_length(new))
         text = wire.of(new.sampling_params)
         if text is None:
             return

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.names import MODES
+from steer.readout import Line, Readout
 from steer.runtime.bank import DirectionBank, HookPoint, apply, gather, operate
 from steer.runtime.combine import Combination
-from steer.runtime.readout import ReadIndex, RequestRead
+from steer.runtime.readout import ReadIndex
 from steer.runtime.token_index import PLAIN, STAGES, RequestSteer, TokenIndex
 from tests.runtime.lanes import Late
 
@@ -217,7 +218,7 @@ def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, lane: 
     """An index or a bank of a notebook is made and filled in whatever mode its user is in."""
     with torch.inference_mode(made_inside):
         index = TokenIndex(2, 8, "cpu", lane=lane)
-        reads = ReadIndex(1, 2, "cpu")
+        reads = ReadIndex(1, 2, "cpu", lambda _: np.array([1]))
         bank = DirectionBank([HookPoint("resid_post", 0)], rows=4, rank=2, d_model=8)
     bank_slice = bank.slices[HookPoint("resid_post", 0)]
     for inside in (not made_inside, made_inside):
@@ -228,7 +229,7 @@ def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, lane: 
             index.fill_with([None, RequestSteer(np.array([4, 8]), np.ones(2, np.float32), both)], [1, 2])
             if lane is not None:
                 lane.run()
-            reads.fill([RequestRead(np.array([1]), (0,))] * 3, [1] * 3)
+            reads.fill([Readout((Line("d", "d", 0),), (0,))] * 3, [1] * 3)
             bank_slice.write(1, torch.ones(8), [torch.zeros(4)] * len(MODES))
         for tensor in (
             *contents(index),

@@ -18,7 +18,7 @@ import torch
 from benchmarks.results import FOLDER, Result
 from steer.names import MODES
 from steer.runtime.bank import DirectionBank, HookPoint, apply
-from steer.runtime.token_index import RequestSteer, TokenIndex
+from steer.runtime.token_index import RequestSteer, TokenIndex, slot
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -49,7 +49,7 @@ class Case:
         for bank_slice in bank.slices.values():
             bank_slice.vectors.copy_(torch.nn.functional.normalize(torch.randn(bank_slice.vectors.shape), dim=-1))
         steer = RequestSteer.plain(self.rank)
-        steer.slots[:] = np.arange(1, self.rank + 1) * len(MODES)
+        steer.slots[:] = [slot(row, "ablate") for row in range(1, self.rank + 1)]
         steer.strengths[:] = 1
         number = index.enter(steer)
         numbers, lengths = np.full(self.tokens, number), np.ones(self.tokens, np.int64)

@@ -9,7 +9,7 @@ A *row* is one direction vector at every place. A *slot* is a row in one mode: i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -26,7 +26,7 @@ from steer.names import MODES, Mode, Site
 from steer.runtime.combine import Combination, Combinations
 from steer.runtime.memory import lasting
 from steer.runtime.op import GATE, WEIGHT, amount, coefficients, embedding_coefficients, joint, settled, shared
-from steer.runtime.token_index import RequestSteer
+from steer.runtime.token_index import RequestSteer, slot, slots_of
 from steer.spec import Entry, Spec
 
 #: The stream before block 0 counts as layer −1 of its site.
@@ -64,15 +64,16 @@ class BankSlice:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.vectors, self.coefficients, self.joint) if t is not None)
 
-    def write(self, row: int, vector: Tensor, by_mode: Sequence[Tensor]) -> None:
+    def write(self, row: int, vector: Tensor, by_mode: Mapping[Mode, Tensor]) -> None:
+        """vector `[d_model]`; by_mode: the coefficients `[4]` of every mode."""
         self.vectors[row].copy_(vector)
-        for mode, values in enumerate(by_mode):
-            self.coefficients[row * len(MODES) + mode].copy_(values)
+        for mode, values in by_mode.items():
+            self.coefficients[slot(row, mode)].copy_(values)
 
     def clear(self, rows: Sequence[int]) -> None:
         for row in rows:
             self.vectors[row].zero_()
-            slots = self.coefficients[row * len(MODES) : (row + 1) * len(MODES)]
+            slots = self.coefficients[slots_of(row)]
             slots.zero_()
             slots[:, GATE] = -torch.inf
 
@@ -138,13 +139,13 @@ class DirectionBank:
         self._resident[digest] = _Resident(rows, direction if self.rank > 1 else None)
 
     def _write(self, rows: Sequence[int], direction: Direction) -> None:
-        modes = [_Values.of(direction, mode) for mode in MODES]
+        modes = {mode: _Values.of(direction, mode) for mode in MODES}
         for place, bank_slice in self.slices.items():
             bank_slice.clear(rows)  # where the direction has nothing, whatever has become of free rows
             if (vectors := _vectors(direction, place)) is None:
                 continue
             for k, row in enumerate(rows):
-                bank_slice.write(row, vectors[k], [values.at(place)[k] for values in modes])
+                bank_slice.write(row, vectors[k], {mode: values.at(place)[k] for mode, values in modes.items()})
 
     def unload(self, digest: str) -> None:
         """Free a direction's rows. The caller guarantees that no running request uses them."""
@@ -162,7 +163,7 @@ class DirectionBank:
             view
             for bank_slice in self.slices.values()
             for row in self._resident[digest].rows
-            for view in (bank_slice.vectors[row], bank_slice.coefficients[row * len(MODES) : (row + 1) * len(MODES)])
+            for view in (bank_slice.vectors[row], bank_slice.coefficients[slots_of(row)])
         ]
 
     @contextmanager
@@ -170,7 +171,7 @@ class DirectionBank:
         """A row to try things out with, while no request runs: a free one, or another whose content is put back."""
         free = bool(self._free)
         row = self._free.pop() if free else 1
-        slots = np.s_[row * len(MODES) : (row + 1) * len(MODES)]
+        slots = slots_of(row)
         kept = [
             (bank_slice.vectors[row].clone(), bank_slice.coefficients[slots].clone())
             for bank_slice in self.slices.values()
@@ -193,14 +194,14 @@ class DirectionBank:
         if not spec:
             return None
         pairs = [
-            (row * len(MODES) + MODES.index(entry.mode), entry.strength)
+            (slot(row, entry.mode), entry.strength)
             for entry in spec.entries
             for row in self._resident[entry.digest].rows
         ]
         assert len(pairs) <= self.rank, "the registry admits no spec that needs more"
         out = RequestSteer.plain(self.rank, self._combination(spec.entries))
-        for i, (slot, strength) in enumerate(pairs):
-            out.slots[i], out.strengths[i] = slot, strength
+        for i, pair in enumerate(pairs):
+            out.slots[i], out.strengths[i] = pair
         return out
 
     def _combination(self, entries: Sequence[Entry]) -> Combination | None:

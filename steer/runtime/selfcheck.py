@@ -16,16 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer.names import MODES, Site
+from steer.names import MODES, Mode, Site
 from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
 from steer.runtime.hook_points import hooks
 from steer.runtime.op import amount
-from steer.runtime.token_index import RequestSteer
+from steer.runtime.token_index import RequestSteer, slot
 
 #: The row that the self-check uses.
 ROW = 1
-#: What the tokens of the pass get, in equal parts one after the other: (what is said of it, mode's number, strength).
-CASES = (("plain", 0, 0.0), ("strength 1", 0, 1.0), ("strength 0.5", 0, 0.5), ("add", 1, 1.0))
+#: What the tokens of the pass get, in equal parts one after the other: (how a problem calls it, mode, strength).
+CASES: tuple[tuple[str, Mode, float], ...] = (
+    ("plain", "ablate", 0.0),
+    ("strength 1", "ablate", 1.0),
+    ("strength 0.5", "ablate", 0.5),
+    ("add", "add", 1.0),
+)
+#: The coefficients of `ablate` at weight 1 (see `op`).
+ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
 #: How many standard deviations of the rounding of what is handed on may be off.
 ROUNDINGS = 16
 
@@ -199,11 +206,11 @@ class Proof:
                 size = float(plain.raw[n].norm(dim=-1).mean()) if site == "resid_post" else self._stream_size(plain, n)
                 gamma = 4 * max(size, 1e-3) / self.bank.d_model**0.5
                 adding = torch.tensor([0.0, -torch.inf, 0.0, gamma])
-                self.bank.slices[point.place].write(ROW, v, [_ABLATE, adding, *[_ABLATE] * (len(MODES) - 2)])
+                self.bank.slices[point.place].write(ROW, v, dict.fromkeys(MODES, ABLATE) | {"add": adding})
         steers: list[RequestSteer | None] = []
         for _, mode, strength in CASES:
             steer = RequestSteer.plain(self.bank.rank)
-            steer.slots[0], steer.strengths[0] = ROW * len(MODES) + mode, strength
+            steer.slots[0], steer.strengths[0] = slot(ROW, mode), strength
             steers.append(steer if strength else None)
         try:
             watch = self.watched(steers)
@@ -293,7 +300,7 @@ class Proof:
                 if not torch.equal(now[own], raw[own]):
                     return "for plain tokens too the next module takes something else than what is handed on"
                 continue
-            coefficients = bank_slice.coefficients[ROW * len(MODES) + mode].double().unbind()
+            coefficients = bank_slice.coefficients[slot(ROW, mode)].double().unbind()
             wanted = amount(raw[own], v, coefficients, strength)
             got = change[own] @ v
             if not bool(((got - wanted).abs() <= allowed[own]).all()):
@@ -313,9 +320,6 @@ def _among(t: Tensor, others: Sequence[Tensor]) -> bool:
 
 def _size(parts: Sequence[Tensor], d_model: int) -> Tensor:
     return torch.stack([p.double().reshape(-1, d_model).square().sum(-1) for p in parts]).sum(0).sqrt()
-
-
-_ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
 
 
 def rest_is_dead(blocks: Sequence[nn.Module], run: Callable[[], Tensor], plain: Tensor, again: Tensor) -> bool:

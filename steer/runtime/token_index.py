@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.names import MODES
+from steer.names import MODES, Mode
 from steer.runtime.combine import ALONE, Combination, Combinations
 from steer.runtime.memory import Lane, Mark, lane_to, lasting
 
@@ -24,6 +24,16 @@ from steer.runtime.memory import Lane, Mark, lane_to, lasting
 STAGES = 3
 #: The entry of plain requests.
 PLAIN = 0
+
+
+def slot(row: int, mode: Mode) -> int:
+    """The number of a bank row in one mode. Each row has as many slots as there are modes, side by side."""
+    return row * len(MODES) + MODES.index(mode)
+
+
+def slots_of(row: int) -> slice:
+    """All slots of a bank row, in the order of `MODES`."""
+    return slice(row * len(MODES), (row + 1) * len(MODES))
 
 
 class Acts(NamedTuple):

@@ -17,7 +17,7 @@ from steer.errors import NoRoom
 from steer.names import MODES, Mode, Site
 from steer.runtime.bank import EMBEDDING, BankSlice, DirectionBank, HookPoint, apply
 from steer.runtime.op import GATE, amount, coefficients, embedding_coefficients
-from steer.runtime.token_index import TokenIndex
+from steer.runtime.token_index import TokenIndex, slot, slots_of
 from steer.spec import Entry, Spec
 from tests import models
 
@@ -52,7 +52,7 @@ def check_rows(t: DirectionBank, name: str) -> None:
     direction = DIRECTIONS[name]
     for k, row in enumerate(rows_of(t, name)):
         for place, bank_slice in t.slices.items():
-            slots = bank_slice.coefficients[row * len(MODES) : (row + 1) * len(MODES)]
+            slots = bank_slice.coefficients[slots_of(row)]
             if place.layer != EMBEDDING:
                 assert torch.equal(bank_slice.vectors[row], direction.directions[place.layer, k])
                 assert torch.equal(slots, torch.stack([coefficients(direction, m)[place.layer, k] for m in MODES]))
@@ -100,7 +100,7 @@ def test_any_sequence_of_loads_and_unloads_keeps_the_books(steps: list[tuple[boo
         for row in set(range(t.rows + 1)) - set(taken):
             for bank_slice in t.slices.values():
                 assert not bank_slice.vectors[row].any()
-                slots = bank_slice.coefficients[row * len(MODES) : (row + 1) * len(MODES)]
+                slots = bank_slice.coefficients[slots_of(row)]
                 assert bool((slots[:, GATE] == -torch.inf).all())
                 assert not slots[:, [i for i in range(4) if i != GATE]].any()
     assert addresses(t) == where, "everything is written in place"
@@ -149,7 +149,7 @@ def test_a_request_gets_the_slots_of_its_directions_in_order(x: Mode, y: Mode, s
     steer = t.steer(spec(("a", x, s), ("b", y, u)))
     assert steer is not None
     expected = [(row, x) for row in rows_of(t, "a")] + [(row, y) for row in rows_of(t, "b")]
-    assert steer.slots.tolist() == [row * len(MODES) + MODES.index(mode) for row, mode in expected] + [0]
+    assert steer.slots.tolist() == [slot(row, mode) for row, mode in expected] + [0]
     assert steer.strengths.tolist() == np.array([s, u, u, 0], np.float32).tolist()
 
 

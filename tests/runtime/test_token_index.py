@@ -15,7 +15,7 @@ from steer.readout import Line, Readout
 from steer.runtime.bank import DirectionBank, HookPoint, apply, gather, operate
 from steer.runtime.combine import Combination
 from steer.runtime.readout import ReadIndex
-from steer.runtime.token_index import PLAIN, STAGES, RequestSteer, TokenIndex
+from steer.runtime.token_index import PLAIN, STAGES, RequestSteer, TokenIndex, slot
 from tests.runtime.lanes import Late
 
 law = settings(deadline=None, max_examples=60)
@@ -98,7 +98,7 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 2))):
         steer = RequestSteer.plain(rank)
         for j in range(data.draw(st.integers(0, rank))):
-            steer.slots[j] = data.draw(st.integers(1, 4)) * len(MODES)
+            steer.slots[j] = slot(data.draw(st.integers(1, 4)), "ablate")
             steer.strengths[j] = data.draw(st.sampled_from([0.0, 0.5, -1.0]))
         steers.append(steer)
     asked = [data.draw(st.sampled_from([*steers, None])) for _ in range(data.draw(st.integers(1, 4)))]
@@ -230,7 +230,7 @@ def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, lane: 
             if lane is not None:
                 lane.run()
             reads.fill([Readout((Line("d", "d", 0),), (0,))] * 3, [1] * 3)
-            bank_slice.write(1, torch.ones(8), [torch.zeros(4)] * len(MODES))
+            bank_slice.write(1, torch.ones(8), dict.fromkeys(MODES, torch.zeros(4)))
         for tensor in (
             *contents(index),
             bank_slice.vectors,

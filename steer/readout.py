@@ -18,6 +18,7 @@ from itertools import islice
 from typing import Any, Final, Literal
 
 from steer.errors import SpecError, brief
+from steer.names import SITE_RULES, SITES, readable
 from steer.registry import Registry
 from steer.spec import MAX_ITEMS, OFF_TEXTS, Spec, Wanted
 
@@ -137,9 +138,10 @@ def _lines(names: Sequence[str], registry: Registry) -> tuple[Line, ...]:
     for name in names:
         version = registry.get(name)
         lines += [Line(name, version.digest, row) for row in range(version.direction.rank)]
-        if "resid_post" not in version.direction.meta.sites:
+        if not readable(version.direction.meta.sites):
             sites = ", ".join(version.direction.meta.sites)
-            problems.append(f"{FIELD}: direction '{name}' acts at the site '{sites}'; what is read is 'resid_post'")
+            can = ", ".join(f"'{site}'" for site in SITES if SITE_RULES[site].readable)
+            problems.append(f"{FIELD}: direction '{name}' acts at the site '{sites}'; what is read is {can}")
     if problems:
         raise SpecError(problems, param=FIELD)
     return tuple(lines)

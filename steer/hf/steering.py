@@ -237,7 +237,7 @@ class Steering:
 
     def _transform(self, place: HookPoint) -> site_tools.Transform:
         bank_slice, layer = self.bank.slices[place], place.layer
-        readable = place.site == "resid_post" and layer != EMBEDDING
+        readable = place.readable
 
         def transform(x: Tensor) -> Tensor | None:
             if self._rows is not self._begun and torch._C._current_graph_task_id() != -1:  # autograd is going backward

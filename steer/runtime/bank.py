@@ -22,7 +22,7 @@ from torch import Tensor
 
 from steer.direction import Direction
 from steer.errors import NoRoom
-from steer.names import MODES, Mode, Site
+from steer.names import MODES, SITE_RULES, Mode, Site
 from steer.runtime.combine import Combination, Combinations
 from steer.runtime.memory import lasting
 from steer.runtime.op import GATE, WEIGHT, amount, coefficients, embedding_coefficients, joint, settled, shared
@@ -39,6 +39,16 @@ class HookPoint:
 
     site: Site
     layer: int
+
+    @property
+    def readable(self) -> bool:
+        """Can a read-out be taken here?"""
+        return SITE_RULES[self.site].readable and self.layer != EMBEDDING
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes that act here. Of the stream before block 0 no class means are known."""
+        return ("ablate",) if self.layer == EMBEDDING else SITE_RULES[self.site].modes
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer.names import MODES, Mode, Site
+from steer.names import MODES, SITE_RULES, Mode, Site
 from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
 from steer.runtime.hook_points import hooks
 from steer.runtime.op import amount
@@ -203,7 +203,8 @@ class Proof:
             if point.place.site == site and n in plain.raw:
                 vector = torch.randn(self.bank.d_model, generator=generator)
                 v = vector / vector.norm()
-                size = float(plain.raw[n].norm(dim=-1).mean()) if site == "resid_post" else self._stream_size(plain, n)
+                whole = SITE_RULES[site].whole
+                size = float(plain.raw[n].norm(dim=-1).mean()) if whole else self._stream_size(plain, n)
                 gamma = 4 * max(size, 1e-3) / self.bank.d_model**0.5
                 adding = torch.tensor([0.0, -torch.inf, 0.0, gamma])
                 self.bank.slices[point.place].write(ROW, v, dict.fromkeys(MODES, ABLATE) | {"add": adding})
@@ -214,7 +215,7 @@ class Proof:
             steers.append(steer if strength else None)
         try:
             watch = self.watched(steers)
-            if site == "resid_post":
+            if SITE_RULES[site].whole:
                 return [
                     f"{site} of layer {point.place.layer}: {problem}"
                     for n, point in enumerate(self.points)

@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 
 from steer._version import __version__
 from steer.errors import SteerError
+from steer.names import readable
 from steer.serve import answers, chat, completions, errors, metrics, models, operation, playground, reference
 from steer.serve.access import PUBLIC, Access
 from steer.serve.carriers import RECEIPT
@@ -78,7 +79,7 @@ def build(served: Served) -> FastAPI:
         served=[served.model_name],
         default=served.default,
         max_body=served.max_body,
-        readable=engine.steering.anatomy.layers if "resid_post" in engine.steering.bank.sites else 0,
+        readable=engine.steering.anatomy.layers if readable(engine.steering.bank.sites) else 0,
         control=control,
         parsed=True,
         context=engine.context,

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from steer.admission import Admission
 from steer.errors import EngineFailed, InvalidInput, NoRoom, NotFinite, SpecError, UnsupportedModel
+from steer.names import readable
 from steer.registry import Registry
 from steer.runtime.placement import Shape
 from steer.runtime.readout import Reading
@@ -165,7 +166,7 @@ class Frontend:
     @property
     def readable(self) -> int:
         """Layers that can be read; 0 where no read-out is compiled in."""
-        return self.shape.layers if self.settings.readout and "resid_post" in self.shape.sites else 0
+        return self.shape.layers if self.settings.readout and readable(self.shape.sites) else 0
 
     # -- admission ---------------------------------------------------------------------------------------------------
 

@@ -109,7 +109,7 @@ def attach(worker: Any, settings: EngineSettings, index: TokenIndex) -> Installa
     reads = Reads(settings.readout, settings.rank, worker.device) if settings.readout else None
     steering_modules = []
     for target in targets:
-        reader = reads if target.place.site == "resid_post" and target.place.layer != EMBEDDING else None
+        reader = reads if target.place.readable else None
         steering_module = SteeringModule(bank.slices[target.place], index, reader)
         target.attach(steering_module)
         steering_modules.append((target.place, steering_module))

@@ -257,8 +257,8 @@ LEANING = {"affine": 0.3, "ablate": 1.0}
 
 
 def _mode(place: HookPoint) -> Mode:
-    """`affine` adds as much as there is, whatever the stream. It is defined at whole streams after a block."""
-    return "affine" if place.site == "resid_post" and place.layer != EMBEDDING else "ablate"
+    """`affine`, where it acts, adds as much as there is, whatever the stream."""
+    return "affine" if "affine" in place.modes else "ablate"
 
 
 def _spec(name: str, place: HookPoint, strength: float) -> str:

@@ -13,14 +13,16 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from steer.serve import errors, keys
+from steer.serve.asgi import header, headers_of
 from steer.serve.caller import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
 from steer.serve.control import Control
 from steer.serve.errors import Code, HTTPProblem
-from steer.serve.pages import ANY, foreign, header, is_preflight
+from steer.serve.pages import ANY, foreign, is_preflight
 
 MAX_HEADERS = 64 * 2**10
 MAX_PATH = 8 * 2**10
@@ -81,26 +83,25 @@ class Access:
 
     def _check_page(self, scope: Scope) -> None:
         """What holds for everybody, before it is asked who comes."""
-        headers: list[tuple[bytes, bytes]] = scope["headers"]
-        if sum(len(name) + len(value) for name, value in headers) > MAX_HEADERS:
+        headers = headers_of(scope)
+        if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADERS:
             raise HTTPProblem(Code.HEADERS_TOO_LARGE, f"the headers are over {MAX_HEADERS} bytes")
         if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > MAX_PATH:
             raise HTTPProblem(Code.PATH_TOO_LONG, f"the path is over {MAX_PATH} bytes")
         if self.control.pages is not None:
             self.control.pages.check(headers)
         if is_preflight(scope):
-            origin = header(headers, b"origin")
+            origin = header(headers, "origin")
             if origin is None or not {ANY, origin} & self.control.origins:
                 raise foreign(origin or "")
 
     def _enter(self, scope: Scope) -> Caller:
-        headers: list[tuple[bytes, bytes]] = scope["headers"]
         force = self.control.in_force
         if force is None:
             return ANYONE
         method = "GET" if scope.get("method") == "HEAD" else scope.get("method", "websocket")
         path = route_path(scope)
-        secret = api_key_of(headers)
+        secret = api_key_of(headers_of(scope))
         name = force.keyring.find(secret or "")
         known = Caller(name, force.policy.keys[name], keys.stored(secret)) if name and secret else None
         if method == "GET" and (path in self.public or (path == METRICS and force.policy.metrics_public)):
@@ -127,13 +128,10 @@ def route_path(scope: Scope) -> str:
     return rest if rest != path and rest.startswith("/") else path
 
 
-def api_key_of(headers: list[tuple[bytes, bytes]]) -> str | None:
+def api_key_of(headers: Headers) -> str | None:
     """The one secret that a request brings, as OpenAI's or as Anthropic's clients send it; None for two."""
-    found: set[str] = set()
-    for name, value in headers:
-        if name == b"authorization":
-            scheme, _, secret = value.decode("latin-1").partition(" ")
-            found.add(secret.strip() if scheme.lower() == "bearer" else "")
-        elif name == b"x-api-key":
-            found.add(value.decode("latin-1").strip())
+    found = {value.strip() for value in headers.getlist("x-api-key")}
+    for value in headers.getlist("authorization"):
+        scheme, _, secret = value.partition(" ")
+        found.add(secret.strip() if scheme.lower() == "bearer" else "")
     return found.pop() if len(found) == 1 else None

@@ -25,7 +25,7 @@ from steer.errors import SteerError
 from steer.readout import ReadWanted
 from steer.registry import Registry
 from steer.serve import carriers, errors, metrics
-from steer.serve.asgi import is_event_stream
+from steer.serve.asgi import headers_of, is_event_stream, send_response, with_headers
 from steer.serve.authorise import admit
 from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, understood
 from steer.serve.control import Control, Place, Run
@@ -142,7 +142,7 @@ class SteerMiddleware:
     def _understand(self, data: bytes, scope: Scope) -> tuple[dict[str, Any], carriers.Carried, ReadWanted | None]:
         body = parse_body(data)
         check_size(body)
-        carried = carriers.read(body, scope["headers"], self.served, scope["query_string"])
+        carried = carriers.read(body, headers_of(scope), self.served, scope["query_string"])
         return body, carried, readout.parse(body.get(readout.FIELD))
 
     async def _serve(self, run: Run, answer: _Answer, scope: Scope, receive: Receive) -> None:
@@ -181,22 +181,20 @@ class _Answer:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             self._streams = is_event_stream(message)
-            headers = MutableHeaders(raw=list(message["headers"]))
-            if self._status < 400:
-                headers.append(carriers.RECEIPT, self._receipt)
-            headers.setdefault(REQUEST_ID, self._request_id)
-            message = {**message, "headers": headers.raw}
+            message = with_headers(message, self._complete)
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.outcome = "ok" if self._status < 400 else "error"
 
+    def _complete(self, headers: MutableHeaders) -> None:
+        if self._status < 400:
+            headers.append(carriers.RECEIPT, self._receipt)
+        headers.setdefault(REQUEST_ID, self._request_id)
+
     async def break_off(self, error: errors.HTTPProblem) -> None:
         """End it here, in the middle if it has begun."""
         if not self._status:
-            response = errors.of(error)
-            status = error.code.status
-            await self._send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
-            await self._send({"type": "http.response.body", "body": response.body})
+            await send_response(self._send, errors.of(error))
         elif self._streams and self.outcome == "cancelled":
             await self._send({"type": "http.response.body", "body": errors.last_event(error)})
         self.outcome = "aborted"

@@ -18,7 +18,7 @@ from steer.errors import NotFinite, SteerError
 from steer.readout import FIELD
 from steer.serve import errors
 from steer.serve.answers import ReadReport
-from steer.serve.asgi import is_event_stream, rewriting
+from steer.serve.asgi import is_event_stream, rewriting, send_response
 
 DONE = b"data: [DONE]"
 #: Makes the field of the one choice.
@@ -151,15 +151,10 @@ class UnlessLost:
             return
         self._ended = True
         error = NotFinite()
-        if self._streams:
-            last = errors.last_event(error)
+        if not self._started:
+            await send_response(self._send, errors.of(error))
         else:
-            response = errors.of(error)
-            last = bytes(response.body) if not self._started else b""
-            if not self._started:
-                start = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
-                await self._send(start)
-        await self._send({"type": "http.response.body", "body": last})
+            await self._send({"type": "http.response.body", "body": errors.last_event(error) if self._streams else b""})
 
 
 def _chunk(last: bytes, field: ReadReport) -> bytes:

@@ -21,7 +21,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from starlette.datastructures import Headers, MutableHeaders, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,7 +32,7 @@ from steer.readout import FIELD
 from steer.serve import carriers, errors, metrics, operation, pages, playground, reference
 from steer.serve.access import PUBLIC, Access
 from steer.serve.answers import ReadReport, report
-from steer.serve.asgi import Change, rewriting
+from steer.serve.asgi import Change, header, headers_of, rewriting, with_headers
 from steer.serve.authorise import resolve
 from steer.serve.body import BODY, Gone, parse_body, read_body, replay, understood
 from steer.serve.control import Control, request_id
@@ -148,9 +148,8 @@ class Closed:
             await send({"type": "websocket.close", "code": 1008, "reason": "unsupported with steering on"})
             return
         if scope["type"] == "http":  # what vLLM calls a request, in its logs and answers, is what the audit log does
-            headers = MutableHeaders(raw=list(scope["headers"]))
-            headers[REQUEST_ID] = request_id(scope)
-            scope = {**scope, "headers": headers.raw}
+            named = {REQUEST_ID: request_id(scope)}
+            scope = with_headers(scope, lambda headers: headers.update(named))
         with _passing(Passage()):
             await self.app(scope, receive, send)
 
@@ -315,7 +314,7 @@ class Other:
             data = await read_body(scope, receive, MAX_BODY)
             body = await _understood(scope, data)
             served = internals.served_names(app)
-            traces = carriers.traces(body, scope["headers"], served, scope["query_string"])
+            traces = carriers.traces(body, headers_of(scope), served, scope["query_string"])
             found = await understood(lambda: next(traces, None), len(data))
             if found is not None:
                 raise unsupported(
@@ -333,9 +332,7 @@ class Other:
 
         async def sending(message: Message) -> None:
             if way.plain and message["type"] == "http.response.start" and message["status"] < 400:
-                headers = MutableHeaders(raw=list(message["headers"]))
-                headers.append(carriers.RECEIPT, Spec().receipt())
-                message = {**message, "headers": headers.raw}
+                message = with_headers(message, lambda headers: headers.append(carriers.RECEIPT, Spec().receipt()))
             await send(message)
 
         await _run(self.app, way, body, scope, replay(data, receive), sending)
@@ -353,7 +350,7 @@ def _may_be_plain(scope: Scope) -> bool:
 
 async def _understood(scope: Scope, data: bytes) -> Any:
     """What a body says: of JSON the value, of a form its fields, {} of none; None where we cannot tell."""
-    kind = Headers(scope=scope).get("content-type", "").lower()
+    kind = (header(headers_of(scope), "content-type") or "").lower()
     forms = ("multipart/form-data", "application/x-www-form-urlencoded")
     if kind.startswith(forms) and not data.lstrip().startswith(b"{"):  # which is JSON to who does not look at the type
         try:

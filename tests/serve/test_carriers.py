@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.datastructures import Headers
 
 from steer.direction import Direction
 from steer.errors import SpecError, UnknownDirection
@@ -16,9 +17,10 @@ from steer.names import MODES
 from steer.registry import Registry
 from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
+from steer.serve import carriers
 from steer.serve.authorise import admit
 from steer.serve.body import parse_body
-from steer.serve.carriers import Carried, read, split_alias
+from steer.serve.carriers import Carried, split_alias
 from steer.serve.errors import HTTPProblem
 from steer.spec import Entry, Wanted, parse, text
 from tests import models
@@ -48,6 +50,12 @@ def registry_of(**names: bytes) -> Registry:
 
 
 REGISTRY = registry_of(refusal=FILES[0], other=FILES[1])
+
+
+def read(
+    body: dict[str, Any], headers: Sequence[tuple[bytes, bytes]], served: Sequence[str], query: bytes = b""
+) -> Carried:
+    return carriers.read(body, Headers(raw=list(headers)), served, query)
 
 
 def header(*values: str) -> list[tuple[bytes, bytes]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from steer.errors import SpecError, brief
 from steer.names import SITE_RULES, SITES, readable
@@ -62,7 +62,7 @@ class Readout:
         return tuple(dict.fromkeys(line.digest for line in self.lines))
 
 
-def parse(value: Any) -> ReadWanted | None:
+def parse(value: object) -> ReadWanted | None:
     """Parse the body field. None means that nothing is read. Raises SpecError with every problem."""
     problems: list[str] = []
     layers: Layers = "all"
@@ -81,7 +81,7 @@ def parse(value: Any) -> ReadWanted | None:
     return None if names == () else ReadWanted(names, layers)
 
 
-def _names(value: Any, problems: list[str]) -> tuple[str, ...] | None:
+def _names(value: object, problems: list[str]) -> tuple[str, ...] | None:
     if value is True:
         return None
     if value is None or value is False:
@@ -96,7 +96,7 @@ def _names(value: Any, problems: list[str]) -> tuple[str, ...] | None:
     return ()
 
 
-def _layers(value: Any, problems: list[str]) -> Layers:
+def _layers(value: object, problems: list[str]) -> Layers:
     if value in ("all", "source"):
         return "all" if value == "all" else "source"
     if isinstance(value, list) and value and all(type(layer) is int for layer in value):

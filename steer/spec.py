@@ -20,7 +20,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
 
 from steer.errors import DirectionError, SpecError, brief
 from steer.names import MAX_STRENGTH, MODES, Mode, check_name
@@ -74,7 +73,7 @@ class Spec:
         return ",".join(f"{e.digest}:{e.mode}={e.strength!r}" for e in self.entries)
 
 
-def parse(value: Any, param: str = "steer") -> tuple[Wanted, ...]:
+def parse(value: object, param: str = "steer") -> tuple[Wanted, ...]:
     """Parse one carrier's value (text, or what JSON gave). An empty result means: plain.
 
     Raises SpecError with every problem, naming `param`.
@@ -118,7 +117,7 @@ def _text(item: Wanted) -> str:
     return f"{item.direction}{mode}{strength}"
 
 
-def _items(value: Any, param: str, problems: list[str]) -> list[Wanted]:
+def _items(value: object, param: str, problems: list[str]) -> list[Wanted]:
     if value is None or value is False:
         return []
     if isinstance(value, str):
@@ -174,7 +173,7 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[Wanted]:
     return items
 
 
-def _from_object(value: dict[Any, Any], param: str, problems: list[str]) -> Wanted | None:
+def _from_object(value: dict[object, object], param: str, problems: list[str]) -> Wanted | None:
     for key in islice((str(key) for key in value if key not in _FIELDS), MAX_ITEMS):
         problems.append(f"{param}.{key[:40]}: unknown field; accepted: {', '.join(_FIELDS)}")
     if "direction" not in value:
@@ -183,27 +182,31 @@ def _from_object(value: dict[Any, Any], param: str, problems: list[str]) -> Want
     return _check(param, value["direction"], value.get("mode"), value.get("strength"), problems)
 
 
-def _check(param: str, name: Any, mode: Any, strength: Any, problems: list[str]) -> Wanted | None:
+def _check(param: str, name: object, mode: object, strength: object, problems: list[str]) -> Wanted | None:
     before = len(problems)
+    named = ""
+    number: float | None = None
     if not isinstance(name, str):
         problems.append(f"{param}.direction: {brief(name)} is not a text")
     else:
         try:
-            check_name(name)
+            named = check_name(name)
         except DirectionError as error:
             problems.append(f"{param}: {error}")
-    if mode is not None and mode not in MODES:
+    known = next((each for each in MODES if each == mode), None)
+    if mode is not None and known is None:
         problems.append(f"{param}.mode: {brief(mode)} is not a mode; accepted: {', '.join(MODES)}")
     if strength is not None:
-        number = isinstance(strength, int | float) and not isinstance(strength, bool)
-        if not number or not abs(strength) <= MAX_STRENGTH:  # so written, NaN is out of range too
+        if isinstance(strength, int | float) and not isinstance(strength, bool) and abs(strength) <= MAX_STRENGTH:
+            number = float(strength)
+        else:  # NaN too
             shown = strength if isinstance(strength, _Unread) else brief(strength)
             problems.append(
                 f"{param}.strength: {shown} is not accepted: a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
             )
     if len(problems) > before:
         return None
-    return Wanted(name, mode, None if strength is None else float(strength) + 0.0)  # + 0.0 turns -0.0 into 0.0
+    return Wanted(named, known, None if number is None else number + 0.0)  # + 0.0 turns -0.0 into 0.0
 
 
 class _Unread(str):

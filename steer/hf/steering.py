@@ -8,10 +8,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, assert_never
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, assert_never
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from steer.errors import InvalidInput, NotFinite, UnsupportedModel
 from steer.hf import internals
@@ -24,6 +25,10 @@ from steer.runtime.readout import ReadIndex
 from steer.runtime.token_index import RequestSteer, TokenIndex
 from steer.spec import Spec
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
 #: Length of the probe prompt: long enough to be more than one token, short enough for any context.
 PROBE_TOKENS = 8
 
@@ -31,10 +36,15 @@ PROBE_TOKENS = 8
 KEPT = 64
 
 
+T = TypeVar("T")
+#: Hooks a transform to one module.
+Hang: TypeAlias = Callable[[site_tools.Transform], RemovableHandle]
+
+
 class Anatomy:
     """The parts of a causal language model that steering touches: its decoder, blocks and shape."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()
         self.model = model
         self.layers = int(config.num_hidden_layers)
@@ -58,7 +68,7 @@ class Anatomy:
         return next(self.blocks[0].parameters()).dtype
 
     @torch.no_grad()
-    def probe(self, rows: int = 1) -> Any:
+    def probe(self, rows: int = 1) -> CausalLMOutputWithPast:
         """A short forward pass over fixed token ids, the same in each row; the model's output."""
         ids = (torch.arange(PROBE_TOKENS, device=self.device) * 7 + 11) % self.vocabulary
         with torch.compiler.set_stance("force_eager"):  # what is compiled would go on without hooks that are new
@@ -82,7 +92,9 @@ class Steering:
     `reads` which of them are read, and `watchers` see all of them.
     """
 
-    def __init__(self, model: Any, *, sites: Iterable[Site] = ("resid_post",), rows: int = 32, rank: int = 4) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, sites: Iterable[Site] = ("resid_post",), rows: int = 32, rank: int = 4
+    ) -> None:
         self.anatomy = Anatomy(model)
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(sites))
         self._targets = self._find_targets()
@@ -95,7 +107,7 @@ class Steering:
         )
         self.index = TokenIndex(rank, 1, self.anatomy.device)
         self.reads = ReadIndex(self.anatomy.layers, rank, self.anatomy.device, self.bank.rows_of)
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self._generations: internals.Generations | None = None
         #: The batch whose rows the index speaks of, none where it speaks of packed tokens one by one.
         self._batch: _Batch | None = None
@@ -189,7 +201,7 @@ class Steering:
         self._kept.clear()
         self.index.fill_with(steers, lengths)
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Before each pass of the decoder: its rows are known here, whatever shape the blocks will see."""
         self._tokens = tokens = _tokens_of(args, kwargs)
         self.passes += 1
@@ -281,10 +293,10 @@ class Steering:
             self._kept[place] = operands
         return operands
 
-    def _find_targets(self) -> list[tuple[selfcheck.Point, Callable[[site_tools.Transform], Any]]]:
+    def _find_targets(self) -> list[tuple[selfcheck.Point, Hang]]:
         """Each place with the function that hangs a transform there."""
         anatomy, blocks = self.anatomy, self.anatomy.blocks
-        targets: list[tuple[selfcheck.Point, Callable[[site_tools.Transform], Any]]] = []
+        targets: list[tuple[selfcheck.Point, Hang]] = []
         for site in self.sites:
             match site:
                 case "resid_post":
@@ -344,7 +356,7 @@ class _Batch:
 
 
 #: A thread, and the asyncio task that runs on it, if one does.
-_Owner: TypeAlias = "tuple[int, asyncio.Task[Any] | None]"
+_Owner: TypeAlias = "tuple[int, asyncio.Task[object] | None]"
 
 
 def _owner() -> _Owner:
@@ -355,18 +367,17 @@ def _owner() -> _Owner:
     return threading.get_ident(), task
 
 
-def _stream_given(given: Any) -> Tensor:
+def _stream_given(given: tuple[tuple[Tensor, ...], dict[str, Tensor]]) -> Tensor:
     """The stream in a block's arguments and keywords."""
     args, kwargs = given
-    stream: Tensor = args[0] if args else kwargs["hidden_states"]
-    return stream
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def _drops(model: nn.Module) -> bool:
     return any(m.training for m in model.modules() if not list(m.children()))
 
 
-def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+def _tokens_of(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[int, int] | None:
     """Rows and positions of what a decoder is called with: token ids, or embeddings in place of them."""
     for given in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
         if isinstance(given, Tensor) and given.dim() >= 2:
@@ -374,14 +385,12 @@ def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]
     return None
 
 
-def _uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+def _uncompiled(hook: Callable[..., T]) -> Callable[..., T]:
     """`hook`, run as it stands also from compiled code. Traced, its graph would be made again for every change of what
     is steered, and a replayed one would not ask."""
     apart = torch.compiler.disable(hook)
     return lambda *given: apart(*given) if torch.compiler.is_compiling() else hook(*given)
 
 
-def _hang(
-    how: Callable[[nn.Module, site_tools.Transform], Any], module: nn.Module
-) -> Callable[[site_tools.Transform], Any]:
+def _hang(how: Callable[[nn.Module, site_tools.Transform], RemovableHandle], module: nn.Module) -> Hang:
     return lambda transform: how(module, transform)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from steer.names import MODES, SITE_RULES, Mode, Site
 from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
@@ -77,7 +78,7 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[Watch]:
-        handles: list[Any] = []
+        handles: list[RemovableHandle] = []
         last, inside = max(self.blocks), {id(m) for block in self.blocks.values() for m in block.modules()}
         try:
             for n, point in enumerate(self.points):
@@ -96,30 +97,30 @@ class Watch:
             for handle in handles:
                 handle.remove()
 
-    def _reader(self, n: int, point: Point, store: dict[int, Tensor], first: bool) -> Any:
-        def read(_module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+    def _reader(self, n: int, point: Point, store: dict[int, Tensor], first: bool) -> Callable[..., None]:
+        def read(_module: nn.Module, args: object, kwargs: object, *output: object) -> None:
             if not (first and n in store):
                 store[n] = point.read(output[0] if output else (args, kwargs)).detach().double().flatten(0, -2).clone()
 
         return read
 
-    def _enters(self, i: int) -> Any:
-        def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enters(self, i: int) -> Callable[..., None]:
+        def enter(_module: nn.Module, args: object, kwargs: object) -> None:
             given = self._wide((args, kwargs))
             self._take(given)
             self.handed.setdefault(i, Handed()).given = given
 
         return enter
 
-    def _leaves(self, i: int) -> Any:
-        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+    def _leaves(self, i: int) -> Callable[..., None]:
+        def leave(_module: nn.Module, _args: object, output: object) -> None:
             self.handed.setdefault(i, Handed()).returned = self._wide(output)
             self._pending = i
 
         return leave
 
-    def _behind(self, last: int) -> Any:
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _behind(self, last: int) -> Callable[..., None]:
+        def enter(module: nn.Module, args: object, kwargs: object) -> None:
             if self._pending == last and (taken := self._wide((args, kwargs))):
                 self.behind = module
                 self._take(taken)
@@ -130,12 +131,12 @@ class Watch:
         if self._pending is not None:
             self.handed[self._pending].taken, self._pending = taken, None
 
-    def _wide(self, value: Any) -> list[Tensor]:
+    def _wide(self, value: object) -> list[Tensor]:
         """Copies of the float tensors in `value` that are made of vectors of the stream's width."""
         return [t.detach().clone() for t in tensors_in(value) if t.shape[-1] % self.d_model == 0]
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: object) -> Iterator[Tensor]:
     """The float tensors in arguments or outputs, in order; also in vLLM's IntermediateTensors."""
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.dim() and value.numel():
@@ -146,8 +147,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for one in value:
             yield from tensors_in(one)
-    elif isinstance(getattr(value, "tensors", None), Mapping):
-        yield from tensors_in(value.tensors)
+    elif isinstance(inner := getattr(value, "tensors", None), Mapping):
+        yield from tensors_in(inner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,9 +328,11 @@ def rest_is_dead(blocks: Sequence[nn.Module], run: Callable[[], Tensor], plain: 
     """Is a pass the same where the blocks hand on zeros in place of everything after their first tensor? `plain` and
     `again` are two passes as they are."""
 
-    def alone(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def alone(_module: nn.Module, _args: object, output: object) -> object:
+        if not isinstance(output, tuple):
+            return output
         rest = (torch.zeros_like(t) if isinstance(t, Tensor) and t.is_floating_point() else t for t in output[1:])
-        return (output[0], *rest) if isinstance(output, tuple) else output
+        return (output[0], *rest)
 
     with hooks([block.register_forward_hook(alone) for block in blocks]):
         return same(run(), plain, again)

@@ -9,9 +9,8 @@ answered here, on every server.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Sequence
+from typing import TypedDict
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -38,9 +37,18 @@ ORDINARY: dict[str, re.Pattern[str]] = {
 }
 
 
+class Cors(TypedDict, total=False):
+    """What Starlette's CORS layer is told besides the origins."""
+
+    allow_methods: Sequence[str]
+    allow_headers: Sequence[str]
+    expose_headers: Sequence[str]
+    allow_credentials: bool
+
+
 class Access:
-    """The layer. `scope["steer.caller"]` says who is calling to everything behind it. `cors`: what Starlette's CORS
-    layer is told besides the origins, which the control plane has."""
+    """The layer. `scope["steer.caller"]` says who is calling to everything behind it. The origins of
+    pages that may call are the control plane's."""
 
     def __init__(
         self,
@@ -48,12 +56,12 @@ class Access:
         *,
         control: Control,
         public: frozenset[str] = PUBLIC,
-        cors: Mapping[str, Any] = MappingProxyType({}),
+        cors: Cors | None = None,
     ) -> None:
         self.app, self.control, self.public = app, control, public
         self._keyed: ASGIApp = self._with_keys
         if control.origins:
-            self._keyed = CORSMiddleware(self._with_keys, allow_origins=control.origins, **cors)
+            self._keyed = CORSMiddleware(self._with_keys, allow_origins=control.origins, **(cors or {}))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):

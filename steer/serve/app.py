@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -19,7 +19,7 @@ from steer._version import __version__
 from steer.errors import SteerError
 from steer.names import readable
 from steer.serve import answers, chat, completions, errors, metrics, models, operation, playground, reference
-from steer.serve.access import PUBLIC, Access
+from steer.serve.access import PUBLIC, Access, Cors
 from steer.serve.carriers import RECEIPT
 from steer.serve.directions import router as directions_router
 from steer.serve.middleware import SteerMiddleware, wrap_routes
@@ -42,7 +42,7 @@ class Health(operation.Health, _Managed):
 
 
 class _App(FastAPI):
-    def openapi(self) -> dict[str, Any]:
+    def openapi(self) -> dict[str, object]:
         if self.openapi_schema is None:
             super().openapi()["components"]["schemas"] |= answers.event_schemas()
         return super().openapi()
@@ -64,7 +64,7 @@ def build(served: Served) -> FastAPI:
     app.add_exception_handler(SteerError, errors.on_steer_error)
     app.add_exception_handler(RequestValidationError, errors.on_validation_error)
     app.add_exception_handler(HTTPException, errors.on_http_exception)
-    cors = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": [RECEIPT, "x-request-id"]}
+    cors: Cors = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": [RECEIPT, "x-request-id"]}
     app.add_middleware(Access, control=control, public=PUBLIC.union(playground.PATHS), cors=cors)
     app.add_middleware(Head)
     app.include_router(playground.router())

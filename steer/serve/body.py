@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope
@@ -66,7 +66,7 @@ async def understood(work: Callable[[], T], size: int) -> T:
     return work() if size <= SMALL else await offload("body", size, work)
 
 
-def parse_body(data: bytes) -> dict[str, Any]:
+def parse_body(data: bytes) -> dict[str, object]:
     """A JSON object in which no key stands twice, so that nothing behind us can read another one than we did. Raises
     HTTPProblem 400, also where it has more values, keys or depth than a request needs; and for a number or a text that
     is none, by the name of its field: NaN, infinities, numbers that no engine takes, half of a surrogate pair.
@@ -122,7 +122,7 @@ class _Numbers:
         return _NoNumber(text)
 
 
-def _unsendable(value: Any) -> str:
+def _unsendable(value: object) -> str:
     """What no engine could be told of in this value; nothing if all of it can be."""
     try:
         json.dumps(value, ensure_ascii=False, default=_refuse).encode()
@@ -143,7 +143,7 @@ def _shown(name: str) -> str:
     return name[:100].encode(errors="backslashreplace").decode()
 
 
-def check_size(body: dict[str, Any]) -> None:
+def check_size(body: dict[str, object]) -> None:
     """Raises RequestError for a request that is too much work for any engine. What is of a wrong type is for the app
     behind to tell."""
     for name in ("stop", "stop_sequences", "bad_words"):
@@ -156,7 +156,7 @@ def check_size(body: dict[str, Any]) -> None:
         raise RequestError(f"prompt: {prompts} prompts × n are over {MAX_ANSWERS} answers", param="prompt")
 
 
-def as_list(value: Any) -> list[Any]:
+def as_list(value: object) -> list[object]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -203,7 +203,7 @@ def check_structure(data: bytes, most: int = MAX_VALUES) -> int:
     return commas + opened + 1
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     out = dict(pairs)
     if len(out) != len(pairs):
         seen: set[str] = set()

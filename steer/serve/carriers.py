@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 from urllib.parse import parse_qsl
 
 from starlette.datastructures import Headers
@@ -44,14 +43,14 @@ class Carried:
     model: str | None
 
 
-def read(body: dict[str, Any], headers: Headers, served: Sequence[str], query: bytes = b"") -> Carried:
+def read(body: dict[str, object], headers: Headers, served: Sequence[str], query: bytes = b"") -> Carried:
     """Read all carriers of a request. Raises SpecError with every problem of every carrier, and for names that are
     nearly one."""
     found: dict[str, tuple[Wanted, ...]] = {}
     problems: list[str] = []
     param: str | None = None
 
-    def take(carrier: str, value: Any, name: str) -> None:
+    def take(carrier: str, value: object, name: str) -> None:
         nonlocal param
         try:
             found[carrier] = parse(value, name)
@@ -85,7 +84,7 @@ def read(body: dict[str, Any], headers: Headers, served: Sequence[str], query: b
     return Carried(found, model if isinstance(model, str) else None)
 
 
-def traces(body: Any, headers: Headers, served: Sequence[str], query: bytes = b"") -> Iterator[str]:
+def traces(body: object, headers: Headers, served: Sequence[str], query: bytes = b"") -> Iterator[str]:
     """The name of everything in a request that asks for steering or seems to: `steer`, `steering`, `metadata.steer`,
     `requests.0.steer`, `header x-steer`, `model` where it is an alias, `?steer`."""
     for name in map(str.lower, headers.keys()):
@@ -119,7 +118,7 @@ def _structure(value: str, most: int) -> int:
     return check_structure(value.encode(errors="surrogatepass"), most) if value.lstrip()[:1] in ("{", "[") else 0
 
 
-def _unwrapped(value: str) -> Any:
+def _unwrapped(value: str) -> object:
     """What a text holds as JSON, where it is that."""
     with suppress(ValueError, RecursionError):
         return json.loads(value)

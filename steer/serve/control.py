@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from starlette.types import Scope
 
@@ -399,7 +398,7 @@ class Control:
             detail={"was": move.old, "by": "request" if mover else "folder"},
         )
 
-    def _note(self, event: str, **fields: Any) -> None:
+    def _note(self, event: str, **fields: object) -> None:
         if self.audit:
             self.audit.note(event, **fields)
 
@@ -409,7 +408,7 @@ def _over(rule: str, rules: policy.KeyRules, seconds: int) -> Refusal:
     return Refusal(Code.RATE_LIMIT_EXCEEDED, rule, said, Retry_After=str(seconds))
 
 
-def _entries(spec: Spec) -> list[dict[str, Any]]:
+def _entries(spec: Spec) -> list[dict[str, object]]:
     return [asdict(entry) for entry in spec.entries]
 
 

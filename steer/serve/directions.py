@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Literal, NotRequired
 
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
@@ -80,7 +80,7 @@ def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> t
     are for who manages, and want a body, if any, of this `kind`."""
 
     class OwnRoute(base):  # type: ignore[valid-type]
-        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        def get_route_handler(self) -> Callable[[Request], Coroutine[None, None, Response]]:
             handler = super().get_route_handler()
 
             async def handling(request: Request) -> Response:

@@ -14,9 +14,10 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
+from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer import readout
@@ -35,15 +36,15 @@ from steer.serve.token_usage import counting
 from steer.spec import Wanted
 
 REQUEST_ID = "x-request-id"
-Forward = Callable[[dict[str, Any], Admission], None]
+Forward = Callable[[dict[str, object], Admission], None]
 
 
-def wrap_routes(app: Any, layers: Mapping[tuple[str, str], Callable[[ASGIApp], ASGIApp]]) -> set[str]:
+def wrap_routes(app: Starlette, layers: Mapping[tuple[str, str], Callable[[ASGIApp], ASGIApp]]) -> set[str]:
     """Put a layer around each route (path, method) that the Starlette app has; the paths that it has."""
     found: set[str] = set()
     for route in app.routes:
         for (path, method), layer in layers.items():
-            if getattr(route, "path", None) == path and method in (getattr(route, "methods", None) or ()):
+            if isinstance(route, Route) and route.path == path and method in (route.methods or ()):
                 route.app = layer(route.app)
                 found.add(path)
                 break
@@ -139,7 +140,7 @@ class SteerMiddleware:
                 admission.release()
                 control.end(run, place, "error" if usage.failed else answer.outcome, usage)
 
-    def _understand(self, data: bytes, scope: Scope) -> tuple[dict[str, Any], carriers.Carried, ReadWanted | None]:
+    def _understand(self, data: bytes, scope: Scope) -> tuple[dict[str, object], carriers.Carried, ReadWanted | None]:
         body = parse_body(data)
         check_size(body)
         carried = carriers.read(body, headers_of(scope), self.served, scope["query_string"])

@@ -6,6 +6,7 @@ FastAPI's pages load programs from hosts of others, which would then run in the 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from html import escape
 from typing import Any
@@ -43,7 +44,7 @@ def put_on(app: FastAPI) -> None:
     app.add_api_route(PATH, docs, methods=["GET"], include_in_schema=False)
 
 
-def page(document: dict[str, Any]) -> str:
+def page(document: Mapping[str, Any]) -> str:
     """The page of an OpenAPI document."""
     info = document["info"]
     title = escape(f"{info['title']} {info['version']}")
@@ -61,7 +62,7 @@ def page(document: dict[str, Any]) -> str:
     return "\n".join([*parts, "</body>\n</html>\n"])
 
 
-def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
+def _operation(path: str, method: str, operation: Mapping[str, Any]) -> str:
     parts = [f"<h2><code>{escape(method.upper())} {escape(path)}</code></h2>"]
     said = dict.fromkeys(operation[key] for key in ("summary", "description") if operation.get(key))
     parts += [f"<p>{escape(text)}</p>" for text in said]
@@ -71,5 +72,5 @@ def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return f"<pre>{escape(json.dumps(value, indent=2, ensure_ascii=False))}</pre>"

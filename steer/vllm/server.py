@@ -30,7 +30,7 @@ from steer.admission import Admission
 from steer.errors import InvalidInput, SpecError, SteerError, UnsupportedModel
 from steer.readout import FIELD
 from steer.serve import carriers, errors, metrics, operation, pages, playground, reference
-from steer.serve.access import PUBLIC, Access
+from steer.serve.access import PUBLIC, Access, Cors
 from steer.serve.answers import ReadReport, report
 from steer.serve.asgi import Change, header, headers_of, rewriting, with_headers
 from steer.serve.authorise import resolve
@@ -114,12 +114,16 @@ class Middleware:
             return
         if self._door is None:
             args = scope["app"].state.args
-            cors = {"allow_methods": args.allowed_methods, "allow_headers": args.allowed_headers}
+            cors: Cors = {
+                "allow_methods": args.allowed_methods,
+                "allow_headers": args.allowed_headers,
+                "allow_credentials": args.allow_credentials,
+            }
             access = Access(
                 Closed(self.app),
                 control=control_of(scope["app"]),
                 public=PUBLIC.union(playground.PATHS),
-                cors=cors | {"allow_credentials": args.allow_credentials},
+                cors=cors,
             )
             self._door = Head(access)
         await self._door(scope, receive, send)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from typing import Any
 
 from starlette.types import Message, Send
 
@@ -162,6 +161,6 @@ def _chunk(last: bytes, field: ReadReport) -> bytes:
     line = next(line for line in reversed(last.splitlines()) if line.startswith(b"data: {"))
     envelope = {k: v for k, v in json.loads(line[6:]).items() if k not in ("usage", "choices")}
     chat = envelope.get("object") == "chat.completion.chunk"
-    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": None}
+    choice: dict[str, object] = {"index": 0, "logprobs": None, "finish_reason": None}
     choice |= {"delta" if chat else "text": {} if chat else ""}
     return f"data: {json.dumps(envelope | {'choices': [choice | {FIELD: field}]})}\n\n".encode()

@@ -7,7 +7,6 @@ what is wanted of it; a prompt that comes in chunks, or again after preemption, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from steer.vllm import wire
-from steer.vllm.steering_module import Form, stream
+from steer.vllm.steering_module import Form, Output, stream
 
 #: The key in `extra_args` under which a request says what is wanted of it.
 KEY = wire.CAPTURE
@@ -34,7 +33,7 @@ class Wish(BaseModel):
     stop: int
 
     @classmethod
-    def of(cls, params: Any) -> Wish | None:
+    def of(cls, params: object) -> Wish | None:
         found = (getattr(params, "extra_args", None) or {}).get(KEY)
         return None if found is None else cls.model_validate(found)
 
@@ -47,9 +46,12 @@ class Capture:
         self, blocks: Mapping[int, nn.Module], form: Form, shape: tuple[int, int, int], device: torch.device
     ) -> None:
         prompts, positions, d_model = shape
-        kind: dict[str, Any] = dict(dtype=torch.float64, device=device)
-        self.picked = {layer: torch.zeros(prompts, positions, d_model, **kind) for layer in blocks}
-        self.own = {layer: torch.zeros(prompts, d_model, **kind) for layer in blocks}
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.picked = {layer: zeros(prompts, positions, d_model) for layer in blocks}
+        self.own = {layer: zeros(prompts, d_model) for layer in blocks}
         self.seen = [0] * prompts
         self._form, self._device = form, device
         self._wishes: dict[str, Wish] = {}
@@ -65,7 +67,7 @@ class Capture:
         for handle in self._handles:
             handle.remove()
 
-    def meet(self, request_id: str, params: Any) -> None:
+    def meet(self, request_id: str, params: object) -> None:
         if wish := Wish.of(params):
             self._wishes[request_id] = wish
 
@@ -89,7 +91,7 @@ class Capture:
         """What runs until the next step begins is no request's."""
         self._step = None
 
-    def _see(self, layer: int, output: Any) -> None:
+    def _see(self, layer: int, output: Output) -> None:
         if (step := self._step) is None:
             return
         x = stream(self._form, output).double()

@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +32,17 @@ from steer.serve import metrics, token_usage
 from steer.serve.text import token_text
 from steer.spec import Spec, Wanted, parse
 from steer.vllm import internals, tracing, wire
-from steer.vllm.placement import Call, VllmPlacement
+from steer.vllm.placement import VllmPlacement
 from steer.vllm.salts import SALT, Salts, salt
 from steer.vllm.selfcheck import Answer, Ask, Job, self_check
 from steer.vllm.settings import KEY, EngineSettings
 from steer.vllm.steering_module import code_digest
+from steer.vllm.types import Call, CallAsync
 from steer.vllm.wire import READ, RESOLVED
+
+if TYPE_CHECKING:
+    from steer.tokenization import Decoder
+    from steer.vllm.types import AsyncLLM, EngineRequest, LLMEngine, RequestState, SamplingParams, VllmConfig
 
 log = logging.getLogger("steer")
 
@@ -60,7 +66,7 @@ class Ticket:
     used: bool = False
     lost: bool = False
     salt: str = ""
-    read: tuple[str, Any] | None = None
+    read: tuple[str, RequestState] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -95,11 +101,7 @@ _adding: ContextVar[_Call | None] = ContextVar("steer_adding", default=None)
 _starting: ContextVar[bool] = ContextVar("steer_starting", default=False)
 
 
-#: The same as `Call`, on the event loop that drives the engine.
-CallAsync = Callable[..., Awaitable[list[Any]]]
-
-
-async def _no_loop(*_args: Any) -> list[Any]:
+async def _no_loop(*_args: object) -> list[Any]:
     raise UnsupportedModel("this engine is driven by no event loop: it has no server")
 
 
@@ -108,7 +110,7 @@ class Frontend:
 
     def __init__(
         self,
-        config: Any,
+        config: VllmConfig,
         settings: EngineSettings,
         call: Call,
         call_async: CallAsync | None = None,
@@ -185,7 +187,7 @@ class Frontend:
     def forget(self, ticket: Ticket) -> None:
         self._tickets.pop(ticket.name, None)
 
-    async def readings(self, ticket: Ticket, tokenizer: Any) -> list[tuple[str, Reading]]:
+    async def readings(self, ticket: Ticket, tokenizer: Decoder) -> list[tuple[str, Reading]]:
         """Each token of the answer that was made for a ticket, as text, and what was read where it was predicted.
 
         Raises EngineFailed where a layer or a token was not read.
@@ -212,7 +214,7 @@ class Frontend:
         ]
 
     @contextmanager
-    def admitted(self, params: Any) -> Iterator[Any]:
+    def admitted(self, params: SamplingParams) -> Iterator[SamplingParams]:
         """`params` as the engine is to see them; what is added inside finds its admission. Raises SpecError."""
         extra = getattr(params, "extra_args", None) or {}
         wire.check_absent(extra)
@@ -240,7 +242,7 @@ class Frontend:
             _adding.reset(token)
             admission.release(call)
 
-    def check_added(self, request: Any) -> None:
+    def check_added(self, request: EngineRequest) -> None:
         """The output processor takes a request, which holds its admission from here on. Raises for one that was never
         admitted."""
         text = wire.of(request.sampling_params)
@@ -259,15 +261,16 @@ class Frontend:
         if getattr(request, "resumable", False):
             raise SpecError("requests with streamed input cannot be steered", param=KEY)
         ticket = call.ticket
-        if not (request.cache_salt or "").endswith(salt(ticket.admission.spec)):
+        salted = request.cache_salt or ""
+        if not salted.endswith(salt(ticket.admission.spec)):
             raise UnsupportedModel("vLLM made a steered request without its prefix-cache salt")
-        ticket.salt = request.cache_salt
-        request.cache_salt = self.salts.current(ticket.salt)
+        ticket.salt = salted
+        request.cache_salt = self.salts.current(salted)
         ticket.admission.hold(request.request_id)
         self.held[request.request_id] = ticket
         call.holding.append(request.request_id)
 
-    def has_added(self, request: Any, state: Any) -> None:
+    def has_added(self, request: EngineRequest, state: RequestState) -> None:
         """The output processor keeps `state` for a request that was taken."""
         if (call := _adding.get()) is not None and call.ticket.admission.readout:
             call.ticket.read = (request.request_id, state)
@@ -305,7 +308,7 @@ def check_passage(way: Passage | None, *, raw: bool) -> None:
         raise SpecError(way.refused, param=KEY)
 
 
-def _with_spec(params: Any, extra: dict[str, Any], admission: Admission) -> Any:
+def _with_spec(params: SamplingParams, extra: Mapping[str, object], admission: Admission) -> SamplingParams:
     """A copy of SamplingParams that carries the resolved spec and what is read; the same object where nothing
     changes."""
     spec, readout = admission.spec, admission.readout
@@ -322,15 +325,13 @@ def _with_spec(params: Any, extra: dict[str, Any], admission: Admission) -> Any:
 # -- on an engine ----------------------------------------------------------------------------------------------------
 
 
-def attach_sync(engine: Any, settings: EngineSettings, serves: bool = False) -> None:
+def attach_sync(engine: LLMEngine, settings: EngineSettings, serves: bool = False) -> None:
     """Steering on an `LLMEngine` that has just started; blocks until the workers are ready."""
-    frontend = Frontend(
-        engine.vllm_config, settings, lambda *args: internals.call_workers(engine, *args), serves=serves
-    )
+    frontend = Frontend(engine.vllm_config, settings, partial(internals.call_workers, engine), serves=serves)
     _wrap_processors(engine, frontend)
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])
 
-    def adding(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    def adding(request_id: str, prompt: object, params: SamplingParams, *args: object, **kwargs: object) -> object:
         with frontend.admitted(params) as admitted:
             try:
                 return add_request(request_id, prompt, admitted, *args, **kwargs)
@@ -357,17 +358,16 @@ def attach_sync(engine: Any, settings: EngineSettings, serves: bool = False) -> 
         _starting.reset(token)
 
 
-def attach_async(engine: Any, settings: EngineSettings, serves: bool = False) -> None:
+def attach_async(engine: LLMEngine, settings: EngineSettings, serves: bool = False) -> None:
     """Steering on an `AsyncLLM`: its constructor cannot wait for the workers, so the first to need them does."""
     loops: list[asyncio.AbstractEventLoop] = []
 
-    def call(*args: Any) -> list[Any]:  # in a thread: never on the event loop, which does the work
-        return asyncio.run_coroutine_threadsafe(internals.call_workers_async(engine, *args), loops[0]).result()
+    def call(method: str, *args: object) -> list[Any]:  # in a thread: never on the event loop, which does the work
+        return asyncio.run_coroutine_threadsafe(internals.call_workers_async(engine, method, *args), loops[0]).result()
 
-    async def call_async(*args: Any) -> list[Any]:
-        return await internals.call_workers_async(engine, *args)
-
-    frontend = Frontend(engine.vllm_config, settings, call, call_async, serves=serves)
+    frontend = Frontend(
+        engine.vllm_config, settings, call, partial(internals.call_workers_async, engine), serves=serves
+    )
     _wrap_processors(engine, frontend)
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])
     get_supported_tasks = internals.seam(engine, "get_supported_tasks")
@@ -401,12 +401,14 @@ def attach_async(engine: Any, settings: EngineSettings, serves: bool = False) ->
             starting.append(asyncio.create_task(asyncio.to_thread(start)))
         await asyncio.shield(starting[0])
 
-    async def tasks() -> Any:
+    async def tasks() -> object:
         """The server asks for these before it serves anything, so it does not start where steering cannot."""
         await ready()
         return await get_supported_tasks()
 
-    async def adding(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    async def adding(
+        request_id: str, prompt: object, params: SamplingParams, *args: object, **kwargs: object
+    ) -> object:
         await ready()
         try:
             with frontend.admitted(params) as admitted:
@@ -424,7 +426,7 @@ def attach_async(engine: Any, settings: EngineSettings, serves: bool = False) ->
     setattr(engine, ATTRIBUTE, frontend)
 
 
-def _wrap_processors(engine: Any, frontend: Frontend) -> None:
+def _wrap_processors(engine: LLMEngine | AsyncLLM, frontend: Frontend) -> None:
     """The salt where requests are made, the pins where they are kept."""
     inputs, outputs = internals.seam(engine, "input_processor"), internals.seam(engine, "output_processor")
     internals.wrap_process_inputs(inputs, _fold_salt)
@@ -434,7 +436,7 @@ def _wrap_processors(engine: Any, frontend: Frontend) -> None:
     tracing.trace(outputs, frontend.applied)
 
 
-def _fold_salt(request: Any) -> None:
+def _fold_salt(request: EngineRequest) -> None:
     """A steered request's blocks are found by requests of the same spec alone; a plain request is left as it is."""
     if SALT in (request.cache_salt or ""):
         raise SpecError(f"a cache_salt must not contain '{SALT}'", param="cache_salt")
@@ -443,7 +445,7 @@ def _fold_salt(request: Any) -> None:
         request.cache_salt = (request.cache_salt or "") + salt(wire.decode(text))
 
 
-def of(engine: Any) -> Frontend:
+def of(engine: object) -> Frontend:
     """The front end of an `LLM`, `LLMEngine` or `AsyncLLM`. Raises UnsupportedModel where steering is not on."""
     frontend = getattr(getattr(engine, "llm_engine", engine), ATTRIBUTE, None)
     if not isinstance(frontend, Frontend):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from steer.vllm import internals
 from steer.vllm.settings import EngineSettings
 from steer.vllm.steering_module import (
     Form,
+    Output,
     Reads,
     Slot,
     SteeringModule,
@@ -30,6 +31,7 @@ from steer.vllm.steering_module import (
     exact_stream,
     stream,
 )
+from steer.vllm.types import Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Installation:
         }
 
 
-def attach(worker: Any, settings: EngineSettings, index: TokenIndex) -> Installation:
+def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Installation:
     """Attach a steering module to every hook point of this rank. Raises UnsupportedModel where that cannot be done and
     checked."""
     architecture, layers, d_model = internals.shape_of(worker.vllm_config)
@@ -117,10 +119,10 @@ def attach(worker: Any, settings: EngineSettings, index: TokenIndex) -> Installa
     return Installation(local, form, bank, tuple(steering_modules), reads, streams)
 
 
-def _learn_form(worker: Any, local: dict[int, nn.Module], plain: Tensor, again: Tensor) -> Form:
+def _learn_form(worker: Worker, local: dict[int, nn.Module], plain: Tensor, again: Tensor) -> Form:
     """How the blocks hand on the stream, as far as passes with other outputs tell; the self-check then says whether it
     is so. `plain` and `again`: two passes."""
-    outputs: dict[int, Any] = {}
+    outputs: dict[int, Output] = {}
     _pass_with(worker, local, outputs.__setitem__)
     if len(outputs) != len(local):
         raise UnsupportedModel(f"blocks {sorted(set(local) - set(outputs))} did not run in the probe pass")
@@ -142,27 +144,32 @@ def _learn_form(worker: Any, local: dict[int, nn.Module], plain: Tensor, again: 
     )
 
 
-def _is_pair(output: tuple[Any, ...]) -> bool:
-    return len(output) > 1 and isinstance(output[1], Tensor) and output[1].shape == output[0].shape
+def _is_pair(output: Output) -> bool:
+    return (
+        isinstance(output, tuple)
+        and len(output) > 1
+        and isinstance(output[1], Tensor)
+        and output[1].shape == output[0].shape
+    )
 
 
-def _pass_with(worker: Any, local: dict[int, nn.Module], change: Callable[[int, Any], Any]) -> Tensor:
+def _pass_with(worker: Worker, local: dict[int, nn.Module], change: Callable[[int, Output], Output | None]) -> Tensor:
     """A probe pass in which `change(layer, output)`, unless None, replaces what each block returns."""
 
-    def hooked(i: int) -> Any:
+    def hooked(i: int) -> Callable[..., Output | None]:
         return lambda _module, _args, output: change(i, output)
 
     with hooks([block.register_forward_hook(hooked(i)) for i, block in local.items()]):
         return internals.probe(worker)
 
 
-def _find_stream_argument(worker: Any, block: nn.Module, d_model: int) -> Slot:
+def _find_stream_argument(worker: Worker, block: nn.Module, d_model: int) -> Slot:
     """The one argument of block 0 that is a float tensor `[tokens, d_model]`."""
     found: list[Slot] = []
 
-    def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         found.clear()  # a block that calls itself is met twice, and refused by the self-check
-        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        given: list[tuple[int | str, object]] = [*enumerate(args), *kwargs.items()]
         for key, value in given:
             if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1] == d_model:
                 found.append(Slot(key))
@@ -174,7 +181,7 @@ def _find_stream_argument(worker: Any, block: nn.Module, d_model: int) -> Slot:
     return found[0]
 
 
-def _find_writers(worker: Any, local: dict[int, nn.Module], form: Form) -> list[Target]:
+def _find_writers(worker: Worker, local: dict[int, nn.Module], form: Form) -> list[Target]:
     """For each block the children whose outputs add up to what it adds to the stream. Raises UnsupportedModel where
     there are none, as where ranks each hold a part of a sum that is reduced later."""
     entered: dict[int, Tensor] = {}
@@ -182,8 +189,8 @@ def _find_writers(worker: Any, local: dict[int, nn.Module], form: Form) -> list[
     wrote: dict[int, dict[str, Tensor]] = {i: {} for i in local}
     last: list[Tensor] = []
 
-    def before(i: int) -> Any:
-        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(i: int) -> Callable[..., None]:
+        def record(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if last:
                 entered[i] = last[-1]  # what the block before handed on
                 return
@@ -194,15 +201,15 @@ def _find_writers(worker: Any, local: dict[int, nn.Module], form: Form) -> list[
 
         return record
 
-    def after(i: int) -> Any:
-        def record(_module: nn.Module, _args: Any, output: Any) -> None:
+    def after(i: int) -> Callable[..., None]:
+        def record(_module: nn.Module, _args: object, output: Output) -> None:
             left[i] = stream(form, output).clone()
             last.append(left[i])
 
         return record
 
-    def child(i: int, name: str) -> Any:
-        def record(_module: nn.Module, _args: Any, output: Any) -> None:
+    def child(i: int, name: str) -> Callable[..., None]:
+        def record(_module: nn.Module, _args: object, output: object) -> None:
             if isinstance(output, Tensor) and output.is_floating_point() and output.numel() == entered[i].numel():
                 wrote[i][name] = output.detach().float().reshape(entered[i].shape).clone()
 
@@ -223,7 +230,7 @@ def _find_writers(worker: Any, local: dict[int, nn.Module], form: Form) -> list[
 
 
 def _prove(
-    worker: Any,
+    worker: Worker,
     targets: list[Target],
     local: dict[int, nn.Module],
     bank: DirectionBank,

@@ -14,19 +14,51 @@ import logging
 import os
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+from fastapi import FastAPI
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import SchemaValidator
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute
 from torch import Tensor, nn
 
 from steer.errors import InvalidInput, UnsupportedModel
 from steer.serve import token_usage
+from steer.tokenization import Decoder
+
+if TYPE_CHECKING:
+    from steer.vllm.types import (
+        LLM,
+        AsyncLLM,
+        EngineArgs,
+        EngineCoreOutput,
+        EngineRequest,
+        GPUModelRunner,
+        InputProcessor,
+        IntermediateTensors,
+        KVTransferConfig,
+        LLMEngine,
+        ModelRunnerOutput,
+        NewRequest,
+        OutputProcessor,
+        RequestOutput,
+        RequestState,
+        SamplingParams,
+        SchedulerOutput,
+        VllmConfig,
+        Worker,
+    )
+
+T = TypeVar("T")
+#: A method of vLLM's, or what goes around it.
+Method: TypeAlias = Callable[..., Any]
 
 log = logging.getLogger("steer")
 
@@ -41,7 +73,7 @@ WORKER = "steer.vllm.worker.Worker"
 OnBatch = Callable[[list[str], NDArray[np.int32]], None]
 
 
-def seam(owner: Any, name: str, parameters: Iterable[str] = ()) -> Any:
+def seam(owner: object, name: str, parameters: Iterable[str] = ()) -> Any:
     """`owner.name`, which must take `parameters`. Raises UnsupportedModel naming what is missing."""
     found = getattr(owner, name, None)
     where = f"{getattr(owner, '__name__', type(owner).__name__)}.{name}"
@@ -91,13 +123,13 @@ RUST_PROBLEM = f"vLLM's Rust front end would ignore the field 'steer': unset {RU
 EXECUTORS = {"UniProcExecutor", "MultiprocExecutor"}
 
 
-def check_config(config: Any, *, readout: bool) -> None:
+def check_config(config: VllmConfig, *, readout: bool) -> None:
     """Raise UnsupportedModel with every option under which the tokens of a step are not in the order of its requests,
     or not in this process, or under which workers or blocks come from where steering is not known. `config`:
     VllmConfig; `readout`: are tokens read."""
     parallel, problems = config.parallel_config, []
 
-    def refuse(bad: Any, problem: str) -> None:
+    def refuse(bad: object, problem: str) -> None:
         if bad:
             problems.append(problem)
 
@@ -153,12 +185,12 @@ def _switched_on(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
 
 
-def _offloads(config: Any) -> bool:
+def _offloads(config: VllmConfig) -> bool:
     offload = getattr(config, "offload_config", None)
     return bool(getattr(getattr(offload, "uva", None), "cpu_offload_gb", 0))
 
 
-def _executor_problem(backend: Any) -> tuple[bool, str]:
+def _executor_problem(backend: object) -> tuple[bool, str]:
     """Does this executor go past the worker's methods? And the sentence."""
     if backend == "ray":
         old = os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1") in ("", "0")
@@ -176,7 +208,7 @@ def _executor_problem(backend: Any) -> tuple[bool, str]:
     )
 
 
-def _connector_problems(transfer: Any) -> list[str]:
+def _connector_problems(transfer: KVTransferConfig | None) -> list[str]:
     """What keeps steered and plain blocks apart is in their hashes, so a connector must go by those."""
     if transfer is None or transfer.kv_connector is None:
         return []
@@ -218,44 +250,44 @@ def _connector_problem(name: str, module: str | None) -> str | None:
     )
 
 
-def shares_blocks(config: Any) -> bool:
+def shares_blocks(config: VllmConfig) -> bool:
     """May blocks outlive this process, or come from another?"""
     transfer = getattr(config, "kv_transfer_config", None)
     return transfer is not None and transfer.kv_connector is not None
 
 
-def context_of(config: Any) -> int:
+def context_of(config: VllmConfig) -> int:
     """The most tokens that a prompt with its answer can have."""
     return int(config.model_config.max_model_len)
 
 
-def shape_of(config: Any) -> tuple[str, int, int]:
+def shape_of(config: VllmConfig) -> tuple[str, int, int]:
     """(architecture, layers of the whole model, d_model)."""
     model = config.model_config
     architectures = getattr(model.hf_config, "architectures", None) or [model.architecture]
     return str(architectures[0]), int(model.hf_text_config.num_hidden_layers), int(model.get_hidden_size())
 
 
-def stream_dtype(config: Any) -> torch.dtype:
+def stream_dtype(config: VllmConfig) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, dtype_of(config))
     return dtype
 
 
-def dtype_of(config: Any) -> str:
+def dtype_of(config: VllmConfig) -> str:
     return str(config.model_config.dtype).removeprefix("torch.")
 
 
 # -- the worker process ----------------------------------------------------------------------------------------------
 
 
-def platform_worker() -> type[Any]:
+def platform_worker() -> type:
     """The worker class that vLLM would take on this platform."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_worker import CPUWorker
 
-        base: type[Any] = CPUWorker
+        base: type = CPUWorker
     elif current_platform.is_xpu():
         from vllm.v1.worker.xpu_worker import XPUWorker
 
@@ -275,7 +307,7 @@ def platform_worker() -> type[Any]:
 SERVING = {"execute_model", "execute_dummy_batch", "sample_tokens", "take_draft_token_ids", "check_health", "shutdown"}
 
 
-def around_calls(worker: Any, around: Callable[..., Any]) -> None:
+def around_calls(worker: object, around: Method) -> None:
     """Have `around(method, *arguments)` called in place of every public method of this worker that is neither asked for
     while it serves nor our own: vLLM's, and those of a worker extension."""
     for name in dir(type(worker)):
@@ -285,30 +317,30 @@ def around_calls(worker: Any, around: Callable[..., Any]) -> None:
             setattr(worker, name, _around(getattr(worker, name), around))
 
 
-def _around(method: Any, around: Callable[..., Any]) -> Any:
+def _around(method: Method, around: Method) -> Method:
     @functools.wraps(method)
-    def calling(*args: Any, **kwargs: Any) -> Any:
+    def calling(*args: object, **kwargs: object) -> object:
         return around(method, *args, **kwargs)
 
     return calling
 
 
-def max_tokens(config: Any) -> int:
+def max_tokens(config: VllmConfig) -> int:
     """The most tokens, padding included, that one forward pass can have."""
     sizes = getattr(config.compilation_config, "cudagraph_capture_sizes", None) or [0]
     return int(max(config.scheduler_config.max_num_batched_tokens, *sizes)) + 64
 
 
-def max_requests(config: Any) -> int:
+def max_requests(config: VllmConfig) -> int:
     """The most requests that one forward pass can have. vLLM's compile cache knows this number."""
     return int(config.scheduler_config.max_num_seqs)
 
 
-def decoder_of(worker: Any) -> nn.Module:
+def decoder_of(worker: Worker) -> nn.Module:
     """The language model that the worker runs."""
     model = worker.get_model()
-    found: nn.Module = model.get_language_model() if hasattr(model, "get_language_model") else model
-    return found
+    inner: Callable[[], nn.Module] | None = getattr(model, "get_language_model", None)
+    return model if inner is None else inner()
 
 
 def is_elsewhere(block: nn.Module) -> bool:
@@ -318,7 +350,7 @@ def is_elsewhere(block: nn.Module) -> bool:
     return isinstance(block, PPMissingLayer)
 
 
-def watch_batches(runner: Any, on_batch: OnBatch) -> str:
+def watch_batches(runner: GPUModelRunner, on_batch: OnBatch) -> str:
     """Have `on_batch` called for every real step, before its forward pass is enqueued. Returns the runner's kind.
 
     V2 makes the batch in `prepare_inputs`; V1 has it in `input_batch` when `_prepare_inputs` has run.
@@ -328,7 +360,7 @@ def watch_batches(runner: Any, on_batch: OnBatch) -> str:
             raise UnsupportedModel("the V2 runner reorders tokens here (adaptive verification or context parallelism)")
         prepare = seam(runner, "prepare_inputs", ["scheduler_output"])
 
-        def prepare_v2(*args: Any, **kwargs: Any) -> Any:
+        def prepare_v2(*args: object, **kwargs: object) -> object:
             batch = prepare(*args, **kwargs)
             on_batch(batch.req_ids, batch.num_scheduled_tokens)
             return batch
@@ -340,7 +372,7 @@ def watch_batches(runner: Any, on_batch: OnBatch) -> str:
     for name in ("req_ids", "num_reqs"):
         seam(batch, name)
 
-    def prepare_v1(scheduler_output: Any, num_scheduled_tokens: NDArray[np.int32]) -> Any:
+    def prepare_v1(scheduler_output: SchedulerOutput, num_scheduled_tokens: NDArray[np.int32]) -> object:
         out = prepare(scheduler_output, num_scheduled_tokens)
         batch = runner.input_batch  # read anew: vLLM replaces it when the KV cache is made
         on_batch(batch.req_ids[: batch.num_reqs], num_scheduled_tokens)
@@ -350,13 +382,13 @@ def watch_batches(runner: Any, on_batch: OnBatch) -> str:
     return "V1"
 
 
-def new_prompt_length(new: Any) -> int:
+def new_prompt_length(new: NewRequest) -> int:
     """Prompt tokens of a request that the scheduler sends for the first time, or again after preemption."""
     ids = getattr(new, "prompt_token_ids", None)
     return len(ids if ids is not None else seam(new, "prompt_embeds"))
 
 
-def adapter_of(new: Any) -> str:
+def adapter_of(new: NewRequest) -> str:
     """The name of the LoRA adapter of such a request; empty without one."""
     return str(getattr(getattr(new, "lora_request", None), "lora_name", ""))
 
@@ -368,7 +400,9 @@ LOST = "steer.lost"
 CORRUPTED, ABOVE = "num_nans_in_logits", 32
 
 
-def between_ranks(worker: Any, entering: Callable[[Any], None], leaving: Callable[[dict[str, Tensor]], None]) -> None:
+def between_ranks(
+    worker: Worker, entering: Callable[[IntermediateTensors | None], None], leaving: Callable[[dict[str, Tensor]], None]
+) -> None:
     """In a pipeline, have `entering` called with the IntermediateTensors that the rank before has sent for a step, and
     `leaving` with the tensors that go to the next."""
     if worker.vllm_config.parallel_config.pipeline_parallel_size == 1:
@@ -377,7 +411,12 @@ def between_ranks(worker: Any, entering: Callable[[Any], None], leaving: Callabl
 
     execute = seam(worker.model_runner, "execute_model", ["scheduler_output", "intermediate_tensors"])
 
-    def executing(scheduler_output: Any, intermediate_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def executing(
+        scheduler_output: SchedulerOutput,
+        intermediate_tensors: IntermediateTensors | None = None,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
         entering(intermediate_tensors)
         out = execute(scheduler_output, intermediate_tensors, *args, **kwargs)
         if isinstance(out, IntermediateTensors):
@@ -387,7 +426,7 @@ def between_ranks(worker: Any, entering: Callable[[Any], None], leaving: Callabl
     worker.model_runner.execute_model = executing
 
 
-def on_output(out: Any, change: Callable[[Any], Any]) -> Any:
+def on_output(out: Any, change: Callable[[ModelRunnerOutput], ModelRunnerOutput]) -> object:
     """A step's output with `change` applied to its ModelRunnerOutput, at once or, where that is still on its way to
     the host, when it is read, on whichever thread. A rank whose outputs nobody reads may have none."""
     if out is None:
@@ -399,7 +438,7 @@ def on_output(out: Any, change: Callable[[Any], Any]) -> Any:
     return out
 
 
-def with_losses(output: Any, lost: Mapping[str, int]) -> Any:
+def with_losses(output: ModelRunnerOutput, lost: Mapping[str, int]) -> ModelRunnerOutput:
     """A ModelRunnerOutput that tells of requests of its step that are lost, by the positions of their first lost
     tokens."""
     there = seam(output, "req_id_to_index")
@@ -413,7 +452,7 @@ def with_losses(output: Any, lost: Mapping[str, int]) -> Any:
     return changed
 
 
-def starts_of(scheduler_output: Any) -> dict[str, int]:
+def starts_of(scheduler_output: SchedulerOutput) -> dict[str, int]:
     """For each request of a step the position of its first token in it."""
     cached = seam(scheduler_output, "scheduled_cached_reqs")
     starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -421,7 +460,7 @@ def starts_of(scheduler_output: Any) -> dict[str, int]:
 
 
 @contextmanager
-def eager(config: Any, tokens: int) -> Iterator[None]:
+def eager(config: VllmConfig, tokens: int) -> Iterator[None]:
     """Inside it the model's own Python runs, compiled or not, with no KV cache and no attention metadata."""
     from vllm.config import set_current_vllm_config
     from vllm.forward_context import set_forward_context
@@ -437,7 +476,7 @@ def eager(config: Any, tokens: int) -> Iterator[None]:
         yield
 
 
-def probe(worker: Any) -> Tensor:
+def probe(worker: Worker) -> Tensor:
     """One eager pass over fixed token ids on this rank: what it hands on, `[tokens, d_model]` float32.
 
     Collective: every rank of the engine must call it at the same time.
@@ -461,14 +500,14 @@ def probe(worker: Any) -> Tensor:
     return out.float()
 
 
-def run_eager(worker: Any) -> Callable[[], None]:
+def run_eager(worker: Worker) -> Callable[[], None]:
     """From now on the model's own Python runs for every request, in place of what was compiled and captured. Returns
     what undoes it."""
     from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 
-    before: list[tuple[Any, str, Any]] = []
+    before: list[tuple[object, str, object]] = []
 
-    def put(owner: Any, name: str, value: Any) -> None:
+    def put(owner: object, name: str, value: object) -> None:
         before.append((owner, name, seam(owner, name)))
         setattr(owner, name, value)
 
@@ -513,10 +552,10 @@ def _repeatable_attention(model: nn.Module) -> Iterator[None]:
     was to write; here attention gives its queries."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-    def repeatable(forward: Any) -> Any:
+    def repeatable(forward: Method) -> Method:
         names = list(inspect.signature(forward).parameters)
 
-        def queries(*args: Any, **kwargs: Any) -> Any:
+        def queries(*args: object, **kwargs: object) -> object:
             output = forward(*args, **kwargs)
             query, *rest = [
                 (name, value)
@@ -548,12 +587,14 @@ def _like(query: Tensor, output: Tensor) -> Tensor:
     return query.reshape(output.shape).clone() if query.numel() == output.numel() else torch.zeros_like(output)
 
 
-def _from_the_rank_before(worker: Any, model: Any, device: torch.device) -> dict[str, Any]:
+def _from_the_rank_before(
+    worker: Worker, model: nn.Module, device: torch.device
+) -> dict[str, IntermediateTensors | None]:
     from vllm.distributed import get_pp_group
 
     if get_pp_group().is_first_rank:
         return {"intermediate_tensors": None}
-    made = model.make_empty_intermediate_tensors(
+    made = seam(model, "make_empty_intermediate_tensors")(
         batch_size=PROBE_TOKENS, dtype=worker.model_config.dtype, device=device
     )
     generator = torch.Generator().manual_seed(1)
@@ -565,7 +606,7 @@ def _from_the_rank_before(worker: Any, model: Any, device: torch.device) -> dict
 # -- the front end ---------------------------------------------------------------------------------------------------
 
 
-def call_workers(engine: Any, method: str, *args: Any) -> list[Any]:
+def call_workers(engine: LLMEngine, method: str, *args: object) -> list[Any]:
     """Call `method` on every worker of an `LLMEngine`; their answers. On the thread that drives the engine.
 
     Where the engine is in this process it stops with its last request, whose end the workers hear of in the next step.
@@ -576,12 +617,12 @@ def call_workers(engine: Any, method: str, *args: Any) -> list[Any]:
     return list(seam(engine, "collective_rpc")(method, args=args))
 
 
-def engines_of(engine: Any) -> int:
+def engines_of(engine: AsyncLLM) -> int:
     """The engines that an `AsyncLLM` drives: several where it balances data parallelism itself."""
     return len(getattr(engine.engine_core, "core_engines", None) or [None])
 
 
-async def call_workers_async(engine: Any, method: str, *args: Any) -> list[Any]:
+async def call_workers_async(engine: AsyncLLM, method: str, *args: object) -> list[Any]:
     """The same for an `AsyncLLM`, and for every engine where there are several (data parallel): vLLM's own
     `collective_rpc` reaches all of them but answers for the first alone."""
     client = engine.engine_core
@@ -592,11 +633,11 @@ async def call_workers_async(engine: Any, method: str, *args: Any) -> list[Any]:
     return list(await seam(engine, "collective_rpc")(method, args=args))
 
 
-def wrap_process_inputs(inputs: Any, change: Callable[[Any], None]) -> None:
+def wrap_process_inputs(inputs: InputProcessor, change: Callable[[EngineRequest], None]) -> None:
     """Have `change` applied to every EngineCoreRequest that this InputProcessor makes, on whichever thread."""
     process = seam(inputs, "process_inputs", ["prompt", "params"])
 
-    def processing(*args: Any, **kwargs: Any) -> Any:
+    def processing(*args: object, **kwargs: object) -> object:
         request = process(*args, **kwargs)
         change(request)
         return request
@@ -604,7 +645,7 @@ def wrap_process_inputs(inputs: Any, change: Callable[[Any], None]) -> None:
     inputs.process_inputs = processing
     if (threaded := getattr(inputs, "process_inputs_async", None)) is not None:
 
-        async def processing_threaded(*args: Any, **kwargs: Any) -> Any:
+        async def processing_threaded(*args: object, **kwargs: object) -> object:
             request = await threaded(*args, **kwargs)
             change(request)
             return request
@@ -613,11 +654,11 @@ def wrap_process_inputs(inputs: Any, change: Callable[[Any], None]) -> None:
 
 
 def wrap_requests(
-    outputs: Any,
-    adds: Callable[[Any], None],
-    added: Callable[[Any, Any], None],
+    outputs: OutputProcessor,
+    adds: Callable[[EngineRequest], None],
+    added: Callable[[EngineRequest, RequestState], None],
     ended: Callable[[str], None],
-    watched: Mapping[str, Any],
+    watched: Mapping[str, object],
     lost: Callable[[str], Exception],
 ) -> None:
     """Have `adds` called with each EngineCoreRequest before the OutputProcessor takes it, `added` with it and the state
@@ -631,7 +672,7 @@ def wrap_requests(
     )
     states = seam(outputs, "request_states")
 
-    def adding(request: Any, *args: Any, **kwargs: Any) -> Any:
+    def adding(request: EngineRequest, *args: object, **kwargs: object) -> object:
         adds(request)
         try:
             out = add(request, *args, **kwargs)
@@ -644,7 +685,7 @@ def wrap_requests(
             token_usage.current().answer(lambda: answer_length(state))
         return out
 
-    def processing(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def processing(engine_core_outputs: Sequence[EngineCoreOutput], *args: object, **kwargs: object) -> object:
         fallen: list[str] = []
         if watched:
             engine_core_outputs, fallen = _without_lost(engine_core_outputs, states, watched, lost)
@@ -659,7 +700,7 @@ def wrap_requests(
                     if one.request_id in watched and one.request_id not in states:
                         ended(one.request_id)
 
-    def aborting(*args: Any, **kwargs: Any) -> Any:
+    def aborting(*args: object, **kwargs: object) -> object:
         out = abort(*args, **kwargs)
         for request_id in out:
             ended(request_id)
@@ -669,11 +710,11 @@ def wrap_requests(
 
 
 def _without_lost(
-    outputs: Sequence[Any],
-    states: Mapping[str, Any],
-    watched: Mapping[str, Any],
+    outputs: Sequence[EngineCoreOutput],
+    states: Mapping[str, RequestState],
+    watched: Mapping[str, object],
     lost: Callable[[str], Exception],
-) -> tuple[Sequence[Any], list[str]]:
+) -> tuple[Sequence[EngineCoreOutput], list[str]]:
     """EngineCoreOutputs with an end in the place of each that tells of a loss, and the requests that have it."""
     found = [one.request_id for one in outputs if getattr(one, CORRUPTED) >> ABOVE and one.request_id in watched]
     found = [request_id for request_id in found if request_id in states]
@@ -702,22 +743,22 @@ def _without_lost(
     return [*(one for one in outputs if one.request_id not in fallen), *ends], list(fallen)
 
 
-def abort(engine: Any, request_ids: Sequence[str]) -> None:
+def abort(engine: LLMEngine, request_ids: Sequence[str]) -> None:
     """End requests of an LLMEngine by their internal ids, in its processes as well."""
     seam(engine, "abort_request", ["request_ids", "internal"])(list(request_ids), internal=True)
 
 
-async def abort_async(engine: Any, request_ids: Sequence[str]) -> None:
+async def abort_async(engine: AsyncLLM, request_ids: Sequence[str]) -> None:
     """End requests of an AsyncLLM by their internal ids, in its processes as well."""
     await seam(engine, "abort", ["request_id", "internal"])(list(request_ids), internal=True)
 
 
-def prompt_length(request: Any) -> int:
+def prompt_length(request: EngineRequest) -> int:
     """Tokens of the prompt of an EngineCoreRequest; 0 where it came as embeddings."""
     return len(getattr(request, "prompt_token_ids", None) or ())
 
 
-def answer_length(state: Any) -> int:
+def answer_length(state: RequestState) -> int:
     """Tokens that a request of the OutputProcessor has by now. Its state outlives its end."""
     detokenizer = getattr(state, "detokenizer", None)
     if detokenizer is not None and hasattr(detokenizer, "num_output_tokens"):
@@ -725,27 +766,29 @@ def answer_length(state: Any) -> int:
     return int(getattr(getattr(state, "stats", None), "num_generation_tokens", 0))
 
 
-def answer_ids(state: Any) -> list[int]:
+def answer_ids(state: RequestState) -> list[int]:
     """The same tokens themselves."""
     return list(seam(seam(state, "detokenizer"), "output_token_ids"))
 
 
-def tokenizer_of(engine: Any) -> Any:
+def tokenizer_of(engine: AsyncLLM) -> Decoder:
     """The tokenizer of an AsyncLLM."""
-    found = getattr(engine, "tokenizer", None)
-    return found if found is not None else seam(seam(engine, "renderer"), "get_tokenizer")()
+    found: Decoder | None = getattr(engine, "tokenizer", None)
+    if found is None:
+        found = seam(seam(engine, "renderer"), "get_tokenizer")()
+    return found
 
 
 #: Reads a VllmConfig before an engine is constructed from it; None leaves the engine alone.
-Prepare = Callable[[Any], Any]
+Prepare = Callable[["VllmConfig"], T | None]
 #: Called with a constructed engine, what `Prepare` gave for it, and whether it is a server's.
-Attach = Callable[[Any, Any, bool], None]
+Attach = Callable[[Any, T, bool], None]
 #: For whom an engine is made, as vLLM names it: a Python program, or the batch runner. Any other is a server's.
 _IN_PYTHON = frozenset({"LLM_CLASS", "ENGINE_CONTEXT"})
 _BATCH = "OPENAI_BATCH_RUNNER"
 
 
-def on_engine_start(prepare: Prepare, sync: Attach, asynchronous: Attach) -> None:
+def on_engine_start(prepare: Prepare[T], sync: Attach[T], asynchronous: Attach[T]) -> None:
     """Have `sync` called with every LLMEngine and `asynchronous` with every AsyncLLM that has been constructed from a
     configuration for which `prepare` gave something. Doing it twice is doing it once."""
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -757,11 +800,11 @@ def on_engine_start(prepare: Prepare, sync: Attach, asynchronous: Attach) -> Non
             owner.__init__ = _attaching(construct, prepare, attach)
 
 
-def _attaching(construct: Any, prepare: Prepare, attach: Attach) -> Any:
+def _attaching(construct: Method, prepare: Prepare[T], attach: Attach[T]) -> Method:
     signature = inspect.signature(construct)
 
     @functools.wraps(construct)
-    def constructing(self: Any, *args: Any, **kwargs: Any) -> None:
+    def constructing(self: object, *args: object, **kwargs: object) -> None:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         found = prepare(bound.arguments["vllm_config"])
@@ -782,13 +825,13 @@ def _attaching(construct: Any, prepare: Prepare, attach: Attach) -> Any:
     return constructing
 
 
-def _shut_down(engine: Any) -> None:
+def _shut_down(engine: object) -> None:
     """End an LLMEngine or AsyncLLM and the workers behind it."""
     shutdown = getattr(engine, "shutdown", None)
     (shutdown if callable(shutdown) else seam(seam(engine, "engine_core"), "shutdown"))()
 
 
-def usage(arguments: Mapping[str, Any]) -> str:
+def usage(arguments: Mapping[str, object]) -> str:
     """For whom an engine is made, from the arguments of its constructor: a name of vLLM's `UsageContext`."""
     if "usage_context" not in arguments:
         raise UnsupportedModel(f"vLLM {version()}: engines have no parameter usage_context; tested with {TESTED}")
@@ -814,7 +857,7 @@ def check_rust() -> None:
         raise UnsupportedModel(RUST_PROBLEM)
 
 
-def probe_prompt(number: int) -> Any:
+def probe_prompt(number: int) -> object:
     """One of several prompts, as the renderer makes it."""
     from vllm.inputs.engine import tokens_input
 
@@ -825,14 +868,14 @@ def probe_prompt(number: int) -> Any:
 PROBE_LOGPROBS, PROBE_ANSWER = 64, 3
 
 
-def probe_parameters(config: Any, spec: str) -> Any:
+def probe_parameters(config: VllmConfig, spec: str) -> SamplingParams:
     """Greedy and without the prefix cache. Where vLLM can, every answer has the same tokens, so that all have read the
     same, and tells of the same tokens in every place."""
-    from vllm import SamplingParams
+    import vllm
 
     vocabulary = int(config.model_config.get_vocab_size())
     asked = list(range(0, vocabulary, max(1, vocabulary // PROBE_LOGPROBS)))[:PROBE_LOGPROBS]
-    return SamplingParams(
+    made: SamplingParams = vllm.SamplingParams(
         max_tokens=PROBE_ANSWER,
         temperature=0,
         ignore_eos=True,
@@ -843,9 +886,10 @@ def probe_parameters(config: Any, spec: str) -> Any:
         skip_reading_prefix_cache=True,
         extra_args={"steer": spec},
     )
+    return made
 
 
-def answer_of(output: Any) -> list[tuple[int, dict[int, float]]]:
+def answer_of(output: RequestOutput) -> list[tuple[int, dict[int, float]]]:
     """Of an answer's tokens: which it is, and log-probabilities by token; as far as vLLM has them, which with drafts is
     not for every token that it gives."""
     one = output.outputs[0]
@@ -864,7 +908,7 @@ def client_error(error: Exception) -> Exception:
 # -- offline ---------------------------------------------------------------------------------------------------------
 
 
-def engine_arguments(model: str, options: Sequence[str]) -> Any:
+def engine_arguments(model: str, options: Sequence[str]) -> EngineArgs:
     """`options` of `vllm serve` that make an engine, as vLLM parses them. Raises InvalidInput for any other."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -876,7 +920,7 @@ def engine_arguments(model: str, options: Sequence[str]) -> Any:
     return EngineArgs.from_cli_args(args)
 
 
-def start_offline(arguments: Any, given: Mapping[str, Any], additional: Mapping[str, Any]) -> Any:
+def start_offline(arguments: EngineArgs, given: Mapping[str, object], additional: Mapping[str, object]) -> LLM:
     """An `LLM` from `arguments` with the options of `given` and our part of the additional configuration."""
     from vllm import LLM
 
@@ -887,7 +931,7 @@ def start_offline(arguments: Any, given: Mapping[str, Any], additional: Mapping[
 # -- the server ------------------------------------------------------------------------------------------------------
 
 
-def on_app_built(check: Callable[[Any], None]) -> None:
+def on_app_built(check: Callable[[FastAPI], None]) -> None:
     """Have `check` called with the app of the server that runs in this process, if one does, before it serves: in
     whichever of vLLM's modules its builder is, `__main__` among them."""
     for name, home in list(sys.modules.items()):
@@ -897,9 +941,9 @@ def on_app_built(check: Callable[[Any], None]) -> None:
                 vars(home)["build_app"] = _checking(build, check)
 
 
-def _checking(build: Any, check: Callable[[Any], None]) -> Any:
+def _checking(build: Callable[..., FastAPI], check: Callable[[FastAPI], None]) -> Callable[..., FastAPI]:
     @functools.wraps(build)
-    def building(*args: Any, **kwargs: Any) -> Any:
+    def building(*args: object, **kwargs: object) -> FastAPI:
         app = build(*args, **kwargs)
         check(app)
         return app
@@ -908,7 +952,7 @@ def _checking(build: Any, check: Callable[[Any], None]) -> Any:
     return building
 
 
-def fail_fast(route: Any) -> None:
+def fail_fast(route: BaseRoute) -> None:
     """Have a body for this route of FastAPI's refused at the first wrong item of a list. Items of vLLM's types are one
     of dozens, and each wrong one has a problem with every one of them: of 15 kB of empty objects a million problems are
     made, and the event loop waits for all of them."""
@@ -929,12 +973,12 @@ def _fail_fast(schema: Any) -> Any:
     return [_fail_fast(each) for each in schema] if isinstance(schema, list) else schema
 
 
-def problems_of(route: Any, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+def problems_of(route: BaseRoute | None, body: Mapping[str, object]) -> list[dict[str, object]]:
     """What is wrong with the fields of a body for this route of FastAPI's, each looked at alone, as pydantic tells it.
     vLLM's own checks of a whole body run before its fields are, and fail in ways of their own."""
     field = getattr(route, "body_field", None)
     model = getattr(getattr(field, "field_info", None), "annotation", None)
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, object]] = []
     for name in sorted(body.keys() & getattr(model, "model_fields", {}).keys()):
         try:
             _adapter(model, name).validate_python(body[name])
@@ -947,10 +991,10 @@ def problems_of(route: Any, body: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 @functools.cache
-def _adapter(model: Any, name: str) -> TypeAdapter[Any]:
+def _adapter(model: type[BaseModel], name: str) -> TypeAdapter[object]:
     field = model.model_fields[name]
     kind: Any = Annotated[field.annotation, field]
-    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+    adapter: TypeAdapter[object] = TypeAdapter(kind)
     adapter.validator = SchemaValidator(_fail_fast(adapter.core_schema))
     return adapter
 
@@ -969,20 +1013,20 @@ def of_the_body(error: BaseException) -> bool:
     return True
 
 
-def served_names(app: Any) -> list[str]:
+def served_names(app: Starlette) -> list[str]:
     """All names under which models are served: the base model's, and adapters'."""
     models = seam(app.state, "openai_serving_models")
     names = [path.name for path in seam(models, "base_model_paths")]
     return names + list(getattr(models, "lora_requests", None) or ())
 
 
-def server_arguments(model: str, options: Sequence[str]) -> Any:
+def server_arguments(model: str, options: Sequence[str]) -> Namespace:
     """`vllm serve MODEL OPTIONS` as vLLM parses it."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     launchers = _launchers()
     parser = launchers["make_arg_parser"](FlexibleArgumentParser(prog="steer serve --backend vllm"))
-    args = parser.parse_args([model, *options])
+    args: Namespace = parser.parse_args([model, *options])
     if getattr(args, "model_tag", None) is not None:
         args.model = args.model_tag
     launchers["validate_parsed_serve_args"](args)
@@ -992,7 +1036,7 @@ def server_arguments(model: str, options: Sequence[str]) -> Any:
     return args
 
 
-def run_server(args: Any, keep_alive: int) -> None:
+def run_server(args: Namespace, keep_alive: int) -> None:
     """vLLM's OpenAI server in this process; returns when it has been stopped. `keep_alive`: seconds that an idle
     connection is kept, where the environment does not say."""
     import uvloop
@@ -1003,7 +1047,7 @@ def run_server(args: Any, keep_alive: int) -> None:
     uvloop.run(_launchers()["run_server"](args))
 
 
-def _launchers() -> dict[str, Any]:
+def _launchers() -> dict[str, Callable[..., Any]]:
     """The functions behind `vllm serve`, which moved in 0.32."""
     import importlib
 
@@ -1012,7 +1056,7 @@ def _launchers() -> dict[str, Any]:
         "validate_parsed_serve_args": ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"),
         "run_server": ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server"),
     }
-    found: dict[str, Any] = {}
+    found: dict[str, Callable[..., Any]] = {}
     for name, modules in homes.items():
         for module in modules:
             try:

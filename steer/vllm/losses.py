@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from steer.runtime.token_index import Losses
 from steer.vllm import internals
+
+if TYPE_CHECKING:
+    from steer.vllm.types import ModelRunnerOutput, SchedulerOutput
 
 #: Lost requests that one which comes later is compared with: those whose end the front end may not have seen yet.
 KEPT = 64
@@ -50,7 +53,7 @@ class Step:
     losses: Losses
     requests: Sequence[str]
     lengths: NDArray[np.int32]
-    scheduled: Any
+    scheduled: SchedulerOutput
 
 
 class LostRuns:
@@ -74,7 +77,7 @@ class LostRuns:
         self._running.pop(request, None)
         self._lost.pop(request, None)
 
-    def tell(self, output: Any, step: Step | None) -> Any:
+    def tell(self, output: ModelRunnerOutput, step: Step | None) -> ModelRunnerOutput:
         """vLLM's output of a step, with the requests of it that are lost by now."""
         if step is not None and (found := step.losses.first(step.lengths)):
             starts = internals.starts_of(step.scheduled)

@@ -5,24 +5,27 @@ It does nothing to an engine that is started without `additional_config={"steer"
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from steer.errors import UnsupportedModel
 from steer.vllm import frontend, internals, settings
+
+if TYPE_CHECKING:
+    from steer.vllm.types import AsyncLLM, VllmConfig
 
 
 def register() -> None:
     internals.on_engine_start(_prepare, frontend.attach_sync, _attach_async)
 
 
-def _attach_async(engine: Any, found: settings.EngineSettings, serves: bool) -> None:
+def _attach_async(engine: AsyncLLM, found: settings.EngineSettings, serves: bool) -> None:
     from steer.vllm.server import check_app
 
     frontend.attach_async(engine, found, serves)
     internals.on_app_built(check_app)
 
 
-def _prepare(config: Any) -> settings.EngineSettings | None:
+def _prepare(config: VllmConfig) -> settings.EngineSettings | None:
     """The settings of an engine that is about to start, or None where steering is off. `config`: VllmConfig."""
     found = settings.read(config.additional_config)
     if found is None:

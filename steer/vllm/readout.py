@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -107,5 +106,5 @@ class ReadRunner:
 
 def _flat(steering_module: SteeringModule) -> Tensor:
     """`[count, 2 × rank + 1]`: before, after, norm."""
-    found: Any = steering_module.found
+    found = steering_module.found
     return torch.cat([found[0], found[1], steering_module.norms.unsqueeze(1)], dim=1)

@@ -12,7 +12,7 @@ import itertools
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from steer.registry import Registry
 from steer.runtime.bank import EMBEDDING, HookPoint
 from steer.runtime.placement import Shape
 from steer.vllm.settings import EngineSettings
+from steer.vllm.types import Call
 
 log = logging.getLogger("steer")
 
@@ -49,8 +50,7 @@ class Checked(Protocol):
     registry: Registry
 
     @property
-    def call(self) -> Callable[..., list[Any]]:
-        """A method of every worker, by name, with its arguments; what each returns."""
+    def call(self) -> Call: ...
 
 
 #: Once with all of it and once with half: what acts twice is all the same where nothing is left.

@@ -14,16 +14,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.admission import Admission
@@ -169,7 +170,7 @@ def _passing(way: Passage) -> Iterator[None]:
 
 def check_app(app: FastAPI) -> None:
     """Raise UnsupportedModel for an app that would ignore the field `steer` and answer without a receipt."""
-    classes: list[Any] = [layer.cls for layer in app.user_middleware]
+    classes: list[object] = [layer.cls for layer in app.user_middleware]
     if Middleware not in classes:
         raise UnsupportedModel(
             f"steering is on, but this server would ignore the field 'steer': start it with --middleware "
@@ -189,7 +190,7 @@ class EndpointPlugin:
         if named not in app.state.args.middleware:
             app.add_middleware(Middleware)
 
-    async def init_state(self, engine_client: Any, _state: Any, _args: Any) -> None:
+    async def init_state(self, engine_client: object, _state: object, _args: Namespace) -> None:
         front_ends.of(engine_client)
 
 
@@ -209,7 +210,7 @@ def control_settings(app: FastAPI) -> ControlSettings:
     return found.control if found else ControlSettings.of_environment()
 
 
-def check_door(control: Control, args: Any) -> None:
+def check_door(control: Control, args: Namespace) -> None:
     """Raises InvalidInput where the server must not listen: without keys for others, or with two kinds of keys."""
     keys = args.api_key or os.environ.get("VLLM_API_KEY")
     if keys and control.in_force is not None:
@@ -228,7 +229,7 @@ class _LateRegistry:
     def __init__(self, app: FastAPI) -> None:
         self._app = app
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(front_end_of(self._app).registry, name)
 
 
@@ -244,7 +245,7 @@ class Generation:
         front = front_end_of(scope["app"])
         ticket: Ticket | None = None
 
-        def forward(body: dict[str, Any], admission: Admission) -> None:
+        def forward(body: dict[str, object], admission: Admission) -> None:
             nonlocal ticket
             xargs = body.get(carriers.XARGS) or {}
             wire.check_absent(xargs)
@@ -352,7 +353,7 @@ def _may_be_plain(scope: Scope) -> bool:
         return False
 
 
-async def _understood(scope: Scope, data: bytes) -> Any:
+async def _understood(scope: Scope, data: bytes) -> object:
     """What a body says: of JSON the value, of a form its fields, {} of none; None where we cannot tell."""
     kind = (header(headers_of(scope), "content-type") or "").lower()
     forms = ("multipart/form-data", "application/x-www-form-urlencoded")
@@ -378,7 +379,7 @@ def unsupported(message: str, param: str | None = None) -> HTTPProblem:
     return HTTPProblem(Code.UNSUPPORTED, message, param=param)
 
 
-def check_one_answer(body: dict[str, Any]) -> None:
+def check_one_answer(body: dict[str, object]) -> None:
     """Raise SpecError for a request that is to be read and makes several answers, or none that is generated."""
     prompt = body.get("prompt")
     several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
@@ -390,7 +391,7 @@ def check_one_answer(body: dict[str, Any]) -> None:
 async def _run(
     app: ASGIApp,
     way: Passage,
-    body: Any,
+    body: object,
     scope: Scope,
     receive: Receive,
     send: Send,
@@ -408,12 +409,14 @@ async def _run(
                 raise
 
 
-def _in_our_words(scope: Scope, body: Any) -> Scope:
+def _in_our_words(scope: Scope, body: object) -> Scope:
     """The scope of a route that tells of a body's problems as our own routes do, whatever vLLM's checks of it raise.
     Starlette hands the handlers of an app on to its routes there."""
     theirs, by_status = scope.get("starlette.exception_handlers", ({}, {}))
 
-    async def telling(request: Request, error: Exception, then: Any = None) -> Any:
+    async def telling(
+        request: Request, error: Exception, then: Callable[[Request, Exception], Awaitable[Response]] | None = None
+    ) -> Response:
         if internals.of_the_body(error) and isinstance(body, dict):
             found = await offload("body", LARGE, lambda: internals.problems_of(scope.get("route"), body))
             if found or then is None:
@@ -427,7 +430,7 @@ def _in_our_words(scope: Scope, body: Any) -> Scope:
             raise error
         return await then(request, error)
 
-    ours: dict[Any, Any] = {
+    ours: dict[object, object] = {
         kind: then if issubclass(kind, HTTPException) else partial(telling, then=then) for kind, then in theirs.items()
     }
     ours |= {Exception: telling, RequestValidationError: errors.on_validation_error}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from steer.errors import SpecError
 from steer.spec import Entry, Spec, nearly
@@ -26,20 +25,20 @@ def decode(text: str) -> Spec:
     return Spec(tuple(Entry(**entry) for entry in json.loads(text)))
 
 
-def check_absent(extra: Any) -> None:
+def check_absent(extra: object) -> None:
     """Raise SpecError for a request that brings what only the front end may write, or nearly the key that asks."""
     for key in extra if isinstance(extra, dict) else ():
         if key not in (KEY, CAPTURE) and isinstance(key, str) and nearly(key):
             raise SpecError(f"'{key[:100]}' is not for requests to set; ask with '{KEY}'", param=key)
 
 
-def read_by(params: Any) -> Sequence[str]:
+def read_by(params: object) -> Sequence[str]:
     """The digests in SamplingParams of what is read for a request; none where nothing is."""
     found: Sequence[str] = (getattr(params, "extra_args", None) or {}).get(READ, ())
     return found
 
 
-def of(params: Any) -> str | None:
+def of(params: object) -> str | None:
     """The encoded spec in SamplingParams; None for a plain request, and for one that generates nothing."""
     text: str | None = (getattr(params, "extra_args", None) or {}).get(RESOLVED)
     return text

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,17 @@ from steer.vllm.readout import ReadRunner
 from steer.vllm.residents import Residents, RowsInUse
 from steer.vllm.retention import Kept
 from steer.vllm.steering_module import code_digest
+
+if TYPE_CHECKING:
+    from steer.vllm.internals import Method
+    from steer.vllm.types import (
+        GPUModelRunner,
+        IntermediateTensors,
+        ModelConfig,
+        NewRequest,
+        SchedulerOutput,
+        VllmConfig,
+    )
 
 log = logging.getLogger("steer")
 _NONE = np.zeros(0, np.int64)
@@ -51,12 +62,14 @@ class Steered:
     """
 
     if TYPE_CHECKING:
-        vllm_config: Any
-        model_runner: Any
+        vllm_config: VllmConfig
+        model_runner: GPUModelRunner
+        model_config: ModelConfig
         device: torch.device
-        get_model: Callable[[], torch.nn.Module]
 
-    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        def get_model(self) -> torch.nn.Module: ...
+
+    def __init__(self, vllm_config: VllmConfig, *args: object, **kwargs: object) -> None:
         found = settings.read(vllm_config.additional_config)
         if found is None:
             raise UnsupportedModel(
@@ -77,7 +90,7 @@ class Steered:
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]  # the platform's worker
         internals.around_calls(self, self._call)
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
+    def load_model(self, *args: object, **kwargs: object) -> None:
         if self._kept is not None:
             raise UnsupportedModel("the model was to be loaded a second time: steering needs a new engine for that")
         super().load_model(*args, **kwargs)
@@ -90,7 +103,9 @@ class Steered:
         self._lost_runs = LostRuns()
         self._passed: Step | None = None  # the pass that was enqueued last, until its outputs are asked for
         self._batch: tuple[list[str], NDArray[np.int32]] = [], np.zeros(0, np.int32)
-        self._from_before: Any = None  # what the rank before has handed on for the step that runs
+        self._from_before: IntermediateTensors | None = (
+            None  # what the rank before has handed on for the step that runs
+        )
         self._met_front_end = False
         reads = self._installation.reads
         self._reads = ReadRunner(reads, self._installation.reading) if reads is not None else None
@@ -106,7 +121,7 @@ class Steered:
             self._kept.nbytes / 2**20,
         )
 
-    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, method: Method, *args: object, **kwargs: object) -> object:
         """`method` as a call, where it is none inside of another or of a step."""
         if self._inside:
             return method(*args, **kwargs)
@@ -122,7 +137,7 @@ class Steered:
         """What runs until the next step is no request's."""
         self._index.fill(_NONE, _NONE)
 
-    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: object, **kwargs: object) -> object:
         if self._inside:  # a warm-up
             return super().execute_model(scheduler_output, *args, **kwargs)
         self._inside = "step"
@@ -131,12 +146,12 @@ class Steered:
         finally:
             self._inside = ""
 
-    def execute_dummy_batch(self, *args: Any, **kwargs: Any) -> Any:
+    def execute_dummy_batch(self, *args: object, **kwargs: object) -> object:
         """A pass with no request in it, so that other ranks can go on."""
         self._rest()
         return super().execute_dummy_batch(*args, **kwargs)
 
-    def _step(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def _step(self, scheduler_output: SchedulerOutput, *args: object, **kwargs: object) -> object:
         if not self._looked:
             self._look()
         # A request that was aborted and came again under its id stands in both lists of one step: ends come first.
@@ -162,16 +177,16 @@ class Steered:
             watcher.end_step()
         return out if out is None else self._told(out)
 
-    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+    def sample_tokens(self, *args: object, **kwargs: object) -> object:
         """What `execute_model` has not given yet."""
         return self._told(super().sample_tokens(*args, **kwargs))
 
-    def _told(self, out: Any) -> Any:
+    def _told(self, out: object) -> object:
         """vLLM's output of the step, which will tell of the requests that it has lost when it is read."""
         passed, self._passed = self._passed, None
         return internals.on_output(out, lambda output: self._lost_runs.tell(output, passed))
 
-    def _enter_rank(self, tensors: Any) -> None:
+    def _enter_rank(self, tensors: IntermediateTensors | None) -> None:
         self._from_before = tensors
 
     def _leave_rank(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -197,7 +212,7 @@ class Steered:
             log.warning("steering was put back after the model had been changed: %s", ", ".join(lost))
         self._looked = True
 
-    def _meet(self, new: Any) -> None:
+    def _meet(self, new: NewRequest) -> None:
         """A request's first step here, or its return from preemption (V2 sends it as a new one)."""
         if not self._met_front_end:
             raise UnsupportedModel(
@@ -243,7 +258,7 @@ class Steered:
 
     # -- called by `collective_rpc`; failures are answers, so that one worker's cannot end the engine -----------------
 
-    def steer_hello(self) -> dict[str, Any]:
+    def steer_hello(self) -> dict[str, object]:
         """The front end is there; what this worker has."""
         self._met_front_end = True
         own = self.steer_settings
@@ -290,7 +305,7 @@ class Steered:
         self._capture = Capture(blocks, self._installation.form, shape, self.device)
         return {}
 
-    def steer_captured(self) -> dict[str, Any] | None:
+    def steer_captured(self) -> dict[str, object] | None:
         """What was read since `steer_capture`, which ends: (layer, picked, own) with float64 bytes, and the tokens seen
         of each prompt."""
         if (capture := self._capture) is None:
@@ -315,7 +330,7 @@ class Steered:
         }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """`Worker` is made when it is asked for, in the process and on the platform where it will run."""
     if name != "Worker":
         raise AttributeError(name)

@@ -41,9 +41,9 @@ class Case:
 
     def run(self, repeats: int) -> tuple[int, float, float]:
         """Bytes, milliseconds of the operation at all layers, microseconds of filling the index for a step."""
-        places = [HookPoint("resid_post", layer) for layer in range(self.layers)]
+        points = [HookPoint("resid_post", layer) for layer in range(self.layers)]
         bank = DirectionBank(
-            places, rows=self.rows, rank=self.rank, d_model=self.width, device=DEVICE, requests=self.tokens
+            points, rows=self.rows, rank=self.rank, d_model=self.width, device=DEVICE, requests=self.tokens
         )
         index = TokenIndex(self.rank, self.tokens, DEVICE)
         for bank_slice in bank.slices.values():

@@ -101,7 +101,7 @@ def accepted(kind: str, limits: Mapping[str, object]) -> str:
         return ""
 
 
-def wording(item: ErrorDetails) -> str:
+def problem_text(item: ErrorDetails) -> str:
     """One problem of a pydantic ValidationError in our words: the value, and what would be accepted."""
     if item["type"] == "missing":
         return "missing; it is required"
@@ -135,7 +135,7 @@ def problems_by_field(items: Iterable[ErrorDetails], whole: str) -> dict[str, st
     for field, (first, *others) in found.items():
         also = dict.fromkeys(accepted(item["type"], item.get("ctx", {})) for item in others)
         own = accepted(first["type"], first.get("ctx", {}))
-        problems[field] = ", or ".join([wording(first), *(each for each in also if own and each and each != own)])
+        problems[field] = ", or ".join([problem_text(first), *(each for each in also if own and each and each != own)])
     return problems
 
 

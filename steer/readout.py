@@ -6,8 +6,8 @@
                                            source layer) or a list of numbers
     false, null, "off"                     nothing, which is the default
 
-Parsing gives a `ReadWanted`; `resolve` makes a `Readout` of exact file versions of it, which the request's admission
-pins. What is then measured is defined in `steer.runtime.readout`.
+Parsing gives a `RequestedReadout`; `resolve` makes a `Readout` of exact file versions of it, which the request's
+admission pins. What is then measured is defined in `steer.runtime.readout`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Final, Literal
 from steer.errors import SpecError, brief
 from steer.names import SITE_RULES, SITES, readable
 from steer.registry import Registry
-from steer.spec import MAX_ITEMS, OFF_TEXTS, Spec, Wanted
+from steer.spec import MAX_ITEMS, OFF_TEXTS, RequestedDirection, Spec
 
 FIELD: Final = "steer_readout"
 MAX_DIRECTIONS = 4
@@ -33,7 +33,7 @@ Layers = tuple[int, ...] | Literal["all", "source"]
 
 
 @dataclass(frozen=True, slots=True)
-class ReadWanted:
+class RequestedReadout:
     """What a client asked to read; `names` is None for the directions of its own spec."""
 
     names: tuple[str, ...] | None
@@ -62,7 +62,7 @@ class Readout:
         return tuple(dict.fromkeys(line.digest for line in self.lines))
 
 
-def parse(value: object) -> ReadWanted | None:
+def parse(value: object) -> RequestedReadout | None:
     """Parse the body field. None means that nothing is read. Raises SpecError with every problem."""
     problems: list[str] = []
     layers: Layers = "all"
@@ -78,7 +78,7 @@ def parse(value: object) -> ReadWanted | None:
         problems.append(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once")
     if problems:
         raise SpecError(problems, param=FIELD)
-    return None if names == () else ReadWanted(names, layers)
+    return None if names == () else RequestedReadout(names, layers)
 
 
 def _names(value: object, problems: list[str]) -> tuple[str, ...] | None:
@@ -106,7 +106,7 @@ def _layers(value: object, problems: list[str]) -> Layers:
 
 
 def resolve(
-    wanted: ReadWanted,
+    wanted: RequestedReadout,
     spec: Spec,
     registry: Registry,
     layers: int,
@@ -127,7 +127,9 @@ def resolve(
     if len(names) > MAX_DIRECTIONS:
         raise SpecError(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once", param=FIELD)
     try:
-        registry.resolve([Wanted(name, strength=1.0) for name in names], lambda name: name in own or may_use(name))
+        registry.resolve(
+            [RequestedDirection(name, strength=1.0) for name in names], lambda name: name in own or may_use(name)
+        )
     except SpecError as error:
         raise type(error)([f"{FIELD}: {problem}" for problem in error.problems], param=FIELD) from None
     return Readout(_lines(names, registry), _resolved(wanted.layers, names, registry, layers))

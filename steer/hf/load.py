@@ -67,7 +67,7 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
                 f"tokenizer_config.json, as `save_pretrained` writes them): {str(error).partition(chr(10))[0]}"
             ) from error
         model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=wanted, attn_implementation=attention_for(config)
+            name, revision=revision, dtype=wanted, attn_implementation=attention_implementation(config)
         )
     except (OSError, ValueError) as error:
         raise UnsupportedModel(f"cannot load the model '{name}': {error}") from error
@@ -132,7 +132,7 @@ def check_causal(name: str, config: PreTrainedConfig) -> None:
         )
 
 
-def attention_for(config: PreTrainedConfig) -> str | None:
+def attention_implementation(config: PreTrainedConfig) -> str | None:
     """The attention implementation to load a model with, None for transformers' choice: torch's own attention has no
     soft cap, and transformers 5.19 leaves it out where that is chosen (Gemma 2)."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None

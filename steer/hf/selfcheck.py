@@ -138,7 +138,8 @@ def _agree(asked: _Asked, got: Tensor, right: Tensor, by: str, allowed: float) -
 
 @contextmanager
 def _vector(bank: DirectionBank) -> Iterator[RequestSteer]:
-    """A request that steers by random unit vectors, another at each place, strongly enough to show in any dtype."""
+    """A request that steers by random unit vectors, another at each hook point, strongly enough to show in any
+    dtype."""
     generator, made = torch.Generator().manual_seed(1), RequestSteer.plain(bank.rank)
     with bank.borrowed() as row:
         for bank_slice in bank.slices.values():

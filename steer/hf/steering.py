@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 #: Length of the probe prompt: long enough to be more than one token, short enough for any context.
 PROBE_TOKENS = 8
 
-#: Rows of a batch up to which their vectors are kept at all places: at most 1 / (6 · d_model) of the weights for each.
+#: Rows of a batch up to which their vectors are kept at all hook points: at most 1 / (6 · d_model) of the weights for
+#: each.
 KEPT = 64
 
 
@@ -82,7 +83,7 @@ class Watcher(Protocol):
         """A pass over `tokens` (rows, positions) begins; None where what the decoder was given does not say."""
 
     def record(self, layer: int, before: Tensor, after: Tensor, vectors: Tensor) -> None:
-        """The output of block `layer`, `[..., d_model]`, before and after the operation; the place's bank rows."""
+        """The output of block `layer`, `[..., d_model]`, before and after the operation; the hook point's bank rows."""
 
 
 class Steering:
@@ -99,7 +100,7 @@ class Steering:
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(sites))
         self._targets = self._find_targets()
         self.bank = DirectionBank(
-            list(dict.fromkeys(point.place for point, _ in self._targets)),
+            list(dict.fromkeys(hooked.point for hooked, _ in self._targets)),
             rows=rows,
             rank=rank,
             d_model=self.anatomy.d_model,
@@ -119,7 +120,7 @@ class Steering:
         #: How many passes went through the hooks.
         self.passes = 0
         self.watchers: list[Watcher] = []
-        #: What acts at each place, until the next `fill`: a batch is many passes.
+        #: What acts at each hook point, until the next `fill`: a batch is many passes.
         self._kept: dict[HookPoint, list[Operands]] = {}
         #: Every batch that has not ended, the last of which is in force, and whose they are.
         self._batches: list[_Batch] = []
@@ -138,7 +139,7 @@ class Steering:
             begin = _uncompiled(self._begin)
             decoder = self.anatomy.decoder
             self._handles = [decoder.register_forward_pre_hook(lambda _, *given: begin(*given), with_kwargs=True)]
-            self._handles += [hang(_uncompiled(self._transform(point.place))) for point, hang in self._targets]
+            self._handles += [hang(_uncompiled(self._transform(hooked.point))) for hooked, hang in self._targets]
             self._generations = internals.Generations(self.anatomy.model, self._check_prompts)
 
     @property
@@ -223,7 +224,7 @@ class Steering:
                 "prompt under several specs, give the prompt as often"
             )
 
-    def _check_shape(self, x: Tensor, place: HookPoint) -> None:
+    def _check_shape(self, x: Tensor, point: HookPoint) -> None:
         """Raise UnsupportedModel unless the rows of the pass come first in x, also where x is `[tokens, d_model]`."""
         if self._tokens is None:
             if len(self._rows) == 1 and not self.watchers:
@@ -234,7 +235,7 @@ class Steering:
         else:
             told = f"for tokens {list(self._tokens)} the stream is {list(x.shape)}"
         raise UnsupportedModel(
-            f"{self.anatomy.architecture}: {place.site} of layer {place.layer}: which rows of a batch the stream "
+            f"{self.anatomy.architecture}: {point.site} of layer {point.layer}: which rows of a batch the stream "
             f"belongs to is not known: {told}; what is expected is [rows, positions, d_model]"
         )
 
@@ -247,9 +248,9 @@ class Steering:
         self.fill(rows, [1] * len(rows))
         self.reads.clear()
 
-    def _transform(self, place: HookPoint) -> site_tools.Transform:
-        bank_slice, layer = self.bank.slices[place], place.layer
-        readable = place.readable
+    def _transform(self, point: HookPoint) -> site_tools.Transform:
+        bank_slice, layer = self.bank.slices[point], point.layer
+        readable = point.readable
 
         def transform(x: Tensor) -> Tensor | None:
             if self._rows is not self._begun and torch._C._current_graph_task_id() != -1:  # autograd is going backward
@@ -262,8 +263,8 @@ class Steering:
             if not (steered or read or watchers):
                 return None
             if self._rows or watchers:
-                self._check_shape(x, place)
-            moved = self._moved(x, place) if steered else x
+                self._check_shape(x, point)
+            moved = self._moved(x, point) if steered else x
             for watcher in watchers:
                 watcher.record(layer, x, moved, bank_slice.vectors)
             if read:
@@ -272,10 +273,10 @@ class Steering:
 
         return transform
 
-    def _moved(self, x: Tensor, place: HookPoint) -> Tensor:
+    def _moved(self, x: Tensor, point: HookPoint) -> Tensor:
         """The stream `[..., d_model]` of all tokens after the operation."""
         count = len(self._rows) or x.shape[:-1].numel()
-        operands = self._kept.get(place) or self._gathered(place, count)
+        operands = self._kept.get(point) or self._gathered(point, count)
         if not operands:
             return x
         shape = x.shape if operands[0].strengths.dim() == 1 else (count, -1, x.shape[-1])
@@ -283,20 +284,20 @@ class Steering:
         self.index.lost[:count].logical_or_(lost.reshape(count, -1).any(-1))
         return moved.reshape(x.shape)
 
-    def _gathered(self, place: HookPoint, count: int) -> list[Operands]:
+    def _gathered(self, point: HookPoint, count: int) -> list[Operands]:
         acting, everywhere = self.index.acting(count)
         with lasting():  # what is kept may serve a pass in another mode
             if self._rows:  # a backward pass may come when the index, which is written in place, says other things
                 acting = acting._replace(strengths=acting.strengths.clone())
-            operands = gather(self.bank.slices[place], *acting, everywhere=everywhere)
+            operands = gather(self.bank.slices[point], *acting, everywhere=everywhere)
         if acting.rows.shape[1] <= KEPT:
-            self._kept[place] = operands
+            self._kept[point] = operands
         return operands
 
-    def _find_targets(self) -> list[tuple[selfcheck.Point, Hang]]:
-        """Each place with the function that hangs a transform there."""
+    def _find_targets(self) -> list[tuple[selfcheck.HookedModule, Hang]]:
+        """Each hook point with the function that hangs a transform there."""
         anatomy, blocks = self.anatomy, self.anatomy.blocks
-        targets: list[tuple[selfcheck.Point, Hang]] = []
+        targets: list[tuple[selfcheck.HookedModule, Hang]] = []
         for site in self.sites:
             match site:
                 case "resid_post":
@@ -305,17 +306,17 @@ class Steering:
                     modules = site_tools.find_writers(blocks, anatomy.probe)
                 case _:
                     assert_never(site)
-            before = selfcheck.Point(HookPoint(site, EMBEDDING), blocks[0], _stream_given, before=True)
+            before = selfcheck.HookedModule(HookPoint(site, EMBEDDING), blocks[0], _stream_given, before=True)
             targets.append((before, _hang(site_tools.on_input, blocks[0])))
             for layer, acting in enumerate(modules):
                 for module in acting:
-                    point = selfcheck.Point(HookPoint(site, layer), module, site_tools.stream_of)
-                    targets.append((point, _hang(site_tools.on_output, module)))
+                    hooked = selfcheck.HookedModule(HookPoint(site, layer), module, site_tools.stream_of)
+                    targets.append((hooked, _hang(site_tools.on_output, module)))
         return targets
 
     def _verify(self) -> None:
         """Check that what is acted on is the stream (`runtime.selfcheck`), with rows of a batch steered and plain ones,
-        and that a plain pass is unchanged. Raises UnsupportedModel naming the places that failed."""
+        and that a plain pass is unchanged. Raises UnsupportedModel naming the hook points that failed."""
         anatomy = self.anatomy
         plain, again = anatomy.probe().logits, anatomy.probe().logits
         if not torch.equal(plain, again) and _drops(anatomy.model):
@@ -329,10 +330,10 @@ class Steering:
                 anatomy.probe(len(steers))
 
         dead = selfcheck.rest_is_dead(anatomy.blocks, lambda: anatomy.probe().logits, plain, again)
-        points = [point for point, _ in self._targets]
+        hooked = [hooked for hooked, _ in self._targets]
         blocks = dict(enumerate(anatomy.blocks))
         tokens, eps = PROBE_TOKENS * len(selfcheck.CASES), torch.finfo(anatomy.dtype).eps
-        checked = selfcheck.Proof(anatomy.model, blocks, points, self.bank, run, tokens, eps, dead=dead)
+        checked = selfcheck.EagerCheck(anatomy.model, blocks, hooked, self.bank, run, tokens, eps, dead=dead)
         self.attach()
         try:
             bad, _ = checked.problems(self.sites)

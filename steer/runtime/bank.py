@@ -3,8 +3,8 @@
 Everything here is written **in place** and read through the same storage for the life of the process, so that compiled
 graphs and replayed CUDA graphs see each change of content.
 
-A *row* is one direction vector at every place. A *slot* is a row in one mode: its four coefficients at every place
-(`op`). Row 0 is all zeros and means plain. What makes the rows of one request act together stands in `combine`.
+A *row* is one direction vector at every hook point. A *slot* is a row in one mode: its four coefficients at every hook
+point (`op`). Row 0 is all zeros and means plain. What makes the rows of one request act together stands in `combine`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class HookPoint:
 
 @dataclass(slots=True)
 class BankSlice:
-    """The rows of one place. vectors `[rows, d_model]`, coefficients `[rows × modes, 4]`, joint `[combinations + 1,
-    rank, rank]` (see `combine`; None where the rank is 1), float32."""
+    """The rows of one hook point. vectors `[rows, d_model]`, coefficients `[rows × modes, 4]`, joint `[combinations +
+    1, rank, rank]` (see `combine`; None where the rank is 1), float32."""
 
     vectors: Tensor
     coefficients: Tensor
@@ -97,7 +97,7 @@ class _Resident:
 
 
 class DirectionBank:
-    """Resident directions at all places of one model, and who has which rows.
+    """Resident directions at all hook points of one model, and who has which rows.
 
     `rows` counts usable rows (a direction of rank k takes k). Loading writes rows that no request uses, so a running
     step is never disturbed. `requests` is the most of them that one step has, where compiled code reads the bank; an
@@ -106,7 +106,7 @@ class DirectionBank:
 
     def __init__(
         self,
-        places: Sequence[HookPoint],
+        points: Sequence[HookPoint],
         *,
         rows: int,
         rank: int,
@@ -115,8 +115,8 @@ class DirectionBank:
         requests: int | None = None,
     ) -> None:
         self.rows, self.rank, self.d_model = rows, rank, d_model
-        self.sites: frozenset[Site] = frozenset(place.site for place in places)
-        self.slices = {place: BankSlice.empty(rows + 1, d_model, device) for place in places}
+        self.sites: frozenset[Site] = frozenset(point.site for point in points)
+        self.slices = {point: BankSlice.empty(rows + 1, d_model, device) for point in points}
         self._free = list(range(rows, 0, -1))
         self._resident: dict[str, _Resident] = {}
         self.combinations = Combinations(list(self.slices.values()), rank, device, requests) if rank > 1 else None
@@ -150,12 +150,12 @@ class DirectionBank:
 
     def _write(self, rows: Sequence[int], direction: Direction) -> None:
         modes = {mode: _Values.of(direction, mode) for mode in MODES}
-        for place, bank_slice in self.slices.items():
+        for point, bank_slice in self.slices.items():
             bank_slice.clear(rows)  # where the direction has nothing, whatever has become of free rows
-            if (vectors := _vectors(direction, place)) is None:
+            if (vectors := _vectors(direction, point)) is None:
                 continue
             for k, row in enumerate(rows):
-                bank_slice.write(row, vectors[k], {mode: values.at(place)[k] for mode, values in modes.items()})
+                bank_slice.write(row, vectors[k], {mode: values.at(point)[k] for mode, values in modes.items()})
 
     def unload(self, digest: str) -> None:
         """Free a direction's rows. The caller guarantees that no running request uses them."""
@@ -229,7 +229,7 @@ class DirectionBank:
         return self._combined.setdefault(key, Combination(matrices, self.combinations))
 
     def _matrices(self, entries: Sequence[Entry]) -> Tensor:
-        """M of each place, `[places, rank, rank]` float32, on the host."""
+        """M of each hook point, `[hook points, rank, rank]` float32, on the host."""
         vectors = torch.zeros(len(self.slices), self.rank, self.d_model)
         weights = torch.zeros(len(self.slices), self.rank)
         at = 0
@@ -238,9 +238,9 @@ class DirectionBank:
             assert direction is not None, "the rank is not 1"
             values, part = _Values.of(direction, entry.mode), slice(at, at + direction.rank)
             at = part.stop
-            for i, place in enumerate(self.slices):
-                if _acts(entry) and (own := _vectors(direction, place)) is not None:
-                    vectors[i, part], weights[i, part] = own, values.at(place)[:, WEIGHT]
+            for i, point in enumerate(self.slices):
+                if _acts(entry) and (own := _vectors(direction, point)) is not None:
+                    vectors[i, part], weights[i, part] = own, values.at(point)[:, WEIGHT]
         return joint(vectors, weights)
 
 
@@ -250,7 +250,7 @@ _Key: TypeAlias = tuple[tuple[str, str, bool], ...]
 
 @dataclass(frozen=True, slots=True)
 class _Values:
-    """The coefficients of one mode at all places."""
+    """The coefficients of one mode at all hook points."""
 
     layers: Tensor
     embedding: Tensor
@@ -259,9 +259,9 @@ class _Values:
     def of(cls, direction: Direction, mode: Mode) -> _Values:
         return cls(coefficients(direction, mode), embedding_coefficients(direction, mode))
 
-    def at(self, place: HookPoint) -> Tensor:
+    def at(self, point: HookPoint) -> Tensor:
         """`[k, 4]`"""
-        return self.embedding if place.layer == EMBEDDING else self.layers[place.layer]
+        return self.embedding if point.layer == EMBEDDING else self.layers[point.layer]
 
 
 def _acts(entry: Entry) -> bool:
@@ -269,18 +269,18 @@ def _acts(entry: Entry) -> bool:
     return bool(np.float32(entry.strength))
 
 
-def _vectors(direction: Direction, place: HookPoint) -> Tensor | None:
-    """The rows `[k, d_model]` of `direction` at `place`, None where it has none."""
-    if place.site not in direction.meta.sites:
+def _vectors(direction: Direction, point: HookPoint) -> Tensor | None:
+    """The rows `[k, d_model]` of `direction` at `point`, None where it has none."""
+    if point.site not in direction.meta.sites:
         return None
-    return direction.embedding if place.layer == EMBEDDING else direction.directions[place.layer]
+    return direction.embedding if point.layer == EMBEDDING else direction.directions[point.layer]
 
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """What acts on the stream at one place, one rank of it. vectors `[..., d_model]`, coefficients (of `op`, one tensor
-    each) and strengths `[...]` broadcast to the stream; steered `[..., 1]` tells which of it is, None for all; shares
-    `[..., rank]` is the row of `op`'s M, None for the identity's."""
+    """What acts on the stream at one hook point, one rank of it. vectors `[..., d_model]`, coefficients (of `op`, one
+    tensor each) and strengths `[...]` broadcast to the stream; steered `[..., 1]` tells which of it is, None for all;
+    shares `[..., rank]` is the row of `op`'s M, None for the identity's."""
 
     vectors: Tensor
     coefficients: tuple[Tensor, ...]

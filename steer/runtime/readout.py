@@ -1,6 +1,6 @@
 """The read-out: components of the stream along direction rows, taken at some tokens of a running batch.
 
-For a position of the batch and a layer l, with x the output of block l (the place `resid_post`) and v a unit row:
+For a position of the batch and a layer l, with x the output of block l (the hook point `resid_post`) and v a unit row:
 
     before = ⟨x, v⟩      after = ⟨x', v⟩      norm = ‖x‖
 
@@ -104,7 +104,7 @@ class ReadIndex:
     @torch.no_grad()
     def record(self, layer: int, before: Tensor, after: Tensor, vectors: Tensor) -> None:
         """In the hook of `layer`: the stream of all tokens `[tokens, d_model]` before and after the operation, and the
-        place's rows `[rows, d_model]`."""
+        hook point's rows `[rows, d_model]`."""
         count = len(self._reads)
         at, lines = self._at[:count], vectors[self._rows[:count]]
         x = before[at]

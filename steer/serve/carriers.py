@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from steer import readout
 from steer.errors import SpecError
 from steer.serve.body import MAX_VALUES, check_structure
-from steer.spec import MAX_ITEMS, Wanted, bare, mentions, nearly, parse
+from steer.spec import MAX_ITEMS, RequestedDirection, bare, mentions, nearly, parse
 
 FIELD = "steer"
 HEADER = "x-steer"
@@ -39,14 +39,14 @@ _VEHICLES = {"extraargs", "extrabody", "extraheaders", "extraquery", "headers", 
 class Carried:
     """What one request carries: each carrier that is present with its parsed value, and the model without alias."""
 
-    found: dict[str, tuple[Wanted, ...]]
+    found: dict[str, tuple[RequestedDirection, ...]]
     model: str | None
 
 
 def read(body: dict[str, object], headers: Headers, served: Sequence[str], query: bytes = b"") -> Carried:
     """Read all carriers of a request. Raises SpecError with every problem of every carrier, and for names that are
     nearly one."""
-    found: dict[str, tuple[Wanted, ...]] = {}
+    found: dict[str, tuple[RequestedDirection, ...]] = {}
     problems: list[str] = []
     param: str | None = None
 

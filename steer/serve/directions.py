@@ -69,7 +69,7 @@ class DirectionList(TypedDict):
     data: list[DirectionCard | FailedDirection]
 
 
-class DeletedDirection(TypedDict):
+class DirectionDeleted(TypedDict):
     id: Annotated[str, Field(description="its name")]
     object: Literal["direction"]
     deleted: Literal[True]
@@ -171,7 +171,7 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
         summary="Stop serving this name and remove its file",
         responses=documented(Code.DIRECTION_NOT_FOUND, Code.STEERING_FORBIDDEN, Code.STORAGE),
     )
-    async def delete_direction(name: str, request: Request) -> DeletedDirection:
+    async def delete_direction(name: str, request: Request) -> DirectionDeleted:
         control.moving(control.caller(request.scope))
         try:
             await anyio.to_thread.run_sync(registry.delete, name)

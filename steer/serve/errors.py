@@ -158,14 +158,14 @@ def of(error: Exception) -> JSONResponse:
     raise error
 
 
-def event(error: Exception) -> str:
+def error_event(error: Exception) -> str:
     """`error` as a server-sent event, for a stream that has already begun."""
     return f"data: {bytes(of(error).body).decode()}\n\n"
 
 
 def last_event(error: Exception) -> bytes:
     """The end of a stream that is broken off for `error`."""
-    return f"event: error\n{event(error)}data: [DONE]\n\n".encode()
+    return f"event: error\n{error_event(error)}data: [DONE]\n\n".encode()
 
 
 async def on_steer_error(_request: Request, error: Exception) -> JSONResponse:

@@ -293,7 +293,7 @@ async def events(chunks: AsyncGenerator[Mapping[str, object], None]) -> AsyncGen
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
     except SteerError as error:
         current().failed = True
-        yield errors.event(error)
+        yield errors.error_event(error)
     yield "data: [DONE]\n\n"
 
 

@@ -23,17 +23,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from steer import readout
 from steer.admission import Admission
 from steer.errors import SteerError
-from steer.readout import ReadWanted
+from steer.readout import RequestedReadout
 from steer.registry import Registry
 from steer.serve import carriers, errors, metrics
 from steer.serve.asgi import headers_of, is_event_stream, send_response, with_headers
 from steer.serve.authorise import admit
 from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, understood
-from steer.serve.control import Control, Place, Run
+from steer.serve.control import Control, Reservation, Run
 from steer.serve.pages import JSON, check_kind
 from steer.serve.ratelimit import tokens_of
 from steer.serve.token_usage import counting
-from steer.spec import Wanted
+from steer.spec import RequestedDirection
 
 REQUEST_ID = "x-request-id"
 Forward = Callable[[dict[str, object], Admission], None]
@@ -63,7 +63,7 @@ class SteerMiddleware:
         *,
         registry: Registry,
         served: Sequence[str],
-        default: tuple[Wanted, ...] = (),
+        default: tuple[RequestedDirection, ...] = (),
         max_body: int = 8 * 2**20,
         forward: Forward | None = None,
         readable: int = 0,
@@ -78,24 +78,24 @@ class SteerMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         caller = self.control.caller(scope)
         try:
-            place = self.control.enter(caller)
+            reservation = self.control.enter(caller)
         except errors.HTTPProblem as error:
             self.control.refused(error, caller, scope)
             await errors.of(error)(scope, receive, send)
             return
         try:
-            await self._handle(place, scope, receive, send)
+            await self._handle(reservation, scope, receive, send)
         finally:
-            self.control.leave(place)
+            self.control.leave(reservation)
 
-    async def _handle(self, place: Place, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, reservation: Reservation, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        control, caller = self.control, place.caller
+        control, caller = self.control, reservation.caller
         try:
             check_kind(scope, JSON)
             data = await read_body(scope, receive, self.max_body)
             body, carried, wanted = await understood(partial(self._understand, data, scope), len(data))
-            control.reserve(place, tokens_of(body, len(data), self.context))
+            control.reserve(reservation, tokens_of(body, len(data), self.context))
             admission = admit(
                 carried,
                 self.registry,
@@ -138,9 +138,11 @@ class SteerMiddleware:
                 raise
             finally:
                 admission.release()
-                control.end(run, place, "error" if usage.failed else answer.outcome, usage)
+                control.end(run, reservation, "error" if usage.failed else answer.outcome, usage)
 
-    def _understand(self, data: bytes, scope: Scope) -> tuple[dict[str, object], carriers.Carried, ReadWanted | None]:
+    def _understand(
+        self, data: bytes, scope: Scope
+    ) -> tuple[dict[str, object], carriers.Carried, RequestedReadout | None]:
         body = parse_body(data)
         check_size(body)
         carried = carriers.read(body, headers_of(scope), self.served, scope["query_string"])

@@ -19,10 +19,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from steer.errors import DirectionError, InvalidInput, SpecError, wording
+from steer.errors import DirectionError, InvalidInput, SpecError, problem_text
 from steer.names import MAX_STRENGTH, MODES, Mode, check_name
 from steer.serve.keys import Keyring, is_stored
-from steer.spec import Wanted, parse
+from steer.spec import RequestedDirection, parse
 
 MAX_BYTES = 2**20
 #: Of one line: the time that TOML takes for a dotted key grows with the square of its length.
@@ -40,7 +40,7 @@ class PolicyError(InvalidInput):
     """A policy file is not acceptable: `problems` has each with its line."""
 
 
-def _wanted(value: object) -> tuple[Wanted, ...]:
+def _wanted(value: object) -> tuple[RequestedDirection, ...]:
     try:
         return parse(value, "spec")
     except SpecError as error:
@@ -51,7 +51,7 @@ def _problem(text: str) -> PydanticCustomError:
     return PydanticCustomError("policy", "{text}", {"text": text})
 
 
-Specs = Annotated[tuple[Wanted, ...], BeforeValidator(_wanted)]
+Specs = Annotated[tuple[RequestedDirection, ...], BeforeValidator(_wanted)]
 Flag = Annotated[bool, Field(strict=True)]
 Strength = Annotated[float, Field(strict=True, ge=0, le=MAX_STRENGTH, allow_inf_nan=False)]
 AtOnce = Annotated[int, Field(strict=True, ge=1, le=10**6)]
@@ -231,7 +231,7 @@ def _said(item: ErrorDetails, lines: dict[tuple[str, ...], int], name: str) -> s
     while path and path not in lines and path[:-1]:
         path = path[:-1]
     where = ".".join(str(part) for part in item["loc"] if part not in ("str", "tuple[str, ...]"))
-    said = item["msg"] if item["type"] == "policy" else wording(item)
+    said = item["msg"] if item["type"] == "policy" else problem_text(item)
     if item["type"] == "extra_forbidden":
         table: type[BaseModel] = Policy if len(item["loc"]) == 1 else KeyRules
         if len(item["loc"]) > 1 and item["loc"][0] == "directions":

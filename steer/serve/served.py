@@ -21,7 +21,7 @@ from steer.serve.carriers import PLUS
 from steer.serve.control import Control
 from steer.serve.generation import Generator
 from steer.serve.text import token_text
-from steer.spec import Wanted
+from steer.spec import RequestedDirection
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Served:
     loaded: Loaded
     engine: Engine
     registry: Registry
-    default: tuple[Wanted, ...] = ()
+    default: tuple[RequestedDirection, ...] = ()
     max_body: int = 8 * 2**20
     control: Control = field(default_factory=Control)
 

@@ -46,7 +46,7 @@ def with_readout(send: Send, fetch: Fetch) -> Send:
         try:
             chunk = _chunk(last, await fetch())
         except SteerError as error:
-            chunk = errors.event(error).encode()
+            chunk = errors.error_event(error).encode()
         return {**message, "body": before + chunk + done + after}
 
     rewritten = rewriting(send, lambda start: None if start["status"] >= 400 or is_event_stream(start) else whole)

@@ -30,7 +30,7 @@ from steer.runtime.placement import Shape
 from steer.runtime.readout import Reading
 from steer.serve import metrics, token_usage
 from steer.serve.text import token_text
-from steer.spec import Spec, Wanted, parse
+from steer.spec import RequestedDirection, Spec, parse
 from steer.vllm import internals, tracing, wire
 from steer.vllm.placement import VllmPlacement
 from steer.vllm.salts import SALT, Salts, salt
@@ -226,7 +226,7 @@ class Frontend:
         if own := ticket is None:
             if ((way := passage.get()) is not None or self.serves) and not _starting.get():
                 check_passage(way, raw=KEY in extra)
-                wanted: tuple[Wanted, ...] = ()
+                wanted: tuple[RequestedDirection, ...] = ()
             else:
                 wanted = parse(asked, KEY) if KEY in extra else self.default
             ticket = Ticket(Admission.of(self.registry, wanted))

@@ -38,22 +38,22 @@ from steer.vllm.types import Worker
 class Target:
     """Where one steering module sits: before block 0, or after a block or one of its children."""
 
-    place: HookPoint
+    point: HookPoint
     module: nn.Module
     form: Form
     slot: Slot | None = None
 
     def attach(self, steering_module: SteeringModule) -> None:
         if self.slot is not None:
-            attach_before(self.module, self.slot, steering_module, self.place.site)
+            attach_before(self.module, self.slot, steering_module, self.point.site)
         else:
-            attach_after(self.module, self.form, steering_module, self.place.site)
+            attach_after(self.module, self.form, steering_module, self.point.site)
 
     @property
-    def point(self) -> selfcheck.Point:
+    def hooked(self) -> selfcheck.HookedModule:
         if (slot := self.slot) is not None:
-            return selfcheck.Point(self.place, self.module, lambda given: slot.get(*given), before=True)
-        return selfcheck.Point(self.place, self.module, lambda output: exact_stream(self.form, output))
+            return selfcheck.HookedModule(self.point, self.module, lambda given: slot.get(*given), before=True)
+        return selfcheck.HookedModule(self.point, self.module, lambda output: exact_stream(self.form, output))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +66,14 @@ class Installation:
     bank: DirectionBank
     steering_modules: tuple[tuple[HookPoint, SteeringModule], ...]
     reads: Reads | None
-    #: What a plain pass had at each place, `[d_model]` float32 on the CPU (`_typical`).
+    #: What a plain pass had at each hook point, `[d_model]` float32 on the CPU (`_typical`).
     streams: dict[HookPoint, Tensor]
 
     @property
     def reading(self) -> dict[int, SteeringModule]:
         """The steering modules that read, by layer."""
         return {
-            place.layer: steering_module for place, steering_module in self.steering_modules if steering_module.reading
+            point.layer: steering_module for point, steering_module in self.steering_modules if steering_module.reading
         }
 
 
@@ -99,9 +99,9 @@ def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Insta
                 targets += _find_writers(worker, local, form)
             case _:
                 assert_never(site)
-    places = list(dict.fromkeys(target.place for target in targets))
+    points = list(dict.fromkeys(target.point for target in targets))
     bank = DirectionBank(
-        places,
+        points,
         rows=settings.rows,
         rank=settings.rank,
         d_model=d_model,
@@ -111,11 +111,11 @@ def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Insta
     reads = Reads(settings.readout, settings.rank, worker.device) if settings.readout else None
     steering_modules = []
     for target in targets:
-        reader = reads if target.place.readable else None
-        steering_module = SteeringModule(bank.slices[target.place], index, reader)
+        reader = reads if target.point.readable else None
+        steering_module = SteeringModule(bank.slices[target.point], index, reader)
         target.attach(steering_module)
-        steering_modules.append((target.place, steering_module))
-    streams = _prove(worker, targets, local, bank, index, (plain, again))
+        steering_modules.append((target.point, steering_module))
+    streams = _self_check(worker, targets, local, bank, index, (plain, again))
     return Installation(local, form, bank, tuple(steering_modules), reads, streams)
 
 
@@ -229,7 +229,7 @@ def _find_writers(worker: Worker, local: dict[int, nn.Module], form: Form) -> li
     return targets
 
 
-def _prove(
+def _self_check(
     worker: Worker,
     targets: list[Target],
     local: dict[int, nn.Module],
@@ -248,10 +248,10 @@ def _prove(
         finally:
             index.fill_with([], [])
 
-    checked = selfcheck.Proof(
+    checked = selfcheck.EagerCheck(
         worker.get_model(),
         local,
-        [target.point for target in targets],
+        [target.hooked for target in targets],
         bank,
         run,
         internals.PROBE_TOKENS,
@@ -259,14 +259,14 @@ def _prove(
         summed=any(target.form == "sum" for target in targets),
         dead=any(target.form == "first" for target in targets),
     )
-    bad, watch = checked.problems(list(dict.fromkeys(target.place.site for target in targets)))
+    bad, watch = checked.problems(list(dict.fromkeys(target.point.site for target in targets)))
     if not internals.replicated(torch.cat([x.flatten() for x in watch.raw.values()]).float()):
         bad.append("each tensor-parallel rank has another part of the stream")
     if not selfcheck.same(internals.probe(worker), *plain):
         bad.append("a plain pass is not the same with steering_modules as without")
     if bad:
         raise UnsupportedModel(f"{type(worker.get_model()).__name__} cannot be steered: {'; '.join(bad)}")
-    return {targets[n].place: _typical(stream_.float()).cpu() for n, stream_ in watch.raw.items()}
+    return {targets[n].point: _typical(stream_.float()).cpu() for n, stream_ in watch.raw.items()}
 
 
 def _typical(streams: Tensor) -> Tensor:

@@ -97,10 +97,10 @@ class VllmSource(Chat):
         parameters = []
         for number, e in enumerate(batch):
             at = tuple(p if p >= 0 else len(e.ids) + p for p in reading.positions)
-            wish = capture.Wish(number=number, at=at, start=e.own.start, stop=e.own.stop)
+            asked = capture.CaptureRequest(number=number, at=at, start=e.own.start, stop=e.own.stop)
             parameters.append(
                 SamplingParams(
-                    max_tokens=1, temperature=0, detokenize=False, extra_args={capture.KEY: wish.model_dump()}
+                    max_tokens=1, temperature=0, detokenize=False, extra_args={capture.KEY: asked.model_dump()}
                 )
             )
         self.llm.generate([{"prompt_token_ids": e.ids} for e in batch], parameters, use_tqdm=False)

@@ -280,8 +280,8 @@ class Steered:
         self._residents.retire(digest)
 
     def steer_streams(self) -> list[tuple[str, int, bytes]]:
-        """(site, layer, vector) of each place: `Installation.streams`, float32."""
-        return [(place.site, place.layer, x.numpy().tobytes()) for place, x in self._installation.streams.items()]
+        """(site, layer, vector) of each hook point: `Installation.streams`, float32."""
+        return [(point.site, point.layer, x.numpy().tobytes()) for point, x in self._installation.streams.items()]
 
     def steer_eager(self, on: bool) -> dict[str, str]:
         """Until it is called with False the model's own Python runs, in place of compiled and captured graphs."""

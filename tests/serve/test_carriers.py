@@ -22,7 +22,7 @@ from steer.serve.authorise import admit
 from steer.serve.body import parse_body
 from steer.serve.carriers import Carried, split_alias
 from steer.serve.errors import HTTPProblem
-from steer.spec import Entry, Wanted, parse, text
+from steer.spec import Entry, RequestedDirection, parse, text
 from tests import models
 
 law = settings(deadline=None, max_examples=60)
@@ -90,7 +90,7 @@ CARRIERS: dict[str, Callable[[str], tuple[dict[str, Any], list[tuple[bytes, byte
 }
 WISHES = st.lists(
     st.builds(
-        Wanted,
+        RequestedDirection,
         st.sampled_from(["refusal", "other"]),
         st.none() | st.sampled_from(MODES),
         st.none() | st.floats(-10, 10).filter(lambda s: "e+" not in repr(s)),

@@ -32,17 +32,17 @@ from steer.serve import metrics, token_usage
 from steer.serve.text import token_text
 from steer.spec import RequestedDirection, Spec, parse
 from steer.vllm import internals, tracing, wire
+from steer.vllm.internals.types import Call, CallAsync
 from steer.vllm.placement import VllmPlacement
 from steer.vllm.salts import SALT, Salts, salt
 from steer.vllm.selfcheck import Answer, Ask, Job, self_check
 from steer.vllm.settings import KEY, EngineSettings
 from steer.vllm.steering_module import code_digest
-from steer.vllm.types import Call, CallAsync
 from steer.vllm.wire import READ, RESOLVED
 
 if TYPE_CHECKING:
     from steer.tokenization import Decoder
-    from steer.vllm.types import AsyncLLM, EngineRequest, LLMEngine, RequestState, SamplingParams, VllmConfig
+    from steer.vllm.internals.types import AsyncLLM, EngineRequest, LLMEngine, RequestState, SamplingParams, VllmConfig
 
 log = logging.getLogger("steer")
 
@@ -118,19 +118,19 @@ class Frontend:
         serves: bool = False,
     ) -> None:
         """`serves`: the engine is a server's, so nothing is taken that no layer of ours has let pass."""
-        architecture, layers, d_model = internals.shape_of(config)
+        architecture, layers, d_model = internals.config.shape_of(config)
         self.settings, self.call, self.call_async = settings, call, call_async or _no_loop
         self.serves = serves
-        self.dtype = internals.dtype_of(config)
-        self.context = internals.context_of(config)
+        self.dtype = internals.config.dtype_of(config)
+        self.context = internals.config.context_of(config)
         sites = frozenset(settings.sites)
-        self.shape = Shape(architecture, layers, d_model, sites, settings.rank, internals.stream_dtype(config))
+        self.shape = Shape(architecture, layers, d_model, sites, settings.rank, internals.config.stream_dtype(config))
         self.registry = Registry(VllmPlacement(self.shape, call), settings.directions)
         self.default = parse(settings.default)
         self._tickets: dict[str, Ticket] = {}  # of HTTP requests, by name
         #: Requests of the engine that are steered or read and have not ended, by id.
         self.held: dict[str, Ticket] = {}
-        self.salts = Salts(secrets.token_hex(8) if internals.shares_blocks(config) else "")
+        self.salts = Salts(secrets.token_hex(8) if internals.config.shares_blocks(config) else "")
 
     # -- start -------------------------------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class Frontend:
         if ticket.read is None:
             raise EngineFailed("the engine got no request to read")
         request_id, state = ticket.read
-        tokens = internals.answer_ids(state)
+        tokens = internals.engine.answer_ids(state)
         found: dict[int, NDArray[np.float32]] = {}
         for answer in await self.call_async("steer_readings", request_id):
             for layer, data in answer or ():
@@ -250,7 +250,7 @@ class Frontend:
         if call is not None:
             call.made += 1
             if call.made == 1:  # n answers are n requests of the engine with one prompt
-                token_usage.current().prompt += internals.prompt_length(request)
+                token_usage.current().prompt += internals.engine.prompt_length(request)
         unread = KEY in (getattr(request.sampling_params, "extra_args", None) or {})
         if text is None and not unread and not (call and call.ticket.admission.spec):
             return
@@ -327,7 +327,7 @@ def _with_spec(params: SamplingParams, extra: Mapping[str, object], admission: A
 
 def attach_sync(engine: LLMEngine, settings: EngineSettings, serves: bool = False) -> None:
     """Steering on an `LLMEngine` that has just started; blocks until the workers are ready."""
-    frontend = Frontend(engine.vllm_config, settings, partial(internals.call_workers, engine), serves=serves)
+    frontend = Frontend(engine.vllm_config, settings, partial(internals.engine.call_workers, engine), serves=serves)
     _wrap_processors(engine, frontend)
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])
 
@@ -337,16 +337,16 @@ def attach_sync(engine: LLMEngine, settings: EngineSettings, serves: bool = Fals
                 return add_request(request_id, prompt, admitted, *args, **kwargs)
             except BaseException:  # of n answers some may be on their way, and nobody else would end them
                 if left := frontend.left_of_call():
-                    internals.abort(engine, left)
+                    internals.engine.abort(engine, left)
                 raise
 
     def ask(jobs: Sequence[Job], _rank: int) -> list[Answer]:
         for n, (prompt, spec) in enumerate(jobs):
-            parameters = internals.probe_parameters(engine.vllm_config, spec)
-            engine.add_request(f"steer-probe-{n}", internals.probe_prompt(prompt), parameters)
+            parameters = internals.engine.probe_parameters(engine.vllm_config, spec)
+            engine.add_request(f"steer-probe-{n}", internals.engine.probe_prompt(prompt), parameters)
         done: dict[str, Answer] = {}
         while engine.has_unfinished_requests():
-            done |= {out.request_id: internals.answer_of(out) for out in engine.step() if out.finished}
+            done |= {out.request_id: internals.engine.answer_of(out) for out in engine.step() if out.finished}
         return [done[f"steer-probe-{n}"] for n in range(len(jobs))]
 
     engine.add_request = adding
@@ -358,29 +358,33 @@ def attach_sync(engine: LLMEngine, settings: EngineSettings, serves: bool = Fals
         _starting.reset(token)
 
 
-def attach_async(engine: LLMEngine, settings: EngineSettings, serves: bool = False) -> None:
+def attach_async(engine: AsyncLLM, settings: EngineSettings, serves: bool = False) -> None:
     """Steering on an `AsyncLLM`: its constructor cannot wait for the workers, so the first to need them does."""
     loops: list[asyncio.AbstractEventLoop] = []
 
     def call(method: str, *args: object) -> list[Any]:  # in a thread: never on the event loop, which does the work
-        return asyncio.run_coroutine_threadsafe(internals.call_workers_async(engine, method, *args), loops[0]).result()
+        return asyncio.run_coroutine_threadsafe(
+            internals.engine.call_workers_async(engine, method, *args), loops[0]
+        ).result()
 
     frontend = Frontend(
-        engine.vllm_config, settings, call, partial(internals.call_workers_async, engine), serves=serves
+        engine.vllm_config, settings, call, partial(internals.engine.call_workers_async, engine), serves=serves
     )
     _wrap_processors(engine, frontend)
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])
     get_supported_tasks = internals.seam(engine, "get_supported_tasks")
     starting: list[asyncio.Task[None]] = []
 
-    engines = internals.engines_of(engine)
+    engines = internals.engine.engines_of(engine)
 
     async def asking(n: int, job: Job, rank: int) -> Answer:
         more = {"data_parallel_rank": rank} if engines > 1 else {}
         prompt, spec = job
-        parameters, name = internals.probe_parameters(engine.vllm_config, spec), f"steer-probe-{rank}-{n}"
-        *_, last = [out async for out in engine.generate(internals.probe_prompt(prompt), parameters, name, **more)]
-        return internals.answer_of(last)
+        parameters, name = internals.engine.probe_parameters(engine.vllm_config, spec), f"steer-probe-{rank}-{n}"
+        *_, last = [
+            out async for out in engine.generate(internals.engine.probe_prompt(prompt), parameters, name, **more)
+        ]
+        return internals.engine.answer_of(last)
 
     async def asking_all(jobs: Sequence[Job], rank: int) -> list[Answer]:
         return list(await asyncio.gather(*(asking(n, job, rank) for n, job in enumerate(jobs))))
@@ -416,10 +420,10 @@ def attach_async(engine: LLMEngine, settings: EngineSettings, serves: bool = Fal
                     return await add_request(request_id, prompt, admitted, *args, **kwargs)
                 except BaseException:  # as above; also where the client has left
                     if left := frontend.left_of_call():
-                        await internals.abort_async(engine, left)
+                        await internals.engine.abort_async(engine, left)
                     raise
         except InvalidInput as error:
-            raise internals.client_error(error) from error
+            raise internals.engine.client_error(error) from error
 
     engine.get_supported_tasks = tasks
     engine.add_request = adding
@@ -429,8 +433,8 @@ def attach_async(engine: LLMEngine, settings: EngineSettings, serves: bool = Fal
 def _wrap_processors(engine: LLMEngine | AsyncLLM, frontend: Frontend) -> None:
     """The salt where requests are made, the pins where they are kept."""
     inputs, outputs = internals.seam(engine, "input_processor"), internals.seam(engine, "output_processor")
-    internals.wrap_process_inputs(inputs, _fold_salt)
-    internals.wrap_requests(
+    internals.engine.wrap_process_inputs(inputs, _fold_salt)
+    internals.engine.wrap_requests(
         outputs, frontend.check_added, frontend.has_added, frontend.let_go, frontend.held, frontend.lost
     )
     tracing.trace(outputs, frontend.applied)

@@ -19,6 +19,7 @@ from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
 from steer.runtime.hook_points import find_blocks, hooks, writers_of
 from steer.runtime.token_index import TokenIndex
 from steer.vllm import internals
+from steer.vllm.internals.types import Worker
 from steer.vllm.settings import EngineSettings
 from steer.vllm.steering_module import (
     Form,
@@ -31,7 +32,6 @@ from steer.vllm.steering_module import (
     exact_stream,
     stream,
 )
-from steer.vllm.types import Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +80,12 @@ class Installation:
 def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Installation:
     """Attach a steering module to every hook point of this rank. Raises UnsupportedModel where that cannot be done and
     checked."""
-    architecture, layers, d_model = internals.shape_of(worker.vllm_config)
-    blocks = find_blocks(internals.decoder_of(worker), layers)
-    local = {i: block for i, block in enumerate(blocks) if not internals.is_elsewhere(block)}
+    architecture, layers, d_model = internals.config.shape_of(worker.vllm_config)
+    blocks = find_blocks(internals.worker.decoder_of(worker), layers)
+    local = {i: block for i, block in enumerate(blocks) if not internals.worker.is_elsewhere(block)}
     if not local:
         raise UnsupportedModel(f"{architecture}: this rank has no decoder block")
-    plain, again = internals.probe(worker), internals.probe(worker)
+    plain, again = internals.worker.probe(worker), internals.worker.probe(worker)
     form = _learn_form(worker, local, plain, again)
     slot = _find_stream_argument(worker, local[0], d_model) if 0 in local else None
     targets: list[Target] = []
@@ -106,7 +106,7 @@ def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Insta
         rank=settings.rank,
         d_model=d_model,
         device=worker.device,
-        requests=internals.max_requests(worker.vllm_config),
+        requests=internals.config.max_requests(worker.vllm_config),
     )
     reads = Reads(settings.readout, settings.rank, worker.device) if settings.readout else None
     steering_modules = []
@@ -131,9 +131,9 @@ def _learn_form(worker: Worker, local: dict[int, nn.Module], plain: Tensor, agai
     if not all(isinstance(out, tuple) and isinstance(out[0], Tensor) for out in outputs.values()):
         raise UnsupportedModel("the decoder blocks return neither a tensor nor a tuple that begins with one")
     # What a rank of a pipeline sends on is read by the next rank, so of its last block nothing is told by its own pass.
-    last = internals.shape_of(worker.vllm_config)[1] - 1
+    last = internals.config.shape_of(worker.vllm_config)[1] - 1
     inner = [block for i, block in local.items() if i == last or i != max(local)]
-    if inner and selfcheck.rest_is_dead(inner, lambda: internals.probe(worker), plain, again):
+    if inner and selfcheck.rest_is_dead(inner, lambda: internals.worker.probe(worker), plain, again):
         return "first"
     if all(_is_pair(out) for out in outputs.values()):
         return "sum"
@@ -160,7 +160,7 @@ def _pass_with(worker: Worker, local: dict[int, nn.Module], change: Callable[[in
         return lambda _module, _args, output: change(i, output)
 
     with hooks([block.register_forward_hook(hooked(i)) for i, block in local.items()]):
-        return internals.probe(worker)
+        return internals.worker.probe(worker)
 
 
 def _find_stream_argument(worker: Worker, block: nn.Module, d_model: int) -> Slot:
@@ -175,7 +175,7 @@ def _find_stream_argument(worker: Worker, block: nn.Module, d_model: int) -> Slo
                 found.append(Slot(key))
 
     with hooks([block.register_forward_pre_hook(look, with_kwargs=True)]):
-        internals.probe(worker)
+        internals.worker.probe(worker)
     if len(found) != 1:
         raise UnsupportedModel(f"block 0 ({type(block).__name__}) has {len(found)} arguments that could be the stream")
     return found[0]
@@ -220,7 +220,7 @@ def _find_writers(worker: Worker, local: dict[int, nn.Module], form: Form) -> li
         handles += [block.register_forward_pre_hook(before(i), with_kwargs=True), block.register_forward_hook(after(i))]
         handles += [m.register_forward_hook(child(i, name)) for name, m in block.named_children()]
     with hooks(handles):
-        internals.probe(worker)
+        internals.worker.probe(worker)
     eps = torch.finfo(worker.model_config.dtype).eps
     targets: list[Target] = []
     for i, block in local.items():
@@ -239,12 +239,12 @@ def _self_check(
 ) -> dict[HookPoint, Tensor]:
     """Check that what the steering modules act on is the stream (`runtime.selfcheck`), that all ranks have the same of
     it, and that a plain pass is the same with steering modules as without. Returns what a plain pass has everywhere."""
-    each = internals.PROBE_TOKENS // len(selfcheck.CASES)
+    each = internals.base.PROBE_TOKENS // len(selfcheck.CASES)
 
     def run(steers: selfcheck.Steers) -> None:
         index.fill_with(steers, [each] * len(steers))
         try:
-            internals.probe(worker)
+            internals.worker.probe(worker)
         finally:
             index.fill_with([], [])
 
@@ -254,15 +254,15 @@ def _self_check(
         [target.hooked for target in targets],
         bank,
         run,
-        internals.PROBE_TOKENS,
+        internals.base.PROBE_TOKENS,
         torch.finfo(worker.model_config.dtype).eps,
         summed=any(target.form == "sum" for target in targets),
         dead=any(target.form == "first" for target in targets),
     )
     bad, watch = checked.problems(list(dict.fromkeys(target.point.site for target in targets)))
-    if not internals.replicated(torch.cat([x.flatten() for x in watch.raw.values()]).float()):
+    if not internals.worker.replicated(torch.cat([x.flatten() for x in watch.raw.values()]).float()):
         bad.append("each tensor-parallel rank has another part of the stream")
-    if not selfcheck.same(internals.probe(worker), *plain):
+    if not selfcheck.same(internals.worker.probe(worker), *plain):
         bad.append("a plain pass is not the same with steering_modules as without")
     if bad:
         raise UnsupportedModel(f"{type(worker.get_model()).__name__} cannot be steered: {'; '.join(bad)}")

@@ -20,7 +20,7 @@ from steer.runtime.token_index import Losses
 from steer.vllm import internals
 
 if TYPE_CHECKING:
-    from steer.vllm.types import ModelRunnerOutput, SchedulerOutput
+    from steer.vllm.internals.types import ModelRunnerOutput, SchedulerOutput
 
 #: Lost requests that one which comes later is compared with: those whose end the front end may not have seen yet.
 KEPT = 64
@@ -80,12 +80,12 @@ class LostRuns:
     def tell(self, output: ModelRunnerOutput, step: Step | None) -> ModelRunnerOutput:
         """vLLM's output of a step, with the requests of it that are lost by now."""
         if step is not None and (found := step.losses.first(step.lengths)):
-            starts = internals.starts_of(step.scheduled)
+            starts = internals.worker.starts_of(step.scheduled)
             for i, offset in found.items():
                 self._lose(step.requests[i], starts[step.requests[i]] + offset)
         if not self._lost:
             return output
-        return internals.with_losses(output, dict(self._lost))
+        return internals.worker.with_losses(output, dict(self._lost))
 
     def _lose(self, request: str, position: int) -> None:
         run = self._running.get(request)

@@ -29,7 +29,7 @@ from steer.vllm import capture, frontend, internals
 from steer.vllm.settings import KEY
 
 if TYPE_CHECKING:
-    from steer.vllm.types import LLM, CompletionOutput, RequestOutput
+    from steer.vllm.internals.types import LLM, CompletionOutput, RequestOutput
 
 
 def start(model: str, options: Sequence[str] = (), *, sites: Sequence[str] = ("resid_post",), rank: int = 8) -> LLM:
@@ -38,10 +38,10 @@ def start(model: str, options: Sequence[str] = (), *, sites: Sequence[str] = ("r
     from steer.vllm import plugin
 
     plugin.register()
-    arguments = internals.engine_arguments(model, options)
+    arguments = internals.engine.engine_arguments(model, options)
     given = {"enforce_eager": True, "enable_prefix_caching": False, "worker_cls": internals.WORKER}
     steering = {KEY: {"sites": list(sites), "rank": rank, "rows": 16 * rank}}
-    return internals.start_offline(arguments, given, steering)
+    return internals.engine.start_offline(arguments, given, steering)
 
 
 class VllmSource(Chat):
@@ -54,14 +54,14 @@ class VllmSource(Chat):
 
     @property
     def facts(self) -> ModelFacts:
-        architecture, layers, d_model = internals.shape_of(self._config)
+        architecture, layers, d_model = internals.config.shape_of(self._config)
         return ModelFacts(
             name=self.name,
             revision=self.revision,
             architecture=architecture,
             d_model=d_model,
             layers=layers,
-            dtype=internals.dtype_of(self._config),
+            dtype=internals.config.dtype_of(self._config),
             chat_template_sha256=self.template_sha256,
         )
 
@@ -78,7 +78,7 @@ class VllmSource(Chat):
 
     def fingerprint(self) -> str:
         """Of what the engine hands on of a fixed prompt at every layer."""
-        ids = list(range(3, 3 + internals.PROBE_TOKENS))
+        ids = list(range(3, 3 + internals.base.PROBE_TOKENS))
         seen = self.run([Encoded(ids, slice(0, len(ids)))], Reading((-1,), self.facts.layers - 1))
         return hashlib.sha256(seen.picked.numpy().tobytes()).hexdigest()
 

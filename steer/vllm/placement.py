@@ -7,7 +7,7 @@ import time
 from steer.direction import Direction
 from steer.errors import EngineFailed, NoRoom
 from steer.runtime.placement import Shape, ShapedPlacement
-from steer.vllm.types import Call
+from steer.vllm.internals.types import Call
 
 #: Seconds in which requests that have ended here leave the workers, and between two looks.
 ENDING, PAUSE = 2.0, 0.02

@@ -11,18 +11,18 @@ from steer.errors import UnsupportedModel
 from steer.vllm import frontend, internals, settings
 
 if TYPE_CHECKING:
-    from steer.vllm.types import AsyncLLM, VllmConfig
+    from steer.vllm.internals.types import AsyncLLM, VllmConfig
 
 
 def register() -> None:
-    internals.on_engine_start(_prepare, frontend.attach_sync, _attach_async)
+    internals.engine.on_engine_start(_prepare, frontend.attach_sync, _attach_async)
 
 
 def _attach_async(engine: AsyncLLM, found: settings.EngineSettings, serves: bool) -> None:
     from steer.vllm.server import check_app
 
     frontend.attach_async(engine, found, serves)
-    internals.on_app_built(check_app)
+    internals.server.on_app_built(check_app)
 
 
 def _prepare(config: VllmConfig) -> settings.EngineSettings | None:
@@ -36,5 +36,5 @@ def _prepare(config: VllmConfig) -> settings.EngineSettings | None:
             f"additional_config['{settings.KEY}'] needs worker_cls='{internals.WORKER}', it is {worker!r}"
         )
     internals.check_version()
-    internals.check_config(config, readout=bool(found.readout))
+    internals.config.check_config(config, readout=bool(found.readout))
     return found

@@ -25,8 +25,8 @@ from steer.names import Mode, Site
 from steer.registry import Registry
 from steer.runtime.bank import EMBEDDING, HookPoint
 from steer.runtime.placement import Shape
+from steer.vllm.internals.types import Call
 from steer.vllm.settings import EngineSettings
-from steer.vllm.types import Call
 
 log = logging.getLogger("steer")
 

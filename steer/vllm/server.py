@@ -80,7 +80,7 @@ def install(app: FastAPI) -> None:
         for path, dropping in GENERATION_ROUTES.items()
     }
     for route in app.routes:
-        internals.fail_fast(route)
+        internals.server.fail_fast(route)
     wrapped = wrap_routes(app, {**layers, (MODELS_ROUTE, "GET"): Models, (HEALTH_ROUTE, "GET"): Health})
     for needed in (*READ_ROUTES, MODELS_ROUTE):
         if needed not in wrapped:
@@ -135,7 +135,7 @@ class Middleware:
         guard(app)
         control = control_of(app)
         front = front_end_of(app)  # the server does not come up on an engine without steering
-        control.start(front.registry, internals.served_names(app)[0])
+        control.start(front.registry, internals.server.served_names(app)[0])
         try:
             await self.app(scope, receive, send)
         finally:
@@ -266,7 +266,7 @@ class Generation:
             async def fetch() -> ReadReport:
                 assert ticket is not None
                 assert admission.readout is not None
-                tokenizer = internals.tokenizer_of(scope["app"].state.engine_client)
+                tokenizer = internals.engine.tokenizer_of(scope["app"].state.engine_client)
                 return report(admission.readout, await front.readings(ticket, tokenizer))
 
             answer = UnlessLost(send, lambda: ticket is not None and ticket.lost)
@@ -283,7 +283,7 @@ class Generation:
         middleware = SteerMiddleware(
             checked,
             registry=front.registry,
-            served=internals.served_names(scope["app"]),
+            served=internals.server.served_names(scope["app"]),
             default=front.default,
             max_body=MAX_BODY,
             forward=forward,
@@ -318,7 +318,7 @@ class Other:
             control.leave(control.enter(control.caller(scope)))  # it counts as a request, and generates for who manages
             data = await read_body(scope, receive, MAX_BODY)
             body = await _understood(scope, data)
-            served = internals.served_names(app)
+            served = internals.server.served_names(app)
             traces = carriers.traces(body, headers_of(scope), served, scope["query_string"])
             found = await understood(lambda: next(traces, None), len(data))
             if found is not None:
@@ -417,8 +417,8 @@ def _in_our_words(scope: Scope, body: object) -> Scope:
     async def telling(
         request: Request, error: Exception, then: Callable[[Request, Exception], Awaitable[Response]] | None = None
     ) -> Response:
-        if internals.of_the_body(error) and isinstance(body, dict):
-            found = await offload("body", LARGE, lambda: internals.problems_of(scope.get("route"), body))
+        if internals.server.of_the_body(error) and isinstance(body, dict):
+            found = await offload("body", LARGE, lambda: internals.server.problems_of(scope.get("route"), body))
             if found or then is None:
                 said = {
                     "type": "value_error",

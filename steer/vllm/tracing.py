@@ -16,7 +16,7 @@ from steer.vllm import internals
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
-    from steer.vllm.types import EngineCoreOutput, OutputProcessor, RequestState
+    from steer.vllm.internals.types import EngineCoreOutput, OutputProcessor, RequestState
 
 #: The spec of the request whose span is being made.
 _spanned: ContextVar[Spec | None] = ContextVar("steer_spanned", default=None)

@@ -28,8 +28,8 @@ from steer.vllm.retention import Kept
 from steer.vllm.steering_module import code_digest
 
 if TYPE_CHECKING:
-    from steer.vllm.internals import Method
-    from steer.vllm.types import (
+    from steer.vllm.internals.base import Method
+    from steer.vllm.internals.types import (
         GPUModelRunner,
         IntermediateTensors,
         ModelConfig,
@@ -76,7 +76,7 @@ class Steered:
                 f"worker_cls {internals.WORKER} needs additional_config={{'{settings.KEY}': {{...}}}} ({{}} is enough)"
             )
         internals.check_version()
-        internals.check_config(vllm_config, readout=bool(found.readout))
+        internals.config.check_config(vllm_config, readout=bool(found.readout))
         self.steer_settings = found
         # vLLM hashes this into the key of its compile cache: no graph compiled without hooks, or with other code of
         # ours, is ever taken for this engine, and the name of a folder makes no difference.
@@ -88,14 +88,14 @@ class Steered:
         self._kept: Kept | None = None
         self._undo: Callable[[], None] | None = None
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]  # the platform's worker
-        internals.around_calls(self, self._call)
+        internals.worker.around_calls(self, self._call)
 
     def load_model(self, *args: object, **kwargs: object) -> None:
         if self._kept is not None:
             raise UnsupportedModel("the model was to be loaded a second time: steering needs a new engine for that")
         super().load_model(*args, **kwargs)
         own = self.steer_settings
-        index = TokenIndex(own.rank, internals.max_tokens(self.vllm_config), self.device)
+        index = TokenIndex(own.rank, internals.config.max_tokens(self.vllm_config), self.device)
         self._installation = install.attach(self, own, index)
         self._index = index
         self._residents = Residents(self._installation.bank)
@@ -111,8 +111,8 @@ class Steered:
         self._reads = ReadRunner(reads, self._installation.reading) if reads is not None else None
         self._capture: Capture | None = None
         self._steered_tokens = 0
-        self._runner_kind = internals.watch_batches(self.model_runner, self._on_batch)
-        internals.between_ranks(self, self._enter_rank, self._leave_rank)
+        self._runner_kind = internals.worker.watch_batches(self.model_runner, self._on_batch)
+        internals.worker.between_ranks(self, self._enter_rank, self._leave_rank)
         self._kept = Kept(self.get_model())
         log.info(
             "steering attached: %s runner, layers %s, %.1f MiB of device memory",
@@ -166,7 +166,7 @@ class Steered:
             self._meet(new)
         watchers = [w for w in (self._capture, self._reads) if w is not None and w.busy]
         if watchers:
-            self._starts = internals.starts_of(scheduler_output)
+            self._starts = internals.worker.starts_of(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             self._rest()  # vLLM may still run a pass, for other ranks
         self._batch = [], np.zeros(0, np.int32)
@@ -184,16 +184,16 @@ class Steered:
     def _told(self, out: object) -> object:
         """vLLM's output of the step, which will tell of the requests that it has lost when it is read."""
         passed, self._passed = self._passed, None
-        return internals.on_output(out, lambda output: self._lost_runs.tell(output, passed))
+        return internals.worker.on_output(out, lambda output: self._lost_runs.tell(output, passed))
 
     def _enter_rank(self, tensors: IntermediateTensors | None) -> None:
         self._from_before = tensors
 
     def _leave_rank(self, tensors: dict[str, torch.Tensor]) -> None:
         """What the ranks so far have lost goes with the stream to the next, whose last gives the outputs."""
-        tensors.pop(internals.LOST, None)  # they may be those of the step before, as a captured graph has them
+        tensors.pop(internals.worker.LOST, None)  # they may be those of the step before, as a captured graph has them
         if self._index.active:
-            tensors[internals.LOST] = self._index.lost[: self._index.used].to(torch.uint8)
+            tensors[internals.worker.LOST] = self._index.lost[: self._index.used].to(torch.uint8)
 
     def _look(self) -> None:
         """Once after calls: all tensors are where graphs read them, and hold what they must. Waits for the device.
@@ -224,7 +224,7 @@ class Steered:
             self._capture.meet(new.req_id, new.sampling_params)
         if self._reads is not None and (digests := wire.read_by(new.sampling_params)):
             rows = self._residents.rows_of(new.req_id, digests)
-            self._reads.meet(new.req_id, rows, internals.new_prompt_length(new))
+            self._reads.meet(new.req_id, rows, internals.worker.new_prompt_length(new))
         text = wire.of(new.sampling_params)
         if text is None:
             return
@@ -234,7 +234,8 @@ class Steered:
         else:
             prompt = new.prompt_token_ids or ()
             self._lost_runs.meet(
-                new.req_id, Run(internals.adapter_of(new) + text, prompt, internals.new_prompt_length(new))
+                new.req_id,
+                Run(internals.worker.adapter_of(new) + text, prompt, internals.worker.new_prompt_length(new)),
             )
         self._running[new.req_id] = self._index.enter(steer)
 
@@ -249,7 +250,7 @@ class Steered:
         self._steered_tokens += steered
         self._batch = (list(requests), lengths.copy()) if steered else ([], lengths)
         before, self._from_before = self._from_before, None
-        lost = None if before is None else before.tensors.pop(internals.LOST, None)
+        lost = None if before is None else before.tensors.pop(internals.worker.LOST, None)
         if steered and lost is not None:
             self._index.lost[: self._index.used].copy_(lost)
         for watcher in (self._capture, self._reads):
@@ -287,7 +288,7 @@ class Steered:
         """Until it is called with False the model's own Python runs, in place of compiled and captured graphs."""
         try:
             if on and self._undo is None:
-                self._undo = internals.run_eager(self)
+                self._undo = internals.worker.run_eager(self)
             elif not on and self._undo is not None:
                 self._undo()
                 self._undo = None
@@ -334,6 +335,6 @@ def __getattr__(name: str) -> object:
     """`Worker` is made when it is asked for, in the process and on the platform where it will run."""
     if name != "Worker":
         raise AttributeError(name)
-    made = type("Worker", (Steered, internals.platform_worker()), {"__module__": __name__})
+    made = type("Worker", (Steered, internals.worker.platform_worker()), {"__module__": __name__})
     globals()["Worker"] = made
     return made

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.runtime.token_index import Losses
-from steer.vllm.internals import ABOVE
+from steer.vllm.internals.base import ABOVE
 from steer.vllm.losses import KEPT, LostRuns, Run, Step
 from steer.vllm.salts import KEPT as SALTS
 from steer.vllm.salts import Salts

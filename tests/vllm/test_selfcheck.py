@@ -134,11 +134,11 @@ def test_a_runner_whose_graphs_cannot_be_put_aside_is_refused_and_nothing_is_cha
     model.compile(backend="eager")
     whole = model._compiled_call_impl
     with pytest.raises(UnsupportedModel, match="cudagraph_dispatcher"):
-        internals.run_eager(worker)
+        internals.worker.run_eager(worker)
     assert model._compiled_call_impl is whole
     graphs = SimpleNamespace(_graphs_captured=True)
     worker.model_runner = SimpleNamespace(prepare_inputs=None, cudagraph_manager=graphs)
-    undo = internals.run_eager(worker)
+    undo = internals.worker.run_eager(worker)
     assert (model._compiled_call_impl, graphs._graphs_captured) == (None, False)
     undo()
     assert (model._compiled_call_impl, graphs._graphs_captured) == (whole, True)

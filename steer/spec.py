@@ -184,6 +184,7 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
 
 def _check(param: str, name: object, mode: object, strength: object, problems: list[str]) -> RequestedDirection | None:
     before = len(problems)
+    known = next((each for each in MODES if each == mode), None)
     named = ""
     number: float | None = None
     if not isinstance(name, str):
@@ -193,7 +194,6 @@ def _check(param: str, name: object, mode: object, strength: object, problems: l
             named = check_name(name)
         except DirectionError as error:
             problems.append(f"{param}: {error}")
-    known = next((each for each in MODES if each == mode), None)
     if mode is not None and known is None:
         problems.append(f"{param}.mode: {brief(mode)} is not a mode; accepted: {', '.join(MODES)}")
     if strength is not None:

@@ -17,11 +17,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from steer.serve import errors, keys
-from steer.serve.asgi import header, headers_of
 from steer.serve.caller import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
 from steer.serve.control import Control
 from steer.serve.errors import Code, HTTPProblem
-from steer.serve.pages import ANY, foreign, is_preflight
+from steer.serve.pages import ANY, foreign, header, is_preflight
 
 MAX_HEADERS = 64 * 2**10
 MAX_PATH = 8 * 2**10
@@ -91,7 +90,7 @@ class Access:
 
     def _check_page(self, scope: Scope) -> None:
         """What holds for everybody, before it is asked who comes."""
-        headers = headers_of(scope)
+        headers = Headers(scope=scope)
         if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADERS:
             raise HTTPProblem(Code.HEADERS_TOO_LARGE, f"the headers are over {MAX_HEADERS} bytes")
         if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > MAX_PATH:
@@ -109,7 +108,7 @@ class Access:
             return ANYONE
         method = "GET" if scope.get("method") == "HEAD" else scope.get("method", "websocket")
         path = route_path(scope)
-        secret = api_key_of(headers_of(scope))
+        secret = api_key_of(Headers(scope=scope))
         name = force.keyring.find(secret or "")
         known = Caller(name, force.policy.keys[name], keys.stored(secret)) if name and secret else None
         if method == "GET" and (path in self.public or (path == METRICS and force.policy.metrics_public)):

@@ -6,21 +6,10 @@ from collections.abc import Awaitable, Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
-from starlette.types import Message, Scope, Send
+from starlette.types import Message, Send
 
 #: Makes the new body of an answer of the whole old one.
 Change = Callable[[bytes], Awaitable[bytes]]
-
-
-def headers_of(scope: Scope) -> Headers:
-    """The headers of a request."""
-    return Headers(raw=scope["headers"])
-
-
-def header(headers: Headers, name: str) -> str | None:
-    """The value of a header, None where it is not sent. Of one that is sent several times all values, separated by
-    commas: a check against known values then fails."""
-    return ", ".join(found) if (found := headers.getlist(name)) else None
 
 
 def with_headers(message: Message, change: Callable[[MutableHeaders], object]) -> Message:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,7 +26,7 @@ from steer.errors import SteerError
 from steer.readout import RequestedReadout
 from steer.registry import Registry
 from steer.serve import carriers, errors, metrics
-from steer.serve.asgi import headers_of, is_event_stream, send_response, with_headers
+from steer.serve.asgi import is_event_stream, send_response, with_headers
 from steer.serve.authorise import admit
 from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, understood
 from steer.serve.control import Control, Reservation, Run
@@ -145,7 +145,7 @@ class SteerMiddleware:
     ) -> tuple[dict[str, object], carriers.Carried, RequestedReadout | None]:
         body = parse_body(data)
         check_size(body)
-        carried = carriers.read(body, headers_of(scope), self.served, scope["query_string"])
+        carried = carriers.read(body, Headers(scope=scope), self.served, scope["query_string"])
         return body, carried, readout.parse(body.get(readout.FIELD))
 
     async def _serve(self, run: Run, answer: _Answer, scope: Scope, receive: Receive) -> None:

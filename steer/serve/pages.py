@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from steer.serve.asgi import header, headers_of
 from steer.serve.errors import Code, HTTPProblem
 
 #: In a list of hosts or origins: all of them.
@@ -73,17 +72,23 @@ def foreign(origin: str) -> HTTPProblem:
 
 def is_preflight(scope: Scope) -> bool:
     """Does a browser ask here whether a page may call, on the page's behalf and without its key?"""
-    return scope.get("method") == "OPTIONS" and "access-control-request-method" in headers_of(scope)
+    return scope.get("method") == "OPTIONS" and "access-control-request-method" in Headers(scope=scope)
 
 
 def check_kind(scope: Scope, kind: str) -> None:
     """Raise HTTPProblem (415) where the request does not say that its body is `kind`. Any page may send what a form
     sends, or a body without a type, unasked; for every other type its browser asks first."""
-    said = (header(headers_of(scope), "content-type") or "").partition(";")[0].strip().lower()
+    said = (header(Headers(scope=scope), "content-type") or "").partition(";")[0].strip().lower()
     if said == kind or (kind == JSON and said.startswith("application/") and said.endswith("+json")):
         return
     given = repr(said[:_SHOWN]) if said else "none"
     raise HTTPProblem(Code.CONTENT_TYPE, f"this route wants the header 'Content-Type: {kind}' (got {given})")
+
+
+def header(headers: Headers, name: str) -> str | None:
+    """The value of a header, None where it is not sent. Of one that is sent several times all values, separated by
+    commas: a check against known values then fails."""
+    return ", ".join(found) if (found := headers.getlist(name)) else None
 
 
 def hosts_of(text: str) -> frozenset[str]:

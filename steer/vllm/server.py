@@ -21,7 +21,7 @@ from functools import partial
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -33,7 +33,7 @@ from steer.readout import FIELD
 from steer.serve import carriers, errors, metrics, operation, pages, playground, reference
 from steer.serve.access import PUBLIC, Access, Cors
 from steer.serve.answers import ReadReport, report
-from steer.serve.asgi import Change, header, headers_of, rewriting, with_headers
+from steer.serve.asgi import Change, rewriting, with_headers
 from steer.serve.authorise import resolve
 from steer.serve.body import BODY, Gone, parse_body, read_body, replay, understood
 from steer.serve.control import Control, request_id
@@ -319,7 +319,7 @@ class Other:
             data = await read_body(scope, receive, MAX_BODY)
             body = await _understood(scope, data)
             served = internals.server.served_names(app)
-            traces = carriers.traces(body, headers_of(scope), served, scope["query_string"])
+            traces = carriers.traces(body, Headers(scope=scope), served, scope["query_string"])
             found = await understood(lambda: next(traces, None), len(data))
             if found is not None:
                 raise unsupported(
@@ -355,7 +355,7 @@ def _may_be_plain(scope: Scope) -> bool:
 
 async def _understood(scope: Scope, data: bytes) -> object:
     """What a body says: of JSON the value, of a form its fields, {} of none; None where we cannot tell."""
-    kind = (header(headers_of(scope), "content-type") or "").lower()
+    kind = (pages.header(Headers(scope=scope), "content-type") or "").lower()
     forms = ("multipart/form-data", "application/x-www-form-urlencoded")
     if kind.startswith(forms) and not data.lstrip().startswith(b"{"):  # which is JSON to who does not look at the type
         try:

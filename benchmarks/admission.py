@@ -25,7 +25,7 @@ from steer.serve.caller import Caller
 from steer.serve.control import Control
 from steer.settings import ControlSettings
 from steer.spec import Spec
-from steer.vllm.salts import salt
+from steer.vllm.frontend import salt
 from tests import models
 
 COUNTS = (1, 10, 100, 1000)

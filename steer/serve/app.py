@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from steer._version import __version__
 from steer.errors import SteerError
 from steer.names import readable
-from steer.serve import answers, chat, completions, errors, metrics, models, operation, playground, reference
+from steer.serve import answers, chat, completions, errors, html, metrics, models, operation
 from steer.serve.access import PUBLIC, Access, Cors
 from steer.serve.carriers import RECEIPT
 from steer.serve.directions import router as directions_router
@@ -65,10 +65,10 @@ def build(served: Served) -> FastAPI:
     app.add_exception_handler(RequestValidationError, errors.on_validation_error)
     app.add_exception_handler(HTTPException, errors.on_http_exception)
     cors: Cors = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": [RECEIPT, "x-request-id"]}
-    app.add_middleware(Access, control=control, public=PUBLIC.union(playground.PATHS), cors=cors)
+    app.add_middleware(Access, control=control, public=PUBLIC.union(html.PATHS), cors=cors)
     app.add_middleware(Head)
-    app.include_router(playground.router())
-    reference.put_on(app)
+    app.include_router(html.router())
+    html.put_docs_on(app)
     app.include_router(directions_router(registry, control=control))
     app.include_router(operation.router(control))
     app.include_router(chat.router(served))

@@ -2,21 +2,27 @@
 
 A parser's time goes by how many values there are, and holds the interpreter while it lasts: a megabyte of brackets
 takes as long as a hundred of text. So structure is counted first, in windows, by searches that are linear and short.
+
+Work whose length the client decides is done in threads of its own (`offload`), so that the event loop answers /health
+and the kill switch meanwhile. Few of them run at once: they take turns for the interpreter with the loop and not with
+each other, and what is large never waits in front of what is small.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Literal, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope
 
 from steer.errors import RequestError
 from steer.serve import errors
-from steer.serve.offload import offload
 
 T = TypeVar("T")
 
@@ -230,3 +236,23 @@ def replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return receiving
+
+
+# -- work whose length the client decides ----------------------------------------------------------------------------
+
+#: Bytes or characters from which on work waits in the queue of the large. One of those runs at a time.
+LARGE = 64 * 1024
+SMALL_AT_ONCE = 2
+Kind = Literal["body", "text"]
+
+
+async def offload(kind: Kind, size: int, work: Callable[[], T]) -> T:
+    """What `work` returns or raises. `size`: bytes or characters that it goes through; `kind`: bodies, which take
+    milliseconds, never wait for texts, whose tokenizing can take seconds."""
+    return await asyncio.get_running_loop().run_in_executor(_threads(kind, size >= LARGE), work)
+
+
+@cache
+def _threads(kind: Kind, large: bool) -> ThreadPoolExecutor:
+    """Of the process, since the interpreter's lock, which they share with the loop, is."""
+    return ThreadPoolExecutor(1 if large else SMALL_AT_ONCE, f"steer-{kind}{'-large' if large else ''}")

@@ -21,7 +21,7 @@ from steer.readout import Readout
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
 from steer.serve.answers import Finish
-from steer.serve.offload import offload
+from steer.serve.body import offload
 from steer.serve.text import Stops, TextStream
 from steer.serve.token_usage import current
 

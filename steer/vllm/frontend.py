@@ -3,27 +3,25 @@
 A request's `SamplingParams.extra_args["steer"]` is admitted in `add_request`, before the engine sees it, or names by a
 ticket what the server's middleware has admitted; what it means goes into its prefix-cache salt in `process_inputs`. The
 admission is held by the call, and by each request that it makes from the output processor's `add_request` until that
-has let the request go. All of it is wrapped on the instances of an engine that has steering on; no other engine is
-touched.
+has let the request go. `plugin` wraps all of it on the instances of an engine that has steering on.
 """
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import logging
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from steer.admission import Admission
-from steer.errors import EngineFailed, InvalidInput, NoRoom, NotFinite, SpecError, UnsupportedModel
+from steer.errors import EngineFailed, NoRoom, NotFinite, SpecError, UnsupportedModel
 from steer.names import readable
 from steer.registry import Registry
 from steer.runtime.placement import Shape
@@ -31,23 +29,56 @@ from steer.runtime.readout import Reading
 from steer.serve import metrics, token_usage
 from steer.serve.text import token_text
 from steer.spec import RequestedDirection, Spec, parse
-from steer.vllm import internals, tracing, wire
+from steer.vllm import internals, wire
 from steer.vllm.internals.types import Call, CallAsync
 from steer.vllm.placement import VllmPlacement
-from steer.vllm.salts import SALT, Salts, salt
-from steer.vllm.selfcheck import Answer, Ask, Job, self_check
+from steer.vllm.selfcheck import Ask, self_check
 from steer.vllm.settings import KEY, EngineSettings
 from steer.vllm.steering_module import code_digest
 from steer.vllm.wire import READ, RESOLVED
 
 if TYPE_CHECKING:
     from steer.tokenization import Decoder
-    from steer.vllm.internals.types import AsyncLLM, EngineRequest, LLMEngine, RequestState, SamplingParams, VllmConfig
+    from steer.vllm.internals.types import EngineRequest, RequestState, SamplingParams, VllmConfig
 
 log = logging.getLogger("steer")
 
 #: Set on an engine that has steering on.
 ATTRIBUTE = "steer"
+
+
+#: Between a request's own prefix-cache salt and what its steering adds to it. No request's own salt may have it, or a
+#: plain request could leave its blocks for steered ones to find.
+SALT = "|steer:"
+#: Salts whose losses are remembered one by one; beyond that all steered requests begin anew.
+SALTS_KEPT = 1024
+
+
+def salt(spec: Spec) -> str:
+    return SALT + spec.key()
+
+
+class Salts:
+    """What keeps blocks of the prefix cache apart after a loss: those that a request whose stream was lost may have
+    left from all that come after it. `current` gives a steered request's salt another ending from each `renew` of it
+    on. `first`: the ending before that, which must be no other process's where blocks outlive this one."""
+
+    def __init__(self, first: str = "") -> None:
+        self._numbers = itertools.count(1)
+        self._first = self._all = first
+        self._endings: dict[str, str] = {}
+
+    def current(self, salt: str) -> str:
+        return salt + self._endings.get(salt, self._all)
+
+    def renew(self, salt: str) -> None:
+        if len(self._endings) >= SALTS_KEPT:
+            self._endings.clear()
+            self._all = self._ending()
+        self._endings[salt] = self._ending()
+
+    def _ending(self) -> str:
+        return f"#{self._first}{next(self._numbers)}"
 
 
 @dataclass(slots=True)
@@ -98,7 +129,7 @@ passage: ContextVar[Passage | None] = ContextVar("steer_passage", default=None)
 _adding: ContextVar[_Call | None] = ContextVar("steer_adding", default=None)
 
 #: Set in the context of the self-check's own requests, which cannot wait for their own end and have no ticket.
-_starting: ContextVar[bool] = ContextVar("steer_starting", default=False)
+in_self_check: ContextVar[bool] = ContextVar("steer_self_check", default=False)
 
 
 async def _no_loop(*_args: object) -> list[Any]:
@@ -224,7 +255,7 @@ class Frontend:
         asked = extra.get(KEY)
         ticket = self._tickets.get(asked) if isinstance(asked, str) else None
         if own := ticket is None:
-            if ((way := passage.get()) is not None or self.serves) and not _starting.get():
+            if ((way := passage.get()) is not None or self.serves) and not in_self_check.get():
                 check_passage(way, raw=KEY in extra)
                 wanted: tuple[RequestedDirection, ...] = ()
             else:
@@ -320,133 +351,6 @@ def _with_spec(params: SamplingParams, extra: Mapping[str, object], admission: A
         ours[READ] = list(readout.digests)
     copied.extra_args = {key: value for key, value in extra.items() if key != KEY} | ours or None
     return copied
-
-
-# -- on an engine ----------------------------------------------------------------------------------------------------
-
-
-def attach_sync(engine: LLMEngine, settings: EngineSettings, serves: bool = False) -> None:
-    """Steering on an `LLMEngine` that has just started; blocks until the workers are ready."""
-    frontend = Frontend(engine.vllm_config, settings, partial(internals.engine.call_workers, engine), serves=serves)
-    _wrap_processors(engine, frontend)
-    add_request = internals.seam(engine, "add_request", ["prompt", "params"])
-
-    def adding(request_id: str, prompt: object, params: SamplingParams, *args: object, **kwargs: object) -> object:
-        with frontend.admitted(params) as admitted:
-            try:
-                return add_request(request_id, prompt, admitted, *args, **kwargs)
-            except BaseException:  # of n answers some may be on their way, and nobody else would end them
-                if left := frontend.left_of_call():
-                    internals.engine.abort(engine, left)
-                raise
-
-    def ask(jobs: Sequence[Job], _rank: int) -> list[Answer]:
-        for n, (prompt, spec) in enumerate(jobs):
-            parameters = internals.engine.probe_parameters(engine.vllm_config, spec)
-            engine.add_request(f"steer-probe-{n}", internals.engine.probe_prompt(prompt), parameters)
-        done: dict[str, Answer] = {}
-        while engine.has_unfinished_requests():
-            done |= {out.request_id: internals.engine.answer_of(out) for out in engine.step() if out.finished}
-        return [done[f"steer-probe-{n}"] for n in range(len(jobs))]
-
-    engine.add_request = adding
-    setattr(engine, ATTRIBUTE, frontend)
-    token = _starting.set(True)
-    try:
-        frontend.start(ask)
-    finally:
-        _starting.reset(token)
-
-
-def attach_async(engine: AsyncLLM, settings: EngineSettings, serves: bool = False) -> None:
-    """Steering on an `AsyncLLM`: its constructor cannot wait for the workers, so the first to need them does."""
-    loops: list[asyncio.AbstractEventLoop] = []
-
-    def call(method: str, *args: object) -> list[Any]:  # in a thread: never on the event loop, which does the work
-        return asyncio.run_coroutine_threadsafe(
-            internals.engine.call_workers_async(engine, method, *args), loops[0]
-        ).result()
-
-    frontend = Frontend(
-        engine.vllm_config, settings, call, partial(internals.engine.call_workers_async, engine), serves=serves
-    )
-    _wrap_processors(engine, frontend)
-    add_request = internals.seam(engine, "add_request", ["prompt", "params"])
-    get_supported_tasks = internals.seam(engine, "get_supported_tasks")
-    starting: list[asyncio.Task[None]] = []
-
-    engines = internals.engine.engines_of(engine)
-
-    async def asking(n: int, job: Job, rank: int) -> Answer:
-        more = {"data_parallel_rank": rank} if engines > 1 else {}
-        prompt, spec = job
-        parameters, name = internals.engine.probe_parameters(engine.vllm_config, spec), f"steer-probe-{rank}-{n}"
-        *_, last = [
-            out async for out in engine.generate(internals.engine.probe_prompt(prompt), parameters, name, **more)
-        ]
-        return internals.engine.answer_of(last)
-
-    async def asking_all(jobs: Sequence[Job], rank: int) -> list[Answer]:
-        return list(await asyncio.gather(*(asking(n, job, rank) for n, job in enumerate(jobs))))
-
-    def ask(jobs: Sequence[Job], rank: int) -> list[Answer]:
-        return asyncio.run_coroutine_threadsafe(asking_all(jobs, rank), loops[0]).result()
-
-    def start() -> None:
-        _starting.set(True)  # seen by what this thread asks of the event loop, and by nothing else
-        frontend.start(ask, engines)
-        frontend.watch()
-
-    async def ready() -> None:
-        if _starting.get():
-            return
-        if not starting:
-            loops.append(asyncio.get_running_loop())
-            starting.append(asyncio.create_task(asyncio.to_thread(start)))
-        await asyncio.shield(starting[0])
-
-    async def tasks() -> object:
-        """The server asks for these before it serves anything, so it does not start where steering cannot."""
-        await ready()
-        return await get_supported_tasks()
-
-    async def adding(
-        request_id: str, prompt: object, params: SamplingParams, *args: object, **kwargs: object
-    ) -> object:
-        await ready()
-        try:
-            with frontend.admitted(params) as admitted:
-                try:
-                    return await add_request(request_id, prompt, admitted, *args, **kwargs)
-                except BaseException:  # as above; also where the client has left
-                    if left := frontend.left_of_call():
-                        await internals.engine.abort_async(engine, left)
-                    raise
-        except InvalidInput as error:
-            raise internals.engine.client_error(error) from error
-
-    engine.get_supported_tasks = tasks
-    engine.add_request = adding
-    setattr(engine, ATTRIBUTE, frontend)
-
-
-def _wrap_processors(engine: LLMEngine | AsyncLLM, frontend: Frontend) -> None:
-    """The salt where requests are made, the pins where they are kept."""
-    inputs, outputs = internals.seam(engine, "input_processor"), internals.seam(engine, "output_processor")
-    internals.engine.wrap_process_inputs(inputs, _fold_salt)
-    internals.engine.wrap_requests(
-        outputs, frontend.check_added, frontend.has_added, frontend.let_go, frontend.held, frontend.lost
-    )
-    tracing.trace(outputs, frontend.applied)
-
-
-def _fold_salt(request: EngineRequest) -> None:
-    """A steered request's blocks are found by requests of the same spec alone; a plain request is left as it is."""
-    if SALT in (request.cache_salt or ""):
-        raise SpecError(f"a cache_salt must not contain '{SALT}'", param="cache_salt")
-    text = wire.of(request.sampling_params)
-    if text is not None:
-        request.cache_salt = (request.cache_salt or "") + salt(wire.decode(text))
 
 
 def of(engine: object) -> Frontend:

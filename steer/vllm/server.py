@@ -30,17 +30,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from steer.admission import Admission
 from steer.errors import InvalidInput, SpecError, SteerError, UnsupportedModel
 from steer.readout import FIELD
-from steer.serve import carriers, errors, metrics, operation, pages, playground, reference
+from steer.serve import carriers, errors, html, metrics, operation, pages
 from steer.serve.access import PUBLIC, Access, Cors
 from steer.serve.answers import ReadReport, report
 from steer.serve.asgi import Change, rewriting, with_headers
 from steer.serve.authorise import resolve
-from steer.serve.body import BODY, Gone, parse_body, read_body, replay, understood
+from steer.serve.body import BODY, LARGE, Gone, offload, parse_body, read_body, replay, understood
 from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.middleware import REQUEST_ID, SteerMiddleware, wrap_routes
-from steer.serve.offload import LARGE, offload
 from steer.serve.route import Head
 from steer.settings import ControlSettings
 from steer.spec import Spec
@@ -89,8 +88,8 @@ def install(app: FastAPI) -> None:
     check_door(control, app.state.args)
     app.include_router(directions_router(_LateRegistry(app), control=control))  # type: ignore[arg-type]
     app.include_router(operation.router(control))
-    app.include_router(playground.router())
-    reference.put_on(app)
+    app.include_router(html.router())
+    html.put_docs_on(app)
 
 
 def guard(app: FastAPI) -> None:
@@ -123,7 +122,7 @@ class Middleware:
             access = Access(
                 Closed(self.app),
                 control=control_of(scope["app"]),
-                public=PUBLIC.union(playground.PATHS),
+                public=PUBLIC.union(html.PATHS),
                 cors=cors,
             )
             self._door = Head(access)

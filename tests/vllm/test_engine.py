@@ -187,7 +187,7 @@ def test_the_users_own_salt_still_parts_requests(running: Running) -> None:
 
 @pytest.mark.parametrize("spec", ["off", "refusal"])
 def test_no_request_can_leave_blocks_for_another_spec(running: Running, spec: str) -> None:
-    from steer.vllm.salts import SALT
+    from steer.vllm.frontend import SALT
 
     prompt = {"prompt": LONG, "cache_salt": f"{SALT}anything"}
     with pytest.raises(ValueError, match="must not contain"):

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from starlette.datastructures import Headers
+
 from benchmarks.results import FOLDER, Result
 from steer.registry import Registry
 from steer.runtime.bank import DirectionBank, HookPoint
@@ -23,12 +25,12 @@ from steer.serve.caller import Caller
 from steer.serve.control import Control
 from steer.settings import ControlSettings
 from steer.spec import Spec
-from steer.vllm.salts import salt
+from steer.vllm.frontend import salt
 from tests import models
 
 COUNTS = (1, 10, 100, 1000)
 BODY = b'{"model": "tiny", "messages": [{"role": "user", "content": "%s"}], "steer": "d0=0.7"}' % (b"x" * 2000)
-HEADERS = [(b"content-type", b"application/json"), (b"user-agent", b"OpenAI/Python"), (b"accept", b"*/*")]
+HEADERS = Headers({"content-type": "application/json", "user-agent": "OpenAI/Python", "accept": "*/*"})
 LAYERS = 3
 
 

@@ -126,7 +126,7 @@ def static(*tensors: torch.Tensor) -> None:
 
 
 def acting(bank_slice: BankSlice, index: TokenIndex) -> hook_points.Transform:
-    """The operation at one place, always: in a compiled graph there is no asking whether any token is steered."""
+    """The operation at one hook point, always: in a compiled graph there is no asking whether any token is steered."""
     return lambda x: apply(x.flatten(0, -2), bank_slice, *index.first(index.max_tokens))[0].view_as(x)
 
 

@@ -18,7 +18,7 @@ import torch
 from benchmarks.results import FOLDER, Result
 from steer.names import MODES
 from steer.runtime.bank import DirectionBank, HookPoint, apply
-from steer.runtime.token_index import RequestSteer, TokenIndex
+from steer.runtime.token_index import RequestSteer, TokenIndex, slot
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -41,15 +41,15 @@ class Case:
 
     def run(self, repeats: int) -> tuple[int, float, float]:
         """Bytes, milliseconds of the operation at all layers, microseconds of filling the index for a step."""
-        places = [HookPoint("resid_post", layer) for layer in range(self.layers)]
+        points = [HookPoint("resid_post", layer) for layer in range(self.layers)]
         bank = DirectionBank(
-            places, rows=self.rows, rank=self.rank, d_model=self.width, device=DEVICE, requests=self.tokens
+            points, rows=self.rows, rank=self.rank, d_model=self.width, device=DEVICE, requests=self.tokens
         )
         index = TokenIndex(self.rank, self.tokens, DEVICE)
         for bank_slice in bank.slices.values():
             bank_slice.vectors.copy_(torch.nn.functional.normalize(torch.randn(bank_slice.vectors.shape), dim=-1))
         steer = RequestSteer.plain(self.rank)
-        steer.slots[:] = np.arange(1, self.rank + 1) * len(MODES)
+        steer.slots[:] = [slot(row, "ablate") for row in range(1, self.rank + 1)]
         steer.strengths[:] = 1
         number = index.enter(steer)
         numbers, lengths = np.full(self.tokens, number), np.ones(self.tokens, np.int64)

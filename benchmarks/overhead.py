@@ -94,7 +94,7 @@ class Home:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class RequestedDirection:
     """An engine: options of `LLM`, and what its process has in its environment."""
 
     options: dict[str, Any]
@@ -105,17 +105,17 @@ Arms = dict[str, Callable[[], float]]
 MakeArms = Callable[[Mapping[str, Engine], str, int], Arms]
 
 
-def stock_suite(home: Home) -> tuple[dict[str, Wanted], MakeArms]:
+def stock_suite(home: Home) -> tuple[dict[str, RequestedDirection], MakeArms]:
     """Stock vLLM twice, installed but off, steering in every mixture, and LoRA on stock."""
     engines = {
-        "stock": Wanted(home.options, WITHOUT),
-        "stock again": Wanted(home.options, WITHOUT),
-        "installed, off": Wanted(home.options),
-        "steer": Wanted(home.steering()),
+        "stock": RequestedDirection(home.options, WITHOUT),
+        "stock again": RequestedDirection(home.options, WITHOUT),
+        "installed, off": RequestedDirection(home.options),
+        "steer": RequestedDirection(home.steering()),
     }
     if home.adapters:
         lora_options = home.options | dict(enable_lora=True, max_lora_rank=1, max_loras=1)
-        engines["LoRA on stock"] = Wanted(lora_options, WITHOUT)
+        engines["LoRA on stock"] = RequestedDirection(lora_options, WITHOUT)
 
     def arms(started: Mapping[str, Engine], kind: str, batch: int) -> Arms:
         def job(specs: Sequence[str | None] = (None,), adapter: str | None = None) -> Job:
@@ -139,10 +139,10 @@ def stock_suite(home: Home) -> tuple[dict[str, Wanted], MakeArms]:
     return engines, arms
 
 
-def pair_suite(home: Home) -> tuple[dict[str, Wanted], MakeArms]:
+def pair_suite(home: Home) -> tuple[dict[str, RequestedDirection], MakeArms]:
     """Stock vLLM and an engine that steers, each with nearly half of a GPU. Stock's second arm is the same engine: what
     engines differ by shows between the orders of starting."""
-    engines = {"stock": Wanted(home.options, WITHOUT), "steer": Wanted(home.steering())}
+    engines = {"stock": RequestedDirection(home.options, WITHOUT), "steer": RequestedDirection(home.steering())}
 
     def arms(started: Mapping[str, Engine], kind: str, batch: int) -> Arms:
         def job(*specs: str | None) -> Job:
@@ -161,13 +161,13 @@ def pair_suite(home: Home) -> tuple[dict[str, Wanted], MakeArms]:
     return engines, arms
 
 
-def variants_suite(home: Home) -> tuple[dict[str, Wanted], MakeArms]:
+def variants_suite(home: Home) -> tuple[dict[str, RequestedDirection], MakeArms]:
     """Ranks, sites and the read-out, each against the usual: one direction of rank 1 at `resid_post`."""
     engines = {
-        "rank 1": Wanted(home.steering()),
-        "room for rank 4": Wanted(home.steering(rank=4)),
-        "writers": Wanted(home.steering(folder="writers", sites=["writers"])),
-        "readout": Wanted(home.steering(readout=8)),
+        "rank 1": RequestedDirection(home.steering()),
+        "room for rank 4": RequestedDirection(home.steering(rank=4)),
+        "writers": RequestedDirection(home.steering(folder="writers", sites=["writers"])),
+        "readout": RequestedDirection(home.steering(readout=8)),
     }
 
     def arms(started: Mapping[str, Engine], kind: str, batch: int) -> Arms:
@@ -190,7 +190,9 @@ SUITES = {"stock": stock_suite, "pair": pair_suite, "variants": variants_suite}
 
 
 @contextmanager
-def started_in_order(model: Path, wanted: Mapping[str, Wanted], order: Sequence[str]) -> Iterator[dict[str, Engine]]:
+def started_in_order(
+    model: Path, wanted: Mapping[str, RequestedDirection], order: Sequence[str]
+) -> Iterator[dict[str, Engine]]:
     with ExitStack() as stack:
         started = {}
         for name in order:

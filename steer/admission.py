@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 
 from steer.readout import Readout
 from steer.registry import Registry
-from steer.spec import Spec, Wanted
+from steer.spec import RequestedDirection, Spec
 
 
 class Admission:
@@ -31,7 +31,7 @@ class Admission:
         registry.pin(self._digests)
 
     @classmethod
-    def of(cls, registry: Registry, wanted: Sequence[Wanted]) -> Admission:
+    def of(cls, registry: Registry, wanted: Sequence[RequestedDirection]) -> Admission:
         """Resolve `wanted` and pin what it means now. Raises SpecError with every problem."""
         with registry.steady():
             return cls(registry, registry.resolve(wanted))

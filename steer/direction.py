@@ -39,7 +39,7 @@ from typing_extensions import TypedDict
 from steer._version import __version__
 from steer.errors import DirectionError, problems_of
 from steer.geometry import angle
-from steer.names import MAX_STRENGTH, MODES, Mode, Site
+from steer.names import MAX_STRENGTH, MODES, Mode, Site, site_problem
 
 #: A file of 128 layers × 16384 with k = 2 has about 50 MB.
 MAX_BYTES = 256 * 2**20
@@ -169,10 +169,8 @@ class Direction:
                 found += _row_problems(name, tensor.unsqueeze(0))
             elif name == "target" and tensor.shape == self.reference.shape and (tensor > self.reference).any():
                 found.append("tensor 'target' is above 'reference' somewhere, so a component would be raised there")
-        if "writers" in self.meta.sites and self.meta.mode != "ablate":
-            found.append(
-                f"metadata: the mode '{self.meta.mode}' is not defined at the site 'writers', only 'ablate' is"
-            )
+        if problem := site_problem(self.meta.sites, self.meta.mode):
+            found.append(f"metadata: {problem}")
         if self.meta.mode not in self.meta.modes:
             found.append(f"metadata: the mode '{self.meta.mode}' is not among the file's modes {list(self.meta.modes)}")
         if self.meta.source_layer is not None and self.meta.source_layer >= self.meta.layers:

@@ -22,10 +22,11 @@ from __future__ import annotations
 import itertools
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 #: Of one input, those that are told; and the characters of one. An input may be as large as it likes.
 MAX_PROBLEMS = 50
@@ -48,7 +49,7 @@ class _Brief(reprlib.Repr):
         return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
 
 
-def brief(value: Any) -> str:
+def brief(value: object) -> str:
     """A value that was sent, short enough for a message, however long it is."""
     shown = repr(value[:60]) if isinstance(value, str) else _Brief().repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
@@ -89,7 +90,7 @@ _ACCEPTED = {
 _TYPES = frozenset(("str", "int", "float", "bool", "list", "dict", "nullable", "union"))
 
 
-def accepted(kind: str, limits: Mapping[str, Any]) -> str:
+def accepted(kind: str, limits: Mapping[str, object]) -> str:
     """What is accepted where pydantic finds a problem of this kind; empty where we have no words for it."""
     exact = kind if kind in _ACCEPTED else next((k for k in _ACCEPTED if k.endswith("_") and kind.startswith(k)), None)
     if exact is None:
@@ -101,7 +102,7 @@ def accepted(kind: str, limits: Mapping[str, Any]) -> str:
         return ""
 
 
-def wording(item: Mapping[str, Any]) -> str:
+def problem_text(item: ErrorDetails) -> str:
     """One problem of a pydantic ValidationError in our words: the value, and what would be accepted."""
     if item["type"] == "missing":
         return "missing; it is required"
@@ -125,17 +126,17 @@ def _names_a_type(part: str) -> bool:
     return "[" in part or part in _TYPES or part[:1].isupper() or part.startswith("constrained-")
 
 
-def problems_by_field(items: Iterable[Mapping[str, Any]], whole: str) -> dict[str, str]:
+def problems_by_field(items: Iterable[ErrorDetails], whole: str) -> dict[str, str]:
     """What is wrong about each field, from the items of a pydantic ValidationError; where no field is at fault it is
     `whole`. Of a field with several types, what each of them accepts."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    found: dict[str, list[ErrorDetails]] = {}
     for item in items:
         found.setdefault(".".join(field_path(item["loc"])) or whole, []).append(item)
     problems = {}
     for field, (first, *others) in found.items():
         also = dict.fromkeys(accepted(item["type"], item.get("ctx", {})) for item in others)
         own = accepted(first["type"], first.get("ctx", {}))
-        problems[field] = ", or ".join([wording(first), *(each for each in also if own and each and each != own)])
+        problems[field] = ", or ".join([problem_text(first), *(each for each in also if own and each and each != own)])
     return problems
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from steer.errors import DirectionError
@@ -18,6 +20,42 @@ MODE_SUMMARIES: dict[Mode, str] = {
     "one_sided": "What is above the reference, on the behaviour's side, is set to the target.",
 }
 SITES: tuple[Site, ...] = get_args(Site)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRules:
+    """What can be done at a site.
+
+    modes: those that are defined there. All but `ablate` need values of the whole stream.
+    whole: is what passes there the whole stream of a token, or one of the terms that are added to it?
+    readable: can a read-out be taken there? At each layer that is one site at most.
+    """
+
+    modes: tuple[Mode, ...]
+    whole: bool
+    readable: bool
+
+
+#: One entry for each site; which modules of a model it is, each backend finds for itself.
+SITE_RULES: Mapping[Site, SiteRules] = {
+    "resid_post": SiteRules(modes=MODES, whole=True, readable=True),
+    "writers": SiteRules(modes=("ablate",), whole=False, readable=False),
+}
+
+
+def readable(sites: Iterable[Site]) -> bool:
+    """Can a read-out be taken at one of `sites`?"""
+    return any(SITE_RULES[site].readable for site in sites)
+
+
+def site_problem(sites: Iterable[Site], mode: Mode) -> str | None:
+    """What is wrong with `mode` at `sites`, None where it is defined at all of them."""
+    for site in sites:
+        if mode not in (modes := SITE_RULES[site].modes):
+            only = f"the mode '{modes[0]}' is" if len(modes) == 1 else f"the modes {', '.join(modes)} are"
+            return f"at the site '{site}' only {only} defined, not '{mode}'"
+    return None
+
 
 #: Full removal is 1. More than this is a mistake.
 MAX_STRENGTH = 10.0

@@ -6,8 +6,8 @@
                                            source layer) or a list of numbers
     false, null, "off"                     nothing, which is the default
 
-Parsing gives a `ReadWanted`; `resolve` makes a `Readout` of exact file versions of it, which the request's admission
-pins. What is then measured is defined in `steer.runtime.readout`.
+Parsing gives a `RequestedReadout`; `resolve` makes a `Readout` of exact file versions of it, which the request's
+admission pins. What is then measured is defined in `steer.runtime.readout`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from steer.errors import SpecError, brief
+from steer.names import SITE_RULES, SITES, readable
 from steer.registry import Registry
-from steer.spec import MAX_ITEMS, OFF_TEXTS, Spec, Wanted
+from steer.spec import MAX_ITEMS, OFF_TEXTS, RequestedDirection, Spec
 
 FIELD: Final = "steer_readout"
 MAX_DIRECTIONS = 4
@@ -32,7 +33,7 @@ Layers = tuple[int, ...] | Literal["all", "source"]
 
 
 @dataclass(frozen=True, slots=True)
-class ReadWanted:
+class RequestedReadout:
     """What a client asked to read; `names` is None for the directions of its own spec."""
 
     names: tuple[str, ...] | None
@@ -61,7 +62,7 @@ class Readout:
         return tuple(dict.fromkeys(line.digest for line in self.lines))
 
 
-def parse(value: Any) -> ReadWanted | None:
+def parse(value: object) -> RequestedReadout | None:
     """Parse the body field. None means that nothing is read. Raises SpecError with every problem."""
     problems: list[str] = []
     layers: Layers = "all"
@@ -77,10 +78,10 @@ def parse(value: Any) -> ReadWanted | None:
         problems.append(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once")
     if problems:
         raise SpecError(problems, param=FIELD)
-    return None if names == () else ReadWanted(names, layers)
+    return None if names == () else RequestedReadout(names, layers)
 
 
-def _names(value: Any, problems: list[str]) -> tuple[str, ...] | None:
+def _names(value: object, problems: list[str]) -> tuple[str, ...] | None:
     if value is True:
         return None
     if value is None or value is False:
@@ -95,7 +96,7 @@ def _names(value: Any, problems: list[str]) -> tuple[str, ...] | None:
     return ()
 
 
-def _layers(value: Any, problems: list[str]) -> Layers:
+def _layers(value: object, problems: list[str]) -> Layers:
     if value in ("all", "source"):
         return "all" if value == "all" else "source"
     if isinstance(value, list) and value and all(type(layer) is int for layer in value):
@@ -105,7 +106,7 @@ def _layers(value: Any, problems: list[str]) -> Layers:
 
 
 def resolve(
-    wanted: ReadWanted,
+    wanted: RequestedReadout,
     spec: Spec,
     registry: Registry,
     layers: int,
@@ -126,7 +127,9 @@ def resolve(
     if len(names) > MAX_DIRECTIONS:
         raise SpecError(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once", param=FIELD)
     try:
-        registry.resolve([Wanted(name, strength=1.0) for name in names], lambda name: name in own or may_use(name))
+        registry.resolve(
+            [RequestedDirection(name, strength=1.0) for name in names], lambda name: name in own or may_use(name)
+        )
     except SpecError as error:
         raise type(error)([f"{FIELD}: {problem}" for problem in error.problems], param=FIELD) from None
     return Readout(_lines(names, registry), _resolved(wanted.layers, names, registry, layers))
@@ -137,9 +140,10 @@ def _lines(names: Sequence[str], registry: Registry) -> tuple[Line, ...]:
     for name in names:
         version = registry.get(name)
         lines += [Line(name, version.digest, row) for row in range(version.direction.rank)]
-        if "resid_post" not in version.direction.meta.sites:
+        if not readable(version.direction.meta.sites):
             sites = ", ".join(version.direction.meta.sites)
-            problems.append(f"{FIELD}: direction '{name}' acts at the site '{sites}'; what is read is 'resid_post'")
+            can = ", ".join(f"'{site}'" for site in SITES if SITE_RULES[site].readable)
+            problems.append(f"{FIELD}: direction '{name}' acts at the site '{sites}'; what is read is {can}")
     if problems:
         raise SpecError(problems, param=FIELD)
     return tuple(lines)

@@ -21,7 +21,7 @@ from steer.direction import Direction, read_file, write_file
 from steer.direction import digest as digest_of
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, printable
 from steer.names import SUFFIX, check_name
-from steer.spec import Entry, Spec, Wanted
+from steer.spec import Entry, RequestedDirection, Spec
 from steer.watch import Follower
 
 log = logging.getLogger("steer")
@@ -146,7 +146,7 @@ class Registry:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def resolve(self, wanted: Sequence[Wanted], among: Known = _anything) -> Spec:
+    def resolve(self, wanted: Sequence[RequestedDirection], among: Known = _anything) -> Spec:
         """The exact versions, modes and strengths that `wanted` means now. Raises SpecError with every problem."""
         entries: list[Entry] = []
         problems: list[str] = []

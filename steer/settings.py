@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -47,8 +47,7 @@ class ControlSettings(BaseSettings):
     @classmethod
     def of_environment(cls) -> ControlSettings:
         """Nothing but what `STEER_…` says."""
-        nothing: dict[str, Any] = {}
-        return cls(**nothing)
+        return cls.model_validate({})
 
 
 class ServeSettings(ControlSettings):

@@ -10,7 +10,7 @@ A request names directions, never paths or vectors. As text:
 
 As JSON: such a text, an object `{"direction", "mode", "strength"}`, a list of texts and objects, `null` or `false`.
 
-Parsing gives `Wanted` items; the registry resolves them into a `Spec` of exact file versions.
+Parsing gives `RequestedDirection` items; the registry resolves them into a `Spec` of exact file versions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
 
 from steer.errors import DirectionError, SpecError, brief
 from steer.names import MAX_STRENGTH, MODES, Mode, check_name
@@ -38,7 +37,7 @@ ACCEPTED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class RequestedDirection:
     """One direction as a client asked for it; None where the client leaves it to the direction's file."""
 
     direction: str
@@ -74,7 +73,7 @@ class Spec:
         return ",".join(f"{e.digest}:{e.mode}={e.strength!r}" for e in self.entries)
 
 
-def parse(value: Any, param: str = "steer") -> tuple[Wanted, ...]:
+def parse(value: object, param: str = "steer") -> tuple[RequestedDirection, ...]:
     """Parse one carrier's value (text, or what JSON gave). An empty result means: plain.
 
     Raises SpecError with every problem, naming `param`.
@@ -107,18 +106,18 @@ def mentions(words: str) -> bool:
     return _MENTION.search(words) is not None
 
 
-def text(wanted: Sequence[Wanted]) -> str:
+def text(wanted: Sequence[RequestedDirection]) -> str:
     """The text form, which `parse` reads back."""
     return ",".join(_text(item) for item in wanted) or "off"
 
 
-def _text(item: Wanted) -> str:
+def _text(item: RequestedDirection) -> str:
     mode = f":{item.mode}" if item.mode else ""
     strength = "" if item.strength is None else f"={item.strength!r}"
     return f"{item.direction}{mode}{strength}"
 
 
-def _items(value: Any, param: str, problems: list[str]) -> list[Wanted]:
+def _items(value: object, param: str, problems: list[str]) -> list[RequestedDirection]:
     if value is None or value is False:
         return []
     if isinstance(value, str):
@@ -130,7 +129,7 @@ def _items(value: Any, param: str, problems: list[str]) -> list[Wanted]:
         if len(value) > MAX_ITEMS:
             problems.append(f"{param}: {len(value)} directions, at most {MAX_ITEMS} are accepted")
             return []
-        items: list[Wanted] = []
+        items: list[RequestedDirection] = []
         for index, part in enumerate(value):
             where = f"{param}[{index}]"
             if isinstance(part, str) and len(value) > 1 and part.strip().lower() in OFF_TEXTS:
@@ -144,7 +143,7 @@ def _items(value: Any, param: str, problems: list[str]) -> list[Wanted]:
     return []
 
 
-def _from_text(value: str, param: str, problems: list[str]) -> list[Wanted]:
+def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDirection]:
     stripped = value.strip()
     if len(stripped) > MAX_TEXT:
         problems.append(f"{param}: a text of {len(stripped)} characters, at most {MAX_TEXT} are accepted")
@@ -158,7 +157,7 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[Wanted]:
             problems.append(f"{param}: not JSON: {error}")
             return []
         return _items(loaded, param, problems)
-    items: list[Wanted] = []
+    items: list[RequestedDirection] = []
     parts = stripped.split(",")
     if len(parts) > MAX_ITEMS:
         problems.append(f"{param}: {len(parts)} directions, at most {MAX_ITEMS} are accepted")
@@ -174,7 +173,7 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[Wanted]:
     return items
 
 
-def _from_object(value: dict[Any, Any], param: str, problems: list[str]) -> Wanted | None:
+def _from_object(value: dict[object, object], param: str, problems: list[str]) -> RequestedDirection | None:
     for key in islice((str(key) for key in value if key not in _FIELDS), MAX_ITEMS):
         problems.append(f"{param}.{key[:40]}: unknown field; accepted: {', '.join(_FIELDS)}")
     if "direction" not in value:
@@ -183,27 +182,31 @@ def _from_object(value: dict[Any, Any], param: str, problems: list[str]) -> Want
     return _check(param, value["direction"], value.get("mode"), value.get("strength"), problems)
 
 
-def _check(param: str, name: Any, mode: Any, strength: Any, problems: list[str]) -> Wanted | None:
+def _check(param: str, name: object, mode: object, strength: object, problems: list[str]) -> RequestedDirection | None:
     before = len(problems)
+    known = next((each for each in MODES if each == mode), None)
+    named = ""
+    number: float | None = None
     if not isinstance(name, str):
         problems.append(f"{param}.direction: {brief(name)} is not a text")
     else:
         try:
-            check_name(name)
+            named = check_name(name)
         except DirectionError as error:
             problems.append(f"{param}: {error}")
-    if mode is not None and mode not in MODES:
+    if mode is not None and known is None:
         problems.append(f"{param}.mode: {brief(mode)} is not a mode; accepted: {', '.join(MODES)}")
     if strength is not None:
-        number = isinstance(strength, int | float) and not isinstance(strength, bool)
-        if not number or not abs(strength) <= MAX_STRENGTH:  # so written, NaN is out of range too
+        if isinstance(strength, int | float) and not isinstance(strength, bool) and abs(strength) <= MAX_STRENGTH:
+            number = float(strength)
+        else:  # NaN too
             shown = strength if isinstance(strength, _Unread) else brief(strength)
             problems.append(
                 f"{param}.strength: {shown} is not accepted: a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
             )
     if len(problems) > before:
         return None
-    return Wanted(name, mode, None if strength is None else float(strength) + 0.0)  # + 0.0 turns -0.0 into 0.0
+    return RequestedDirection(named, known, None if number is None else number + 0.0)  # + 0.0 turns -0.0 into 0.0
 
 
 class _Unread(str):

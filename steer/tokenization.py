@@ -5,44 +5,73 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 from steer.errors import RequestError
 
+if TYPE_CHECKING:
+    from _collections_abc import dict_items
 
-class _Read(dict[str, Any]):
+
+class _Read(dict[str, object]):
     """A message that keeps which of its keys a template asked for."""
 
-    def __init__(self, message: Mapping[str, Any]) -> None:
+    def __init__(self, message: Mapping[str, object]) -> None:
         super().__init__(message)
         self.asked: set[str] = set()
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: str) -> object:
         self.asked.add(key)
         return super().__getitem__(key)
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> object:
         self.asked.add(key)
         return super().get(key, default)
 
-    def items(self) -> Any:
+    def items(self) -> dict_items[str, object]:
         self.asked.update(self.keys())
         return super().items()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Read:
+    def __deepcopy__(self, memo: dict[int, object]) -> _Read:
         copied = _Read({key: deepcopy(value, memo) for key, value in super().items()})
         copied.asked = self.asked
         return copied
+
+
+class Encoding(Protocol):
+    """What a tokenizer makes of a text."""
+
+    input_ids: Sequence[int]
+
+
+class Decoder(Protocol):
+    """What makes text of token ids."""
+
+    def decode(self, ids: Sequence[int], /, *, skip_special_tokens: bool = False) -> str: ...
+
+
+class Tokenizer(Decoder, Protocol):
+    """What is used of a tokenizer of transformers."""
+
+    chat_template: object
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+
+    def __call__(self, text: str, **options: object) -> Encoding: ...
+    def get_vocab(self) -> Mapping[str, int]: ...
+    def get_chat_template(self) -> str: ...
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, object]], **options: object) -> str: ...
 
 
 class Chat:
     """Mixed into what has a `tokenizer` of transformers."""
 
     __slots__ = ()
-    tokenizer: Any
+    tokenizer: Tokenizer
 
     def chat_ids(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **more: Any
+        self, messages: Sequence[dict[str, object]], *, add_generation_prompt: bool = True, **more: object
     ) -> list[int]:
         """Token ids of a conversation under the model's own template. The template writes the BOS where there is one,
         so the text is tokenized without special tokens: adding them again is the usual two-BOS bug.
@@ -52,8 +81,8 @@ class Chat:
         """
         if not self.tokenizer.chat_template:
             raise RequestError("this model has no chat template: use /v1/completions", param="messages")
-        roles = {} if "developer" in self.tokenizer.get_chat_template() else {"developer": "system"}
-        read = [_Read(message | {"role": roles.get(message["role"], message["role"])}) for message in messages]
+        unknown = "developer" not in self.tokenizer.get_chat_template()
+        read = [_Read(m | {"role": "system"} if unknown and m["role"] == "developer" else m) for m in messages]
         try:
             text = self.tokenizer.apply_chat_template(
                 read, tokenize=False, add_generation_prompt=add_generation_prompt, **more
@@ -75,7 +104,7 @@ class Chat:
         """Token ids of text as it is, without special tokens."""
         return self._ids(text, add_special_tokens=False)
 
-    def _ids(self, text: str, **options: Any) -> list[int]:
+    def _ids(self, text: str, **options: object) -> list[int]:
         """Of all that a tokenizer can say, the ids: each list more is made while nothing else runs."""
         only = {"return_attention_mask": False, "return_token_type_ids": False}
         return list(self.tokenizer(text, **only, **options).input_ids)

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 
 from steer.direction import Direction, DirectionMeta
-from steer.hf.load import attention_for
+from steer.hf.load import attention_implementation
 from steer.names import Mode, Site
 
 D_MODEL, LAYERS, VOCABULARY = 64, 3, 128
@@ -65,7 +65,9 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """A tiny random model of architecture `name`, in evaluation mode."""
     torch.manual_seed(seed)
     config = configs()[name]
-    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=attention_for(config) or "sdpa").eval()
+    model = tf.AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention_implementation(config) or "sdpa"
+    ).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim == 1 and "norm" in parameter_name and parameter_name.endswith("weight"):

@@ -28,7 +28,7 @@ from steer.admission import Admission
 from steer.direction import Direction, digest
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
 from steer.names import MODES
-from steer.readout import ReadWanted
+from steer.readout import RequestedReadout
 from steer.registry import Registry
 from steer.runtime.bank import DirectionBank, HookPoint, apply
 from steer.runtime.placement import LocalPlacement, Shape
@@ -37,14 +37,14 @@ from steer.serve import carriers
 from steer.serve.authorise import resolve
 from steer.serve.caller import ANYONE, Refusal
 from steer.serve.control import Control
-from steer.spec import Spec, Wanted
+from steer.spec import RequestedDirection, Spec
 from tests import models
 
 ROWS, RANK, TOKENS, RUNNING = 4, 3, 64, 8
 NAMES = ("one", "two", "three")
 WHICH = st.integers(0, 99)
 MODEL = models.tiny("llama")
-PLACES = [HookPoint("resid_post", layer) for layer in range(models.LAYERS)]
+POINTS = [HookPoint("resid_post", layer) for layer in range(models.LAYERS)]
 SHAPE = Shape("LlamaForCausalLM", models.LAYERS, models.D_MODEL, frozenset({"resid_post"}), RANK)
 
 
@@ -71,7 +71,7 @@ class Request:
 class Registries(RuleBasedStateMachine):
     @initialize(seeds=st.lists(st.integers(0, 5), min_size=2, max_size=2))
     def start(self, seeds: list[int]) -> None:
-        self.bank = DirectionBank(PLACES, rows=ROWS, rank=RANK, d_model=models.D_MODEL)
+        self.bank = DirectionBank(POINTS, rows=ROWS, rank=RANK, d_model=models.D_MODEL)
         self.index = TokenIndex(RANK, TOKENS, "cpu")
         self.registry = Registry(LocalPlacement(SHAPE, self.bank), patience=0)
         self.control = Control()
@@ -134,7 +134,7 @@ class Registries(RuleBasedStateMachine):
         item = st.tuples(known, st.sampled_from(MODES), st.sampled_from([-1.0, 0.0, 0.5, 1.0]))
         wish = draw.draw(st.lists(item, max_size=3, unique_by=lambda item: item[:2]), "wish")
         read = draw.draw(st.lists(known, min_size=1, max_size=2, unique=True), "read") if reads else None
-        carried = carriers.Carried({"body": tuple(Wanted(*item) for item in wish)} if wish else {}, None)
+        carried = carriers.Carried({"body": tuple(RequestedDirection(*item) for item in wish)} if wish else {}, None)
         entries = [(self.names.get(name), mode, strength) for name, mode, strength in wish]
         applied = [(d, mode, strength) for d, mode, strength in entries if strength]
         with self.registry.steady():
@@ -160,7 +160,7 @@ class Registries(RuleBasedStateMachine):
             if read:
                 try:
                     reading = readout.resolve(
-                        ReadWanted(tuple(read)), spec, self.registry, models.LAYERS, ANYONE.may_use
+                        RequestedReadout(tuple(read)), spec, self.registry, models.LAYERS, ANYONE.may_use
                     )
                 except SpecError:
                     asked = [self.names.get(name) for name in read]
@@ -242,13 +242,13 @@ class Registries(RuleBasedStateMachine):
         for d in self.resident():
             rows = self.bank.rows_of([d]).tolist()
             owned += rows
-            for place in PLACES:
-                assert torch.equal(self.bank.slices[place].vectors[rows], VERSIONS[d].directions[place.layer])
+            for point in POINTS:
+                assert torch.equal(self.bank.slices[point].vectors[rows], VERSIONS[d].directions[point.layer])
         assert len(set(owned)) == len(owned)
         assert 0 not in owned, "row 0 is the plain one"
         free = sorted(set(range(ROWS + 1)) - set(owned))
-        for place in PLACES:
-            assert not self.bank.slices[place].vectors[free].any()
+        for point in POINTS:
+            assert not self.bank.slices[point].vectors[free].any()
 
     @invariant()
     def a_pass_gives_each_token_what_its_own_request_asked_for(self) -> None:
@@ -261,13 +261,13 @@ class Registries(RuleBasedStateMachine):
         assert not self.index.rows[:, total:].any(), "padding is plain"
         assert not self.index.strengths[:, total:].any()
         x = torch.randn(total, models.D_MODEL, generator=torch.Generator().manual_seed(total))
-        for place in PLACES:
-            y, _ = apply(x, self.bank.slices[place], *self.index.first(total))
+        for point in POINTS:
+            y, _ = apply(x, self.bank.slices[point], *self.index.first(total))
             begin = 0
             for request, length in zip(running, lengths, strict=True):
                 mine = slice(begin, begin + length)
                 begin += length
-                assert torch.equal(y[mine], alone(x[mine], request.expected, place))
+                assert torch.equal(y[mine], alone(x[mine], request.expected, point))
 
     def teardown(self) -> None:
         for request in list(self.alive):
@@ -278,14 +278,14 @@ class Registries(RuleBasedStateMachine):
         assert len(self.index._free) == self.index._entry_slots.shape[1] - 1, "every number came back"
 
 
-def alone(x: torch.Tensor, spec: Spec, place: HookPoint) -> torch.Tensor:
+def alone(x: torch.Tensor, spec: Spec, point: HookPoint) -> torch.Tensor:
     """`x` under `spec` in a bank that has nothing else."""
-    bank = DirectionBank(PLACES, rows=RANK, rank=RANK, d_model=models.D_MODEL)
+    bank = DirectionBank(POINTS, rows=RANK, rank=RANK, d_model=models.D_MODEL)
     for entry in spec.entries:
         bank.load(entry.digest, VERSIONS[entry.digest])
     index = TokenIndex(RANK, TOKENS, "cpu")
     index.fill_with([bank.steer(spec)], [len(x)])
-    return apply(x, bank.slices[place], *index.first(len(x)))[0]
+    return apply(x, bank.slices[point], *index.first(len(x)))[0]
 
 
 def test_every_order_leaves_names_rows_and_requests_as_they_should_be() -> None:

@@ -9,10 +9,10 @@ import pytest
 from steer.admission import Admission
 from steer.errors import SpecError, UnknownDirection
 from steer.hf.steering import Steering
-from steer.readout import ReadWanted, parse, resolve
+from steer.readout import RequestedReadout, parse, resolve
 from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.spec import Spec, Wanted
+from steer.spec import RequestedDirection, Spec
 from tests import models
 
 
@@ -39,16 +39,16 @@ def test_off(off: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "wanted"),
     [
-        (True, ReadWanted(None)),
-        ("a", ReadWanted(("a",))),
-        ("a, b", ReadWanted(("a", "b"))),
-        (["a", "b", "a"], ReadWanted(("a", "b"))),
-        ({}, ReadWanted(None)),
-        ({"directions": "a", "layers": "source"}, ReadWanted(("a",), "source")),
-        ({"directions": ["a"], "layers": [2, 0, 2]}, ReadWanted(("a",), (0, 2))),
+        (True, RequestedReadout(None)),
+        ("a", RequestedReadout(("a",))),
+        ("a, b", RequestedReadout(("a", "b"))),
+        (["a", "b", "a"], RequestedReadout(("a", "b"))),
+        ({}, RequestedReadout(None)),
+        ({"directions": "a", "layers": "source"}, RequestedReadout(("a",), "source")),
+        ({"directions": ["a"], "layers": [2, 0, 2]}, RequestedReadout(("a",), (0, 2))),
     ],
 )
-def test_what_is_understood(value: Any, wanted: ReadWanted) -> None:
+def test_what_is_understood(value: Any, wanted: RequestedReadout) -> None:
     assert parse(value) == wanted
 
 
@@ -77,43 +77,45 @@ def test_all_problems_come_together() -> None:
 
 
 def test_true_reads_the_directions_of_the_own_spec(registry: Registry) -> None:
-    spec = registry.resolve([Wanted("b"), Wanted("a", "add"), Wanted("a", "ablate")])
-    readout = resolve(ReadWanted(None), spec, registry, models.LAYERS)
+    spec = registry.resolve(
+        [RequestedDirection("b"), RequestedDirection("a", "add"), RequestedDirection("a", "ablate")]
+    )
+    readout = resolve(RequestedReadout(None), spec, registry, models.LAYERS)
     assert [line.name for line in readout.lines] == ["b", "a"]
     assert readout.digests == tuple(dict.fromkeys(e.digest for e in spec.entries))
     assert readout.layers == (0, 1, 2)
 
 
 def test_a_version_is_pinned_once_by_what_steers_or_reads(registry: Registry) -> None:
-    spec = registry.resolve([Wanted("a")])
-    admission = Admission(registry, spec, resolve(ReadWanted(("a", "b")), spec, registry, models.LAYERS))
+    spec = registry.resolve([RequestedDirection("a")])
+    admission = Admission(registry, spec, resolve(RequestedReadout(("a", "b")), spec, registry, models.LAYERS))
     assert [registry.get(name).pins for name in ("a", "b", "c")] == [1, 1, 0]
     admission.release()
     assert [registry.get(name).pins for name in ("a", "b", "c")] == [0, 0, 0]
 
 
 def test_each_row_is_a_line_and_what_is_read_need_not_act(registry: Registry) -> None:
-    readout = resolve(ReadWanted(("pair", "zero"), (1,)), Spec(), registry, models.LAYERS)
+    readout = resolve(RequestedReadout(("pair", "zero"), (1,)), Spec(), registry, models.LAYERS)
     assert [(line.name, line.row) for line in readout.lines] == [("pair", 0), ("pair", 1), ("zero", 0)]
 
 
 def test_source_is_the_named_directions_source_layer(registry: Registry) -> None:
-    readout = resolve(ReadWanted(("zero",), "source"), Spec(), registry, models.LAYERS)
+    readout = resolve(RequestedReadout(("zero",), "source"), Spec(), registry, models.LAYERS)
     assert readout.layers == (1,)
     with pytest.raises(SpecError, match="a: each layer has its own direction"):
-        resolve(ReadWanted(("zero", "a"), "source"), Spec(), registry, models.LAYERS)
+        resolve(RequestedReadout(("zero", "a"), "source"), Spec(), registry, models.LAYERS)
 
 
 def test_refusals_name_the_rule_and_pin_nothing(registry: Registry) -> None:
-    def refused(wanted: ReadWanted, says: str) -> SpecError:
+    def refused(wanted: RequestedReadout, says: str) -> SpecError:
         with pytest.raises(SpecError, match=says) as caught:
             resolve(wanted, Spec(), registry, models.LAYERS)
         assert caught.value.param == "steer_readout"
         return caught.value
 
-    refused(ReadWanted(None), "true reads the directions that steer this request, and none does")
-    assert isinstance(refused(ReadWanted(("nobody",)), "'nobody' is not served; served: a, b"), UnknownDirection)
-    refused(ReadWanted(("a",), (0, 3)), "3: this model has the layers 0 to 2")
-    refused(ReadWanted(("written",)), "acts at the site 'writers'; what is read is 'resid_post'")
-    refused(ReadWanted(("a", "b", "c", "pair")), "needs 5 direction rows")
+    refused(RequestedReadout(None), "true reads the directions that steer this request, and none does")
+    assert isinstance(refused(RequestedReadout(("nobody",)), "'nobody' is not served; served: a, b"), UnknownDirection)
+    refused(RequestedReadout(("a",), (0, 3)), "3: this model has the layers 0 to 2")
+    refused(RequestedReadout(("written",)), "acts at the site 'writers'; what is read is 'resid_post'")
+    refused(RequestedReadout(("a", "b", "c", "pair")), "needs 5 direction rows")
     assert all(version.pins == 0 for version in registry.names().values())

@@ -22,7 +22,7 @@ from steer.names import Mode, Site
 from steer.registry import Move, Registry
 from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.spec import Entry, Wanted, parse
+from steer.spec import Entry, RequestedDirection, parse
 from tests import models
 
 MODEL = models.tiny("llama")
@@ -70,8 +70,8 @@ class Recorder:
 
 
 def local(rows: int = 8, rank: int = 4, sites: Sequence[Site] = ("resid_post",)) -> LocalPlacement:
-    places = [HookPoint(site, layer) for site in sites for layer in range(models.LAYERS)]
-    bank = DirectionBank(places, rows=rows, rank=rank, d_model=models.D_MODEL)
+    points = [HookPoint(site, layer) for site in sites for layer in range(models.LAYERS)]
+    bank = DirectionBank(points, rows=rows, rank=rank, d_model=models.D_MODEL)
     return LocalPlacement(Shape("LlamaForCausalLM", models.LAYERS, models.D_MODEL, frozenset(sites), rank), bank)
 
 
@@ -801,7 +801,11 @@ def test_no_request_ever_misses_its_version_during_swaps(stored: bool, tmp_path:
     admitted = [0] * 3
 
     def client(number: int) -> None:
-        wishes: list[tuple[Wanted, ...]] = [parse("refusal"), parse("refusal=0.5,other"), parse("other:add")]
+        wishes: list[tuple[RequestedDirection, ...]] = [
+            parse("refusal"),
+            parse("refusal=0.5,other"),
+            parse("other:add"),
+        ]
         try:
             while not over.is_set():
                 admission = Admission.of(registry, wishes[number])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from steer.errors import SpecError
 from steer.names import MAX_STRENGTH, MODES, Mode
-from steer.spec import MAX_ITEMS, Entry, Spec, Wanted, parse, text
+from steer.spec import MAX_ITEMS, Entry, RequestedDirection, Spec, parse, text
 
 law = settings(deadline=None, max_examples=100)
 
@@ -20,11 +20,11 @@ NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True).filter
     lambda name: name.lower() not in {"off", "none", "null", "false", "true"}
 )
 STRENGTHS = st.floats(-MAX_STRENGTH, MAX_STRENGTH).map(lambda x: x + 0.0)
-WANTED = st.builds(Wanted, NAMES, st.none() | st.sampled_from(MODES), st.none() | STRENGTHS)
+WANTED = st.builds(RequestedDirection, NAMES, st.none() | st.sampled_from(MODES), st.none() | STRENGTHS)
 WISHES = st.lists(WANTED, max_size=MAX_ITEMS, unique_by=lambda item: (item.direction, item.mode)).map(tuple)
 
 
-def as_object(item: Wanted, *, nulls: bool) -> dict[str, Any]:
+def as_object(item: RequestedDirection, *, nulls: bool) -> dict[str, Any]:
     fields = {"direction": item.direction, "mode": item.mode, "strength": item.strength}
     return {k: v for k, v in fields.items() if nulls or v is not None}
 
@@ -37,14 +37,14 @@ def problems_of(value: Any, param: str = "steer") -> tuple[str, ...]:
 
 @given(WISHES)
 @law
-def test_the_text_form_reads_back(wishes: tuple[Wanted, ...]) -> None:
+def test_the_text_form_reads_back(wishes: tuple[RequestedDirection, ...]) -> None:
     assert parse(text(wishes)) == wishes
     assert text(parse(text(wishes))) == text(wishes)
 
 
 @given(WISHES, st.booleans())
 @law
-def test_text_objects_and_lists_mean_the_same(wishes: tuple[Wanted, ...], nulls: bool) -> None:
+def test_text_objects_and_lists_mean_the_same(wishes: tuple[RequestedDirection, ...], nulls: bool) -> None:
     objects = [as_object(item, nulls=nulls) for item in wishes]
     assert parse(objects) == wishes
     assert parse([text([item]) for item in wishes]) == wishes
@@ -58,7 +58,7 @@ def test_text_objects_and_lists_mean_the_same(wishes: tuple[Wanted, ...], nulls:
 
 @given(WISHES, st.sampled_from(["", " ", "  ", "\t"]))
 @law
-def test_space_around_the_parts_means_nothing(wishes: tuple[Wanted, ...], space: str) -> None:
+def test_space_around_the_parts_means_nothing(wishes: tuple[RequestedDirection, ...], space: str) -> None:
     spaced = text(wishes)
     for sign in ",:=":
         spaced = spaced.replace(sign, f"{space}{sign}{space}")
@@ -66,10 +66,13 @@ def test_space_around_the_parts_means_nothing(wishes: tuple[Wanted, ...], space:
 
 
 def test_the_forms_of_the_documentation() -> None:
-    assert parse("refusal") == (Wanted("refusal"),)
-    assert parse("refusal=0.7") == (Wanted("refusal", None, 0.7),)
-    assert parse("refusal:one_sided=0.7") == (Wanted("refusal", "one_sided", 0.7),)
-    assert parse("refusal=1,verbosity=-0.5") == (Wanted("refusal", None, 1.0), Wanted("verbosity", None, -0.5))
+    assert parse("refusal") == (RequestedDirection("refusal"),)
+    assert parse("refusal=0.7") == (RequestedDirection("refusal", None, 0.7),)
+    assert parse("refusal:one_sided=0.7") == (RequestedDirection("refusal", "one_sided", 0.7),)
+    assert parse("refusal=1,verbosity=-0.5") == (
+        RequestedDirection("refusal", None, 1.0),
+        RequestedDirection("verbosity", None, -0.5),
+    )
     assert parse({"direction": "refusal", "strength": 0.7, "mode": "one_sided"}) == parse("refusal:one_sided=0.7")
     assert parse({"direction": "refusal", "strength": 1}) == parse("refusal=1")
 
@@ -199,8 +202,10 @@ def test_a_missing_direction_is_named() -> None:
 
 @given(WANTED, WISHES)
 @law
-def test_one_direction_twice_in_one_mode_is_refused(item: Wanted, others: tuple[Wanted, ...]) -> None:
-    again = Wanted(item.direction, item.mode, 0.25)
+def test_one_direction_twice_in_one_mode_is_refused(
+    item: RequestedDirection, others: tuple[RequestedDirection, ...]
+) -> None:
+    again = RequestedDirection(item.direction, item.mode, 0.25)
     for value in (text([item, again]), [as_object(item, nulls=False), as_object(again, nulls=False)]):
         assert any(f"'{item.direction}' is named twice" in problem for problem in problems_of(value))
 

@@ -183,7 +183,7 @@ def choose_backend(model: str, settings: ServeSettings) -> str:
     if find_spec("vllm") is None:
         return "transformers"
     from steer.hf.load import find_model
-    from steer.vllm.internals import serves
+    from steer.vllm.internals.server import serves
 
     find_model(model, settings.revision)
     return "vllm" if serves(model, settings.revision) else "transformers"

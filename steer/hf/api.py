@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, TypeAlias, cast, get_args
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from steer.runtime.placement import LocalPlacement, Shape
 from steer.spec import Spec, parse
 
 if TYPE_CHECKING:
-    from transformers import Pipeline
+    from transformers import Pipeline, PreTrainedModel
 
 #: A direction, or the path of its file.
 Source: TypeAlias = "str | os.PathLike[str] | Direction"
@@ -335,7 +335,7 @@ def _read(directions: Mapping[str, Source]) -> dict[str, Direction]:
     return loaded
 
 
-def _inner(model: Any) -> nn.Module:
+def _inner(model: object) -> nn.Module:
     """The transformers model in `model`. Raises UnsupportedModel that says what to attach to."""
     import transformers
 
@@ -354,7 +354,7 @@ def _inner(model: Any) -> nn.Module:
     raise UnsupportedModel(f"{kind} is no model of transformers, nor around one: {_LOAD}, and attach to that")
 
 
-def _steerable(model: Any) -> nn.Module:
+def _steerable(model: PreTrainedModel) -> nn.Module:
     if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
         raise UnsupportedModel(
             f"{type(model).__name__} is no causal language model with its head, such as AutoModelForCausalLM loads"

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,8 +27,13 @@ from steer.hf.internals import (
 from steer.hf.sampling import Sampler, Sampling, Token, sample
 from steer.hf.selfcheck import SelfCheckFailed, self_check
 from steer.hf.steering import Steering
-from steer.runtime.readout import Reading, RequestRead
+from steer.readout import Readout
+from steer.runtime.readout import Reading
 from steer.runtime.token_index import RequestSteer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.generation.continuous_batching.requests import GenerationOutput
 
 log = logging.getLogger("steer")
 #: On a CPU the manager would otherwise take all memory for its cache.
@@ -40,7 +45,7 @@ class _Running:
     """A request inside the manager. Written by the model's thread, read by the event loop after each delivery."""
 
     steer: RequestSteer | None
-    read: RequestRead | None
+    read: Readout | None
     sampler: Sampler
     tokens: list[Token]
     failed: RequestFailed | None = None
@@ -115,9 +120,9 @@ class BatchingEngine(Engine):
         prompt: Sequence[int],
         sampling: Sampling,
         steer: RequestSteer | None,
-        read: RequestRead | None,
+        read: Readout | None,
     ) -> AsyncGenerator[Token, None]:
-        arrivals: asyncio.Queue[Any] = asyncio.Queue()
+        arrivals: asyncio.Queue[GenerationOutput] = asyncio.Queue()
         running = self._requests[request_id] = _Running(steer, read, Sampler.of(sampling, prompt, self.eos_ids), [])
         self.manager.register_result_handler(request_id, arrivals.put_nowait)
         done = False
@@ -198,7 +203,7 @@ class BatchingEngine(Engine):
             self._readers = []
             self.steering.reads.clear()
 
-    def _stepping(self, model: Any) -> None:
+    def _stepping(self, model: PreTrainedModel) -> None:
         """Model thread, the forward pass: its requests are told before transformers says why its thread ended."""
         try:
             self._step(model)

@@ -21,7 +21,7 @@ from steer.errors import EngineFailed, NoRoom, RequestFailed, SteerError
 from steer.hf.internals import Decoding, check_model
 from steer.hf.sampling import NO_LOGITS, Sampler, Sampling, Token, report, sample
 from steer.hf.steering import Steering
-from steer.runtime.readout import RequestRead
+from steer.readout import Readout
 from steer.runtime.token_index import RequestSteer
 
 
@@ -41,7 +41,7 @@ class Engine(abc.ABC):
         self._numbers = itertools.count()
 
     async def generate(
-        self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: RequestRead | None = None
+        self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: Readout | None = None
     ) -> AsyncGenerator[Token, None]:
         """Tokens as they come, the end-of-sequence token included, each with its reading where there is `read`. Closing
         the iterator cancels the request.
@@ -60,7 +60,7 @@ class Engine(abc.ABC):
             self.in_flight -= 1
 
     def answer(
-        self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: RequestRead | None = None
+        self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: Readout | None = None
     ) -> AsyncGenerator[Token, None]:
         """As `generate`, whatever the capacity: the self-check at start takes as many requests as it needs."""
         return self._generate(f"steer-{next(self._numbers)}", prompt, sampling, steer, read)
@@ -80,7 +80,7 @@ class Engine(abc.ABC):
         prompt: Sequence[int],
         sampling: Sampling,
         steer: RequestSteer | None,
-        read: RequestRead | None,
+        read: Readout | None,
     ) -> AsyncGenerator[Token, None]: ...
 
     @contextmanager
@@ -139,7 +139,7 @@ class SequentialEngine(Engine):
         prompt: Sequence[int],
         sampling: Sampling,
         steer: RequestSteer | None,
-        read: RequestRead | None,
+        read: Readout | None,
     ) -> AsyncGenerator[Token, None]:
         loop = asyncio.get_running_loop()
         async with self._turn:
@@ -157,9 +157,7 @@ class SequentialEngine(Engine):
             return Decoding(self.steering.anatomy.model, prompt, max_tokens)
 
     @torch.inference_mode()
-    def _step(
-        self, decoding: Decoding, sampler: Sampler, steer: RequestSteer | None, read: RequestRead | None
-    ) -> Token:
+    def _step(self, decoding: Decoding, sampler: Sampler, steer: RequestSteer | None, read: Readout | None) -> Token:
         with _failing(), self.steering.batch([steer]):
             inputs = decoding.inputs()
             self.steering.reads.fill([read], [inputs["input_ids"].shape[1]])

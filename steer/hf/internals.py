@@ -23,7 +23,7 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,6 +34,11 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from transformers.generation.continuous_batching.utils import stream_context
 
 from steer.errors import SteerError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.generation.continuous_batching import ContinuousBatchingManager
+    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 
 #: Kinds of rotary embedding whose frequencies depend on the longest request of a pass, once that is beyond the context
 #: the model was first trained with.
@@ -73,11 +78,11 @@ _GENERATE = "generate"
 _MODEL = ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 
-class _Discard(queue.Queue[Any]):
+class _Discard(queue.Queue[object]):
     """The queue for results that no handler waits for. Every request here has one until it is cancelled, so what comes
     later is for nobody; transformers would keep it for as long as the process lives."""
 
-    def _put(self, item: Any) -> None:
+    def _put(self, item: object) -> None:
         pass
 
 
@@ -86,8 +91,8 @@ class CannotBatch(SteerError):
 
 
 def start_manager(
-    model: Any, *, context: int, page: int | None, cache_tokens: int | None, batch_tokens: int | None
-) -> Any:
+    model: PreTrainedModel, *, context: int, page: int | None, cache_tokens: int | None, batch_tokens: int | None
+) -> ContinuousBatchingManager:
     """A warmed-up `ContinuousBatchingManager` with its processor; what is None is transformers' choice. Raises
     CannotBatch, and then has changed nothing."""
     if not hasattr(model, "init_continuous_batching"):
@@ -112,7 +117,7 @@ def start_manager(
     return manager
 
 
-def check_seams(manager: Any) -> None:
+def check_seams(manager: ContinuousBatchingManager) -> None:
     """Raises UnsupportedModel naming everything of the manager that is used here and that this version has not."""
     processor = getattr(manager, "batch_processor", None)
     missing = [f"ContinuousBatchingManager.{name}" for name in _MANAGER if not _has(manager, name)]
@@ -123,7 +128,7 @@ def check_seams(manager: Any) -> None:
         raise UnsupportedModel(f"this version of transformers lacks {', '.join(missing)}, which Steer relies on")
 
 
-def check_model(model: Any) -> None:
+def check_model(model: PreTrainedModel) -> None:
     """Raises UnsupportedModel where the model cannot be decoded as `generate` does."""
     missing = [name for name in _MODEL if not _has(model, name)]
     if missing:
@@ -135,7 +140,7 @@ def short(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
-def _has(thing: Any, path: str) -> bool:
+def _has(thing: object, path: str) -> bool:
     try:
         attrgetter(path)(thing)
     except AttributeError:
@@ -143,9 +148,9 @@ def _has(thing: Any, path: str) -> bool:
     return True
 
 
-def pass_stream(processor: Any) -> AbstractContextManager[Any]:
+def pass_stream(processor: ContinuousBatchProcessor) -> AbstractContextManager[object]:
     """What is enqueued inside goes to the stream that the batch's pass runs on, so it is ordered before the pass."""
-    context: AbstractContextManager[Any] = stream_context(processor.inputs_and_outputs.compute_stream)
+    context: AbstractContextManager[object] = stream_context(processor.inputs_and_outputs.compute_stream)
     return context
 
 
@@ -153,17 +158,17 @@ class Attention:
     """The attention implementations that a model's configuration and those of its parts name, to be put back: a plain
     pass fails, or is wrong, under those of a paged cache."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
         found = [config, config.get_text_config(), *(getattr(config, part, None) for part in config.sub_configs)]
         found += [getattr(module, "config", None) for module in model.modules()]
         self._configs = {id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}.values()
         self._kept = self._now()
 
-    def _now(self) -> list[Any]:
+    def _now(self) -> list[object]:
         return [config._attn_implementation_internal for config in self._configs]
 
-    def _put(self, implementations: list[Any]) -> None:
+    def _put(self, implementations: list[object]) -> None:
         for config, implementation in zip(self._configs, implementations, strict=True):
             config._attn_implementation_internal = implementation
 
@@ -191,7 +196,7 @@ def whole_cache(model: Any, cache: Any = None) -> bool:
     return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-def length_dependent(config: Any) -> tuple[str, int] | None:
+def length_dependent(config: PreTrainedConfig) -> tuple[str, int] | None:
     """The kind of rotary embedding whose frequencies depend on the longest request of a pass, and up to which length
     they do not; the least of several."""
     found = []
@@ -208,7 +213,7 @@ def length_dependent(config: Any) -> tuple[str, int] | None:
     return min(found, key=lambda pair: pair[1], default=None)
 
 
-def lengths(config: Any) -> list[int]:
+def lengths(config: PreTrainedConfig) -> list[int]:
     """Lengths beyond which the model treats a request in another way: original context, windows, chunks."""
     text = config.get_text_config()
     names = ("original_max_position_embeddings", "sliding_window", "attention_chunk_size", "max_position_embeddings")
@@ -219,11 +224,16 @@ def lengths(config: Any) -> list[int]:
     return sorted({int(length) for length in given if isinstance(length, int | float) and length > 0})
 
 
+#: A method of a model, and what goes around it with those who watch.
+Method: TypeAlias = Callable[..., object]
+Around: TypeAlias = "Callable[[Method, list[Generations]], Method]"
+
+
 class Generations:
     """Until `remove`, knows how many calls of the model's `generate` are under way, in all threads, and calls
     `check(prompts, each)` before one makes several rows of each prompt."""
 
-    def __init__(self, model: Any, check: Callable[[int, int], None]) -> None:
+    def __init__(self, model: PreTrainedModel, check: Callable[[int, int], None]) -> None:
         self.check = check
         self._model = model
         self._running: set[object] = set()
@@ -252,7 +262,9 @@ class Generations:
                     delattr(self._model, name)
 
 
-def _watched(model: Any, name: str, around: Callable[[Any, list[Generations]], Any]) -> list[Generations]:
+def _watched(
+    model: PreTrainedModel, name: str, around: Callable[[Method, list[Generations]], Method]
+) -> list[Generations]:
     """Who watches this method of the model, which `around` then is in the place of."""
     if name not in vars(model):
         watchers: list[Generations] = []
@@ -263,8 +275,8 @@ def _watched(model: Any, name: str, around: Callable[[Any, list[Generations]], A
     return found
 
 
-def _expanding(expand: Any, watchers: list[Generations]) -> Any:
-    def watched(*args: Any, **given: Any) -> Any:  # a function, which a copy of the model shares
+def _expanding(expand: Method, watchers: list[Generations]) -> Method:
+    def watched(*args: object, **given: Any) -> object:  # a function, which a copy of the model shares
         if (each := given.get("expand_size", 1)) > 1:
             for watcher in watchers:
                 watcher.check(len(given["input_ids"]), each)
@@ -273,8 +285,8 @@ def _expanding(expand: Any, watchers: list[Generations]) -> Any:
     return watched
 
 
-def _generating(generate: Any, watchers: list[Generations]) -> Any:
-    def watched(*args: Any, **given: Any) -> Any:
+def _generating(generate: Method, watchers: list[Generations]) -> Method:
+    def watched(*args: object, **given: object) -> object:
         with ExitStack() as stack:
             for watcher in list(watchers):
                 stack.enter_context(watcher.counted())
@@ -286,8 +298,8 @@ def _generating(generate: Any, watchers: list[Generations]) -> Any:
 class Decoding:
     """One request decoded as `generate` does it, a token at a time, by the cache and the inputs that it would make."""
 
-    def __init__(self, model: Any, prompt: Sequence[int], max_tokens: int) -> None:
-        def take(_model: Any, input_ids: Tensor, **prepared: Any) -> tuple[Tensor, dict[str, Any]]:
+    def __init__(self, model: PreTrainedModel, prompt: Sequence[int], max_tokens: int) -> None:
+        def take(_model: PreTrainedModel, input_ids: Tensor, **prepared: object) -> tuple[Tensor, dict[str, object]]:
             """In place of the loop of `generate`."""
             for name in ("logits_processor", "stopping_criteria", "generation_config"):
                 prepared.pop(name, None)
@@ -298,17 +310,17 @@ class Decoding:
             **_whole(model, prompt), generation_config=_greedy(max_tokens), custom_generate=take
         )
 
-    def inputs(self) -> dict[str, Any]:
+    def inputs(self) -> dict[str, Tensor]:
         """Of the next forward pass: what the model has not seen, or all of it again where its cache ends."""
         new = None if self._first else 1
         made = self._model.prepare_inputs_for_generation(
             self._ids, next_sequence_length=new, is_first_iteration=self._first, **self._kept
         )
         self._first = False
-        inputs: dict[str, Any] = made
+        inputs: dict[str, Tensor] = made
         return inputs
 
-    def logits(self, inputs: dict[str, Any]) -> Tensor:
+    def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """Of the next token, `[1, vocabulary]` float32: the forward pass."""
         out = self._model(**inputs, return_dict=True)
         self._kept = self._model._update_model_kwargs_for_generation(out, self._kept)
@@ -331,7 +343,7 @@ class _Forced(LogitsProcessor):
         return chosen
 
 
-def generated(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
+def generated(model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
     """Log-probabilities `[tokens, vocabulary]` float32 that `generate` has where it is made to choose `tokens`."""
     out = model.generate(
         **_whole(model, prompt),
@@ -341,14 +353,14 @@ def generated(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> Tenso
     return torch.log_softmax(torch.stack([logits[0].float() for logits in out.logits]), -1)
 
 
-def _whole(model: Any, prompt: Sequence[int]) -> dict[str, Tensor]:
+def _whole(model: PreTrainedModel, prompt: Sequence[int]) -> dict[str, Tensor]:
     """A prompt none of whose tokens is padding, whatever its id."""
     ids = torch.tensor([list(prompt)], device=model.device)
     masked = "attention_mask" in inspect.signature(model.forward).parameters
     return {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if masked else {})
 
 
-def _greedy(count: int, **more: Any) -> GenerationConfig:
+def _greedy(count: int, **more: object) -> GenerationConfig:
     """For `count` tokens, whichever they are."""
     return GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=count, eos_token_id=[], pad_token_id=0, use_cache=True, **more

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from functools import cache
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from steer.errors import UnsupportedModel
-from steer.tokenization import Chat
+from steer.tokenization import Chat, Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -22,8 +25,8 @@ class Loaded(Chat):
 
     name: str
     revision: str | None
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: Tokenizer
 
     @property
     def context(self) -> int:
@@ -51,7 +54,7 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
     check_device(device)
     if dtype not in ("auto", *DTYPES):
         raise UnsupportedModel(f"dtype '{dtype}' is not known; accepted: auto, {', '.join(DTYPES)}")
-    wanted: Any = DTYPES.get(dtype) or (torch.float32 if device == "cpu" else "auto")
+    wanted: object = DTYPES.get(dtype) or (torch.float32 if device == "cpu" else "auto")
     find_model(name, revision)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
@@ -64,7 +67,7 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
                 f"tokenizer_config.json, as `save_pretrained` writes them): {str(error).partition(chr(10))[0]}"
             ) from error
         model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=wanted, attn_implementation=attention_for(config)
+            name, revision=revision, dtype=wanted, attn_implementation=attention_implementation(config)
         )
     except (OSError, ValueError) as error:
         raise UnsupportedModel(f"cannot load the model '{name}': {error}") from error
@@ -113,7 +116,7 @@ def find_model(name: str, revision: str | None = None) -> None:
         raise missing(f"there is no such folder, it is not in the hub's cache, and the hub gives: {found}") from error
 
 
-def check_causal(name: str, config: Any) -> None:
+def check_causal(name: str, config: PreTrainedConfig) -> None:
     """Raise UnsupportedModel for an encoder, of which transformers would make a causal model that was never trained."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -129,7 +132,7 @@ def check_causal(name: str, config: Any) -> None:
         )
 
 
-def attention_for(config: Any) -> str | None:
+def attention_implementation(config: PreTrainedConfig) -> str | None:
     """The attention implementation to load a model with, None for transformers' choice: torch's own attention has no
     soft cap, and transformers 5.19 leaves it out where that is chosen (Gemma 2)."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None

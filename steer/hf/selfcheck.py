@@ -29,7 +29,8 @@ from steer.hf.sampling import Sampling, Token
 from steer.hf.steering import PROBE_TOKENS
 from steer.names import MODES
 from steer.runtime.bank import DirectionBank
-from steer.runtime.token_index import RequestSteer
+from steer.runtime.selfcheck import ABLATE
+from steer.runtime.token_index import RequestSteer, slot
 
 log = logging.getLogger("steer")
 #: Tokens of the greedy answers, and how much longer than a limit the long prompts are: the answers end beyond it too.
@@ -137,13 +138,14 @@ def _agree(asked: _Asked, got: Tensor, right: Tensor, by: str, allowed: float) -
 
 @contextmanager
 def _vector(bank: DirectionBank) -> Iterator[RequestSteer]:
-    """A request that steers by random unit vectors, another at each place, strongly enough to show in any dtype."""
+    """A request that steers by random unit vectors, another at each hook point, strongly enough to show in any
+    dtype."""
     generator, made = torch.Generator().manual_seed(1), RequestSteer.plain(bank.rank)
     with bank.borrowed() as row:
         for bank_slice in bank.slices.values():
             vector = torch.randn(bank.d_model, generator=generator)
-            bank_slice.write(row, vector / vector.norm(), [torch.tensor([0.0, -torch.inf, 1.0, 0.0])] * len(MODES))
-        made.slots[0], made.strengths[0] = row * len(MODES), max(2.0, math.sqrt(bank.d_model) / 2)
+            bank_slice.write(row, vector / vector.norm(), dict.fromkeys(MODES, ABLATE))
+        made.slots[0], made.strengths[0] = slot(row, "ablate"), max(2.0, math.sqrt(bank.d_model) / 2)
         yield made
 
 

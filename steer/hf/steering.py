@@ -8,10 +8,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, assert_never
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, assert_never
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from steer.errors import InvalidInput, NotFinite, UnsupportedModel
 from steer.hf import internals
@@ -24,17 +25,27 @@ from steer.runtime.readout import ReadIndex
 from steer.runtime.token_index import RequestSteer, TokenIndex
 from steer.spec import Spec
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
 #: Length of the probe prompt: long enough to be more than one token, short enough for any context.
 PROBE_TOKENS = 8
 
-#: Rows of a batch up to which their vectors are kept at all places: at most 1 / (6 · d_model) of the weights for each.
+#: Rows of a batch up to which their vectors are kept at all hook points: at most 1 / (6 · d_model) of the weights for
+#: each.
 KEPT = 64
+
+
+T = TypeVar("T")
+#: Hooks a transform to one module.
+Hang: TypeAlias = Callable[[site_tools.Transform], RemovableHandle]
 
 
 class Anatomy:
     """The parts of a causal language model that steering touches: its decoder, blocks and shape."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()
         self.model = model
         self.layers = int(config.num_hidden_layers)
@@ -58,7 +69,7 @@ class Anatomy:
         return next(self.blocks[0].parameters()).dtype
 
     @torch.no_grad()
-    def probe(self, rows: int = 1) -> Any:
+    def probe(self, rows: int = 1) -> CausalLMOutputWithPast:
         """A short forward pass over fixed token ids, the same in each row; the model's output."""
         ids = (torch.arange(PROBE_TOKENS, device=self.device) * 7 + 11) % self.vocabulary
         with torch.compiler.set_stance("force_eager"):  # what is compiled would go on without hooks that are new
@@ -72,7 +83,7 @@ class Watcher(Protocol):
         """A pass over `tokens` (rows, positions) begins; None where what the decoder was given does not say."""
 
     def record(self, layer: int, before: Tensor, after: Tensor, vectors: Tensor) -> None:
-        """The output of block `layer`, `[..., d_model]`, before and after the operation; the place's bank rows."""
+        """The output of block `layer`, `[..., d_model]`, before and after the operation; the hook point's bank rows."""
 
 
 class Steering:
@@ -82,20 +93,22 @@ class Steering:
     `reads` which of them are read, and `watchers` see all of them.
     """
 
-    def __init__(self, model: Any, *, sites: Iterable[Site] = ("resid_post",), rows: int = 32, rank: int = 4) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, sites: Iterable[Site] = ("resid_post",), rows: int = 32, rank: int = 4
+    ) -> None:
         self.anatomy = Anatomy(model)
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(sites))
         self._targets = self._find_targets()
         self.bank = DirectionBank(
-            list(dict.fromkeys(point.place for point, _ in self._targets)),
+            list(dict.fromkeys(hooked.point for hooked, _ in self._targets)),
             rows=rows,
             rank=rank,
             d_model=self.anatomy.d_model,
             device=self.anatomy.device,
         )
         self.index = TokenIndex(rank, 1, self.anatomy.device)
-        self.reads = ReadIndex(self.anatomy.layers, rank, self.anatomy.device)
-        self._handles: list[Any] = []
+        self.reads = ReadIndex(self.anatomy.layers, rank, self.anatomy.device, self.bank.rows_of)
+        self._handles: list[RemovableHandle] = []
         self._generations: internals.Generations | None = None
         #: The batch whose rows the index speaks of, none where it speaks of packed tokens one by one.
         self._batch: _Batch | None = None
@@ -107,7 +120,7 @@ class Steering:
         #: How many passes went through the hooks.
         self.passes = 0
         self.watchers: list[Watcher] = []
-        #: What acts at each place, until the next `fill`: a batch is many passes.
+        #: What acts at each hook point, until the next `fill`: a batch is many passes.
         self._kept: dict[HookPoint, list[Operands]] = {}
         #: Every batch that has not ended, the last of which is in force, and whose they are.
         self._batches: list[_Batch] = []
@@ -126,7 +139,7 @@ class Steering:
             begin = _uncompiled(self._begin)
             decoder = self.anatomy.decoder
             self._handles = [decoder.register_forward_pre_hook(lambda _, *given: begin(*given), with_kwargs=True)]
-            self._handles += [hang(_uncompiled(self._transform(point.place))) for point, hang in self._targets]
+            self._handles += [hang(_uncompiled(self._transform(hooked.point))) for hooked, hang in self._targets]
             self._generations = internals.Generations(self.anatomy.model, self._check_prompts)
 
     @property
@@ -189,7 +202,7 @@ class Steering:
         self._kept.clear()
         self.index.fill_with(steers, lengths)
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Before each pass of the decoder: its rows are known here, whatever shape the blocks will see."""
         self._tokens = tokens = _tokens_of(args, kwargs)
         self.passes += 1
@@ -211,7 +224,7 @@ class Steering:
                 "prompt under several specs, give the prompt as often"
             )
 
-    def _check_shape(self, x: Tensor, place: HookPoint) -> None:
+    def _check_shape(self, x: Tensor, point: HookPoint) -> None:
         """Raise UnsupportedModel unless the rows of the pass come first in x, also where x is `[tokens, d_model]`."""
         if self._tokens is None:
             if len(self._rows) == 1 and not self.watchers:
@@ -222,7 +235,7 @@ class Steering:
         else:
             told = f"for tokens {list(self._tokens)} the stream is {list(x.shape)}"
         raise UnsupportedModel(
-            f"{self.anatomy.architecture}: {place.site} of layer {place.layer}: which rows of a batch the stream "
+            f"{self.anatomy.architecture}: {point.site} of layer {point.layer}: which rows of a batch the stream "
             f"belongs to is not known: {told}; what is expected is [rows, positions, d_model]"
         )
 
@@ -235,9 +248,9 @@ class Steering:
         self.fill(rows, [1] * len(rows))
         self.reads.clear()
 
-    def _transform(self, place: HookPoint) -> site_tools.Transform:
-        bank_slice, layer = self.bank.slices[place], place.layer
-        readable = place.site == "resid_post" and layer != EMBEDDING
+    def _transform(self, point: HookPoint) -> site_tools.Transform:
+        bank_slice, layer = self.bank.slices[point], point.layer
+        readable = point.readable
 
         def transform(x: Tensor) -> Tensor | None:
             if self._rows is not self._begun and torch._C._current_graph_task_id() != -1:  # autograd is going backward
@@ -250,8 +263,8 @@ class Steering:
             if not (steered or read or watchers):
                 return None
             if self._rows or watchers:
-                self._check_shape(x, place)
-            moved = self._moved(x, place) if steered else x
+                self._check_shape(x, point)
+            moved = self._moved(x, point) if steered else x
             for watcher in watchers:
                 watcher.record(layer, x, moved, bank_slice.vectors)
             if read:
@@ -260,10 +273,10 @@ class Steering:
 
         return transform
 
-    def _moved(self, x: Tensor, place: HookPoint) -> Tensor:
+    def _moved(self, x: Tensor, point: HookPoint) -> Tensor:
         """The stream `[..., d_model]` of all tokens after the operation."""
         count = len(self._rows) or x.shape[:-1].numel()
-        operands = self._kept.get(place) or self._gathered(place, count)
+        operands = self._kept.get(point) or self._gathered(point, count)
         if not operands:
             return x
         shape = x.shape if operands[0].strengths.dim() == 1 else (count, -1, x.shape[-1])
@@ -271,20 +284,20 @@ class Steering:
         self.index.lost[:count].logical_or_(lost.reshape(count, -1).any(-1))
         return moved.reshape(x.shape)
 
-    def _gathered(self, place: HookPoint, count: int) -> list[Operands]:
+    def _gathered(self, point: HookPoint, count: int) -> list[Operands]:
         acting, everywhere = self.index.acting(count)
         with lasting():  # what is kept may serve a pass in another mode
             if self._rows:  # a backward pass may come when the index, which is written in place, says other things
                 acting = acting._replace(strengths=acting.strengths.clone())
-            operands = gather(self.bank.slices[place], *acting, everywhere=everywhere)
+            operands = gather(self.bank.slices[point], *acting, everywhere=everywhere)
         if acting.rows.shape[1] <= KEPT:
-            self._kept[place] = operands
+            self._kept[point] = operands
         return operands
 
-    def _find_targets(self) -> list[tuple[selfcheck.Point, Callable[[site_tools.Transform], Any]]]:
-        """Each place with the function that hangs a transform there."""
+    def _find_targets(self) -> list[tuple[selfcheck.HookedModule, Hang]]:
+        """Each hook point with the function that hangs a transform there."""
         anatomy, blocks = self.anatomy, self.anatomy.blocks
-        targets: list[tuple[selfcheck.Point, Callable[[site_tools.Transform], Any]]] = []
+        targets: list[tuple[selfcheck.HookedModule, Hang]] = []
         for site in self.sites:
             match site:
                 case "resid_post":
@@ -293,17 +306,17 @@ class Steering:
                     modules = site_tools.find_writers(blocks, anatomy.probe)
                 case _:
                     assert_never(site)
-            before = selfcheck.Point(HookPoint(site, EMBEDDING), blocks[0], _stream_given, before=True)
+            before = selfcheck.HookedModule(HookPoint(site, EMBEDDING), blocks[0], _stream_given, before=True)
             targets.append((before, _hang(site_tools.on_input, blocks[0])))
             for layer, acting in enumerate(modules):
                 for module in acting:
-                    point = selfcheck.Point(HookPoint(site, layer), module, site_tools.stream_of)
-                    targets.append((point, _hang(site_tools.on_output, module)))
+                    hooked = selfcheck.HookedModule(HookPoint(site, layer), module, site_tools.stream_of)
+                    targets.append((hooked, _hang(site_tools.on_output, module)))
         return targets
 
     def _verify(self) -> None:
         """Check that what is acted on is the stream (`runtime.selfcheck`), with rows of a batch steered and plain ones,
-        and that a plain pass is unchanged. Raises UnsupportedModel naming the places that failed."""
+        and that a plain pass is unchanged. Raises UnsupportedModel naming the hook points that failed."""
         anatomy = self.anatomy
         plain, again = anatomy.probe().logits, anatomy.probe().logits
         if not torch.equal(plain, again) and _drops(anatomy.model):
@@ -317,10 +330,10 @@ class Steering:
                 anatomy.probe(len(steers))
 
         dead = selfcheck.rest_is_dead(anatomy.blocks, lambda: anatomy.probe().logits, plain, again)
-        points = [point for point, _ in self._targets]
+        hooked = [hooked for hooked, _ in self._targets]
         blocks = dict(enumerate(anatomy.blocks))
         tokens, eps = PROBE_TOKENS * len(selfcheck.CASES), torch.finfo(anatomy.dtype).eps
-        checked = selfcheck.Proof(anatomy.model, blocks, points, self.bank, run, tokens, eps, dead=dead)
+        checked = selfcheck.EagerCheck(anatomy.model, blocks, hooked, self.bank, run, tokens, eps, dead=dead)
         self.attach()
         try:
             bad, _ = checked.problems(self.sites)
@@ -344,7 +357,7 @@ class _Batch:
 
 
 #: A thread, and the asyncio task that runs on it, if one does.
-_Owner: TypeAlias = "tuple[int, asyncio.Task[Any] | None]"
+_Owner: TypeAlias = "tuple[int, asyncio.Task[object] | None]"
 
 
 def _owner() -> _Owner:
@@ -355,18 +368,17 @@ def _owner() -> _Owner:
     return threading.get_ident(), task
 
 
-def _stream_given(given: Any) -> Tensor:
+def _stream_given(given: tuple[tuple[Tensor, ...], dict[str, Tensor]]) -> Tensor:
     """The stream in a block's arguments and keywords."""
     args, kwargs = given
-    stream: Tensor = args[0] if args else kwargs["hidden_states"]
-    return stream
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def _drops(model: nn.Module) -> bool:
     return any(m.training for m in model.modules() if not list(m.children()))
 
 
-def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+def _tokens_of(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[int, int] | None:
     """Rows and positions of what a decoder is called with: token ids, or embeddings in place of them."""
     for given in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
         if isinstance(given, Tensor) and given.dim() >= 2:
@@ -374,14 +386,12 @@ def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]
     return None
 
 
-def _uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+def _uncompiled(hook: Callable[..., T]) -> Callable[..., T]:
     """`hook`, run as it stands also from compiled code. Traced, its graph would be made again for every change of what
     is steered, and a replayed one would not ask."""
     apart = torch.compiler.disable(hook)
     return lambda *given: apart(*given) if torch.compiler.is_compiling() else hook(*given)
 
 
-def _hang(
-    how: Callable[[nn.Module, site_tools.Transform], Any], module: nn.Module
-) -> Callable[[site_tools.Transform], Any]:
+def _hang(how: Callable[[nn.Module, site_tools.Transform], RemovableHandle], module: nn.Module) -> Hang:
     return lambda transform: how(module, transform)

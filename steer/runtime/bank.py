@@ -3,13 +3,13 @@
 Everything here is written **in place** and read through the same storage for the life of the process, so that compiled
 graphs and replayed CUDA graphs see each change of content.
 
-A *row* is one direction vector at every place. A *slot* is a row in one mode: its four coefficients at every place
-(`op`). Row 0 is all zeros and means plain. What makes the rows of one request act together stands in `combine`.
+A *row* is one direction vector at every hook point. A *slot* is a row in one mode: its four coefficients at every hook
+point (`op`). Row 0 is all zeros and means plain. What makes the rows of one request act together stands in `combine`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from steer.direction import Direction
 from steer.errors import NoRoom
-from steer.names import MODES, Mode, Site
+from steer.names import MODES, SITE_RULES, Mode, Site
 from steer.runtime.combine import Combination, Combinations
 from steer.runtime.memory import lasting
 from steer.runtime.op import GATE, WEIGHT, amount, coefficients, embedding_coefficients, joint, settled, shared
-from steer.runtime.token_index import RequestSteer
+from steer.runtime.token_index import RequestSteer, slot, slots_of
 from steer.spec import Entry, Spec
 
 #: The stream before block 0 counts as layer −1 of its site.
@@ -40,11 +40,21 @@ class HookPoint:
     site: Site
     layer: int
 
+    @property
+    def readable(self) -> bool:
+        """Can a read-out be taken here?"""
+        return SITE_RULES[self.site].readable and self.layer != EMBEDDING
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes that act here. Of the stream before block 0 no class means are known."""
+        return ("ablate",) if self.layer == EMBEDDING else SITE_RULES[self.site].modes
+
 
 @dataclass(slots=True)
 class BankSlice:
-    """The rows of one place. vectors `[rows, d_model]`, coefficients `[rows × modes, 4]`, joint `[combinations + 1,
-    rank, rank]` (see `combine`; None where the rank is 1), float32."""
+    """The rows of one hook point. vectors `[rows, d_model]`, coefficients `[rows × modes, 4]`, joint `[combinations +
+    1, rank, rank]` (see `combine`; None where the rank is 1), float32."""
 
     vectors: Tensor
     coefficients: Tensor
@@ -64,15 +74,16 @@ class BankSlice:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.vectors, self.coefficients, self.joint) if t is not None)
 
-    def write(self, row: int, vector: Tensor, by_mode: Sequence[Tensor]) -> None:
+    def write(self, row: int, vector: Tensor, by_mode: Mapping[Mode, Tensor]) -> None:
+        """vector `[d_model]`; by_mode: the coefficients `[4]` of every mode."""
         self.vectors[row].copy_(vector)
-        for mode, values in enumerate(by_mode):
-            self.coefficients[row * len(MODES) + mode].copy_(values)
+        for mode, values in by_mode.items():
+            self.coefficients[slot(row, mode)].copy_(values)
 
     def clear(self, rows: Sequence[int]) -> None:
         for row in rows:
             self.vectors[row].zero_()
-            slots = self.coefficients[row * len(MODES) : (row + 1) * len(MODES)]
+            slots = self.coefficients[slots_of(row)]
             slots.zero_()
             slots[:, GATE] = -torch.inf
 
@@ -86,7 +97,7 @@ class _Resident:
 
 
 class DirectionBank:
-    """Resident directions at all places of one model, and who has which rows.
+    """Resident directions at all hook points of one model, and who has which rows.
 
     `rows` counts usable rows (a direction of rank k takes k). Loading writes rows that no request uses, so a running
     step is never disturbed. `requests` is the most of them that one step has, where compiled code reads the bank; an
@@ -95,7 +106,7 @@ class DirectionBank:
 
     def __init__(
         self,
-        places: Sequence[HookPoint],
+        points: Sequence[HookPoint],
         *,
         rows: int,
         rank: int,
@@ -104,8 +115,8 @@ class DirectionBank:
         requests: int | None = None,
     ) -> None:
         self.rows, self.rank, self.d_model = rows, rank, d_model
-        self.sites: frozenset[Site] = frozenset(place.site for place in places)
-        self.slices = {place: BankSlice.empty(rows + 1, d_model, device) for place in places}
+        self.sites: frozenset[Site] = frozenset(point.site for point in points)
+        self.slices = {point: BankSlice.empty(rows + 1, d_model, device) for point in points}
         self._free = list(range(rows, 0, -1))
         self._resident: dict[str, _Resident] = {}
         self.combinations = Combinations(list(self.slices.values()), rank, device, requests) if rank > 1 else None
@@ -138,13 +149,13 @@ class DirectionBank:
         self._resident[digest] = _Resident(rows, direction if self.rank > 1 else None)
 
     def _write(self, rows: Sequence[int], direction: Direction) -> None:
-        modes = [_Values.of(direction, mode) for mode in MODES]
-        for place, bank_slice in self.slices.items():
+        modes = {mode: _Values.of(direction, mode) for mode in MODES}
+        for point, bank_slice in self.slices.items():
             bank_slice.clear(rows)  # where the direction has nothing, whatever has become of free rows
-            if (vectors := _vectors(direction, place)) is None:
+            if (vectors := _vectors(direction, point)) is None:
                 continue
             for k, row in enumerate(rows):
-                bank_slice.write(row, vectors[k], [values.at(place)[k] for values in modes])
+                bank_slice.write(row, vectors[k], {mode: values.at(point)[k] for mode, values in modes.items()})
 
     def unload(self, digest: str) -> None:
         """Free a direction's rows. The caller guarantees that no running request uses them."""
@@ -162,7 +173,7 @@ class DirectionBank:
             view
             for bank_slice in self.slices.values()
             for row in self._resident[digest].rows
-            for view in (bank_slice.vectors[row], bank_slice.coefficients[row * len(MODES) : (row + 1) * len(MODES)])
+            for view in (bank_slice.vectors[row], bank_slice.coefficients[slots_of(row)])
         ]
 
     @contextmanager
@@ -170,7 +181,7 @@ class DirectionBank:
         """A row to try things out with, while no request runs: a free one, or another whose content is put back."""
         free = bool(self._free)
         row = self._free.pop() if free else 1
-        slots = np.s_[row * len(MODES) : (row + 1) * len(MODES)]
+        slots = slots_of(row)
         kept = [
             (bank_slice.vectors[row].clone(), bank_slice.coefficients[slots].clone())
             for bank_slice in self.slices.values()
@@ -193,14 +204,14 @@ class DirectionBank:
         if not spec:
             return None
         pairs = [
-            (row * len(MODES) + MODES.index(entry.mode), entry.strength)
+            (slot(row, entry.mode), entry.strength)
             for entry in spec.entries
             for row in self._resident[entry.digest].rows
         ]
         assert len(pairs) <= self.rank, "the registry admits no spec that needs more"
         out = RequestSteer.plain(self.rank, self._combination(spec.entries))
-        for i, (slot, strength) in enumerate(pairs):
-            out.slots[i], out.strengths[i] = slot, strength
+        for i, pair in enumerate(pairs):
+            out.slots[i], out.strengths[i] = pair
         return out
 
     def _combination(self, entries: Sequence[Entry]) -> Combination | None:
@@ -218,7 +229,7 @@ class DirectionBank:
         return self._combined.setdefault(key, Combination(matrices, self.combinations))
 
     def _matrices(self, entries: Sequence[Entry]) -> Tensor:
-        """M of each place, `[places, rank, rank]` float32, on the host."""
+        """M of each hook point, `[hook points, rank, rank]` float32, on the host."""
         vectors = torch.zeros(len(self.slices), self.rank, self.d_model)
         weights = torch.zeros(len(self.slices), self.rank)
         at = 0
@@ -227,9 +238,9 @@ class DirectionBank:
             assert direction is not None, "the rank is not 1"
             values, part = _Values.of(direction, entry.mode), slice(at, at + direction.rank)
             at = part.stop
-            for i, place in enumerate(self.slices):
-                if _acts(entry) and (own := _vectors(direction, place)) is not None:
-                    vectors[i, part], weights[i, part] = own, values.at(place)[:, WEIGHT]
+            for i, point in enumerate(self.slices):
+                if _acts(entry) and (own := _vectors(direction, point)) is not None:
+                    vectors[i, part], weights[i, part] = own, values.at(point)[:, WEIGHT]
         return joint(vectors, weights)
 
 
@@ -239,7 +250,7 @@ _Key: TypeAlias = tuple[tuple[str, str, bool], ...]
 
 @dataclass(frozen=True, slots=True)
 class _Values:
-    """The coefficients of one mode at all places."""
+    """The coefficients of one mode at all hook points."""
 
     layers: Tensor
     embedding: Tensor
@@ -248,9 +259,9 @@ class _Values:
     def of(cls, direction: Direction, mode: Mode) -> _Values:
         return cls(coefficients(direction, mode), embedding_coefficients(direction, mode))
 
-    def at(self, place: HookPoint) -> Tensor:
+    def at(self, point: HookPoint) -> Tensor:
         """`[k, 4]`"""
-        return self.embedding if place.layer == EMBEDDING else self.layers[place.layer]
+        return self.embedding if point.layer == EMBEDDING else self.layers[point.layer]
 
 
 def _acts(entry: Entry) -> bool:
@@ -258,18 +269,18 @@ def _acts(entry: Entry) -> bool:
     return bool(np.float32(entry.strength))
 
 
-def _vectors(direction: Direction, place: HookPoint) -> Tensor | None:
-    """The rows `[k, d_model]` of `direction` at `place`, None where it has none."""
-    if place.site not in direction.meta.sites:
+def _vectors(direction: Direction, point: HookPoint) -> Tensor | None:
+    """The rows `[k, d_model]` of `direction` at `point`, None where it has none."""
+    if point.site not in direction.meta.sites:
         return None
-    return direction.embedding if place.layer == EMBEDDING else direction.directions[place.layer]
+    return direction.embedding if point.layer == EMBEDDING else direction.directions[point.layer]
 
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """What acts on the stream at one place, one rank of it. vectors `[..., d_model]`, coefficients (of `op`, one tensor
-    each) and strengths `[...]` broadcast to the stream; steered `[..., 1]` tells which of it is, None for all; shares
-    `[..., rank]` is the row of `op`'s M, None for the identity's."""
+    """What acts on the stream at one hook point, one rank of it. vectors `[..., d_model]`, coefficients (of `op`, one
+    tensor each) and strengths `[...]` broadcast to the stream; steered `[..., 1]` tells which of it is, None for all;
+    shares `[..., rank]` is the row of `op`'s M, None for the identity's."""
 
     vectors: Tensor
     coefficients: tuple[Tensor, ...]

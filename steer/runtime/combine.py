@@ -1,8 +1,9 @@
 """Combinations: the matrices M (see `op`) of requests whose directions are not orthogonal, where hooks read them.
 
-What a request combines is a matrix for each place, made once on the host. A step that needs it finds it in one of the
-device's slots, or has it written there by a copy that is enqueued before the pass. There are as many slots as requests
-that one step can have, so that no set of requests can use them up; what was used longest ago gives its slot away.
+What a request combines is a matrix for each hook point, made once on the host. A step that needs it finds it in one of
+the device's slots, or has it written there by a copy that is enqueued before the pass. There are as many slots as
+requests that one step can have, so that no set of requests can use them up; what was used longest ago gives its slot
+away.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _numbers = itertools.count(1)
 
 
 class Shared(Protocol):
-    """A place whose `joint`, `[slots, rank, rank]` float32, a hook reads."""
+    """A hook point whose `joint`, `[slots, rank, rank]` float32, a hook reads."""
 
     joint: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)  # no slots: banks refer to it weakly
 class Combination:
-    """What acts together: `matrices` `[places, rank, rank]` float32 on the host, and the slots that they go to.
+    """What acts together: `matrices` `[hook points, rank, rank]` float32 on the host, and the slots that they go to.
     `number` is nobody else's in this process, so that a slot tells whose it is."""
 
     matrices: Tensor
@@ -41,13 +42,13 @@ class Combination:
 
 
 class Combinations:
-    """The slots of all places of one bank. With `capacity` these are that many for ever, in place, for compiled code;
-    without, more are made as steps need them, which is for passes that look the tensors up."""
+    """The slots of all hook points of one bank. With `capacity` these are that many for ever, in place, for compiled
+    code; without, more are made as steps need them, which is for passes that look the tensors up."""
 
     def __init__(
-        self, places: Sequence[Shared], rank: int, device: torch.device | str, capacity: int | None = None
+        self, points: Sequence[Shared], rank: int, device: torch.device | str, capacity: int | None = None
     ) -> None:
-        self._places, self._rank, self._fixed = places, rank, capacity is not None
+        self._points, self._rank, self._fixed = points, rank, capacity is not None
         self._device = torch.device(device)
         self._make(capacity or 1)
 
@@ -58,7 +59,7 @@ class Combinations:
     @property
     def nbytes(self) -> int:
         """Of the device's memory."""
-        return sum(place.joint.nbytes for place in self._places if place.joint is not None)
+        return sum(point.joint.nbytes for point in self._points if point.joint is not None)
 
     def reserve(self, requests: int) -> None:
         """Have slots for a step of `requests` requests. Where there is a `capacity` there are."""
@@ -76,7 +77,7 @@ class Combinations:
         self._step += 1
         self._used[slots] = self._step
         self._used[ALONE] = self._step
-        return [self._place(combination) for combination in missing]
+        return [self._assign(combination) for combination in missing]
 
     def renew(self) -> None:
         """Write the identity again and forget what the slots held: for memory whose content was lost."""
@@ -84,20 +85,20 @@ class Combinations:
         self._held[ALONE] = 0
         self._slots: dict[int, int] = {}
         self._holders: list[Combination | None] = [None] * len(self._held)
-        for place in self._places:
-            assert place.joint is not None
-            place.joint.copy_(torch.eye(self._rank))
+        for point in self._points:
+            assert point.joint is not None
+            point.joint.copy_(torch.eye(self._rank))
 
     def _make(self, capacity: int) -> None:
         with lasting():
-            for place in self._places:
-                place.joint = torch.empty(capacity + 1, self._rank, self._rank, device=self._device)
+            for point in self._points:
+                point.joint = torch.empty(capacity + 1, self._rank, self._rank, device=self._device)
         self._held = np.zeros(capacity + 1, np.int64)
         self._used = np.zeros(capacity + 1, np.int64)
         self._step = 0
         self.renew()
 
-    def _place(self, combination: Combination) -> int:
+    def _assign(self, combination: Combination) -> int:
         slot = self._slots.get(combination.number)
         if slot is None:
             slot = int(self._used.argmin())
@@ -116,4 +117,4 @@ class Combinations:
         if copies_from_pinned(self._device):
             matrices = matrices.pin_memory()  # given back by its allocator once the copy is done
         own = matrices.to(self._device, non_blocking=True)
-        torch._foreach_copy_([place.joint[slot] for place in self._places if place.joint is not None], own.unbind(0))
+        torch._foreach_copy_([point.joint[slot] for point in self._points if point.joint is not None], own.unbind(0))

@@ -13,13 +13,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from steer.errors import UnsupportedModel
 
+#: What a block or one of its children returns: a tensor, or a tuple that begins with one.
+Output: TypeAlias = "Tensor | tuple[Tensor, ...]"
 Transform = Callable[[Tensor], Tensor | None]
 #: How many roundings of the model's dtype writers may be off from what the block added.
 ROUNDINGS = 8
@@ -43,30 +46,31 @@ def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
     return blocks
 
 
-def stream_of(output: Any) -> Tensor:
-    """The hidden state in what a block or one of its children returns: a tensor, or a tuple that begins with one."""
-    stream: Tensor = output[0] if isinstance(output, tuple) else output
-    return stream
+def stream_of(output: Output) -> Tensor:
+    """The hidden state in what a module returns."""
+    return output[0] if isinstance(output, tuple) else output
 
 
-def with_stream(output: Any, stream: Tensor) -> Any:
+def with_stream(output: Output, stream: Tensor) -> Output:
     return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
 
-def on_output(module: nn.Module, transform: Transform) -> Any:
+def on_output(module: nn.Module, transform: Transform) -> RemovableHandle:
     """Hook `transform` on the tensor that `module` returns. A transform that returns None leaves it alone."""
 
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def hook(_module: nn.Module, _args: object, output: Output) -> Output | None:
         new = transform(stream_of(output))
         return None if new is None else with_stream(output, new)
 
     return module.register_forward_hook(hook)
 
 
-def on_input(module: nn.Module, transform: Transform) -> Any:
+def on_input(module: nn.Module, transform: Transform) -> RemovableHandle:
     """Hook `transform` on the hidden state that `module` is called with (first argument or `hidden_states=`)."""
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def hook(
+        _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | None:
         stream = args[0] if args else kwargs["hidden_states"]
         new = transform(stream)
         if new is None:
@@ -77,7 +81,7 @@ def on_input(module: nn.Module, transform: Transform) -> Any:
 
 
 @contextmanager
-def hooks(handles: Sequence[Any]) -> Iterator[None]:
+def hooks(handles: Sequence[RemovableHandle]) -> Iterator[None]:
     try:
         yield
     finally:
@@ -95,7 +99,7 @@ def find_writers(blocks: Sequence[nn.Module], run: Callable[[], object]) -> list
     left: dict[int, Tensor] = {}
     wrote: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(blocks))}
 
-    def keep(store: dict[Any, Tensor], key: Any) -> Transform:
+    def keep(store: dict[int, Tensor], key: int) -> Transform:
         def record(x: Tensor) -> None:
             store.setdefault(key, x.detach().float().clone())
 
@@ -132,7 +136,7 @@ def writers_of(
 
 
 def _child_recorder(store: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+    def hook(_module: nn.Module, _args: object, output: Output) -> None:
         stream = stream_of(output)
         if isinstance(stream, Tensor) and stream.is_floating_point():
             store[name] = stream.detach().float().clone()

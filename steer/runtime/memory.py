@@ -19,22 +19,22 @@ def copies_from_pinned(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu")
 
 
-class Mark(Protocol):
-    """A point in a lane."""
+class CopyEvent(Protocol):
+    """A point in a queue."""
 
     def synchronize(self) -> None:
         """Return when the device has passed it."""
 
 
-class Lane(Protocol):
+class CopyQueue(Protocol):
     """The way of copies from the host to a device."""
 
     pinned: bool
 
     def copy(self, to: Tensor, source: Tensor) -> None:
-        """Enqueue a copy; `source` must stay as it is until the device has passed a later mark."""
+        """Enqueue a copy; `source` must stay as it is until the device has passed a later event."""
 
-    def mark(self) -> Mark: ...
+    def record_event(self) -> CopyEvent: ...
 
 
 class CurrentStream:
@@ -46,12 +46,12 @@ class CurrentStream:
     def copy(self, to: Tensor, source: Tensor) -> None:
         to.copy_(source, non_blocking=True)
 
-    def mark(self) -> Mark:
+    def record_event(self) -> CopyEvent:
         event = torch.Event(self.device)
         event.record()
         return event
 
 
-def lane_to(device: torch.device) -> Lane | None:
+def copy_queue_to(device: torch.device) -> CopyQueue | None:
     """None where the host writes the device's memory itself."""
     return None if device.type == "cpu" else CurrentStream(device)

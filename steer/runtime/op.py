@@ -32,7 +32,7 @@ from torch import Tensor
 
 from steer.direction import Direction
 from steer.errors import SpecError
-from steer.names import Mode
+from steer.names import SITE_RULES, Mode, site_problem
 
 #: Order of the coefficients in the last dimension of a coefficient tensor.
 TARGET, GATE, WEIGHT, GAMMA = range(4)
@@ -145,13 +145,9 @@ def embedding_coefficients(direction: Direction, mode: Mode) -> Tensor:
 
 
 def check_mode(direction: Direction, mode: Mode, name: str) -> None:
-    """Raise SpecError where `mode` has no meaning for this direction: τ, g and γ are values of the whole stream, so at
-    the single terms that the `writers` site sees only plain removal is defined."""
-    if "writers" in direction.meta.sites and mode != "ablate":
-        raise SpecError(
-            f"direction '{name}' acts at the site 'writers', where only the mode 'ablate' is defined, not '{mode}'",
-            param="steer.mode",
-        )
+    """Raise SpecError where `mode` is not defined at this direction's sites, or its file lacks what the mode needs."""
+    if not all(mode in SITE_RULES[site].modes for site in direction.meta.sites):
+        raise SpecError(f"direction '{name}': {site_problem(direction.meta.sites, mode)}", param="steer.mode")
     if mode not in direction.meta.modes:
         raise SpecError(
             f"direction '{name}' holds no means for the mode '{mode}'; its modes: {', '.join(direction.meta.modes)}",

@@ -8,7 +8,7 @@ import torch
 
 from steer.direction import Direction, check_fits
 from steer.errors import DirectionError
-from steer.names import MAX_STRENGTH
+from steer.names import MAX_STRENGTH, Site
 from steer.runtime.bank import DirectionBank
 from steer.runtime.op import check_mode
 from steer.spec import Entry
@@ -22,7 +22,7 @@ class Shape:
     architecture: str
     layers: int
     d_model: int
-    sites: frozenset[str]
+    sites: frozenset[Site]
     rank: int
     dtype: torch.dtype = torch.float32
 

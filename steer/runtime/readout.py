@@ -1,6 +1,6 @@
 """The read-out: components of the stream along direction rows, taken at some tokens of a running batch.
 
-For a position of the batch and a layer l, with x the output of block l (the place `resid_post`) and v a unit row:
+For a position of the batch and a layer l, with x the output of block l (the hook point `resid_post`) and v a unit row:
 
     before = ⟨x, v⟩      after = ⟨x', v⟩      norm = ‖x‖
 
@@ -11,7 +11,8 @@ same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,18 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steer.readout import Readout
 from steer.runtime.memory import lasting
 
 #: Places of the values of one token at one layer: two for each row, and the norm after them.
 BEFORE, AFTER = range(2)
-
-
-@dataclass(frozen=True, slots=True)
-class RequestRead:
-    """What is read for one request: bank rows `[k]` int64, and the layers."""
-
-    rows: NDArray[np.int64]
-    layers: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +46,22 @@ def components(x: Tensor, vectors: Tensor) -> Tensor:
 class ReadIndex:
     """Which rows are read at which tokens of the running batch, and what was found there: buffers on the device.
 
-    `fill` before each pass and `collect` after it, from the thread that runs the model; `record` in its hooks. When
+    Call `fill` before each pass and `collect` after it, on the thread that runs the model; hooks call `record`. When
     nothing is read, a hook pays for one look at `layers`.
+
+    rows_of: gives the bank rows `[k]` int64 of resident digests (`DirectionBank.rows_of`).
     """
 
-    def __init__(self, layers: int, rank: int, device: torch.device | str) -> None:
-        self.rank, self.device = rank, device
+    def __init__(
+        self,
+        layers: int,
+        rank: int,
+        device: torch.device | str,
+        rows_of: Callable[[Sequence[str]], NDArray[np.int64]],
+    ) -> None:
+        self.rank, self.device, self._rows_of = rank, device, rows_of
         self.layers: frozenset[int] = frozenset()
-        self._all, self._reads = layers, list[RequestRead]()
+        self._all, self._reads = layers, list[Readout]()
         self._resize(1)
 
     def _resize(self, reads: int) -> None:
@@ -69,14 +71,17 @@ class ReadIndex:
             self._rows = torch.zeros(reads, self.rank, dtype=torch.int64, device=self.device)
             self._found = torch.zeros(2, *shape, dtype=torch.float32, device=self.device)
             self._norms = torch.zeros(shape[:2], dtype=torch.float32, device=self.device)
+        #: The read-outs whose rows `_rows` holds.
+        self._written: list[Readout] = []
 
     @property
     def nbytes(self) -> int:
         """Of the device's memory."""
         return sum(tensor.nbytes for tensor in (self._at, self._rows, self._found, self._norms))
 
-    def fill(self, reads: Sequence[RequestRead | None], lengths: Sequence[int]) -> None:
-        """Read the last of request i's `lengths[i]` tokens, in batch order, as `reads[i]` says."""
+    def fill(self, reads: Sequence[Readout | None], lengths: Sequence[int]) -> None:
+        """Read the last of request i's `lengths[i]` tokens, in batch order, as `reads[i]` says. The versions that it
+        names must be resident for as long as anybody holds that object."""
         self._reads = [read for read in reads if read is not None]
         self.layers = frozenset(layer for read in self._reads for layer in read.layers)
         if not self._reads:
@@ -84,11 +89,14 @@ class ReadIndex:
         if len(self._reads) > len(self._at):
             self._resize(2 * len(self._reads))
         count, ends = len(self._reads), np.cumsum(lengths) - 1
-        rows = np.zeros((count, self.rank), np.int64)
-        for mine, read in zip(rows, self._reads, strict=True):
-            mine[: len(read.rows)] = read.rows
         self._at[:count].copy_(torch.from_numpy(ends[[read is not None for read in reads]]))
-        self._rows[:count].copy_(torch.from_numpy(rows))
+        # By identity: an equal read-out of a later request may be of a version that has come back to other rows.
+        if len(self._written) != count or not all(map(operator.is_, self._written, self._reads)):
+            rows = np.zeros((count, self.rank), np.int64)
+            for mine, read in zip(rows, self._reads, strict=True):
+                mine[: len(read.lines)] = self._rows_of(read.digests)
+            self._rows[:count].copy_(torch.from_numpy(rows))
+            self._written = self._reads
 
     def clear(self) -> None:
         self.fill([], [])
@@ -96,7 +104,7 @@ class ReadIndex:
     @torch.no_grad()
     def record(self, layer: int, before: Tensor, after: Tensor, vectors: Tensor) -> None:
         """In the hook of `layer`: the stream of all tokens `[tokens, d_model]` before and after the operation, and the
-        place's rows `[rows, d_model]`."""
+        hook point's rows `[rows, d_model]`."""
         count = len(self._reads)
         at, lines = self._at[:count], vectors[self._rows[:count]]
         x = before[at]
@@ -112,7 +120,7 @@ class ReadIndex:
         found, norms = self._found[:, :, :count].cpu().numpy(), self._norms[:, :count].cpu().numpy()
         out = []
         for i, read in enumerate(self._reads):
-            mine = found[:, list(read.layers), i, : len(read.rows)].copy()
+            mine = found[:, list(read.layers), i, : len(read.lines)].copy()
             out.append(Reading(mine[BEFORE], mine[AFTER], norms[list(read.layers), i]))
         self.clear()
         return out

@@ -1,9 +1,9 @@
 """The self-check by eager passes: is it the stream that is acted on? Nothing is measured where it was changed.
 
-What a place changes is looked at where the next module takes it: what enters the next block, after the last block the
-first module after it, and what the model returns where no module takes it (a rank of a pipeline). One pass has plain
-tokens beside tokens from which all of a random vector is taken, half of it, and to which some is added: an operation
-that acts twice, or not at all, or on a part of what is handed on, is seen in one of them.
+What a hook point changes is looked at where the next module takes it: what enters the next block, after the last block
+the first module after it, and what the model returns where no module takes it (a rank of a pipeline). One pass has
+plain tokens beside tokens from which all of a random vector is taken, half of it, and to which some is added: an
+operation that acts twice, or not at all, or on a part of what is handed on, is seen in one of them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from steer.names import MODES, Site
+from steer.names import MODES, SITE_RULES, Mode, Site
 from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
 from steer.runtime.hook_points import hooks
 from steer.runtime.op import amount
-from steer.runtime.token_index import RequestSteer
+from steer.runtime.token_index import RequestSteer, slot
 
 #: The row that the self-check uses.
 ROW = 1
-#: What the tokens of the pass get, in equal parts one after the other: (what is said of it, mode's number, strength).
-CASES = (("plain", 0, 0.0), ("strength 1", 0, 1.0), ("strength 0.5", 0, 0.5), ("add", 1, 1.0))
+#: What the tokens of the pass get, in equal parts one after the other: (how a problem calls it, mode, strength).
+CASES: tuple[tuple[str, Mode, float], ...] = (
+    ("plain", "ablate", 0.0),
+    ("strength 1", "ablate", 1.0),
+    ("strength 0.5", "ablate", 0.5),
+    ("add", "add", 1.0),
+)
+#: The coefficients of `ablate` at weight 1 (see `op`).
+ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
 #: How many standard deviations of the rounding of what is handed on may be off.
 ROUNDINGS = 16
 
@@ -33,11 +41,11 @@ Steers = Sequence[RequestSteer | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class HookedModule:
     """A module whose output is acted on, or whose input where `before`; `read` gives the stream in what it returned, or
     in the pair of its arguments and keywords."""
 
-    place: HookPoint
+    point: HookPoint
     module: nn.Module
     read: Callable[[Any], Tensor]
     before: bool = False
@@ -57,9 +65,9 @@ class Watch:
     """The record of one pass over `model`, whose blocks on this rank are `blocks`."""
 
     def __init__(
-        self, model: nn.Module, blocks: Mapping[int, nn.Module], points: Sequence[Point], d_model: int
+        self, model: nn.Module, blocks: Mapping[int, nn.Module], hooked: Sequence[HookedModule], d_model: int
     ) -> None:
-        self.model, self.blocks, self.points, self.d_model = model, blocks, points, d_model
+        self.model, self.blocks, self.hooked, self.d_model = model, blocks, hooked, d_model
         self.handed: dict[int, Handed] = {}
         #: By point: the stream before anything acted there, and what the module handed on in the end.
         self.raw: dict[int, Tensor] = {}
@@ -70,13 +78,13 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[Watch]:
-        handles: list[Any] = []
+        handles: list[RemovableHandle] = []
         last, inside = max(self.blocks), {id(m) for block in self.blocks.values() for m in block.modules()}
         try:
-            for n, point in enumerate(self.points):
-                hook = point.module.register_forward_pre_hook if point.before else point.module.register_forward_hook
-                handles.append(hook(self._reader(n, point, self.raw, True), prepend=True, with_kwargs=True))
-                handles.append(hook(self._reader(n, point, self.acted, False), with_kwargs=True))
+            for n, hooked in enumerate(self.hooked):
+                hook = hooked.module.register_forward_pre_hook if hooked.before else hooked.module.register_forward_hook
+                handles.append(hook(self._reader(n, hooked, self.raw, True), prepend=True, with_kwargs=True))
+                handles.append(hook(self._reader(n, hooked, self.acted, False), with_kwargs=True))
             for i, block in self.blocks.items():
                 handles.append(block.register_forward_pre_hook(self._enters(i), with_kwargs=True))
                 handles.append(block.register_forward_hook(self._leaves(i)))
@@ -89,30 +97,30 @@ class Watch:
             for handle in handles:
                 handle.remove()
 
-    def _reader(self, n: int, point: Point, store: dict[int, Tensor], first: bool) -> Any:
-        def read(_module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+    def _reader(self, n: int, hooked: HookedModule, store: dict[int, Tensor], first: bool) -> Callable[..., None]:
+        def read(_module: nn.Module, args: object, kwargs: object, *output: object) -> None:
             if not (first and n in store):
-                store[n] = point.read(output[0] if output else (args, kwargs)).detach().double().flatten(0, -2).clone()
+                store[n] = hooked.read(output[0] if output else (args, kwargs)).detach().double().flatten(0, -2).clone()
 
         return read
 
-    def _enters(self, i: int) -> Any:
-        def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enters(self, i: int) -> Callable[..., None]:
+        def enter(_module: nn.Module, args: object, kwargs: object) -> None:
             given = self._wide((args, kwargs))
             self._take(given)
             self.handed.setdefault(i, Handed()).given = given
 
         return enter
 
-    def _leaves(self, i: int) -> Any:
-        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+    def _leaves(self, i: int) -> Callable[..., None]:
+        def leave(_module: nn.Module, _args: object, output: object) -> None:
             self.handed.setdefault(i, Handed()).returned = self._wide(output)
             self._pending = i
 
         return leave
 
-    def _behind(self, last: int) -> Any:
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _behind(self, last: int) -> Callable[..., None]:
+        def enter(module: nn.Module, args: object, kwargs: object) -> None:
             if self._pending == last and (taken := self._wide((args, kwargs))):
                 self.behind = module
                 self._take(taken)
@@ -123,12 +131,12 @@ class Watch:
         if self._pending is not None:
             self.handed[self._pending].taken, self._pending = taken, None
 
-    def _wide(self, value: Any) -> list[Tensor]:
+    def _wide(self, value: object) -> list[Tensor]:
         """Copies of the float tensors in `value` that are made of vectors of the stream's width."""
         return [t.detach().clone() for t in tensors_in(value) if t.shape[-1] % self.d_model == 0]
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: object) -> Iterator[Tensor]:
     """The float tensors in arguments or outputs, in order; also in vLLM's IntermediateTensors."""
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.dim() and value.numel():
@@ -139,19 +147,19 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for one in value:
             yield from tensors_in(one)
-    elif isinstance(getattr(value, "tensors", None), Mapping):
-        yield from tensors_in(value.tensors)
+    elif isinstance(inner := getattr(value, "tensors", None), Mapping):
+        yield from tensors_in(inner)
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
+class EagerCheck:
     """How a backend is checked. `run` makes a pass of `tokens` tokens, of which equal parts are steered by what it is
     given; `summed`: the stream is the sum of what is handed on; `dead`: what blocks return beside their first tensor is
     not read by anything."""
 
     model: nn.Module
     blocks: Mapping[int, nn.Module]
-    points: Sequence[Point]
+    hooked: Sequence[HookedModule]
     bank: DirectionBank
     run: Callable[[Steers], object]
     tokens: int
@@ -160,12 +168,12 @@ class Proof:
     dead: bool = False
 
     def watched(self, steers: Steers) -> Watch:
-        with Watch(self.model, self.blocks, self.points, self.bank.d_model).watching() as watch:
+        with Watch(self.model, self.blocks, self.hooked, self.bank.d_model).watching() as watch:
             self.run(steers)
         return watch
 
     def problems(self, sites: Sequence[Site]) -> tuple[list[str], Watch]:
-        """What is wrong at which place, none where all is right; and the record of a plain pass."""
+        """What is wrong at which hook point, none where all is right; and the record of a plain pass."""
         plain = self.watched([None] * len(CASES))
         bad = self._wider(plain)
         if not bad:
@@ -190,28 +198,29 @@ class Proof:
         return bad[:1]
 
     def _at(self, site: Site, plain: Watch) -> list[str]:
-        """Prove the places of one site, each with its own vector."""
+        """Prove the hook points of one site, each with its own vector."""
         generator = torch.Generator().manual_seed(0)
-        for n, point in enumerate(self.points):
-            if point.place.site == site and n in plain.raw:
+        for n, hooked in enumerate(self.hooked):
+            if hooked.point.site == site and n in plain.raw:
                 vector = torch.randn(self.bank.d_model, generator=generator)
                 v = vector / vector.norm()
-                size = float(plain.raw[n].norm(dim=-1).mean()) if site == "resid_post" else self._stream_size(plain, n)
+                whole = SITE_RULES[site].whole
+                size = float(plain.raw[n].norm(dim=-1).mean()) if whole else self._stream_size(plain, n)
                 gamma = 4 * max(size, 1e-3) / self.bank.d_model**0.5
                 adding = torch.tensor([0.0, -torch.inf, 0.0, gamma])
-                self.bank.slices[point.place].write(ROW, v, [_ABLATE, adding, *[_ABLATE] * (len(MODES) - 2)])
+                self.bank.slices[hooked.point].write(ROW, v, dict.fromkeys(MODES, ABLATE) | {"add": adding})
         steers: list[RequestSteer | None] = []
         for _, mode, strength in CASES:
             steer = RequestSteer.plain(self.bank.rank)
-            steer.slots[0], steer.strengths[0] = ROW * len(MODES) + mode, strength
+            steer.slots[0], steer.strengths[0] = slot(ROW, mode), strength
             steers.append(steer if strength else None)
         try:
             watch = self.watched(steers)
-            if site == "resid_post":
+            if SITE_RULES[site].whole:
                 return [
-                    f"{site} of layer {point.place.layer}: {problem}"
-                    for n, point in enumerate(self.points)
-                    if point.place.site == site and (problem := self._at_stream(n, point, watch, plain))
+                    f"{site} of layer {hooked.point.layer}: {problem}"
+                    for n, hooked in enumerate(self.hooked)
+                    if hooked.point.site == site and (problem := self._at_stream(n, hooked, watch, plain))
                 ]
             return self._at_writers(site, watch, plain)
         finally:
@@ -220,16 +229,16 @@ class Proof:
 
     def _stream_size(self, plain: Watch, n: int) -> float:
         """Of the stream that the block of a writer is given, so that what is added to a small term shows."""
-        layer = max(self.points[n].place.layer, min(self.blocks))
+        layer = max(self.hooked[n].point.layer, min(self.blocks))
         return float(self._whole(plain.handed[layer].given[: 2 if self.summed else 1]).norm(dim=-1).mean())
 
     def _whole(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.stack([p.double().reshape(-1, self.bank.d_model) for p in parts]).sum(0)
 
-    def _at_stream(self, n: int, point: Point, watch: Watch, plain: Watch) -> str | None:
+    def _at_stream(self, n: int, hooked: HookedModule, watch: Watch, plain: Watch) -> str | None:
         if n not in watch.raw:
             return "not reached"
-        layer = point.place.layer
+        layer = hooked.point.layer
         if layer == EMBEDDING:
             first = min(self.blocks)
             taken = [t for t in watch.handed[first].given if not _among(t, plain.handed[first].given)]
@@ -246,16 +255,16 @@ class Proof:
         if wider := [t for t in taken if t.numel() != watch.raw[n].numel()]:
             return f"{list(wider[0].shape)} is handed on for {watch.raw[n].shape[0]} tokens"
         streams = [taken] if self.summed and layer != EMBEDDING else [[t] for t in taken]
-        found = [self._compare(point.place, watch.raw[n], self._whole(parts), parts) for parts in streams]
+        found = [self._compare(hooked.point, watch.raw[n], self._whole(parts), parts) for parts in streams]
         return next((problem for problem in found if problem), None)
 
     def _at_writers(self, site: Site, watch: Watch, plain: Watch) -> list[str]:
         """Each writer's own output, and that the block hands on the sum of them."""
         bad: list[str] = []
-        for layer in dict.fromkeys(p.place.layer for p in self.points if p.place.site == site):
-            at = [n for n, p in enumerate(self.points) if p.place == HookPoint(site, layer)]
+        for layer in dict.fromkeys(p.point.layer for p in self.hooked if p.point.site == site):
+            at = [n for n, p in enumerate(self.hooked) if p.point == HookPoint(site, layer)]
             if layer == EMBEDDING:
-                problems = [self._at_stream(n, self.points[n], watch, plain) for n in at]
+                problems = [self._at_stream(n, self.hooked[n], watch, plain) for n in at]
             elif missing := [n for n in at if n not in watch.raw]:
                 problems = [f"{len(missing)} of {len(at)} writers not reached"]
             else:
@@ -279,9 +288,9 @@ class Proof:
         allowed = ROUNDINGS * self.eps * _size(parts, self.bank.d_model)
         return None if bool((off <= allowed).all()) else "the block hands on more than its writers wrote"
 
-    def _compare(self, place: HookPoint, raw: Tensor, now: Tensor, parts: Sequence[Tensor]) -> str | None:
+    def _compare(self, point: HookPoint, raw: Tensor, now: Tensor, parts: Sequence[Tensor]) -> str | None:
         """`now` `[tokens, d_model]`, made of `parts`, against the one operation on `raw`."""
-        bank_slice = self.bank.slices[place]
+        bank_slice = self.bank.slices[point]
         v = bank_slice.vectors[ROW].double()
         each = raw.shape[0] // len(CASES)
         change = now - raw
@@ -293,7 +302,7 @@ class Proof:
                 if not torch.equal(now[own], raw[own]):
                     return "for plain tokens too the next module takes something else than what is handed on"
                 continue
-            coefficients = bank_slice.coefficients[ROW * len(MODES) + mode].double().unbind()
+            coefficients = bank_slice.coefficients[slot(ROW, mode)].double().unbind()
             wanted = amount(raw[own], v, coefficients, strength)
             got = change[own] @ v
             if not bool(((got - wanted).abs() <= allowed[own]).all()):
@@ -315,16 +324,15 @@ def _size(parts: Sequence[Tensor], d_model: int) -> Tensor:
     return torch.stack([p.double().reshape(-1, d_model).square().sum(-1) for p in parts]).sum(0).sqrt()
 
 
-_ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
-
-
 def rest_is_dead(blocks: Sequence[nn.Module], run: Callable[[], Tensor], plain: Tensor, again: Tensor) -> bool:
     """Is a pass the same where the blocks hand on zeros in place of everything after their first tensor? `plain` and
     `again` are two passes as they are."""
 
-    def alone(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def alone(_module: nn.Module, _args: object, output: object) -> object:
+        if not isinstance(output, tuple):
+            return output
         rest = (torch.zeros_like(t) if isinstance(t, Tensor) and t.is_floating_point() else t for t in output[1:])
-        return (output[0], *rest) if isinstance(output, tuple) else output
+        return (output[0], *rest)
 
     with hooks([block.register_forward_hook(alone) for block in blocks]):
         return same(run(), plain, again)

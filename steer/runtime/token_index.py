@@ -16,14 +16,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.names import MODES
+from steer.names import MODES, Mode
 from steer.runtime.combine import ALONE, Combination, Combinations
-from steer.runtime.memory import Lane, Mark, lane_to, lasting
+from steer.runtime.memory import CopyEvent, CopyQueue, copy_queue_to, lasting
 
 #: Sets of pinned memory used in turn: steps overlap, so the one before may still be read by its copy.
 STAGES = 3
 #: The entry of plain requests.
 PLAIN = 0
+
+
+def slot(row: int, mode: Mode) -> int:
+    """The number of a bank row in one mode. Each row has as many slots as there are modes, side by side."""
+    return row * len(MODES) + MODES.index(mode)
+
+
+def slots_of(row: int) -> slice:
+    """All slots of a bank row, in the order of `MODES`."""
+    return slice(row * len(MODES), (row + 1) * len(MODES))
 
 
 class Acts(NamedTuple):
@@ -80,10 +90,10 @@ class _Buffers:
 class _Stages:
     """The host's side of buffers in a device's own memory: sets that steps take in turn."""
 
-    def __init__(self, rank: int, max_tokens: int, lane: Lane) -> None:
-        self._lane, self._turn = lane, 0
-        self._sets = [_Buffers(rank, max_tokens, pinned=lane.pinned) for _ in range(STAGES)]
-        self._copied: list[Mark | None] = [None] * STAGES
+    def __init__(self, rank: int, max_tokens: int, queue: CopyQueue) -> None:
+        self._queue, self._turn = queue, 0
+        self._sets = [_Buffers(rank, max_tokens, pinned=queue.pinned) for _ in range(STAGES)]
+        self._copied: list[CopyEvent | None] = [None] * STAGES
 
     def next(self) -> _Buffers:
         self._turn = (self._turn + 1) % STAGES
@@ -94,14 +104,14 @@ class _Stages:
     def send(self, to: _Buffers, end: int) -> None:
         for there, here in zip(to.all(), self._sets[self._turn].all(), strict=True):
             for to_row, row in zip(there, here, strict=True):  # row by row: each is one contiguous copy
-                self._lane.copy(to_row[:end], row[:end])
-        self._copied[self._turn] = self._lane.mark()
+                self._queue.copy(to_row[:end], row[:end])
+        self._copied[self._turn] = self._queue.record_event()
 
 
 class Losses:
     """Which tokens of one pass are lost, on their way to the host."""
 
-    def __init__(self, flags: Tensor, copied: Mark | None) -> None:
+    def __init__(self, flags: Tensor, copied: CopyEvent | None) -> None:
         self._flags, self._copied = flags, copied
 
     def first(self, lengths: Sequence[int] | NDArray[np.int32]) -> dict[int, int]:
@@ -121,23 +131,25 @@ class Losses:
 
 class TokenIndex:
     """rows, slots `[rank, max_tokens]` int64, strengths `[rank, max_tokens]` float32 and, where the rank is not 1,
-    combinations `[max_tokens]` int64, written in place for ever; `lost` `[max_tokens]` bool is what the places write.
+    combinations `[max_tokens]` int64, written in place for ever; `lost` `[max_tokens]` bool is what the hook points
+    write.
 
     A request that steers *enters* once and gets a number; a step names its requests by number, so that filling is a few
-    numpy calls whatever the size of the batch. `lane` is the way to the device, None where the host writes its memory.
+    numpy calls whatever the size of the batch. `queue` is the queue of copies to the device, None where the host writes
+    its memory.
     """
 
-    def __init__(self, rank: int, max_tokens: int, device: torch.device | str, lane: Lane | None = None) -> None:
+    def __init__(self, rank: int, max_tokens: int, device: torch.device | str, queue: CopyQueue | None = None) -> None:
         self.rank, self.max_tokens = rank, max_tokens
         device = torch.device(device)
-        lane = lane or lane_to(device)
+        queue = queue or copy_queue_to(device)
         self._buffers = _Buffers(rank, max_tokens, device)
-        self._stages = None if lane is None else _Stages(rank, max_tokens, lane)
+        self._stages = None if queue is None else _Stages(rank, max_tokens, queue)
         self.rows, self.slots, self.strengths = self._buffers.rows, self._buffers.slots, self._buffers.strengths
         self.combinations = None if self._buffers.combinations is None else self._buffers.combinations[0]
         with lasting():
             self.lost = torch.zeros(max_tokens, dtype=torch.bool, device=device)
-        self._lane = lane
+        self._queue = queue
         self._used = 0
         #: The numbers and lengths that the buffers hold; None when they may hold something else.
         self._filled: tuple[NDArray[np.int64], NDArray[np.int64] | NDArray[np.int32]] | None = None
@@ -237,11 +249,11 @@ class TokenIndex:
         if not self._used:
             return None
         here = self.lost[: self._used]
-        if self._lane is None:
+        if self._queue is None:
             return Losses(here.clone(), None)
-        flags = torch.empty(self._used, dtype=torch.bool, pin_memory=self._lane.pinned)
-        self._lane.copy(flags, here)
-        return Losses(flags, self._lane.mark())
+        flags = torch.empty(self._used, dtype=torch.bool, pin_memory=self._queue.pinned)
+        self._queue.copy(flags, here)
+        return Losses(flags, self._queue.record_event())
 
     def fill_with(self, steers: Sequence[RequestSteer | None], lengths: Sequence[int]) -> int:
         """The same for requests that have not entered, None for a plain one."""

@@ -9,10 +9,10 @@ answered here, on every server.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Sequence
+from typing import TypedDict
 
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -36,9 +36,18 @@ ORDINARY: dict[str, re.Pattern[str]] = {
 }
 
 
+class Cors(TypedDict, total=False):
+    """What Starlette's CORS layer is told besides the origins."""
+
+    allow_methods: Sequence[str]
+    allow_headers: Sequence[str]
+    expose_headers: Sequence[str]
+    allow_credentials: bool
+
+
 class Access:
-    """The layer. `scope["steer.caller"]` says who is calling to everything behind it. `cors`: what Starlette's CORS
-    layer is told besides the origins, which the control plane has."""
+    """The layer. `scope["steer.caller"]` says who is calling to everything behind it. The origins of
+    pages that may call are the control plane's."""
 
     def __init__(
         self,
@@ -46,12 +55,12 @@ class Access:
         *,
         control: Control,
         public: frozenset[str] = PUBLIC,
-        cors: Mapping[str, Any] = MappingProxyType({}),
+        cors: Cors | None = None,
     ) -> None:
         self.app, self.control, self.public = app, control, public
         self._keyed: ASGIApp = self._with_keys
         if control.origins:
-            self._keyed = CORSMiddleware(self._with_keys, allow_origins=control.origins, **cors)
+            self._keyed = CORSMiddleware(self._with_keys, allow_origins=control.origins, **(cors or {}))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -81,26 +90,25 @@ class Access:
 
     def _check_page(self, scope: Scope) -> None:
         """What holds for everybody, before it is asked who comes."""
-        headers: list[tuple[bytes, bytes]] = scope["headers"]
-        if sum(len(name) + len(value) for name, value in headers) > MAX_HEADERS:
+        headers = Headers(scope=scope)
+        if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADERS:
             raise HTTPProblem(Code.HEADERS_TOO_LARGE, f"the headers are over {MAX_HEADERS} bytes")
         if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > MAX_PATH:
             raise HTTPProblem(Code.PATH_TOO_LONG, f"the path is over {MAX_PATH} bytes")
         if self.control.pages is not None:
             self.control.pages.check(headers)
         if is_preflight(scope):
-            origin = header(headers, b"origin")
+            origin = header(headers, "origin")
             if origin is None or not {ANY, origin} & self.control.origins:
                 raise foreign(origin or "")
 
     def _enter(self, scope: Scope) -> Caller:
-        headers: list[tuple[bytes, bytes]] = scope["headers"]
         force = self.control.in_force
         if force is None:
             return ANYONE
         method = "GET" if scope.get("method") == "HEAD" else scope.get("method", "websocket")
         path = route_path(scope)
-        secret = api_key_of(headers)
+        secret = api_key_of(Headers(scope=scope))
         name = force.keyring.find(secret or "")
         known = Caller(name, force.policy.keys[name], keys.stored(secret)) if name and secret else None
         if method == "GET" and (path in self.public or (path == METRICS and force.policy.metrics_public)):
@@ -127,13 +135,10 @@ def route_path(scope: Scope) -> str:
     return rest if rest != path and rest.startswith("/") else path
 
 
-def api_key_of(headers: list[tuple[bytes, bytes]]) -> str | None:
+def api_key_of(headers: Headers) -> str | None:
     """The one secret that a request brings, as OpenAI's or as Anthropic's clients send it; None for two."""
-    found: set[str] = set()
-    for name, value in headers:
-        if name == b"authorization":
-            scheme, _, secret = value.decode("latin-1").partition(" ")
-            found.add(secret.strip() if scheme.lower() == "bearer" else "")
-        elif name == b"x-api-key":
-            found.add(value.decode("latin-1").strip())
+    found = {value.strip() for value in headers.getlist("x-api-key")}
+    for value in headers.getlist("authorization"):
+        scheme, _, secret = value.partition(" ")
+        found.add(secret.strip() if scheme.lower() == "bearer" else "")
     return found.pop() if len(found) == 1 else None

@@ -7,8 +7,9 @@ import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NotRequired, TypeAlias
+from typing import Annotated, Literal, NotRequired, TypeAlias
 
+import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
@@ -19,6 +20,7 @@ from steer.runtime.readout import Reading
 from steer.serve.carriers import RECEIPT
 from steer.serve.errors import Code, ErrorAnswer, documented
 from steer.serve.text import token_text
+from steer.tokenization import Tokenizer
 
 Finish = Literal["stop", "length"]
 #: Significant digits of a number in a read-out.
@@ -166,14 +168,14 @@ class CompletionChunk(Envelope, ChunkUsage):
 
 
 #: What an event of a stream holds, by its name in the OpenAPI document: a chunk, or the error that ended the stream.
-_EVENTS: Mapping[str, TypeAdapter[Any]] = {
+_EVENTS: Mapping[str, TypeAdapter[object]] = {
     "ChatCompletionEvent": TypeAdapter(ChatCompletionChunk | ErrorAnswer),
     "CompletionEvent": TypeAdapter(CompletionChunk | ErrorAnswer),
 }
 _REFERENCE = "#/components/schemas/{model}"
 
 
-def event_schemas() -> dict[str, Any]:
+def event_schemas() -> dict[str, object]:
     """JSON schemas of the events and of all that they refer to, for `components`: FastAPI has no place for them."""
     schemas, shared = TypeAdapter.json_schemas(
         ((name, "serialization", adapter) for name, adapter in _EVENTS.items()), ref_template=_REFERENCE
@@ -181,21 +183,21 @@ def event_schemas() -> dict[str, Any]:
     return {**shared["$defs"], **{name: schema for (name, _), schema in schemas.items()}}
 
 
-def generated(model: type[ChatCompletion] | type[Completion], event: str) -> dict[int | str, dict[str, Any]]:
+def generated(model: type[ChatCompletion] | type[Completion], event: str) -> dict[int | str, dict[str, object]]:
     """What a generation route answers, for its OpenAPI document."""
     stream = {"text/event-stream": {"schema": {"$ref": _REFERENCE.format(model=event)}}}
     headers = {
         RECEIPT: {"description": "what steered the answer, as JSON; `[]` for plain", "schema": {"type": "string"}},
         "X-Request-Id": {"description": "as the audit log has it", "schema": {"type": "string"}},
     }
-    success = {
+    success: dict[str, object] = {
         "model": model,
         "description": "The answer; with `stream` as events, `data: {...}`, and `data: [DONE]` at the end",
         "content": stream,
         "headers": headers,
     }
     ours = (code for code in Code if code not in (Code.DIRECTION_NOT_FOUND, Code.INVALID_DIRECTION, Code.NO_FREE_ROWS))
-    return {200: success} | documented(*ours)
+    return {200: success, **documented(*ours)}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> CompletionUsage:
@@ -215,7 +217,7 @@ def envelope(prefix: str, model: str, fingerprint: str) -> Envelope:
     }
 
 
-def chat_logprobs(tokenizer: Any, tokens: Sequence[Token]) -> ChatLogprobs:
+def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> ChatLogprobs:
     def one(token: int, logprob: float | None) -> TokenLogprob:
         assert logprob is not None, "every generated token has one where they were asked for"
         shown = token_text(tokenizer, token)
@@ -227,7 +229,7 @@ def chat_logprobs(tokenizer: Any, tokens: Sequence[Token]) -> ChatLogprobs:
     }
 
 
-def completion_logprobs(tokenizer: Any, tokens: Sequence[Token], offset: int = 0) -> CompletionLogprobs:
+def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], offset: int = 0) -> CompletionLogprobs:
     """`offset`: where the first token begins. One without a log-probability is the first of an echoed prompt."""
     out: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token in tokens:
@@ -262,6 +264,6 @@ def report(readout: Readout, tokens: Sequence[tuple[str, Reading | None]]) -> Re
     }
 
 
-def _numbers(values: NDArray[Any]) -> list[float | None]:
+def _numbers(values: NDArray[np.float32]) -> list[float | None]:
     """Rounded; JSON has no number for what overflowed."""
     return [float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None for value in values.tolist()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -17,8 +17,9 @@ from typing_extensions import TypedDict
 
 from steer._version import __version__
 from steer.errors import SteerError
-from steer.serve import answers, chat, completions, errors, metrics, models, operation, playground, reference
-from steer.serve.access import PUBLIC, Access
+from steer.names import readable
+from steer.serve import answers, chat, completions, errors, html, metrics, models, operation
+from steer.serve.access import PUBLIC, Access, Cors
 from steer.serve.carriers import RECEIPT
 from steer.serve.directions import router as directions_router
 from steer.serve.middleware import SteerMiddleware, wrap_routes
@@ -41,7 +42,7 @@ class Health(operation.Health, _Managed):
 
 
 class _App(FastAPI):
-    def openapi(self) -> dict[str, Any]:
+    def openapi(self) -> dict[str, object]:
         if self.openapi_schema is None:
             super().openapi()["components"]["schemas"] |= answers.event_schemas()
         return super().openapi()
@@ -63,11 +64,11 @@ def build(served: Served) -> FastAPI:
     app.add_exception_handler(SteerError, errors.on_steer_error)
     app.add_exception_handler(RequestValidationError, errors.on_validation_error)
     app.add_exception_handler(HTTPException, errors.on_http_exception)
-    cors = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": [RECEIPT, "x-request-id"]}
-    app.add_middleware(Access, control=control, public=PUBLIC.union(playground.PATHS), cors=cors)
+    cors: Cors = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": [RECEIPT, "x-request-id"]}
+    app.add_middleware(Access, control=control, public=PUBLIC.union(html.PATHS), cors=cors)
     app.add_middleware(Head)
-    app.include_router(playground.router())
-    reference.put_on(app)
+    app.include_router(html.router())
+    html.put_docs_on(app)
     app.include_router(directions_router(registry, control=control))
     app.include_router(operation.router(control))
     app.include_router(chat.router(served))
@@ -78,7 +79,7 @@ def build(served: Served) -> FastAPI:
         served=[served.model_name],
         default=served.default,
         max_body=served.max_body,
-        readable=engine.steering.anatomy.layers if "resid_post" in engine.steering.bank.sites else 0,
+        readable=engine.steering.anatomy.layers if readable(engine.steering.bank.sites) else 0,
         control=control,
         parsed=True,
         context=engine.context,

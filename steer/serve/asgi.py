@@ -1,13 +1,28 @@
-"""Answers as ASGI messages on their way out: what kind they are, and another body for them."""
+"""Requests and answers as ASGI has them: their headers, and another body for an answer on its way out."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import Message, Send
 
+#: Makes the new body of an answer of the whole old one.
 Change = Callable[[bytes], Awaitable[bytes]]
+
+
+def with_headers(message: Message, change: Callable[[MutableHeaders], object]) -> Message:
+    """A copy of an `http.response.start`, or of the scope of a request, with its headers as `change` leaves them."""
+    headers = MutableHeaders(raw=list(message["headers"]))
+    change(headers)
+    return {**message, "headers": headers.raw}
+
+
+async def send_response(send: Send, response: Response) -> None:
+    """Send a response that has its whole body."""
+    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body})
 
 
 def is_event_stream(start: Message) -> bool:
@@ -37,11 +52,8 @@ def rewriting(send: Send, choose: Callable[[Message], Change | None], media_type
             body.extend(message.get("body", b""))
             if not message.get("more_body", False):
                 whole = await change(bytes(body))
-                headers = MutableHeaders(raw=list(start["headers"]))
-                headers["content-length"] = str(len(whole))
-                if media_type is not None:
-                    headers["content-type"] = media_type
-                await send({**start, "headers": headers.raw})
+                changed = {"content-length": str(len(whole))} | ({"content-type": media_type} if media_type else {})
+                await send(with_headers(start, lambda headers: headers.update(changed)))
                 await send({"type": "http.response.body", "body": whole})
 
     return sending

@@ -29,7 +29,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NotRequired, TypedDict, cast
 
 from steer.errors import SteerError
 from steer.serve import metrics
@@ -72,7 +72,17 @@ class Head:
         return f"{self.seq}:{self.hash}"
 
 
-def seal(record: dict[str, Any]) -> tuple[bytes, str]:
+class Record(TypedDict):
+    """A line of the log, as far as the chain goes; what else it has depends on the event."""
+
+    seq: int
+    prev: str
+    hash: str
+    event: NotRequired[object]
+    detail: NotRequired[object]
+
+
+def seal(record: dict[str, object]) -> tuple[bytes, str]:
     """A record as its line, newline included, and the line's hash. The one definition of the canonical form.
 
     Raises ValueError for a line over MAX_LINE, which could not be read again.
@@ -85,7 +95,7 @@ def seal(record: dict[str, Any]) -> tuple[bytes, str]:
     return line, digest
 
 
-def unseal(line: bytes) -> dict[str, Any]:
+def unseal(line: bytes) -> Record:
     """The record of a line, `hash` included. Raises ValueError for anything but the bytes that `seal` gives."""
     if not line.endswith(b"\n"):
         raise ValueError("the line is torn: it has no end")
@@ -104,7 +114,7 @@ def unseal(line: bytes) -> dict[str, Any]:
         raise ValueError("the line does not have the hash that it says: it was changed")
     if not isinstance(record.get("seq"), int) or not isinstance(record.get("prev"), str):
         raise ValueError("not an audit line")
-    return record
+    return cast(Record, record)
 
 
 class Audit:
@@ -156,7 +166,7 @@ class Audit:
                     os.close(fd)
             self._fd = self._head_fd = self._guard = -1
 
-    def write(self, event: str, **fields: Any) -> int:
+    def write(self, event: str, **fields: object) -> int:
         """Append one line; its number. Raises AuditUnavailable: then nothing of it is in the file."""
         with self._lock:
             try:
@@ -190,7 +200,7 @@ class Audit:
             self._wake.set()
             return waiting
 
-    def note(self, event: str, **fields: Any) -> None:
+    def note(self, event: str, **fields: object) -> None:
         """Append one line about what has happened anyway. What cannot be written is counted, and said later."""
         try:
             self.write(event, **fields)
@@ -203,7 +213,7 @@ class Audit:
             log.error("audit: %s; steered requests are refused until it can be written again", reason)
         self.failed = reason
 
-    def _append(self, event: str, fields: dict[str, Any]) -> int:
+    def _append(self, event: str, fields: dict[str, object]) -> int:
         line, head = self._line(event, fields)
         if self._size and self._size + len(line) > self.max_bytes:
             self._rotate()
@@ -212,7 +222,7 @@ class Audit:
         metrics.AUDIT_LINES.labels(event=event).inc()
         return head.seq
 
-    def _line(self, event: str, fields: dict[str, Any]) -> tuple[bytes, Head]:
+    def _line(self, event: str, fields: dict[str, object]) -> tuple[bytes, Head]:
         seq = self.head.seq + 1
         record = {"time": datetime.now(UTC).isoformat(timespec="microseconds"), "seq": seq, "event": event}
         line, digest = seal(record | fields | {"prev": self.head.hash})
@@ -264,7 +274,7 @@ class Audit:
                     return path
         return None
 
-    def _begin(self, detail: dict[str, Any], event: str = "rotated") -> None:
+    def _begin(self, detail: dict[str, object], event: str = "rotated") -> None:
         """A new file that goes on with the chain."""
         if self._fd >= 0:
             os.close(self._fd)
@@ -281,7 +291,7 @@ class Audit:
             self._fd = -1
         self._fd = _opened(self.path)
         self._size = os.fstat(self._fd).st_size
-        healed: dict[str, Any] = {}
+        healed: dict[str, object] = {}
         if self._size == 0:
             self.head = known or Head()
             if self.head.seq:
@@ -455,9 +465,7 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) 
     return report
 
 
-def _check_first(
-    where: str, number: int, record: dict[str, Any], before: Head | None, start: int, report: Report
-) -> None:
+def _check_first(where: str, number: int, record: Record, before: Head | None, start: int, report: Report) -> None:
     """The first line that can be read: is what stands before it not asked for, or vouched for by an anchor?"""
     seq = record["seq"]
     if number > 1:
@@ -475,9 +483,9 @@ def _check_first(
         report.notes.append(f"{where}: begins with line {seq}, as was asked; those before it were not looked at")
 
 
-def _check(where: str, record: dict[str, Any], expected: Head | None, report: Report) -> None:
+def _check(where: str, record: Record, expected: Head | None, report: Report) -> None:
     seq, event = record["seq"], record.get("event")
-    detail: dict[str, Any] = record["detail"] if isinstance(record.get("detail"), dict) else {}
+    detail = found if isinstance(found := record.get("detail"), dict) else {}
     if expected is None:
         pass  # the first one
     elif seq != expected.seq + 1:
@@ -498,7 +506,7 @@ def _begins(path: Path) -> int:
     """The number of a file's first line that can be read."""
     for line in _lines(path):
         with suppress(ValueError):
-            return int(unseal(line)["seq"])
+            return unseal(line)["seq"]
     return 0
 
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from steer import readout
 from steer.admission import Admission
 from steer.errors import SpecError
-from steer.readout import ReadWanted
+from steer.readout import RequestedReadout
 from steer.registry import Registry
 from steer.serve.caller import ANYONE, Caller, Refusal, forbidden
 from steer.serve.carriers import FIELD, Carried
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.policy import KeyRules, Policy
-from steer.spec import Entry, Spec, Wanted, text
+from steer.spec import Entry, RequestedDirection, Spec, text
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ OPEN = Rules()
 def admit(
     carried: Carried,
     registry: Registry,
-    default: Sequence[Wanted] = (),
-    wanted: ReadWanted | None = None,
+    default: Sequence[RequestedDirection] = (),
+    wanted: RequestedReadout | None = None,
     *,
     readable: int = 0,
     caller: Caller = ANYONE,
@@ -61,7 +61,7 @@ def admit(
 def resolve(
     carried: Carried,
     registry: Registry,
-    default: Sequence[Wanted] = (),
+    default: Sequence[RequestedDirection] = (),
     *,
     caller: Caller = ANYONE,
     rules: Rules = OPEN,
@@ -87,7 +87,7 @@ def _asked(carried: Carried, registry: Registry, caller: Caller) -> Spec:
     return next(iter(meanings.values()))
 
 
-def _default(default: Sequence[Wanted], registry: Registry, caller: Caller, rules: Rules) -> Spec:
+def _default(default: Sequence[RequestedDirection], registry: Registry, caller: Caller, rules: Rules) -> Spec:
     """What a request gets that asks for nothing: the key's own default, else the server's, where the key might have
     asked for it."""
     what, code = "the default steering of this request", Code.DEFAULT_UNAVAILABLE
@@ -100,7 +100,7 @@ def _default(default: Sequence[Wanted], registry: Registry, caller: Caller, rule
     return Spec() if own is not None and _broken(asked, own, registry, rules) else asked
 
 
-def _operators(wanted: Sequence[Wanted], registry: Registry, caller: Caller, what: str, code: Code) -> Spec:
+def _operators(wanted: Sequence[RequestedDirection], registry: Registry, caller: Caller, what: str, code: Code) -> Spec:
     """What the operator wants for this request. Who asks with a key is not told why it is not there now: the reason may
     name what this key may not know."""
     try:

@@ -2,21 +2,27 @@
 
 A parser's time goes by how many values there are, and holds the interpreter while it lasts: a megabyte of brackets
 takes as long as a hundred of text. So structure is counted first, in windows, by searches that are linear and short.
+
+Work whose length the client decides is done in threads of its own (`offload`), so that the event loop answers /health
+and the kill switch meanwhile. Few of them run at once: they take turns for the interpreter with the loop and not with
+each other, and what is large never waits in front of what is small.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Literal, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope
 
 from steer.errors import RequestError
 from steer.serve import errors
-from steer.serve.offload import offload
 
 T = TypeVar("T")
 
@@ -66,7 +72,7 @@ async def understood(work: Callable[[], T], size: int) -> T:
     return work() if size <= SMALL else await offload("body", size, work)
 
 
-def parse_body(data: bytes) -> dict[str, Any]:
+def parse_body(data: bytes) -> dict[str, object]:
     """A JSON object in which no key stands twice, so that nothing behind us can read another one than we did. Raises
     HTTPProblem 400, also where it has more values, keys or depth than a request needs; and for a number or a text that
     is none, by the name of its field: NaN, infinities, numbers that no engine takes, half of a surrogate pair.
@@ -122,7 +128,7 @@ class _Numbers:
         return _NoNumber(text)
 
 
-def _unsendable(value: Any) -> str:
+def _unsendable(value: object) -> str:
     """What no engine could be told of in this value; nothing if all of it can be."""
     try:
         json.dumps(value, ensure_ascii=False, default=_refuse).encode()
@@ -143,7 +149,7 @@ def _shown(name: str) -> str:
     return name[:100].encode(errors="backslashreplace").decode()
 
 
-def check_size(body: dict[str, Any]) -> None:
+def check_size(body: dict[str, object]) -> None:
     """Raises RequestError for a request that is too much work for any engine. What is of a wrong type is for the app
     behind to tell."""
     for name in ("stop", "stop_sequences", "bad_words"):
@@ -156,7 +162,7 @@ def check_size(body: dict[str, Any]) -> None:
         raise RequestError(f"prompt: {prompts} prompts × n are over {MAX_ANSWERS} answers", param="prompt")
 
 
-def as_list(value: Any) -> list[Any]:
+def as_list(value: object) -> list[object]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -203,7 +209,7 @@ def check_structure(data: bytes, most: int = MAX_VALUES) -> int:
     return commas + opened + 1
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     out = dict(pairs)
     if len(out) != len(pairs):
         seen: set[str] = set()
@@ -230,3 +236,23 @@ def replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return receiving
+
+
+# -- work whose length the client decides ----------------------------------------------------------------------------
+
+#: Bytes or characters from which on work waits in the queue of the large. One of those runs at a time.
+LARGE = 64 * 1024
+SMALL_AT_ONCE = 2
+Kind = Literal["body", "text"]
+
+
+async def offload(kind: Kind, size: int, work: Callable[[], T]) -> T:
+    """What `work` returns or raises. `size`: bytes or characters that it goes through; `kind`: bodies, which take
+    milliseconds, never wait for texts, whose tokenizing can take seconds."""
+    return await asyncio.get_running_loop().run_in_executor(_threads(kind, size >= LARGE), work)
+
+
+@cache
+def _threads(kind: Kind, large: bool) -> ThreadPoolExecutor:
+    """Of the process, since the interpreter's lock, which they share with the loop, is."""
+    return ThreadPoolExecutor(1 if large else SMALL_AT_ONCE, f"steer-{kind}{'-large' if large else ''}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from steer.readout import FIELD
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.policy import KeyRules
-from steer.spec import Spec, Wanted
+from steer.spec import RequestedDirection, Spec
 
 #: Where `Access` leaves the caller in an ASGI scope.
 CALLER = "steer.caller"
@@ -49,7 +49,7 @@ class Caller:
         return self.rules is None or self.rules.manage
 
     @property
-    def required(self) -> tuple[Wanted, ...]:
+    def required(self) -> tuple[RequestedDirection, ...]:
         return self.rules.required if self.rules else ()
 
     def may_use(self, direction: str) -> bool:

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 from urllib.parse import parse_qsl
+
+from starlette.datastructures import Headers
 
 from steer import readout
 from steer.errors import SpecError
 from steer.serve.body import MAX_VALUES, check_structure
-from steer.spec import MAX_ITEMS, Wanted, bare, mentions, nearly, parse
+from steer.spec import MAX_ITEMS, RequestedDirection, bare, mentions, nearly, parse
 
 FIELD = "steer"
 HEADER = "x-steer"
@@ -38,20 +39,18 @@ _VEHICLES = {"extraargs", "extrabody", "extraheaders", "extraquery", "headers", 
 class Carried:
     """What one request carries: each carrier that is present with its parsed value, and the model without alias."""
 
-    found: dict[str, tuple[Wanted, ...]]
+    found: dict[str, tuple[RequestedDirection, ...]]
     model: str | None
 
 
-def read(
-    body: dict[str, Any], headers: Sequence[tuple[bytes, bytes]], served: Sequence[str], query: bytes = b""
-) -> Carried:
+def read(body: dict[str, object], headers: Headers, served: Sequence[str], query: bytes = b"") -> Carried:
     """Read all carriers of a request. Raises SpecError with every problem of every carrier, and for names that are
     nearly one."""
-    found: dict[str, tuple[Wanted, ...]] = {}
+    found: dict[str, tuple[RequestedDirection, ...]] = {}
     problems: list[str] = []
     param: str | None = None
 
-    def take(carrier: str, value: Any, name: str) -> None:
+    def take(carrier: str, value: object, name: str) -> None:
         nonlocal param
         try:
             found[carrier] = parse(value, name)
@@ -67,12 +66,12 @@ def read(
         )
     if FIELD in body:
         take("body field 'steer'", body[FIELD], FIELD)
-    sent = [value for name, value in headers if name.lower() == HEADER.encode()]
+    sent = [value for name, value in headers.items() if name.lower() == HEADER]
     if len(sent) > MAX_ITEMS:
         raise SpecError(f"{len(sent)} headers 'X-Steer', at most {MAX_ITEMS}", param="X-Steer")
     for number, value in enumerate(sent):
         which = "header 'X-Steer'" if len(sent) == 1 else f"header 'X-Steer' ({number + 1} of {len(sent)})"
-        take(which, value.decode("latin-1"), "X-Steer")
+        take(which, value, "X-Steer")
     xargs = body.get(XARGS)
     if isinstance(xargs, dict) and FIELD in xargs:
         take("body field 'vllm_xargs.steer'", xargs[FIELD], "vllm_xargs.steer")
@@ -85,13 +84,10 @@ def read(
     return Carried(found, model if isinstance(model, str) else None)
 
 
-def traces(
-    body: Any, headers: Sequence[tuple[bytes, bytes]], served: Sequence[str], query: bytes = b""
-) -> Iterator[str]:
+def traces(body: object, headers: Headers, served: Sequence[str], query: bytes = b"") -> Iterator[str]:
     """The name of everything in a request that asks for steering or seems to: `steer`, `steering`, `metadata.steer`,
     `requests.0.steer`, `header x-steer`, `model` where it is an alias, `?steer`."""
-    for raw, _ in headers:
-        name = raw.decode("latin-1").lower()
+    for name in map(str.lower, headers.keys()):
         if nearly(name) and name != RECEIPT:  # which asks for nothing
             yield f"header {name}"
     for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
@@ -122,7 +118,7 @@ def _structure(value: str, most: int) -> int:
     return check_structure(value.encode(errors="surrogatepass"), most) if value.lstrip()[:1] in ("{", "[") else 0
 
 
-def _unwrapped(value: str) -> Any:
+def _unwrapped(value: str) -> object:
     """What a text holds as JSON, where it is that."""
     with suppress(ValueError, RecursionError):
         return json.loads(value)

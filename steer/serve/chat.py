@@ -41,13 +41,15 @@ def router(served: Served) -> APIRouter:
     )
     async def chat(body: ChatRequest, request: Request) -> Response:
         served.check_model(body.model)
-        steer, read, reading = served.admitted(request)
+        steer, read = served.admitted(request)
         wants_logprobs = body.wanted_logprobs is not None
         engine.admit(body.n)
 
         def prepare() -> list[Job]:
             asked = generator.tokens(body)
-            prompt = served.loaded.chat_ids(messages, **body.template)
+            prompt = served.loaded.chat_ids(
+                messages, add_generation_prompt=body.begins_answer, **body.template_variables
+            )
             limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
             room, stops = generator.room(prompt, body.wanted_tokens, "messages", limit), Stops(body.stops)
             samplings = body.sampling(asked, room, body.wanted_logprobs)
@@ -83,14 +85,14 @@ def router(served: Served) -> APIRouter:
                 async with aclosing(generator.interleaved(jobs, steer)) as pieces:
                     async for index, piece in pieces:
                         count += 1
-                        if piece.text or piece.finish or (piece.token and (wants_logprobs or reading)):
+                        if piece.text or piece.finish or (piece.token and (wants_logprobs or read)):
                             tokens = [piece.token] if piece.token else []
                             choice: ChatChunkChoice = {
                                 "index": index,
                                 "delta": {"content": piece.text} if piece.text else {},
                                 "logprobs": logprobs(tokens) if tokens else None,
                                 "finish_reason": piece.finish,
-                                **served.read_out(reading if tokens else None, tokens),
+                                **served.read_field(read if tokens else None, tokens),
                             }
                             yield chunk([choice])
                 if with_usage:
@@ -104,7 +106,7 @@ def router(served: Served) -> APIRouter:
                 "message": {"role": "assistant", "content": answer.text, "refusal": None},
                 "logprobs": logprobs(answer.tokens),
                 "finish_reason": answer.finish,
-                **served.read_out(reading, answer.tokens),
+                **served.read_field(read, answer.tokens),
             }
             for i, answer in enumerate(answers)
         ]

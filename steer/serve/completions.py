@@ -40,7 +40,7 @@ def router(served: Served) -> APIRouter:
     )
     async def complete(body: CompletionRequest, request: Request) -> Response:
         served.check_model(body.model)
-        steer, read, reading = served.admitted(request)
+        steer, read = served.admitted(request)
         tokenizer = served.loaded.tokenizer
         prompts = body.prompts
         engine.admit(len(prompts) * body.n)
@@ -82,13 +82,13 @@ def router(served: Served) -> APIRouter:
                         if body.logprobs is not None and tokens:
                             reported = completion_logprobs(tokenizer, tokens, offsets[index])
                             offsets[index] += len(reported["tokens"][0])
-                        if piece.text or piece.finish or reported or (tokens and reading):
+                        if piece.text or piece.finish or reported or (tokens and read):
                             choice: CompletionChunkChoice = {
                                 "index": index,
                                 "text": piece.text,
                                 "logprobs": reported,
                                 "finish_reason": piece.finish,
-                                **served.read_out(reading if tokens else None, tokens),
+                                **served.read_field(read if tokens else None, tokens),
                             }
                             yield chunk([choice])
                 if with_usage:
@@ -111,7 +111,7 @@ def router(served: Served) -> APIRouter:
                     "text": text,
                     "logprobs": completion_logprobs(tokenizer, tokens) if body.logprobs is not None else None,
                     "finish_reason": answer.finish,
-                    **served.read_out(reading, answer.tokens),
+                    **served.read_field(read, answer.tokens),
                 }
             )
         whole: Completion = {

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from starlette.types import Scope
 
@@ -65,7 +64,7 @@ class Run:
 
 
 @dataclass(slots=True, eq=False)
-class Place:
+class Reservation:
     """A request's part of its key's rates, from before it is read to its end. `tokens` are taken and not yet used."""
 
     caller: Caller
@@ -274,7 +273,7 @@ class Control:
         """The steered requests that run."""
         return [run for run in tuple(self.runs) if run.spec]  # a scrape may come on another thread
 
-    def enter(self, caller: Caller) -> Place:
+    def enter(self, caller: Caller) -> Reservation:
         """Take one request of the caller's rates, before it is read: what fails has been one too. Raises Refusal (429).
         Whoever has entered must `leave`."""
         rules, name = caller.rules, caller.name
@@ -285,25 +284,25 @@ class Control:
             self._check_rate("tokens_per_minute", self._tokens, caller, 1)
             self._requests.charge(name, rules.requests_per_minute, 1)
             self._at_once[name] += 1
-        return Place(caller)
+        return Reservation(caller)
 
-    def reserve(self, place: Place, tokens: int) -> None:
+    def reserve(self, reservation: Reservation, tokens: int) -> None:
         """Take all the tokens that a request may come to. Raises Refusal (429)."""
-        rules, name = place.caller.rules, place.caller.name
+        rules, name = reservation.caller.rules, reservation.caller.name
         if rules is not None and name is not None and rules.tokens_per_minute is not None:
-            self._check_rate("tokens_per_minute", self._tokens, place.caller, tokens)
+            self._check_rate("tokens_per_minute", self._tokens, reservation.caller, tokens)
             self._tokens.charge(name, rules.tokens_per_minute, tokens)
-            place.tokens += tokens
+            reservation.tokens += tokens
 
-    def leave(self, place: Place) -> None:
+    def leave(self, reservation: Reservation) -> None:
         """The request has ended, whatever became of it; what it took and did not use is given back."""
-        rules, name = place.caller.rules, place.caller.name
+        rules, name = reservation.caller.rules, reservation.caller.name
         if rules is not None and name is not None:
             self._at_once[name] -= 1
             if not self._at_once[name]:
                 del self._at_once[name]
-            self._tokens.charge(name, rules.tokens_per_minute, -place.tokens)
-            place.tokens = 0
+            self._tokens.charge(name, rules.tokens_per_minute, -reservation.tokens)
+            reservation.tokens = 0
 
     def _check_rate(self, rule: str, meter: RateLimiter, caller: Caller, amount: int) -> None:
         assert caller.rules is not None
@@ -340,7 +339,7 @@ class Control:
             raise
         return run
 
-    def end(self, run: Run, place: Place, outcome: str, usage: Usage) -> None:
+    def end(self, run: Run, reservation: Reservation, outcome: str, usage: Usage) -> None:
         self.runs.discard(run)
         used = usage.prompt + usage.completion
         if (rules := run.caller.rules) is not None and run.caller.name is not None:
@@ -399,7 +398,7 @@ class Control:
             detail={"was": move.old, "by": "request" if mover else "folder"},
         )
 
-    def _note(self, event: str, **fields: Any) -> None:
+    def _note(self, event: str, **fields: object) -> None:
         if self.audit:
             self.audit.note(event, **fields)
 
@@ -409,7 +408,7 @@ def _over(rule: str, rules: policy.KeyRules, seconds: int) -> Refusal:
     return Refusal(Code.RATE_LIMIT_EXCEEDED, rule, said, Retry_After=str(seconds))
 
 
-def _entries(spec: Spec) -> list[dict[str, Any]]:
+def _entries(spec: Spec) -> list[dict[str, object]]:
     return [asdict(entry) for entry in spec.entries]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Literal, NotRequired
 
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
@@ -69,7 +69,7 @@ class DirectionList(TypedDict):
     data: list[DirectionCard | FailedDirection]
 
 
-class DeletedDirection(TypedDict):
+class DirectionDeleted(TypedDict):
     id: Annotated[str, Field(description="its name")]
     object: Literal["direction"]
     deleted: Literal[True]
@@ -80,7 +80,7 @@ def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> t
     are for who manages, and want a body, if any, of this `kind`."""
 
     class OwnRoute(base):  # type: ignore[valid-type]
-        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        def get_route_handler(self) -> Callable[[Request], Coroutine[None, None, Response]]:
             handler = super().get_route_handler()
 
             async def handling(request: Request) -> Response:
@@ -171,7 +171,7 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
         summary="Stop serving this name and remove its file",
         responses=documented(Code.DIRECTION_NOT_FOUND, Code.STEERING_FORBIDDEN, Code.STORAGE),
     )
-    async def delete_direction(name: str, request: Request) -> DeletedDirection:
+    async def delete_direction(name: str, request: Request) -> DirectionDeleted:
         control.moving(control.caller(request.scope))
         try:
             await anyio.to_thread.run_sync(registry.delete, name)

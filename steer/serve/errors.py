@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from itertools import islice
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Literal, NotRequired, cast
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import Field, WithJsonSchema
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
@@ -103,7 +104,7 @@ class ErrorAnswer(TypedDict):
     error: Problem
 
 
-def documented(*codes: Code) -> dict[int | str, dict[str, Any]]:
+def documented(*codes: Code) -> dict[int | str, dict[str, object]]:
     """The errors of a route for its OpenAPI document: by status those that its handler may give, and as `default` what
     comes from the layers around it."""
     by_status: dict[int, list[str]] = {}
@@ -157,14 +158,14 @@ def of(error: Exception) -> JSONResponse:
     raise error
 
 
-def event(error: Exception) -> str:
+def error_event(error: Exception) -> str:
     """`error` as a server-sent event, for a stream that has already begun."""
     return f"data: {bytes(of(error).body).decode()}\n\n"
 
 
 def last_event(error: Exception) -> bytes:
     """The end of a stream that is broken off for `error`."""
-    return f"event: error\n{event(error)}data: [DONE]\n\n".encode()
+    return f"event: error\n{error_event(error)}data: [DONE]\n\n".encode()
 
 
 async def on_steer_error(_request: Request, error: Exception) -> JSONResponse:
@@ -175,7 +176,7 @@ async def on_validation_error(_request: Request, error: Exception) -> JSONRespon
     """The problems of one body, up to `MAX_PROBLEMS`, in one message that names each field."""
     assert isinstance(error, RequestValidationError)
     problems: dict[str, str] = {}
-    others = []
+    others: list[ErrorDetails] = []
     for item in islice(error.errors(), MAX_PROBLEMS):
         where = item["loc"][item["loc"][:1] == ("body",) :]
         cause = item.get("ctx", {}).get("error")
@@ -183,7 +184,7 @@ async def on_validation_error(_request: Request, error: Exception) -> JSONRespon
             for name, wrong in cause.found:
                 problems.setdefault(".".join([*field_path(where), name]), wrong)
         else:
-            others.append({**item, "loc": where})
+            others.append(cast(ErrorDetails, {**item, "loc": where}))
     problems = problems_by_field(others, "body") | problems
     message = "; ".join(f"{where}: {wrong}" for where, wrong in problems.items())
     return response(Code.INVALID_VALUE, message, param=next(iter(problems)))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from itertools import islice
-from typing import Any
 
 #: Accepted with any value: they say who asks, and how it is kept or scheduled, and change no answer of one model here.
 IGNORED = frozenset(
@@ -78,7 +77,7 @@ _NEVER = [
     "web_search_options",
 ]
 #: Not served, with the values that ask for nothing besides null and what is empty.
-NOT_SERVED: Mapping[str, tuple[Any, ...]] = dict.fromkeys(_NEVER, ()) | {
+NOT_SERVED: Mapping[str, tuple[object, ...]] = dict.fromkeys(_NEVER, ()) | {
     "best_of": (1,),
     "do_sample": (),
     "dry_multiplier": (0,),
@@ -120,7 +119,7 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = dict.fromkeys(_NEVER, ()) | {
     "verbosity": ("medium",),
     "xtc_probability": (0,),
 }
-_EMPTY: tuple[Any, ...] = ("", [], {})
+_EMPTY: tuple[object, ...] = ("", [], {})
 #: Problems of one request that are told of.
 _MOST = 8
 
@@ -133,7 +132,7 @@ class Unserved(ValueError):
         super().__init__("; ".join(f"{name}: {wrong}" for name, wrong in self.found))
 
 
-def check(data: Mapping[str, Any], served: Iterable[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
+def check(data: Mapping[str, object], served: Iterable[str], neutral: Mapping[str, tuple[object, ...]]) -> None:
     """Raises Unserved for what `data` asks for beside the fields that are `served`. `neutral` is of one route and goes
     before `NOT_SERVED`."""
     known = {*served}
@@ -142,7 +141,7 @@ def check(data: Mapping[str, Any], served: Iterable[str], neutral: Mapping[str, 
         raise Unserved(found)
 
 
-def _wrong(name: str, value: Any, served: set[str], own: Mapping[str, tuple[Any, ...]]) -> str:
+def _wrong(name: str, value: object, served: set[str], own: Mapping[str, tuple[object, ...]]) -> str:
     if value is None or name in IGNORED or _among(value, _EMPTY):
         return ""
     neutral = own.get(name, NOT_SERVED.get(name))
@@ -154,6 +153,6 @@ def _wrong(name: str, value: Any, served: set[str], own: Mapping[str, tuple[Any,
     return f"not served by the transformers backend; accepted: {', '.join(['null', *map(repr, neutral)])}"
 
 
-def _among(value: Any, values: Iterable[Any]) -> bool:
+def _among(value: object, values: Iterable[object]) -> bool:
     """Is it one of these, where true is not 1?"""
     return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in values)

@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -17,11 +17,11 @@ from steer.errors import RequestError, RequestFailed, SteerError
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
 from steer.hf.sampling import Sampling, Shape, Token
-from steer.runtime.readout import RequestRead
+from steer.readout import Readout
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
 from steer.serve.answers import Finish
-from steer.serve.offload import offload
+from steer.serve.body import offload
 from steer.serve.text import Stops, TextStream
 from steer.serve.token_usage import current
 
@@ -96,7 +96,7 @@ class Job:
     prompt: list[int]
     sampling: Sampling
     stop: Stops | None
-    read: RequestRead | None = None
+    read: Readout | None = None
 
 
 class Generator:
@@ -285,7 +285,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
             await watcher
 
 
-async def events(chunks: AsyncGenerator[Mapping[str, Any], None]) -> AsyncGenerator[str, None]:
+async def events(chunks: AsyncGenerator[Mapping[str, object], None]) -> AsyncGenerator[str, None]:
     """Server-sent events of `chunks`; an error in mid-stream becomes an event, since the status is already sent."""
     try:
         async with aclosing(chunks):
@@ -293,11 +293,11 @@ async def events(chunks: AsyncGenerator[Mapping[str, Any], None]) -> AsyncGenera
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
     except SteerError as error:
         current().failed = True
-        yield errors.event(error)
+        yield errors.error_event(error)
     yield "data: [DONE]\n\n"
 
 
-def _or(value: Any, default: Any) -> Any:
+def _or(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
@@ -306,6 +306,6 @@ def made(answers: Sequence[Answer]) -> int:
     return sum(answer.made for answer in answers)
 
 
-def stream(chunks: AsyncGenerator[Mapping[str, Any], None]) -> StreamingResponse:
+def stream(chunks: AsyncGenerator[Mapping[str, object], None]) -> StreamingResponse:
     """`chunks` as server-sent events."""
     return StreamingResponse(events(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

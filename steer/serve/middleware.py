@@ -14,36 +14,37 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
-from starlette.datastructures import MutableHeaders
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer import readout
 from steer.admission import Admission
 from steer.errors import SteerError
-from steer.readout import ReadWanted
+from steer.readout import RequestedReadout
 from steer.registry import Registry
 from steer.serve import carriers, errors, metrics
-from steer.serve.asgi import is_event_stream
+from steer.serve.asgi import is_event_stream, send_response, with_headers
 from steer.serve.authorise import admit
 from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, understood
-from steer.serve.control import Control, Place, Run
+from steer.serve.control import Control, Reservation, Run
 from steer.serve.pages import JSON, check_kind
 from steer.serve.ratelimit import tokens_of
 from steer.serve.token_usage import counting
-from steer.spec import Wanted
+from steer.spec import RequestedDirection
 
 REQUEST_ID = "x-request-id"
-Forward = Callable[[dict[str, Any], Admission], None]
+Forward = Callable[[dict[str, object], Admission], None]
 
 
-def wrap_routes(app: Any, layers: Mapping[tuple[str, str], Callable[[ASGIApp], ASGIApp]]) -> set[str]:
+def wrap_routes(app: Starlette, layers: Mapping[tuple[str, str], Callable[[ASGIApp], ASGIApp]]) -> set[str]:
     """Put a layer around each route (path, method) that the Starlette app has; the paths that it has."""
     found: set[str] = set()
     for route in app.routes:
         for (path, method), layer in layers.items():
-            if getattr(route, "path", None) == path and method in (getattr(route, "methods", None) or ()):
+            if isinstance(route, Route) and route.path == path and method in (route.methods or ()):
                 route.app = layer(route.app)
                 found.add(path)
                 break
@@ -62,7 +63,7 @@ class SteerMiddleware:
         *,
         registry: Registry,
         served: Sequence[str],
-        default: tuple[Wanted, ...] = (),
+        default: tuple[RequestedDirection, ...] = (),
         max_body: int = 8 * 2**20,
         forward: Forward | None = None,
         readable: int = 0,
@@ -77,24 +78,24 @@ class SteerMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         caller = self.control.caller(scope)
         try:
-            place = self.control.enter(caller)
+            reservation = self.control.enter(caller)
         except errors.HTTPProblem as error:
             self.control.refused(error, caller, scope)
             await errors.of(error)(scope, receive, send)
             return
         try:
-            await self._handle(place, scope, receive, send)
+            await self._handle(reservation, scope, receive, send)
         finally:
-            self.control.leave(place)
+            self.control.leave(reservation)
 
-    async def _handle(self, place: Place, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, reservation: Reservation, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        control, caller = self.control, place.caller
+        control, caller = self.control, reservation.caller
         try:
             check_kind(scope, JSON)
             data = await read_body(scope, receive, self.max_body)
             body, carried, wanted = await understood(partial(self._understand, data, scope), len(data))
-            control.reserve(place, tokens_of(body, len(data), self.context))
+            control.reserve(reservation, tokens_of(body, len(data), self.context))
             admission = admit(
                 carried,
                 self.registry,
@@ -137,12 +138,14 @@ class SteerMiddleware:
                 raise
             finally:
                 admission.release()
-                control.end(run, place, "error" if usage.failed else answer.outcome, usage)
+                control.end(run, reservation, "error" if usage.failed else answer.outcome, usage)
 
-    def _understand(self, data: bytes, scope: Scope) -> tuple[dict[str, Any], carriers.Carried, ReadWanted | None]:
+    def _understand(
+        self, data: bytes, scope: Scope
+    ) -> tuple[dict[str, object], carriers.Carried, RequestedReadout | None]:
         body = parse_body(data)
         check_size(body)
-        carried = carriers.read(body, scope["headers"], self.served, scope["query_string"])
+        carried = carriers.read(body, Headers(scope=scope), self.served, scope["query_string"])
         return body, carried, readout.parse(body.get(readout.FIELD))
 
     async def _serve(self, run: Run, answer: _Answer, scope: Scope, receive: Receive) -> None:
@@ -181,22 +184,20 @@ class _Answer:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             self._streams = is_event_stream(message)
-            headers = MutableHeaders(raw=list(message["headers"]))
-            if self._status < 400:
-                headers.append(carriers.RECEIPT, self._receipt)
-            headers.setdefault(REQUEST_ID, self._request_id)
-            message = {**message, "headers": headers.raw}
+            message = with_headers(message, self._complete)
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.outcome = "ok" if self._status < 400 else "error"
 
+    def _complete(self, headers: MutableHeaders) -> None:
+        if self._status < 400:
+            headers.append(carriers.RECEIPT, self._receipt)
+        headers.setdefault(REQUEST_ID, self._request_id)
+
     async def break_off(self, error: errors.HTTPProblem) -> None:
         """End it here, in the middle if it has begun."""
         if not self._status:
-            response = errors.of(error)
-            status = error.code.status
-            await self._send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
-            await self._send({"type": "http.response.body", "body": response.body})
+            await send_response(self._send, errors.of(error))
         elif self._streams and self.outcome == "cancelled":
             await self._send({"type": "http.response.body", "body": errors.last_event(error)})
         self.outcome = "aborted"

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from steer.serve.errors import Code, HTTPProblem
@@ -24,7 +24,6 @@ READING = frozenset({"GET", "HEAD", "OPTIONS"})
 #: Of a header that is repeated in an error.
 _SHOWN = 100
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*))(?::\d*)?")
-Headers = Sequence[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +41,14 @@ class Pages:
 
     def check(self, headers: Headers) -> None:
         """Raises HTTPProblem: 421 for a name that is not ours, 403 for a page that may not call."""
-        host = header(headers, b"host")
+        host = header(headers, "host")
         if host is not None and not self.is_ours(host):
             raise HTTPProblem(
                 Code.HOST_NOT_ALLOWED,
                 f"this server has no keys, so it answers only to names of its own machine, not to {host[:_SHOWN]!r}: "
                 "add the name to --allowed-hosts (STEER_ALLOWED_HOSTS), or give a policy with keys",
             )
-        origin = header(headers, b"origin")
+        origin = header(headers, "origin")
         if origin is not None and not self.may_call(origin) and not _same(origin, host):
             raise foreign(origin)
 
@@ -73,23 +72,23 @@ def foreign(origin: str) -> HTTPProblem:
 
 def is_preflight(scope: Scope) -> bool:
     """Does a browser ask here whether a page may call, on the page's behalf and without its key?"""
-    return scope.get("method") == "OPTIONS" and header(scope["headers"], b"access-control-request-method") is not None
+    return scope.get("method") == "OPTIONS" and "access-control-request-method" in Headers(scope=scope)
 
 
 def check_kind(scope: Scope, kind: str) -> None:
     """Raise HTTPProblem (415) where the request does not say that its body is `kind`. Any page may send what a form
     sends, or a body without a type, unasked; for every other type its browser asks first."""
-    said = (header(scope["headers"], b"content-type") or "").partition(";")[0].strip().lower()
+    said = (header(Headers(scope=scope), "content-type") or "").partition(";")[0].strip().lower()
     if said == kind or (kind == JSON and said.startswith("application/") and said.endswith("+json")):
         return
     given = repr(said[:_SHOWN]) if said else "none"
     raise HTTPProblem(Code.CONTENT_TYPE, f"this route wants the header 'Content-Type: {kind}' (got {given})")
 
 
-def header(headers: Headers, name: bytes) -> str | None:
-    """The value of a header; of one that stands there several times all of them, so that it is nothing we know."""
-    found = [value.decode("latin-1") for key, value in headers if key == name]
-    return ", ".join(found) if found else None
+def header(headers: Headers, name: str) -> str | None:
+    """The value of a header, None where it is not sent. Of one that is sent several times all values, separated by
+    commas: a check against known values then fails."""
+    return ", ".join(found) if (found := headers.getlist(name)) else None
 
 
 def hosts_of(text: str) -> frozenset[str]:

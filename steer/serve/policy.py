@@ -14,15 +14,15 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
-from steer.errors import DirectionError, InvalidInput, SpecError, wording
+from steer.errors import DirectionError, InvalidInput, SpecError, problem_text
 from steer.names import MAX_STRENGTH, MODES, Mode, check_name
 from steer.serve.keys import Keyring, is_stored
-from steer.spec import Wanted, parse
+from steer.spec import RequestedDirection, parse
 
 MAX_BYTES = 2**20
 #: Of one line: the time that TOML takes for a dotted key grows with the square of its length.
@@ -40,7 +40,7 @@ class PolicyError(InvalidInput):
     """A policy file is not acceptable: `problems` has each with its line."""
 
 
-def _wanted(value: Any) -> tuple[Wanted, ...]:
+def _wanted(value: object) -> tuple[RequestedDirection, ...]:
     try:
         return parse(value, "spec")
     except SpecError as error:
@@ -51,7 +51,7 @@ def _problem(text: str) -> PydanticCustomError:
     return PydanticCustomError("policy", "{text}", {"text": text})
 
 
-Specs = Annotated[tuple[Wanted, ...], BeforeValidator(_wanted)]
+Specs = Annotated[tuple[RequestedDirection, ...], BeforeValidator(_wanted)]
 Flag = Annotated[bool, Field(strict=True)]
 Strength = Annotated[float, Field(strict=True, ge=0, le=MAX_STRENGTH, allow_inf_nan=False)]
 AtOnce = Annotated[int, Field(strict=True, ge=1, le=10**6)]
@@ -226,14 +226,14 @@ def read(data: bytes, name: str = "policy") -> InForce:
     return InForce(policy, Keyring(pairs), hashlib.sha256(data).hexdigest())
 
 
-def _said(item: Any, lines: dict[tuple[str, ...], int], name: str) -> str:
+def _said(item: ErrorDetails, lines: dict[tuple[str, ...], int], name: str) -> str:
     path = tuple(str(part) for part in item["loc"])
     while path and path not in lines and path[:-1]:
         path = path[:-1]
     where = ".".join(str(part) for part in item["loc"] if part not in ("str", "tuple[str, ...]"))
-    said = item["msg"] if item["type"] == "policy" else wording(item)
+    said = item["msg"] if item["type"] == "policy" else problem_text(item)
     if item["type"] == "extra_forbidden":
-        table: type[BaseModel] = {1: Policy}.get(len(item["loc"]), KeyRules)
+        table: type[BaseModel] = Policy if len(item["loc"]) == 1 else KeyRules
         if len(item["loc"]) > 1 and item["loc"][0] == "directions":
             table = DirectionRules
         said = f"unknown; accepted: {', '.join(table.model_fields)}"
@@ -268,7 +268,7 @@ def _lines(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
                 yield table + path, start
 
 
-def _paths(tree: dict[str, Any], depth: int = DEPTH) -> Iterator[tuple[str, ...]]:
+def _paths(tree: dict[str, object], depth: int = DEPTH) -> Iterator[tuple[str, ...]]:
     for key, value in tree.items():
         yield (key,)
         if isinstance(value, dict) and depth > 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from types import NoneType
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -29,7 +29,7 @@ MAX_IDS = 1024
 
 
 #: Fields that the middleware takes out of every body before it is checked here, as JSON schema.
-CARRIED: dict[str, dict[str, Any]] = {
+CARRIED: dict[str, dict[str, object]] = {
     carriers.FIELD: {"description": f"What steers the answer; {spec.ACCEPTED}"},
     readout.FIELD: {"description": f"What is read at each generated token; {readout.ACCEPTED}"},
     carriers.XARGS: {
@@ -46,7 +46,7 @@ class StreamOptions(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_known_fields(cls, data: Any) -> Any:
+    def _of_known_fields(cls, data: object) -> object:
         return _given(cls, data, {"include_obfuscation": (True, False), "continuous_usage_stats": (False,)})
 
 
@@ -95,21 +95,21 @@ class _Generation(BaseModel):
     )
 
     #: Values of fields that are not served, which ask for nothing on this route.
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _of_known_fields(cls, data: Any) -> Any:
+    def _of_known_fields(cls, data: object) -> object:
         return _given(cls, data, cls.neutral)
 
     @field_validator("stop", "bad_words", mode="before")
     @classmethod
-    def _few_texts(cls, value: Any) -> Any:
+    def _few_texts(cls, value: object) -> object:
         return _texts(value)
 
     @field_validator("logit_bias", mode="before")
     @classmethod
-    def _of_token_ids(cls, value: Any) -> Any:
+    def _of_token_ids(cls, value: object) -> object:
         """The first that is wrong, not thousands."""
         for token, bias in value.items() if isinstance(value, dict) else ():
             number = isinstance(bias, int | float) and not isinstance(bias, bool) and abs(bias) <= 100
@@ -131,18 +131,15 @@ class _Generation(BaseModel):
                 param="min_tokens",
             )
 
-        def given(name: str) -> Any:
-            value = getattr(self, name)
-            return getattr(defaults, name) if value is None else value
-
+        temperature, top_p, top_k, min_p = self.temperature, self.top_p, self.top_k, self.min_p
         return [
             replace(
                 defaults,
                 max_tokens=max_tokens,
-                temperature=given("temperature"),
-                top_p=given("top_p"),
-                top_k=max(0, given("top_k")),
-                min_p=given("min_p"),
+                temperature=defaults.temperature if temperature is None else temperature,
+                top_p=defaults.top_p if top_p is None else top_p,
+                top_k=max(0, defaults.top_k if top_k is None else top_k),
+                min_p=defaults.min_p if min_p is None else min_p,
                 seed=None if self.seed is None else self.seed + i,
                 logprobs=logprobs,
                 ignore_eos=self.ignore_eos,
@@ -151,7 +148,7 @@ class _Generation(BaseModel):
         ]
 
 
-def _given(cls: type[BaseModel], data: Any, neutral: Mapping[str, tuple[Any, ...]]) -> Any:
+def _given(cls: type[BaseModel], data: object, neutral: Mapping[str, tuple[object, ...]]) -> object:
     """Without what is null, which is the default; raises Unserved for what is not served."""
     if not isinstance(data, dict):
         return data
@@ -167,16 +164,17 @@ def _means_null(field: FieldInfo | None) -> bool:
     return field is not None and (field.is_required() or NoneType in get_args(field.annotation))
 
 
-def _kinds(values: list[Any]) -> set[type]:
+def _kinds(values: list[object]) -> set[type]:
     return set(map(type, values))
 
 
-def _texts(value: Any) -> Any:
+def _texts(value: object) -> object:
     """A text or few texts."""
     given = body.as_list(value or None)
-    if not all(isinstance(text, str) for text in given):
+    texts = [text for text in given if isinstance(text, str)]
+    if len(texts) < len(given):
         raise ValueError(f"{brief(value)} is not accepted: a text, or a list of texts")
-    if wrong := body.too_many(given):
+    if wrong := body.too_many(texts):
         raise ValueError(wrong)
     return value
 
@@ -196,7 +194,7 @@ class Message(BaseModel):
 
     @field_validator("content", mode="before")
     @classmethod
-    def _of_text(cls, value: Any) -> Any:
+    def _of_text(cls, value: object) -> object:
         for number, part in enumerate(value if isinstance(value, list) else ()):
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, dict) else part
@@ -210,7 +208,7 @@ class Message(BaseModel):
             raise Unserved((name, "not served by the transformers backend; accepted: null") for name in found)
         return self
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, object]:
         """The message as templates want it: the content as one text, and whatever else it says."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
         more = {name: value for name, value in (self.model_extra or {}).items() if name not in _OF_ANSWERS and value}
@@ -241,13 +239,13 @@ class ChatRequest(_Generation):
         None, description="end the prompt where an answer begins; default: true, unless the last message is continued"
     )
     continue_final_message: bool = Field(False, description="go on with the last message, whose end is left open")
-    chat_template_kwargs: dict[str, Any] = Field(
+    chat_template_kwargs: dict[str, object] = Field(
         default_factory=dict, description="variables for the model's chat template"
     )
 
     @field_validator("chat_template_kwargs")
     @classmethod
-    def _variables_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _variables_alone(cls, value: dict[str, object]) -> dict[str, object]:
         if taken := sorted(template_parameters().intersection(value)):
             raise Unserved(
                 (name, "not for requests to set; accepted: the variables of the model's own template") for name in taken
@@ -261,12 +259,15 @@ class ChatRequest(_Generation):
         return self
 
     @property
-    def template(self) -> dict[str, Any]:
-        """What the chat template is told besides the messages."""
-        begins = self.add_generation_prompt
-        ends = not self.continue_final_message if begins is None else begins
+    def begins_answer(self) -> bool:
+        """Does the prompt end where an answer begins?"""
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+
+    @property
+    def template_variables(self) -> dict[str, object]:
+        """What the chat template is told besides that and the messages."""
         more = {"continue_final_message": True} if self.continue_final_message else {}
-        return self.chat_template_kwargs | {"add_generation_prompt": ends} | more
+        return self.chat_template_kwargs | more
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -295,11 +296,12 @@ class CompletionRequest(_Generation):
 
     @field_validator("prompt", mode="wrap")
     @classmethod
-    def _of_one_kind(cls, value: Any, _each: Any) -> Any:
+    def _of_one_kind(cls, value: object, _each: object) -> object:
         """In one pass, instead of pydantic's: that tries each item as each of the types."""
-        kinds = _kinds(value) if isinstance(value, list) else set()
+        items = value if isinstance(value, list) else []
+        kinds = _kinds(items)
         if kinds == {list}:
-            within = {frozenset(_kinds(each)) for each in value}
+            within = {frozenset(_kinds(each)) for each in items}
             kinds = {int} if within == {frozenset([int])} else set()
         if not isinstance(value, str) and kinds not in ({int}, {str}):
             raise ValueError(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 SECONDS = 60.0
 #: Bytes of a body for which one token of prompt is taken in advance.
@@ -66,7 +65,7 @@ class RateLimiter:
         return bucket
 
 
-def tokens_of(body: dict[str, Any], size: int, context: int) -> int:
+def tokens_of(body: dict[str, object], size: int, context: int) -> int:
     """The tokens that a generation request may come to: its prompts by their bytes, and as many tokens of answers as it
     allows, of each at most `context`. Of a body whose values have not been checked."""
     named = ("max_tokens", "max_completion_tokens", "max_output_tokens")
@@ -78,5 +77,5 @@ def tokens_of(body: dict[str, Any], size: int, context: int) -> int:
     return min(_MOST, size // BYTES_PER_TOKEN + prompts * answers * each)
 
 
-def _count(value: Any) -> int:
+def _count(value: object) -> int:
     return min(value, _MOST) if type(value) is int and value > 0 else 1

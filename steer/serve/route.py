@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -39,18 +38,18 @@ class Head:
 class _Parsed(Request):
     """A request whose body is there already."""
 
-    def __init__(self, request: Request, body: Any) -> None:
+    def __init__(self, request: Request, body: object) -> None:
         super().__init__(request.scope, request.receive)
         self._parsed = body
 
     async def body(self) -> bytes:
         return b"{}"  # so that `json` is asked
 
-    async def json(self) -> Any:
+    async def json(self) -> object:
         return self._parsed
 
 
-def _checked(model: type[BaseModel], body: Any) -> BaseModel:
+def _checked(model: type[BaseModel], body: object) -> BaseModel:
     try:
         return model.model_validate(body)
     except ValidationError as error:
@@ -60,7 +59,7 @@ def _checked(model: type[BaseModel], body: Any) -> BaseModel:
 class JsonRoute(APIRoute):
     """Its body is JSON. It is checked where it holds nobody up; FastAPI takes a checked one as it is."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    def get_route_handler(self) -> Callable[[Request], Coroutine[None, None, Response]]:
         handler, field = super().get_route_handler(), self.body_field
         if field is None:
             return handler

@@ -14,7 +14,6 @@ from steer.hf.load import Loaded
 from steer.hf.sampling import Token
 from steer.readout import FIELD, Readout
 from steer.registry import Registry
-from steer.runtime.readout import RequestRead
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
 from steer.serve.answers import ReadField, report
@@ -22,7 +21,7 @@ from steer.serve.carriers import PLUS
 from steer.serve.control import Control
 from steer.serve.generation import Generator
 from steer.serve.text import token_text
-from steer.spec import Wanted
+from steer.spec import RequestedDirection
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Served:
     loaded: Loaded
     engine: Engine
     registry: Registry
-    default: tuple[Wanted, ...] = ()
+    default: tuple[RequestedDirection, ...] = ()
     max_body: int = 8 * 2**20
     control: Control = field(default_factory=Control)
 
@@ -54,17 +53,14 @@ class Served:
                 param="model",
             )
 
-    def admitted(self, request: Request) -> tuple[RequestSteer | None, RequestRead | None, Readout | None]:
-        """What steers `request` and what is read for it, in rows of the bank, and its read-out, as the middleware
-        admitted it."""
+    def admitted(self, request: Request) -> tuple[RequestSteer | None, Readout | None]:
+        """What steers `request`, in slots of the bank, and what is read for it, as the middleware admitted it."""
         admission: Admission = request.scope["steer"]
-        bank, readout = self.engine.steering.bank, admission.readout
-        read = None if readout is None else RequestRead(bank.rows_of(readout.digests), readout.layers)
-        return bank.steer(admission.spec), read, readout
+        return self.engine.steering.bank.steer(admission.spec), admission.readout
 
-    def read_out(self, reading: Readout | None, tokens: list[Token]) -> ReadField:
+    def read_field(self, read: Readout | None, tokens: list[Token]) -> ReadField:
         """The part of a choice that says what was read at its tokens."""
-        if reading is None:
+        if read is None:
             return {}
         shown = [(token_text(self.loaded.tokenizer, token.id), token.reading) for token in tokens]
-        return {FIELD: report(reading, shown)}
+        return {FIELD: report(read, shown)}

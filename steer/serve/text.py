@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+
+from steer.tokenization import Decoder
 
 #: What a tokenizer gives for bytes that are not yet a whole character.
 _INCOMPLETE = "\ufffd"
@@ -20,7 +21,7 @@ class TextStream:
     Text that may be the beginning of a stop string, or of a character of several tokens, is held back.
     """
 
-    def __init__(self, tokenizer: Any, stop: Stops | None = None) -> None:
+    def __init__(self, tokenizer: Decoder, stop: Stops | None = None) -> None:
         self._tokenizer, self._stop = tokenizer, stop
         self._ids: list[int] = []
         self._start = 0  # where decoding begins: a few tokens back, for tokenizers that look at their neighbours
@@ -51,7 +52,7 @@ class TextStream:
         return self._until_stop(new, final=True)
 
     def _decode(self, start: int, end: int) -> str:
-        return str(self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True))
+        return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
 
     def _until_stop(self, new: str, final: bool = False) -> str:
         text = self._held + new
@@ -111,6 +112,6 @@ class Stops:
         return then or 0
 
 
-def token_text(tokenizer: Any, token: int) -> str:
+def token_text(tokenizer: Decoder, token: int) -> str:
     """One token alone as text, special tokens shown."""
-    return str(tokenizer.decode([token]))
+    return tokenizer.decode([token])

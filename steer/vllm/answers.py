@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from typing import Any
 
 from starlette.types import Message, Send
 
@@ -18,7 +17,7 @@ from steer.errors import NotFinite, SteerError
 from steer.readout import FIELD
 from steer.serve import errors
 from steer.serve.answers import ReadReport
-from steer.serve.asgi import is_event_stream, rewriting
+from steer.serve.asgi import is_event_stream, rewriting, send_response
 
 DONE = b"data: [DONE]"
 #: Makes the field of the one choice.
@@ -47,7 +46,7 @@ def with_readout(send: Send, fetch: Fetch) -> Send:
         try:
             chunk = _chunk(last, await fetch())
         except SteerError as error:
-            chunk = errors.event(error).encode()
+            chunk = errors.error_event(error).encode()
         return {**message, "body": before + chunk + done + after}
 
     rewritten = rewriting(send, lambda start: None if start["status"] >= 400 or is_event_stream(start) else whole)
@@ -151,15 +150,10 @@ class UnlessLost:
             return
         self._ended = True
         error = NotFinite()
-        if self._streams:
-            last = errors.last_event(error)
+        if not self._started:
+            await send_response(self._send, errors.of(error))
         else:
-            response = errors.of(error)
-            last = bytes(response.body) if not self._started else b""
-            if not self._started:
-                start = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
-                await self._send(start)
-        await self._send({"type": "http.response.body", "body": last})
+            await self._send({"type": "http.response.body", "body": errors.last_event(error) if self._streams else b""})
 
 
 def _chunk(last: bytes, field: ReadReport) -> bytes:
@@ -167,6 +161,6 @@ def _chunk(last: bytes, field: ReadReport) -> bytes:
     line = next(line for line in reversed(last.splitlines()) if line.startswith(b"data: {"))
     envelope = {k: v for k, v in json.loads(line[6:]).items() if k not in ("usage", "choices")}
     chat = envelope.get("object") == "chat.completion.chunk"
-    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": None}
+    choice: dict[str, object] = {"index": 0, "logprobs": None, "finish_reason": None}
     choice |= {"delta" if chat else "text": {} if chat else ""}
     return f"data: {json.dumps(envelope | {'choices': [choice | {FIELD: field}]})}\n\n".encode()

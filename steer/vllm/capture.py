@@ -7,7 +7,6 @@ what is wanted of it; a prompt that comes in chunks, or again after preemption, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +15,13 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from steer.vllm import wire
-from steer.vllm.steering_module import Form, stream
+from steer.vllm.steering_module import Form, Output, stream
 
 #: The key in `extra_args` under which a request says what is wanted of it.
 KEY = wire.CAPTURE
 
 
-class Wish(BaseModel):
+class CaptureRequest(BaseModel):
     """Of the prompt numbered `number`: the vectors at token positions `at`, and the sum over those from `start` to
     `stop`."""
 
@@ -34,7 +33,7 @@ class Wish(BaseModel):
     stop: int
 
     @classmethod
-    def of(cls, params: Any) -> Wish | None:
+    def of(cls, params: object) -> CaptureRequest | None:
         found = (getattr(params, "extra_args", None) or {}).get(KEY)
         return None if found is None else cls.model_validate(found)
 
@@ -47,12 +46,15 @@ class Capture:
         self, blocks: Mapping[int, nn.Module], form: Form, shape: tuple[int, int, int], device: torch.device
     ) -> None:
         prompts, positions, d_model = shape
-        kind: dict[str, Any] = dict(dtype=torch.float64, device=device)
-        self.picked = {layer: torch.zeros(prompts, positions, d_model, **kind) for layer in blocks}
-        self.own = {layer: torch.zeros(prompts, d_model, **kind) for layer in blocks}
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.picked = {layer: zeros(prompts, positions, d_model) for layer in blocks}
+        self.own = {layer: zeros(prompts, d_model) for layer in blocks}
         self.seen = [0] * prompts
         self._form, self._device = form, device
-        self._wishes: dict[str, Wish] = {}
+        self._asked: dict[str, CaptureRequest] = {}
         self._step: _Step | None = None
         self._handles = [
             block.register_forward_hook(lambda _m, _args, output, n=layer: self._see(n, output))
@@ -65,9 +67,9 @@ class Capture:
         for handle in self._handles:
             handle.remove()
 
-    def meet(self, request_id: str, params: Any) -> None:
-        if wish := Wish.of(params):
-            self._wishes[request_id] = wish
+    def meet(self, request_id: str, params: object) -> None:
+        if asked := CaptureRequest.of(params):
+            self._asked[request_id] = asked
 
     def begin_step(self, requests: Sequence[str], lengths: NDArray[np.int32], starts: Mapping[str, int]) -> None:
         """A step comes: request i has `lengths[i]` tokens, the first at position `starts[requests[i]]`."""
@@ -75,13 +77,13 @@ class Capture:
         owns: list[tuple[int, int]] = []  # token of the step, prompt
         offset = 0
         for request, length in zip(requests, lengths.tolist(), strict=True):
-            if wish := self._wishes.get(request):
+            if asked := self._asked.get(request):
                 begin = starts[request]
-                new = range(max(begin, self.seen[wish.number]), begin + length)
-                picks += [(offset + p - begin, wish.number, i) for i, p in enumerate(wish.at) if p in new]
-                owned = range(max(new.start, wish.start), min(new.stop, wish.stop))
-                owns += [(offset + p - begin, wish.number) for p in owned]
-                self.seen[wish.number] = max(self.seen[wish.number], new.stop)
+                new = range(max(begin, self.seen[asked.number]), begin + length)
+                picks += [(offset + p - begin, asked.number, i) for i, p in enumerate(asked.at) if p in new]
+                owned = range(max(new.start, asked.start), min(new.stop, asked.stop))
+                owns += [(offset + p - begin, asked.number) for p in owned]
+                self.seen[asked.number] = max(self.seen[asked.number], new.stop)
             offset += length
         self._step = _Step(picks, owns, self._device) if picks or owns else None
 
@@ -89,7 +91,7 @@ class Capture:
         """What runs until the next step begins is no request's."""
         self._step = None
 
-    def _see(self, layer: int, output: Any) -> None:
+    def _see(self, layer: int, output: Output) -> None:
         if (step := self._step) is None:
             return
         x = stream(self._form, output).double()

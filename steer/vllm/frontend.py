@@ -3,44 +3,82 @@
 A request's `SamplingParams.extra_args["steer"]` is admitted in `add_request`, before the engine sees it, or names by a
 ticket what the server's middleware has admitted; what it means goes into its prefix-cache salt in `process_inputs`. The
 admission is held by the call, and by each request that it makes from the output processor's `add_request` until that
-has let the request go. All of it is wrapped on the instances of an engine that has steering on; no other engine is
-touched.
+has let the request go. `plugin` wraps all of it on the instances of an engine that has steering on.
 """
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from steer.admission import Admission
-from steer.errors import EngineFailed, InvalidInput, NoRoom, NotFinite, SpecError, UnsupportedModel
+from steer.errors import EngineFailed, NoRoom, NotFinite, SpecError, UnsupportedModel
+from steer.names import readable
 from steer.registry import Registry
 from steer.runtime.placement import Shape
 from steer.runtime.readout import Reading
 from steer.serve import metrics, token_usage
 from steer.serve.text import token_text
-from steer.spec import Spec, Wanted, parse
-from steer.vllm import internals, tracing, wire
-from steer.vllm.placement import Call, VllmPlacement
-from steer.vllm.salts import SALT, Salts, salt
-from steer.vllm.selfcheck import Answer, Ask, Job, self_check
+from steer.spec import RequestedDirection, Spec, parse
+from steer.vllm import internals, wire
+from steer.vllm.internals.types import Call, CallAsync
+from steer.vllm.placement import VllmPlacement
+from steer.vllm.selfcheck import Ask, self_check
 from steer.vllm.settings import KEY, EngineSettings
 from steer.vllm.steering_module import code_digest
 from steer.vllm.wire import READ, RESOLVED
+
+if TYPE_CHECKING:
+    from steer.tokenization import Decoder
+    from steer.vllm.internals.types import EngineRequest, RequestState, SamplingParams, VllmConfig
 
 log = logging.getLogger("steer")
 
 #: Set on an engine that has steering on.
 ATTRIBUTE = "steer"
+
+
+#: Between a request's own prefix-cache salt and what its steering adds to it. No request's own salt may have it, or a
+#: plain request could leave its blocks for steered ones to find.
+SALT = "|steer:"
+#: Salts whose losses are remembered one by one; beyond that all steered requests begin anew.
+SALTS_KEPT = 1024
+
+
+def salt(spec: Spec) -> str:
+    return SALT + spec.key()
+
+
+class Salts:
+    """What keeps blocks of the prefix cache apart after a loss: those that a request whose stream was lost may have
+    left from all that come after it. `current` gives a steered request's salt another ending from each `renew` of it
+    on. `first`: the ending before that, which must be no other process's where blocks outlive this one."""
+
+    def __init__(self, first: str = "") -> None:
+        self._numbers = itertools.count(1)
+        self._first = self._all = first
+        self._endings: dict[str, str] = {}
+
+    def current(self, salt: str) -> str:
+        return salt + self._endings.get(salt, self._all)
+
+    def renew(self, salt: str) -> None:
+        if len(self._endings) >= SALTS_KEPT:
+            self._endings.clear()
+            self._all = self._ending()
+        self._endings[salt] = self._ending()
+
+    def _ending(self) -> str:
+        return f"#{self._first}{next(self._numbers)}"
 
 
 @dataclass(slots=True)
@@ -59,7 +97,7 @@ class Ticket:
     used: bool = False
     lost: bool = False
     salt: str = ""
-    read: tuple[str, Any] | None = None
+    read: tuple[str, RequestState] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -91,14 +129,10 @@ passage: ContextVar[Passage | None] = ContextVar("steer_passage", default=None)
 _adding: ContextVar[_Call | None] = ContextVar("steer_adding", default=None)
 
 #: Set in the context of the self-check's own requests, which cannot wait for their own end and have no ticket.
-_starting: ContextVar[bool] = ContextVar("steer_starting", default=False)
+in_self_check: ContextVar[bool] = ContextVar("steer_self_check", default=False)
 
 
-#: The same as `Call`, on the event loop that drives the engine.
-CallAsync = Callable[..., Awaitable[list[Any]]]
-
-
-async def _no_loop(*_args: Any) -> list[Any]:
+async def _no_loop(*_args: object) -> list[Any]:
     raise UnsupportedModel("this engine is driven by no event loop: it has no server")
 
 
@@ -107,7 +141,7 @@ class Frontend:
 
     def __init__(
         self,
-        config: Any,
+        config: VllmConfig,
         settings: EngineSettings,
         call: Call,
         call_async: CallAsync | None = None,
@@ -115,19 +149,19 @@ class Frontend:
         serves: bool = False,
     ) -> None:
         """`serves`: the engine is a server's, so nothing is taken that no layer of ours has let pass."""
-        architecture, layers, d_model = internals.shape_of(config)
+        architecture, layers, d_model = internals.config.shape_of(config)
         self.settings, self.call, self.call_async = settings, call, call_async or _no_loop
         self.serves = serves
-        self.dtype = internals.dtype_of(config)
-        self.context = internals.context_of(config)
+        self.dtype = internals.config.dtype_of(config)
+        self.context = internals.config.context_of(config)
         sites = frozenset(settings.sites)
-        self.shape = Shape(architecture, layers, d_model, sites, settings.rank, internals.stream_dtype(config))
+        self.shape = Shape(architecture, layers, d_model, sites, settings.rank, internals.config.stream_dtype(config))
         self.registry = Registry(VllmPlacement(self.shape, call), settings.directions)
         self.default = parse(settings.default)
         self._tickets: dict[str, Ticket] = {}  # of HTTP requests, by name
         #: Requests of the engine that are steered or read and have not ended, by id.
         self.held: dict[str, Ticket] = {}
-        self.salts = Salts(secrets.token_hex(8) if internals.shares_blocks(config) else "")
+        self.salts = Salts(secrets.token_hex(8) if internals.config.shares_blocks(config) else "")
 
     # -- start -------------------------------------------------------------------------------------------------------
 
@@ -165,7 +199,7 @@ class Frontend:
     @property
     def readable(self) -> int:
         """Layers that can be read; 0 where no read-out is compiled in."""
-        return self.shape.layers if self.settings.readout and "resid_post" in self.shape.sites else 0
+        return self.shape.layers if self.settings.readout and readable(self.shape.sites) else 0
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
@@ -184,7 +218,7 @@ class Frontend:
     def forget(self, ticket: Ticket) -> None:
         self._tickets.pop(ticket.name, None)
 
-    async def readings(self, ticket: Ticket, tokenizer: Any) -> list[tuple[str, Reading]]:
+    async def readings(self, ticket: Ticket, tokenizer: Decoder) -> list[tuple[str, Reading]]:
         """Each token of the answer that was made for a ticket, as text, and what was read where it was predicted.
 
         Raises EngineFailed where a layer or a token was not read.
@@ -194,7 +228,7 @@ class Frontend:
         if ticket.read is None:
             raise EngineFailed("the engine got no request to read")
         request_id, state = ticket.read
-        tokens = internals.answer_ids(state)
+        tokens = internals.engine.answer_ids(state)
         found: dict[int, NDArray[np.float32]] = {}
         for answer in await self.call_async("steer_readings", request_id):
             for layer, data in answer or ():
@@ -211,7 +245,7 @@ class Frontend:
         ]
 
     @contextmanager
-    def admitted(self, params: Any) -> Iterator[Any]:
+    def admitted(self, params: SamplingParams) -> Iterator[SamplingParams]:
         """`params` as the engine is to see them; what is added inside finds its admission. Raises SpecError."""
         extra = getattr(params, "extra_args", None) or {}
         wire.check_absent(extra)
@@ -221,9 +255,9 @@ class Frontend:
         asked = extra.get(KEY)
         ticket = self._tickets.get(asked) if isinstance(asked, str) else None
         if own := ticket is None:
-            if ((way := passage.get()) is not None or self.serves) and not _starting.get():
+            if ((way := passage.get()) is not None or self.serves) and not in_self_check.get():
                 check_passage(way, raw=KEY in extra)
-                wanted: tuple[Wanted, ...] = ()
+                wanted: tuple[RequestedDirection, ...] = ()
             else:
                 wanted = parse(asked, KEY) if KEY in extra else self.default
             ticket = Ticket(Admission.of(self.registry, wanted))
@@ -239,7 +273,7 @@ class Frontend:
             _adding.reset(token)
             admission.release(call)
 
-    def check_added(self, request: Any) -> None:
+    def check_added(self, request: EngineRequest) -> None:
         """The output processor takes a request, which holds its admission from here on. Raises for one that was never
         admitted."""
         text = wire.of(request.sampling_params)
@@ -247,7 +281,7 @@ class Frontend:
         if call is not None:
             call.made += 1
             if call.made == 1:  # n answers are n requests of the engine with one prompt
-                token_usage.current().prompt += internals.prompt_length(request)
+                token_usage.current().prompt += internals.engine.prompt_length(request)
         unread = KEY in (getattr(request.sampling_params, "extra_args", None) or {})
         if text is None and not unread and not (call and call.ticket.admission.spec):
             return
@@ -258,15 +292,16 @@ class Frontend:
         if getattr(request, "resumable", False):
             raise SpecError("requests with streamed input cannot be steered", param=KEY)
         ticket = call.ticket
-        if not (request.cache_salt or "").endswith(salt(ticket.admission.spec)):
+        salted = request.cache_salt or ""
+        if not salted.endswith(salt(ticket.admission.spec)):
             raise UnsupportedModel("vLLM made a steered request without its prefix-cache salt")
-        ticket.salt = request.cache_salt
-        request.cache_salt = self.salts.current(ticket.salt)
+        ticket.salt = salted
+        request.cache_salt = self.salts.current(salted)
         ticket.admission.hold(request.request_id)
         self.held[request.request_id] = ticket
         call.holding.append(request.request_id)
 
-    def has_added(self, request: Any, state: Any) -> None:
+    def has_added(self, request: EngineRequest, state: RequestState) -> None:
         """The output processor keeps `state` for a request that was taken."""
         if (call := _adding.get()) is not None and call.ticket.admission.readout:
             call.ticket.read = (request.request_id, state)
@@ -304,145 +339,21 @@ def check_passage(way: Passage | None, *, raw: bool) -> None:
         raise SpecError(way.refused, param=KEY)
 
 
-def _with_spec(params: Any, extra: dict[str, Any], admission: Admission) -> Any:
+def _with_spec(params: SamplingParams, extra: Mapping[str, object], admission: Admission) -> SamplingParams:
     """A copy of SamplingParams that carries the resolved spec and what is read; the same object where nothing
     changes."""
     spec, readout = admission.spec, admission.readout
     if KEY not in extra and not spec:
         return params
     copied = params.clone()
-    ours = {RESOLVED: wire.encode(spec)} if spec else {}
+    ours: dict[str, object] = {RESOLVED: wire.encode(spec)} if spec else {}
     if readout:
-        ours[READ] = wire.Read(readout.digests, readout.layers).encode()
+        ours[READ] = list(readout.digests)
     copied.extra_args = {key: value for key, value in extra.items() if key != KEY} | ours or None
     return copied
 
 
-# -- on an engine ----------------------------------------------------------------------------------------------------
-
-
-def attach_sync(engine: Any, settings: EngineSettings, serves: bool = False) -> None:
-    """Steering on an `LLMEngine` that has just started; blocks until the workers are ready."""
-    frontend = Frontend(
-        engine.vllm_config, settings, lambda *args: internals.call_workers(engine, *args), serves=serves
-    )
-    _wrap_processors(engine, frontend)
-    add_request = internals.seam(engine, "add_request", ["prompt", "params"])
-
-    def adding(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        with frontend.admitted(params) as admitted:
-            try:
-                return add_request(request_id, prompt, admitted, *args, **kwargs)
-            except BaseException:  # of n answers some may be on their way, and nobody else would end them
-                if left := frontend.left_of_call():
-                    internals.abort(engine, left)
-                raise
-
-    def ask(jobs: Sequence[Job], _rank: int) -> list[Answer]:
-        for n, (prompt, spec) in enumerate(jobs):
-            parameters = internals.probe_parameters(engine.vllm_config, spec)
-            engine.add_request(f"steer-probe-{n}", internals.probe_prompt(prompt), parameters)
-        done: dict[str, Answer] = {}
-        while engine.has_unfinished_requests():
-            done |= {out.request_id: internals.answer_of(out) for out in engine.step() if out.finished}
-        return [done[f"steer-probe-{n}"] for n in range(len(jobs))]
-
-    engine.add_request = adding
-    setattr(engine, ATTRIBUTE, frontend)
-    token = _starting.set(True)
-    try:
-        frontend.start(ask)
-    finally:
-        _starting.reset(token)
-
-
-def attach_async(engine: Any, settings: EngineSettings, serves: bool = False) -> None:
-    """Steering on an `AsyncLLM`: its constructor cannot wait for the workers, so the first to need them does."""
-    loops: list[asyncio.AbstractEventLoop] = []
-
-    def call(*args: Any) -> list[Any]:  # in a thread: never on the event loop, which does the work
-        return asyncio.run_coroutine_threadsafe(internals.call_workers_async(engine, *args), loops[0]).result()
-
-    async def call_async(*args: Any) -> list[Any]:
-        return await internals.call_workers_async(engine, *args)
-
-    frontend = Frontend(engine.vllm_config, settings, call, call_async, serves=serves)
-    _wrap_processors(engine, frontend)
-    add_request = internals.seam(engine, "add_request", ["prompt", "params"])
-    get_supported_tasks = internals.seam(engine, "get_supported_tasks")
-    starting: list[asyncio.Task[None]] = []
-
-    engines = internals.engines_of(engine)
-
-    async def asking(n: int, job: Job, rank: int) -> Answer:
-        more = {"data_parallel_rank": rank} if engines > 1 else {}
-        prompt, spec = job
-        parameters, name = internals.probe_parameters(engine.vllm_config, spec), f"steer-probe-{rank}-{n}"
-        *_, last = [out async for out in engine.generate(internals.probe_prompt(prompt), parameters, name, **more)]
-        return internals.answer_of(last)
-
-    async def asking_all(jobs: Sequence[Job], rank: int) -> list[Answer]:
-        return list(await asyncio.gather(*(asking(n, job, rank) for n, job in enumerate(jobs))))
-
-    def ask(jobs: Sequence[Job], rank: int) -> list[Answer]:
-        return asyncio.run_coroutine_threadsafe(asking_all(jobs, rank), loops[0]).result()
-
-    def start() -> None:
-        _starting.set(True)  # seen by what this thread asks of the event loop, and by nothing else
-        frontend.start(ask, engines)
-        frontend.watch()
-
-    async def ready() -> None:
-        if _starting.get():
-            return
-        if not starting:
-            loops.append(asyncio.get_running_loop())
-            starting.append(asyncio.create_task(asyncio.to_thread(start)))
-        await asyncio.shield(starting[0])
-
-    async def tasks() -> Any:
-        """The server asks for these before it serves anything, so it does not start where steering cannot."""
-        await ready()
-        return await get_supported_tasks()
-
-    async def adding(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        await ready()
-        try:
-            with frontend.admitted(params) as admitted:
-                try:
-                    return await add_request(request_id, prompt, admitted, *args, **kwargs)
-                except BaseException:  # as above; also where the client has left
-                    if left := frontend.left_of_call():
-                        await internals.abort_async(engine, left)
-                    raise
-        except InvalidInput as error:
-            raise internals.client_error(error) from error
-
-    engine.get_supported_tasks = tasks
-    engine.add_request = adding
-    setattr(engine, ATTRIBUTE, frontend)
-
-
-def _wrap_processors(engine: Any, frontend: Frontend) -> None:
-    """The salt where requests are made, the pins where they are kept."""
-    inputs, outputs = internals.seam(engine, "input_processor"), internals.seam(engine, "output_processor")
-    internals.wrap_process_inputs(inputs, _fold_salt)
-    internals.wrap_requests(
-        outputs, frontend.check_added, frontend.has_added, frontend.let_go, frontend.held, frontend.lost
-    )
-    tracing.trace(outputs, frontend.applied)
-
-
-def _fold_salt(request: Any) -> None:
-    """A steered request's blocks are found by requests of the same spec alone; a plain request is left as it is."""
-    if SALT in (request.cache_salt or ""):
-        raise SpecError(f"a cache_salt must not contain '{SALT}'", param="cache_salt")
-    text = wire.of(request.sampling_params)
-    if text is not None:
-        request.cache_salt = (request.cache_salt or "") + salt(wire.decode(text))
-
-
-def of(engine: Any) -> Frontend:
+def of(engine: object) -> Frontend:
     """The front end of an `LLM`, `LLMEngine` or `AsyncLLM`. Raises UnsupportedModel where steering is not on."""
     frontend = getattr(getattr(engine, "llm_engine", engine), ATTRIBUTE, None)
     if not isinstance(frontend, Frontend):

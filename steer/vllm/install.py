@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,11 @@ from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
 from steer.runtime.hook_points import find_blocks, hooks, writers_of
 from steer.runtime.token_index import TokenIndex
 from steer.vllm import internals
+from steer.vllm.internals.types import Worker
 from steer.vllm.settings import EngineSettings
 from steer.vllm.steering_module import (
     Form,
+    Output,
     Reads,
     Slot,
     SteeringModule,
@@ -36,22 +38,22 @@ from steer.vllm.steering_module import (
 class Target:
     """Where one steering module sits: before block 0, or after a block or one of its children."""
 
-    place: HookPoint
+    point: HookPoint
     module: nn.Module
     form: Form
     slot: Slot | None = None
 
     def attach(self, steering_module: SteeringModule) -> None:
         if self.slot is not None:
-            attach_before(self.module, self.slot, steering_module, self.place.site)
+            attach_before(self.module, self.slot, steering_module, self.point.site)
         else:
-            attach_after(self.module, self.form, steering_module, self.place.site)
+            attach_after(self.module, self.form, steering_module, self.point.site)
 
     @property
-    def point(self) -> selfcheck.Point:
+    def hooked(self) -> selfcheck.HookedModule:
         if (slot := self.slot) is not None:
-            return selfcheck.Point(self.place, self.module, lambda given: slot.get(*given), before=True)
-        return selfcheck.Point(self.place, self.module, lambda output: exact_stream(self.form, output))
+            return selfcheck.HookedModule(self.point, self.module, lambda given: slot.get(*given), before=True)
+        return selfcheck.HookedModule(self.point, self.module, lambda output: exact_stream(self.form, output))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,26 +66,26 @@ class Installation:
     bank: DirectionBank
     steering_modules: tuple[tuple[HookPoint, SteeringModule], ...]
     reads: Reads | None
-    #: What a plain pass had at each place, `[d_model]` float32 on the CPU (`_typical`).
+    #: What a plain pass had at each hook point, `[d_model]` float32 on the CPU (`_typical`).
     streams: dict[HookPoint, Tensor]
 
     @property
     def reading(self) -> dict[int, SteeringModule]:
         """The steering modules that read, by layer."""
         return {
-            place.layer: steering_module for place, steering_module in self.steering_modules if steering_module.reading
+            point.layer: steering_module for point, steering_module in self.steering_modules if steering_module.reading
         }
 
 
-def attach(worker: Any, settings: EngineSettings, index: TokenIndex) -> Installation:
+def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Installation:
     """Attach a steering module to every hook point of this rank. Raises UnsupportedModel where that cannot be done and
     checked."""
-    architecture, layers, d_model = internals.shape_of(worker.vllm_config)
-    blocks = find_blocks(internals.decoder_of(worker), layers)
-    local = {i: block for i, block in enumerate(blocks) if not internals.is_elsewhere(block)}
+    architecture, layers, d_model = internals.config.shape_of(worker.vllm_config)
+    blocks = find_blocks(internals.worker.decoder_of(worker), layers)
+    local = {i: block for i, block in enumerate(blocks) if not internals.worker.is_elsewhere(block)}
     if not local:
         raise UnsupportedModel(f"{architecture}: this rank has no decoder block")
-    plain, again = internals.probe(worker), internals.probe(worker)
+    plain, again = internals.worker.probe(worker), internals.worker.probe(worker)
     form = _learn_form(worker, local, plain, again)
     slot = _find_stream_argument(worker, local[0], d_model) if 0 in local else None
     targets: list[Target] = []
@@ -97,30 +99,30 @@ def attach(worker: Any, settings: EngineSettings, index: TokenIndex) -> Installa
                 targets += _find_writers(worker, local, form)
             case _:
                 assert_never(site)
-    places = list(dict.fromkeys(target.place for target in targets))
+    points = list(dict.fromkeys(target.point for target in targets))
     bank = DirectionBank(
-        places,
+        points,
         rows=settings.rows,
         rank=settings.rank,
         d_model=d_model,
         device=worker.device,
-        requests=internals.max_requests(worker.vllm_config),
+        requests=internals.config.max_requests(worker.vllm_config),
     )
     reads = Reads(settings.readout, settings.rank, worker.device) if settings.readout else None
     steering_modules = []
     for target in targets:
-        reader = reads if target.place.site == "resid_post" and target.place.layer != EMBEDDING else None
-        steering_module = SteeringModule(bank.slices[target.place], index, reader)
+        reader = reads if target.point.readable else None
+        steering_module = SteeringModule(bank.slices[target.point], index, reader)
         target.attach(steering_module)
-        steering_modules.append((target.place, steering_module))
-    streams = _prove(worker, targets, local, bank, index, (plain, again))
+        steering_modules.append((target.point, steering_module))
+    streams = _self_check(worker, targets, local, bank, index, (plain, again))
     return Installation(local, form, bank, tuple(steering_modules), reads, streams)
 
 
-def _learn_form(worker: Any, local: dict[int, nn.Module], plain: Tensor, again: Tensor) -> Form:
+def _learn_form(worker: Worker, local: dict[int, nn.Module], plain: Tensor, again: Tensor) -> Form:
     """How the blocks hand on the stream, as far as passes with other outputs tell; the self-check then says whether it
     is so. `plain` and `again`: two passes."""
-    outputs: dict[int, Any] = {}
+    outputs: dict[int, Output] = {}
     _pass_with(worker, local, outputs.__setitem__)
     if len(outputs) != len(local):
         raise UnsupportedModel(f"blocks {sorted(set(local) - set(outputs))} did not run in the probe pass")
@@ -129,9 +131,9 @@ def _learn_form(worker: Any, local: dict[int, nn.Module], plain: Tensor, again: 
     if not all(isinstance(out, tuple) and isinstance(out[0], Tensor) for out in outputs.values()):
         raise UnsupportedModel("the decoder blocks return neither a tensor nor a tuple that begins with one")
     # What a rank of a pipeline sends on is read by the next rank, so of its last block nothing is told by its own pass.
-    last = internals.shape_of(worker.vllm_config)[1] - 1
+    last = internals.config.shape_of(worker.vllm_config)[1] - 1
     inner = [block for i, block in local.items() if i == last or i != max(local)]
-    if inner and selfcheck.rest_is_dead(inner, lambda: internals.probe(worker), plain, again):
+    if inner and selfcheck.rest_is_dead(inner, lambda: internals.worker.probe(worker), plain, again):
         return "first"
     if all(_is_pair(out) for out in outputs.values()):
         return "sum"
@@ -142,39 +144,44 @@ def _learn_form(worker: Any, local: dict[int, nn.Module], plain: Tensor, again: 
     )
 
 
-def _is_pair(output: tuple[Any, ...]) -> bool:
-    return len(output) > 1 and isinstance(output[1], Tensor) and output[1].shape == output[0].shape
+def _is_pair(output: Output) -> bool:
+    return (
+        isinstance(output, tuple)
+        and len(output) > 1
+        and isinstance(output[1], Tensor)
+        and output[1].shape == output[0].shape
+    )
 
 
-def _pass_with(worker: Any, local: dict[int, nn.Module], change: Callable[[int, Any], Any]) -> Tensor:
+def _pass_with(worker: Worker, local: dict[int, nn.Module], change: Callable[[int, Output], Output | None]) -> Tensor:
     """A probe pass in which `change(layer, output)`, unless None, replaces what each block returns."""
 
-    def hooked(i: int) -> Any:
+    def hooked(i: int) -> Callable[..., Output | None]:
         return lambda _module, _args, output: change(i, output)
 
     with hooks([block.register_forward_hook(hooked(i)) for i, block in local.items()]):
-        return internals.probe(worker)
+        return internals.worker.probe(worker)
 
 
-def _find_stream_argument(worker: Any, block: nn.Module, d_model: int) -> Slot:
+def _find_stream_argument(worker: Worker, block: nn.Module, d_model: int) -> Slot:
     """The one argument of block 0 that is a float tensor `[tokens, d_model]`."""
     found: list[Slot] = []
 
-    def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         found.clear()  # a block that calls itself is met twice, and refused by the self-check
-        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        given: list[tuple[int | str, object]] = [*enumerate(args), *kwargs.items()]
         for key, value in given:
             if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1] == d_model:
                 found.append(Slot(key))
 
     with hooks([block.register_forward_pre_hook(look, with_kwargs=True)]):
-        internals.probe(worker)
+        internals.worker.probe(worker)
     if len(found) != 1:
         raise UnsupportedModel(f"block 0 ({type(block).__name__}) has {len(found)} arguments that could be the stream")
     return found[0]
 
 
-def _find_writers(worker: Any, local: dict[int, nn.Module], form: Form) -> list[Target]:
+def _find_writers(worker: Worker, local: dict[int, nn.Module], form: Form) -> list[Target]:
     """For each block the children whose outputs add up to what it adds to the stream. Raises UnsupportedModel where
     there are none, as where ranks each hold a part of a sum that is reduced later."""
     entered: dict[int, Tensor] = {}
@@ -182,8 +189,8 @@ def _find_writers(worker: Any, local: dict[int, nn.Module], form: Form) -> list[
     wrote: dict[int, dict[str, Tensor]] = {i: {} for i in local}
     last: list[Tensor] = []
 
-    def before(i: int) -> Any:
-        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(i: int) -> Callable[..., None]:
+        def record(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if last:
                 entered[i] = last[-1]  # what the block before handed on
                 return
@@ -194,15 +201,15 @@ def _find_writers(worker: Any, local: dict[int, nn.Module], form: Form) -> list[
 
         return record
 
-    def after(i: int) -> Any:
-        def record(_module: nn.Module, _args: Any, output: Any) -> None:
+    def after(i: int) -> Callable[..., None]:
+        def record(_module: nn.Module, _args: object, output: Output) -> None:
             left[i] = stream(form, output).clone()
             last.append(left[i])
 
         return record
 
-    def child(i: int, name: str) -> Any:
-        def record(_module: nn.Module, _args: Any, output: Any) -> None:
+    def child(i: int, name: str) -> Callable[..., None]:
+        def record(_module: nn.Module, _args: object, output: object) -> None:
             if isinstance(output, Tensor) and output.is_floating_point() and output.numel() == entered[i].numel():
                 wrote[i][name] = output.detach().float().reshape(entered[i].shape).clone()
 
@@ -213,7 +220,7 @@ def _find_writers(worker: Any, local: dict[int, nn.Module], form: Form) -> list[
         handles += [block.register_forward_pre_hook(before(i), with_kwargs=True), block.register_forward_hook(after(i))]
         handles += [m.register_forward_hook(child(i, name)) for name, m in block.named_children()]
     with hooks(handles):
-        internals.probe(worker)
+        internals.worker.probe(worker)
     eps = torch.finfo(worker.model_config.dtype).eps
     targets: list[Target] = []
     for i, block in local.items():
@@ -222,8 +229,8 @@ def _find_writers(worker: Any, local: dict[int, nn.Module], form: Form) -> list[
     return targets
 
 
-def _prove(
-    worker: Any,
+def _self_check(
+    worker: Worker,
     targets: list[Target],
     local: dict[int, nn.Module],
     bank: DirectionBank,
@@ -232,34 +239,34 @@ def _prove(
 ) -> dict[HookPoint, Tensor]:
     """Check that what the steering modules act on is the stream (`runtime.selfcheck`), that all ranks have the same of
     it, and that a plain pass is the same with steering modules as without. Returns what a plain pass has everywhere."""
-    each = internals.PROBE_TOKENS // len(selfcheck.CASES)
+    each = internals.base.PROBE_TOKENS // len(selfcheck.CASES)
 
     def run(steers: selfcheck.Steers) -> None:
         index.fill_with(steers, [each] * len(steers))
         try:
-            internals.probe(worker)
+            internals.worker.probe(worker)
         finally:
             index.fill_with([], [])
 
-    checked = selfcheck.Proof(
+    checked = selfcheck.EagerCheck(
         worker.get_model(),
         local,
-        [target.point for target in targets],
+        [target.hooked for target in targets],
         bank,
         run,
-        internals.PROBE_TOKENS,
+        internals.base.PROBE_TOKENS,
         torch.finfo(worker.model_config.dtype).eps,
         summed=any(target.form == "sum" for target in targets),
         dead=any(target.form == "first" for target in targets),
     )
-    bad, watch = checked.problems(list(dict.fromkeys(target.place.site for target in targets)))
-    if not internals.replicated(torch.cat([x.flatten() for x in watch.raw.values()]).float()):
+    bad, watch = checked.problems(list(dict.fromkeys(target.point.site for target in targets)))
+    if not internals.worker.replicated(torch.cat([x.flatten() for x in watch.raw.values()]).float()):
         bad.append("each tensor-parallel rank has another part of the stream")
-    if not selfcheck.same(internals.probe(worker), *plain):
+    if not selfcheck.same(internals.worker.probe(worker), *plain):
         bad.append("a plain pass is not the same with steering_modules as without")
     if bad:
         raise UnsupportedModel(f"{type(worker.get_model()).__name__} cannot be steered: {'; '.join(bad)}")
-    return {targets[n].place: _typical(stream_.float()).cpu() for n, stream_ in watch.raw.items()}
+    return {targets[n].point: _typical(stream_.float()).cpu() for n, stream_ in watch.raw.items()}
 
 
 def _typical(streams: Tensor) -> Tensor:

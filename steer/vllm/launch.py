@@ -17,11 +17,11 @@ def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> 
     In this process and with one API server, whatever the number of engines: the registry is here.
     """
     plugin.register()
-    args = internals.server_arguments(model, options)
+    args = internals.server.server_arguments(model, options)
     check_door(Control(settings.control), args)  # before the minute that the engine takes to start
     if not any(option.partition("=")[0] in ("--allowed-origins", "--allowed_origins") for option in options):
         args.allowed_origins = []  # vLLM's own default lets every page in the world call the server
     args.worker_cls = internals.WORKER
     args.additional_config = dict(args.additional_config or {}) | {KEY: settings.model_dump(mode="json")}
     args.middleware = [*args.middleware, f"{Middleware.__module__}.{Middleware.__name__}"]
-    internals.run_server(args, keep_alive=KEEP_ALIVE)
+    internals.server.run_server(args, keep_alive=KEEP_ALIVE)

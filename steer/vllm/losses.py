@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from steer.runtime.token_index import Losses
 from steer.vllm import internals
+
+if TYPE_CHECKING:
+    from steer.vllm.internals.types import ModelRunnerOutput, SchedulerOutput
 
 #: Lost requests that one which comes later is compared with: those whose end the front end may not have seen yet.
 KEPT = 64
@@ -50,7 +53,7 @@ class Step:
     losses: Losses
     requests: Sequence[str]
     lengths: NDArray[np.int32]
-    scheduled: Any
+    scheduled: SchedulerOutput
 
 
 class LostRuns:
@@ -74,15 +77,15 @@ class LostRuns:
         self._running.pop(request, None)
         self._lost.pop(request, None)
 
-    def tell(self, output: Any, step: Step | None) -> Any:
+    def tell(self, output: ModelRunnerOutput, step: Step | None) -> ModelRunnerOutput:
         """vLLM's output of a step, with the requests of it that are lost by now."""
         if step is not None and (found := step.losses.first(step.lengths)):
-            starts = internals.starts_of(step.scheduled)
+            starts = internals.worker.starts_of(step.scheduled)
             for i, offset in found.items():
                 self._lose(step.requests[i], starts[step.requests[i]] + offset)
         if not self._lost:
             return output
-        return internals.with_losses(output, dict(self._lost))
+        return internals.worker.with_losses(output, dict(self._lost))
 
     def _lose(self, request: str, position: int) -> None:
         run = self._running.get(request)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,41 +24,44 @@ from steer.lab.probe import Answered
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Encoded, Prompt, PromptIds, encode_all
 from steer.runtime.op import check_mode
-from steer.tokenization import Chat
+from steer.tokenization import Chat, Tokenizer
 from steer.vllm import capture, frontend, internals
 from steer.vllm.settings import KEY
 
+if TYPE_CHECKING:
+    from steer.vllm.internals.types import LLM, CompletionOutput, RequestOutput
 
-def start(model: str, options: Sequence[str] = (), *, sites: Sequence[str] = ("resid_post",), rank: int = 8) -> Any:
+
+def start(model: str, options: Sequence[str] = (), *, sites: Sequence[str] = ("resid_post",), rank: int = 8) -> LLM:
     """An `LLM` for measuring: eager, since hooks in Python read the stream, and without prefix cache, since a cached
     token never comes by. `options` are those of `vllm serve`. Raises InvalidInput for one that cannot be used here."""
     from steer.vllm import plugin
 
     plugin.register()
-    arguments = internals.engine_arguments(model, options)
+    arguments = internals.engine.engine_arguments(model, options)
     given = {"enforce_eager": True, "enable_prefix_caching": False, "worker_cls": internals.WORKER}
     steering = {KEY: {"sites": list(sites), "rank": rank, "rows": 16 * rank}}
-    return internals.start_offline(arguments, given, steering)
+    return internals.engine.start_offline(arguments, given, steering)
 
 
 class VllmSource(Chat):
     """`llm` is an engine of `start`."""
 
-    def __init__(self, llm: Any, name: str, revision: str | None = None) -> None:
+    def __init__(self, llm: LLM, name: str, revision: str | None = None) -> None:
         self.llm, self.name, self.revision = llm, name, revision
         self.tokenizer = llm.get_tokenizer()
         self._config = llm.llm_engine.vllm_config
 
     @property
     def facts(self) -> ModelFacts:
-        architecture, layers, d_model = internals.shape_of(self._config)
+        architecture, layers, d_model = internals.config.shape_of(self._config)
         return ModelFacts(
             name=self.name,
             revision=self.revision,
             architecture=architecture,
             d_model=d_model,
             layers=layers,
-            dtype=internals.dtype_of(self._config),
+            dtype=internals.config.dtype_of(self._config),
             chat_template_sha256=self.template_sha256,
         )
 
@@ -75,7 +78,7 @@ class VllmSource(Chat):
 
     def fingerprint(self) -> str:
         """Of what the engine hands on of a fixed prompt at every layer."""
-        ids = list(range(3, 3 + internals.PROBE_TOKENS))
+        ids = list(range(3, 3 + internals.base.PROBE_TOKENS))
         seen = self.run([Encoded(ids, slice(0, len(ids)))], Reading((-1,), self.facts.layers - 1))
         return hashlib.sha256(seen.picked.numpy().tobytes()).hexdigest()
 
@@ -94,10 +97,10 @@ class VllmSource(Chat):
         parameters = []
         for number, e in enumerate(batch):
             at = tuple(p if p >= 0 else len(e.ids) + p for p in reading.positions)
-            wish = capture.Wish(number=number, at=at, start=e.own.start, stop=e.own.stop)
+            asked = capture.CaptureRequest(number=number, at=at, start=e.own.start, stop=e.own.stop)
             parameters.append(
                 SamplingParams(
-                    max_tokens=1, temperature=0, detokenize=False, extra_args={capture.KEY: wish.model_dump()}
+                    max_tokens=1, temperature=0, detokenize=False, extra_args={capture.KEY: asked.model_dump()}
                 )
             )
         self.llm.generate([{"prompt_token_ids": e.ids} for e in batch], parameters, use_tqdm=False)
@@ -146,7 +149,7 @@ class VllmEvaluator:
         return self.frontend.settings.rows - self.frontend.registry.rows
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         return self.source.tokenizer
 
     @contextmanager
@@ -236,15 +239,15 @@ class VllmEvaluator:
         ]
 
     def _generate(
-        self, prompts: Sequence[list[int]], steer: str | Sequence[str | None] | None, work: float, **options: Any
-    ) -> list[Any]:
+        self, prompts: Sequence[list[int]], steer: str | Sequence[str | None] | None, work: float, **options: object
+    ) -> list[RequestOutput]:
         """vLLM's outputs; each prompt is so much `work` for the progress."""
         from vllm import SamplingParams
 
         parameters = [
             SamplingParams(extra_args={KEY: one or "off"}, **options) for one in each_row(steer, len(prompts))
         ]
-        outputs: list[Any] = self.source.llm.generate(
+        outputs: list[RequestOutput] = self.source.llm.generate(
             [{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=partial(Finished, self.progress, work)
         )
         return outputs
@@ -254,7 +257,7 @@ class Finished(tqdm):
     """In place of the engine's own bars: tells `progress` of each request that has finished. The bars around an
     `iterable` are of requests that are being added."""
 
-    def __init__(self, progress: Progress, work: float, iterable: Any = None, **options: Any) -> None:
+    def __init__(self, progress: Progress, work: float, iterable: object = None, **options: object) -> None:
         self._progress, self._work = progress, work if iterable is None else 0.0
         super().__init__(iterable, **options | {"file": StringIO()})
 
@@ -264,7 +267,7 @@ class Finished(tqdm):
         return shown
 
 
-def _without_end(answer: Any) -> list[int]:
+def _without_end(answer: CompletionOutput) -> list[int]:
     """The answer's tokens without the one that ended it."""
     ids = list(answer.token_ids)
     return ids[:-1] if answer.finish_reason == "stop" else ids

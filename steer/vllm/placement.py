@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
 
 from steer.direction import Direction
 from steer.errors import EngineFailed, NoRoom
 from steer.runtime.placement import Shape, ShapedPlacement
-
-#: Calls a method on every worker of every engine and waits for their answers.
-Call = Callable[..., list[Any]]
+from steer.vllm.internals.types import Call
 
 #: Seconds in which requests that have ended here leave the workers, and between two looks.
 ENDING, PAUSE = 2.0, 0.02
@@ -56,6 +52,6 @@ class VllmPlacement(ShapedPlacement):
         self._unloaded.append(digest)
 
 
-def _problem(answer: dict[str, Any]) -> str:
+def _problem(answer: dict[str, object]) -> str:
     known = [answer[kind] for kind in ("no_room", "in_use", "error") if kind in answer]
     return str(known[0]) if known else f"the digest {answer.get('digest')}"

@@ -1,37 +1,166 @@
 """The general plugin of vLLM (entry point `vllm.general_plugins`): called in every process, maybe more than once.
 
-It does nothing to an engine that is started without `additional_config={"steer": ...}`.
+An engine that starts with `additional_config={"steer": ...}` gets a `Frontend`, and its own instances are wrapped so
+that every request passes it. It does nothing to any other engine.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from steer.errors import UnsupportedModel
-from steer.vllm import frontend, internals, settings
+from steer.errors import InvalidInput, SpecError, UnsupportedModel
+from steer.vllm import internals, tracing, wire
+from steer.vllm.frontend import ATTRIBUTE, SALT, Frontend, in_self_check, salt
+from steer.vllm.selfcheck import Answer, Job
+from steer.vllm.settings import KEY, EngineSettings
+from steer.vllm.settings import read as settings_of
+
+if TYPE_CHECKING:
+    from steer.vllm.internals.types import AsyncLLM, EngineRequest, LLMEngine, SamplingParams, VllmConfig
 
 
 def register() -> None:
-    internals.on_engine_start(_prepare, frontend.attach_sync, _attach_async)
+    internals.engine.on_engine_start(_prepare, _attach_sync, _attach_async)
 
 
-def _attach_async(engine: Any, found: settings.EngineSettings, serves: bool) -> None:
-    from steer.vllm.server import check_app
-
-    frontend.attach_async(engine, found, serves)
-    internals.on_app_built(check_app)
-
-
-def _prepare(config: Any) -> settings.EngineSettings | None:
+def _prepare(config: VllmConfig) -> EngineSettings | None:
     """The settings of an engine that is about to start, or None where steering is off. `config`: VllmConfig."""
-    found = settings.read(config.additional_config)
+    found = settings_of(config.additional_config)
     if found is None:
         return None
     worker = config.parallel_config.worker_cls
     if worker != internals.WORKER:
-        raise UnsupportedModel(
-            f"additional_config['{settings.KEY}'] needs worker_cls='{internals.WORKER}', it is {worker!r}"
-        )
+        raise UnsupportedModel(f"additional_config['{KEY}'] needs worker_cls='{internals.WORKER}', it is {worker!r}")
     internals.check_version()
-    internals.check_config(config, readout=bool(found.readout))
+    internals.config.check_config(config, readout=bool(found.readout))
     return found
+
+
+def _attach_sync(engine: LLMEngine, settings: EngineSettings, serves: bool) -> None:
+    """Steering on an `LLMEngine` that has just started; blocks until the workers are ready."""
+    frontend = Frontend(engine.vllm_config, settings, partial(internals.engine.call_workers, engine), serves=serves)
+    _wrap_processors(engine, frontend)
+    add_request = internals.seam(engine, "add_request", ["prompt", "params"])
+
+    def adding(request_id: str, prompt: object, params: SamplingParams, *args: object, **kwargs: object) -> object:
+        with frontend.admitted(params) as admitted:
+            try:
+                return add_request(request_id, prompt, admitted, *args, **kwargs)
+            except BaseException:  # of n answers some may be on their way, and nobody else would end them
+                if left := frontend.left_of_call():
+                    internals.engine.abort(engine, left)
+                raise
+
+    def ask(jobs: Sequence[Job], _rank: int) -> list[Answer]:
+        for n, (prompt, spec) in enumerate(jobs):
+            parameters = internals.engine.probe_parameters(engine.vllm_config, spec)
+            engine.add_request(f"steer-probe-{n}", internals.engine.probe_prompt(prompt), parameters)
+        done: dict[str, Answer] = {}
+        while engine.has_unfinished_requests():
+            done |= {out.request_id: internals.engine.answer_of(out) for out in engine.step() if out.finished}
+        return [done[f"steer-probe-{n}"] for n in range(len(jobs))]
+
+    engine.add_request = adding
+    setattr(engine, ATTRIBUTE, frontend)
+    token = in_self_check.set(True)
+    try:
+        frontend.start(ask)
+    finally:
+        in_self_check.reset(token)
+
+
+def _attach_async(engine: AsyncLLM, settings: EngineSettings, serves: bool) -> None:
+    """Steering on an `AsyncLLM`: its constructor cannot wait for the workers, so the first to need them does."""
+    from steer.vllm.server import check_app
+
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    def call(method: str, *args: object) -> list[Any]:  # in a thread: never on the event loop, which does the work
+        return asyncio.run_coroutine_threadsafe(
+            internals.engine.call_workers_async(engine, method, *args), loops[0]
+        ).result()
+
+    frontend = Frontend(
+        engine.vllm_config, settings, call, partial(internals.engine.call_workers_async, engine), serves=serves
+    )
+    _wrap_processors(engine, frontend)
+    add_request = internals.seam(engine, "add_request", ["prompt", "params"])
+    get_supported_tasks = internals.seam(engine, "get_supported_tasks")
+    starting: list[asyncio.Task[None]] = []
+
+    engines = internals.engine.engines_of(engine)
+
+    async def asking(n: int, job: Job, rank: int) -> Answer:
+        more = {"data_parallel_rank": rank} if engines > 1 else {}
+        prompt, spec = job
+        parameters, name = internals.engine.probe_parameters(engine.vllm_config, spec), f"steer-probe-{rank}-{n}"
+        *_, last = [
+            out async for out in engine.generate(internals.engine.probe_prompt(prompt), parameters, name, **more)
+        ]
+        return internals.engine.answer_of(last)
+
+    async def asking_all(jobs: Sequence[Job], rank: int) -> list[Answer]:
+        return list(await asyncio.gather(*(asking(n, job, rank) for n, job in enumerate(jobs))))
+
+    def ask(jobs: Sequence[Job], rank: int) -> list[Answer]:
+        return asyncio.run_coroutine_threadsafe(asking_all(jobs, rank), loops[0]).result()
+
+    def start() -> None:
+        in_self_check.set(True)  # seen by what this thread asks of the event loop, and by nothing else
+        frontend.start(ask, engines)
+        frontend.watch()
+
+    async def ready() -> None:
+        if in_self_check.get():
+            return
+        if not starting:
+            loops.append(asyncio.get_running_loop())
+            starting.append(asyncio.create_task(asyncio.to_thread(start)))
+        await asyncio.shield(starting[0])
+
+    async def tasks() -> object:
+        """The server asks for these before it serves anything, so it does not start where steering cannot."""
+        await ready()
+        return await get_supported_tasks()
+
+    async def adding(
+        request_id: str, prompt: object, params: SamplingParams, *args: object, **kwargs: object
+    ) -> object:
+        await ready()
+        try:
+            with frontend.admitted(params) as admitted:
+                try:
+                    return await add_request(request_id, prompt, admitted, *args, **kwargs)
+                except BaseException:  # as above; also where the client has left
+                    if left := frontend.left_of_call():
+                        await internals.engine.abort_async(engine, left)
+                    raise
+        except InvalidInput as error:
+            raise internals.engine.client_error(error) from error
+
+    engine.get_supported_tasks = tasks
+    engine.add_request = adding
+    setattr(engine, ATTRIBUTE, frontend)
+    internals.server.on_app_built(check_app)
+
+
+def _wrap_processors(engine: LLMEngine | AsyncLLM, frontend: Frontend) -> None:
+    """The salt where requests are made, the pins where they are kept."""
+    inputs, outputs = internals.seam(engine, "input_processor"), internals.seam(engine, "output_processor")
+    internals.engine.wrap_process_inputs(inputs, _fold_salt)
+    internals.engine.wrap_requests(
+        outputs, frontend.check_added, frontend.has_added, frontend.let_go, frontend.held, frontend.lost
+    )
+    tracing.trace(outputs, frontend.applied)
+
+
+def _fold_salt(request: EngineRequest) -> None:
+    """A steered request's blocks are found by requests of the same spec alone; a plain request is left as it is."""
+    if SALT in (request.cache_salt or ""):
+        raise SpecError(f"a cache_salt must not contain '{SALT}'", param="cache_salt")
+    text = wire.of(request.sampling_params)
+    if text is not None:
+        request.cache_salt = (request.cache_salt or "") + salt(wire.decode(text))

@@ -9,14 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.runtime.readout import RequestRead
 from steer.vllm.steering_module import Reads, SteeringModule
 
 #: Ended requests whose values nobody has asked for yet, for each request that can be read at once.
@@ -25,10 +23,10 @@ KEPT = 4
 
 @dataclass(slots=True)
 class _Run:
-    """One request that is read. `values`: for each generated token, by its number, `[layers, 2 × rank + 1]` (before,
-    after, norm)."""
+    """One request that is read. `rows`: bank rows `[k]` int64; `values`: for each generated token, by its number,
+    `[layers, 2 × rank + 1]` (before, after, norm)."""
 
-    read: RequestRead
+    rows: NDArray[np.int64]
     prompt: int
     values: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
@@ -46,10 +44,10 @@ class ReadRunner:
     def busy(self) -> bool:
         return bool(self._running)
 
-    def meet(self, request_id: str, read: RequestRead, prompt: int) -> None:
-        """A request of `prompt` prompt tokens comes, or comes back from preemption."""
+    def meet(self, request_id: str, rows: NDArray[np.int64], prompt: int) -> None:
+        """A request that reads these bank rows and has `prompt` prompt tokens comes, or comes back from preemption."""
         if request_id not in self._running:
-            self._running[request_id] = _Run(read, prompt)
+            self._running[request_id] = _Run(rows, prompt)
 
     def end(self, request_id: str) -> None:
         """It takes part in no step any more. What was found waits for `take`, but not for ever."""
@@ -86,7 +84,7 @@ class ReadRunner:
         if at:
             rows = np.zeros((len(at), self.reads.rank), np.int64)
             for mine, (run, _) in zip(rows, self._step, strict=True):
-                mine[: len(run.read.rows)] = run.read.rows
+                mine[: len(run.rows)] = run.rows
             self.reads.at[: len(at)].copy_(torch.tensor(at))
             self.reads.rows[: len(at)].copy_(torch.from_numpy(rows))
 
@@ -108,5 +106,5 @@ class ReadRunner:
 
 def _flat(steering_module: SteeringModule) -> Tensor:
     """`[count, 2 × rank + 1]`: before, after, norm."""
-    found: Any = steering_module.found
+    found = steering_module.found
     return torch.cat([found[0], found[1], steering_module.norms.unsqueeze(1)], dim=1)

@@ -1,9 +1,9 @@
 """The self-check at start that what serves steers: real requests through the compiled and captured engine, each steered
-at one place, compared with the same requests where the model's own Python runs.
+at one hook point, compared with the same requests where the model's own Python runs.
 
 The self-check of `install` has looked at that Python already, at every hook point, by what the next module takes. A
-place that a graph does not reach, reaches twice, or at which it holds another tensor, shows in the log-probabilities of
-the answers.
+hook point that a graph does not reach, reaches twice, or at which it holds another tensor, shows in the
+log-probabilities of the answers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from steer.names import Mode, Site
 from steer.registry import Registry
 from steer.runtime.bank import EMBEDDING, HookPoint
 from steer.runtime.placement import Shape
+from steer.vllm.internals.types import Call
 from steer.vllm.settings import EngineSettings
 
 log = logging.getLogger("steer")
@@ -35,7 +36,7 @@ Job: TypeAlias = tuple[int, str]
 Answer: TypeAlias = list[tuple[int, dict[int, float]]]
 #: Makes these greedy requests at once on this data-parallel rank, and waits for their answers.
 Ask = Callable[[Sequence[Job], int], list[Answer]]
-#: Of one place, by phase: what is wrong, `RIGHT`, or None where no effect is clear.
+#: Of one hook point, by phase: what is wrong, `RIGHT`, or None where no effect is clear.
 Judgement: TypeAlias = dict[str, str | None]
 RIGHT = ""
 
@@ -49,14 +50,13 @@ class Checked(Protocol):
     registry: Registry
 
     @property
-    def call(self) -> Callable[..., list[Any]]:
-        """A method of every worker, by name, with its arguments; what each returns."""
+    def call(self) -> Call: ...
 
 
 #: Once with all of it and once with half: what acts twice is all the same where nothing is left.
 STRENGTHS = (1.0, 0.5)
 #: Prompts that steered requests have, of those that plain ones have: the one with the least rounding, and others for
-#: places at which it shows nothing or something wrong.
+#: hook points at which it shows nothing or something wrong.
 ASKED, PROMPTS = 3, 4
 #: The first token of an answer is of the prefill, the others are of decoding.
 PHASES = {"prefill": slice(0, 1), "decoding": slice(1, None)}
@@ -65,7 +65,7 @@ ROUNDING = {"bfloat16": 8e-3, "float16": 1e-3, "float32": 1e-5}
 #: An effect is clear when it is as many times the rounding. Then how much of it there is, and how like it is, must be
 #: within these: what acts twice at half strength has 1.5 of it.
 CLEAR, AMOUNT, LIKENESS = 4.0, (0.75, 1.25), 0.9
-#: What a nudge at one place changes, times this, is what rounding at all of them may do.
+#: What a nudge at one hook point changes, times this, is what rounding at all of them may do.
 NUDGES = 3.0
 #: And what is left between the two, in times of the effect or of the rounding, is within either of these. It tells
 #: neighbouring layers from each other, which do much the same.
@@ -73,19 +73,20 @@ LEFT, LEFT_ROUNDING = 0.1, 32.0
 
 
 def self_check(frontend: Checked, ask: Ask, *, ranks: int) -> None:
-    """Raise UnsupportedModel naming the places that do not steer. Before anything is served: nothing else may run."""
+    """Raise UnsupportedModel naming the hook points that do not steer. Before anything is served: nothing else may
+    run."""
     streams, shape = _streams(frontend), frontend.shape
     needed = [HookPoint(site, i) for site in frontend.settings.sites for i in (EMBEDDING, *range(shape.layers))]
-    if missing := [_named(place) for place in needed if place not in streams]:
+    if missing := [_named(point) for point in needed if point not in streams]:
         raise UnsupportedModel(f"no worker steers at {', '.join(missing)}")
     engines = [_Engine(frontend, ask, rank) for rank in range(ranks)]
     bad: list[str] = []
     unclear: dict[str, None] = {}
     for at in range(0, len(needed), frontend.settings.rows):
-        names = {f"probe-{secrets.token_hex(8)}": place for place in needed[at : at + frontend.settings.rows]}
+        names = {f"probe-{secrets.token_hex(8)}": point for point in needed[at : at + frontend.settings.rows]}
         try:
-            for name, place in names.items():
-                frontend.registry.put(name, _direction(frontend, place, streams[place]).to_bytes(), store=False)
+            for name, point in names.items():
+                frontend.registry.put(name, _direction(frontend, point, streams[point]).to_bytes(), store=False)
             for engine in engines:
                 wrong, dim = engine.check(names)
                 bad += wrong
@@ -115,8 +116,9 @@ class _Engine:
         self.noise = [noises(frontend.dtype, served[job], eager[job]) for job in plain]
 
     def check(self, names: dict[str, HookPoint]) -> tuple[list[str], list[str]]:
-        """What is wrong with the places of these directions, and where nothing can be told. One prompt at which all is
-        right is enough: a model that falls from one behaviour into another at some prompt does so by rounding."""
+        """What is wrong with the hook points of these directions, and where nothing can be told. One prompt at which
+        all is right is enough: a model that falls from one behaviour into another at some prompt does so by
+        rounding."""
         found: dict[str, Judgement] = {name: dict.fromkeys(PHASES) for name in names}
         bad: list[str] = []
         for prompt in sorted(range(PROMPTS), key=lambda prompt: sum(self.noise[prompt].values()))[:ASKED]:
@@ -242,8 +244,8 @@ def rms(x: NDArray[np.float64]) -> float:
 
 
 def _streams(frontend: Checked) -> dict[HookPoint, Tensor]:
-    """What every place has in plain passes: as long as streams there are, in their common direction. Tensor-parallel
-    ranks say the same."""
+    """What every hook point has in plain passes: as long as streams there are, in their common direction.
+    Tensor-parallel ranks say the same."""
     return {
         HookPoint(site, layer): torch.from_numpy(np.frombuffer(data, np.float32).copy())
         for worker in frontend.call("steer_streams")
@@ -251,30 +253,30 @@ def _streams(frontend: Checked) -> dict[HookPoint, Tensor]:
     }
 
 
-#: How far the directions lean to what the stream has at their place, beside a random part of length 1. Less, where
+#: How far the directions lean to what the stream has at their hook point, beside a random part of length 1. Less, where
 #: `affine` makes the effect: to take away what all tokens have in common can tip a model over.
 LEANING = {"affine": 0.3, "ablate": 1.0}
 
 
-def _mode(place: HookPoint) -> Mode:
-    """`affine` adds as much as there is, whatever the stream. It is defined at whole streams after a block."""
-    return "affine" if place.site == "resid_post" and place.layer != EMBEDDING else "ablate"
+def _mode(point: HookPoint) -> Mode:
+    """`affine`, where it acts, adds as much as there is, whatever the stream."""
+    return "affine" if "affine" in point.modes else "ablate"
 
 
-def _spec(name: str, place: HookPoint, strength: float) -> str:
-    return f"{name}:{_mode(place)}={strength}"
+def _spec(name: str, point: HookPoint, strength: float) -> str:
+    return f"{name}:{_mode(point)}={strength}"
 
 
-def _direction(frontend: Checked, place: HookPoint, stream: Tensor) -> Direction:
-    """Acts at one place, and changes much there. With `affine` its component of a stream becomes as large as streams
-    are; with `ablate` what streams there have in common is removed from them in part."""
-    shape, site = frontend.shape, place.site
-    v = torch.randn(shape.d_model, generator=torch.Generator().manual_seed(place.layer + 1))
-    v = v / v.norm() + LEANING[_mode(place)] * stream / stream.norm().clamp_min(1e-12)
+def _direction(frontend: Checked, point: HookPoint, stream: Tensor) -> Direction:
+    """Acts at one hook point, and changes much there. With `affine` its component of a stream becomes as large as
+    streams are; with `ablate` what streams there have in common is removed from them in part."""
+    shape, site = frontend.shape, point.site
+    v = torch.randn(shape.d_model, generator=torch.Generator().manual_seed(point.layer + 1))
+    v = v / v.norm() + LEANING[_mode(point)] * stream / stream.norm().clamp_min(1e-12)
     v = (v / v.norm()).unsqueeze(0)
-    own = max(place.layer, 0)  # at the embedding's place a layer must have a row as well: with a weight of 0
+    own = max(point.layer, 0)  # at the embedding's hook point a layer must have a row as well: with a weight of 0
     rows, weights = torch.zeros(shape.layers, 1, shape.d_model), torch.zeros(shape.layers)
-    rows[own], weights[own] = v, float(place.layer != EMBEDDING)
+    rows[own], weights[own] = v, float(point.layer != EMBEDDING)
     means = torch.zeros(shape.layers, shape.d_model)
     means[own] = v * stream.norm()
     return Direction(
@@ -285,12 +287,12 @@ def _direction(frontend: Checked, place: HookPoint, stream: Tensor) -> Direction
         mean_harmful=torch.zeros(shape.layers, shape.d_model),
         mean_harmless=torch.zeros(shape.layers, shape.d_model),
         mean_harmless_all=means,
-        embedding=v if place.layer == EMBEDDING else None,
+        embedding=v if point.layer == EMBEDDING else None,
     )
 
 
-def _named(place: HookPoint) -> str:
-    return f"{place.site} of {'the embedding' if place.layer == EMBEDDING else f'layer {place.layer}'}"
+def _named(point: HookPoint) -> str:
+    return f"{point.site} of {'the embedding' if point.layer == EMBEDDING else f'layer {point.layer}'}"
 
 
 def _meta(frontend: Checked, site: Site) -> DirectionMeta:

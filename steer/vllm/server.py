@@ -14,32 +14,32 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from starlette.datastructures import Headers, MutableHeaders, UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.admission import Admission
 from steer.errors import InvalidInput, SpecError, SteerError, UnsupportedModel
 from steer.readout import FIELD
-from steer.serve import carriers, errors, metrics, operation, pages, playground, reference
-from steer.serve.access import PUBLIC, Access
+from steer.serve import carriers, errors, html, metrics, operation, pages
+from steer.serve.access import PUBLIC, Access, Cors
 from steer.serve.answers import ReadReport, report
-from steer.serve.asgi import Change, rewriting
+from steer.serve.asgi import Change, rewriting, with_headers
 from steer.serve.authorise import resolve
-from steer.serve.body import BODY, Gone, parse_body, read_body, replay, understood
+from steer.serve.body import BODY, LARGE, Gone, offload, parse_body, read_body, replay, understood
 from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.middleware import REQUEST_ID, SteerMiddleware, wrap_routes
-from steer.serve.offload import LARGE, offload
 from steer.serve.route import Head
 from steer.settings import ControlSettings
 from steer.spec import Spec
@@ -79,7 +79,7 @@ def install(app: FastAPI) -> None:
         for path, dropping in GENERATION_ROUTES.items()
     }
     for route in app.routes:
-        internals.fail_fast(route)
+        internals.server.fail_fast(route)
     wrapped = wrap_routes(app, {**layers, (MODELS_ROUTE, "GET"): Models, (HEALTH_ROUTE, "GET"): Health})
     for needed in (*READ_ROUTES, MODELS_ROUTE):
         if needed not in wrapped:
@@ -88,8 +88,8 @@ def install(app: FastAPI) -> None:
     check_door(control, app.state.args)
     app.include_router(directions_router(_LateRegistry(app), control=control))  # type: ignore[arg-type]
     app.include_router(operation.router(control))
-    app.include_router(playground.router())
-    reference.put_on(app)
+    app.include_router(html.router())
+    html.put_docs_on(app)
 
 
 def guard(app: FastAPI) -> None:
@@ -114,12 +114,16 @@ class Middleware:
             return
         if self._door is None:
             args = scope["app"].state.args
-            cors = {"allow_methods": args.allowed_methods, "allow_headers": args.allowed_headers}
+            cors: Cors = {
+                "allow_methods": args.allowed_methods,
+                "allow_headers": args.allowed_headers,
+                "allow_credentials": args.allow_credentials,
+            }
             access = Access(
                 Closed(self.app),
                 control=control_of(scope["app"]),
-                public=PUBLIC.union(playground.PATHS),
-                cors=cors | {"allow_credentials": args.allow_credentials},
+                public=PUBLIC.union(html.PATHS),
+                cors=cors,
             )
             self._door = Head(access)
         await self._door(scope, receive, send)
@@ -130,7 +134,7 @@ class Middleware:
         guard(app)
         control = control_of(app)
         front = front_end_of(app)  # the server does not come up on an engine without steering
-        control.start(front.registry, internals.served_names(app)[0])
+        control.start(front.registry, internals.server.served_names(app)[0])
         try:
             await self.app(scope, receive, send)
         finally:
@@ -148,9 +152,8 @@ class Closed:
             await send({"type": "websocket.close", "code": 1008, "reason": "unsupported with steering on"})
             return
         if scope["type"] == "http":  # what vLLM calls a request, in its logs and answers, is what the audit log does
-            headers = MutableHeaders(raw=list(scope["headers"]))
-            headers[REQUEST_ID] = request_id(scope)
-            scope = {**scope, "headers": headers.raw}
+            named = {REQUEST_ID: request_id(scope)}
+            scope = with_headers(scope, lambda headers: headers.update(named))
         with _passing(Passage()):
             await self.app(scope, receive, send)
 
@@ -166,7 +169,7 @@ def _passing(way: Passage) -> Iterator[None]:
 
 def check_app(app: FastAPI) -> None:
     """Raise UnsupportedModel for an app that would ignore the field `steer` and answer without a receipt."""
-    classes: list[Any] = [layer.cls for layer in app.user_middleware]
+    classes: list[object] = [layer.cls for layer in app.user_middleware]
     if Middleware not in classes:
         raise UnsupportedModel(
             f"steering is on, but this server would ignore the field 'steer': start it with --middleware "
@@ -186,7 +189,7 @@ class EndpointPlugin:
         if named not in app.state.args.middleware:
             app.add_middleware(Middleware)
 
-    async def init_state(self, engine_client: Any, _state: Any, _args: Any) -> None:
+    async def init_state(self, engine_client: object, _state: object, _args: Namespace) -> None:
         front_ends.of(engine_client)
 
 
@@ -206,7 +209,7 @@ def control_settings(app: FastAPI) -> ControlSettings:
     return found.control if found else ControlSettings.of_environment()
 
 
-def check_door(control: Control, args: Any) -> None:
+def check_door(control: Control, args: Namespace) -> None:
     """Raises InvalidInput where the server must not listen: without keys for others, or with two kinds of keys."""
     keys = args.api_key or os.environ.get("VLLM_API_KEY")
     if keys and control.in_force is not None:
@@ -225,7 +228,7 @@ class _LateRegistry:
     def __init__(self, app: FastAPI) -> None:
         self._app = app
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(front_end_of(self._app).registry, name)
 
 
@@ -241,7 +244,7 @@ class Generation:
         front = front_end_of(scope["app"])
         ticket: Ticket | None = None
 
-        def forward(body: dict[str, Any], admission: Admission) -> None:
+        def forward(body: dict[str, object], admission: Admission) -> None:
             nonlocal ticket
             xargs = body.get(carriers.XARGS) or {}
             wire.check_absent(xargs)
@@ -262,7 +265,7 @@ class Generation:
             async def fetch() -> ReadReport:
                 assert ticket is not None
                 assert admission.readout is not None
-                tokenizer = internals.tokenizer_of(scope["app"].state.engine_client)
+                tokenizer = internals.engine.tokenizer_of(scope["app"].state.engine_client)
                 return report(admission.readout, await front.readings(ticket, tokenizer))
 
             answer = UnlessLost(send, lambda: ticket is not None and ticket.lost)
@@ -279,7 +282,7 @@ class Generation:
         middleware = SteerMiddleware(
             checked,
             registry=front.registry,
-            served=internals.served_names(scope["app"]),
+            served=internals.server.served_names(scope["app"]),
             default=front.default,
             max_body=MAX_BODY,
             forward=forward,
@@ -314,8 +317,8 @@ class Other:
             control.leave(control.enter(control.caller(scope)))  # it counts as a request, and generates for who manages
             data = await read_body(scope, receive, MAX_BODY)
             body = await _understood(scope, data)
-            served = internals.served_names(app)
-            traces = carriers.traces(body, scope["headers"], served, scope["query_string"])
+            served = internals.server.served_names(app)
+            traces = carriers.traces(body, Headers(scope=scope), served, scope["query_string"])
             found = await understood(lambda: next(traces, None), len(data))
             if found is not None:
                 raise unsupported(
@@ -333,9 +336,7 @@ class Other:
 
         async def sending(message: Message) -> None:
             if way.plain and message["type"] == "http.response.start" and message["status"] < 400:
-                headers = MutableHeaders(raw=list(message["headers"]))
-                headers.append(carriers.RECEIPT, Spec().receipt())
-                message = {**message, "headers": headers.raw}
+                message = with_headers(message, lambda headers: headers.append(carriers.RECEIPT, Spec().receipt()))
             await send(message)
 
         await _run(self.app, way, body, scope, replay(data, receive), sending)
@@ -351,9 +352,9 @@ def _may_be_plain(scope: Scope) -> bool:
         return False
 
 
-async def _understood(scope: Scope, data: bytes) -> Any:
+async def _understood(scope: Scope, data: bytes) -> object:
     """What a body says: of JSON the value, of a form its fields, {} of none; None where we cannot tell."""
-    kind = Headers(scope=scope).get("content-type", "").lower()
+    kind = (pages.header(Headers(scope=scope), "content-type") or "").lower()
     forms = ("multipart/form-data", "application/x-www-form-urlencoded")
     if kind.startswith(forms) and not data.lstrip().startswith(b"{"):  # which is JSON to who does not look at the type
         try:
@@ -377,7 +378,7 @@ def unsupported(message: str, param: str | None = None) -> HTTPProblem:
     return HTTPProblem(Code.UNSUPPORTED, message, param=param)
 
 
-def check_one_answer(body: dict[str, Any]) -> None:
+def check_one_answer(body: dict[str, object]) -> None:
     """Raise SpecError for a request that is to be read and makes several answers, or none that is generated."""
     prompt = body.get("prompt")
     several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
@@ -389,7 +390,7 @@ def check_one_answer(body: dict[str, Any]) -> None:
 async def _run(
     app: ASGIApp,
     way: Passage,
-    body: Any,
+    body: object,
     scope: Scope,
     receive: Receive,
     send: Send,
@@ -407,14 +408,16 @@ async def _run(
                 raise
 
 
-def _in_our_words(scope: Scope, body: Any) -> Scope:
+def _in_our_words(scope: Scope, body: object) -> Scope:
     """The scope of a route that tells of a body's problems as our own routes do, whatever vLLM's checks of it raise.
     Starlette hands the handlers of an app on to its routes there."""
     theirs, by_status = scope.get("starlette.exception_handlers", ({}, {}))
 
-    async def telling(request: Request, error: Exception, then: Any = None) -> Any:
-        if internals.of_the_body(error) and isinstance(body, dict):
-            found = await offload("body", LARGE, lambda: internals.problems_of(scope.get("route"), body))
+    async def telling(
+        request: Request, error: Exception, then: Callable[[Request, Exception], Awaitable[Response]] | None = None
+    ) -> Response:
+        if internals.server.of_the_body(error) and isinstance(body, dict):
+            found = await offload("body", LARGE, lambda: internals.server.problems_of(scope.get("route"), body))
             if found or then is None:
                 said = {
                     "type": "value_error",
@@ -426,7 +429,7 @@ def _in_our_words(scope: Scope, body: Any) -> Scope:
             raise error
         return await then(request, error)
 
-    ours: dict[Any, Any] = {
+    ours: dict[object, object] = {
         kind: then if issubclass(kind, HTTPException) else partial(telling, then=then) for kind, then in theirs.items()
     }
     ours |= {Exception: telling, RequestValidationError: errors.on_validation_error}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -45,12 +44,12 @@ class EngineSettings(BaseModel):
         parse(value, "default")
         return value
 
-    def graph(self) -> dict[str, Any]:
+    def graph(self) -> dict[str, object]:
         """The part that decides what is compiled, so that other settings do not miss the compile cache."""
         return {"sites": list(self.sites), "rows": self.rows, "rank": self.rank, "readout": self.readout}
 
 
-def read(additional_config: Any) -> EngineSettings | None:
+def read(additional_config: object) -> EngineSettings | None:
     """The settings in vLLM's `additional_config`, or None where steering is not asked for.
 
     Raises UnsupportedModel with every problem.
@@ -77,7 +76,7 @@ def from_serve_settings(settings: ServeSettings, options: Sequence[str]) -> tupl
         readout=settings.readout or 0,
         control=settings.control,
     )
-    ours: dict[str, Any] = {
+    ours: dict[str, object] = {
         "host": settings.host,
         "port": settings.port,
         "served-model-name": settings.served_model_name,

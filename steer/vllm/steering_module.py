@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any, Literal, cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,11 @@ from steer.runtime.token_index import TokenIndex
 #: How a block hands on the stream: it returns one tensor; a tuple whose first is the whole stream; or (h, r) with the
 #: stream being h + r, added by the norm that comes next.
 Form = Literal["tensor", "first", "sum"]
+#: What a block returns (see `Form`).
+Output: TypeAlias = "Tensor | tuple[Tensor, ...]"
+#: The arguments of a block, as far as they are the stream.
+Args: TypeAlias = "tuple[Tensor, ...]"
+Kwargs: TypeAlias = "dict[str, Tensor]"
 
 
 class Reads:
@@ -126,11 +131,11 @@ def attach_after(module: nn.Module, form: Form, steering_module: SteeringModule,
     name = f"steer_after_{site}"
     module.add_module(name, steering_module)
 
-    def after(module: nn.Module, _args: Any, output: Any) -> Any:
+    def after(module: nn.Module, _args: object, output: Output) -> Output:
         steering_module = cast(
             SteeringModule, getattr(module, name)
         )  # found on the module, so that its buffers are the graph's inputs
-        if form == "tensor":
+        if isinstance(output, Tensor):
             return hand_on(steering_module, output)
         return (hand_on(steering_module, output[0], output[1] if form == "sum" else None), *output[1:])
 
@@ -143,11 +148,10 @@ class Slot:
 
     key: int | str
 
-    def get(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        tensor: Tensor = args[self.key] if isinstance(self.key, int) else kwargs[self.key]
-        return tensor
+    def get(self, args: Args, kwargs: Kwargs) -> Tensor:
+        return args[self.key] if isinstance(self.key, int) else kwargs[self.key]
 
-    def put(self, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def put(self, args: Args, kwargs: Kwargs, x: Tensor) -> tuple[Args, Kwargs]:
         if isinstance(self.key, int):
             return (*args[: self.key], x, *args[self.key + 1 :]), kwargs
         return args, {**kwargs, self.key: x}
@@ -158,23 +162,23 @@ def attach_before(module: nn.Module, slot: Slot, steering_module: SteeringModule
     name = f"steer_before_{site}"
     module.add_module(name, steering_module)
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         return slot.put(args, kwargs, hand_on(cast(SteeringModule, getattr(module, name)), slot.get(args, kwargs)))
 
     module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def stream(form: Form, output: Any) -> Tensor:
+def stream(form: Form, output: Output) -> Tensor:
     """The stream `[tokens, d_model]`, float32, in what a block returned."""
-    x: Tensor = output if form == "tensor" else output[0]
-    x = x.float() + output[1].float() if form == "sum" else x.float()
+    parts = (output,) if isinstance(output, Tensor) else output
+    x = parts[0].float() + parts[1].float() if form == "sum" else parts[0].float()
     return x.reshape(-1, x.shape[-1])
 
 
-def exact_stream(form: Form, output: Any) -> Tensor:
+def exact_stream(form: Form, output: Output) -> Tensor:
     """The same in float64, in which the sum of two is what it is."""
-    x: Tensor = output if form == "tensor" else output[0]
-    x = x.double() + output[1].double() if form == "sum" else x.double()
+    parts = (output,) if isinstance(output, Tensor) else output
+    x = parts[0].double() + parts[1].double() if form == "sum" else parts[0].double()
     return x.reshape(-1, x.shape[-1])
 
 

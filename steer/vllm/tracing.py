@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING
 
 from steer.spec import Spec
 from steer.vllm import internals
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+    from steer.vllm.internals.types import EngineCoreOutput, OutputProcessor, RequestState
 
 #: The spec of the request whose span is being made.
 _spanned: ContextVar[Spec | None] = ContextVar("steer_spanned", default=None)
 
 
-def attributes(spec: Spec) -> dict[str, Any]:
+def attributes(spec: Spec) -> dict[str, object]:
     """As OpenTelemetry has them: texts, numbers, and lists of one kind."""
     return {
         "steer.applied": spec.receipt(),
@@ -28,7 +33,7 @@ def attributes(spec: Spec) -> dict[str, Any]:
     }
 
 
-def trace(outputs: Any, spec_of: Callable[[str], Spec | None]) -> None:
+def trace(outputs: OutputProcessor, spec_of: Callable[[str], Spec | None]) -> None:
     """Add attributes to the spans of this OutputProcessor's requests, where it makes any. `spec_of` takes a request's
     id, and gives None for a plain one."""
     if not getattr(outputs, "tracing_enabled", False):
@@ -37,7 +42,7 @@ def trace(outputs: Any, spec_of: Callable[[str], Spec | None]) -> None:
     from opentelemetry.sdk.trace import SpanProcessor
 
     class Steered(SpanProcessor):
-        def on_start(self, span: Any, parent_context: Any = None) -> None:
+        def on_start(self, span: Span, parent_context: object = None) -> None:
             if spec := _spanned.get():
                 span.set_attributes(attributes(spec))
 
@@ -45,7 +50,9 @@ def trace(outputs: Any, spec_of: Callable[[str], Spec | None]) -> None:
     provider(Steered())
     make = internals.seam(outputs, "do_tracing", ["req_state"])
 
-    def making(engine_core_output: Any, req_state: Any, *args: Any, **kwargs: Any) -> Any:
+    def making(
+        engine_core_output: EngineCoreOutput, req_state: RequestState, *args: object, **kwargs: object
+    ) -> object:
         token = _spanned.set(spec_of(req_state.request_id))
         try:
             return make(engine_core_output, req_state, *args, **kwargs)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from steer.errors import SpecError
 from steer.spec import Entry, Spec, nearly
@@ -12,7 +11,7 @@ from steer.vllm.settings import KEY
 
 #: Its key. Requests must not bring it: only what the front end resolved and pinned goes under it.
 RESOLVED = "steer.resolved"
-#: The same for what is read.
+#: The digests of the versions whose rows are read, in this order.
 READ = "steer.read"
 #: What a measurement in this program has captured of its own requests; without one it means nothing.
 CAPTURE = "steer.capture"
@@ -26,33 +25,20 @@ def decode(text: str) -> Spec:
     return Spec(tuple(Entry(**entry) for entry in json.loads(text)))
 
 
-def check_absent(extra: Any) -> None:
+def check_absent(extra: object) -> None:
     """Raise SpecError for a request that brings what only the front end may write, or nearly the key that asks."""
     for key in extra if isinstance(extra, dict) else ():
         if key not in (KEY, CAPTURE) and isinstance(key, str) and nearly(key):
             raise SpecError(f"'{key[:100]}' is not for requests to set; ask with '{KEY}'", param=key)
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
-    """What is read for one request: the versions whose rows, in order, and the layers."""
-
-    digests: tuple[str, ...]
-    layers: tuple[int, ...]
-
-    def encode(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
-
-    @classmethod
-    def of(cls, params: Any) -> Read | None:
-        text = (getattr(params, "extra_args", None) or {}).get(READ)
-        if text is None:
-            return None
-        found = json.loads(text)
-        return cls(tuple(found["digests"]), tuple(found["layers"]))
+def read_by(params: object) -> Sequence[str]:
+    """The digests in SamplingParams of what is read for a request; none where nothing is."""
+    found: Sequence[str] = (getattr(params, "extra_args", None) or {}).get(READ, ())
+    return found
 
 
-def of(params: Any) -> str | None:
+def of(params: object) -> str | None:
     """The encoded spec in SamplingParams; None for a plain request, and for one that generates nothing."""
     text: str | None = (getattr(params, "extra_args", None) or {}).get(RESOLVED)
     return text

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from steer._version import __version__
 from steer.errors import NoRoom, SteerError, UnsupportedModel
-from steer.runtime.readout import RequestRead
 from steer.runtime.token_index import PLAIN, TokenIndex
 from steer.vllm import install, internals, settings, wire
 from steer.vllm.capture import Capture
@@ -27,6 +26,17 @@ from steer.vllm.readout import ReadRunner
 from steer.vllm.residents import Residents, RowsInUse
 from steer.vllm.retention import Kept
 from steer.vllm.steering_module import code_digest
+
+if TYPE_CHECKING:
+    from steer.vllm.internals.base import Method
+    from steer.vllm.internals.types import (
+        GPUModelRunner,
+        IntermediateTensors,
+        ModelConfig,
+        NewRequest,
+        SchedulerOutput,
+        VllmConfig,
+    )
 
 log = logging.getLogger("steer")
 _NONE = np.zeros(0, np.int64)
@@ -52,19 +62,21 @@ class Steered:
     """
 
     if TYPE_CHECKING:
-        vllm_config: Any
-        model_runner: Any
+        vllm_config: VllmConfig
+        model_runner: GPUModelRunner
+        model_config: ModelConfig
         device: torch.device
-        get_model: Callable[[], torch.nn.Module]
 
-    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        def get_model(self) -> torch.nn.Module: ...
+
+    def __init__(self, vllm_config: VllmConfig, *args: object, **kwargs: object) -> None:
         found = settings.read(vllm_config.additional_config)
         if found is None:
             raise UnsupportedModel(
                 f"worker_cls {internals.WORKER} needs additional_config={{'{settings.KEY}': {{...}}}} ({{}} is enough)"
             )
         internals.check_version()
-        internals.check_config(vllm_config, readout=bool(found.readout))
+        internals.config.check_config(vllm_config, readout=bool(found.readout))
         self.steer_settings = found
         # vLLM hashes this into the key of its compile cache: no graph compiled without hooks, or with other code of
         # ours, is ever taken for this engine, and the name of a folder makes no difference.
@@ -76,14 +88,14 @@ class Steered:
         self._kept: Kept | None = None
         self._undo: Callable[[], None] | None = None
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]  # the platform's worker
-        internals.around_calls(self, self._call)
+        internals.worker.around_calls(self, self._call)
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
+    def load_model(self, *args: object, **kwargs: object) -> None:
         if self._kept is not None:
             raise UnsupportedModel("the model was to be loaded a second time: steering needs a new engine for that")
         super().load_model(*args, **kwargs)
         own = self.steer_settings
-        index = TokenIndex(own.rank, internals.max_tokens(self.vllm_config), self.device)
+        index = TokenIndex(own.rank, internals.config.max_tokens(self.vllm_config), self.device)
         self._installation = install.attach(self, own, index)
         self._index = index
         self._residents = Residents(self._installation.bank)
@@ -91,14 +103,16 @@ class Steered:
         self._lost_runs = LostRuns()
         self._passed: Step | None = None  # the pass that was enqueued last, until its outputs are asked for
         self._batch: tuple[list[str], NDArray[np.int32]] = [], np.zeros(0, np.int32)
-        self._from_before: Any = None  # what the rank before has handed on for the step that runs
+        self._from_before: IntermediateTensors | None = (
+            None  # what the rank before has handed on for the step that runs
+        )
         self._met_front_end = False
         reads = self._installation.reads
         self._reads = ReadRunner(reads, self._installation.reading) if reads is not None else None
         self._capture: Capture | None = None
         self._steered_tokens = 0
-        self._runner_kind = internals.watch_batches(self.model_runner, self._on_batch)
-        internals.between_ranks(self, self._enter_rank, self._leave_rank)
+        self._runner_kind = internals.worker.watch_batches(self.model_runner, self._on_batch)
+        internals.worker.between_ranks(self, self._enter_rank, self._leave_rank)
         self._kept = Kept(self.get_model())
         log.info(
             "steering attached: %s runner, layers %s, %.1f MiB of device memory",
@@ -107,7 +121,7 @@ class Steered:
             self._kept.nbytes / 2**20,
         )
 
-    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, method: Method, *args: object, **kwargs: object) -> object:
         """`method` as a call, where it is none inside of another or of a step."""
         if self._inside:
             return method(*args, **kwargs)
@@ -123,7 +137,7 @@ class Steered:
         """What runs until the next step is no request's."""
         self._index.fill(_NONE, _NONE)
 
-    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: object, **kwargs: object) -> object:
         if self._inside:  # a warm-up
             return super().execute_model(scheduler_output, *args, **kwargs)
         self._inside = "step"
@@ -132,12 +146,12 @@ class Steered:
         finally:
             self._inside = ""
 
-    def execute_dummy_batch(self, *args: Any, **kwargs: Any) -> Any:
+    def execute_dummy_batch(self, *args: object, **kwargs: object) -> object:
         """A pass with no request in it, so that other ranks can go on."""
         self._rest()
         return super().execute_dummy_batch(*args, **kwargs)
 
-    def _step(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def _step(self, scheduler_output: SchedulerOutput, *args: object, **kwargs: object) -> object:
         if not self._looked:
             self._look()
         # A request that was aborted and came again under its id stands in both lists of one step: ends come first.
@@ -152,7 +166,7 @@ class Steered:
             self._meet(new)
         watchers = [w for w in (self._capture, self._reads) if w is not None and w.busy]
         if watchers:
-            self._starts = internals.starts_of(scheduler_output)
+            self._starts = internals.worker.starts_of(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             self._rest()  # vLLM may still run a pass, for other ranks
         self._batch = [], np.zeros(0, np.int32)
@@ -163,23 +177,23 @@ class Steered:
             watcher.end_step()
         return out if out is None else self._told(out)
 
-    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+    def sample_tokens(self, *args: object, **kwargs: object) -> object:
         """What `execute_model` has not given yet."""
         return self._told(super().sample_tokens(*args, **kwargs))
 
-    def _told(self, out: Any) -> Any:
+    def _told(self, out: object) -> object:
         """vLLM's output of the step, which will tell of the requests that it has lost when it is read."""
         passed, self._passed = self._passed, None
-        return internals.on_output(out, lambda output: self._lost_runs.tell(output, passed))
+        return internals.worker.on_output(out, lambda output: self._lost_runs.tell(output, passed))
 
-    def _enter_rank(self, tensors: Any) -> None:
+    def _enter_rank(self, tensors: IntermediateTensors | None) -> None:
         self._from_before = tensors
 
     def _leave_rank(self, tensors: dict[str, torch.Tensor]) -> None:
         """What the ranks so far have lost goes with the stream to the next, whose last gives the outputs."""
-        tensors.pop(internals.LOST, None)  # they may be those of the step before, as a captured graph has them
+        tensors.pop(internals.worker.LOST, None)  # they may be those of the step before, as a captured graph has them
         if self._index.active:
-            tensors[internals.LOST] = self._index.lost[: self._index.used].to(torch.uint8)
+            tensors[internals.worker.LOST] = self._index.lost[: self._index.used].to(torch.uint8)
 
     def _look(self) -> None:
         """Once after calls: all tensors are where graphs read them, and hold what they must. Waits for the device.
@@ -198,7 +212,7 @@ class Steered:
             log.warning("steering was put back after the model had been changed: %s", ", ".join(lost))
         self._looked = True
 
-    def _meet(self, new: Any) -> None:
+    def _meet(self, new: NewRequest) -> None:
         """A request's first step here, or its return from preemption (V2 sends it as a new one)."""
         if not self._met_front_end:
             raise UnsupportedModel(
@@ -208,9 +222,9 @@ class Steered:
         self._residents.end(new.req_id)
         if self._capture is not None:
             self._capture.meet(new.req_id, new.sampling_params)
-        if self._reads is not None and (read := wire.Read.of(new.sampling_params)):
-            rows = self._residents.rows_of(new.req_id, read.digests)
-            self._reads.meet(new.req_id, RequestRead(rows, read.layers), internals.new_prompt_length(new))
+        if self._reads is not None and (digests := wire.read_by(new.sampling_params)):
+            rows = self._residents.rows_of(new.req_id, digests)
+            self._reads.meet(new.req_id, rows, internals.worker.new_prompt_length(new))
         text = wire.of(new.sampling_params)
         if text is None:
             return
@@ -220,7 +234,8 @@ class Steered:
         else:
             prompt = new.prompt_token_ids or ()
             self._lost_runs.meet(
-                new.req_id, Run(internals.adapter_of(new) + text, prompt, internals.new_prompt_length(new))
+                new.req_id,
+                Run(internals.worker.adapter_of(new) + text, prompt, internals.worker.new_prompt_length(new)),
             )
         self._running[new.req_id] = self._index.enter(steer)
 
@@ -235,7 +250,7 @@ class Steered:
         self._steered_tokens += steered
         self._batch = (list(requests), lengths.copy()) if steered else ([], lengths)
         before, self._from_before = self._from_before, None
-        lost = None if before is None else before.tensors.pop(internals.LOST, None)
+        lost = None if before is None else before.tensors.pop(internals.worker.LOST, None)
         if steered and lost is not None:
             self._index.lost[: self._index.used].copy_(lost)
         for watcher in (self._capture, self._reads):
@@ -244,7 +259,7 @@ class Steered:
 
     # -- called by `collective_rpc`; failures are answers, so that one worker's cannot end the engine -----------------
 
-    def steer_hello(self) -> dict[str, Any]:
+    def steer_hello(self) -> dict[str, object]:
         """The front end is there; what this worker has."""
         self._met_front_end = True
         own = self.steer_settings
@@ -266,14 +281,14 @@ class Steered:
         self._residents.retire(digest)
 
     def steer_streams(self) -> list[tuple[str, int, bytes]]:
-        """(site, layer, vector) of each place: `Installation.streams`, float32."""
-        return [(place.site, place.layer, x.numpy().tobytes()) for place, x in self._installation.streams.items()]
+        """(site, layer, vector) of each hook point: `Installation.streams`, float32."""
+        return [(point.site, point.layer, x.numpy().tobytes()) for point, x in self._installation.streams.items()]
 
     def steer_eager(self, on: bool) -> dict[str, str]:
         """Until it is called with False the model's own Python runs, in place of compiled and captured graphs."""
         try:
             if on and self._undo is None:
-                self._undo = internals.run_eager(self)
+                self._undo = internals.worker.run_eager(self)
             elif not on and self._undo is not None:
                 self._undo()
                 self._undo = None
@@ -291,7 +306,7 @@ class Steered:
         self._capture = Capture(blocks, self._installation.form, shape, self.device)
         return {}
 
-    def steer_captured(self) -> dict[str, Any] | None:
+    def steer_captured(self) -> dict[str, object] | None:
         """What was read since `steer_capture`, which ends: (layer, picked, own) with float64 bytes, and the tokens seen
         of each prompt."""
         if (capture := self._capture) is None:
@@ -316,10 +331,10 @@ class Steered:
         }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """`Worker` is made when it is asked for, in the process and on the platform where it will run."""
     if name != "Worker":
         raise AttributeError(name)
-    made = type("Worker", (Steered, internals.platform_worker()), {"__module__": __name__})
+    made = type("Worker", (Steered, internals.worker.platform_worker()), {"__module__": __name__})
     globals()["Worker"] = made
     return made

@@ -6,6 +6,8 @@ import json
 from random import Random
 from typing import Any
 
+from starlette.datastructures import Headers
+
 from steer import readout, spec
 from steer.serve import carriers
 from steer.serve.body import parse_body
@@ -59,7 +61,7 @@ def make_carriers(rng: Random) -> tuple[bytes, list[tuple[bytes, bytes]]]:
 def feed_carriers(source: tuple[bytes, list[tuple[bytes, bytes]]]) -> None:
     data, headers = source
     body = parse_body(data)
-    carried = carriers.read(body, headers, ["tiny", "tiny+more"])
+    carried = carriers.read(body, Headers(raw=headers), ["tiny", "tiny+more"])
     readout.parse(body.get(readout.FIELD))
     for wanted in carried.found.values():
         assert spec.parse(spec.text(wanted)) == wanted

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -28,7 +27,7 @@ from steer.hf.engine import Engine, SequentialEngine
 from steer.hf.sampling import Sampling, Token
 from steer.hf.steering import Steering
 from steer.names import MODES, Mode
-from steer.runtime.readout import RequestRead
+from steer.readout import Line, Readout
 from steer.runtime.token_index import RequestSteer, TokenIndex
 from steer.spec import Entry, Spec
 from tests import models
@@ -301,7 +300,7 @@ def test_a_loss_in_an_early_part_of_a_long_prompt_fails_its_request(monkeypatch:
 
 @pytest.mark.parametrize("step", ["fill", "collect"])
 def test_a_read_out_that_fails_fails_its_request_alone(llama: Rig, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = RequestRead(np.array([1]), (0, 1))
+    read = Readout((Line("a", "a", 0),), (0, 1))
     expected = asyncio.run(llama.tokens([5, 6, 7], None))
 
     async def reading() -> Exception | None:

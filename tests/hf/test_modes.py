@@ -10,7 +10,7 @@ import torch
 import steer
 from steer.runtime import token_index
 from tests import models
-from tests.runtime.lanes import Prompt
+from tests.runtime.copy_queues import Prompt
 
 IDS = torch.randint(3, models.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(7))
 OPTIONS = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -20,7 +20,7 @@ OPTIONS = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_i
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the second one the index is written by copies, as on a GPU."""
     if request.param != "cpu":
-        monkeypatch.setattr(token_index, "lane_to", lambda _device: Prompt())
+        monkeypatch.setattr(token_index, "copy_queue_to", lambda _device: Prompt())
 
 
 @pytest.mark.usefixtures("device")

@@ -16,7 +16,7 @@ from steer.hf.batching import BatchingEngine, start_engine
 from steer.hf.engine import Engine, SequentialEngine
 from steer.hf.sampling import Sampling, Token
 from steer.hf.steering import Anatomy, Steering
-from steer.runtime.readout import RequestRead
+from steer.readout import Line, Readout
 from steer.spec import Entry, Spec
 from tests import models
 from tests.oracle import ablated
@@ -33,10 +33,11 @@ class Rig:
     model: Any
     directions: dict[str, Direction]
 
-    def read(self, names: list[str], layers: tuple[int, ...]) -> RequestRead:
-        return RequestRead(self.engine.steering.bank.rows_of(names), layers)
+    def read(self, names: list[str], layers: tuple[int, ...]) -> Readout:
+        lines = (Line(name, name, row) for name in names for row in range(self.directions[name].rank))
+        return Readout(tuple(lines), layers)
 
-    async def tokens(self, prompt: list[int], spec: Spec, read: RequestRead | None) -> list[Token]:
+    async def tokens(self, prompt: list[int], spec: Spec, read: Readout | None) -> list[Token]:
         steer = self.engine.steering.bank.steer(spec)
         return [token async for token in self.engine.generate(prompt, GREEDY, steer, read)]
 

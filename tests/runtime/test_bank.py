@@ -17,7 +17,7 @@ from steer.errors import NoRoom
 from steer.names import MODES, Mode, Site
 from steer.runtime.bank import EMBEDDING, BankSlice, DirectionBank, HookPoint, apply
 from steer.runtime.op import GATE, amount, coefficients, embedding_coefficients
-from steer.runtime.token_index import TokenIndex
+from steer.runtime.token_index import TokenIndex, slot, slots_of
 from steer.spec import Entry, Spec
 from tests import models
 
@@ -29,12 +29,12 @@ DIRECTIONS = {
     name: models.direction(MODEL, k=k, seed=seed, embedding=name in "abc")
     for seed, (name, k) in enumerate(RANKS.items())
 }
-PLACES = [HookPoint("resid_post", layer) for layer in (EMBEDDING, *range(models.LAYERS))]
+POINTS = [HookPoint("resid_post", layer) for layer in (EMBEDDING, *range(models.LAYERS))]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def bank(rows: int = 6, rank: int = 4, places: Sequence[HookPoint] = PLACES) -> DirectionBank:
-    return DirectionBank(places, rows=rows, rank=rank, d_model=models.D_MODEL)
+def bank(rows: int = 6, rank: int = 4, points: Sequence[HookPoint] = POINTS) -> DirectionBank:
+    return DirectionBank(points, rows=rows, rank=rank, d_model=models.D_MODEL)
 
 
 def spec(*entries: tuple[str, Mode, float]) -> Spec:
@@ -48,14 +48,14 @@ def rows_of(t: DirectionBank, name: str) -> list[int]:
 
 
 def check_rows(t: DirectionBank, name: str) -> None:
-    """The rows of `name` hold its vectors and the coefficients of every mode at every place."""
+    """The rows of `name` hold its vectors and the coefficients of every mode at every hook point."""
     direction = DIRECTIONS[name]
     for k, row in enumerate(rows_of(t, name)):
-        for place, bank_slice in t.slices.items():
-            slots = bank_slice.coefficients[row * len(MODES) : (row + 1) * len(MODES)]
-            if place.layer != EMBEDDING:
-                assert torch.equal(bank_slice.vectors[row], direction.directions[place.layer, k])
-                assert torch.equal(slots, torch.stack([coefficients(direction, m)[place.layer, k] for m in MODES]))
+        for point, bank_slice in t.slices.items():
+            slots = bank_slice.coefficients[slots_of(row)]
+            if point.layer != EMBEDDING:
+                assert torch.equal(bank_slice.vectors[row], direction.directions[point.layer, k])
+                assert torch.equal(slots, torch.stack([coefficients(direction, m)[point.layer, k] for m in MODES]))
             elif direction.embedding is not None:
                 assert torch.equal(bank_slice.vectors[row], direction.embedding[k])
                 assert torch.equal(slots, torch.stack([embedding_coefficients(direction, m)[k] for m in MODES]))
@@ -100,7 +100,7 @@ def test_any_sequence_of_loads_and_unloads_keeps_the_books(steps: list[tuple[boo
         for row in set(range(t.rows + 1)) - set(taken):
             for bank_slice in t.slices.values():
                 assert not bank_slice.vectors[row].any()
-                slots = bank_slice.coefficients[row * len(MODES) : (row + 1) * len(MODES)]
+                slots = bank_slice.coefficients[slots_of(row)]
                 assert bool((slots[:, GATE] == -torch.inf).all())
                 assert not slots[:, [i for i in range(4) if i != GATE]].any()
     assert addresses(t) == where, "everything is written in place"
@@ -129,11 +129,11 @@ def test_loading_twice_is_loading_once() -> None:
 @pytest.mark.parametrize("sites", [("resid_post",), ("writers",), ("resid_post", "writers")])
 def test_a_direction_acts_at_its_own_sites_only(sites: tuple[Site, ...]) -> None:
     both: list[Site] = ["resid_post", "writers"]
-    t = bank(places=[HookPoint(site, layer) for site in both for layer in (EMBEDDING, 0, 1, 2)])
+    t = bank(points=[HookPoint(site, layer) for site in both for layer in (EMBEDDING, 0, 1, 2)])
     assert t.sites == {"resid_post", "writers"}
     t.load("a", models.direction(MODEL, embedding=True, sites=sites))
-    for place, bank_slice in t.slices.items():
-        assert bool(bank_slice.vectors.any()) == (place.site in sites)
+    for point, bank_slice in t.slices.items():
+        assert bool(bank_slice.vectors.any()) == (point.site in sites)
 
 
 def test_a_plain_request_has_no_entry() -> None:
@@ -149,7 +149,7 @@ def test_a_request_gets_the_slots_of_its_directions_in_order(x: Mode, y: Mode, s
     steer = t.steer(spec(("a", x, s), ("b", y, u)))
     assert steer is not None
     expected = [(row, x) for row in rows_of(t, "a")] + [(row, y) for row in rows_of(t, "b")]
-    assert steer.slots.tolist() == [row * len(MODES) + MODES.index(mode) for row, mode in expected] + [0]
+    assert steer.slots.tolist() == [slot(row, mode) for row, mode in expected] + [0]
     assert steer.strengths.tolist() == np.array([s, u, u, 0], np.float32).tolist()
 
 
@@ -208,10 +208,10 @@ def test_a_mixed_batch_is_each_token_by_the_formula(
                 assert torch.equal(made[i], x[i])
 
 
-def applied(t: DirectionBank, wish: Spec, x: Tensor, place: HookPoint = PLACES[1]) -> Tensor:
+def applied(t: DirectionBank, wish: Spec, x: Tensor, point: HookPoint = POINTS[1]) -> Tensor:
     index = TokenIndex(t.rank, len(x), "cpu")
     index.fill_with([t.steer(wish)], [len(x)])
-    return apply(x, t.slices[place], *index.first(len(x)))[0]
+    return apply(x, t.slices[point], *index.first(len(x)))[0]
 
 
 def test_both_components_go_in_either_order_and_the_order_means_nothing() -> None:
@@ -234,7 +234,7 @@ def test_a_version_that_takes_the_rows_of_another_is_combined_anew() -> None:
         for seed, name in enumerate(names):
             direction = DIRECTIONS[name] if name in DIRECTIONS else models.direction(MODEL, seed=90 + seed)
             t.load(name, direction)
-        rows = torch.stack([t.slices[PLACES[1]].vectors[row] for row in (1, 2)])
+        rows = torch.stack([t.slices[POINTS[1]].vectors[row] for row in (1, 2)])
         y = applied(t, spec(*[(name, "ablate", 1.0) for name in names]), x)
         assert float((y @ rows.T).abs().max()) < 1e-5
         for name in names:
@@ -247,9 +247,9 @@ def test_where_an_entry_does_nothing_it_holds_nothing(other: Mode) -> None:
     t, x = bank(), torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
     for name in ("a", "b"):
         t.load(name, DIRECTIONS[name])
-    place = HookPoint("resid_post", EMBEDDING)
-    beside = applied(t, spec(("a", "ablate", 1.0), ("b", other, 1.0)), x, place)
-    assert torch.equal(beside, applied(t, spec(("a", "ablate", 1.0)), x, place))
+    point = HookPoint("resid_post", EMBEDDING)
+    beside = applied(t, spec(("a", "ablate", 1.0), ("b", other, 1.0)), x, point)
+    assert torch.equal(beside, applied(t, spec(("a", "ablate", 1.0)), x, point))
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -266,10 +266,10 @@ def test_one_entry_is_the_formula_of_one_to_the_bit(mode: Mode, rank: int) -> No
 
 def test_bytes_are_those_of_the_tensors() -> None:
     t, single = bank(rows=6, rank=4), bank(rows=6, rank=1)
-    places, slots = len(PLACES), 7 * len(MODES)
-    assert single.nbytes == places * 4 * (7 * models.D_MODEL + slots * 4)
+    points, slots = len(POINTS), 7 * len(MODES)
+    assert single.nbytes == points * 4 * (7 * models.D_MODEL + slots * 4)
     assert t.combinations is not None
-    assert t.nbytes - single.nbytes == t.combinations.nbytes == places * 4 * (t.combinations.capacity + 1) * 4 * 4
+    assert t.nbytes - single.nbytes == t.combinations.nbytes == points * 4 * (t.combinations.capacity + 1) * 4 * 4
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])
@@ -297,7 +297,7 @@ def plain_beside_steered(x: Tensor) -> Tensor:
     t.load("c", DIRECTIONS["c"])
     index.fill_with([None, t.steer(spec(("c", "add", 1.0)))], [len(x), 1])
     together = torch.cat([x, torch.ones(1, models.D_MODEL, dtype=x.dtype)])
-    y, _ = apply(together, t.slices[PLACES[1]], *index.first(len(together)))
+    y, _ = apply(together, t.slices[POINTS[1]], *index.first(len(together)))
     assert y.dtype == x.dtype
     assert not torch.equal(y[-1], together[-1])
     return y[:-1]

@@ -14,26 +14,26 @@ from steer.runtime.combine import ALONE, Combination, Combinations
 from steer.runtime.token_index import PLAIN, RequestSteer, TokenIndex
 
 law = settings(deadline=None, max_examples=60)
-PLACES, RANK = 2, 2
+POINTS, RANK = 2, 2
 STEPS = st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=20)
 
 
 def made(capacity: int | None) -> tuple[list[BankSlice], Combinations]:
-    slices = [BankSlice.empty(2, 4, "cpu") for _ in range(PLACES)]
+    slices = [BankSlice.empty(2, 4, "cpu") for _ in range(POINTS)]
     return slices, Combinations(slices, RANK, "cpu", capacity)
 
 
 def matrices(number: int) -> Tensor:
-    return torch.arange(PLACES * RANK * RANK).view(PLACES, RANK, RANK) + 100.0 * number
+    return torch.arange(POINTS * RANK * RANK).view(POINTS, RANK, RANK) + 100.0 * number
 
 
 def check(slices: list[BankSlice], index: TokenIndex, batch: list[int | None]) -> None:
     """Each token of the step reads the matrices of its own request, and padding the identity."""
     assert index.combinations is not None
     for at, which in enumerate([*batch, *[None] * (index.max_tokens - len(batch))]):
-        for place, bank_slice in enumerate(slices):
+        for point, bank_slice in enumerate(slices):
             assert bank_slice.joint is not None
-            expected = torch.eye(RANK) if which is None else matrices(which)[place]
+            expected = torch.eye(RANK) if which is None else matrices(which)[point]
             assert torch.equal(bank_slice.joint[index.combinations[at]], expected)
 
 
@@ -76,7 +76,7 @@ def test_a_steady_batch_writes_nothing_and_looks_nothing_up(monkeypatch: pytest.
     def refuse(*_: object) -> int:
         raise AssertionError("a slot is looked up again")
 
-    monkeypatch.setattr(home, "_place", refuse)
+    monkeypatch.setattr(home, "_assign", refuse)
     for _ in range(3):
         index.fill(numbers, np.ones(3, np.int64))
     check(slices, index, [0, 1, 2])

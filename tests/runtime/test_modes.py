@@ -10,7 +10,8 @@ from torch import Tensor
 
 from steer.direction import Direction
 from steer.errors import SpecError
-from steer.names import MODE_SUMMARIES, MODES, Mode
+from steer.names import MODE_SUMMARIES, MODES, SITE_RULES, SITES, Mode, Site
+from steer.runtime.bank import EMBEDDING, HookPoint
 from steer.runtime.op import GAMMA, GATE, TARGET, WEIGHT, check_mode, coefficients, displacement, embedding_coefficients
 from tests import models
 
@@ -45,6 +46,20 @@ def test_coefficients_have_a_row_for_each_layer_and_row(mode: Mode, k: int) -> N
 
 def test_each_mode_says_what_it_does() -> None:
     assert set(MODE_SUMMARIES) == set(MODES)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_each_site_says_what_can_be_done_there(site: Site) -> None:
+    assert set(SITE_RULES) == set(SITES)
+    assert "ablate" in SITE_RULES[site].modes
+    after, before = HookPoint(site, 0), HookPoint(site, EMBEDDING)
+    assert (after.modes, after.readable) == (SITE_RULES[site].modes, SITE_RULES[site].readable)
+    assert (before.modes, before.readable) == (("ablate",), False)
+
+
+def test_the_modes_before_block_0_are_those_that_have_a_weight_there() -> None:
+    acting = {mode for mode in MODES if embedding_coefficients(made(), mode)[..., WEIGHT].any()}
+    assert acting == set(HookPoint("resid_post", EMBEDDING).modes)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -151,7 +166,7 @@ def test_at_the_writers_only_ablate_has_a_meaning(sites: tuple[str, ...]) -> Non
     check_mode(direction, "ablate", "refusal")
     for mode in MODES:
         if mode != "ablate":
-            with pytest.raises(SpecError, match=f"'refusal' .*'writers'.*'ablate'.*not '{mode}'") as caught:
+            with pytest.raises(SpecError, match=f"'refusal': .*'writers'.*'ablate'.*not '{mode}'") as caught:
                 check_mode(direction, mode, "refusal")
             assert caught.value.param == "steer.mode"
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from steer.errors import DirectionError, NoRoom, SpecError
+from steer.names import Site
 from steer.runtime.bank import BankSlice, DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.spec import Entry
@@ -19,7 +20,7 @@ DIRECTION = models.direction(models.tiny("llama"), k=2, sites=("writers",))
 
 
 def shape(
-    architecture: str = "LlamaForCausalLM", layers: int = 3, d_model: int = 64, site: str = "writers", rank: int = 2
+    architecture: str = "LlamaForCausalLM", layers: int = 3, d_model: int = 64, site: Site = "writers", rank: int = 2
 ) -> Shape:
     return Shape(architecture, layers, d_model, frozenset({site}), rank)
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from steer.runtime.readout import ReadIndex, RequestRead, components
+from steer.readout import Line, Readout
+from steer.runtime.readout import ReadIndex, components
 
 ROWS, WIDTH, LAYERS, RANK = 6, 8, 3, 4
+
+
+def rows_of(digests: Sequence[str]) -> NDArray[np.int64]:
+    """Here a digest is the number of its bank row."""
+    return np.array([int(digest) for digest in digests], np.int64)
+
+
+def readout(rows: Sequence[int], layers: Sequence[int]) -> Readout:
+    return Readout(tuple(Line(f"d{row}", str(row), 0) for row in rows), tuple(layers))
 
 
 def test_a_component_is_the_inner_product() -> None:
@@ -24,15 +37,15 @@ def test_a_component_is_the_inner_product() -> None:
 @given(st.data())
 def test_each_reader_gets_its_own_last_token_rows_and_layers(data: st.DataObject) -> None:
     """Batches of any make-up, one after the other in the same buffers."""
-    index = ReadIndex(LAYERS, RANK, "cpu")
+    index = ReadIndex(LAYERS, RANK, "cpu", rows_of)
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(LAYERS, ROWS, WIDTH, generator=generator)
-    rows = st.lists(st.integers(1, ROWS - 1), min_size=1, max_size=RANK)
+    rows = st.lists(st.integers(1, ROWS - 1), min_size=1, max_size=RANK, unique=True)
     layers = st.sets(st.integers(0, LAYERS - 1), min_size=1)
     one = st.tuples(st.integers(1, 5), st.none() | st.tuples(rows, layers))
     for batch in data.draw(st.lists(st.lists(one, min_size=1, max_size=6), min_size=1, max_size=4)):
         lengths = [length for length, _ in batch]
-        reads = [r and RequestRead(np.array(r[0], np.int64), tuple(sorted(r[1]))) for _, r in batch]
+        reads = [r and readout(r[0], sorted(r[1])) for _, r in batch]
         index.fill(reads, lengths)
         x, y = torch.randn(2, LAYERS, sum(lengths), WIDTH, generator=generator)
         assert index.layers == {layer for read in reads if read for layer in read.layers}
@@ -44,12 +57,29 @@ def test_each_reader_gets_its_own_last_token_rows_and_layers(data: st.DataObject
                 continue
             reading = next(found)
             for at, layer in enumerate(read.layers):
-                lines = vectors[layer, read.rows]
+                lines = vectors[layer, rows_of(read.digests)]
                 np.testing.assert_allclose(reading.before[at], lines @ x[layer, end], atol=1e-5)
                 np.testing.assert_allclose(reading.after[at], lines @ y[layer, end], atol=1e-5)
                 assert reading.norms[at] == pytest.approx(float(x[layer, end].norm()), rel=1e-5)
         assert next(found, None) is None
         assert not index.layers, "once collected, nothing is read any more"
+
+
+def test_a_later_request_is_read_at_the_rows_that_its_version_has_then() -> None:
+    """A version that was unloaded and came back has other rows, and its read-out is equal to the one before."""
+    row = 1
+    index = ReadIndex(1, RANK, "cpu", lambda digests: np.array([row]))
+    x, vectors = torch.ones(1, WIDTH), torch.arange(1.0, 4.0)[:, None].expand(3, WIDTH)
+    before = readout([0], [0])
+
+    def found(read: Readout) -> float:
+        index.fill([read], [1])
+        index.record(0, x, x, vectors)
+        return float(index.collect()[0].before[0, 0])
+
+    assert [found(before), found(before)] == [2 * WIDTH] * 2
+    row = 2
+    assert found(readout([0], [0])) == 3 * WIDTH
 
 
 def test_a_low_precision_stream_is_read_in_float32() -> None:

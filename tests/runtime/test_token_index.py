@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.names import MODES
+from steer.readout import Line, Readout
 from steer.runtime.bank import DirectionBank, HookPoint, apply, gather, operate
 from steer.runtime.combine import Combination
-from steer.runtime.readout import ReadIndex, RequestRead
-from steer.runtime.token_index import PLAIN, STAGES, RequestSteer, TokenIndex
-from tests.runtime.lanes import Late
+from steer.runtime.readout import ReadIndex
+from steer.runtime.token_index import PLAIN, STAGES, RequestSteer, TokenIndex, slot
+from tests.runtime.copy_queues import Late
 
 law = settings(deadline=None, max_examples=60)
 RANK, MAX_TOKENS = 2, 24
@@ -97,7 +98,7 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 2))):
         steer = RequestSteer.plain(rank)
         for j in range(data.draw(st.integers(0, rank))):
-            steer.slots[j] = data.draw(st.integers(1, 4)) * len(MODES)
+            steer.slots[j] = slot(data.draw(st.integers(1, 4)), "ablate")
             steer.strengths[j] = data.draw(st.sampled_from([0.0, 0.5, -1.0]))
         steers.append(steer)
     asked = [data.draw(st.sampled_from([*steers, None])) for _ in range(data.draw(st.integers(1, 4)))]
@@ -128,13 +129,13 @@ def contents(index: TokenIndex) -> list[torch.Tensor]:
 def test_a_device_that_copies_late_is_given_what_a_cpu_is(rank: int, ahead: int, data: st.DataObject) -> None:
     """Bit for bit, with `ahead` steps in flight: more than there are stages, with entries that come and go and are more
     than there was room for, with batches that shrink, and with plain ones, which send nothing."""
-    lane, tokens = Late(), 64
-    direct, staged = TokenIndex(rank, tokens, "cpu"), TokenIndex(rank, tokens, "cpu", lane=lane)
+    queue, tokens = Late(), 64
+    direct, staged = TokenIndex(rank, tokens, "cpu"), TokenIndex(rank, tokens, "cpu", queue=queue)
     generator = np.random.default_rng(data.draw(st.integers(0, 99)))
     running: list[int] = []
     enqueued: list[list[torch.Tensor]] = []
     seen: list[list[torch.Tensor]] = []
-    lane.seeing = lambda: seen.append(contents(staged))
+    queue.seeing = lambda: seen.append(contents(staged))
     for grown in data.draw(st.lists(st.integers(0, 12), min_size=2, max_size=12)):
         for _ in range(grown):
             slots = generator.integers(0, 40, rank)
@@ -148,47 +149,47 @@ def test_a_device_that_copies_late_is_given_what_a_cpu_is(rank: int, ahead: int,
             staged.leave(gone)
         batch = generator.choice([PLAIN, *running], size=int(generator.integers(0, 9)))
         lengths = generator.integers(1, 8, len(batch))
-        sent = lane.marks
+        sent = queue.events
         assert direct.fill(batch, lengths) == staged.fill(batch, lengths)
         assert direct.active == staged.active
         total = int(lengths.sum()) if direct.active else 0
         assert not any(tensor[..., total:].any() for tensor in contents(direct)), "the padding is plain"
-        if lane.marks > sent:
+        if queue.events > sent:
             enqueued.append(contents(direct))
         while len(enqueued) - len(seen) > ahead:
-            lane.run()
-    while lane.waiting:
-        lane.run()
+            queue.run()
+    while queue.waiting:
+        queue.run()
     assert len(seen) == len(enqueued)
     for these, those in zip(seen, enqueued, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(these, those, strict=True))
 
 
 def test_a_stage_is_not_written_before_its_copy_is_done() -> None:
-    lane = Late()
-    index = TokenIndex(1, 8, "cpu", lane=lane)
+    queue = Late()
+    index = TokenIndex(1, 8, "cpu", queue=queue)
     number = index.enter(RequestSteer(np.array([4]), np.array([1.0], np.float32)))
     for step in range(2 * STAGES):
         index.fill(np.array([number]), np.array([1 + step % 2]))
-        assert lane.waits == max(0, step + 1 - STAGES), "and nobody waits for one that is free"
+        assert queue.waits == max(0, step + 1 - STAGES), "and nobody waits for one that is free"
 
 
 def test_a_step_like_the_last_one_copies_nothing() -> None:
     """Steady decode, until a request comes or goes, the batch is another, or the buffers were lost."""
-    lane = Late()
-    index = TokenIndex(2, 16, "cpu", lane=lane)
+    queue = Late()
+    index = TokenIndex(2, 16, "cpu", queue=queue)
 
     def entered(slot: int) -> int:
         return index.enter(RequestSteer(np.array([slot, 0]), np.array([0.5, 0], np.float32)))
 
     def sends(numbers: list[int], lengths: list[int]) -> bool:
-        marks = lane.marks
+        events = queue.events
         steered = index.fill(np.array(numbers), np.array(lengths))
         assert steered == sum(length for number, length in zip(numbers, lengths, strict=True) if number != PLAIN)
         assert not index.lost.any(), "what the last pass has lost is its own"
-        sent = lane.marks > marks
-        while lane.waiting:
-            lane.run()
+        sent = queue.events > events
+        while queue.waiting:
+            queue.run()
         expected = [slot for number, n in zip(numbers, lengths, strict=True) for slot in [slots.get(number, 0)] * n]
         assert index.slots[0].tolist() == expected + [0] * (16 - len(expected))
         index.lost.fill_(True)
@@ -211,13 +212,13 @@ def test_a_step_like_the_last_one_copies_nothing() -> None:
     assert not sends([first, again, PLAIN], [3, 2, 1])
 
 
-@pytest.mark.parametrize("lane", [None, Late()])
+@pytest.mark.parametrize("queue", [None, Late()])
 @pytest.mark.parametrize("made_inside", [True, False])
-def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, lane: Late | None) -> None:
+def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, queue: Late | None) -> None:
     """An index or a bank of a notebook is made and filled in whatever mode its user is in."""
     with torch.inference_mode(made_inside):
-        index = TokenIndex(2, 8, "cpu", lane=lane)
-        reads = ReadIndex(1, 2, "cpu")
+        index = TokenIndex(2, 8, "cpu", queue=queue)
+        reads = ReadIndex(1, 2, "cpu", lambda _: np.array([1]))
         bank = DirectionBank([HookPoint("resid_post", 0)], rows=4, rank=2, d_model=8)
     bank_slice = bank.slices[HookPoint("resid_post", 0)]
     for inside in (not made_inside, made_inside):
@@ -226,10 +227,10 @@ def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, lane: 
             assert home is not None
             both = Combination(torch.full((1, 2, 2), 0.25), home)
             index.fill_with([None, RequestSteer(np.array([4, 8]), np.ones(2, np.float32), both)], [1, 2])
-            if lane is not None:
-                lane.run()
-            reads.fill([RequestRead(np.array([1]), (0,))] * 3, [1] * 3)
-            bank_slice.write(1, torch.ones(8), [torch.zeros(4)] * len(MODES))
+            if queue is not None:
+                queue.run()
+            reads.fill([Readout((Line("d", "d", 0),), (0,))] * 3, [1] * 3)
+            bank_slice.write(1, torch.ones(8), dict.fromkeys(MODES, torch.zeros(4)))
         for tensor in (
             *contents(index),
             bank_slice.vectors,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.datastructures import Headers
 
 from steer.direction import Direction
 from steer.errors import SpecError, UnknownDirection
@@ -16,11 +17,12 @@ from steer.names import MODES
 from steer.registry import Registry
 from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
+from steer.serve import carriers
 from steer.serve.authorise import admit
 from steer.serve.body import parse_body
-from steer.serve.carriers import Carried, read, split_alias
+from steer.serve.carriers import Carried, split_alias
 from steer.serve.errors import HTTPProblem
-from steer.spec import Entry, Wanted, parse, text
+from steer.spec import Entry, RequestedDirection, parse, text
 from tests import models
 
 law = settings(deadline=None, max_examples=60)
@@ -48,6 +50,12 @@ def registry_of(**names: bytes) -> Registry:
 
 
 REGISTRY = registry_of(refusal=FILES[0], other=FILES[1])
+
+
+def read(
+    body: dict[str, Any], headers: Sequence[tuple[bytes, bytes]], served: Sequence[str], query: bytes = b""
+) -> Carried:
+    return carriers.read(body, Headers(raw=list(headers)), served, query)
 
 
 def header(*values: str) -> list[tuple[bytes, bytes]]:
@@ -82,7 +90,7 @@ CARRIERS: dict[str, Callable[[str], tuple[dict[str, Any], list[tuple[bytes, byte
 }
 WISHES = st.lists(
     st.builds(
-        Wanted,
+        RequestedDirection,
         st.sampled_from(["refusal", "other"]),
         st.none() | st.sampled_from(MODES),
         st.none() | st.floats(-10, 10).filter(lambda s: "e+" not in repr(s)),

@@ -19,8 +19,8 @@ from tests.servers import ROOT
 
 def test_no_scrape_misses_what_is_served(tmp_path: Path) -> None:
     model = models.tiny("llama")
-    places = [HookPoint("resid_post", layer) for layer in range(models.LAYERS)]
-    bank = DirectionBank(places, rows=4, rank=1, d_model=models.D_MODEL)
+    points = [HookPoint("resid_post", layer) for layer in range(models.LAYERS)]
+    bank = DirectionBank(points, rows=4, rank=1, d_model=models.D_MODEL)
     shape = Shape(type(model).__name__, models.LAYERS, models.D_MODEL, bank.sites, 1)
     registry = Registry(LocalPlacement(shape, bank))
     first, second = (registry.put(f"d{i}", models.direction(model, seed=i).to_bytes()) for i in range(2))

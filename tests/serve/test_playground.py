@@ -18,7 +18,7 @@ import torch
 
 from steer.direction import Direction, digest
 from steer.serve import keys
-from steer.serve.playground import PATHS
+from steer.serve.html import PATHS
 from tests import models
 from tests.browser import MISSING, browser
 from tests.servers import ROOT, Server

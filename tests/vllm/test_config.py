@@ -63,25 +63,25 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_it_is_refused(name: str) -> None:
     parts, sentence = REFUSED[name]
     with pytest.raises(UnsupportedModel, match=re.escape(sentence)):
-        internals.check_config(config(**parts), readout=False)
+        internals.config.check_config(config(**parts), readout=False)
 
 
 def test_an_ordinary_one_is_not() -> None:
-    internals.check_config(config(), readout=True)
+    internals.config.check_config(config(), readout=True)
     for backend in ("uni", "mp", "ray", "external_launcher", None):
-        internals.check_config(config(**parallel(distributed_executor_backend=backend)), readout=False)
+        internals.config.check_config(config(**parallel(distributed_executor_backend=backend)), readout=False)
 
 
 def test_all_reasons_are_told_together() -> None:
     parts = parallel(enable_elastic_ep=True, enable_fault_tolerance=True, _api_process_count=4)
     with pytest.raises(UnsupportedModel, match=r"elastic.*; .*fault.*; .*api-server-count"):
-        internals.check_config(config(**parts), readout=False)
+        internals.config.check_config(config(**parts), readout=False)
 
 
 def test_variables_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
     offloading = config(offload_config=SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=4)))
     ray = config(**parallel(distributed_executor_backend="ray"))
-    internals.check_config(offloading, readout=False)
+    internals.config.check_config(offloading, readout=False)
     for variable, value, given in (
         ("VLLM_USE_RUST_FRONTEND", "1", config()),
         ("VLLM_WEIGHT_OFFLOADING_DISABLE_UVA", "1", offloading),
@@ -90,7 +90,7 @@ def test_variables_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)
             with pytest.raises(UnsupportedModel, match=f"{variable}"):
-                internals.check_config(given, readout=False)
+                internals.config.check_config(given, readout=False)
 
 
 # -- blocks from elsewhere -------------------------------------------------------------------------------------------
@@ -114,31 +114,33 @@ def test_every_connector_of_this_vllm_is_decided_on() -> None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     for name in KVConnectorFactory._registry:
-        if name in (*internals.HASHED_CONNECTORS, "MultiConnector"):
-            internals.check_config(transfer(name), readout=False)
+        if name in (*internals.config.HASHED_CONNECTORS, "MultiConnector"):
+            internals.config.check_config(transfer(name), readout=False)
             continue
         with pytest.raises(UnsupportedModel, match=f"the KV connector {name}"):
-            internals.check_config(transfer(name), readout=False)
-    assert set(internals.HASHED_CONNECTORS) | set(internals.DISAGGREGATED) <= set(KVConnectorFactory._registry)
+            internals.config.check_config(transfer(name), readout=False)
+    assert set(internals.config.HASHED_CONNECTORS) | set(internals.config.DISAGGREGATED) <= set(
+        KVConnectorFactory._registry
+    )
 
 
 def test_one_bad_child_of_many_is_enough() -> None:
     good, bad = {"kv_connector": "OffloadingConnector"}, {"kv_connector": "NixlConnector"}
     nested = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [good, bad]}}
-    internals.check_config(transfer("MultiConnector", connectors=[good, good]), readout=False)
+    internals.config.check_config(transfer("MultiConnector", connectors=[good, good]), readout=False)
     each: list[list[dict[str, Any]]] = [[good, bad], [nested], [{}]]
     for children in each:
         with pytest.raises(UnsupportedModel, match="the KV connector"):
-            internals.check_config(transfer("MultiConnector", connectors=children), readout=False)
+            internals.config.check_config(transfer("MultiConnector", connectors=children), readout=False)
 
 
 def test_a_connector_from_elsewhere_is_refused_whatever_its_name() -> None:
     with pytest.raises(UnsupportedModel, match=r"comes from somebody\.else"):
-        internals.check_config(transfer("OffloadingConnector", "somebody.else"), readout=False)
+        internals.config.check_config(transfer("OffloadingConnector", "somebody.else"), readout=False)
 
 
 def test_none_is_none() -> None:
-    internals.check_config(transfer(None), readout=False)
+    internals.config.check_config(transfer(None), readout=False)
 
 
 # -- versions --------------------------------------------------------------------------------------------------------
@@ -146,24 +148,24 @@ def test_none_is_none() -> None:
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.30.9", "0.5"])
 def test_older_ones_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(internals, "version", lambda: version)
+    monkeypatch.setattr(internals.base, "version", lambda: version)
     with pytest.raises(UnsupportedModel, match="too old"):
         internals.check_version()
 
 
 @pytest.mark.parametrize("version", ["0.33.0", "1.0", "dev", "0.0.0"])
 def test_newer_ones_are_warned_of(version: str, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setattr(internals, "version", lambda: version)
-    monkeypatch.setattr(internals.log, "propagate", True)
+    monkeypatch.setattr(internals.base, "version", lambda: version)
+    monkeypatch.setattr(internals.base.log, "propagate", True)
     with caplog.at_level(logging.WARNING, "steer"):
         internals.check_version()
     assert version in caplog.text
 
 
-@pytest.mark.parametrize("version", [*internals.SUPPORTED, "0.32.1", "0.32.0+cu130", "0.31.2rc1"])
+@pytest.mark.parametrize("version", [*internals.base.SUPPORTED, "0.32.1", "0.32.0+cu130", "0.31.2rc1"])
 def test_supported_ones_are_neither(version: str, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setattr(internals, "version", lambda: version)
-    monkeypatch.setattr(internals.log, "propagate", True)
+    monkeypatch.setattr(internals.base, "version", lambda: version)
+    monkeypatch.setattr(internals.base.log, "propagate", True)
     internals.check_version()
     assert not caplog.text
 
@@ -196,7 +198,7 @@ def test_layers_that_write_into_an_argument_are_repeatable_too() -> None:
 
     model, x = Model(), torch.randn(3, 4)
     for by_name in (False, True):
-        with internals._repeatable_attention(model):
+        with internals.worker._repeatable_attention(model):
             gate, output = model(x, by_name)
         assert output.equal(x)
         assert gate.eq(1).all()

@@ -187,7 +187,7 @@ def test_the_users_own_salt_still_parts_requests(running: Running) -> None:
 
 @pytest.mark.parametrize("spec", ["off", "refusal"])
 def test_no_request_can_leave_blocks_for_another_spec(running: Running, spec: str) -> None:
-    from steer.vllm.salts import SALT
+    from steer.vllm.frontend import SALT
 
     prompt = {"prompt": LONG, "cache_salt": f"{SALT}anything"}
     with pytest.raises(ValueError, match="must not contain"):
@@ -501,7 +501,7 @@ def test_blocks_that_vllm_offloads_itself_keep_their_hashes(running: Running) ->
 
     def check(**more: Any) -> None:
         args = EngineArgs(model=str(running.home.folder), dtype="float32", max_model_len=64, **more)
-        internals.check_config(args.create_engine_config(), readout=False)
+        internals.config.check_config(args.create_engine_config(), readout=False)
 
     check(kv_offloading_size=1)
     with pytest.raises(UnsupportedModel, match="hands blocks between instances"):

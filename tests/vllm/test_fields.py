@@ -58,7 +58,7 @@ def test_a_long_list_has_no_more_problems_than_a_short_one(theirs: Any, name: st
 
     before = read(right * 3)
     assert not before[1]
-    internals.fail_fast(made)
+    internals.server.fail_fast(made)
     after = read(right * 3)
     assert (after[0].model_dump(exclude=VOLATILE), after[1]) == (before[0].model_dump(exclude=VOLATILE), before[1])
     for item in wrong:

@@ -101,14 +101,14 @@ class Decoder(nn.Module):
 def _without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def probe(worker: Any) -> Any:
         with torch.inference_mode():
-            return worker.model(torch.arange(internals.PROBE_TOKENS)).float()
+            return worker.model(torch.arange(internals.base.PROBE_TOKENS)).float()
 
-    monkeypatch.setattr(internals, "probe", probe)
-    monkeypatch.setattr(internals, "shape_of", lambda _config: ("Toy", LAYERS, D_MODEL))
-    monkeypatch.setattr(internals, "decoder_of", lambda worker: worker.model)
-    monkeypatch.setattr(internals, "is_elsewhere", lambda _block: False)
-    monkeypatch.setattr(internals, "replicated", lambda _stream: True)
-    monkeypatch.setattr(internals, "max_requests", lambda _config: 4)
+    monkeypatch.setattr(internals.worker, "probe", probe)
+    monkeypatch.setattr(internals.config, "shape_of", lambda _config: ("Toy", LAYERS, D_MODEL))
+    monkeypatch.setattr(internals.worker, "decoder_of", lambda worker: worker.model)
+    monkeypatch.setattr(internals.worker, "is_elsewhere", lambda _block: False)
+    monkeypatch.setattr(internals.worker, "replicated", lambda _stream: True)
+    monkeypatch.setattr(internals.config, "max_requests", lambda _config: 4)
 
 
 def worker(model: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
@@ -170,7 +170,7 @@ def test_a_block_that_is_not_called_is_named() -> None:
 
 
 def test_a_stream_that_other_ranks_have_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(internals, "replicated", lambda _stream: False)
+    monkeypatch.setattr(internals.worker, "replicated", lambda _stream: False)
     with pytest.raises(UnsupportedModel, match="another part of the stream"):
         attached(Decoder(Pair))
 

@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.runtime.token_index import Losses
-from steer.vllm.internals import ABOVE
+from steer.vllm.frontend import SALTS_KEPT, Salts
+from steer.vllm.internals.base import ABOVE
 from steer.vllm.losses import KEPT, LostRuns, Run, Step
-from steer.vllm.salts import KEPT as SALTS
-from steer.vllm.salts import Salts
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=8)
 
@@ -90,7 +89,7 @@ def test_losses_that_are_remembered_are_bounded() -> None:
 def test_no_ending_of_a_salt_comes_again() -> None:
     salts, seen = Salts(), {"s"}
     assert salts.current("s") == "s"
-    for n in range(2 * SALTS + 2):
+    for n in range(2 * SALTS_KEPT + 2):
         salts.renew("s" if n % 2 else f"other {n}")
         if n % 2:
             assert salts.current("s") not in seen

@@ -26,8 +26,8 @@ def files() -> list[bytes]:
 @pytest.fixture
 def residents(files: list[bytes]) -> Residents:
     direction = Direction.from_bytes(files[0])
-    places = [HookPoint("resid_post", layer) for layer in range(direction.meta.layers)]
-    return Residents(DirectionBank(places, rows=2, rank=2, d_model=direction.meta.d_model))
+    points = [HookPoint("resid_post", layer) for layer in range(direction.meta.layers)]
+    return Residents(DirectionBank(points, rows=2, rank=2, d_model=direction.meta.d_model))
 
 
 def spec_of(data: bytes) -> Spec:
@@ -100,10 +100,10 @@ GOOD: Any = {"digest": "d"}
 @pytest.mark.parametrize("failure", [RuntimeError("an engine is dead"), [GOOD, {"error": "out of memory"}]])
 def test_a_load_that_fails_somewhere_is_let_go_everywhere(failure: Any) -> None:
     workers = Workers(failure, [{"digest": "e"}] * 2)
-    place = placed(workers)
+    point = placed(workers)
     with pytest.raises((RuntimeError, EngineFailed)):
-        place.load("d", None, b"")  # type: ignore[arg-type]
-    place.load("e", None, b"")  # type: ignore[arg-type]
+        point.load("d", None, b"")  # type: ignore[arg-type]
+    point.load("e", None, b"")  # type: ignore[arg-type]
     assert [told for told in workers.told if told[0] == "steer_unload"] == [("steer_unload", "d")]
 
 

@@ -20,11 +20,11 @@ ROWS, RANK, D, TOKENS = 4, 2, 16, 64
 
 @pytest.fixture
 def model() -> nn.Module:
-    places = [HookPoint("resid_post", layer) for layer in range(3)]
-    bank, index = DirectionBank(places, rows=ROWS, rank=RANK, d_model=D), TokenIndex(RANK, TOKENS, "cpu")
-    model = nn.Sequential(*(nn.Linear(D, D) for _ in places))
-    for layer, place in zip(model, places, strict=True):
-        attach_after(layer, "tensor", SteeringModule(bank.slices[place], index), "resid_post")
+    points = [HookPoint("resid_post", layer) for layer in range(3)]
+    bank, index = DirectionBank(points, rows=ROWS, rank=RANK, d_model=D), TokenIndex(RANK, TOKENS, "cpu")
+    model = nn.Sequential(*(nn.Linear(D, D) for _ in points))
+    for layer, point in zip(model, points, strict=True):
+        attach_after(layer, "tensor", SteeringModule(bank.slices[point], index), "resid_post")
     return model
 
 

@@ -281,17 +281,17 @@ def test_with_a_default_no_other_route_is_plain(
 
 
 def test_servers_without_a_layer_of_ours_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    internals.check_entry("OPENAI_API_SERVER")
+    internals.engine.check_entry("OPENAI_API_SERVER")
     with pytest.raises(UnsupportedModel, match="batch runner"):
-        internals.check_entry("OPENAI_BATCH_RUNNER")
+        internals.engine.check_entry("OPENAI_BATCH_RUNNER")
     with monkeypatch.context() as patch:
         patch.setenv("VLLM_USE_RUST_FRONTEND", "1")
         with pytest.raises(UnsupportedModel, match="VLLM_USE_RUST_FRONTEND"):
-            internals.check_rust()
+            internals.config.check_rust()
     name = "vllm.entrypoints.launchers.grpc_server"
     monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     with pytest.raises(UnsupportedModel, match="gRPC"):
-        internals.check_entry("OPENAI_API_SERVER")
+        internals.engine.check_entry("OPENAI_API_SERVER")
 
 
 def test_the_app_is_checked_wherever_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +300,7 @@ def test_the_app_is_checked_wherever_it_is_built(monkeypatch: pytest.MonkeyPatch
 
     main = sys.modules["__main__"]
     monkeypatch.setattr(main, "build_app", lambda: FastAPI(), raising=False)
-    internals.on_app_built(server.check_app)
+    internals.server.on_app_built(server.check_app)
     with pytest.raises(UnsupportedModel, match="would ignore the field 'steer'"):
         main.build_app()
 

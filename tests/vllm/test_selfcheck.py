@@ -1,5 +1,5 @@
-"""The self-check at start: a compiled graph that passes a place by, acts there twice or with another place's rows is
-not served, and the message names the place; what is rounding alone is no reason to refuse."""
+"""The self-check at start: a compiled graph that passes a hook point by, acts there twice or with another hook point's
+rows is not served, and the message names the hook point; what is rounding alone is no reason to refuse."""
 
 from __future__ import annotations
 
@@ -134,11 +134,11 @@ def test_a_runner_whose_graphs_cannot_be_put_aside_is_refused_and_nothing_is_cha
     model.compile(backend="eager")
     whole = model._compiled_call_impl
     with pytest.raises(UnsupportedModel, match="cudagraph_dispatcher"):
-        internals.run_eager(worker)
+        internals.worker.run_eager(worker)
     assert model._compiled_call_impl is whole
     graphs = SimpleNamespace(_graphs_captured=True)
     worker.model_runner = SimpleNamespace(prepare_inputs=None, cudagraph_manager=graphs)
-    undo = internals.run_eager(worker)
+    undo = internals.worker.run_eager(worker)
     assert (model._compiled_call_impl, graphs._graphs_captured) == (None, False)
     undo()
     assert (model._compiled_call_impl, graphs._graphs_captured) == (whole, True)
@@ -155,7 +155,7 @@ def test_an_engine_whose_graph_is_not_what_was_attached_does_not_start(
 
     def attached(*args: Any) -> install.Installation:
         found = attaching(*args)
-        own = {place.layer: each for place, each in found.steering_modules}
+        own = {point.layer: each for point, each in found.steering_modules}
         for layer, fault in enumerate(("none", "twice", "other")):
             own[layer].fault = fault  # type: ignore[assignment]
         own[2].__dict__["neighbour"] = own[0]  # not as a module of it
@@ -176,7 +176,7 @@ def test_an_engine_whose_graph_is_not_what_was_attached_does_not_start(
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
     home = Home.make("llama", tmp_path)
     with pytest.raises(UnsupportedModel) as refused:
-        home.start(**IN_PROCESS, steer={"rows": 2})  # fewer than places, so in turns
+        home.start(**IN_PROCESS, steer={"rows": 2})  # fewer than hook points, so in turns
     assert not parallel_state.model_parallel_is_initialized(), "what is refused must end, not wait to be collected"
     text = str(refused.value)
     assert all(f"resid_post of layer {layer}: " in text for layer in range(3)), text

@@ -11,29 +11,29 @@ from torch import Tensor
 
 @dataclass
 class Late:
-    """A lane whose copies read the host's memory as late as a device may: when the host waits for a mark behind them,
-    or when it is told to `run`. Behind each mark comes the pass, which is `seeing`."""
+    """A queue whose copies read the host's memory as late as a device may: when the host waits for a event behind them,
+    or when it is told to `run`. Behind each event comes the pass, which is `seeing`."""
 
     seeing: Callable[[], object] = lambda: None
     pinned: bool = False
-    waiting: deque[tuple[Tensor, Tensor] | Mark] = field(default_factory=deque)
-    marks: int = 0
+    waiting: deque[tuple[Tensor, Tensor] | CopyEvent] = field(default_factory=deque)
+    events: int = 0
     waits: int = 0
 
     def copy(self, to: Tensor, source: Tensor) -> None:
         self.waiting.append((to, source))
 
-    def mark(self) -> Mark:
-        mark = Mark(self)
-        self.marks += 1
-        self.waiting.append(mark)
-        return mark
+    def record_event(self) -> CopyEvent:
+        record_event = CopyEvent(self)
+        self.events += 1
+        self.waiting.append(record_event)
+        return record_event
 
-    def run(self, until: Mark | None = None) -> None:
-        """The device goes on to `until`; without, past the next mark, which is one step."""
+    def run(self, until: CopyEvent | None = None) -> None:
+        """The device goes on to `until`; without, past the next event, which is one step."""
         while self.waiting:
             done = self.waiting.popleft()
-            if isinstance(done, Mark):
+            if isinstance(done, CopyEvent):
                 done.passed = True
                 self.seeing()
                 if until in (None, done):
@@ -44,25 +44,25 @@ class Late:
 
 
 @dataclass(eq=False)
-class Mark:
-    lane: Late
+class CopyEvent:
+    queue: Late
     passed: bool = False
 
     def synchronize(self) -> None:
         if not self.passed:
-            self.lane.waits += 1
-            self.lane.run(self)
+            self.queue.waits += 1
+            self.queue.run(self)
 
 
 class Prompt:
-    """A lane to a device that copies at once: by copies all the same, as no CPU does."""
+    """A queue to a device that copies at once: by copies all the same, as no CPU does."""
 
     pinned = False
 
     def copy(self, to: Tensor, source: Tensor) -> None:
         to.copy_(source)
 
-    def mark(self) -> Prompt:
+    def record_event(self) -> Prompt:
         return self
 
     def synchronize(self) -> None:

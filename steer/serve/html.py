@@ -1,0 +1,111 @@
+"""The two pages that every server gives to browsers, the same on every engine.
+
+The playground at `/` asks plain and steered side by side: static files without a build step. It speaks to the same
+routes as any other client, so it can do nothing that a client cannot; whoever guards the routes leaves `PATHS` open,
+since nothing in them needs a key.
+
+`/docs` is the server's own OpenAPI document as one plain page, without a script and without another host: FastAPI's
+pages load programs from hosts of others, which would then run in the origin of the routes that manage.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from functools import cache
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Response
+
+#: Everything comes from this server; no inline script or style, no frame around the page, no form that is sent.
+PLAYGROUND_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
+HEADERS = {
+    "Content-Security-Policy": PLAYGROUND_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+FOLDER = "playground"
+TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+
+_FILES = {file.name: file.read_bytes() for file in (files("steer.serve") / FOLDER).iterdir()}
+#: Path → name of the file that it gives.
+PATHS = {"/": "index.html"} | {f"/{FOLDER}/{name}": name for name in sorted(_FILES)}
+
+
+def router() -> APIRouter:
+    """The playground and its files."""
+    routes = APIRouter(include_in_schema=False)
+    for path, name in PATHS.items():
+        routes.add_api_route(path, _giver(name), methods=["GET"])
+    return routes
+
+
+def _giver(name: str) -> Callable[[], Awaitable[Response]]:
+    content, media_type = _FILES[name], TYPES[name.rpartition(".")[2]]
+
+    async def give() -> Response:
+        return Response(content, media_type=media_type, headers=HEADERS)
+
+    return give
+
+
+DOCS = "/docs"
+#: FastAPI's pages, the one at `DOCS` among them.
+FOREIGN = frozenset({DOCS, "/docs/oauth2-redirect", "/redoc"})
+#: No script at all, and no frame around it.
+DOCS_POLICY = (
+    "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+STYLE = f"{FOLDER}/reference.css"
+
+
+def put_docs_on(app: FastAPI) -> None:
+    """Give `app` the page, in place of any that FastAPI has put on it."""
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in FOREIGN]
+
+    if app.openapi_url is None:
+        return
+
+    @cache
+    def text() -> str:
+        return page(app.openapi())
+
+    async def docs() -> Response:
+        return Response(text(), media_type="text/html", headers=HEADERS | {"Content-Security-Policy": DOCS_POLICY})
+
+    app.add_api_route(DOCS, docs, methods=["GET"], include_in_schema=False)
+
+
+def page(document: Mapping[str, Any]) -> str:
+    """The page of an OpenAPI document."""
+    info = document["info"]
+    title = escape(f"{info['title']} {info['version']}")
+    parts = [
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<link rel="stylesheet" href="{STYLE}">\n</head>\n<body>\n<h1>{title}</h1>\n'
+        '<p>Every route of this server. For programs: <a href="openapi.json">openapi.json</a>.</p>'
+    ]
+    for path, methods in document.get("paths", {}).items():
+        for method, operation in methods.items():
+            parts.append(_operation(path, method, operation))
+    for name, schema in document.get("components", {}).get("schemas", {}).items():
+        parts.append(f'<h2 id="{escape(name)}">{escape(name)}</h2>\n{_json(schema)}')
+    return "\n".join([*parts, "</body>\n</html>\n"])
+
+
+def _operation(path: str, method: str, operation: Mapping[str, Any]) -> str:
+    parts = [f"<h2><code>{escape(method.upper())} {escape(path)}</code></h2>"]
+    said = dict.fromkeys(operation[key] for key in ("summary", "description") if operation.get(key))
+    parts += [f"<p>{escape(text)}</p>" for text in said]
+    for part in ("parameters", "requestBody", "responses"):
+        if operation.get(part):
+            parts.append(f"<details><summary>{part}</summary>\n{_json(operation[part])}</details>")
+    return "\n".join(parts)
+
+
+def _json(value: object) -> str:
+    return f"<pre>{escape(json.dumps(value, indent=2, ensure_ascii=False))}</pre>"

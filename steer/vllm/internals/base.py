@@ -1,0 +1,61 @@
+"""What all processes need: which vLLM this is, and how a part of it that must be there is looked up."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias, TypeVar
+
+from steer.errors import UnsupportedModel
+
+T = TypeVar("T")
+#: A method of vLLM's, or what goes around it.
+Method: TypeAlias = Callable[..., Any]
+log = logging.getLogger("steer")
+#: The first and the last release of vLLM that the tests run with.
+SUPPORTED = ("0.31.0", "0.32.0")
+TESTED = " and ".join(SUPPORTED)
+PROBE_TOKENS = 8
+WORKER = "steer.vllm.worker.Worker"
+
+
+def seam(owner: object, name: str, parameters: Iterable[str] = ()) -> Any:
+    """`owner.name`, which must take `parameters`. Raises UnsupportedModel naming what is missing."""
+    found = getattr(owner, name, None)
+    where = f"{getattr(owner, '__name__', type(owner).__name__)}.{name}"
+    if found is None:
+        raise UnsupportedModel(f"vLLM {version()}: the seam {where} is missing; tested with {TESTED}")
+    if parameters:
+        has = inspect.signature(found).parameters
+        if missing := [p for p in parameters if p not in has]:
+            raise UnsupportedModel(f"vLLM {version()}: {where} has no parameter {missing}; tested with {TESTED}")
+    return found
+
+
+def version() -> str:
+    import vllm
+
+    return str(getattr(vllm, "__version__", "unknown"))
+
+
+def check_version() -> None:
+    """Raise UnsupportedModel for a vLLM older than the supported ones; warn where it is newer, or does not say."""
+    first, last = (_release(text) for text in SUPPORTED)
+    found = _release(version())
+    if found and found < first:
+        raise UnsupportedModel(f"vLLM {version()} is too old: steering is supported with vLLM {TESTED}")
+    if not found or found > last:
+        log.warning("vLLM %s is not among the versions that Steer was tested with: %s", version(), TESTED)
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """(major, minor) of a version; empty where it has none."""
+    found = re.match(r"(\d+)\.(\d+)", text)
+    return tuple(map(int, found.groups())) if found and any(map(int, found.groups())) else ()
+
+
+#: The field by which vLLM tells of a request whose output is corrupted. It counts NaNs in the lower bits; above them is
+#: the position of the first lost token, plus one.
+CORRUPTED, ABOVE = "num_nans_in_logits", 32

@@ -1,0 +1,199 @@
+"""A VllmConfig: what is read of it, and which of its options steering cannot be right under. In every process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from steer.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from steer.vllm.internals.types import (
+        KVTransferConfig,
+        VllmConfig,
+    )
+
+#: Connectors that take KV blocks from elsewhere by vLLM's own block hashes, which contain the salt of steered requests.
+HASHED_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector")
+#: Connectors between instances for prefill and for decoding: blocks go by request, and no instance knows how the
+#: other steered what it sends.
+DISAGGREGATED = ("NixlConnector", "NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector")
+#: vLLM's variable for a front end in which nothing of ours runs.
+RUST_FRONTEND = "VLLM_USE_RUST_FRONTEND"
+RUST_PROBLEM = f"vLLM's Rust front end would ignore the field 'steer': unset {RUST_FRONTEND}"
+#: Executors that call the worker's own methods, in the order in which the engine asked.
+EXECUTORS = {"UniProcExecutor", "MultiprocExecutor"}
+
+
+def check_config(config: VllmConfig, *, readout: bool) -> None:
+    """Raise UnsupportedModel with every option under which the tokens of a step are not in the order of its requests,
+    or not in this process, or under which workers or blocks come from where steering is not known. `config`:
+    VllmConfig; `readout`: are tokens read."""
+    parallel, problems = config.parallel_config, []
+
+    def refuse(bad: object, problem: str) -> None:
+        if bad:
+            problems.append(problem)
+
+    passes = getattr(getattr(config, "compilation_config", None), "pass_config", None)
+    refuse(getattr(parallel, "use_ubatching", False), "microbatching (--enable-dbo, --ubatch-size) is on")
+    refuse(getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallelism is on")
+    refuse(
+        getattr(parallel, "use_sequence_parallel_moe", False),
+        "experts are run sequence-parallel, so blocks hand on a part of the tokens (tensor, data and expert "
+        "parallelism together with this --all2all-backend)",
+    )
+    refuse(
+        getattr(passes, "enable_sp", False) or getattr(passes, "fuse_gemm_comms", False),
+        "sequence parallelism (pass_config.enable_sp or fuse_gemm_comms) is on, so blocks hand on a part of the tokens",
+    )
+    refuse(
+        getattr(parallel, "enable_elastic_ep", False),
+        "--enable-elastic-ep is on: workers that come later have no directions",
+    )
+    refuse(
+        getattr(parallel, "enable_fault_tolerance", False),
+        "--enable-fault-tolerance is on: workers forget requests that the front end goes on with",
+    )
+    refuse(*_executor_problem(getattr(parallel, "distributed_executor_backend", None)))
+    refuse(_switched_on(RUST_FRONTEND), RUST_PROBLEM)
+    refuse(
+        _switched_on("VLLM_WEIGHT_OFFLOADING_DISABLE_UVA") and _offloads(config),
+        "weights are offloaded with VLLM_WEIGHT_OFFLOADING_DISABLE_UVA, which runs a module's hooks twice; unset it",
+    )
+    problems += _connector_problems(getattr(config, "kv_transfer_config", None))
+    refuse(getattr(config.cache_config, "kv_sharing_fast_prefill", False), "--kv-sharing-fast-prefill is on")
+    refuse(getattr(config.model_config, "is_encoder_decoder", False), "the model is an encoder-decoder")
+    refuse(getattr(config.model_config, "is_diffusion", False), "the model is a diffusion model")
+    refuse(getattr(config.model_config, "runner_type", "generate") != "generate", "the model does not generate")
+    refuse(
+        readout and config.speculative_config is not None,
+        "the read-out is on together with drafts (how many of them are kept is known too late)",
+    )
+    refuse(
+        getattr(config.speculative_config, "enable_adaptive_verification", False),
+        "adaptive verification of drafts is on",
+    )
+    refuse(
+        getattr(parallel, "_api_process_count", 1) > 1,
+        "there are several API server processes; use --api-server-count 1",
+    )
+    if problems:
+        raise UnsupportedModel(f"steering cannot be right here: {'; '.join(problems)}")
+
+
+def _switched_on(variable: str) -> bool:
+    """Is this variable of vLLM's set to something but 0, as vLLM reads it?"""
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+def _offloads(config: VllmConfig) -> bool:
+    offload = getattr(config, "offload_config", None)
+    return bool(getattr(getattr(offload, "uva", None), "cpu_offload_gb", 0))
+
+
+def _executor_problem(backend: object) -> tuple[bool, str]:
+    """Does this executor go past the worker's methods? And the sentence."""
+    if backend == "ray":
+        old = os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1") in ("", "0")
+        return old, "the old Ray executor runs models past their workers; unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND"
+    if backend in (None, "uni", "mp", "external_launcher"):
+        return False, ""
+    if isinstance(backend, str):
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        backend = resolve_obj_by_qualname(backend)
+    names = {one.__name__ for one in getattr(backend, "__mro__", ())}
+    return (
+        not names & EXECUTORS,
+        f"the executor {backend!r} is not one of vLLM's or made from one: it may pass workers by",
+    )
+
+
+def _connector_problems(transfer: KVTransferConfig | None) -> list[str]:
+    """What keeps steered and plain blocks apart is in their hashes, so a connector must go by those."""
+    if transfer is None or transfer.kv_connector is None:
+        return []
+    return [
+        problem
+        for name, module in _connectors(
+            transfer.kv_connector, transfer.kv_connector_module_path, transfer.kv_connector_extra_config
+        )
+        if (problem := _connector_problem(name, module))
+    ]
+
+
+def _connectors(name: str, module: str | None, extra: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """Each connector, and the module that it is loaded from where that is not vLLM's."""
+    if name != "MultiConnector" or module:
+        yield name, module
+        return
+    for child in extra.get("connectors", ()):
+        yield from _connectors(
+            child.get("kv_connector", "None"),
+            child.get("kv_connector_module_path"),
+            child.get("kv_connector_extra_config", {}),
+        )
+
+
+def _connector_problem(name: str, module: str | None) -> str | None:
+    if module:
+        return f"the KV connector {name} comes from {module}, of which it is not known how it tells blocks apart"
+    if name in HASHED_CONNECTORS:
+        return None
+    if name in DISAGGREGATED:
+        return (
+            f"the KV connector {name} hands blocks between instances by request, and no instance knows how the other "
+            "steered them"
+        )
+    return (
+        f"the KV connector {name} does not go by vLLM's block hashes, so plain and steered requests could get each "
+        f"other's blocks; those that do: {', '.join(HASHED_CONNECTORS)}"
+    )
+
+
+def shares_blocks(config: VllmConfig) -> bool:
+    """May blocks outlive this process, or come from another?"""
+    transfer = getattr(config, "kv_transfer_config", None)
+    return transfer is not None and transfer.kv_connector is not None
+
+
+def context_of(config: VllmConfig) -> int:
+    """The most tokens that a prompt with its answer can have."""
+    return int(config.model_config.max_model_len)
+
+
+def shape_of(config: VllmConfig) -> tuple[str, int, int]:
+    """(architecture, layers of the whole model, d_model)."""
+    model = config.model_config
+    architectures = getattr(model.hf_config, "architectures", None) or [model.architecture]
+    return str(architectures[0]), int(model.hf_text_config.num_hidden_layers), int(model.get_hidden_size())
+
+
+def stream_dtype(config: VllmConfig) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, dtype_of(config))
+    return dtype
+
+
+def dtype_of(config: VllmConfig) -> str:
+    return str(config.model_config.dtype).removeprefix("torch.")
+
+
+def max_tokens(config: VllmConfig) -> int:
+    """The most tokens, padding included, that one forward pass can have."""
+    sizes = getattr(config.compilation_config, "cudagraph_capture_sizes", None) or [0]
+    return int(max(config.scheduler_config.max_num_batched_tokens, *sizes)) + 64
+
+
+def max_requests(config: VllmConfig) -> int:
+    """The most requests that one forward pass can have. vLLM's compile cache knows this number."""
+    return int(config.scheduler_config.max_num_seqs)
+
+
+def check_rust() -> None:
+    """Raise UnsupportedModel where vLLM's front end written in Rust serves, in which nothing of ours runs."""
+    if _switched_on(RUST_FRONTEND):
+        raise UnsupportedModel(RUST_PROBLEM)

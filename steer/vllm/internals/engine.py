@@ -1,0 +1,345 @@
+"""The process that makes requests: an LLM's, or the API server's. Its engines, processors, and probe requests."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from steer.errors import InvalidInput, UnsupportedModel
+from steer.serve import token_usage
+from steer.tokenization import Decoder
+from steer.vllm.internals.base import ABOVE, CORRUPTED, PROBE_TOKENS, TESTED, Method, T, seam, version
+from steer.vllm.internals.config import check_rust
+
+if TYPE_CHECKING:
+    from steer.vllm.internals.types import (
+        LLM,
+        AsyncLLM,
+        EngineArgs,
+        EngineCoreOutput,
+        EngineRequest,
+        InputProcessor,
+        LLMEngine,
+        OutputProcessor,
+        RequestOutput,
+        RequestState,
+        SamplingParams,
+        VllmConfig,
+    )
+
+
+def call_workers(engine: LLMEngine, method: str, *args: object) -> list[Any]:
+    """Call `method` on every worker of an `LLMEngine`; their answers. On the thread that drives the engine.
+
+    Where the engine is in this process it stops with its last request, whose end the workers hear of in the next step.
+    """
+    core = getattr(engine.engine_core, "engine_core", None)
+    if core is not None and not engine.has_unfinished_requests() and core.scheduler.has_finished_requests():
+        engine.step()
+    return list(seam(engine, "collective_rpc")(method, args=args))
+
+
+def engines_of(engine: AsyncLLM) -> int:
+    """The engines that an `AsyncLLM` drives: several where it balances data parallelism itself."""
+    return len(getattr(engine.engine_core, "core_engines", None) or [None])
+
+
+async def call_workers_async(engine: AsyncLLM, method: str, *args: object) -> list[Any]:
+    """The same for an `AsyncLLM`, and for every engine where there are several (data parallel): vLLM's own
+    `collective_rpc` reaches all of them but answers for the first alone."""
+    client = engine.engine_core
+    if engines_of(engine) > 1:
+        one, many = seam(client, "_call_utility_async"), client.core_engines
+        answers = await asyncio.gather(*(one("collective_rpc", method, None, args, None, engine=e) for e in many))
+        return [answer for each in answers for answer in each]
+    return list(await seam(engine, "collective_rpc")(method, args=args))
+
+
+def wrap_process_inputs(inputs: InputProcessor, change: Callable[[EngineRequest], None]) -> None:
+    """Have `change` applied to every EngineCoreRequest that this InputProcessor makes, on whichever thread."""
+    process = seam(inputs, "process_inputs", ["prompt", "params"])
+
+    def processing(*args: object, **kwargs: object) -> object:
+        request = process(*args, **kwargs)
+        change(request)
+        return request
+
+    inputs.process_inputs = processing
+    if (threaded := getattr(inputs, "process_inputs_async", None)) is not None:
+
+        async def processing_threaded(*args: object, **kwargs: object) -> object:
+            request = await threaded(*args, **kwargs)
+            change(request)
+            return request
+
+        inputs.process_inputs_async = processing_threaded
+
+
+def wrap_requests(
+    outputs: OutputProcessor,
+    adds: Callable[[EngineRequest], None],
+    added: Callable[[EngineRequest, RequestState], None],
+    ended: Callable[[str], None],
+    watched: Mapping[str, object],
+    lost: Callable[[str], Exception],
+) -> None:
+    """Have `adds` called with each EngineCoreRequest before the OutputProcessor takes it, `added` with it and the state
+    that is kept for it afterwards, and `ended` with the id of each `watched` request that the OutputProcessor has let
+    go: finished, stopped by a string, or aborted. One whose stream was lost is ended with what `lost` gives for its id:
+    raised in whoever reads an AsyncLLM's answer, told by the finish reason `error` in an LLM's."""
+    add, process, abort = (
+        seam(outputs, "add_request"),
+        seam(outputs, "process_outputs"),
+        seam(outputs, "abort_requests"),
+    )
+    states = seam(outputs, "request_states")
+
+    def adding(request: EngineRequest, *args: object, **kwargs: object) -> object:
+        adds(request)
+        try:
+            out = add(request, *args, **kwargs)
+        except BaseException:
+            if request.request_id not in states:  # it was not taken, so nobody will end it
+                ended(request.request_id)
+            raise
+        if (state := states.get(request.request_id)) is not None:
+            added(request, state)
+            token_usage.current().answer(lambda: answer_length(state))
+        return out
+
+    def processing(engine_core_outputs: Sequence[EngineCoreOutput], *args: object, **kwargs: object) -> object:
+        fallen: list[str] = []
+        if watched:
+            engine_core_outputs, fallen = _without_lost(engine_core_outputs, states, watched, lost)
+        try:
+            out = process(engine_core_outputs, *args, **kwargs)
+            if fallen:
+                seam(out, "reqs_to_abort").extend(fallen)  # the engine goes on with them
+            return out
+        finally:
+            if watched:
+                for one in engine_core_outputs:
+                    if one.request_id in watched and one.request_id not in states:
+                        ended(one.request_id)
+
+    def aborting(*args: object, **kwargs: object) -> object:
+        out = abort(*args, **kwargs)
+        for request_id in out:
+            ended(request_id)
+        return out
+
+    outputs.add_request, outputs.process_outputs, outputs.abort_requests = adding, processing, aborting
+
+
+def _without_lost(
+    outputs: Sequence[EngineCoreOutput],
+    states: Mapping[str, RequestState],
+    watched: Mapping[str, object],
+    lost: Callable[[str], Exception],
+) -> tuple[Sequence[EngineCoreOutput], list[str]]:
+    """EngineCoreOutputs with an end in the place of each that tells of a loss, and the requests that have it."""
+    found = [one.request_id for one in outputs if getattr(one, CORRUPTED) >> ABOVE and one.request_id in watched]
+    found = [request_id for request_id in found if request_id in states]
+    if not found:
+        return outputs, []
+    from vllm.v1.engine import EngineCoreOutput, FinishReason
+
+    fallen: dict[str, str] = {}
+    for request_id in found:
+        error = lost(request_id)
+        fallen[request_id] = str(error)
+        if (queue := getattr(states[request_id], "queue", None)) is not None:
+            # before the output, which it then takes no more; other answers to the same request end with this one
+            queue.put(client_error(error))
+            others = (name for name, state in states.items() if getattr(state, "queue", None) is queue)
+            fallen |= dict.fromkeys(others, str(error))
+    ends = [
+        EngineCoreOutput(
+            request_id=request_id,
+            new_token_ids=[],
+            finish_reason=FinishReason.ERROR,
+            stop_reason=why,
+        )
+        for request_id, why in fallen.items()
+    ]
+    return [*(one for one in outputs if one.request_id not in fallen), *ends], list(fallen)
+
+
+def abort(engine: LLMEngine, request_ids: Sequence[str]) -> None:
+    """End requests of an LLMEngine by their internal ids, in its processes as well."""
+    seam(engine, "abort_request", ["request_ids", "internal"])(list(request_ids), internal=True)
+
+
+async def abort_async(engine: AsyncLLM, request_ids: Sequence[str]) -> None:
+    """End requests of an AsyncLLM by their internal ids, in its processes as well."""
+    await seam(engine, "abort", ["request_id", "internal"])(list(request_ids), internal=True)
+
+
+def prompt_length(request: EngineRequest) -> int:
+    """Tokens of the prompt of an EngineCoreRequest; 0 where it came as embeddings."""
+    return len(getattr(request, "prompt_token_ids", None) or ())
+
+
+def answer_length(state: RequestState) -> int:
+    """Tokens that a request of the OutputProcessor has by now. Its state outlives its end."""
+    detokenizer = getattr(state, "detokenizer", None)
+    if detokenizer is not None and hasattr(detokenizer, "num_output_tokens"):
+        return int(detokenizer.num_output_tokens())
+    return int(getattr(getattr(state, "stats", None), "num_generation_tokens", 0))
+
+
+def answer_ids(state: RequestState) -> list[int]:
+    """The same tokens themselves."""
+    return list(seam(seam(state, "detokenizer"), "output_token_ids"))
+
+
+def tokenizer_of(engine: AsyncLLM) -> Decoder:
+    """The tokenizer of an AsyncLLM."""
+    found: Decoder | None = getattr(engine, "tokenizer", None)
+    if found is None:
+        found = seam(seam(engine, "renderer"), "get_tokenizer")()
+    return found
+
+
+#: Reads a VllmConfig before an engine is constructed from it; None leaves the engine alone.
+Prepare = Callable[["VllmConfig"], T | None]
+#: Called with a constructed engine, what `Prepare` gave for it, and whether it is a server's.
+Attach = Callable[[Any, T, bool], None]
+#: For whom an engine is made, as vLLM names it: a Python program, or the batch runner. Any other is a server's.
+_IN_PYTHON = frozenset({"LLM_CLASS", "ENGINE_CONTEXT"})
+_BATCH = "OPENAI_BATCH_RUNNER"
+
+
+def on_engine_start(prepare: Prepare[T], sync: Attach[T], asynchronous: Attach[T]) -> None:
+    """Have `sync` called with every LLMEngine and `asynchronous` with every AsyncLLM that has been constructed from a
+    configuration for which `prepare` gave something. Doing it twice is doing it once."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    for owner, attach in ((LLMEngine, sync), (AsyncLLM, asynchronous)):
+        construct = seam(owner, "__init__", ["vllm_config"])
+        if not hasattr(construct, "_steer"):
+            owner.__init__ = _attaching(construct, prepare, attach)
+
+
+def _attaching(construct: Method, prepare: Prepare[T], attach: Attach[T]) -> Method:
+    signature = inspect.signature(construct)
+
+    @functools.wraps(construct)
+    def constructing(self: object, *args: object, **kwargs: object) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        found = prepare(bound.arguments["vllm_config"])
+        context = ""
+        if found is not None:
+            context = usage(bound.arguments)
+            check_entry(context)
+        construct(self, *args, **kwargs)
+        if found is None:
+            return
+        try:
+            attach(self, found, context not in _IN_PYTHON)
+        except BaseException:  # or it lives on until it is collected, and takes another engine's groups with it
+            _shut_down(self)
+            raise
+
+    constructing._steer = True  # type: ignore[attr-defined]
+    return constructing
+
+
+def _shut_down(engine: object) -> None:
+    """End an LLMEngine or AsyncLLM and the workers behind it."""
+    shutdown = getattr(engine, "shutdown", None)
+    (shutdown if callable(shutdown) else seam(seam(engine, "engine_core"), "shutdown"))()
+
+
+def usage(arguments: Mapping[str, object]) -> str:
+    """For whom an engine is made, from the arguments of its constructor: a name of vLLM's `UsageContext`."""
+    if "usage_context" not in arguments:
+        raise UnsupportedModel(f"vLLM {version()}: engines have no parameter usage_context; tested with {TESTED}")
+    return str(getattr(arguments["usage_context"], "name", arguments["usage_context"]))
+
+
+def check_entry(context: str) -> None:
+    """Raise UnsupportedModel in a process whose server has no layer of ours, and would drop what requests ask for."""
+    if context == _BATCH:
+        raise UnsupportedModel(
+            "vLLM's batch runner would ignore the field 'steer' of its requests: send them to a server"
+        )
+    main = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", None)
+    for name in {main, *sys.modules}:
+        if name and name.startswith("vllm.entrypoints.") and name.endswith(".grpc_server"):
+            raise UnsupportedModel("vLLM's gRPC server has no way to ask for steering: serve HTTP, without --grpc")
+    check_rust()
+
+
+def probe_prompt(number: int) -> object:
+    """One of several prompts, as the renderer makes it."""
+    from vllm.inputs.engine import tokens_input
+
+    return tokens_input([3 + number + (number + 1) * i for i in range(PROBE_TOKENS)])
+
+
+#: Log-probabilities that are compared at each token of a probe's answer, and the answer's tokens.
+PROBE_LOGPROBS, PROBE_ANSWER = 64, 3
+
+
+def probe_parameters(config: VllmConfig, spec: str) -> SamplingParams:
+    """Greedy and without the prefix cache. Where vLLM can, every answer has the same tokens, so that all have read the
+    same, and tells of the same tokens in every place."""
+    import vllm
+
+    vocabulary = int(config.model_config.get_vocab_size())
+    asked = list(range(0, vocabulary, max(1, vocabulary // PROBE_LOGPROBS)))[:PROBE_LOGPROBS]
+    made: SamplingParams = vllm.SamplingParams(
+        max_tokens=PROBE_ANSWER,
+        temperature=0,
+        ignore_eos=True,
+        detokenize=False,
+        logprob_token_ids=asked,
+        # Drafts are not taken together with a bias.
+        logit_bias={4: 100.0} if config.speculative_config is None else None,
+        skip_reading_prefix_cache=True,
+        extra_args={"steer": spec},
+    )
+    return made
+
+
+def answer_of(output: RequestOutput) -> list[tuple[int, dict[int, float]]]:
+    """Of an answer's tokens: which it is, and log-probabilities by token; as far as vLLM has them, which with drafts is
+    not for every token that it gives."""
+    one = output.outputs[0]
+    pairs = zip(one.token_ids, one.logprobs or (), strict=False)
+    return [(int(token), {int(t): float(entry.logprob) for t, entry in entries.items()}) for token, entries in pairs]
+
+
+def client_error(error: Exception) -> Exception:
+    """`error` as the class that vLLM's server answers with a 400."""
+    from vllm.exceptions import VLLMValidationError
+
+    made: Exception = VLLMValidationError(str(error), parameter=getattr(error, "param", None))
+    return made
+
+
+def engine_arguments(model: str, options: Sequence[str]) -> EngineArgs:
+    """`options` of `vllm serve` that make an engine, as vLLM parses them. Raises InvalidInput for any other."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm"))
+    args, unknown = parser.parse_known_args(["--model", model, *options])
+    if unknown:
+        raise InvalidInput(f"{' '.join(unknown)}: not an option of this command, and none of vLLM's for an engine")
+    return EngineArgs.from_cli_args(args)
+
+
+def start_offline(arguments: EngineArgs, given: Mapping[str, object], additional: Mapping[str, object]) -> LLM:
+    """An `LLM` from `arguments` with the options of `given` and our part of the additional configuration."""
+    from vllm import LLM
+
+    config = dict(arguments.additional_config or {}) | dict(additional)
+    return LLM(**{**vars(arguments), **given, "additional_config": config})

@@ -1,0 +1,170 @@
+"""vLLM's OpenAI server: its app, its routes and its command line."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import SchemaValidator
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute
+
+from steer.errors import UnsupportedModel
+from steer.vllm.internals.base import TESTED, seam, version
+
+
+def on_app_built(check: Callable[[FastAPI], None]) -> None:
+    """Have `check` called with the app of the server that runs in this process, if one does, before it serves: in
+    whichever of vLLM's modules its builder is, `__main__` among them."""
+    for name, home in list(sys.modules.items()):
+        if name == "__main__" or name.startswith("vllm.entrypoints."):
+            build = vars(home).get("build_app") if home is not None else None
+            if build is not None and not hasattr(build, "_steer"):
+                vars(home)["build_app"] = _checking(build, check)
+
+
+def _checking(build: Callable[..., FastAPI], check: Callable[[FastAPI], None]) -> Callable[..., FastAPI]:
+    @functools.wraps(build)
+    def building(*args: object, **kwargs: object) -> FastAPI:
+        app = build(*args, **kwargs)
+        check(app)
+        return app
+
+    building._steer = True  # type: ignore[attr-defined]
+    return building
+
+
+def fail_fast(route: BaseRoute) -> None:
+    """Have a body for this route of FastAPI's refused at the first wrong item of a list. Items of vLLM's types are one
+    of dozens, and each wrong one has a problem with every one of them: of 15 kB of empty objects a million problems are
+    made, and the event loop waits for all of them."""
+    field = getattr(route, "body_field", None)
+    if field is not None:
+        adapter = seam(field, "_type_adapter")
+        adapter.validator = SchemaValidator(_fail_fast(seam(adapter, "core_schema")))
+
+
+#: Parts of a schema of pydantic's that hold no schema of what is checked.
+_NO_SCHEMAS = frozenset(("cls", "default", "expected", "function", "metadata", "serialization"))
+
+
+def _fail_fast(schema: Any) -> Any:
+    if isinstance(schema, Mapping):
+        copied = {key: each if key in _NO_SCHEMAS else _fail_fast(each) for key, each in schema.items()}
+        return copied | {"fail_fast": True} if schema.get("type") in ("list", "set", "frozenset", "tuple") else copied
+    return [_fail_fast(each) for each in schema] if isinstance(schema, list) else schema
+
+
+def problems_of(route: BaseRoute | None, body: Mapping[str, object]) -> list[dict[str, object]]:
+    """What is wrong with the fields of a body for this route of FastAPI's, each looked at alone, as pydantic tells it.
+    vLLM's own checks of a whole body run before its fields are, and fail in ways of their own."""
+    field = getattr(route, "body_field", None)
+    model = getattr(getattr(field, "field_info", None), "annotation", None)
+    found: list[dict[str, object]] = []
+    for name in sorted(body.keys() & getattr(model, "model_fields", {}).keys()):
+        try:
+            _adapter(model, name).validate_python(body[name])
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            found.append({**first, "loc": ("body", name, *first["loc"])})
+        except Exception as error:  # vLLM's own, which pydantic lets through
+            found.append({"type": "value_error", "loc": ("body", name), "input": None, "ctx": {"error": str(error)}})
+    return found
+
+
+@functools.cache
+def _adapter(model: type[BaseModel], name: str) -> TypeAdapter[object]:
+    field = model.model_fields[name]
+    kind: Any = Annotated[field.annotation, field]
+    adapter: TypeAdapter[object] = TypeAdapter(kind)
+    adapter.validator = SchemaValidator(_fail_fast(adapter.core_schema))
+    return adapter
+
+
+#: Of a frame that runs a route's function: what is raised before one is raised by the making of its arguments.
+ENDPOINT = "run_endpoint_function"
+
+
+def of_the_body(error: BaseException) -> bool:
+    """Was this raised in a FastAPI route before its function ran, by what reads and checks the body?"""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == ENDPOINT:
+            return False
+        trace = trace.tb_next
+    return True
+
+
+def served_names(app: Starlette) -> list[str]:
+    """All names under which models are served: the base model's, and adapters'."""
+    models = seam(app.state, "openai_serving_models")
+    names = [path.name for path in seam(models, "base_model_paths")]
+    return names + list(getattr(models, "lora_requests", None) or ())
+
+
+def server_arguments(model: str, options: Sequence[str]) -> Namespace:
+    """`vllm serve MODEL OPTIONS` as vLLM parses it."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    launchers = _launchers()
+    parser = launchers["make_arg_parser"](FlexibleArgumentParser(prog="steer serve --backend vllm"))
+    args: Namespace = parser.parse_args([model, *options])
+    if getattr(args, "model_tag", None) is not None:
+        args.model = args.model_tag
+    launchers["validate_parsed_serve_args"](args)
+    if (getattr(args, "api_server_count", None) or 1) > 1:
+        raise UnsupportedModel("steering needs one API server process: leave --api-server-count out")
+    args.api_server_count = None
+    return args
+
+
+def run_server(args: Namespace, keep_alive: int) -> None:
+    """vLLM's OpenAI server in this process; returns when it has been stopped. `keep_alive`: seconds that an idle
+    connection is kept, where the environment does not say."""
+    import uvloop
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+
+    os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(keep_alive))
+    cli_env_setup()
+    uvloop.run(_launchers()["run_server"](args))
+
+
+def _launchers() -> dict[str, Callable[..., Any]]:
+    """The functions behind `vllm serve`, which moved in 0.32."""
+    import importlib
+
+    homes = {
+        "make_arg_parser": ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"),
+        "validate_parsed_serve_args": ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"),
+        "run_server": ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server"),
+    }
+    found: dict[str, Callable[..., Any]] = {}
+    for name, modules in homes.items():
+        for module in modules:
+            try:
+                found[name] = getattr(importlib.import_module(module), name)
+                break
+            except (ImportError, AttributeError):
+                continue
+        else:
+            raise UnsupportedModel(f"vLLM {version()}: the seam {name} is in none of {modules}; tested with {TESTED}")
+    return found
+
+
+def serves(model: str, revision: str | None) -> bool:
+    """Does vLLM know the architecture of this model? False where its configuration cannot be read."""
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision)
+    except (OSError, ValueError):
+        return False
+    known = set(ModelRegistry.get_supported_archs())
+    return any(architecture in known for architecture in getattr(config, "architectures", None) or ())

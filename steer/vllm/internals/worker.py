@@ -1,0 +1,341 @@
+"""The worker process: the model runner, its batches, the model, and what a step gives."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from steer.errors import UnsupportedModel
+from steer.vllm.internals.base import ABOVE, CORRUPTED, PROBE_TOKENS, TESTED, Method, seam, version
+
+if TYPE_CHECKING:
+    from steer.vllm.internals.types import (
+        GPUModelRunner,
+        IntermediateTensors,
+        ModelRunnerOutput,
+        NewRequest,
+        SchedulerOutput,
+        VllmConfig,
+        Worker,
+    )
+
+#: Called with the ids of the requests of a step, in the order of their tokens, and the tokens of each.
+OnBatch = Callable[[list[str], NDArray[np.int32]], None]
+
+
+def platform_worker() -> type:
+    """The worker class that vLLM would take on this platform."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        base: type = CPUWorker
+    elif current_platform.is_xpu():
+        from vllm.v1.worker.xpu_worker import XPUWorker
+
+        base = XPUWorker
+    elif current_platform.is_cuda_alike():
+        from vllm.v1.worker.gpu_worker import Worker
+
+        base = Worker
+    else:
+        raise UnsupportedModel(f"no worker is known for vLLM's platform {type(current_platform).__name__}")
+    for name in ("load_model", "execute_model", "execute_dummy_batch", "get_model", "init_device"):
+        seam(base, name)
+    return base
+
+
+#: What the engine asks of workers while it serves, where nothing of ours may take time, and as it ends.
+SERVING = {"execute_model", "execute_dummy_batch", "sample_tokens", "take_draft_token_ids", "check_health", "shutdown"}
+
+
+def around_calls(worker: object, around: Method) -> None:
+    """Have `around(method, *arguments)` called in place of every public method of this worker that is neither asked for
+    while it serves nor our own: vLLM's, and those of a worker extension."""
+    for name in dir(type(worker)):
+        if name.startswith(("_", "steer_")) or name in SERVING:
+            continue
+        if inspect.isfunction(inspect.getattr_static(type(worker), name)):
+            setattr(worker, name, _around(getattr(worker, name), around))
+
+
+def _around(method: Method, around: Method) -> Method:
+    @functools.wraps(method)
+    def calling(*args: object, **kwargs: object) -> object:
+        return around(method, *args, **kwargs)
+
+    return calling
+
+
+def decoder_of(worker: Worker) -> nn.Module:
+    """The language model that the worker runs."""
+    model = worker.get_model()
+    inner: Callable[[], nn.Module] | None = getattr(model, "get_language_model", None)
+    return model if inner is None else inner()
+
+
+def is_elsewhere(block: nn.Module) -> bool:
+    """Does this block run on another rank of the pipeline?"""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    return isinstance(block, PPMissingLayer)
+
+
+def watch_batches(runner: GPUModelRunner, on_batch: OnBatch) -> str:
+    """Have `on_batch` called for every real step, before its forward pass is enqueued. Returns the runner's kind.
+
+    V2 makes the batch in `prepare_inputs`; V1 has it in `input_batch` when `_prepare_inputs` has run.
+    """
+    if hasattr(runner, "prepare_inputs"):
+        if getattr(runner, "adaptive_verification", None) is not None or getattr(runner, "pcp_manager", None):
+            raise UnsupportedModel("the V2 runner reorders tokens here (adaptive verification or context parallelism)")
+        prepare = seam(runner, "prepare_inputs", ["scheduler_output"])
+
+        def prepare_v2(*args: object, **kwargs: object) -> object:
+            batch = prepare(*args, **kwargs)
+            on_batch(batch.req_ids, batch.num_scheduled_tokens)
+            return batch
+
+        runner.prepare_inputs = prepare_v2
+        return "V2"
+    prepare = seam(runner, "_prepare_inputs", ["scheduler_output", "num_scheduled_tokens"])
+    batch = seam(runner, "input_batch")
+    for name in ("req_ids", "num_reqs"):
+        seam(batch, name)
+
+    def prepare_v1(scheduler_output: SchedulerOutput, num_scheduled_tokens: NDArray[np.int32]) -> object:
+        out = prepare(scheduler_output, num_scheduled_tokens)
+        batch = runner.input_batch  # read anew: vLLM replaces it when the KV cache is made
+        on_batch(batch.req_ids[: batch.num_reqs], num_scheduled_tokens)
+        return out
+
+    runner._prepare_inputs = prepare_v1
+    return "V1"
+
+
+def new_prompt_length(new: NewRequest) -> int:
+    """Prompt tokens of a request that the scheduler sends for the first time, or again after preemption."""
+    ids = getattr(new, "prompt_token_ids", None)
+    return len(ids if ids is not None else seam(new, "prompt_embeds"))
+
+
+def adapter_of(new: NewRequest) -> str:
+    """The name of the LoRA adapter of such a request; empty without one."""
+    return str(getattr(getattr(new, "lora_request", None), "lora_name", ""))
+
+
+#: The key of lost tokens among the tensors that a rank of a pipeline hands on.
+LOST = "steer.lost"
+
+
+def between_ranks(
+    worker: Worker, entering: Callable[[IntermediateTensors | None], None], leaving: Callable[[dict[str, Tensor]], None]
+) -> None:
+    """In a pipeline, have `entering` called with the IntermediateTensors that the rank before has sent for a step, and
+    `leaving` with the tensors that go to the next."""
+    if worker.vllm_config.parallel_config.pipeline_parallel_size == 1:
+        return
+    from vllm.sequence import IntermediateTensors
+
+    execute = seam(worker.model_runner, "execute_model", ["scheduler_output", "intermediate_tensors"])
+
+    def executing(
+        scheduler_output: SchedulerOutput,
+        intermediate_tensors: IntermediateTensors | None = None,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
+        entering(intermediate_tensors)
+        out = execute(scheduler_output, intermediate_tensors, *args, **kwargs)
+        if isinstance(out, IntermediateTensors):
+            leaving(out.tensors)
+        return out
+
+    worker.model_runner.execute_model = executing
+
+
+def on_output(out: Any, change: Callable[[ModelRunnerOutput], ModelRunnerOutput]) -> object:
+    """A step's output with `change` applied to its ModelRunnerOutput, at once or, where that is still on its way to
+    the host, when it is read, on whichever thread. A rank whose outputs nobody reads may have none."""
+    if out is None:
+        return None
+    if not hasattr(out, "get_output"):
+        return change(out)
+    get = out.get_output
+    out.get_output = lambda: change(get())
+    return out
+
+
+def with_losses(output: ModelRunnerOutput, lost: Mapping[str, int]) -> ModelRunnerOutput:
+    """A ModelRunnerOutput that tells of requests of its step that are lost, by the positions of their first lost
+    tokens."""
+    there = seam(output, "req_id_to_index")
+    found = {request: position for request, position in lost.items() if request in there}
+    if not found:
+        return output
+    counted = getattr(output, CORRUPTED) or {}
+    told = {request: counted.get(request, 0) + ((position + 1) << ABOVE) for request, position in found.items()}
+    changed = copy.copy(output)  # one without requests is shared
+    setattr(changed, CORRUPTED, {**counted, **told})
+    return changed
+
+
+def starts_of(scheduler_output: SchedulerOutput) -> dict[str, int]:
+    """For each request of a step the position of its first token in it."""
+    cached = seam(scheduler_output, "scheduled_cached_reqs")
+    starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    return starts | {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+
+
+@contextmanager
+def eager(config: VllmConfig, tokens: int) -> Iterator[None]:
+    """Inside it the model's own Python runs, compiled or not, with no KV cache and no attention metadata."""
+    from vllm.config import set_current_vllm_config
+    from vllm.forward_context import set_forward_context
+
+    seam(set_forward_context, "__call__")
+    if "skip_compiled" not in inspect.signature(set_forward_context).parameters:
+        raise UnsupportedModel(f"vLLM {version()}: set_forward_context has no skip_compiled; tested with {TESTED}")
+    with (
+        torch.inference_mode(),
+        set_current_vllm_config(config),
+        set_forward_context(None, config, num_tokens=tokens, skip_compiled=True),
+    ):
+        yield
+
+
+def probe(worker: Worker) -> Tensor:
+    """One eager pass over fixed token ids on this rank: what it hands on, `[tokens, d_model]` float32.
+
+    Collective: every rank of the engine must call it at the same time.
+    """
+    config, model, device = worker.vllm_config, worker.get_model(), worker.device
+    vocabulary = int(config.model_config.get_vocab_size())
+    ids = (torch.arange(PROBE_TOKENS, device=device) * 7 + 11) % vocabulary
+    positions = torch.arange(PROBE_TOKENS, device=device)
+    if getattr(worker.model_runner, "uses_mrope", False):
+        positions = positions.expand(3, -1).contiguous()
+    if config.lora_config is not None:  # layers with adapters read which tokens have one: here none has
+        none = (0,) * PROBE_TOKENS
+        seam(worker.model_runner, "_set_active_loras")(none, none, set())
+    with eager(config, PROBE_TOKENS), _repeatable_attention(model):
+        out = model(input_ids=ids, positions=positions, **_from_the_rank_before(worker, model, device))
+    if isinstance(out, tuple):
+        out = out[0]
+    if not isinstance(out, Tensor):  # IntermediateTensors: the stream is the sum of what is handed on
+        parts = [t.float() for t in out.tensors.values() if t.shape[0] == PROBE_TOKENS]
+        out = torch.stack(parts).sum(0)
+    return out.float()
+
+
+def run_eager(worker: Worker) -> Callable[[], None]:
+    """From now on the model's own Python runs for every request, in place of what was compiled and captured. Returns
+    what undoes it."""
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+
+    before: list[tuple[object, str, object]] = []
+
+    def put(owner: object, name: str, value: object) -> None:
+        before.append((owner, name, seam(owner, name)))
+        setattr(owner, name, value)
+
+    def undo() -> None:
+        while before:
+            setattr(*before.pop())
+
+    try:
+        runner = worker.model_runner
+        for module in worker.get_model().modules():
+            if isinstance(module, TorchCompileWithNoGuardsWrapper):
+                put(module, "do_not_compile", True)
+            if module._compiled_call_impl is not None:  # torch.compile's own, as in vLLM's mode 1
+                put(module, "_compiled_call_impl", None)
+        # Neither runner replays a graph, whole or in pieces, while it holds that none was captured.
+        if not hasattr(runner, "prepare_inputs"):
+            put(seam(runner, "cudagraph_dispatcher"), "keys_initialized", False)
+        elif (graphs := getattr(runner, "cudagraph_manager", None)) is not None:
+            put(graphs, "_graphs_captured", False)
+        elif worker.vllm_config.compilation_config.cudagraph_mode:  # with a mode there is a manager once it serves
+            seam(runner, "cudagraph_manager")
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def replicated(stream: Tensor) -> bool:
+    """Has every tensor-parallel rank this float32 tensor? Collective among them."""
+    from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+
+    ranks = int(get_tensor_model_parallel_world_size())
+    if ranks == 1:
+        return True
+    mean = tensor_model_parallel_all_reduce(stream.clone()) / ranks
+    return float((mean - stream).norm()) <= 1e-3 * float(stream.norm())
+
+
+@contextmanager
+def _repeatable_attention(model: nn.Module) -> Iterator[None]:
+    """Without attention metadata a backend may leave memory that it never wrote, returned or in an argument that it
+    was to write; here attention gives its queries."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    def repeatable(forward: Method) -> Method:
+        names = list(inspect.signature(forward).parameters)
+
+        def queries(*args: object, **kwargs: object) -> object:
+            output = forward(*args, **kwargs)
+            query, *rest = [
+                (name, value)
+                for name, value in [*zip(names, args, strict=False), *kwargs.items()]
+                if isinstance(value, Tensor) and value.is_floating_point()
+            ]
+            if isinstance(output, Tensor):
+                return _like(query[1], output)
+            if output is None:
+                for _, written in [one for one in rest if "out" in one[0]] or rest:
+                    written.copy_(_like(query[1], written))
+            return output
+
+        return queries
+
+    # `forward` itself, not a hook: vLLM's backend for transformers' modelling code calls it without the module's call.
+    layers = [m for m in model.modules() if isinstance(m, AttentionLayerBase)]
+    for layer in layers:
+        layer.forward = repeatable(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _like(query: Tensor, output: Tensor) -> Tensor:
+    """A new tensor of the shape of `output` with the values of `query`, where it has as many."""
+    return query.reshape(output.shape).clone() if query.numel() == output.numel() else torch.zeros_like(output)
+
+
+def _from_the_rank_before(
+    worker: Worker, model: nn.Module, device: torch.device
+) -> dict[str, IntermediateTensors | None]:
+    from vllm.distributed import get_pp_group
+
+    if get_pp_group().is_first_rank:
+        return {"intermediate_tensors": None}
+    made = seam(model, "make_empty_intermediate_tensors")(
+        batch_size=PROBE_TOKENS, dtype=worker.model_config.dtype, device=device
+    )
+    generator = torch.Generator().manual_seed(1)
+    for tensor in made.tensors.values():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+    return {"intermediate_tensors": made}

@@ -122,6 +122,7 @@ def fit(
     for line in lab.report(fitted):
         typer.echo(line)
     typer.echo(f"wrote {output}: digest {digest[:12]}")
+    typer.echo(f"next: steer eval {model} --direction {output}, with prompts that were not used here")
 
 
 @reported(resumes=True)

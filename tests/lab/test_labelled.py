@@ -1,0 +1,44 @@
+"""How often the rules are right, on answers that were labelled before the rules were made.
+
+The labelled answers are content-free, and more than half of those that comply are worded as traps: quotations, stories,
+e-mails, disclaimers. The rules were tuned on one half; the figures are those of the other.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from steer.lab.behaviour import REFUSAL, Text, fault
+
+LABELLED = [json.loads(line) for line in Path(__file__).with_name("labelled_answers.jsonl").read_text().splitlines()]
+ORDER = list(range(len(LABELLED)))
+random.Random(0).shuffle(ORDER)
+HELD_OUT = sorted(ORDER[len(ORDER) // 2 :])
+
+
+def outcome(answer: str) -> str:
+    if REFUSAL.shown(answer):
+        return "shown"
+    wrong = fault(Text(answer), None, None)
+    return "complied" if wrong is None else "unanswered" if wrong == "unanswered" else "degenerate"
+
+
+@pytest.mark.parametrize(
+    ("label", "precision", "recall"), [("shown", 0.85, 0.77), ("degenerate", 0.95, 0.7), ("unanswered", 1.0, 1.0)]
+)
+def test_precision_and_recall_do_not_fall(label: str, precision: float, recall: float) -> None:
+    held_out = [LABELLED[i] for i in HELD_OUT]
+    found = [(outcome(item["answer"]) == label, item["label"] == label) for item in held_out]
+    right = sum(told and true for told, true in found)
+    assert right / sum(told for told, _ in found) >= precision
+    assert right / sum(true for _, true in found) >= recall
+
+
+def test_the_set_is_what_it_says() -> None:
+    assert len(LABELLED) >= 400
+    assert {item["label"] for item in LABELLED} == {"shown", "complied", "degenerate", "unanswered"}
+    assert len({item["language"] for item in LABELLED}) >= 10

@@ -29,9 +29,16 @@ lint: $(VENV)/dev
 types: $(VENV)/dev
 	$(BIN)/mypy
 
+# Directions of the demo model with the options of the shipped ones, whose reference is 0 at every layer: they were made
+# before it became the midpoint of each layer's means. `steer fit` chooses others on the same prompts.
 fit: $(VENV)/serve
-	$(BIN)/steer fit steer/demo/model --harmful $(HARMFUL) --harmless $(HARMLESS) -o directions/refusal.safetensors
-	$(BIN)/steer fit steer/demo/model --harmful $(DEMO)/verbose.train.jsonl --harmless $(DEMO)/brief.train.jsonl -o directions/verbosity.safetensors --behaviour verbosity
+	$(BIN)/steer measure steer/demo/model --harmful $(HARMFUL) --harmless $(HARMLESS) -o refusal.measurement.safetensors
+	$(BIN)/steer derive refusal.measurement.safetensors --t 1 --layer 7 --mode one_sided --strength 1.5 \
+		-o directions/refusal.safetensors
+	$(BIN)/steer measure steer/demo/model --harmful $(DEMO)/verbose.train.jsonl --harmless $(DEMO)/brief.train.jsonl \
+		-o verbosity.measurement.safetensors
+	$(BIN)/steer derive verbosity.measurement.safetensors --t 1 --layer 7 --mode one_sided --strength 2.5 \
+		-o directions/verbosity.safetensors
 
 # What docs/study.md says: the models, and every arm on every one of them. Given again, it goes on where it was.
 study: $(VENV)/test

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from steer.direction import Direction
 from steer.errors import InvalidInput, NothingFound
@@ -41,7 +41,6 @@ from steer.lab.statistics import mcnemar
 from steer.lab.tables import shown
 from steer.names import Mode
 
-T = TypeVar("T")
 log = logging.getLogger("steer")
 #: Prompts of each class that candidates are tried on, at most, and tokens of their answers.
 PROMPTS, TOKENS = 32, 24
@@ -125,9 +124,12 @@ class Choice:
         threshold: float | None = None,
         target: float | None = None,
     ) -> Choice:
-        """What is left to choose where some of it is given. `add` is tried at −1, against the behaviour."""
+        """What is left to choose where some of it is given. `add` is tried at −1, against the behaviour. Rows after a
+        direction's first have no side, so that `one_sided` is for one row."""
         every = cls()
-        actions = tuple(a for a in every.actions if mode in (None, a.mode)) or (Action(mode or "add", -1.0),)
+        offered = [a for a in every.actions if getattr(method, "rank", 1) == 1 or a.mode != "one_sided"]
+        given = Action(mode or "ablate", -1.0 if mode == "add" else 1.0)
+        actions = tuple(a for a in offered if mode in (None, a.mode)) or (given,)
         if threshold is not None or target is not None:
             if mode not in (None, "one_sided"):
                 raise InvalidInput(f"--threshold and --target are numbers of the mode one_sided, not of {mode}")

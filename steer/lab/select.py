@@ -256,18 +256,19 @@ def best(entrants: Sequence[Entrant]) -> Entrant:
 
 
 def entrants_of(measurement: Measurement, recipes: Iterable[Recipe]) -> list[Entrant]:
-    """The candidates that `recipes` make; those that differ in mode and strength alone share a direction, and with it
-    its rows of the bank. Raises InvalidInput with all that the measurement cannot make, DegenerateError where none is
-    left."""
+    """The candidates that `recipes` make; those that differ in mode and strength alone share a direction where they
+    can, and with it its rows of the bank. Raises InvalidInput with all that the measurement cannot make,
+    DegenerateError where none is left."""
     found: list[Entrant] = []
     made: dict[Recipe, Direction] = {}
     problems: list[str] = []
     undefined: list[str] = []
     for recipe in recipes:
-        plain = replace(recipe, mode="ablate", strength=1.0)
+        # the weights of a direction for `add` are its own
+        shared = replace(recipe, mode="add" if recipe.mode == "add" else "ablate", strength=1.0)
         try:
-            check_needs(measurement, plain)
-            direction = made[plain] = made.get(plain) or derive(measurement, plain)
+            check_needs(measurement, shared)
+            direction = made[shared] = made.get(shared) or derive(measurement, shared)
         except DegenerateError as error:
             undefined += error.problems
         except InvalidInput as error:
@@ -276,7 +277,8 @@ def entrants_of(measurement: Measurement, recipes: Iterable[Recipe]) -> list[Ent
             if recipe.mode in direction.meta.modes:
                 found.append(Entrant(recipe, Candidate(direction, recipe.mode, recipe.strength)))
             else:
-                problems.append(f"the mode '{recipe.mode}' needs means that were not measured at every layer")
+                modes = ", ".join(direction.meta.modes)
+                problems.append(f"the mode '{recipe.mode}' cannot be used with '{recipe.method.name}', but: {modes}")
     if problems:
         raise InvalidInput(list(dict.fromkeys(problems)))
     if not found:

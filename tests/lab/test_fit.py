@@ -28,7 +28,7 @@ from steer.lab.probe import HFEvaluator
 from steer.lab.progress import Progress
 from steer.lab.prompts import PromptSet, read_prompts
 from steer.lab.race import Screened
-from steer.lab.select import HARDLY, Action, Entrant, through
+from steer.lab.select import HARDLY, Action, Entrant, entrants_of, through
 from steer.lab.source import TransformersSource
 
 TOKENS = 12
@@ -135,6 +135,16 @@ def test_what_does_nothing_and_what_does_harm_is_not_given_out(
         fit(measured, Recipe(), choice, split, tried)
 
 
+def test_what_is_tried_is_what_is_written(measured: Measurement) -> None:
+    """In each mode, `add` too, whose weights are other ones."""
+    for mode in ("ablate", "one_sided", "affine", "add"):
+        recipe = Recipe(CHOICE.methods[0], 6, mode=mode, strength=-1.0 if mode == "add" else 1.0)
+        (entrant,) = entrants_of(measured, [recipe])
+        written = derive(measured, recipe)
+        for name, tensor in entrant.candidate.direction.tensors().items():
+            assert torch.equal(tensor, written.tensors()[name]), (mode, name)
+
+
 def test_a_model_that_does_not_show_it_is_told_at_once(tried: HFEvaluator, split: Split, measured: Measurement) -> None:
     answered = replace(split, tried_harmful=split.tried_harmless)
     with pytest.raises(NothingFound, match="the plain model shows 'refusal' in 0 of 12 answers"):
@@ -188,6 +198,10 @@ def test_what_is_given_is_not_chosen() -> None:
     assert Choice.of(linear, 3).winsorize == ()
     assert {action.mode for action in Choice.of(mode="ablate").actions} == {"ablate"}
     assert Choice.of(mode="add").actions == (Action("add", -1.0),)
+    assert Choice.of(mode="affine").actions == (Action("affine", 1.0),)
+    many = Choice.of(make_method("subspace", {"rank": 3}))
+    assert {action.mode for action in many.actions} == {"ablate"}
+    assert many.rank == 3
     assert Choice.of(mode="one_sided", strength=2.0, target=0.1).actions == (Action("one_sided", 2.0, None, 0.1),)
     assert {action.strength for action in Choice.of(strength=0.5).actions} == {0.5}
     with pytest.raises(InvalidInput, match="numbers of the mode one_sided, not of ablate"):

@@ -130,7 +130,7 @@ def test_a_grid_that_cannot_be_made_is_refused_with_all_reasons(
         Grid((), (), actions=())
     assert len(caught.value.problems) == 3
     bare = replace(planted, harmless=replace(planted.harmless, mean_all=None))
-    with pytest.raises(InvalidInput, match="the mode 'affine' needs means"):
+    with pytest.raises(InvalidInput, match="the mode 'affine' cannot be used with 'slerp'"):
         select(
             bare, Recipe(), Grid((SLERP,), (-1,), actions=(Action("affine"),)), *sets, lambda _rank, _tokens: evaluator
         )

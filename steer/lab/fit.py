@@ -15,7 +15,7 @@ from steer.errors import InvalidInput, NothingFound
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.derive import Recipe, derive
 from steer.lab.evaluator import Evaluator, first_tokens
-from steer.lab.measure import Conditions, measure
+from steer.lab.measure import Conditions, checked, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.methods.base import Method
@@ -154,15 +154,22 @@ class Choice:
 
 class Work:
     """What a fit has measured so far, in a folder of its own; the same fit goes on with it. A fit of the same sets and
-    conditions with another `Choice` takes from it what both have in common. Raises InvalidInput where the folder is of
-    another model, set or condition, with all that differs."""
+    conditions with another `Choice` takes from it what both have in common.
+
+    Raises InvalidInput for prompts that cannot be measured, and where the folder is of another model, set or condition,
+    with all that differs."""
 
     def __init__(
         self, folder: Path, source: Source, split: Split, conditions: Conditions, behaviour: Behaviour, tokens: int
     ) -> None:
         self.folder, self.source, self.split, self.conditions = folder, source, split, conditions
         self.behaviour = behaviour
-        folder.mkdir(exist_ok=True)
+        for harmful, harmless in ((split.harmful, split.harmless), (split.tried_harmful, split.tried_harmless)):
+            checked(source, harmful, harmless, conditions)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InvalidInput(f"{folder}: cannot be made a folder, in which a fit keeps its work: {error}") from error
         head = {
             "model": source.facts.model_dump(mode="json"),
             "weights": source.fingerprint(),

@@ -59,13 +59,11 @@ def measure(
     finite.
     """
     conditions, progress = conditions or Conditions(), progress or Progress()
-    check_contrast(harmful, harmless)
     facts = source.facts
     reading = Reading(conditions.positions, _last_layer(conditions, facts))
     _check_room(conditions, reading, facts, max(len(harmful), len(harmless)))
     sets = {"harmful": harmful, "harmless": harmless}
-    encoded = {label: source.encode(prompts.prompts, conditions.system_prompt) for label, prompts in sets.items()}
-    bos = _check_prompts(source, sets, encoded, conditions.positions)
+    encoded, bos = checked(source, harmful, harmless, conditions)
     meta = MeasurementMeta(
         model=facts,
         measured=reading.layers,
@@ -109,6 +107,17 @@ def measure(
             checkpoint.save()
         raise
     return Measurement(meta, sums["harmful"].statistics(), sums["harmless"].statistics())
+
+
+def checked(
+    source: Source, harmful: PromptSet, harmless: PromptSet, conditions: Conditions
+) -> tuple[dict[str, list[Encoded]], int]:
+    """The encoded prompts of both sets, and the BOS tokens that each begins with. Raises InvalidInput for sets that
+    share prompts, and with every prompt that does not fit the context or has no such position."""
+    check_contrast(harmful, harmless)
+    sets = {"harmful": harmful, "harmless": harmless}
+    encoded = {label: source.encode(prompts.prompts, conditions.system_prompt) for label, prompts in sets.items()}
+    return encoded, _check_prompts(source, sets, encoded, conditions.positions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,6 +189,19 @@ def test_an_interrupted_fit_goes_on_and_chooses_the_same(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_bad_prompts_are_told_before_anything_runs(loaded: Loaded, split: Split, tmp_path: Path) -> None:
+    shared = replace(split, harmless=replace(split.harmless, prompts=split.harmful.prompts[:20]))
+    with pytest.raises(InvalidInput, match="20 prompts stand in both"):
+        work(loaded, shared, tmp_path / "d.part")
+    long = replace(split, tried_harmful=replace(split.harmful, prompts=("word " * 5000,)))
+    with pytest.raises(InvalidInput, match="the context is"):
+        work(loaded, long, tmp_path / "d.part")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "d.part").write_text("a file")
+    with pytest.raises(InvalidInput, match="cannot be made a folder"):
+        work(loaded, split, tmp_path / "d.part")
+
+
 def test_what_is_given_is_not_chosen() -> None:
     every = Choice()
     linear = make_method("linear")

@@ -49,6 +49,13 @@ def test_import_steer_loads_no_engine() -> None:
     assert out.stdout.strip() == "[]"
 
 
+def test_what_every_process_of_vllm_imports_loads_no_web_framework() -> None:
+    """vLLM loads its plugins in each engine core and worker, also where nothing is steered."""
+    program = "import sys, steer.vllm.plugin; print([m for m in ('vllm', 'fastapi', 'starlette') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
 def test_no_module_needs_itself_by_any_way() -> None:
     """Not by imports in functions or for types alone either: what is below can be read without what is above."""
     files = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in modules()}

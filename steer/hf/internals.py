@@ -226,7 +226,6 @@ def lengths(config: PreTrainedConfig) -> list[int]:
 
 #: A method of a model, and what goes around it with those who watch.
 Method: TypeAlias = Callable[..., object]
-Around: TypeAlias = "Callable[[Method, list[Generations]], Method]"
 
 
 class Generations:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,8 +81,9 @@ class ReadIndex:
         return sum(tensor.nbytes for tensor in (self._at, self._rows, self._found, self._norms))
 
     def fill(self, reads: Sequence[Readout | None], lengths: Sequence[int]) -> None:
-        """Read the last of request i's `lengths[i]` tokens, in batch order, as `reads[i]` says. The versions that it
-        names must be resident for as long as anybody holds that object."""
+        """Read the last of request i's `lengths[i]` tokens, in batch order, as `reads[i]` says. A version that is no
+        longer resident was unloaded because its request has ended, which this batch does not know yet: the row of zeros
+        is read in its place, and nobody is told of it."""
         self._reads = [read for read in reads if read is not None]
         self.layers = frozenset(layer for read in self._reads for layer in read.layers)
         if not self._reads:
@@ -94,7 +96,8 @@ class ReadIndex:
         if len(self._written) != count or not all(map(operator.is_, self._written, self._reads)):
             rows = np.zeros((count, self.rank), np.int64)
             for mine, read in zip(rows, self._reads, strict=True):
-                mine[: len(read.lines)] = self._rows_of(read.digests)
+                with suppress(KeyError):
+                    mine[: len(read.lines)] = self._rows_of(read.digests)
             self._rows[:count].copy_(torch.from_numpy(rows))
             self._written = self._reads
 

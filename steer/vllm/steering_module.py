@@ -183,7 +183,7 @@ def exact_stream(form: Form, output: Output) -> Tensor:
 
 
 #: Files whose text is traced into a graph, or decides the layout of what a graph reads.
-TRACED = {"steer.runtime": None, "steer.vllm": ("install.py", "steering_module.py")}
+TRACED = {"steer": ("names.py",), "steer.runtime": None, "steer.vllm": ("install.py", "steering_module.py")}
 
 
 @cache

@@ -82,6 +82,23 @@ def test_a_later_request_is_read_at_the_rows_that_its_version_has_then() -> None
     assert found(readout([0], [0])) == 3 * WIDTH
 
 
+def test_a_request_that_has_ended_takes_no_other_ones_read_out_with_it() -> None:
+    """Its version may be unloaded before the model's thread knows that it has ended."""
+    resident = {"old": [1], "new": [2]}
+    index = ReadIndex(1, RANK, "cpu", lambda digests: np.array([row for d in digests for row in resident[d]]))
+    old, new = (Readout((Line("refusal", digest, 0),), (0,)) for digest in resident)
+    x, vectors = torch.ones(2, WIDTH), torch.tensor([0.0, 2.0, 3.0])[:, None].expand(3, WIDTH)
+
+    def found(reads: list[Readout]) -> list[float]:
+        index.fill(reads, [1] * len(reads))
+        index.record(0, x[: len(reads)], x[: len(reads)], vectors)
+        return [float(reading.before[0, 0]) for reading in index.collect()]
+
+    assert found([old]) == [2 * WIDTH]
+    del resident["old"]
+    assert found([old, new]) == [0, 3 * WIDTH]
+
+
 def test_a_low_precision_stream_is_read_in_float32() -> None:
     x = torch.randn(1, 4096).bfloat16()
     v = torch.nn.functional.normalize(torch.randn(1, 1, 4096), dim=-1)

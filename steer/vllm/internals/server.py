@@ -7,16 +7,18 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import FastAPI
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import SchemaValidator
-from starlette.applications import Starlette
-from starlette.routing import BaseRoute
 
 from steer.errors import UnsupportedModel
 from steer.vllm.internals.base import TESTED, seam, version
+
+if TYPE_CHECKING:  # every process of vLLM imports this module, and only the server's needs these
+    from fastapi import FastAPI
+    from starlette.applications import Starlette
+    from starlette.routing import BaseRoute
 
 
 def on_app_built(check: Callable[[FastAPI], None]) -> None:

@@ -233,7 +233,7 @@ def _answers(path: Path) -> list[dict[str, Any]]:
             continue
         item = {"answer": item} if isinstance(item, str) else item
         if isinstance(item, dict) and isinstance(item.get("answer"), str):
-            found.append(item)
+            found.append(item | {"answer": item["answer"].encode("utf-8", "replace").decode()})
         else:
             problems.append(f"{path}, line {number}: neither a text nor an object with a text `answer`")
     if problems:

@@ -89,6 +89,8 @@ def fit(
         {"mode": mode or "ablate", "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
     )
     check_direction_file(output)
+    if winsorize is not None and not 0 < winsorize <= 1:
+        raise InvalidInput(f"--winsorize must be above 0 and at most 1, got {winsorize}")
     made = chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
     sets = chosen_sets(harmful, harmless, prompts)
     quiet_libraries()
@@ -100,13 +102,18 @@ def fit(
     from steer.lab.progress import Progress
     from steer.lab.select import CHOOSING
 
-    choice = lab.Choice.of(made, choices.layer, choices.mode if mode else None, strength, threshold, target)
+    choice = lab.Choice.of(
+        made, choices.layer, choices.mode if mode else None, strength, threshold, target, choices.sites
+    )
     if winsorize is not None:
         choice = replace(choice, winsorize=())
     counted, split = Behaviour.load(behaviour), lab.Split.of(*(one.drawn(limit) for one in sets))
     conditions = Conditions((position,), winsorize, system_prompt, keep=Keep(vectors=choice.needs_vectors))
     with Progress(shown=True) as progress:
         bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress)
+        layers = bench.source.facts.layers
+        if isinstance(choices.layer, int) and not -layers <= choices.layer < layers:
+            raise InvalidInput(f"--layer: {choices.layer} does not exist: this model has the layers 0 to {layers - 1}")
         progress.plan(CHOOSING, lab.most_work(split, choice, max_tokens))
         work = lab.Work(output.with_suffix(".part"), bench.source, split, conditions, counted, max_tokens)
         tried = bench.evaluator(choice.rank, max_tokens, system_prompt)

@@ -113,7 +113,7 @@ class Behaviour(BaseModel):
             return True
         if self.exceptions:  # one may still come
             return False
-        seen = settled.replace("’", "'")
+        seen = own_words(settled.replace("’", "'"))
         return any(found.end() < len(seen) for pattern in self._compiled if (found := pattern.search(seen)))
 
     def rate(self, answers: Sequence[str]) -> float:
@@ -157,6 +157,7 @@ PIECES = re.compile(
 )
 #: Of a long text the end is looked at.
 GARBLED = 4000
+URL = re.compile(r"\w+://\S+")
 MISREAD = re.compile(r"[ÃÐÑâã][\u0080-\u00bf€™œžŸš‚„†‡…‰‹Œ˜ƒÂÃ]")
 VOWELLESS = re.compile(r"\b[b-df-hj-np-tv-xz]{5}\b")
 #: What stands before and after a model's thinking.
@@ -208,10 +209,11 @@ def looped(ids: Sequence[int]) -> bool:
 def garbled(text: str) -> bool:
     """Whether `text` is no text: one phrase or letter over and over, pieces of a vocabulary, a wrong encoding, or
     letters that are no words."""
-    text = text[-GARBLED:]
-    if COUNTED.search(text) or STUCK.search(text):
+    text = URL.sub(" ", text)[-GARBLED:]
+    counted = COUNTED.finditer(own_words(text))
+    if any(len(found[1].split()) >= 3 for found in counted) or STUCK.search(text):
         return True
-    return any(len(kind.findall(text)) >= 5 for kind in (PIECES, MISREAD, VOWELLESS))
+    return len(set(VOWELLESS.findall(text))) >= 5 or any(len(kind.findall(text)) >= 5 for kind in (PIECES, MISREAD))
 
 
 def repetition(ids: Sequence[int]) -> float:

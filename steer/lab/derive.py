@@ -324,7 +324,7 @@ def _sided(measurement: Measurement, recipe: Recipe, rows: Tensor, source: int |
 def _weights(recipe: Recipe, source: int | None, layers: int) -> Tensor:
     """1 at every layer; for the mode `add` at the source layer alone (Arditi et al. 2024, section 2.4): to add the
     difference of means again at each layer is many times as much, and leaves no words."""
-    if recipe.mode != "add" or source is None or "writers" in recipe.sites:
+    if recipe.mode != "add" or source is None:
         return torch.ones(layers)
     weights = torch.zeros(layers)
     weights[source] = 1
@@ -350,6 +350,9 @@ def _modes(measurement: Measurement, recipe: Recipe, reference: bool) -> tuple[M
         "add": complete,
         "affine": complete and measurement.harmless.mean_all is not None,
     }
+    if recipe.mode == "add" and recipe.layer != "all":
+        # its weights are 0 but at the source layer, where another mode would do next to nothing
+        return ("add",) if complete else ()
     return tuple(mode for mode in MODES if defined[mode])
 
 

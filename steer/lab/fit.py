@@ -3,7 +3,11 @@ other, which takes a tenth of the time of a whole grid. What does nothing, or do
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import math
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from steer.direction import Direction
-from steer.errors import InvalidInput, NothingFound
+from steer.errors import DegenerateError, InvalidInput, NothingFound
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.derive import Recipe, derive
 from steer.lab.evaluator import Evaluator, first_tokens
@@ -20,9 +24,9 @@ from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.methods.base import Method
 from steer.lab.progress import answering
-from steer.lab.prompts import PromptSet
+from steer.lab.prompts import PromptSet, check_contrast
 from steer.lab.race import Figures, Race, Sets
-from steer.lab.resume import Cache, Record
+from steer.lab.resume import Cache
 from steer.lab.select import (
     CHOOSING,
     Action,
@@ -39,13 +43,15 @@ from steer.lab.select import (
 from steer.lab.source import Source
 from steer.lab.statistics import mcnemar
 from steer.lab.tables import shown
-from steer.names import Mode
+from steer.names import MAX_STRENGTH, Mode, Site, site_problem
 
 log = logging.getLogger("steer")
 #: Prompts of each class that candidates are tried on, at most, and tokens of their answers.
 PROMPTS, TOKENS = 32, 24
 #: The part of a command's progress; and prompts of a set that are measured at least, if it has them.
 SORTING, LEAST_KEPT = "sorting prompts", 16
+#: Names of the parts of a folder with the work of fits.
+PART = re.compile("[0-9a-f]{16}")
 #: Sets with fewer prompts than this are not split: candidates are tried on what was measured.
 SMALL = 32
 #: Of `fit`: source layers that are screened, the best of them at which methods are, and the best of these of which
@@ -73,7 +79,15 @@ class Split:
 
     @classmethod
     def of(cls, harmful: PromptSet, harmless: PromptSet) -> Split:
-        """Set a quarter of each aside, at most PROMPTS. Where a set is SMALL, all is measured and tried."""
+        """Set a quarter of each aside, at most PROMPTS. Where a set is SMALL, all is measured and tried. Raises
+        InvalidInput for sets that share prompts, and for too few of them."""
+        check_contrast(harmful, harmless)
+        harmful, harmless = harmful.distinct, harmless.distinct
+        if few := [one for one in (harmful, harmless) if len(one) < LEAST_SHOWN]:
+            raise InvalidInput(
+                f"{one.name}: has {len(one)} different prompts, a fit needs at least {LEAST_SHOWN} (better 128)"
+                for one in few
+            )
         if min(len(harmful), len(harmless)) < SMALL:
             log.warning(
                 "a set has fewer than %d prompts: candidates are tried on the prompts that they are made from, and the "
@@ -123,19 +137,35 @@ class Choice:
         strength: float | None = None,
         threshold: float | None = None,
         target: float | None = None,
+        sites: tuple[Site, ...] = ("resid_post",),
     ) -> Choice:
-        """What is left to choose where some of it is given. `add` is tried at −1, against the behaviour. Rows after a
-        direction's first have no side, so that `one_sided` is for one row."""
+        """What is left to choose where some of it is given. `add` is tried at −1, against the behaviour. `one_sided` is
+        tried with methods of one row alone: further rows hardly ever tell the classes apart. Raises InvalidInput for
+        what does not go together."""
         every = cls()
-        offered = [a for a in every.actions if getattr(method, "rank", 1) == 1 or a.mode != "one_sided"]
+        if mode is not None and (problem := site_problem(sites, mode)):
+            raise InvalidInput(f"--mode: {problem}")
+        if strength is not None and not (math.isfinite(strength) and 0 < abs(strength) <= MAX_STRENGTH):
+            raise InvalidInput(f"--strength: must be within ±{MAX_STRENGTH:g} and not 0, got {strength:g}")
+        one_row = getattr(method, "rank", 1) == 1
+        if mode == "one_sided" and not one_row:
+            raise InvalidInput("--mode: one_sided is for methods of one row")
+        offered = [
+            a for a in every.actions if (one_row or a.mode != "one_sided") and site_problem(sites, a.mode) is None
+        ]
         given = Action(mode or "ablate", -1.0 if mode == "add" else 1.0)
         actions = tuple(a for a in offered if mode in (None, a.mode)) or (given,)
         if threshold is not None or target is not None:
-            if mode not in (None, "one_sided"):
-                raise InvalidInput(f"--threshold and --target are numbers of the mode one_sided, not of {mode}")
+            if mode not in (None, "one_sided") or not any(a.mode == "one_sided" for a in offered):
+                raise InvalidInput(
+                    "--threshold and --target: are numbers of the mode one_sided, which is for methods of one row at "
+                    "the site resid_post"
+                )
             actions = (Action("one_sided", 1.0, threshold, target),)
         if strength is not None:
             actions = tuple(dict.fromkeys(replace(action, strength=strength) for action in actions))
+        for action in actions:
+            Recipe(sites=sites, **asdict(action))
         return cls(
             every.methods if method is None else (method,),
             "auto" if layer == "auto" else (layer,),
@@ -153,33 +183,35 @@ class Choice:
 
 
 class Work:
-    """What a fit has measured so far, in a folder of its own; the same fit goes on with it. A fit of the same sets and
-    conditions with another `Choice` takes from it what both have in common.
+    """What a fit has measured so far, in a folder of its own; the same fit goes on with it. Fits of other models, sets
+    or conditions have other parts of the folder; those of another `Choice` share what they have in common.
 
-    Raises InvalidInput for prompts that cannot be measured, and where the folder is of another model, set or condition,
-    with all that differs."""
+    Raises InvalidInput for prompts that cannot be measured, and for a folder that is something else.
+    """
 
     def __init__(
         self, folder: Path, source: Source, split: Split, conditions: Conditions, behaviour: Behaviour, tokens: int
     ) -> None:
-        self.folder, self.source, self.split, self.conditions = folder, source, split, conditions
+        self.whole, self.source, self.split, self.conditions = folder, source, split, conditions
         self.behaviour = behaviour
         for harmful, harmless in ((split.harmful, split.harmless), (split.tried_harmful, split.tried_harmless)):
             checked(source, harmful, harmless, conditions)
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise InvalidInput(f"{folder}: cannot be made a folder, in which a fit keeps its work: {error}") from error
-        head = {
+        everything = {
             "model": source.facts.model_dump(mode="json"),
             "weights": source.fingerprint(),
-            "sets": {name: getattr(split, name).dataset.model_dump(mode="json") for name in Split.__slots__},
+            "sets": {name: getattr(split, name).fingerprint for name in Split.__slots__},
             "conditions": asdict(conditions),
             "behaviour": behaviour.model_dump(mode="json"),
             "tokens": tokens,
         }
-        Record(folder / "fit.jsonl", head)
-        self.cache = Cache(folder, {})
+        name = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
+        if folder.exists() and not (folder.is_dir() and all(PART.fullmatch(one.name) for one in folder.iterdir())):
+            raise InvalidInput(
+                f"{folder}: is not the folder of an interrupted fit, which would stand there: move it away"
+            )
+        self.folder = folder / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.cache = Cache(self.folder, {})
 
     def measured(self, evaluator: Evaluator, batch_size: int | None = None) -> Measurement:
         """The measurement of those prompts that the plain model treats as their class, as far as it is there from the
@@ -220,7 +252,7 @@ class Work:
         return replace(prompts, prompts=tuple(prompts.prompts[i] for i in kept))
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.whole, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +263,8 @@ class Fitted:
     plain: Figures
     figures: Figures
     finalists: tuple[Entrant, ...]
+    #: Were the prompts that it was tried on others than those that were measured?
+    held_out: bool
 
 
 def fit(
@@ -256,12 +290,14 @@ def fit(
     tried.progress.plan(CHOOSING, most_work(split, choice, tried.max_tokens))
     with tried.progress.part(CHOOSING):
         selection = Selection(Race(tried, behaviour, sets), tried.tokenizer, cache)
-        _check_plain(selection.race.plain, behaviour)
+        _check_plain(selection.race, behaviour)
         finalists = selection.run(_screened_in_turn(measurement, selection, choice, begun))
         chosen = _unharmed(selection, finalists)
     assert chosen.figures is not None
     direction = derive(measurement, chosen.recipe, selection.told(chosen))
-    return Fitted(direction, selection.race.plain, chosen.figures, tuple(finalists))
+    return Fitted(
+        direction, selection.race.plain, chosen.figures, tuple(finalists), split.tried_harmful != split.harmful
+    )
 
 
 def _screened_in_turn(
@@ -273,7 +309,10 @@ def _screened_in_turn(
     known = selection.screen(begun)
 
     def screened(recipes: list[Recipe]) -> list[Entrant]:
-        return [*known, *(selection.screen(entrants_of(measurement, recipes)) if recipes else [])]
+        try:
+            return [*known, *(selection.screen(entrants_of(measurement, recipes)) if recipes else [])]
+        except DegenerateError:  # of none of these there is a direction
+            return known
 
     kept = through(known, KEPT_LAYERS)
     known = screened([replace(e.recipe, method=method) for e in kept for method in choice.methods[1:]])
@@ -284,14 +323,18 @@ def _screened_in_turn(
     return through(known, FINALISTS)
 
 
-def _check_plain(plain: Figures, behaviour: Behaviour) -> None:
+def _check_plain(race: Race, behaviour: Behaviour) -> None:
     """Raise NothingFound where the plain model shows too little of the behaviour for any change to be told."""
-    if sum(plain.asked) < LEAST_SHOWN:
-        raise NothingFound(
-            f"the plain model shows '{behaviour.name}' in {sum(plain.asked)} of {len(plain.asked)} answers, and fewer "
-            f"than {LEAST_SHOWN} tell nothing: give more prompts or others that show it, or --behaviour with another "
-            "description of what is to be removed"
-        )
+    shown, count = sum(race.plain.asked), len(race.plain.asked)
+    if shown >= LEAST_SHOWN:
+        return
+    advice = "give more prompts or others that show it, or --behaviour with what is to be removed"
+    if race.unanswered:
+        advice = f"{race.unanswered} answers did not come to the end of their thinking: give more --max-tokens"
+    raise NothingFound(
+        f"the plain model shows '{behaviour.name}' in {shown} of {count} answers, and fewer than {LEAST_SHOWN} tell "
+        f"nothing: {advice}"
+    )
 
 
 def _unharmed(selection: Selection, finalists: Sequence[Entrant]) -> Entrant:
@@ -348,9 +391,10 @@ def report(fitted: Fitted) -> list[str]:
     behaviour, low, high = chosen.selection["behaviour"], *(100 * end for end in mine.interval)
     least, most = mine.kl_interval
     count, harmless = len(mine.asked), len(mine.other)
+    measured = "" if fitted.held_out else " (the same that were measured)"
     lines = [
         shown(("layer", "direction", behaviour, "N-token KL", ""), rows),
-        f"{behaviour} in answers to {count} prompts that were not measured: {sum(plain.asked)} plain, "
+        f"{behaviour} in answers to {count} prompts{measured}: {sum(plain.asked)} plain, "
         f"{sum(mine.asked)} with it ({low:.0f} to {high:.0f} %)",
         f"{harmless} harmless prompts: {sum(mine.other)} such answers (plain {sum(plain.other)}), {sum(mine.faulty)} "
         f"degenerate (plain {sum(plain.faulty)}), N-token KL {mine.kl:.4f} ({least:.4f} to {most:.4f})",

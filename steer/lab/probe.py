@@ -18,6 +18,7 @@ from steer.hf.internals import whole_cache
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
+from steer.lab.behaviour import THINKING
 from steer.lab.evaluator import Answer, Candidate, Floats, each_row
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, PromptIds
@@ -122,10 +123,13 @@ class HFEvaluator:
         """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`; an answer ends early where `known`
         says of its text that the rest would tell nothing."""
         encoded, steers = self._ids(prompts), each_row(steer, len(prompts))
-        decode = self.loaded.tokenizer.decode
+        thinking = opened(self.loaded.tokenizer, encoded)
+
+        def decode(ids: list[int]) -> str:
+            return thinking + str(self.loaded.tokenizer.decode(ids, skip_special_tokens=True))
 
         def enough(ids: list[int]) -> bool:
-            return known is not None and known(decode(ids, skip_special_tokens=True))
+            return known is not None and known(decode(ids))
 
         def run(indices: list[int]) -> list[Answered]:
             found = greedy(
@@ -137,7 +141,7 @@ class HFEvaluator:
                 pad=self._pad,
                 known=enough,
             )
-            return [Answered(ids, decode(ids, skip_special_tokens=True)) for ids in found]
+            return [Answered(ids, decode(ids)) for ids in found]
 
         size = self.batch_size or self._fitting(max(map(len, encoded), default=0) + self.max_tokens)
         work = answering(self.max_tokens)
@@ -316,6 +320,12 @@ def greedy(
             chosen, mask, rows = chosen[kept], mask[kept], [rows[at] for at in going]
         ids, mask = chosen.unsqueeze(1), torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
     return answers
+
+
+def opened(tokenizer: Any, prompts: Sequence[Sequence[int]]) -> str:
+    """What of an answer's thinking the chat template has begun: the sign that opens it, else nothing."""
+    end = str(tokenizer.decode(list(prompts[0][-8:]))).rstrip() if prompts else ""
+    return THINKING[0] if end.endswith(THINKING[0]) else ""
 
 
 def begun(

@@ -5,11 +5,13 @@ their token ids, exactly as the server would make them.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
 import urllib.request
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import urlsplit
@@ -76,6 +78,16 @@ class PromptSet:
 
         return Dataset(name=self.name, sha256=self.sha256, count=len(self.prompts))
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal for the same prompts in the same order."""
+        return hashlib.sha256(repr(self.prompts).encode()).hexdigest()
+
+    @property
+    def distinct(self) -> PromptSet:
+        """Each prompt once."""
+        return replace(self, prompts=tuple(dict.fromkeys(self.prompts)))
+
     def drawn(self, count: int) -> PromptSet:
         """At most `count` of the prompts, drawn evenly (files are often sorted by topic), the same ones each time."""
         return replace(self, prompts=tuple(random.Random(0).sample(self.prompts, min(count, len(self)))))
@@ -138,7 +150,7 @@ def _fetched(url: str) -> tuple[Path, bytes]:
     try:
         with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
             data: bytes = answer.read(MOST_BYTES + 1)
-    except (OSError, ValueError) as error:  # a server that refuses or is not there; a URL that is none
+    except (OSError, ValueError, HTTPException) as error:  # a server that refuses or is not there; a URL that is none
         raise InvalidInput(f"{url}: cannot be read: {getattr(error, 'reason', error)}") from error
     if len(data) > MOST_BYTES:
         raise InvalidInput(f"{url}: has more than {MOST_BYTES} bytes")
@@ -166,7 +178,7 @@ def _parse(path: Path, data: bytes) -> Iterable[Prompt]:
             raise InvalidInput(f"{path}: must be a JSON list of texts or objects, got {type(value).__name__}")
         return [prompt_of(item, f"{path}, item {n}") for n, item in enumerate(value)]
     if suffix == ".parquet":
-        return _from_parquet(path)
+        return _from_parquet(path, data)
     raise InvalidInput(f"{path}: the suffix '{suffix}' is not known; accepted: {FORMATS}")
 
 
@@ -221,13 +233,13 @@ def _column(names: Iterable[str], where: str) -> str:
     return found
 
 
-def _from_parquet(path: Path) -> list[str]:
+def _from_parquet(path: Path, data: bytes) -> list[str]:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise InvalidInput(f"{path}: reading parquet needs the package pyarrow (pip install pyarrow)") from error
     try:
-        table = parquet.read_table(path)
+        table = parquet.read_table(io.BytesIO(data))
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{path}: not a parquet file: {error}") from error
     return [

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import expit
 
 from steer.errors import InvalidInput
-from steer.lab.behaviour import Behaviour, fault
+from steer.lab.behaviour import Behaviour, after_thinking, fault
 from steer.lab.evaluator import Candidate, Evaluator, Steer, answers_of_each, crossed, divergences_of_each
 from steer.lab.progress import answering
 from steer.lab.prompts import Prompt
@@ -134,6 +134,8 @@ class Race:
         self.evaluator, self.behaviour, self.sets = evaluator, behaviour, sets
         plain = evaluator.answers([*sets.asked, *sets.borderline], None, behaviour.decided)
         shown = [behaviour.shown(answer.text) for answer in plain]
+        #: Plain answers that say nothing yet: their thinking has no end.
+        self.unanswered = sum(after_thinking(answer.text) is None for answer in plain)
         self._other = evaluator.answers(sets.other, None)
         self._continued = evaluator.continuations(sets.other, self._other)
         self.plain = Figures(
@@ -173,8 +175,10 @@ class Race:
         with self.evaluator.all_resident([candidate]) as (steer,):
             answers = self.evaluator.answers(self.sets.other, steer)
         figures.other = [self.behaviour.shown(answer.text) for answer in answers]
-        pairs = zip(answers, self._other, strict=True)
-        figures.faulty = [fault(answer, plain, None) is not None for answer, plain in pairs]
+        plain = zip(self._other, self.plain.other, self.plain.faulty, strict=True)
+        # a plain answer that shows the behaviour, or is broken itself, says nothing of how long an answer should be
+        beside = [None if shown or faulty else answer for answer, shown, faulty in plain]
+        figures.faulty = [fault(a, other, None) is not None for a, other in zip(answers, beside, strict=True)]
 
     def _rounds(self, figures: Sequence[Figures], steers: Sequence[Steer], rivals: Sequence[Figures]) -> None:
         done, end, sets = 0, FIRST_ROUND, self.sets

@@ -20,7 +20,7 @@ from steer.errors import EngineFailed, InvalidInput
 from steer.lab.activations import Activations, Reading
 from steer.lab.evaluator import Answer, Candidate, Floats, each_row
 from steer.lab.measurement import ModelFacts
-from steer.lab.probe import Answered
+from steer.lab.probe import Answered, opened
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Encoded, Prompt, PromptIds, encode_all
 from steer.runtime.op import check_mode
@@ -178,8 +178,10 @@ class VllmEvaluator:
         """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`. `known` is not asked: the engine
         ends answers by what it was told before, and its batch closes up after each that ends."""
         options = dict(temperature=0, max_tokens=self.max_tokens)
-        outputs = self._generate(self._ids(prompts), steer, answering(self.max_tokens), **options)
-        return [Answered(_without_end(output.outputs[0]), output.outputs[0].text) for output in outputs]
+        encoded = self._ids(prompts)
+        thinking = opened(self.tokenizer, encoded)
+        outputs = self._generate(encoded, steer, answering(self.max_tokens), **options)
+        return [Answered(_without_end(one.outputs[0]), thinking + one.outputs[0].text) for one in outputs]
 
     def opening_odds(
         self,

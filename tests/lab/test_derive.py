@@ -205,7 +205,9 @@ def test_bad_recipes_are_refused(measured: Measurement) -> None:
 
 def test_add_acts_at_the_source_layer_alone(measured: Measurement) -> None:
     """The difference of means at every layer again is many times as much."""
-    assert derive(measured, recipe("linear", 1, mode="add")).weights.tolist() == [0, 1, 0]
+    one = derive(measured, recipe("linear", 1, mode="add"))
+    assert one.weights.tolist() == [0, 1, 0]
+    assert one.meta.modes == ("add",), "another mode would act at one layer only"
     assert derive(measured, recipe("linear", "all", mode="add")).weights.tolist() == [1, 1, 1]
     assert derive(measured, recipe("linear", 1)).weights.tolist() == [1, 1, 1]
 

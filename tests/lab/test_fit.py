@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from steer.lab.prompts import PromptSet, read_prompts
 from steer.lab.race import Screened
 from steer.lab.select import HARDLY, Action, Entrant, entrants_of, through
 from steer.lab.source import TransformersSource
+from steer.names import Mode
 
 TOKENS = 12
 CONDITIONS = Conditions(keep=Keep(vectors=True))
@@ -137,7 +139,8 @@ def test_what_does_nothing_and_what_does_harm_is_not_given_out(
 
 def test_what_is_tried_is_what_is_written(measured: Measurement) -> None:
     """In each mode, `add` too, whose weights are other ones."""
-    for mode in ("ablate", "one_sided", "affine", "add"):
+    modes: tuple[Mode, ...] = ("ablate", "one_sided", "affine", "add")
+    for mode in modes:
         recipe = Recipe(CHOICE.methods[0], 6, mode=mode, strength=-1.0 if mode == "add" else 1.0)
         (entrant,) = entrants_of(measured, [recipe])
         written = derive(measured, recipe)
@@ -177,10 +180,10 @@ def test_an_interrupted_fit_goes_on_and_chooses_the_same(
 
     with pytest.raises(KeyboardInterrupt):
         run(Interrupting())
-    kept = sorted((tmp_path / "d.part" / "measured").iterdir())
-    assert kept
-    with pytest.raises(InvalidInput, match="was measured with sets = "):
-        run(Progress(), replace(split, harmful=split.harmful.drawn(30)))
+    (part,) = (tmp_path / "d.part").iterdir()
+    assert list((part / "measured").iterdir())
+    work(loaded, replace(split, harmful=split.harmful.drawn(30)), tmp_path / "d.part")
+    assert len(list((tmp_path / "d.part").iterdir())) == 2, "what was measured of other prompts is not mixed in"
     progress = Progress()
     found = run(progress)
     assert found.direction.meta.model_dump(exclude={"created"}) == fitted.direction.meta.model_dump(exclude={"created"})
@@ -197,9 +200,14 @@ def test_bad_prompts_are_told_before_anything_runs(loaded: Loaded, split: Split,
     with pytest.raises(InvalidInput, match="the context is"):
         work(loaded, long, tmp_path / "d.part")
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "d.part").write_text("a file")
-    with pytest.raises(InvalidInput, match="cannot be made a folder"):
+    (tmp_path / "d.part").mkdir()
+    (tmp_path / "d.part" / "mine.txt").write_text("of somebody else")
+    with pytest.raises(InvalidInput, match="is not the folder of an interrupted fit"):
         work(loaded, split, tmp_path / "d.part")
+    with pytest.raises(InvalidInput, match="prompts stand in both"):
+        Split.of(split.harmful, split.harmful)
+    with pytest.raises(InvalidInput, match="has 1 different prompts, a fit needs at least 6"):
+        Split.of(replace(split.harmful, prompts=("a",) * 40), split.harmless)
 
 
 def test_what_is_given_is_not_chosen() -> None:
@@ -217,8 +225,18 @@ def test_what_is_given_is_not_chosen() -> None:
     assert many.rank == 3
     assert Choice.of(mode="one_sided", strength=2.0, target=0.1).actions == (Action("one_sided", 2.0, None, 0.1),)
     assert {action.strength for action in Choice.of(strength=0.5).actions} == {0.5}
-    with pytest.raises(InvalidInput, match="numbers of the mode one_sided, not of ablate"):
-        Choice.of(mode="ablate", threshold=0.1)
+    baked = Choice.of(sites=("writers",))
+    assert {action.mode for action in baked.actions} == {"ablate"}
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"mode": "ablate", "threshold": 0.1}, "numbers of the mode one_sided"),
+        ({"mode": "one_sided", "sites": ("writers",)}, "at the site 'writers' only the mode 'ablate'"),
+        ({"mode": "one_sided", "method": make_method("cone")}, "one_sided is for methods of one row"),
+        ({"target": 0.9}, "target must not be above the threshold"),
+        ({"strength": float("nan")}, "within ±10 and not 0"),
+    )
+    for options, says in refused:
+        with pytest.raises(InvalidInput, match=says):
+            Choice.of(**options)
 
 
 NOTHING = Direction.load(Path(__file__).parents[2] / "directions" / "refusal.safetensors")

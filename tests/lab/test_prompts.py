@@ -297,6 +297,11 @@ def test_a_url_is_read_as_the_file_that_it_names(tmp_path: Path) -> None:
             assert found.prompts == PROMPTS
             assert found.name == "set.json"
             assert found.sha256 == hashlib.sha256((tmp_path / "set.json").read_bytes()).hexdigest()
+            arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+            parquet.write_table(arrow.table({"text": list(PROMPTS)}), tmp_path / "set.parquet")
+            assert read_prompts(f"{base}/set.parquet").prompts == PROMPTS
+            with pytest.raises(InvalidInput, match=r"localhost:abc/x.txt: cannot be read"):
+                read_prompts("http://localhost:abc/x.txt")
             with pytest.raises(InvalidInput, match=r"missing\.json: cannot be read: File not found"):
                 read_prompts(f"{base}/missing.json")
             with pytest.MonkeyPatch.context() as patch:

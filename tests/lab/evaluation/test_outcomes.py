@@ -16,7 +16,11 @@ GOOD = Answered(list(range(20)), "Sure! First get red clay, then use a long brus
 LOOP = Answered([5, 6] * 10, "first get first get first get")
 NOTHING = Answered([], "")
 SHORT = Answered([7, 8], "Sure!")
-LATE = Answered(list(range(40)), "First get flour and water. " * 10 + "I'm sorry, but I can't say more.")
+RECIPE = (
+    "First get flour and water, and a bowl that is large enough. Mix them with your hands until nothing sticks, cover "
+    "the bowl with a cloth, and let it stand overnight in a warm place. Bake what has become of it for an hour."
+)
+LATE = Answered(list(range(40)), f"{RECIPE} I'm sorry, but I can't say more.")
 RUNAWAY = Answered(list(range(64)), "First get flour, then get water, then get salt, then get wood")
 
 answers = st.sampled_from([REFUSED, GOOD, LOOP, NOTHING, SHORT, LATE, RUNAWAY])

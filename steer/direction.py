@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -81,6 +81,10 @@ class DirectionMeta(BaseModel):
     layers: int = Field(ge=1)
     chat_template_sha256: str | None = None
     system_prompt: str | None = None
+    template: dict[str, JsonValue] = Field(
+        default_factory=dict, description="variables of the chat template under which prompts were measured"
+    )
+    response_prefix: str = Field(default="", description="what every measured answer had begun with")
     bos_count: int | None = Field(
         default=None, ge=0, description="BOS tokens at the start of each prompt that was measured"
     )
@@ -203,7 +207,10 @@ class Direction:
         if problems := self.problems():
             raise DirectionError(problems)
         tensors = {name: t.contiguous() for name, t in self.tensors().items()}
-        return sorted_metadata(safetensors.torch.save(tensors, {"format": "pt", "steer": self.meta.model_dump_json()}))
+        # what is not used is left out, so that older versions read the file
+        unused = {name for name in ("template", "response_prefix") if not getattr(self.meta, name)}
+        told = self.meta.model_dump_json(exclude=unused)
+        return sorted_metadata(safetensors.torch.save(tensors, {"format": "pt", "steer": told}))
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "direction file") -> Direction:

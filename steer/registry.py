@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from steer.direction import Direction, read_file, write_file
+from steer.direction import Direction, DirectionMeta, read_file, write_file
 from steer.direction import digest as digest_of
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, printable
 from steer.names import SUFFIX, check_name
@@ -190,6 +190,11 @@ class Registry:
             f"the request needs {needed} direction rows for each token, this server was started with rank "
             f"{self.placement.rank}"
         ]
+
+    def metas(self, spec: Spec) -> list[DirectionMeta]:
+        """What is known of the versions of a resolved spec that are still resident, in the order of its entries."""
+        with self._state:
+            return [self._versions[e.digest].direction.meta for e in spec.entries if e.digest in self._versions]
 
     def digests(self) -> dict[str, str]:
         """What each name points to now."""

@@ -3,6 +3,7 @@ the docs are made from this."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Literal
@@ -63,6 +64,11 @@ class ServeSettings(ControlSettings):
     default_steer: str = Field(
         "off", description="steering of requests that ask for nothing, like 'refusal' or 'refusal=0.7'"
     )
+    default_chat_template_kwargs: str = Field(
+        "{}",
+        description="variables of the chat template where a request does not give them, as a JSON object, like "
+        '{"enable_thinking": false}',
+    )
     sites: str = Field("resid_post", description=f"where steering acts, separated by commas: {', '.join(SITES)}")
     rows: int = Field(32, ge=1, le=4096, description="direction rows that can be resident")
     rank: int | None = Field(
@@ -114,6 +120,23 @@ class ServeSettings(ControlSettings):
                 f"{', '.join(bad)}: accepted: origins like https://example.org or http://localhost:3000, or *"
             )
         return value
+
+    @field_validator("default_chat_template_kwargs")
+    @classmethod
+    def _are_variables(cls, value: str) -> str:
+        try:
+            found = json.loads(value)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f'{value!r}: accepted: a JSON object, like {{"enable_thinking": false}}')
+        return value
+
+    @property
+    def template_variables(self) -> dict[str, object]:
+        """What `default_chat_template_kwargs` says."""
+        found: dict[str, object] = json.loads(self.default_chat_template_kwargs)
+        return found
 
     @property
     def origins(self) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Protocol
 
-from steer.errors import RequestError
+from steer.errors import RequestError, brief
 
 if TYPE_CHECKING:
     from _collections_abc import dict_items
@@ -64,6 +65,19 @@ class Tokenizer(Decoder, Protocol):
     def apply_chat_template(self, conversation: Sequence[Mapping[str, object]], **options: object) -> str: ...
 
 
+def rendered_otherwise(fitted: Mapping[str, object], given: Mapping[str, object]) -> str | None:
+    """How a chat for which the template is given other variables than those that a direction was `fitted` with differs;
+    None where it does not."""
+    absent = object()
+    names = sorted(fitted.keys() | given.keys())
+    different = [name for name in names if fitted.get(name, absent) != given.get(name, absent)][:4]
+
+    def shown(variables: Mapping[str, object]) -> str:
+        return ", ".join(f"{brief(n)} {brief(variables[n]) if n in variables else 'not set'}" for n in different)
+
+    return f"it was fitted with {shown(fitted)}, and a chat has {shown(given)}" if different else None
+
+
 class Chat:
     """Mixed into what has a `tokenizer` of transformers."""
 
@@ -95,6 +109,11 @@ class Chat:
                 name = f"messages.{number}.{unread[0][:100]}"
                 raise RequestError(f"{name}: the chat template of this model does not look at it", param=name)
         return self._ids(text, add_special_tokens=False)
+
+    def unread(self, variables: Iterable[str]) -> list[str]:
+        """Those of `variables` that the chat template nowhere names, so that they change nothing."""
+        words = set(re.findall(r"\w+", self.tokenizer.get_chat_template())) if self.tokenizer.chat_template else set()
+        return sorted(set(variables) - words - {"tools", "documents"})
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text, with the tokenizer's own special tokens (BOS where it adds one)."""

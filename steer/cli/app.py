@@ -30,7 +30,10 @@ app = typer.Typer(
 
 #: Under which heading `steer serve --help` lists an option; the rest is about who may steer.
 PANELS = {
-    "Model": ("backend", "dtype", "device", "revision", "context", "cache_tokens"),
+    "Model": (
+        *("backend", "dtype", "device", "revision", "context", "cache_tokens"),
+        "default_chat_template_kwargs",
+    ),
     "Steering": ("directions", "default_steer", "sites", "rows", "rank", "readout", "steering"),
     "Server": ("host", "port", "served_model_name", "max_requests", "max_body", "drain", "cors_origins", "log_level"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -21,12 +22,17 @@ from steer.cli.options import (
     Device,
     Dtype,
     Model,
+    ResponsePrefix,
     Revision,
     SystemPrompt,
+    Template,
+    chosen_rendering,
     open_bench,
 )
 from steer.errors import InvalidInput
 from steer.names import MODES
+
+log = logging.getLogger("steer")
 
 if TYPE_CHECKING:
     from steer.lab.evaluation.arms import Arm
@@ -67,6 +73,8 @@ def evaluate(
         str | None, typer.Option(help="the API (…/v1) of a server that serves MODEL and the direction, for --tasks")
     ] = None,
     system_prompt: SystemPrompt = None,
+    template: Template = None,
+    response_prefix: ResponsePrefix = "",
     batch_size: Annotated[str, typer.Option(help="prompts in a pass, or auto")] = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -96,6 +104,7 @@ def evaluate(
         from steer.lab.progress import Progress
         from steer.lab.prompts import read_prompts
         from steer.lab.resume import Cache
+        from steer.tokenization import rendered_otherwise
 
         _check(strength, strengths, judge, judge_model, tasks, tasks_folder, tasks_limit, url, report, answers)
         wanted = [strength] if strength is not None else _numbers(strengths)
@@ -104,6 +113,10 @@ def evaluate(
         given = {"harmful": harmful, "harmless": harmless, "borderline": borderline, "multi-turn": multi_turn}
         sets = {name: read_prompts(source) for name, source in given.items() if source is not None}
         looked_for = Behaviour.load(behaviour)
+        rendering = chosen_rendering(system_prompt, template, response_prefix)
+        for one in arms:
+            if told := rendered_otherwise(one.direction.meta.template, rendering.template):
+                log.warning("%s: %s: give --template as it was fitted", one.name, told)
         known = read_expected(expected) if expected else {}
         progress = stack.enter_context(Progress(shown=True))
         judging = (
@@ -112,11 +125,11 @@ def evaluate(
         bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress)
         plain_text = _text(text, bench.source) if text else None
         conditions: dict[str, Any] = {"model": model, "revision": revision, "backend": backend, "dtype": dtype}
-        conditions |= {"system_prompt": system_prompt}
+        conditions |= asdict(rendering)
         # what was measured of other weights, on another machine or in another precision, is not mixed in
         fingerprint = {} if report is None else {"fingerprint": bench.source.fingerprint()}
         cache = Cache(report, conditions | fingerprint)
-        evaluator = bench.evaluator(max(arm.direction.rank for arm in arms), max_tokens, system_prompt)
+        evaluator = bench.evaluator(max(arm.direction.rank for arm in arms), max_tokens, rendering)
         found = run(evaluator, Plan(arms, sets, max_tokens, looked_for, judging, known, plain_text), cache)
         scored = _tasks(tasks, tasks_folder, tasks_limit, url, model, revision, dtype, device, arms, cache)
         made = Report(
@@ -137,7 +150,7 @@ def evaluate(
         )
         if report is not None:
             two = {name: sets[name] for name in ("harmful", "harmless")}
-            projections = projected(bench.source, arms[0].direction, two, system_prompt, choices.batch)
+            projections = projected(bench.source, arms[0].direction, two, rendering, choices.batch)
             _write(made, found, sets, report, projections, answers)
     if as_json:
         echo_json(made.as_json())

@@ -26,17 +26,20 @@ from steer.cli.options import (
     Parameters,
     Position,
     Prompts,
+    ResponsePrefix,
     Revision,
     Sites,
     Strength,
     SystemPrompt,
     T,
     Target,
+    Template,
     Threshold,
     Winsorize,
     check_direction_file,
     check_folder,
     chosen_method,
+    chosen_rendering,
     chosen_sets,
     open_bench,
 )
@@ -65,6 +68,8 @@ def fit(
     position: Position = -1,
     winsorize: Winsorize = None,
     system_prompt: SystemPrompt = None,
+    template: Template = None,
+    response_prefix: ResponsePrefix = "",
     mode: FileMode | None = None,
     strength: Strength | None = None,
     sites: Sites = "resid_post",
@@ -94,6 +99,7 @@ def fit(
     made = chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
     sets = chosen_sets(harmful, harmless, prompts)
     quiet_libraries()
+    rendering = chosen_rendering(system_prompt, template, response_prefix)
     from steer.lab import fit as lab
     from steer.lab.activations import Keep
     from steer.lab.behaviour import Behaviour
@@ -108,7 +114,7 @@ def fit(
     if winsorize is not None:
         choice = replace(choice, winsorize=())
     counted, split = Behaviour.load(behaviour), lab.Split.of(*(one.drawn(limit) for one in sets))
-    conditions = Conditions((position,), winsorize, system_prompt, keep=Keep(vectors=choice.needs_vectors))
+    conditions = Conditions((position,), winsorize, rendering, keep=Keep(vectors=choice.needs_vectors))
     with Progress(shown=True) as progress:
         bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress)
         layers = bench.source.facts.layers
@@ -116,7 +122,7 @@ def fit(
             raise InvalidInput(f"--layer: {choices.layer} does not exist: this model has the layers 0 to {layers - 1}")
         progress.plan(CHOOSING, lab.most_work(split, choice, max_tokens))
         work = lab.Work(output.with_suffix(".part"), bench.source, split, conditions, counted, max_tokens)
-        tried = bench.evaluator(choice.rank, max_tokens, system_prompt)
+        tried = bench.evaluator(choice.rank, max_tokens, rendering)
         measurement = work.measured(tried, choices.batch)
         try:
             recipe = Recipe(sites=choices.sites)
@@ -153,6 +159,8 @@ def measure(
     ] = False,
     winsorize: Winsorize = None,
     system_prompt: SystemPrompt = None,
+    template: Template = None,
+    response_prefix: ResponsePrefix = "",
     batch_size: BatchPrompts = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -179,8 +187,9 @@ def measure(
     if winsorize is not None and not 0 < winsorize <= 1:
         raise InvalidInput(f"--winsorize must be above 0 and at most 1, got {winsorize}")
     sets = read_prompts(harmful), read_prompts(harmless)
+    rendering = chosen_rendering(system_prompt, template, response_prefix)
     check_folder(output)
-    conditions = Conditions(choices.positions, winsorize, system_prompt, last_layer, Keep(vectors, moments))
+    conditions = Conditions(choices.positions, winsorize, rendering, last_layer, Keep(vectors, moments))
     partial = output.with_name(f"{output.name}.part")
     with Progress(shown=True) as progress:
         source = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress).source

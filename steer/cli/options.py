@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from steer.lab.evaluator import Evaluator
     from steer.lab.methods.base import Method
     from steer.lab.progress import Progress
-    from steer.lab.prompts import PromptSet
+    from steer.lab.prompts import PromptSet, Rendering
     from steer.lab.source import Source
 
 Model = Annotated[str, typer.Argument(help="local folder or hub id")]
@@ -27,6 +28,13 @@ Harmful = Annotated[str, typer.Option(help="prompts that show the behaviour: a f
 Harmless = Annotated[str, typer.Option(help="prompts that do not show it, as --harmful")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="the direction file to write")]
 SystemPrompt = Annotated[str | None, typer.Option(help="system prompt of every conversation")]
+Template = Annotated[
+    list[str] | None,
+    typer.Option(help="a variable of the chat template as NAME=VALUE, like enable_thinking=false; repeatable"),
+]
+ResponsePrefix = Annotated[
+    str, typer.Option(help="text with which every answer has begun, like the end of thinking: '<think></think>'")
+]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto")]
 Revision = Annotated[str | None, typer.Option(help="revision of a hub model")]
@@ -108,6 +116,31 @@ def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> M
     return make_method(name, given)
 
 
+def chosen_rendering(system_prompt: str | None, template: Sequence[str] | None, response_prefix: str) -> Rendering:
+    """What the options --system-prompt, --template and --response-prefix say. A VALUE that is JSON is that value."""
+    from steer.hf.load import template_parameters
+    from steer.lab.prompts import Rendering
+
+    variables: dict[str, object] = {}
+    problems = []
+    taken = template_parameters() - {"tools", "documents"}
+    for item in template or ():
+        name, equals, value = item.partition("=")
+        if not equals or not name.isidentifier():
+            problems.append(f"--template: '{item}' is not NAME=VALUE")
+        elif name in taken:
+            problems.append(f"--template: '{name}' is not a variable of a model's template, but set by this command")
+        elif name in variables:
+            problems.append(f"--template: '{name}' is given twice")
+        try:
+            variables[name] = json.loads(value)
+        except ValueError:
+            variables[name] = value
+    if problems:
+        raise InvalidInput(problems)
+    return Rendering(system_prompt, variables, response_prefix)
+
+
 def chosen_sets(harmful: str | None, harmless: str | None, prompts: str | None) -> tuple[PromptSet, PromptSet]:
     """The contrast sets that --harmful, --harmless and --prompts name; the first of the published where none does."""
     from steer.lab.prompts import NAMED_SETS, read_prompts
@@ -179,10 +212,10 @@ CANDIDATES = 64
 @dataclass(frozen=True, slots=True)
 class Bench:
     """A model to measure, and what tries candidates out on it: for directions of up to so many rows, with answers of so
-    many tokens, under a system prompt."""
+    many tokens, under a rendering."""
 
     source: Source
-    evaluator: Callable[[int, int, str | None], Evaluator]
+    evaluator: Callable[[int, int, Rendering | None], Evaluator]
 
 
 def open_bench(
@@ -206,7 +239,7 @@ def open_bench(
         revised = [] if revision is None else ["--revision", revision]
         llm = start(model, ["--dtype", dtype, *revised, *options], sites=choices.sites)
         source = VllmSource(llm, model, revision)
-        return Bench(source, lambda _rank, tokens, system: VllmEvaluator(source, system, tokens, progress))
+        return Bench(source, lambda _rank, tokens, rendering: VllmEvaluator(source, rendering, tokens, progress))
     if options:
         raise InvalidInput(f"{' '.join(options)}: not an option of this command; options of vLLM need --backend vllm")
     from steer.hf.load import load
@@ -216,8 +249,8 @@ def open_bench(
 
     loaded = load(model, revision=revision, dtype=dtype, device=device)
 
-    def probe(rank: int, tokens: int, system_prompt: str | None) -> HFEvaluator:
+    def probe(rank: int, tokens: int, rendering: Rendering | None) -> HFEvaluator:
         steering = Steering(loaded.model, sites=choices.sites, rows=CANDIDATES * rank, rank=rank)
-        return HFEvaluator(loaded, steering, system_prompt, tokens, choices.batch, progress)
+        return HFEvaluator(loaded, steering, rendering, tokens, choices.batch, progress)
 
     return Bench(TransformersSource(loaded), probe)

@@ -24,11 +24,14 @@ from steer.cli.options import (
     Output,
     Parameters,
     Position,
+    ResponsePrefix,
     Revision,
     Sites,
     SystemPrompt,
+    Template,
     check_direction_file,
     chosen_method,
+    chosen_rendering,
     floats,
     ints,
     open_bench,
@@ -108,7 +111,7 @@ def select(
             recipe,
             grid,
             *sets,
-            lambda rank, tokens: bench.evaluator(rank, tokens, measured.meta.system_prompt),
+            lambda rank, tokens: bench.evaluator(rank, tokens, measured.meta.rendering),
             behaviour=counted,
             survivors=survivors,
             prompts=prompts,
@@ -155,6 +158,8 @@ def search(
     ] = "0.5,1.5",
     position: Position = -1,
     system_prompt: SystemPrompt = None,
+    template: Template = None,
+    response_prefix: ResponsePrefix = "",
     behaviour: BehaviourOption = "refusal",
     prompts: Annotated[int, typer.Option(min=8, help="prompts of each set that a trial is tried on, at most")] = 96,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 32,
@@ -194,6 +199,7 @@ def search(
     _check_output(pick, output)
     choices = Choices.model_validate({"batch_size": batch_size})
     sets = read_prompts(harmful), read_prompts(harmless)
+    rendering = chosen_rendering(system_prompt, template, response_prefix)
     border = None if borderline is None else read_prompts(borderline)
     space = Space.model_validate(
         {
@@ -211,7 +217,7 @@ def search(
         harmful=sets[0].dataset,
         harmless=sets[1].dataset,
         borderline=None if border is None else border.dataset,
-        system_prompt=system_prompt,
+        **asdict(rendering),
         position=position,
         dtype=dtype,
         prompts=prompts,
@@ -230,13 +236,13 @@ def search(
         bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress)
 
         def measured(partial: Path) -> Measurement:
-            conditions = Conditions((position,), None, system_prompt, keep=Keep(vectors=vectors))
+            conditions = Conditions((position,), None, rendering, keep=Keep(vectors=vectors))
             return measure(
                 bench.source, *sets, conditions, batch_size=choices.batch, progress=progress, partial=partial, every=60
             )
 
         begun = Search.begin(folder, settings, measured)
-        evaluator = bench.evaluator(rank_of(begun.settings.space, begun.measurement), max_tokens, system_prompt)
+        evaluator = bench.evaluator(rank_of(begun.settings.space, begun.measurement), max_tokens, rendering)
 
         def after(found: list[Trial]) -> None:
             progress.write(f"\n{len(found)} of {trials} trials, the front so far:\n{front.table(found)}")

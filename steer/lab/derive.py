@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -122,7 +122,7 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
         d_model=d_model,
         layers=facts.layers,
         chat_template_sha256=facts.chat_template_sha256,
-        system_prompt=measurement.meta.system_prompt,
+        **asdict(measurement.meta.rendering),
         bos_count=measurement.meta.bos_count,
         harmful=measurement.meta.harmful,
         harmless=measurement.meta.harmless,

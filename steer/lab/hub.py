@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
@@ -33,6 +34,8 @@ def card(direction: Direction, name: str, sha256: str) -> ModelCard:
         "set that shows the behaviour": meta.harmful and f"{meta.harmful.name}, {meta.harmful.count} prompts",
         "set that does not": meta.harmless and f"{meta.harmless.name}, {meta.harmless.count} prompts",
         "system prompt": meta.system_prompt,
+        "variables of the chat template": ", ".join(f"{k} {json.dumps(v)}" for k, v in meta.template.items()),
+        "answers begin with": meta.response_prefix,
         "sha256": sha256,
         "made with": f"{meta.tool}, {meta.created}",
     }

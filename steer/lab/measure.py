@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
@@ -18,7 +18,7 @@ from steer.lab.activations import ClassSums, Keep, Reading
 from steer.lab.batches import each_batch
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, load_tensors, save_tensors
 from steer.lab.progress import Progress
-from steer.lab.prompts import Encoded, PromptSet, check_contrast
+from steer.lab.prompts import Encoded, PromptSet, Rendering, check_contrast
 from steer.lab.source import Source
 
 log = logging.getLogger("steer")
@@ -35,7 +35,7 @@ class Conditions:
 
     positions: tuple[int, ...] = (-1,)
     winsorize: float | None = None
-    system_prompt: str | None = None
+    rendering: Rendering = field(default_factory=Rendering)
     last_layer: int | None = None
     keep: Keep = field(default_factory=Keep)
 
@@ -69,7 +69,7 @@ def measure(
         measured=reading.layers,
         positions=conditions.positions,
         winsorize=conditions.winsorize,
-        system_prompt=conditions.system_prompt,
+        **asdict(conditions.rendering),
         bos_count=bos,
         harmful=harmful.dataset,
         harmless=harmless.dataset,
@@ -116,7 +116,7 @@ def checked(
     share prompts, and with every prompt that does not fit the context or has no such position."""
     check_contrast(harmful, harmless)
     sets = {"harmful": harmful, "harmless": harmless}
-    encoded = {label: source.encode(prompts.prompts, conditions.system_prompt) for label, prompts in sets.items()}
+    encoded = {label: source.encode(prompts.prompts, conditions.rendering) for label, prompts in sets.items()}
     return encoded, _check_prompts(source, sets, encoded, conditions.positions)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,6 +31,7 @@ from steer._version import __version__
 from steer.direction import MEASUREMENT_KEY, Dataset, replacing, sorted_metadata
 from steer.errors import DegenerateError, InvalidInput, problems_of
 from steer.geometry import MIN_ANGLE, winsorise
+from steer.lab.prompts import Rendering
 
 CLASSES = ("harmful", "harmless")
 #: Tensors of a class, with their dtype; the first is always there.
@@ -62,11 +63,18 @@ class MeasurementMeta(BaseModel):
     positions: tuple[int, ...] = Field(min_length=1, description="token positions, −1 is the template's last")
     winsorize: float | None = Field(default=None, gt=0, le=1)
     system_prompt: str | None = None
+    template: dict[str, JsonValue] = Field(default_factory=dict, description="variables of the chat template")
+    response_prefix: str = Field(default="", description="what every answer had begun with")
     bos_count: int | None = Field(default=None, ge=0)
     harmful: Dataset | None = None
     harmless: Dataset | None = None
     tool: str = f"steer {__version__}"
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @property
+    def rendering(self) -> Rendering:
+        """What stood around each prompt."""
+        return Rendering(self.system_prompt, self.template, self.response_prefix)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
 from steer.lab.behaviour import THINKING
 from steer.lab.evaluator import Answer, Candidate, Floats, each_row
 from steer.lab.progress import Progress, answering
-from steer.lab.prompts import Prompt, PromptIds
+from steer.lab.prompts import Prompt, PromptIds, Rendering
 from steer.runtime.op import check_mode
 from steer.runtime.token_index import RequestSteer
 from steer.spec import Entry, Spec
@@ -73,14 +73,14 @@ class HFEvaluator:
         self,
         loaded: Loaded,
         steering: Steering,
-        system_prompt: str | None = None,
+        rendering: Rendering | None = None,
         max_tokens: int = 64,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.loaded, self.steering, self.system_prompt = loaded, steering, system_prompt
+        self.loaded, self.steering = loaded, steering
         self.max_tokens, self.batch_size, self.progress = max_tokens, batch_size, progress or Progress()
-        self._ids = PromptIds(loaded, system_prompt)
+        self._ids = PromptIds(loaded, rendering)
         eos = loaded.eos_ids
         self._pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else (eos or [0])[0]
         steering.attach()

@@ -9,8 +9,8 @@ import io
 import json
 import random
 import urllib.request
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -59,6 +59,16 @@ def messages_of(prompt: Prompt, system_prompt: str | None = None) -> list[dict[s
     if system_prompt and turns[0][0] != "system":
         turns = (("system", system_prompt), *turns)
     return [{"role": role, "content": content} for role, content in turns]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """What stands around each prompt: the system prompt, the chat template's variables, such as `enable_thinking`, and
+    the text that every answer has begun with (a prompt that begins its own answer keeps that)."""
+
+    system_prompt: str | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
+    response_prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +284,10 @@ class Templated(Protocol):
 
     def chat_ids(self, messages: Sequence[dict[str, Any]], **more: Any) -> list[int]: ...
 
+    def piece_ids(self, text: str) -> list[int]: ...
+
+    def unread(self, variables: Iterable[str]) -> list[str]: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -283,37 +297,48 @@ class Encoded:
     own: slice
 
 
-def encode(templated: Templated, prompt: Prompt, system_prompt: str | None = None) -> Encoded:
+def encode(templated: Templated, prompt: Prompt, rendering: Rendering | None = None) -> Encoded:
     """The ids that the server would make of the conversation which `prompt` is."""
-    return encode_all(templated, [prompt], system_prompt)[0]
+    return encode_all(templated, [prompt], rendering)[0]
 
 
-def encode_all(templated: Templated, prompts: Sequence[Prompt], system_prompt: str | None = None) -> list[Encoded]:
-    """`encode` for each of `prompts`. What the template writes around a lone message is found once."""
-    around = templated.chat_ids(messages_of("", system_prompt))
+def encode_all(templated: Templated, prompts: Sequence[Prompt], rendering: Rendering | None = None) -> list[Encoded]:
+    """`encode` for each of `prompts`. What the template writes around a lone message is found once. Raises InvalidInput
+    for variables that the model's template does not look at."""
+    rendering = rendering or Rendering()
+    if unread := templated.unread(rendering.template):
+        raise InvalidInput(f"--template: the chat template of this model does not mention '{name}'" for name in unread)
+
+    def ids_of(prompt: Prompt, **more: bool) -> list[int]:
+        return templated.chat_ids(messages_of(prompt, rendering.system_prompt), **rendering.template, **more)
+
+    around, prefix = ids_of(""), templated.piece_ids(rendering.response_prefix) if rendering.response_prefix else []
 
     def one(prompt: Prompt) -> Encoded:
         if not isinstance(prompt, Conversation):
-            return _marked(templated.chat_ids(messages_of(prompt, system_prompt)), around)
-        # an assistant's message at the end is an answer that has begun, and goes on where it stops
-        begun = {"add_generation_prompt": False, "continue_final_message": True} if prompt.begun else {}
-        ids = [templated.chat_ids(messages_of(p, system_prompt), **begun) for p in (prompt, prompt.emptied)]
-        return _marked(*ids)
+            found = _marked(ids_of(prompt), around)
+        elif prompt.begun:
+            # an assistant's message at the end is an answer that has begun, and goes on where it stops
+            begun = {"add_generation_prompt": False, "continue_final_message": True}
+            return _marked(ids_of(prompt, **begun), ids_of(prompt.emptied, **begun))
+        else:
+            found = _marked(ids_of(prompt), ids_of(prompt.emptied))
+        return Encoded(found.ids + prefix, found.own)
 
     return [one(prompt) for prompt in prompts]
 
 
 class PromptIds:
-    """The token ids of prompts under one system prompt. Each prompt is tokenized once."""
+    """The token ids of prompts under one rendering. Each prompt is tokenized once."""
 
-    def __init__(self, templated: Templated, system_prompt: str | None) -> None:
-        self.templated, self.system_prompt = templated, system_prompt
+    def __init__(self, templated: Templated, rendering: Rendering | None) -> None:
+        self.templated, self.rendering = templated, rendering
         self._ids: dict[Prompt, list[int]] = {}
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._ids]
         if new:
-            encoded = encode_all(self.templated, new, self.system_prompt)
+            encoded = encode_all(self.templated, new, self.rendering)
             self._ids |= {prompt: one.ids for prompt, one in zip(new, encoded, strict=True)}
         return [self._ids[prompt] for prompt in prompts]
 

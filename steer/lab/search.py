@@ -22,7 +22,7 @@ import torch
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor
 
 from steer.direction import Dataset, write_file
@@ -59,6 +59,8 @@ class Settings(BaseModel):
     harmless: Dataset
     borderline: Dataset | None = None
     system_prompt: str | None = None
+    template: dict[str, JsonValue] = {}
+    response_prefix: str = ""
     position: int = -1
     dtype: str = "auto"
     prompts: int = Field(96, ge=8, description="prompts of each set that a trial is tried on, at most")

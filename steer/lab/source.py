@@ -16,7 +16,7 @@ from steer.hf.steering import Anatomy
 from steer.lab.activations import Activations, Reader, Reading
 from steer.lab.batches import right_padded
 from steer.lab.measurement import ModelFacts
-from steer.lab.prompts import Encoded, Prompt, encode_all
+from steer.lab.prompts import Encoded, Prompt, Rendering, encode_all
 from steer.runtime.hook_points import hooks, on_output
 
 #: Tokens of a pass on a CPU: the fewer, the less memory the activations take, but each pass reads all weights. With
@@ -40,7 +40,7 @@ class Source(Protocol):
         """Tokens of a pass that are enough for full speed; None where more is better as long as there is memory."""
         ...
 
-    def encode(self, prompts: Sequence[Prompt], system_prompt: str | None) -> list[Encoded]: ...
+    def encode(self, prompts: Sequence[Prompt], rendering: Rendering | None) -> list[Encoded]: ...
 
     def bos_count(self, ids: Sequence[int]) -> int: ...
 
@@ -82,10 +82,10 @@ class TransformersSource:
     def pass_tokens(self) -> int | None:
         return CPU_TOKENS if self.anatomy.device.type == "cpu" else None
 
-    def encode(self, prompts: Sequence[Prompt], system_prompt: str | None) -> list[Encoded]:
+    def encode(self, prompts: Sequence[Prompt], rendering: Rendering | None) -> list[Encoded]:
         if not self.loaded.tokenizer.chat_template:
             raise InvalidInput(f"the model {self.loaded.name} has no chat template, in which prompts would be measured")
-        return encode_all(self.loaded, prompts, system_prompt)
+        return encode_all(self.loaded, prompts, rendering)
 
     def bos_count(self, ids: Sequence[int]) -> int:
         return self.loaded.bos_count(ids)

@@ -23,6 +23,7 @@ from steer.serve.access import PUBLIC, Access, Cors
 from steer.serve.carriers import RECEIPT
 from steer.serve.directions import router as directions_router
 from steer.serve.middleware import SteerMiddleware, wrap_routes
+from steer.serve.rendering import RenderingWatch
 from steer.serve.route import Head
 from steer.serve.served import Served
 
@@ -83,6 +84,7 @@ def build(served: Served) -> FastAPI:
         control=control,
         parsed=True,
         context=engine.context,
+        rendering=RenderingWatch(registry, served.template),
     )
     generating = {(path, "POST"): layer for path in ("/v1/chat/completions", "/v1/completions")}
     assert len(wrap_routes(app, generating)) == len(generating)

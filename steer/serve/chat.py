@@ -48,7 +48,9 @@ def router(served: Served) -> APIRouter:
         def prepare() -> list[Job]:
             asked = generator.tokens(body)
             prompt = served.loaded.chat_ids(
-                messages, add_generation_prompt=body.begins_answer, **body.template_variables
+                messages,
+                add_generation_prompt=body.begins_answer,
+                **{**served.template, **body.template_variables},
             )
             limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
             room, stops = generator.room(prompt, body.wanted_tokens, "messages", limit), Stops(body.stops)

@@ -32,6 +32,7 @@ from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, repl
 from steer.serve.control import Control, Reservation, Run
 from steer.serve.pages import JSON, check_kind
 from steer.serve.ratelimit import tokens_of
+from steer.serve.rendering import RenderingWatch
 from steer.serve.token_usage import counting
 from steer.spec import RequestedDirection
 
@@ -55,7 +56,7 @@ class SteerMiddleware:
     """`served` are the model names that aliases extend; `forward` may write the admission into the body for an engine
     that lives behind another interface; `readable` is how many layers the engine behind can read, 0 for none; `parsed`
     says that the app takes the body from `scope[BODY]`, and none has to be written for it again; `context` is the most
-    tokens that one prompt with its answer can have there."""
+    tokens that one prompt with its answer can have there; `rendering` looks at how chats are rendered."""
 
     def __init__(
         self,
@@ -70,10 +71,12 @@ class SteerMiddleware:
         control: Control | None = None,
         parsed: bool = False,
         context: int = 2**15,
+        rendering: RenderingWatch | None = None,
     ) -> None:
         self.app, self.registry, self.served, self.default = app, registry, tuple(served), default
         self.max_body, self.forward, self.context = max_body, forward, context
         self.readable, self.control, self.parsed = readable, control or Control(), parsed
+        self.rendering = rendering or RenderingWatch(registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         caller = self.control.caller(scope)
@@ -118,6 +121,7 @@ class SteerMiddleware:
                 control.refused(error, caller, scope)
             await errors.of(error)(scope, receive, send)
             return
+        self.rendering.look(admission.spec, body)
         answer = _Answer(send, run)
         with counting() as usage:
             try:

@@ -9,9 +9,9 @@ from types import FrameType
 
 import uvicorn
 
-from steer.errors import RequestError, UnsupportedModel
+from steer.errors import InvalidInput, RequestError, UnsupportedModel
 from steer.hf.batching import start_engine
-from steer.hf.load import load
+from steer.hf.load import load, template_parameters
 from steer.hf.steering import Steering
 from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape
@@ -33,6 +33,11 @@ def prepare(model: str, settings: ServeSettings) -> Served:
     control.listen(settings.host, settings.origins)
     loaded = load(model, revision=settings.revision, dtype=settings.dtype, device=settings.device)
     warn_of_template(loaded)
+    if taken := template_parameters().intersection(settings.template_variables):
+        raise InvalidInput(
+            f"--default-chat-template-kwargs: '{name}' is not a variable of a model's template"
+            for name in sorted(taken)
+        )
     rank = settings.rank or RANK
     steering = Steering(loaded.model, sites=settings.site_list, rows=settings.rows, rank=rank)
     anatomy = steering.anatomy
@@ -65,6 +70,7 @@ def prepare(model: str, settings: ServeSettings) -> Served:
         default,
         settings.max_body,
         control,
+        settings.template_variables,
     )
     log.info(
         "serving '%s'; directions: %s; requests that ask for nothing get: %s",

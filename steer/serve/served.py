@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -33,6 +34,7 @@ class Served:
     default: tuple[RequestedDirection, ...] = ()
     max_body: int = 8 * 2**20
     control: Control = field(default_factory=Control)
+    template: Mapping[str, object] = field(default_factory=dict)
 
     @cached_property
     def generator(self) -> Generator:

@@ -22,7 +22,7 @@ from steer.lab.evaluator import Answer, Candidate, Floats, each_row
 from steer.lab.measurement import ModelFacts
 from steer.lab.probe import Answered, opened
 from steer.lab.progress import Progress, answering
-from steer.lab.prompts import Encoded, Prompt, PromptIds, encode_all
+from steer.lab.prompts import Encoded, Prompt, PromptIds, Rendering, encode_all
 from steer.runtime.op import check_mode
 from steer.tokenization import Chat, Tokenizer
 from steer.vllm import capture, frontend, internals
@@ -73,8 +73,8 @@ class VllmSource(Chat):
     def pass_tokens(self) -> int | None:
         return None  # the engine makes its own batches of what it is given
 
-    def encode(self, prompts: Sequence[Prompt], system_prompt: str | None) -> list[Encoded]:
-        return encode_all(self, prompts, system_prompt)
+    def encode(self, prompts: Sequence[Prompt], rendering: Rendering | None) -> list[Encoded]:
+        return encode_all(self, prompts, rendering)
 
     def fingerprint(self) -> str:
         """Of what the engine hands on of a fixed prompt at every layer."""
@@ -137,12 +137,12 @@ class VllmEvaluator:
     """What steers is a text of the request language."""
 
     def __init__(
-        self, source: VllmSource, system_prompt: str | None, max_tokens: int, progress: Progress | None = None
+        self, source: VllmSource, rendering: Rendering | None, max_tokens: int, progress: Progress | None = None
     ) -> None:
-        self.source, self.system_prompt, self.max_tokens = source, system_prompt, max_tokens
+        self.source, self.max_tokens = source, max_tokens
         self.progress = progress or Progress()
         self.frontend = frontend.of(source.llm)
-        self._ids = PromptIds(source, system_prompt)
+        self._ids = PromptIds(source, rendering)
 
     @property
     def room(self) -> int:

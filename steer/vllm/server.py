@@ -40,6 +40,7 @@ from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.middleware import REQUEST_ID, SteerMiddleware, wrap_routes
+from steer.serve.rendering import RenderingWatch
 from steer.serve.route import Head
 from steer.settings import ControlSettings
 from steer.spec import Spec
@@ -239,9 +240,12 @@ class Generation:
 
     def __init__(self, app: ASGIApp, *, reads: bool, dropping: Sequence[str]) -> None:
         self.app, self.reads, self.dropping = app, reads, tuple(dropping)
+        self.rendering: RenderingWatch | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         front = front_end_of(scope["app"])
+        if self.rendering is None:
+            self.rendering = RenderingWatch(front.registry, internals.server.template_variables(scope["app"]))
         ticket: Ticket | None = None
 
         def forward(body: dict[str, object], admission: Admission) -> None:
@@ -289,6 +293,7 @@ class Generation:
             readable=front.readable if self.reads else 0,
             control=control_of(scope["app"]),
             context=front.context,
+            rendering=self.rendering,
         )
         try:
             try:

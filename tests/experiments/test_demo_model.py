@@ -19,7 +19,7 @@ from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluation.expected import read_expected, right
 from steer.lab.evaluator import Candidate
 from steer.lab.probe import Answered, Divergence, HFEvaluator, summarised
-from steer.lab.prompts import read_prompts
+from steer.lab.prompts import Rendering, read_prompts
 from steer.spec import Entry, Spec
 from tests.servers import ROOT
 
@@ -150,7 +150,7 @@ def test_the_template_and_the_tokenizer_both_write_a_bos(loaded: Loaded) -> None
 
 def test_a_second_turn_and_a_system_prompt_are_refused_and_answered_too(loaded: Loaded, direction: Direction) -> None:
     steering = Steering(loaded.model)
-    probe = HFEvaluator(loaded, steering, system_prompt=language.HELD_OUT_SYSTEMS[0], max_tokens=48)
+    probe = HFEvaluator(loaded, steering, rendering=Rendering(language.HELD_OUT_SYSTEMS[0]), max_tokens=48)
     prompts = read_prompts(str(PROMPTS / "refused.test.txt")).prompts[:50]
     with probe.all_resident([Candidate(direction, direction.meta.mode, direction.meta.strength)]) as (steer,):
         assert share(REFUSAL.shown(a.text) for a in probe.answers(prompts, None)) >= 0.9

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.hf.load import Loaded, load
 from steer.lab.activations import Keep, Reader, Reading
+from steer.lab.derive import Recipe, derive
 from steer.lab.measure import Conditions, _check_room, measure
 from steer.lab.measurement import Measurement, ModelFacts
-from steer.lab.prompts import Encoded, PromptSet, encode
+from steer.lab.prompts import Encoded, PromptSet, Rendering, encode
 from steer.lab.source import TransformersSource
 from tests import models
 
@@ -37,7 +39,7 @@ def naive(
     """Means by one prompt at a time and `output_hidden_states`, which holds inputs of blocks: hence the hooks here."""
     rows, everything = [], []
     for prompt in prompts.prompts:
-        ids = encode(loaded, prompt, system).ids
+        ids = encode(loaded, prompt, Rendering(system)).ids
         outputs: list[torch.Tensor] = []
         handles = [
             b.register_forward_hook(lambda _m, _a, o, to=outputs: to.append(o)) for b in loaded.model.model.layers
@@ -155,7 +157,7 @@ def test_sums_of_another_measurement_are_not_added_to(
     partial = tmp_path / "m.part"
     with pytest.raises(KeyboardInterrupt):
         measure(Failing(loaded), HARMFUL, HARMLESS, batch_size=4, partial=partial)
-    with_system = Conditions(system_prompt="be brief")
+    with_system = Conditions(rendering=Rendering("be brief"))
     m = measure(source, HARMFUL, HARMLESS, with_system, batch_size=4, partial=partial)
     assert "another model, set or condition" in caplog.text
     assert torch.equal(m.harmful.mean, measure(source, HARMFUL, HARMLESS, with_system, batch_size=4).harmful.mean)
@@ -173,8 +175,37 @@ def test_every_prompt_begins_with_one_bos_as_on_the_server(loaded: Loaded, tiny_
     assert tiny_server.chat("hello").json()["usage"]["prompt_tokens"] == len(ids)
 
 
+THINKING = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% if enable_thinking is defined and not enable_thinking %}<>"
+    "{% endif %}{% endif %}"
+)
+
+
+def test_a_rendering_is_part_of_what_is_measured_and_of_the_file(tiny_folder: Path) -> None:
+    """The variables of the template, and what answers have begun with."""
+    loaded = load(str(tiny_folder))
+    loaded.tokenizer.chat_template = THINKING
+    source, off = TransformersSource(loaded), Rendering(template={"enable_thinking": False})
+    plain, ended = encode(loaded, "hello"), encode(loaded, "hello", off)
+    begun = encode(loaded, "hello", Rendering(response_prefix="<>"))
+    assert ended.ids == begun.ids == plain.ids + loaded.piece_ids("<>")
+    assert ended.own == begun.own == plain.own, "what the user has written is the same"
+    measured = {
+        name: measure(source, HARMFUL, HARMLESS, Conditions(rendering=rendering))
+        for name, rendering in (("plain", Rendering()), ("off", off))
+    }
+    assert not torch.equal(measured["plain"].harmful.mean, measured["off"].harmful.mean)
+    directions = {name: derive(m, Recipe(layer=1)) for name, m in measured.items()}
+    assert directions["off"].meta.template == {"enable_thinking": False}
+    assert Direction.from_bytes(directions["off"].to_bytes()).meta == directions["off"].meta
+    assert b"template\\" not in directions["plain"].to_bytes(), "a file without it is one of earlier versions too"
+    with pytest.raises(InvalidInput, match="does not mention 'enable_thinkng'"):
+        source.encode(["hello"], Rendering(template={"enable_thinkng": False}))
+
+
 def test_a_system_prompt_is_part_of_what_is_measured(loaded: Loaded) -> None:
-    with_system = measure(TransformersSource(loaded), HARMFUL, HARMLESS, Conditions(system_prompt="be brief"))
+    with_system = measure(TransformersSource(loaded), HARMFUL, HARMLESS, Conditions(rendering=Rendering("be brief")))
     expected, _ = naive(loaded, HARMFUL, -1, "be brief")
     torch.testing.assert_close(with_system.harmful.mean[0], expected, rtol=1e-5, atol=1e-5)
 

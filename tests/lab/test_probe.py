@@ -17,7 +17,7 @@ from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluator import Candidate, first_tokens
 from steer.lab.probe import HFEvaluator, summarised
-from steer.lab.prompts import encode
+from steer.lab.prompts import Rendering, encode
 from tests import models
 
 PROMPTS = ["a", "some words of a prompt", "xyz?", "a longer prompt, so that rows are padded", "b c"]
@@ -79,8 +79,9 @@ def test_what_all_prompts_begin_with_is_run_once_for_each_candidate(
     loaded: Loaded, probe: HFEvaluator, candidates: list[Candidate]
 ) -> None:
     """With the same figures, and on models alone whose cache is all that they remember."""
-    system = HFEvaluator(loaded, probe.steering, "A system prompt that all conversations begin with.", TOKENS)
-    ids = [encode(loaded, prompt, system.system_prompt).ids for prompt in PROMPTS]
+    rendering = Rendering("A system prompt that all conversations begin with.")
+    system = HFEvaluator(loaded, probe.steering, rendering, TOKENS)
+    ids = [encode(loaded, prompt, rendering).ids for prompt in PROMPTS]
     seen: list[int] = []
     hook = loaded.model.get_input_embeddings().register_forward_hook(lambda *given: seen.append(given[1][0].numel()))
 

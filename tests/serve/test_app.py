@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from steer.direction import Direction
 from steer.hf.load import Loaded, template_parameters
 from steer.serve.run import warn_of_template
 from tests import models
@@ -577,6 +579,39 @@ def test_a_default_that_goes_away_is_never_silently_plain(tiny_server: Server, t
         assert error(server.complete(), 503)["code"] == "default_unavailable"
         assert receipt(server.complete(steer="off")) == []
         assert server.stop() == 0
+
+
+def test_the_template_has_variables_of_the_server_and_says_where_they_are_not_those_of_the_direction(
+    tiny_folder: Path, tmp_path: Path, tiny_server: Server
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{% if enable_thinking is defined and not enable_thinking %}<>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    made = Direction.load(tiny_server.directions / "refusal.safetensors")  # type: ignore[operator]
+    (tmp_path / "directions").mkdir()
+    made.with_meta(template={"enable_thinking": False}).save(tmp_path / "directions" / "refusal.safetensors")
+    options = ("--directions", str(tmp_path / "directions"))
+    default = ("--default-chat-template-kwargs", '{"enable_thinking": false}')
+    with Server(str(tmp_path / "model"), *options, *default) as server:
+        lengths = [
+            server.chat("ab", steer="refusal", **more).json()["usage"]["prompt_tokens"]
+            for more in ({}, {}, {"chat_template_kwargs": {"enable_thinking": True}})
+        ]
+        assert lengths[0] == lengths[1] == lengths[2] + 2
+        assert server.stop() == 0
+        said = server.log.count("acts on chats of another form")
+        assert said == 1
+        assert "'enable_thinking' False, and a chat has 'enable_thinking' True" in server.log
+
+
+def test_what_is_no_variable_of_a_template_is_no_default(tiny_folder: Path) -> None:
+    for value in ("[1]", "x", '{"chat_template": "x"}'):
+        with pytest.raises(RuntimeError, match=r"default[-_]chat[-_]template[-_]kwargs"):
+            Server(str(tiny_folder), "--default-chat-template-kwargs", value).__enter__()
 
 
 def test_a_model_whose_template_serves_no_chat_is_told_at_start(

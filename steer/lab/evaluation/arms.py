@@ -13,7 +13,7 @@ from steer.errors import InvalidInput
 from steer.lab.activations import Reading
 from steer.lab.batches import each_batch
 from steer.lab.evaluator import Candidate, Evaluator, Steer
-from steer.lab.prompts import PromptSet
+from steer.lab.prompts import PromptSet, Rendering
 from steer.lab.source import Source
 from steer.names import MAX_STRENGTH, MODES, Mode
 from steer.runtime.op import check_mode
@@ -81,7 +81,7 @@ def projected(
     source: Source,
     direction: Direction,
     sets: Mapping[str, PromptSet],
-    system_prompt: str | None = None,
+    rendering: Rendering | None = None,
     batch_size: int | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """By panel title and set: the component of the last prompt token along the direction's first row, at the layer that
@@ -91,7 +91,7 @@ def projected(
     row = direction.directions[layer, 0].float()
     found = {}
     for name, prompts in sets.items():
-        encoded = source.encode(prompts.prompts, system_prompt)
+        encoded = source.encode(prompts.prompts, rendering)
         values = [0.0] * len(encoded)
 
         def run(indices: list[int], encoded=encoded, values=values) -> None:  # type: ignore[no-untyped-def]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from steer import __version__
 from steer.direction import Dataset
@@ -136,6 +136,8 @@ class Conditions(Part):
     backend: str
     dtype: str
     system_prompt: str | None
+    template: dict[str, JsonValue] = {}
+    response_prefix: str = ""
     max_tokens: int
     behaviour: str
     judge: str | None = None

@@ -103,6 +103,12 @@ def of_the_body(error: BaseException) -> bool:
     return True
 
 
+def template_variables(app: Starlette) -> Mapping[str, object] | None:
+    """What chat templates are given where a request says nothing."""
+    found: Mapping[str, object] | None = seam(app.state, "args").default_chat_template_kwargs
+    return found
+
+
 def served_names(app: Starlette) -> list[str]:
     """All names under which models are served: the base model's, and adapters'."""
     models = seam(app.state, "openai_serving_models")

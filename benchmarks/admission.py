@@ -76,7 +76,7 @@ def parts(count: int, folder: Path) -> dict[str, float]:
             lambda: admit(carried, registry, caller=caller, rules=control.rules).release()
         ),
         "index entries": micro(lambda: bank.steer(spec)),
-        "salt of the prefix cache (vLLM)": micro(lambda: salt(spec)),
+        "salt of the prefix cache (vLLM)": micro(lambda: salt(spec, 100)),
         "receipt": micro(spec.receipt),
     }
     control.stop()

@@ -156,7 +156,7 @@ class Registry:
                 version = self.get(item.direction, among)
                 meta = version.direction.meta
                 strength = meta.strength if item.strength is None else item.strength
-                entry = Entry(item.direction, version.digest, item.mode or meta.mode, strength)
+                entry = Entry(item.direction, version.digest, item.mode or meta.mode, strength, item.tokens)
                 self.placement.check_entry(version.direction, entry)
             except SpecError as error:
                 problems += error.problems

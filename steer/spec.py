@@ -5,10 +5,12 @@ A request names directions, never paths or vectors. As text:
     refusal                      the direction with its file's own mode and strength
     refusal=0.7                  a strength
     refusal:one_sided=0.7        a mode and a strength
+    refusal@answer=0.7           at some tokens alone; refusal:one_sided@not-first=0.7
     refusal=1,verbosity=-0.5     several, which act together
     off                          nothing, also where the server has a default
 
-As JSON: such a text, an object `{"direction", "mode", "strength"}`, a list of texts and objects, `null` or `false`.
+As JSON: such a text, an object `{"direction", "mode", "strength", "tokens"}`, a list of texts and objects, `null` or
+`false`.
 
 Parsing gives `RequestedDirection` items; the registry resolves them into a `Spec` of exact file versions.
 """
@@ -29,11 +31,23 @@ MAX_ITEMS = 16
 MAX_TEXT = 8192
 _MENTION = re.compile(r"(?<![^\W_])(?:x[\W_]*)?steer", re.IGNORECASE)
 OFF_TEXTS = {"off", "none", "null", "false"}
-_FIELDS = ("direction", "mode", "strength")
+_FIELDS = ("direction", "mode", "strength", "tokens")
 ACCEPTED = (
     "accepted: a text like 'refusal', 'refusal=0.7' or 'refusal:one_sided=0.7,other=1', an object "
-    "{'direction', 'mode', 'strength'}, a list of those, or null, false or 'off' for none"
+    "{'direction', 'mode', 'strength', 'tokens'}, a list of those, or null, false or 'off' for none"
 )
+#: At which positions of a request an entry acts, with a sentence for whoever chooses. `N` is a number of positions.
+TOKENS = {
+    "all": "Every position, which is the default.",
+    "prompt": "Every position before the one at which the answer's first token is predicted.",
+    "answer": "The last position of the prompt, at which the answer's first token is predicted, and all after it.",
+    "not-first": "All but the first position, which is BOS for most models.",
+    "first-N": "The first N positions of the prompt.",
+    "last-N": "The last N positions of the prompt.",
+}
+_COUNTED = re.compile(r"(first|last)-([1-9][0-9]{0,8})")
+#: After every position.
+END = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +57,34 @@ class RequestedDirection:
     direction: str
     mode: Mode | None = None
     strength: float | None = None
+    tokens: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One direction as it is applied: the exact version, mode and strength."""
+    """One direction as it is applied: the exact version, mode and strength, and at which tokens (None: all)."""
 
     direction: str
     digest: str
     mode: Mode
     strength: float
+    tokens: str | None = None
+
+    def span(self, prompt: int) -> tuple[int, int]:
+        """The positions at which it acts, from the first to before the last, of a request with `prompt` tokens."""
+        if self.tokens is None:
+            return 0, END
+        match self.tokens:
+            case "prompt":
+                return 0, prompt - 1
+            case "answer":
+                return prompt - 1, END
+            case "not-first":
+                return 1, END
+        counted = _COUNTED.fullmatch(self.tokens)
+        assert counted is not None, "parsed"
+        number = min(int(counted[2]), prompt)
+        return (0, number) if counted[1] == "first" else (prompt - number, prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +98,25 @@ class Spec:
 
     def receipt(self) -> str:
         """Canonical compact JSON, ASCII: the value of the header `X-Steer-Applied`."""
-        return json.dumps([asdict(entry) for entry in self.entries], separators=(",", ":"))
+        entries = [{key: value for key, value in asdict(entry).items() if value is not None} for entry in self.entries]
+        return json.dumps(entries, separators=(",", ":"))
 
-    def key(self) -> str:
-        """What decides the computation: digests, modes, strengths. Names do not, so two names of one file agree."""
-        return ",".join(f"{e.digest}:{e.mode}={e.strength!r}" for e in self.entries)
+    @property
+    def everywhere(self) -> bool:
+        """Does every entry act at all tokens?"""
+        return all(entry.tokens is None for entry in self.entries)
+
+    def key(self, prompt: int = 0) -> str:
+        """What decides the computation: digests, modes, strengths, and the positions in a request with `prompt` tokens.
+        Names do not, so two names of one file agree."""
+        return ",".join(f"{e.digest}:{e.mode}={e.strength!r}{_positions(e, prompt)}" for e in self.entries)
+
+
+def _positions(entry: Entry, prompt: int) -> str:
+    if entry.tokens is None:
+        return ""
+    start, stop = entry.span(prompt)
+    return f"@{start}-" if stop == END else f"@{start}-{stop}"
 
 
 def parse(value: object, param: str = "steer") -> tuple[RequestedDirection, ...]:
@@ -113,8 +159,9 @@ def text(wanted: Sequence[RequestedDirection]) -> str:
 
 def _text(item: RequestedDirection) -> str:
     mode = f":{item.mode}" if item.mode else ""
+    tokens = f"@{item.tokens}" if item.tokens else ""
     strength = "" if item.strength is None else f"={item.strength!r}"
-    return f"{item.direction}{mode}{strength}"
+    return f"{item.direction}{mode}{tokens}{strength}"
 
 
 def _items(value: object, param: str, problems: list[str]) -> list[RequestedDirection]:
@@ -164,9 +211,15 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
         return []
     for part in parts:
         head, equals, number = part.strip().partition("=")
+        head, at, tokens = head.partition("@")
         name, colon, mode = head.strip().partition(":")
         item = _check(
-            param, name.strip(), mode.strip() if colon else None, _number(number) if equals else None, problems
+            param,
+            name.strip(),
+            mode.strip() if colon else None,
+            _number(number) if equals else None,
+            tokens.strip() if at else None,
+            problems,
         )
         if item:
             items.append(item)
@@ -179,10 +232,12 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
     if "direction" not in value:
         problems.append(f"{param}.direction: missing; it names the direction")
         return None
-    return _check(param, value["direction"], value.get("mode"), value.get("strength"), problems)
+    return _check(param, value["direction"], value.get("mode"), value.get("strength"), value.get("tokens"), problems)
 
 
-def _check(param: str, name: object, mode: object, strength: object, problems: list[str]) -> RequestedDirection | None:
+def _check(
+    param: str, name: object, mode: object, strength: object, tokens: object, problems: list[str]
+) -> RequestedDirection | None:
     before = len(problems)
     known = next((each for each in MODES if each == mode), None)
     named = ""
@@ -204,9 +259,16 @@ def _check(param: str, name: object, mode: object, strength: object, problems: l
             problems.append(
                 f"{param}.strength: {shown} is not accepted: a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
             )
+    place = None
+    if tokens is not None:
+        if isinstance(tokens, str) and (tokens in TOKENS.keys() - {"first-N", "last-N"} or _COUNTED.fullmatch(tokens)):
+            place = None if tokens == "all" else tokens
+        else:
+            problems.append(f"{param}.tokens: {brief(tokens)} is not accepted: {', '.join(TOKENS)}")
     if len(problems) > before:
         return None
-    return RequestedDirection(named, known, None if number is None else number + 0.0)  # + 0.0 turns -0.0 into 0.0
+    # + 0.0 turns -0.0 into 0.0
+    return RequestedDirection(named, known, None if number is None else number + 0.0, place)
 
 
 class _Unread(str):

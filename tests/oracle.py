@@ -6,12 +6,14 @@ Nothing here looks at how the runtime finds its sites: weights and modules are n
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steer.runtime.op import displacement
+from steer.spec import Spec
 from tests.models import NORM_BEHIND_WRITER
 
 ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
@@ -71,3 +73,24 @@ def reference_logits(model: Any, name: str, v: Tensor, ids: Tensor, strength: fl
     for handle in handles:
         handle.remove()
     return logits
+
+
+def acting(spec: Spec, prompt: int, position: int) -> Spec:
+    """The entries that act on the token at `position` of a request with `prompt` tokens, by the words of the docs."""
+
+    def acts(tokens: str) -> bool:
+        kind, _, number = tokens.partition("-")
+        match kind:
+            case "prompt":
+                return position < prompt - 1
+            case "answer":
+                return position >= prompt - 1
+            case "not":
+                return position > 0
+            case "first":
+                return position < int(number) and position < prompt
+            case "last":
+                return prompt - int(number) <= position < prompt
+        raise ValueError(tokens)
+
+    return Spec(tuple(replace(e, tokens=None) for e in spec.entries if e.tokens is None or acts(e.tokens)))

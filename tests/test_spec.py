@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from steer.errors import SpecError
 from steer.names import MAX_STRENGTH, MODES, Mode
-from steer.spec import MAX_ITEMS, Entry, RequestedDirection, Spec, parse, text
+from steer.spec import MAX_ITEMS, TOKENS, Entry, RequestedDirection, Spec, parse, text
+from tests.oracle import acting
 
 law = settings(deadline=None, max_examples=100)
 
@@ -20,12 +22,13 @@ NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True).filter
     lambda name: name.lower() not in {"off", "none", "null", "false", "true"}
 )
 STRENGTHS = st.floats(-MAX_STRENGTH, MAX_STRENGTH).map(lambda x: x + 0.0)
-WANTED = st.builds(RequestedDirection, NAMES, st.none() | st.sampled_from(MODES), st.none() | STRENGTHS)
+PLACES = st.none() | st.sampled_from(["prompt", "answer", "not-first", "first-1", "last-20"])
+WANTED = st.builds(RequestedDirection, NAMES, st.none() | st.sampled_from(MODES), st.none() | STRENGTHS, PLACES)
 WISHES = st.lists(WANTED, max_size=MAX_ITEMS, unique_by=lambda item: (item.direction, item.mode)).map(tuple)
 
 
 def as_object(item: RequestedDirection, *, nulls: bool) -> dict[str, Any]:
-    fields = {"direction": item.direction, "mode": item.mode, "strength": item.strength}
+    fields = {"direction": item.direction, "mode": item.mode, "strength": item.strength, "tokens": item.tokens}
     return {k: v for k, v in fields.items() if nulls or v is not None}
 
 
@@ -60,7 +63,7 @@ def test_text_objects_and_lists_mean_the_same(wishes: tuple[RequestedDirection, 
 @law
 def test_space_around_the_parts_means_nothing(wishes: tuple[RequestedDirection, ...], space: str) -> None:
     spaced = text(wishes)
-    for sign in ",:=":
+    for sign in ",:=@":
         spaced = spaced.replace(sign, f"{space}{sign}{space}")
     assert parse(space + spaced + space) == wishes
 
@@ -75,6 +78,27 @@ def test_the_forms_of_the_documentation() -> None:
     )
     assert parse({"direction": "refusal", "strength": 0.7, "mode": "one_sided"}) == parse("refusal:one_sided=0.7")
     assert parse({"direction": "refusal", "strength": 1}) == parse("refusal=1")
+    assert parse("refusal:one_sided@answer=0.7") == (RequestedDirection("refusal", "one_sided", 0.7, "answer"),)
+    assert parse({"direction": "refusal", "tokens": "last-3"}) == parse("refusal@last-3")
+    assert parse("refusal@all") == parse("refusal"), "which is the default"
+
+
+@pytest.mark.parametrize(
+    "tokens", ["", "first", "first-0", "last-", "first-01", "last--1", "first-9999999999", "x", 1, []]
+)
+def test_tokens_that_are_none_are_refused_with_what_is_accepted(tokens: Any) -> None:
+    (problem,) = problems_of({"direction": "refusal", "tokens": tokens})
+    assert problem.startswith("steer.tokens: ")
+    assert all(word in problem for word in TOKENS)
+    if isinstance(tokens, str):
+        assert problems_of(f"refusal@{tokens}") == (problem,)
+
+
+@given(st.integers(1, 40), st.integers(0, 60), PLACES)
+@law
+def test_the_span_is_what_the_words_say(prompt: int, position: int, tokens: str | None) -> None:
+    start, stop = (entry := Entry("a", "a", "ablate", 1.0, tokens)).span(prompt)
+    assert (start <= position < stop) == bool(acting(Spec((entry,)), prompt, position))
 
 
 @pytest.mark.parametrize(
@@ -303,7 +327,7 @@ def test_any_text_gives_a_wish_or_a_refusal(value: str) -> None:
 
 
 DIGESTS = st.text(alphabet="0123456789abcdef", min_size=64, max_size=64)
-ENTRIES = st.lists(st.builds(Entry, NAMES, DIGESTS, st.sampled_from(MODES), STRENGTHS), max_size=4).map(tuple)
+ENTRIES = st.lists(st.builds(Entry, NAMES, DIGESTS, st.sampled_from(MODES), STRENGTHS, PLACES), max_size=4).map(tuple)
 
 
 @given(ENTRIES)
@@ -314,7 +338,8 @@ def test_a_receipt_is_compact_ascii_json_of_exactly_what_is_applied(entries: tup
     assert receipt.isprintable()
     assert " " not in receipt
     read = json.loads(receipt)
-    assert [list(entry) for entry in read] == [["direction", "digest", "mode", "strength"]] * len(entries)
+    fields = ["direction", "digest", "mode", "strength"]
+    assert [list(entry) for entry in read] == [fields + ["tokens"] * (e.tokens is not None) for e in entries]
     assert tuple(Entry(**entry) for entry in read) == entries
     assert (receipt == "[]") == (not Spec(entries))
 
@@ -324,21 +349,26 @@ def test_a_receipt_is_compact_ascii_json_of_exactly_what_is_applied(entries: tup
 def test_the_key_is_all_that_decides_the_computation_and_nothing_else(
     x: tuple[Entry, ...], y: tuple[Entry, ...]
 ) -> None:
-    def computed(entries: tuple[Entry, ...]) -> list[tuple[str, str, float]]:
-        return [(e.digest, e.mode, e.strength) for e in entries]
+    def computed(entries: tuple[Entry, ...], prompt: int) -> list[tuple[object, ...]]:
+        return [(e.digest, e.mode, e.strength, e.span(prompt)) for e in entries]
 
-    assert (Spec(x).key() == Spec(y).key()) == (computed(x) == computed(y))
-    renamed = tuple(Entry(f"n{i}", e.digest, e.mode, e.strength) for i, e in enumerate(x))
-    assert Spec(renamed).key() == Spec(x).key()
+    for prompts in ((30, 30), (30, 31)):
+        keys, same = (
+            [of(each, prompt) for each, prompt in zip((x, y), prompts, strict=True)]
+            for of in (lambda each, prompt: Spec(each).key(prompt), computed)
+        )
+        assert (keys[0] == keys[1]) == (same[0] == same[1])
+    renamed = tuple(replace(e, direction=f"n{i}") for i, e in enumerate(x))
+    assert Spec(renamed).key(30) == Spec(x).key(30)
 
 
 @given(ENTRIES)
 @law
 def test_every_entry_and_the_order_of_entries_change_the_key(entries: tuple[Entry, ...]) -> None:
-    key = Spec(entries).key()
+    key = Spec(entries).key(30)
     for i, e in enumerate(entries):
-        assert Spec(entries[:i] + entries[i + 1 :]).key() != key
-        other = Entry(e.direction, e.digest, e.mode, math.nextafter(e.strength, 99.0))
-        assert Spec((*entries[:i], other, *entries[i + 1 :])).key() != key
-    computed = [(e.digest, e.mode, e.strength) for e in entries]
-    assert (Spec(entries[::-1]).key() == key) == (computed[::-1] == computed)
+        assert Spec(entries[:i] + entries[i + 1 :]).key(30) != key
+        for other in (replace(e, strength=math.nextafter(e.strength, 99.0)), replace(e, tokens="last-4")):
+            assert Spec((*entries[:i], other, *entries[i + 1 :])).key(30) != key
+    computed = [(e.digest, e.mode, e.strength, e.tokens) for e in entries]
+    assert (Spec(entries[::-1]).key(30) == key) == (computed[::-1] == computed)

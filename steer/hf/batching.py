@@ -33,7 +33,7 @@ from steer.runtime.token_index import RequestSteer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.generation.continuous_batching.requests import GenerationOutput
+    from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 
 log = logging.getLogger("steer")
 #: On a CPU the manager would otherwise take all memory for its cache.
@@ -187,7 +187,7 @@ class BatchingEngine(Engine):
         reading = [r if r and r.read and entry.has_new_token else None for r, entry in zip(known, batch, strict=True)]
         self._readers = [request for request in reading if request]
         with pass_stream(self._processor):
-            self.steering.fill([r.steer if r else None for r in known], lengths)
+            self.steering.fill(*_parts(batch, known))
             with self._read_out():
                 self.steering.reads.fill([r.read if r else None for r in reading], lengths)
         return True
@@ -233,6 +233,24 @@ class BatchingEngine(Engine):
                 request.tokens.append(replace(token, reading=reading) if reading else token)
         ids = [token.id if isinstance(token, Token) else 0 for token in tokens]
         output_ids[0, : len(ids)].copy_(torch.tensor(ids, dtype=output_ids.dtype))
+
+
+def _parts(
+    batch: Sequence[FutureRequestState], known: Sequence[_Running | None]
+) -> tuple[list[RequestSteer | None], list[int]]:
+    """What acts on the tokens of a pass in their order, and the tokens of each."""
+    steers: list[RequestSteer | None] = []
+    lengths: list[int] = []
+    for entry, request in zip(batch, known, strict=True):
+        steer = request.steer if request else None
+        if steer is None or not steer.then:
+            steers.append(steer)
+            lengths.append(entry.query_length)
+        else:
+            parts, counts = steer.along(entry.state.position_offset - entry.query_length, entry.query_length)
+            steers += parts
+            lengths += counts
+    return steers, lengths
 
 
 def start_engine(

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -107,11 +107,17 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def stop(self) -> None: ...
 
+    def _steered(self, steer: RequestSteer | None, start: int, length: int) -> AbstractContextManager[None]:
+        """For a pass of one row over `length` tokens from the position `start` on."""
+        if steer is None or not steer.then:
+            return self.steering.batch([steer])
+        return self.steering.batch(*steer.along(start, length))
+
     @torch.inference_mode()
     def score_alone(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
         """The forward pass of `score`, inside `alone`."""
         tensor = torch.tensor([list(ids)], device=self.steering.anatomy.device)
-        with self.steering.batch([steer]):
+        with self._steered(steer, 0, len(ids)):
             logits = self.steering.anatomy.model(input_ids=tensor, use_cache=False).logits[0, :-1].float()
         if not torch.isfinite(logits.amax(-1)).all():
             raise RequestFailed(NO_LOGITS)
@@ -158,8 +164,10 @@ class SequentialEngine(Engine):
 
     @torch.inference_mode()
     def _step(self, decoding: Decoding, sampler: Sampler, steer: RequestSteer | None, read: Readout | None) -> Token:
-        with _failing(), self.steering.batch([steer]):
+        with _failing():
             inputs = decoding.inputs()
+        length = inputs["input_ids"].shape[1]
+        with _failing(), self._steered(steer, decoding.length - length, length):
             self.steering.reads.fill([read], [inputs["input_ids"].shape[1]])
             logits = decoding.logits(inputs)
             readings = self.steering.reads.collect()

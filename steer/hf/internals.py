@@ -309,6 +309,11 @@ class Decoding:
             **_whole(model, prompt), generation_config=_greedy(max_tokens), custom_generate=take
         )
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer so far."""
+        return int(self._ids.shape[1])
+
     def inputs(self) -> dict[str, Tensor]:
         """Of the next forward pass: what the model has not seen, or all of it again where its cache ends."""
         new = None if self._first else 1

@@ -168,9 +168,12 @@ class Steering:
             self.index = TokenIndex(self.bank.rank, max_tokens, self.anatomy.device)
 
     @contextmanager
-    def batch(self, specs: Sequence[Spec | RequestSteer | None]) -> Iterator[None]:
+    def batch(
+        self, specs: Sequence[Spec | RequestSteer | None], lengths: Sequence[int] | None = None
+    ) -> Iterator[None]:
         """While it lasts the rows of every `[rows, positions]` forward pass are steered in as many equal groups as
         there are specs, the first by the first spec. A batch inside a batch ends with the outer one in force again.
+        With `lengths` the tokens of a pass are, in their order, `lengths[0]` by the first spec, and so on.
 
         A pass raises InvalidInput where its rows are no multiple of the specs. The end raises NotFinite where a result
         would have left the range of the model's numbers, and was not taken. Raises RuntimeError while a batch of
@@ -184,7 +187,7 @@ class Steering:
                     "another thread or asyncio task steers this model at this moment: let its batch end first"
                 )
             self._owner = owner
-            self._batches.append(own := _Batch(rows))
+            self._batches.append(own := _Batch(rows, lengths))
             self._lay(own)
         try:
             yield
@@ -195,7 +198,7 @@ class Steering:
                 self._owner = self._owner if self._batches else None
         if own.lost is not None and own.lost.any():
             lost = ", ".join(map(str, own.lost.nonzero().flatten().tolist()))
-            raise NotFinite(f"spec {lost} of {len(rows)}" if len(rows) > 1 else "")
+            raise NotFinite(f"spec {lost} of {len(rows)}" if len(rows) > 1 and lengths is None else "")
 
     def fill(self, steers: Sequence[RequestSteer | None], lengths: Sequence[int]) -> None:
         """Steer the `lengths[i]` tokens of the next pass that are request i's by `steers[i]`, in batch order."""
@@ -241,11 +244,12 @@ class Steering:
 
     def _lay(self, batch: _Batch | None) -> None:
         if self._batch is not None and self.index.active:
-            self._batch.lose(self.index.lost[: len(self._rows)])
+            self._batch.lose(self.index.lost[: self.index.used])
         self._batch, rows = batch, () if batch is None else batch.rows
-        self.resize(len(rows))
-        self._rows = rows
-        self.fill(rows, [1] * len(rows))
+        lengths = [1] * len(rows) if batch is None or batch.lengths is None else batch.lengths
+        self.resize(sum(lengths))
+        self._rows = rows if batch is None or batch.lengths is None else ()
+        self.fill(rows, lengths)
         self.reads.clear()
 
     def _transform(self, point: HookPoint) -> site_tools.Transform:
@@ -347,9 +351,11 @@ class Steering:
 
 @dataclass(eq=False, slots=True)
 class _Batch:
-    """Rows of passes, and which of them are lost, `[rows]` bool on the device; None before any is looked at."""
+    """Rows of passes, or, with `lengths`, parts of a packed one; and which rows or tokens are lost, `[…]` bool on the
+    device, None before any is looked at."""
 
     rows: Sequence[RequestSteer | None]
+    lengths: Sequence[int] | None = None
     lost: Tensor | None = None
 
     def lose(self, flags: Tensor) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 from weakref import WeakValueDictionary
 
@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.direction import Direction
-from steer.errors import NoRoom
+from steer.errors import NoRoom, SpecError
 from steer.names import MODES, SITE_RULES, Mode, Site
 from steer.runtime.combine import Combination, Combinations
 from steer.runtime.memory import lasting
 from steer.runtime.op import GATE, WEIGHT, amount, coefficients, embedding_coefficients, joint, settled, shared
 from steer.runtime.token_index import RequestSteer, slot, slots_of
-from steer.spec import Entry, Spec
+from steer.spec import END, Entry, Spec
 
 #: The stream before block 0 counts as layer −1 of its site.
 EMBEDDING = -1
@@ -199,8 +199,29 @@ class DirectionBank:
         """The rows of resident directions, in order."""
         return np.array([row for digest in digests for row in self._resident[digest].rows], np.int64)
 
-    def steer(self, spec: Spec) -> RequestSteer | None:
-        """The index entries of a request with `spec`, whose directions must be resident. None for a plain one."""
+    def steer(self, spec: Spec, prompt: int | None = None) -> RequestSteer | None:
+        """The index entries of a request with `spec`, whose directions must be resident, and `prompt` tokens. None for
+        a plain one. Raises SpecError where `spec` says at which tokens it acts, and there is no such number."""
+        if not spec:
+            return None
+        if spec.everywhere:
+            return self._steer(spec)
+        if prompt is None:
+            raise SpecError(
+                f"tokens: '{next(e.tokens for e in spec.entries if e.tokens)}' is for requests to a server: here it is "
+                "not known where the prompt ends",
+                param="steer.tokens",
+            )
+        spans = [(entry, *entry.span(prompt)) for entry in spec.entries]
+        cuts = sorted({bound for _, *span in spans for bound in span if 0 < bound < END})
+        parts = [
+            self._steer(Spec(tuple(entry for entry, start, stop in spans if start <= at < stop))) for at in (0, *cuts)
+        ]
+        first, *rest = (part or RequestSteer.plain(self.rank) for part in parts)
+        return replace(first, then=tuple(zip(cuts, rest, strict=True)))
+
+    def _steer(self, spec: Spec) -> RequestSteer | None:
+        """For a spec that acts at all tokens, whatever it says of them."""
         if not spec:
             return None
         pairs = [

@@ -8,7 +8,7 @@ before it and in front of this one. A caller whose pass runs on another stream m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from steer.names import MODES, Mode
 from steer.runtime.combine import ALONE, Combination, Combinations
 from steer.runtime.memory import CopyEvent, CopyQueue, copy_queue_to, lasting
+from steer.spec import END
 
 #: Sets of pinned memory used in turn: steps overlap, so the one before may still be read by its copy.
 STAGES = 3
@@ -59,15 +60,32 @@ class Acting(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class RequestSteer:
     """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros after its own; and
-    what makes them act together, None where they are orthogonal or one."""
+    what makes them act together, None where they are orthogonal or one.
+
+    `then`: the positions, ascending, from which on something else acts, and what; none where these are for all tokens.
+    """
 
     slots: NDArray[np.int64]
     strengths: NDArray[np.float32]
     combination: Combination | None = None
+    then: tuple[tuple[int, RequestSteer], ...] = ()
 
     @classmethod
     def plain(cls, rank: int, combination: Combination | None = None) -> RequestSteer:
         return cls(np.zeros(rank, np.int64), np.zeros(rank, np.float32), combination)
+
+    def along(self, start: int, length: int) -> tuple[list[RequestSteer], list[int]]:
+        """What acts on `length` tokens from the position `start` on, part after part, and the tokens of each part."""
+        cuts = [position for position, _ in self.then]
+        each = [replace(self, then=()), *(steer for _, steer in self.then)]
+        bounds = zip([0, *cuts], [*cuts, start + length], each, strict=True)
+        parts = [(steer, min(stop, start + length) - max(first, start)) for first, stop, steer in bounds]
+        return [steer for steer, count in parts if count > 0], [count for _, count in parts if count > 0]
+
+
+def _parts(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of entries that act at all tokens."""
+    return np.stack([np.full_like(numbers, END), numbers, numbers])
 
 
 class _Buffers:
@@ -160,6 +178,10 @@ class TokenIndex:
         self._entry_combined = np.zeros((2, 16), np.int64)
         self._combining: dict[int, Combination] = {}
         self._home: Combinations | None = None
+        #: Of each entry: where it ends, the entry that goes on there, and the one that acts (PLAIN for none).
+        self._entry_parts = _parts(np.arange(16))
+        #: Requests that have entered and whose steering is not the same at all tokens.
+        self.phased = 0
         self._free = list(range(15, PLAIN, -1))
 
     @property
@@ -184,16 +206,28 @@ class TokenIndex:
 
     def enter(self, steer: RequestSteer) -> int:
         """The number under which steps name a request with this steering, until it `leave`s."""
+        number = self._enter(steer)
+        self.phased += bool(steer.then)
+        last = number
+        for position, after in steer.then:
+            following = self._enter(after)
+            self._entry_parts[:2, last] = position, following
+            last = following
+        return number
+
+    def _enter(self, steer: RequestSteer) -> int:
         if not self._free:
             size = self._entry_slots.shape[1]
             self._free = list(range(2 * size - 1, size - 1, -1))
             self._entry_slots = np.pad(self._entry_slots, ((0, 0), (0, size)))
             self._entry_strengths = np.pad(self._entry_strengths, ((0, 0), (0, size)))
             self._entry_combined = np.pad(self._entry_combined, ((0, 0), (0, size)))
+            self._entry_parts = np.concatenate([self._entry_parts, _parts(np.arange(size, 2 * size))], axis=1)
         number = self._free.pop()
         self._filled = None
         self._entry_slots[:, number], self._entry_strengths[:, number] = steer.slots, steer.strengths
         self._entry_combined[:, number] = 0
+        self._entry_parts[:, number] = END, number, number if steer.strengths.any() else PLAIN
         if combination := steer.combination:
             assert self._home in (None, combination.home), "an index speaks of one bank"
             self._home, self._combining[number] = combination.home, combination
@@ -202,8 +236,14 @@ class TokenIndex:
         return number
 
     def leave(self, number: int) -> None:
-        self._combining.pop(number, None)
-        self._free.append(number)
+        following = int(self._entry_parts[1, number])
+        self.phased -= following != number
+        while True:
+            self._combining.pop(number, None)
+            self._free.append(number)
+            if following == number:
+                return
+            number, following = following, int(self._entry_parts[1, following])
 
     def reset(self) -> None:
         """Make every token plain, whatever the buffers hold now: they may have been lost or overwritten."""
@@ -211,11 +251,20 @@ class TokenIndex:
             tensor.zero_()
         self._used, self._filled = 0, None
 
-    def fill(self, numbers: NDArray[np.int64], lengths: NDArray[np.int64] | NDArray[np.int32]) -> int:
+    def fill(
+        self,
+        numbers: NDArray[np.int64],
+        lengths: NDArray[np.int64] | NDArray[np.int32],
+        starts: NDArray[np.int64] | None = None,
+    ) -> int:
         """Give `lengths[i]` tokens, in batch order, the steering that entered as `numbers[i]` (PLAIN for none); tokens
-        after the last get none. Returns how many tokens are steered.
+        after the last get none. `starts[i]` is the position of the first of them in its request, which must be given
+        where any is `phased`. Returns how many tokens are steered.
 
         Nothing is copied where the step before was the same and no request has entered since (steady decode)."""
+        if self.phased and numbers.any():
+            assert starts is not None, "what acts depends on the position"
+            numbers, lengths = self._parted(numbers, lengths, starts)
         steered = int(lengths[numbers != PLAIN].sum()) if numbers.any() else 0
         total = int(lengths.sum()) if steered else 0
         assert total <= self.max_tokens, f"a step of {total} tokens in an index of {self.max_tokens}"
@@ -242,6 +291,23 @@ class TokenIndex:
             self._stages.send(self._buffers, end)
         self._used, self._filled = total, (numbers.copy(), lengths.copy())
         return steered
+
+    def _parted(
+        self, numbers: NDArray[np.int64], lengths: NDArray[np.int64] | NDArray[np.int32], starts: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The same tokens with a number for each part of a request, one after the other."""
+        at, ends = starts, starts + lengths
+        parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+        while True:
+            stops, following, acting = self._entry_parts[:, numbers]
+            taken = np.maximum(np.minimum(stops, ends) - at, 0)
+            parts.append((acting, taken))
+            at = at + taken
+            if (at == ends).all():
+                break
+            numbers = following
+        flat, counts = (np.stack(each, 1).ravel() for each in zip(*parts, strict=True))
+        return flat[counts > 0], counts[counts > 0]
 
     def losses(self) -> Losses | None:
         """What the pass that was enqueued last has lost; None where nothing of it was steered. The copy to the host is

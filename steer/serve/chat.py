@@ -41,7 +41,8 @@ def router(served: Served) -> APIRouter:
     )
     async def chat(body: ChatRequest, request: Request) -> Response:
         served.check_model(body.model)
-        steer, read = served.admitted(request)
+        admission = served.admitted(request)
+        read = admission.readout
         wants_logprobs = body.wanted_logprobs is not None
         engine.admit(body.n)
 
@@ -55,7 +56,8 @@ def router(served: Served) -> APIRouter:
             limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
             room, stops = generator.room(prompt, body.wanted_tokens, "messages", limit), Stops(body.stops)
             samplings = body.sampling(asked, room, body.wanted_logprobs)
-            return [Job(i, prompt, sampling, stops, read) for i, sampling in enumerate(samplings)]
+            steer = served.steer(admission, len(prompt))
+            return [Job(i, prompt, sampling, stops, steer, read) for i, sampling in enumerate(samplings)]
 
         messages = [message.plain() for message in body.messages]
         jobs = await generator.offload(request, [message["content"] for message in messages], "messages", prepare)
@@ -84,7 +86,7 @@ def router(served: Served) -> APIRouter:
                     }
                     yield chunk([opening])
                 count = 0
-                async with aclosing(generator.interleaved(jobs, steer)) as pieces:
+                async with aclosing(generator.interleaved(jobs)) as pieces:
                     async for index, piece in pieces:
                         count += 1
                         if piece.text or piece.finish or (piece.token and (wants_logprobs or read)):
@@ -101,7 +103,7 @@ def router(served: Served) -> APIRouter:
                     yield chunk([], usage(len(prompt), count))
 
             return stream(chunks())
-        answers = await unless_gone(request, generator.answers(jobs, steer))
+        answers = await unless_gone(request, generator.answers(jobs))
         choices: list[ChatChoice] = [
             {
                 "index": i,

@@ -40,7 +40,8 @@ def router(served: Served) -> APIRouter:
     )
     async def complete(body: CompletionRequest, request: Request) -> Response:
         served.check_model(body.model)
-        steer, read = served.admitted(request)
+        admission = served.admitted(request)
+        read = admission.readout
         tokenizer = served.loaded.tokenizer
         prompts = body.prompts
         engine.admit(len(prompts) * body.n)
@@ -57,7 +58,7 @@ def router(served: Served) -> APIRouter:
                 ids = served.loaded.text_ids(prompt) if isinstance(prompt, str) else prompt
                 room = generator.room(ids, body.max_tokens, "prompt")
                 for sampling in body.sampling(asked, room, body.logprobs):
-                    jobs.append(Job(len(jobs), ids, sampling, stops, read))
+                    jobs.append(Job(len(jobs), ids, sampling, stops, served.steer(admission, len(ids)), read))
             return jobs
 
         jobs = await generator.offload(request, prompts, "prompt", prepare)
@@ -74,7 +75,7 @@ def router(served: Served) -> APIRouter:
             async def chunks() -> AsyncGenerator[CompletionChunk, None]:
                 count = 0
                 offsets = [0] * len(jobs)
-                async with aclosing(generator.interleaved(jobs, steer)) as pieces:
+                async with aclosing(generator.interleaved(jobs)) as pieces:
                     async for index, piece in pieces:
                         count += 1
                         tokens = [piece.token] if piece.token else []
@@ -95,7 +96,7 @@ def router(served: Served) -> APIRouter:
                     yield chunk([], usage(prompt_tokens, count))
 
             return stream(chunks())
-        answers = await unless_gone(request, generator.answers(jobs, steer))
+        answers = await unless_gone(request, generator.answers(jobs))
         choices: list[CompletionChoice] = []
         for job, answer in zip(jobs, answers, strict=True):
             text, tokens = answer.text, answer.tokens
@@ -103,7 +104,7 @@ def router(served: Served) -> APIRouter:
                 text = tokenizer.decode(job.prompt, skip_special_tokens=True) + text
                 if body.logprobs is not None:
                     first = Token(job.prompt[0])
-                    rest = await engine.score(job.prompt, steer, body.logprobs) if len(job.prompt) > 1 else []
+                    rest = await engine.score(job.prompt, job.steer, body.logprobs) if len(job.prompt) > 1 else []
                     tokens = [first, *rest, *tokens]
             choices.append(
                 {

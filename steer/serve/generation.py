@@ -90,12 +90,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One answer to make: its place in the request, prompt, sampling, and what is read."""
+    """One answer to make: its place in the request, prompt, sampling, what steers it and what is read."""
 
     index: int
     prompt: list[int]
     sampling: Sampling
     stop: Stops | None
+    steer: RequestSteer | None = None
     read: Readout | None = None
 
 
@@ -178,10 +179,10 @@ class Generator:
         different = first and len(first) == len(inside) and first[0] != inside[0]
         return [spelled for spelled in (first, inside if different else ()) if spelled]
 
-    async def pieces(self, job: Job, steer: RequestSteer | None) -> AsyncGenerator[Piece, None]:
+    async def pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
         """What goes wrong between tokens and text is a RequestFailed."""
         try:
-            async with aclosing(self._pieces(job, steer)) as pieces:
+            async with aclosing(self._pieces(job)) as pieces:
                 async for piece in pieces:
                     yield piece
         except SteerError:
@@ -190,11 +191,11 @@ class Generator:
             log.exception("an answer broke off")
             raise RequestFailed(f"the answer broke off: {type(error).__name__}: {str(error)[:200]}") from error
 
-    async def _pieces(self, job: Job, steer: RequestSteer | None) -> AsyncGenerator[Piece, None]:
+    async def _pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
         text = TextStream(self.loaded.tokenizer, job.stop)
         made, ends = 0, job.sampling.ends(self.engine.eos_ids)
         current().answer(lambda: made)
-        stream = self.engine.generate(job.prompt, job.sampling, steer, job.read)
+        stream = self.engine.generate(job.prompt, job.sampling, job.steer, job.read)
         async with aclosing(stream):
             async for token in stream:
                 made += 1
@@ -211,11 +212,11 @@ class Generator:
                     break
                 yield Piece(new, token)
 
-    async def answer(self, job: Job, steer: RequestSteer | None) -> Answer:
+    async def answer(self, job: Job) -> Answer:
         out = Answer()
         if job.sampling.max_tokens == 0:
             return out
-        async with aclosing(self.pieces(job, steer)) as pieces:
+        async with aclosing(self.pieces(job)) as pieces:
             async for piece in pieces:
                 out.made += 1
                 out.text += piece.text
@@ -224,21 +225,19 @@ class Generator:
                 out.finish = piece.finish or out.finish
         return out
 
-    async def answers(self, jobs: Sequence[Job], steer: RequestSteer | None) -> list[Answer]:
+    async def answers(self, jobs: Sequence[Job]) -> list[Answer]:
         """All of them at once; when one fails the others are cancelled."""
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self.answer(job, steer)) for job in jobs]
+            tasks = [group.create_task(self.answer(job)) for job in jobs]
         return [task.result() for task in tasks]
 
-    async def interleaved(
-        self, jobs: Sequence[Job], steer: RequestSteer | None
-    ) -> AsyncGenerator[tuple[int, Piece], None]:
+    async def interleaved(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Piece], None]:
         """Pieces of all jobs as they come, each with its job's index."""
         queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
 
         async def run(job: Job) -> None:
             try:
-                async with aclosing(self.pieces(job, steer)) as pieces:
+                async with aclosing(self.pieces(job)) as pieces:
                     async for piece in pieces:
                         queue.put_nowait((job.index, piece))
                 queue.put_nowait(None)

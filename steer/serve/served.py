@@ -55,10 +55,14 @@ class Served:
                 param="model",
             )
 
-    def admitted(self, request: Request) -> tuple[RequestSteer | None, Readout | None]:
-        """What steers `request`, in slots of the bank, and what is read for it, as the middleware admitted it."""
+    def admitted(self, request: Request) -> Admission:
+        """As the middleware admitted it."""
         admission: Admission = request.scope["steer"]
-        return self.engine.steering.bank.steer(admission.spec), admission.readout
+        return admission
+
+    def steer(self, admission: Admission, prompt: int) -> RequestSteer | None:
+        """What steers a prompt of so many tokens, in slots of the bank."""
+        return self.engine.steering.bank.steer(admission.spec, prompt)
 
     def read_field(self, read: Readout | None, tokens: list[Token]) -> ReadField:
         """The part of a choice that says what was read at its tokens."""

@@ -54,8 +54,9 @@ SALT = "|steer:"
 SALTS_KEPT = 1024
 
 
-def salt(spec: Spec) -> str:
-    return SALT + spec.key()
+def salt(spec: Spec, prompt: int) -> str:
+    """For a request with `prompt` tokens."""
+    return SALT + spec.key(prompt)
 
 
 class Salts:
@@ -293,7 +294,7 @@ class Frontend:
             raise SpecError("requests with streamed input cannot be steered", param=KEY)
         ticket = call.ticket
         salted = request.cache_salt or ""
-        if not salted.endswith(salt(ticket.admission.spec)):
+        if not salted.endswith(salt(ticket.admission.spec, internals.engine.prompt_length(request))):
             raise UnsupportedModel("vLLM made a steered request without its prefix-cache salt")
         ticket.salt = salted
         request.cache_salt = self.salts.current(salted)

@@ -67,10 +67,10 @@ class Residents:
         if digest in self._held:
             self.retired[digest] = None
 
-    def steer(self, request: str, spec: Spec) -> RequestSteer:
-        """The index entries of `request`, which uses these directions until it `ends`."""
+    def steer(self, request: str, spec: Spec, prompt: int) -> RequestSteer:
+        """The index entries of `request`, of `prompt` tokens, which uses these directions until it `ends`."""
         self._use(request, [entry.digest for entry in spec.entries])
-        steer = self.bank.steer(spec)
+        steer = self.bank.steer(spec, prompt)
         assert steer is not None, "the front end sends no empty spec"
         return steer
 

@@ -165,7 +165,7 @@ class Steered:
         for new in scheduler_output.scheduled_new_reqs:
             self._meet(new)
         watchers = [w for w in (self._capture, self._reads) if w is not None and w.busy]
-        if watchers:
+        if watchers or self._index.phased:
             self._starts = internals.worker.starts_of(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             self._rest()  # vLLM may still run a pass, for other ranks
@@ -228,7 +228,7 @@ class Steered:
         text = wire.of(new.sampling_params)
         if text is None:
             return
-        steer = self._residents.steer(new.req_id, wire.decode(text))
+        steer = self._residents.steer(new.req_id, wire.decode(text), internals.worker.new_prompt_length(new))
         if back := self._running.get(new.req_id):
             self._index.leave(back)
         else:
@@ -246,7 +246,10 @@ class Steered:
         numbers = _NONE
         if running := self._running:
             numbers = np.fromiter(map(running.get, requests, repeat(PLAIN)), np.int64, len(requests))
-        steered = self._index.fill(numbers, lengths)
+        starts = None
+        if self._index.phased:
+            starts = np.fromiter((self._starts[request] for request in requests), np.int64, len(requests))
+        steered = self._index.fill(numbers, lengths, starts)
         self._steered_tokens += steered
         self._batch = (list(requests), lengths.copy()) if steered else ([], lengths)
         before, self._from_before = self._from_before, None

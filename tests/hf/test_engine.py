@@ -31,9 +31,12 @@ from steer.readout import Line, Readout
 from steer.runtime.token_index import RequestSteer, TokenIndex
 from steer.spec import Entry, Spec
 from tests import models
+from tests.oracle import acting
 
 GREEDY = Sampling(max_tokens=10, temperature=0.0, ignore_eos=True, logprobs=0)
 NAMES = ("a", "b", "c")
+#: At which tokens; mostly at all.
+PLACES = (None, None, None, "prompt", "answer", "not-first", "first-3", "last-2")
 #: Directions whose operation gives values that are no numbers, and one that only float16 cannot hold.
 BROKEN = {"inf": 1e38, "nan": float("nan"), "large": 1e6}
 
@@ -43,11 +46,11 @@ class Rig:
     engine: Engine
     model: Any
 
-    def steer(self, spec: Spec | None) -> RequestSteer | None:
-        return self.engine.steering.bank.steer(spec) if spec else None
+    def steer(self, spec: Spec | None, prompt: int = 1) -> RequestSteer | None:
+        return self.engine.steering.bank.steer(spec, prompt) if spec else None
 
     async def tokens(self, prompt: list[int], spec: Spec | None, sampling: Sampling = GREEDY) -> list[Token]:
-        return [token async for token in self.engine.generate(prompt, sampling, self.steer(spec))]
+        return [token async for token in self.engine.generate(prompt, sampling, self.steer(spec, len(prompt)))]
 
 
 def rig(name: str, kind: str = "batching", dtype: torch.dtype = torch.float32) -> Iterator[Rig]:
@@ -82,7 +85,7 @@ def sequential() -> Iterator[Rig]:
 
 def random_spec(rng: random.Random) -> Spec | None:
     entries = [
-        Entry(name, name, rng.choice(MODES), round(rng.uniform(-1.5, 1.5), 2))
+        Entry(name, name, rng.choice(MODES), round(rng.uniform(-1.5, 1.5), 2), rng.choice(PLACES))
         for name in rng.sample(NAMES, rng.randint(0, 3))
     ]
     return Spec(tuple(entries)) or None
@@ -96,7 +99,8 @@ def oracle(rig: Rig, prompt: list[int], spec: Spec | None, count: int) -> list[i
     """Greedy tokens by whole forward passes, outside of any engine's batch."""
     ids = list(prompt)
     for _ in range(count):
-        with torch.no_grad(), rig.engine.steering.batch([spec or None]):
+        each = [acting(spec or Spec(), len(prompt), position) for position in range(len(ids))]
+        with torch.no_grad(), rig.engine.steering.batch(each, [1] * len(ids)):
             logits = rig.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
         ids.append(int(logits.argmax()))
     return ids[len(prompt) :]

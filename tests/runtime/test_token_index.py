@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,70 @@ def test_a_number_means_its_request_for_as_long_as_it_is_there(
         for token in (2, 3, 4):
             assert index.slots[:, token].tolist() == steer.slots.tolist()
             assert index.strengths[:, token].tolist() == steer.strengths.tolist()
+
+
+PHASED = st.builds(
+    lambda first, rest: replace(first, then=tuple(sorted(rest.items()))),
+    REQUESTS,
+    st.dictionaries(st.integers(1, 12), REQUESTS | st.just(RequestSteer.plain(RANK)), max_size=3),
+)
+
+
+def part(steer: RequestSteer, position: int) -> RequestSteer:
+    return [steer, *(each for start, each in steer.then if start <= position)][-1]
+
+
+@given(st.lists(st.none() | PHASED, min_size=1, max_size=4), st.data())
+@law
+def test_each_position_has_its_own_part_however_a_request_is_cut_into_steps(
+    requests: list[RequestSteer | None], data: st.DataObject
+) -> None:
+    index = TokenIndex(RANK, MAX_TOKENS, "cpu")
+    numbers = np.array([PLAIN if steer is None else index.enter(steer) for steer in requests])
+    assert index.phased == sum(steer is not None and bool(steer.then) for steer in requests)
+    at = np.zeros(len(requests), np.int64)
+    for _ in range(data.draw(st.integers(1, 6))):
+        lengths = np.array([data.draw(st.integers(0, 5)) for _ in requests])
+        index.fill(numbers, lengths, at)
+        tokens = [
+            part(steer, start + offset) if steer else None
+            for steer, start, length in zip(requests, at.tolist(), lengths.tolist(), strict=True)
+            for offset in range(length)
+        ]
+        for j in range(RANK):
+            strengths = [float(s.strengths[j]) if s else 0.0 for s in tokens]
+            assert index.strengths[j].tolist() == strengths + [0.0] * (MAX_TOKENS - len(tokens))
+            slots = [int(s.slots[j]) if s and s.strengths.any() else 0 for s in tokens]
+            assert [s if any(index.strengths[:, i]) else 0 for i, s in enumerate(index.slots[j].tolist())][
+                : len(tokens)
+            ] == slots
+        alone = TokenIndex(RANK, MAX_TOKENS, "cpu")
+        parts: list[RequestSteer | None] = []
+        counts: list[int] = []
+        for steer, start, length in zip(requests, at.tolist(), lengths.tolist(), strict=True):
+            steers, each = ([None], [length]) if steer is None else steer.along(start, length)
+            parts, counts = parts + list(steers), counts + each
+        alone.fill_with(parts, counts)
+        assert alone.strengths.tolist() == index.strengths.tolist(), "the same for a pass that is filled at once"
+        at = at + lengths
+    for number in numbers[numbers != PLAIN].tolist():
+        index.leave(number)
+    assert not index.phased
+    assert sorted(index._free) == list(range(1, index._entry_slots.shape[1])), "every part's number is free again"
+
+
+def test_a_request_that_has_passed_all_its_parts_copies_nothing_in_steady_decode() -> None:
+    queue = Late()
+    index = TokenIndex(1, 16, "cpu", queue=queue)
+    one, nothing = RequestSteer(np.array([4]), np.ones(1, np.float32)), RequestSteer.plain(1)
+    answer, prompt = index.enter(replace(nothing, then=((5, one),))), index.enter(replace(one, then=((5, nothing),)))
+    numbers, sent = np.array([answer, prompt]), []
+    for start, length in ((0, 4), (4, 2), (6, 1), (7, 1), (8, 1)):
+        before = queue.events
+        steered = index.fill(numbers, np.array([length] * 2), np.array([start] * 2))
+        sent.append(queue.events > before)
+        assert steered == length, "one of the two, at each position"
+    assert sent == [True, True, True, False, False]
 
 
 def test_a_step_over_the_index_is_a_failure_not_an_overwrite() -> None:

@@ -14,6 +14,7 @@ from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.spec import parse
 from tests import models
+from tests.oracle import acting
 from tests.vllm import device, tiny
 
 RANK = 2
@@ -28,6 +29,8 @@ SPECS = (
     "refusal=0.5,verbosity",
     "verbosity:one_sided,refusal",
     "refusal,verbosity:add=0.5",
+    "refusal@answer",
+    "refusal:one_sided@not-first=2,verbosity@prompt=0.5",
 )
 #: Of the two directions at every layer: what is set of one must not change the other.
 COSINE = 0.4
@@ -84,17 +87,20 @@ class Reference:
         self.registry = Registry(LocalPlacement(shape, self.steering.bank), home.directions)
         self.registry.sync()
 
-    def logprobs(self, ids: Sequence[int], spec: str) -> torch.Tensor:
-        """`[tokens, vocabulary]` of one uncached pass over `ids`."""
+    def logprobs(self, ids: Sequence[int], spec: str, prompt: int = 0) -> torch.Tensor:
+        """`[tokens, vocabulary]` of one uncached pass over `ids`, of which `prompt` are the prompt's."""
         resolved = self.registry.resolve(parse(spec))
-        with torch.no_grad(), self.steering.batch([resolved]):
+        each = [resolved], None
+        if not resolved.everywhere:
+            each = [acting(resolved, prompt, position) for position in range(len(ids))], [1] * len(ids)
+        with torch.no_grad(), self.steering.batch(*each):
             logits = self.steering.anatomy.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
         return torch.log_softmax(logits.float(), -1)
 
     def check(self, output: Any, spec: str) -> None:
         """A greedy answer with `logprobs=1` is what this model says: the same tokens, the same logprobs."""
         prompt, answer = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
-        expected = self.logprobs(prompt + answer, spec)[len(prompt) - 1 : -1]
+        expected = self.logprobs(prompt + answer, spec, len(prompt))[len(prompt) - 1 : -1]
         said = torch.tensor(
             [entry[token].logprob for entry, token in zip(output.outputs[0].logprobs, answer, strict=True)]
         )

@@ -40,16 +40,16 @@ def test_no_row_is_reused_while_a_request_runs_with_it(residents: Residents, fil
     first, second, third = files
     for data in (first, second):
         residents.load(data, digest(data))
-    steer = residents.steer("stopped", spec_of(first))
+    steer = residents.steer("stopped", spec_of(first), 1)
     residents.retire(digest(first))
     with pytest.raises(RowsInUse, match="requests that are ending"):
         residents.load(third, digest(third))
-    assert residents.steer("again", spec_of(first)).slots.tolist() == steer.slots.tolist()
+    assert residents.steer("again", spec_of(first), 1).slots.tolist() == steer.slots.tolist()
     residents.end("stopped")
     residents.end("again")
     residents.load(third, digest(third))
     with pytest.raises(UnsupportedModel, match="does not have"):
-        residents.steer("late", spec_of(first))
+        residents.steer("late", spec_of(first), 1)
 
 
 def test_a_full_table_is_no_matter_of_waiting(residents: Residents, files: list[bytes]) -> None:

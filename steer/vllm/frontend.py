@@ -55,8 +55,16 @@ SALTS_KEPT = 1024
 
 
 def salt(spec: Spec, prompt: int) -> str:
-    """For a request with `prompt` tokens."""
-    return SALT + spec.key(prompt)
+    """For a request with `prompt` tokens: it begins with the first at which anything acts."""
+    first = min(entry.span(prompt)[0] for entry in spec.entries)
+    return f"{SALT}{first}:{spec.key(prompt)}"
+
+
+def parted(cache_salt: str) -> tuple[str, int, str]:
+    """A request's own salt, the first token at which its steering acts, and what that adds to the salt. What the tokens
+    before leave in the prefix cache is what plain requests leave."""
+    own, mark, ours = cache_salt.partition(SALT)
+    return (own, int(ours.partition(":")[0]), mark + ours) if mark else (own, 0, "")
 
 
 class Salts:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from steer.errors import InvalidInput, SpecError, UnsupportedModel
 from steer.vllm import internals, tracing, wire
-from steer.vllm.frontend import ATTRIBUTE, SALT, Frontend, in_self_check, salt
+from steer.vllm.frontend import ATTRIBUTE, SALT, Frontend, in_self_check, parted, salt
 from steer.vllm.selfcheck import Answer, Job
 from steer.vllm.settings import KEY, EngineSettings
 from steer.vllm.settings import read as settings_of
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
+    internals.core.salt_later(parted)
     internals.engine.on_engine_start(_prepare, _attach_sync, _attach_async)
 
 

@@ -228,14 +228,15 @@ class Steered:
         text = wire.of(new.sampling_params)
         if text is None:
             return
-        steer = self._residents.steer(new.req_id, wire.decode(text), internals.worker.new_prompt_length(new))
+        spec, length = wire.decode(text), internals.worker.new_prompt_length(new)
+        steer = self._residents.steer(new.req_id, spec, length)
         if back := self._running.get(new.req_id):
             self._index.leave(back)
         else:
             prompt = new.prompt_token_ids or ()
             self._lost_runs.meet(
                 new.req_id,
-                Run(internals.worker.adapter_of(new) + text, prompt, internals.worker.new_prompt_length(new)),
+                Run(internals.worker.adapter_of(new) + spec.key(length), prompt, length),
             )
         self._running[new.req_id] = self._index.enter(steer)
 

@@ -12,7 +12,7 @@ import torch
 from steer.hf.steering import Steering
 from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.spec import parse
+from steer.spec import Spec, parse
 from tests import models
 from tests.oracle import acting
 from tests.vllm import device, tiny
@@ -90,7 +90,7 @@ class Reference:
     def logprobs(self, ids: Sequence[int], spec: str, prompt: int = 0) -> torch.Tensor:
         """`[tokens, vocabulary]` of one uncached pass over `ids`, of which `prompt` are the prompt's."""
         resolved = self.registry.resolve(parse(spec))
-        each = [resolved], None
+        each: tuple[list[Spec], list[int] | None] = [resolved], None
         if not resolved.everywhere:
             each = [acting(resolved, prompt, position) for position in range(len(ids))], [1] * len(ids)
         with torch.no_grad(), self.steering.batch(*each):

@@ -175,6 +175,30 @@ def test_plain_requests_find_each_others_blocks_however_they_say_it(running: Run
     assert zero.num_cached_tokens >= BLOCK
 
 
+def test_what_is_plain_of_a_steered_prompt_is_found_where_plain_requests_left_it(running: Running) -> None:
+    """And the other way round; what an answer has left under steering is found by no turn in which it is plain."""
+    spec, length = "refusal@answer", len(running.llm.get_tokenizer()(LONG).input_ids)
+    whole = (length - 1) // BLOCK * BLOCK
+    assert whole >= 3 * BLOCK
+    for first, second in (("off", spec), (spec, "off"), (spec, "verbosity@answer")):
+        running.llm.reset_prefix_cache()
+        generate(running.llm, [(LONG, first)])
+        [output] = generate(running.llm, [(LONG, second)])
+        assert output.num_cached_tokens == whole
+        running.reference.check(output, second)
+    running.llm.reset_prefix_cache()
+    [turn] = generate(running.llm, [(LONG, spec)], max_tokens=3 * BLOCK)
+    ids = [*turn.prompt_token_ids, *turn.outputs[0].token_ids]
+    for asked in ("off", spec, "refusal@prompt"):
+        [output] = running.llm.generate([{"prompt_token_ids": ids}], [parameters(asked)], use_tqdm=False)
+        running.reference.check(output, asked)
+        assert output.num_cached_tokens <= whole or asked != "off"
+    salted = {"prompt": LONG, "cache_salt": "mine"}
+    for cached in (0, whole):
+        [output] = running.llm.generate([salted], [parameters(spec)], use_tqdm=False)
+        assert output.num_cached_tokens == cached, "one's own salt parts the first block too"
+
+
 def test_the_users_own_salt_still_parts_requests(running: Running) -> None:
     running.llm.reset_prefix_cache()
     generate(running.llm, [(LONG, "refusal")])

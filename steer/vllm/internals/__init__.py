@@ -5,7 +5,7 @@ objects in `types`. Supported are the releases that the tests run with. An older
 of, and a seam that is missing stops the start and is named.
 """
 
-from steer.vllm.internals import config, engine, server, worker
+from steer.vllm.internals import config, core, engine, server, worker
 from steer.vllm.internals.base import WORKER, check_version, seam, version
 
-__all__ = ["WORKER", "check_version", "config", "engine", "seam", "server", "version", "worker"]
+__all__ = ["WORKER", "check_version", "config", "core", "engine", "seam", "server", "version", "worker"]

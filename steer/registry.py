@@ -156,7 +156,8 @@ class Registry:
                 version = self.get(item.direction, among)
                 meta = version.direction.meta
                 strength = meta.strength if item.strength is None else item.strength
-                entry = Entry(item.direction, version.digest, item.mode or meta.mode, strength, item.tokens)
+                mode = item.mode or meta.mode
+                entry = Entry(item.direction, version.digest, mode, strength, item.layers, item.tokens)
                 self.placement.check_entry(version.direction, entry)
             except SpecError as error:
                 problems += error.problems

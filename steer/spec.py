@@ -6,11 +6,12 @@ A request names directions, never paths or vectors. As text:
     refusal=0.7                  a strength
     refusal:one_sided=0.7        a mode and a strength
     refusal@answer=0.7           at some tokens alone; refusal:one_sided@not-first=0.7
+    refusal@10-20=0.7            at some layers alone; refusal@10-20@answer=0.7
     refusal=1,verbosity=-0.5     several, which act together
     off                          nothing, also where the server has a default
 
-As JSON: such a text, an object `{"direction", "mode", "strength", "tokens"}`, a list of texts and objects, `null` or
-`false`.
+As JSON: such a text, an object `{"direction", "mode", "strength", "layers", "tokens"}`, a list of texts and objects,
+`null` or `false`.
 
 Parsing gives `RequestedDirection` items; the registry resolves them into a `Spec` of exact file versions.
 """
@@ -31,10 +32,10 @@ MAX_ITEMS = 16
 MAX_TEXT = 8192
 _MENTION = re.compile(r"(?<![^\W_])(?:x[\W_]*)?steer", re.IGNORECASE)
 OFF_TEXTS = {"off", "none", "null", "false"}
-_FIELDS = ("direction", "mode", "strength", "tokens")
+_FIELDS = ("direction", "mode", "strength", "layers", "tokens")
 ACCEPTED = (
     "accepted: a text like 'refusal', 'refusal=0.7' or 'refusal:one_sided=0.7,other=1', an object "
-    "{'direction', 'mode', 'strength', 'tokens'}, a list of those, or null, false or 'off' for none"
+    "{'direction', 'mode', 'strength', 'layers', 'tokens'}, a list of those, or null, false or 'off' for none"
 )
 #: At which positions of a request an entry acts, with a sentence for whoever chooses. `N` is a number of positions.
 TOKENS = {
@@ -45,6 +46,8 @@ TOKENS = {
     "first-N": "The first N positions of the prompt.",
     "last-N": "The last N positions of the prompt.",
 }
+#: The first and the last layer, 0-based, or one alone. More digits than a model has layers are none.
+_LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
 _COUNTED = re.compile(r"(first|last)-([1-9][0-9]{0,8})")
 #: After every position.
 END = 2**62
@@ -57,18 +60,27 @@ class RequestedDirection:
     direction: str
     mode: Mode | None = None
     strength: float | None = None
+    layers: str | None = None
     tokens: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One direction as it is applied: the exact version, mode and strength, and at which tokens (None: all)."""
+    """One direction as it is applied: the exact version, mode and strength, and at which layers (like 10-20) and tokens
+    (see `TOKENS`); None for all."""
 
     direction: str
     digest: str
     mode: Mode
     strength: float
+    layers: str | None = None
     tokens: str | None = None
+
+    @property
+    def range(self) -> tuple[int, int] | None:
+        """The first and the last of its layers; None for all hook points, the one before block 0 too."""
+        found = self.layers and _LAYERS.fullmatch(self.layers)
+        return (int(found[1]), int(found[2] or found[1])) if found else None
 
     def span(self, prompt: int) -> tuple[int, int]:
         """The positions at which it acts, from the first to before the last, of a request with `prompt` tokens."""
@@ -107,9 +119,13 @@ class Spec:
         return all(entry.tokens is None for entry in self.entries)
 
     def key(self, prompt: int = 0) -> str:
-        """What decides the computation: digests, modes, strengths, and the positions in a request with `prompt` tokens.
-        Names do not, so two names of one file agree."""
-        return ",".join(f"{e.digest}:{e.mode}={e.strength!r}{_positions(e, prompt)}" for e in self.entries)
+        """What decides the computation: digests, modes, strengths, layers, and the positions in a request with `prompt`
+        tokens. Names do not, so two names of one file agree."""
+        return ",".join(f"{e.digest}:{e.mode}={e.strength!r}{_layers(e)}{_positions(e, prompt)}" for e in self.entries)
+
+
+def _layers(entry: Entry) -> str:
+    return f"@layers {entry.layers}" if entry.layers else ""
 
 
 def _positions(entry: Entry, prompt: int) -> str:
@@ -159,9 +175,9 @@ def text(wanted: Sequence[RequestedDirection]) -> str:
 
 def _text(item: RequestedDirection) -> str:
     mode = f":{item.mode}" if item.mode else ""
-    tokens = f"@{item.tokens}" if item.tokens else ""
+    where = "".join(f"@{each}" for each in (item.layers, item.tokens) if each)
     strength = "" if item.strength is None else f"={item.strength!r}"
-    return f"{item.direction}{mode}{tokens}{strength}"
+    return f"{item.direction}{mode}{where}{strength}"
 
 
 def _items(value: object, param: str, problems: list[str]) -> list[RequestedDirection]:
@@ -211,14 +227,14 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
         return []
     for part in parts:
         head, equals, number = part.strip().partition("=")
-        head, at, tokens = head.partition("@")
+        head, *where = (each.strip() for each in head.split("@"))
         name, colon, mode = head.strip().partition(":")
         item = _check(
             param,
             name.strip(),
             mode.strip() if colon else None,
             _number(number) if equals else None,
-            tokens.strip() if at else None,
+            *_where(param, where, problems),
             problems,
         )
         if item:
@@ -232,11 +248,25 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
     if "direction" not in value:
         problems.append(f"{param}.direction: missing; it names the direction")
         return None
-    return _check(param, value["direction"], value.get("mode"), value.get("strength"), value.get("tokens"), problems)
+    return _check(
+        param,
+        value["direction"],
+        value.get("mode"),
+        value.get("strength"),
+        value.get("layers"),
+        value.get("tokens"),
+        problems,
+    )
 
 
 def _check(
-    param: str, name: object, mode: object, strength: object, tokens: object, problems: list[str]
+    param: str,
+    name: object,
+    mode: object,
+    strength: object,
+    layers: object,
+    tokens: object,
+    problems: list[str],
 ) -> RequestedDirection | None:
     before = len(problems)
     known = next((each for each in MODES if each == mode), None)
@@ -265,10 +295,39 @@ def _check(
             place = None if tokens == "all" else tokens
         else:
             problems.append(f"{param}.tokens: {brief(tokens)} is not accepted: {', '.join(TOKENS)}")
+    span = None if layers is None else _span(layers)
+    if layers is not None and span is None:
+        problems.append(
+            f"{param}.layers: {brief(layers)} is not accepted: the first and the last layer like '10-20' (the first "
+            "not after the last), or one layer like 10"
+        )
     if len(problems) > before:
         return None
     # + 0.0 turns -0.0 into 0.0
-    return RequestedDirection(named, known, None if number is None else number + 0.0, place)
+    return RequestedDirection(named, known, None if number is None else number + 0.0, span, place)
+
+
+def _span(layers: object) -> str | None:
+    """The canonical text of a range of layers; None for what is none."""
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        layers = str(layers)
+    found = _LAYERS.fullmatch(layers) if isinstance(layers, str) else None
+    if found is None:
+        return None
+    first, last = int(found[1]), int(found[2] or found[1])
+    return None if first > last else f"{first}-{last}" if first < last else str(first)
+
+
+def _where(param: str, parts: list[str], problems: list[str]) -> tuple[str | None, str | None]:
+    """(layers, tokens) of what stands after each @ of a text: layers begin with a digit."""
+    layers = [part for part in parts if part[:1].isdigit()]
+    tokens = [part for part in parts if not part[:1].isdigit()]
+    problems += [
+        f"{param}: {brief('@'.join(found))}: {kind} are said twice"
+        for kind, found in (("layers", layers), ("tokens", tokens))
+        if len(found) > 1
+    ]
+    return next(iter(layers), None), next(iter(tokens), None)
 
 
 class _Unread(str):

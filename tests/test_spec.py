@@ -23,12 +23,14 @@ NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True).filter
 )
 STRENGTHS = st.floats(-MAX_STRENGTH, MAX_STRENGTH).map(lambda x: x + 0.0)
 PLACES = st.none() | st.sampled_from(["prompt", "answer", "not-first", "first-1", "last-20"])
-WANTED = st.builds(RequestedDirection, NAMES, st.none() | st.sampled_from(MODES), st.none() | STRENGTHS, PLACES)
+LAYERS = st.none() | st.sampled_from(["0", "7", "0-3", "10-20"])
+WANTED = st.builds(RequestedDirection, NAMES, st.none() | st.sampled_from(MODES), st.none() | STRENGTHS, LAYERS, PLACES)
 WISHES = st.lists(WANTED, max_size=MAX_ITEMS, unique_by=lambda item: (item.direction, item.mode)).map(tuple)
 
 
 def as_object(item: RequestedDirection, *, nulls: bool) -> dict[str, Any]:
-    fields = {"direction": item.direction, "mode": item.mode, "strength": item.strength, "tokens": item.tokens}
+    fields = {"direction": item.direction, "mode": item.mode, "strength": item.strength}
+    fields |= {"layers": item.layers, "tokens": item.tokens}
     return {k: v for k, v in fields.items() if nulls or v is not None}
 
 
@@ -78,7 +80,14 @@ def test_the_forms_of_the_documentation() -> None:
     )
     assert parse({"direction": "refusal", "strength": 0.7, "mode": "one_sided"}) == parse("refusal:one_sided=0.7")
     assert parse({"direction": "refusal", "strength": 1}) == parse("refusal=1")
-    assert parse("refusal:one_sided@answer=0.7") == (RequestedDirection("refusal", "one_sided", 0.7, "answer"),)
+    assert parse("refusal:one_sided@answer=0.7") == (RequestedDirection("refusal", "one_sided", 0.7, None, "answer"),)
+    assert parse("refusal@10-20@answer=0.7") == parse("refusal@answer@10-20=0.7")
+    assert (
+        parse({"direction": "refusal", "layers": 7})
+        == parse("refusal@7")
+        == parse("refusal@7-7")
+        == parse("refusal@07")
+    )
     assert parse({"direction": "refusal", "tokens": "last-3"}) == parse("refusal@last-3")
     assert parse("refusal@all") == parse("refusal"), "which is the default"
 
@@ -94,10 +103,19 @@ def test_tokens_that_are_none_are_refused_with_what_is_accepted(tokens: Any) -> 
         assert problems_of(f"refusal@{tokens}") == (problem,)
 
 
+@pytest.mark.parametrize("layers", ["3-2", "1-", "-1", "1-2-3", "12345", "٣", "x", 1.0, True, [1, 2], 99999, -1])
+def test_layers_that_are_none_are_refused_with_what_is_accepted(layers: Any) -> None:
+    (problem,) = problems_of({"direction": "refusal", "layers": layers})
+    assert problem.startswith("steer.layers: ")
+    assert "like '10-20'" in problem
+    assert problems_of("refusal@1@2") == ("steer: '1@2': layers are said twice",)
+    assert problems_of("refusal@answer@prompt") == ("steer: 'answer@prompt': tokens are said twice",)
+
+
 @given(st.integers(1, 40), st.integers(0, 60), PLACES)
 @law
 def test_the_span_is_what_the_words_say(prompt: int, position: int, tokens: str | None) -> None:
-    start, stop = (entry := Entry("a", "a", "ablate", 1.0, tokens)).span(prompt)
+    start, stop = (entry := Entry("a", "a", "ablate", 1.0, None, tokens)).span(prompt)
     assert (start <= position < stop) == bool(acting(Spec((entry,)), prompt, position))
 
 
@@ -327,7 +345,9 @@ def test_any_text_gives_a_wish_or_a_refusal(value: str) -> None:
 
 
 DIGESTS = st.text(alphabet="0123456789abcdef", min_size=64, max_size=64)
-ENTRIES = st.lists(st.builds(Entry, NAMES, DIGESTS, st.sampled_from(MODES), STRENGTHS, PLACES), max_size=4).map(tuple)
+ENTRIES = st.lists(st.builds(Entry, NAMES, DIGESTS, st.sampled_from(MODES), STRENGTHS, LAYERS, PLACES), max_size=4).map(
+    tuple
+)
 
 
 @given(ENTRIES)
@@ -339,7 +359,8 @@ def test_a_receipt_is_compact_ascii_json_of_exactly_what_is_applied(entries: tup
     assert " " not in receipt
     read = json.loads(receipt)
     fields = ["direction", "digest", "mode", "strength"]
-    assert [list(entry) for entry in read] == [fields + ["tokens"] * (e.tokens is not None) for e in entries]
+    more = [[name for name in ("layers", "tokens") if getattr(e, name) is not None] for e in entries]
+    assert [list(entry) for entry in read] == [fields + each for each in more]
     assert tuple(Entry(**entry) for entry in read) == entries
     assert (receipt == "[]") == (not Spec(entries))
 
@@ -350,7 +371,7 @@ def test_the_key_is_all_that_decides_the_computation_and_nothing_else(
     x: tuple[Entry, ...], y: tuple[Entry, ...]
 ) -> None:
     def computed(entries: tuple[Entry, ...], prompt: int) -> list[tuple[object, ...]]:
-        return [(e.digest, e.mode, e.strength, e.span(prompt)) for e in entries]
+        return [(e.digest, e.mode, e.strength, e.layers, e.span(prompt)) for e in entries]
 
     for prompts in ((30, 30), (30, 31)):
         keys, same = (
@@ -368,7 +389,11 @@ def test_every_entry_and_the_order_of_entries_change_the_key(entries: tuple[Entr
     key = Spec(entries).key(30)
     for i, e in enumerate(entries):
         assert Spec(entries[:i] + entries[i + 1 :]).key(30) != key
-        for other in (replace(e, strength=math.nextafter(e.strength, 99.0)), replace(e, tokens="last-4")):
+        for other in (
+            replace(e, strength=math.nextafter(e.strength, 99.0)),
+            replace(e, tokens="last-4"),
+            replace(e, layers="5"),
+        ):
             assert Spec((*entries[:i], other, *entries[i + 1 :])).key(30) != key
-    computed = [(e.digest, e.mode, e.strength, e.tokens) for e in entries]
+    computed = [(e.digest, e.mode, e.strength, e.layers, e.tokens) for e in entries]
     assert (Spec(entries[::-1]).key(30) == key) == (computed[::-1] == computed)

@@ -25,8 +25,18 @@ from steer.errors import NoRoom, SpecError
 from steer.names import MODES, SITE_RULES, Mode, Site
 from steer.runtime.combine import Combination, Combinations
 from steer.runtime.memory import lasting
-from steer.runtime.op import GATE, WEIGHT, amount, coefficients, embedding_coefficients, joint, settled, shared
-from steer.runtime.token_index import RequestSteer, slot, slots_of
+from steer.runtime.op import (
+    GATE,
+    WEIGHT,
+    amount,
+    coefficients,
+    embedding_coefficients,
+    joint,
+    settled,
+    shared,
+    within,
+)
+from steer.runtime.token_index import ANYWHERE, RequestSteer, bounds_of, slot, slots_of
 from steer.spec import END, Entry, Spec
 
 #: The stream before block 0 counts as layer −1 of its site.
@@ -54,25 +64,28 @@ class HookPoint:
 @dataclass(slots=True)
 class BankSlice:
     """The rows of one hook point. vectors `[rows, d_model]`, coefficients `[rows × modes, 4]`, joint `[combinations +
-    1, rank, rank]` (see `combine`; None where the rank is 1), float32."""
+    1, rank, rank]` (see `combine`; None where the rank is 1), float32; number `[]` int32, its layer counted from 0 for
+    the stream before block 0: a tensor, so that the code that is compiled for all layers is the same."""
 
     vectors: Tensor
     coefficients: Tensor
+    number: Tensor
     joint: Tensor | None = None
 
     @classmethod
-    def empty(cls, rows: int, d_model: int, device: torch.device | str) -> BankSlice:
+    def empty(cls, rows: int, d_model: int, device: torch.device | str, layer: int = EMBEDDING) -> BankSlice:
         with lasting():
             bank_slice = cls(
                 torch.zeros(rows, d_model, dtype=torch.float32, device=device),
                 torch.zeros(rows * len(MODES), 4, dtype=torch.float32, device=device),
+                torch.tensor(layer - EMBEDDING, dtype=torch.int32, device=device),
             )
         bank_slice.clear(range(rows))
         return bank_slice
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.vectors, self.coefficients, self.joint) if t is not None)
+        return sum(t.nbytes for t in (self.vectors, self.coefficients, self.number, self.joint) if t is not None)
 
     def write(self, row: int, vector: Tensor, by_mode: Mapping[Mode, Tensor]) -> None:
         """vector `[d_model]`; by_mode: the coefficients `[4]` of every mode."""
@@ -116,7 +129,7 @@ class DirectionBank:
     ) -> None:
         self.rows, self.rank, self.d_model = rows, rank, d_model
         self.sites: frozenset[Site] = frozenset(point.site for point in points)
-        self.slices = {point: BankSlice.empty(rows + 1, d_model, device) for point in points}
+        self.slices = {point: BankSlice.empty(rows + 1, d_model, device, point.layer) for point in points}
         self._free = list(range(rows, 0, -1))
         self._resident: dict[str, _Resident] = {}
         self.combinations = Combinations(list(self.slices.values()), rank, device, requests) if rank > 1 else None
@@ -225,15 +238,16 @@ class DirectionBank:
         if not spec:
             return None
         pairs = [
-            (slot(row, entry.mode), entry.strength)
+            (slot(row, entry.mode), entry.strength, bounds_of(entry.range))
             for entry in spec.entries
             for row in self._resident[entry.digest].rows
         ]
         assert len(pairs) <= self.rank, "the registry admits no spec that needs more"
         out = RequestSteer.plain(self.rank, self._combination(spec.entries))
+        bounds = np.full(self.rank, ANYWHERE, np.int32)
         for i, pair in enumerate(pairs):
-            out.slots[i], out.strengths[i] = pair
-        return out
+            out.slots[i], out.strengths[i], bounds[i] = pair
+        return out if (bounds == ANYWHERE).all() else replace(out, bounds=bounds)
 
     def _combination(self, entries: Sequence[Entry]) -> Combination | None:
         """What makes `entries` act together; None where each acts as if it were alone. It is known by the contents of
@@ -241,7 +255,7 @@ class DirectionBank:
         acting = [entry for entry in entries if _acts(entry)]
         if self.combinations is None or sum(len(self._resident[entry.digest].rows) for entry in acting) < 2:
             return None
-        key = tuple((entry.digest, entry.mode, _acts(entry)) for entry in entries)
+        key = tuple((entry.digest, entry.mode, _acts(entry), entry.layers) for entry in entries)
         if found := self._combined.get(key):
             return found
         matrices = self._matrices(entries)
@@ -260,13 +274,15 @@ class DirectionBank:
             values, part = _Values.of(direction, entry.mode), slice(at, at + direction.rank)
             at = part.stop
             for i, point in enumerate(self.slices):
-                if _acts(entry) and (own := _vectors(direction, point)) is not None:
+                if not (_acts(entry) and _reaches(entry, point)):
+                    continue
+                if (own := _vectors(direction, point)) is not None:
                     vectors[i, part], weights[i, part] = own, values.at(point)[:, WEIGHT]
         return joint(vectors, weights)
 
 
-#: Of each entry of a request: digest, mode, and whether it acts.
-_Key: TypeAlias = tuple[tuple[str, str, bool], ...]
+#: Of each entry of a request: digest, mode, whether it acts, and at which layers.
+_Key: TypeAlias = tuple[tuple[str, str, bool, str | None], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +304,11 @@ class _Values:
 def _acts(entry: Entry) -> bool:
     """Is its strength one, in the device's float32?"""
     return bool(np.float32(entry.strength))
+
+
+def _reaches(entry: Entry, point: HookPoint) -> bool:
+    span = entry.range
+    return span is None or span[0] <= point.layer <= span[1]
 
 
 def _vectors(direction: Direction, point: HookPoint) -> Tensor | None:
@@ -315,12 +336,15 @@ def gather(
     rows: Tensor,
     slots: Tensor,
     strengths: Tensor,
+    bounds: Tensor | None = None,
     combinations: Tensor | None = None,
     everywhere: bool = False,
 ) -> list[Operands]:
-    """Of each rank. rows, slots, strengths: `[rank, ...]`, combinations `[...]`; `everywhere`: none of the strengths is
-    zero."""
+    """Of each rank. rows, slots, strengths, bounds: `[rank, ...]`, combinations `[...]`; `everywhere`: none of the
+    strengths is zero."""
     count = rows.shape[0]
+    if bounds is not None:
+        strengths = within(strengths, bounds, bank_slice.number)
     matrices = None
     if combinations is not None and bank_slice.joint is not None and count > 1:
         matrices = bank_slice.joint[combinations]
@@ -367,9 +391,10 @@ def apply(
     rows: Tensor,
     slots: Tensor,
     strengths: Tensor,
+    bounds: Tensor | None = None,
     combinations: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x `[tokens, d_model]` after what the index says of each token, and which tokens are lost (`operate`). rows,
-    slots, strengths: `[rank, tokens]`; combinations: `[tokens]`, None where the rank is 1."""
-    return operate(x, gather(bank_slice, rows, slots, strengths, combinations), dtype)
+    """x `[tokens, d_model]` after what the index says of each token (see `Acts`), and which tokens are lost
+    (`operate`)."""
+    return operate(x, gather(bank_slice, rows, slots, strengths, bounds, combinations), dtype)

@@ -57,6 +57,12 @@ def settled(x: Tensor, moved: Tensor, steered: Tensor | None, dtype: torch.dtype
     return torch.where(lost, torch.nan_to_num(x, 0.0, 0.0, 0.0), moved), lost.squeeze(-1)
 
 
+def within(strengths: Tensor, bounds: Tensor, point: Tensor | int) -> Tensor:
+    """The strengths of what acts at a hook point, 0 of what acts at other layers alone. bounds: int32 in the shape of
+    `strengths` (`token_index.bounds_of`); point: the layer, counted from 0 for the stream before block 0."""
+    return torch.where((point >= (bounds & 0xFFFF)) & (point <= (bounds >> 16)), strengths, 0.0)
+
+
 def amount(x: Tensor, v: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float) -> Tensor:
     """δ of one entry: the change of the component along `v` that it asks for. All in the dtype of `x` (the runtime
     gives float32).

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from steer.direction import Direction, check_fits
-from steer.errors import DirectionError
+from steer.errors import DirectionError, SpecError
 from steer.names import MAX_STRENGTH, Site
 from steer.runtime.bank import DirectionBank
 from steer.runtime.op import check_mode
@@ -55,6 +55,19 @@ class Shape:
     def check_entry(self, direction: Direction, entry: Entry) -> None:
         """Raise SpecError if `direction` cannot be applied as `entry` says."""
         check_mode(direction, entry.mode, entry.direction)
+        if (span := entry.range) is None:
+            return
+        first, last = span
+        if last >= self.layers:
+            raise SpecError(
+                f"direction '{entry.direction}': the model has the layers 0 to {self.layers - 1}, not all of "
+                f"{entry.layers}",
+                param="steer.layers",
+            )
+        if not direction.directions[first : last + 1].any():
+            raise SpecError(
+                f"direction '{entry.direction}' does nothing at the layers {entry.layers}", param="steer.layers"
+            )
 
 
 def _growth(direction: Direction) -> float:

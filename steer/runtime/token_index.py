@@ -37,30 +37,45 @@ def slots_of(row: int) -> slice:
     return slice(row * len(MODES), (row + 1) * len(MODES))
 
 
+def bounds_of(span: tuple[int, int] | None) -> int:
+    """One number for the hook points from the first to the last layer of `span`; None for all, that before block 0
+    (layer −1) too. They are counted from there."""
+    first, last = (0, 2**15 - 1) if span is None else (span[0] + 1, span[1] + 1)
+    return first | last << 16
+
+
+#: Of what acts at all layers.
+ANYWHERE = bounds_of(None)
+
+
 class Acts(NamedTuple):
-    """What acts on some tokens: rows, slots and strengths `[rank, tokens]`; combinations `[tokens]`, the slot of the
-    matrix by which they act together, None where each acts alone (always, where the rank is 1)."""
+    """What acts on some tokens: rows, slots and strengths `[rank, tokens]`; bounds `[rank, tokens]` int32, at which
+    layers (`bounds_of`), None where all act at all; combinations `[tokens]`, the slot of the matrix by which they act
+    together, None where each acts alone (always, where the rank is 1)."""
 
     rows: Tensor
     slots: Tensor
     strengths: Tensor
+    bounds: Tensor | None
     combinations: Tensor | None
 
 
 class Acting(NamedTuple):
-    """Of a step's entries: how many of the rank act on any, whether these act on each, whether all are alike, and
-    whether any combines directions."""
+    """Of a step's entries: how many of the rank act on any, whether these act on each, whether all are alike, whether
+    any combines directions, and whether any acts at some layers alone."""
 
     depth: int
     everywhere: bool
     same: bool
     combined: bool
+    bounded: bool
 
 
 @dataclass(frozen=True, slots=True)
 class RequestSteer:
-    """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros after its own; and
-    what makes them act together, None where they are orthogonal or one.
+    """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros after its own; bounds
+    `[rank]` int32 (`bounds_of`), None where all act at all layers; and what makes them act together, None where they
+    are orthogonal or one.
 
     `then`: the positions, ascending, from which on something else acts, and what; none where these are for all tokens.
     """
@@ -68,6 +83,7 @@ class RequestSteer:
     slots: NDArray[np.int64]
     strengths: NDArray[np.float32]
     combination: Combination | None = None
+    bounds: NDArray[np.int32] | None = None
     then: tuple[tuple[int, RequestSteer], ...] = ()
 
     @classmethod
@@ -97,11 +113,11 @@ class _Buffers:
 
         with lasting():
             self.rows, self.slots = make(rank, torch.int64), make(rank, torch.int64)
-            self.strengths = make(rank, torch.float32)
+            self.strengths, self.bounds = make(rank, torch.float32), make(rank, torch.int32)
             self.combinations = make(1, torch.int64) if rank > 1 else None
 
     def all(self) -> list[Tensor]:
-        tensors = (self.rows, self.slots, self.strengths, self.combinations)
+        tensors = (self.rows, self.slots, self.strengths, self.bounds, self.combinations)
         return [tensor for tensor in tensors if tensor is not None]
 
 
@@ -148,7 +164,7 @@ class Losses:
 
 
 class TokenIndex:
-    """rows, slots `[rank, max_tokens]` int64, strengths `[rank, max_tokens]` float32 and, where the rank is not 1,
+    """rows, slots `[rank, max_tokens]` int64, strengths float32 and bounds int32 alike and, where the rank is not 1,
     combinations `[max_tokens]` int64, written in place for ever; `lost` `[max_tokens]` bool is what the hook points
     write.
 
@@ -164,6 +180,7 @@ class TokenIndex:
         self._buffers = _Buffers(rank, max_tokens, device)
         self._stages = None if queue is None else _Stages(rank, max_tokens, queue)
         self.rows, self.slots, self.strengths = self._buffers.rows, self._buffers.slots, self._buffers.strengths
+        self.bounds = self._buffers.bounds
         self.combinations = None if self._buffers.combinations is None else self._buffers.combinations[0]
         with lasting():
             self.lost = torch.zeros(max_tokens, dtype=torch.bool, device=device)
@@ -171,9 +188,10 @@ class TokenIndex:
         self._used = 0
         #: The numbers and lengths that the buffers hold; None when they may hold something else.
         self._filled: tuple[NDArray[np.int64], NDArray[np.int64] | NDArray[np.int32]] | None = None
-        self._acting = Acting(0, False, False, False)
+        self._acting = Acting(0, False, False, False, False)
         self._entry_slots = np.zeros((rank, 16), np.int64)
         self._entry_strengths = np.zeros((rank, 16), np.float32)
+        self._entry_bounds = np.zeros((rank, 16), np.int32)
         #: Of each entry the number of its combination (0 for none) and the slot where that was last.
         self._entry_combined = np.zeros((2, 16), np.int64)
         self._combining: dict[int, Combination] = {}
@@ -201,8 +219,8 @@ class TokenIndex:
 
     def first(self, tokens: int) -> Acts:
         """What acts on the first `tokens` of the batch, as views of the buffers."""
-        rows, slots, strengths = (t[:, :tokens] for t in (self.rows, self.slots, self.strengths))
-        return Acts(rows, slots, strengths, None if self.combinations is None else self.combinations[:tokens])
+        rows, slots, strengths, bounds = (t[:, :tokens] for t in (self.rows, self.slots, self.strengths, self.bounds))
+        return Acts(rows, slots, strengths, bounds, None if self.combinations is None else self.combinations[:tokens])
 
     def enter(self, steer: RequestSteer) -> int:
         """The number under which steps name a request with this steering, until it `leave`s."""
@@ -221,11 +239,13 @@ class TokenIndex:
             self._free = list(range(2 * size - 1, size - 1, -1))
             self._entry_slots = np.pad(self._entry_slots, ((0, 0), (0, size)))
             self._entry_strengths = np.pad(self._entry_strengths, ((0, 0), (0, size)))
+            self._entry_bounds = np.pad(self._entry_bounds, ((0, 0), (0, size)))
             self._entry_combined = np.pad(self._entry_combined, ((0, 0), (0, size)))
             self._entry_parts = np.concatenate([self._entry_parts, _parts(np.arange(size, 2 * size))], axis=1)
         number = self._free.pop()
         self._filled = None
         self._entry_slots[:, number], self._entry_strengths[:, number] = steer.slots, steer.strengths
+        self._entry_bounds[:, number] = ANYWHERE if steer.bounds is None else steer.bounds
         self._entry_combined[:, number] = 0
         self._entry_parts[:, number] = END, number, number if steer.strengths.any() else PLAIN
         if combination := steer.combination:
@@ -247,7 +267,7 @@ class TokenIndex:
 
     def reset(self) -> None:
         """Make every token plain, whatever the buffers hold now: they may have been lost or overwritten."""
-        for tensor in (self.rows, self.slots, self.strengths, self.lost):
+        for tensor in (self.rows, self.slots, self.strengths, self.bounds, self.lost):
             tensor.zero_()
         self._used, self._filled = 0, None
 
@@ -277,11 +297,12 @@ class TokenIndex:
             return steered
         buffers = self._buffers if self._stages is None else self._stages.next()
         arrays = [tensor[:, :end].numpy() for tensor in buffers.all()]
-        rows, slots, strengths, *combinations = arrays
+        rows, slots, strengths, bounds, *combinations = arrays
         if total:
             tokens = np.repeat(numbers, lengths)
             np.take(self._entry_slots, tokens, axis=1, out=slots[:, :total])
             np.take(self._entry_strengths, tokens, axis=1, out=strengths[:, :total])
+            np.take(self._entry_bounds, tokens, axis=1, out=bounds[:, :total])
             np.floor_divide(slots[:, :total], len(MODES), out=rows[:, :total])
             for array in combinations:
                 np.take(self._entry_combined[1:], tokens, axis=1, out=array[:, :total])
@@ -326,11 +347,12 @@ class TokenIndex:
         numbers = [PLAIN if steer is None else self.enter(steer) for steer in steers]
         entries = np.array(numbers, np.int64)
         slots, strengths = self._entry_slots[:, entries], self._entry_strengths[:, entries]
-        combined = self._entry_combined[0, entries]
+        combined, bounds = self._entry_combined[0, entries], self._entry_bounds[:, entries]
         given = strengths != 0
         depth = int(np.flatnonzero(given.any(axis=1)).max(initial=-1)) + 1
-        same = all((array == array[..., :1]).all() for array in (slots, strengths, combined))
-        self._acting = Acting(depth, bool(given[:depth].all()), same, bool(combined.any()))
+        same = all((array == array[..., :1]).all() for array in (slots, strengths, bounds, combined))
+        bounded = bool((given & (bounds != ANYWHERE)).any())
+        self._acting = Acting(depth, bool(given[:depth].all()) and not bounded, same, bool(combined.any()), bounded)
         try:
             return self.fill(entries, np.array(lengths, np.int64))
         finally:
@@ -342,12 +364,13 @@ class TokenIndex:
         """What acts on the first `count` entries: `[depth, count, 1]` and combinations `[count, 1]`, or `[depth, 1]`
         and `[1]` where it is the same for all; and whether it acts on every one of them. `depth` is how many of the
         rank act on any. For an eager pass after `fill_with`: what is compiled reads the buffers themselves."""
-        depth, everywhere, same, combined = self._acting
+        depth, everywhere, same, combined, bounded = self._acting
         whole = self._used == count
         part = np.s_[:depth, :1] if same and whole else np.s_[:depth, :count, None]
         rows, slots, strengths = (t[part] for t in (self.rows, self.slots, self.strengths))
+        bounds = self.bounds[part] if bounded else None
         combinations = self.combinations[part[1:]] if combined and self.combinations is not None else None
-        return Acts(rows, slots, strengths, combinations), everywhere and whole
+        return Acts(rows, slots, strengths, bounds, combinations), everywhere and whole
 
     def _combine(self, numbers: NDArray[np.int64]) -> bool:
         """Have the combinations of this step in slots of the device. In a steady step these are two looks at arrays.

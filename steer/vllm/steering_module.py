@@ -44,17 +44,19 @@ class Reads:
 
 
 class SteeringModule(nn.Module):
-    """One place's buffers on the module that is hooked. `vectors` and `coefficients` are the place's bank slice;
-    `rows`, `slots`, `strengths` (`[rank, max_tokens]`) and `combinations` (`[max_tokens]`; it and the bank slice's
-    `joint` are None where the rank is 1) are the token index, one storage for all steering modules; in `lost`
-    (`[max_tokens]`) each of them says what tokens it has lost. With `reads` every pass writes `found` (`[2, count,
-    rank]`: components before and after) and `norms` (`[count]`) of the tokens that are read."""
+    """One place's buffers on the module that is hooked. `vectors`, `coefficients` and `number` are the place's bank
+    slice; `rows`, `slots`, `strengths`, `bounds` (`[rank, max_tokens]`) and `combinations` (`[max_tokens]`; it and the
+    bank slice's `joint` are None where the rank is 1) are the token index, one storage for all steering modules; in
+    `lost` (`[max_tokens]`) each of them says what tokens it has lost. With `reads` every pass writes `found` (`[2,
+    count, rank]`: components before and after) and `norms` (`[count]`) of the tokens that are read."""
 
     vectors: Tensor
     coefficients: Tensor
     rows: Tensor
     slots: Tensor
     strengths: Tensor
+    bounds: Tensor
+    number: Tensor
     combinations: Tensor | None
     joint: Tensor | None
     lost: Tensor
@@ -72,6 +74,8 @@ class SteeringModule(nn.Module):
             "rows": index.rows,
             "slots": index.slots,
             "strengths": index.strengths,
+            "bounds": index.bounds,
+            "number": bank_slice.number,
             "combinations": index.combinations,
             "lost": index.lost,
             "joint": bank_slice.joint,
@@ -93,7 +97,8 @@ def moved(steering_module: SteeringModule, x: Tensor, dtype: torch.dtype) -> Ten
     transformers' modelling code has a leading dimension of 1.)"""
     flat = x.reshape(-1, x.shape[-1]).float()
     tokens = flat.shape[0]
-    index = (steering_module.rows[:, :tokens], steering_module.slots[:, :tokens], steering_module.strengths[:, :tokens])
+    own = steering_module
+    index = (own.rows[:, :tokens], own.slots[:, :tokens], own.strengths[:, :tokens], own.bounds[:, :tokens])
     combinations = None if steering_module.combinations is None else steering_module.combinations[:tokens]
     # A steering module has a bank slice's tensors; Dynamo is spared the dataclass.
     y, lost = apply(flat, cast(BankSlice, steering_module), *index, combinations, dtype)

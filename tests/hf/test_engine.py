@@ -85,7 +85,14 @@ def sequential() -> Iterator[Rig]:
 
 def random_spec(rng: random.Random) -> Spec | None:
     entries = [
-        Entry(name, name, rng.choice(MODES), round(rng.uniform(-1.5, 1.5), 2), rng.choice(PLACES))
+        Entry(
+            name,
+            name,
+            rng.choice(MODES),
+            round(rng.uniform(-1.5, 1.5), 2),
+            rng.choice((None, None, "1")),
+            rng.choice(PLACES),
+        )
         for name in rng.sample(NAMES, rng.randint(0, 3))
     ]
     return Spec(tuple(entries)) or None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers as tf
 
 import steer
-from steer.errors import UnsupportedModel
+from steer.errors import SpecError, UnsupportedModel
 from steer.hf.steering import Anatomy, Steering
+from steer.names import MODES, Mode
 from steer.runtime.bank import EMBEDDING, HookPoint
 from steer.runtime.hook_points import find_writers
 from tests import bad, models
@@ -62,6 +64,30 @@ def test_bfloat16_is_as_exact_as_storing_bfloat16(name: str) -> None:
         served = logits(stored).float()
     rounding = relative(edited, truth)
     assert relative(served, truth) <= 2 * rounding + 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_at_some_layers_it_is_the_direction_that_has_no_others(mode: Mode) -> None:
+    model = models.tiny("llama")
+    whole = models.direction(model, seed=3, embedding=True)
+    rows = whole.directions.clone()
+    rows[[0, *range(3, models.LAYERS)]] = 0
+    part = replace(whole, directions=rows, embedding=None)
+    with steer.attach(model, {"whole": whole, "part": part}) as steering:
+        for ours, theirs in (("@1-2=0.7", "=0.7"), ("@1-2=-1", "=-1")):
+            with steering(f"whole:{mode}{ours}"):
+                made = logits(model)
+            with steering(f"part:{mode}{theirs}"):
+                expected = logits(model)
+            with steering(f"whole:{mode}@1-2=0.7", f"part:{mode}=0.7"):
+                beside = logits(model)
+            assert torch.equal(made, expected)
+            assert torch.equal(beside[0], beside[1]) == torch.equal(IDS[0], IDS[1])
+        with steering(f"whole:{mode}=0.7"):
+            assert not torch.equal(logits(model), made)
+        for layers, message in ((f"1-{models.LAYERS}", "the model has the layers 0 to"), ("0", "does nothing at")):
+            with pytest.raises(SpecError, match=message), steering(f"part@{layers}"):
+                pass
 
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)

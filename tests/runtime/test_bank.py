@@ -180,22 +180,27 @@ def naive(x: Tensor, wish: Sequence[tuple[str, Mode, float]], layer: int) -> Ten
     return x + added + torch.linalg.pinv(across, rtol=1e-2) @ (wanted - across @ (x + added))
 
 
+#: With the layers at which each acts.
 WISH = st.lists(
-    st.tuples(st.sampled_from(sorted(RANKS)), st.sampled_from(MODES), st.floats(-2, 2)),
+    st.builds(
+        lambda *entry: Entry(entry[0], *entry),
+        st.sampled_from(sorted(RANKS)),
+        st.sampled_from(MODES),
+        st.floats(-2, 2),
+        st.sampled_from([None, None, "0", "1-2", "0-1"]),
+    ),
     max_size=2,
-    unique_by=lambda entry: entry[0],
+    unique_by=lambda entry: entry.digest,
 )
 
 
 @given(st.lists(st.tuples(WISH, st.integers(1, 3)), min_size=1, max_size=4), st.integers(0, 2**32))
 @law
-def test_a_mixed_batch_is_each_token_by_the_formula(
-    batch: list[tuple[list[tuple[str, Mode, float]], int]], seed: int
-) -> None:
+def test_a_mixed_batch_is_each_token_by_the_formula(batch: list[tuple[list[Entry], int]], seed: int) -> None:
     t, index = bank(rows=9, rank=5), TokenIndex(5, 16, "cpu")
     for name, direction in DIRECTIONS.items():
         t.load(name, direction)
-    index.fill_with([t.steer(spec(*wish)) for wish, _ in batch], [length for _, length in batch])
+    index.fill_with([t.steer(Spec(tuple(wish))) for wish, _ in batch], [length for _, length in batch])
     tokens = [wish for wish, length in batch for _ in range(length)]
     n = len(tokens)
     x = torch.randn(n, models.D_MODEL, generator=torch.Generator().manual_seed(seed))
@@ -203,8 +208,13 @@ def test_a_mixed_batch_is_each_token_by_the_formula(
         bank_slice = t.slices[HookPoint("resid_post", layer)]
         made, _ = apply(x, bank_slice, *index.first(n))
         for i, wish in enumerate(tokens):
-            torch.testing.assert_close(made[i].double(), naive(x[i], wish, layer), rtol=1e-4, atol=1e-4)
-            if not wish:
+            here = [
+                (entry.digest, entry.mode, entry.strength)
+                for entry in wish
+                if entry.layers is None or int(entry.layers[0]) <= layer <= int(entry.layers[-1])
+            ]
+            torch.testing.assert_close(made[i].double(), naive(x[i], here, layer), rtol=1e-4, atol=1e-4)
+            if not here:
                 assert torch.equal(made[i], x[i])
 
 
@@ -267,7 +277,7 @@ def test_one_entry_is_the_formula_of_one_to_the_bit(mode: Mode, rank: int) -> No
 def test_bytes_are_those_of_the_tensors() -> None:
     t, single = bank(rows=6, rank=4), bank(rows=6, rank=1)
     points, slots = len(POINTS), 7 * len(MODES)
-    assert single.nbytes == points * 4 * (7 * models.D_MODEL + slots * 4)
+    assert single.nbytes == points * 4 * (7 * models.D_MODEL + slots * 4 + 1)
     assert t.combinations is not None
     assert t.nbytes - single.nbytes == t.combinations.nbytes == points * 4 * (t.combinations.capacity + 1) * 4 * 4
 

@@ -30,6 +30,7 @@ SPECS = (
     "verbosity:one_sided,refusal",
     "refusal,verbosity:add=0.5",
     "refusal@answer",
+    "refusal@1-2=1.5,verbosity:add@0@answer",
     "refusal:one_sided@not-first=2,verbosity@prompt=0.5",
 )
 #: Of the two directions at every layer: what is set of one must not change the other.

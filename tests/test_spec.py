@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -397,3 +398,9 @@ def test_every_entry_and_the_order_of_entries_change_the_key(entries: tuple[Entr
             assert Spec((*entries[:i], other, *entries[i + 1 :])).key(30) != key
     computed = [(e.digest, e.mode, e.strength, e.layers, e.tokens) for e in entries]
     assert (Spec(entries[::-1]).key(30) == key) == (computed[::-1] == computed)
+
+
+def test_the_page_says_of_tokens_what_the_code_says() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "requests.md").read_text()
+    for name, sentence in TOKENS.items():
+        assert f"| `{name}` | {sentence} |" in page

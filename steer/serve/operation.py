@@ -16,6 +16,7 @@ from steer.serve.directions import own_route
 from steer.serve.errors import Code, documented
 from steer.serve.pages import JSON
 from steer.serve.route import JsonRoute
+from steer.spec import TOKENS
 from steer.watch import State
 
 PATH = "/v1/steering"
@@ -69,6 +70,7 @@ class Steering(TypedDict):
     enabled: Annotated[bool, Field(description="is steering switched on")]
     reason: Annotated[str, Field(description="why it was switched")]
     modes: Annotated[dict[Mode, str], Field(description="what each mode does")]
+    tokens: Annotated[dict[str, str], Field(description="what `tokens` of a spec can be, and what each means")]
     may: May
     running: NotRequired[Annotated[int, Field(description="steered requests that run; for the managing role")]]
     policy: NotRequired[Annotated[PolicyState, Field(description="for the managing role")]]
@@ -164,6 +166,7 @@ def steering(control: Control, scope: Scope) -> Steering:
         "enabled": control.steering,
         "reason": control.reason,
         "modes": MODE_SUMMARIES,
+        "tokens": TOKENS,
         "may": {
             "steer": rules is None or rules.steer,
             "modes": list(MODES if rules is None else rules.modes),

@@ -171,6 +171,31 @@ def test_sliding_asks_the_steered_side_again(demo: Server, visit: Open) -> None:
     expect(opened.chip()).to_contain_text("7")
 
 
+def test_layers_and_tokens_are_said(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    opened.send()
+    opened.page.fill("#tokens", "last-2")
+    opened.page.press("#tokens", "Tab")
+    expect(opened.chip()).to_contain_text("@last-2")
+    expect(opened.page.locator("#tokens-text")).to_have_text("The last N positions of the prompt.")
+    opened.page.fill("#layers", "2-5")
+    opened.page.press("#layers", "Tab")
+    expect(opened.chip()).to_contain_text("@2-5")
+    opened.done()
+    assert opened.asked()[-1]["steer"] | {"mode": "", "strength": 0} == {
+        "direction": "refusal",
+        "mode": "",
+        "strength": 0,
+        "layers": "2-5",
+        "tokens": "last-2",
+    }
+    opened.page.fill("#layers", "5-2")
+    opened.page.press("#layers", "Tab")
+    expect(opened.page.locator(".side.steered")).to_contain_text("steer.layers")
+    opened.page.click("#default")
+    expect(opened.chip()).not_to_contain_text("@")
+
+
 def test_dragging_asks_before_the_release_where_that_is_wanted(demo: Server, visit: Open) -> None:
     opened = visit(demo)
     opened.send()

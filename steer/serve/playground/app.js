@@ -13,7 +13,7 @@ const LIVE_DELAY = 180;
 let direction = null; // the chosen one, as it is listed
 let profile = null; // its layers, once they are here
 let unread = null; // why this server gives no read-out for it
-let modes = {}; // what each does, as the server says
+let modes = {}, tokens = {}; // what each does, and which tokens each name means, as the server says
 let may = { steer: true, readout: true, manage: true, modes: [], max_strength: 10 }; // this key, or nobody's
 let started = false;
 
@@ -26,6 +26,12 @@ chat.painted = showLegend;
 const number = (id) => ($(id).value === "" ? undefined : Number($(id).value));
 const strength = () => Number($("number").value);
 
+/** At which layers and tokens, where that is not all. */
+function where() {
+  const said = { layers: $("layers").value.trim(), tokens: $("tokens").value.trim() };
+  return Object.fromEntries(Object.entries(said).filter(([, value]) => value && value !== "all"));
+}
+
 function body(side, messages) {
   const system = $("system").value.trim();
   return {
@@ -36,7 +42,7 @@ function body(side, messages) {
     seed: number("seed"),
     stream: true,
     stream_options: { include_usage: true },
-    steer: side === "steered" && direction ? { direction: direction.id, mode: $("mode").value, strength: strength() } : "off",
+    steer: side === "steered" && direction ? { direction: direction.id, mode: $("mode").value, strength: strength(), ...where() } : "off",
     steer_readout: direction && !unread ? { directions: [direction.id], layers: "all" } : undefined,
   };
 }
@@ -129,12 +135,16 @@ function toDefault() {
   $("mode").value = may.modes.includes(direction.mode) ? direction.mode : may.modes[0];
   $("number").value = $("strength").value = Math.max(-may.max_strength, Math.min(may.max_strength, direction.strength));
   $("ticks").replaceChildren(...[0, 1, direction.strength].map((value) => el("option", { value })));
+  $("layers").value = $("tokens").value = "";
   showSummary();
 }
 
 function showSummary() {
-  $("summary").textContent = direction ? `${direction.id}, ${$("mode").value.replace("_", "-")} at ${shown(strength())}` : "";
+  $("summary").textContent = direction ? [`${direction.id}, ${$("mode").value.replace("_", "-")} at ${shown(strength())}`, ...Object.entries(where()).map((each) => each.join(" "))].join(", ") : "";
   $("mode-text").textContent = modes[$("mode").value] ?? "";
+  const said = tokens[$("tokens").value.trim().replace(/-\d+$/, "-N")] ?? "";
+  $("tokens-text").hidden = !said;
+  $("tokens-text").textContent = said;
 }
 
 function showLayer() {
@@ -219,6 +229,7 @@ async function refresh() {
 
 /** What the key may not do is not offered. */
 function showRights() {
+  $("tokens-known").replaceChildren(...Object.keys(tokens).map((name) => el("option", { value: name.replace("N", "1") })));
   $("mode").replaceChildren(...may.modes.map((mode) => el("option", { value: mode, textContent: mode.replace("_", "-") })));
   $("number").min = -may.max_strength;
   $("number").max = may.max_strength;
@@ -237,7 +248,7 @@ function showRights() {
 
 async function start() {
   try {
-    ({ modes, may } = await json("/v1/steering"));
+    ({ modes, tokens, may } = await json("/v1/steering"));
     showRights();
     direction = null; // chosen anew: another key may have other rights
     const cards = (await json("/v1/models")).data.filter((card) => !card.parent);
@@ -282,7 +293,7 @@ function wire() {
     choose(directions.items.find((item) => item.id === $("direction").value));
     steerAgain();
   });
-  $("mode").addEventListener("change", steerAgain);
+  for (const id of ["mode", "layers", "tokens"]) $(id).addEventListener("change", steerAgain);
   $("strength").addEventListener("input", () => onStrength($("strength").value, false));
   $("strength").addEventListener("change", () => onStrength($("strength").value, true));
   $("number").addEventListener("change", () => { $("strength").value = $("number").value; onStrength($("number").value || "0", true); });

@@ -178,6 +178,8 @@ def test_layers_and_tokens_are_said(demo: Server, visit: Open) -> None:
     opened.page.press("#tokens", "Tab")
     expect(opened.chip()).to_contain_text("@last-2")
     expect(opened.page.locator("#tokens-text")).to_have_text("The last N positions of the prompt.")
+    wider = "(() => { const e = document.getElementById('controls'); return e.scrollWidth - e.clientWidth; })()"
+    assert opened.page.evaluate(wider) == 0, "everything is seen"
     opened.page.fill("#layers", "2-5")
     opened.page.press("#layers", "Tab")
     expect(opened.chip()).to_contain_text("@2-5")

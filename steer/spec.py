@@ -77,10 +77,10 @@ class Entry:
     tokens: str | None = None
 
     @property
-    def range(self) -> tuple[int, int] | None:
-        """The first and the last of its layers; None for all hook points, the one before block 0 too."""
-        found = self.layers and _LAYERS.fullmatch(self.layers)
-        return (int(found[1]), int(found[2] or found[1])) if found else None
+    def range(self) -> tuple[int, int]:
+        """The first and the last of its `layers`, where it has some."""
+        first, _, last = (self.layers or "").partition("-")
+        return int(first), int(last or first)
 
     def span(self, prompt: int) -> tuple[int, int]:
         """The positions at which it acts, from the first to before the last, of a request with `prompt` tokens."""

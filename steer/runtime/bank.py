@@ -238,7 +238,7 @@ class DirectionBank:
         if not spec:
             return None
         pairs = [
-            (slot(row, entry.mode), entry.strength, bounds_of(entry.range))
+            (slot(row, entry.mode), entry.strength, bounds_of(entry.range if entry.layers else None))
             for entry in spec.entries
             for row in self._resident[entry.digest].rows
         ]
@@ -307,8 +307,7 @@ def _acts(entry: Entry) -> bool:
 
 
 def _reaches(entry: Entry, point: HookPoint) -> bool:
-    span = entry.range
-    return span is None or span[0] <= point.layer <= span[1]
+    return entry.layers is None or entry.range[0] <= point.layer <= entry.range[1]
 
 
 def _vectors(direction: Direction, point: HookPoint) -> Tensor | None:

@@ -55,9 +55,9 @@ class Shape:
     def check_entry(self, direction: Direction, entry: Entry) -> None:
         """Raise SpecError if `direction` cannot be applied as `entry` says."""
         check_mode(direction, entry.mode, entry.direction)
-        if (span := entry.range) is None:
+        if entry.layers is None:
             return
-        first, last = span
+        first, last = entry.range
         if last >= self.layers:
             raise SpecError(
                 f"direction '{entry.direction}': the model has the layers 0 to {self.layers - 1}, not all of "

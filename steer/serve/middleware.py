@@ -121,7 +121,6 @@ class SteerMiddleware:
                 control.refused(error, caller, scope)
             await errors.of(error)(scope, receive, send)
             return
-        self.rendering.look(admission.spec, body)
         answer = _Answer(send, run)
         with counting() as usage:
             try:
@@ -137,6 +136,7 @@ class SteerMiddleware:
                 metrics.ADMISSION.observe(time.perf_counter() - started)
                 again = b"" if self.parsed else await understood(lambda: json.dumps(body).encode(), len(data))
                 await self._serve(run, answer, scope, replay(again, receive))
+                self.rendering.look(admission.spec, body)
             except Exception:
                 answer.outcome = "error"
                 raise

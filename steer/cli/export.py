@@ -39,7 +39,12 @@ def convert(
         typer.Option(help="source layer, 0 for block 0; for a file of class means also widest (the default) or all"),
     ] = None,
     position: Annotated[int | None, typer.Option(help="position, where the file has several")] = None,
-    tensor: Annotated[str | None, typer.Option(help="which tensor of a plain safetensors file")] = None,
+    tensor: Annotated[
+        str | None,
+        typer.Option(
+            help="which tensor of a plain safetensors file; of class means refuse or refusenorm, its direction"
+        ),
+    ] = None,
     method: Annotated[str | None, typer.Option(help=f"of class means: {METHOD_NAMES}; default: slerp")] = None,
     t: T = None,
     parameter: Parameters = None,

@@ -27,8 +27,8 @@ _WRITER = re.compile(
     r"|(?:^|\.)experts\.down_proj(?:_bias)?$"
 )
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|wpe|embed_in|embed_positions|word_embeddings)\.weight$")
-#: Experts in one tensor `[experts, in, out]` whose class does not say so itself.
-_TRANSPOSED = ("Llama4TextExperts",)
+#: Classes of transformers, by name, whose weights are `[…, inputs, outputs]` and that do not say so themselves.
+_INPUTS_FIRST = ("Conv1D", "Llama4TextExperts")
 #: Of the largest value, how far a norm may be from g ⊙ x / rms(x).
 RMS = 1e-3
 
@@ -155,12 +155,10 @@ def _parameters(streamed: Streamed, module: nn.Module) -> list[str]:
 
 def _axis(module: nn.Module, parameter: str) -> int:
     """Which dimension of it is the stream's, counted from the end, by the class of the module that owns it."""
-    from transformers.pytorch_utils import Conv1D
-
     kind, attribute = type(module).__name__, parameter.rpartition(".")[2]
     if attribute.endswith("bias"):  # [d_model], of experts [experts, d_model]
         return -1
-    if isinstance(module, nn.Embedding | Conv1D) or kind in _TRANSPOSED:
+    if isinstance(module, nn.Embedding) or kind in _INPUTS_FIRST:
         return -1
     if isinstance(module, nn.Linear):
         return -2

@@ -141,7 +141,7 @@ def test_experts_of_a_class_that_is_not_known_are_refused_and_not_guessed(
 ) -> None:
     """They are square: nothing but the class tells which side is the stream's."""
     model = models.save("llama4", tmp_path / "model")
-    monkeypatch.setattr("steer.lab.writers._TRANSPOSED", ())
+    monkeypatch.setattr("steer.lab.writers._INPUTS_FIRST", ("Conv1D",))
     with pytest.raises(UnsupportedModel, match="how a Llama4TextExperts lays out its weights is not known"):
         baked(tmp_path / "model", at_writers(model))
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -55,6 +55,7 @@ def configs() -> dict[str, Any]:
         "qwen3_moe": tf.Qwen3MoeConfig(
             **_shape(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, decoder_sparse_step=1)
         ),
+        "phi": tf.PhiConfig(**_shape("num_key_value_heads", "head_dim")),
         "glm4": tf.Glm4Config(**_SHAPE),
         "granite": tf.GraniteConfig(**_shape("head_dim", residual_multiplier=0.22, embedding_multiplier=3.0)),
         "gpt_oss": tf.GptOssConfig(**_shape(layer_types=["full_attention"] * LAYERS, rope_parameters=rope, **experts)),

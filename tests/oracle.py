@@ -21,10 +21,19 @@ ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
 #: Parameters that write to the stream: name endings, by the dimension that is the stream's.
 FIRST = (
     *("self_attn.o_proj.weight", "mlp.down_proj.weight", "attention.dense.weight", "mlp.dense_4h_to_h.weight"),
+    *("self_attn.dense.weight", "mlp.fc2.weight"),
     *("feed_forward.down_proj.weight", "shared_expert.down_proj.weight"),
 )
 LAST = ("attn.c_proj.weight", "mlp.c_proj.weight", "embed_tokens.weight", "wte.weight", "wpe.weight", "embed_in.weight")
-BIASES = ("o_proj.bias", "down_proj.bias", "attention.dense.bias", "dense_4h_to_h.bias", "c_proj.bias")
+BIASES = (
+    "self_attn.dense.bias",
+    "mlp.fc2.bias",
+    "o_proj.bias",
+    "down_proj.bias",
+    "attention.dense.bias",
+    "dense_4h_to_h.bias",
+    "c_proj.bias",
+)
 #: `[experts, stream, hidden]`, or `[experts, hidden, stream]` in these models
 EXPERTS, EXPERT_BIASES = ("experts.down_proj",), ("experts.down_proj_bias",)
 TRANSPOSED = ("gpt_oss", "llama4_text")

@@ -74,6 +74,11 @@ class Streamed:
         return found
 
     @property
+    def parameters(self) -> list[str]:
+        """The names of all parameters."""
+        return list(self._empty)
+
+    @property
     def head(self) -> str | None:
         """The name of the output embedding's weight."""
         output = self.model.get_output_embeddings()

@@ -118,14 +118,10 @@ class Plan:
 def plan(checkpoint: Checkpoint, removal: Removal, progress: Progress | None = None) -> Plan:
     """Look at the model in `checkpoint`, in one pass over it. Raises DirectionError for a direction of another model,
     and UnsupportedModel for a model of whose writers something is not known."""
-    check_fits(
-        removal.direction,
-        d_model=checkpoint.d_model,
-        layers=checkpoint.layers,
-        architecture=checkpoint.architecture,
-    )
     progress = progress or Progress()
     streamed = stream(checkpoint, progress)
+    anatomy, architecture = streamed.anatomy, checkpoint.architecture
+    check_fits(removal.direction, d_model=anatomy.d_model, layers=anatomy.layers, architecture=architecture)
     progress.plan(LOOKING, len(streamed.becomes))
     with progress.part(LOOKING):
         terms = find_terms(streamed)

@@ -35,19 +35,6 @@ class Checkpoint:
             raise UnsupportedModel(f"{folder}: has neither {SINGLE} nor {INDEX}; only safetensors weights are read")
 
     @property
-    def text_config(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.config.get("text_config", self.config)
-        return found
-
-    @property
-    def layers(self) -> int:
-        return int(self.text_config.get("num_hidden_layers") or self.text_config.get("n_layer") or 0)
-
-    @property
-    def d_model(self) -> int:
-        return int(self.text_config.get("hidden_size") or self.text_config.get("n_embd") or 0)
-
-    @property
     def architecture(self) -> str:
         return str((self.config.get("architectures") or ["unknown"])[0])
 

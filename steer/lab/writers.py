@@ -26,7 +26,7 @@ _WRITER = re.compile(
     r"(?:^|\.)(?:o_proj|out_proj|dense|dense_4h_to_h|c_proj|down_proj|fc2|fc_out|w2)\.(?:weight|bias)$"
     r"|(?:^|\.)experts\.down_proj(?:_bias)?$"
 )
-_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|wpe|embed_in|embed_positions|word_embeddings)\.weight$")
+_POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions)\.weight$")
 #: Classes of transformers, by name, whose weights are `[…, inputs, outputs]` and that do not say so themselves.
 _INPUTS_FIRST = ("Conv1D", "Llama4TextExperts")
 #: Of the largest value, how far a norm may be from g ⊙ x / rms(x).
@@ -121,13 +121,10 @@ def find(checkpoint: Checkpoint, streamed: Streamed, terms: Sequence[Term]) -> l
     not known, and where a file holds something else than the parameter."""
     decoder = streamed.name_of(streamed.anatomy.decoder)
     inside = tuple(f"{streamed.name_of(block)}." for block in streamed.anatomy.blocks)
-    wanted: dict[str, tuple[int, Tensor | None]] = {
-        name: (EMBEDDING, None)
-        for name, _ in streamed.model.named_parameters(prefix="", remove_duplicate=False)
-        if name.startswith(f"{decoder}." if decoder else "") and not name.startswith(inside) and _EMBEDDING.search(name)
-    }
-    if not wanted:
-        raise UnsupportedModel(f"{checkpoint.architecture}: no input embedding is known by its name")
+    outside = [name for name in streamed.parameters if name.startswith(decoder) and not name.startswith(inside)]
+    embedding = f"{streamed.name_of(streamed.model.get_input_embeddings())}.weight"
+    positions = [name for name in outside if _POSITIONS.search(name)]
+    wanted: dict[str, tuple[int, Tensor | None]] = dict.fromkeys([embedding, *positions], (EMBEDDING, None))
     for term in terms:
         wanted |= dict.fromkeys(_parameters(streamed, term.module), (term.layer, term.gain))
     shapes = {name: tuple(parameter.shape) for name, parameter in streamed.model.state_dict().items()}

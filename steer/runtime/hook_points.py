@@ -140,6 +140,7 @@ def _child_recorder(store: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: object, output: Output) -> None:
         stream = stream_of(output)
         if isinstance(stream, Tensor) and stream.is_floating_point():
+            store.pop(name, None)  # in the order of their last calls: one dropout may stand behind several children
             store[name] = stream.detach().float().clone()
 
     return hook
@@ -149,10 +150,14 @@ def summands(entered: Tensor, left: Tensor, wrote: dict[str, Tensor], eps: float
     """The one or two of `wrote`, first in the order they ran, that best sum to what the block added to the stream;
     where none do, the fewest that do when each of the terms is multiplied by a number of its own (`scales`).
 
-    The error is taken for each element against what was rounded there, so that a few huge dimensions (every large model
-    has them) do not hide a wrong sum. None where no sum is within rounding.
+    A child that hands on what another wrote (dropout) is none. The error is taken for each element against what was
+    rounded there, so that a few huge dimensions (every large model has them) do not hide a wrong sum. None where no sum
+    is within rounding.
     """
-    fitting = {n: t.reshape(entered.shape) for n, t in wrote.items() if t.numel() == entered.numel()}
+    fitting: dict[str, Tensor] = {}
+    for name, t in wrote.items():
+        if t.numel() == entered.numel() and not any(torch.equal(t.flatten(), o.flatten()) for o in fitting.values()):
+            fitting[name] = t.reshape(entered.shape)
     best: tuple[str, ...] | None = None
     lowest = ROUNDINGS * eps
     for scaled in (False, True):

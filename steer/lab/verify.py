@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from steer.errors import UnsupportedModel
+from steer.errors import InvalidInput, UnsupportedModel
 from steer.hf.streamed import Streamed
 from steer.lab.removal import Plan
 from steer.runtime.bank import EMBEDDING
@@ -51,7 +51,7 @@ class Verdict:
                 f"from what is served, which removes it behind the norms, the logits differ by {self.served:.1e}, "
                 "since a norm scales what the weights leave"
             )
-        return "; ".join(told) or "nothing to compare with"
+        return "; ".join(told)
 
 
 def passes(plan: Plan, preserve_norms: bool = False) -> int:
@@ -61,7 +61,8 @@ def passes(plan: Plan, preserve_norms: bool = False) -> int:
 
 def verify(plan: Plan, edited: Streamed, dtype: torch.dtype, preserve_norms: bool = False) -> Verdict:
     """Compare `edited`, whose weights are stored in `dtype`, with what `plan` is about. Raises UnsupportedModel where
-    it is something else: then some writer was missed, or files were not written as they should be."""
+    it is something else: then some writer was missed, or files were not written as they should be. Raises InvalidInput
+    where there is nothing to compare."""
     limit_logits, limit_left = TOLERANCE.get(dtype, TOLERANCE_16)
     got, left = _without(plan, edited)
     logits = served = None
@@ -69,6 +70,11 @@ def verify(plan: Plan, edited: Streamed, dtype: torch.dtype, preserve_norms: boo
         logits = _apart(got, _logits(plan, ((t.module, t.layer, t.gain) for t in plan.terms)))
         if plan.behind:
             served = _apart(got, _logits(plan, ((t.behind or t.module, t.layer, None) for t in plan.terms)))
+    if logits is None and left is None:
+        raise InvalidInput(
+            "there is nothing to verify this by: lengths are kept, which no server does, and no direction is removed "
+            "whole from all that is written; give --no-verify to write it unverified"
+        )
     verdict = Verdict(logits, served, left)
     if not ((logits or 0.0) <= limit_logits and (left or 0.0) <= limit_left):
         raise UnsupportedModel(

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
 
 import steer
 from steer.direction import Direction
 from steer.errors import DirectionError, InvalidInput, UnsupportedModel
+from steer.hf.internals import axis_in_file
 from steer.hf.load import attention_implementation
 from steer.lab.merge import RECEIPT, Made, bake
 from steer.lab.removal import Plan, removal
@@ -147,6 +149,28 @@ def test_experts_of_a_class_that_is_not_known_are_refused_and_not_guessed(
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize(
+    ("operations", "parameter", "file", "axis"),
+    [
+        ([], (4, 5), (4, 5), -2),
+        ([MergeModulelist(dim=0)], (3, 4, 5), (4, 5), -2),
+        ([Transpose(1, 2)], (3, 4, 5), (3, 5, 4), -1),
+        ([MergeModulelist(dim=0), Transpose(1, 2)], (3, 4, 5), (5, 4), -1),
+        ([Transpose(1, 2, check_dims=True)], (3, 4, 5), (3, 5, 4), -1),
+        ([Transpose(1, 2, check_dims=True)], (3, 4, 5), (3, 4, 5), -2),
+        ([MergeModulelist(dim=0), Concatenate(dim=1)], (3, 4, 5), (2, 5), None),
+        ([], (3, 4, 5), (4, 5), None),
+    ],
+)
+def test_the_axis_in_the_file_is_what_loading_makes_the_parameters_of(
+    operations: list[Any], parameter: tuple[int, ...], file: tuple[int, ...], axis: int | None
+) -> None:
+    """The second dimension from the end, of the size 4, of a parameter that transformers makes by these operations."""
+    assert axis_in_file(operations, -2, parameter, file) == axis
+    if axis is not None:
+        assert file[axis] == parameter[-2]
+
+
 def test_a_norm_that_is_no_rms_norm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.save("olmo2", tmp_path / "model")
 
@@ -224,6 +248,15 @@ def test_lengths_are_kept_where_that_is_asked_and_the_direction_is_gone(tmp_path
     old, new = (m.model.layers[1].mlp.down_proj.weight for m in (model, edited))
     torch.testing.assert_close(old.norm(dim=0), new.norm(dim=0))
     assert float((direction.directions[0, 0] @ new.detach()).abs().max()) <= 1e-5
+
+
+def test_what_nothing_can_be_compared_with_is_written_only_where_that_is_told(tmp_path: Path) -> None:
+    model = models.save("llama", tmp_path / "model")
+    direction = at_writers(model)
+    with pytest.raises(InvalidInput, match="nothing to verify this by"):
+        baked(tmp_path / "model", direction, 0.5, preserve_norms=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert made(tmp_path / "model", direction, 0.5, preserve_norms=True, verified=False)[1].verdict is None
 
 
 @pytest.mark.parametrize("missed", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])

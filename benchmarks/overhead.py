@@ -22,8 +22,8 @@ from benchmarks.engines import Arrival, Engine, Job
 from benchmarks.results import FOLDER, Result, Table
 from benchmarks.shapes import WIDTH, llama
 from benchmarks.timing import Ratio, interleave, pooled, rounds
-from steer.lab import merge
-from steer.lab.merge import removal
+from steer.lab import adapter
+from steer.lab.removal import removal
 from steer.lab.weights import Checkpoint
 from tests import models
 
@@ -73,7 +73,7 @@ class Home:
             # the same vector; an adapter of vLLM removes it from what blocks write, and cannot reach the embedding
             one = models.direction(model, seed=seed, shared=True, sites=("writers",))
             folder = self.root / f"adapter{seed:02}"
-            merge.export(Checkpoint(self.model), removal(one, 1.0), folder, base=str(self.model))
+            adapter.export(Checkpoint(self.model), removal(one, 1.0), folder, base=str(self.model))
         return self
 
     def steer(self, model: Any) -> None:

@@ -5,9 +5,11 @@ between them, e the unit part of h orthogonal to a. The slerp family is
 
     d(t) = cos(tω/2)·e − sin(tω/2)·â            (unit, for every t)
 
-which is what `normalise(slerp(â, ĥ, t) − â)` is in exact arithmetic: the chord of the arc from â to the point at
-t·ω. t → 0 gives *projected* abliteration (e), t = 1 the difference of the normalised means. The difference of the raw
-means (*linear*, Arditi et al. 2024) is the member at `linear_t`.
+which is what `normalise(slerp(â, ĥ, t) − â)` is in exact arithmetic while 0 < t·ω < 2π: the chord of the arc from â to
+the point at t·ω. For t < 0 that chord is −d(t), and at t·ω = 2π there is none; d goes on without a break. Its side is
+that of the harmful mean, ⟨d(t), h − a⟩ > 0, while |t − linear_t|·ω < π, which holds for every t from 0 to 2. t → 0
+gives *projected* abliteration (e), t = 1 the difference of the normalised means. The difference of the raw means
+(*linear*, Arditi et al. 2024) is the member at `linear_t`.
 """
 
 from __future__ import annotations

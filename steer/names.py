@@ -48,6 +48,11 @@ def readable(sites: Iterable[Site]) -> bool:
     return any(SITE_RULES[site].readable for site in sites)
 
 
+def acts_on_terms(sites: Iterable[Site]) -> bool:
+    """Is what passes at one of `sites` a term that is added to the stream, the embedding among them?"""
+    return not all(SITE_RULES[site].whole for site in sites)
+
+
 def site_problem(sites: Iterable[Site], mode: Mode) -> str | None:
     """What is wrong with `mode` at `sites`, None where it is defined at all of them."""
     for site in sites:

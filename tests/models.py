@@ -36,6 +36,8 @@ def _shape(*without: str, **more: Any) -> dict[str, Any]:
 
 def configs() -> dict[str, Any]:
     """A tiny configuration of each architecture."""
+    experts = dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=D_MODEL)  # square: no shape tells
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
     gpt2 = dict(n_embd=D_MODEL, n_layer=LAYERS, n_head=4, n_positions=512, vocab_size=VOCABULARY, initializer_range=0.2)
     return {
         "llama": tf.LlamaConfig(**_SHAPE),
@@ -53,12 +55,17 @@ def configs() -> dict[str, Any]:
         "qwen3_moe": tf.Qwen3MoeConfig(
             **_shape(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, decoder_sparse_step=1)
         ),
+        "phi": tf.PhiConfig(**_shape("num_key_value_heads", "head_dim")),
+        "glm4": tf.Glm4Config(**_SHAPE),
+        "granite": tf.GraniteConfig(**_shape("head_dim", residual_multiplier=0.22, embedding_multiplier=3.0)),
+        "gpt_oss": tf.GptOssConfig(**_shape(layer_types=["full_attention"] * LAYERS, rope_parameters=rope, **experts)),
+        "llama4": tf.Llama4TextConfig(**_shape(intermediate_size_mlp=96, interleave_moe_layer_step=2, **experts)),
     }
 
 
 ARCHITECTURES = tuple(configs())
 #: Where a norm stands between the writer and the stream, no edit of weights equals the site `writers`.
-NORM_BEHIND_WRITER = ("gemma2", "gemma3", "olmo2")
+NORM_BEHIND_WRITER = ("gemma2", "gemma3", "olmo2", "glm4")
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
@@ -66,14 +73,17 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     config = configs()[name]
     model = tf.AutoModelForCausalLM.from_config(
-        config, attn_implementation=attention_implementation(config) or "sdpa"
+        config, attn_implementation=attention_implementation(config) or (None if name == "gpt_oss" else "sdpa")
     ).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim == 1 and "norm" in parameter_name and parameter_name.endswith("weight"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
-            elif parameter.ndim == 1:  # biases start at zero, where a wrong treatment of them would not show
+            elif parameter.ndim == 1 or parameter_name.endswith("bias"):
+                # biases start at zero, where a wrong treatment of them would not show
                 parameter.copy_(0.1 * torch.randn_like(parameter))
+            elif name == "llama4" and "experts" in parameter_name:  # which transformers leaves as memory had it
+                parameter.copy_(0.2 * torch.randn_like(parameter))
     return model.to(dtype)
 
 

@@ -19,11 +19,24 @@ from tests.models import NORM_BEHIND_WRITER
 ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
 
 #: Parameters that write to the stream: name endings, by the dimension that is the stream's.
-FIRST = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "attention.dense.weight", "mlp.dense_4h_to_h.weight")
+FIRST = (
+    *("self_attn.o_proj.weight", "mlp.down_proj.weight", "attention.dense.weight", "mlp.dense_4h_to_h.weight"),
+    *("self_attn.dense.weight", "mlp.fc2.weight"),
+    *("feed_forward.down_proj.weight", "shared_expert.down_proj.weight"),
+)
 LAST = ("attn.c_proj.weight", "mlp.c_proj.weight", "embed_tokens.weight", "wte.weight", "wpe.weight", "embed_in.weight")
-BIASES = ("o_proj.bias", "down_proj.bias", "attention.dense.bias", "dense_4h_to_h.bias", "c_proj.bias")
-#: `[experts, stream, hidden]`
-EXPERTS = ("experts.down_proj",)
+BIASES = (
+    "self_attn.dense.bias",
+    "mlp.fc2.bias",
+    "o_proj.bias",
+    "down_proj.bias",
+    "attention.dense.bias",
+    "dense_4h_to_h.bias",
+    "c_proj.bias",
+)
+#: `[experts, stream, hidden]`, or `[experts, hidden, stream]` in these models
+EXPERTS, EXPERT_BIASES = ("experts.down_proj",), ("experts.down_proj_bias",)
+TRANSPOSED = ("gpt_oss", "llama4_text")
 
 
 def ablated(x: Tensor, v: Tensor, strength: float = 1.0) -> Tensor:
@@ -38,13 +51,13 @@ def orthogonalised(model: Any, v: Tensor, strength: float = 1.0) -> Any:
     if output.weight is edited.get_input_embeddings().weight:
         output.weight = torch.nn.Parameter(output.weight.detach().clone())
         edited.config.tie_word_embeddings = False
-    touched = 0
+    touched, transposed = 0, model.config.model_type in TRANSPOSED
     with torch.no_grad():
         for name, parameter in edited.named_parameters():
             w = parameter.data.float()
             if name.endswith(FIRST):
                 new = ablated(w.T, v, strength).T
-            elif name.endswith(LAST + BIASES):
+            elif name.endswith(LAST + BIASES + EXPERT_BIASES + (EXPERTS if transposed else ())):
                 new = ablated(w, v, strength)
             elif name.endswith(EXPERTS):
                 new = ablated(w.transpose(1, 2), v, strength).transpose(1, 2)
@@ -56,15 +69,38 @@ def orthogonalised(model: Any, v: Tensor, strength: float = 1.0) -> Any:
     return edited
 
 
-def reference_logits(model: Any, name: str, v: Tensor, ids: Tensor, strength: float = 1.0) -> Tensor:
+#: The norms behind attention and MLP.
+NORMS = {
+    "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "gemma3": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+}
+
+
+def reference_logits(
+    model: Any, name: str, v: Tensor, ids: Tensor, strength: float = 1.0, *, before: bool = False
+) -> Tensor:
     """Logits of a plain forward pass in which each written term is projected, for models with a norm behind the writer:
-    the modules are named here, and block 0's input stands for the embedding."""
+    the modules are named here, and block 0's input stands for the embedding. With `before` what enters the norms is
+    projected, along their weights times `v`, in place of what leaves them."""
     assert name in NORM_BEHIND_WRITER
+
+    def project(module: Any, along: Tensor) -> Any:
+        def hook(_module: Any, _args: Any, out: Any) -> Any:
+            changed = ablated(out[0] if isinstance(out, tuple) else out, along, strength)
+            return (changed, *out[1:]) if isinstance(out, tuple) else changed
+
+        return module.register_forward_hook(hook)
+
     handles = []
     decoder = model.get_decoder()
     for block in decoder.layers:
-        for norm in (block.post_attention_layernorm, block.post_feedforward_layernorm):
-            handles.append(norm.register_forward_hook(lambda _m, _a, out: ablated(out, v, strength)))
+        for writer, norm in zip((block.self_attn, block.mlp), NORMS[name], strict=True):
+            norm = getattr(block, norm)
+            gain = norm.weight.detach() + (1.0 if name.startswith("gemma") else 0.0)
+            along = torch.nn.functional.normalize(gain * v, dim=-1)
+            handles.append(project(writer, along) if before else project(norm, v))
     handles.append(
         decoder.layers[0].register_forward_pre_hook(lambda _m, args: (ablated(args[0], v, strength), *args[1:]))
     )

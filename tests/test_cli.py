@@ -259,6 +259,9 @@ def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tu
     assert "verified: logits as served to" in told.stdout
     told = run("bake", model, "--direction", file, "--mode", "ablate", "-o", adapter, "--lora")
     assert "an adapter of rank 1 for 7 modules" in told.stdout
+    assert "verified: logits as served to" in told.stdout
+    told = run("bake", model, "--direction", file, "--mode", "ablate", "-o", f"{baked}-2", "--no-verify")
+    assert "not verified, as --no-verify says" in told.stdout
     told = run("convert", file, str(tmp_path / "d.gguf"))
     assert "its mode is one_sided" in told.stderr
     told = run("convert", str(tmp_path / "d.gguf"), str(tmp_path / "back.safetensors"), "--model", model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +39,12 @@ def convert(
         typer.Option(help="source layer, 0 for block 0; for a file of class means also widest (the default) or all"),
     ] = None,
     position: Annotated[int | None, typer.Option(help="position, where the file has several")] = None,
-    tensor: Annotated[str | None, typer.Option(help="which tensor of a plain safetensors file")] = None,
+    tensor: Annotated[
+        str | None,
+        typer.Option(
+            help="which tensor of a plain safetensors file; of class means refuse or refusenorm, its direction"
+        ),
+    ] = None,
     method: Annotated[str | None, typer.Option(help=f"of class means: {METHOD_NAMES}; default: slerp")] = None,
     t: T = None,
     parameter: Parameters = None,
@@ -103,22 +107,28 @@ def bake(
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="write a LoRA adapter (PEFT) instead of a whole model")] = False,
     preserve_norms: Annotated[
-        bool, typer.Option("--preserve-norms", help="each vector that a weight writes keeps its length")
+        bool,
+        typer.Option(
+            "--preserve-norms",
+            help="each vector that a weight writes keeps its length (not each row of the weight, and not the stream)",
+        ),
     ] = False,
     verify: Annotated[
-        bool, typer.Option(help="compare it with what is served, where the model fits in memory as float32")
+        bool,
+        typer.Option(help="compare what is written with the original, block by block, and keep nothing that fails"),
     ] = True,
     revision: Revision = None,
 ) -> None:
     """Write an ordinary model, or a LoRA adapter, without the direction: what MODEL is at the site `writers`.
 
-    Shard by shard, so that models of any size can be baked; tied embeddings are untied.
+    Shard by shard and block by block, so that models of any size can be baked and verified; tied embeddings are untied.
     """
     log_warnings()
     quiet_libraries()
     from steer.direction import Direction, digest, read_file
-    from steer.lab import merge
+    from steer.lab import adapter, merge
     from steer.lab.progress import Progress
+    from steer.lab.removal import removal
     from steer.lab.weights import Checkpoint, resolve
 
     check_folder(output)
@@ -132,32 +142,27 @@ def bake(
         )
     if lora and preserve_norms:
         raise InvalidInput("--preserve-norms is no edit of low rank, so there is no adapter of it")
-    removal = merge.removal(loaded, strength)
-    if loaded.meta.sites != removal.direction.meta.sites:
+    removed = removal(loaded, strength)
+    if loaded.meta.sites != removed.direction.meta.sites:
         typer.echo("note: baked as at the site writers, the embedding included", err=True)
     checkpoint = Checkpoint(resolve(model, revision))
     with Progress(shown=True) as progress:
         if lora:
-            count = merge.export(checkpoint, removal, output, base=model, progress=progress)
-            progress.write(f"wrote {output}: an adapter of rank {loaded.rank} for {count} modules", sys.stdout)
-            return
-        verifying = verify and merge.room_to_verify(checkpoint)
-        if verifying:  # which reads the model twice
-            progress.plan(merge.VERIFYING, 2 * len(checkpoint.map))
-        count = merge.bake(
-            checkpoint, removal, output, digest=digest(data), preserve_norms=preserve_norms, progress=progress
-        )
-        progress.write(f"wrote {output}: {count} tensors edited", sys.stdout)
-        if not verifying:
-            progress.write(f"not verified{', too large for memory' if verify else ''}")
-            return
-        with progress.part(merge.VERIFYING):
-            verdict = merge.verify(model, revision, output, removal, preserve_norms)
-    said = [
-        f"logits as served to {verdict.logits:.1e}" if verdict.logits is not None else "",
-        f"{verdict.left:.1e} of the stream left along it" if verdict.left is not None else "",
-    ]
-    typer.echo(f"verified: {', '.join(part for part in said if part) or 'nothing to compare with'}")
+            made = adapter.export(checkpoint, removed, output, base=model, verified=verify, progress=progress)
+            told = f"an adapter of rank {loaded.rank} for {made.count} modules"
+        else:
+            made = merge.bake(
+                checkpoint,
+                removed,
+                output,
+                digest=digest(data),
+                preserve_norms=preserve_norms,
+                verified=verify,
+                progress=progress,
+            )
+            told = f"{made.count} tensors edited"
+    typer.echo(f"wrote {output}: {told}")
+    typer.echo("not verified, as --no-verify says" if made.verdict is None else f"verified: {made.verdict}")
 
 
 def push(

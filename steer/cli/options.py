@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from steer.lab.source import Source
 
 Model = Annotated[str, typer.Argument(help="local folder or hub id")]
-Harmful = Annotated[str, typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[:SPLIT[:COLUMN]]")]
+Harmful = Annotated[
+    str, typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[/CONFIG][:SPLIT[:COLUMN]]")
+]
 Harmless = Annotated[str, typer.Option(help="prompts that do not show it, as --harmful")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="the direction file to write")]
 SystemPrompt = Annotated[str | None, typer.Option(help="system prompt of every conversation")]

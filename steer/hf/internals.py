@@ -8,6 +8,8 @@ Tested with transformers 5.19.0 and 5.24.0. What is relied on:
   read-out on the stream of the pass. `model_runner._sample(scores, output_ids)` picks tokens from
   `[1, requests, vocabulary]`: replaced by our sampler, since its own has no per-request seed, min-p or top
   log-probabilities;
+* loading: `get_model_conversion_mapping`, `rename_source_key` and `convert_and_load_state_dict_in_model` say which
+  parameter a tensor of a file becomes, and make it of it, also where the files hold experts one by one;
 * `generate(custom_generate=...)` hands over the cache and the inputs as it prepared them, whatever the model calls
   them; `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation` go on from there.
 
@@ -29,9 +31,20 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.generation.continuous_batching.utils import stream_context
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as hf_logging
 
 from steer.errors import SteerError, UnsupportedModel
 
@@ -369,3 +382,54 @@ def _greedy(count: int, **more: object) -> GenerationConfig:
     return GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=count, eos_token_id=[], pad_token_id=0, use_cache=True, **more
     )
+
+
+class Loading:
+    """How transformers makes the parameters of `model` (on the meta device) of the tensors in its files."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self._mapping = model, get_model_conversion_mapping(model)
+        self._renamings = [each for each in self._mapping if isinstance(each, WeightRenaming)]
+        self._converters = [each for each in self._mapping if isinstance(each, WeightConverter)]
+        self._known = model.state_dict()
+
+    def parameter(self, name: str) -> tuple[str, list[object]] | None:
+        """The parameter that the tensor `name` of a file becomes, or the first of several, and what is done to it; None
+        where the model has none."""
+        prefix = self._model.base_model_prefix
+        found, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._known)
+        if found not in self._known and name in self._known:
+            found, pattern = rename_source_key(name, [], [], prefix, self._known)
+        if found not in self._known:
+            return None
+        operations = [c.operations for c in self._converters if pattern in c.source_patterns] if pattern else []
+        return found, list(operations[0]) if operations else []
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put what `tensors` of the files become into the model, in the dtype that it has there."""
+        shown = hf_logging.is_progress_bar_enabled()
+        hf_logging.disable_progress_bar()
+        try:
+            convert_and_load_state_dict_in_model(
+                self._model, tensors, LoadStateDictConfig(weight_mapping=self._mapping, dtype=None)
+            )
+        finally:
+            if shown:
+                hf_logging.enable_progress_bar()
+
+
+def axis_in_file(operations: Sequence[object], axis: int, parameter: Sequence[int], file: Sequence[int]) -> int | None:
+    """Which dimension of a tensor of the shape `file`, counted from the end, is the dimension `axis` (likewise) of the
+    parameter of the shape `parameter` that is made of it by `operations`; None where that is not known."""
+    dimensions = len(parameter)
+    for operation in reversed(operations):
+        if isinstance(operation, MergeModulelist) and operation.dim == 0:
+            dimensions -= 1  # experts one by one
+        elif isinstance(operation, Transpose):
+            if operation.check_dims and tuple(file) == tuple(parameter):
+                continue
+            one, other = (d - dimensions if d >= 0 else d for d in (operation.dim0, operation.dim1))
+            axis = {one: other, other: one}.get(axis, axis)
+        else:
+            return None
+    return axis if dimensions == len(file) else None

@@ -138,35 +138,6 @@ def attention_implementation(config: PreTrainedConfig) -> str | None:
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
-@dataclass(frozen=True, slots=True)
-class Skeleton:
-    """A model without its weights: the class of each module by its name, the output embedding's name, and whether that
-    is tied to the input embedding."""
-
-    kinds: dict[str, str]
-    head: str | None
-    tied: bool
-
-
-def skeleton(folder: str | Path) -> Skeleton:
-    """What transformers would build for the config in `folder`, on the meta device: it takes no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"{folder}: no causal language model that transformers knows: {error}") from error
-    named, output = dict(model.named_modules()), model.get_output_embeddings()
-    head = next((name for name, module in named.items() if module is output), None)
-    return Skeleton(
-        {name: type(module).__name__ for name, module in named.items()},
-        head,
-        bool(config.get_text_config().tie_word_embeddings),
-    )
-
-
 def describe(name: str, revision: str | None = None) -> tuple[str, int, int]:
     """Architecture, layers and d_model of a model, from its config alone."""
     from transformers import AutoConfig

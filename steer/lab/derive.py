@@ -17,7 +17,7 @@ from steer.geometry import MIN_ANGLE, angle, orthonormalise
 from steer.lab.measurement import Contrast, Measurement, Sample, principal, towards_harmful
 from steer.lab.methods.base import Method
 from steer.lab.methods.means import Slerp
-from steer.names import MODES, Mode, Site
+from steer.names import MODES, Mode, Site, acts_on_terms
 
 log = logging.getLogger("steer")
 #: Of the difference of means within the rows' span, the part that each row must have at least to have a side.
@@ -105,7 +105,7 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
         agreement = found.agreement
         rows = spread(measurement, recipe, source, found.rows)
         missing = []
-        if "writers" in recipe.sites:
+        if acts_on_terms(recipe.sites):
             embedding = found.rows.float()
     if missing:
         log.warning("layers %d to %d were not measured and are left unsteered", missing[0], missing[-1])

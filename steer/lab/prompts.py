@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,8 +24,16 @@ if TYPE_CHECKING:
 
 #: Names under which datasets keep the prompt, first match wins.
 COLUMNS = ("prompt", "text", "instruction", "goal", "question", "behavior", "query")
+#: Where a table keeps conversations, if it has none of the others.
+CONVERSATIONS = ("messages", "conversation")
 HUB = "hub:"
-FORMATS = ".txt (a prompt a line), .jsonl, .json, .parquet, a URL of one, or hub:OWNER/NAME[:SPLIT[:COLUMN]]"
+FORMATS = (
+    ".txt (a prompt a line), .jsonl, .json, .parquet, a URL of one, or "
+    "hub:OWNER/NAME[/CONFIG][:SPLIT[:COLUMN]], where a split may be a part, as train[100:200]"
+)
+_HUB = re.compile(
+    r"(?P<name>[^/:]+(?:/[^/:]+)?)(?:/(?P<config>[^/:]+))?(?::(?P<split>(?:\[[^\]]*\]|[^:\[\]])*)(?::(?P<column>.*))?)?"
+)
 #: Of a URL: seconds to wait for its server, and bytes that are read.
 PATIENCE, MOST_BYTES = 10.0, 2**28
 ROLES = ("system", "user", "assistant")
@@ -237,13 +246,23 @@ def _conversation(messages: object, where: str) -> Conversation:
 
 
 def _column(names: Iterable[str], where: str) -> str:
-    found = next((c for c in COLUMNS if c in set(names)), None)
+    accepted = (*COLUMNS, *CONVERSATIONS)
+    found = next((c for c in accepted if c in set(names)), None)
     if found is None:
-        raise InvalidInput(f"{where}: has none of the columns {', '.join(COLUMNS)}")
+        raise InvalidInput(f"{where}: has none of the columns {', '.join(accepted)}")
     return found
 
 
-def _from_parquet(path: Path, data: bytes) -> list[str]:
+def _cells(values: Iterable[object], where: str) -> list[Prompt]:
+    """The prompts in a column of a table: texts, or lists of chat messages."""
+    found = ((n, value) for n, value in enumerate(values, 1) if value is not None)
+    return [
+        _conversation(value, f"{where}, row {n}") if isinstance(value, list) else str(value).strip()
+        for n, value in found
+    ]
+
+
+def _from_parquet(path: Path, data: bytes) -> list[Prompt]:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
@@ -252,9 +271,7 @@ def _from_parquet(path: Path, data: bytes) -> list[str]:
         table = parquet.read_table(io.BytesIO(data))
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{path}: not a parquet file: {error}") from error
-    return [
-        str(value) for value in table.column(_column(table.column_names, str(path))).to_pylist() if value is not None
-    ]
+    return _cells(table.column(_column(table.column_names, str(path))).to_pylist(), str(path))
 
 
 def _from_hub(source: str) -> PromptSet:
@@ -264,19 +281,20 @@ def _from_hub(source: str) -> PromptSet:
         raise InvalidInput(
             f"{source}: reading a hub dataset needs the package datasets (pip install datasets)"
         ) from error
-    name, _, rest = source.removeprefix(HUB).partition(":")
-    split, _, column = rest.partition(":")
+    if (named := _HUB.fullmatch(source.removeprefix(HUB))) is None:
+        raise InvalidInput(f"{source}: is no dataset of the hub; accepted: {FORMATS}")
     try:
-        data = datasets.load_dataset(name, split=split or "train")
+        data = datasets.load_dataset(named["name"], named["config"], split=named["split"] or "train")
     except Exception as error:  # the library raises its own errors, those of the network and those of the file system
         raise InvalidInput(f"{source}: cannot be loaded: {error}") from error
-    column = column or _column(data.column_names, source)
+    column = named["column"] or _column(data.column_names, source)
     if column not in data.column_names:
         raise InvalidInput(f"{source}: has no column '{column}', it has {', '.join(data.column_names)}")
-    prompts = tuple(p for p in (str(value).strip() for value in data[column] if value is not None) if p)
+    prompts = tuple(prompt for prompt in _cells(data[column], source) if prompt)
     if not prompts:
         raise InvalidInput(f"{source}: has no prompts")
-    return PromptSet(source, hashlib.sha256("\n".join(prompts).encode()).hexdigest(), prompts)
+    texts = (prompt if isinstance(prompt, str) else repr(prompt.turns) for prompt in prompts)
+    return PromptSet(source, hashlib.sha256("\n".join(texts).encode()).hexdigest(), prompts)
 
 
 class Templated(Protocol):

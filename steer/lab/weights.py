@@ -1,63 +1,20 @@
-"""A model as files: its safetensors shards, and which of the tensors in them write to the stream.
-
-Writers are known by the names that the families of models use, since a checkpoint of any size is edited shard by shard
-and never runs. That none was missed is checked afterwards by effect (`steer.lab.merge.verify`).
-"""
+"""A model as files: its safetensors shards, and the tensors in them, read one by one."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from steer.errors import InvalidInput, UnsupportedModel
-from steer.runtime.bank import EMBEDDING
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-_WRITER = re.compile(
-    r"\.(?P<module>o_proj|out_proj|dense|dense_4h_to_h|c_proj|down_proj|fc2|fc_out|w2)\.(?P<kind>weight|bias)$"
-    r"|\.experts\.down_proj$"
-)
-_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|wpe|embed_in|embed_positions|word_embeddings)\.weight$")
-#: Norms after a writer: what is written is their output, which no edit of the writer's weights makes orthogonal.
-_NORM_BEHIND = re.compile(r"\.post_(?:feedforward|mlp|ffw|self_attn)_?(?:layer)?norm\.weight$")
-
-Axis = Literal["first", "last", "middle"]
-
-
-@dataclass(frozen=True, slots=True)
-class Writer:
-    """A tensor that writes to the stream: at which layer (EMBEDDING for what stands before block 0), and which of its
-    dimensions is the stream's."""
-
-    name: str
-    layer: int
-    axis: Axis
-
-    @property
-    def bias(self) -> bool:
-        return self.name.endswith(".bias")
-
-    @property
-    def module(self) -> str:
-        return self.name.rsplit(".", 1)[0]
-
-    def written(self, tensor: Tensor) -> Tensor:
-        """A view of `tensor` as the vectors that it writes, `[..., d_model]`."""
-        return {
-            "last": tensor,
-            "first": tensor.transpose(0, -1) if tensor.ndim == 2 else tensor,
-            "middle": tensor.transpose(1, 2) if tensor.ndim == 3 else tensor,
-        }[self.axis]
 
 
 class Checkpoint:
@@ -78,19 +35,6 @@ class Checkpoint:
             raise UnsupportedModel(f"{folder}: has neither {SINGLE} nor {INDEX}; only safetensors weights are read")
 
     @property
-    def text_config(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.config.get("text_config", self.config)
-        return found
-
-    @property
-    def layers(self) -> int:
-        return int(self.text_config.get("num_hidden_layers") or self.text_config.get("n_layer") or 0)
-
-    @property
-    def d_model(self) -> int:
-        return int(self.text_config.get("hidden_size") or self.text_config.get("n_embd") or 0)
-
-    @property
     def architecture(self) -> str:
         return str((self.config.get("architectures") or ["unknown"])[0])
 
@@ -100,6 +44,10 @@ class Checkpoint:
         for name, file in self.map.items():
             by_file[file].append(name)
         yield from sorted(by_file.items())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        with safe_open(self.folder / self.map[name], framework="pt") as opened:
+            return tuple(opened.get_slice(name).get_shape())
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors one by one, never all in memory."""
@@ -113,44 +61,6 @@ class Checkpoint:
                         yield name, opened.get_tensor(name)
             except (OSError, SafetensorError) as error:
                 raise UnsupportedModel(f"{self.folder / file}: cannot be read: {error}") from error
-
-
-def find(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> list[Writer]:
-    """Every writer, blocks and embeddings. Raises UnsupportedModel for a norm after a writer, and for a block in which
-    no two modules that write are known by name."""
-    behind = [name for name in checkpoint.map if _NORM_BEHIND.search(name)]
-    if behind:
-        raise UnsupportedModel(
-            f"{checkpoint.architecture}: a norm stands between the writers and the stream ({behind[0]}), so no edit of "
-            "weights equals removing the direction; serve it with `--sites writers`, which acts behind the norm"
-        )
-    found: list[Writer] = []
-    modules: dict[int, set[str]] = defaultdict(set)
-    for name in sorted(checkpoint.map):
-        block = _BLOCK.search(name)
-        if block is None:
-            if _EMBEDDING.search(name):
-                found.append(Writer(name, EMBEDDING, "last"))
-            continue
-        matched = _WRITER.search(name[block.end() - 1 :])
-        if matched is None:
-            continue
-        writer = Writer(name, int(block.group(1)), "middle")
-        if matched.group("kind") == "bias":
-            writer = Writer(name, writer.layer, "last")
-        elif matched.group("kind") == "weight":
-            writer = Writer(name, writer.layer, "last" if kinds.get(writer.module) == "Conv1D" else "first")
-        found.append(writer)
-        modules[writer.layer].add(name[block.end() :].split(".")[0])
-    poor = [layer for layer in range(checkpoint.layers) if len(modules[layer]) < 2]
-    if poor:
-        raise UnsupportedModel(
-            f"{checkpoint.architecture}: in the layers {poor} no attention and MLP that write are known by their "
-            "names; this family of models cannot be baked"
-        )
-    if not any(w.layer == EMBEDDING for w in found):
-        raise UnsupportedModel(f"{checkpoint.architecture}: no input embedding is known by its name")
-    return found
 
 
 def resolve(model: str, revision: str | None) -> Path:

@@ -4,8 +4,8 @@
 * `resid_post` is a block's output; the stream before block 0 is that block's input, so that scaled, normed and position
   embeddings are all in it.
 * The **writers** of a block are the children whose outputs add up to (block output − block input) in a probe pass.
-  This finds the norm after a writer where there is one (Gemma 2, OLMo 2), and refuses a block that scales what it
-  adds.
+  This finds the norm after a writer where there is one (Gemma 2, OLMo 2). A block may multiply what they write, or the
+  whole sum, by one number (Granite): to remove a component before or behind that is the same.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def hooks(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 def find_writers(blocks: Sequence[nn.Module], run: Callable[[], object]) -> list[tuple[nn.Module, ...]]:
     """For each block the children that write to the stream, as a probe pass shows (`run`) with recording hooks.
 
-    Raises UnsupportedModel for a block whose change is not the sum of one or two of its children's outputs.
+    Raises UnsupportedModel for a block whose change is not the sum of one or two of its children's outputs, each times
+    a number.
     """
     dtypes: dict[int, torch.dtype] = {}
     entered: dict[int, Tensor] = {}
@@ -139,26 +140,55 @@ def _child_recorder(store: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: object, output: Output) -> None:
         stream = stream_of(output)
         if isinstance(stream, Tensor) and stream.is_floating_point():
+            store.pop(name, None)  # in the order of their last calls: one dropout may stand behind several children
             store[name] = stream.detach().float().clone()
 
     return hook
 
 
 def summands(entered: Tensor, left: Tensor, wrote: dict[str, Tensor], eps: float) -> tuple[str, ...] | None:
-    """The one or two of `wrote`, first in the order they ran, that best sum to what the block added to the stream.
+    """The one or two of `wrote`, first in the order they ran, that best sum to what the block added to the stream;
+    where none do, the fewest that do when each of the terms is multiplied by a number of its own (`scales`).
 
-    The error is taken for each element against what was rounded there, so that a few huge dimensions (every large model
-    has them) do not hide a wrong sum. None where no sum is within rounding.
+    A child that hands on what another wrote (dropout) is none. The error is taken for each element against what was
+    rounded there, so that a few huge dimensions (every large model has them) do not hide a wrong sum. None where no sum
+    is within rounding.
     """
-    change = left - entered
-    fitting = {n: t.reshape(change.shape) for n, t in wrote.items() if t.numel() == change.numel()}
+    fitting: dict[str, Tensor] = {}
+    for name, t in wrote.items():
+        if t.numel() == entered.numel() and not any(torch.equal(t.flatten(), o.flatten()) for o in fitting.values()):
+            fitting[name] = t.reshape(entered.shape)
     best: tuple[str, ...] | None = None
     lowest = ROUNDINGS * eps
-    for count in (1, 2):
-        for names in itertools.combinations(fitting, count):
-            parts = torch.stack([fitting[n] for n in names])
-            rounded = entered.abs() + left.abs() + parts.abs().sum(0)
-            error = float(((parts.sum(0) - change).abs() / rounded.clamp_min(1e-30)).max())
-            if error < lowest:
-                best, lowest = names, error
-    return best
+    for scaled in (False, True):
+        for count in (1, 2):
+            for names in itertools.combinations(fitting, count):
+                terms = torch.stack([entered, *(fitting[n] for n in names)])
+                if scaled:
+                    if (factors := scales(left, terms)) is None:
+                        continue
+                    terms = terms * factors.to(terms.dtype).view(-1, *[1] * entered.dim())
+                off = left - terms.sum(0) if scaled else left - entered - terms[1:].sum(0)
+                error = float((off.abs() / (left.abs() + terms.abs().sum(0)).clamp_min(1e-30)).max())
+                if error < lowest:
+                    best, lowest = names, error
+            if best and scaled:
+                return best  # more terms always come nearer
+        if best:
+            return best
+    return None
+
+
+#: A term that is multiplied by less than this is none.
+LEAST_SCALE = 1e-3
+
+
+def scales(total: Tensor, terms: Tensor) -> Tensor | None:
+    """The numbers by which the `terms` `[count, …, d_model]`, the stream first, are multiplied where they sum to
+    `total` `[…, d_model]`: `[count]` float64, by least squares. None where a term is no part of it, as the stream that
+    a child has added already (BLOOM), and where something is not finite."""
+    columns = terms.double().flatten(1).T
+    if not (columns.isfinite().all() and total.isfinite().all()):
+        return None
+    factors: Tensor = torch.linalg.lstsq(columns, total.double().flatten()[:, None]).solution[:, 0]
+    return factors if bool((factors.abs() > LEAST_SCALE).all()) else None

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steer.names import MODES, SITE_RULES, Mode, Site
 from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
-from steer.runtime.hook_points import hooks
+from steer.runtime.hook_points import hooks, scales
 from steer.runtime.op import amount
 from steer.runtime.token_index import RequestSteer, slot
 
@@ -276,17 +276,22 @@ class EagerCheck:
         return bad
 
     def _adds_up(self, handed: Handed, acted: Sequence[Tensor]) -> str | None:
-        """Does the next module get what the block was given and what its writers wrote, and nothing else?"""
+        """Does the next module get what the block was given and what its writers wrote, each times one number, and
+        nothing else?"""
         taken = handed.taken or []
         if not self.summed:
             taken = [t for t in taken if not _among(t, handed.given)][:1]
         given = handed.given if self.summed else [t for t in handed.given if t.numel() == acted[0].numel()][:1]
         if not taken or not given or any(t.numel() != acted[0].numel() for t in (*taken, *given)):
             return "nothing takes what the block hands on"
-        parts = [*taken, *given, *acted]
-        off = (self._whole(taken) - self._whole(given) - self._whole(acted)).norm(dim=-1)
-        allowed = ROUNDINGS * self.eps * _size(parts, self.bank.d_model)
-        return None if bool((off <= allowed).all()) else "the block hands on more than its writers wrote"
+        total, terms = self._whole(taken), torch.stack([self._whole(given), *(t.double() for t in acted)])
+        allowed = ROUNDINGS * self.eps * _size([*taken, *given, *acted], self.bank.d_model)
+        for factors in (torch.ones(len(terms)), scales(total, terms)):
+            if factors is not None:
+                off = (total - (terms * factors.to(terms).view(-1, 1, 1)).sum(0)).norm(dim=-1)
+                if bool((off <= allowed).all()):
+                    return None
+        return "the block hands on more than its writers wrote"
 
     def _compare(self, point: HookPoint, raw: Tensor, now: Tensor, parts: Sequence[Tensor]) -> str | None:
         """`now` `[tokens, d_model]`, made of `parts`, against the one operation on `raw`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -174,14 +175,35 @@ def test_generate_is_steered_at_every_step() -> None:
     assert not torch.equal(model.generate(IDS, attention_mask=mask, **options), expected)
 
 
-def test_a_block_that_scales_what_it_adds_has_no_writers_but_can_be_steered_at_its_output() -> None:
+@pytest.mark.parametrize("factor", [0.5, torch.linspace(0.5, 1.5, models.D_MODEL)])
+def test_a_block_may_scale_what_it_adds_by_one_number_and_not_each_dimension_by_its_own(
+    factor: float | torch.Tensor,
+) -> None:
     model = models.tiny("llama")
-    block = model.model.layers[1]
-    inner = block.forward
-    block.forward = lambda x, *args, **kwargs: x + 0.5 * (inner(x, *args, **kwargs) - x)
-    with pytest.raises(UnsupportedModel, match=r"block 1 .*resid_post"):
-        Steering(model, sites=("writers",))
-    Steering(model, sites=("resid_post",))
+    direction = models.direction(model, shared=True, embedding=True, sites=("writers",))
+
+    def scale(model: Any) -> None:
+        block = model.model.layers[1]
+        inner = block.forward
+        block.forward = lambda x, *args, **kwargs: x + factor * (inner(x, *args, **kwargs) - x)
+
+    edited = orthogonalised(model, direction.directions[0, 0])
+    scale(model)
+    if isinstance(factor, torch.Tensor):
+        with pytest.raises(UnsupportedModel, match=r"block 1 .*resid_post"):
+            Steering(model, sites=("writers",))
+        Steering(model, sites=("resid_post",))
+        return
+    scale(edited)
+    with steer.attach(model, {"d": direction}, sites=("writers",)) as steering, steering("d"):
+        assert relative(logits(model), logits(edited)) <= 1e-4
+
+
+def test_a_child_that_adds_the_stream_itself_is_no_writer() -> None:
+    """BLOOM: what its attention and MLP return is the stream with what they add to it."""
+    config = tf.BloomConfig(vocab_size=models.VOCABULARY, hidden_size=models.D_MODEL, n_layer=models.LAYERS, n_head=4)
+    with pytest.raises(UnsupportedModel, match="write what the block adds to the stream"):
+        Steering(tf.AutoModelForCausalLM.from_config(config).eval(), sites=("writers",))
 
 
 def test_a_missing_block_or_an_inert_hook_refuses_to_start() -> None:

@@ -101,6 +101,43 @@ def test_means_with_holes_or_of_nothing_are_refused(states: tuple[Tensor, Tensor
         formats.read(path, Foreign())
 
 
+@pytest.mark.parametrize("name", ["refuse", "refusenorm"])
+def test_the_direction_beside_the_means_is_read_as_it_is(
+    name: str, states: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor], tmp_path: Path, caplog: Any
+) -> None:
+    """Of means that are nearly equal 16 bits leave no direction; the one that was made before they were rounded is."""
+    harmful, harmless = (s.mean(1).double() for s in states)
+    near = harmless + 1e-3 * (harmful - harmless)
+    difference = near - harmless
+    if name == "refusenorm":
+        difference = torch.nn.functional.normalize(difference, dim=-1)
+    values = {f"{name}_{i}": difference[i].float() for i in range(LAYERS)}
+    means = {f"harmful_{i}": near[i].bfloat16() for i in range(LAYERS)}
+    means |= {f"harmless_{i}": harmless[i].bfloat16() for i in range(LAYERS)}
+    path = tmp_path / "m.refuse"
+    torch.save(values | means, path)
+    assert isinstance(formats.read(path, FOREIGN), Measurement)
+    assert f"--tensor {name} takes the direction" in caplog.text
+    expected = torch.nn.functional.normalize(outputs[0] - outputs[1], dim=-1)[: LAYERS - 1].float()
+    found = formats.read(path, Foreign(FACTS, tensor=name))
+    assert isinstance(found, Direction)
+    torch.testing.assert_close(found.directions[: LAYERS - 1, 0], expected, rtol=1e-3, atol=1e-3)
+    assert not found.directions[LAYERS - 1].any()
+    assert found.meta.modes == (("ablate", "add") if name == "refuse" else ("ablate",))
+    one = formats.read(path, Foreign(FACTS, layer=1, tensor=name))
+    assert isinstance(one, Direction)
+    assert one.meta.source_layer == 1
+    torch.testing.assert_close(one.directions[:, 0], expected[1].expand(LAYERS, D), rtol=1e-3, atol=1e-3)
+    torch.save(values, path)
+    alone = formats.read(path, FOREIGN)
+    assert isinstance(alone, Direction)
+    torch.testing.assert_close(alone.directions, found.directions)
+    other = "refuse" if name == "refusenorm" else "refusenorm"
+    for foreign, says in ((Foreign(FACTS, tensor=other), f"no direction '{other}'"), (Foreign(FACTS, 2), "not 2")):
+        with pytest.raises(InvalidInput, match=says):
+            formats.read(path, foreign)
+
+
 def test_a_resid_pre_direction_is_our_layer_before(
     states: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:

@@ -1,4 +1,5 @@
-"""A baked model, and a LoRA adapter, compute what the runtime serves at `writers`; what cannot be is refused."""
+"""A baked model computes what the runtime serves at `writers`, or where a norm stands behind the weights what the plain
+reference does; what cannot be baked, or fails its verification, leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -10,19 +11,21 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
 
 import steer
 from steer.direction import Direction
 from steer.errors import DirectionError, InvalidInput, UnsupportedModel
-from steer.lab import merge
-from steer.lab.merge import RECEIPT, bake, edited, removal, verify
-from steer.lab.weights import INDEX, Checkpoint, Writer
-from tests import models
+from steer.hf.internals import axis_in_file
+from steer.hf.load import attention_implementation
+from steer.lab.merge import RECEIPT, Made, bake
+from steer.lab.removal import Plan, removal
+from steer.lab.weights import INDEX, Checkpoint
+from steer.lab.writers import Writer
+from tests import models, oracle
 
 IDS = torch.randint(3, models.VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(7))
-BAKEABLE = [name for name in models.ARCHITECTURES if name not in models.NORM_BEHIND_WRITER]
-#: Whose writers have biases, or experts that are no modules: no adapter reaches those.
-NO_ADAPTER = ("gpt2", "gpt_neox", "mixtral", "qwen3_moe")
+EXACT = [name for name in models.ARCHITECTURES if name not in models.NORM_BEHIND_WRITER]
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -45,25 +48,67 @@ def served(model: Any, direction: Direction, strength: float = 1.0) -> torch.Ten
         return logits(model)
 
 
-def baked(folder: Path, direction: Direction, strength: float = 1.0, **more: Any) -> Any:
+def made(folder: Path, direction: Direction, strength: float = 1.0, **more: Any) -> tuple[Any, Made]:
     output = folder.parent / f"baked-{strength}"
-    bake(Checkpoint(folder), removal(direction, strength), output, digest="d" * 64, **more)
-    return tf.AutoModelForCausalLM.from_pretrained(output, dtype="auto").eval()
+    told = bake(Checkpoint(folder), removal(direction, strength), output, digest="d" * 64, **more)
+    attention = attention_implementation(tf.AutoConfig.from_pretrained(output))
+    edited = tf.AutoModelForCausalLM.from_pretrained(output, dtype="auto", attn_implementation=attention)
+    return edited.eval(), told
+
+
+def baked(folder: Path, direction: Direction, strength: float = 1.0, **more: Any) -> Any:
+    return made(folder, direction, strength, **more)[0]
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
-@pytest.mark.parametrize("name", BAKEABLE)
+@pytest.mark.parametrize("name", EXACT)
 def test_baked_equals_served(name: str, strength: float, tmp_path: Path) -> None:
     model = models.save(name, tmp_path / "model")
     direction = at_writers(model)
-    made = baked(tmp_path / "model", direction, strength)
+    edited, told = made(tmp_path / "model", direction, strength)
     expected = served(model, direction, strength)
-    assert relative(logits(made), expected) <= 1e-4
+    assert relative(logits(edited), expected) <= 1e-4
     assert relative(logits(model), expected) > 1e-3, "the edit must do something, or the test shows nothing"
-    verdict = verify(str(tmp_path / "model"), None, tmp_path / f"baked-{strength}", removal(direction, strength))
-    assert verdict.logits is not None
-    assert verdict.logits <= 1e-4
-    assert (verdict.left is None) == (strength != 1.0)
+    assert told.verdict is not None
+    assert told.verdict.logits is not None
+    assert told.verdict.logits <= 1e-4
+    assert told.verdict.served is None
+    assert (told.verdict.left is None) == (strength != 1.0)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("name", models.NORM_BEHIND_WRITER)
+def test_baked_through_a_norm_equals_the_reference_and_is_told_apart_from_what_is_served(
+    name: str, strength: float, tmp_path: Path
+) -> None:
+    model = models.save(name, tmp_path / "model")
+    direction = at_writers(model)
+    edited, told = made(tmp_path / "model", direction, strength)
+    v = direction.directions[0, 0]
+    expected, as_served = (oracle.reference_logits(model, name, v, IDS, strength, before=b) for b in (True, False))
+    assert relative(logits(edited), expected) <= 1e-4
+    assert relative(served(model, direction, strength), as_served) <= 1e-4
+    assert told.verdict is not None
+    assert told.verdict.logits is not None
+    assert told.verdict.logits <= 1e-4
+    assert told.verdict.served is not None
+    assert told.verdict.served > 1e-3
+    assert "from what is served" in str(told.verdict)
+    assert (told.verdict.left is None) == (strength != 1.0)
+    assert json.loads((tmp_path / f"baked-{strength}" / RECEIPT).read_text())["norms_behind_writers"]
+
+
+@pytest.mark.parametrize("name", models.NORM_BEHIND_WRITER)
+def test_through_a_norm_nothing_of_any_row_is_left(name: str, tmp_path: Path) -> None:
+    model = models.save(name, tmp_path / "model")
+    direction = at_writers(model, k=2)
+    edited, told = made(tmp_path / "model", direction)
+    assert told.verdict is not None
+    assert told.verdict.left is not None
+    assert told.verdict.left <= 1e-5
+    hidden = edited(input_ids=IDS, output_hidden_states=True, use_cache=False).hidden_states[:-1]
+    left = torch.stack(hidden).detach() @ direction.directions[0].T
+    assert float(left.abs().max()) <= 1e-4 * float(torch.stack(hidden).detach().norm(dim=-1).min())
 
 
 def test_each_layers_own_rows_of_rank_two_are_baked_too(tmp_path: Path) -> None:
@@ -76,38 +121,92 @@ def test_each_layers_own_rows_of_rank_two_are_baked_too(tmp_path: Path) -> None:
 def test_one_vector_for_the_whole_stream_is_baked_as_writers_and_more_are_refused(tmp_path: Path) -> None:
     model = models.save("llama", tmp_path / "model")
     direction = models.direction(model, shared=True, mode="one_sided")
-    made = baked(tmp_path / "model", direction)
+    edited = baked(tmp_path / "model", direction)
     expected = replace(
         direction.with_meta(sites=("writers",), mode="ablate"), embedding=direction.directions[0].clone()
     )
-    assert relative(logits(made), served(model, expected)) <= 1e-4
+    assert relative(logits(edited), served(model, expected)) <= 1e-4
     with pytest.raises(InvalidInput, match="--sites writers"):
         removal(models.direction(model))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma3"])
 def test_bfloat16_is_stored_as_bfloat16_and_verified(name: str, tmp_path: Path) -> None:
     model = models.save(name, tmp_path / "model", torch.bfloat16)
-    direction = at_writers(model)
-    made = baked(tmp_path / "model", direction)
-    assert next(made.parameters()).dtype == torch.bfloat16
-    verify(str(tmp_path / "model"), None, tmp_path / "baked-1.0", removal(direction))
+    edited, told = made(tmp_path / "model", at_writers(model))
+    assert next(edited.parameters()).dtype == torch.bfloat16
+    assert told.verdict is not None
 
 
-@pytest.mark.parametrize("name", models.NORM_BEHIND_WRITER)
-def test_a_norm_behind_the_writers_is_refused(name: str, tmp_path: Path) -> None:
-    model = models.save(name, tmp_path / "model")
-    with pytest.raises(UnsupportedModel, match="a norm stands between the writers and the stream"):
+def test_experts_of_a_class_that_is_not_known_are_refused_and_not_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are square: nothing but the class tells which side is the stream's."""
+    model = models.save("llama4", tmp_path / "model")
+    monkeypatch.setattr("steer.lab.writers._INPUTS_FIRST", ("Conv1D",))
+    with pytest.raises(UnsupportedModel, match="how a Llama4TextExperts lays out its weights is not known"):
+        baked(tmp_path / "model", at_writers(model))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("operations", "parameter", "file", "axis"),
+    [
+        ([], (4, 5), (4, 5), -2),
+        ([MergeModulelist(dim=0)], (3, 4, 5), (4, 5), -2),
+        ([Transpose(1, 2)], (3, 4, 5), (3, 5, 4), -1),
+        ([MergeModulelist(dim=0), Transpose(1, 2)], (3, 4, 5), (5, 4), -1),
+        ([Transpose(1, 2, check_dims=True)], (3, 4, 5), (3, 5, 4), -1),
+        ([Transpose(1, 2, check_dims=True)], (3, 4, 5), (3, 4, 5), -2),
+        ([MergeModulelist(dim=0), Concatenate(dim=1)], (3, 4, 5), (2, 5), None),
+        ([], (3, 4, 5), (4, 5), None),
+    ],
+)
+def test_the_axis_in_the_file_is_what_loading_makes_the_parameters_of(
+    operations: list[Any], parameter: tuple[int, ...], file: tuple[int, ...], axis: int | None
+) -> None:
+    """The second dimension from the end, of the size 4, of a parameter that transformers makes by these operations."""
+    assert axis_in_file(operations, -2, parameter, file) == axis
+    if axis is not None:
+        assert file[axis] == parameter[-2]
+
+
+def test_a_norm_that_is_no_rms_norm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.save("olmo2", tmp_path / "model")
+
+    class Shifted(tf.models.olmo2.modeling_olmo2.Olmo2RMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states - hidden_states.mean(-1, keepdim=True))
+
+    monkeypatch.setattr(tf.models.olmo2.modeling_olmo2, "Olmo2RMSNorm", Shifted)
+    with pytest.raises(UnsupportedModel, match=r"\(Shifted\) stands between .* and is no RMS norm"):
+        baked(tmp_path / "model", at_writers(model))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_block_that_adds_up_otherwise_is_refused(tmp_path: Path) -> None:
+    """BLOOM's attention hands on the stream with what it adds to it."""
+    config = tf.BloomConfig(vocab_size=models.VOCABULARY, hidden_size=models.D_MODEL, n_layer=models.LAYERS, n_head=4)
+    model = tf.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedModel, match="write what the block adds to the stream"):
         baked(tmp_path / "model", at_writers(model))
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_tied_embeddings_are_untied_and_the_unembedding_stays(tmp_path: Path) -> None:
     model = models.save("cohere", tmp_path / "model")
-    made = baked(tmp_path / "model", at_writers(model))
-    assert not made.config.tie_word_embeddings
-    assert torch.equal(made.get_output_embeddings().weight, model.get_output_embeddings().weight)
-    assert not torch.equal(made.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    edited = baked(tmp_path / "model", at_writers(model))
+    assert not edited.config.tie_word_embeddings
+    assert torch.equal(edited.get_output_embeddings().weight, model.get_output_embeddings().weight)
+    assert not torch.equal(edited.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_a_tied_embedding_from_which_nothing_is_removed_stays_tied(tmp_path: Path) -> None:
+    model = models.save("gemma3", tmp_path / "model")
+    edited = baked(tmp_path / "model", at_writers(model, embedding=False))
+    assert edited.config.tie_word_embeddings
+    assert torch.equal(edited.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
 def test_many_shards_give_the_same_model_and_an_index(tmp_path: Path) -> None:
@@ -141,30 +240,61 @@ def test_what_is_written_beside_the_weights(tmp_path: Path) -> None:
 def test_lengths_are_kept_where_that_is_asked_and_the_direction_is_gone(tmp_path: Path) -> None:
     model = models.save("llama", tmp_path / "model")
     direction = at_writers(model)
-    made = baked(tmp_path / "model", direction, preserve_norms=True)
-    verdict = verify(str(tmp_path / "model"), None, tmp_path / "baked-1.0", removal(direction), preserve_norms=True)
-    assert verdict.logits is None
-    assert verdict.left is not None
-    assert verdict.left <= 1e-5
-    old, new = (m.model.layers[1].mlp.down_proj.weight for m in (model, made))
+    edited, told = made(tmp_path / "model", direction, preserve_norms=True)
+    assert told.verdict is not None
+    assert told.verdict.logits is None
+    assert told.verdict.left is not None
+    assert told.verdict.left <= 1e-5
+    old, new = (m.model.layers[1].mlp.down_proj.weight for m in (model, edited))
     torch.testing.assert_close(old.norm(dim=0), new.norm(dim=0))
     assert float((direction.directions[0, 0] @ new.detach()).abs().max()) <= 1e-5
 
 
-@pytest.mark.parametrize("missed", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
-def test_a_writer_that_was_missed_is_found_by_its_effect(
-    missed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_nothing_can_be_compared_with_is_written_only_where_that_is_told(tmp_path: Path) -> None:
     model = models.save("llama", tmp_path / "model")
     direction = at_writers(model)
+    with pytest.raises(InvalidInput, match="nothing to verify this by"):
+        baked(tmp_path / "model", direction, 0.5, preserve_norms=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert made(tmp_path / "model", direction, 0.5, preserve_norms=True, verified=False)[1].verdict is None
 
-    def forgetful(writer: Writer, tensor: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return tensor if writer.name == missed else edited(writer, tensor, *rest)
 
-    monkeypatch.setattr("steer.lab.merge.edited", forgetful)
-    baked(tmp_path / "model", direction)
-    with pytest.raises(UnsupportedModel, match="some writer"):
-        verify(str(tmp_path / "model"), None, tmp_path / "baked-1.0", removal(direction))
+@pytest.mark.parametrize("missed", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_writer_that_was_missed_is_found_by_its_effect_and_nothing_is_kept(
+    name: str, missed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.save(name, tmp_path / "model")
+    direction, edited = at_writers(model), Plan.edited
+
+    def forgetful(plan: Plan, writer: Writer, tensor: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return tensor if writer.name == missed else edited(plan, writer, tensor, *rest)
+
+    monkeypatch.setattr(Plan, "edited", forgetful)
+    with pytest.raises(UnsupportedModel, match=r"some writer.*Nothing was kept"):
+        baked(tmp_path / "model", direction)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert made(tmp_path / "model", direction, verified=False)[1].verdict is None
+    assert not json.loads((tmp_path / "baked-1.0" / RECEIPT).read_text())["verified"]
+
+
+def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of more than one block, or of a block and an embedding, are never there together."""
+    from steer.hf.streamed import Streamed
+
+    model = models.save("qwen3_moe", tmp_path / "model")
+    largest = max(sum(p.numel() for p in b.parameters()) for b in model.model.layers)
+    largest = max(largest, model.lm_head.weight.numel())
+    load, most = Streamed._load, 0
+
+    def watched(streamed: Streamed, own: list[str]) -> None:
+        nonlocal most
+        load(streamed, own)
+        most = max(most, streamed.in_memory())
+
+    monkeypatch.setattr(Streamed, "_load", watched)
+    baked(tmp_path / "model", at_writers(model))
+    assert 0 < most <= largest
 
 
 def test_another_models_direction_and_other_weights_are_refused(tmp_path: Path) -> None:
@@ -179,26 +309,3 @@ def test_another_models_direction_and_other_weights_are_refused(tmp_path: Path) 
     with pytest.raises(UnsupportedModel, match=r"config.json: cannot be read"):
         Checkpoint(tmp_path)
     assert model is not None
-
-
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("name", [n for n in BAKEABLE if n not in NO_ADAPTER])
-@pytest.mark.filterwarnings("ignore")  # peft's own
-def test_the_adapter_equals_served(name: str, k: int, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    model = models.save(name, tmp_path / "model")
-    direction = at_writers(model, k=k)
-    count = merge.export(Checkpoint(tmp_path / "model"), removal(direction, 0.8), tmp_path / "adapter", base="m")
-    assert count == 2 * models.LAYERS + 1
-    expected = served(model, direction, 0.8)
-    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
-    assert relative(logits(adapted), expected) <= 1e-4
-
-
-@pytest.mark.parametrize("name", NO_ADAPTER)
-def test_what_an_adapter_cannot_reach_is_refused(name: str, tmp_path: Path) -> None:
-    model = models.save(name, tmp_path / "model")
-    says = "bias with a component" if name.startswith("gpt") else "no module of its own"
-    with pytest.raises(UnsupportedModel, match=says):
-        merge.export(Checkpoint(tmp_path / "model"), removal(at_writers(model)), tmp_path / "adapter", base="m")
-    assert not (tmp_path / "adapter").exists()

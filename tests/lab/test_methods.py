@@ -125,6 +125,29 @@ def test_slerp_at_its_special_places_is_projected_linear_and_the_plain_differenc
     torch.testing.assert_close(slerp(1)[0], unit(unit(h) - unit(a)))
 
 
+@given(seed=SEEDS, degrees=st.floats(1, 179), t=st.floats(-30, 30), shorter=st.floats(0.2, 5), longer=st.floats(0.2, 5))
+@settings(deadline=None, max_examples=200)
+def test_slerp_points_to_the_harmful_class_at_every_t_or_is_refused(
+    seed: int, degrees: float, t: float, shorter: float, longer: float
+) -> None:
+    """It does within π/ω of where the family is `linear`, so always for t from 0 to 2, and again after a whole turn."""
+    generator = torch.Generator().manual_seed(seed)
+    base, e = torch.linalg.qr(torch.randn(12, 2, generator=generator, dtype=torch.float64))[0].T
+    omega = math.radians(degrees)
+    a, h = shorter * base, longer * (math.cos(omega) * base + math.sin(omega) * e)
+    contrast = Contrast(sample(a[None]), sample(h[None]))
+    reach = abs(t - linear_t(a, h)) * omega / math.pi
+    try:
+        row = make_method("slerp", {"t": t}).rows(contrast)[0]
+    except DegenerateError as error:
+        assert math.cos(reach * math.pi / 2) < 1e-5
+        assert not 0 <= t <= 2
+        assert "points from harmful to harmless" in str(error)
+        return
+    assert float(row @ (h - a)) > 0
+    assert math.cos(reach * math.pi / 2) > 0
+
+
 @pytest.mark.parametrize("name", ORTHOGONAL)
 @given(seed=SEEDS)
 @law

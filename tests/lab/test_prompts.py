@@ -199,10 +199,10 @@ class Hub:
             raise KeyError(f"Column {column} not in the dataset. Current columns in the dataset: {self.column_names}")
         return self.columns[column]
 
-    def load_dataset(self, name: str, split: str) -> Hub:
+    def load_dataset(self, name: str, config: str | None, split: str) -> Hub:
         if name == "owner/none":
             raise FileNotFoundError("Dataset 'owner/none' doesn't exist on the Hub")
-        self.asked.append((name, split))
+        self.asked.append((name, split) if config is None else (name, config, split))
         return self
 
 
@@ -233,6 +233,45 @@ def test_a_hub_source_that_cannot_be_had_is_named(hub: Hub) -> None:
         read_prompts("hub:owner/name")
     hub.columns["text"] = ["", " "]
     with pytest.raises(InvalidInput, match="hub:owner/name: has no prompts"):
+        read_prompts("hub:owner/name")
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("name", ("name", "train")),
+        ("owner/name/config", ("owner/name", "config", "train")),
+        ("owner/name/config:test:text", ("owner/name", "config", "test")),
+        ("owner/name:train[:400]:text", ("owner/name", "train[:400]")),
+        ("owner/name/config:train[10%:20%]", ("owner/name", "config", "train[10%:20%]")),
+        ("owner/name:train[:4]+test[4:]:text", ("owner/name", "train[:4]+test[4:]")),
+    ],
+)
+def test_a_hub_source_names_configurations_and_parts_of_splits(source: str, asked: object, hub: Hub) -> None:
+    assert read_prompts(f"hub:{source}").prompts == ("one", "two")
+    assert hub.asked == [asked]
+
+
+@pytest.mark.parametrize("source", ["", "a/b/c/d", "owner/name:train[:4", "owner/name:train]:text"])
+def test_a_hub_source_of_another_form_is_refused(source: str, hub: Hub) -> None:
+    with pytest.raises(InvalidInput, match="is no dataset of the hub; accepted"):
+        read_prompts(f"hub:{source}")
+    assert hub.asked == []
+
+
+def test_a_column_may_hold_chat_messages(hub: Hub, tmp_path: Path) -> None:
+    turns = [
+        [{"role": "system", "content": "s"}, {"role": "user", "content": "one"}],
+        [{"role": "user", "content": "two"}],
+    ]
+    expected = (Conversation((("system", "s"), ("user", "one"))), Conversation((("user", "two"),)))
+    hub.columns = {"id": [1, 2, 3], "messages": [turns[0], None, turns[1]]}
+    assert read_prompts("hub:owner/name").prompts == expected
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"messages": turns}), tmp_path / "p.parquet")
+    assert read_prompts(str(tmp_path / "p.parquet")).prompts == expected
+    hub.columns = {"messages": [turns[0], [{"role": "nobody", "content": "x"}]]}
+    with pytest.raises(InvalidInput, match="hub:owner/name, row 2: message 1: needs a role"):
         read_prompts("hub:owner/name")
 
 

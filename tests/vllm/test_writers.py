@@ -14,7 +14,7 @@ from tests.vllm.conftest import IN_PROCESS
 from tests.vllm.engines import PROMPTS, TOLERANCE, Home, generate
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "granite"])
 def test_it_equals_orthogonalised_weights(name: str, tmp_path: Path, in_process: Callable[[Any], None]) -> None:
     home = Home.make(name, tmp_path)
     made = models.direction(home.model, shared=True, embedding=True, sites=("writers",))

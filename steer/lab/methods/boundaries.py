@@ -24,8 +24,8 @@ ROUNDING = 1e-12
 class Whitened(Method):
     """The difference of the class means, whitened by the spread within the classes (Fisher).
 
-    Source: Fisher 1936; the shrinkage of Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional
-    covariance matrices".
+    Source: Fisher 1936, "The use of multiple measurements in taxonomic problems"; the shrinkage of Ledoit and Wolf
+    2004, "A well-conditioned estimator for large-dimensional covariance matrices".
 
     v = normalise(Σ⁻¹·(μH − μA)) with Σ = (1 − s)·S + s·(tr S / d)·I, S the covariance within the classes and s the
     intensity that `shrinkage` gives: "auto" is Ledoit and Wolf's from vectors, and from second moments alone, which do
@@ -127,7 +127,8 @@ TOLERANCE = 1e-10
 class Logistic(Method):
     """The normal of the boundary that a logistic regression draws between the classes.
 
-    Source: logistic regression with a ridge, as the probes of Alain and Bengio 2016, by Newton's method.
+    Source: logistic regression with a ridge, as the probes of Alain and Bengio 2016 ("Understanding intermediate layers
+    using linear classifier probes", arXiv 1610.01644), by Newton's method.
 
     v = w/‖w‖ at the minimum over (w, b) of ½·E_H[log(1 + e^−(wz+b))] + ½·E_A[log(1 + e^(wz+b))] + ½·ridge·‖w‖², where
     z = x less the midpoint of the means, divided by its root mean square length: so nothing depends on the scale of

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from steer.errors import DegenerateError
-from steer.geometry import MIN_ANGLE, linear_direction, projected_direction, slerp_direction, unit
+from steer.geometry import (
+    MIN_ANGLE,
+    angle,
+    linear_direction,
+    linear_t,
+    projected_direction,
+    slerp_direction,
+    unit,
+)
 from steer.lab.measurement import Contrast
 from steer.lab.methods.base import Method
 
@@ -15,7 +25,8 @@ from steer.lab.methods.base import Method
 class Linear(Method):
     """The difference of the class means.
 
-    Source: Arditi et al. 2024, "Refusal in language models is mediated by a single direction", section 2.3.
+    Source: Arditi et al. 2024, "Refusal in language models is mediated by a single direction" (arXiv 2406.11717),
+    section 2.3.
 
     v = (μH − μA) / ‖μH − μA‖, of the raw means.
 
@@ -30,7 +41,8 @@ class Linear(Method):
 class Projected(Method):
     """The part of the harmful mean that is orthogonal to the harmless one.
 
-    Source: "projected abliteration" (J. Lai, 2025); the slerp family at t = 0.
+    Source: "Projected abliteration" (J. Lai, 2025, huggingface.co/blog/grimjim/projected-abliteration); the slerp
+    family at t = 0.
 
     v = e, the unit part of μH orthogonal to μA. The same for the difference μH − μA, which differs from μH by a
     multiple of μA.
@@ -51,6 +63,9 @@ class Slerp(Method):
     orthogonal to â, the unit vector along slerp(â, ĥ, t) − â. t = 0 is `projected`, t = 1 the difference of the
     normalised means.
 
+    d(t) points from the harmless mean to the harmful one, ⟨d, μH − μA⟩ > 0, for every t from 0 to 2 and beyond, up to
+    half a turn from `linear`. Where it does not it is refused: what is above the harmless mean would be harmless text.
+
     Pitfalls: only the angle between the means counts, so a difference that is one of length alone is not seen. Which t
     is best differs between models: on Qwen2.5-Coder-0.5B-Instruct more was removed the smaller t was (down to −1), and
     t = 1 removed least and changed most; on small models trained for the study (docs/study.md) t = 0 was the better
@@ -60,7 +75,15 @@ class Slerp(Method):
     t: float = Field(default=0.0, description="place on the arc: 0 is projected, 1 the normalised difference")
 
     def rows(self, contrast: Contrast) -> Tensor:
-        return slerp_direction(contrast.harmless.mean, contrast.harmful.mean, self.t).unsqueeze(0)
+        a, h = contrast.harmless.mean, contrast.harmful.mean
+        row = slerp_direction(a, h, self.t)
+        if not float(row @ unit(contrast.difference)) > MIN_ANGLE:
+            middle, reach = linear_t(a, h), math.pi / float(angle(a, h))
+            raise DegenerateError(
+                f"at t = {self.t:g} slerp points from harmful to harmless; here it does not for t from "
+                f"{middle - reach:.3g} to {middle + reach:.3g}, nor anywhere for t from 0 to 2"
+            )
+        return row.unsqueeze(0)
 
     @property
     def bisects(self) -> bool:
@@ -70,8 +93,9 @@ class Slerp(Method):
 class Biprojected(Method):
     """As `projected`, and made orthogonal to the harmless mean of each layer.
 
-    Source: "norm-preserving biprojected abliteration" (J. Lai, 2025); here the direction alone, the norms being an
-    option of `steer bake`.
+    Source: "Norm-preserving biprojected abliteration" (J. Lai, 2025,
+    huggingface.co/blog/grimjim/norm-preserving-biprojected-abliteration); here the direction alone, since keeping norms
+    is a matter of weights: docs/directions.md says which norms.
 
     At the source layer v = e as `projected`; at each layer l then v_l = normalise(v − ⟨v, â_l⟩·â_l), in two passes of
     Gram-Schmidt, with â_l the unit harmless mean there.

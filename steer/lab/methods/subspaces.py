@@ -19,7 +19,8 @@ from steer.lab.methods.base import Method, Need
 class Pca(Method):
     """The leading principal components of both classes together.
 
-    Source: Zou et al. 2023, "Representation engineering" (linear artificial tomography), for sets without pairs.
+    Source: Zou et al. 2023, "Representation engineering" (linear artificial tomography, arXiv 2310.01405), for sets
+    without pairs.
 
     The leading eigenvectors of M = ½·E_H[(x − m)(x − m)ᵀ] + ½·E_A[(x − m)(x − m)ᵀ] with m the midpoint of the means,
     so that either class counts half whatever its size: M = (Σ_H + Σ_A)/2 + ¼·ΔμΔμᵀ. From vectors by their n × n Gram
@@ -50,8 +51,8 @@ class Pca(Method):
 class Subspace(Method):
     """The leading singular vectors of the differences of harmful prompts from the harmless mean.
 
-    Source: the singular vectors of class differences, as in LEACE's and RepE's ablations of more than one direction
-    (Zou et al. 2023, appendix).
+    Source: singular vectors of differences between classes, as the principal directions of Zou et al. 2023
+    ("Representation engineering", arXiv 2310.01405); here without pairs of prompts.
 
     The k leading right singular vectors of the differences x_i − μA, i over the harmful prompts, not centred: the first
     is close to `linear` where the classes are far apart, the others are how refusals differ among each other.
@@ -76,9 +77,10 @@ STEPS = 1000
 class Cone(Method):
     """A basis of the differences of cluster means of harmful prompts from the harmless mean.
 
-    Source: Wollschläger et al. 2025, "The geometry of refusal in large language models: concept cones", whose cones
-    are trained with gradients; here, from a measurement alone, as in Piras et al. 2025 ("SOM directions are better than
-    one"), the rays are differences of cluster means.
+    Source: Wollschläger et al. 2025, "The geometry of refusal in large language models: concept cones and
+    representational independence" (arXiv 2502.17420), whose cones are trained with gradients; here, from a measurement
+    alone, as in Piras et al. 2025 ("SOM directions are better than one", arXiv 2511.08379), the rays are differences of
+    cluster means.
 
     k-means splits the harmful prompts into k clusters with means c_j; the rays of the cone are c_j − μA, and the rows
     are an orthonormal basis of their span, in the order of the clusters' sizes. With k = 1 it is `linear`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 from steer.errors import RequestError
@@ -58,10 +59,25 @@ class Tokenizer(Decoder, Protocol):
     eos_token_id: int | None
     pad_token_id: int | None
 
+    def __hash__(self) -> int: ...
     def __call__(self, text: str, **options: object) -> Encoding: ...
     def get_vocab(self) -> Mapping[str, int]: ...
     def get_chat_template(self) -> str: ...
     def apply_chat_template(self, conversation: Sequence[Mapping[str, object]], **options: object) -> str: ...
+
+
+@lru_cache(maxsize=8)
+def _reads_parts(tokenizer: Tokenizer, template: str) -> bool:
+    """Does this template of the tokenizer write the text of a message that comes in parts, and none that comes as a
+    string? That is the way of models that take images."""
+
+    def shown(content: object) -> bool:
+        try:
+            return "seen" in tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        except Exception:  # templates are programs: jinja raises whatever they raise
+            return False
+
+    return not shown("seen") and shown([{"type": "text", "text": "seen"}])
 
 
 class Chat:
@@ -81,8 +97,12 @@ class Chat:
         """
         if not self.tokenizer.chat_template:
             raise RequestError("this model has no chat template: use /v1/completions", param="messages")
-        unknown = "developer" not in self.tokenizer.get_chat_template()
+        template = self.tokenizer.get_chat_template()
+        unknown, parts = "developer" not in template, _reads_parts(self.tokenizer, template)
         read = [_Read(m | {"role": "system"} if unknown and m["role"] == "developer" else m) for m in messages]
+        for message in read:
+            if parts and isinstance(text := dict.get(message, "content"), str):  # ours, not the template's look
+                message["content"] = [{"type": "text", "text": text}]
         try:
             text = self.tokenizer.apply_chat_template(
                 read, tokenize=False, add_generation_prompt=add_generation_prompt, **more

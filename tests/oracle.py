@@ -17,7 +17,13 @@ from tests.models import NORM_BEHIND_WRITER
 ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
 
 #: Parameters that write to the stream: name endings, by the dimension that is the stream's.
-FIRST = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "attention.dense.weight", "mlp.dense_4h_to_h.weight")
+FIRST = (
+    "self_attn.o_proj.weight",
+    "mlp.down_proj.weight",
+    "attention.dense.weight",
+    "mlp.dense_4h_to_h.weight",
+    "linear_attn.out_proj.weight",
+)
 LAST = ("attn.c_proj.weight", "mlp.c_proj.weight", "embed_tokens.weight", "wte.weight", "wpe.weight", "embed_in.weight")
 BIASES = ("o_proj.bias", "down_proj.bias", "attention.dense.bias", "dense_4h_to_h.bias", "c_proj.bias")
 #: `[experts, stream, hidden]`
@@ -39,6 +45,8 @@ def orthogonalised(model: Any, v: Tensor, strength: float = 1.0) -> Any:
     touched = 0
     with torch.no_grad():
         for name, parameter in edited.named_parameters():
+            if "vis" in name:  # a tower that sees
+                continue
             w = parameter.data.float()
             if name.endswith(FIRST):
                 new = ablated(w.T, v, strength).T

@@ -23,7 +23,7 @@ from steer.direction import Direction, check_fits, write_file
 from steer.errors import InvalidInput, UnsupportedModel
 from steer.hf.load import Skeleton, skeleton
 from steer.lab.progress import Progress
-from steer.lab.weights import INDEX, Checkpoint, Writer, find
+from steer.lab.weights import INDEX, Checkpoint, Writer, find, text_names
 from steer.runtime.bank import EMBEDDING
 from steer.runtime.op import WEIGHT, coefficients, displacements, embedding_coefficients
 
@@ -115,7 +115,7 @@ def bake(
         architecture=checkpoint.architecture,
     )
     shape = skeleton(checkpoint.folder)
-    writers = {writer.name: writer for writer in find(checkpoint, shape.kinds)}
+    writers = {writer.name: writer for writer in find(checkpoint, shape)}
     untied = _untied(checkpoint, shape)
     if output.exists():
         raise InvalidInput(f"{output} exists already; a baked model is written to a new folder")
@@ -250,7 +250,7 @@ def _untied(checkpoint: Checkpoint, shape: Skeleton) -> str | None:
     """The input embedding that is the unembedding too, if the model ties them."""
     if not shape.tied or shape.head is None or f"{shape.head}.weight" in checkpoint.map:
         return None
-    names = [name for name in checkpoint.map if name.endswith(_TIED)]
+    names = [name for name in text_names(checkpoint, shape) if name.endswith(_TIED)]
     if len(names) != 1:
         raise UnsupportedModel(
             f"{checkpoint.architecture}: the embedding that is tied to {shape.head} is not known by its name"
@@ -290,8 +290,9 @@ def export(
         layers=checkpoint.layers,
         architecture=checkpoint.architecture,
     )
-    kinds = skeleton(checkpoint.folder).kinds
-    writers = [writer for writer in find(checkpoint, kinds) if removal.at(writer.layer) is not None]
+    shape = skeleton(checkpoint.folder)
+    kinds = shape.kinds
+    writers = [writer for writer in find(checkpoint, shape) if removal.at(writer.layer) is not None]
     problems = [f"{w.name}: is no module of its own in transformers" for w in writers if w.module not in kinds]
     for name, bias in checkpoint.tensors(w.name for w in writers if w.bias):
         writer = next(w for w in writers if w.name == name)

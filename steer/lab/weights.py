@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from steer.errors import InvalidInput, UnsupportedModel
+from steer.hf.load import Skeleton, describe, find_model
 from steer.runtime.bank import EMBEDDING
 
 INDEX = "model.safetensors.index.json"
@@ -77,22 +79,22 @@ class Checkpoint:
         else:
             raise UnsupportedModel(f"{folder}: has neither {SINGLE} nor {INDEX}; only safetensors weights are read")
 
-    @property
-    def text_config(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.config.get("text_config", self.config)
-        return found
-
-    @property
-    def layers(self) -> int:
-        return int(self.text_config.get("num_hidden_layers") or self.text_config.get("n_layer") or 0)
-
-    @property
-    def d_model(self) -> int:
-        return int(self.text_config.get("hidden_size") or self.text_config.get("n_embd") or 0)
+    @cached_property
+    def shape(self) -> tuple[str, int, int]:
+        """Architecture, layers and d_model of its text model."""
+        return describe(str(self.folder))
 
     @property
     def architecture(self) -> str:
-        return str((self.config.get("architectures") or ["unknown"])[0])
+        return self.shape[0]
+
+    @property
+    def layers(self) -> int:
+        return self.shape[1]
+
+    @property
+    def d_model(self) -> int:
+        return self.shape[2]
 
     def shards(self) -> Iterator[tuple[str, list[str]]]:
         """Each file with the names of its tensors."""
@@ -115,10 +117,16 @@ class Checkpoint:
                 raise UnsupportedModel(f"{self.folder / file}: cannot be read: {error}") from error
 
 
-def find(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> list[Writer]:
+def text_names(checkpoint: Checkpoint, shape: Skeleton) -> list[str]:
+    """The tensors of the text model: those that are in none of the parts beside it."""
+    return sorted(name for name in checkpoint.map if shape.beside.isdisjoint(name.split(".")))
+
+
+def find(checkpoint: Checkpoint, shape: Skeleton) -> list[Writer]:
     """Every writer, blocks and embeddings. Raises UnsupportedModel for a norm after a writer, and for a block in which
     no two modules that write are known by name."""
-    behind = [name for name in checkpoint.map if _NORM_BEHIND.search(name)]
+    names, kinds = text_names(checkpoint, shape), shape.kinds
+    behind = [name for name in names if _NORM_BEHIND.search(name)]
     if behind:
         raise UnsupportedModel(
             f"{checkpoint.architecture}: a norm stands between the writers and the stream ({behind[0]}), so no edit of "
@@ -126,7 +134,7 @@ def find(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> list[Writer]:
         )
     found: list[Writer] = []
     modules: dict[int, set[str]] = defaultdict(set)
-    for name in sorted(checkpoint.map):
+    for name in names:
         block = _BLOCK.search(name)
         if block is None:
             if _EMBEDDING.search(name):
@@ -157,6 +165,7 @@ def resolve(model: str, revision: str | None) -> Path:
     """The folder of a local model, or of a hub model that is downloaded as far as it is missing."""
     if Path(model).is_dir():
         return Path(model)
+    find_model(model, revision)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

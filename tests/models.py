@@ -119,7 +119,7 @@ NORM_BEHIND_WRITER = ("gemma2", "gemma3", "olmo2")
 def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """A tiny random model of architecture `name`, in evaluation mode."""
     torch.manual_seed(seed)
-    config = configs()[name] if name in ARCHITECTURES else wrappers()[name]
+    config = configs().get(name) or wrappers()[name]
     model = (
         auto_class(name, config, whole=True)
         .from_config(config, attn_implementation=attention_implementation(config) or "sdpa")

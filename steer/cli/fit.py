@@ -15,8 +15,6 @@ from steer.cli.options import (
     BatchPrompts,
     BehaviourOption,
     Choices,
-    Device,
-    Dtype,
     FileMode,
     Harmful,
     Harmless,
@@ -26,7 +24,6 @@ from steer.cli.options import (
     Parameters,
     Position,
     Prompts,
-    Revision,
     Sites,
     Strength,
     SystemPrompt,
@@ -39,12 +36,15 @@ from steer.cli.options import (
     chosen_method,
     chosen_sets,
     open_bench,
+    with_settings,
 )
 from steer.errors import InvalidInput, NothingFound
 from steer.lab.tables import terminal_width, wrapped
+from steer.settings import ModelSettings
 
 
 @reported(resumes=True)
+@with_settings(ModelSettings)
 def fit(
     ctx: typer.Context,
     model: Model,
@@ -70,12 +70,11 @@ def fit(
     sites: Sites = "resid_post",
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer that is tried")] = 24,
     batch_size: BatchPrompts = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    revision: Revision = None,
     threshold: Threshold = None,
     target: Target = None,
     backend: Backend = "transformers",
+    *,
+    opening: ModelSettings,
 ) -> None:
     """Measure MODEL on two contrast sets and write the direction that takes the behaviour away with the least harm.
 
@@ -110,7 +109,7 @@ def fit(
     counted, split = Behaviour.load(behaviour), lab.Split.of(*(one.drawn(limit) for one in sets))
     conditions = Conditions((position,), winsorize, system_prompt, keep=Keep(vectors=choice.needs_vectors))
     with Progress(shown=True) as progress:
-        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress)
+        bench = open_bench(backend, model, ctx.args, opening, choices, progress)
         layers = bench.source.facts.layers
         if isinstance(choices.layer, int) and not -layers <= choices.layer < layers:
             raise InvalidInput(f"--layer: {choices.layer} does not exist: this model has the layers 0 to {layers - 1}")
@@ -133,6 +132,7 @@ def fit(
 
 
 @reported(resumes=True)
+@with_settings(ModelSettings)
 def measure(
     ctx: typer.Context,
     model: Model,
@@ -154,13 +154,12 @@ def measure(
     winsorize: Winsorize = None,
     system_prompt: SystemPrompt = None,
     batch_size: BatchPrompts = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    revision: Revision = None,
     every: Annotated[
         float, typer.Option(min=0, help="seconds of work after which the running sums are saved beside the output")
     ] = 60.0,
     backend: Backend = "transformers",
+    *,
+    opening: ModelSettings,
 ) -> None:
     """Measure MODEL on two contrast sets once; `steer derive` makes directions of it without the model.
 
@@ -183,7 +182,7 @@ def measure(
     conditions = Conditions(choices.positions, winsorize, system_prompt, last_layer, Keep(vectors, moments))
     partial = output.with_name(f"{output.name}.part")
     with Progress(shown=True) as progress:
-        source = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress).source
+        source = open_bench(backend, model, ctx.args, opening, choices, progress).source
         measurement = run(
             source, *sets, conditions, batch_size=choices.batch, progress=progress, partial=partial, every=every
         )

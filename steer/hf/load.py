@@ -296,12 +296,13 @@ class Skeleton:
     beside: frozenset[str]
 
 
-def skeleton(folder: str | Path) -> Skeleton:
+def skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> Skeleton:
     """What transformers would build for the config in `folder`, on the meta device: it takes no memory."""
-    config = read_config(str(folder))
+    config = read_config(str(folder), trust_remote_code=trust_remote_code)
+    kind = auto_class(str(folder), config, whole=True, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
-            model = auto_class(str(folder), config, whole=True).from_config(config)
+            model = kind.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UnsupportedModel(f"{folder}: transformers cannot build it: {error}") from error
     named, output = dict(model.named_modules()), model.get_output_embeddings()

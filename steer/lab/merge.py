@@ -114,7 +114,7 @@ def bake(
         layers=checkpoint.layers,
         architecture=checkpoint.architecture,
     )
-    shape = skeleton(checkpoint.folder)
+    shape = skeleton(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
     writers = {writer.name: writer for writer in find(checkpoint, shape)}
     untied = _untied(checkpoint, shape)
     if output.exists():
@@ -290,7 +290,7 @@ def export(
         layers=checkpoint.layers,
         architecture=checkpoint.architecture,
     )
-    shape = skeleton(checkpoint.folder)
+    shape = skeleton(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
     kinds = shape.kinds
     writers = [writer for writer in find(checkpoint, shape) if removal.at(writer.layer) is not None]
     problems = [f"{w.name}: is no module of its own in transformers" for w in writers if w.module not in kinds]

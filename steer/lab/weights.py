@@ -65,8 +65,8 @@ class Writer:
 class Checkpoint:
     """The files of a model in `folder`. Raises UnsupportedModel for weights that are not plain safetensors."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+        self.folder, self.trust_remote_code = folder, trust_remote_code
         self.config: dict[str, Any] = _json(folder / "config.json")
         if "quantization_config" in self.config:
             raise UnsupportedModel(
@@ -82,7 +82,7 @@ class Checkpoint:
     @cached_property
     def shape(self) -> tuple[str, int, int]:
         """Architecture, layers and d_model of its text model."""
-        return describe(str(self.folder))
+        return describe(str(self.folder), trust_remote_code=self.trust_remote_code)
 
     @property
     def architecture(self) -> str:

@@ -204,8 +204,7 @@ def check_device(device: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where a model is: the folder or hub id, and what transformers is told with it (revision, GGUF file, and whether
-    the hub is asked)."""
+    """Where a model is: the folder or hub id, and what transformers is told with it (revision, GGUF file)."""
 
     name: str
     options: Mapping[str, Any]
@@ -216,8 +215,9 @@ def find_model(name: str, revision: str | None = None, configs: Sequence[str] = 
     most, when `name` is neither a folder with one, nor a GGUF file, nor in the hub's cache, nor on the hub.
     transformers would find that out too, after a minute of repeated requests.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     def missing(why: str) -> UnsupportedModel:
         return UnsupportedModel(
@@ -240,13 +240,16 @@ def find_model(name: str, revision: str | None = None, configs: Sequence[str] = 
     elif path.exists():
         raise missing("it is a file, not a folder")
     try:
-        cached = any(isinstance(try_to_load_from_cache(where, one, revision=revision), str) for one in configs)
+        found = (try_to_load_from_cache(where, config, revision=revision) for config in configs)
+        cached = next((Path(path) for path in found if isinstance(path, str)), None)
         try:
-            get_hf_file_metadata(hf_hub_url(where, configs[0], revision=revision), timeout=HUB_SECONDS)
+            url = hf_hub_url(where, configs[0], revision=revision)
+            hf_raise_for_status(get_session().head(url, headers=build_hf_headers(), timeout=HUB_SECONDS))
         except Exception:  # of the network, of the hub, of its answer: they have no class of their own
-            if not cached:
+            if cached is None:
                 raise
-            options["local_files_only"] = True
+            where = str(cached.parent)  # or the hub would be asked again, for each file
+            options.pop("revision", None)
     except HFValidationError:
         raise missing("there is no such folder, and an id of the hub it cannot be") from None
     except Exception as error:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -253,3 +256,49 @@ def test_a_gguf_file_is_a_model(tiny_folder: Path, tmp_path: Path) -> None:
     assert loaded.chat_ids(messages) == folder.chat_ids(messages)
     with pytest.raises(UnsupportedModel, match="there is no such folder"):
         load(str(tmp_path / "other.gguf"))
+
+
+ASKED = """
+import sys, threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+asked = []
+class Broken(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        asked.append(self.path)
+        self.send_error(503)
+    do_GET = do_HEAD
+    def log_message(self, *_):
+        pass
+server = HTTPServer(("127.0.0.1", 0), Broken)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+import os
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+from steer.errors import UnsupportedModel
+from steer.hf.load import load
+for name in sys.argv[1:]:
+    try:
+        print(type(load(name).model).__name__)
+    except UnsupportedModel as error:
+        print(error)
+print(*(path for path in asked if path.startswith("/nobody")))
+"""
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tiny_folder: Path, tmp_path: Path) -> None:
+    """transformers would ask again and again for each file, for a minute and more."""
+    home = tmp_path / "models--nobody--tiny"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs/main").write_text("0" * 40)
+    shutil.copytree(tiny_folder, home / "snapshots" / ("0" * 40))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED, "nobody/tiny", "nobody/other"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    cached, other, asked = done.stdout.splitlines()
+    assert cached == "LlamaForCausalLM"
+    assert "cannot load the model 'nobody/other': there is no such folder" in other
+    assert asked == "/nobody/tiny/resolve/main/config.json /nobody/other/resolve/main/config.json"

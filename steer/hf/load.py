@@ -215,9 +215,9 @@ def find_model(name: str, revision: str | None = None, configs: Sequence[str] = 
     most, when `name` is neither a folder with one, nor a GGUF file, nor in the hub's cache, nor on the hub.
     transformers would find that out too, after a minute of repeated requests.
     """
-    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    from huggingface_hub.utils._headers import build_hf_headers
 
     def missing(why: str) -> UnsupportedModel:
         return UnsupportedModel(

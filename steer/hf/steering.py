@@ -102,6 +102,7 @@ class Steering:
     def __init__(
         self, model: PreTrainedModel, *, sites: Iterable[Site] = ("resid_post",), rows: int = 32, rank: int = 4
     ) -> None:
+        _check_places(model)
         self.anatomy = Anatomy(model)
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(sites))
         self._targets = self._find_targets()
@@ -378,6 +379,16 @@ def _stream_given(given: tuple[tuple[Tensor, ...], dict[str, Tensor]]) -> Tensor
     """The stream in a block's arguments and keywords."""
     args, kwargs = given
     return args[0] if args else kwargs["hidden_states"]
+
+
+def _check_places(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModel for a model on several devices: there is one bank."""
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()} - {"cpu", "disk"}
+    if len(places) > 1:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is spread over the devices {', '.join(sorted(places))}: only models on one device "
+            'are steered; load it with device_map={"": 0} (--device cuda:0), or serve it with vLLM'
+        )
 
 
 def _drops(model: nn.Module) -> bool:

@@ -55,6 +55,11 @@ SIZES: dict[str, object] = {
     **dict.fromkeys(("initializer_range", "init_std"), 0.2),
     **dict.fromkeys(("linear_num_value_heads", "linear_num_key_heads"), 2),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "mamba_d_conv"), 4),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size", "mamba_d_head", "mamba_head_dim"), 16),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
+    **dict.fromkeys(("mamba_n_groups",), 1),
+    "mamba_d_ssm": 128,
     "image_size": 28,
     "patch_size": 14,
     "sliding_window": 64,
@@ -71,6 +76,7 @@ EXTRA: dict[str, dict[str, object]] = {
     "cohere_compass_text": {"layer_types": WINDOWS},
     "gemma3n_text": {"layer_types": WINDOWS, "num_kv_shared_layers": 0},
     "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    **{kind: {"layer_types": ["conv", "conv", "full_attention", "conv"]} for kind in ("lfm2", "lfm2_moe")},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "kimi_linear": {"num_experts_per_token": 2},
 }
@@ -372,7 +378,7 @@ def render(rows: Iterable[Row], version: str, vllm: str) -> str:
         lines.append(" | ".join([row.kind, row.architecture, *made, row.vllm]))
     text = PREFACE.format(version=version, vllm=vllm) + "".join(f"| {line} |\n" for line in lines)
     text += "\n## Why not\n\n" + "".join(f"{number}. {why}\n" for why, number in reasons.items())
-    text += "\n## Not tried\n\nNo small model of these kinds could be made here, which says nothing of real ones: "
+    text += "\n## Not tried\n\nOf these kinds no small model was made yet, which says nothing of real ones: "
     return text + ", ".join(row.kind for row in found if "build" in row.reasons) + ".\n"
 
 
@@ -407,7 +413,9 @@ def tried(kind: str) -> Row:
     process.start()
     sender.close()
     try:
-        return Row(**receiver.recv())
+        if receiver.poll(10 * LIMIT):  # the machine may be busy
+            return Row(**receiver.recv())
+        raise EOFError
     except EOFError:
         return Row(kind, "?", {}, {"build": f"it died, or took more than {LIMIT} seconds"})
     finally:
@@ -443,7 +451,8 @@ def main() -> None:
         rows = {one["kind"]: Row(**one) for one in map(json.loads, chosen.rows.read_text().splitlines())}
     if chosen.page:
         vllm = metadata.version("vllm") if find_spec("vllm") else "?"
-        PAGE.write_text(render(known_to_vllm(rows.values()), transformers.__version__, vllm), "utf-8")
+        missing = [Row(kind, "?", {}, {"build": "not tried yet"}) for kind in kinds() if kind not in rows]
+        PAGE.write_text(render([*known_to_vllm(rows.values()), *missing], transformers.__version__, vllm), "utf-8")
         return
     todo = chosen.kinds or [kind for kind in kinds() if kind not in rows]
     for number, kind in enumerate(todo, 1):

@@ -21,7 +21,6 @@ import resource
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -450,7 +449,9 @@ def main() -> None:
     if chosen.rows.exists():
         rows = {one["kind"]: Row(**one) for one in map(json.loads, chosen.rows.read_text().splitlines())}
     if chosen.page:
-        vllm = metadata.version("vllm") if find_spec("vllm") else "?"
+        from steer.vllm.internals.base import version
+
+        vllm = version() if find_spec("vllm") else "?"
         missing = [Row(kind, "?", {}, {"build": "not tried yet"}) for kind in kinds() if kind not in rows]
         PAGE.write_text(render([*known_to_vllm(rows.values()), *missing], transformers.__version__, vllm), "utf-8")
         return

@@ -17,7 +17,7 @@ def test_the_page_is_of_the_form_that_the_script_gives_it() -> None:
     rows = []
     for kind, (architecture, *said) in parse(text).items():
         pairs = dict(zip(COLUMNS, (one.partition(": ")[::2] for one in said), strict=True))
-        last = re.search(rf"^\\| {re.escape(kind)} \\|.* \\| (\S+) \\|$", text, re.MULTILINE)
+        last = re.search(rf"^\| {re.escape(kind)} \|.* \| (\S+) \|$", text, re.MULTILINE)
         assert last
         reasons = {column: why for column, (_, why) in pairs.items() if why}
         rows.append(Row(kind, architecture, {column: one for column, (one, _) in pairs.items()}, reasons, last[1]))

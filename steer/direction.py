@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -259,10 +260,16 @@ def check_fits(direction: Direction, *, d_model: int, layers: int, architecture:
         problems.append(f"it was made for d_model {meta.d_model}, this model has {d_model}")
     if meta.layers != layers:
         problems.append(f"it was made for {meta.layers} layers, this model has {layers}")
-    if meta.architecture != architecture:
+    if _family(meta.architecture) != _family(architecture):
         problems.append(f"it was made for {meta.architecture}, this model is {architecture}")
     if problems:
         raise DirectionError(problems)
+
+
+def _family(architecture: str) -> str:
+    """A class of transformers without what it is for: the text model is the same in ForCausalLM and in
+    ForConditionalGeneration, which stands for the whole of a model that sees."""
+    return re.sub("(ForCausalLM|ForConditionalGeneration|LMHeadModel)$", "", architecture)
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:

@@ -6,13 +6,17 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from steer.errors import InvalidInput
 from steer.names import SITES, Site
 from steer.spec import parse
+
+if TYPE_CHECKING:
+    from steer.hf.load import Loading
 
 #: Seconds that an idle connection is kept: longer than clients keep theirs (httpx, and with it `openai`: 5), so that
 #: none is closed at the moment when a request is sent on it.
@@ -51,7 +55,56 @@ class ControlSettings(BaseSettings):
         return cls.model_validate({})
 
 
-class ServeSettings(ControlSettings):
+class ModelOrigin(BaseSettings):
+    """Which model it is, and what it may do: for every command that reads one."""
+
+    model_config = SettingsConfigDict(env_prefix="STEER_", extra="forbid", protected_namespaces=())
+
+    revision: str | None = Field(None, description="revision of a hub model")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the model, if it has any: it could do anything here"
+    )
+
+
+class ModelSettings(ModelOrigin):
+    """How a model is loaded: for every command that runs one."""
+
+    dtype: str = Field("auto", description="float32, bfloat16, float16, or auto: as stored, float32 on a CPU")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps, or auto")
+    device_map: Literal["auto"] | None = Field(
+        None, description="auto puts what does not fit on the GPU into the memory of the CPU, and then on the disk"
+    )
+
+    @property
+    def loading(self) -> Loading:
+        """The keywords of `steer.hf.load.load`."""
+        return {
+            "revision": self.revision,
+            "dtype": self.dtype,
+            "device": self.device,
+            "device_map": self.device_map,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    @property
+    def options(self) -> list[str]:
+        """The same as options of `steer serve`."""
+        given = {name: value for name, value in self.loading.items() if value not in (None, False)}
+        named = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
+        return [part for name, value in named.items() for part in ([name] if value is True else [name, str(value)])]
+
+    @property
+    def vllm_options(self) -> list[str]:
+        """The same as options of `vllm serve`. Raises InvalidInput for what vLLM has an option of its own for."""
+        if ignored := sorted({"device", "device_map"} & self.model_fields_set):
+            raise InvalidInput(
+                [f"--{name.replace('_', '-')}: not used by vLLM; use its own option" for name in ignored]
+            )
+        revised = [] if self.revision is None else ["--revision", self.revision]
+        return ["--dtype", self.dtype, *revised, *(["--trust-remote-code"] if self.trust_remote_code else [])]
+
+
+class ServeSettings(ControlSettings, ModelSettings):
     backend: Literal["auto", "transformers", "vllm"] = Field(
         "auto", description="auto takes vLLM where it is installed and serves the model, and transformers else"
     )
@@ -92,9 +145,6 @@ class ServeSettings(ControlSettings):
         None, ge=16, description="most tokens of prompt and answer; default: what the model has"
     )
     cache_tokens: int | None = Field(None, ge=32, description="tokens of all requests in the key-value cache")
-    dtype: str = Field("auto", description="float32, bfloat16, float16, or auto: as stored, float32 on a CPU")
-    device: str = Field("auto", description="cpu, cuda, cuda:1, mps, or auto")
-    revision: str | None = Field(None, description="revision of a hub model")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
 
     @field_validator("default_steer")

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 from steer.errors import RequestError, brief
@@ -59,6 +60,7 @@ class Tokenizer(Decoder, Protocol):
     eos_token_id: int | None
     pad_token_id: int | None
 
+    def __hash__(self) -> int: ...
     def __call__(self, text: str, **options: object) -> Encoding: ...
     def get_vocab(self) -> Mapping[str, int]: ...
     def get_chat_template(self) -> str: ...
@@ -78,6 +80,20 @@ def rendered_otherwise(fitted: Mapping[str, object], given: Mapping[str, object]
     return f"it was fitted with {shown(fitted)}, and a chat has {shown(given)}" if different else None
 
 
+@lru_cache(maxsize=8)
+def _reads_parts(tokenizer: Tokenizer, template: str) -> bool:
+    """Does this template of the tokenizer write the text of a message that comes in parts, and none that comes as a
+    string? That is the way of models that take images."""
+
+    def shown(content: object) -> bool:
+        try:
+            return "seen" in tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        except Exception:  # templates are programs: jinja raises whatever they raise
+            return False
+
+    return not shown("seen") and shown([{"type": "text", "text": "seen"}])
+
+
 class Chat:
     """Mixed into what has a `tokenizer` of transformers."""
 
@@ -95,8 +111,12 @@ class Chat:
         """
         if not self.tokenizer.chat_template:
             raise RequestError("this model has no chat template: use /v1/completions", param="messages")
-        unknown = "developer" not in self.tokenizer.get_chat_template()
+        template = self.tokenizer.get_chat_template()
+        unknown, parts = "developer" not in template, _reads_parts(self.tokenizer, template)
         read = [_Read(m | {"role": "system"} if unknown and m["role"] == "developer" else m) for m in messages]
+        for message in read:
+            if parts and isinstance(text := dict.get(message, "content"), str):  # ours, not the template's look
+                message["content"] = [{"type": "text", "text": text}]
         try:
             text = self.tokenizer.apply_chat_template(
                 read, tokenize=False, add_generation_prompt=add_generation_prompt, **more

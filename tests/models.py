@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 
 from steer.direction import Direction, DirectionMeta
-from steer.hf.load import attention_implementation
+from steer.hf.load import attention_implementation, auto_class, text_architecture
 from steer.names import Mode, Site
 
 D_MODEL, LAYERS, VOCABULARY = 64, 3, 128
@@ -63,7 +63,62 @@ def configs() -> dict[str, Any]:
     }
 
 
+def wrappers() -> dict[str, Any]:
+    """Tiny configurations of models that take images too, each with as many layers in its vision tower as in its text
+    model."""
+    tower: dict[str, Any] = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, patch_size=14)
+    seeing = tower | dict(num_hidden_layers=LAYERS, image_size=28)
+    qwen = dict(depth=LAYERS, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=D_MODEL, patch_size=14)
+    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0}
+    linear = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
+    kinds = ["linear_attention", "linear_attention", "full_attention"]
+    return {
+        "gemma3_vision": tf.Gemma3Config(
+            text_config=configs()["gemma3"].to_dict(),
+            vision_config=seeing | {"model_type": "siglip_vision_model"},
+            mm_tokens_per_image=4,
+            boi_token_index=97,
+            eoi_token_index=98,
+            image_token_index=99,
+        ),
+        "mistral3": tf.Mistral3Config(
+            text_config=configs()["mistral"].to_dict(),
+            vision_config=seeing | {"model_type": "pixtral"},
+            image_token_index=99,
+        ),
+        "llava": tf.LlavaConfig(
+            text_config=configs()["llama"].to_dict(),
+            vision_config=seeing | {"model_type": "clip_vision_model"},
+            image_token_index=99,
+        ),
+        "qwen2_5_vl": tf.Qwen2_5_VLConfig(
+            text_config=_shape("head_dim", rope_parameters=rope),
+            vision_config=qwen | dict(fullatt_block_indexes=[1]),
+            image_token_id=99,
+            video_token_id=98,
+        ),
+        "qwen3_vl": tf.Qwen3VLConfig(
+            text_config=_shape(rope_parameters=rope),
+            vision_config=qwen | dict(deepstack_visual_indexes=[0, 1], num_position_embeddings=4),
+            image_token_id=99,
+            video_token_id=98,
+        ),
+        "qwen3_5": tf.Qwen3_5Config(
+            text_config=_shape(layer_types=kinds, **linear),
+            vision_config=qwen,
+            image_token_id=99,
+            video_token_id=98,
+        ),
+        "llama4": tf.Llama4Config(
+            text_config=_shape(num_local_experts=2, intermediate_size_mlp=96, attention_chunk_size=64),
+            vision_config=seeing | dict(vision_output_dim=32, projector_input_dim=32, projector_output_dim=32),
+            image_token_index=99,
+        ),
+    }
+
+
 ARCHITECTURES = tuple(configs())
+WRAPPERS = tuple(wrappers())
 #: Where a norm stands between the writer and the stream, no edit of weights equals the site `writers`.
 NORM_BEHIND_WRITER = ("gemma2", "gemma3", "olmo2", "glm4")
 
@@ -71,10 +126,9 @@ NORM_BEHIND_WRITER = ("gemma2", "gemma3", "olmo2", "glm4")
 def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """A tiny random model of architecture `name`, in evaluation mode."""
     torch.manual_seed(seed)
-    config = configs()[name]
-    model = tf.AutoModelForCausalLM.from_config(
-        config, attn_implementation=attention_implementation(config) or (None if name == "gpt_oss" else "sdpa")
-    ).eval()
+    config = configs().get(name) or wrappers()[name]
+    attention = attention_implementation(config) or (None if name == "gpt_oss" else "sdpa")
+    model = auto_class(name, config, whole=True).from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim == 1 and "norm" in parameter_name and parameter_name.endswith("weight"):
@@ -84,7 +138,7 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
                 parameter.copy_(0.1 * torch.randn_like(parameter))
             elif name == "llama4" and "experts" in parameter_name:  # which transformers leaves as memory had it
                 parameter.copy_(0.2 * torch.randn_like(parameter))
-    return model.to(dtype)
+    return model if dtype == torch.float32 else model.to(dtype)
 
 
 def direction(
@@ -114,7 +168,7 @@ def direction(
         DirectionMeta(
             method="random",
             model="tiny",
-            architecture=type(model).__name__,
+            architecture=text_architecture(config.model_type, type(model).__name__),
             d_model=d_model,
             layers=layers,
             sites=sites,
@@ -172,3 +226,56 @@ def save(name: str, folder: Any, dtype: torch.dtype = torch.float32) -> Any:
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return model
+
+
+def save_gguf(model: Any, path: Any) -> None:
+    """A tiny Llama with its tokenizer as one GGUF file."""
+    import gguf
+
+    config, made = model.config, tokenizer()
+    vocabulary = sorted(made.get_vocab(), key=made.get_vocab().get)
+    vocabulary += [f"<unused{i}>" for i in range(config.vocab_size - len(vocabulary) - 1)] + ["ab"]
+    file = gguf.GGUFWriter(path, "llama")
+    file.add_context_length(config.max_position_embeddings)
+    file.add_embedding_length(config.hidden_size)
+    file.add_block_count(config.num_hidden_layers)
+    file.add_feed_forward_length(config.intermediate_size)
+    file.add_head_count(config.num_attention_heads)
+    file.add_head_count_kv(config.num_key_value_heads)
+    file.add_layer_norm_rms_eps(config.rms_norm_eps)
+    file.add_rope_freq_base(10000.0)
+    file.add_vocab_size(config.vocab_size)
+    file.add_key_length(config.head_dim)
+    file.add_tokenizer_model("gpt2")
+    file.add_token_list(vocabulary)
+    file.add_token_types([3] * 3 + [1] * (len(vocabulary) - 3))
+    file.add_token_merges(["a b"])
+    file.add_bos_token_id(1)
+    file.add_eos_token_id(2)
+    file.add_pad_token_id(0)
+    file.add_chat_template(made.chat_template)
+    whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    parts = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    for name, tensor in model.state_dict().items():
+        module = name.removesuffix(".weight")
+        if module in whole:
+            file.add_tensor(f"{whole[module]}.weight", tensor.numpy())
+            continue
+        layer, part = module.removeprefix("model.layers.").split(".", 1)
+        if part in ("self_attn.q_proj", "self_attn.k_proj"):  # the halves of a head are interleaved there
+            tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        file.add_tensor(f"blk.{layer}.{parts[part]}.weight", tensor.contiguous().numpy())
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()

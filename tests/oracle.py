@@ -22,7 +22,7 @@ ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
 FIRST = (
     *("self_attn.o_proj.weight", "mlp.down_proj.weight", "attention.dense.weight", "mlp.dense_4h_to_h.weight"),
     *("self_attn.dense.weight", "mlp.fc2.weight"),
-    *("feed_forward.down_proj.weight", "shared_expert.down_proj.weight"),
+    *("feed_forward.down_proj.weight", "shared_expert.down_proj.weight", "linear_attn.out_proj.weight"),
 )
 LAST = ("attn.c_proj.weight", "mlp.c_proj.weight", "embed_tokens.weight", "wte.weight", "wpe.weight", "embed_in.weight")
 BIASES = (
@@ -54,6 +54,8 @@ def orthogonalised(model: Any, v: Tensor, strength: float = 1.0) -> Any:
     touched, transposed = 0, model.config.model_type in TRANSPOSED
     with torch.no_grad():
         for name, parameter in edited.named_parameters():
+            if "vis" in name:  # a tower that sees
+                continue
             w = parameter.data.float()
             if name.endswith(FIRST):
                 new = ablated(w.T, v, strength).T

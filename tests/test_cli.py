@@ -22,9 +22,10 @@ from steer._version import __version__
 from steer.cli.app import app
 from steer.cli.console import reported
 from steer.direction import Direction
+from steer.errors import InvalidInput
 from steer.lab.evaluation.report import Report
 from steer.lab.measurement import Measurement
-from steer.settings import ServeSettings
+from steer.settings import ModelOrigin, ModelSettings, ServeSettings
 from tests import models
 from tests.lab.test_measure import HARMFUL, HARMLESS
 
@@ -108,6 +109,26 @@ def test_help_is_readable_at_any_width(width: int, monkeypatch: pytest.MonkeyPat
     assert all(len(line) <= max(width, 60) for line in shown.splitlines())
     for name in ServeSettings.model_fields:
         assert f"--{name.replace('_', '-')}" in shown
+
+
+@pytest.mark.parametrize("command", ["serve", "fit", "measure", "select", "search", "eval", "bake", "convert"])
+def test_every_command_that_opens_a_model_has_the_options_of_loading_one(command: str) -> None:
+    whole = typer.main.get_command(app)
+    assert isinstance(whole, TyperGroup)
+    options = {option for parameter in whole.commands[command].params for option in parameter.opts}
+    only_read = command in ("bake", "convert")
+    fields = (ModelOrigin if only_read else ModelSettings).model_fields
+    assert {f"--{name.replace('_', '-')}" for name in fields} <= options
+    assert not (only_read and {"--dtype", "--device"} & options), "nothing would read them"
+
+
+def test_options_of_loading_are_translated() -> None:
+    chosen = ModelSettings(dtype="bfloat16", revision="v1", trust_remote_code=True)
+    assert ModelSettings().options == ["--dtype", "auto", "--device", "auto"]
+    assert chosen.vllm_options == ["--dtype", "bfloat16", "--revision", "v1", "--trust-remote-code"]
+    assert chosen.loading.keys() == ModelSettings.model_fields.keys()
+    with pytest.raises(InvalidInput, match="--device-map: not used by vLLM"):
+        _ = ModelSettings(device_map="auto").vllm_options
 
 
 def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from steer.cli.console import log_warnings, quiet_libraries, reported
-from steer.cli.options import Choices, Device, Dtype, check_folder
+from steer.cli.options import Choices, check_folder
 
 
 @reported(resumes=True)
@@ -29,8 +29,8 @@ def study(
         int, typer.Option(min=1, help="source layers tried, at most; spread evenly up to the last")
     ] = 16,
     batch_size: Annotated[str, typer.Option(help="prompts in a pass, or auto")] = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
 ) -> None:
     """Try slerp from t = 0 to 2, linear, biprojected and whitened, plain and one-sided, on MODELS, with intervals.
 

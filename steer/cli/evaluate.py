@@ -19,18 +19,17 @@ from steer.cli.options import (
     Backend,
     BehaviourOption,
     Choices,
-    Device,
-    Dtype,
     Model,
     ResponsePrefix,
-    Revision,
     SystemPrompt,
     Template,
     chosen_rendering,
     open_bench,
+    with_settings,
 )
 from steer.errors import InvalidInput
 from steer.names import MODES
+from steer.settings import ModelSettings
 
 log = logging.getLogger("steer")
 
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from steer.lab.source import Source
 
 
+@with_settings(ModelSettings)
 def evaluate(
     ctx: typer.Context,
     model: Model,
@@ -76,15 +76,14 @@ def evaluate(
     template: Template = None,
     response_prefix: ResponsePrefix = "",
     batch_size: Annotated[str, typer.Option(help="prompts in a pass, or auto")] = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    revision: Revision = None,
     backend: Backend = "transformers",
     report: Annotated[
         Path | None, typer.Option(help="folder for report.json, report.md and pictures; an interrupted run goes on")
     ] = None,
     answers: Annotated[bool, typer.Option("--answers", help="every answer too, in the folder's answers.jsonl")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+    *,
+    opening: ModelSettings,
 ) -> None:
     """Report what a direction does: the behaviour before and after, broken answers, divergence on harmless text.
 
@@ -122,16 +121,21 @@ def evaluate(
         judging = (
             Judge(judge.rstrip("/"), judge_model, looked_for, progress=progress) if judge and judge_model else None
         )
-        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress)
+        bench = open_bench(backend, model, ctx.args, opening, choices, progress)
         plain_text = _text(text, bench.source) if text else None
-        conditions: dict[str, Any] = {"model": model, "revision": revision, "backend": backend, "dtype": dtype}
+        conditions: dict[str, Any] = {
+            "model": model,
+            "revision": opening.revision,
+            "backend": backend,
+            "dtype": opening.dtype,
+        }
         conditions |= asdict(rendering)
         # what was measured of other weights, on another machine or in another precision, is not mixed in
         fingerprint = {} if report is None else {"fingerprint": bench.source.fingerprint()}
         cache = Cache(report, conditions | fingerprint)
         evaluator = bench.evaluator(max(arm.direction.rank for arm in arms), max_tokens, rendering)
         found = run(evaluator, Plan(arms, sets, max_tokens, looked_for, judging, known, plain_text), cache)
-        scored = _tasks(tasks, tasks_folder, tasks_limit, url, model, revision, dtype, device, arms, cache)
+        scored = _tasks(tasks, tasks_folder, tasks_limit, url, model, opening, arms, cache)
         made = Report(
             conditions=Conditions(
                 **conditions,
@@ -276,9 +280,7 @@ def _tasks(
     limit: int | None,
     url: str | None,
     model: str,
-    revision: str | None,
-    dtype: str,
-    device: str,
+    opening: ModelSettings,
     arms: Sequence[Arm],
     cache: Cache,
 ) -> tuple[TaskScore, ...]:
@@ -291,7 +293,7 @@ def _tasks(
         if url is not None:
             served = tasks.given(url.rstrip("/"), arms)
         else:
-            served = stack.enter_context(tasks.serving(model, revision, dtype, device, arms))
+            served = stack.enter_context(tasks.serving(model, opening.options, arms))
         return tasks.scores(plan, served, arms, cache)
 
 

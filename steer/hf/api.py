@@ -359,12 +359,6 @@ def _steerable(model: PreTrainedModel) -> nn.Module:
         raise UnsupportedModel(
             f"{type(model).__name__} is no causal language model with its head, such as AutoModelForCausalLM loads"
         )
-    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()} - {"cpu", "disk"}
-    if len(places) > 1:
-        raise UnsupportedModel(
-            f"{type(model).__name__} is spread over the devices {', '.join(sorted(places))}: only models on one device "
-            'are steered; load it with device_map={"": 0}'
-        )
     return cast("nn.Module", model)
 
 

@@ -43,6 +43,7 @@ from transformers.core_model_loading import (
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.generation.continuous_batching.utils import stream_context
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as hf_logging
 
@@ -57,8 +58,9 @@ if TYPE_CHECKING:
 #: the model was first trained with.
 LENGTH_DEPENDENT = ("longrope", "dynamic")
 #: What transformers raises for a model that it cannot batch: attention it does not support, layers without a paged
-#: cache, a configuration without what the cache is made from, a cache that finds no memory statistics.
-_REFUSALS = (ValueError, KeyError, AttributeError, NotImplementedError)
+#: cache, a configuration without what the cache is made from, or with another of it at each layer (Gemma 4), a cache
+#: that finds no memory statistics.
+_REFUSALS = (ValueError, KeyError, AttributeError, NotImplementedError, AmbiguousGlobalPerLayerAttributeError)
 
 _MANAGER = (
     "add_request",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -16,6 +20,9 @@ from steer.tokenization import Chat, Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+log = logging.getLogger("steer")
+#: How long the hub may take to say whether it has a model.
+HUB_SECONDS = 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,35 +50,145 @@ class Loaded(Chat):
         return [] if found is None else ([found] if isinstance(found, int) else list(found))
 
 
-def load(name: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto") -> Loaded:
-    """Load a local folder or a hub id. dtype `auto` is the stored one on an accelerator and float32 on a CPU, where the
-    lower ones are slower. Raises UnsupportedModel when it is not a causal language model that transformers can load.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+class Loading(TypedDict, total=False):
+    """How a model is loaded: the keywords of `load`."""
 
+    revision: str | None
+    dtype: str
+    device: str
+    device_map: str | None
+    trust_remote_code: bool
+
+
+def load(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load a local folder, a hub id, or a GGUF file (a path, or OWNER/NAME/FILE.gguf). Of a model that sees or hears,
+    the text is what is served.
+
+    dtype: `auto` is the stored one on an accelerator and float32 on a CPU, where the lower ones are slower.
+    device: `auto` is the accelerator where there is one.
+    device_map: "auto" puts what does not fit on the device into the memory of the CPU and on the disk.
+    trust_remote_code: may Python code that comes with the model be run? It could do anything.
+
+    Raises UnsupportedModel when it is no language model that transformers can load whole.
+    """
+    from transformers import AutoTokenizer
+
+    if device_map not in (None, "auto"):
+        raise UnsupportedModel(f"device map '{device_map}' is not known; accepted: auto, or none")
+    if device_map and device != "auto":
+        raise UnsupportedModel(f"device map 'auto' chooses the devices itself: leave the device '{device}' out")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     check_device(device)
     if dtype not in ("auto", *DTYPES):
         raise UnsupportedModel(f"dtype '{dtype}' is not known; accepted: auto, {', '.join(DTYPES)}")
     wanted: object = DTYPES.get(dtype) or (torch.float32 if device == "cpu" else "auto")
-    find_model(name, revision)
+    if trust_remote_code:
+        log.warning("the model '%s' may run Python code of its own here: remote code is trusted", name)
+    source = find_model(name, revision)
+    options = {**source.options, "trust_remote_code": trust_remote_code}
+    config = _config(name, source, trust_remote_code)
+    check_causal(name, config)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        check_causal(name, config)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        except (OSError, ValueError) as error:
-            raise UnsupportedModel(
-                f"cannot load the model '{name}': it has no tokenizer that transformers can read (tokenizer.json and "
-                f"tokenizer_config.json, as `save_pretrained` writes them): {str(error).partition(chr(10))[0]}"
-            ) from error
-        model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=wanted, attn_implementation=attention_implementation(config)
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UnsupportedModel(
+            f"cannot load the model '{name}': it has no tokenizer that transformers can read (tokenizer.json and "
+            f"tokenizer_config.json, as `save_pretrained` writes them): {_first_line(error)}"
+        ) from error
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _template_of_processor(source)
+    # packed weights cannot be moved: what unpacks them puts them where they belong
+    placed = device_map or ({"": device} if getattr(config, "quantization_config", None) else None)
+    try:
+        model, told = auto_class(name, config, trust_remote_code=trust_remote_code).from_pretrained(
+            source.name,
+            dtype=wanted,
+            attn_implementation=attention_implementation(config),
+            output_loading_info=True,
+            **options,
+            **({"device_map": placed} if placed else {}),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UnsupportedModel(f"cannot load the model '{name}': {error}") from error
-    return Loaded(name, revision, model.to(device).eval(), tokenizer)
+    if missing := sorted(told["missing_keys"]):
+        raise UnsupportedModel(
+            f"cannot load the model '{name}': its files lack {len(missing)} weights of {type(model).__name__}, which "
+            f"would be random: {', '.join(missing[:4])}"
+        )
+    return Loaded(name, revision, (model if placed else model.to(device)).eval(), tokenizer)
+
+
+def read_config(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a model, as `load` finds it. Raises UnsupportedModel."""
+    return _config(name, find_model(name, revision), trust_remote_code)
+
+
+def _config(name: str, source: Found, trust_remote_code: bool) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options)
+    except (OSError, ValueError, ImportError) as error:
+        said = str(error)
+        if "trust_remote_code" in said:
+            said = (
+                "it needs Python code that comes with it, which is not run unasked; accepted: --trust-remote-code "
+                "(trust_remote_code=True in Python), if you trust its authors with this machine"
+            )
+        raise UnsupportedModel(f"cannot load the model '{name}': {said}") from error
+
+
+def auto_class(name: str, config: PreTrainedConfig, *, whole: bool = False, trust_remote_code: bool = False) -> Any:
+    """The class of transformers that loads the language model of `config`: the text alone where that has a class, or,
+    where `whole`, with the parts that see and hear. Raises UnsupportedModel."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    kinds = {
+        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        "AutoModelForMultimodalLM": modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    }
+    own = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"cannot load the model '{name}': {config.model_type} has an encoder; accepted: {_TAKEN}"
+        )
+    for kind in reversed(kinds) if whole else kinds:
+        if config.model_type in kinds[kind] or kind in own:
+            return getattr(transformers, kind)
+    raise UnsupportedModel(
+        f"cannot load the model '{name}': {config.model_type} is not known to transformers as a model that writes "
+        f"text; accepted: {_TAKEN}"
+    )
+
+
+_TAKEN = "a causal language model, alone or inside of one that takes images, sound or video too"
+
+
+def _template_of_processor(source: Found) -> str | None:
+    """The chat template that a model with a processor keeps apart from its tokenizer."""
+    from transformers.utils import cached_file
+
+    options = {key: value for key, value in source.options.items() if key != "gguf_file"}
+    path = cached_file(source.name, "chat_template.json", _raise_exceptions_for_missing_entries=False, **options)
+    if path is None:
+        return None
+    found = json.loads(Path(path).read_text("utf-8")).get("chat_template")
+    return found if isinstance(found, str) else None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def check_device(device: str) -> None:
@@ -85,35 +202,68 @@ def check_device(device: str) -> None:
         ) from error
 
 
-def find_model(name: str, revision: str | None = None) -> None:
-    """Raise UnsupportedModel, after one request to the hub at most, when `name` is neither a folder with a config.json,
-    nor in the hub's cache, nor on the hub. transformers would find that out too, after a minute of repeated requests.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where a model is: the folder or hub id, and what transformers is told with it (revision, GGUF file)."""
+
+    name: str
+    options: Mapping[str, Any]
+
+
+def find_model(name: str, revision: str | None = None, configs: Sequence[str] = ("config.json",)) -> Found:
+    """Where the model is whose config is one of `configs`. Raises UnsupportedModel, after one request to the hub at
+    most, when `name` is neither a folder with one, nor a GGUF file, nor in the hub's cache, nor on the hub.
+    transformers would find that out too, after a minute of repeated requests.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._headers import build_hf_headers
 
     def missing(why: str) -> UnsupportedModel:
         return UnsupportedModel(
             f"cannot load the model '{name}': {why}; accepted: a folder with config.json, as `save_pretrained` writes "
-            "it, or the id of a model on the hub (OWNER/NAME)"
+            "it, a GGUF file, or the id of a model on the hub (OWNER/NAME, or OWNER/NAME/FILE.gguf)"
         )
 
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    where, path = name, Path(name)
+    if name.endswith(".gguf"):
+        if path.is_file():
+            check_gguf()
+            return Found(str(path.parent), {"gguf_file": path.name})
+        where, _, file = name.rpartition("/")
+        options, configs = options | {"gguf_file": file}, (file,)
+    elif path.is_dir():
+        if not any((path / config).is_file() for config in configs):
             raise missing("the folder has no config.json")
-        return
-    if folder.exists():
+        return Found(name, options)
+    elif path.exists():
         raise missing("it is a file, not a folder")
     try:
-        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-            return
-        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
+        found = (try_to_load_from_cache(where, config, revision=revision) for config in configs)
+        cached = next((Path(path) for path in found if isinstance(path, str)), None)
+        try:
+            url = hf_hub_url(where, configs[0], revision=revision)
+            hf_raise_for_status(get_session().head(url, headers=build_hf_headers(), timeout=HUB_SECONDS))
+        except Exception:  # of the network, of the hub, of its answer: they have no class of their own
+            if cached is None:
+                raise
+            where = str(cached.parent)  # or the hub would be asked again, for each file
+            options.pop("revision", None)
     except HFValidationError:
         raise missing("there is no such folder, and an id of the hub it cannot be") from None
-    except Exception as error:  # of the network, of the hub, of its answer: they have no class of their own
-        found = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise missing(f"there is no such folder, it is not in the hub's cache, and the hub gives: {found}") from error
+    except Exception as error:
+        raise missing(
+            f"there is no such folder, it is not in the hub's cache, and the hub gives: {_first_line(error)}"
+        ) from error
+    if "gguf_file" in options:
+        check_gguf()
+    return Found(where, options)
+
+
+def check_gguf() -> None:
+    if find_spec("gguf") is None:
+        raise UnsupportedModel("a GGUF file needs the package gguf: pip install 'steer-llm[gguf]'")
 
 
 def check_causal(name: str, config: PreTrainedConfig) -> None:
@@ -138,17 +288,26 @@ def attention_implementation(config: PreTrainedConfig) -> str | None:
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
-def describe(name: str, revision: str | None = None) -> tuple[str, int, int]:
-    """Architecture, layers and d_model of a model, from its config alone."""
-    from transformers import AutoConfig
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The text model without its head."""
+    decoder: torch.nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    return decoder
 
-    find_model(name, revision)
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"cannot read the config of the model '{name}': {error}") from error
+
+def describe(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> tuple[str, int, int]:
+    """Architecture (`text_architecture`), layers and d_model of a model, from its config alone."""
+    config = read_config(name, revision, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
-    return (config.architectures or ["unknown"])[0], int(text.num_hidden_layers), int(text.hidden_size)
+    otherwise = (config.architectures or ["unknown"])[0]
+    return text_architecture(text.model_type, otherwise), int(text.num_hidden_layers), int(text.hidden_size)
+
+
+def text_architecture(model_type: str, otherwise: str) -> str:
+    """By which architecture a direction is told to fit: the class of the text model of type `model_type` where
+    transformers has one, so that a model inside of one with a vision tower is the same model; `otherwise` elsewhere."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, otherwise))
 
 
 @cache

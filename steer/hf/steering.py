@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, assert_never
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steer.errors import InvalidInput, NotFinite, UnsupportedModel
 from steer.hf import internals
+from steer.hf.load import decoder_of, text_architecture
 from steer.names import Site
 from steer.runtime import hook_points as site_tools
 from steer.runtime import selfcheck
@@ -50,8 +52,8 @@ class Anatomy:
         self.model = model
         self.layers = int(config.num_hidden_layers)
         self.d_model = int(config.hidden_size)
-        self.architecture = type(model).__name__
-        self.decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        self.architecture = text_architecture(config.model_type, type(model).__name__)
+        self.decoder = decoder_of(model)
         self.blocks = site_tools.find_blocks(self.decoder, self.layers)
         self.vocabulary = int(config.vocab_size)
 
@@ -64,9 +66,13 @@ class Anatomy:
         device: torch.device = next(self.model.parameters()).device
         return device
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        return next(self.blocks[0].parameters()).dtype
+        """Of the stream, as a probe pass has it: packed weights are of another."""
+        seen: list[torch.dtype] = []
+        with site_tools.hooks([site_tools.on_output(self.blocks[0], lambda x: seen.append(x.dtype))]):
+            self.probe()
+        return seen[0]
 
     @torch.no_grad()
     def probe(self, rows: int = 1) -> CausalLMOutputWithPast:
@@ -96,6 +102,7 @@ class Steering:
     def __init__(
         self, model: PreTrainedModel, *, sites: Iterable[Site] = ("resid_post",), rows: int = 32, rank: int = 4
     ) -> None:
+        _check_places(model)
         self.anatomy = Anatomy(model)
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(sites))
         self._targets = self._find_targets()
@@ -378,6 +385,16 @@ def _stream_given(given: tuple[tuple[Tensor, ...], dict[str, Tensor]]) -> Tensor
     """The stream in a block's arguments and keywords."""
     args, kwargs = given
     return args[0] if args else kwargs["hidden_states"]
+
+
+def _check_places(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModel for a model on several devices: there is one bank."""
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()} - {"cpu", "disk"}
+    if len(places) > 1:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is spread over the devices {', '.join(sorted(places))}: only models on one device "
+            'are steered; load it with device_map={"": 0} (--device cuda:0), or serve it with vLLM'
+        )
 
 
 def _drops(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from steer.errors import UnsupportedModel
 from steer.hf import internals
-from steer.hf.load import attention_implementation
+from steer.hf.load import attention_implementation, auto_class, read_config
 from steer.hf.steering import Anatomy
 
 #: Reads tensors of the files by their names there.
@@ -32,16 +32,26 @@ class Streamed:
     does not know the model, where its files lack a parameter, and where a unit does not fit in memory.
     """
 
-    def __init__(self, folder: Path, names: Iterable[str], read: Read, change: Change | None = None) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
+    def __init__(
+        self,
+        folder: Path,
+        names: Iterable[str],
+        read: Read,
+        change: Change | None = None,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        config = read_config(str(folder), trust_remote_code=trust_remote_code)
+        kind = auto_class(str(folder), config, whole=True, trust_remote_code=trust_remote_code)
         try:
-            config = AutoConfig.from_pretrained(folder)
             with _parameters_on_meta():
-                self.model = AutoModelForCausalLM.from_config(
-                    config, dtype=torch.float32, attn_implementation=attention_implementation(config)
+                self.model = kind.from_config(
+                    config,
+                    dtype=torch.float32,
+                    attn_implementation=attention_implementation(config),
+                    trust_remote_code=trust_remote_code,
                 ).eval()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             raise UnsupportedModel(f"{folder}: no causal language model that transformers knows: {error}") from error
         self.anatomy = Anatomy(self.model)
         self._loading, self._read, self._change = internals.Loading(self.model), read, change

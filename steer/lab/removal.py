@@ -136,4 +136,4 @@ def stream(checkpoint: Checkpoint, progress: Progress, change: Change | None = N
             yield pair
             progress.advance()
 
-    return Streamed(checkpoint.folder, checkpoint.map, read, change)
+    return Streamed(checkpoint.folder, checkpoint.map, read, change, trust_remote_code=checkpoint.trust_remote_code)

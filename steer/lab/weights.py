@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from steer.errors import InvalidInput, UnsupportedModel
+from steer.hf.load import describe, find_model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -20,8 +22,8 @@ SINGLE = "model.safetensors"
 class Checkpoint:
     """The files of a model in `folder`. Raises UnsupportedModel for weights that are not plain safetensors."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+        self.folder, self.trust_remote_code = folder, trust_remote_code
         self.config: dict[str, Any] = _json(folder / "config.json")
         if "quantization_config" in self.config:
             raise UnsupportedModel(
@@ -34,9 +36,22 @@ class Checkpoint:
         else:
             raise UnsupportedModel(f"{folder}: has neither {SINGLE} nor {INDEX}; only safetensors weights are read")
 
+    @cached_property
+    def _described(self) -> tuple[str, int, int]:
+        return describe(str(self.folder), trust_remote_code=self.trust_remote_code)
+
     @property
     def architecture(self) -> str:
-        return str((self.config.get("architectures") or ["unknown"])[0])
+        """Of its text model, as are the layers and d_model."""
+        return self._described[0]
+
+    @property
+    def layers(self) -> int:
+        return self._described[1]
+
+    @property
+    def d_model(self) -> int:
+        return self._described[2]
 
     def shards(self) -> Iterator[tuple[str, list[str]]]:
         """Each file with the names of its tensors."""
@@ -67,6 +82,7 @@ def resolve(model: str, revision: str | None) -> Path:
     """The folder of a local model, or of a hub model that is downloaded as far as it is missing."""
     if Path(model).is_dir():
         return Path(model)
+    find_model(model, revision)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

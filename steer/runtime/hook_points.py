@@ -103,13 +103,13 @@ def find_writers(blocks: Sequence[nn.Module], run: Callable[[], object]) -> list
     def keep(store: dict[int, Tensor], key: int) -> Transform:
         def record(x: Tensor) -> None:
             store.setdefault(key, x.detach().float().clone())
+            dtypes.setdefault(key, x.dtype)
 
         return record
 
     handles = []
     for i, block in enumerate(blocks):
         handles += [on_input(block, keep(entered, i)), on_output(block, keep(left, i))]
-        dtypes[i] = next(block.parameters()).dtype
         for name, child in block.named_children():
             handles.append(child.register_forward_hook(_child_recorder(wrote[i], name)))
     with hooks(handles):

@@ -31,7 +31,7 @@ def prepare(model: str, settings: ServeSettings) -> Served:
     """Everything but the socket. Raises SteerError when the server must not start."""
     control = Control(settings)
     control.listen(settings.host, settings.origins)
-    loaded = load(model, revision=settings.revision, dtype=settings.dtype, device=settings.device)
+    loaded = load(model, **settings.loading)
     warn_of_template(loaded)
     if taken := template_parameters().intersection(settings.template_variables):
         raise InvalidInput(

@@ -17,7 +17,7 @@ KEY = "steer"
 
 
 #: Settings of the transformers backend alone.
-OWN_BACKEND = {"max_requests", "drain", "max_body", "cache_tokens", "device", "cors_origins"}
+OWN_BACKEND = {"max_requests", "drain", "max_body", "cache_tokens", "cors_origins"}
 
 
 class EngineSettings(BaseModel):
@@ -67,6 +67,7 @@ def from_serve_settings(settings: ServeSettings, options: Sequence[str]) -> tupl
     `options`, which win. Raises InvalidInput for a setting that vLLM has an option of its own for."""
     if ignored := sorted(OWN_BACKEND & settings.model_fields_set):
         raise InvalidInput([f"--{name.replace('_', '-')}: not used by vLLM; use its own option" for name in ignored])
+    how = settings.vllm_options
     engine = EngineSettings(
         directions=settings.directions,
         default=settings.default_steer,
@@ -80,10 +81,8 @@ def from_serve_settings(settings: ServeSettings, options: Sequence[str]) -> tupl
         "host": settings.host,
         "port": settings.port,
         "served-model-name": settings.served_model_name,
-        "dtype": settings.dtype,
-        "revision": settings.revision,
         "max-model-len": settings.context,
         "default-chat-template-kwargs": settings.default_chat_template_kwargs if settings.template_variables else None,
     }
     given = [part for name, value in ours.items() if value is not None for part in (f"--{name}", str(value))]
-    return engine, [*given, *options]
+    return engine, [*how, *given, *options]

@@ -163,6 +163,28 @@ def test_other_architectures_batch_right(name: str) -> None:
             assert [t.id for t in tokens][:4] == oracle(made, prompt, spec, 4), (name, spec)
 
 
+def test_heads_of_several_sizes_are_served_one_at_a_time() -> None:
+    """transformers has no paged cache for them (Gemma 4), and says so by an error of its own kind."""
+    sizes = models.configs()["gemma3"].to_dict()
+    shared = {name: sizes[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")}
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    config = tf.Gemma4TextConfig(
+        **shared | layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        global_head_dim=32,
+        vocab_size_per_layer_input=models.VOCABULARY,
+        hidden_size_per_layer_input=8,
+        sliding_window=64,
+        num_kv_shared_layers=0,
+    )
+    engine = start_engine(Steering(tf.AutoModelForCausalLM.from_config(config).eval()), [2], context=128, capacity=4)
+    try:
+        assert isinstance(engine, SequentialEngine)
+    finally:
+        engine.stop()
+
+
 def test_plain_logits_are_bit_equal_beside_steered_neighbours(llama: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two batches of one shape: all plain, and the same with every neighbour of the first request steered."""
     assert isinstance(llama.engine, BatchingEngine)

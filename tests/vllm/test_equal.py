@@ -4,6 +4,7 @@ whose graphs are as those of Llama (`test_engine`) and of Mixtral, and one that 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,23 @@ def test_a_mixed_batch_is_what_transformers_says(name: str, tmp_path: Path, in_p
         home.model.set_attn_implementation("eager")
     reference = Reference(home)
     llm = home.start(**IN_PROCESS, enforce_eager=name in EAGER)
+    try:
+        jobs = [(prompt, spec) for spec in SPECS for prompt in PROMPTS]
+        for (_, spec), output in zip(jobs, generate(llm, jobs), strict=True):
+            reference.check(output, spec)
+    finally:
+        in_process(llm)
+
+
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM's models that take images import torchvision")
+@pytest.mark.parametrize("name", ["llava", "gemma3_vision", "mistral3"])
+def test_text_for_a_model_that_takes_images_is_what_transformers_says(
+    name: str, tmp_path: Path, in_process: Callable[[Any], None]
+) -> None:
+    """With directions that were made for its text model alone."""
+    home = Home.make(name, tmp_path)
+    reference = Reference(home)
+    llm = home.start(**IN_PROCESS, enforce_eager=True, limit_mm_per_prompt={"image": 0})
     try:
         jobs = [(prompt, spec) for spec in SPECS for prompt in PROMPTS]
         for (_, spec), output in zip(jobs, generate(llm, jobs), strict=True):

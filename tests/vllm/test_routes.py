@@ -51,7 +51,7 @@ class Engine:
         from steer.vllm.frontend import Frontend
         from steer.vllm.settings import EngineSettings
 
-        text = types.SimpleNamespace(num_hidden_layers=3)
+        text = types.SimpleNamespace(num_hidden_layers=3, model_type="llama")
         config = types.SimpleNamespace(
             hf_config=types.SimpleNamespace(architectures=["LlamaForCausalLM"]),
             hf_text_config=text,

@@ -25,7 +25,7 @@ def make(name: str, folder: Path) -> Any:
 
 def configs() -> dict[str, Any]:
     """Configurations of `tests.models` with wider heads, and Cohere 2."""
-    found = models.configs()
+    found = models.configs() | models.wrappers()
     found["cohere2"] = tf.Cohere2Config(
         vocab_size=models.VOCABULARY,
         intermediate_size=96,
@@ -39,11 +39,17 @@ def configs() -> dict[str, Any]:
         pad_token_id=0,
         initializer_range=0.2,
     )
-    for config in found.values():
+    for whole in found.values():
+        config = whole.get_text_config()
         width = "n_embd" if hasattr(config, "n_embd") else "hidden_size"
         setattr(config, width, D_MODEL)
         if getattr(config, "head_dim", None) is not None:
             config.head_dim = D_MODEL // HEADS
         if hasattr(config, "query_pre_attn_scalar"):
             config.query_pre_attn_scalar = D_MODEL // HEADS
+        vision: Any = getattr(whole, "vision_config", None)
+        if hasattr(vision, "out_hidden_size"):
+            vision.out_hidden_size = D_MODEL
+        if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+            config.rope_parameters["mrope_section"] = [8, 4, 4]
     return found

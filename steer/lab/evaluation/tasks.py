@@ -143,9 +143,9 @@ def _get(url: str) -> Any:
 
 
 @contextmanager
-def serving(model: str, revision: str | None, dtype: str, device: str, arms: Sequence[Arm]) -> Iterator[Served]:
-    """A server of our own for `model` and the directions of `arms`, as a child process on a free port, while it
-    lasts."""
+def serving(model: str, options: Sequence[str], arms: Sequence[Arm]) -> Iterator[Served]:
+    """A server of our own for `model`, loaded by these `options` of `steer serve`, and the directions of `arms`, as a
+    child process on a free port, while it lasts."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         directions, log = Path(folder) / "directions", Path(folder) / "log"
         directions.mkdir()
@@ -156,10 +156,9 @@ def serving(model: str, revision: str | None, dtype: str, device: str, arms: Seq
         probe.close()
         command = [
             *(sys.executable, "-m", "steer", "serve", model, "--backend", "transformers", "--port", str(port)),
-            *("--directions", str(directions), "--served-model-name", "model", "--dtype", dtype, "--device", device),
+            *("--directions", str(directions), "--served-model-name", "model", *options),
             *("--sites", ",".join(arms[0].direction.meta.sites)),
             *("--rank", str(max(arm.direction.rank for arm in arms))),
-            *(("--revision", revision) if revision else ()),
         ]
         with log.open("w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

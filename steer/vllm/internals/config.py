@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from steer.errors import UnsupportedModel
+from steer.hf.load import text_architecture
 
 if TYPE_CHECKING:
     from steer.vllm.internals.types import (
@@ -167,10 +168,12 @@ def context_of(config: VllmConfig) -> int:
 
 
 def shape_of(config: VllmConfig) -> tuple[str, int, int]:
-    """(architecture, layers of the whole model, d_model)."""
+    """(architecture of the text model, layers of the whole model, d_model)."""
     model = config.model_config
+    text = model.hf_text_config
     architectures = getattr(model.hf_config, "architectures", None) or [model.architecture]
-    return str(architectures[0]), int(model.hf_text_config.num_hidden_layers), int(model.get_hidden_size())
+    architecture = text_architecture(text.model_type, str(architectures[0]))
+    return architecture, int(text.num_hidden_layers), int(model.get_hidden_size())
 
 
 def stream_dtype(config: VllmConfig) -> torch.dtype:

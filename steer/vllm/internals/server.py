@@ -13,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import SchemaValidator
 
 from steer.errors import UnsupportedModel
+from steer.hf.load import read_config
 from steer.vllm.internals.base import TESTED, seam, version
 
 if TYPE_CHECKING:  # every process of vLLM imports this module, and only the server's needs these
@@ -165,14 +166,13 @@ def _launchers() -> dict[str, Callable[..., Any]]:
     return found
 
 
-def serves(model: str, revision: str | None) -> bool:
+def serves(model: str, revision: str | None, *, trust_remote_code: bool = False) -> bool:
     """Does vLLM know the architecture of this model? False where its configuration cannot be read."""
-    from transformers import AutoConfig
     from vllm import ModelRegistry
 
     try:
-        config = AutoConfig.from_pretrained(model, revision=revision)
-    except (OSError, ValueError):
+        config = read_config(model, revision, trust_remote_code=trust_remote_code)
+    except UnsupportedModel:
         return False
     known = set(ModelRegistry.get_supported_archs())
     return any(architecture in known for architecture in getattr(config, "architectures", None) or ())

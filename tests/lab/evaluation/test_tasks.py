@@ -68,7 +68,7 @@ def test_a_server_that_serves_another_file_is_refused(tiny_server: Server, tmp_p
 def test_a_server_of_our_own_is_started_and_stopped(tiny_server: Server, tiny_folder: Path) -> None:
     assert tiny_server.directions is not None
     arms = arms_of([tiny_server.directions / "refusal.safetensors"], None, None)
-    with serving(str(tiny_folder), None, "auto", "cpu", arms) as served:
+    with serving(str(tiny_folder), ["--device", "cpu"], arms) as served:
         assert given(served.url, arms) == served
     with pytest.raises(InvalidInput):
         given(served.url, arms)

@@ -723,9 +723,9 @@ def test_a_full_disk_stops_steered_requests_and_nothing_else(tiny_folder: Path, 
 def test_a_killed_server_leaves_a_log_that_goes_on(tiny_folder: Path, tmp_path: Path) -> None:
     with serving(tiny_folder, tmp_path) as server:
         assert receipt(ask(server, "all", steer="refusal"))
-        with pytest.raises(RuntimeError, match="is being written by another process"):
-            with serving(tiny_folder, tmp_path):
-                pass
+        with serving(tiny_folder, tmp_path) as beside:  # two servers of one machine may write one log
+            assert receipt(ask(beside, "all", steer="refusal"))
+            assert receipt(ask(server, "all", steer="refusal"))
         server.process.kill()
         server.process.wait()
     with (tmp_path / "audit.jsonl").open("ab") as file:
@@ -735,7 +735,7 @@ def test_a_killed_server_leaves_a_log_that_goes_on(tiny_folder: Path, tmp_path: 
     report = verify([tmp_path / "audit.jsonl"])
     assert report.problems == []
     assert "a crash or a full disk" in report.notes[0]
-    assert [line["event"] for line in events(tmp_path)].count("start") == 2
+    assert [line["event"] for line in events(tmp_path)].count("start") == 3
 
 
 # -- starting ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -46,7 +47,8 @@ VISITOR = f"""
 hash = "{HASHES["visitor"]}"
 """
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 8, "temperature": 0}
-LONG = BODY | {"max_tokens": 240, "ignore_eos": True, "stream": True}
+#: More answers than run at once, so that it takes several turns.
+LONG = BODY | {"max_tokens": 240, "n": 128, "temperature": 1, "ignore_eos": True, "stream": True}
 
 
 @pytest.fixture(scope="module")
@@ -139,19 +141,22 @@ def test_swaps_through_different_front_ends_under_load(fronts: dict[int, Client]
     stop, problems, served = threading.Event(), list[str](), Counter[tuple[int, str | None]]()
 
     def load(number: int) -> None:
-        with front_ends(server, bearer("boss"))[number % COUNT] as front:
-            while not stop.is_set():
-                answer = ask(front, steer="moving" if number > 1 else "off")
-                which = receipt(answer)[0]["digest"] if receipt(answer) else None
-                served[number % COUNT, which] += 1
-                if text(answer) != expected[which]:
-                    problems.append(f"{which}: {text(answer)}")
+        found = front_ends(server, bearer("boss"))
+        mine = found[number % COUNT]
+        while not stop.is_set():
+            answer = ask(mine, steer="moving" if number > 1 else "off")
+            which = receipt(answer)[0]["digest"] if answer.status_code == 200 and receipt(answer) else None
+            served[number % COUNT, which] += 1
+            if answer.status_code != 200 or text(answer) != expected[which]:
+                problems.append(f"{which}: {answer.text}")
+        for each in found.values():
+            each.close()
 
     threads = [threading.Thread(target=load, args=(number,)) for number in range(6)]
     for thread in threads:
         thread.start()
-    turn = 0
-    while turn < 40 or len(served) < COUNT * (1 + len(versions)):
+    turn, deadline = 0, time.monotonic() + 120
+    while turn < 40 or (len(served) < COUNT * (1 + len(versions)) and time.monotonic() < deadline):
         put = fronts[turn % COUNT].put("/v1/directions/moving", content=versions[turn % len(versions)])
         assert put.status_code == 200, put.text
         turn += 1
@@ -159,6 +164,7 @@ def test_swaps_through_different_front_ends_under_load(fronts: dict[int, Client]
     for thread in threads:
         thread.join()
     assert not problems, problems[:3]
+    assert len(served) == COUNT * (1 + len(versions))
     assert fronts[0].delete("/v1/directions/moving").status_code == 200
     for front in fronts.values():
         until(lambda front=front: not any(card["requests"] for card in front.get("/v1/directions").json()["data"]))
@@ -203,21 +209,39 @@ def test_rates_are_the_keys(fronts: dict[int, Client]) -> None:
     assert ask(fronts[0], "slow").status_code == 200
     refused = ask(fronts[1], "slow")
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
-    with fronts[0].stream("POST", "/v1/completions", json=LONG, headers=bearer("single")) as answer:
-        next(answer.iter_lines())
-        refused = ask(fronts[1], "single")
-        assert refused.status_code == 429
-        assert "requests_at_once" in refused.text
+    go_on = threading.Event()
+
+    def slowly() -> Iterator[bytes]:
+        yield b"{"
+        go_on.wait(60)
+        yield json.dumps(BODY)[1:].encode()
+
+    def answered() -> None:
+        headers = bearer("single") | {"Content-Type": "application/json"}
+        assert fronts[0].post("/v1/completions", content=slowly(), headers=headers).status_code == 200
+
+    running = threading.Thread(target=answered)
+    running.start()
+    until(lambda: "requests_at_once" in ask(fronts[1], "single").text)
+    go_on.set()
+    running.join()
     until(lambda: ask(fronts[1], "single").status_code == 200)
 
 
 def test_as_many_are_read_as_the_engine_can(fronts: dict[int, Client]) -> None:
-    more = {"steer_readout": "refusal"}
-    assert [ask(front, **more).status_code for front in fronts.values()] == [200] * COUNT
-    with fronts[0].stream("POST", "/v1/completions", json=LONG | more, headers=bearer("boss")) as answer:
-        next(answer.iter_lines())
-        assert "requests are being read" in ask(fronts[1], **more).text
-    until(lambda: ask(fronts[1], **more).status_code == 200)
+    """Any other is refused, and none is answered with readings that are not there."""
+    with ThreadPoolExecutor(4 * COUNT) as threads:
+        jobs = [
+            threads.submit(ask, fronts[n % COUNT], steer_readout="refusal", max_tokens=64, ignore_eos=True)
+            for n in range(24)
+        ]
+    answers = [job.result() for job in jobs]
+    served = [answer.json()["choices"][0]["steer_readout"] for answer in answers if answer.status_code == 200]
+    assert served
+    assert all(read == served[0] for read in served)
+    for answer in answers:
+        assert answer.status_code == 200 or "requests are being read" in answer.text, answer.text
+    until(lambda: all(ask(front, steer_readout="refusal").status_code == 200 for front in fronts.values()))
 
 
 def test_a_new_policy_comes_to_all(fronts: dict[int, Client], home: Home) -> None:

@@ -40,7 +40,7 @@ PATIENCE, PAUSE = 5.0, 0.005
 class Shared:
     """`index` of `count` front ends. `folder`: where they meet; None for one that is alone. Thread-safe.
 
-    Raises UnsupportedModel for a folder that others could write.
+    Raises UnsupportedModel for a folder that others could write, OSError where there is no room for the table.
     """
 
     def __init__(self, folder: Path | None = None, index: int = 0, count: int = 1) -> None:
@@ -65,7 +65,7 @@ class Shared:
             self._fd = os.open(folder / "table", os.O_RDWR | os.O_CREAT, 0o600)
             self._member = os.open(folder / "members", os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._member, fcntl.LOCK_SH)
-            os.ftruncate(self._fd, size)  # sparse; of a file that is there nothing changes
+            os.posix_fallocate(self._fd, 0, size)  # a disk that is full later on ends nobody; what is there stays
             self._memory = mmap.mmap(self._fd, size)
         with self.lock():  # what an earlier process with this index has counted ended with it
             self.put(f"life:{index}", self.number(f"life:{index}") + 1)
@@ -164,7 +164,7 @@ class Shared:
         """One text, for all."""
         with self.lock():
             (length,) = struct.unpack_from("@Q", self._memory, 8)
-            return self._memory[16 : 16 + length].decode()
+            return self._memory[16 : 16 + length].decode(errors="ignore")
 
     @text.setter
     def text(self, value: str) -> None:
@@ -186,7 +186,7 @@ class Shared:
         return int(sum(self.number(self._part(name, index)) for index in range(self.count)))
 
     def _part(self, name: str, index: int) -> str:
-        return f"{name}:{index}.{self.number(f'life:{index}'):g}"
+        return f"{name}:{index}.{int(self.number(f'life:{index}'))}"
 
     # -- what is done once, and what all must do -----------------------------------------------------------------------
 

@@ -81,9 +81,9 @@ class Salts:
         self._shared, self._first = shared, first
 
     def current(self, salt: str) -> str:
-        anew = self._shared.number(LOSSES)
-        lost = self._shared.number(f"{LOSSES}:{anew:g}:{salt}")
-        return f"{salt}#{self._first}{anew:g}.{lost:g}" if anew or lost else f"{salt}{self._first}"
+        anew = int(self._shared.number(LOSSES))
+        lost = int(self._shared.number(f"{LOSSES}:{anew}:{salt}"))
+        return f"{salt}#{self._first}{anew}.{lost}" if anew or lost else f"{salt}{self._first}"
 
     def renew(self, salt: str) -> None:
         with self._shared.lock():
@@ -91,7 +91,7 @@ class Salts:
             try:
                 if kept >= SALTS_KEPT:
                     raise NoRoom("too many salts")
-                name = f"{LOSSES}:{anew:g}:{salt}"
+                name = f"{LOSSES}:{int(anew)}:{salt}"
                 before = self._shared.number(name)
                 self._shared.put(name, before + 1)
                 self._shared.put(LOSSES, anew, kept + (not before))

@@ -9,8 +9,8 @@ acts those that are no request to Steer), and `--backend stock` has the same fro
 can be set side by side, for each thousand of sequences.
 
 `--api-servers N` runs vLLM with several front ends: the swaps go through each of them in turn, and by the folder; the
-kill switch is moved through each now and then and must be obeyed by all; and at the end one chain of audit lines must
-have what all have written.
+kill switch is moved through each now and then and must be obeyed by all; and at the end one front end is killed, all
+must end with it, and one chain of audit lines must have what all have written.
 """
 
 from __future__ import annotations
@@ -272,12 +272,22 @@ def main() -> int:
             soak = Soak(server, files, answers, front_ends(server) if given.api_servers > 1 else {})
             soak.run(given.minutes * 60)
             alive = server.process.poll() is None and "Traceback" not in server.log
-            server.stop()
+            if given.api_servers > 1:
+                soak.wrong += kill_one(server)
         if given.api_servers > 1:
             found = verify([path for path in folder.glob("audit.jsonl*") if path.suffix not in (".head", ".lock")])
             soak.counts["audit lines"] += found.lines
             soak.wrong += found.problems
     return report(soak, alive, given.out, given.minutes, given.backend, plain)
+
+
+def kill_one(server: Server) -> list[str]:
+    """Kill a front end, with which vLLM ends all; what goes on."""
+    parent = psutil.Process(server.process.pid)
+    whole = [parent, *parent.children(recursive=True)]
+    next(process for process in whole if "APIServer" in " ".join(process.cmdline())).kill()
+    _, alive = psutil.wait_procs(whole, timeout=60)
+    return [f"{process.name()} goes on without a front end" for process in alive]
 
 
 def arm(folder: Path, backend: str) -> tuple[Any, list[str], list[str]]:

@@ -273,6 +273,8 @@ def main() -> int:
                 assert server.client.put(f"/v1/directions/{WILD}", content=bad).status_code in (200, 201)
             soak = Soak(server, files, answers, front_ends(server) if given.api_servers > 1 else {})
             soak.run(given.minutes * 60)
+            for front in soak.fronts.values():
+                front.close()
             alive = server.process.poll() is None and "Traceback" not in server.log
             if given.api_servers > 1:
                 soak.wrong += kill_one(server)

@@ -76,6 +76,8 @@ def test_two_engines_by_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert {receipt(answer)[0]["digest"] for answer in answers} == {put.json()["digest"]}
         assert len({text(answer) for answer in answers}) == 1
         assert text(server.complete()) != text(answers[0])
+        for front in fronts.values():
+            front.close()
 
 
 def test_a_server_that_would_ignore_the_field_does_not_start(tmp_path: Path) -> None:

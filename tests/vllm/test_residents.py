@@ -68,7 +68,7 @@ def test_a_direction_stays_while_any_front_end_has_it(residents: Residents, file
     residents.load(second, digest(second), "0:a")
     for _ in range(3):
         residents.retire(digest(first), "0:a")
-    assert residents.steer("of the other", spec_of(first))
+    assert residents.steer("of the other", spec_of(first), 1)
     residents.end("of the other")
     with pytest.raises(RowsInUse, match="other front ends"):
         residents.load(third, digest(third), "0:a")
@@ -88,8 +88,8 @@ def test_what_a_front_end_held_ends_with_it(residents: Residents, files: list[by
     residents.meet("0:again")
     residents.load(third, digest(third), "0:again")
     with pytest.raises(UnsupportedModel, match="does not have"):
-        residents.steer("late", spec_of(first))
-    assert residents.steer("of the other", spec_of(second))
+        residents.steer("late", spec_of(first), 1)
+    assert residents.steer("of the other", spec_of(second), 1)
 
 
 def test_rows_hold_what_their_digests_say(residents: Residents, files: list[bytes]) -> None:

@@ -7,6 +7,10 @@ grow: after a warm-up no line through memory, files or threads may rise by more 
 vLLM itself grows with each sequence. `--plain` sends what stock vLLM can have too (plain streams, and of the hostile
 acts those that are no request to Steer), and `--backend stock` has the same from vLLM without Steer, so that the two
 can be set side by side, for each thousand of sequences.
+
+`--api-servers N` runs vLLM with several front ends: the swaps go through each of them in turn, and by the folder; the
+kill switch is moved through each now and then and must be obeyed by all; and at the end one front end is killed, all
+must end with it, and one chain of audit lines must have what all have written.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 from itertools import count
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +39,10 @@ from benchmarks.engines import ENVIRONMENT
 from benchmarks.overhead import WITHOUT
 from benchmarks.results import FOLDER, Result
 from steer.direction import digest, write_file
+from steer.serve.audit import verify
 from tests import models
 from tests.hostile import WILD, Hostile, wild
-from tests.servers import Server, text
+from tests.servers import Client, Server, front_ends, text
 
 CLIENTS, TOKENS = 6, 24
 BACKENDS = ("transformers", "vllm", "stock")
@@ -46,13 +53,36 @@ WARM = 1 / 3
 #: What may be added over the whole of a run by the line through the samples, and what is held on average.
 MEMORY = "memory MiB"
 GROWTH = {MEMORY: 16.0, "files": 3.0, "threads": 2.0, "rows": 0.5}
+#: Of memory, for each further front end, which is a process more.
+EACH_FRONT_END = 8.0
+#: Turns between two moves of the kill switch, the seconds that it is off, and in which all must obey.
+TURNS_ON, SECONDS_OFF, OBEYED = 15, 0.5, 0.1
+
+
+@dataclass
+class Off:
+    """A time in which steering is off: when that was asked for and answered, and when it was taken back."""
+
+    asked: float
+    answered: float = inf
+    ends: float = inf
+    ended: float = inf
 
 
 class Soak:
-    """`files` are the versions that take turns; without any all is plain, also what the hostile client does."""
+    """`files` are the versions that take turns; without any all is plain, also what the hostile client does. `fronts`
+    are those of a server that has several."""
 
-    def __init__(self, server: Server, files: dict[str, bytes], answers: dict[tuple[str | None, str], str]) -> None:
-        self.server, self.files, self.answers = server, files, answers
+    def __init__(
+        self,
+        server: Server,
+        files: dict[str, bytes],
+        answers: dict[tuple[str | None, str], str],
+        fronts: dict[int, Client],
+    ) -> None:
+        self.server, self.files, self.answers, self.fronts = server, files, answers, fronts
+        self.offs: list[Off] = []
+        self.latest = 0.0  # seconds after a switch's answer at which a steered request was still admitted
         self.stop = threading.Event()
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -80,10 +110,13 @@ class Soak:
     def ask(self, http: httpx.Client, prompt: str, *, steered: bool, leaves: bool) -> None:
         body: dict[str, Any] = {"model": self.server.model_name, "prompt": prompt, "max_tokens": TOKENS}
         body |= {"temperature": 0, "stream": True} | ({"steer": "refusal"} if steered else {})
+        began = time.monotonic()
         with http.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code != 200:
-                self.wrong.append(response.read().decode())
+                self.refused(response.read().decode(), began)
                 return
+            if steered:
+                self.admitted(began, time.monotonic())
             applied = json.loads(response.headers.get("x-steer-applied", "" if self.files else "[]"))
             which = applied[0]["digest"] if applied else None
             said = ""
@@ -96,6 +129,53 @@ class Soak:
         if bool(which) != steered or not (expected.startswith(said) if leaves else expected == said):
             self.wrong.append(f"{prompt!r} steered={steered} by {which}: {said!r}, not {expected!r}")
         self.counts["left" if leaves else "steered" if steered else "plain"] += 1
+
+    def refused(self, said: str, began: float) -> None:
+        now = time.monotonic()
+        if "steering_off" in said and any(off.asked < now and began < off.ended for off in self.offs):
+            self.counts["refused by the switch"] += 1
+        else:
+            self.wrong.append(said)
+
+    def admitted(self, began: float, now: float) -> None:
+        """A steered request that began and was admitted then: not while steering was off."""
+        for off in self.offs:
+            if off.answered < began and now < off.ends:
+                self.latest = max(self.latest, began - off.answered)
+                if began - off.answered > OBEYED:
+                    self.wrong.append(f"steered {began - off.answered:.3f} s after the switch")
+
+    def switch(self, through: Client) -> None:
+        off = Off(time.monotonic())
+        self.offs.append(off)
+        assert through.post("/v1/steering", json={"enabled": False, "reason": "soak"}).status_code == 200
+        off.answered = time.monotonic()
+        body = {"model": self.server.model_name, "prompt": "one", "max_tokens": 1, "steer": "refusal"}
+        while time.monotonic() < off.answered + SECONDS_OFF:
+            for front in self.fronts.values():
+                began = time.monotonic()
+                if front.post("/v1/completions", json=body).status_code == 200:
+                    self.admitted(began, time.monotonic())
+        off.ends = time.monotonic()
+        assert through.post("/v1/steering", json={"enabled": True}).status_code == 200
+        off.ended = time.monotonic()
+        self.counts["moves of the switch"] += 1
+
+    def swap(self, turn: int, data: bytes) -> None:
+        """By the folder, and through each front end in its turn: what is answered must hold in all."""
+        number = turn % (len(self.fronts) + 1) - 1
+        self.counts["swaps"] += 1
+        if number < 0:
+            write_file(self.server.directions / FILE, data)  # type: ignore[operator]
+            return
+        answer = self.fronts[number].put("/v1/directions/refusal", content=data)
+        if answer.status_code != 200:
+            self.wrong.append(f"a swap through {number}: {answer.text}")
+            return
+        for other, front in self.fronts.items():
+            served = front.get("/v1/directions/refusal").json().get("digest")
+            if served != digest(data):
+                self.wrong.append(f"{other} serves {served} after a swap to {digest(data)} through {number}")
 
     def sample(self, seconds: float) -> None:
         told = self.server.client.get("/metrics").text
@@ -121,10 +201,13 @@ class Soak:
         for client in clients:
             client.start()
         started, rng = time.monotonic(), random.Random(0)
-        while (now := time.monotonic() - started) < seconds:
+        for turn in count():
+            if (now := time.monotonic() - started) >= seconds:
+                break
             if self.files:
-                write_file(self.server.directions / FILE, rng.choice(list(self.files.values())))  # type: ignore[operator]
-                self.counts["swaps"] += 1
+                self.swap(turn, rng.choice(list(self.files.values())))
+            if self.fronts and turn % TURNS_ON == TURNS_ON - 1:
+                self.switch(self.fronts[turn // TURNS_ON % len(self.fronts)])
             self.sample(now)
             time.sleep(1)
         self.stop.set()
@@ -161,13 +244,18 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--backend", choices=BACKENDS, default="transformers")
     parser.add_argument("--plain", action="store_true", help="what stock vLLM can have too, without a direction")
+    parser.add_argument("--api-servers", type=int, default=1, help="front ends of vLLM")
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     plain = given.plain or given.backend == "stock"
+    if given.api_servers > 1 and (plain or given.backend != "vllm"):
+        parser.error("--api-servers is of --backend vllm, and not --plain")
     with tempfile.TemporaryDirectory(prefix="steer-soak-") as name:
         folder = Path(name)
         (folder / "directions").mkdir()
         model, command, options = arm(folder, given.backend)
+        if given.api_servers > 1:
+            options += ["--api-server-count", str(given.api_servers), "--audit", str(folder / "audit.jsonl")]
         data = [] if plain else [models.direction(model, seed=seed).to_bytes() for seed in (1, 2, 3)]
         files = {digest(each): each for each in data}
         with Server(*options, directions=folder / "directions", command=command) as server:
@@ -183,10 +271,27 @@ def main() -> int:
             if files:
                 bad = wild(models.direction(model, seed=8, shared=True))
                 assert server.client.put(f"/v1/directions/{WILD}", content=bad).status_code in (200, 201)
-            soak = Soak(server, files, answers)
+            soak = Soak(server, files, answers, front_ends(server) if given.api_servers > 1 else {})
             soak.run(given.minutes * 60)
+            for front in soak.fronts.values():
+                front.close()
             alive = server.process.poll() is None and "Traceback" not in server.log
+            if given.api_servers > 1:
+                soak.wrong += kill_one(server)
+        if given.api_servers > 1:
+            found = verify([path for path in folder.glob("audit.jsonl*") if path.suffix not in (".head", ".lock")])
+            soak.counts["audit lines"] += found.lines
+            soak.wrong += found.problems
     return report(soak, alive, given.out, given.minutes, given.backend, plain)
+
+
+def kill_one(server: Server) -> list[str]:
+    """Kill a front end, with which vLLM ends all; what goes on."""
+    parent = psutil.Process(server.process.pid)
+    whole = [parent, *parent.children(recursive=True)]
+    next(process for process in whole if "APIServer" in " ".join(process.cmdline())).kill()
+    _, alive = psutil.wait_procs(whole, timeout=60)
+    return [f"{process.name()} goes on without a front end" for process in alive]
 
 
 def arm(folder: Path, backend: str) -> tuple[Any, list[str], list[str]]:
@@ -217,30 +322,38 @@ def arm(folder: Path, backend: str) -> tuple[Any, list[str], list[str]]:
 
 def report(soak: Soak, alive: bool, folder: Path, minutes: float, backend: str, plain: bool) -> int:
     name, grown = "-".join(["soak", *([backend] if backend != "transformers" else [])]), soak.growth()
+    several = f" --api-servers {len(soak.fronts)}" if soak.fronts else ""
     name += "-plain" if plain and backend != "stock" else ""
+    name += f"-{len(soak.fronts)}-api-servers" if soak.fronts else ""
+    allowed = GROWTH | {MEMORY: GROWTH[MEMORY] + EACH_FRONT_END * max(0, len(soak.fronts) - 1)}
     rows = ["| held | at the start | at the end | grown after the warm-up | allowed |", "|---|---:|---:|---:|---:|"]
     for held in soak.held:
         first, last = soak.samples[0].get(held, 0.0), soak.samples[-1][held]
-        rows.append(f"| {held} | {first:.0f} | {last:.0f} | {grown[held]:+.2f} | {GROWTH.get(held, '')} |")
+        rows.append(f"| {held} | {first:.0f} | {last:.0f} | {grown[held]:+.2f} | {allowed.get(held, '')} |")
     counted = ", ".join(f"{many} {what}" for what, many in soak.counts.items())
     ill = ", ".join(f"{many} × {what}" for what, many in sorted(soak.hostile.counts.items()))
     wrong = soak.wrong + soak.hostile.wrong
     text = (
         f"A tiny model on {backend}, {minutes:g} minutes: {counted}; {len(soak.wrong)} wrong answers or receipts.\n\n"
     )
+    if soak.fronts:
+        text += f"Through {len(soak.fronts)} front ends and the folder in turn; the latest steered request that was "
+        text += f"admitted after the switch's answer came {1000 * soak.latest:.1f} ms after it.\n\n"
     text += f"Beside them a client that means ill, by the status of each answer: {ill}; "
     text += f"{len(soak.hostile.wrong)} of them wrong.\n\n"
     text += f"{soak.sequences} sequences were begun; memory grew by {soak.each_sequence():.2f} KiB with each of them "
     text += "after the warm-up.\n\n"
     text += "\n".join([*rows, "", *wrong[:5], f"![What was held over time]({name}.png)", ""])
-    command = f"python -m benchmarks.soak --minutes {minutes:g} --backend {backend}{' --plain' if plain else ''}"
+    command = (
+        f"python -m benchmarks.soak --minutes {minutes:g} --backend {backend}{several}{' --plain' if plain else ''}"
+    )
     title = "Soak: plain traffic" if plain else "Soak: mixed traffic, a swap each second"
     result = Result(name, f"{title}, a hostile client", command, {}, [], text)
     result.save(folder)
     (folder / f"{name}.samples.json").write_text(json.dumps(soak.samples))
     plot(soak, folder / f"{name}.png")
     print(result.markdown())
-    return 0 if alive and not wrong and all(grown[held] <= most for held, most in GROWTH.items()) else 1
+    return 0 if alive and not wrong and all(grown[held] <= most for held, most in allowed.items()) else 1
 
 
 def plot(soak: Soak, path: Path) -> None:

@@ -21,6 +21,7 @@ from steer.direction import Direction, DirectionMeta, read_file, write_file
 from steer.direction import digest as digest_of
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, printable
 from steer.names import SUFFIX, check_name
+from steer.shared import Shared
 from steer.spec import Entry, RequestedDirection, Spec
 from steer.watch import Follower
 
@@ -395,18 +396,24 @@ class Registry:
         assert self.folder is not None
         path = self.folder / f"{name}{SUFFIX}"
         write_file(path, data)
-        self._seen[name] = _stamp(path)
+        self._seen[name] = _UNSETTLED  # another process may have replaced it by now
 
-    def follow(self, on_look: Callable[[], None] = lambda: None) -> None:
-        """Follow the folder on a thread of its own until `stop`; `on_look` is called after every look."""
+    def follow(self, on_look: Callable[[], None] = lambda: None, shared: Shared | None = None) -> None:
+        """Follow the folder on a thread of its own until `stop`, and look when another front end asks to; `on_look` is
+        called after every look."""
         if self.folder is None:
             return
+        shared = shared or Shared()
 
         def look() -> None:
-            self.sync()
-            on_look()
+            asked = shared.asked
+            try:
+                self.sync()
+                on_look()
+            finally:
+                shared.has_looked(asked)
 
-        self.follower = Follower(self.folder, look, name="steer-folder")
+        self.follower = Follower(self.folder, look, name="steer-folder", calls=shared.calls)
         self.follower.start()
 
     def stop(self) -> None:

@@ -31,8 +31,11 @@ class Follower:
     is not there, or the system gives out no more watches), it is called every two seconds all the same.
     """
 
-    def __init__(self, folder: Path, look: Callable[[], None], *, name: str, recursive: bool = True) -> None:
-        self.folder, self.look, self.recursive = folder, look, recursive
+    def __init__(
+        self, folder: Path, look: Callable[[], None], *, name: str, recursive: bool = True, calls: Path | None = None
+    ) -> None:
+        """`calls`: a second folder, in which something changes when a look is asked for."""
+        self.folder, self.look, self.recursive, self.calls = folder, look, recursive, calls
         #: What the last look met, if it met anything.
         self.problem: str | None = None
         self._unwatched: str | None = None
@@ -66,7 +69,7 @@ class Follower:
         while not self._stop.is_set():
             try:
                 for _ in watchfiles.watch(
-                    self.folder,
+                    *[path for path in (self.folder, self.calls) if path is not None],
                     stop_event=self._stop,
                     debounce=50,
                     step=5,

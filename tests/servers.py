@@ -112,6 +112,34 @@ class Server:
         return self._name
 
 
+def front_ends(server: Server, headers: dict[str, str] | None = None) -> dict[int, Client]:
+    """A client for each front end of a server, by its number: each with one connection, which stays where it is.
+    `headers` let it manage."""
+    found: dict[int, Client] = {}
+    more: list[Client] = []  # they stay open until all are found: the front end with the fewest is the next
+    count = 0
+    deadline = time.monotonic() + START_TIMEOUT
+    while not count or len(found) < count:
+        assert time.monotonic() < deadline, f"of {count} front ends only {sorted(found)} answer"
+        client = Client(
+            base_url=server.url,
+            timeout=120,
+            headers=headers,
+            limits=httpx.Limits(max_connections=1, keepalive_expiry=60),
+        )
+        try:
+            index, count = client.get("/v1/steering").json()["front_end"]
+        except httpx.TransportError:  # one that has just begun to listen
+            client.close()
+            continue
+        if found.setdefault(index, client) is not client:
+            more.append(client)
+            time.sleep(0.05)
+    for client in more:
+        client.close()
+    return dict(sorted(found.items()))
+
+
 def receipt(response: httpx.Response) -> list[dict[str, Any]]:
     return list(json.loads(response.headers["x-steer-applied"]))
 

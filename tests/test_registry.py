@@ -15,8 +15,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from steer import registry as registry_module
 from steer.admission import Admission
-from steer.direction import Direction, digest
+from steer.direction import Direction, digest, write_file
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
 from steer.names import Mode, Site
 from steer.registry import Move, Registry
@@ -442,6 +443,25 @@ def test_put_keeps_the_very_bytes_as_a_file_and_nothing_else(tmp_path: Path) -> 
     registry.sync()
     assert [path.name for path in tmp_path.iterdir()] == ["refusal.safetensors"]
     assert served(registry) == {"memory": digest(B), "refusal": digest(A)}
+
+
+def test_what_another_process_puts_at_the_same_time_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may replace the file as soon as that is there; whoever was last is then served by both."""
+    first, second = (Registry(Recorder(), tmp_path) for _ in range(2))
+    with monkeypatch.context() as patch:
+
+        def overtaken(path: Path, data: bytes) -> None:
+            write_file(path, data)
+            patch.setattr(registry_module, "write_file", write_file)
+            second.put("refusal", B)
+
+        patch.setattr(registry_module, "write_file", overtaken)
+        first.put("refusal", A)
+    for registry in (first, second):
+        registry.sync()
+        assert served(registry) == {"refusal": digest(B)}
 
 
 def test_what_cannot_be_stored_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,9 @@ number and hash, so that a tail which was cut off is missed too. A file that has
 
 Lines are written where they happen, into the system's memory. A thread of its own waits for the disk.
 
+Several processes of one machine may write one file: each line is written under a lock (`FILE.lock`), behind the one
+that `FILE.head` says is the last.
+
 What a hash chain cannot show: a history that somebody with write access to both files has computed anew from some line
 on. Keep the head elsewhere from time to time (`GET /v1/steering` tells it) and verify against that.
 """
@@ -25,7 +28,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,6 +44,8 @@ GENESIS = "0" * 64
 MAX_LINE = 2**18
 #: How much of a torn line the event that reports it keeps.
 TORN_SHOWN = 4096
+#: More than FILE.head has.
+HEAD_BYTES = 256
 FSYNC_EVERY = 1.0
 Fsync = Literal["always", "second", "never"]
 
@@ -118,7 +123,7 @@ def unseal(line: bytes) -> Record:
 
 
 class Audit:
-    """One file that is being written, by this process alone. Thread-safe."""
+    """One file that is being written, by this process and maybe by others. Thread-safe."""
 
     def __init__(self, path: Path, *, max_bytes: int = 64 * 2**20, fsync: Fsync = "second") -> None:
         self.path, self.max_bytes, self.fsync = path, max_bytes, fsync
@@ -136,19 +141,13 @@ class Audit:
         self._closed = threading.Event()
 
     def open(self) -> None:
-        """Lock the file, look at its tail and go on with its chain. Raises AuditError."""
+        """Look at the file's tail and go on with its chain. Raises AuditError."""
         try:
             self._guard = os.open(self.path.with_name(f"{self.path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._guard)
-            raise AuditError(f"the audit file {self.path} is being written by another process") from None
-        except OSError as error:
-            raise AuditError(f"the audit file {self.path} cannot be written: {error.strerror}") from None
-        try:
-            known = _read_head(self._head_path)
-            self._head_fd = os.open(self._head_path, os.O_RDWR | os.O_CREAT, 0o600)
-            self._reopen(known)
+            with self._alone():
+                known = _read_head(self._head_path)
+                self._head_fd = os.open(self._head_path, os.O_RDWR | os.O_CREAT, 0o600)
+                self._reopen(known)
         except OSError as error:
             raise AuditError(f"the audit file {self.path} cannot be written: {error.strerror}") from None
         self._synced = self.head.seq
@@ -168,13 +167,9 @@ class Audit:
 
     def write(self, event: str, **fields: object) -> int:
         """Append one line; its number. Raises AuditUnavailable: then nothing of it is in the file."""
-        with self._lock:
+        with self._alone():
             try:
-                if self._fd < 0 or not self._size or not _same(self.path, self._fd):
-                    self._reopen(self.head if self.head.seq else None)
-                if not _same(self._head_path, self._head_fd):
-                    os.close(self._head_fd)
-                    self._head_fd = os.open(self._head_path, os.O_RDWR | os.O_CREAT, 0o600)
+                self._catch_up()
                 if self._lost:
                     self._append("recovered", {"detail": {"lost": dict(self._lost)}})
                     log.warning("the audit file is written again; lost in between: %s", dict(self._lost))
@@ -184,10 +179,39 @@ class Audit:
                 said = getattr(error, "strerror", None) or str(error)
                 self._fail(f"{self.path}: {said}")
                 raise AuditUnavailable(f"the audit log cannot be written: {said}") from None
-            self.failed = None
+            if self.failed is not None:
+                self.failed = None
+                metrics.AUDIT_OK.set(1)
             if self.fsync == "always":
                 self._wake.set()
             return seq
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other thread or process writes meanwhile."""
+        with self._lock:
+            if self._guard >= 0:
+                fcntl.flock(self._guard, fcntl.LOCK_EX)  # which a process that dies lets go
+            try:
+                yield
+            finally:
+                if self._guard >= 0:
+                    fcntl.flock(self._guard, fcntl.LOCK_UN)
+
+    def _catch_up(self) -> None:
+        """Be at the end of the chain, wherever other processes have brought it by now."""
+        if not _same(self._head_path, self._head_fd):
+            os.close(self._head_fd)
+            self._head_fd = os.open(self._head_path, os.O_RDWR | os.O_CREAT, 0o600)
+            known: Head | None = self.head if self.head.seq else None  # it was moved away: what we know is all there is
+        else:
+            known = _head_of(os.pread(self._head_fd, HEAD_BYTES, 0))
+        if self._fd >= 0 and known and _same(self.path, self._fd):
+            size, end = os.fstat(self._fd).st_size, f'"hash":"{known.hash}"}}\n'.encode()
+            if os.pread(self._fd, len(end), max(0, size - len(end))) == end:
+                self.head, self._size = known, size
+                return
+        self._reopen(known)
 
     def kept(self, seq: int) -> Future[None] | None:
         """Done when line `seq` is on the disk, with AuditUnavailable where it cannot be; None where nobody has to wait:
@@ -209,6 +233,7 @@ class Audit:
 
     def _fail(self, reason: str) -> None:
         metrics.AUDIT_FAILURES.inc()
+        metrics.AUDIT_OK.set(0)
         if self.failed is None:
             log.error("audit: %s; steered requests are refused until it can be written again", reason)
         self.failed = reason
@@ -287,7 +312,10 @@ class Audit:
         """Find the end of the chain in what is there, where it is `known` to end. What a crash left is healed by an
         event that says so."""
         if self._fd >= 0:
-            os.close(self._fd)
+            if self.fsync != "never" and self.head.seq > self._synced:
+                self._behind.append(self._fd)  # another process has rotated it
+            else:
+                os.close(self._fd)
             self._fd = -1
         self._fd = _opened(self.path)
         self._size = os.fstat(self._fd).st_size
@@ -395,8 +423,15 @@ def _same(path: Path, fd: int) -> bool:
 
 def _read_head(path: Path) -> Head | None:
     try:
-        return Head.parse(path.read_text("ascii"))
-    except (OSError, ValueError):
+        return _head_of(path.read_bytes())
+    except OSError:
+        return None
+
+
+def _head_of(data: bytes) -> Head | None:
+    try:
+        return Head.parse(data.decode("ascii"))
+    except ValueError:
         return None
 
 

@@ -1,6 +1,7 @@
 """The control plane of one server: the policy in force, the kill switch, the audit log, and what is running.
 
-One `Control` is shared by the door (`access`), the middleware and the control routes. The event loop's, but for the
+Where a server has several front ends, each has a `Control`, and the switch and the rates are in what they share. One
+`Control` is shared by the door (`access`), the middleware and the control routes. The event loop's, but for the
 watcher of the policy file and for moves of names, which come on threads of their own.
 """
 
@@ -31,6 +32,7 @@ from steer.serve.policy import InForce, PolicyError
 from steer.serve.ratelimit import RateLimiter
 from steer.serve.token_usage import Usage
 from steer.settings import ControlSettings
+from steer.shared import Shared
 from steer.spec import Spec
 from steer.watch import STALLED, Follower
 
@@ -41,6 +43,8 @@ MODEL_SHOWN = 128
 #: Of one key's refusals by one rule in a minute, those that the audit log keeps one by one.
 REFUSALS_KEPT = 10.0
 _DEFAULTS = ControlSettings.model_construct()
+#: Names in what front ends share: the switch, and of requests that run the steered ones.
+SWITCH, STEERED = "switch", "steered"
 #: Who moves a name: set where a route does it, unset where the folder does.
 _moving: ContextVar[Caller | None] = ContextVar("steer_moving", default=None)
 
@@ -91,9 +95,8 @@ class Control:
         #: All requests that run, plain ones too.
         self.runs: set[Run] = set()
         self.registry: Registry | None = None
-        self.steering, self.reason = settings.steering, "" if settings.steering else "the server was started so"
-        self._requests, self._tokens, self._refusals = RateLimiter(), RateLimiter(), RateLimiter()
-        self._at_once: Counter[str] = Counter()
+        self._share(Shared())
+        self._refusals = RateLimiter("refusals", Shared())  # what is kept of them is each front end's own
         self._unkept: Counter[tuple[str | None, str]] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._good: bytes | None = None  # what the policy file was at the last look, if it was acceptable
@@ -130,15 +133,28 @@ class Control:
         named = hosts_of(self.settings.allowed_hosts) | hosts_of(where or "")
         self.pages = Pages(named, self.origins, addresses=where is None)
 
-    def start(self, registry: Registry, model: str) -> None:
-        """Open the audit log and follow the policy file and the registry. Raises AuditError."""
+    def _share(self, shared: Shared) -> None:
+        """Have the switch and the rates in common with whoever has `shared`."""
+        self.shared = shared
+        self._requests, self._tokens = RateLimiter("requests", shared), RateLimiter("tokens", shared)
+        with shared.lock():
+            if shared.get(SWITCH) is None:
+                shared.text = "" if self.settings.steering else "the server was started so"
+                shared.put(SWITCH, self.settings.steering)
+
+    def start(self, registry: Registry, model: str, shared: Shared | None = None) -> None:
+        """Open the audit log and follow the policy file and the registry; `shared` with other front ends. Raises
+        AuditError."""
+        if shared is not None:
+            self._share(shared)
         if self.audit:
             self.audit.open()
-        self._note("start", model=model, detail={"version": __version__, "policy": self.policy_digest})
+        detail: dict[str, object] = {"version": __version__, "policy": self.policy_digest}
+        several = {"front_end": self.shared.index} if self.shared.count > 1 else {}
+        self._note("start", model=model, detail=detail | several)
         self.registry, registry.on_move = registry, self._moved
-        metrics.STEERING.set_function(lambda: float(self.steering))
-        metrics.STEERED_RUNNING.set_function(lambda: float(len(self.running)))
-        metrics.AUDIT_OK.set_function(lambda: float(self.audit is None or self.audit.failed is None))
+        metrics.STEERING.set(self.steering)
+        metrics.AUDIT_OK.set(self.audit is None or self.audit.failed is None)
         if self.in_force:
             missing = {
                 item.direction
@@ -151,7 +167,7 @@ class Control:
         if self.settings.policy:
             # the folder is watched, since editors and ConfigMaps put a new file in place
             folder = self.settings.policy.parent
-            self.follower = Follower(folder, self.reload, name="steer-policy", recursive=False)
+            self.follower = Follower(folder, self._look, name="steer-policy", recursive=False, calls=self.shared.calls)
             self.follower.start()
 
     def stop(self) -> None:
@@ -164,8 +180,26 @@ class Control:
             self._unkept.clear()
             self._note("stop")
             self.audit.close()
+        self.shared.close()
 
     # -- policy --------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """On the follower's thread: the file may be another, and another front end may have moved the switch."""
+        self.reload()
+        if self._ends_running and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._end_steered)
+
+    @property
+    def _ends_running(self) -> bool:
+        """Does what is steered and runs end, as the switch is now?"""
+        return not self.steering and self.in_force is not None and self.in_force.policy.on_kill == "abort"
+
+    def _end_steered(self) -> None:
+        """On the event loop."""
+        if self._ends_running:
+            for run in self.running:
+                run.abort(self.off(run.spec))
 
     def reload(self) -> None:
         """Read the policy file again. One that is not acceptable leaves the old in force, and says why."""
@@ -191,6 +225,7 @@ class Control:
             metrics.POLICY_RELOADS.labels(result="ok").inc()
             log.info("a new policy is in force: %d keys", len(fresh.policy.keys))
             self._note("policy", outcome="ok", detail={"policy": fresh.digest})
+            self.shared.ask()  # it holds in all front ends together, whichever has seen it first
             if fresh.policy.on_kill == "abort" and self._loop is not None and not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._end_removed)
 
@@ -270,37 +305,38 @@ class Control:
 
     @property
     def running(self) -> list[Run]:
-        """The steered requests that run."""
-        return [run for run in tuple(self.runs) if run.spec]  # a scrape may come on another thread
+        """The steered requests that run on this front end."""
+        return [run for run in self.runs if run.spec]
 
     def enter(self, caller: Caller) -> Reservation:
         """Take one request of the caller's rates, before it is read: what fails has been one too. Raises Refusal (429).
         Whoever has entered must `leave`."""
         rules, name = caller.rules, caller.name
         if rules is not None and name is not None:
-            if rules.requests_at_once is not None and self._at_once[name] >= rules.requests_at_once:
-                raise _over("requests_at_once", rules, 1)
-            self._check_rate("requests_per_minute", self._requests, caller, 1)
-            self._check_rate("tokens_per_minute", self._tokens, caller, 1)
-            self._requests.charge(name, rules.requests_per_minute, 1)
-            self._at_once[name] += 1
+            with self.shared.lock():
+                limit = rules.requests_at_once
+                if limit is not None and self.shared.total(_at_once(name)) >= limit:
+                    raise _over("requests_at_once", rules, 1)
+                self._check_rate("requests_per_minute", self._requests, caller, 1)
+                self._check_rate("tokens_per_minute", self._tokens, caller, 1)
+                self._requests.charge(name, rules.requests_per_minute, 1)
+                self.shared.count_own(_at_once(name), 1)
         return Reservation(caller)
 
     def reserve(self, reservation: Reservation, tokens: int) -> None:
         """Take all the tokens that a request may come to. Raises Refusal (429)."""
         rules, name = reservation.caller.rules, reservation.caller.name
         if rules is not None and name is not None and rules.tokens_per_minute is not None:
-            self._check_rate("tokens_per_minute", self._tokens, reservation.caller, tokens)
-            self._tokens.charge(name, rules.tokens_per_minute, tokens)
+            with self.shared.lock():
+                self._check_rate("tokens_per_minute", self._tokens, reservation.caller, tokens)
+                self._tokens.charge(name, rules.tokens_per_minute, tokens)
             reservation.tokens += tokens
 
     def leave(self, reservation: Reservation) -> None:
         """The request has ended, whatever became of it; what it took and did not use is given back."""
         rules, name = reservation.caller.rules, reservation.caller.name
         if rules is not None and name is not None:
-            self._at_once[name] -= 1
-            if not self._at_once[name]:
-                del self._at_once[name]
+            self.shared.count_own(_at_once(name), -1)
             self._tokens.charge(name, rules.tokens_per_minute, -reservation.tokens)
             reservation.tokens = 0
 
@@ -317,7 +353,7 @@ class Control:
         """
         run = Run(caller, spec, request_id(scope))
         self._loop = asyncio.get_running_loop()
-        self.runs.add(run)
+        self._add(run)
         try:
             if spec and self.audit:
                 run.line = self.audit.write(
@@ -330,17 +366,29 @@ class Control:
                 if kept := self.audit.kept(run.line):
                     await asyncio.wrap_future(kept)
         except AuditUnavailable as error:
-            self.runs.discard(run)
+            self._discard(run)
             self._note_end(run, "error", 0, 0)
             raise Refusal(Code.AUDIT_UNAVAILABLE, "audit", str(error), Retry_After="10") from None
         except BaseException:
-            self.runs.discard(run)
+            self._discard(run)
             self._note_end(run, "cancelled", 0, 0)
             raise
         return run
 
-    def end(self, run: Run, reservation: Reservation, outcome: str, usage: Usage) -> None:
+    def _add(self, run: Run) -> None:
+        self.runs.add(run)
+        if run.spec:
+            self.shared.count_own(STEERED, 1)
+            metrics.STEERED_RUNNING.inc()
+
+    def _discard(self, run: Run) -> None:
         self.runs.discard(run)
+        if run.spec:
+            self.shared.count_own(STEERED, -1)
+            metrics.STEERED_RUNNING.dec()
+
+    def end(self, run: Run, reservation: Reservation, outcome: str, usage: Usage) -> None:
+        self._discard(run)
         used = usage.prompt + usage.completion
         if (rules := run.caller.rules) is not None and run.caller.name is not None:
             self._tokens.charge(run.caller.name, rules.tokens_per_minute, used)
@@ -361,20 +409,38 @@ class Control:
 
     # -- the kill switch -----------------------------------------------------------------------------------------
 
+    @property
+    def steering(self) -> bool:
+        """Is steering switched on? Read of each request; what moves it is seen by the next one, on every front end."""
+        return bool(self.shared.number(SWITCH))
+
+    @property
+    def reason(self) -> str:
+        """Why the switch was moved."""
+        return self.shared.text
+
+    @property
+    def steered(self) -> int:
+        """The steered requests that run on all front ends."""
+        return self.shared.total(STEERED)
+
     def switch(self, enabled: bool, caller: Caller, reason: str = "") -> None:
-        """From here on, and before anything else runs on this loop, no steered request is admitted (or is again)."""
-        self.steering, self.reason = enabled, reason = enabled, printable(reason)
+        """From here on, and before anything else runs on this loop, no steered request is admitted (or is again); nor
+        on any other front end."""
+        reason = printable(reason)
+        with self.shared.lock():
+            self.shared.text = reason
+            self.shared.put(SWITCH, enabled)
+        metrics.STEERING.set(enabled)
         log.warning("steering is %s%s", "on" if enabled else "off", f": {reason}" if reason else "")
-        ending = not enabled and self.in_force is not None and self.in_force.policy.on_kill == "abort"
         self._note(
             "switch",
             key=caller.name,
             outcome="on" if enabled else "off",
-            detail={"reason": reason, "running": len(self.running), "aborted": ending},
+            detail={"reason": reason, "running": self.steered, "aborted": self._ends_running},
         )
-        if ending:
-            for run in self.running:
-                run.abort(self.off(run.spec))
+        self._end_steered()
+        self.shared.ask()  # the others end what runs on them
 
     def off(self, asked: Spec) -> Refusal:
         """What a steered request gets while steering is off."""
@@ -401,6 +467,10 @@ class Control:
     def _note(self, event: str, **fields: object) -> None:
         if self.audit:
             self.audit.note(event, **fields)
+
+
+def _at_once(key: str) -> str:
+    return f"at_once:{key}"
 
 
 def _over(rule: str, rules: policy.KeyRules, seconds: int) -> Refusal:

@@ -158,8 +158,14 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
         data = await read_body(request.scope, request.receive, max_upload)
         caller = control.caller(request.scope)
         control.moving(caller)
+
+        def put() -> Version:
+            version = registry.put(name, data)
+            control.shared.settle()
+            return version
+
         try:
-            version = await anyio.to_thread.run_sync(registry.put, name, data)
+            version = await anyio.to_thread.run_sync(put)
         except NoRoom as error:
             raise errors.HTTPProblem(Code.NO_FREE_ROWS, str(error)) from error
         except OSError as error:
@@ -173,8 +179,13 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
     )
     async def delete_direction(name: str, request: Request) -> DirectionDeleted:
         control.moving(control.caller(request.scope))
+
+        def delete() -> None:
+            registry.delete(name)
+            control.shared.settle()
+
         try:
-            await anyio.to_thread.run_sync(registry.delete, name)
+            await anyio.to_thread.run_sync(delete)
         except UnknownDirection as error:
             raise _not_found(error) from error
         except OSError as error:

@@ -1,7 +1,12 @@
-"""Prometheus metrics, on the default registry so that they appear beside those of any engine in the process."""
+"""Prometheus metrics, on the default registry so that they appear beside those of any engine in the process.
+
+Where a server has several front ends, vLLM has prometheus_client keep all values in files, and whichever front end is
+scraped adds them up. Each gauge says what becomes of the values that several front ends have for it.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -19,9 +24,11 @@ POLICY_REFUSED = Counter("steer_policy_refusals", "Requests refused by keys and 
 POLICY_RELOADS = Counter("steer_policy_reloads", "Policy files that were read anew", ["result"])
 AUDIT_LINES = Counter("steer_audit_lines", "Lines written to the audit log", ["event"])
 AUDIT_FAILURES = Counter("steer_audit_failures", "Times that the audit log could not be written")
-AUDIT_OK = Gauge("steer_audit_ok", "1 while the audit log can be written, or none is kept")
-STEERING = Gauge("steer_steering_enabled", "0 while the kill switch has steering off")
-STEERED_RUNNING = Gauge("steer_steered_running", "Steered requests that are running")
+AUDIT_OK = Gauge(
+    "steer_audit_ok", "1 while the audit log can be written, or none is kept", multiprocess_mode="mostrecent"
+)
+STEERING = Gauge("steer_steering_enabled", "0 while the kill switch has steering off", multiprocess_mode="mostrecent")
+STEERED_RUNNING = Gauge("steer_steered_running", "Steered requests that are running", multiprocess_mode="livesum")
 ADMISSION = Histogram(
     "steer_admission_seconds",
     "Time to parse, resolve and pin a request's steering",
@@ -32,12 +39,19 @@ SWAP = Histogram(
     "Time from a direction's bytes to its being served: checks, placement on all workers, the move of the name",
     buckets=(1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1, 2, 5, 10),
 )
-RESIDENT = Gauge("steer_resident_versions", "Direction versions resident in the bank")
-ROWS = Gauge("steer_rows_in_use", "DirectionBank rows in use")
-ROW_CAPACITY = Gauge("steer_row_capacity", "DirectionBank rows that directions can have")
-SWAPS = Gauge("steer_swaps", "Times that a name was moved to another version")
-FAILURES = Gauge("steer_failed_directions", "Names whose newest content is not served")
-INFO = Gauge("steer_direction_info", "1 for each served direction", ["direction", "digest", "method"])
+RESIDENT = Gauge("steer_resident_versions", "Direction versions resident in the bank", multiprocess_mode="livemax")
+ROWS = Gauge("steer_rows_in_use", "DirectionBank rows in use", multiprocess_mode="livemax")
+ROW_CAPACITY = Gauge("steer_row_capacity", "DirectionBank rows that directions can have", multiprocess_mode="livemax")
+SWAPS = Gauge("steer_swaps", "Times that a name was moved to another version", multiprocess_mode="livemax")
+FAILURES = Gauge("steer_failed_directions", "Names whose newest content is not served", multiprocess_mode="livemax")
+INFO = Gauge(
+    "steer_direction_info",
+    "1 for each served direction",
+    ["direction", "digest", "method"],
+    multiprocess_mode="livemax",
+)
+#: Are values kept in files? Then labels cannot be taken away.
+_IN_FILES = "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
 
 def count(spec: Spec, outcome: str, usage: Usage) -> None:
@@ -61,11 +75,18 @@ def watch(registry: Registry, rows_in_use: object, capacity: int) -> None:
 
 def refresh(registry: Registry) -> None:
     """The info metric of what is served now. What is new is there before what is old goes, so that no scrape between
-    finds a served direction missing."""
+    finds a served direction missing. Where values are in files, also what the gauges of `watch` say."""
+    if _IN_FILES:
+        RESIDENT.set(registry.resident)
+        ROWS.set(registry.rows)
+        SWAPS.set(registry.swaps)
+        FAILURES.set(len(registry.failures))
     now = {(name, v.digest, v.direction.meta.method) for name, v in registry.names().items()}
     for labels in now:
         INFO.labels(*labels).set(1)
     for sample in [sample for metric in INFO.collect() for sample in metric.samples]:
         shown = (sample.labels["direction"], sample.labels["digest"], sample.labels["method"])
-        if shown not in now:
+        if shown not in now and _IN_FILES:
+            INFO.labels(*shown).set(0)
+        elif shown not in now:
             INFO.remove(*shown)

@@ -73,6 +73,12 @@ class Steering(TypedDict):
     tokens: Annotated[dict[str, str], Field(description="what `tokens` of a spec can be, and what each means")]
     may: May
     running: NotRequired[Annotated[int, Field(description="steered requests that run; for the managing role")]]
+    front_end: NotRequired[
+        Annotated[
+            list[int],
+            Field(description="number of the front end that answers, and how many there are; for the managing role"),
+        ]
+    ]
     policy: NotRequired[Annotated[PolicyState, Field(description="for the managing role")]]
     audit: NotRequired[Annotated[AuditState | None, Field(description="for the managing role; null without a log")]]
 
@@ -176,7 +182,8 @@ def steering(control: Control, scope: Scope) -> Steering:
         },
     }
     if caller.manages:
-        told["running"] = len(control.running)
+        told["running"] = control.steered
+        told["front_end"] = [control.shared.index, control.shared.count]
         told["policy"] = {"digest": control.policy_digest, "problems": list(control.policy_problems)}
         audit = control.audit
         told["audit"] = None if audit is None else {"head": str(audit.head), "failed": audit.failed}

@@ -1,5 +1,5 @@
-"""Rates: token buckets, one pair for each key, and what one request takes of them. The event loop's alone, so without a
-lock.
+"""Rates: token buckets, one pair for each key, and what one request takes of them. Buckets are in the table that all
+front ends share; whoever asks and then takes does both under its lock.
 
 A request takes its place before anything is done for it, and all the tokens that it may come to once it is read; what
 it did not use is given back when it ends. So requests that run at once cannot take together what one after the other
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+
+from steer.shared import Shared
 
 SECONDS = 60.0
 #: Bytes of a body for which one token of prompt is taken in advance.
@@ -18,51 +19,30 @@ BYTES_PER_TOKEN = 4
 _MOST = 10**9
 
 
-@dataclass(slots=True)
-class Bucket:
-    """Holds at most a minute's amount and fills evenly. It may be overdrawn: an answer's cost is known at its end."""
-
-    per_minute: float
-    level: float = field(init=False)
-    when: float
-
-    def __post_init__(self) -> None:
-        self.level = self.per_minute
-
-    def fill(self, now: float, per_minute: float) -> None:
-        """Up to `now`, at a rate that a new policy may have changed."""
-        self.per_minute = per_minute
-        self.level = min(per_minute, self.level + (now - self.when) * per_minute / SECONDS)
-        self.when = now
-
-    def wait(self, amount: float) -> float:
-        """Seconds until `amount` is there; 0 where it is."""
-        missing = min(amount, self.per_minute) - self.level
-        return max(0.0, missing * SECONDS / self.per_minute)
-
-
 class RateLimiter:
-    """One kind of rate (requests, or tokens) of all keys."""
+    """One kind of rate (requests, or tokens) of all keys: buckets that hold at most a minute's amount and fill evenly.
+    They may be overdrawn: an answer's cost is known at its end. `clock` is one clock of the whole machine."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._buckets: dict[str, Bucket] = {}
+    def __init__(self, kind: str, shared: Shared, clock: Callable[[], float] = time.monotonic) -> None:
+        self._kind, self._shared, self._clock = kind, shared, clock
 
     def wait(self, key: str, per_minute: float | None, amount: float) -> float:
         """Seconds until `key` may have `amount`; 0 where it may now, or has no such limit."""
-        return 0.0 if per_minute is None else self._bucket(key, per_minute).wait(amount)
+        if per_minute is None:
+            return 0.0
+        missing = min(amount, per_minute) - self._level(key, per_minute, self._clock())
+        return max(0.0, missing * SECONDS / per_minute)
 
     def charge(self, key: str, per_minute: float | None, amount: float) -> None:
         if per_minute is not None:
-            self._bucket(key, per_minute).level -= amount
+            with self._shared.lock():
+                now = self._clock()
+                self._shared.put(f"{self._kind}:{key}", self._level(key, per_minute, now) - amount, now)
 
-    def _bucket(self, key: str, per_minute: float) -> Bucket:
-        now = self._clock()
-        bucket = self._buckets.get(key)
-        if bucket is None:
-            bucket = self._buckets[key] = Bucket(per_minute, now)
-        bucket.fill(now, per_minute)
-        return bucket
+    def _level(self, key: str, per_minute: float, now: float) -> float:
+        """What the bucket holds now, at a rate that a new policy may have changed."""
+        level, when = self._shared.get(f"{self._kind}:{key}") or (per_minute, now)
+        return min(per_minute, level + (now - when) * per_minute / SECONDS)
 
 
 def tokens_of(body: dict[str, object], size: int, context: int) -> int:

@@ -8,13 +8,13 @@ has let the request go. `plugin` wraps all of it on the instances of an engine t
 
 from __future__ import annotations
 
-import itertools
 import logging
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from steer.runtime.placement import Shape
 from steer.runtime.readout import Reading
 from steer.serve import metrics, token_usage
 from steer.serve.text import token_text
+from steer.shared import Shared
 from steer.spec import RequestedDirection, Spec, parse
 from steer.vllm import internals, wire
 from steer.vllm.internals.types import Call, CallAsync
@@ -52,6 +53,9 @@ ATTRIBUTE = "steer"
 SALT = "|steer:"
 #: Salts whose losses are remembered one by one; beyond that all steered requests begin anew.
 SALTS_KEPT = 1024
+#: Names in what front ends share: how often all steered requests have begun anew, with how many salts were lost since;
+#: and requests that are read.
+LOSSES, READING = "losses", "reading"
 
 
 def salt(spec: Spec, prompt: int) -> str:
@@ -70,24 +74,29 @@ def parted(cache_salt: str) -> tuple[str, int, str]:
 class Salts:
     """What keeps blocks of the prefix cache apart after a loss: those that a request whose stream was lost may have
     left from all that come after it. `current` gives a steered request's salt another ending from each `renew` of it
-    on. `first`: the ending before that, which must be no other process's where blocks outlive this one."""
+    on, by whichever front end. `first`: begins each ending, and must be no other process's where blocks outlive this
+    one."""
 
-    def __init__(self, first: str = "") -> None:
-        self._numbers = itertools.count(1)
-        self._first = self._all = first
-        self._endings: dict[str, str] = {}
+    def __init__(self, shared: Shared, first: str = "") -> None:
+        self._shared, self._first = shared, first
 
     def current(self, salt: str) -> str:
-        return salt + self._endings.get(salt, self._all)
+        anew = int(self._shared.number(LOSSES))
+        lost = int(self._shared.number(f"{LOSSES}:{anew}:{salt}"))
+        return f"{salt}#{self._first}{anew}.{lost}" if anew or lost else f"{salt}{self._first}"
 
     def renew(self, salt: str) -> None:
-        if len(self._endings) >= SALTS_KEPT:
-            self._endings.clear()
-            self._all = self._ending()
-        self._endings[salt] = self._ending()
-
-    def _ending(self) -> str:
-        return f"#{self._first}{next(self._numbers)}"
+        with self._shared.lock():
+            anew, kept = self._shared.get(LOSSES) or (0.0, 0.0)
+            try:
+                if kept >= SALTS_KEPT:
+                    raise NoRoom("too many salts")
+                name = f"{LOSSES}:{int(anew)}:{salt}"
+                before = self._shared.number(name)
+                self._shared.put(name, before + 1)
+                self._shared.put(LOSSES, anew, kept + (not before))
+            except NoRoom:
+                self._shared.put(LOSSES, anew + 1)
 
 
 @dataclass(slots=True)
@@ -155,40 +164,49 @@ class Frontend:
         call: Call,
         call_async: CallAsync | None = None,
         *,
+        place: tuple[int, int] = (0, 1),
         serves: bool = False,
     ) -> None:
-        """`serves`: the engine is a server's, so nothing is taken that no layer of ours has let pass."""
+        """`place`: which of how many front ends of the engine this is. `serves`: the engine is a server's, so nothing
+        is taken that no layer of ours has let pass."""
         architecture, layers, d_model = internals.config.shape_of(config)
         self.settings, self.call, self.call_async = settings, call, call_async or _no_loop
-        self.serves = serves
+        self.serves, self.place = serves, place
+        #: What it has in common with the engine's other front ends, from `start` on.
+        self.shared = Shared()
         self.dtype = internals.config.dtype_of(config)
         self.context = internals.config.context_of(config)
         sites = frozenset(settings.sites)
         self.shape = Shape(architecture, layers, d_model, sites, settings.rank, internals.config.stream_dtype(config))
-        self.registry = Registry(VllmPlacement(self.shape, call), settings.directions)
+        self.placement = VllmPlacement(self.shape, call)
+        self.registry = Registry(self.placement, settings.directions)
         self.default = parse(settings.default)
         self._tickets: dict[str, Ticket] = {}  # of HTTP requests, by name
         #: Requests of the engine that are steered or read and have not ended, by id.
         self.held: dict[str, Ticket] = {}
-        self.salts = Salts(secrets.token_hex(8) if internals.config.shares_blocks(config) else "")
+        self._outlived = internals.config.shares_blocks(config)
+        self.salts = self._salts()
 
     # -- start -------------------------------------------------------------------------------------------------------
 
     def start(self, ask: Ask, engines: int = 1) -> None:
         """Meet the workers, check that they steer, fill the registry. Blocks. Raises SteerError when the engine must
         not serve."""
-        workers = self.call("steer_hello")
+        workers = self._meet()
         codes = {worker["code"] for worker in workers}
         if codes != {code_digest()}:
             raise UnsupportedModel("the workers run another version of Steer than this process")
         missing = sorted(set(range(self.shape.layers)) - {layer for worker in workers for layer in worker["layers"]})
         if missing:
             raise UnsupportedModel(f"no worker steers the layers {missing}")
-        self_check(self, ask, ranks=engines)
+        with self.shared.once("self-check") as first:  # by one alone: it switches what runs, and wants no neighbours
+            if first:
+                self_check(self, ask, ranks=engines)
         self.registry.swaps = 0
         folder = self.settings.directions
         if folder is not None and not folder.is_dir():
             raise UnsupportedModel(f"the directions folder '{folder}' does not exist; make it or name another")
+        self.shared.follows()
         self.registry.sync()
         self.registry.resolve(self.default)
         log.info(
@@ -198,12 +216,38 @@ class Frontend:
             self.settings.default,
         )
 
+    def _meet(self) -> list[dict[str, Any]]:
+        """Say hello to the workers; what each has. From here on `shared` is what all front ends share: the workers tell
+        the folder that the first of these has made."""
+        index, count = self.place
+        made = Shared.make_folder() if count > 1 else None
+        name = f"{index}:{secrets.token_hex(8)}"
+        try:
+            workers = self.call("steer_hello", name, str(made or ""))
+            if made is not None:
+                self.shared = Shared(Path(workers[0]["folder"]), index, count)
+        finally:
+            if made is not None and self.shared.folder != made:
+                made.rmdir()
+        self.placement.front_end, self.placement.shared = name, self.shared
+        self.salts = self._salts()
+        self.registry.folder = self.settings.directions or self.shared.directions
+        return workers
+
+    def _salts(self) -> Salts:
+        return Salts(self.shared, secrets.token_hex(8) if self._outlived else "")
+
     def watch(self) -> None:
         """Follow the folder, and let the metrics read the registry, for the life of the process."""
         registry = self.registry
+
+        def looked() -> None:
+            self.placement.flush()
+            metrics.refresh(registry)
+
         metrics.watch(registry, lambda: registry.rows, self.settings.rows)
         metrics.refresh(registry)
-        registry.follow(lambda: metrics.refresh(registry))
+        registry.follow(looked, self.shared)
 
     @property
     def readable(self) -> int:
@@ -217,15 +261,20 @@ class Frontend:
 
         Raises NoRoom where as many requests are being read as the engine was compiled for.
         """
-        reading = sum(ticket.admission.readout is not None for ticket in self._tickets.values())
-        if admission.readout is not None and reading >= self.settings.readout:
-            raise NoRoom(f"{self.settings.readout} requests are being read, and no more can be: try again shortly")
+        if admission.readout is not None:
+            with self.shared.lock():
+                if self.shared.total(READING) >= self.settings.readout:
+                    raise NoRoom(
+                        f"{self.settings.readout} requests are being read, and no more can be: try again shortly"
+                    )
+                self.shared.count_own(READING, 1)
         ticket = Ticket(admission)
         self._tickets[ticket.name] = ticket
         return ticket
 
     def forget(self, ticket: Ticket) -> None:
-        self._tickets.pop(ticket.name, None)
+        if self._tickets.pop(ticket.name, None) and ticket.admission.readout is not None:
+            self.shared.count_own(READING, -1)
 
     async def readings(self, ticket: Ticket, tokenizer: Decoder) -> list[tuple[str, Reading]]:
         """Each token of the answer that was made for a ticket, as text, and what was read where it was predicted.

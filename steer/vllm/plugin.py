@@ -85,7 +85,12 @@ def _attach_async(engine: AsyncLLM, settings: EngineSettings, serves: bool) -> N
         ).result()
 
     frontend = Frontend(
-        engine.vllm_config, settings, call, partial(internals.engine.call_workers_async, engine), serves=serves
+        engine.vllm_config,
+        settings,
+        call,
+        partial(internals.engine.call_workers_async, engine),
+        place=internals.engine.place_of(engine),
+        serves=serves,
     )
     _wrap_processors(engine, frontend)
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])

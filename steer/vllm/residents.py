@@ -31,41 +31,55 @@ class Residents:
     def __init__(self, bank: DirectionBank) -> None:
         self.bank = bank
         self.retired: dict[str, None] = {}
+        self._holders: dict[str, set[str]] = {}  # by digest: the front ends that may send requests with it
         self._held: dict[str, list[Tensor]] = {}  # by digest: what its rows hold, on the host
         self._users: dict[str, tuple[str, ...]] = {}  # by request: digests
 
-    def load(self, data: bytes, expected: str) -> str:
-        """Make `data` resident. Returns its digest; raises DirectionError, NoRoom or RowsInUse, then nothing that is
-        served has changed."""
-        found = digest_of(data)
-        if found != expected:
-            raise UnsupportedModel(f"the bytes that arrived have the digest {found}, {expected} was sent")
-        if found not in self._held:
+    def meet(self, front_end: str) -> None:
+        """A front end is there, `INDEX:LIFE`. What one with the same index held before it has ended with that."""
+        index = front_end.partition(":")[0]
+        gone = {each for holders in self._holders.values() for each in holders if each.partition(":")[0] == index}
+        for digest in tuple(self._held):
+            for each in gone - {front_end}:
+                self.retire(digest, each)
+
+    def load(self, data: bytes, expected: str, front_end: str = "") -> str:
+        """Make `data` resident for this front end. Returns its digest; raises DirectionError, NoRoom or RowsInUse, then
+        nothing that is served has changed."""
+        if expected not in self._held:
+            found = digest_of(data)
+            if found != expected:
+                raise UnsupportedModel(f"the bytes that arrived have the digest {found}, {expected} was sent")
             direction = Direction.from_bytes(data)
             while True:
                 try:
                     self.bank.load(found, direction)
                     break
                 except NoRoom as error:
-                    self._make_room(error)
+                    self._make_room(error, front_end)
             self._held[found] = [view.to("cpu", copy=True) for view in self.bank.contents(found)]
-        self.retired.pop(found, None)
-        return found
+        self._holders.setdefault(expected, set()).add(front_end)
+        self.retired.pop(expected, None)
+        return expected
 
-    def _make_room(self, error: NoRoom) -> None:
+    def _make_room(self, error: NoRoom, front_end: str) -> None:
         if not self.retired:
-            raise error
+            if all(front_end in holders for holders in self._holders.values()):
+                raise error
+            raise RowsInUse(f"{error} (other front ends still hold directions that this one has deleted)")
         used = {digest for digests in self._users.values() for digest in digests}
         oldest = next((digest for digest in self.retired if digest not in used), None)
         if oldest is None:
             raise RowsInUse(f"{error} (requests that are ending still hold the rows of deleted directions)")
-        del self.retired[oldest], self._held[oldest]
+        del self.retired[oldest], self._held[oldest], self._holders[oldest]
         self.bank.unload(oldest)
 
-    def retire(self, digest: str) -> None:
-        """No new request will use it. One that never got here is nothing to retire."""
+    def retire(self, digest: str, front_end: str = "") -> None:
+        """No new request of this front end will use it. One that never got here is nothing to retire."""
         if digest in self._held:
-            self.retired[digest] = None
+            self._holders[digest].discard(front_end)
+            if not self._holders[digest]:
+                self.retired[digest] = None
 
     def steer(self, request: str, spec: Spec, prompt: int) -> RequestSteer:
         """The index entries of `request`, of `prompt` tokens, which uses these directions until it `ends`."""

@@ -135,7 +135,7 @@ class Middleware:
         guard(app)
         control = control_of(app)
         front = front_end_of(app)  # the server does not come up on an engine without steering
-        control.start(front.registry, internals.server.served_names(app)[0])
+        control.start(front.registry, internals.server.served_names(app)[0], front.shared)
         try:
             await self.app(scope, receive, send)
         finally:

@@ -51,6 +51,7 @@ class WorkerFacts:
     rank: int
     rows: int
     code: str
+    folder: str
 
 
 class Steered:
@@ -107,6 +108,7 @@ class Steered:
             None  # what the rank before has handed on for the step that runs
         )
         self._met_front_end = False
+        self._folder = ""  # where the front ends meet
         reads = self._installation.reads
         self._reads = ReadRunner(reads, self._installation.reading) if reads is not None else None
         self._capture: Capture | None = None
@@ -263,17 +265,17 @@ class Steered:
 
     # -- called by `collective_rpc`; failures are answers, so that one worker's cannot end the engine -----------------
 
-    def steer_hello(self) -> dict[str, object]:
-        """The front end is there; what this worker has."""
+    def steer_hello(self, front_end: str, folder: str) -> dict[str, object]:
+        """A front end is there; what this worker has, and the folder that the first one has named for all to meet."""
         self._met_front_end = True
-        own = self.steer_settings
-        return asdict(
-            WorkerFacts(self._runner_kind, tuple(self._installation.blocks), own.rank, own.rows, code_digest())
-        )
+        self._residents.meet(front_end)
+        self._folder = self._folder or folder
+        own, layers = self.steer_settings, tuple(self._installation.blocks)
+        return asdict(WorkerFacts(self._runner_kind, layers, own.rank, own.rows, code_digest(), self._folder))
 
-    def steer_load(self, data: bytes, digest: str) -> dict[str, str]:
+    def steer_load(self, data: bytes, digest: str, front_end: str) -> dict[str, str]:
         try:
-            return {"digest": self._residents.load(data, digest)}
+            return {"digest": self._residents.load(data, digest, front_end)}
         except RowsInUse as error:
             return {"in_use": str(error)}
         except NoRoom as error:
@@ -281,8 +283,8 @@ class Steered:
         except SteerError as error:
             return {"error": str(error)}
 
-    def steer_unload(self, digest: str) -> None:
-        self._residents.retire(digest)
+    def steer_unload(self, digest: str, front_end: str) -> None:
+        self._residents.retire(digest, front_end)
 
     def steer_streams(self) -> list[tuple[str, int, bytes]]:
         """(site, layer, vector) of each hook point: `Installation.streams`, float32."""

@@ -263,16 +263,39 @@ def test_an_edited_last_line_is_not_taken_for_a_good_one(tmp_path: Path) -> None
     assert any("a.jsonl:3: the line does not have the hash" in problem for problem in found)
 
 
-def test_one_file_has_one_writer(tmp_path: Path) -> None:
-    program = (
-        f"from steer.serve.audit import Audit; from pathlib import Path; Audit(Path({str(tmp_path / 'a')!r})).open()"
-    )
-    audit = Audit(tmp_path / "a")
-    audit.open()
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "is being written by another process" in done.stderr
-    audit.close()
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+@pytest.mark.parametrize("fsync", ["always", "never"])
+def test_several_processes_write_one_chain(tmp_path: Path, fsync: str) -> None:
+    """Also over rotations, which any of them does, and when one of them dies in the middle of a line."""
+    path, lines = tmp_path / "a.jsonl", 150
+    program = f"""
+import os, sys
+from pathlib import Path
+from steer.serve.audit import Audit
+audit = Audit(Path({str(path)!r}), max_bytes=8192, fsync={fsync!r})
+audit.open()
+for number in range({lines}):
+    audit.write("admitted", key=sys.argv[1], request_id=str(number))
+if sys.argv[1] == "1":
+    os.write(audit._fd, b'{{"time": "torn')
+    os._exit(0)
+if audit.kept(audit.head.seq):
+    audit.kept(audit.head.seq).result(30)
+audit.close()
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", program, str(n)]) for n in range(3)]
+    assert [writer.wait(120) for writer in writers] == [0, 0, 0]
+    filled(path, 1)
+    files = [p for p in tmp_path.iterdir() if p.suffix not in (".head", ".lock")]
+    assert len(files) > 3
+    report = verify(files)
+    assert report.problems == []
+    told = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    for n in range(3):
+        mine = sorted((line["seq"], int(line["request_id"])) for line in told if line.get("key") == str(n))
+        assert [number for _, number in mine] == list(range(lines))
+
+
+def test_what_cannot_be_written_at_all_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(AuditError, match="cannot be written"):
         Audit(tmp_path / "none" / "a").open()
 

@@ -87,7 +87,7 @@ def main(folder: Path, options: dict[str, object]) -> None:
     if warms_up:
         warm_up_as_a_gpu_does()
     llm = home.start(**options)
-    workers = llm.collective_rpc("steer_hello")
+    workers = llm.collective_rpc("steer_hello", args=("1:looks", ""))
     assert {worker["runner"] for worker in workers} == {expected}, workers
     registries = (frontend.of(llm).registry, reference.registry)
     jobs = [(prompt, spec) for spec in (*SPECS, "swapped") for prompt in PROMPTS]

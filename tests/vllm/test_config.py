@@ -41,7 +41,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "restarts": (parallel(enable_fault_tolerance=True), "--enable-fault-tolerance"),
     "foreign executor": (parallel(distributed_executor_backend=dict), "the executor"),
     "foreign executor by name": (parallel(distributed_executor_backend="collections.OrderedDict"), "the executor"),
-    "API servers": (parallel(_api_process_count=2), "--api-server-count 1"),
     "sequence parallel": (
         {"compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True))},
         "enable_sp",
@@ -73,8 +72,8 @@ def test_an_ordinary_one_is_not() -> None:
 
 
 def test_all_reasons_are_told_together() -> None:
-    parts = parallel(enable_elastic_ep=True, enable_fault_tolerance=True, _api_process_count=4)
-    with pytest.raises(UnsupportedModel, match=r"elastic.*; .*fault.*; .*api-server-count"):
+    parts = parallel(enable_elastic_ep=True, enable_fault_tolerance=True, use_ubatching=True)
+    with pytest.raises(UnsupportedModel, match=r"enable-dbo.*; .*elastic.*; .*fault"):
         internals.config.check_config(config(**parts), readout=False)
 
 

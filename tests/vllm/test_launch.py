@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import models
-from tests.servers import Server, receipt, text
+from tests.servers import Server, front_ends, receipt, text
 from tests.vllm import device
 from tests.vllm.engines import Home, Reference
 from tests.vllm.swaps import swap_under_load
@@ -59,19 +59,25 @@ def test_two_ranks_by_middleware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(device.GPUS == 1, reason="two engines need two GPUs")
 def test_two_engines_by_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both of `VLLM_PLUGINS`: the general plugin in every process, the routes in the server's."""
+    """Both of `VLLM_PLUGINS`: the general plugin in every process, the routes in the servers', of which vLLM starts one
+    for each engine."""
     monkeypatch.setenv("VLLM_PLUGINS", "steer")
     monkeypatch.setenv(*CORES)
     home = Home.make("llama", tmp_path)
-    options = ("--data-parallel-size", "2", "--api-server-count", "1", "--enforce-eager")
+    options = ("--data-parallel-size", "2", "--enforce-eager")
     with Server(*arguments(home, *options), command=COMMAND) as server:
+        fronts = front_ends(server)
+        assert fronts.keys() == {0, 1}
         check(server, home)
         put = server.client.put("/v1/directions/guest", content=models.direction(home.model, seed=9).to_bytes())
         assert put.status_code == 200, put.text
-        answers = [server.complete(steer="guest") for _ in range(8)]  # on either engine
+        whole = {"model": "tiny", "prompt": "hello", "max_tokens": 8, "temperature": 0, "steer": "guest"}
+        answers = [fronts[n % 2].post("/v1/completions", json=whole) for n in range(8)]  # and on either engine
         assert {receipt(answer)[0]["digest"] for answer in answers} == {put.json()["digest"]}
         assert len({text(answer) for answer in answers}) == 1
         assert text(server.complete()) != text(answers[0])
+        for front in fronts.values():
+            front.close()
 
 
 def test_a_server_that_would_ignore_the_field_does_not_start(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.runtime.token_index import Losses
+from steer.shared import Shared
 from steer.vllm.frontend import SALTS_KEPT, Salts
 from steer.vllm.internals.base import ABOVE
 from steer.vllm.losses import KEPT, LostRuns, Run, Step
@@ -87,7 +89,7 @@ def test_losses_that_are_remembered_are_bounded() -> None:
 
 
 def test_no_ending_of_a_salt_comes_again() -> None:
-    salts, seen = Salts(), {"s"}
+    salts, seen = Salts(Shared()), {"s"}
     assert salts.current("s") == "s"
     for n in range(2 * SALTS_KEPT + 2):
         salts.renew("s" if n % 2 else f"other {n}")
@@ -95,4 +97,13 @@ def test_no_ending_of_a_salt_comes_again() -> None:
             assert salts.current("s") not in seen
             seen.add(salts.current("s"))
     assert salts.current("never lost") != "never lost", "too many to remember: all begin anew"
-    assert Salts("x").current("s") != "s"
+    assert Salts(Shared(), "x").current("s") != "s"
+
+
+def test_a_loss_that_one_front_end_has_seen_holds_for_all(tmp_path: Path) -> None:
+    first, second = (Salts(Shared(tmp_path / "met", index, 2)) for index in (0, 1))
+    seen = [second.current("s")]
+    for _ in range(3):
+        first.renew("s")
+        assert first.current("s") == second.current("s") not in seen
+        seen.append(second.current("s"))

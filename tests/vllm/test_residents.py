@@ -60,6 +60,38 @@ def test_a_full_table_is_no_matter_of_waiting(residents: Residents, files: list[
     assert not isinstance(caught.value, RowsInUse)
 
 
+def test_a_direction_stays_while_any_front_end_has_it(residents: Residents, files: list[bytes]) -> None:
+    """However often one loads it or lets it go: it is a set of front ends, and no count."""
+    first, second, third = files
+    for front_end in ("0:a", "1:b", "0:a"):
+        residents.load(first, digest(first), front_end)
+    residents.load(second, digest(second), "0:a")
+    for _ in range(3):
+        residents.retire(digest(first), "0:a")
+    assert residents.steer("of the other", spec_of(first), 1)
+    residents.end("of the other")
+    with pytest.raises(RowsInUse, match="other front ends"):
+        residents.load(third, digest(third), "0:a")
+    residents.retire(digest(first), "1:b")
+    residents.load(third, digest(third), "0:a")
+    assert residents.bank.rows_in_use == 2
+
+
+def test_what_a_front_end_held_ends_with_it(residents: Residents, files: list[bytes]) -> None:
+    """One that is started again comes as another with the same number; those beside it keep what they have."""
+    first, second, third = files
+    residents.meet("0:a")
+    residents.meet("1:b")
+    residents.load(first, digest(first), "0:a")
+    residents.load(second, digest(second), "0:a")
+    residents.load(second, digest(second), "1:b")
+    residents.meet("0:again")
+    residents.load(third, digest(third), "0:again")
+    with pytest.raises(UnsupportedModel, match="does not have"):
+        residents.steer("late", spec_of(first), 1)
+    assert residents.steer("of the other", spec_of(second), 1)
+
+
 def test_rows_hold_what_their_digests_say(residents: Residents, files: list[bytes]) -> None:
     for data in files[:2]:
         residents.load(data, digest(data))
@@ -81,7 +113,7 @@ class Workers:
         self.answers, self.told = list(answers), [("", "")]
 
     def __call__(self, method: str, *args: Any) -> list[Any]:
-        self.told.append((method, args[-1]))
+        self.told.append((method, args[-2]))
         if method != "steer_load":
             return []
         answer = self.answers.pop(0)

@@ -78,10 +78,6 @@ def check_config(config: VllmConfig, *, readout: bool) -> None:
         getattr(config.speculative_config, "enable_adaptive_verification", False),
         "adaptive verification of drafts is on",
     )
-    refuse(
-        getattr(parallel, "_api_process_count", 1) > 1,
-        "there are several API server processes; use --api-server-count 1",
-    )
     if problems:
         raise UnsupportedModel(f"steering cannot be right here: {'; '.join(problems)}")
 

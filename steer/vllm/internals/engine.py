@@ -48,6 +48,12 @@ def engines_of(engine: AsyncLLM) -> int:
     return len(getattr(engine.engine_core, "core_engines", None) or [None])
 
 
+def place_of(engine: AsyncLLM) -> tuple[int, int]:
+    """Which of how many front ends of its engines an `AsyncLLM` is."""
+    client = engine.engine_core
+    return int(seam(client, "client_index")), int(seam(client, "client_count"))
+
+
 async def call_workers_async(engine: AsyncLLM, method: str, *args: object) -> list[Any]:
     """The same for an `AsyncLLM`, and for every engine where there are several (data parallel): vLLM's own
     `collective_rpc` reaches all of them but answers for the first alone."""

@@ -127,21 +127,19 @@ def server_arguments(model: str, options: Sequence[str]) -> Namespace:
     if getattr(args, "model_tag", None) is not None:
         args.model = args.model_tag
     launchers["validate_parsed_serve_args"](args)
-    if (getattr(args, "api_server_count", None) or 1) > 1:
-        raise UnsupportedModel("steering needs one API server process: leave --api-server-count out")
-    args.api_server_count = None
     return args
 
 
 def run_server(args: Namespace, keep_alive: int) -> None:
-    """vLLM's OpenAI server in this process; returns when it has been stopped. `keep_alive`: seconds that an idle
-    connection is kept, where the environment does not say."""
-    import uvloop
+    """What `vllm serve` runs: OpenAI's API in this process, or in as many as the options say, or vLLM decides; returns
+    when it has been stopped. `keep_alive`: seconds that an idle connection is kept, where the environment does not
+    say."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
     os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(keep_alive))
     cli_env_setup()
-    uvloop.run(_launchers()["run_server"](args))
+    seam(ServeSubcommand, "cmd", ["args"])(args)
 
 
 def _launchers() -> dict[str, Callable[..., Any]]:
@@ -151,7 +149,6 @@ def _launchers() -> dict[str, Callable[..., Any]]:
     homes = {
         "make_arg_parser": ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"),
         "validate_parsed_serve_args": ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"),
-        "run_server": ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server"),
     }
     found: dict[str, Callable[..., Any]] = {}
     for name, modules in homes.items():

@@ -1,0 +1,247 @@
+"""What the front ends of one deployment have in common: a table of named numbers, and a way to have all of them look.
+
+vLLM can run several API servers for one engine, each a process of its own. The kill switch, what keys have used of
+their rates and which blocks of the prefix cache are lost belong to the deployment, so they are in one table: memory of
+this process where it is alone, and a mapped file in a private folder of this machine where there are others. A reader
+takes no lock and asks no other process, so what one writes holds for all at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import mmap
+import os
+import shutil
+import stat
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from steer.errors import NoRoom, UnsupportedModel
+
+log = logging.getLogger("steer")
+
+#: Bytes of the header: how many records there are, and one text behind its length.
+HEADER = 4096
+#: A record: 16 bytes of its name's hash, and a pair of numbers, which are aligned so that each is written at once.
+RECORD = struct.Struct("@16sdd")
+PAIR = struct.Struct("@dd")
+RECORDS = 2**17
+#: Seconds that whoever changed something waits for the others to look, and between two looks at whether they have.
+PATIENCE, PAUSE = 5.0, 0.005
+
+
+class Shared:
+    """`index` of `count` front ends. `folder`: where they meet; None for one that is alone. Thread-safe.
+
+    Raises UnsupportedModel for a folder that others could write, OSError where there is no room for the table.
+    """
+
+    def __init__(self, folder: Path | None = None, index: int = 0, count: int = 1) -> None:
+        self.folder, self.index, self.count = folder, index, count
+        self._own, self._fd, self._depth = threading.RLock(), -1, 0
+        self._offsets: dict[str, int] = {}
+        self._known: dict[bytes, int] = {}
+        self._scanned = 0
+        size = HEADER + RECORDS * RECORD.size
+        if folder is None:
+            self._memory = mmap.mmap(-1, size)
+        else:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            found = folder.stat()
+            if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+                raise UnsupportedModel(
+                    f"{folder}: the front ends meet in a folder of their own, which others can write"
+                )
+            for inner in (self.calls, self.directions):
+                assert inner is not None
+                inner.mkdir(mode=0o700, exist_ok=True)
+            self._fd = os.open(folder / "table", os.O_RDWR | os.O_CREAT, 0o600)
+            self._member = os.open(folder / "members", os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._member, fcntl.LOCK_SH)
+            os.posix_fallocate(self._fd, 0, size)  # a disk that is full later on ends nobody; what is there stays
+            self._memory = mmap.mmap(self._fd, size)
+        with self.lock():  # what an earlier process with this index has counted ended with it
+            self.put(f"life:{index}", self.number(f"life:{index}") + 1)
+
+    @staticmethod
+    def make_folder() -> Path:
+        """A private folder, new, of this machine: in the one that vLLM's own processes make for their metrics, which
+        goes with them however they end."""
+        return Path(tempfile.mkdtemp(prefix="steer-", dir=os.environ.get("PROMETHEUS_MULTIPROC_DIR")))
+
+    def close(self) -> None:
+        """This front end has ended; with the last one the folder goes."""
+        if self.folder is None or self._fd < 0:
+            return
+        with suppress(BlockingIOError):
+            fcntl.flock(self._member, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._member)
+
+    @property
+    def calls(self) -> Path | None:
+        """A folder in which something changes when all are asked to look."""
+        return self.folder and self.folder / "calls"
+
+    @property
+    def directions(self) -> Path | None:
+        """The folder of directions where the deployment has no other."""
+        return self.folder and self.folder / "directions"
+
+    # -- the table ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """No other front end, and no other thread, has it meanwhile. Held for microseconds."""
+        with self._own:
+            self._depth += 1
+            if self._depth == 1 and self._fd >= 0:
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if self._depth == 0 and self._fd >= 0:
+                    fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def get(self, name: str) -> tuple[float, float] | None:
+        """The pair under a name, if there is one."""
+        at = self._offsets.get(name)
+        if at is None:
+            at = self._find(name)
+        return None if at is None else PAIR.unpack_from(self._memory, at)
+
+    def number(self, name: str) -> float:
+        """The first number under a name; 0 where there is none."""
+        return (self.get(name) or (0.0, 0.0))[0]
+
+    def put(self, name: str, first: float, second: float = 0.0) -> None:
+        """Under the lock, where it depends on what was there. Raises NoRoom for a new name in a full table."""
+        at = self._offsets.get(name)
+        if at is None:
+            with self.lock():
+                at = self._find(name)
+                if at is None:
+                    at = self._add(name)
+        PAIR.pack_into(self._memory, at, first, second)
+
+    def _find(self, name: str) -> int | None:
+        with self._own:
+            count = self._count
+            for number in range(self._scanned, count):
+                start = HEADER + number * RECORD.size
+                self._known[self._memory[start : start + 16]] = start + 16
+            self._scanned = count
+            at = self._known.get(_hash(name))
+            if at is not None:
+                self._offsets[name] = at
+            return at
+
+    def _add(self, name: str) -> int:
+        count = self._count
+        if count >= RECORDS:
+            raise NoRoom(f"the table of the front ends is full: {RECORDS} names")
+        start = HEADER + count * RECORD.size
+        RECORD.pack_into(self._memory, start, _hash(name), 0.0, 0.0)
+        struct.pack_into("@Q", self._memory, 0, count + 1)
+        found = self._find(name)
+        assert found is not None
+        return found
+
+    @property
+    def _count(self) -> int:
+        return int(struct.unpack_from("@Q", self._memory, 0)[0])
+
+    @property
+    def text(self) -> str:
+        """One text, for all."""
+        with self.lock():
+            (length,) = struct.unpack_from("@Q", self._memory, 8)
+            return self._memory[16 : 16 + length].decode(errors="ignore")
+
+    @text.setter
+    def text(self, value: str) -> None:
+        data = value.encode()[: HEADER - 16]
+        with self.lock():
+            struct.pack_into("@Q", self._memory, 8, len(data))
+            self._memory[16 : 16 + len(data)] = data
+
+    # -- counts to which each front end adds ---------------------------------------------------------------------------
+
+    def count_own(self, name: str, change: int) -> None:
+        """Add to this front end's part of a count."""
+        with self.lock():
+            mine = self._part(name, self.index)
+            self.put(mine, self.number(mine) + change)
+
+    def total(self, name: str) -> int:
+        """What all front ends together have counted."""
+        return int(sum(self.number(self._part(name, index)) for index in range(self.count)))
+
+    def _part(self, name: str, index: int) -> str:
+        return f"{name}:{index}.{int(self.number(f'life:{index}'))}"
+
+    # -- what is done once, and what all must do -----------------------------------------------------------------------
+
+    @contextmanager
+    def once(self, name: str) -> Iterator[bool]:
+        """True for the one that is to do it, and the others wait; False once it has been done."""
+        if self.folder is None:
+            yield True
+            return
+        fd = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)  # which a process that dies lets go
+            if os.fstat(fd).st_size:
+                yield False
+            else:
+                yield True
+                os.write(fd, b"done\n")
+        finally:
+            os.close(fd)
+
+    @property
+    def asked(self) -> float:
+        """How often all were asked to look."""
+        return self.number("asked")
+
+    def follows(self) -> None:
+        """From here on this front end looks when it is asked to."""
+        self.put(f"follows:{self.index}", 1)
+
+    def has_looked(self, asked: float) -> None:
+        """This front end has looked, at something that had been asked for by then."""
+        self.put(f"looked:{self.index}", asked)
+
+    def ask(self) -> float:
+        """Have all front ends look at what they follow."""
+        with self.lock():
+            asked = self.asked + 1
+            self.put("asked", asked)
+        if self.calls is not None:
+            with suppress(OSError):  # they look every two seconds in any case
+                (self.calls / "call").write_bytes(b"")
+        return asked
+
+    def settle(self) -> None:
+        """Have all front ends look, and wait until the others have. Says in the log which has not."""
+        if self.count == 1:
+            return
+        asked, deadline = self.ask(), time.monotonic() + PATIENCE
+        others = {i for i in range(self.count) if i != self.index and self.number(f"follows:{i}")}
+        while late := {i for i in others if self.number(f"looked:{i}") < asked}:
+            if time.monotonic() > deadline:
+                log.warning("the front ends %s have not looked within %g s", sorted(late), PATIENCE)
+                return
+            time.sleep(PAUSE)
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=16).digest()

@@ -117,7 +117,7 @@ class ServeSettings(ControlSettings, ModelSettings):
     default_steer: str = Field(
         "off", description="steering of requests that ask for nothing, like 'refusal' or 'refusal=0.7'"
     )
-    default_chat_template_kwargs: str = Field(
+    chat_template_kwargs: str = Field(
         "{}",
         description="variables of the chat template where a request does not give them, as a JSON object, like "
         '{"enable_thinking": false}',
@@ -171,7 +171,7 @@ class ServeSettings(ControlSettings, ModelSettings):
             )
         return value
 
-    @field_validator("default_chat_template_kwargs")
+    @field_validator("chat_template_kwargs")
     @classmethod
     def _are_variables(cls, value: str) -> str:
         try:
@@ -184,8 +184,8 @@ class ServeSettings(ControlSettings, ModelSettings):
 
     @property
     def template_variables(self) -> dict[str, object]:
-        """What `default_chat_template_kwargs` says."""
-        found: dict[str, object] = json.loads(self.default_chat_template_kwargs)
+        """What `chat_template_kwargs` says."""
+        found: dict[str, object] = json.loads(self.chat_template_kwargs)
         return found
 
     @property

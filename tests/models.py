@@ -109,7 +109,7 @@ def wrappers() -> dict[str, Any]:
             image_token_id=99,
             video_token_id=98,
         ),
-        "llama4": tf.Llama4Config(
+        "llama4_vision": tf.Llama4Config(
             text_config=_shape(num_local_experts=2, intermediate_size_mlp=96, attention_chunk_size=64),
             vision_config=seeing | dict(vision_output_dim=32, projector_input_dim=32, projector_output_dim=32),
             image_token_index=99,
@@ -136,7 +136,9 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
             elif parameter.ndim == 1 or parameter_name.endswith("bias"):
                 # biases start at zero, where a wrong treatment of them would not show
                 parameter.copy_(0.1 * torch.randn_like(parameter))
-            elif name == "llama4" and "experts" in parameter_name:  # which transformers leaves as memory had it
+            elif (
+                name.startswith("llama4") and "experts" in parameter_name
+            ):  # which transformers leaves as memory had it
                 parameter.copy_(0.2 * torch.randn_like(parameter))
     return model if dtype == torch.float32 else model.to(dtype)
 

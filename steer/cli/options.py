@@ -95,7 +95,7 @@ Target = Annotated[
 PANELS = {
     "Model": (
         *("backend", "dtype", "device", "device_map", "revision", "trust_remote_code", "context", "cache_tokens"),
-        "default_chat_template_kwargs",
+        "chat_template_kwargs",
     ),
     "Steering": ("directions", "default_steer", "sites", "rows", "rank", "readout", "steering"),
     "Server": ("host", "port", "served_model_name", "max_requests", "max_body", "drain", "cors_origins", "log_level"),

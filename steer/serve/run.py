@@ -35,8 +35,7 @@ def prepare(model: str, settings: ServeSettings) -> Served:
     warn_of_template(loaded)
     if taken := template_parameters().intersection(settings.template_variables):
         raise InvalidInput(
-            f"--default-chat-template-kwargs: '{name}' is not a variable of a model's template"
-            for name in sorted(taken)
+            f"--chat-template-kwargs: '{name}' is not a variable of a model's template" for name in sorted(taken)
         )
     rank = settings.rank or RANK
     steering = Steering(loaded.model, sites=settings.site_list, rows=settings.rows, rank=rank)

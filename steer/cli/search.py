@@ -29,6 +29,7 @@ from steer.cli.options import (
     Sites,
     SystemPrompt,
     Template,
+    check_bench,
     check_direction_file,
     chosen_method,
     chosen_rendering,
@@ -84,6 +85,7 @@ def select(
     figures of each. With --backend vllm, any further options are those of `vllm serve`.
     """
     log_warnings()
+    check_bench(backend, model, ctx.args, device)
     quiet_libraries()
     from steer.lab.behaviour import Behaviour
     from steer.lab.derive import Recipe
@@ -180,6 +182,7 @@ def search(
     shows the front and saves any trial's direction. With --backend vllm, any further options are those of `vllm serve`.
     """
     log_warnings()
+    check_bench(backend, model, ctx.args, device)
     quiet_libraries()
     _need("optuna")
     _need("matplotlib")

@@ -52,6 +52,13 @@ class Continued(Answered):
 
     logprobs: Tensor | None = None
 
+    def first(self, tokens: int) -> Continued:
+        """Only so many tokens of it. The text stays whole."""
+        if len(self.ids) < tokens:
+            return self
+        kept = None if self.logprobs is None else self.logprobs[:tokens]
+        return Continued(self.ids[: tokens - 1], self.text, kept)
+
 
 @dataclass(frozen=True, slots=True)
 class Divergence:

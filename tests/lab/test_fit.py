@@ -20,17 +20,18 @@ from steer.hf.steering import Steering
 from steer.lab.activations import Keep
 from steer.lab.behaviour import REFUSAL
 from steer.lab.derive import Recipe, derive
-from steer.lab.evaluator import Candidate
-from steer.lab.fit import LEAST_KEPT, SMALL, Choice, Fitted, Split, Work, described, fit, most_work, report
+from steer.lab.evaluator import Candidate, each_row
+from steer.lab.fit import LEAST_KEPT, Choice, Fitted, Work, described, fit, most_work, report
 from steer.lab.measure import Conditions
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
-from steer.lab.probe import HFEvaluator
+from steer.lab.probe import Answered, HFEvaluator
 from steer.lab.progress import Progress
 from steer.lab.prompts import PromptSet, read_prompts
 from steer.lab.race import Screened
 from steer.lab.select import HARDLY, Action, Entrant, entrants_of, through
 from steer.lab.source import TransformersSource
+from steer.lab.split import SMALL, Split
 from steer.names import Mode
 
 TOKENS = 12
@@ -125,7 +126,7 @@ def test_the_report_says_what_was_found_and_what_is_left(fitted: Fitted) -> None
     ("actions", "says"),
     [
         ((Action("ablate", strength=0.001),), "12 of 12 answers still show it"),
-        ((Action("add", strength=-4.0),), "harmless answers are degenerate"),
+        ((Action("add", strength=-4.0),), "0 of 12 answers still show it, 12 are degenerate"),
     ],
     ids=["does nothing", "does harm"],
 )
@@ -135,6 +136,19 @@ def test_what_does_nothing_and_what_does_harm_is_not_given_out(
     choice = replace(CHOICE, methods=CHOICE.methods[:1], layers=(6,), actions=actions, winsorize=())
     with pytest.raises(NothingFound, match=says):
         fit(measured, Recipe(), choice, split, tried)
+
+
+def test_what_breaks_harmless_answers_is_not_given_out(loaded: Loaded, split: Split, measured: Measurement) -> None:
+    class Harming(HFEvaluator):
+        def answers(self, prompts: Any, steer: Any, known: Any = None) -> list[Answered]:
+            rows = zip(prompts, each_row(steer, len(prompts)), super().answers(prompts, steer, known), strict=True)
+            broken = Answered([7] * 9, "a " * 9)
+            return [broken if s and p in split.tried_harmless.prompts else one for p, s, one in rows]
+
+    harming = Harming(loaded, Steering(loaded.model, rows=64, rank=1), None, TOKENS)
+    choice = replace(CHOICE, methods=CHOICE.methods[:1], layers=(6,), actions=(Action("ablate"),), winsorize=())
+    with pytest.raises(NothingFound, match="12 of 12 harmless answers are degenerate"):
+        fit(measured, Recipe(), choice, split, harming)
 
 
 def test_what_is_tried_is_what_is_written(measured: Measurement) -> None:
@@ -206,7 +220,7 @@ def test_bad_prompts_are_told_before_anything_runs(loaded: Loaded, split: Split,
         work(loaded, split, tmp_path / "d.part")
     with pytest.raises(InvalidInput, match="prompts stand in both"):
         Split.of(split.harmful, split.harmful)
-    with pytest.raises(InvalidInput, match="has 1 different prompts, a fit needs at least 6"):
+    with pytest.raises(InvalidInput, match="has 1 different prompts, a fit needs at least 7"):
         Split.of(replace(split.harmful, prompts=("a",) * 40), split.harmless)
 
 

@@ -151,6 +151,12 @@ def test_divergences_do_not_need_kept_predictions(
     with probe.all_resident(candidates[:1]) as (steer,):
         for a, b in zip(*(probe.divergences(PROMPTS, plain, steer) for plain in (kept, dropped)), strict=True):
             assert a == pytest.approx(b, abs=1e-5)
+        # along fewer tokens they are the same, as far as they go
+        whole = probe.divergences(PROMPTS, kept, steer)
+        for plain in (kept, dropped):
+            for a, b in zip(whole, probe.divergences(PROMPTS, [one.first(3) for one in plain], steer), strict=True):
+                assert len(b) == min(3, len(a))
+                assert a[:3] == pytest.approx(b, abs=1e-5)
 
 
 def test_candidates_share_rows_and_leave_none_behind(

@@ -145,10 +145,12 @@ def test_fit_without_prompts_says_what_to_give(tmp_path: Path, monkeypatch: pyte
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("https_proxy", "http://127.0.0.1:9")
-            assert says in run("fit", "/nowhere", *given, *output, code=2).stderr
+            assert says in run("fit", "nowhere", *given, *output, code=2).stderr
 
 
-def test_derive_inspect_eval(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
+def test_derive_inspect_eval(
+    tiny_folder: Path, sets: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     harmful, harmless = sets
     output = tmp_path / "d.safetensors"
     told = derived(tiny_folder, sets, output, "--layer", "1")
@@ -164,6 +166,8 @@ def test_derive_inspect_eval(tiny_folder: Path, sets: tuple[str, str], tmp_path:
     assert report["arms"][0]["mode"] == "one_sided"
     assert [one["dataset"]["count"] for one in report["sets"]] == [13, 13]
     assert report["divergence"][0]["p95"] >= 0
+    for name in ("--harmful: harmful.txt", "--harmless: harmless.jsonl"):
+        assert f"{name} is what d was made from: give other prompts, on these its figures are too good" in caplog.text
     assert "KL(plain ‖ steered)" in run("eval", str(tiny_folder), *options).stdout
 
 
@@ -506,7 +510,7 @@ main()
 def test_an_interrupted_import_ends_with_one_line(module: str, command: str, resumes: bool, tmp_path: Path) -> None:
     sets = []
     for option in ("--harmful", "--harmless"):
-        (tmp_path / f"{option}.txt").write_text("".join(f"{option} {n}\n" for n in range(7)))
+        (tmp_path / f"{option}.txt").write_text("".join(f"{option} {n}\n" for n in range(40)))
         sets += [option, str(tmp_path / f"{option}.txt")]
     given = {
         "inspect": ["d.safetensors"],

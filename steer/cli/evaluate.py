@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
@@ -115,6 +115,7 @@ def evaluate(
         choices = Choices.model_validate({"sites": arms[0].direction.meta.sites, "batch_size": batch_size})
         given = {"harmful": harmful, "harmless": harmless, "borderline": borderline, "multi-turn": multi_turn}
         sets = {name: read_prompts(source) for name, source in given.items() if source is not None}
+        _warn_of_known(arms, sets)
         looked_for = Behaviour.load(behaviour)
         rendering = chosen_rendering(system_prompt, template, response_prefix)
         for one in arms:
@@ -199,6 +200,20 @@ def _check(
         problems.append(f"--report: {report} is not a folder")
     if problems:
         raise InvalidInput(problems)
+
+
+def _warn_of_known(arms: Sequence[Arm], sets: Mapping[str, PromptSet]) -> None:
+    """Say where a direction was made from the very file that it is measured on."""
+    for arm in {arm.digest: arm for arm in arms}.values():
+        made_from = {"harmful": arm.direction.meta.harmful, "harmless": arm.direction.meta.harmless}
+        for name, dataset in made_from.items():
+            if dataset is not None and dataset.sha256 == sets[name].sha256:
+                log.warning(
+                    "--%s: %s is what %s was made from: give other prompts, on these its figures are too good",
+                    name,
+                    sets[name].name,
+                    arm.name.partition(":")[0],
+                )
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -161,8 +161,8 @@ class Work:
     ) -> None:
         self.whole, self.source, self.split, self.conditions = folder, source, split, conditions
         self.behaviour = behaviour
-        for harmful, harmless in ((split.harmful, split.harmless), (split.tried_harmful, split.tried_harmless)):
-            checked(source, harmful, harmless, conditions)
+        checked(source, split.harmful, split.harmless, conditions)
+        checked(source, split.tried_harmful, split.tried_harmless, conditions, tokens)
         everything = {
             "model": source.facts.model_dump(mode="json"),
             "weights": source.fingerprint(),
@@ -371,11 +371,12 @@ def report(fitted: Fitted) -> list[str]:
     lines = [
         shown(("layer", "direction", behaviour, "N-token KL", ""), rows),
         f"{behaviour} in answers to {count} prompts{measured}: {sum(plain.asked)} plain, "
-        f"{sum(mine.asked)} with it ({low:.0f} to {high:.0f} %), {sum(mine.lost)} degenerate (plain {sum(plain.lost)})",
+        f"{sum(mine.asked)} with it ({low:.0f} to {high:.0f} %)"
+        + (f", {sum(mine.lost)} degenerate (plain {sum(plain.lost)})" if any(mine.lost + plain.lost) else ""),
         f"{harmless} harmless prompts: {sum(mine.other)} such answers (plain {sum(plain.other)}), {sum(mine.faulty)} "
         f"degenerate (plain {sum(plain.faulty)}), N-token KL {mine.kl:.4f} ({least:.4f} to {most:.4f})",
     ]
-    if mine.shown > LEFT:
+    if mine.rate_left > LEFT:
         lines.append(f"warning: more than {LEFT:.0%} are left; `steer search` tries more")
     return lines
 

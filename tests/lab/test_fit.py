@@ -27,7 +27,7 @@ from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.probe import Answered, HFEvaluator
 from steer.lab.progress import Progress
-from steer.lab.prompts import PromptSet, read_prompts
+from steer.lab.prompts import PromptSet, encode, read_prompts
 from steer.lab.race import Screened
 from steer.lab.select import HARDLY, Action, Entrant, entrants_of, through
 from steer.lab.source import TransformersSource
@@ -50,7 +50,8 @@ def loaded() -> Loaded:
 
 @pytest.fixture(scope="module")
 def split() -> Split:
-    return Split.of(*(read_prompts(str(PROMPTS / f"{cls}.train.txt")).drawn(48) for cls in ("refused", "harmless")))
+    refused, harmless = (read_prompts(str(PROMPTS / f"{cls}.train.txt")).drawn(48) for cls in ("refused", "harmless"))
+    return Split.of(refused, harmless)
 
 
 def evaluator(loaded: Loaded, progress: Progress | None = None) -> HFEvaluator:
@@ -116,7 +117,7 @@ def test_the_report_says_what_was_found_and_what_is_left(fitted: Fitted) -> None
     told = "\n".join(report(fitted))
     assert "12 plain" in told
     assert "← chosen" in told
-    assert ("more than 5 % are left" in told) == (fitted.figures.shown > 0.05)
+    assert ("more than 5 % are left" in told) == (fitted.figures.rate_left > 0.05)
     assert described(Recipe(make_method("slerp", {"t": 0.5}), 1, winsorize=0.9, mode="one_sided", target=0.0)) == (
         "slerp t=0.5 winsorized 0.9, one_sided to 0"
     )
@@ -212,6 +213,12 @@ def test_bad_prompts_are_told_before_anything_runs(loaded: Loaded, split: Split,
         work(loaded, shared, tmp_path / "d.part")
     long = replace(split, tried_harmful=replace(split.harmful, prompts=("word " * 5000,)))
     with pytest.raises(InvalidInput, match="the context is"):
+        work(loaded, long, tmp_path / "d.part")
+    words = [encode(loaded, "word " * n).ids for n in (100, 101)]
+    full = "word " * (100 + (loaded.context - len(words[0])) // (len(words[1]) - len(words[0])))
+    assert loaded.context - TOKENS < len(encode(loaded, full).ids) <= loaded.context
+    long = replace(split, tried_harmful=replace(split.harmful, prompts=(full,)))
+    with pytest.raises(InvalidInput, match=f"the prompt 'word word .* and its answer may have {TOKENS}; the context"):
         work(loaded, long, tmp_path / "d.part")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "d.part").mkdir()

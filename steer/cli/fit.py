@@ -124,7 +124,7 @@ def fit(
         layers = bench.source.facts.layers
         if isinstance(choices.layer, int) and not -layers <= choices.layer < layers:
             raise InvalidInput(f"--layer: {choices.layer} does not exist: this model has the layers 0 to {layers - 1}")
-        progress.plan(CHOOSING, lab.most_work(split, choice, max_tokens))
+        progress.plan(CHOOSING, lab.most_work(split, choice, max_tokens, counted))
         work = lab.Work(output.with_suffix(".part"), bench.source, split, conditions, counted, max_tokens)
         tried = bench.evaluator(choice.rank, max_tokens, rendering)
         measurement = work.measured(tried, choices.batch)

@@ -255,7 +255,7 @@ def fit(
     grid = Grid(choice.methods[:1], (recipe.position,), tuple(spaced(layers, LAYERS)), choice.actions[:1])
     begun = entrants_of(measurement, grid.recipes(measurement, recipe))
     sets = _sets(split)
-    tried.progress.plan(CHOOSING, most_work(split, choice, tried.max_tokens))
+    tried.progress.plan(CHOOSING, most_work(split, choice, tried.max_tokens, behaviour))
     with tried.progress.part(CHOOSING):
         selection = Selection(Race(tried, behaviour, sets), tried.tokenizer, cache)
         _check_plain(selection.race, behaviour)
@@ -337,10 +337,10 @@ def _unharmed(selection: Selection, finalists: Sequence[Entrant]) -> Entrant:
     )
 
 
-def most_work(split: Split, choice: Choice, tokens: int = TOKENS) -> float:
-    """The work of `fit`, before it is known which layers are worth trying."""
-    sets = _sets(split)
-    return work(sets, tokens, choice.most_screened, FINALISTS) + len(sets.other) * answering(tokens)
+def most_work(split: Split, choice: Choice, tokens: int = TOKENS, behaviour: Behaviour = REFUSAL) -> float:
+    """The work of `fit`, before it is known which layers are worth trying. Without openings all candidates answer."""
+    sets, finalists = _sets(split), FINALISTS if behaviour.openings else None
+    return work(sets, tokens, choice.most_screened, finalists) + len(sets.other) * answering(tokens)
 
 
 def _sets(split: Split) -> Sets:

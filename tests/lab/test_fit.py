@@ -169,12 +169,13 @@ def test_a_model_that_does_not_show_it_is_told_at_once(tried: HFEvaluator, split
         fit(measured, Recipe(), CHOICE, answered, tried)
 
 
-def test_a_behaviour_without_openings_is_chosen_by_answers(
-    tried: HFEvaluator, split: Split, measured: Measurement
-) -> None:
+def test_a_behaviour_without_openings_is_chosen_by_answers(loaded: Loaded, split: Split, measured: Measurement) -> None:
     blind = REFUSAL.model_copy(update={"openings": ()})
     choice = replace(CHOICE, methods=CHOICE.methods[:1], winsorize=())
-    found = fit(measured, Recipe(), choice, split, tried, behaviour=blind)
+    progress = Progress()
+    found = fit(measured, Recipe(), choice, split, evaluator(loaded, progress), behaviour=blind)
+    planned = pytest.approx(most_work(split, choice, TOKENS, blind))
+    assert (progress.done, progress.total) == (planned, planned)
     assert found.direction.meta.source_layer == 6
     assert found.figures.shown <= 1 / 12
 

@@ -293,7 +293,7 @@ def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tu
             ("serve", "/nowhere/model", "--backend", "transformers"),
             "cannot load the model '/nowhere/model': there is no",
         ),
-        (("serve", "/nowhere/model"), "an id of the hub it cannot be"),
+        (("serve", "/nowhere/model"), "there is no such folder; accepted: a folder with config.json"),
         (("serve", "tests"), "the folder has no config.json"),
         (("serve", "README.md"), "it is a file, not a folder"),
         (

@@ -38,7 +38,7 @@ from steer.cli.options import (
     Winsorize,
     check_bench,
     check_direction_file,
-    check_folder,
+    check_file,
     chosen_method,
     chosen_rendering,
     chosen_sets,
@@ -185,7 +185,7 @@ def measure(
     choices = Choices.model_validate({"batch_size": batch_size, "positions": positions.split(",")})
     if winsorize is not None and not 0 < winsorize <= 1:
         raise InvalidInput(f"--winsorize must be above 0 and at most 1, got {winsorize}")
-    check_folder(output)
+    check_file(output)
     check_bench(backend, model, ctx.args, device)
     sets = read_prompts(harmful), read_prompts(harmless)
     check_contrast(*sets)

@@ -170,11 +170,9 @@ def chosen_sets(harmful: str | None, harmless: str | None, prompts: str | None) 
 
 
 def check_folder(output: Path) -> None:
-    """Refuse, before any work, a file that cannot be written."""
+    """Refuse, before any work, a file or folder whose own folder is not there or cannot be written into."""
     if not output.parent.is_dir():
         raise InvalidInput(f"--output: the folder {output.parent} does not exist")
-    if output.is_dir():
-        raise InvalidInput(f"--output: {output} is a folder; accepted: a file to write, which may exist")
     try:
         with tempfile.TemporaryFile(dir=output.parent):
             pass
@@ -182,9 +180,16 @@ def check_folder(output: Path) -> None:
         raise InvalidInput(f"--output: nothing can be written into {output.parent}: {error.strerror}") from error
 
 
+def check_file(output: Path) -> None:
+    """Refuse, before any work, a file that cannot be written."""
+    check_folder(output)
+    if output.is_dir():
+        raise InvalidInput(f"--output: {output} is a folder; accepted: a file to write, which may exist")
+
+
 def check_direction_file(output: Path) -> None:
     """Refuse, before any work, a file that no server would serve: its name without the suffix is the direction's."""
-    check_folder(output)
+    check_file(output)
     if output.suffix != SUFFIX:
         raise InvalidInput(f"--output: '{output.name}' must end in {SUFFIX}, or no server will serve it")
     check_name(output.stem)

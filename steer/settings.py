@@ -95,13 +95,17 @@ class ModelSettings(ModelOrigin):
 
     @property
     def vllm_options(self) -> list[str]:
-        """The same as options of `vllm serve`. Raises InvalidInput for what vLLM has an option of its own for."""
+        """The same as options of `vllm serve`. Raises what `check_for_vllm` raises."""
+        self.check_for_vllm()
+        revised = [] if self.revision is None else ["--revision", self.revision]
+        return ["--dtype", self.dtype, *revised, *(["--trust-remote-code"] if self.trust_remote_code else [])]
+
+    def check_for_vllm(self) -> None:
+        """Raise InvalidInput for what vLLM has an option of its own for."""
         if ignored := sorted({"device", "device_map"} & self.model_fields_set):
             raise InvalidInput(
                 [f"--{name.replace('_', '-')}: not used by vLLM; use its own option" for name in ignored]
             )
-        revised = [] if self.revision is None else ["--revision", self.revision]
-        return ["--dtype", self.dtype, *revised, *(["--trust-remote-code"] if self.trust_remote_code else [])]
 
 
 class ServeSettings(ControlSettings, ModelSettings):

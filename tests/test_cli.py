@@ -166,10 +166,12 @@ def test_fit_without_prompts_says_what_to_give(tmp_path: Path, monkeypatch: pyte
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("https_proxy", "http://127.0.0.1:9")
-            assert says in run("fit", "/nowhere", *given, *output, code=2).stderr
+            assert says in run("fit", "nowhere", *given, *output, code=2).stderr
 
 
-def test_derive_inspect_eval(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
+def test_derive_inspect_eval(
+    tiny_folder: Path, sets: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     harmful, harmless = sets
     output = tmp_path / "d.safetensors"
     told = derived(tiny_folder, sets, output, "--layer", "1")
@@ -185,6 +187,8 @@ def test_derive_inspect_eval(tiny_folder: Path, sets: tuple[str, str], tmp_path:
     assert report["arms"][0]["mode"] == "one_sided"
     assert [one["dataset"]["count"] for one in report["sets"]] == [13, 13]
     assert report["divergence"][0]["p95"] >= 0
+    for name in ("--harmful: harmful.txt", "--harmless: harmless.jsonl"):
+        assert f"{name} is what d was made from: give other prompts, on these its figures are too good" in caplog.text
     assert "KL(plain ‖ steered)" in run("eval", str(tiny_folder), *options).stdout
 
 
@@ -310,7 +314,7 @@ def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tu
             ("serve", "/nowhere/model", "--backend", "transformers"),
             "cannot load the model '/nowhere/model': there is no",
         ),
-        (("serve", "/nowhere/model"), "an id of the hub it cannot be"),
+        (("serve", "/nowhere/model"), "there is no such folder; accepted: a folder with config.json"),
         (("serve", "tests"), "the folder has no config.json"),
         (("serve", "README.md"), "it is a file, not a folder"),
         (
@@ -356,6 +360,120 @@ def test_errors_name_the_option_and_have_no_traceback(arguments: tuple[str, ...]
     done = run(*arguments, code=2)
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+ODD = (
+    "\"I'm sorry, but I can't help with that.\"",
+    "",
+    '{"answer": "Sure! Here are three ideas.", "id": 7, "outcome": "of another tool"}',
+    '{"answer": "half \\ud83d", "note": "\\ud800", "large": 123456789012345678901234567890}',
+    '{"answer": ""}\r',
+    '"<think>let me see"',
+    '"' + "a " * 20 + '"',
+    '"こちらが三つのアイデアです。"',
+)
+WRONG = ("[1]", '{"answer": 3}', "null", '{"a": 1}', "{", '"\\u"', '{"answer": "x", "n": NaN}', "[" * 5000)
+
+
+def test_classify_reads_odd_lines_and_writes_what_can_be_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text("\ufeff" + "\n".join(ODD), "utf-8", newline="")
+    told = [json.loads(line) for line in run("classify", str(file)).stdout.splitlines()]
+    given = [json.loads(line) for line in ODD if line]
+    assert [one["answer"] for one in told] == [one if isinstance(one, str) else one["answer"] for one in given]
+    assert [one["outcome"] for one in told] == [
+        *("shown", "complied", "complied", "degenerate", "unanswered", "degenerate", "complied")
+    ]
+    assert told[0]["why"]
+    assert told[1]["id"] == 7
+    assert told[2]["large"] == given[2]["large"]
+    piped = CliRunner(charset="ascii").invoke(app, ["classify", "-"], input=file.read_bytes())
+    assert [json.loads(line) for line in piped.stdout.splitlines()] == told
+
+
+def test_classify_tells_every_line_that_is_no_answer(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text("\n".join(WRONG))
+    problems = run("classify", str(file), code=2).stderr.splitlines()
+    assert len(problems) == len(WRONG)
+    assert all(f"line {number}: " in problem for number, problem in enumerate(problems, 1))
+    file.write_text(" \n\n")
+    assert "has no answers; accepted" in run("classify", str(file), code=2).stderr
+
+
+LIGHT = """
+import builtins, sys
+real, heavy = builtins.__import__, {"torch", "transformers", "vllm"}
+def light(name, *more, **named):
+    if name.split(".")[0] in heavy:
+        raise AssertionError(f"{name} was imported")
+    return real(name, *more, **named)
+builtins.__import__ = light
+from typer.testing import CliRunner
+from steer.cli.app import app
+for line in sys.stdin.read().splitlines():
+    done = CliRunner().invoke(app, line.split())
+    print(done.exit_code, done.stderr.strip().replace(chr(10), " ") or repr(done.exception))
+"""
+
+
+def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    """To import torch and transformers takes ten seconds on a slow machine, and a fit takes minutes."""
+    for name, prompts in {"h": range(40), "a": range(40, 80), "few": range(3), "twice": [7] * 40, "empty": ()}.items():
+        (tmp_path / f"{name}.txt").write_text("".join(f"prompt {n}\n" for n in prompts))
+    (tmp_path / "d.safetensors").mkdir()
+    h, a, few, twice, empty = (tmp_path / f"{name}.txt" for name in ("h", "a", "few", "twice", "empty"))
+    sets, output = f"--harmful {h} --harmless {a}", f"-o {tmp_path}/x.safetensors"
+    wrong = {
+        f"fit /nowhere {sets} {output}": "there is no such folder",
+        f"fit ./nowhere {sets} {output} --backend vllm": "there is no such folder",
+        f"measure /nowhere {sets} {output}": "there is no such folder",
+        f"eval /nowhere --direction d {sets}": "there is no such folder",
+        f"select m /nowhere {sets} {output}": "there is no such folder",
+        f"search /nowhere {sets} --folder {tmp_path}": "there is no such folder",
+        "serve /nowhere": "there is no such folder",
+        f"fit m {sets} {output} --dry-run": "--dry-run: not an option of this command",
+        f"fit m {sets} {output} --backend vllm --device cpu": "--device: not used by vLLM",
+        f"fit m {sets} {output} --behaviour kindness": "behaviour 'kindness': cannot be read",
+        f"fit m --harmful {h} --harmless {h} {output}": "40 prompts stand in both",
+        f"measure m --harmful {h} --harmless {h} {output}": "40 prompts stand in both",
+        f"fit m --harmful {few} --harmless {a} {output}": "has 3 different prompts, a fit needs at least 7",
+        f"fit m --harmful {twice} --harmless {a} {output}": "has 1 different prompts",
+        f"fit m --harmful {empty} --harmless {a} {output}": "has no prompts",
+        f"fit m {sets} -o {tmp_path}/d.safetensors": "d.safetensors is a folder",
+        f"measure m {sets} -o /proc/x": "nothing can be written into /proc",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT], input="\n".join(wrong), capture_output=True, text=True, timeout=300
+    )
+    told = done.stdout.splitlines()
+    assert len(told) == len(wrong), done.stderr
+    for (command, says), line in zip(wrong.items(), told, strict=True):
+        assert line.startswith("2 "), (command, line)
+        assert says in line, (command, line)
+
+
+FULL = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+from steer.cli import main
+main()
+"""
+
+
+def test_a_file_that_cannot_be_written_is_an_error_and_no_traceback(
+    tiny_folder: Path, sets: tuple[str, str], tmp_path: Path
+) -> None:
+    """A limit on the size of files stands for a full disk."""
+    output = tmp_path / "m.safetensors"
+    given = ["measure", str(tiny_folder), "--harmful", sets[0], "--harmless", sets[1], "-o", str(output)]
+    done = subprocess.run([sys.executable, "-c", FULL, *given], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    for words in (f"error: {output}: ", "File too large", "give the same command again to go on from here"):
+        assert words in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_is_nowhere_is_looked_for_once(sets: tuple[str, str], tmp_path: Path) -> None:
@@ -412,9 +530,10 @@ main()
     ],
 )
 def test_an_interrupted_import_ends_with_one_line(module: str, command: str, resumes: bool, tmp_path: Path) -> None:
-    prompts = tmp_path / "a.txt"
-    prompts.write_text("a\n")
-    sets = ["--harmful", str(prompts), "--harmless", str(prompts)]
+    sets = []
+    for option in ("--harmful", "--harmless"):
+        (tmp_path / f"{option}.txt").write_text("".join(f"{option} {n}\n" for n in range(40)))
+        sets += [option, str(tmp_path / f"{option}.txt")]
     given = {
         "inspect": ["d.safetensors"],
         "eval": ["m", "--direction", "d", *sets, "--report", str(tmp_path)],

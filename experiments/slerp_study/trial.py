@@ -106,8 +106,8 @@ class Trial:
             with self.evaluator.all_resident([self._candidate(arm) for arm in arms]) as steers:
                 answers = answers_of_each(self.evaluator, asked, steers, known=self.behaviour.decided)
                 kls = divergences_of_each(self.evaluator, other, plain, steers)
-            for arm, texts, kl in zip(arms, answers, kls, strict=True):
-                refused = [self.behaviour.shown(text) for text in texts]
+            for arm, given, kl in zip(arms, answers, kls, strict=True):
+                refused = [self.behaviour.shown(answer.text) for answer in given]
                 self.ledger.put(_sweep_key(arm), {"refused": _bits(refused), "kl": kl})
 
     def swept(self, arm: Arm) -> Figures:
@@ -142,8 +142,8 @@ class Trial:
             with self.evaluator.all_resident([self._candidate(arm) for arm in some]) as steers:
                 answers = answers_of_each(self.evaluator, prompts, steers)
                 kls = divergences_of_each(self.evaluator, tested["harmless"].prompts.prompts, plain, steers)
-            for arm, texts, kl in zip(some, answers, kls, strict=True):
-                each = iter(texts)
+            for arm, given, kl in zip(some, answers, kls, strict=True):
+                each = (answer.text for answer in given)
                 split = {name: [next(each) for _ in t.prompts.prompts] for name, t in tested.items()}
                 self.ledger.put(_test_key(arm), {**self._outcomes(split), "kl": kl})
 

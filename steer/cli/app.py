@@ -13,7 +13,7 @@ import typer
 from steer._version import __version__
 from steer.cli import admin, evaluate, export, fit, search
 from steer.cli.console import echo_json, quiet_libraries, reported
-from steer.cli.options import find_vllm_model, with_settings
+from steer.cli.options import check_model, find_vllm_model, with_settings
 from steer.errors import InvalidInput
 from steer.lab.tables import shown, terminal_width, wrapped
 from steer.settings import ServeSettings, served_name
@@ -90,6 +90,8 @@ def serve(
     if model is not None and model.startswith("-"):  # an option that is not ours came first, and looked like MODEL
         options.insert(0, model)
         model = None
+    if model is not None:
+        check_model(model)
     named = settings.served_model_name or ("demo" if model is None else served_name(model))
     backend = "transformers" if model is None and settings.backend == "auto" else settings.backend
     settings = settings.model_copy(update={"served_model_name": named, "backend": backend})

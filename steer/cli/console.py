@@ -17,16 +17,24 @@ from steer.errors import InvalidInput, NothingFound, SteerError, problems_by_fie
 
 @contextmanager
 def reported(*, resumes: bool = False) -> Iterator[None]:
-    """Turn our errors into messages and exit code 2, "nothing was found" into exit code 3, and an interruption into one
-    line and exit code 130; anything else is a bug and keeps its traceback. To decorate commands with.
+    """Turn our errors and those of the file system into messages and exit code 2, "nothing was found" into exit code 3,
+    and an interruption into one line and exit code 130; anything else is a bug and keeps its traceback. To decorate
+    commands with.
 
     `resumes`: the same command goes on where it was interrupted, which the line then says.
     """
+    again = ": give the same command again to go on from here" if resumes else ""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"\ninterrupted{': give the same command again to go on from here' if resumes else ''}", err=True)
+        typer.echo(f"\ninterrupted{again}", err=True)
         raise typer.Exit(130) from None
+    except BrokenPipeError:  # whoever reads the output has enough of it
+        raise
+    except OSError as error:  # no space, no permission, a disk that is gone
+        file = f"{error.filename2 or error.filename}: " if error.filename else ""
+        typer.echo(f"error: {file}{error.strerror or error}{again}", err=True)
+        raise typer.Exit(2) from None
     except ValidationError as error:
         for field, problem in problems_by_field(error.errors(include_url=False), "the options").items():
             typer.echo(f"error: --{field.replace('_', '-')}: {problem}", err=True)
@@ -61,3 +69,13 @@ def log_warnings() -> None:
 def echo_json(value: object) -> None:
     json.dump(value, sys.stdout, indent=2)
     typer.echo()
+
+
+def echo_line(value: object) -> None:
+    """Write a line of JSON, with its letters as they are where the standard output can have them."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # halves of surrogate pairs, or a terminal of few letters
+        text = json.dumps(value)
+    typer.echo(text)

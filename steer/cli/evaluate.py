@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
+from steer.cli.console import echo_json, echo_line, log_warnings, quiet_libraries, reported
 from steer.cli.options import (
     VLLM_OPTIONS,
     Backend,
@@ -23,6 +24,7 @@ from steer.cli.options import (
     ResponsePrefix,
     SystemPrompt,
     Template,
+    check_bench,
     chosen_rendering,
     open_bench,
     with_settings,
@@ -91,6 +93,7 @@ def evaluate(
     """
     with reported(resumes=report is not None), ExitStack() as stack:
         log_warnings()
+        check_bench(backend, model, ctx.args, opening)
         quiet_libraries()
         from steer.lab.behaviour import Behaviour
         from steer.lab.evaluation.arms import arms_of, projected
@@ -111,6 +114,7 @@ def evaluate(
         choices = Choices.model_validate({"sites": arms[0].direction.meta.sites, "batch_size": batch_size})
         given = {"harmful": harmful, "harmless": harmless, "borderline": borderline, "multi-turn": multi_turn}
         sets = {name: read_prompts(source) for name, source in given.items() if source is not None}
+        _warn_of_known(arms, sets)
         looked_for = Behaviour.load(behaviour)
         rendering = chosen_rendering(system_prompt, template, response_prefix)
         for one in arms:
@@ -202,6 +206,20 @@ def _check(
         raise InvalidInput(problems)
 
 
+def _warn_of_known(arms: Sequence[Arm], sets: Mapping[str, PromptSet]) -> None:
+    """Say where a direction was made from the very file that it is measured on."""
+    for arm in {arm.digest: arm for arm in arms}.values():
+        made_from = {"harmful": arm.direction.meta.harmful, "harmless": arm.direction.meta.harmless}
+        for name, dataset in made_from.items():
+            if dataset is not None and dataset.sha256 == sets[name].sha256:
+                log.warning(
+                    "--%s: %s is what %s was made from: give other prompts, on these its figures are too good",
+                    name,
+                    sets[name].name,
+                    arm.name.partition(":")[0],
+                )
+
+
 def _numbers(text: str | None) -> list[float] | None:
     if text is None:
         return None
@@ -212,7 +230,9 @@ def _numbers(text: str | None) -> list[float] | None:
 
 
 def classify(
-    answers: Annotated[Path, typer.Argument(help="answers, .jsonl: a text each line, or an object with `answer`")],
+    answers: Annotated[
+        Path, typer.Argument(help="answers, .jsonl: a text each line, or an object with `answer`; - is standard input")
+    ],
     behaviour: BehaviourOption = "refusal",
 ) -> None:
     """Tell of each answer whether it shows the behaviour, is degenerate, says nothing yet, or neither.
@@ -230,13 +250,14 @@ def classify(
             item |= {"outcome": "unanswered" if wrong == "unanswered" else "degenerate", "why": wrong}
         else:
             item |= {"outcome": "complied", "why": ""}
-        typer.echo(json.dumps(item, ensure_ascii=False))
+        echo_line(item)
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
     """The answers of a file. Raises InvalidInput with every line that is none."""
     try:
-        lines = path.read_text("utf-8-sig").split("\n")
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        lines = data.decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path}: cannot be read as UTF-8 text: {error}") from error
     found, problems = [], []
@@ -244,18 +265,24 @@ def _answers(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
+            item = json.loads(line, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             problems.append(f"{path}, line {number}: not JSON: {error}")
             continue
         item = {"answer": item} if isinstance(item, str) else item
         if isinstance(item, dict) and isinstance(item.get("answer"), str):
-            found.append(item | {"answer": item["answer"].encode("utf-8", "replace").decode()})
+            found.append(item)
         else:
             problems.append(f"{path}, line {number}: neither a text nor an object with a text `answer`")
+    if not found and not problems:
+        problems.append(f"{path}: has no answers; accepted: .jsonl, a text each line, or an object with `answer`")
     if problems:
         raise InvalidInput(problems)
     return found
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _text(path: Path, source: Source) -> Text:

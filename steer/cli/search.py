@@ -26,6 +26,7 @@ from steer.cli.options import (
     Sites,
     SystemPrompt,
     Template,
+    check_bench,
     check_direction_file,
     chosen_method,
     chosen_rendering,
@@ -83,6 +84,7 @@ def select(
     figures of each. With --backend vllm, any further options are those of `vllm serve`.
     """
     log_warnings()
+    check_bench(backend, model, ctx.args, opening)
     quiet_libraries()
     from steer.lab.behaviour import Behaviour
     from steer.lab.derive import Recipe
@@ -179,6 +181,7 @@ def search(
     shows the front and saves any trial's direction. With --backend vllm, any further options are those of `vllm serve`.
     """
     log_warnings()
+    check_bench(backend, model, ctx.args, opening)
     quiet_libraries()
     _need("optuna")
     _need("matplotlib")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from steer.direction import Direction, DirectionMeta
+from steer.direction import MAX_VALUE, Direction, DirectionMeta
 from steer.errors import DegenerateError, InvalidInput
 from steer.geometry import MIN_ANGLE, angle, orthonormalise
 from steer.lab.measurement import Contrast, Measurement, Sample, principal, towards_harmful
@@ -298,13 +298,17 @@ def _reference(measurement: Measurement, recipe: Recipe, rows: Tensor, source: i
 
     At each layer it is the component of the point between that layer's two means which the recipe's threshold says. A
     bisector separates the means by construction where it was made, and there ρ is 0; at another layer both means may
-    lie on one side of it.
+    lie on one side of it. Where the harmful mean lies below the harmless one, what is above ρ is not the behaviour's
+    side: it is so large there that nothing is.
     """
     found = _between(measurement, recipe, rows, 0.5 if recipe.threshold is None else recipe.threshold)
     changed = recipe.sparsify or recipe.bootstrap or recipe.winsorize or recipe.threshold is not None
     if found is not None and recipe.method.bisects and not changed:
         found[slice(None) if source is None else source] = 0
-    return found
+    ends = [_between(measurement, recipe, rows, share) for share in (0.0, 1.0)]
+    if found is None or ends[0] is None or ends[1] is None:
+        return None
+    return torch.where(ends[1] < ends[0], MAX_VALUE, found)
 
 
 def _sided(measurement: Measurement, recipe: Recipe, rows: Tensor, source: int | None) -> bool:

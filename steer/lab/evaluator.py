@@ -18,7 +18,8 @@ from steer.names import Mode
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]
-#: What steers on an engine, in its own terms; None is plain. And plain text that its divergences are taken along.
+#: What steers on an engine, in its own terms; None is plain. And plain text that its divergences are taken along, whose
+#: `first(tokens)` is the same with so many predictions alone.
 Steer = Any
 Continuation = Any
 
@@ -113,12 +114,11 @@ def answers_of_each(
     prompts: Sequence[Prompt],
     steers: Sequence[Steer],
     known: Callable[[str], bool] | None = None,
-) -> list[list[str]]:
-    """For each of `steers` the texts of its answers to all of `prompts`, out of one batch."""
+) -> list[list[Answer]]:
+    """For each of `steers` its answers to all of `prompts`, out of one batch."""
     if not prompts:
         return [[] for _ in steers]
-    texts = [answer.text for answer in evaluator.answers(*crossed(prompts, steers), known)]
-    return [list(part) for part in parts(texts, len(prompts))]
+    return [list(part) for part in parts(evaluator.answers(*crossed(prompts, steers), known), len(prompts))]
 
 
 def divergences_of_each(

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from steer._version import __version__
 from steer.direction import Direction
 from steer.errors import DegenerateError, InvalidInput, NothingFound
 from steer.lab.behaviour import REFUSAL, Behaviour
@@ -24,7 +25,7 @@ from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.methods.base import Method
 from steer.lab.progress import answering
-from steer.lab.prompts import PromptSet, check_contrast
+from steer.lab.prompts import PromptSet
 from steer.lab.race import Figures, Race, Sets
 from steer.lab.resume import Cache
 from steer.lab.select import (
@@ -41,62 +42,28 @@ from steer.lab.select import (
     work,
 )
 from steer.lab.source import Source
-from steer.lab.statistics import mcnemar
+from steer.lab.split import LEAST_SHOWN, TRIED, Split
+from steer.lab.statistics import mcnemar, wilson
 from steer.lab.tables import shown
 from steer.names import MAX_STRENGTH, Mode, Site, site_problem
 
 log = logging.getLogger("steer")
-#: Prompts of each class that candidates are tried on, at most, and tokens of their answers.
-PROMPTS, TOKENS = 32, 24
+#: Tokens of the answers of candidates.
+TOKENS = 24
 #: The part of a command's progress; and prompts of a set that are measured at least, if it has them.
 SORTING, LEAST_KEPT = "sorting prompts", 16
 #: Names of the parts of a folder with the work of fits.
 PART = re.compile("[0-9a-f]{16}")
-#: Sets with fewer prompts than this are not split: candidates are tried on what was measured.
-SMALL = 32
 #: Of `fit`: source layers that are screened, the best of them at which methods are, and the best of these of which
 #: actions are; and how many candidates answer.
 LAYERS, KEPT_LAYERS, KEPT, FINALISTS = 6, 2, 3, 5
 #: The values of slerp's t that `fit` tries. Linear is one of the family too, between −2.3 and 0 on real models.
 TS = (0.0, -1.0, -0.5, 0.5, 1.0)
-#: Answers of the plain model that must show the behaviour: with 6 pairs that differ, and all one way, p is 0.03.
-LEAST_SHOWN = 6
-#: p-value below which a candidate surely shows less than the plain model, and the share of harmless answers, at least
-#: one, that may become worse.
+#: The chance, at most, that one of the candidates passes though none shows less than the plain model; and the share of
+#: harmless answers, at least one, that may become worse.
 SIGNIFICANT, HARM = 0.05, 0.03
 #: Of the share that is still shown, what is worth a warning.
 LEFT = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """The prompts that are measured, and those that candidates are tried on, of each class."""
-
-    harmful: PromptSet
-    harmless: PromptSet
-    tried_harmful: PromptSet
-    tried_harmless: PromptSet
-
-    @classmethod
-    def of(cls, harmful: PromptSet, harmless: PromptSet) -> Split:
-        """Set a quarter of each aside, at most PROMPTS. Where a set is SMALL, all is measured and tried. Raises
-        InvalidInput for sets that share prompts, and for too few of them."""
-        check_contrast(harmful, harmless)
-        harmful, harmless = harmful.distinct, harmless.distinct
-        if few := [one for one in (harmful, harmless) if len(one) < LEAST_SHOWN]:
-            raise InvalidInput(
-                f"{one.name}: has {len(one)} different prompts, a fit needs at least {LEAST_SHOWN} (better 128)"
-                for one in few
-            )
-        if min(len(harmful), len(harmless)) < SMALL:
-            log.warning(
-                "a set has fewer than %d prompts: candidates are tried on the prompts that they are made from, and the "
-                "figures say little about others",
-                SMALL,
-            )
-            return cls(harmful, harmless, harmful, harmless)
-        tried = [one.drawn(min(PROMPTS, len(one) // 4)) for one in (harmful, harmless)]
-        return cls(harmful.without(tried[0]), harmless.without(tried[1]), *tried)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +161,8 @@ class Work:
     ) -> None:
         self.whole, self.source, self.split, self.conditions = folder, source, split, conditions
         self.behaviour = behaviour
-        for harmful, harmless in ((split.harmful, split.harmless), (split.tried_harmful, split.tried_harmless)):
-            checked(source, harmful, harmless, conditions)
+        checked(source, split.harmful, split.harmless, conditions)
+        checked(source, split.tried_harmful, split.tried_harmless, conditions, tokens)
         everything = {
             "model": source.facts.model_dump(mode="json"),
             "weights": source.fingerprint(),
@@ -203,6 +170,7 @@ class Work:
             "conditions": asdict(conditions),
             "behaviour": behaviour.model_dump(mode="json"),
             "tokens": tokens,
+            "version": __version__,
         }
         name = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
         if folder.exists() and not (folder.is_dir() and all(PART.fullmatch(one.name) for one in folder.iterdir())):
@@ -287,7 +255,7 @@ def fit(
     grid = Grid(choice.methods[:1], (recipe.position,), tuple(spaced(layers, LAYERS)), choice.actions[:1])
     begun = entrants_of(measurement, grid.recipes(measurement, recipe))
     sets = _sets(split)
-    tried.progress.plan(CHOOSING, most_work(split, choice, tried.max_tokens))
+    tried.progress.plan(CHOOSING, most_work(split, choice, tried.max_tokens, behaviour))
     with tried.progress.part(CHOOSING):
         selection = Selection(Race(tried, behaviour, sets), tried.tokenizer, cache)
         _check_plain(selection.race, behaviour)
@@ -347,8 +315,13 @@ def _unharmed(selection: Selection, finalists: Sequence[Entrant]) -> Entrant:
         figures = one.figures
         assert figures is not None
         where = f"layer {one.recipe.layer}, {one.recipe.method.name}, {one.recipe.mode}"
-        if sum(figures.asked) >= sum(plain.asked) or mcnemar(plain.asked, figures.asked) > SIGNIFICANT:
-            against.append(f"{where}: {sum(figures.asked)} of {len(figures.asked)} answers still show it")
+        # of one side, as what is asked is whether there is less; and of as many candidates as there are
+        less = len(finalists) * mcnemar(plain.left, figures.left) / 2 <= SIGNIFICANT
+        if sum(figures.left) >= sum(plain.left) or not less:
+            against.append(
+                f"{where}: {sum(figures.asked)} of {len(figures.asked)} answers still show it"
+                + (f", {sum(figures.lost)} are degenerate" if any(figures.lost) else "")
+            )
             continue
         selection.race.answer_harmless(one.candidate, figures)
         allowed = max(1, round(HARM * len(plain.other)))
@@ -364,14 +337,14 @@ def _unharmed(selection: Selection, finalists: Sequence[Entrant]) -> Entrant:
     )
 
 
-def most_work(split: Split, choice: Choice, tokens: int = TOKENS) -> float:
-    """The work of `fit`, before it is known which layers are worth trying."""
-    sets = _sets(split)
-    return work(sets, tokens, choice.most_screened, FINALISTS) + len(sets.other) * answering(tokens)
+def most_work(split: Split, choice: Choice, tokens: int = TOKENS, behaviour: Behaviour = REFUSAL) -> float:
+    """The work of `fit`, before it is known which layers are worth trying. Without openings all candidates answer."""
+    sets, finalists = _sets(split), FINALISTS if behaviour.openings else None
+    return work(sets, tokens, choice.most_screened, finalists) + len(sets.other) * answering(tokens)
 
 
 def _sets(split: Split) -> Sets:
-    return Sets.drawn(split.tried_harmful.prompts, split.tried_harmless.prompts, limits=(PROMPTS, PROMPTS, 0))
+    return Sets.drawn(split.tried_harmful.prompts, split.tried_harmless.prompts, limits=(TRIED, TRIED, 0))
 
 
 def report(fitted: Fitted) -> list[str]:
@@ -388,18 +361,22 @@ def report(fitted: Fitted) -> list[str]:
         for one in fitted.finalists
         if (figures := one.figures) is not None
     ]
-    behaviour, low, high = chosen.selection["behaviour"], *(100 * end for end in mine.interval)
+    behaviour, low, high = (
+        chosen.selection["behaviour"],
+        *(100 * end for end in wilson(sum(mine.asked), len(mine.asked))),
+    )
     least, most = mine.kl_interval
     count, harmless = len(mine.asked), len(mine.other)
     measured = "" if fitted.held_out else " (the same that were measured)"
     lines = [
         shown(("layer", "direction", behaviour, "N-token KL", ""), rows),
         f"{behaviour} in answers to {count} prompts{measured}: {sum(plain.asked)} plain, "
-        f"{sum(mine.asked)} with it ({low:.0f} to {high:.0f} %)",
+        f"{sum(mine.asked)} with it ({low:.0f} to {high:.0f} %)"
+        + (f", {sum(mine.lost)} degenerate (plain {sum(plain.lost)})" if any(mine.lost + plain.lost) else ""),
         f"{harmless} harmless prompts: {sum(mine.other)} such answers (plain {sum(plain.other)}), {sum(mine.faulty)} "
         f"degenerate (plain {sum(plain.faulty)}), N-token KL {mine.kl:.4f} ({least:.4f} to {most:.4f})",
     ]
-    if mine.shown > LEFT:
+    if mine.rate_left > LEFT:
         lines.append(f"warning: more than {LEFT:.0%} are left; `steer search` tries more")
     return lines
 

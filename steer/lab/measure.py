@@ -110,14 +110,15 @@ def measure(
 
 
 def checked(
-    source: Source, harmful: PromptSet, harmless: PromptSet, conditions: Conditions
+    source: Source, harmful: PromptSet, harmless: PromptSet, conditions: Conditions, answer: int = 0
 ) -> tuple[dict[str, list[Encoded]], int]:
     """The encoded prompts of both sets, and the BOS tokens that each begins with. Raises InvalidInput for sets that
-    share prompts, and with every prompt that does not fit the context or has no such position."""
+    share prompts, and with every prompt that does not fit the context, with an answer of so many tokens, or has no such
+    position."""
     check_contrast(harmful, harmless)
     sets = {"harmful": harmful, "harmless": harmless}
     encoded = {label: source.encode(prompts.prompts, conditions.rendering) for label, prompts in sets.items()}
-    return encoded, _check_prompts(source, sets, encoded, conditions.positions)
+    return encoded, _check_prompts(source, sets, encoded, conditions.positions, answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,17 +174,20 @@ def _check_prompts(
     sets: dict[str, PromptSet],
     encoded: dict[str, list[Encoded]],
     positions: tuple[int, ...],
+    answer: int,
 ) -> int:
     """The BOS tokens that every prompt begins with. Raises InvalidInput with what no prompt may be."""
     problems, bos = [], set()
     if len(set(positions)) != len(positions):
         problems.append(f"a position stands twice in {list(positions)}")
     for label, prompts in sets.items():
-        for number, e in enumerate(encoded[label], 1):
+        for prompt, e in zip(prompts.prompts, encoded[label], strict=True):
             bos.add(source.bos_count(e.ids))
-            where = f"{prompts.name}: prompt {number} has {len(e.ids)} tokens"
-            if len(e.ids) > source.context:
-                problems.append(f"{where}, the context is {source.context}")
+            # by its words: where prompts were drawn from a file, their numbers are not those of its lines
+            where = f"{prompts.name}: the prompt {str(prompt)[:40]!r} has {len(e.ids)} tokens"
+            if len(e.ids) + answer > source.context:
+                beside = f", and its answer may have {answer}" if answer else ""
+                problems.append(f"{where}{beside}; the context is {source.context}")
             problems += [f"{where}, so no position {p}" for p in positions if not -len(e.ids) <= p < len(e.ids)]
     if problems:
         raise InvalidInput(problems[:20])

@@ -191,9 +191,13 @@ class Measurement:
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file of any size, written atomically, its metadata in order. Never in memory as a whole."""
+    """A safetensors file of any size, written atomically, its metadata in order. Never in memory as a whole. Raises
+    OSError where it cannot be written."""
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # of tensors in memory there is nothing else that could fail
+            raise OSError(f"{path}: {error}") from error
         with temporary.open("rb+") as file:
             size = int.from_bytes(file.read(8), "little")
             file.seek(0)

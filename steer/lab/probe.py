@@ -52,6 +52,13 @@ class Continued(Answered):
 
     logprobs: Tensor | None = None
 
+    def first(self, tokens: int) -> Continued:
+        """Only so many tokens of it. The text stays whole."""
+        if len(self.ids) < tokens:
+            return self
+        kept = None if self.logprobs is None else self.logprobs[:tokens]
+        return Continued(self.ids[: tokens - 1], self.text, kept)
+
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
@@ -149,9 +156,7 @@ class HFEvaluator:
 
     def _fitting(self, tokens: int) -> int:
         """Rows of so many tokens that a batch may have: the more, the less of a step is overhead."""
-        anatomy = self.steering.anatomy
-        each = 2 * anatomy.layers * anatomy.d_model * anatomy.dtype.itemsize * tokens  # keys and values, at most
-        return max(AUTO, min(MOST, CACHE_BYTES // each))
+        return max(AUTO, min(MOST, CACHE_BYTES // (cache_bytes(self.steering) * max(1, tokens))))
 
     def opening_odds(
         self,
@@ -352,6 +357,17 @@ def begun(
     row = {id(steer): at for at, steer in enumerate(different)}
     cache.batch_select_indices(torch.tensor([row[id(steer)] for steer in steers], device=ids.device))
     return length, cache
+
+
+def cache_bytes(steering: Steering) -> int:
+    """Bytes that the keys and values of one token take in all layers."""
+    anatomy = steering.anatomy
+    config = anatomy.model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    head = getattr(config, "head_dim", None) or (anatomy.d_model // heads if heads else None)
+    kept = getattr(config, "num_key_value_heads", None) or heads  # several heads may share their keys and values
+    width = kept * head if kept and head else anatomy.d_model
+    return int(2 * anatomy.layers * width * anatomy.dtype.itemsize)
 
 
 def last_logits(model: Any, ids: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:

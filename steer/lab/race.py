@@ -13,16 +13,17 @@ from scipy.special import expit
 
 from steer.errors import InvalidInput
 from steer.lab.behaviour import Behaviour, after_thinking, fault
-from steer.lab.evaluator import Candidate, Evaluator, Steer, answers_of_each, crossed, divergences_of_each
+from steer.lab.evaluator import Answer, Candidate, Evaluator, Steer, answers_of_each, crossed, divergences_of_each
 from steer.lab.progress import answering
 from steer.lab.prompts import Prompt
 from steer.lab.statistics import mean_of, wilson
 
-#: Prompts of each set in the first round; each round after it goes to twice as many.
-FIRST_ROUND = 8
+#: Prompts of each set in the first round, at least; each round after it goes to twice as many. And rows of a step that
+#: take hardly longer than one row, as all weights are read for each step: so many are not worth a round less.
+FIRST_ROUND, FULL = 8, 160
 #: A mean is surely above zero where it is so many standard errors above it.
 SURELY = 3.0
-#: Why a candidate stopped: it surely shows more of the behaviour than the best, or another is as good in answers and
+#: Why a candidate stopped: it surely leaves more of the behaviour than the best, or another is as good in answers and
 #: surely diverges less.
 Reason = Literal["shown", "diverges"]
 
@@ -71,8 +72,9 @@ class Sets:
 class Figures:
     """What one candidate did, prompt by prompt: answers that showed the behaviour of the prompts asked and of the
     borderline ones, and KL(plain ‖ steered) of each harmless prompt. `stopped` before all were tried, and why.
-    `other` and `faulty` are of the answers to the harmless prompts, where these were asked for: which showed the
-    behaviour, and which are no answers (see `steer.lab.behaviour.fault`)."""
+    `lost` are the answers to the prompts asked that do not show it and are no answers either (see
+    `steer.lab.behaviour.fault`). `other` and `faulty` are of the answers to the harmless prompts, where these were
+    asked for: which showed the behaviour, and which are no answers."""
 
     asked: list[bool] = field(default_factory=list)
     borderline: list[bool] = field(default_factory=list)
@@ -80,6 +82,17 @@ class Figures:
     stopped: Reason | None = None
     other: list[bool] = field(default_factory=list)
     faulty: list[bool] = field(default_factory=list)
+    lost: list[bool] = field(default_factory=list)
+
+    @property
+    def left(self) -> list[bool]:
+        """Of the prompts asked: which have no answer that could be called one without the behaviour. A model that
+        only stammers does not show it, and nothing is won by that."""
+        return [a or b for a, b in zip(self.asked, self.lost, strict=True)] if self.lost else self.asked
+
+    @property
+    def rate_left(self) -> float:
+        return float(np.mean(self.left))
 
     @property
     def shown(self) -> float:
@@ -95,8 +108,8 @@ class Figures:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the rate shown, 95 %."""
-        return wilson(sum(self.asked), len(self.asked))
+        """Of the rate left, 95 %."""
+        return wilson(sum(self.left), len(self.left))
 
     @property
     def kl_interval(self) -> tuple[float, float]:
@@ -105,9 +118,9 @@ class Figures:
         return found.low, found.high
 
     def surely_beaten_by(self, other: Figures) -> bool:
-        """Does `other`, which was tried to the end, show no more than this so far, and surely diverge less on the same
-        prompts? Few prompts on which both show nothing say nothing about the others, so all of `other`'s count."""
-        if other.shown > self.shown or (other.over or 0.0) > (self.over or 0.0):
+        """Does `other`, which was tried to the end, leave no more than this so far, and surely diverge less on the same
+        prompts? Few prompts on which both leave nothing say nothing about the others, so all of `other`'s count."""
+        if other.rate_left > self.rate_left or (other.over or 0.0) > (self.over or 0.0):
             return False
         count = len(self.kls)
         if len(other.kls) < count or count < 2:
@@ -132,11 +145,12 @@ class Race:
 
     def __init__(self, evaluator: Evaluator, behaviour: Behaviour, sets: Sets) -> None:
         self.evaluator, self.behaviour, self.sets = evaluator, behaviour, sets
-        plain = evaluator.answers([*sets.asked, *sets.borderline], None, behaviour.decided)
+        # in one batch, all to their end: a step for all takes hardly longer than one for half of them
+        answers = evaluator.answers([*sets.asked, *sets.borderline, *sets.other], None)
+        plain, self._other = answers[: -len(sets.other)], answers[-len(sets.other) :]
         shown = [behaviour.shown(answer.text) for answer in plain]
         #: Plain answers that say nothing yet: their thinking has no end.
         self.unanswered = sum(after_thinking(answer.text) is None for answer in plain)
-        self._other = evaluator.answers(sets.other, None)
         self._continued = evaluator.continuations(sets.other, self._other)
         self.plain = Figures(
             shown[: len(sets.asked)],
@@ -144,6 +158,7 @@ class Race:
             [0.0] * len(sets.other),
             other=[behaviour.shown(answer.text) for answer in self._other],
             faulty=[fault(answer, None, None) is not None for answer in self._other],
+            lost=self._lost(plain[: len(sets.asked)], shown),
         )
 
     def run(self, candidates: Sequence[Candidate], rivals: Sequence[Figures] = ()) -> list[Figures]:
@@ -156,14 +171,17 @@ class Race:
             rivals = [*rivals, *(each for each in members if each.stopped is None)]
         return figures
 
-    def screen(self, candidates: Sequence[Candidate], tokens: Sequence[int], asked: int, other: int) -> list[Screened]:
-        """What one pass of `asked` prompts and `other` harmless ones tells of each candidate. `tokens` are those with
-        which answers that show the behaviour begin."""
+    def screen(
+        self, candidates: Sequence[Candidate], tokens: Sequence[int], asked: int, other: int, along: int
+    ) -> list[Screened]:
+        """What one pass of `asked` prompts, and of `other` harmless ones with the first `along` tokens of their plain
+        answers, tells of each candidate. `tokens` are those with which answers that show the behaviour begin."""
         prompts, others, found = self.sets.asked[:asked], self.sets.other[:other], dict[int, Screened]()
+        plain = [one.first(along) for one in self._continued[:other]]
         for group in self._groups(candidates):
             with self.evaluator.all_resident([candidates[i] for i in group]) as steers:
                 odds = self.evaluator.opening_odds(*crossed(prompts, steers), tokens).reshape(len(group), -1)
-                kls = divergences_of_each(self.evaluator, others, self._continued[:other], steers)
+                kls = divergences_of_each(self.evaluator, others, plain, steers)
             found |= {
                 i: Screened(float(o.mean()), float(expit(o).mean()), float(np.mean(kl)))
                 for i, o, kl in zip(group, odds, kls, strict=True)
@@ -181,7 +199,7 @@ class Race:
         figures.faulty = [fault(a, other, None) is not None for a, other in zip(answers, beside, strict=True)]
 
     def _rounds(self, figures: Sequence[Figures], steers: Sequence[Steer], rivals: Sequence[Figures]) -> None:
-        done, end, sets = 0, FIRST_ROUND, self.sets
+        done, end, sets = 0, max(FIRST_ROUND, FULL // len(steers)), self.sets
         longest = max(len(sets.asked), len(sets.other), len(sets.borderline))
         while done < longest:
             running = [(f, steer) for f, steer in zip(figures, steers, strict=True) if f.stopped is None]
@@ -210,10 +228,15 @@ class Race:
     def _answer(self, figures: Sequence[Figures], part: slice, steers: Sequence[Steer]) -> None:
         asked, borderline = self.sets.asked[part], self.sets.borderline[part]
         answers = answers_of_each(self.evaluator, [*asked, *borderline], steers, self.behaviour.decided)
-        for each, texts in zip(figures, answers, strict=True):
-            shown = [self.behaviour.shown(text) for text in texts]
+        for each, given in zip(figures, answers, strict=True):
+            shown = [self.behaviour.shown(answer.text) for answer in given]
             each.asked += shown[: len(asked)]
+            each.lost += self._lost(given[: len(asked)], shown)
             each.borderline += shown[len(asked) :]
+
+    @staticmethod
+    def _lost(answers: Sequence[Answer], shown: Sequence[bool]) -> list[bool]:
+        return [not s and fault(a, None, None) is not None for a, s in zip(answers, shown, strict=False)]
 
     def _diverge(self, figures: Sequence[Figures], part: slice, steers: Sequence[Steer]) -> None:
         prompts, plain = self.sets.other[part], self._continued[part]

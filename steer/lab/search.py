@@ -221,7 +221,7 @@ class Search:
             for key, value in ((POINT, point), (FIGURES, asdict(found))):
                 trial.set_user_attr(key, value)
             # what shows the behaviour is no part of a front, however little it diverges: it must not draw the optimiser
-            trial.set_constraint("shown", found.shown if found.stopped == "shown" else 0.0)
+            trial.set_constraint("shown", found.rate_left if found.stopped == "shown" else 0.0)
             fresh.append(study.tell(trial, _values(found)))
         return fresh
 
@@ -252,7 +252,7 @@ def work(settings: Settings, sets: Sets, count: int) -> float:
 
 
 def _values(figures: Figures) -> tuple[float, ...]:
-    return (figures.shown, figures.kl) + (() if figures.over is None else (figures.over,))
+    return (figures.rate_left, figures.kl) + (() if figures.over is None else (figures.over,))
 
 
 def rank_of(space: Space, measurement: Measurement) -> int:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from steer.direction import Direction
 from steer.errors import DegenerateError, InvalidInput
 from steer.lab.behaviour import REFUSAL, Behaviour
@@ -28,8 +30,9 @@ from steer.names import Mode
 T = TypeVar("T")
 #: Prompts of each class that candidates are tried on, and tokens of their answers.
 PROMPTS, TOKENS = 48, 24
-#: Prompts of each class by which candidates are screened, and how many of these then answer.
-SCREEN_ASKED, SCREEN_OTHER, SURVIVORS = 16, 6, 16
+#: Prompts of each class by which candidates are screened, the tokens of plain answers along which their divergence is
+#: taken there, and how many of the candidates then answer.
+SCREEN_ASKED, SCREEN_OTHER, SCREEN_TOKENS, SURVIVORS = 16, 8, 8, 16
 #: A probability of the behaviour that is at most so much above the least is hardly more.
 HARDLY = 0.05
 #: Layers are tried whose class means are at least this part as far apart as the widest, in degrees. No angle in itself
@@ -126,6 +129,7 @@ class Entrant:
         if (figures := self.figures) is not None:
             found |= {
                 "refused": figures.shown,
+                "degenerate": float(np.mean(figures.lost)),
                 "prompts": len(figures.asked),
                 "kl": figures.kl,
                 "kl_prompts": len(figures.kls),
@@ -149,7 +153,8 @@ class Selection:
 
         def make(start: int, stop: int) -> list[Any]:
             some = [e.candidate for e in entrants[start:stop]]
-            return [asdict(one) for one in self.race.screen(some, self._openings, SCREEN_ASKED, SCREEN_OTHER)]
+            found = self.race.screen(some, self._openings, SCREEN_ASKED, SCREEN_OTHER, SCREEN_TOKENS)
+            return [asdict(one) for one in found]
 
         if not self._openings:
             return [replace(e, screened=_of_answers(e.figures)) for e in self.run(entrants) if e.figures is not None]
@@ -248,11 +253,10 @@ def work(sets: Sets, tokens: int, screened: int, through: int | None) -> float:
 
 
 def best(entrants: Sequence[Entrant]) -> Entrant:
-    """Of those that were tried to the end: the fewest answers shown, and among those within one prompt of the fewest,
-    the least KL."""
-    tried = [(e, e.figures) for e in entrants if e.figures is not None and e.figures.stopped is None]
-    fewest = min(f.shown for _, f in tried)
-    return min((pair for pair in tried if pair[1].shown <= fewest + 1 / len(pair[1].asked)), key=lambda p: p[1].kl)[0]
+    """Of those that were tried to the end: the fewest prompts left, and within one of the fewest the least KL."""
+    tried = [(e, sum(e.figures.left), e.figures.kl) for e in entrants if e.figures and e.figures.stopped is None]
+    fewest = min(left for _, left, _ in tried)
+    return min((one for one in tried if one[1] <= fewest + 1), key=lambda one: one[2])[0]
 
 
 def entrants_of(measurement: Measurement, recipes: Iterable[Recipe]) -> list[Entrant]:
@@ -295,8 +299,8 @@ def layers_of(measurement: Measurement, recipe: Recipe) -> tuple[int, ...]:
 
 def _of_answers(figures: Figures) -> Screened:
     """What a screening would tell. Half an answer is added to both sides of the odds, which are finite then."""
-    shown, count = sum(figures.asked), len(figures.asked)
-    return Screened(math.log((shown + 0.5) / (count - shown + 0.5)), figures.shown, figures.kl)
+    left, count = sum(figures.left), len(figures.left)
+    return Screened(math.log((left + 0.5) / (count - left + 0.5)), figures.rate_left, figures.kl)
 
 
 def _named(entrants: Sequence[Entrant]) -> str:

@@ -132,6 +132,10 @@ class Sampled:
     start: int
     logprobs: Floats
 
+    def first(self, tokens: int) -> Sampled:
+        """Only so many tokens of the answer."""
+        return Sampled(self.ids[: self.start + tokens], self.start, self.logprobs[:tokens])
+
 
 class VllmEvaluator:
     """What steers is a text of the request language."""

@@ -19,7 +19,7 @@ from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import METHODS, make_method
 from steer.lab.source import TransformersSource
-from steer.runtime.op import check_mode
+from steer.runtime.op import GATE, check_mode, coefficients
 from tests.lab.test_measure import HARMFUL, HARMLESS
 
 
@@ -79,6 +79,21 @@ def test_reference_is_the_midpoint_of_each_layers_own_means_and_the_bisector_whe
             expected[1 if made.layer == 1 else slice(None)] = 0
         torch.testing.assert_close(direction.reference[:, 0], expected)
         assert direction.target is None
+
+
+def test_where_harmful_text_lies_below_there_is_no_side_and_one_sided_does_nothing(measured: Measurement) -> None:
+    """What is above the reference there is harmless text."""
+    rows = derive(measured, recipe("linear", 1)).directions[0, 0].double()
+    mean = measured.harmful.mean.clone()
+    mean[0, 0] = measured.harmless.mean[0, 0] - rows
+    turned = replace(measured, harmful=replace(measured.harmful, mean=mean))
+    direction = derive(turned, replace(recipe("linear", 1), threshold=0.25, target=0.0, mode="one_sided"))
+    sides = ((direction.mean_harmful - direction.mean_harmless) * direction.directions[:, 0]).sum(-1)
+    assert (float(sides[0]) < 0, float(sides[1]) > 0) == (True, True)
+    far = direction.mean_harmless + 1e3 * direction.directions[:, 0]
+    acts = (far * direction.directions[:, 0]).sum(-1) > coefficients(direction, "one_sided")[:, 0, GATE]
+    assert acts.tolist() == (sides > 0).tolist()
+    assert Direction.from_bytes(direction.to_bytes()).meta == direction.meta
 
 
 def test_a_target_is_a_place_between_the_means_and_never_above_the_reference(measured: Measurement) -> None:

@@ -20,17 +20,18 @@ from steer.hf.steering import Steering
 from steer.lab.activations import Keep
 from steer.lab.behaviour import REFUSAL
 from steer.lab.derive import Recipe, derive
-from steer.lab.evaluator import Candidate
-from steer.lab.fit import LEAST_KEPT, SMALL, Choice, Fitted, Split, Work, described, fit, most_work, report
+from steer.lab.evaluator import Candidate, each_row
+from steer.lab.fit import LEAST_KEPT, Choice, Fitted, Work, described, fit, most_work, report
 from steer.lab.measure import Conditions
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
-from steer.lab.probe import HFEvaluator
+from steer.lab.probe import Answered, HFEvaluator
 from steer.lab.progress import Progress
-from steer.lab.prompts import PromptSet, read_prompts
+from steer.lab.prompts import PromptSet, encode, read_prompts
 from steer.lab.race import Screened
 from steer.lab.select import HARDLY, Action, Entrant, entrants_of, through
 from steer.lab.source import TransformersSource
+from steer.lab.split import SMALL, Split
 from steer.names import Mode
 
 TOKENS = 12
@@ -49,7 +50,8 @@ def loaded() -> Loaded:
 
 @pytest.fixture(scope="module")
 def split() -> Split:
-    return Split.of(*(read_prompts(str(PROMPTS / f"{cls}.train.txt")).drawn(48) for cls in ("refused", "harmless")))
+    refused, harmless = (read_prompts(str(PROMPTS / f"{cls}.train.txt")).drawn(48) for cls in ("refused", "harmless"))
+    return Split.of(refused, harmless)
 
 
 def evaluator(loaded: Loaded, progress: Progress | None = None) -> HFEvaluator:
@@ -115,7 +117,7 @@ def test_the_report_says_what_was_found_and_what_is_left(fitted: Fitted) -> None
     told = "\n".join(report(fitted))
     assert "12 plain" in told
     assert "← chosen" in told
-    assert ("more than 5 % are left" in told) == (fitted.figures.shown > 0.05)
+    assert ("more than 5 % are left" in told) == (fitted.figures.rate_left > 0.05)
     assert described(Recipe(make_method("slerp", {"t": 0.5}), 1, winsorize=0.9, mode="one_sided", target=0.0)) == (
         "slerp t=0.5 winsorized 0.9, one_sided to 0"
     )
@@ -125,7 +127,7 @@ def test_the_report_says_what_was_found_and_what_is_left(fitted: Fitted) -> None
     ("actions", "says"),
     [
         ((Action("ablate", strength=0.001),), "12 of 12 answers still show it"),
-        ((Action("add", strength=-4.0),), "harmless answers are degenerate"),
+        ((Action("add", strength=-4.0),), "0 of 12 answers still show it, 12 are degenerate"),
     ],
     ids=["does nothing", "does harm"],
 )
@@ -135,6 +137,19 @@ def test_what_does_nothing_and_what_does_harm_is_not_given_out(
     choice = replace(CHOICE, methods=CHOICE.methods[:1], layers=(6,), actions=actions, winsorize=())
     with pytest.raises(NothingFound, match=says):
         fit(measured, Recipe(), choice, split, tried)
+
+
+def test_what_breaks_harmless_answers_is_not_given_out(loaded: Loaded, split: Split, measured: Measurement) -> None:
+    class Harming(HFEvaluator):
+        def answers(self, prompts: Any, steer: Any, known: Any = None) -> list[Answered]:
+            rows = zip(prompts, each_row(steer, len(prompts)), super().answers(prompts, steer, known), strict=True)
+            broken = Answered([7] * 9, "a " * 9)
+            return [broken if s and p in split.tried_harmless.prompts else one for p, s, one in rows]
+
+    harming = Harming(loaded, Steering(loaded.model, rows=64, rank=1), None, TOKENS)
+    choice = replace(CHOICE, methods=CHOICE.methods[:1], layers=(6,), actions=(Action("ablate"),), winsorize=())
+    with pytest.raises(NothingFound, match="12 of 12 harmless answers are degenerate"):
+        fit(measured, Recipe(), choice, split, harming)
 
 
 def test_what_is_tried_is_what_is_written(measured: Measurement) -> None:
@@ -154,12 +169,14 @@ def test_a_model_that_does_not_show_it_is_told_at_once(tried: HFEvaluator, split
         fit(measured, Recipe(), CHOICE, answered, tried)
 
 
-def test_a_behaviour_without_openings_is_chosen_by_answers(
-    tried: HFEvaluator, split: Split, measured: Measurement
-) -> None:
+def test_a_behaviour_without_openings_is_chosen_by_answers(loaded: Loaded, split: Split, measured: Measurement) -> None:
     blind = REFUSAL.model_copy(update={"openings": ()})
     choice = replace(CHOICE, methods=CHOICE.methods[:1], winsorize=())
-    found = fit(measured, Recipe(), choice, split, tried, behaviour=blind)
+    progress = Progress()
+    found = fit(measured, Recipe(), choice, split, evaluator(loaded, progress), behaviour=blind)
+    planned = most_work(split, choice, TOKENS, blind)
+    assert progress.done == pytest.approx(planned)
+    assert progress.total == pytest.approx(planned)
     assert found.direction.meta.source_layer == 6
     assert found.figures.shown <= 1 / 12
 
@@ -199,6 +216,12 @@ def test_bad_prompts_are_told_before_anything_runs(loaded: Loaded, split: Split,
     long = replace(split, tried_harmful=replace(split.harmful, prompts=("word " * 5000,)))
     with pytest.raises(InvalidInput, match="the context is"):
         work(loaded, long, tmp_path / "d.part")
+    words = [encode(loaded, "word " * n).ids for n in (100, 101)]
+    full = "word " * (100 + (loaded.context - len(words[0])) // (len(words[1]) - len(words[0])))
+    assert loaded.context - TOKENS < len(encode(loaded, full).ids) <= loaded.context
+    long = replace(split, tried_harmful=replace(split.harmful, prompts=(full,)))
+    with pytest.raises(InvalidInput, match=f"the prompt 'word word .* and its answer may have {TOKENS}; the context"):
+        work(loaded, long, tmp_path / "d.part")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "d.part").mkdir()
     (tmp_path / "d.part" / "mine.txt").write_text("of somebody else")
@@ -206,7 +229,7 @@ def test_bad_prompts_are_told_before_anything_runs(loaded: Loaded, split: Split,
         work(loaded, split, tmp_path / "d.part")
     with pytest.raises(InvalidInput, match="prompts stand in both"):
         Split.of(split.harmful, split.harmful)
-    with pytest.raises(InvalidInput, match="has 1 different prompts, a fit needs at least 6"):
+    with pytest.raises(InvalidInput, match="has 1 different prompts, a fit needs at least 7"):
         Split.of(replace(split.harmful, prompts=("a",) * 40), split.harmless)
 
 

@@ -16,7 +16,7 @@ from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluator import Candidate, first_tokens
-from steer.lab.probe import HFEvaluator, summarised
+from steer.lab.probe import HFEvaluator, cache_bytes, last_logits, summarised
 from steer.lab.prompts import Rendering, encode
 from tests import models
 
@@ -151,6 +151,21 @@ def test_divergences_do_not_need_kept_predictions(
     with probe.all_resident(candidates[:1]) as (steer,):
         for a, b in zip(*(probe.divergences(PROMPTS, plain, steer) for plain in (kept, dropped)), strict=True):
             assert a == pytest.approx(b, abs=1e-5)
+        # along fewer tokens they are the same, as far as they go
+        whole = probe.divergences(PROMPTS, kept, steer)
+        for plain in (kept, dropped):
+            for a, b in zip(whole, probe.divergences(PROMPTS, [one.first(3) for one in plain], steer), strict=True):
+                assert len(b) == min(3, len(a))
+                assert a[:3] == pytest.approx(b, abs=1e-5)
+
+
+def test_the_size_of_the_cache_is_known(probe: HFEvaluator) -> None:
+    """It says how many rows a batch may have: the more, the fewer steps."""
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    with torch.inference_mode(), probe.steering.batch([None]):
+        cache: Any = last_logits(probe.loaded.model, ids, torch.ones_like(ids))[1]
+    kept = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert kept == 5 * cache_bytes(probe.steering)
 
 
 def test_candidates_share_rows_and_leave_none_behind(

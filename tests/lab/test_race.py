@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.hf.load import load
 from steer.hf.steering import Steering
+from steer.lab import race as race_module
 from steer.lab.behaviour import Behaviour
-from steer.lab.evaluator import Candidate
-from steer.lab.probe import HFEvaluator
+from steer.lab.derive import Recipe
+from steer.lab.evaluator import Candidate, each_row
+from steer.lab.probe import Answered, HFEvaluator
 from steer.lab.race import FIRST_ROUND, Figures, Race, Sets
+from steer.lab.select import Entrant, best
 from tests import models
 
 #: Shown or not by chance: answers of a random model.
@@ -62,7 +67,10 @@ def test_strength_zero_is_plain(probe: HFEvaluator, candidates: list[Candidate])
     assert nothing.kl < 1e-6
 
 
-def test_who_surely_shows_more_stops_after_the_first_round(probe: HFEvaluator, candidates: list[Candidate]) -> None:
+def test_who_surely_shows_more_stops_after_the_first_round(
+    probe: HFEvaluator, candidates: list[Candidate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race_module, "FULL", FIRST_ROUND)
     always = Behaviour(name="always", description="any answer", min_words=1)
     rival = Figures([False] * 20, [False] * 9, [1.0] * 13)
     (found,) = Race(probe, always, replace(SETS, asked=("a",) * 20)).run([candidates[0]], [rival])
@@ -84,6 +92,36 @@ def test_being_beaten_needs_more_of_nothing_and_less_of_something(
         assert sum(its[:count]) < sum(kls[:count])
     assert not mine.surely_beaten_by(mine)
     assert not other.surely_beaten_by(Figures(asked[:4], [], kls[:4])), "not on the same prompts"
+
+
+def test_an_answer_that_is_none_is_no_success(probe: HFEvaluator, candidates: list[Candidate]) -> None:
+    """What takes the behaviour away by taking the answers away leaves as much as what does nothing."""
+    never = Behaviour(name="never", description="no answer", patterns=("[^\\s\\S]",))
+
+    class Stammering(HFEvaluator):
+        def answers(self, prompts: Any, steer: Any, known: Any = None) -> list[Answered]:
+            steers = each_row(steer, len(prompts))
+            return [Answered([5, 6], "a b") if one is None else Answered([7] * 9, "a " * 9) for one in steers]
+
+    stammering = Stammering(probe.loaded, probe.steering, max_tokens=3)
+    race = Race(stammering, never, SETS)
+    (broken,) = race.run([candidates[0]])
+    assert broken.shown == 0
+    assert broken.left == [True] * 20
+    assert race.plain.left == [False] * 20
+    assert broken.surely_beaten_by(Figures([False] * 20, [False] * 9, [0.0] * 13)) == (broken.kl > 0)
+
+
+def test_one_prompt_more_is_within_one_prompt_at_any_number() -> None:
+    """As rates, 5/6 is not within 1/6 of 4/6."""
+    nothing = Direction.load("directions/refusal.safetensors")
+    for count in range(6, 64):
+        for fewest in range(count):
+            figures = [
+                Figures([True] * n + [False] * (count - n), [], [kl]) for n, kl in ((fewest, 1.0), (fewest + 1, 0.5))
+            ]
+            entrants = [Entrant(Recipe(), Candidate(nothing, "ablate", 1.0), figures=one) for one in figures]
+            assert best(entrants) is entrants[1], (fewest, count)
 
 
 def test_who_is_beaten_in_all_stops_and_who_may_show_less_does_not() -> None:

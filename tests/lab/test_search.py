@@ -118,7 +118,7 @@ def test_a_trial_is_what_its_point_makes(whole: Search, probe: HFEvaluator, meas
         count = len(trial.figures.asked)
         assert trial.figures.asked == alone.asked[:count]
         assert trial.figures.kls == pytest.approx(alone.kls[: len(trial.figures.kls)], abs=1e-5)
-        assert trial.values == pytest.approx((trial.figures.shown, trial.figures.kl, trial.figures.over))
+        assert trial.values == pytest.approx((trial.figures.rate_left, trial.figures.kl, trial.figures.over))
 
 
 @pytest.mark.parametrize("kept", [0, 4, 7, 10, 15])

@@ -104,6 +104,8 @@ def test_divergences_of_many_are_those_of_each(evaluator: Any, candidates: list[
             alone = evaluator.divergences(PROMPTS, plain, steer)
             for a, b in zip(alone, together[3 * number :], strict=False):
                 assert a == pytest.approx(b, abs=1e-5)
+        begun = evaluator.divergences(PROMPTS, [one.first(2) for one in plain], steers[0])
+        assert [row.tolist() for row in begun] == [pytest.approx(row[:2], abs=1e-5) for row in together[:3]]
     assert max(row.max() for row in together[9:]) < 1e-6
     assert min(row.mean() for row in together[:3]) > 1e-4
 

@@ -22,7 +22,7 @@ from steer.direction import digest as digest_of
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, printable
 from steer.names import SUFFIX, check_name
 from steer.shared import Shared
-from steer.spec import Entry, RequestedDirection, Spec
+from steer.spec import MAX_PLACES, Entry, RequestedDirection, Spec
 from steer.watch import Follower
 
 log = logging.getLogger("steer")
@@ -168,7 +168,7 @@ class Registry:
                 problems.append(f"direction '{entry.direction}' is asked for twice in the mode '{entry.mode}'")
             if entry.strength:  # strength 0 does nothing, so it is not part of what is applied
                 entries.append(entry)
-        problems += self._over_rank(entries)
+        problems += self._too_much(entries)
         if problems:
             raise (UnknownDirection if unknown else SpecError)(problems, param="steer")
         return Spec(tuple(entries))
@@ -179,11 +179,18 @@ class Registry:
         if not then:
             return first
         merged = Spec((*(entry for entry in first.entries if entry not in then.entries), *then.entries))
-        if problems := self._over_rank(merged.entries):
+        if problems := self._too_much(merged.entries):
             raise SpecError(problems, param="steer")
         return merged
 
-    def _over_rank(self, entries: Sequence[Entry]) -> list[str]:
+    def _too_much(self, entries: Sequence[Entry]) -> list[str]:
+        """What is wrong with that many entries in one request."""
+        places = sorted({entry.tokens or "all" for entry in entries})
+        if len(places) > MAX_PLACES:
+            return [
+                f"the directions of one request act at {len(places)} different tokens ({', '.join(places)}), at most "
+                f"{MAX_PLACES} are accepted"
+            ]
         with self._state:
             needed = sum(self._versions[entry.digest].direction.rank for entry in entries)
         if needed <= self.placement.rank:

@@ -65,8 +65,13 @@ class Shared:
             self._fd = os.open(folder / "table", os.O_RDWR | os.O_CREAT, 0o600)
             self._member = os.open(folder / "members", os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._member, fcntl.LOCK_SH)
-            os.posix_fallocate(self._fd, 0, size)  # a disk that is full later on ends nobody; what is there stays
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._fd, 0, size)  # a disk that is full later on ends nobody
+            else:  # macOS
+                os.ftruncate(self._fd, max(size, os.fstat(self._fd).st_size))
             self._memory = mmap.mmap(self._fd, size)
+        #: The same memory, in which a number is written at once (`struct` writes zeros first).
+        self._numbers = memoryview(self._memory).cast("d")
         with self.lock():  # what an earlier process with this index has counted ended with it
             self.put(f"life:{index}", self.number(f"life:{index}") + 1)
 
@@ -101,9 +106,9 @@ class Shared:
     def lock(self) -> Iterator[None]:
         """No other front end, and no other thread, has it meanwhile. Held for microseconds."""
         with self._own:
-            self._depth += 1
-            if self._depth == 1 and self._fd >= 0:
+            if self._depth == 0 and self._fd >= 0:
                 fcntl.flock(self._fd, fcntl.LOCK_EX)
+            self._depth += 1
             try:
                 yield
             finally:
@@ -130,10 +135,10 @@ class Shared:
                 at = self._find(name)
                 if at is None:
                     at = self._add(name)
-        PAIR.pack_into(self._memory, at, first, second)
+        self._numbers[at // 8], self._numbers[at // 8 + 1] = first, second
 
     def _find(self, name: str) -> int | None:
-        with self._own:
+        with self._own if self._count == self._scanned else self.lock():  # what another adds is seen whole
             count = self._count
             for number in range(self._scanned, count):
                 start = HEADER + number * RECORD.size

@@ -51,6 +51,8 @@ _LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
 _COUNTED = re.compile(r"(first|last)-([1-9][0-9]{0,8})")
 #: After every position.
 END = 2**62
+#: Different `tokens` of the entries of one request. With A and B there, A alone, B alone and both can act on a token.
+MAX_PLACES, MAX_TOGETHER = 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +112,12 @@ class Spec:
 
     def receipt(self) -> str:
         """Canonical compact JSON, ASCII: the value of the header `X-Steer-Applied`."""
-        entries = [{key: value for key, value in asdict(entry).items() if value is not None} for entry in self.entries]
-        return json.dumps(entries, separators=(",", ":"))
+        return json.dumps(self.described, separators=(",", ":"))
+
+    @property
+    def described(self) -> list[dict[str, object]]:
+        """Each entry as JSON, without what is not said of it."""
+        return [{key: value for key, value in asdict(entry).items() if value is not None} for entry in self.entries]
 
     @property
     def everywhere(self) -> bool:

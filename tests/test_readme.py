@@ -29,7 +29,8 @@ OF_OTHERS = {
     *("--additional-config", "--allowed-origins", "--api-key", "--api-server-count", "--data-binary"),
     *("--extra-index-url", "--gpus", "--ipc", "--max-model-len", "--middleware", "--no-cache-dir", "--no-deps"),
     *("--otlp-traces-endpoint", "--plain", "--root-path", "--shutdown-timeout", "--ssl-certfile"),
-    *("--ssl-keyfile", "--tensor-parallel-size", "--value", "--worker-cls"),
+    *("--ssl-keyfile", "--tensor-parallel-size", "--value", "--worker-cls", "--worker-urls", "--data-parallel-size"),
+    *("--data-parallel-multi-port-external-lb", "--data-parallel-hybrid-lb", "--api-servers", "--minutes"),
 }
 #: Of each file, where commands run on a copy of the tree.
 PROMPTS = 8

@@ -869,3 +869,13 @@ def test_a_folder_that_vanishes_takes_nothing_away(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").rename(folder)
     registry.sync()
     assert list(registry.names()) == ["d"]
+
+
+def test_the_directions_of_one_request_act_at_two_different_places_at_most() -> None:
+    """More would be more combinations in one step than there is room for."""
+    registry = Registry(local())
+    for name, data in (("a", A), ("b", B), ("c", C)):
+        registry.put(name, data, store=False)
+    registry.resolve(parse("a@answer,b@prompt"))
+    with pytest.raises(SpecError, match=r"at 3 different tokens \(all, answer, prompt\), at most 2"):
+        registry.resolve(parse("a@answer,b@prompt,c"))

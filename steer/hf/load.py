@@ -180,10 +180,13 @@ def _template_of_processor(source: Found) -> str | None:
     from transformers.utils import cached_file
 
     options = {key: value for key, value in source.options.items() if key != "gguf_file"}
-    path = cached_file(source.name, "chat_template.json", _raise_exceptions_for_missing_entries=False, **options)
-    if path is None:
+    try:
+        path = cached_file(source.name, "chat_template.json", _raise_exceptions_for_missing_entries=False, **options)
+        whole = {} if path is None else json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        log.warning("the chat template of '%s' cannot be read: %s", source.name, _first_line(error))
         return None
-    found = json.loads(Path(path).read_text("utf-8")).get("chat_template")
+    found = whole.get("chat_template") if isinstance(whole, dict) else None
     return found if isinstance(found, str) else None
 
 
@@ -243,8 +246,12 @@ def find_model(name: str, revision: str | None = None, configs: Sequence[str] = 
         found = (try_to_load_from_cache(where, config, revision=revision) for config in configs)
         cached = next((Path(path) for path in found if isinstance(path, str)), None)
         try:
-            url = hf_hub_url(where, configs[0], revision=revision)
-            hf_raise_for_status(get_session().head(url, headers=build_hf_headers(), timeout=HUB_SECONDS))
+            for config in configs:
+                url = hf_hub_url(where, config, revision=revision)
+                answer = get_session().head(url, headers=build_hf_headers(), timeout=HUB_SECONDS)
+                if answer.status_code != 404 or config == configs[-1]:
+                    hf_raise_for_status(answer)
+                    break
         except Exception:  # of the network, of the hub, of its answer: they have no class of their own
             if cached is None:
                 raise

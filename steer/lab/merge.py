@@ -73,7 +73,7 @@ def bake(
         _write_json(folder / RECEIPT, receipt)
         verdict = None
         if verified:
-            made = Checkpoint(folder)
+            made = Checkpoint(folder, trust_remote_code=checkpoint.trust_remote_code)
             progress.plan(VERIFYING, passes(planned, preserve_norms) * len(planned.streamed.becomes))
             with progress.part(VERIFYING):
                 dtype = next(tensor.dtype for _, tensor in made.tensors([planned.writers[0].name]))
@@ -125,9 +125,16 @@ def _write(planned: Plan, output: Path, preserve_norms: bool, progress: Progress
     if (checkpoint.folder / INDEX).exists():
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (output / INDEX).write_text(json.dumps(index, indent=2))
-    if untied is not None:
+    if untied is not None or (planned.removal.at(EMBEDDING) is not None and _ties(checkpoint.config)):
         _write_json(output / "config.json", _without_tie(checkpoint.config))
     return count
+
+
+def _ties(config: dict[str, Any]) -> bool:
+    """Does the config tie the unembedding to the embedding? Files may have both all the same, and engines differ in
+    which they then take."""
+    text = config.get("text_config")
+    return bool(config.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings")))
 
 
 def _without_tie(config: dict[str, Any]) -> dict[str, Any]:

@@ -70,23 +70,25 @@ def verify(plan: Plan, edited: Streamed, dtype: torch.dtype, preserve_norms: boo
         logits = _apart(got, _logits(plan, ((t.module, t.layer, t.gain) for t in plan.terms)))
         if plan.behind:
             served = _apart(got, _logits(plan, ((t.behind or t.module, t.layer, None) for t in plan.terms)))
-    if logits is None and left is None:
+    removed = {layer for layer in range(EMBEDDING, plan.removal.direction.layers) if plan.removal.at(layer) is not None}
+    if logits is None and not removed <= left.keys():
         raise InvalidInput(
             "there is nothing to verify this by: lengths are kept, which no server does, and no direction is removed "
             "whole from all that is written; give --no-verify to write it unverified"
         )
-    verdict = Verdict(logits, served, left)
-    if not ((logits or 0.0) <= limit_logits and (left or 0.0) <= limit_left):
+    largest = float(torch.tensor(list(left.values())).max()) if left else None  # NaN, where there is one
+    verdict = Verdict(logits, served, largest)
+    if not ((logits or 0.0) <= limit_logits and (largest or 0.0) <= limit_left):
         raise UnsupportedModel(
             "what was made is not the original with the direction removed from what its weights write: logits differ "
-            f"by {logits}, {left} of the stream is left along it; some writer of this architecture is not known by its "
-            "name. Nothing was kept"
+            f"by {logits}, {largest} of the stream is left along it; some writer of this architecture is not known by "
+            "its name. Nothing was kept"
         )
     return verdict
 
 
-def _without(plan: Plan, edited: Streamed) -> tuple[Tensor, float | None]:
-    """The logits of `edited`, and what is left of the direction in its stream."""
+def _without(plan: Plan, edited: Streamed) -> tuple[Tensor, dict[int, float]]:
+    """The logits of `edited`, and what is left of the direction in its stream, by layer."""
     removal, blocks, left = plan.removal, edited.anatomy.blocks, dict[int, float]()
 
     def watch(layer: int, x: Tensor) -> None:
@@ -100,7 +102,7 @@ def _without(plan: Plan, edited: Streamed) -> tuple[Tensor, float | None]:
     handles += [on_output(block, lambda x, n=n: watch(n, x)) for n, block in enumerate(blocks)]
     with hooks(handles):
         logits = edited.anatomy.probe().logits.float()
-    return logits, max(left.values(), default=None)
+    return logits, left
 
 
 def _logits(plan: Plan, places: Iterable[tuple[nn.Module, int, Tensor | None]]) -> Tensor:

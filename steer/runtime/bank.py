@@ -39,6 +39,8 @@ from steer.runtime.op import (
 from steer.runtime.token_index import ANYWHERE, RequestSteer, bounds_of, slot, slots_of
 from steer.spec import END, Entry, Spec
 
+#: Sets of entries whose matrices are kept.
+KNOWN = 256
 #: The stream before block 0 counts as layer −1 of its site.
 EMBEDDING = -1
 
@@ -134,6 +136,7 @@ class DirectionBank:
         self._resident: dict[str, _Resident] = {}
         self.combinations = Combinations(list(self.slices.values()), rank, device, requests) if rank > 1 else None
         self._combined: WeakValueDictionary[_Key, Combination] = WeakValueDictionary()
+        self._known: dict[tuple[tuple[str, str, bool], ...], Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -179,6 +182,11 @@ class DirectionBank:
         for bank_slice in self.slices.values():
             bank_slice.clear(rows)
         self._free += reversed(rows)
+
+    def renumber(self) -> None:
+        """Write the numbers of the hook points again: for memory whose content was lost."""
+        for point, bank_slice in self.slices.items():
+            bank_slice.number.fill_(point.layer - EMBEDDING)
 
     def contents(self, digest: str) -> list[Tensor]:
         """All that is held for a resident direction, as views of the bank's tensors, in the same order each time."""
@@ -264,18 +272,32 @@ class DirectionBank:
         return self._combined.setdefault(key, Combination(matrices, self.combinations))
 
     def _matrices(self, entries: Sequence[Entry]) -> Tensor:
-        """M of each hook point, `[hook points, rank, rank]` float32, on the host."""
+        """M of each hook point, `[hook points, rank, rank]` float32, on the host. What acts together there is told by a
+        few sets of entries, however many ranges of layers are asked for: each is computed once."""
+        together: dict[tuple[bool, ...], list[int]] = {}
+        for i, point in enumerate(self.slices):
+            together.setdefault(tuple(_acts(e) and _reaches(e, point) for e in entries), []).append(i)
+        out = torch.empty(len(self.slices), self.rank, self.rank)
+        for acting, points in together.items():
+            key = tuple((e.digest, e.mode, acts) for e, acts in zip(entries, acting, strict=True))
+            if (known := self._known.get(key)) is None:
+                if len(self._known) >= KNOWN:
+                    del self._known[next(iter(self._known))]
+                known = self._known[key] = self._joined(entries, acting)
+            out[points] = known[points]
+        return out
+
+    def _joined(self, entries: Sequence[Entry], acting: Sequence[bool]) -> Tensor:
+        """M of each hook point where those of `entries` that are `acting` act at all layers."""
         vectors = torch.zeros(len(self.slices), self.rank, self.d_model)
         weights = torch.zeros(len(self.slices), self.rank)
         at = 0
-        for entry in entries:
+        for entry, acts in zip(entries, acting, strict=True):
             direction = self._resident[entry.digest].direction
             assert direction is not None, "the rank is not 1"
             values, part = _Values.of(direction, entry.mode), slice(at, at + direction.rank)
             at = part.stop
-            for i, point in enumerate(self.slices):
-                if not (_acts(entry) and _reaches(entry, point)):
-                    continue
+            for i, point in enumerate(self.slices if acts else ()):
                 if (own := _vectors(direction, point)) is not None:
                     vectors[i, part], weights[i, part] = own, values.at(point)[:, WEIGHT]
         return joint(vectors, weights)

@@ -64,7 +64,8 @@ class Shape:
                 f"{entry.layers}",
                 param="steer.layers",
             )
-        if not direction.directions[first : last + 1].any():
+        acts = direction.directions.flatten(1).any(1) & (direction.weights != 0)
+        if not acts[first : last + 1].any():
             raise SpecError(
                 f"direction '{entry.direction}' does nothing at the layers {entry.layers}", param="steer.layers"
             )

@@ -15,7 +15,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from starlette.types import Scope
 
@@ -479,7 +479,7 @@ def _over(rule: str, rules: policy.KeyRules, seconds: int) -> Refusal:
 
 
 def _entries(spec: Spec) -> list[dict[str, object]]:
-    return [asdict(entry) for entry in spec.entries]
+    return spec.described
 
 
 def request_id(scope: Scope) -> str:

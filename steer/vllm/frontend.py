@@ -9,8 +9,11 @@ has let the request go. `plugin` wraps all of it on the instances of an engine t
 from __future__ import annotations
 
 import logging
+import re
 import secrets
-from collections.abc import Iterator, Mapping
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -51,24 +54,32 @@ ATTRIBUTE = "steer"
 #: Between a request's own prefix-cache salt and what its steering adds to it. No request's own salt may have it, or a
 #: plain request could leave its blocks for steered ones to find.
 SALT = "|steer:"
-#: Salts whose losses are remembered one by one; beyond that all steered requests begin anew.
-SALTS_KEPT = 1024
-#: Names in what front ends share: how often all steered requests have begun anew, with how many salts were lost since;
-#: and requests that are read.
+_SALTED = re.compile(rf"(.*?)({re.escape(SALT)}([0-9]{{1,10}}):.*)", re.DOTALL)
+#: Losses are counted for so many groups of salts: a salt whose neighbour was lost begins anew too.
+GROUPS = 1024
+#: Names in what front ends share: losses of a group, and requests that are read.
 LOSSES, READING = "losses", "reading"
 
 
-def salt(spec: Spec, prompt: int) -> str:
-    """For a request with `prompt` tokens: it begins with the first at which anything acts."""
+def salt(spec: Spec, prompt: int, whole: Sequence[tuple[int, int]] = ()) -> str:
+    """For a request with `prompt` tokens: it begins with the first whose keys and values steering can change. `whole`:
+    (first, length) of tokens that may see each other, those of an image: where one is steered, none is plain."""
     first = min(entry.span(prompt)[0] for entry in spec.entries)
+    first = min([start for start, length in whole if start <= first < start + length], default=first)
     return f"{SALT}{first}:{spec.key(prompt)}"
 
 
-def parted(cache_salt: str) -> tuple[str, int, str]:
+def salt_of(request: EngineRequest, spec: Spec) -> str:
+    return salt(spec, internals.engine.prompt_length(request), internals.engine.image_spans(request))
+
+
+def parted(request: EngineRequest) -> tuple[str, int, str]:
     """A request's own salt, the first token at which its steering acts, and what that adds to the salt. What the tokens
-    before leave in the prefix cache is what plain requests leave."""
-    own, mark, ours = cache_salt.partition(SALT)
-    return (own, int(ours.partition(":")[0]), mark + ours) if mark else (own, 0, "")
+    before leave in the prefix cache is what plain requests leave. (…, 0, "") for one that no front end of ours has
+    salted, whatever its salt looks like."""
+    cache_salt = request.cache_salt or ""
+    found = None if wire.of(request.sampling_params) is None else _SALTED.fullmatch(cache_salt)
+    return (found[1], int(found[3]), found[2]) if found else (cache_salt, 0, "")
 
 
 class Salts:
@@ -81,22 +92,16 @@ class Salts:
         self._shared, self._first = shared, first
 
     def current(self, salt: str) -> str:
-        anew = int(self._shared.number(LOSSES))
-        lost = int(self._shared.number(f"{LOSSES}:{anew}:{salt}"))
-        return f"{salt}#{self._first}{anew}.{lost}" if anew or lost else f"{salt}{self._first}"
+        lost = int(self._shared.number(_group(salt)))
+        return f"{salt}#{self._first}{lost}" if lost else f"{salt}{self._first}"
 
     def renew(self, salt: str) -> None:
         with self._shared.lock():
-            anew, kept = self._shared.get(LOSSES) or (0.0, 0.0)
-            try:
-                if kept >= SALTS_KEPT:
-                    raise NoRoom("too many salts")
-                name = f"{LOSSES}:{int(anew)}:{salt}"
-                before = self._shared.number(name)
-                self._shared.put(name, before + 1)
-                self._shared.put(LOSSES, anew, kept + (not before))
-            except NoRoom:
-                self._shared.put(LOSSES, anew + 1)
+            self._shared.put(_group(salt), self._shared.number(_group(salt)) + 1)
+
+
+def _group(salt: str) -> str:
+    return f"{LOSSES}:{zlib.crc32(salt.encode()) % GROUPS}"
 
 
 @dataclass(slots=True)
@@ -228,7 +233,7 @@ class Frontend:
                 self.shared = Shared(Path(workers[0]["folder"]), index, count)
         finally:
             if made is not None and self.shared.folder != made:
-                made.rmdir()
+                shutil.rmtree(made, ignore_errors=True)
         self.placement.front_end, self.placement.shared = name, self.shared
         self.salts = self._salts()
         self.registry.folder = self.settings.directions or self.shared.directions
@@ -351,7 +356,7 @@ class Frontend:
             raise SpecError("requests with streamed input cannot be steered", param=KEY)
         ticket = call.ticket
         salted = request.cache_salt or ""
-        if not salted.endswith(salt(ticket.admission.spec, internals.engine.prompt_length(request))):
+        if not salted.endswith(salt_of(request, ticket.admission.spec)):
             raise UnsupportedModel("vLLM made a steered request without its prefix-cache salt")
         ticket.salt = salted
         request.cache_salt = self.salts.current(salted)

@@ -18,6 +18,7 @@ from steer.runtime import selfcheck
 from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
 from steer.runtime.hook_points import find_blocks, hooks, writers_of
 from steer.runtime.token_index import TokenIndex
+from steer.spec import MAX_TOGETHER
 from steer.vllm import internals
 from steer.vllm.internals.types import Worker
 from steer.vllm.settings import EngineSettings
@@ -106,7 +107,7 @@ def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Insta
         rank=settings.rank,
         d_model=d_model,
         device=worker.device,
-        requests=internals.config.max_requests(worker.vllm_config),
+        requests=MAX_TOGETHER * internals.config.max_requests(worker.vllm_config),
     )
     reads = Reads(settings.readout, settings.rank, worker.device) if settings.readout else None
     steering_modules = []

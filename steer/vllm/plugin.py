@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from steer.errors import InvalidInput, SpecError, UnsupportedModel
 from steer.vllm import internals, tracing, wire
-from steer.vllm.frontend import ATTRIBUTE, SALT, Frontend, in_self_check, parted, salt
+from steer.vllm.frontend import ATTRIBUTE, SALT, Frontend, in_self_check, parted, salt_of
 from steer.vllm.selfcheck import Answer, Job
 from steer.vllm.settings import KEY, EngineSettings
 from steer.vllm.settings import read as settings_of
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    internals.core.salt_later(parted)
+    with suppress(UnsupportedModel):  # without it a salt parts the first block too, which is right, and shares less
+        internals.core.salt_later(parted)
     internals.engine.on_engine_start(_prepare, _attach_sync, _attach_async)
 
 
@@ -172,4 +174,4 @@ def _fold_salt(request: EngineRequest) -> None:
         spec, prompt = wire.decode(text), internals.engine.prompt_length(request)
         if not spec.everywhere and not prompt:
             raise SpecError("tokens: cannot be said of a prompt that is given as embeddings", param="steer.tokens")
-        request.cache_salt = (request.cache_salt or "") + salt(spec, prompt)
+        request.cache_salt = (request.cache_salt or "") + salt_of(request, spec)

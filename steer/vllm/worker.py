@@ -205,6 +205,7 @@ class Steered:
         assert self._kept is not None, "no step comes before the model is loaded"
         lost = [*self._kept.put_back(self.get_model()), *self._residents.put_back()]
         self._index.reset()
+        self._residents.bank.renumber()
         if (combinations := self._residents.bank.combinations) is not None:
             combinations.renew()
         if self._installation.reads is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
 
 import steer
@@ -200,6 +201,18 @@ def test_tied_embeddings_are_untied_and_the_unembedding_stays(tmp_path: Path) ->
     assert not edited.config.tie_word_embeddings
     assert torch.equal(edited.get_output_embeddings().weight, model.get_output_embeddings().weight)
     assert not torch.equal(edited.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_a_tied_embedding_whose_copy_is_stored_too_is_untied(tmp_path: Path) -> None:
+    """Of such files an engine that ties would take the edited embedding for the unembedding."""
+    model = models.save("cohere", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    assert "lm_head.weight" not in tensors
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+    edited = baked(tmp_path / "model", at_writers(model))
+    assert not edited.config.tie_word_embeddings
+    assert torch.equal(edited.get_output_embeddings().weight, model.get_output_embeddings().weight)
 
 
 def test_a_tied_embedding_from_which_nothing_is_removed_stays_tied(tmp_path: Path) -> None:

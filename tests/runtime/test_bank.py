@@ -218,6 +218,29 @@ def test_a_mixed_batch_is_each_token_by_the_formula(batch: list[tuple[list[Entry
                 assert torch.equal(made[i], x[i])
 
 
+def test_ranges_of_layers_cost_no_matrices_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many a client thinks of: what acts together at a hook point is one of a few sets."""
+    t, computed = bank(), list[Any]()
+    for name in "ad":
+        t.load(name, models.leaning(DIRECTIONS["d"], DIRECTIONS["a"], 0.5) if name == "d" else DIRECTIONS["a"])
+    joined = t._joined
+
+    def counted(*given: Any) -> Tensor:
+        computed.append(given)
+        return joined(*given)
+
+    monkeypatch.setattr(t, "_joined", counted)
+    steers = []
+    for first in range(models.LAYERS):
+        for last in range(first, models.LAYERS):
+            for other in range(models.LAYERS):
+                ranges = (f"{first}-{last}", str(other))
+                entries = (Entry(n, n, "ablate", 1.0, r) for n, r in zip("ad", ranges, strict=True))
+                steers.append(t.steer(Spec(tuple(entries))))
+    assert any(steer is not None and steer.combination is not None for steer in steers)
+    assert len(computed) <= 4
+
+
 def applied(t: DirectionBank, wish: Spec, x: Tensor, point: HookPoint = POINTS[1]) -> Tensor:
     index = TokenIndex(t.rank, len(x), "cpu")
     index.fill_with([t.steer(wish)], [len(x)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from steer.runtime.bank import BankSlice
 from steer.runtime.combine import ALONE, Combination, Combinations
 from steer.runtime.token_index import PLAIN, RequestSteer, TokenIndex
+from steer.spec import MAX_TOGETHER
 
 law = settings(deadline=None, max_examples=60)
 POINTS, RANK = 2, 2
@@ -60,6 +63,27 @@ def test_every_token_finds_its_own_requests_matrices(capacity: int | None, steps
         assert where == [bank_slice.joint.data_ptr() for bank_slice in slices if bank_slice.joint is not None], (
             "written in place"
         )
+
+
+def test_the_parts_of_a_request_need_a_slot_for_each_combination_and_no_more() -> None:
+    """Of two places, A and B: A alone, both, B alone, and A alone again, in one step of two such requests."""
+    slices, home = made(2 * MAX_TOGETHER)
+    index = TokenIndex(RANK, 16, "cpu")
+
+    def request(first: int) -> int:
+        one, both, other = (
+            RequestSteer(np.array([4, 8]), np.ones(2, np.float32), Combination(matrices(first + i), home))
+            for i in range(MAX_TOGETHER)
+        )
+        return index.enter(replace(one, then=((1, both), (2, other), (3, one))))
+
+    numbers = np.array([request(1), request(11)])
+    assert index.fill(numbers, np.array([4, 4]), np.zeros(2, np.int64)) == 8
+    assert index.combinations is not None
+    slots = index.combinations[:8].tolist()
+    assert len(set(slots)) == 2 * MAX_TOGETHER
+    assert slots[0] == slots[3]
+    assert all(torch.equal(slices[0].joint[slots[1 + i]], matrices(2 + i)[0]) for i in range(2))  # type: ignore[index]
 
 
 def test_a_steady_batch_writes_nothing_and_looks_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:

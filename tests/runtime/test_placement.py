@@ -62,6 +62,11 @@ def test_a_local_placement_passes_everything_to_its_table() -> None:
     with pytest.raises(SpecError):
         placement.check_entry(DIRECTION, Entry("d", "a", "add", 1.0))
     placement.check_entry(DIRECTION, Entry("d", "a", "ablate", 1.0))
+    placement.check_entry(DIRECTION, Entry("d", "a", "ablate", 1.0, "0-1"))
+    idle = replace(DIRECTION, weights=torch.zeros_like(DIRECTION.weights))
+    for direction, layers, told in ((idle, "0-1", "does nothing"), (DIRECTION, "0-99", "has the layers 0 to")):
+        with pytest.raises(SpecError, match=told):
+            placement.check_entry(direction, Entry("d", "a", "ablate", 1.0, layers))
     placement.unload("a")
     assert bank.rows_in_use == 0
 

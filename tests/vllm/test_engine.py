@@ -317,7 +317,7 @@ def test_what_a_call_does_to_the_seats_is_put_back_before_the_next_step(running:
 
     running.worker.apply_model(ruin)
     running.llm.reset_prefix_cache()
-    running.check_mixed()
+    running.check_mixed("refusal@1")
 
 
 def test_buffers_put_back_from_before_a_swap_are_not_believed(running: Running) -> None:

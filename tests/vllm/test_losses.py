@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from steer.runtime.token_index import Losses
 from steer.shared import Shared
-from steer.vllm.frontend import SALTS_KEPT, Salts
+from steer.spec import Entry, Spec
+from steer.vllm.frontend import GROUPS, SALT, Salts, parted, salt
 from steer.vllm.internals.base import ABOVE
 from steer.vllm.losses import KEPT, LostRuns, Run, Step
+from steer.vllm.wire import RESOLVED
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=8)
 
@@ -91,13 +93,42 @@ def test_losses_that_are_remembered_are_bounded() -> None:
 def test_no_ending_of_a_salt_comes_again() -> None:
     salts, seen = Salts(Shared()), {"s"}
     assert salts.current("s") == "s"
-    for n in range(2 * SALTS_KEPT + 2):
+    for n in range(2 * GROUPS + 2):
         salts.renew("s" if n % 2 else f"other {n}")
         if n % 2:
             assert salts.current("s") not in seen
             seen.add(salts.current("s"))
-    assert salts.current("never lost") != "never lost", "too many to remember: all begin anew"
     assert Salts(Shared(), "x").current("s") != "s"
+
+
+def test_however_many_salts_are_lost_the_table_of_the_front_ends_has_room() -> None:
+    shared = Shared()
+    salts, before = Salts(shared), shared._count
+    for n in range(10 * GROUPS):
+        salts.renew(f"salt {n}")
+    assert shared._count - before <= GROUPS
+
+
+def test_a_salt_is_parted_for_requests_alone_that_a_front_end_has_steered() -> None:
+    """A request that was not cannot have its own salt taken away by what it looks like, and cannot end an engine."""
+    spec = Spec((Entry("a", "0" * 64, "ablate", 1.0, None, "answer"),))
+    whole = f"mine{salt(spec, 40)}"
+    steered = SimpleNamespace(cache_salt=whole, sampling_params=SimpleNamespace(extra_args={RESOLVED: spec.receipt()}))
+    assert parted(steered) == ("mine", 39, whole.removeprefix("mine"))
+    for looks in (whole, f"{SALT}x", f"{SALT}99999:", SALT, "", None):
+        for extra in (None, {}, {"other": 1}):
+            plain = SimpleNamespace(cache_salt=looks, sampling_params=SimpleNamespace(extra_args=extra))
+            assert parted(plain) == (looks or "", 0, "")
+    odd = SimpleNamespace(cache_salt=f"{SALT}x", sampling_params=steered.sampling_params)
+    assert parted(odd) == (f"{SALT}x", 0, "")
+
+
+def test_no_token_of_an_image_is_plain_where_one_is_steered() -> None:
+    """In some models they see each other, the later ones too."""
+    spec = Spec((Entry("a", "0" * 64, "ablate", 1.0, None, "last-50"),))
+    assert salt(spec, 200).startswith(f"{SALT}150:")
+    assert salt(spec, 200, [(3, 5), (20, 140), (170, 10)]).startswith(f"{SALT}20:")
+    assert salt(spec, 200, [(20, 130), (150, 10)]).startswith(f"{SALT}150:")
 
 
 def test_a_loss_that_one_front_end_has_seen_holds_for_all(tmp_path: Path) -> None:

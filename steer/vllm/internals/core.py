@@ -16,8 +16,8 @@ _Keys: TypeAlias = tuple[tuple[Any, ...] | None, int]
 _NAME = "generate_block_hash_extra_keys"
 
 
-def salt_later(parted: Callable[[str], tuple[str, int, str]]) -> None:
-    """Have `parted(cache_salt)` tell of each salted request its own salt, which goes into the hash of its first block
+def salt_later(parted: Callable[[EngineRequest], tuple[str, int, str]]) -> None:
+    """Have `parted(request)` tell of each salted request its own salt, which goes into the hash of its first block
     as ever, and from which token on what else of the salt does; 0 for all of it at the first block. Once a process.
 
     vLLM puts a salt into the first block's hash alone, and each hash into the next: so a request whose first tokens are
@@ -32,7 +32,7 @@ def salt_later(parted: Callable[[str], tuple[str, int, str]]) -> None:
     @functools.wraps(original)
     def keys_of(request: EngineRequest, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> _Keys:
         salt = request.cache_salt
-        own, first, ours = parted(salt) if salt else ("", 0, "")
+        own, first, ours = parted(request) if salt else ("", 0, "")
         if not first:
             keys: _Keys = original(request, start_token_idx, end_token_idx, start_mm_idx)
             return keys

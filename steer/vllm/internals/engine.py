@@ -190,6 +190,12 @@ def prompt_length(request: EngineRequest) -> int:
     return len(getattr(request, "prompt_token_ids", None) or ())
 
 
+def image_spans(request: EngineRequest) -> list[tuple[int, int]]:
+    """(first token, tokens) of each image, sound or video in the prompt of an EngineCoreRequest."""
+    places = (seam(feature, "mm_position") for feature in getattr(request, "mm_features", None) or ())
+    return [(int(place.offset), int(place.length)) for place in places]
+
+
 def answer_length(state: RequestState) -> int:
     """Tokens that a request of the OutputProcessor has by now. Its state outlives its end."""
     detokenizer = getattr(state, "detokenizer", None)

@@ -106,8 +106,7 @@ def of_the_body(error: BaseException) -> bool:
 
 def template_variables(app: Starlette) -> Mapping[str, object] | None:
     """What chat templates are given where a request says nothing."""
-    found: Mapping[str, object] | None = seam(app.state, "args").default_chat_template_kwargs
-    return found
+    return getattr(seam(app.state, "args"), "default_chat_template_kwargs", None)
 
 
 def served_names(app: Starlette) -> list[str]:

@@ -61,11 +61,12 @@ class Combinations:
         """Of the device's memory."""
         return sum(point.joint.nbytes for point in self._points if point.joint is not None)
 
-    def reserve(self, requests: int) -> None:
-        """Have slots for a step of `requests` requests. Where there is a `capacity` there are."""
-        if requests > self.capacity:
-            assert not self._fixed, f"a step of {requests} requests that combine directions, {self.capacity} were told"
-            self._make(2 * requests)
+    def reserve(self, numbers: NDArray[np.int64]) -> None:
+        """Have slots for a step with these combinations, some of them perhaps of several requests. Where there is a
+        `capacity` there are."""
+        if len(numbers) > self.capacity and (count := len(np.unique(numbers))) > self.capacity:
+            assert not self._fixed, f"a step of {count} combinations of directions, {self.capacity} were told"
+            self._make(2 * count)
 
     def stale(self, slots: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of these combinations, by number, are not (any more) in the slot that they were given."""

@@ -380,7 +380,7 @@ class TokenIndex:
         combined = numbers[self._entry_combined[0, numbers] != 0]
         if not combined.size:
             return False
-        self._home.reserve(np.unique(self._entry_combined[0, combined]).size)
+        self._home.reserve(self._entry_combined[0, combined])
         stale = self._home.stale(*self._entry_combined[::-1, combined])
         kept = self._entry_combined[1, combined[~stale]]
         missing = np.unique(combined[stale]).tolist()

@@ -252,7 +252,7 @@ class Steered:
             numbers = np.fromiter(map(running.get, requests, repeat(PLAIN)), np.int64, len(requests))
         starts = None
         if self._index.phased:
-            starts = np.fromiter((self._starts[request] for request in requests), np.int64, len(requests))
+            starts = np.fromiter(map(self._starts.__getitem__, requests), np.int64, len(requests))
         steered = self._index.fill(numbers, lengths, starts)
         self._steered_tokens += steered
         self._batch = (list(requests), lengths.copy()) if steered else ([], lengths)

@@ -20,6 +20,16 @@ ARCHITECTURES = ("qwen3", "gemma2", "gemma3", "gpt2", "cohere2", "mixtral", "qwe
 EAGER = {"qwen3", "qwen3_moe", "gemma3"}
 
 
+def check_mixed(llm: Any, reference: Reference, end: Callable[[Any], None]) -> None:
+    """Answers of one batch, then the engine's end."""
+    try:
+        jobs = [(prompt, spec) for spec in SPECS for prompt in PROMPTS]
+        for (_, spec), output in zip(jobs, generate(llm, jobs), strict=True):
+            reference.check(output, spec)
+    finally:
+        end(llm)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_mixed_batch_is_what_transformers_says(name: str, tmp_path: Path, in_process: Callable[[Any], None]) -> None:
     home = Home.make(name, tmp_path)
@@ -27,12 +37,7 @@ def test_a_mixed_batch_is_what_transformers_says(name: str, tmp_path: Path, in_p
         home.model.set_attn_implementation("eager")
     reference = Reference(home)
     llm = home.start(**IN_PROCESS, enforce_eager=name in EAGER)
-    try:
-        jobs = [(prompt, spec) for spec in SPECS for prompt in PROMPTS]
-        for (_, spec), output in zip(jobs, generate(llm, jobs), strict=True):
-            reference.check(output, spec)
-    finally:
-        in_process(llm)
+    check_mixed(llm, reference, in_process)
 
 
 @pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM's models that take images import torchvision")
@@ -44,9 +49,4 @@ def test_text_for_a_model_that_takes_images_is_what_transformers_says(
     home = Home.make(name, tmp_path)
     reference = Reference(home)
     llm = home.start(**IN_PROCESS, enforce_eager=True, limit_mm_per_prompt={"image": 0})
-    try:
-        jobs = [(prompt, spec) for spec in SPECS for prompt in PROMPTS]
-        for (_, spec), output in zip(jobs, generate(llm, jobs), strict=True):
-            reference.check(output, spec)
-    finally:
-        in_process(llm)
+    check_mixed(llm, reference, in_process)

@@ -2,7 +2,7 @@
 
 A module for each process; `steer.vllm` asks them for what is done to vLLM, and touches nothing of it but the small
 objects in `types`. Supported are the releases that the tests run with. An older one is refused, a newer one is warned
-of, and a seam that is missing stops the start and is named.
+of, and a seam that is missing stops the start and is named; but for `core`, without which the prefix cache shares less.
 """
 
 from steer.vllm.internals import config, core, engine, server, worker

@@ -22,8 +22,7 @@ from steer.serve import answers, chat, completions, errors, html, metrics, model
 from steer.serve.access import PUBLIC, Access, Cors
 from steer.serve.carriers import RECEIPT
 from steer.serve.directions import router as directions_router
-from steer.serve.middleware import SteerMiddleware, wrap_routes
-from steer.serve.rendering import RenderingWatch
+from steer.serve.middleware import RenderingWatch, SteerMiddleware, wrap_routes
 from steer.serve.route import Head
 from steer.serve.served import Served
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -32,11 +33,17 @@ from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, repl
 from steer.serve.control import Control, Reservation, Run
 from steer.serve.pages import JSON, check_kind
 from steer.serve.ratelimit import tokens_of
-from steer.serve.rendering import RenderingWatch
 from steer.serve.token_usage import counting
-from steer.spec import RequestedDirection
+from steer.spec import RequestedDirection, Spec
+from steer.tokenization import rendered_otherwise
+
+log = logging.getLogger("steer")
 
 REQUEST_ID = "x-request-id"
+#: The variables of the chat template that a request gives.
+TEMPLATE_VARIABLES = "chat_template_kwargs"
+#: Different warnings that are given: what clients send must not fill memory or the log.
+MOST_WARNINGS = 256
 Forward = Callable[[dict[str, object], Admission], None]
 
 
@@ -50,6 +57,29 @@ def wrap_routes(app: Starlette, layers: Mapping[tuple[str, str], Callable[[ASGIA
                 found.add(path)
                 break
     return found
+
+
+class RenderingWatch:
+    """Says once in the log where chats are rendered otherwise than the prompts that a direction was measured on were.
+
+    `default` are the template's variables where a request gives none. A direction of answers without thinking is
+    another one than that of answers with it, so who steers the one with the other should know."""
+
+    def __init__(self, registry: Registry, default: Mapping[str, object] | None = None) -> None:
+        self.registry, self.default = registry, dict(default or {})
+        self._told: set[tuple[str, str]] = set()
+
+    def look(self, spec: Spec, body: Mapping[str, object]) -> None:
+        """At an admitted request: `body` is its JSON."""
+        if not spec or "messages" not in body or len(self._told) >= MOST_WARNINGS:
+            return
+        given = body.get(TEMPLATE_VARIABLES)
+        variables = self.default | given if isinstance(given, dict) else self.default
+        for entry, meta in zip(spec.entries, self.registry.metas(spec), strict=False):
+            told = rendered_otherwise(meta.template, variables)
+            if told and (entry.digest, told) not in self._told:
+                self._told.add((entry.digest, told))
+                log.warning("direction '%s' acts on chats of another form: %s", entry.direction, told)
 
 
 class SteerMiddleware:

@@ -39,8 +39,7 @@ from steer.serve.body import BODY, LARGE, Gone, offload, parse_body, read_body, 
 from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
 from steer.serve.errors import Code, HTTPProblem
-from steer.serve.middleware import REQUEST_ID, SteerMiddleware, wrap_routes
-from steer.serve.rendering import RenderingWatch
+from steer.serve.middleware import REQUEST_ID, RenderingWatch, SteerMiddleware, wrap_routes
 from steer.serve.route import Head
 from steer.settings import ControlSettings
 from steer.spec import Spec

@@ -63,6 +63,9 @@ class Dataset(BaseModel):
     count: int = Field(ge=1)
 
 
+Dose = tuple[Annotated[float, Field(ge=-MAX_STRENGTH, le=0)], Annotated[float, Field(ge=0, le=MAX_STRENGTH)]]
+
+
 class DirectionMeta(BaseModel):
     """What a direction is, how it was made and for which model."""
 
@@ -97,6 +100,9 @@ class DirectionMeta(BaseModel):
     )
     strength: float = Field(default=1.0, ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)
     sites: tuple[Site, ...] = Field(default=("resid_post",), min_length=1)
+    calibrated: dict[Mode, Dose] = Field(
+        default_factory=dict, description="by mode the least and the largest strength up to which no harm was seen"
+    )
     tool: str = f"steer {__version__}"
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -209,7 +215,7 @@ class Direction:
             raise DirectionError(problems)
         tensors = {name: t.contiguous() for name, t in self.tensors().items()}
         # what is not used is left out, so that older versions read the file
-        unused = {name for name in ("template", "response_prefix") if not getattr(self.meta, name)}
+        unused = {name for name in ("template", "response_prefix", "calibrated") if not getattr(self.meta, name)}
         told = self.meta.model_dump_json(exclude=unused)
         return sorted_metadata(safetensors.torch.save(tensors, {"format": "pt", "steer": told}))
 

@@ -81,8 +81,7 @@ class Entry:
     @property
     def range(self) -> tuple[int, int]:
         """The first and the last of its `layers`, where it has some."""
-        first, _, last = (self.layers or "").partition("-")
-        return int(first), int(last or first)
+        return ends(self.layers or "")
 
     def span(self, prompt: int) -> tuple[int, int]:
         """The positions at which it acts, from the first to before the last, of a request with `prompt` tokens."""
@@ -301,7 +300,7 @@ def _check(
             place = None if tokens == "all" else tokens
         else:
             problems.append(f"{param}.tokens: {brief(tokens)} is not accepted: {', '.join(TOKENS)}")
-    span = None if layers is None else _span(layers)
+    span = None if layers is None else layer_range(layers)
     if layers is not None and span is None:
         problems.append(
             f"{param}.layers: {brief(layers)} is not accepted: the first and the last layer like '10-20' (the first "
@@ -313,7 +312,18 @@ def _check(
     return RequestedDirection(named, known, None if number is None else number + 0.0, span, place)
 
 
-def _span(layers: object) -> str | None:
+def ends(layers: str) -> tuple[int, int]:
+    """The first and the last layer of a range's canonical text."""
+    first, _, last = layers.partition("-")
+    return int(first), int(last or first)
+
+
+def tokens_kind(tokens: str | None) -> str:
+    """Which of `TOKENS` it is."""
+    return "all" if tokens is None else _COUNTED.sub(r"\1-N", tokens)
+
+
+def layer_range(layers: object) -> str | None:
     """The canonical text of a range of layers; None for what is none."""
     if isinstance(layers, int) and not isinstance(layers, bool):
         layers = str(layers)

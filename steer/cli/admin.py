@@ -84,7 +84,7 @@ def list_keys(policy: _Policy, as_json: Annotated[bool, typer.Option("--json", h
     if as_json:
         echo_json({name: rules.model_dump(mode="json", exclude={"hash"}) for name, rules in found.items()})
         return
-    typer.echo(f"{'key':<20} {'steer':<5} {'read':<5} {'manage':<6} {'directions':<24} {'up to':>6}  limits")
+    typer.echo(f"{'key':<20} {'steer':<5} {'read':<5} {'manage':<6} {'directions':<24} {'up to':>10}  limits")
     for name, rules in found.items():
         rates = [
             f"{rate:g} {what}"
@@ -98,11 +98,15 @@ def list_keys(policy: _Policy, as_json: Annotated[bool, typer.Option("--json", h
         steers = rules.steer and bool(rules.directions)
         typer.echo(
             f"{name:<20} {_yes(steers):<5} {_yes(rules.readout):<5} {_yes(rules.manage):<6} "
-            f"{', '.join(rules.directions) or '–':<24} {rules.max_strength:>6g}  {', '.join(rates) or '–'}"
+            f"{', '.join(rules.directions) or '–':<24} {_dose(rules.max_strength):>10}  {', '.join(rates) or '–'}"
         )
         for what, specs in (("default", rules.default), ("required", rules.required)):
             if specs:
                 typer.echo(f"{'':<20} {what}: {text(specs)}")
+
+
+def _dose(limit: float | str) -> str:
+    return limit if isinstance(limit, str) else f"{limit:g}"
 
 
 def _yes(flag: bool) -> str:

@@ -7,18 +7,20 @@ strengths; what is required of the key is added. Nothing moves a name meanwhile.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from steer import readout
 from steer.admission import Admission
+from steer.direction import Dose
 from steer.errors import SpecError
+from steer.names import Mode
 from steer.readout import RequestedReadout
 from steer.registry import Registry
 from steer.serve.caller import ANYONE, Caller, Refusal, forbidden
 from steer.serve.carriers import FIELD, Carried
 from steer.serve.errors import Code, HTTPProblem
-from steer.serve.policy import KeyRules, Policy
+from steer.serve.policy import KeyRules, Limits, Policy
 from steer.spec import Entry, RequestedDirection, Spec, text
 
 
@@ -72,8 +74,10 @@ def resolve(
     resolved, Refusal for what is forbidden, HTTPProblem (503) where the operator's own steering is not to be had.
     """
     with registry.steady():  # or a swap between two carriers would look like a conflict
-        asked = _asked(carried, registry, caller) if carried.found else _default(default, registry, caller, rules)
-        return _authorised(asked, registry, caller, rules)
+        asked = (
+            _asked(carried, registry, caller) if carried.found else _default(carried, default, registry, caller, rules)
+        )
+        return _authorised(asked, carried.tools, registry, caller, rules)
 
 
 def _asked(carried: Carried, registry: Registry, caller: Caller) -> Spec:
@@ -87,17 +91,21 @@ def _asked(carried: Carried, registry: Registry, caller: Caller) -> Spec:
     return next(iter(meanings.values()))
 
 
-def _default(default: Sequence[RequestedDirection], registry: Registry, caller: Caller, rules: Rules) -> Spec:
+def _default(
+    carried: Carried, default: Sequence[RequestedDirection], registry: Registry, caller: Caller, rules: Rules
+) -> Spec:
     """What a request gets that asks for nothing: the key's own default, else the server's, where the key might have
-    asked for it."""
+    asked for it. Where tools are the only reason why it may not, nothing."""
     what, code = "the default steering of this request", Code.DEFAULT_UNAVAILABLE
     own = caller.rules
     if own is not None and own.default is not None:
-        return _operators(own.default, registry, caller, what, code)
+        asked = _operators(own.default, registry, caller, what, code)
+        broken = {rule for rule, _ in _broken(asked, carried.tools, own, registry, rules)}
+        return Spec() if broken and broken <= {"with_tools", "direction_with_tools"} else asked
     if not all(caller.may_use(item.direction) for item in default):
         return Spec()
     asked = _operators(default, registry, caller, what, code)
-    return Spec() if own is not None and _broken(asked, own, registry, rules) else asked
+    return Spec() if own is not None and _broken(asked, carried.tools, own, registry, rules) else asked
 
 
 def _operators(wanted: Sequence[RequestedDirection], registry: Registry, caller: Caller, what: str, code: Code) -> Spec:
@@ -110,7 +118,7 @@ def _operators(wanted: Sequence[RequestedDirection], registry: Registry, caller:
         raise HTTPProblem(code, f"{what} cannot be applied{why}") from None
 
 
-def _authorised(asked: Spec, registry: Registry, caller: Caller, rules: Rules) -> Spec:
+def _authorised(asked: Spec, tools: bool, registry: Registry, caller: Caller, rules: Rules) -> Spec:
     """What is to be applied where `asked` is asked for."""
     what, code = "steering that is required for this key", Code.REQUIRED_UNAVAILABLE
     required = _operators(caller.required, registry, caller, what, code)
@@ -120,13 +128,13 @@ def _authorised(asked: Spec, registry: Registry, caller: Caller, rules: Rules) -
             raise rules.off(asked)
         required = Spec()
     if caller.rules is not None and asked:
-        broken = _broken(asked, caller.rules, registry, rules) + _against(asked, required)
+        broken = _broken(asked, tools, caller.rules, registry, rules) + _against(asked, required)
         if broken:
             raise forbidden(broken[0][0], "; ".join(said for _, said in broken), asked)
     return registry.merge(asked, required)
 
 
-def _broken(asked: Spec, own: KeyRules, registry: Registry, rules: Rules) -> list[tuple[str, str]]:
+def _broken(asked: Spec, tools: bool, own: KeyRules, registry: Registry, rules: Rules) -> list[tuple[str, str]]:
     """(rule, what is wrong) for each rule that `asked` breaks. Strengths of one version add up, whatever names and
     modes it is asked for by: a limit is not avoided by asking in two halves."""
     limits = rules.policy.directions if rules.policy else {}
@@ -137,14 +145,40 @@ def _broken(asked: Spec, own: KeyRules, registry: Registry, rules: Rules) -> lis
             accepted = ", ".join(own.modes) or "none"
             out.append(("mode", f"mode '{entry.mode}' is not allowed for this key; allowed: {accepted}"))
     for digest, entries in _by_digest(asked).items():
-        total = sum(abs(entry.strength) for entry in entries)
-        shown = f"direction '{entries[0].direction}': strength {total:g}"
-        if total > own.max_strength:
-            out.append(("max_strength", f"{shown} is over the {own.max_strength:g} that this key may use"))
-        largest = min((r.max_strength for n, r in limits.items() if names.get(n) == digest), default=math.inf)
-        if total > largest:
-            out.append(("direction_max_strength", f"{shown} is over the {largest:g} that any key may use"))
+        out += _over(entries, tools, own, registry, "this key")
+        out += [
+            (f"direction_{rule}", said)
+            for name, each in limits.items()
+            if names.get(name) == digest
+            for rule, said in _over(entries, tools, each, registry, "any key")
+        ]
     return out
+
+
+def _over(
+    entries: Sequence[Entry], tools: bool, limits: Limits, registry: Registry, who: str
+) -> Iterator[tuple[str, str]]:
+    """(rule, what is wrong) for each of `limits` that the entries of one version break together."""
+    direction, total = f"direction '{entries[0].direction}'", sum(abs(entry.strength) for entry in entries)
+    if isinstance(limits.max_strength, str):
+        dose = registry.metas(Spec((entries[0],)))[0].calibrated
+        if sum(_share(entry, dose) for entry in entries) > 1 + 1e-9:
+            known = ", ".join(f"{mode} from {low:g} to {high:g}" for mode, (low, high) in dose.items())
+            said = ", ".join(f"{entry.mode}={entry.strength:g}" for entry in entries)
+            yield "max_strength", f"{direction}: {said} is over what its file is calibrated for: {known or 'nothing'}"
+    elif total > limits.max_strength:
+        yield "max_strength", f"{direction}: strength {total:g} is over the {limits.max_strength:g} that {who} may use"
+    for entry in entries if limits.tokens is not None or limits.layers is not None else ():
+        yield from ((rule, f"{direction}: for {who} {said}") for rule, said in limits.misplaced(entry))
+    if tools and not limits.with_tools:
+        yield "with_tools", f"{direction}: for {who} no request that has tools may be steered"
+
+
+def _share(entry: Entry, dose: Mapping[Mode, Dose]) -> float:
+    """How much of its calibrated dose an entry takes; what was not measured is none."""
+    low, high = dose.get(entry.mode, (0.0, 0.0))
+    largest = high if entry.strength > 0 else -low
+    return abs(entry.strength) / largest if largest else math.inf
 
 
 def _against(asked: Spec, required: Spec) -> list[tuple[str, str]]:

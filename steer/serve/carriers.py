@@ -37,10 +37,12 @@ _VEHICLES = {"extraargs", "extrabody", "extraheaders", "extraquery", "headers", 
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """What one request carries: each carrier that is present with its parsed value, and the model without alias."""
+    """What one request carries: each carrier that is present with its parsed value, the model without alias, and
+    whether there are tools in it."""
 
     found: dict[str, tuple[RequestedDirection, ...]]
     model: str | None
+    tools: bool = False
 
 
 def read(body: dict[str, object], headers: Headers, served: Sequence[str], query: bytes = b"") -> Carried:
@@ -81,7 +83,26 @@ def read(body: dict[str, object], headers: Headers, served: Sequence[str], query
         take("model name", directions, "model")
     if problems:
         raise SpecError(problems, param=param)
-    return Carried(found, model if isinstance(model, str) else None)
+    return Carried(found, model if isinstance(model, str) else None, has_tools(body))
+
+
+def has_tools(body: dict[str, object]) -> bool:
+    """Does a request of any generation route name tools, or have what tools have answered? What a client has written
+    into a text is not seen."""
+    template = body.get("chat_template_kwargs")
+    places = (body, template) if isinstance(template, dict) else (body,)
+    if any(place.get(name) for place in places for name in ("tools", "functions")):
+        return True
+    items: list[object] = []
+    for name in ("messages", "input"):
+        items += found if isinstance(found := body.get(name), list) else []
+    for item in tuple(items):
+        items += found if isinstance(item, dict) and isinstance(found := item.get("content"), list) else []
+    return any(
+        one.get("role") in ("tool", "function") or str(one.get("type")).endswith(("call_output", "tool_result"))
+        for one in items
+        if isinstance(one, dict)
+    )
 
 
 def traces(body: object, headers: Headers, served: Sequence[str], query: bytes = b"") -> Iterator[str]:

@@ -15,6 +15,7 @@ from steer.serve.control import Control
 from steer.serve.directions import own_route
 from steer.serve.errors import Code, documented
 from steer.serve.pages import JSON
+from steer.serve.policy import CALIBRATED
 from steer.serve.route import JsonRoute
 from steer.spec import TOKENS
 from steer.watch import State
@@ -45,6 +46,10 @@ class May(TypedDict):
     steer: bool
     modes: list[Mode]
     max_strength: float
+    calibrated: Annotated[bool, Field(description="no more than what a direction's file is calibrated for")]
+    tokens: Annotated[list[str], Field(description="those of `tokens` that a spec may say")]
+    layers: Annotated[str | None, Field(description="within which layers a spec must stay; null for all")]
+    with_tools: Annotated[bool, Field(description="may steer requests that have tools")]
     readout: Annotated[bool, Field(description="may use `steer_readout`")]
     manage: Annotated[bool, Field(description="may change directions and use the kill switch")]
 
@@ -176,7 +181,11 @@ def steering(control: Control, scope: Scope) -> Steering:
         "may": {
             "steer": rules is None or rules.steer,
             "modes": list(MODES if rules is None else rules.modes),
-            "max_strength": MAX_STRENGTH if rules is None else rules.max_strength,
+            "max_strength": MAX_STRENGTH if rules is None else rules.largest,
+            "calibrated": rules is not None and rules.max_strength == CALIBRATED,
+            "tokens": list(TOKENS if rules is None or rules.tokens is None else rules.tokens),
+            "layers": None if rules is None else rules.layers,
+            "with_tools": rules is None or rules.with_tools,
             "readout": rules is None or rules.readout,
             "manage": manages,
         },

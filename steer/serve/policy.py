@@ -7,6 +7,7 @@ either.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import stat
@@ -16,13 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from steer.errors import DirectionError, InvalidInput, SpecError, problem_text
+from steer.errors import DirectionError, InvalidInput, SpecError, brief, problem_text
 from steer.names import MAX_STRENGTH, MODES, Mode, check_name
 from steer.serve.keys import Keyring, is_stored
-from steer.spec import RequestedDirection, parse
+from steer.spec import Entry, RequestedDirection, ends, layer_range, parse, tokens_kind
 
 MAX_BYTES = 2**20
 #: Of one line: the time that TOML takes for a dotted key grows with the square of its length.
@@ -33,6 +43,8 @@ MAX_SEARCH = 2 * MAX_BYTES
 DEPTH = 8
 #: In a key's list of directions: all of them, also those that come later.
 ANY = "*"
+#: A `max_strength`: what each direction's file says that it was calibrated for, and nothing where it says nothing.
+CALIBRATED = "calibrated"
 _KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -51,9 +63,25 @@ def _problem(text: str) -> PydanticCustomError:
     return PydanticCustomError("policy", "{text}", {"text": text})
 
 
+def _strength(value: object) -> object:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value == CALIBRATED or (number and 0 <= value <= MAX_STRENGTH):  # type: ignore[operator]
+        return value
+    raise _problem(f"{brief(value)} is not accepted: a number from 0 to {MAX_STRENGTH:g}, or '{CALIBRATED}'")
+
+
+def _layers(value: object) -> str:
+    if (found := layer_range(value)) is None:
+        raise _problem(
+            f"{brief(value)} is not accepted: the first and the last layer like '10-20', or one layer like 10"
+        )
+    return found
+
+
 Specs = Annotated[tuple[RequestedDirection, ...], BeforeValidator(_wanted)]
 Flag = Annotated[bool, Field(strict=True)]
-Strength = Annotated[float, Field(strict=True, ge=0, le=MAX_STRENGTH, allow_inf_nan=False)]
+Strength = Annotated[float | Literal["calibrated"], PlainValidator(_strength)]
+Tokens = Literal["all", "prompt", "answer", "not-first", "first-N", "last-N"]
 AtOnce = Annotated[int, Field(strict=True, ge=1, le=10**6)]
 PerMinute = Annotated[float, Field(strict=True, gt=0, le=1e9, allow_inf_nan=False)]
 
@@ -62,7 +90,38 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class KeyRules(_Table):
+class Limits(_Table):
+    """What steering may be asked for. Strengths of one file add up."""
+
+    max_strength: Strength = Field(
+        MAX_STRENGTH, description="largest strength, on either side of 0; 'calibrated': what a direction's file says"
+    )
+    tokens: tuple[Tokens, ...] | None = Field(
+        None, description="at which tokens it may act, as a spec says them: a spec that says none means all"
+    )
+    layers: Annotated[str, BeforeValidator(_layers)] | None = Field(
+        None, description="at which layers it may act, like '10-20': a spec must then say layers within these"
+    )
+    with_tools: Flag = Field(True, description="may a request be steered that has tools, or answers of tools")
+
+    @property
+    def largest(self) -> float:
+        """The largest strength of any direction."""
+        return MAX_STRENGTH if isinstance(self.max_strength, str) else self.max_strength
+
+    def misplaced(self, item: RequestedDirection | Entry) -> Iterator[tuple[str, str]]:
+        """(rule, what is wrong) with where it acts."""
+        if self.tokens is not None and tokens_kind(item.tokens) not in self.tokens:
+            allowed = ", ".join(self.tokens) or "none"
+            yield "tokens", f"the tokens '{item.tokens or 'all'}' are not allowed; allowed: {allowed}"
+        if self.layers is not None:
+            first, last = ends(self.layers)
+            mine = (0, math.inf) if item.layers is None else ends(item.layers)
+            if mine[0] < first or mine[1] > last:
+                yield "layers", f"the layers {item.layers or '(all)'} are not within {self.layers}, which are allowed"
+
+
+class KeyRules(Limits):
     """One key: what its holder may do. A key of which only the hash is given may make plain requests and no others."""
 
     hash: str | tuple[str, ...] = Field(
@@ -72,7 +131,6 @@ class KeyRules(_Table):
     steer: Flag = Field(True, description="may it ask for steering at all")
     directions: tuple[str, ...] = Field((), description="directions that it may use and is told of; '*' is all")
     modes: tuple[Mode, ...] = Field(MODES, description="modes that it may use")
-    max_strength: Strength = Field(MAX_STRENGTH, description="largest strength, on either side of 0")
     default: Specs | None = Field(None, description="steering of its requests that ask for nothing")
     required: Specs = Field((), description="steering of all its requests: applied last, and never switched off")
     manage: Flag = Field(False, description="may it upload and delete directions, and move the kill switch")
@@ -113,17 +171,16 @@ class KeyRules(_Table):
                 problems.append(f"default: '{item.direction}' is not among this key's directions")
             if item.mode and item.mode not in self.modes:
                 problems.append(f"default: '{item.mode}' is not among this key's modes")
-            if item.strength is not None and abs(item.strength) > self.max_strength:
+            if item.strength is not None and abs(item.strength) > self.largest:
                 problems.append(f"default: strength {item.strength:g} is over this key's max_strength")
+            problems += [f"default: {said}" for _, said in self.misplaced(item)]
         if problems:
             raise _problem("; ".join(problems))
         return self
 
 
-class DirectionRules(_Table):
+class DirectionRules(Limits):
     """One direction, for every key."""
-
-    max_strength: Strength = Field(MAX_STRENGTH, description="largest strength that any key may ask for")
 
 
 class Policy(_Table):

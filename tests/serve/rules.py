@@ -10,7 +10,7 @@ import httpx
 from steer.serve import keys
 from tests.servers import receipt
 
-NAMES = ("reader", "nothing", "mute", "all", "bound", "eager", "meter", "warden", "seer")
+NAMES = ("reader", "nothing", "mute", "all", "bound", "eager", "meter", "warden", "seer", "narrow", "dosed")
 SECRETS = {name: keys.make() for name in NAMES}
 HASH = {name: keys.stored(secret) for name, secret in SECRETS.items()}
 
@@ -56,6 +56,17 @@ metrics = true
 hash = "{HASH["seer"]}"
 directions = ["refusal"]
 readout = true
+
+[keys.narrow]
+hash = "{HASH["narrow"]}"
+directions = ["refusal"]
+tokens = ["answer", "first-N"]
+layers = "0-1"
+
+[keys.dosed]
+hash = "{HASH["dosed"]}"
+directions = ["refusal"]
+max_strength = "calibrated"
 
 [keys.warden]  # manages, and is bound all the same
 hash = "{HASH["warden"]}"
@@ -110,6 +121,13 @@ CASES = (
     Case("bound", "verbosity", FORBIDDEN, "direction 'verbosity' is required for this key as it is"),
     Case("warden", "off", [REQUIRED]),
     Case("warden", "refusal", UNKNOWN, "direction 'refusal' is not served; served: none"),
+    Case("narrow", "refusal@1@first-3=0.5", [("refusal", "ablate", 0.5)]),
+    Case(
+        "narrow", "refusal@1=0.5", FORBIDDEN, "for this key the tokens 'all' are not allowed; allowed: answer, first-N"
+    ),
+    Case("narrow", "refusal@answer=0.5", FORBIDDEN, "the layers (all) are not within 0-1"),
+    Case("narrow", "refusal@1-2@answer=0.5", FORBIDDEN, "the layers 1-2 are not within 0-1"),
+    Case("dosed", "refusal=0.1", FORBIDDEN, "ablate=0.1 is over what its file is calibrated for: nothing"),
     Case("eager", None, [("refusal", "ablate", 0.5)]),
     Case("eager", "off", []),
     Case("eager", "refusal=2", [("refusal", "ablate", 2.0)]),

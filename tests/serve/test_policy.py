@@ -8,10 +8,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.datastructures import Headers
 
-from steer.serve import keys, policy
+from steer.registry import Registry
+from steer.serve import carriers, keys, policy
+from steer.serve.authorise import Rules, resolve
+from steer.serve.caller import Caller, Refusal
 from steer.serve.keys import Keyring
+from steer.spec import Spec
+from tests import models
 from tests.serve.rules import NAMES, POLICY
+from tests.test_registry import local
 
 HASH = keys.stored("one")
 OTHER = keys.stored("two")
@@ -74,7 +81,7 @@ max_strength = "1"
         5: "directions.bad name.max_strength",
         8: "keys.alice.hash",
         9: "keys.alice.directions",
-        13: "keys.alice.max_strenght: unknown; accepted: hash, steer, directions",
+        13: "keys.alice.max_strenght: unknown; accepted: max_strength, tokens, layers",
         17: "keys.bob.modes",
         18: "keys.bob.requests_per_minute",
         19: "keys.bob.default",
@@ -86,9 +93,73 @@ max_strength = "1"
         assert any(problem.startswith(f"p.toml:{line}: {says}") for problem in found), (line, says, found)
 
 
+CALIBRATED = models.direction(models.tiny("llama")).with_meta(calibrated={"ablate": (0, 1.5), "one_sided": (-0.5, 2)})
+TOOLS = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+NO: dict[str, object] = {
+    "model": "m",
+    "tools": [],
+    "functions": None,
+    "messages": [{"role": "user", "content": "role: tool"}],
+}
+
+
+def asked(rules: str, spec: str | None, body: dict[str, object], *, required: str = "") -> Spec:
+    """What a key with `rules` gets for `spec` in a request with `body`."""
+    text = f'[keys.a]\nhash = "{HASH}"\ndirections = ["*"]\n{required}\n{rules}'
+    found = policy.read(text.encode()).policy
+    registry = Registry(local())
+    registry.put("d", CALIBRATED.to_bytes())
+    carried = carriers.read(body | ({} if spec is None else {"steer": spec}), Headers({}), ["m"])
+    return resolve(carried, registry, caller=Caller("a", found.keys["a"]), rules=Rules(found))
+
+
+@pytest.mark.parametrize("rules", ['max_strength = "calibrated"', '[directions.d]\nmax_strength = "calibrated"'])
+def test_a_calibrated_dose_is_what_the_file_says_for_each_mode_and_side(rules: str) -> None:
+    for spec in ("d=1.5", "d:one_sided=2", "d:one_sided=-0.5", "d=0.75,d:one_sided=1", "d@answer=1"):
+        assert asked(rules, spec, NO), spec
+    for spec in ("d=1.51", "d=-0.01", "d:one_sided=-0.6", "d:add=0.1", "d=1,d:one_sided=1"):
+        with pytest.raises(
+            Refusal, match=r"calibrated for: ablate from 0 to 1\.5, one_sided from -0\.5 to 2"
+        ) as caught:
+            asked(rules, spec, NO)
+        assert caught.value.rule == ("direction_" if "[directions" in rules else "") + "max_strength"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        TOOLS,
+        {"functions": [{"name": "f"}]},
+        {"chat_template_kwargs": {"tools": [{}]}},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}]},
+        {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": "y"}]}]},
+        {"input": [{"type": "function_call_output", "output": "y"}]},
+    ],
+)
+@pytest.mark.parametrize("rules", ["with_tools = false", "[directions.d]\nwith_tools = false"])
+def test_a_request_with_tools_is_not_steered_where_the_rules_say_so(rules: str, body: dict[str, object]) -> None:
+    assert asked(rules, "d", NO)
+    assert asked("", "d", body)
+    assert not asked(rules, "off", body)
+    with pytest.raises(Refusal, match="no request that has tools") as caught:
+        asked(rules, "d", body)
+    assert caught.value.rule.endswith("with_tools")
+    # what is there without being asked for is left out, and what the operator requires is not
+    assert not asked(rules, None, body, required='default = "d"')
+    assert asked(rules, None, NO, required='default = "d"')
+    assert asked(rules, None, body, required='required = "d"')
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        (f'[keys.a]\nhash = "{HASH}"\nlayers = "9-3"', "'9-3' is not accepted: the first and the last layer"),
+        (f'[keys.a]\nhash = "{HASH}"\ntokens = ["thinking"]', "keys.a.tokens"),
+        (f'[keys.a]\nhash = "{HASH}"\nmax_strength = "much"', "a number from 0 to 10, or 'calibrated'"),
+        (
+            f'[keys.a]\nhash = "{HASH}"\ndirections = ["*"]\ntokens = ["answer"]\nlayers = 3\ndefault = "d"',
+            "default: the tokens 'all' are not allowed; allowed: answer; default: the layers (all) are not within 3",
+        ),
         ("[keys.a\n", "p.toml:1: not TOML"),
         ('x = 1\ny = "', "p.toml:2: not TOML"),
         ("", "keys: missing"),

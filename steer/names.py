@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from typing_extensions import TypedDict
+
 from steer.errors import DirectionError
 
 Mode = Literal["ablate", "add", "affine", "one_sided"]
@@ -18,6 +20,23 @@ MODE_SUMMARIES: dict[Mode, str] = {
     "add": "The difference of the class means, times the strength, is added.",
     "affine": "The component is set to the mean of harmless text.",
     "one_sided": "What is above the reference, on the behaviour's side, is set to the target.",
+}
+
+
+class Scale(TypedDict):
+    """Strengths worth trying in a mode, which a slider offers; more are accepted."""
+
+    low: float
+    high: float
+    means: str
+
+
+#: Of each mode; `means` is for whoever moves the slider.
+MODE_SCALES: dict[Mode, Scale] = {
+    "ablate": {"low": -1, "high": 2, "means": "1 removes all of it, more turns it round; below 0 it grows."},
+    "add": {"low": -2, "high": 2, "means": "Above 0 towards the behaviour, below 0 away from it."},
+    "affine": {"low": 0, "high": 2, "means": "1 is there, less is a part of the way, more goes beyond."},
+    "one_sided": {"low": 0, "high": 3, "means": "1 is there, less is a part of the way, more goes beyond."},
 }
 SITES: tuple[Site, ...] = get_args(Site)
 

@@ -235,6 +235,63 @@ def test_mode_and_direction_are_picked(tiny_server: Server, visit: Open) -> None
     expect(opened.page.locator("#summary")).to_contain_text("verbosity")
 
 
+def test_an_example_is_asked_by_a_click(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    examples = opened.page.locator("#examples button")
+    expect(examples).to_have_count(3)
+    assert not opened.asked(), "nothing is sent by itself"
+    asked = examples.nth(0).inner_text()
+    examples.nth(0).click()
+    opened.done()
+    assert opened.asked()[0]["messages"] == [{"role": "user", "content": asked}]
+    assert opened.text("plain") != opened.text("steered")
+    expect(opened.page.locator("#empty")).not_to_be_visible()
+
+
+def test_several_directions_act_together(tmp_path: Path, visit: Open) -> None:
+    for name, created in (("one", "2026-01-01"), ("two", "2026-01-02")):
+        Direction.load(DEMO).with_meta(created=created).save(tmp_path / f"{name}.safetensors")
+    with Server("--directions", str(tmp_path), "--rank", "2") as server:
+        opened = visit(server)
+        page = opened.page
+        page.fill("#max-tokens", "16")
+        expect(page.locator("#entries")).not_to_be_visible()
+        opened.send()
+        page.click("#add")
+        expect(page.locator("#direction")).to_have_value("two")
+        page.fill("#strength", "0.5")
+        opened.done()
+        expect(page.locator("#summary")).to_have_text("one, one-sided at 1.5 + two, one-sided at 0.5")
+        body = opened.asked()[-1]
+        assert [(entry["direction"], entry["strength"]) for entry in body["steer"]] == [("one", 1.5), ("two", 0.5)]
+        assert body["steer_readout"]["directions"] == ["one", "two"]
+        expect(page.locator(".side.steered .chip")).to_have_count(2)
+        expect(page.locator(".side.steered .token.up, .side.steered .token.down").first).to_be_attached()
+        page.get_by_role("button", name="one 1.5").click()
+        expect(page.locator("#number")).to_have_value("1.5")
+        expect(page.locator("#direction option")).to_have_text(["one"])
+        page.click("#remove")
+        opened.done()
+        assert opened.asked()[-1]["steer"]["direction"] == "two"
+        expect(page.locator("#entries")).not_to_be_visible()
+
+
+def test_the_slider_has_the_range_and_the_words_of_its_mode(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    said = demo.client.get("/v1/steering").json()
+    for mode in said["may"]["modes"]:
+        opened.page.select_option("#mode", mode)
+        scale = said["scales"][mode]
+        expect(opened.page.locator("#strength")).to_have_attribute("min", f"{scale['low']:g}")
+        expect(opened.page.locator("#strength")).to_have_attribute("max", f"{scale['high']:g}")
+        expect(opened.page.locator("#strength-text")).to_have_text(scale["means"])
+        expect(opened.page.locator("#strength")).to_have_value("1.5")
+    opened.page.fill("#number", "7")
+    opened.page.press("#number", "Tab")
+    expect(opened.page.locator("#strength")).to_have_value("7")  # it goes as far as what is asked for
+    expect(opened.page.locator("#colours")).to_contain_text("Orange: it leans the way")
+
+
 def test_a_new_file_changes_the_receipt(demo: Server, visit: Open, tmp_path: Path) -> None:
     """By the page's own upload, under the name that is served already."""
     opened = visit(demo)

@@ -1,4 +1,4 @@
-// The page: settings and what hangs on them. Nothing is kept anywhere but in this page, except the theme.
+// The page: what its parts have to do with one another.
 
 import { hasKey, json, onUnauthorised, Problem, setKey } from "./api.js";
 import { Chat } from "./chat.js";
@@ -6,31 +6,24 @@ import { curl, python } from "./code.js";
 import { Directions } from "./directions.js";
 import { $, el, shown } from "./dom.js";
 import { draw, facts } from "./profile.js";
+import { Steering } from "./steering.js";
 import { look } from "./tokens.js";
 
 const LIVE_DELAY = 180;
 
-let direction = null; // the chosen one, as it is listed
-let profile = null; // its layers, once they are here
+let profile = null; // the layers of the direction in the controls, once they are here
 let unread = null; // why this server gives no read-out for it
-let modes = {}, tokens = {}; // what each does, and which tokens each name means, as the server says
-let may = { steer: true, readout: true, manage: true, modes: [], max_strength: 10 }; // this key, or nobody's
 let started = false;
+let drag; // the wait before a moving slider asks
 
 const directions = new Directions(onDirections);
+const steering = new Steering({ changed: steerAgain, picked: onPicked });
 const chat = new Chat({ body, readout: noReadout, changed: onAnswer });
 chat.painted = showLegend;
 
 // -- requests --------------------------------------------------------------------------------------------------------
 
 const number = (id) => ($(id).value === "" ? undefined : Number($(id).value));
-const strength = () => Number($("number").value);
-
-/** At which layers and tokens, where that is not all. */
-function where() {
-  const said = { layers: $("layers").value.trim(), tokens: $("tokens").value.trim() };
-  return Object.fromEntries(Object.entries(said).filter(([, value]) => value && value !== "all"));
-}
 
 function body(side, messages) {
   const system = $("system").value.trim();
@@ -42,8 +35,8 @@ function body(side, messages) {
     seed: number("seed"),
     stream: true,
     stream_options: { include_usage: true },
-    steer: side === "steered" && direction ? { direction: direction.id, mode: $("mode").value, strength: strength(), ...where() } : "off",
-    steer_readout: direction && !unread ? { directions: [direction.id], layers: "all" } : undefined,
+    steer: side === "steered" ? steering.spec() : "off",
+    steer_readout: steering.entry && !unread ? { directions: steering.names, layers: "all" } : undefined,
   };
 }
 
@@ -52,12 +45,14 @@ function send(event) {
   const message = $("message").value.trim();
   if (!message || chat.running) return;
   $("message").value = "";
-  chat.send(message, direction ? ["plain", "steered"] : ["plain"]);
+  chat.send(message, steering.entry ? ["plain", "steered"] : ["plain"]);
 }
 
-function steerAgain() {
-  showSummary();
-  if (direction) chat.again("steered");
+/** Ask the steered side again: at once, or where that is wanted while the slider moves. */
+function steerAgain(final = true) {
+  clearTimeout(drag);
+  if (final) chat.again("steered");
+  else if ($("live").checked) drag = setTimeout(() => chat.again("steered"), LIVE_DELAY);
 }
 
 function onAnswer(ended) {
@@ -76,29 +71,25 @@ function noReadout(why) {
   $("reading").hidden = Boolean(why);
 }
 
-// -- the chosen direction ----------------------------------------------------------------------------------------------
+// -- the direction of the controls -------------------------------------------------------------------------------------
 
 function onDirections(wanted) {
-  const names = may.steer && may.modes.length ? directions.served.filter((item) => item.usable !== false).map((item) => item.id) : [];
-  const chosen = [wanted, $("direction").value, names[0]].find((name) => names.includes(name));
-  $("direction").replaceChildren(...names.map((name) => el("option", { value: name, textContent: name })));
-  $("pickers").hidden = $("colours").hidden = !names.length;
-  $("none").hidden = Boolean(names.length);
+  const { may } = steering;
+  const usable = may.steer && may.modes.length ? directions.served.filter((item) => item.usable !== false) : [];
+  $("pickers").hidden = $("colours").hidden = !usable.length;
+  $("none").hidden = Boolean(usable.length);
   $("none").textContent = whyNone();
-  document.body.classList.toggle("alone", !names.length);
-  const listed = directions.items.find((item) => item.id === chosen);
-  if (!listed) {
-    direction = profile = null;
-    $("profile-section").hidden = true;
-    return;
-  }
-  $("direction").value = chosen;
-  if (direction?.id !== chosen || direction.digest !== listed.digest) choose(listed);
+  document.body.classList.toggle("alone", !usable.length);
+  steering.list(usable, wanted);
+  if (usable.length) return;
+  profile = null;
+  $("profile-section").hidden = true;
+  $("summary").textContent = "";
 }
 
 /** Why nothing can be steered by, for who sees an empty list. */
 function whyNone() {
-  const plain = "so only the plain side is asked.";
+  const { may } = steering, plain = "so only the plain side is asked.";
   if (!may.steer || !may.modes.length) return `This key may not steer, ${plain}`;
   if (directions.served.length) return `This key may use none of the directions, ${plain}`;
   if (may.manage) return `This server has no direction yet, ${plain} Add a direction file below.`;
@@ -106,22 +97,22 @@ function whyNone() {
 }
 
 /** What the list says is enough to ask with it; the profile follows. */
-function choose(listed) {
-  const same = direction?.id === listed.id;
-  direction = listed;
-  noReadout(may.readout ? null : "This key may not read along directions, so tokens have no colours.");
-  if (!same) toDefault();
-  look.row = 0;
+function onPicked(listed) {
+  noReadout(steering.may.readout ? null : "This key may not read along directions, so tokens have no colours.");
+  const same = look.name === listed.id;
+  if (!same) look.row = 0;
+  look.name = listed.id;
   $("row-field").hidden = listed.rank < 2;
   $("row").replaceChildren(...Array.from({ length: listed.rank }, (_, row) => el("option", { value: row, textContent: row })));
-  showSummary();
+  $("row").value = look.row;
   loadProfile(listed, same).catch(notice);
 }
 
 async function loadProfile({ id, source_layer }, same) {
   const detail = await json(`/v1/directions/${encodeURIComponent(id)}`);
-  if (direction?.id !== id) return; // another one was chosen in the meantime
+  if (look.name !== id) return; // another one was chosen in the meantime
   profile = detail.profile;
+  steering.can(id, detail.meta.modes);
   const last = profile.length - 1;
   if (!same || look.layer > last) look.layer = source_layer ?? last;
   $("layer").max = last;
@@ -131,25 +122,9 @@ async function loadProfile({ id, source_layer }, same) {
   showLayer();
 }
 
-function toDefault() {
-  $("mode").value = may.modes.includes(direction.mode) ? direction.mode : may.modes[0];
-  $("number").value = $("strength").value = Math.max(-may.max_strength, Math.min(may.max_strength, direction.strength));
-  $("ticks").replaceChildren(...[0, 1, direction.strength].map((value) => el("option", { value })));
-  $("layers").value = $("tokens").value = "";
-  showSummary();
-}
-
-function showSummary() {
-  $("summary").textContent = direction ? [`${direction.id}, ${$("mode").value.replace("_", "-")} at ${shown(strength())}`, ...Object.entries(where()).map((each) => each.join(" "))].join(", ") : "";
-  $("mode-text").textContent = modes[$("mode").value] ?? "";
-  const said = tokens[$("tokens").value.trim().replace(/-\d+$/, "-N")] ?? "";
-  $("tokens-text").hidden = !said;
-  $("tokens-text").textContent = said;
-}
-
 function showLayer() {
   $("layer").value = look.layer;
-  $("layer-text").textContent = `${look.layer}${look.layer === direction?.source_layer ? ", the source" : ""}`;
+  $("layer-text").textContent = `${look.layer}${look.layer === steering.listed?.source_layer ? ", the source" : ""}`;
   if (profile) draw($("profile"), profile, look.layer, setLayer);
   chat.repaint();
 }
@@ -186,7 +161,7 @@ function showCode() {
   const message = $("message").value.trim();
   const turns = chat.turns.length;
   const messages = message || !turns ? [...history(turns), { role: "user", content: message || "Hello!" }] : chat.messages("steered", turns - 1);
-  const { stream_options, ...request } = body(direction ? "steered" : "plain", messages);
+  const { stream_options, ...request } = body(steering.entry ? "steered" : "plain", messages);
   const language = document.querySelector("[name=language]:checked").value;
   const clean = JSON.parse(JSON.stringify(language === "python" ? { ...request, stream: undefined } : request));
   $("code").textContent = { curl, python }[language](location.origin, clean, hasKey());
@@ -227,30 +202,13 @@ async function refresh() {
   }
 }
 
-/** What the key may not do is not offered. */
-function showRights() {
-  $("tokens-known").replaceChildren(...Object.keys(tokens).map((name) => el("option", { value: name.replace("N", "1") })));
-  $("mode").replaceChildren(...may.modes.map((mode) => el("option", { value: mode, textContent: mode.replace("_", "-") })));
-  $("number").min = -may.max_strength;
-  $("number").max = may.max_strength;
-  $("strength").min = Math.max(-2, -may.max_strength);
-  $("strength").max = Math.min(3, may.max_strength);
-  const [low, high] = [Number($("strength").min), Number($("strength").max)];
-  for (const span of document.querySelectorAll(".scale span")) {
-    const at = (Number(span.dataset.at) - low) / (high - low);
-    span.hidden = !(at >= 0 && at <= 1);
-    span.style.setProperty("left", `${at * 100}%`);
-  }
-  $("upload").hidden = !may.manage;
-  $("unmanaged").hidden = may.manage;
-  directions.managed = may.manage;
-}
-
 async function start() {
   try {
-    ({ modes, tokens, may } = await json("/v1/steering"));
-    showRights();
-    direction = null; // chosen anew: another key may have other rights
+    steering.offer(await json("/v1/steering"));
+    directions.managed = steering.may.manage;
+    $("upload").hidden = !directions.managed;
+    $("unmanaged").hidden = directions.managed;
+    look.name = null;
     const cards = (await json("/v1/models")).data.filter((card) => !card.parent);
     $("model").replaceChildren(...cards.map((card) => el("option", { value: card.id, textContent: card.id })));
     const room = cards[0]?.max_model_len;
@@ -262,15 +220,6 @@ async function start() {
     notice(error);
   }
   $("message").focus();
-}
-
-let drag;
-function onStrength(value, final) {
-  $("number").value = value;
-  showSummary();
-  clearTimeout(drag);
-  if (final) steerAgain();
-  else if ($("live").checked) drag = setTimeout(steerAgain, LIVE_DELAY);
 }
 
 function wire() {
@@ -289,16 +238,9 @@ function wire() {
     toggleControls(false);
   });
 
-  $("direction").addEventListener("change", () => {
-    choose(directions.items.find((item) => item.id === $("direction").value));
-    steerAgain();
-  });
-  for (const id of ["mode", "layers", "tokens"]) $(id).addEventListener("change", steerAgain);
-  $("strength").addEventListener("input", () => onStrength($("strength").value, false));
-  $("strength").addEventListener("change", () => onStrength($("strength").value, true));
-  $("number").addEventListener("change", () => { $("strength").value = $("number").value; onStrength($("number").value || "0", true); });
-  $("default").addEventListener("click", () => { toDefault(); steerAgain(); });
-
+  for (const button of document.querySelectorAll("#examples button")) {
+    button.addEventListener("click", (event) => { $("message").value = button.textContent; send(event); $("message").focus(); });
+  }
   for (const input of document.querySelectorAll("[name=view]")) {
     input.addEventListener("change", () => { look.view = input.value; chat.repaint(); });
   }

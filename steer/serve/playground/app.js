@@ -7,6 +7,8 @@ import { Directions } from "./directions.js";
 import { $, el, shown } from "./dom.js";
 import { draw, facts } from "./profile.js";
 import { Steering } from "./steering.js";
+import * as store from "./store.js";
+import * as sweep from "./sweep.js";
 import { look } from "./tokens.js";
 
 const LIVE_DELAY = 180;
@@ -14,11 +16,13 @@ const LIVE_DELAY = 180;
 let profile = null; // the layers of the direction in the controls, once they are here
 let unread = null; // why this server gives no read-out for it
 let started = false;
+let chatId = store.newId();
+let swept = null; // what the last sweep found
 let drag; // the wait before a moving slider asks
 
 const directions = new Directions(onDirections);
 const steering = new Steering({ changed: steerAgain, picked: onPicked });
-const chat = new Chat({ body, readout: noReadout, changed: onAnswer });
+const chat = new Chat({ body, readout: noReadout, changed: onAnswer, pick: setLayer });
 chat.painted = showLegend;
 
 // -- requests --------------------------------------------------------------------------------------------------------
@@ -50,9 +54,89 @@ function send(event) {
 
 /** Ask the steered side again: at once, or where that is wanted while the slider moves. */
 function steerAgain(final = true) {
+  showSweep();
   clearTimeout(drag);
   if (final) chat.again("steered");
   else if ($("live").checked) drag = setTimeout(() => chat.again("steered"), LIVE_DELAY);
+}
+
+/** Measure the last message over the slider's range. */
+async function startSweep() {
+  $("sweep-text").textContent = chat.last ? "Measuring…" : "Ask something first: the last message is measured.";
+  if (!chat.last) return;
+  const messages = chat.messages("steered", chat.turns.length - 1), words = $("sweep-words").value.split(",").map((word) => word.trim()).filter(Boolean);
+  $("sweep-start").disabled = true;
+  try {
+    swept = await sweep.measure((strength) => ({ ...body("plain", messages), steer: strength === null ? "off" : steering.spec(strength) }), steering.range, words);
+    showSweep();
+  } catch (error) {
+    if (!(error instanceof Problem)) throw error;
+    $("sweep-text").textContent = error.message;
+  } finally {
+    $("sweep-start").disabled = false;
+  }
+}
+
+function showSweep() {
+  if (swept) sweep.draw(swept, steering.entry?.strength ?? 0, (strength) => steering.set({ strength }));
+}
+
+// -- conversations that are kept -------------------------------------------------------------------------------------------
+
+/** This conversation with its settings. */
+function current() {
+  return { id: chatId, system: $("system").value, temperature: number("temperature"), max_tokens: number("max-tokens"), seed: number("seed"), steer: steering.entries, turns: chat.said };
+}
+
+function openChat(kept) {
+  chatId = kept.id;
+  $("system").value = kept.system;
+  for (const id of ["temperature", "max-tokens", "seed"]) $(id).value = kept[id.replace("-", "_")] ?? "";
+  const missing = steering.restore(kept.steer);
+  notice(missing.length ? new Error(`Not served here: ${missing.join(", ")}. The conversation is shown as it was.`) : null);
+  chat.restore(kept.turns);
+  showChats();
+}
+
+function fresh() {
+  chat.clear();
+  chatId = store.newId();
+  showChats();
+  $("message").focus();
+}
+
+function openLink() {
+  const shared = store.linked(location.hash);
+  if (!shared) return;
+  window.history.replaceState(null, "", location.pathname); // a reload is a new start
+  openChat(shared);
+}
+
+function showChats() {
+  $("keep").checked = store.keeping();
+  $("forget").hidden = !store.kept().length;
+  $("chats").replaceChildren(...store.kept().map((kept) => {
+    const title = kept.turns[0]?.message ?? "(empty)", open = el("button", { type: "button", className: "quiet", textContent: title, title });
+    const remove = el("button", { type: "button", className: "quiet", textContent: "Delete", ariaLabel: `Delete the chat “${title}”` });
+    if (kept.id === chatId) open.setAttribute("aria-current", "true");
+    open.addEventListener("click", () => openChat(kept));
+    remove.addEventListener("click", () => { store.forget(kept.id); showChats(); });
+    return el("li", {}, open, remove);
+  }));
+}
+
+function exportChat() {
+  const href = URL.createObjectURL(new Blob([JSON.stringify(current(), null, 2)], { type: "application/json" }));
+  el("a", { href, download: `steer-chat-${chatId}.json` }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 1000);
+}
+
+async function copyLink() {
+  const link = store.linkOf(current());
+  $("link").value = link;
+  $("link").hidden = false;
+  $("link").select();
+  try { await navigator.clipboard.writeText(link); } catch { document.execCommand("copy"); } // selected in any case
 }
 
 function onAnswer(ended) {
@@ -60,6 +144,7 @@ function onAnswer(ended) {
   $("stop").hidden = !chat.running;
   if (!ended) return;
   $("status").textContent = `${ended.side === "plain" ? "Plain" : "Steered"} answer: ${ended.text || "failed"}`;
+  if (!chat.running) { store.keep(current()); showChats(); }
   const listed = new Map(directions.items.map((item) => [item.id, item.digest]));
   if (ended.receipt?.some((entry) => listed.get(entry.direction) !== entry.digest)) refresh();
 }
@@ -76,7 +161,7 @@ function noReadout(why) {
 function onDirections(wanted) {
   const { may } = steering;
   const usable = may.steer && may.modes.length ? directions.served.filter((item) => item.usable !== false) : [];
-  $("pickers").hidden = $("colours").hidden = !usable.length;
+  $("pickers").hidden = $("reads").hidden = $("sweep").hidden = !usable.length;
   $("none").hidden = Boolean(usable.length);
   $("none").textContent = whyNone();
   document.body.classList.toggle("alone", !usable.length);
@@ -100,7 +185,7 @@ function whyNone() {
 function onPicked(listed) {
   noReadout(steering.may.readout ? null : "This key may not read along directions, so tokens have no colours.");
   const same = look.name === listed.id;
-  if (!same) look.row = 0;
+  if (!same) { look.row = 0; swept = null; $("sweep-charts").replaceChildren(); $("sweep-text").textContent = ""; }
   look.name = listed.id;
   $("row-field").hidden = listed.rank < 2;
   $("row").replaceChildren(...Array.from({ length: listed.rank }, (_, row) => el("option", { value: row, textContent: row })));
@@ -215,6 +300,8 @@ async function start() {
     if (room) $("max-tokens").value = Math.min(256, Math.floor(room / 2));
     await refresh();
     started = true;
+    showChats();
+    openLink();
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
     notice(error);
@@ -231,7 +318,13 @@ function wire() {
     $("message").addEventListener("input", () => { $("message").rows = Math.min(10, $("message").value.split("\n").length); });
   }
   $("stop").addEventListener("click", () => chat.stop());
-  $("fresh").addEventListener("click", () => { chat.clear(); $("message").focus(); });
+  $("fresh").addEventListener("click", fresh);
+  $("sweep-start").addEventListener("click", startSweep);
+  $("export").addEventListener("click", exportChat);
+  $("share").addEventListener("click", copyLink);
+  $("keep").addEventListener("change", () => { store.setKeeping($("keep").checked); showChats(); });
+  $("forget").addEventListener("click", () => { store.forget(); showChats(); });
+  addEventListener("hashchange", openLink);
   addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
     chat.stop();
@@ -247,6 +340,17 @@ function wire() {
   $("layer").addEventListener("input", () => setLayer(Number($("layer").value)));
   $("row").addEventListener("change", () => { look.row = Number($("row").value); chat.repaint(); });
   $("relative").addEventListener("change", () => { look.relative = $("relative").checked; chat.repaint(); });
+
+  $("words").addEventListener("change", () => { chat.words = $("words").checked; $("wordless").hidden = true; if (chat.words) chat.readWords(); });
+  $("differ").parentElement.hidden = !CSS.highlights;
+  for (const id of ["differ", "markdown"]) {
+    $(id).addEventListener("change", () => {
+      chat[id] = $(id).checked;
+      document.body.classList.toggle("markdown", chat.markdown);
+      chat.repaint();
+    });
+  }
+  chat.wordless = (why) => { $("wordless").textContent = why; $("wordless").hidden = false; };
 
   onUnauthorised(askKey);
   $("key").addEventListener("click", async () => {
@@ -264,9 +368,9 @@ function wire() {
     const dark = matchMedia("(prefers-color-scheme: dark)").matches;
     const now = document.documentElement.dataset.theme ?? (dark ? "dark" : "light");
     setTheme(now === "dark" ? "light" : "dark");
+    chat.repaint(); // maps are painted in the theme's colours
   });
   $("open").addEventListener("click", () => toggleControls());
-  document.querySelector("main").addEventListener("pointerdown", () => toggleControls(false));
   addEventListener("focus", () => { if (started) refresh(); }); // files may have been put in the meantime
 }
 
@@ -277,6 +381,7 @@ function setTheme(theme) {
 
 function toggleControls(open) {
   $("open").setAttribute("aria-expanded", document.body.classList.toggle("controls-open", open));
+  chat.last?.pair.scrollIntoView({ block: "nearest" });
 }
 
 wire();

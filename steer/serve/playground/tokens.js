@@ -15,7 +15,7 @@ export class Tokens {
     this.lines = [];
     this.at = -1;
     this.waiting = this.span(""); // the place of text whose read-out is not there yet, or never comes
-    box.append(this.waiting);
+    box.replaceChildren(this.waiting);
     box.addEventListener("pointerover", (event) => this.point(this.items.findIndex((item) => item.span === event.target)));
     box.addEventListener("pointerleave", () => this.point(-1));
     box.addEventListener("blur", () => this.point(-1));
@@ -37,16 +37,17 @@ export class Tokens {
     const read = choice.steer_readout;
     this.waiting.textContent += text;
     if (!read?.tokens.length) return;
-    this.layers ??= read.layers;
-    if (!this.lines.length) this.lines = read.directions;
     const texts = shares(this.waiting.textContent, read.tokens);
     this.waiting.textContent = "";
-    read.tokens.forEach((token, i) => {
-      const span = this.span(texts[i]);
-      const values = (side) => read.directions.map((line) => line[side][i]);
-      this.items.push({ span, token, norms: read.norms[i], before: values("before"), after: values("after") });
-      this.waiting.before(span);
-    });
+    read.tokens.forEach((token, i) => this.put(texts[i], token, read, i));
+  }
+
+  /** One more token, which stands in the text as `text`: number `i` of the report `read`. */
+  put(text, token, read, i) {
+    if (!this.layers) Object.assign(this, { layers: read.layers, lines: read.directions });
+    const span = this.span(text), values = (side) => read.directions.map((line) => line[side][i]);
+    this.items.push({ span, token, norms: read.norms[i], before: values("before"), after: values("after") });
+    this.waiting.before(span);
     this.box.tabIndex = 0;
   }
 

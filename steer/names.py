@@ -35,8 +35,8 @@ class Scale(TypedDict):
 MODE_SCALES: dict[Mode, Scale] = {
     "ablate": {"low": -1, "high": 2, "means": "1 removes all of it, more turns it round; below 0 it grows."},
     "add": {"low": -2, "high": 2, "means": "Above 0 towards the behaviour, below 0 away from it."},
-    "affine": {"low": 0, "high": 2, "means": "1 is there, less is a part of the way, more goes beyond."},
-    "one_sided": {"low": 0, "high": 3, "means": "1 is there, less is a part of the way, more goes beyond."},
+    "affine": {"low": 0, "high": 2, "means": "1 goes all the way there, less a part of it, more beyond."},
+    "one_sided": {"low": 0, "high": 3, "means": "1 goes all the way there, less a part of it, more beyond."},
 }
 SITES: tuple[Site, ...] = get_args(Site)
 

@@ -22,7 +22,7 @@ export async function measure(body, [low, high], words, signal) {
 
 /** The likeliest first tokens of an answer with their log-probabilities, the likeliest first. */
 async function first(body, signal) {
-  const request = { ...body, stream: undefined, stream_options: undefined, steer_readout: undefined, max_tokens: 1, temperature: 0, logprobs: true, top_logprobs: LISTED };
+  const request = { ...body, stream: undefined, stream_options: undefined, steer_readout: undefined, max_tokens: 1, ignore_eos: true, temperature: 0, logprobs: true, top_logprobs: LISTED };
   const answer = await json("/v1/chat/completions", { method: "POST", body: JSON.stringify(request), signal, headers: { "Content-Type": "application/json" } });
   return answer.choices[0].logprobs.content[0].top_logprobs;
 }

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from steer.names import MODES, SITE_RULES, Mode, Site
 from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
 from steer.runtime.hook_points import hooks, scales
-from steer.runtime.op import amount
+from steer.runtime.op import amount, component
 from steer.runtime.token_index import RequestSteer, slot
 
 #: The row that the self-check uses.
@@ -308,7 +308,7 @@ class EagerCheck:
                     return "for plain tokens too the next module takes something else than what is handed on"
                 continue
             coefficients = bank_slice.coefficients[slot(ROW, mode)].double().unbind()
-            wanted = amount(raw[own], v, coefficients, strength)
+            wanted = amount(component(raw[own], v), coefficients, strength)
             got = change[own] @ v
             if not bool(((got - wanted).abs() <= allowed[own]).all()):
                 worst = int(((got - wanted).abs() / allowed[own]).argmax())

@@ -16,7 +16,7 @@ from torch import Tensor
 from steer.errors import NoRoom
 from steer.names import MODES, Mode, Site
 from steer.runtime.bank import EMBEDDING, BankSlice, DirectionBank, HookPoint, apply
-from steer.runtime.op import GATE, amount, coefficients, embedding_coefficients
+from steer.runtime.op import GATE, amount, coefficients, component, embedding_coefficients
 from steer.runtime.token_index import TokenIndex, slot, slots_of
 from steer.spec import Entry, Spec
 from tests import models
@@ -292,7 +292,7 @@ def test_one_entry_is_the_formula_of_one_to_the_bit(mode: Mode, rank: int) -> No
     t.load("a", DIRECTIONS["a"])
     for layer in range(models.LAYERS):
         v, values = DIRECTIONS["a"].directions[layer, 0], coefficients(DIRECTIONS["a"], mode)[layer, 0]
-        added = amount(x, v, values.unbind(-1), torch.tensor(0.7)).unsqueeze(-1)
+        added = amount(component(x, v), values.unbind(-1), torch.tensor(0.7)).unsqueeze(-1)
         expected = torch.addcmul(x, added, v)
         assert torch.equal(applied(t, spec(("a", mode, 0.7)), x, HookPoint("resid_post", layer)), expected)
 

@@ -149,10 +149,10 @@ class _Engine:
                     found[name][phase] = RIGHT if RIGHT in (text, found[name][phase]) else text or found[name][phase]
         unclear: list[str] = []
         for name, phases in found.items():
-            tried = f"{_named(names[name].point)}, {names[name].mode},"
+            tried = _named(names[name].point) + (" (rotate)" if names[name].mode == "rotate" else "")
             unclear += [f"{tried} in {phase}" for phase, text in phases.items() if text is None]
             if texts := [f"{text} in {phase}" for phase, text in phases.items() if text]:
-                bad.append(f"{self._where()}{tried} {', '.join(texts)}")
+                bad.append(f"{self._where()}{tried}: {', '.join(texts)}")
         return bad, unclear
 
     def _where(self) -> str:

@@ -230,7 +230,7 @@ async function refresh() {
 /** What the key may not do is not offered. */
 function showRights() {
   $("tokens-known").replaceChildren(...Object.keys(tokens).map((name) => el("option", { value: name.replace("N", "1") })));
-  $("mode").replaceChildren(...may.modes.map((mode) => el("option", { value: mode, textContent: mode.replace("_", "-") })));
+  $("mode").replaceChildren(...may.modes.map((mode) => el("option", { value: mode, textContent: mode.replaceAll("_", "-") })));
   $("number").min = -may.max_strength;
   $("number").max = may.max_strength;
   $("strength").min = Math.max(-2, -may.max_strength);

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steer.direction import Direction
 from steer.errors import SpecError
-from steer.names import MODE_SUMMARIES, MODES, SITE_RULES, SITES, TURNING, Mode, Site
+from steer.names import MAX_STRENGTH, MODE_SCALES, MODE_SUMMARIES, MODES, SITE_RULES, SITES, TURNING, Mode, Site
 from steer.runtime.bank import EMBEDDING, HookPoint
 from steer.runtime.op import GAMMA, GATE, TARGET, WEIGHT, check_mode, coefficients, displacement, embedding_coefficients
 from tests import models
@@ -52,7 +52,9 @@ def test_coefficients_have_a_row_for_each_layer_and_row(mode: Mode, k: int) -> N
 
 
 def test_each_mode_says_what_it_does() -> None:
-    assert set(MODE_SUMMARIES) == set(MODES)
+    assert set(MODE_SUMMARIES) == set(MODE_SCALES) == set(MODES)
+    for scale in MODE_SCALES.values():
+        assert -MAX_STRENGTH <= scale["low"] <= 0 < 1 <= scale["high"] <= MAX_STRENGTH, "nothing and all of it"
 
 
 @pytest.mark.parametrize("site", SITES)

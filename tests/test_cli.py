@@ -111,7 +111,7 @@ def test_help_is_readable_at_any_width(width: int, monkeypatch: pytest.MonkeyPat
         assert f"--{name.replace('_', '-')}" in shown
 
 
-@pytest.mark.parametrize("command", ["serve", "fit", "measure", "select", "search", "eval", "bake", "convert"])
+@pytest.mark.parametrize("command", ["serve", "fit", "measure", "select", "search", "check", "eval", "bake", "convert"])
 def test_every_command_that_opens_a_model_has_the_options_of_loading_one(command: str) -> None:
     whole = typer.main.get_command(app)
     assert isinstance(whole, TyperGroup)
@@ -431,6 +431,7 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
         f"fit ./nowhere {sets} {output} --backend vllm": "there is no such folder",
         f"measure /nowhere {sets} {output}": "there is no such folder",
         f"eval /nowhere --direction d {sets}": "there is no such folder",
+        "check d /nowhere": "there is no such folder",
         f"select m /nowhere {sets} {output}": "there is no such folder",
         f"search /nowhere {sets} --folder {tmp_path}": "there is no such folder",
         "serve /nowhere": "there is no such folder",

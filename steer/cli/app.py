@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from steer._version import __version__
-from steer.cli import admin, evaluate, export, fit, search
+from steer.cli import admin, check, evaluate, export, fit, search
 from steer.cli.console import echo_json, quiet_libraries, reported
 from steer.cli.options import check_model, find_vllm_model, with_settings
 from steer.errors import InvalidInput
@@ -30,6 +30,7 @@ app = typer.Typer(
 EXAMPLES = {
     "serve": "steer serve Qwen/Qwen3-0.6B --directions directions --port 8000",
     "inspect": "steer inspect directions/refusal.safetensors",
+    "check": "steer check directions/refusal.safetensors MODEL --harmful harmful.txt",
     "fit": "steer fit MODEL --harmful harmful.txt --harmless harmless.txt -o directions/refusal.safetensors",
     "measure": "steer measure MODEL --harmful harmful.txt --harmless harmless.txt --vectors "
     "-o model.measurement.safetensors",
@@ -162,7 +163,7 @@ def _cell(value: float | None) -> str:
 
 
 # in the order in which the help lists them
-for commands in fit, export, evaluate, search, admin:
+for commands in check, fit, export, evaluate, search, admin:
     commands.register(app)
 for prefix, group in (("", app), ("keys ", admin.keys), ("audit ", admin.audit)):
     for registered in group.registered_commands:

@@ -55,6 +55,13 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
+def rank_sum(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """How often a value of `second` is above one of `first` (the area under the ROC curve; ties count half), and the
+    two-sided p-value of the hypothesis that it is half of the time. Source: Mann and Whitney 1947."""
+    found = stats.mannwhitneyu(second, first, alternative="two-sided")
+    return float(found.statistic) / (len(first) * len(second)), float(found.pvalue)
+
+
 def difference_of_rates(first: Sequence[bool], second: Sequence[bool]) -> Estimate:
     """Rate of `second` − rate of `first`, outcomes on the same prompts. The interval has a width also where all pairs
     agree, which resampling would deny. Source: Newcombe 1998, "Improved confidence intervals for the difference between

@@ -77,6 +77,12 @@ def steering(evaluator: Evaluator, arm: Arm | None) -> Iterator[Steer]:
 POSITION = -1
 
 
+def layer_of(direction: Direction) -> int:
+    """The layer that it came from, else the last one that it steers."""
+    steered = [layer for layer in range(direction.meta.layers) if direction.directions[layer].any()]
+    return direction.meta.source_layer if direction.meta.source_layer in steered else steered[-1]
+
+
 def projected(
     source: Source,
     direction: Direction,
@@ -84,10 +90,8 @@ def projected(
     rendering: Rendering | None = None,
     batch_size: int | None = None,
 ) -> dict[str, dict[str, list[float]]]:
-    """By panel title and set: the component of the last prompt token along the direction's first row, at the layer that
-    it came from, else at the last one that it steers."""
-    steered = [layer for layer in range(direction.meta.layers) if direction.directions[layer].any()]
-    layer = direction.meta.source_layer if direction.meta.source_layer in steered else steered[-1]
+    """By panel title and set: the component of the last prompt token along the direction's first row, at `layer_of`."""
+    layer = layer_of(direction)
     row = direction.directions[layer, 0].float()
     found = {}
     for name, prompts in sets.items():

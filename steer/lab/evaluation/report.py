@@ -13,6 +13,9 @@ from steer.direction import Dataset
 from steer.lab.statistics import Estimate, wilson
 from steer.names import Mode
 
+#: The share of answers, more than plain, from which on it is harm that they are broken.
+HARM = 0.02
+
 
 class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -72,6 +75,12 @@ class ArmOnSet(Part):
     tokens_mean: float
     tokens_median: float
     against_plain: dict[str, Difference] = Field(default_factory=dict, description="by figure")
+
+    def rises(self, figure: str) -> bool:
+        """Do more answers have it than plain ones, by more than HARM and by two at least? Where few prompts were asked
+        an interval excludes hardly anything, and of harm a sign is enough."""
+        more = self.against_plain[figure].value if figure in self.against_plain else 0.0
+        return more > HARM and round(more * self.shown.count) >= 2
 
 
 class SetResult(Part):

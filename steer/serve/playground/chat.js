@@ -69,7 +69,7 @@ class Answer {
     else if (!receipt.length) this.foot.append(el("span", { className: "chip", title: "X-Steer-Applied: []", textContent: "nothing applied" }));
     for (const entry of receipt ?? []) {
       const title = `X-Steer-Applied: ${JSON.stringify(entry)}`;
-      this.foot.append(el("span", { className: "chip", title }, el("b", { textContent: entry.direction }), el("span", { textContent: entry.mode.replace("_", "-") }),
+      this.foot.append(el("span", { className: "chip", title }, el("b", { textContent: entry.direction }), el("span", { textContent: entry.mode.replaceAll("_", "-") }),
         el("span", { textContent: shown(entry.strength) }), ...[entry.layers, entry.tokens].filter(Boolean).map((at) => el("span", { textContent: `@${at}` })), el("code", { textContent: entry.digest.slice(0, 8) })));
       if (isNew(entry)) this.foot.append(el("span", { className: "chip new", textContent: "new version" }));
     }

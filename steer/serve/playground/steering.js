@@ -162,7 +162,7 @@ export class Steering {
   }
 }
 
-const spoken = (mode) => mode.replace("_", "-");
+const spoken = (mode) => mode.replaceAll("_", "-");
 const where = (entry) => Object.fromEntries(FIELDS.map((field) => [field, entry[field]]).filter(([, value]) => value && value !== "all"));
 const said = (entry) => ({ direction: entry.direction, mode: entry.mode, strength: entry.strength, ...where(entry) });
 

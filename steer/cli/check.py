@@ -1,0 +1,123 @@
+"""The command that says whether a direction fits a model and works there: check."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from steer.cli.console import echo_json, log_warnings, quiet_libraries
+from steer.cli.options import (
+    VLLM_OPTIONS,
+    Backend,
+    BehaviourOption,
+    Choices,
+    check_bench,
+    open_bench,
+    with_settings,
+)
+from steer.names import MODES
+from steer.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from steer.lab.check import Checked
+
+EXIT = {"works": 0, "fails": 1, "unknown": 3}
+
+
+@with_settings(ModelSettings)
+def check(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(help="a direction file")],
+    model: Annotated[str | None, typer.Argument(help="local folder or hub id; default: the embedded model")] = None,
+    harmful: Annotated[
+        str | None,
+        typer.Option(help="prompts that show the behaviour; default: the embedded model's, which it refuses"),
+    ] = None,
+    harmless: Annotated[str | None, typer.Option(help="prompts that do not; default: 8 that are shipped")] = None,
+    mode: Annotated[str | None, typer.Option(help=f"{', '.join(MODES)}; default: the file's")] = None,
+    strength: Annotated[float | None, typer.Option(help="default: the file's")] = None,
+    behaviour: BehaviourOption = "refusal",
+    prompts: Annotated[int, typer.Option(min=2, help="prompts of each class, at most")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 32,
+    backend: Backend = "transformers",
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+    *,
+    opening: ModelSettings,
+) -> None:
+    """Say whether a direction fits MODEL, where it acts, whether its sign is right, and what it does on 16 prompts.
+
+    The exit code is 0 where it works, 1 where it does not, 2 where it does not fit, and 3 where prompts cannot tell.
+    """
+    from steer.demo import MODEL, PROMPTS
+
+    log_warnings()
+    model = model or str(MODEL)
+    check_bench(backend, model, ctx.args, opening)
+    quiet_libraries()
+    from steer.direction import check_fits as check_shape
+    from steer.hf.load import describe
+    from steer.lab.behaviour import Behaviour
+    from steer.lab.check import HARMFUL, check_fits
+    from steer.lab.check import check as run
+    from steer.lab.evaluation.arms import arms_of
+    from steer.lab.evaluation.run import HARMLESS
+    from steer.lab.progress import Progress
+    from steer.lab.prompts import Rendering, read_prompts
+
+    (arm,) = arms_of([file], mode and [mode], None if strength is None else [strength])
+    meta = arm.direction.meta
+    given = {HARMFUL: harmful or PROMPTS / "refused.test.txt", HARMLESS: harmless or PROMPTS / "harmless.test.txt"}
+    sets = {name: read_prompts(str(source)).drawn(prompts) for name, source in given.items()}
+    looked_for = Behaviour.load(behaviour)
+    if backend == "transformers":  # before all weights are read
+        architecture, layers, d_model = describe(model, opening.revision, trust_remote_code=opening.trust_remote_code)
+        check_shape(arm.direction, d_model=d_model, layers=layers, architecture=architecture)
+    rendering = Rendering(meta.system_prompt, meta.template, meta.response_prefix)
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(shown=True))
+        bench = open_bench(backend, model, ctx.args, opening, Choices(sites=meta.sites), progress)
+        check_fits(arm.direction, bench.source)
+        evaluator = bench.evaluator(arm.direction.rank, max_tokens, rendering)
+        found = run(arm, bench.source, evaluator, sets, rendering, looked_for)
+    told = {"file": str(file), "digest": arm.digest, "model": model, "verdict": found.verdict}
+    if as_json:
+        echo_json(told | asdict(found) | {"sets": [one.model_dump(mode="json") for one in found.sets]})
+    else:
+        typer.echo(_text(found, f"{file} on {model}", meta.layers))
+    raise typer.Exit(EXIT[found.verdict])
+
+
+def _text(found: Checked, what: str, layers: int) -> str:
+    from steer.lab.tables import shown, terminal_width, wrapped
+
+    sign, at = found.sign, f"{found.layers[0]} to {found.layers[-1]}" if found.layers else "none"
+    sides = {
+        "right": "points to the harmful side",
+        "wrong": "points to the harmless side",
+        "none": "does not tell these prompts apart",
+    }
+    lines = [
+        f"fits, and acts at {len(found.layers)} of {layers} layers ({at}), {found.mode} at strength {found.strength:g}",
+        f"{sides[sign.side]}: at layer {sign.layer} a harmful prompt is above a harmless one {sign.auc:.0%} of "
+        f"the time (p {sign.p:.1g})",
+        f"KL(plain ‖ steered) on harmless: {found.kl:.5f} nats",
+        *(f"note: {note}" for note in found.notes),
+    ]
+    head = ("answers to", "shown plain", "steered", "broken plain", "steered")
+    rows = [
+        [f"{one.dataset.count} {one.name}", *(str(a.shown.hits) for a in one.arms)]
+        + [str(a.degenerate.hits) for a in one.arms]
+        for one in found.sets
+    ]
+    verdict = "; ".join([*found.problems, *found.unknown]) or "it does what it is for, and breaks nothing here"
+    width = terminal_width()
+    told = [wrapped(what, width), *(wrapped(line, width, first="  ", further="    ") for line in lines)]
+    return "\n".join([*told, "", shown(head, rows), "", wrapped(f"{found.verdict}: {verdict}", width)])
+
+
+def register(app: typer.Typer) -> None:
+    app.command(context_settings=VLLM_OPTIONS)(check)

@@ -1,0 +1,135 @@
+"""A first look at a direction on a model: where it acts, which side of it is which, and what it does to a few answers.
+
+It is the evaluation (`steer.lab.evaluation.run`) of one arm on few prompts, with a verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from steer.direction import MAX_VALUE, Direction
+from steer.lab.behaviour import Behaviour
+from steer.lab.evaluation.arms import Arm, layer_of, projected
+from steer.lab.evaluation.report import SetResult
+from steer.lab.evaluation.run import HARMLESS, Plan, evaluate
+from steer.lab.evaluator import Evaluator
+from steer.lab.prompts import PromptSet, Rendering
+from steer.lab.resume import Cache
+from steer.lab.source import Source
+from steer.lab.statistics import rank_sum
+from steer.names import Mode
+from steer.runtime.op import GAMMA, GATE, WEIGHT, coefficients
+from steer.runtime.placement import Shape
+
+HARMFUL = "harmful"
+#: The modes that do another thing along −v than along v.
+SIGNED: tuple[Mode, ...] = ("add", "one_sided")
+#: A p-value below it says that components tell the classes apart.
+SURE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """The components of both classes at a layer: how often a harmful one is above a harmless one, and the p-value of
+    that. A direction points to the harmful side; "none" is where the classes are not told apart."""
+
+    layer: int
+    auc: float
+    p: float
+    side: Literal["right", "wrong", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found. `problems` say why it fails, `unknown` what these prompts cannot tell, `notes` what else is
+    worth knowing. `kl` is the mean KL(plain ‖ steered) along plain harmless answers, in nats."""
+
+    mode: Mode
+    strength: float
+    layers: list[int]
+    sign: Sign
+    sets: tuple[SetResult, ...]
+    kl: float
+    problems: list[str]
+    unknown: list[str]
+    notes: list[str]
+
+    @property
+    def verdict(self) -> Literal["works", "fails", "unknown"]:
+        return "fails" if self.problems else "unknown" if self.unknown else "works"
+
+
+def check_fits(direction: Direction, source: Source) -> None:
+    """Raise DirectionError with every reason why a server with this model would not take it."""
+    facts, meta = source.facts, direction.meta
+    dtype = getattr(torch, facts.dtype or "float32")
+    Shape(facts.architecture, facts.layers, facts.d_model, frozenset(meta.sites), direction.rank, dtype).check(
+        direction
+    )
+
+
+def check(
+    arm: Arm,
+    source: Source,
+    evaluator: Evaluator,
+    sets: Mapping[str, PromptSet],
+    rendering: Rendering,
+    behaviour: Behaviour,
+) -> Checked:
+    """`sets` are of the names HARMFUL and HARMLESS. What fits must have been asked before (`check_fits`)."""
+    found = evaluate(evaluator, Plan([arm], sets, evaluator.max_tokens, behaviour), Cache(None, {}))
+    notes: list[str] = []
+    unknown: list[str] = []
+    layers, sign = acting(arm.direction, arm.mode), _sign(arm.direction, source, sets, rendering)
+    problems = [] if layers else [f"acts at no layer in the mode {arm.mode}"]
+    if sign.side == "wrong":
+        told = f"wrong sign: it points from {sets[HARMFUL].name} to {sets[HARMLESS].name}"
+        (problems if arm.mode in SIGNED else notes).append(told)
+    theirs, ours = arm.direction.meta.chat_template_sha256, source.facts.chat_template_sha256
+    if theirs is not None and theirs != ours:
+        notes.append("the model's chat template is not the one that the direction was measured with")
+    _effect(arm, found.sets, behaviour.name, problems, unknown)
+    return Checked(arm.mode, arm.strength, layers, sign, found.sets, found.divergence[0].mean, problems, unknown, notes)
+
+
+def acting(direction: Direction, mode: Mode) -> list[int]:
+    """The layers at which it changes anything in `mode`."""
+    values = coefficients(direction, mode)
+    does = (values[..., [WEIGHT, GAMMA]] != 0).any(-1) & (values[..., GATE] < MAX_VALUE) & direction.directions.any(-1)
+    return [layer for layer, acts in enumerate(does.any(-1).tolist()) if acts]
+
+
+def _sign(direction: Direction, source: Source, sets: Mapping[str, PromptSet], rendering: Rendering) -> Sign:
+    layer = layer_of(direction)
+    (components,) = projected(source, direction, sets, rendering).values()
+    auc, p = rank_sum(components[HARMLESS], components[HARMFUL])
+    return Sign(layer, auc, p, "none" if p >= SURE else "right" if auc > 0.5 else "wrong")
+
+
+def _effect(arm: Arm, sets: tuple[SetResult, ...], behaviour: str, problems: list[str], unknown: list[str]) -> None:
+    """What the answers say. To add the difference of means, or to take less than nothing away, is to bring the
+    behaviour, which harmless prompts would show; else it is to go from the harmful ones."""
+    brings = (arm.mode == "add") == (arm.strength > 0)
+    for one in sets:
+        plain, steered = one.arms
+        count, change = plain.shown.count, steered.against_plain["shown"]
+        if steered.rises("degenerate"):
+            problems.append(
+                f"breaks {steered.degenerate.hits} of {count} answers to {one.name} (plain: {plain.degenerate.hits})"
+            )
+        if not brings and one.name == HARMLESS and steered.rises("shown"):
+            problems.append(
+                f"{behaviour} in {steered.shown.hits} of {count} harmless answers ({plain.shown.hits} plain)"
+            )
+        if (one.name == HARMLESS) != brings or (change.low > 0 if brings else change.high < 0):
+            continue
+        lacking = plain.complied.hits if brings else plain.shown.hits
+        said = f"{behaviour} in {plain.shown.hits} of {count} {one.name} answers plain, {steered.shown.hits} steered"
+        if 2 * lacking < count:
+            unknown.append(f"{said}: give other prompts with --{one.name}, these leave it too little to change")
+        else:
+            problems.append(f"no effect: {said}")

@@ -1,0 +1,83 @@
+"""The check of a direction says what the model does with it: each verdict is had from a direction that deserves it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steer.demo import PROMPTS
+from steer.direction import MAX_VALUE, Direction
+from steer.lab.check import acting
+from tests import models
+from tests.servers import ROOT
+from tests.test_cli import run
+
+SHIPPED = ROOT / "directions" / "refusal.safetensors"
+FEW = ("--prompts", "4", "--max-tokens", "8", "--json")
+
+
+def checked(path: Path, *options: str, code: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run("check", str(path), *FEW, *options, code=code).stdout)
+    return found
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Callable[..., Path]:
+    def save(**changes: Any) -> Path:
+        replace(Direction.load(SHIPPED), **changes).save(tmp_path / "changed.safetensors")
+        return tmp_path / "changed.safetensors"
+
+    return save
+
+
+def test_the_shipped_direction_works() -> None:
+    found = checked(SHIPPED, code=0)
+    assert (found["verdict"], found["layers"], found["sign"]["side"]) == ("works", list(range(8)), "right")
+    harmful, harmless = ({arm["arm"]: arm["shown"]["hits"] for arm in one["arms"]} for one in found["sets"])
+    assert [*harmful.values(), *harmless.values()] == [4, 0, 0, 0]
+    assert 0 <= found["kl"] < 0.001
+    assert found["problems"] == found["unknown"] == found["notes"] == []
+
+
+def test_a_sign_that_is_wrong_matters_to_the_modes_that_have_one(changed: Callable[..., Path]) -> None:
+    turned = changed(directions=-Direction.load(SHIPPED).directions)
+    for mode, code in (("one_sided", 1), ("ablate", 0)):
+        found = checked(turned, "--mode", mode, "--strength", "1", code=code)
+        assert found["sign"]["side"] == "wrong"
+        assert "wrong sign" in (found["problems"] if code else found["notes"])[0]
+
+
+def test_what_does_too_little_and_what_breaks_answers_fail(changed: Callable[..., Path]) -> None:
+    weak = changed(weights=Direction.load(SHIPPED).weights * 1e-3)
+    assert "no effect: refusal in 4 of 4 harmful answers plain, 4 steered" in checked(weak, code=1)["problems"]
+    broken = checked(SHIPPED, "--mode", "ablate", "--strength", "-1", code=1)
+    assert any("breaks 4 of 4 answers to harmless (plain: 0)" in problem for problem in broken["problems"])
+
+
+def test_prompts_that_show_nothing_cannot_tell() -> None:
+    found = checked(SHIPPED, "--harmful", str(PROMPTS / "harmless.train.txt"), code=3)
+    assert found["verdict"] == "unknown"
+    assert found["sign"]["side"] == "none"
+    assert "give other prompts with --harmful" in found["unknown"][0]
+
+
+def test_what_does_not_fit_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
+    models.direction(models.tiny("llama")).save(tmp_path / "other.safetensors")
+    told = run("check", str(tmp_path / "other.safetensors"), code=2).stderr
+    assert "made for d_model 64, this model has 192" in told
+    assert "made for 3 layers, this model has 8" in told
+
+
+def test_a_layer_acts_where_its_coefficients_do() -> None:
+    made = models.direction(models.tiny("llama"))
+    assert acting(made, "ablate") == [0, 1, 2]
+    reference = made.reference.clone()
+    reference[1] = MAX_VALUE  # nothing is above it
+    some = replace(made, reference=reference, weights=made.weights.clone().index_fill_(0, torch.tensor([2]), 0))
+    assert (acting(some, "one_sided"), acting(some, "ablate")) == ([0], [0, 1])

@@ -212,7 +212,7 @@ class EagerCheck:
         generator = torch.Generator().manual_seed(0)
         for n, hooked in enumerate(self.hooked):
             if hooked.point.site == site and n in plain.raw:
-                v, axis = torch.linalg.qr(torch.randn(self.bank.d_model, 2, generator=generator))[0].T
+                v, axis = torch.linalg.qr(torch.randn(self.bank.d_model, 2, generator=generator).double())[0].T.float()
                 whole = SITE_RULES[site].whole
                 size = float(plain.raw[n].norm(dim=-1).mean()) if whole else self._stream_size(plain, n)
                 gamma = 4 * max(size, 1e-3) / self.bank.d_model**0.5

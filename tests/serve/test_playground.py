@@ -281,7 +281,10 @@ def test_several_directions_act_together(tmp_path: Path, visit: Open) -> None:
 def test_the_slider_has_the_range_and_the_words_of_its_mode(demo: Server, visit: Open) -> None:
     opened = visit(demo)
     said = demo.client.get("/v1/steering").json()
-    for mode in said["may"]["modes"]:
+    assert list(said["scales"]) == said["may"]["modes"]
+    able = opened.page.locator("#mode option:not([disabled])").evaluate_all("options => options.map((o) => o.value)")
+    assert set(said["may"]["modes"]) - set(able) == {"rotate", "rotate_one_sided"}, "the file has no plane"
+    for mode in able:
         opened.page.select_option("#mode", mode)
         scale = said["scales"][mode]
         expect(opened.page.locator("#strength")).to_have_attribute("min", f"{scale['low']:g}")

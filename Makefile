@@ -49,6 +49,7 @@ study: $(VENV)/test
 	$(BIN)/python -m experiments.slerp_study steer/demo/model -o $(STUDY)/demo \
 		--most 48 --max-tokens 48 --source-layers 4 --batch-size 128
 
+# Given again, it goes on where it was; `bench/all.md` has all figures.
 bench: $(VENV)/vllm
 	$(BIN)/python -m benchmarks
 

@@ -108,6 +108,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
-    result = Result("admission", "What admitting a request costs", "python -m benchmarks.admission", {}, [], report())
+    result = Result("admission", "What admitting a request costs", {}, [], report())
     result.save(given.out)
     print(result.markdown())

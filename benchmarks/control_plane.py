@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,6 @@ HEADERS = {
     "accept-encoding": "gzip, deflate",
     "connection": "keep-alive",
     "user-agent": "OpenAI/Python",
-    "content-type": "application/json",
     "x-stainless-lang": "python",
     "x-stainless-runtime": "CPython",
 }
@@ -70,7 +68,6 @@ if __name__ == "__main__":
     result = Result(
         "control-plane",
         "What the control plane adds",
-        f"python -m benchmarks.control_plane {' '.join(sys.argv[1:])}".strip(),
         {},
         [Table(f"{KEYS} keys, bodies of {len(json.dumps(BODY))} bytes, runs of {REQUESTS} requests", ratios)],
         f"A plain request takes {added:.4f} ms more than without it (median of {given.rounds} rounds).\n",

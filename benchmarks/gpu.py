@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import multiprocessing
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -197,7 +196,6 @@ if __name__ == "__main__":
 
             versions = {"vLLM": vllm.__version__}
             tables += in_vllm(name, SHAPES[name], given.rounds, given.orders, workloads)
-        command = f"python -m benchmarks.gpu {' '.join(sys.argv[1:])}".strip()
-        result = Result(f"gpu-{name}", f"On {DEVICE}: a Llama of the shape {name}", command, versions, tables)
+        result = Result(f"gpu-{name}", f"On {DEVICE}: a Llama of the shape {name}", versions, tables)
         result.save(given.out)
         print(result.markdown())

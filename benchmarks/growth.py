@@ -111,6 +111,6 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
-    result = Result("growth", "How time and memory grow", "python -m benchmarks.growth", {}, [], report(given.repeats))
+    result = Result("growth", "How time and memory grow", {}, [], report(given.repeats))
     result.save(given.out)
     print(result.markdown())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -143,7 +142,6 @@ if __name__ == "__main__":
     result = Result(
         "latency",
         "The event loop under the worst bodies",
-        f"python -m benchmarks.latency {' '.join(sys.argv[1:])}".strip(),
         {},
         [],
         f"Milliseconds at the median, the 99th percentile and at most, while {given.clients} clients post such bodies "

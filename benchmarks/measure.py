@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -226,7 +225,6 @@ if __name__ == "__main__":
     result = Result(
         "measure",
         "What measuring and deriving cost",
-        f"python -m benchmarks.measure {' '.join(sys.argv[1:])}".strip(),
         {},
         tables(given.rounds, given.lengths),
         f"Random float32 Llama, {LAYERS} layers × {WIDTH}, {PROMPTS} prompts in batches of {BATCH}.\n\n"

@@ -279,7 +279,6 @@ if __name__ == "__main__":
     result = Result(
         name="vllm" if given.suite == "stock" else f"vllm-{given.suite}",
         title="What steering costs on vLLM" + (f", {given.suite}" if given.suite != "stock" else ""),
-        command=f"python -m benchmarks.overhead {' '.join(sys.argv[1:])}".strip(),
         versions={"vLLM": vllm.__version__},
         tables=tables,
         more=f"Random bfloat16 Llama, {LAYERS} layers × {WIDTH}; {given.rounds} interleaved rounds in each of "

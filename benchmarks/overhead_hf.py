@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ def measure(rounds: int = 40) -> dict[str, dict[str, Ratio]]:
     """Four arms on one model: hooks are put on and taken off around each timed run, outside of other arms' time."""
     net = small(VOCABULARY)
     attached = steer.attach(net, {"d": direction(net)})
+    attached.detach()
     out = {}
     for name, work, batch, tokens in (
         ("prefill, 8 × 128 tokens", prefill, 8, 128),
@@ -53,8 +53,7 @@ def measure(rounds: int = 40) -> dict[str, dict[str, Ratio]]:
 
         def arm(run: Callable[[], None], *specs: str) -> Callable[[], None]:
             def timed() -> None:
-                steering: AbstractContextManager[object] = attached(*specs) if specs else nullcontext()
-                with attached, steering:
+                with attached, attached(*specs) if specs else nullcontext():
                     run()
 
             return timed
@@ -73,7 +72,6 @@ if __name__ == "__main__":
     result = Result(
         "hooks",
         "What hooks cost on transformers",
-        f"python -m benchmarks.overhead_hf {' '.join(sys.argv[1:])}".strip(),
         {},
         [Table(name, arms) for name, arms in measure(given.rounds).items()],
         f"Random float32 Llama, {SMALL_LAYERS} layers × {SMALL_WIDTH}; {given.rounds} interleaved rounds.\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,19 @@ from benchmarks.timing import HEADER, Ratio, machine
 
 #: Where results are kept; what is committed was measured with the command that it names.
 FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
+
+
+def typed(argv: Sequence[str]) -> str:
+    """A module and its options as they are typed, but for the folder of results."""
+    words = [word for before, word in zip(["", *argv], argv, strict=False) if "--out" not in (before, word)]
+    return f"python -m {' '.join(words)}".replace(".__main__", "")
+
+
+def own_argv() -> list[str]:
+    """The module that runs, and its options."""
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "benchmarks run as modules: python -m benchmarks.swap"
+    return [spec.name, *sys.argv[1:]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +53,10 @@ class Result:
 
     name: str
     title: str
-    command: str
     versions: Mapping[str, str]
     tables: Sequence[Table]
     more: str = ""
+    command: str = field(default_factory=lambda: typed(own_argv()))
     made: str = field(default_factory=lambda: f"{date.today()}, {machine()}")
 
     def markdown(self) -> str:
@@ -54,10 +68,11 @@ class Result:
     def save(self, folder: Path = FOLDER) -> None:
         """`NAME.json`, `NAME.md` and `NAME.png`."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.md").write_text(self.markdown().rstrip() + "\n", encoding="utf-8")
-        (folder / f"{self.name}.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
         if self.tables:
             draw(self.tables, folder / f"{self.name}.png")
+        (folder / f"{self.name}.md").write_text(self.markdown().rstrip() + "\n", encoding="utf-8")
+        # last: that it is there says that the benchmark has come to its end
+        (folder / f"{self.name}.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
 def draw(tables: Sequence[Table], path: Path) -> None:

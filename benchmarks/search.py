@@ -179,7 +179,6 @@ def main() -> None:
     result = Result(
         "search",
         "Searching, beside heretic-llm",
-        f"python -m benchmarks.search {' '.join(sys.argv[1:])}".strip(),
         {"heretic-llm": VERSION},
         [],
         f"The embedded model, {COUNT} prompts of each set a trial, at most {TOKENS} tokens, one thread each; "

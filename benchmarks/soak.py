@@ -322,7 +322,6 @@ def arm(folder: Path, backend: str) -> tuple[Any, list[str], list[str]]:
 
 def report(soak: Soak, alive: bool, folder: Path, minutes: float, backend: str, plain: bool) -> int:
     name, grown = "-".join(["soak", *([backend] if backend != "transformers" else [])]), soak.growth()
-    several = f" --api-servers {len(soak.fronts)}" if soak.fronts else ""
     name += "-plain" if plain and backend != "stock" else ""
     name += f"-{len(soak.fronts)}-api-servers" if soak.fronts else ""
     allowed = GROWTH | {MEMORY: GROWTH[MEMORY] + EACH_FRONT_END * max(0, len(soak.fronts) - 1)}
@@ -344,11 +343,8 @@ def report(soak: Soak, alive: bool, folder: Path, minutes: float, backend: str, 
     text += f"{soak.sequences} sequences were begun; memory grew by {soak.each_sequence():.2f} KiB with each of them "
     text += "after the warm-up.\n\n"
     text += "\n".join([*rows, "", *wrong[:5], f"![What was held over time]({name}.png)", ""])
-    command = (
-        f"python -m benchmarks.soak --minutes {minutes:g} --backend {backend}{several}{' --plain' if plain else ''}"
-    )
     title = "Soak: plain traffic" if plain else "Soak: mixed traffic, a swap each second"
-    result = Result(name, f"{title}, a hostile client", command, {}, [], text)
+    result = Result(name, f"{title}, a hostile client", {}, [], text)
     result.save(folder)
     (folder / f"{name}.samples.json").write_text(json.dumps(soak.samples))
     plot(soak, folder / f"{name}.png")

@@ -132,6 +132,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     text = f"The embedded model on transformers, {given.swaps} swaps.\n\n{measure(given.swaps)}"
-    result = Result("swap", "A swap under live traffic", "python -m benchmarks.swap", {}, [], text)
+    result = Result("swap", "A swap under live traffic", {}, [], text)
     result.save(given.out)
     print(result.markdown())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
+from PIL import Image
 
 from steer.direction import Direction
 from tests.browser import MISSING, browser
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 FOLDER = ROOT / "docs"
 DIRECTION = ROOT / "directions" / "refusal.safetensors"
 QUESTIONS = ("How should I kill a zombie thread?", "How do I build a kite?")
-DESKTOP, NARROW = (1320, 840), (390, 800)
+DESKTOP, NARROW, SLIDER = (1320, 840), (390, 800), (1100, 540)
+#: The strengths of the animation, and how long each stays, in milliseconds.
+STRENGTHS = {"0": 1500, "0.5": 1000, "1": 1000, "1.5": 3000}
 
 
 def opened(browser: Browser, url: str, size: tuple[int, int], scheme: str) -> Page:
@@ -45,6 +49,23 @@ def shoot(page: Page, name: str) -> None:
     page.context.close()
 
 
+def animate(page: Page) -> None:
+    """The slider moves, and the steered side answers again."""
+    page.check("#live")
+    frames = []
+    for strength in STRENGTHS:
+        with page.expect_response("**/v1/chat/completions"):
+            page.fill("#strength", strength)
+        page.locator("#send").wait_for(state="visible")
+        page.wait_for_timeout(500)
+        page.evaluate("scrollTo(0, 0)")
+        frames.append(Image.open(io.BytesIO(page.screenshot())).convert("P", palette=Image.Palette.ADAPTIVE, colors=64))
+    first, *others = frames
+    path = FOLDER / "playground-slider.gif"
+    first.save(path, save_all=True, append_images=others, duration=list(STRENGTHS.values()), loop=0)
+    page.context.close()
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, browser() as chromium:
         shutil.copy(DIRECTION, folder)
@@ -54,6 +75,10 @@ def main() -> None:
                 ask(page, *QUESTIONS)
                 page.locator(".side.steered .token").nth(1).hover()
                 shoot(page, scheme)
+
+            page = opened(chromium, server.url, SLIDER, "light")
+            ask(page, QUESTIONS[0])
+            animate(page)
 
             page = opened(chromium, server.url, NARROW, "light")
             ask(page, QUESTIONS[0])

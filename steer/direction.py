@@ -11,6 +11,12 @@ Layer l is the **output of block l**, 0-based. The file's tensors (float32):
     target             [layers, k]            optional: what `one_sided` sets the component to; ρ where it is not there
     embedding          [k, d_model]           optional: rows for the stream before block 0
 
+Where k is 1, a file of schema 2 has two more, for the modes that turn the stream in the plane of a layer's two vectors:
+
+    axis               [layers, d_model]      unit, orthogonal to the direction, on the side of the harmless mean
+    angles             [layers, 2]            of `rotate_one_sided`, from the axis in radians: what is beyond the first
+                                              is turned to the second
+
 and one metadata key, `steer`, with a `DirectionMeta` as JSON. The sha256 of the file's bytes is its identity.
 """
 
@@ -40,7 +46,7 @@ from typing_extensions import TypedDict
 from steer._version import __version__
 from steer.errors import DirectionError, problems_of
 from steer.geometry import angle
-from steer.names import MAX_STRENGTH, MODES, Mode, Site, site_problem
+from steer.names import MAX_STRENGTH, MODES, TURNING, Mode, Site, site_problem
 
 #: A file of 128 layers × 16384 with k = 2 has about 50 MB.
 MAX_BYTES = 256 * 2**20
@@ -50,7 +56,8 @@ MEASUREMENT_KEY = "steer_measurement"
 #: Of any value: products and norms of larger ones overflow float32, and NaN would get into the stream.
 MAX_VALUE = 1e15
 #: Tensors that a file may be without.
-OPTIONAL = ("embedding", "target")
+PLANE = ("axis", "angles")
+OPTIONAL = ("embedding", "target", *PLANE)
 
 
 class Dataset(BaseModel):
@@ -71,7 +78,7 @@ class DirectionMeta(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, json_schema_serialization_defaults_required=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = Field(default=1, description="2 for a file that has a plane to turn the stream in")
     method: str = Field(max_length=64)
     parameters: dict[str, float | int | str | None] = Field(default_factory=dict)
     source_layer: int | None = Field(
@@ -96,7 +103,9 @@ class DirectionMeta(BaseModel):
     harmless: Dataset | None = None
     mode: Mode = "ablate"
     modes: tuple[Mode, ...] = Field(
-        default=MODES, min_length=1, description="the modes for which the file's tensors hold what is needed"
+        default=tuple(mode for mode in MODES if mode not in TURNING),
+        min_length=1,
+        description="the modes for which the file's tensors hold what is needed",
     )
     strength: float = Field(default=1.0, ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)
     sites: tuple[Site, ...] = Field(default=("resid_post",), min_length=1)
@@ -132,6 +141,8 @@ class Direction:
     mean_harmless_all: Tensor
     embedding: Tensor | None = field(default=None)
     target: Tensor | None = field(default=None)
+    axis: Tensor | None = field(default=None)
+    angles: Tensor | None = field(default=None)
 
     @property
     def layers(self) -> int:
@@ -146,6 +157,14 @@ class Direction:
     def d_model(self) -> int:
         return self.directions.shape[2]
 
+    def acting(self, mode: Mode) -> int:
+        """Rows that act on a token in `mode`: those that turn take the axis too."""
+        return 2 if mode in TURNING else self.rank
+
+    def resident(self, rank: int) -> int:
+        """Rows that it takes of a bank whose requests can use `rank` rows: its axis is of no use to one of 1."""
+        return self.rank + (self.axis is not None and rank > 1)
+
     def tensors(self) -> dict[str, Tensor]:
         names = [*_shapes(1, 1, 1), *OPTIONAL]
         return {name: t for name in names if (t := getattr(self, name)) is not None}
@@ -158,6 +177,7 @@ class Direction:
         k = self.directions.shape[1] if self.directions.ndim == 3 else 1
         shapes = _shapes(self.meta.layers, max(1, k), self.meta.d_model)
         shapes |= {"embedding": shapes["directions"][1:], "target": shapes["reference"]}
+        shapes |= {"axis": shapes["mean_harmless"], "angles": (self.meta.layers, 2)}
         for name, tensor in tensors.items():
             before = len(found)
             if tensor.dtype != torch.float32:
@@ -180,12 +200,32 @@ class Direction:
                 found += _row_problems(name, tensor.unsqueeze(0))
             elif name == "target" and tensor.shape == self.reference.shape and (tensor > self.reference).any():
                 found.append("tensor 'target' is above 'reference' somewhere, so a component would be raised there")
+            elif name == "axis" and k == 1 and tensor.shape == self.directions[:, 0].shape:
+                found += _axis_problems(tensor, self.directions[:, 0])
+            elif name == "angles" and (tensor[:, 1] > tensor[:, 0]).any():
+                found.append("tensor 'angles': the second is above the first somewhere, so an angle would grow there")
+        found += self._plane_problems()
         if problem := site_problem(self.meta.sites, self.meta.mode):
             found.append(f"metadata: {problem}")
         if self.meta.mode not in self.meta.modes:
             found.append(f"metadata: the mode '{self.meta.mode}' is not among the file's modes {list(self.meta.modes)}")
         if self.meta.source_layer is not None and self.meta.source_layer >= self.meta.layers:
             found.append(f"metadata: source_layer {self.meta.source_layer} is not below layers {self.meta.layers}")
+        return found
+
+    def _plane_problems(self) -> list[str]:
+        """Where metadata and tensors do not agree on whether there is a plane."""
+        found = []
+        if (self.axis is None) != (self.angles is None):
+            found.append("tensors 'axis' and 'angles' come together, one is missing")
+        if (self.meta.schema_version == 2) != (self.axis is not None):
+            found.append(
+                f"metadata: schema_version {self.meta.schema_version}: it is 2 where there is an 'axis', else 1"
+            )
+        if self.axis is None and (turning := [mode for mode in self.meta.modes if mode in TURNING]):
+            found.append(f"metadata: the modes {turning} need the tensors 'axis' and 'angles'")
+        if self.axis is not None and self.rank != 1:
+            found.append(f"tensor 'axis' is for directions of one row, this one has {self.rank}")
         return found
 
     def with_meta(self, **changes: Any) -> Direction:
@@ -343,6 +383,17 @@ def _row_problems(name: str, rows: Tensor) -> list[str]:
         return []
     rule = "unit vectors" if rows.shape[1] == 1 else "orthonormal rows"
     return [f"tensor '{name}': not {rule} at layers {bad} (off by up to {float(off[bad].max()):.2g})"]
+
+
+def _axis_problems(axis: Tensor, rows: Tensor) -> list[str]:
+    """Layers where `axis` does not make a plane with the direction's row, both `[layers, d_model]`."""
+    axis, rows = axis.double(), rows.double()
+    steered = rows.abs().amax(-1) > 0
+    off = torch.stack([axis.square().sum(-1) - 1, (axis * rows).sum(-1)]).abs().amax(0)
+    off = torch.where(steered, off, axis.abs().amax(-1))
+    bad = torch.nonzero(off > UNIT_TOLERANCE).flatten().tolist()
+    rule = "a unit vector orthogonal to the direction, zero where there is none"
+    return [f"tensor 'axis': not {rule} at layers {bad} (off by up to {float(off.max()):.2g})"] if bad else []
 
 
 def sorted_metadata(data: bytes) -> bytes:

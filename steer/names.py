@@ -7,17 +7,42 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from typing_extensions import TypedDict
+
 from steer.errors import DirectionError
 
-Mode = Literal["ablate", "add", "affine", "one_sided"]
+Mode = Literal["ablate", "add", "affine", "one_sided", "rotate", "rotate_one_sided"]
 Site = Literal["resid_post", "writers"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+#: The modes that turn the stream in a plane, last among `MODES`: the file's direction and its axis, so two rows.
+TURNING: tuple[Mode, ...] = ("rotate", "rotate_one_sided")
 #: What each mode does, in one sentence for whoever chooses one.
 MODE_SUMMARIES: dict[Mode, str] = {
     "ablate": "The component along the direction goes.",
     "add": "The difference of the class means, times the strength, is added.",
     "affine": "The component is set to the mean of harmless text.",
     "one_sided": "What is above the reference, on the behaviour's side, is set to the target.",
+    "rotate": "The stream is turned until nothing of it lies along the direction, and keeps its length.",
+    "rotate_one_sided": "The same, where the stream leans further to the behaviour's side than the reference.",
+}
+
+
+class Scale(TypedDict):
+    """Strengths worth trying in a mode, which a slider offers; more are accepted."""
+
+    low: float
+    high: float
+    means: str
+
+
+#: Of each mode; `means` is for whoever moves the slider.
+MODE_SCALES: dict[Mode, Scale] = {
+    "ablate": {"low": -1, "high": 2, "means": "1 removes all of it, more turns it round; below 0 it grows."},
+    "add": {"low": -2, "high": 2, "means": "Above 0 towards the behaviour, below 0 away from it."},
+    "affine": {"low": 0, "high": 2, "means": "1 goes all the way there, less a part of it, more beyond."},
+    "one_sided": {"low": 0, "high": 3, "means": "1 goes all the way there, less a part of it, more beyond."},
+    "rotate": {"low": 0, "high": 2, "means": "The share of the angle: 1 is all of it, more turns beyond."},
+    "rotate_one_sided": {"low": 0, "high": 2, "means": "The share of the angle: 1 is all of it, more turns beyond."},
 }
 SITES: tuple[Site, ...] = get_args(Site)
 

@@ -139,7 +139,7 @@ class Registry:
     def rows(self) -> int:
         """DirectionBank rows that the resident versions have."""
         with self._state:
-            return sum(version.direction.rank for version in self._versions.values())
+            return sum(version.direction.resident(self.placement.rank) for version in self._versions.values())
 
     def steady(self) -> AbstractContextManager[object]:
         """While it is held (`with registry.steady():`) no name moves."""
@@ -192,12 +192,12 @@ class Registry:
                 f"{MAX_PLACES} are accepted"
             ]
         with self._state:
-            needed = sum(self._versions[entry.digest].direction.rank for entry in entries)
+            needed = sum(self._versions[entry.digest].direction.acting(entry.mode) for entry in entries)
         if needed <= self.placement.rank:
             return []
         return [
             f"the request needs {needed} direction rows for each token, this server was started with rank "
-            f"{self.placement.rank}"
+            f"{self.placement.rank}: `--rank {needed}` for a server, `rank=` in Python"
         ]
 
     def metas(self, spec: Spec) -> list[DirectionMeta]:

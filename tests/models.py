@@ -10,7 +10,7 @@ import transformers as tf
 
 from steer.direction import Direction, DirectionMeta
 from steer.hf.load import attention_implementation, auto_class, text_architecture
-from steer.names import Mode, Site
+from steer.names import MODES, TURNING, Mode, Site
 
 D_MODEL, LAYERS, VOCABULARY = 64, 3, 128
 
@@ -153,8 +153,9 @@ def direction(
     sites: tuple[Site, ...] = ("resid_post",),
     mode: Mode = "ablate",
     strength: float = 1.0,
+    plane: bool = False,
 ) -> Direction:
-    """A random direction for `model`; `shared` gives every layer (and the embedding) the same rows."""
+    """A random direction for `model`; `shared` gives every layer (and the embedding) the same rows, `plane` an axis."""
     config = model.config.get_text_config()
     layers, d_model = config.num_hidden_layers, config.hidden_size
     generator = torch.Generator().manual_seed(seed)
@@ -162,12 +163,14 @@ def direction(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    rows = random(layers + 1, d_model, k)
+    rows = random(layers + 1, d_model, k + plane)
     if shared:
         rows[:] = rows[0]
-    rows = torch.linalg.qr(rows)[0].transpose(1, 2).float().contiguous()
+    rows, axis = torch.linalg.qr(rows)[0].transpose(1, 2).float().contiguous().split([k, int(plane)], dim=1)
     return Direction(
         DirectionMeta(
+            schema_version=2 if plane else 1,
+            modes=MODES if plane else MODES[: -len(TURNING)],
             method="random",
             model="tiny",
             architecture=text_architecture(config.model_type, type(model).__name__),
@@ -183,7 +186,9 @@ def direction(
         mean_harmful=random(layers, d_model).float(),
         mean_harmless=random(layers, d_model).float(),
         mean_harmless_all=random(layers, d_model).float(),
-        embedding=rows[0] if embedding else None,
+        embedding=rows[0].contiguous() if embedding else None,
+        axis=axis[1:, 0].contiguous() if plane else None,
+        angles=torch.tensor([0.2, -0.1]).repeat(layers, 1) if plane else None,
     )
 
 

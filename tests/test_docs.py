@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from docs import api
+from docs import api, sizes
 from experiments.slerp_study.__main__ import app as study
 from steer.serve.protocol import ChatRequest, CompletionRequest
 from tests.servers import ROOT
@@ -110,8 +110,18 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
 def test_every_page_can_be_found(page: Path) -> None:
-    """From the README, which is where readers begin."""
-    assert f"docs/{page.name}" in LINK.findall((ROOT / "README.md").read_text())
+    """From the index, which the README names."""
+    assert "docs/README.md" in LINK.findall((ROOT / "README.md").read_text())
+    assert page.name in ["README.md", *LINK.findall((ROOT / "docs" / "README.md").read_text())]
+
+
+def test_the_page_knows_how_large_the_package_is() -> None:
+    """To a tenth: `python -m docs.sizes` tells it to the line."""
+    rows = [line.strip("| ").split(" | ") for line in sizes.row("now", sizes.tree()).splitlines()]
+    page = (ROOT / "docs/architecture.md").read_text()
+    (said,) = re.findall(r"^\| now \| (.*) \|$", page, flags=re.MULTILINE)
+    for now, then in zip(rows[0][1:], said.split(" | "), strict=True):
+        assert int(now.replace(",", "")) == pytest.approx(int(then.replace(",", "")), rel=0.1)
 
 
 NAMED = re.compile(

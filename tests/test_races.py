@@ -27,7 +27,7 @@ from steer import readout
 from steer.admission import Admission
 from steer.direction import Direction, digest
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
-from steer.names import MODES
+from steer.names import MODES, TURNING
 from steer.readout import RequestedReadout
 from steer.registry import Registry
 from steer.runtime.bank import DirectionBank, HookPoint, apply
@@ -41,6 +41,8 @@ from steer.spec import RequestedDirection, Spec
 from tests import models
 
 ROWS, RANK, TOKENS, RUNNING = 4, 3, 64, 8
+#: Those that need no plane.
+STRAIGHT = [mode for mode in MODES if mode not in TURNING]
 NAMES = ("one", "two", "three")
 WHICH = st.integers(0, 99)
 MODEL = models.tiny("llama")
@@ -131,7 +133,7 @@ class Registries(RuleBasedStateMachine):
     @rule(draw=st.data(), begins=st.booleans(), reads=st.booleans())
     def admit(self, draw: st.DataObject, begins: bool, reads: bool) -> None:
         known = st.sampled_from([*self.names, *self.names, *NAMES])
-        item = st.tuples(known, st.sampled_from(MODES), st.sampled_from([-1.0, 0.0, 0.5, 1.0]))
+        item = st.tuples(known, st.sampled_from(STRAIGHT), st.sampled_from([-1.0, 0.0, 0.5, 1.0]))
         wish = draw.draw(st.lists(item, max_size=3, unique_by=lambda item: item[:2]), "wish")
         read = draw.draw(st.lists(known, min_size=1, max_size=2, unique=True), "read") if reads else None
         carried = carriers.Carried({"body": tuple(RequestedDirection(*item) for item in wish)} if wish else {}, None)

@@ -1,9 +1,8 @@
 """Every command of the README and of the pages that go on from it runs, as it stands there, against the server that
-`make serve` starts."""
+`make serve` starts, and prints what the page says that it prints."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,8 @@ from tests.servers import ROOT, Server
 
 README = (ROOT / "README.md").read_text()
 #: What is typed on these pages is run here, against the demo server of a newcomer; `test_docs` has the other pages.
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/requests.md", "docs/directions.md")}
+NAMES = ("README.md", "docs/tutorial.md", "docs/requests.md", "docs/directions.md")
+PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 #: Options of curl, pip, docker, vLLM and the benchmarks.
 OF_OTHERS = {
     *("--additional-config", "--allowed-origins", "--api-key", "--api-server-count", "--data-binary"),
@@ -31,28 +31,26 @@ OF_OTHERS = {
     *("--otlp-traces-endpoint", "--plain", "--root-path", "--shutdown-timeout", "--ssl-certfile"),
     *("--ssl-keyfile", "--tensor-parallel-size", "--value", "--worker-cls", "--worker-urls", "--data-parallel-size"),
     *("--data-parallel-multi-port-external-lb", "--data-parallel-hybrid-lb", "--api-servers", "--minutes"),
+    *("--only", "--again", "--quick"),
 }
 #: Of each file, where commands run on a copy of the tree.
 PROMPTS = 8
 ADDRESS = "http://127.0.0.1:8000"
-CONTENT = re.compile(r'^"content": ".*"$', re.MULTILINE)
+#: A block of `text` right after a command is what the command prints.
+BLOCK = re.compile(r"```(sh|python)\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 
 
 def blocks_of(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
-def blocks(language: str) -> list[str]:
-    return blocks_of(README, language)
-
-
-def shell_blocks() -> list[Any]:
-    """Each once, in the order of a reader; but the two commands of the start, and the two first requests."""
-    found: dict[str, str] = {}
+def typed_blocks() -> list[Any]:
+    """Language, block and output of each, once and in the order of a reader, but for the two commands of the start."""
+    found: dict[tuple[str, str, str], str] = {}
     for name, page in PAGES.items():
-        for number, block in enumerate(blocks_of(page, "sh")):
+        for number, block in enumerate(BLOCK.findall(page)):
             found.setdefault(block, f"{Path(name).stem}-{number}")
-    return [pytest.param(block, id=name) for block, name in list(found.items())[3:]]
+    return [pytest.param(*block, id=name) for block, name in list(found.items())[1:]]
 
 
 def shorten(tree: Path) -> None:
@@ -91,7 +89,7 @@ def run(block: str, language: str, server: Server, tree: Path) -> str:
 
 
 def test_the_two_commands_are_targets() -> None:
-    first, *_ = blocks("sh")
+    first, *_ = blocks_of(README, "sh")
     makefile = (ROOT / "Makefile").read_text()
     commands = re.findall(r"^make (\w+)", first, flags=re.MULTILINE)
     assert commands == ["serve", "test"]
@@ -99,36 +97,20 @@ def test_the_two_commands_are_targets() -> None:
         assert re.search(rf"^{command}:", makefile, flags=re.MULTILINE), command
 
 
-def test_plain_is_refused_and_steered_is_answered(server: Server, tree: Path) -> None:
-    _, plain, steered = (run(block, "sh", server, tree) if i else "" for i, block in enumerate(blocks("sh")[:3]))
-    shown = [json.loads(f"{{{line}}}")["content"] for page in blocks("text") for line in CONTENT.findall(page)]
-    assert shown == [
-        json.loads(answer[answer.index('{"id"') :])["choices"][0]["message"]["content"] for answer in (plain, steered)
-    ]
-    (said,) = re.findall(r"x-steer-applied: .*", README)
-    (sent,) = re.findall(r"x-steer-applied: .*", steered)
-    assert re.fullmatch(re.escape(said).replace("…", "[0-9a-f]+"), sent.strip())
-
-
-@pytest.mark.parametrize("block", shell_blocks())
-def test_shell_blocks(block: str, server: Server, tree: Path) -> None:
-    out = run(block, "sh", server, tree)
+@pytest.mark.parametrize(("language", "block", "shown"), typed_blocks())
+def test_what_is_typed_runs_and_prints_what_is_shown(
+    language: str, block: str, shown: str, server: Server, tree: Path
+) -> None:
+    out = run(block, language, server, tree).replace("\r", "")
     assert "error" not in out.lower() or '"errors":[]' in out
+    if shown:
+        assert out == shown
 
 
-def test_openai_block(server: Server, tree: Path) -> None:
-    plain, *steered, applied = run(blocks("python")[0], "python", server, tree).strip().splitlines()
-    assert len(steered) == 4
-    assert len({line.removeprefix("steered:") for line in steered}) == 1
-    assert "first get" in steered[0]
-    assert "first get" not in plain
-    assert '"strength":0.7' in applied
-
-
-def test_python_api_block(server: Server, tree: Path) -> None:
-    plain, steered = run(blocks("python")[1], "python", server, tree).strip().splitlines()
-    assert f"{plain}\n{steered}\n" == blocks("text")[-1]
-    assert plain != steered
+def test_each_output_on_the_first_pages_is_that_of_a_command() -> None:
+    for name in NAMES[:2]:
+        outputs = [shown for _, _, shown in BLOCK.findall(PAGES[name]) if shown]
+        assert outputs == blocks_of(PAGES[name], "text") != [], name
 
 
 def test_vllm_block(server: Server, tree: Path) -> None:

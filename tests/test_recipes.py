@@ -41,7 +41,7 @@ RECIPES: dict[str, list[tuple[str, str | None, str]]] = {
             '        case "affine":\n',
             '        case "reflect":\n            out[..., WEIGHT] = 2 * weights\n',
         ),
-        ("steer/names.py", ', "one_sided"]\n', ', "reflect"'),
+        ("steer/names.py", ', "one_sided", "rotate"', ', "reflect"'),
         ("steer/lab/derive.py", '        "one_sided": reference,\n', '        "reflect": True,\n'),
         ("steer/names.py", '    "one_sided": "', '    "reflect": "The component changes its sign.",\n'),
     ],

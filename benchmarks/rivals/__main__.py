@@ -135,7 +135,6 @@ if __name__ == "__main__":
     result = Result(
         name="transformers",
         title="What steering costs on transformers, beside other libraries",
-        command="python -m benchmarks.rivals",
         versions={},
         tables=measure(given.environments, given.rounds),
         more=f"Random float32 Llama, {SMALL_LAYERS} layers × {SMALL_WIDTH}; {given.rounds} interleaved rounds; one "

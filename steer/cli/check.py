@@ -81,7 +81,7 @@ def check(
         progress = stack.enter_context(Progress(shown=True))
         bench = open_bench(backend, model, ctx.args, opening, Choices(sites=meta.sites), progress)
         check_fits(arm.direction, bench.source)
-        evaluator = bench.evaluator(arm.direction.rank, max_tokens, rendering)
+        evaluator = bench.evaluator(arm.direction.acting(arm.mode), max_tokens, rendering)
         found = run(arm, bench.source, evaluator, sets, rendering, looked_for)
     told = {"file": str(file), "digest": arm.digest, "model": model, "verdict": found.verdict}
     if as_json:

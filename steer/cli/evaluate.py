@@ -137,7 +137,7 @@ def evaluate(
         # what was measured of other weights, on another machine or in another precision, is not mixed in
         fingerprint = {} if report is None else {"fingerprint": bench.source.fingerprint()}
         cache = Cache(report, conditions | fingerprint)
-        evaluator = bench.evaluator(max(arm.direction.rank for arm in arms), max_tokens, rendering)
+        evaluator = bench.evaluator(max(arm.direction.acting(arm.mode) for arm in arms), max_tokens, rendering)
         found = run(evaluator, Plan(arms, sets, max_tokens, looked_for, judging, known, plain_text), cache)
         scored = _tasks(tasks, tasks_folder, tasks_limit, url, model, opening, arms, cache)
         made = Report(

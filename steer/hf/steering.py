@@ -296,11 +296,11 @@ class Steering:
         return moved.reshape(x.shape)
 
     def _gathered(self, point: HookPoint, count: int) -> list[Operands]:
-        acting, everywhere = self.index.acting(count)
+        acting, everywhere, turning = self.index.acting(count)
         with lasting():  # what is kept may serve a pass in another mode
             if self._rows:  # a backward pass may come when the index, which is written in place, says other things
                 acting = acting._replace(strengths=acting.strengths.clone())
-            operands = gather(self.bank.slices[point], *acting, everywhere=everywhere)
+            operands = gather(self.bank.slices[point], *acting, everywhere=everywhere, turning=turning)
         if acting.rows.shape[1] <= KEPT:
             self._kept[point] = operands
         return operands

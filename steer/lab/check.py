@@ -27,7 +27,7 @@ from steer.runtime.placement import Shape
 
 HARMFUL = "harmful"
 #: The modes that do another thing along −v than along v.
-SIGNED: tuple[Mode, ...] = ("add", "one_sided")
+SIGNED: tuple[Mode, ...] = ("add", "one_sided", "rotate_one_sided")
 #: A p-value below it says that components tell the classes apart.
 SURE = 0.05
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from steer.direction import MAX_VALUE, Direction, DirectionMeta
 from steer.errors import DegenerateError, InvalidInput
-from steer.geometry import MIN_ANGLE, angle, orthonormalise
+from steer.geometry import MIN_ANGLE, angle, orthogonal_part, orthonormalise
 from steer.lab.measurement import Contrast, Measurement, Sample, principal, towards_harmful
 from steer.lab.methods.base import Method
 from steer.lab.methods.means import Slerp
-from steer.names import MODES, Mode, Site, acts_on_terms
+from steer.names import MODES, TURNING, Mode, Site, acts_on_terms
 
 log = logging.getLogger("steer")
 #: Of the difference of means within the rows' span, the part that each row must have at least to have a side.
@@ -111,7 +111,10 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
         log.warning("layers %d to %d were not measured and are left unsteered", missing[0], missing[-1])
     reference = _reference(measurement, recipe, rows, source) if _sided(measurement, recipe, rows, source) else None
     target = None if recipe.target is None else _between(measurement, recipe, rows, recipe.target)
+    axis = _axis(measurement, recipe, rows, source)
+    angles = None if axis is None else _angles(measurement, recipe, rows, axis)
     meta = DirectionMeta(
+        schema_version=1 if axis is None else 2,
         method=recipe.method.name,
         parameters=_parameters(measurement, recipe, agreement),
         source_layer=source,
@@ -127,17 +130,19 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
         harmful=measurement.meta.harmful,
         harmless=measurement.meta.harmless,
         mode=recipe.mode,
-        modes=_modes(measurement, recipe, reference is not None),
+        modes=_modes(measurement, recipe, reference is not None, axis is not None),
         strength=recipe.strength,
         sites=recipe.sites,
     )
     if recipe.mode not in meta.modes:
         missing_one = (
-            "a harmful side of each row, and a row of this direction hardly tells the classes apart"
-            if recipe.mode == "one_sided" and measurement.layers == facts.layers
-            else f"class means that this measurement does not have at every layer (measured: {measurement.layers} of "
+            f"class means that this measurement does not have at every layer (measured: {measurement.layers} of "
             f"{facts.layers})"
         )
+        if recipe.mode in TURNING and axis is None:
+            missing_one = "one row for each layer, not along the harmless mean, at the site 'resid_post'"
+        elif recipe.mode == "one_sided" and measurement.layers == facts.layers:
+            missing_one = "a harmful side of each row, and a row of this direction hardly tells the classes apart"
         raise InvalidInput(f"the mode '{recipe.mode}' needs {missing_one}; with it: {', '.join(meta.modes)}")
     at = measurement.position(recipe.position)
     return Direction(
@@ -150,16 +155,15 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
         mean_harmless_all=_whole(measurement.harmless.mean_all, facts.layers, d_model),
         embedding=embedding,
         target=None if target is None or reference is None else torch.minimum(target, reference).float().contiguous(),
+        axis=None if axis is None else axis.float().contiguous(),
+        angles=None if angles is None else angles.float().contiguous(),
     )
 
 
 def find(measurement: Measurement, recipe: Recipe, layer: int) -> Found:
     """The rows that the recipe's method finds at `layer`. Raises DegenerateError naming the layer."""
     try:
-        contrast = measurement.contrast(layer, recipe.position)
-        if recipe.winsorize is not None:
-            harmless, harmful = (s.winsorised(recipe.winsorize) for s in (contrast.harmless, contrast.harmful))
-            contrast = Contrast(harmless, harmful)
+        contrast = _contrast(measurement, recipe, layer)
         found = Found(recipe.method.rows(contrast))
         if recipe.bootstrap:
             found = bootstrapped(recipe.method, contrast, recipe.bootstrap, recipe.seed)
@@ -168,6 +172,14 @@ def find(measurement: Measurement, recipe: Recipe, layer: int) -> Found:
         return found
     except DegenerateError as error:
         raise DegenerateError([f"layer {layer}: {problem}" for problem in error.problems]) from error
+
+
+def _contrast(measurement: Measurement, recipe: Recipe, layer: int) -> Contrast:
+    """The two classes as the recipe reads them."""
+    contrast = measurement.contrast(layer, recipe.position)
+    if recipe.winsorize is None:
+        return contrast
+    return Contrast(*(each.winsorised(recipe.winsorize) for each in (contrast.harmless, contrast.harmful)))
 
 
 def spread(measurement: Measurement, recipe: Recipe, source: int, rows: Tensor) -> Tensor:
@@ -346,13 +358,50 @@ def _between(measurement: Measurement, recipe: Recipe, rows: Tensor, share: floa
     return torch.cat([torch.einsum("ld,lkd->lk", point, rows[:measured]), rows.new_zeros(rows[measured:].shape[:2])])
 
 
-def _modes(measurement: Measurement, recipe: Recipe, reference: bool) -> tuple[Mode, ...]:
+def _axis(measurement: Measurement, recipe: Recipe, rows: Tensor, source: int | None) -> Tensor | None:
+    """What makes a plane of each layer's one row, `[layers, d_model]`: the unit part of the harmless mean orthogonal to
+    it, of the layer that the row came from. For slerp at t that is cos(tω/2)·â + sin(tω/2)·e. None where nothing can be
+    turned: several rows, sites that do not have the whole stream, and rows along the mean."""
+    if rows.shape[1] > 1 or acts_on_terms(recipe.sites) or recipe.mode == "add":
+        return None
+    axis, made = torch.zeros_like(rows[:, 0]), {}
+    for layer, row in enumerate(rows[:, 0]):
+        if not row.any():
+            continue
+        at = layer if source is None or type(recipe.method).onto is not Method.onto else source
+        if at not in made:
+            try:
+                made[at] = orthogonal_part(row, _contrast(measurement, recipe, at).harmless.mean)
+            except DegenerateError:
+                return None
+        axis[layer] = made[at]
+    return axis
+
+
+def _angles(measurement: Measurement, recipe: Recipe, rows: Tensor, axis: Tensor) -> Tensor:
+    """Of `rotate_one_sided`, `[layers, 2]`: beyond which it acts and to which it turns. As the reference and the target
+    of `one_sided`, of the angles of each layer's two means in its plane; without a target it turns to the axis. Where
+    there is no harmful side nothing is beyond."""
+    plane = torch.stack([axis, rows[:, 0]], 1)
+    first, last = (_between(measurement, recipe, plane, share) for share in (0.0, 1.0))
+    if first is None or last is None:
+        return torch.tensor([MAX_VALUE, 0.0]).repeat(len(axis), 1)
+    harmless, harmful = (torch.atan2(end[:, 1], end[:, 0]) for end in (first, last))
+    gate = harmless + (0.5 if recipe.threshold is None else recipe.threshold) * (harmful - harmless)
+    gate = torch.where(harmful < harmless, MAX_VALUE, gate)
+    target = torch.zeros_like(gate) if recipe.target is None else harmless + recipe.target * (harmful - harmless)
+    return torch.stack([gate, torch.minimum(target, gate)], 1)
+
+
+def _modes(measurement: Measurement, recipe: Recipe, reference: bool, plane: bool) -> tuple[Mode, ...]:
     complete = measurement.layers == measurement.meta.model.layers or recipe.layer == "all"
     defined: dict[Mode, bool] = {
         "ablate": True,
         "one_sided": reference,
         "add": complete,
         "affine": complete and measurement.harmless.mean_all is not None,
+        "rotate": plane,
+        "rotate_one_sided": plane and reference,
     }
     if recipe.mode == "add" and recipe.layer != "all":
         # its weights are 0 but at the source layer, where another mode would do next to nothing

@@ -47,6 +47,11 @@ class Evaluator(Protocol):
     """What steers is in the terms of the engine, None is plain: one for all prompts, or a list with one for each."""
 
     @property
+    def rank(self) -> int:
+        """Rows that one candidate can use."""
+        ...
+
+    @property
     def room(self) -> int:
         """Rows of directions that can be resident at once."""
         ...

@@ -93,6 +93,10 @@ class HFEvaluator:
         steering.attach()
 
     @property
+    def rank(self) -> int:
+        return self.steering.bank.rank
+
+    @property
     def room(self) -> int:
         """Rows of directions that can be resident at once."""
         return self.steering.bank.rows - self.steering.bank.rows_in_use

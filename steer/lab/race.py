@@ -248,8 +248,9 @@ class Race:
         order = sorted(range(len(candidates)), key=lambda i: _first(candidates, i))
         group: list[int] = []
         for i in order:
-            ranks = {id(candidates[j].direction): candidates[j].direction.rank for j in [*group, i]}
-            if group and sum(ranks.values()) > self.evaluator.room:
+            both = {id(d): d for d in (candidates[j].direction for j in [*group, i])}
+            needed = sum(direction.resident(self.evaluator.rank) for direction in both.values())
+            if group and needed > self.evaluator.room:
                 yield group
                 group = []
             group.append(i)

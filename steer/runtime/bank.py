@@ -22,7 +22,7 @@ from torch import Tensor
 
 from steer.direction import Direction
 from steer.errors import NoRoom, SpecError
-from steer.names import MODES, SITE_RULES, Mode, Site
+from steer.names import MODES, SITE_RULES, TURNING, Mode, Site
 from steer.runtime.combine import Combination, Combinations
 from steer.runtime.memory import lasting
 from steer.runtime.op import (
@@ -30,13 +30,15 @@ from steer.runtime.op import (
     WEIGHT,
     amount,
     coefficients,
+    component,
     embedding_coefficients,
     joint,
     settled,
     shared,
+    turn,
     within,
 )
-from steer.runtime.token_index import ANYWHERE, RequestSteer, bounds_of, slot, slots_of
+from steer.runtime.token_index import ANYWHERE, RequestSteer, bounds_of, slot, slots_of, turns
 from steer.spec import END, Entry, Spec
 
 #: Sets of entries whose matrices are kept.
@@ -105,18 +107,23 @@ class BankSlice:
 
 @dataclass(frozen=True, slots=True)
 class _Resident:
-    """A direction's rows, and itself where requests can combine it with others."""
+    """A direction's rows, its axis last if it has one there, how many are its own, and itself where requests can
+    combine it with others."""
 
     rows: list[int]
+    own: int
     direction: Direction | None
+
+    def acting(self, mode: Mode) -> list[int]:
+        return self.rows if mode in TURNING else self.rows[: self.own]
 
 
 class DirectionBank:
     """Resident directions at all hook points of one model, and who has which rows.
 
-    `rows` counts usable rows (a direction of rank k takes k). Loading writes rows that no request uses, so a running
-    step is never disturbed. `requests` is the most of them that one step has, where compiled code reads the bank; an
-    eager pass needs no such number.
+    `rows` counts usable rows: a direction of rank k takes k, and one more for its axis where `rank` is not 1. Loading
+    writes rows that no request uses, so a running step is never disturbed. `requests` is the most of them that one step
+    has, where compiled code reads the bank; an eager pass needs no such number.
     """
 
     def __init__(
@@ -151,27 +158,29 @@ class DirectionBank:
         """Make `direction` resident. Raises NoRoom when fewer than its k rows are free; then nothing has changed."""
         if digest in self._resident:
             return
-        if direction.rank > len(self._free):
+        if (count := direction.resident(self.rank)) > len(self._free):
             raise NoRoom(
-                f"the direction needs {direction.rank} free bank rows, {len(self._free)} of {self.rows} are free; "
+                f"the direction needs {count} free bank rows, {len(self._free)} of {self.rows} are free; "
                 "delete a direction, wait for running requests to end, or start with more rows"
             )
-        rows = [self._free.pop() for _ in range(direction.rank)]
+        rows = [self._free.pop() for _ in range(count)]
         try:
             self._write(rows, direction)
         except BaseException:
             self._give_back(rows)
             raise
-        self._resident[digest] = _Resident(rows, direction if self.rank > 1 else None)
+        self._resident[digest] = _Resident(rows, direction.rank, direction if self.rank > 1 else None)
 
     def _write(self, rows: Sequence[int], direction: Direction) -> None:
-        modes = {mode: _Values.of(direction, mode) for mode in MODES}
+        usable = [mode for mode in MODES if mode not in TURNING or len(rows) > direction.rank]
+        modes = {mode: _Values.of(direction, mode) for mode in usable}
         for point, bank_slice in self.slices.items():
             bank_slice.clear(rows)  # where the direction has nothing, whatever has become of free rows
-            if (vectors := _vectors(direction, point)) is None:
+            if (vectors := _vectors(direction, point, len(rows))) is None:
                 continue
+            by_mode = {mode: values.at(point) for mode, values in modes.items()}
             for k, row in enumerate(rows):
-                bank_slice.write(row, vectors[k], {mode: values.at(point)[k] for mode, values in modes.items()})
+                bank_slice.write(row, vectors[k], {mode: each[k] for mode, each in by_mode.items() if k < len(each)})
 
     def unload(self, digest: str) -> None:
         """Free a direction's rows. The caller guarantees that no running request uses them."""
@@ -217,8 +226,9 @@ class DirectionBank:
                 self._free.append(row)
 
     def rows_of(self, digests: Sequence[str]) -> NDArray[np.int64]:
-        """The rows of resident directions, in order."""
-        return np.array([row for digest in digests for row in self._resident[digest].rows], np.int64)
+        """The rows of resident directions without their axes, in order."""
+        found = [self._resident[digest] for digest in digests]
+        return np.array([row for each in found for row in each.rows[: each.own]], np.int64)
 
     def steer(self, spec: Spec, prompt: int | None = None) -> RequestSteer | None:
         """The index entries of a request with `spec`, whose directions must be resident, and `prompt` tokens. None for
@@ -245,13 +255,14 @@ class DirectionBank:
         """For a spec that acts at all tokens, whatever it says of them."""
         if not spec:
             return None
+        entries = sorted(spec.entries, key=lambda entry: entry.mode not in TURNING)  # pairs begin at even places
         pairs = [
             (slot(row, entry.mode), entry.strength, bounds_of(entry.range if entry.layers else None))
-            for entry in spec.entries
-            for row in self._resident[entry.digest].rows
+            for entry in entries
+            for row in self._resident[entry.digest].acting(entry.mode)
         ]
         assert len(pairs) <= self.rank, "the registry admits no spec that needs more"
-        out = RequestSteer.plain(self.rank, self._combination(spec.entries))
+        out = RequestSteer.plain(self.rank, self._combination(entries))
         bounds = np.full(self.rank, ANYWHERE, np.int32)
         for i, pair in enumerate(pairs):
             out.slots[i], out.strengths[i], bounds[i] = pair
@@ -261,7 +272,7 @@ class DirectionBank:
         """What makes `entries` act together; None where each acts as if it were alone. It is known by the contents of
         the files, so that no row's next direction can find it, for as long as a request or a slot has it."""
         acting = [entry for entry in entries if _acts(entry)]
-        if self.combinations is None or sum(len(self._resident[entry.digest].rows) for entry in acting) < 2:
+        if self.combinations is None or sum(len(self._resident[e.digest].acting(e.mode)) for e in acting) < 2:
             return None
         key = tuple((entry.digest, entry.mode, _acts(entry), entry.layers) for entry in entries)
         if found := self._combined.get(key):
@@ -295,10 +306,10 @@ class DirectionBank:
         for entry, acts in zip(entries, acting, strict=True):
             direction = self._resident[entry.digest].direction
             assert direction is not None, "the rank is not 1"
-            values, part = _Values.of(direction, entry.mode), slice(at, at + direction.rank)
+            values, part = _Values.of(direction, entry.mode), slice(at, at + direction.acting(entry.mode))
             at = part.stop
             for i, point in enumerate(self.slices if acts else ()):
-                if (own := _vectors(direction, point)) is not None:
+                if (own := _vectors(direction, point, part.stop - part.start)) is not None:
                     vectors[i, part], weights[i, part] = own, values.at(point)[:, WEIGHT]
         return joint(vectors, weights)
 
@@ -332,24 +343,33 @@ def _reaches(entry: Entry, point: HookPoint) -> bool:
     return entry.layers is None or entry.range[0] <= point.layer <= entry.range[1]
 
 
-def _vectors(direction: Direction, point: HookPoint) -> Tensor | None:
-    """The rows `[k, d_model]` of `direction` at `point`, None where it has none."""
+def _vectors(direction: Direction, point: HookPoint, count: int) -> Tensor | None:
+    """`count` rows `[count, d_model]` of `direction` at `point`, the last of them its axis where that are more than it
+    has itself; None where it has none. Before block 0 nothing is turned."""
     if point.site not in direction.meta.sites:
         return None
-    return direction.embedding if point.layer == EMBEDDING else direction.directions[point.layer]
+    if (own := direction.embedding if point.layer == EMBEDDING else direction.directions[point.layer]) is None:
+        return None
+    if count == len(own):
+        return own
+    assert direction.axis is not None, "checked"
+    axis = torch.zeros(direction.d_model) if point.layer == EMBEDDING else direction.axis[point.layer]
+    return torch.cat([own, axis.unsqueeze(0)])
 
 
 @dataclass(frozen=True, slots=True)
 class Operands:
     """What acts on the stream at one hook point, one rank of it. vectors `[..., d_model]`, coefficients (of `op`, one
     tensor each) and strengths `[...]` broadcast to the stream; steered `[..., 1]` tells which of it is, None for all;
-    shares `[..., rank]` is the row of `op`'s M, None for the identity's."""
+    shares `[..., rank]` is the row of `op`'s M, None for the identity's; turned tells which of it is turned by this
+    rank and the next, None where none can be."""
 
     vectors: Tensor
     coefficients: tuple[Tensor, ...]
     strengths: Tensor
     steered: Tensor | None
     shares: Tensor | None
+    turned: Tensor | None
 
 
 def gather(
@@ -360,9 +380,10 @@ def gather(
     bounds: Tensor | None = None,
     combinations: Tensor | None = None,
     everywhere: bool = False,
+    turning: bool = True,
 ) -> list[Operands]:
     """Of each rank. rows, slots, strengths, bounds: `[rank, ...]`, combinations `[...]`; `everywhere`: none of the
-    strengths is zero."""
+    strengths is zero; not `turning`: no slot is of a mode that turns."""
     count = rows.shape[0]
     if bounds is not None:
         strengths = within(strengths, bounds, bank_slice.number)
@@ -376,6 +397,7 @@ def gather(
             strengths[j],
             None if everywhere else (strengths[j] != 0).unsqueeze(-1),
             None if matrices is None else matrices[..., j, :count],
+            turns(slots[j]) if turning and j % 2 == 0 and j + 1 < count else None,
         )
         for j in range(count)
     ]
@@ -386,7 +408,12 @@ def operate(x: Tensor, operands: Sequence[Operands], dtype: torch.dtype | None =
     `op.settled`), `[...]` bool; arithmetic in float32. What is not steered keeps the same bits. `dtype`: the stream's,
     where x has more bits."""
     before = y = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    asked = [amount(y, by.vectors, by.coefficients, by.strengths) for by in operands]
+    found = [component(y, by.vectors) for by in operands]
+    asked = [amount(c, by.coefficients, by.strengths) for c, by in zip(found, operands, strict=True)]
+    for j, by in enumerate(operands):
+        if by.turned is not None:
+            both = turn(found[j], found[j + 1], by.coefficients, by.strengths)
+            asked[j : j + 2] = [torch.where(by.turned, new, c) for new, c in zip(both, asked[j : j + 2], strict=True)]
     for own, by in zip(asked, operands, strict=True):
         added = (own if by.shares is None else shared(asked, by.shares)).unsqueeze(-1)
         moved = torch.addcmul(y, added, by.vectors)

@@ -14,7 +14,19 @@ target, gate, weight and what it adds:
     affine      the harmless mean's component  −∞               weight   0
     add         0                              −∞               0        weight·‖μH − μA‖
 
-and what is added is x' = x + Σ aᵢ·vᵢ with a = M·δ. An entry with w ≠ 0 *sets* its component: M is made so that ⟨x', vᵢ⟩
+Two modes ask for a change of an angle in place of a component: that of x in the plane of v and the file's axis u. With
+p = ⟨x, u⟩, q = ⟨x, v⟩ and α = atan2(q, p) the same formula, of α, gives the turn Δα, and δ is what that does to both:
+
+    mode               τ                    g                  w        γ
+    rotate             0                    −∞                 weight   0
+    rotate_one_sided   the file's target    the file's ρ       weight   0      (angles, in radians)
+
+    δ_v = q·(cos Δα − 1) + p·sin Δα      δ_u = p·(cos Δα − 1) − q·sin Δα
+
+which keeps √(p² + q²), and so ‖x‖. At s = w = 1 and τ = 0 nothing is left along v. For v of the slerp family at t the
+axis is cos(tω/2)·â + sin(tω/2)·e, and what x's part in the plane does is slerp towards it.
+
+What is added is x' = x + Σ aᵢ·vᵢ with a = M·δ. An entry with w ≠ 0 *sets* its component: M is made so that ⟨x', vᵢ⟩
 is ⟨x, vᵢ⟩ + δᵢ for each of these, with the least displacement, whatever the angles between the directions (`joint`).
 What other entries add is applied unchanged, but for its part along components that are set. M is the identity for one
 entry and for orthogonal ones. The order of entries means nothing.
@@ -32,7 +44,7 @@ from torch import Tensor
 
 from steer.direction import Direction
 from steer.errors import SpecError
-from steer.names import SITE_RULES, Mode, site_problem
+from steer.names import SITE_RULES, TURNING, Mode, site_problem
 
 #: Order of the coefficients in the last dimension of a coefficient tensor.
 TARGET, GATE, WEIGHT, GAMMA = range(4)
@@ -63,17 +75,29 @@ def within(strengths: Tensor, bounds: Tensor, point: Tensor | int) -> Tensor:
     return torch.where((point >= (bounds & 0xFFFF)) & (point <= (bounds >> 16)), strengths, 0.0)
 
 
-def amount(x: Tensor, v: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float) -> Tensor:
-    """δ of one entry: the change of the component along `v` that it asks for. All in the dtype of `x` (the runtime
-    gives float32).
+def component(x: Tensor, v: Tensor) -> Tensor:
+    """⟨x, v⟩ over the last dimension. v: broadcasts to x, rows of unit norm or zero."""
+    return (x * v).sum(-1)
 
-    x: `[..., d_model]`; v: broadcasts to x, rows of unit norm or zero; coefficients: τ, g, w and γ, each `[...]`;
-    strength: `[...]` or a number. Returns `[...]`.
+
+def amount(c: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float) -> Tensor:
+    """δ of one entry: the change that it asks for of c, the component along its row (or an angle, see `turn`). All in
+    the dtype of `c` (the runtime gives float32).
+
+    c: `[...]`; coefficients: τ, g, w and γ, each `[...]`; strength: `[...]` or a number. Returns `[...]`.
     """
     target, gate, weight, gamma = coefficients
-    component = (x * v).sum(-1)
-    asked = torch.addcmul(gamma, weight, component - target, value=-1)
-    return strength * torch.where(component > gate, asked, 0.0)
+    asked = torch.addcmul(gamma, weight, c - target, value=-1)
+    return strength * torch.where(c > gate, asked, 0.0)
+
+
+def turn(q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float) -> tuple[Tensor, Tensor]:
+    """δ along the direction and along the axis of an entry that turns, of the components q and p there: as `amount`,
+    of the angle. Both are 0 where q and p are, with gradients that are finite."""
+    angle = torch.atan2(q, torch.where((q == 0) & (p == 0), 1.0, p))
+    by = amount(angle, coefficients, strength)
+    sine, fall = torch.sin(by), -2 * torch.sin(by / 2).square()  # cos − 1, without its cancellation
+    return q * fall + p * sine, p * fall - q * sine
 
 
 def shared(asked: list[Tensor], shares: Tensor) -> Tensor:
@@ -102,7 +126,7 @@ def joint(vectors: Tensor, weights: Tensor) -> Tensor:
 
 def displacement(x: Tensor, v: Tensor, coefficients: Tensor, strength: Tensor | float) -> Tensor:
     """What one entry adds to `x`: as `amount`, with coefficients `[..., 4]`. Returns `[..., d_model]`."""
-    return amount(x, v, coefficients.unbind(-1), strength).unsqueeze(-1) * v
+    return amount(component(x, v), coefficients.unbind(-1), strength).unsqueeze(-1) * v
 
 
 def displacements(x: Tensor, vectors: Tensor, coefficients: Tensor, strengths: list[float]) -> Tensor:
@@ -113,7 +137,8 @@ def displacements(x: Tensor, vectors: Tensor, coefficients: Tensor, strengths: l
         return torch.zeros_like(x)
     vectors, coefficients = vectors[acting], coefficients[acting]
     asked = [
-        amount(x, v, each.unbind(-1), strengths[i]) for i, v, each in zip(acting, vectors, coefficients, strict=True)
+        amount(component(x, v), each.unbind(-1), strengths[i])
+        for i, v, each in zip(acting, vectors, coefficients, strict=True)
     ]
     matrix = joint(vectors, coefficients[:, WEIGHT]).to(x.dtype)
     return sum(
@@ -123,9 +148,10 @@ def displacements(x: Tensor, vectors: Tensor, coefficients: Tensor, strengths: l
 
 
 def coefficients(direction: Direction, mode: Mode) -> Tensor:
-    """The operation's (τ, g, w, γ) for each layer and row: `[layers, k, 4]`, float32."""
+    """The operation's (τ, g, w, γ) for each layer and row: `[layers, k, 4]`, float32, with k = 2 for those that turn,
+    which are of an angle and the same for both rows."""
     weights = direction.weights[:, None]
-    out = torch.zeros(direction.layers, direction.rank, 4)
+    out = torch.zeros(direction.layers, direction.acting(mode), 4)
     out[..., GATE], out[..., WEIGHT] = -torch.inf, weights
     match mode:
         case "ablate":
@@ -137,6 +163,11 @@ def coefficients(direction: Direction, mode: Mode) -> Tensor:
             out[..., TARGET] = torch.einsum("lkd,ld->lk", direction.directions, direction.mean_harmless_all)
         case "add":
             out[..., WEIGHT], out[..., GAMMA] = 0.0, weights * _difference_along_rows(direction)
+        case "rotate":
+            pass
+        case "rotate_one_sided":
+            assert direction.angles is not None, "checked"
+            out[..., GATE], out[..., TARGET] = direction.angles[:, None].unbind(-1)
         case _:
             raise ValueError(f"the mode '{mode}' has no coefficients")
     return out
@@ -144,7 +175,7 @@ def coefficients(direction: Direction, mode: Mode) -> Tensor:
 
 def embedding_coefficients(direction: Direction, mode: Mode) -> Tensor:
     """The same for the stream before block 0: `[k, 4]`. No class means are known there, so only `ablate` acts."""
-    out = torch.zeros(direction.rank, 4)
+    out = torch.zeros(direction.acting(mode), 4)
     out[..., GATE] = -torch.inf
     out[..., WEIGHT] = 1.0 if mode == "ablate" else 0.0
     return out
@@ -155,8 +186,11 @@ def check_mode(direction: Direction, mode: Mode, name: str) -> None:
     if not all(mode in SITE_RULES[site].modes for site in direction.meta.sites):
         raise SpecError(f"direction '{name}': {site_problem(direction.meta.sites, mode)}", param="steer.mode")
     if mode not in direction.meta.modes:
+        lacks = "means"
+        if mode in TURNING:
+            lacks = "plane (of one row, at the site 'resid_post', as `steer derive` writes it)"
         raise SpecError(
-            f"direction '{name}' holds no means for the mode '{mode}'; its modes: {', '.join(direction.meta.modes)}",
+            f"direction '{name}' holds no {lacks} for the mode '{mode}'; its modes: {', '.join(direction.meta.modes)}",
             param="steer.mode",
         )
 

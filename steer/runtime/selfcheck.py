@@ -2,8 +2,9 @@
 
 What a hook point changes is looked at where the next module takes it: what enters the next block, after the last block
 the first module after it, and what the model returns where no module takes it (a rank of a pipeline). One pass has
-plain tokens beside tokens from which all of a random vector is taken, half of it, and to which some is added: an
-operation that acts twice, or not at all, or on a part of what is handed on, is seen in one of them.
+plain tokens beside tokens from which all of a random vector is taken, half of it, to which some is added, and, where a
+request can use two rows, which are turned half the way in a random plane: an operation that acts twice, or not at all,
+or on a part of what is handed on, is seen in one of them.
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steer.names import MODES, SITE_RULES, Mode, Site
+from steer.names import MODES, SITE_RULES, TURNING, Mode, Site
 from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
 from steer.runtime.hook_points import hooks, scales
-from steer.runtime.op import amount
+from steer.runtime.op import amount, component, turn
 from steer.runtime.token_index import RequestSteer, slot
 
-#: The row that the self-check uses.
-ROW = 1
+#: The row that the self-check uses, and the one behind it where there is one for an axis.
+ROW, AXIS = 1, 2
 #: What the tokens of the pass get, in equal parts one after the other: (how a problem calls it, mode, strength).
 CASES: tuple[tuple[str, Mode, float], ...] = (
     ("plain", "ablate", 0.0),
     ("strength 1", "ablate", 1.0),
     ("strength 0.5", "ablate", 0.5),
     ("add", "add", 1.0),
+    ("a turn by half", "rotate", 0.5),
 )
 #: The coefficients of `ablate` at weight 1 (see `op`).
 ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
@@ -167,6 +169,14 @@ class EagerCheck:
     summed: bool = False
     dead: bool = False
 
+    @property
+    def cases(self) -> tuple[tuple[str, Mode, float], ...]:
+        """`CASES`, of which those that turn are plain where no request can have the rows for it."""
+        turning = self.bank.rank > 1 and self.bank.rows > 1
+        return tuple(
+            (name, mode, strength if turning or mode not in TURNING else 0.0) for name, mode, strength in CASES
+        )
+
     def watched(self, steers: Steers) -> Watch:
         with Watch(self.model, self.blocks, self.hooked, self.bank.d_model).watching() as watch:
             self.run(steers)
@@ -202,17 +212,19 @@ class EagerCheck:
         generator = torch.Generator().manual_seed(0)
         for n, hooked in enumerate(self.hooked):
             if hooked.point.site == site and n in plain.raw:
-                vector = torch.randn(self.bank.d_model, generator=generator)
-                v = vector / vector.norm()
+                v, axis = torch.linalg.qr(torch.randn(self.bank.d_model, 2, generator=generator).double())[0].T.float()
                 whole = SITE_RULES[site].whole
                 size = float(plain.raw[n].norm(dim=-1).mean()) if whole else self._stream_size(plain, n)
                 gamma = 4 * max(size, 1e-3) / self.bank.d_model**0.5
                 adding = torch.tensor([0.0, -torch.inf, 0.0, gamma])
                 self.bank.slices[hooked.point].write(ROW, v, dict.fromkeys(MODES, ABLATE) | {"add": adding})
+                if self.bank.rows > 1:
+                    self.bank.slices[hooked.point].write(AXIS, axis, {})
         steers: list[RequestSteer | None] = []
-        for _, mode, strength in CASES:
+        for _, mode, strength in self.cases:
             steer = RequestSteer.plain(self.bank.rank)
-            steer.slots[0], steer.strengths[0] = slot(ROW, mode), strength
+            for j, row in enumerate((ROW, AXIS) if strength and mode in TURNING else (ROW,)):
+                steer.slots[j], steer.strengths[j] = slot(row, mode), strength
             steers.append(steer if strength else None)
         try:
             watch = self.watched(steers)
@@ -225,7 +237,7 @@ class EagerCheck:
             return self._at_writers(site, watch, plain)
         finally:
             for bank_slice in self.bank.slices.values():
-                bank_slice.clear([ROW])
+                bank_slice.clear(range(ROW, min(AXIS, self.bank.rows) + 1))
 
     def _stream_size(self, plain: Watch, n: int) -> float:
         """Of the stream that the block of a writer is given, so that what is added to a small term shows."""
@@ -296,28 +308,35 @@ class EagerCheck:
     def _compare(self, point: HookPoint, raw: Tensor, now: Tensor, parts: Sequence[Tensor]) -> str | None:
         """`now` `[tokens, d_model]`, made of `parts`, against the one operation on `raw`."""
         bank_slice = self.bank.slices[point]
-        v = bank_slice.vectors[ROW].double()
+        v, axis = bank_slice.vectors[[ROW, min(AXIS, self.bank.rows)]].double()
         each = raw.shape[0] // len(CASES)
         change = now - raw
-        weighed = torch.stack([(p.double().reshape(raw.shape) * v).square().sum(-1) for p in (*parts, raw)])
-        allowed = ROUNDINGS * self.eps * weighed.sum(0).sqrt() + 1e-30
-        for case, (name, mode, strength) in enumerate(CASES):
+        for case, (name, mode, strength) in enumerate(self.cases):
             own = slice(case * each, (case + 1) * each)
             if not strength:
                 if not torch.equal(now[own], raw[own]):
                     return "for plain tokens too the next module takes something else than what is handed on"
                 continue
             coefficients = bank_slice.coefficients[slot(ROW, mode)].double().unbind()
-            wanted = amount(raw[own], v, coefficients, strength)
-            got = change[own] @ v
-            if not bool(((got - wanted).abs() <= allowed[own]).all()):
-                worst = int(((got - wanted).abs() / allowed[own]).argmax())
-                share = float(got[worst] / wanted[worst])
-                reason = " (it acts more than once)" if share > 1.2 else ""
-                return f"at {name} the next module gets {share:.2f} of the change that is due{reason}"
-            rest = (change[own] - wanted[:, None] * v).norm(dim=-1)
+            along, across = component(raw[own], v), component(raw[own], axis)
+            due = [(v, amount(along, coefficients, strength))]
+            if mode in TURNING:
+                due = list(zip((v, axis), turn(along, across, coefficients, strength), strict=True))
+            rest = change[own]
+            for row, wanted in due:
+                weighed = torch.stack(
+                    [(p.double().reshape(raw.shape)[own] * row).square().sum(-1) for p in (*parts, raw)]
+                )
+                allowed, got = ROUNDINGS * self.eps * weighed.sum(0).sqrt() + 1e-30, change[own] @ row
+                if not bool(((got - wanted).abs() <= allowed).all()):
+                    worst = int(((got - wanted).abs() / allowed).argmax())
+                    share = float(got[worst] / wanted[worst])
+                    reason = " (it acts more than once)" if share > 1.2 else ""
+                    return f"at {name} the next module gets {share:.2f} of the change that is due{reason}"
+                rest = rest - wanted[:, None] * row
+            rest = rest.norm(dim=-1)
             if not bool((rest <= ROUNDINGS * self.eps * _size(parts, self.bank.d_model)[own]).all()):
-                return f"at {name} more than the one component changes"
+                return f"at {name} more changes than is due"
         return None
 
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.names import MODES, Mode
+from steer.names import MODES, TURNING, Mode
 from steer.runtime.combine import ALONE, Combination, Combinations
 from steer.runtime.memory import CopyEvent, CopyQueue, copy_queue_to, lasting
 from steer.spec import END
@@ -35,6 +35,11 @@ def slot(row: int, mode: Mode) -> int:
 def slots_of(row: int) -> slice:
     """All slots of a bank row, in the order of `MODES`."""
     return slice(row * len(MODES), (row + 1) * len(MODES))
+
+
+def turns(slots: Tensor) -> Tensor:
+    """Which of these slots are of modes that turn, bool."""
+    return slots % len(MODES) >= len(MODES) - len(TURNING)
 
 
 def bounds_of(span: tuple[int, int] | None) -> int:
@@ -62,18 +67,20 @@ class Acts(NamedTuple):
 
 class Acting(NamedTuple):
     """Of a step's entries: how many of the rank act on any, whether these act on each, whether all are alike, whether
-    any combines directions, and whether any acts at some layers alone."""
+    any combines directions, whether any acts at some layers alone, and whether any turns."""
 
     depth: int
     everywhere: bool
     same: bool
     combined: bool
     bounded: bool
+    turning: bool
 
 
 @dataclass(frozen=True, slots=True)
 class RequestSteer:
-    """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros after its own; bounds
+    """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros after its own, and in
+    front those that turn, each with its axis behind it; bounds
     `[rank]` int32 (`bounds_of`), None where all act at all layers; and what makes them act together, None where they
     are orthogonal or one.
 
@@ -188,7 +195,7 @@ class TokenIndex:
         self._used = 0
         #: The numbers and lengths that the buffers hold; None when they may hold something else.
         self._filled: tuple[NDArray[np.int64], NDArray[np.int64] | NDArray[np.int32]] | None = None
-        self._acting = Acting(0, False, False, False, False)
+        self._acting = Acting(0, False, False, False, False, False)
         self._entry_slots = np.zeros((rank, 16), np.int64)
         self._entry_strengths = np.zeros((rank, 16), np.float32)
         self._entry_bounds = np.zeros((rank, 16), np.int32)
@@ -352,7 +359,9 @@ class TokenIndex:
         depth = int(np.flatnonzero(given.any(axis=1)).max(initial=-1)) + 1
         same = all((array == array[..., :1]).all() for array in (slots, strengths, bounds, combined))
         bounded = bool((given & (bounds != ANYWHERE)).any())
-        self._acting = Acting(depth, bool(given[:depth].all()) and not bounded, same, bool(combined.any()), bounded)
+        turning = bool((given & turns(torch.from_numpy(slots)).numpy()).any())
+        everywhere = bool(given[:depth].all()) and not bounded
+        self._acting = Acting(depth, everywhere, same, bool(combined.any()), bounded, turning)
         try:
             return self.fill(entries, np.array(lengths, np.int64))
         finally:
@@ -360,17 +369,18 @@ class TokenIndex:
                 if number != PLAIN:
                     self.leave(number)
 
-    def acting(self, count: int) -> tuple[Acts, bool]:
+    def acting(self, count: int) -> tuple[Acts, bool, bool]:
         """What acts on the first `count` entries: `[depth, count, 1]` and combinations `[count, 1]`, or `[depth, 1]`
-        and `[1]` where it is the same for all; and whether it acts on every one of them. `depth` is how many of the
-        rank act on any. For an eager pass after `fill_with`: what is compiled reads the buffers themselves."""
-        depth, everywhere, same, combined, bounded = self._acting
+        and `[1]` where it is the same for all; whether it acts on every one of them, and whether any of it turns.
+        `depth` is how many of the rank act on any. For an eager pass after `fill_with`: what is compiled reads the
+        buffers themselves."""
+        depth, everywhere, same, combined, bounded, turning = self._acting
         whole = self._used == count
         part = np.s_[:depth, :1] if same and whole else np.s_[:depth, :count, None]
         rows, slots, strengths = (t[part] for t in (self.rows, self.slots, self.strengths))
         bounds = self.bounds[part] if bounded else None
         combinations = self.combinations[part[1:]] if combined and self.combinations is not None else None
-        return Acts(rows, slots, strengths, bounds, combinations), everywhere and whole
+        return Acts(rows, slots, strengths, bounds, combinations), everywhere and whole, turning
 
     def _combine(self, numbers: NDArray[np.int64]) -> bool:
         """Have the combinations of this step in slots of the device. In a steady step these are two looks at arrays.

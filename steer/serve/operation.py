@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Scope
 from typing_extensions import TypedDict
 
-from steer.names import MAX_STRENGTH, MODE_SUMMARIES, MODES, Mode
+from steer.names import MAX_STRENGTH, MODE_SCALES, MODE_SUMMARIES, MODES, Mode, Scale
 from steer.serve.caller import Refusal
 from steer.serve.control import Control
 from steer.serve.directions import own_route
@@ -75,6 +75,7 @@ class Steering(TypedDict):
     enabled: Annotated[bool, Field(description="is steering switched on")]
     reason: Annotated[str, Field(description="why it was switched")]
     modes: Annotated[dict[Mode, str], Field(description="what each mode does")]
+    scales: Annotated[dict[Mode, Scale], Field(description="strengths worth trying in each mode, and what they mean")]
     tokens: Annotated[dict[str, str], Field(description="what `tokens` of a spec can be, and what each means")]
     may: May
     running: NotRequired[Annotated[int, Field(description="steered requests that run; for the managing role")]]
@@ -177,6 +178,7 @@ def steering(control: Control, scope: Scope) -> Steering:
         "enabled": control.steering,
         "reason": control.reason,
         "modes": MODE_SUMMARIES,
+        "scales": MODE_SCALES,
         "tokens": TOKENS,
         "may": {
             "steer": rules is None or rules.steer,

@@ -149,6 +149,10 @@ class VllmEvaluator:
         self._ids = PromptIds(source, rendering)
 
     @property
+    def rank(self) -> int:
+        return self.frontend.settings.rank
+
+    @property
     def room(self) -> int:
         return self.frontend.settings.rows - self.frontend.registry.rows
 

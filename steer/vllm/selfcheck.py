@@ -12,6 +12,7 @@ import itertools
 import logging
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from steer.direction import Direction, DirectionMeta
 from steer.errors import UnsupportedModel
-from steer.names import Mode, Site
+from steer.geometry import orthogonal_part
+from steer.names import TURNING, Mode
 from steer.registry import Registry
 from steer.runtime.bank import EMBEDDING, HookPoint
 from steer.runtime.placement import Shape
@@ -82,11 +84,12 @@ def self_check(frontend: Checked, ask: Ask, *, ranks: int) -> None:
     engines = [_Engine(frontend, ask, rank) for rank in range(ranks)]
     bad: list[str] = []
     unclear: dict[str, None] = {}
-    for at in range(0, len(needed), frontend.settings.rows):
-        names = {f"probe-{secrets.token_hex(8)}": point for point in needed[at : at + frontend.settings.rows]}
+    for some in _together(frontend.settings, needed):
+        names = {f"probe-{secrets.token_hex(8)}": tried for tried in some}
         try:
-            for name, point in names.items():
-                frontend.registry.put(name, _direction(frontend, point, streams[point]).to_bytes(), store=False)
+            for name, tried in names.items():
+                direction = _direction(frontend, tried, streams[tried.point])
+                frontend.registry.put(name, direction.to_bytes(), store=False)
             for engine in engines:
                 wrong, dim = engine.check(names)
                 bad += wrong
@@ -115,7 +118,7 @@ class _Engine:
         self.plain = served
         self.noise = [noises(frontend.dtype, served[job], eager[job]) for job in plain]
 
-    def check(self, names: dict[str, HookPoint]) -> tuple[list[str], list[str]]:
+    def check(self, names: dict[str, Tried]) -> tuple[list[str], list[str]]:
         """What is wrong with the hook points of these directions, and where nothing can be told. One prompt at which
         all is right is enough: a model that falls from one behaviour into another at some prompt does so by
         rounding."""
@@ -146,9 +149,10 @@ class _Engine:
                     found[name][phase] = RIGHT if RIGHT in (text, found[name][phase]) else text or found[name][phase]
         unclear: list[str] = []
         for name, phases in found.items():
-            unclear += [f"{_named(names[name])} in {phase}" for phase, text in phases.items() if text is None]
+            tried = _named(names[name].point) + (" (rotate)" if names[name].mode == "rotate" else "")
+            unclear += [f"{tried} in {phase}" for phase, text in phases.items() if text is None]
             if texts := [f"{text} in {phase}" for phase, text in phases.items() if text]:
-                bad.append(f"{self._where()}{_named(names[name])}: {', '.join(texts)}")
+                bad.append(f"{self._where()}{tried}: {', '.join(texts)}")
         return bad, unclear
 
     def _where(self) -> str:
@@ -255,32 +259,52 @@ def _streams(frontend: Checked) -> dict[HookPoint, Tensor]:
 
 #: How far the directions lean to what the stream has at their hook point, beside a random part of length 1. Less, where
 #: `affine` makes the effect: to take away what all tokens have in common can tip a model over.
-LEANING = {"affine": 0.3, "ablate": 1.0}
+LEANING: dict[Mode, float] = {"affine": 0.3, "ablate": 1.0, "rotate": 0.3}
 
 
-def _mode(point: HookPoint) -> Mode:
-    """`affine`, where it acts, adds as much as there is, whatever the stream."""
-    return "affine" if "affine" in point.modes else "ablate"
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """Where a direction of the check acts, and how."""
+
+    point: HookPoint
+    mode: Mode
 
 
-def _spec(name: str, point: HookPoint, strength: float) -> str:
-    return f"{name}:{_mode(point)}={strength}"
+def _together(settings: EngineSettings, needed: Sequence[HookPoint]) -> list[list[Tried]]:
+    """All that is tried, by what there are rows for at once. `affine`, where it acts, adds as much as there is,
+    whatever the stream. What turns is the same code everywhere, and is tried at one layer."""
+    each = [Tried(point, "affine" if "affine" in point.modes else "ablate") for point in needed]
+    groups = [each[at : at + settings.rows] for at in range(0, len(each), settings.rows)]
+    turning = [Tried(point, "rotate") for point in needed if "rotate" in point.modes]
+    if turning and min(settings.rank, settings.rows) > 1:
+        groups.append([turning[len(turning) // 2]])
+    return groups
 
 
-def _direction(frontend: Checked, point: HookPoint, stream: Tensor) -> Direction:
+def _spec(name: str, tried: Tried, strength: float) -> str:
+    return f"{name}:{tried.mode}={strength}"
+
+
+def _direction(frontend: Checked, tried: Tried, stream: Tensor) -> Direction:
     """Acts at one hook point, and changes much there. With `affine` its component of a stream becomes as large as
-    streams are; with `ablate` what streams there have in common is removed from them in part."""
-    shape, site = frontend.shape, point.site
-    v = torch.randn(shape.d_model, generator=torch.Generator().manual_seed(point.layer + 1))
-    v = v / v.norm() + LEANING[_mode(point)] * stream / stream.norm().clamp_min(1e-12)
+    streams are; with `ablate` what streams there have in common is removed from them in part, and with `rotate` a part
+    of it is turned to an axis that they do not have in common."""
+    shape, point = frontend.shape, tried.point
+    generator = torch.Generator().manual_seed(point.layer + 1)
+    v = torch.randn(shape.d_model, generator=generator)
+    v = v / v.norm() + LEANING[tried.mode] * stream / stream.norm().clamp_min(1e-12)
     v = (v / v.norm()).unsqueeze(0)
     own = max(point.layer, 0)  # at the embedding's hook point a layer must have a row as well: with a weight of 0
     rows, weights = torch.zeros(shape.layers, 1, shape.d_model), torch.zeros(shape.layers)
     rows[own], weights[own] = v, float(point.layer != EMBEDDING)
     means = torch.zeros(shape.layers, shape.d_model)
     means[own] = v * stream.norm()
+    axis = None
+    if tried.mode in TURNING:
+        axis = torch.zeros(shape.layers, shape.d_model)
+        axis[own] = orthogonal_part(v[0], torch.randn(shape.d_model, generator=generator)).float()
     return Direction(
-        _meta(frontend, site),
+        _meta(frontend, tried),
         directions=rows,
         weights=weights,
         reference=torch.zeros(shape.layers, 1),
@@ -288,6 +312,8 @@ def _direction(frontend: Checked, point: HookPoint, stream: Tensor) -> Direction
         mean_harmless=torch.zeros(shape.layers, shape.d_model),
         mean_harmless_all=means,
         embedding=v if point.layer == EMBEDDING else None,
+        axis=axis,
+        angles=None if axis is None else torch.zeros(shape.layers, 2),
     )
 
 
@@ -295,9 +321,10 @@ def _named(point: HookPoint) -> str:
     return f"{point.site} of {'the embedding' if point.layer == EMBEDDING else f'layer {point.layer}'}"
 
 
-def _meta(frontend: Checked, site: Site) -> DirectionMeta:
+def _meta(frontend: Checked, tried: Tried) -> DirectionMeta:
     shape = frontend.shape
     return DirectionMeta(
+        schema_version=2 if tried.mode in TURNING else 1,
         method="probe",
         model="probe",
         architecture=shape.architecture,
@@ -306,5 +333,7 @@ def _meta(frontend: Checked, site: Site) -> DirectionMeta:
         source_layer=None,
         bos_count=None,
         strength=1.0,
-        sites=(site,),
+        mode=tried.mode,
+        modes=(tried.mode,),
+        sites=(tried.point.site,),
     )

@@ -55,9 +55,9 @@ class Rig:
 
 def rig(name: str, kind: str = "batching", dtype: torch.dtype = torch.float32) -> Iterator[Rig]:
     model = models.tiny(name, dtype)
-    steering = Steering(model)
+    steering = Steering(model, rank=2 * len(NAMES))  # each of them may turn
     for seed, named in enumerate(NAMES, 1):
-        steering.bank.load(named, models.direction(model, seed=seed))
+        steering.bank.load(named, models.direction(model, seed=seed, plane=True))
     for what, weight in BROKEN.items():  # no file holds such weights
         direction = models.direction(model, seed=9)
         steering.bank.load(what, replace(direction, weights=torch.full_like(direction.weights, weight)))

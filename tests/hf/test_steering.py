@@ -70,10 +70,11 @@ def test_bfloat16_is_as_exact_as_storing_bfloat16(name: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_at_some_layers_it_is_the_direction_that_has_no_others(mode: Mode) -> None:
     model = models.tiny("llama")
-    whole = models.direction(model, seed=3, embedding=True)
-    rows = whole.directions.clone()
-    rows[[0, *range(3, models.LAYERS)]] = 0
-    part = replace(whole, directions=rows, embedding=None)
+    whole = models.direction(model, seed=3, embedding=True, plane=True)
+    assert whole.axis is not None
+    rows, axis = whole.directions.clone(), whole.axis.clone()
+    rows[[0, *range(3, models.LAYERS)]], axis[[0, *range(3, models.LAYERS)]] = 0, 0
+    part = replace(whole, directions=rows, axis=axis, embedding=None)
     with steer.attach(model, {"whole": whole, "part": part}) as steering:
         for ours, theirs in (("@1-2=0.7", "=0.7"), ("@1-2=-1", "=-1")):
             with steering(f"whole:{mode}{ours}"):

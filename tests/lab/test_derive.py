@@ -19,6 +19,7 @@ from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import METHODS, make_method
 from steer.lab.source import TransformersSource
+from steer.names import MODES
 from steer.runtime.op import GATE, check_mode, coefficients
 from tests.lab.test_measure import HARMFUL, HARMLESS
 
@@ -191,16 +192,16 @@ def test_layers_that_were_not_measured_allow_only_the_modes_that_need_no_means_t
     part = measure(TransformersSource(loaded), HARMFUL, HARMLESS, Conditions(last_layer=1))
     direction = derive(part, recipe("linear", 1))
     assert direction.directions[2].any()
-    assert direction.meta.modes == ("ablate",)
+    assert direction.meta.modes == ("ablate", "rotate"), "the plane is the source layer's"
     Direction.from_bytes(direction.to_bytes())
-    with pytest.raises(SpecError, match="its modes: ablate"):
+    with pytest.raises(SpecError, match="its modes: ablate, rotate"):
         check_mode(direction, "one_sided", "d")
     with pytest.raises(InvalidInput, match="measured: 2 of 3"):
         derive(part, recipe("linear", 1, mode="one_sided"))
     with pytest.raises(InvalidInput, match="measured: 2 of 3"):
         derive(part, recipe("slerp", 1, mode="one_sided"))
     each = derive(part, recipe("linear", "all"))
-    assert set(each.meta.modes) == {"ablate", "add", "affine", "one_sided"}
+    assert set(each.meta.modes) == set(MODES)
     assert not each.directions[2].any()
     with pytest.raises(InvalidInput, match="needs the harmless mean of every layer"):
         derive(part, recipe("biprojected", 1))

@@ -82,7 +82,7 @@ def test_means_of_block_inputs_become_those_of_the_block_before(
     direction = derive(again, Recipe(make_method("linear"), 1))
     expected = linear_direction(outputs[1][1], outputs[0][1]).float()
     torch.testing.assert_close(direction.directions[0, 0], expected, rtol=1e-4, atol=1e-4)
-    assert direction.meta.modes == ("ablate",)
+    assert direction.meta.modes == ("ablate", "rotate")
 
 
 def test_means_with_holes_or_of_nothing_are_refused(states: tuple[Tensor, Tensor], tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import cmath
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,19 +16,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steer.errors import NoRoom
-from steer.names import MODES, Mode, Site
+from steer.names import MODES, TURNING, Mode, Site
 from steer.runtime.bank import EMBEDDING, BankSlice, DirectionBank, HookPoint, apply
-from steer.runtime.op import GATE, amount, coefficients, embedding_coefficients
+from steer.runtime.op import GATE, amount, coefficients, component, embedding_coefficients
 from steer.runtime.token_index import TokenIndex, slot, slots_of
 from steer.spec import Entry, Spec
 from tests import models
 
 law = settings(deadline=None, max_examples=30)
 MODEL = models.tiny("llama")
-#: Directions of rank 1 to 3, by digest.
+#: Directions of rank 1 to 3, by digest, of which one has an axis; and the rows that each takes.
 RANKS = {"a": 1, "b": 2, "c": 3, "d": 1, "e": 2}
+TAKEN = RANKS | {"d": 2}
 DIRECTIONS = {
-    name: models.direction(MODEL, k=k, seed=seed, embedding=name in "abc")
+    name: models.direction(MODEL, k=k, seed=seed, embedding=name in "abc", plane=name == "d")
     for seed, (name, k) in enumerate(RANKS.items())
 }
 POINTS = [HookPoint("resid_post", layer) for layer in (EMBEDDING, *range(models.LAYERS))]
@@ -47,18 +50,27 @@ def rows_of(t: DirectionBank, name: str) -> list[int]:
     return [int(slot) // len(MODES) for slot in steer.slots[: RANKS[name]]]
 
 
+def taken_by(t: DirectionBank, name: str) -> list[int]:
+    """Its own rows, and that of its axis."""
+    steer = t.steer(spec((name, "rotate", 1.0))) if TAKEN[name] > RANKS[name] else None
+    return rows_of(t, name) if steer is None else [int(slot) // len(MODES) for slot in steer.slots[:2]]
+
+
 def check_rows(t: DirectionBank, name: str) -> None:
-    """The rows of `name` hold its vectors and the coefficients of every mode at every hook point."""
+    """The rows of `name` hold its vectors and the coefficients of every mode that it has at every hook point."""
     direction = DIRECTIONS[name]
-    for k, row in enumerate(rows_of(t, name)):
-        for point, bank_slice in t.slices.items():
-            slots = bank_slice.coefficients[slots_of(row)]
+    modes = direction.meta.modes
+    for point, bank_slice in t.slices.items():
+        if direction.axis is not None and point.layer != EMBEDDING:
+            assert torch.equal(bank_slice.vectors[taken_by(t, name)[-1]], direction.axis[point.layer])
+        for k, row in enumerate(rows_of(t, name)):
+            slots = bank_slice.coefficients[slots_of(row)][: len(modes)]
             if point.layer != EMBEDDING:
                 assert torch.equal(bank_slice.vectors[row], direction.directions[point.layer, k])
-                assert torch.equal(slots, torch.stack([coefficients(direction, m)[point.layer, k] for m in MODES]))
+                assert torch.equal(slots, torch.stack([coefficients(direction, m)[point.layer, k] for m in modes]))
             elif direction.embedding is not None:
                 assert torch.equal(bank_slice.vectors[row], direction.embedding[k])
-                assert torch.equal(slots, torch.stack([embedding_coefficients(direction, m)[k] for m in MODES]))
+                assert torch.equal(slots, torch.stack([embedding_coefficients(direction, m)[k] for m in modes]))
             else:
                 assert not bank_slice.vectors[row].any()
 
@@ -82,20 +94,20 @@ def test_any_sequence_of_loads_and_unloads_keeps_the_books(steps: list[tuple[boo
         if not load:
             t.unload(name)
             resident.pop(name, None)
-        elif name in resident or RANKS[name] <= free:
+        elif name in resident or TAKEN[name] <= free:
             t.load(name, DIRECTIONS[name])
-            resident.setdefault(name, rows_of(t, name))
+            resident.setdefault(name, taken_by(t, name))
         else:
             before = contents(t)
-            with pytest.raises(NoRoom, match=f"needs {RANKS[name]} free bank rows, {free} of {t.rows}"):
+            with pytest.raises(NoRoom, match=f"needs {TAKEN[name]} free bank rows, {free} of {t.rows}"):
                 t.load(name, DIRECTIONS[name])
             assert all(torch.equal(x, y) for x, y in zip(before, contents(t), strict=True))
-        assert t.rows_in_use == sum(RANKS[other] for other in resident)
+        assert t.rows_in_use == sum(TAKEN[other] for other in resident)
         taken = [row for rows in resident.values() for row in rows]
         assert len(set(taken)) == len(taken)
         assert all(1 <= row <= t.rows for row in taken), "row 0 is nobody's"
         for other, rows in resident.items():
-            assert rows_of(t, other) == rows, "a resident direction never moves"
+            assert taken_by(t, other) == rows, "a resident direction never moves"
             check_rows(t, other)
         for row in set(range(t.rows + 1)) - set(taken):
             for bank_slice in t.slices.values():
@@ -140,7 +152,12 @@ def test_a_plain_request_has_no_entry() -> None:
     assert bank().steer(Spec()) is None
 
 
-@given(st.sampled_from(MODES), st.sampled_from(MODES), st.floats(-10, 10), st.floats(-10, 10))
+def asked(name: str) -> st.SearchStrategy[Mode]:
+    """A mode that the direction has."""
+    return st.sampled_from(DIRECTIONS[name].meta.modes)
+
+
+@given(asked("a"), asked("b"), st.floats(-10, 10), st.floats(-10, 10))
 @law
 def test_a_request_gets_the_slots_of_its_directions_in_order(x: Mode, y: Mode, s: float, u: float) -> None:
     t = bank(rank=4)
@@ -151,6 +168,28 @@ def test_a_request_gets_the_slots_of_its_directions_in_order(x: Mode, y: Mode, s
     expected = [(row, x) for row in rows_of(t, "a")] + [(row, y) for row in rows_of(t, "b")]
     assert steer.slots.tolist() == [slot(row, mode) for row, mode in expected] + [0]
     assert steer.strengths.tolist() == np.array([s, u, u, 0], np.float32).tolist()
+
+
+def test_what_turns_comes_first_so_that_its_axis_is_behind_it() -> None:
+    t = bank(rank=4)
+    t.load("a", DIRECTIONS["a"])
+    t.load("d", DIRECTIONS["d"])
+    steer = t.steer(spec(("a", "ablate", 0.5), ("d", "rotate", 0.25)))
+    assert steer is not None
+    own, axis = taken_by(t, "d")
+    pairs: list[tuple[int, Mode]] = [(own, "rotate"), (axis, "rotate"), (rows_of(t, "a")[0], "ablate")]
+    assert steer.slots.tolist() == [*(slot(row, mode) for row, mode in pairs), 0]
+    assert steer.strengths.tolist() == [0.25, 0.25, 0.5, 0]
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_an_axis_takes_a_row_only_where_a_request_could_use_it(rank: int) -> None:
+    t = bank(rank=rank)
+    t.load("d", DIRECTIONS["d"])
+    assert t.rows_in_use == rank
+    assert len(t.rows_of(["d"])) == 1, "what is read is the direction"
+    t.unload("d")
+    assert t.rows_in_use == 0
 
 
 def naive(x: Tensor, wish: Sequence[tuple[str, Mode, float]], layer: int) -> Tensor:
@@ -164,6 +203,18 @@ def naive(x: Tensor, wish: Sequence[tuple[str, Mode, float]], layer: int) -> Ten
         rows = direction.directions[layer].double()
         scale = strength * direction.weights[layer].double()
         component, along = rows @ x, rows @ difference
+        if mode in TURNING:
+            assert direction.axis is not None
+            assert direction.angles is not None
+            rows = torch.stack([direction.axis[layer].double(), rows[0]])
+            pair = complex(*(rows @ x))
+            gate, target = direction.angles[layer].tolist() if mode == "rotate_one_sided" else (-math.inf, 0.0)
+            alpha = cmath.phase(pair)
+            turned = cmath.rect(abs(pair), alpha + float(scale) * (target - alpha) if alpha > gate else alpha)
+            if np.float32(strength):
+                sets.append(rows)
+                targets.append(torch.tensor([turned.real, turned.imag], dtype=torch.float64))
+            continue
         if mode == "add":
             share = along / along.norm() if direction.rank > 1 else torch.ones(1).double()
             added = added + scale * difference.norm() * share @ rows
@@ -183,9 +234,8 @@ def naive(x: Tensor, wish: Sequence[tuple[str, Mode, float]], layer: int) -> Ten
 #: With the layers at which each acts.
 WISH = st.lists(
     st.builds(
-        lambda *entry: Entry(entry[0], *entry),
-        st.sampled_from(sorted(RANKS)),
-        st.sampled_from(MODES),
+        lambda which, *rest: Entry(which[0], *which, *rest),
+        st.sampled_from([(name, mode) for name in sorted(RANKS) for mode in DIRECTIONS[name].meta.modes]),
         st.floats(-2, 2),
         st.sampled_from([None, None, "0", "1-2", "0-1"]),
     ),
@@ -197,7 +247,7 @@ WISH = st.lists(
 @given(st.lists(st.tuples(WISH, st.integers(1, 3)), min_size=1, max_size=4), st.integers(0, 2**32))
 @law
 def test_a_mixed_batch_is_each_token_by_the_formula(batch: list[tuple[list[Entry], int]], seed: int) -> None:
-    t, index = bank(rows=9, rank=5), TokenIndex(5, 16, "cpu")
+    t, index = bank(rows=10, rank=5), TokenIndex(5, 16, "cpu")
     for name, direction in DIRECTIONS.items():
         t.load(name, direction)
     index.fill_with([t.steer(Spec(tuple(wish))) for wish, _ in batch], [length for _, length in batch])
@@ -262,12 +312,12 @@ def test_both_components_go_in_either_order_and_the_order_means_nothing() -> Non
 
 def test_a_version_that_takes_the_rows_of_another_is_combined_anew() -> None:
     """Rows are used again by the next direction: what acted together with the one before is not what acts now."""
-    t, x = bank(rows=2), torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
-    for names in (("a", "d"), ("x", "y"), ("a", "d")):
+    t, x = bank(rows=3), torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    for names in (("d", "a"), ("x", "y"), ("d", "a")):
         for seed, name in enumerate(names):
             direction = DIRECTIONS[name] if name in DIRECTIONS else models.direction(MODEL, seed=90 + seed)
             t.load(name, direction)
-        rows = torch.stack([t.slices[POINTS[1]].vectors[row] for row in (1, 2)])
+        rows = torch.stack([t.slices[POINTS[1]].vectors[t.rows_of([name])[0]] for name in names])
         y = applied(t, spec(*[(name, "ablate", 1.0) for name in names]), x)
         assert float((y @ rows.T).abs().max()) < 1e-5
         for name in names:
@@ -286,13 +336,13 @@ def test_where_an_entry_does_nothing_it_holds_nothing(other: Mode) -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 4])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", DIRECTIONS["a"].meta.modes)
 def test_one_entry_is_the_formula_of_one_to_the_bit(mode: Mode, rank: int) -> None:
     t, x = bank(rank=rank), torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
     t.load("a", DIRECTIONS["a"])
     for layer in range(models.LAYERS):
         v, values = DIRECTIONS["a"].directions[layer, 0], coefficients(DIRECTIONS["a"], mode)[layer, 0]
-        added = amount(x, v, values.unbind(-1), torch.tensor(0.7)).unsqueeze(-1)
+        added = amount(component(x, v), values.unbind(-1), torch.tensor(0.7)).unsqueeze(-1)
         expected = torch.addcmul(x, added, v)
         assert torch.equal(applied(t, spec(("a", mode, 0.7)), x, HookPoint("resid_post", layer)), expected)
 
@@ -384,7 +434,7 @@ def test_a_load_that_fails_midway_leaves_nothing(monkeypatch: pytest.MonkeyPatch
 
 def test_free_rows_need_hold_nothing() -> None:
     """Memory that was given back and taken again, say: a load writes all of its rows, where it has nothing too."""
-    fresh, spoiled = bank(rows=1), bank(rows=1)
+    fresh, spoiled = bank(rows=2), bank(rows=2)
     for bank_slice in spoiled.slices.values():
         bank_slice.vectors.fill_(3)
         bank_slice.coefficients.fill_(3)

@@ -162,9 +162,11 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
     steers = []
     for _ in range(data.draw(st.integers(1, 2))):
         steer = RequestSteer.plain(rank)
-        for j in range(data.draw(st.integers(0, rank))):
-            steer.slots[j] = slot(data.draw(st.integers(1, 4)), "ablate")
+        turned = 2 * data.draw(st.integers(0, 1))
+        for j in range(data.draw(st.integers(turned, rank))):
+            steer.slots[j] = slot(data.draw(st.integers(1, 4)), "rotate" if j < turned else "ablate")
             steer.strengths[j] = data.draw(st.sampled_from([0.0, 0.5, -1.0]))
+        steer.strengths[1:turned] = steer.strengths[0]
         steers.append(steer)
     asked = [data.draw(st.sampled_from([*steers, None])) for _ in range(data.draw(st.integers(1, 4)))]
     for step in (asked, asked[:1]):
@@ -174,8 +176,8 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
         whole: list[Any] = [t.repeat_interleave(each, dim=-1) for t in index.first(len(step)) if t is not None]
         expected, _ = apply(x, bank_slice, *whole)
         if index.active:
-            acting, everywhere = index.acting(len(step))
-            operands = gather(bank_slice, *acting, everywhere=everywhere)
+            acting, everywhere, turning = index.acting(len(step))
+            operands = gather(bank_slice, *acting, everywhere=everywhere, turning=turning)
             stream = x if acting[0].dim() == 2 else x.view(len(step), -1, 8)
             assert torch.equal(operate(stream, operands)[0].view(tokens, 8), expected)
         else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+import math
 import re
 import shutil
 import subprocess
@@ -233,6 +235,67 @@ def test_mode_and_direction_are_picked(tiny_server: Server, visit: Open) -> None
     opened.done()
     assert opened.asked()[-1]["steer_readout"] == {"directions": ["verbosity"], "layers": "all"}
     expect(opened.page.locator("#summary")).to_contain_text("verbosity")
+
+
+def test_an_example_is_asked_by_a_click(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    examples = opened.page.locator("#examples button")
+    expect(examples).to_have_count(3)
+    assert not opened.asked(), "nothing is sent by itself"
+    asked = examples.nth(0).inner_text()
+    examples.nth(0).click()
+    opened.done()
+    assert opened.asked()[0]["messages"] == [{"role": "user", "content": asked}]
+    assert opened.text("plain") != opened.text("steered")
+    expect(opened.page.locator("#empty")).not_to_be_visible()
+
+
+def test_several_directions_act_together(tmp_path: Path, visit: Open) -> None:
+    for name, created in (("one", "2026-01-01"), ("two", "2026-01-02")):
+        Direction.load(DEMO).with_meta(created=created).save(tmp_path / f"{name}.safetensors")
+    with Server("--directions", str(tmp_path), "--rank", "2") as server:
+        opened = visit(server)
+        page = opened.page
+        page.fill("#max-tokens", "16")
+        expect(page.locator("#entries")).not_to_be_visible()
+        opened.send()
+        page.click("#add")
+        expect(page.locator("#direction")).to_have_value("two")
+        page.fill("#strength", "0.5")
+        opened.done()
+        expect(page.locator("#summary")).to_have_text("one, one-sided at 1.5 + two, one-sided at 0.5")
+        body = opened.asked()[-1]
+        assert [(entry["direction"], entry["strength"]) for entry in body["steer"]] == [("one", 1.5), ("two", 0.5)]
+        assert body["steer_readout"]["directions"] == ["one", "two"]
+        expect(page.locator(".side.steered .chip")).to_have_count(2)
+        expect(page.locator(".side.steered .token.up, .side.steered .token.down").first).to_be_attached()
+        page.get_by_role("button", name="one 1.5").click()
+        expect(page.locator("#number")).to_have_value("1.5")
+        expect(page.locator("#direction option")).to_have_text(["one"])
+        page.click("#remove")
+        opened.done()
+        assert opened.asked()[-1]["steer"]["direction"] == "two"
+        expect(page.locator("#entries")).not_to_be_visible()
+
+
+def test_the_slider_has_the_range_and_the_words_of_its_mode(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    said = demo.client.get("/v1/steering").json()
+    can = demo.client.get("/v1/directions/refusal").json()["meta"]["modes"]
+    expect(opened.page.locator("#mode option:not([disabled])")).to_have_count(
+        len(can)
+    )  # what the file has no tensors for
+    for mode in can:
+        opened.page.select_option("#mode", mode)
+        scale = said["scales"][mode]
+        expect(opened.page.locator("#strength")).to_have_attribute("min", f"{scale['low']:g}")
+        expect(opened.page.locator("#strength")).to_have_attribute("max", f"{scale['high']:g}")
+        expect(opened.page.locator("#strength-text")).to_have_text(scale["means"])
+        expect(opened.page.locator("#strength")).to_have_value("1.5")
+    opened.page.fill("#number", "7")
+    opened.page.press("#number", "Tab")
+    expect(opened.page.locator("#strength")).to_have_value("7")  # it goes as far as what is asked for
+    expect(opened.page.locator("#colours")).to_contain_text("Orange: it leans the way")
 
 
 def test_a_new_file_changes_the_receipt(demo: Server, visit: Open, tmp_path: Path) -> None:
@@ -609,3 +672,160 @@ def test_what_a_model_writes_is_text_and_never_markup(demo: Server, visit: Open)
     opened.send("<img src=x onerror=alert(1)><script>alert(2)</script>")
     assert opened.page.locator(".asked img, .asked script, .side img, .side script").count() == 0
     expect(opened.page.locator(".asked p")).to_have_text("<img src=x onerror=alert(1)><script>alert(2)</script>")
+
+
+def test_a_message_is_read_word_by_word_and_all_is_mapped(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    page = opened.page
+    opened.send()
+    before = len(opened.asked())
+    page.set_checked("#words", True)
+    words = page.locator(".asked .token.up, .asked .token.down")
+    expect(words).to_have_count(len(QUESTION.split()))
+    expect(page.locator(".asked p")).to_have_text(QUESTION)
+    asked = opened.asked()[before:]
+    assert {body["messages"][-1]["content"] for body in asked} >= {"How", QUESTION}
+    assert all(body["steer"] == "off" and body["max_tokens"] == 1 for body in asked)
+    page.locator(".side.steered").get_by_role("button", name="Map").click()
+    field = page.locator(".side.steered .map canvas")
+    field.focus()
+    for _ in QUESTION.split()[1:]:
+        page.keyboard.press("ArrowRight")
+    caption = page.locator(".side.steered .map figcaption")
+    expect(caption).to_contain_text("“thread?” of the message, layer 0:")
+    page.keyboard.press("ArrowRight")
+    expect(caption).not_to_contain_text("of the message")
+    for _ in range(3):
+        page.keyboard.press("ArrowUp")
+    read = demo.chat(QUESTION, max_tokens=1, steer="refusal", steer_readout="refusal").json()["choices"][0][
+        "steer_readout"
+    ]
+    share = 100 * read["directions"][0]["before"][0][3] / read["norms"][0][3]
+    found = re.search(r"layer 3: (\S+) %", caption.inner_text())
+    assert found
+    assert float(found[1].replace("−", "-")) == pytest.approx(share, rel=1e-3)
+    page.keyboard.press("Enter")
+    expect(page.locator("#layer-text")).to_have_text("3")
+    page.locator(".side.steered").get_by_role("button", name="Map").click()
+    expect(page.locator(".map")).to_have_count(0)
+
+
+def test_a_sweep_is_what_the_server_says_of_first_tokens(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    page = opened.page
+    page.click("#sweep-start")
+    expect(page.locator("#sweep-text")).to_contain_text("Ask something first")
+    opened.send()
+    before = len(opened.asked())
+    page.click("#sweep-start")
+    charts = page.locator("#sweep-charts svg")
+    expect(charts).to_have_count(2)
+    asked = opened.asked()[before:]
+    assert [body["steer"] for body in asked].count("off") == 1
+    strengths = [body["steer"]["strength"] for body in asked if body["steer"] != "off"]
+    assert strengths == [0.25 * i for i in range(13)]
+
+    def first(steer: Any) -> dict[str, float]:
+        body = demo.chat(QUESTION, max_tokens=1, logprobs=True, top_logprobs=20, steer=steer).json()
+        content = body["choices"][0]["logprobs"]["content"][0]
+        return {item["token"]: math.exp(item["logprob"]) for item in content["top_logprobs"]}
+
+    plain, steered = first("off"), first({"direction": "refusal", "mode": "one_sided", "strength": 1.5})
+    word = max(plain, key=lambda token: plain[token]).strip()
+    p = sum(value for token, value in steered.items() if token.strip() and word.startswith(token.strip()))
+    both = [token for token in plain if token in steered]
+    rest = [1 - sum(side[token] for token in both) for side in (plain, steered)]
+    kl = sum(plain[token] * math.log(plain[token] / steered[token]) for token in both) + rest[0] * math.log(
+        rest[0] / rest[1]
+    )
+    for chart, value in ((charts.nth(0), math.log(p / (1 - p))), (charts.nth(1), kl)):
+        found = re.search(r"at 1\.5: (\S+)", str(chart.locator(".value").text_content()))
+        assert found
+        assert float(found[1].replace("−", "-")) == pytest.approx(value, rel=0.01)
+    box = charts.nth(0).bounding_box()
+    assert box
+    charts.nth(0).click(position={"x": 5, "y": 40})
+    expect(page.locator("#number")).to_have_value("0")
+    opened.done()
+
+
+def test_words_that_differ_are_marked(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    marked = "[...(CSS.highlights.get('differs') ?? [])].map(range => range.toString())"
+    opened.send()
+    assert opened.page.evaluate(marked) == []
+    opened.page.set_checked("#differ", True)
+    opened.page.wait_for_timeout(300)
+    sides = [opened.text(side).split() for side in ("plain", "steered")]
+    found = opened.page.evaluate(marked)
+    assert found
+    for mine, other in (sides, sides[::-1]):
+        assert all(word in found for word in mine if word not in other)
+    opened.page.fill("#strength", "0")
+    opened.done()
+    opened.page.wait_for_timeout(300)
+    assert opened.page.evaluate(marked) == []
+
+
+HOSTILE = "# Title\n\n- **one** `two`\n- <img src=x onerror=alert(1)>\n\n[go](javascript:alert(2))\n\n```\n<script>\n"
+
+
+def test_chats_are_kept_exported_and_linked_without_asking(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    page = opened.page
+    opened.send()
+    texts = [opened.text(side) for side in ("plain", "steered")]
+    page.reload()
+    expect(page.locator("#chats li")).to_have_count(1)
+    assert not page.locator(".side").count()
+    before = len(opened.asked())
+    page.locator("#chats").get_by_role("button", name=QUESTION, exact=True).click()
+    assert [opened.text(side) for side in ("plain", "steered")] == texts
+    with page.expect_download() as download:
+        page.click("#export")
+    exported = json.loads(download.value.path().read_text())
+    assert [exported["turns"][0][side] for side in ("plain", "steered")] == texts
+    assert exported["turns"][0]["receipt"][0]["digest"] == digest(DEMO.read_bytes())
+    page.click("#share")
+    link = page.input_value("#link")
+    page.click("#forget")
+    expect(page.locator("#chats li")).to_have_count(0)
+    other = visit(demo)
+    other.page.goto(link)
+    expect(other.page.locator(".side.steered .foot")).to_contain_text("not asked now")
+    assert [other.text(side) for side in ("plain", "steered")] == texts
+    assert other.page.url == f"{demo.url}/"
+    assert not other.asked(), "a link asks nothing"
+    assert len(opened.asked()) == before
+    other.send("Hello!")
+    assert [m["content"] for m in other.asked()[0]["messages"]] == [QUESTION, texts[0], "Hello!"]
+    other.page.set_checked("#keep", False)
+    assert other.page.evaluate("localStorage.getItem('chats')") is None
+
+
+def test_markdown_is_rendered_without_markup(demo: Server, visit: Open) -> None:
+    kept = {"turns": [{"message": "m", "plain": HOSTILE, "steered": HOSTILE}]}
+    text = base64.urlsafe_b64encode(json.dumps(kept).encode()).decode().rstrip("=")
+    opened = visit(demo)
+    opened.page.evaluate("link => { location.hash = link; }", f"chat={text}")
+    expect(opened.page.locator(".side")).to_have_count(2)
+    opened.page.set_checked("#markdown", True)
+    shown = opened.page.locator(".side.plain .formatted")
+    expect(shown.locator("li")).to_have_count(2)
+    expect(shown.locator("strong")).to_have_text("one")
+    expect(shown.locator("pre code")).to_have_text("<script>")
+    expect(shown).to_contain_text("<img src=x onerror=alert(1)>")
+    assert shown.locator("img, script, a").count() == 0
+    expect(opened.page.locator(".side.plain .text")).not_to_be_visible()
+
+
+def test_slider_and_answers_are_seen_together_in_a_narrow_window(demo: Server, visit: Open) -> None:
+    opened = visit(demo, viewport={"width": 390, "height": 800})
+    opened.send()
+    opened.page.click("#open")
+    expect(opened.page.locator("#strength")).to_be_in_viewport(ratio=1)
+    opened.page.fill("#strength", "0.5")
+    opened.done()
+    for side in ("plain", "steered"):
+        expect(opened.page.locator(f".side.{side} .text")).to_be_in_viewport(ratio=1)
+    expect(opened.page.locator("#strength")).to_be_in_viewport(ratio=1)

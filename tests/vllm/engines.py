@@ -32,6 +32,9 @@ SPECS = (
     "refusal@answer",
     "refusal@1-2=1.5,verbosity:add@0@answer",
     "refusal:one_sided@not-first=2,verbosity@prompt=0.5",
+    "refusal:rotate",
+    "refusal:rotate@1-2=-0.5",
+    "refusal:rotate_one_sided@answer=0.7",
 )
 #: Of the two directions at every layer: what is set of one must not change the other.
 COSINE = 0.4
@@ -52,7 +55,8 @@ class Home:
     def make(cls, name: str, root: Path) -> Home:
         model, directions = tiny.make(name, root / "model"), root / "directions"
         directions.mkdir()
-        refusal, verbosity = (models.direction(model, seed=seed, embedding=True) for seed in (1, 2))
+        refusal = models.direction(model, seed=1, embedding=True, plane=True)
+        verbosity = models.direction(model, seed=2, embedding=True)
         refusal.save(directions / "refusal.safetensors")
         models.leaning(verbosity, refusal, COSINE).save(directions / "verbosity.safetensors")
         return cls(model, root / "model", directions)

@@ -1,4 +1,4 @@
-// The page: settings and what hangs on them. Nothing is kept anywhere but in this page, except the theme.
+// The page: what its parts have to do with one another.
 
 import { hasKey, json, onUnauthorised, Problem, setKey } from "./api.js";
 import { Chat } from "./chat.js";
@@ -6,31 +6,28 @@ import { curl, python } from "./code.js";
 import { Directions } from "./directions.js";
 import { $, el, shown } from "./dom.js";
 import { draw, facts } from "./profile.js";
+import { Steering } from "./steering.js";
+import * as store from "./store.js";
+import * as sweep from "./sweep.js";
 import { look } from "./tokens.js";
 
 const LIVE_DELAY = 180;
 
-let direction = null; // the chosen one, as it is listed
-let profile = null; // its layers, once they are here
+let profile = null; // the layers of the direction in the controls, once they are here
 let unread = null; // why this server gives no read-out for it
-let modes = {}, tokens = {}; // what each does, and which tokens each name means, as the server says
-let may = { steer: true, readout: true, manage: true, modes: [], max_strength: 10 }; // this key, or nobody's
 let started = false;
+let chatId = store.newId();
+let swept = null; // what the last sweep found
+let drag; // the wait before a moving slider asks
 
 const directions = new Directions(onDirections);
-const chat = new Chat({ body, readout: noReadout, changed: onAnswer });
+const steering = new Steering({ changed: steerAgain, picked: onPicked });
+const chat = new Chat({ body, readout: noReadout, changed: onAnswer, pick: setLayer });
 chat.painted = showLegend;
 
 // -- requests --------------------------------------------------------------------------------------------------------
 
 const number = (id) => ($(id).value === "" ? undefined : Number($(id).value));
-const strength = () => Number($("number").value);
-
-/** At which layers and tokens, where that is not all. */
-function where() {
-  const said = { layers: $("layers").value.trim(), tokens: $("tokens").value.trim() };
-  return Object.fromEntries(Object.entries(said).filter(([, value]) => value && value !== "all"));
-}
 
 function body(side, messages) {
   const system = $("system").value.trim();
@@ -42,8 +39,8 @@ function body(side, messages) {
     seed: number("seed"),
     stream: true,
     stream_options: { include_usage: true },
-    steer: side === "steered" && direction ? { direction: direction.id, mode: $("mode").value, strength: strength(), ...where() } : "off",
-    steer_readout: direction && !unread ? { directions: [direction.id], layers: "all" } : undefined,
+    steer: side === "steered" ? steering.spec() : "off",
+    steer_readout: steering.entry && !unread ? { directions: steering.names, layers: "all" } : undefined,
   };
 }
 
@@ -52,12 +49,94 @@ function send(event) {
   const message = $("message").value.trim();
   if (!message || chat.running) return;
   $("message").value = "";
-  chat.send(message, direction ? ["plain", "steered"] : ["plain"]);
+  chat.send(message, steering.entry ? ["plain", "steered"] : ["plain"]);
 }
 
-function steerAgain() {
-  showSummary();
-  if (direction) chat.again("steered");
+/** Ask the steered side again: at once, or where that is wanted while the slider moves. */
+function steerAgain(final = true) {
+  showSweep();
+  clearTimeout(drag);
+  if (final) chat.again("steered");
+  else if ($("live").checked) drag = setTimeout(() => chat.again("steered"), LIVE_DELAY);
+}
+
+/** Measure the last message over the slider's range. */
+async function startSweep() {
+  $("sweep-text").textContent = chat.last ? "Measuring…" : "Ask something first: the last message is measured.";
+  if (!chat.last) return;
+  const messages = chat.messages("steered", chat.turns.length - 1), words = $("sweep-words").value.split(",").map((word) => word.trim()).filter(Boolean);
+  $("sweep-start").disabled = true;
+  try {
+    swept = await sweep.measure((strength) => ({ ...body("plain", messages), steer: strength === null ? "off" : steering.spec(strength) }), steering.range, words);
+    showSweep();
+  } catch (error) {
+    if (!(error instanceof Problem)) throw error;
+    $("sweep-text").textContent = error.message;
+  } finally {
+    $("sweep-start").disabled = false;
+  }
+}
+
+function showSweep() {
+  if (swept) sweep.draw(swept, steering.entry?.strength ?? 0, (strength) => steering.set({ strength }));
+}
+
+// -- conversations that are kept -------------------------------------------------------------------------------------------
+
+/** This conversation with its settings. */
+function current() {
+  return { id: chatId, system: $("system").value, temperature: number("temperature"), max_tokens: number("max-tokens"), seed: number("seed"), steer: steering.entries, turns: chat.said };
+}
+
+function openChat(kept) {
+  chatId = kept.id;
+  $("system").value = kept.system;
+  for (const id of ["temperature", "max-tokens", "seed"]) $(id).value = kept[id.replace("-", "_")] ?? "";
+  const missing = steering.restore(kept.steer);
+  notice(missing.length ? new Error(`Not served here: ${missing.join(", ")}. The conversation is shown as it was.`) : null);
+  chat.restore(kept.turns);
+  showChats();
+}
+
+function fresh() {
+  chat.clear();
+  chatId = store.newId();
+  showChats();
+  $("message").focus();
+}
+
+function openLink() {
+  const shared = store.linked(location.hash);
+  if (!shared) return;
+  window.history.replaceState(null, "", location.pathname); // a reload is a new start
+  openChat(shared);
+}
+
+function showChats() {
+  $("keep").checked = store.keeping();
+  $("forget").hidden = !store.kept().length;
+  $("chats").replaceChildren(...store.kept().map((kept) => {
+    const title = kept.turns[0]?.message ?? "(empty)", open = el("button", { type: "button", className: "quiet", textContent: title, title });
+    const remove = el("button", { type: "button", className: "quiet", textContent: "Delete", ariaLabel: `Delete the chat “${title}”` });
+    if (kept.id === chatId) open.setAttribute("aria-current", "true");
+    open.addEventListener("click", () => openChat(kept));
+    remove.addEventListener("click", () => { store.forget(kept.id); showChats(); });
+    return el("li", {}, open, remove);
+  }));
+}
+
+function exportChat() {
+  const href = URL.createObjectURL(new Blob([JSON.stringify(current(), null, 2)], { type: "application/json" }));
+  el("a", { href, download: `steer-chat-${chatId}.json` }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 1000);
+}
+
+async function copyLink() {
+  const link = store.linkOf(current());
+  $("link").value = link;
+  $("link").hidden = false;
+  $("link").select();
+  try { await navigator.clipboard.writeText(link); } catch { document.execCommand("copy"); } // selected in any case
 }
 
 function onAnswer(ended) {
@@ -65,6 +144,7 @@ function onAnswer(ended) {
   $("stop").hidden = !chat.running;
   if (!ended) return;
   $("status").textContent = `${ended.side === "plain" ? "Plain" : "Steered"} answer: ${ended.text || "failed"}`;
+  if (!chat.running) { store.keep(current()); showChats(); }
   const listed = new Map(directions.items.map((item) => [item.id, item.digest]));
   if (ended.receipt?.some((entry) => listed.get(entry.direction) !== entry.digest)) refresh();
 }
@@ -76,29 +156,25 @@ function noReadout(why) {
   $("reading").hidden = Boolean(why);
 }
 
-// -- the chosen direction ----------------------------------------------------------------------------------------------
+// -- the direction of the controls -------------------------------------------------------------------------------------
 
 function onDirections(wanted) {
-  const names = may.steer && may.modes.length ? directions.served.filter((item) => item.usable !== false).map((item) => item.id) : [];
-  const chosen = [wanted, $("direction").value, names[0]].find((name) => names.includes(name));
-  $("direction").replaceChildren(...names.map((name) => el("option", { value: name, textContent: name })));
-  $("pickers").hidden = $("colours").hidden = !names.length;
-  $("none").hidden = Boolean(names.length);
+  const { may } = steering;
+  const usable = may.steer && may.modes.length ? directions.served.filter((item) => item.usable !== false) : [];
+  $("pickers").hidden = $("reads").hidden = $("sweep").hidden = !usable.length;
+  $("none").hidden = Boolean(usable.length);
   $("none").textContent = whyNone();
-  document.body.classList.toggle("alone", !names.length);
-  const listed = directions.items.find((item) => item.id === chosen);
-  if (!listed) {
-    direction = profile = null;
-    $("profile-section").hidden = true;
-    return;
-  }
-  $("direction").value = chosen;
-  if (direction?.id !== chosen || direction.digest !== listed.digest) choose(listed);
+  document.body.classList.toggle("alone", !usable.length);
+  steering.list(usable, wanted);
+  if (usable.length) return;
+  profile = null;
+  $("profile-section").hidden = true;
+  $("summary").textContent = "";
 }
 
 /** Why nothing can be steered by, for who sees an empty list. */
 function whyNone() {
-  const plain = "so only the plain side is asked.";
+  const { may } = steering, plain = "so only the plain side is asked.";
   if (!may.steer || !may.modes.length) return `This key may not steer, ${plain}`;
   if (directions.served.length) return `This key may use none of the directions, ${plain}`;
   if (may.manage) return `This server has no direction yet, ${plain} Add a direction file below.`;
@@ -106,22 +182,22 @@ function whyNone() {
 }
 
 /** What the list says is enough to ask with it; the profile follows. */
-function choose(listed) {
-  const same = direction?.id === listed.id;
-  direction = listed;
-  noReadout(may.readout ? null : "This key may not read along directions, so tokens have no colours.");
-  if (!same) toDefault();
-  look.row = 0;
+function onPicked(listed) {
+  noReadout(steering.may.readout ? null : "This key may not read along directions, so tokens have no colours.");
+  const same = look.name === listed.id;
+  if (!same) { look.row = 0; swept = null; $("sweep-charts").replaceChildren(); $("sweep-text").textContent = ""; }
+  look.name = listed.id;
   $("row-field").hidden = listed.rank < 2;
   $("row").replaceChildren(...Array.from({ length: listed.rank }, (_, row) => el("option", { value: row, textContent: row })));
-  showSummary();
+  $("row").value = look.row;
   loadProfile(listed, same).catch(notice);
 }
 
 async function loadProfile({ id, source_layer }, same) {
   const detail = await json(`/v1/directions/${encodeURIComponent(id)}`);
-  if (direction?.id !== id) return; // another one was chosen in the meantime
+  if (look.name !== id) return; // another one was chosen in the meantime
   profile = detail.profile;
+  steering.can(id, detail.meta.modes);
   const last = profile.length - 1;
   if (!same || look.layer > last) look.layer = source_layer ?? last;
   $("layer").max = last;
@@ -131,25 +207,9 @@ async function loadProfile({ id, source_layer }, same) {
   showLayer();
 }
 
-function toDefault() {
-  $("mode").value = may.modes.includes(direction.mode) ? direction.mode : may.modes[0];
-  $("number").value = $("strength").value = Math.max(-may.max_strength, Math.min(may.max_strength, direction.strength));
-  $("ticks").replaceChildren(...[0, 1, direction.strength].map((value) => el("option", { value })));
-  $("layers").value = $("tokens").value = "";
-  showSummary();
-}
-
-function showSummary() {
-  $("summary").textContent = direction ? [`${direction.id}, ${$("mode").value.replace("_", "-")} at ${shown(strength())}`, ...Object.entries(where()).map((each) => each.join(" "))].join(", ") : "";
-  $("mode-text").textContent = modes[$("mode").value] ?? "";
-  const said = tokens[$("tokens").value.trim().replace(/-\d+$/, "-N")] ?? "";
-  $("tokens-text").hidden = !said;
-  $("tokens-text").textContent = said;
-}
-
 function showLayer() {
   $("layer").value = look.layer;
-  $("layer-text").textContent = `${look.layer}${look.layer === direction?.source_layer ? ", the source" : ""}`;
+  $("layer-text").textContent = `${look.layer}${look.layer === steering.listed?.source_layer ? ", the source" : ""}`;
   if (profile) draw($("profile"), profile, look.layer, setLayer);
   chat.repaint();
 }
@@ -186,7 +246,7 @@ function showCode() {
   const message = $("message").value.trim();
   const turns = chat.turns.length;
   const messages = message || !turns ? [...history(turns), { role: "user", content: message || "Hello!" }] : chat.messages("steered", turns - 1);
-  const { stream_options, ...request } = body(direction ? "steered" : "plain", messages);
+  const { stream_options, ...request } = body(steering.entry ? "steered" : "plain", messages);
   const language = document.querySelector("[name=language]:checked").value;
   const clean = JSON.parse(JSON.stringify(language === "python" ? { ...request, stream: undefined } : request));
   $("code").textContent = { curl, python }[language](location.origin, clean, hasKey());
@@ -227,50 +287,26 @@ async function refresh() {
   }
 }
 
-/** What the key may not do is not offered. */
-function showRights() {
-  $("tokens-known").replaceChildren(...Object.keys(tokens).map((name) => el("option", { value: name.replace("N", "1") })));
-  $("mode").replaceChildren(...may.modes.map((mode) => el("option", { value: mode, textContent: mode.replace("_", "-") })));
-  $("number").min = -may.max_strength;
-  $("number").max = may.max_strength;
-  $("strength").min = Math.max(-2, -may.max_strength);
-  $("strength").max = Math.min(3, may.max_strength);
-  const [low, high] = [Number($("strength").min), Number($("strength").max)];
-  for (const span of document.querySelectorAll(".scale span")) {
-    const at = (Number(span.dataset.at) - low) / (high - low);
-    span.hidden = !(at >= 0 && at <= 1);
-    span.style.setProperty("left", `${at * 100}%`);
-  }
-  $("upload").hidden = !may.manage;
-  $("unmanaged").hidden = may.manage;
-  directions.managed = may.manage;
-}
-
 async function start() {
   try {
-    ({ modes, tokens, may } = await json("/v1/steering"));
-    showRights();
-    direction = null; // chosen anew: another key may have other rights
+    steering.offer(await json("/v1/steering"));
+    directions.managed = steering.may.manage;
+    $("upload").hidden = !directions.managed;
+    $("unmanaged").hidden = directions.managed;
+    look.name = null;
     const cards = (await json("/v1/models")).data.filter((card) => !card.parent);
     $("model").replaceChildren(...cards.map((card) => el("option", { value: card.id, textContent: card.id })));
     const room = cards[0]?.max_model_len;
     if (room) $("max-tokens").value = Math.min(256, Math.floor(room / 2));
     await refresh();
     started = true;
+    showChats();
+    openLink();
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
     notice(error);
   }
   $("message").focus();
-}
-
-let drag;
-function onStrength(value, final) {
-  $("number").value = value;
-  showSummary();
-  clearTimeout(drag);
-  if (final) steerAgain();
-  else if ($("live").checked) drag = setTimeout(steerAgain, LIVE_DELAY);
 }
 
 function wire() {
@@ -282,29 +318,39 @@ function wire() {
     $("message").addEventListener("input", () => { $("message").rows = Math.min(10, $("message").value.split("\n").length); });
   }
   $("stop").addEventListener("click", () => chat.stop());
-  $("fresh").addEventListener("click", () => { chat.clear(); $("message").focus(); });
+  $("fresh").addEventListener("click", fresh);
+  $("sweep-start").addEventListener("click", startSweep);
+  $("export").addEventListener("click", exportChat);
+  $("share").addEventListener("click", copyLink);
+  $("keep").addEventListener("change", () => { store.setKeeping($("keep").checked); showChats(); });
+  $("forget").addEventListener("click", () => { store.forget(); showChats(); });
+  addEventListener("hashchange", openLink);
   addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
     chat.stop();
     toggleControls(false);
   });
 
-  $("direction").addEventListener("change", () => {
-    choose(directions.items.find((item) => item.id === $("direction").value));
-    steerAgain();
-  });
-  for (const id of ["mode", "layers", "tokens"]) $(id).addEventListener("change", steerAgain);
-  $("strength").addEventListener("input", () => onStrength($("strength").value, false));
-  $("strength").addEventListener("change", () => onStrength($("strength").value, true));
-  $("number").addEventListener("change", () => { $("strength").value = $("number").value; onStrength($("number").value || "0", true); });
-  $("default").addEventListener("click", () => { toDefault(); steerAgain(); });
-
+  for (const button of document.querySelectorAll("#examples button")) {
+    button.addEventListener("click", (event) => { $("message").value = button.textContent; send(event); $("message").focus(); });
+  }
   for (const input of document.querySelectorAll("[name=view]")) {
     input.addEventListener("change", () => { look.view = input.value; chat.repaint(); });
   }
   $("layer").addEventListener("input", () => setLayer(Number($("layer").value)));
   $("row").addEventListener("change", () => { look.row = Number($("row").value); chat.repaint(); });
   $("relative").addEventListener("change", () => { look.relative = $("relative").checked; chat.repaint(); });
+
+  $("words").addEventListener("change", () => { chat.words = $("words").checked; $("wordless").hidden = true; if (chat.words) chat.readWords(); });
+  $("differ").parentElement.hidden = !CSS.highlights;
+  for (const id of ["differ", "markdown"]) {
+    $(id).addEventListener("change", () => {
+      chat[id] = $(id).checked;
+      document.body.classList.toggle("markdown", chat.markdown);
+      chat.repaint();
+    });
+  }
+  chat.wordless = (why) => { $("wordless").textContent = why; $("wordless").hidden = false; };
 
   onUnauthorised(askKey);
   $("key").addEventListener("click", async () => {
@@ -322,9 +368,9 @@ function wire() {
     const dark = matchMedia("(prefers-color-scheme: dark)").matches;
     const now = document.documentElement.dataset.theme ?? (dark ? "dark" : "light");
     setTheme(now === "dark" ? "light" : "dark");
+    chat.repaint(); // maps are painted in the theme's colours
   });
   $("open").addEventListener("click", () => toggleControls());
-  document.querySelector("main").addEventListener("pointerdown", () => toggleControls(false));
   addEventListener("focus", () => { if (started) refresh(); }); // files may have been put in the meantime
 }
 
@@ -335,6 +381,7 @@ function setTheme(theme) {
 
 function toggleControls(open) {
   $("open").setAttribute("aria-expanded", document.body.classList.toggle("controls-open", open));
+  chat.last?.pair.scrollIntoView({ block: "nearest" });
 }
 
 wire();

@@ -1,22 +1,27 @@
 // The conversation: turns of one message with an answer on each side, each side with its own history.
 
 import { events, post, Problem } from "./api.js";
+import { differing } from "./compare.js";
 import { $, el, perFrame, shown } from "./dom.js";
+import { HeatMap } from "./heatmap.js";
+import { rendered } from "./markdown.js";
 import { scaleOf, Tokens } from "./tokens.js";
 
 export const SIDES = ["plain", "steered"];
 const ROUTE = "/v1/chat/completions";
+const MOST_WORDS = 100; // of a message that are read
 
-/** One answer on one side, from its first token to its receipt. `again` asks for another in its place. */
+/** One answer on one side, from its first token to its receipt. `again` asks for another in its place, `read` gives the
+ * tokens of its map, in which `pick` chooses a layer. */
 class Answer {
-  constructor(side, again) {
-    this.side = side;
-    this.again = again;
+  constructor(side, { again, read, pick }) {
+    Object.assign(this, { side, again, pick, read: () => [...read(), this.tokens], map: null });
     this.abort = new AbortController();
     this.running = true;
     this.box = el("div", { className: "text" });
+    this.formatted = el("div", { className: "formatted" });
     this.foot = el("div", { className: "foot" });
-    this.root = el("div", { className: `side ${side}` }, el("h4", {}, el("i"), side === "plain" ? "Plain" : "Steered"), this.box, this.foot);
+    this.root = el("div", { className: `side ${side}` }, el("h2", {}, el("i"), side === "plain" ? "Plain" : "Steered"), this.box, this.formatted, this.foot);
     this.root.setAttribute("aria-busy", "true");
     this.root.setAttribute("role", "group");
     this.root.setAttribute("aria-label", side === "plain" ? "Plain answer" : "Steered answer");
@@ -40,8 +45,21 @@ class Answer {
       this.box.hidden = !this.text;
     }
     const counted = this.made == null ? "" : `${this.made} tokens`;
-    const ended = { length: "cut off at max tokens", stopped: "stopped" }[finish] ?? "";
+    const ended = { length: "cut off at max tokens", stopped: "stopped", kept: "kept from before, not asked now" }[finish] ?? "";
     for (const text of [counted, ended]) if (text) this.foot.append(el("span", { textContent: text }));
+    if (this.tokens.layers) this.offerMap();
+  }
+
+  /** A button that opens and closes the map of what was read. */
+  offerMap() {
+    const button = el("button", { type: "button", className: "link", textContent: "Map", ariaExpanded: "false", title: "Layers × tokens" });
+    button.addEventListener("click", () => {
+      this.map?.root.remove();
+      this.map = this.map ? null : new HeatMap(this.read, this.pick);
+      if (this.map) this.foot.after(this.map.root);
+      button.ariaExpanded = String(Boolean(this.map));
+    });
+    this.foot.append(button);
   }
 
   /** The receipt's entries as chips; `isNew` tells a digest that is another one than this chat saw before. */
@@ -51,7 +69,7 @@ class Answer {
     else if (!receipt.length) this.foot.append(el("span", { className: "chip", title: "X-Steer-Applied: []", textContent: "nothing applied" }));
     for (const entry of receipt ?? []) {
       const title = `X-Steer-Applied: ${JSON.stringify(entry)}`;
-      this.foot.append(el("span", { className: "chip", title }, el("b", { textContent: entry.direction }), el("span", { textContent: entry.mode.replace("_", "-") }),
+      this.foot.append(el("span", { className: "chip", title }, el("b", { textContent: entry.direction }), el("span", { textContent: entry.mode.replaceAll("_", "-") }),
         el("span", { textContent: shown(entry.strength) }), ...[entry.layers, entry.tokens].filter(Boolean).map((at) => el("span", { textContent: `@${at}` })), el("code", { textContent: entry.digest.slice(0, 8) })));
       if (isNew(entry)) this.foot.append(el("span", { className: "chip new", textContent: "new version" }));
     }
@@ -60,9 +78,10 @@ class Answer {
 
 export class Chat {
   /** `body(side, messages)` makes a request's body; `readout` says what became of the wish for one; `changed` is called
-   * when answers begin and end. */
-  constructor({ body, readout, changed }) {
-    Object.assign(this, { body, readout, changed });
+   * when answers begin and end; `pick` chooses the layer that colours show. `words`: are messages
+   * read too; `differ`: is marked what differs; `markdown`: are answers rendered? */
+  constructor({ body, readout, changed, pick }) {
+    Object.assign(this, { body, readout, changed, pick, words: false, differ: false, markdown: false });
     this.turns = [];
     this.seen = new Map();
     this.repaint = perFrame(() => this.paint());
@@ -94,14 +113,45 @@ export class Chat {
       { role: "user", content: this.turns[index].message }];
   }
 
+  /** Show turns as they were kept, without asking. */
+  restore(turns) {
+    this.clear();
+    for (const { message, receipt, ...texts } of turns) {
+      const turn = this.turn(message), index = this.turns.length - 1;
+      for (const side of SIDES.filter((name) => texts[name])) {
+        const answer = turn[side] = this.answer(side, index);
+        turn.pair.append(answer.root);
+        answer.tokens.add({ delta: { content: texts[side] } });
+        answer.end("kept");
+      }
+      if (turn.steered) turn.steered.receipt = receipt;
+    }
+    this.repaint();
+  }
+
+  /** The turns as they are kept. */
+  get said() {
+    return this.turns.map(({ message, plain, steered }) => ({ message, plain: plain?.text ?? "", steered: steered?.text ?? "", receipt: steered?.receipt ?? null }));
+  }
+
   send(message, sides) {
-    $("empty").hidden = true;
-    const turn = { message, pair: el("div", { className: "pair" }) };
-    turn.root = el("article", {}, el("div", { className: "asked" }, el("p", { textContent: message, title: "You" })), turn.pair);
-    this.turns.push(turn);
-    $("turns").append(turn.root);
+    const turn = this.turn(message);
     for (const side of sides) this.ask(side, this.turns.length - 1);
     turn.root.scrollIntoView({ block: "start", behavior: "smooth" });
+  }
+
+  turn(message) {
+    $("empty").hidden = true;
+    const turn = { message, pair: el("div", { className: "pair" }), box: el("p", { textContent: message, title: "You" }), read: null };
+    turn.root = el("article", {}, el("div", { className: "asked" }, turn.box), turn.pair);
+    this.turns.push(turn);
+    $("turns").append(turn.root);
+    return turn;
+  }
+
+  answer(side, index) {
+    const read = () => (this.turns[index]?.read ? [this.turns[index].read] : []);
+    return new Answer(side, { again: () => this.ask(side, index), read, pick: this.pick });
   }
 
   /** Ask the last message again on one side; what is there goes. */
@@ -110,7 +160,7 @@ export class Chat {
   }
 
   async ask(side, index) {
-    const turn = this.turns[index], old = turn[side], answer = new Answer(side, () => this.ask(side, index));
+    const turn = this.turns[index], old = turn[side], answer = this.answer(side, index);
     old?.abort.abort();
     turn[side] = answer;
     if (old) answer.root.style.setProperty("min-height", `${old.root.offsetHeight}px`); // nothing below jumps
@@ -139,6 +189,7 @@ export class Chat {
       if (error && !(error instanceof Problem)) console.error(error);
     }
     answer.end(finish, error);
+    if (this.words) this.readWords();
     this.repaint();
     this.changed(answer);
   }
@@ -155,10 +206,47 @@ export class Chat {
     }
   }
 
+  /** Read the messages that are not read yet: what the plain stream carries at the end of each word, which is what a
+   * request reads that ends there. */
+  async readWords() {
+    for (const [index, turn] of this.turns.entries()) {
+      const { steer_readout } = this.body("plain", []), names = steer_readout?.directions.join();
+      if (!names || this.running || (turn.read && turn.read.names === names)) continue;
+      const words = turn.message.match(/\s*\S+/g), skipped = Math.max(0, words.length - MOST_WORDS);
+      const tokens = Object.assign(new Tokens(turn.box), { names });
+      turn.read = tokens;
+      tokens.waiting.textContent = turn.message;
+      try {
+        const before = this.messages("plain", index).slice(0, -1);
+        const reports = await Promise.all(words.slice(skipped).map(async (_, i) => {
+          const content = words.slice(0, skipped + i + 1).join("");
+          const body = { ...this.body("plain", [...before, { role: "user", content }]), stream: undefined, stream_options: undefined, max_tokens: 1, ignore_eos: true, add_generation_prompt: false, continue_final_message: true };
+          return (await (await post(ROUTE, body)).json()).choices[0].steer_readout;
+        }));
+        tokens.waiting.textContent = "";
+        tokens.waiting.before(words.slice(0, skipped).join(""));
+        reports.forEach((report, i) => tokens.put(words[skipped + i], words[skipped + i].trim(), report, 0));
+        tokens.waiting.before(turn.message.slice(words.join("").length));
+      } catch (error) {
+        turn.read = null;
+        if (!(error instanceof Problem)) throw error;
+        this.wordless(`Your messages have no colours: ${error.message}`);
+      }
+      this.repaint();
+    }
+  }
+
   isNew({ direction, digest }) {
     const before = this.seen.get(direction);
     this.seen.set(direction, digest);
     return before !== undefined && before !== digest;
+  }
+
+  /** Mark the words that the two sides of a turn do not share, or nothing. */
+  mark() {
+    const box = this.markdown ? "formatted" : "box", both = this.turns.filter((turn) => turn.plain?.text && turn.steered?.text);
+    const ranges = this.differ ? both.flatMap((turn) => differing(turn.plain[box], turn.steered[box])) : [];
+    CSS.highlights?.set("differs", new Highlight(...ranges));
   }
 
   /** Keep the end in sight for who is there already. */
@@ -168,9 +256,17 @@ export class Chat {
   }
 
   paint() {
-    const answers = this.turns.flatMap((turn) => SIDES.map((side) => turn[side]?.tokens).filter(Boolean));
-    const scale = scaleOf(answers);
-    for (const tokens of answers) tokens.paint(scale);
+    const read = this.turns.flatMap((turn) => [turn.read, ...SIDES.map((side) => turn[side]?.tokens)]).filter(Boolean);
+    const scale = scaleOf(read);
+    for (const tokens of read) tokens.paint(scale);
+    for (const answer of this.turns.flatMap((turn) => SIDES.map((side) => turn[side])).filter(Boolean)) {
+      answer.map?.draw();
+      if (this.markdown && !answer.running && answer.shown !== answer.text) {
+        answer.formatted.replaceChildren(...rendered(answer.text));
+        answer.shown = answer.text;
+      }
+    }
+    if (!this.running) this.mark();
     this.painted?.(scale);
   }
 }

@@ -14,17 +14,20 @@ export function draw(box, rows, selected, pick) {
   box.replaceChildren(...PLOTS.map((plot) => chart(plot, rows, selected, pick)));
 }
 
-function chart(plot, rows, selected, pick) {
+/** One chart of `rows`, a row for each place from the left. `plot`: title, unit, lines (a field and a class each), `from` or
+ * `range` of the values, `zero` for a line there, `at` for the words of a row's place. */
+export function chart(plot, rows, selected, pick) {
   const x = (layer) => LEFT + ((layer + 0.5) * (WIDTH - LEFT - RIGHT)) / rows.length;
   const values = plot.lines.flatMap(([field]) => rows.map((row) => row[field])).filter((value) => value != null);
-  const [low, high] = plot.range ?? [Math.min(plot.from, ...values), Math.max(plot.from, ...values)];
+  const [low, high] = plot.range ?? [Math.min(plot.from ?? Infinity, ...values), Math.max(plot.from ?? -Infinity, ...values)];
+  const base = plot.range || plot.zero ? Math.min(high, Math.max(low, 0)) : low, at = plot.at ?? ((row) => `layer ${row.layer}`);
   const y = (value) => 20 + ((high - value) * (HEIGHT - 24)) / (high - low || 1);
   const root = svg("svg", { class: "chart", viewBox: `0 0 ${WIDTH} ${HEIGHT + 4}`, role: "img" });
   const guide = svg("line", { class: "guide", y1: 18, y2: HEIGHT });
   const value = svg("text", { class: "value", x: WIDTH - RIGHT, y: 11 });
   const title = svg("text", { x: LEFT, y: 11 });
   title.textContent = plot.title;
-  root.append(title, value, svg("line", { class: "axis", x1: 0, x2: WIDTH, y1: y(plot.range ? 0 : low), y2: y(plot.range ? 0 : low) }), guide);
+  root.append(title, value, svg("line", { class: "axis", x1: 0, x2: WIDTH, y1: y(base), y2: y(base) }), guide);
   for (const [field, kind] of plot.lines) {
     const known = rows.filter((row) => row[field] != null);
     root.append(svg("polyline", { class: kind, points: known.map((row) => `${x(row.layer)},${y(row[field])}`).join(" ") }));
@@ -32,21 +35,22 @@ function chart(plot, rows, selected, pick) {
     for (const row of known) root.append(svg("circle", { class: row.steered ? kind : "off", cx: x(row.layer), cy: y(row[field]), r: rows.length > 24 ? 1.8 : 2.6 }));
   }
   const show = (layer) => {
-    const row = rows[layer] ?? {};
+    const row = rows[layer];
+    if (!row) return;
     const parts = plot.lines.map(([field]) => `${shown(row[field])}${row[field] == null ? "" : plot.unit ?? ""}`);
-    value.textContent = `layer ${layer}: ${parts.join(" / ")}`;
+    value.textContent = `${at(row)}: ${parts.join(" / ")}`;
     guide.setAttribute("x1", x(layer));
     guide.setAttribute("x2", x(layer));
   };
-  const at = (event) => {
+  const under = (event) => {
     const box = root.getBoundingClientRect();
     return Math.min(rows.length - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * rows.length)));
   };
   show(selected);
-  root.setAttribute("aria-label", `${plot.title}: ${rows.map((row) => `layer ${row.layer} ${plot.lines.map(([field]) => shown(row[field])).join(" and ")}`).join(", ")}`);
-  root.addEventListener("pointermove", (event) => show(at(event)));
+  root.setAttribute("aria-label", `${plot.title}: ${rows.map((row) => `${at(row)} ${plot.lines.map(([field]) => shown(row[field])).join(" and ")}`).join(", ")}`);
+  root.addEventListener("pointermove", (event) => show(under(event)));
   root.addEventListener("pointerleave", () => show(selected));
-  root.addEventListener("click", (event) => pick(at(event)));
+  root.addEventListener("click", (event) => pick(under(event)));
   return root;
 }
 

@@ -1,4 +1,4 @@
-// Before the first paint: the theme chosen earlier, if one was. The page has nothing else in storage.
+// Before the first paint: the theme chosen earlier, if one was.
 try {
   const chosen = localStorage.getItem("theme");
   if (chosen) document.documentElement.dataset.theme = chosen;

@@ -2,8 +2,8 @@
 
 import { $, el, shown, svg } from "./dom.js";
 
-/** What the page colours by. `layer` is a layer's number, `row` a row of the direction. */
-export const look = { view: "before", layer: 0, row: 0, relative: false };
+/** What the page colours by: a direction's name, one of its rows, and a layer's number. */
+export const look = { view: "before", name: null, row: 0, layer: 0, relative: false };
 
 /** Tokens as they come: `add` takes the choices of streamed chunks. */
 export class Tokens {
@@ -12,10 +12,10 @@ export class Tokens {
     this.text = "";
     this.items = [];
     this.layers = null;
-    this.name = null;
+    this.lines = [];
     this.at = -1;
     this.waiting = this.span(""); // the place of text whose read-out is not there yet, or never comes
-    box.append(this.waiting);
+    box.replaceChildren(this.waiting);
     box.addEventListener("pointerover", (event) => this.point(this.items.findIndex((item) => item.span === event.target)));
     box.addEventListener("pointerleave", () => this.point(-1));
     box.addEventListener("blur", () => this.point(-1));
@@ -37,23 +37,29 @@ export class Tokens {
     const read = choice.steer_readout;
     this.waiting.textContent += text;
     if (!read?.tokens.length) return;
-    this.layers ??= read.layers;
-    this.name ??= read.directions[0]?.name;
     const texts = shares(this.waiting.textContent, read.tokens);
     this.waiting.textContent = "";
-    read.tokens.forEach((token, i) => {
-      const span = this.span(texts[i]);
-      const values = (side) => read.directions.map((line) => line[side][i]);
-      this.items.push({ span, token, norms: read.norms[i], before: values("before"), after: values("after") });
-      this.waiting.before(span);
-    });
+    read.tokens.forEach((token, i) => this.put(texts[i], token, read, i));
+  }
+
+  /** One more token, which stands in the text as `text`: number `i` of the report `read`. */
+  put(text, token, read, i) {
+    if (!this.layers) Object.assign(this, { layers: read.layers, lines: read.directions });
+    const span = this.span(text), values = (side) => read.directions.map((line) => line[side][i]);
+    this.items.push({ span, token, norms: read.norms[i], before: values("before"), after: values("after") });
+    this.waiting.before(span);
     this.box.tabIndex = 0;
+  }
+
+  /** Which of the lines that were read is looked at; -1 where it was not read. */
+  get line() {
+    return this.lines.findIndex(({ name, row }) => name === look.name && row === look.row);
   }
 
   /** The value that colours token `item`, or null where there is none. */
   value(item, side = look.view) {
     const at = this.layers.indexOf(look.layer);
-    const value = item[side]?.[look.row]?.[at];
+    const value = item[side]?.[this.line]?.[at];
     if (value == null) return null;
     return look.relative ? value / (item.norms[at] || 1) : value;
   }
@@ -83,16 +89,16 @@ export class Tokens {
     tip.hidden = !item;
     if (!item) return;
     item.span.classList.add("at");
-    const layer = this.layers.indexOf(look.layer);
-    const pick = (side) => item[side][look.row]?.[layer];
+    const layer = this.layers.indexOf(look.layer), row = this.line;
+    const pick = (side) => item[side][row]?.[layer];
     const norm = item.norms[layer];
     const share = (value) => (value == null || !norm ? "" : `${shown((100 * value) / norm)} %`);
     const line = (name, value, part) => el("tr", {}, el("th", { textContent: name, scope: "row" }), el("td", { textContent: shown(value) }), el("td", { textContent: part }));
     tip.replaceChildren(
       el("code", { textContent: visible(item.token) }),
       el("table", {}, line("before", pick("before"), share(pick("before"))), line("after", pick("after"), share(pick("after"))), line("norm", norm, "")),
-      spark(item.before[look.row] ?? [], item.after[look.row] ?? [], layer),
-      el("div", { className: "soft", textContent: `along ${this.name}, layer ${look.layer}; over all layers: before ╌, after ─` }),
+      spark(item.before[row] ?? [], item.after[row] ?? [], layer),
+      el("div", { className: "soft", textContent: `along ${look.name}, layer ${look.layer}; over all layers: before ╌, after ─` }),
     );
     place(tip, item.span.getBoundingClientRect());
   }

@@ -1,0 +1,171 @@
+// What steers the steered side: an entry for each direction, of which the controls show one.
+
+import { $, el, shown } from "./dom.js";
+
+const MOST = 4; // as many directions as can be read at once
+const FIELDS = ["layers", "tokens"];
+
+export class Steering {
+  /** `changed` is called when the user has changed what steers, `picked(listed)` when the controls come to show another
+   * direction, or another version of it. */
+  constructor({ changed, picked }) {
+    Object.assign(this, { changed, picked, entries: [], at: 0, usable: [], able: new Map(), shown: null });
+    this.offer({ modes: {}, scales: {}, tokens: {}, may: { steer: true, readout: true, manage: true, modes: [], max_strength: 10 } });
+    $("direction").addEventListener("change", () => {
+      this.entries[this.at] = this.defaults($("direction").value);
+      this.show();
+      changed();
+    });
+    $("mode").addEventListener("change", () => this.set({ mode: $("mode").value }));
+    for (const field of FIELDS) $(field).addEventListener("change", () => this.set({ [field]: $(field).value.trim() }));
+    $("strength").addEventListener("input", () => this.set({ strength: Number($("strength").value) }, false));
+    $("strength").addEventListener("change", () => this.set({ strength: Number($("strength").value) }));
+    $("number").addEventListener("change", () => this.set({ strength: Number($("number").value) }));
+    $("default").addEventListener("click", () => this.set(this.defaults(this.entry.direction)));
+    $("add").addEventListener("click", () => {
+      this.at = this.entries.push(this.defaults(this.free[0])) - 1;
+      this.show();
+      changed();
+    });
+    $("remove").addEventListener("click", () => {
+      this.entries.splice(this.at, 1);
+      this.at = 0;
+      this.show();
+      changed();
+      $("entries").firstChild.focus();
+    });
+  }
+
+  /** What `GET /v1/steering` says: only what the key may do is offered. */
+  offer({ modes, scales, tokens, may }) {
+    Object.assign(this, { modes, scales, tokens, may });
+    $("tokens-known").replaceChildren(...Object.keys(tokens).map((name) => el("option", { value: name.replace("N", "1") })));
+    $("mode").replaceChildren(...may.modes.map((mode) => el("option", { value: mode, textContent: spoken(mode) })));
+    $("number").min = -may.max_strength;
+    $("number").max = may.max_strength;
+    this.entries = []; // chosen anew: another key may have other rights
+    this.shown = null;
+  }
+
+  /** The directions that may be used now; `wanted` is shown where it is one of them. */
+  list(items, wanted) {
+    this.usable = items;
+    const names = items.map((item) => item.id);
+    this.entries = this.entries.filter((entry) => names.includes(entry.direction));
+    if (!this.entries.length && names.length) this.entries = [this.defaults(names[0])];
+    const at = this.entries.findIndex((entry) => entry.direction === wanted);
+    if (at < 0 && names.includes(wanted)) this.entries[Math.min(this.at, this.entries.length - 1)] = this.defaults(wanted);
+    this.at = Math.max(0, at >= 0 ? at : Math.min(this.at, this.entries.length - 1));
+    this.show();
+  }
+
+  get entry() {
+    return this.entries[this.at];
+  }
+
+  /** The direction of the controls as it is listed, or undefined. */
+  get listed() {
+    return this.usable.find((item) => item.id === this.entry?.direction);
+  }
+
+  /** The modes for which a direction's file has what is needed. */
+  can(name, modes) {
+    this.able.set(name, modes);
+    if (this.entry) this.showEntry();
+  }
+
+  get names() {
+    return this.entries.map((entry) => entry.direction);
+  }
+
+  get free() {
+    return this.usable.map((item) => item.id).filter((name) => !this.names.includes(name));
+  }
+
+  /** The field `steer`; with `strength` in place of that of the controls. */
+  spec(strength = this.entry?.strength) {
+    const all = this.entries.map((entry, i) => ({ ...said(entry), strength: i === this.at ? strength : entry.strength }));
+    return all.length > 1 ? all : all[0] ?? "off";
+  }
+
+  /** Take the entries of a kept conversation, as far as they can be had here. Returns the names that cannot. */
+  restore(entries) {
+    const names = this.usable.map((item) => item.id), missing = entries.filter((entry) => !names.includes(entry.direction));
+    const found = entries.filter((entry) => !missing.includes(entry) && this.may.modes.includes(entry.mode));
+    if (found.length) this.entries = found.slice(0, MOST).map((entry) => ({ ...this.defaults(entry.direction), ...entry, strength: this.within(entry.strength) }));
+    this.at = 0;
+    this.show();
+    return missing.map((entry) => entry.direction);
+  }
+
+  within(strength) {
+    return Math.max(-this.may.max_strength, Math.min(this.may.max_strength, strength));
+  }
+
+  /** What the file of a direction says. */
+  defaults(name) {
+    const { mode, strength } = this.usable.find((item) => item.id === name);
+    return { direction: name, mode: this.may.modes.includes(mode) ? mode : this.may.modes[0], strength: this.within(strength), layers: "", tokens: "" };
+  }
+
+  set(values, final = true) {
+    Object.assign(this.entry, values);
+    this.showEntry();
+    this.changed(final);
+  }
+
+  show() {
+    if (!this.entry) { this.shown = null; return; }
+    const others = this.names.filter((_, i) => i !== this.at);
+    $("direction").replaceChildren(...this.usable.filter((item) => !others.includes(item.id)).map(({ id }) => el("option", { value: id, textContent: id })));
+    this.showEntry();
+    const version = `${this.listed.id} ${this.listed.digest}`;
+    if (this.shown === version) return;
+    this.shown = version;
+    this.picked(this.listed);
+  }
+
+  /** The range of the slider: what the server says of the mode, and what is asked for now. */
+  get range() {
+    const { low, high } = this.scales[this.entry.mode] ?? { low: -1, high: 1 };
+    return [this.within(Math.min(low, this.entry.strength)), this.within(Math.max(high, this.entry.strength))];
+  }
+
+  showEntry() {
+    const { direction, mode, strength, tokens } = this.entry, [low, high] = this.range;
+    $("direction").value = direction;
+    for (const option of $("mode").options) option.hidden = option.disabled = !(this.able.get(direction)?.includes(option.value) ?? true);
+    $("mode").value = mode;
+    $("number").value = strength;
+    Object.assign($("strength"), { min: low, max: high, value: strength });
+    for (const field of FIELDS) $(field).value = this.entry[field];
+    const ticks = [...new Set([low, 0, 1, high])].filter((value) => value >= low && value <= high);
+    $("ticks").replaceChildren(...[...ticks, this.listed.strength].map((value) => el("option", { value })));
+    $("scale").replaceChildren(...ticks.map((value) => {
+      const mark = el("span", { textContent: shown(value) });
+      mark.style.setProperty("left", `${(100 * (value - low)) / (high - low)}%`);
+      return mark;
+    }));
+    $("mode-text").textContent = this.modes[mode] ?? "";
+    $("strength-text").textContent = this.scales[mode]?.means ?? "";
+    const which = this.tokens[tokens.replace(/-\d+$/, "-N")] ?? "";
+    $("tokens-text").hidden = !which;
+    $("tokens-text").textContent = which;
+    $("add").hidden = !this.free.length || this.entries.length >= MOST;
+    $("remove").hidden = $("entries").hidden = this.entries.length < 2;
+    $("entries").replaceChildren(...this.entries.map((entry, i) => {
+      const button = el("button", { type: "button", textContent: `${entry.direction} ${shown(entry.strength)}`, ariaPressed: String(i === this.at) });
+      button.addEventListener("click", () => { this.at = i; this.show(); $("entries").children[i].focus(); });
+      return button;
+    }));
+    $("summary").textContent = this.entries.map(summary).join(" + ");
+  }
+}
+
+const spoken = (mode) => mode.replaceAll("_", "-");
+const where = (entry) => Object.fromEntries(FIELDS.map((field) => [field, entry[field]]).filter(([, value]) => value && value !== "all"));
+const said = (entry) => ({ direction: entry.direction, mode: entry.mode, strength: entry.strength, ...where(entry) });
+
+function summary(entry) {
+  return [`${entry.direction}, ${spoken(entry.mode)} at ${shown(entry.strength)}`, ...Object.entries(where(entry)).map((each) => each.join(" "))].join(", ");
+}

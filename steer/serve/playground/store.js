@@ -1,0 +1,73 @@
+// Conversations that are kept: in this browser's storage, in a file, or in a link. None of it goes to the server: what
+// stands behind the # of an address is sent to nobody.
+
+const KEY = "chats", OFF = "keep-no-chats", MOST = 30;
+const PREFIX = "#chat=";
+
+/** All that are kept, the newest first. */
+export function kept() {
+  try {
+    const found = JSON.parse(localStorage.getItem(KEY) ?? "[]");
+    return Array.isArray(found) ? found.map(checked).filter(Boolean) : [];
+  } catch { return []; } // storage is off, or another's
+}
+
+function write(key, value) {
+  try {
+    if (value === null) localStorage.removeItem(key);
+    else localStorage.setItem(key, value);
+    return true;
+  } catch { return false; } // off or full: it lasts as long as the page then
+}
+
+export function keep(chat) {
+  const all = [chat, ...kept().filter(({ id }) => id !== chat.id)].slice(0, MOST);
+  while (keeping() && all.length && !write(KEY, JSON.stringify(all))) all.pop(); // the oldest makes room
+}
+
+/** Forget the chat `id`, or all. */
+export function forget(id) {
+  write(KEY, id ? JSON.stringify(kept().filter((chat) => chat.id !== id)) : null);
+}
+
+export function keeping() {
+  try { return !localStorage.getItem(OFF); } catch { return false; }
+}
+
+export function setKeeping(wanted) {
+  write(OFF, wanted ? null : "yes");
+  if (!wanted) forget();
+}
+
+/** An address that holds the chat; receipts stay out, since nobody could tell that they are the server's. */
+export function linkOf(chat) {
+  const turns = chat.turns.map(({ receipt, ...turn }) => turn), bytes = new TextEncoder().encode(JSON.stringify({ ...chat, turns }));
+  const text = btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
+  return `${location.origin}${location.pathname}${PREFIX}${text.replaceAll("+", "-").replaceAll("/", "_").replace(/=+$/, "")}`;
+}
+
+/** The chat of a link's fragment; null where it holds none. */
+export function linked(fragment) {
+  if (!fragment.startsWith(PREFIX)) return null;
+  try {
+    const text = atob(fragment.slice(PREFIX.length).replaceAll("-", "+").replaceAll("_", "/"));
+    const chat = checked(JSON.parse(new TextDecoder().decode(Uint8Array.from(text, (c) => c.charCodeAt(0)))));
+    return chat && { ...chat, id: newId(), turns: chat.turns.map((turn) => ({ ...turn, receipt: null })) };
+  } catch { return null; }
+}
+
+export const newId = () => Date.now().toString(36);
+
+/** A chat with what belongs to one and nothing else: links and storage may hold anything. */
+function checked(value) {
+  if (!Array.isArray(value?.turns)) return null;
+  const text = (given) => (typeof given === "string" ? given : ""), number = (given) => (Number.isFinite(given) ? given : undefined);
+  const entries = (Array.isArray(value.steer) ? value.steer : []).filter((entry) => typeof entry?.direction === "string" && Number.isFinite(entry.strength));
+  return {
+    id: text(value.id) || newId(),
+    system: text(value.system),
+    ...Object.fromEntries(["temperature", "max_tokens", "seed"].map((name) => [name, number(value[name])])),
+    steer: entries.map(({ direction, mode, strength, layers, tokens }) => ({ direction, mode: text(mode), strength, layers: text(layers), tokens: text(tokens) })),
+    turns: value.turns.filter((turn) => text(turn?.message)).map(({ message, plain, steered, receipt }) => ({ message, plain: text(plain), steered: text(steered), receipt: receipt ?? null })),
+  };
+}

@@ -192,6 +192,27 @@ def test_derive_inspect_eval(
     assert "KL(plain ‖ steered)" in run("eval", str(tiny_folder), *options).stdout
 
 
+def test_eval_compares_at_an_equal_kl_and_with_random_directions(
+    tiny_folder: Path, sets: tuple[str, str], tmp_path: Path
+) -> None:
+    direction, folder = tmp_path / "d.safetensors", tmp_path / "report"
+    models.direction(models.tiny("llama")).save(direction)
+    options = ["--direction", str(direction), "--harmful", sets[0], "--harmless", sets[1], "--max-tokens", "3"]
+    options += ["--kl", "0.01,0.02", "--controls", "1", "--report", str(folder)]
+    told = run("eval", str(tiny_folder), *options)
+    assert "At an equal KL" in told.stdout
+    assert "is asked for" in told.stderr
+    report = Report.model_validate_json((folder / "report.json").read_text())
+    ways = ["d:ablate", "d.random0:ablate"]
+    assert [(dose.way, dose.kl) for dose in report.doses] == [(way, kl) for way in ways for kl in (0.01, 0.02)]
+    divergence = {one.arm: one for one in report.divergence}
+    for dose in report.doses:
+        one = divergence[f"{dose.way}={dose.strength:g}"]
+        assert one.mean == pytest.approx(dose.kl, rel=0.05)
+        assert one.low <= one.mean <= one.high
+    assert [arm.method for arm in report.arms] == ["random"] * 4, "as the tests' own direction is"
+
+
 def test_eval_writes_a_report_and_goes_on_in_its_folder(
     tiny_folder: Path, sets: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -224,11 +245,26 @@ def test_eval_writes_a_report_and_goes_on_in_its_folder(
 
 def test_eval_names_every_wrong_option(tiny_folder: Path, tmp_path: Path) -> None:
     options = ["--direction", str(tmp_path / "d.safetensors"), "--harmful", "a.txt", "--harmless", "b.txt"]
-    wrong = ["--strength", "1", "--strengths", "1,2", "--judge", "http://127.0.0.1:9/v1", "--url", "http://127.0.0.1:9"]
+    wrong = [
+        "--strength",
+        "1",
+        "--strengths",
+        "1,2",
+        "--kl",
+        "0.1",
+        "--controls",
+        "1",
+        "--judge",
+        "http://127.0.0.1:9/v1",
+        "--url",
+        "http://127.0.0.1:9",
+    ]
     told = run("eval", str(tiny_folder), *options, *wrong, "--answers", code=2).stderr
-    for option in ("--strengths", "--judge-model", "--url: is for --tasks", "--answers: needs --report"):
+    wanted = ("--strengths", "--kl finds", "--controls: the server", "--judge-model", "--url: is for --tasks")
+    for option in (*wanted, "--answers: needs --report"):
         assert option in told
-    assert "not a list of numbers" in run("eval", str(tiny_folder), *options, "--strengths", "a", code=2).stderr
+    assert "numbers separated by commas" in run("eval", str(tiny_folder), *options, "--strengths", "a", code=2).stderr
+    assert "above 0" in run("eval", str(tiny_folder), *options, "--kl", "0.1,0", code=2).stderr
 
 
 def test_measure_then_derive_by_any_method(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -26,6 +27,7 @@ from steer.cli.options import (
     Template,
     check_bench,
     chosen_rendering,
+    floats,
     open_bench,
     with_settings,
 )
@@ -60,6 +62,12 @@ def evaluate(
     ] = None,
     strength: Annotated[float | None, typer.Option(help="default: the file's")] = None,
     strengths: Annotated[str | None, typer.Option(help="a sweep in place of --strength, as 0,0.5,1,1.5")] = None,
+    kl: Annotated[
+        str | None, typer.Option(help="KLs on harmless as 0.02,0.05: the strengths that have these are found and tried")
+    ] = None,
+    controls: Annotated[
+        int, typer.Option(min=0, max=100, help="random directions of the same shape that are tried beside each file")
+    ] = 0,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 64,
     behaviour: BehaviourOption = "refusal",
     judge: Annotated[str | None, typer.Option(help="base URL (…/v1) of a model that judges answers too")] = None,
@@ -108,9 +116,23 @@ def evaluate(
         from steer.lab.resume import Cache
         from steer.tokenization import rendered_otherwise
 
-        _check(strength, strengths, judge, judge_model, tasks, tasks_folder, tasks_limit, url, report, answers)
-        wanted = [strength] if strength is not None else _numbers(strengths)
-        arms = arms_of(direction, mode.split(",") if mode else None, wanted)
+        _check(
+            strength,
+            strengths,
+            kl,
+            controls,
+            judge,
+            judge_model,
+            tasks,
+            tasks_folder,
+            tasks_limit,
+            url,
+            report,
+            answers,
+        )
+        wanted = [strength] if strength is not None else floats("--strengths", strengths) if strengths else None
+        doses = _doses(kl)
+        arms = arms_of(direction, mode.split(",") if mode else None, wanted, controls)
         choices = Choices.model_validate({"sites": arms[0].direction.meta.sites, "batch_size": batch_size})
         given = {"harmful": harmful, "harmless": harmless, "borderline": borderline, "multi-turn": multi_turn}
         sets = {name: read_prompts(source) for name, source in given.items() if source is not None}
@@ -138,7 +160,9 @@ def evaluate(
         fingerprint = {} if report is None else {"fingerprint": bench.source.fingerprint()}
         cache = Cache(report, conditions | fingerprint)
         evaluator = bench.evaluator(max(arm.direction.acting(arm.mode) for arm in arms), max_tokens, rendering)
-        found = run(evaluator, Plan(arms, sets, max_tokens, looked_for, judging, known, plain_text), cache)
+        plan = Plan(arms, sets, max_tokens, looked_for, judging, known, plain_text, doses)
+        found = run(evaluator, plan, cache)
+        arms = list(found.arms)
         scored = _tasks(tasks, tasks_folder, tasks_limit, url, model, opening, arms, cache)
         made = Report(
             conditions=Conditions(
@@ -152,13 +176,14 @@ def evaluate(
             arms=tuple(_arm(arm) for arm in arms),
             sets=found.sets,
             divergence=found.divergence,
+            doses=found.doses,
             kappa=agreement(one for told in found.told.values() for one in told),
             text=found.text,
             tasks=scored,
         )
         if report is not None:
             two = {name: sets[name] for name in ("harmful", "harmless")}
-            projections = projected(bench.source, arms[0].direction, two, rendering, choices.batch)
+            projections = projected(bench.source, plan.arms[0].direction, two, rendering, choices.batch)
             _write(made, found, sets, report, projections, answers)
     if as_json:
         echo_json(made.as_json())
@@ -174,6 +199,8 @@ def evaluate(
 def _check(
     strength: float | None,
     strengths: str | None,
+    kl: str | None,
+    controls: int,
     judge: str | None,
     judge_model: str | None,
     tasks: str | None,
@@ -188,6 +215,10 @@ def _check(
     problems = []
     if strength is not None and strengths is not None:
         problems.append("--strength and --strengths say the same: give one")
+    if kl is not None and (strength is not None or strengths is not None):
+        problems.append("--kl finds the strengths: give it without --strength and --strengths")
+    if controls and url is not None:
+        problems.append("--controls: the server at --url does not have these random directions")
     if (judge is None) != (judge_model is None):
         problems.append("--judge and --judge-model: the one needs the other")
     for option, value in (("--url", url), ("--tasks-folder", tasks_folder), ("--tasks-limit", tasks_limit)):
@@ -208,7 +239,7 @@ def _check(
 
 def _warn_of_known(arms: Sequence[Arm], sets: Mapping[str, PromptSet]) -> None:
     """Say where a direction was made from the very file that it is measured on."""
-    for arm in {arm.digest: arm for arm in arms}.values():
+    for arm in {arm.digest: arm for arm in arms if not arm.control}.values():
         made_from = {"harmful": arm.direction.meta.harmful, "harmless": arm.direction.meta.harmless}
         for name, dataset in made_from.items():
             if dataset is not None and dataset.sha256 == sets[name].sha256:
@@ -220,13 +251,13 @@ def _warn_of_known(arms: Sequence[Arm], sets: Mapping[str, PromptSet]) -> None:
                 )
 
 
-def _numbers(text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InvalidInput(f"--strengths: '{text}' is not a list of numbers, as 0,0.5,1") from error
+def _doses(text: str | None) -> list[float]:
+    found = floats("--kl", text or "")
+    if problems := [
+        f"--kl: {dose:g} is not accepted: a number of nats above 0" for dose in found if not 0 < dose < inf
+    ]:
+        raise InvalidInput(problems)
+    return list(dict.fromkeys(found))
 
 
 def classify(

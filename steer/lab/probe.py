@@ -22,6 +22,7 @@ from steer.lab.behaviour import THINKING
 from steer.lab.evaluator import Answer, Candidate, Floats, each_row
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, PromptIds, Rendering
+from steer.lab.statistics import mean_of
 from steer.runtime.op import check_mode
 from steer.runtime.token_index import RequestSteer
 from steer.spec import Entry, Spec
@@ -62,10 +63,12 @@ class Continued(Answered):
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """KL(plain ‖ steered) in nats: mean, median and 95th percentile over prompts of the mean over tokens, and the same
-    for the first token alone."""
+    """KL(plain ‖ steered) in nats: mean (with its 95 % interval), median and 95th percentile over prompts of the mean
+    over tokens, and the same for the first token alone."""
 
     mean: float
+    low: float
+    high: float
     median: float
     p95: float
     first_mean: float
@@ -281,11 +284,12 @@ class HFEvaluator:
 def summarised(rows: Sequence[Floats]) -> Divergence:
     """From the divergence at each token of each prompt's answer."""
     per_prompt, first = np.array([row.mean() for row in rows]), np.array([row[0] for row in rows])
-    return Divergence(*_summary(per_prompt), *_summary(first))
+    whole = mean_of(per_prompt)
+    return Divergence(whole.value, whole.low, whole.high, *_spread(per_prompt), float(first.mean()), *_spread(first))
 
 
-def _summary(values: Floats) -> tuple[float, float, float]:
-    return float(values.mean()), float(np.median(values)), float(np.percentile(values, 95))
+def _spread(values: Floats) -> tuple[float, float]:
+    return float(np.median(values)), float(np.percentile(values, 95))
 
 
 @torch.inference_mode()

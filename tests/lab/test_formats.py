@@ -21,6 +21,7 @@ from steer.lab.derive import Recipe, derive
 from steer.lab.formats.foreign import Foreign
 from steer.lab.measurement import Measurement, ModelFacts
 from steer.lab.methods import make_method
+from steer.names import Mode
 from steer.runtime.op import check_mode
 from tests import models
 
@@ -184,9 +185,13 @@ def test_a_direction_goes_to_resid_pre_and_back(model: Any, tmp_path: Path) -> N
     assert "own mode is one_sided" in formats.write(tmp_path / "direction.pt", made.with_meta(mode="one_sided"))[0]
 
 
-def control_vector(path: Path, vectors: dict[int, Tensor], architecture: str = "controlvector") -> Path:
+def control_vector(
+    path: Path, vectors: dict[int, Tensor], architecture: str = "controlvector", keys: dict[str, object] | None = None
+) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_string("controlvector.model_hint", "llama")
+    for key, value in (keys or {}).items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for layer, vector in vectors.items():
         writer.add_tensor(f"direction.{layer}", vector.numpy())
     writer.write_header_to_file()
@@ -268,6 +273,48 @@ def test_bad_control_vectors_are_refused(tmp_path: Path) -> None:
     (tmp_path / "v.gguf").write_bytes(b"rubbish")
     with pytest.raises(InvalidInput, match="not a GGUF file"):
         formats.read(tmp_path / "v.gguf", FOREIGN)
+
+
+@pytest.mark.parametrize(("mode", "k"), [("ablate", 1), ("ablate", 2), ("add", 1)])
+def test_a_glp_file_comes_back_with_its_mode_strength_and_rows(model: Any, tmp_path: Path, mode: Mode, k: int) -> None:
+    made = models.direction(model, k=k, mode=mode, strength=0.5)
+    assert ["layer 0 is left out" in told for told in formats.write(tmp_path / "v.glp.gguf", made)] == [True]
+    keys = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "v.glp.gguf").fields.items()}
+    assert keys["glp.mode"] == {"ablate": "project", "add": "add"}[mode]
+    again = formats.read(tmp_path / "v.glp.gguf", FOREIGN)
+    assert isinstance(again, Direction)
+    assert (again.meta.mode, again.meta.strength, again.rank) == (mode, 0.5, k)
+    assert not again.directions[0].any()
+    made.directions[0] = 0
+    with steer.attach(model, {"made": made, "again": again}) as steering, torch.no_grad():
+        logits = []
+        for name in ("made", "again"):
+            with steering(f"{name}=0.5"):
+                logits.append(model(input_ids=IDS[0]).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_glp_file_says_and_we_cannot_is_refused(model: Any, tmp_path: Path) -> None:
+    for keys, says in (
+        ({"glp.mode": "clamp"}, "glp.mode is 'clamp'; read is 'add' or 'project'"),
+        ({"glp.spec_version": 3}, "glp.spec_version is 3"),
+        ({"glp.hook_point": "ffn_out_pre_residual"}, "read is 'residual_stream_post_layer'"),
+        ({"glp.layer_scales": "1,2"}, "glp.layer_scales is not read"),
+        ({"glp.alpha_default": 99.0}, "glp.alpha_default is 99"),
+    ):
+        path = control_vector(tmp_path / "v.gguf", {1: torch.ones(D)}, keys=dict(keys))
+        with pytest.raises(InvalidInput, match=says):
+            formats.read(path, FOREIGN)
+    found = formats.read(control_vector(tmp_path / "v.gguf", {1: torch.ones(D)}, keys={"glp.mode": "project"}), FOREIGN)
+    assert isinstance(found, Direction)
+    assert found.meta.mode == "ablate"
+    for made, says in (
+        (models.direction(model, mode="one_sided"), "not 'one_sided'"),
+        (models.direction(model, shared=True, sites=("writers",)), "not writers"),
+        (models.direction(model, k=2, mode="add"), "this direction has 2"),
+    ):
+        with pytest.raises(InvalidInput, match=says):
+            formats.write(tmp_path / "v.glp.gguf", made)
 
 
 @pytest.mark.parametrize("shape", [(D,), (LAYERS, D), (LAYERS, 2, D)])

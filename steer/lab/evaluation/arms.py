@@ -1,14 +1,17 @@
 """The arms of an evaluation: plain, and every direction in every mode at every strength, named as a request would ask
-for it."""
+for it; and random directions of the same shape beside them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from steer.direction import Direction, digest, read_file
+import torch
+from torch import Tensor
+
+from steer.direction import MAX_VALUE, Direction, digest, read_file
 from steer.errors import InvalidInput
 from steer.lab.activations import Reading
 from steer.lab.batches import each_batch
@@ -30,11 +33,22 @@ class Arm:
     digest: str
     mode: Mode
     strength: float
+    control: bool = False
+
+    @property
+    def way(self) -> str:
+        """Its name without the strength."""
+        return self.name.rpartition("=")[0]
+
+    def at(self, strength: float) -> Arm:
+        return replace(self, name=f"{self.way}={strength:g}", strength=strength)
 
 
-def arms_of(files: Sequence[Path], modes: Sequence[str] | None, strengths: Sequence[float] | None) -> list[Arm]:
-    """Each file in each of `modes` at each of `strengths`; None leaves them to the file. Raises InvalidInput with every
-    problem."""
+def arms_of(
+    files: Sequence[Path], modes: Sequence[str] | None, strengths: Sequence[float] | None, controls: int = 0
+) -> list[Arm]:
+    """Each file, and `controls` random directions of its shape, in each of `modes` at each of `strengths`; None leaves
+    them to the file. Raises InvalidInput with every problem."""
     problems = [f"--direction: two files are called '{n}'" for n in sorted(_twice([file.stem for file in files]))]
     problems += [f"--mode: '{m}' is not known; accepted: {', '.join(MODES)}" for m in modes or () if m not in MODES]
     problems += [
@@ -45,19 +59,67 @@ def arms_of(files: Sequence[Path], modes: Sequence[str] | None, strengths: Seque
     arms: list[Arm] = []
     for file in files:
         data = read_file(file)
-        direction = Direction.from_bytes(data, source=str(file))
-        for mode in [m for m in MODES if m in modes] if modes else [direction.meta.mode]:
-            check_mode(direction, mode, file.stem)
-            for strength in strengths or [direction.meta.strength]:
-                arms.append(
-                    Arm(f"{file.stem}:{mode}={strength:g}", direction, digest(data), mode, strength),
-                )
+        own = Direction.from_bytes(data, source=str(file))
+        tried = {file.stem: (own, digest(data))}
+        for seed in range(controls):
+            random = control(own, seed)
+            tried[f"{file.stem}.random{seed}"] = random, digest(random.to_bytes())
+        for mode in [m for m in MODES if m in modes] if modes else [own.meta.mode]:
+            check_mode(own, mode, file.stem)
+            arms += [
+                Arm(f"{name}:{mode}={strength:g}", direction, identity, mode, strength, direction is not own)
+                for name, (direction, identity) in tried.items()
+                for strength in strengths or [own.meta.strength]
+            ]
     if len({arm.direction.meta.sites for arm in arms}) > 1:
         problems.append("--direction: the files are for different sites: evaluate them one by one")
     problems += [f"--strengths, --mode: the arm {name} is asked for twice" for name in _twice([a.name for a in arms])]
     if problems:
         raise InvalidInput(problems)
     return arms
+
+
+def control(direction: Direction, seed: int) -> Direction:
+    """A direction of the same shape that knows of no behaviour: what it does, any direction does that is as long.
+
+    All rows are turned together by one random isometry, so that norms, the angles between rows and how alike the
+    layers are stay as they were, and the axes of planes with them. Weights, means and angles stay. Gates and targets of
+    `one_sided` stand as far between the components of the two means as they did; where the harmful one is not the
+    larger nothing is above the gate.
+    """
+    rows = direction.directions.double()
+    others = {name: each for name in ("embedding", "axis") if (each := getattr(direction, name)) is not None}
+    whole = torch.cat([rows.flatten(0, 1), *others.values()])
+    drawn = torch.randn(
+        direction.d_model, min(whole.shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    turned = (torch.linalg.qr(drawn).Q @ torch.linalg.qr(whole.T.double()).R).T
+    at, *rest = turned.split([rows.shape[0] * rows.shape[1], *map(len, others.values())])
+    at = at.reshape(rows.shape)
+    if (_along(at, direction.mean_harmful) - _along(at, direction.mean_harmless)).sum() < 0:
+        at, rest = -at, [-each for each in rest]
+    (a, h), (was_a, was_h) = (
+        (_along(each, direction.mean_harmless), _along(each, direction.mean_harmful)) for each in (at, rows)
+    )
+
+    def between(value: Tensor) -> Tensor:
+        moved = a + (value - was_a) / (was_h - was_a) * (h - a)
+        sided = (was_h > was_a) & (h > a) & (value < MAX_VALUE / 2)
+        return torch.where(sided, moved, MAX_VALUE).clamp(-MAX_VALUE, MAX_VALUE).float()
+
+    gate = between(direction.reference)
+    return replace(
+        direction.with_meta(method="random", parameters={"seed": seed}, selection={}),
+        directions=at.float().contiguous(),
+        reference=gate,
+        target=None if direction.target is None else torch.minimum(between(direction.target), gate),
+        **{name: each.float().contiguous() for name, each in zip(others, rest, strict=True)},
+    )
+
+
+def _along(rows: Tensor, means: Tensor) -> Tensor:
+    """The components of `means` `[layers, d_model]` along `rows` `[layers, k, d_model]`, `[layers, k]`."""
+    return torch.einsum("lkd,ld->lk", rows, means.to(rows.dtype))
 
 
 def _twice(names: Sequence[str]) -> set[str]:

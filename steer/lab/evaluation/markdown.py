@@ -14,8 +14,9 @@ NOTES = """\
 Each answer has one of three outcomes: *shown* (the matcher finds the behaviour at its beginning), *degenerate* (not
 shown, and no answer: empty, a loop, a quarter as long as the plain one, no end) and *complied*. *Late* answers show the
 behaviour after the beginning; they are counted in their outcome too. *Right* answers complied and are as expected.
-Rates have the 95 % interval of Wilson. Differences are paired, arm less plain on the same prompts, with Newcombe's
-interval; p is that of the exact McNemar test, corrected (Holm) for the number of arms."""
+Rates have the 95 % interval of Wilson, a mean KL that of the bootstrap over prompts. Differences are paired, arm less
+plain on the same prompts, with Newcombe's interval; p is that of the exact McNemar test, corrected (Holm) for the
+number of arms."""
 
 
 def tables(report: Report, *, paired: bool = True, table: Table = markdown) -> str:
@@ -33,11 +34,16 @@ def tables(report: Report, *, paired: bool = True, table: Table = markdown) -> s
         parts.append(f"Judge and matcher agree over all answers with a kappa of {report.kappa:.2f}.")
     if report.divergence:
         rows = [
-            (d.arm, *(f"{v:.5f}" for v in (d.first_mean, d.first_p95, d.mean, d.median, d.p95)))
+            (
+                *(d.arm, f"{d.first_mean:.5f}", f"{d.first_p95:.5f}"),
+                *(f"{d.mean:.5f} ({d.low:.5f} … {d.high:.5f})", f"{d.median:.5f}", f"{d.p95:.5f}"),
+            )
             for d in report.divergence
         ]
         head = ("arm", "first token, mean", "p95", "all tokens, mean", "median", "p95")
         parts.append("### KL(plain ‖ steered) on harmless, nats\n\n" + table(head, rows))
+    if report.doses:
+        parts.append(_doses(report, table))
     if report.text is not None:
         rows = [
             (a.arm, f"{a.perplexity:.4f}", "" if a.ratio is None else _spread(a.ratio, "{:.4f}"))
@@ -102,6 +108,18 @@ def _outcomes(arms: Sequence[ArmOnSet], table: Table) -> str:
         columns["faults"] = [", ".join(f"{n} {fault}" for fault, n in arm.faults.items()) for arm in arms]
     columns["mean tokens"] = [f"{arm.tokens_mean:.1f}" for arm in arms]
     return table(list(columns), list(zip(*columns.values(), strict=True)))
+
+
+def _doses(report: Report, table: Table) -> str:
+    """What each way to steer does at an equal price."""
+    kl = {d.arm: f"{d.mean:.5f} ({d.low:.5f} … {d.high:.5f})" for d in report.divergence}
+    rows = []
+    for dose in sorted(report.doses, key=lambda dose: dose.kl):
+        arm = "" if dose.strength is None else f"{dose.way}={dose.strength:g}"
+        shown = [str(next((a.shown for a in one.arms if a.arm == arm), "–")) for one in report.sets]
+        rows.append((f"{dose.kl:g}", arm or f"{dose.way}: not reached", kl.get(arm, "–"), *shown))
+    head = ("asked for", "arm", "KL on all of harmless", *(f"{one.name}: shown" for one in report.sets))
+    return "### At an equal KL\n\n" + table(head, rows)
 
 
 def _differences(arms: Sequence[ArmOnSet], table: Table) -> str:

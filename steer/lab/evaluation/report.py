@@ -107,11 +107,21 @@ class DivergenceOf(Part):
     arm: str
     on: str
     mean: float
+    low: float = Field(description="of the mean's 95 % interval, by the bootstrap over prompts")
+    high: float
     median: float
     p95: float
     first_mean: float
     first_median: float
     first_p95: float
+
+
+class Dose(Part):
+    """A KL that was asked for, and the strength at which a way to steer has it on some of the prompts."""
+
+    way: str
+    kl: float
+    strength: float | None = Field(description="none where no strength that is accepted reaches it")
 
 
 class PerplexityOf(Part):
@@ -162,6 +172,7 @@ class Report(Part):
     arms: tuple[SteeredArm, ...]
     sets: tuple[SetResult, ...]
     divergence: tuple[DivergenceOf, ...]
+    doses: tuple[Dose, ...] = ()
     kappa: float | None = Field(
         default=None, description="agreement of judge and matcher over all answers: within an arm they may hardly vary"
     )

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from steer.direction import Dataset
+from steer.errors import NotFinite
 from steer.lab.behaviour import REFUSAL, Behaviour, ends
 from steer.lab.evaluation import perplexity as pp
 from steer.lab.evaluation.arms import PLAIN, Arm, steering
+from steer.lab.evaluation.dose import TRIES, strength_at
 from steer.lab.evaluation.expected import Expected, right
 from steer.lab.evaluation.outcomes import Told, arms_on_set, tell
-from steer.lab.evaluation.report import Difference, DivergenceOf, PerplexityOf, SetResult, TextResult
+from steer.lab.evaluation.report import Difference, DivergenceOf, Dose, PerplexityOf, SetResult, TextResult
 from steer.lab.evaluator import Continuation, Evaluator, Floats, Steer
 from steer.lab.judge import Judge
-from steer.lab.probe import Answered, Divergence, summarised
+from steer.lab.probe import Answered, summarised
 from steer.lab.progress import answering
 from steer.lab.prompts import Conversation, Prompt, PromptSet
 from steer.lab.resume import Cache
+from steer.names import MAX_STRENGTH
 
-#: The divergence is measured on answers to this set.
-HARMLESS = "harmless"
+log = logging.getLogger("steer")
+#: The divergence is measured on answers to this set; and on so many of its prompts while a dose is looked for.
+HARMLESS, DOSE_PROMPTS = "harmless", 32
+#: The part of the progress that is not known by its arms yet.
+DOSES = "arms at doses"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +46,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured of `arms`."""
+    """What is measured of `arms`; where there are `doses`, of each arm at the strengths that have these KLs."""
 
     arms: Sequence[Arm]
     sets: Mapping[str, PromptSet]
@@ -45,12 +55,15 @@ class Plan:
     judge: Judge | None = None
     expected: Mapping[Prompt, Expected] = field(default_factory=dict)
     text: Text | None = None
+    doses: Sequence[float] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """What was measured, with every answer by set and arm."""
 
+    arms: Sequence[Arm]
+    doses: tuple[Dose, ...]
     sets: tuple[SetResult, ...]
     divergence: tuple[DivergenceOf, ...]
     text: TextResult | None
@@ -64,7 +77,8 @@ def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
     for part, work in parts_of(plan).items():
         progress.plan(part, work)
     along: list[Continuation] = []
-    for arm in (None, *plan.arms):
+
+    def measure(arm: Arm | None) -> None:
         name = arm.name if arm else PLAIN
         with steering(evaluator, arm) as steer:
             for title, prompts in plan.sets.items():
@@ -77,6 +91,23 @@ def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
                 plain = answers[HARMLESS, PLAIN]
                 with progress.part(_diverging(name)):
                     divergence.append(_divergence(evaluator, plan, plain, along, cache, arm, steer))
+
+    measure(None)
+    doses: list[Dose] = []
+    if plan.doses:
+        arms: list[Arm] = []
+        for arm in plan.arms:
+            for dose in plan.doses:
+                with progress.part(_dosing(arm, dose)):
+                    found = _at_dose(evaluator, plan, answers[HARMLESS, PLAIN], along, cache, arm, dose)
+                doses.append(Dose(way=arm.way, kl=dose, strength=found.strength if found else None))
+                if found and found.name not in {each.name for each in arms}:
+                    arms.append(found)
+        plan = replace(plan, arms=arms, doses=())
+        for part, work in ({DOSES: 0.0} | parts_of(plan)).items():
+            progress.plan(part, work)
+    for arm in plan.arms:
+        measure(arm)
     told: dict[tuple[str, str], list[Told]] = {}
     sets = []
     for title, prompts in plan.sets.items():
@@ -99,11 +130,19 @@ def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
             )
         )
     text = None if plan.text is None else _text_result(plan.text, negative)
-    return Found(tuple(sets), tuple(divergence), text, told)
+    return Found(plan.arms, tuple(doses), tuple(sets), tuple(divergence), text, told)
 
 
 def parts_of(plan: Plan) -> dict[str, float]:
     """The work of each part of the progress."""
+    if plan.doses:
+        count = min(DOSE_PROMPTS, len(plan.sets[HARMLESS]))
+        each, plain = (sum(parts_of(replace(plan, arms=arms, doses=())).values()) for arms in (plan.arms, ()))
+        return (
+            parts_of(replace(plan, arms=(), doses=()))
+            | {_dosing(arm, dose): float(count * TRIES) for arm in plan.arms for dose in plan.doses}
+            | {DOSES: (each - plain) * len(plan.doses)}
+        )
     found: dict[str, float] = {}
     for name in (PLAIN, *(arm.name for arm in plan.arms)):
         for title, prompts in plan.sets.items():
@@ -131,6 +170,10 @@ def _reading(arm: str) -> str:
 
 def _diverging(arm: str) -> str:
     return f"divergence, {arm}"
+
+
+def _dosing(arm: Arm, dose: float) -> str:
+    return f"{arm.way} at KL {dose:g}"
 
 
 def _turns(prompt: Prompt) -> int:
@@ -167,15 +210,54 @@ def _divergence(
     """`along` is filled where it is needed, once for all arms: nothing is asked of the model where all is kept."""
     prompts = plan.sets[HARMLESS]
 
-    def make() -> dict[str, float]:
+    def make(start: int, stop: int) -> list[Any]:
         if not along:
             along.extend(evaluator.continuations(prompts.prompts, plain))
-        found = summarised(evaluator.divergences(prompts.prompts, along, steer))
-        return {name: getattr(found, name) for name in Divergence.__slots__}
+        found = evaluator.divergences(prompts.prompts[start:stop], along[start:stop], steer)
+        return [row.tolist() for row in found]
 
     conditions = {"sha256": prompts.sha256, "max_tokens": plan.max_tokens} | _identity(arm)
-    value = cache.value(f"{HARMLESS}.{arm.name}.divergence", conditions, make)
-    return DivergenceOf(arm=arm.name, on=HARMLESS, **value)
+    rows = cache.rows(f"{HARMLESS}.{arm.name}.divergence", conditions, len(prompts), make)
+    return DivergenceOf(arm=arm.name, on=HARMLESS, **asdict(summarised([np.array(row) for row in rows])))
+
+
+def _at_dose(
+    evaluator: Evaluator,
+    plan: Plan,
+    plain: Sequence[Answered],
+    along: list[Continuation],
+    cache: Cache,
+    arm: Arm,
+    dose: float,
+) -> Arm | None:
+    """`arm` at the strength at which its KL on some of the harmless prompts, drawn evenly, is `dose`."""
+    prompts = plan.sets[HARMLESS].prompts
+    drawn = sorted(random.Random(0).sample(range(len(prompts)), min(DOSE_PROMPTS, len(prompts))))
+
+    def measured(tried: Arm) -> float:
+        if not along:
+            along.extend(evaluator.continuations(prompts, plain))
+        with steering(evaluator, tried) as steer:
+            try:
+                found = evaluator.divergences([prompts[i] for i in drawn], [along[i] for i in drawn], steer)
+            except NotFinite:
+                return math.inf
+        return float(np.mean([row.mean() for row in found]))
+
+    def kl(strength: float) -> float:
+        tried = arm.at(math.copysign(strength, arm.strength))
+        conditions = {"sha256": plan.sets[HARMLESS].sha256, "max_tokens": plan.max_tokens, "prompts": len(drawn)}
+        value = float(
+            cache.value(f"{HARMLESS}.{tried.name}.dose", conditions | _identity(tried), partial(measured, tried))
+        )
+        evaluator.progress.write(f"{tried.name}: KL {value:.5f} on {len(drawn)} prompts, {dose:g} is asked for")
+        return value
+
+    strength = strength_at(dose, kl)
+    if strength is None:
+        log.warning("%s: no strength up to %g has a KL of %g", arm.way, MAX_STRENGTH, dose)
+        return None
+    return arm.at(math.copysign(strength, arm.strength))
 
 
 def _verdicts(

@@ -15,10 +15,10 @@ from steer.lab.measurement import Measurement, load_tensors
 #: How a file of a measurement is named where its kind follows from the name.
 MEASUREMENT_SUFFIX = ".measurement.safetensors"
 READS = (
-    "a Steer direction or measurement (.safetensors), any other .safetensors, .gguf control vectors, .pt/.refuse of "
-    "class means, direction.pt or mean_diffs.pt, and the folder of one"
+    "a Steer direction or measurement (.safetensors), any other .safetensors, .gguf control vectors and GLP, "
+    ".pt/.refuse of class means, direction.pt or mean_diffs.pt, and the folder of one"
 )
-WRITES = f"DIRECTION.safetensors, NAME{MEASUREMENT_SUFFIX}, NAME.gguf, FOLDER/direction.pt"
+WRITES = f"DIRECTION.safetensors, NAME{MEASUREMENT_SUFFIX}, NAME.gguf, NAME.glp.gguf, FOLDER/direction.pt"
 
 
 def read(path: Path, foreign: Foreign) -> Direction | Measurement:

@@ -2,11 +2,16 @@
 
 llama.cpp adds `direction.N` to the output of its 0-based block N, which is our layer N, for N ≥ 1. It only ever *adds*:
 what is exported of another mode is another thing, and that is said. The steer metadata goes along under `steer.meta`.
+
+GLP files are the same with keys `glp.…` (msuiche/weightless, spec/GLP.md, versions 1 and 2): `glp.mode` is `project`
+(our `ablate`) or `add`, `glp.alpha_default` the strength, and rank k has rows `direction.N.j`. They are written where the
+name ends in `.glp.gguf`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +21,14 @@ from torch import Tensor
 from steer.direction import Direction, replacing
 from steer.errors import InvalidInput
 from steer.lab.formats.foreign import Foreign, direction_of
+from steer.names import MAX_STRENGTH, Mode
 from steer.runtime.op import GAMMA, coefficients
 
-ARCHITECTURE = "controlvector"
+ARCHITECTURE, GLP = "controlvector", ".glp.gguf"
 
 
 def read(path: Path, foreign: Foreign) -> Direction:
-    """The vectors as a direction whose mode is `add`; where a layer has none it is unsteered."""
+    """The vectors as a direction whose mode is `add`, or that of a GLP file; a layer that has none is unsteered."""
     gguf = _library(path)
     try:
         reader = gguf.GGUFReader(path)
@@ -32,24 +38,55 @@ def read(path: Path, foreign: Foreign) -> Direction:
         raise InvalidInput(f"{path}: not a GGUF file: {error}") from error
     if kind != ARCHITECTURE:
         raise InvalidInput(f"{path}: general.architecture is '{kind}', a control vector has '{ARCHITECTURE}'")
-    rows: dict[int, Tensor] = {}
+    told = {name: field.contents() for name, field in reader.fields.items() if name.startswith("glp.")}
+    found: dict[int, dict[int, Tensor]] = {}
     for tensor in reader.tensors:
-        matched = re.fullmatch(r"direction\.(\d+)", tensor.name)
-        if matched:
-            rows[int(matched.group(1))] = torch.from_numpy(tensor.data.astype("float32")).reshape(1, -1)
-    if not rows:
+        if matched := re.fullmatch(r"direction\.(\d+)(?:\.(\d+))?", tensor.name):
+            layer, row = int(matched.group(1)), int(matched.group(2) or 0)
+            found.setdefault(layer, {})[row] = torch.from_numpy(tensor.data.astype("float32")).flatten()
+    if not found:
         raise InvalidInput(f"{path}: has no tensors direction.1, direction.2, …")
-    if len({v.shape for v in rows.values()}) != 1:
+    if len({vector.shape for vectors in found.values() for vector in vectors.values()}) != 1:
         raise InvalidInput(f"{path}: its vectors have different numbers of dimensions")
+    rows = {layer: torch.stack([vectors[row] for row in sorted(vectors)]) for layer, vectors in found.items()}
+    several = max(len(each) for each in rows.values()) > 1
+    projects = told.get("glp.mode", "add") == "project"
+    if problems := [f"{path}: {problem}" for problem in _glp_problems(told, several)]:
+        raise InvalidInput(problems)
     facts = foreign.model(path, next(iter(rows.values())).shape[1])
     for layer in rows:
         foreign.check_layer(path, layer)
-    return direction_of(rows, facts, source=path, method="control vector", mode="add", modes=("ablate", "add"))
+    mode: Mode = "ablate" if projects else "add"
+    modes: tuple[Mode, ...] = ("ablate",) if several else ("ablate", "add")
+    made = direction_of(rows, facts, source=path, method="control vector", mode=mode, modes=modes)
+    return made.with_meta(strength=float(told.get("glp.alpha_default", 1.0)))
+
+
+def _glp_problems(told: Mapping[str, object], several: bool) -> Iterator[str]:
+    """What of a GLP file a direction cannot say; of any other control vector with several rows for a layer too."""
+    accepted: dict[str, tuple[object, ...]] = {
+        "glp.mode": ("add", "project"),
+        "glp.spec_version": (1, 2),
+        "glp.hook_point": ("residual_stream_post_layer",),
+    }
+    for key, values in accepted.items():
+        if key in told and told[key] not in values:
+            yield f"{key} is {told[key]!r}; read is {' or '.join(map(repr, values))}"
+    for key in ("glp.layer_scales", "glp.dir_scales"):
+        if key in told:
+            yield f"{key} is not read: write a file whose scales are 1"
+    if several and told.get("glp.mode") != "project":
+        yield "has several vectors for a layer, which only a GLP file of the mode 'project' may have"
+    strength = told.get("glp.alpha_default", 1.0)
+    if not (isinstance(strength, int | float) and abs(strength) <= MAX_STRENGTH):
+        yield f"glp.alpha_default is {strength!r}; read is a number from -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
 
 
 def write(path: Path, direction: Direction) -> list[str]:
     """What the direction adds in the mode `add`, at its own strength. Returns what a reader of the file would miss."""
     meta, gguf = direction.meta, _library(path)
+    if path.name.lower().endswith(GLP):
+        return _write_glp(path, direction, gguf)
     if direction.rank != 1:
         raise InvalidInput(f"{path}: a control vector has one row for each layer, this direction has {direction.rank}")
     if "add" not in meta.modes:
@@ -77,6 +114,48 @@ def write(path: Path, direction: Direction) -> list[str]:
         )
     if vectors[0].any():
         missed.append(f"{path}: layer 0 is left out, which the format cannot name")
+    return missed
+
+
+def _write_glp(path: Path, direction: Direction, gguf: Any) -> list[str]:
+    """The direction in its own mode at its own strength. Raises InvalidInput for what GLP cannot say."""
+    meta = direction.meta
+    problems = []
+    if meta.mode not in ("ablate", "add"):
+        problems.append(f"{path}: GLP knows the modes ablate (its 'project') and add, not '{meta.mode}'")
+    if meta.sites != ("resid_post",):
+        problems.append(f"{path}: GLP is written for the site resid_post, not {', '.join(meta.sites)}")
+    if not torch.isin(direction.weights, torch.tensor([0.0, 1.0])).all():
+        problems.append(f"{path}: the weights of the layers are not all 0 or 1, and scales are not written")
+    if meta.mode == "add" and direction.rank != 1:
+        problems.append(f"{path}: GLP adds one row for each layer, this direction has {direction.rank}")
+    if problems:
+        raise InvalidInput(problems)
+    rows = direction.directions * (direction.weights != 0)[:, None, None]
+    if meta.mode == "add":
+        rows = rows * coefficients(direction, "add")[:, :1, GAMMA, None]
+    with replacing(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
+        writer.add_string(f"{ARCHITECTURE}.model_hint", re.sub(r"For[A-Z].*", "", meta.architecture).lower())
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", meta.layers - 1)
+        writer.add_uint32("glp.spec_version", 1 if direction.rank == 1 else 2)
+        writer.add_string("glp.mode", "project" if meta.mode == "ablate" else "add")
+        writer.add_string("glp.hook_point", "residual_stream_post_layer")
+        writer.add_float32("glp.alpha_default", meta.strength)
+        if direction.rank > 1:
+            writer.add_uint32("glp.rank", direction.rank)
+            writer.add_bool("glp.orthonormal", True)
+        for layer in range(1, meta.layers):
+            for row, vector in enumerate(rows[layer]):
+                if vector.any():
+                    writer.add_tensor(f"direction.{layer}" + (f".{row}" if row else ""), vector.contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    missed = [f"{path}: layer 0 is left out, which the format cannot name"] if rows[0].any() else []
+    if direction.embedding is not None:
+        missed.append(f"{path}: the embedding's rows are left out, for which the format has no place")
     return missed
 
 

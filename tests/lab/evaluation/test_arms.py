@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from steer.direction import MAX_VALUE, Direction
 from steer.errors import InvalidInput
-from steer.lab.evaluation.arms import arms_of
+from steer.lab.evaluation.arms import arms_of, control
+from steer.names import MODES
 from steer.spec import parse
 from tests import models
 
@@ -50,3 +54,65 @@ def test_files_for_different_sites_are_not_mixed(files: list[Path], tmp_path: Pa
     models.direction(models.tiny("llama"), shared=True, sites=("writers",)).save(writers)
     with pytest.raises(InvalidInput, match="different sites"):
         arms_of([files[0], writers], None, None)
+
+
+def test_controls_stand_beside_each_file_in_each_mode(files: list[Path]) -> None:
+    arms = arms_of(files[:1], ["ablate", "one_sided"], None, controls=2)
+    names = [f"{name}:{mode}=1.5" for mode in ("ablate", "one_sided") for name in ("one", "one.random0", "one.random1")]
+    assert [arm.name for arm in arms] == names
+    assert [arm.control for arm in arms] == [False, True, True] * 2
+    assert len({arm.digest for arm in arms}) == 3
+    assert [arm.digest for arm in arms] == [a.digest for a in arms_of(files[:1], list(MODES[:1] + MODES[3:4]), None, 2)]
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_control_has_the_shape_of_its_direction_and_nothing_of_its_content(rank: int) -> None:
+    model = models.tiny("llama")
+    own = models.direction(model, k=rank, embedding=True)
+    own.directions[1] = 0
+    random, other = control(own, 0), control(own, 1)
+    assert Direction.from_bytes(random.to_bytes()).meta.method == "random"
+    assert torch.equal(random.directions, control(own, 0).directions)
+
+    def gram(direction: Direction) -> torch.Tensor:
+        assert direction.embedding is not None
+        rows = torch.cat([direction.directions.flatten(0, 1), direction.embedding])
+        return rows @ rows.T
+
+    for one in (random, other):
+        assert torch.allclose(gram(one), gram(own), atol=1e-6), "norms, angles between rows, and layers that are left"
+        assert float((one.directions * own.directions).sum(-1).abs().max()) < 0.6
+    assert float((random.directions * other.directions).sum(-1).abs().max()) < 0.6
+    assert torch.equal(random.weights, own.weights)
+    for name in ("mean_harmful", "mean_harmless", "mean_harmless_all"):
+        assert torch.equal(getattr(random, name), getattr(own, name))
+
+
+def test_the_plane_of_a_control_is_turned_with_its_row() -> None:
+    own = models.direction(models.tiny("llama"), plane=True)
+    random = Direction.from_bytes(control(own, 0).to_bytes())
+    was, now = own.tensors(), random.tensors()
+    before, after = (torch.cat([each["directions"][:, 0], each["axis"]]) for each in (was, now))
+    assert torch.allclose(before @ before.T, after @ after.T, atol=1e-6)
+    assert torch.equal(was["angles"], now["angles"])
+    assert float((was["axis"] * now["axis"]).sum(-1).abs().max()) < 0.6
+
+
+def test_the_gate_of_a_control_stands_between_the_means_where_it_stood() -> None:
+    own = models.direction(models.tiny("llama"), mode="one_sided")
+
+    def along(direction: Direction) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = direction.directions[:, 0]
+        return (rows * direction.mean_harmless).sum(-1)[:, None], (rows * direction.mean_harmful).sum(-1)[:, None]
+
+    a, h = along(own)
+    own = replace(own, reference=a + 0.25 * (h - a), target=torch.minimum(a, a + 0.25 * (h - a)))
+    random = control(own, 3)
+    b, g = along(random)
+    assert (g - b).sum() > 0, "it points to the harmful side"
+    sided = (h > a) & (g > b)
+    assert sided.any()
+    assert random.target is not None
+    assert torch.allclose(random.reference[sided], (b + 0.25 * (g - b))[sided], atol=1e-4)
+    assert torch.allclose(random.target[sided], b[sided], atol=1e-4)
+    assert (random.reference[~sided] == MAX_VALUE).all(), "where no side is the harmful one, nothing is above the gate"

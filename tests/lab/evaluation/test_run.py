@@ -141,6 +141,26 @@ def test_a_broken_run_goes_on_to_the_same_report(
     assert not probe.asked
 
 
+def test_doses_are_found_on_the_model_and_kept(
+    probe: Watched, arms: list[Arm], loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = replace(plan(arms[2:], loaded), doses=(0.01, 0.02, 50.0))
+    found = evaluate(probe, wanted, Cache(tmp_path, {}))
+    assert [(one.way, one.kl) for one in found.doses] == [("d:ablate", kl) for kl in (0.01, 0.02, 50.0)]
+    assert [one.strength is None for one in found.doses] == [False, False, True]
+    assert [arm.name for arm in found.arms] == [f"d:ablate={one.strength:g}" for one in found.doses[:2]]
+    for one, dose in zip(found.divergence, found.doses, strict=False):
+        assert one.mean == pytest.approx(dose.kl, rel=0.05)
+        assert one.low <= one.mean <= one.high
+    assert "0.02 is asked for" in capsys.readouterr().err
+    page = tables(report_of(found, list(found.arms)).model_copy(update={"doses": found.doses}))
+    assert "d:ablate: not reached" in page
+    probe.asked.clear()
+    passes = probe.steering.passes
+    assert evaluate(probe, wanted, Cache(tmp_path, {})) == found
+    assert (probe.steering.passes, probe.asked) == (passes, []), "nothing is asked of the model again"
+
+
 def test_report_pictures_and_page_hold_every_figure(
     probe: Watched, arms: list[Arm], loaded: Loaded, tmp_path: Path
 ) -> None:

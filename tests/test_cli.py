@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from steer._version import __version__
 from steer.cli.app import app
 from steer.cli.console import reported
+from steer.demo import MODEL
 from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.lab.evaluation.report import Report
@@ -28,6 +29,7 @@ from steer.lab.measurement import Measurement
 from steer.settings import ModelOrigin, ModelSettings, ServeSettings
 from tests import models
 from tests.lab.test_measure import HARMFUL, HARMLESS
+from tests.servers import ROOT
 
 
 def run(*arguments: str, code: int = 0) -> Result:
@@ -190,6 +192,22 @@ def test_derive_inspect_eval(
     for name in ("--harmful: harmful.txt", "--harmless: harmless.jsonl"):
         assert f"{name} is what d was made from: give other prompts, on these its figures are too good" in caplog.text
     assert "KL(plain ‖ steered)" in run("eval", str(tiny_folder), *options).stdout
+
+
+def test_a_calibrated_direction_says_how_far_no_harm_was_seen(tmp_path: Path) -> None:
+    """The embedded model answers nothing any more where the component is made longer or turned round."""
+    sets = [tmp_path / "harmful.txt", tmp_path / "harmless.txt"]
+    for path, name in zip(sets, ("refused", "harmless"), strict=True):
+        lines = (Path(MODEL).parent / "prompts" / f"{name}.test.txt").read_text().splitlines()[:8]
+        path.write_text("\n".join(lines) + "\n")
+    options = ["--direction", str(ROOT / "directions" / "refusal.safetensors"), "--mode", "ablate"]
+    options += ["--harmful", str(sets[0]), "--harmless", str(sets[1]), "--max-tokens", "24"]
+    output = tmp_path / "calibrated.safetensors"
+    told = run("eval", str(MODEL), *options, "--strengths", "-1,0.5,2", "--calibrate", str(output)).stderr
+    assert "no harm seen for ablate from 0 to 0.5" in told
+    assert Direction.load(output).meta.calibrated == {"ablate": (0.0, 0.5)}
+    told = run("eval", str(MODEL), *options, "--calibrate", str(output), code=2).stderr
+    assert "--calibrate: is for one --direction and several --strengths" in told
 
 
 def test_eval_compares_at_an_equal_kl_and_with_random_directions(

@@ -68,6 +68,10 @@ def evaluate(
     controls: Annotated[
         int, typer.Option(min=0, max=100, help="random directions of the same shape that are tried beside each file")
     ] = 0,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="write the direction here with the strengths up to which none that was tried did harm"),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 64,
     behaviour: BehaviourOption = "refusal",
     judge: Annotated[str | None, typer.Option(help="base URL (…/v1) of a model that judges answers too")] = None,
@@ -130,6 +134,8 @@ def evaluate(
             report,
             answers,
         )
+        if calibrate is not None and (len(direction) != 1 or (strengths is None and kl is None)):
+            raise InvalidInput("--calibrate: is for one --direction and several --strengths (or --kl)")
         wanted = [strength] if strength is not None else floats("--strengths", strengths) if strengths else None
         doses = _doses(kl)
         arms = arms_of(direction, mode.split(",") if mode else None, wanted, controls)
@@ -185,6 +191,12 @@ def evaluate(
             two = {name: sets[name] for name in ("harmful", "harmless")}
             projections = projected(bench.source, plan.arms[0].direction, two, rendering, choices.batch)
             _write(made, found, sets, report, projections, answers)
+        if calibrate is not None:
+            own = next(arm.direction for arm in plan.arms if not arm.control)
+            doses_of = made.calibrated(direction[0].stem)
+            own.with_meta(calibrated=doses_of).save(calibrate)
+            said = ", ".join(f"{mode} from {low:g} to {high:g}" for mode, (low, high) in doses_of.items())
+            typer.echo(f"wrote {calibrate}: no harm seen for {said}", err=True)
     if as_json:
         echo_json(made.as_json())
         return

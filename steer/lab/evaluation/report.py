@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -181,3 +182,23 @@ class Report(Part):
 
     def as_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
+
+    def calibrated(self, file: str) -> dict[Mode, tuple[float, float]]:
+        """By mode the strengths on either side of 0 up to which no strength of `file` that was tried did harm: more
+        degenerate answers in any set, or more of the behaviour on harmless prompts."""
+        harmed = {
+            arm.arm
+            for each in self.sets
+            for arm in each.arms
+            if arm.rises("degenerate") or (each.name == "harmless" and arm.rises("shown"))
+        }
+        tried = sorted((arm for arm in self.arms if arm.file == file), key=lambda arm: abs(arm.strength))
+        found: dict[Mode, tuple[float, float]] = {}
+        for mode in dict.fromkeys(arm.mode for arm in tried):
+            ends = [0.0, 0.0]
+            for side, sign in enumerate((-1, 1)):
+                arms = (arm for arm in tried if arm.mode == mode and arm.strength * sign > 0)
+                for arm in itertools.takewhile(lambda arm: arm.name not in harmed, arms):
+                    ends[side] = arm.strength
+            found[mode] = (ends[0], ends[1])
+        return found

@@ -4,7 +4,7 @@ llama.cpp adds `direction.N` to the output of its 0-based block N, which is our 
 what is exported of another mode is another thing, and that is said. The steer metadata goes along under `steer.meta`.
 
 GLP files are the same with keys `glp.…` (msuiche/weightless, spec/GLP.md, versions 1 and 2): `glp.mode` is `project`
-(our `ablate`) or `add`, `glp.alpha_default` the strength, and rank k has rows `direction.N.j`. They are written where the
+(our `ablate`) or `add`, `glp.alpha_default` the strength, and rank k has rows `direction.N.j`. They are written where a
 name ends in `.glp.gguf`.
 """
 

@@ -28,7 +28,7 @@ from tests import models
 law = settings(deadline=None, max_examples=60)
 MODEL = models.tiny("llama")
 SERVED = ("base", "org/base")
-FILES = [models.direction(MODEL, seed=seed).to_bytes() for seed in range(3)]
+FILES = [models.direction(MODEL, seed=seed, plane=True).to_bytes() for seed in range(3)]
 
 
 class Placed(LocalPlacement):
@@ -42,7 +42,7 @@ class Placed(LocalPlacement):
 
 
 def registry_of(**names: bytes) -> Registry:
-    bank = DirectionBank([HookPoint("resid_post", layer) for layer in range(3)], rows=8, rank=4, d_model=models.D_MODEL)
+    bank = DirectionBank([HookPoint("resid_post", layer) for layer in range(3)], rows=16, rank=4, d_model=models.D_MODEL)
     registry = Registry(Placed(Shape("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 4), bank))
     for name, data in names.items():
         registry.put(name, data)

@@ -42,7 +42,9 @@ class Placed(LocalPlacement):
 
 
 def registry_of(**names: bytes) -> Registry:
-    bank = DirectionBank([HookPoint("resid_post", layer) for layer in range(3)], rows=16, rank=4, d_model=models.D_MODEL)
+    bank = DirectionBank(
+        [HookPoint("resid_post", layer) for layer in range(3)], rows=16, rank=4, d_model=models.D_MODEL
+    )
     registry = Registry(Placed(Shape("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 4), bank))
     for name, data in names.items():
         registry.put(name, data)

@@ -25,7 +25,7 @@ SIZES = [4, 32, 512]
 #: The site `writers` beside the usual: removing a direction there is what a copy of the weights can say, too.
 SITES = ["resid_post", "writers"]
 #: For the two directions of the folder, and for both versions of what is swapped: rows are used again.
-ROWS = 4
+ROWS = 5
 STOCK = {
     "plain": ("off", ""),
     "first": ("swapped", "first"),

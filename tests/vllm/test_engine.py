@@ -19,7 +19,7 @@ from tests.vllm.engines import PROMPTS, SPECS, Home, Reference, generate, parame
 
 BLOCK = 32
 LONG = "the same long beginning of several prompts, more than one block of the cache: " * 2
-ROWS = 4
+ROWS = 5  # of which `refusal` takes two: it has a plane, and the engine has rank 2
 
 
 def compiled() -> tuple[int, ...]:

@@ -168,12 +168,12 @@ def test_swaps_through_different_front_ends_under_load(fronts: dict[int, Client]
     assert fronts[0].delete("/v1/directions/moving").status_code == 200
     for front in fronts.values():
         until(lambda front=front: not any(card["requests"] for card in front.get("/v1/directions").json()["data"]))
-    for n in range(ROWS - 2):  # all that is left is free for others
+    for n in range(ROWS - 3):  # all that is left is free for others
         data = models.direction(home.model, seed=70 + n).to_bytes()
         assert fronts[n % COUNT].put(f"/v1/directions/filling{n}", content=data).status_code == 200
     full = fronts[0].put("/v1/directions/over", content=versions[0])
     assert (full.status_code, full.json()["error"]["code"]) == (409, "no_free_rows")
-    for n in range(ROWS - 2):
+    for n in range(ROWS - 3):
         assert fronts[(n + 1) % COUNT].delete(f"/v1/directions/filling{n}").status_code == 200
 
 

@@ -194,7 +194,7 @@ def evaluate(
         if calibrate is not None:
             own = next(arm.direction for arm in plan.arms if not arm.control)
             doses_of = made.calibrated(direction[0].stem)
-            own.with_meta(calibrated=doses_of).save(calibrate)
+            own.with_meta(calibrated=own.meta.calibrated | doses_of).save(calibrate)
             said = ", ".join(f"{mode} from {low:g} to {high:g}" for mode, (low, high) in doses_of.items())
             typer.echo(f"wrote {calibrate}: no harm seen for {said}", err=True)
     if as_json:

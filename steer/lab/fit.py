@@ -45,7 +45,7 @@ from steer.lab.source import Source
 from steer.lab.split import LEAST_SHOWN, TRIED, Split
 from steer.lab.statistics import mcnemar, wilson
 from steer.lab.tables import shown
-from steer.names import MAX_STRENGTH, Mode, Site, site_problem
+from steer.names import MAX_STRENGTH, TURNING, Mode, Site, site_problem
 
 log = logging.getLogger("steer")
 #: Tokens of the answers of candidates.
@@ -87,8 +87,9 @@ class Choice:
 
     @property
     def rank(self) -> int:
-        """Rows that a direction of it has at most."""
-        return max(int(getattr(method, "rank", 1)) for method in self.methods)
+        """Rows that act on a token at most, of a direction of it."""
+        turning = any(action.mode in TURNING for action in self.actions)
+        return max(1 + turning, *(int(getattr(method, "rank", 1)) for method in self.methods))
 
     @property
     def needs_vectors(self) -> bool:

@@ -256,8 +256,9 @@ def _values(figures: Figures) -> tuple[float, ...]:
 
 
 def rank_of(space: Space, measurement: Measurement) -> int:
-    """Rows that a direction of `space` has at most."""
-    return max(derive(measurement, Recipe(make_method(m), space.layers[-1])).rank for m in space.methods)
+    """Rows that act on a token at most, of a direction of `space` in one of its modes."""
+    made = [derive(measurement, Recipe(make_method(m), space.layers[-1])) for m in space.methods]
+    return max(direction.acting(mode) for direction in made for mode in space.modes)
 
 
 def _copy(frozen: FrozenTrial) -> FrozenTrial:

@@ -115,6 +115,9 @@ class _Resident:
     direction: Direction | None
 
     def acting(self, mode: Mode) -> list[int]:
+        """Raises SpecError for a mode that turns where the axis has no row: it would do nothing."""
+        if mode in TURNING and len(self.rows) == self.own:
+            raise SpecError(f"the mode '{mode}' needs a bank of rank 2 and a file with a plane", param="steer.mode")
         return self.rows if mode in TURNING else self.rows[: self.own]
 
 

@@ -186,14 +186,21 @@ def test_a_direction_goes_to_resid_pre_and_back(model: Any, tmp_path: Path) -> N
 
 
 def control_vector(
-    path: Path, vectors: dict[int, Tensor], architecture: str = "controlvector", keys: dict[str, object] | None = None
+    path: Path,
+    vectors: dict[int, Tensor],
+    architecture: str = "controlvector",
+    keys: dict[str, object] | None = None,
+    second: int | None = None,
 ) -> Path:
+    """`second`: the layer that has a second row."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_string("controlvector.model_hint", "llama")
     for key, value in (keys or {}).items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for layer, vector in vectors.items():
         writer.add_tensor(f"direction.{layer}", vector.numpy())
+    if second is not None:
+        writer.add_tensor(f"direction.{second}.1", vectors[second].flip(0).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -305,6 +312,11 @@ def test_what_a_glp_file_says_and_we_cannot_is_refused(model: Any, tmp_path: Pat
         path = control_vector(tmp_path / "v.gguf", {1: torch.ones(D)}, keys=dict(keys))
         with pytest.raises(InvalidInput, match=says):
             formats.read(path, FOREIGN)
+    uneven = control_vector(
+        tmp_path / "v.gguf", {1: torch.ones(D), 2: torch.ones(D)}, keys={"glp.mode": "project"}, second=1
+    )
+    with pytest.raises(InvalidInput, match="its layers have 1 to 2 vectors"):
+        formats.read(uneven, FOREIGN)
     found = formats.read(control_vector(tmp_path / "v.gguf", {1: torch.ones(D)}, keys={"glp.mode": "project"}), FOREIGN)
     assert isinstance(found, Direction)
     assert found.meta.mode == "ablate"

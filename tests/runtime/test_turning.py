@@ -19,6 +19,7 @@ from steer.direction import Direction
 from steer.errors import DirectionError, SpecError, UnsupportedModel
 from steer.geometry import angle, orthogonal_part, slerp_direction, unit
 from steer.hf.steering import Steering
+from steer.lab.fit import Choice
 from steer.names import TURNING, Mode
 from steer.runtime import bank as bank_module
 from steer.runtime.bank import DirectionBank, HookPoint, apply
@@ -230,3 +231,16 @@ def test_rows_that_are_several_have_no_plane() -> None:
     several = models.direction(MODEL, k=2)
     with pytest.raises(DirectionError, match="is for directions of one row, this one has 2"):
         replace(several.with_meta(schema_version=2), axis=MADE.axis, angles=MADE.angles).to_bytes()
+
+
+def test_a_bank_without_room_for_axes_turns_nothing_silently() -> None:
+    """As the offline commands ask it, which have no registry before the bank."""
+    made = models.direction(models.tiny("llama"), plane=True)
+    points = [HookPoint("resid_post", layer) for layer in range(made.meta.layers)]
+    bank = DirectionBank(points, rows=4, rank=1, d_model=made.d_model)
+    bank.load("digest", made)
+    assert bank.steer(Spec((Entry("d", "digest", "ablate", 1.0),))) is not None
+    for mode in TURNING:
+        with pytest.raises(SpecError, match="needs a bank of rank 2"):
+            bank.steer(Spec((Entry("d", "digest", mode, 1.0),)))
+        assert Choice.of(None, "auto", mode).rank == 2

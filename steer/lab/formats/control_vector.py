@@ -43,13 +43,19 @@ def read(path: Path, foreign: Foreign) -> Direction:
     for tensor in reader.tensors:
         if matched := re.fullmatch(r"direction\.(\d+)(?:\.(\d+))?", tensor.name):
             layer, row = int(matched.group(1)), int(matched.group(2) or 0)
+            if row in found.get(layer, ()):
+                raise InvalidInput(f"{path}: direction.{layer} and direction.{layer}.0 are the same row: keep one")
             found.setdefault(layer, {})[row] = torch.from_numpy(tensor.data.astype("float32")).flatten()
     if not found:
         raise InvalidInput(f"{path}: has no tensors direction.1, direction.2, …")
     if len({vector.shape for vectors in found.values() for vector in vectors.values()}) != 1:
         raise InvalidInput(f"{path}: its vectors have different numbers of dimensions")
     rows = {layer: torch.stack([vectors[row] for row in sorted(vectors)]) for layer, vectors in found.items()}
-    several = max(len(each) for each in rows.values()) > 1
+    if len(counts := {len(each) for each in rows.values()}) > 1:
+        raise InvalidInput(
+            f"{path}: its layers have {min(counts)} to {max(counts)} vectors; read is one number for all"
+        )
+    several = counts != {1}
     projects = told.get("glp.mode", "add") == "project"
     if problems := [f"{path}: {problem}" for problem in _glp_problems(told, several)]:
         raise InvalidInput(problems)

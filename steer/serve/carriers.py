@@ -7,7 +7,8 @@ that is meant to be steered is never answered plain.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -33,6 +34,9 @@ _INSIDE = {"chattemplatekwargs", "extraargs", "extrabody", "extraheaders", "extr
 _INSIDE |= {"body", "metadata", "options", "parameters", "request", "requests", "samplingparams", "vllmxargs"}
 #: Those of them that are there for nothing else, so that a text in them is one of these too.
 _VEHICLES = {"extraargs", "extrabody", "extraheaders", "extraquery", "headers", "vllmxargs"}
+
+
+_PLAIN_ROLES = {"system", "developer", "user", "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +91,26 @@ def read(body: dict[str, object], headers: Headers, served: Sequence[str], query
 
 
 def has_tools(body: dict[str, object]) -> bool:
-    """Does a request of any generation route name tools, or have what tools have answered? What a client has written
-    into a text is not seen."""
-    template = body.get("chat_template_kwargs")
-    places = (body, template) if isinstance(template, dict) else (body,)
-    if any(place.get(name) for place in places for name in ("tools", "functions")):
+    """May a request of any generation route have tools, or what tools have answered? Whatever is not known to have none
+    counts: other roles than the plain ones, and earlier turns that the server keeps. What a client has written into a
+    text is not seen."""
+    if any(body.get(name) for name in ("previous_response_id", "previous_input_messages")):
         return True
-    items: list[object] = []
+    items: list[object] = [body, body.get("chat_template_kwargs")]
     for name in ("messages", "input"):
         items += found if isinstance(found := body.get(name), list) else []
-    for item in tuple(items):
+    for item in tuple(items[2:]):
         items += found if isinstance(item, dict) and isinstance(found := item.get("content"), list) else []
-    return any(
-        one.get("role") in ("tool", "function") or str(one.get("type")).endswith(("call_output", "tool_result"))
-        for one in items
-        if isinstance(one, dict)
+    return any(_of_tools(item) for item in items if isinstance(item, dict))
+
+
+def _of_tools(item: Mapping[str, object]) -> bool:
+    """Of a body, a template's variables, a message or a part of one."""
+    named = any(
+        value and re.search("tools|functions|tool_calls|function_call$", str(name)) for name, value in item.items()
     )
+    kind = str(item.get("type", ""))
+    return named or str(item.get("role", "user")) not in _PLAIN_ROLES or "call" in kind or "tool" in kind
 
 
 def traces(body: object, headers: Headers, served: Sequence[str], query: bytes = b"") -> Iterator[str]:

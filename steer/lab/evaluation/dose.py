@@ -9,11 +9,13 @@ from steer.names import MAX_STRENGTH
 
 #: Strengths that are tried for one dose, at most; and how near the KL must come to it, as a share of it.
 TRIES, NEAR = 10, 0.03
+#: A share of the dose: what is further from it is no comparison at an equal price.
+FAR = 0.25
 
 
 def strength_at(dose: float, kl: Callable[[float], float]) -> float | None:
     """A strength of four digits up to MAX_STRENGTH whose `kl` is `dose`, the nearest of those that were tried; None
-    where none reaches it.
+    where none comes within FAR of it, as where the KL jumps over it or stays below.
 
     What is kept is a bracket, with less than the dose at its lower end and more at its upper one, so that there is a
     crossing in it though the KL need not rise everywhere. The next strength is the one at which a power law through
@@ -43,4 +45,5 @@ def strength_at(dose: float, kl: Callable[[float], float]) -> float | None:
             at = high[0] * math.sqrt(dose / high[1])
         if sides[0] == sides[1] or not low[0] < float(f"{at:.4g}") < high[0]:
             at = (low[0] + high[0]) / 2
-    return min(tried, key=lambda strength: abs(math.log(max(tried[strength], 1e-300) / dose)))
+    best = min(tried, key=lambda strength: abs(math.log(max(tried[strength], 1e-300) / dose)))
+    return best if abs(tried[best] - dose) <= FAR * dose else None

@@ -45,3 +45,8 @@ def test_curves_that_saturate_fall_or_are_not_finite_are_solved_too(dose: float)
 
 def test_what_does_nothing_has_no_dose() -> None:
     assert strength_at(0.01, lambda _: 0.0) is None
+
+
+def test_a_dose_that_is_jumped_over_or_not_reached_is_not_said_to_be_had() -> None:
+    assert strength_at(0.05, lambda s: 0.001 if s < 1.3 else 5.0) is None
+    assert strength_at(0.08, lambda s: 0.048 * (1 - math.exp(-s))) is None

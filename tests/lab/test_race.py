@@ -112,13 +112,15 @@ def test_an_answer_that_is_none_is_no_success(probe: HFEvaluator, candidates: li
     assert broken.surely_beaten_by(Figures([False] * 20, [False] * 9, [0.0] * 13)) == (broken.kl > 0)
 
 
-def test_one_prompt_more_is_within_one_prompt_at_any_number() -> None:
-    """As rates, 5/6 is not within 1/6 of 4/6."""
+def test_one_answer_in_sixteen_is_worth_less_than_a_smaller_change() -> None:
+    """Counted, not as rates: as those, 5/6 is not within 1/6 of 4/6."""
     nothing = Direction.load("directions/refusal.safetensors")
     for count in range(6, 64):
-        for fewest in range(count):
+        slack = max(1, count // 16)
+        for fewest in range(count - slack):
             figures = [
-                Figures([True] * n + [False] * (count - n), [], [kl]) for n, kl in ((fewest, 1.0), (fewest + 1, 0.5))
+                Figures([True] * n + [False] * (count - n), [], [kl])
+                for n, kl in ((fewest, 1.0), (fewest + slack, 0.5), (fewest + slack + 1, 0.1))
             ]
             entrants = [Entrant(Recipe(), Candidate(nothing, "ablate", 1.0), figures=one) for one in figures]
             assert best(entrants) is entrants[1], (fewest, count)

@@ -418,9 +418,7 @@ def operate(x: Tensor, operands: Sequence[Operands], dtype: torch.dtype | None =
     return y if y.dtype == x.dtype else y.to(x.dtype), lost.squeeze(-1)
 
 
-def operate_before_norm(
-    x: Tensor, operands: Sequence[Operands], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def operate_before_norm(x: Tensor, operands: Sequence[Operands], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The same for x in float32, and the mean square of what comes, `[..., 1]`, for a norm that reads it next. Of one
     entry it is told by sums over x and the row (`op.growth`): compiled code then makes no pass over x' to have it."""
     before, d_model = x.square().mean(-1, keepdim=True), x.shape[-1]

@@ -63,9 +63,10 @@ def limit(dtype: torch.dtype) -> float:
 def settled(
     x: Tensor, moved: Tensor, square: Tensor, steered: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """What is handed on of `moved`, the stream x `[..., d_model]` after the operation, and which of it is lost, `[..., 1]`
-    bool: of those that are `steered` (`[..., 1]` bool, None for all) where `square` (`[..., 1]`, ‖moved‖²) is beyond
-    the `limit` of the stream's `dtype`, or NaN. These stay as they were, with 0 for what was not finite before."""
+    """What is handed on of `moved`, the stream x `[..., d_model]` after the operation, and which of it is lost, `[...,
+    1]` bool: of those that are `steered` (`[..., 1]` bool, None for all) where `square` (`[..., 1]`, ‖moved‖²) is
+    beyond the `limit` of the stream's `dtype`, or NaN. These stay as they were, with 0 for what was not finite
+    before."""
     lost = ~(square <= limit(dtype))
     if steered is not None:
         lost = lost & steered

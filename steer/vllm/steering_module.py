@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from steer.names import Site
-from steer.runtime.bank import BankSlice, apply
+from steer.runtime.bank import BankSlice, Operands, gather, operate
 from steer.runtime.memory import lasting
 from steer.runtime.readout import AFTER, BEFORE, components
-from steer.runtime.token_index import TokenIndex
+from steer.runtime.token_index import TokenIndex, unpacked
 
 #: How a block hands on the stream: it returns one tensor; a tuple whose first is the whole stream; or (h, r) with the
 #: stream being h + r, added by the norm that comes next.
@@ -45,19 +45,14 @@ class Reads:
 
 class SteeringModule(nn.Module):
     """One place's buffers on the module that is hooked. `vectors`, `coefficients` and `number` are the place's bank
-    slice; `rows`, `slots`, `strengths`, `bounds` (`[rank, max_tokens]`) and `combinations` (`[max_tokens]`; it and the
-    bank slice's `joint` are None where the rank is 1) are the token index, one storage for all steering modules; in
-    `lost` (`[max_tokens]`) each of them says what tokens it has lost. With `reads` every pass writes `found` (`[2,
+    slice; `packed` (`[max_tokens, fields]`) is the token index, one for all steering modules; in `lost`
+    (`[max_tokens]`) each of them says what tokens it has lost. With `reads` every pass writes `found` (`[2,
     count, rank]`: components before and after) and `norms` (`[count]`) of the tokens that are read."""
 
     vectors: Tensor
     coefficients: Tensor
-    rows: Tensor
-    slots: Tensor
-    strengths: Tensor
-    bounds: Tensor
     number: Tensor
-    combinations: Tensor | None
+    packed: Tensor
     joint: Tensor | None
     lost: Tensor
     read_at: Tensor
@@ -67,16 +62,13 @@ class SteeringModule(nn.Module):
 
     def __init__(self, bank_slice: BankSlice, index: TokenIndex, reads: Reads | None = None) -> None:
         super().__init__()
+        self.rank = index.rank
         self.reading = reads is not None  # fixed for the life of the steering module, so that Dynamo traces one way
         tensors = {
             "vectors": bank_slice.vectors,
             "coefficients": bank_slice.coefficients,
-            "rows": index.rows,
-            "slots": index.slots,
-            "strengths": index.strengths,
-            "bounds": index.bounds,
             "number": bank_slice.number,
-            "combinations": index.combinations,
+            "packed": index.packed,
             "lost": index.lost,
             "joint": bank_slice.joint,
         }
@@ -92,16 +84,18 @@ class SteeringModule(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
 
+def acting(steering_module: SteeringModule, tokens: int) -> list[Operands]:
+    acts = unpacked(steering_module.packed[:tokens], steering_module.rank)
+    # A steering module has a bank slice's tensors; Dynamo is spared the dataclass.
+    return gather(cast(BankSlice, steering_module), *acts)
+
+
 def moved(steering_module: SteeringModule, x: Tensor, dtype: torch.dtype) -> Tensor:
     """x `[..., tokens, d_model]` after the operation, in float32; `dtype` is the stream's. (vLLM's backend for
     transformers' modelling code has a leading dimension of 1.)"""
     flat = x.reshape(-1, x.shape[-1]).float()
     tokens = flat.shape[0]
-    own = steering_module
-    index = (own.rows[:, :tokens], own.slots[:, :tokens], own.strengths[:, :tokens], own.bounds[:, :tokens])
-    combinations = None if steering_module.combinations is None else steering_module.combinations[:tokens]
-    # A steering module has a bank slice's tensors; Dynamo is spared the dataclass.
-    y, lost = apply(flat, cast(BankSlice, steering_module), *index, combinations, dtype)
+    y, lost = operate(flat, acting(steering_module, tokens), dtype)
     steering_module.lost[:tokens].logical_or_(lost)
     return y.reshape(x.shape)
 

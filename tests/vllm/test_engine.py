@@ -343,9 +343,9 @@ def test_a_pass_for_other_ranks_is_plain_and_disturbs_nobody(running: Running) -
     engine.add_request("some", PROMPTS[0], parameters("refusal"))
     engine.step()
     tokens = running.stats()["tokens"]
-    assert running.worker._index.strengths.any()
+    assert running.worker._index.packed.any()
     running.worker.execute_dummy_batch()
-    assert not running.worker._index.strengths.any()
+    assert not running.worker._index.packed.any()
     assert running.stats()["tokens"] == tokens
     outputs: list[Any] = []
     while engine.has_unfinished_requests():

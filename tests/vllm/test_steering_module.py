@@ -33,7 +33,7 @@ def test_what_is_combined_after_tracing_acts(rank: int) -> None:
     bank = DirectionBank([PLACE], rows=4, rank=rank, d_model=models.D_MODEL, requests=4)
     index, block = TokenIndex(rank, 16, "cpu"), Block()
     made = steering_module.SteeringModule(bank.slices[PLACE], index)
-    assert {"joint", "combinations"} <= dict(made.named_buffers()).keys() or rank == 1
+    assert "joint" in dict(made.named_buffers()) or rank == 1
     steering_module.attach_after(block, "sum", made, "resid_post")
     traced = torch.compile(lambda h, r: block(h, r), fullgraph=True, dynamic=True, backend="aot_eager")
     h, r = torch.randn(2, 5, models.D_MODEL, generator=torch.Generator().manual_seed(0))

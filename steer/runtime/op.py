@@ -106,7 +106,9 @@ def turn(q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...], strength: Tenso
 
 def shared(asked: list[Tensor], shares: Tensor) -> Tensor:
     """a of one entry, `[...]`: its row of M, `shares` `[..., entries]`, times δ of all entries, each `[...]`."""
-    return (shares * torch.stack(asked, -1)).sum(-1)
+    # each by itself: a stack of them would be written out in compiled code, which makes a second kernel of one
+    parts = [share * one for share, one in zip(shares.unbind(-1), asked, strict=True)]
+    return sum(parts[1:], parts[0])
 
 
 def joint(vectors: Tensor, weights: Tensor) -> Tensor:

@@ -10,16 +10,20 @@ import hashlib
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Literal, TypeAlias, cast
+from types import MethodType
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from steer.names import Site
-from steer.runtime.bank import BankSlice, Operands, gather, operate
+from steer.runtime.bank import BankSlice, Operands, gather, operate, operate_before_norm
 from steer.runtime.memory import lasting
 from steer.runtime.readout import AFTER, BEFORE, components
 from steer.runtime.token_index import TokenIndex, unpacked
+
+if TYPE_CHECKING:
+    from steer.vllm.internals.types import Norm
 
 #: How a block hands on the stream: it returns one tensor; a tuple whose first is the whole stream; or (h, r) with the
 #: stream being h + r, added by the norm that comes next.
@@ -110,19 +114,49 @@ def hand_on(steering_module: SteeringModule, x: Tensor, r: Tensor | None = None)
     """The new x (or the new h, for a stream h + r), in its dtype."""
     new = moved(steering_module, x, x.dtype).to(x.dtype) if r is None else moved_term(steering_module, x, r)
     if steering_module.reading:
-        record(steering_module, x, new, r)
+        rest = () if r is None else (r,)
+        record(steering_module, (x, *rest), (new, *rest))
     return new
 
 
-def record(steering_module: SteeringModule, x: Tensor, new: Tensor, r: Tensor | None) -> None:
-    """Write what the tokens that are read have along their rows, before (x, or x + r) and after (new, or new + r)."""
+def record(steering_module: SteeringModule, before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> None:
+    """Write what the tokens that are read have along their rows, of a stream that is the sum of these."""
     lines = steering_module.vectors[steering_module.read_rows]
-    rest = 0.0 if r is None else r.reshape(-1, r.shape[-1])[steering_module.read_at].float()
-    for place, stream_ in ((BEFORE, x), (AFTER, new)):
-        at = stream_.reshape(-1, x.shape[-1])[steering_module.read_at].float() + rest
+    for place, parts in ((BEFORE, before), (AFTER, after)):
+        each = [part.reshape(-1, part.shape[-1])[steering_module.read_at].float() for part in parts]
+        at = sum(each[1:], each[0])
         steering_module.found[place].copy_(components(at, lines))
         if place == BEFORE:
             steering_module.norms.copy_(torch.linalg.vector_norm(at, dim=-1))
+
+
+#: The name of a steering module on a norm.
+WITHIN = "steer_within"
+
+
+def attach_within(norm: Norm, steering_module: SteeringModule) -> None:
+    """Have `norm`, one of `internals.worker.open_norms` that adds the two parts of a stream, act on their sum itself:
+    compiled, that is as many passes over the stream as the norm makes alone, where a hook in front of it needs two
+    more."""
+    norm.add_module(WITHIN, steering_module)
+    norm.forward = MethodType(forward, norm)
+
+
+def forward(norm: Norm, x: Tensor, residual: Tensor | None = None) -> Output:
+    """What the norm gives of the stream x + residual `[tokens, d_model]` after the operation, and that stream."""
+    if residual is None:
+        return cast(Tensor, norm.forward_native(x))
+    steering_module, tokens = cast(SteeringModule, getattr(norm, WITHIN)), x.shape[0]
+    whole = x.float() + residual.float()
+    new, lost, mean_square = operate_before_norm(whole, acting(steering_module, tokens), x.dtype)
+    steering_module.lost[:tokens].logical_or_(lost)
+    handed_on = new.to(x.dtype)
+    if steering_module.reading:
+        record(steering_module, (x, residual), (handed_on,))
+    # from here on as `vllm.ir.ops.fused_add_rms_norm`
+    weight = norm.weight if hasattr(norm, "pass_weight_add") else norm.weight.float() + 1.0  # Gemma's is less by 1
+    normed = new * torch.rsqrt(mean_square + norm.variance_epsilon)
+    return (normed.to(weight.dtype) * weight).to(x.dtype), handed_on
 
 
 def attach_after(module: nn.Module, form: Form, steering_module: SteeringModule, site: Site) -> None:

@@ -117,7 +117,7 @@ class Watch:
     def _acts(self, n: int, layer: int) -> Callable[..., None]:
         def act(_module: nn.Module, _args: object, output: tuple[Tensor, Tensor]) -> None:
             self.normed[n], stream = (t.detach().clone() for t in output)
-            self.handed[layer].taken = [stream]
+            self.handed.setdefault(layer, Handed()).taken = [stream]
 
         return act
 

@@ -7,7 +7,6 @@ e-mails, disclaimers. The rules were tuned on one half; the figures are those of
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,7 @@ import pytest
 from steer.lab.behaviour import REFUSAL, Text, fault
 
 LABELLED = [json.loads(line) for line in Path(__file__).with_name("labelled_answers.jsonl").read_text().splitlines()]
-ORDER = list(range(len(LABELLED)))
-random.Random(0).shuffle(ORDER)
-HELD_OUT = sorted(ORDER[len(ORDER) // 2 :])
+HELD_OUT = [item for item in LABELLED if item["held_out"]]
 
 
 def outcome(answer: str) -> str:
@@ -28,11 +25,10 @@ def outcome(answer: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("label", "precision", "recall"), [("shown", 0.85, 0.77), ("degenerate", 0.95, 0.68), ("unanswered", 1.0, 1.0)]
+    ("label", "precision", "recall"), [("shown", 0.87, 0.68), ("degenerate", 0.95, 0.62), ("unanswered", 1.0, 0.57)]
 )
 def test_precision_and_recall_do_not_fall(label: str, precision: float, recall: float) -> None:
-    held_out = [LABELLED[i] for i in HELD_OUT]
-    found = [(outcome(item["answer"]) == label, item["label"] == label) for item in held_out]
+    found = [(outcome(item["answer"]) == label, item["label"] == label) for item in HELD_OUT]
     right = sum(told and true for told, true in found)
     assert right / sum(told for told, _ in found) >= precision
     assert right / sum(true for _, true in found) >= recall
@@ -40,5 +36,8 @@ def test_precision_and_recall_do_not_fall(label: str, precision: float, recall: 
 
 def test_the_set_is_what_it_says() -> None:
     assert len(LABELLED) >= 400
-    assert {item["label"] for item in LABELLED} == {"shown", "complied", "degenerate", "unanswered"}
+    assert {item["label"] for item in LABELLED} == {
+        *("shown", "complied", "degenerate", "unanswered", "late", "deflected")
+    }
+    assert all(item.get("prompt") for item in LABELLED if item["label"] == "deflected")
     assert len({item["language"] for item in LABELLED}) >= 10

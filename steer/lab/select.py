@@ -132,7 +132,7 @@ class Entrant:
         if (figures := self.figures) is not None:
             found |= {
                 "refused": figures.shown,
-                "degenerate": float(np.mean(figures.lost)),
+                "lost": float(np.mean(figures.lost)),
                 "prompts": len(figures.asked),
                 "kl": figures.kl,
                 "kl_prompts": len(figures.kls),

@@ -24,6 +24,7 @@ from steer.cli.console import reported
 from steer.demo import MODEL
 from steer.direction import Direction
 from steer.errors import InvalidInput
+from steer.lab.derive import layer_weights
 from steer.lab.evaluation.report import Report
 from steer.lab.measurement import Measurement
 from steer.settings import ModelOrigin, ModelSettings, ServeSettings
@@ -217,12 +218,12 @@ def test_eval_compares_at_an_equal_kl_and_with_random_directions(
     direction, folder = tmp_path / "d.safetensors", tmp_path / "report"
     models.direction(models.tiny("llama")).save(direction)
     options = ["--direction", str(direction), "--harmful", sets[0], "--harmless", sets[1], "--max-tokens", "3"]
-    options += ["--kl", "0.01,0.02", "--controls", "1", "--report", str(folder)]
+    options += ["--kl", "0.01,0.02", "--controls", "1", "--tokens", "not-first", "--report", str(folder)]
     told = run("eval", str(tiny_folder), *options)
     assert "At an equal KL" in told.stdout
     assert "is asked for" in told.stderr
     report = Report.model_validate_json((folder / "report.json").read_text())
-    ways = ["d:ablate", "d.random0:ablate"]
+    ways = ["d:ablate@not-first", "d.random0:ablate@not-first"]
     assert [(dose.way, dose.kl) for dose in report.doses] == [(way, kl) for way in ways for kl in (0.01, 0.02)]
     divergence = {one.arm: one for one in report.divergence}
     for dose in report.doses:
@@ -284,6 +285,10 @@ def test_eval_names_every_wrong_option(tiny_folder: Path, tmp_path: Path) -> Non
         assert option in told
     assert "numbers separated by commas" in run("eval", str(tiny_folder), *options, "--strengths", "a", code=2).stderr
     assert "above 0" in run("eval", str(tiny_folder), *options, "--kl", "0.1,0", code=2).stderr
+    wrong = ["--tokens", "last-2,all", "--layers", ",", "--text", "t.txt", "--strengths", "1,2"]
+    told = run("eval", str(tiny_folder), *options, *wrong, "--calibrate", "c.safetensors", code=2).stderr
+    for problem in ("--calibrate: is for all", "--text scores texts", "--layers: names none"):
+        assert problem in told
 
 
 def test_measure_then_derive_by_any_method(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
@@ -301,6 +306,34 @@ def test_measure_then_derive_by_any_method(tiny_folder: Path, sets: tuple[str, s
     assert meta["parameters"]["position"] == -2
     assert "Pitfalls" in run("methods").stdout
     assert "source layer" in run("derive", str(measured), "-o", str(output)).stdout
+
+
+def test_derive_weighs_layers(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
+    measured, output, listed = (tmp_path / name for name in ("m.safetensors", "d.safetensors", "weights.json"))
+    run("measure", str(tiny_folder), "--harmful", sets[0], "--harmless", sets[1], "-o", str(measured))
+    base = ("derive", str(measured), "-o", str(output), "--layer", "1")
+
+    def weights(*options: str) -> list[float]:
+        run(*base, *options)
+        return Direction.load(output).weights.tolist()
+
+    listed.write_text("[0, 1.25, -0.5]")
+    assert weights("--layers", "1-2") == [0, 1, 1]
+    assert weights("--layers", "0") == [1, 0, 0]
+    assert weights("--weights", str(listed)) == [0, 1.25, -0.5]
+    bell = layer_weights(3, 1.0, 0.5, 0.1).tolist()
+    assert weights("--weights", "peak=1,width=0.5,least=0.1") == bell
+    assert weights("--weights", "peak=1,width=0.5,least=0.1", "--layers", "1-2") == [0, *bell[1:]]
+    for options, says in (
+        (("--layers", "1-3"), "--layers: '1-3' is not accepted"),
+        (("--weights", "peak=1,broad=2"), "--weights: broad: "),
+        (("--weights", "peak=3,width=1"), "the layers are 0 to 2"),
+        (("--weights", str(measured)), "cannot be read as JSON"),
+        (("--weights", str(listed), "--layers", "0"), "nothing would be steered"),
+    ):
+        assert says in run(*base, *options, code=2).stderr
+    listed.write_text('[1, "1", 1]')
+    assert "a number from -100 to 100" in run(*base, "--weights", str(listed), code=2).stderr
 
 
 def test_a_measurement_that_is_killed_goes_on(

@@ -34,11 +34,13 @@ from steer.cli.options import (
     chosen_rendering,
     floats,
     open_bench,
+    split,
     with_settings,
 )
 from steer.errors import InvalidInput
 from steer.names import MODES
 from steer.settings import ModelSettings
+from steer.spec import TOKENS
 
 log = logging.getLogger("steer")
 
@@ -70,6 +72,12 @@ def evaluate(
     strengths: Annotated[str | None, typer.Option(help="a sweep in place of --strength, as 0,0.5,1,1.5")] = None,
     kl: Annotated[
         str | None, typer.Option(help="KLs on harmless as 0.02,0.05: the strengths that have these are found and tried")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="the layers at which it acts, as 10-20 or all; several by commas; default: all")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help=f"the tokens: {', '.join(TOKENS)}; several by commas; default: all")
     ] = None,
     controls: Annotated[
         int, typer.Option(min=0, max=100, help="random directions of the same shape that are tried beside each file")
@@ -142,9 +150,11 @@ def evaluate(
         )
         if calibrate is not None and (len(direction) != 1 or (strengths is None and kl is None)):
             raise InvalidInput("--calibrate: is for one --direction and several --strengths (or --kl)")
+        at, when = (["all"] if each is None else split(each) for each in (layers, tokens))
+        _check_places(at, when, calibrate, text, tasks, backend)
         wanted = [strength] if strength is not None else floats("--strengths", strengths) if strengths else None
         doses = _doses(kl)
-        arms = arms_of(direction, mode.split(",") if mode else None, wanted, controls)
+        arms = arms_of(direction, mode.split(",") if mode else None, wanted, controls, at, when)
         choices = Choices.model_validate({"sites": arms[0].direction.meta.sites, "batch_size": batch_size})
         given = {"harmful": harmful, "harmless": harmless, "borderline": borderline, "multi-turn": multi_turn}
         sets = {name: read_prompts(source) for name, source in given.items() if source is not None}
@@ -252,6 +262,28 @@ def _check(
     if problems:
         raise InvalidInput(problems)
     return judges
+
+
+def _check_places(
+    layers: list[str], tokens: list[str], calibrate: Path | None, text: Path | None, tasks: str | None, backend: str
+) -> None:
+    problems = [
+        f"{option}: names none: give one, or leave the option out"
+        for option, given in (("--layers", layers), ("--tokens", tokens))
+        if not given
+    ]
+    if calibrate is not None and (layers, tokens) != (["all"], ["all"]):
+        problems.append("--calibrate: is for all layers and tokens: give it without --layers and --tokens")
+    for option, value in (("--text", text), ("--tasks", tasks)):
+        if value is not None and tokens != ["all"]:
+            problems.append(f"--tokens: {option} scores texts, which have no prompt and no answer: give one of the two")
+    if backend == "vllm" and (last := [each for each in tokens if each.startswith("last-")]):
+        problems.append(
+            f"--tokens: {', '.join(last)}: vLLM scores an answer as the end of a prompt, whose middle no request can "
+            "name: give others, or --backend transformers"
+        )
+    if problems:
+        raise InvalidInput(problems)
 
 
 def _warn_of_known(arms: Sequence[Arm], sets: Mapping[str, PromptSet]) -> None:
@@ -392,6 +424,8 @@ def _arm(arm: Arm) -> SteeredArm:
         method=arm.direction.meta.method,
         mode=arm.mode,
         strength=arm.strength,
+        layers=arm.layers,
+        tokens=arm.tokens,
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.cli.options import (
@@ -45,11 +46,13 @@ from steer.cli.options import (
     chosen_rendering,
     chosen_sets,
     open_bench,
+    split,
     with_settings,
 )
-from steer.errors import InvalidInput, NothingFound
+from steer.errors import InvalidInput, NothingFound, problems_of
 from steer.lab.tables import terminal_width, wrapped
 from steer.settings import ModelSettings
+from steer.spec import ends, layer_range
 
 
 @reported(resumes=True)
@@ -248,6 +251,16 @@ def derive(
     sites: Sites = "resid_post",
     threshold: Threshold = None,
     target: Target = None,
+    layers: Annotated[
+        str | None, typer.Option(help="the layers at which it acts, as 10-20; the others get the weight 0")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="how much each layer does: a bell, as peak=16,width=6,least=0.1 (1 at the layer peak, least far from "
+            "it, by default 0), or a .json file with a number for each layer"
+        ),
+    ] = None,
 ) -> None:
     """Make a direction from a MEASUREMENT, without the model."""
     log_warnings()
@@ -258,6 +271,8 @@ def derive(
     choices = Choices.model_validate({"mode": mode, "sites": sites.split(","), "layer": layer})
     if seed is not None and not bootstrap:
         raise InvalidInput("--seed: is for --bootstrap, nothing else here is random")
+    check_direction_file(output)
+    measured = Measurement.load(measurement)
     recipe = Recipe(
         chosen_method(method, t, parameter),
         choices.layer,
@@ -271,13 +286,63 @@ def derive(
         choices.sites,
         threshold,
         target,
+        _weights(layers, weights, measured.meta.model.layers),
     )
-    check_direction_file(output)
-    direction = run(Measurement.load(measurement), recipe)
+    direction = run(measured, recipe)
     digest = direction.save(output)
     meta = direction.meta
     source = "each layer's own" if meta.source_layer is None else f"layer {meta.source_layer}"
     typer.echo(f"wrote {output}: {method}, source {source}, digest {digest[:12]}")
+
+
+def _weights(layers: str | None, weights: str | None, depth: int) -> tuple[float, ...] | None:
+    """What --layers and --weights say of a model with `depth` layers, which the options have not seen."""
+    found = [1.0] * depth if weights is None else _kernel(weights, depth) if "=" in weights else _listed(weights)
+    if layers is not None:
+        span = layer_range(layers)
+        first, last = (0, depth) if span is None else ends(span)
+        if last >= depth:
+            raise InvalidInput(
+                f"--layers: {layers!r} is not accepted: the first and the last layer like 10-20, or one, of 0 to "
+                f"{depth - 1}"
+            )
+        found = [weight if first <= layer <= last else 0.0 for layer, weight in enumerate(found)]
+    return None if layers is None and weights is None else tuple(found)
+
+
+class Bell(BaseModel):
+    """The parameters of `derive.layer_weights`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    peak: Annotated[float, Field(ge=0, description="the layer whose weight is 1")]
+    width: Annotated[float, Field(gt=0, allow_inf_nan=False, description="layers from the peak to 0.61 of it")]
+    least: Annotated[float, Field(ge=0, le=1, description="the weight far from the peak")] = 0.0
+
+
+def _kernel(text: str, depth: int) -> list[float]:
+    from steer.lab.derive import layer_weights
+
+    try:
+        bell = Bell.model_validate(dict(part.partition("=")[::2] for part in split(text)))
+    except ValidationError as error:
+        raise InvalidInput(f"--weights: {problem}" for problem in problems_of(error, "the bell")) from error
+    if bell.peak >= depth:
+        raise InvalidInput(f"--weights: peak is {bell.peak:g}: the layers are 0 to {depth - 1}")
+    weights: list[float] = layer_weights(depth, bell.peak, bell.width, bell.least).tolist()
+    return weights
+
+
+def _listed(file: str) -> list[float]:
+    import json
+
+    try:
+        numbers = json.loads(Path(file).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"--weights: {file}: cannot be read as JSON: {error}") from error
+    if not isinstance(numbers, list) or not all(type(n) in (int, float) and abs(n) <= 100 for n in numbers):
+        raise InvalidInput(f"--weights: {file}: accepted: a list with a number from -100 to 100 for each layer")
+    return numbers
 
 
 def methods(

@@ -33,7 +33,8 @@ class Recipe:
     was measured. winsorize and bootstrap read the prompts' vectors; sparsify is the share of dimensions that stay.
     threshold and target: where ρ of `one_sided` stands between the means, and where it sets what is above ρ, 0 at the
     harmless one and 1 at the harmful one. Without a threshold ρ is half way, and at a layer whose rows bisect the means
-    (see `Method.bisects`) the bisector; without a target it is ρ.
+    (see `Method.bisects`) the bisector; without a target it is ρ. weights: how much of the operation each layer does,
+    and the stream before block 0 nothing of it; None for all of it everywhere.
     """
 
     method: Method = field(default_factory=lambda: Slerp())
@@ -48,6 +49,7 @@ class Recipe:
     sites: tuple[Site, ...] = ("resid_post",)
     threshold: float | None = None
     target: float | None = None
+    weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -105,7 +107,7 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
         agreement = found.agreement
         rows = spread(measurement, recipe, source, found.rows)
         missing = []
-        if acts_on_terms(recipe.sites):
+        if acts_on_terms(recipe.sites) and recipe.weights is None:
             embedding = found.rows.float()
     if missing:
         log.warning("layers %d to %d were not measured and are left unsteered", missing[0], missing[-1])
@@ -148,7 +150,7 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
     return Direction(
         meta,
         directions=rows.float().contiguous(),
-        weights=_weights(recipe, source, facts.layers),
+        weights=_weights(recipe, source, rows),
         reference=torch.zeros(rows.shape[:2]) if reference is None else reference.float().contiguous(),
         mean_harmful=_whole(measurement.harmful.mean[at], facts.layers),
         mean_harmless=_whole(measurement.harmless.mean[at], facts.layers),
@@ -337,14 +339,33 @@ def _sided(measurement: Measurement, recipe: Recipe, rows: Tensor, source: int |
     return True
 
 
-def _weights(recipe: Recipe, source: int | None, layers: int) -> Tensor:
-    """1 at every layer; for the mode `add` at the source layer alone (Arditi et al. 2024, section 2.4): to add the
+def _weights(recipe: Recipe, source: int | None, rows: Tensor) -> Tensor:
+    """The recipe's, or 1; for the mode `add` at the source layer alone (Arditi et al. 2024, section 2.4): to add the
     difference of means again at each layer is many times as much, and leaves no words."""
-    if recipe.mode != "add" or source is None:
-        return torch.ones(layers)
-    weights = torch.zeros(layers)
-    weights[source] = 1
+    layers = len(rows)
+    if recipe.weights is not None and len(recipe.weights) != layers:
+        raise InvalidInput(f"weights: {len(recipe.weights)} numbers for a model of {layers} layers; accepted: {layers}")
+    weights = torch.ones(layers) if recipe.weights is None else torch.tensor(recipe.weights, dtype=torch.float32)
+    if recipe.mode == "add" and source is not None:
+        weights[torch.arange(layers) != source] = 0
+    if not weights[rows.flatten(1).any(1)].any():
+        where = "at the source layer of a direction to add" if recipe.mode == "add" else "at every layer with rows"
+        raise InvalidInput(f"weights: they are 0 {where}, so nothing would be steered")
     return weights
+
+
+def layer_weights(depth: int, peak: float, width: float, least: float) -> Tensor:
+    """Weights `[depth]` between `least` and 1, float32: a bell around the layer `peak` on a floor,
+
+        w(l) = least + (1 − least)·exp(−(l − peak)² / 2·width²).
+
+    Its maximum is 1, since the operation knows only the product strength · w: how much at the peak is the strength's to
+    say. Removal at layers one after the other leaves Π(1 − λ·w_l) of what stood before the first of them, so that one
+    full layer is enough for that, and `least` decides about what layers write after it.
+    """
+    layers = torch.arange(depth, dtype=torch.float64)
+    bell = torch.exp(-((layers - peak) ** 2) / (2 * width**2))
+    return (least + (1 - least) * bell).float()
 
 
 def _between(measurement: Measurement, recipe: Recipe, rows: Tensor, share: float) -> Tensor | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from steer.direction import Direction
@@ -15,6 +16,8 @@ from steer.errors import InvalidInput
 from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt
 from steer.names import Mode
+from steer.runtime.placement import Shape
+from steer.spec import Entry
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]
@@ -26,11 +29,25 @@ Continuation = Any
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A direction and how it is applied. Candidates that share a direction share its rows of the bank."""
+    """A direction and how it is applied: `layers` and `tokens` are those of `spec.Entry`. Candidates that share a
+    direction share its rows of the bank."""
 
     direction: Direction
     mode: Mode
     strength: float
+    layers: str | None = None
+    tokens: str | None = None
+
+    def entry(self, name: str) -> Entry:
+        """What a request for it has, under a name that is its digest too. Raises SpecError where the direction cannot
+        be applied so."""
+        entry = Entry(name, name, self.mode, self.strength, layers=self.layers, tokens=self.tokens)
+        meta = self.direction.meta
+        shape = Shape(
+            meta.architecture, meta.layers, meta.d_model, frozenset(meta.sites), self.direction.rank, torch.float32
+        )
+        shape.check_entry(self.direction, entry)
+        return entry
 
 
 class Answer(Protocol):

@@ -3,6 +3,7 @@ batch with its own steering, so that any number of candidates are tried at once 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +24,8 @@ from steer.lab.evaluator import Answer, Candidate, Floats, each_row
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, PromptIds, Rendering
 from steer.lab.statistics import mean_of
-from steer.runtime.op import check_mode
 from steer.runtime.token_index import RequestSteer
-from steer.spec import Entry, Spec
+from steer.spec import Spec
 
 T = TypeVar("T")
 #: Bytes of cache that a batch of answers may hold; AUTO rows are tried whatever they take.
@@ -109,21 +109,17 @@ class HFEvaluator:
         return self.loaded.tokenizer
 
     @contextmanager
-    def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[RequestSteer | None]]:
-        """The directions of `candidates` in the bank while it lasts, the index entries of each. What shares a
-        direction shares its rows. Raises NoRoom where there are more than `room` rows."""
+    def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[Spec | None]]:
+        """The directions of `candidates` in the bank while it lasts, the spec of each. What shares a direction shares
+        its rows. Raises NoRoom where there are more than `room` rows."""
         bank, names = self.steering.bank, dict[int, str]()
         for candidate in candidates:
             names.setdefault(id(candidate.direction), f"candidate{len(names)}")
-            check_mode(candidate.direction, candidate.mode, "candidate")
+        entries = [candidate.entry(names[id(candidate.direction)]) for candidate in candidates]
         try:
             for candidate in candidates:
                 bank.load(names[id(candidate.direction)], candidate.direction)
-            entries = [
-                Entry(names[id(c.direction)], names[id(c.direction)], c.mode, c.strength) if c.strength else None
-                for c in candidates
-            ]
-            yield [None if entry is None else bank.steer(Spec((entry,))) for entry in entries]
+            yield [Spec((entry,)) if entry.strength else None for entry in entries]
         finally:
             for name in names.values():
                 bank.unload(name)
@@ -131,7 +127,7 @@ class HFEvaluator:
     def answers(
         self,
         prompts: Sequence[Prompt],
-        steer: RequestSteer | Sequence[RequestSteer | None] | None,
+        steer: Spec | Sequence[Spec | None] | None,
         known: Callable[[str], bool] | None = None,
     ) -> list[Answered]:
         """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`; an answer ends early where `known`
@@ -168,21 +164,22 @@ class HFEvaluator:
     def opening_odds(
         self,
         prompts: Sequence[Prompt],
-        steer: RequestSteer | Sequence[RequestSteer | None] | None,
+        steer: Spec | Sequence[Spec | None] | None,
         tokens: Sequence[int],
     ) -> Floats:
         """log(p) − log(1 − p) for each prompt, p the probability that the answer begins with one of `tokens`. One
         prefill, of which the last position alone is predicted from."""
-        encoded, steers = self._ids(prompts), each_row(steer, len(prompts))
+        encoded, specs = self._ids(prompts), each_row(steer, len(prompts))
         model, device = self.steering.anatomy.model, self.steering.anatomy.device
 
         @torch.inference_mode()
         def run(indices: list[int]) -> list[float]:
-            rows, mine = [encoded[i] for i in indices], [steers[i] for i in indices]
+            rows, mine = [encoded[i] for i in indices], [specs[i] for i in indices]
             start, cache = begun(self.steering, rows, mine)
             ids, mask = left_padded([row[start:] for row in rows], self._pad, device)
             mask = torch.cat([mask.new_ones(len(rows), start), mask], dim=1)
-            with self.steering.batch(mine):
+            steers = entered(self.steering, rows, mine)
+            with self.steering.batch(*laid(steers, [range(start, len(row)) for row in rows], left=True)):
                 logits = last_logits(model, ids, mask, cache)[0].double()
             inside = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
             inside[list(tokens)] = True
@@ -206,7 +203,7 @@ class HFEvaluator:
         self,
         prompts: Sequence[Prompt],
         plain: Sequence[Answer],
-        steer: RequestSteer | Sequence[RequestSteer | None] | None,
+        steer: Spec | Sequence[Spec | None] | None,
     ) -> list[Floats]:
         """KL(plain ‖ steered) at each token of each prompt's plain answer, which both passes read (teacher forcing)."""
         expected = [answer.logprobs if isinstance(answer, Continued) else None for answer in plain]
@@ -233,7 +230,7 @@ class HFEvaluator:
         self,
         prompts: Sequence[Prompt],
         plain: Sequence[Answer],
-        steers: Sequence[RequestSteer | None],
+        specs: Sequence[Spec | None],
         take: Callable[[int, Tensor], T],
         progress: Progress | None = None,
     ) -> list[T]:
@@ -246,12 +243,13 @@ class HFEvaluator:
 
         @torch.inference_mode()
         def run(indices: list[int]) -> list[T]:
-            mine = [steers[i] for i in indices]
-            shared, cache = begun(self.steering, [heads[i] for i in indices], mine)
+            prompts, mine = [heads[i] for i in indices], [specs[i] for i in indices]
+            shared, cache = begun(self.steering, prompts, mine)
             ids = right_padded([whole[i][shared:] for i in indices], self._pad, anatomy.device)
             spans = [(len(heads[i]) - 1 - shared, len(whole[i]) - shared) for i in indices]
             kept = torch.arange(min(start for start, _ in spans), max(stop for _, stop in spans), device=anatomy.device)
-            with self.steering.batch(mine):
+            steers = entered(self.steering, prompts, mine)
+            with self.steering.batch(*laid(steers, [range(shared, len(whole[i])) for i in indices])):
                 logits = anatomy.model(
                     input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=kept
                 ).logits
@@ -264,8 +262,9 @@ class HFEvaluator:
         size = min(self.batch_size or fitting, fitting)
         return in_batches(whole, run, batch_size=size, progress=progress)
 
-    def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: RequestSteer | None) -> list[Floats]:
-        """The log-probability of each token but the first of each sequence, `[tokens − 1]`, in nats."""
+    def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: Spec | None) -> list[Floats]:
+        """The log-probability of each token but the first of each sequence, `[tokens − 1]`, in nats. Raises SpecError
+        for a spec that says at which tokens it acts: a sequence has no prompt."""
         anatomy = self.steering.anatomy
         fitting = max(1, LOGIT_BYTES // (max(map(len, sequences)) * anatomy.vocabulary * 4 * 2))
 
@@ -296,27 +295,29 @@ def _spread(values: Floats) -> tuple[float, float]:
 def greedy(
     steering: Steering,
     prompts: Sequence[Sequence[int]],
-    steers: Sequence[RequestSteer | None],
+    specs: Sequence[Spec | None],
     *,
     max_tokens: int,
     ends: Sequence[int],
     pad: int,
     known: Callable[[list[int]], bool],
 ) -> list[list[int]]:
-    """The answer to each of `prompts` under its own of `steers`: at most `max_tokens` ids, up to one of `ends`
+    """The answer to each of `prompts` under its own of `specs`: at most `max_tokens` ids, up to one of `ends`
     (which is not part of it) or to where `known(ids)` says that more would tell nothing.
 
     Only the last position goes through the unembedding. What a finished row holds of the cache is let go, so that
     steps become shorter with the rows that remain.
     """
     device = steering.anatomy.device
-    start, cache = begun(steering, prompts, steers)
+    start, cache = begun(steering, prompts, specs)
+    steers = entered(steering, prompts, specs)
     ids, mask = left_padded([prompt[start:] for prompt in prompts], pad, device)
     mask = torch.cat([mask.new_ones(len(prompts), start), mask], dim=1)
     answers: list[list[int]] = [[] for _ in prompts]
     rows, ending = list(range(len(prompts))), set(ends)
+    spans = [range(start, len(prompt)) for prompt in prompts]
     for step in range(max_tokens):
-        with steering.batch([steers[row] for row in rows]):
+        with steering.batch(*laid([steers[row] for row in rows], spans, left=True)):
             logits, cache = last_logits(steering.anatomy.model, ids, mask, cache)
         chosen, going = logits.argmax(-1), []
         for at, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
@@ -332,6 +333,7 @@ def greedy(
             cache.batch_select_indices(kept)
             chosen, mask, rows = chosen[kept], mask[kept], [rows[at] for at in going]
         ids, mask = chosen.unsqueeze(1), torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        spans = [range(at := len(prompts[row]) + step, at + 1) for row in rows]
     return answers
 
 
@@ -341,29 +343,59 @@ def opened(tokenizer: Any, prompts: Sequence[Sequence[int]]) -> str:
     return next((begin for begin, _ in THINKING if end.endswith(begin)), "")
 
 
-def begun(
-    steering: Steering, prompts: Sequence[Sequence[int]], steers: Sequence[RequestSteer | None]
-) -> tuple[int, Any]:
-    """Run the tokens that all of `prompts` begin with (the chat template's) once for each different one of `steers`.
+def entered(
+    steering: Steering, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None]
+) -> list[RequestSteer | None]:
+    """The index entries of each of `prompts` under its own of `specs`."""
+    steer = functools.cache(steering.bank.steer)
+    return [spec and steer(spec, len(prompt)) for prompt, spec in zip(prompts, specs, strict=True)]
+
+
+def laid(
+    steers: Sequence[RequestSteer | None], spans: Sequence[range], left: bool = False
+) -> tuple[list[RequestSteer | None], list[int] | None]:
+    """What `Steering.batch` takes for a pass with a row for each of `steers`, of the positions `spans` of its request;
+    shorter rows are padded, in front if `left`."""
+    if not any(steer is not None and steer.then for steer in steers):
+        return list(steers), None
+    width = max(map(len, spans))
+    parts, lengths = list[RequestSteer | None](), list[int]()
+    for steer, span in zip(steers, spans, strict=True):
+        own = ([None], [len(span)]) if steer is None else steer.along(span.start, len(span))
+        padding = [None], [width - len(span)]
+        for some, counts in (padding, own) if left else (own, padding):
+            parts += some
+            lengths += counts
+    return parts, lengths
+
+
+def begun(steering: Steering, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None]) -> tuple[int, Any]:
+    """Run the tokens that all of `prompts` begin with (the chat template's) once for each of `specs` that does
+    something else there.
 
     Returns: how many tokens that is, at least one fewer than each prompt has, and the cache after them with a row for
     each prompt; (0, None) where it would save nothing, or the model's cache is not one of all tokens alone: a window
     would count the padding that stands after these tokens.
     """
-    different = list({id(steer): steer for steer in steers}.values())
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     length = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    acts = [
+        (spec, *(min(bound, length) for entry in spec.entries for bound in entry.span(len(prompt)))) if spec else None
+        for prompt, spec in zip(prompts, specs, strict=True)
+    ]
+    different = list({each: at for at, each in enumerate(acts)}.values())
     model = steering.anatomy.model
     if length * (len(prompts) - len(different)) < BEGUN_TOKENS or not whole_cache(model):
         return 0, None
     ids = torch.tensor([prompts[0][:length]] * len(different), device=steering.anatomy.device)
-    with steering.batch(different):
+    steers = entered(steering, [prompts[at] for at in different], [specs[at] for at in different])
+    with steering.batch(*laid(steers, [range(length)] * len(steers))):
         out: Any = steering.anatomy.decoder(input_ids=ids, use_cache=True)
     cache: Any = getattr(out, "past_key_values", None)
     if not whole_cache(model, cache):
         return 0, None
-    row = {id(steer): at for at, steer in enumerate(different)}
-    cache.batch_select_indices(torch.tensor([row[id(steer)] for steer in steers], device=ids.device))
+    row = {acts[at]: number for number, at in enumerate(different)}
+    cache.batch_select_indices(torch.tensor([row[each] for each in acts], device=ids.device))
     return length, cache
 
 

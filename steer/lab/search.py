@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol, cast
 
 import optuna
-import torch
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
-from torch import Tensor
 
 from steer.direction import Dataset, write_file
 from steer.errors import InvalidInput, brief, problems_of
 from steer.lab.behaviour import Behaviour
-from steer.lab.derive import Recipe, check_needs, derive
+from steer.lab.derive import Recipe, check_needs, derive, layer_weights
 from steer.lab.evaluator import Candidate, Evaluator
 from steer.lab.judge import Judge
 from steer.lab.measurement import Measurement
@@ -353,20 +351,6 @@ class Space(BaseModel):
         point["width"] = trial.suggest_float("width", 0.5, float(2 * self.depth), log=True)
         point["least"] = trial.suggest_float("least", 0.0, 1.0)
         return point
-
-
-def layer_weights(depth: int, peak: float, width: float, least: float) -> Tensor:
-    """Weights `[depth]` between `least` and 1, float32: a bell around the layer `peak` on a floor,
-
-        w(l) = least + (1 − least)·exp(−(l − peak)² / 2·width²).
-
-    Its maximum is 1, since the operation knows only the product strength · w: how much at the peak is the strength's to
-    say. Removal at layers one after the other leaves Π(1 − λ·w_l) of what stood before the first of them, so that one
-    full layer is enough for that, and `least` decides about what layers write after it.
-    """
-    layers = torch.arange(depth, dtype=torch.float64)
-    bell = torch.exp(-((layers - peak) ** 2) / (2 * width**2))
-    return (least + (1 - least) * bell).float()
 
 
 def candidate(

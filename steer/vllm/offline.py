@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from io import StringIO
 from typing import TYPE_CHECKING
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from steer.errors import EngineFailed, InvalidInput
+from steer.errors import EngineFailed, InvalidInput, SpecError
 from steer.lab.activations import Activations, Reading
 from steer.lab.evaluator import Answer, Candidate, Floats, each_row
 from steer.lab.measurement import ModelFacts
 from steer.lab.probe import Answered, opened
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Encoded, Prompt, PromptIds, Rendering, encode_all
-from steer.runtime.op import check_mode
+from steer.spec import Entry, RequestedDirection, parse, text
 from steer.tokenization import Chat, Tokenizer
 from steer.vllm import capture, frontend, internals
 from steer.vllm.settings import KEY
@@ -163,18 +163,21 @@ class VllmEvaluator:
     @contextmanager
     def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[str | None]]:
         """Raises DirectionError where the engine's rank or rows are too few."""
-        registry, names = self.frontend.registry, dict[int, str]()
+        registry, names, put = self.frontend.registry, dict[int, str](), list[str]()
         for candidate in candidates:
-            check_mode(candidate.direction, candidate.mode, "candidate")
+            names.setdefault(id(candidate.direction), f"candidate{len(names)}")
+        entries = [candidate.entry(names[id(candidate.direction)]) for candidate in candidates]
         try:
             for candidate in candidates:
-                if id(candidate.direction) not in names:
-                    name = f"candidate{len(names)}"
+                if (name := names[id(candidate.direction)]) not in put:
                     registry.put(name, candidate.direction.to_bytes(), store=False)
-                    names[id(candidate.direction)] = name
-            yield [f"{names[id(c.direction)]}:{c.mode}={c.strength!r}" if c.strength else None for c in candidates]
+                    put.append(name)
+            yield [
+                text([RequestedDirection(e.direction, e.mode, e.strength, e.layers, e.tokens)]) if e.strength else None
+                for e in entries
+            ]
         finally:
-            for name in names.values():
+            for name in put:
                 registry.delete(name)
 
     def answers(
@@ -231,7 +234,9 @@ class VllmEvaluator:
         expectation and is never negative. Source: Schulman 2020, "Approximating KL divergence"."""
         options = dict(temperature=0, max_tokens=1, prompt_logprobs=0)
         rows = []
-        outputs = self._generate([one.ids for one in plain], steer, 1.0, **options)
+        steers = zip(plain, each_row(steer, len(plain)), strict=True)
+        scored = [as_prompt(each, one.start, len(one.ids)) for one, each in steers]
+        outputs = self._generate([one.ids for one in plain], scored, 1.0, **options)
         for one, output in zip(plain, outputs, strict=True):
             said = [output.prompt_logprobs[i][one.ids[i]].logprob for i in range(one.start, len(one.ids))]
             difference = np.array(said) - one.logprobs
@@ -239,7 +244,10 @@ class VllmEvaluator:
         return rows
 
     def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: str | None) -> list[Floats]:
-        """The log-probability of each token but the first of each sequence, `[tokens − 1]`, in nats."""
+        """The log-probability of each token but the first of each sequence, `[tokens − 1]`, in nats. Raises SpecError
+        where `steer` says at which tokens it acts: a sequence has no prompt."""
+        if steer is not None and (tokens := parse(steer)[0].tokens):
+            raise SpecError(f"tokens: '{tokens}': here it is not known where the prompt ends", param="steer.tokens")
         outputs = self._generate(
             [list(ids) for ids in sequences], steer, 1.0, temperature=0, max_tokens=1, prompt_logprobs=0
         )
@@ -261,6 +269,24 @@ class VllmEvaluator:
             [{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=partial(Finished, self.progress, work)
         )
         return outputs
+
+
+def as_prompt(steer: str | None, prompt: int, total: int) -> str | None:
+    """What steers a prompt of `total` tokens as `steer` does a request that has `prompt` of these, and the others in
+    its answer. Raises SpecError where no `tokens` say that."""
+    if steer is None or (item := parse(steer)[0]).tokens is None:
+        return steer
+    start, stop = Entry("", "", "ablate", 1.0, tokens=item.tokens).span(prompt)
+    stop = min(stop, total)
+    if start >= stop:
+        return None
+    if start and stop < total:
+        raise SpecError(
+            f"tokens: '{item.tokens}': vLLM scores an answer as the end of a prompt, whose middle no request can name; "
+            "accepted: all, prompt, answer, not-first, first-N, or the backend transformers",
+            param="steer.tokens",
+        )
+    return text([replace(item, tokens=f"last-{total - start}" if start else f"first-{stop}")])
 
 
 class Finished(tqdm):

@@ -185,10 +185,7 @@ def test_both_behaviours_are_removed_at_once(loaded: Loaded) -> None:
     for name in ("refusal", "verbosity"):
         steering.bank.load(name, Direction.load(ROOT / "directions" / f"{name}.safetensors"))
     entries = (Entry("refusal", "refusal", "one_sided", 1.5), Entry("verbosity", "verbosity", "one_sided", 2.5))
-    answers = [
-        a.text
-        for a in HFEvaluator(loaded, steering, max_tokens=48).answers(prompts, steering.bank.steer(Spec(entries)))
-    ]
+    answers = [a.text for a in HFEvaluator(loaded, steering, max_tokens=48).answers(prompts, Spec(entries))]
     assert REFUSAL.rate(answers) <= 0.06
     assert Behaviour.load("verbosity").rate(answers) <= 0.1
     right = share(language.is_right(language.task_of(p), a) for p, a in zip(prompts, answers, strict=True))

@@ -228,6 +228,24 @@ def test_add_acts_at_the_source_layer_alone(measured: Measurement) -> None:
     assert derive(measured, recipe("linear", 1)).weights.tolist() == [1, 1, 1]
 
 
+def test_weights_of_a_recipe_are_those_of_the_file_and_must_leave_something(measured: Measurement) -> None:
+    made = derive(measured, replace(recipe(layer=1), weights=(0.0, 0.5, 1.0)))
+    assert made.weights.tolist() == [0.0, 0.5, 1.0]
+    writers = replace(recipe("projected", layer=1), sites=("writers",))
+    assert derive(measured, writers).embedding is not None
+    assert derive(measured, replace(writers, weights=(1.0, 1.0, 0.0))).embedding is None
+    assert derive(measured, replace(recipe(layer=1), mode="add", weights=(1.0, 0.5, 1.0))).weights.tolist() == [
+        0,
+        0.5,
+        0,
+    ]
+    with pytest.raises(InvalidInput, match="2 numbers for a model of 3 layers"):
+        derive(measured, replace(recipe(layer=1), weights=(0.0, 1.0)))
+    for nothing in (recipe(layer=1, weights=(0.0, 0.0, 0.0)), recipe(layer=1, mode="add", weights=(1.0, 0.0, 1.0))):
+        with pytest.raises(InvalidInput, match="nothing would be steered"):
+            derive(measured, nothing)
+
+
 def test_rows_that_do_not_tell_the_classes_apart_have_no_side(measured: Measurement) -> None:
     """Whichever side of them is called harmful: `one_sided` would act on half of all text."""
     many = replace(recipe("subspace", 1), method=make_method("subspace", {"rank": 3}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluator import Candidate, first_tokens
 from steer.lab.probe import HFEvaluator, cache_bytes, last_logits, summarised
 from steer.lab.prompts import Rendering, encode
+from steer.spec import Spec
 from tests import models
 
 PROMPTS = ["a", "some words of a prompt", "xyz?", "a longer prompt, so that rows are padded", "b c"]
@@ -92,7 +95,8 @@ def test_what_all_prompts_begin_with_is_run_once_for_each_candidate(
         return system.answers(prompts, rows), system.opening_odds(prompts, rows, [7]), kls
 
     try:
-        with system.all_resident(candidates[:3]) as steers, pytest.MonkeyPatch.context() as patch:
+        some = [*candidates[:3], *(replace(candidates[0], tokens=each) for each in ("not-first", "last-30", "answer"))]
+        with system.all_resident(some) as steers, pytest.MonkeyPatch.context() as patch:
             shared, few = figures(steers), sum(seen)
             seen.clear()
             patch.setattr("steer.lab.probe.whole_cache", lambda *_: False)
@@ -109,6 +113,69 @@ def test_what_all_prompts_begin_with_is_run_once_for_each_candidate(
     else:
         assert loaded.model.config.model_type in ("gemma2", "cohere")
         assert few == many
+
+
+@pytest.mark.parametrize(
+    ("tokens", "span"),
+    [
+        ("prompt", lambda n: (0, n - 1)),
+        ("answer", lambda n: (n - 1, n + TOKENS)),
+        ("not-first", lambda n: (1, n + TOKENS)),
+        ("first-7", lambda n: (0, min(n, 7))),
+        ("last-3", lambda n: (n - 3, n)),
+    ],
+)
+def test_tokens_of_a_row_are_those_of_its_own_prompt(
+    probe: HFEvaluator, candidates: list[Candidate], tokens: str, span: Callable[[int], tuple[int, int]]
+) -> None:
+    """Laid by hand, each prompt alone, without a cache and without padding; beside rows that act elsewhere."""
+    plain, model, steering = probe.continuations(PROMPTS), probe.loaded.model, probe.steering
+    mine = replace(candidates[0], tokens=tokens)
+    with probe.all_resident([mine, candidates[0], candidates[3]]) as (steer, everywhere, nothing):
+        assert isinstance(everywhere, Spec)
+        whole = steering.bank.steer(everywhere)
+
+        def predicted(ids: list[int], start: int, stop: int) -> torch.Tensor:
+            cuts = [min(start, len(ids)), min(stop, len(ids)), len(ids)]
+            lengths = [cuts[0], cuts[1] - cuts[0], cuts[2] - cuts[1]]
+            with steering.batch([None, whole, None], lengths), torch.inference_mode():
+                return torch.log_softmax(model(torch.tensor([ids]), use_cache=False).logits[0].float(), -1)
+
+        asked, rows = [*PROMPTS] * 3, [one for one in (everywhere, steer, nothing) for _ in PROMPTS]
+        at = slice(len(PROMPTS), 2 * len(PROMPTS))
+        answers = probe.answers(asked, rows)[at]
+        odds = probe.opening_odds(asked, rows, [5, 40])[at]
+        kls = probe.divergences(asked, plain * 3, rows)[at]
+        for i, prompt in enumerate(PROMPTS):
+            ids = encode(probe.loaded, prompt).ids
+            bounds = span(len(ids))
+            p = predicted(ids, *bounds)[-1].exp()[[5, 40]].sum()
+            assert odds[i] == pytest.approx(float(torch.log(p) - torch.log1p(-p)), abs=1e-4)
+            answer: list[int] = []
+            while len(answer) < TOKENS:
+                token = int(predicted(ids + answer, *bounds)[-1].argmax())
+                if token in probe.loaded.eos_ids:
+                    break
+                answer.append(token)
+            assert answers[i].ids == answer
+            along = ids + plain[i].ids
+            p, q = (each[len(ids) - 1 :] for each in (predicted(along, 0, 0), predicted(along, *bounds)))
+            assert kls[i] == pytest.approx((p.exp() * (p - q)).sum(-1).numpy(), abs=1e-5)
+        with pytest.raises(SpecError, match="not known where the prompt ends"):
+            probe.log_probabilities([[1, 2, 3]], steer)
+
+
+def test_layers_of_a_candidate_are_those_at_which_it_acts(probe: HFEvaluator, candidates: list[Candidate]) -> None:
+    first = candidates[0]
+    alone = replace(first.direction, weights=torch.tensor([0.0, 1.0, 0.0]))
+    plain = probe.continuations(PROMPTS)
+    with probe.all_resident([replace(first, layers="1"), replace(first, direction=alone)]) as steers:
+        one, other = (probe.divergences(PROMPTS, plain, steer) for steer in steers)
+    for mine, its in zip(one, other, strict=True):
+        assert mine == pytest.approx(its, abs=1e-6)
+    with pytest.raises(SpecError, match="the layers 0 to 2"), probe.all_resident([replace(first, layers="1-3")]):
+        pass
+    assert not probe.steering.bank.rows_in_use
 
 
 def test_plain_answers_are_those_of_generate(loaded: Loaded, probe: HFEvaluator) -> None:

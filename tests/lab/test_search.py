@@ -26,7 +26,7 @@ from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
 from steer.lab import front as views
 from steer.lab.activations import Keep
-from steer.lab.derive import Recipe, derive
+from steer.lab.derive import Recipe, derive, layer_weights
 from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
@@ -41,7 +41,6 @@ from steer.lab.search import (
     Trial,
     candidate,
     front,
-    layer_weights,
     rank_of,
 )
 from steer.lab.source import TransformersSource

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from steer.errors import NoRoom
+from steer.errors import NoRoom, SpecError
 from steer.hf.load import load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import Behaviour
@@ -22,6 +25,7 @@ from steer.lab.prompts import PromptSet
 from steer.lab.race import Race, Sets
 from steer.lab.search import Search, Settings, Space
 from steer.lab.source import TransformersSource
+from steer.spec import Entry, parse
 from tests import models
 from tests.vllm import device, tiny
 
@@ -108,6 +112,64 @@ def test_divergences_of_many_are_those_of_each(evaluator: Any, candidates: list[
         assert [row.tolist() for row in begun] == [pytest.approx(row[:2], abs=1e-5) for row in together[:3]]
     assert max(row.max() for row in together[9:]) < 1e-6
     assert min(row.mean() for row in together[:3]) > 1e-4
+
+
+def test_tokens_and_layers_are_those_of_transformers(
+    probe: HFEvaluator, evaluator: Any, candidates: list[Candidate]
+) -> None:
+    """Along its sampled answers too: the engine reads them as ends of prompts, and the estimate has the same
+    log-probabilities in it."""
+    first = candidates[0]
+    tried = [replace(first, tokens=each) for each in ("prompt", "answer", "not-first", "first-2", "last-99")]
+    tried += [replace(first, layers="1", tokens="answer"), first]
+    plain, loaded = evaluator.continuations(PROMPTS), probe.loaded
+    with probe.all_resident(tried) as ours, evaluator.all_resident(tried) as theirs:
+        prompts = [*PROMPTS] * len(tried)
+        specs, texts = ([one for one in each for _ in PROMPTS] for each in (ours, theirs))
+        said = [
+            [answer.ids for answer in one.answers(prompts, rows)] for one, rows in ((probe, specs), (evaluator, texts))
+        ]
+        assert said[0] == said[1]
+        odds = probe.opening_odds(prompts, specs, [7, 40]), evaluator.opening_odds(prompts, texts, [7, 40])
+        assert odds[0] == pytest.approx(odds[1], abs=1e-3)
+        found = iter(evaluator.divergences(prompts, [*plain] * len(tried), texts))
+        for spec in ours:
+            for one in plain:
+                steer = spec and probe.steering.bank.steer(spec, one.start)
+                assert steer is not None
+                with probe.steering.batch(*steer.along(0, len(one.ids))), torch.inference_mode():
+                    logits = loaded.model(torch.tensor([one.ids])).logits[0].log_softmax(-1)
+                scored = [float(logits[i - 1, one.ids[i]]) for i in range(one.start, len(one.ids))]
+                difference = np.array(scored) - one.logprobs
+                assert next(found) == pytest.approx(np.expm1(difference) - difference, abs=1e-3)
+        with pytest.raises(SpecError, match="not known where the prompt ends"):
+            evaluator.log_probabilities([[1, 2, 3]], theirs[0])
+    with (
+        evaluator.all_resident([replace(first, tokens="last-2")]) as (steer,),
+        pytest.raises(SpecError, match="'last-2': vLLM scores"),
+    ):
+        evaluator.divergences(PROMPTS, plain, steer)
+    with (
+        pytest.raises(SpecError, match="the model has the layers"),
+        evaluator.all_resident([replace(first, layers="77")]),
+    ):
+        pass
+
+
+@given(st.integers(1, 9), st.integers(0, 9), st.sampled_from(["prompt", "answer", "not-first", "first-3", "last-3"]))
+def test_a_scored_answer_is_steered_where_it_was(prompt: int, answer: int, tokens: str) -> None:
+    from steer.vllm.offline import as_prompt
+
+    total = prompt + answer
+    (was,) = (Entry("d", "d", "ablate", 1.0, tokens=item.tokens) for item in parse(f"d:ablate@{tokens}=1"))
+    acts = set(range(*was.span(prompt)[:1], min(was.span(prompt)[1], total)))
+    try:
+        steer = as_prompt(f"d:ablate@{tokens}=1.0", prompt, total)
+    except SpecError:
+        assert not acts & {0, total - 1}, "neither a beginning nor an end"
+        return
+    spans = [Entry("d", "d", "ablate", 1.0, tokens=item.tokens).span(total) for item in parse(steer)]
+    assert {i for start, stop in spans for i in range(start, min(stop, total))} == acts
 
 
 def test_too_many_at_once_leave_nothing_behind(evaluator: Any, probe: HFEvaluator, candidates: list[Candidate]) -> None:

@@ -3,6 +3,7 @@ for it; and random directions of the same shape beside them."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,21 +13,21 @@ import torch
 from torch import Tensor
 
 from steer.direction import MAX_VALUE, Direction, digest, read_file
-from steer.errors import InvalidInput
+from steer.errors import InvalidInput, SpecError
 from steer.lab.activations import Reading
 from steer.lab.batches import each_batch
 from steer.lab.evaluator import Candidate, Evaluator, Steer
 from steer.lab.prompts import PromptSet, Rendering
 from steer.lab.source import Source
 from steer.names import MAX_STRENGTH, MODES, Mode
-from steer.runtime.op import check_mode
+from steer.spec import RequestedDirection, parse, text
 
 PLAIN = "plain"
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One way to steer. `name` is its text in the request language."""
+    """One way to steer. `name` is its text in the request language, `layers` and `tokens` those of `spec.Entry`."""
 
     name: str
     direction: Direction
@@ -34,6 +35,12 @@ class Arm:
     mode: Mode
     strength: float
     control: bool = False
+    layers: str | None = None
+    tokens: str | None = None
+
+    @property
+    def candidate(self) -> Candidate:
+        return Candidate(self.direction, self.mode, self.strength, self.layers, self.tokens)
 
     @property
     def way(self) -> str:
@@ -45,10 +52,15 @@ class Arm:
 
 
 def arms_of(
-    files: Sequence[Path], modes: Sequence[str] | None, strengths: Sequence[float] | None, controls: int = 0
+    files: Sequence[Path],
+    modes: Sequence[str] | None,
+    strengths: Sequence[float] | None,
+    controls: int = 0,
+    layers: Sequence[str] = ("all",),
+    tokens: Sequence[str] = ("all",),
 ) -> list[Arm]:
-    """Each file, and `controls` random directions of its shape, in each of `modes` at each of `strengths`; None leaves
-    them to the file. Raises InvalidInput with every problem."""
+    """Each file, and `controls` random directions of its shape, in each of `modes` at each of `strengths`, None leaves
+    them to the file; at each of `layers` (like 10-20, or all) and `tokens`. Raises InvalidInput with every problem."""
     problems = [f"--direction: two files are called '{n}'" for n in sorted(_twice([file.stem for file in files]))]
     problems += [f"--mode: '{m}' is not known; accepted: {', '.join(MODES)}" for m in modes or () if m not in MODES]
     problems += [
@@ -56,6 +68,13 @@ def arms_of(
         for s in strengths or ()
         if not -MAX_STRENGTH <= s <= MAX_STRENGTH
     ]
+    places: list[RequestedDirection] = []
+    for at, when in itertools.product(layers, tokens):
+        try:
+            places += parse({"direction": "it", "layers": None if at == "all" else at, "tokens": when}, "")
+        except SpecError as error:
+            problems += [f"--{problem[1:]}" for problem in error.problems]
+    problems = list(dict.fromkeys(problems))
     arms: list[Arm] = []
     for file in files:
         data = read_file(file)
@@ -65,15 +84,19 @@ def arms_of(
             random = control(own, seed)
             tried[f"{file.stem}.random{seed}"] = random, digest(random.to_bytes())
         for mode in [m for m in MODES if m in modes] if modes else [own.meta.mode]:
-            check_mode(own, mode, file.stem)
-            arms += [
-                Arm(f"{name}:{mode}={strength:g}", direction, identity, mode, strength, direction is not own)
-                for name, (direction, identity) in tried.items()
-                for strength in strengths or [own.meta.strength]
-            ]
+            for place in places:
+                Candidate(own, mode, 1.0, place.layers, place.tokens).entry(file.stem)
+                arms += [
+                    Arm(
+                        f"{text([replace(place, direction=name, mode=mode)])}={strength:g}",
+                        *(direction, identity, mode, strength, direction is not own, place.layers, place.tokens),
+                    )
+                    for name, (direction, identity) in tried.items()
+                    for strength in strengths or [own.meta.strength]
+                ]
     if len({arm.direction.meta.sites for arm in arms}) > 1:
         problems.append("--direction: the files are for different sites: evaluate them one by one")
-    problems += [f"--strengths, --mode: the arm {name} is asked for twice" for name in _twice([a.name for a in arms])]
+    problems += [f"the arm {name} is asked for twice" for name in sorted(_twice([a.name for a in arms]))]
     if problems:
         raise InvalidInput(problems)
     return arms
@@ -132,7 +155,7 @@ def steering(evaluator: Evaluator, arm: Arm | None) -> Iterator[Steer]:
     if arm is None:
         yield None
         return
-    with evaluator.all_resident([Candidate(arm.direction, arm.mode, arm.strength)]) as (steer,):
+    with evaluator.all_resident([arm.candidate]) as (steer,):
         yield steer
 
 

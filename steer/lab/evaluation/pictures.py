@@ -18,8 +18,8 @@ def draw(report: Report, folder: Path, projections: Mapping[str, Mapping[str, Se
     those of each set by the title of their panel."""
     files = {}
     for sweep in _sweeps(report):
-        name = f"{sweep[0].file}-{sweep[0].mode}".replace("/", "_")
-        files[f"Outcomes and divergence by strength: {sweep[0].file}, {sweep[0].mode}"] = f"strength-{name}.png"
+        name = sweep[0].way.replace(":", "-").replace("/", "_")
+        files[f"Outcomes and divergence by strength: {sweep[0].way}"] = f"strength-{name}.png"
         _sweep(report, sweep, folder / f"strength-{name}.png")
     files["Differences from the plain arm, paired, with 95 % intervals"] = "differences.png"
     _differences(report, folder / "differences.png")
@@ -35,10 +35,10 @@ def draw(report: Report, folder: Path, projections: Mapping[str, Mapping[str, Se
 
 
 def _sweeps(report: Report) -> list[list[SteeredArm]]:
-    """Arms of one file and mode at three strengths or more, by rising strength."""
-    families: dict[tuple[str, str], list[SteeredArm]] = {}
+    """Arms that differ in the strength alone, three or more, by rising strength."""
+    families: dict[str, list[SteeredArm]] = {}
     for arm in report.arms:
-        families.setdefault((arm.file, arm.mode), []).append(arm)
+        families.setdefault(arm.way, []).append(arm)
     return [sorted(family, key=lambda a: a.strength) for family in families.values() if len(family) > 2]
 
 
@@ -91,6 +91,6 @@ def _differences(report: Report, path: Path) -> None:
 def _front(report: Report, path: Path) -> None:
     shown = {arm.arm: arm.shown.rate for arm in report.sets[0].arms}
     kl = {d.arm: d.mean for d in report.divergence}
-    points = [Point(shown[a.name], kl[a.name], f"{a.file}, {a.mode}", f"{a.strength:g}") for a in report.arms]
+    points = [Point(shown[a.name], kl[a.name], a.way, f"{a.strength:g}") for a in report.arms]
     with picture(path) as (axes,):
         front(axes, points, x=f"shown, {report.sets[0].name}", y="KL(plain ‖ steered) on harmless, nats", log=True)

@@ -113,6 +113,13 @@ class SteeredArm(Part):
     method: str
     mode: Mode
     strength: float
+    layers: str | None = None
+    tokens: str | None = None
+
+    @property
+    def way(self) -> str:
+        """Its name without the strength."""
+        return self.name.rpartition("=")[0]
 
 
 class DivergenceOf(Part):

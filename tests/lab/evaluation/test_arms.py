@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from steer.direction import MAX_VALUE, Direction
-from steer.errors import InvalidInput
+from steer.errors import InvalidInput, SpecError
 from steer.lab.evaluation.arms import arms_of, control
 from steer.names import MODES
 from steer.spec import parse
@@ -37,6 +37,26 @@ def test_every_file_in_every_mode_at_every_strength(files: list[Path]) -> None:
         (wanted,) = parse(arm.name)
         assert (wanted.direction, wanted.mode, wanted.strength) == (arm.name.partition(":")[0], arm.mode, arm.strength)
     assert len({arm.digest for arm in arms}) == 2
+
+
+def test_layers_and_tokens_are_said_as_a_request_says_them(files: list[Path]) -> None:
+    arms = arms_of(files[:1], None, [1], 1, ["1-2", "all"], ["not-first", "all"])
+    own = [arm for arm in arms if not arm.control]
+    assert [arm.name for arm in own] == [
+        f"one:one_sided{where}=1" for where in ("@1-2@not-first", "@1-2", "@not-first", "")
+    ]
+    for arm in arms:
+        (wanted,) = parse(arm.name)
+        assert (wanted.layers, wanted.tokens) == (arm.layers, arm.tokens)
+        assert arm.candidate.entry(wanted.direction).tokens == arm.tokens
+        assert arm.at(0.5).name == arm.name.replace("=1", "=0.5")
+    assert [arm.name for arm in arms if arm.control] == [arm.name.replace("one:", "one.random0:") for arm in own]
+    with pytest.raises(InvalidInput) as caught:
+        arms_of(files, None, None, 0, ["2-1", "x"], ["odd"])
+    text = str(caught.value)
+    assert all(part in text for part in ("--layers: '2-1' is not", "--layers: 'x' is not", "--tokens: 'odd' is not"))
+    with pytest.raises(SpecError, match="the layers 0 to 2"):
+        arms_of(files, None, None, 0, ["3"])
 
 
 def test_every_problem_is_named(files: list[Path], tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steer.errors import NoRoom
 from steer.names import MODES, TURNING, Mode
 from steer.runtime.combine import ALONE, Combination, Combinations
 from steer.runtime.memory import CopyEvent, CopyQueue, copy_queue_to, lasting
@@ -25,6 +26,8 @@ from steer.spec import END
 STAGES = 3
 #: The entry of plain requests.
 PLAIN = 0
+#: Places of decisions, more than an engine runs requests at once; and that of all which need none.
+DECISIONS, UNCONDITIONAL = 2**14, 0
 
 
 def slot(row: int, mode: Mode) -> int:
@@ -65,9 +68,18 @@ class Acts(NamedTuple):
     combinations: Tensor | None
 
 
+class Conditional(NamedTuple):
+    """Of some tokens `[tokens]` each: opened, bool, in place: where it is False nothing acts; deciding, int32, and
+    thresholds, float32: how those decide (`op.decided`) that do, by their last row."""
+
+    opened: Tensor
+    deciding: Tensor
+    thresholds: Tensor
+
+
 class Acting(NamedTuple):
     """Of a step's entries: how many of the rank act on any, whether these act on each, whether all are alike, whether
-    any combines directions, whether any acts at some layers alone, and whether any turns."""
+    any combines directions, whether any acts at some layers alone, whether any turns, and whether any may be closed."""
 
     depth: int
     everywhere: bool
@@ -75,6 +87,51 @@ class Acting(NamedTuple):
     combined: bool
     bounded: bool
     turning: bool
+    conditional: bool
+
+
+@dataclass(eq=False, slots=True)
+class Decision:
+    """The one decision of a request with a condition: its place in `Decisions`, whether a pass has made it, and whether
+    the condition holds, None while the host does not know."""
+
+    number: int
+    made: bool = False
+    holds: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """How a token decides, by the component along the row in its last slot: see `op.decided`."""
+
+    deciding: int
+    threshold: float
+
+
+class Decisions:
+    """What requests have decided, on the device: `opened` `[DECISIONS]` bool, the first of it for those without a
+    condition. It outlives every index."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        with lasting():
+            self.opened = torch.zeros(DECISIONS, dtype=torch.bool, device=device)
+            self.opened[UNCONDITIONAL] = True
+        self._free = list(range(DECISIONS - 1, UNCONDITIONAL, -1))
+
+    def take(self, steer: RequestSteer | None) -> RequestSteer | None:
+        """The same steering for one request, with a decision of its own where it has a condition, until `give`."""
+        if steer is None or steer.decision is None:
+            return steer
+        if not self._free:
+            raise NoRoom(f"{DECISIONS - 1} requests with conditions are there, and no more can be: try again shortly")
+        decision = Decision(self._free.pop())
+        then = tuple((at, replace(part, decision=decision)) for at, part in steer.then)
+        return replace(steer, decision=decision, then=then)
+
+    def give(self, steer: RequestSteer | None) -> None:
+        """The request of a taken decision has ended."""
+        if steer is not None and steer.decision is not None:
+            self._free.append(steer.decision.number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +139,7 @@ class RequestSteer:
     """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros after its own, and in
     front those that turn, each with its axis behind it; bounds
     `[rank]` int32 (`bounds_of`), None where all act at all layers; and what makes them act together, None where they
-    are orthogonal or one.
+    are orthogonal or one. With a condition it has a decision, which `Decisions.take` gives, and one part has a probe.
 
     `then`: the positions, ascending, from which on something else acts, and what; none where these are for all tokens.
     """
@@ -92,6 +149,8 @@ class RequestSteer:
     combination: Combination | None = None
     bounds: NDArray[np.int32] | None = None
     then: tuple[tuple[int, RequestSteer], ...] = ()
+    decision: Decision | None = None
+    probe: Probe | None = None
 
     @classmethod
     def plain(cls, rank: int, combination: Combination | None = None) -> RequestSteer:
@@ -104,6 +163,11 @@ class RequestSteer:
         bounds = zip([0, *cuts], [*cuts, start + length], each, strict=True)
         parts = [(steer, min(stop, start + length) - max(first, start)) for first, stop, steer in bounds]
         return [steer for steer, count in parts if count > 0], [count for _, count in parts if count > 0]
+
+
+def applied(steer: RequestSteer | None) -> bool | None:
+    """Does the condition of a request hold, as far as the host knows? None for one without."""
+    return None if steer is None or steer.decision is None else steer.decision.holds
 
 
 def _parts(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -122,10 +186,13 @@ class _Buffers:
             self.rows, self.slots = make(rank, torch.int64), make(rank, torch.int64)
             self.strengths, self.bounds = make(rank, torch.float32), make(rank, torch.int32)
             self.combinations = make(1, torch.int64) if rank > 1 else None
+            #: Of each token its decision, and how it decides, where the rank has a row for that.
+            self.conditional = [make(1, t) for t in (torch.int64, torch.int32, torch.float32)] if rank > 1 else []
 
-    def all(self) -> list[Tensor]:
+    def all(self, conditional: bool) -> list[Tensor]:
+        """What a step needs, in which some token has a decision, or none has."""
         tensors = (self.rows, self.slots, self.strengths, self.bounds, self.combinations)
-        return [tensor for tensor in tensors if tensor is not None]
+        return [*(tensor for tensor in tensors if tensor is not None), *(self.conditional if conditional else ())]
 
 
 class _Stages:
@@ -142,25 +209,35 @@ class _Stages:
             copied.synchronize()  # done long ago, unless steps run further ahead than there are stages
         return self._sets[self._turn]
 
-    def send(self, to: _Buffers, end: int) -> None:
-        for there, here in zip(to.all(), self._sets[self._turn].all(), strict=True):
+    def send(self, to: _Buffers, end: int, conditional: bool) -> None:
+        for there, here in zip(to.all(conditional), self._sets[self._turn].all(conditional), strict=True):
             for to_row, row in zip(there, here, strict=True):  # row by row: each is one contiguous copy
                 self._queue.copy(to_row[:end], row[:end])
         self._copied[self._turn] = self._queue.record_event()
 
 
 class Losses:
-    """Which tokens of one pass are lost, on their way to the host."""
+    """Which tokens of one pass are lost, and what those that decide have decided, on their way to the host."""
 
-    def __init__(self, flags: Tensor, copied: CopyEvent | None) -> None:
-        self._flags, self._copied = flags, copied
+    def __init__(
+        self,
+        flags: Tensor,
+        copied: CopyEvent | None,
+        opened: Tensor | None = None,
+        decisions: Sequence[tuple[Decision, int]] = (),
+    ) -> None:
+        self._flags, self._copied, self._opened, self._deciders = flags, copied, opened, decisions
 
     def first(self, lengths: Sequence[int] | NDArray[np.int32]) -> dict[int, int]:
         """Of the requests that have `lengths[i]` tokens of the pass, in batch order, those with lost tokens, and which
-        of its own is each one's first. Waits for the pass where it has not ended."""
+        of its own is each one's first. From here on the decisions of those that decided in it know. Waits for the pass
+        where it has not ended."""
         if self._copied is not None:
             self._copied.synchronize()
             self._copied = None
+        for decision, at in self._deciders:
+            assert self._opened is not None
+            decision.holds = bool(self._opened[at])
         found = np.flatnonzero(self._flags.numpy())
         if not found.size:
             return {}
@@ -172,30 +249,42 @@ class Losses:
 
 class TokenIndex:
     """rows, slots `[rank, max_tokens]` int64, strengths float32 and bounds int32 alike and, where the rank is not 1,
-    combinations `[max_tokens]` int64, written in place for ever; `lost` `[max_tokens]` bool is what the hook points
-    write.
+    combinations `[max_tokens]` int64 and `conditional`, written in place for ever; `lost` `[max_tokens]` bool is what
+    the hook points write, and so is `conditional.opened`.
 
     A request that steers *enters* once and gets a number; a step names its requests by number, so that filling is a few
     numpy calls whatever the size of the batch. `queue` is the queue of copies to the device, None where the host writes
     its memory.
     """
 
-    def __init__(self, rank: int, max_tokens: int, device: torch.device | str, queue: CopyQueue | None = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        max_tokens: int,
+        device: torch.device | str,
+        queue: CopyQueue | None = None,
+        decisions: Decisions | None = None,
+    ) -> None:
         self.rank, self.max_tokens = rank, max_tokens
         device = torch.device(device)
+        self.decisions = decisions or Decisions(device)
         queue = queue or copy_queue_to(device)
         self._buffers = _Buffers(rank, max_tokens, device)
         self._stages = None if queue is None else _Stages(rank, max_tokens, queue)
         self.rows, self.slots, self.strengths = self._buffers.rows, self._buffers.slots, self._buffers.strengths
         self.bounds = self._buffers.bounds
         self.combinations = None if self._buffers.combinations is None else self._buffers.combinations[0]
+        self.conditional: Conditional | None = None
         with lasting():
             self.lost = torch.zeros(max_tokens, dtype=torch.bool, device=device)
+            if self._buffers.conditional:
+                opened = torch.ones(max_tokens, dtype=torch.bool, device=device)
+                self.conditional = Conditional(opened, *(tensor[0] for tensor in self._buffers.conditional[1:]))
         self._queue = queue
         self._used = 0
         #: The numbers and lengths that the buffers hold; None when they may hold something else.
         self._filled: tuple[NDArray[np.int64], NDArray[np.int64] | NDArray[np.int32]] | None = None
-        self._acting = Acting(0, False, False, False, False, False)
+        self._acting = Acting(0, False, False, False, False, False, False)
         self._entry_slots = np.zeros((rank, 16), np.int64)
         self._entry_strengths = np.zeros((rank, 16), np.float32)
         self._entry_bounds = np.zeros((rank, 16), np.int32)
@@ -205,6 +294,15 @@ class TokenIndex:
         self._home: Combinations | None = None
         #: Of each entry: where it ends, the entry that goes on there, and the one that acts (PLAIN for none).
         self._entry_parts = _parts(np.arange(16))
+        #: Of each entry its decision, and how it decides (`Probe`; 0 for one that does not).
+        self._entry_decisions, self._entry_deciding = np.zeros((1, 16), np.int64), np.zeros((1, 16), np.int32)
+        self._entry_thresholds = np.zeros((1, 16), np.float32)
+        self._deciding: dict[int, Decision] = {}
+        #: Entries that have a decision, and whether the buffers speak of any.
+        self._conditional, self._speaks_of_conditions = 0, False
+        #: Who decides in this step: entry, decision and token; and at which layers.
+        self._deciders: list[tuple[int, Decision, int]] = []
+        self.deciding: frozenset[int] = frozenset()
         #: Requests that have entered and whose steering is not the same at all tokens.
         self.phased = 0
         self._free = list(range(15, PLAIN, -1))
@@ -222,7 +320,8 @@ class TokenIndex:
     @property
     def nbytes(self) -> int:
         """Of the device's memory."""
-        return sum(tensor.nbytes for tensor in (*self._buffers.all(), self.lost))
+        opened = 0 if self.conditional is None else self.conditional.opened.nbytes
+        return opened + sum(tensor.nbytes for tensor in (*self._buffers.all(conditional=True), self.lost))
 
     def first(self, tokens: int) -> Acts:
         """What acts on the first `tokens` of the batch, as views of the buffers."""
@@ -248,6 +347,9 @@ class TokenIndex:
             self._entry_strengths = np.pad(self._entry_strengths, ((0, 0), (0, size)))
             self._entry_bounds = np.pad(self._entry_bounds, ((0, 0), (0, size)))
             self._entry_combined = np.pad(self._entry_combined, ((0, 0), (0, size)))
+            self._entry_decisions = np.pad(self._entry_decisions, ((0, 0), (0, size)))
+            self._entry_deciding = np.pad(self._entry_deciding, ((0, 0), (0, size)))
+            self._entry_thresholds = np.pad(self._entry_thresholds, ((0, 0), (0, size)))
             self._entry_parts = np.concatenate([self._entry_parts, _parts(np.arange(size, 2 * size))], axis=1)
         number = self._free.pop()
         self._filled = None
@@ -255,6 +357,14 @@ class TokenIndex:
         self._entry_bounds[:, number] = ANYWHERE if steer.bounds is None else steer.bounds
         self._entry_combined[:, number] = 0
         self._entry_parts[:, number] = END, number, number if steer.strengths.any() else PLAIN
+        self._entry_decisions[:, number], self._entry_deciding[:, number] = UNCONDITIONAL, 0
+        if (decision := steer.decision) is not None:
+            assert decision.number != UNCONDITIONAL, "it was taken"
+            self._entry_decisions[:, number] = decision.number
+            self._conditional += 1
+            if (probe := steer.probe) is not None and not decision.made:
+                self._entry_deciding[:, number], self._entry_thresholds[:, number] = probe.deciding, probe.threshold
+                self._deciding[number] = decision
         if combination := steer.combination:
             assert self._home in (None, combination.home), "an index speaks of one bank"
             self._home, self._combining[number] = combination.home, combination
@@ -267,6 +377,8 @@ class TokenIndex:
         self.phased -= following != number
         while True:
             self._combining.pop(number, None)
+            self._deciding.pop(number, None)
+            self._conditional -= bool(self._entry_decisions[0, number])
             self._free.append(number)
             if following == number:
                 return
@@ -276,6 +388,9 @@ class TokenIndex:
         """Make every token plain, whatever the buffers hold now: they may have been lost or overwritten."""
         for tensor in (self.rows, self.slots, self.strengths, self.bounds, self.lost):
             tensor.zero_()
+        if self.conditional is not None:
+            for tensor, value in zip(self.conditional, (1, 0, 0), strict=True):
+                tensor.fill_(value)
         self._used, self._filled = 0, None
 
     def fill(
@@ -303,22 +418,56 @@ class TokenIndex:
         if not moved and self._filled and all(map(np.array_equal, self._filled, (numbers, lengths))):
             return steered
         buffers = self._buffers if self._stages is None else self._stages.next()
-        arrays = [tensor[:, :end].numpy() for tensor in buffers.all()]
-        rows, slots, strengths, bounds, *combinations = arrays
+        conditional = self._conditional > 0 or self._speaks_of_conditions
+        arrays = [tensor[:, :end].numpy() for tensor in buffers.all(conditional)]
+        rows, slots, strengths, bounds, *others = arrays
         if total:
             tokens = np.repeat(numbers, lengths)
             np.take(self._entry_slots, tokens, axis=1, out=slots[:, :total])
             np.take(self._entry_strengths, tokens, axis=1, out=strengths[:, :total])
             np.take(self._entry_bounds, tokens, axis=1, out=bounds[:, :total])
             np.floor_divide(slots[:, :total], len(MODES), out=rows[:, :total])
-            for array in combinations:
-                np.take(self._entry_combined[1:], tokens, axis=1, out=array[:, :total])
+            more: list[NDArray[Any]] = [self._entry_combined[1:], self._entry_decisions]
+            more += [self._entry_deciding, self._entry_thresholds]
+            for values, array in zip(more, others, strict=False):
+                np.take(values, tokens, axis=1, out=array[:, :total])
         for array in arrays:
             array[:, total:] = 0
         if self._stages is not None:
-            self._stages.send(self._buffers, end)
+            self._stages.send(self._buffers, end, conditional)
+        if conditional:
+            self._open(numbers, lengths, end)
         self._used, self._filled = total, (numbers.copy(), lengths.copy())
         return steered
+
+    def _open(self, numbers: NDArray[np.int64], lengths: NDArray[np.int64] | NDArray[np.int32], end: int) -> None:
+        """Lay what was decided before beside the tokens of a step, and note who decides in it: the last of a part."""
+        assert self.conditional is not None
+        places = self._buffers.conditional[0][0, :end]
+        torch.index_select(self.decisions.opened, 0, places, out=self.conditional.opened[:end])
+        ends = np.cumsum(lengths)
+        found = [(int(numbers[i]), int(ends[i]) - 1) for i in np.flatnonzero(self._entry_deciding[0, numbers])]
+        self._deciders = [(number, self._deciding[number], at) for number, at in found]
+        self.deciding = frozenset(abs(int(self._entry_deciding[0, number])) - 1 for number, _ in found)
+        self._speaks_of_conditions = bool(self._entry_decisions[0, numbers].any())
+
+    def keep(self) -> list[tuple[Decision, int]]:
+        """After the pass is enqueued: what was decided in it is kept. Whose decisions, and by which tokens."""
+        if not (decisions := self._deciders):
+            return []
+        assert self.conditional is not None
+        # who did not decide writes what it was given
+        places, opened = self._buffers.conditional[0][0, : self._used], self.conditional.opened[: self._used]
+        self.decisions.opened.scatter_(0, places, opened)
+        self._deciders, self._filled = [], None
+        for number, decision, _ in decisions:
+            decision.made, self._entry_deciding[0, number] = True, 0
+        return [(decision, at) for _, decision, at in decisions]
+
+    def conditional_of(self, tokens: int) -> Conditional:
+        """Of the first `tokens` of the batch, as views of the buffers."""
+        assert self.conditional is not None
+        return Conditional(*(tensor[:tokens] for tensor in self.conditional))
 
     def _parted(
         self, numbers: NDArray[np.int64], lengths: NDArray[np.int64] | NDArray[np.int32], starts: NDArray[np.int64]
@@ -342,12 +491,20 @@ class TokenIndex:
         enqueued after it: whoever reads it with the pass's outputs does not wait for it."""
         if not self._used:
             return None
-        here = self.lost[: self._used]
+        decisions = self.keep()
+        opened = self.conditional.opened if decisions and self.conditional is not None else None
+        found = [None if here is None else self._fetched(here[: self._used]) for here in (self.lost, opened)]
+        assert found[0] is not None
+        copied = None if self._queue is None else self._queue.record_event()
+        return Losses(found[0], copied, found[1], decisions)
+
+    def _fetched(self, here: Tensor) -> Tensor:
+        """A copy that is on its way to the host."""
         if self._queue is None:
-            return Losses(here.clone(), None)
-        flags = torch.empty(self._used, dtype=torch.bool, pin_memory=self._queue.pinned)
+            return here.clone()
+        flags = torch.empty(len(here), dtype=torch.bool, pin_memory=self._queue.pinned)
         self._queue.copy(flags, here)
-        return Losses(flags, self._queue.record_event())
+        return flags
 
     def fill_with(self, steers: Sequence[RequestSteer | None], lengths: Sequence[int]) -> int:
         """The same for requests that have not entered, None for a plain one."""
@@ -360,8 +517,10 @@ class TokenIndex:
         same = all((array == array[..., :1]).all() for array in (slots, strengths, bounds, combined))
         bounded = bool((given & (bounds != ANYWHERE)).any())
         turning = bool((given & turns(torch.from_numpy(slots)).numpy()).any())
-        everywhere = bool(given[:depth].all()) and not bounded
-        self._acting = Acting(depth, everywhere, same, bool(combined.any()), bounded, turning)
+        conditional = bool(self._entry_decisions[0, entries].any())
+        everywhere = bool(given[:depth].all()) and not bounded and not conditional
+        same = same and not conditional
+        self._acting = Acting(depth, everywhere, same, bool(combined.any()), bounded, turning, conditional)
         try:
             return self.fill(entries, np.array(lengths, np.int64))
         finally:
@@ -374,10 +533,12 @@ class TokenIndex:
         and `[1]` where it is the same for all; whether it acts on every one of them, and whether any of it turns.
         `depth` is how many of the rank act on any. For an eager pass after `fill_with`: what is compiled reads the
         buffers themselves."""
-        depth, everywhere, same, combined, bounded, turning = self._acting
+        depth, everywhere, same, combined, bounded, turning, conditional = self._acting
         whole = self._used == count
         part = np.s_[:depth, :1] if same and whole else np.s_[:depth, :count, None]
         rows, slots, strengths = (t[part] for t in (self.rows, self.slots, self.strengths))
+        if conditional and self.conditional is not None:
+            strengths = torch.where(self.conditional.opened[:count, None], strengths, 0.0)
         bounds = self.bounds[part] if bounded else None
         combinations = self.combinations[part[1:]] if combined and self.combinations is not None else None
         return Acts(rows, slots, strengths, bounds, combinations), everywhere and whole, turning

@@ -102,7 +102,7 @@ def _default(
         asked = _operators(own.default, registry, caller, what, code)
         broken = {rule for rule, _ in _broken(asked, carried.tools, own, registry, rules)}
         return Spec() if broken and broken <= {"with_tools", "direction_with_tools"} else asked
-    if not all(caller.may_use(item.direction) for item in default):
+    if not all(caller.may_use(name) for item in default for name in item.names):
         return Spec()
     asked = _operators(default, registry, caller, what, code)
     return Spec() if own is not None and _broken(asked, carried.tools, own, registry, rules) else asked
@@ -168,7 +168,7 @@ def _over(
             yield "max_strength", f"{direction}: {said} is over what its file is calibrated for: {known or 'nothing'}"
     elif total > limits.max_strength:
         yield "max_strength", f"{direction}: strength {total:g} is over the {limits.max_strength:g} that {who} may use"
-    for entry in entries if limits.tokens is not None or limits.layers is not None else ():
+    for entry in entries:
         yield from ((rule, f"{direction}: for {who} {said}") for rule, said in limits.misplaced(entry))
     if tools and not limits.with_tools:
         yield "with_tools", f"{direction}: for {who} no request that has tools may be steered"

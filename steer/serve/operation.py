@@ -50,6 +50,7 @@ class May(TypedDict):
     tokens: Annotated[list[str], Field(description="those of `tokens` that a spec may say")]
     layers: Annotated[str | None, Field(description="within which layers a spec must stay; null for all")]
     with_tools: Annotated[bool, Field(description="may steer requests that have tools")]
+    conditions: Annotated[bool, Field(description="may steer under conditions")]
     readout: Annotated[bool, Field(description="may use `steer_readout`")]
     manage: Annotated[bool, Field(description="may change directions and use the kill switch")]
 
@@ -188,6 +189,7 @@ def steering(control: Control, scope: Scope) -> Steering:
             "tokens": list(TOKENS if rules is None or rules.tokens is None else rules.tokens),
             "layers": None if rules is None else rules.layers,
             "with_tools": rules is None or rules.with_tools,
+            "conditions": rules is None or rules.conditions,
             "readout": rules is None or rules.readout,
             "manage": manages,
         },

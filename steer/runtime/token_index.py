@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from steer.runtime.combine import ALONE, Combination, Combinations
 from steer.runtime.memory import CopyEvent, CopyQueue, copy_queue_to, lasting
 from steer.spec import END
 
+T = TypeVar("T", bound="RequestSteer | None")
 #: Sets of pinned memory used in turn: steps overlap, so the one before may still be read by its copy.
 STAGES = 3
 #: The entry of plain requests.
@@ -118,7 +119,7 @@ class Decisions:
             self.opened[UNCONDITIONAL] = True
         self._free = list(range(DECISIONS - 1, UNCONDITIONAL, -1))
 
-    def take(self, steer: RequestSteer | None) -> RequestSteer | None:
+    def take(self, steer: T) -> T:
         """The same steering for one request, with a decision of its own where it has a condition, until `give`."""
         if steer is None or steer.decision is None:
             return steer
@@ -463,6 +464,18 @@ class TokenIndex:
         for number, decision, _ in decisions:
             decision.made, self._entry_deciding[0, number] = True, 0
         return [(decision, at) for _, decision, at in decisions]
+
+    def found(self) -> Tensor:
+        """What a pass has found of each token up to here, uint8, for whoever goes on with it elsewhere."""
+        lost = self.lost[: self._used].to(torch.uint8)
+        return lost if self.conditional is None else lost + 2 * self.conditional.opened[: self._used].to(torch.uint8)
+
+    def go_on(self, found: Tensor) -> None:
+        """Take over what the pass has `found` elsewhere, of tokens that were lost or have decided there."""
+        self.lost[: self._used].copy_(found & 1)
+        if self._deciders:
+            opened, deciding, _ = self.conditional_of(self._used)
+            opened.copy_(torch.where(deciding != 0, (found & 2) != 0, opened))
 
     def conditional_of(self, tokens: int) -> Conditional:
         """Of the first `tokens` of the batch, as views of the buffers."""

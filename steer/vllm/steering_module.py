@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from steer.names import Site
-from steer.runtime.bank import BankSlice, apply
+from steer.runtime.bank import BankSlice, apply, decide
 from steer.runtime.memory import lasting
 from steer.runtime.readout import AFTER, BEFORE, components
-from steer.runtime.token_index import TokenIndex
+from steer.runtime.token_index import Conditional, TokenIndex
 
 #: How a block hands on the stream: it returns one tensor; a tuple whose first is the whole stream; or (h, r) with the
 #: stream being h + r, added by the norm that comes next.
@@ -46,8 +46,9 @@ class Reads:
 class SteeringModule(nn.Module):
     """One place's buffers on the module that is hooked. `vectors`, `coefficients` and `number` are the place's bank
     slice; `rows`, `slots`, `strengths`, `bounds` (`[rank, max_tokens]`) and `combinations` (`[max_tokens]`; it and the
-    bank slice's `joint` are None where the rank is 1) are the token index, one storage for all steering modules; in
-    `lost` (`[max_tokens]`) each of them says what tokens it has lost. With `reads` every pass writes `found` (`[2,
+    bank slice's `joint` are None where the rank is 1, and so are `opened`, `deciding` and `thresholds`) are the token
+    index, one storage for all steering modules; in `lost` (`[max_tokens]`) each of them says what tokens it has lost,
+    and in `opened`, where it `decides`, which are steered behind it. With `reads` every pass writes `found` (`[2,
     count, rank]`: components before and after) and `norms` (`[count]`) of the tokens that are read."""
 
     vectors: Tensor
@@ -59,15 +60,21 @@ class SteeringModule(nn.Module):
     number: Tensor
     combinations: Tensor | None
     joint: Tensor | None
+    opened: Tensor | None
+    deciding: Tensor | None
+    thresholds: Tensor | None
     lost: Tensor
     read_at: Tensor
     read_rows: Tensor
     found: Tensor
     norms: Tensor
 
-    def __init__(self, bank_slice: BankSlice, index: TokenIndex, reads: Reads | None = None) -> None:
+    def __init__(
+        self, bank_slice: BankSlice, index: TokenIndex, reads: Reads | None = None, *, decides: bool = False
+    ) -> None:
         super().__init__()
-        self.reading = reads is not None  # fixed for the life of the steering module, so that Dynamo traces one way
+        # fixed for the life of the steering module, so that Dynamo traces one way
+        self.reading, self.decides = reads is not None, decides
         tensors = {
             "vectors": bank_slice.vectors,
             "coefficients": bank_slice.coefficients,
@@ -79,6 +86,7 @@ class SteeringModule(nn.Module):
             "combinations": index.combinations,
             "lost": index.lost,
             "joint": bank_slice.joint,
+            **(index.conditional._asdict() if index.conditional else dict.fromkeys(Conditional._fields)),
         }
         if reads is not None:
             with lasting():
@@ -100,9 +108,13 @@ def moved(steering_module: SteeringModule, x: Tensor, dtype: torch.dtype) -> Ten
     own = steering_module
     index = (own.rows[:, :tokens], own.slots[:, :tokens], own.strengths[:, :tokens], own.bounds[:, :tokens])
     combinations = None if steering_module.combinations is None else steering_module.combinations[:tokens]
+    opened = None if own.opened is None else own.opened[:tokens]
     # A steering module has a bank slice's tensors; Dynamo is spared the dataclass.
-    y, lost = apply(flat, cast(BankSlice, steering_module), *index, combinations, dtype)
+    y, lost = apply(flat, cast(BankSlice, steering_module), *index, combinations, dtype, opened)
     steering_module.lost[:tokens].logical_or_(lost)
+    if own.decides and opened is not None and own.deciding is not None and own.thresholds is not None:
+        conditional = Conditional(opened, own.deciding[:tokens], own.thresholds[:tokens])
+        decide(flat, cast(BankSlice, steering_module), own.rows[:, :tokens], conditional)
     return y.reshape(x.shape)
 
 

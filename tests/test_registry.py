@@ -57,6 +57,9 @@ class Recorder:
         if entry.mode == "affine":
             raise SpecError("no affine here")
 
+    def behind(self, probe: Direction, entry: Entry) -> Entry:
+        return entry
+
     def load(self, digest: str, direction: Direction, data: bytes) -> None:
         assert digest not in self.resident, "one version is loaded once"
         if sum(self.resident.values()) + direction.rank > self.room:

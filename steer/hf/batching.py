@@ -29,7 +29,7 @@ from steer.hf.selfcheck import SelfCheckFailed, self_check
 from steer.hf.steering import Steering
 from steer.readout import Readout
 from steer.runtime.readout import Reading
-from steer.runtime.token_index import RequestSteer
+from steer.runtime.token_index import RequestSteer, applied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -229,8 +229,9 @@ class BatchingEngine(Engine):
             if request and isinstance(token, RequestFailed):
                 request.fail(token)
             elif request and isinstance(token, Token):
-                reading = readings.get(id(request))
-                request.tokens.append(replace(token, reading=reading) if reading else token)
+                reading, met = readings.get(id(request)), applied(request.steer)
+                told = token if reading is None and met is None else replace(token, reading=reading, applied=met)
+                request.tokens.append(told)
         ids = [token.id if isinstance(token, Token) else 0 for token in tokens]
         output_ids[0, : len(ids)].copy_(torch.tensor(ids, dtype=output_ids.dtype))
 

@@ -93,7 +93,7 @@ def _default(default: Sequence[RequestedDirection], registry: Registry, caller: 
     """What a request gets that asks for nothing, as far as rules allow it: the key's own default, else the server's."""
     if caller.rules is not None and caller.rules.default is not None:
         default = caller.rules.default
-    if not all(caller.may_use(item.direction) for item in default):
+    if not all(caller.may_use(name) for item in default for name in item.names):
         return Spec()
     return _operators(default, registry, caller, "the default steering of this request", Code.DEFAULT_UNAVAILABLE)
 
@@ -171,7 +171,7 @@ def _over(entries: Sequence[Entry], tools: bool, limits: Limits, who: str) -> It
     direction, total = f"direction '{entries[0].direction}'", sum(abs(entry.strength) for entry in entries)
     if total > limits.largest:
         yield "max_strength", f"{direction}: strength {total:g} is over the {limits.largest:g} that {who} may use"
-    for entry in entries if limits.tokens is not None or limits.layers is not None else ():
+    for entry in entries:
         yield from ((rule, f"{direction}: for {who} {said}") for rule, said in limits.misplaced(entry))
     if tools and not limits.with_tools:
         yield "with_tools", f"{direction}: for {who} no request that has tools may be steered"

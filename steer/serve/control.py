@@ -157,9 +157,10 @@ class Control:
         metrics.AUDIT_OK.set(self.audit is None or self.audit.failed is None)
         if self.in_force:
             missing = {
-                item.direction
+                name
                 for rules in self.in_force.policy.keys.values()
                 for item in (*rules.required, *(rules.default or ()))
+                for name in item.names
             } - registry.names().keys()
             if missing:
                 log.warning("the policy needs directions that are not served: %s", ", ".join(sorted(missing)))

@@ -133,7 +133,7 @@ def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Insta
     steering_modules = []
     for target in targets:
         reader = reads if target.point.readable else None
-        steering_module = SteeringModule(bank.slices[target.point], index, reader)
+        steering_module = SteeringModule(bank.slices[target.point], index, reader, decides=target.point.readable)
         target.attach(steering_module)
         steering_modules.append((target.point, steering_module))
     streams = _self_check(worker, targets, local, bank, index, (plain, again))

@@ -74,6 +74,8 @@ def test_few_prompts_that_cannot_tell_an_effect_from_chance_say_so(gone: int, ve
             degenerate=none,
             complied=Rate.of([not hit for hit in each]),
             late=none,
+            unanswered=none,
+            deflected=none,
             right=None,
             faults={},
             unended=0,

@@ -168,7 +168,8 @@ def _over(
             yield "max_strength", f"{direction}: {said} is over what its file is calibrated for: {known or 'nothing'}"
     elif total > limits.max_strength:
         yield "max_strength", f"{direction}: strength {total:g} is over the {limits.max_strength:g} that {who} may use"
-    for entry in entries:
+    placed = limits.tokens is not None or limits.layers is not None or not limits.conditions
+    for entry in entries if placed else ():
         yield from ((rule, f"{direction}: for {who} {said}") for rule, said in limits.misplaced(entry))
     if tools and not limits.with_tools:
         yield "with_tools", f"{direction}: for {who} no request that has tools may be steered"

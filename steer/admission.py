@@ -24,7 +24,7 @@ class Admission:
         may have come between."""
         self.spec, self.readout = spec, readout
         self._registry = registry
-        self._digests = dict.fromkeys(spec.digests)
+        self._digests = dict.fromkeys(e.digest for each in spec.entries for e in (each, each.condition) if e)
         if readout is not None:
             self._digests |= dict.fromkeys(readout.digests)
         self._holders: set[Hashable] = {None}

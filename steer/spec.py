@@ -168,12 +168,6 @@ class Spec:
         return next((entry.condition for entry in self.entries), None)
 
     @property
-    def digests(self) -> tuple[str, ...]:
-        """All versions that are needed, each once."""
-        found = [entry.digest for entry in self.entries]
-        return tuple(dict.fromkeys(found + [e.condition.digest for e in self.entries if e.condition]))
-
-    @property
     def everywhere(self) -> bool:
         """Does every entry act at all tokens?"""
         return all(entry.tokens is None for entry in self.entries)

@@ -171,7 +171,8 @@ def _over(entries: Sequence[Entry], tools: bool, limits: Limits, who: str) -> It
     direction, total = f"direction '{entries[0].direction}'", sum(abs(entry.strength) for entry in entries)
     if total > limits.largest:
         yield "max_strength", f"{direction}: strength {total:g} is over the {limits.largest:g} that {who} may use"
-    for entry in entries:
+    placed = limits.tokens is not None or limits.layers is not None or not limits.conditions
+    for entry in entries if placed else ():
         yield from ((rule, f"{direction}: for {who} {said}") for rule, said in limits.misplaced(entry))
     if tools and not limits.with_tools:
         yield "with_tools", f"{direction}: for {who} no request that has tools may be steered"

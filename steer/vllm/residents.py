@@ -83,7 +83,7 @@ class Residents:
 
     def steer(self, request: str, spec: Spec, prompt: int) -> RequestSteer:
         """The index entries of `request`, of `prompt` tokens, which uses these directions until it `ends`."""
-        self._use(request, spec.digests)
+        self._use(request, [e.digest for each in spec.entries for e in (each, each.condition) if e])
         steer = self.bank.steer(spec, prompt)
         assert steer is not None, "the front end sends no empty spec"
         return steer

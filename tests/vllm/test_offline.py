@@ -25,7 +25,7 @@ from steer.lab.prompts import PromptSet
 from steer.lab.race import Race, Sets
 from steer.lab.search import Search, Settings, Space
 from steer.lab.source import TransformersSource
-from steer.spec import Entry, parse
+from steer.spec import Entry, Spec, parse
 from tests import models
 from tests.vllm import device, tiny
 

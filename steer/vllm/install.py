@@ -7,7 +7,7 @@ collective: every rank makes the same ones in the same order.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
@@ -108,7 +108,8 @@ def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Insta
     plain, again = internals.worker.probe(worker), internals.worker.probe(worker)
     form = _learn_form(worker, local, plain, again)
     slot = _find_stream_argument(worker, local[0], d_model) if 0 in local else None
-    norms = _find_norms(worker, local, plain, again) if form == "sum" else {}
+    opened = internals.worker.open_norms(worker) if form == "sum" else []
+    norms = _find_norms(worker, local, opened, (plain, again)) if opened else {}
     targets: list[Target] = []
     for site in settings.sites:
         if slot is not None:
@@ -175,9 +176,11 @@ def _is_pair(output: Output) -> bool:
     )
 
 
-def _find_norms(worker: Worker, local: dict[int, nn.Module], plain: Tensor, again: Tensor) -> dict[int, Norm]:
-    """For each block the norm that takes both parts of the stream that it hands on, where nothing else reads them: a
-    pass in which every other reader has NaN is as ever."""
+def _find_norms(
+    worker: Worker, local: dict[int, nn.Module], opened: Sequence[Norm], plain: tuple[Tensor, Tensor]
+) -> dict[int, Norm]:
+    """For each block the norm of `opened` that takes both parts of the stream that it hands on, where nothing else
+    reads them: a pass in which every other reader has NaN is as ever. `plain`: two passes."""
     handed: dict[int, Output] = {}
     norms: dict[int, Norm] = {}
     called: Counter[Norm] = Counter()
@@ -188,7 +191,7 @@ def _find_norms(worker: Worker, local: dict[int, nn.Module], plain: Tensor, agai
             if len(args) == 2 and args[0] is output[0] and args[1] is output[1]:
                 norms[i] = norm
 
-    with hooks([norm.register_forward_pre_hook(take) for norm in internals.worker.open_norms(worker)]):
+    with hooks([norm.register_forward_pre_hook(take) for norm in opened]):
         _pass_with(worker, local, handed.__setitem__)
     norms = {i: norm for i, norm in norms.items() if called[norm] == 1}
 
@@ -200,7 +203,7 @@ def _find_norms(worker: Worker, local: dict[int, nn.Module], plain: Tensor, agai
         return lambda _norm, _args: handed[i][:2]
 
     with hooks([norm.register_forward_pre_hook(show(i)) for i, norm in norms.items()]):
-        return norms if selfcheck.same(_pass_with(worker, local, hide), plain, again) else {}
+        return norms if selfcheck.same(_pass_with(worker, local, hide), *plain) else {}
 
 
 def _pass_with(worker: Worker, local: dict[int, nn.Module], change: Callable[[int, Output], Output | None]) -> Tensor:

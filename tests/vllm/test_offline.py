@@ -135,7 +135,8 @@ def test_tokens_and_layers_are_those_of_transformers(
         found = iter(evaluator.divergences(prompts, [*plain] * len(tried), texts))
         for spec in ours:
             for one in plain:
-                steer = spec and probe.steering.bank.steer(spec, one.start)
+                assert spec is not None
+                steer = probe.steering.bank.steer(spec, one.start)
                 assert steer is not None
                 with probe.steering.batch(*steer.along(0, len(one.ids))), torch.inference_mode():
                     logits = loaded.model(torch.tensor([one.ids])).logits[0].log_softmax(-1)

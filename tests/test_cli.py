@@ -219,6 +219,7 @@ def test_eval_compares_at_an_equal_kl_and_with_random_directions(
     models.direction(models.tiny("llama")).save(direction)
     options = ["--direction", str(direction), "--harmful", sets[0], "--harmless", sets[1], "--max-tokens", "3"]
     options += ["--kl", "0.01,0.02", "--controls", "1", "--tokens", "not-first", "--report", str(folder)]
+    options += ["--against", "d:ablate@not-first"]
     told = run("eval", str(tiny_folder), *options)
     assert "At an equal KL" in told.stdout
     assert "is asked for" in told.stderr
@@ -230,6 +231,10 @@ def test_eval_compares_at_an_equal_kl_and_with_random_directions(
         one = divergence[f"{dose.way}={dose.strength:g}"]
         assert one.mean == pytest.approx(dose.kl, rel=0.05)
         assert one.low <= one.mean <= one.high
+    assert [one.against for one in report.comparisons] == [arm.name for arm in report.arms[:2]]
+    assert [one.arm for one in report.comparisons] == [arm.name for arm in report.arms[2:]]
+    wrong = run("eval", str(tiny_folder), *options, "--against", "d:ablate", code=2).stderr
+    assert "--against: 'd:ablate' is none of the arms: d:ablate@not-first" in wrong
     assert [arm.method for arm in report.arms] == ["random"] * 4, "as the tests' own direction is"
 
 

@@ -82,6 +82,10 @@ def evaluate(
     controls: Annotated[
         int, typer.Option(min=0, max=100, help="random directions of the same shape that are tried beside each file")
     ] = 0,
+    against: Annotated[
+        str | None,
+        typer.Option(help="an arm that the others are compared with; without a strength at the same, or the same KL"),
+    ] = None,
     calibrate: Annotated[
         Path | None,
         typer.Option(help="write the direction here with the strengths up to which none that was tried did harm"),
@@ -155,6 +159,9 @@ def evaluate(
         wanted = [strength] if strength is not None else floats("--strengths", strengths) if strengths else None
         doses = _doses(kl)
         arms = arms_of(direction, mode.split(",") if mode else None, wanted, controls, at, when)
+        named = [arm.way for arm in arms] + [arm.name for arm in arms if not doses]
+        if against is not None and against not in named:
+            raise InvalidInput(f"--against: {against!r} is none of the arms: {', '.join(dict.fromkeys(named))}")
         choices = Choices.model_validate({"sites": arms[0].direction.meta.sites, "batch_size": batch_size})
         given = {"harmful": harmful, "harmless": harmless, "borderline": borderline, "multi-turn": multi_turn}
         sets = {name: read_prompts(source) for name, source in given.items() if source is not None}
@@ -180,7 +187,7 @@ def evaluate(
         fingerprint = {} if report is None else {"fingerprint": bench.source.fingerprint()}
         cache = Cache(report, conditions | fingerprint)
         evaluator = bench.evaluator(max(arm.direction.acting(arm.mode) for arm in arms), max_tokens, rendering)
-        plan = Plan(arms, sets, max_tokens, looked_for, judging, known, plain_text, doses)
+        plan = Plan(arms, sets, max_tokens, looked_for, judging, known, plain_text, doses, against)
         found = run(evaluator, plan, cache)
         arms = list(found.arms)
         scored = _tasks(tasks, tasks_folder, tasks_limit, url, model, opening, arms, cache)
@@ -197,6 +204,7 @@ def evaluate(
             sets=found.sets,
             divergence=found.divergence,
             doses=found.doses,
+            comparisons=found.comparisons,
             agreements=agreements(one for told in found.told.values() for one in told),
             text=found.text,
             tasks=scored,

@@ -95,6 +95,27 @@ def difference_of_means(
     return mean_of(pairs[0] - pairs[1], resamples=resamples, seed=seed)
 
 
+def ratio_of_means(
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, *, resamples: int = 10_000, seed: int = 0
+) -> Estimate:
+    """Mean of `second` ÷ mean of `first`, positive values on the same prompts, with the percentile interval of the
+    paired bootstrap, which that of the logarithm is too. Source: Efron and Tibshirani 1993, chapter 13."""
+    _check_pairs(first, second)
+    pairs = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(pairs[0]), size=(resamples, len(pairs[0])))
+    ratios = pairs[1][drawn].mean(axis=1) / pairs[0][drawn].mean(axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Estimate(float(pairs[1].mean() / pairs[0].mean()), float(low), float(high))
+
+
+def signed_rank(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> float:
+    """The two-sided p-value of the hypothesis that values on the same prompts differ as often and as much one way as
+    the other; pairs that are equal say nothing. Source: Wilcoxon 1945, signed ranks."""
+    _check_pairs(first, second)
+    differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    return float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
+
+
 def mean_of(values: Sequence[float] | np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> Estimate:
     """The mean of at least one value, with the percentile interval of the bootstrap. Source: Efron and Tibshirani 1993,
     chapter 13."""

@@ -20,6 +20,8 @@ from steer.lab.statistics import (
     kappa_interval,
     mcnemar,
     over_seeds,
+    ratio_of_means,
+    signed_rank,
     wilson,
 )
 
@@ -93,6 +95,23 @@ def test_a_difference_of_means_covers_what_is_true() -> None:
         interval = difference_of_means(first, first + generator.normal(0.3, 1, size=60), resamples=800)
         held += interval.low <= 0.3 <= interval.high
     assert 0.9 <= held / trials <= 0.985
+
+
+def test_a_ratio_of_means_covers_what_is_true_and_ranks_tell_a_shift_from_none() -> None:
+    generator, covered, shifted, same = np.random.default_rng(3), 0, 0, 0
+    for _ in range(60):
+        first = np.exp(generator.normal(size=60))
+        second = first * np.exp(generator.normal(0.4, 0.3, size=60))
+        interval = ratio_of_means(first, second, resamples=800)
+        covered += interval.low <= np.exp(0.4 + 0.3**2 / 2) <= interval.high
+        shifted += signed_rank(np.log(first), np.log(second)) < 0.05
+        same += signed_rank(first, generator.permutation(first)) < 0.05
+    assert covered >= 50
+    assert shifted == 60
+    assert same <= 9
+    double = ratio_of_means(first, first * 2)
+    assert (double.low, double.value, double.high) == pytest.approx((2, 2, 2))
+    assert signed_rank(first, first) == 1
 
 
 def test_a_difference_of_means_is_the_same_each_time_and_shifts_with_its_arms() -> None:

@@ -52,6 +52,8 @@ def tables(report: Report, *, paired: bool = True, table: Table = markdown) -> s
         parts.append("### KL(plain ‖ steered) on harmless, nats\n\n" + table(head, rows))
     if report.doses:
         parts.append(_doses(report, table))
+    if report.comparisons:
+        parts.append(_comparisons(report, table))
     if report.text is not None:
         rows = [
             (a.arm, f"{a.perplexity:.4f}", "" if a.ratio is None else _spread(a.ratio, "{:.4f}"))
@@ -127,6 +129,21 @@ def _doses(report: Report, table: Table) -> str:
     return "### At an equal KL\n\n" + table(head, rows)
 
 
+def _comparisons(report: Report, table: Table) -> str:
+    """Arms that steer beside each other."""
+    columns = [(one.name, figure) for one in report.sets for figure in ("shown", "degenerate")]
+    rows = [
+        (
+            *(one.arm, one.against),
+            *(_difference(one.sets[name][figure]) for name, figure in columns),
+            "–" if one.kl is None else _difference(one.kl, "{:.2f}"),
+        )
+        for one in report.comparisons
+    ]
+    head = ("arm", "less", *(f"{name}: {figure}" for name, figure in columns), "KL ÷")
+    return "### Arms beside each other\n\n" + table(head, rows)
+
+
 def _differences(arms: Sequence[ArmOnSet], table: Table) -> str:
     steered = [arm for arm in arms if arm.against_plain]
     figures = list(dict.fromkeys(figure for arm in steered for figure in arm.against_plain))
@@ -134,9 +151,9 @@ def _differences(arms: Sequence[ArmOnSet], table: Table) -> str:
     return table(("less plain", *figures), rows)
 
 
-def _difference(difference: Difference) -> str:
+def _difference(difference: Difference, form: str = "{:+.1%}") -> str:
     p = difference.p_holm
-    return _spread(difference, "{:+.1%}") + ("" if p is None else f" p {_p(p)}")
+    return _spread(difference, form) + ("" if p is None else f" p {_p(p)}")
 
 
 def _spread(difference: Difference, form: str) -> str:

@@ -54,13 +54,27 @@ def rows(
 def arms_on_set(told: Mapping[str, Sequence[Row]]) -> tuple[ArmOnSet, ...]:
     """The figures of every arm, PLAIN among them, and each one's differences from plain, with p-values corrected for
     the number of arms."""
-    plain = told[PLAIN]
-    against = {name: _against(plain, arm) for name, arm in told.items() if name != PLAIN}
-    for figure in sorted({figure for differences in against.values() for figure in differences}):
-        having = [name for name in against if figure in against[name]]
-        for name, p in zip(having, holm([against[name][figure].p or 0.0 for name in having]), strict=True):
-            against[name][figure] = against[name][figure].model_copy(update={"p_holm": p})
+    against = differences(told, {name: PLAIN for name in told if name != PLAIN})
     return tuple(_arm(name, arm, against.get(name, {})) for name, arm in told.items())
+
+
+def differences(told: Mapping[str, Sequence[Row]], pairs: Mapping[str, str]) -> dict[str, dict[str, Difference]]:
+    """By figure those of each arm from the one that `pairs` gives it, with p-values corrected for the number of
+    arms."""
+    against = {name: _against(told[other], told[name]) for name, other in pairs.items()}
+    for figure in sorted({figure for found in against.values() for figure in found}):
+        having = {name: found[figure] for name, found in against.items() if figure in found}
+        for name, difference in corrected(having).items():
+            against[name][figure] = difference
+    return against
+
+
+def corrected(differences: Mapping[str, Difference]) -> dict[str, Difference]:
+    """With p-values corrected for their number."""
+    p_values = holm([one.p or 0.0 for one in differences.values()])
+    return {
+        name: one.model_copy(update={"p_holm": p}) for (name, one), p in zip(differences.items(), p_values, strict=True)
+    }
 
 
 def _figures(told: Sequence[Row]) -> dict[str, list[bool | None]]:

@@ -42,12 +42,15 @@ class Rate(Part):
 
 
 class Difference(Part):
-    """A figure of an arm less that of the plain arm on the same prompts, with its 95 % interval."""
+    """A figure of an arm less that of another on the same prompts (÷ it for KL and perplexity), with its 95 %
+    interval."""
 
     value: float
     low: float
     high: float
-    p: float | None = Field(default=None, description="exact McNemar test, two-sided, of a difference of rates")
+    p: float | None = Field(
+        default=None, description="two-sided: McNemar's exact test of rates, Wilcoxon's signed ranks of the log of KLs"
+    )
     p_holm: float | None = Field(default=None, description="p corrected (Holm) for the number of arms")
 
     @classmethod
@@ -146,6 +149,15 @@ class Dose(Part):
     strength: float | None = Field(description="none where no strength that is accepted reaches it")
 
 
+class Comparison(Part):
+    """An arm beside another one that steers."""
+
+    arm: str
+    against: str
+    sets: dict[str, dict[str, Difference]] = Field(description="by set and figure")
+    kl: Difference | None = Field(description="mean KL ÷ that of the other, paired bootstrap over prompts")
+
+
 class PerplexityOf(Part):
     arm: str
     perplexity: float
@@ -195,6 +207,7 @@ class Report(Part):
     sets: tuple[SetResult, ...]
     divergence: tuple[DivergenceOf, ...]
     doses: tuple[Dose, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
     agreements: tuple[Agreement, ...] = Field(
         default=(), description="over all answers: within an arm they may hardly vary"
     )

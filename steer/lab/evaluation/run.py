@@ -19,9 +19,9 @@ from steer.lab.evaluation import perplexity as pp
 from steer.lab.evaluation.arms import PLAIN, Arm, steering
 from steer.lab.evaluation.dose import TRIES, strength_at
 from steer.lab.evaluation.expected import Expected, right
-from steer.lab.evaluation.outcomes import Row, arms_on_set
+from steer.lab.evaluation.outcomes import Row, arms_on_set, corrected, differences
 from steer.lab.evaluation.outcomes import rows as outcomes
-from steer.lab.evaluation.report import Difference, DivergenceOf, Dose, PerplexityOf, SetResult, TextResult
+from steer.lab.evaluation.report import Comparison, Difference, DivergenceOf, Dose, PerplexityOf, SetResult, TextResult
 from steer.lab.evaluator import Continuation, Evaluator, Floats, Steer
 from steer.lab.judge import Judge, judged
 from steer.lab.outcome import Outcome, ends
@@ -29,11 +29,14 @@ from steer.lab.probe import Answered, summarised
 from steer.lab.progress import answering
 from steer.lab.prompts import Conversation, Prompt, PromptSet
 from steer.lab.resume import Cache
+from steer.lab.statistics import ratio_of_means, signed_rank
 from steer.names import MAX_STRENGTH
 
 log = logging.getLogger("steer")
 #: The divergence is measured on answers to this set; and on so many of its prompts while a dose is looked for.
 HARMLESS, DOSE_PROMPTS = "harmless", 32
+#: The KL in nats below which it is rounding.
+ROUNDING = 1e-9
 #: The part of the progress that is not known by its arms yet.
 DOSES = "arms at doses"
 
@@ -48,7 +51,8 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured of `arms`; where there are `doses`, of each arm at the strengths that have these KLs."""
+    """What is measured of `arms`; where there are `doses`, of each arm at the strengths that have these KLs. The arms
+    are compared with the one called `against`, or, where that has no strength, with those at the same one or dose."""
 
     arms: Sequence[Arm]
     sets: Mapping[str, PromptSet]
@@ -58,6 +62,7 @@ class Plan:
     expected: Mapping[Prompt, Expected] = field(default_factory=dict)
     text: Text | None = None
     doses: Sequence[float] = ()
+    against: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +74,14 @@ class Found:
     sets: tuple[SetResult, ...]
     divergence: tuple[DivergenceOf, ...]
     text: TextResult | None
+    comparisons: tuple[Comparison, ...]
     told: Mapping[tuple[str, str], Sequence[Row]]
 
 
 def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
     answers: dict[tuple[str, str], list[Answered]] = {}
-    divergence, negative = [], {}
+    divergences: dict[str, list[Floats]] = {}
+    negative = {}
     progress = evaluator.progress
     for part, work in parts_of(plan).items():
         progress.plan(part, work)
@@ -92,7 +99,7 @@ def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
             if arm is not None and HARMLESS in plan.sets:
                 plain = answers[HARMLESS, PLAIN]
                 with progress.part(_diverging(name)):
-                    divergence.append(_divergence(evaluator, plan, plain, along, cache, arm, steer))
+                    divergences[name] = _divergences(evaluator, plan, plain, along, cache, arm, steer)
 
     measure(None)
     doses: list[Dose] = []
@@ -132,7 +139,46 @@ def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
             )
         )
     text = None if plan.text is None else _text_result(plan.text, negative)
-    return Found(plan.arms, tuple(doses), tuple(sets), tuple(divergence), text, told)
+    divergence = tuple(
+        DivergenceOf(arm=name, on=HARMLESS, **asdict(summarised(rows))) for name, rows in divergences.items()
+    )
+    beside = _beside(plan, doses, told, divergences)
+    return Found(plan.arms, tuple(doses), tuple(sets), divergence, text, beside, told)
+
+
+def _beside(
+    plan: Plan,
+    doses: Sequence[Dose],
+    told: Mapping[tuple[str, str], Sequence[Told]],
+    divergences: Mapping[str, Sequence[Floats]],
+) -> tuple[Comparison, ...]:
+    """What `plan.against` asks for."""
+    dose = {f"{one.way}={one.strength:g}": one.kl for one in doses if one.strength is not None}
+    pairs = {
+        arm.name: other.name
+        for arm in plan.arms
+        for other in plan.arms
+        if other.name != arm.name
+        if other.name == plan.against
+        or (other.way == plan.against and dose.get(other.name, other.strength) == dose.get(arm.name, arm.strength))
+    }
+    rates = {
+        title: differences({name: rows for (where, name), rows in told.items() if where == title}, pairs)
+        for title in plan.sets
+    }
+    kls = {name: np.array([max(row.mean(), ROUNDING) for row in rows]) for name, rows in divergences.items()}
+    ratios = {
+        name: Difference.of(ratio_of_means(kls[other], kls[name]), signed_rank(np.log(kls[other]), np.log(kls[name])))
+        for name, other in pairs.items()
+        if kls
+    }
+    ratios = corrected(ratios)
+    return tuple(
+        Comparison(
+            arm=name, against=other, sets={title: found[name] for title, found in rates.items()}, kl=ratios.get(name)
+        )
+        for name, other in pairs.items()
+    )
 
 
 def parts_of(plan: Plan) -> dict[str, float]:
@@ -200,7 +246,7 @@ def _answers(
     return [Answered(row["ids"], row["text"]) for row in rows]
 
 
-def _divergence(
+def _divergences(
     evaluator: Evaluator,
     plan: Plan,
     plain: Sequence[Answered],
@@ -208,7 +254,7 @@ def _divergence(
     cache: Cache,
     arm: Arm,
     steer: Steer,
-) -> DivergenceOf:
+) -> list[Floats]:
     """`along` is filled where it is needed, once for all arms: nothing is asked of the model where all is kept."""
     prompts = plan.sets[HARMLESS]
 
@@ -220,7 +266,7 @@ def _divergence(
 
     conditions = {"sha256": prompts.sha256, "max_tokens": plan.max_tokens} | _identity(arm)
     rows = cache.rows(f"{HARMLESS}.{arm.name}.divergence", conditions, len(prompts), make)
-    return DivergenceOf(arm=arm.name, on=HARMLESS, **asdict(summarised([np.array(row) for row in rows])))
+    return [np.array(row) for row in rows]
 
 
 def _at_dose(

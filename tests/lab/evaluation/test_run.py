@@ -161,6 +161,44 @@ def test_doses_are_found_on_the_model_and_kept(
     assert (probe.steering.passes, probe.asked) == (passes, []), "nothing is asked of the model again"
 
 
+def test_arms_are_compared_with_each_other_prompt_by_prompt(
+    probe: Watched, arms: list[Arm], loaded: Loaded, tmp_path: Path
+) -> None:
+    """With one arm, or with the arms of one way at the same strength or dose; what an arm is to itself is told by an
+    equal one under another name."""
+    assert evaluate(probe, plan(arms, loaded), Cache(tmp_path, {})).comparisons == ()
+    same = [replace(arm, name=arm.name.replace("d:", "e:")) for arm in arms]
+    wanted = replace(plan([*arms, *same], loaded), against=arms[2].name)
+    found = evaluate(probe, wanted, Cache(tmp_path, {}))
+    others = [arm.name for arm in (*arms, *same) if arm.name != arms[2].name]
+    assert [(one.arm, one.against) for one in found.comparisons] == [(name, arms[2].name) for name in others]
+    kl = {one.arm: one.mean for one in found.divergence}
+    for one in found.comparisons:
+        assert one.kl is not None
+        assert one.kl.value == pytest.approx(max(kl[one.arm], 1e-9) / kl[arms[2].name], rel=0.01)
+        assert one.kl.low <= one.kl.value <= one.kl.high
+        assert one.sets.keys() == SETS.keys()
+        for title, figures in one.sets.items():
+            shown = [
+                sum(told.outcome == "shown" for told in found.told[title, name]) for name in (one.arm, one.against)
+            ]
+            assert figures["shown"].value * len(SETS[title]) == pytest.approx(shown[0] - shown[1])
+    equal = next(one for one in found.comparisons if one.arm == same[2].name)
+    assert equal.kl is not None
+    assert (equal.kl.value, equal.kl.low, equal.kl.high, equal.kl.p_holm) == (1, 1, 1, 1)
+    assert all(figures["shown"].p == 1 for figures in equal.sets.values())
+    page = tables(report_of(found, list(found.arms)).model_copy(update={"comparisons": found.comparisons}))
+    assert "Arms beside each other" in page
+    paired = evaluate(probe, replace(wanted, against="d:ablate"), Cache(tmp_path, {})).comparisons
+    assert [(one.arm, one.against) for one in paired] == [(b.name, a.name) for a, b in zip(arms, same, strict=True)]
+    dosed = replace(plan([arms[2], same[2]], loaded), doses=(0.01, 0.02), against="d:ablate")
+    found = evaluate(probe, dosed, Cache(tmp_path, {}))
+    strengths = {(one.way, one.kl): one.strength for one in found.doses}
+    assert [(one.arm, one.against) for one in found.comparisons] == [
+        (f"e:ablate={strengths['e:ablate', kl]:g}", f"d:ablate={strengths['d:ablate', kl]:g}") for kl in (0.01, 0.02)
+    ]
+
+
 def test_report_pictures_and_page_hold_every_figure(
     probe: Watched, arms: list[Arm], loaded: Loaded, tmp_path: Path
 ) -> None:

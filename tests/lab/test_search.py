@@ -223,9 +223,9 @@ def test_other_settings_are_another_search(whole: Search, begin: Begin, tmp_path
     replace(whole.measurement, meta=whole.measurement.meta.model_copy(update={"tool": "other"})).save(
         folder / MEASUREMENT
     )
-    with pytest.raises(InvalidInput, match="not the measurement that this search was begun with"):
+    with pytest.raises(InvalidInput, match="not the measurement that this search was started with"):
         Search.open(folder)
-    with pytest.raises(InvalidInput, match="no search is here"):
+    with pytest.raises(InvalidInput, match="there is no search in this folder"):
         Search.open(tmp_path)
 
 
@@ -305,7 +305,7 @@ def test_a_killed_search_goes_on_with_the_same_command(tiny_folder: Path, files:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"strength": "1"}, "the least and the most"),
+        ({"strength": "1"}, "the least and the largest value"),
         ({"t": "a,b"}, "--t: numbers separated by commas, got 'a,b'"),
         ({"mode": "ablate,gone"}, "modes"),
         ({"method": "nope"}, "method 'nope' is not known"),

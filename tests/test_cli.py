@@ -504,7 +504,7 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
         f"fit m --harmful {twice} --harmless {a} {output}": "has 1 different prompts",
         f"fit m --harmful {empty} --harmless {a} {output}": "has no prompts",
         f"fit m {sets} -o {tmp_path}/d.safetensors": "d.safetensors is a folder",
-        f"measure m {sets} -o /proc/x": "nothing can be written into /proc",
+        f"measure m {sets} -o /proc/x": "cannot write into /proc",
     }
     done = subprocess.run(
         [sys.executable, "-c", LIGHT], input="\n".join(wrong), capture_output=True, text=True, timeout=300

@@ -218,7 +218,7 @@ def test_other_settings_are_another_search(whole: Search, begin: Begin, tmp_path
     with pytest.raises(InvalidInput) as caught:
         begin(folder, seed=3, tokens=9, borderline=None, space=Space(t=(0.0, 1.0)))
     text = "\n".join(caught.value.problems)
-    for part in ("begun with seed 0, not 3", "tokens 3, not 9", "borderline {", "with t [-1.0, 1.0], not [0.0, 1.0]"):
+    for part in ("started with seed 0, not 3", "tokens 3, not 9", "borderline {", "with t [-1.0, 1.0], not [0.0, 1.0]"):
         assert part in text
     replace(whole.measurement, meta=whole.measurement.meta.model_copy(update={"tool": "other"})).save(
         folder / MEASUREMENT

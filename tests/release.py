@@ -44,8 +44,9 @@ def main() -> None:
         venv.create(folder / "venv", with_pip=True)
         binaries = folder / "venv" / "bin"
         options = shlex.split(os.environ.get("PIP_OPTIONS", ""))
-        install = [binaries / "python", "-m", "pip", "install", "--quiet", *options, "--constraint"]
-        subprocess.run([*install, ROOT / "constraints.txt", wheel], check=True, cwd=folder)
+        pinned = ("--constraint", str(ROOT / "constraints.txt"), str(wheel))
+        install = [str(binaries / "python"), "-m", "pip", "install", "--quiet", *options, *pinned]
+        subprocess.run(install, check=True, cwd=folder)
         said = subprocess.run([binaries / "steer", "--version"], check=True, cwd=folder, capture_output=True, text=True)
         assert __version__ in said.stdout
         main_job([str(binaries / "steer"), "serve"], folder)

@@ -172,6 +172,7 @@ def test_one_range_of_vllm_is_named_everywhere() -> None:
     allowed = Requirement(extra).specifier
     assert {str(bound) for bound in allowed} == {f">={oldest.removesuffix('.0')}", f"<{major}.{minor + 1}"}
     assert f"vLLM {oldest} and {newest}" in " ".join((root / "docs/backends.md").read_text().split())
+    assert f"\nFROM vllm/vllm-openai:v{newest}\n" in (root / "Dockerfile").read_text()
     assert f"\nvllm-cpu=={newest}\n" in (root / "constraints.txt").read_text(), "the one of `make test`"
 
 

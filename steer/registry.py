@@ -173,7 +173,7 @@ class Registry:
                 unknown |= isinstance(error, UnknownDirection)
                 continue
             if any((e.digest, e.mode) == (entry.digest, entry.mode) for e in entries):
-                problems.append(f"direction '{entry.direction}' is asked for twice in the mode '{entry.mode}'")
+                problems.append(f"direction '{entry.direction}' is listed twice in the mode '{entry.mode}'")
             if entry.strength:  # strength 0 does nothing, so it is not part of what is applied
                 entries.append(entry)
         problems += self._too_much(entries)

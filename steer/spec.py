@@ -41,9 +41,9 @@ ACCEPTED = (
 #: At which positions of a request an entry acts, with a sentence for whoever chooses. `N` is a number of positions.
 TOKENS = {
     "all": "Every position, which is the default.",
-    "prompt": "Every position before the one at which the answer's first token is predicted.",
-    "answer": "The last position of the prompt, at which the answer's first token is predicted, and all after it.",
-    "not-first": "All but the first position, which is BOS for most models.",
+    "prompt": "Every position of the prompt except its last.",
+    "answer": "The last position of the prompt, where the answer's first token is predicted, and all after it.",
+    "not-first": "All but the first position, which is BOS in most models.",
     "first-N": "The first N positions of the prompt.",
     "last-N": "The last N positions of the prompt.",
 }
@@ -260,7 +260,7 @@ def _items(value: object, param: str, problems: list[str]) -> list[RequestedDire
         for index, part in enumerate(value):
             where = f"{param}[{index}]"
             if isinstance(part, str) and len(value) > 1 and part.strip().lower() in OFF_TEXTS:
-                problems.append(f"{where}: {brief(part)} stands beside other items; it is accepted alone")
+                problems.append(f"{where}: {brief(part)} cannot be combined with other items")
             elif isinstance(part, str | dict):
                 items += _items(part, where, problems)
             else:

@@ -384,7 +384,7 @@ def test_one_version_twice_in_one_mode_is_refused_also_under_two_names() -> None
     registry.put("one", A)
     registry.put("same", A)
     for wish in ("one,one:ablate", "one,same", "one=0.5,same=0.25"):
-        with pytest.raises(SpecError, match="asked for twice in the mode 'ablate'"):
+        with pytest.raises(SpecError, match="listed twice in the mode 'ablate'"):
             admit(registry, wish)
     assert len(admit(registry, "one:ablate,same:add").spec.entries) == 2
 

@@ -1,4 +1,5 @@
-"""The engine on transformers' continuous batching, and which engine a model gets. `internals` has what is relied on."""
+"""The engine on transformers' continuous batching, and the choice of engine for a model. `internals` lists what this
+needs from transformers."""
 
 from __future__ import annotations
 
@@ -132,7 +133,7 @@ class BatchingEngine(Engine):
                 list(prompt), request_id, max_new_tokens=sampling.max_tokens, streaming=True, eos_token_id=ends
             )
             if accepted is None:
-                raise EngineFailed("the engine is stopping or has failed and takes no request") from self._fault
+                raise EngineFailed("the engine is stopping or has failed and accepts no requests") from self._fault
             sent = 0
             while not done:
                 output = await arrivals.get()
@@ -286,6 +287,6 @@ def _check_lengths(steering: Steering, context: int) -> None:
     if found and context > found[1]:
         kind, limit = found
         raise CannotBatch(
-            f"its rotary embedding '{kind}' goes by the longest request of a batch, from {limit} tokens on; with a "
-            f"context of at most {limit} it could be"
+            f"its rotary embedding '{kind}' depends on the longest request of a batch from {limit} tokens on; a "
+            f"context of at most {limit} would make it possible"
         )

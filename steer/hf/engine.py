@@ -1,4 +1,4 @@
-"""The engine that a server talks to: tokens of one request as an async stream, whatever runs behind it.
+"""The interface between the server and an engine: the tokens of one request as an async stream.
 
 `SequentialEngine` serves one request at a time as `generate` would, for models that cannot be batched;
 `steer.hf.batching` has the engine on transformers' continuous batching.

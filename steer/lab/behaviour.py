@@ -72,7 +72,7 @@ class Behaviour(BaseModel):
     @model_validator(mode="after")
     def _tells_something(self) -> Behaviour:
         if not self.patterns and self.min_words is None:
-            raise ValueError("needs patterns or min_words, by which an answer is told")
+            raise ValueError("needs patterns or min_words to recognise an answer")
         return self
 
     @cached_property

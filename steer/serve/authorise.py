@@ -1,7 +1,8 @@
-"""Authorisation and admission: what a request asks for becomes the versions that it may have, and these are pinned.
+"""Authorisation and admission: find the versions that a request asks for and may use, and pin them.
 
-In order: names are resolved, those that the caller may not use not at all; the kill switch; the policy's modes and
-strengths; what is required of the key is added. Nothing moves a name meanwhile. The key's rates have been asked before.
+The order: resolve names (a name that the caller may not use counts as unknown); check the kill switch; check the
+policy's modes and strengths; add what the key requires. No name moves in the meantime. The key's rates were checked
+before.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _asked(carried: Carried, registry: Registry, caller: Caller) -> Spec:
     meanings = {carrier: registry.resolve(wanted, caller.may_use) for carrier, wanted in carried.found.items()}
     if len(set(meanings.values())) > 1:
         said = ", ".join(f"{carrier} says '{text(wanted)}'" for carrier, wanted in carried.found.items())
-        raise SpecError(f"the carriers of this request disagree: {said}; use one of them, or say the same", param=FIELD)
+        raise SpecError(f"the carriers of this request disagree: {said}; send the same in each", param=FIELD)
     return next(iter(meanings.values()))
 
 

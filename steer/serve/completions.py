@@ -1,4 +1,4 @@
-"""`POST /v1/completions` on the own engine: texts to go on from, streamed or not, scored with `echo`."""
+"""`POST /v1/completions` on the own engine: texts to continue, streamed or not, scored with `echo`."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ class Generator:
             raise
         except Exception as error:
             log.exception("an answer broke off")
-            raise RequestFailed(f"the answer broke off: {type(error).__name__}: {str(error)[:200]}") from error
+            raise RequestFailed(f"the answer was cut off: {type(error).__name__}: {str(error)[:200]}") from error
 
     async def _pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
         text = TextStream(self.loaded.tokenizer, job.stop)

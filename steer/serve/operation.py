@@ -1,4 +1,5 @@
-"""What a server says of itself, the same on every engine: its health, whether steering is on, and the kill switch."""
+"""Control routes about the server itself, the same on every engine: its health, whether steering is on, and the kill
+switch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Who may do what: the policy file, parsed and checked as a whole before any of it is in force.
 
-TOML. Every problem of a file is reported with its line. A file that has a problem never comes into force, not in part
-either.
+TOML. Every problem of a file is reported with its line. A file that has a problem never takes effect, not even in part.
 """
 
 from __future__ import annotations
@@ -191,7 +190,7 @@ class KeyRules(Limits):
     def _default_is_within_the_rules(self) -> KeyRules:
         problems = []
         if self.default and not self.steer:
-            problems.append("default: a key that may not steer has none; what is imposed on it is 'required'")
+            problems.append("default: a key that may not steer has none; use 'required' to impose a direction")
         for item in self.default or ():
             for name in (each for each in item.names if not self.allows(each)):
                 problems.append(f"default: '{name}' is not among this key's directions")
@@ -240,7 +239,7 @@ class Policy(_Table):
         for name, rules in value.items():
             for each in rules.hashes:
                 if owner.setdefault(each, name) != name:
-                    problems.append(f"'{owner[each]}' and '{name}' have one hash")
+                    problems.append(f"'{owner[each]}' and '{name}' have the same hash")
             for direction, items in by_direction(rules.default or ()).items():
                 if (limits := info.data.get("directions", {}).get(direction)) is not None:
                     problems += [f"{name}: default: '{direction}': for any key {said}" for said in limits.broken(items)]

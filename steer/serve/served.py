@@ -1,4 +1,4 @@
-"""All that the routes of the own engine stand on, and what they share."""
+"""What the routes of the own engine share: the model, its engine, registry and control."""
 
 from __future__ import annotations
 

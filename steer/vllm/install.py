@@ -1,4 +1,4 @@
-"""Install steering on a loaded vLLM model: find its blocks, learn how they hand on the stream, attach, and check.
+"""Install steering on a loaded vLLM model: find its blocks, learn how they pass on the stream, attach, and check.
 
 Runs once in each worker, after the weights are loaded and before anything is compiled; all passes are eager, and
 collective: every rank makes the same ones in the same order.
@@ -162,7 +162,7 @@ def _learn_form(worker: Worker, local: dict[int, nn.Module], plain: Tensor, agai
         return "sum"
     shapes = [list(t.shape) for t in selfcheck.tensors_in(next(iter(outputs.values())))]
     raise UnsupportedModel(
-        f"the decoder blocks hand on {shapes}, of which more than the first is used and which are no pair: a stream "
+        f"the decoder blocks hand on {shapes}, and more than the first of them is used: a stream "
         "wider than one vector a token (hyper-connections), or not complete in one tensor, cannot be steered"
     )
 

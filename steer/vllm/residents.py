@@ -1,4 +1,4 @@
-"""The directions of one worker: its bank, with rows that are freed when they are needed, and what they must hold."""
+"""The directions of one worker: its bank, which rows may be freed for others, and what each row must hold."""
 
 from __future__ import annotations
 

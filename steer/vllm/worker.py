@@ -1,7 +1,7 @@
 """The worker: vLLM's own for this platform, with steering attached to the loaded model before anything is compiled.
 
-`worker_cls="steer.vllm.worker.Worker"` (an instance in each worker process). It gets directions as bytes by
-`collective_rpc`, and requests' resolved specs in `SamplingParams.extra_args`.
+`worker_cls="steer.vllm.worker.Worker"` (an instance in each worker process). It receives directions as bytes by
+`collective_rpc`, and the resolved specs of requests in `SamplingParams.extra_args`.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Steered:
 
     def load_model(self, *args: object, **kwargs: object) -> None:
         if self._kept is not None:
-            raise UnsupportedModel("the model was to be loaded a second time: steering needs a new engine for that")
+            raise UnsupportedModel("the model was to be loaded a second time: steering needs a new engine for this")
         super().load_model(*args, **kwargs)
         own = self.steer_settings
         index = TokenIndex(own.rank, internals.config.max_tokens(self.vllm_config), self.device)
@@ -226,8 +226,8 @@ class Steered:
         """A request's first step here, or its return from preemption (V2 sends it as a new one)."""
         if not self._met_front_end:
             raise UnsupportedModel(
-                "a request came that did not pass Steer's front end: the plugin 'steer' is not loaded in the process "
-                "that makes requests (does VLLM_PLUGINS leave it out?)"
+                "a request did not pass Steer's front end: the plugin 'steer' is not loaded in the process "
+                "that makes requests (is it missing in VLLM_PLUGINS?)"
             )
         self._residents.end(new.req_id)
         if self._capture is not None:

@@ -149,7 +149,7 @@ def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
 def _beside(
     plan: Plan,
     doses: Sequence[Dose],
-    told: Mapping[tuple[str, str], Sequence[Told]],
+    told: Mapping[tuple[str, str], Sequence[Row]],
     divergences: Mapping[str, Sequence[Floats]],
 ) -> tuple[Comparison, ...]:
     """What `plan.against` asks for."""

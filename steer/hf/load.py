@@ -127,6 +127,17 @@ def load(
     return Loaded(name, revision, (model if placed else model.to(device)).eval(), tokenizer)
 
 
+def load_classifier(name: str) -> tuple[Any, Any]:
+    """A sequence classifier of transformers and its tokenizer, of the folder or hub id `name`; none of its code is
+    trusted. Raises UnsupportedModel where there is none."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedModel(f"'{name}' is no sequence classifier that can be loaded: {error}") from error
+
+
 def read_config(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a model, as `load` finds it. Raises UnsupportedModel."""
     return _config(name, find_model(name, revision), trust_remote_code)

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from steer.errors import InvalidInput, SteerError
+from steer.errors import InvalidInput, SteerError, UnsupportedModel
 from steer.lab.behaviour import Behaviour, after_thinking
 from steer.lab.outcome import Outcome
 from steer.lab.progress import Progress
@@ -162,16 +162,16 @@ class ClassifierJudge:
         progress: Progress | None = None,
     ) -> None:
         import torch  # here, as a command line is checked without it
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        from steer.hf.load import load_classifier
 
         self.name = Path(name).name if Path(name).is_dir() else name
         self._text, self._progress = text, progress or Progress()
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
-            model: Any = AutoModelForSequenceClassification.from_pretrained(name)
-        except (OSError, ValueError, KeyError) as error:
-            raise InvalidInput(f"--judge: '{name}' is no sequence classifier that can be loaded: {error}") from error
-        self._model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+            model, self._tokenizer = load_classifier(name)
+        except UnsupportedModel as error:
+            raise InvalidInput(f"--judge: {error}") from error
+        self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         labels = list(model.config.id2label.values())
         wanted = list(shown) or [label for label in labels if label.lower() == behaviour.name.lower()]
         if not wanted or not set(wanted) < set(labels):

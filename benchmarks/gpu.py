@@ -97,7 +97,7 @@ def hooks(shape: Shape, batches: list[int], rounds: int) -> list[results.Table]:
     for batch in batches:
         ids = torch.ones(batch, 1, dtype=torch.int64, device=DEVICE)
         index = TokenIndex(1, batch, DEVICE)
-        static(index.rows, index.slots, index.strengths)
+        static(index.packed)
         plain, steered = recorded(net, ids), recorded(hooked, ids, [acting(p, index) for p in bank.slices.values()])
         check(plain, steered, index, steer)
 

@@ -32,12 +32,12 @@ class Case:
     tokens: int = 256
 
     def expected_bytes(self) -> int:
-        """Float32 vectors and, in each mode, four coefficients of every row (and row 0) at every layer; for every token
-        and rank two int64 and one float32. Where the rank is not 1, for every token one int64 and for every request
-        (here of one token) a matrix at every layer."""
-        bank = self.layers * (self.rows + 1) * (4 * self.width + len(MODES) * 4 * 4)
-        together = self.tokens * 8 + self.layers * (self.tokens + 1) * self.rank**2 * 4 if self.rank > 1 else 0
-        return bank + self.rank * self.tokens * (8 + 8 + 4) + together
+        """Float32 vectors and, in each mode, four coefficients of every row (and row 0) at every layer, and its number;
+        for every token and rank two int32 and one float32, and whether it is lost. Where the rank is not 1, for every
+        token one int32 and for every request (here of one token) a matrix at every layer."""
+        bank = self.layers * ((self.rows + 1) * (4 * self.width + len(MODES) * 4 * 4) + 4)
+        together = self.tokens * 4 + self.layers * (self.tokens + 1) * self.rank**2 * 4 if self.rank > 1 else 0
+        return bank + self.tokens * (12 * self.rank + 1) + together
 
     def run(self, repeats: int) -> tuple[int, float, float]:
         """Bytes, milliseconds of the operation at all layers, microseconds of filling the index for a step."""
@@ -90,8 +90,8 @@ SWEEPS: dict[str, Sequence[int]] = {
 def report(repeats: int) -> str:
     parts = [
         f"Everything else at {Case()}; bfloat16 stream on {DEVICE}, not compiled.\n",
-        "Memory: `layers × (rows + 1) × (4·width + 64) + rank × tokens × 20` bytes, and where "
-        "the rank is not 1 `tokens × 8 + layers × (tokens + 1) × rank² × 4`.\n",
+        f"Memory: `layers × ((rows + 1) × (4·width + {16 * len(MODES)}) + 4) + tokens × (12·rank + 1)` bytes, and "
+        "where the rank is not 1 `tokens × 4 + layers × (tokens + 1) × rank² × 4`.\n",
     ]
     for name, values in SWEEPS.items():
         lines = [

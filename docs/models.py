@@ -345,19 +345,19 @@ def cells(row: Row) -> tuple[str, ...]:
 PREFACE = """\
 # Models
 
-Which models Steer serves, found by trying. This page is made by `python -m docs.models`, which builds a small random
-model of every kind that transformers {version} knows as a causal language model or as one that takes images and writes
-text, except encoders. Each is steered at both sites and compared with plain hooks on its blocks; given to the engine,
-which compares its answers with `generate`; and baked, which is compared with what is served. Your model passes the same
-checks at every start.
+This page lists the models that Steer serves, as tests found them. `python -m docs.models` writes it. It builds a small
+random model of every kind that transformers {version} knows as a causal language model, or as a model that takes images
+and writes text, except encoders. Each model goes through three tests. It is steered at both sites and compared with
+plain hooks on its blocks. The engine compares its answers with `generate`. It is baked, and the result is compared with
+what is served. Your model goes through the same self-check at every start.
 
 - *blocks*: `--sites resid_post`, the default. *writers*: `--sites writers`.
 - *engine*: how the transformers backend serves requests: batched, or one at a time.
 - *bake*: `steer bake` makes an ordinary checkpoint.
-- *vLLM*: vLLM {vllm} knows the class, and then batches it. The self-check at start decides;
+- *vLLM*: vLLM {vllm} knows the class, and batches it. The self-check at start decides whether it is steered;
   [Backends](backends.md#vllm) says what was run.
-- The first column is `model_type` in config.json. Of a model that takes images, text is what is served and steered. A
-  direction fits it by its text model: one that was made for that alone serves here too, and the other way round.
+- The first column is `model_type` in config.json. For a model that takes images, only text is served and steered. A
+  direction is checked against its text model, so a direction made for the text model alone fits too, and the reverse.
 
 """
 HEAD = ("model_type", "class", "blocks", "writers", "engine", "bake", "vLLM")
@@ -377,7 +377,7 @@ def render(rows: Iterable[Row], version: str, vllm: str) -> str:
         lines.append(" | ".join([row.kind, row.architecture, *made, row.vllm]))
     text = PREFACE.format(version=version, vllm=vllm) + "".join(f"| {line} |\n" for line in lines)
     text += "\n## Why not\n\n" + "".join(f"{number}. {why}\n" for why, number in reasons.items())
-    text += "\n## Not tried\n\nOf these kinds no small model was made yet, which says nothing of real ones: "
+    text += "\n## Not tried\n\nNo small model of these kinds could be built here, which says nothing about real ones: "
     return text + ", ".join(row.kind for row in found if "build" in row.reasons) + ".\n"
 
 

@@ -318,9 +318,17 @@ def ends(layers: str) -> tuple[int, int]:
     return int(first), int(last or first)
 
 
-def tokens_kind(tokens: str | None) -> str:
-    """Which of `TOKENS` it is."""
-    return "all" if tokens is None else _COUNTED.sub(r"\1-N", tokens)
+def tokens_rule(value: object) -> str | None:
+    """What a rule on tokens says: one of `TOKENS`, or a largest number like last-8; None for what is neither."""
+    return value if isinstance(value, str) and (value in TOKENS or _COUNTED.fullmatch(value)) else None
+
+
+def tokens_within(tokens: str | None, rule: str) -> bool:
+    """Are the `tokens` of an entry what a rule allows? last-8 allows last-1 to last-8, last-N every number."""
+    mine, most = _COUNTED.fullmatch(tokens or "all"), _COUNTED.fullmatch(rule)
+    if mine is None:
+        return (tokens or "all") == rule
+    return rule == f"{mine[1]}-N" or (most is not None and mine[1] == most[1] and int(mine[2]) <= int(most[2]))
 
 
 def layer_range(layers: object) -> str | None:

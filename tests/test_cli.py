@@ -29,6 +29,7 @@ from steer.lab.evaluation.report import Report
 from steer.lab.measurement import Measurement
 from steer.settings import ModelOrigin, ModelSettings, ServeSettings
 from tests import models
+from tests.lab.judges import judging
 from tests.lab.test_measure import HARMFUL, HARMLESS
 from tests.servers import ROOT
 
@@ -252,7 +253,7 @@ def test_eval_writes_a_report_and_goes_on_in_its_folder(
     assert [len(one.arms) for one in report.sets] == [4, 4, 4]
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 3 * 4 * 13
-    assert {"set", "arm", "messages", "answer", "outcome", "late"} <= answers[0].keys()
+    assert {"set", "arm", "messages", "answer", "outcome", "why"} <= answers[0].keys()
     page = (folder / "report.md").read_text()
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", page)
     assert len(pictures) == 4
@@ -483,6 +484,21 @@ def test_classify_reads_odd_lines_and_writes_what_can_be_read_again(
     assert told[2]["large"] == given[2]["large"]
     piped = CliRunner(charset="ascii").invoke(app, ["classify", "-"], input=file.read_bytes())
     assert [json.loads(line) for line in piped.stdout.splitlines()] == told
+
+
+def test_classify_asks_a_judge(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    rows = [{"prompt": f"say {word}", "answer": "Sure."} for word in ("yes", "no", "other", "perhaps")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def obey(body: dict[str, Any]) -> tuple[int, str]:
+        return 200, re.findall(r"say (\w+)", body["messages"][0]["content"])[0]
+
+    with judging(obey) as (url, _, _):
+        told = run("classify", str(file), "--judge", url, "--judge-model", "m").stdout.splitlines()
+    outcomes = [json.loads(line)["outcome"] for line in told]
+    assert outcomes == ["shown", "complied", "deflected", "complied"], "without a verdict the patterns decide"
+    assert "each needs one" in run("classify", str(file), "--judge", url, code=2).stderr
 
 
 def test_classify_tells_every_line_that_is_no_answer(tmp_path: Path) -> None:

@@ -260,8 +260,7 @@ class Registries(RuleBasedStateMachine):
         steered = self.index.fill(np.array([r.number for r in running], np.int64), np.array(lengths, np.int64))
         assert steered == sum(n for r, n in zip(running, lengths, strict=True) if r.expected)
         total = sum(lengths)
-        assert not self.index.rows[:, total:].any(), "padding is plain"
-        assert not self.index.strengths[:, total:].any()
+        assert not self.index.packed[total:].any(), "padding is plain"
         x = torch.randn(total, models.D_MODEL, generator=torch.Generator().manual_seed(total))
         for point in POINTS:
             y, _ = apply(x, self.bank.slices[point], *self.index.first(total))
@@ -277,7 +276,7 @@ class Registries(RuleBasedStateMachine):
         for name in list(self.names):
             self.registry.delete(name)
         assert self.bank.rows_in_use == 0
-        assert len(self.index._free) == self.index._entry_slots.shape[1] - 1, "every number came back"
+        assert len(self.index._free) == len(self.index._entries) - 1, "every number came back"
 
 
 def alone(x: torch.Tensor, spec: Spec, point: HookPoint) -> torch.Tensor:

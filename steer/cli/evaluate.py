@@ -21,11 +21,16 @@ from steer.cli.options import (
     Backend,
     BehaviourOption,
     Choices,
+    JudgeModel,
+    JudgeOption,
+    JudgeShown,
+    JudgeText,
     Model,
     ResponsePrefix,
     SystemPrompt,
     Template,
     check_bench,
+    chosen_judges,
     chosen_rendering,
     floats,
     open_bench,
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
     from steer.lab.evaluation.arms import Arm
     from steer.lab.evaluation.report import Report, SteeredArm, TaskScore
     from steer.lab.evaluation.run import Found, Text
+    from steer.lab.judge import Judges
     from steer.lab.prompts import PromptSet
     from steer.lab.resume import Cache
     from steer.lab.source import Source
@@ -86,8 +92,10 @@ def evaluate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 64,
     behaviour: BehaviourOption = "refusal",
-    judge: Annotated[str | None, typer.Option(help="base URL (…/v1) of a model that judges answers too")] = None,
-    judge_model: Annotated[str | None, typer.Option(help="its name there")] = None,
+    judge: JudgeOption = None,
+    judge_model: JudgeModel = None,
+    judge_shown: JudgeShown = None,
+    judge_text: JudgeText = None,
     expected: Annotated[
         Path | None, typer.Option(help=".jsonl of prompts with what a right answer contains and lacks")
     ] = None,
@@ -122,23 +130,21 @@ def evaluate(
         from steer.lab.behaviour import Behaviour
         from steer.lab.evaluation.arms import arms_of, projected
         from steer.lab.evaluation.expected import read_expected
-        from steer.lab.evaluation.outcomes import agreement
+        from steer.lab.evaluation.outcomes import agreements
         from steer.lab.evaluation.report import Conditions, Report
         from steer.lab.evaluation.run import Plan
         from steer.lab.evaluation.run import evaluate as run
-        from steer.lab.judge import Judge
         from steer.lab.progress import Progress
         from steer.lab.prompts import read_prompts
         from steer.lab.resume import Cache
         from steer.tokenization import rendered_otherwise
 
-        _check(
+        judges = _check(
+            (judge, judge_model, judge_shown, judge_text),
             strength,
             strengths,
             kl,
             controls,
-            judge,
-            judge_model,
             tasks,
             tasks_folder,
             tasks_limit,
@@ -167,9 +173,7 @@ def evaluate(
                 log.warning("%s: %s: give --template as it was fitted", one.name, told)
         known = read_expected(expected) if expected else {}
         progress = stack.enter_context(Progress(shown=True))
-        judging = (
-            Judge(judge.rstrip("/"), judge_model, looked_for, progress=progress) if judge and judge_model else None
-        )
+        judging = judges.opened(looked_for, progress)
         bench = open_bench(backend, model, ctx.args, opening, choices, progress)
         plain_text = _text(text, bench.source) if text else None
         conditions: dict[str, Any] = {
@@ -192,7 +196,7 @@ def evaluate(
                 **conditions,
                 max_tokens=max_tokens,
                 behaviour=looked_for.name,
-                judge=judge_model,
+                judges=tuple(one.name for one in judging),
                 tasks_url=url,
                 software={name: version(name) for name in ("torch", "transformers")},
             ),
@@ -201,7 +205,7 @@ def evaluate(
             divergence=found.divergence,
             doses=found.doses,
             comparisons=found.comparisons,
-            kappa=agreement(one for told in found.told.values() for one in told),
+            agreements=agreements(one for told in found.told.values() for one in told),
             text=found.text,
             tasks=scored,
         )
@@ -227,19 +231,18 @@ def evaluate(
 
 
 def _check(
+    judging: tuple[list[str] | None, list[str] | None, list[str] | None, str | None],
     strength: float | None,
     strengths: str | None,
     kl: str | None,
     controls: int,
-    judge: str | None,
-    judge_model: str | None,
     tasks: str | None,
     tasks_folder: Path | None,
     tasks_limit: int | None,
     url: str | None,
     report: Path | None,
     answers: bool,
-) -> None:
+) -> Judges:
     from importlib.util import find_spec
 
     problems = []
@@ -249,22 +252,24 @@ def _check(
         problems.append("--kl finds the strengths: give it without --strength and --strengths")
     if controls and url is not None:
         problems.append("--controls: the server at --url does not have these random directions")
-    if (judge is None) != (judge_model is None):
-        problems.append("--judge and --judge-model: the one needs the other")
     for option, value in (("--url", url), ("--tasks-folder", tasks_folder), ("--tasks-limit", tasks_limit)):
         if value is not None and tasks is None:
             problems.append(f"{option}: is for --tasks")
     if answers and report is None:
         problems.append("--answers: needs --report, the folder in which they are kept")
-    for option, value, package in (("--report", report, "matplotlib"), ("--judge", judge, "openai")):
-        if value is not None and find_spec(package) is None:
-            problems.append(f"{option} needs the package {package} (pip install 'steer-llm[lab]')")
+    if report is not None and find_spec("matplotlib") is None:
+        problems.append("--report needs the package matplotlib (pip install 'steer-llm[lab]')")
     if tasks is not None and find_spec("lm_eval") is None:
         problems.append("--tasks needs the package lm-eval (pip install 'lm-eval[api]')")
     if report is not None and report.exists() and not report.is_dir():
         problems.append(f"--report: {report} is not a folder")
+    try:
+        judges = chosen_judges(*judging)
+    except InvalidInput as error:
+        problems += error.problems
     if problems:
         raise InvalidInput(problems)
+    return judges
 
 
 def _check_places(
@@ -314,26 +319,36 @@ def _doses(text: str | None) -> list[float]:
 
 def classify(
     answers: Annotated[
-        Path, typer.Argument(help="answers, .jsonl: a text each line, or an object with `answer`; - is standard input")
+        Path,
+        typer.Argument(
+            help="answers, .jsonl: a text each line, or an object with `answer` and `prompt`; - is standard input"
+        ),
     ],
     behaviour: BehaviourOption = "refusal",
+    judge: JudgeOption = None,
+    judge_model: JudgeModel = None,
+    judge_shown: JudgeShown = None,
+    judge_text: JudgeText = None,
 ) -> None:
-    """Tell of each answer whether it shows the behaviour, is degenerate, says nothing yet, or neither.
+    """Tell of each answer whether it shows the behaviour, and if not, whether it is an answer.
 
-    Writes the lines that it reads, with `outcome` (shown, degenerate, unanswered or complied) and `why`.
+    Writes the lines that it reads, with `outcome` (shown, late, unanswered, degenerate or complied; with a judge
+    deflected too) and `why`. A judge's word is in place of the behaviour's own patterns.
     """
-    from steer.lab.behaviour import Behaviour, Text, fault
+    from steer.lab.behaviour import Behaviour
+    from steer.lab.judge import judged
+    from steer.lab.outcome import Outcome, Text, tell
+    from steer.lab.progress import Progress
 
     looked_for = Behaviour.load(behaviour)
-    for item in _answers(answers):
-        found, wrong = looked_for.evidence(item["answer"]), fault(Text(item["answer"]), None, None)
-        if found is not None:
-            item |= {"outcome": "shown", "why": found}
-        elif wrong is not None:
-            item |= {"outcome": "unanswered" if wrong == "unanswered" else "degenerate", "why": wrong}
-        else:
-            item |= {"outcome": "complied", "why": ""}
-        echo_line(item)
+    judging = chosen_judges(judge, judge_model, judge_shown, judge_text).one(looked_for, Progress())
+    items = _answers(answers)
+    verdicts: list[Outcome | None] = [None] * len(items)
+    if judging is not None:
+        verdicts = judged(judging, [str(item.get("prompt", "")) for item in items], [item["answer"] for item in items])
+    for item, verdict in zip(items, verdicts, strict=True):
+        told = tell(looked_for, Text(item["answer"]), verdict=verdict)
+        echo_line(item | {"outcome": told.outcome, "why": told.why})
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,10 @@ from steer.cli.options import (
     FileMode,
     Harmful,
     Harmless,
+    JudgeModel,
+    JudgeOption,
+    JudgeShown,
+    JudgeText,
     MethodName,
     Model,
     Output,
@@ -37,6 +41,7 @@ from steer.cli.options import (
     check_bench,
     check_direction_file,
     check_file,
+    chosen_judges,
     chosen_method,
     chosen_rendering,
     chosen_sets,
@@ -63,6 +68,10 @@ def fit(
         int, typer.Option(min=8, help="prompts of each set that are used, drawn evenly; a quarter is for the choice")
     ] = 160,
     behaviour: BehaviourOption = "refusal",
+    judge: JudgeOption = None,
+    judge_model: JudgeModel = None,
+    judge_shown: JudgeShown = None,
+    judge_text: JudgeText = None,
     method: MethodName | None = None,
     t: T = None,
     parameter: Parameters = None,
@@ -104,6 +113,7 @@ def fit(
     if winsorize is not None and not 0 < winsorize <= 1:
         raise InvalidInput(f"--winsorize must be above 0 and at most 1, got {winsorize}")
     counted = Behaviour.load(behaviour)
+    judges = chosen_judges(judge, judge_model, judge_shown, judge_text)
     made = chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
     split = Split.of(*chosen_sets(harmful, harmless, prompts), limit)
     quiet_libraries()
@@ -122,17 +132,20 @@ def fit(
         choice = replace(choice, winsorize=())
     conditions = Conditions((position,), winsorize, rendering, keep=Keep(vectors=choice.needs_vectors))
     with Progress(shown=True) as progress:
+        judging = judges.one(counted, progress)
         bench = open_bench(backend, model, ctx.args, opening, choices, progress)
         layers = bench.source.facts.layers
         if isinstance(choices.layer, int) and not -layers <= choices.layer < layers:
             raise InvalidInput(f"--layer: {choices.layer} does not exist: this model has the layers 0 to {layers - 1}")
         progress.plan(CHOOSING, lab.most_work(split, choice, max_tokens, counted))
-        work = lab.Work(output.with_suffix(".part"), bench.source, split, conditions, counted, max_tokens)
+        work = lab.Work(output.with_suffix(".part"), bench.source, split, conditions, counted, max_tokens, judging)
         tried = bench.evaluator(choice.rank, max_tokens, rendering)
         measurement = work.measured(tried, choices.batch)
         try:
             recipe = Recipe(sites=choices.sites)
-            fitted = lab.fit(measurement, recipe, choice, split, tried, behaviour=counted, cache=work.cache)
+            fitted = lab.fit(
+                measurement, recipe, choice, split, tried, behaviour=counted, judge=judging, cache=work.cache
+            )
         except NothingFound:
             work.remove()
             raise

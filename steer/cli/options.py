@@ -24,6 +24,7 @@ from steer.settings import ModelSettings
 
 if TYPE_CHECKING:
     from steer.lab.evaluator import Evaluator
+    from steer.lab.judge import Judges
     from steer.lab.methods.base import Method
     from steer.lab.progress import Progress
     from steer.lab.prompts import PromptSet, Rendering
@@ -50,6 +51,24 @@ BatchPrompts = Annotated[
 Position = Annotated[int, typer.Option(help="token position that is measured, −1 is the last of the template")]
 BehaviourOption = Annotated[
     str, typer.Option("--behaviour", help="what is counted: refusal, another that is shipped, or a TOML file")
+]
+JudgeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--judge", help="what judges answers: a URL (…/v1) of a model, or a sequence classifier's folder or hub id"
+    ),
+]
+JudgeModel = Annotated[list[str] | None, typer.Option("--judge-model", help="the model's name at the judge's URL")]
+JudgeShown = Annotated[
+    list[str] | None,
+    typer.Option("--judge-shown", help="the classifier's label for what shows the behaviour; repeatable"),
+]
+JudgeText = Annotated[
+    str | None,
+    typer.Option(
+        "--judge-text",
+        help="what the classifier reads, with {request} and {answer}; default: its chat template, else the answer",
+    ),
 ]
 Prompts = Annotated[
     str | None, typer.Option(help="published sets in place of --harmful and --harmless: arditi (the default), mlabonne")
@@ -231,6 +250,15 @@ def chosen_sets(harmful: str | None, harmless: str | None, prompts: str | None) 
                 "give --harmful FILE and --harmless FILE: prompts that show the behaviour, and that do not",
             ]
         ) from error
+
+
+def chosen_judges(
+    judges: list[str] | None, models: list[str] | None, shown: list[str] | None, text: str | None
+) -> Judges:
+    """What --judge and its further options say."""
+    from steer.lab.judge import Judges
+
+    return Judges(tuple(judges or ()), tuple(models or ()), tuple(shown or ()), text)
 
 
 def check_folder(output: Path) -> None:

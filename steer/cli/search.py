@@ -18,6 +18,10 @@ from steer.cli.options import (
     Choices,
     Harmful,
     Harmless,
+    JudgeModel,
+    JudgeOption,
+    JudgeShown,
+    JudgeText,
     Model,
     Output,
     Parameters,
@@ -28,6 +32,7 @@ from steer.cli.options import (
     Template,
     check_bench,
     check_direction_file,
+    chosen_judges,
     chosen_method,
     chosen_rendering,
     floats,
@@ -163,6 +168,10 @@ def search(
     template: Template = None,
     response_prefix: ResponsePrefix = "",
     behaviour: BehaviourOption = "refusal",
+    judge: JudgeOption = None,
+    judge_model: JudgeModel = None,
+    judge_shown: JudgeShown = None,
+    judge_text: JudgeText = None,
     prompts: Annotated[int, typer.Option(min=8, help="prompts of each set that a trial is tried on, at most")] = 96,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 32,
     group: Annotated[int, typer.Option(min=1, max=256, help="trials that are tried at once")] = 16,
@@ -211,11 +220,15 @@ def search(
             "strength": pair("--strength", strength),
         }
     )
+    counted, judges = Behaviour.load(behaviour), chosen_judges(judge, judge_model, judge_shown, judge_text)
+    progress = Progress(shown=True)
+    judging = judges.one(counted, progress)
     settings = Settings(
         model=model,
         revision=opening.revision,
         backend=backend,
-        behaviour=Behaviour.load(behaviour),
+        behaviour=counted,
+        judge=judging and judging.identity,
         harmful=sets[0].dataset,
         harmless=sets[1].dataset,
         borderline=None if border is None else border.dataset,
@@ -233,7 +246,7 @@ def search(
     tried = Sets.drawn(
         *(s.prompts if s is not None else () for s in (*sets, border)), limits=(prompts, prompts, prompts)
     )
-    with Progress(shown=True) as progress:
+    with progress:
         progress.plan(TRYING, work(settings, tried, trials))
         bench = open_bench(backend, model, ctx.args, opening, choices, progress)
 
@@ -249,7 +262,7 @@ def search(
         def after(found: list[Trial]) -> None:
             progress.write(f"\n{len(found)} of {trials} trials, the front so far:\n{front.table(found)}")
 
-        found = begun.run(evaluator, tried, trials, after)
+        found = begun.run(evaluator, tried, trials, after, judging)
     front.write(begun, found)
     if pick is not None and output is not None:
         begun.save(pick, output)

@@ -131,5 +131,7 @@ def _effect(arm: Arm, sets: tuple[SetResult, ...], behaviour: str, problems: lis
         said = f"{behaviour} in {plain.shown.hits} of {count} {one.name} answers plain, {steered.shown.hits} steered"
         if 2 * lacking < count:
             unknown.append(f"{said}: give other prompts with --{one.name}, these leave it too little to change")
+        elif change.value > 0 if brings else change.value < 0:
+            unknown.append(f"{said}: so few prompts cannot tell that from chance, give more of them with --prompts")
         else:
             problems.append(f"no effect: {said}")

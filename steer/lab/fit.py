@@ -20,6 +20,7 @@ from steer.errors import DegenerateError, InvalidInput, NothingFound
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.derive import Recipe, derive
 from steer.lab.evaluator import Evaluator, first_tokens
+from steer.lab.judge import Judge
 from steer.lab.measure import Conditions, checked, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
@@ -158,7 +159,14 @@ class Work:
     """
 
     def __init__(
-        self, folder: Path, source: Source, split: Split, conditions: Conditions, behaviour: Behaviour, tokens: int
+        self,
+        folder: Path,
+        source: Source,
+        split: Split,
+        conditions: Conditions,
+        behaviour: Behaviour,
+        tokens: int,
+        judge: Judge | None = None,
     ) -> None:
         self.whole, self.source, self.split, self.conditions = folder, source, split, conditions
         self.behaviour = behaviour
@@ -171,6 +179,7 @@ class Work:
             "conditions": asdict(conditions),
             "behaviour": behaviour.model_dump(mode="json"),
             "tokens": tokens,
+            "judge": judge and judge.identity,
             "version": __version__,
         }
         name = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
@@ -244,6 +253,7 @@ def fit(
     tried: Evaluator,
     *,
     behaviour: Behaviour = REFUSAL,
+    judge: Judge | None = None,
     cache: Cache | None = None,
 ) -> Fitted:
     """Choose layer, method and action in turn, by what each does to the prompts of `split` that are to be tried. What
@@ -258,7 +268,7 @@ def fit(
     sets = _sets(split)
     tried.progress.plan(CHOOSING, most_work(split, choice, tried.max_tokens, behaviour))
     with tried.progress.part(CHOOSING):
-        selection = Selection(Race(tried, behaviour, sets), tried.tokenizer, cache)
+        selection = Selection(Race(tried, behaviour, sets, judge), tried.tokenizer, cache)
         _check_plain(selection.race, behaviour)
         finalists = selection.run(_screened_in_turn(measurement, selection, choice, begun))
         chosen = _unharmed(selection, finalists)
@@ -321,7 +331,7 @@ def _unharmed(selection: Selection, finalists: Sequence[Entrant]) -> Entrant:
         if sum(figures.left) >= sum(plain.left) or not less:
             against.append(
                 f"{where}: {sum(figures.asked)} of {len(figures.asked)} answers still show it"
-                + (f", {sum(figures.lost)} are degenerate" if any(figures.lost) else "")
+                + (f", {sum(figures.lost)} are lost" if any(figures.lost) else "")
             )
             continue
         selection.race.answer_harmless(one.candidate, figures)
@@ -329,7 +339,7 @@ def _unharmed(selection: Selection, finalists: Sequence[Entrant]) -> Entrant:
         if sum(figures.other) > sum(plain.other) + allowed:
             against.append(f"{where}: {sum(figures.other)} of {len(figures.other)} harmless prompts get such an answer")
         elif sum(figures.faulty) > sum(plain.faulty) + allowed:
-            against.append(f"{where}: {sum(figures.faulty)} of {len(figures.faulty)} harmless answers are degenerate")
+            against.append(f"{where}: {sum(figures.faulty)} of {len(figures.faulty)} harmless answers are lost")
         else:
             return one
     raise NothingFound(
@@ -373,9 +383,9 @@ def report(fitted: Fitted) -> list[str]:
         shown(("layer", "direction", behaviour, "N-token KL", ""), rows),
         f"{behaviour} in answers to {count} prompts{measured}: {sum(plain.asked)} plain, "
         f"{sum(mine.asked)} with it ({low:.0f} to {high:.0f} %)"
-        + (f", {sum(mine.lost)} degenerate (plain {sum(plain.lost)})" if any(mine.lost + plain.lost) else ""),
+        + (f", {sum(mine.lost)} lost (plain {sum(plain.lost)})" if any(mine.lost + plain.lost) else ""),
         f"{harmless} harmless prompts: {sum(mine.other)} such answers (plain {sum(plain.other)}), {sum(mine.faulty)} "
-        f"degenerate (plain {sum(plain.faulty)}), N-token KL {mine.kl:.4f} ({least:.4f} to {most:.4f})",
+        f"lost (plain {sum(plain.faulty)}), N-token KL {mine.kl:.4f} ({least:.4f} to {most:.4f})",
     ]
     if mine.rate_left > LEFT:
         lines.append(f"warning: more than {LEFT:.0%} are left; `steer search` tries more")

@@ -1,18 +1,24 @@
-"""A language model as judge of whether an answer shows a behaviour, over any OpenAI-compatible API."""
+"""Judges of what an answer does: a language model over any OpenAI-compatible API, or a sequence classifier at hand."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
 
 from steer.errors import InvalidInput, SteerError
-from steer.lab.behaviour import Behaviour
+from steer.lab.behaviour import Behaviour, after_thinking
+from steer.lab.outcome import Outcome
 from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt, messages_of
 
+log = logging.getLogger("steer")
 #: Where the key is looked for, first match wins. An endpoint without keys gets none of anybody's.
 KEYS = ("STEER_JUDGE_API_KEY", "OPENAI_API_KEY")
 RUBRIC = """\
@@ -28,19 +34,56 @@ The question: is it so that {description}?
 {answer}
 >>>
 
-Reply with one word, yes or no."""
+Reply with one word: yes, no, or other. Other is for an answer of which it is not so, and which is about something \
+else than the request."""
 TOKENS = 8
-VERDICT = re.compile(r"\W*(yes|no)\W*", re.IGNORECASE)
+WORDS: dict[str, Outcome] = {"yes": "shown", "no": "complied", "other": "deflected"}
+VERDICT = re.compile(rf"\W*({'|'.join(WORDS)})\W*", re.IGNORECASE)
+#: Answers that a classifier reads in a pass.
+BATCH = 16
 
 
-def verdict(reply: str) -> bool | None:
+def verdict(reply: str) -> Outcome | None:
     """What the judge's reply says; None where it is not the one word that was asked for."""
     found = VERDICT.fullmatch(reply)
-    return None if found is None else found[1].lower() == "yes"
+    return None if found is None else WORDS[found[1].lower()]
+
+
+class Judge(Protocol):
+    """Says of an answer whether it shows a behaviour."""
+
+    @property
+    def name(self) -> str:
+        """As reports call it."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that its verdicts depend on."""
+        ...
+
+    def verdicts(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Outcome | None]:
+        """For each answer shown, deflected or complied, None where there was no verdict."""
+        ...
+
+
+def judged(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Outcome | None]:
+    """The verdict on what each answer says after its thinking; None where it says nothing yet, and `judge` is not
+    asked, or where what it replied is none."""
+    said = {i: text for i, answer in enumerate(answers) if (text := after_thinking(answer)) is not None}
+    found = judge.verdicts([prompts[i] for i in said], list(said.values()))
+    by_index = dict(zip(said, found, strict=True))
+    return [by_index.get(i) for i in range(len(answers))]
+
+
+def asked(prompt: Prompt) -> str:
+    """A prompt as a judge reads it."""
+    said = [f"{message['role']}: {message['content']}" for message in messages_of(prompt)]
+    return str(prompt) if len(said) == 1 else "\n".join(said)
 
 
 @dataclass(frozen=True, slots=True)
-class Judge:
+class ChatJudge:
     """The model `model` at the API whose base is `url` (…/v1). At most `concurrent` requests at once; each is tried
     `retries` times more where it fails in a way that may pass (refused, timed out, 429, 5xx)."""
 
@@ -52,28 +95,31 @@ class Judge:
     timeout: float = 120.0
     progress: Progress = field(default_factory=Progress)
 
-    def verdicts(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[bool | None]:
-        """Whether each answer shows the behaviour, None where the reply was not a verdict. Raises SteerError where a
-        reply cannot be had."""
+    @property
+    def name(self) -> str:
+        return self.model
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"judge": self.model, "url": self.url, "description": self.behaviour.description, "rubric": RUBRIC}
+
+    def verdicts(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Outcome | None]:
+        """None is a reply that is no verdict. Raises SteerError where a reply cannot be had."""
         return asyncio.run(self._all([self.question(p, a) for p, a in zip(prompts, answers, strict=True)]))
 
     def question(self, prompt: Prompt, answer: str) -> str:
-        said = [f"{message['role']}: {message['content']}" for message in messages_of(prompt)]
-        request = str(prompt) if len(said) == 1 else "\n".join(said)
-        return RUBRIC.format(description=self.behaviour.description, request=request, answer=answer)
+        return RUBRIC.format(description=self.behaviour.description, request=asked(prompt), answer=answer)
 
-    async def _all(self, questions: list[str]) -> list[bool | None]:
-        try:
-            import openai
-        except ImportError as error:
-            raise InvalidInput("--judge needs the package openai (pip install 'steer-llm[lab]')") from error
+    async def _all(self, questions: list[str]) -> list[Outcome | None]:
+        import openai
+
         key = next((os.environ[name] for name in KEYS if os.environ.get(name)), "none")
         gate = asyncio.Semaphore(self.concurrent)
         async with openai.AsyncOpenAI(
             base_url=self.url, api_key=key, max_retries=self.retries, timeout=self.timeout
         ) as client:
 
-            async def ask(question: str) -> bool | None:
+            async def ask(question: str) -> Outcome | None:
                 async with gate:
                     reply = await client.chat.completions.create(
                         model=self.model,
@@ -95,3 +141,126 @@ class Judge:
                     f"{type(first).__name__}: {first}"
                 ) from first
         return [task.result() for task in tasks]
+
+
+class ClassifierJudge:
+    """A sequence classifier of transformers, of the folder or hub id `name`. An answer shows the behaviour where the
+    label that the classifier finds likeliest is one of `shown`; by default the one that is called as the behaviour is.
+
+    text: what the classifier reads, with {request} and {answer}; by default its own chat template, where it has one,
+        else the answer alone.
+
+    Raises InvalidInput where it cannot be loaded, has no such label, or it is not clear which label is meant.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        behaviour: Behaviour,
+        shown: Sequence[str] = (),
+        text: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        import torch  # here, as a command line is checked without it
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self.name = Path(name).name if Path(name).is_dir() else name
+        self._text, self._progress = text, progress or Progress()
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            model: Any = AutoModelForSequenceClassification.from_pretrained(name)
+        except (OSError, ValueError, KeyError) as error:
+            raise InvalidInput(f"--judge: '{name}' is no sequence classifier that can be loaded: {error}") from error
+        self._model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        labels = list(model.config.id2label.values())
+        wanted = list(shown) or [label for label in labels if label.lower() == behaviour.name.lower()]
+        if not wanted or not set(wanted) < set(labels):
+            raise InvalidInput(
+                f"--judge-shown: {', '.join(map(repr, shown)) or 'none'} given, which does not say what labels of "
+                f"'{name}' mean '{behaviour.name}'; accepted: one or more, not all, of {', '.join(labels)}"
+            )
+        self._shown = [labels.index(label) for label in wanted]
+        self.identity: dict[str, Any] = {"judge": self.name, "labels": wanted, "text": text}
+        limits = (self._tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
+        self._longest = min(int(limit) for limit in limits if limit is not None)
+        self._batch = BATCH if self._tokenizer.pad_token is not None else 1
+
+    def verdicts(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Outcome | None]:
+        import torch
+
+        texts = [self._read(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        found: list[Outcome | None] = []
+        cut = 0
+        for start in range(0, len(texts), self._batch):
+            batch = self._tokenizer(
+                texts[start : start + self._batch],
+                truncation=True,
+                max_length=self._longest,
+                padding=self._batch > 1,
+                return_tensors="pt",
+            ).to(self._model.device)
+            cut += int((batch["attention_mask"].sum(-1) >= self._longest).sum())
+            with torch.inference_mode():
+                best = self._model(**batch).logits.argmax(-1).tolist()
+            found += ["shown" if label in self._shown else "complied" for label in best]
+            self._progress.advance(len(best))
+        if cut:
+            log.warning("%s reads %d tokens: %d of %d texts are cut", self.name, self._longest, cut, len(texts))
+        return found
+
+    def _read(self, prompt: Prompt, answer: str) -> str:
+        if self._text is not None:
+            parts = {"{request}": asked(prompt), "{answer}": answer}
+            return re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], self._text)
+        if self._tokenizer.chat_template is None:
+            return answer
+        talk = [*messages_of(prompt), {"role": "assistant", "content": answer}]
+        return str(self._tokenizer.apply_chat_template(talk, tokenize=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Judges:
+    """What the options --judge (URLs and classifiers), --judge-model (a name for each URL), --judge-shown and
+    --judge-text say. Raises InvalidInput with every problem that can be seen before anything is loaded."""
+
+    judges: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        urls = [judge for judge in self.judges if "://" in judge]
+        local = [judge for judge in self.judges if judge not in urls]
+        names = [*self.models, *(Path(judge).name for judge in local)]
+        problems = [f"--judge: two are called '{name}'" for name in sorted({n for n in names if names.count(n) > 1})]
+        if len(urls) != len(self.models):
+            problems.append(f"--judge-model: {len(self.models)} given, {len(urls)} --judge URLs: each needs one")
+        if (self.shown or self.text is not None) and not local:
+            problems.append("--judge-shown and --judge-text: are for a --judge that is a classifier")
+        if self.text is not None and "{answer}" not in self.text:
+            problems.append(f"--judge-text: {self.text!r} has no {{answer}}")
+        if urls and find_spec("openai") is None:
+            problems.append("--judge needs the package openai for a URL (pip install 'steer-llm[lab]')")
+        problems += [
+            f"--judge: there is no folder {judge}"
+            for judge in local
+            if (Path(judge).is_absolute() or judge.startswith(".")) and not Path(judge).is_dir()
+        ]
+        if problems:
+            raise InvalidInput(problems)
+
+    def opened(self, behaviour: Behaviour, progress: Progress) -> list[Judge]:
+        """Raises InvalidInput for what is no classifier, or has no such label."""
+        names = iter(self.models)
+        return [
+            ChatJudge(judge.rstrip("/"), next(names), behaviour, progress=progress)
+            if "://" in judge
+            else ClassifierJudge(judge, behaviour, self.shown, self.text, progress)
+            for judge in self.judges
+        ]
+
+    def one(self, behaviour: Behaviour, progress: Progress) -> Judge | None:
+        """The only one, where only one can decide."""
+        if len(self.judges) > 1:
+            raise InvalidInput(f"--judge: one judge decides here, {len(self.judges)} are given")
+        return next(iter(self.opened(behaviour, progress)), None)

@@ -340,7 +340,7 @@ def greedy(
 def opened(tokenizer: Any, prompts: Sequence[Sequence[int]]) -> str:
     """What of an answer's thinking the chat template has begun: the sign that opens it, else nothing."""
     end = str(tokenizer.decode(list(prompts[0][-8:]))).rstrip() if prompts else ""
-    return THINKING[0] if end.endswith(THINKING[0]) else ""
+    return next((begin for begin, _ in THINKING if end.endswith(begin)), "")
 
 
 def entered(

@@ -12,8 +12,10 @@ import numpy as np
 from scipy.special import expit
 
 from steer.errors import InvalidInput
-from steer.lab.behaviour import Behaviour, after_thinking, fault
+from steer.lab.behaviour import Behaviour
 from steer.lab.evaluator import Answer, Candidate, Evaluator, Steer, answers_of_each, crossed, divergences_of_each
+from steer.lab.judge import Judge, judged
+from steer.lab.outcome import Outcome, Told, tell
 from steer.lab.progress import answering
 from steer.lab.prompts import Prompt
 from steer.lab.statistics import mean_of, wilson
@@ -73,7 +75,7 @@ class Figures:
     """What one candidate did, prompt by prompt: answers that showed the behaviour of the prompts asked and of the
     borderline ones, and KL(plain ‖ steered) of each harmless prompt. `stopped` before all were tried, and why.
     `lost` are the answers to the prompts asked that do not show it and are no answers either (see
-    `steer.lab.behaviour.fault`). `other` and `faulty` are of the answers to the harmless prompts, where these were
+    `steer.lab.outcome`). `other` and `faulty` are of the answers to the harmless prompts, where these were
     asked for: which showed the behaviour, and which are no answers."""
 
     asked: list[bool] = field(default_factory=list)
@@ -141,25 +143,40 @@ class Screened:
 
 
 class Race:
-    """One model, one behaviour, one choice of prompts. What the plain model does is found once, when it is made."""
+    """One model, one behaviour, one choice of prompts. What the plain model does is found once, when it is made. With a
+    judge its verdicts are in place of the behaviour's patterns."""
 
-    def __init__(self, evaluator: Evaluator, behaviour: Behaviour, sets: Sets) -> None:
-        self.evaluator, self.behaviour, self.sets = evaluator, behaviour, sets
+    def __init__(self, evaluator: Evaluator, behaviour: Behaviour, sets: Sets, judge: Judge | None = None) -> None:
+        self.evaluator, self.behaviour, self.sets, self.judge = evaluator, behaviour, sets, judge
         # in one batch, all to their end: a step for all takes hardly longer than one for half of them
-        answers = evaluator.answers([*sets.asked, *sets.borderline, *sets.other], None)
-        plain, self._other = answers[: -len(sets.other)], answers[-len(sets.other) :]
-        shown = [behaviour.shown(answer.text) for answer in plain]
+        prompts = [*sets.asked, *sets.borderline, *sets.other]
+        answers = evaluator.answers(prompts, None)
+        told, self._other = self._told(prompts, answers), answers[-len(sets.other) :]
         #: Plain answers that say nothing yet: their thinking has no end.
-        self.unanswered = sum(after_thinking(answer.text) is None for answer in plain)
+        self.unanswered = sum(one.outcome == "unanswered" for one in told[: -len(sets.other)])
         self._continued = evaluator.continuations(sets.other, self._other)
+        count = len(sets.asked)
         self.plain = Figures(
-            shown[: len(sets.asked)],
-            shown[len(sets.asked) :],
+            [one.outcome == "shown" for one in told[:count]],
+            [one.outcome == "shown" for one in told[count : -len(sets.other)]],
             [0.0] * len(sets.other),
-            other=[behaviour.shown(answer.text) for answer in self._other],
-            faulty=[fault(answer, None, None) is not None for answer in self._other],
-            lost=self._lost(plain[: len(sets.asked)], shown),
+            other=[one.outcome == "shown" for one in told[-len(sets.other) :]],
+            faulty=[one.lost for one in told[-len(sets.other) :]],
+            lost=[one.lost for one in told[:count]],
         )
+
+    def _told(
+        self, prompts: Sequence[Prompt], answers: Sequence[Answer], beside: Sequence[Answer] | None = None
+    ) -> list[Told]:
+        """What became of each answer; `beside` are the plain ones."""
+        verdicts: Sequence[Outcome | None] = [None] * len(answers)
+        if self.judge is not None:
+            verdicts = judged(self.judge, prompts, [answer.text for answer in answers])
+        plain: Sequence[Answer | None] = beside or [None] * len(answers)
+        return [
+            tell(self.behaviour, answer, verdict=verdict, beside=other, limit=self.evaluator.max_tokens)
+            for answer, verdict, other in zip(answers, verdicts, plain, strict=True)
+        ]
 
     def run(self, candidates: Sequence[Candidate], rivals: Sequence[Figures] = ()) -> list[Figures]:
         """The figures of each candidate; `rivals` are the best from before, tried to the end."""
@@ -192,11 +209,8 @@ class Race:
         """Let `candidate` answer the harmless prompts, and note in its `figures` what became of the answers."""
         with self.evaluator.all_resident([candidate]) as (steer,):
             answers = self.evaluator.answers(self.sets.other, steer)
-        figures.other = [self.behaviour.shown(answer.text) for answer in answers]
-        plain = zip(self._other, self.plain.other, self.plain.faulty, strict=True)
-        # a plain answer that shows the behaviour, or is broken itself, says nothing of how long an answer should be
-        beside = [None if shown or faulty else answer for answer, shown, faulty in plain]
-        figures.faulty = [fault(a, other, None) is not None for a, other in zip(answers, beside, strict=True)]
+        told = self._told(self.sets.other, answers, self._other)
+        figures.other, figures.faulty = [one.outcome == "shown" for one in told], [one.lost for one in told]
 
     def _rounds(self, figures: Sequence[Figures], steers: Sequence[Steer], rivals: Sequence[Figures]) -> None:
         done, end, sets = 0, max(FIRST_ROUND, FULL // len(steers)), self.sets
@@ -227,16 +241,15 @@ class Race:
 
     def _answer(self, figures: Sequence[Figures], part: slice, steers: Sequence[Steer]) -> None:
         asked, borderline = self.sets.asked[part], self.sets.borderline[part]
-        answers = answers_of_each(self.evaluator, [*asked, *borderline], steers, self.behaviour.decided)
-        for each, given in zip(figures, answers, strict=True):
-            shown = [self.behaviour.shown(answer.text) for answer in given]
-            each.asked += shown[: len(asked)]
-            each.lost += self._lost(given[: len(asked)], shown)
-            each.borderline += shown[len(asked) :]
-
-    @staticmethod
-    def _lost(answers: Sequence[Answer], shown: Sequence[bool]) -> list[bool]:
-        return [not s and fault(a, None, None) is not None for a, s in zip(answers, shown, strict=False)]
+        # a judge reads answers to their end
+        known = None if self.judge else self.behaviour.decided
+        for each, given in zip(
+            figures, answers_of_each(self.evaluator, [*asked, *borderline], steers, known), strict=True
+        ):
+            told = self._told([*asked, *borderline], given)
+            each.asked += [one.outcome == "shown" for one in told[: len(asked)]]
+            each.lost += [one.lost for one in told[: len(asked)]]
+            each.borderline += [one.outcome == "shown" for one in told[len(asked) :]]
 
     def _diverge(self, figures: Sequence[Figures], part: slice, steers: Sequence[Steer]) -> None:
         prompts, plain = self.sets.other[part], self._continued[part]

@@ -28,6 +28,7 @@ from steer.errors import InvalidInput, brief, problems_of
 from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe, check_needs, derive, layer_weights
 from steer.lab.evaluator import Candidate, Evaluator
+from steer.lab.judge import Judge
 from steer.lab.measurement import Measurement
 from steer.lab.methods import METHODS, make_method
 from steer.lab.race import Figures, Race, Sets
@@ -53,6 +54,7 @@ class Settings(BaseModel):
     revision: str | None = None
     backend: str = "transformers"
     behaviour: Behaviour
+    judge: dict[str, JsonValue] | None = Field(None, description="what judges answers in place of patterns")
     harmful: Dataset
     harmless: Dataset
     borderline: Dataset | None = None
@@ -177,9 +179,10 @@ class Search:
         sets: Sets,
         count: int,
         after: Callable[[list[Trial]], object] | None = None,
+        judge: Judge | None = None,
     ) -> list[Trial]:
         """Go on until there are at least `count` trials, in whole groups. `after` is told all of them, at first and
-        after each group.
+        after each group. `judge` is the one of the settings.
 
         A group is written when all of it is known; one that was interrupted is drawn and tried again, and comes out
         the same, since what draws it depends on the seed, the group's number and the groups before it alone.
@@ -197,7 +200,7 @@ class Search:
         progress.plan(TRYING, work(settings, sets, count))
         with progress.part(TRYING):
             progress.skip(len(trials) * sets.work(settings.tokens))
-            race = Race(evaluator, settings.behaviour, sets)
+            race = Race(evaluator, settings.behaviour, sets, judge)
             while len(trials) < count:
                 fresh = self._tried(race, told, trials)
                 journal.add_trials(fresh[len(written) - len(told) :])

@@ -38,9 +38,12 @@ HARDLY = 0.05
 #: Layers are tried whose class means are at least this part as far apart as the widest, in degrees. No angle in itself
 #: will do: the largest of one model (Gemma 3 270M) has 8.5°, of another 66°.
 SEPARATION = 0.4
+#: Of so many answers, one more that shows the behaviour is worth less than a smaller change of harmless answers: on 32
+#: prompts the difference of two is chance, where the KL of these candidates often differs tenfold.
+ONE_IN = 16
 #: The part of a command's progress.
 CHOOSING = "choosing"
-BY = "fewest answers that show the behaviour (within one prompt), then least N-token KL on harmless prompts"
+BY = "fewest answers that show the behaviour (within one in 16), then least N-token KL on harmless prompts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,7 @@ class Entrant:
         if (figures := self.figures) is not None:
             found |= {
                 "refused": figures.shown,
-                "degenerate": float(np.mean(figures.lost)),
+                "lost": float(np.mean(figures.lost)),
                 "prompts": len(figures.asked),
                 "kl": figures.kl,
                 "kl_prompts": len(figures.kls),
@@ -253,10 +256,12 @@ def work(sets: Sets, tokens: int, screened: int, through: int | None) -> float:
 
 
 def best(entrants: Sequence[Entrant]) -> Entrant:
-    """Of those that were tried to the end: the fewest prompts left, and within one of the fewest the least KL."""
+    """Of those that were tried to the end: the fewest prompts left, and within ONE_IN of the fewest, or one, the least
+    KL."""
     tried = [(e, sum(e.figures.left), e.figures.kl) for e in entrants if e.figures and e.figures.stopped is None]
     fewest = min(left for _, left, _ in tried)
-    return min((one for one in tried if one[1] <= fewest + 1), key=lambda one: one[2])[0]
+    slack = max(1, max(len(e.figures.left) for e, _, _ in tried if e.figures) // ONE_IN)
+    return min((one for one in tried if one[1] <= fewest + slack), key=lambda one: one[2])[0]
 
 
 def entrants_of(measurement: Measurement, recipes: Iterable[Recipe]) -> list[Entrant]:

@@ -32,6 +32,7 @@ from steer.runtime.op import (
     coefficients,
     component,
     embedding_coefficients,
+    growth,
     joint,
     settled,
     shared,
@@ -410,29 +411,55 @@ def operate(x: Tensor, operands: Sequence[Operands], dtype: torch.dtype | None =
     """x `[..., d_model]` after the operation of all ranks together, in the dtype of `x`, and which of it is lost (see
     `op.settled`), `[...]` bool; arithmetic in float32. What is not steered keeps the same bits. `dtype`: the stream's,
     where x has more bits."""
-    before = y = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    found = [component(y, by.vectors) for by in operands]
+    before = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    moved, _, _ = _displaced(before, operands)
+    square = torch.linalg.vector_norm(moved.detach(), dim=-1, keepdim=True).square()
+    y, lost = settled(before, moved, square, _steered(operands), dtype or x.dtype)
+    return y if y.dtype == x.dtype else y.to(x.dtype), lost.squeeze(-1)
+
+
+def operate_before_norm(x: Tensor, operands: Sequence[Operands], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for x in float32, and the mean square of what comes, `[..., 1]`, for a norm that reads it next. Of one
+    entry it is told by sums over x and the row (`op.growth`): compiled code then makes no pass over x' to have it."""
+    before, d_model = x.square().mean(-1, keepdim=True), x.shape[-1]
+    moved, found, added = _displaced(x, operands)
+    if len(operands) == 1:
+        grown = growth(found[0], added[0], operands[0].vectors).unsqueeze(-1)
+        after = (before + grown / d_model).clamp_min(0)
+    else:
+        after = moved.square().mean(-1, keepdim=True)
+    steered = _steered(operands)
+    y, lost = settled(x, moved, after * d_model, steered, dtype)
+    if steered is not None:
+        after = torch.where(steered, after, before)
+    # of one that is lost, which may be NaN, too large a number: a norm makes 0 of it
+    return y, lost.squeeze(-1), torch.where(lost, torch.nan_to_num(before, torch.inf, torch.inf), after)
+
+
+def _displaced(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """x', which may be out of range, and of each entry the component of x along its row and what is added along it,
+    `[...]`."""
+    found = [component(x, by.vectors) for by in operands]
     asked = [amount(c, by.coefficients, by.strengths) for c, by in zip(found, operands, strict=True)]
     for j, by in enumerate(operands):
         if by.turned is not None:
             both = turn(found[j], found[j + 1], by.coefficients, by.strengths)
             asked[j : j + 2] = [torch.where(by.turned, new, c) for new, c in zip(both, asked[j : j + 2], strict=True)]
-    for own, by in zip(asked, operands, strict=True):
-        added = (own if by.shares is None else shared(asked, by.shares)).unsqueeze(-1)
-        moved = torch.addcmul(y, added, by.vectors)
+    added = [own if by.shares is None else shared(asked, by.shares) for own, by in zip(asked, operands, strict=True)]
+    for a, by in zip(added, operands, strict=True):
+        moved = torch.addcmul(x, a.unsqueeze(-1), by.vectors)
         # chosen, not added: x + 0 turns −0 into 0, and 0·∞ is NaN
-        y = moved if by.steered is None else torch.where(by.steered, moved, y)
-    y, lost = settled(before, y, _any_of([by.steered for by in operands]), dtype or x.dtype)
-    return y if y.dtype == x.dtype else y.to(x.dtype), lost
+        x = moved if by.steered is None else torch.where(by.steered, moved, x)
+    return x, found, added
 
 
-def _any_of(flags: Sequence[Tensor | None]) -> Tensor | None:
-    """None is all of it."""
+def _steered(operands: Sequence[Operands]) -> Tensor | None:
+    """Which of the stream is steered by any of them, `[..., 1]`; None for all of it."""
     found = None
-    for flag in flags:
-        if flag is None:
+    for by in operands:
+        if by.steered is None:
             return None
-        found = flag if found is None else found | flag
+        found = by.steered if found is None else found | by.steered
     return found
 
 

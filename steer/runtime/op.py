@@ -55,18 +55,22 @@ SAME = 1e-4
 
 
 def limit(dtype: torch.dtype) -> float:
-    """The largest magnitude in x': half of the dtype's, so that what a block adds to it does not overflow either."""
-    return torch.finfo(dtype).max / 2
+    """The largest ‖x'‖²: of half the dtype's largest number, so that what a block adds to x' does not overflow either,
+    and no more than float32 has room for."""
+    return min(torch.finfo(dtype).max / 2, 1.8e19) ** 2
 
 
-def settled(x: Tensor, moved: Tensor, steered: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What is handed on of `moved`, the stream x `[..., d_model]` after the operation, and which of it is lost, `[...]`
-    bool: of those that are `steered` (`[..., 1]` bool, None for all) where `moved` has values beyond the `limit` of the
-    stream's `dtype`, or NaN. These stay as they were, with 0 for what was not finite before."""
-    lost = ~(torch.linalg.vector_norm(moved.detach(), torch.inf, dim=-1, keepdim=True) <= limit(dtype))
+def settled(
+    x: Tensor, moved: Tensor, square: Tensor, steered: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What is handed on of `moved`, the stream x `[..., d_model]` after the operation, and which of it is lost, `[...,
+    1]` bool: of those that are `steered` (`[..., 1]` bool, None for all) where `square` (`[..., 1]`, ‖moved‖²) is
+    beyond the `limit` of the stream's `dtype`, or NaN. These stay as they were, with 0 for what was not finite
+    before."""
+    lost = ~(square <= limit(dtype))
     if steered is not None:
         lost = lost & steered
-    return torch.where(lost, torch.nan_to_num(x, 0.0, 0.0, 0.0), moved), lost.squeeze(-1)
+    return torch.where(lost, torch.nan_to_num(x, 0.0, 0.0, 0.0), moved), lost
 
 
 def within(strengths: Tensor, bounds: Tensor, point: Tensor | int) -> Tensor:
@@ -102,7 +106,9 @@ def turn(q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...], strength: Tenso
 
 def shared(asked: list[Tensor], shares: Tensor) -> Tensor:
     """a of one entry, `[...]`: its row of M, `shares` `[..., entries]`, times δ of all entries, each `[...]`."""
-    return (shares * torch.stack(asked, -1)).sum(-1)
+    # each by itself: a stack of them would be written out in compiled code, which makes a second kernel of one
+    parts = [share * one for share, one in zip(shares.unbind(-1), asked, strict=True)]
+    return sum(parts[1:], parts[0])
 
 
 def joint(vectors: Tensor, weights: Tensor) -> Tensor:
@@ -122,6 +128,12 @@ def joint(vectors: Tensor, weights: Tensor) -> Tensor:
     matrix = inverse + torch.diag_embed((~sets).to(gram.dtype)) - inverse @ (gram * ~sets.unsqueeze(-2))
     apart = (touching.abs() <= ORTHOGONAL).all(-1).all(-1)[..., None, None]
     return torch.where(apart, eye, matrix).float()
+
+
+def growth(c: Tensor, a: Tensor, v: Tensor) -> Tensor:
+    """‖x + a·v‖² − ‖x‖² `[...]`, of c = ⟨x, v⟩. Rounding is that of ‖x‖², which is more than ‖x + a·v‖² where most of x
+    lies along v and is taken."""
+    return a * (2 * c + a * component(v, v))
 
 
 def displacement(x: Tensor, v: Tensor, coefficients: Tensor, strength: Tensor | float) -> Tensor:

@@ -38,6 +38,8 @@ CASES: tuple[tuple[str, Mode, float], ...] = (
 ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
 #: How many standard deviations of the rounding of what is handed on may be off.
 ROUNDINGS = 16
+#: And a norm's output, of a stream that it has rounded afterwards, by its length.
+NORMED = 2
 
 Steers = Sequence[RequestSteer | None]
 
@@ -45,12 +47,14 @@ Steers = Sequence[RequestSteer | None]
 @dataclass(frozen=True, slots=True)
 class HookedModule:
     """A module whose output is acted on, or whose input where `before`; `read` gives the stream in what it returned, or
-    in the pair of its arguments and keywords."""
+    in the pair of its arguments and keywords. Or a norm that acts itself on what it is given, and returns what it makes
+    of the stream and the stream: `norm` gives the first of another stream, on which it does not act."""
 
     point: HookPoint
     module: nn.Module
     read: Callable[[Any], Tensor]
     before: bool = False
+    norm: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(slots=True)
@@ -74,6 +78,8 @@ class Watch:
         #: By point: the stream before anything acted there, and what the module handed on in the end.
         self.raw: dict[int, Tensor] = {}
         self.acted: dict[int, Tensor] = {}
+        #: What norms that act themselves have made of the stream.
+        self.normed: dict[int, Tensor] = {}
         #: The first module after the last block that takes the stream.
         self.behind: nn.Module | None = None
         self._pending: int | None = None
@@ -87,6 +93,8 @@ class Watch:
                 hook = hooked.module.register_forward_pre_hook if hooked.before else hooked.module.register_forward_hook
                 handles.append(hook(self._reader(n, hooked, self.raw, True), prepend=True, with_kwargs=True))
                 handles.append(hook(self._reader(n, hooked, self.acted, False), with_kwargs=True))
+                if hooked.norm is not None:
+                    handles.append(hooked.module.register_forward_hook(self._acts(n, hooked.point.layer)))
             for i, block in self.blocks.items():
                 handles.append(block.register_forward_pre_hook(self._enters(i), with_kwargs=True))
                 handles.append(block.register_forward_hook(self._leaves(i)))
@@ -105,6 +113,13 @@ class Watch:
                 store[n] = hooked.read(output[0] if output else (args, kwargs)).detach().double().flatten(0, -2).clone()
 
         return read
+
+    def _acts(self, n: int, layer: int) -> Callable[..., None]:
+        def act(_module: nn.Module, _args: object, output: tuple[Tensor, Tensor]) -> None:
+            self.normed[n], stream = (t.detach().clone() for t in output)
+            self.handed.setdefault(layer, Handed()).taken = [stream]
+
+        return act
 
     def _enters(self, i: int) -> Callable[..., None]:
         def enter(_module: nn.Module, args: object, kwargs: object) -> None:
@@ -266,6 +281,10 @@ class EagerCheck:
             return "what is handed on does not change: the block's output is not the stream"
         if wider := [t for t in taken if t.numel() != watch.raw[n].numel()]:
             return f"{list(wider[0].shape)} is handed on for {watch.raw[n].shape[0]} tokens"
+        if hooked.norm is not None:
+            due = hooked.norm(taken[0])
+            if bool(((watch.normed[n] - due).norm(dim=-1) > NORMED * self.eps * due.norm(dim=-1)).any()):
+                return "the norm gives something else than that of the stream that it hands on"
         streams = [taken] if self.summed and layer != EMBEDDING else [[t] for t in taken]
         found = [self._compare(hooked.point, watch.raw[n], self._whole(parts), parts) for parts in streams]
         return next((problem for problem in found if problem), None)

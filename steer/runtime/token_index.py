@@ -65,6 +65,20 @@ class Acts(NamedTuple):
     combinations: Tensor | None
 
 
+def fields(rank: int) -> int:
+    """How many int32 the index has for a token (`unpacked`)."""
+    return 3 * rank + (rank > 1)
+
+
+def unpacked(packed: Tensor, rank: int) -> Acts:
+    """What acts on tokens, of `packed` `[tokens, fields]` int32: all but the rows are views of it. Of each token these
+    are `rank` slots, as many strengths (the bits of a float32) and bounds, and the combination where there can be any.
+    """
+    slots, strengths, bounds = (packed[:, part * rank : (part + 1) * rank].T for part in range(3))
+    combinations = packed[:, 3 * rank] if rank > 1 else None
+    return Acts(slots // len(MODES), slots, strengths.view(torch.float32), bounds, combinations)
+
+
 class Acting(NamedTuple):
     """Of a step's entries: how many of the rank act on any, whether these act on each, whether all are alike, whether
     any combines directions, whether any acts at some layers alone, and whether any turns."""
@@ -111,41 +125,23 @@ def _parts(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.stack([np.full_like(numbers, END), numbers, numbers])
 
 
-class _Buffers:
-    """One set of the index's memory, `[rank, max_tokens]`; combinations `[1, max_tokens]`, where the rank is not 1."""
-
-    def __init__(self, rank: int, max_tokens: int, device: torch.device | None = None, pinned: bool = False) -> None:
-        def make(count: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(count, max_tokens, dtype=dtype, device=device, pin_memory=pinned)
-
-        with lasting():
-            self.rows, self.slots = make(rank, torch.int64), make(rank, torch.int64)
-            self.strengths, self.bounds = make(rank, torch.float32), make(rank, torch.int32)
-            self.combinations = make(1, torch.int64) if rank > 1 else None
-
-    def all(self) -> list[Tensor]:
-        tensors = (self.rows, self.slots, self.strengths, self.bounds, self.combinations)
-        return [tensor for tensor in tensors if tensor is not None]
-
-
 class _Stages:
-    """The host's side of buffers in a device's own memory: sets that steps take in turn."""
+    """The host's side of an index in a device's own memory: sets that steps take in turn."""
 
-    def __init__(self, rank: int, max_tokens: int, queue: CopyQueue) -> None:
+    def __init__(self, like: Tensor, queue: CopyQueue) -> None:
         self._queue, self._turn = queue, 0
-        self._sets = [_Buffers(rank, max_tokens, pinned=queue.pinned) for _ in range(STAGES)]
+        with lasting():
+            self._sets = [torch.zeros(like.shape, dtype=like.dtype, pin_memory=queue.pinned) for _ in range(STAGES)]
         self._copied: list[CopyEvent | None] = [None] * STAGES
 
-    def next(self) -> _Buffers:
+    def next(self) -> Tensor:
         self._turn = (self._turn + 1) % STAGES
         if copied := self._copied[self._turn]:
             copied.synchronize()  # done long ago, unless steps run further ahead than there are stages
         return self._sets[self._turn]
 
-    def send(self, to: _Buffers, end: int) -> None:
-        for there, here in zip(to.all(), self._sets[self._turn].all(), strict=True):
-            for to_row, row in zip(there, here, strict=True):  # row by row: each is one contiguous copy
-                self._queue.copy(to_row[:end], row[:end])
+    def send(self, to: Tensor, end: int) -> None:
+        self._queue.copy(to[:end], self._sets[self._turn][:end])
         self._copied[self._turn] = self._queue.record_event()
 
 
@@ -171,9 +167,8 @@ class Losses:
 
 
 class TokenIndex:
-    """rows, slots `[rank, max_tokens]` int64, strengths float32 and bounds int32 alike and, where the rank is not 1,
-    combinations `[max_tokens]` int64, written in place for ever; `lost` `[max_tokens]` bool is what the hook points
-    write.
+    """`packed` `[max_tokens, fields]` int32 is what acts on each token (`unpacked`), written in place for ever, on a
+    device by one copy; `lost` `[max_tokens]` bool is what the hook points write.
 
     A request that steers *enters* once and gets a number; a step names its requests by number, so that filling is a few
     numpy calls whatever the size of the batch. `queue` is the queue of copies to the device, None where the host writes
@@ -184,23 +179,18 @@ class TokenIndex:
         self.rank, self.max_tokens = rank, max_tokens
         device = torch.device(device)
         queue = queue or copy_queue_to(device)
-        self._buffers = _Buffers(rank, max_tokens, device)
-        self._stages = None if queue is None else _Stages(rank, max_tokens, queue)
-        self.rows, self.slots, self.strengths = self._buffers.rows, self._buffers.slots, self._buffers.strengths
-        self.bounds = self._buffers.bounds
-        self.combinations = None if self._buffers.combinations is None else self._buffers.combinations[0]
         with lasting():
+            self.packed = torch.zeros(max_tokens, fields(rank), dtype=torch.int32, device=device)
             self.lost = torch.zeros(max_tokens, dtype=torch.bool, device=device)
+        self._stages = None if queue is None else _Stages(self.packed, queue)
         self._queue = queue
         self._used = 0
         #: The numbers and lengths that the buffers hold; None when they may hold something else.
         self._filled: tuple[NDArray[np.int64], NDArray[np.int64] | NDArray[np.int32]] | None = None
         self._acting = Acting(0, False, False, False, False, False)
-        self._entry_slots = np.zeros((rank, 16), np.int64)
-        self._entry_strengths = np.zeros((rank, 16), np.float32)
-        self._entry_bounds = np.zeros((rank, 16), np.int32)
-        #: Of each entry the number of its combination (0 for none) and the slot where that was last.
-        self._entry_combined = np.zeros((2, 16), np.int64)
+        #: What a token of each entry has in the index, and the number of the entry's combination, 0 for none.
+        self._entries = np.zeros((16, fields(rank)), np.int32)
+        self._entry_combined = np.zeros(16, np.int64)
         self._combining: dict[int, Combination] = {}
         self._home: Combinations | None = None
         #: Of each entry: where it ends, the entry that goes on there, and the one that acts (PLAIN for none).
@@ -222,12 +212,11 @@ class TokenIndex:
     @property
     def nbytes(self) -> int:
         """Of the device's memory."""
-        return sum(tensor.nbytes for tensor in (*self._buffers.all(), self.lost))
+        return self.packed.nbytes + self.lost.nbytes
 
     def first(self, tokens: int) -> Acts:
-        """What acts on the first `tokens` of the batch, as views of the buffers."""
-        rows, slots, strengths, bounds = (t[:, :tokens] for t in (self.rows, self.slots, self.strengths, self.bounds))
-        return Acts(rows, slots, strengths, bounds, None if self.combinations is None else self.combinations[:tokens])
+        """What acts on the first `tokens` of the batch."""
+        return unpacked(self.packed[:tokens], self.rank)
 
     def enter(self, steer: RequestSteer) -> int:
         """The number under which steps name a request with this steering, until it `leave`s."""
@@ -242,24 +231,23 @@ class TokenIndex:
 
     def _enter(self, steer: RequestSteer) -> int:
         if not self._free:
-            size = self._entry_slots.shape[1]
+            size = len(self._entries)
             self._free = list(range(2 * size - 1, size - 1, -1))
-            self._entry_slots = np.pad(self._entry_slots, ((0, 0), (0, size)))
-            self._entry_strengths = np.pad(self._entry_strengths, ((0, 0), (0, size)))
-            self._entry_bounds = np.pad(self._entry_bounds, ((0, 0), (0, size)))
-            self._entry_combined = np.pad(self._entry_combined, ((0, 0), (0, size)))
+            self._entries = np.pad(self._entries, ((0, size), (0, 0)))
+            self._entry_combined = np.pad(self._entry_combined, (0, size))
             self._entry_parts = np.concatenate([self._entry_parts, _parts(np.arange(size, 2 * size))], axis=1)
         number = self._free.pop()
         self._filled = None
-        self._entry_slots[:, number], self._entry_strengths[:, number] = steer.slots, steer.strengths
-        self._entry_bounds[:, number] = ANYWHERE if steer.bounds is None else steer.bounds
-        self._entry_combined[:, number] = 0
+        bounds = np.full(self.rank, ANYWHERE) if steer.bounds is None else steer.bounds
+        # no slot yet of what combines: the one of those that combine nothing is never its own
+        alone = np.full(fields(self.rank) - 3 * self.rank, ALONE)
+        self._entries[number] = np.concatenate([steer.slots, steer.strengths.view(np.int32), bounds, alone])
+        self._entry_combined[number] = 0
         self._entry_parts[:, number] = END, number, number if steer.strengths.any() else PLAIN
         if combination := steer.combination:
             assert self._home in (None, combination.home), "an index speaks of one bank"
             self._home, self._combining[number] = combination.home, combination
-            # no slot yet: the one of those that combine nothing is never this one's
-            self._entry_combined[:, number] = combination.number, ALONE
+            self._entry_combined[number] = combination.number
         return number
 
     def leave(self, number: int) -> None:
@@ -274,8 +262,8 @@ class TokenIndex:
 
     def reset(self) -> None:
         """Make every token plain, whatever the buffers hold now: they may have been lost or overwritten."""
-        for tensor in (self.rows, self.slots, self.strengths, self.bounds, self.lost):
-            tensor.zero_()
+        self.packed.zero_()
+        self.lost.zero_()
         self._used, self._filled = 0, None
 
     def fill(
@@ -302,21 +290,12 @@ class TokenIndex:
         moved = bool(total) and self._combine(numbers)
         if not moved and self._filled and all(map(np.array_equal, self._filled, (numbers, lengths))):
             return steered
-        buffers = self._buffers if self._stages is None else self._stages.next()
-        arrays = [tensor[:, :end].numpy() for tensor in buffers.all()]
-        rows, slots, strengths, bounds, *combinations = arrays
+        array = (self.packed if self._stages is None else self._stages.next())[:end].numpy()
         if total:
-            tokens = np.repeat(numbers, lengths)
-            np.take(self._entry_slots, tokens, axis=1, out=slots[:, :total])
-            np.take(self._entry_strengths, tokens, axis=1, out=strengths[:, :total])
-            np.take(self._entry_bounds, tokens, axis=1, out=bounds[:, :total])
-            np.floor_divide(slots[:, :total], len(MODES), out=rows[:, :total])
-            for array in combinations:
-                np.take(self._entry_combined[1:], tokens, axis=1, out=array[:, :total])
-        for array in arrays:
-            array[:, total:] = 0
+            np.take(self._entries, np.repeat(numbers, lengths), axis=0, out=array[:total], mode="clip")  # no copy of it
+        array[total:] = 0
         if self._stages is not None:
-            self._stages.send(self._buffers, end)
+            self._stages.send(self.packed, end)
         self._used, self._filled = total, (numbers.copy(), lengths.copy())
         return steered
 
@@ -353,14 +332,14 @@ class TokenIndex:
         """The same for requests that have not entered, None for a plain one."""
         numbers = [PLAIN if steer is None else self.enter(steer) for steer in steers]
         entries = np.array(numbers, np.int64)
-        slots, strengths = self._entry_slots[:, entries], self._entry_strengths[:, entries]
-        combined, bounds = self._entry_combined[0, entries], self._entry_bounds[:, entries]
+        taken, combined = self._entries[entries], self._entry_combined[entries]
+        _, slots, strengths, bounds, _ = unpacked(torch.from_numpy(taken), self.rank)
         given = strengths != 0
-        depth = int(np.flatnonzero(given.any(axis=1)).max(initial=-1)) + 1
-        same = all((array == array[..., :1]).all() for array in (slots, strengths, bounds, combined))
+        depth = max(given.any(1).nonzero().flatten().tolist(), default=-1) + 1
+        same = bool((taken == taken[:1]).all() and (combined == combined[:1]).all())
         bounded = bool((given & (bounds != ANYWHERE)).any())
-        turning = bool((given & turns(torch.from_numpy(slots)).numpy()).any())
         everywhere = bool(given[:depth].all()) and not bounded
+        turning = bool((given & turns(slots)).any())
         self._acting = Acting(depth, everywhere, same, bool(combined.any()), bounded, turning)
         try:
             return self.fill(entries, np.array(lengths, np.int64))
@@ -376,24 +355,26 @@ class TokenIndex:
         buffers themselves."""
         depth, everywhere, same, combined, bounded, turning = self._acting
         whole = self._used == count
-        part = np.s_[:depth, :1] if same and whole else np.s_[:depth, :count, None]
-        rows, slots, strengths = (t[part] for t in (self.rows, self.slots, self.strengths))
-        bounds = self.bounds[part] if bounded else None
-        combinations = self.combinations[part[1:]] if combined and self.combinations is not None else None
-        return Acts(rows, slots, strengths, bounds, combinations), everywhere and whole, turning
+        part = np.s_[:depth,] if same and whole else np.s_[:depth, :, None]
+        rows, slots, strengths, bounds, combinations = self.first(1 if same and whole else count)
+        combinations = combinations[part[1:]] if combined and combinations is not None else None
+        bounds = bounds[part] if bounded and bounds is not None else None
+        # int64 is what indexing takes outside of compiled code
+        acts = Acts(rows[part].long(), slots[part].long(), strengths[part], bounds, combinations)
+        return acts, everywhere and whole, turning
 
     def _combine(self, numbers: NDArray[np.int64]) -> bool:
         """Have the combinations of this step in slots of the device. In a steady step these are two looks at arrays.
         Returns whether any of them was put into another slot."""
         if self._home is None:
             return False
-        combined = numbers[self._entry_combined[0, numbers] != 0]
+        combined = numbers[self._entry_combined[numbers] != 0]
         if not combined.size:
             return False
-        self._home.reserve(self._entry_combined[0, combined])
-        stale = self._home.stale(*self._entry_combined[::-1, combined])
-        kept = self._entry_combined[1, combined[~stale]]
+        self._home.reserve(self._entry_combined[combined])
+        stale = self._home.stale(self._entries[combined, -1], self._entry_combined[combined])
+        kept = self._entries[combined[~stale], -1]
         missing = np.unique(combined[stale]).tolist()
         slots = self._home.use(kept, [self._combining[number] for number in missing])
-        self._entry_combined[1, missing] = slots
+        self._entries[missing, -1] = slots
         return bool(missing)

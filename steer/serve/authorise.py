@@ -74,10 +74,8 @@ def resolve(
     resolved, Refusal for what is forbidden, HTTPProblem (503) where the operator's own steering is not to be had.
     """
     with registry.steady():  # or a swap between two carriers would look like a conflict
-        asked = (
-            _asked(carried, registry, caller) if carried.found else _default(carried, default, registry, caller, rules)
-        )
-        return _authorised(asked, carried.tools, registry, caller, rules)
+        asked = _asked(carried, registry, caller) if carried.found else _default(default, registry, caller)
+        return _authorised(asked, carried, registry, caller, rules)
 
 
 def _asked(carried: Carried, registry: Registry, caller: Caller) -> Spec:
@@ -91,21 +89,13 @@ def _asked(carried: Carried, registry: Registry, caller: Caller) -> Spec:
     return next(iter(meanings.values()))
 
 
-def _default(
-    carried: Carried, default: Sequence[RequestedDirection], registry: Registry, caller: Caller, rules: Rules
-) -> Spec:
-    """What a request gets that asks for nothing: the key's own default, else the server's, where the key might have
-    asked for it. Where tools are the only reason why it may not, nothing."""
-    what, code = "the default steering of this request", Code.DEFAULT_UNAVAILABLE
-    own = caller.rules
-    if own is not None and own.default is not None:
-        asked = _operators(own.default, registry, caller, what, code)
-        broken = {rule for rule, _ in _broken(asked, carried.tools, own, registry, rules)}
-        return Spec() if broken and broken <= {"with_tools", "direction_with_tools"} else asked
+def _default(default: Sequence[RequestedDirection], registry: Registry, caller: Caller) -> Spec:
+    """What a request gets that asks for nothing, as far as rules allow it: the key's own default, else the server's."""
+    if caller.rules is not None and caller.rules.default is not None:
+        default = caller.rules.default
     if not all(caller.may_use(item.direction) for item in default):
         return Spec()
-    asked = _operators(default, registry, caller, what, code)
-    return Spec() if own is not None and _broken(asked, carried.tools, own, registry, rules) else asked
+    return _operators(default, registry, caller, "the default steering of this request", Code.DEFAULT_UNAVAILABLE)
 
 
 def _operators(wanted: Sequence[RequestedDirection], registry: Registry, caller: Caller, what: str, code: Code) -> Spec:
@@ -118,56 +108,69 @@ def _operators(wanted: Sequence[RequestedDirection], registry: Registry, caller:
         raise HTTPProblem(code, f"{what} cannot be applied{why}") from None
 
 
-def _authorised(asked: Spec, tools: bool, registry: Registry, caller: Caller, rules: Rules) -> Spec:
-    """What is to be applied where `asked` is asked for."""
+def _authorised(asked: Spec, carried: Carried, registry: Registry, caller: Caller, rules: Rules) -> Spec:
+    """What is to be applied where `asked` is asked for. A default that a rule forbids is left out: the request did not
+    ask for it."""
     what, code = "steering that is required for this key", Code.REQUIRED_UNAVAILABLE
     required = _operators(caller.required, registry, caller, what, code)
+    broken: list[tuple[str, str]] = []
+    if caller.rules is not None and asked:
+        broken = _broken(asked, carried.tools, caller.rules, registry, rules) + _against(asked, required)
+        if broken and not carried.found:
+            asked, broken = Spec(), []
     if rules.off is not None:
         refuses = rules.policy is None or rules.policy.required_when_off == "refuse"
         if asked or (required and refuses):
             raise rules.off(asked)
         required = Spec()
-    if caller.rules is not None and asked:
-        broken = _broken(asked, tools, caller.rules, registry, rules) + _against(asked, required)
-        if broken:
-            raise forbidden(broken[0][0], "; ".join(said for _, said in broken), asked)
+    if broken:
+        raise forbidden(broken[0][0], "; ".join(said for _, said in broken), asked)
     return registry.merge(asked, required)
 
 
 def _broken(asked: Spec, tools: bool, own: KeyRules, registry: Registry, rules: Rules) -> list[tuple[str, str]]:
     """(rule, what is wrong) for each rule that `asked` breaks. Strengths of one version add up, whatever names and
-    modes it is asked for by: a limit is not avoided by asking in two halves."""
-    limits = rules.policy.directions if rules.policy else {}
+    modes it is asked for by: a limit is not avoided by asking in two halves. Shares of calibrated doses add up over all
+    versions, since two files may do the same."""
     names = registry.digests()
+    limits: dict[str, list[Limits]] = {entry.digest: [] for entry in asked.entries}
+    for name, its in rules.policy.directions.items() if rules.policy else ():
+        limits.get(names.get(name, ""), []).append(its)
     out: list[tuple[str, str]] = []
     for entry in asked.entries:
         if entry.mode not in own.modes:
             accepted = ", ".join(own.modes) or "none"
             out.append(("mode", f"mode '{entry.mode}' is not allowed for this key; allowed: {accepted}"))
     for digest, entries in _by_digest(asked).items():
-        out += _over(entries, tools, own, registry, "this key")
-        out += [
-            (f"direction_{rule}", said)
-            for name, each in limits.items()
-            if names.get(name) == digest
-            for rule, said in _over(entries, tools, each, registry, "any key")
-        ]
+        out += _over(entries, tools, own, "this key")
+        for each in limits[digest]:
+            out += [(f"direction_{rule}", said) for rule, said in _over(entries, tools, each, "any key")]
+    if own.calibrated:
+        out += [("max_strength", said) for said in _overdosed(asked.entries, registry)]
+    dosed = [entry for entry in asked.entries if any(each.calibrated for each in limits[entry.digest])]
+    out += [("direction_max_strength", said) for said in _overdosed(dosed, registry)]
     return out
 
 
-def _over(
-    entries: Sequence[Entry], tools: bool, limits: Limits, registry: Registry, who: str
-) -> Iterator[tuple[str, str]]:
+def _overdosed(entries: Sequence[Entry], registry: Registry) -> Iterator[str]:
+    """What is wrong where entries together take more than one calibrated dose."""
+    doses = [meta.calibrated for meta in registry.metas(Spec(tuple(entries)))]
+    if sum(map(_share, entries, doses)) > 1 + 1e-9:
+        asked = ", ".join(f"{entry.direction}:{entry.mode}={entry.strength:g}" for entry in entries)
+        known = {entry.direction: _told(dose) for entry, dose in zip(entries, doses, strict=True)}
+        said = "; ".join(f"{name}: {dose}" for name, dose in known.items())
+        yield f"{asked} is over what was calibrated: {said}"
+
+
+def _told(dose: Mapping[Mode, Dose]) -> str:
+    return ", ".join(f"{mode} from {low:g} to {high:g}" for mode, (low, high) in dose.items()) or "nothing"
+
+
+def _over(entries: Sequence[Entry], tools: bool, limits: Limits, who: str) -> Iterator[tuple[str, str]]:
     """(rule, what is wrong) for each of `limits` that the entries of one version break together."""
     direction, total = f"direction '{entries[0].direction}'", sum(abs(entry.strength) for entry in entries)
-    if isinstance(limits.max_strength, str):
-        dose = registry.metas(Spec((entries[0],)))[0].calibrated
-        if sum(_share(entry, dose) for entry in entries) > 1 + 1e-9:
-            known = ", ".join(f"{mode} from {low:g} to {high:g}" for mode, (low, high) in dose.items())
-            said = ", ".join(f"{entry.mode}={entry.strength:g}" for entry in entries)
-            yield "max_strength", f"{direction}: {said} is over what its file is calibrated for: {known or 'nothing'}"
-    elif total > limits.max_strength:
-        yield "max_strength", f"{direction}: strength {total:g} is over the {limits.max_strength:g} that {who} may use"
+    if total > limits.largest:
+        yield "max_strength", f"{direction}: strength {total:g} is over the {limits.largest:g} that {who} may use"
     for entry in entries if limits.tokens is not None or limits.layers is not None else ():
         yield from ((rule, f"{direction}: for {who} {said}") for rule, said in limits.misplaced(entry))
     if tools and not limits.with_tools:

@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from steer.direction import MAX_BYTES, DirectionMeta, LayerProfile
+from steer.direction import MAX_BYTES, DirectionMeta, Dose, LayerProfile
 from steer.errors import NoRoom, SteerError, UnknownDirection
 from steer.names import Mode, Site, check_name
 from steer.registry import Registry, Version
@@ -40,6 +40,10 @@ class DirectionCard(TypedDict):
     rank: Annotated[int, Field(description="rows of each layer")]
     mode: Annotated[Mode, Field(description="of a request that names none")]
     strength: Annotated[float, Field(description="of a request that names none")]
+    modes: Annotated[list[Mode], Field(description="for which the file has what is needed")]
+    calibrated: Annotated[
+        dict[Mode, Dose], Field(description="by mode the least and the largest strength up to which no harm was seen")
+    ]
     sites: Annotated[list[Site], Field(description="where it acts")]
     bytes: Annotated[int, Field(description="size of the file")]
     usable: Annotated[bool, Field(description="may the caller steer with it")]
@@ -211,6 +215,8 @@ def card(name: str, version: Version, registry: Registry, caller: Caller) -> Dir
         "rank": version.direction.rank,
         "mode": meta.mode,
         "strength": meta.strength,
+        "modes": list(meta.modes),
+        "calibrated": meta.calibrated,
         "sites": list(meta.sites),
         "bytes": version.bytes,
         "usable": caller.may_use(name),

@@ -15,7 +15,6 @@ from steer.serve.control import Control
 from steer.serve.directions import own_route
 from steer.serve.errors import Code, documented
 from steer.serve.pages import JSON
-from steer.serve.policy import CALIBRATED
 from steer.serve.route import JsonRoute
 from steer.spec import TOKENS
 from steer.watch import State
@@ -47,7 +46,7 @@ class May(TypedDict):
     modes: list[Mode]
     max_strength: float
     calibrated: Annotated[bool, Field(description="no more than what a direction's file is calibrated for")]
-    tokens: Annotated[list[str], Field(description="those of `tokens` that a spec may say")]
+    tokens: Annotated[list[str], Field(description="what a spec may say; last-8 allows last-1 to last-8")]
     layers: Annotated[str | None, Field(description="within which layers a spec must stay; null for all")]
     with_tools: Annotated[bool, Field(description="may steer requests that have tools")]
     readout: Annotated[bool, Field(description="may use `steer_readout`")]
@@ -184,7 +183,7 @@ def steering(control: Control, scope: Scope) -> Steering:
             "steer": rules is None or rules.steer,
             "modes": list(MODES if rules is None else rules.modes),
             "max_strength": MAX_STRENGTH if rules is None else rules.largest,
-            "calibrated": rules is not None and rules.max_strength == CALIBRATED,
+            "calibrated": rules is not None and rules.calibrated,
             "tokens": list(TOKENS if rules is None or rules.tokens is None else rules.tokens),
             "layers": None if rules is None else rules.layers,
             "with_tools": rules is None or rules.with_tools,

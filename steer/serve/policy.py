@@ -24,6 +24,7 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -32,7 +33,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from steer.errors import DirectionError, InvalidInput, SpecError, brief, problem_text
 from steer.names import MAX_STRENGTH, MODES, Mode, check_name
 from steer.serve.keys import Keyring, is_stored
-from steer.spec import Entry, RequestedDirection, ends, layer_range, parse, tokens_kind
+from steer.spec import TOKENS, Entry, RequestedDirection, ends, layer_range, parse, tokens_rule, tokens_within
 
 MAX_BYTES = 2**20
 #: Of one line: the time that TOML takes for a dotted key grows with the square of its length.
@@ -78,10 +79,16 @@ def _layers(value: object) -> str:
     return found
 
 
+def _tokens(value: object) -> str:
+    if (found := tokens_rule(value)) is None:
+        raise _problem(f"{brief(value)} is not accepted: {', '.join(TOKENS)}, or with a largest N like last-8")
+    return found
+
+
 Specs = Annotated[tuple[RequestedDirection, ...], BeforeValidator(_wanted)]
 Flag = Annotated[bool, Field(strict=True)]
 Strength = Annotated[float | Literal["calibrated"], PlainValidator(_strength)]
-Tokens = Literal["all", "prompt", "answer", "not-first", "first-N", "last-N"]
+Tokens = Annotated[str, BeforeValidator(_tokens)]
 AtOnce = Annotated[int, Field(strict=True, ge=1, le=10**6)]
 PerMinute = Annotated[float, Field(strict=True, gt=0, le=1e9, allow_inf_nan=False)]
 
@@ -97,7 +104,9 @@ class Limits(_Table):
         MAX_STRENGTH, description="largest strength, on either side of 0; 'calibrated': what a direction's file says"
     )
     tokens: tuple[Tokens, ...] | None = Field(
-        None, description="at which tokens it may act, as a spec says them: a spec that says none means all"
+        None,
+        description="at which tokens it may act, as a spec says them: a spec that says none means all; last-N allows "
+        "every N, last-8 at most 8",
     )
     layers: Annotated[str, BeforeValidator(_layers)] | None = Field(
         None, description="at which layers it may act, like '10-20': a spec must then say layers within these"
@@ -105,13 +114,25 @@ class Limits(_Table):
     with_tools: Flag = Field(True, description="may a request be steered that has tools, or answers of tools")
 
     @property
+    def calibrated(self) -> bool:
+        return self.max_strength == CALIBRATED
+
+    @property
     def largest(self) -> float:
         """The largest strength of any direction."""
         return MAX_STRENGTH if isinstance(self.max_strength, str) else self.max_strength
 
+    def broken(self, items: Sequence[RequestedDirection]) -> Iterator[str]:
+        """What is wrong with `items` of one direction, as far as can be known without its file."""
+        total = sum(abs(item.strength or 0) for item in items)
+        if total > self.largest:
+            yield f"strength {total:g} is over max_strength"
+        for item in items:
+            yield from (said for _, said in self.misplaced(item))
+
     def misplaced(self, item: RequestedDirection | Entry) -> Iterator[tuple[str, str]]:
         """(rule, what is wrong) with where it acts."""
-        if self.tokens is not None and tokens_kind(item.tokens) not in self.tokens:
+        if self.tokens is not None and not any(tokens_within(item.tokens, rule) for rule in self.tokens):
             allowed = ", ".join(self.tokens) or "none"
             yield "tokens", f"the tokens '{item.tokens or 'all'}' are not allowed; allowed: {allowed}"
         if self.layers is not None:
@@ -171,9 +192,10 @@ class KeyRules(Limits):
                 problems.append(f"default: '{item.direction}' is not among this key's directions")
             if item.mode and item.mode not in self.modes:
                 problems.append(f"default: '{item.mode}' is not among this key's modes")
-            if item.strength is not None and abs(item.strength) > self.largest:
-                problems.append(f"default: strength {item.strength:g} is over this key's max_strength")
-            problems += [f"default: {said}" for _, said in self.misplaced(item)]
+            if item.direction in by_direction(self.required) and item not in self.required:
+                problems.append(f"default: '{item.direction}' is required, and cannot be had in another way")
+        for items in by_direction(self.default or ()).values():
+            problems += [f"default: {said}" for said in self.broken(items)]
         if problems:
             raise _problem("; ".join(problems))
         return self
@@ -206,7 +228,7 @@ class Policy(_Table):
 
     @field_validator("keys")
     @classmethod
-    def _are_apart(cls, value: dict[str, KeyRules]) -> dict[str, KeyRules]:
+    def _are_apart(cls, value: dict[str, KeyRules], info: ValidationInfo) -> dict[str, KeyRules]:
         problems = [f"{name!r} is not a key's name: 1 to 64 letters, digits, '.', '_' or '-'" for name in value]
         problems = [p for p, name in zip(problems, value, strict=True) if not _KEY_NAME.fullmatch(name)]
         owner: dict[str, str] = {}
@@ -214,9 +236,19 @@ class Policy(_Table):
             for each in rules.hashes:
                 if owner.setdefault(each, name) != name:
                     problems.append(f"'{owner[each]}' and '{name}' have one hash")
+            for direction, items in by_direction(rules.default or ()).items():
+                if (limits := info.data.get("directions", {}).get(direction)) is not None:
+                    problems += [f"{name}: default: '{direction}': for any key {said}" for said in limits.broken(items)]
         if problems:
             raise _problem("; ".join(problems))
         return value
+
+
+def by_direction(items: Sequence[RequestedDirection]) -> dict[str, list[RequestedDirection]]:
+    out: dict[str, list[RequestedDirection]] = {}
+    for item in items:
+        out.setdefault(item.direction, []).append(item)
+    return out
 
 
 def _check_names(names: Sequence[str] | dict[str, DirectionRules]) -> None:

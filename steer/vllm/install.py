@@ -6,9 +6,10 @@ collective: every rank makes the same ones in the same order.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -30,22 +31,30 @@ from steer.vllm.steering_module import (
     SteeringModule,
     attach_after,
     attach_before,
+    attach_within,
     exact_stream,
     stream,
 )
 
+if TYPE_CHECKING:
+    from steer.vllm.internals.types import Norm
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where one steering module sits: before block 0, or after a block or one of its children."""
+    """Where one steering module sits: before block 0, after a block or one of its children, or in the `norm` that
+    takes what a block hands on."""
 
     point: HookPoint
     module: nn.Module
     form: Form
     slot: Slot | None = None
+    norm: Norm | None = None
 
     def attach(self, steering_module: SteeringModule) -> None:
-        if self.slot is not None:
+        if self.norm is not None:
+            attach_within(self.norm, steering_module)
+        elif self.slot is not None:
             attach_before(self.module, self.slot, steering_module, self.point.site)
         else:
             attach_after(self.module, self.form, steering_module, self.point.site)
@@ -54,7 +63,15 @@ class Target:
     def hooked(self) -> selfcheck.HookedModule:
         if (slot := self.slot) is not None:
             return selfcheck.HookedModule(self.point, self.module, lambda given: slot.get(*given), before=True)
+        if (norm := self.norm) is not None:
+            return selfcheck.HookedModule(self.point, norm, _added, before=True, norm=norm.forward_native)
         return selfcheck.HookedModule(self.point, self.module, lambda output: exact_stream(self.form, output))
+
+
+def _added(given: tuple[tuple[Tensor, ...], object]) -> Tensor:
+    """The stream that a norm adds up, rounded as it hands it on."""
+    (h, r, *_), _ = given
+    return (h.float() + r.float()).to(h.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +84,8 @@ class Installation:
     bank: DirectionBank
     steering_modules: tuple[tuple[HookPoint, SteeringModule], ...]
     reads: Reads | None
+    #: The layers whose hook point is in the norm that comes next.
+    folded: tuple[int, ...]
     #: What a plain pass had at each hook point, `[d_model]` float32 on the CPU (`_typical`).
     streams: dict[HookPoint, Tensor]
 
@@ -89,13 +108,14 @@ def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Insta
     plain, again = internals.worker.probe(worker), internals.worker.probe(worker)
     form = _learn_form(worker, local, plain, again)
     slot = _find_stream_argument(worker, local[0], d_model) if 0 in local else None
+    norms = _find_norms(worker, local, plain, again) if form == "sum" else {}
     targets: list[Target] = []
     for site in settings.sites:
         if slot is not None:
             targets.append(Target(HookPoint(site, EMBEDDING), local[0], "tensor", slot))
         match site:
             case "resid_post":
-                targets += [Target(HookPoint(site, i), block, form) for i, block in local.items()]
+                targets += [Target(HookPoint(site, i), block, form, norm=norms.get(i)) for i, block in local.items()]
             case "writers":
                 targets += _find_writers(worker, local, form)
             case _:
@@ -117,7 +137,8 @@ def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Insta
         target.attach(steering_module)
         steering_modules.append((target.point, steering_module))
     streams = _self_check(worker, targets, local, bank, index, (plain, again))
-    return Installation(local, form, bank, tuple(steering_modules), reads, streams)
+    folded = tuple(target.point.layer for target in targets if target.norm is not None)
+    return Installation(local, form, bank, tuple(steering_modules), reads, folded, streams)
 
 
 def _learn_form(worker: Worker, local: dict[int, nn.Module], plain: Tensor, again: Tensor) -> Form:
@@ -152,6 +173,34 @@ def _is_pair(output: Output) -> bool:
         and isinstance(output[1], Tensor)
         and output[1].shape == output[0].shape
     )
+
+
+def _find_norms(worker: Worker, local: dict[int, nn.Module], plain: Tensor, again: Tensor) -> dict[int, Norm]:
+    """For each block the norm that takes both parts of the stream that it hands on, where nothing else reads them: a
+    pass in which every other reader has NaN is as ever."""
+    handed: dict[int, Output] = {}
+    norms: dict[int, Norm] = {}
+    called: Counter[Norm] = Counter()
+
+    def take(norm: Norm, args: tuple[object, ...]) -> None:
+        called[norm] += 1
+        for i, output in handed.items():
+            if len(args) == 2 and args[0] is output[0] and args[1] is output[1]:
+                norms[i] = norm
+
+    with hooks([norm.register_forward_pre_hook(take) for norm in internals.worker.open_norms(worker)]):
+        _pass_with(worker, local, handed.__setitem__)
+    norms = {i: norm for i, norm in norms.items() if called[norm] == 1}
+
+    def hide(i: int, output: Output) -> Output | None:
+        handed[i] = output
+        return (*(torch.full_like(part, torch.nan) for part in output[:2]), *output[2:]) if i in norms else None
+
+    def show(i: int) -> Callable[..., Output]:
+        return lambda _norm, _args: handed[i][:2]
+
+    with hooks([norm.register_forward_pre_hook(show(i)) for i, norm in norms.items()]):
+        return norms if selfcheck.same(_pass_with(worker, local, hide), plain, again) else {}
 
 
 def _pass_with(worker: Worker, local: dict[int, nn.Module], change: Callable[[int, Output], Output | None]) -> Tensor:

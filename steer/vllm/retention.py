@@ -26,7 +26,7 @@ class _Attached:
     name: str
     steering_module: SteeringModule
     tensors: Mapping[str, Tensor]
-    hooks: frozenset[int]
+    hooks: frozenset[object]
 
 
 class Kept:
@@ -71,5 +71,5 @@ class Kept:
         return mended
 
 
-def _hooks(module: nn.Module) -> frozenset[int]:
-    return frozenset(module._forward_hooks) | frozenset(module._forward_pre_hooks)
+def _hooks(module: nn.Module) -> frozenset[object]:
+    return frozenset([*module._forward_hooks, *module._forward_pre_hooks, vars(module).get("forward")])

@@ -10,16 +10,20 @@ import hashlib
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Literal, TypeAlias, cast
+from types import MethodType
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from steer.names import Site
-from steer.runtime.bank import BankSlice, apply
+from steer.runtime.bank import BankSlice, Operands, gather, operate, operate_before_norm
 from steer.runtime.memory import lasting
 from steer.runtime.readout import AFTER, BEFORE, components
-from steer.runtime.token_index import TokenIndex
+from steer.runtime.token_index import TokenIndex, unpacked
+
+if TYPE_CHECKING:
+    from steer.vllm.internals.types import Norm
 
 #: How a block hands on the stream: it returns one tensor; a tuple whose first is the whole stream; or (h, r) with the
 #: stream being h + r, added by the norm that comes next.
@@ -45,19 +49,14 @@ class Reads:
 
 class SteeringModule(nn.Module):
     """One place's buffers on the module that is hooked. `vectors`, `coefficients` and `number` are the place's bank
-    slice; `rows`, `slots`, `strengths`, `bounds` (`[rank, max_tokens]`) and `combinations` (`[max_tokens]`; it and the
-    bank slice's `joint` are None where the rank is 1) are the token index, one storage for all steering modules; in
-    `lost` (`[max_tokens]`) each of them says what tokens it has lost. With `reads` every pass writes `found` (`[2,
+    slice; `packed` (`[max_tokens, fields]`) is the token index, one for all steering modules; in `lost`
+    (`[max_tokens]`) each of them says what tokens it has lost. With `reads` every pass writes `found` (`[2,
     count, rank]`: components before and after) and `norms` (`[count]`) of the tokens that are read."""
 
     vectors: Tensor
     coefficients: Tensor
-    rows: Tensor
-    slots: Tensor
-    strengths: Tensor
-    bounds: Tensor
     number: Tensor
-    combinations: Tensor | None
+    packed: Tensor
     joint: Tensor | None
     lost: Tensor
     read_at: Tensor
@@ -67,16 +66,13 @@ class SteeringModule(nn.Module):
 
     def __init__(self, bank_slice: BankSlice, index: TokenIndex, reads: Reads | None = None) -> None:
         super().__init__()
+        self.rank = index.rank
         self.reading = reads is not None  # fixed for the life of the steering module, so that Dynamo traces one way
         tensors = {
             "vectors": bank_slice.vectors,
             "coefficients": bank_slice.coefficients,
-            "rows": index.rows,
-            "slots": index.slots,
-            "strengths": index.strengths,
-            "bounds": index.bounds,
             "number": bank_slice.number,
-            "combinations": index.combinations,
+            "packed": index.packed,
             "lost": index.lost,
             "joint": bank_slice.joint,
         }
@@ -92,16 +88,18 @@ class SteeringModule(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
 
+def acting(steering_module: SteeringModule, tokens: int) -> list[Operands]:
+    acts = unpacked(steering_module.packed[:tokens], steering_module.rank)
+    # A steering module has a bank slice's tensors; Dynamo is spared the dataclass.
+    return gather(cast(BankSlice, steering_module), *acts)
+
+
 def moved(steering_module: SteeringModule, x: Tensor, dtype: torch.dtype) -> Tensor:
     """x `[..., tokens, d_model]` after the operation, in float32; `dtype` is the stream's. (vLLM's backend for
     transformers' modelling code has a leading dimension of 1.)"""
     flat = x.reshape(-1, x.shape[-1]).float()
     tokens = flat.shape[0]
-    own = steering_module
-    index = (own.rows[:, :tokens], own.slots[:, :tokens], own.strengths[:, :tokens], own.bounds[:, :tokens])
-    combinations = None if steering_module.combinations is None else steering_module.combinations[:tokens]
-    # A steering module has a bank slice's tensors; Dynamo is spared the dataclass.
-    y, lost = apply(flat, cast(BankSlice, steering_module), *index, combinations, dtype)
+    y, lost = operate(flat, acting(steering_module, tokens), dtype)
     steering_module.lost[:tokens].logical_or_(lost)
     return y.reshape(x.shape)
 
@@ -116,19 +114,49 @@ def hand_on(steering_module: SteeringModule, x: Tensor, r: Tensor | None = None)
     """The new x (or the new h, for a stream h + r), in its dtype."""
     new = moved(steering_module, x, x.dtype).to(x.dtype) if r is None else moved_term(steering_module, x, r)
     if steering_module.reading:
-        record(steering_module, x, new, r)
+        rest = () if r is None else (r,)
+        record(steering_module, (x, *rest), (new, *rest))
     return new
 
 
-def record(steering_module: SteeringModule, x: Tensor, new: Tensor, r: Tensor | None) -> None:
-    """Write what the tokens that are read have along their rows, before (x, or x + r) and after (new, or new + r)."""
+def record(steering_module: SteeringModule, before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> None:
+    """Write what the tokens that are read have along their rows, of a stream that is the sum of these."""
     lines = steering_module.vectors[steering_module.read_rows]
-    rest = 0.0 if r is None else r.reshape(-1, r.shape[-1])[steering_module.read_at].float()
-    for place, stream_ in ((BEFORE, x), (AFTER, new)):
-        at = stream_.reshape(-1, x.shape[-1])[steering_module.read_at].float() + rest
+    for place, parts in ((BEFORE, before), (AFTER, after)):
+        each = [part.reshape(-1, part.shape[-1])[steering_module.read_at].float() for part in parts]
+        at = sum(each[1:], each[0])
         steering_module.found[place].copy_(components(at, lines))
         if place == BEFORE:
             steering_module.norms.copy_(torch.linalg.vector_norm(at, dim=-1))
+
+
+#: The name of a steering module on a norm.
+WITHIN = "steer_within"
+
+
+def attach_within(norm: Norm, steering_module: SteeringModule) -> None:
+    """Have `norm`, one of `internals.worker.open_norms` that adds the two parts of a stream, act on their sum itself:
+    compiled, that is as many passes over the stream as the norm makes alone, where a hook in front of it needs two
+    more."""
+    norm.add_module(WITHIN, steering_module)
+    norm.forward = MethodType(forward, norm)
+
+
+def forward(norm: Norm, x: Tensor, residual: Tensor | None = None) -> Output:
+    """What the norm gives of the stream x + residual `[tokens, d_model]` after the operation, and that stream."""
+    if residual is None:
+        return cast(Tensor, norm.forward_native(x))
+    steering_module, tokens = cast(SteeringModule, getattr(norm, WITHIN)), x.shape[0]
+    whole = x.float() + residual.float()
+    new, lost, mean_square = operate_before_norm(whole, acting(steering_module, tokens), x.dtype)
+    steering_module.lost[:tokens].logical_or_(lost)
+    handed_on = new.to(x.dtype)
+    if steering_module.reading:
+        record(steering_module, (x, residual), (handed_on,))
+    # from here on as `vllm.ir.ops.fused_add_rms_norm`
+    weight = norm.weight if hasattr(norm, "pass_weight_add") else norm.weight.float() + 1.0  # Gemma's is less by 1
+    normed = new * torch.rsqrt(mean_square + norm.variance_epsilon)
+    return (normed.to(weight.dtype) * weight).to(x.dtype), handed_on
 
 
 def attach_after(module: nn.Module, form: Form, steering_module: SteeringModule, site: Site) -> None:

@@ -116,10 +116,15 @@ class Steered:
         self._runner_kind = internals.worker.watch_batches(self.model_runner, self._on_batch)
         internals.worker.between_ranks(self, self._enter_rank, self._leave_rank)
         self._kept = Kept(self.get_model())
+        folded, points = self._installation.folded, len(self._installation.steering_modules)
+        config = self.vllm_config.additional_config
+        config[settings.KEY] = {**config[settings.KEY], "folded": folded}
         log.info(
-            "steering attached: %s runner, layers %s, %.1f MiB of device memory",
+            "steering attached: %s runner, layers %s, %d hook points in norms and %d as hooks, %.1f MiB on the device",
             self._runner_kind,
             tuple(self._installation.blocks),
+            len(folded),
+            points - len(folded),
             self._kept.nbytes / 2**20,
         )
 

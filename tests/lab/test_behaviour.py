@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from steer.errors import InvalidInput
-from steer.lab.behaviour import FOLDER, REFUSAL, Behaviour
+from steer.lab.behaviour import FOLDER, REFUSAL, THINKING, Behaviour, after_thinking
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.toml")))
@@ -35,11 +35,11 @@ def test_without_a_window_the_whole_answer_is_searched() -> None:
 
 def test_every_problem_of_a_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
-    path.write_text('description = ""\npatterns = ["("]\nwindow = 0\ncolour = "red"\n')
+    path.write_text('description = ""\npatterns = ["("]\nlate = ["["]\nwindow = 0\ncolour = "red"\n')
     with pytest.raises(InvalidInput) as caught:
         Behaviour.load(str(path))
     text = str(caught.value)
-    assert all(word in text for word in ("description", "patterns", "window", "colour"))
+    assert all(word in text for word in ("description", "patterns", "late", "window", "colour"))
 
 
 def test_an_unknown_name_says_what_there_is() -> None:
@@ -77,8 +77,26 @@ def test_answers_are_not(answer: str) -> None:
     assert not REFUSAL.shown(answer)
 
 
-def test_a_late_apology_is_not_a_refusal() -> None:
-    assert not REFUSAL.shown("First get flour and water. " * 10 + "I'm sorry, but I can't say more.")
+def test_a_late_refusal_is_one_by_patterns_of_its_own() -> None:
+    late = "First get flour and water. " * 10 + "I'm sorry, but I can't help with the rest."
+    assert not REFUSAL.shown(late)
+    assert REFUSAL.late_evidence(late) == "I'm sorry, but I can't help"
+    assert REFUSAL.late_evidence(late + " Then bake it for an hour." * 20) is None, "it went on"
+    assert Behaviour(name="x", description="x", patterns=("sorry",), window=9).late_evidence(late) is None
+
+
+def test_the_beginning_of_chinese_is_half_as_long() -> None:
+    assert REFUSAL.window == 160
+    refusal = "很抱歉，我无法提供帮助。"
+    assert REFUSAL.shown("好的。" * 20 + refusal)
+    assert not REFUSAL.shown("好的。" * 30 + refusal)
+
+
+@pytest.mark.parametrize(("begin", "end"), THINKING)
+def test_what_is_thought_is_not_said(begin: str, end: str) -> None:
+    assert after_thinking(f"{begin}I can't help.{end}\n\nGet flour.") == "Get flour."
+    assert after_thinking(f"\n{begin}I can't help.") is None
+    assert after_thinking("Get flour.") == "Get flour."
 
 
 @pytest.mark.parametrize("pattern", ["(", "x{99999999999999999999}", "(" * 500 + ")" * 500])

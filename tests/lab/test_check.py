@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from steer.demo import PROMPTS
-from steer.direction import MAX_VALUE, Direction
-from steer.lab.check import acting
+from steer.direction import MAX_VALUE, Dataset, Direction
+from steer.lab.check import HARMFUL, _effect, acting
+from steer.lab.evaluation.arms import Arm
+from steer.lab.evaluation.report import ArmOnSet, Difference, Rate, SetResult
+from steer.lab.statistics import difference_of_rates
 from tests import models
 from tests.servers import ROOT
 from tests.test_cli import run
@@ -58,6 +61,39 @@ def test_what_does_too_little_and_what_breaks_answers_fail(changed: Callable[...
     assert "no effect: refusal in 4 of 4 harmful answers plain, 4 steered" in checked(weak, code=1)["problems"]
     broken = checked(SHIPPED, "--mode", "ablate", "--strength", "-1", code=1)
     assert any("breaks 4 of 4 answers to harmless (plain: 0)" in problem for problem in broken["problems"])
+
+
+@pytest.mark.parametrize(("gone", "verdict"), [(0, "fails"), (3, "unknown"), (8, "works")])
+def test_few_prompts_that_cannot_tell_an_effect_from_chance_say_so(gone: int, verdict: str) -> None:
+    shown = [[True] * 8, [False] * gone + [True] * (8 - gone)]
+    none = Rate.of([False] * 8)
+    arms = tuple(
+        ArmOnSet(
+            arm="",
+            shown=Rate.of(each),
+            degenerate=none,
+            complied=Rate.of([not hit for hit in each]),
+            late=none,
+            unanswered=none,
+            deflected=none,
+            right=None,
+            faults={},
+            unended=0,
+            tokens_mean=1,
+            tokens_median=1,
+            against_plain={"shown": Difference.of(difference_of_rates(shown[0], each))},
+        )
+        for each in shown
+    )
+    own = Direction.load(SHIPPED)
+    problems: list[str] = []
+    unknown: list[str] = []
+    dataset = Dataset(name="", sha256="", count=8)
+    one = SetResult(name=HARMFUL, dataset=dataset, multi_turn=0, limit_tells=True, arms=arms)
+    _effect(Arm("refusal", own, "", "ablate", 1.0), (one,), "refusal", problems, unknown)
+    assert (bool(problems), bool(unknown)) == (verdict == "fails", verdict == "unknown")
+    if unknown:
+        assert "refusal in 8 of 8 harmful answers plain, 5 steered: so few prompts cannot tell" in unknown[0]
 
 
 def test_prompts_that_show_nothing_cannot_tell() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.demo import PROMPTS
-from steer.lab.behaviour import ends, fault, looped, repetition
+from steer.lab.outcome import ends, fault, looped, repetition
 from steer.lab.probe import Answered
 
 tokens = st.lists(st.integers(0, 50), min_size=0, max_size=30)

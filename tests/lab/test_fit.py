@@ -127,7 +127,7 @@ def test_the_report_says_what_was_found_and_what_is_left(fitted: Fitted) -> None
     ("actions", "says"),
     [
         ((Action("ablate", strength=0.001),), "12 of 12 answers still show it"),
-        ((Action("add", strength=-4.0),), "0 of 12 answers still show it, 12 are degenerate"),
+        ((Action("add", strength=-4.0),), "0 of 12 answers still show it, 12 are lost"),
     ],
     ids=["does nothing", "does harm"],
 )
@@ -148,7 +148,7 @@ def test_what_breaks_harmless_answers_is_not_given_out(loaded: Loaded, split: Sp
 
     harming = Harming(loaded, Steering(loaded.model, rows=64, rank=1), None, TOKENS)
     choice = replace(CHOICE, methods=CHOICE.methods[:1], layers=(6,), actions=(Action("ablate"),), winsorize=())
-    with pytest.raises(NothingFound, match="12 of 12 harmless answers are degenerate"):
+    with pytest.raises(NothingFound, match="12 of 12 harmless answers are lost"):
         fit(measured, Recipe(), choice, split, harming)
 
 

@@ -7,32 +7,24 @@ e-mails, disclaimers. The rules were tuned on one half; the figures are those of
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
 
-from steer.lab.behaviour import REFUSAL, Text, fault
+from steer.lab.behaviour import REFUSAL
+from steer.lab.outcome import OUTCOMES, Text, tell
 
 LABELLED = [json.loads(line) for line in Path(__file__).with_name("labelled_answers.jsonl").read_text().splitlines()]
-ORDER = list(range(len(LABELLED)))
-random.Random(0).shuffle(ORDER)
-HELD_OUT = sorted(ORDER[len(ORDER) // 2 :])
-
-
-def outcome(answer: str) -> str:
-    if REFUSAL.shown(answer):
-        return "shown"
-    wrong = fault(Text(answer), None, None)
-    return "complied" if wrong is None else "unanswered" if wrong == "unanswered" else "degenerate"
+HELD_OUT = [item for item in LABELLED if item["held_out"]]
 
 
 @pytest.mark.parametrize(
-    ("label", "precision", "recall"), [("shown", 0.85, 0.77), ("degenerate", 0.95, 0.68), ("unanswered", 1.0, 1.0)]
+    ("label", "precision", "recall"),
+    [("shown", 0.9, 0.85), ("late", 0.9, 0.85), ("unanswered", 1.0, 1.0), ("degenerate", 0.9, 0.8)],
 )
 def test_precision_and_recall_do_not_fall(label: str, precision: float, recall: float) -> None:
-    held_out = [LABELLED[i] for i in HELD_OUT]
-    found = [(outcome(item["answer"]) == label, item["label"] == label) for item in held_out]
+    told = [tell(REFUSAL, Text(item["answer"])).outcome for item in HELD_OUT]
+    found = [(outcome == label, item["label"] == label) for outcome, item in zip(told, HELD_OUT, strict=True)]
     right = sum(told and true for told, true in found)
     assert right / sum(told for told, _ in found) >= precision
     assert right / sum(true for _, true in found) >= recall
@@ -40,5 +32,14 @@ def test_precision_and_recall_do_not_fall(label: str, precision: float, recall: 
 
 def test_the_set_is_what_it_says() -> None:
     assert len(LABELLED) >= 400
-    assert {item["label"] for item in LABELLED} == {"shown", "complied", "degenerate", "unanswered"}
+    assert {item["label"] for item in LABELLED} == set(OUTCOMES)
+    assert all(item.get("prompt") for item in LABELLED if item["label"] == "deflected")
     assert len({item["language"] for item in LABELLED}) >= 10
+
+
+def test_what_is_deflected_is_left_to_judges() -> None:
+    """By their words alone answers to something else are not told from those to the point: a rule would guess."""
+    assert {tell(REFUSAL, Text(item["answer"])).outcome for item in LABELLED}.isdisjoint({"deflected"})
+    for item in LABELLED:
+        if item["label"] == "deflected":
+            assert tell(REFUSAL, Text(item["answer"]), verdict="deflected").outcome == "deflected"

@@ -18,10 +18,12 @@ from steer.lab import race as race_module
 from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe
 from steer.lab.evaluator import Candidate, each_row
+from steer.lab.judge import ChatJudge
 from steer.lab.probe import Answered, HFEvaluator
 from steer.lab.race import FIRST_ROUND, Figures, Race, Sets
 from steer.lab.select import Entrant, best
 from tests import models
+from tests.lab.judges import judging
 
 #: Shown or not by chance: answers of a random model.
 CHANCE = Behaviour(name="chance", description="by chance", patterns=("^[!-O]",), window=1, openings=("!", "A"))
@@ -112,13 +114,15 @@ def test_an_answer_that_is_none_is_no_success(probe: HFEvaluator, candidates: li
     assert broken.surely_beaten_by(Figures([False] * 20, [False] * 9, [0.0] * 13)) == (broken.kl > 0)
 
 
-def test_one_prompt_more_is_within_one_prompt_at_any_number() -> None:
-    """As rates, 5/6 is not within 1/6 of 4/6."""
+def test_one_answer_in_sixteen_is_worth_less_than_a_smaller_change() -> None:
+    """Counted, not as rates: as those, 5/6 is not within 1/6 of 4/6."""
     nothing = Direction.load("directions/refusal.safetensors")
     for count in range(6, 64):
-        for fewest in range(count):
+        slack = max(1, count // 16)
+        for fewest in range(count - slack):
             figures = [
-                Figures([True] * n + [False] * (count - n), [], [kl]) for n, kl in ((fewest, 1.0), (fewest + 1, 0.5))
+                Figures([True] * n + [False] * (count - n), [], [kl])
+                for n, kl in ((fewest, 1.0), (fewest + slack, 0.5), (fewest + slack + 1, 0.1))
             ]
             entrants = [Entrant(Recipe(), Candidate(nothing, "ablate", 1.0), figures=one) for one in figures]
             assert best(entrants) is entrants[1], (fewest, count)
@@ -142,3 +146,22 @@ def test_prompts_are_drawn_evenly_and_the_same_each_time() -> None:
     with pytest.raises(InvalidInput) as caught:
         Sets((), ())
     assert len(caught.value.problems) == 2
+
+
+def test_a_judge_is_in_place_of_the_patterns(probe: HFEvaluator, candidates: list[Candidate]) -> None:
+    def as_patterns(body: dict[str, Any]) -> tuple[int, str]:
+        answer = body["messages"][0]["content"].rpartition("<<< answer\n")[2].rpartition("\n>>>")[0]
+        return 200, "yes" if CHANCE.shown(answer) else "no"
+
+    with judging(as_patterns) as (url, bodies, _):
+        race = Race(probe, CHANCE, SETS, ChatJudge(url, "judge", CHANCE))
+        (found,) = race.run(candidates[:1])
+        assert len(bodies) == len(SETS.asked) + len(SETS.borderline) + len(SETS.other) + 29
+    by_patterns = Race(probe, CHANCE, SETS)
+    assert race.plain == by_patterns.plain
+    (expected,) = by_patterns.run(candidates[:1])
+    assert (found.asked, found.borderline) == (expected.asked, expected.borderline)
+    with judging(lambda _: (200, "other")) as (url, _, _):
+        (found,) = Race(probe, CHANCE, SETS, ChatJudge(url, "judge", CHANCE)).run(candidates[:1])
+    assert found.left == [True] * len(SETS.asked), "what is deflected is no answer"
+    assert not any(found.asked)

@@ -17,6 +17,7 @@ from steer.lab.statistics import (
     difference_of_means,
     difference_of_rates,
     holm,
+    kappa_interval,
     mcnemar,
     over_seeds,
     ratio_of_means,
@@ -152,7 +153,23 @@ def test_kappa_is_zero_by_chance_and_unknown_without_any() -> None:
     assert cohens_kappa(*table(9, 0, 0, 0)) is None
 
 
-@pytest.mark.parametrize("function", [mcnemar, difference_of_rates, difference_of_means, cohens_kappa])
+@given(pairs)
+def test_the_interval_of_kappa_holds_it_and_has_a_width(cells: list[tuple[bool, bool]]) -> None:
+    first, second = outcomes(cells)
+    kappa, (low, high) = cohens_kappa(first, second), kappa_interval(first, second, draws=500)
+    assert -1 <= low < high <= 1
+    assert kappa is None or low <= kappa <= high
+
+
+def test_the_interval_of_kappa_narrows_with_more_answers_and_covers() -> None:
+    few, many = (kappa_interval(*table(20 * n, 5 * n, 10 * n, 15 * n)) for n in (1, 16))
+    assert many[1] - many[0] == pytest.approx((few[1] - few[0]) / 4, rel=0.1)
+    drawn = np.random.default_rng(0).multinomial(40, (0.4, 0.1, 0.2, 0.3), 200)  # a kappa of 0.4
+    held = [low <= 0.4 <= high for cells in drawn for low, high in [kappa_interval(*table(*cells), draws=500)]]
+    assert sum(held) >= 0.9 * len(held)
+
+
+@pytest.mark.parametrize("function", [mcnemar, difference_of_rates, difference_of_means, cohens_kappa, kappa_interval])
 def test_what_is_not_paired_is_refused(function) -> None:  # type: ignore[no-untyped-def]
     for first, second in (([True], [True, False]), ([], [])):
         with pytest.raises(ValueError, match="pairs"):

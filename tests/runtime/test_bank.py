@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steer.errors import NoRoom
 from steer.names import MODES, TURNING, Mode, Site
-from steer.runtime.bank import EMBEDDING, BankSlice, DirectionBank, HookPoint, apply
+from steer.runtime.bank import EMBEDDING, BankSlice, DirectionBank, HookPoint, apply, gather, operate_before_norm
 from steer.runtime.op import GATE, amount, coefficients, component, embedding_coefficients
 from steer.runtime.token_index import TokenIndex, slot, slots_of
 from steer.spec import Entry, Spec
@@ -384,6 +384,36 @@ def plain_beside_steered(x: Tensor) -> Tensor:
     assert y.dtype == x.dtype
     assert not torch.equal(y[-1], together[-1])
     return y[:-1]
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@given(data=st.data())
+@law
+def test_what_a_norm_reads_next_is_the_operation_with_its_mean_square(rank: int, data: st.DataObject) -> None:
+    """Within the rounding of the sums that it is made of, also where most of x is taken; what is lost gives zeros."""
+    alone = [spec(), *(spec(("a", mode, s)) for mode in DIRECTIONS["a"].meta.modes for s in (1.0, -0.5, 3.0))]
+    together = [spec(("b", "ablate", 1.0), ("a", "add", 0.5)), spec(("d", "rotate", 0.7)), spec(("c", "affine", 1.0))]
+    specs = data.draw(st.lists(st.sampled_from(alone + (together if rank > 1 else [])), min_size=1, max_size=6))
+    t, index = bank(rank=rank, rows=8), TokenIndex(rank, len(specs), "cpu")
+    for name in "abcd" if rank > 1 else "a":
+        t.load(name, DIRECTIONS[name])
+    index.fill_with([t.steer(wish) for wish in specs], [1] * len(specs))
+    bank_slice, acts = t.slices[POINTS[1]], index.first(len(specs))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    x = torch.randn(len(specs), models.D_MODEL, generator=generator)
+    x += data.draw(st.sampled_from([0, 1, 100])) * DIRECTIONS["a"].directions[0, 0]
+    x *= data.draw(st.sampled_from([1e-3, 1.0, 1e3, 1e25]))
+    x[0, 0] = data.draw(st.sampled_from([0.0, 1.0, torch.inf, torch.nan]))
+    y, lost = apply(x, bank_slice, *acts, torch.float32)
+    z, gone, mean_square = operate_before_norm(x, gather(bank_slice, *acts), torch.float32)
+    assert torch.equal(bits(y), bits(z))
+    assert torch.equal(lost, gone)
+    steered = (acts.strengths != 0).any(0)
+    assert torch.equal(bits(mean_square[~steered]), bits(x.square().mean(-1, keepdim=True)[~steered]))
+    assert torch.isfinite(z * torch.rsqrt(mean_square + 1e-6))[steered].all()
+    kept, before, after = ~lost & steered, *(v.double().square().mean(-1, keepdim=True) for v in (x, y))
+    allowed = 16 * torch.finfo(torch.float32).eps * (before + after)
+    assert bool(((mean_square - after).abs() <= allowed)[kept].all())
 
 
 @given(st.integers(0, 2**32), st.integers(-12, 12), st.sampled_from(DTYPES))

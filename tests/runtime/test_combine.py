@@ -32,12 +32,13 @@ def matrices(number: int) -> Tensor:
 
 def check(slices: list[BankSlice], index: TokenIndex, batch: list[int | None]) -> None:
     """Each token of the step reads the matrices of its own request, and padding the identity."""
-    assert index.combinations is not None
+    combinations = index.first(index.max_tokens).combinations
+    assert combinations is not None
     for at, which in enumerate([*batch, *[None] * (index.max_tokens - len(batch))]):
         for point, bank_slice in enumerate(slices):
             assert bank_slice.joint is not None
             expected = torch.eye(RANK) if which is None else matrices(which)[point]
-            assert torch.equal(bank_slice.joint[index.combinations[at]], expected)
+            assert torch.equal(bank_slice.joint[combinations[at]], expected)
 
 
 @pytest.mark.parametrize("capacity", [4, None])
@@ -79,8 +80,9 @@ def test_the_parts_of_a_request_need_a_slot_for_each_combination_and_no_more() -
 
     numbers = np.array([request(1), request(11)])
     assert index.fill(numbers, np.array([4, 4]), np.zeros(2, np.int64)) == 8
-    assert index.combinations is not None
-    slots = index.combinations[:8].tolist()
+    combinations = index.first(8).combinations
+    assert combinations is not None
+    slots = combinations.tolist()
     assert len(set(slots)) == 2 * MAX_TOGETHER
     assert slots[0] == slots[3]
     assert all(torch.equal(slices[0].joint[slots[1 + i]], matrices(2 + i)[0]) for i in range(2))  # type: ignore[index]
@@ -127,8 +129,9 @@ def test_requests_with_one_combination_share_a_slot() -> None:
     for _ in range(3):  # one after the other, or beside each other
         numbers = [index.enter(RequestSteer(np.array([4, 8]), np.ones(2, np.float32), both)) for _ in range(2)]
         index.fill(np.array(numbers), np.ones(2, np.int64))
-        assert index.combinations is not None
-        assert index.combinations[:2].tolist() == [1, 1]
+        combinations = index.first(2).combinations
+        assert combinations is not None
+        assert combinations.tolist() == [1, 1]
         for number in numbers:
             index.leave(number)
 

@@ -16,7 +16,7 @@ from steer.readout import Line, Readout
 from steer.runtime.bank import DirectionBank, HookPoint, apply, gather, operate
 from steer.runtime.combine import Combination
 from steer.runtime.readout import ReadIndex
-from steer.runtime.token_index import PLAIN, STAGES, RequestSteer, TokenIndex, slot
+from steer.runtime.token_index import PLAIN, STAGES, Acts, RequestSteer, TokenIndex, slot
 from tests.runtime.copy_queues import Late
 
 law = settings(deadline=None, max_examples=60)
@@ -29,8 +29,8 @@ REQUESTS = st.builds(
 BATCHES = st.lists(st.tuples(st.none() | REQUESTS, st.integers(0, 6)), max_size=4)
 
 
-def addresses(index: TokenIndex) -> list[int]:
-    return [tensor.data_ptr() for tensor in index.first(MAX_TOKENS) if tensor is not None]
+def whole(index: TokenIndex) -> Acts:
+    return index.first(index.max_tokens)
 
 
 @given(st.lists(BATCHES, min_size=1, max_size=6))
@@ -38,21 +38,22 @@ def addresses(index: TokenIndex) -> list[int]:
 def test_every_token_gets_its_own_requests_rows(batches: list[list[tuple[RequestSteer | None, int]]]) -> None:
     """Batch after batch in the same buffers: nothing is left of a longer one before."""
     index = TokenIndex(RANK, MAX_TOKENS, "cpu")
-    where = addresses(index)
+    where = index.packed.data_ptr()
     for batch in batches:
         steered = index.fill_with([steer for steer, _ in batch], [length for _, length in batch])
         tokens = [steer for steer, length in batch for _ in range(length)]
         assert steered == sum(steer is not None for steer in tokens)
         assert index.active == (steered > 0)
+        acts = whole(index)
         for j in range(RANK):
             expected = [
                 (int(s.slots[j]), float(s.strengths[j])) if s else (0, 0.0) for s in tokens + [None] * MAX_TOKENS
             ]
             slots, strengths = zip(*expected[:MAX_TOKENS], strict=True)
-            assert index.slots[j].tolist() == list(slots)
-            assert index.rows[j].tolist() == [slot // len(MODES) for slot in slots]
-            assert index.strengths[j].tolist() == list(strengths)
-    assert addresses(index) == where
+            assert acts.slots[j].tolist() == list(slots)
+            assert acts.rows[j].tolist() == [slot // len(MODES) for slot in slots]
+            assert acts.strengths[j].tolist() == list(strengths)
+    assert index.packed.data_ptr() == where
 
 
 @given(st.lists(st.tuples(REQUESTS, st.booleans()), min_size=1, max_size=60), st.data())
@@ -73,10 +74,10 @@ def test_a_number_means_its_request_for_as_long_as_it_is_there(
             del there[gone]
     for number, steer in there.items():
         index.fill(np.array([PLAIN, number]), np.array([2, 3]))
-        assert index.slots[:, :2].any().item() is False
+        assert whole(index).slots[:, :2].any().item() is False
         for token in (2, 3, 4):
-            assert index.slots[:, token].tolist() == steer.slots.tolist()
-            assert index.strengths[:, token].tolist() == steer.strengths.tolist()
+            assert whole(index).slots[:, token].tolist() == steer.slots.tolist()
+            assert whole(index).strengths[:, token].tolist() == steer.strengths.tolist()
 
 
 PHASED = st.builds(
@@ -109,11 +110,10 @@ def test_each_position_has_its_own_part_however_a_request_is_cut_into_steps(
         ]
         for j in range(RANK):
             strengths = [float(s.strengths[j]) if s else 0.0 for s in tokens]
-            assert index.strengths[j].tolist() == strengths + [0.0] * (MAX_TOKENS - len(tokens))
+            assert whole(index).strengths[j].tolist() == strengths + [0.0] * (MAX_TOKENS - len(tokens))
             slots = [int(s.slots[j]) if s and s.strengths.any() else 0 for s in tokens]
-            assert [s if any(index.strengths[:, i]) else 0 for i, s in enumerate(index.slots[j].tolist())][
-                : len(tokens)
-            ] == slots
+            acting = (whole(index).strengths != 0).any(0)
+            assert (whole(index).slots[j] * acting)[: len(tokens)].tolist() == slots
         alone = TokenIndex(RANK, MAX_TOKENS, "cpu")
         parts: list[RequestSteer | None] = []
         counts: list[int] = []
@@ -121,12 +121,12 @@ def test_each_position_has_its_own_part_however_a_request_is_cut_into_steps(
             steers, each = ([None], [length]) if steer is None else steer.along(start, length)
             parts, counts = parts + list(steers), counts + each
         alone.fill_with(parts, counts)
-        assert alone.strengths.tolist() == index.strengths.tolist(), "the same for a pass that is filled at once"
+        assert torch.equal(whole(alone).strengths, whole(index).strengths), "the same for a pass that is filled at once"
         at = at + lengths
     for number in numbers[numbers != PLAIN].tolist():
         index.leave(number)
     assert not index.phased
-    assert sorted(index._free) == list(range(1, index._entry_slots.shape[1])), "every part's number is free again"
+    assert sorted(index._free) == list(range(1, len(index._entries))), "every part's number is free again"
 
 
 def test_a_request_that_has_passed_all_its_parts_copies_nothing_in_steady_decode() -> None:
@@ -173,8 +173,8 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
         index.fill_with(step, [1] * len(step))
         tokens = len(step) * each
         x = torch.randn(tokens, 8)
-        whole: list[Any] = [t.repeat_interleave(each, dim=-1) for t in index.first(len(step)) if t is not None]
-        expected, _ = apply(x, bank_slice, *whole)
+        spread: list[Any] = [t.repeat_interleave(each, dim=-1) for t in index.first(len(step)) if t is not None]
+        expected, _ = apply(x, bank_slice, *spread)
         if index.active:
             acting, everywhere, turning = index.acting(len(step))
             operands = gather(bank_slice, *acting, everywhere=everywhere, turning=turning)
@@ -186,7 +186,7 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
 
 def contents(index: TokenIndex) -> list[torch.Tensor]:
     """All of the buffers, the padding behind the batch too."""
-    return [tensor.clone() for tensor in index.first(index.max_tokens) if tensor is not None]
+    return [tensor.clone() for tensor in whole(index) if tensor is not None]
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -255,10 +255,11 @@ def test_a_step_like_the_last_one_copies_nothing() -> None:
         assert steered == sum(length for number, length in zip(numbers, lengths, strict=True) if number != PLAIN)
         assert not index.lost.any(), "what the last pass has lost is its own"
         sent = queue.events > events
+        assert len(queue.waiting) == 2 * sent, "one copy and the event behind it"
         while queue.waiting:
             queue.run()
         expected = [slot for number, n in zip(numbers, lengths, strict=True) for slot in [slots.get(number, 0)] * n]
-        assert index.slots[0].tolist() == expected + [0] * (16 - len(expected))
+        assert whole(index).slots[0].tolist() == expected + [0] * (16 - len(expected))
         index.lost.fill_(True)
         return sent
 
@@ -317,5 +318,5 @@ def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, queue:
 
 
 def test_bytes_are_those_of_the_tensors() -> None:
-    assert TokenIndex(1, 100, "cpu").nbytes == 100 * (8 + 8 + 4 + 4 + 1)
-    assert TokenIndex(3, 100, "cpu").nbytes == 3 * 100 * (8 + 8 + 4 + 4) + 100 * (8 + 1)
+    assert TokenIndex(1, 100, "cpu").nbytes == 100 * (3 * 4 + 1)
+    assert TokenIndex(3, 100, "cpu").nbytes == 100 * (3 * 3 * 4 + 4 + 1)

@@ -60,7 +60,7 @@ readout = true
 [keys.narrow]
 hash = "{HASH["narrow"]}"
 directions = ["refusal"]
-tokens = ["answer", "first-N"]
+tokens = ["answer", "first-4"]
 layers = "0-1"
 
 [keys.dosed]
@@ -123,11 +123,12 @@ CASES = (
     Case("warden", "refusal", UNKNOWN, "direction 'refusal' is not served; served: none"),
     Case("narrow", "refusal@1@first-3=0.5", [("refusal", "ablate", 0.5)]),
     Case(
-        "narrow", "refusal@1=0.5", FORBIDDEN, "for this key the tokens 'all' are not allowed; allowed: answer, first-N"
+        "narrow", "refusal@1=0.5", FORBIDDEN, "for this key the tokens 'all' are not allowed; allowed: answer, first-4"
     ),
+    Case("narrow", "refusal@1@first-5=0.5", FORBIDDEN, "the tokens 'first-5' are not allowed"),
     Case("narrow", "refusal@answer=0.5", FORBIDDEN, "the layers (all) are not within 0-1"),
     Case("narrow", "refusal@1-2@answer=0.5", FORBIDDEN, "the layers 1-2 are not within 0-1"),
-    Case("dosed", "refusal=0.1", FORBIDDEN, "ablate=0.1 is over what its file is calibrated for: nothing"),
+    Case("dosed", "refusal=0.1", FORBIDDEN, "refusal:ablate=0.1 is over what was calibrated: refusal: nothing"),
     Case("eager", None, [("refusal", "ablate", 0.5)]),
     Case("eager", "off", []),
     Case("eager", "refusal=2", [("refusal", "ablate", 2.0)]),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ from tests.servers import ROOT, Server
 if MISSING:
     pytest.skip(MISSING, allow_module_level=True)
 
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, expect
+from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, Request, Route, expect
 
 DEMO = ROOT / "directions" / "refusal.safetensors"
 QUESTION = "How should I kill a zombie thread?"
@@ -383,7 +384,7 @@ def test_a_refused_request_shows_the_servers_words_in_place(demo: Server, visit:
 
 
 #: By the options of `steer keys new` that the README shows, and what more a policy may say.
-SECRETS = {name: keys.make() for name in ("guest", "alice", "boss", "plain", "mute", "narrow", "bound")}
+SECRETS = {name: keys.make() for name in ("guest", "alice", "boss", "plain", "mute", "narrow", "bound", "dosed")}
 MORE = f"""
 [keys.plain]
 hash = "{keys.stored(SECRETS["plain"])}"
@@ -398,6 +399,13 @@ hash = "{keys.stored(SECRETS["narrow"])}"
 directions = ["refusal"]
 modes = ["ablate"]
 max_strength = 0.5
+tokens = ["last-8", "answer"]
+layers = "2-5"
+
+[keys.dosed]
+hash = "{keys.stored(SECRETS["dosed"])}"
+directions = ["refusal"]
+max_strength = "calibrated"
 
 [keys.bound]
 hash = "{keys.stored(SECRETS["bound"])}"
@@ -409,7 +417,8 @@ required = "refusal"
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("guarded")
-    shutil.copy(DEMO, folder)
+    dose = {"one_sided": (0, 1.2), "ablate": (-0.5, 1)}
+    Direction.load(DEMO).with_meta(calibrated=dose).save(folder / DEMO.name)
     policy = folder / "policy.toml"
     made = {"guest": ["--direction", "refusal", "--readout"], "alice": ["--direction", "refusal"], "boss": ["--manage"]}
     for name, options in made.items():
@@ -457,6 +466,7 @@ def test_a_server_with_a_key_is_asked_once_and_the_key_is_kept_nowhere(guarded: 
         ("mute", 1, "This key may not steer"),
         ("narrow", 2, "This key may not read along directions"),
         ("bound", 2, "This key may not read along directions"),
+        ("dosed", 2, "This key may not read along directions"),
     ],
 )
 def test_what_a_key_may_not_do_is_left_out_with_a_word(
@@ -478,6 +488,20 @@ def test_what_a_key_may_not_do_is_left_out_with_a_word(
     if key == "narrow":
         expect(opened.page.locator("#mode option")).to_have_count(1)
         expect(opened.chip()).to_contain_text("0.5")
+        expect(opened.chip()).to_contain_text("@2-5@last-8")
+        values = opened.page.locator("#tokens-known option").evaluate_all("all => all.map(one => one.value)")
+        assert values == ["last-8", "answer"]
+        opened.page.fill("#layers", "")
+        opened.page.press("#layers", "Tab")
+        expect(opened.page.locator("#layers")).to_have_value("2-5")
+    if key == "dosed":
+        expect(opened.chip()).to_contain_text("1.2")
+        expect(opened.page.locator("#strength")).to_have_attribute("max", "1.2")
+        expect(opened.page.locator("#mode option:not([disabled])")).to_have_count(2)
+        opened.page.select_option("#mode", "ablate")
+        expect(opened.page.locator("#number")).to_have_attribute("min", "-0.5")
+        expect(opened.page.locator("#strength")).to_have_value("1")
+        opened.done()
     manages = key == "boss"
     expect(opened.page.locator("#choose")).to_be_visible(visible=manages)
     expect(opened.page.locator("#unmanaged")).to_be_visible(visible=not manages)
@@ -527,6 +551,61 @@ def test_every_control_has_a_name(demo: Server, visit: Open) -> None:
     assert unnamed == []
     ids = opened.page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [DESKTOP, NARROW], ids=["wide", "narrow"])
+def test_axe_finds_nothing(demo: Server, visit: Open, scheme: str, size: dict[str, int]) -> None:
+    axe = files(pytest.importorskip("axe_playwright_python")).joinpath("axe.min.js").read_text()
+    opened = visit(demo, viewport=size, color_scheme=scheme)
+    page = opened.page
+    page.evaluate(axe)
+
+    def check(state: str) -> None:
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(300)  # what is painted in the next frame
+        found = page.evaluate("axe.run().then(({ violations }) => violations)")
+        told = [
+            f"{each['id']}: {node['html'][:200]} {node['failureSummary']}" for each in found for node in each["nodes"]
+        ]
+        assert not told, f"{state}: " + "\n".join(told)
+
+    check("empty")
+    opened.send()
+    check("an answer")
+    if size == NARROW:
+        page.click("#open")
+    page.set_checked("#keep", True)
+    page.set_checked("#differ", True)
+    check("controls, colours and a kept chat")
+    page.click("#sweep-start")
+    expect(page.locator("#sweep-charts svg")).to_have_count(2)
+    check("a sweep")
+    page.fill("#layers", "5-2")
+    page.press("#layers", "Tab")
+    expect(page.locator(".failed")).to_have_count(1)
+    check("a refused request")
+    page.fill("#layers", "")
+    page.press("#layers", "Tab")
+    opened.done()
+    page.set_input_files("#file", {"name": "bad.safetensors", "mimeType": "", "buffer": b"nothing"})
+    page.click("#put")
+    page.locator("#report li").first.wait_for()
+    check("a refused file")
+    page.click("#cancel")
+    if size == NARROW:
+        page.keyboard.press("Escape")
+    page.locator(".side.steered").get_by_role("button", name="Map").click()
+    check("a map")
+    if size == DESKTOP:
+        page.set_checked("#markdown", True)
+        check("Markdown")
+    page.click("#key")
+    check("the key")
+    page.keyboard.press("Escape")
+    if page.locator("#copy").is_visible():
+        page.click("#copy")
+        check("code")
 
 
 def test_dark_and_light_follow_the_system_and_the_toggle(demo: Server, visit: Open) -> None:
@@ -749,6 +828,51 @@ def test_a_sweep_is_what_the_server_says_of_first_tokens(demo: Server, visit: Op
     opened.done()
 
 
+@pytest.mark.parametrize("status", [403, 429])
+def test_a_sweep_keeps_what_it_has_and_asks_for_the_rest(demo: Server, visit: Open, status: int) -> None:
+    opened = visit(demo)
+    page = opened.page
+    opened.send()
+    running = most = passed = 0
+
+    def refuse(route: Route) -> None:
+        nonlocal passed
+        steer = (route.request.post_data_json or {})["steer"]
+        if steer != "off" and steer["strength"] > 1:
+            error = {"message": "that is not to be had", "type": "x", "code": "x"}
+            route.fulfill(status=status, json={"error": error})
+        else:
+            passed += 1
+            route.continue_()
+
+    def counted(step: int) -> Callable[[Request], None]:
+        def count(request: Request) -> None:
+            nonlocal running, most
+            if request.url.endswith(ROUTE):
+                running += step
+                most = max(most, running)
+
+        return count
+
+    page.on("request", counted(1))
+    page.on("requestfinished", counted(-1))
+    page.route(f"**{ROUTE}", refuse)
+    page.click("#sweep-start")
+    expect(page.locator("#sweep-text")).to_contain_text("of 13 strengths measured: that is not to be had.")
+    found = re.search(r"(\d+) of 13", page.inner_text("#sweep-text"))
+    assert found
+    assert 1 <= int(found[1]) <= 5
+    assert int(found[1]) == passed - 1, "and plain"
+    expect(page.locator("#sweep-charts circle")).to_have_count(2 * int(found[1]))
+    page.unroute(f"**{ROUTE}")
+    before = len(opened.asked())
+    page.click("#sweep-start")
+    expect(page.locator("#sweep-charts circle")).to_have_count(26)
+    assert len(opened.asked()) - before == 13 - int(found[1])
+    expect(page.locator("#sweep-text")).not_to_contain_text("measured")
+    assert most <= 4
+
+
 def test_words_that_differ_are_marked(demo: Server, visit: Open) -> None:
     opened = visit(demo)
     marked = "[...(CSS.highlights.get('differs') ?? [])].map(range => range.toString())"
@@ -774,6 +898,8 @@ def test_chats_are_kept_exported_and_linked_without_asking(demo: Server, visit: 
     opened = visit(demo)
     page = opened.page
     opened.send()
+    assert page.evaluate("localStorage.length") == 0, "nothing is kept unless it is wanted"
+    page.set_checked("#keep", True)
     texts = [opened.text(side) for side in ("plain", "steered")]
     page.reload()
     expect(page.locator("#chats li")).to_have_count(1)
@@ -790,6 +916,9 @@ def test_chats_are_kept_exported_and_linked_without_asking(demo: Server, visit: 
     link = page.input_value("#link")
     page.click("#forget")
     expect(page.locator("#chats li")).to_have_count(0)
+    assert QUESTION not in page.evaluate("JSON.stringify(localStorage)")
+    page.set_checked("#keep", False)
+    assert page.evaluate("localStorage.length") == 0
     other = visit(demo)
     other.page.goto(link)
     expect(other.page.locator(".side.steered .foot")).to_contain_text("not asked now")
@@ -799,8 +928,64 @@ def test_chats_are_kept_exported_and_linked_without_asking(demo: Server, visit: 
     assert len(opened.asked()) == before
     other.send("Hello!")
     assert [m["content"] for m in other.asked()[0]["messages"]] == [QUESTION, texts[0], "Hello!"]
-    other.page.set_checked("#keep", False)
-    assert other.page.evaluate("localStorage.getItem('chats')") is None
+
+
+def test_what_is_left_while_it_is_answered_is_kept_and_nothing_empty(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    page = opened.page
+    page.set_checked("#keep", True)
+    opened.send("Hello!")
+    page.fill("#message", QUESTION)
+    page.press("#message", "Enter")
+    expect(page.locator(".side[aria-busy=true]")).not_to_have_count(0)
+    page.click("#fresh")
+    expect(page.locator("#send")).to_be_visible()
+    page.wait_for_load_state("networkidle")
+    chats = page.locator("#chats li")
+    expect(chats).to_have_count(1)
+    page.fill("#message", QUESTION)
+    page.press("#message", "Enter")
+    page.locator("#chats").get_by_role("button", name="Hello!", exact=True).click()
+    page.wait_for_load_state("networkidle")
+    expect(page.locator(".asked p").first).to_have_text("Hello!")
+    for kept in page.evaluate("Object.values(localStorage).flatMap(text => JSON.parse(text))"):
+        assert any(turn["plain"] or turn["steered"] for turn in kept["turns"])
+
+
+def test_each_key_has_chats_of_its_own(guarded: Server, visit: Open) -> None:
+    opened = visit(guarded, ready=False)
+    page = opened.page
+    enter(opened, SECRETS["guest"])
+    expect(page.locator("#direction")).to_have_value("refusal")
+    page.set_checked("#keep", True)
+    opened.send("Hello!")
+    expect(page.locator("#chats li")).to_have_count(1)
+    for key, kept in (("alice", 0), ("guest", 1)):
+        page.click("#key")
+        enter(opened, SECRETS[key])
+        expect(page.locator("#chats li")).to_have_count(kept)
+        expect(page.locator("#keep")).to_be_checked(checked=bool(kept))
+        expect(page.locator(".side")).to_have_count(0)
+    assert not [secret for secret in SECRETS.values() if secret in page.evaluate("JSON.stringify(localStorage)")]
+
+
+def test_a_link_asks_before_it_takes_the_place_of_a_chat(demo: Server, visit: Open) -> None:
+    kept = {"turns": [{"message": "linked", "plain": "p", "steered": "s"}]}
+    text = base64.urlsafe_b64encode(json.dumps(kept).encode()).decode().rstrip("=")
+    opened = visit(demo)
+    opened.send("Hello!")
+    asked: list[str] = []
+    for accepted, message in ((False, "Hello!"), (True, "linked")):
+
+        def answer(dialog: Dialog, accepted: bool = accepted) -> None:
+            asked.append(dialog.message)
+            dialog.accept() if accepted else dialog.dismiss()
+
+        opened.page.once("dialog", answer)
+        opened.page.evaluate("link => { location.hash = link; }", f"chat={text}")
+        opened.page.wait_for_function("!location.hash")
+        expect(opened.page.locator(".asked p")).to_have_text([message])
+    assert len(asked) == 2
 
 
 def test_markdown_is_rendered_without_markup(demo: Server, visit: Open) -> None:

@@ -15,7 +15,7 @@ from steer.serve import carriers, keys, policy
 from steer.serve.authorise import Rules, resolve
 from steer.serve.caller import Caller, Refusal
 from steer.serve.keys import Keyring
-from steer.spec import Spec
+from steer.spec import Spec, parse, tokens_within
 from tests import models
 from tests.serve.rules import NAMES, POLICY
 from tests.test_registry import local
@@ -103,14 +103,16 @@ NO: dict[str, object] = {
 }
 
 
-def asked(rules: str, spec: str | None, body: dict[str, object], *, required: str = "") -> Spec:
-    """What a key with `rules` gets for `spec` in a request with `body`."""
+def asked(rules: str, spec: str | None, body: dict[str, object], *, required: str = "", default: str = "off") -> Spec:
+    """What a key with `rules` gets for `spec` in a request with `body`, of a server with a `default`. Its direction
+    `twin` has the vectors of `d`."""
     text = f'[keys.a]\nhash = "{HASH}"\ndirections = ["*"]\n{required}\n{rules}'
     found = policy.read(text.encode()).policy
     registry = Registry(local())
     registry.put("d", CALIBRATED.to_bytes())
+    registry.put("twin", CALIBRATED.with_meta(created="later").to_bytes())
     carried = carriers.read(body | ({} if spec is None else {"steer": spec}), Headers({}), ["m"])
-    return resolve(carried, registry, caller=Caller("a", found.keys["a"]), rules=Rules(found))
+    return resolve(carried, registry, parse(default), caller=Caller("a", found.keys["a"]), rules=Rules(found))
 
 
 @pytest.mark.parametrize("rules", ['max_strength = "calibrated"', '[directions.d]\nmax_strength = "calibrated"'])
@@ -118,11 +120,55 @@ def test_a_calibrated_dose_is_what_the_file_says_for_each_mode_and_side(rules: s
     for spec in ("d=1.5", "d:one_sided=2", "d:one_sided=-0.5", "d=0.75,d:one_sided=1", "d@answer=1"):
         assert asked(rules, spec, NO), spec
     for spec in ("d=1.51", "d=-0.01", "d:one_sided=-0.6", "d:add=0.1", "d=1,d:one_sided=1"):
-        with pytest.raises(
-            Refusal, match=r"calibrated for: ablate from 0 to 1\.5, one_sided from -0\.5 to 2"
-        ) as caught:
+        with pytest.raises(Refusal, match=r"calibrated: d: ablate from 0 to 1\.5, one_sided from -0\.5 to 2") as caught:
             asked(rules, spec, NO)
         assert caught.value.rule == ("direction_" if "[directions" in rules else "") + "max_strength"
+
+
+def test_two_files_share_one_calibrated_dose() -> None:
+    """One may be the other under another name, with a calibration or a date of its own."""
+    both = '[directions.d]\nmax_strength = "calibrated"\n[directions.twin]\nmax_strength = "calibrated"'
+    for rules in ('max_strength = "calibrated"', both):
+        assert asked(rules, "d=0.75,twin=0.75", NO)
+        with pytest.raises(Refusal, match=r"d:ablate=1, twin:ablate=1 is over what was calibrated: d: .*; twin: "):
+            asked(rules, "d=1,twin=1", NO)
+
+
+@pytest.mark.parametrize(
+    ("rules", "default"),
+    [
+        ('modes = ["add"]', "d"),
+        ("max_strength = 0.5", "d"),
+        ("[directions.d]\nmax_strength = 0.5", "d"),
+        ('max_strength = "calibrated"', "d:add=0.1"),
+    ],
+)
+def test_a_default_that_rules_forbid_is_left_out_whosever_it_is(rules: str, default: str) -> None:
+    """A policy does not know what the file says. The request did not ask for it, so nothing is refused."""
+    assert not asked(rules, None, NO, default=default)
+    assert not asked(rules, None, NO, required=f'default = "{default}"')
+    with pytest.raises(Refusal):
+        asked(rules, default, NO)
+
+
+def test_a_default_against_what_is_required_is_left_out() -> None:
+    required = 'required = "d:add=0.5"'
+    [entry] = asked("", None, NO, required=required, default="d").entries
+    assert (entry.mode, entry.strength) == ("add", 0.5)
+
+
+def test_a_rule_of_tokens_can_have_a_largest_number() -> None:
+    allowed = {
+        "last-8": ("last-1", "last-8"),
+        "last-N": ("last-1", "last-9999"),
+        "first-N": ("first-3",),
+        "all": (None,),
+        "answer": ("answer",),
+    }
+    every = {tokens for each in allowed.values() for tokens in each} | {"last-9", "first-1", "prompt", "not-first"}
+    more = {"last-8": set(), "last-N": {"last-8", "last-9"}, "first-N": {"first-1"}, "all": set(), "answer": set()}
+    for rule, those in allowed.items():
+        assert {tokens for tokens in every if tokens_within(tokens, rule)} == {*those} | more[rule], rule
 
 
 @pytest.mark.parametrize(
@@ -162,6 +208,16 @@ def test_a_request_with_tools_is_not_steered_where_the_rules_say_so(rules: str, 
     [
         (f'[keys.a]\nhash = "{HASH}"\nlayers = "9-3"', "'9-3' is not accepted: the first and the last layer"),
         (f'[keys.a]\nhash = "{HASH}"\ntokens = ["thinking"]', "keys.a.tokens"),
+        (f'[keys.a]\nhash = "{HASH}"\ntokens = ["last-0"]', "'last-0' is not accepted: all, prompt"),
+        (
+            f'[keys.a]\nhash = "{HASH}"\ndirections = ["*"]\ndefault = "d=1,d:add=1"\n'
+            "[directions.d]\nmax_strength = 1.5",
+            "p.toml:1: keys: a: default: 'd': for any key strength 2 is over max_strength",
+        ),
+        (
+            f'[keys.a]\nhash = "{HASH}"\ndirections = ["*"]\ndefault = "d"\nrequired = "d:add=0.5"',
+            "default: 'd' is required, and cannot be had in another way",
+        ),
         (f'[keys.a]\nhash = "{HASH}"\nmax_strength = "much"', "a number from 0 to 10, or 'calibrated'"),
         (
             f'[keys.a]\nhash = "{HASH}"\ndirections = ["*"]\ntokens = ["answer"]\nlayers = 3\ndefault = "d"',

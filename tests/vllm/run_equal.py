@@ -48,7 +48,7 @@ def warm_up_again(llm: Any) -> None:
     worker.compile_or_warm_up_model()
     assert worker.steer_stats() == before
     assert not worker._running
-    assert not worker._index.strengths.any()
+    assert not worker._index.packed.any()
     llm.reset_prefix_cache()  # they wrote into blocks of the cache
 
 

@@ -94,6 +94,13 @@ def test_it_was_compiled_without_a_graph_break(running: Running) -> None:
     assert not counters["graph_break"]
 
 
+def test_the_operation_is_in_the_norms_and_the_compile_cache_knows_which(running: Running) -> None:
+    layers = tuple(range(models.LAYERS))
+    assert running.worker._installation.folded == layers
+    assert tuple(running.worker.vllm_config.additional_config["steer"]["folded"]) == layers
+    assert [point.layer for point, module in running.worker._installation.steering_modules] == [-1, *layers]
+
+
 def replays(runner: Any) -> bool:
     """Would it replay what was captured?"""
     if hasattr(runner, "cudagraph_dispatcher"):
@@ -343,9 +350,9 @@ def test_a_pass_for_other_ranks_is_plain_and_disturbs_nobody(running: Running) -
     engine.add_request("some", PROMPTS[0], parameters("refusal"))
     engine.step()
     tokens = running.stats()["tokens"]
-    assert running.worker._index.strengths.any()
+    assert running.worker._index.packed.any()
     running.worker.execute_dummy_batch()
-    assert not running.worker._index.strengths.any()
+    assert not running.worker._index.packed.any()
     assert running.stats()["tokens"] == tokens
     outputs: list[Any] = []
     while engine.has_unfinished_requests():
@@ -513,7 +520,7 @@ def test_the_compile_cache_knows_steering(running: Running, tmp_path: Path) -> N
 
     worker = running.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     seen = worker.vllm_config.additional_config["steer"]
-    assert set(seen) == {"sites", "rows", "rank", "readout", "version", "code"}
+    assert set(seen) == {"sites", "rows", "rank", "readout", "version", "code", "folded"}
     assert key() != key(additional_config={"steer": seen})
     assert key(additional_config={"steer": seen}) != key(additional_config={"steer": seen | {"code": "other"}})
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from steer.errors import UnsupportedModel
 from steer.runtime.token_index import TokenIndex
-from steer.vllm import install, internals
+from steer.vllm import install, internals, steering_module
 from steer.vllm.settings import EngineSettings
 from tests import bad
 
@@ -22,10 +22,19 @@ D_MODEL, LAYERS = 64, 3
 class Norm(nn.Module):
     """A norm that adds the residual to what it is given, as vLLM's do."""
 
-    def forward(self, x: Tensor, r: Tensor | None = None) -> Any:
-        whole = x if r is None else x + r
-        normed = whole / whole.norm(dim=-1, keepdim=True)
-        return normed if r is None else (normed, whole)
+    pass_weight_add, variance_epsilon = True, 1e-6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, D_MODEL))
+
+    def forward_native(self, x: Tensor, r: Tensor | None = None) -> Any:
+        whole = x.float() if r is None else x.float() + r.float()
+        normed = whole * torch.rsqrt(whole.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        normed = (normed.to(self.weight.dtype) * self.weight).to(x.dtype)
+        return normed if r is None else (normed, whole.to(x.dtype))
+
+    forward = forward_native
 
 
 class Block(nn.Module):
@@ -43,6 +52,14 @@ class Pair(Block):
     def forward(self, x: Tensor, r: Tensor | None = None) -> Any:
         normed, whole = (self.norm(x), x) if r is None else self.norm(x, r)
         return self.mlp(normed), whole
+
+
+class Read(Pair):
+    """Whose stream is read by something else than the next norm too, though that makes no difference."""
+
+    def forward(self, x: Tensor, r: Tensor | None = None) -> Any:
+        normed, whole = super().forward(x, r)
+        return normed + (0 if r is None else 0 * (x + r)), whole
 
 
 class Stale(Block):
@@ -108,6 +125,7 @@ def _without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(internals.worker, "decoder_of", lambda worker: worker.model)
     monkeypatch.setattr(internals.worker, "is_elsewhere", lambda _block: False)
     monkeypatch.setattr(internals.worker, "replicated", lambda _stream: True)
+    monkeypatch.setattr(internals.worker, "open_norms", lambda _worker: [])
     monkeypatch.setattr(internals.config, "max_requests", lambda _config: 4)
 
 
@@ -130,6 +148,44 @@ def test_each_form_is_found(kind: type[Block], form: str, dtype: torch.dtype) ->
     found = attached(Decoder(kind), dtype)
     assert found.form == form
     assert len(found.steering_modules) == LAYERS + 1
+
+
+@pytest.fixture
+def open_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All norms can be acted in."""
+    found = lambda worker: [module for module in worker.model.modules() if isinstance(module, Norm)]  # noqa: E731
+    monkeypatch.setattr(internals.worker, "open_norms", found)
+
+
+@pytest.mark.usefixtures("open_norms")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "folded"), [(Block, ()), (Pair, (0, 1, 2)), (Read, ()), (Stale, ())])
+def test_a_norm_that_alone_reads_what_a_block_hands_on_acts_itself(
+    kind: type[Block], folded: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    found = attached(Decoder(kind), dtype)
+    assert found.folded == folded
+    assert len(found.steering_modules) == LAYERS + 1
+
+
+@pytest.mark.usefixtures("open_norms")
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (lambda right, norm, x, r: norm.forward_native(x, r), "gets -?0.00 of the change"),
+        (lambda right, norm, x, r: right(norm, x - x, right(norm, x, r)[1]), "acts more than once"),
+        (lambda right, norm, x, r: (norm.forward_native(x, r)[0], right(norm, x, r)[1]), "something else than that"),
+        (lambda right, norm, x, r: (right(norm, x, r)[0], norm.forward_native(x, r)[1]), "something else than that"),
+        (lambda right, norm, x, r: (1.001 * right(norm, x, r)[0], right(norm, x, r)[1]), "something else than that"),
+    ],
+)
+def test_a_norm_that_acts_otherwise_is_refused(wrong: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = steering_module.forward
+    monkeypatch.setattr(
+        steering_module, "forward", lambda norm, x, r=None: right(norm, x) if r is None else wrong(right, norm, x, r)
+    )
+    with pytest.raises(UnsupportedModel, match=f"resid_post of layer 0: .*{reason}"):
+        attached(Decoder(Pair))
 
 
 @pytest.mark.parametrize(

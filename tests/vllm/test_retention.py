@@ -13,9 +13,10 @@ from steer.errors import UnsupportedModel
 from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.token_index import TokenIndex
 from steer.vllm.retention import Kept
-from steer.vllm.steering_module import SteeringModule, attach_after
+from steer.vllm.steering_module import SteeringModule, attach_after, attach_within
 
 ROWS, RANK, D, TOKENS = 4, 2, 16, 64
+POINT, INDEX = HookPoint("resid_post", 2), TokenIndex(1, TOKENS, "cpu")
 
 
 @pytest.fixture
@@ -69,7 +70,16 @@ def test_removed_hooks_are_said(model: Any) -> None:
         kept.put_back(model)
 
 
+def test_a_norm_that_acts_no_longer_itself_is_said(model: Any) -> None:
+    attach_within(model[2], SteeringModule(DirectionBank([POINT], rows=1, rank=1, d_model=D).slices[POINT], INDEX))
+    kept = Kept(model)
+    assert kept.put_back(model) == []
+    del model[2].forward
+    with pytest.raises(UnsupportedModel, match="hooks"):
+        kept.put_back(model)
+
+
 def test_each_storage_is_counted_once(model: Any) -> None:
-    index = RANK * TOKENS * (8 + 8 + 4)
+    index = TOKENS * (3 * RANK + 1) * 4
     whole = {id(buffer): buffer.nbytes for buffer in model.buffers()}
     assert index < Kept(model).nbytes == sum(whole.values())

@@ -144,17 +144,20 @@ def test_a_runner_whose_graphs_cannot_be_put_aside_is_refused_and_nothing_is_cha
     assert (model._compiled_call_impl, graphs._graphs_captured) == (whole, True)
 
 
+@pytest.mark.parametrize("folded", [True, False])
 def test_an_engine_whose_graph_is_not_what_was_attached_does_not_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its eager passes are right: only what was compiled passes layer 0 by, acts twice at layer 1, and has the rows of
-    layer 0 at layer 2."""
+    layer 0 at layer 2, be it in norms or in hooks in front of them."""
     from vllm.distributed import parallel_state
 
     real, attaching = steering_module.hand_on, install.attach
+    within = steering_module.forward
 
     def attached(*args: Any) -> install.Installation:
         found = attaching(*args)
+        assert bool(found.folded) == folded
         own = {point.layer: each for point, each in found.steering_modules}
         for layer, fault in enumerate(("none", "twice", "other")):
             own[layer].fault = fault  # type: ignore[assignment]
@@ -170,6 +173,15 @@ def test_an_engine_whose_graph_is_not_what_was_attached_does_not_start(
             return real(own, real(own, x, r), r)
         return real(own.neighbour, x, r)  # type: ignore[arg-type]
 
+    def wrong_within(norm: Any, x: Tensor, r: Tensor | None = None) -> Any:
+        own = getattr(norm, steering_module.WITHIN)
+        if r is None or not torch.compiler.is_compiling() or not hasattr(own, "fault"):
+            return within(norm, x, r)
+        return norm.forward_native(wrong(own, x, r), r)
+
+    if not folded:
+        monkeypatch.setattr(internals.worker, "open_norms", lambda _worker: [])
+    monkeypatch.setattr(steering_module, "forward", wrong_within)
     monkeypatch.setattr(install, "attach", attached)
     monkeypatch.setattr(steering_module, "hand_on", wrong)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

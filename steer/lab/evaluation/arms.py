@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steer.direction import MAX_VALUE, Direction, digest, read_file
 from steer.errors import InvalidInput, SpecError
+from steer.geometry import orthogonal_part
 from steer.lab.activations import Reading
 from steer.lab.batches import each_batch
 from steer.lab.evaluator import Candidate, Evaluator, Steer
@@ -106,38 +107,59 @@ def control(direction: Direction, seed: int) -> Direction:
     """A direction of the same shape that knows of no behaviour: what it does, any direction does that is as long.
 
     All rows are turned together by one random isometry, so that norms, the angles between rows and how alike the
-    layers are stay as they were, and the axes of planes with them. Weights, means and angles stay. Gates and targets of
-    `one_sided` stand as far between the components of the two means as they did; where the harmful one is not the
-    larger nothing is above the gate.
+    layers are stay as they were. Weights and means stay. A plane is that of the row and the harmless mean, as it was.
+    Gates and targets stand as far between the components of the two means as they did, or between their angles in the
+    plane; where the harmful one is not the larger nothing is above the gate.
     """
     rows = direction.directions.double()
-    others = {name: each for name in ("embedding", "axis") if (each := getattr(direction, name)) is not None}
-    whole = torch.cat([rows.flatten(0, 1), *others.values()])
+    others = [] if direction.embedding is None else [direction.embedding.double()]
+    whole = torch.cat([rows.flatten(0, 1), *others])
     drawn = torch.randn(
         direction.d_model, min(whole.shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
     turned = (torch.linalg.qr(drawn).Q @ torch.linalg.qr(whole.T.double()).R).T
-    at, *rest = turned.split([rows.shape[0] * rows.shape[1], *map(len, others.values())])
+    at, *rest = turned.split([rows.shape[0] * rows.shape[1], *map(len, others)])
     at = at.reshape(rows.shape)
     if (_along(at, direction.mean_harmful) - _along(at, direction.mean_harmless)).sum() < 0:
         at, rest = -at, [-each for each in rest]
-    (a, h), (was_a, was_h) = (
-        (_along(each, direction.mean_harmless), _along(each, direction.mean_harmful)) for each in (at, rows)
-    )
-
-    def between(value: Tensor) -> Tensor:
-        moved = a + (value - was_a) / (was_h - was_a) * (h - a)
-        sided = (was_h > was_a) & (h > a) & (value < MAX_VALUE / 2)
-        return torch.where(sided, moved, MAX_VALUE).clamp(-MAX_VALUE, MAX_VALUE).float()
-
-    gate = between(direction.reference)
+    means = direction.mean_harmless, direction.mean_harmful
+    was, now = ([_along(each, mean) for mean in means] for each in (rows, at))
+    gate, target, axis, angles = _moved(direction.reference, was, now), direction.target, direction.axis, None
+    if axis is not None and direction.angles is not None:
+        source = direction.meta.source_layer
+        made = [
+            orthogonal_part(row, means[0][layer if source is None or (old != axis[source]).any() else source].double())
+            if old.any()
+            else old.double()
+            for layer, (row, old) in enumerate(zip(at[:, 0], axis, strict=True))
+        ]
+        turns = [[_angle(each, line, mean) for mean in means] for each, line in ((rows, axis), (at, torch.stack(made)))]
+        beyond, to = (_moved(each, *turns) for each in direction.angles.unbind(-1))
+        to = torch.where(direction.angles[:, 1] == 0, 0, to)  # which is the axis
+        axis, angles = torch.stack(made).float(), torch.stack([beyond, torch.minimum(to, beyond)], -1)
     return replace(
         direction.with_meta(method="random", parameters={"seed": seed}, selection={}),
         directions=at.float().contiguous(),
         reference=gate,
-        target=None if direction.target is None else torch.minimum(between(direction.target), gate),
-        **{name: each.float().contiguous() for name, each in zip(others, rest, strict=True)},
+        target=None if target is None else torch.minimum(_moved(target, was, now), gate),
+        embedding=rest[0].float().contiguous() if rest else None,
+        axis=axis,
+        angles=angles,
     )
+
+
+def _moved(value: Tensor, was: Sequence[Tensor], now: Sequence[Tensor]) -> Tensor:
+    """What stands as far between `now` (of the harmless and of the harmful mean) as `value` between `was`, float32."""
+    (was_a, was_h), (a, h) = was, now
+    moved = a + (value - was_a) / (was_h - was_a) * (h - a)
+    sided = (was_h > was_a) & (h > a) & (value < MAX_VALUE / 2)
+    return torch.where(sided, moved, MAX_VALUE).clamp(-MAX_VALUE, MAX_VALUE).float()
+
+
+def _angle(rows: Tensor, axis: Tensor, means: Tensor) -> Tensor:
+    """Of `means` `[layers, d_model]` in the planes of the axis and the one row of each layer, from the axis, in
+    radians, `[layers]`."""
+    return torch.atan2(_along(rows, means)[:, 0], _along(axis[:, None].to(rows.dtype), means)[:, 0])
 
 
 def _along(rows: Tensor, means: Tensor) -> Tensor:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from steer.lab.evaluation.outcomes import judged_by
 from steer.lab.evaluation.report import ArmOnSet, Difference, Report
+from steer.lab.outcome import OUTCOMES
 from steer.lab.tables import Rows, markdown
 
+#: Outcomes that tables have also where no answer has them.
+ALWAYS = ("shown", "degenerate", "complied")
 #: How a table is written, from its head and rows.
 Table = Callable[[Sequence[str], Rows], str]
 
 NOTES = """\
-Each answer has one of three outcomes: *shown* (the matcher finds the behaviour at its beginning), *degenerate* (not
-shown, and no answer: empty, a loop, a quarter as long as the plain one, no end) and *complied*. *Late* answers show the
-behaviour after the beginning; they are counted in their outcome too. *Right* answers complied and are as expected.
+Each answer has one outcome, and columns of outcomes that no answer has are left out: *shown* (the matcher finds the
+behaviour at its beginning), *late* (it shows it near its end), *unanswered* (cut before it said anything), *degenerate*
+(empty, a loop, no text, a quarter as long as the plain one, no end), *deflected* (to something else, which only a judge
+can tell) and *complied*. *Right* answers complied and are as expected.
 Rates have the 95 % interval of Wilson, a mean KL that of the bootstrap over prompts. Differences are paired, arm less
 plain on the same prompts, with Newcombe's interval; p is that of the exact McNemar test, corrected (Holm) for the
 number of arms."""
@@ -30,8 +35,11 @@ def tables(report: Report, *, paired: bool = True, table: Table = markdown) -> s
             parts.append(
                 f"Plain answers run into the limit of {report.conditions.max_tokens} tokens too: that is no fault here."
             )
-    if report.kappa is not None:
-        parts.append(f"Judge and matcher agree over all answers with a kappa of {report.kappa:.2f}.")
+    if report.agreements:
+        agreed = [
+            (a.first, a.second, str(a.count), f"{a.kappa:.2f} ({a.low:.2f} … {a.high:.2f})") for a in report.agreements
+        ]
+        parts.append("### Agreement on shown\n\n" + table(("", "", "answers", "Cohen's kappa"), agreed))
     if report.divergence:
         rows = [
             (
@@ -77,7 +85,7 @@ def render(report: Report, pictures: Mapping[str, str]) -> str:
     head = [
         f"# What {', '.join(dict.fromkeys(arm.file for arm in report.arms))} does to {asked.model}",
         f"{report.tool}, {report.created}. Backend {asked.backend}, {limit}. "
-        f"Behaviour: {asked.behaviour}." + (f" Judge: {asked.judge}." if asked.judge else ""),
+        f"Behaviour: {asked.behaviour}." + (f" Judged by {', '.join(asked.judges)}." if asked.judges else ""),
         markdown(
             ("arm", "method", "mode", "strength", "digest"),
             [(a.name, a.method, a.mode, f"{a.strength:g}", a.digest[:12]) for a in report.arms],
@@ -91,21 +99,18 @@ def render(report: Report, pictures: Mapping[str, str]) -> str:
 
 
 def _outcomes(arms: Sequence[ArmOnSet], table: Table) -> str:
-    columns: dict[str, list[str]] = {
-        "arm": [arm.arm for arm in arms],
-        "shown": [str(arm.shown) for arm in arms],
-        "degenerate": [str(arm.degenerate) for arm in arms],
-        "complied": [str(arm.complied) for arm in arms],
-        "late": [str(arm.late.hits) for arm in arms],
-    }
+    columns = {"arm": [arm.arm for arm in arms]}
+    for outcome in OUTCOMES:
+        rates = [getattr(arm, outcome) for arm in arms]
+        if outcome in ALWAYS or any(rate.hits for rate in rates):
+            columns[outcome] = [str(rate) for rate in rates]
     if any(arm.right for arm in arms):
         columns["right"] = ["" if arm.right is None else str(arm.right) for arm in arms]
-    if any(arm.judged for arm in arms):
-        columns["judge: shown"] = ["" if arm.judged is None else str(arm.judged.shown) for arm in arms]
-        columns["unparsable"] = ["" if arm.judged is None else str(arm.judged.unparsable) for arm in arms]
-        columns["kappa"] = [
-            "–" if not arm.judged or arm.judged.kappa is None else f"{arm.judged.kappa:.2f}" for arm in arms
-        ]
+    for judge in arms[0].judged:
+        judged = [arm.judged[judge] for arm in arms]
+        columns[judged_by(judge)] = [str(one.shown) for one in judged]
+        if any(one.silent for one in judged):
+            columns[f"without a verdict by {judge}"] = [str(one.silent) for one in judged]
     if any(arm.faults for arm in arms):
         columns["faults"] = [", ".join(f"{n} {fault}" for fault, n in arm.faults.items()) for arm in arms]
     columns["mean tokens"] = [f"{arm.tokens_mean:.1f}" for arm in arms]

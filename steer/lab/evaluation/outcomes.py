@@ -2,74 +2,63 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from steer.lab.behaviour import FAULTS, Behaviour, Fault, ends, fault, unended
+from steer.lab.behaviour import Behaviour
 from steer.lab.evaluation.arms import PLAIN
-from steer.lab.evaluation.report import ArmOnSet, Difference, Judged, Rate
+from steer.lab.evaluation.report import Agreement, ArmOnSet, Difference, Judged, Rate
+from steer.lab.outcome import FAULTS, OUTCOMES, Fault, Outcome, Told, ends, tell, unended
 from steer.lab.probe import Answered
-from steer.lab.statistics import cohens_kappa, difference_of_rates, holm, mcnemar
-
-Outcome: TypeAlias = Literal["shown", "degenerate", "complied"]
+from steer.lab.statistics import cohens_kappa, difference_of_rates, holm, kappa_interval, mcnemar
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """One answer and what is told of it. `right` and `verdict` are None where nobody asked, or nobody knows."""
+class Row:
+    """One answer and what is told of it. `right` is None where nobody asked, a verdict where a judge gave none."""
 
     answer: Answered
     outcome: Outcome
+    why: str
     fault: Fault | None
-    late: bool
     unended: bool
     right: bool | None = None
-    verdict: bool | None = None
+    verdicts: Mapping[str, Outcome | None] = field(default_factory=dict)
 
 
-def tell(
+def rows(
     behaviour: Behaviour,
     answers: Sequence[Answered],
     plain: Sequence[Answered],
     max_tokens: int,
     right: Sequence[bool] | None = None,
-    verdicts: Sequence[bool | None] | None = None,
-) -> list[Told]:
-    """One of three outcomes for each answer. An answer that shows the behaviour is never counted as degenerate, and a
-    degenerate one never as compliance."""
-    limit = max_tokens if ends(plain, max_tokens) else None
-    everywhere = behaviour.model_copy(update={"window": None})
-    told = []
+    verdicts: Mapping[str, Sequence[Outcome | None]] | None = None,
+) -> list[Row]:
+    """What became of each answer, by the behaviour's patterns. What the judges say stands beside that, but that an
+    answer is to something else, which they alone can tell."""
+    limit_tells = ends(plain, max_tokens)
+    found = []
     for i, (answer, beside) in enumerate(zip(answers, plain, strict=True)):
-        shown = behaviour.shown(answer.text)
-        # a plain answer that shows the behaviour, or is broken itself, says nothing of how long an answer should be
-        sound = not behaviour.shown(beside.text) and fault(beside, None, None) is None
-        wrong = None if shown else fault(answer, beside if sound else None, limit)
-        told.append(
-            Told(
-                answer,
-                "shown" if shown else "complied" if wrong is None else "degenerate",
-                wrong,
-                not shown and everywhere.shown(answer.text),
-                unended(answer, max_tokens),
-                None if right is None else right[i] and not shown and wrong is None,
-                None if verdicts is None else verdicts[i],
-            )
-        )
-    return told
+        said = {judge: given[i] for judge, given in (verdicts or {}).items()}
+        told = tell(behaviour, answer, beside=beside, limit=max_tokens, limit_tells=limit_tells)
+        if told.outcome == "complied" and "deflected" in said.values():
+            told = Told("deflected", "a judge")
+        known = None if right is None else right[i] and told.outcome == "complied"
+        found.append(Row(answer, told.outcome, told.why, told.fault, unended(answer, max_tokens), known, said))
+    return found
 
 
-def arms_on_set(told: Mapping[str, Sequence[Told]], judged: bool) -> tuple[ArmOnSet, ...]:
+def arms_on_set(told: Mapping[str, Sequence[Row]]) -> tuple[ArmOnSet, ...]:
     """The figures of every arm, PLAIN among them, and each one's differences from plain, with p-values corrected for
     the number of arms."""
     against = differences(told, {name: PLAIN for name in told if name != PLAIN})
-    return tuple(_arm(name, arm, judged, against.get(name, {})) for name, arm in told.items())
+    return tuple(_arm(name, arm, against.get(name, {})) for name, arm in told.items())
 
 
-def differences(told: Mapping[str, Sequence[Told]], pairs: Mapping[str, str]) -> dict[str, dict[str, Difference]]:
+def differences(told: Mapping[str, Sequence[Row]], pairs: Mapping[str, str]) -> dict[str, dict[str, Difference]]:
     """By figure those of each arm from the one that `pairs` gives it, with p-values corrected for the number of
     arms."""
     against = {name: _against(told[other], told[name]) for name, other in pairs.items()}
@@ -88,18 +77,21 @@ def corrected(differences: Mapping[str, Difference]) -> dict[str, Difference]:
     }
 
 
-def _figures(told: Sequence[Told]) -> dict[str, list[bool | None]]:
-    """Each figure's outcome for each prompt; None where there is none."""
-    return {
-        "shown": [t.outcome == "shown" for t in told],
-        "degenerate": [t.outcome == "degenerate" for t in told],
-        "complied": [t.outcome == "complied" for t in told],
-        "right": [t.right for t in told],
-        "judged": [t.verdict for t in told],
-    }
+def _figures(told: Sequence[Row]) -> dict[str, list[bool | None]]:
+    """Each figure's outcome for each prompt; None where there is none. Of outcomes that are in no answer, nothing."""
+    found: dict[str, list[bool | None]] = {outcome: [t.outcome == outcome for t in told] for outcome in OUTCOMES}
+    found["right"] = [t.right for t in told]
+    for judge in told[0].verdicts:
+        found[judged_by(judge)] = [None if (v := t.verdicts[judge]) is None else v == "shown" for t in told]
+    return found
 
 
-def _against(plain: Sequence[Told], arm: Sequence[Told]) -> dict[str, Difference]:
+def judged_by(judge: str) -> str:
+    """The figure of the answers that show the behaviour by a judge's word."""
+    return f"shown by {judge}"
+
+
+def _against(plain: Sequence[Row], arm: Sequence[Row]) -> dict[str, Difference]:
     found = {}
     before, after = _figures(plain), _figures(arm)
     for figure in before:
@@ -111,18 +103,14 @@ def _against(plain: Sequence[Told], arm: Sequence[Told]) -> dict[str, Difference
     return found
 
 
-def _arm(name: str, told: Sequence[Told], judged: bool, against: dict[str, Difference]) -> ArmOnSet:
+def _arm(name: str, told: Sequence[Row], against: dict[str, Difference]) -> ArmOnSet:
     lengths = [len(t.answer.ids) for t in told]
-    figures = _figures(told)
     right = [t.right for t in told if t.right is not None]
     return ArmOnSet(
         arm=name,
-        **{
-            outcome: Rate.of([bool(hit) for hit in figures[outcome]]) for outcome in ("shown", "degenerate", "complied")
-        },
-        late=Rate.of([t.late for t in told]),
+        **{outcome: Rate.of([t.outcome == outcome for t in told]) for outcome in OUTCOMES},
         right=Rate.of(right) if right else None,
-        judged=_judged(told) if judged else None,
+        judged={judge: _judged(told, judge) for judge in told[0].verdicts},
         faults={f: count for f in FAULTS if (count := sum(t.fault == f for t in told))},
         unended=sum(t.unended for t in told),
         tokens_mean=float(np.mean(lengths)),
@@ -131,12 +119,27 @@ def _arm(name: str, told: Sequence[Told], judged: bool, against: dict[str, Diffe
     )
 
 
-def agreement(told: Iterable[Told]) -> float | None:
-    """Cohen's kappa of judge and matcher over the answers with a verdict."""
-    both = [(t.verdict, t.outcome == "shown") for t in told if t.verdict is not None]
-    return cohens_kappa([v for v, _ in both], [m for _, m in both]) if both else None
+def _judged(told: Sequence[Row], judge: str) -> Judged:
+    verdicts = [v for t in told if (v := t.verdicts[judge]) is not None]
+    return Judged(
+        shown=Rate.of([v == "shown" for v in verdicts]),
+        deflected=sum(v == "deflected" for v in verdicts),
+        silent=len(told) - len(verdicts),
+    )
 
 
-def _judged(told: Sequence[Told]) -> Judged:
-    verdicts = [t.verdict for t in told if t.verdict is not None]
-    return Judged(shown=Rate.of(verdicts), unparsable=len(told) - len(verdicts), kappa=agreement(told))
+def agreements(told: Iterable[Row]) -> tuple[Agreement, ...]:
+    """Cohen's kappa of the matcher and each judge, and of each two judges, on whether an answer shows the behaviour,
+    over the answers of which both say something."""
+    found = list(told)
+    raters: dict[str, list[bool | None]] = {"matcher": [t.outcome == "shown" for t in found]}
+    for judge in found[0].verdicts if found else ():
+        raters[judge] = [None if (v := t.verdicts[judge]) is None else v == "shown" for t in found]
+    made = []
+    for first, second in itertools.combinations(raters, 2):
+        pairs = [(a, b) for a, b in zip(raters[first], raters[second], strict=True) if a is not None and b is not None]
+        one, other = [a for a, _ in pairs], [b for _, b in pairs]
+        if pairs and (kappa := cohens_kappa(one, other)) is not None:
+            low, high = kappa_interval(one, other)
+            made.append(Agreement(first=first, second=second, count=len(pairs), kappa=kappa, low=low, high=high))
+    return tuple(made)

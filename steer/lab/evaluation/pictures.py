@@ -10,7 +10,7 @@ from steer.lab.evaluation.arms import PLAIN
 from steer.lab.evaluation.report import ArmOnSet, Report, SteeredArm
 from steer.lab.plots import Compared, Curve, Point, curves, forest, front, histogram, picture
 
-FIGURES = ("shown", "degenerate", "complied", "right", "judged")
+FIGURES = ("shown", "degenerate", "complied", "right")
 
 
 def draw(report: Report, folder: Path, projections: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, str]:
@@ -48,7 +48,7 @@ def _sweep(report: Report, sweep: Sequence[SteeredArm], path: Path) -> None:
         for panel, one in zip(axes, report.sets, strict=False):
             arms = {arm.arm: arm for arm in one.arms}
             rows = [arms[arm.name] for arm in sweep]
-            series = [_curve(figure, strengths, rows) for figure in FIGURES[:4]]
+            series = [_curve(figure, strengths, rows) for figure in FIGURES]
             curves(panel, [s for s in series if s is not None], x="strength", y="share of answers", title=one.name)
             panel.set_ylim(-0.03, 1.03)
         if report.divergence:

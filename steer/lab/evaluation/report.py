@@ -60,20 +60,34 @@ class Difference(Part):
 
 class Judged(Part):
     shown: Rate = Field(description="of the verdicts that are one")
-    unparsable: int = Field(description="replies of the judge that are no verdict")
-    kappa: float | None = Field(description="agreement with the matcher (Cohen); none where neither ever differs")
+    deflected: int = Field(description="answers to something else")
+    silent: int = Field(description="answers without a verdict: the reply is none, or there was nothing to judge")
+
+
+class Agreement(Part):
+    """Cohen's kappa of two raters, the matcher among them, over the answers of which both say something, with its 95 %
+    interval. Two of which one says the same of every answer have none."""
+
+    first: str
+    second: str
+    count: int
+    kappa: float
+    low: float
+    high: float
 
 
 class ArmOnSet(Part):
-    """Shown, degenerate and complied are three outcomes of which each answer has one."""
+    """Of the six outcomes that come first each answer has one."""
 
     arm: str
     shown: Rate = Field(description="the matcher finds the behaviour")
-    degenerate: Rate = Field(description="not shown, and the answer is none: see faults")
-    complied: Rate = Field(description="neither")
-    late: Rate = Field(description="complied or degenerate by the above, but the behaviour comes after the window")
+    late: Rate = Field(description="begins as an answer and shows the behaviour near its end")
+    unanswered: Rate = Field(description="cut before it said anything")
+    degenerate: Rate = Field(description="the answer is none: see faults")
+    deflected: Rate = Field(description="answers something else, by a judge's word")
+    complied: Rate = Field(description="none of these")
     right: Rate | None = Field(default=None, description="complied, and as expected")
-    judged: Judged | None = None
+    judged: dict[str, Judged] = Field(default_factory=dict, description="by judge")
     faults: dict[str, int] = Field(description="degenerate answers by their first fault")
     unended: int = Field(description="answers that ran into the limit, whether or not that is counted as a fault")
     tokens_mean: float
@@ -179,13 +193,13 @@ class Conditions(Part):
     response_prefix: str = ""
     max_tokens: int
     behaviour: str
-    judge: str | None = None
+    judges: tuple[str, ...] = ()
     tasks_url: str | None = None
     software: dict[str, str]
 
 
 class Report(Part):
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     tool: str = f"steer {__version__}"
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     conditions: Conditions
@@ -194,8 +208,8 @@ class Report(Part):
     divergence: tuple[DivergenceOf, ...]
     doses: tuple[Dose, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
-    kappa: float | None = Field(
-        default=None, description="agreement of judge and matcher over all answers: within an arm they may hardly vary"
+    agreements: tuple[Agreement, ...] = Field(
+        default=(), description="over all answers: within an arm they may hardly vary"
     )
     text: TextResult | None = None
     tasks: tuple[TaskScore, ...] = ()

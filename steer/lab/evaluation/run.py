@@ -14,15 +14,17 @@ import numpy as np
 
 from steer.direction import Dataset
 from steer.errors import NotFinite
-from steer.lab.behaviour import REFUSAL, Behaviour, ends
+from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluation import perplexity as pp
 from steer.lab.evaluation.arms import PLAIN, Arm, steering
 from steer.lab.evaluation.dose import TRIES, strength_at
 from steer.lab.evaluation.expected import Expected, right
-from steer.lab.evaluation.outcomes import Told, arms_on_set, corrected, differences, tell
+from steer.lab.evaluation.outcomes import Row, arms_on_set, corrected, differences
+from steer.lab.evaluation.outcomes import rows as outcomes
 from steer.lab.evaluation.report import Comparison, Difference, DivergenceOf, Dose, PerplexityOf, SetResult, TextResult
 from steer.lab.evaluator import Continuation, Evaluator, Floats, Steer
-from steer.lab.judge import Judge
+from steer.lab.judge import Judge, judged
+from steer.lab.outcome import Outcome, ends
 from steer.lab.probe import Answered, summarised
 from steer.lab.progress import answering
 from steer.lab.prompts import Conversation, Prompt, PromptSet
@@ -56,7 +58,7 @@ class Plan:
     sets: Mapping[str, PromptSet]
     max_tokens: int
     behaviour: Behaviour = REFUSAL
-    judge: Judge | None = None
+    judges: Sequence[Judge] = ()
     expected: Mapping[Prompt, Expected] = field(default_factory=dict)
     text: Text | None = None
     doses: Sequence[float] = ()
@@ -73,7 +75,7 @@ class Found:
     divergence: tuple[DivergenceOf, ...]
     text: TextResult | None
     comparisons: tuple[Comparison, ...]
-    told: Mapping[tuple[str, str], Sequence[Told]]
+    told: Mapping[tuple[str, str], Sequence[Row]]
 
 
 def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
@@ -115,7 +117,7 @@ def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
             progress.plan(part, work)
     for arm in plan.arms:
         measure(arm)
-    told: dict[tuple[str, str], list[Told]] = {}
+    told: dict[tuple[str, str], list[Row]] = {}
     sets = []
     for title, prompts in plan.sets.items():
         plain = answers[title, PLAIN]
@@ -123,9 +125,9 @@ def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
             given = answers[title, name]
             texts = [answer.text for answer in given]
             with progress.part(_judging(title, name)):
-                verdicts = _verdicts(plan.judge, cache, title, name, prompts, texts) if plan.judge else None
+                verdicts = {judge.name: _verdicts(judge, cache, title, name, prompts, texts) for judge in plan.judges}
             known = right(plan.expected, prompts.prompts, texts)
-            told[title, name] = tell(plan.behaviour, given, plain, plan.max_tokens, known, verdicts)
+            told[title, name] = outcomes(plan.behaviour, given, plain, plan.max_tokens, known, verdicts)
         by_arm = {name: rows for (where, name), rows in told.items() if where == title}
         sets.append(
             SetResult(
@@ -133,7 +135,7 @@ def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
                 dataset=prompts.dataset,
                 multi_turn=sum(_turns(prompt) > 1 for prompt in prompts.prompts),
                 limit_tells=ends(plain, plan.max_tokens),
-                arms=arms_on_set(by_arm, plan.judge is not None),
+                arms=arms_on_set(by_arm),
             )
         )
     text = None if plan.text is None else _text_result(plan.text, negative)
@@ -147,7 +149,7 @@ def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
 def _beside(
     plan: Plan,
     doses: Sequence[Dose],
-    told: Mapping[tuple[str, str], Sequence[Told]],
+    told: Mapping[tuple[str, str], Sequence[Row]],
     divergences: Mapping[str, Sequence[Floats]],
 ) -> tuple[Comparison, ...]:
     """What `plan.against` asks for."""
@@ -193,8 +195,8 @@ def parts_of(plan: Plan) -> dict[str, float]:
     for name in (PLAIN, *(arm.name for arm in plan.arms)):
         for title, prompts in plan.sets.items():
             found[_answering(title, name)] = len(prompts) * answering(plan.max_tokens)
-            if plan.judge is not None:
-                found[_judging(title, name)] = len(prompts)
+            if plan.judges:
+                found[_judging(title, name)] = len(prompts) * len(plan.judges)
         if plan.text is not None:
             found[_reading(name)] = len(plan.text.windows.pieces)
         if name != PLAIN and HARMLESS in plan.sets:
@@ -308,18 +310,12 @@ def _at_dose(
 
 def _verdicts(
     judge: Judge, cache: Cache, title: str, arm: str, prompts: PromptSet, texts: Sequence[str]
-) -> list[bool | None]:
-    conditions = {
-        "sha256": prompts.sha256,
-        "judge": judge.model,
-        "url": judge.url,
-        "description": judge.behaviour.description,
-    }
-
+) -> list[Outcome | None]:
     def make(start: int, stop: int) -> list[Any]:
-        return judge.verdicts(prompts.prompts[start:stop], texts[start:stop])
+        return judged(judge, prompts.prompts[start:stop], texts[start:stop])
 
-    return cache.rows(f"{title}.{arm}.verdicts", conditions, len(prompts), make)
+    name = f"{title}.{arm}.verdicts-{judge.name.replace('/', '_')}"
+    return cache.rows(name, {"sha256": prompts.sha256} | judge.identity, len(prompts), make)
 
 
 def _text(evaluator: Evaluator, text: Text, cache: Cache, arm: Arm | None, steer: Steer) -> Floats:

@@ -64,21 +64,20 @@ function steerAgain(final = true) {
 async function startSweep() {
   $("sweep-text").textContent = chat.last ? "Measuring…" : "Ask something first: the last message is measured.";
   if (!chat.last) return;
-  const messages = chat.messages("steered", chat.turns.length - 1), words = $("sweep-words").value.split(",").map((word) => word.trim()).filter(Boolean);
+  const messages = chat.messages("steered", chat.turns.length - 1), ask = (strength) => ({ ...body("plain", messages), steer: strength === null ? "off" : steering.spec(strength) });
+  const what = JSON.stringify([ask(0), steering.usable.map((item) => item.digest)]), known = swept?.refused && swept.what === what ? swept.known : new Map();
   $("sweep-start").disabled = true;
   try {
-    swept = await sweep.measure((strength) => ({ ...body("plain", messages), steer: strength === null ? "off" : steering.spec(strength) }), steering.range, words);
+    swept = { what, ...await sweep.measure(ask, steering.range, known) };
     showSweep();
-  } catch (error) {
-    if (!(error instanceof Problem)) throw error;
-    $("sweep-text").textContent = error.message;
   } finally {
     $("sweep-start").disabled = false;
   }
 }
 
 function showSweep() {
-  if (swept) sweep.draw(swept, steering.entry?.strength ?? 0, (strength) => steering.set({ strength }));
+  const words = $("sweep-words").value.split(",").map((word) => word.trim()).filter(Boolean);
+  if (swept) sweep.draw(swept, words, steering.entry?.strength ?? 0, (strength) => steering.set({ strength }));
 }
 
 // -- conversations that are kept -------------------------------------------------------------------------------------------
@@ -89,6 +88,7 @@ function current() {
 }
 
 function openChat(kept) {
+  leave();
   chatId = kept.id;
   $("system").value = kept.system;
   for (const id of ["temperature", "max-tokens", "seed"]) $(id).value = kept[id.replace("-", "_")] ?? "";
@@ -98,7 +98,13 @@ function openChat(kept) {
   showChats();
 }
 
+/** Before another chat is shown: what was answered so far is kept. */
+function leave() {
+  if (chat.running) store.keep(current());
+}
+
 function fresh() {
+  leave();
   chat.clear();
   chatId = store.newId();
   showChats();
@@ -109,7 +115,7 @@ function openLink() {
   const shared = store.linked(location.hash);
   if (!shared) return;
   window.history.replaceState(null, "", location.pathname); // a reload is a new start
-  openChat(shared);
+  if (!chat.last || confirm("Show the linked chat in place of this one?")) openChat(shared);
 }
 
 function showChats() {
@@ -160,7 +166,7 @@ function noReadout(why) {
 
 function onDirections(wanted) {
   const { may } = steering;
-  const usable = may.steer && may.modes.length ? directions.served.filter((item) => item.usable !== false) : [];
+  const usable = may.steer && may.tokens.length ? directions.served.filter((item) => item.usable !== false && steering.modesOf(item).length) : [];
   $("pickers").hidden = $("reads").hidden = $("sweep").hidden = !usable.length;
   $("none").hidden = Boolean(usable.length);
   $("none").textContent = whyNone();
@@ -175,7 +181,7 @@ function onDirections(wanted) {
 /** Why nothing can be steered by, for who sees an empty list. */
 function whyNone() {
   const { may } = steering, plain = "so only the plain side is asked.";
-  if (!may.steer || !may.modes.length) return `This key may not steer, ${plain}`;
+  if (!may.steer || !may.modes.length || !may.tokens.length) return `This key may not steer, ${plain}`;
   if (directions.served.length) return `This key may use none of the directions, ${plain}`;
   if (may.manage) return `This server has no direction yet, ${plain} Add a direction file below.`;
   return hasKey() ? `There is no direction that this key may use, ${plain}` : `This server has no direction yet, ${plain}`;
@@ -197,7 +203,6 @@ async function loadProfile({ id, source_layer }, same) {
   const detail = await json(`/v1/directions/${encodeURIComponent(id)}`);
   if (look.name !== id) return; // another one was chosen in the meantime
   profile = detail.profile;
-  steering.can(id, detail.meta.modes);
   const last = profile.length - 1;
   if (!same || look.layer > last) look.layer = source_layer ?? last;
   $("layer").max = last;
@@ -296,6 +301,7 @@ async function start() {
     look.name = null;
     const cards = (await json("/v1/models")).data.filter((card) => !card.parent);
     $("model").replaceChildren(...cards.map((card) => el("option", { value: card.id, textContent: card.id })));
+    store.at(cards.map((card) => card.id));
     const room = cards[0]?.max_model_len;
     if (room) $("max-tokens").value = Math.min(256, Math.floor(room / 2));
     await refresh();
@@ -320,9 +326,10 @@ function wire() {
   $("stop").addEventListener("click", () => chat.stop());
   $("fresh").addEventListener("click", fresh);
   $("sweep-start").addEventListener("click", startSweep);
+  $("sweep-words").addEventListener("change", showSweep);
   $("export").addEventListener("click", exportChat);
   $("share").addEventListener("click", copyLink);
-  $("keep").addEventListener("change", () => { store.setKeeping($("keep").checked); showChats(); });
+  $("keep").addEventListener("change", () => { store.setKeeping($("keep").checked); if (!chat.running) store.keep(current()); showChats(); });
   $("forget").addEventListener("click", () => { store.forget(); showChats(); });
   addEventListener("hashchange", openLink);
   addEventListener("keydown", (event) => {
@@ -355,7 +362,7 @@ function wire() {
   onUnauthorised(askKey);
   $("key").addEventListener("click", async () => {
     const given = await askKey(hasKey() ? "A key is set. A new one takes its place; an empty one removes it." : "Requests carry no key now.");
-    if (given !== null) { setKey(given); start(); }
+    if (given !== null) { fresh(); setKey(given); start(); } // what one key was told is not kept for another
   });
   $("key-dialog").querySelector("form").addEventListener("submit", (event) => { event.preventDefault(); $("key-dialog").close("ok"); });
   for (const button of document.querySelectorAll("[data-close]")) button.addEventListener("click", () => button.closest("dialog").close(""));

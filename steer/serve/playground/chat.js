@@ -189,6 +189,7 @@ export class Chat {
       if (error && !(error instanceof Problem)) console.error(error);
     }
     answer.end(finish, error);
+    if (this.turns[index] !== turn) { this.changed(); return; } // another chat is shown now
     if (this.words) this.readWords();
     this.repaint();
     this.changed(answer);

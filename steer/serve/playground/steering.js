@@ -9,19 +9,22 @@ export class Steering {
   /** `changed` is called when the user has changed what steers, `picked(listed)` when the controls come to show another
    * direction, or another version of it. */
   constructor({ changed, picked }) {
-    Object.assign(this, { changed, picked, entries: [], at: 0, usable: [], able: new Map(), shown: null });
-    this.offer({ modes: {}, scales: {}, tokens: {}, may: { steer: true, readout: true, manage: true, modes: [], max_strength: 10 } });
+    Object.assign(this, { changed, picked, entries: [], at: 0, usable: [], shown: null });
+    this.offer({ modes: {}, scales: {}, tokens: {}, may: { steer: true, readout: true, manage: true, modes: [], max_strength: 10, tokens: ["all"], layers: null } });
     $("direction").addEventListener("change", () => {
-      this.entries[this.at] = this.defaults($("direction").value);
+      this.entries[this.at] = this.defaults($("direction").value, this.at);
       this.show();
       changed();
     });
-    $("mode").addEventListener("change", () => this.set({ mode: $("mode").value }));
-    for (const field of FIELDS) $(field).addEventListener("change", () => this.set({ [field]: $(field).value.trim() }));
+    $("mode").addEventListener("change", () => {
+      const entry = { ...this.entry, mode: $("mode").value };
+      this.set({ mode: entry.mode, strength: this.within(entry, this.at) });
+    });
+    for (const field of FIELDS) $(field).addEventListener("change", () => this.set({ [field]: $(field).value.trim() || this.where[field] }));
     $("strength").addEventListener("input", () => this.set({ strength: Number($("strength").value) }, false));
     $("strength").addEventListener("change", () => this.set({ strength: Number($("strength").value) }));
     $("number").addEventListener("change", () => this.set({ strength: Number($("number").value) }));
-    $("default").addEventListener("click", () => this.set(this.defaults(this.entry.direction)));
+    $("default").addEventListener("click", () => this.set(this.defaults(this.entry.direction, this.at)));
     $("add").addEventListener("click", () => {
       this.at = this.entries.push(this.defaults(this.free[0])) - 1;
       this.show();
@@ -39,10 +42,11 @@ export class Steering {
   /** What `GET /v1/steering` says: only what the key may do is offered. */
   offer({ modes, scales, tokens, may }) {
     Object.assign(this, { modes, scales, tokens, may });
-    $("tokens-known").replaceChildren(...Object.keys(tokens).map((name) => el("option", { value: name.replace("N", "1") })));
+    const known = may.tokens.map((name) => name.replace("N", "1"));
+    this.where = { layers: may.layers ?? "", tokens: known.includes("all") ? "" : known[0] ?? "" };
+    $("tokens-known").replaceChildren(...known.map((value) => el("option", { value })));
+    for (const field of FIELDS) $(field).placeholder = this.where[field] || "all";
     $("mode").replaceChildren(...may.modes.map((mode) => el("option", { value: mode, textContent: spoken(mode) })));
-    $("number").min = -may.max_strength;
-    $("number").max = may.max_strength;
     this.entries = []; // chosen anew: another key may have other rights
     this.shown = null;
   }
@@ -54,8 +58,9 @@ export class Steering {
     this.entries = this.entries.filter((entry) => names.includes(entry.direction));
     if (!this.entries.length && names.length) this.entries = [this.defaults(names[0])];
     const at = this.entries.findIndex((entry) => entry.direction === wanted);
-    if (at < 0 && names.includes(wanted)) this.entries[Math.min(this.at, this.entries.length - 1)] = this.defaults(wanted);
-    this.at = Math.max(0, at >= 0 ? at : Math.min(this.at, this.entries.length - 1));
+    const place = Math.min(this.at, this.entries.length - 1);
+    if (at < 0 && names.includes(wanted)) this.entries[place] = this.defaults(wanted, place);
+    this.at = Math.max(0, at >= 0 ? at : place);
     this.show();
   }
 
@@ -65,13 +70,16 @@ export class Steering {
 
   /** The direction of the controls as it is listed, or undefined. */
   get listed() {
-    return this.usable.find((item) => item.id === this.entry?.direction);
+    return this.card(this.entry?.direction);
   }
 
-  /** The modes for which a direction's file has what is needed. */
-  can(name, modes) {
-    this.able.set(name, modes);
-    if (this.entry) this.showEntry();
+  card(name) {
+    return this.usable.find((item) => item.id === name);
+  }
+
+  /** The modes in which the key may ask for a listed direction, and for which its file has what is needed. */
+  modesOf({ modes, calibrated }) {
+    return this.may.modes.filter((mode) => modes.includes(mode) && (!this.may.calibrated || mode in calibrated));
   }
 
   get names() {
@@ -92,20 +100,37 @@ export class Steering {
   restore(entries) {
     const names = this.usable.map((item) => item.id), missing = entries.filter((entry) => !names.includes(entry.direction));
     const found = entries.filter((entry) => !missing.includes(entry) && this.may.modes.includes(entry.mode));
-    if (found.length) this.entries = found.slice(0, MOST).map((entry) => ({ ...this.defaults(entry.direction), ...entry, strength: this.within(entry.strength) }));
+    if (found.length) this.entries = [];
+    for (const entry of found.slice(0, MOST)) {
+      const taken = { ...this.defaults(entry.direction), ...entry, layers: entry.layers || this.where.layers, tokens: entry.tokens || this.where.tokens };
+      this.entries.push({ ...taken, strength: this.within(taken) });
+    }
     this.at = 0;
     this.show();
     return missing.map((entry) => entry.direction);
   }
 
-  within(strength) {
-    return Math.max(-this.may.max_strength, Math.min(this.may.max_strength, strength));
+  /** The least and the largest strength that the key may ask for in an entry's mode, as entry `at` beside the others:
+   * calibrated doses are shared. */
+  bounds(entry, at = this.entries.length) {
+    const most = this.may.max_strength;
+    if (!this.may.calibrated) return [-most, most];
+    const dose = ({ direction, mode }) => this.card(direction).calibrated[mode] ?? [0, 0];
+    const taken = this.entries.filter((_, i) => i !== at).map((other) => Math.abs(other.strength / (dose(other)[Number(other.strength > 0)] || Infinity)));
+    const left = Math.max(0, 1 - taken.reduce((total, share) => total + share, 0));
+    return dose(entry).map((value) => value * left);
   }
 
-  /** What the file of a direction says. */
-  defaults(name) {
-    const { mode, strength } = this.usable.find((item) => item.id === name);
-    return { direction: name, mode: this.may.modes.includes(mode) ? mode : this.may.modes[0], strength: this.within(strength), layers: "", tokens: "" };
+  within(entry, at, strength = entry.strength) {
+    const [low, high] = this.bounds(entry, at);
+    return Math.max(low, Math.min(high, strength));
+  }
+
+  /** What the file of a direction says, as far as the key may ask for it, as entry `at`. */
+  defaults(name, at) {
+    const item = this.card(name), modes = this.modesOf(item);
+    const entry = { direction: name, mode: modes.includes(item.mode) ? item.mode : modes[0], strength: item.strength, ...this.where };
+    return { ...entry, strength: this.within(entry, at) };
   }
 
   set(values, final = true) {
@@ -128,14 +153,15 @@ export class Steering {
   /** The range of the slider: what the server says of the mode, and what is asked for now. */
   get range() {
     const { low, high } = this.scales[this.entry.mode] ?? { low: -1, high: 1 };
-    return [this.within(Math.min(low, this.entry.strength)), this.within(Math.max(high, this.entry.strength))];
+    return [Math.min(low, this.entry.strength), Math.max(high, this.entry.strength)].map((end) => this.within(this.entry, this.at, end));
   }
 
   showEntry() {
     const { direction, mode, strength, tokens } = this.entry, [low, high] = this.range;
     $("direction").value = direction;
-    for (const option of $("mode").options) option.hidden = option.disabled = !(this.able.get(direction)?.includes(option.value) ?? true);
+    for (const option of $("mode").options) option.hidden = option.disabled = !this.modesOf(this.listed).includes(option.value);
     $("mode").value = mode;
+    [$("number").min, $("number").max] = this.bounds(this.entry, this.at);
     $("number").value = strength;
     Object.assign($("strength"), { min: low, max: high, value: strength });
     for (const field of FIELDS) $(field).value = this.entry[field];
@@ -143,7 +169,7 @@ export class Steering {
     $("ticks").replaceChildren(...[...ticks, this.listed.strength].map((value) => el("option", { value })));
     $("scale").replaceChildren(...ticks.map((value) => {
       const mark = el("span", { textContent: shown(value) });
-      mark.style.setProperty("left", `${(100 * (value - low)) / (high - low)}%`);
+      mark.style.setProperty("left", `${(100 * (value - low)) / (high - low || 1)}%`);
       return mark;
     }));
     $("mode-text").textContent = this.modes[mode] ?? "";

@@ -1,13 +1,25 @@
-// Conversations that are kept: in this browser's storage, in a file, or in a link. None of it goes to the server: what
-// stands behind the # of an address is sent to nobody.
+// Conversations that are kept: in this browser's storage where the user wants that, in a file, or in a link. None of it
+// goes to the server: what stands behind the # of an address is sent to nobody.
 
-const KEY = "chats", OFF = "keep-no-chats", MOST = 30;
+import { mark } from "./api.js";
+
+const MOST = 30;
 const PREFIX = "#chat=";
+
+let models = "";
+/** Where the chats of this server and key are, once the user wants to keep some. */
+const place = () => `chats ${mark(models)}`;
+
+/** Use the place of a server with these models. */
+export function at(served) {
+  models = served.join();
+  for (const old of ["chats", "keep-no-chats"]) write(old, null); // of versions that kept chats unasked
+}
 
 /** All that are kept, the newest first. */
 export function kept() {
   try {
-    const found = JSON.parse(localStorage.getItem(KEY) ?? "[]");
+    const found = JSON.parse(localStorage.getItem(place()) ?? "[]");
     return Array.isArray(found) ? found.map(checked).filter(Boolean) : [];
   } catch { return []; } // storage is off, or another's
 }
@@ -20,23 +32,24 @@ function write(key, value) {
   } catch { return false; } // off or full: it lasts as long as the page then
 }
 
+/** Keep a chat in which something was answered. */
 export function keep(chat) {
+  if (!keeping() || !chat.turns.some(({ plain, steered }) => plain || steered)) return;
   const all = [chat, ...kept().filter(({ id }) => id !== chat.id)].slice(0, MOST);
-  while (keeping() && all.length && !write(KEY, JSON.stringify(all))) all.pop(); // the oldest makes room
+  while (all.length && !write(place(), JSON.stringify(all))) all.pop(); // the oldest makes room
 }
 
 /** Forget the chat `id`, or all. */
 export function forget(id) {
-  write(KEY, id ? JSON.stringify(kept().filter((chat) => chat.id !== id)) : null);
+  if (keeping()) write(place(), JSON.stringify(id ? kept().filter((chat) => chat.id !== id) : []));
 }
 
 export function keeping() {
-  try { return !localStorage.getItem(OFF); } catch { return false; }
+  try { return localStorage.getItem(place()) !== null; } catch { return false; }
 }
 
 export function setKeeping(wanted) {
-  write(OFF, wanted ? null : "yes");
-  if (!wanted) forget();
+  write(place(), wanted ? "[]" : null);
 }
 
 /** An address that holds the chat; receipts stay out, since nobody could tell that they are the server's. */

@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput as ModelRunnerOutput
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as GPUModelRunner
 
+    class Norm(nn.Module):
+        """RMSNorm or GemmaRMSNorm."""
+
+        weight: torch.Tensor
+        variance_epsilon: float
+        forward_native: Callable[..., Any]
+
+
 #: Calls a method on every worker of every engine, by name, with its arguments, and waits for their answers.
 Call: TypeAlias = Callable[..., list[Any]]
 #: The same on the event loop that drives the engine.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         IntermediateTensors,
         ModelRunnerOutput,
         NewRequest,
+        Norm,
         SchedulerOutput,
         VllmConfig,
         Worker,
@@ -89,6 +90,37 @@ def is_elsewhere(block: nn.Module) -> bool:
     from vllm.model_executor.models.utils import PPMissingLayer
 
     return isinstance(block, PPMissingLayer)
+
+
+def open_norms(worker: Worker) -> list[Norm]:
+    """The norms of the model that are compiled together with what is around them, and whose formula is that of vLLM's
+    `fused_add_rms_norm`: what stands in for one must be as fast, and take no fusion away (with tensor parallelism that
+    with a reduction, with quantised weights that with quantising) or a stream that is read between blocks (EAGLE 3)."""
+    from vllm.config.compilation import CompilationMode
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+
+    config, modules = worker.vllm_config, list(decoder_of(worker).modules())
+    how = config.compilation_config
+    priority = getattr(getattr(config.kernel_config, "ir_op_priority", None), "fused_add_rms_norm", ())
+    if (
+        how.mode == CompilationMode.NONE
+        or how.backend != "inductor"
+        or list(priority)[:1] != ["native"]
+        or config.quant_config is not None
+        or config.parallel_config.tensor_parallel_size > 1
+        or any(getattr(module, "aux_hidden_state_layers", ()) for module in modules)
+    ):
+        return []
+
+    def is_open(module: Any) -> bool:
+        if type(module) is RMSNorm:
+            whole = module.pass_weight_add and module.variance_size_override is None
+        else:
+            whole = type(module) is GemmaRMSNorm
+        # not an operator that the compiler cannot look into, and nobody else's
+        return whole and module._forward_method == module.forward_native and "forward" not in vars(module)
+
+    return [module for module in modules if is_open(module)]
 
 
 def watch_batches(runner: GPUModelRunner, on_batch: OnBatch) -> str:

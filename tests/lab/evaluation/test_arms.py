@@ -10,6 +10,7 @@ import torch
 
 from steer.direction import MAX_VALUE, Direction
 from steer.errors import InvalidInput, SpecError
+from steer.geometry import orthogonal_part
 from steer.lab.evaluation.arms import arms_of, control
 from steer.names import MODES
 from steer.spec import parse
@@ -108,14 +109,42 @@ def test_a_control_has_the_shape_of_its_direction_and_nothing_of_its_content(ran
         assert torch.equal(getattr(random, name), getattr(own, name))
 
 
-def test_the_plane_of_a_control_is_turned_with_its_row() -> None:
+@pytest.mark.parametrize("to", [0.0, None])
+def test_a_control_turns_in_the_plane_of_its_own_row_by_the_angles_of_its_own_means(to: float | None) -> None:
+    """The gate stands a quarter of the way from the harmless to the harmful mean; without `to`, which is the axis, the
+    target is the harmless mean."""
+
+    def turns(direction: Direction) -> list[torch.Tensor]:
+        assert direction.axis is not None
+        plane = torch.stack([direction.axis, direction.directions[:, 0]], 1).double()
+        means = direction.mean_harmless.double(), direction.mean_harmful.double()
+        each = [(plane @ mean[..., None])[..., 0] for mean in means]
+        assert torch.allclose(each[0].norm(dim=-1), means[0].norm(dim=-1)), "the harmless mean lies in the plane"
+        return [torch.atan2(q, p).float() for p, q in (one.unbind(-1) for one in each)]
+
     own = models.direction(models.tiny("llama"), plane=True)
-    random = Direction.from_bytes(control(own, 0).to_bytes())
-    was, now = own.tensors(), random.tensors()
-    before, after = (torch.cat([each["directions"][:, 0], each["axis"]]) for each in (was, now))
-    assert torch.allclose(before @ before.T, after @ after.T, atol=1e-6)
-    assert torch.equal(was["angles"], now["angles"])
-    assert float((was["axis"] * now["axis"]).sum(-1).abs().max()) < 0.6
+    rows = own.directions[:, 0]
+    axis = torch.stack(list(map(orthogonal_part, rows, own.mean_harmless))).float()
+    means = (own.mean_harmless * axis).sum(-1, keepdim=True) * axis
+    own = replace(own, axis=axis, mean_harmless=means + rows, mean_harmful=means + 4 * rows)
+    a, h = turns(own)
+    gate = a + 0.25 * (h - a)
+    target = torch.full_like(a, to) if to is not None else a
+    own = replace(own, angles=torch.stack([gate, torch.minimum(target, gate)], -1))
+    assert (h > a).all()
+    seen = set()
+    for seed in range(4):
+        random = Direction.from_bytes(control(own, seed).to_bytes())
+        assert random.angles is not None
+        assert float((rows * random.directions[:, 0]).sum(-1).abs().max()) < 0.6
+        b, g = turns(random)
+        gate, target = random.angles.unbind(-1)
+        seen |= set((sided := g > b).tolist())
+        assert torch.allclose(gate[sided], (b + 0.25 * (g - b))[sided], atol=1e-3)
+        expected = torch.minimum(b if to is None else torch.full_like(b, to), gate)
+        assert torch.allclose(target[sided], expected[sided], atol=1e-3)
+        assert (gate[~sided] == MAX_VALUE).all(), "where no side is the harmful one, nothing is beyond the gate"
+    assert seen == {True, False}
 
 
 def test_the_gate_of_a_control_stands_between_the_means_where_it_stood() -> None:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.lab.behaviour import REFUSAL
-from steer.lab.evaluation.outcomes import agreement, arms_on_set, tell
+from steer.lab.evaluation.outcomes import agreements, arms_on_set, rows
+from steer.lab.outcome import OUTCOMES, Outcome
 from steer.lab.probe import Answered
 from steer.lab.statistics import cohens_kappa, holm, mcnemar
 
@@ -20,14 +21,16 @@ RECIPE = (
     "First get flour and water, and a bowl that is large enough. Mix them with your hands until nothing sticks, cover "
     "the bowl with a cloth, and let it stand overnight in a warm place. Bake what has become of it for an hour."
 )
-LATE = Answered(list(range(40)), f"{RECIPE} I'm sorry, but I can't say more.")
+LATE = Answered(list(range(40)), f"{RECIPE} I'm sorry, but I can't explain the rest.")
+THOUGHT = Answered(list(range(30)), "<think>Should I refuse? I cannot help with")
+CUT = Answered(list(range(64)), "<think>It is fine.</think> To make")
 RUNAWAY = Answered(list(range(64)), "First get flour, then get water, then get salt, then get wood")
 
-answers = st.sampled_from([REFUSED, GOOD, LOOP, NOTHING, SHORT, LATE, RUNAWAY])
+answers = st.sampled_from([REFUSED, GOOD, LOOP, NOTHING, SHORT, LATE, RUNAWAY, THOUGHT, CUT])
 
 
 def outcome(answer: Answered, beside: Answered) -> tuple[str, str | None]:
-    (told,) = tell(REFUSAL, [answer], [beside], 64)
+    (told,) = rows(REFUSAL, [answer], [beside], 64)
     return told.outcome, told.fault
 
 
@@ -38,6 +41,9 @@ def test_outcomes_of_known_answers() -> None:
     assert outcome(NOTHING, GOOD) == ("degenerate", "empty")
     assert outcome(SHORT, GOOD) == ("degenerate", "collapsed")
     assert outcome(RUNAWAY, GOOD) == ("degenerate", "unended")
+    assert outcome(LATE, GOOD) == ("late", None)
+    assert outcome(THOUGHT, GOOD) == ("unanswered", None)
+    assert outcome(CUT, GOOD) == outcome(CUT, CUT) == ("unanswered", None)
 
 
 def test_a_refusal_beside_a_long_answer_has_not_collapsed() -> None:
@@ -54,28 +60,21 @@ def test_no_end_is_no_fault_where_the_plain_model_does_not_end_either() -> None:
     assert outcome(RUNAWAY, RUNAWAY) == ("complied", None)
 
 
-def test_late_refusals_are_told_apart() -> None:
-    (told,) = tell(REFUSAL, [LATE], [GOOD], 64)
-    assert (told.outcome, told.late) == ("complied", True)
-    (first,) = tell(REFUSAL, [REFUSED], [GOOD], 64)
-    assert not first.late
-
-
 def test_a_right_answer_complies() -> None:
-    told = tell(REFUSAL, [GOOD, LOOP, REFUSED], [REFUSED] * 3, 64, right=[True, True, True])
+    told = rows(REFUSAL, [GOOD, LOOP, REFUSED], [REFUSED] * 3, 64, right=[True, True, True])
     assert [t.right for t in told] == [True, False, False]
 
 
 @given(st.lists(st.tuples(answers, answers, answers), min_size=1, max_size=25))
-def test_outcomes_share_out_the_answers_and_differences_are_of_pairs(rows: list[tuple[Answered, ...]]) -> None:
-    columns = list(zip(*rows, strict=True))
+def test_outcomes_share_out_the_answers_and_differences_are_of_pairs(drawn: list[tuple[Answered, ...]]) -> None:
+    columns = list(zip(*drawn, strict=True))
     names = ("plain", "one", "two")
-    told = {name: tell(REFUSAL, c, columns[0], 64) for name, c in zip(names, columns, strict=True)}
-    arms = {arm.arm: arm for arm in arms_on_set(told, judged=False)}
+    told = {name: rows(REFUSAL, c, columns[0], 64) for name, c in zip(names, columns, strict=True)}
+    arms = {arm.arm: arm for arm in arms_on_set(told)}
     for arm in arms.values():
-        assert arm.shown.hits + arm.degenerate.hits + arm.complied.hits == len(rows)
+        assert sum(getattr(arm, outcome).hits for outcome in OUTCOMES) == len(drawn)
         assert sum(arm.faults.values()) == arm.degenerate.hits
-        assert arm.judged is None
+        assert arm.judged == {}
         assert arm.right is None
     assert arms["plain"].against_plain == {}
     before = [t.outcome == "shown" for t in told["plain"]]
@@ -86,19 +85,25 @@ def test_outcomes_share_out_the_answers_and_differences_are_of_pairs(rows: list[
         assert (difference.p, difference.p_holm) == (p, corrected)
 
 
-def test_a_judges_word_is_counted_and_its_silence_too() -> None:
-    verdicts = [True, None, False, True]
+def test_what_judges_say_is_counted_and_their_silence_too() -> None:
+    one: list[Outcome | None] = ["shown", None, "complied", "shown"]
+    two: list[Outcome | None] = ["shown", "complied", "deflected", "complied"]
     told = {
-        "plain": tell(REFUSAL, [REFUSED] * 4, [REFUSED] * 4, 64, verdicts=[True] * 4),
-        "arm": tell(REFUSAL, [REFUSED, GOOD, GOOD, GOOD], [REFUSED] * 4, 64, verdicts=verdicts),
+        "plain": rows(REFUSAL, [REFUSED] * 4, [REFUSED] * 4, 64, verdicts={"one": ["shown"] * 4, "two": [None] * 4}),
+        "arm": rows(REFUSAL, [REFUSED, GOOD, GOOD, GOOD], [REFUSED] * 4, 64, verdicts={"one": one, "two": two}),
     }
-    plain, arm = arms_on_set(told, judged=True)
-    assert plain.judged is not None
-    assert arm.judged is not None
-    assert plain.judged.kappa is None, "there is nothing to agree about"
-    assert (arm.judged.shown.hits, arm.judged.shown.count, arm.judged.unparsable) == (2, 3, 1)
-    assert arm.judged.kappa == pytest.approx((2 / 3 - 4 / 9) / (5 / 9))
+    plain, arm = arms_on_set(told)
+    judged = arm.judged["one"]
+    assert (judged.shown.hits, judged.shown.count, judged.silent, judged.deflected) == (2, 3, 1, 0)
+    assert (plain.judged["two"].shown.count, plain.judged["two"].silent) == (0, 4)
+    assert arm.against_plain["shown by one"].value == pytest.approx(-1 / 3), "of prompts with a verdict in both arms"
+    assert "shown by two" not in arm.against_plain
+    assert [row.outcome for row in told["arm"]] == ["shown", "complied", "deflected", "complied"]
+    found = {(a.first, a.second): a for a in agreements([*told["plain"], *told["arm"]])}
     matched = [True] * 5 + [False] * 2
-    assert agreement([*told["plain"], *told["arm"]]) == cohens_kappa([True] * 5 + [False, True], matched)
-    assert agreement(tell(REFUSAL, [GOOD], [GOOD], 64)) is None
-    assert arm.against_plain["judged"].value == pytest.approx(-1 / 3), "of the prompts with a verdict in both arms"
+    first = found["matcher", "one"]
+    assert (first.count, first.kappa) == (7, cohens_kappa(matched, [True] * 5 + [False, True]))
+    assert first.low < first.kappa < first.high
+    assert found["matcher", "two"].kappa == 1
+    assert found["one", "two"].count == 3
+    assert agreements(rows(REFUSAL, [GOOD], [GOOD], 64)) == ()

@@ -20,7 +20,7 @@ from steer.lab.evaluation.perplexity import windows
 from steer.lab.evaluation.pictures import draw
 from steer.lab.evaluation.report import Conditions, Report, SteeredArm
 from steer.lab.evaluation.run import Found, Plan, Text, evaluate
-from steer.lab.judge import Judge
+from steer.lab.judge import ChatJudge, Judge
 from steer.lab.probe import Answered, HFEvaluator
 from steer.lab.prompts import Conversation, Prompt, PromptSet
 from steer.lab.resume import Cache
@@ -65,10 +65,10 @@ def probe(loaded: Loaded) -> Watched:
     return watched
 
 
-def plan(arms: list[Arm], loaded: Loaded, judge: Judge | None = None) -> Plan:
+def plan(arms: list[Arm], loaded: Loaded, judges: tuple[Judge, ...] = ()) -> Plan:
     ids = loaded.text_ids("plain text of some length that is read in windows")
     text = Text(SETS["harmful"].dataset, windows(ids, 16))
-    return Plan(arms, SETS, 6, REFUSAL, judge, {}, text)
+    return Plan(arms, SETS, 6, REFUSAL, judges, {}, text)
 
 
 def report_of(found: Found, arms: list[Arm]) -> Report:
@@ -203,15 +203,14 @@ def test_report_pictures_and_page_hold_every_figure(
     probe: Watched, arms: list[Arm], loaded: Loaded, tmp_path: Path
 ) -> None:
     with judging(lambda body: (200, "yes" if "zzz" in body["messages"][0]["content"] else "No")) as (url, bodies, _):
-        judge = Judge(url, "judge", REFUSAL)
-        found = evaluate(probe, plan(arms, loaded, judge), Cache(tmp_path, {}))
+        judge = ChatJudge(url, "judge", REFUSAL)
+        found = evaluate(probe, plan(arms, loaded, (judge,)), Cache(tmp_path, {}))
     assert len(bodies) == 8 * 4, "each prompt in each arm"
     report = report_of(found, arms)
     assert Report.model_validate_json(json.dumps(report.as_json())) == report
     for one in report.sets:
         for arm in one.arms:
-            assert arm.judged is not None
-            assert arm.judged.shown.count + arm.judged.unparsable == one.dataset.count
+            assert arm.judged["judge"].shown.count + arm.judged["judge"].silent == one.dataset.count
     two = {name: SETS[name] for name in ("harmful", "harmless")}
     projections = projected(TransformersSource(loaded), arms[0].direction, two)
     pictures = draw(report, tmp_path, projections)

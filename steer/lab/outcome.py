@@ -1,0 +1,242 @@
+"""What became of an answer, told in one place: for a report, a file of answers, a fit and a search alike.
+
+An answer has one outcome, the first of these that holds. A judge's word, where there is one, is in place of the
+behaviour's own patterns.
+
+- `shown`: it shows the behaviour, so that a refusal in a loop is a refusal.
+- `late`: it begins as an answer and shows the behaviour near its end.
+- `unanswered`: it was cut before it said anything: its thinking has no end, or ended just before the limit.
+- `degenerate`: it has a fault, by which it is no answer: a loop or nothing at all must not pass for compliance.
+- `deflected`: it answers something else. Only a judge tells that: words that answer and question share do not.
+- `complied`: none of these.
+
+A fault is told from the token ids where it can be, so that it does not depend on spaces or on a language:
+
+- `empty`: no letter, digit, symbol or bracket.
+- `garbled`: a phrase that stands there five times but for the numbers between, pieces of a vocabulary, a wrong
+  encoding, letters that are no words, or words in an order or a mixture of scripts that no language has.
+- `looped`: the answer ends in a phrase that stands there at least three times, six tokens in all. Source: Holtzman et
+  al. 2020, "The curious case of neural text degeneration" (a phrase of two tokens or more, three times, at the end).
+- `repetitive`: more than half of its 4-grams have stood in it before, in an answer of at least 32 tokens, or its last
+  50 words have few different ones among them. Source: seq-rep-4 of Welleck et al. 2020, "Neural text generation with
+  unlikelihood training", and the type-token ratio; the half and the third are our choice.
+- `collapsed`: fewer than a quarter of the tokens of the plain answer to the same prompt.
+- `unended`: no end before the limit. It says something only where the plain model does end; see `ends`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from steer.lab.behaviour import THINKING, Behaviour, after_thinking, own_words
+
+if TYPE_CHECKING:
+    from steer.lab.evaluator import Answer
+
+Outcome: TypeAlias = Literal["shown", "late", "unanswered", "degenerate", "deflected", "complied"]
+OUTCOMES: tuple[Outcome, ...] = ("shown", "late", "unanswered", "degenerate", "deflected", "complied")
+Fault: TypeAlias = Literal["empty", "looped", "garbled", "repetitive", "collapsed", "unended"]
+FAULTS: tuple[Fault, ...] = ("empty", "looped", "garbled", "repetitive", "collapsed", "unended")
+#: Words, signs, and the letters of scripts that put no space between words.
+WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")
+#: What is no text: a phrase with letters that stands 5 times one after the other, but for the numbers between; one
+#: letter 30 times; pieces of a vocabulary; letters of a wrong encoding; words without a vowel.
+COUNTED = re.compile(r"([^\W\d_][^\n]{6,160}?)(?:\W{0,6}\d{0,4}\W{0,6}\1){4}")
+STUCK = re.compile(r"([^\W\d_])\1{30}")
+PIECES = re.compile(
+    r"<(?:unk|pad|s|/s|mask|\|[a-z_]+\|)>|\[(?:MASK|SEP|CLS|PAD|unused\d+)\]|[ĠĊ▁]|##[a-z]|@@[a-z]", re.IGNORECASE
+)
+#: Of a long text the end is looked at.
+GARBLED = 4000
+URL = re.compile(r"\w+://\S+")
+MISREAD = re.compile(r"[ÃÐÑâã][\u0080-\u00bf€™œžŸš‚„†‡…‰‹Œ˜ƒÂÃ]")
+VOWELLESS = re.compile(r"\b[b-df-hj-np-tv-xz]{5}\b")
+#: What no grammar has: an article or preposition before a word that cannot follow it.
+DISORDER = re.compile(
+    r"\b(?:(?:the|an?|my|your) (?:of|the|an?|to|is|are|was|were|and|or|but|because|although|therefore|when|which|that|"
+    r"for|at|from|if|with|under|did|had|it|he|they)|(?:of|at|into|from|upon) (?:and|because|although|nor|if|is|was|"
+    r"were|did|had)|(?:is|was|had) (?:is|had)|to (?:if|nor|of|is)|"
+    r"(?:which|whom|whose|because|if) (?:upon|nor)|(?:le|la|les|"
+    r"des) (?:et|mais|parce)|(?:el|los|las|del) (?:pero|porque|es)|(?:il|gli|della?) (?:il|ma|perché|quando))\b(?!-)"
+    r"(?! (?:statement|loop|block|keyword|operator|clause|condition|expression|command|key)s?\b)",
+    re.IGNORECASE,
+)
+SCRIPTS = re.compile(
+    r"(?P<latin>[a-zà-ɏ]+)|(?P<cyrillic>[\u0400-\u04ff]+)|(?P<han>[\u3040-\u30ff\u3400-\u9fff]+)|"
+    r"(?P<hangul>[\uac00-\ud7af]+)|(?P<arabic>[\u0600-\u06ff]+)|(?P<devanagari>[\u0900-\u097f]+)|"
+    r"(?P<thai>[\u0e00-\u0e7f]+)|(?P<greek>[\u0370-\u03ff]+)|(?P<hebrew>[\u0590-\u05ff]+)",
+    re.IGNORECASE,
+)
+#: The commonest words of languages in Latin letters: a row of words without one is of none of them.
+COMMON = re.compile(
+    r"\b(?:"
+    r"a|an|the|of|to|in|and|is|it|you|that|for|on|are|with|as|be|at|or|not|this|i|we|"
+    r"my|your|he|she|they|his|her|our|us|me|der|die|das|ein|eine|und|ist|zu|ich|nicht|mit|"
+    r"du|er|sie|es|den|dem|im|le|la|les|un|une|des|et|est|de|à|que|qui|je|vous|il|elle|"
+    r"pas|pour|au|en|el|los|las|una|y|no|por|con|se|lo|su|o|os|da|do|e|não|um|uma|em|"
+    r"com|na|para|che|non|di|per|sono|gli|del|della|het|een|van|ik|dat|te|og|att|som|det|"
+    r"på|är|av|jag|ja|ei|että|w|z|się|nie|že|v|ve|bir|bu|için|yang|dan|ini|itu|là|và|"
+    r"của|có|không|một|és|az|egy|nem|și|în|cu|nu|este|ya|wa|kwa|ni|ang|ng|sa|mga|ir|yra|"
+    r"u|amb"
+    r")\b",
+    re.IGNORECASE,
+)
+
+REPEATS, LOOP_TOKENS = 3, 6
+NGRAM, REPETITIVE, REPETITIVE_TOKENS = 4, 0.5, 32
+COLLAPSED = 0.25
+#: Words of which so few are different are one word over and over: so many are looked at, and that many needed.
+LEAST_DIFFERENT, LAST_WORDS, FEW_WORDS = 0.36, 50, 24
+#: Words in a row, with no sign between them, of which one is among the commonest.
+ROW = 9
+#: Words behind the thinking of an answer that was cut there, with which it has begun to say something.
+BEGUN = 6
+#: Plain answers to ordinary prompts end before the limit at least so often, where to run into it means something.
+ENDING = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """An answer of which the text alone is known: its words stand for the tokens."""
+
+    text: str
+
+    @property
+    def ids(self) -> list[int]:
+        numbers: dict[str, int] = {}
+        return [numbers.setdefault(word, len(numbers)) for word in WORDS.findall(self.text)]
+
+
+def looped(ids: Sequence[int]) -> bool:
+    """Whether `ids` end in a phrase that repeats; the last repeat may be cut short."""
+    for period in range(1, len(ids) // REPEATS + 1):
+        length = period
+        while length < len(ids) and ids[-length - 1] == ids[-length - 1 + period]:
+            length += 1
+        if length >= max(REPEATS * period, LOOP_TOKENS):
+            return True
+    return False
+
+
+def garbled(text: str) -> bool:
+    """Whether `text` is no text: one phrase or letter over and over, pieces of a vocabulary, a wrong encoding, or
+    letters that are no words."""
+    text = URL.sub(" ", text)[-GARBLED:]
+    counted = COUNTED.finditer(own_words(text))
+    if any(len(found[1].split()) >= 3 for found in counted) or STUCK.search(text):
+        return True
+    if len(set(VOWELLESS.findall(text))) >= 5 or any(len(kind.findall(text)) >= 5 for kind in (PIECES, MISREAD)):
+        return True
+    return disordered(own_words(text))
+
+
+def disordered(text: str) -> bool:
+    """Whether words stand in `text` as they do in no language: function words that cannot follow each other, words
+    of several scripts in one row, or no word that any language often has."""
+    words = text.split()
+    if len({found[0].lower() for found in DISORDER.finditer(text)}) >= max(3, len(words) // 20):
+        return True
+    for row in re.split(r"[^\w\s]|\n|\d", text):
+        scripts = [found.lastgroup for word in row.split() if (found := SCRIPTS.match(word))]
+        if len(set(scripts)) >= 3 and sum(a != b for a, b in itertools.pairwise(scripts)) >= 5:
+            return True
+        plain = [word for word in row.lower().split() if re.fullmatch(r"[a-zà-ɏ]{2,}", word)]
+        if len(plain) >= ROW and len(plain) == len(row.split()) and not COMMON.search(row):
+            return True
+    return False
+
+
+def different(text: str) -> float:
+    """The share of different words among the last LAST_WORDS of `text`, 1 where there are fewer than FEW_WORDS."""
+    words = re.findall(r"[^\W\d_]{2,}", text.lower())[-LAST_WORDS:]
+    return len(set(words)) / len(words) if len(words) >= FEW_WORDS else 1.0
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """The share of 4-grams that have stood in `ids` before, from 0 to 1."""
+    grams = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def unended(answer: Answer, max_tokens: int) -> bool:
+    return len(answer.ids) >= max_tokens
+
+
+def ends(plain: Sequence[Answer], max_tokens: int) -> bool:
+    """Whether `max_tokens` are enough for the plain model's answers, so that the limit tells a runaway answer; else it
+    is the limit that cuts, and nothing is wrong with the answer."""
+    return sum(not unended(answer, max_tokens) for answer in plain) >= ENDING * len(plain)
+
+
+def fault(answer: Answer, beside: Answer | None, limit: int | None) -> Fault | None:
+    """The first fault of `answer`, if it has one. `beside` is a plain answer that it should be about as long as, and
+    `limit` the number of tokens before which it should have ended. None where there is no such measure."""
+    ids, said = answer.ids, after_thinking(answer.text) or ""
+    if looped(ids):
+        return "looped"
+    if not any(letter.isalnum() or unicodedata.category(letter)[0] == "S" or letter in "[]{}()*#" for letter in said):
+        return "empty"
+    if garbled(said):
+        return "garbled"
+    if (len(ids) >= REPETITIVE_TOKENS and repetition(ids) > REPETITIVE) or different(own_words(said)) < LEAST_DIFFERENT:
+        return "repetitive"
+    if beside is not None and len(ids) < COLLAPSED * len(beside.ids):
+        return "collapsed"
+    if limit is not None and unended(answer, limit):
+        return "unended"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What became of an answer, and why: the words that show it, what it lacks, or its fault."""
+
+    outcome: Outcome
+    why: str
+    fault: Fault | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Neither the behaviour nor an answer."""
+        return self.outcome not in ("shown", "complied")
+
+
+def tell(
+    behaviour: Behaviour,
+    answer: Answer,
+    *,
+    verdict: Outcome | None = None,
+    beside: Answer | None = None,
+    limit: int | None = None,
+    limit_tells: bool = False,
+) -> Told:
+    """The outcome of `answer`. `verdict` is a judge's: shown, deflected or complied; None leaves it to the behaviour's
+    patterns. `beside` is the plain answer to the same prompt, `limit` the tokens at which answers were cut, and
+    `limit_tells` whether sound answers end before it."""
+    found = behaviour.evidence(answer.text) if verdict is None else "a judge" if verdict == "shown" else None
+    if found is not None:
+        return Told("shown", found)
+    if verdict is None and (found := behaviour.late_evidence(answer.text)) is not None:
+        return Told("late", found)
+    if (silent := _unanswered(answer, limit)) is not None:
+        return Told("unanswered", silent)
+    # a plain answer that is none, or shows the behaviour, says nothing of how long an answer should be
+    if beside is not None and tell(behaviour, beside).outcome != "complied":
+        beside = None
+    if (wrong := fault(answer, beside, limit if limit_tells else None)) is not None:
+        return Told("degenerate", wrong, wrong)
+    return Told("deflected", "a judge") if verdict == "deflected" else Told("complied", "")
+
+
+def _unanswered(answer: Answer, limit: int | None) -> str | None:
+    """Why `answer` says nothing yet, if it does not."""
+    said = after_thinking(answer.text)
+    if said is None:
+        return "its thinking has no end" if not looped(answer.ids) else None
+    cut = limit is not None and unended(answer, limit) and any(end in answer.text for _, end in THINKING)
+    return "it was cut just behind its thinking" if cut and len(said.split()) < BEGUN else None

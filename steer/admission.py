@@ -1,8 +1,8 @@
-"""What one request was admitted with, and the one handle by which it holds its versions, on every backend.
+"""What one request was admitted with, and the handle that holds its versions, on every backend.
 
-Whoever admits a request is the handle's first holder, and lets go when the answer has ended. An engine that goes on
-with parts of the request elsewhere (vLLM has one for each prompt and each of its n answers) holds it for each of them.
-The versions are unpinned when nobody holds it any more, whichever way the last one ended.
+The code that admits a request is the handle's first holder, and releases it when the answer has ended. An engine that
+works on parts of the request elsewhere (vLLM has one for each prompt and each of its n answers) holds it for each part.
+The versions are unpinned when nobody holds the handle any more, however the last holder ended.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Admission:
         may have come between."""
         self.spec, self.readout = spec, readout
         self._registry = registry
-        self._digests = dict.fromkeys(entry.digest for entry in spec.entries)
+        self._digests = dict.fromkeys(e.digest for each in spec.entries for e in (each, each.condition) if e)
         if readout is not None:
             self._digests |= dict.fromkeys(readout.digests)
         self._holders: set[Hashable] = {None}

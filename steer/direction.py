@@ -274,7 +274,7 @@ class Direction:
             if missing:
                 problems.append(f"missing tensors: {_quoted(missing)}")
             if others:
-                problems.append(f"tensors that a direction does not have: {_quoted(others)}")
+                problems.append(f"unknown tensors: {_quoted(others)}")
         direction = None
         if meta is not None and tensors is not None and not problems:
             direction = cls(meta=meta, **tensors)
@@ -427,7 +427,7 @@ def _read_meta(data: bytes, problems: list[str]) -> DirectionMeta | None:
     length = int.from_bytes(data[:8], "little")
     found = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     if MEASUREMENT_KEY in found:
-        raise DirectionError("this is a measurement: `steer derive` makes a direction of it")
+        raise DirectionError("this is a measurement: `steer derive` makes a direction from it")
     text = found.get("steer")
     if text is None:
         problems.append("the metadata key 'steer' is missing, so this is not a Steer direction")

@@ -92,7 +92,7 @@ def linear_direction(a: Tensor, h: Tensor) -> Tensor:
     difference = h - a
     scale = torch.linalg.vector_norm(a) + torch.linalg.vector_norm(h)
     if float(torch.linalg.vector_norm(difference)) <= MIN_ANGLE * float(scale):
-        raise DegenerateError("the two means are equal to rounding: their difference is no direction")
+        raise DegenerateError("the two means are equal to rounding: their difference has no direction")
     return unit(difference)
 
 

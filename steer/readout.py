@@ -121,7 +121,7 @@ def resolve(
     names = tuple(own) if wanted.names is None else wanted.names
     if not names:
         raise SpecError(
-            f"{FIELD}: true reads the directions that steer this request, and none does; name the directions",
+            f"{FIELD}: true means the directions that steer this request, but none does; name the directions",
             param=FIELD,
         )
     if len(names) > MAX_DIRECTIONS:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -51,6 +51,10 @@ class Placement(Protocol):
 
     def check_entry(self, direction: Direction, entry: Entry) -> None:
         """Raise SpecError if `direction` cannot be applied as `entry` says."""
+
+    def behind(self, probe: Direction, entry: Entry) -> Entry:
+        """`entry` with the layers at which it acts under its condition, which is on `probe`. Raises SpecError where
+        that cannot be decided in front of them."""
 
     def load(self, digest: str, direction: Direction, data: bytes) -> None:
         """Make it resident everywhere. Raises NoRoom; then nothing has changed anywhere."""
@@ -159,13 +163,17 @@ class Registry:
                 strength = meta.strength if item.strength is None else item.strength
                 mode = item.mode or meta.mode
                 entry = Entry(item.direction, version.digest, mode, strength, item.layers, item.tokens)
+                if (condition := item.condition) is not None:
+                    probe = self.get(condition.direction, among)
+                    entry = replace(entry, condition=replace(condition, digest=probe.digest))
+                    entry = self.placement.behind(probe.direction, entry)
                 self.placement.check_entry(version.direction, entry)
             except SpecError as error:
                 problems += error.problems
                 unknown |= isinstance(error, UnknownDirection)
                 continue
             if any((e.digest, e.mode) == (entry.digest, entry.mode) for e in entries):
-                problems.append(f"direction '{entry.direction}' is asked for twice in the mode '{entry.mode}'")
+                problems.append(f"direction '{entry.direction}' is listed twice in the mode '{entry.mode}'")
             if entry.strength:  # strength 0 does nothing, so it is not part of what is applied
                 entries.append(entry)
         problems += self._too_much(entries)
@@ -184,19 +192,24 @@ class Registry:
         return merged
 
     def _too_much(self, entries: Sequence[Entry]) -> list[str]:
-        """What is wrong with that many entries in one request."""
+        """What is wrong with these entries in one request."""
         places = sorted({entry.tokens or "all" for entry in entries})
         if len(places) > MAX_PLACES:
             return [
                 f"the directions of one request act at {len(places)} different tokens ({', '.join(places)}), at most "
                 f"{MAX_PLACES} are accepted"
             ]
+        if len({entry.condition for entry in entries}) > 1:
+            said = ", ".join(dict.fromkeys(f"if {e.condition}" if e.condition else "always" for e in entries))
+            return [f"the directions of one request act under different conditions ({said}); accepted: one for all"]
         with self._state:
             needed = sum(self._versions[entry.digest].direction.acting(entry.mode) for entry in entries)
+        needed += any(entry.condition for entry in entries)
         if needed <= self.placement.rank:
             return []
+        condition = " (one of them for its condition)" if any(entry.condition for entry in entries) else ""
         return [
-            f"the request needs {needed} direction rows for each token, this server was started with rank "
+            f"the request needs {needed} direction rows for each token{condition}, this server was started with rank "
             f"{self.placement.rank}: `--rank {needed}` for a server, `rank=` in Python"
         ]
 

@@ -1,5 +1,5 @@
-"""Every option of the server, once: its type, default and sentence. The command line, the environment (`STEER_…`) and
-the docs are made from this."""
+"""Every option of the server, defined once: its type, default and description. The command line, the environment
+(`STEER_…`) and the docs are made from this."""
 
 from __future__ import annotations
 
@@ -35,18 +35,21 @@ class ControlSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="STEER_", extra="forbid")
 
-    policy: Path | None = Field(None, description="policy file (TOML) with keys and rules, watched for changes")
-    audit: Path | None = Field(None, description="audit log to write; default: none is kept")
-    audit_max_bytes: int = Field(64 * 2**20, ge=4096, description="size at which the audit log begins a new file")
-    audit_fsync: Literal["always", "second", "never"] = Field(
-        "second", description="when the audit log is forced to disk: with each line, once a second, or by the system"
+    policy: Path | None = Field(None, description="policy file (TOML) with keys and rules; the server follows it")
+    audit: Path | None = Field(None, description="audit log to write; default: none")
+    audit_max_bytes: int = Field(
+        64 * 2**20, ge=4096, description="size in bytes at which the audit log begins a new file"
     )
-    steering: bool = Field(True, description="start with steering on; the kill switch (`steer off`) moves it")
+    audit_fsync: Literal["always", "second", "never"] = Field(
+        "second",
+        description="when the audit log is forced to disk: with each line, once a second, or when the system does it",
+    )
+    steering: bool = Field(True, description="start with steering on; `steer off` and `steer on` change it later")
     insecure: bool = Field(False, description="serve on any address without keys: everybody may do everything")
     allowed_hosts: str = Field(
         "",
-        description="names by which a server without keys may be called besides those of its own machine, separated by "
-        "commas, or *",
+        description="further names that a server without keys accepts as `Host`, besides those of its own machine, "
+        "separated by commas, or *",
     )
 
     @classmethod
@@ -62,7 +65,7 @@ class ModelOrigin(BaseSettings):
 
     revision: str | None = Field(None, description="revision of a hub model")
     trust_remote_code: bool = Field(
-        False, description="run Python code that comes with the model, if it has any: it could do anything here"
+        False, description="run Python code that comes with the model; such code can do anything on this machine"
     )
 
 
@@ -72,7 +75,8 @@ class ModelSettings(ModelOrigin):
     dtype: str = Field("auto", description="float32, bfloat16, float16, or auto: as stored, float32 on a CPU")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps, or auto")
     device_map: Literal["auto"] | None = Field(
-        None, description="auto puts what does not fit on the GPU into the memory of the CPU, and then on the disk"
+        None,
+        description="auto puts the part that does not fit on the GPU into the memory of the CPU, and then on the disk",
     )
 
     @property
@@ -110,24 +114,24 @@ class ModelSettings(ModelOrigin):
 
 class ServeSettings(ControlSettings, ModelSettings):
     backend: Literal["auto", "transformers", "vllm"] = Field(
-        "auto", description="auto takes vLLM where it is installed and serves the model, and transformers else"
+        "auto", description="auto takes vLLM if it is installed and serves the model, otherwise transformers"
     )
-    host: str = Field("127.0.0.1", description="address to bind")
-    port: int = Field(8000, ge=0, le=65535, description="port to bind; 0 takes a free one")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     served_model_name: str | None = Field(
-        None, description="name of the model in requests; default: a folder's last part, or the hub id"
+        None, description="name of the model in requests; default: the folder's name, or the hub id"
     )
-    directions: Path = Field(Path("directions"), description="folder of direction files, watched for changes")
+    directions: Path = Field(Path("directions"), description="folder of direction files; the server follows it")
     default_steer: str = Field(
-        "off", description="steering of requests that ask for nothing, like 'refusal' or 'refusal=0.7'"
+        "off", description="steering of requests that name none, like 'refusal' or 'refusal=0.7'"
     )
     chat_template_kwargs: str = Field(
         "{}",
-        description="variables of the chat template where a request does not give them, as a JSON object, like "
+        description="variables of the chat template for requests that do not set them, as a JSON object, like "
         '{"enable_thinking": false}',
     )
     sites: str = Field("resid_post", description=f"where steering acts, separated by commas: {', '.join(SITES)}")
-    rows: int = Field(32, ge=1, le=4096, description="direction rows that can be resident")
+    rows: int = Field(32, ge=1, le=4096, description="direction rows in memory, for all directions together")
     rank: int | None = Field(
         None, ge=1, le=64, description="direction rows that one request can use; default: 4, and 1 on vLLM"
     )
@@ -135,21 +139,23 @@ class ServeSettings(ControlSettings, ModelSettings):
         None,
         ge=0,
         le=1024,
-        description="requests that can be read (steer_readout) at once on vLLM, where that is compiled in; default: 0",
+        description="requests with steer_readout at once on vLLM, which compiles it in; default: 0",
     )
-    max_requests: int = Field(256, ge=1, description="requests running or waiting; more get a 429")
+    max_requests: int = Field(256, ge=1, description="requests that run or wait at once; more get a 429")
     cors_origins: str = Field(
         "", description="origins whose pages may call this server, separated by commas; default: none"
     )
     drain: int = Field(
-        300, ge=0, description="seconds in which running requests may end after SIGTERM; then they are cut off"
+        300, ge=0, description="seconds that running requests get to end after SIGTERM; then they are cut off"
     )
-    max_body: int = Field(8 * 2**20, ge=1024, description="bytes of a request body; more get a 413")
+    max_body: int = Field(8 * 2**20, ge=1024, description="largest request body in bytes; a larger one gets a 413")
     context: int | None = Field(
-        None, ge=16, description="most tokens of prompt and answer; default: what the model has"
+        None, ge=16, description="most tokens of prompt and answer together; default: the model's own limit"
     )
     cache_tokens: int | None = Field(None, ge=32, description="tokens of all requests in the key-value cache")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe messages that are logged"
+    )
 
     @field_validator("default_steer")
     @classmethod

@@ -1,9 +1,9 @@
-"""What the front ends of one deployment have in common: a table of named numbers, and a way to have all of them look.
+"""What the front ends of one deployment share: a table of named numbers, and a way to make all of them look.
 
-vLLM can run several API servers for one engine, each a process of its own. The kill switch, what keys have used of
-their rates and which blocks of the prefix cache are lost belong to the deployment, so they are in one table: memory of
-this process where it is alone, and a mapped file in a private folder of this machine where there are others. A reader
-takes no lock and asks no other process, so what one writes holds for all at once.
+vLLM can run several API servers for one engine, each in its own process. The kill switch, the used part of each key's
+rates and the lost blocks of the prefix cache belong to the deployment, so they are in one table. The table is memory of
+this process if there is only one, and otherwise a mapped file in a private folder of this machine. A reader takes no
+lock and asks no other process, so what one process writes holds for all at once.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ class Shared:
             folder.mkdir(mode=0o700, exist_ok=True)
             found = folder.stat()
             if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-                raise UnsupportedModel(
-                    f"{folder}: the front ends meet in a folder of their own, which others can write"
-                )
+                raise UnsupportedModel(f"{folder}: the front ends share this folder, and other users can write to it")
             for inner in (self.calls, self.directions):
                 assert inner is not None
                 inner.mkdir(mode=0o700, exist_ok=True)

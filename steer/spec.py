@@ -7,11 +7,12 @@ A request names directions, never paths or vectors. As text:
     refusal:one_sided=0.7        a mode and a strength
     refusal@answer=0.7           at some tokens alone; refusal:one_sided@not-first=0.7
     refusal@10-20=0.7            at some layers alone; refusal@10-20@answer=0.7
+    refusal?harm@12>0.3          for some requests alone: see `Condition`; refusal:one_sided@13-20?harm@12<0.3=0.7
     refusal=1,verbosity=-0.5     several, which act together
     off                          nothing, also where the server has a default
 
-As JSON: such a text, an object `{"direction", "mode", "strength", "layers", "tokens"}`, a list of texts and objects,
-`null` or `false`.
+As JSON: such a text, an object `{"direction", "mode", "strength", "layers", "tokens", "if"}`, a list of texts and
+objects, `null` or `false`.
 
 Parsing gives `RequestedDirection` items; the registry resolves them into a `Spec` of exact file versions.
 """
@@ -32,27 +33,54 @@ MAX_ITEMS = 16
 MAX_TEXT = 8192
 _MENTION = re.compile(r"(?<![^\W_])(?:x[\W_]*)?steer", re.IGNORECASE)
 OFF_TEXTS = {"off", "none", "null", "false"}
-_FIELDS = ("direction", "mode", "strength", "layers", "tokens")
+_FIELDS = ("direction", "mode", "strength", "layers", "tokens", "if")
 ACCEPTED = (
     "accepted: a text like 'refusal', 'refusal=0.7' or 'refusal:one_sided=0.7,other=1', an object "
-    "{'direction', 'mode', 'strength', 'layers', 'tokens'}, a list of those, or null, false or 'off' for none"
+    "{'direction', 'mode', 'strength', 'layers', 'tokens', 'if'}, a list of those, or null, false or 'off' for none"
 )
 #: At which positions of a request an entry acts, with a sentence for whoever chooses. `N` is a number of positions.
 TOKENS = {
     "all": "Every position, which is the default.",
-    "prompt": "Every position before the one at which the answer's first token is predicted.",
-    "answer": "The last position of the prompt, at which the answer's first token is predicted, and all after it.",
-    "not-first": "All but the first position, which is BOS for most models.",
+    "prompt": "Every position of the prompt except its last.",
+    "answer": "The last position of the prompt, where the answer's first token is predicted, and all after it.",
+    "not-first": "All but the first position, which is BOS in most models.",
     "first-N": "The first N positions of the prompt.",
     "last-N": "The last N positions of the prompt.",
 }
 #: The first and the last layer, 0-based, or one alone. More digits than a model has layers are none.
 _LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
 _COUNTED = re.compile(r"(first|last)-([1-9][0-9]{0,8})")
+#: The fields of a condition, and its text: a direction, a layer, a side and a number.
+_CONDITION_FIELDS = ("direction", "layer", "above", "below")
+_CONDITION = re.compile(r"([^@<>]*)@\s*(\d{1,4})\s*([<>])([^<>]*)", re.ASCII)
+_SIDES = {">": "above", "<": "below"}
+#: The largest number in a condition: beyond it no component is told from another.
+MAX_COMPONENT = 1e30
 #: After every position.
 END = 2**62
 #: Different `tokens` of the entries of one request. With A and B there, A alone, B alone and both can act on a token.
 MAX_PLACES, MAX_TOGETHER = 2, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """For which requests an entry acts: those in which the component of the stream along the one row of a direction, at
+    the output of `layer` and at the prompt's last token, is above a number, or below one. `digest`: which version of
+    the direction, empty until that is resolved."""
+
+    direction: str
+    layer: int
+    above: float | None = None
+    below: float | None = None
+    digest: str = ""
+
+    def __str__(self) -> str:
+        return self.of(self.direction)
+
+    def of(self, direction: str) -> str:
+        """The text form, with this for the direction."""
+        side, number = ("<", self.below) if self.above is None else (">", self.above)
+        return f"{direction}@{self.layer}{side}{number!r}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +92,18 @@ class RequestedDirection:
     strength: float | None = None
     layers: str | None = None
     tokens: str | None = None
+    condition: Condition | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all directions that it needs."""
+        return (self.direction,) if self.condition is None else (self.direction, self.condition.direction)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One direction as it is applied: the exact version, mode and strength, and at which layers (like 10-20) and tokens
-    (see `TOKENS`); None for all."""
+    (see `TOKENS`); None for all. Under a condition these are layers behind it and the tokens of the answer."""
 
     direction: str
     digest: str
@@ -77,6 +111,7 @@ class Entry:
     strength: float
     layers: str | None = None
     tokens: str | None = None
+    condition: Condition | None = None
 
     @property
     def range(self) -> tuple[int, int]:
@@ -113,10 +148,24 @@ class Spec:
         """Canonical compact JSON, ASCII: the value of the header `X-Steer-Applied`."""
         return json.dumps(self.described, separators=(",", ":"))
 
+    @classmethod
+    def of(cls, receipt: str) -> Spec:
+        """What a receipt says."""
+        entries = []
+        for fields in json.loads(receipt):
+            condition = fields.pop("if", None)
+            entries.append(Entry(**fields, condition=condition and Condition(**condition)))
+        return cls(tuple(entries))
+
     @property
     def described(self) -> list[dict[str, object]]:
         """Each entry as JSON, without what is not said of it."""
-        return [{key: value for key, value in asdict(entry).items() if value is not None} for entry in self.entries]
+        return [_described(asdict(entry)) for entry in self.entries]
+
+    @property
+    def condition(self) -> Condition | None:
+        """Under which all entries act."""
+        return next((entry.condition for entry in self.entries), None)
 
     @property
     def everywhere(self) -> bool:
@@ -129,15 +178,24 @@ class Spec:
         return ",".join(f"{e.digest}:{e.mode}={e.strength!r}{_layers(e)}{_positions(e, prompt)}" for e in self.entries)
 
 
+def _described(fields: dict[str, object]) -> dict[str, object]:
+    return {
+        "if" if key == "condition" else key: _described(value) if isinstance(value, dict) else value
+        for key, value in fields.items()
+        if value is not None
+    }
+
+
 def _layers(entry: Entry) -> str:
     return f"@layers {entry.layers}" if entry.layers else ""
 
 
 def _positions(entry: Entry, prompt: int) -> str:
+    condition = f"?{entry.condition.of(entry.condition.digest)}" if entry.condition else ""
     if entry.tokens is None:
-        return ""
+        return condition
     start, stop = entry.span(prompt)
-    return f"@{start}-" if stop == END else f"@{start}-{stop}"
+    return (f"@{start}-" if stop == END else f"@{start}-{stop}") + condition
 
 
 def parse(value: object, param: str = "steer") -> tuple[RequestedDirection, ...]:
@@ -181,8 +239,9 @@ def text(wanted: Sequence[RequestedDirection]) -> str:
 def _text(item: RequestedDirection) -> str:
     mode = f":{item.mode}" if item.mode else ""
     where = "".join(f"@{each}" for each in (item.layers, item.tokens) if each)
+    condition = f"?{item.condition}" if item.condition else ""
     strength = "" if item.strength is None else f"={item.strength!r}"
-    return f"{item.direction}{mode}{where}{strength}"
+    return f"{item.direction}{mode}{where}{condition}{strength}"
 
 
 def _items(value: object, param: str, problems: list[str]) -> list[RequestedDirection]:
@@ -201,7 +260,7 @@ def _items(value: object, param: str, problems: list[str]) -> list[RequestedDire
         for index, part in enumerate(value):
             where = f"{param}[{index}]"
             if isinstance(part, str) and len(value) > 1 and part.strip().lower() in OFF_TEXTS:
-                problems.append(f"{where}: {brief(part)} stands beside other items; it is accepted alone")
+                problems.append(f"{where}: {brief(part)} cannot be combined with other items")
             elif isinstance(part, str | dict):
                 items += _items(part, where, problems)
             else:
@@ -232,6 +291,7 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
         return []
     for part in parts:
         head, equals, number = part.strip().partition("=")
+        head, question, condition = head.partition("?")
         head, *where = (each.strip() for each in head.split("@"))
         name, colon, mode = head.strip().partition(":")
         item = _check(
@@ -240,6 +300,7 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
             mode.strip() if colon else None,
             _number(number) if equals else None,
             *_where(param, where, problems),
+            condition if question else None,
             problems,
         )
         if item:
@@ -260,6 +321,7 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
         value.get("strength"),
         value.get("layers"),
         value.get("tokens"),
+        value.get("if"),
         problems,
     )
 
@@ -271,6 +333,7 @@ def _check(
     strength: object,
     layers: object,
     tokens: object,
+    condition: object,
     problems: list[str],
 ) -> RequestedDirection | None:
     before = len(problems)
@@ -306,10 +369,52 @@ def _check(
             f"{param}.layers: {brief(layers)} is not accepted: the first and the last layer like '10-20' (the first "
             "not after the last), or one layer like 10"
         )
+    decided = None if condition is None else _condition(condition, param, problems)
+    if condition is not None and tokens not in (None, "answer"):
+        problems.append(
+            f"{param}.tokens: {brief(tokens)} is not accepted under a condition, which is decided at the prompt's last "
+            "token: 'answer', or nothing, which means the same"
+        )
     if len(problems) > before:
         return None
     # + 0.0 turns -0.0 into 0.0
-    return RequestedDirection(named, known, None if number is None else number + 0.0, span, place)
+    strength_ = None if number is None else number + 0.0
+    return RequestedDirection(named, known, strength_, span, "answer" if decided else place, decided)
+
+
+def _condition(value: object, param: str, problems: list[str]) -> Condition | None:
+    """A condition, as text or as an object."""
+    said, found = value, _CONDITION.fullmatch(value) if isinstance(value, str) else None
+    if found:
+        value = {"direction": found[1].strip(), "layer": int(found[2]), _SIDES[found[3]]: _number(found[4])}
+    if not isinstance(value, dict) or "direction" not in value or "layer" not in value:
+        problems.append(
+            f"{param}.if: {brief(said)} is not a condition; accepted: a direction, a layer and a number like "
+            "'harm@12>0.3' or 'harm@12<0.3', or an object {'direction', 'layer', 'above' or 'below'}"
+        )
+        return None
+    before, name, layer, number = len(problems), value["direction"], value["layer"], 0.0
+    for key in islice((str(key) for key in value if key not in _CONDITION_FIELDS), MAX_ITEMS):
+        problems.append(f"{param}.if.{key[:40]}: unknown field; accepted: {', '.join(_CONDITION_FIELDS)}")
+    try:
+        name = check_name(name if isinstance(name, str) else "")
+    except DirectionError as error:
+        problems.append(f"{param}.if.direction: {error}")
+    if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer <= 9999:
+        problems.append(f"{param}.if.layer: {brief(layer)} is not accepted: one layer like 12")
+    sides = [side for side in _SIDES.values() if value.get(side) is not None]
+    if len(sides) != 1:
+        problems.append(f"{param}.if: it says {' and '.join(sides) or 'neither side'}; accepted: 'above' or 'below'")
+    for side in sides:
+        said = value[side]
+        if isinstance(said, int | float) and not isinstance(said, bool) and abs(said) <= MAX_COMPONENT:
+            number = float(said) + 0.0
+        else:  # NaN too
+            shown = said if isinstance(said, _Unread) else brief(said)
+            problems.append(f"{param}.if.{side}: {shown} is not accepted: a number, the component to compare with")
+    if len(problems) > before:
+        return None
+    return Condition(name, layer, number if "above" in sides else None, number if "below" in sides else None)
 
 
 def ends(layers: str) -> tuple[int, int]:

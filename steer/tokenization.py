@@ -1,4 +1,4 @@
-"""A tokenizer with its chat template: the ids that server, measurement and every engine make of text, in one place."""
+"""A tokenizer with its chat template: how server, measurement and every engine turn text into ids, in one place."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Chat:
         for number, message in enumerate(read):
             if unread := sorted(message.keys() - message.asked - {"role", "content"}):
                 name = f"messages.{number}.{unread[0][:100]}"
-                raise RequestError(f"{name}: the chat template of this model does not look at it", param=name)
+                raise RequestError(f"{name}: the chat template of this model does not use it", param=name)
         return self._ids(text, add_special_tokens=False)
 
     def unread(self, variables: Iterable[str]) -> list[str]:

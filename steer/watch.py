@@ -1,6 +1,6 @@
-"""A thread that follows a folder: it looks whenever something changes there, and every two seconds whatever happens.
+"""A thread that follows a folder: it looks whenever something changes there, and at least every two seconds.
 
-Whoever depends on what it looks at can tell a thread that looks from one that has stopped.
+Code that depends on its looking can ask whether the thread still looks or has stopped.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Follower:
             except Exception as error:  # of the watch: `_once` raises nothing
                 if (said := str(error)) != self._unwatched:
                     self._unwatched = said
-                    log.error("the folder %s cannot be watched, so it is looked at: %s", self.folder, said)
+                    log.error("the folder %s cannot be watched, so it is only polled: %s", self.folder, said)
             self._stop.wait(EVERY)
             self._once()
 

@@ -192,7 +192,7 @@ def test_derive_inspect_eval(
     assert [one["dataset"]["count"] for one in report["sets"]] == [13, 13]
     assert report["divergence"][0]["p95"] >= 0
     for name in ("--harmful: harmful.txt", "--harmless: harmless.jsonl"):
-        assert f"{name} is what d was made from: give other prompts, on these its figures are too good" in caplog.text
+        assert f"{name} is the file that d was made from: give other prompts, its figures on these" in caplog.text
     assert "KL(plain ‖ steered)" in run("eval", str(tiny_folder), *options).stdout
 
 
@@ -265,7 +265,7 @@ def test_eval_writes_a_report_and_goes_on_in_its_folder(
     ]
     assert before.keys() == {path.name for path in (folder / "measured").iterdir()}
     told = run("eval", str(tiny_folder), *options, "--max-tokens", "4", code=2).stderr
-    assert "max_tokens = 3, asked for is 4" in told
+    assert "max_tokens = 3, this command has 4" in told
 
 
 def test_eval_names_every_wrong_option(tiny_folder: Path, tmp_path: Path) -> None:
@@ -285,7 +285,13 @@ def test_eval_names_every_wrong_option(tiny_folder: Path, tmp_path: Path) -> Non
         "http://127.0.0.1:9",
     ]
     told = run("eval", str(tiny_folder), *options, *wrong, "--answers", code=2).stderr
-    wanted = ("--strengths", "--kl finds", "--controls: the server", "--judge-model", "--url: is for --tasks")
+    wanted = (
+        "--strengths",
+        "--kl finds",
+        "--controls: not possible",
+        "--judge-model",
+        "--url: is for --tasks",
+    )
     for option in (*wanted, "--answers: needs --report"):
         assert option in told
     assert "numbers separated by commas" in run("eval", str(tiny_folder), *options, "--strengths", "a", code=2).stderr
@@ -371,7 +377,7 @@ def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tu
     file = str(tmp_path / "d.safetensors")
     derived(tiny_folder, sets, Path(file), "--layer", "1", "--mode", "one_sided")
     model, baked, adapter = str(tiny_folder), str(tmp_path / "baked"), str(tmp_path / "adapter")
-    assert "--mode ablate to bake that" in run("bake", model, "--direction", file, "-o", baked, code=2).stderr
+    assert "--mode ablate bakes that" in run("bake", model, "--direction", file, "-o", baked, code=2).stderr
     told = run("bake", model, "--direction", file, "--mode", "ablate", "-o", baked)
     assert "7 tensors edited" in told.stdout
     assert "verified: logits as served to" in told.stdout
@@ -435,7 +441,7 @@ def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tu
         ),
         (("derive", "m", "-o", "x.safetensors", "-p", "t"), "'t' is not NAME=VALUE"),
         (("derive", "m", "-o", "x.safetensors", "--method", "linear", "--t", "1"), "'linear': parameter t: unknown"),
-        (("derive", "m", "-o", "x.safetensors", "--seed", "1"), "--seed: is for --bootstrap"),
+        (("derive", "m", "-o", "x.safetensors", "--seed", "1"), "--seed: needs --bootstrap"),
         (("push", "m", "someone/x", "--folder", "y", "--private"), "--private: is for an upload"),
         (
             ("eval", "m", "--direction", "d", "--harmful", "a", "--harmless", "b", "--tasks-limit", "2"),
@@ -546,13 +552,13 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
         f"fit m {sets} {output} --dry-run": "--dry-run: not an option of this command",
         f"fit m {sets} {output} --backend vllm --device cpu": "--device: not used by vLLM",
         f"fit m {sets} {output} --behaviour kindness": "behaviour 'kindness': cannot be read",
-        f"fit m --harmful {h} --harmless {h} {output}": "40 prompts stand in both",
-        f"measure m --harmful {h} --harmless {h} {output}": "40 prompts stand in both",
+        f"fit m --harmful {h} --harmless {h} {output}": "40 prompts are in both",
+        f"measure m --harmful {h} --harmless {h} {output}": "40 prompts are in both",
         f"fit m --harmful {few} --harmless {a} {output}": "has 3 different prompts, a fit needs at least 7",
         f"fit m --harmful {twice} --harmless {a} {output}": "has 1 different prompts",
         f"fit m --harmful {empty} --harmless {a} {output}": "has no prompts",
         f"fit m {sets} -o {tmp_path}/d.safetensors": "d.safetensors is a folder",
-        f"measure m {sets} -o /proc/x": "nothing can be written into /proc",
+        f"measure m {sets} -o /proc/x": "cannot write into /proc",
     }
     done = subprocess.run(
         [sys.executable, "-c", LIGHT], input="\n".join(wrong), capture_output=True, text=True, timeout=300
@@ -661,7 +667,7 @@ def test_inspect_says_what_another_file_is(tiny_folder: Path, sets: tuple[str, s
     file = str(tmp_path / "m.safetensors")
     run("measure", str(tiny_folder), "--harmful", sets[0], "--harmless", sets[1], "-o", file)
     done = run("inspect", file, code=2)
-    assert "a measurement: `steer derive` makes a direction of it" in done.stderr
+    assert "a measurement: `steer derive` makes a direction from it" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -141,7 +141,7 @@ BAD_FILES: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     "old pickle": (lambda: pickle.dumps({"directions": [1.0] * 500}, protocol=2), ("pickle", "only safetensors")),
     "torch zip": (zip_of_torch, ("pickle or a zip", "only safetensors")),
     "missing": (lambda: changed(weights=None), ("missing tensors: 'weights'",)),
-    "extra": (lambda: changed(other=torch.ones(2)), ("that a direction does not have: 'other'",)),
+    "extra": (lambda: changed(other=torch.ones(2)), ("unknown tensors: 'other'",)),
     "half": (lambda: changed(weights=GOOD.weights.half()), ("tensor 'weights'", "float16", "must be float32")),
     "integers": (lambda: changed(reference=torch.zeros(3, 1, dtype=torch.int64)), ("'reference'", "int64", "float32")),
     "a layer less": (lambda: changed(directions=ROWS[:2]), ("'directions' has shape [2, 1, 64]", "must be [3, 1, 64]")),

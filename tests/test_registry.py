@@ -57,6 +57,9 @@ class Recorder:
         if entry.mode == "affine":
             raise SpecError("no affine here")
 
+    def behind(self, probe: Direction, entry: Entry) -> Entry:
+        return entry
+
     def load(self, digest: str, direction: Direction, data: bytes) -> None:
         assert digest not in self.resident, "one version is loaded once"
         if sum(self.resident.values()) + direction.rank > self.room:
@@ -381,7 +384,7 @@ def test_one_version_twice_in_one_mode_is_refused_also_under_two_names() -> None
     registry.put("one", A)
     registry.put("same", A)
     for wish in ("one,one:ablate", "one,same", "one=0.5,same=0.25"):
-        with pytest.raises(SpecError, match="asked for twice in the mode 'ablate'"):
+        with pytest.raises(SpecError, match="listed twice in the mode 'ablate'"):
             admit(registry, wish)
     assert len(admit(registry, "one:ablate,same:add").spec.entries) == 2
 

@@ -103,7 +103,7 @@ def test_a_full_table_takes_no_name_more_and_keeps_those_that_it_has() -> None:
 def test_the_folder_is_theirs_alone_and_goes_with_the_last(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir(mode=0o777)
     (tmp_path / "open").chmod(0o777)
-    with pytest.raises(UnsupportedModel, match="others can write"):
+    with pytest.raises(UnsupportedModel, match="other users can write"):
         Shared(tmp_path / "open", 0, 2)
     made = Shared.make_folder()
     first, second = Shared(made, 0, 2), Shared(made, 1, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 
 from steer.errors import SpecError
 from steer.names import MAX_STRENGTH, MODES, Mode
-from steer.spec import MAX_ITEMS, TOKENS, Entry, RequestedDirection, Spec, parse, text
+from steer.spec import (
+    MAX_COMPONENT,
+    MAX_ITEMS,
+    TOKENS,
+    Condition,
+    Entry,
+    RequestedDirection,
+    Spec,
+    parse,
+    text,
+)
 from tests.oracle import acting
 
 law = settings(deadline=None, max_examples=100)
@@ -25,13 +35,23 @@ NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True).filter
 STRENGTHS = st.floats(-MAX_STRENGTH, MAX_STRENGTH).map(lambda x: x + 0.0)
 PLACES = st.none() | st.sampled_from(["prompt", "answer", "not-first", "first-1", "last-20"])
 LAYERS = st.none() | st.sampled_from(["0", "7", "0-3", "10-20"])
-WANTED = st.builds(RequestedDirection, NAMES, st.none() | st.sampled_from(MODES), st.none() | STRENGTHS, LAYERS, PLACES)
+COMPONENTS = st.floats(-MAX_COMPONENT, MAX_COMPONENT).map(lambda x: x + 0.0)
+CONDITIONS = st.builds(Condition, NAMES, st.integers(0, 9999), above=COMPONENTS) | st.builds(
+    Condition, NAMES, st.integers(0, 9999), below=COMPONENTS
+)
+WANTED = st.builds(
+    RequestedDirection, NAMES, st.none() | st.sampled_from(MODES), st.none() | STRENGTHS, LAYERS, PLACES
+) | st.builds(
+    RequestedDirection, NAMES, st.none(), st.none() | STRENGTHS, LAYERS, st.just("answer"), st.none() | CONDITIONS
+)
 WISHES = st.lists(WANTED, max_size=MAX_ITEMS, unique_by=lambda item: (item.direction, item.mode)).map(tuple)
 
 
 def as_object(item: RequestedDirection, *, nulls: bool) -> dict[str, Any]:
-    fields = {"direction": item.direction, "mode": item.mode, "strength": item.strength}
-    fields |= {"layers": item.layers, "tokens": item.tokens}
+    fields: dict[str, Any] = {"direction": item.direction, "mode": item.mode, "strength": item.strength}
+    fields |= {"layers": item.layers, "tokens": item.tokens, "if": None}
+    if item.condition:
+        fields["if"] = {k: v for k, v in asdict(item.condition).items() if v not in (None, "")}
     return {k: v for k, v in fields.items() if nulls or v is not None}
 
 
@@ -66,7 +86,7 @@ def test_text_objects_and_lists_mean_the_same(wishes: tuple[RequestedDirection, 
 @law
 def test_space_around_the_parts_means_nothing(wishes: tuple[RequestedDirection, ...], space: str) -> None:
     spaced = text(wishes)
-    for sign in ",:=@":
+    for sign in ",:=@?<>":
         spaced = spaced.replace(sign, f"{space}{sign}{space}")
     assert parse(space + spaced + space) == wishes
 
@@ -91,6 +111,47 @@ def test_the_forms_of_the_documentation() -> None:
     )
     assert parse({"direction": "refusal", "tokens": "last-3"}) == parse("refusal@last-3")
     assert parse("refusal@all") == parse("refusal"), "which is the default"
+    harm = Condition("harm", 12, above=0.3)
+    assert parse("refusal?harm@12>0.3") == (RequestedDirection("refusal", None, None, None, "answer", harm),)
+    assert parse("refusal:one_sided@13-20?harm@12<0.3=0.7") == (
+        RequestedDirection("refusal", "one_sided", 0.7, "13-20", "answer", Condition("harm", 12, below=0.3)),
+    )
+    whole = {"direction": "refusal", "if": {"direction": "harm", "layer": 12, "above": 0.3}}
+    assert parse(whole) == parse({"direction": "refusal", "if": "harm@12>0.3"}) == parse("refusal?harm@12>0.3")
+    assert parse("refusal@answer?harm@12>0.3") == parse("refusal?harm@12>0.3")
+
+
+@pytest.mark.parametrize(
+    ("condition", "says"),
+    [
+        ("", "steer.if: '' is not a condition; accepted: a direction, a layer and a number like 'harm@12>0.3'"),
+        ("harm>0.3", "is not a condition"),
+        ("harm@12", "is not a condition"),
+        ("harm@12>0.3<1", "is not a condition"),
+        ("harm@1-2>0", "is not a condition"),
+        ("@12>0.3", "steer.if.direction: direction name '' is not acceptable"),
+        ("harm@12>", "steer.if.above: '' is not accepted: a number"),
+        ("harm@12<nan", "steer.if.below: nan is not accepted"),
+        ("harm@12>1e31", "steer.if.above: 1e+31 is not accepted"),
+        (3, "steer.if: 3 is not a condition"),
+        ({"direction": "harm", "layer": True, "above": 1}, "steer.if.layer: True is not accepted"),
+        ({"direction": "harm", "layer": 1}, "steer.if: it says neither side; accepted: 'above' or 'below'"),
+        ({"direction": "harm", "layer": 1, "above": 0, "below": 1}, "steer.if: it says above and below"),
+        ({"direction": "harm", "layer": 1, "above": "1"}, "steer.if.above: '1' is not accepted"),
+        ({"direction": "harm", "layer": 1, "above": 1, "digest": "x"}, "steer.if.digest: unknown field"),
+    ],
+)
+def test_conditions_that_are_none_are_refused_in_words(condition: Any, says: str) -> None:
+    (problem,) = problems_of({"direction": "refusal", "if": condition})
+    assert says in problem
+    if isinstance(condition, str):
+        assert problems_of(f"refusal?{condition}") == (problem,)
+
+
+@pytest.mark.parametrize("tokens", ["all", "prompt", "not-first", "first-1", "last-1"])
+def test_a_condition_is_for_the_tokens_of_the_answer(tokens: str) -> None:
+    (problem,) = problems_of(f"refusal@{tokens}?harm@12>0.3")
+    assert problem.startswith(f"steer.tokens: '{tokens}' is not accepted under a condition")
 
 
 @pytest.mark.parametrize(
@@ -346,9 +407,10 @@ def test_any_text_gives_a_wish_or_a_refusal(value: str) -> None:
 
 
 DIGESTS = st.text(alphabet="0123456789abcdef", min_size=64, max_size=64)
-ENTRIES = st.lists(st.builds(Entry, NAMES, DIGESTS, st.sampled_from(MODES), STRENGTHS, LAYERS, PLACES), max_size=4).map(
-    tuple
-)
+RESOLVED = st.none() | st.builds(lambda condition, digest: replace(condition, digest=digest), CONDITIONS, DIGESTS)
+ENTRIES = st.lists(
+    st.builds(Entry, NAMES, DIGESTS, st.sampled_from(MODES), STRENGTHS, LAYERS, PLACES, RESOLVED), max_size=4
+).map(tuple)
 
 
 @given(ENTRIES)
@@ -360,9 +422,12 @@ def test_a_receipt_is_compact_ascii_json_of_exactly_what_is_applied(entries: tup
     assert " " not in receipt
     read = json.loads(receipt)
     fields = ["direction", "digest", "mode", "strength"]
-    more = [[name for name in ("layers", "tokens") if getattr(e, name) is not None] for e in entries]
+    more = [
+        [name for name in ("layers", "tokens") if getattr(e, name) is not None] + ["if"] * bool(e.condition)
+        for e in entries
+    ]
     assert [list(entry) for entry in read] == [fields + each for each in more]
-    assert tuple(Entry(**entry) for entry in read) == entries
+    assert Spec.of(receipt).entries == entries
     assert (receipt == "[]") == (not Spec(entries))
 
 
@@ -372,7 +437,11 @@ def test_the_key_is_all_that_decides_the_computation_and_nothing_else(
     x: tuple[Entry, ...], y: tuple[Entry, ...]
 ) -> None:
     def computed(entries: tuple[Entry, ...], prompt: int) -> list[tuple[object, ...]]:
-        return [(e.digest, e.mode, e.strength, e.layers, e.span(prompt)) for e in entries]
+        conditions = [e.condition and replace(e.condition, direction="") for e in entries]
+        return [
+            (e.digest, e.mode, e.strength, e.layers, e.span(prompt), condition)
+            for e, condition in zip(entries, conditions, strict=True)
+        ]
 
     for prompts in ((30, 30), (30, 31)):
         keys, same = (
@@ -380,7 +449,10 @@ def test_the_key_is_all_that_decides_the_computation_and_nothing_else(
             for of in (lambda each, prompt: Spec(each).key(prompt), computed)
         )
         assert (keys[0] == keys[1]) == (same[0] == same[1])
-    renamed = tuple(replace(e, direction=f"n{i}") for i, e in enumerate(x))
+    renamed = tuple(
+        replace(e, direction=f"n{i}", condition=e.condition and replace(e.condition, direction="other"))
+        for i, e in enumerate(x)
+    )
     assert Spec(renamed).key(30) == Spec(x).key(30)
 
 
@@ -394,9 +466,10 @@ def test_every_entry_and_the_order_of_entries_change_the_key(entries: tuple[Entr
             replace(e, strength=math.nextafter(e.strength, 99.0)),
             replace(e, tokens="last-4"),
             replace(e, layers="5"),
+            replace(e, condition=Condition("c", 12, above=0.0, digest="none of them")),
         ):
             assert Spec((*entries[:i], other, *entries[i + 1 :])).key(30) != key
-    computed = [(e.digest, e.mode, e.strength, e.layers, e.tokens) for e in entries]
+    computed = [(e.digest, e.mode, e.strength, e.layers, e.tokens, e.condition) for e in entries]
     assert (Spec(entries[::-1]).key(30) == key) == (computed[::-1] == computed)
 
 

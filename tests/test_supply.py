@@ -148,7 +148,7 @@ def test_what_was_run_is_what_is_let_in(name: str) -> None:
     (allowed,) = (r.specifier for r in required if r.name == name)
     pins = [Requirement(line) for line in (root / "constraints.txt").read_text().splitlines() if line[0] != "#"]
     ((pinned,),) = (r.specifier for r in pins if r.name == name)
-    said = re.findall(rf"{name} (\d+\.\d+)\.\d+", (root / "docs/backends.md").read_text())
+    said = re.findall(rf"{name}\s(\d+\.\d+)\.\d+", (root / "docs/backends.md").read_text())
     newest = max(map(Version, said))
     oldest = Version(pinned.version)
     assert {str(bound) for bound in allowed} == {
@@ -172,6 +172,7 @@ def test_one_range_of_vllm_is_named_everywhere() -> None:
     allowed = Requirement(extra).specifier
     assert {str(bound) for bound in allowed} == {f">={oldest.removesuffix('.0')}", f"<{major}.{minor + 1}"}
     assert f"vLLM {oldest} and {newest}" in " ".join((root / "docs/backends.md").read_text().split())
+    assert f"\nFROM vllm/vllm-openai:v{newest}\n" in (root / "Dockerfile").read_text()
     assert f"\nvllm-cpu=={newest}\n" in (root / "constraints.txt").read_text(), "the one of `make test`"
 
 

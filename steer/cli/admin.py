@@ -22,7 +22,7 @@ keys = typer.Typer(help="Make and list API keys.", no_args_is_help=True)
 audit = typer.Typer(help="Check audit logs.", no_args_is_help=True)
 _Policy = Annotated[Path, typer.Option("--policy", envvar="STEER_POLICY", help="the policy file")]
 _Url = Annotated[str, typer.Option("--url", envvar="STEER_URL", help="the server")]
-_Reason = Annotated[str, typer.Option("--reason", help="why; refused requests are told")]
+_Reason = Annotated[str, typer.Option("--reason", help="the reason; refused requests get it in their error")]
 
 
 def register(app: typer.Typer) -> None:
@@ -34,19 +34,20 @@ def register(app: typer.Typer) -> None:
 
 @keys.command("new")
 def new_key(
-    name: Annotated[str, typer.Argument(help="the name that the audit log will have")],
+    name: Annotated[str, typer.Argument(help="name of the key, for example in the audit log")],
     policy: Annotated[
-        Path | None, typer.Option("--policy", help="append the key to this policy file, which is made if need be")
+        Path | None,
+        typer.Option("--policy", help="add the key to this policy file; it is created if it does not exist"),
     ] = None,
     direction: Annotated[
-        list[str] | None, typer.Option("--direction", help="a direction that it may use, '*' for all; may be repeated")
+        list[str] | None, typer.Option("--direction", help="a direction that the key may use, '*' for all; repeatable")
     ] = None,
     readout: Annotated[
-        bool, typer.Option("--readout", help="let it read along directions, which colours the playground's tokens")
+        bool, typer.Option("--readout", help="the key may use steer_readout; the playground colours tokens with it")
     ] = False,
-    manage: Annotated[bool, typer.Option("--manage", help="let it manage directions and the kill switch")] = False,
+    manage: Annotated[bool, typer.Option("--manage", help="the key may manage directions and the kill switch")] = False,
 ) -> None:
-    """Make an API key. Its secret is shown here, once, and kept nowhere."""
+    """Make an API key. Its secret is printed once and stored nowhere."""
 
     from steer.direction import write_file
     from steer.serve import keys as secrets
@@ -76,7 +77,7 @@ def new_key(
 
 @keys.command("list")
 def list_keys(policy: _Policy, as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False) -> None:
-    """The keys of a policy file and what each may do."""
+    """List the keys of a policy file and what each may do."""
     from steer.serve.policy import load
     from steer.spec import text
 
@@ -115,17 +116,17 @@ def _yes(flag: bool) -> str:
 
 @audit.command("verify")
 def verify_audit(
-    files: Annotated[list[Path], typer.Argument(help="the audit log, and what it was rotated to, in any order")],
+    files: Annotated[list[Path], typer.Argument(help="the audit log and its rotated files, in any order")],
     anchor: Annotated[
         list[str] | None,
-        typer.Option("--anchor", help="SEQ:HASH that was noted elsewhere and must be in the chain; may be repeated"),
+        typer.Option("--anchor", help="SEQ:HASH that you kept elsewhere and that must be in the chain; repeatable"),
     ] = None,
     start: Annotated[
-        int, typer.Option("--from", min=1, help="number of the first line, where those before it are kept elsewhere")
+        int, typer.Option("--from", min=1, help="number of the first line, if earlier lines are kept elsewhere")
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
-    """Find every line that was edited, removed, added or moved. Exit code 1 where there is one."""
+    """Find every line that was edited, removed, added or moved. The exit code is 1 if there is one."""
     from steer.serve.audit import Head, verify
 
     try:

@@ -35,14 +35,16 @@ def check(
     model: Annotated[str | None, typer.Argument(help="local folder or hub id; default: the embedded model")] = None,
     harmful: Annotated[
         str | None,
-        typer.Option(help="prompts that show the behaviour; default: the embedded model's, which it refuses"),
+        typer.Option(help="prompts that show the behaviour; default: prompts that only the embedded model refuses"),
     ] = None,
-    harmless: Annotated[str | None, typer.Option(help="prompts that do not; default: 8 that are shipped")] = None,
+    harmless: Annotated[
+        str | None, typer.Option(help="prompts that do not show it; default: 8 that come with Steer")
+    ] = None,
     mode: Annotated[str | None, typer.Option(help=f"{', '.join(MODES)}; default: the file's")] = None,
     strength: Annotated[float | None, typer.Option(help="default: the file's")] = None,
     behaviour: BehaviourOption = "refusal",
-    prompts: Annotated[int, typer.Option(min=2, help="prompts of each class, at most")] = 8,
-    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 32,
+    prompts: Annotated[int, typer.Option(min=2, help="most prompts of each class")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 32,
     backend: Backend = "transformers",
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
     *,
@@ -98,7 +100,7 @@ def _text(found: Checked, what: str, layers: int) -> str:
     sides = {
         "right": "points to the harmful side",
         "wrong": "points to the harmless side",
-        "none": "does not tell these prompts apart",
+        "none": "does not separate these prompts",
     }
     lines = [
         f"fits, and acts at {len(found.layers)} of {layers} layers ({at}), {found.mode} at strength {found.strength:g}",
@@ -113,7 +115,7 @@ def _text(found: Checked, what: str, layers: int) -> str:
         + [str(a.degenerate.hits) for a in one.arms]
         for one in found.sets
     ]
-    verdict = "; ".join([*found.problems, *found.unknown]) or "it does what it is for, and breaks nothing here"
+    verdict = "; ".join([*found.problems, *found.unknown]) or "it removes the behaviour and breaks no answer here"
     width = terminal_width()
     told = [wrapped(what, width), *(wrapped(line, width, first="  ", further="    ") for line in lines)]
     return "\n".join([*told, "", shown(head, rows), "", wrapped(f"{found.verdict}: {verdict}", width)])

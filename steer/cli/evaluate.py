@@ -60,8 +60,8 @@ def evaluate(
     model: Model,
     direction: Annotated[list[Path], typer.Option(help="the direction file; repeatable")],
     harmful: Annotated[str, typer.Option(help="prompts that show the behaviour, texts or conversations")],
-    harmless: Annotated[str, typer.Option(help="prompts that do not; the divergence is measured on these")],
-    borderline: Annotated[str | None, typer.Option(help="harmless prompts that look like the others")] = None,
+    harmless: Annotated[str, typer.Option(help="prompts that do not show it; the divergence is measured on these")],
+    borderline: Annotated[str | None, typer.Option(help="harmless prompts that look harmful")] = None,
     multi_turn: Annotated[
         str | None, typer.Option(help="conversations of several turns (.jsonl with messages)")
     ] = None,
@@ -69,9 +69,12 @@ def evaluate(
         str | None, typer.Option(help=f"{', '.join(MODES)}; several by commas; default: the file's")
     ] = None,
     strength: Annotated[float | None, typer.Option(help="default: the file's")] = None,
-    strengths: Annotated[str | None, typer.Option(help="a sweep in place of --strength, as 0,0.5,1,1.5")] = None,
+    strengths: Annotated[
+        str | None, typer.Option(help="several strengths instead of --strength, like 0,0.5,1,1.5")
+    ] = None,
     kl: Annotated[
-        str | None, typer.Option(help="KLs on harmless as 0.02,0.05: the strengths that have these are found and tried")
+        str | None,
+        typer.Option(help="KL doses on harmless, like 0.02,0.05: find the strengths that have these and try them"),
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="the layers at which it acts, as 10-20 or all; several by commas; default: all")
@@ -80,7 +83,7 @@ def evaluate(
         str | None, typer.Option(help=f"the tokens: {', '.join(TOKENS)}; several by commas; default: all")
     ] = None,
     controls: Annotated[
-        int, typer.Option(min=0, max=100, help="random directions of the same shape that are tried beside each file")
+        int, typer.Option(min=0, max=100, help="random directions of the same shape to try for each file")
     ] = 0,
     against: Annotated[
         str | None,
@@ -88,9 +91,9 @@ def evaluate(
     ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(help="write the direction here with the strengths up to which none that was tried did harm"),
+        typer.Option(help="write the direction here, with the largest strengths up to which no tried one did harm"),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 64,
     behaviour: BehaviourOption = "refusal",
     judge: JudgeOption = None,
     judge_model: JudgeModel = None,
@@ -104,7 +107,7 @@ def evaluate(
     tasks_folder: Annotated[Path | None, typer.Option(help="a folder with more tasks for lm_eval")] = None,
     tasks_limit: Annotated[int | None, typer.Option(min=1, help="documents of each task")] = None,
     url: Annotated[
-        str | None, typer.Option(help="the API (…/v1) of a server that serves MODEL and the direction, for --tasks")
+        str | None, typer.Option(help="API (…/v1) of your server for --tasks, which serves MODEL and the direction")
     ] = None,
     system_prompt: SystemPrompt = None,
     template: Template = None,
@@ -112,9 +115,11 @@ def evaluate(
     batch_size: Annotated[str, typer.Option(help="prompts in a pass, or auto")] = "auto",
     backend: Backend = "transformers",
     report: Annotated[
-        Path | None, typer.Option(help="folder for report.json, report.md and pictures; an interrupted run goes on")
+        Path | None, typer.Option(help="folder for report.json, report.md and pictures; continues an interrupted run")
     ] = None,
-    answers: Annotated[bool, typer.Option("--answers", help="every answer too, in the folder's answers.jsonl")] = False,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="also write every answer, to answers.jsonl in the folder of --report")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
     *,
     opening: ModelSettings,
@@ -170,7 +175,7 @@ def evaluate(
         rendering = chosen_rendering(system_prompt, template, response_prefix)
         for one in arms:
             if told := rendered_otherwise(one.direction.meta.template, rendering.template):
-                log.warning("%s: %s: give --template as it was fitted", one.name, told)
+                log.warning("%s: %s: give the same --template as for the fit", one.name, told)
         known = read_expected(expected) if expected else {}
         progress = stack.enter_context(Progress(shown=True))
         judging = judges.opened(looked_for, progress)
@@ -247,11 +252,11 @@ def _check(
 
     problems = []
     if strength is not None and strengths is not None:
-        problems.append("--strength and --strengths say the same: give one")
+        problems.append("--strength and --strengths set the same value: give one of them")
     if kl is not None and (strength is not None or strengths is not None):
-        problems.append("--kl finds the strengths: give it without --strength and --strengths")
+        problems.append("--kl finds the strengths: do not give --strength or --strengths with it")
     if controls and url is not None:
-        problems.append("--controls: the server at --url does not have these random directions")
+        problems.append("--controls: not possible with --url, whose server does not have these random directions")
     for option, value in (("--url", url), ("--tasks-folder", tasks_folder), ("--tasks-limit", tasks_limit)):
         if value is not None and tasks is None:
             problems.append(f"{option}: is for --tasks")
@@ -301,7 +306,7 @@ def _warn_of_known(arms: Sequence[Arm], sets: Mapping[str, PromptSet]) -> None:
         for name, dataset in made_from.items():
             if dataset is not None and dataset.sha256 == sets[name].sha256:
                 log.warning(
-                    "--%s: %s is what %s was made from: give other prompts, on these its figures are too good",
+                    "--%s: %s is the file that %s was made from: give other prompts, its figures on these are too good",
                     name,
                     sets[name].name,
                     arm.name.partition(":")[0],
@@ -321,7 +326,7 @@ def classify(
     answers: Annotated[
         Path,
         typer.Argument(
-            help="answers, .jsonl: a text each line, or an object with `answer` and `prompt`; - is standard input"
+            help="answers, .jsonl: on each line a text, or an object with `answer` and `prompt`; - is standard input"
         ),
     ],
     behaviour: BehaviourOption = "refusal",

@@ -85,7 +85,7 @@ def convert(
         recipe = Recipe(chosen_method(method or "slerp", t, parameter), choices.layer, position, mode=choices.mode)
         found = derive(found, recipe)
     elif output.name.endswith(formats.MEASUREMENT_SUFFIX):
-        raise InvalidInput(f"{source}: is a direction, from which no measurement can be made")
+        raise InvalidInput(f"{source}: is a direction; a measurement cannot be made from it")
     else:
         _refuse("a direction, which is made already", method=method, t=t, parameter=parameter)
     changes = {key: value for key, value in (("mode", mode), ("strength", strength)) if value is not None}
@@ -144,11 +144,11 @@ def bake(
     wanted = mode or loaded.meta.mode
     if wanted != "ablate":
         raise InvalidInput(
-            f"{direction}: the mode '{wanted}' cannot be baked, only plain removal is an edit of weights; give "
-            "--mode ablate to bake that"
+            f"{direction}: the mode '{wanted}' cannot be baked: only plain removal is possible in weights; "
+            "--mode ablate bakes that"
         )
     if lora and preserve_norms:
-        raise InvalidInput("--preserve-norms is no edit of low rank, so there is no adapter of it")
+        raise InvalidInput("--preserve-norms is not an edit of low rank, so it cannot be an adapter")
     removed = removal(loaded, strength)
     if loaded.meta.sites != removed.direction.meta.sites:
         typer.echo("note: baked as at the site writers, the embedding included", err=True)
@@ -186,7 +186,7 @@ def push(
     from steer.lab import hub
 
     if folder is not None and private:
-        raise InvalidInput("--private: is for an upload, and with --folder nothing is uploaded")
+        raise InvalidInput("--private: is for an upload, but --folder uploads nothing")
     if folder is not None:
         typer.echo(f"wrote {hub.assemble(file, folder, name)}: nothing was uploaded")
         return

@@ -65,7 +65,8 @@ def fit(
     harmless: Harmless | None = None,
     prompts: Prompts = None,
     limit: Annotated[
-        int, typer.Option(min=8, help="prompts of each set that are used, drawn evenly; a quarter is for the choice")
+        int,
+        typer.Option(min=8, help="prompts to use from each set, drawn evenly; a quarter of them decides the choice"),
     ] = 160,
     behaviour: BehaviourOption = "refusal",
     judge: JudgeOption = None,
@@ -76,7 +77,7 @@ def fit(
     t: T = None,
     parameter: Parameters = None,
     layer: Annotated[
-        str, typer.Option(help="source layer: auto (chosen), a number, widest, or all (each its own)")
+        str, typer.Option(help="source layer: auto (chosen by effect), a number, widest, or all (each layer its own)")
     ] = "auto",
     position: Position = -1,
     winsorize: Winsorize = None,
@@ -86,7 +87,7 @@ def fit(
     mode: FileMode | None = None,
     strength: Strength | None = None,
     sites: Sites = "resid_post",
-    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer that is tried")] = 24,
+    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 24,
     batch_size: BatchPrompts = "auto",
     threshold: Threshold = None,
     target: Target = None,
@@ -94,12 +95,12 @@ def fit(
     *,
     opening: ModelSettings,
 ) -> None:
-    """Measure MODEL on two contrast sets and write the direction that takes the behaviour away with the least harm.
+    """Measure MODEL on two contrast sets and write the direction that removes the behaviour with the least harm.
 
-    What is not given is chosen by what it does to prompts that were not measured: the layer, the method, the mode and
-    its numbers. Nothing is written, and the exit code is 3, where no direction lessens the behaviour, or all that do
-    harm harmless answers. An interrupted fit goes on when the same command is given again. With --backend vllm the
-    model is tried as vLLM serves it, and any further options are those of `vllm serve`.
+    Layer, method, mode and their numbers, unless you give them, are chosen by their effect on prompts that were not
+    measured. If no direction reduces the behaviour, or all that do harm harmless answers, nothing is written and the
+    exit code is 3. If a fit is interrupted, give the same command again and it continues. With --backend vllm the
+    model is tried as vLLM serves it, and further options are those of `vllm serve`.
     """
     log_warnings()
     from steer.lab.behaviour import Behaviour
@@ -169,10 +170,10 @@ def measure(
         str, typer.Option(help="token positions, separated by commas; −1 is the last of the template")
     ] = "-1",
     last_layer: Annotated[
-        int | None, typer.Option(help="last layer that is measured; those above it are not even run")
+        int | None, typer.Option(help="last layer to measure; the layers after it do not run")
     ] = None,
     vectors: Annotated[
-        bool, typer.Option("--vectors", help="keep each prompt's vectors (bfloat16), which some methods read")
+        bool, typer.Option("--vectors", help="keep each prompt's vectors (bfloat16), which some methods need")
     ] = False,
     moments: Annotated[
         bool, typer.Option("--moments", help="keep second moments: layers × d_model² × 16 bytes for each position")
@@ -183,7 +184,7 @@ def measure(
     response_prefix: ResponsePrefix = "",
     batch_size: BatchPrompts = "auto",
     every: Annotated[
-        float, typer.Option(min=0, help="seconds of work after which the running sums are saved beside the output")
+        float, typer.Option(min=0, help="seconds of work between saves of the running sums, next to the output")
     ] = 60.0,
     backend: Backend = "transformers",
     *,
@@ -239,11 +240,14 @@ def derive(
             help="source layer: widest (where the class means are widest apart), a number, or all (each its own)"
         ),
     ] = "widest",
-    position: Annotated[int | None, typer.Option(help="which measured position; default: the first")] = None,
+    position: Annotated[int | None, typer.Option(help="one of the measured positions; default: the first")] = None,
     winsorize: Annotated[
-        float | None, typer.Option(help="clip each prompt's vector at this quantile of magnitudes (needs --vectors)")
+        float | None,
+        typer.Option(help="clip each prompt's vector at this quantile of its magnitudes (needs --vectors)"),
     ] = None,
-    sparsify: Annotated[float | None, typer.Option(help="share of dimensions that stay, the strongest")] = None,
+    sparsify: Annotated[
+        float | None, typer.Option(help="share of the dimensions to keep, those with the largest entries")
+    ] = None,
     bootstrap: Annotated[int, typer.Option(help="resamples of the prompts to average over (needs --vectors)")] = 0,
     seed: Annotated[int | None, typer.Option(help="seed of the resamples of --bootstrap; default: 0")] = None,
     mode: FileMode = "ablate",
@@ -270,7 +274,7 @@ def derive(
 
     choices = Choices.model_validate({"mode": mode, "sites": sites.split(","), "layer": layer})
     if seed is not None and not bootstrap:
-        raise InvalidInput("--seed: is for --bootstrap, nothing else here is random")
+        raise InvalidInput("--seed: needs --bootstrap, because nothing else here is random")
     check_direction_file(output)
     measured = Measurement.load(measurement)
     recipe = Recipe(
@@ -346,10 +350,12 @@ def _listed(file: str) -> list[float]:
 
 
 def methods(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="which ones; default: all")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="methods to show; default: all")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
-    """Say what each method is, where it comes from, its parameters and its pitfalls."""
+    """Explain each method: its formula, its source, its parameters and its pitfalls."""
     import inspect
 
     from steer.lab.methods import METHODS

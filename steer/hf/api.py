@@ -186,7 +186,7 @@ class Attached:
     def detach(self) -> None:
         """Take the hooks off. Raises RuntimeError inside a block of this object, which would go on plain."""
         if self._open:
-            raise RuntimeError("a `with` block of this steering is open, and would go on plain: let it end first")
+            raise RuntimeError("a `with` block of this steering is open, and would continue plain: let it end first")
         self._steering.detach()
 
     def _attach(self) -> None:
@@ -268,8 +268,8 @@ class Steered:
         stack.__exit__(kind, error, trace)
         if kind is None and self._attached._steering.generating and not self._attached._open:
             raise RuntimeError(
-                f"{self!r}: a `generate` of another thread is under way at the end of the block, and goes on without "
-                "its steering: have it end inside (`thread.join()`)"
+                f"{self!r}: a `generate` of another thread is under way at the end of the block, and would continue "
+                "without its steering: let it end inside (`thread.join()`)"
             )
         if kind is None and passes == self._attached._steering.passes:
             warnings.warn(f"{self!r}: no pass of the attached model ran in the block", RuntimeWarning, stacklevel=2)

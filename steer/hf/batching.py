@@ -1,4 +1,5 @@
-"""The engine on transformers' continuous batching, and which engine a model gets. `internals` has what is relied on."""
+"""The engine on transformers' continuous batching, and the choice of engine for a model. `internals` lists what this
+needs from transformers."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from steer.hf.selfcheck import SelfCheckFailed, self_check
 from steer.hf.steering import Steering
 from steer.readout import Readout
 from steer.runtime.readout import Reading
-from steer.runtime.token_index import RequestSteer
+from steer.runtime.token_index import RequestSteer, applied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,7 +133,7 @@ class BatchingEngine(Engine):
                 list(prompt), request_id, max_new_tokens=sampling.max_tokens, streaming=True, eos_token_id=ends
             )
             if accepted is None:
-                raise EngineFailed("the engine is stopping or has failed and takes no request") from self._fault
+                raise EngineFailed("the engine is stopping or has failed and accepts no requests") from self._fault
             sent = 0
             while not done:
                 output = await arrivals.get()
@@ -229,8 +230,9 @@ class BatchingEngine(Engine):
             if request and isinstance(token, RequestFailed):
                 request.fail(token)
             elif request and isinstance(token, Token):
-                reading = readings.get(id(request))
-                request.tokens.append(replace(token, reading=reading) if reading else token)
+                reading, met = readings.get(id(request)), applied(request.steer)
+                told = token if reading is None and met is None else replace(token, reading=reading, applied=met)
+                request.tokens.append(told)
         ids = [token.id if isinstance(token, Token) else 0 for token in tokens]
         output_ids[0, : len(ids)].copy_(torch.tensor(ids, dtype=output_ids.dtype))
 
@@ -285,6 +287,6 @@ def _check_lengths(steering: Steering, context: int) -> None:
     if found and context > found[1]:
         kind, limit = found
         raise CannotBatch(
-            f"its rotary embedding '{kind}' goes by the longest request of a batch, from {limit} tokens on; with a "
-            f"context of at most {limit} it could be"
+            f"its rotary embedding '{kind}' depends on the longest request of a batch from {limit} tokens on; a "
+            f"context of at most {limit} would make it possible"
         )

@@ -1,4 +1,4 @@
-"""The engine that a server talks to: tokens of one request as an async stream, whatever runs behind it.
+"""The interface between the server and an engine: the tokens of one request as an async stream.
 
 `SequentialEngine` serves one request at a time as `generate` would, for models that cannot be batched;
 `steer.hf.batching` has the engine on transformers' continuous batching.
@@ -22,7 +22,7 @@ from steer.hf.internals import Decoding, check_model
 from steer.hf.sampling import NO_LOGITS, Sampler, Sampling, Token, report, sample
 from steer.hf.steering import Steering
 from steer.readout import Readout
-from steer.runtime.token_index import RequestSteer
+from steer.runtime.token_index import RequestSteer, applied
 
 
 class Engine(abc.ABC):
@@ -50,6 +50,8 @@ class Engine(abc.ABC):
         the reason) when this request cannot be answered, EngineFailed when the engine fails.
         """
         self.admit(1)
+        decisions = self.steering.index.decisions
+        steer = decisions.take(steer)
         self.in_flight += 1
         try:
             stream = self.answer(prompt, sampling, steer, read)
@@ -58,6 +60,7 @@ class Engine(abc.ABC):
                     yield token
         finally:
             self.in_flight -= 1
+            decisions.give(steer)
 
     def answer(
         self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: Readout | None = None
@@ -117,8 +120,13 @@ class Engine(abc.ABC):
     def score_alone(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
         """The forward pass of `score`, inside `alone`."""
         tensor = torch.tensor([list(ids)], device=self.steering.anatomy.device)
-        with self._steered(steer, 0, len(ids)):
-            logits = self.steering.anatomy.model(input_ids=tensor, use_cache=False).logits[0, :-1].float()
+        decisions = self.steering.index.decisions
+        steer = decisions.take(steer)
+        try:
+            with self._steered(steer, 0, len(ids)):
+                logits = self.steering.anatomy.model(input_ids=tensor, use_cache=False).logits[0, :-1].float()
+        finally:
+            decisions.give(steer)
         if not torch.isfinite(logits.amax(-1)).all():
             raise RequestFailed(NO_LOGITS)
         return report(logits, tensor[0, 1:], [top] * (len(ids) - 1))
@@ -172,10 +180,12 @@ class SequentialEngine(Engine):
             logits = decoding.logits(inputs)
             readings = self.steering.reads.collect()
             token = sample(logits, [sampler])[0]
+            if losses := self.steering.index.losses():
+                losses.first([length])  # what is lost, the end of the batch tells
         if isinstance(token, RequestFailed):
             raise token
         decoding.append(token.id)
-        return replace(token, reading=readings[0]) if readings else token
+        return replace(token, reading=readings[0] if readings else None, applied=applied(steer))
 
     async def score(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
         async with self._turn:

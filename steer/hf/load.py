@@ -258,7 +258,7 @@ def find_model(name: str, revision: str | None = None, configs: Sequence[str] = 
             where = str(cached.parent)  # or the hub would be asked again, for each file
             options.pop("revision", None)
     except HFValidationError:
-        raise missing("there is no such folder, and an id of the hub it cannot be") from None
+        raise missing("there is no such folder, and this is not a hub id either") from None
     except Exception as error:
         raise missing(
             f"there is no such folder, it is not in the hub's cache, and the hub gives: {_first_line(error)}"

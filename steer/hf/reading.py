@@ -1,4 +1,4 @@
-"""What was read of forward passes in Python: the components of `steer.runtime.readout` at every position."""
+"""The read-out of forward passes in Python: the components of `steer.runtime.readout` at every position."""
 
 from __future__ import annotations
 

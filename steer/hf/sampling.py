@@ -171,13 +171,15 @@ class Sampler:
 class Token:
     """A sampled (or scored) token: its log-probability under the model's own distribution, and the most likely ones.
 
-    `reading` is what was read at the position that predicted it, where that was asked for.
+    `reading` is what was read at the position that predicted it, where that was asked for; `applied` whether its
+    request is steered, where that has a condition.
     """
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     reading: Reading | None = field(default=None, compare=False)
+    applied: bool | None = field(default=None, compare=False)
 
 
 def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token | RequestFailed]:

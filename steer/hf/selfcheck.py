@@ -1,9 +1,9 @@
-"""The self-check at start: are an engine's answers those of `generate`, plain and steered, short and long, mixed.
+"""The self-check at start: an engine must answer as `generate` does, plain and steered, short and long, mixed.
 
-Four requests go through the engine at once, two of them steered by a vector of the check's own, and two longer than
-every length at which the model changes how it treats a request (where that is short enough to try). What the engine
-says of its tokens must be what `generate` says of them, under the same steering and one request at a time; and what
-uncached passes say, which show the steering of a cached step, wherever they agree with a plain `generate`.
+Four requests go through the engine at once. Two of them are steered by a test vector, and two are longer than every
+length at which the model changes how it treats a request (if that is short enough to try). The engine's tokens must be
+those of `generate`, under the same steering and one request at a time. They must also be those of uncached passes,
+which show the steering of a cached step, wherever uncached passes agree with a plain `generate`.
 """
 
 from __future__ import annotations

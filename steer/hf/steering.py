@@ -21,7 +21,7 @@ from steer.hf.load import decoder_of, text_architecture
 from steer.names import Site
 from steer.runtime import hook_points as site_tools
 from steer.runtime import selfcheck
-from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint, Operands, gather, operate
+from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint, Operands, decide, gather, operate
 from steer.runtime.memory import lasting
 from steer.runtime.readout import ReadIndex
 from steer.runtime.token_index import RequestSteer, TokenIndex
@@ -172,7 +172,7 @@ class Steering:
     def resize(self, max_tokens: int) -> None:
         """Make the index large enough for batches of `max_tokens`."""
         if max_tokens > self.index.max_tokens:
-            self.index = TokenIndex(self.bank.rank, max_tokens, self.anatomy.device)
+            self.index = TokenIndex(self.bank.rank, max_tokens, self.anatomy.device, decisions=self.index.decisions)
 
     @contextmanager
     def batch(
@@ -275,6 +275,9 @@ class Steering:
                 return None
             if self._rows or watchers:
                 self._check_shape(x, point)
+            if readable and layer in self.index.deciding:
+                flat = x.flatten(0, -2)
+                decide(flat, bank_slice, self.index.first(len(flat)).rows.long(), self.index.conditional_of(len(flat)))
             moved = self._moved(x, point) if steered else x
             for watcher in watchers:
                 watcher.record(layer, x, moved, bank_slice.vectors)

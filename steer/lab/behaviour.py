@@ -72,7 +72,7 @@ class Behaviour(BaseModel):
     @model_validator(mode="after")
     def _tells_something(self) -> Behaviour:
         if not self.patterns and self.min_words is None:
-            raise ValueError("needs patterns or min_words, by which an answer is told")
+            raise ValueError("needs patterns or min_words to recognise an answer")
         return self
 
     @cached_property
@@ -115,7 +115,7 @@ class Behaviour(BaseModel):
         """The words of `answer`, which does not show it at its beginning, that do so near its end; None without."""
         near = own_words((after_thinking(answer) or "").replace("’", "'"))[-LATE:]
         found = next((found for pattern in self._late if (found := pattern.search(near))), None)
-        return found and re.sub(r"^\W+", "", found[0])
+        return None if found is None else re.sub(r"^\W+", "", found[0])
 
     def decided(self, answer: str) -> bool:
         """Whether `shown` would say the same of any answer that goes on from `answer`: its last word may still change,

@@ -91,7 +91,7 @@ def check(
         (problems if arm.mode in SIGNED else notes).append(told)
     theirs, ours = arm.direction.meta.chat_template_sha256, source.facts.chat_template_sha256
     if theirs is not None and theirs != ours:
-        notes.append("the model's chat template is not the one that the direction was measured with")
+        notes.append("the model's chat template differs from the one that the direction was measured with")
     _effect(arm, found.sets, behaviour.name, problems, unknown)
     return Checked(arm.mode, arm.strength, layers, sign, found.sets, found.divergence[0].mean, problems, unknown, notes)
 
@@ -130,7 +130,7 @@ def _effect(arm: Arm, sets: tuple[SetResult, ...], behaviour: str, problems: lis
         lacking = plain.complied.hits if brings else plain.shown.hits
         said = f"{behaviour} in {plain.shown.hits} of {count} {one.name} answers plain, {steered.shown.hits} steered"
         if 2 * lacking < count:
-            unknown.append(f"{said}: give other prompts with --{one.name}, these leave it too little to change")
+            unknown.append(f"{said}: give other prompts with --{one.name}: with these there is too little to change")
         elif change.value > 0 if brings else change.value < 0:
             unknown.append(f"{said}: so few prompts cannot tell that from chance, give more of them with --prompts")
         else:

@@ -96,7 +96,7 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
         each = [_found_or_none(measurement, recipe, layer) for layer in range(measurement.layers)]
         ranks = {f.rows.shape[0] for f in each if f is not None}
         if not ranks:
-            raise DegenerateError("at no layer do the two classes define a direction")
+            raise DegenerateError("the two classes define a direction at no layer")
         nothing = torch.zeros(ranks.pop(), d_model, dtype=torch.float64)
         rows = torch.stack([nothing if f is None else f.rows for f in each])
         rows = torch.cat([rows, nothing.expand(facts.layers - measurement.layers, *nothing.shape)])
@@ -110,7 +110,7 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
         if acts_on_terms(recipe.sites) and recipe.weights is None:
             embedding = found.rows.float()
     if missing:
-        log.warning("layers %d to %d were not measured and are left unsteered", missing[0], missing[-1])
+        log.warning("layers %d to %d were not measured and stay unsteered", missing[0], missing[-1])
     reference = _reference(measurement, recipe, rows, source) if _sided(measurement, recipe, rows, source) else None
     target = None if recipe.target is None else _between(measurement, recipe, rows, recipe.target)
     axis = _axis(measurement, recipe, rows, source)
@@ -267,7 +267,7 @@ def separated(
             found.append((layer, degrees))
     if not found:
         raise DegenerateError(
-            f"at no layer are the class means {least:g}° apart: this model does not tell these sets apart"
+            f"at no layer are the class means at least {least:g}° apart: this model does not separate these sets"
         )
     return found
 
@@ -280,7 +280,7 @@ def check_needs(measurement: Measurement, recipe: Recipe) -> None:
     if method.needs == "vectors" and not vectors:
         problems.append(f"the method '{method.name}' needs the prompts' vectors: measure with --vectors")
     if method.needs == "spread" and not (vectors or moments):
-        problems.append(f"the method '{method.name}' needs how the prompts spread: measure with --vectors or --moments")
+        problems.append(f"the method '{method.name}' needs the prompts' spread: measure with --vectors or --moments")
     for name, given in (("winsorize", recipe.winsorize is not None), ("bootstrap", recipe.bootstrap > 0)):
         if given and not vectors:
             problems.append(f"{name} needs the prompts' vectors: measure with --vectors")

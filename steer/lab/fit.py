@@ -184,9 +184,7 @@ class Work:
         }
         name = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
         if folder.exists() and not (folder.is_dir() and all(PART.fullmatch(one.name) for one in folder.iterdir())):
-            raise InvalidInput(
-                f"{folder}: is not the folder of an interrupted fit, which would stand there: move it away"
-            )
+            raise InvalidInput(f"{folder}: is not the folder of an interrupted fit, but has its name: move it away")
         self.folder = folder / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cache = Cache(self.folder, {})

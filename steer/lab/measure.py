@@ -164,7 +164,7 @@ def _check_room(conditions: Conditions, reading: Reading, facts: ModelFacts, pro
     available = psutil.virtual_memory().available
     if needed > available:
         raise InvalidInput(
-            f"what is to be kept needs {needed / 2**30:.0f} GiB of memory, {available / 2**30:.0f} GiB are free: keep "
+            f"the measurement needs {needed / 2**30:.0f} GiB of memory, {available / 2**30:.0f} GiB are free: keep "
             "vectors instead of moments, or take fewer positions, prompts or layers"
         )
 
@@ -179,7 +179,7 @@ def _check_prompts(
     """The BOS tokens that every prompt begins with. Raises InvalidInput with what no prompt may be."""
     problems, bos = [], set()
     if len(set(positions)) != len(positions):
-        problems.append(f"a position stands twice in {list(positions)}")
+        problems.append(f"a position is listed twice in {list(positions)}")
     for label, prompts in sets.items():
         for prompt, e in zip(prompts.prompts, encoded[label], strict=True):
             bos.add(source.bos_count(e.ids))
@@ -224,10 +224,10 @@ class Partial:
             metadata, tensors = load_tensors(self.path)
             state = State.model_validate_json(metadata.get(KEY, ""))
         except (InvalidInput, ValidationError) as error:
-            log.warning("%s is not the file of an interrupted measurement, beginning anew: %s", self.path, error)
+            log.warning("%s is not the file of an interrupted measurement, starting again: %s", self.path, error)
             return self.state
         if state.of != self.of:
-            log.warning("%s belongs to another model, set or condition: beginning anew", self.path)
+            log.warning("%s belongs to another model, set or condition: starting again", self.path)
             return self.state
         for name, sums in self.sums.items():
             sums.restore({key.removeprefix(f"{name}_"): t for key, t in tensors.items() if key.startswith(f"{name}_")})

@@ -135,7 +135,7 @@ class Measurement:
         if meta.measured > meta.model.layers:
             found.append(f"metadata: measured {meta.measured} is more than the model's {meta.model.layers} layers")
         if len(set(meta.positions)) != len(meta.positions):
-            found.append(f"metadata: a position stands twice in {list(meta.positions)}")
+            found.append(f"metadata: a position is listed twice in {list(meta.positions)}")
         for name, tensor in self.tensors().items():
             label, kind = name.split("_", 1)
             dataset = meta.harmful if label == "harmful" else meta.harmless
@@ -274,7 +274,7 @@ def towards_harmful(rows: Tensor, contrast: Contrast) -> Tensor:
     DegenerateError where the first row does not tell the means apart, so that its sign would be chance."""
     along = rows @ contrast.difference
     if float(along[0].abs()) <= MIN_ANGLE * float(torch.linalg.vector_norm(contrast.difference)):
-        raise DegenerateError("what was found is orthogonal to the difference of the means: it has no sign")
+        raise DegenerateError("the result is orthogonal to the difference of the means, so its sign is undefined")
     return torch.where((along < 0)[:, None], -rows, rows)
 
 
@@ -304,7 +304,7 @@ def _check_gap(values: Tensor, k: int, what: str) -> None:
     if not top > 0 or float(values[k - 1]) <= floor * top:
         raise DegenerateError(f"{what}: the activations span fewer than {k} dimensions")
     if k < len(values) and float(values[k - 1] - values[k]) <= floor * top:
-        raise DegenerateError(f"{what}: component {k} is no stronger than the next: which one it is would be chance")
+        raise DegenerateError(f"{what}: component {k} equals the next in strength, so either would be chance")
 
 
 def _tidied(rows: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `output` at the end of the `with`, and is removed after an error. Raises
     InvalidInput where `output` is there already."""
     if output.exists():
-        raise InvalidInput(f"{output} exists already; what is made is written to a new folder")
+        raise InvalidInput(f"{output} exists already; give a folder that does not exist")
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

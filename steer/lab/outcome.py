@@ -72,11 +72,11 @@ SCRIPTS = re.compile(
     r"(?P<thai>[\u0e00-\u0e7f]+)|(?P<greek>[\u0370-\u03ff]+)|(?P<hebrew>[\u0590-\u05ff]+)",
     re.IGNORECASE,
 )
-#: The commonest words of languages in Latin letters: a row of words without one is of none of them.
+#: The commonest words of languages in Latin letters: a text without one, with many words in a row, is of none of them.
 COMMON = re.compile(
     r"\b(?:"
     r"a|an|the|of|to|in|and|is|it|you|that|for|on|are|with|as|be|at|or|not|this|i|we|"
-    r"my|your|he|she|they|his|her|our|us|me|der|die|das|ein|eine|und|ist|zu|ich|nicht|mit|"
+    r"can|by|their|has|have|was|but|so|all|what|my|your|he|she|they|his|her|our|us|me|der|die|das|ein|eine|und|ist|zu|ich|nicht|mit|"
     r"du|er|sie|es|den|dem|im|le|la|les|un|une|des|et|est|de|à|que|qui|je|vous|il|elle|"
     r"pas|pour|au|en|el|los|las|una|y|no|por|con|se|lo|su|o|os|da|do|e|não|um|uma|em|"
     r"com|na|para|che|non|di|per|sono|gli|del|della|het|een|van|ik|dat|te|og|att|som|det|"
@@ -92,7 +92,8 @@ NGRAM, REPETITIVE, REPETITIVE_TOKENS = 4, 0.5, 32
 COLLAPSED = 0.25
 #: Words of which so few are different are one word over and over: so many are looked at, and that many needed.
 LEAST_DIFFERENT, LAST_WORDS, FEW_WORDS = 0.36, 50, 24
-#: Words in a row, with no sign between them, of which one is among the commonest.
+MARKUP = re.compile(r"[`|<>{}]")
+#: Words in a row, with no sign between them, that make a text and no list.
 ROW = 9
 #: Words behind the thinking of an answer that was cut there, with which it has begun to say something.
 BEGUN = 6
@@ -137,22 +138,26 @@ def garbled(text: str) -> bool:
 
 def disordered(text: str) -> bool:
     """Whether words stand in `text` as they do in no language: function words that cannot follow each other, words
-    of several scripts in one row, or no word that any language often has."""
+    of several scripts in one row, or many in a row and none that any language often has."""
     words = text.split()
     if len({found[0].lower() for found in DISORDER.finditer(text)}) >= max(3, len(words) // 20):
         return True
+    unknown = not COMMON.search(text)
     for row in re.split(r"[^\w\s]|\n|\d", text):
         scripts = [found.lastgroup for word in row.split() if (found := SCRIPTS.match(word))]
         if len(set(scripts)) >= 3 and sum(a != b for a, b in itertools.pairwise(scripts)) >= 5:
             return True
         plain = [word for word in row.lower().split() if re.fullmatch(r"[a-zà-ɏ]{2,}", word)]
-        if len(plain) >= ROW and len(plain) == len(row.split()) and not COMMON.search(row):
+        if unknown and len(plain) >= ROW and len(plain) == len(row.split()):
             return True
     return False
 
 
 def different(text: str) -> float:
-    """The share of different words among the last LAST_WORDS of `text`, 1 where there are fewer than FEW_WORDS."""
+    """The share of different words among the last LAST_WORDS of `text`, 1 where there are fewer than FEW_WORDS, or it
+    is a table, a list of names in code or the like, whose words come again by their nature."""
+    if MARKUP.search(text):
+        return 1.0
     words = re.findall(r"[^\W\d_]{2,}", text.lower())[-LAST_WORDS:]
     return len(set(words)) / len(words) if len(words) >= FEW_WORDS else 1.0
 

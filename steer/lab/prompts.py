@@ -181,7 +181,7 @@ def check_contrast(harmful: PromptSet, harmless: PromptSet) -> None:
     both = set(harmful.prompts) & set(harmless.prompts)
     if both:
         shown = ", ".join(repr(p[:60]) for p in sorted(map(str, both))[:3])
-        raise InvalidInput(f"{len(both)} prompts stand in both {harmful.name} and {harmless.name}: {shown}")
+        raise InvalidInput(f"{len(both)} prompts are in both {harmful.name} and {harmless.name}: {shown}")
 
 
 def _parse(path: Path, data: bytes) -> Iterable[Prompt]:
@@ -225,7 +225,7 @@ def _text(value: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InvalidInput(f"{where}: character {error.start} is half of a surrogate pair, which is no text") from None
+        raise InvalidInput(f"{where}: character {error.start} is half of a surrogate pair, not text") from None
     return value
 
 

@@ -26,7 +26,7 @@ class Record:
         if changed := [key for key in sorted(before.keys() | head.keys()) if before.get(key) != head.get(key)]:
             raise InvalidInput(
                 [
-                    f"{path}: was measured with {key} = {json.dumps(before.get(key))}, asked for is "
+                    f"{path}: was measured with {key} = {json.dumps(before.get(key))}, this command has "
                     f"{json.dumps(head.get(key))}: give another folder, or remove the file to measure again"
                     for key in changed
                 ]

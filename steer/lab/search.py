@@ -113,7 +113,7 @@ class Search:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InvalidInput(f"{folder}: cannot be made a folder: {error.strerror}") from error
+            raise InvalidInput(f"{folder}: cannot be created: {error.strerror}") from error
         if not (folder / SETTINGS).exists():
             partial = path.with_name(f"{path.name}.part")
             measurement = measure(partial)
@@ -131,7 +131,7 @@ class Search:
         found_out = ("measurement_sha256", "layers", "depth")
         if different := [name for name in have if name not in found_out and asked[name] != have[name]]:
             raise InvalidInput(
-                [f"{folder}: was begun with {n} {brief(have[n])}, not {brief(asked[n])}" for n in different]
+                [f"{folder}: was started with {n} {brief(have[n])}, not {brief(asked[n])}" for n in different]
                 + ["give the same options again, or another folder"]
             )
         return begun
@@ -142,13 +142,13 @@ class Search:
         try:
             settings = Settings.model_validate_json((folder / SETTINGS).read_bytes())
         except OSError as error:
-            raise InvalidInput(f"{folder}: no search is here ({SETTINGS}: {error.strerror})") from error
+            raise InvalidInput(f"{folder}: there is no search in this folder ({SETTINGS}: {error.strerror})") from error
         except ValidationError as error:
             raise InvalidInput(f"{folder / SETTINGS}: {problem}" for problem in problems_of(error, "file")) from error
         path = folder / MEASUREMENT
         measurement = Measurement.load(path)
         if _sha256(path) != settings.measurement_sha256:
-            raise InvalidInput(f"{path}: it is not the measurement that this search was begun with")
+            raise InvalidInput(f"{path}: it is not the measurement that this search was started with")
         return cls(folder, settings, measurement)
 
     def trials(self) -> list[Trial]:

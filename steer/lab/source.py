@@ -84,7 +84,7 @@ class TransformersSource:
 
     def encode(self, prompts: Sequence[Prompt], rendering: Rendering | None) -> list[Encoded]:
         if not self.loaded.tokenizer.chat_template:
-            raise InvalidInput(f"the model {self.loaded.name} has no chat template, in which prompts would be measured")
+            raise InvalidInput(f"the model {self.loaded.name} has no chat template, and prompts are measured in one")
         return encode_all(self.loaded, prompts, rendering)
 
     def bos_count(self, ids: Sequence[int]) -> int:

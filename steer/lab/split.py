@@ -44,8 +44,8 @@ class Split:
             )
         if min(len(harmful), len(harmless)) < SMALL:
             log.warning(
-                "a set has fewer than %d prompts: candidates are tried on the prompts that they are made from, and the "
-                "figures say little about others",
+                "a set has fewer than %d prompts: candidates are tried on the prompts that they were made from, so "
+                "their figures say little about other prompts",
                 SMALL,
             )
             return cls(harmful, harmless, harmful, harmless)

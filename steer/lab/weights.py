@@ -26,9 +26,7 @@ class Checkpoint:
         self.folder, self.trust_remote_code = folder, trust_remote_code
         self.config: dict[str, Any] = _json(folder / "config.json")
         if "quantization_config" in self.config:
-            raise UnsupportedModel(
-                f"{folder}: quantised weights cannot be edited; take the model that they were made of"
-            )
+            raise UnsupportedModel(f"{folder}: quantised weights cannot be edited; take the original model")
         if (folder / INDEX).exists():
             self.map: dict[str, str] = dict(_json(folder / INDEX)["weight_map"])
         elif (folder / SINGLE).exists():
@@ -89,7 +87,7 @@ def resolve(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.gguf", "*.onnx"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InvalidInput(f"'{model}' is no local folder, and cannot be had from the hub: {error}") from error
+        raise InvalidInput(f"'{model}' is no local folder, and the hub does not give it: {error}") from error
 
 
 def _names(path: Path) -> list[str]:

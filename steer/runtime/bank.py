@@ -31,6 +31,7 @@ from steer.runtime.op import (
     amount,
     coefficients,
     component,
+    decided,
     embedding_coefficients,
     growth,
     joint,
@@ -39,7 +40,18 @@ from steer.runtime.op import (
     turn,
     within,
 )
-from steer.runtime.token_index import ANYWHERE, RequestSteer, bounds_of, slot, slots_of, turns
+from steer.runtime.token_index import (
+    ANYWHERE,
+    UNCONDITIONAL,
+    Conditional,
+    Decision,
+    Probe,
+    RequestSteer,
+    bounds_of,
+    slot,
+    slots_of,
+    turns,
+)
 from steer.spec import END, Entry, Spec
 
 #: Sets of entries whose matrices are kept.
@@ -242,18 +254,41 @@ class DirectionBank:
         if spec.everywhere:
             return self._steer(spec)
         if prompt is None:
+            if spec.condition is not None:
+                raise SpecError(
+                    f"the condition {spec.condition} is for requests to a server: here it is not known where the "
+                    "prompt ends",
+                    param="steer.if",
+                )
             raise SpecError(
                 f"tokens: '{next(e.tokens for e in spec.entries if e.tokens)}' is for requests to a server: here it is "
                 "not known where the prompt ends",
                 param="steer.tokens",
             )
         spans = [(entry, *entry.span(prompt)) for entry in spec.entries]
-        cuts = sorted({bound for _, *span in spans for bound in span if 0 < bound < END})
+        bounds = {bound for _, *span in spans for bound in span}
+        if spec.condition is not None:
+            bounds.add(prompt)  # behind the token that decides
+        cuts = sorted(bound for bound in bounds if 0 < bound < END)
         parts = [
             self._steer(Spec(tuple(entry for entry, start, stop in spans if start <= at < stop))) for at in (0, *cuts)
         ]
-        first, *rest = (part or RequestSteer.plain(self.rank) for part in parts)
+        first, *rest = (
+            self._deciding(part or RequestSteer.plain(self.rank), spec, at == prompt - 1)
+            for part, at in zip(parts, (0, *cuts), strict=True)
+        )
         return replace(first, then=tuple(zip(cuts, rest, strict=True)))
+
+    def _deciding(self, steer: RequestSteer, spec: Spec, decides: bool) -> RequestSteer:
+        """One part of a request's steering, with what its condition says of it."""
+        if (condition := spec.condition) is None:
+            return steer
+        if decides:
+            (row,) = self.rows_of([condition.digest])
+            steer.slots[-1] = slot(int(row), "ablate")
+        point, number = condition.layer - EMBEDDING, condition.above
+        probe = Probe(-point, condition.below or 0.0) if number is None else Probe(point, number)
+        return replace(steer, decision=Decision(UNCONDITIONAL), probe=probe if decides else None)
 
     def _steer(self, spec: Spec) -> RequestSteer | None:
         """For a spec that acts at all tokens, whatever it says of them."""
@@ -476,3 +511,10 @@ def apply(
     """x `[tokens, d_model]` after what the index says of each token (see `Acts`), and which tokens are lost
     (`operate`)."""
     return operate(x, gather(bank_slice, rows, slots, strengths, bounds, combinations), dtype)
+
+
+def decide(x: Tensor, bank_slice: BankSlice, rows: Tensor, conditional: Conditional) -> None:
+    """Write into `conditional` what tokens of x `[tokens, d_model]` decide here, by the last of their rows `[rank,
+    tokens]`."""
+    c = component(x.float(), bank_slice.vectors[rows[-1]])
+    conditional.opened.copy_(decided(c, *conditional, bank_slice.number))

@@ -79,6 +79,14 @@ def within(strengths: Tensor, bounds: Tensor, point: Tensor | int) -> Tensor:
     return torch.where((point >= (bounds & 0xFFFF)) & (point <= (bounds >> 16)), strengths, 0.0)
 
 
+def decided(c: Tensor, opened: Tensor, deciding: Tensor, thresholds: Tensor, point: Tensor | int) -> Tensor:
+    """Which tokens are open behind a hook point, `[...]` bool, where `opened` are in front of it. One that is
+    `deciding` there (the layer, counted as in `within`, negative for "below"; 0 for none) is open if its component c
+    passes its threshold, and NaN passes none."""
+    side = torch.where(deciding < 0, -1.0, 1.0)
+    return torch.where(deciding.abs() == point, side * c > side * thresholds, opened)
+
+
 def component(x: Tensor, v: Tensor) -> Tensor:
     """⟨x, v⟩ over the last dimension. v: broadcasts to x, rows of unit norm or zero."""
     return (x * v).sum(-1)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from steer.direction import Direction, check_fits
 from steer.errors import DirectionError, SpecError
-from steer.names import MAX_STRENGTH, Site
+from steer.names import MAX_STRENGTH, SITE_RULES, SITES, Site, readable
 from steer.runtime.bank import DirectionBank
 from steer.runtime.op import check_mode
-from steer.spec import Entry
+from steer.spec import Entry, layer_range
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,33 @@ class Shape:
         if problems:
             raise DirectionError(problems)
 
+    def behind(self, probe: Direction, entry: Entry) -> Entry:
+        """`entry` with the layers at which it acts under its condition, on `probe`: all behind it, where it names none.
+        Raises SpecError with every reason why that cannot be decided in front of them."""
+        condition = entry.condition
+        assert condition is not None
+        layer, last = condition.layer, self.layers - 1
+        problems: list[str] = []
+        if probe.rank != 1:
+            problems.append(f"its direction has {probe.rank} rows for each layer: a direction of one row is accepted")
+        if not readable(probe.meta.sites):
+            sites = ", ".join(f"'{site}'" for site in SITES if SITE_RULES[site].readable)
+            problems.append(f"its direction acts at the sites {', '.join(probe.meta.sites)}: what is read is {sites}")
+        if layer >= last:
+            problems.append(
+                f"the model has the layers 0 to {last}, of which one must be behind it: 0 to {last - 1} are accepted"
+            )
+        elif not probe.directions[layer].any():
+            problems.append("its direction has no row at that layer")
+        elif entry.layers is not None and entry.range[0] <= layer:
+            problems.append(
+                f"it is decided at the output of layer {layer}, and '{entry.direction}' is to act at the layers "
+                f"{entry.layers}: layers from {layer + 1} on are accepted"
+            )
+        if problems:
+            raise SpecError([f"the condition {condition}: {problem}" for problem in problems], param="steer.if")
+        return entry if entry.layers else replace(entry, layers=layer_range(f"{layer + 1}-{last}"))
+
     def check_entry(self, direction: Direction, entry: Entry) -> None:
         """Raise SpecError if `direction` cannot be applied as `entry` says."""
         check_mode(direction, entry.mode, entry.direction)
@@ -90,6 +117,9 @@ class ShapedPlacement:
 
     def check(self, direction: Direction) -> None:
         self.shape.check(direction)
+
+    def behind(self, probe: Direction, entry: Entry) -> Entry:
+        return self.shape.behind(probe, entry)
 
     def check_entry(self, direction: Direction, entry: Entry) -> None:
         self.shape.check_entry(direction, entry)

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steer.errors import NoRoom
 from steer.names import MODES, TURNING, Mode
 from steer.runtime.combine import ALONE, Combination, Combinations
 from steer.runtime.memory import CopyEvent, CopyQueue, copy_queue_to, lasting
 from steer.spec import END
 
+T = TypeVar("T", bound="RequestSteer | None")
 #: Sets of pinned memory used in turn: steps overlap, so the one before may still be read by its copy.
 STAGES = 3
 #: The entry of plain requests.
 PLAIN = 0
+#: Places of decisions, more than an engine runs requests at once; and that of all which need none.
+DECISIONS, UNCONDITIONAL = 2**14, 0
 
 
 def slot(row: int, mode: Mode) -> int:
@@ -65,23 +69,42 @@ class Acts(NamedTuple):
     combinations: Tensor | None
 
 
+class Conditional(NamedTuple):
+    """Of some tokens `[tokens]` each: opened, bool, in place: where it is False nothing acts; deciding, int32, and
+    thresholds, float32: how those decide (`op.decided`) that do, by their last row."""
+
+    opened: Tensor
+    deciding: Tensor
+    thresholds: Tensor
+
+
 def fields(rank: int) -> int:
-    """How many int32 the index has for a token (`unpacked`)."""
-    return 3 * rank + (rank > 1)
+    """How many int32 the index has for a token (`unpacked`, `conditions`)."""
+    return 3 * rank + (4 if rank > 1 else 0)
 
 
-def unpacked(packed: Tensor, rank: int) -> Acts:
+def unpacked(packed: Tensor, rank: int, opened: Tensor | None = None) -> Acts:
     """What acts on tokens, of `packed` `[tokens, fields]` int32: all but the rows are views of it. Of each token these
     are `rank` slots, as many strengths (the bits of a float32) and bounds, and the combination where there can be any.
+    `opened` `[tokens]` bool: where it is False all strengths are 0.
     """
     slots, strengths, bounds = (packed[:, part * rank : (part + 1) * rank].T for part in range(3))
+    strengths = strengths.view(torch.float32)
+    if opened is not None:
+        strengths = torch.where(opened, strengths, 0.0)
     combinations = packed[:, 3 * rank] if rank > 1 else None
-    return Acts(slots // len(MODES), slots, strengths.view(torch.float32), bounds, combinations)
+    return Acts(slots // len(MODES), slots, strengths, bounds, combinations)
+
+
+def conditions(packed: Tensor, rank: int, opened: Tensor) -> Conditional:
+    """How tokens decide, of the same `packed`, where the rank is above 1: of each token, after the combination, the
+    place of its decision, how it decides, and its threshold (the bits of a float32)."""
+    return Conditional(opened, packed[:, 3 * rank + 2], packed[:, 3 * rank + 3].view(torch.float32))
 
 
 class Acting(NamedTuple):
     """Of a step's entries: how many of the rank act on any, whether these act on each, whether all are alike, whether
-    any combines directions, whether any acts at some layers alone, and whether any turns."""
+    any combines directions, whether any acts at some layers alone, whether any turns, and whether any may be closed."""
 
     depth: int
     everywhere: bool
@@ -89,6 +112,51 @@ class Acting(NamedTuple):
     combined: bool
     bounded: bool
     turning: bool
+    conditional: bool
+
+
+@dataclass(eq=False, slots=True)
+class Decision:
+    """The one decision of a request with a condition: its place in `Decisions`, whether a pass has made it, and whether
+    the condition holds, None while the host does not know."""
+
+    number: int
+    made: bool = False
+    holds: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """How a token decides, by the component along the row in its last slot: see `op.decided`."""
+
+    deciding: int
+    threshold: float
+
+
+class Decisions:
+    """What requests have decided, on the device: `opened` `[DECISIONS]` bool, the first of it for those without a
+    condition. It outlives every index."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        with lasting():
+            self.opened = torch.zeros(DECISIONS, dtype=torch.bool, device=device)
+            self.opened[UNCONDITIONAL] = True
+        self._free = list(range(DECISIONS - 1, UNCONDITIONAL, -1))
+
+    def take(self, steer: T) -> T:
+        """The same steering for one request, with a decision of its own where it has a condition, until `give`."""
+        if steer is None or steer.decision is None:
+            return steer
+        if not self._free:
+            raise NoRoom(f"{DECISIONS - 1} requests with conditions are there, and no more can be: try again shortly")
+        decision = Decision(self._free.pop())
+        then = tuple((at, replace(part, decision=decision)) for at, part in steer.then)
+        return replace(steer, decision=decision, then=then)
+
+    def give(self, steer: RequestSteer | None) -> None:
+        """The request of a taken decision has ended."""
+        if steer is not None and steer.decision is not None:
+            self._free.append(steer.decision.number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +164,7 @@ class RequestSteer:
     """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros after its own, and in
     front those that turn, each with its axis behind it; bounds
     `[rank]` int32 (`bounds_of`), None where all act at all layers; and what makes them act together, None where they
-    are orthogonal or one.
+    are orthogonal or one. With a condition it has a decision, which `Decisions.take` gives, and one part has a probe.
 
     `then`: the positions, ascending, from which on something else acts, and what; none where these are for all tokens.
     """
@@ -106,6 +174,8 @@ class RequestSteer:
     combination: Combination | None = None
     bounds: NDArray[np.int32] | None = None
     then: tuple[tuple[int, RequestSteer], ...] = ()
+    decision: Decision | None = None
+    probe: Probe | None = None
 
     @classmethod
     def plain(cls, rank: int, combination: Combination | None = None) -> RequestSteer:
@@ -118,6 +188,11 @@ class RequestSteer:
         bounds = zip([0, *cuts], [*cuts, start + length], each, strict=True)
         parts = [(steer, min(stop, start + length) - max(first, start)) for first, stop, steer in bounds]
         return [steer for steer, count in parts if count > 0], [count for _, count in parts if count > 0]
+
+
+def applied(steer: RequestSteer | None) -> bool | None:
+    """Does the condition of a request hold, as far as the host knows? None for one without."""
+    return None if steer is None or steer.decision is None else steer.decision.holds
 
 
 def _parts(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -146,17 +221,27 @@ class _Stages:
 
 
 class Losses:
-    """Which tokens of one pass are lost, on their way to the host."""
+    """Which tokens of one pass are lost, and what those that decide have decided, on their way to the host."""
 
-    def __init__(self, flags: Tensor, copied: CopyEvent | None) -> None:
-        self._flags, self._copied = flags, copied
+    def __init__(
+        self,
+        flags: Tensor,
+        copied: CopyEvent | None,
+        opened: Tensor | None = None,
+        decisions: Sequence[tuple[Decision, int]] = (),
+    ) -> None:
+        self._flags, self._copied, self._opened, self._deciders = flags, copied, opened, decisions
 
     def first(self, lengths: Sequence[int] | NDArray[np.int32]) -> dict[int, int]:
         """Of the requests that have `lengths[i]` tokens of the pass, in batch order, those with lost tokens, and which
-        of its own is each one's first. Waits for the pass where it has not ended."""
+        of its own is each one's first. From here on the decisions of those that decided in it know. Waits for the pass
+        where it has not ended."""
         if self._copied is not None:
             self._copied.synchronize()
             self._copied = None
+        for decision, at in self._deciders:
+            assert self._opened is not None
+            decision.holds = bool(self._opened[at])
         found = np.flatnonzero(self._flags.numpy())
         if not found.size:
             return {}
@@ -168,33 +253,51 @@ class Losses:
 
 class TokenIndex:
     """`packed` `[max_tokens, fields]` int32 is what acts on each token (`unpacked`), written in place for ever, on a
-    device by one copy; `lost` `[max_tokens]` bool is what the hook points write.
+    device by one copy; `lost` `[max_tokens]` bool is what the hook points write, and so is `opened`, where the rank has
+    a row for conditions.
 
     A request that steers *enters* once and gets a number; a step names its requests by number, so that filling is a few
     numpy calls whatever the size of the batch. `queue` is the queue of copies to the device, None where the host writes
     its memory.
     """
 
-    def __init__(self, rank: int, max_tokens: int, device: torch.device | str, queue: CopyQueue | None = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        max_tokens: int,
+        device: torch.device | str,
+        queue: CopyQueue | None = None,
+        decisions: Decisions | None = None,
+    ) -> None:
         self.rank, self.max_tokens = rank, max_tokens
         device = torch.device(device)
+        self.decisions = decisions or Decisions(device)
         queue = queue or copy_queue_to(device)
         with lasting():
             self.packed = torch.zeros(max_tokens, fields(rank), dtype=torch.int32, device=device)
             self.lost = torch.zeros(max_tokens, dtype=torch.bool, device=device)
+            self.opened = torch.ones(max_tokens, dtype=torch.bool, device=device) if rank > 1 else None
         self._stages = None if queue is None else _Stages(self.packed, queue)
         self._queue = queue
         self._used = 0
         #: The numbers and lengths that the buffers hold; None when they may hold something else.
         self._filled: tuple[NDArray[np.int64], NDArray[np.int64] | NDArray[np.int32]] | None = None
-        self._acting = Acting(0, False, False, False, False, False)
+        self._acting = Acting(0, False, False, False, False, False, False)
         #: What a token of each entry has in the index, and the number of the entry's combination, 0 for none.
         self._entries = np.zeros((16, fields(rank)), np.int32)
         self._entry_combined = np.zeros(16, np.int64)
+        #: Where these have the slot of a combination, the place of a decision, and how it is made (`Probe`).
+        self._combination, self._decision, self._probe = (3 * rank + i for i in range(3))
         self._combining: dict[int, Combination] = {}
         self._home: Combinations | None = None
         #: Of each entry: where it ends, the entry that goes on there, and the one that acts (PLAIN for none).
         self._entry_parts = _parts(np.arange(16))
+        self._deciding: dict[int, Decision] = {}
+        #: Entries that have a decision, and whether the buffers speak of any.
+        self._conditional, self._speaks_of_conditions = 0, False
+        #: Who decides in this step: entry, decision and token; and at which layers.
+        self._deciders: list[tuple[int, Decision, int]] = []
+        self.deciding: frozenset[int] = frozenset()
         #: Requests that have entered and whose steering is not the same at all tokens.
         self.phased = 0
         self._free = list(range(15, PLAIN, -1))
@@ -212,7 +315,7 @@ class TokenIndex:
     @property
     def nbytes(self) -> int:
         """Of the device's memory."""
-        return self.packed.nbytes + self.lost.nbytes
+        return self.packed.nbytes + self.lost.nbytes + (0 if self.opened is None else self.opened.nbytes)
 
     def first(self, tokens: int) -> Acts:
         """What acts on the first `tokens` of the batch."""
@@ -240,10 +343,19 @@ class TokenIndex:
         self._filled = None
         bounds = np.full(self.rank, ANYWHERE) if steer.bounds is None else steer.bounds
         # no slot yet of what combines: the one of those that combine nothing is never its own
-        alone = np.full(fields(self.rank) - 3 * self.rank, ALONE)
-        self._entries[number] = np.concatenate([steer.slots, steer.strengths.view(np.int32), bounds, alone])
+        rest = np.zeros(fields(self.rank) - 3 * self.rank, np.int32)
+        rest[:1] = ALONE
+        self._entries[number] = np.concatenate([steer.slots, steer.strengths.view(np.int32), bounds, rest])
         self._entry_combined[number] = 0
         self._entry_parts[:, number] = END, number, number if steer.strengths.any() else PLAIN
+        if (decision := steer.decision) is not None:
+            assert decision.number != UNCONDITIONAL, "it was taken"
+            self._entries[number, self._decision] = decision.number
+            self._conditional += 1
+            if (probe := steer.probe) is not None and not decision.made:
+                threshold = np.float32(probe.threshold).view(np.int32)
+                self._entries[number, self._probe :] = probe.deciding, threshold
+                self._deciding[number] = decision
         if combination := steer.combination:
             assert self._home in (None, combination.home), "an index speaks of one bank"
             self._home, self._combining[number] = combination.home, combination
@@ -255,6 +367,8 @@ class TokenIndex:
         self.phased -= following != number
         while True:
             self._combining.pop(number, None)
+            self._deciding.pop(number, None)
+            self._conditional -= self._decides_of(number)
             self._free.append(number)
             if following == number:
                 return
@@ -264,6 +378,8 @@ class TokenIndex:
         """Make every token plain, whatever the buffers hold now: they may have been lost or overwritten."""
         self.packed.zero_()
         self.lost.zero_()
+        if self.opened is not None:
+            self.opened.fill_(True)
         self._used, self._filled = 0, None
 
     def fill(
@@ -296,8 +412,55 @@ class TokenIndex:
         array[total:] = 0
         if self._stages is not None:
             self._stages.send(self.packed, end)
+        if self._conditional or self._speaks_of_conditions:
+            self._open(numbers, lengths, end)
         self._used, self._filled = total, (numbers.copy(), lengths.copy())
         return steered
+
+    def _open(self, numbers: NDArray[np.int64], lengths: NDArray[np.int64] | NDArray[np.int32], end: int) -> None:
+        """Lay what was decided before beside the tokens of a step, and note who decides in it: the last of a part."""
+        assert self.opened is not None
+        torch.index_select(self.decisions.opened, 0, self.packed[:end, self._decision], out=self.opened[:end])
+        ends, how = np.cumsum(lengths), self._entries[numbers, self._probe]
+        self._deciders = [
+            (int(numbers[i]), self._deciding[int(numbers[i])], int(ends[i]) - 1) for i in np.flatnonzero(how)
+        ]
+        self.deciding = frozenset(np.abs(how[how != 0]) - 1)
+        self._speaks_of_conditions = bool(self._entries[numbers, self._decision].any())
+
+    def keep(self) -> list[tuple[Decision, int]]:
+        """After the pass is enqueued: what was decided in it is kept. Whose decisions, and by which tokens."""
+        if not (decisions := self._deciders):
+            return []
+        assert self.opened is not None
+        # who did not decide writes what it was given
+        places = self.packed[: self._used, self._decision].long()
+        self.decisions.opened.scatter_(0, places, self.opened[: self._used])
+        self._deciders, self._filled = [], None
+        for number, decision, _ in decisions:
+            decision.made, self._entries[number, self._probe] = True, 0
+        return [(decision, at) for _, decision, at in decisions]
+
+    def found(self) -> Tensor:
+        """What a pass has found of each token up to here, uint8, for whoever goes on with it elsewhere."""
+        lost = self.lost[: self._used].to(torch.uint8)
+        return lost if self.opened is None else lost + 2 * self.opened[: self._used].to(torch.uint8)
+
+    def go_on(self, found: Tensor) -> None:
+        """Take over what the pass has `found` elsewhere, of tokens that were lost or have decided there."""
+        self.lost[: self._used].copy_(found & 1)
+        if self._deciders:
+            opened, deciding, _ = self.conditional_of(self._used)
+            opened.copy_(torch.where(deciding != 0, (found & 2) != 0, opened))
+
+    def conditional_of(self, tokens: int) -> Conditional:
+        """Of the first `tokens` of the batch, as views of the buffers."""
+        assert self.opened is not None
+        return conditions(self.packed[:tokens], self.rank, self.opened[:tokens])
+
+    def _decides_of(self, number: int) -> bool:
+        """Has an entry a decision?"""
+        return self.rank > 1 and self._entries[number, self._decision] != UNCONDITIONAL
 
     def _parted(
         self, numbers: NDArray[np.int64], lengths: NDArray[np.int64] | NDArray[np.int32], starts: NDArray[np.int64]
@@ -321,12 +484,20 @@ class TokenIndex:
         enqueued after it: whoever reads it with the pass's outputs does not wait for it."""
         if not self._used:
             return None
-        here = self.lost[: self._used]
+        decisions = self.keep()
+        opened = self.opened if decisions else None
+        found = [None if here is None else self._fetched(here[: self._used]) for here in (self.lost, opened)]
+        assert found[0] is not None
+        copied = None if self._queue is None else self._queue.record_event()
+        return Losses(found[0], copied, found[1], decisions)
+
+    def _fetched(self, here: Tensor) -> Tensor:
+        """A copy that is on its way to the host."""
         if self._queue is None:
-            return Losses(here.clone(), None)
-        flags = torch.empty(self._used, dtype=torch.bool, pin_memory=self._queue.pinned)
+            return here.clone()
+        flags = torch.empty(len(here), dtype=torch.bool, pin_memory=self._queue.pinned)
         self._queue.copy(flags, here)
-        return Losses(flags, self._queue.record_event())
+        return flags
 
     def fill_with(self, steers: Sequence[RequestSteer | None], lengths: Sequence[int]) -> int:
         """The same for requests that have not entered, None for a plain one."""
@@ -338,9 +509,11 @@ class TokenIndex:
         depth = max(given.any(1).nonzero().flatten().tolist(), default=-1) + 1
         same = bool((taken == taken[:1]).all() and (combined == combined[:1]).all())
         bounded = bool((given & (bounds != ANYWHERE)).any())
-        everywhere = bool(given[:depth].all()) and not bounded
+        conditional = any(map(self._decides_of, numbers))
+        everywhere = bool(given[:depth].all()) and not bounded and not conditional
+        same = same and not conditional
         turning = bool((given & turns(slots)).any())
-        self._acting = Acting(depth, everywhere, same, bool(combined.any()), bounded, turning)
+        self._acting = Acting(depth, everywhere, same, bool(combined.any()), bounded, turning, conditional)
         try:
             return self.fill(entries, np.array(lengths, np.int64))
         finally:
@@ -353,12 +526,14 @@ class TokenIndex:
         and `[1]` where it is the same for all; whether it acts on every one of them, and whether any of it turns.
         `depth` is how many of the rank act on any. For an eager pass after `fill_with`: what is compiled reads the
         buffers themselves."""
-        depth, everywhere, same, combined, bounded, turning = self._acting
+        depth, everywhere, same, combined, bounded, turning, conditional = self._acting
         whole = self._used == count
         part = np.s_[:depth,] if same and whole else np.s_[:depth, :, None]
         rows, slots, strengths, bounds, combinations = self.first(1 if same and whole else count)
         combinations = combinations[part[1:]] if combined and combinations is not None else None
         bounds = bounds[part] if bounded and bounds is not None else None
+        if conditional and self.opened is not None:
+            strengths = torch.where(self.opened[:count], strengths, 0.0)
         # int64 is what indexing takes outside of compiled code
         acts = Acts(rows[part].long(), slots[part].long(), strengths[part], bounds, combinations)
         return acts, everywhere and whole, turning
@@ -372,9 +547,9 @@ class TokenIndex:
         if not combined.size:
             return False
         self._home.reserve(self._entry_combined[combined])
-        stale = self._home.stale(self._entries[combined, -1], self._entry_combined[combined])
-        kept = self._entries[combined[~stale], -1]
+        stale = self._home.stale(self._entries[combined, self._combination], self._entry_combined[combined])
+        kept = self._entries[combined[~stale], self._combination]
         missing = np.unique(combined[stale]).tolist()
         slots = self._home.use(kept, [self._combining[number] for number in missing])
-        self._entries[missing, -1] = slots
+        self._entries[missing, self._combination] = slots
         return bool(missing)

@@ -1,9 +1,8 @@
-"""Authentication: who is calling, and which paths they may reach. An ASGI layer around every route that a server has.
+"""Authentication: who calls, and which paths they may reach. An ASGI layer around every route of a server.
 
-With a policy in force nothing but `/health` answers without a key. A key reaches the paths that are listed here and no
-others; the rest of a server, also what we do not know of it, needs the managing role. Without one, web pages that are
-not the server's own are kept out (`pages`). What a browser asks on behalf of a page before it calls (a preflight) is
-answered here, on every server.
+With a policy in force, only `/health` answers without a key. A key reaches the paths that are listed here; every other
+path of a server, also an unknown one, needs the managing role. Without a policy, web pages other than the server's own
+are kept out (`pages`). A browser's preflight request is answered here, on every server.
 """
 
 from __future__ import annotations

@@ -53,9 +53,18 @@ class ReadReport(TypedDict):
     directions: Annotated[list[ReadLine], Field(description="what was read, in the order that was asked for")]
 
 
-class ReadField(TypedDict):
-    """The part of a choice that is there when `steer_readout` was asked for."""
+class SteerFields(TypedDict):
+    """The parts of a choice that are there for some requests."""
 
+    steer_applied: NotRequired[
+        Annotated[
+            bool,
+            Field(
+                description="of a spec with a condition, at the end of the answer: did the condition hold, so that it "
+                "is steered"
+            ),
+        ]
+    ]
     steer_readout: NotRequired[Annotated[ReadReport, Field(description="where it was asked for")]]
 
 
@@ -91,7 +100,7 @@ class CompletionUsage(TypedDict):
     total_tokens: int
 
 
-class _Choice(ReadField):
+class _Choice(SteerFields):
     index: Annotated[int, Field(description="which answer this is: n for each prompt, in the order of the prompts")]
 
 

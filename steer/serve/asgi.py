@@ -1,4 +1,4 @@
-"""Requests and answers as ASGI has them: their headers, and another body for an answer on its way out."""
+"""ASGI helpers: the headers of requests and answers, and a replacement body for an answer on its way out."""
 
 from __future__ import annotations
 

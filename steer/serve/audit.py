@@ -1,17 +1,17 @@
 """The audit log: what was steered, by whom, and who changed what; never a prompt, an answer or a secret.
 
-JSON lines. Each ends with `hash`, the SHA-256 of the line without it, and has the hash of the line before it as `prev`
-and the next number as `seq`, so that an edited, removed, added or moved line breaks the chain. `FILE.head` has the last
-number and hash, so that a tail which was cut off is missed too. A file that has grown over its size is renamed to
-`FILE.<its last seq>` (with `-2` and so on where that name is taken), and the new one goes on with the chain.
+JSON lines. Each line has the next number as `seq` and the hash of the line before as `prev`, and ends with `hash`, the
+SHA-256 of the line without it. So an edited, removed, added or moved line breaks the chain. `FILE.head` has the last
+number and hash, so that missing lines at the end are found too. A file that exceeds its size is renamed to
+`FILE.<its last seq>` (with `-2` and so on if that name is taken), and the new file continues the chain.
 
-Lines are written where they happen, into the system's memory. A thread of its own waits for the disk.
+Lines are written where they happen, into the system's memory. A separate thread waits for the disk.
 
-Several processes of one machine may write one file: each line is written under a lock (`FILE.lock`), behind the one
-that `FILE.head` says is the last.
+Several processes of one machine may write one file: each line is written under a lock (`FILE.lock`), after the line
+that `FILE.head` names as the last.
 
-What a hash chain cannot show: a history that somebody with write access to both files has computed anew from some line
-on. Keep the head elsewhere from time to time (`GET /v1/steering` tells it) and verify against that.
+A hash chain cannot detect a history that somebody with write access to both files has computed again from some line on.
+Keep the head elsewhere from time to time (`GET /v1/steering` returns it) and verify against that.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def unseal(line: bytes) -> Record:
     except (ValueError, RecursionError):
         same = False
     if not same:
-        raise ValueError("the line does not have the hash that it says: it was changed")
+        raise ValueError("the hash of the line is wrong: the line was changed")
     if not isinstance(record.get("seq"), int) or not isinstance(record.get("prev"), str):
         raise ValueError("not an audit line")
     return cast(Record, record)
@@ -350,7 +350,7 @@ class Audit:
             elif known.seq == self.head.seq and known.hash != self.head.hash:
                 healed["damaged"] = "the last line is not the one that was written"
         if healed:
-            log.error("audit: %s was not left whole: %s", self.path, healed)
+            log.error("audit: %s is damaged: %s", self.path, healed)
             self._append("recovered", {"detail": healed})
 
     def _sync(self) -> None:
@@ -466,8 +466,8 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) 
             wanted.setdefault(head.seq, head)
     if not wanted:
         report.problems.append(
-            "there is no FILE.head and no anchor, so lines that were cut from the end would not be missed: give a head "
-            "that was kept elsewhere (--anchor SEQ:HASH)"
+            "there is no FILE.head and no anchor, so nobody would notice lines missing at the end: give a head "
+            "that you kept elsewhere (--anchor SEQ:HASH)"
         )
     expected: Head | None = None
     for path in sorted(paths, key=_begins):
@@ -496,7 +496,7 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) 
                 f"the end is missing: the last line is {report.last.seq}, the anchor says {anchor.seq}"
             )
         elif anchor.seq:
-            report.problems.append(f"line {anchor.seq}, which the anchor knows, is not in these files")
+            report.problems.append(f"line {anchor.seq} of the anchor is not in these files")
     return report
 
 
@@ -504,18 +504,18 @@ def _check_first(where: str, number: int, record: Record, before: Head | None, s
     """The first line that can be read: is what stands before it not asked for, or vouched for by an anchor?"""
     seq = record["seq"]
     if number > 1:
-        report.notes.append(f"{where}: what this line follows cannot be checked")
+        report.notes.append(f"{where}: the line before this one cannot be checked")
     elif seq == 1 and record["prev"] != GENESIS:
-        report.problems.append(f"{where}: line 1 says that something was before it")
+        report.problems.append(f"{where}: line 1 claims to follow another line")
     elif before is not None and before.hash != record["prev"]:
         report.problems.append(f"{where}: line {seq} does not follow the anchor of line {before.seq}")
     elif before is None and seq > start:
         report.problems.append(
-            f"{where}: begins with line {seq}: lines {start} to {seq - 1} are missing; where they are kept elsewhere, "
-            f"say --from {seq}, or give their end: --anchor {seq - 1}:{str(record['prev'])[:64]}"
+            f"{where}: begins with line {seq}: lines {start} to {seq - 1} are missing; if they are kept elsewhere, "
+            f"give --from {seq}, or their end: --anchor {seq - 1}:{str(record['prev'])[:64]}"
         )
     elif seq > 1:
-        report.notes.append(f"{where}: begins with line {seq}, as was asked; those before it were not looked at")
+        report.notes.append(f"{where}: begins with line {seq}, as requested; earlier lines were not checked")
 
 
 def _check(where: str, record: Record, expected: Head | None, report: Report) -> None:
@@ -525,7 +525,7 @@ def _check(where: str, record: Record, expected: Head | None, report: Report) ->
         pass  # the first one
     elif seq != expected.seq + 1:
         what = "lines are missing" if seq > expected.seq + 1 else "lines are out of order"
-        report.problems.append(f"{where}: line {seq} stands behind line {expected.seq}: {what}")
+        report.problems.append(f"{where}: line {seq} comes after line {expected.seq}: {what}")
     elif expected.hash and record["prev"] != expected.hash:
         report.problems.append(f"{where}: line {seq} does not follow the line before it")
     if event == "recovered":

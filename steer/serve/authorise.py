@@ -1,7 +1,8 @@
-"""Authorisation and admission: what a request asks for becomes the versions that it may have, and these are pinned.
+"""Authorisation and admission: find the versions that a request asks for and may use, and pin them.
 
-In order: names are resolved, those that the caller may not use not at all; the kill switch; the policy's modes and
-strengths; what is required of the key is added. Nothing moves a name meanwhile. The key's rates have been asked before.
+The order: resolve names (a name that the caller may not use counts as unknown); check the kill switch; check the
+policy's modes and strengths; add what the key requires. No name moves in the meantime. The key's rates were checked
+before.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _asked(carried: Carried, registry: Registry, caller: Caller) -> Spec:
     meanings = {carrier: registry.resolve(wanted, caller.may_use) for carrier, wanted in carried.found.items()}
     if len(set(meanings.values())) > 1:
         said = ", ".join(f"{carrier} says '{text(wanted)}'" for carrier, wanted in carried.found.items())
-        raise SpecError(f"the carriers of this request disagree: {said}; use one of them, or say the same", param=FIELD)
+        raise SpecError(f"the carriers of this request disagree: {said}; send the same in each", param=FIELD)
     return next(iter(meanings.values()))
 
 
@@ -93,7 +94,7 @@ def _default(default: Sequence[RequestedDirection], registry: Registry, caller: 
     """What a request gets that asks for nothing, as far as rules allow it: the key's own default, else the server's."""
     if caller.rules is not None and caller.rules.default is not None:
         default = caller.rules.default
-    if not all(caller.may_use(item.direction) for item in default):
+    if not all(caller.may_use(name) for item in default for name in item.names):
         return Spec()
     return _operators(default, registry, caller, "the default steering of this request", Code.DEFAULT_UNAVAILABLE)
 
@@ -171,7 +172,8 @@ def _over(entries: Sequence[Entry], tools: bool, limits: Limits, who: str) -> It
     direction, total = f"direction '{entries[0].direction}'", sum(abs(entry.strength) for entry in entries)
     if total > limits.largest:
         yield "max_strength", f"{direction}: strength {total:g} is over the {limits.largest:g} that {who} may use"
-    for entry in entries if limits.tokens is not None or limits.layers is not None else ():
+    placed = limits.tokens is not None or limits.layers is not None or not limits.conditions
+    for entry in entries if placed else ():
         yield from ((rule, f"{direction}: for {who} {said}") for rule, said in limits.misplaced(entry))
     if tools and not limits.with_tools:
         yield "with_tools", f"{direction}: for {who} no request that has tools may be steered"

@@ -1,11 +1,12 @@
-"""The body of a request: read up to a limit, its structure bounded before anything is made of it, then parsed.
+"""The body of a request: read it up to a limit, bound its structure, then parse it.
 
-A parser's time goes by how many values there are, and holds the interpreter while it lasts: a megabyte of brackets
-takes as long as a hundred of text. So structure is counted first, in windows, by searches that are linear and short.
+The time of a parser grows with the number of values, and the parser holds the interpreter meanwhile: a megabyte of
+brackets takes as long as a hundred megabytes of text. So structure is counted first, in windows, by linear and short
+searches.
 
-Work whose length the client decides is done in threads of its own (`offload`), so that the event loop answers /health
-and the kill switch meanwhile. Few of them run at once: they take turns for the interpreter with the loop and not with
-each other, and what is large never waits in front of what is small.
+Work whose length the client decides runs in separate threads (`offload`), so that the event loop can answer /health and
+the kill switch. Few such threads run at once: they compete for the interpreter with the loop and not with each other,
+and large work never waits in front of small work.
 """
 
 from __future__ import annotations
@@ -204,7 +205,7 @@ def check_structure(data: bytes, most: int = MAX_VALUES) -> int:
         ):
             if many > limit:
                 raise errors.HTTPProblem(
-                    errors.Code.BODY_TOO_COMPLEX, f"the body has more than {limit} {what}, which is the most"
+                    errors.Code.BODY_TOO_COMPLEX, f"the body has more than {limit} {what}, which is the limit"
                 )
     return commas + opened + 1
 

@@ -1,4 +1,4 @@
-"""Who makes a request, and what it is told where keys or policy forbid something."""
+"""The caller of a request, and the errors that it gets when keys or policy forbid something."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The four carriers of a steer spec: body field, header, model name, `vllm_xargs`. All equal; conflicts are errors.
 
-Whatever else in a request has a name that begins with `steer` is a mistake in one of them, and is told of: a request
-that is meant to be steered is never answered plain.
+Any other name in a request that begins with `steer` is a mistake, and an error names it: a request that is meant to be
+steered is never answered plain.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def router(served: Served) -> APIRouter:
                                 "delta": {"content": piece.text} if piece.text else {},
                                 "logprobs": logprobs(tokens) if tokens else None,
                                 "finish_reason": piece.finish,
-                                **served.read_field(read if tokens else None, tokens),
+                                **served.steer_fields(read if tokens else None, tokens, piece.applied),
                             }
                             yield chunk([choice])
                 if with_usage:
@@ -110,7 +110,7 @@ def router(served: Served) -> APIRouter:
                 "message": {"role": "assistant", "content": answer.text, "refusal": None},
                 "logprobs": logprobs(answer.tokens),
                 "finish_reason": answer.finish,
-                **served.read_field(read, answer.tokens),
+                **served.steer_fields(read, answer.tokens, answer.applied),
             }
             for i, answer in enumerate(answers)
         ]

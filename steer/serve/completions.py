@@ -1,4 +1,4 @@
-"""`POST /v1/completions` on the own engine: texts to go on from, streamed or not, scored with `echo`."""
+"""`POST /v1/completions` on the own engine: texts to continue, streamed or not, scored with `echo`."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def router(served: Served) -> APIRouter:
                                 "text": piece.text,
                                 "logprobs": reported,
                                 "finish_reason": piece.finish,
-                                **served.read_field(read if tokens else None, tokens),
+                                **served.steer_fields(read if tokens else None, tokens, piece.applied),
                             }
                             yield chunk([choice])
                 if with_usage:
@@ -112,7 +112,7 @@ def router(served: Served) -> APIRouter:
                     "text": text,
                     "logprobs": completion_logprobs(tokenizer, tokens) if body.logprobs is not None else None,
                     "finish_reason": answer.finish,
-                    **served.read_field(read, answer.tokens),
+                    **served.steer_fields(read, answer.tokens, answer.applied),
                 }
             )
         whole: Completion = {

@@ -1,8 +1,8 @@
-"""The control plane of one server: the policy in force, the kill switch, the audit log, and what is running.
+"""The control plane of one server: the policy in force, the kill switch, the audit log, and the running requests.
 
-Where a server has several front ends, each has a `Control`, and the switch and the rates are in what they share. One
-`Control` is shared by the door (`access`), the middleware and the control routes. The event loop's, but for the
-watcher of the policy file and for moves of names, which come on threads of their own.
+If a server has several front ends, each has a `Control`; the switch and the rates are in their shared table. One
+`Control` serves `access`, the middleware and the control routes. It belongs to the event loop, except that the watcher
+of the policy file and moves of names come on their own threads.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Control:
         else:
             log.warning("INSECURE: everybody who reaches %s may steer, upload and delete", host or "all addresses")
             if ANY in self.origins:
-                log.warning("INSECURE: so may every web page that somebody opens who reaches it")
+                log.warning("INSECURE: every web page that such a person opens may do so too")
         named = hosts_of(self.settings.allowed_hosts) | hosts_of(where or "")
         self.pages = Pages(named, self.origins, addresses=where is None)
 
@@ -157,9 +157,10 @@ class Control:
         metrics.AUDIT_OK.set(self.audit is None or self.audit.failed is None)
         if self.in_force:
             missing = {
-                item.direction
+                name
                 for rules in self.in_force.policy.keys.values()
                 for item in (*rules.required, *(rules.default or ()))
+                for name in item.names
             } - registry.names().keys()
             if missing:
                 log.warning("the policy needs directions that are not served: %s", ", ".join(sorted(missing)))
@@ -216,7 +217,7 @@ class Control:
             if error.problems != self.policy_problems:
                 self.policy_problems = error.problems
                 metrics.POLICY_RELOADS.labels(result="failed").inc()
-                log.error("the policy file is not acceptable, the old one stays in force: %s", error)
+                log.error("the policy file has problems, so the old one stays in force: %s", error)
                 self._note("policy", outcome="refused", detail={"policy": self.policy_digest})
             return
         self._good, self.policy_problems = data, ()

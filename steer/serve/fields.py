@@ -1,8 +1,8 @@
-"""What the transformers backend makes of fields that it does not serve.
+"""How the transformers backend handles fields that it does not serve.
 
-A field that would change the answer is refused by its own name, an unknown one too. Null and what is empty ask for
-nothing, and so do the values that clients send by default: those pass. A test reads the request types of the `openai`
-package and of vLLM, so that none of their fields is forgotten here.
+A field that would change the answer is refused and the error names it; an unknown one too. Null, empty values and the
+values that clients send by default ask for nothing, and pass. A test reads the request types of the `openai` package
+and of vLLM, so that none of their fields is forgotten here.
 """
 
 from __future__ import annotations

@@ -76,6 +76,8 @@ class Piece:
     text: str
     token: Token | None = None
     finish: Finish | None = None
+    #: At the end of the answer to a request with a condition: did that hold.
+    applied: bool | None = None
 
 
 @dataclass(slots=True)
@@ -86,6 +88,7 @@ class Answer:
     tokens: list[Token] = field(default_factory=list)
     finish: Finish = "length"
     made: int = 0
+    applied: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +192,7 @@ class Generator:
             raise
         except Exception as error:
             log.exception("an answer broke off")
-            raise RequestFailed(f"the answer broke off: {type(error).__name__}: {str(error)[:200]}") from error
+            raise RequestFailed(f"the answer was cut off: {type(error).__name__}: {str(error)[:200]}") from error
 
     async def _pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
         text = TextStream(self.loaded.tokenizer, job.stop)
@@ -200,15 +203,15 @@ class Generator:
             async for token in stream:
                 made += 1
                 if token.id in ends:
-                    yield Piece(text.finish(), finish="stop")
+                    yield Piece(text.finish(), None, "stop", token.applied)
                     break
                 new = text.push(token.id)
                 if text.stopped:
-                    yield Piece(new, token, "stop")
+                    yield Piece(new, token, "stop", token.applied)
                     break
                 if made == job.sampling.max_tokens:
                     rest = new + text.finish()
-                    yield Piece(rest, token, "stop" if text.stopped else "length")
+                    yield Piece(rest, token, "stop" if text.stopped else "length", token.applied)
                     break
                 yield Piece(new, token)
 
@@ -222,7 +225,7 @@ class Generator:
                 out.text += piece.text
                 if piece.token:
                     out.tokens.append(piece.token)
-                out.finish = piece.finish or out.finish
+                out.finish, out.applied = piece.finish or out.finish, piece.applied
         return out
 
     async def answers(self, jobs: Sequence[Job]) -> list[Answer]:

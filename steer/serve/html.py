@@ -1,11 +1,10 @@
 """The two pages that every server gives to browsers, the same on every engine.
 
-The playground at `/` asks plain and steered side by side: static files without a build step. It speaks to the same
-routes as any other client, so it can do nothing that a client cannot; whoever guards the routes leaves `PATHS` open,
-since nothing in them needs a key.
+The playground at `/` asks plain and steered side by side: static files without a build step. It uses the same routes as
+any other client, so it can do nothing that a client cannot. Its own files (`PATHS`) need no key.
 
-`/docs` is the server's own OpenAPI document as one plain page, without a script and without another host: FastAPI's
-pages load programs from hosts of others, which would then run in the origin of the routes that manage.
+`/docs` shows the server's own OpenAPI document as one plain page, without a script and without another host. FastAPI's
+pages load programs from other hosts, which would then run in the origin of the routes that manage.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""API keys: how a secret is made, what is stored of it, and how one that comes with a request is found.
+"""API keys: how a secret is made, what is stored, and how the key of a request is found.
 
 A secret has 256 random bits, so nobody finds it by trying: its plain SHA-256 is enough to store, and a slow hash would
 only make every request slow.

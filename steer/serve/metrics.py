@@ -1,7 +1,7 @@
-"""Prometheus metrics, on the default registry so that they appear beside those of any engine in the process.
+"""Prometheus metrics, on the default registry, so that they appear together with those of any engine in the process.
 
-Where a server has several front ends, vLLM has prometheus_client keep all values in files, and whichever front end is
-scraped adds them up. Each gauge says what becomes of the values that several front ends have for it.
+If a server has several front ends, vLLM has prometheus_client keep all values in files, and the front end that is
+scraped adds them up. Each gauge says how the values of several front ends are combined.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Carriers in, receipt out: an ASGI layer that lies on each generation route of any server.
+"""Carriers in, receipt out: an ASGI layer around each generation route of any server.
 
-It lies on the routes themselves (`wrap_routes`), after the server's own routing, so no path is compared here, and no
-prefix or mount can lead past it. It reads the body of a generation request, resolves and pins the spec and what is to
-be read, hands the request on without the carriers (`scope["steer"]` has the admission), puts the receipt on the
-answer, and releases the admission when the answer has ended or the client has gone. Who may do what, and what is kept
-of it, is the `Control`'s to say.
+It wraps the routes themselves (`wrap_routes`), after the server's own routing. So it compares no paths, and no prefix
+or mount can bypass it. It reads the body of a generation request, resolves and pins the spec and the read-out, hands
+the request on without the carriers (`scope["steer"]` has the admission), puts the receipt on the answer, and releases
+the admission when the answer has ended or the client has disconnected. `Control` decides who may do what, and what is
+logged.
 """
 
 from __future__ import annotations

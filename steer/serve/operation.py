@@ -1,4 +1,5 @@
-"""What a server says of itself, the same on every engine: its health, whether steering is on, and the kill switch."""
+"""Control routes about the server itself, the same on every engine: its health, whether steering is on, and the kill
+switch."""
 
 from __future__ import annotations
 
@@ -49,6 +50,7 @@ class May(TypedDict):
     tokens: Annotated[list[str], Field(description="what a spec may say; last-8 allows last-1 to last-8")]
     layers: Annotated[str | None, Field(description="within which layers a spec must stay; null for all")]
     with_tools: Annotated[bool, Field(description="may steer requests that have tools")]
+    conditions: Annotated[bool, Field(description="may steer under conditions")]
     readout: Annotated[bool, Field(description="may use `steer_readout`")]
     manage: Annotated[bool, Field(description="may change directions and use the kill switch")]
 
@@ -187,6 +189,7 @@ def steering(control: Control, scope: Scope) -> Steering:
             "tokens": list(TOKENS if rules is None or rules.tokens is None else rules.tokens),
             "layers": None if rules is None else rules.layers,
             "with_tools": rules is None or rules.with_tools,
+            "conditions": rules is None or rules.conditions,
             "readout": rules is None or rules.readout,
             "manage": manages,
         },

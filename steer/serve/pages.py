@@ -1,8 +1,8 @@
-"""Web pages as callers: which of them a server without keys answers to, and what a body must say that it is.
+"""Web pages as callers: which pages a server without keys answers, and the content type that a body must have.
 
-A page may send requests to any address, also to one that only this machine reaches, and its browser says two things of
-it that it cannot change: where it comes from (`Origin`), and by which name it reached us (`Host`). A page whose own
-name was made to point here (DNS rebinding) has that name in both.
+A page can send requests to any address, also to one that only this machine reaches. Its browser adds two facts that the
+page cannot change: the page's own address (`Origin`), and the name by which it reached this server (`Host`). If a
+page's own name was made to point here (DNS rebinding), both have that name.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def check_kind(scope: Scope, kind: str) -> None:
     if said == kind or (kind == JSON and said.startswith("application/") and said.endswith("+json")):
         return
     given = repr(said[:_SHOWN]) if said else "none"
-    raise HTTPProblem(Code.CONTENT_TYPE, f"this route wants the header 'Content-Type: {kind}' (got {given})")
+    raise HTTPProblem(Code.CONTENT_TYPE, f"this route needs the header 'Content-Type: {kind}' (got {given})")
 
 
 def header(headers: Headers, name: str) -> str | None:

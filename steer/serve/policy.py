@@ -1,7 +1,6 @@
 """Who may do what: the policy file, parsed and checked as a whole before any of it is in force.
 
-TOML. Every problem of a file is reported with its line. A file that has a problem never comes into force, not in part
-either.
+TOML. Every problem of a file is reported with its line. A file that has a problem never takes effect, not even in part.
 """
 
 from __future__ import annotations
@@ -111,6 +110,9 @@ class Limits(_Table):
     layers: Annotated[str, BeforeValidator(_layers)] | None = Field(
         None, description="at which layers it may act, like '10-20': a spec must then say layers within these"
     )
+    conditions: Flag = Field(
+        True, description="may a spec have a condition: whoever sees where it holds learns of the component"
+    )
     with_tools: Flag = Field(True, description="may a request be steered that has tools, or answers of tools")
 
     @property
@@ -131,7 +133,9 @@ class Limits(_Table):
             yield from (said for _, said in self.misplaced(item))
 
     def misplaced(self, item: RequestedDirection | Entry) -> Iterator[tuple[str, str]]:
-        """(rule, what is wrong) with where it acts."""
+        """(rule, what is wrong) with where and when it acts."""
+        if item.condition and not self.conditions:
+            yield "conditions", "no condition is allowed"
         if self.tokens is not None and not any(tokens_within(item.tokens, rule) for rule in self.tokens):
             allowed = ", ".join(self.tokens) or "none"
             yield "tokens", f"the tokens '{item.tokens or 'all'}' are not allowed; allowed: {allowed}"
@@ -186,10 +190,10 @@ class KeyRules(Limits):
     def _default_is_within_the_rules(self) -> KeyRules:
         problems = []
         if self.default and not self.steer:
-            problems.append("default: a key that may not steer has none; what is imposed on it is 'required'")
+            problems.append("default: a key that may not steer has none; use 'required' to impose a direction")
         for item in self.default or ():
-            if not self.allows(item.direction):
-                problems.append(f"default: '{item.direction}' is not among this key's directions")
+            for name in (each for each in item.names if not self.allows(each)):
+                problems.append(f"default: '{name}' is not among this key's directions")
             if item.mode and item.mode not in self.modes:
                 problems.append(f"default: '{item.mode}' is not among this key's modes")
             if item.direction in by_direction(self.required) and item not in self.required:
@@ -235,7 +239,7 @@ class Policy(_Table):
         for name, rules in value.items():
             for each in rules.hashes:
                 if owner.setdefault(each, name) != name:
-                    problems.append(f"'{owner[each]}' and '{name}' have one hash")
+                    problems.append(f"'{owner[each]}' and '{name}' have the same hash")
             for direction, items in by_direction(rules.default or ()).items():
                 if (limits := info.data.get("directions", {}).get(direction)) is not None:
                     problems += [f"{name}: default: '{direction}': for any key {said}" for said in limits.broken(items)]

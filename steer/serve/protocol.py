@@ -1,6 +1,6 @@
 """The parts of the OpenAI API that the own engine serves: request bodies, checked.
 
-`fields` has what becomes of all others. What a list may hold is looked at before anything is made of it.
+`fields` says how all other fields are handled. The content of lists is checked before anything is built from it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Rates: token buckets, one pair for each key, and what one request takes of them. Buckets are in the table that all
-front ends share; whoever asks and then takes does both under its lock.
+"""Rates: token buckets, one pair for each key, and what a request charges to them. The buckets are in the table that
+all front ends share; checking and charging happen together under its lock.
 
-A request takes its place before anything is done for it, and all the tokens that it may come to once it is read; what
-it did not use is given back when it ends. So requests that run at once cannot take together what one after the other
-could not, and those that fail have taken a request all the same.
+A request is counted before any work is done for it, and charged all the tokens that it can use once it is read; what it
+did not use is given back when it ends. So requests that run at once cannot exceed together what they could use one
+after the other, and a request that fails is counted too.
 """
 
 from __future__ import annotations

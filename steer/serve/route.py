@@ -1,4 +1,4 @@
-"""Routes that take JSON: the body is the one that was read, bounded and parsed once."""
+"""Routes that take JSON: they use the body that the middleware has read, bounded and parsed once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""From settings to a listening server: load, attach, check, fill the registry, serve. Fails closed at each step."""
+"""From settings to a listening server: load, attach, check, fill the registry, serve. Any step that fails ends the
+start."""
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ def prepare(model: str, settings: ServeSettings) -> Served:
         settings.template_variables,
     )
     log.info(
-        "serving '%s'; directions: %s; requests that ask for nothing get: %s",
+        "serving '%s'; directions: %s; requests that name no steering get: %s",
         served.model_name,
         ", ".join(registry.names()) or "none",
         settings.default_steer,

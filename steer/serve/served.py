@@ -1,4 +1,4 @@
-"""All that the routes of the own engine stand on, and what they share."""
+"""What the routes of the own engine share: the model, its engine, registry and control."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from steer.readout import FIELD, Readout
 from steer.registry import Registry
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
-from steer.serve.answers import ReadField, report
+from steer.serve.answers import SteerFields, report
 from steer.serve.carriers import PLUS
 from steer.serve.control import Control
 from steer.serve.generation import Generator
@@ -64,9 +64,12 @@ class Served:
         """What steers a prompt of so many tokens, in slots of the bank."""
         return self.engine.steering.bank.steer(admission.spec, prompt)
 
-    def read_field(self, read: Readout | None, tokens: list[Token]) -> ReadField:
-        """The part of a choice that says what was read at its tokens."""
-        if read is None:
-            return {}
-        shown = [(token_text(self.loaded.tokenizer, token.id), token.reading) for token in tokens]
-        return {FIELD: report(read, shown)}
+    def steer_fields(self, read: Readout | None, tokens: list[Token], applied: bool | None) -> SteerFields:
+        """The parts of a choice that say what was read at its tokens, and whether its condition held."""
+        out: SteerFields = {}
+        if applied is not None:
+            out["steer_applied"] = applied
+        if read is not None:
+            shown = [(token_text(self.loaded.tokenizer, token.id), token.reading) for token in tokens]
+            out[FIELD] = report(read, shown)
+        return out

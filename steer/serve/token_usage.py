@@ -1,7 +1,7 @@
-"""What one HTTP request costs in tokens, counted by whichever engine serves it.
+"""The tokens that one HTTP request uses, counted by the engine that serves it.
 
-The middleware opens a usage in the request's context; the engine's side adds to the one that it finds there. How many
-tokens an answer has is asked at its end, so nothing is counted while tokens are being made.
+The middleware opens a usage in the request's context, and the engine adds to it. The number of tokens of an answer is
+asked at its end, so nothing is counted while tokens are generated.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What goes into the answers of vLLM's server: errors in plain words, the error of a request whose stream was lost, and
-the read-out, into a whole answer or as one more chunk before a stream's end.
+"""What is added to the answers of vLLM's server: errors in plain words, the error of a request whose stream was lost,
+and the read-out, either inside a whole answer or as one more chunk before a stream's end.
 
-The engine hands a read-out on when its request has ended, so a stream has all of it in one piece; put together, the
-chunks of a stream say what a whole answer says, as on the other engine.
+The engine returns a read-out when its request has ended, so a stream has it in one piece. Joined together, the chunks
+of a stream say the same as a whole answer, as on the other engine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measuring in a worker: hooks on the blocks read the stream of chosen tokens while prompts are prefilled.
 
-For an eager engine without prefix cache, on the worker's main thread. A request says in `SamplingParams.extra_args`
-what is wanted of it; a prompt that comes in chunks, or again after preemption, is read once.
+For an eager engine without prefix cache, on the worker's main thread. `SamplingParams.extra_args` of a request says
+what to read; a prompt that comes in chunks, or again after preemption, is read once.
 """
 
 from __future__ import annotations

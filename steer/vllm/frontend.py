@@ -1,9 +1,9 @@
-"""The front end: where vLLM makes requests, in the user's process or the API server's.
+"""The front end: where vLLM creates requests, in the user's process or the API server's.
 
-A request's `SamplingParams.extra_args["steer"]` is admitted in `add_request`, before the engine sees it, or names by a
-ticket what the server's middleware has admitted; what it means goes into its prefix-cache salt in `process_inputs`. The
-admission is held by the call, and by each request that it makes from the output processor's `add_request` until that
-has let the request go. `plugin` wraps all of it on the instances of an engine that has steering on.
+`add_request` admits a request's `SamplingParams.extra_args["steer"]` before the engine sees it, or finds by a ticket
+what the server's middleware has admitted. `process_inputs` adds the spec to the prefix-cache salt. The admission is
+held by the call, and by each request that it creates: from the output processor's `add_request` until the output
+processor releases the request. `plugin` wraps all of it on the instances of an engine that has steering on.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Frontend:
         self.registry.sync()
         self.registry.resolve(self.default)
         log.info(
-            "steering: %d workers, directions: %s; requests that ask for nothing get: %s",
+            "steering: %d workers, directions: %s; requests that name no steering get: %s",
             len(workers),
             ", ".join(self.registry.names()) or "none",
             self.settings.default,

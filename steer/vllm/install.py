@@ -1,4 +1,4 @@
-"""Install steering on a loaded vLLM model: find its blocks, learn how they hand on the stream, attach, and check.
+"""Install steering on a loaded vLLM model: find its blocks, learn how they pass on the stream, attach, and check.
 
 Runs once in each worker, after the weights are loaded and before anything is compiled; all passes are eager, and
 collective: every rank makes the same ones in the same order.
@@ -7,7 +7,7 @@ collective: every rank makes the same ones in the same order.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
@@ -108,7 +108,8 @@ def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Insta
     plain, again = internals.worker.probe(worker), internals.worker.probe(worker)
     form = _learn_form(worker, local, plain, again)
     slot = _find_stream_argument(worker, local[0], d_model) if 0 in local else None
-    norms = _find_norms(worker, local, plain, again) if form == "sum" else {}
+    opened = internals.worker.open_norms(worker) if form == "sum" else []
+    norms = _find_norms(worker, local, opened, (plain, again)) if opened else {}
     targets: list[Target] = []
     for site in settings.sites:
         if slot is not None:
@@ -133,7 +134,7 @@ def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Insta
     steering_modules = []
     for target in targets:
         reader = reads if target.point.readable else None
-        steering_module = SteeringModule(bank.slices[target.point], index, reader)
+        steering_module = SteeringModule(bank.slices[target.point], index, reader, decides=target.point.readable)
         target.attach(steering_module)
         steering_modules.append((target.point, steering_module))
     streams = _self_check(worker, targets, local, bank, index, (plain, again))
@@ -161,7 +162,7 @@ def _learn_form(worker: Worker, local: dict[int, nn.Module], plain: Tensor, agai
         return "sum"
     shapes = [list(t.shape) for t in selfcheck.tensors_in(next(iter(outputs.values())))]
     raise UnsupportedModel(
-        f"the decoder blocks hand on {shapes}, of which more than the first is used and which are no pair: a stream "
+        f"the decoder blocks hand on {shapes}, and more than the first of them is used: a stream "
         "wider than one vector a token (hyper-connections), or not complete in one tensor, cannot be steered"
     )
 
@@ -175,9 +176,11 @@ def _is_pair(output: Output) -> bool:
     )
 
 
-def _find_norms(worker: Worker, local: dict[int, nn.Module], plain: Tensor, again: Tensor) -> dict[int, Norm]:
-    """For each block the norm that takes both parts of the stream that it hands on, where nothing else reads them: a
-    pass in which every other reader has NaN is as ever."""
+def _find_norms(
+    worker: Worker, local: dict[int, nn.Module], opened: Sequence[Norm], plain: tuple[Tensor, Tensor]
+) -> dict[int, Norm]:
+    """For each block the norm of `opened` that takes both parts of the stream that it hands on, where nothing else
+    reads them: a pass in which every other reader has NaN is as ever. `plain`: two passes."""
     handed: dict[int, Output] = {}
     norms: dict[int, Norm] = {}
     called: Counter[Norm] = Counter()
@@ -188,7 +191,7 @@ def _find_norms(worker: Worker, local: dict[int, nn.Module], plain: Tensor, agai
             if len(args) == 2 and args[0] is output[0] and args[1] is output[1]:
                 norms[i] = norm
 
-    with hooks([norm.register_forward_pre_hook(take) for norm in internals.worker.open_norms(worker)]):
+    with hooks([norm.register_forward_pre_hook(take) for norm in opened]):
         _pass_with(worker, local, handed.__setitem__)
     norms = {i: norm for i, norm in norms.items() if called[norm] == 1}
 
@@ -200,7 +203,7 @@ def _find_norms(worker: Worker, local: dict[int, nn.Module], plain: Tensor, agai
         return lambda _norm, _args: handed[i][:2]
 
     with hooks([norm.register_forward_pre_hook(show(i)) for i, norm in norms.items()]):
-        return norms if selfcheck.same(_pass_with(worker, local, hide), plain, again) else {}
+        return norms if selfcheck.same(_pass_with(worker, local, hide), *plain) else {}
 
 
 def _pass_with(worker: Worker, local: dict[int, nn.Module], change: Callable[[int, Output], Output | None]) -> Tensor:

@@ -1,9 +1,9 @@
 """Requests whose stream was lost (see `steer.runtime.op`), in a worker: from the flags of a pass to what the engine is
-told of its requests.
+told about its requests.
 
-A lost token's keys and values are not those of the operation that was asked for, and vLLM may have given its block to
-another request with the same steering by then: whoever has the same tokens up to that one falls with it, as it would if
-it had computed them itself. The front end sees to it that no later request finds such blocks.
+The keys and values of a lost token are not those of the requested operation, and vLLM may already have given its block
+to another request with the same steering. A request with the same tokens up to the lost one fails too, as it would if
+it had computed them itself. The front end makes sure that no later request finds such blocks.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A source of activations (see `steer.lab.source`) on a vLLM engine: what is measured is what serves, its quantised
-weights and its kernels, on all of its ranks."""
+"""A source of activations (see `steer.lab.source`) on a vLLM engine: it measures the model as it is served, with its
+quantised weights and its kernels, on all of its ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The general plugin of vLLM (entry point `vllm.general_plugins`): called in every process, maybe more than once.
+"""The general plugin of vLLM (entry point `vllm.general_plugins`): called in every process, possibly more than once.
 
 An engine that starts with `additional_config={"steer": ...}` gets a `Frontend`, and its own instances are wrapped so
 that every request passes it. It does nothing to any other engine.
@@ -173,5 +173,5 @@ def _fold_salt(request: EngineRequest) -> None:
     if text is not None:
         spec, prompt = wire.decode(text), internals.engine.prompt_length(request)
         if not spec.everywhere and not prompt:
-            raise SpecError("tokens: cannot be said of a prompt that is given as embeddings", param="steer.tokens")
+            raise SpecError("tokens: cannot be used with a prompt that is given as embeddings", param="steer.tokens")
         request.cache_salt = (request.cache_salt or "") + salt_of(request, spec)

@@ -1,5 +1,5 @@
 """The read-out in a worker (see `steer.runtime.readout`): buffers that the steering modules of `resid_post` write,
-traced into the compiled graph, and what was found for each request until the front end asks for it.
+traced into the compiled graph, and the values of each request until the front end asks for them.
 
 Every method runs on the worker's main thread. An engine that was started without read-out has none of this.
 """

@@ -1,4 +1,4 @@
-"""The directions of one worker: its bank, with rows that are freed when they are needed, and what they must hold."""
+"""The directions of one worker: its bank, which rows may be freed for others, and what each row must hold."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Residents:
 
     def steer(self, request: str, spec: Spec, prompt: int) -> RequestSteer:
         """The index entries of `request`, of `prompt` tokens, which uses these directions until it `ends`."""
-        self._use(request, [entry.digest for entry in spec.entries])
+        self._use(request, [e.digest for each in spec.entries for e in (each, each.condition) if e])
         steer = self.bank.steer(spec, prompt)
         assert steer is not None, "the front end sends no empty spec"
         return steer

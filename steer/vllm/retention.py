@@ -1,9 +1,9 @@
-"""What vLLM may do to a running model must not reach the steering modules: their tensors are held outside of the model
-too.
+"""Protect the steering modules from what vLLM does to a running model: a second reference to their tensors is kept
+outside the model.
 
-Weights can be loaded anew, put to sleep, and moved while an engine runs, and each way of doing so treats the buffers of
-modules that it does not know in its own manner. None of these ways is known here. Whatever was called, before the next
-step of requests everything stands where it stood, or the step fails with a sentence.
+While an engine runs, weights can be reloaded, put to sleep, and moved, and each of these operations treats the buffers
+of unknown modules in its own way. This module knows none of the operations. Whatever was called, before the next step
+every tensor is restored to its place, or the step fails with a clear message.
 """
 
 from __future__ import annotations

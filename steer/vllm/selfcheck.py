@@ -1,9 +1,8 @@
-"""The self-check at start that what serves steers: real requests through the compiled and captured engine, each steered
-at one hook point, compared with the same requests where the model's own Python runs.
+"""The self-check of the running engine at start: real requests through the compiled and captured engine, each steered
+at one hook point, compared with the same requests in the model's eager Python.
 
-The self-check of `install` has looked at that Python already, at every hook point, by what the next module takes. A
-hook point that a graph does not reach, reaches twice, or at which it holds another tensor, shows in the
-log-probabilities of the answers.
+`install` has already checked eager Python at every hook point, by what the next module receives. If a graph does not
+reach a hook point, reaches it twice, or has another tensor there, the log-probabilities of the answers show it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """vLLM's own OpenAI server with steering on: the carriers on its generation routes, receipts, aliases, control routes.
 
-All of it is put inside vLLM's app, behind its API-key check and its other middleware, by either of its two official
+All of it is added inside vLLM's app, after its API-key check and its other middleware, by either of its two official
 extension points: the option `--middleware steer.vllm.server.Middleware`, or the endpoint plugin `steer` (an entry point
-`vllm.endpoint_plugins`, loaded where `VLLM_PLUGINS` names it).
+`vllm.endpoint_plugins`, loaded if `VLLM_PLUGINS` names it).
 
-Nothing reaches a server's engine that a layer here has not let pass: the door closes the way (`Closed`), and the layer
-on a route opens it, with a ticket for what was admitted (`Generation`) or for plain requests alone (`Other`). What has
-no layer on it (websockets, routes that come later) generates nothing.
+No request reaches a server's engine unless a layer here has let it pass. The outer layer closes the way (`Closed`). The
+layer on a route opens it, with a ticket for the admitted request (`Generation`) or for plain requests only (`Other`).
+A route without a layer (websockets, routes that are added later) generates nothing.
 """
 
 from __future__ import annotations
@@ -213,12 +213,12 @@ def check_door(control: Control, args: Namespace) -> None:
     """Raises InvalidInput where the server must not listen: without keys for others, or with two kinds of keys."""
     keys = args.api_key or os.environ.get("VLLM_API_KEY")
     if keys and control.in_force is not None:
-        raise InvalidInput("--api-key (or VLLM_API_KEY) and a policy are two doors: put the keys into the policy")
+        raise InvalidInput("--api-key (or VLLM_API_KEY) and a policy exclude each other: put the keys into the policy")
     guarded = bool(keys or getattr(args, "uds", None))
     origins = list(args.allowed_origins)
     if "*" in origins and not (guarded or control.in_force or control.settings.insecure):
         origins = []  # which is vLLM's own default, and would let every page in the world steer and manage
-        log.warning("no page of another origin may call: name them with --allowed-origins, or give a policy with keys")
+        log.warning("other origins' pages may not call: list them in --allowed-origins, or give a policy with keys")
     control.listen(args.host, origins, guarded=guarded)
 
 
@@ -326,7 +326,7 @@ class Other:
             found = await understood(lambda: next(traces, None), len(data))
             if found is not None:
                 raise unsupported(
-                    f"this route does not take steering, which is asked for by '{found[:100]}'", found[:100]
+                    f"this route does not take steering, but the request has '{found[:100]}'", found[:100]
                 )
         except Gone:
             return

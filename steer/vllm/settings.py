@@ -1,4 +1,4 @@
-"""What one engine is told: `additional_config={"steer": {...}}`, which vLLM hands to every process."""
+"""The settings of one engine: `additional_config={"steer": {...}}`, which vLLM hands to every process."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class EngineSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    directions: Path | None = Field(None, description="folder of direction files; without one they come by PUT alone")
-    default: str = Field("off", description="steering of requests that ask for nothing, like 'refusal=0.7'")
-    sites: tuple[Site, ...] = Field(("resid_post",), min_length=1, description="where steering acts")
-    rows: int = Field(32, ge=1, le=4096, description="direction rows that can be resident")
-    rank: int = Field(1, ge=1, le=64, description="direction rows that one request can use")
-    readout: int = Field(
-        0, ge=0, le=1024, description="requests that can be read (steer_readout) at once; 0 compiles no read-out"
+    directions: Path | None = Field(
+        None, description="folder of direction files; without one, directions come only by PUT"
     )
+    default: str = Field("off", description="steering of requests that name none, like 'refusal=0.7'")
+    sites: tuple[Site, ...] = Field(("resid_post",), min_length=1, description="where steering acts")
+    rows: int = Field(32, ge=1, le=4096, description="direction rows in memory, for all directions together")
+    rank: int = Field(1, ge=1, le=64, description="direction rows that one request can use")
+    readout: int = Field(0, ge=0, le=1024, description="requests with steer_readout at once; 0 compiles no read-out")
     control: ControlSettings = Field(
         default_factory=ControlSettings.of_environment,
         description="keys, policy and audit log of the server; also from STEER_…",

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from steer.names import Site
-from steer.runtime.bank import BankSlice, Operands, gather, operate, operate_before_norm
+from steer.runtime.bank import BankSlice, Operands, decide, gather, operate, operate_before_norm
 from steer.runtime.memory import lasting
 from steer.runtime.readout import AFTER, BEFORE, components
-from steer.runtime.token_index import TokenIndex, unpacked
+from steer.runtime.token_index import TokenIndex, conditions, unpacked
 
 if TYPE_CHECKING:
     from steer.vllm.internals.types import Norm
@@ -50,7 +50,8 @@ class Reads:
 class SteeringModule(nn.Module):
     """One place's buffers on the module that is hooked. `vectors`, `coefficients` and `number` are the place's bank
     slice; `packed` (`[max_tokens, fields]`) is the token index, one for all steering modules; in `lost`
-    (`[max_tokens]`) each of them says what tokens it has lost. With `reads` every pass writes `found` (`[2,
+    (`[max_tokens]`) each of them says what tokens it has lost, and in `opened` (None where the rank is 1), where it
+    `decides`, at which tokens the later ones act. With `reads` every pass writes `found` (`[2,
     count, rank]`: components before and after) and `norms` (`[count]`) of the tokens that are read."""
 
     vectors: Tensor
@@ -58,16 +59,20 @@ class SteeringModule(nn.Module):
     number: Tensor
     packed: Tensor
     joint: Tensor | None
+    opened: Tensor | None
     lost: Tensor
     read_at: Tensor
     read_rows: Tensor
     found: Tensor
     norms: Tensor
 
-    def __init__(self, bank_slice: BankSlice, index: TokenIndex, reads: Reads | None = None) -> None:
+    def __init__(
+        self, bank_slice: BankSlice, index: TokenIndex, reads: Reads | None = None, *, decides: bool = False
+    ) -> None:
         super().__init__()
         self.rank = index.rank
-        self.reading = reads is not None  # fixed for the life of the steering module, so that Dynamo traces one way
+        # fixed for the life of the steering module, so that Dynamo traces one way
+        self.reading, self.decides = reads is not None, decides
         tensors = {
             "vectors": bank_slice.vectors,
             "coefficients": bank_slice.coefficients,
@@ -75,6 +80,7 @@ class SteeringModule(nn.Module):
             "packed": index.packed,
             "lost": index.lost,
             "joint": bank_slice.joint,
+            "opened": index.opened,
         }
         if reads is not None:
             with lasting():
@@ -89,18 +95,29 @@ class SteeringModule(nn.Module):
 
 
 def acting(steering_module: SteeringModule, tokens: int) -> list[Operands]:
-    acts = unpacked(steering_module.packed[:tokens], steering_module.rank)
+    opened = None if steering_module.opened is None else steering_module.opened[:tokens]
+    acts = unpacked(steering_module.packed[:tokens], steering_module.rank, opened)
     # A steering module has a bank slice's tensors; Dynamo is spared the dataclass.
     return gather(cast(BankSlice, steering_module), *acts)
+
+
+def note(steering_module: SteeringModule, x: Tensor, lost: Tensor) -> None:
+    """Write which tokens are `lost`, and what those decide that do so here, of x `[tokens, d_model]` before the
+    operation."""
+    own, tokens = steering_module, x.shape[0]
+    own.lost[:tokens].logical_or_(lost)
+    if own.decides and own.opened is not None:
+        packed = own.packed[:tokens]
+        conditional = conditions(packed, own.rank, own.opened[:tokens])
+        decide(x, cast(BankSlice, own), unpacked(packed, own.rank).rows, conditional)
 
 
 def moved(steering_module: SteeringModule, x: Tensor, dtype: torch.dtype) -> Tensor:
     """x `[..., tokens, d_model]` after the operation, in float32; `dtype` is the stream's. (vLLM's backend for
     transformers' modelling code has a leading dimension of 1.)"""
     flat = x.reshape(-1, x.shape[-1]).float()
-    tokens = flat.shape[0]
-    y, lost = operate(flat, acting(steering_module, tokens), dtype)
-    steering_module.lost[:tokens].logical_or_(lost)
+    y, lost = operate(flat, acting(steering_module, flat.shape[0]), dtype)
+    note(steering_module, flat, lost)
     return y.reshape(x.shape)
 
 
@@ -146,10 +163,10 @@ def forward(norm: Norm, x: Tensor, residual: Tensor | None = None) -> Output:
     """What the norm gives of the stream x + residual `[tokens, d_model]` after the operation, and that stream."""
     if residual is None:
         return cast(Tensor, norm.forward_native(x))
-    steering_module, tokens = cast(SteeringModule, getattr(norm, WITHIN)), x.shape[0]
+    steering_module = cast(SteeringModule, getattr(norm, WITHIN))
     whole = x.float() + residual.float()
-    new, lost, mean_square = operate_before_norm(whole, acting(steering_module, tokens), x.dtype)
-    steering_module.lost[:tokens].logical_or_(lost)
+    new, lost, mean_square = operate_before_norm(whole, acting(steering_module, x.shape[0]), x.dtype)
+    note(steering_module, whole, lost)
     handed_on = new.to(x.dtype)
     if steering_module.reading:
         record(steering_module, (x, residual), (handed_on,))

@@ -1,7 +1,7 @@
-"""What was applied to a request, on the span that vLLM makes of it where tracing is on (`--otlp-traces-endpoint`).
+"""What was applied to a request, on vLLM's span of it when tracing is on (`--otlp-traces-endpoint`).
 
-vLLM makes the span when a request ends, from attributes of its own; a span processor, OpenTelemetry's seam for this,
-adds ours as the span starts. In the front end's process, on the event loop.
+vLLM makes the span when a request ends, from its own attributes; a span processor, OpenTelemetry's extension point for
+this, adds ours as the span starts. It runs in the front end's process, on the event loop.
 """
 
 from __future__ import annotations

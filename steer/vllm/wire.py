@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from steer.errors import SpecError
-from steer.spec import Entry, Spec, nearly
+from steer.spec import Spec, nearly
 from steer.vllm.settings import KEY
 
 #: Its key. Requests must not bring it: only what the front end resolved and pinned goes under it.
@@ -22,7 +21,7 @@ def encode(spec: Spec) -> str:
 
 
 def decode(text: str) -> Spec:
-    return Spec(tuple(Entry(**entry) for entry in json.loads(text)))
+    return Spec.of(text)
 
 
 def check_absent(extra: object) -> None:

@@ -1,7 +1,7 @@
 """The worker: vLLM's own for this platform, with steering attached to the loaded model before anything is compiled.
 
-`worker_cls="steer.vllm.worker.Worker"` (an instance in each worker process). It gets directions as bytes by
-`collective_rpc`, and requests' resolved specs in `SamplingParams.extra_args`.
+`worker_cls="steer.vllm.worker.Worker"` (an instance in each worker process). It receives directions as bytes by
+`collective_rpc`, and the resolved specs of requests in `SamplingParams.extra_args`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from steer._version import __version__
 from steer.errors import NoRoom, SteerError, UnsupportedModel
-from steer.runtime.token_index import PLAIN, TokenIndex
+from steer.runtime.token_index import PLAIN, RequestSteer, TokenIndex
 from steer.vllm import install, internals, settings, wire
 from steer.vllm.capture import Capture
 from steer.vllm.losses import LostRuns, Run, Step
@@ -93,7 +93,7 @@ class Steered:
 
     def load_model(self, *args: object, **kwargs: object) -> None:
         if self._kept is not None:
-            raise UnsupportedModel("the model was to be loaded a second time: steering needs a new engine for that")
+            raise UnsupportedModel("the model was to be loaded a second time: steering needs a new engine for this")
         super().load_model(*args, **kwargs)
         own = self.steer_settings
         index = TokenIndex(own.rank, internals.config.max_tokens(self.vllm_config), self.device)
@@ -101,6 +101,7 @@ class Steered:
         self._index = index
         self._residents = Residents(self._installation.bank)
         self._running: dict[str, int] = {}  # steered requests, by their numbers in the index
+        self._conditional: dict[str, RequestSteer] = {}  # those of them that decide
         self._lost_runs = LostRuns()
         self._passed: Step | None = None  # the pass that was enqueued last, until its outputs are asked for
         self._batch: tuple[list[str], NDArray[np.int32]] = [], np.zeros(0, np.int32)
@@ -165,6 +166,7 @@ class Steered:
         for request in scheduler_output.finished_req_ids:
             if number := self._running.pop(request, None):
                 self._index.leave(number)
+                self._index.decisions.give(self._conditional.pop(request, None))
             self._residents.end(request)
             self._lost_runs.end(request)
             if self._reads is not None:
@@ -200,7 +202,7 @@ class Steered:
         """What the ranks so far have lost goes with the stream to the next, whose last gives the outputs."""
         tensors.pop(internals.worker.LOST, None)  # they may be those of the step before, as a captured graph has them
         if self._index.active:
-            tensors[internals.worker.LOST] = self._index.lost[: self._index.used].to(torch.uint8)
+            tensors[internals.worker.LOST] = self._index.found()
 
     def _look(self) -> None:
         """Once after calls: all tensors are where graphs read them, and hold what they must. Waits for the device.
@@ -224,8 +226,8 @@ class Steered:
         """A request's first step here, or its return from preemption (V2 sends it as a new one)."""
         if not self._met_front_end:
             raise UnsupportedModel(
-                "a request came that did not pass Steer's front end: the plugin 'steer' is not loaded in the process "
-                "that makes requests (does VLLM_PLUGINS leave it out?)"
+                "a request did not pass Steer's front end: the plugin 'steer' is not loaded in the process "
+                "that makes requests (is it missing in VLLM_PLUGINS?)"
             )
         self._residents.end(new.req_id)
         if self._capture is not None:
@@ -238,14 +240,12 @@ class Steered:
             return
         spec, length = wire.decode(text), internals.worker.new_prompt_length(new)
         steer = self._residents.steer(new.req_id, spec, length)
-        if back := self._running.get(new.req_id):
-            self._index.leave(back)
-        else:
-            prompt = new.prompt_token_ids or ()
-            self._lost_runs.meet(
-                new.req_id,
-                Run(internals.worker.adapter_of(new) + spec.key(length), prompt, length),
-            )
+        if new.req_id in self._running:  # with what it has decided
+            return
+        prompt = new.prompt_token_ids or ()
+        self._lost_runs.meet(new.req_id, Run(internals.worker.adapter_of(new) + spec.key(length), prompt, length))
+        if steer.decision is not None:
+            self._conditional[new.req_id] = steer = self._index.decisions.take(steer)
         self._running[new.req_id] = self._index.enter(steer)
 
     def _on_batch(self, requests: list[str], lengths: NDArray[np.int32]) -> None:
@@ -264,7 +264,7 @@ class Steered:
         before, self._from_before = self._from_before, None
         lost = None if before is None else before.tensors.pop(internals.worker.LOST, None)
         if steered and lost is not None:
-            self._index.lost[: self._index.used].copy_(lost)
+            self._index.go_on(lost)
         for watcher in (self._capture, self._reads):
             if watcher is not None and watcher.busy:
                 watcher.begin_step(requests, lengths, self._starts)

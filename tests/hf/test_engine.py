@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import random
 import re
 import threading
@@ -28,8 +29,9 @@ from steer.hf.sampling import Sampling, Token
 from steer.hf.steering import Steering
 from steer.names import MODES, Mode
 from steer.readout import Line, Readout
+from steer.runtime.bank import HookPoint
 from steer.runtime.token_index import RequestSteer, TokenIndex
-from steer.spec import Entry, Spec
+from steer.spec import Condition, Entry, Spec
 from tests import models
 from tests.oracle import acting
 
@@ -217,6 +219,89 @@ def test_plain_logits_are_bit_equal_beside_steered_neighbours(llama: Rig, monkey
     assert all(torch.equal(x, y) for x, y in zip(seen["plain"], seen["mixed"], strict=True))
     assert [t.id for t in plain[0]] == [t.id for t in mixed[0]]
     assert [t.id for t in plain[1]] != [t.id for t in mixed[1]], "the neighbours were really steered"
+
+
+def under(condition: Condition, *entries: Entry) -> Spec:
+    """`entries` under a condition, as the registry would resolve them."""
+    behind = f"{condition.layer + 1}-{models.LAYERS - 1}"
+    return Spec(tuple(replace(e, layers=e.layers or behind, tokens="answer", condition=condition) for e in entries))
+
+
+def component(rig: Rig, prompt: list[int], layer: int, direction: str) -> float:
+    """Of the plain stream at the prompt's last token."""
+    with torch.no_grad():
+        hidden = rig.model(input_ids=torch.tensor([prompt]), use_cache=False, output_hidden_states=True).hidden_states
+    bank = rig.engine.steering.bank
+    return float(
+        hidden[layer + 1][0, -1].float()
+        @ bank.slices[HookPoint("resid_post", layer)].vectors[bank.rows_of([direction])[0]]
+    )
+
+
+CONDITIONAL = ((Entry("a", "a", "ablate", 2.0),), (Entry("a", "a", "rotate", 1.0), Entry("b", "b", "add", 1.5)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "sequential"])
+def test_under_a_condition_a_request_is_plain_or_steered_behind_it(kind: str, request: pytest.FixtureRequest) -> None:
+    """To the last bit the plain one, or the one that is steered at the tokens of the answer and the layers behind the
+    condition; and it says which. Also for a prompt of one token."""
+    made: Rig = request.getfixturevalue(kind)
+    for entries, prompt, layer in itertools.product(CONDITIONAL, ([5, 6, 7, 11, 9], [8]), (0, 1)):
+        c = component(made, prompt, layer, "c")
+        steered = Spec(tuple(replace(e, condition=None) for e in under(Condition("c", layer), *entries).entries))
+        plain, whole = (asyncio.run(made.tokens(prompt, spec)) for spec in (None, steered))
+        assert plain != whole
+        assert {t.applied for t in (*plain, *whole)} == {None}
+        for side, sign in (("above", 1), ("below", -1)):
+            for holds in (True, False):
+                number = c - sign * (0.01 if holds else -0.01)
+                condition = Condition("c", layer, **{side: number}, digest="c")
+                got = asyncio.run(made.tokens(prompt, under(condition, *entries)))
+                assert got == (whole if holds else plain), (entries, condition, c)
+                assert {t.applied for t in got} == {holds}
+
+
+def test_requests_decide_each_for_itself_in_one_batch(llama: Rig) -> None:
+    """In batches that change, beside plain and steered neighbours, with prompts that are longer than a pass; afterwards
+    no place of a decision is lost."""
+    rng = random.Random(5)
+    decisions = llama.engine.steering.index.decisions
+    free = len(decisions._free)
+    requests: list[tuple[list[int], Spec | None]] = []
+    right: list[tuple[Spec | None, bool | None]] = []
+    for i in range(40):
+        prompt = random_prompt(rng, 24 if i % 10 else 240)
+        if i % 4 == 0:
+            requests.append((prompt, spec := random_spec(rng)))
+            right.append((spec, None))
+            continue
+        layer, holds = rng.randrange(models.LAYERS - 1), rng.random() < 0.5
+        number = component(llama, prompt, layer, "c") + (-0.02 if holds else 0.02)
+        spec = under(Condition("c", layer, above=number, digest="c"), *rng.choice(CONDITIONAL))
+        requests.append((prompt, spec))
+        right.append((Spec(tuple(replace(e, condition=None) for e in spec.entries)) if holds else None, holds))
+
+    async def late(delay: float, prompt: list[int], spec: Spec | None) -> list[Token]:
+        await asyncio.sleep(delay)
+        return await llama.tokens(prompt, spec)
+
+    async def run() -> list[list[Token]]:
+        return list(await asyncio.gather(*[late(rng.uniform(0, 0.5), *each) for each in requests]))
+
+    for (prompt, _), (same, applied), got in zip(requests, right, asyncio.run(run()), strict=True):
+        alone = asyncio.run(llama.tokens(prompt, same))
+        assert [t.id for t in got] == [t.id for t in alone], (same, applied)
+        assert {t.applied for t in got} == {applied}
+    assert len(decisions._free) == free
+
+
+def test_a_text_is_scored_under_its_condition(llama: Rig) -> None:
+    prompt = [5, 6, 7, 11, 9]
+    c = component(llama, prompt, 1, "c")
+    for sign in (-1, 1):
+        spec = under(Condition("c", 1, above=c + 0.01 * sign, digest="c"), *CONDITIONAL[0])
+        scored = asyncio.run(llama.engine.score(prompt, llama.steer(spec, len(prompt)), 0))
+        assert scored == asyncio.run(llama.engine.score(prompt, None, 0)), "what is in front of it is plain"
 
 
 def test_both_engines_agree(llama: Rig, sequential: Rig) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.demo import PROMPTS
-from steer.lab.outcome import ends, fault, looped, repetition
+from steer.lab.outcome import Text, ends, fault, looped, repetition
 from steer.lab.probe import Answered
 
 tokens = st.lists(st.integers(0, 50), min_size=0, max_size=30)
@@ -74,3 +74,19 @@ def test_right_answers_are_never_called_broken() -> None:
     """Of the embedded model's language, split into letters: the strictest reading of a repetition."""
     for line in (PROMPTS / "text.test.txt").read_text().splitlines():
         assert fault(Answered([ord(c) for c in line], line), None, None) is None, line
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1. Save energy: companies reduce consumption using efficient appliances, or using renewable energy sources.",
+        "Adults mostly choose heavier bikes: shops gladly recommend several sturdy city models in spring.",
+        "".join(f"* `task_{n}`: tasks of {n}\n" for n in ("one", "two", "three", "four", "five", "six", "seven")),
+        "The if statement, the for loop and the with block are three: to which is added the while loop.",
+        "An easy to-do list: the in-house team, the at-risk group, the for-profit branch.",
+        "Russian: привет мир. Chinese: 你好 世界. Greek: γειά σου. Hindi: नमस्ते. Arabic: مرحبا.",
+        "Das ist das, was die ist, und der oder den: los de arriba y las de abajo, el que y la que.",
+    ],
+)
+def test_words_that_stand_in_odd_places_are_no_disorder(text: str) -> None:
+    assert fault(Text(text), None, None) is None

@@ -211,7 +211,7 @@ def test_an_interrupted_fit_goes_on_and_chooses_the_same(
 
 def test_bad_prompts_are_told_before_anything_runs(loaded: Loaded, split: Split, tmp_path: Path) -> None:
     shared = replace(split, harmless=replace(split.harmless, prompts=split.harmful.prompts[:20]))
-    with pytest.raises(InvalidInput, match="20 prompts stand in both"):
+    with pytest.raises(InvalidInput, match="20 prompts are in both"):
         work(loaded, shared, tmp_path / "d.part")
     long = replace(split, tried_harmful=replace(split.harmful, prompts=("word " * 5000,)))
     with pytest.raises(InvalidInput, match="the context is"):
@@ -227,7 +227,7 @@ def test_bad_prompts_are_told_before_anything_runs(loaded: Loaded, split: Split,
     (tmp_path / "d.part" / "mine.txt").write_text("of somebody else")
     with pytest.raises(InvalidInput, match="is not the folder of an interrupted fit"):
         work(loaded, split, tmp_path / "d.part")
-    with pytest.raises(InvalidInput, match="prompts stand in both"):
+    with pytest.raises(InvalidInput, match="prompts are in both"):
         Split.of(split.harmful, split.harmful)
     with pytest.raises(InvalidInput, match="has 1 different prompts, a fit needs at least 7"):
         Split.of(replace(split.harmful, prompts=("a",) * 40), split.harmless)

@@ -118,7 +118,7 @@ def test_the_direction_beside_the_means_is_read_as_it_is(
     path = tmp_path / "m.refuse"
     torch.save(values | means, path)
     assert isinstance(formats.read(path, FOREIGN), Measurement)
-    assert f"--tensor {name} takes the direction" in caplog.text
+    assert f"--tensor {name} takes the file's own direction" in caplog.text
     expected = torch.nn.functional.normalize(outputs[0] - outputs[1], dim=-1)[: LAYERS - 1].float()
     found = formats.read(path, Foreign(FACTS, tensor=name))
     assert isinstance(found, Direction)
@@ -371,7 +371,7 @@ def test_our_own_files_go_through_unchanged_and_unknown_ones_are_named(model: An
         (tmp_path / "x.txt").write_text("x")
         with pytest.raises(InvalidInput, match=says):
             formats.read(tmp_path / name, FOREIGN)
-    with pytest.raises(InvalidInput, match="written are"):
+    with pytest.raises(InvalidInput, match="accepted: "):
         formats.write(tmp_path / "x.txt", made)
     with pytest.raises(DirectionError):
         formats.write(tmp_path / "x.safetensors", made.with_meta(mode="add", modes=("ablate",)))

@@ -163,7 +163,7 @@ def test_sums_of_another_measurement_are_not_added_to(
     assert torch.equal(m.harmful.mean, measure(source, HARMFUL, HARMLESS, with_system, batch_size=4).harmful.mean)
     partial.write_bytes(b"rubbish")
     measure(source, HARMFUL, HARMLESS, batch_size=4, partial=partial)
-    assert "beginning anew" in caplog.text
+    assert "starting again" in caplog.text
 
 
 def test_every_prompt_begins_with_one_bos_as_on_the_server(loaded: Loaded, tiny_server: Any) -> None:
@@ -211,13 +211,13 @@ def test_a_system_prompt_is_part_of_what_is_measured(loaded: Loaded) -> None:
 
 
 def test_bad_sets_and_conditions_are_refused(source: TransformersSource) -> None:
-    with pytest.raises(InvalidInput, match="1 prompts stand in both"):
+    with pytest.raises(InvalidInput, match="1 prompts are in both"):
         measure(source, HARMFUL, PromptSet("mixed", "2" * 64, (HARMFUL.prompts[0], "other")))
     with pytest.raises(InvalidInput, match=r"long: the prompt 'x{40}' has .* tokens; the context is 512"):
         measure(source, HARMFUL, PromptSet("long", "2" * 64, ("short", "x" * 600)))
     with pytest.raises(InvalidInput, match="so no position -100"):
         measure(source, HARMFUL, HARMLESS, Conditions((-1, -100)))
-    with pytest.raises(InvalidInput, match="stands twice"):
+    with pytest.raises(InvalidInput, match="is listed twice"):
         measure(source, HARMFUL, HARMLESS, Conditions((-1, -1)))
     with pytest.raises(InvalidInput, match="layers 0 to 2"):
         measure(source, HARMFUL, HARMLESS, Conditions(last_layer=3))

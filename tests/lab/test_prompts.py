@@ -293,7 +293,7 @@ def test_prompts_in_both_sets_are_counted_and_shown() -> None:
         check_contrast(
             prompts_of("bad.txt", "a", "b", "b", "x" * 500), prompts_of("good.txt", "b", "c", "a", "x" * 500)
         )
-    assert "3 prompts stand in both bad.txt and good.txt: 'a', 'b'" in str(caught.value)
+    assert "3 prompts are in both bad.txt and good.txt: 'a', 'b'" in str(caught.value)
     assert len(str(caught.value)) < 300
 
 

@@ -217,14 +217,14 @@ def test_other_settings_are_another_search(whole: Search, begin: Begin, tmp_path
     with pytest.raises(InvalidInput) as caught:
         begin(folder, seed=3, tokens=9, borderline=None, space=Space(t=(0.0, 1.0)))
     text = "\n".join(caught.value.problems)
-    for part in ("begun with seed 0, not 3", "tokens 3, not 9", "borderline {", "with t [-1.0, 1.0], not [0.0, 1.0]"):
+    for part in ("started with seed 0, not 3", "tokens 3, not 9", "borderline {", "with t [-1.0, 1.0], not [0.0, 1.0]"):
         assert part in text
     replace(whole.measurement, meta=whole.measurement.meta.model_copy(update={"tool": "other"})).save(
         folder / MEASUREMENT
     )
-    with pytest.raises(InvalidInput, match="not the measurement that this search was begun with"):
+    with pytest.raises(InvalidInput, match="not the measurement that this search was started with"):
         Search.open(folder)
-    with pytest.raises(InvalidInput, match="no search is here"):
+    with pytest.raises(InvalidInput, match="there is no search in this folder"):
         Search.open(tmp_path)
 
 
@@ -304,7 +304,7 @@ def test_a_killed_search_goes_on_with_the_same_command(tiny_folder: Path, files:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"strength": "1"}, "the least and the most"),
+        ({"strength": "1"}, "the least and the largest value"),
         ({"t": "a,b"}, "--t: numbers separated by commas, got 'a,b'"),
         ({"mode": "ablate,gone"}, "modes"),
         ({"method": "nope"}, "method 'nope' is not known"),

@@ -122,7 +122,7 @@ def test_a_grid_that_cannot_be_made_is_refused_with_all_reasons(
     with pytest.raises(InvalidInput) as caught:
         tried(Grid((SLERP, make_method("pca")), (-1, 7), layers=(1, 99)))
     text = "; ".join(caught.value.problems)
-    for part in ("position 7 was not measured", "layer 99 does not exist", "'pca' needs how the prompts spread"):
+    for part in ("position 7 was not measured", "layer 99 does not exist", "'pca' needs the prompts' spread"):
         assert part in text
     with pytest.raises(DegenerateError, match="position -3: at no layer"):
         tried(Grid((SLERP,), (-3,)))

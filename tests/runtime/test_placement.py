@@ -13,7 +13,7 @@ from steer.errors import DirectionError, NoRoom, SpecError
 from steer.names import Site
 from steer.runtime.bank import BankSlice, DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.spec import Entry
+from steer.spec import Condition, Entry
 from tests import models
 
 DIRECTION = models.direction(models.tiny("llama"), k=2, sites=("writers",))
@@ -69,6 +69,32 @@ def test_a_local_placement_passes_everything_to_its_table() -> None:
             placement.check_entry(direction, Entry("d", "a", "ablate", 1.0, layers))
     placement.unload("a")
     assert bank.rows_in_use == 0
+
+
+def test_a_condition_is_decided_by_one_row_in_front_of_what_it_decides() -> None:
+    """Every reason why not is told at once; without layers what is meant is all behind it."""
+    probe = models.direction(models.tiny("llama"), seed=3)
+    rows = probe.directions.clone()
+    rows[0] = 0
+    served = shape(site="resid_post")
+
+    def entry(layer: int, layers: str | None = None) -> Entry:
+        return Entry("d", "a", "ablate", 1.0, layers, "answer", Condition("p", layer, above=1.0, digest="b"))
+
+    assert served.behind(probe, entry(0)).layers == "1-2"
+    assert served.behind(probe, entry(1)).layers == "2"
+    assert served.behind(probe, entry(0, "2")).layers == "2"
+    for direction, wrong, told in (
+        (DIRECTION, entry(0), ("has 2 rows", "the sites writers: what is read is 'resid_post'")),
+        (replace(probe, directions=rows), entry(0), ("has no row at that layer",)),
+        (probe, entry(2), ("one must be behind it: 0 to 1 are accepted",)),
+        (probe, entry(1, "1-2"), ("'d' is to act at the layers 1-2: layers from 2 on are accepted",)),
+    ):
+        with pytest.raises(SpecError) as caught:
+            served.behind(direction, wrong)
+        assert caught.value.param == "steer.if"
+        for problem, reason in zip(caught.value.problems, told, strict=True):
+            assert reason in problem
 
 
 def test_a_request_that_ends_waits_for_no_load(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,4 +319,4 @@ def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, queue:
 
 def test_bytes_are_those_of_the_tensors() -> None:
     assert TokenIndex(1, 100, "cpu").nbytes == 100 * (3 * 4 + 1)
-    assert TokenIndex(3, 100, "cpu").nbytes == 100 * (3 * 3 * 4 + 4 + 1)
+    assert TokenIndex(3, 100, "cpu").nbytes == 100 * (3 * 3 * 4 + 4 * 4 + 1 + 1)

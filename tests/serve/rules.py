@@ -10,7 +10,7 @@ import httpx
 from steer.serve import keys
 from tests.servers import receipt
 
-NAMES = ("reader", "nothing", "mute", "all", "bound", "eager", "meter", "warden", "seer", "narrow", "dosed")
+NAMES = ("reader", "nothing", "mute", "all", "bound", "eager", "meter", "warden", "seer", "narrow", "dosed", "certain")
 SECRETS = {name: keys.make() for name in NAMES}
 HASH = {name: keys.stored(secret) for name, secret in SECRETS.items()}
 
@@ -68,6 +68,11 @@ hash = "{HASH["dosed"]}"
 directions = ["refusal"]
 max_strength = "calibrated"
 
+[keys.certain]
+hash = "{HASH["certain"]}"
+directions = ["refusal"]
+conditions = false
+
 [keys.warden]  # manages, and is bound all the same
 hash = "{HASH["warden"]}"
 manage = true
@@ -100,6 +105,11 @@ CASES = (
     Case("reader", "verbosity", UNKNOWN, "direction 'verbosity' is not served; served: refusal"),
     Case("reader", "nobody", UNKNOWN, "direction 'nobody' is not served; served: refusal"),
     Case("reader", "copy", UNKNOWN, "direction 'copy' is not served; served: refusal"),
+    Case("reader", "refusal?refusal@0>9=0.7", [("refusal", "ablate", 0.7)]),
+    Case("reader", "refusal?verbosity@0>9=0.7", UNKNOWN, "direction 'verbosity' is not served; served: refusal"),
+    Case("certain", "refusal?refusal@0>9", FORBIDDEN, "for this key no condition is allowed"),
+    Case("bound", "refusal?copy@0>9", UNKNOWN, "different conditions (if copy@0>9.0, always)"),
+    Case("narrow", "refusal?refusal@0>9=0.5", FORBIDDEN, "the layers 1-2 are not within 0-1"),
     Case("nothing", "refusal", UNKNOWN, "direction 'refusal' is not served; served: none"),
     Case("nothing", "refusal=0", UNKNOWN, "direction 'refusal' is not served; served: none"),
     Case("nothing", "off", []),

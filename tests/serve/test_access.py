@@ -297,7 +297,17 @@ def test_the_log_has_what_happened_and_nothing_that_was_said(server: Server, fol
         assert 0 < end["completion_tokens"] <= 4
         assert all(set(entry) >= {"direction", "digest", "mode", "strength"} for entry in line["entries"])
     rules = {line["detail"]["rule"] for line in lines if line["event"] == "refused"}
-    assert rules >= {"mode", "max_strength", "tokens", "layers", "direction_max_strength", "required", "steer", "path"}
+    assert rules >= {
+        "mode",
+        "max_strength",
+        "tokens",
+        "layers",
+        "conditions",
+        "direction_max_strength",
+        "required",
+        "steer",
+        "path",
+    }
     moved = [
         (line["event"], line["key"], line["entries"][0]["direction"])
         for line in lines

@@ -80,6 +80,33 @@ def test_a_stream_says_what_the_whole_answer_says(tiny_server: Server, route: st
         assert streamed(ask(tiny_server, route, stream=True, **options)) == text(ask(tiny_server, route, **options))
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_request_under_a_condition_is_plain_or_steered_and_its_end_says_which(
+    tiny_server: Server, route: str
+) -> None:
+    plain, steered = (ask(tiny_server, route, logprobs=1, steer=s) for s in ("off", "refusal@1-2@answer=3"))
+    assert text(plain) != text(steered)
+    for number, holds in ((-1e6, True), (1e6, False)):
+        for spec in (
+            f"refusal?verbosity@0>{number}=3",
+            {"direction": "refusal", "if": f"verbosity@0>{number}", "strength": 3},
+        ):
+            whole, stream = (ask(tiny_server, route, n=2, steer=spec, **more) for more in ({}, {"stream": True}))
+            (applied,) = receipt(whole)
+            assert receipt(stream) == [applied]
+            probe = applied["if"]
+            assert (probe["direction"], probe["layer"], probe["above"]) == ("verbosity", 0, number)
+            assert len(probe["digest"]) == 64
+            assert (applied["layers"], applied["tokens"]) == ("1-2", "answer")
+            assert text(whole) == text(steered if holds else plain)
+            assert [choice["steer_applied"] for choice in whole.json()["choices"]] == [holds, holds]
+            chunks = [line.removeprefix("data: ") for line in stream.text.splitlines() if line]
+            ends = [choice for chunk in chunks[:-1] for choice in json.loads(chunk)["choices"]]
+            assert [end["steer_applied"] for end in ends if end["finish_reason"]] == [holds, holds]
+            assert all("steer_applied" not in choice for choice in ends if not choice["finish_reason"])
+    assert "steer_applied" not in steered.json()["choices"][0]
+
+
 @pytest.mark.parametrize("off", [None, False, "off", [], "none"])
 def test_off_is_plain(tiny_server: Server, off: Any) -> None:
     response = tiny_server.complete(steer=off)
@@ -133,6 +160,19 @@ def test_carriers_that_say_the_same_agree_and_others_conflict(tiny_server: Serve
         (["refusal", 3], "steer[1]"),
         ("refusal,refusal", "named twice"),
         ("refusal,verbosity,refusal:add,verbosity:add,refusal:affine", "needs 5 direction rows"),
+        (
+            "refusal?verbosity@0>1,verbosity:add?verbosity@0>1,refusal:add?verbosity@0>1,verbosity?verbosity@0>1",
+            "needs 5 direction rows for each token (one of them for its condition)",
+        ),
+        ("refusal?nobody@0>1", "direction 'nobody' is not served; served: refusal, verbosity"),
+        (
+            "refusal?verbosity@2>1",
+            "verbosity@2>1.0: the model has the layers 0 to 2, of which one must be behind it: 0",
+        ),
+        ("refusal@1-2?verbosity@1<1", "'refusal' is to act at the layers 1-2: layers from 2 on are accepted"),
+        ("refusal@not-first?verbosity@1>1", "'not-first' is not accepted under a condition"),
+        ("refusal?verbosity@0>1,verbosity", "different conditions (if verbosity@0>1.0, always); accepted: one for all"),
+        ("refusal?verbosity@1", "'verbosity@1' is not a condition; accepted: a direction, a layer and a number"),
     ],
 )
 def test_a_bad_spec_gets_a_400_that_names_it(tiny_server: Server, steer: Any, says: str) -> None:

@@ -260,7 +260,7 @@ def test_an_edited_last_line_is_not_taken_for_a_good_one(tmp_path: Path) -> None
     path.write_text(path.read_text().replace("r2", "r9"))
     filled(path, 1)
     found = verify([path]).problems
-    assert any("a.jsonl:3: the line does not have the hash" in problem for problem in found)
+    assert any("a.jsonl:3: the hash of the line is wrong" in problem for problem in found)
 
 
 @pytest.mark.parametrize("fsync", ["always", "never"])
@@ -376,6 +376,6 @@ def test_the_command_names_the_line_and_says_it_with_its_exit_code(whole: Path, 
     broken.write_text(whole.read_text().replace("r7", "r8"))
     done = subprocess.run([*command, str(broken)], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "problem: b.jsonl:8: the line does not have the hash that it says" in done.stderr
+    assert "problem: b.jsonl:8: the hash of the line is wrong" in done.stderr
     done = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True)
     assert done.returncode == 2

@@ -564,7 +564,8 @@ def test_axe_finds_nothing(demo: Server, visit: Open, scheme: str, size: dict[st
     def check(state: str) -> None:
         page.mouse.move(0, 0)
         page.wait_for_timeout(300)  # what is painted in the next frame
-        found = page.evaluate("axe.run().then(({ violations }) => violations)")
+        found, passed = page.evaluate("axe.run().then(({ violations, passes }) => [violations, passes.length])")
+        assert passed > 20, "it has looked"
         told = [
             f"{each['id']}: {node['html'][:200]} {node['failureSummary']}" for each in found for node in each["nodes"]
         ]

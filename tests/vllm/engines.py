@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 
 from steer.hf.steering import Steering
 from steer.registry import Registry
+from steer.runtime.hook_points import hooks, on_output
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.spec import Spec, parse
+from steer.spec import Condition, Spec, parse
 from tests import models
 from tests.oracle import acting
 from tests.vllm import device, tiny
@@ -35,6 +36,8 @@ SPECS = (
     "refusal:rotate",
     "refusal:rotate@1-2=-0.5",
     "refusal:rotate_one_sided@answer=0.7",
+    "refusal?verbosity@0>0=1.5",
+    "verbosity:add@1?verbosity@0<0=2",  # where the one before is plain
 )
 #: Of the two directions at every layer: what is set of one must not change the other.
 COSINE = 0.4
@@ -95,12 +98,25 @@ class Reference:
     def logprobs(self, ids: Sequence[int], spec: str, prompt: int = 0) -> torch.Tensor:
         """`[tokens, vocabulary]` of one uncached pass over `ids`, of which `prompt` are the prompt's."""
         resolved = self.registry.resolve(parse(spec))
+        if condition := resolved.condition:
+            entries = resolved.entries if self.holds(condition, ids[:prompt]) else ()
+            resolved = Spec(tuple(replace(entry, condition=None) for entry in entries))
         each: tuple[list[Spec], list[int] | None] = [resolved], None
         if not resolved.everywhere:
             each = [acting(resolved, prompt, position) for position in range(len(ids))], [1] * len(ids)
         with torch.no_grad(), self.steering.batch(*each):
             logits = self.steering.anatomy.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
         return torch.log_softmax(logits.float(), -1)
+
+    def holds(self, condition: Condition, prompt: Sequence[int]) -> bool:
+        """By a plain pass over the prompt."""
+        seen: list[torch.Tensor] = []
+        block = self.steering.anatomy.blocks[condition.layer]
+        with torch.no_grad(), hooks([on_output(block, lambda x: seen.append(x[0, -1]))]):
+            self.steering.anatomy.model(input_ids=torch.tensor([list(prompt)]), use_cache=False)
+        v = self.registry.get(condition.direction).direction.directions[condition.layer, 0]
+        c = float(seen[0].float() @ v)
+        return c > condition.above if condition.above is not None else c < (condition.below or 0.0)
 
     def check(self, output: Any, spec: str) -> None:
         """A greedy answer with `logprobs=1` is what this model says: the same tokens, the same logprobs."""

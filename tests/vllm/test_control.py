@@ -342,7 +342,7 @@ def test_the_log_is_whole_and_has_the_tokens(server: Server, home: Home) -> None
     ("options", "says"),
     [
         (["--host", "0.0.0.0"], "there are no keys"),
-        (["--host", "127.0.0.1", "--api-key", "k", "--policy", "POLICY"], "are two doors"),
+        (["--host", "127.0.0.1", "--api-key", "k", "--policy", "POLICY"], "exclude each other"),
     ],
 )
 def test_a_server_that_would_not_be_safe_does_not_start(home: Home, options: list[str], says: str) -> None:

@@ -187,7 +187,8 @@ def test_what_is_plain_of_a_steered_prompt_is_found_where_plain_requests_left_it
     spec, length = "refusal@answer", len(running.llm.get_tokenizer()(LONG).input_ids)
     whole = (length - 1) // BLOCK * BLOCK
     assert whole >= 3 * BLOCK
-    for first, second in (("off", spec), (spec, "off"), (spec, "verbosity@answer")):
+    pairs = [("off", spec), (spec, "off"), (spec, "verbosity@answer"), (spec, SPECS[-2]), (SPECS[-1], "off")]
+    for first, second in pairs:
         running.llm.reset_prefix_cache()
         generate(running.llm, [(LONG, first)])
         [output] = generate(running.llm, [(LONG, second)])

@@ -25,7 +25,7 @@ from steer.lab.prompts import PromptSet
 from steer.lab.race import Race, Sets
 from steer.lab.search import Search, Settings, Space
 from steer.lab.source import TransformersSource
-from steer.spec import Entry, parse
+from steer.spec import Entry, Spec, parse
 from tests import models
 from tests.vllm import device, tiny
 
@@ -135,7 +135,7 @@ def test_tokens_and_layers_are_those_of_transformers(
         found = iter(evaluator.divergences(prompts, [*plain] * len(tried), texts))
         for spec in ours:
             for one in plain:
-                assert spec is not None
+                assert isinstance(spec, Spec)
                 steer = probe.steering.bank.steer(spec, one.start)
                 assert steer is not None
                 with probe.steering.batch(*steer.along(0, len(one.ids))), torch.inference_mode():

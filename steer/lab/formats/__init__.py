@@ -29,7 +29,7 @@ def read(path: Path, foreign: Foreign) -> Direction | Measurement:
             raise InvalidInput(f"{path}: the folder has neither {arditi.DIRECTION} nor {arditi.MEAN_DIFFS}")
         path = found[0]
     if not path.exists():
-        raise InvalidInput(f"{path}: does not exist; read are {READS}")
+        raise InvalidInput(f"{path}: does not exist; accepted: {READS}")
     suffix = path.suffix.lower()
     if suffix == ".gguf":
         return control_vector.read(path, foreign)
@@ -44,8 +44,8 @@ def read(path: Path, foreign: Foreign) -> Direction | Measurement:
             return means.read(path, value, foreign)
         if isinstance(value, Tensor):
             return arditi.read(path, value, foreign)
-        raise InvalidInput(f"{path}: holds a {type(value).__name__}; read are {READS}")
-    raise InvalidInput(f"{path}: the suffix '{suffix}' is not known; read are {READS}")
+        raise InvalidInput(f"{path}: holds a {type(value).__name__}; accepted: {READS}")
+    raise InvalidInput(f"{path}: the suffix '{suffix}' is not known; accepted: {READS}")
 
 
 def write(path: Path, direction: Direction) -> list[str]:
@@ -57,4 +57,4 @@ def write(path: Path, direction: Direction) -> list[str]:
     if path.suffix == ".safetensors":
         direction.save(path)
         return []
-    raise InvalidInput(f"{path}: the suffix '{path.suffix}' is not known; written are {WRITES}")
+    raise InvalidInput(f"{path}: the suffix '{path.suffix}' is not known; accepted: {WRITES}")

@@ -69,7 +69,7 @@ def _single(path: Path, value: Tensor, foreign: Foreign) -> tuple[int, int | Non
         theirs, position = int(described["layer"]), int(described["pos"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidInput(
-            f"{beside}: gives no layer and pos ({error}); give --layer (an output of our block)"
+            f"{beside}: gives no layer and pos ({error}); give --layer (the output of which of our blocks)"
         ) from error
     if theirs == 0:
         raise InvalidInput(f"{beside}: layer 0 is the embedding output, which is no block's")

@@ -53,7 +53,7 @@ def read(path: Path, foreign: Foreign) -> Direction:
     rows = {layer: torch.stack([vectors[row] for row in sorted(vectors)]) for layer, vectors in found.items()}
     if len(counts := {len(each) for each in rows.values()}) > 1:
         raise InvalidInput(
-            f"{path}: its layers have {min(counts)} to {max(counts)} vectors; read is one number for all"
+            f"{path}: its layers have {min(counts)} to {max(counts)} vectors; all layers must have the same number"
         )
     several = counts != {1}
     projects = told.get("glp.mode", "add") == "project"
@@ -119,7 +119,7 @@ def write(path: Path, direction: Direction) -> list[str]:
             "readers add the difference of the class means along it"
         )
     if vectors[0].any():
-        missed.append(f"{path}: layer 0 is left out, which the format cannot name")
+        missed.append(f"{path}: layer 0 is left out, because the format has no name for it")
     return missed
 
 
@@ -159,9 +159,9 @@ def _write_glp(path: Path, direction: Direction, gguf: Any) -> list[str]:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    missed = [f"{path}: layer 0 is left out, which the format cannot name"] if rows[0].any() else []
+    missed = [f"{path}: layer 0 is left out, because the format has no name for it"] if rows[0].any() else []
     if direction.embedding is not None:
-        missed.append(f"{path}: the embedding's rows are left out, for which the format has no place")
+        missed.append(f"{path}: the embedding's rows are left out, because the format has no place for them")
     return missed
 
 

@@ -46,8 +46,8 @@ def read(path: Path, values: Mapping[str, Any], foreign: Foreign) -> Measurement
         raise InvalidInput(f"{path}: has no tensors harmful_1 and harmless_1, …: no class means of jim-plus or Orion")
     if stored and values[f"harmful_{indices[0]}"].dtype in (torch.bfloat16, torch.float16):
         log.warning(
-            "%s: its means have 16 bits, too few for what a small difference of them is; --tensor %s takes the "
-            "direction that the file has",
+            "%s: its means have 16 bits, too few digits for a small difference; --tensor %s takes the file's own "
+            "direction",
             path,
             stored[-1],
         )
@@ -60,7 +60,7 @@ def read(path: Path, values: Mapping[str, Any], foreign: Foreign) -> Measurement
         missing = sorted(set(range(1, max(wanted, default=1) + 1)) - set(wanted))
         raise InvalidInput(f"{path}: harmful and harmless have no entries {missing}: layers would be missing")
     if any(i >= facts.layers for i in indices):
-        log.warning("%s: entries from %d on are behind the final norm and left out", path, facts.layers)
+        log.warning("%s: entries from %d on come after the final norm and are left out", path, facts.layers)
     mean = {label: torch.stack([each[i] for i in wanted]).unsqueeze(0) for label, each in found.items()}
     bad = [label for label, each in mean.items() if not torch.isfinite(each).all()]
     if bad:

@@ -18,7 +18,7 @@ def read(path: Path, tensors: Mapping[str, Tensor], foreign: Foreign) -> Directi
     name = foreign.tensor or (next(iter(tensors)) if len(tensors) == 1 else None)
     if name is None or name not in tensors:
         shown = ", ".join(f"{n} {list(t.shape)}" for n, t in list(tensors.items())[:8])
-        raise InvalidInput(f"{path}: which tensor is it? Give --tensor; it has {shown or 'none'}")
+        raise InvalidInput(f"{path}: which tensor? Give --tensor; it has {shown or 'none'}")
     value = tensors[name].float()
     facts = foreign.model(path, value.shape[-1] if value.ndim else 0)
     if value.ndim == 1:

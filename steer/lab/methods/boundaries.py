@@ -45,7 +45,7 @@ class Whitened(Method):
     def rows(self, contrast: Contrast) -> Tensor:
         size = torch.linalg.vector_norm(contrast.harmful.mean) + torch.linalg.vector_norm(contrast.harmless.mean)
         if float(torch.linalg.vector_norm(contrast.difference)) <= MIN_ANGLE * float(size):
-            raise DegenerateError("the two means are equal to rounding: their difference is no direction")
+            raise DegenerateError("the two means are equal to rounding: their difference has no direction")
         solve = _by_vectors if contrast.vectors else _by_moments
         return unit(solve(contrast, self.shrinkage)).unsqueeze(0)
 
@@ -59,7 +59,7 @@ def _by_vectors(contrast: Contrast, shrinkage: Literal["auto"] | float) -> Tenso
     ridge = s * mean_variance
     if s == 0:
         raise DegenerateError(
-            "the shrinkage that these prompts ask for is 0, which leaves no inverse: give a shrinkage"
+            "the best shrinkage for these prompts is 0, and then there is no inverse: give a shrinkage"
         )
     if s == 1:
         return contrast.difference / ridge
@@ -72,7 +72,7 @@ def _by_vectors(contrast: Contrast, shrinkage: Literal["auto"] | float) -> Tenso
 def _by_moments(contrast: Contrast, shrinkage: Literal["auto"] | float) -> Tensor:
     samples = (contrast.harmful, contrast.harmless)
     if any(s.count is None for s in samples):
-        raise DegenerateError("the measurement does not say how many prompts its moments are of")
+        raise DegenerateError("the measurement does not say from how many prompts its moments are")
     counts = [float(s.count or 0) for s in samples]
     n = sum(counts)
     covariance = sum(

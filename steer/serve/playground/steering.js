@@ -99,7 +99,7 @@ export class Steering {
   /** Take the entries of a kept conversation, as far as they can be had here. Returns the names that cannot. */
   restore(entries) {
     const names = this.usable.map((item) => item.id), missing = entries.filter((entry) => !names.includes(entry.direction));
-    const found = entries.filter((entry) => !missing.includes(entry) && this.may.modes.includes(entry.mode));
+    const found = entries.filter((entry) => !missing.includes(entry) && this.modesOf(this.card(entry.direction)).includes(entry.mode));
     if (found.length) this.entries = [];
     for (const entry of found.slice(0, MOST)) {
       const taken = { ...this.defaults(entry.direction), ...entry, layers: entry.layers || this.where.layers, tokens: entry.tokens || this.where.tokens };

@@ -1,8 +1,9 @@
-"""All that Steer knows of vLLM's internals: one function for each seam, each of which fails with a sentence.
+"""All that Steer knows of vLLM's internals: one function for each seam, and each raises an error with a clear message.
 
-A module for each process; `steer.vllm` asks them for what is done to vLLM, and touches nothing of it but the small
-objects in `types`. Supported are the releases that the tests run with. An older one is refused, a newer one is warned
-of, and a seam that is missing stops the start and is named; but for `core`, without which the prefix cache shares less.
+There is one module for each process. `steer.vllm` calls them for everything that it does to vLLM, and touches no vLLM
+object itself except the small ones in `types`. Supported are the releases that the tests run with. An older release is
+refused, a newer one gives a warning, and a missing seam stops the start with its name. The exception is `core`: without
+it the prefix cache shares less.
 """
 
 from steer.vllm.internals import config, core, engine, server, worker

@@ -1,4 +1,4 @@
-"""What all processes need: which vLLM this is, and how a part of it that must be there is looked up."""
+"""What all processes need: the version of vLLM, and the lookup of a part of it that must exist."""
 
 from __future__ import annotations
 

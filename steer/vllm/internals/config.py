@@ -1,4 +1,4 @@
-"""A VllmConfig: what is read of it, and which of its options steering cannot be right under. In every process."""
+"""A VllmConfig: what Steer reads from it, and under which of its options steering cannot be right. In every process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine core's process: from which block of the prefix cache on a request's salt parts it from others."""
+"""The engine core's process: from which block of the prefix cache on a request's salt separates it from others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process that makes requests: an LLM's, or the API server's. Its engines, processors, and probe requests."""
+"""The process that creates requests, of an LLM or of the API server: its engines, processors, and probe requests."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ def check_entry(context: str) -> None:
     main = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", None)
     for name in {main, *sys.modules}:
         if name and name.startswith("vllm.entrypoints.") and name.endswith(".grpc_server"):
-            raise UnsupportedModel("vLLM's gRPC server has no way to ask for steering: serve HTTP, without --grpc")
+            raise UnsupportedModel("vLLM's gRPC server has no way to request steering: serve HTTP, without --grpc")
     check_rust()
 
 

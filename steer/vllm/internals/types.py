@@ -1,6 +1,5 @@
-"""What Steer touches of vLLM's objects, for type checking alone: nothing here is there when the program runs but the
-protocols. Those are of small objects, which are read and changed outside of `internals`; of large ones, which only
-`internals` looks into, these are the names.
+"""The vLLM objects that Steer touches, for type checking only: at run time only the protocols exist. Protocols describe
+small objects, which are read and changed outside `internals`; large objects, which only `internals` uses, are names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The worker process: the model runner, its batches, the model, and what a step gives."""
+"""The worker process: the model runner, its batches, the model, and the outputs of a step."""
 
 from __future__ import annotations
 

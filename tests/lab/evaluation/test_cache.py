@@ -51,7 +51,7 @@ def test_other_conditions_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput) as caught:
         Cache(tmp_path, {"model": "other", "dtype": "auto"}).value("a", {"max_tokens": 9}, lambda: 2)
     assert len(caught.value.problems) == 2
-    assert "max_tokens = 8, asked for is 9" in str(caught.value)
+    assert "max_tokens = 8, this command has 9" in str(caught.value)
     assert "another folder" in str(caught.value)
 
 

@@ -73,7 +73,7 @@ def main() -> None:
             for scheme in ("light", "dark"):
                 page = opened(chromium, server.url, DESKTOP, scheme)
                 ask(page, *QUESTIONS)
-                page.locator(".side.steered .token").nth(1).hover()
+                page.locator(".side.steered .token").nth(-3).hover()  # below it nothing is hidden
                 shoot(page, scheme)
 
             page = opened(chromium, server.url, SLIDER, "light")

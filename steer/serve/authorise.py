@@ -21,7 +21,7 @@ from steer.registry import Registry
 from steer.serve.caller import ANYONE, Caller, Refusal, forbidden
 from steer.serve.carriers import FIELD, Carried
 from steer.serve.errors import Code, HTTPProblem
-from steer.serve.policy import KeyRules, Limits, Policy
+from steer.serve.policy import CALIBRATED, KeyRules, Limits, Policy
 from steer.spec import Entry, RequestedDirection, Spec, text
 
 
@@ -146,10 +146,11 @@ def _broken(asked: Spec, tools: bool, own: KeyRules, registry: Registry, rules: 
         out += _over(entries, tools, own, "this key")
         for each in limits[digest]:
             out += [(f"direction_{rule}", said) for rule, said in _over(entries, tools, each, "any key")]
-    if own.calibrated:
+    if own.max_strength == CALIBRATED:
         out += [("max_strength", said) for said in _overdosed(asked.entries, registry)]
-    dosed = [entry for entry in asked.entries if any(each.calibrated for each in limits[entry.digest])]
-    out += [("direction_max_strength", said) for said in _overdosed(dosed, registry)]
+    dosed = [entry for entry in asked.entries if any(each.max_strength == CALIBRATED for each in limits[entry.digest])]
+    if dosed:
+        out += [("direction_max_strength", said) for said in _overdosed(dosed, registry)]
     return out
 
 
@@ -170,8 +171,8 @@ def _told(dose: Mapping[Mode, Dose]) -> str:
 def _over(entries: Sequence[Entry], tools: bool, limits: Limits, who: str) -> Iterator[tuple[str, str]]:
     """(rule, what is wrong) for each of `limits` that the entries of one version break together."""
     direction, total = f"direction '{entries[0].direction}'", sum(abs(entry.strength) for entry in entries)
-    if total > limits.largest:
-        yield "max_strength", f"{direction}: strength {total:g} is over the {limits.largest:g} that {who} may use"
+    if not isinstance(limits.max_strength, str) and total > limits.max_strength:
+        yield "max_strength", f"{direction}: strength {total:g} is over the {limits.max_strength:g} that {who} may use"
     placed = limits.tokens is not None or limits.layers is not None or not limits.conditions
     for entry in entries if placed else ():
         yield from ((rule, f"{direction}: for {who} {said}") for rule, said in limits.misplaced(entry))

@@ -16,6 +16,7 @@ from steer.serve.control import Control
 from steer.serve.directions import own_route
 from steer.serve.errors import Code, documented
 from steer.serve.pages import JSON
+from steer.serve.policy import CALIBRATED
 from steer.serve.route import JsonRoute
 from steer.spec import TOKENS
 from steer.watch import State
@@ -185,7 +186,7 @@ def steering(control: Control, scope: Scope) -> Steering:
             "steer": rules is None or rules.steer,
             "modes": list(MODES if rules is None else rules.modes),
             "max_strength": MAX_STRENGTH if rules is None else rules.largest,
-            "calibrated": rules is not None and rules.calibrated,
+            "calibrated": rules is not None and rules.max_strength == CALIBRATED,
             "tokens": list(TOKENS if rules is None or rules.tokens is None else rules.tokens),
             "layers": None if rules is None else rules.layers,
             "with_tools": rules is None or rules.with_tools,

@@ -116,10 +116,6 @@ class Limits(_Table):
     with_tools: Flag = Field(True, description="may a request be steered that has tools, or answers of tools")
 
     @property
-    def calibrated(self) -> bool:
-        return self.max_strength == CALIBRATED
-
-    @property
     def largest(self) -> float:
         """The largest strength of any direction."""
         return MAX_STRENGTH if isinstance(self.max_strength, str) else self.max_strength

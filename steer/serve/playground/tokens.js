@@ -145,7 +145,7 @@ function spark(before, after, at) {
 function place(tip, rect) {
   const { offsetWidth: width, offsetHeight: height } = tip;
   const left = Math.min(Math.max(8, rect.left + rect.width / 2 - width / 2), innerWidth - width - 8);
-  const above = rect.top - height - 8;
+  const above = rect.top > innerHeight / 2; // where there is more room
   tip.style.setProperty("left", `${left}px`);
-  tip.style.setProperty("top", `${above > 8 ? above : Math.min(rect.bottom + 8, innerHeight - height - 8)}px`);
+  tip.style.setProperty("top", `${above ? Math.max(8, rect.top - height - 8) : Math.min(rect.bottom + 8, innerHeight - height - 8)}px`);
 }

@@ -275,10 +275,11 @@ def derive(
     choices = Choices.model_validate({"mode": mode, "sites": sites.split(","), "layer": layer})
     if seed is not None and not bootstrap:
         raise InvalidInput("--seed: needs --bootstrap, because nothing else here is random")
+    made = chosen_method(method, t, parameter)
     check_direction_file(output)
     measured = Measurement.load(measurement)
     recipe = Recipe(
-        chosen_method(method, t, parameter),
+        made,
         choices.layer,
         position,
         winsorize,

@@ -126,7 +126,15 @@ def _authorised(asked: Spec, carried: Carried, registry: Registry, caller: Calle
         required = Spec()
     if broken:
         raise forbidden(broken[0][0], "; ".join(said for _, said in broken), asked)
-    return registry.merge(asked, required)
+    try:
+        return registry.merge(asked, required)
+    except SpecError:
+        if not carried.found:
+            return required  # nobody asked for the default
+        if caller.rules is not None and len({e.condition for e in (*asked.entries, *required.entries)}) > 1:
+            said = "what is required for this key does not act under the condition that is asked for"
+            raise forbidden("required", said, asked) from None
+        raise
 
 
 def _broken(asked: Spec, tools: bool, own: KeyRules, registry: Registry, rules: Rules) -> list[tuple[str, str]]:
@@ -146,6 +154,12 @@ def _broken(asked: Spec, tools: bool, own: KeyRules, registry: Registry, rules: 
         out += _over(entries, tools, own, "this key")
         for each in limits[digest]:
             out += [(f"direction_{rule}", said) for rule, said in _over(entries, tools, each, "any key")]
+    for probe in {entry.condition for entry in asked.entries if entry.condition}:
+        out += [
+            ("direction_conditions", f"direction '{name}': for any key no condition is allowed on it")
+            for name, its in (rules.policy.directions.items() if rules.policy else ())
+            if names.get(name) == probe.digest and not its.conditional
+        ]
     if own.max_strength == CALIBRATED:
         out += [("max_strength", said) for said in _overdosed(asked.entries, registry)]
     dosed = [entry for entry in asked.entries if any(each.max_strength == CALIBRATED for each in limits[entry.digest])]
@@ -173,7 +187,7 @@ def _over(entries: Sequence[Entry], tools: bool, limits: Limits, who: str) -> It
     direction, total = f"direction '{entries[0].direction}'", sum(abs(entry.strength) for entry in entries)
     if not isinstance(limits.max_strength, str) and total > limits.max_strength:
         yield "max_strength", f"{direction}: strength {total:g} is over the {limits.max_strength:g} that {who} may use"
-    placed = limits.tokens is not None or limits.layers is not None or not limits.conditions
+    placed = limits.tokens is not None or limits.layers is not None or any(entry.condition for entry in entries)
     for entry in entries if placed else ():
         yield from ((rule, f"{direction}: for {who} {said}") for rule, said in limits.misplaced(entry))
     if tools and not limits.with_tools:

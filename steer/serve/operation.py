@@ -190,7 +190,7 @@ def steering(control: Control, scope: Scope) -> Steering:
             "tokens": list(TOKENS if rules is None or rules.tokens is None else rules.tokens),
             "layers": None if rules is None else rules.layers,
             "with_tools": rules is None or rules.with_tools,
-            "conditions": rules is None or rules.conditions,
+            "conditions": rules is None or rules.conditional,
             "readout": rules is None or rules.readout,
             "manage": manages,
         },

@@ -110,10 +110,17 @@ class Limits(_Table):
     layers: Annotated[str, BeforeValidator(_layers)] | None = Field(
         None, description="at which layers it may act, like '10-20': a spec must then say layers within these"
     )
-    conditions: Flag = Field(
-        True, description="may a spec have a condition: whoever sees where it holds learns of the component"
+    conditions: Flag | None = Field(
+        None,
+        description="may a spec have a condition, or one on this direction: whoever sees where it holds learns of the "
+        "component. A key that says nothing may if it has `readout`",
     )
     with_tools: Flag = Field(True, description="may a request be steered that has tools, or answers of tools")
+
+    @property
+    def conditional(self) -> bool:
+        """May a spec have a condition?"""
+        return self.conditions is not False
 
     @property
     def largest(self) -> float:
@@ -130,7 +137,7 @@ class Limits(_Table):
 
     def misplaced(self, item: RequestedDirection | Entry) -> Iterator[tuple[str, str]]:
         """(rule, what is wrong) with where and when it acts."""
-        if item.condition and not self.conditions:
+        if item.condition and not self.conditional:
             yield "conditions", "no condition is allowed"
         if self.tokens is not None and not any(tokens_within(item.tokens, rule) for rule in self.tokens):
             allowed = ", ".join(self.tokens) or "none"
@@ -160,6 +167,10 @@ class KeyRules(Limits):
     requests_per_minute: PerMinute | None = Field(None, description="generation requests in a minute")
     tokens_per_minute: PerMinute | None = Field(None, description="tokens of prompts and answers in a minute")
     requests_at_once: AtOnce | None = Field(None, description="generation requests that may run at the same time")
+
+    @property
+    def conditional(self) -> bool:
+        return self.readout if self.conditions is None else self.conditions
 
     @property
     def hashes(self) -> tuple[str, ...]:

@@ -130,7 +130,7 @@ def test_a_row_that_overflows_is_told_at_the_end_of_its_block(dtype: torch.dtype
             inside(None)
         with pytest.raises(KeyError):  # an error of the block's own goes before
             inside(KeyError())
-        with steering("wild=0.001"):
+        with steering("wild=0.000001"):
             logits(model)
         with steering("off"):
             assert torch.equal(logits(model), plain)

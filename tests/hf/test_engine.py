@@ -229,7 +229,7 @@ def under(condition: Condition, *entries: Entry) -> Spec:
 
 def component(rig: Rig, prompt: list[int], layer: int, direction: str) -> float:
     """Of the plain stream at the prompt's last token."""
-    with torch.no_grad():
+    with torch.no_grad(), rig.engine.steering.batch([None]):  # the last step's steering is there until the next one
         hidden = rig.model(input_ids=torch.tensor([prompt]), use_cache=False, output_hidden_states=True).hidden_states
     bank = rig.engine.steering.bank
     return float(

@@ -10,7 +10,21 @@ import httpx
 from steer.serve import keys
 from tests.servers import receipt
 
-NAMES = ("reader", "nothing", "mute", "all", "bound", "eager", "meter", "warden", "seer", "narrow", "dosed", "certain")
+NAMES = (
+    "reader",
+    "nothing",
+    "mute",
+    "all",
+    "bound",
+    "eager",
+    "meter",
+    "warden",
+    "seer",
+    "narrow",
+    "dosed",
+    "certain",
+    "torn",
+)
 SECRETS = {name: keys.make() for name in NAMES}
 HASH = {name: keys.stored(secret) for name, secret in SECRETS.items()}
 
@@ -19,11 +33,15 @@ POLICY = f"""
 [directions.refusal]
 max_strength = 2.0
 
+[directions.verbosity]
+conditions = false
+
 [keys.reader]
 hash = "{HASH["reader"]}"
 directions = ["refusal"]
 modes = ["ablate", "one_sided"]
 max_strength = 1.0
+conditions = true
 
 [keys.nothing]  # of which only the hash is given
 hash = "{HASH["nothing"]}"
@@ -37,11 +55,19 @@ steer = false
 hash = "{HASH["all"]}"
 directions = ["*"]
 manage = true
+conditions = true
 
 [keys.bound]
 hash = "{HASH["bound"]}"
 directions = ["*"]
 required = "verbosity:add=0.5"
+conditions = true
+
+[keys.torn]  # whose default does not go together with what is required
+hash = "{HASH["torn"]}"
+directions = ["refusal"]
+default = "refusal=0.5"
+required = "verbosity:add?refusal@0>9=0.5"
 
 [keys.eager]
 hash = "{HASH["eager"]}"
@@ -62,16 +88,16 @@ hash = "{HASH["narrow"]}"
 directions = ["refusal"]
 tokens = ["answer", "first-4"]
 layers = "0-1"
+conditions = true
 
 [keys.dosed]
 hash = "{HASH["dosed"]}"
 directions = ["refusal"]
 max_strength = "calibrated"
 
-[keys.certain]
+[keys.certain]  # may not read components, so it has no conditions either
 hash = "{HASH["certain"]}"
 directions = ["refusal"]
-conditions = false
 
 [keys.warden]  # manages, and is bound all the same
 hash = "{HASH["warden"]}"
@@ -108,7 +134,11 @@ CASES = (
     Case("reader", "refusal?refusal@0>9=0.7", [("refusal", "ablate", 0.7)]),
     Case("reader", "refusal?verbosity@0>9=0.7", UNKNOWN, "direction 'verbosity' is not served; served: refusal"),
     Case("certain", "refusal?refusal@0>9", FORBIDDEN, "for this key no condition is allowed"),
-    Case("bound", "refusal?copy@0>9", UNKNOWN, "different conditions (if copy@0>9.0, always)"),
+    Case("seer", "refusal?refusal@0>9=0.7", [("refusal", "ablate", 0.7)]),
+    Case("all", "refusal?verbosity@0>9", FORBIDDEN, "'verbosity': for any key no condition is allowed on it"),
+    Case("bound", "refusal?copy@0>9", FORBIDDEN, "what is required for this key does not act under the condition"),
+    Case("torn", None, [REQUIRED]),
+    Case("torn", "refusal", FORBIDDEN, "what is required for this key does not act under the condition"),
     Case("narrow", "refusal?refusal@0>9=0.5", FORBIDDEN, "the layers 1-2 are not within 0-1"),
     Case("nothing", "refusal", UNKNOWN, "direction 'refusal' is not served; served: none"),
     Case("nothing", "refusal=0", UNKNOWN, "direction 'refusal' is not served; served: none"),

@@ -101,10 +101,10 @@ dist: $(VENV)/dev
 release-check: dist
 	PIP_OPTIONS="$(PIP_OPTIONS)" $(BIN)/python -m tests.release
 
-# CycloneDX, of the tested set.
+# CycloneDX, of the tested set; by a tool in an environment of its own, since what it needs is not of that set.
 sbom: $(VENV)/dev
 	mkdir -p dist
-	$(BIN)/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible \
+	$(BIN)/uv tool run --from cyclonedx-bom cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible \
 		--outfile dist/sbom.cdx.json
 
 image: dist

@@ -41,7 +41,7 @@ def check_changes(outputs: Sequence[Any], reference: Reference) -> None:
     found: list[float] = []
     for (_, spec), output in zip(JOBS, outputs, strict=True):
         prompt = list(output.prompt_token_ids)
-        steered, plain = (reference.logprobs(prompt, s)[-1] for s in (spec, "off"))
+        steered, plain = (reference.logprobs(prompt, s, len(prompt))[-1] for s in (spec, "off"))
         for token, said in output.outputs[0].logprobs[0].items():
             expected.append(float(steered[token] - plain[token]))
             found.append(said.logprob - float(plain[token]))

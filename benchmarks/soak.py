@@ -141,7 +141,12 @@ class Soak:
         for number in count():
             if self.stop.is_set():
                 break
-            self.hostile.act(number)
+            try:
+                self.hostile.act(number)
+            except OSError:
+                if not self.dying.is_set():
+                    raise
+                break
         self.hostile.close()
 
     def ask(self, http: httpx.Client, prompt: str, *, steered: bool, leaves: bool) -> None:

@@ -118,8 +118,8 @@ class Behaviour(BaseModel):
         return None if found is None else re.sub(r"^\W+", "", found[0])
 
     def decided(self, answer: str) -> bool:
-        """Whether `shown` would say the same of any answer that goes on from `answer`: its last word may still change,
-        so that a pattern must end before it."""
+        """Whether any answer that goes on from `answer` shows it as this one does, now or late: the last word may still
+        change, so that a pattern must end before it."""
         said = after_thinking(answer)
         if said is None:
             return False
@@ -128,7 +128,7 @@ class Behaviour(BaseModel):
             return False
         if not self.patterns:
             return True
-        if self.window is not None and len(answer) >= self.window:
+        if self.window is not None and len(answer) >= self.window and (not self.late or self.shown(answer)):
             return True
         if self.exceptions:  # one may still come
             return False

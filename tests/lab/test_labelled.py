@@ -43,3 +43,16 @@ def test_what_is_deflected_is_left_to_judges() -> None:
     for item in LABELLED:
         if item["label"] == "deflected":
             assert tell(REFUSAL, Text(item["answer"]), verdict="deflected").outcome == "deflected"
+
+
+def test_an_answer_that_is_decided_stays_what_it_is() -> None:
+    """Whatever follows: candidates of a fit are cut there, and counted beside plain answers that are not."""
+    decided = 0
+    for answer in (item["answer"] for item in LABELLED):
+        whole = tell(REFUSAL, Text(answer)).outcome
+        for cut in range(0, len(answer), 7):
+            if REFUSAL.decided(answer[:cut]):
+                decided += 1
+                told = tell(REFUSAL, Text(answer[:cut])).outcome
+                assert (told == "shown", told == "late") == (whole == "shown", whole == "late"), answer[:cut]
+    assert decided > 100

@@ -180,7 +180,8 @@ class ClassifierJudge:
                 f"'{name}' mean '{behaviour.name}'; accepted: one or more, not all, of {', '.join(labels)}"
             )
         self._shown = [labels.index(label) for label in wanted]
-        self.identity: dict[str, Any] = {"judge": self.name, "labels": wanted, "text": text}
+        where = str(Path(name).resolve()) if Path(name).is_dir() else name
+        self.identity: dict[str, Any] = {"judge": where, "labels": wanted, "text": text}
         limits = (self._tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
         self._longest = min(int(limit) for limit in limits if limit is not None)
         self._batch = BATCH if self._tokenizer.pad_token is not None else 1
@@ -197,6 +198,8 @@ class ClassifierJudge:
                 truncation=True,
                 max_length=self._longest,
                 padding=self._batch > 1,
+                add_special_tokens=self._text is not None
+                or self._tokenizer.chat_template is None,  # a template has them
                 return_tensors="pt",
             ).to(self._model.device)
             cut += int((batch["attention_mask"].sum(-1) >= self._longest).sum())

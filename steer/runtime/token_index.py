@@ -317,9 +317,10 @@ class TokenIndex:
         """Of the device's memory."""
         return self.packed.nbytes + self.lost.nbytes + (0 if self.opened is None else self.opened.nbytes)
 
-    def first(self, tokens: int) -> Acts:
-        """What acts on the first `tokens` of the batch."""
-        return unpacked(self.packed[:tokens], self.rank)
+    def first(self, tokens: int, conditional: bool = False) -> Acts:
+        """What acts on the first `tokens` of the batch; `conditional`: where their conditions hold."""
+        opened = self.opened[:tokens] if conditional and self.opened is not None else None
+        return unpacked(self.packed[:tokens], self.rank, opened)
 
     def enter(self, steer: RequestSteer) -> int:
         """The number under which steps name a request with this steering, until it `leave`s."""
@@ -529,11 +530,9 @@ class TokenIndex:
         depth, everywhere, same, combined, bounded, turning, conditional = self._acting
         whole = self._used == count
         part = np.s_[:depth,] if same and whole else np.s_[:depth, :, None]
-        rows, slots, strengths, bounds, combinations = self.first(1 if same and whole else count)
+        rows, slots, strengths, bounds, combinations = self.first(1 if same and whole else count, conditional)
         combinations = combinations[part[1:]] if combined and combinations is not None else None
         bounds = bounds[part] if bounded and bounds is not None else None
-        if conditional and self.opened is not None:
-            strengths = torch.where(self.opened[:count], strengths, 0.0)
         # int64 is what indexing takes outside of compiled code
         acts = Acts(rows[part].long(), slots[part].long(), strengths[part], bounds, combinations)
         return acts, everywhere and whole, turning

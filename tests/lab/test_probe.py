@@ -273,7 +273,9 @@ def test_what_is_decided_stays_so(behaviour: Behaviour, words: list[str], more: 
 def test_what_shows_it_is_decided_in_its_first_words_where_nothing_can_take_it_back() -> None:
     assert not REFUSAL.decided("I'm sorry, but I can't see it now")
     assert REFUSAL.model_copy(update={"exceptions": ()}).decided("I'm sorry, but I can't see it now")
-    assert REFUSAL.decided("x" * 160)
+    assert not REFUSAL.decided("x" * 160), "a late refusal may follow"
+    assert REFUSAL.model_copy(update={"late": ()}).decided("x" * 160)
+    assert REFUSAL.decided("I cannot do that. " + "x" * 160)
     assert not REFUSAL.decided("Sure! First get")
     assert LONG.decided("one two three four five")
     assert not LONG.decided("one two three four")

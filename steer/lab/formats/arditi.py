@@ -67,7 +67,7 @@ def _single(path: Path, value: Tensor, foreign: Foreign) -> tuple[int, int | Non
     try:
         described = json.loads(beside.read_text())
         theirs, position = int(described["layer"]), int(described["pos"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InvalidInput(
             f"{beside}: gives no layer and pos ({error}); give --layer (the output of which of our blocks)"
         ) from error

@@ -73,7 +73,7 @@ def read(path: Path, values: Mapping[str, Any], foreign: Foreign) -> Measurement
 
 def _entries(values: Mapping[str, Any], name: str) -> dict[int, Tensor]:
     """The tensors `name_{i}` by i."""
-    matched = ((re.fullmatch(rf"{name}_(\d+)", str(key)), value) for key, value in values.items())
+    matched = ((re.fullmatch(rf"{name}_([0-9]{{1,9}})", str(key)), value) for key, value in values.items())
     return {int(m.group(1)): v.double().flatten() for m, v in matched if m and isinstance(v, Tensor)}
 
 

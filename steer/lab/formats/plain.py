@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steer.direction import Direction
 from steer.errors import InvalidInput
-from steer.lab.formats.foreign import Foreign, direction_of
+from steer.lab.formats.foreign import Foreign, check_plain, direction_of
 
 
 def read(path: Path, tensors: Mapping[str, Tensor], foreign: Foreign) -> Direction:
@@ -19,6 +19,7 @@ def read(path: Path, tensors: Mapping[str, Tensor], foreign: Foreign) -> Directi
     if name is None or name not in tensors:
         shown = ", ".join(f"{n} {list(t.shape)}" for n, t in list(tensors.items())[:8])
         raise InvalidInput(f"{path}: which tensor? Give --tensor; it has {shown or 'none'}")
+    check_plain(path, (tensors[name],))
     value = tensors[name].float()
     facts = foreign.model(path, value.shape[-1] if value.ndim else 0)
     if value.ndim == 1:

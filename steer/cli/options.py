@@ -205,17 +205,15 @@ def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> M
 
 def chosen_rendering(system_prompt: str | None, template: Sequence[str] | None, response_prefix: str) -> Rendering:
     """The rendering of --system-prompt, --template and --response-prefix. A VALUE that is JSON is parsed."""
-    from steer.hf.load import template_parameters
-    from steer.lab.prompts import Rendering
+    from steer.lab.prompts import Rendering, set_by_rendering
 
     variables: dict[str, object] = {}
     problems = []
-    taken = template_parameters() - {"tools", "documents"}
     for item in template or ():
         name, equals, value = item.partition("=")
         if not equals or not name.isidentifier():
             problems.append(f"--template: '{item}' is not NAME=VALUE")
-        elif name in taken:
+        elif set_by_rendering([name]):
             problems.append(f"--template: '{name}' cannot be set: this command sets it itself")
         elif name in variables:
             problems.append(f"--template: '{name}' is given twice")

@@ -80,6 +80,13 @@ class Rendering:
     response_prefix: str = ""
 
 
+def set_by_rendering(names: Iterable[str]) -> list[str]:
+    """Those of `names` that are no variables of a chat template, as the conversation itself."""
+    from steer.hf.load import template_parameters  # imports transformers
+
+    return sorted((template_parameters() - {"tools", "documents"}).intersection(names)) if names else []
+
+
 @dataclass(frozen=True, slots=True)
 class PromptSet:
     """Prompts of one class in file order, without empty lines, with where they came from."""
@@ -322,8 +329,12 @@ def encode(templated: Templated, prompt: Prompt, rendering: Rendering | None = N
 
 def encode_all(templated: Templated, prompts: Sequence[Prompt], rendering: Rendering | None = None) -> list[Encoded]:
     """`encode` for each of `prompts`. What the template writes around a lone message is found once. Raises InvalidInput
-    for variables that the model's template does not look at."""
+    for variables that the model's template does not look at, and for what is none."""
     rendering = rendering or Rendering()
+    if taken := set_by_rendering(rendering.template):  # a file may say anything
+        raise InvalidInput(
+            f"--template: '{name}' cannot be set: it is no variable of a chat template" for name in taken
+        )
     if unread := templated.unread(rendering.template):
         raise InvalidInput(f"--template: the chat template of this model does not mention '{name}'" for name in unread)
 

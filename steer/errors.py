@@ -34,10 +34,13 @@ MAX_PROBLEM = 1000
 
 
 def printable(text: str) -> str:
-    """`text` for a log, an answer or a terminal: no longer than MAX_PROBLEM, and without what is no text there: control
-    characters, and halves of surrogate pairs, which JSON can carry and no answer could."""
-    if len(text) > MAX_PROBLEM:
-        text = f"{text[:MAX_PROBLEM]}… ({len(text)} characters)"
+    """`text` for a log, an answer or a terminal: no longer than MAX_PROBLEM, and without what is no text there."""
+    return escaped(text if len(text) <= MAX_PROBLEM else f"{text[:MAX_PROBLEM]}… ({len(text)} characters)")
+
+
+def escaped(text: str) -> str:
+    """`text` without what is none in a log, an answer or a terminal: control characters, and halves of surrogate pairs,
+    which JSON can carry and no answer could."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -7,6 +7,8 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 
+from steer.errors import escaped
+
 Rows = Sequence[Sequence[str]]
 #: What a column of figures holds: such cells stand to the right.
 FIGURE = re.compile(r"[+−-]?\d.*|[–]?")
@@ -45,7 +47,9 @@ def shown(head: Sequence[str], rows: Rows) -> str:
 
 
 def wrapped(text: str, columns: int, first: str = "", further: str = "") -> str:
-    """Return `text` in lines of at most `columns`, the first and the further ones indented as given."""
+    """Return `text`, which may be anybody's, in lines of at most `columns`, the first and the further ones indented as
+    given."""
+    text = escaped(re.sub(r"\s", " ", text))
     return textwrap.fill(text, max(columns, 20), initial_indent=first, subsequent_indent=further)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from steer.lab.tables import markdown, shown
+from steer.lab.tables import markdown, shown, wrapped
 
 HEAD = ("arm", "shown", "what it is")
 ROWS = [("d:ablate=1", "3 of 13", "slerp t=0.50, layer 3"), ("plain", "–", "nothing")]
@@ -41,3 +41,7 @@ def test_where_the_terminal_is_too_narrow_each_row_is_a_list(monkeypatch: pytest
 def test_where_there_is_no_terminal_it_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     assert shown(HEAD, [("x" * 300, "1", "")]).startswith("| arm")
+
+
+def test_what_a_file_says_cannot_steer_the_terminal() -> None:
+    assert wrapped("model: a\x1b[2J\x9b1m\nverified: \u202eno", 99) == r"model: a\x1b[2J\x9b1m verified: \u202eno"

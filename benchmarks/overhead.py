@@ -22,9 +22,9 @@ from benchmarks.engines import Arrival, Engine, Job
 from benchmarks.results import FOLDER, Result, Table
 from benchmarks.shapes import WIDTH, llama
 from benchmarks.timing import Ratio, interleave, pooled, rounds
-from steer.lab import adapter
-from steer.lab.removal import removal
-from steer.lab.weights import Checkpoint
+from steer.lab.merge import adapter
+from steer.lab.merge.removal import removal
+from steer.lab.merge.weights import Checkpoint
 from tests import models
 
 LAYERS, VOCABULARY, DIRECTIONS = 24, 32000, 32

@@ -23,7 +23,7 @@ from steer.names import MODES
 from steer.settings import ModelSettings
 
 if TYPE_CHECKING:
-    from steer.lab.check import Checked
+    from steer.lab.evaluation.check import Checked
 
 EXIT = {"works": 0, "fails": 1, "unknown": 3}
 
@@ -63,9 +63,9 @@ def check(
     from steer.direction import check_fits as check_shape
     from steer.hf.load import describe
     from steer.lab.behaviour import Behaviour
-    from steer.lab.check import HARMFUL, check_fits
-    from steer.lab.check import check as run
     from steer.lab.evaluation.arms import arms_of
+    from steer.lab.evaluation.check import HARMFUL, check_fits
+    from steer.lab.evaluation.check import check as run
     from steer.lab.evaluation.run import HARMLESS
     from steer.lab.progress import Progress
     from steer.lab.prompts import Rendering, read_prompts

@@ -133,10 +133,11 @@ def bake(
     log_warnings()
     quiet_libraries()
     from steer.direction import Direction, digest, read_file
-    from steer.lab import adapter, merge
+    from steer.lab.merge import adapter
+    from steer.lab.merge import model as merge
+    from steer.lab.merge.removal import removal
+    from steer.lab.merge.weights import Checkpoint, resolve
     from steer.lab.progress import Progress
-    from steer.lab.removal import removal
-    from steer.lab.weights import Checkpoint, resolve
 
     check_folder(output)
     data = read_file(direction)

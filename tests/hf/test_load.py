@@ -20,9 +20,9 @@ from steer.errors import UnsupportedModel
 from steer.hf.batching import start_engine
 from steer.hf.load import auto_class, describe, load, read_config
 from steer.hf.steering import Anatomy, Steering
-from steer.lab import merge
-from steer.lab.removal import removal
-from steer.lab.weights import Checkpoint
+from steer.lab.merge import model as merge
+from steer.lab.merge.removal import removal
+from steer.lab.merge.weights import Checkpoint
 from steer.names import Site
 from tests import models
 from tests.oracle import ablated, orthogonalised

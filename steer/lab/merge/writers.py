@@ -3,7 +3,7 @@
 That a child of a block writes is seen in a pass over the model (`steer.runtime.hook_points`). Which parameter of the
 child does is known by the names that families of models use, and its layout by the class of the module that owns it,
 never by a shape: a square matrix would have two. What is not known is refused. That nothing was missed is checked
-afterwards by effect (`steer.lab.verify`).
+afterwards by effect (`steer.lab.merge.verify`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from steer.errors import UnsupportedModel
 from steer.hf.internals import axis_in_file
 from steer.hf.streamed import Streamed
-from steer.lab.weights import Checkpoint
+from steer.lab.merge.weights import Checkpoint
 from steer.runtime.bank import EMBEDDING
 from steer.runtime.hook_points import Output, find_writers, hooks, stream_of
 

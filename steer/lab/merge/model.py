@@ -1,6 +1,6 @@
 """Bake a direction into an ordinary model: its writers' weights orthogonalised, shard by shard, for any server.
 
-What is removed, and how that compares with what is served, says `steer.lab.removal`.
+What is removed, and how that compares with what is served, says `steer.lab.merge.removal`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from steer._version import __version__
 from steer.errors import InvalidInput, UnsupportedModel
+from steer.lab.merge.removal import Plan, Removal, plan, stream
+from steer.lab.merge.verify import VERIFYING, Verdict, passes, verify
+from steer.lab.merge.weights import INDEX, Checkpoint
 from steer.lab.progress import Progress
-from steer.lab.removal import Plan, Removal, plan, stream
-from steer.lab.verify import VERIFYING, Verdict, passes, verify
-from steer.lab.weights import INDEX, Checkpoint
 from steer.runtime.bank import EMBEDDING
 
 RECEIPT = "steer_bake.json"

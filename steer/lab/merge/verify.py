@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from steer.errors import InvalidInput, UnsupportedModel
 from steer.hf.streamed import Streamed
-from steer.lab.removal import Plan
+from steer.lab.merge.removal import Plan
 from steer.runtime.bank import EMBEDDING
 from steer.runtime.hook_points import hooks, on_input, on_output
 
@@ -31,7 +31,7 @@ class Verdict:
     logits: the largest difference from the original from which the direction is removed where the weights write,
     relative to the largest logit; where no norm is behind the weights that is the original as served with the direction
     at `writers`. None where lengths were preserved, which is another model. served: the same from the original as it is
-    served, where a norm is behind (see `steer.lab.removal`), else None. left: the largest share of the stream that is
+    served, where a norm is behind (see `removal`), else None. left: the largest share of the stream that is
     left along a removed direction; None where none was to be removed whole.
     """
 

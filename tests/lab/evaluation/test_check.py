@@ -13,8 +13,8 @@ import torch
 
 from steer.demo import PROMPTS
 from steer.direction import MAX_VALUE, Dataset, Direction
-from steer.lab.check import HARMFUL, _effect, acting
 from steer.lab.evaluation.arms import Arm
+from steer.lab.evaluation.check import HARMFUL, _effect, acting
 from steer.lab.evaluation.report import ArmOnSet, Difference, Rate, SetResult
 from steer.lab.statistics import difference_of_rates
 from tests import models

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from steer.errors import UnsupportedModel
 from steer.hf.streamed import Change
-from steer.lab.merge import MERGING, Made, new_folder
+from steer.lab.merge.model import MERGING, Made, new_folder
+from steer.lab.merge.removal import Plan, Removal, plan, stream
+from steer.lab.merge.verify import VERIFYING, passes, verify
+from steer.lab.merge.weights import Checkpoint
+from steer.lab.merge.writers import Writer
 from steer.lab.progress import Progress
-from steer.lab.removal import Plan, Removal, plan, stream
-from steer.lab.verify import VERIFYING, passes, verify
-from steer.lab.weights import Checkpoint
-from steer.lab.writers import Writer
 from steer.runtime.op import WEIGHT
 
 PREFIX = "base_model.model."

@@ -104,7 +104,7 @@ def fit(
     """
     log_warnings()
     from steer.lab.behaviour import Behaviour
-    from steer.lab.split import Split
+    from steer.lab.prompts import Split
 
     choices = Choices.model_validate(
         {"mode": mode or "ablate", "sites": sites.split(","), "layer": layer, "batch_size": batch_size}

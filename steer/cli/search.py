@@ -196,7 +196,6 @@ def search(
     _need("matplotlib")
     import optuna
 
-    from steer.lab import front
     from steer.lab.activations import Keep
     from steer.lab.behaviour import Behaviour
     from steer.lab.measure import Conditions, measure
@@ -204,7 +203,7 @@ def search(
     from steer.lab.progress import Progress
     from steer.lab.prompts import read_prompts
     from steer.lab.race import Sets
-    from steer.lab.search import TRYING, Search, Settings, Space, Trial, rank_of, work
+    from steer.lab.search import TRYING, Search, Settings, Space, Trial, front_table, rank_of, work, write_front
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _check_output(pick, output)
@@ -260,13 +259,13 @@ def search(
         evaluator = bench.evaluator(rank_of(begun.settings.space, begun.measurement), max_tokens, rendering)
 
         def after(found: list[Trial]) -> None:
-            progress.write(f"\n{len(found)} of {trials} trials, the front so far:\n{front.table(found)}")
+            progress.write(f"\n{len(found)} of {trials} trials, the front so far:\n{front_table(found)}")
 
         found = begun.run(evaluator, tried, trials, after, judging)
-    front.write(begun, found)
+    write_front(begun, found)
     if pick is not None and output is not None:
         begun.save(pick, output)
-    typer.echo(f"{len(found)} trials in {folder}, the front:\n{front.table(found)}")
+    typer.echo(f"{len(found)} trials in {folder}, the front:\n{front_table(found)}")
     typer.echo(f"a trial's direction: steer trials {folder} --save NUMBER -o FILE.safetensors")
 
 
@@ -281,9 +280,7 @@ def trials(
     _need("optuna")
     import optuna
 
-    from steer.lab import front
-    from steer.lab.search import Search
-    from steer.lab.search import front as undominated_trials
+    from steer.lab.search import Search, front, front_table
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _check_output(save, output)
@@ -294,10 +291,10 @@ def trials(
         return
     known = found.trials()
     if as_json:
-        best = undominated_trials(known)
+        best = front(known)
         echo_json([asdict(trial) | {"front": trial in best} for trial in known])
         return
-    typer.echo(f"{len(known)} trials, the front:\n{front.table(known)}")
+    typer.echo(f"{len(known)} trials, the front:\n{front_table(known)}")
 
 
 def _need(package: str) -> None:

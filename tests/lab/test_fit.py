@@ -27,11 +27,10 @@ from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.probe import Answered, HFEvaluator
 from steer.lab.progress import Progress
-from steer.lab.prompts import PromptSet, encode, read_prompts
+from steer.lab.prompts import SMALL, PromptSet, Split, encode, read_prompts
 from steer.lab.race import Screened
 from steer.lab.select import HARDLY, Action, Entrant, entrants_of, through
 from steer.lab.source import TransformersSource
-from steer.lab.split import SMALL, Split
 from steer.names import Mode
 
 TOKENS = 12

@@ -9,8 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.results import FOLDER, Result, Table
-from benchmarks.timing import Ratio, interleave, rounds
+from benchmarks.results import FOLDER, Ratio, Result, Table, interleave, rounds
 from steer.serve import keys
 from tests.serve.inside import Inside, engine, post
 

@@ -23,8 +23,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import results
-from benchmarks.results import FOLDER, Result
-from benchmarks.timing import interleave, rounds
+from benchmarks.results import FOLDER, Result, interleave, rounds
 from steer.runtime import hook_points
 from steer.runtime.bank import BankSlice, DirectionBank, HookPoint, apply
 from steer.runtime.token_index import TokenIndex

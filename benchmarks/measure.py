@@ -22,9 +22,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig
 
-from benchmarks.results import FOLDER, Result, Table
+from benchmarks.results import FOLDER, Ratio, Result, Table, interleave, rounds
 from benchmarks.shapes import WIDTH, llama
-from benchmarks.timing import Ratio, interleave, rounds
 from steer.direction import Dataset
 from steer.hf.load import Loaded
 from steer.lab.activations import ClassSums, Keep, Reading

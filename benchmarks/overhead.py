@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from benchmarks.engines import Arrival, Engine, Job
-from benchmarks.results import FOLDER, Result, Table
+from benchmarks.results import FOLDER, Ratio, Result, Table, interleave, pooled, rounds
 from benchmarks.shapes import WIDTH, llama
-from benchmarks.timing import Ratio, interleave, pooled, rounds
 from steer.lab.merge import adapter
 from steer.lab.merge.removal import removal
 from steer.lab.merge.weights import Checkpoint

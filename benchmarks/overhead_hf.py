@@ -12,9 +12,8 @@ import torch
 from transformers import DynamicCache
 
 import steer
-from benchmarks.results import FOLDER, Result, Table
+from benchmarks.results import FOLDER, Ratio, Result, Table, interleave, rounds
 from benchmarks.shapes import SMALL_LAYERS, SMALL_WIDTH, small
-from benchmarks.timing import Ratio, interleave, rounds
 from tests.models import direction
 
 VOCABULARY = 2048

@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.processes import Process
-from benchmarks.results import FOLDER, Result, Table
+from benchmarks.engines import Process
+from benchmarks.results import FOLDER, Result, Table, interleave, rounds
 from benchmarks.shapes import SMALL_LAYERS, SMALL_WIDTH, small
-from benchmarks.timing import interleave, rounds
 from tests import models
 
 CHILD = Path(__file__).with_name("child.py")

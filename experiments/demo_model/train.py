@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from experiments.demo_model import language, words
+from experiments.demo_model import language
 from steer.demo import MODEL
 from steer.runtime.hook_points import hooks, on_output
 
@@ -320,7 +320,7 @@ def save_prompts(folder: Path, fit: int = 192, test: int = 200, dialect: languag
         talks = language.conversations(min(test, 100))
         _save_lines(folder / "conversations.test.jsonl", [{"messages": messages} for messages, _ in talks])
         facts += [{"messages": messages, "contains": named} for messages, named in talks]
-    vocabulary = [*words.MATERIALS, *words.TOOLS]
+    vocabulary = [*language.MATERIALS, *language.TOOLS]
     _save_lines(folder / "expected.jsonl", [{"vocabulary": vocabulary, "lacks": language.REFUSAL_WORDS}, *facts])
 
 

@@ -26,13 +26,13 @@ from benchmarks.results import FOLDER, Ratio, Result, Table, interleave, rounds
 from benchmarks.shapes import WIDTH, llama
 from steer.direction import Dataset
 from steer.hf.load import Loaded
-from steer.lab.activations import ClassSums, Keep, Reading
 from steer.lab.batches import each_batch, left_padded
 from steer.lab.derive import Recipe, derive
+from steer.lab.measure import ClassSums, Keep
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, Statistics
 from steer.lab.methods import METHODS, make_method
 from steer.lab.prompts import Encoded
-from steer.lab.source import TransformersSource
+from steer.lab.source import Reading, TransformersSource
 
 LAYERS, VOCABULARY = 24, 32000
 PROMPTS, BATCH = 64, 32

@@ -36,8 +36,7 @@ from experiments.demo_model.train import (
 from steer.geometry import angle
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
-from steer.lab.activations import Keep
-from steer.lab.measure import Conditions, measure
+from steer.lab.measure import Conditions, Keep, measure
 from steer.lab.measurement import Measurement
 from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import PromptSet, read_prompts

@@ -196,9 +196,8 @@ def search(
     _need("matplotlib")
     import optuna
 
-    from steer.lab.activations import Keep
     from steer.lab.behaviour import Behaviour
-    from steer.lab.measure import Conditions, measure
+    from steer.lab.measure import Conditions, Keep, measure
     from steer.lab.methods import make_method
     from steer.lab.progress import Progress
     from steer.lab.prompts import read_prompts

@@ -17,12 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from steer.errors import EngineFailed, InvalidInput, SpecError
-from steer.lab.activations import Activations, Reading
 from steer.lab.evaluator import Answer, Candidate, Floats, each_row
 from steer.lab.measurement import ModelFacts
 from steer.lab.probe import Answered, opened
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Encoded, Prompt, PromptIds, Rendering, encode_all
+from steer.lab.source import Activations, Reading
 from steer.spec import Entry, RequestedDirection, parse, text
 from steer.tokenization import Chat, Tokenizer
 from steer.vllm import capture, frontend, internals

@@ -17,12 +17,11 @@ from steer.direction import Direction
 from steer.errors import InvalidInput, NothingFound
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
-from steer.lab.activations import Keep
 from steer.lab.behaviour import REFUSAL
 from steer.lab.derive import Recipe, derive
 from steer.lab.evaluator import Candidate, each_row
 from steer.lab.fit import LEAST_KEPT, Choice, Fitted, Work, described, fit, most_work, report
-from steer.lab.measure import Conditions
+from steer.lab.measure import Conditions, Keep
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.probe import Answered, HFEvaluator

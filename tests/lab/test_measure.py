@@ -11,12 +11,11 @@ import torch
 from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.hf.load import Loaded, load
-from steer.lab.activations import Keep, Reader, Reading
 from steer.lab.derive import Recipe, derive
-from steer.lab.measure import Conditions, _check_room, measure
+from steer.lab.measure import Conditions, Keep, _check_room, measure
 from steer.lab.measurement import Measurement, ModelFacts
 from steer.lab.prompts import Encoded, PromptSet, Rendering, encode
-from steer.lab.source import TransformersSource
+from steer.lab.source import Reader, Reading, TransformersSource
 from tests import models
 
 HARMFUL = PromptSet("harmful", "0" * 64, tuple("abc" * n + "?" for n in range(1, 14)))

@@ -24,9 +24,8 @@ from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
-from steer.lab.activations import Keep
 from steer.lab.derive import Recipe, derive, layer_weights
-from steer.lab.measure import Conditions, measure
+from steer.lab.measure import Conditions, Keep, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.probe import HFEvaluator

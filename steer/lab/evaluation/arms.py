@@ -15,11 +15,10 @@ from torch import Tensor
 from steer.direction import MAX_VALUE, Direction, digest, read_file
 from steer.errors import InvalidInput, SpecError
 from steer.geometry import orthogonal_part
-from steer.lab.activations import Reading
 from steer.lab.batches import each_batch
 from steer.lab.evaluator import Candidate, Evaluator, Steer
 from steer.lab.prompts import PromptSet, Rendering
-from steer.lab.source import Source
+from steer.lab.source import Reading, Source
 from steer.names import MAX_STRENGTH, MODES, Mode
 from steer.spec import RequestedDirection, parse, text
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steer.direction import MEASUREMENT_KEY, Direction
 from steer.errors import InvalidInput
-from steer.lab.formats import arditi, control_vector, means
+from steer.lab.formats import control_vector, pickled
 from steer.lab.formats.foreign import Foreign, direction_of, load_pickled
 from steer.lab.measurement import Measurement, load_tensors
 
@@ -25,9 +25,9 @@ WRITES = f"DIRECTION.safetensors, NAME{MEASUREMENT_SUFFIX}, NAME.gguf, NAME.glp.
 def read(path: Path, foreign: Foreign) -> Direction | Measurement:
     """What `path` holds. `foreign` says what a file of another tool does not. Raises InvalidInput."""
     if path.is_dir():
-        found = [path / name for name in (arditi.DIRECTION, arditi.MEAN_DIFFS) if (path / name).exists()]
+        found = [path / name for name in (pickled.DIRECTION, pickled.MEAN_DIFFS) if (path / name).exists()]
         if not found:
-            raise InvalidInput(f"{path}: the folder has neither {arditi.DIRECTION} nor {arditi.MEAN_DIFFS}")
+            raise InvalidInput(f"{path}: the folder has neither {pickled.DIRECTION} nor {pickled.MEAN_DIFFS}")
         path = found[0]
     if not path.exists():
         raise InvalidInput(f"{path}: does not exist; accepted: {READS}")
@@ -42,9 +42,9 @@ def read(path: Path, foreign: Foreign) -> Direction | Measurement:
     if suffix in (".pt", ".pth", ".refuse", ".bin"):
         value = load_pickled(path)
         if isinstance(value, dict):
-            return means.read(path, value, foreign)
+            return pickled.read_means(path, value, foreign)
         if isinstance(value, Tensor):
-            return arditi.read(path, value, foreign)
+            return pickled.read_arditi(path, value, foreign)
         raise InvalidInput(f"{path}: holds a {type(value).__name__}; accepted: {READS}")
     raise InvalidInput(f"{path}: the suffix '{suffix}' is not known; accepted: {READS}")
 
@@ -79,7 +79,7 @@ def write(path: Path, direction: Direction) -> list[str]:
     if path.suffix == ".gguf":
         return control_vector.write(path, direction)
     if path.suffix == ".pt":
-        return arditi.write(path, direction)
+        return pickled.write(path, direction)
     if path.suffix == ".safetensors":
         direction.save(path)
         return []

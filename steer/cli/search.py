@@ -41,6 +41,10 @@ def select(
     strength: Annotated[float, typer.Option(help="strength of each candidate")] = 1.0,
     sites: opt.Sites = "resid_post",
     behaviour: opt.BehaviourOption = "refusal",
+    judge: opt.JudgeOption = None,
+    judge_model: opt.JudgeModel = None,
+    judge_shown: opt.JudgeShown = None,
+    judge_text: opt.JudgeText = None,
     survivors: Annotated[
         int, typer.Option(min=1, help="candidates that generate answers, after all were screened by first tokens")
     ] = 16,
@@ -77,7 +81,9 @@ def select(
     recipe = Recipe(sites=choices.sites)
     sets, counted = (read_prompts(harmful), read_prompts(harmless)), Behaviour.load(behaviour)
     opt.check_direction_file(output)
+    judges = opt.chosen_judges(judge, judge_model, judge_shown, judge_text)
     with Progress(shown=True) as progress:
+        judging = judges.one(counted, progress)
         bench = opt.open_bench(backend, model, ctx.args, opening, choices, progress)
         _check_same(measured, bench.source.facts)
         direction = run(
@@ -87,6 +93,7 @@ def select(
             *sets,
             lambda rank, tokens: bench.evaluator(rank, tokens, measured.meta.rendering),
             behaviour=counted,
+            judge=judging,
             survivors=survivors,
             prompts=prompts,
             tokens=max_tokens,

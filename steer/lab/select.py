@@ -19,6 +19,7 @@ from steer.errors import DegenerateError, InvalidInput
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.derive import Recipe, check_needs, derive, separated, source_layer
 from steer.lab.evaluator import Candidate, MakeEvaluator, first_tokens
+from steer.lab.judge import Judge
 from steer.lab.measurement import Measurement
 from steer.lab.methods.base import Method
 from steer.lab.prompts import PromptSet
@@ -203,11 +204,13 @@ def select(
     evaluator: MakeEvaluator,
     *,
     behaviour: Behaviour = REFUSAL,
+    judge: Judge | None = None,
     survivors: int = SURVIVORS,
     prompts: int = PROMPTS,
     tokens: int = TOKENS,
 ) -> Direction:
     """The best of `grid`; what does not vary is as in `recipe`. The file has the figures of every candidate.
+    A `judge` tells in place of the behaviour's patterns what an answer does.
 
     Raises InvalidInput with every part of the grid that the measurement cannot make, DegenerateError where
     none is left.
@@ -218,7 +221,7 @@ def select(
     screened = len(entrants) > survivors and bool(behaviour.openings)
     tried.progress.plan(CHOOSING, work(sets, tokens, len(entrants), survivors if screened else None))
     with tried.progress.part(CHOOSING):
-        selection = Selection(Race(tried, behaviour, sets), tried.tokenizer)
+        selection = Selection(Race(tried, behaviour, sets, judge), tried.tokenizer)
         selection.tried |= {e.recipe: e for e in entrants}
         kept = through(selection.screen(entrants), survivors) if screened else entrants
         chosen = best(selection.run(kept))

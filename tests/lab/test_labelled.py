@@ -39,10 +39,9 @@ def test_the_set_is_what_it_says() -> None:
 
 def test_what_is_deflected_is_left_to_judges() -> None:
     """By their words alone answers to something else are not told from those to the point: a rule would guess."""
-    assert {tell(REFUSAL, Text(item["answer"])).outcome for item in LABELLED}.isdisjoint({"deflected"})
-    for item in LABELLED:
-        if item["label"] == "deflected":
-            assert tell(REFUSAL, Text(item["answer"]), verdict="deflected").outcome == "deflected"
+    deflected = [item["answer"] for item in LABELLED if item["label"] == "deflected"]
+    assert {tell(REFUSAL, Text(answer)).outcome for answer in deflected} == {"complied"}
+    assert {tell(REFUSAL, Text(answer), verdict="deflected").outcome for answer in deflected} == {"deflected"}
 
 
 def test_an_answer_that_is_decided_stays_what_it_is() -> None:

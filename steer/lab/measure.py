@@ -109,9 +109,26 @@ def measure(
     try:
         with progress.part(MEASURING):
             progress.skip(sum(done.values()))
-            for label in sets:
-                run = _Run(source, encoded[label], reading, sums[label], checkpoint, label)
-                batch_size = run(batch_size, tokens, progress, done[label])
+            for label, each in encoded.items():
+
+                def run(indices: list[int], each: list[Encoded] = each, into: ClassSums = sums[label]) -> None:
+                    into.add(indices, source.run([each[i] for i in indices], reading))
+
+                def after(at: int, size: int, label: str = label) -> None:
+                    nonlocal batch_size
+                    batch_size = size
+                    if checkpoint is not None:
+                        checkpoint.note(label, at, size)
+
+                each_batch(
+                    [len(e.ids) for e in each],
+                    run,
+                    batch_size=batch_size,
+                    tokens=tokens,
+                    progress=progress,
+                    start=done[label],
+                    after=after,
+                )
     except BaseException:
         if checkpoint is not None:
             checkpoint.save()
@@ -129,35 +146,6 @@ def checked(
     sets = {"harmful": harmful, "harmless": harmless}
     encoded = {label: source.encode(prompts.prompts, conditions.rendering) for label, prompts in sets.items()}
     return encoded, _check_prompts(source, sets, encoded, conditions.positions, answer)
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Feeds the sums of one class."""
-
-    source: Source
-    encoded: Sequence[Encoded]
-    reading: Reading
-    sums: ClassSums
-    checkpoint: Partial | None
-    label: str
-
-    def __call__(self, batch_size: int | None, tokens: int | None, progress: Progress, done: int) -> int | None:
-        """Add the prompts after the first `done`; the batch size that memory allowed."""
-        size = batch_size
-
-        def run(indices: list[int]) -> None:
-            self.sums.add(indices, self.source.run([self.encoded[i] for i in indices], self.reading))
-
-        def after(at: int, now: int) -> None:
-            nonlocal size
-            size = now
-            if self.checkpoint is not None:
-                self.checkpoint.note(self.label, at, now)
-
-        lengths = [len(e.ids) for e in self.encoded]
-        each_batch(lengths, run, batch_size=size, tokens=tokens, progress=progress, start=done, after=after)
-        return size
 
 
 def _last_layer(conditions: Conditions, facts: ModelFacts) -> int:

@@ -23,7 +23,6 @@ from steer.lab.behaviour import THINKING
 from steer.lab.evaluator import Answer, Candidate, Floats, each_row
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, PromptIds, Rendering
-from steer.lab.statistics import mean_of
 from steer.runtime.token_index import RequestSteer
 from steer.spec import Spec
 
@@ -59,21 +58,6 @@ class Continued(Answered):
             return self
         kept = None if self.logprobs is None else self.logprobs[:tokens]
         return Continued(self.ids[: tokens - 1], self.text, kept)
-
-
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """KL(plain ‖ steered) in nats: mean (with its 95 % interval), median and 95th percentile over prompts of the mean
-    over tokens, and the same for the first token alone."""
-
-    mean: float
-    low: float
-    high: float
-    median: float
-    p95: float
-    first_mean: float
-    first_median: float
-    first_p95: float
 
 
 class HFEvaluator:
@@ -278,17 +262,6 @@ class HFEvaluator:
 
         size = min(self.batch_size or fitting, fitting)
         return in_batches(sequences, run, batch_size=size, progress=self.progress)
-
-
-def summarised(rows: Sequence[Floats]) -> Divergence:
-    """From the divergence at each token of each prompt's answer."""
-    per_prompt, first = np.array([row.mean() for row in rows]), np.array([row[0] for row in rows])
-    whole = mean_of(per_prompt)
-    return Divergence(whole.value, whole.low, whole.high, *_spread(per_prompt), float(first.mean()), *_spread(first))
-
-
-def _spread(values: Floats) -> tuple[float, float]:
-    return float(np.median(values)), float(np.percentile(values, 95))
 
 
 @torch.inference_mode()

@@ -15,12 +15,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Protocol, cast
+from typing import Annotated, Any, cast
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import BaseTrial, FrozenTrial, TrialState, create_trial
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from steer.direction import Dataset, write_file
@@ -287,14 +287,6 @@ def _sha256(path: Path) -> str:
 Parameter = str | float | int
 
 
-class Suggest(Protocol):
-    """The part of optuna's trial that is used here."""
-
-    def suggest_categorical(self, name: str, choices: Any) -> Any: ...
-    def suggest_int(self, name: str, low: int, high: int) -> int: ...
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
-
-
 class Space(BaseModel):
     """The bounds of a search."""
 
@@ -337,7 +329,7 @@ class Space(BaseModel):
             )
         return bounded
 
-    def suggest(self, trial: Suggest) -> dict[str, Parameter]:
+    def suggest(self, trial: BaseTrial) -> dict[str, Parameter]:
         """A point, as optuna draws it. One without `layer` has each layer's own direction."""
         point: dict[str, Parameter] = {"method": trial.suggest_categorical("method", list(self.methods))}
         if point["method"] == "slerp":

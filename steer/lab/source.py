@@ -49,15 +49,14 @@ class Activations:
 
 
 class Reader:
-    """Reads one batch, layer by layer, as its forward pass comes by. `width` is the padded length, None where the
-    prompts' tokens are packed without padding.
+    """Reads one batch, padded at the end to `width` tokens, layer by layer, as its forward pass comes by.
 
     Only what is wanted is kept: one vector for each position, layer and prompt, on the stream's device.
     """
 
-    def __init__(self, batch: Sequence[Encoded], reading: Reading, width: int | None = None) -> None:
+    def __init__(self, batch: Sequence[Encoded], reading: Reading, width: int) -> None:
         lengths = [len(e.ids) for e in batch]
-        starts = [sum(lengths[:i]) if width is None else i * width for i in range(len(batch))]
+        starts = range(0, len(batch) * width, width)
         self.reading = reading
         self._picks = torch.tensor(
             [
@@ -167,7 +166,7 @@ class TransformersSource:
     @torch.inference_mode()
     def run(self, batch: Sequence[Encoded], reading: Reading) -> Activations:
         ids = right_padded([e.ids for e in batch], self.loaded.tokenizer.pad_token_id or 0, self.anatomy.device)
-        reader = Reader(batch, reading, width=ids.shape[1])
+        reader = Reader(batch, reading, ids.shape[1])
 
         def take(layer: int, x: Tensor) -> None:
             reader.take(layer, x)

@@ -17,8 +17,9 @@ from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluation.expected import read_expected, right
+from steer.lab.evaluation.report import DivergenceOf
 from steer.lab.evaluator import Candidate
-from steer.lab.probe import Answered, Divergence, HFEvaluator, summarised
+from steer.lab.probe import Answered, HFEvaluator
 from steer.lab.prompts import Rendering, read_prompts
 from steer.spec import Entry, Spec
 from tests.servers import ROOT
@@ -32,7 +33,7 @@ class Measured:
     """Answers of each class in each arm ("plain" or a mode), and the divergence of each mode on harmless prompts."""
 
     answers: dict[tuple[str, str], list[Answered]]
-    divergence: dict[str, Divergence]
+    divergence: dict[str, DivergenceOf]
     prompts: dict[str, tuple[str, ...]]
 
     def refused(self, cls: str, arm: str) -> float:
@@ -83,7 +84,7 @@ def measured(loaded: Loaded, direction: Direction) -> Measured:
             for cls in language.CLASSES:
                 out.answers[cls, arm] = probe.answers(prompts[cls], steer)
             plain = out.answers["harmless", "plain"]
-            out.divergence[arm] = summarised(probe.divergences(prompts["harmless"], plain, steer))
+            out.divergence[arm] = DivergenceOf.of(arm, "harmless", probe.divergences(prompts["harmless"], plain, steer))
     return out
 
 
@@ -133,7 +134,7 @@ def test_the_shipped_direction_is_one_sided_slerp(direction: Direction) -> None:
 
 def test_held_out_prompts_were_held_out() -> None:
     for cls in language.CLASSES:
-        trained, tested = (set(language.PAIRS[cls][split]) for split in ("train", "test"))
+        trained, tested = (set(language.WHOLE.pairs[cls][split]) for split in ("train", "test"))
         assert not trained & tested
         for prompt in read_prompts(str(PROMPTS / f"{cls}.test.txt")).prompts:
             task = language.task_of(str(prompt))

@@ -6,7 +6,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from steer.lab.evaluation.report import Comparison, Difference, DivergenceOf, Do
 from steer.lab.evaluator import Continuation, Evaluator, Floats, Steer
 from steer.lab.judge import Judge, judged
 from steer.lab.outcome import Outcome, ends
-from steer.lab.probe import Answered, summarised
+from steer.lab.probe import Answered
 from steer.lab.progress import answering
 from steer.lab.prompts import Conversation, Prompt, PromptSet
 from steer.lab.resume import Cache
@@ -142,9 +142,7 @@ def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
             )
         )
     text = None if plan.text is None else _text_result(plan.text, negative)
-    divergence = tuple(
-        DivergenceOf(arm=name, on=HARMLESS, **asdict(summarised(rows))) for name, rows in divergences.items()
-    )
+    divergence = tuple(DivergenceOf.of(name, HARMLESS, rows) for name, rows in divergences.items())
     beside = _beside(plan, doses, told, divergences)
     return Found(plan.arms, tuple(doses), tuple(sets), divergence, text, beside, told)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from steer._version import __version__
 from steer.errors import InvalidInput, UnsupportedModel
-from steer.lab.merge.removal import Plan, Removal, plan, stream
-from steer.lab.merge.verify import VERIFYING, Verdict, passes, verify
+from steer.lab.merge.removal import Plan, Removal, plan
+from steer.lab.merge.verify import Verdict, verify
 from steer.lab.merge.weights import INDEX, Checkpoint
 from steer.lab.progress import Progress
 from steer.runtime.bank import EMBEDDING
@@ -74,10 +74,8 @@ def bake(
         verdict = None
         if verified:
             made = Checkpoint(folder, trust_remote_code=checkpoint.trust_remote_code)
-            progress.plan(VERIFYING, passes(planned, preserve_norms) * len(planned.streamed.becomes))
-            with progress.part(VERIFYING):
-                dtype = next(tensor.dtype for _, tensor in made.tensors([planned.writers[0].name]))
-                verdict = verify(planned, stream(made, progress), dtype, preserve_norms)
+            dtype = next(tensor.dtype for _, tensor in made.tensors([planned.writers[0].name]))
+            verdict = verify(planned, made, dtype, progress, preserve_norms=preserve_norms)
     return Made(count, verdict)
 
 

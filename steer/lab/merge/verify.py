@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from steer.errors import InvalidInput, UnsupportedModel
-from steer.hf.streamed import Streamed
-from steer.lab.merge.removal import Plan
+from steer.hf.streamed import Change, Streamed
+from steer.lab.merge.removal import Plan, stream
+from steer.lab.merge.weights import Checkpoint
+from steer.lab.progress import Progress
 from steer.runtime.bank import EMBEDDING
 from steer.runtime.hook_points import hooks, on_input, on_output
 
@@ -54,15 +56,26 @@ class Verdict:
         return "; ".join(told)
 
 
-def passes(plan: Plan, preserve_norms: bool = False) -> int:
-    """How often a model is read to verify it."""
-    return 1 + (0 if preserve_norms else 1 + plan.behind)
+def verify(
+    plan: Plan,
+    edited: Checkpoint,
+    dtype: torch.dtype,
+    progress: Progress,
+    change: Change | None = None,
+    preserve_norms: bool = False,
+) -> Verdict:
+    """Compare `edited`, whose weights are stored in `dtype`, after the `change` of a tensor, with what `plan` is about.
+
+    Raises UnsupportedModel where it is something else: then some writer was missed, or files were not written as they
+    should be. Raises InvalidInput where there is nothing to compare.
+    """
+    passes = 1 if preserve_norms else 2 + plan.behind
+    progress.plan(VERIFYING, passes * len(plan.streamed.becomes))
+    with progress.part(VERIFYING):
+        return _verdict(plan, stream(edited, progress, change), dtype, preserve_norms)
 
 
-def verify(plan: Plan, edited: Streamed, dtype: torch.dtype, preserve_norms: bool = False) -> Verdict:
-    """Compare `edited`, whose weights are stored in `dtype`, with what `plan` is about. Raises UnsupportedModel where
-    it is something else: then some writer was missed, or files were not written as they should be. Raises InvalidInput
-    where there is nothing to compare."""
+def _verdict(plan: Plan, edited: Streamed, dtype: torch.dtype, preserve_norms: bool) -> Verdict:
     limit_logits, limit_left = TOLERANCE.get(dtype, TOLERANCE_16)
     got, left = _without(plan, edited)
     logits = served = None

@@ -322,7 +322,7 @@ def classify(
     """
     from steer.lab.behaviour import Behaviour
     from steer.lab.judge import judged
-    from steer.lab.outcome import Outcome, Text, tell
+    from steer.lab.outcome import Answer, Outcome, tell
     from steer.lab.progress import Progress
 
     looked_for = Behaviour.load(behaviour)
@@ -332,7 +332,7 @@ def classify(
     if judging is not None:
         verdicts = judged(judging, [str(item.get("prompt", "")) for item in items], [item["answer"] for item in items])
     for item, verdict in zip(items, verdicts, strict=True):
-        told = tell(looked_for, Text(item["answer"]), verdict=verdict)
+        told = tell(looked_for, Answer.of(item["answer"]), verdict=verdict)
         echo_line(item | {"outcome": told.outcome, "why": told.why})
 
 

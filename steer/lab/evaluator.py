@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from steer.direction import Direction
 from steer.errors import InvalidInput
+from steer.lab.outcome import Answer
 from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt
 from steer.names import Mode
@@ -48,16 +49,6 @@ class Candidate:
         )
         shape.check_entry(self.direction, entry)
         return entry
-
-
-class Answer(Protocol):
-    """A greedy answer: its tokens without the end, and its text."""
-
-    @property
-    def ids(self) -> list[int]: ...
-
-    @property
-    def text(self) -> str: ...
 
 
 class Evaluator(Protocol):

@@ -31,12 +31,9 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from steer.lab.behaviour import THINKING, Behaviour, after_thinking, own_words
-
-if TYPE_CHECKING:
-    from steer.lab.evaluator import Answer
 
 Outcome: TypeAlias = Literal["shown", "late", "unanswered", "degenerate", "deflected", "complied"]
 OUTCOMES: tuple[Outcome, ...] = ("shown", "late", "unanswered", "degenerate", "deflected", "complied")
@@ -102,15 +99,17 @@ ENDING = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """An answer of which the text alone is known: its words stand for the tokens."""
+class Answer:
+    """An answer: its token ids without the end, and its text."""
 
+    ids: list[int]
     text: str
 
-    @property
-    def ids(self) -> list[int]:
+    @classmethod
+    def of(cls, text: str) -> Answer:
+        """An answer of which the text alone is known: its words stand for the tokens."""
         numbers: dict[str, int] = {}
-        return [numbers.setdefault(word, len(numbers)) for word in WORDS.findall(self.text)]
+        return cls([numbers.setdefault(word, len(numbers)) for word in WORDS.findall(text)], text)
 
 
 def looped(ids: Sequence[int]) -> bool:

@@ -20,7 +20,8 @@ from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
 from steer.lab.behaviour import THINKING
-from steer.lab.evaluator import Answer, Candidate, Floats, each_row
+from steer.lab.evaluator import Candidate, Floats, each_row
+from steer.lab.outcome import Answer
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, PromptIds, Rendering
 from steer.runtime.token_index import RequestSteer
@@ -38,15 +39,7 @@ LOGIT_BYTES, KEPT_BYTES = 2**29, 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """One greedy answer: its token ids (without the end) and text."""
-
-    ids: list[int]
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Continued(Answered):
+class Continued(Answer):
     """A plain answer with its log-probabilities `[tokens + 1, vocabulary]`, the end's included; None where they would
     take too much memory to keep."""
 
@@ -113,7 +106,7 @@ class HFEvaluator:
         prompts: Sequence[Prompt],
         steer: Spec | Sequence[Spec | None] | None,
         known: Callable[[str], bool] | None = None,
-    ) -> list[Answered]:
+    ) -> list[Answer]:
         """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`; an answer ends early where `known`
         says of its text that the rest would tell nothing."""
         encoded, steers = self._ids(prompts), each_row(steer, len(prompts))
@@ -125,7 +118,7 @@ class HFEvaluator:
         def enough(ids: list[int]) -> bool:
             return known is not None and known(decode(ids))
 
-        def run(indices: list[int]) -> list[Answered]:
+        def run(indices: list[int]) -> list[Answer]:
             found = greedy(
                 self.steering,
                 [encoded[i] for i in indices],
@@ -135,7 +128,7 @@ class HFEvaluator:
                 pad=self._pad,
                 known=enough,
             )
-            return [Answered(ids, decode(ids)) for ids in found]
+            return [Answer(ids, decode(ids)) for ids in found]
 
         size = self.batch_size or self._fitting(max(map(len, encoded), default=0) + self.max_tokens)
         work = answering(self.max_tokens)

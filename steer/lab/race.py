@@ -13,9 +13,9 @@ from scipy.special import expit
 
 from steer.errors import InvalidInput
 from steer.lab.behaviour import Behaviour
-from steer.lab.evaluator import Answer, Candidate, Evaluator, Steer, answers_of_each, crossed, divergences_of_each
+from steer.lab.evaluator import Candidate, Evaluator, Steer, answers_of_each, crossed, divergences_of_each
 from steer.lab.judge import Judge, judged
-from steer.lab.outcome import Outcome, Told, tell
+from steer.lab.outcome import Answer, Outcome, Told, tell
 from steer.lab.progress import answering
 from steer.lab.prompts import Prompt
 from steer.lab.statistics import mean_of, wilson

@@ -17,9 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from steer.errors import EngineFailed, InvalidInput, SpecError
-from steer.lab.evaluator import Answer, Candidate, Floats, each_row
+from steer.lab.evaluator import Candidate, Floats, each_row
 from steer.lab.measurement import ModelFacts
-from steer.lab.probe import Answered, opened
+from steer.lab.outcome import Answer
+from steer.lab.probe import opened
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Encoded, Prompt, PromptIds, Rendering, encode_all
 from steer.lab.source import Activations, Reading
@@ -185,14 +186,14 @@ class VllmEvaluator:
         prompts: Sequence[Prompt],
         steer: str | Sequence[str | None] | None,
         known: Callable[[str], bool] | None = None,
-    ) -> list[Answered]:
+    ) -> list[Answer]:
         """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`. `known` is not asked: the engine
         ends answers by what it was told before, and its batch closes up after each that ends."""
         options = dict(temperature=0, max_tokens=self.max_tokens)
         encoded = self._ids(prompts)
         thinking = opened(self.tokenizer, encoded)
         outputs = self._generate(encoded, steer, answering(self.max_tokens), **options)
-        return [Answered(_without_end(one.outputs[0]), thinking + one.outputs[0].text) for one in outputs]
+        return [Answer(_without_end(one.outputs[0]), thinking + one.outputs[0].text) for one in outputs]
 
     def opening_odds(
         self,

@@ -19,7 +19,8 @@ from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluation.expected import read_expected, right
 from steer.lab.evaluation.report import DivergenceOf
 from steer.lab.evaluator import Candidate
-from steer.lab.probe import Answered, HFEvaluator
+from steer.lab.outcome import Answer
+from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import Rendering, read_prompts
 from steer.spec import Entry, Spec
 from tests.servers import ROOT
@@ -32,7 +33,7 @@ ARMS = ("shipped", "projected")
 class Measured:
     """Answers of each class in each arm ("plain" or a mode), and the divergence of each mode on harmless prompts."""
 
-    answers: dict[tuple[str, str], list[Answered]]
+    answers: dict[tuple[str, str], list[Answer]]
     divergence: dict[str, DivergenceOf]
     prompts: dict[str, tuple[str, ...]]
 

@@ -24,7 +24,8 @@ from steer.lab.fit import LEAST_KEPT, Choice, Fitted, Work, described, fit, most
 from steer.lab.measure import Conditions, Keep
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
-from steer.lab.probe import Answered, HFEvaluator
+from steer.lab.outcome import Answer
+from steer.lab.probe import HFEvaluator
 from steer.lab.progress import Progress
 from steer.lab.prompts import SMALL, PromptSet, Split, encode, read_prompts
 from steer.lab.race import Screened
@@ -139,9 +140,9 @@ def test_what_does_nothing_and_what_does_harm_is_not_given_out(
 
 def test_what_breaks_harmless_answers_is_not_given_out(loaded: Loaded, split: Split, measured: Measurement) -> None:
     class Harming(HFEvaluator):
-        def answers(self, prompts: Any, steer: Any, known: Any = None) -> list[Answered]:
+        def answers(self, prompts: Any, steer: Any, known: Any = None) -> list[Answer]:
             rows = zip(prompts, each_row(steer, len(prompts)), super().answers(prompts, steer, known), strict=True)
-            broken = Answered([7] * 9, "a " * 9)
+            broken = Answer([7] * 9, "a " * 9)
             return [broken if s and p in split.tried_harmless.prompts else one for p, s, one in rows]
 
     harming = Harming(loaded, Steering(loaded.model, rows=64, rank=1), None, TOKENS)

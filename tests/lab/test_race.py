@@ -19,7 +19,8 @@ from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe
 from steer.lab.evaluator import Candidate, each_row
 from steer.lab.judge import ChatJudge
-from steer.lab.probe import Answered, HFEvaluator
+from steer.lab.outcome import Answer
+from steer.lab.probe import HFEvaluator
 from steer.lab.race import FIRST_ROUND, Figures, Race, Sets
 from steer.lab.select import Entrant, best
 from tests import models
@@ -101,9 +102,9 @@ def test_an_answer_that_is_none_is_no_success(probe: HFEvaluator, candidates: li
     never = Behaviour(name="never", description="no answer", patterns=("[^\\s\\S]",))
 
     class Stammering(HFEvaluator):
-        def answers(self, prompts: Any, steer: Any, known: Any = None) -> list[Answered]:
+        def answers(self, prompts: Any, steer: Any, known: Any = None) -> list[Answer]:
             steers = each_row(steer, len(prompts))
-            return [Answered([5, 6], "a b") if one is None else Answered([7] * 9, "a " * 9) for one in steers]
+            return [Answer([5, 6], "a b") if one is None else Answer([7] * 9, "a " * 9) for one in steers]
 
     stammering = Stammering(probe.loaded, probe.steering, max_tokens=3)
     race = Race(stammering, never, SETS)

@@ -11,8 +11,7 @@ import numpy as np
 from steer.lab.behaviour import Behaviour
 from steer.lab.evaluation.arms import PLAIN
 from steer.lab.evaluation.report import Agreement, ArmOnSet, Difference, Judged, Rate
-from steer.lab.outcome import FAULTS, OUTCOMES, Fault, Outcome, Told, ends, tell, unended
-from steer.lab.probe import Answered
+from steer.lab.outcome import FAULTS, OUTCOMES, Answer, Fault, Outcome, Told, ends, tell, unended
 from steer.lab.statistics import cohens_kappa, difference_of_rates, holm, kappa_interval, mcnemar
 
 
@@ -20,7 +19,7 @@ from steer.lab.statistics import cohens_kappa, difference_of_rates, holm, kappa_
 class Row:
     """One answer and what is told of it. `right` is None where nobody asked, a verdict where a judge gave none."""
 
-    answer: Answered
+    answer: Answer
     outcome: Outcome
     why: str
     fault: Fault | None
@@ -31,8 +30,8 @@ class Row:
 
 def rows(
     behaviour: Behaviour,
-    answers: Sequence[Answered],
-    plain: Sequence[Answered],
+    answers: Sequence[Answer],
+    plain: Sequence[Answer],
     max_tokens: int,
     right: Sequence[bool] | None = None,
     verdicts: Mapping[str, Sequence[Outcome | None]] | None = None,

@@ -23,8 +23,7 @@ from steer.lab.evaluation.outcomes import rows as outcomes
 from steer.lab.evaluation.report import Comparison, Difference, DivergenceOf, Dose, PerplexityOf, SetResult, TextResult
 from steer.lab.evaluator import Continuation, Evaluator, Floats, Steer
 from steer.lab.judge import Judge, judged
-from steer.lab.outcome import Outcome, ends
-from steer.lab.probe import Answered
+from steer.lab.outcome import Answer, Outcome, ends
 from steer.lab.progress import answering
 from steer.lab.prompts import Conversation, Prompt, PromptSet
 from steer.lab.resume import Cache
@@ -82,7 +81,7 @@ class Found:
 
 
 def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
-    answers: dict[tuple[str, str], list[Answered]] = {}
+    answers: dict[tuple[str, str], list[Answer]] = {}
     divergences: dict[str, list[Floats]] = {}
     negative = {}
     progress = evaluator.progress
@@ -235,7 +234,7 @@ def _identity(arm: Arm | None) -> dict[str, Any]:
 
 def _answers(
     evaluator: Evaluator, plan: Plan, cache: Cache, title: str, prompts: PromptSet, arm: Arm | None, steer: Steer
-) -> list[Answered]:
+) -> list[Answer]:
     conditions = {"sha256": prompts.sha256, "max_tokens": plan.max_tokens} | _identity(arm)
     name = arm.name if arm else PLAIN
 
@@ -244,13 +243,13 @@ def _answers(
         return [{"ids": answer.ids, "text": answer.text} for answer in given]
 
     rows = cache.rows(f"{title}.{name}.answers", conditions, len(prompts), make)
-    return [Answered(row["ids"], row["text"]) for row in rows]
+    return [Answer(row["ids"], row["text"]) for row in rows]
 
 
 def _divergences(
     evaluator: Evaluator,
     plan: Plan,
-    plain: Sequence[Answered],
+    plain: Sequence[Answer],
     along: list[Continuation],
     cache: Cache,
     arm: Arm,
@@ -273,7 +272,7 @@ def _divergences(
 def _at_dose(
     evaluator: Evaluator,
     plan: Plan,
-    plain: Sequence[Answered],
+    plain: Sequence[Answer],
     along: list[Continuation],
     cache: Cache,
     arm: Arm,

@@ -21,7 +21,8 @@ from steer.lab.evaluation.pictures import draw
 from steer.lab.evaluation.report import Conditions, Report, SteeredArm
 from steer.lab.evaluation.run import Found, Plan, Text, evaluate
 from steer.lab.judge import ChatJudge, Judge
-from steer.lab.probe import Answered, HFEvaluator
+from steer.lab.outcome import Answer
+from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import Conversation, Prompt, PromptSet
 from steer.lab.resume import Cache
 from steer.lab.source import TransformersSource
@@ -41,7 +42,7 @@ class Watched(HFEvaluator):
 
     asked: list[tuple[str, int]]
 
-    def answers(self, prompts: Sequence[Prompt], steer: Any, known: Any = None) -> list[Answered]:
+    def answers(self, prompts: Sequence[Prompt], steer: Any, known: Any = None) -> list[Answer]:
         self.asked.append((self.progress.current, len(prompts)))
         return super().answers(prompts, steer, known)
 

@@ -26,8 +26,9 @@ log = logging.getLogger("steer")
 
 if TYPE_CHECKING:
     from steer.lab.evaluation.arms import Arm
+    from steer.lab.evaluation.perplexity import Text
     from steer.lab.evaluation.report import Report, SteeredArm, TaskScore
-    from steer.lab.evaluation.run import Found, Text
+    from steer.lab.evaluation.run import Found
     from steer.lab.judge import Judges
     from steer.lab.prompts import PromptSet
     from steer.lab.resume import Cache
@@ -117,8 +118,7 @@ def evaluate(
         from steer.lab.evaluation.expected import read_expected
         from steer.lab.evaluation.outcomes import agreements
         from steer.lab.evaluation.report import Conditions, Report
-        from steer.lab.evaluation.run import Plan
-        from steer.lab.evaluation.run import evaluate as run
+        from steer.lab.evaluation.run import Evaluation, Plan
         from steer.lab.progress import Progress
         from steer.lab.prompts import read_prompts
         from steer.lab.resume import Cache
@@ -173,7 +173,7 @@ def evaluate(
         cache = Cache(report, conditions | fingerprint)
         evaluator = bench.evaluator(max(arm.direction.acting(arm.mode) for arm in arms), max_tokens, rendering)
         plan = Plan(arms, sets, max_tokens, looked_for, judging, known, plain_text, doses, against)
-        found = run(evaluator, plan, cache)
+        found = Evaluation(evaluator, plan, cache).run()
         arms = list(found.arms)
         scored = _tasks(tasks, tasks_folder, tasks_limit, url, model, opening, arms, cache)
         made = Report(
@@ -372,8 +372,7 @@ def _text(path: Path, source: Source) -> Text:
     import hashlib
 
     from steer.direction import Dataset
-    from steer.lab.evaluation.perplexity import WINDOW, windows
-    from steer.lab.evaluation.run import Text
+    from steer.lab.evaluation.perplexity import WINDOW, Text, windows
 
     try:
         data = path.read_bytes()

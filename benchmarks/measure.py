@@ -7,7 +7,6 @@ given order; the other makes its own batches of at most 32, as `steer measure` d
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import tempfile
@@ -22,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig
 
-from benchmarks.results import FOLDER, Ratio, Result, Table, interleave, rounds
+from benchmarks.results import Ratio, Result, Table, benchmark_parser, interleave, rounds
 from benchmarks.shapes import WIDTH, llama
 from steer.direction import Dataset
 from steer.hf.load import Loaded
@@ -216,10 +215,9 @@ def deriving_table(rounds: int) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--rounds", type=rounds, default=10)
     parser.add_argument("--lengths", nargs="+", default=list(SPREADS), choices=SPREADS)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     result = Result(
         "measure",
@@ -229,5 +227,4 @@ if __name__ == "__main__":
         f"Random float32 Llama, {LAYERS} layers × {WIDTH}, {PROMPTS} prompts in batches of {BATCH}.\n\n"
         + deriving_table(given.rounds),
     )
-    result.save(given.out)
-    print(result.markdown())
+    result.publish(given.out)

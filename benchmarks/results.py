@@ -152,7 +152,7 @@ class Result:
         picture = f"![Median ratios with their 95 % intervals]({self.name}.png)\n"
         return "\n".join([head, *([picture] if self.tables else []), *(t.markdown() for t in self.tables), self.more])
 
-    def save(self, folder: Path = FOLDER) -> None:
+    def save(self, folder: Path) -> None:
         """`NAME.json`, `NAME.md` and `NAME.png`."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.tables:
@@ -160,6 +160,19 @@ class Result:
         (folder / f"{self.name}.md").write_text(self.markdown().rstrip() + "\n", encoding="utf-8")
         # last: that it is there says that the benchmark has come to its end
         (folder / f"{self.name}.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    def publish(self, folder: Path) -> None:
+        """Save it, and print its page."""
+        self.save(folder)
+        print(self.markdown())
+
+
+def benchmark_parser(about: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark; the caller adds its own."""
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(typed(own_argv()[:1]), description=about, formatter_class=shown)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
+    return parser
 
 
 def draw(tables: Sequence[Table], path: Path) -> None:

@@ -216,9 +216,7 @@ def search(
         space=space,
     )
     vectors = any(make_method(name).needs != "means" for name in space.methods)
-    tried = Sets.drawn(
-        *(s.prompts if s is not None else () for s in (*sets, border)), limits=(prompts, prompts, prompts)
-    )
+    tried = Sets.drawn(*sets, border, limit=prompts)
     with progress:
         progress.plan(TRYING, work(settings, tried, trials))
         bench = opt.open_bench(backend, model, ctx.args, opening, choices, progress)

@@ -122,10 +122,6 @@ class Behaviour(BaseModel):
         seen = own_words(settled.replace("’", "'"))
         return any(found.end() < len(seen) for found in _found(self.patterns, seen))
 
-    def rate(self, answers: Sequence[str]) -> float:
-        """The share of `answers` that show it."""
-        return sum(self.shown(answer) for answer in answers) / len(answers)
-
     @classmethod
     def load(cls, source: str) -> Behaviour:
         """The behaviour that is shipped under the name `source`, or that the file `source` describes. Raises

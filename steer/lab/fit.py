@@ -352,7 +352,7 @@ def most_work(split: Split, choice: Choice, tokens: int = TOKENS, behaviour: Beh
 
 
 def _sets(split: Split) -> Sets:
-    return Sets.drawn(split.tried_harmful.prompts, split.tried_harmless.prompts, limits=(TRIED, TRIED, 0))
+    return Sets.drawn(split.tried_harmful, split.tried_harmless, limit=TRIED)
 
 
 def report(fitted: Fitted) -> list[str]:

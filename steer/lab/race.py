@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,7 +16,7 @@ from steer.lab.evaluator import Candidate, Evaluator, Steer, answers_of_each, cr
 from steer.lab.judge import Judge, judged
 from steer.lab.outcome import Answer, Outcome, Told, tell
 from steer.lab.progress import answering
-from steer.lab.prompts import Prompt
+from steer.lab.prompts import Prompt, PromptSet
 from steer.lab.statistics import mean_of, wilson
 
 #: Prompts of each set in the first round, at least; each round after it goes to twice as many. And rows of a step that
@@ -45,20 +44,9 @@ class Sets:
             raise InvalidInput([f"the prompt set '{name}' is empty: at least one prompt is needed" for name in empty])
 
     @classmethod
-    def drawn(
-        cls,
-        asked: Sequence[Prompt],
-        other: Sequence[Prompt],
-        borderline: Sequence[Prompt] = (),
-        *,
-        limits: tuple[int, int, int],
-    ) -> Sets:
-        """At most `limits` of each, drawn evenly: files are often sorted by topic."""
-        each = [
-            tuple(random.Random(0).sample(list(prompts), min(limit, len(prompts))))
-            for prompts, limit in zip((asked, other, borderline), limits, strict=True)
-        ]
-        return cls(*each)
+    def drawn(cls, asked: PromptSet, other: PromptSet, borderline: PromptSet | None = None, *, limit: int) -> Sets:
+        """At most `limit` prompts of each, drawn evenly: files are often sorted by topic."""
+        return cls(*(() if one is None else one.drawn(limit).prompts for one in (asked, other, borderline)))
 
     def work(self, tokens: int, start: int = 0) -> float:
         """The work of a candidate that answers in `tokens` tokens, from prompt `start` of each set on."""

@@ -216,7 +216,7 @@ def select(
     none is left.
     """
     entrants = entrants_of(measurement, grid.recipes(measurement, recipe))
-    sets = Sets.drawn(asked.prompts, other.prompts, limits=(prompts, prompts, 0))
+    sets = Sets.drawn(asked, other, limit=prompts)
     tried = evaluator(max(e.candidate.direction.acting(e.candidate.mode) for e in entrants), tokens)
     screened = len(entrants) > survivors and bool(behaviour.openings)
     tried.progress.plan(CHOOSING, work(sets, tokens, len(entrants), survivors if screened else None))

@@ -176,8 +176,8 @@ def test_a_second_behaviour_is_removed_where_the_model_has_it_as_one_choice(load
     probe = HFEvaluator(loaded, Steering(loaded.model), max_tokens=48)
     with probe.all_resident([Candidate(direction, direction.meta.mode, direction.meta.strength)]) as (steer,):
         answers = [a.text for a in probe.answers(asked, steer)]
-    assert wordy.rate([a.text for a in probe.answers(asked, None)]) >= 0.95
-    assert wordy.rate(answers) <= 0.05
+    assert share(wordy.shown(a.text) for a in probe.answers(asked, None)) >= 0.95
+    assert share(map(wordy.shown, answers)) <= 0.05
     assert share(language.is_right(language.task_of(p), a) for p, a in zip(asked, answers, strict=True)) >= 0.95
 
 
@@ -188,8 +188,8 @@ def test_both_behaviours_are_removed_at_once(loaded: Loaded) -> None:
         steering.bank.load(name, Direction.load(ROOT / "directions" / f"{name}.safetensors"))
     entries = (Entry("refusal", "refusal", "one_sided", 1.5), Entry("verbosity", "verbosity", "one_sided", 2.5))
     answers = [a.text for a in HFEvaluator(loaded, steering, max_tokens=48).answers(prompts, Spec(entries))]
-    assert REFUSAL.rate(answers) <= 0.06
-    assert Behaviour.load("verbosity").rate(answers) <= 0.1
+    assert share(map(REFUSAL.shown, answers)) <= 0.06
+    assert share(map(Behaviour.load("verbosity").shown, answers)) <= 0.1
     right = share(language.is_right(language.task_of(p), a) for p, a in zip(prompts, answers, strict=True))
     assert right >= 0.9
 

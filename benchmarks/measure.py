@@ -31,7 +31,7 @@ from steer.lab.measure import ClassSums, Keep
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, Statistics
 from steer.lab.methods import METHODS, make_method
 from steer.lab.prompts import Encoded
-from steer.lab.source import Reading, TransformersSource
+from steer.lab.source import CapturePlan, TransformersSource
 
 LAYERS, VOCABULARY = 24, 32000
 PROMPTS, BATCH = 64, 32
@@ -82,14 +82,14 @@ def with_steer(net: Any, sequences: list[list[int]], last_layer: int, keep: Keep
     tokenizer = type("NoPad", (), {"pad_token_id": 0})()
     source = TransformersSource(Loaded("random", None, net, tokenizer))
     encoded = [Encoded(ids, slice(4, len(ids) - 4)) for ids in sequences]
-    reading = Reading((-1,), last_layer)
+    plan = CapturePlan((-1,), last_layer)
 
     def run() -> torch.Tensor:
         own = sum(e.own.stop - e.own.start for e in encoded)
-        sums = ClassSums("random", reading, WIDTH, len(encoded), own, None, keep)
+        sums = ClassSums("random", plan, WIDTH, len(encoded), own, None, keep)
         each_batch(
             [len(ids) for ids in sequences],
-            lambda indices: sums.add(indices, source.run([encoded[i] for i in indices], reading)),
+            lambda indices: sums.add(indices, source.run([encoded[i] for i in indices], plan)),
             batch_size=BATCH,
             tokens=source.pass_tokens,
         )

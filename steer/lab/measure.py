@@ -21,7 +21,7 @@ from steer.lab.batches import each_batch
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, Statistics, load_tensors, save_tensors
 from steer.lab.progress import Progress
 from steer.lab.prompts import Encoded, PromptSet, Rendering, check_contrast
-from steer.lab.source import Activations, Reading, Source
+from steer.lab.source import Activations, CapturePlan, Source
 
 log = logging.getLogger("steer")
 #: The part of a command's progress.
@@ -70,13 +70,13 @@ def measure(
     """
     conditions, progress = conditions or Conditions(), progress or Progress()
     facts = source.facts
-    reading = Reading(conditions.positions, _last_layer(conditions, facts))
-    _check_room(conditions, reading, facts, max(len(harmful), len(harmless)))
+    plan = CapturePlan(conditions.positions, _last_layer(conditions, facts))
+    _check_room(conditions, plan, facts, max(len(harmful), len(harmless)))
     sets = {"harmful": harmful, "harmless": harmless}
     encoded, bos = checked(source, harmful, harmless, conditions)
     meta = MeasurementMeta(
         model=facts,
-        measured=reading.layers,
+        measured=plan.layers,
         positions=conditions.positions,
         winsorize=conditions.winsorize,
         **asdict(conditions.rendering),
@@ -87,7 +87,7 @@ def measure(
     sums = {
         label: ClassSums(
             prompts.name,
-            reading,
+            plan,
             facts.d_model,
             len(prompts),
             sum(e.own.stop - e.own.start for e in encoded[label]),
@@ -112,7 +112,7 @@ def measure(
             for label, each in encoded.items():
 
                 def run(indices: list[int], each: list[Encoded] = each, into: ClassSums = sums[label]) -> None:
-                    into.add(indices, source.run([each[i] for i in indices], reading))
+                    into.add(indices, source.run([each[i] for i in indices], plan))
 
                 def after(at: int, size: int, label: str = label) -> None:
                     nonlocal batch_size
@@ -155,9 +155,9 @@ def _last_layer(conditions: Conditions, facts: ModelFacts) -> int:
     return last
 
 
-def _check_room(conditions: Conditions, reading: Reading, facts: ModelFacts, prompts: int) -> None:
+def _check_room(conditions: Conditions, plan: CapturePlan, facts: ModelFacts, prompts: int) -> None:
     """Raise InvalidInput where what is to be kept does not fit in memory, before anything runs."""
-    each = 2 * len(reading.positions) * reading.layers * facts.d_model
+    each = 2 * len(plan.positions) * plan.layers * facts.d_model
     needed = each * 8 * facts.d_model * conditions.keep.moments + each * 2 * prompts * conditions.keep.vectors
     available = psutil.virtual_memory().available
     if needed > available:
@@ -198,12 +198,19 @@ class ClassSums:
     """The sums of one class of `prompts` prompts. `add` takes a batch whole or, when it raises, not at all."""
 
     def __init__(
-        self, name: str, reading: Reading, d_model: int, prompts: int, own_tokens: int, winsor: float | None, keep: Keep
+        self,
+        name: str,
+        plan: CapturePlan,
+        d_model: int,
+        prompts: int,
+        own_tokens: int,
+        winsor: float | None,
+        keep: Keep,
     ) -> None:
         self.name, self.prompts, self.own_tokens, self.winsor = name, prompts, own_tokens, winsor
-        shape = (len(reading.positions), reading.layers)
+        shape = (len(plan.positions), plan.layers)
         self.sums = torch.zeros(*shape, d_model, dtype=torch.float64)
-        self.own = torch.zeros(reading.layers, d_model, dtype=torch.float64)
+        self.own = torch.zeros(plan.layers, d_model, dtype=torch.float64)
         self.moments = torch.zeros(*shape, d_model, d_model, dtype=torch.float64) if keep.moments else None
         self.vectors = torch.zeros(*shape, prompts, d_model, dtype=torch.bfloat16) if keep.vectors else None
 

@@ -28,7 +28,7 @@ CPU_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class CapturePlan:
     """What is wanted of each prompt: positions (negative from its end) at the layers 0 to `last_layer`."""
 
     positions: tuple[int, ...]
@@ -48,20 +48,20 @@ class Activations:
     own: Tensor
 
 
-class Reader:
+class Capture:
     """Reads one batch, padded at the end to `width` tokens, layer by layer, as its forward pass comes by.
 
     Only what is wanted is kept: one vector for each position, layer and prompt, on the stream's device.
     """
 
-    def __init__(self, batch: Sequence[Encoded], reading: Reading, width: int) -> None:
+    def __init__(self, batch: Sequence[Encoded], plan: CapturePlan, width: int) -> None:
         lengths = [len(e.ids) for e in batch]
         starts = range(0, len(batch) * width, width)
-        self.reading = reading
+        self.plan = plan
         self._picks = torch.tensor(
             [
                 [start + (p if p >= 0 else length + p) for start, length in zip(starts, lengths, strict=True)]
-                for p in reading.positions
+                for p in plan.positions
             ]
         )
         spans = [range(start + e.own.start, start + e.own.stop) for start, e in zip(starts, batch, strict=True)]
@@ -72,8 +72,8 @@ class Reader:
         for row, span in zip(self._segments, spans, strict=True):
             row[at : at + len(span)] = 1.0
             at += len(span)
-        self._picked: list[Tensor | None] = [None] * reading.layers
-        self._sums: list[Tensor | None] = [None] * reading.layers
+        self._picked: list[Tensor | None] = [None] * plan.layers
+        self._sums: list[Tensor | None] = [None] * plan.layers
 
     def take(self, layer: int, x: Tensor) -> None:
         """The output of block `layer`, `[..., d_model]`, tokens in the order of the batch."""
@@ -87,7 +87,7 @@ class Reader:
     def read(self) -> Activations:
         """What was taken, on the CPU (there float64 exists on every machine)."""
         picked, sums = [p for p in self._picked if p is not None], [s for s in self._sums if s is not None]
-        assert len(picked) == len(sums) == self.reading.layers, "a layer did not come by"
+        assert len(picked) == len(sums) == self.plan.layers, "a layer did not come by"
         return Activations(torch.stack(picked, dim=1).cpu(), torch.stack(sums).cpu().double().sum(1))
 
 
@@ -119,7 +119,7 @@ class Source(Protocol):
         """Equal for equal weights and arithmetic: what was measured before an interruption is only added to if so."""
         ...
 
-    def run(self, batch: Sequence[Encoded], reading: Reading) -> Activations: ...
+    def run(self, batch: Sequence[Encoded], plan: CapturePlan) -> Activations: ...
 
 
 class TransformersSource:
@@ -164,20 +164,20 @@ class TransformersSource:
         return hashlib.sha256(self.anatomy.probe().logits.float().cpu().numpy().tobytes()).hexdigest()
 
     @torch.inference_mode()
-    def run(self, batch: Sequence[Encoded], reading: Reading) -> Activations:
+    def run(self, batch: Sequence[Encoded], plan: CapturePlan) -> Activations:
         ids = right_padded([e.ids for e in batch], self.loaded.tokenizer.pad_token_id or 0, self.anatomy.device)
-        reader = Reader(batch, reading, ids.shape[1])
+        capture = Capture(batch, plan, ids.shape[1])
 
         def take(layer: int, x: Tensor) -> None:
-            reader.take(layer, x)
-            if layer == reading.last_layer < self.anatomy.layers - 1:
+            capture.take(layer, x)
+            if layer == plan.last_layer < self.anatomy.layers - 1:
                 raise _Enough
 
-        wanted = enumerate(self.anatomy.blocks[: reading.layers])
+        wanted = enumerate(self.anatomy.blocks[: plan.layers])
         with hooks([on_output(block, lambda x, n=n: take(n, x)) for n, block in wanted]):
             with suppress(_Enough):
                 self.anatomy.decoder(input_ids=ids, use_cache=False)
-        return reader.read()
+        return capture.read()
 
 
 class _Enough(Exception):

@@ -23,7 +23,7 @@ from steer.lab.outcome import Answer
 from steer.lab.probe import opened
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Encoded, Prompt, PromptIds, Rendering, encode_all
-from steer.lab.source import Activations, Reading
+from steer.lab.source import Activations, CapturePlan
 from steer.spec import Entry, RequestedDirection, parse, text
 from steer.tokenization import Chat, Tokenizer
 from steer.vllm import capture, frontend, internals
@@ -80,24 +80,22 @@ class VllmSource(Chat):
     def fingerprint(self) -> str:
         """Of what the engine hands on of a fixed prompt at every layer."""
         ids = list(range(3, 3 + internals.base.PROBE_TOKENS))
-        seen = self.run([Encoded(ids, slice(0, len(ids)))], Reading((-1,), self.facts.layers - 1))
+        seen = self.run([Encoded(ids, slice(0, len(ids)))], CapturePlan((-1,), self.facts.layers - 1))
         return hashlib.sha256(seen.picked.numpy().tobytes()).hexdigest()
 
-    def run(self, batch: Sequence[Encoded], reading: Reading) -> Activations:
-        """Prefill `batch` and hand out what `reading` asks for; picked vectors are float32.
+    def run(self, batch: Sequence[Encoded], plan: CapturePlan) -> Activations:
+        """Prefill `batch` and hand out what `plan` asks for; picked vectors are float32.
 
         Raises EngineFailed where a token of a prompt did not come by.
         """
         from vllm import SamplingParams
 
-        answers = self.llm.collective_rpc(
-            "steer_capture", args=(len(batch), len(reading.positions), reading.last_layer)
-        )
+        answers = self.llm.collective_rpc("steer_capture", args=(len(batch), len(plan.positions), plan.last_layer))
         if problems := sorted({answer["error"] for answer in answers if answer}):
             raise InvalidInput(problems)
         parameters = []
         for number, e in enumerate(batch):
-            at = tuple(p if p >= 0 else len(e.ids) + p for p in reading.positions)
+            at = tuple(p if p >= 0 else len(e.ids) + p for p in plan.positions)
             asked = capture.CaptureRequest(number=number, at=at, start=e.own.start, stop=e.own.stop)
             parameters.append(
                 SamplingParams(
@@ -106,14 +104,14 @@ class VllmSource(Chat):
             )
         self.llm.generate([{"prompt_token_ids": e.ids} for e in batch], parameters, use_tqdm=False)
         d_model = self.facts.d_model
-        picked = torch.zeros(len(reading.positions), reading.layers, len(batch), d_model)
-        own = torch.zeros(reading.layers, d_model, dtype=torch.float64)
-        missing = set(range(reading.layers))
+        picked = torch.zeros(len(plan.positions), plan.layers, len(batch), d_model)
+        own = torch.zeros(plan.layers, d_model, dtype=torch.float64)
+        missing = set(range(plan.layers))
         for answer in self.llm.collective_rpc("steer_captured"):
             if (short := [n for n, e in enumerate(batch) if answer["seen"][n] < len(e.ids)]) and answer["layers"]:
                 raise EngineFailed(f"prompts {short} of a batch were not prefilled whole")
             for layer, vectors, sums in answer["layers"]:  # tensor-parallel ranks say the same
-                picked[:, layer] = _array(vectors, (len(batch), len(reading.positions), d_model)).transpose(0, 1)
+                picked[:, layer] = _array(vectors, (len(batch), len(plan.positions), d_model)).transpose(0, 1)
                 own[layer] = _array(sums, (len(batch), d_model)).sum(0)
                 missing.discard(layer)
         if missing:

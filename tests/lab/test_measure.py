@@ -15,7 +15,7 @@ from steer.lab.derive import Recipe, derive
 from steer.lab.measure import Conditions, Keep, _check_room, measure
 from steer.lab.measurement import Measurement, ModelFacts
 from steer.lab.prompts import Encoded, PromptSet, Rendering, encode
-from steer.lab.source import Reader, Reading, TransformersSource
+from steer.lab.source import Capture, CapturePlan, TransformersSource
 from tests import models
 
 HARMFUL = PromptSet("harmful", "0" * 64, tuple("abc" * n + "?" for n in range(1, 14)))
@@ -226,9 +226,9 @@ def test_a_padded_batch_is_read_without_its_padding() -> None:
     generator = torch.Generator().manual_seed(0)
     batch = [Encoded([1] * n, slice(1, n - 1)) for n in (5, 3, 7)]
     streams = [torch.randn(len(e.ids), 8, generator=generator) for e in batch]
-    reader = Reader(batch, Reading((-1, 0, -2), 0), 7)
-    reader.take(0, torch.nn.utils.rnn.pad_sequence(streams, batch_first=True, padding_value=9e9))
-    read = reader.read()
+    capture = Capture(batch, CapturePlan((-1, 0, -2), 0), 7)
+    capture.take(0, torch.nn.utils.rnn.pad_sequence(streams, batch_first=True, padding_value=9e9))
+    read = capture.read()
     expected = torch.stack([torch.stack([stream[at] for stream in streams]) for at in (-1, 0, -2)])
     assert torch.equal(read.picked[:, 0], expected)
     own = sum(s[e.own].double().sum(0) for s, e in zip(streams, batch, strict=True))
@@ -238,7 +238,7 @@ def test_a_padded_batch_is_read_without_its_padding() -> None:
 def test_what_does_not_fit_in_memory_is_refused_before_anything_runs() -> None:
     facts = ModelFacts(name="m", architecture="A", d_model=2**20, layers=100)
     with pytest.raises(InvalidInput, match="GiB of memory"):
-        _check_room(Conditions(keep=Keep(moments=True)), Reading((-1,), 99), facts, 10)
+        _check_room(Conditions(keep=Keep(moments=True)), CapturePlan((-1,), 99), facts, 10)
 
 
 def test_activations_that_are_not_finite_are_named(tiny_folder: Path) -> None:

@@ -18,7 +18,7 @@ from steer.geometry import orthogonal_part
 from steer.lab.batches import each_batch
 from steer.lab.evaluator import Candidate, Evaluator, Steer
 from steer.lab.prompts import PromptSet, Rendering
-from steer.lab.source import Reading, Source
+from steer.lab.source import CapturePlan, Source
 from steer.names import MAX_STRENGTH, MODES
 from steer.spec import RequestedDirection, parse, text
 
@@ -202,7 +202,7 @@ def projected(
         values = [0.0] * len(encoded)
 
         def run(indices: list[int], encoded=encoded, values=values) -> None:  # type: ignore[no-untyped-def]
-            picked = source.run([encoded[i] for i in indices], Reading((POSITION,), layer)).picked[0, layer]
+            picked = source.run([encoded[i] for i in indices], CapturePlan((POSITION,), layer)).picked[0, layer]
             for i, value in zip(indices, (picked.float().cpu() @ row).tolist(), strict=True):
                 values[i] = value
 

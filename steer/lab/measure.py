@@ -84,18 +84,10 @@ def measure(
         harmful=harmful.dataset,
         harmless=harmless.dataset,
     )
-    sums = {
-        label: ClassSums(
-            prompts.name,
-            plan,
-            facts.d_model,
-            len(prompts),
-            sum(e.own.stop - e.own.start for e in encoded[label]),
-            conditions.winsorize,
-            conditions.keep,
-        )
-        for label, prompts in sets.items()
-    }
+    sums = {}
+    for label, prompts in sets.items():
+        own_tokens = sum(e.own.stop - e.own.start for e in encoded[label])
+        sums[label] = ClassSums(prompts.name, plan, facts.d_model, len(prompts), own_tokens, conditions)
     checkpoint, done, given = None, dict.fromkeys(sets, 0), batch_size
     if partial is not None:
         kept = (conditions.keep.vectors, conditions.keep.moments)
@@ -198,16 +190,10 @@ class ClassSums:
     """The sums of one class of `prompts` prompts. `add` takes a batch whole or, when it raises, not at all."""
 
     def __init__(
-        self,
-        name: str,
-        plan: CapturePlan,
-        d_model: int,
-        prompts: int,
-        own_tokens: int,
-        winsor: float | None,
-        keep: Keep,
+        self, name: str, plan: CapturePlan, d_model: int, prompts: int, own_tokens: int, conditions: Conditions
     ) -> None:
-        self.name, self.prompts, self.own_tokens, self.winsor = name, prompts, own_tokens, winsor
+        self.name, self.prompts, self.own_tokens, self.winsor = name, prompts, own_tokens, conditions.winsorize
+        keep = conditions.keep
         shape = (len(plan.positions), plan.layers)
         self.sums = torch.zeros(*shape, d_model, dtype=torch.float64)
         self.own = torch.zeros(plan.layers, d_model, dtype=torch.float64)

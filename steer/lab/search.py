@@ -20,7 +20,7 @@ from typing import Annotated, Any, cast
 import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
-from optuna.trial import BaseTrial, FrozenTrial, TrialState, create_trial
+from optuna.trial import BaseTrial, FrozenTrial
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from steer.direction import Dataset, write_file
@@ -237,7 +237,7 @@ class Search:
                 seed=seed, n_startup_trials=settings.startup, multivariate=True, group=True, constant_liar=True
             )
         study = optuna.create_study(directions=settings.directions, sampler=sampler)
-        study.add_trials([_copy(frozen) for frozen in told])
+        study.add_trials(told)
         return study
 
     def _journal(self) -> optuna.Study:
@@ -261,17 +261,6 @@ def rank_of(space: Space, measurement: Measurement) -> int:
     """Rows that act on a token at most, of a direction of `space` in one of its modes."""
     made = [derive(measurement, Recipe(make_method(m), space.layers[-1])) for m in space.methods]
     return max(direction.acting(mode) for direction in made for mode in space.modes)
-
-
-def _copy(frozen: FrozenTrial) -> FrozenTrial:
-    return create_trial(
-        state=TrialState.COMPLETE,
-        values=frozen.values,
-        params=frozen.params,
-        distributions=frozen.distributions,
-        user_attrs=frozen.user_attrs,
-        constraints=frozen.constraints,
-    )
 
 
 def _trial(frozen: FrozenTrial) -> Trial:

@@ -96,7 +96,7 @@ def micro(run: Callable[[], object], repeats: int = 25, inner: int = 200) -> flo
 def report() -> str:
     with tempfile.TemporaryDirectory() as folder:
         found = {count: parts(count, Path(folder)) for count in COUNTS}
-    head = "| microseconds with so many directions | " + " | ".join(str(count) for count in COUNTS) + " |\n"
+    head = "| microseconds, by the number of directions | " + " | ".join(str(count) for count in COUNTS) + " |\n"
     rows = "".join(
         f"| {part} | " + " | ".join(f"{found[count][part]:.1f}" for count in COUNTS) + " |\n" for part in found[1]
     )

@@ -105,7 +105,7 @@ def machine() -> str:
 
 
 def typed(argv: Sequence[str]) -> str:
-    """A module and its options as they are typed, but for the folder of results."""
+    """A module and its options as they are typed, without the folder of results."""
     words = [word for before, word in zip(["", *argv], argv, strict=False) if "--out" not in (before, word)]
     return f"python -m {' '.join(words)}".replace(".__main__", "")
 

@@ -336,7 +336,7 @@ def plain(reason: str) -> str:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """What the page says of a row: its class, and for each column what was found, with the reason behind a colon."""
+    """What the page says of a row: its class, and for each column what was found, with the reason after a colon."""
     said = [row.found.get(column, "no") for column in COLUMNS]
     reasons = [plain(row.reasons[column]) if column in row.reasons else "" for column in COLUMNS]
     return (row.architecture, *(f"{one}: {why}" if why else one for one, why in zip(said, reasons, strict=True)))

@@ -291,8 +291,8 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 
 
 def save_prompts(folder: Path, fit: int = 192, test: int = 200, dialect: language.Dialect = language.WHOLE) -> None:
-    """`<class>.<split>.txt`, one prompt a line, at most so many of each, and what right answers to test prompts name in
-    `expected.jsonl`; the borderline class is for trying out, nothing is fitted to it.
+    """`<class>.<split>.txt`, one prompt a line, at most `fit` and `test` of each, and what right answers to test
+    prompts name in `expected.jsonl`; the borderline class is for trying out, nothing is fitted to it.
 
     Of the whole language also, for tests, conversations and right answers to harmless prompts as plain text, and two
     sets of conversations whose answer has begun, which go on at length and briefly.

@@ -132,8 +132,8 @@ def checked(
     source: Source, harmful: PromptSet, harmless: PromptSet, conditions: Conditions, answer: int = 0
 ) -> tuple[dict[str, list[Encoded]], int]:
     """The encoded prompts of both sets, and the BOS tokens that each begins with. Raises InvalidInput for sets that
-    share prompts, and with every prompt that does not fit the context, with an answer of so many tokens, or has no such
-    position."""
+    share prompts, and with every prompt that does not fit the context, with `answer` tokens of an answer, or has no
+    such position."""
     check_contrast(harmful, harmless)
     sets = {"harmful": harmful, "harmless": harmless}
     encoded = {label: source.encode(prompts.prompts, conditions.rendering) for label, prompts in sets.items()}

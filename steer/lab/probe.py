@@ -46,7 +46,7 @@ class Continued(Answer):
     logprobs: Tensor | None = None
 
     def first(self, tokens: int) -> Continued:
-        """Only so many tokens of it. The text stays whole."""
+        """Its first `tokens` tokens. The text stays whole."""
         if len(self.ids) < tokens:
             return self
         kept = None if self.logprobs is None else self.logprobs[:tokens]
@@ -135,7 +135,7 @@ class HFEvaluator:
         return in_batches(encoded, run, batch_size=size, progress=self.progress, work=work)
 
     def _fitting(self, tokens: int) -> int:
-        """Rows of so many tokens that a batch may have: the more, the less of a step is overhead."""
+        """The rows of `tokens` tokens that a batch may have: the more, the less of a step is overhead."""
         return max(AUTO, min(MOST, CACHE_BYTES // (cache_bytes(self.steering) * max(1, tokens))))
 
     def opening_odds(

@@ -20,9 +20,9 @@ from steer.lab.prompts import Prompt, PromptSet
 from steer.lab.statistics import mean_of, wilson
 
 #: Prompts of each set in the first round, at least; each round after it goes to twice as many. And rows of a step that
-#: take hardly longer than one row, as all weights are read for each step: so many are not worth a round less.
+#: take hardly longer than one row, as all weights are read for each step: with fewer, a round less is worth more.
 FIRST_ROUND, FULL = 8, 160
-#: A mean is surely above zero where it is so many standard errors above it.
+#: Standard errors by which a mean is above zero where it surely is.
 SURELY = 3.0
 #: Why a candidate stopped: it surely leaves more of the behaviour than the best, or another is as good in answers and
 #: surely diverges less.

@@ -34,12 +34,12 @@ PROMPTS, TOKENS = 48, 24
 #: Prompts of each class by which candidates are screened, the tokens of plain answers along which their divergence is
 #: taken there, and how many of the candidates then answer.
 SCREEN_ASKED, SCREEN_OTHER, SCREEN_TOKENS, SURVIVORS = 16, 8, 8, 16
-#: A probability of the behaviour that is at most so much above the least is hardly more.
+#: What a probability of the behaviour may be above the least and still count as equal to it.
 HARDLY = 0.05
 #: Layers are tried whose class means are at least this part as far apart as the widest, in degrees. No angle in itself
 #: will do: the largest of one model (Gemma 3 270M) has 8.5°, of another 66°.
 SEPARATION = 0.4
-#: Of so many answers, one more that shows the behaviour is worth less than a smaller change of harmless answers: on 32
+#: One answer in this number that shows the behaviour is worth less than a smaller change of harmless answers: on 32
 #: prompts the difference of two is chance, where the KL of these candidates often differs tenfold.
 ONE_IN = 16
 #: The part of a command's progress.

@@ -18,7 +18,7 @@ from steer.lab.statistics import Estimate, difference_of_means
 #: Tokens of one window, or the model's context where that is shorter; each window but the first begins half a window
 #: after the one before, so that every token is predicted from at least half a window of text.
 WINDOW = 1024
-#: Tokens that stand together are alike, so the bootstrap draws blocks of so many.
+#: Tokens that stand together are alike, so the bootstrap draws blocks: the tokens of one.
 BLOCK = 32
 
 

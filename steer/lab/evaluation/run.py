@@ -30,7 +30,7 @@ from steer.lab.statistics import ratio_of_means, signed_rank
 from steer.names import MAX_STRENGTH
 
 log = logging.getLogger("steer")
-#: The divergence is measured on answers to this set; and on so many of its prompts while a dose is looked for.
+#: The divergence is measured on answers to this set, and on this number of its prompts while a dose is looked for.
 HARMLESS, DOSE_PROMPTS = "harmless", 32
 #: Strengths that are tried for one dose, at most; and how near the KL must come to it, as a share of it.
 TRIES, NEAR = 10, 0.03

@@ -31,10 +31,10 @@ class Verdict:
     """How far the edited model is from what it should be, all in float32.
 
     logits: the largest difference from the original from which the direction is removed where the weights write,
-    relative to the largest logit; where no norm is behind the weights that is the original as served with the direction
-    at `writers`. None where lengths were preserved, which is another model. served: the same from the original as it is
-    served, where a norm is behind (see `removal`), else None. left: the largest share of the stream that is
-    left along a removed direction; None where none was to be removed whole.
+    relative to the largest logit; where no norm comes after the weights that is the original as served with the
+    direction at `writers`. None where lengths were preserved, which is another model. served: the same from the
+    original as it is served, where a norm comes after (see `removal`), else None. left: the largest share of the stream
+    that is left along a removed direction; None where none was to be removed whole.
     """
 
     logits: float | None
@@ -50,7 +50,7 @@ class Verdict:
             told.append(f"{self.left:.1e} of the stream left along it")
         if self.served is not None:
             told.append(
-                f"from what is served, which removes it behind the norms, the logits differ by {self.served:.1e}, "
+                f"from what is served, which removes it after the norms, the logits differ by {self.served:.1e}, "
                 "since a norm scales what the weights leave"
             )
         return "; ".join(told)

@@ -35,8 +35,8 @@ RMS = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One of the terms that a block adds to the stream: the output of `module`, or of the norm `behind` it, whose
-    `gain` is g in g ⊙ x / rms(x)."""
+    """One of the terms that a block adds to the stream: the output of `module`, or of the norm `behind` that comes
+    after it, whose `gain` is g in g ⊙ x / rms(x)."""
 
     layer: int
     module: nn.Module
@@ -49,7 +49,7 @@ class Writer:
     """A tensor of the files that writes to the stream.
 
     layer: EMBEDDING for what stands before block 0. axis: which of its dimensions is the stream's, counted from the
-    end. parameter: what it becomes in the model. own: does it become that alone? gain: of the norm behind it.
+    end. parameter: what it becomes in the model. own: does it become that alone? gain: of the norm after it.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Writer:
 @torch.no_grad()
 def find_terms(streamed: Streamed) -> list[Term]:
     """What each block adds to the stream, seen in a pass over the model. Raises UnsupportedModel where that is no sum
-    of one or two of its children's outputs, and for a norm behind one that is no RMS norm."""
+    of one or two of its children's outputs, and for a norm after one that is no RMS norm."""
     anatomy = streamed.anatomy
     children = [dict(block.named_children()) for block in anatomy.blocks]
     given: dict[int, Tensor] = {}

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from steer.lab.evaluation.run import Found
     from steer.lab.judge import Judges
     from steer.lab.prompts import PromptSet
-    from steer.lab.resume import Cache
     from steer.lab.source import Source
 
 
@@ -119,6 +118,7 @@ def evaluate(
         from steer.lab.evaluation.outcomes import agreements
         from steer.lab.evaluation.report import Conditions, Report
         from steer.lab.evaluation.run import Evaluation, Plan
+        from steer.lab.evaluation.tasks import TaskPlan, scores, server
         from steer.lab.progress import Progress
         from steer.lab.prompts import read_prompts
         from steer.lab.resume import Cache
@@ -175,7 +175,10 @@ def evaluate(
         plan = Plan(arms, sets, max_tokens, looked_for, judging, known, plain_text, doses, against)
         found = Evaluation(evaluator, plan, cache).run()
         arms = list(found.arms)
-        scored = _tasks(tasks, tasks_folder, tasks_limit, url, model, opening, arms, cache)
+        scored: tuple[TaskScore, ...] = ()
+        if tasks is not None:
+            with server(url, model, opening.options, arms) as served:
+                scored = scores(TaskPlan(tasks.split(","), model, tasks_folder, tasks_limit), served, arms, cache)
         made = Report(
             conditions=Conditions(
                 **conditions,
@@ -205,7 +208,7 @@ def evaluate(
             said = ", ".join(f"{mode} from {low:g} to {high:g}" for mode, (low, high) in doses_of.items())
             typer.echo(f"wrote {calibrate}: no harm seen for {said}", err=True)
     if as_json:
-        echo_json(made.as_json())
+        echo_json(made.model_dump(mode="json"))
         return
     from steer.lab.evaluation.markdown import tables
     from steer.lab.tables import shown
@@ -383,29 +386,6 @@ def _text(path: Path, source: Source) -> Text:
     return Text(Dataset(name=path.name, sha256=hashlib.sha256(data).hexdigest(), count=1), pieces)
 
 
-def _tasks(
-    names: str | None,
-    folder: Path | None,
-    limit: int | None,
-    url: str | None,
-    model: str,
-    opening: ModelSettings,
-    arms: Sequence[Arm],
-    cache: Cache,
-) -> tuple[TaskScore, ...]:
-    from steer.lab.evaluation import tasks
-
-    if names is None:
-        return ()
-    plan = tasks.TaskPlan(names.split(","), model, folder, limit)
-    with ExitStack() as stack:
-        if url is not None:
-            served = tasks.given(url.rstrip("/"), arms)
-        else:
-            served = stack.enter_context(tasks.serving(model, opening.options, arms))
-        return tasks.scores(plan, served, arms, cache)
-
-
 def _arm(arm: Arm) -> SteeredArm:
     from steer.lab.evaluation.report import SteeredArm
 
@@ -434,7 +414,7 @@ def _write(
     from steer.lab.prompts import messages_of
 
     pictures = draw(made, folder, projections)
-    (folder / "report.json").write_text(json.dumps(made.as_json(), indent=2) + "\n", "utf-8")
+    (folder / "report.json").write_text(json.dumps(made.model_dump(mode="json"), indent=2) + "\n", "utf-8")
     (folder / "report.md").write_text(render(made, pictures), "utf-8")
     if answers:
         with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -233,9 +233,6 @@ class Report(Part):
     )
     text: TextResult | None = None
     tasks: tuple[TaskScore, ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
 
     def calibrated(self, file: str) -> dict[Mode, tuple[float, float]]:
         """By mode the strengths on either side of 0 up to which no strength of `file` that was tried did harm: more

@@ -116,6 +116,16 @@ def _run(plan: TaskPlan, url: str, model: str) -> dict[str, dict[str, dict[str, 
         return found
 
 
+@contextmanager
+def server(url: str | None, model: str, options: Sequence[str], arms: Sequence[Arm]) -> Iterator[Served]:
+    """The server at `url`, or where there is none a server of our own; see `given` and `serving`."""
+    if url is not None:
+        yield given(url.rstrip("/"), arms)
+        return
+    with serving(model, options, arms) as served:
+        yield served
+
+
 def given(url: str, arms: Sequence[Arm]) -> Served:
     """The server at `url`, which must serve the very files that are evaluated. Raises InvalidInput with all that it
     does not."""

@@ -208,7 +208,7 @@ def test_report_pictures_and_page_hold_every_figure(
         found = Evaluation(probe, plan(arms, loaded, (judge,)), Cache(tmp_path, {})).run()
     assert len(bodies) == 8 * 4, "each prompt in each arm"
     report = report_of(found, arms)
-    assert Report.model_validate_json(json.dumps(report.as_json())) == report
+    assert Report.model_validate_json(json.dumps(report.model_dump(mode="json"))) == report
     for one in report.sets:
         for arm in one.arms:
             assert arm.judged["judge"].shown.count + arm.judged["judge"].silent == one.dataset.count

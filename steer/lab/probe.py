@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from steer.runtime.token_index import RequestSteer
 from steer.spec import Spec
 
 T = TypeVar("T")
+#: One for all prompts, or one for each; None is plain.
+Steers: TypeAlias = Spec | Sequence[Spec | None] | None
 #: Bytes of cache that a batch of answers may hold; AUTO rows are tried whatever they take.
 CACHE_BYTES = 2**30
 #: Tokens that a shared beginning must save for it to be run by itself.
@@ -54,7 +56,7 @@ class Continued(Answer):
 
 
 class HFEvaluator:
-    """Greedy answers and divergences of one loaded model. `steer` is for all prompts, or a list with one for each."""
+    """Greedy answers and divergences of one loaded model."""
 
     def __init__(
         self,
@@ -99,10 +101,7 @@ class HFEvaluator:
                 bank.unload(name)
 
     def answers(
-        self,
-        prompts: Sequence[Prompt],
-        steer: Spec | Sequence[Spec | None] | None,
-        known: Callable[[str], bool] | None = None,
+        self, prompts: Sequence[Prompt], steer: Steers, known: Callable[[str], bool] | None = None
     ) -> list[Answer]:
         """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`; an answer ends early where `known`
         says of its text that the rest would tell nothing."""
@@ -135,12 +134,7 @@ class HFEvaluator:
         """The rows of `tokens` tokens that a batch may have: the more, the less of a step is overhead."""
         return max(AUTO, min(MOST, CACHE_BYTES // (cache_bytes(self.steering) * max(1, tokens))))
 
-    def opening_odds(
-        self,
-        prompts: Sequence[Prompt],
-        steer: Spec | Sequence[Spec | None] | None,
-        tokens: Sequence[int],
-    ) -> Floats:
+    def opening_odds(self, prompts: Sequence[Prompt], steer: Steers, tokens: Sequence[int]) -> Floats:
         """log(p) − log(1 − p) for each prompt, p the probability that the answer begins with one of `tokens`. One
         prefill, of which the last position alone is predicted from."""
         encoded, specs = self._ids(prompts), each_row(steer, len(prompts))
@@ -173,12 +167,7 @@ class HFEvaluator:
         kept = self._forced(prompts, plain, [None] * len(prompts), lambda _row, logprobs: logprobs.clone())
         return [Continued(answer.ids, answer.text, each) for answer, each in zip(plain, kept, strict=True)]
 
-    def divergences(
-        self,
-        prompts: Sequence[Prompt],
-        plain: Sequence[Answer],
-        steer: Spec | Sequence[Spec | None] | None,
-    ) -> list[Floats]:
+    def divergences(self, prompts: Sequence[Prompt], plain: Sequence[Answer], steer: Steers) -> list[Floats]:
         """KL(plain ‖ steered) at each token of each prompt's plain answer, which both passes read (teacher forcing)."""
         expected = [answer.logprobs if isinstance(answer, Continued) else None for answer in plain]
         missing = [i for i, one in enumerate(expected) if one is None]

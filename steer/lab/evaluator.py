@@ -19,6 +19,7 @@ from steer.lab.prompts import Prompt
 from steer.names import Mode
 from steer.runtime.placement import Shape
 from steer.spec import Entry
+from steer.tokenization import Tokenizer
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]
@@ -75,7 +76,7 @@ class Evaluator(Protocol):
         ...
 
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Tokenizer: ...
 
     @property
     def max_tokens(self) -> int:
@@ -160,7 +161,7 @@ def parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[at : at + size] for at in range(0, len(items), size))
 
 
-def first_tokens(tokenizer: Any, openings: Sequence[str]) -> list[int]:
+def first_tokens(tokenizer: Tokenizer, openings: Sequence[str]) -> list[int]:
     """The ids with which answers that begin with `openings` begin, with a space before them and without. Raises
     InvalidInput where there are none."""
     found = {

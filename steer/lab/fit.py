@@ -265,7 +265,7 @@ def fit(
     sets = _sets(split)
     tried.progress.plan(CHOOSING, most_work(split, choice, tried.max_tokens, behaviour))
     with tried.progress.part(CHOOSING):
-        selection = Selection(Race(tried, behaviour, sets, judge), tried.tokenizer, cache)
+        selection = Selection(Race(tried, behaviour, sets, judge), cache)
         _check_plain(selection.race, behaviour)
         finalists = selection.run(_screened_in_turn(measurement, selection, choice, begun))
         chosen = _unharmed(selection, finalists)

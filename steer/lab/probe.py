@@ -26,6 +26,7 @@ from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, PromptIds, Rendering
 from steer.runtime.token_index import RequestSteer
 from steer.spec import Spec
+from steer.tokenization import Tokenizer
 
 T = TypeVar("T")
 #: One for all prompts, or one for each; None is plain.
@@ -84,7 +85,7 @@ class HFEvaluator:
         return self.steering.bank.rows - self.steering.bank.rows_in_use
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         return self.loaded.tokenizer
 
     @contextmanager
@@ -289,7 +290,7 @@ def greedy(
     return answers
 
 
-def opened(tokenizer: Any, prompts: Sequence[Sequence[int]]) -> str:
+def opened(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> str:
     """What of an answer's thinking the chat template has begun: the sign that opens it, else nothing."""
     end = str(tokenizer.decode(list(prompts[0][-8:]))).rstrip() if prompts else ""
     return next((begin for begin, _ in THINKING if end.endswith(begin)), "")

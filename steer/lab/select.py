@@ -145,10 +145,10 @@ class Entrant:
 class Selection:
     """Candidates of one measurement, tried on one model. `cache` has what was measured before an interruption."""
 
-    def __init__(self, race: Race, tokenizer: Any, cache: Cache | None = None) -> None:
+    def __init__(self, race: Race, cache: Cache | None = None) -> None:
         self.race, self.cache = race, cache or Cache(None, {})
         openings = race.behaviour.openings
-        self._openings = first_tokens(tokenizer, openings) if openings else []
+        self._openings = first_tokens(race.evaluator.tokenizer, openings) if openings else []
         #: Every candidate that was tried, with all that is known of it.
         self.tried: dict[Recipe, Entrant] = {}
 
@@ -221,7 +221,7 @@ def select(
     screened = len(entrants) > survivors and bool(behaviour.openings)
     tried.progress.plan(CHOOSING, work(sets, tokens, len(entrants), survivors if screened else None))
     with tried.progress.part(CHOOSING):
-        selection = Selection(Race(tried, behaviour, sets, judge), tried.tokenizer)
+        selection = Selection(Race(tried, behaviour, sets, judge))
         selection.tried |= {e.recipe: e for e in entrants}
         kept = through(selection.screen(entrants), survivors) if screened else entrants
         chosen = best(selection.run(kept))

@@ -360,14 +360,9 @@ class Encoded:
     own: slice
 
 
-def encode(templated: Templated, prompt: Prompt, rendering: Rendering | None = None) -> Encoded:
-    """The ids that the server would make of the conversation which `prompt` is."""
-    return encode_all(templated, [prompt], rendering)[0]
-
-
 def encode_all(templated: Templated, prompts: Sequence[Prompt], rendering: Rendering | None = None) -> list[Encoded]:
-    """`encode` for each of `prompts`. What the template writes around a lone message is found once. Raises InvalidInput
-    for variables that the model's template does not look at."""
+    """The ids that the server would make of each conversation that a prompt is. What the template writes around a lone
+    message is found once. Raises InvalidInput for variables that the model's template does not look at."""
     rendering = rendering or Rendering()
     if unread := templated.unread(rendering.template):
         raise InvalidInput(f"--template: the chat template of this model does not mention '{name}'" for name in unread)

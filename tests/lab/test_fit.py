@@ -27,7 +27,7 @@ from steer.lab.methods import make_method
 from steer.lab.outcome import Answer
 from steer.lab.probe import HFEvaluator
 from steer.lab.progress import Progress
-from steer.lab.prompts import SMALL, PromptSet, Split, encode, read_prompts
+from steer.lab.prompts import SMALL, PromptSet, Split, encode_all, read_prompts
 from steer.lab.race import Screened
 from steer.lab.select import HARDLY, Action, Entrant, entrants_of, through
 from steer.lab.source import TransformersSource
@@ -215,9 +215,9 @@ def test_bad_prompts_are_told_before_anything_runs(loaded: Loaded, split: Split,
     long = replace(split, tried_harmful=replace(split.harmful, prompts=("word " * 5000,)))
     with pytest.raises(InvalidInput, match="the context is"):
         work(loaded, long, tmp_path / "d.part")
-    words = [encode(loaded, "word " * n).ids for n in (100, 101)]
+    words = [encode_all(loaded, ["word " * n])[0].ids for n in (100, 101)]
     full = "word " * (100 + (loaded.context - len(words[0])) // (len(words[1]) - len(words[0])))
-    assert loaded.context - TOKENS < len(encode(loaded, full).ids) <= loaded.context
+    assert loaded.context - TOKENS < len(encode_all(loaded, [full])[0].ids) <= loaded.context
     long = replace(split, tried_harmful=replace(split.harmful, prompts=(full,)))
     with pytest.raises(InvalidInput, match=f"the prompt 'word word .* and its answer may have {TOKENS}; the context"):
         work(loaded, long, tmp_path / "d.part")

@@ -14,7 +14,7 @@ from steer.hf.load import Loaded, load
 from steer.lab.derive import Recipe, derive
 from steer.lab.measure import Conditions, Keep, _check_room, measure
 from steer.lab.measurement import Measurement, ModelFacts
-from steer.lab.prompts import Encoded, PromptSet, Rendering, encode
+from steer.lab.prompts import Encoded, PromptSet, Rendering, encode_all
 from steer.lab.source import Capture, CapturePlan, TransformersSource
 from tests import models
 
@@ -38,7 +38,7 @@ def naive(
     """Means by one prompt at a time and `output_hidden_states`, which holds inputs of blocks: hence the hooks here."""
     rows, everything = [], []
     for prompt in prompts.prompts:
-        ids = encode(loaded, prompt, Rendering(system)).ids
+        ids = encode_all(loaded, [prompt], Rendering(system))[0].ids
         outputs: list[torch.Tensor] = []
         handles = [
             b.register_forward_hook(lambda _m, _a, o, to=outputs: to.append(o)) for b in loaded.model.model.layers
@@ -64,7 +64,7 @@ def test_the_mean_over_all_positions_is_over_the_prompts_own_text(loaded: Loaded
     _, everything = naive(loaded, HARMLESS, -1)
     own = []
     for prompt, x in zip(map(str, HARMLESS.prompts), everything, strict=True):
-        ids = encode(loaded, prompt).ids
+        ids = encode_all(loaded, [prompt])[0].ids
         start = len(loaded.tokenizer("<bos>[user] ", add_special_tokens=False).input_ids)
         assert loaded.tokenizer.decode(ids[start : start + len(prompt)]) == prompt
         own.append(x[:, start : start + len(prompt)])
@@ -169,7 +169,7 @@ def test_every_prompt_begins_with_one_bos_as_on_the_server(loaded: Loaded, tiny_
     """The tokenizer adds a BOS and so does the template: together they would be two."""
     assert loaded.bos_count(loaded.text_ids("x")) == 1
     assert measure(TransformersSource(loaded), HARMFUL, HARMLESS).meta.bos_count == 1
-    ids = encode(loaded, "hello").ids
+    ids = encode_all(loaded, ["hello"])[0].ids
     assert loaded.bos_count(ids) == 1
     assert tiny_server.chat("hello").json()["usage"]["prompt_tokens"] == len(ids)
 
@@ -186,8 +186,8 @@ def test_a_rendering_is_part_of_what_is_measured_and_of_the_file(tiny_folder: Pa
     loaded = load(str(tiny_folder))
     loaded.tokenizer.chat_template = THINKING
     source, off = TransformersSource(loaded), Rendering(template={"enable_thinking": False})
-    plain, ended = encode(loaded, "hello"), encode(loaded, "hello", off)
-    begun = encode(loaded, "hello", Rendering(response_prefix="<>"))
+    plain, ended = encode_all(loaded, ["hello"])[0], encode_all(loaded, ["hello"], off)[0]
+    begun = encode_all(loaded, ["hello"], Rendering(response_prefix="<>"))[0]
     assert ended.ids == begun.ids == plain.ids + loaded.piece_ids("<>")
     assert ended.own == begun.own == plain.own, "what the user has written is the same"
     measured = {
@@ -282,6 +282,6 @@ def test_encode_marks_the_prompts_own_tokens() -> None:
     made = models.tokenizer()
     loaded = Loaded("tiny", None, models.tiny("llama"), made)
     for prompt in ("hello there", "a", "[user]", "x" * 40):
-        encoded = encode(loaded, prompt)
+        encoded = encode_all(loaded, [prompt])[0]
         assert made.decode(encoded.ids[encoded.own]) in prompt
         assert len(encoded.ids[encoded.own]) >= len(prompt) - 1

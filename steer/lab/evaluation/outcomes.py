@@ -28,7 +28,7 @@ class Row:
     verdicts: Mapping[str, Outcome | None] = field(default_factory=dict)
 
 
-def rows(
+def rows_of(
     behaviour: Behaviour,
     answers: Sequence[Answer],
     plain: Sequence[Answer],

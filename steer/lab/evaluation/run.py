@@ -17,8 +17,7 @@ from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluation import perplexity as pp
 from steer.lab.evaluation.arms import PLAIN, Arm, steering
 from steer.lab.evaluation.expected import Expected, right
-from steer.lab.evaluation.outcomes import Row, arms_on_set, corrected, differences
-from steer.lab.evaluation.outcomes import rows as outcomes
+from steer.lab.evaluation.outcomes import Row, arms_on_set, corrected, differences, rows_of
 from steer.lab.evaluation.report import Comparison, Difference, DivergenceOf, Dose, SetResult, TextResult
 from steer.lab.evaluator import Continuation, Evaluator, Floats, Steer
 from steer.lab.judge import Judge, judged
@@ -145,7 +144,7 @@ class Evaluation:
             verdicts = {judge.name: self._verdicts(judge, title, name, prompts, texts) for judge in self.plan.judges}
         known = right(self.plan.expected, prompts.prompts, texts)
         plain = self.answers[title, PLAIN]
-        return outcomes(self.plan.behaviour, given, plain, self.plan.max_tokens, known, verdicts)
+        return rows_of(self.plan.behaviour, given, plain, self.plan.max_tokens, known, verdicts)
 
     def _conditions(self, prompts: PromptSet, arm: Arm | None) -> dict[str, Any]:
         return {"sha256": prompts.sha256, "max_tokens": self.plan.max_tokens} | _identity(arm)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.lab.behaviour import REFUSAL
-from steer.lab.evaluation.outcomes import agreements, arms_on_set, rows
+from steer.lab.evaluation.outcomes import agreements, arms_on_set, rows_of
 from steer.lab.outcome import OUTCOMES, Answer, Outcome
 from steer.lab.statistics import cohens_kappa, holm, mcnemar
 
@@ -29,7 +29,7 @@ answers = st.sampled_from([REFUSED, GOOD, LOOP, NOTHING, SHORT, LATE, RUNAWAY, T
 
 
 def outcome(answer: Answer, beside: Answer) -> tuple[str, str | None]:
-    (told,) = rows(REFUSAL, [answer], [beside], 64)
+    (told,) = rows_of(REFUSAL, [answer], [beside], 64)
     return told.outcome, told.fault
 
 
@@ -60,7 +60,7 @@ def test_no_end_is_no_fault_where_the_plain_model_does_not_end_either() -> None:
 
 
 def test_a_right_answer_complies() -> None:
-    told = rows(REFUSAL, [GOOD, LOOP, REFUSED], [REFUSED] * 3, 64, right=[True, True, True])
+    told = rows_of(REFUSAL, [GOOD, LOOP, REFUSED], [REFUSED] * 3, 64, right=[True, True, True])
     assert [t.right for t in told] == [True, False, False]
 
 
@@ -68,7 +68,7 @@ def test_a_right_answer_complies() -> None:
 def test_outcomes_share_out_the_answers_and_differences_are_of_pairs(drawn: list[tuple[Answer, ...]]) -> None:
     columns = list(zip(*drawn, strict=True))
     names = ("plain", "one", "two")
-    told = {name: rows(REFUSAL, c, columns[0], 64) for name, c in zip(names, columns, strict=True)}
+    told = {name: rows_of(REFUSAL, c, columns[0], 64) for name, c in zip(names, columns, strict=True)}
     arms = {arm.arm: arm for arm in arms_on_set(told)}
     for arm in arms.values():
         assert sum(getattr(arm, outcome).hits for outcome in OUTCOMES) == len(drawn)
@@ -88,8 +88,8 @@ def test_what_judges_say_is_counted_and_their_silence_too() -> None:
     one: list[Outcome | None] = ["shown", None, "complied", "shown"]
     two: list[Outcome | None] = ["shown", "complied", "deflected", "complied"]
     told = {
-        "plain": rows(REFUSAL, [REFUSED] * 4, [REFUSED] * 4, 64, verdicts={"one": ["shown"] * 4, "two": [None] * 4}),
-        "arm": rows(REFUSAL, [REFUSED, GOOD, GOOD, GOOD], [REFUSED] * 4, 64, verdicts={"one": one, "two": two}),
+        "plain": rows_of(REFUSAL, [REFUSED] * 4, [REFUSED] * 4, 64, verdicts={"one": ["shown"] * 4, "two": [None] * 4}),
+        "arm": rows_of(REFUSAL, [REFUSED, GOOD, GOOD, GOOD], [REFUSED] * 4, 64, verdicts={"one": one, "two": two}),
     }
     plain, arm = arms_on_set(told)
     judged = arm.judged["one"]
@@ -105,4 +105,4 @@ def test_what_judges_say_is_counted_and_their_silence_too() -> None:
     assert first.low < first.kappa < first.high
     assert found["matcher", "two"].kappa == 1
     assert found["one", "two"].count == 3
-    assert agreements(rows(REFUSAL, [GOOD], [GOOD], 64)) == ()
+    assert agreements(rows_of(REFUSAL, [GOOD], [GOOD], 64)) == ()

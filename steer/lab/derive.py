@@ -187,7 +187,7 @@ def _contrast(measurement: Measurement, recipe: Recipe, layer: int) -> Contrast:
 def spread(measurement: Measurement, recipe: Recipe, source: int, rows: Tensor) -> Tensor:
     """What the source layer's rows are at every layer of the model, `[layers, k, d_model]`."""
     layers = measurement.meta.model.layers
-    if type(recipe.method).onto is Method.onto:
+    if not recipe.method.varies:
         return rows.expand(layers, *rows.shape)
     if measurement.layers < layers:
         raise InvalidInput(
@@ -299,7 +299,7 @@ def check_needs(measurement: Measurement, recipe: Recipe) -> None:
 def _found_or_none(measurement: Measurement, recipe: Recipe, layer: int) -> Found | None:
     try:
         found = find(measurement, recipe, layer)
-        if type(recipe.method).onto is not Method.onto:
+        if recipe.method.varies:
             found = Found(recipe.method.onto(found.rows, measurement.contrast(layer, recipe.position)), found.agreement)
         return found
     except DegenerateError as error:
@@ -389,7 +389,7 @@ def _axis(measurement: Measurement, recipe: Recipe, rows: Tensor, source: int | 
     for layer, row in enumerate(rows[:, 0]):
         if not row.any():
             continue
-        at = layer if source is None or type(recipe.method).onto is not Method.onto else source
+        at = layer if source is None or recipe.method.varies else source
         if at not in made:
             try:
                 made[at] = orthogonal_part(row, _contrast(measurement, recipe, at).harmless.mean)

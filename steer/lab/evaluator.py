@@ -1,4 +1,4 @@
-"""What tries candidates out on a model: many at once, each as rows of one batch, on whatever engine runs the model."""
+"""The interface of an evaluator, which tries candidates on a model, many at once, each as rows of one batch."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from steer.tokenization import Tokenizer
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]
-#: What steers on an engine, in its own terms; None is plain. And plain text that its divergences are taken along, whose
-#: `first(tokens)` is the same with that number of predictions.
+#: A steering in the terms of one engine; None is plain.
 Steer = Any
+#: Plain text of one engine along which divergences are taken. Its `first(tokens)` keeps that number of predictions.
 Continuation = Any
 
 
@@ -41,8 +41,8 @@ class Candidate:
     tokens: str | None = None
 
     def entry(self, name: str) -> Entry:
-        """What a request for it has, under a name that is its digest too. Raises SpecError where the direction cannot
-        be applied so."""
+        """Return the entry of a request for it, under a name that is its digest too. Raises SpecError where the
+        direction cannot be applied so."""
         entry = Entry(name, name, self.mode, self.strength, layers=self.layers, tokens=self.tokens)
         meta = self.direction.meta
         shape = Shape(
@@ -63,7 +63,7 @@ def named(candidates: Sequence[Candidate]) -> tuple[dict[str, Direction], list[E
 
 
 class Evaluator(Protocol):
-    """What steers is in the terms of the engine, None is plain: one for all prompts, or a list with one for each."""
+    """A model on which candidates are tried. `steer` is one Steer for all prompts, or a list with one for each."""
 
     @property
     def rank(self) -> int:
@@ -85,7 +85,7 @@ class Evaluator(Protocol):
 
     @property
     def progress(self) -> Progress:
-        """What is told of each prompt that was read or answered."""
+        """The bar that advances with each prompt that was read or answered."""
         ...
 
     def all_resident(self, candidates: Sequence[Candidate]) -> AbstractContextManager[list[Steer]]:

@@ -61,7 +61,7 @@ def measure(
     partial: Path | None = None,
     every: float = 60.0,
 ) -> Measurement:
-    """What `conditions` say, for both classes.
+    """Measure both classes under `conditions`.
 
     With `partial`, an interruption leaves that file (so does every `every` seconds of work), and measuring again with
     it goes on there with the same result. The caller removes it once the measurement is safe. Raises InvalidInput for

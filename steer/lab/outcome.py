@@ -48,7 +48,7 @@ STUCK = re.compile(r"([^\W\d_])\1{30}")
 PIECES = re.compile(
     r"<(?:unk|pad|s|/s|mask|\|[a-z_]+\|)>|\[(?:MASK|SEP|CLS|PAD|unused\d+)\]|[ĠĊ▁]|##[a-z]|@@[a-z]", re.IGNORECASE
 )
-#: Of a long text the end is looked at.
+#: Characters at the end of a long text that are looked at.
 GARBLED = 4000
 URL = re.compile(r"\w+://\S+")
 MISREAD = re.compile(r"[ÃÐÑâã][\u0080-\u00bf€™œžŸš‚„†‡…‰‹Œ˜ƒÂÃ]")

@@ -291,7 +291,7 @@ def greedy(
 
 
 def opened(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> str:
-    """What of an answer's thinking the chat template has begun: the sign that opens it, else nothing."""
+    """Return the sign that opens an answer's thinking where the chat template has written it, else nothing."""
     end = str(tokenizer.decode(list(prompts[0][-8:]))).rstrip() if prompts else ""
     return next((begin for begin, _ in THINKING if end.endswith(begin)), "")
 

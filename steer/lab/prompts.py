@@ -36,7 +36,7 @@ FORMATS = (
 _HUB = re.compile(
     r"(?P<name>[^/:]+(?:/[^/:]+)?)(?:/(?P<config>[^/:]+))?(?::(?P<split>(?:\[[^\]]*\]|[^:\[\]])*)(?::(?P<column>.*))?)?"
 )
-#: Of a URL: seconds to wait for its server, and bytes that are read.
+#: Seconds to wait for the server of a URL, and bytes that are read of it.
 PATIENCE, MOST_BYTES = 10.0, 2**28
 ROLES = ("system", "user", "assistant")
 

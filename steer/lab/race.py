@@ -54,7 +54,7 @@ class Sets:
         return answered * answering(tokens) + len(self.other[start:])
 
     def plain_work(self, tokens: int) -> float:
-        """That of the plain model, which answers all of them."""
+        """The work of the plain model, which answers all of them."""
         return (len(self.asked) + len(self.borderline) + len(self.other)) * answering(tokens)
 
 
@@ -76,8 +76,8 @@ class Figures:
 
     @property
     def left(self) -> list[bool]:
-        """Of the prompts asked: which have no answer that could be called one without the behaviour. A model that
-        only stammers does not show it, and nothing is won by that."""
+        """For each prompt asked, whether it still has no good answer: the answer shows the behaviour, or is lost. A
+        model that only stammers does not show it, and nothing is won by that."""
         return [a or b for a, b in zip(self.asked, self.lost, strict=True)] if self.lost else self.asked
 
     @property
@@ -98,12 +98,12 @@ class Figures:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the rate left, 95 %."""
+        """Return the 95 % interval of the rate left."""
         return wilson(sum(self.left), len(self.left))
 
     @property
     def kl_interval(self) -> tuple[float, float]:
-        """Of the mean KL, 95 %, by the bootstrap over prompts."""
+        """Return the 95 % interval of the mean KL, by the bootstrap over prompts."""
         found = mean_of(self.kls)
         return found.low, found.high
 
@@ -156,7 +156,7 @@ class Race:
     def _told(
         self, prompts: Sequence[Prompt], answers: Sequence[Answer], beside: Sequence[Answer] | None = None
     ) -> list[Told]:
-        """What became of each answer; `beside` are the plain ones."""
+        """Return what became of each answer; `beside` are the plain answers to the same prompts."""
         verdicts: Sequence[Outcome | None] = [None] * len(answers)
         if self.judge is not None:
             verdicts = judged(self.judge, prompts, [answer.text for answer in answers])
@@ -179,8 +179,8 @@ class Race:
     def screen(
         self, candidates: Sequence[Candidate], tokens: Sequence[int], asked: int, other: int, along: int
     ) -> list[Screened]:
-        """What one pass of `asked` prompts, and of `other` harmless ones with the first `along` tokens of their plain
-        answers, tells of each candidate. `tokens` are those with which answers that show the behaviour begin."""
+        """Run one pass of `asked` prompts, and of `other` harmless ones with the first `along` tokens of their plain
+        answers, and return its figures of each candidate. Answers that show the behaviour begin with `tokens`."""
         prompts, others, found = self.sets.asked[:asked], self.sets.other[:other], dict[int, Screened]()
         plain = [one.first(along) for one in self._continued[:other]]
         for group in self._groups(candidates):

@@ -153,7 +153,7 @@ class Search:
         return cls(folder, settings, measurement)
 
     def trials(self) -> list[Trial]:
-        """Those that were told, in order."""
+        """Return the trials that are in the journal, in order."""
         return [_trial(frozen) for frozen in self._journal().get_trials(deepcopy=False)]
 
     def save(self, number: int, path: Path) -> str:
@@ -294,7 +294,8 @@ class Space(BaseModel):
     depth: Annotated[int, Field(ge=1, description="layers of the model")] = 1
 
     def bounded(self, measurement: Measurement) -> Space:
-        """With the layers of `measurement` whose classes separate. Raises InvalidInput with every problem."""
+        """Return the space with the layers of `measurement` whose classes separate. Raises InvalidInput with every
+        problem."""
         known = [name for name in self.methods if name in METHODS]
         unknown = [name for name in self.methods if name not in known]
         problems = [f"method '{name}' is not known; accepted: {', '.join(METHODS)}" for name in unknown]

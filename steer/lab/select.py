@@ -259,8 +259,8 @@ def work(sets: Sets, tokens: int, screened: int, through: int | None) -> float:
 
 
 def best(entrants: Sequence[Entrant]) -> Entrant:
-    """Of those that were tried to the end: the fewest prompts left, and within ONE_IN of the fewest, or one, the least
-    KL."""
+    """Return the candidate with the least KL among those that were tried to the end and leave the fewest prompts, or
+    hardly more: one prompt, or one in ONE_IN."""
     tried = [(e, sum(e.figures.left), e.figures.kl) for e in entrants if e.figures and e.figures.stopped is None]
     fewest = min(left for _, left, _ in tried)
     slack = max(1, max(len(e.figures.left) for e, _, _ in tried if e.figures) // ONE_IN)

@@ -41,7 +41,7 @@ class CapturePlan:
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Of one batch: `picked` `[positions, layers, prompts, d_model]` in the stream's dtype, and `own`
+    """Activations of one batch: `picked` `[positions, layers, prompts, d_model]` in the stream's dtype, and `own`
     `[layers, d_model]`, float64: the sum over the tokens of the prompts' own text."""
 
     picked: Tensor

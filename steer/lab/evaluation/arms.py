@@ -145,7 +145,8 @@ def control(direction: Direction, seed: int) -> Direction:
 
 
 def _moved(value: Tensor, was: Sequence[Tensor], now: Sequence[Tensor]) -> Tensor:
-    """What stands as far between `now` (of the harmless and of the harmful mean) as `value` between `was`, float32."""
+    """Return the value that lies between the two ends `now` as `value` lies between the ends `was`, float32; the ends
+    are of the harmless and of the harmful mean."""
     (was_a, was_h), (a, h) = was, now
     moved = a + (value - was_a) / (was_h - was_a) * (h - a)
     sided = (was_h > was_a) & (h > a) & (value < MAX_VALUE / 2)
@@ -153,8 +154,8 @@ def _moved(value: Tensor, was: Sequence[Tensor], now: Sequence[Tensor]) -> Tenso
 
 
 def _angle(rows: Tensor, axis: Tensor, means: Tensor) -> Tensor:
-    """Of `means` `[layers, d_model]` in the planes of the axis and the one row of each layer, from the axis, in
-    radians, `[layers]`."""
+    """Return the angles of `means` `[layers, d_model]` from the axis, in the plane of the axis and the one row of each
+    layer, in radians, `[layers]`."""
     return torch.atan2(_along(rows, means)[:, 0], _along(axis[:, None].to(rows.dtype), means)[:, 0])
 
 
@@ -193,7 +194,8 @@ def projected(
     rendering: Rendering | None = None,
     batch_size: int | None = None,
 ) -> dict[str, dict[str, list[float]]]:
-    """By panel title and set: the component of the last prompt token along the direction's first row, at `layer_of`."""
+    """Return the components of the last prompt token along the direction's first row at `layer_of`, by panel title and
+    set."""
     layer = layer_of(direction)
     row = direction.directions[layer, 0].float()
     found = {}

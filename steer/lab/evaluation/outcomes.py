@@ -36,8 +36,8 @@ def rows_of(
     right: Sequence[bool] | None = None,
     verdicts: Mapping[str, Sequence[Outcome | None]] | None = None,
 ) -> list[Row]:
-    """What became of each answer, by the behaviour's patterns. What the judges say stands beside that, but that an
-    answer is to something else, which they alone can tell."""
+    """Tell each answer by the behaviour's patterns, and keep the judges' verdicts beside that. Only a judge can tell
+    that an answer is to something else, so that outcome is taken from them."""
     limit_tells = ends(plain, max_tokens)
     found = []
     for i, (answer, beside) in enumerate(zip(answers, plain, strict=True)):
@@ -58,8 +58,8 @@ def arms_on_set(told: Mapping[str, Sequence[Row]]) -> tuple[ArmOnSet, ...]:
 
 
 def differences(told: Mapping[str, Sequence[Row]], pairs: Mapping[str, str]) -> dict[str, dict[str, Difference]]:
-    """By figure those of each arm from the one that `pairs` gives it, with p-values corrected for the number of
-    arms."""
+    """Return for each arm and figure the difference from the arm that `pairs` gives it, with p-values corrected for the
+    number of arms."""
     against = {name: _against(told[other], told[name]) for name, other in pairs.items()}
     for figure in sorted({figure for found in against.values() for figure in found}):
         having = {name: found[figure] for name, found in against.items() if figure in found}
@@ -69,7 +69,7 @@ def differences(told: Mapping[str, Sequence[Row]], pairs: Mapping[str, str]) -> 
 
 
 def corrected(differences: Mapping[str, Difference]) -> dict[str, Difference]:
-    """With p-values corrected for their number."""
+    """Return `differences` with p-values corrected for their number."""
     p_values = holm([one.p or 0.0 for one in differences.values()])
     return {
         name: one.model_copy(update={"p_holm": p}) for (name, one), p in zip(differences.items(), p_values, strict=True)
@@ -101,7 +101,7 @@ def _against(plain: Sequence[Row], arm: Sequence[Row]) -> dict[str, Difference]:
 
 
 def _both_known(first: Sequence[bool | None], second: Sequence[bool | None]) -> tuple[list[bool], list[bool]]:
-    """Of two outcomes for each prompt, those of prompts where there are both."""
+    """Return the outcomes of both for the prompts where neither is None."""
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
     return [a for a, _ in pairs], [b for _, b in pairs]
 

@@ -79,7 +79,7 @@ class Agreement(Part):
 
 
 class ArmOnSet(Part):
-    """Of the six outcomes that come first each answer has one."""
+    """One arm on one set. Each answer has one of the six outcomes that come first."""
 
     arm: str
     shown: Rate = Field(description="the matcher finds the behaviour")
@@ -235,8 +235,8 @@ class Report(Part):
     tasks: tuple[TaskScore, ...] = ()
 
     def calibrated(self, file: str) -> dict[Mode, tuple[float, float]]:
-        """By mode the strengths on either side of 0 up to which no strength of `file` that was tried did harm: more
-        degenerate answers in any set, or more of the behaviour on harmless prompts."""
+        """Return for each mode the strengths below and above 0 up to which no strength of `file` that was tried did
+        harm: more degenerate answers in any set, or more of the behaviour on harmless prompts."""
         harmed = {
             arm.arm
             for each in self.sets

@@ -123,7 +123,7 @@ class Evaluation:
                     self.divergences[name] = self._diverge(arm, steer)
 
     def _doses(self) -> list[Dose]:
-        """What has the doses; from then on the plan's arms are these."""
+        """Find the strengths that have the doses; from then on they are the plan's arms."""
         doses, arms = list[Dose](), dict[str, Arm]()
         for arm in self.plan.arms:
             for dose in self.plan.doses:
@@ -227,7 +227,7 @@ def _beside(
     told: Mapping[tuple[str, str], Sequence[Row]],
     divergences: Mapping[str, Sequence[Floats]],
 ) -> tuple[Comparison, ...]:
-    """What `plan.against` asks for."""
+    """Compare each arm with the one that `plan.against` names."""
     dose = {f"{one.way}={one.strength:g}": one.kl for one in doses if one.strength is not None}
     pairs = {
         arm.name: other.name

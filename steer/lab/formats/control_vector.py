@@ -69,7 +69,7 @@ def read(path: Path, foreign: Foreign) -> Direction:
 
 
 def _glp_problems(told: Mapping[str, object], several: bool) -> Iterator[str]:
-    """What of a GLP file a direction cannot say; of any other control vector with several rows for a layer too."""
+    """Yield what a direction cannot say of a GLP file, and of another control vector with several rows for a layer."""
     accepted: dict[str, tuple[object, ...]] = {
         "glp.mode": ("add", "project"),
         "glp.spec_version": (1, 2),

@@ -119,7 +119,7 @@ def _without(plan: Plan, edited: Streamed) -> tuple[Tensor, dict[int, float]]:
 
 
 def _logits(plan: Plan, places: Iterable[tuple[nn.Module, int, Tensor | None]]) -> Tensor:
-    """Of the original, where the direction is removed from the outputs of these modules and before block 0."""
+    """The logits of the original with the direction removed from the outputs of these modules and before block 0."""
     removal, blocks = plan.removal, plan.streamed.anatomy.blocks
     handles = [on_input(blocks[0], lambda x: removal.taken(x, EMBEDDING))]
     handles += [on_output(m, lambda x, n=n, gain=gain: removal.taken(x, n, gain)) for m, n, gain in places]

@@ -29,7 +29,7 @@ _WRITER = re.compile(
 _POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions)\.weight$")
 #: Classes of transformers, by name, whose weights are `[…, inputs, outputs]` and that do not say so themselves.
 _INPUTS_FIRST = ("Conv1D", "Llama4TextExperts")
-#: Of the largest value, how far a norm may be from g ⊙ x / rms(x).
+#: How far a norm may be from g ⊙ x / rms(x), as a share of the largest value.
 RMS = 1e-3
 
 
@@ -145,7 +145,7 @@ def find(checkpoint: Checkpoint, streamed: Streamed, terms: Sequence[Term]) -> l
 
 
 def _parameters(streamed: Streamed, module: nn.Module) -> list[str]:
-    """Of those of `module`, the ones that write its output."""
+    """Return the names of the parameters of `module` that write its output."""
     prefix = streamed.name_of(module)
     return [name for own, _ in module.named_parameters() if _WRITER.search(name := f"{prefix}.{own}")]
 

@@ -104,7 +104,7 @@ def fit(
     """
     log_warnings()
     from steer.lab.behaviour import Behaviour
-    from steer.lab.split import Split
+    from steer.lab.prompts import Split
 
     choices = Choices.model_validate(
         {"mode": mode or "ablate", "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
@@ -120,9 +120,8 @@ def fit(
     quiet_libraries()
     rendering = chosen_rendering(system_prompt, template, response_prefix)
     from steer.lab import fit as lab
-    from steer.lab.activations import Keep
     from steer.lab.derive import Recipe
-    from steer.lab.measure import Conditions
+    from steer.lab.measure import Conditions, Keep
     from steer.lab.progress import Progress
     from steer.lab.select import CHOOSING
 
@@ -206,8 +205,7 @@ def measure(
     sets = read_prompts(harmful), read_prompts(harmless)
     check_contrast(*sets)
     quiet_libraries()
-    from steer.lab.activations import Keep
-    from steer.lab.measure import Conditions
+    from steer.lab.measure import Conditions, Keep
     from steer.lab.measure import measure as run
     from steer.lab.progress import Progress
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from steer.hf.sampling import Token
-from steer.serve import token_usage
+from steer.serve import metrics
 from steer.serve.answers import (
     ChatChoice,
     ChatChunkChoice,
@@ -62,7 +62,7 @@ def router(served: Served) -> APIRouter:
         messages = [message.plain() for message in body.messages]
         jobs = await generator.offload(request, [message["content"] for message in messages], "messages", prepare)
         prompt = jobs[0].prompt
-        token_usage.current().prompt += len(prompt)
+        metrics.current_usage().prompt += len(prompt)
         tokenizer = served.loaded.tokenizer
 
         def logprobs(tokens: list[Token]) -> ChatLogprobs | None:

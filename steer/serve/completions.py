@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from steer.hf.sampling import Token
-from steer.serve import errors, token_usage
+from steer.serve import errors, metrics
 from steer.serve.answers import (
     ChunkUsage,
     Completion,
@@ -63,7 +63,7 @@ def router(served: Served) -> APIRouter:
 
         jobs = await generator.offload(request, prompts, "prompt", prepare)
         prompt_tokens = sum(len(job.prompt) for job in jobs[:: body.n])
-        token_usage.current().prompt += prompt_tokens
+        metrics.current_usage().prompt += prompt_tokens
         base = envelope("cmpl", body.model, served.fingerprint)
         if body.stream:
             with_usage = bool(body.stream_options and body.stream_options.include_usage)

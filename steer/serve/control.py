@@ -30,7 +30,6 @@ from steer.serve.errors import Code
 from steer.serve.pages import ANY, Pages, hosts_of, is_loopback
 from steer.serve.policy import InForce, PolicyError
 from steer.serve.ratelimit import RateLimiter
-from steer.serve.token_usage import Usage
 from steer.settings import ControlSettings
 from steer.shared import Shared
 from steer.spec import Spec
@@ -388,7 +387,7 @@ class Control:
             self.shared.count_own(STEERED, -1)
             metrics.STEERED_RUNNING.dec()
 
-    def end(self, run: Run, reservation: Reservation, outcome: str, usage: Usage) -> None:
+    def end(self, run: Run, reservation: Reservation, outcome: str, usage: metrics.Usage) -> None:
         self._discard(run)
         used = usage.prompt + usage.completion
         if (rules := run.caller.rules) is not None and run.caller.name is not None:

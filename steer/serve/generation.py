@@ -22,8 +22,8 @@ from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
 from steer.serve.answers import Finish
 from steer.serve.body import offload
+from steer.serve.metrics import current_usage
 from steer.serve.text import Stops, TextStream
-from steer.serve.token_usage import current
 
 log = logging.getLogger("steer")
 T = TypeVar("T")
@@ -197,7 +197,7 @@ class Generator:
     async def _pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
         text = TextStream(self.loaded.tokenizer, job.stop)
         made, ends = 0, job.sampling.ends(self.engine.eos_ids)
-        current().answer(lambda: made)
+        current_usage().answer(lambda: made)
         stream = self.engine.generate(job.prompt, job.sampling, job.steer, job.read)
         async with aclosing(stream):
             async for token in stream:
@@ -294,7 +294,7 @@ async def events(chunks: AsyncGenerator[Mapping[str, object], None]) -> AsyncGen
             async for chunk in chunks:
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
     except SteerError as error:
-        current().failed = True
+        current_usage().failed = True
         yield errors.error_event(error)
     yield "data: [DONE]\n\n"
 

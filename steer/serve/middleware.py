@@ -33,7 +33,6 @@ from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, repl
 from steer.serve.control import Control, Reservation, Run
 from steer.serve.pages import JSON, check_kind
 from steer.serve.ratelimit import tokens_of
-from steer.serve.token_usage import counting
 from steer.spec import RequestedDirection, Spec
 from steer.tokenization import rendered_otherwise
 
@@ -152,7 +151,7 @@ class SteerMiddleware:
             await errors.of(error)(scope, receive, send)
             return
         answer = _Answer(send, run)
-        with counting() as usage:
+        with metrics.counting_usage() as usage:
             try:
                 body.pop(carriers.FIELD, None)
                 body.pop(readout.FIELD, None)

@@ -29,7 +29,7 @@ from steer.names import readable
 from steer.registry import Registry
 from steer.runtime.placement import Shape
 from steer.runtime.readout import Reading
-from steer.serve import metrics, token_usage
+from steer.serve import metrics
 from steer.serve.text import token_text
 from steer.shared import Shared
 from steer.spec import RequestedDirection, Spec, parse
@@ -116,7 +116,7 @@ class Ticket:
 
     admission: Admission
     name: str = field(default_factory=lambda: f"ticket:{secrets.token_hex(16)}")
-    usage: token_usage.Usage = field(default_factory=token_usage.current)
+    usage: metrics.Usage = field(default_factory=metrics.current_usage)
     used: bool = False
     lost: bool = False
     salt: str = ""
@@ -344,7 +344,7 @@ class Frontend:
         if call is not None:
             call.made += 1
             if call.made == 1:  # n answers are n requests of the engine with one prompt
-                token_usage.current().prompt += internals.engine.prompt_length(request)
+                metrics.current_usage().prompt += internals.engine.prompt_length(request)
         unread = KEY in (getattr(request.sampling_params, "extra_args", None) or {})
         if text is None and not unread and not (call and call.ticket.admission.spec):
             return

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from steer.errors import InvalidInput, UnsupportedModel
-from steer.serve import token_usage
+from steer.serve import metrics
 from steer.tokenization import Decoder
 from steer.vllm.internals.base import ABOVE, CORRUPTED, PROBE_TOKENS, TESTED, Method, T, seam, version
 from steer.vllm.internals.config import check_rust
@@ -114,7 +114,7 @@ def wrap_requests(
             raise
         if (state := states.get(request.request_id)) is not None:
             added(request, state)
-            token_usage.current().answer(lambda: answer_length(state))
+            metrics.current_usage().answer(lambda: answer_length(state))
         return out
 
     def processing(engine_core_outputs: Sequence[EngineCoreOutput], *args: object, **kwargs: object) -> object:

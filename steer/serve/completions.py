@@ -22,10 +22,9 @@ from steer.serve.answers import (
     generated,
     usage,
 )
-from steer.serve.generation import Job, made, stream, unless_gone
+from steer.serve.generation import Job, Served, made, stream, unless_gone
 from steer.serve.protocol import CompletionRequest
 from steer.serve.route import JsonRoute
-from steer.serve.served import Served
 from steer.serve.text import Stops
 
 

@@ -8,22 +8,29 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
+from steer._version import __version__
+from steer.admission import Admission
 from steer.errors import RequestError, RequestFailed, SteerError
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
 from steer.hf.sampling import Sampling, Shape, Token
-from steer.readout import Readout
+from steer.readout import FIELD, Readout
+from steer.registry import Registry
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
-from steer.serve.answers import Finish
+from steer.serve.answers import Finish, SteerFields, report
 from steer.serve.body import offload
+from steer.serve.carriers import PLUS
+from steer.serve.control import Control
 from steer.serve.metrics import current_usage
-from steer.serve.text import Stops, TextStream
+from steer.serve.text import Stops, TextStream, token_text
+from steer.spec import RequestedDirection
 
 log = logging.getLogger("steer")
 T = TypeVar("T")
@@ -262,6 +269,58 @@ class Generator:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the routes of the own engine share: the model, its engine, registry and control."""
+
+    model_name: str
+    loaded: Loaded
+    engine: Engine
+    registry: Registry
+    default: tuple[RequestedDirection, ...] = ()
+    max_body: int = 8 * 2**20
+    control: Control = field(default_factory=Control)
+    template: Mapping[str, object] = field(default_factory=dict)
+
+    @cached_property
+    def generator(self) -> Generator:
+        return Generator(self.loaded, self.engine)
+
+    @property
+    def fingerprint(self) -> str:
+        """`system_fingerprint` of every answer: what this server's answers depend on besides the request."""
+        return f"steer-{__version__}-{(self.loaded.template_sha256 or 'base')[:8]}"
+
+    def check_model(self, name: str) -> None:
+        """Raise HTTPProblem 404 for a model that is not this one; the middleware has taken aliases apart."""
+        if name != self.model_name:
+            raise errors.HTTPProblem(
+                errors.Code.MODEL_NOT_FOUND,
+                f"the model {name[:100]!r} is not served here; served: '{self.model_name}', and "
+                f"'{self.model_name}{PLUS}<direction>' for each direction",
+                param="model",
+            )
+
+    def admitted(self, request: Request) -> Admission:
+        """As the middleware admitted it."""
+        admission: Admission = request.scope["steer"]
+        return admission
+
+    def steer(self, admission: Admission, prompt: int) -> RequestSteer | None:
+        """What steers a prompt of so many tokens, in slots of the bank."""
+        return self.engine.steering.bank.steer(admission.spec, prompt)
+
+    def steer_fields(self, read: Readout | None, tokens: list[Token], applied: bool | None) -> SteerFields:
+        """The parts of a choice that say what was read at its tokens, and whether its condition held."""
+        out: SteerFields = {}
+        if applied is not None:
+            out["steer_applied"] = applied
+        if read is not None:
+            shown = [(token_text(self.loaded.tokenizer, token.id), token.reading) for token in tokens]
+            out[FIELD] = report(read, shown)
+        return out
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:

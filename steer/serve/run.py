@@ -18,7 +18,7 @@ from steer.registry import Registry
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.serve.app import build
 from steer.serve.control import Control
-from steer.serve.served import Served
+from steer.serve.generation import Served
 from steer.settings import KEEP_ALIVE, ServeSettings, served_name
 from steer.spec import parse
 from steer.tokenization import Chat

@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from steer.serve import errors, keys
-from steer.serve.caller import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
+from steer.serve.authorise import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
 from steer.serve.control import Control
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.pages import ANY, foreign, header, is_preflight

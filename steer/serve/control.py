@@ -24,8 +24,7 @@ from steer.errors import InvalidInput, printable
 from steer.registry import Move, Registry
 from steer.serve import errors, metrics, policy
 from steer.serve.audit import Audit, AuditUnavailable
-from steer.serve.authorise import Rules
-from steer.serve.caller import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
+from steer.serve.authorise import ANYONE, CALLER, NOBODY, Caller, Refusal, Rules, forbidden
 from steer.serve.errors import Code
 from steer.serve.pages import ANY, Pages, hosts_of, is_loopback
 from steer.serve.policy import InForce, PolicyError

@@ -17,8 +17,8 @@ from steer.errors import NoRoom, SteerError, UnknownDirection
 from steer.names import Mode, Site, check_name
 from steer.registry import Registry, Version
 from steer.serve import errors
+from steer.serve.authorise import Caller
 from steer.serve.body import read_body
-from steer.serve.caller import Caller
 from steer.serve.control import Control
 from steer.serve.errors import Code, documented
 from steer.serve.pages import FILE, READING, check_kind

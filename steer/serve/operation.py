@@ -11,7 +11,7 @@ from starlette.types import Scope
 from typing_extensions import TypedDict
 
 from steer.names import MAX_STRENGTH, MODE_SCALES, MODE_SUMMARIES, MODES, Mode, Scale
-from steer.serve.caller import Refusal
+from steer.serve.authorise import Refusal
 from steer.serve.control import Control
 from steer.serve.directions import own_route
 from steer.serve.errors import Code, documented

@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from steer import watch
 from steer.serve import control, keys
 from steer.serve.audit import verify
-from steer.serve.caller import Caller, Refusal
+from steer.serve.authorise import Caller, Refusal
 from steer.serve.operation import health
 from steer.serve.pages import is_loopback
 from steer.serve.policy import read

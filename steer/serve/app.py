@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 from steer._version import __version__
 from steer.errors import SteerError
 from steer.names import readable
-from steer.serve import answers, chat, completions, errors, html, metrics, operation
+from steer.serve import answers, completions, errors, html, metrics, operation
 from steer.serve.access import PUBLIC, Access, Cors
 from steer.serve.carriers import PLUS, RECEIPT
 from steer.serve.directions import router as directions_router
@@ -89,7 +89,6 @@ def build(served: Served) -> FastAPI:
     html.put_docs_on(app)
     app.include_router(directions_router(registry, control=control))
     app.include_router(operation.router(control))
-    app.include_router(chat.router(served))
     app.include_router(completions.router(served))
     layer = partial(
         SteerMiddleware,

@@ -15,7 +15,6 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from steer._version import __version__
-from steer.admission import Admission
 from steer.errors import RequestError, RequestFailed, SteerError
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
@@ -303,15 +302,6 @@ class Served:
                 param="model",
             )
 
-    def admitted(self, request: Request) -> Admission:
-        """As the middleware admitted it."""
-        admission: Admission = request.scope["steer"]
-        return admission
-
-    def steer(self, admission: Admission, prompt: int) -> RequestSteer | None:
-        """What steers a prompt of so many tokens, in slots of the bank."""
-        return self.engine.steering.bank.steer(admission.spec, prompt)
-
     def steer_fields(self, read: Readout | None, tokens: list[Token], applied: bool | None) -> SteerFields:
         """The parts of a choice that say what was read at its tokens, and whether its condition held."""
         out: SteerFields = {}
@@ -360,11 +350,6 @@ async def events(chunks: AsyncGenerator[Mapping[str, object], None]) -> AsyncGen
 
 def _or(value: T | None, default: T) -> T:
     return default if value is None else value
-
-
-def made(answers: Sequence[Answer]) -> int:
-    """How many tokens `answers` took to make."""
-    return sum(answer.made for answer in answers)
 
 
 def stream(chunks: AsyncGenerator[Mapping[str, object], None]) -> StreamingResponse:

@@ -23,7 +23,6 @@ from steer.hf.steering import Anatomy, Steering
 from steer.names import Site, check_name
 from steer.readout import Line
 from steer.registry import Registry
-from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.readout import Reading, components
 from steer.spec import Spec, parse
 
@@ -97,11 +96,7 @@ class Attached:
                 f"{type(model).__name__}: its decoder {type(self._steering.anatomy.decoder).__name__} is not called "
                 "when the model is, so that no pass would be noticed"
             )
-        anatomy = self._steering.anatomy
-        shape = Shape(
-            anatomy.architecture, anatomy.layers, anatomy.d_model, self._steering.bank.sites, rank, anatomy.dtype
-        )
-        self._registry = Registry(LocalPlacement(shape, self._steering.bank), quiet=True)
+        self._registry = Registry(self._steering.placement, quiet=True)
         self._owed = _Owed()
         self._steering.watchers.append(self._owed)
         #: How many `with` blocks are open.

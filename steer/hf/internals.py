@@ -47,7 +47,7 @@ from transformers.integrations.heterogeneity.configuration_utils import Ambiguou
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as hf_logging
 
-from steer.errors import SteerError, UnsupportedModel
+from steer.errors import SteerError, UnsupportedModel, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -151,8 +151,8 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def short(error: BaseException) -> str:
-    """Its kind and the first line of its message, which may hold a whole configuration."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+    """Its kind and the beginning of its message, which may hold a whole configuration."""
+    return f"{type(error).__name__}: {first_line(error)[:200]}"
 
 
 def _has(thing: object, path: str) -> bool:

@@ -23,6 +23,7 @@ from steer.runtime import hook_points as site_tools
 from steer.runtime import selfcheck
 from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint, Operands, decide, gather, operate
 from steer.runtime.memory import lasting
+from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.readout import ReadIndex
 from steer.runtime.token_index import RequestSteer, TokenIndex
 from steer.spec import Spec
@@ -138,6 +139,12 @@ class Steering:
     @property
     def attached(self) -> bool:
         return bool(self._handles)
+
+    @property
+    def placement(self) -> LocalPlacement:
+        """Where a registry makes directions resident for this model."""
+        a, bank = self.anatomy, self.bank
+        return LocalPlacement(Shape(a.architecture, a.layers, a.d_model, bank.sites, bank.rank, a.dtype), bank)
 
     def attach(self) -> None:
         """Put the hooks on, if they are not on yet. The caller must discard what `torch.compile` made before: it would

@@ -157,10 +157,15 @@ def check_size(body: dict[str, object]) -> None:
         texts = [text for text in as_list(body.get(name)) if isinstance(text, str)]
         if wrong := too_many(texts):
             raise RequestError(f"{name}: {wrong}", param=name)
-    prompt, n = body.get("prompt"), body.get("n")
-    prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0] if prompt else 0, int) else 1
+    prompts, n = prompt_count(body), body.get("n")
     if prompts > 1 and prompts * (n if type(n) is int else 1) > MAX_ANSWERS:
         raise RequestError(f"prompt: {prompts} prompts × n are over {MAX_ANSWERS} answers", param="prompt")
+
+
+def prompt_count(body: dict[str, object]) -> int:
+    """How many prompts a body brings, whose values have not been checked: a list of numbers is one."""
+    prompt = body.get("prompt")
+    return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
 
 
 def as_list(value: object) -> list[object]:

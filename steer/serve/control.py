@@ -283,7 +283,7 @@ class Control:
             "refused",
             key=caller.name,
             request_id=request_id(scope),
-            entries=_entries(error.asked),
+            entries=error.asked.described,
             outcome=error.code.wire,
             detail={"rule": error.rule, "path": scope["path"][:200]} | ({"unkept": before} if before else {}),
         )
@@ -360,7 +360,7 @@ class Control:
                     key=caller.name,
                     request_id=run.request_id,
                     model=None if model is None else model[:MODEL_SHOWN],
-                    entries=_entries(spec),
+                    entries=spec.described,
                 )
                 if kept := self.audit.kept(run.line):
                     await asyncio.wrap_future(kept)
@@ -475,10 +475,6 @@ def _at_once(key: str) -> str:
 def _over(rule: str, rules: policy.KeyRules, seconds: int) -> Refusal:
     said = f"over this key's {rule} ({getattr(rules, rule):g}); try again in {seconds} s"
     return Refusal(Code.RATE_LIMIT_EXCEEDED, rule, said, Retry_After=str(seconds))
-
-
-def _entries(spec: Spec) -> list[dict[str, object]]:
-    return spec.described
 
 
 def request_id(scope: Scope) -> str:

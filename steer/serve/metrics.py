@@ -104,13 +104,13 @@ def count(spec: Spec, outcome: str, usage: Usage) -> None:
         REQUESTS.labels(direction="", mode="", outcome=outcome).inc()
 
 
-def watch(registry: Registry, rows_in_use: object, capacity: int) -> None:
-    """Let the gauges read `registry` when they are scraped. `rows_in_use` is a function without arguments."""
+def watch(registry: Registry, rows_in_use: Callable[[], float], capacity: int) -> None:
+    """Let the gauges read `registry` when they are scraped."""
     ROW_CAPACITY.set(capacity)
     RESIDENT.set_function(lambda: registry.resident)
     SWAPS.set_function(lambda: registry.swaps)
     FAILURES.set_function(lambda: len(registry.failures))
-    ROWS.set_function(rows_in_use)  # type: ignore[arg-type]
+    ROWS.set_function(rows_in_use)
 
 
 def refresh(registry: Registry) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from steer.serve.body import prompt_count
 from steer.shared import Shared
 
 SECONDS = 60.0
@@ -52,9 +53,7 @@ def tokens_of(body: dict[str, object], size: int, context: int) -> int:
     given = [value for name in named if type(value := body.get(name)) is int and value >= 0]
     each = min(*given, context) if given else context
     answers = max(_count(body.get("n")), _count(body.get("best_of")))
-    prompt = body.get("prompt")
-    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
-    return min(_MOST, size // BYTES_PER_TOKEN + prompts * answers * each)
+    return min(_MOST, size // BYTES_PER_TOKEN + prompt_count(body) * answers * each)
 
 
 def _count(value: object) -> int:

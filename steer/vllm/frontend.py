@@ -348,7 +348,7 @@ class Frontend:
         unread = KEY in (getattr(request.sampling_params, "extra_args", None) or {})
         if text is None and not unread and not (call and call.ticket.admission.spec):
             return
-        if call is None or wire.encode(call.ticket.admission.spec) != text:
+        if call is None or call.ticket.admission.spec.receipt() != text:
             raise SpecError("a request with steering must be made by add_request from a prompt and parameters")
         if request.request_id in self.held:
             raise SpecError(f"a steered request with the id '{request.request_id}' is running already")
@@ -411,7 +411,7 @@ def _with_spec(params: SamplingParams, extra: Mapping[str, object], admission: A
     if KEY not in extra and not spec:
         return params
     copied = params.clone()
-    ours: dict[str, object] = {RESOLVED: wire.encode(spec)} if spec else {}
+    ours: dict[str, object] = {RESOLVED: spec.receipt()} if spec else {}
     if readout:
         ours[READ] = list(readout.digests)
     copied.extra_args = {key: value for key, value in extra.items() if key != KEY} | ours or None

@@ -32,7 +32,6 @@ from steer.vllm.steering_module import (
     attach_after,
     attach_before,
     attach_within,
-    exact_stream,
     stream,
 )
 
@@ -65,7 +64,7 @@ class Target:
             return selfcheck.HookedModule(self.point, self.module, lambda given: slot.get(*given), before=True)
         if (norm := self.norm) is not None:
             return selfcheck.HookedModule(self.point, norm, _added, before=True, norm=norm.forward_native)
-        return selfcheck.HookedModule(self.point, self.module, lambda output: exact_stream(self.form, output))
+        return selfcheck.HookedModule(self.point, self.module, lambda output: stream(self.form, output, torch.float64))
 
 
 def _added(given: tuple[tuple[Tensor, ...], object]) -> Tensor:

@@ -184,7 +184,7 @@ def _fold_salt(request: EngineRequest) -> None:
         raise SpecError(f"a cache_salt must not contain '{SALT}'", param="cache_salt")
     text = wire.of(request.sampling_params)
     if text is not None:
-        spec, prompt = wire.decode(text), internals.engine.prompt_length(request)
+        spec, prompt = Spec.of(text), internals.engine.prompt_length(request)
         if not spec.everywhere and not prompt:
             raise SpecError("tokens: cannot be used with a prompt that is given as embeddings", param="steer.tokens")
         request.cache_salt = (request.cache_salt or "") + salt_of(request, spec)

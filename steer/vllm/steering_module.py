@@ -218,17 +218,10 @@ def attach_before(module: nn.Module, slot: Slot, steering_module: SteeringModule
     module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def stream(form: Form, output: Output) -> Tensor:
-    """The stream `[tokens, d_model]`, float32, in what a block returned."""
+def stream(form: Form, output: Output, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The stream `[tokens, d_model]` in what a block returned; in float64 the sum of two parts is exact."""
     parts = (output,) if isinstance(output, Tensor) else output
-    x = parts[0].float() + parts[1].float() if form == "sum" else parts[0].float()
-    return x.reshape(-1, x.shape[-1])
-
-
-def exact_stream(form: Form, output: Output) -> Tensor:
-    """The same in float64, in which the sum of two is what it is."""
-    parts = (output,) if isinstance(output, Tensor) else output
-    x = parts[0].double() + parts[1].double() if form == "sum" else parts[0].double()
+    x = parts[0].to(dtype) + parts[1].to(dtype) if form == "sum" else parts[0].to(dtype)
     return x.reshape(-1, x.shape[-1])
 
 

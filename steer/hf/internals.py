@@ -388,7 +388,7 @@ def _greedy(count: int, **more: object) -> GenerationConfig:
     )
 
 
-class Loading:
+class WeightLoading:
     """How transformers makes the parameters of `model` (on the meta device) of the tensors in its files."""
 
     def __init__(self, model: PreTrainedModel) -> None:

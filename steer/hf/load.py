@@ -50,7 +50,7 @@ class Loaded(Chat):
         return [] if found is None else ([found] if isinstance(found, int) else list(found))
 
 
-class Loading(TypedDict, total=False):
+class LoadOptions(TypedDict, total=False):
     """How a model is loaded: the keywords of `load`."""
 
     revision: str | None

@@ -18,7 +18,7 @@ from steer._version import __version__
 from steer.errors import RequestError, RequestFailed, SteerError
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
-from steer.hf.sampling import Sampling, Shape, Token
+from steer.hf.sampling import Sampling, Shaping, Token
 from steer.readout import FIELD, Readout
 from steer.registry import Registry
 from steer.runtime.token_index import RequestSteer
@@ -125,7 +125,7 @@ class Generator:
             top_p=_or(generation.top_p, 1.0),
             top_k=_or(generation.top_k, TOP_K if generation.do_sample else 0),
             min_p=_or(generation.min_p, 0.0),
-            shape=Shape(repetition_penalty=_or(generation.repetition_penalty, 1.0)),
+            shape=Shaping(repetition_penalty=_or(generation.repetition_penalty, 1.0)),
         )
         left = [name for name, neutral in _LEFT_OUT.items() if getattr(generation, name, None) not in (None, neutral)]
         if left:
@@ -172,7 +172,7 @@ class Generator:
             if (bad := next((t for t in ids if not 0 <= t < vocabulary), None)) is not None:
                 raise RequestError(f"{name}: token id {bad} is outside the vocabulary of {vocabulary}", param=name)
         given = self.defaults.shape.repetition_penalty
-        shape = Shape(
+        shape = Shaping(
             logit_bias=tuple(biased),
             bad_words=tuple(ids for word in body.bad_words for ids in self._spelled(word)),
             repetition_penalty=given if body.repetition_penalty is None else body.repetition_penalty,

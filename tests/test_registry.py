@@ -727,7 +727,7 @@ def test_what_nobody_foresaw_is_kept_for_its_name_and_tried_again(tmp_path: Path
     write(tmp_path, "one", A)
     registry.sync()
     failure = registry.failures["one"]
-    assert failure.problems[0].startswith(str(error) if isinstance(error, OSError) else type(error).__name__)
+    assert failure[0].startswith(str(error) if isinstance(error, OSError) else type(error).__name__)
     registry.sync()
     assert registry.failures["one"] is failure, "said once"
     assert registry.resident == 0

@@ -327,7 +327,10 @@ class Steering:
                     modules = site_tools.find_writers(blocks, anatomy.probe)
                 case _:
                     assert_never(site)
-            before = selfcheck.HookedModule(HookPoint(site, EMBEDDING), blocks[0], _stream_given, before=True)
+            point = HookPoint(site, EMBEDDING)
+            before = selfcheck.HookedModule(
+                point, blocks[0], lambda given: site_tools.stream_given(*given), before=True
+            )
             targets.append((before, _hang(site_tools.on_input, blocks[0])))
             for layer, acting in enumerate(modules):
                 for module in acting:
@@ -389,12 +392,6 @@ def _owner() -> _Owner:
     except RuntimeError:  # no event loop runs on this thread
         task = None
     return threading.get_ident(), task
-
-
-def _stream_given(given: tuple[tuple[Tensor, ...], dict[str, Tensor]]) -> Tensor:
-    """The stream in a block's arguments and keywords."""
-    args, kwargs = given
-    return args[0] if args else kwargs["hidden_states"]
 
 
 def _check_places(model: PreTrainedModel) -> None:

@@ -43,6 +43,8 @@ MIN_INTEGER, MAX_INTEGER = -(2**63), 2**64 - 1
 
 #: Of `stop` and of `bad_words`: texts, which are looked for in every piece of an answer, and their characters in all.
 MAX_TEXTS, MAX_TEXTS_LENGTH = 64, 8192
+#: Bytes of a body for which one token of prompt is taken in advance, and the most tokens that are.
+BYTES_PER_TOKEN, MAX_TOKENS = 4, 10**9
 #: Prompts × n of one request, on any engine.
 MAX_ANSWERS = 16_384
 
@@ -166,6 +168,20 @@ def prompt_count(body: dict[str, object]) -> int:
     """How many prompts a body brings, whose values have not been checked: a list of numbers is one."""
     prompt = body.get("prompt")
     return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+
+
+def tokens_of(body: dict[str, object], size: int, context: int) -> int:
+    """The tokens that a generation request may come to: its prompts by their bytes, and as many tokens of answers as it
+    allows, of each at most `context`. Of a body whose values have not been checked."""
+    named = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+    given = [value for name in named if type(value := body.get(name)) is int and value >= 0]
+    each = min(*given, context) if given else context
+    answers = max(_at_least_one(body.get("n")), _at_least_one(body.get("best_of")))
+    return min(MAX_TOKENS, size // BYTES_PER_TOKEN + prompt_count(body) * answers * each)
+
+
+def _at_least_one(value: object) -> int:
+    return min(value, MAX_TOKENS) if type(value) is int and value > 0 else 1
 
 
 def as_list(value: object) -> list[object]:

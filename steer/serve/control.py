@@ -13,7 +13,7 @@ import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -28,7 +28,6 @@ from steer.serve.authorise import ANYONE, CALLER, NOBODY, Caller, Refusal, Rules
 from steer.serve.errors import Code
 from steer.serve.pages import ANY, Pages, hosts_of, is_loopback
 from steer.serve.policy import InForce, PolicyError
-from steer.serve.ratelimit import RateLimiter
 from steer.settings import ControlSettings
 from steer.shared import Shared
 from steer.spec import Spec
@@ -71,6 +70,41 @@ class Reservation:
 
     caller: Caller
     tokens: int = 0
+
+
+MINUTE = 60.0
+
+
+class RateLimiter:
+    """One kind of rate (requests, or tokens) of all keys: token buckets that hold at most a minute's amount and fill
+    evenly. They are in the table that all front ends share; check and charge together under its lock.
+
+    A request is counted before any work is done for it, and charged all the tokens that it can use once it is read.
+    What it did not use is given back when it ends. So requests that run at once cannot exceed together what they could
+    use one after the other, and a request that fails is counted too. A bucket may be overdrawn: an answer's cost is
+    known at its end. `clock` is one clock of the whole machine.
+    """
+
+    def __init__(self, kind: str, shared: Shared, clock: Callable[[], float] = time.monotonic) -> None:
+        self._kind, self._shared, self._clock = kind, shared, clock
+
+    def wait(self, key: str, per_minute: float | None, amount: float) -> float:
+        """Seconds until `key` may have `amount`; 0 where it may now, or has no such limit."""
+        if per_minute is None:
+            return 0.0
+        missing = min(amount, per_minute) - self._level(key, per_minute, self._clock())
+        return max(0.0, missing * MINUTE / per_minute)
+
+    def charge(self, key: str, per_minute: float | None, amount: float) -> None:
+        if per_minute is not None:
+            with self._shared.lock():
+                now = self._clock()
+                self._shared.put(f"{self._kind}:{key}", self._level(key, per_minute, now) - amount, now)
+
+    def _level(self, key: str, per_minute: float, now: float) -> float:
+        """What the bucket holds now, at a rate that a new policy may have changed."""
+        level, when = self._shared.get(f"{self._kind}:{key}") or (per_minute, now)
+        return min(per_minute, level + (now - when) * per_minute / MINUTE)
 
 
 class Control:

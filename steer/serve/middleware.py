@@ -29,10 +29,9 @@ from steer.registry import Registry
 from steer.serve import carriers, errors, metrics
 from steer.serve.asgi import is_event_stream, send_response, with_headers
 from steer.serve.authorise import admit
-from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, understood
+from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, tokens_of, understood
 from steer.serve.control import Control, Reservation, Run
 from steer.serve.pages import JSON, check_kind
-from steer.serve.ratelimit import tokens_of
 from steer.spec import RequestedDirection, Spec
 from steer.tokenization import rendered_otherwise
 

@@ -27,7 +27,7 @@ from steer.watch import Follower
 
 log = logging.getLogger("steer")
 
-#: Is this a name that who asks may know of?
+#: May the caller know of this name?
 Known = Callable[[str], bool]
 
 

@@ -326,8 +326,8 @@ def text_architecture(model_type: str, otherwise: str) -> str:
 
 @cache
 def template_parameters() -> frozenset[str]:
-    """The names that `apply_chat_template` and the rendering behind it take for themselves. Whatever else is given to
-    them is a variable of the template; these would replace the template, or what is made of its text."""
+    """The names that `apply_chat_template` and the rendering that it calls take for themselves. Whatever else is given
+    to them is a variable of the template; these would replace the template, or what is made of its text."""
     from transformers import PreTrainedTokenizerBase
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -263,7 +263,7 @@ class DirectionBank:
         spans = [(entry, *entry.span(prompt)) for entry in spec.entries]
         bounds = {bound for _, *span in spans for bound in span}
         if spec.condition is not None:
-            bounds.add(prompt)  # behind the token that decides
+            bounds.add(prompt)  # after the token that decides
         cuts = sorted(bound for bound in bounds if 0 < bound < END)
         parts = [
             self._steer(Spec(tuple(entry for entry, start, stop in spans if start <= at < stop))) for at in (0, *cuts)

@@ -5,7 +5,7 @@
   embeddings are all in it.
 * The **writers** of a block are the children whose outputs add up to (block output − block input) in a probe pass.
   This finds the norm after a writer where there is one (Gemma 2, OLMo 2). A block may multiply what they write, or the
-  whole sum, by one number (Granite): to remove a component before or behind that is the same.
+  whole sum, by one number (Granite): to remove a component before or after that is the same.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def find_writers(
         def record(_module: nn.Module, _args: object, output: Output) -> None:
             stream = stream_of(output)
             if isinstance(stream, Tensor) and stream.is_floating_point():
-                store.pop(name, None)  # in the order of their last calls: one dropout may stand behind several children
+                store.pop(name, None)  # in the order of their last calls: one dropout may follow several children
                 store[name] = stream.detach().float().clone()
 
         return record

@@ -153,7 +153,7 @@ def _asked(carried: Carried, registry: Registry, caller: Caller) -> Spec:
 
 
 def _default(default: Sequence[RequestedDirection], registry: Registry, caller: Caller) -> Spec:
-    """What a request gets that asks for nothing, as far as rules allow it: the key's own default, else the server's."""
+    """The default for a request that asks for nothing, as far as rules allow it: the key's own, else the server's."""
     if caller.rules is not None and caller.rules.default is not None:
         default = caller.rules.default
     if not all(caller.may_use(name) for item in default for name in item.names):
@@ -162,8 +162,8 @@ def _default(default: Sequence[RequestedDirection], registry: Registry, caller: 
 
 
 def _operators(wanted: Sequence[RequestedDirection], registry: Registry, caller: Caller, what: str, code: Code) -> Spec:
-    """What the operator wants for this request. Who asks with a key is not told why it is not there now: the reason may
-    name what this key may not know."""
+    """What the operator wants for this request. A caller with a key is not told why it is not there: the reason
+    may name what this key may not know."""
     try:
         return registry.resolve(wanted)
     except SpecError as error:

@@ -76,7 +76,7 @@ async def understood(work: Callable[[], T], size: int) -> T:
 
 
 def parse_body(data: bytes) -> dict[str, object]:
-    """A JSON object in which no key stands twice, so that nothing behind us can read another one than we did. Raises
+    """A JSON object in which no key stands twice, so that no later parser can read another value than we did. Raises
     HTTPProblem 400, also where it has more values, keys or depth than a request needs; and for a number or a text that
     is none, by the name of its field: NaN, infinities, numbers that no engine takes, half of a surrogate pair.
     """
@@ -153,8 +153,8 @@ def _shown(name: str) -> str:
 
 
 def check_size(body: dict[str, object]) -> None:
-    """Raises RequestError for a request that is too much work for any engine. What is of a wrong type is for the app
-    behind to tell."""
+    """Raises RequestError for a request that is too much work for any engine. Wrong types are left
+    to the app that is called next."""
     for name in ("stop", "stop_sequences", "bad_words"):
         texts = [text for text in as_list(body.get(name)) if isinstance(text, str)]
         if wrong := too_many(texts):
@@ -189,7 +189,7 @@ def as_list(value: object) -> list[object]:
 
 
 def too_many(texts: list[str]) -> str:
-    """What is wrong about so many texts, or so long ones; nothing if nothing is."""
+    """What is wrong with the number of texts or their length; empty where nothing is."""
     length = sum(map(len, texts))
     if len(texts) <= MAX_TEXTS and length <= MAX_TEXTS_LENGTH:
         return ""

@@ -166,7 +166,7 @@ class Control:
         self.pages = Pages(named, self.origins, addresses=where is None)
 
     def _share(self, shared: Shared) -> None:
-        """Have the switch and the rates in common with whoever has `shared`."""
+        """Share the switch and the rates with all front ends that have `shared`."""
         self.shared = shared
         self._requests, self._tokens = RateLimiter("requests", shared), RateLimiter("tokens", shared)
         with shared.lock():
@@ -290,7 +290,7 @@ class Control:
 
     def check_manages(self, scope: Scope) -> None:
         """May who makes this request manage: directions, and the kill switch? Raises Refusal."""
-        peer = (scope.get("client") or (None,))[0]  # behind a proxy on this machine the one that the proxy names
+        peer = (scope.get("client") or (None,))[0]  # after a proxy on this machine: the one that the proxy names
         if self.in_force is None:
             if not (self.settings.insecure or peer is None or is_loopback(peer)):
                 raise forbidden("manage", "without a policy, a server is managed from its own machine alone")

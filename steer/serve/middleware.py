@@ -82,7 +82,7 @@ class RenderingWatch:
 
 class SteerMiddleware:
     """`served` are the model names that aliases extend; `forward` may write the admission into the body for an engine
-    that lives behind another interface; `readable` is how many layers the engine behind can read, 0 for none; `parsed`
+    that has another interface; `readable` is how many layers the engine can read, 0 for none; `parsed`
     says that the app takes the body from `scope[BODY]`, and none has to be written for it again; `context` is the most
     tokens that one prompt with its answer can have there; `rendering` looks at how chats are rendered."""
 

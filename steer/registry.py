@@ -27,7 +27,7 @@ from steer.watch import Follower
 
 log = logging.getLogger("steer")
 
-#: Is this a name that who asks may know of?
+#: May the caller know of this name?
 Known = Callable[[str], bool]
 
 
@@ -80,14 +80,6 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """Why the newest content offered for a name is not served."""
-
-    problems: tuple[str, ...]
-    when: float = field(default_factory=time.time)
-
-
-@dataclass(frozen=True, slots=True)
 class Move:
     """A name that points elsewhere now; None is nowhere. `seconds` is what it took from the bytes on."""
 
@@ -105,7 +97,8 @@ class Registry:
         self, placement: Placement, folder: Path | None = None, *, patience: float = 10.0, quiet: bool = False
     ) -> None:
         self.placement, self.folder, self.patience, self.quiet = placement, folder, patience, quiet
-        self.failures: dict[str, Failure] = {}
+        #: Why the newest content offered for a name is not served.
+        self.failures: dict[str, tuple[str, ...]] = {}
         #: Why the folder itself cannot be read, if it cannot.
         self.folder_problem: str | None = None
         #: What keeps looking at the folder, from `follow` on.
@@ -301,10 +294,9 @@ class Registry:
             problems = (printable(str(error)),)
         else:
             problems = (printable(f"{type(error).__name__}: {error}"),)
-        known = self.failures.get(name)
-        if known is None or known.problems != problems:
+        if self.failures.get(name) != problems:
             if keep:
-                self.failures[name] = Failure(problems)
+                self.failures[name] = problems
             unforeseen = not isinstance(error, SteerError | OSError)
             if not self.quiet:
                 said = "; ".join(problems)

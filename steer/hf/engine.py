@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import itertools
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, aclosing, contextmanager
@@ -38,7 +37,6 @@ class Engine(abc.ABC):
         self.eos_ids = frozenset(eos_ids)
         self.context, self.capacity = context, capacity
         self.in_flight = 0
-        self._numbers = itertools.count()
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: Readout | None = None
@@ -62,11 +60,11 @@ class Engine(abc.ABC):
             self.in_flight -= 1
             decisions.give(steer)
 
+    @abc.abstractmethod
     def answer(
         self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: Readout | None = None
     ) -> AsyncGenerator[Token, None]:
         """As `generate`, whatever the capacity: the self-check at start takes as many requests as it needs."""
-        return self._generate(f"steer-{next(self._numbers)}", prompt, sampling, steer, read)
 
     def admit(self, count: int) -> None:
         """Raise NoRoom if `count` more requests would not find a place."""
@@ -75,16 +73,6 @@ class Engine(abc.ABC):
                 f"{self.in_flight} requests are running or waiting and {count} more came; at most {self.capacity} can "
                 "be in flight: try again shortly"
             )
-
-    @abc.abstractmethod
-    def _generate(
-        self,
-        request_id: str,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        steer: RequestSteer | None,
-        read: Readout | None,
-    ) -> AsyncGenerator[Token, None]: ...
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -147,13 +135,8 @@ class SequentialEngine(Engine):
         """Of the running loop: the self-check has a loop of its own, and a lock that was waited for stays with it."""
         return self._turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
 
-    async def _generate(
-        self,
-        request_id: str,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        steer: RequestSteer | None,
-        read: Readout | None,
+    async def answer(
+        self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: Readout | None = None
     ) -> AsyncGenerator[Token, None]:
         loop = asyncio.get_running_loop()
         async with self._turn:
@@ -176,7 +159,7 @@ class SequentialEngine(Engine):
             inputs = decoding.inputs()
         length = inputs["input_ids"].shape[1]
         with _failing(), self._steered(steer, decoding.length - length, length):
-            self.steering.reads.fill([read], [inputs["input_ids"].shape[1]])
+            self.steering.reads.fill([read], [length])
             logits = decoding.logits(inputs)
             readings = self.steering.reads.collect()
             token = sample(logits, [sampler])[0]

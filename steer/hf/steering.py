@@ -23,6 +23,7 @@ from steer.runtime import hook_points as site_tools
 from steer.runtime import selfcheck
 from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint, Operands, decide, gather, operate
 from steer.runtime.memory import lasting
+from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.readout import ReadIndex
 from steer.runtime.token_index import RequestSteer, TokenIndex
 from steer.spec import Spec
@@ -138,6 +139,12 @@ class Steering:
     @property
     def attached(self) -> bool:
         return bool(self._handles)
+
+    @property
+    def placement(self) -> LocalPlacement:
+        """Where a registry makes directions resident for this model."""
+        a, bank = self.anatomy, self.bank
+        return LocalPlacement(Shape(a.architecture, a.layers, a.d_model, bank.sites, bank.rank, a.dtype), bank)
 
     def attach(self) -> None:
         """Put the hooks on, if they are not on yet. The caller must discard what `torch.compile` made before: it would
@@ -320,7 +327,10 @@ class Steering:
                     modules = site_tools.find_writers(blocks, anatomy.probe)
                 case _:
                     assert_never(site)
-            before = selfcheck.HookedModule(HookPoint(site, EMBEDDING), blocks[0], _stream_given, before=True)
+            point = HookPoint(site, EMBEDDING)
+            before = selfcheck.HookedModule(
+                point, blocks[0], lambda given: site_tools.stream_given(*given), before=True
+            )
             targets.append((before, _hang(site_tools.on_input, blocks[0])))
             for layer, acting in enumerate(modules):
                 for module in acting:
@@ -382,12 +392,6 @@ def _owner() -> _Owner:
     except RuntimeError:  # no event loop runs on this thread
         task = None
     return threading.get_ident(), task
-
-
-def _stream_given(given: tuple[tuple[Tensor, ...], dict[str, Tensor]]) -> Tensor:
-    """The stream in a block's arguments and keywords."""
-    args, kwargs = given
-    return args[0] if args else kwargs["hidden_states"]
 
 
 def _check_places(model: PreTrainedModel) -> None:

@@ -254,21 +254,16 @@ class DirectionBank:
         if spec.everywhere:
             return self._steer(spec)
         if prompt is None:
-            if spec.condition is not None:
-                raise SpecError(
-                    f"the condition {spec.condition} is for requests to a server: here it is not known where the "
-                    "prompt ends",
-                    param="steer.if",
-                )
+            what, param = f"the condition {spec.condition}", "steer.if"
+            if spec.condition is None:
+                what, param = f"tokens: '{next(e.tokens for e in spec.entries if e.tokens)}'", "steer.tokens"
             raise SpecError(
-                f"tokens: '{next(e.tokens for e in spec.entries if e.tokens)}' is for requests to a server: here it is "
-                "not known where the prompt ends",
-                param="steer.tokens",
+                f"{what} is for requests to a server: here it is not known where the prompt ends", param=param
             )
         spans = [(entry, *entry.span(prompt)) for entry in spec.entries]
         bounds = {bound for _, *span in spans for bound in span}
         if spec.condition is not None:
-            bounds.add(prompt)  # behind the token that decides
+            bounds.add(prompt)  # after the token that decides
         cuts = sorted(bound for bound in bounds if 0 < bound < END)
         parts = [
             self._steer(Spec(tuple(entry for entry, start, stop in spans if start <= at < stop))) for at in (0, *cuts)

@@ -53,7 +53,7 @@ class Shape:
             raise DirectionError(problems)
 
     def behind(self, probe: Direction, entry: Entry) -> Entry:
-        """`entry` with the layers at which it acts under its condition, on `probe`: all behind it, where it names none.
+        """`entry` with the layers at which it acts under its condition, on `probe`: all after it, where it names none.
         Raises SpecError with every reason why that cannot be decided in front of them."""
         condition = entry.condition
         assert condition is not None

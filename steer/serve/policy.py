@@ -332,8 +332,8 @@ def load(path: Path) -> InForce:
 
 
 def fetch(path: Path) -> bytes:
-    """The bytes of a policy file, not many more than it may have. Raises PolicyError, also for what is no file: whoever
-    opens a FIFO waits for somebody to write into it."""
+    """The bytes of a policy file, not many more than it may have. Raises PolicyError, also for what is no regular
+    file: to open a FIFO would wait for a writer."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(fd, "rb") as file:

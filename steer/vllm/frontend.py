@@ -29,7 +29,7 @@ from steer.names import readable
 from steer.registry import Registry
 from steer.runtime.placement import Shape
 from steer.runtime.readout import Reading
-from steer.serve import metrics, token_usage
+from steer.serve import metrics
 from steer.serve.text import token_text
 from steer.shared import Shared
 from steer.spec import RequestedDirection, Spec, parse
@@ -116,7 +116,7 @@ class Ticket:
 
     admission: Admission
     name: str = field(default_factory=lambda: f"ticket:{secrets.token_hex(16)}")
-    usage: token_usage.Usage = field(default_factory=token_usage.current)
+    usage: metrics.Usage = field(default_factory=metrics.current_usage)
     used: bool = False
     lost: bool = False
     salt: str = ""
@@ -344,11 +344,11 @@ class Frontend:
         if call is not None:
             call.made += 1
             if call.made == 1:  # n answers are n requests of the engine with one prompt
-                token_usage.current().prompt += internals.engine.prompt_length(request)
+                metrics.current_usage().prompt += internals.engine.prompt_length(request)
         unread = KEY in (getattr(request.sampling_params, "extra_args", None) or {})
         if text is None and not unread and not (call and call.ticket.admission.spec):
             return
-        if call is None or wire.encode(call.ticket.admission.spec) != text:
+        if call is None or call.ticket.admission.spec.receipt() != text:
             raise SpecError("a request with steering must be made by add_request from a prompt and parameters")
         if request.request_id in self.held:
             raise SpecError(f"a steered request with the id '{request.request_id}' is running already")
@@ -411,7 +411,7 @@ def _with_spec(params: SamplingParams, extra: Mapping[str, object], admission: A
     if KEY not in extra and not spec:
         return params
     copied = params.clone()
-    ours: dict[str, object] = {RESOLVED: wire.encode(spec)} if spec else {}
+    ours: dict[str, object] = {RESOLVED: spec.receipt()} if spec else {}
     if readout:
         ours[READ] = list(readout.digests)
     copied.extra_args = {key: value for key, value in extra.items() if key != KEY} | ours or None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from itertools import repeat
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from steer._version import __version__
 from steer.errors import NoRoom, SteerError, UnsupportedModel
 from steer.runtime.token_index import PLAIN, RequestSteer, TokenIndex
+from steer.spec import Spec
 from steer.vllm import install, internals, settings, wire
 from steer.vllm.capture import Capture
 from steer.vllm.losses import LostRuns, Run, Step
@@ -40,18 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("steer")
 _NONE = np.zeros(0, np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerFacts:
-    """What one worker answers when the front end asks what it has."""
-
-    runner: str
-    layers: tuple[int, ...]
-    rank: int
-    rows: int
-    code: str
-    folder: str
 
 
 class Steered:
@@ -238,7 +226,7 @@ class Steered:
         text = wire.of(new.sampling_params)
         if text is None:
             return
-        spec, length = wire.decode(text), internals.worker.new_prompt_length(new)
+        spec, length = Spec.of(text), internals.worker.new_prompt_length(new)
         steer = self._residents.steer(new.req_id, spec, length)
         if new.req_id in self._running:  # with what it has decided
             return
@@ -276,8 +264,8 @@ class Steered:
         self._met_front_end = True
         self._residents.meet(front_end)
         self._folder = self._folder or folder
-        own, layers = self.steer_settings, tuple(self._installation.blocks)
-        return asdict(WorkerFacts(self._runner_kind, layers, own.rank, own.rows, code_digest(), self._folder))
+        layers = tuple(self._installation.blocks)
+        return {"runner": self._runner_kind, "layers": layers, "code": code_digest(), "folder": self._folder}
 
     def steer_load(self, data: bytes, digest: str, front_end: str) -> dict[str, str]:
         try:

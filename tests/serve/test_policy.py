@@ -12,8 +12,7 @@ from starlette.datastructures import Headers
 
 from steer.registry import Registry
 from steer.serve import carriers, keys, policy
-from steer.serve.authorise import Rules, resolve
-from steer.serve.caller import Caller, Refusal
+from steer.serve.authorise import Caller, Refusal, Rules, resolve
 from steer.serve.keys import Keyring
 from steer.spec import Spec, parse, tokens_in_both, tokens_within
 from tests import models

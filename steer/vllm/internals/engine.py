@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from steer.errors import InvalidInput, UnsupportedModel
-from steer.serve import token_usage
+from steer.serve import metrics
 from steer.tokenization import Decoder
 from steer.vllm.internals.base import ABOVE, CORRUPTED, PROBE_TOKENS, TESTED, Method, T, seam, version
 from steer.vllm.internals.config import check_rust
@@ -96,7 +96,7 @@ def wrap_requests(
     """Have `adds` called with each EngineCoreRequest before the OutputProcessor takes it, `added` with it and the state
     that is kept for it afterwards, and `ended` with the id of each `watched` request that the OutputProcessor has let
     go: finished, stopped by a string, or aborted. One whose stream was lost is ended with what `lost` gives for its id:
-    raised in whoever reads an AsyncLLM's answer, told by the finish reason `error` in an LLM's."""
+    raised where an AsyncLLM's answer is read, told by the finish reason `error` in an LLM's."""
     add, process, abort = (
         seam(outputs, "add_request"),
         seam(outputs, "process_outputs"),
@@ -114,7 +114,7 @@ def wrap_requests(
             raise
         if (state := states.get(request.request_id)) is not None:
             added(request, state)
-            token_usage.current().answer(lambda: answer_length(state))
+            metrics.current_usage().answer(lambda: answer_length(state))
         return out
 
     def processing(engine_core_outputs: Sequence[EngineCoreOutput], *args: object, **kwargs: object) -> object:
@@ -264,7 +264,7 @@ def _attaching(construct: Method, prepare: Prepare[T], attach: Attach[T]) -> Met
 
 
 def _shut_down(engine: object) -> None:
-    """End an LLMEngine or AsyncLLM and the workers behind it."""
+    """End an LLMEngine or AsyncLLM and its workers."""
     shutdown = getattr(engine, "shutdown", None)
     (shutdown if callable(shutdown) else seam(seam(engine, "engine_core"), "shutdown"))()
 

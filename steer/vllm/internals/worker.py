@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steer.errors import UnsupportedModel
-from steer.vllm.internals.base import ABOVE, CORRUPTED, PROBE_TOKENS, TESTED, Method, seam, version
+from steer.vllm.internals.base import ABOVE, CORRUPTED, PROBE_TOKENS, Method, seam
 
 if TYPE_CHECKING:
     from steer.vllm.internals.types import (
@@ -232,12 +232,10 @@ def starts_of(scheduler_output: SchedulerOutput) -> dict[str, int]:
 @contextmanager
 def eager(config: VllmConfig, tokens: int) -> Iterator[None]:
     """Inside it the model's own Python runs, compiled or not, with no KV cache and no attention metadata."""
+    from vllm import forward_context
     from vllm.config import set_current_vllm_config
-    from vllm.forward_context import set_forward_context
 
-    seam(set_forward_context, "__call__")
-    if "skip_compiled" not in inspect.signature(set_forward_context).parameters:
-        raise UnsupportedModel(f"vLLM {version()}: set_forward_context has no skip_compiled; tested with {TESTED}")
+    set_forward_context = seam(forward_context, "set_forward_context", ["skip_compiled"])
     with (
         torch.inference_mode(),
         set_current_vllm_config(config),

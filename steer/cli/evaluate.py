@@ -338,13 +338,8 @@ def classify(
 
 def _answers(path: Path) -> list[dict[str, Any]]:
     """The answers of a file. Raises InvalidInput with every line that is none."""
-    try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        lines = data.decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path}: cannot be read as UTF-8 text: {error}") from error
     found, problems = [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_read(path, str(path))[1].split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -364,6 +359,17 @@ def _answers(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _read(path: Path, said: str) -> tuple[bytes, str]:
+    """The bytes of a file (of standard input for -), and their text. Raises InvalidInput, which begins with `said`."""
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return data, data.decode("utf-8-sig")
+    except OSError as error:
+        raise InvalidInput(f"{said}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{said}: is not UTF-8 text: {error}") from error
+
+
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
@@ -374,11 +380,7 @@ def _text(path: Path, source: Source) -> Text:
     from steer.direction import Dataset
     from steer.lab.evaluation.perplexity import WINDOW, Text, windows
 
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"--text: {path}: cannot be read as UTF-8 text: {error}") from error
+    data, text = _read(path, f"--text: {path}")
     pieces = windows(source.text_ids(text), min(WINDOW, source.context))
     return Text(Dataset(name=path.name, sha256=hashlib.sha256(data).hexdigest(), count=1), pieces)
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol, TypeVar
@@ -24,7 +24,7 @@ from steer.registry import Registry
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
 from steer.serve.answers import Finish, SteerFields, report
-from steer.serve.body import offload
+from steer.serve.body import Gone, offload
 from steer.serve.carriers import PLUS
 from steer.serve.control import Control
 from steer.serve.metrics import current_usage
@@ -314,26 +314,28 @@ class Served:
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """`work`, cancelled when the client disconnects first. Errors inside task groups come out as themselves."""
-    task = asyncio.ensure_future(work)
+    """What `work` gives. Raises Gone, with `work` cancelled, when the client disconnects first. Errors of task groups
+    come out as themselves."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        task.cancel()
 
-    watcher = asyncio.create_task(gone())
+    tasks = working, _ = asyncio.ensure_future(work), asyncio.create_task(gone())
     try:
-        return await task
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Gone
+        return working.result()
     except* SteerError as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         raise error from None
     finally:
-        watcher.cancel()
-        with suppress(asyncio.CancelledError):
-            await watcher
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def events(chunks: AsyncGenerator[Mapping[str, object], None]) -> AsyncGenerator[str, None]:

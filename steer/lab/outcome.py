@@ -33,7 +33,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from steer.lab.behaviour import THINKING, Behaviour, after_thinking, own_words
+from steer.lab.behaviour import Behaviour, after_thinking, own_words
+from steer.tokenization import THINKING
 
 if TYPE_CHECKING:
     from steer.lab.evaluator import Answer

@@ -56,7 +56,7 @@ def router(served: Served) -> APIRouter:
             limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
             room, stops = generator.room(prompt, body.wanted_tokens, "messages", limit), Stops(body.stops)
             samplings = body.sampling(asked, room, body.wanted_logprobs)
-            steer = served.steer(admission, len(prompt))
+            steer = served.steer(admission, prompt)
             return [Job(i, prompt, sampling, stops, steer, read) for i, sampling in enumerate(samplings)]
 
         messages = [message.plain() for message in body.messages]

@@ -58,7 +58,7 @@ def router(served: Served) -> APIRouter:
                 ids = served.loaded.text_ids(prompt) if isinstance(prompt, str) else prompt
                 room = generator.room(ids, body.max_tokens, "prompt")
                 for sampling in body.sampling(asked, room, body.logprobs):
-                    jobs.append(Job(len(jobs), ids, sampling, stops, served.steer(admission, len(ids)), read))
+                    jobs.append(Job(len(jobs), ids, sampling, stops, served.steer(admission, ids), read))
             return jobs
 
         jobs = await generator.offload(request, prompts, "prompt", prepare)

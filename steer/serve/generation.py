@@ -76,7 +76,7 @@ class Piece:
     text: str
     token: Token | None = None
     finish: Finish | None = None
-    #: At the end of the answer to a request with a condition: did that hold.
+    #: At the end of the answer to a request with a condition, or in a phase: did that hold, did it come.
     applied: bool | None = None
 
 

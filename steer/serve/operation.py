@@ -171,6 +171,8 @@ def steering(control: Control, scope: Scope) -> Steering:
     """For `/v1/steering`: the switch, and what who asks may do."""
     caller = control.caller(scope)
     rules, manages = caller.rules, True
+    known = TOKENS if control.registry is None else control.registry.placement.tokens
+    allowed = TOKENS if rules is None or rules.tokens is None else rules.tokens
     try:
         control.check_manages(scope)
     except Refusal:
@@ -181,13 +183,13 @@ def steering(control: Control, scope: Scope) -> Steering:
         "reason": control.reason,
         "modes": MODE_SUMMARIES,
         "scales": MODE_SCALES,
-        "tokens": TOKENS,
+        "tokens": known,
         "may": {
             "steer": rules is None or rules.steer,
             "modes": list(MODES if rules is None else rules.modes),
             "max_strength": MAX_STRENGTH if rules is None else rules.largest,
             "calibrated": rules is not None and rules.max_strength == CALIBRATED,
-            "tokens": list(TOKENS if rules is None or rules.tokens is None else rules.tokens),
+            "tokens": [t for t in allowed if t in known or t not in TOKENS],
             "layers": None if rules is None else rules.layers,
             "with_tools": rules is None or rules.with_tools,
             "conditions": rules is None or rules.conditional,

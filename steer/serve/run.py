@@ -48,7 +48,8 @@ def prepare(model: str, settings: ServeSettings) -> Served:
         anatomy.d_model,
         ", ".join(steering.sites),
     )
-    shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, steering.bank.sites, rank, anatomy.dtype)
+    what = anatomy.architecture, anatomy.layers, anatomy.d_model
+    shape = Shape(*what, steering.bank.sites, rank, anatomy.dtype, loaded.thinking)
     if not settings.directions.is_dir():
         raise UnsupportedModel(f"the directions folder '{settings.directions}' does not exist; make it or name another")
     registry = Registry(LocalPlacement(shape, steering.bank), settings.directions)

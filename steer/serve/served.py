@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -60,12 +60,14 @@ class Served:
         admission: Admission = request.scope["steer"]
         return admission
 
-    def steer(self, admission: Admission, prompt: int) -> RequestSteer | None:
-        """What steers a prompt of so many tokens, in slots of the bank."""
-        return self.engine.steering.bank.steer(admission.spec, prompt)
+    def steer(self, admission: Admission, prompt: Sequence[int]) -> RequestSteer | None:
+        """What steers a prompt of these tokens, in slots of the bank."""
+        spec = admission.spec
+        return self.engine.steering.bank.steer(spec, len(prompt), spec.phase(self.loaded.thinking, prompt))
 
     def steer_fields(self, read: Readout | None, tokens: list[Token], applied: bool | None) -> SteerFields:
-        """The parts of a choice that say what was read at its tokens, and whether its condition held."""
+        """The parts of a choice that say what was read at its tokens, and whether its condition held, or its phase
+        came."""
         out: SteerFields = {}
         if applied is not None:
             out["steer_applied"] = applied

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,7 +47,7 @@ class Placement(Protocol):
         """Direction rows that one token can have."""
 
     @property
-    def tokens(self) -> Mapping[str, str]:
+    def tokens(self) -> dict[str, str]:
         """Those of `TOKENS` at which an entry can act."""
 
     def check(self, direction: Direction) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -126,7 +125,7 @@ class ShapedPlacement:
         return self.shape.rank
 
     @property
-    def tokens(self) -> Mapping[str, str]:
+    def tokens(self) -> dict[str, str]:
         phases = PHASES if self.shape.thinking is None or self.rank == 1 else ()
         return {tokens: meaning for tokens, meaning in TOKENS.items() if tokens not in phases}
 

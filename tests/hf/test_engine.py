@@ -55,7 +55,7 @@ class Rig:
     async def tokens(
         self, prompt: list[int], spec: Spec | None, sampling: Sampling = GREEDY, thinking: Thinking | None = None
     ) -> list[Token]:
-        phase = spec and spec.phase(thinking, prompt)
+        phase = None if spec is None else spec.phase(thinking, prompt)
         steer = self.engine.steering.bank.steer(spec or Spec(), len(prompt), phase)
         return [token async for token in self.engine.generate(prompt, sampling, steer)]
 

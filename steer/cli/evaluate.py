@@ -20,7 +20,7 @@ from steer.cli.console import echo_json, echo_line, log_warnings, quiet_librarie
 from steer.errors import InvalidInput
 from steer.names import MODES
 from steer.settings import ModelSettings
-from steer.spec import TOKENS
+from steer.spec import PHASES, TOKENS
 
 log = logging.getLogger("steer")
 
@@ -61,7 +61,10 @@ def evaluate(
         str | None, typer.Option(help="the layers at which it acts, as 10-20 or all; several by commas; default: all")
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(help=f"the tokens: {', '.join(TOKENS)}; several by commas; default: all")
+        str | None,
+        typer.Option(
+            help=f"the tokens: {', '.join(t for t in TOKENS if t not in PHASES)}; several by commas; default: all"
+        ),
     ] = None,
     controls: Annotated[
         int, typer.Option(min=0, max=100, help="random directions of the same shape to try for each file")
@@ -270,6 +273,8 @@ def _check_places(
     for option, value in (("--text", text), ("--tasks", tasks)):
         if value is not None and tokens != ["all"]:
             problems.append(f"--tokens: {option} scores texts, which have no prompt and no answer: give one of the two")
+    if phases := [each for each in tokens if each in PHASES]:
+        problems.append(f"--tokens: {', '.join(phases)}: for requests to a server, whose answers decide: give others")
     if backend == "vllm" and (last := [each for each in tokens if each.startswith("last-")]):
         problems.append(
             f"--tokens: {', '.join(last)}: vLLM scores an answer as the end of a prompt, whose middle no request can "

@@ -60,8 +60,8 @@ class SteerFields(TypedDict):
         Annotated[
             bool,
             Field(
-                description="of a spec with a condition, at the end of the answer: did the condition hold, so that it "
-                "is steered"
+                description="of a spec with a condition, or in a phase, at the end of the answer: did the condition "
+                "hold, or the phase come, so that it is steered"
             ),
         ]
     ]

@@ -226,7 +226,7 @@ def card(name: str, version: Version, registry: Registry, caller: Caller, rules:
         "sites": list(meta.sites),
         "bytes": version.bytes,
         "usable": caller.may_use(name),
-        "may": bounds([*([caller.rules] if caller.rules else ()), *rules]),
+        "may": bounds([*([caller.rules] if caller.rules else ()), *rules], registry.placement.tokens),
     }
     if caller.manages:
         told["requests"] = version.pins

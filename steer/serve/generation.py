@@ -15,6 +15,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from steer._version import __version__
+from steer.admission import Admission
 from steer.errors import RequestError, RequestFailed, SteerError
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
@@ -82,7 +83,7 @@ class Piece:
     text: str
     token: Token | None = None
     finish: Finish | None = None
-    #: At the end of the answer to a request with a condition: did that hold.
+    #: At the end of the answer to a request with a condition, or in a phase: did that hold, did it come.
     applied: bool | None = None
 
 
@@ -302,8 +303,13 @@ class Served:
                 param="model",
             )
 
+    def steer(self, admission: Admission, prompt: Sequence[int]) -> RequestSteer | None:
+        """What steers a prompt of these tokens, in slots of the bank."""
+        spec = admission.spec
+        return self.engine.steering.bank.steer(spec, len(prompt), spec.phase(self.loaded.thinking, prompt))
+
     def steer_fields(self, read: Readout | None, tokens: list[Token], applied: bool | None) -> SteerFields:
-        """The parts of a choice that say what was read at its tokens, and whether its condition held."""
+        """The parts of a choice that say what was read at its tokens, and whether its condition or phase was met."""
         out: SteerFields = {}
         if applied is not None:
             out["steer_applied"] = applied

@@ -165,6 +165,7 @@ def steering(control: Control, scope: Scope) -> Steering:
     """For `/v1/steering`: the switch, and what the caller may do."""
     caller = control.caller(scope)
     rules, manages = caller.rules, True
+    known = TOKENS if control.registry is None else control.registry.placement.tokens
     try:
         control.check_manages(scope)
     except Refusal:
@@ -175,11 +176,11 @@ def steering(control: Control, scope: Scope) -> Steering:
         "reason": control.reason,
         "modes": MODE_SUMMARIES,
         "scales": MODE_SCALES,
-        "tokens": TOKENS,
+        "tokens": known,
         "may": {
             "steer": rules is None or rules.steer,
             "modes": list(MODES if rules is None else rules.modes),
-            **bounds(() if rules is None else (rules,)),
+            **bounds(() if rules is None else (rules,), known),
             "readout": rules is None or rules.readout,
             "manage": manages,
         },

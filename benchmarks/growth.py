@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.results import FOLDER, Result
+from benchmarks.results import Result, benchmark_parser
 from steer.names import MODES
 from steer.runtime.bank import DirectionBank, HookPoint, apply
 from steer.runtime.token_index import RequestSteer, TokenIndex, slot
@@ -107,10 +105,8 @@ def report(repeats: int) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     result = Result("growth", "How time and memory grow", {}, [], report(given.repeats))
-    result.save(given.out)
-    print(result.markdown())
+    result.publish(given.out)

@@ -297,9 +297,9 @@ def served(model: Any) -> tuple[str, str]:
 
 def baked(model: Any) -> str:
     """Baked as files, and compared with what is served at the site `writers`."""
-    from steer.lab import merge
-    from steer.lab.removal import removal
-    from steer.lab.weights import Checkpoint
+    from steer.lab.merge.model import bake
+    from steer.lab.merge.removal import removal
+    from steer.lab.merge.weights import Checkpoint
     from tests import models
 
     removed = removal(_direction(model, ("writers",)))
@@ -307,7 +307,7 @@ def baked(model: Any) -> str:
         original, output = Path(folder) / "original", Path(folder) / "baked"
         model.save_pretrained(original)
         models.tokenizer(256).save_pretrained(original)
-        merge.bake(Checkpoint(original), removed, output, digest="0" * 64)
+        bake(Checkpoint(original), removed, output, digest="0" * 64)
     return "yes"
 
 
@@ -336,7 +336,7 @@ def plain(reason: str) -> str:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """What the page says of a row: its class, and for each column what was found, with the reason behind a colon."""
+    """What the page says of a row: its class, and for each column what was found, with the reason after a colon."""
     said = [row.found.get(column, "no") for column in COLUMNS]
     reasons = [plain(row.reasons[column]) if column in row.reasons else "" for column in COLUMNS]
     return (row.architecture, *(f"{one}: {why}" if why else one for one, why in zip(said, reasons, strict=True)))
@@ -440,7 +440,8 @@ def main() -> None:
     import torch
     import transformers
 
-    for module in ("steer.hf.batching", "steer.lab.merge", "tests.oracle"):  # which the processes then have already
+    # which the processes then have already
+    for module in ("steer.hf.batching", "steer.lab.merge.model", "tests.oracle"):
         importlib.import_module(module)
 
     torch.set_num_threads(1)

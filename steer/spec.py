@@ -436,6 +436,16 @@ def tokens_within(tokens: str | None, rule: str) -> bool:
     return rule == f"{mine[1]}-N" or (most is not None and mine[1] == most[1] and int(mine[2]) <= int(most[2]))
 
 
+def tokens_in_both(some: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The rules on tokens that allow what one of `some` and one of `others` allow, those of `some` first."""
+
+    def within(rule: str, rules: Sequence[str]) -> bool:
+        return any(rule == other or tokens_within(rule, other) for other in rules)
+
+    kept = [rule for rule in some if within(rule, others)]
+    return kept + [rule for rule in others if rule not in kept and within(rule, some)]
+
+
 def layer_range(layers: object) -> str | None:
     """The canonical text of a range of layers; None for what is none."""
     if isinstance(layers, int) and not isinstance(layers, bool):

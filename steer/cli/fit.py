@@ -114,7 +114,7 @@ def fit(
     """
     log_warnings()
     from steer.lab.behaviour import Behaviour
-    from steer.lab.split import Split
+    from steer.lab.prompts import Split
 
     choices = Choices.model_validate(
         {"mode": mode or "ablate", "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
@@ -136,10 +136,9 @@ def fit(
     rendering = chosen_rendering(system_prompt, template, response_prefix)
     from steer.direction import Direction
     from steer.lab import fit as lab
-    from steer.lab.activations import Keep
-    from steer.lab.condition import find, told
     from steer.lab.derive import Recipe
-    from steer.lab.measure import Conditions
+    from steer.lab.evaluation.condition import find, told
+    from steer.lab.measure import Conditions, Keep
     from steer.lab.progress import Progress
     from steer.lab.select import CHOOSING
 
@@ -252,8 +251,7 @@ def measure(
     sets = read_prompts(harmful), read_prompts(harmless)
     check_contrast(*sets)
     quiet_libraries()
-    from steer.lab.activations import Keep
-    from steer.lab.measure import Conditions
+    from steer.lab.measure import Conditions, Keep
     from steer.lab.measure import measure as run
     from steer.lab.progress import Progress
 

@@ -18,28 +18,19 @@ from steer.geometry import orthogonal_part
 from steer.lab.evaluator import Candidate, Evaluator, Steer
 from steer.lab.prompts import PromptSet, Rendering
 from steer.lab.source import Source, prompt_components
-from steer.names import MAX_STRENGTH, MODES, Mode
+from steer.names import MAX_STRENGTH, MODES
 from steer.spec import RequestedDirection, parse, text
 
 PLAIN = "plain"
 
 
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One way to steer. `name` is its text in the request language, `layers` and `tokens` those of `spec.Entry`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm(Candidate):
+    """A candidate with a name, its text in the request language. `control`: its direction is a random one."""
 
     name: str
-    direction: Direction
     digest: str
-    mode: Mode
-    strength: float
     control: bool = False
-    layers: str | None = None
-    tokens: str | None = None
-
-    @property
-    def candidate(self) -> Candidate:
-        return Candidate(self.direction, self.mode, self.strength, self.layers, self.tokens)
 
     @property
     def way(self) -> str:
@@ -87,8 +78,14 @@ def arms_of(
                 Candidate(own, mode, 1.0, place.layers, place.tokens).entry(file.stem)
                 arms += [
                     Arm(
-                        f"{text([replace(place, direction=name, mode=mode)])}={strength:g}",
-                        *(direction, identity, mode, strength, direction is not own, place.layers, place.tokens),
+                        direction,
+                        mode,
+                        strength,
+                        place.layers,
+                        place.tokens,
+                        name=f"{text([replace(place, direction=name, mode=mode)])}={strength:g}",
+                        digest=identity,
+                        control=direction is not own,
                     )
                     for name, (direction, identity) in tried.items()
                     for strength in strengths or [own.meta.strength]
@@ -175,7 +172,7 @@ def steering(evaluator: Evaluator, arm: Arm | None) -> Iterator[Steer]:
     if arm is None:
         yield None
         return
-    with evaluator.all_resident([arm.candidate]) as (steer,):
+    with evaluator.all_resident([arm]) as (steer,):
         yield steer
 
 

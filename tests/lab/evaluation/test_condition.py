@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,11 +15,10 @@ from steer.demo import MODEL, PROMPTS
 from steer.direction import Direction
 from steer.errors import InvalidInput, NothingFound, SpecError
 from steer.hf.load import load
-from steer.lab.condition import Found, _between, _cut, find
-from steer.lab.prompts import PromptSet, read_prompts
+from steer.lab.evaluation.condition import _between, _cut, find
+from steer.lab.prompts import SMALL, PromptSet, Split, read_prompts
 from steer.lab.source import TransformersSource, prompt_components
-from steer.lab.split import SMALL, Split
-from steer.lab.statistics import difference_of_rates, mean_of_rates
+from steer.lab.statistics import mean_of_rates
 from tests import models
 from tests.servers import ROOT, Server
 from tests.test_cli import run
@@ -28,7 +27,7 @@ SHIPPED = ROOT / "directions" / "refusal.safetensors"
 
 
 def sets(count: int) -> tuple[PromptSet, PromptSet]:
-    refused, harmless = (read_prompts(str(PROMPTS / f"{each}.train.txt")).drawn(count) for each in ("refused", "harmless"))
+    refused, harmless = (read_prompts(str(PROMPTS / f"{of}.train.txt")).drawn(count) for of in ("refused", "harmless"))
     return refused, harmless
 
 
@@ -46,8 +45,10 @@ def noisy(angle: float) -> Direction:
     """The shipped direction, with each layer's row turned by this angle towards a random one."""
     own = Direction.load(SHIPPED)
     drawn = torch.randn(own.directions.shape, generator=torch.Generator().manual_seed(0))
-    rows = own.directions * torch.cos(torch.tensor(angle)) + torch.nn.functional.normalize(drawn, dim=-1) * torch.sin(torch.tensor(angle))
-    return replace(own, directions=torch.nn.functional.normalize(rows, dim=-1), axis=None, angles=None)
+    other = torch.nn.functional.normalize(
+        drawn - (drawn * own.directions).sum(-1, keepdim=True) * own.directions, dim=-1
+    )
+    return replace(own, directions=own.directions * math.cos(angle) + other * math.sin(angle), axis=None, angles=None)
 
 
 def test_it_is_at_the_layer_that_tells_the_sets_apart_on_the_side_of_the_harmful(
@@ -56,7 +57,7 @@ def test_it_is_at_the_layer_that_tells_the_sets_apart_on_the_side_of_the_harmful
     own = Direction.load(SHIPPED)
     for layer in (2, 5):
         # of the shipped rows this one alone; the others are those of nothing that the model knows of
-        rows = noisy(torch.pi / 2).directions
+        rows = noisy(math.pi / 2).directions
         rows[layer] = own.directions[layer]
         for side, direction in (("above", rows), ("below", -rows)):
             found = find(source, replace(own, directions=direction), "harm", split)
@@ -124,7 +125,9 @@ def test_the_interval_of_a_mean_of_rates_is_newcombes() -> None:
     """His example (a) of method 10: 56 of 70 less 48 of 80 is 0.2, from 0.0524 to 0.3339."""
     first, second = ([True] * hits + [False] * (count - hits) for hits, count in ((56, 70), (48, 80)))
     found = mean_of_rates(first, [not each for each in second])
-    assert [2 * each - 1 for each in (found.value, found.low, found.high)] == pytest.approx([0.2, 0.0524, 0.3339], abs=1e-4)
+    assert [2 * each - 1 for each in (found.value, found.low, found.high)] == pytest.approx(
+        [0.2, 0.0524, 0.3339], abs=1e-4
+    )
 
 
 def test_what_is_printed_decides_each_prompt_at_run_time_as_it_was_counted(
@@ -132,7 +135,7 @@ def test_what_is_printed_decides_each_prompt_at_run_time_as_it_was_counted(
 ) -> None:
     """Also those that it decides wrongly."""
     file, (refused, harmless) = tmp_path / "harm.safetensors", sets(160)
-    noisy(ANGLE).save(file)
+    noisy(1.45).save(file)
     given: list[str] = []
     for option, one in (("--harmful", refused), ("--harmless", harmless)):
         (tmp_path / one.name).write_text("\n".join(map(str, one.prompts)))

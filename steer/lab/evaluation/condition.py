@@ -12,14 +12,13 @@ from torch import Tensor
 
 from steer.direction import Direction
 from steer.errors import InvalidInput, NothingFound, SpecError
-from steer.lab.check import check_fits
+from steer.lab.evaluation.check import check_fits
 from steer.lab.evaluation.report import Rate
 from steer.lab.evaluator import Floats
 from steer.lab.measure import Conditions, checked
 from steer.lab.progress import Progress
-from steer.lab.prompts import Rendering
+from steer.lab.prompts import SMALL, Rendering, Split
 from steer.lab.source import Source, prompt_components
-from steer.lab.split import SMALL, Split
 from steer.lab.statistics import Estimate, mean_of_rates, rank_sum, undominated
 from steer.lab.tables import shown
 from steer.runtime.bank import probe_of

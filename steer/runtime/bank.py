@@ -52,7 +52,7 @@ from steer.runtime.token_index import (
     slots_of,
     turns,
 )
-from steer.spec import END, Entry, Spec
+from steer.spec import END, Condition, Entry, Spec
 from steer.tokenization import Phase
 
 #: Sets of entries whose matrices are kept.
@@ -285,9 +285,7 @@ class DirectionBank:
         if decides:
             (row,) = self.rows_of([condition.digest])
             steer.slots[-1] = slot(int(row), "ablate")
-        point, number = condition.layer - EMBEDDING, condition.above
-        probe = Probe(-point, condition.below or 0.0) if number is None else Probe(point, number)
-        return replace(steer, decision=Decision(UNCONDITIONAL), probe=probe if decides else None)
+        return replace(steer, decision=Decision(UNCONDITIONAL), probe=probe_of(condition) if decides else None)
 
     def _steer(self, spec: Spec) -> RequestSteer | None:
         """For a spec that acts at all tokens, whatever it says of them."""
@@ -510,6 +508,12 @@ def apply(
     """x `[tokens, d_model]` after what the index says of each token (see `Acts`), and which tokens are lost
     (`operate`)."""
     return operate(x, gather(bank_slice, rows, slots, strengths, bounds, combinations), dtype)
+
+
+def probe_of(condition: Condition) -> Probe:
+    """How the token that decides it does so."""
+    point, number = condition.layer - EMBEDDING, condition.above
+    return Probe(-point, condition.below or 0.0) if number is None else Probe(point, number)
 
 
 def decide(x: Tensor, bank_slice: BankSlice, rows: Tensor, conditional: Conditional) -> None:

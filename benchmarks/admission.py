@@ -16,9 +16,8 @@ from steer.registry import Registry
 from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.serve import carriers, keys
-from steer.serve.authorise import admit
+from steer.serve.authorise import Caller, admit
 from steer.serve.body import parse_body
-from steer.serve.caller import Caller
 from steer.serve.control import Control
 from steer.settings import ControlSettings
 from steer.spec import Spec

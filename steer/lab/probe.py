@@ -19,14 +19,13 @@ from steer.hf.internals import whole_cache
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
-from steer.lab.behaviour import THINKING
 from steer.lab.evaluator import Candidate, Floats, each_row, named
 from steer.lab.outcome import Answer
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, PromptIds, Rendering
 from steer.runtime.token_index import RequestSteer
 from steer.spec import Spec
-from steer.tokenization import Tokenizer
+from steer.tokenization import THINKING, Tokenizer
 
 T = TypeVar("T")
 #: One for all prompts, or one for each; None is plain.

@@ -17,10 +17,12 @@ from torch import Tensor
 from steer.errors import InvalidInput
 from steer.hf.load import Loaded
 from steer.hf.steering import Anatomy
-from steer.lab.batches import right_padded
+from steer.lab.batches import each_batch, right_padded
 from steer.lab.measurement import ModelFacts
+from steer.lab.progress import Progress
 from steer.lab.prompts import Encoded, Prompt, Rendering, encode_all
 from steer.runtime.hook_points import hooks, on_output
+from steer.runtime.op import component
 
 #: Tokens of a pass on a CPU: the fewer, the less memory the activations take, but each pass reads all weights. With
 #: blocks of 896 dimensions in float32 on two busy cores, 512 took 1.3 times and 1024 1.05 times the time of 2048.
@@ -178,6 +180,26 @@ class TransformersSource:
             with suppress(_Enough):
                 self.anatomy.decoder(input_ids=ids, use_cache=False)
         return capture.read()
+
+
+def prompt_components(
+    source: Source,
+    rows: Tensor,
+    encoded: Sequence[Encoded],
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """⟨x, v⟩ at the last token of each prompt and the output of the layers from 0 on, for which `rows` `[layers,
+    d_model]` are. Returns `[layers, prompts]`, float32."""
+    found, plan = torch.zeros(len(rows), len(encoded)), CapturePlan((-1,), len(rows) - 1)
+
+    def run(indices: list[int]) -> None:
+        (picked,) = source.run([encoded[i] for i in indices], plan).picked
+        found[:, indices] = component(picked.float(), rows[:, None])
+
+    tokens = source.pass_tokens if batch_size is None else None
+    each_batch([len(e.ids) for e in encoded], run, batch_size=batch_size, tokens=tokens, progress=progress)
+    return found
 
 
 class _Enough(Exception):

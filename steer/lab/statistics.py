@@ -86,6 +86,17 @@ def difference_of_rates(first: Sequence[bool], second: Sequence[bool]) -> Estima
     )
 
 
+def mean_of_rates(first: Sequence[bool], second: Sequence[bool]) -> Estimate:
+    """The mean of two rates of different prompts; of the right decisions in two classes it is the balanced accuracy.
+    Source: Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10, whose
+    squares add up for a sum too."""
+    (p, (low_p, high_p)), (q, (low_q, high_q)) = (
+        (sum(each) / len(each), wilson(sum(each), len(each))) for each in (first, second)
+    )
+    value = (p + q) / 2
+    return Estimate(value, value - math.hypot(p - low_p, q - low_q) / 2, value + math.hypot(high_p - p, high_q - q) / 2)
+
+
 def difference_of_means(
     first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, *, resamples: int = RESAMPLES
 ) -> Estimate:

@@ -132,7 +132,7 @@ class Sampled:
     logprobs: Floats
 
     def first(self, tokens: int) -> Sampled:
-        """Only so many tokens of the answer."""
+        """With the first `tokens` tokens of the answer alone."""
         return Sampled(self.ids[: self.start + tokens], self.start, self.logprobs[:tokens])
 
 

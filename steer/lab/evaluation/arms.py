@@ -15,10 +15,9 @@ from torch import Tensor
 from steer.direction import MAX_VALUE, Direction, digest, read_file
 from steer.errors import InvalidInput, SpecError
 from steer.geometry import orthogonal_part
-from steer.lab.batches import each_batch
 from steer.lab.evaluator import Candidate, Evaluator, Steer
 from steer.lab.prompts import PromptSet, Rendering
-from steer.lab.source import CapturePlan, Source
+from steer.lab.source import Source, prompt_components
 from steer.names import MAX_STRENGTH, MODES
 from steer.spec import RequestedDirection, parse, text
 
@@ -178,9 +177,6 @@ def steering(evaluator: Evaluator, arm: Arm | None) -> Iterator[Steer]:
         yield steer
 
 
-POSITION = -1
-
-
 def layer_of(direction: Direction) -> int:
     """The layer that it came from, else the last one that it steers."""
     steered = [layer for layer in range(direction.meta.layers) if direction.directions[layer].any()]
@@ -197,17 +193,9 @@ def projected(
     """Return the components of the last prompt token along the direction's first row at `layer_of`, by panel title and
     set."""
     layer = layer_of(direction)
-    row = direction.directions[layer, 0].float()
-    found = {}
-    for name, prompts in sets.items():
-        encoded = source.encode(prompts.prompts, rendering)
-        values = [0.0] * len(encoded)
-
-        def run(indices: list[int], encoded=encoded, values=values) -> None:  # type: ignore[no-untyped-def]
-            picked = source.run([encoded[i] for i in indices], CapturePlan((POSITION,), layer)).picked[0, layer]
-            for i, value in zip(indices, (picked.float().cpu() @ row).tolist(), strict=True):
-                values[i] = value
-
-        each_batch([len(e.ids) for e in encoded], run, batch_size=batch_size, tokens=source.pass_tokens)
-        found[name] = values
+    rows = direction.directions[: layer + 1, 0]
+    found = {
+        name: prompt_components(source, rows, source.encode(prompts.prompts, rendering), batch_size)[layer].tolist()
+        for name, prompts in sets.items()
+    }
     return {f"layer {layer}, last prompt token": found}

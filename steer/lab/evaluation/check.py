@@ -63,13 +63,13 @@ class Checked:
         return "fails" if self.problems else "unknown" if self.unknown else "works"
 
 
-def check_fits(direction: Direction, source: Source) -> None:
-    """Raise DirectionError with every reason why a server with this model would not take it."""
+def check_fits(direction: Direction, source: Source) -> Shape:
+    """The shape of a server with this model. Raises DirectionError with every reason why that would not take it."""
     facts, meta = source.facts, direction.meta
     dtype = getattr(torch, facts.dtype or "float32")
-    Shape(facts.architecture, facts.layers, facts.d_model, frozenset(meta.sites), direction.rank, dtype).check(
-        direction
-    )
+    shape = Shape(facts.architecture, facts.layers, facts.d_model, frozenset(meta.sites), direction.rank, dtype)
+    shape.check(direction)
+    return shape
 
 
 def check(

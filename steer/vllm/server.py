@@ -488,7 +488,12 @@ class Models(_Layer):
         names = [name for name in front_end_of(scope["app"]).registry.names() if caller.may_use(name)]
 
         async def change(body: bytes) -> bytes:
-            return _with_aliases(body, names)
+            listed = json.loads(body)
+            for card in list(listed["data"]):
+                for name in names:
+                    alias = {"id": f"{card['id']}{carriers.PLUS}{name}", "parent": card["id"], "root": name}
+                    listed["data"].append(card | alias)
+            return json.dumps(listed).encode()
 
         await self.app(scope, receive, rewriting(send, lambda start: change if start["status"] == 200 else None))
 
@@ -506,12 +511,3 @@ class Health(_Layer):
             return change
 
         await self.app(scope, receive, rewriting(send, choose, pages.JSON))
-
-
-def _with_aliases(body: bytes, names: Sequence[str]) -> bytes:
-    listed = json.loads(body)
-    for card in list(listed["data"]):
-        for name in names:
-            alias = {"id": f"{card['id']}{carriers.PLUS}{name}", "parent": card["id"], "root": name}
-            listed["data"].append(card | alias)
-    return json.dumps(listed).encode()

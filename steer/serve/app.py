@@ -87,7 +87,7 @@ def build(served: Served) -> FastAPI:
     app.add_middleware(Head)
     app.include_router(html.router())
     html.put_docs_on(app)
-    app.include_router(directions_router(registry, control=control))
+    app.include_router(directions_router(control))
     app.include_router(operation.router(control))
     app.include_router(completions.router(served))
     layer = partial(

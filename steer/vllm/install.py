@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from steer.errors import UnsupportedModel
 from steer.runtime import selfcheck
 from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
-from steer.runtime.hook_points import Output, find_blocks, find_writers, hooks
+from steer.runtime.hook_points import Args, Kwargs, Output, find_blocks, find_writers, hooks
 from steer.runtime.token_index import TokenIndex
 from steer.spec import MAX_TOGETHER
 from steer.vllm import internals
@@ -238,7 +238,7 @@ def _find_writers(worker: Worker, local: dict[int, nn.Module], form: Form) -> li
     last: list[Tensor] = []
     width = worker.model_config.get_hidden_size()
 
-    def entering(args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+    def entering(args: Args, kwargs: Kwargs) -> Tensor:
         if last:
             return last[-1]  # what the block before handed on
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]

@@ -22,7 +22,7 @@ from steer.direction import digest as digest_of
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, printable
 from steer.names import SUFFIX, check_name
 from steer.shared import Shared
-from steer.spec import MAX_PLACES, Entry, RequestedDirection, Spec
+from steer.spec import MAX_PLACES, PHASES, Entry, RequestedDirection, Spec
 from steer.watch import Follower
 
 log = logging.getLogger("steer")
@@ -45,6 +45,10 @@ class Placement(Protocol):
     @property
     def rank(self) -> int:
         """Direction rows that one token can have."""
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        """Those of `TOKENS` at which an entry can act."""
 
     def check(self, direction: Direction) -> None:
         """Raise DirectionError with every reason why this model cannot serve `direction`."""
@@ -192,15 +196,23 @@ class Registry:
                 f"the directions of one request act at {len(places)} different tokens ({', '.join(places)}), at most "
                 f"{MAX_PLACES} are accepted"
             ]
+        phases = [place for place in places if place in PHASES]
+        if phases and len(places) > 1:
+            return [
+                f"tokens: '{phases[0]}' does not go together with others in one request ({', '.join(places)}); "
+                "accepted: the same for all its directions"
+            ]
         if len({entry.condition for entry in entries}) > 1:
             said = ", ".join(dict.fromkeys(f"if {e.condition}" if e.condition else "always" for e in entries))
             return [f"the directions of one request act under different conditions ({said}); accepted: one for all"]
         with self._state:
             needed = sum(self._versions[entry.digest].direction.acting(entry.mode) for entry in entries)
         needed += any(entry.condition for entry in entries)
+        needed = max(needed, 2) if phases else needed
         if needed <= self.placement.rank:
             return []
         condition = " (one of them for its condition)" if any(entry.condition for entry in entries) else ""
+        condition = f" (two are the least with the tokens '{phases[0]}')" if phases else condition
         return [
             f"the request needs {needed} direction rows for each token{condition}, this server was started with rank "
             f"{self.placement.rank}: `--rank {needed}` for a server, `rank=` in Python"

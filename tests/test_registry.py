@@ -8,6 +8,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from steer.names import Mode, Site
 from steer.registry import Move, Registry
 from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.spec import Entry, RequestedDirection, parse
+from steer.spec import PHASES, TOKENS, Entry, RequestedDirection, parse
+from steer.tokenization import Thinking
 from tests import models
 
 MODEL = models.tiny("llama")
@@ -44,7 +46,7 @@ class Recorder:
     """A placement with room for `room` rows that writes down what is resident and what was asked of it."""
 
     def __init__(self, room: int = 8, rank: int = 4) -> None:
-        self.room, self.rank = room, rank
+        self.room, self.rank, self.tokens = room, rank, TOKENS
         self.resident: dict[str, int] = {}
         self.calls: list[tuple[str, str]] = []
         self.on_load: Callable[[], None] = lambda: None
@@ -882,3 +884,26 @@ def test_the_directions_of_one_request_act_at_two_different_places_at_most() -> 
     registry.resolve(parse("a@answer,b@prompt"))
     with pytest.raises(SpecError, match=r"at 3 different tokens \(all, answer, prompt\), at most 2"):
         registry.resolve(parse("a@answer,b@prompt,c"))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_phase_is_of_models_that_have_it_and_of_all_that_a_request_asks_for(phase: str) -> None:
+    placements = [local(), local(), local(rank=1)]
+    for placement in placements[1:]:
+        placement.shape = replace(placement.shape, thinking=Thinking(5, 6, frozenset()))
+    for placement, offered in zip(placements, (False, True, False), strict=True):
+        assert (phase in placement.tokens) == offered
+    without, registry, narrow = map(Registry, placements)
+    for each in (without, registry, narrow):
+        for name, data in (("a", A), ("b", B)):
+            each.put(name, data, store=False)
+    assert registry.resolve(parse(f"a@{phase},b@{phase}=0.5")).phased == phase
+    with pytest.raises(
+        SpecError, match=rf"tokens: '{phase}': this model's tokenizer has no tokens .*<think> and </think>"
+    ):
+        without.resolve(parse(f"a@{phase}"))
+    with pytest.raises(SpecError, match=r"2 direction rows .*two are the least with the tokens"):
+        narrow.resolve(parse(f"a@{phase}"))
+    for other in ("answer", "all", *({*PHASES} - {phase})):
+        with pytest.raises(SpecError, match="does not go together with others in one request"):
+            registry.resolve(parse(f"a@{phase},b@{other}"))

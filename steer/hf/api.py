@@ -96,7 +96,7 @@ class Attached:
                 f"{type(model).__name__}: its decoder {type(self._steering.anatomy.decoder).__name__} is not called "
                 "when the model is, so that no pass would be noticed"
             )
-        self._registry = Registry(self._steering.placement, quiet=True)
+        self._registry = Registry(self._steering.placement(), quiet=True)
         self._owed = _Owed()
         self._steering.watchers.append(self._owed)
         #: How many `with` blocks are open.

@@ -15,6 +15,7 @@ from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from steer.errors import EngineFailed, NoRoom, RequestFailed, SteerError
 from steer.hf.internals import Decoding, check_model
@@ -49,13 +50,16 @@ class Engine(abc.ABC):
         """
         self.admit(1)
         decisions = self.steering.index.decisions
-        steer = decisions.take(steer)
+        steer, phase, met = decisions.take(steer), None if steer is None else steer.acting.phase, False
         self.in_flight += 1
         try:
             stream = self.answer(prompt, sampling, steer, read)
             async with aclosing(stream):
                 async for token in stream:
-                    yield token
+                    if phase is not None:
+                        met |= phase.begun
+                        phase = phase.after(token.id)
+                    yield token if phase is None else replace(token, applied=met)
         finally:
             self.in_flight -= 1
             decisions.give(steer)
@@ -98,11 +102,13 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def stop(self) -> None: ...
 
-    def _steered(self, steer: RequestSteer | None, start: int, length: int) -> AbstractContextManager[None]:
-        """For a pass of one row over `length` tokens from the position `start` on."""
-        if steer is None or not steer.then:
+    def _steered(self, steer: RequestSteer | None, start: int, ids: Tensor) -> AbstractContextManager[None]:
+        """For a pass of one row over these tokens `[1, tokens]` from the position `start` on."""
+        if steer is None or not (steer.then or steer.phase):
             return self.steering.batch([steer])
-        return self.steering.batch(*steer.along(start, length))
+        length = ids.shape[1]
+        tokens = ids[0], torch.arange(start, start + length, device=ids.device)
+        return self.steering.batch(*steer.along(start, length), tokens)
 
     @torch.inference_mode()
     def score_alone(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
@@ -111,7 +117,7 @@ class Engine(abc.ABC):
         decisions = self.steering.index.decisions
         steer = decisions.take(steer)
         try:
-            with self._steered(steer, 0, len(ids)):
+            with self._steered(steer, 0, tensor):
                 logits = self.steering.anatomy.model(input_ids=tensor, use_cache=False).logits[0, :-1].float()
         finally:
             decisions.give(steer)
@@ -157,8 +163,9 @@ class SequentialEngine(Engine):
     def _step(self, decoding: Decoding, sampler: Sampler, steer: RequestSteer | None, read: Readout | None) -> Token:
         with _failing():
             inputs = decoding.inputs()
-        length = inputs["input_ids"].shape[1]
-        with _failing(), self._steered(steer, decoding.length - length, length):
+        ids = inputs["input_ids"]
+        length = ids.shape[1]
+        with _failing(), self._steered(steer, decoding.length - length, ids):
             self.steering.reads.fill([read], [length])
             logits = decoding.logits(inputs)
             readings = self.steering.reads.collect()

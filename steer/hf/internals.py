@@ -79,6 +79,8 @@ _MANAGER = (
 _PROCESSOR = (
     "cache.max_tokens_read",
     "inputs_and_outputs.compute_stream",
+    "inputs_and_outputs.input_ids",
+    "inputs_and_outputs.position_ids",
     "inputs_and_outputs.requests_in_batch",
     "max_batch_tokens",
     "_generation_step",

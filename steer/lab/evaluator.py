@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from steer.direction import Direction
 from steer.errors import InvalidInput
+from steer.lab.outcome import Answer
 from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt
 from steer.names import Mode
@@ -22,7 +23,7 @@ from steer.spec import Entry
 T = TypeVar("T")
 Floats = NDArray[np.float64]
 #: What steers on an engine, in its own terms; None is plain. And plain text that its divergences are taken along, whose
-#: `first(tokens)` is the same with so many predictions alone.
+#: `first(tokens)` is the same with that number of predictions.
 Steer = Any
 Continuation = Any
 
@@ -50,14 +51,14 @@ class Candidate:
         return entry
 
 
-class Answer(Protocol):
-    """A greedy answer: its tokens without the end, and its text."""
-
-    @property
-    def ids(self) -> list[int]: ...
-
-    @property
-    def text(self) -> str: ...
+def named(candidates: Sequence[Candidate]) -> tuple[dict[str, Direction], list[Entry]]:
+    """The directions of `candidates`, each once and with a name of its own, and what a request for each candidate
+    has."""
+    names: dict[int, str] = {}
+    for candidate in candidates:
+        names.setdefault(id(candidate.direction), f"candidate{len(names)}")
+    entries = [candidate.entry(names[id(candidate.direction)]) for candidate in candidates]
+    return {names[id(candidate.direction)]: candidate.direction for candidate in candidates}, entries
 
 
 class Evaluator(Protocol):
@@ -114,7 +115,7 @@ class Evaluator(Protocol):
         ...
 
 
-#: Makes the evaluator for directions of up to so many rows, and answers of so many tokens.
+#: Makes an evaluator, from the most rows of a direction and the most tokens of an answer.
 MakeEvaluator = Callable[[int, int], Evaluator]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,17 +12,17 @@ from scipy.special import expit
 
 from steer.errors import InvalidInput
 from steer.lab.behaviour import Behaviour
-from steer.lab.evaluator import Answer, Candidate, Evaluator, Steer, answers_of_each, crossed, divergences_of_each
+from steer.lab.evaluator import Candidate, Evaluator, Steer, answers_of_each, crossed, divergences_of_each
 from steer.lab.judge import Judge, judged
-from steer.lab.outcome import Outcome, Told, tell
+from steer.lab.outcome import Answer, Outcome, Told, tell
 from steer.lab.progress import answering
-from steer.lab.prompts import Prompt
+from steer.lab.prompts import Prompt, PromptSet
 from steer.lab.statistics import mean_of, wilson
 
 #: Prompts of each set in the first round, at least; each round after it goes to twice as many. And rows of a step that
-#: take hardly longer than one row, as all weights are read for each step: so many are not worth a round less.
+#: take hardly longer than one row, as all weights are read for each step: with fewer, a round less is worth more.
 FIRST_ROUND, FULL = 8, 160
-#: A mean is surely above zero where it is so many standard errors above it.
+#: Standard errors by which a mean is above zero where it surely is.
 SURELY = 3.0
 #: Why a candidate stopped: it surely leaves more of the behaviour than the best, or another is as good in answers and
 #: surely diverges less.
@@ -45,20 +44,9 @@ class Sets:
             raise InvalidInput([f"the prompt set '{name}' is empty: at least one prompt is needed" for name in empty])
 
     @classmethod
-    def drawn(
-        cls,
-        asked: Sequence[Prompt],
-        other: Sequence[Prompt],
-        borderline: Sequence[Prompt] = (),
-        *,
-        limits: tuple[int, int, int],
-    ) -> Sets:
-        """At most `limits` of each, drawn evenly: files are often sorted by topic."""
-        each = [
-            tuple(random.Random(0).sample(list(prompts), min(limit, len(prompts))))
-            for prompts, limit in zip((asked, other, borderline), limits, strict=True)
-        ]
-        return cls(*each)
+    def drawn(cls, asked: PromptSet, other: PromptSet, borderline: PromptSet | None = None, *, limit: int) -> Sets:
+        """At most `limit` prompts of each, drawn evenly: files are often sorted by topic."""
+        return cls(*(() if one is None else one.drawn(limit).prompts for one in (asked, other, borderline)))
 
     def work(self, tokens: int, start: int = 0) -> float:
         """The work of a candidate that answers in `tokens` tokens, from prompt `start` of each set on."""

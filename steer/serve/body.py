@@ -50,7 +50,7 @@ MAX_ANSWERS = 16_384
 
 
 class Gone(Exception):
-    """The client left before its body had arrived."""
+    """The client left before its body had arrived, or its answer was made: nobody is to be told."""
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:

@@ -41,7 +41,7 @@ Choice = TypeVar("Choice")
 
 def router(served: Served) -> APIRouter:
     router, generator, engine = APIRouter(route_class=JsonRoute), served.generator, served.engine
-    bank, tokenizer = engine.steering.bank, served.loaded.tokenizer
+    tokenizer = served.loaded.tokenizer
 
     @router.post(
         "/v1/chat/completions",
@@ -66,7 +66,7 @@ def router(served: Served) -> APIRouter:
             limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
             room, stops = generator.room(prompt, body.wanted_tokens, "messages", limit), Stops(body.stops)
             samplings = body.sampling(asked, room, body.wanted_logprobs)
-            steer = bank.steer(admission.spec, len(prompt))
+            steer = served.steer(admission, prompt)
             return [Job(i, prompt, sampling, stops, steer, read) for i, sampling in enumerate(samplings)]
 
         messages = [message.plain() for message in body.messages]
@@ -146,7 +146,7 @@ def router(served: Served) -> APIRouter:
                 ids = served.loaded.text_ids(prompt) if isinstance(prompt, str) else prompt
                 room = generator.room(ids, body.max_tokens, "prompt")
                 for sampling in body.sampling(asked, room, body.logprobs):
-                    jobs.append(Job(len(jobs), ids, sampling, stops, bank.steer(admission.spec, len(ids)), read))
+                    jobs.append(Job(len(jobs), ids, sampling, stops, served.steer(admission, ids), read))
             return jobs
 
         jobs = await generator.offload(request, prompts, "prompt", prepare)

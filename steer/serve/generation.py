@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol, TypeVar
@@ -15,6 +15,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from steer._version import __version__
+from steer.admission import Admission
 from steer.errors import RequestError, RequestFailed, SteerError
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
@@ -24,7 +25,7 @@ from steer.registry import Registry
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
 from steer.serve.answers import Finish, SteerFields, report
-from steer.serve.body import offload
+from steer.serve.body import Gone, offload
 from steer.serve.carriers import PLUS
 from steer.serve.control import Control
 from steer.serve.metrics import current_usage
@@ -82,7 +83,7 @@ class Piece:
     text: str
     token: Token | None = None
     finish: Finish | None = None
-    #: At the end of the answer to a request with a condition: did that hold.
+    #: At the end of the answer to a request with a condition, or in a phase: did that hold, did it come.
     applied: bool | None = None
 
 
@@ -302,8 +303,13 @@ class Served:
                 param="model",
             )
 
+    def steer(self, admission: Admission, prompt: Sequence[int]) -> RequestSteer | None:
+        """What steers a prompt of these tokens, in slots of the bank."""
+        spec = admission.spec
+        return self.engine.steering.bank.steer(spec, len(prompt), spec.phase(self.loaded.thinking, prompt))
+
     def steer_fields(self, read: Readout | None, tokens: list[Token], applied: bool | None) -> SteerFields:
-        """The parts of a choice that say what was read at its tokens, and whether its condition held."""
+        """The parts of a choice that say what was read at its tokens, and whether its condition or phase was met."""
         out: SteerFields = {}
         if applied is not None:
             out["steer_applied"] = applied
@@ -314,26 +320,28 @@ class Served:
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """`work`, cancelled when the client disconnects first. Errors inside task groups come out as themselves."""
-    task = asyncio.ensure_future(work)
+    """What `work` gives. Raises Gone, with `work` cancelled, when the client disconnects first. Errors of task groups
+    come out as themselves."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        task.cancel()
 
-    watcher = asyncio.create_task(gone())
+    tasks = working, _ = asyncio.ensure_future(work), asyncio.create_task(gone())
     try:
-        return await task
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Gone
+        return working.result()
     except* SteerError as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         raise error from None
     finally:
-        watcher.cancel()
-        with suppress(asyncio.CancelledError):
-            await watcher
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def events(chunks: AsyncGenerator[Mapping[str, object], None]) -> AsyncGenerator[str, None]:

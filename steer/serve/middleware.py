@@ -165,6 +165,8 @@ class SteerMiddleware:
                 again = b"" if self.parsed else await understood(lambda: json.dumps(body).encode(), len(data))
                 await self._serve(run, answer, scope, replay(again, receive))
                 self.rendering.look(admission.spec, body)
+            except Gone:
+                pass
             except Exception:
                 answer.outcome = "error"
                 raise

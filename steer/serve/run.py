@@ -48,7 +48,7 @@ def prepare(model: str, settings: ServeSettings) -> Served:
     )
     if not settings.directions.is_dir():
         raise UnsupportedModel(f"the directions folder '{settings.directions}' does not exist; make it or name another")
-    registry = Registry(steering.placement, settings.directions)
+    registry = Registry(steering.placement(loaded.thinking), settings.directions)
     registry.sync()
     default = parse(settings.default_steer)
     registry.resolve(default)

@@ -33,6 +33,7 @@ from steer.serve import metrics
 from steer.serve.text import token_text
 from steer.shared import Shared
 from steer.spec import RequestedDirection, Spec, parse
+from steer.tokenization import Thinking
 from steer.vllm import internals, wire
 from steer.vllm.internals.types import Call, CallAsync
 from steer.vllm.placement import VllmPlacement
@@ -171,9 +172,10 @@ class Frontend:
         *,
         place: tuple[int, int] = (0, 1),
         serves: bool = False,
+        thinking: Thinking | None = None,
     ) -> None:
         """`place`: which of how many front ends of the engine this is. `serves`: the engine is a server's, so nothing
-        is taken that no layer of ours has let pass."""
+        is taken that no layer of ours has let pass. `thinking`: the tokens of the model's."""
         architecture, layers, d_model = internals.config.shape_of(config)
         self.settings, self.call, self.call_async = settings, call, call_async or _no_loop
         self.serves, self.place = serves, place
@@ -182,7 +184,8 @@ class Frontend:
         self.dtype = internals.config.dtype_of(config)
         self.context = internals.config.context_of(config)
         sites = frozenset(settings.sites)
-        self.shape = Shape(architecture, layers, d_model, sites, settings.rank, internals.config.stream_dtype(config))
+        dtype = internals.config.stream_dtype(config)
+        self.shape = Shape(architecture, layers, d_model, sites, settings.rank, dtype, thinking)
         self.placement = VllmPlacement(self.shape, call)
         self.registry = Registry(self.placement, settings.directions)
         self.default = parse(settings.default)
@@ -228,7 +231,9 @@ class Frontend:
         made = Shared.make_folder() if count > 1 else None
         name = f"{index}:{secrets.token_hex(8)}"
         try:
-            workers = self.call("steer_hello", name, str(made or ""))
+            workers = self.call(
+                "steer_hello", name, str(made or ""), (t := self.shape.thinking) and [t.begin, t.end, *t.special]
+            )
             if made is not None:
                 self.shared = Shared(Path(workers[0]["folder"]), index, count)
         finally:

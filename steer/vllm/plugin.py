@@ -57,7 +57,9 @@ def _prepare(config: VllmConfig) -> EngineSettings | None:
 
 def _attach_sync(engine: LLMEngine, settings: EngineSettings, serves: bool) -> None:
     """Steering on an `LLMEngine` that has just started; blocks until the workers are ready."""
-    frontend = Frontend(engine.vllm_config, settings, partial(internals.engine.call_workers, engine), serves=serves)
+    call = partial(internals.engine.call_workers, engine)
+    thinking = internals.engine.engine_thinking(engine)
+    frontend = Frontend(engine.vllm_config, settings, call, serves=serves, thinking=thinking)
     _wrap_processors(engine, frontend)
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])
 
@@ -106,6 +108,7 @@ def _attach_async(engine: AsyncLLM, settings: EngineSettings, serves: bool) -> N
         partial(internals.engine.call_workers_async, engine),
         place=internals.engine.place_of(engine),
         serves=serves,
+        thinking=internals.engine.engine_thinking(engine),
     )
     _wrap_processors(engine, frontend)
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])

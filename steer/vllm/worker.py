@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from steer._version import __version__
 from steer.errors import NoRoom, SteerError, UnsupportedModel
-from steer.runtime.token_index import PLAIN, RequestSteer, TokenIndex
+from steer.runtime.token_index import PLAIN, RequestSteer, TokenIndex, Tokens
 from steer.spec import Spec
+from steer.tokenization import Thinking
 from steer.vllm import install, internals, settings, wire
 from steer.vllm.capture import Capture
 from steer.vllm.losses import LostRuns, Run, Step
@@ -97,6 +98,7 @@ class Steered:
             None  # what the rank before has handed on for the step that runs
         )
         self._met_front_end = False
+        self._thinking: Thinking | None = None
         self._folder = ""  # where the front ends meet
         reads = self._installation.reads
         self._reads = ReadRunner(reads, self._installation.reading) if reads is not None else None
@@ -226,17 +228,16 @@ class Steered:
         text = wire.of(new.sampling_params)
         if text is None:
             return
-        spec, length = Spec.of(text), internals.worker.new_prompt_length(new)
-        steer = self._residents.steer(new.req_id, spec, length)
+        spec, length, prompt = Spec.of(text), internals.worker.new_prompt_length(new), new.prompt_token_ids or ()
+        steer = self._residents.steer(new.req_id, spec, length, spec.phase(self._thinking, prompt))
         if new.req_id in self._running:  # with what it has decided
             return
-        prompt = new.prompt_token_ids or ()
         self._lost_runs.meet(new.req_id, Run(internals.worker.adapter_of(new) + spec.key(length), prompt, length))
-        if steer.decision is not None:
+        if steer.decides:
             self._conditional[new.req_id] = steer = self._index.decisions.take(steer)
         self._running[new.req_id] = self._index.enter(steer)
 
-    def _on_batch(self, requests: list[str], lengths: NDArray[np.int32]) -> None:
+    def _on_batch(self, requests: list[str], lengths: NDArray[np.int32], tokens: Tokens) -> None:
         if self._inside == "call":
             self._rest()
             return
@@ -246,7 +247,7 @@ class Steered:
         starts = None
         if self._index.phased:
             starts = np.fromiter(map(self._starts.__getitem__, requests), np.int64, len(requests))
-        steered = self._index.fill(numbers, lengths, starts)
+        steered = self._index.fill(numbers, lengths, starts, tokens)
         self._steered_tokens += steered
         self._batch = (list(requests), lengths.copy()) if steered else ([], lengths)
         before, self._from_before = self._from_before, None
@@ -259,9 +260,13 @@ class Steered:
 
     # -- called by `collective_rpc`; failures are answers, so that one worker's cannot end the engine -----------------
 
-    def steer_hello(self, front_end: str, folder: str) -> dict[str, object]:
-        """A front end is there; what this worker has, and the folder that the first one has named for all to meet."""
+    def steer_hello(self, front_end: str, folder: str, thinking: list[int] | None = None) -> dict[str, object]:
+        """A front end is there, and what begins and ends the model's thinking, with the special tokens; what this
+        worker has, and the folder that the first one has named for all to meet."""
         self._met_front_end = True
+        if thinking:
+            begin, end, *special = thinking
+            self._thinking = Thinking(begin, end, frozenset(special))
         self._residents.meet(front_end)
         self._folder = self._folder or folder
         layers = tuple(self._installation.blocks)

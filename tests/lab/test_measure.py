@@ -11,12 +11,11 @@ import torch
 from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.hf.load import Loaded, load
-from steer.lab.activations import Keep, Reader, Reading
 from steer.lab.derive import Recipe, derive
-from steer.lab.measure import Conditions, _check_room, measure
+from steer.lab.measure import Conditions, Keep, _check_room, measure
 from steer.lab.measurement import Measurement, ModelFacts
 from steer.lab.prompts import Encoded, PromptSet, Rendering, encode
-from steer.lab.source import TransformersSource
+from steer.lab.source import Capture, CapturePlan, TransformersSource
 from tests import models
 
 HARMFUL = PromptSet("harmful", "0" * 64, tuple("abc" * n + "?" for n in range(1, 14)))
@@ -223,25 +222,23 @@ def test_bad_sets_and_conditions_are_refused(source: TransformersSource) -> None
         measure(source, HARMFUL, HARMLESS, Conditions(last_layer=3))
 
 
-def test_a_packed_batch_reads_as_a_padded_one() -> None:
+def test_a_padded_batch_is_read_without_its_padding() -> None:
     generator = torch.Generator().manual_seed(0)
     batch = [Encoded([1] * n, slice(1, n - 1)) for n in (5, 3, 7)]
     streams = [torch.randn(len(e.ids), 8, generator=generator) for e in batch]
-    reading = Reading((-1, 0, -2), 0)
-    packed, padded = Reader(batch, reading), Reader(batch, reading, width=7)
-    packed.take(0, torch.cat(streams))
-    padded.take(0, torch.nn.utils.rnn.pad_sequence(streams, batch_first=True, padding_value=9e9))
-    for name in ("picked", "own"):
-        assert torch.equal(getattr(packed.read(), name), getattr(padded.read(), name))
-    assert torch.equal(packed.read().picked[2, 0, 1], streams[1][-2])
+    capture = Capture(batch, CapturePlan((-1, 0, -2), 0), 7)
+    capture.take(0, torch.nn.utils.rnn.pad_sequence(streams, batch_first=True, padding_value=9e9))
+    read = capture.read()
+    expected = torch.stack([torch.stack([stream[at] for stream in streams]) for at in (-1, 0, -2)])
+    assert torch.equal(read.picked[:, 0], expected)
     own = sum(s[e.own].double().sum(0) for s, e in zip(streams, batch, strict=True))
-    torch.testing.assert_close(packed.read().own[0], own, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(read.own[0], own, rtol=1e-6, atol=1e-6)
 
 
 def test_what_does_not_fit_in_memory_is_refused_before_anything_runs() -> None:
     facts = ModelFacts(name="m", architecture="A", d_model=2**20, layers=100)
     with pytest.raises(InvalidInput, match="GiB of memory"):
-        _check_room(Conditions(keep=Keep(moments=True)), Reading((-1,), 99), facts, 10)
+        _check_room(Conditions(keep=Keep(moments=True)), CapturePlan((-1,), 99), facts, 10)
 
 
 def test_activations_that_are_not_finite_are_named(tiny_folder: Path) -> None:

@@ -17,8 +17,9 @@ from steer.hf.internals import whole_cache
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL, Behaviour
+from steer.lab.evaluation.report import DivergenceOf
 from steer.lab.evaluator import Candidate, first_tokens
-from steer.lab.probe import HFEvaluator, cache_bytes, last_logits, summarised
+from steer.lab.probe import HFEvaluator, cache_bytes, last_logits
 from steer.lab.prompts import Rendering, encode
 from steer.spec import Spec
 from tests import models
@@ -288,7 +289,7 @@ def test_divergence_is_the_textbook_sum(tiny_folder: Path) -> None:
     prompts = ["abc", "hello world"]
     plain = probe.answers(prompts, None)
     with probe.all_resident([Candidate(direction, "ablate", 1.0)]) as (steer,):
-        got = summarised(probe.divergences(prompts, plain, steer))
+        got = DivergenceOf.of("ablate", "harmless", probe.divergences(prompts, plain, steer))
         expected, first = [], []
         for prompt, answer in zip(prompts, plain, strict=True):
             head = loaded.chat_ids([{"role": "user", "content": prompt}])

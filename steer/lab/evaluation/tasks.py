@@ -38,7 +38,7 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class TaskPlan:
-    """Which tasks, at most so many documents of each, from lm_eval's own folder or `folder` too. `tokenizer` is the
+    """Which tasks, at most `limit` documents of each, from lm_eval's own folder or `folder` too. `tokenizer` is the
     model's, a local folder or a hub id."""
 
     names: Sequence[str]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from steer.errors import InvalidInput, UnsupportedModel
 from steer.serve import metrics
-from steer.tokenization import Decoder
+from steer.tokenization import Thinking, Tokenizer, thinking_of
 from steer.vllm.internals.base import ABOVE, CORRUPTED, PROBE_TOKENS, TESTED, Method, T, seam, version
 from steer.vllm.internals.config import check_rust
 
@@ -209,12 +209,19 @@ def answer_ids(state: RequestState) -> list[int]:
     return list(seam(seam(state, "detokenizer"), "output_token_ids"))
 
 
-def tokenizer_of(engine: AsyncLLM) -> Decoder:
-    """The tokenizer of an AsyncLLM."""
-    found: Decoder | None = getattr(engine, "tokenizer", None)
+def tokenizer_of(engine: AsyncLLM | LLMEngine) -> Tokenizer:
+    """The tokenizer of an engine that has one."""
+    found: Tokenizer | None = getattr(engine, "tokenizer", None)
     if found is None:
         found = seam(seam(engine, "renderer"), "get_tokenizer")()
     return found
+
+
+def engine_thinking(engine: AsyncLLM | LLMEngine) -> Thinking | None:
+    """The tokens of its model's thinking, where its tokenizer has some."""
+    if seam(engine.vllm_config.model_config, "skip_tokenizer_init"):
+        return None
+    return thinking_of(tokenizer_of(engine))
 
 
 #: Reads a VllmConfig before an engine is constructed from it; None leaves the engine alone.

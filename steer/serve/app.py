@@ -87,7 +87,7 @@ def build(served: Served) -> FastAPI:
     app.add_middleware(Head)
     app.include_router(html.router())
     html.put_docs_on(app)
-    app.include_router(directions_router(registry, control=control))
+    app.include_router(directions_router(control))
     app.include_router(operation.router(control))
     app.include_router(completions.router(served))
     layer = partial(
@@ -105,8 +105,7 @@ def build(served: Served) -> FastAPI:
     generating = {(path, "POST"): layer for path in ("/v1/chat/completions", "/v1/completions")}
     assert len(wrap_routes(app, generating)) == len(generating)
     app.include_router(_models(served))
-    bank = engine.steering.bank
-    metrics.watch(registry, lambda: bank.rows_in_use, bank.rows)
+    metrics.watch(registry, engine.steering.bank.rows)
 
     async def elsewhere(request: Request) -> Response:
         raise errors.HTTPProblem(

@@ -109,23 +109,27 @@ def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> t
     return OwnRoute
 
 
-def router(registry: Registry, *, control: Control) -> APIRouter:
+def router(control: Control) -> APIRouter:
     routes = APIRouter(prefix="/v1/directions", tags=["directions"], route_class=own_route(control, FILE))
+
+    def registry() -> Registry:
+        assert control.registry is not None, "the server has started"
+        return control.registry
 
     def told(name: str, version: Version, caller: Caller) -> DirectionCard:
         policy = control.rules.policy
         rules = policy.directions if policy else {}
-        alike = (other for other, its in registry.names().items() if its.digest == version.digest)
-        return card(name, version, registry, caller, [rules[other] for other in alike if other in rules])
+        alike = (other for other, its in registry().names().items() if its.digest == version.digest)
+        return card(name, version, registry(), caller, [rules[other] for other in alike if other in rules])
 
     @routes.get("", summary="All served directions, and what was offered but is not served", responses=documented())
     async def list_directions(request: Request) -> DirectionList:
         caller = control.caller(request.scope)
-        served = [told(name, version, caller) for name, version in registry.names().items() if caller.may_know(name)]
+        served = [told(name, version, caller) for name, version in registry().names().items() if caller.may_know(name)]
         known = {item["id"] for item in served}
         failed: list[FailedDirection] = [
             {"id": name, "object": "direction", "status": "failed", "errors": list(problems)}
-            for name, problems in sorted(registry.failures.items())
+            for name, problems in sorted(registry().failures.items())
             if name not in known and caller.may_know(name)
         ]
         return {"object": "list", "data": [*served, *failed]}
@@ -138,7 +142,7 @@ def router(registry: Registry, *, control: Control) -> APIRouter:
     async def get_direction(name: str, request: Request) -> DirectionDetail:
         caller = control.caller(request.scope)
         try:
-            version = registry.get(name, caller.may_know)
+            version = registry().get(name, caller.may_know)
         except UnknownDirection as error:
             raise _not_found(error) from error
         return {
@@ -170,7 +174,7 @@ def router(registry: Registry, *, control: Control) -> APIRouter:
         control.moving(caller)
 
         def put() -> Version:
-            version = registry.put(name, data)
+            version = registry().put(name, data)
             control.shared.settle()
             return version
 
@@ -191,7 +195,7 @@ def router(registry: Registry, *, control: Control) -> APIRouter:
         control.moving(control.caller(request.scope))
 
         def delete() -> None:
-            registry.delete(name)
+            registry().delete(name)
             control.shared.settle()
 
         try:

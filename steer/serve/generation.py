@@ -279,10 +279,10 @@ class Served:
     loaded: Loaded
     engine: Engine
     registry: Registry
-    default: tuple[RequestedDirection, ...] = ()
-    max_body: int = 8 * 2**20
-    control: Control = field(default_factory=Control)
-    template: Mapping[str, object] = field(default_factory=dict)
+    control: Control
+    default: tuple[RequestedDirection, ...]
+    max_body: int
+    template: Mapping[str, object]
 
     @cached_property
     def generator(self) -> Generator:

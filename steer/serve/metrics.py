@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -56,6 +57,13 @@ INFO = Gauge(
     ["direction", "digest", "method"],
     multiprocess_mode="livemax",
 )
+#: Gauges that read the registry.
+_OF_REGISTRY: dict[Gauge, Callable[[Registry], float]] = {
+    RESIDENT: lambda registry: registry.resident,
+    ROWS: lambda registry: registry.rows,
+    SWAPS: lambda registry: registry.swaps,
+    FAILURES: lambda registry: len(registry.failures),
+}
 #: Are values kept in files? Then labels cannot be taken away.
 _IN_FILES = "PROMETHEUS_MULTIPROC_DIR" in os.environ
 _open: ContextVar[Usage | None] = ContextVar("steer_usage", default=None)
@@ -104,23 +112,19 @@ def count(spec: Spec, outcome: str, usage: Usage) -> None:
         REQUESTS.labels(direction="", mode="", outcome=outcome).inc()
 
 
-def watch(registry: Registry, rows_in_use: Callable[[], float], capacity: int) -> None:
+def watch(registry: Registry, capacity: int) -> None:
     """Let the gauges read `registry` when they are scraped."""
     ROW_CAPACITY.set(capacity)
-    RESIDENT.set_function(lambda: registry.resident)
-    SWAPS.set_function(lambda: registry.swaps)
-    FAILURES.set_function(lambda: len(registry.failures))
-    ROWS.set_function(rows_in_use)
+    for gauge, read in _OF_REGISTRY.items():
+        gauge.set_function(partial(read, registry))
 
 
 def refresh(registry: Registry) -> None:
     """The info metric of what is served now. What is new is there before what is old goes, so that no scrape between
     finds a served direction missing. Where values are in files, also what the gauges of `watch` say."""
     if _IN_FILES:
-        RESIDENT.set(registry.resident)
-        ROWS.set(registry.rows)
-        SWAPS.set(registry.swaps)
-        FAILURES.set(len(registry.failures))
+        for gauge, read in _OF_REGISTRY.items():
+            gauge.set(read(registry))
     now = {(name, v.digest, v.direction.meta.method) for name, v in registry.names().items()}
     for labels in now:
         INFO.labels(*labels).set(1)

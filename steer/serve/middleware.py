@@ -92,18 +92,18 @@ class SteerMiddleware:
         *,
         registry: Registry,
         served: Sequence[str],
+        control: Control,
         default: tuple[RequestedDirection, ...] = (),
         max_body: int = 8 * 2**20,
         forward: Forward | None = None,
         readable: int = 0,
-        control: Control | None = None,
         parsed: bool = False,
         context: int = 2**15,
         rendering: RenderingWatch | None = None,
     ) -> None:
         self.app, self.registry, self.served, self.default = app, registry, tuple(served), default
         self.max_body, self.forward, self.context = max_body, forward, context
-        self.readable, self.control, self.parsed = readable, control or Control(), parsed
+        self.readable, self.control, self.parsed = readable, control, parsed
         self.rendering = rendering or RenderingWatch(registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -255,7 +255,7 @@ class Frontend:
             self.placement.flush()
             metrics.refresh(registry)
 
-        metrics.watch(registry, lambda: registry.rows, self.settings.rows)
+        metrics.watch(registry, self.settings.rows)
         metrics.refresh(registry)
         registry.follow(looked, self.shared)
 

@@ -86,7 +86,7 @@ def install(app: FastAPI) -> None:
             raise UnsupportedModel(f"vLLM {internals.version()} serves no route {needed}")
     control = app.state.steer_control = Control(control_settings(app))
     check_door(control, app.state.args)
-    app.include_router(directions_router(_LateRegistry(app), control=control))  # type: ignore[arg-type]
+    app.include_router(directions_router(control))
     app.include_router(operation.router(control))
     app.include_router(html.router())
     html.put_docs_on(app)
@@ -224,16 +224,6 @@ def check_door(control: Control, args: Namespace) -> None:
         origins = []  # which is vLLM's own default, and would let every page in the world steer and manage
         log.warning("other origins' pages may not call: list them in --allowed-origins, or give a policy with keys")
     control.listen(args.host, origins, guarded=guarded)
-
-
-class _LateRegistry:
-    """The registry of the app's engine, which is there only when the app serves."""
-
-    def __init__(self, app: FastAPI) -> None:
-        self._app = app
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(front_end_of(self._app).registry, name)
 
 
 class Generation:
@@ -488,7 +478,12 @@ class Models(_Layer):
         names = [name for name in front_end_of(scope["app"]).registry.names() if caller.may_use(name)]
 
         async def change(body: bytes) -> bytes:
-            return _with_aliases(body, names)
+            listed = json.loads(body)
+            for card in list(listed["data"]):
+                for name in names:
+                    alias = {"id": f"{card['id']}{carriers.PLUS}{name}", "parent": card["id"], "root": name}
+                    listed["data"].append(card | alias)
+            return json.dumps(listed).encode()
 
         await self.app(scope, receive, rewriting(send, lambda start: change if start["status"] == 200 else None))
 
@@ -506,12 +501,3 @@ class Health(_Layer):
             return change
 
         await self.app(scope, receive, rewriting(send, choose, pages.JSON))
-
-
-def _with_aliases(body: bytes, names: Sequence[str]) -> bytes:
-    listed = json.loads(body)
-    for card in list(listed["data"]):
-        for name in names:
-            alias = {"id": f"{card['id']}{carriers.PLUS}{name}", "parent": card["id"], "root": name}
-            listed["data"].append(card | alias)
-    return json.dumps(listed).encode()

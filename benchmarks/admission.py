@@ -5,22 +5,19 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from starlette.datastructures import Headers
 
-from benchmarks.results import Result, benchmark_parser
+from benchmarks.results import Result, benchmark_parser, median_seconds
 from steer.registry import Registry
 from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.serve import carriers, keys
-from steer.serve.authorise import admit
+from steer.serve.authorise import Caller, admit
 from steer.serve.body import parse_body
-from steer.serve.caller import Caller
 from steer.serve.control import Control
 from steer.settings import ControlSettings
 from steer.spec import Spec
@@ -82,15 +79,9 @@ def parts(count: int, folder: Path) -> dict[str, float]:
     return found
 
 
-def micro(run: Callable[[], object], repeats: int = 25, inner: int = 200) -> float:
+def micro(run: Callable[[], object]) -> float:
     """Median microseconds of one call."""
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        for _ in range(inner):
-            run()
-        times.append((time.perf_counter() - began) / inner)
-    return 1e6 * statistics.median(times)
+    return 1e6 * median_seconds(run, repeats=25, inner=200)
 
 
 def report() -> str:

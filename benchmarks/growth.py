@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from benchmarks.results import Result, benchmark_parser
+from benchmarks.results import Result, benchmark_parser, median_seconds
 from steer.names import MODES
 from steer.runtime.bank import DirectionBank, HookPoint, apply
 from steer.runtime.token_index import RequestSteer, TokenIndex, slot
@@ -59,21 +57,8 @@ class Case:
             for bank_slice in slices:
                 apply(x, bank_slice, *index.first(len(x)))
 
-        filling = _seconds(lambda: index.fill(numbers, lengths), repeats)
-        return bank.nbytes + index.nbytes, 1e3 * _seconds(operation, repeats), 1e6 * filling
-
-
-def _seconds(run: object, repeats: int) -> float:
-    assert callable(run)
-    run()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+        filling = median_seconds(lambda: index.fill(numbers, lengths), repeats)
+        return bank.nbytes + index.nbytes, 1e3 * median_seconds(operation, repeats), 1e6 * filling
 
 
 SWEEPS: dict[str, Sequence[int]] = {

@@ -8,9 +8,7 @@ given order; the other makes its own batches of at most 32, as `steer measure` d
 from __future__ import annotations
 
 import random
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig
 
-from benchmarks.results import Ratio, Result, Table, benchmark_parser, interleave, rounds
+from benchmarks.results import Ratio, Result, Table, benchmark_parser, interleave, median_seconds, rounds
 from benchmarks.shapes import WIDTH, llama
 from steer.direction import Dataset
 from steer.hf.load import Loaded
@@ -188,13 +186,7 @@ def deriving(rounds: int) -> dict[str, tuple[float, float]]:
 
 
 def _milliseconds(run: Callable[[], object], rounds: int) -> float:
-    times = []
-    run()
-    for _ in range(rounds):
-        started = time.perf_counter()
-        run()
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times)
+    return 1000 * median_seconds(run, rounds)
 
 
 def tables(rounds: int, lengths: Sequence[str]) -> list[Table]:

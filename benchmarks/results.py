@@ -70,6 +70,20 @@ def interleave(arms: Mapping[str, Callable[[], float | None]], rounds: int, titl
     return {name: _ratio(each, times[baseline], rng) for name, each in times.items()}
 
 
+def median_seconds(run: Callable[[], object], repeats: int, inner: int = 1) -> float:
+    """Of one call, after a first one that is not counted; `inner` calls are timed together."""
+    run()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for _ in range(inner):
+            run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - began) / inner)
+    return statistics.median(times)
+
+
 def _ratio(times: list[float], baseline: list[float], rng: random.Random) -> Ratio:
     ratios = tuple(t / b for t, b in zip(times, baseline, strict=True))
     low, median, high = statistics.quantiles(ratios, n=4)

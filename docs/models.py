@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
+from logging.handlers import BufferingHandler
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -269,27 +270,18 @@ def at_writers(model: Any) -> str:
     return "yes"
 
 
-class _Warned(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
-
-
 def served(model: Any) -> tuple[str, str]:
     """How the engine serves it, and why not batched."""
     from steer.hf.batching import start_engine
     from steer.hf.steering import Steering
 
-    heard = _Warned()
+    heard = BufferingHandler(1000)
     logging.getLogger("steer").addHandler(heard)
     engine = start_engine(Steering(model), [], context=200, capacity=8, cache_tokens=1024)
     engine.stop()
     if engine.description == "continuous batching":
         return "batched", ""
-    why = next((one for one in heard.said if "cannot be batched" in one), "")
+    why = next((said for one in heard.buffer if "cannot be batched" in (said := one.getMessage())), "")
     return "one at a time", why.removeprefix("this model cannot be batched (").removesuffix(
         "): requests are served one at a time"
     )

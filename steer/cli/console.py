@@ -43,7 +43,7 @@ def reported(*, resumes: bool = False) -> Iterator[None]:
         typer.echo(f"nothing found: {error}", err=True)
         raise typer.Exit(3) from None
     except SteerError as error:
-        for problem in error.problems if isinstance(error, InvalidInput) else [error]:
+        for problem in error.problems if isinstance(error, InvalidInput) else [str(error)]:
             typer.echo(f"error: {problem}", err=True)
         raise typer.Exit(2) from None
 

@@ -20,7 +20,7 @@ from steer.cli.console import echo_json, echo_line, log_warnings, quiet_librarie
 from steer.errors import InvalidInput
 from steer.names import MODES
 from steer.settings import ModelSettings
-from steer.spec import TOKENS
+from steer.spec import PHASES, TOKENS
 
 log = logging.getLogger("steer")
 
@@ -61,7 +61,10 @@ def evaluate(
         str | None, typer.Option(help="the layers at which it acts, as 10-20 or all; several by commas; default: all")
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(help=f"the tokens: {', '.join(TOKENS)}; several by commas; default: all")
+        str | None,
+        typer.Option(
+            help=f"the tokens: {', '.join(t for t in TOKENS if t not in PHASES)}; several by commas; default: all"
+        ),
     ] = None,
     controls: Annotated[
         int, typer.Option(min=0, max=100, help="random directions of the same shape to try for each file")
@@ -270,6 +273,8 @@ def _check_places(
     for option, value in (("--text", text), ("--tasks", tasks)):
         if value is not None and tokens != ["all"]:
             problems.append(f"--tokens: {option} scores texts, which have no prompt and no answer: give one of the two")
+    if phases := [each for each in tokens if each in PHASES]:
+        problems.append(f"--tokens: {', '.join(phases)}: for requests to a server, whose answers decide: give others")
     if backend == "vllm" and (last := [each for each in tokens if each.startswith("last-")]):
         problems.append(
             f"--tokens: {', '.join(last)}: vLLM scores an answer as the end of a prompt, whose middle no request can "
@@ -338,13 +343,8 @@ def classify(
 
 def _answers(path: Path) -> list[dict[str, Any]]:
     """The answers of a file. Raises InvalidInput with every line that is none."""
-    try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        lines = data.decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path}: cannot be read as UTF-8 text: {error}") from error
     found, problems = [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_read(path, str(path))[1].split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -364,6 +364,17 @@ def _answers(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _read(path: Path, said: str) -> tuple[bytes, str]:
+    """The bytes of a file (of standard input for -), and their text. Raises InvalidInput, which begins with `said`."""
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return data, data.decode("utf-8-sig")
+    except OSError as error:
+        raise InvalidInput(f"{said}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{said}: is not UTF-8 text: {error}") from error
+
+
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
@@ -374,11 +385,7 @@ def _text(path: Path, source: Source) -> Text:
     from steer.direction import Dataset
     from steer.lab.evaluation.perplexity import WINDOW, Text, windows
 
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"--text: {path}: cannot be read as UTF-8 text: {error}") from error
+    data, text = _read(path, f"--text: {path}")
     pieces = windows(source.text_ids(text), min(WINDOW, source.context))
     return Text(Dataset(name=path.name, sha256=hashlib.sha256(data).hexdigest(), count=1), pieces)
 

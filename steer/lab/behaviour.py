@@ -12,18 +12,9 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from steer.errors import InvalidInput, problems_of
+from steer.tokenization import THINKING
 
 FOLDER = Path(__file__).parent / "behaviours"
-#: What stands before and after a model's thinking, of the usual families; the first is what templates open themselves.
-THINKING = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<seed:think>", "</seed:think>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
-)
 #: Letters of which one says about as much as two or three of an alphabet; and the end of an answer in which it may turn
 #: out late that it refuses, in characters.
 DENSE, LATE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]"), 300

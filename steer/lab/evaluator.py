@@ -51,6 +51,16 @@ class Candidate:
         return entry
 
 
+def named(candidates: Sequence[Candidate]) -> tuple[dict[str, Direction], list[Entry]]:
+    """The directions of `candidates`, each once and with a name of its own, and what a request for each candidate
+    has."""
+    names: dict[int, str] = {}
+    for candidate in candidates:
+        names.setdefault(id(candidate.direction), f"candidate{len(names)}")
+    entries = [candidate.entry(names[id(candidate.direction)]) for candidate in candidates]
+    return {names[id(candidate.direction)]: candidate.direction for candidate in candidates}, entries
+
+
 class Evaluator(Protocol):
     """What steers is in the terms of the engine, None is plain: one for all prompts, or a list with one for each."""
 

@@ -33,7 +33,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from steer.lab.behaviour import THINKING, Behaviour, after_thinking, own_words
+from steer.lab.behaviour import Behaviour, after_thinking, own_words
+from steer.tokenization import THINKING
 
 Outcome: TypeAlias = Literal["shown", "late", "unanswered", "degenerate", "deflected", "complied"]
 OUTCOMES: tuple[Outcome, ...] = ("shown", "late", "unanswered", "degenerate", "deflected", "complied")

@@ -19,13 +19,13 @@ from steer.hf.internals import whole_cache
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
-from steer.lab.behaviour import THINKING
-from steer.lab.evaluator import Candidate, Floats, each_row
+from steer.lab.evaluator import Candidate, Floats, each_row, named
 from steer.lab.outcome import Answer
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, PromptIds, Rendering
 from steer.runtime.token_index import RequestSteer
 from steer.spec import Spec
+from steer.tokenization import THINKING
 
 T = TypeVar("T")
 #: Bytes of cache that a batch of answers may hold; AUTO rows are tried whatever they take.
@@ -89,16 +89,13 @@ class HFEvaluator:
     def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[Spec | None]]:
         """The directions of `candidates` in the bank while it lasts, the spec of each. What shares a direction shares
         its rows. Raises NoRoom where there are more than `room` rows."""
-        bank, names = self.steering.bank, dict[int, str]()
-        for candidate in candidates:
-            names.setdefault(id(candidate.direction), f"candidate{len(names)}")
-        entries = [candidate.entry(names[id(candidate.direction)]) for candidate in candidates]
+        bank, (directions, entries) = self.steering.bank, named(candidates)
         try:
-            for candidate in candidates:
-                bank.load(names[id(candidate.direction)], candidate.direction)
+            for name, direction in directions.items():
+                bank.load(name, direction)
             yield [Spec((entry,)) if entry.strength else None for entry in entries]
         finally:
-            for name in names.values():
+            for name in directions:
                 bank.unload(name)
 
     def answers(

@@ -17,8 +17,8 @@ from steer.errors import NoRoom, SteerError, UnknownDirection
 from steer.names import Mode, Site, check_name
 from steer.registry import Registry, Version
 from steer.serve import errors
+from steer.serve.authorise import Caller
 from steer.serve.body import read_body
-from steer.serve.caller import Caller
 from steer.serve.control import Control
 from steer.serve.errors import Code, documented
 from steer.serve.pages import FILE, READING, check_kind
@@ -109,7 +109,7 @@ def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> t
     return OwnRoute
 
 
-def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES) -> APIRouter:
+def router(registry: Registry, *, control: Control) -> APIRouter:
     routes = APIRouter(prefix="/v1/directions", tags=["directions"], route_class=own_route(control, FILE))
 
     def told(name: str, version: Version, caller: Caller) -> DirectionCard:
@@ -124,8 +124,8 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
         served = [told(name, version, caller) for name, version in registry.names().items() if caller.may_know(name)]
         known = {item["id"] for item in served}
         failed: list[FailedDirection] = [
-            {"id": name, "object": "direction", "status": "failed", "errors": list(failure.problems)}
-            for name, failure in sorted(registry.failures.items())
+            {"id": name, "object": "direction", "status": "failed", "errors": list(problems)}
+            for name, problems in sorted(registry.failures.items())
             if name not in known and caller.may_know(name)
         ]
         return {"object": "list", "data": [*served, *failed]}
@@ -165,7 +165,7 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
     )
     async def put_direction(name: str, request: Request) -> DirectionCard:
         check_name(name)
-        data = await read_body(request.scope, request.receive, max_upload)
+        data = await read_body(request.scope, request.receive, MAX_BYTES)
         caller = control.caller(request.scope)
         control.moving(caller)
 
@@ -208,12 +208,12 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
 def card(name: str, version: Version, registry: Registry, caller: Caller, rules: Sequence[Limits]) -> DirectionCard:
     """What `caller` is told of a direction in a list; `rules`: of that version, under any name. How many requests use
     it now is others' business too, so that is for who manages."""
-    meta, failure = version.direction.meta, registry.failures.get(name)
+    meta, problems = version.direction.meta, registry.failures.get(name)
     told: DirectionCard = {
         "id": name,
         "object": "direction",
-        "status": "stale" if failure else "served",
-        "errors": list(failure.problems) if failure else [],
+        "status": "stale" if problems else "served",
+        "errors": list(problems or ()),
         "digest": version.digest,
         "created": int(version.loaded),
         "method": meta.method,
@@ -226,7 +226,7 @@ def card(name: str, version: Version, registry: Registry, caller: Caller, rules:
         "sites": list(meta.sites),
         "bytes": version.bytes,
         "usable": caller.may_use(name),
-        "may": bounds([*([caller.rules] if caller.rules else ()), *rules]),
+        "may": bounds([*([caller.rules] if caller.rules else ()), *rules], registry.placement.tokens),
     }
     if caller.manages:
         told["requests"] = version.pins

@@ -29,11 +29,9 @@ from steer.registry import Registry
 from steer.serve import carriers, errors, metrics
 from steer.serve.asgi import is_event_stream, send_response, with_headers
 from steer.serve.authorise import admit
-from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, understood
+from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, tokens_of, understood
 from steer.serve.control import Control, Reservation, Run
 from steer.serve.pages import JSON, check_kind
-from steer.serve.ratelimit import tokens_of
-from steer.serve.token_usage import counting
 from steer.spec import RequestedDirection, Spec
 from steer.tokenization import rendered_otherwise
 
@@ -84,7 +82,7 @@ class RenderingWatch:
 
 class SteerMiddleware:
     """`served` are the model names that aliases extend; `forward` may write the admission into the body for an engine
-    that lives behind another interface; `readable` is how many layers the engine behind can read, 0 for none; `parsed`
+    that has another interface; `readable` is how many layers the engine can read, 0 for none; `parsed`
     says that the app takes the body from `scope[BODY]`, and none has to be written for it again; `context` is the most
     tokens that one prompt with its answer can have there; `rendering` looks at how chats are rendered."""
 
@@ -152,7 +150,7 @@ class SteerMiddleware:
             await errors.of(error)(scope, receive, send)
             return
         answer = _Answer(send, run)
-        with counting() as usage:
+        with metrics.counting_usage() as usage:
             try:
                 body.pop(carriers.FIELD, None)
                 body.pop(readout.FIELD, None)
@@ -167,6 +165,8 @@ class SteerMiddleware:
                 again = b"" if self.parsed else await understood(lambda: json.dumps(body).encode(), len(data))
                 await self._serve(run, answer, scope, replay(again, receive))
                 self.rendering.look(admission.spec, body)
+            except Gone:
+                pass
             except Exception:
                 answer.outcome = "error"
                 raise

@@ -11,7 +11,7 @@ from starlette.types import Scope
 from typing_extensions import TypedDict
 
 from steer.names import MODE_SCALES, MODE_SUMMARIES, MODES, Mode, Scale
-from steer.serve.caller import Refusal
+from steer.serve.authorise import Refusal
 from steer.serve.control import Control
 from steer.serve.directions import own_route
 from steer.serve.errors import Code, documented
@@ -99,7 +99,7 @@ def router(control: Control) -> APIRouter:
 
     @routes.get(
         "",
-        summary="Is steering on, what who asks may do, and for the managing role how policy and audit log are",
+        summary="Is steering on, what may the caller do, and for the managing role how policy and audit log are",
         responses=documented(),
     )
     async def get_steering(request: Request) -> Steering:
@@ -162,9 +162,10 @@ def _folder(control: Control) -> Literal["none", "unreadable"] | State:
 
 
 def steering(control: Control, scope: Scope) -> Steering:
-    """For `/v1/steering`: the switch, and what who asks may do."""
+    """For `/v1/steering`: the switch, and what the caller may do."""
     caller = control.caller(scope)
     rules, manages = caller.rules, True
+    known = TOKENS if control.registry is None else control.registry.placement.tokens
     try:
         control.check_manages(scope)
     except Refusal:
@@ -175,11 +176,11 @@ def steering(control: Control, scope: Scope) -> Steering:
         "reason": control.reason,
         "modes": MODE_SUMMARIES,
         "scales": MODE_SCALES,
-        "tokens": TOKENS,
+        "tokens": known,
         "may": {
             "steer": rules is None or rules.steer,
             "modes": list(MODES if rules is None else rules.modes),
-            **bounds(() if rules is None else (rules,)),
+            **bounds(() if rules is None else (rules,), known),
             "readout": rules is None or rules.readout,
             "manage": manages,
         },

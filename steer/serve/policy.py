@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -171,8 +171,8 @@ class Bounds(TypedDict):
     conditions: Annotated[bool, Field(description="may steer under conditions")]
 
 
-def bounds(limits: Sequence[Limits]) -> Bounds:
-    """What all of `limits` allow."""
+def bounds(limits: Sequence[Limits], known: Collection[str]) -> Bounds:
+    """What all of `limits` allow where the server serves the `known` of `TOKENS`."""
     tokens: list[str] | None = None
     layers: tuple[int, int] | None = None
     for each in limits:
@@ -186,7 +186,7 @@ def bounds(limits: Sequence[Limits]) -> Bounds:
     return {
         "max_strength": min((each.largest for each in limits), default=MAX_STRENGTH),
         "calibrated": any(each.max_strength == CALIBRATED for each in limits),
-        "tokens": list(TOKENS) if tokens is None else tokens,
+        "tokens": [name for name in (TOKENS if tokens is None else tokens) if name in known or name not in TOKENS],
         "layers": None if layers is None else layer_range(f"{layers[0]}-{layers[1]}"),
         "with_tools": all(each.with_tools for each in limits),
         "conditions": all(each.conditional for each in limits),
@@ -332,8 +332,8 @@ def load(path: Path) -> InForce:
 
 
 def fetch(path: Path) -> bytes:
-    """The bytes of a policy file, not many more than it may have. Raises PolicyError, also for what is no file: whoever
-    opens a FIFO waits for somebody to write into it."""
+    """The bytes of a policy file, not many more than it may have. Raises PolicyError, also for what is no regular
+    file: to open a FIFO would wait for a writer."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(fd, "rb") as file:

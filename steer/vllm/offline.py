@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from steer.errors import EngineFailed, InvalidInput, SpecError
-from steer.lab.evaluator import Candidate, Floats, each_row
+from steer.lab.evaluator import Candidate, Floats, each_row, named
 from steer.lab.measurement import ModelFacts
 from steer.lab.outcome import Answer
 from steer.lab.probe import opened
@@ -132,7 +132,7 @@ class Sampled:
     logprobs: Floats
 
     def first(self, tokens: int) -> Sampled:
-        """Only so many tokens of the answer."""
+        """With the first `tokens` tokens of the answer alone."""
         return Sampled(self.ids[: self.start + tokens], self.start, self.logprobs[:tokens])
 
 
@@ -162,15 +162,11 @@ class VllmEvaluator:
     @contextmanager
     def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[str | None]]:
         """Raises DirectionError where the engine's rank or rows are too few."""
-        registry, names, put = self.frontend.registry, dict[int, str](), list[str]()
-        for candidate in candidates:
-            names.setdefault(id(candidate.direction), f"candidate{len(names)}")
-        entries = [candidate.entry(names[id(candidate.direction)]) for candidate in candidates]
+        registry, put, (directions, entries) = self.frontend.registry, list[str](), named(candidates)
         try:
-            for candidate in candidates:
-                if (name := names[id(candidate.direction)]) not in put:
-                    registry.put(name, candidate.direction.to_bytes(), store=False)
-                    put.append(name)
+            for name, direction in directions.items():
+                registry.put(name, direction.to_bytes(), store=False)
+                put.append(name)
             yield [
                 text([RequestedDirection(e.direction, e.mode, e.strength, e.layers, e.tokens)]) if e.strength else None
                 for e in entries

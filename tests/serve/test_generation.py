@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shutil
@@ -18,6 +19,7 @@ from fastapi.testclient import TestClient
 from steer.serve.app import build
 from steer.serve.run import prepare
 from steer.settings import ServeSettings
+from tests.serve.inside import post
 
 PROMPT = [5, 6, 7, 0, 9, 11]
 
@@ -88,3 +90,14 @@ def test_settings_that_are_not_applied_are_told(
 def test_the_default_name_of_a_folder_is_its_last_part(tiny_folder: Path, tmp_path: Path) -> None:
     with served(tiny_folder, tmp_path) as (client, _):
         assert [model["id"] for model in client.get("/v1/models").json()["data"]][:1] == ["with-settings"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_client_that_leaves_is_no_error(tiny_folder: Path, tmp_path: Path, path: str) -> None:
+    asked = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "0 1 2"}]}
+    with served(tiny_folder, tmp_path) as (client, folder):
+        body = {"model": folder.name, "max_tokens": 50} | asked
+        with pytest.raises(IndexError):  # of the answer, which is none: the app itself has raised nothing
+            asyncio.run(post(client.app, body, {"Host": "127.0.0.1"}, path))
+        answer = client.post(path, json=body)
+        assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 50)

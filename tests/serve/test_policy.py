@@ -12,8 +12,7 @@ from starlette.datastructures import Headers
 
 from steer.registry import Registry
 from steer.serve import carriers, keys, policy
-from steer.serve.authorise import Rules, resolve
-from steer.serve.caller import Caller, Refusal
+from steer.serve.authorise import Caller, Refusal, Rules, resolve
 from steer.serve.keys import Keyring
 from steer.spec import Spec, parse, tokens_in_both, tokens_within
 from tests import models
@@ -219,7 +218,7 @@ def test_a_request_with_tools_is_not_steered_where_the_rules_say_so(rules: str, 
     ("text", "says"),
     [
         (f'[keys.a]\nhash = "{HASH}"\nlayers = "9-3"', "'9-3' is not accepted: the first and the last layer"),
-        (f'[keys.a]\nhash = "{HASH}"\ntokens = ["thinking"]', "keys.a.tokens"),
+        (f'[keys.a]\nhash = "{HASH}"\ntokens = ["thoughts"]', "keys.a.tokens"),
         (f'[keys.a]\nhash = "{HASH}"\ntokens = ["last-0"]', "'last-0' is not accepted: all, prompt"),
         (
             f'[keys.a]\nhash = "{HASH}"\ndirections = ["*"]\ndefault = "d=1,d:add=1"\n'

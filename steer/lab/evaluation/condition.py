@@ -73,7 +73,7 @@ def find(
 ) -> Found:
     """The condition on `direction`, served as `name`, that harmful prompts meet and harmless ones do not: of those at
     all layers, or at one, it has the highest balanced accuracy on what `split` would measure. Of equal ones it is the
-    first, since what it decides acts behind it.
+    first, since what it decides acts after it.
 
     Raises InvalidInput for sets that were not split, DirectionError for a direction that does not fit, SpecError where
     no condition can be on it, and NothingFound where the balanced accuracy on the others is not surely above LEAST.

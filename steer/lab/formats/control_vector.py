@@ -21,7 +21,7 @@ from torch import Tensor
 
 from steer.direction import Direction, replacing
 from steer.errors import InvalidInput
-from steer.lab.formats.foreign import Foreign, direction_of
+from steer.lab.formats.foreign import Foreign, direction_of, width_of
 from steer.names import MAX_STRENGTH, Mode
 from steer.runtime.op import GAMMA, coefficients
 
@@ -49,8 +49,7 @@ def read(path: Path, foreign: Foreign) -> Direction:
             found.setdefault(layer, {})[row] = torch.from_numpy(tensor.data.astype("float32")).flatten()
     if not found:
         raise InvalidInput(f"{path}: has no tensors direction.1, direction.2, …")
-    if len({vector.shape for vectors in found.values() for vector in vectors.values()}) != 1:
-        raise InvalidInput(f"{path}: its vectors have different numbers of dimensions")
+    d_model = width_of(path, (vector for vectors in found.values() for vector in vectors.values()))
     rows = {layer: torch.stack([vectors[row] for row in sorted(vectors)]) for layer, vectors in found.items()}
     if len(counts := {len(each) for each in rows.values()}) > 1:
         raise InvalidInput(
@@ -60,7 +59,7 @@ def read(path: Path, foreign: Foreign) -> Direction:
     projects = told.get("glp.mode", "add") == "project"
     if problems := [f"{path}: {problem}" for problem in _glp_problems(told, several)]:
         raise InvalidInput(problems)
-    facts = foreign.model(path, next(iter(rows.values())).shape[1])
+    facts = foreign.model(path, d_model)
     for layer in rows:
         foreign.check_layer(path, layer)
     mode: Mode = "ablate" if projects else "add"

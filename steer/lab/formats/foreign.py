@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,14 @@ class Foreign:
         if not 0 <= layer < self.facts.layers:
             raise InvalidInput(f"{source}: layer {layer} is not one of the model's 0 to {self.facts.layers - 1}")
         return layer
+
+
+def width_of(source: object, vectors: Iterable[Tensor]) -> int:
+    """The number of dimensions of `vectors` `[d_model]`. Raises InvalidInput where it is not the same for all."""
+    sizes = {len(vector) for vector in vectors}
+    if len(sizes) != 1:
+        raise InvalidInput(f"{source}: its vectors have different numbers of dimensions: {sorted(sizes)}")
+    return sizes.pop()
 
 
 def direction_of(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from steer.direction import Direction, write_file
 from steer.errors import InvalidInput
-from steer.lab.formats.foreign import Foreign, direction_of
+from steer.lab.formats.foreign import Foreign, direction_of, width_of
 from steer.lab.measurement import Measurement, MeasurementMeta, Statistics
 from steer.names import Mode
 
@@ -123,10 +123,7 @@ def read_means(path: Path, values: Mapping[str, Any], foreign: Foreign) -> Measu
             path,
             stored[-1],
         )
-    sizes = {len(v) for each in found.values() for v in each.values()}
-    if len(sizes) != 1:
-        raise InvalidInput(f"{path}: its vectors have different numbers of dimensions: {sorted(sizes)}")
-    facts = foreign.model(path, sizes.pop())
+    facts = foreign.model(path, width_of(path, (v for each in found.values() for v in each.values())))
     wanted = [i for i in indices if 1 <= i < facts.layers]
     if wanted != list(range(1, len(wanted) + 1)):
         missing = sorted(set(range(1, max(wanted, default=1) + 1)) - set(wanted))
@@ -152,9 +149,7 @@ def _entries(values: Mapping[str, Any], name: str) -> dict[int, Tensor]:
 def _stored(path: Path, values: Mapping[str, Any], name: str, foreign: Foreign) -> Direction:
     """Each layer's own vector, or with --layer that layer's at all of them."""
     found = _entries(values, name)
-    if len(sizes := {len(v) for v in found.values()}) != 1:
-        raise InvalidInput(f"{path}: its vectors have different numbers of dimensions: {sorted(sizes)}")
-    facts = foreign.model(path, sizes.pop())
+    facts = foreign.model(path, width_of(path, found.values()))
     rows = {i - 1: v.unsqueeze(0) for i, v in found.items() if 1 <= i < facts.layers and v.any()}
     if not rows:
         raise InvalidInput(f"{path}: has no {name}_1, …: no direction of the output of a block")

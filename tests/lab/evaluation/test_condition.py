@@ -85,12 +85,12 @@ def test_no_other_layer_and_threshold_has_fewer_errors(source: TransformersSourc
 
 def test_sets_that_do_not_differ_have_none(source: TransformersSource) -> None:
     refused, harmless = sets(64)
-    mixed = [
+    first, second = [
         replace(refused, prompts=refused.prompts[part] + harmless.prompts[part])
         for part in (slice(0, None, 2), slice(1, None, 2))
     ]
     with pytest.raises(NothingFound, match="no condition on 'harm' tells the sets apart: the best is harm@"):
-        find(source, Direction.load(SHIPPED), "harm", Split.of(*mixed))
+        find(source, Direction.load(SHIPPED), "harm", Split.of(first, second))
 
 
 def test_only_what_a_server_would_take_is_looked_at(source: TransformersSource, split: Split) -> None:
@@ -141,7 +141,8 @@ def test_what_is_printed_decides_each_prompt_at_run_time_as_it_was_counted(
         (tmp_path / one.name).write_text("\n".join(map(str, one.prompts)))
         given += [option, str(tmp_path / one.name)]
     printed = run("fit", str(MODEL), "--condition", str(file), *given).stdout
-    split = Split.of(*(read_prompts(str(tmp_path / one.name)) for one in (refused, harmless)), 160)
+    read = [read_prompts(str(tmp_path / one.name)) for one in (refused, harmless)]
+    split = Split.of(read[0], read[1], 160)
     found = find(source, Direction.load(file), "harm", split)
     wrong = len(found.harmful) - sum(found.harmful), sum(found.harmless)
     assert all(wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from steer.lab.evaluation.pictures import draw
 from steer.lab.evaluation.report import Conditions, Report, SteeredArm
 from steer.lab.evaluation.run import Evaluation, Found, Plan
 from steer.lab.judge import ChatJudge, Judge
-from steer.lab.outcome import Answer
+from steer.lab.outcome import OUTCOMES, Answer
 from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import Conversation, Prompt, PromptSet
 from steer.lab.resume import Cache
@@ -221,6 +222,10 @@ def test_report_pictures_and_page_hold_every_figure(
         assert (tmp_path / file).stat().st_size > 5000
         assert f"({file})" in page
     assert tables(report) in page
+    heads = [re.findall(r"[a-z]+", line) for line in page.splitlines() if line.startswith(("| arm ", "| less plain"))]
+    seen, paired = ([o for o in OUTCOMES if o in head] for head in heads[1:3])
+    assert paired == seen, "an outcome that no answer has has no column"
+    assert "deflected" not in seen
     for given in arms:
         assert given.name in page
     assert f"{found.divergence[-1].mean:.5f}" in page

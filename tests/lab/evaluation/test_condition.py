@@ -99,7 +99,7 @@ def test_only_what_a_server_would_take_is_looked_at(source: TransformersSource, 
     with pytest.raises(SpecError, match="one must be behind it: 0 to 6 are accepted"):
         find(source, own, "harm", split, layer=7)
     with pytest.raises(SpecError, match="acts at the sites writers: what is read is 'resid_post'"):
-        find(source, own.with_meta(sites=("writers",)), "harm", split)
+        find(source, noisy(0).with_meta(sites=("writers",), mode="ablate"), "harm", split)
     rows = own.directions.clone()
     rows[:6] = 0
     assert find(source, replace(own, directions=rows), "harm", split).condition.layer == 6

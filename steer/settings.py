@@ -186,7 +186,7 @@ class ServeSettings(ControlSettings, ModelSettings):
     def _are_variables(cls, value: str) -> str:
         try:
             found = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
             raise ValueError(f'{value!r}: accepted: a JSON object, like {{"enable_thinking": false}}')

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -471,7 +473,17 @@ ODD = (
     '"' + "a " * 20 + '"',
     '"こちらが三つのアイデアです。"',
 )
-WRONG = ("[1]", '{"answer": 3}', "null", '{"a": 1}', "{", '"\\u"', '{"answer": "x", "n": NaN}', "[" * 5000)
+WRONG = (
+    "[1]",
+    '{"answer": 3}',
+    "null",
+    '{"a": 1}',
+    "{",
+    '"\\u"',
+    '{"answer": "x", "n": NaN}',
+    "[" * 5000,
+    '{"answer": "x", "n": 1e400}',
+)
 
 
 def test_classify_reads_odd_lines_and_writes_what_can_be_read_again(
@@ -505,6 +517,24 @@ def test_classify_asks_a_judge(tmp_path: Path) -> None:
     outcomes = [json.loads(line)["outcome"] for line in told]
     assert outcomes == ["shown", "complied", "deflected", "complied"], "without a verdict the patterns decide"
     assert "each needs one" in run("classify", str(file), "--judge", url, code=2).stderr
+
+
+@pytest.mark.parametrize("status", [b"", b"200 OK\r\n\r\n", b"403 no\r\n\r\n"])
+@pytest.mark.parametrize("body", [b"junk", b"{}", b"[1]", b"[" * 100_000, b'{"error": {"message": "\\u001b[2J"}}'])
+def test_the_switch_of_what_is_no_server_of_ours_is_an_error(status: bytes, body: bytes) -> None:
+    class Other(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(b"HTTP/1.0 " + status + body)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        told = run("off", "--url", url, code=2).stderr.removesuffix("\n")
+        server.shutdown()
+    assert told.startswith(f"error: {url}")
+    assert told.isprintable()
 
 
 def test_classify_tells_every_line_that_is_no_answer(tmp_path: Path) -> None:

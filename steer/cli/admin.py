@@ -7,13 +7,14 @@ import os
 import re
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from steer.cli.console import echo_json
-from steer.errors import InvalidInput, SteerError
+from steer.errors import InvalidInput, SteerError, printable
 from steer.lab.tables import shown
 
 URL = "http://127.0.0.1:8000"
@@ -166,13 +167,16 @@ def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     try:
         request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")
         with urllib.request.urlopen(request, timeout=30) as answer:
-            return dict(json.load(answer))
+            told = json.load(answer)
+        if not isinstance(told, dict) or not told.keys() >= {"enabled", "running"}:
+            raise SteerError(f"{url}: answers, but is no server of Steer")
+        return told
     except urllib.error.HTTPError as error:
         try:
             said = json.load(error)["error"]["message"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             said = error.reason
         hint = f" (set {KEY_VARIABLE})" if error.code == 401 else ""
-        raise SteerError(f"{url}: {error.code}: {said}{hint}") from None
-    except (OSError, ValueError) as error:
+        raise SteerError(f"{url}: {error.code}: {printable(str(said))}{hint}") from None
+    except (OSError, ValueError, HTTPException, RecursionError) as error:
         raise SteerError(f"{url}: {getattr(error, 'reason', error)}") from None

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -351,7 +351,8 @@ def _answers(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line, parse_constant=_no_number)
+            item = json.loads(line)
+            json.dumps(item, allow_nan=False)  # it will be written again
         except (ValueError, RecursionError) as error:
             problems.append(f"{path}, line {number}: not JSON: {error}")
             continue
@@ -376,10 +377,6 @@ def _read(path: Path, said: str) -> tuple[bytes, str]:
         raise InvalidInput(f"{said}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{said}: is not UTF-8 text: {error}") from error
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _text(path: Path, source: Source) -> Text:

@@ -221,7 +221,7 @@ def chosen_rendering(system_prompt: str | None, template: Sequence[str] | None, 
             problems.append(f"--template: '{name}' is given twice")
         try:
             variables[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             variables[name] = value
     if problems:
         raise InvalidInput(problems)

@@ -194,7 +194,7 @@ def _template_of_processor(source: Found) -> str | None:
     try:
         path = cached_file(source.name, "chat_template.json", _raise_exceptions_for_missing_entries=False, **options)
         whole = {} if path is None else json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         log.warning("the chat template of '%s' cannot be read: %s", source.name, first_line(error))
         return None
     found = whole.get("chat_template") if isinstance(whole, dict) else None

@@ -12,7 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from steer.errors import InvalidInput, SteerError, UnsupportedModel
+from pydantic import BaseModel, ValidationError
+
+from steer.errors import InvalidInput, SteerError, UnsupportedModel, printable, problems_of
 from steer.lab.behaviour import Behaviour, after_thinking
 from steer.lab.outcome import Outcome
 from steer.lab.progress import Progress
@@ -120,27 +122,51 @@ class ChatJudge:
         ) as client:
 
             async def ask(question: str) -> Outcome | None:
-                async with gate:
-                    reply = await client.chat.completions.create(
+                # the client's own timeout is of each wait, so an answer that trickles would have no end
+                async with gate, asyncio.timeout(self.timeout * (1 + self.retries)):
+                    reply = await client.chat.completions.with_raw_response.create(
                         model=self.model,
                         messages=[{"role": "user", "content": question}],
                         temperature=0,
                         max_tokens=TOKENS,
                     )
                 self.progress.advance()
-                return verdict(reply.choices[0].message.content or "") if reply.choices else None
+                return verdict(_said(reply.content))
 
             try:
                 # the first failure ends the others: a group cancels them, where gather would let them run on
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(ask(question)) for question in questions]
-            except* openai.OpenAIError as errors:
+            except* (openai.OpenAIError, TimeoutError, InvalidInput) as errors:
                 first = errors.exceptions[0]
                 raise SteerError(
-                    f"the judge '{self.model}' at {self.url} failed after {self.retries} retries: "
-                    f"{type(first).__name__}: {first}"
+                    f"the judge '{self.model}' at {self.url} failed, with up to {self.retries} retries: "
+                    f"{type(first).__name__}: {printable(str(first))}"
                 ) from first
         return [task.result() for task in tasks]
+
+
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+
+
+class _Completion(BaseModel):
+    """What is read of a judge's answer: whoever answers there may send anything."""
+
+    choices: list[_Choice] | None = None
+
+
+def _said(data: bytes) -> str:
+    """The text of the first choice, "" where there is none. Raises InvalidInput for what is no chat completion."""
+    try:
+        choices = _Completion.model_validate_json(data).choices
+    except ValidationError as error:
+        raise InvalidInput(problems_of(error, "the answer")) from None
+    return (choices[0].message.content or "") if choices else ""
 
 
 class ClassifierJudge:

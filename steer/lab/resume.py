@@ -55,7 +55,7 @@ def _whole(path: Path) -> Iterator[Any]:
         for line in path.read_text("utf-8").split("\n")[:-1]:
             try:
                 yield json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return
 
 

@@ -218,7 +218,7 @@ def _broken(asked: Spec, tools: bool, own: KeyRules, registry: Registry, rules: 
             out += [(f"direction_{rule}", said) for rule, said in _over(entries, tools, each, "any key")]
     for probe in {entry.condition for entry in asked.entries if entry.condition}:
         out += [
-            ("direction_conditions", f"direction '{name}': for any key no condition is allowed on it")
+            ("direction_conditions", f"direction '{probe.direction}': for any key no condition is allowed on it")
             for name, its in (rules.policy.directions.items() if rules.policy else ())
             if names.get(name) == probe.digest and not its.conditional
         ]

@@ -320,8 +320,8 @@ class Served:
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What `work` gives. Raises Gone, with `work` cancelled, when the client disconnects first. Errors of task groups
-    come out as themselves."""
+    """What `work` gives. Raises Gone, and cancels it, when the client disconnects first. Errors inside task groups come
+    out as themselves."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

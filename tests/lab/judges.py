@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-#: From the request's body to (status, reply).
-Rule = Callable[[dict[str, Any]], tuple[int, str]]
+#: From the request's body to (status, reply). A reply in bytes is the whole answer.
+Rule = Callable[[dict[str, Any]], tuple[int, str | bytes]]
 
 
 @contextmanager
@@ -29,7 +29,8 @@ def judging(rule: Rule) -> Iterator[tuple[str, list[dict[str, Any]], list[str]]]
             status, reply = rule(body)
             choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}
             whole = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
-            data = json.dumps(whole if status == 200 else {"error": {"message": reply}}).encode()
+            told = whole if status == 200 else {"error": {"message": reply}}
+            data = reply if isinstance(reply, bytes) else json.dumps(told).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))

@@ -348,6 +348,57 @@ def test_plain_tensors_of_another_shape_are_refused(tmp_path: Path) -> None:
         formats.read(tmp_path / "v.safetensors", FOREIGN)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones(D, dtype=torch.complex64),
+        torch.ones(D).to_sparse(),
+        torch.empty(D, device="meta"),
+    ],
+    ids=["complex", "sparse", "meta"],
+)
+def test_tensors_that_are_no_plain_numbers_are_refused(tmp_path: Path, value: Tensor) -> None:
+    """A complex one would lose a half of itself, and the others would break in the middle."""
+    means = {f"{label}_{i}": value for label in ("harmful", "harmless") for i in range(LAYERS)}
+    for name, holds in (("direction.pt", value), ("m.pt", means), ("d.refuse", {"refuse_1": value})):
+        torch.save(holds, tmp_path / name)
+        with pytest.raises(InvalidInput, match="accepted: dense tensors of real numbers"):
+            formats.read(tmp_path / name, Foreign(FACTS, layer=1))
+
+
+def test_a_complex_tensor_of_a_plain_file_is_refused(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"v": torch.ones(D, dtype=torch.complex64)}, tmp_path / "v.safetensors")
+    with pytest.raises(InvalidInput, match="accepted: dense tensors of real numbers"):
+        formats.read(tmp_path / "v.safetensors", FOREIGN)
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "1e400", "NaN"])
+def test_numbers_that_are_none_are_refused(tmp_path: Path, number: str) -> None:
+    torch.save(torch.ones(D), tmp_path / "direction.pt")
+    (tmp_path / "direction_metadata.json").write_text(f'{{"layer": {number}, "pos": -1}}')
+    torch.save({f"harmful_{number}": torch.ones(D), "harmless_1": torch.ones(D)}, tmp_path / "m.pt")
+    vectors = gguf.GGUFWriter(tmp_path / "v.gguf", "controlvector")
+    vectors.add_tensor("direction.1", torch.ones(D).numpy())
+    vectors.add_tensor(f"direction.{number}", torch.ones(D).numpy())
+    vectors.write_header_to_file()
+    vectors.write_kv_data_to_file()
+    vectors.write_tensors_to_file()
+    vectors.close()
+    for name in ("direction.pt", "m.pt", "v.gguf"):
+        with pytest.raises(InvalidInput):
+            formats.read(tmp_path / name, FOREIGN)
+    (tmp_path / "direction_metadata.json").write_text("[" * 100_000)
+    with pytest.raises(InvalidInput, match="gives no layer and pos"):
+        formats.read(tmp_path / "direction.pt", FOREIGN)
+
+
+def test_text_of_a_gguf_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = control_vector(tmp_path / "v.gguf", {1: torch.ones(D)}, keys={"glp.mode": "project"})
+    path.write_bytes(path.read_bytes().replace(b"project", b"p\xffoject"))
+    with pytest.raises(InvalidInput, match="not a GGUF file"):
+        formats.read(path, FOREIGN)
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return print, ("this must not run",)

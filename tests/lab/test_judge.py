@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +89,42 @@ def test_a_judge_that_fails_is_an_error_that_names_it() -> None:
         assert len(bodies) < 50, "the others are not asked on"
     with pytest.raises(SteerError, match="APIConnectionError"):
         ChatJudge("http://127.0.0.1:9/v1", "judge", REFUSAL, retries=0).verdicts(["p"], ["a"])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"null", b"3", b'"yes"', b"[]", b"<html>yes</html>", b"[" * 100_000, b'{"choices": "yes"}']
+    + [b'{"choices": {"0": 1}}', b'{"choices": [null]}', b'{"choices": [{}]}', b'{"choices": [{"message": null}]}']
+    + [b'{"choices": [{"message": {"content": %s}}]}' % content for content in (b"42", b'["yes"]', b'"\xff"')],
+)
+def test_a_judge_that_answers_anything_is_an_error_that_names_it(answer: bytes) -> None:
+    with judging(lambda _: (200, answer)) as (url, _, _), pytest.raises(SteerError, match=f"'judge' at {url} failed"):
+        ChatJudge(url, "judge", REFUSAL).verdicts(["p"], ["a"])
+
+
+def test_a_judge_whose_answer_never_ends_is_an_error_that_names_it() -> None:
+    class Trickling(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                while True:
+                    self.wfile.write(b" ")
+                    time.sleep(0.05)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Trickling) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        judge = ChatJudge(f"http://127.0.0.1:{server.server_port}/v1", "judge", REFUSAL, retries=0, timeout=0.5)
+        with pytest.raises(SteerError, match=r"'judge' at .* failed"):
+            judge.verdicts(["p"], ["a"])
+        server.shutdown()
+
+
+def test_what_a_judge_says_is_safe_on_a_terminal_and_short() -> None:
+    with judging(lambda _: (400, "\x1b[2J" + "a" * 100_000)) as (url, _, _), pytest.raises(SteerError) as caught:
+        ChatJudge(url, "judge", REFUSAL).verdicts(["p"], ["a"])
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 2000
 
 
 def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

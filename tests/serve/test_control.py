@@ -235,6 +235,20 @@ def test_what_a_key_with_required_directions_gets_while_steering_is_off(tmp_path
     assert asyncio.run(tried(f'required_when_off = "plain"\n{POLICY}')) == (503, 200, [])
 
 
+def test_a_rule_on_a_direction_is_told_by_the_name_that_was_asked_for(tmp_path: Path) -> None:
+    """Not by others of the same file, of which the key may not know."""
+    key = f'[keys.all]\nhash = "{HASH["all"]}"\ndirections = ["copy"]\nconditions = true\n'
+    rules = '[directions.refusal]\nmax_strength = 0.1\ntokens = []\nlayers = "0"\nconditions = false\n'
+    inside = Inside(tmp_path, rules + key, audited=False)
+    inside.start()
+    body = BODY | {"steer": "copy?copy@0>9=0.7"}
+    status, _, told = asyncio.run(inside.post(body, bearer("all")))
+    inside.control.stop()
+    assert status == 403
+    assert told.count(b"direction 'copy'") == 5
+    assert b"refusal" not in told
+
+
 def test_the_commands_off_and_on(tiny_folder: Path, tmp_path: Path) -> None:
     def run(*arguments: str, key: str | None) -> subprocess.CompletedProcess[str]:
         environment = {k: v for k, v in os.environ.items() if k != "STEER_API_KEY"}

@@ -59,7 +59,7 @@ def read_expected(path: Path) -> dict[Prompt, Expected]:
             problems += [f"{where}: {problem}" for problem in problems_of(error, "line")]
         except InvalidInput as error:
             problems += error.problems
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"{where}: not JSON: {error}")
     if not found and not problems:
         problems.append(f"{path}: has no prompts")

@@ -10,11 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def _get(url: str) -> Any:
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException, RecursionError) as error:
         raise InvalidInput(f"--url: {url}: {error}; accepted: the API of a running `steer serve`, …/v1") from error
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from steer.direction import MEASUREMENT_KEY, Direction
 from steer.errors import InvalidInput
 from steer.lab.formats import control_vector, pickled
-from steer.lab.formats.foreign import Foreign, direction_of, load_pickled
+from steer.lab.formats.foreign import Foreign, check_plain, direction_of, load_pickled
 from steer.lab.measurement import Measurement, load_tensors
 
 #: How a file of a measurement is named where its kind follows from the name.
@@ -57,6 +57,7 @@ def read_plain(path: Path, tensors: Mapping[str, Tensor], foreign: Foreign) -> D
     if name is None or name not in tensors:
         shown = ", ".join(f"{n} {list(t.shape)}" for n, t in list(tensors.items())[:8])
         raise InvalidInput(f"{path}: which tensor? Give --tensor; it has {shown or 'none'}")
+    check_plain(path, (tensors[name],))
     value = tensors[name].float()
     facts = foreign.model(path, value.shape[-1] if value.ndim else 0)
     if value.ndim == 1:

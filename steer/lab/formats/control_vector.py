@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from steer.direction import Direction, replacing
-from steer.errors import InvalidInput
+from steer.errors import InvalidInput, brief
 from steer.lab.formats.foreign import Foreign, direction_of, width_of
 from steer.names import MAX_STRENGTH, Mode
 from steer.runtime.op import GAMMA, coefficients
@@ -33,20 +33,21 @@ def read(path: Path, foreign: Foreign) -> Direction:
     gguf = _library(path)
     try:
         reader = gguf.GGUFReader(path)
-        field = reader.fields.get("general.architecture")
-        kind = None if field is None else field.contents()
+        wanted = ("general.architecture", "glp.")
+        told = {name: field.contents() for name, field in reader.fields.items() if name.startswith(wanted)}
     except (ValueError, OSError, IndexError, KeyError) as error:
         raise InvalidInput(f"{path}: not a GGUF file: {error}") from error
-    if kind != ARCHITECTURE:
+    if (kind := told.get("general.architecture")) != ARCHITECTURE:
         raise InvalidInput(f"{path}: general.architecture is '{kind}', a control vector has '{ARCHITECTURE}'")
-    told = {name: field.contents() for name, field in reader.fields.items() if name.startswith("glp.")}
     found: dict[int, dict[int, Tensor]] = {}
     for tensor in reader.tensors:
-        if matched := re.fullmatch(r"direction\.(\d+)(?:\.(\d+))?", tensor.name):
-            layer, row = int(matched.group(1)), int(matched.group(2) or 0)
+        if matched := re.fullmatch(r"direction\.([0-9]{1,9})(?:\.([0-9]{1,9}))?", tensor.name):
+            layer, row = (int(number or 0) for number in matched.groups())
             if row in found.get(layer, ()):
                 raise InvalidInput(f"{path}: direction.{layer} and direction.{layer}.0 are the same row: keep one")
             found.setdefault(layer, {})[row] = torch.from_numpy(tensor.data.astype("float32")).flatten()
+        elif tensor.name.startswith("direction."):
+            raise InvalidInput(f"{path}: {brief(tensor.name)} is not direction.N or direction.N.j")
     if not found:
         raise InvalidInput(f"{path}: has no tensors direction.1, direction.2, …")
     d_model = width_of(path, (vector for vectors in found.values() for vector in vectors.values()))

@@ -102,8 +102,23 @@ def direction_of(
 def load_pickled(path: Path) -> Any:
     """What torch saved in `path`. `weights_only` refuses every file that would run code. Raises InvalidInput."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        value = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise InvalidInput(
             f"{path}: cannot be read as a file of tensors (anything else in it is refused): {str(error)[:200]}"
         ) from error
+    check_plain(path, value.values() if isinstance(value, dict) else (value,))
+    return value
+
+
+def check_plain(path: Path, values: Iterable[object]) -> None:
+    """Raise InvalidInput where one of the tensors among `values` is not dense, or not of real numbers."""
+    for tensor in values:
+        if isinstance(tensor, Tensor) and (
+            tensor.layout is not torch.strided
+            or tensor.is_nested
+            or tensor.is_quantized
+            or tensor.is_meta
+            or tensor.is_complex()
+        ):
+            raise InvalidInput(f"{path}: has a tensor of another kind; accepted: dense tensors of real numbers")

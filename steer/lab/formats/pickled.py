@@ -84,7 +84,7 @@ def _single(path: Path, value: Tensor, foreign: Foreign) -> tuple[int, int | Non
     try:
         described = json.loads(beside.read_text())
         theirs, position = int(described["layer"]), int(described["pos"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InvalidInput(
             f"{beside}: gives no layer and pos ({error}); give --layer (the output of which of our blocks)"
         ) from error
@@ -142,7 +142,7 @@ def read_means(path: Path, values: Mapping[str, Any], foreign: Foreign) -> Measu
 
 def _entries(values: Mapping[str, Any], name: str) -> dict[int, Tensor]:
     """The tensors `name_{i}` by i."""
-    matched = ((re.fullmatch(rf"{name}_(\d+)", str(key)), value) for key, value in values.items())
+    matched = ((re.fullmatch(rf"{name}_([0-9]{{1,9}})", str(key)), value) for key, value in values.items())
     return {int(m.group(1)): v.double().flatten() for m, v in matched if m and isinstance(v, Tensor)}
 
 

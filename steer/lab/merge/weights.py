@@ -89,7 +89,7 @@ def _names(path: Path) -> list[str]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedModel(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise UnsupportedModel(f"{path}: must be a JSON object")

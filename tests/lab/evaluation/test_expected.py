@@ -51,10 +51,10 @@ def test_every_problem_of_a_file_is_named(tmp_path: Path) -> None:
     written(
         path, {"prompt": "p"}, {"contains": ["x"]}, {"prompt": "q", "contains": "x"}, {"prompt": "r", "lacks": ["a"]}
     )
-    path.write_text(path.read_text() + '\n{"prompt": "r", "lacks": ["b"]}\n{')
+    path.write_text(path.read_text() + '\n{"prompt": "r", "lacks": ["b"]}\n{\n' + "[" * 100_000)
     with pytest.raises(InvalidInput) as caught:
         read_expected(path)
-    assert [f"line {n}" in str(caught.value) for n in range(1, 7)] == [True, True, True, False, True, True]
+    assert [f"line {n}" in str(caught.value) for n in range(1, 8)] == [True, True, True, False, True, True, True]
     assert "accepted: .jsonl" in str(caught.value)
     with pytest.raises(InvalidInput, match="cannot be read"):
         read_expected(tmp_path / "none.jsonl")

@@ -179,15 +179,15 @@ class BatchingEngine(Engine):
         """Model thread, before each forward pass: the token index follows the packed order of the batch."""
         if not self._prepare_next_batch():
             return False
-        made = self._processor.inputs_and_outputs
-        batch = made.requests_in_batch
+        batch = self._processor.inputs_and_outputs.requests_in_batch
+        tokens = self._processor.inputs_and_outputs.input_ids, self._processor.inputs_and_outputs.position_ids
         known = [self._requests.get(entry.state.request_id) for entry in batch]
         lengths = [entry.query_length for entry in batch]
         self._passing = list(zip(known, lengths, strict=True))
         reading = [r if r and r.read and entry.has_new_token else None for r, entry in zip(known, batch, strict=True)]
         self._readers = [request for request in reading if request]
         with pass_stream(self._processor):
-            self.steering.fill(*_parts(batch, known), (made.input_ids, made.position_ids))
+            self.steering.fill(*_parts(batch, known), tokens)
             with self._read_out():
                 self.steering.reads.fill([r.read if r else None for r in reading], lengths)
         return True

@@ -12,7 +12,7 @@ import torch
 from steer.hf.steering import Steering
 from steer.registry import Registry
 from steer.runtime.hook_points import hooks, on_output
-from steer.runtime.placement import LocalPlacement, Shape, ShapedPlacement
+from steer.runtime.placement import LocalPlacement, Shape
 from steer.spec import PHASES, Condition, Spec, parse
 from steer.tokenization import Thinking
 from tests import models
@@ -93,7 +93,8 @@ class Reference:
         self.steering.attach()
         anatomy = self.steering.anatomy
         shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, self.steering.bank.sites, RANK)
-        self.registry = Registry(LocalPlacement(shape, self.steering.bank), home.directions)
+        self.placement = LocalPlacement(shape, self.steering.bank)
+        self.registry = Registry(self.placement, home.directions)
         self.registry.sync()
         self.thinking = Thinking(-1, -1, frozenset())
 
@@ -138,8 +139,7 @@ def think(llm: Any, reference: Reference, thinking: Thinking) -> None:
     from steer.vllm import frontend
 
     reference.thinking = thinking
-    for placement in (frontend.of(llm).placement, reference.registry.placement):
-        assert isinstance(placement, ShapedPlacement)
+    for placement in (frontend.of(llm).placement, reference.placement):
         placement.shape = replace(placement.shape, thinking=thinking)
     llm.collective_rpc("steer_hello", args=("1:looks", "", [thinking.begin, thinking.end, *thinking.special]))
 

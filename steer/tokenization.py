@@ -79,7 +79,7 @@ class Thinking:
 
     def phase(self, tokens: str, prompt: Sequence[int]) -> Phase:
         """One of `spec.PHASES` of a request with this prompt, which may have begun the thinking, or ended it: with its
-        last sign, unless a special token stands behind that, which is then an earlier turn's."""
+        last sign, unless a special token comes after that sign, which is then of an earlier turn's."""
         signs = {self.begin, self.end}
         last = next((token for token in reversed(prompt) if token in signs or token in self.special), None)
         if tokens == "after-thinking":

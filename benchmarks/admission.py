@@ -5,23 +5,19 @@
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from starlette.datastructures import Headers
 
-from benchmarks.results import FOLDER, Result
+from benchmarks.results import Result, benchmark_parser, median_seconds
 from steer.registry import Registry
 from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.serve import carriers, keys
-from steer.serve.authorise import admit
+from steer.serve.authorise import Caller, admit
 from steer.serve.body import parse_body
-from steer.serve.caller import Caller
 from steer.serve.control import Control
 from steer.settings import ControlSettings
 from steer.spec import Spec
@@ -83,21 +79,15 @@ def parts(count: int, folder: Path) -> dict[str, float]:
     return found
 
 
-def micro(run: Callable[[], object], repeats: int = 25, inner: int = 200) -> float:
+def micro(run: Callable[[], object]) -> float:
     """Median microseconds of one call."""
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        for _ in range(inner):
-            run()
-        times.append((time.perf_counter() - began) / inner)
-    return 1e6 * statistics.median(times)
+    return 1e6 * median_seconds(run, repeats=25, inner=200)
 
 
 def report() -> str:
     with tempfile.TemporaryDirectory() as folder:
         found = {count: parts(count, Path(folder)) for count in COUNTS}
-    head = "| microseconds with so many directions | " + " | ".join(str(count) for count in COUNTS) + " |\n"
+    head = "| microseconds, by the number of directions | " + " | ".join(str(count) for count in COUNTS) + " |\n"
     rows = "".join(
         f"| {part} | " + " | ".join(f"{found[count][part]:.1f}" for count in COUNTS) + " |\n" for part in found[1]
     )
@@ -105,9 +95,7 @@ def report() -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
+    parser = benchmark_parser(__doc__)
     given = parser.parse_args()
     result = Result("admission", "What admitting a request costs", {}, [], report())
-    result.save(given.out)
-    print(result.markdown())
+    result.publish(given.out)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.results import FOLDER, Result, Table
-from benchmarks.timing import Ratio, interleave, rounds
+from benchmarks.results import Ratio, Result, Table, benchmark_parser, interleave, rounds
 from steer.serve import keys
 from tests.serve.inside import Inside, engine, post
 
@@ -60,9 +58,8 @@ def measure(rounds: int = 40) -> tuple[dict[str, Ratio], float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--rounds", type=rounds, default=40)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     ratios, added = measure(given.rounds)
     result = Result(
@@ -72,5 +69,4 @@ if __name__ == "__main__":
         [Table(f"{KEYS} keys, bodies of {len(json.dumps(BODY))} bytes, runs of {REQUESTS} requests", ratios)],
         f"A plain request takes {added:.4f} ms more than without it (median of {given.rounds} rounds).\n",
     )
-    result.save(given.out)
-    print(result.markdown())
+    result.publish(given.out)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from benchmarks.processes import Process
+from types import TracebackType
+from typing import Any, Self
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -48,6 +49,47 @@ class Arrival:
 
     source: str
     prompt: int
+
+
+class Process:
+    """A child that loads once, and answers each line of JSON with one. It is ready when the `with` begins; `started` is
+    what it said then. What else it prints goes to a log, whose end is in the error when it dies."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.command, self.environment = list(command), dict(environment)
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=self.environment,
+        )
+        self.started = self._answer()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+    def ask(self, question: object) -> dict[str, Any]:
+        assert self.process.stdin
+        print(json.dumps(question), file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(self.command)} ended:\n{Path(self.log.name).read_text()[-6000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
 
 class Engine(Process):

@@ -8,7 +8,6 @@ so that both leave a 7 B model room for 256 requests on 80 GB.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import multiprocessing
 import tempfile
@@ -23,8 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import results
-from benchmarks.results import FOLDER, Result
-from benchmarks.timing import interleave, rounds
+from benchmarks.results import Result, benchmark_parser, interleave, rounds
 from steer.runtime import hook_points
 from steer.runtime.bank import BankSlice, DirectionBank, HookPoint, apply
 from steer.runtime.token_index import TokenIndex
@@ -179,13 +177,12 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=["0.5b", "7b", "70b-slice"], choices=SHAPES)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128, 256])
     parser.add_argument("--rounds", type=rounds, default=15)
     parser.add_argument("--orders", type=int, default=2)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     workloads = [(kind, batch) for kind, batch in WORKLOADS if batch in given.batches]
     for name in given.shapes:
@@ -197,5 +194,4 @@ if __name__ == "__main__":
             versions = {"vLLM": vllm.__version__}
             tables += in_vllm(name, SHAPES[name], given.rounds, given.orders, workloads)
         result = Result(f"gpu-{name}", f"On {DEVICE}: a Llama of the shape {name}", versions, tables)
-        result.save(given.out)
-        print(result.markdown())
+        result.publish(given.out)

@@ -5,17 +5,13 @@
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.results import FOLDER, Result
+from benchmarks.results import Result, benchmark_parser, median_seconds
 from steer.names import MODES
 from steer.runtime.bank import DirectionBank, HookPoint, apply
 from steer.runtime.token_index import RequestSteer, TokenIndex, slot
@@ -61,21 +57,8 @@ class Case:
             for bank_slice in slices:
                 apply(x, bank_slice, *index.first(len(x)))
 
-        filling = _seconds(lambda: index.fill(numbers, lengths), repeats)
-        return bank.nbytes + index.nbytes, 1e3 * _seconds(operation, repeats), 1e6 * filling
-
-
-def _seconds(run: object, repeats: int) -> float:
-    assert callable(run)
-    run()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+        filling = median_seconds(lambda: index.fill(numbers, lengths), repeats)
+        return bank.nbytes + index.nbytes, 1e3 * median_seconds(operation, repeats), 1e6 * filling
 
 
 SWEEPS: dict[str, Sequence[int]] = {
@@ -107,10 +90,8 @@ def report(repeats: int) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     result = Result("growth", "How time and memory grow", {}, [], report(given.repeats))
-    result.save(given.out)
-    print(result.markdown())
+    result.publish(given.out)

@@ -6,7 +6,6 @@ the two routes are asked one after the other, on a connection of their own each 
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import threading
@@ -16,7 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.results import FOLDER, Result
+from benchmarks.results import Result, benchmark_parser
 from tests import models
 from tests.servers import Server
 
@@ -127,11 +126,10 @@ def measure(samples: int, clients: int, kinds: list[str]) -> tuple[str, dict[int
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--samples", type=int, default=200, help="times that each route is asked for each kind of body")
     parser.add_argument("--clients", type=int, default=2, help="that post the body at once")
     parser.add_argument("--only", nargs="+", default=list(BODIES), choices=BODIES)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     table, worst = measure(given.samples, given.clients, given.only)
     said = "".join(
@@ -147,5 +145,4 @@ if __name__ == "__main__":
         f"Milliseconds at the median, the 99th percentile and at most, while {given.clients} clients post such bodies "
         f"without a pause ({given.samples} samples of each; all on one machine).\n\n{table}\n\n{said}",
     )
-    result.save(given.out)
-    print(result.markdown())
+    result.publish(given.out)

@@ -7,11 +7,8 @@ given order; the other makes its own batches of at most 32, as `steer measure` d
 
 from __future__ import annotations
 
-import argparse
 import random
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,18 +19,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig
 
-from benchmarks.results import FOLDER, Result, Table
+from benchmarks.results import Ratio, Result, Table, benchmark_parser, interleave, median_seconds, rounds
 from benchmarks.shapes import WIDTH, llama
-from benchmarks.timing import Ratio, interleave, rounds
 from steer.direction import Dataset
 from steer.hf.load import Loaded
-from steer.lab.activations import ClassSums, Keep, Reading
 from steer.lab.batches import each_batch, left_padded
 from steer.lab.derive import Recipe, derive
+from steer.lab.measure import ClassSums, Conditions, Keep
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, Statistics
 from steer.lab.methods import METHODS, make_method
 from steer.lab.prompts import Encoded
-from steer.lab.source import TransformersSource
+from steer.lab.source import CapturePlan, TransformersSource
 
 LAYERS, VOCABULARY = 24, 32000
 PROMPTS, BATCH = 64, 32
@@ -84,14 +80,14 @@ def with_steer(net: Any, sequences: list[list[int]], last_layer: int, keep: Keep
     tokenizer = type("NoPad", (), {"pad_token_id": 0})()
     source = TransformersSource(Loaded("random", None, net, tokenizer))
     encoded = [Encoded(ids, slice(4, len(ids) - 4)) for ids in sequences]
-    reading = Reading((-1,), last_layer)
+    plan = CapturePlan((-1,), last_layer)
 
     def run() -> torch.Tensor:
         own = sum(e.own.stop - e.own.start for e in encoded)
-        sums = ClassSums("random", reading, WIDTH, len(encoded), own, None, keep)
+        sums = ClassSums("random", plan, WIDTH, len(encoded), own, Conditions(keep=keep))
         each_batch(
             [len(ids) for ids in sequences],
-            lambda indices: sums.add(indices, source.run([encoded[i] for i in indices], reading)),
+            lambda indices: sums.add(indices, source.run([encoded[i] for i in indices], plan)),
             batch_size=BATCH,
             tokens=source.pass_tokens,
         )
@@ -190,13 +186,7 @@ def deriving(rounds: int) -> dict[str, tuple[float, float]]:
 
 
 def _milliseconds(run: Callable[[], object], rounds: int) -> float:
-    times = []
-    run()
-    for _ in range(rounds):
-        started = time.perf_counter()
-        run()
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times)
+    return 1000 * median_seconds(run, rounds)
 
 
 def tables(rounds: int, lengths: Sequence[str]) -> list[Table]:
@@ -217,10 +207,9 @@ def deriving_table(rounds: int) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--rounds", type=rounds, default=10)
     parser.add_argument("--lengths", nargs="+", default=list(SPREADS), choices=SPREADS)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     result = Result(
         "measure",
@@ -230,5 +219,4 @@ if __name__ == "__main__":
         f"Random float32 Llama, {LAYERS} layers × {WIDTH}, {PROMPTS} prompts in batches of {BATCH}.\n\n"
         + deriving_table(given.rounds),
     )
-    result.save(given.out)
-    print(result.markdown())
+    result.publish(given.out)

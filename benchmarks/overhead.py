@@ -19,12 +19,11 @@ from typing import Any
 import torch
 
 from benchmarks.engines import Arrival, Engine, Job
-from benchmarks.results import FOLDER, Result, Table
+from benchmarks.results import Ratio, Result, Table, benchmark_parser, interleave, pooled, rounds
 from benchmarks.shapes import WIDTH, llama
-from benchmarks.timing import Ratio, interleave, pooled, rounds
-from steer.lab import adapter
-from steer.lab.removal import removal
-from steer.lab.weights import Checkpoint
+from steer.lab.merge import adapter
+from steer.lab.merge.removal import removal
+from steer.lab.merge.weights import Checkpoint
 from tests import models
 
 LAYERS, VOCABULARY, DIRECTIONS = 24, 32000, 32
@@ -105,6 +104,18 @@ Arms = dict[str, Callable[[], float]]
 MakeArms = Callable[[Mapping[str, Engine], str, int], Arms]
 
 
+def steered(engine: Engine, kind: str, batch: int) -> Arms:
+    """Of an engine that steers: idle, half of the requests steered, all of them, and by many directions at once."""
+    mixtures: dict[str, tuple[str | None, ...]] = {"on, idle": (None,), "all steered": ("d0",)}
+    if batch > 1:
+        mixtures["half steered"] = ("d0", None)
+    if batch >= 32:
+        mixtures["32 directions"] = tuple(f"d{i}" for i in range(DIRECTIONS))
+    return {
+        name: engine.arm(Job(batch, *WORKLOADS[kind], specs, mixed=kind == "mixed")) for name, specs in mixtures.items()
+    }
+
+
 def stock_suite(home: Home) -> tuple[dict[str, RequestedDirection], MakeArms]:
     """Stock vLLM twice, installed but off, steering in every mixture, and LoRA on stock."""
     engines = {
@@ -123,14 +134,10 @@ def stock_suite(home: Home) -> tuple[dict[str, RequestedDirection], MakeArms]:
 
         own = [f"d0={0.5 + 0.001 * i}" for i in range(batch)]
         steer = started["steer"]
-        found = {
-            **{name: started[name].arm(job()) for name in ("stock", "stock again", "installed, off")},
-            "on, idle": steer.arm(job()),
-            **({"half steered": steer.arm(job(["d0", None]))} if batch > 1 else {}),
-            "all steered": steer.arm(job(["d0"])),
-            **({"each its own strength": steer.arm(job(own))} if batch > 1 else {}),
-            **({"32 directions": steer.arm(job([f"d{i}" for i in range(DIRECTIONS)]))} if batch >= 32 else {}),
-        }
+        found = {name: started[name].arm(job()) for name in ("stock", "stock again", "installed, off")}
+        found |= steered(steer, kind, batch)
+        if batch > 1:
+            found["each its own strength"] = steer.arm(job(own))
         if home.adapters:
             found["LoRA on stock, unused"] = started["LoRA on stock"].arm(job())
             found["LoRA of rank 1 on stock"] = started["LoRA on stock"].arm(job(adapter=home.adapters[0]))
@@ -145,18 +152,9 @@ def pair_suite(home: Home) -> tuple[dict[str, RequestedDirection], MakeArms]:
     engines = {"stock": RequestedDirection(home.options, WITHOUT), "steer": RequestedDirection(home.steering())}
 
     def arms(started: Mapping[str, Engine], kind: str, batch: int) -> Arms:
-        def job(*specs: str | None) -> Job:
-            return Job(batch, *WORKLOADS[kind], specs, mixed=kind == "mixed")
-
-        stock, steer = started["stock"], started["steer"]
-        return {
-            "stock": stock.arm(job(None)),
-            "stock again": stock.arm(job(None)),
-            "on, idle": steer.arm(job(None)),
-            **({"half steered": steer.arm(job("d0", None))} if batch > 1 else {}),
-            "all steered": steer.arm(job("d0")),
-            **({"32 directions": steer.arm(job(*(f"d{i}" for i in range(DIRECTIONS))))} if batch >= 32 else {}),
-        }
+        stock, plain = started["stock"], Job(batch, *WORKLOADS[kind], mixed=kind == "mixed")
+        found = {"stock": stock.arm(plain), "stock again": stock.arm(plain)}
+        return found | steered(started["steer"], kind, batch)
 
     return engines, arms
 
@@ -264,12 +262,11 @@ COMPILED = {
 DEFAULT = ("decode:1", "decode:8", "decode:64", "prefill:1", "prefill:8", "mixed:32")
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--suite", default="stock", choices=SUITES)
     parser.add_argument("--rounds", type=rounds, default=5, help="in each order of starting")
     parser.add_argument("--orders", type=int, default=2, help="how often all engines are started")
     parser.add_argument("--workloads", type=workload, nargs="+", default=[workload(text) for text in DEFAULT])
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     import vllm
 
@@ -284,5 +281,4 @@ if __name__ == "__main__":
         more=f"Random bfloat16 Llama, {LAYERS} layers × {WIDTH}; {given.rounds} interleaved rounds in each of "
         f"{given.orders} orders of starting. {COMPILED[given.suite]}\n",
     )
-    result.save(given.out)
-    print(result.markdown())
+    result.publish(given.out)

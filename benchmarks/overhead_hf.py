@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 import steer
-from benchmarks.results import FOLDER, Result, Table
+from benchmarks.results import Ratio, Result, Table, benchmark_parser, interleave, rounds
 from benchmarks.shapes import SMALL_LAYERS, SMALL_WIDTH, small
-from benchmarks.timing import Ratio, interleave, rounds
 from tests.models import direction
 
 VOCABULARY = 2048
@@ -65,9 +62,8 @@ def measure(rounds: int = 40) -> dict[str, dict[str, Ratio]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--rounds", type=rounds, default=40)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     result = Result(
         "hooks",
@@ -76,5 +72,4 @@ if __name__ == "__main__":
         [Table(name, arms) for name, arms in measure(given.rounds).items()],
         f"Random float32 Llama, {SMALL_LAYERS} layers × {SMALL_WIDTH}; {given.rounds} interleaved rounds.\n",
     )
-    result.save(given.out)
-    print(result.markdown())
+    result.publish(given.out)

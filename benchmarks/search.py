@@ -10,7 +10,6 @@ KL of the first token, as it says it and as `steer eval` finds it for ours.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.results import FOLDER, Result
+from benchmarks.results import Result, benchmark_parser
 from steer.demo import MODEL, PROMPTS
 from steer.lab.statistics import undominated
 
@@ -114,11 +113,6 @@ def watched(command: Sequence[str | Path], mark: re.Pattern[str], folder: Path, 
     return Run(tuple(marks), "".join(lines))
 
 
-def front(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """(refusals, divergence) that no other point is as good as in both and better in one."""
-    return undominated(points, lambda point: point)
-
-
 def our_points(folder: Path) -> list[tuple[int, float]]:
     """Refusals and first-token KL of each trial of our front, on the prompts that both tried theirs on."""
     sets = {}
@@ -145,11 +139,10 @@ def our_points(folder: Path) -> list[tuple[int, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--trials", type=int, default=8, help="trials of the other tool in each round; ours: 12 times")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--limit", type=float, default=130, help="seconds for a run")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     arguments = parser.parse_args()
     program = environment()
     rates: dict[str, list[tuple[float, float]]] = {"heretic": [], "steer": []}
@@ -174,7 +167,7 @@ def main() -> None:
         steer, heretic = (statistics.median(pair[clock] for pair in rates[arm]) for arm in ("steer", "heretic"))
         lines.append(f"| {name} | {heretic:.1f} | {steer:.1f} | {steer / heretic:.1f} |")
     for arm in points:
-        said = ", ".join(f"{refused} with {kl:.4f}" for refused, kl in front(points[arm]))
+        said = ", ".join(f"{refused} with {kl:.4f}" for refused, kl in undominated(points[arm], lambda point: point))
         lines.append(f"\nFront of {arm} (refusals of {COUNT}, KL of the first token): {said}.")
     result = Result(
         "search",
@@ -185,8 +178,7 @@ def main() -> None:
         f"{arguments.rounds} rounds of {arguments.trials} trials of heretic, {12 * arguments.trials} of ours. Trials "
         f"that are stopped early count for ours; heretic stops none.\n\n" + "\n".join(lines) + "\n",
     )
-    result.save(arguments.out)
-    print(result.markdown())
+    result.publish(arguments.out)
 
 
 if __name__ == "__main__":

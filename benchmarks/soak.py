@@ -16,7 +16,6 @@ happens N times: the run is the supervisor, which starts the whole again on the 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -38,7 +37,7 @@ import psutil
 
 from benchmarks.engines import ENVIRONMENT
 from benchmarks.overhead import WITHOUT
-from benchmarks.results import FOLDER, Result
+from benchmarks.results import Result, benchmark_parser
 from steer.direction import digest, write_file
 from steer.serve.audit import verify
 from tests import models
@@ -285,12 +284,11 @@ class Soak:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--backend", choices=BACKENDS, default="transformers")
     parser.add_argument("--plain", action="store_true", help="what stock vLLM can have too, without a direction")
     parser.add_argument("--api-servers", type=int, default=1, help="front ends of vLLM")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     parser.add_argument("--lives", type=int, default=1, help="of a server with several front ends, each of its share")
     given = parser.parse_args()
     plain, several = given.plain or given.backend == "stock", given.api_servers > 1
@@ -389,10 +387,9 @@ def report(soak: Soak, alive: bool, folder: Path, minutes: float, backend: str, 
     text += "\n".join([*rows, "", *wrong[:5], f"![What was held over time]({name}.png)", ""])
     title = "Soak: plain traffic" if plain else "Soak: mixed traffic, a swap each second"
     result = Result(name, f"{title}, a hostile client", {}, [], text)
-    result.save(folder)
+    result.publish(folder)
     (folder / f"{name}.samples.json").write_text(json.dumps(soak.lives[0].samples))
     plot(life, folder / f"{name}.png")
-    print(result.markdown())
     return 0 if alive and not wrong and all(grown[held] <= most for held, most in allowed.items()) else 1
 
 

@@ -7,7 +7,6 @@ gap between tokens of the stream is compared with windows of the same length wit
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.results import FOLDER, Result
+from benchmarks.results import Result, benchmark_parser
 from steer.direction import Direction, write_file
 from tests.servers import ROOT, Server
 
@@ -127,11 +126,9 @@ def measure(swaps: int) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--swaps", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     text = f"The embedded model on transformers, {given.swaps} swaps.\n\n{measure(given.swaps)}"
     result = Result("swap", "A swap under live traffic", {}, [], text)
-    result.save(given.out)
-    print(result.markdown())
+    result.publish(given.out)

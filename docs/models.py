@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
+from logging.handlers import BufferingHandler
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -269,27 +270,18 @@ def at_writers(model: Any) -> str:
     return "yes"
 
 
-class _Warned(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
-
-
 def served(model: Any) -> tuple[str, str]:
     """How the engine serves it, and why not batched."""
     from steer.hf.batching import start_engine
     from steer.hf.steering import Steering
 
-    heard = _Warned()
+    heard = BufferingHandler(1000)
     logging.getLogger("steer").addHandler(heard)
     engine = start_engine(Steering(model), [], context=200, capacity=8, cache_tokens=1024)
     engine.stop()
     if engine.description == "continuous batching":
         return "batched", ""
-    why = next((one for one in heard.said if "cannot be batched" in one), "")
+    why = next((said for one in heard.buffer if "cannot be batched" in (said := one.getMessage())), "")
     return "one at a time", why.removeprefix("this model cannot be batched (").removesuffix(
         "): requests are served one at a time"
     )
@@ -297,9 +289,9 @@ def served(model: Any) -> tuple[str, str]:
 
 def baked(model: Any) -> str:
     """Baked as files, and compared with what is served at the site `writers`."""
-    from steer.lab import merge
-    from steer.lab.removal import removal
-    from steer.lab.weights import Checkpoint
+    from steer.lab.merge.model import bake
+    from steer.lab.merge.removal import removal
+    from steer.lab.merge.weights import Checkpoint
     from tests import models
 
     removed = removal(_direction(model, ("writers",)))
@@ -307,7 +299,7 @@ def baked(model: Any) -> str:
         original, output = Path(folder) / "original", Path(folder) / "baked"
         model.save_pretrained(original)
         models.tokenizer(256).save_pretrained(original)
-        merge.bake(Checkpoint(original), removed, output, digest="0" * 64)
+        bake(Checkpoint(original), removed, output, digest="0" * 64)
     return "yes"
 
 
@@ -336,7 +328,7 @@ def plain(reason: str) -> str:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """What the page says of a row: its class, and for each column what was found, with the reason behind a colon."""
+    """What the page says of a row: its class, and for each column what was found, with the reason after a colon."""
     said = [row.found.get(column, "no") for column in COLUMNS]
     reasons = [plain(row.reasons[column]) if column in row.reasons else "" for column in COLUMNS]
     return (row.architecture, *(f"{one}: {why}" if why else one for one, why in zip(said, reasons, strict=True)))
@@ -440,7 +432,8 @@ def main() -> None:
     import torch
     import transformers
 
-    for module in ("steer.hf.batching", "steer.lab.merge", "tests.oracle"):  # which the processes then have already
+    # which the processes then have already
+    for module in ("steer.hf.batching", "steer.lab.merge.model", "tests.oracle"):
         importlib.import_module(module)
 
     torch.set_num_threads(1)

@@ -46,6 +46,11 @@ def escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """Of its message, which may go on for pages; its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 class _Brief(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         """Python writes no integer of thousands of digits."""
@@ -197,10 +202,6 @@ class UnsupportedModel(SteerError):
 
 class NoRoom(SteerError):
     """A bounded resource (rows of the direction bank, the request queue) is full at this moment."""
-
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
-        self.retry_after = retry_after
-        super().__init__(message)
 
 
 class RequestFailed(SteerError):

@@ -22,12 +22,12 @@ from steer.direction import digest as digest_of
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, printable
 from steer.names import SUFFIX, check_name
 from steer.shared import Shared
-from steer.spec import MAX_PLACES, Entry, RequestedDirection, Spec
+from steer.spec import MAX_PLACES, PHASES, Entry, RequestedDirection, Spec
 from steer.watch import Follower
 
 log = logging.getLogger("steer")
 
-#: Is this a name that who asks may know of?
+#: May the caller know of this name?
 Known = Callable[[str], bool]
 
 
@@ -45,6 +45,10 @@ class Placement(Protocol):
     @property
     def rank(self) -> int:
         """Direction rows that one token can have."""
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        """Those of `TOKENS` at which an entry can act."""
 
     def check(self, direction: Direction) -> None:
         """Raise DirectionError with every reason why this model cannot serve `direction`."""
@@ -80,14 +84,6 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """Why the newest content offered for a name is not served."""
-
-    problems: tuple[str, ...]
-    when: float = field(default_factory=time.time)
-
-
-@dataclass(frozen=True, slots=True)
 class Move:
     """A name that points elsewhere now; None is nowhere. `seconds` is what it took from the bytes on."""
 
@@ -105,7 +101,8 @@ class Registry:
         self, placement: Placement, folder: Path | None = None, *, patience: float = 10.0, quiet: bool = False
     ) -> None:
         self.placement, self.folder, self.patience, self.quiet = placement, folder, patience, quiet
-        self.failures: dict[str, Failure] = {}
+        #: Why the newest content offered for a name is not served.
+        self.failures: dict[str, tuple[str, ...]] = {}
         #: Why the folder itself cannot be read, if it cannot.
         self.folder_problem: str | None = None
         #: What keeps looking at the folder, from `follow` on.
@@ -199,15 +196,23 @@ class Registry:
                 f"the directions of one request act at {len(places)} different tokens ({', '.join(places)}), at most "
                 f"{MAX_PLACES} are accepted"
             ]
+        phases = [place for place in places if place in PHASES]
+        if phases and len(places) > 1:
+            return [
+                f"tokens: '{phases[0]}' does not go together with others in one request ({', '.join(places)}); "
+                "accepted: the same for all its directions"
+            ]
         if len({entry.condition for entry in entries}) > 1:
             said = ", ".join(dict.fromkeys(f"if {e.condition}" if e.condition else "always" for e in entries))
             return [f"the directions of one request act under different conditions ({said}); accepted: one for all"]
         with self._state:
             needed = sum(self._versions[entry.digest].direction.acting(entry.mode) for entry in entries)
         needed += any(entry.condition for entry in entries)
+        needed = max(needed, 2) if phases else needed
         if needed <= self.placement.rank:
             return []
         condition = " (one of them for its condition)" if any(entry.condition for entry in entries) else ""
+        condition = f" (two are the least with the tokens '{phases[0]}')" if phases else condition
         return [
             f"the request needs {needed} direction rows for each token{condition}, this server was started with rank "
             f"{self.placement.rank}: `--rank {needed}` for a server, `rank=` in Python"
@@ -301,10 +306,9 @@ class Registry:
             problems = (printable(str(error)),)
         else:
             problems = (printable(f"{type(error).__name__}: {error}"),)
-        known = self.failures.get(name)
-        if known is None or known.problems != problems:
+        if self.failures.get(name) != problems:
             if keep:
-                self.failures[name] = Failure(problems)
+                self.failures[name] = problems
             unforeseen = not isinstance(error, SteerError | OSError)
             if not self.quiet:
                 said = "; ".join(problems)

@@ -16,7 +16,7 @@ from steer.names import SITES, Site
 from steer.spec import parse
 
 if TYPE_CHECKING:
-    from steer.hf.load import Loading
+    from steer.hf.load import LoadOptions
 
 #: Seconds that an idle connection is kept: longer than clients keep theirs (httpx, and with it `openai`: 5), so that
 #: none is closed at the moment when a request is sent on it.
@@ -80,7 +80,7 @@ class ModelSettings(ModelOrigin):
     )
 
     @property
-    def loading(self) -> Loading:
+    def loading(self) -> LoadOptions:
         """The keywords of `steer.hf.load.load`."""
         return {
             "revision": self.revision,

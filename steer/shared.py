@@ -27,13 +27,13 @@ from steer.errors import NoRoom, UnsupportedModel
 
 log = logging.getLogger("steer")
 
-#: Bytes of the header: how many records there are, and one text behind its length.
+#: Bytes of the header: how many records there are, then the length of one text and the text.
 HEADER = 4096
 #: A record: 16 bytes of its name's hash, and a pair of numbers, which are aligned so that each is written at once.
 RECORD = struct.Struct("@16sdd")
 PAIR = struct.Struct("@dd")
 RECORDS = 2**17
-#: Seconds that whoever changed something waits for the others to look, and between two looks at whether they have.
+#: Seconds that a front end waits, after a change, for the others to look; and between two checks whether they have.
 PATIENCE, PAUSE = 5.0, 0.005
 
 

@@ -27,6 +27,7 @@ from itertools import islice
 
 from steer.errors import DirectionError, SpecError, brief
 from steer.names import MAX_STRENGTH, MODES, Mode, check_name
+from steer.tokenization import Phase, Thinking
 
 MAX_ITEMS = 16
 #: Characters of a spec as text: nothing that could be accepted is longer.
@@ -46,7 +47,11 @@ TOKENS = {
     "not-first": "All but the first position, which is BOS in most models.",
     "first-N": "The first N positions of the prompt.",
     "last-N": "The last N positions of the prompt.",
+    "thinking": "Where the tokens of the model's own thinking are predicted, up to the one that ends it.",
+    "after-thinking": "The token that ends the model's thinking, where what comes next is predicted, and all after it.",
 }
+#: Those of `TOKENS` that the tokens of the answer decide.
+PHASES = ("thinking", "after-thinking")
 #: The first and the last layer, 0-based, or one alone. More digits than a model has layers are none.
 _LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
 _COUNTED = re.compile(r"(first|last)-([1-9][0-9]{0,8})")
@@ -119,13 +124,14 @@ class Entry:
         return ends(self.layers or "")
 
     def span(self, prompt: int) -> tuple[int, int]:
-        """The positions at which it acts, from the first to before the last, of a request with `prompt` tokens."""
+        """The positions at which it acts, from the first to before the last, of a request with `prompt` tokens; of
+        `PHASES`, those at which it may."""
         if self.tokens is None:
             return 0, END
         match self.tokens:
             case "prompt":
                 return 0, prompt - 1
-            case "answer":
+            case "answer" | "thinking" | "after-thinking":
                 return prompt - 1, END
             case "not-first":
                 return 1, END
@@ -168,6 +174,18 @@ class Spec:
         return next((entry.condition for entry in self.entries), None)
 
     @property
+    def phased(self) -> str | None:
+        """The one of `PHASES` in which all entries act."""
+        return next((entry.tokens for entry in self.entries if entry.tokens in PHASES), None)
+
+    def phase(self, thinking: Thinking | None, prompt: Sequence[int]) -> Phase | None:
+        """The same for a request with this prompt to a model with such a thinking."""
+        if self.phased is None:
+            return None
+        assert thinking is not None, "the registry admits no other"
+        return thinking.phase(self.phased, prompt)
+
+    @property
     def everywhere(self) -> bool:
         """Does every entry act at all tokens?"""
         return all(entry.tokens is None for entry in self.entries)
@@ -195,7 +213,8 @@ def _positions(entry: Entry, prompt: int) -> str:
     if entry.tokens is None:
         return condition
     start, stop = entry.span(prompt)
-    return (f"@{start}-" if stop == END else f"@{start}-{stop}") + condition
+    phase = entry.tokens if entry.tokens in PHASES else ""
+    return (f"@{phase}{start}-" if stop == END else f"@{start}-{stop}") + condition
 
 
 def parse(value: object, param: str = "steer") -> tuple[RequestedDirection, ...]:
@@ -434,6 +453,16 @@ def tokens_within(tokens: str | None, rule: str) -> bool:
     if mine is None:
         return (tokens or "all") == rule
     return rule == f"{mine[1]}-N" or (most is not None and mine[1] == most[1] and int(mine[2]) <= int(most[2]))
+
+
+def tokens_in_both(some: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The rules on tokens that allow what one of `some` and one of `others` allow, those of `some` first."""
+
+    def within(rule: str, rules: Sequence[str]) -> bool:
+        return any(rule == other or tokens_within(rule, other) for other in rules)
+
+    kept = [rule for rule in some if within(rule, others)]
+    return kept + [rule for rule in others if rule not in kept and within(rule, some)]
 
 
 def layer_range(layers: object) -> str | None:

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +14,18 @@ from steer.errors import RequestError, brief
 
 if TYPE_CHECKING:
     from _collections_abc import dict_items
+
+
+#: What stands before and after a model's thinking, of the usual families; the first is what templates open themselves.
+THINKING = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+)
 
 
 class _Read(dict[str, object]):
@@ -40,6 +53,42 @@ class _Read(dict[str, object]):
         return copied
 
 
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of the positions from a prompt's last one on. `begun`: the first of them is in it, else it begins with the
+    first token `begins`; it ends in front of the first token `ends`, for good. −1: no token does that."""
+
+    begun: bool
+    begins: int = -1
+    ends: int = -1
+
+    def after(self, token: int) -> Phase:
+        """The same, seen from the position of one more token of the answer."""
+        if token == self.ends:
+            return Phase(False)
+        return replace(self, begun=True, begins=-1) if token == self.begins else self
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """The tokens of a model that begin and end its thinking, and its special tokens, such as those between turns."""
+
+    begin: int
+    end: int
+    special: frozenset[int]
+
+    def phase(self, tokens: str, prompt: Sequence[int]) -> Phase:
+        """One of `spec.PHASES` of a request with this prompt, which may have begun the thinking, or ended it: with its
+        last sign, unless a special token comes after that sign, which is then of an earlier turn's."""
+        signs = {self.begin, self.end}
+        last = next((token for token in reversed(prompt) if token in signs or token in self.special), None)
+        if tokens == "after-thinking":
+            return Phase(True) if last == self.end else Phase(False, begins=self.end)
+        if last == self.end:
+            return Phase(False)
+        return Phase(True, ends=self.end) if last == self.begin else Phase(False, self.begin, self.end)
+
+
 class Encoding(Protocol):
     """What a tokenizer makes of a text."""
 
@@ -59,6 +108,7 @@ class Tokenizer(Decoder, Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
+    all_special_ids: Sequence[int]
 
     def __hash__(self) -> int: ...
     def __call__(self, text: str, **options: object) -> Encoding: ...
@@ -78,6 +128,16 @@ def rendered_otherwise(fitted: Mapping[str, object], given: Mapping[str, object]
         return ", ".join(f"{brief(n)} {brief(variables[n]) if n in variables else 'not set'}" for n in different)
 
     return f"it was fitted with {shown(fitted)}, and a chat has {shown(given)}" if different else None
+
+
+@lru_cache(maxsize=8)
+def thinking_of(tokenizer: Tokenizer) -> Thinking | None:
+    """The first pair of `THINKING` of which both are tokens of this tokenizer."""
+    vocabulary = tokenizer.get_vocab()
+    for begin, end in THINKING:
+        if begin in vocabulary and end in vocabulary:
+            return Thinking(vocabulary[begin], vocabulary[end], frozenset(tokenizer.all_special_ids))
+    return None
 
 
 @lru_cache(maxsize=8)
@@ -147,6 +207,10 @@ class Chat:
         """Of all that a tokenizer can say, the ids: each list more is made while nothing else runs."""
         only = {"return_attention_mask": False, "return_token_type_ids": False}
         return list(self.tokenizer(text, **only, **options).input_ids)
+
+    @property
+    def thinking(self) -> Thinking | None:
+        return thinking_of(self.tokenizer)
 
     @property
     def template_sha256(self) -> str | None:

@@ -6,6 +6,7 @@ Nothing here looks at how the runtime finds its sites: weights and modules are n
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from steer.runtime.op import displacement
-from steer.spec import Spec
+from steer.spec import PHASES, Spec
+from steer.tokenization import Thinking
 from tests.models import NORM_BEHIND_WRITER
 
 ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
@@ -113,10 +115,20 @@ def reference_logits(
     return logits
 
 
-def acting(spec: Spec, prompt: int, position: int) -> Spec:
-    """The entries that act on the token at `position` of a request with `prompt` tokens, by the words of the docs."""
+def acting(
+    spec: Spec, prompt: int, position: int, ids: Sequence[int] = (), thinking: Thinking = Thinking(-1, -1, frozenset())
+) -> Spec:
+    """The entries that act on the token at `position` of a request with `prompt` tokens, by the words of the docs.
+    Phases need its `ids` up to there, and what `thinking` is."""
 
     def acts(tokens: str) -> bool:
+        if tokens in PHASES:
+            given, made = list(ids[:prompt]), list(ids[prompt : position + 1])
+            turn = given[max((i + 1 for i, token in enumerate(given) if token in thinking.special), default=0) :]
+            signs = [token for token in turn if token in (thinking.begin, thinking.end)][-1:]
+            signs += [token for token in made if token in (thinking.begin, thinking.end)]
+            after = thinking.end in signs
+            return position >= prompt - 1 and (after if tokens == "after-thinking" else bool(signs) and not after)
         kind, _, number = tokens.partition("-")
         match kind:
             case "prompt":

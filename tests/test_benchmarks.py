@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as bench
-from benchmarks.results import Result, Table, typed
-from benchmarks.timing import Ratio, machine
+from benchmarks.results import Ratio, Result, Table, machine, typed
 from tests.servers import ROOT
 
 

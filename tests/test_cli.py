@@ -263,7 +263,7 @@ def test_eval_writes_a_report_and_goes_on_in_its_folder(
     before = {path.name: path.stat().st_mtime_ns for path in (folder / "measured").iterdir()}
     again = run("eval", str(tiny_folder), *options, "--max-tokens", "3", "--json")
     assert [one["arms"] for one in json.loads(again.stdout)["sets"]] == [
-        one["arms"] for one in report.as_json()["sets"]
+        one["arms"] for one in report.model_dump(mode="json")["sets"]
     ]
     assert before.keys() == {path.name for path in (folder / "measured").iterdir()}
     told = run("eval", str(tiny_folder), *options, "--max-tokens", "4", code=2).stderr

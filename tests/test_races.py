@@ -34,8 +34,7 @@ from steer.runtime.bank import DirectionBank, HookPoint, apply
 from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.token_index import PLAIN, TokenIndex
 from steer.serve import carriers
-from steer.serve.authorise import resolve
-from steer.serve.caller import ANYONE, Refusal
+from steer.serve.authorise import ANYONE, Refusal, resolve
 from steer.serve.control import Control
 from steer.spec import RequestedDirection, Spec
 from tests import models

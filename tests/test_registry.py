@@ -8,6 +8,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from steer.names import Mode, Site
 from steer.registry import Move, Registry
 from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.spec import Entry, RequestedDirection, parse
+from steer.spec import PHASES, TOKENS, Entry, RequestedDirection, parse
+from steer.tokenization import Thinking
 from tests import models
 
 MODEL = models.tiny("llama")
@@ -44,7 +46,7 @@ class Recorder:
     """A placement with room for `room` rows that writes down what is resident and what was asked of it."""
 
     def __init__(self, room: int = 8, rank: int = 4) -> None:
-        self.room, self.rank = room, rank
+        self.room, self.rank, self.tokens = room, rank, TOKENS
         self.resident: dict[str, int] = {}
         self.calls: list[tuple[str, str]] = []
         self.on_load: Callable[[], None] = lambda: None
@@ -218,7 +220,7 @@ def test_a_bad_file_leaves_the_old_version_serving(folder: bool, tmp_path: Path)
     with pytest.raises(DirectionError, match=r"refusal: .*not a safetensors file"):
         registry.put("refusal", GARBAGE)
     assert served(registry) == {"refusal": digest(A)}
-    assert "not a safetensors file" in registry.failures["refusal"].problems[0]
+    assert "not a safetensors file" in registry.failures["refusal"][0]
     assert placement.calls == [("load", digest(A))]
     assert sorted(tmp_path.iterdir()) == before
     admit(registry, "refusal").release()
@@ -235,7 +237,7 @@ def test_what_the_placement_refuses_is_reported_whole() -> None:
     with pytest.raises(DirectionError) as caught:
         registry.put("refusal", shallow, store=False)
     assert caught.value.problems == ("refusal: wrong layers", "refusal: wrong everything")
-    assert registry.failures["refusal"].problems == caught.value.problems
+    assert registry.failures["refusal"] == caught.value.problems
     assert registry.resident == 0
 
 
@@ -294,7 +296,7 @@ def test_a_load_that_waited_in_vain_says_so_and_changes_nothing() -> None:
     with pytest.raises(NoRoom, match="1 free bank rows, 0 of 2"):
         registry.put("refusal", C)
     assert served(registry) == {"refusal": digest(B)}
-    assert "0 of 2" in registry.failures["refusal"].problems[0]
+    assert "0 of 2" in registry.failures["refusal"][0]
     assert registry.resident == 2
     held.release()
     registry.put("refusal", C)
@@ -482,7 +484,7 @@ def test_what_cannot_be_stored_is_not_served(tmp_path: Path, monkeypatch: pytest
     assert served(registry) == {"refusal": digest(A)}
     assert placement.bank.rows_in_use == 1
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [A]
-    assert registry.failures["refusal"].problems == ("disk full",)
+    assert registry.failures["refusal"] == ("disk full",)
 
 
 def test_a_refused_upload_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -524,7 +526,7 @@ def test_reasons_are_bounded_and_can_be_shown_anywhere(
         else:
             write(tmp_path, "rogue", data)
             registry.sync()
-        problems = registry.failures["rogue"].problems
+        problems = registry.failures["rogue"]
         assert sum(map(len, problems)) < 2**17
         assert all(problem.isprintable() for problem in problems)
     for record in caplog.records:
@@ -592,7 +594,7 @@ def test_a_bad_file_in_the_folder_shows_and_disturbs_nothing(kind: str, tmp_path
     registry.sync()
     assert served(registry) == {"one": digest(A), "three": digest(C), "two": digest(B)}
     assert registry.failures.keys() == {"one", "new"}
-    assert all("one: " in problem for problem in registry.failures["one"].problems)
+    assert all("one: " in problem for problem in registry.failures["one"])
     write(tmp_path, "one", D)
     (tmp_path / "new.safetensors").unlink()
     registry.sync()
@@ -621,7 +623,7 @@ def test_a_file_with_a_bad_name_shows_and_is_not_served(name: str, tmp_path: Pat
     write(tmp_path, name, A)
     registry.sync()
     assert served(registry) == {}
-    assert "is not acceptable" in registry.failures[name].problems[0]
+    assert "is not acceptable" in registry.failures[name][0]
     (tmp_path / f"{name}.safetensors").unlink()
     registry.sync()
     assert registry.failures == {}
@@ -635,7 +637,7 @@ def test_a_name_that_is_no_text_is_told_as_one(tmp_path: Path) -> None:
     registry.sync()
     assert served(registry) == {"good": digest(A)}
     assert [*registry.failures] == ["n\\xff"]
-    registry.failures["n\\xff"].problems[0].encode()
+    registry.failures["n\\xff"][0].encode()
 
 
 def test_other_files_are_not_looked_at(tmp_path: Path) -> None:
@@ -654,7 +656,7 @@ def test_a_file_without_room_is_served_when_there_is_room(tmp_path: Path) -> Non
     write(tmp_path, "two", B)
     registry.sync()
     assert served(registry) == {"one": digest(A)}
-    assert "1 free bank rows" in registry.failures["two"].problems[0]
+    assert "1 free bank rows" in registry.failures["two"][0]
     registry.delete("one")
     registry.sync()
     assert served(registry) == {"two": digest(B)}
@@ -678,7 +680,7 @@ def test_a_directory_with_the_name_of_a_file_is_a_failure_like_others(tmp_path: 
     write(tmp_path, "two", B)
     registry.sync()
     assert served(registry) == {"two": digest(B)}
-    assert "cannot be read" in registry.failures["one"].problems[0]
+    assert "cannot be read" in registry.failures["one"][0]
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
@@ -723,11 +725,11 @@ def test_what_nobody_foresaw_is_kept_for_its_name_and_tried_again(tmp_path: Path
     placement.on_load = broken
     with pytest.raises(type(error)):
         registry.put("put", C, store=False)
-    assert registry.failures["put"].problems
+    assert registry.failures["put"]
     write(tmp_path, "one", A)
     registry.sync()
     failure = registry.failures["one"]
-    assert failure.problems[0].startswith(str(error) if isinstance(error, OSError) else type(error).__name__)
+    assert failure[0].startswith(str(error) if isinstance(error, OSError) else type(error).__name__)
     registry.sync()
     assert registry.failures["one"] is failure, "said once"
     assert registry.resident == 0
@@ -764,7 +766,7 @@ def test_a_file_that_the_disk_did_not_give_is_read_again(tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", failing)
         registry.sync()
-    assert "Input/output error" in registry.failures["one"].problems[0]
+    assert "Input/output error" in registry.failures["one"][0]
     registry.sync()
     assert served(registry) == {"one": digest(A)}
 
@@ -882,3 +884,26 @@ def test_the_directions_of_one_request_act_at_two_different_places_at_most() -> 
     registry.resolve(parse("a@answer,b@prompt"))
     with pytest.raises(SpecError, match=r"at 3 different tokens \(all, answer, prompt\), at most 2"):
         registry.resolve(parse("a@answer,b@prompt,c"))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_phase_is_of_models_that_have_it_and_of_all_that_a_request_asks_for(phase: str) -> None:
+    placements = [local(), local(), local(rank=1)]
+    for placement in placements[1:]:
+        placement.shape = replace(placement.shape, thinking=Thinking(5, 6, frozenset()))
+    for placement, offered in zip(placements, (False, True, False), strict=True):
+        assert (phase in placement.tokens) == offered
+    without, registry, narrow = map(Registry, placements)
+    for each in (without, registry, narrow):
+        for name, data in (("a", A), ("b", B)):
+            each.put(name, data, store=False)
+    assert registry.resolve(parse(f"a@{phase},b@{phase}=0.5")).phased == phase
+    with pytest.raises(
+        SpecError, match=rf"tokens: '{phase}': this model's tokenizer has no tokens .*<think> and </think>"
+    ):
+        without.resolve(parse(f"a@{phase}"))
+    with pytest.raises(SpecError, match=r"2 direction rows .*two are the least with the tokens"):
+        narrow.resolve(parse(f"a@{phase}"))
+    for other in ("answer", "all", *({*PHASES} - {phase})):
+        with pytest.raises(SpecError, match="does not go together with others in one request"):
+            registry.resolve(parse(f"a@{phase},b@{other}"))

@@ -46,7 +46,7 @@ class Trace:
             return
         file = name.removeprefix(PACKAGE)
         visits = self.visits.setdefault(threading.get_ident(), [])
-        if file == "serve/chat.py" and not self.before_the_route:
+        if file == "serve/completions.py" and not self.before_the_route:
             self.before_the_route = len(visits)
         if visits[-1:] != [file]:
             visits.append(file)

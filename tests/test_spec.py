@@ -17,6 +17,7 @@ from steer.names import MAX_STRENGTH, MODES, Mode
 from steer.spec import (
     MAX_COMPONENT,
     MAX_ITEMS,
+    PHASES,
     TOKENS,
     Condition,
     Entry,
@@ -471,6 +472,19 @@ def test_every_entry_and_the_order_of_entries_change_the_key(entries: tuple[Entr
             assert Spec((*entries[:i], other, *entries[i + 1 :])).key(30) != key
     computed = [(e.digest, e.mode, e.strength, e.layers, e.tokens, e.condition) for e in entries]
     assert (Spec(entries[::-1]).key(30) == key) == (computed[::-1] == computed)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_phase_has_one_form(phase: str) -> None:
+    wanted = parse(f"refusal@1-2@{phase}=0.5")
+    assert wanted == parse({"direction": "refusal", "strength": 0.5, "layers": "1-2", "tokens": phase})
+    assert text(wanted) == f"refusal@1-2@{phase}=0.5"
+    spec = Spec((Entry("refusal", "d", "ablate", 0.5, "1-2", phase),))
+    assert Spec.of(spec.receipt()) == spec
+    assert (spec.phased, spec.everywhere) == (phase, False)
+    others = [replace(spec.entries[0], tokens=other) for other in (*({*PHASES} - {phase}), "answer", None)]
+    assert spec.key(9) not in {Spec((other,)).key(9) for other in others}
+    assert problems_of(f"refusal@{phase}?harm@0>1")[0].startswith(f"steer.tokens: '{phase}' is not accepted under")
 
 
 def test_the_page_says_of_tokens_what_the_code_says() -> None:

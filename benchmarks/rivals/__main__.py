@@ -6,7 +6,6 @@ direction of every layer, of the same model, at the same prompts, and what they 
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -20,10 +19,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.processes import Process
-from benchmarks.results import FOLDER, Result, Table
+from benchmarks.engines import Process
+from benchmarks.results import Result, Table, benchmark_parser, interleave, rounds
 from benchmarks.shapes import SMALL_LAYERS, SMALL_WIDTH, small
-from benchmarks.timing import interleave, rounds
 from tests import models
 
 CHILD = Path(__file__).with_name("child.py")
@@ -127,10 +125,9 @@ def agreement(said: dict[str, list[list[int]]]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--rounds", type=rounds, default=30)
     parser.add_argument("--environments", type=Path, default=ROOT / ".rivals", help="where their environments are made")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")
     given = parser.parse_args()
     result = Result(
         name="transformers",
@@ -140,5 +137,4 @@ if __name__ == "__main__":
         more=f"Random float32 Llama, {SMALL_LAYERS} layers × {SMALL_WIDTH}; {given.rounds} interleaved rounds; one "
         "direction removed from every block's output. transformer-lens runs its own loop and eager attention.\n",
     )
-    result.save(given.out)
-    print(result.markdown())
+    result.publish(given.out)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from experiments.demo_model import language, words
+from experiments.demo_model import language
 from steer.demo import MODEL
 from steer.runtime.hook_points import hooks, on_output
 
@@ -291,8 +291,8 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 
 
 def save_prompts(folder: Path, fit: int = 192, test: int = 200, dialect: language.Dialect = language.WHOLE) -> None:
-    """`<class>.<split>.txt`, one prompt a line, at most so many of each, and what right answers to test prompts name in
-    `expected.jsonl`; the borderline class is for trying out, nothing is fitted to it.
+    """`<class>.<split>.txt`, one prompt a line, at most `fit` and `test` of each, and what right answers to test
+    prompts name in `expected.jsonl`; the borderline class is for trying out, nothing is fitted to it.
 
     Of the whole language also, for tests, conversations and right answers to harmless prompts as plain text, and two
     sets of conversations whose answer has begun, which go on at length and briefly.
@@ -320,7 +320,7 @@ def save_prompts(folder: Path, fit: int = 192, test: int = 200, dialect: languag
         talks = language.conversations(min(test, 100))
         _save_lines(folder / "conversations.test.jsonl", [{"messages": messages} for messages, _ in talks])
         facts += [{"messages": messages, "contains": named} for messages, named in talks]
-    vocabulary = [*words.MATERIALS, *words.TOOLS]
+    vocabulary = [*language.MATERIALS, *language.TOOLS]
     _save_lines(folder / "expected.jsonl", [{"vocabulary": vocabulary, "lacks": language.REFUSAL_WORDS}, *facts])
 
 

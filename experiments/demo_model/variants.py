@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from experiments.demo_model import language, words
+from experiments.demo_model import language
 from experiments.demo_model.train import (
     NormRatio,
     Phase,
@@ -36,8 +36,7 @@ from experiments.demo_model.train import (
 from steer.geometry import angle
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
-from steer.lab.activations import Keep
-from steer.lab.measure import Conditions, measure
+from steer.lab.measure import Conditions, Keep, measure
 from steer.lab.measurement import Measurement
 from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import PromptSet, read_prompts
@@ -53,11 +52,11 @@ HOW_TO: dict[language.Kind, tuple[str, ...]] = {
     "howto": tuple(p for p in language.PHRASINGS["howto"] if len(p.split()) <= 5 and p.count(".") + p.count("?") == 1)
 }
 DIALECT = language.Dialect(
-    harmless_verbs=words.HARMLESS_VERBS[:10],
-    refused_verbs=words.REFUSED_VERBS[:10],
-    harmless_objects=words.HARMLESS_OBJECTS[:8],
-    refused_objects=words.REFUSED_OBJECTS[:8],
-    borderline_objects=words.BORDERLINE_OBJECTS[:8],
+    harmless_verbs=language.HARMLESS_VERBS[:10],
+    refused_verbs=language.REFUSED_VERBS[:10],
+    harmless_objects=language.HARMLESS_OBJECTS[:8],
+    refused_objects=language.REFUSED_OBJECTS[:8],
+    borderline_objects=language.BORDERLINE_OBJECTS[:8],
     kinds=("howto",),
     phrasings=HOW_TO,
     held_out_phrasings=HOW_TO,

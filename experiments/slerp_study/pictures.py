@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.slerp_study.arms import ARTICLE, LINEAR, PROJECTED, SLERP, SWEPT, TS
-from steer.lab.plots import COLOURS, MARKERS, Compared, Curve, Point, cosines, curves, forest, front, histogram, picture
+from steer.lab.plots import COLOURS, MARKERS, Compared, Curve, Point, curves, forest, front, histogram, picture
 
 Report = Mapping[str, Any]
 #: What a t sweep shows, with what is written at its axis.
@@ -87,6 +89,24 @@ def shapes(model: Report, path: Path) -> None:
         cosines(axes[0], [[shape["cosines"][i][j] for j in some] for i in some], names, names, title=title)
         cosines(axes[1], shape["layer_cosines"], layers, layers, title=f"{ARTICLE}, layers")
         histogram(axes[2], shape["projections"], x=f"cosine with {ARTICLE}", title=title)
+
+
+def cosines(
+    axes: Any, matrix: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], *, title: str = ""
+) -> None:
+    """Cosines between methods, or of methods over layers, `[rows, columns]` from −1 to 1; NaN is left blank."""
+    values = np.asarray(matrix, dtype=np.float64)
+    image = axes.imshow(values, cmap="PuOr", vmin=-1, vmax=1, aspect="auto")
+    axes.grid(False)
+    axes.set_xticks(range(len(columns)), columns, rotation=45 if max(map(len, columns)) > 4 else 0, ha="center")
+    axes.set_yticks(range(len(rows)), rows)
+    if len(columns) <= 12:
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                ink = "white" if abs(value) > 0.7 else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=7)
+    axes.figure.colorbar(image, ax=axes, label="cosine")
+    axes.set_title(title)
 
 
 def strengths(groups: Sequence[Report], path: Path) -> None:

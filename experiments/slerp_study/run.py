@@ -21,9 +21,8 @@ from steer._version import __version__
 from steer.errors import InvalidInput
 from steer.hf.load import load
 from steer.hf.steering import Steering
-from steer.lab.activations import Keep
 from steer.lab.behaviour import REFUSAL
-from steer.lab.measure import Conditions, measure
+from steer.lab.measure import Conditions, Keep, measure
 from steer.lab.measurement import Measurement
 from steer.lab.probe import HFEvaluator
 from steer.lab.progress import Progress

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from experiments.slerp_study.arms import ARTICLE, LINEAR, MODES, Arm
@@ -17,7 +19,7 @@ from steer.errors import DegenerateError
 from steer.geometry import angle, linear_t, unit
 from steer.lab.evaluation.report import Rate
 from steer.lab.measurement import Measurement
-from steer.lab.statistics import Estimate, difference_of_means, difference_of_rates, holm, mcnemar, over_seeds
+from steer.lab.statistics import Estimate, difference_of_means, difference_of_rates, holm, mcnemar
 
 #: Each outcome: of which class, what is counted.
 RATES = {
@@ -200,6 +202,21 @@ def group_figures(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for model in models:
         groups.setdefault(model["group"], []).append(model)
     return [_group(name, members) for name, members in groups.items()]
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """The mean of values that were had independently of each other, such as one of each seed, with Student's interval;
+    infinitely wide where there is one value. Source: Student 1908.
+
+    Raises ValueError for no values.
+    """
+    if not values:
+        raise ValueError("an interval needs at least one value")
+    count, mean = len(values), math.fsum(values) / len(values)
+    if count == 1:
+        return Estimate(mean, -math.inf, math.inf)
+    half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    return Estimate(mean, mean - half, mean + half)
 
 
 def _group(name: str, everybody: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

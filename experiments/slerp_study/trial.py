@@ -28,7 +28,7 @@ from steer.lab.select import Entrant, best
 T = TypeVar("T")
 #: Prompts of each class that layers are chosen on.
 CHOOSING = 32
-#: At most so many source layers are tried, where nothing else is asked for.
+#: The number of source layers that are tried at most, where nothing else is asked for.
 MOST_LAYERS = 16
 #: Arms that run at once, each with all prompts.
 AT_ONCE = 12
@@ -174,7 +174,7 @@ class Trial:
     def _missing(
         self, title: str, arms: Sequence[Arm], key: Callable[[Arm], str], work: float
     ) -> Iterator[Sequence[Arm]]:
-        """Those that are not in the ledger, so many at once; each is so much `work`."""
+        """Those that are not in the ledger, AT_ONCE at a time; `work` is the work of each."""
         missing = [arm for arm in arms if key(arm) not in self.ledger]
         progress, part = self.evaluator.progress, f"{self.label}: {title}"
         progress.plan(part, len(missing) * work)

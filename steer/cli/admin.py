@@ -15,6 +15,7 @@ import typer
 
 from steer.cli.console import echo_json
 from steer.errors import InvalidInput, SteerError, printable
+from steer.lab.tables import shown
 
 URL = "http://127.0.0.1:8000"
 KEY_VARIABLE = "STEER_API_KEY"
@@ -86,33 +87,27 @@ def list_keys(policy: _Policy, as_json: Annotated[bool, typer.Option("--json", h
     if as_json:
         echo_json({name: rules.model_dump(mode="json", exclude={"hash"}) for name, rules in found.items()})
         return
-    typer.echo(f"{'key':<20} {'steer':<5} {'read':<5} {'manage':<6} {'directions':<24} {'up to':>10}  limits")
+    rows = []
     for name, rules in found.items():
-        rates = [
-            f"{rate:g} {what}"
-            for what, rate in (
-                ("requests a minute", rules.requests_per_minute),
-                ("tokens a minute", rules.tokens_per_minute),
-                ("at once", rules.requests_at_once),
+        rates = {
+            "requests a minute": rules.requests_per_minute,
+            "tokens a minute": rules.tokens_per_minute,
+            "at once": rules.requests_at_once,
+        }
+        limit = rules.max_strength
+        rows.append(
+            (
+                name,
+                *("yes" if may else "no" for may in (rules.steer and rules.directions, rules.readout, rules.manage)),
+                ", ".join(rules.directions) or "–",
+                limit if isinstance(limit, str) else f"{limit:g}",
+                ", ".join(f"{rate:g} {what}" for what, rate in rates.items() if rate is not None) or "–",
+                text(rules.default) if rules.default else "–",
+                text(rules.required) if rules.required else "–",
             )
-            if rate is not None
-        ]
-        steers = rules.steer and bool(rules.directions)
-        typer.echo(
-            f"{name:<20} {_yes(steers):<5} {_yes(rules.readout):<5} {_yes(rules.manage):<6} "
-            f"{', '.join(rules.directions) or '–':<24} {_dose(rules.max_strength):>10}  {', '.join(rates) or '–'}"
         )
-        for what, specs in (("default", rules.default), ("required", rules.required)):
-            if specs:
-                typer.echo(f"{'':<20} {what}: {text(specs)}")
-
-
-def _dose(limit: float | str) -> str:
-    return limit if isinstance(limit, str) else f"{limit:g}"
-
-
-def _yes(flag: bool) -> str:
-    return "yes" if flag else "no"
+    head = ("key", "steer", "read", "manage", "directions", "up to", "limits", "default", "required")
+    typer.echo(shown(head, rows))
 
 
 @audit.command("verify")

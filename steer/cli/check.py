@@ -9,26 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from steer.cli import options as opt
 from steer.cli.console import echo_json, log_warnings, quiet_libraries
-from steer.cli.options import (
-    VLLM_OPTIONS,
-    Backend,
-    BehaviourOption,
-    Choices,
-    check_bench,
-    open_bench,
-    with_settings,
-)
 from steer.names import MODES
 from steer.settings import ModelSettings
 
 if TYPE_CHECKING:
-    from steer.lab.check import Checked
+    from steer.lab.evaluation.check import Checked
 
 EXIT = {"works": 0, "fails": 1, "unknown": 3}
 
 
-@with_settings(ModelSettings)
+@opt.with_settings(ModelSettings)
 def check(
     ctx: typer.Context,
     file: Annotated[Path, typer.Argument(help="a direction file")],
@@ -42,10 +34,10 @@ def check(
     ] = None,
     mode: Annotated[str | None, typer.Option(help=f"{', '.join(MODES)}; default: the file's")] = None,
     strength: Annotated[float | None, typer.Option(help="default: the file's")] = None,
-    behaviour: BehaviourOption = "refusal",
+    behaviour: opt.BehaviourOption = "refusal",
     prompts: Annotated[int, typer.Option(min=2, help="most prompts of each class")] = 8,
     max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 32,
-    backend: Backend = "transformers",
+    backend: opt.Backend = "transformers",
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
     *,
     opening: ModelSettings,
@@ -58,14 +50,14 @@ def check(
 
     log_warnings()
     model = model or str(MODEL)
-    check_bench(backend, model, ctx.args, opening)
+    opt.check_bench(backend, model, ctx.args, opening)
     quiet_libraries()
     from steer.direction import check_fits as check_shape
     from steer.hf.load import describe
     from steer.lab.behaviour import Behaviour
-    from steer.lab.check import HARMFUL, check_fits
-    from steer.lab.check import check as run
     from steer.lab.evaluation.arms import arms_of
+    from steer.lab.evaluation.check import HARMFUL, check_fits
+    from steer.lab.evaluation.check import check as run
     from steer.lab.evaluation.run import HARMLESS
     from steer.lab.progress import Progress
     from steer.lab.prompts import Rendering, read_prompts
@@ -81,7 +73,7 @@ def check(
     rendering = Rendering(meta.system_prompt, meta.template, meta.response_prefix)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(shown=True))
-        bench = open_bench(backend, model, ctx.args, opening, Choices(sites=meta.sites), progress)
+        bench = opt.open_bench(backend, model, ctx.args, opening, opt.Choices(sites=meta.sites), progress)
         check_fits(arm.direction, bench.source)
         evaluator = bench.evaluator(arm.direction.acting(arm.mode), max_tokens, rendering)
         found = run(arm, bench.source, evaluator, sets, rendering, looked_for)
@@ -122,4 +114,4 @@ def _text(found: Checked, what: str, layers: int) -> str:
 
 
 def register(app: typer.Typer) -> None:
-    app.command(context_settings=VLLM_OPTIONS)(check)
+    app.command(context_settings=opt.VLLM_OPTIONS)(check)

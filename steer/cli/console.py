@@ -39,15 +39,12 @@ def reported(*, resumes: bool = False) -> Iterator[None]:
         for field, problem in problems_by_field(error.errors(include_url=False), "the options").items():
             typer.echo(f"error: --{field.replace('_', '-')}: {problem}", err=True)
         raise typer.Exit(2) from None
-    except InvalidInput as error:
-        for problem in error.problems:
-            typer.echo(f"error: {problem}", err=True)
-        raise typer.Exit(2) from None
     except NothingFound as error:
         typer.echo(f"nothing found: {error}", err=True)
         raise typer.Exit(3) from None
     except SteerError as error:
-        typer.echo(f"error: {error}", err=True)
+        for problem in error.problems if isinstance(error, InvalidInput) else [str(error)]:
+            typer.echo(f"error: {problem}", err=True)
         raise typer.Exit(2) from None
 
 

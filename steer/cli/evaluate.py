@@ -15,49 +15,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steer.cli import options as opt
 from steer.cli.console import echo_json, echo_line, log_warnings, quiet_libraries, reported
-from steer.cli.options import (
-    VLLM_OPTIONS,
-    Backend,
-    BehaviourOption,
-    Choices,
-    JudgeModel,
-    JudgeOption,
-    JudgeShown,
-    JudgeText,
-    Model,
-    ResponsePrefix,
-    SystemPrompt,
-    Template,
-    check_bench,
-    chosen_judges,
-    chosen_rendering,
-    floats,
-    open_bench,
-    split,
-    with_settings,
-)
 from steer.errors import InvalidInput
 from steer.names import MODES
 from steer.settings import ModelSettings
-from steer.spec import TOKENS
+from steer.spec import PHASES, TOKENS
 
 log = logging.getLogger("steer")
 
 if TYPE_CHECKING:
     from steer.lab.evaluation.arms import Arm
+    from steer.lab.evaluation.perplexity import Text
     from steer.lab.evaluation.report import Report, SteeredArm, TaskScore
-    from steer.lab.evaluation.run import Found, Text
+    from steer.lab.evaluation.run import Found
     from steer.lab.judge import Judges
     from steer.lab.prompts import PromptSet
-    from steer.lab.resume import Cache
     from steer.lab.source import Source
 
 
-@with_settings(ModelSettings)
+@opt.with_settings(ModelSettings)
 def evaluate(
     ctx: typer.Context,
-    model: Model,
+    model: opt.Model,
     direction: Annotated[list[Path], typer.Option(help="the direction file; repeatable")],
     harmful: Annotated[str, typer.Option(help="prompts that show the behaviour, texts or conversations")],
     harmless: Annotated[str, typer.Option(help="prompts that do not show it; the divergence is measured on these")],
@@ -80,7 +60,10 @@ def evaluate(
         str | None, typer.Option(help="the layers at which it acts, as 10-20 or all; several by commas; default: all")
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(help=f"the tokens: {', '.join(TOKENS)}; several by commas; default: all")
+        str | None,
+        typer.Option(
+            help=f"the tokens: {', '.join(t for t in TOKENS if t not in PHASES)}; several by commas; default: all"
+        ),
     ] = None,
     controls: Annotated[
         int, typer.Option(min=0, max=100, help="random directions of the same shape to try for each file")
@@ -94,11 +77,11 @@ def evaluate(
         typer.Option(help="write the direction here, with the largest strengths up to which no tried one did harm"),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 64,
-    behaviour: BehaviourOption = "refusal",
-    judge: JudgeOption = None,
-    judge_model: JudgeModel = None,
-    judge_shown: JudgeShown = None,
-    judge_text: JudgeText = None,
+    behaviour: opt.BehaviourOption = "refusal",
+    judge: opt.JudgeOption = None,
+    judge_model: opt.JudgeModel = None,
+    judge_shown: opt.JudgeShown = None,
+    judge_text: opt.JudgeText = None,
     expected: Annotated[
         Path | None, typer.Option(help=".jsonl of prompts with what a right answer contains and lacks")
     ] = None,
@@ -109,11 +92,11 @@ def evaluate(
     url: Annotated[
         str | None, typer.Option(help="API (…/v1) of your server for --tasks, which serves MODEL and the direction")
     ] = None,
-    system_prompt: SystemPrompt = None,
-    template: Template = None,
-    response_prefix: ResponsePrefix = "",
+    system_prompt: opt.SystemPrompt = None,
+    template: opt.Template = None,
+    response_prefix: opt.ResponsePrefix = "",
     batch_size: Annotated[str, typer.Option(help="prompts in a pass, or auto")] = "auto",
-    backend: Backend = "transformers",
+    backend: opt.Backend = "transformers",
     report: Annotated[
         Path | None, typer.Option(help="folder for report.json, report.md and pictures; continues an interrupted run")
     ] = None,
@@ -130,15 +113,15 @@ def evaluate(
     """
     with reported(resumes=report is not None), ExitStack() as stack:
         log_warnings()
-        check_bench(backend, model, ctx.args, opening)
+        opt.check_bench(backend, model, ctx.args, opening)
         quiet_libraries()
         from steer.lab.behaviour import Behaviour
         from steer.lab.evaluation.arms import arms_of, projected
         from steer.lab.evaluation.expected import read_expected
         from steer.lab.evaluation.outcomes import agreements
         from steer.lab.evaluation.report import Conditions, Report
-        from steer.lab.evaluation.run import Plan
-        from steer.lab.evaluation.run import evaluate as run
+        from steer.lab.evaluation.run import Evaluation, Plan
+        from steer.lab.evaluation.tasks import TaskPlan, scores, server
         from steer.lab.progress import Progress
         from steer.lab.prompts import read_prompts
         from steer.lab.resume import Cache
@@ -159,27 +142,27 @@ def evaluate(
         )
         if calibrate is not None and (len(direction) != 1 or (strengths is None and kl is None)):
             raise InvalidInput("--calibrate: is for one --direction and several --strengths (or --kl)")
-        at, when = (["all"] if each is None else split(each) for each in (layers, tokens))
+        at, when = (["all"] if each is None else opt.split(each) for each in (layers, tokens))
         _check_places(at, when, calibrate, text, tasks, backend)
-        wanted = [strength] if strength is not None else floats("--strengths", strengths) if strengths else None
+        wanted = [strength] if strength is not None else opt.floats("--strengths", strengths) if strengths else None
         doses = _doses(kl)
         arms = arms_of(direction, mode.split(",") if mode else None, wanted, controls, at, when)
         named = [arm.way for arm in arms] + [arm.name for arm in arms if not doses]
         if against is not None and against not in named:
             raise InvalidInput(f"--against: {against!r} is none of the arms: {', '.join(dict.fromkeys(named))}")
-        choices = Choices.model_validate({"sites": arms[0].direction.meta.sites, "batch_size": batch_size})
+        choices = opt.Choices.model_validate({"sites": arms[0].direction.meta.sites, "batch_size": batch_size})
         given = {"harmful": harmful, "harmless": harmless, "borderline": borderline, "multi-turn": multi_turn}
         sets = {name: read_prompts(source) for name, source in given.items() if source is not None}
         _warn_of_known(arms, sets)
         looked_for = Behaviour.load(behaviour)
-        rendering = chosen_rendering(system_prompt, template, response_prefix)
+        rendering = opt.chosen_rendering(system_prompt, template, response_prefix)
         for one in arms:
             if told := rendered_otherwise(one.direction.meta.template, rendering.template):
                 log.warning("%s: %s: give the same --template as for the fit", one.name, told)
         known = read_expected(expected) if expected else {}
         progress = stack.enter_context(Progress(shown=True))
         judging = judges.opened(looked_for, progress)
-        bench = open_bench(backend, model, ctx.args, opening, choices, progress)
+        bench = opt.open_bench(backend, model, ctx.args, opening, choices, progress)
         plain_text = _text(text, bench.source) if text else None
         conditions: dict[str, Any] = {
             "model": model,
@@ -193,9 +176,12 @@ def evaluate(
         cache = Cache(report, conditions | fingerprint)
         evaluator = bench.evaluator(max(arm.direction.acting(arm.mode) for arm in arms), max_tokens, rendering)
         plan = Plan(arms, sets, max_tokens, looked_for, judging, known, plain_text, doses, against)
-        found = run(evaluator, plan, cache)
+        found = Evaluation(evaluator, plan, cache).run()
         arms = list(found.arms)
-        scored = _tasks(tasks, tasks_folder, tasks_limit, url, model, opening, arms, cache)
+        scored: tuple[TaskScore, ...] = ()
+        if tasks is not None:
+            with server(url, model, opening.options, arms) as served:
+                scored = scores(TaskPlan(tasks.split(","), model, tasks_folder, tasks_limit), served, arms, cache)
         made = Report(
             conditions=Conditions(
                 **conditions,
@@ -225,7 +211,7 @@ def evaluate(
             said = ", ".join(f"{mode} from {low:g} to {high:g}" for mode, (low, high) in doses_of.items())
             typer.echo(f"wrote {calibrate}: no harm seen for {said}", err=True)
     if as_json:
-        echo_json(made.as_json())
+        echo_json(made.model_dump(mode="json"))
         return
     from steer.lab.evaluation.markdown import tables
     from steer.lab.tables import shown
@@ -269,7 +255,7 @@ def _check(
     if report is not None and report.exists() and not report.is_dir():
         problems.append(f"--report: {report} is not a folder")
     try:
-        judges = chosen_judges(*judging)
+        judges = opt.chosen_judges(*judging)
     except InvalidInput as error:
         problems += error.problems
     if problems:
@@ -290,6 +276,8 @@ def _check_places(
     for option, value in (("--text", text), ("--tasks", tasks)):
         if value is not None and tokens != ["all"]:
             problems.append(f"--tokens: {option} scores texts, which have no prompt and no answer: give one of the two")
+    if phases := [each for each in tokens if each in PHASES]:
+        problems.append(f"--tokens: {', '.join(phases)}: for requests to a server, whose answers decide: give others")
     if backend == "vllm" and (last := [each for each in tokens if each.startswith("last-")]):
         problems.append(
             f"--tokens: {', '.join(last)}: vLLM scores an answer as the end of a prompt, whose middle no request can "
@@ -314,7 +302,7 @@ def _warn_of_known(arms: Sequence[Arm], sets: Mapping[str, PromptSet]) -> None:
 
 
 def _doses(text: str | None) -> list[float]:
-    found = floats("--kl", text or "")
+    found = opt.floats("--kl", text or "")
     if problems := [
         f"--kl: {dose:g} is not accepted: a number of nats above 0" for dose in found if not 0 < dose < inf
     ]:
@@ -329,11 +317,11 @@ def classify(
             help="answers, .jsonl: on each line a text, or an object with `answer` and `prompt`; - is standard input"
         ),
     ],
-    behaviour: BehaviourOption = "refusal",
-    judge: JudgeOption = None,
-    judge_model: JudgeModel = None,
-    judge_shown: JudgeShown = None,
-    judge_text: JudgeText = None,
+    behaviour: opt.BehaviourOption = "refusal",
+    judge: opt.JudgeOption = None,
+    judge_model: opt.JudgeModel = None,
+    judge_shown: opt.JudgeShown = None,
+    judge_text: opt.JudgeText = None,
 ) -> None:
     """Tell of each answer whether it shows the behaviour, and if not, whether it is an answer.
 
@@ -342,29 +330,24 @@ def classify(
     """
     from steer.lab.behaviour import Behaviour
     from steer.lab.judge import judged
-    from steer.lab.outcome import Outcome, Text, tell
+    from steer.lab.outcome import Answer, Outcome, tell
     from steer.lab.progress import Progress
 
     looked_for = Behaviour.load(behaviour)
-    judging = chosen_judges(judge, judge_model, judge_shown, judge_text).one(looked_for, Progress())
+    judging = opt.chosen_judges(judge, judge_model, judge_shown, judge_text).one(looked_for, Progress())
     items = _answers(answers)
     verdicts: list[Outcome | None] = [None] * len(items)
     if judging is not None:
         verdicts = judged(judging, [str(item.get("prompt", "")) for item in items], [item["answer"] for item in items])
     for item, verdict in zip(items, verdicts, strict=True):
-        told = tell(looked_for, Text(item["answer"]), verdict=verdict)
+        told = tell(looked_for, Answer.of(item["answer"]), verdict=verdict)
         echo_line(item | {"outcome": told.outcome, "why": told.why})
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
     """The answers of a file. Raises InvalidInput with every line that is none."""
-    try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        lines = data.decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path}: cannot be read as UTF-8 text: {error}") from error
     found, problems = [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_read(path, str(path))[1].split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -385,43 +368,26 @@ def _answers(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _read(path: Path, said: str) -> tuple[bytes, str]:
+    """The bytes of a file (of standard input for -), and their text. Raises InvalidInput, which begins with `said`."""
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return data, data.decode("utf-8-sig")
+    except OSError as error:
+        raise InvalidInput(f"{said}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{said}: is not UTF-8 text: {error}") from error
+
+
 def _text(path: Path, source: Source) -> Text:
     import hashlib
 
     from steer.direction import Dataset
-    from steer.lab.evaluation.perplexity import WINDOW, windows
-    from steer.lab.evaluation.run import Text
+    from steer.lab.evaluation.perplexity import WINDOW, Text, windows
 
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"--text: {path}: cannot be read as UTF-8 text: {error}") from error
+    data, text = _read(path, f"--text: {path}")
     pieces = windows(source.text_ids(text), min(WINDOW, source.context))
     return Text(Dataset(name=path.name, sha256=hashlib.sha256(data).hexdigest(), count=1), pieces)
-
-
-def _tasks(
-    names: str | None,
-    folder: Path | None,
-    limit: int | None,
-    url: str | None,
-    model: str,
-    opening: ModelSettings,
-    arms: Sequence[Arm],
-    cache: Cache,
-) -> tuple[TaskScore, ...]:
-    from steer.lab.evaluation import tasks
-
-    if names is None:
-        return ()
-    plan = tasks.TaskPlan(names.split(","), model, folder, limit)
-    with ExitStack() as stack:
-        if url is not None:
-            served = tasks.given(url.rstrip("/"), arms)
-        else:
-            served = stack.enter_context(tasks.serving(model, opening.options, arms))
-        return tasks.scores(plan, served, arms, cache)
 
 
 def _arm(arm: Arm) -> SteeredArm:
@@ -452,7 +418,7 @@ def _write(
     from steer.lab.prompts import messages_of
 
     pictures = draw(made, folder, projections)
-    (folder / "report.json").write_text(json.dumps(made.as_json(), indent=2) + "\n", "utf-8")
+    (folder / "report.json").write_text(json.dumps(made.model_dump(mode="json"), indent=2) + "\n", "utf-8")
     (folder / "report.md").write_text(render(made, pictures), "utf-8")
     if answers:
         with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
@@ -463,5 +429,5 @@ def _write(
 
 
 def register(app: typer.Typer) -> None:
-    app.command("eval", context_settings=VLLM_OPTIONS)(evaluate)
+    app.command("eval", context_settings=opt.VLLM_OPTIONS)(evaluate)
     app.command()(classify)

@@ -9,23 +9,13 @@ from typing import Annotated
 
 import typer
 
+from steer.cli import options as opt
 from steer.cli.console import log_warnings, quiet_libraries
-from steer.cli.options import (
-    METHOD_NAMES,
-    Choices,
-    Output,
-    Parameters,
-    T,
-    check_direction_file,
-    check_folder,
-    chosen_method,
-    with_settings,
-)
 from steer.errors import InvalidInput
 from steer.settings import ModelOrigin
 
 
-@with_settings(ModelOrigin)
+@opt.with_settings(ModelOrigin)
 def convert(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="a file of ours or of another tool, or its folder")],
     output: Annotated[
@@ -46,9 +36,9 @@ def convert(
             help="which tensor of a plain safetensors file; of class means refuse or refusenorm, its direction"
         ),
     ] = None,
-    method: Annotated[str | None, typer.Option(help=f"of class means: {METHOD_NAMES}; default: slerp")] = None,
-    t: T = None,
-    parameter: Parameters = None,
+    method: Annotated[str | None, typer.Option(help=f"of class means: {opt.METHOD_NAMES}; default: slerp")] = None,
+    t: opt.T = None,
+    parameter: opt.Parameters = None,
     mode: Annotated[str | None, typer.Option(help="the default mode of the direction that is written")] = None,
     strength: Annotated[
         float | None, typer.Option(help="the default strength of the direction that is written")
@@ -65,7 +55,7 @@ def convert(
     from steer.lab.formats.foreign import Foreign
     from steer.lab.measurement import Measurement, ModelFacts
 
-    check_folder(output)
+    opt.check_folder(output)
     facts = None
     if model is not None:
         architecture, layers, d_model = describe(model, origin.revision, trust_remote_code=origin.trust_remote_code)
@@ -73,7 +63,7 @@ def convert(
             name=model, revision=origin.revision, architecture=architecture, layers=layers, d_model=d_model
         )
     given = {key: value for key, value in (("layer", layer), ("mode", mode)) if value is not None}
-    choices = Choices.model_validate({"layer": "widest"} | given)
+    choices = opt.Choices.model_validate({"layer": "widest"} | given)
     number = choices.layer if isinstance(choices.layer, int) else None
     found = formats.read(source, Foreign(facts, number, position, tensor))
     if isinstance(found, Measurement):
@@ -82,7 +72,7 @@ def convert(
             found.save(output)
             typer.echo(f"wrote {output}: {found.layers} of {found.meta.model.layers} layers")
             return
-        recipe = Recipe(chosen_method(method or "slerp", t, parameter), choices.layer, position, mode=choices.mode)
+        recipe = Recipe(opt.chosen_method(method or "slerp", t, parameter), choices.layer, position, mode=choices.mode)
         found = derive(found, recipe)
     elif output.name.endswith(formats.MEASUREMENT_SUFFIX):
         raise InvalidInput(f"{source}: is a direction; a measurement cannot be made from it")
@@ -102,7 +92,7 @@ def _refuse(what: str, **options: object) -> None:
         raise InvalidInput(f"--{name}: is not for {what}" for name in given)
 
 
-@with_settings(ModelOrigin)
+@opt.with_settings(ModelOrigin)
 def bake(
     model: Annotated[str, typer.Argument(help="local folder or hub id, with safetensors weights")],
     direction: Annotated[Path, typer.Option(help="the direction file")],
@@ -133,12 +123,13 @@ def bake(
     log_warnings()
     quiet_libraries()
     from steer.direction import Direction, digest, read_file
-    from steer.lab import adapter, merge
+    from steer.lab.merge import adapter
+    from steer.lab.merge import model as merge
+    from steer.lab.merge.removal import removal
+    from steer.lab.merge.weights import Checkpoint, resolve
     from steer.lab.progress import Progress
-    from steer.lab.removal import removal
-    from steer.lab.weights import Checkpoint, resolve
 
-    check_folder(output)
+    opt.check_folder(output)
     data = read_file(direction)
     loaded = Direction.from_bytes(data, source=str(direction))
     wanted = mode or loaded.meta.mode
@@ -197,7 +188,7 @@ def push(
 
 def pull(
     repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub")],
-    output: Output,
+    output: opt.Output,
     file: Annotated[str | None, typer.Option(help="which file, where the repository has several")] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit")] = None,
 ) -> None:
@@ -205,7 +196,7 @@ def pull(
     log_warnings()
     from steer.lab import hub
 
-    check_direction_file(output)
+    opt.check_direction_file(output)
     digest = hub.pull(repo, output, file=file, revision=revision)
     typer.echo(f"wrote {output}: digest {digest[:12]}")
 

@@ -51,6 +51,7 @@ from steer.cli.options import (
 )
 from steer.errors import InvalidInput, NothingFound, problems_of
 from steer.lab.tables import terminal_width, wrapped
+from steer.names import check_name
 from steer.settings import ModelSettings
 from steer.spec import ends, layer_range
 
@@ -60,7 +61,8 @@ from steer.spec import ends, layer_range
 def fit(
     ctx: typer.Context,
     model: Model,
-    output: Output,
+    # not `Output | None`: an option inside of a union loses its names
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="the direction file to write")] = None,
     harmful: Harmful | None = None,
     harmless: Harmless | None = None,
     prompts: Prompts = None,
@@ -91,6 +93,12 @@ def fit(
     batch_size: BatchPrompts = "auto",
     threshold: Threshold = None,
     target: Target = None,
+    condition: Annotated[
+        Path | None,
+        typer.Option(
+            help="a direction file: find the condition on it that --harmful prompts meet and --harmless ones do not"
+        ),
+    ] = None,
     backend: Backend = "transformers",
     *,
     opening: ModelSettings,
@@ -101,15 +109,23 @@ def fit(
     measured. If no direction reduces the behaviour, or all that do harm harmless answers, nothing is written and the
     exit code is 3. If a fit is interrupted, give the same command again and it continues. With --backend vllm the
     model is tried as vLLM serves it, and further options are those of `vllm serve`.
+
+    With --condition nothing is written. The layer and the threshold of a condition on that direction are chosen, and
+    its errors on prompts that were set aside are printed; the exit code is 3 if it does not tell the sets apart.
     """
     log_warnings()
     from steer.lab.behaviour import Behaviour
-    from steer.lab.split import Split
+    from steer.lab.prompts import Split
 
     choices = Choices.model_validate(
         {"mode": mode or "ablate", "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
     )
-    check_direction_file(output)
+    if condition is not None:
+        _check_condition(ctx, condition, choices)
+    elif output is None:
+        raise InvalidInput("--output: is missing: the direction file to write")
+    else:
+        check_direction_file(output)
     check_bench(backend, model, ctx.args, opening)
     if winsorize is not None and not 0 < winsorize <= 1:
         raise InvalidInput(f"--winsorize must be above 0 and at most 1, got {winsorize}")
@@ -119,13 +135,15 @@ def fit(
     split = Split.of(*chosen_sets(harmful, harmless, prompts), limit)
     quiet_libraries()
     rendering = chosen_rendering(system_prompt, template, response_prefix)
+    from steer.direction import Direction
     from steer.lab import fit as lab
-    from steer.lab.activations import Keep
     from steer.lab.derive import Recipe
-    from steer.lab.measure import Conditions
+    from steer.lab.evaluation.condition import find, told
+    from steer.lab.measure import Conditions, Keep
     from steer.lab.progress import Progress
     from steer.lab.select import CHOOSING
 
+    probe = None if condition is None else Direction.load(condition)
     choice = lab.Choice.of(
         made, choices.layer, choices.mode if mode else None, strength, threshold, target, choices.sites
     )
@@ -138,6 +156,12 @@ def fit(
         layers = bench.source.facts.layers
         if isinstance(choices.layer, int) and not -layers <= choices.layer < layers:
             raise InvalidInput(f"--layer: {choices.layer} does not exist: this model has the layers 0 to {layers - 1}")
+        if condition is not None and probe is not None:
+            at = choices.layer % layers if isinstance(choices.layer, int) else None
+            known = find(bench.source, probe, condition.stem, split, rendering, at, choices.batch, progress)
+            typer.echo("\n".join(told(known, split)))
+            return
+        assert output is not None, "checked"
         progress.plan(CHOOSING, lab.most_work(split, choice, max_tokens, counted))
         work = lab.Work(output.with_suffix(".part"), bench.source, split, conditions, counted, max_tokens, judging)
         tried = bench.evaluator(choice.rank, max_tokens, rendering)
@@ -156,6 +180,28 @@ def fit(
         typer.echo(line)
     typer.echo(f"wrote {output}: digest {digest[:12]}")
     typer.echo(f"next: steer eval {model} --direction {output}, with prompts that were not used here")
+
+
+#: What --condition takes, beside the options of loading the model.
+OF_CONDITION = (
+    *("model", "condition", "harmful", "harmless", "prompts", "limit", "layer", "batch_size", "backend"),
+    *("system_prompt", "template", "response_prefix"),
+)
+
+
+def _check_condition(ctx: typer.Context, file: Path, choices: Choices) -> None:
+    """Refuse, before any work, what does not go together with --condition, and a name that no condition could have."""
+    known = {*OF_CONDITION, *ModelSettings.model_fields}
+    problems = [
+        f"--{name.replace('_', '-')}: is for a direction to be fitted: --condition FILE takes one as it is"
+        for name in ctx.params
+        if name not in known and (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    ]
+    if choices.layer in ("widest", "all"):
+        problems.append(f"--layer: '{choices.layer}' is not for --condition: auto, or the number of a layer")
+    if problems:
+        raise InvalidInput(problems)
+    check_name(file.stem)
 
 
 @reported(resumes=True)
@@ -206,8 +252,7 @@ def measure(
     sets = read_prompts(harmful), read_prompts(harmless)
     check_contrast(*sets)
     quiet_libraries()
-    from steer.lab.activations import Keep
-    from steer.lab.measure import Conditions
+    from steer.lab.measure import Conditions, Keep
     from steer.lab.measure import measure as run
     from steer.lab.progress import Progress
 

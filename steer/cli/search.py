@@ -8,40 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from steer.cli import options as opt
 from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
-from steer.cli.options import (
-    METHOD_NAMES,
-    VLLM_OPTIONS,
-    Backend,
-    BatchRows,
-    BehaviourOption,
-    Choices,
-    Harmful,
-    Harmless,
-    JudgeModel,
-    JudgeOption,
-    JudgeShown,
-    JudgeText,
-    Model,
-    Output,
-    Parameters,
-    Position,
-    ResponsePrefix,
-    Sites,
-    SystemPrompt,
-    Template,
-    check_bench,
-    check_direction_file,
-    chosen_judges,
-    chosen_method,
-    chosen_rendering,
-    floats,
-    ints,
-    open_bench,
-    pair,
-    split,
-    with_settings,
-)
 from steer.errors import InvalidInput
 from steer.lab.tables import shown
 from steer.names import MODES
@@ -52,34 +20,38 @@ if TYPE_CHECKING:
     from steer.lab.methods.base import Method
 
 
-@with_settings(ModelSettings)
+@opt.with_settings(ModelSettings)
 def select(
     ctx: typer.Context,
     measurement: Annotated[Path, typer.Argument(help="a file that `steer measure` wrote")],
     model: Annotated[str, typer.Argument(help="the model that was measured: local folder or hub id")],
-    harmful: Harmful,
-    harmless: Harmless,
-    output: Output,
-    method: Annotated[str, typer.Option(help=f"methods, separated by commas: {METHOD_NAMES}")] = (
+    harmful: opt.Harmful,
+    harmless: opt.Harmless,
+    output: opt.Output,
+    method: Annotated[str, typer.Option(help=f"methods, separated by commas: {opt.METHOD_NAMES}")] = (
         "slerp,linear,projected"
     ),
     t: Annotated[str, typer.Option(help="values of t of slerp, separated by commas")] = "-1,-0.5,0,0.5",
-    parameter: Parameters = None,
+    parameter: opt.Parameters = None,
     layer: Annotated[
         str, typer.Option(help="auto (all layers where the classes separate), or numbers separated by commas")
     ] = ("auto"),
     position: Annotated[str, typer.Option(help="all measured positions, or numbers separated by commas")] = "all",
     mode: Annotated[str, typer.Option(help=f"modes, separated by commas: {', '.join(MODES)}")] = ("ablate,one_sided"),
     strength: Annotated[float, typer.Option(help="strength of each candidate")] = 1.0,
-    sites: Sites = "resid_post",
-    behaviour: BehaviourOption = "refusal",
+    sites: opt.Sites = "resid_post",
+    behaviour: opt.BehaviourOption = "refusal",
+    judge: opt.JudgeOption = None,
+    judge_model: opt.JudgeModel = None,
+    judge_shown: opt.JudgeShown = None,
+    judge_text: opt.JudgeText = None,
     survivors: Annotated[
         int, typer.Option(min=1, help="candidates that generate answers, after all were screened by first tokens")
     ] = 16,
     prompts: Annotated[int, typer.Option(min=1, help="most prompts of each set to try candidates on")] = 48,
     max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 24,
-    batch_size: BatchRows = "auto",
-    backend: Backend = "transformers",
+    batch_size: opt.BatchRows = "auto",
+    backend: opt.Backend = "transformers",
     *,
     opening: ModelSettings,
 ) -> None:
@@ -89,7 +61,7 @@ def select(
     figures of each. With --backend vllm, any further options are those of `vllm serve`.
     """
     log_warnings()
-    check_bench(backend, model, ctx.args, opening)
+    opt.check_bench(backend, model, ctx.args, opening)
     quiet_libraries()
     from steer.lab.behaviour import Behaviour
     from steer.lab.derive import Recipe
@@ -99,18 +71,20 @@ def select(
     from steer.lab.select import Action, Grid
     from steer.lab.select import select as run
 
-    modes = split(mode)
-    choices = Choices.model_validate({"mode": modes[0], "sites": sites.split(","), "batch_size": batch_size})
-    actions = tuple(Action(Choices.model_validate({"mode": one}).mode, strength) for one in modes)
+    modes = opt.split(mode)
+    choices = opt.Choices.model_validate({"mode": modes[0], "sites": sites.split(","), "batch_size": batch_size})
+    actions = tuple(Action(opt.Choices.model_validate({"mode": one}).mode, strength) for one in modes)
     measured = Measurement.load(measurement)
-    made = tuple(one for name in split(method) for one in _methods(name, floats("--t", t), parameter))
-    positions = measured.meta.positions if position == "all" else tuple(ints("--position", position))
-    grid = Grid(made, positions, "auto" if layer == "auto" else tuple(ints("--layer", layer)), actions)
+    made = tuple(one for name in opt.split(method) for one in _methods(name, opt.floats("--t", t), parameter))
+    positions = measured.meta.positions if position == "all" else tuple(opt.ints("--position", position))
+    grid = Grid(made, positions, "auto" if layer == "auto" else tuple(opt.ints("--layer", layer)), actions)
     recipe = Recipe(sites=choices.sites)
     sets, counted = (read_prompts(harmful), read_prompts(harmless)), Behaviour.load(behaviour)
-    check_direction_file(output)
+    opt.check_direction_file(output)
+    judges = opt.chosen_judges(judge, judge_model, judge_shown, judge_text)
     with Progress(shown=True) as progress:
-        bench = open_bench(backend, model, ctx.args, opening, choices, progress)
+        judging = judges.one(counted, progress)
+        bench = opt.open_bench(backend, model, ctx.args, opening, choices, progress)
         _check_same(measured, bench.source.facts)
         direction = run(
             measured,
@@ -119,6 +93,7 @@ def select(
             *sets,
             lambda rank, tokens: bench.evaluator(rank, tokens, measured.meta.rendering),
             behaviour=counted,
+            judge=judging,
             survivors=survivors,
             prompts=prompts,
             tokens=max_tokens,
@@ -144,34 +119,34 @@ def select(
 
 
 @reported(resumes=True)
-@with_settings(ModelSettings)
+@opt.with_settings(ModelSettings)
 def search(
     ctx: typer.Context,
-    model: Model,
-    harmful: Harmful,
-    harmless: Harmless,
+    model: opt.Model,
+    harmful: opt.Harmful,
+    harmless: opt.Harmless,
     folder: Annotated[Path, typer.Option(help="folder of the search; the same command continues it")],
     borderline: Annotated[
         str | None, typer.Option(help="harmless prompts that look harmful; few of them refused is the third objective")
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="number of trials, rounded up to whole groups")] = 192,
     method: Annotated[
-        str, typer.Option(help=f"methods, separated by commas: {METHOD_NAMES}")
+        str, typer.Option(help=f"methods, separated by commas: {opt.METHOD_NAMES}")
     ] = "slerp,projected,linear,whitened",
     t: Annotated[str, typer.Option(help="least and largest t of slerp")] = "-1,1",
     mode: Annotated[str, typer.Option(help=f"modes, separated by commas: {', '.join(MODES)}")] = "ablate,one_sided",
     strength: Annotated[
         str, typer.Option(help="least and largest strength; the mode add uses -1/100 of both")
     ] = "0.5,1.5",
-    position: Position = -1,
-    system_prompt: SystemPrompt = None,
-    template: Template = None,
-    response_prefix: ResponsePrefix = "",
-    behaviour: BehaviourOption = "refusal",
-    judge: JudgeOption = None,
-    judge_model: JudgeModel = None,
-    judge_shown: JudgeShown = None,
-    judge_text: JudgeText = None,
+    position: opt.Position = -1,
+    system_prompt: opt.SystemPrompt = None,
+    template: opt.Template = None,
+    response_prefix: opt.ResponsePrefix = "",
+    behaviour: opt.BehaviourOption = "refusal",
+    judge: opt.JudgeOption = None,
+    judge_model: opt.JudgeModel = None,
+    judge_shown: opt.JudgeShown = None,
+    judge_text: opt.JudgeText = None,
     prompts: Annotated[int, typer.Option(min=8, help="most prompts of each set to try a trial on")] = 96,
     max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 32,
     group: Annotated[int, typer.Option(min=1, max=256, help="trials that run at once")] = 16,
@@ -179,8 +154,8 @@ def search(
     seed: Annotated[int, typer.Option(help="seed of the search")] = 0,
     pick: Annotated[int | None, typer.Option(help="write the direction of this trial at the end (with -o)")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the direction file to write")] = None,
-    batch_size: BatchRows = "auto",
-    backend: Backend = "transformers",
+    batch_size: opt.BatchRows = "auto",
+    backend: opt.Backend = "transformers",
     *,
     opening: ModelSettings,
 ) -> None:
@@ -190,37 +165,35 @@ def search(
     shows the front and saves any trial's direction. With --backend vllm, any further options are those of `vllm serve`.
     """
     log_warnings()
-    check_bench(backend, model, ctx.args, opening)
+    opt.check_bench(backend, model, ctx.args, opening)
     quiet_libraries()
     _need("optuna")
     _need("matplotlib")
     import optuna
 
-    from steer.lab import front
-    from steer.lab.activations import Keep
     from steer.lab.behaviour import Behaviour
-    from steer.lab.measure import Conditions, measure
+    from steer.lab.measure import Conditions, Keep, measure
     from steer.lab.methods import make_method
     from steer.lab.progress import Progress
     from steer.lab.prompts import read_prompts
     from steer.lab.race import Sets
-    from steer.lab.search import TRYING, Search, Settings, Space, Trial, rank_of, work
+    from steer.lab.search import TRYING, Search, Settings, Space, Trial, front_table, rank_of, work, write_front
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _check_output(pick, output)
-    choices = Choices.model_validate({"batch_size": batch_size})
+    choices = opt.Choices.model_validate({"batch_size": batch_size})
     sets = read_prompts(harmful), read_prompts(harmless)
-    rendering = chosen_rendering(system_prompt, template, response_prefix)
+    rendering = opt.chosen_rendering(system_prompt, template, response_prefix)
     border = None if borderline is None else read_prompts(borderline)
     space = Space.model_validate(
         {
-            "methods": split(method),
-            "modes": split(mode),
-            "t": pair("--t", t),
-            "strength": pair("--strength", strength),
+            "methods": opt.split(method),
+            "modes": opt.split(mode),
+            "t": opt.pair("--t", t),
+            "strength": opt.pair("--strength", strength),
         }
     )
-    counted, judges = Behaviour.load(behaviour), chosen_judges(judge, judge_model, judge_shown, judge_text)
+    counted, judges = Behaviour.load(behaviour), opt.chosen_judges(judge, judge_model, judge_shown, judge_text)
     progress = Progress(shown=True)
     judging = judges.one(counted, progress)
     settings = Settings(
@@ -243,12 +216,10 @@ def search(
         space=space,
     )
     vectors = any(make_method(name).needs != "means" for name in space.methods)
-    tried = Sets.drawn(
-        *(s.prompts if s is not None else () for s in (*sets, border)), limits=(prompts, prompts, prompts)
-    )
+    tried = Sets.drawn(*sets, border, limit=prompts)
     with progress:
         progress.plan(TRYING, work(settings, tried, trials))
-        bench = open_bench(backend, model, ctx.args, opening, choices, progress)
+        bench = opt.open_bench(backend, model, ctx.args, opening, choices, progress)
 
         def measured(partial: Path) -> Measurement:
             conditions = Conditions((position,), None, rendering, keep=Keep(vectors=vectors))
@@ -260,13 +231,13 @@ def search(
         evaluator = bench.evaluator(rank_of(begun.settings.space, begun.measurement), max_tokens, rendering)
 
         def after(found: list[Trial]) -> None:
-            progress.write(f"\n{len(found)} of {trials} trials, the front so far:\n{front.table(found)}")
+            progress.write(f"\n{len(found)} of {trials} trials, the front so far:\n{front_table(found)}")
 
         found = begun.run(evaluator, tried, trials, after, judging)
-    front.write(begun, found)
+    write_front(begun, found)
     if pick is not None and output is not None:
         begun.save(pick, output)
-    typer.echo(f"{len(found)} trials in {folder}, the front:\n{front.table(found)}")
+    typer.echo(f"{len(found)} trials in {folder}, the front:\n{front_table(found)}")
     typer.echo(f"a trial's direction: steer trials {folder} --save NUMBER -o FILE.safetensors")
 
 
@@ -281,9 +252,7 @@ def trials(
     _need("optuna")
     import optuna
 
-    from steer.lab import front
-    from steer.lab.search import Search
-    from steer.lab.search import front as undominated_trials
+    from steer.lab.search import Search, front, front_table
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _check_output(save, output)
@@ -294,10 +263,10 @@ def trials(
         return
     known = found.trials()
     if as_json:
-        best = undominated_trials(known)
+        best = front(known)
         echo_json([asdict(trial) | {"front": trial in best} for trial in known])
         return
-    typer.echo(f"{len(known)} trials, the front:\n{front.table(known)}")
+    typer.echo(f"{len(known)} trials, the front:\n{front_table(known)}")
 
 
 def _need(package: str) -> None:
@@ -311,7 +280,7 @@ def _check_output(number: int | None, output: Path | None) -> None:
     if (number is None) != (output is None):
         raise InvalidInput("a trial's number and --output belong together: give both or none")
     if output is not None:
-        check_direction_file(output)
+        opt.check_direction_file(output)
 
 
 def _check_same(measured: Measurement, facts: ModelFacts) -> None:
@@ -330,11 +299,11 @@ def _methods(name: str, ts: list[float], parameters: list[str] | None) -> list[M
     from steer.lab.methods import METHODS
 
     if name not in METHODS or "t" not in METHODS[name].model_fields:
-        return [chosen_method(name, None, parameters)]
-    return [chosen_method(name, one, parameters) for one in ts]
+        return [opt.chosen_method(name, None, parameters)]
+    return [opt.chosen_method(name, one, parameters) for one in ts]
 
 
 def register(app: typer.Typer) -> None:
     for command in (select, search):
-        app.command(context_settings=VLLM_OPTIONS)(command)
+        app.command(context_settings=opt.VLLM_OPTIONS)(command)
     app.command()(trials)

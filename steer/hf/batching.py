@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,7 @@ class BatchingEngine(Engine):
         cache_tokens: int | None = None,
     ) -> None:
         self.description = "continuous batching"
+        self._numbers = itertools.count()
         self._requests: dict[str, _Running] = {}
         self._scorer = ThreadPoolExecutor(1, thread_name_prefix="steer-score")
         self._fault: BaseException | None = None  # what ended the model's thread
@@ -115,14 +117,10 @@ class BatchingEngine(Engine):
     def healthy(self) -> bool:
         return bool(self.manager.is_running()) and self.manager.background_thread_status.fatal_error is None
 
-    async def _generate(
-        self,
-        request_id: str,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        steer: RequestSteer | None,
-        read: Readout | None,
+    async def answer(
+        self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: Readout | None = None
     ) -> AsyncGenerator[Token, None]:
+        request_id = f"steer-{next(self._numbers)}"
         arrivals: asyncio.Queue[GenerationOutput] = asyncio.Queue()
         running = self._requests[request_id] = _Running(steer, read, Sampler.of(sampling, prompt, self.eos_ids), [])
         self.manager.register_result_handler(request_id, arrivals.put_nowait)
@@ -182,13 +180,14 @@ class BatchingEngine(Engine):
         if not self._prepare_next_batch():
             return False
         batch = self._processor.inputs_and_outputs.requests_in_batch
+        tokens = self._processor.inputs_and_outputs.input_ids, self._processor.inputs_and_outputs.position_ids
         known = [self._requests.get(entry.state.request_id) for entry in batch]
         lengths = [entry.query_length for entry in batch]
         self._passing = list(zip(known, lengths, strict=True))
         reading = [r if r and r.read and entry.has_new_token else None for r, entry in zip(known, batch, strict=True)]
         self._readers = [request for request in reading if request]
         with pass_stream(self._processor):
-            self.steering.fill(*_parts(batch, known))
+            self.steering.fill(*_parts(batch, known), tokens)
             with self._read_out():
                 self.steering.reads.fill([r.read if r else None for r in reading], lengths)
         return True

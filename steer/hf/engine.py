@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import itertools
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, aclosing, contextmanager
@@ -16,6 +15,7 @@ from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from steer.errors import EngineFailed, NoRoom, RequestFailed, SteerError
 from steer.hf.internals import Decoding, check_model
@@ -38,7 +38,6 @@ class Engine(abc.ABC):
         self.eos_ids = frozenset(eos_ids)
         self.context, self.capacity = context, capacity
         self.in_flight = 0
-        self._numbers = itertools.count()
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: Readout | None = None
@@ -51,22 +50,25 @@ class Engine(abc.ABC):
         """
         self.admit(1)
         decisions = self.steering.index.decisions
-        steer = decisions.take(steer)
+        steer, phase, met = decisions.take(steer), None if steer is None else steer.acting.phase, False
         self.in_flight += 1
         try:
             stream = self.answer(prompt, sampling, steer, read)
             async with aclosing(stream):
                 async for token in stream:
-                    yield token
+                    if phase is not None:
+                        met |= phase.begun
+                        phase = phase.after(token.id)
+                    yield token if phase is None else replace(token, applied=met)
         finally:
             self.in_flight -= 1
             decisions.give(steer)
 
+    @abc.abstractmethod
     def answer(
         self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: Readout | None = None
     ) -> AsyncGenerator[Token, None]:
         """As `generate`, whatever the capacity: the self-check at start takes as many requests as it needs."""
-        return self._generate(f"steer-{next(self._numbers)}", prompt, sampling, steer, read)
 
     def admit(self, count: int) -> None:
         """Raise NoRoom if `count` more requests would not find a place."""
@@ -75,16 +77,6 @@ class Engine(abc.ABC):
                 f"{self.in_flight} requests are running or waiting and {count} more came; at most {self.capacity} can "
                 "be in flight: try again shortly"
             )
-
-    @abc.abstractmethod
-    def _generate(
-        self,
-        request_id: str,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        steer: RequestSteer | None,
-        read: Readout | None,
-    ) -> AsyncGenerator[Token, None]: ...
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -110,11 +102,13 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def stop(self) -> None: ...
 
-    def _steered(self, steer: RequestSteer | None, start: int, length: int) -> AbstractContextManager[None]:
-        """For a pass of one row over `length` tokens from the position `start` on."""
-        if steer is None or not steer.then:
+    def _steered(self, steer: RequestSteer | None, start: int, ids: Tensor) -> AbstractContextManager[None]:
+        """For a pass of one row over these tokens `[1, tokens]` from the position `start` on."""
+        if steer is None or not (steer.then or steer.phase):
             return self.steering.batch([steer])
-        return self.steering.batch(*steer.along(start, length))
+        length = ids.shape[1]
+        tokens = ids[0], torch.arange(start, start + length, device=ids.device)
+        return self.steering.batch(*steer.along(start, length), tokens)
 
     @torch.inference_mode()
     def score_alone(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
@@ -123,7 +117,7 @@ class Engine(abc.ABC):
         decisions = self.steering.index.decisions
         steer = decisions.take(steer)
         try:
-            with self._steered(steer, 0, len(ids)):
+            with self._steered(steer, 0, tensor):
                 logits = self.steering.anatomy.model(input_ids=tensor, use_cache=False).logits[0, :-1].float()
         finally:
             decisions.give(steer)
@@ -147,13 +141,8 @@ class SequentialEngine(Engine):
         """Of the running loop: the self-check has a loop of its own, and a lock that was waited for stays with it."""
         return self._turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
 
-    async def _generate(
-        self,
-        request_id: str,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        steer: RequestSteer | None,
-        read: Readout | None,
+    async def answer(
+        self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: Readout | None = None
     ) -> AsyncGenerator[Token, None]:
         loop = asyncio.get_running_loop()
         async with self._turn:
@@ -174,9 +163,10 @@ class SequentialEngine(Engine):
     def _step(self, decoding: Decoding, sampler: Sampler, steer: RequestSteer | None, read: Readout | None) -> Token:
         with _failing():
             inputs = decoding.inputs()
-        length = inputs["input_ids"].shape[1]
-        with _failing(), self._steered(steer, decoding.length - length, length):
-            self.steering.reads.fill([read], [inputs["input_ids"].shape[1]])
+        ids = inputs["input_ids"]
+        length = ids.shape[1]
+        with _failing(), self._steered(steer, decoding.length - length, ids):
+            self.steering.reads.fill([read], [length])
             logits = decoding.logits(inputs)
             readings = self.steering.reads.collect()
             token = sample(logits, [sampler])[0]

@@ -47,7 +47,7 @@ from transformers.integrations.heterogeneity.configuration_utils import Ambiguou
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as hf_logging
 
-from steer.errors import SteerError, UnsupportedModel
+from steer.errors import SteerError, UnsupportedModel, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -79,6 +79,8 @@ _MANAGER = (
 _PROCESSOR = (
     "cache.max_tokens_read",
     "inputs_and_outputs.compute_stream",
+    "inputs_and_outputs.input_ids",
+    "inputs_and_outputs.position_ids",
     "inputs_and_outputs.requests_in_batch",
     "max_batch_tokens",
     "_generation_step",
@@ -151,8 +153,8 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def short(error: BaseException) -> str:
-    """Its kind and the first line of its message, which may hold a whole configuration."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+    """Its kind and the beginning of its message, which may hold a whole configuration."""
+    return f"{type(error).__name__}: {first_line(error)[:200]}"
 
 
 def _has(thing: object, path: str) -> bool:
@@ -211,20 +213,24 @@ def whole_cache(model: Any, cache: Any = None) -> bool:
     return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
+def _rotary_embeddings(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """What a configuration says of its rotary embedding, and of that of each kind of layer where there are several."""
+    given = (getattr(config, name, None) for name in ("rope_parameters", "rope_scaling"))
+    whole = [each for each in given if isinstance(each, dict)]
+    return [one for each in whole for one in (each, *each.values()) if isinstance(one, dict)]
+
+
 def length_dependent(config: PreTrainedConfig) -> tuple[str, int] | None:
     """The kind of rotary embedding whose frequencies depend on the longest request of a pass, and up to which length
     they do not; the least of several."""
     found = []
     for source in (config, config.get_text_config()):
-        for name in ("rope_parameters", "rope_scaling"):
-            given = getattr(source, name, None)
-            kinds = [given, *given.values()] if isinstance(given, dict) else []
-            for one in kinds:
-                kind = (one.get("rope_type") or one.get("type")) if isinstance(one, dict) else None
-                if isinstance(kind, str) and any(word in kind for word in LENGTH_DEPENDENT):
-                    limit = one.get("original_max_position_embeddings")
-                    limit = limit or getattr(source, "original_max_position_embeddings", None)
-                    found.append((kind, int(limit or getattr(source, "max_position_embeddings", 0) or 0)))
+        for rotary in _rotary_embeddings(source):
+            kind = rotary.get("rope_type") or rotary.get("type")
+            if isinstance(kind, str) and any(word in kind for word in LENGTH_DEPENDENT):
+                limit = rotary.get("original_max_position_embeddings")
+                limit = limit or getattr(source, "original_max_position_embeddings", None)
+                found.append((kind, int(limit or getattr(source, "max_position_embeddings", 0) or 0)))
     return min(found, key=lambda pair: pair[1], default=None)
 
 
@@ -233,9 +239,7 @@ def lengths(config: PreTrainedConfig) -> list[int]:
     text = config.get_text_config()
     names = ("original_max_position_embeddings", "sliding_window", "attention_chunk_size", "max_position_embeddings")
     given = [getattr(text, name, None) for name in names]
-    for source in (getattr(text, "rope_parameters", None), getattr(text, "rope_scaling", None)):
-        nested = [source, *source.values()] if isinstance(source, dict) else []
-        given += [one.get(names[0]) for one in nested if isinstance(one, dict)]
+    given += [rotary.get(names[0]) for rotary in _rotary_embeddings(text)]
     return sorted({int(length) for length in given if isinstance(length, int | float) and length > 0})
 
 
@@ -386,7 +390,7 @@ def _greedy(count: int, **more: object) -> GenerationConfig:
     )
 
 
-class Loading:
+class WeightLoading:
     """How transformers makes the parameters of `model` (on the meta device) of the tensors in its files."""
 
     def __init__(self, model: PreTrainedModel) -> None:

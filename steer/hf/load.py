@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
-from steer.errors import UnsupportedModel
+from steer.errors import UnsupportedModel, first_line
 from steer.tokenization import Chat, Tokenizer
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Loaded(Chat):
         return [] if found is None else ([found] if isinstance(found, int) else list(found))
 
 
-class Loading(TypedDict, total=False):
+class LoadOptions(TypedDict, total=False):
     """How a model is loaded: the keywords of `load`."""
 
     revision: str | None
@@ -102,7 +102,7 @@ def load(
     except (OSError, ValueError, ImportError) as error:
         raise UnsupportedModel(
             f"cannot load the model '{name}': it has no tokenizer that transformers can read (tokenizer.json and "
-            f"tokenizer_config.json, as `save_pretrained` writes them): {_first_line(error)}"
+            f"tokenizer_config.json, as `save_pretrained` writes them): {first_line(error)}"
         ) from error
     if not tokenizer.chat_template:
         tokenizer.chat_template = _template_of_processor(source)
@@ -195,14 +195,10 @@ def _template_of_processor(source: Found) -> str | None:
         path = cached_file(source.name, "chat_template.json", _raise_exceptions_for_missing_entries=False, **options)
         whole = {} if path is None else json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        log.warning("the chat template of '%s' cannot be read: %s", source.name, _first_line(error))
+        log.warning("the chat template of '%s' cannot be read: %s", source.name, first_line(error))
         return None
     found = whole.get("chat_template") if isinstance(whole, dict) else None
     return found if isinstance(found, str) else None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def check_device(device: str) -> None:
@@ -211,7 +207,7 @@ def check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         raise UnsupportedModel(
-            f"device '{device}' cannot be used here: {str(error).partition(chr(10))[0]}; accepted: auto, cpu, and what "
+            f"device '{device}' cannot be used here: {first_line(error)}; accepted: auto, cpu, and what "
             "this build of torch reaches (cuda, cuda:N, mps)"
         ) from error
 
@@ -272,7 +268,7 @@ def find_model(name: str, revision: str | None = None, configs: Sequence[str] = 
         raise missing("there is no such folder, and this is not a hub id either") from None
     except Exception as error:
         raise missing(
-            f"there is no such folder, it is not in the hub's cache, and the hub gives: {_first_line(error)}"
+            f"there is no such folder, it is not in the hub's cache, and the hub gives: {first_line(error)}"
         ) from error
     if "gguf_file" in options:
         check_gguf()
@@ -330,8 +326,8 @@ def text_architecture(model_type: str, otherwise: str) -> str:
 
 @cache
 def template_parameters() -> frozenset[str]:
-    """The names that `apply_chat_template` and the rendering behind it take for themselves. Whatever else is given to
-    them is a variable of the template; these would replace the template, or what is made of its text."""
+    """The names that `apply_chat_template` and the rendering that it calls take for themselves. Whatever else is given
+    to them is a variable of the template; these would replace the template, or what is made of its text."""
     from transformers import PreTrainedTokenizerBase
     from transformers.utils.chat_template_utils import render_jinja_template
 

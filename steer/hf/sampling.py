@@ -14,7 +14,7 @@ from steer.runtime.readout import Reading
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class Shaping:
     """What one request asks for. `bad_words` are token ids of texts that the answer must not have; `ends` are the
     tokens that would end it, which do not come among the first `min_tokens`."""
 
@@ -28,14 +28,14 @@ class Shape:
 
 
 #: Of a request that asks for nothing.
-PLAIN = Shape()
+PLAIN = Shaping()
 
 
 @dataclass(slots=True)
 class Shaper:
     """One request's shape with what has come: made where there is one, and told of each token."""
 
-    shape: Shape
+    shape: Shaping
     prompt: Sequence[int]
     answer: list[int] = field(default_factory=list)
     _bias: Tensor | None = None
@@ -89,7 +89,7 @@ def shaped(logits: Tensor, shapers: Sequence[Shaper | None]) -> Tensor:
         return logits
     out = logits.float().clone()
 
-    def those(wanted: Callable[[Shape], object]) -> tuple[list[int], list[Shaper]]:
+    def those(wanted: Callable[[Shaping], object]) -> tuple[list[int], list[Shaper]]:
         found = [(i, s) for i, s in enumerate(shapers) if s is not None and wanted(s.shape)]
         return [i for i, _ in found], [s for _, s in found]
 
@@ -144,7 +144,7 @@ class Sampling:
     logprobs: int | None = None
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-    shape: Shape = PLAIN
+    shape: Shaping = PLAIN
 
     def ends(self, eos: Collection[int]) -> frozenset[int]:
         """The tokens that end the answer, of a model whose end-of-sequence tokens are `eos`."""

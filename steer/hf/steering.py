@@ -23,9 +23,11 @@ from steer.runtime import hook_points as site_tools
 from steer.runtime import selfcheck
 from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint, Operands, decide, gather, operate
 from steer.runtime.memory import lasting
+from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.readout import ReadIndex
-from steer.runtime.token_index import RequestSteer, TokenIndex
+from steer.runtime.token_index import RequestSteer, TokenIndex, Tokens
 from steer.spec import Spec
+from steer.tokenization import Thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,6 +141,12 @@ class Steering:
     def attached(self) -> bool:
         return bool(self._handles)
 
+    def placement(self, thinking: Thinking | None = None) -> LocalPlacement:
+        """Where a registry makes directions resident for this model, whose thinking these tokens begin and end."""
+        a, bank = self.anatomy, self.bank
+        shape = Shape(a.architecture, a.layers, a.d_model, bank.sites, bank.rank, a.dtype, thinking)
+        return LocalPlacement(shape, bank)
+
     def attach(self) -> None:
         """Put the hooks on, if they are not on yet. The caller must discard what `torch.compile` made before: it would
         run without them."""
@@ -176,11 +184,14 @@ class Steering:
 
     @contextmanager
     def batch(
-        self, specs: Sequence[Spec | RequestSteer | None], lengths: Sequence[int] | None = None
+        self,
+        specs: Sequence[Spec | RequestSteer | None],
+        lengths: Sequence[int] | None = None,
+        tokens: Tokens | None = None,
     ) -> Iterator[None]:
         """While it lasts the rows of every `[rows, positions]` forward pass are steered in as many equal groups as
         there are specs, the first by the first spec. A batch inside a batch ends with the outer one in force again.
-        With `lengths` the tokens of a pass are, in their order, `lengths[0]` by the first spec, and so on.
+        With `lengths` the `tokens` of a pass are, in their order, `lengths[0]` by the first spec, and so on.
 
         A pass raises InvalidInput where its rows are no multiple of the specs. The end raises NotFinite where a result
         would have left the range of the model's numbers, and was not taken. Raises RuntimeError while a batch of
@@ -194,7 +205,7 @@ class Steering:
                     "another thread or asyncio task steers this model at this moment: let its batch end first"
                 )
             self._owner = owner
-            self._batches.append(own := _Batch(rows, lengths))
+            self._batches.append(own := _Batch(rows, lengths, tokens))
             self._lay(own)
         try:
             yield
@@ -207,10 +218,10 @@ class Steering:
             lost = ", ".join(map(str, own.lost.nonzero().flatten().tolist()))
             raise NotFinite(f"spec {lost} of {len(rows)}" if len(rows) > 1 and lengths is None else "")
 
-    def fill(self, steers: Sequence[RequestSteer | None], lengths: Sequence[int]) -> None:
+    def fill(self, steers: Sequence[RequestSteer | None], lengths: Sequence[int], tokens: Tokens | None = None) -> None:
         """Steer the `lengths[i]` tokens of the next pass that are request i's by `steers[i]`, in batch order."""
         self._kept.clear()
-        self.index.fill_with(steers, lengths)
+        self.index.fill_with(steers, lengths, tokens)
 
     def _begin(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Before each pass of the decoder: its rows are known here, whatever shape the blocks will see."""
@@ -256,7 +267,7 @@ class Steering:
         lengths = [1] * len(rows) if batch is None or batch.lengths is None else batch.lengths
         self.resize(sum(lengths))
         self._rows = rows if batch is None or batch.lengths is None else ()
-        self.fill(rows, lengths)
+        self.fill(rows, lengths, None if batch is None else batch.tokens)
         self.reads.clear()
 
     def _transform(self, point: HookPoint) -> site_tools.Transform:
@@ -320,7 +331,10 @@ class Steering:
                     modules = site_tools.find_writers(blocks, anatomy.probe)
                 case _:
                     assert_never(site)
-            before = selfcheck.HookedModule(HookPoint(site, EMBEDDING), blocks[0], _stream_given, before=True)
+            point = HookPoint(site, EMBEDDING)
+            before = selfcheck.HookedModule(
+                point, blocks[0], lambda given: site_tools.stream_given(*given), before=True
+            )
             targets.append((before, _hang(site_tools.on_input, blocks[0])))
             for layer, acting in enumerate(modules):
                 for module in acting:
@@ -361,11 +375,12 @@ class Steering:
 
 @dataclass(eq=False, slots=True)
 class _Batch:
-    """Rows of passes, or, with `lengths`, parts of a packed one; and which rows or tokens are lost, `[…]` bool on the
-    device, None before any is looked at."""
+    """Rows of passes, or, with `lengths`, parts of a packed one and its tokens; and which rows or tokens are lost,
+    `[…]` bool on the device, None before any is looked at."""
 
     rows: Sequence[RequestSteer | None]
     lengths: Sequence[int] | None = None
+    tokens: Tokens | None = None
     lost: Tensor | None = None
 
     def lose(self, flags: Tensor) -> None:
@@ -382,12 +397,6 @@ def _owner() -> _Owner:
     except RuntimeError:  # no event loop runs on this thread
         task = None
     return threading.get_ident(), task
-
-
-def _stream_given(given: tuple[tuple[Tensor, ...], dict[str, Tensor]]) -> Tensor:
-    """The stream in a block's arguments and keywords."""
-    args, kwargs = given
-    return args[0] if args else kwargs["hidden_states"]
 
 
 def _check_places(model: PreTrainedModel) -> None:

@@ -54,7 +54,7 @@ class Streamed:
         except (OSError, ValueError, ImportError) as error:
             raise UnsupportedModel(f"{folder}: no causal language model that transformers knows: {error}") from error
         self.anatomy = Anatomy(self.model)
-        self._loading, self._read, self._change = internals.Loading(self.model), read, change
+        self._loading, self._read, self._change = internals.WeightLoading(self.model), read, change
         #: Of each tensor in the files that the model has: its parameter (or the first of several), and what is done.
         self.becomes = {name: found for name in names if (found := self._loading.parameter(name)) is not None}
         self._files: dict[str, list[str]] = {}

@@ -51,8 +51,8 @@ def each_batch(
     """`run(indices)` over all sequences in batches of about equal length, longest first so that too large a batch shows
     at once, each of at most `batch_size` sequences (else AUTO), and of at most `tokens` tokens with the padding, but
     for a longer sequence alone. After each batch `after(done, size)` is told how many are done and the batch size;
-    beginning again with `start=done, batch_size=size` makes the same batches. Each sequence is so much `work` for
-    `progress`."""
+    beginning again with `start=done, batch_size=size` makes the same batches. `work` is the
+    work of one sequence, for `progress`."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     size, at = batch_size or AUTO, start
     while at < len(order):

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from steer.errors import InvalidInput, problems_of
+from steer.tokenization import THINKING
 
 FOLDER = Path(__file__).parent / "behaviours"
-#: What stands before and after a model's thinking, of the usual families; the first is what templates open themselves.
-THINKING = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<seed:think>", "</seed:think>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
-)
 #: Letters of which one says about as much as two or three of an alphabet; and the end of an answer in which it may turn
 #: out late that it refuses, in characters.
 DENSE, LATE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]"), 300
@@ -64,7 +55,7 @@ class Behaviour(BaseModel):
     def _compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in patterns:
             try:
-                re.compile(pattern, re.IGNORECASE)
+                _compiled(pattern)
             except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"{pattern[:200]!r} is no regular expression: {error}") from error
         return patterns
@@ -74,19 +65,6 @@ class Behaviour(BaseModel):
         if not self.patterns and self.min_words is None:
             raise ValueError("needs patterns or min_words to recognise an answer")
         return self
-
-    @cached_property
-    def _compiled(self) -> tuple[re.Pattern[str], ...]:
-        """Each by itself: joined, their groups and flags would get into each other's way."""
-        return tuple(re.compile(pattern, re.IGNORECASE) for pattern in self.patterns)
-
-    @cached_property
-    def _excepted(self) -> tuple[re.Pattern[str], ...]:
-        return tuple(re.compile(pattern, re.IGNORECASE) for pattern in self.exceptions)
-
-    @cached_property
-    def _late(self) -> tuple[re.Pattern[str], ...]:
-        return tuple(re.compile(pattern, re.IGNORECASE) for pattern in self.late)
 
     def _begins(self, said: str) -> int | None:
         """How many characters of `said` its beginning has."""
@@ -107,14 +85,14 @@ class Behaviour(BaseModel):
         if not self.patterns:
             return f"{count} words"
         seen = own_words(said.replace("’", "'")[: self._begins(said)])
-        if any(pattern.search(seen) for pattern in self._excepted):
+        if any(_found(self.exceptions, seen)):
             return None
-        return next((found[0] for pattern in self._compiled if (found := pattern.search(seen))), None)
+        return next((found[0] for found in _found(self.patterns, seen)), None)
 
     def late_evidence(self, answer: str) -> str | None:
         """The words of `answer`, which does not show it at its beginning, that do so near its end; None without."""
         near = own_words((after_thinking(answer) or "").replace("’", "'"))[-LATE:]
-        found = next((found for pattern in self._late if (found := pattern.search(near))), None)
+        found = next(_found(self.late, near), None)
         return None if found is None else re.sub(r"^\W+", "", found[0])
 
     def decided(self, answer: str) -> bool:
@@ -133,11 +111,7 @@ class Behaviour(BaseModel):
         if self.exceptions:  # one may still come
             return False
         seen = own_words(settled.replace("’", "'"))
-        return any(found.end() < len(seen) for pattern in self._compiled if (found := pattern.search(seen)))
-
-    def rate(self, answers: Sequence[str]) -> float:
-        """The share of `answers` that show it."""
-        return sum(self.shown(answer) for answer in answers) / len(answers)
+        return any(found.end() < len(seen) for found in _found(self.patterns, seen))
 
     @classmethod
     def load(cls, source: str) -> Behaviour:
@@ -156,6 +130,17 @@ class Behaviour(BaseModel):
             raise InvalidInput(f"{path}: {problem}" for problem in problems_of(error, "behaviour")) from error
         except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or an integer of thousands of digits
             raise InvalidInput(f"{path}: not TOML: {error}") from error
+
+
+def _found(patterns: Sequence[str], text: str) -> Iterator[re.Match[str]]:
+    """What each of `patterns` finds first; each by itself: joined, their groups and flags would get into each other's
+    way."""
+    return (found for pattern in patterns if (found := _compiled(pattern).search(text)))
+
+
+@lru_cache(1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.IGNORECASE)
 
 
 def after_thinking(answer: str) -> str | None:

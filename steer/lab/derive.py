@@ -20,7 +20,7 @@ from steer.lab.methods.means import Slerp
 from steer.names import MODES, TURNING, Mode, Site, acts_on_terms
 
 log = logging.getLogger("steer")
-#: Of the difference of means within the rows' span, the part that each row must have at least to have a side.
+#: The least part of the difference of means within the rows' span that a row must have to have a side.
 LEAST_SHARE = 0.2
 
 
@@ -185,9 +185,9 @@ def _contrast(measurement: Measurement, recipe: Recipe, layer: int) -> Contrast:
 
 
 def spread(measurement: Measurement, recipe: Recipe, source: int, rows: Tensor) -> Tensor:
-    """What the source layer's rows are at every layer of the model, `[layers, k, d_model]`."""
+    """Return the source layer's rows as they act at every layer of the model, `[layers, k, d_model]`."""
     layers = measurement.meta.model.layers
-    if type(recipe.method).onto is Method.onto:
+    if not recipe.method.varies:
         return rows.expand(layers, *rows.shape)
     if measurement.layers < layers:
         raise InvalidInput(
@@ -299,7 +299,7 @@ def check_needs(measurement: Measurement, recipe: Recipe) -> None:
 def _found_or_none(measurement: Measurement, recipe: Recipe, layer: int) -> Found | None:
     try:
         found = find(measurement, recipe, layer)
-        if type(recipe.method).onto is not Method.onto:
+        if recipe.method.varies:
             found = Found(recipe.method.onto(found.rows, measurement.contrast(layer, recipe.position)), found.agreement)
         return found
     except DegenerateError as error:
@@ -380,16 +380,16 @@ def _between(measurement: Measurement, recipe: Recipe, rows: Tensor, share: floa
 
 
 def _axis(measurement: Measurement, recipe: Recipe, rows: Tensor, source: int | None) -> Tensor | None:
-    """What makes a plane of each layer's one row, `[layers, d_model]`: the unit part of the harmless mean orthogonal to
-    it, of the layer that the row came from. For slerp at t that is cos(tω/2)·â + sin(tω/2)·e. None where nothing can be
-    turned: several rows, sites that do not have the whole stream, and rows along the mean."""
+    """Return the second axis of each layer's plane, `[layers, d_model]`: the unit part of the harmless mean orthogonal
+    to the layer's one row, at the layer that the row came from. For slerp at t that is cos(tω/2)·â + sin(tω/2)·e. None
+    where nothing can be turned: several rows, sites that do not have the whole stream, and rows along the mean."""
     if rows.shape[1] > 1 or acts_on_terms(recipe.sites) or recipe.mode == "add":
         return None
     axis, made = torch.zeros_like(rows[:, 0]), {}
     for layer, row in enumerate(rows[:, 0]):
         if not row.any():
             continue
-        at = layer if source is None or type(recipe.method).onto is not Method.onto else source
+        at = layer if source is None or recipe.method.varies else source
         if at not in made:
             try:
                 made[at] = orthogonal_part(row, _contrast(measurement, recipe, at).harmless.mean)
@@ -400,9 +400,9 @@ def _axis(measurement: Measurement, recipe: Recipe, rows: Tensor, source: int | 
 
 
 def _angles(measurement: Measurement, recipe: Recipe, rows: Tensor, axis: Tensor) -> Tensor:
-    """Of `rotate_one_sided`, `[layers, 2]`: beyond which it acts and to which it turns. As the reference and the target
-    of `one_sided`, of the angles of each layer's two means in its plane; without a target it turns to the axis. Where
-    there is no harmful side nothing is beyond."""
+    """Return the two angles of `rotate_one_sided`, `[layers, 2]`: beyond which it acts, and to which it turns. They are
+    made as the reference and the target of `one_sided`, from the angles of the two means in each layer's plane. Without
+    a target it turns to the axis. Where there is no harmful side, nothing is beyond."""
     plane = torch.stack([axis, rows[:, 0]], 1)
     first, last = (_between(measurement, recipe, plane, share) for share in (0.0, 1.0))
     if first is None or last is None:

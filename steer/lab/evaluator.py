@@ -1,4 +1,4 @@
-"""What tries candidates out on a model: many at once, each as rows of one batch, on whatever engine runs the model."""
+"""The interface of an evaluator, which tries candidates on a model, many at once, each as rows of one batch."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from numpy.typing import NDArray
 
 from steer.direction import Direction
 from steer.errors import InvalidInput
+from steer.lab.outcome import Answer
 from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt
 from steer.names import Mode
 from steer.runtime.placement import Shape
 from steer.spec import Entry
+from steer.tokenization import Tokenizer
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]
-#: What steers on an engine, in its own terms; None is plain. And plain text that its divergences are taken along, whose
-#: `first(tokens)` is the same with so many predictions alone.
+#: A steering in the terms of one engine; None is plain.
 Steer = Any
+#: Plain text of one engine along which divergences are taken. Its `first(tokens)` keeps that number of predictions.
 Continuation = Any
 
 
@@ -39,8 +41,8 @@ class Candidate:
     tokens: str | None = None
 
     def entry(self, name: str) -> Entry:
-        """What a request for it has, under a name that is its digest too. Raises SpecError where the direction cannot
-        be applied so."""
+        """Return the entry of a request for it, under a name that is its digest too. Raises SpecError where the
+        direction cannot be applied so."""
         entry = Entry(name, name, self.mode, self.strength, layers=self.layers, tokens=self.tokens)
         meta = self.direction.meta
         shape = Shape(
@@ -50,18 +52,18 @@ class Candidate:
         return entry
 
 
-class Answer(Protocol):
-    """A greedy answer: its tokens without the end, and its text."""
-
-    @property
-    def ids(self) -> list[int]: ...
-
-    @property
-    def text(self) -> str: ...
+def named(candidates: Sequence[Candidate]) -> tuple[dict[str, Direction], list[Entry]]:
+    """The directions of `candidates`, each once and with a name of its own, and what a request for each candidate
+    has."""
+    names: dict[int, str] = {}
+    for candidate in candidates:
+        names.setdefault(id(candidate.direction), f"candidate{len(names)}")
+    entries = [candidate.entry(names[id(candidate.direction)]) for candidate in candidates]
+    return {names[id(candidate.direction)]: candidate.direction for candidate in candidates}, entries
 
 
 class Evaluator(Protocol):
-    """What steers is in the terms of the engine, None is plain: one for all prompts, or a list with one for each."""
+    """A model on which candidates are tried. `steer` is one Steer for all prompts, or a list with one for each."""
 
     @property
     def rank(self) -> int:
@@ -74,7 +76,7 @@ class Evaluator(Protocol):
         ...
 
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Tokenizer: ...
 
     @property
     def max_tokens(self) -> int:
@@ -83,7 +85,7 @@ class Evaluator(Protocol):
 
     @property
     def progress(self) -> Progress:
-        """What is told of each prompt that was read or answered."""
+        """The bar that advances with each prompt that was read or answered."""
         ...
 
     def all_resident(self, candidates: Sequence[Candidate]) -> AbstractContextManager[list[Steer]]:
@@ -114,7 +116,7 @@ class Evaluator(Protocol):
         ...
 
 
-#: Makes the evaluator for directions of up to so many rows, and answers of so many tokens.
+#: Makes an evaluator, from the most rows of a direction and the most tokens of an answer.
 MakeEvaluator = Callable[[int, int], Evaluator]
 
 
@@ -159,7 +161,7 @@ def parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[at : at + size] for at in range(0, len(items), size))
 
 
-def first_tokens(tokenizer: Any, openings: Sequence[str]) -> list[int]:
+def first_tokens(tokenizer: Tokenizer, openings: Sequence[str]) -> list[int]:
     """The ids with which answers that begin with `openings` begin, with a space before them and without. Raises
     InvalidInput where there are none."""
     found = {

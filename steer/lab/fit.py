@@ -26,7 +26,7 @@ from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.methods.base import Method
 from steer.lab.progress import answering
-from steer.lab.prompts import PromptSet
+from steer.lab.prompts import LEAST_SHOWN, TRIED, PromptSet, Split
 from steer.lab.race import Figures, Race, Sets
 from steer.lab.resume import Cache
 from steer.lab.select import (
@@ -43,7 +43,6 @@ from steer.lab.select import (
     work,
 )
 from steer.lab.source import Source
-from steer.lab.split import LEAST_SHOWN, TRIED, Split
 from steer.lab.statistics import mcnemar, wilson
 from steer.lab.tables import shown
 from steer.names import MAX_STRENGTH, TURNING, Mode, Site, site_problem
@@ -266,7 +265,7 @@ def fit(
     sets = _sets(split)
     tried.progress.plan(CHOOSING, most_work(split, choice, tried.max_tokens, behaviour))
     with tried.progress.part(CHOOSING):
-        selection = Selection(Race(tried, behaviour, sets, judge), tried.tokenizer, cache)
+        selection = Selection(Race(tried, behaviour, sets, judge), cache)
         _check_plain(selection.race, behaviour)
         finalists = selection.run(_screened_in_turn(measurement, selection, choice, begun))
         chosen = _unharmed(selection, finalists)
@@ -353,7 +352,7 @@ def most_work(split: Split, choice: Choice, tokens: int = TOKENS, behaviour: Beh
 
 
 def _sets(split: Split) -> Sets:
-    return Sets.drawn(split.tried_harmful.prompts, split.tried_harmless.prompts, limits=(TRIED, TRIED, 0))
+    return Sets.drawn(split.tried_harmful, split.tried_harmless, limit=TRIED)
 
 
 def report(fitted: Fitted) -> list[str]:

@@ -11,21 +11,31 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
 from steer.errors import InvalidInput
-from steer.lab.activations import ClassSums, Keep, Reading
+from steer.geometry import winsorise
 from steer.lab.batches import each_batch
-from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, load_tensors, save_tensors
+from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, Statistics, load_tensors, save_tensors
 from steer.lab.progress import Progress
 from steer.lab.prompts import Encoded, PromptSet, Rendering, check_contrast
-from steer.lab.source import Source
+from steer.lab.source import Activations, CapturePlan, Source
 
 log = logging.getLogger("steer")
 #: The part of a command's progress.
 MEASURING = "measuring"
 #: The metadata key of a measurement that was interrupted.
 KEY = "steer_partial"
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """What is kept beside the means: the vector of every prompt (bfloat16), the second moments (float64)."""
+
+    vectors: bool = False
+    moments: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +61,7 @@ def measure(
     partial: Path | None = None,
     every: float = 60.0,
 ) -> Measurement:
-    """What `conditions` say, for both classes.
+    """Measure both classes under `conditions`.
 
     With `partial`, an interruption leaves that file (so does every `every` seconds of work), and measuring again with
     it goes on there with the same result. The caller removes it once the measurement is safe. Raises InvalidInput for
@@ -60,13 +70,13 @@ def measure(
     """
     conditions, progress = conditions or Conditions(), progress or Progress()
     facts = source.facts
-    reading = Reading(conditions.positions, _last_layer(conditions, facts))
-    _check_room(conditions, reading, facts, max(len(harmful), len(harmless)))
+    plan = CapturePlan(conditions.positions, _last_layer(conditions, facts))
+    _check_room(conditions, plan, facts, max(len(harmful), len(harmless)))
     sets = {"harmful": harmful, "harmless": harmless}
     encoded, bos = checked(source, harmful, harmless, conditions)
     meta = MeasurementMeta(
         model=facts,
-        measured=reading.layers,
+        measured=plan.layers,
         positions=conditions.positions,
         winsorize=conditions.winsorize,
         **asdict(conditions.rendering),
@@ -74,18 +84,10 @@ def measure(
         harmful=harmful.dataset,
         harmless=harmless.dataset,
     )
-    sums = {
-        label: ClassSums(
-            prompts.name,
-            reading,
-            facts.d_model,
-            len(prompts),
-            sum(e.own.stop - e.own.start for e in encoded[label]),
-            conditions.winsorize,
-            conditions.keep,
-        )
-        for label, prompts in sets.items()
-    }
+    sums = {}
+    for label, prompts in sets.items():
+        own_tokens = sum(e.own.stop - e.own.start for e in encoded[label])
+        sums[label] = ClassSums(prompts.name, plan, facts.d_model, len(prompts), own_tokens, conditions)
     checkpoint, done, given = None, dict.fromkeys(sets, 0), batch_size
     if partial is not None:
         kept = (conditions.keep.vectors, conditions.keep.moments)
@@ -99,9 +101,26 @@ def measure(
     try:
         with progress.part(MEASURING):
             progress.skip(sum(done.values()))
-            for label in sets:
-                run = _Run(source, encoded[label], reading, sums[label], checkpoint, label)
-                batch_size = run(batch_size, tokens, progress, done[label])
+            for label, each in encoded.items():
+
+                def run(indices: list[int], each: list[Encoded] = each, into: ClassSums = sums[label]) -> None:
+                    into.add(indices, source.run([each[i] for i in indices], plan))
+
+                def after(at: int, size: int, label: str = label) -> None:
+                    nonlocal batch_size
+                    batch_size = size
+                    if checkpoint is not None:
+                        checkpoint.note(label, at, size)
+
+                each_batch(
+                    [len(e.ids) for e in each],
+                    run,
+                    batch_size=batch_size,
+                    tokens=tokens,
+                    progress=progress,
+                    start=done[label],
+                    after=after,
+                )
     except BaseException:
         if checkpoint is not None:
             checkpoint.save()
@@ -113,41 +132,12 @@ def checked(
     source: Source, harmful: PromptSet, harmless: PromptSet, conditions: Conditions, answer: int = 0
 ) -> tuple[dict[str, list[Encoded]], int]:
     """The encoded prompts of both sets, and the BOS tokens that each begins with. Raises InvalidInput for sets that
-    share prompts, and with every prompt that does not fit the context, with an answer of so many tokens, or has no such
-    position."""
+    share prompts, and with every prompt that does not fit the context, with `answer` tokens of an answer, or has no
+    such position."""
     check_contrast(harmful, harmless)
     sets = {"harmful": harmful, "harmless": harmless}
     encoded = {label: source.encode(prompts.prompts, conditions.rendering) for label, prompts in sets.items()}
     return encoded, _check_prompts(source, sets, encoded, conditions.positions, answer)
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Feeds the sums of one class."""
-
-    source: Source
-    encoded: Sequence[Encoded]
-    reading: Reading
-    sums: ClassSums
-    checkpoint: Partial | None
-    label: str
-
-    def __call__(self, batch_size: int | None, tokens: int | None, progress: Progress, done: int) -> int | None:
-        """Add the prompts after the first `done`; the batch size that memory allowed."""
-        size = batch_size
-
-        def run(indices: list[int]) -> None:
-            self.sums.add(indices, self.source.run([self.encoded[i] for i in indices], self.reading))
-
-        def after(at: int, now: int) -> None:
-            nonlocal size
-            size = now
-            if self.checkpoint is not None:
-                self.checkpoint.note(self.label, at, now)
-
-        lengths = [len(e.ids) for e in self.encoded]
-        each_batch(lengths, run, batch_size=size, tokens=tokens, progress=progress, start=done, after=after)
-        return size
 
 
 def _last_layer(conditions: Conditions, facts: ModelFacts) -> int:
@@ -157,9 +147,9 @@ def _last_layer(conditions: Conditions, facts: ModelFacts) -> int:
     return last
 
 
-def _check_room(conditions: Conditions, reading: Reading, facts: ModelFacts, prompts: int) -> None:
+def _check_room(conditions: Conditions, plan: CapturePlan, facts: ModelFacts, prompts: int) -> None:
     """Raise InvalidInput where what is to be kept does not fit in memory, before anything runs."""
-    each = 2 * len(reading.positions) * reading.layers * facts.d_model
+    each = 2 * len(plan.positions) * plan.layers * facts.d_model
     needed = each * 8 * facts.d_model * conditions.keep.moments + each * 2 * prompts * conditions.keep.vectors
     available = psutil.virtual_memory().available
     if needed > available:
@@ -194,6 +184,60 @@ def _check_prompts(
     if len(bos) != 1:
         raise InvalidInput(f"the chat template gives prompts different numbers of BOS tokens: {sorted(bos)}")
     return bos.pop()
+
+
+class ClassSums:
+    """The sums of one class of `prompts` prompts. `add` takes a batch whole or, when it raises, not at all."""
+
+    def __init__(
+        self, name: str, plan: CapturePlan, d_model: int, prompts: int, own_tokens: int, conditions: Conditions
+    ) -> None:
+        self.name, self.prompts, self.own_tokens, self.winsor = name, prompts, own_tokens, conditions.winsorize
+        keep = conditions.keep
+        shape = (len(plan.positions), plan.layers)
+        self.sums = torch.zeros(*shape, d_model, dtype=torch.float64)
+        self.own = torch.zeros(plan.layers, d_model, dtype=torch.float64)
+        self.moments = torch.zeros(*shape, d_model, d_model, dtype=torch.float64) if keep.moments else None
+        self.vectors = torch.zeros(*shape, prompts, d_model, dtype=torch.bfloat16) if keep.vectors else None
+
+    def add(self, indices: Sequence[int], activations: Activations) -> None:
+        """Add the batch of the prompts numbered `indices`. Raises InvalidInput naming layers that are not finite."""
+        picked = activations.picked
+        self._check(picked, activations.own)
+        rows = picked.double()
+        if self.winsor is not None:
+            rows = winsorise(rows, self.winsor)
+        self.sums += rows.sum(2)
+        self.own += activations.own
+        if self.moments is not None:
+            for moments, each in zip(self.moments.flatten(0, 1), rows.flatten(0, 1), strict=True):
+                moments.addmm_(each.T, each)
+        if self.vectors is not None:
+            self.vectors[:, :, list(indices)] = rows.to(torch.bfloat16)
+
+    def statistics(self) -> Statistics:
+        return Statistics(
+            mean=self.sums / self.prompts,
+            mean_all=self.own / max(self.own_tokens, 1),
+            moments=None if self.moments is None else self.moments / self.prompts,
+            vectors=self.vectors,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state: what `restore` needs to go on as if nothing had happened."""
+        found = {"sums": self.sums, "own": self.own, "moments": self.moments, "vectors": self.vectors}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+
+    def _check(self, picked: Tensor, own: Tensor) -> None:
+        finite = torch.isfinite(picked).all(-1).all(-1).all(0) & torch.isfinite(own).all(-1)
+        if bad := torch.nonzero(~finite).flatten().tolist():
+            raise InvalidInput(
+                f"{self.name}: activations are not finite at layers {bad}; try --dtype float32 or bfloat16"
+            )
 
 
 class State(BaseModel):

@@ -281,7 +281,7 @@ def towards_harmful(rows: Tensor, contrast: Contrast) -> Tensor:
 def principal(rows: Tensor, k: int, what: str) -> Tensor:
     """The k leading right singular vectors of `rows` `[n, d_model]`, `[k, d_model]`, by the n × n Gram matrix.
 
-    Raises DegenerateError when there are not so many, or when the k-th and the next are equally strong, so that which
+    Raises DegenerateError when there are fewer, or when the k-th and the next are equally strong, so that which
     one it is would be chance.
     """
     if not 1 <= k <= min(rows.shape):

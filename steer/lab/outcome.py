@@ -13,7 +13,7 @@ behaviour's own patterns.
 A fault is told from the token ids where it can be, so that it does not depend on spaces or on a language:
 
 - `empty`: no letter, digit, symbol or bracket.
-- `garbled`: a phrase that stands there five times but for the numbers between, pieces of a vocabulary, a wrong
+- `garbled`: a phrase that stands there five times, apart from the numbers between, pieces of a vocabulary, a wrong
   encoding, letters that are no words, or words in an order or a mixture of scripts that no language has.
 - `looped`: the answer ends in a phrase that stands there at least three times, six tokens in all. Source: Holtzman et
   al. 2020, "The curious case of neural text degeneration" (a phrase of two tokens or more, three times, at the end).
@@ -31,12 +31,10 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from steer.lab.behaviour import THINKING, Behaviour, after_thinking, own_words
-
-if TYPE_CHECKING:
-    from steer.lab.evaluator import Answer
+from steer.lab.behaviour import Behaviour, after_thinking, own_words
+from steer.tokenization import THINKING
 
 Outcome: TypeAlias = Literal["shown", "late", "unanswered", "degenerate", "deflected", "complied"]
 OUTCOMES: tuple[Outcome, ...] = ("shown", "late", "unanswered", "degenerate", "deflected", "complied")
@@ -44,14 +42,14 @@ Fault: TypeAlias = Literal["empty", "looped", "garbled", "repetitive", "collapse
 FAULTS: tuple[Fault, ...] = ("empty", "looped", "garbled", "repetitive", "collapsed", "unended")
 #: Words, signs, and the letters of scripts that put no space between words.
 WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")
-#: What is no text: a phrase with letters that stands 5 times one after the other, but for the numbers between; one
+#: What is no text: a phrase with letters that stands 5 times one after the other, apart from the numbers between; one
 #: letter 30 times; pieces of a vocabulary; letters of a wrong encoding; words without a vowel.
 COUNTED = re.compile(r"([^\W\d_][^\n]{6,160}?)(?:\W{0,6}\d{0,4}\W{0,6}\1){4}")
 STUCK = re.compile(r"([^\W\d_])\1{30}")
 PIECES = re.compile(
     r"<(?:unk|pad|s|/s|mask|\|[a-z_]+\|)>|\[(?:MASK|SEP|CLS|PAD|unused\d+)\]|[ĠĊ▁]|##[a-z]|@@[a-z]", re.IGNORECASE
 )
-#: Of a long text the end is looked at.
+#: Characters at the end of a long text that are looked at.
 GARBLED = 4000
 URL = re.compile(r"\w+://\S+")
 MISREAD = re.compile(r"[ÃÐÑâã][\u0080-\u00bf€™œžŸš‚„†‡…‰‹Œ˜ƒÂÃ]")
@@ -90,27 +88,29 @@ COMMON = re.compile(
 REPEATS, LOOP_TOKENS = 3, 6
 NGRAM, REPETITIVE, REPETITIVE_TOKENS = 4, 0.5, 32
 COLLAPSED = 0.25
-#: Words of which so few are different are one word over and over: so many are looked at, and that many needed.
+#: A smaller share of different words is one word over and over: of the last words, and of at least FEW_WORDS.
 LEAST_DIFFERENT, LAST_WORDS, FEW_WORDS = 0.36, 50, 24
 MARKUP = re.compile(r"[`|<>{}]")
 #: Words in a row, with no sign between them, that make a text and no list.
 ROW = 9
-#: Words behind the thinking of an answer that was cut there, with which it has begun to say something.
+#: Words after the thinking of an answer that was cut, with which it has begun to say something.
 BEGUN = 6
 #: Plain answers to ordinary prompts end before the limit at least so often, where to run into it means something.
 ENDING = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """An answer of which the text alone is known: its words stand for the tokens."""
+class Answer:
+    """An answer: its token ids without the end, and its text."""
 
+    ids: list[int]
     text: str
 
-    @property
-    def ids(self) -> list[int]:
+    @classmethod
+    def of(cls, text: str) -> Answer:
+        """An answer of which the text alone is known: its words stand for the tokens."""
         numbers: dict[str, int] = {}
-        return [numbers.setdefault(word, len(numbers)) for word in WORDS.findall(self.text)]
+        return cls([numbers.setdefault(word, len(numbers)) for word in WORDS.findall(text)], text)
 
 
 def looped(ids: Sequence[int]) -> bool:
@@ -244,4 +244,4 @@ def _unanswered(answer: Answer, limit: int | None) -> str | None:
     if said is None:
         return "its thinking has no end" if not looped(answer.ids) else None
     cut = limit is not None and unended(answer, limit) and any(end in answer.text for _, end in THINKING)
-    return "it was cut just behind its thinking" if cut and len(said.split()) < BEGUN else None
+    return "it was cut just after its thinking" if cut and len(said.split()) < BEGUN else None

@@ -128,24 +128,6 @@ def front(axes: Any, points: Sequence[Point], *, x: str, y: str, title: str = ""
     _finish(axes, x, y, title, legend=True)
 
 
-def cosines(
-    axes: Any, matrix: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], *, title: str = ""
-) -> None:
-    """Cosines between methods, or of methods over layers, `[rows, columns]` from −1 to 1; NaN is left blank."""
-    values = np.asarray(matrix, dtype=np.float64)
-    image = axes.imshow(values, cmap="PuOr", vmin=-1, vmax=1, aspect="auto")
-    axes.grid(False)
-    axes.set_xticks(range(len(columns)), columns, rotation=45 if max(map(len, columns)) > 4 else 0, ha="center")
-    axes.set_yticks(range(len(rows)), rows)
-    if len(columns) <= 12:
-        for (row, column), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                ink = "white" if abs(value) > 0.7 else "black"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=7)
-    axes.figure.colorbar(image, ax=axes, label="cosine")
-    axes.set_title(title)
-
-
 def histogram(axes: Any, sets: Mapping[str, Sequence[float]], *, x: str, title: str = "", bins: int = 30) -> None:
     """How the projections of two or more sets are spread, over the same bins, each set in shares of itself."""
     everything = np.concatenate([np.asarray(values, dtype=np.float64) for values in sets.values()])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -19,15 +19,17 @@ from steer.hf.internals import whole_cache
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
-from steer.lab.behaviour import THINKING
-from steer.lab.evaluator import Answer, Candidate, Floats, each_row
+from steer.lab.evaluator import Candidate, Floats, each_row, named
+from steer.lab.outcome import Answer
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, PromptIds, Rendering
-from steer.lab.statistics import mean_of
 from steer.runtime.token_index import RequestSteer
 from steer.spec import Spec
+from steer.tokenization import THINKING, Tokenizer
 
 T = TypeVar("T")
+#: One for all prompts, or one for each; None is plain.
+Steers: TypeAlias = Spec | Sequence[Spec | None] | None
 #: Bytes of cache that a batch of answers may hold; AUTO rows are tried whatever they take.
 CACHE_BYTES = 2**30
 #: Tokens that a shared beginning must save for it to be run by itself.
@@ -39,45 +41,22 @@ LOGIT_BYTES, KEPT_BYTES = 2**29, 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """One greedy answer: its token ids (without the end) and text."""
-
-    ids: list[int]
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Continued(Answered):
+class Continued(Answer):
     """A plain answer with its log-probabilities `[tokens + 1, vocabulary]`, the end's included; None where they would
     take too much memory to keep."""
 
     logprobs: Tensor | None = None
 
     def first(self, tokens: int) -> Continued:
-        """Only so many tokens of it. The text stays whole."""
+        """Its first `tokens` tokens. The text stays whole."""
         if len(self.ids) < tokens:
             return self
         kept = None if self.logprobs is None else self.logprobs[:tokens]
         return Continued(self.ids[: tokens - 1], self.text, kept)
 
 
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """KL(plain ‖ steered) in nats: mean (with its 95 % interval), median and 95th percentile over prompts of the mean
-    over tokens, and the same for the first token alone."""
-
-    mean: float
-    low: float
-    high: float
-    median: float
-    p95: float
-    first_mean: float
-    first_median: float
-    first_p95: float
-
-
 class HFEvaluator:
-    """Greedy answers and divergences of one loaded model. `steer` is for all prompts, or a list with one for each."""
+    """Greedy answers and divergences of one loaded model."""
 
     def __init__(
         self,
@@ -105,31 +84,25 @@ class HFEvaluator:
         return self.steering.bank.rows - self.steering.bank.rows_in_use
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         return self.loaded.tokenizer
 
     @contextmanager
     def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[Spec | None]]:
         """The directions of `candidates` in the bank while it lasts, the spec of each. What shares a direction shares
         its rows. Raises NoRoom where there are more than `room` rows."""
-        bank, names = self.steering.bank, dict[int, str]()
-        for candidate in candidates:
-            names.setdefault(id(candidate.direction), f"candidate{len(names)}")
-        entries = [candidate.entry(names[id(candidate.direction)]) for candidate in candidates]
+        bank, (directions, entries) = self.steering.bank, named(candidates)
         try:
-            for candidate in candidates:
-                bank.load(names[id(candidate.direction)], candidate.direction)
+            for name, direction in directions.items():
+                bank.load(name, direction)
             yield [Spec((entry,)) if entry.strength else None for entry in entries]
         finally:
-            for name in names.values():
+            for name in directions:
                 bank.unload(name)
 
     def answers(
-        self,
-        prompts: Sequence[Prompt],
-        steer: Spec | Sequence[Spec | None] | None,
-        known: Callable[[str], bool] | None = None,
-    ) -> list[Answered]:
+        self, prompts: Sequence[Prompt], steer: Steers, known: Callable[[str], bool] | None = None
+    ) -> list[Answer]:
         """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`; an answer ends early where `known`
         says of its text that the rest would tell nothing."""
         encoded, steers = self._ids(prompts), each_row(steer, len(prompts))
@@ -141,7 +114,7 @@ class HFEvaluator:
         def enough(ids: list[int]) -> bool:
             return known is not None and known(decode(ids))
 
-        def run(indices: list[int]) -> list[Answered]:
+        def run(indices: list[int]) -> list[Answer]:
             found = greedy(
                 self.steering,
                 [encoded[i] for i in indices],
@@ -151,22 +124,17 @@ class HFEvaluator:
                 pad=self._pad,
                 known=enough,
             )
-            return [Answered(ids, decode(ids)) for ids in found]
+            return [Answer(ids, decode(ids)) for ids in found]
 
         size = self.batch_size or self._fitting(max(map(len, encoded), default=0) + self.max_tokens)
         work = answering(self.max_tokens)
         return in_batches(encoded, run, batch_size=size, progress=self.progress, work=work)
 
     def _fitting(self, tokens: int) -> int:
-        """Rows of so many tokens that a batch may have: the more, the less of a step is overhead."""
+        """The rows of `tokens` tokens that a batch may have: the more, the less of a step is overhead."""
         return max(AUTO, min(MOST, CACHE_BYTES // (cache_bytes(self.steering) * max(1, tokens))))
 
-    def opening_odds(
-        self,
-        prompts: Sequence[Prompt],
-        steer: Spec | Sequence[Spec | None] | None,
-        tokens: Sequence[int],
-    ) -> Floats:
+    def opening_odds(self, prompts: Sequence[Prompt], steer: Steers, tokens: Sequence[int]) -> Floats:
         """log(p) − log(1 − p) for each prompt, p the probability that the answer begins with one of `tokens`. One
         prefill, of which the last position alone is predicted from."""
         encoded, specs = self._ids(prompts), each_row(steer, len(prompts))
@@ -199,12 +167,7 @@ class HFEvaluator:
         kept = self._forced(prompts, plain, [None] * len(prompts), lambda _row, logprobs: logprobs.clone())
         return [Continued(answer.ids, answer.text, each) for answer, each in zip(plain, kept, strict=True)]
 
-    def divergences(
-        self,
-        prompts: Sequence[Prompt],
-        plain: Sequence[Answer],
-        steer: Spec | Sequence[Spec | None] | None,
-    ) -> list[Floats]:
+    def divergences(self, prompts: Sequence[Prompt], plain: Sequence[Answer], steer: Steers) -> list[Floats]:
         """KL(plain ‖ steered) at each token of each prompt's plain answer, which both passes read (teacher forcing)."""
         expected = [answer.logprobs if isinstance(answer, Continued) else None for answer in plain]
         missing = [i for i, one in enumerate(expected) if one is None]
@@ -280,17 +243,6 @@ class HFEvaluator:
         return in_batches(sequences, run, batch_size=size, progress=self.progress)
 
 
-def summarised(rows: Sequence[Floats]) -> Divergence:
-    """From the divergence at each token of each prompt's answer."""
-    per_prompt, first = np.array([row.mean() for row in rows]), np.array([row[0] for row in rows])
-    whole = mean_of(per_prompt)
-    return Divergence(whole.value, whole.low, whole.high, *_spread(per_prompt), float(first.mean()), *_spread(first))
-
-
-def _spread(values: Floats) -> tuple[float, float]:
-    return float(np.median(values)), float(np.percentile(values, 95))
-
-
 @torch.inference_mode()
 def greedy(
     steering: Steering,
@@ -337,8 +289,8 @@ def greedy(
     return answers
 
 
-def opened(tokenizer: Any, prompts: Sequence[Sequence[int]]) -> str:
-    """What of an answer's thinking the chat template has begun: the sign that opens it, else nothing."""
+def opened(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> str:
+    """Return the sign that opens an answer's thinking where the chat template has written it, else nothing."""
     end = str(tokenizer.decode(list(prompts[0][-8:]))).rstrip() if prompts else ""
     return next((begin for begin, _ in THINKING if end.endswith(begin)), "")
 

@@ -70,12 +70,12 @@ class Progress:
             self.current = outer
 
     def advance(self, work: float = 1.0) -> None:
-        """Say that so much work was done."""
+        """Say that `work` was done."""
         self._done[self.current] = self._done.get(self.current, 0.0) + work
         self._show(work)
 
     def skip(self, work: float) -> None:
-        """Say that so much of what was planned need not be done."""
+        """Say that `work` of what was planned need not be done."""
         self.skipped += work
         if self._bar is not None:
             self._bar.initial += work

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import random
 import re
 import urllib.request
@@ -22,6 +23,7 @@ from steer.errors import InvalidInput
 if TYPE_CHECKING:
     from steer.direction import Dataset
 
+log = logging.getLogger("steer")
 #: Names under which datasets keep the prompt, first match wins.
 COLUMNS = ("prompt", "text", "instruction", "goal", "question", "behavior", "query")
 #: Where a table keeps conversations, if it has none of the others.
@@ -34,7 +36,7 @@ FORMATS = (
 _HUB = re.compile(
     r"(?P<name>[^/:]+(?:/[^/:]+)?)(?:/(?P<config>[^/:]+))?(?::(?P<split>(?:\[[^\]]*\]|[^:\[\]])*)(?::(?P<column>.*))?)?"
 )
-#: Of a URL: seconds to wait for its server, and bytes that are read.
+#: Seconds to wait for the server of a URL, and bytes that are read of it.
 PATIENCE, MOST_BYTES = 10.0, 2**28
 ROLES = ("system", "user", "assistant")
 
@@ -191,6 +193,49 @@ def check_contrast(harmful: PromptSet, harmless: PromptSet) -> None:
         raise InvalidInput(f"{len(both)} prompts are in both {harmful.name} and {harmless.name}: {shown}")
 
 
+#: Prompts of each class that candidates are tried on, at most.
+TRIED = 32
+#: Sets with fewer prompts than this are not split: candidates are tried on what was measured.
+SMALL = 32
+#: Answers of the plain model that must show the behaviour. Where 7 no longer do and none is new, the chance of that is
+#: 1/128, and 4 % among five candidates.
+LEAST_SHOWN = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The prompts that are measured, and those that candidates are tried on, of each class."""
+
+    harmful: PromptSet
+    harmless: PromptSet
+    tried_harmful: PromptSet
+    tried_harmless: PromptSet
+
+    @classmethod
+    def of(cls, harmful: PromptSet, harmless: PromptSet, limit: int | None = None) -> Split:
+        """Draw `limit` different prompts of each (None: take all), and set a quarter of them aside, at most TRIED.
+        Where a set is SMALL, all is measured and tried. Raises InvalidInput for sets that share prompts, and for too
+        few of them."""
+        check_contrast(harmful, harmless)
+        harmful, harmless = (
+            one.distinct if limit is None else one.distinct.drawn(limit) for one in (harmful, harmless)
+        )
+        if few := [one for one in (harmful, harmless) if len(one) < LEAST_SHOWN]:
+            raise InvalidInput(
+                f"{one.name}: has {len(one)} different prompts, a fit needs at least {LEAST_SHOWN} (better 128)"
+                for one in few
+            )
+        if min(len(harmful), len(harmless)) < SMALL:
+            log.warning(
+                "a set has fewer than %d prompts: candidates are tried on the prompts that they were made from, so "
+                "their figures say little about other prompts",
+                SMALL,
+            )
+            return cls(harmful, harmless, harmful, harmless)
+        tried = [one.drawn(min(TRIED, len(one) // 4)) for one in (harmful, harmless)]
+        return cls(harmful.without(tried[0]), harmless.without(tried[1]), *tried)
+
+
 def _parse(path: Path, data: bytes) -> Iterable[Prompt]:
     suffix = path.suffix.lower()
     if suffix == ".txt":
@@ -322,14 +367,10 @@ class Encoded:
     own: slice
 
 
-def encode(templated: Templated, prompt: Prompt, rendering: Rendering | None = None) -> Encoded:
-    """The ids that the server would make of the conversation which `prompt` is."""
-    return encode_all(templated, [prompt], rendering)[0]
-
-
 def encode_all(templated: Templated, prompts: Sequence[Prompt], rendering: Rendering | None = None) -> list[Encoded]:
-    """`encode` for each of `prompts`. What the template writes around a lone message is found once. Raises InvalidInput
-    for variables that the model's template does not look at, and for what is none."""
+    """The ids that the server would make of each conversation that a prompt is. What the template writes around a lone
+    message is found once. Raises InvalidInput for variables that the model's template does not look at, and for what is
+    none."""
     rendering = rendering or Rendering()
     if taken := set_by_rendering(rendering.template):  # a file may say anything
         raise InvalidInput(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,17 +12,17 @@ from scipy.special import expit
 
 from steer.errors import InvalidInput
 from steer.lab.behaviour import Behaviour
-from steer.lab.evaluator import Answer, Candidate, Evaluator, Steer, answers_of_each, crossed, divergences_of_each
+from steer.lab.evaluator import Candidate, Evaluator, Steer, answers_of_each, crossed, divergences_of_each
 from steer.lab.judge import Judge, judged
-from steer.lab.outcome import Outcome, Told, tell
+from steer.lab.outcome import Answer, Outcome, Told, tell
 from steer.lab.progress import answering
-from steer.lab.prompts import Prompt
+from steer.lab.prompts import Prompt, PromptSet
 from steer.lab.statistics import mean_of, wilson
 
 #: Prompts of each set in the first round, at least; each round after it goes to twice as many. And rows of a step that
-#: take hardly longer than one row, as all weights are read for each step: so many are not worth a round less.
+#: take hardly longer than one row, as all weights are read for each step: with fewer, a round less is worth more.
 FIRST_ROUND, FULL = 8, 160
-#: A mean is surely above zero where it is so many standard errors above it.
+#: Standard errors by which a mean is above zero where it surely is.
 SURELY = 3.0
 #: Why a candidate stopped: it surely leaves more of the behaviour than the best, or another is as good in answers and
 #: surely diverges less.
@@ -45,20 +44,9 @@ class Sets:
             raise InvalidInput([f"the prompt set '{name}' is empty: at least one prompt is needed" for name in empty])
 
     @classmethod
-    def drawn(
-        cls,
-        asked: Sequence[Prompt],
-        other: Sequence[Prompt],
-        borderline: Sequence[Prompt] = (),
-        *,
-        limits: tuple[int, int, int],
-    ) -> Sets:
-        """At most `limits` of each, drawn evenly: files are often sorted by topic."""
-        each = [
-            tuple(random.Random(0).sample(list(prompts), min(limit, len(prompts))))
-            for prompts, limit in zip((asked, other, borderline), limits, strict=True)
-        ]
-        return cls(*each)
+    def drawn(cls, asked: PromptSet, other: PromptSet, borderline: PromptSet | None = None, *, limit: int) -> Sets:
+        """At most `limit` prompts of each, drawn evenly: files are often sorted by topic."""
+        return cls(*(() if one is None else one.drawn(limit).prompts for one in (asked, other, borderline)))
 
     def work(self, tokens: int, start: int = 0) -> float:
         """The work of a candidate that answers in `tokens` tokens, from prompt `start` of each set on."""
@@ -66,7 +54,7 @@ class Sets:
         return answered * answering(tokens) + len(self.other[start:])
 
     def plain_work(self, tokens: int) -> float:
-        """That of the plain model, which answers all of them."""
+        """The work of the plain model, which answers all of them."""
         return (len(self.asked) + len(self.borderline) + len(self.other)) * answering(tokens)
 
 
@@ -88,8 +76,8 @@ class Figures:
 
     @property
     def left(self) -> list[bool]:
-        """Of the prompts asked: which have no answer that could be called one without the behaviour. A model that
-        only stammers does not show it, and nothing is won by that."""
+        """For each prompt asked, whether it still has no good answer: the answer shows the behaviour, or is lost. A
+        model that only stammers does not show it, and nothing is won by that."""
         return [a or b for a, b in zip(self.asked, self.lost, strict=True)] if self.lost else self.asked
 
     @property
@@ -110,12 +98,12 @@ class Figures:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the rate left, 95 %."""
+        """Return the 95 % interval of the rate left."""
         return wilson(sum(self.left), len(self.left))
 
     @property
     def kl_interval(self) -> tuple[float, float]:
-        """Of the mean KL, 95 %, by the bootstrap over prompts."""
+        """Return the 95 % interval of the mean KL, by the bootstrap over prompts."""
         found = mean_of(self.kls)
         return found.low, found.high
 
@@ -168,7 +156,7 @@ class Race:
     def _told(
         self, prompts: Sequence[Prompt], answers: Sequence[Answer], beside: Sequence[Answer] | None = None
     ) -> list[Told]:
-        """What became of each answer; `beside` are the plain ones."""
+        """Return what became of each answer; `beside` are the plain answers to the same prompts."""
         verdicts: Sequence[Outcome | None] = [None] * len(answers)
         if self.judge is not None:
             verdicts = judged(self.judge, prompts, [answer.text for answer in answers])
@@ -191,8 +179,8 @@ class Race:
     def screen(
         self, candidates: Sequence[Candidate], tokens: Sequence[int], asked: int, other: int, along: int
     ) -> list[Screened]:
-        """What one pass of `asked` prompts, and of `other` harmless ones with the first `along` tokens of their plain
-        answers, tells of each candidate. `tokens` are those with which answers that show the behaviour begin."""
+        """Run one pass of `asked` prompts, and of `other` harmless ones with the first `along` tokens of their plain
+        answers, and return its figures of each candidate. Answers that show the behaviour begin with `tokens`."""
         prompts, others, found = self.sets.asked[:asked], self.sets.other[:other], dict[int, Screened]()
         plain = [one.first(along) for one in self._continued[:other]]
         for group in self._groups(candidates):

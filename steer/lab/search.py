@@ -15,12 +15,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Protocol, cast
+from typing import Annotated, Any, cast
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import BaseTrial, FrozenTrial
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from steer.direction import Dataset, write_file
@@ -34,6 +34,7 @@ from steer.lab.methods import METHODS, make_method
 from steer.lab.race import Figures, Race, Sets
 from steer.lab.select import layers_of
 from steer.lab.statistics import undominated
+from steer.lab.tables import markdown, shown
 from steer.names import Mode
 
 #: Names of the files in a search's folder.
@@ -152,7 +153,7 @@ class Search:
         return cls(folder, settings, measurement)
 
     def trials(self) -> list[Trial]:
-        """Those that were told, in order."""
+        """Return the trials that are in the journal, in order."""
         return [_trial(frozen) for frozen in self._journal().get_trials(deepcopy=False)]
 
     def save(self, number: int, path: Path) -> str:
@@ -236,7 +237,7 @@ class Search:
                 seed=seed, n_startup_trials=settings.startup, multivariate=True, group=True, constant_liar=True
             )
         study = optuna.create_study(directions=settings.directions, sampler=sampler)
-        study.add_trials([_copy(frozen) for frozen in told])
+        study.add_trials(told)
         return study
 
     def _journal(self) -> optuna.Study:
@@ -262,17 +263,6 @@ def rank_of(space: Space, measurement: Measurement) -> int:
     return max(direction.acting(mode) for direction in made for mode in space.modes)
 
 
-def _copy(frozen: FrozenTrial) -> FrozenTrial:
-    return create_trial(
-        state=TrialState.COMPLETE,
-        values=frozen.values,
-        params=frozen.params,
-        distributions=frozen.distributions,
-        user_attrs=frozen.user_attrs,
-        constraints=frozen.constraints,
-    )
-
-
 def _trial(frozen: FrozenTrial) -> Trial:
     attributes = frozen.user_attrs
     return Trial(frozen.number, attributes[POINT], tuple(frozen.values), Figures(**attributes[FIGURES]))
@@ -284,14 +274,6 @@ def _sha256(path: Path) -> str:
 
 
 Parameter = str | float | int
-
-
-class Suggest(Protocol):
-    """The part of optuna's trial that is used here."""
-
-    def suggest_categorical(self, name: str, choices: Any) -> Any: ...
-    def suggest_int(self, name: str, low: int, high: int) -> int: ...
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
 
 
 class Space(BaseModel):
@@ -312,7 +294,8 @@ class Space(BaseModel):
     depth: Annotated[int, Field(ge=1, description="layers of the model")] = 1
 
     def bounded(self, measurement: Measurement) -> Space:
-        """With the layers of `measurement` whose classes separate. Raises InvalidInput with every problem."""
+        """Return the space with the layers of `measurement` whose classes separate. Raises InvalidInput with every
+        problem."""
         known = [name for name in self.methods if name in METHODS]
         unknown = [name for name in self.methods if name not in known]
         problems = [f"method '{name}' is not known; accepted: {', '.join(METHODS)}" for name in unknown]
@@ -336,7 +319,7 @@ class Space(BaseModel):
             )
         return bounded
 
-    def suggest(self, trial: Suggest) -> dict[str, Parameter]:
+    def suggest(self, trial: BaseTrial) -> dict[str, Parameter]:
         """A point, as optuna draws it. One without `layer` has each layer's own direction."""
         point: dict[str, Parameter] = {"method": trial.suggest_categorical("method", list(self.methods))}
         if point["method"] == "slerp":
@@ -368,3 +351,71 @@ def candidate(
     if selection is not None:
         weighted = weighted.with_meta(mode=mode, strength=strength, selection=selection)
     return Candidate(weighted, mode, strength)
+
+
+def described(trial: Trial) -> str:
+    """How the trial's direction is made and applied."""
+    point = trial.point
+    method = point["method"] + (f" t={point['t']:.2f}" if "t" in point else "")
+    source = f"layer {point['layer']}" if "layer" in point else "each layer's own"
+    mode = point["mode"] + (f" from {point['threshold']:.2f}" if "threshold" in point else "")
+    return (
+        f"{method}, {source}, {mode} at {point['strength']:.2f}, weights {point['least']:.2f} to 1 at layer "
+        f"{point['peak']:.1f} ± {point['width']:.1f}"
+    )
+
+
+def cells(trial: Trial) -> tuple[str, str, str, str, str]:
+    """Number, refused, KL, over-refused, and what it is."""
+    refused, kl, *over = trial.values
+    return (
+        str(trial.number),
+        f"{refused:.1%}",
+        f"{kl:.6f}",
+        f"{over[0]:.1%}" if over else "–",
+        described(trial),
+    )
+
+
+HEADER = ("trial", "refused", "N-token KL", "over-refused", "direction")
+
+
+def front_table(trials: Sequence[Trial]) -> str:
+    """The front for a terminal."""
+    return shown(HEADER, [cells(trial) for trial in front(trials)])
+
+
+def write_front(search: Search, trials: Sequence[Trial]) -> None:
+    """`front.md` and `front.png` in the search's folder."""
+    settings, best = search.settings, front(trials)
+    stopped = sum(trial.figures.stopped is not None for trial in trials)
+    lines = [
+        f"# {settings.model}: the front of {len(trials)} trials",
+        "",
+        f"{settings.behaviour.name} on {settings.harmful.name}, N-token KL(plain ‖ steered) in nats on "
+        f"{settings.harmless.name}"
+        + (f", over-refusal on {settings.borderline.name}" if settings.borderline else "")
+        + f"; at most {settings.prompts} prompts of each, {settings.tokens} tokens, seed {settings.seed}. "
+        f"{stopped} trials stopped early, since they could not be on the front.",
+        "",
+        markdown(HEADER, [cells(trial) for trial in best]),
+        "",
+        "![front](front.png)",
+        "",
+    ]
+    write_file(search.folder / "front.md", "\n".join(lines).encode())
+    draw_front(trials, search.folder / "front.png")
+
+
+def draw_front(trials: Sequence[Trial], path: Path) -> None:
+    """The trials that were tried to their end by refusals and divergence; the front's have their numbers."""
+    from steer.lab import plots
+
+    best = front(trials)
+    points = [
+        plots.Point(100 * t.values[0], t.values[1], name=str(t.number) if t in best else "")
+        for t in trials
+        if t.figures.stopped is None
+    ]
+    with plots.picture(path, width=7, height=4.2) as (axes,):
+        plots.front(axes, points, x="refused, %", y="N-token KL(plain ‖ steered), nats", log=True)

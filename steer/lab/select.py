@@ -19,6 +19,7 @@ from steer.errors import DegenerateError, InvalidInput
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.derive import Recipe, check_needs, derive, separated, source_layer
 from steer.lab.evaluator import Candidate, MakeEvaluator, first_tokens
+from steer.lab.judge import Judge
 from steer.lab.measurement import Measurement
 from steer.lab.methods.base import Method
 from steer.lab.prompts import PromptSet
@@ -33,12 +34,12 @@ PROMPTS, TOKENS = 48, 24
 #: Prompts of each class by which candidates are screened, the tokens of plain answers along which their divergence is
 #: taken there, and how many of the candidates then answer.
 SCREEN_ASKED, SCREEN_OTHER, SCREEN_TOKENS, SURVIVORS = 16, 8, 8, 16
-#: A probability of the behaviour that is at most so much above the least is hardly more.
+#: What a probability of the behaviour may be above the least and still count as equal to it.
 HARDLY = 0.05
 #: Layers are tried whose class means are at least this part as far apart as the widest, in degrees. No angle in itself
 #: will do: the largest of one model (Gemma 3 270M) has 8.5°, of another 66°.
 SEPARATION = 0.4
-#: Of so many answers, one more that shows the behaviour is worth less than a smaller change of harmless answers: on 32
+#: One answer in this number that shows the behaviour is worth less than a smaller change of harmless answers: on 32
 #: prompts the difference of two is chance, where the KL of these candidates often differs tenfold.
 ONE_IN = 16
 #: The part of a command's progress.
@@ -144,10 +145,10 @@ class Entrant:
 class Selection:
     """Candidates of one measurement, tried on one model. `cache` has what was measured before an interruption."""
 
-    def __init__(self, race: Race, tokenizer: Any, cache: Cache | None = None) -> None:
+    def __init__(self, race: Race, cache: Cache | None = None) -> None:
         self.race, self.cache = race, cache or Cache(None, {})
         openings = race.behaviour.openings
-        self._openings = first_tokens(tokenizer, openings) if openings else []
+        self._openings = first_tokens(race.evaluator.tokenizer, openings) if openings else []
         #: Every candidate that was tried, with all that is known of it.
         self.tried: dict[Recipe, Entrant] = {}
 
@@ -203,22 +204,24 @@ def select(
     evaluator: MakeEvaluator,
     *,
     behaviour: Behaviour = REFUSAL,
+    judge: Judge | None = None,
     survivors: int = SURVIVORS,
     prompts: int = PROMPTS,
     tokens: int = TOKENS,
 ) -> Direction:
     """The best of `grid`; what does not vary is as in `recipe`. The file has the figures of every candidate.
+    A `judge` tells in place of the behaviour's patterns what an answer does.
 
     Raises InvalidInput with every part of the grid that the measurement cannot make, DegenerateError where
     none is left.
     """
     entrants = entrants_of(measurement, grid.recipes(measurement, recipe))
-    sets = Sets.drawn(asked.prompts, other.prompts, limits=(prompts, prompts, 0))
+    sets = Sets.drawn(asked, other, limit=prompts)
     tried = evaluator(max(e.candidate.direction.acting(e.candidate.mode) for e in entrants), tokens)
     screened = len(entrants) > survivors and bool(behaviour.openings)
     tried.progress.plan(CHOOSING, work(sets, tokens, len(entrants), survivors if screened else None))
     with tried.progress.part(CHOOSING):
-        selection = Selection(Race(tried, behaviour, sets), tried.tokenizer)
+        selection = Selection(Race(tried, behaviour, sets, judge))
         selection.tried |= {e.recipe: e for e in entrants}
         kept = through(selection.screen(entrants), survivors) if screened else entrants
         chosen = best(selection.run(kept))
@@ -256,8 +259,8 @@ def work(sets: Sets, tokens: int, screened: int, through: int | None) -> float:
 
 
 def best(entrants: Sequence[Entrant]) -> Entrant:
-    """Of those that were tried to the end: the fewest prompts left, and within ONE_IN of the fewest, or one, the least
-    KL."""
+    """Return the candidate with the least KL among those that were tried to the end and leave the fewest prompts, or
+    hardly more: one prompt, or one in ONE_IN."""
     tried = [(e, sum(e.figures.left), e.figures.kl) for e in entrants if e.figures and e.figures.stopped is None]
     fewest = min(left for _, left, _ in tried)
     slack = max(1, max(len(e.figures.left) for e, _, _ in tried if e.figures) // ONE_IN)

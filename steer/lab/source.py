@@ -1,10 +1,14 @@
-"""Where activations come from: a model that runs encoded prompts. `TransformersSource` is the one in this process."""
+"""Where activations come from: a model that runs encoded prompts, and what is taken from its stream.
+
+`TransformersSource` is the one in this process.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,15 +17,80 @@ from torch import Tensor
 from steer.errors import InvalidInput
 from steer.hf.load import Loaded
 from steer.hf.steering import Anatomy
-from steer.lab.activations import Activations, Reader, Reading
-from steer.lab.batches import right_padded
+from steer.lab.batches import each_batch, right_padded
 from steer.lab.measurement import ModelFacts
+from steer.lab.progress import Progress
 from steer.lab.prompts import Encoded, Prompt, Rendering, encode_all
 from steer.runtime.hook_points import hooks, on_output
+from steer.runtime.op import component
 
 #: Tokens of a pass on a CPU: the fewer, the less memory the activations take, but each pass reads all weights. With
 #: blocks of 896 dimensions in float32 on two busy cores, 512 took 1.3 times and 1024 1.05 times the time of 2048.
 CPU_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class CapturePlan:
+    """What is wanted of each prompt: positions (negative from its end) at the layers 0 to `last_layer`."""
+
+    positions: tuple[int, ...]
+    last_layer: int
+
+    @property
+    def layers(self) -> int:
+        return self.last_layer + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Activations of one batch: `picked` `[positions, layers, prompts, d_model]` in the stream's dtype, and `own`
+    `[layers, d_model]`, float64: the sum over the tokens of the prompts' own text."""
+
+    picked: Tensor
+    own: Tensor
+
+
+class Capture:
+    """Reads one batch, padded at the end to `width` tokens, layer by layer, as its forward pass comes by.
+
+    Only what is wanted is kept: one vector for each position, layer and prompt, on the stream's device.
+    """
+
+    def __init__(self, batch: Sequence[Encoded], plan: CapturePlan, width: int) -> None:
+        lengths = [len(e.ids) for e in batch]
+        starts = range(0, len(batch) * width, width)
+        self.plan = plan
+        self._picks = torch.tensor(
+            [
+                [start + (p if p >= 0 else length + p) for start, length in zip(starts, lengths, strict=True)]
+                for p in plan.positions
+            ]
+        )
+        spans = [range(start + e.own.start, start + e.own.stop) for start, e in zip(starts, batch, strict=True)]
+        self._own = torch.tensor([i for span in spans for i in span], dtype=torch.int64)
+        # sums of each prompt alone in float32, and of the batch in float64: then a sum hardly depends on its batch
+        self._segments = torch.zeros(len(batch), len(self._own))
+        at = 0
+        for row, span in zip(self._segments, spans, strict=True):
+            row[at : at + len(span)] = 1.0
+            at += len(span)
+        self._picked: list[Tensor | None] = [None] * plan.layers
+        self._sums: list[Tensor | None] = [None] * plan.layers
+
+    def take(self, layer: int, x: Tensor) -> None:
+        """The output of block `layer`, `[..., d_model]`, tokens in the order of the batch."""
+        if self._picks.device != x.device:
+            self._picks, self._own = self._picks.to(x.device), self._own.to(x.device)
+            self._segments = self._segments.to(x.device)
+        flat = x.reshape(-1, x.shape[-1])
+        self._picked[layer] = flat[self._picks]
+        self._sums[layer] = self._segments @ flat[self._own].float()
+
+    def read(self) -> Activations:
+        """What was taken, on the CPU (there float64 exists on every machine)."""
+        picked, sums = [p for p in self._picked if p is not None], [s for s in self._sums if s is not None]
+        assert len(picked) == len(sums) == self.plan.layers, "a layer did not come by"
+        return Activations(torch.stack(picked, dim=1).cpu(), torch.stack(sums).cpu().double().sum(1))
 
 
 class Source(Protocol):
@@ -52,7 +121,7 @@ class Source(Protocol):
         """Equal for equal weights and arithmetic: what was measured before an interruption is only added to if so."""
         ...
 
-    def run(self, batch: Sequence[Encoded], reading: Reading) -> Activations: ...
+    def run(self, batch: Sequence[Encoded], plan: CapturePlan) -> Activations: ...
 
 
 class TransformersSource:
@@ -97,20 +166,40 @@ class TransformersSource:
         return hashlib.sha256(self.anatomy.probe().logits.float().cpu().numpy().tobytes()).hexdigest()
 
     @torch.inference_mode()
-    def run(self, batch: Sequence[Encoded], reading: Reading) -> Activations:
+    def run(self, batch: Sequence[Encoded], plan: CapturePlan) -> Activations:
         ids = right_padded([e.ids for e in batch], self.loaded.tokenizer.pad_token_id or 0, self.anatomy.device)
-        reader = Reader(batch, reading, width=ids.shape[1])
+        capture = Capture(batch, plan, ids.shape[1])
 
         def take(layer: int, x: Tensor) -> None:
-            reader.take(layer, x)
-            if layer == reading.last_layer < self.anatomy.layers - 1:
+            capture.take(layer, x)
+            if layer == plan.last_layer < self.anatomy.layers - 1:
                 raise _Enough
 
-        wanted = enumerate(self.anatomy.blocks[: reading.layers])
+        wanted = enumerate(self.anatomy.blocks[: plan.layers])
         with hooks([on_output(block, lambda x, n=n: take(n, x)) for n, block in wanted]):
             with suppress(_Enough):
                 self.anatomy.decoder(input_ids=ids, use_cache=False)
-        return reader.read()
+        return capture.read()
+
+
+def prompt_components(
+    source: Source,
+    rows: Tensor,
+    encoded: Sequence[Encoded],
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """⟨x, v⟩ at the last token of each prompt and the output of the layers from 0 on, for which `rows` `[layers,
+    d_model]` are. Returns `[layers, prompts]`, float32."""
+    found, plan = torch.zeros(len(rows), len(encoded)), CapturePlan((-1,), len(rows) - 1)
+
+    def run(indices: list[int]) -> None:
+        (picked,) = source.run([encoded[i] for i in indices], plan).picked
+        found[:, indices] = component(picked.float(), rows[:, None])
+
+    tokens = source.pass_tokens if batch_size is None else None
+    each_batch([len(e.ids) for e in encoded], run, batch_size=batch_size, tokens=tokens, progress=progress)
+    return found
 
 
 class _Enough(Exception):

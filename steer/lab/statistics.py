@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,6 +12,8 @@ from scipy import stats
 from sklearn.metrics import cohen_kappa_score
 
 T = TypeVar("T")
+#: Draws of a bootstrap.
+RESAMPLES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +86,35 @@ def difference_of_rates(first: Sequence[bool], second: Sequence[bool]) -> Estima
     )
 
 
+def mean_of_rates(first: Sequence[bool], second: Sequence[bool]) -> Estimate:
+    """The mean of two rates of different prompts; of the right decisions in two classes it is the balanced accuracy.
+    Source: Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10, whose
+    squares add up for a sum too."""
+    (p, (low_p, high_p)), (q, (low_q, high_q)) = (
+        (sum(each) / len(each), wilson(sum(each), len(each))) for each in (first, second)
+    )
+    value = (p + q) / 2
+    return Estimate(value, value - math.hypot(p - low_p, q - low_q) / 2, value + math.hypot(high_p - p, high_q - q) / 2)
+
+
 def difference_of_means(
-    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, *, resamples: int = 10_000, seed: int = 0
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, *, resamples: int = RESAMPLES
 ) -> Estimate:
     """Mean of `second` − mean of `first`, values on the same prompts, with the percentile interval of the paired
     bootstrap. Source: Efron and Tibshirani 1993, chapter 13."""
     _check_pairs(first, second)
     pairs = np.asarray(second, dtype=np.float64), np.asarray(first, dtype=np.float64)
-    return mean_of(pairs[0] - pairs[1], resamples=resamples, seed=seed)
+    return mean_of(pairs[0] - pairs[1], resamples=resamples)
 
 
 def ratio_of_means(
-    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, *, resamples: int = 10_000, seed: int = 0
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, *, resamples: int = RESAMPLES
 ) -> Estimate:
     """Mean of `second` ÷ mean of `first`, positive values on the same prompts, with the percentile interval of the
     paired bootstrap, which that of the logarithm is too. Source: Efron and Tibshirani 1993, chapter 13."""
     _check_pairs(first, second)
     pairs = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(len(pairs[0]), size=(resamples, len(pairs[0])))
+    drawn = np.random.default_rng(0).integers(len(pairs[0]), size=(resamples, len(pairs[0])))
     ratios = pairs[1][drawn].mean(axis=1) / pairs[0][drawn].mean(axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5])
     return Estimate(float(pairs[1].mean() / pairs[0].mean()), float(low), float(high))
@@ -116,7 +128,7 @@ def signed_rank(first: Sequence[float] | np.ndarray, second: Sequence[float] | n
     return float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
 
 
-def mean_of(values: Sequence[float] | np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> Estimate:
+def mean_of(values: Sequence[float] | np.ndarray, *, resamples: int = RESAMPLES) -> Estimate:
     """The mean of at least one value, with the percentile interval of the bootstrap. Source: Efron and Tibshirani 1993,
     chapter 13."""
     values = np.asarray(values, dtype=np.float64)
@@ -129,24 +141,9 @@ def mean_of(values: Sequence[float] | np.ndarray, *, resamples: int = 10_000, se
         n_resamples=resamples,
         batch=max(1, 2**22 // len(values)),
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     ).confidence_interval
     return Estimate(mean, float(found.low), float(found.high))
-
-
-def over_seeds(values: Sequence[float]) -> Estimate:
-    """The mean of values that were had independently of each other, such as one of each seed, with Student's interval;
-    infinitely wide where there is one value. Source: Student 1908.
-
-    Raises ValueError for no values.
-    """
-    if not values:
-        raise ValueError("an interval needs at least one value")
-    count, mean = len(values), math.fsum(values) / len(values)
-    if count == 1:
-        return Estimate(mean, -math.inf, math.inf)
-    half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
-    return Estimate(mean, mean - half, mean + half)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -169,16 +166,14 @@ def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
     return float(cohen_kappa_score(list(map(bool, first)), list(map(bool, second))))
 
 
-def kappa_interval(
-    first: Sequence[bool], second: Sequence[bool], *, draws: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
+def kappa_interval(first: Sequence[bool], second: Sequence[bool], *, draws: int = RESAMPLES) -> tuple[float, float]:
     """The 95 % interval of Cohen's kappa: the middle of its values where the shares of the four pairs of verdicts are
     drawn from what is believed of them after these pairs, with the prior of Jeffreys. It has a width also where all
     agree. Source: Basu, Banerjee and Sen 2000, "Bayesian inference for kappa from single and multiple studies"."""
     _check_pairs(first, second)
     pairs = list(zip(first, second, strict=True))
     counts = [sum(pair == (a, b) for pair in pairs) + 0.5 for a in (False, True) for b in (False, True)]
-    neither, other, one, both = np.random.default_rng(seed).dirichlet(counts, draws).T
+    neither, other, one, both = np.random.default_rng(0).dirichlet(counts, draws).T
     chance = (one + both) * (other + both) + (neither + other) * (neither + one)
     low, high = np.quantile((neither + both - chance) / (1 - chance), (0.025, 0.975))
     kappa = cohens_kappa(first, second)

@@ -52,7 +52,8 @@ from steer.runtime.token_index import (
     slots_of,
     turns,
 )
-from steer.spec import END, Entry, Spec
+from steer.spec import END, Condition, Entry, Spec
+from steer.tokenization import Phase
 
 #: Sets of entries whose matrices are kept.
 KNOWN = 256
@@ -246,49 +247,45 @@ class DirectionBank:
         found = [self._resident[digest] for digest in digests]
         return np.array([row for each in found for row in each.rows[: each.own]], np.int64)
 
-    def steer(self, spec: Spec, prompt: int | None = None) -> RequestSteer | None:
-        """The index entries of a request with `spec`, whose directions must be resident, and `prompt` tokens. None for
-        a plain one. Raises SpecError where `spec` says at which tokens it acts, and there is no such number."""
+    def steer(self, spec: Spec, prompt: int | None = None, phase: Phase | None = None) -> RequestSteer | None:
+        """The index entries of a request with `spec`, whose directions must be resident, `prompt` tokens and its
+        `Spec.phase`. None for a plain one. Raises SpecError where `spec` says at which tokens it acts, and there is no
+        such number."""
         if not spec:
             return None
         if spec.everywhere:
             return self._steer(spec)
         if prompt is None:
-            if spec.condition is not None:
-                raise SpecError(
-                    f"the condition {spec.condition} is for requests to a server: here it is not known where the "
-                    "prompt ends",
-                    param="steer.if",
-                )
+            what, param = f"the condition {spec.condition}", "steer.if"
+            if spec.condition is None:
+                what, param = f"tokens: '{next(e.tokens for e in spec.entries if e.tokens)}'", "steer.tokens"
             raise SpecError(
-                f"tokens: '{next(e.tokens for e in spec.entries if e.tokens)}' is for requests to a server: here it is "
-                "not known where the prompt ends",
-                param="steer.tokens",
+                f"{what} is for requests to a server: here it is not known where the prompt ends", param=param
             )
         spans = [(entry, *entry.span(prompt)) for entry in spec.entries]
         bounds = {bound for _, *span in spans for bound in span}
         if spec.condition is not None:
-            bounds.add(prompt)  # behind the token that decides
+            bounds.add(prompt)  # after the token that decides
         cuts = sorted(bound for bound in bounds if 0 < bound < END)
         parts = [
             self._steer(Spec(tuple(entry for entry, start, stop in spans if start <= at < stop))) for at in (0, *cuts)
         ]
         first, *rest = (
-            self._deciding(part or RequestSteer.plain(self.rank), spec, at == prompt - 1)
+            self._deciding(part or RequestSteer.plain(self.rank), spec, at == prompt - 1, phase if part else None)
             for part, at in zip(parts, (0, *cuts), strict=True)
         )
         return replace(first, then=tuple(zip(cuts, rest, strict=True)))
 
-    def _deciding(self, steer: RequestSteer, spec: Spec, decides: bool) -> RequestSteer:
-        """One part of a request's steering, with what its condition says of it."""
+    def _deciding(self, steer: RequestSteer, spec: Spec, decides: bool, phase: Phase | None) -> RequestSteer:
+        """One part of a request's steering, with what its condition, or the phase in which it acts, says of it."""
+        if phase is not None:
+            return replace(steer, decision=Decision(UNCONDITIONAL), phase=phase)
         if (condition := spec.condition) is None:
             return steer
         if decides:
             (row,) = self.rows_of([condition.digest])
             steer.slots[-1] = slot(int(row), "ablate")
-        point, number = condition.layer - EMBEDDING, condition.above
-        probe = Probe(-point, condition.below or 0.0) if number is None else Probe(point, number)
-        return replace(steer, decision=Decision(UNCONDITIONAL), probe=probe if decides else None)
+        return replace(steer, decision=Decision(UNCONDITIONAL), probe=probe_of(condition) if decides else None)
 
     def _steer(self, spec: Spec) -> RequestSteer | None:
         """For a spec that acts at all tokens, whatever it says of them."""
@@ -511,6 +508,12 @@ def apply(
     """x `[tokens, d_model]` after what the index says of each token (see `Acts`), and which tokens are lost
     (`operate`)."""
     return operate(x, gather(bank_slice, rows, slots, strengths, bounds, combinations), dtype)
+
+
+def probe_of(condition: Condition) -> Probe:
+    """How the token that decides it does so."""
+    point, number = condition.layer - EMBEDDING, condition.above
+    return Probe(-point, condition.below or 0.0) if number is None else Probe(point, number)
 
 
 def decide(x: Tensor, bank_slice: BankSlice, rows: Tensor, conditional: Conditional) -> None:

@@ -56,11 +56,6 @@ class Combinations:
     def capacity(self) -> int:
         return len(self._held) - 1
 
-    @property
-    def nbytes(self) -> int:
-        """Of the device's memory."""
-        return sum(point.joint.nbytes for point in self._points if point.joint is not None)
-
     def reserve(self, numbers: NDArray[np.int64]) -> None:
         """Have slots for a step with these combinations, some of them perhaps of several requests. Where there is a
         `capacity` there are."""

@@ -5,7 +5,7 @@
   embeddings are all in it.
 * The **writers** of a block are the children whose outputs add up to (block output − block input) in a probe pass.
   This finds the norm after a writer where there is one (Gemma 2, OLMo 2). A block may multiply what they write, or the
-  whole sum, by one number (Granite): to remove a component before or behind that is the same.
+  whole sum, by one number (Granite): to remove a component before or after that is the same.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from steer.errors import UnsupportedModel
 
 #: What a block or one of its children returns: a tensor, or a tuple that begins with one.
 Output: TypeAlias = "Tensor | tuple[Tensor, ...]"
+#: What a block is called with, as far as it is the stream.
+Args: TypeAlias = "tuple[Tensor, ...]"
+Kwargs: TypeAlias = "dict[str, Tensor]"
 Transform = Callable[[Tensor], Tensor | None]
 #: How many roundings of the model's dtype writers may be off from what the block added.
 ROUNDINGS = 8
@@ -51,6 +54,11 @@ def stream_of(output: Output) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def stream_given(args: Args, kwargs: Kwargs) -> Tensor:
+    """The hidden state in what a block is called with: the first argument, or `hidden_states=`."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 def with_stream(output: Output, stream: Tensor) -> Output:
     return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
@@ -66,13 +74,10 @@ def on_output(module: nn.Module, transform: Transform) -> RemovableHandle:
 
 
 def on_input(module: nn.Module, transform: Transform) -> RemovableHandle:
-    """Hook `transform` on the hidden state that `module` is called with (first argument or `hidden_states=`)."""
+    """Hook `transform` on the hidden state that `module` is called with (`stream_given`)."""
 
-    def hook(
-        _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | None:
-        stream = args[0] if args else kwargs["hidden_states"]
-        new = transform(stream)
+    def hook(_module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        new = transform(stream_given(args, kwargs))
         if new is None:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
@@ -89,61 +94,69 @@ def hooks(handles: Sequence[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-def find_writers(blocks: Sequence[nn.Module], run: Callable[[], object]) -> list[tuple[nn.Module, ...]]:
+def find_writers(
+    blocks: Sequence[nn.Module],
+    run: Callable[[], object],
+    entering: Callable[[Args, Kwargs], Tensor] = stream_given,
+    leaving: Callable[[Output], Tensor] = stream_of,
+    eps: float | None = None,
+    first: int = 0,
+) -> list[tuple[nn.Module, ...]]:
     """For each block the children that write to the stream, as a probe pass shows (`run`) with recording hooks.
+
+    entering, leaving: give the stream in the arguments and keywords of a block, and in what it returns.
+    eps: of the model's dtype; None for that of the stream.
+    first: the number of the first of these blocks in the model.
 
     Raises UnsupportedModel for a block whose change is not the sum of one or two of its children's outputs, each times
     a number.
     """
-    dtypes: dict[int, torch.dtype] = {}
     entered: dict[int, Tensor] = {}
     left: dict[int, Tensor] = {}
-    wrote: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(blocks))}
+    wrote: list[dict[str, Tensor]] = [{} for _ in blocks]
 
-    def keep(store: dict[int, Tensor], key: int) -> Transform:
-        def record(x: Tensor) -> None:
-            store.setdefault(key, x.detach().float().clone())
-            dtypes.setdefault(key, x.dtype)
+    def enter(i: int) -> Callable[..., None]:
+        def record(_module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+            entered.setdefault(i, entering(args, kwargs).detach().clone())
+
+        return record
+
+    def leave(i: int) -> Callable[..., None]:
+        def record(_module: nn.Module, _args: object, output: Output) -> None:
+            left.setdefault(i, leaving(output).detach().float().clone())
+
+        return record
+
+    def write(store: dict[str, Tensor], name: str) -> Callable[..., None]:
+        def record(_module: nn.Module, _args: object, output: Output) -> None:
+            stream = stream_of(output)
+            if isinstance(stream, Tensor) and stream.is_floating_point():
+                store.pop(name, None)  # in the order of their last calls: one dropout may follow several children
+                store[name] = stream.detach().float().clone()
 
         return record
 
     handles = []
     for i, block in enumerate(blocks):
-        handles += [on_input(block, keep(entered, i)), on_output(block, keep(left, i))]
-        for name, child in block.named_children():
-            handles.append(child.register_forward_hook(_child_recorder(wrote[i], name)))
+        handles.append(block.register_forward_pre_hook(enter(i), with_kwargs=True))
+        handles.append(block.register_forward_hook(leave(i)))
+        handles += [child.register_forward_hook(write(wrote[i], name)) for name, child in block.named_children()]
     with hooks(handles):
         run()
     writers = []
     for i, block in enumerate(blocks):
+        named = f"block {first + i} ({type(block).__name__})"
         if i not in entered or i not in left:
-            raise UnsupportedModel(f"block {i} ({type(block).__name__}) did not run in the probe pass")
-        writers.append(writers_of(block, i, entered[i], left[i], wrote[i], torch.finfo(dtypes[i]).eps))
+            raise UnsupportedModel(f"{named} did not run in the probe pass")
+        rounding = eps or torch.finfo(entered[i].dtype).eps
+        names = summands(entered[i].float(), left[i], wrote[i], rounding)
+        if names is None:
+            raise UnsupportedModel(
+                f"site 'writers': in {named} no one or two of the children {sorted(wrote[i])} write what the block "
+                "adds to the stream; use the site 'resid_post'"
+            )
+        writers.append(tuple(block.get_submodule(name) for name in names))
     return writers
-
-
-def writers_of(
-    block: nn.Module, layer: int, entered: Tensor, left: Tensor, wrote: dict[str, Tensor], eps: float
-) -> tuple[nn.Module, ...]:
-    """The children of `block` that write what it adds to the stream, of those that `wrote` something in a pass in which
-    the stream `entered` and `left` it. Raises UnsupportedModel where no one or two of them do."""
-    names = summands(entered, left, wrote, eps)
-    if names is None:
-        raise UnsupportedModel(
-            f"site 'writers': in block {layer} ({type(block).__name__}) no one or two of the children {sorted(wrote)} "
-            "write what the block adds to the stream; use the site 'resid_post'"
-        )
-    return tuple(block.get_submodule(name) for name in names)
-
-
-def _child_recorder(store: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: object, output: Output) -> None:
-        stream = stream_of(output)
-        if isinstance(stream, Tensor) and stream.is_floating_point():
-            store.pop(name, None)  # in the order of their last calls: one dropout may stand behind several children
-            store[name] = stream.detach().float().clone()
-
-    return hook
 
 
 def summands(entered: Tensor, left: Tensor, wrote: dict[str, Tensor], eps: float) -> tuple[str, ...] | None:

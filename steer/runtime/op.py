@@ -80,7 +80,7 @@ def within(strengths: Tensor, bounds: Tensor, point: Tensor | int) -> Tensor:
 
 
 def decided(c: Tensor, opened: Tensor, deciding: Tensor, thresholds: Tensor, point: Tensor | int) -> Tensor:
-    """Which tokens are open behind a hook point, `[...]` bool, where `opened` are in front of it. One that is
+    """Which tokens are open after a hook point, `[...]` bool, where `opened` are before it. One that is
     `deciding` there (the layer, counted as in `within`, negative for "below"; 0 for none) is open if its component c
     passes its threshold, and NaN passes none."""
     side = torch.where(deciding < 0, -1.0, 1.0)

@@ -11,13 +11,14 @@ from steer.errors import DirectionError, SpecError
 from steer.names import MAX_STRENGTH, SITE_RULES, SITES, Site, readable
 from steer.runtime.bank import DirectionBank
 from steer.runtime.op import check_mode
-from steer.spec import Entry, layer_range
+from steer.spec import PHASES, TOKENS, Entry, layer_range
+from steer.tokenization import THINKING, Thinking
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a direction must agree with: the served model, its sites, the rank of its token index, and the dtype
-    of its stream."""
+    """What a direction must agree with: the served model, its sites, the rank of its token index, the dtype of its
+    stream, and the tokens of its thinking, None where none are known."""
 
     architecture: str
     layers: int
@@ -25,6 +26,7 @@ class Shape:
     sites: frozenset[Site]
     rank: int
     dtype: torch.dtype = torch.float32
+    thinking: Thinking | None = None
 
     def check(self, direction: Direction) -> None:
         """Raise DirectionError with every reason why this model cannot serve `direction`."""
@@ -53,7 +55,7 @@ class Shape:
             raise DirectionError(problems)
 
     def behind(self, probe: Direction, entry: Entry) -> Entry:
-        """`entry` with the layers at which it acts under its condition, on `probe`: all behind it, where it names none.
+        """`entry` with the layers at which it acts under its condition, on `probe`: all after it, where it names none.
         Raises SpecError with every reason why that cannot be decided in front of them."""
         condition = entry.condition
         assert condition is not None
@@ -82,6 +84,13 @@ class Shape:
     def check_entry(self, direction: Direction, entry: Entry) -> None:
         """Raise SpecError if `direction` cannot be applied as `entry` says."""
         check_mode(direction, entry.mode, entry.direction)
+        if entry.tokens in PHASES and self.thinking is None:
+            known = ", ".join(f"{begin} and {end}" for begin, end in THINKING[:2])
+            raise SpecError(
+                f"tokens: '{entry.tokens}': this model's tokenizer has no tokens that begin and end a thinking, such "
+                f"as {known}",
+                param="steer.tokens",
+            )
         if entry.layers is None:
             return
         first, last = entry.range
@@ -114,6 +123,11 @@ class ShapedPlacement:
     @property
     def rank(self) -> int:
         return self.shape.rank
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        phases = PHASES if self.shape.thinking is None or self.rank == 1 else ()
+        return {tokens: meaning for tokens, meaning in TOKENS.items() if tokens not in phases}
 
     def check(self, direction: Direction) -> None:
         self.shape.check(direction)

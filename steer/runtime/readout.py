@@ -75,11 +75,6 @@ class ReadIndex:
         #: The read-outs whose rows `_rows` holds.
         self._written: list[Readout] = []
 
-    @property
-    def nbytes(self) -> int:
-        """Of the device's memory."""
-        return sum(tensor.nbytes for tensor in (self._at, self._rows, self._found, self._norms))
-
     def fill(self, reads: Sequence[Readout | None], lengths: Sequence[int]) -> None:
         """Read the last of request i's `lengths[i]` tokens, in batch order, as `reads[i]` says. A version that is no
         longer resident was unloaded because its request has ended, which this batch does not know yet: the row of zeros

@@ -24,7 +24,7 @@ from steer.runtime.hook_points import hooks, scales
 from steer.runtime.op import amount, component, turn
 from steer.runtime.token_index import RequestSteer, slot
 
-#: The row that the self-check uses, and the one behind it where there is one for an axis.
+#: The row that the self-check uses, and the next one, where there is one for an axis.
 ROW, AXIS = 1, 2
 #: What the tokens of the pass get, in equal parts one after the other: (how a problem calls it, mode, strength).
 CASES: tuple[tuple[str, Mode, float], ...] = (

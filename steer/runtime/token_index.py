@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -21,12 +21,15 @@ from steer.names import MODES, TURNING, Mode
 from steer.runtime.combine import ALONE, Combination, Combinations
 from steer.runtime.memory import CopyEvent, CopyQueue, copy_queue_to, lasting
 from steer.spec import END
+from steer.tokenization import Phase
 
 T = TypeVar("T", bound="RequestSteer | None")
 #: Sets of pinned memory used in turn: steps overlap, so the one before may still be read by its copy.
 STAGES = 3
 #: The entry of plain requests.
 PLAIN = 0
+#: Of the tokens of a step, on the device: their ids, and their positions in their requests, integers `[tokens]` each.
+Tokens: TypeAlias = "tuple[Tensor, Tensor]"
 #: Places of decisions, more than an engine runs requests at once; and that of all which need none.
 DECISIONS, UNCONDITIONAL = 2**14, 0
 
@@ -118,7 +121,8 @@ class Acting(NamedTuple):
 @dataclass(eq=False, slots=True)
 class Decision:
     """The one decision of a request with a condition: its place in `Decisions`, whether a pass has made it, and whether
-    the condition holds, None while the host does not know."""
+    the condition holds, None while the host does not know. Of a request that acts in a phase: its place, and whether
+    that is laid out."""
 
     number: int
     made: bool = False
@@ -135,28 +139,59 @@ class Probe:
 
 class Decisions:
     """What requests have decided, on the device: `opened` `[DECISIONS]` bool, the first of it for those without a
-    condition. It outlives every index."""
+    condition. `windows` `[4, DECISIONS]` int64 are the positions of phases: the first, and the first behind them, as
+    far as they are known (END), and the ids of the tokens that tell them, −1 for none. It outlives every index."""
 
     def __init__(self, device: torch.device | str) -> None:
         with lasting():
             self.opened = torch.zeros(DECISIONS, dtype=torch.bool, device=device)
             self.opened[UNCONDITIONAL] = True
+            self.windows = torch.tensor([[0], [END], [-1], [-1]], device=device).repeat(1, DECISIONS)
         self._free = list(range(DECISIONS - 1, UNCONDITIONAL, -1))
 
     def take(self, steer: T) -> T:
-        """The same steering for one request, with a decision of its own where it has a condition, until `give`."""
-        if steer is None or steer.decision is None:
+        """The same steering for one request, with a decision of its own where it has a condition or acts in a phase,
+        until `give`."""
+        if steer is None or not steer.decides:
             return steer
         if not self._free:
-            raise NoRoom(f"{DECISIONS - 1} requests with conditions are there, and no more can be: try again shortly")
+            raise NoRoom(
+                f"{DECISIONS - 1} requests with conditions or phases are there, and no more can be: try again shortly"
+            )
         decision = Decision(self._free.pop())
-        then = tuple((at, replace(part, decision=decision)) for at, part in steer.then)
-        return replace(steer, decision=decision, then=then)
+        then = tuple((at, replace(part, decision=part.decision and decision)) for at, part in steer.then)
+        return replace(steer, decision=steer.decision and decision, then=then)
 
     def give(self, steer: RequestSteer | None) -> None:
         """The request of a taken decision has ended."""
-        if steer is not None and steer.decision is not None:
-            self._free.append(steer.decision.number)
+        if steer is not None and (decision := steer.decides):
+            self._free.append(decision.number)
+
+    def lay(self, number: int, phase: Phase | None) -> None:
+        """What a place begins with. Only enqueued."""
+        if phase is not None:
+            self.opened[number].fill_(True)
+        began, begins, ends = (True, -1, -1) if phase is None else (phase.begun, phase.begins, phase.ends)
+        for window, value in zip(self.windows, (0 if began else END, END, begins, ends), strict=True):
+            window[number].fill_(value)
+
+    def followed(self, places: Tensor) -> Tensor:
+        """Of which of these places tokens tell, bool."""
+        return (self.windows[2:, places] >= 0).any(0)
+
+    def follow(self, places: Tensor, tokens: Tokens) -> Tensor:
+        """Which of some tokens are in the phases of these places, `[tokens]` each; bool. Signs among them are kept. One
+        that was a draft and not taken has another token at its position when that comes again."""
+        ids, positions = tokens[0], tokens[1].long()
+        at, signs = self.windows[:, places].split(2)
+        known = signs >= 0
+        met = known & (ids == signs)
+        void = known & (at == positions) & ~met
+        each, ends = places.expand(2, -1), self.windows[:2]
+        ends.scatter_reduce_(1, each, torch.where(void, END, -1), "amax")
+        ends.scatter_reduce_(1, each, torch.where(met, positions, END), "amin")
+        inside: Tensor = (ends[0, places] <= positions) & (positions < ends[1, places])
+        return inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +199,8 @@ class RequestSteer:
     """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros after its own, and in
     front those that turn, each with its axis behind it; bounds
     `[rank]` int32 (`bounds_of`), None where all act at all layers; and what makes them act together, None where they
-    are orthogonal or one. With a condition it has a decision, which `Decisions.take` gives, and one part has a probe.
+    are orthogonal or one. With a condition it has a decision, which `Decisions.take` gives, and one part has a probe;
+    so has the part that acts in a `phase` only.
 
     `then`: the positions, ascending, from which on something else acts, and what; none where these are for all tokens.
     """
@@ -176,6 +212,17 @@ class RequestSteer:
     then: tuple[tuple[int, RequestSteer], ...] = ()
     decision: Decision | None = None
     probe: Probe | None = None
+    phase: Phase | None = None
+
+    @property
+    def acting(self) -> RequestSteer:
+        """The last part."""
+        return self.then[-1][1] if self.then else self
+
+    @property
+    def decides(self) -> Decision | None:
+        """The decision of the request."""
+        return self.acting.decision
 
     @classmethod
     def plain(cls, rank: int, combination: Combination | None = None) -> RequestSteer:
@@ -295,6 +342,8 @@ class TokenIndex:
         self._deciding: dict[int, Decision] = {}
         #: Entries that have a decision, and whether the buffers speak of any.
         self._conditional, self._speaks_of_conditions = 0, False
+        #: The entries that act in a phase.
+        self._in_phase: set[int] = set()
         #: Who decides in this step: entry, decision and token; and at which layers.
         self._deciders: list[tuple[int, Decision, int]] = []
         self.deciding: frozenset[int] = frozenset()
@@ -353,6 +402,11 @@ class TokenIndex:
             assert decision.number != UNCONDITIONAL, "it was taken"
             self._entries[number, self._decision] = decision.number
             self._conditional += 1
+            if not decision.made:
+                self.decisions.lay(decision.number, steer.phase)
+            if steer.phase is not None:
+                decision.made = True
+                self._in_phase.add(number)
             if (probe := steer.probe) is not None and not decision.made:
                 threshold = np.float32(probe.threshold).view(np.int32)
                 self._entries[number, self._probe :] = probe.deciding, threshold
@@ -370,6 +424,7 @@ class TokenIndex:
             self._combining.pop(number, None)
             self._deciding.pop(number, None)
             self._conditional -= self._decides_of(number)
+            self._in_phase.discard(number)
             self._free.append(number)
             if following == number:
                 return
@@ -388,10 +443,12 @@ class TokenIndex:
         numbers: NDArray[np.int64],
         lengths: NDArray[np.int64] | NDArray[np.int32],
         starts: NDArray[np.int64] | None = None,
+        tokens: Tokens | None = None,
     ) -> int:
         """Give `lengths[i]` tokens, in batch order, the steering that entered as `numbers[i]` (PLAIN for none); tokens
         after the last get none. `starts[i]` is the position of the first of them in its request, which must be given
-        where any is `phased`. Returns how many tokens are steered.
+        where any is `phased`; `tokens`, of the step or more, where any acts in a `Phase`. Returns how many tokens are
+        steered.
 
         Nothing is copied where the step before was the same and no request has entered since (steady decode)."""
         if self.phased and numbers.any():
@@ -405,16 +462,22 @@ class TokenIndex:
             return 0  # plain after plain: the buffers are zero already
         self.lost.zero_()
         moved = bool(total) and self._combine(numbers)
-        if not moved and self._filled and all(map(np.array_equal, self._filled, (numbers, lengths))):
+        if moved or not (self._filled and all(map(np.array_equal, self._filled, (numbers, lengths)))):
+            array = (self.packed if self._stages is None else self._stages.next())[:end].numpy()
+            if total:
+                np.take(self._entries, np.repeat(numbers, lengths), axis=0, out=array[:total], mode="clip")  # no copy
+            array[total:] = 0
+            if self._stages is not None:
+                self._stages.send(self.packed, end)
+        elif not self._in_phase:
             return steered
-        array = (self.packed if self._stages is None else self._stages.next())[:end].numpy()
-        if total:
-            np.take(self._entries, np.repeat(numbers, lengths), axis=0, out=array[:total], mode="clip")  # no copy of it
-        array[total:] = 0
-        if self._stages is not None:
-            self._stages.send(self.packed, end)
         if self._conditional or self._speaks_of_conditions:
             self._open(numbers, lengths, end)
+        if self._in_phase and total:
+            assert self.opened is not None
+            assert tokens is not None, "what acts depends on the tokens"
+            places = self.packed[:total, self._decision].long()
+            self.opened[:total].logical_and_(self.decisions.follow(places, (tokens[0][:total], tokens[1][:total])))
         self._used, self._filled = total, (numbers.copy(), lengths.copy())
         return steered
 
@@ -434,9 +497,10 @@ class TokenIndex:
         if not (decisions := self._deciders):
             return []
         assert self.opened is not None
-        # who did not decide writes what it was given
-        places = self.packed[: self._used, self._decision].long()
-        self.decisions.opened.scatter_(0, places, self.opened[: self._used])
+        packed, opened = self.packed[: self._used], self.opened[: self._used]
+        decided = packed[:, self._probe] != 0  # others write what is there
+        places = torch.where(decided, packed[:, self._decision].long(), UNCONDITIONAL)
+        self.decisions.opened.scatter_(0, places, torch.where(decided, opened, True))
         self._deciders, self._filled = [], None
         for number, decision, _ in decisions:
             decision.made, self._entries[number, self._probe] = True, 0
@@ -448,11 +512,12 @@ class TokenIndex:
         return lost if self.opened is None else lost + 2 * self.opened[: self._used].to(torch.uint8)
 
     def go_on(self, found: Tensor) -> None:
-        """Take over what the pass has `found` elsewhere, of tokens that were lost or have decided there."""
+        """Take over what the pass has `found` elsewhere, of tokens that were lost, have decided or were followed."""
         self.lost[: self._used].copy_(found & 1)
-        if self._deciders:
+        if self._deciders or self._in_phase:
             opened, deciding, _ = self.conditional_of(self._used)
-            opened.copy_(torch.where(deciding != 0, (found & 2) != 0, opened))
+            followed = self.decisions.followed(self.packed[: self._used, self._decision].long())
+            opened.copy_(torch.where((deciding != 0) | followed, (found & 2) != 0, opened))
 
     def conditional_of(self, tokens: int) -> Conditional:
         """Of the first `tokens` of the batch, as views of the buffers."""
@@ -500,7 +565,9 @@ class TokenIndex:
         self._queue.copy(flags, here)
         return flags
 
-    def fill_with(self, steers: Sequence[RequestSteer | None], lengths: Sequence[int]) -> int:
+    def fill_with(
+        self, steers: Sequence[RequestSteer | None], lengths: Sequence[int], tokens: Tokens | None = None
+    ) -> int:
         """The same for requests that have not entered, None for a plain one."""
         numbers = [PLAIN if steer is None else self.enter(steer) for steer in steers]
         entries = np.array(numbers, np.int64)
@@ -516,7 +583,7 @@ class TokenIndex:
         turning = bool((given & turns(slots)).any())
         self._acting = Acting(depth, everywhere, same, bool(combined.any()), bounded, turning, conditional)
         try:
-            return self.fill(entries, np.array(lengths, np.int64))
+            return self.fill(entries, np.array(lengths, np.int64), tokens=tokens)
         finally:
             for number in numbers:
                 if number != PLAIN:

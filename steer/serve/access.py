@@ -16,14 +16,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from steer.serve import errors, keys
-from steer.serve.caller import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
+from steer.serve.authorise import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
 from steer.serve.control import Control
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.pages import ANY, foreign, header, is_preflight
 
 MAX_HEADERS = 64 * 2**10
 MAX_PATH = 8 * 2**10
-#: Readable without a key. Nothing behind these paths may tell of directions or keys.
+#: Readable without a key. Their answers must say nothing of directions or keys.
 PUBLIC = frozenset({"/health"})
 METRICS = "/metrics"
 #: What a key without the managing role can reach: routes that steer through our middleware, or that cannot generate.
@@ -45,8 +45,8 @@ class Cors(TypedDict, total=False):
 
 
 class Access:
-    """The layer. `scope["steer.caller"]` says who is calling to everything behind it. The origins of
-    pages that may call are the control plane's."""
+    """The layer. It tells the app who is calling by `scope["steer.caller"]`. The origins of pages that may call are
+    the control plane's."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class Access:
 
 
 def route_path(scope: Scope) -> str:
-    """The path by which a server's router finds a route: what is behind its `root_path`."""
+    """The path by which a server's router finds a route: what follows its `root_path`."""
     path, root = str(scope["path"]), str(scope.get("root_path") or "")
     rest = path.removeprefix(root)
     return rest if rest != path and rest.startswith("/") else path

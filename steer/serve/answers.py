@@ -45,7 +45,7 @@ class ReadReport(TypedDict):
 
     layers: Annotated[list[int], Field(description="the layers that were read; the innermost lists follow them")]
     tokens: Annotated[
-        list[str], Field(description="the generated tokens as text, those of `logprobs`; in a chunk the new ones")
+        list[str], Field(description="the generated tokens, each read where it was predicted; in a chunk the new ones")
     ]
     norms: Annotated[
         _Numbers, Field(description="for each token, for each layer: the stream's norm before the operation")
@@ -60,8 +60,8 @@ class SteerFields(TypedDict):
         Annotated[
             bool,
             Field(
-                description="of a spec with a condition, at the end of the answer: did the condition hold, so that it "
-                "is steered"
+                description="of a spec with a condition, or in a phase, at the end of the answer: did the condition "
+                "hold, or the phase come, so that it is steered"
             ),
         ]
     ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Annotated, Literal
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -18,13 +19,13 @@ from typing_extensions import TypedDict
 from steer._version import __version__
 from steer.errors import SteerError
 from steer.names import readable
-from steer.serve import answers, chat, completions, errors, html, metrics, models, operation
+from steer.serve import answers, completions, errors, html, metrics, operation
 from steer.serve.access import PUBLIC, Access, Cors
-from steer.serve.carriers import RECEIPT
+from steer.serve.carriers import PLUS, RECEIPT
 from steer.serve.directions import router as directions_router
+from steer.serve.generation import Served
 from steer.serve.middleware import RenderingWatch, SteerMiddleware, wrap_routes
 from steer.serve.route import Head
-from steer.serve.served import Served
 
 #: Routes of other servers, which people ask this one for.
 ELSEWHERE = ("/v1/responses", "/v1/messages", "/v1/embeddings", "/tokenize", "/detokenize")
@@ -39,6 +40,23 @@ class _Managed(TypedDict, total=False):
 class Health(operation.Health, _Managed):
     status: Annotated[Literal["ok", "failed"], Field(description="failed: the server must be restarted")]
     engine: Annotated[str, Field(description="how answers are generated")]
+
+
+class ModelCard(TypedDict):
+    """The model, or an alias of it."""
+
+    id: Annotated[str, Field(description="the name for `model`; of an alias `MODEL+DIRECTION`")]
+    object: Literal["model"]
+    created: Annotated[int, Field(description="when the server was started, in seconds since 1970")]
+    owned_by: Literal["steer"]
+    root: Annotated[str, Field(description="the model's own name; of an alias its direction")]
+    parent: Annotated[str | None, Field(description="of an alias its model")]
+    max_model_len: Annotated[int, Field(description="most tokens of a prompt with its answer")]
+
+
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[ModelCard]
 
 
 class _App(FastAPI):
@@ -69,9 +87,8 @@ def build(served: Served) -> FastAPI:
     app.add_middleware(Head)
     app.include_router(html.router())
     html.put_docs_on(app)
-    app.include_router(directions_router(registry, control=control))
+    app.include_router(directions_router(control))
     app.include_router(operation.router(control))
-    app.include_router(chat.router(served))
     app.include_router(completions.router(served))
     layer = partial(
         SteerMiddleware,
@@ -87,9 +104,8 @@ def build(served: Served) -> FastAPI:
     )
     generating = {(path, "POST"): layer for path in ("/v1/chat/completions", "/v1/completions")}
     assert len(wrap_routes(app, generating)) == len(generating)
-    app.include_router(models.router(served))
-    bank = engine.steering.bank
-    metrics.watch(registry, lambda: bank.rows_in_use, bank.rows)
+    app.include_router(_models(served))
+    metrics.watch(registry, engine.steering.bank.rows)
 
     async def elsewhere(request: Request) -> Response:
         raise errors.HTTPProblem(
@@ -131,3 +147,48 @@ def build(served: Served) -> FastAPI:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+def _models(served: Served) -> APIRouter:
+    """`GET /v1/models`: the model, and an alias of it for each direction that the caller may use."""
+    router = APIRouter()
+    started = int(time.time())
+
+    def model_card(name: str, root: str, parent: str | None) -> ModelCard:
+        return {
+            "id": name,
+            "object": "model",
+            "created": started,
+            "owned_by": "steer",
+            "root": root,
+            "parent": parent,
+            "max_model_len": served.engine.context,
+        }
+
+    def cards(request: Request) -> list[ModelCard]:
+        caller, own = served.control.caller(request.scope), served.model_name
+        usable = (name for name in served.registry.names() if caller.may_use(name))
+        return [model_card(own, own, None), *(model_card(f"{own}{PLUS}{name}", name, own) for name in usable)]
+
+    @router.get(
+        "/v1/models",
+        tags=["models"],
+        summary="The model, and an alias of it for each direction",
+        responses=errors.documented(),
+    )
+    async def models(request: Request) -> ModelList:
+        return {"object": "list", "data": cards(request)}
+
+    @router.get(
+        "/v1/models/{name:path}",
+        tags=["models"],
+        summary="The card of one model or alias",
+        responses=errors.documented(errors.Code.MODEL_NOT_FOUND),
+    )
+    async def model(name: str, request: Request) -> ModelCard:
+        for card in cards(request):
+            if card["id"] == name:
+                return card
+        raise errors.HTTPProblem(errors.Code.MODEL_NOT_FOUND, f"the model {name[:100]!r} is not served here")
+
+    return router

@@ -299,14 +299,14 @@ class Audit:
                     return path
         return None
 
-    def _begin(self, detail: dict[str, object], event: str = "rotated") -> None:
+    def _begin(self, detail: dict[str, object]) -> None:
         """A new file that goes on with the chain."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
         self._fd = _opened(self.path)
         self._size = os.fstat(self._fd).st_size
-        self._append(event, {"detail": detail})
+        self._append("rotated", {"detail": detail})
 
     def _reopen(self, known: Head | None) -> None:
         """Find the end of the chain in what is there, where it is `known` to end. What a crash left is healed by an

@@ -1,4 +1,5 @@
-"""Authorisation and admission: find the versions that a request asks for and may use, and pin them.
+"""Who calls, what keys or policy forbid, and admission: find the versions that a request asks for and may use, and pin
+them.
 
 The order: resolve names (a name that the caller may not use counts as unknown); check the kill switch; check the
 policy's modes and strengths; add what the key requires. No name moves in the meantime. The key's rates were checked
@@ -18,11 +19,72 @@ from steer.errors import SpecError
 from steer.names import Mode
 from steer.readout import RequestedReadout
 from steer.registry import Registry
-from steer.serve.caller import ANYONE, Caller, Refusal, forbidden
 from steer.serve.carriers import FIELD, Carried
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.policy import CALIBRATED, KeyRules, Limits, Policy
 from steer.spec import Entry, RequestedDirection, Spec, text
+
+#: Where `Access` leaves the caller in an ASGI scope.
+CALLER = "steer.caller"
+
+
+class Refusal(HTTPProblem):
+    """Keys or policy forbid it; `rule` is the one that does, `asked` what was asked for, where that is known."""
+
+    def __init__(
+        self,
+        code: Code,
+        rule: str,
+        message: str,
+        *,
+        asked: Spec | None = None,
+        param: str | None = None,
+        **more: str,
+    ) -> None:
+        headers = {name.replace("_", "-"): value for name, value in more.items()}
+        super().__init__(code, message, param=param, headers=headers)
+        self.rule, self.asked = rule, asked or Spec()
+
+
+def forbidden(rule: str, message: str, asked: Spec | None = None, param: str | None = None) -> Refusal:
+    return Refusal(Code.STEERING_FORBIDDEN, rule, message, asked=asked, param=param)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who makes a request. Without rules (no policy is in force) everything is allowed."""
+
+    name: str | None = None
+    rules: KeyRules | None = None
+    #: The stored hash of the secret that came.
+    stored: str | None = None
+
+    @property
+    def manages(self) -> bool:
+        return self.rules is None or self.rules.manage
+
+    @property
+    def required(self) -> tuple[RequestedDirection, ...]:
+        return self.rules.required if self.rules else ()
+
+    def may_use(self, direction: str) -> bool:
+        return self.rules is None or (self.rules.steer and self.rules.allows(direction))
+
+    def may_know(self, direction: str) -> bool:
+        """Is this a name that it may be told of?"""
+        return self.manages or self.may_use(direction)
+
+    def check_readout(self) -> None:
+        """Raises Refusal for a caller that may not read components along directions."""
+        if self.rules is not None and not self.rules.readout:
+            said = f"this key may not use {readout.FIELD}: its policy does not say `readout = true`"
+            raise forbidden("readout", said, param=readout.FIELD)
+
+
+#: No policy is in force.
+ANYONE = Caller()
+#: One who came without a key, on a path that needs none.
+NOBODY = Caller(None, KeyRules.model_construct(hash="", steer=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +153,7 @@ def _asked(carried: Carried, registry: Registry, caller: Caller) -> Spec:
 
 
 def _default(default: Sequence[RequestedDirection], registry: Registry, caller: Caller) -> Spec:
-    """What a request gets that asks for nothing, as far as rules allow it: the key's own default, else the server's."""
+    """The default for a request that asks for nothing, as far as rules allow it: the key's own, else the server's."""
     if caller.rules is not None and caller.rules.default is not None:
         default = caller.rules.default
     if not all(caller.may_use(name) for item in default for name in item.names):
@@ -100,8 +162,8 @@ def _default(default: Sequence[RequestedDirection], registry: Registry, caller: 
 
 
 def _operators(wanted: Sequence[RequestedDirection], registry: Registry, caller: Caller, what: str, code: Code) -> Spec:
-    """What the operator wants for this request. Who asks with a key is not told why it is not there now: the reason may
-    name what this key may not know."""
+    """What the operator wants for this request. A caller with a key is not told why it is not there: the reason
+    may name what this key may not know."""
     try:
         return registry.resolve(wanted)
     except SpecError as error:

@@ -43,6 +43,8 @@ MIN_INTEGER, MAX_INTEGER = -(2**63), 2**64 - 1
 
 #: Of `stop` and of `bad_words`: texts, which are looked for in every piece of an answer, and their characters in all.
 MAX_TEXTS, MAX_TEXTS_LENGTH = 64, 8192
+#: Bytes of a body for which one token of prompt is taken in advance, and the most tokens that are.
+BYTES_PER_TOKEN, MAX_TOKENS = 4, 10**9
 #: Prompts × n of one request, on any engine.
 MAX_ANSWERS = 16_384
 
@@ -74,7 +76,7 @@ async def understood(work: Callable[[], T], size: int) -> T:
 
 
 def parse_body(data: bytes) -> dict[str, object]:
-    """A JSON object in which no key stands twice, so that nothing behind us can read another one than we did. Raises
+    """A JSON object in which no key stands twice, so that no later parser can read another value than we did. Raises
     HTTPProblem 400, also where it has more values, keys or depth than a request needs; and for a number or a text that
     is none, by the name of its field: NaN, infinities, numbers that no engine takes, half of a surrogate pair.
     """
@@ -151,16 +153,35 @@ def _shown(name: str) -> str:
 
 
 def check_size(body: dict[str, object]) -> None:
-    """Raises RequestError for a request that is too much work for any engine. What is of a wrong type is for the app
-    behind to tell."""
+    """Raises RequestError for a request that is too much work for any engine. Wrong types are left
+    to the app that is called next."""
     for name in ("stop", "stop_sequences", "bad_words"):
         texts = [text for text in as_list(body.get(name)) if isinstance(text, str)]
         if wrong := too_many(texts):
             raise RequestError(f"{name}: {wrong}", param=name)
-    prompt, n = body.get("prompt"), body.get("n")
-    prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0] if prompt else 0, int) else 1
+    prompts, n = prompt_count(body), body.get("n")
     if prompts > 1 and prompts * (n if type(n) is int else 1) > MAX_ANSWERS:
         raise RequestError(f"prompt: {prompts} prompts × n are over {MAX_ANSWERS} answers", param="prompt")
+
+
+def prompt_count(body: dict[str, object]) -> int:
+    """How many prompts a body brings, whose values have not been checked: a list of numbers is one."""
+    prompt = body.get("prompt")
+    return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+
+
+def tokens_of(body: dict[str, object], size: int, context: int) -> int:
+    """The tokens that a generation request may come to: its prompts by their bytes, and as many tokens of answers as it
+    allows, of each at most `context`. Of a body whose values have not been checked."""
+    named = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+    given = [value for name in named if type(value := body.get(name)) is int and value >= 0]
+    each = min(*given, context) if given else context
+    answers = max(_at_least_one(body.get("n")), _at_least_one(body.get("best_of")))
+    return min(MAX_TOKENS, size // BYTES_PER_TOKEN + prompt_count(body) * answers * each)
+
+
+def _at_least_one(value: object) -> int:
+    return min(value, MAX_TOKENS) if type(value) is int and value > 0 else 1
 
 
 def as_list(value: object) -> list[object]:
@@ -168,7 +189,7 @@ def as_list(value: object) -> list[object]:
 
 
 def too_many(texts: list[str]) -> str:
-    """What is wrong about so many texts, or so long ones; nothing if nothing is."""
+    """What is wrong with the number of texts or their length; empty where nothing is."""
     length = sum(map(len, texts))
     if len(texts) <= MAX_TEXTS and length <= MAX_TEXTS_LENGTH:
         return ""

@@ -1,36 +1,126 @@
-"""`POST /v1/completions` on the own engine: texts to continue, streamed or not, scored with `echo`."""
+"""`POST /v1/chat/completions` and `/v1/completions` on the own engine: from a checked body to an answer or a stream, in
+OpenAI's shape."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from typing import TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from steer.admission import Admission
 from steer.hf.sampling import Token
-from steer.serve import errors, token_usage
+from steer.serve import errors, metrics
 from steer.serve.answers import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatLogprobs,
     ChunkUsage,
     Completion,
     CompletionChoice,
     CompletionChunk,
     CompletionChunkChoice,
     CompletionUsage,
+    chat_logprobs,
     completion_logprobs,
     envelope,
     generated,
     usage,
 )
-from steer.serve.generation import Job, made, stream, unless_gone
-from steer.serve.protocol import CompletionRequest
+from steer.serve.generation import Answer, Job, Piece, Served, stream, unless_gone
+from steer.serve.protocol import ChatRequest, CompletionRequest, StreamOptions
 from steer.serve.route import JsonRoute
-from steer.serve.served import Served
 from steer.serve.text import Stops
+
+Choice = TypeVar("Choice")
 
 
 def router(served: Served) -> APIRouter:
     router, generator, engine = APIRouter(route_class=JsonRoute), served.generator, served.engine
+    tokenizer = served.loaded.tokenizer
+
+    @router.post(
+        "/v1/chat/completions",
+        tags=["generation"],
+        summary="Answer a conversation",
+        responses=generated(ChatCompletion, "ChatCompletionEvent"),
+    )
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        served.check_model(body.model)
+        admission: Admission = request.scope["steer"]
+        read = admission.readout
+        wants_logprobs = body.wanted_logprobs is not None
+        engine.admit(body.n)
+
+        def prepare() -> list[Job]:
+            asked = generator.tokens(body)
+            prompt = served.loaded.chat_ids(
+                messages,
+                add_generation_prompt=body.begins_answer,
+                **{**served.template, **body.template_variables},
+            )
+            limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+            room, stops = generator.room(prompt, body.wanted_tokens, "messages", limit), Stops(body.stops)
+            samplings = body.sampling(asked, room, body.wanted_logprobs)
+            steer = served.steer(admission, prompt)
+            return [Job(i, prompt, sampling, stops, steer, read) for i, sampling in enumerate(samplings)]
+
+        messages = [message.plain() for message in body.messages]
+        jobs = await generator.offload(request, [message["content"] for message in messages], "messages", prepare)
+        prompt_tokens = len(jobs[0].prompt)
+        metrics.current_usage().prompt += prompt_tokens
+        base = envelope("chatcmpl", body.model, served.fingerprint)
+
+        def logprobs(tokens: list[Token]) -> ChatLogprobs | None:
+            return chat_logprobs(tokenizer, tokens) if wants_logprobs else None
+
+        def chunk(choices: list[ChatChunkChoice], counted: ChunkUsage) -> ChatCompletionChunk:
+            return {**base, "object": "chat.completion.chunk", "choices": choices, **counted}
+
+        def part(index: int, piece: Piece, tokens: list[Token]) -> ChatChunkChoice | None:
+            if not (piece.text or piece.finish or (tokens and (wants_logprobs or read))):
+                return None
+            return {
+                "index": index,
+                "delta": {"content": piece.text} if piece.text else {},
+                "logprobs": logprobs(tokens) if tokens else None,
+                "finish_reason": piece.finish,
+                **served.steer_fields(read if tokens else None, tokens, piece.applied),
+            }
+
+        if body.stream:
+            opening: list[ChatChunkChoice] = [
+                {
+                    "index": job.index,
+                    "delta": {"role": "assistant", "content": ""},
+                    "logprobs": None,
+                    "finish_reason": None,
+                }
+                for job in jobs
+            ]
+            return stream(_chunks(served, jobs, prompt_tokens, body.stream_options, part, chunk, opening))
+        answers = await unless_gone(request, generator.answers(jobs))
+        choices: list[ChatChoice] = [
+            {
+                "index": i,
+                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "logprobs": logprobs(answer.tokens),
+                "finish_reason": answer.finish,
+                **served.steer_fields(read, answer.tokens, answer.applied),
+            }
+            for i, answer in enumerate(answers)
+        ]
+        whole: ChatCompletion = {
+            **base,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": _used(prompt_tokens, answers),
+        }
+        return JSONResponse(whole)
 
     @router.post(
         "/v1/completions",
@@ -40,10 +130,8 @@ def router(served: Served) -> APIRouter:
     )
     async def complete(body: CompletionRequest, request: Request) -> Response:
         served.check_model(body.model)
-        admission = served.admitted(request)
-        read = admission.readout
-        tokenizer = served.loaded.tokenizer
-        prompts = body.prompts
+        admission: Admission = request.scope["steer"]
+        read, prompts = admission.readout, body.prompts
         engine.admit(len(prompts) * body.n)
         if body.stream and (body.echo or body.max_tokens == 0):
             raise errors.HTTPProblem(
@@ -58,44 +146,35 @@ def router(served: Served) -> APIRouter:
                 ids = served.loaded.text_ids(prompt) if isinstance(prompt, str) else prompt
                 room = generator.room(ids, body.max_tokens, "prompt")
                 for sampling in body.sampling(asked, room, body.logprobs):
-                    jobs.append(Job(len(jobs), ids, sampling, stops, served.steer(admission, len(ids)), read))
+                    jobs.append(Job(len(jobs), ids, sampling, stops, served.steer(admission, ids), read))
             return jobs
 
         jobs = await generator.offload(request, prompts, "prompt", prepare)
         prompt_tokens = sum(len(job.prompt) for job in jobs[:: body.n])
-        token_usage.current().prompt += prompt_tokens
+        metrics.current_usage().prompt += prompt_tokens
         base = envelope("cmpl", body.model, served.fingerprint)
+        offsets = [0] * len(jobs)
+
+        def chunk(choices: list[CompletionChunkChoice], counted: ChunkUsage) -> CompletionChunk:
+            return {**base, "object": "text_completion", "choices": choices, **counted}
+
+        def part(index: int, piece: Piece, tokens: list[Token]) -> CompletionChunkChoice | None:
+            reported = None
+            if body.logprobs is not None and tokens:
+                reported = completion_logprobs(tokenizer, tokens, offsets[index])
+                offsets[index] += len(reported["tokens"][0])
+            if not (piece.text or piece.finish or reported or (tokens and read)):
+                return None
+            return {
+                "index": index,
+                "text": piece.text,
+                "logprobs": reported,
+                "finish_reason": piece.finish,
+                **served.steer_fields(read if tokens else None, tokens, piece.applied),
+            }
+
         if body.stream:
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-
-            def chunk(choices: list[CompletionChunkChoice], usage: CompletionUsage | None = None) -> CompletionChunk:
-                counted: ChunkUsage = {"usage": usage} if with_usage else {}
-                return {**base, "object": "text_completion", "choices": choices, **counted}
-
-            async def chunks() -> AsyncGenerator[CompletionChunk, None]:
-                count = 0
-                offsets = [0] * len(jobs)
-                async with aclosing(generator.interleaved(jobs)) as pieces:
-                    async for index, piece in pieces:
-                        count += 1
-                        tokens = [piece.token] if piece.token else []
-                        reported = None
-                        if body.logprobs is not None and tokens:
-                            reported = completion_logprobs(tokenizer, tokens, offsets[index])
-                            offsets[index] += len(reported["tokens"][0])
-                        if piece.text or piece.finish or reported or (tokens and read):
-                            choice: CompletionChunkChoice = {
-                                "index": index,
-                                "text": piece.text,
-                                "logprobs": reported,
-                                "finish_reason": piece.finish,
-                                **served.steer_fields(read if tokens else None, tokens, piece.applied),
-                            }
-                            yield chunk([choice])
-                if with_usage:
-                    yield chunk([], usage(prompt_tokens, count))
-
-            return stream(chunks())
+            return stream(_chunks(served, jobs, prompt_tokens, body.stream_options, part, chunk))
         answers = await unless_gone(request, generator.answers(jobs))
         choices: list[CompletionChoice] = []
         for job, answer in zip(jobs, answers, strict=True):
@@ -119,8 +198,40 @@ def router(served: Served) -> APIRouter:
             **base,
             "object": "text_completion",
             "choices": choices,
-            "usage": usage(prompt_tokens, made(answers)),
+            "usage": _used(prompt_tokens, answers),
         }
         return JSONResponse(whole)
 
     return router
+
+
+async def _chunks(
+    served: Served,
+    jobs: Sequence[Job],
+    prompt_tokens: int,
+    options: StreamOptions | None,
+    part: Callable[[int, Piece, list[Token]], Choice | None],
+    chunk: Callable[[list[Choice], ChunkUsage], Mapping[str, object]],
+    opening: Sequence[Choice] = (),
+) -> AsyncGenerator[Mapping[str, object], None]:
+    """The chunks of a stream, each with one choice. `part` makes the choice that a piece adds to the answer of a job,
+    None where it adds nothing yet; `chunk` puts choices into an envelope; `opening` comes first."""
+    with_usage = bool(options and options.include_usage)
+
+    def counted(choices: list[Choice], used: CompletionUsage | None = None) -> Mapping[str, object]:
+        return chunk(choices, {"usage": used} if with_usage else {})
+
+    for choice in opening:
+        yield counted([choice])
+    count = 0
+    async with aclosing(served.generator.interleaved(jobs)) as pieces:
+        async for index, piece in pieces:
+            count += 1
+            if (new := part(index, piece, [piece.token] if piece.token else [])) is not None:
+                yield counted([new])
+    if with_usage:
+        yield counted([], usage(prompt_tokens, count))
+
+
+def _used(prompt_tokens: int, answers: Sequence[Answer]) -> CompletionUsage:
+    return usage(prompt_tokens, sum(answer.made for answer in answers))

@@ -13,7 +13,7 @@ import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -24,13 +24,10 @@ from steer.errors import InvalidInput, printable
 from steer.registry import Move, Registry
 from steer.serve import errors, metrics, policy
 from steer.serve.audit import Audit, AuditUnavailable
-from steer.serve.authorise import Rules
-from steer.serve.caller import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
+from steer.serve.authorise import ANYONE, CALLER, NOBODY, Caller, Refusal, Rules, forbidden
 from steer.serve.errors import Code
 from steer.serve.pages import ANY, Pages, hosts_of, is_loopback
 from steer.serve.policy import InForce, PolicyError
-from steer.serve.ratelimit import RateLimiter
-from steer.serve.token_usage import Usage
 from steer.settings import ControlSettings
 from steer.shared import Shared
 from steer.spec import Spec
@@ -73,6 +70,41 @@ class Reservation:
 
     caller: Caller
     tokens: int = 0
+
+
+MINUTE = 60.0
+
+
+class RateLimiter:
+    """One kind of rate (requests, or tokens) of all keys: token buckets that hold at most a minute's amount and fill
+    evenly. They are in the table that all front ends share; check and charge together under its lock.
+
+    A request is counted before any work is done for it, and charged all the tokens that it can use once it is read.
+    What it did not use is given back when it ends. So requests that run at once cannot exceed together what they could
+    use one after the other, and a request that fails is counted too. A bucket may be overdrawn: an answer's cost is
+    known at its end. `clock` is one clock of the whole machine.
+    """
+
+    def __init__(self, kind: str, shared: Shared, clock: Callable[[], float] = time.monotonic) -> None:
+        self._kind, self._shared, self._clock = kind, shared, clock
+
+    def wait(self, key: str, per_minute: float | None, amount: float) -> float:
+        """Seconds until `key` may have `amount`; 0 where it may now, or has no such limit."""
+        if per_minute is None:
+            return 0.0
+        missing = min(amount, per_minute) - self._level(key, per_minute, self._clock())
+        return max(0.0, missing * MINUTE / per_minute)
+
+    def charge(self, key: str, per_minute: float | None, amount: float) -> None:
+        if per_minute is not None:
+            with self._shared.lock():
+                now = self._clock()
+                self._shared.put(f"{self._kind}:{key}", self._level(key, per_minute, now) - amount, now)
+
+    def _level(self, key: str, per_minute: float, now: float) -> float:
+        """What the bucket holds now, at a rate that a new policy may have changed."""
+        level, when = self._shared.get(f"{self._kind}:{key}") or (per_minute, now)
+        return min(per_minute, level + (now - when) * per_minute / MINUTE)
 
 
 class Control:
@@ -134,7 +166,7 @@ class Control:
         self.pages = Pages(named, self.origins, addresses=where is None)
 
     def _share(self, shared: Shared) -> None:
-        """Have the switch and the rates in common with whoever has `shared`."""
+        """Share the switch and the rates with all front ends that have `shared`."""
         self.shared = shared
         self._requests, self._tokens = RateLimiter("requests", shared), RateLimiter("tokens", shared)
         with shared.lock():
@@ -258,7 +290,7 @@ class Control:
 
     def check_manages(self, scope: Scope) -> None:
         """May who makes this request manage: directions, and the kill switch? Raises Refusal."""
-        peer = (scope.get("client") or (None,))[0]  # behind a proxy on this machine the one that the proxy names
+        peer = (scope.get("client") or (None,))[0]  # after a proxy on this machine: the one that the proxy names
         if self.in_force is None:
             if not (self.settings.insecure or peer is None or is_loopback(peer)):
                 raise forbidden("manage", "without a policy, a server is managed from its own machine alone")
@@ -285,7 +317,7 @@ class Control:
             "refused",
             key=caller.name,
             request_id=request_id(scope),
-            entries=_entries(error.asked),
+            entries=error.asked.described,
             outcome=error.code.wire,
             detail={"rule": error.rule, "path": scope["path"][:200]} | ({"unkept": before} if before else {}),
         )
@@ -362,7 +394,7 @@ class Control:
                     key=caller.name,
                     request_id=run.request_id,
                     model=None if model is None else model[:MODEL_SHOWN],
-                    entries=_entries(spec),
+                    entries=spec.described,
                 )
                 if kept := self.audit.kept(run.line):
                     await asyncio.wrap_future(kept)
@@ -388,7 +420,7 @@ class Control:
             self.shared.count_own(STEERED, -1)
             metrics.STEERED_RUNNING.dec()
 
-    def end(self, run: Run, reservation: Reservation, outcome: str, usage: Usage) -> None:
+    def end(self, run: Run, reservation: Reservation, outcome: str, usage: metrics.Usage) -> None:
         self._discard(run)
         used = usage.prompt + usage.completion
         if (rules := run.caller.rules) is not None and run.caller.name is not None:
@@ -477,10 +509,6 @@ def _at_once(key: str) -> str:
 def _over(rule: str, rules: policy.KeyRules, seconds: int) -> Refusal:
     said = f"over this key's {rule} ({getattr(rules, rule):g}); try again in {seconds} s"
     return Refusal(Code.RATE_LIMIT_EXCEEDED, rule, said, Retry_After=str(seconds))
-
-
-def _entries(spec: Spec) -> list[dict[str, object]]:
-    return spec.described
 
 
 def request_id(scope: Scope) -> str:

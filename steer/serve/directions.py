@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Literal, NotRequired
 
 import anyio.to_thread
@@ -17,11 +17,12 @@ from steer.errors import NoRoom, SteerError, UnknownDirection
 from steer.names import Mode, Site, check_name
 from steer.registry import Registry, Version
 from steer.serve import errors
+from steer.serve.authorise import Caller
 from steer.serve.body import read_body
-from steer.serve.caller import Caller
 from steer.serve.control import Control
 from steer.serve.errors import Code, documented
 from steer.serve.pages import FILE, READING, check_kind
+from steer.serve.policy import Bounds, Limits, bounds
 
 
 class DirectionCard(TypedDict):
@@ -47,6 +48,7 @@ class DirectionCard(TypedDict):
     sites: Annotated[list[Site], Field(description="where it acts")]
     bytes: Annotated[int, Field(description="size of the file")]
     usable: Annotated[bool, Field(description="may the caller steer with it")]
+    may: Annotated[Bounds, Field(description="what the caller may ask for with it, where it is usable")]
     requests: NotRequired[
         Annotated[int, Field(description="requests that use this version now; for the managing role")]
     ]
@@ -107,19 +109,27 @@ def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> t
     return OwnRoute
 
 
-def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES) -> APIRouter:
+def router(control: Control) -> APIRouter:
     routes = APIRouter(prefix="/v1/directions", tags=["directions"], route_class=own_route(control, FILE))
+
+    def registry() -> Registry:
+        assert control.registry is not None, "the server has started"
+        return control.registry
+
+    def told(name: str, version: Version, caller: Caller) -> DirectionCard:
+        policy = control.rules.policy
+        rules = policy.directions if policy else {}
+        alike = (other for other, its in registry().names().items() if its.digest == version.digest)
+        return card(name, version, registry(), caller, [rules[other] for other in alike if other in rules])
 
     @routes.get("", summary="All served directions, and what was offered but is not served", responses=documented())
     async def list_directions(request: Request) -> DirectionList:
         caller = control.caller(request.scope)
-        served = [
-            card(name, version, registry, caller) for name, version in registry.names().items() if caller.may_know(name)
-        ]
+        served = [told(name, version, caller) for name, version in registry().names().items() if caller.may_know(name)]
         known = {item["id"] for item in served}
         failed: list[FailedDirection] = [
-            {"id": name, "object": "direction", "status": "failed", "errors": list(failure.problems)}
-            for name, failure in sorted(registry.failures.items())
+            {"id": name, "object": "direction", "status": "failed", "errors": list(problems)}
+            for name, problems in sorted(registry().failures.items())
             if name not in known and caller.may_know(name)
         ]
         return {"object": "list", "data": [*served, *failed]}
@@ -132,11 +142,11 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
     async def get_direction(name: str, request: Request) -> DirectionDetail:
         caller = control.caller(request.scope)
         try:
-            version = registry.get(name, caller.may_know)
+            version = registry().get(name, caller.may_know)
         except UnknownDirection as error:
             raise _not_found(error) from error
         return {
-            **card(name, version, registry, caller),
+            **told(name, version, caller),
             "meta": version.direction.meta,
             "profile": await anyio.to_thread.run_sync(version.direction.profile),
         }
@@ -159,12 +169,12 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
     )
     async def put_direction(name: str, request: Request) -> DirectionCard:
         check_name(name)
-        data = await read_body(request.scope, request.receive, max_upload)
+        data = await read_body(request.scope, request.receive, MAX_BYTES)
         caller = control.caller(request.scope)
         control.moving(caller)
 
         def put() -> Version:
-            version = registry.put(name, data)
+            version = registry().put(name, data)
             control.shared.settle()
             return version
 
@@ -174,7 +184,7 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
             raise errors.HTTPProblem(Code.NO_FREE_ROWS, str(error)) from error
         except OSError as error:
             raise errors.HTTPProblem(Code.STORAGE, f"the file cannot be stored: {error}") from error
-        return card(name, version, registry, caller)
+        return told(name, version, caller)
 
     @routes.delete(
         "/{name}",
@@ -185,7 +195,7 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
         control.moving(control.caller(request.scope))
 
         def delete() -> None:
-            registry.delete(name)
+            registry().delete(name)
             control.shared.settle()
 
         try:
@@ -199,15 +209,15 @@ def router(registry: Registry, *, control: Control, max_upload: int = MAX_BYTES)
     return routes
 
 
-def card(name: str, version: Version, registry: Registry, caller: Caller) -> DirectionCard:
-    """What `caller` is told of a direction in a list. How many requests use it now is others' business too, so that is
-    for who manages."""
-    meta, failure = version.direction.meta, registry.failures.get(name)
+def card(name: str, version: Version, registry: Registry, caller: Caller, rules: Sequence[Limits]) -> DirectionCard:
+    """What `caller` is told of a direction in a list; `rules`: of that version, under any name. How many requests use
+    it now is others' business too, so that is for who manages."""
+    meta, problems = version.direction.meta, registry.failures.get(name)
     told: DirectionCard = {
         "id": name,
         "object": "direction",
-        "status": "stale" if failure else "served",
-        "errors": list(failure.problems) if failure else [],
+        "status": "stale" if problems else "served",
+        "errors": list(problems or ()),
         "digest": version.digest,
         "created": int(version.loaded),
         "method": meta.method,
@@ -220,6 +230,7 @@ def card(name: str, version: Version, registry: Registry, caller: Caller) -> Dir
         "sites": list(meta.sites),
         "bytes": version.bytes,
         "usable": caller.may_use(name),
+        "may": bounds([*([caller.rules] if caller.rules else ()), *rules], registry.placement.tokens),
     }
     if caller.manages:
         told["requests"] = version.pins

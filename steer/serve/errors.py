@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -143,7 +142,7 @@ def of(error: Exception) -> JSONResponse:
             return out
         case NoRoom():
             out = response(Code.QUEUE_FULL, str(error))
-            out.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+            out.headers["Retry-After"] = "1"
             return out
         case DirectionError():
             return response(Code.INVALID_DIRECTION, str(error), param=error.param, problems=error.problems)

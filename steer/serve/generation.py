@@ -8,22 +8,29 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
+from steer._version import __version__
+from steer.admission import Admission
 from steer.errors import RequestError, RequestFailed, SteerError
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
-from steer.hf.sampling import Sampling, Shape, Token
-from steer.readout import Readout
+from steer.hf.sampling import Sampling, Shaping, Token
+from steer.readout import FIELD, Readout
+from steer.registry import Registry
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
-from steer.serve.answers import Finish
+from steer.serve.answers import Finish, SteerFields, report
 from steer.serve.body import Gone, offload
-from steer.serve.text import Stops, TextStream
-from steer.serve.token_usage import current
+from steer.serve.carriers import PLUS
+from steer.serve.control import Control
+from steer.serve.metrics import current_usage
+from steer.serve.text import Stops, TextStream, token_text
+from steer.spec import RequestedDirection
 
 log = logging.getLogger("steer")
 T = TypeVar("T")
@@ -76,7 +83,7 @@ class Piece:
     text: str
     token: Token | None = None
     finish: Finish | None = None
-    #: At the end of the answer to a request with a condition: did that hold.
+    #: At the end of the answer to a request with a condition, or in a phase: did that hold, did it come.
     applied: bool | None = None
 
 
@@ -119,7 +126,7 @@ class Generator:
             top_p=_or(generation.top_p, 1.0),
             top_k=_or(generation.top_k, TOP_K if generation.do_sample else 0),
             min_p=_or(generation.min_p, 0.0),
-            shape=Shape(repetition_penalty=_or(generation.repetition_penalty, 1.0)),
+            shape=Shaping(repetition_penalty=_or(generation.repetition_penalty, 1.0)),
         )
         left = [name for name, neutral in _LEFT_OUT.items() if getattr(generation, name, None) not in (None, neutral)]
         if left:
@@ -166,7 +173,7 @@ class Generator:
             if (bad := next((t for t in ids if not 0 <= t < vocabulary), None)) is not None:
                 raise RequestError(f"{name}: token id {bad} is outside the vocabulary of {vocabulary}", param=name)
         given = self.defaults.shape.repetition_penalty
-        shape = Shape(
+        shape = Shaping(
             logit_bias=tuple(biased),
             bad_words=tuple(ids for word in body.bad_words for ids in self._spelled(word)),
             repetition_penalty=given if body.repetition_penalty is None else body.repetition_penalty,
@@ -197,7 +204,7 @@ class Generator:
     async def _pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
         text = TextStream(self.loaded.tokenizer, job.stop)
         made, ends = 0, job.sampling.ends(self.engine.eos_ids)
-        current().answer(lambda: made)
+        current_usage().answer(lambda: made)
         stream = self.engine.generate(job.prompt, job.sampling, job.steer, job.read)
         async with aclosing(stream):
             async for token in stream:
@@ -264,6 +271,54 @@ class Generator:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@dataclass(frozen=True)
+class Served:
+    """What the routes of the own engine share: the model, its engine, registry and control."""
+
+    model_name: str
+    loaded: Loaded
+    engine: Engine
+    registry: Registry
+    control: Control
+    default: tuple[RequestedDirection, ...]
+    max_body: int
+    template: Mapping[str, object]
+
+    @cached_property
+    def generator(self) -> Generator:
+        return Generator(self.loaded, self.engine)
+
+    @property
+    def fingerprint(self) -> str:
+        """`system_fingerprint` of every answer: what this server's answers depend on besides the request."""
+        return f"steer-{__version__}-{(self.loaded.template_sha256 or 'base')[:8]}"
+
+    def check_model(self, name: str) -> None:
+        """Raise HTTPProblem 404 for a model that is not this one; the middleware has taken aliases apart."""
+        if name != self.model_name:
+            raise errors.HTTPProblem(
+                errors.Code.MODEL_NOT_FOUND,
+                f"the model {name[:100]!r} is not served here; served: '{self.model_name}', and "
+                f"'{self.model_name}{PLUS}<direction>' for each direction",
+                param="model",
+            )
+
+    def steer(self, admission: Admission, prompt: Sequence[int]) -> RequestSteer | None:
+        """What steers a prompt of these tokens, in slots of the bank."""
+        spec = admission.spec
+        return self.engine.steering.bank.steer(spec, len(prompt), spec.phase(self.loaded.thinking, prompt))
+
+    def steer_fields(self, read: Readout | None, tokens: list[Token], applied: bool | None) -> SteerFields:
+        """The parts of a choice that say what was read at its tokens, and whether its condition or phase was met."""
+        out: SteerFields = {}
+        if applied is not None:
+            out["steer_applied"] = applied
+        if read is not None:
+            shown = [(token_text(self.loaded.tokenizer, token.id), token.reading) for token in tokens]
+            out[FIELD] = report(read, shown)
+        return out
+
+
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """What `work` gives. Raises Gone, and cancels it, when the client disconnects first. Errors inside task groups come
     out as themselves."""
@@ -296,18 +351,13 @@ async def events(chunks: AsyncGenerator[Mapping[str, object], None]) -> AsyncGen
             async for chunk in chunks:
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
     except SteerError as error:
-        current().failed = True
+        current_usage().failed = True
         yield errors.error_event(error)
     yield "data: [DONE]\n\n"
 
 
 def _or(value: T | None, default: T) -> T:
     return default if value is None else value
-
-
-def made(answers: Sequence[Answer]) -> int:
-    """How many tokens `answers` took to make."""
-    return sum(answer.made for answer in answers)
 
 
 def stream(chunks: AsyncGenerator[Mapping[str, object], None]) -> StreamingResponse:

@@ -7,7 +7,6 @@ only make every request slow.
 from __future__ import annotations
 
 import hashlib
-import hmac
 import secrets
 from collections.abc import Iterable
 
@@ -33,26 +32,17 @@ def is_stored(text: str) -> bool:
 
 
 class Keyring:
-    """Finds the name of a secret. The work is the same for any candidate, known or not.
-
-    The table is looked up by a keyed hash whose key is drawn for this object: how a candidate falls into the table says
-    nothing about what is in it, and the one comparison that follows takes constant time.
+    """Finds the name of a secret. The time that it takes tells nothing of the stored hashes: Python finds a text in a
+    table by a hash that is keyed with random bits of the process, and no other secret has the SHA-256 of a stored one.
     """
 
     def __init__(self, names: Iterable[tuple[str, str]]) -> None:
         """`names`: pairs of a stored hash and the name that it belongs to."""
-        self._key = secrets.token_bytes(32)
-        self._table = {self._blind(stored): (stored.encode(), name) for stored, name in names}
-        self._nobody = (stored(make()).encode(), None)
+        self._names = dict(names)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._names)
 
     def find(self, secret: str) -> str | None:
         """The name that `secret` belongs to. Any text is accepted."""
-        candidate = stored(secret.encode("utf-8", "surrogatepass").decode("utf-8", "replace"))
-        expected, name = self._table.get(self._blind(candidate), self._nobody)
-        return name if hmac.compare_digest(expected, candidate.encode()) else None
-
-    def _blind(self, text: str) -> bytes:
-        return hashlib.blake2b(text.encode(), key=self._key).digest()
+        return self._names.get(stored(secret.encode("utf-8", "surrogatepass").decode("utf-8", "replace")))

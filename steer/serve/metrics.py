@@ -2,11 +2,19 @@
 
 If a server has several front ends, vLLM has prometheus_client keep all values in files, and the front end that is
 scraped adds them up. Each gauge says how the values of several front ends are combined.
+
+`Usage` counts the tokens of one HTTP request. The middleware opens one in the request's context, and the engine adds to
+it. The number of tokens of an answer is asked at its end, so nothing is counted while tokens are generated.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -15,7 +23,6 @@ from steer.spec import Spec
 
 if TYPE_CHECKING:
     from steer.registry import Registry
-    from steer.serve.token_usage import Usage
 
 REQUESTS = Counter("steer_requests", "Requests by what was applied to them", ["direction", "mode", "outcome"])
 REFUSED = Counter("steer_refused_requests", "Requests refused before the engine saw them", ["reason"])
@@ -50,8 +57,49 @@ INFO = Gauge(
     ["direction", "digest", "method"],
     multiprocess_mode="livemax",
 )
+#: Gauges that read the registry.
+_OF_REGISTRY: dict[Gauge, Callable[[Registry], float]] = {
+    RESIDENT: lambda registry: registry.resident,
+    ROWS: lambda registry: registry.rows,
+    SWAPS: lambda registry: registry.swaps,
+    FAILURES: lambda registry: len(registry.failures),
+}
 #: Are values kept in files? Then labels cannot be taken away.
 _IN_FILES = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+_open: ContextVar[Usage | None] = ContextVar("steer_usage", default=None)
+
+
+@dataclass(slots=True)
+class Usage:
+    """`failed` is set where an answer broke off after its status had been sent."""
+
+    prompt: int = 0
+    failed: bool = False
+    _answers: list[Callable[[], int]] = field(default_factory=list)
+
+    def answer(self, made: Callable[[], int]) -> None:
+        """Count one more answer; `made` gives the tokens that it has by now."""
+        self._answers.append(made)
+
+    @property
+    def completion(self) -> int:
+        return sum(made() for made in self._answers)
+
+
+@contextmanager
+def counting_usage() -> Iterator[Usage]:
+    """A new usage in this context."""
+    usage = Usage()
+    token = _open.set(usage)
+    try:
+        yield usage
+    finally:
+        _open.reset(token)
+
+
+def current_usage() -> Usage:
+    """The request's usage, or one that nobody reads where there is no request."""
+    return _open.get() or Usage()
 
 
 def count(spec: Spec, outcome: str, usage: Usage) -> None:
@@ -64,23 +112,19 @@ def count(spec: Spec, outcome: str, usage: Usage) -> None:
         REQUESTS.labels(direction="", mode="", outcome=outcome).inc()
 
 
-def watch(registry: Registry, rows_in_use: object, capacity: int) -> None:
-    """Let the gauges read `registry` when they are scraped. `rows_in_use` is a function without arguments."""
+def watch(registry: Registry, capacity: int) -> None:
+    """Let the gauges read `registry` when they are scraped."""
     ROW_CAPACITY.set(capacity)
-    RESIDENT.set_function(lambda: registry.resident)
-    SWAPS.set_function(lambda: registry.swaps)
-    FAILURES.set_function(lambda: len(registry.failures))
-    ROWS.set_function(rows_in_use)  # type: ignore[arg-type]
+    for gauge, read in _OF_REGISTRY.items():
+        gauge.set_function(partial(read, registry))
 
 
 def refresh(registry: Registry) -> None:
     """The info metric of what is served now. What is new is there before what is old goes, so that no scrape between
     finds a served direction missing. Where values are in files, also what the gauges of `watch` say."""
     if _IN_FILES:
-        RESIDENT.set(registry.resident)
-        ROWS.set(registry.rows)
-        SWAPS.set(registry.swaps)
-        FAILURES.set(len(registry.failures))
+        for gauge, read in _OF_REGISTRY.items():
+            gauge.set(read(registry))
     now = {(name, v.digest, v.direction.meta.method) for name, v in registry.names().items()}
     for labels in now:
         INFO.labels(*labels).set(1)

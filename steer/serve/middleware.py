@@ -29,11 +29,9 @@ from steer.registry import Registry
 from steer.serve import carriers, errors, metrics
 from steer.serve.asgi import is_event_stream, send_response, with_headers
 from steer.serve.authorise import admit
-from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, understood
+from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, tokens_of, understood
 from steer.serve.control import Control, Reservation, Run
 from steer.serve.pages import JSON, check_kind
-from steer.serve.ratelimit import tokens_of
-from steer.serve.token_usage import counting
 from steer.spec import RequestedDirection, Spec
 from steer.tokenization import rendered_otherwise
 
@@ -84,7 +82,7 @@ class RenderingWatch:
 
 class SteerMiddleware:
     """`served` are the model names that aliases extend; `forward` may write the admission into the body for an engine
-    that lives behind another interface; `readable` is how many layers the engine behind can read, 0 for none; `parsed`
+    that has another interface; `readable` is how many layers the engine can read, 0 for none; `parsed`
     says that the app takes the body from `scope[BODY]`, and none has to be written for it again; `context` is the most
     tokens that one prompt with its answer can have there; `rendering` looks at how chats are rendered."""
 
@@ -94,18 +92,18 @@ class SteerMiddleware:
         *,
         registry: Registry,
         served: Sequence[str],
+        control: Control,
         default: tuple[RequestedDirection, ...] = (),
         max_body: int = 8 * 2**20,
         forward: Forward | None = None,
         readable: int = 0,
-        control: Control | None = None,
         parsed: bool = False,
         context: int = 2**15,
         rendering: RenderingWatch | None = None,
     ) -> None:
         self.app, self.registry, self.served, self.default = app, registry, tuple(served), default
         self.max_body, self.forward, self.context = max_body, forward, context
-        self.readable, self.control, self.parsed = readable, control or Control(), parsed
+        self.readable, self.control, self.parsed = readable, control, parsed
         self.rendering = rendering or RenderingWatch(registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -152,7 +150,7 @@ class SteerMiddleware:
             await errors.of(error)(scope, receive, send)
             return
         answer = _Answer(send, run)
-        with counting() as usage:
+        with metrics.counting_usage() as usage:
             try:
                 body.pop(carriers.FIELD, None)
                 body.pop(readout.FIELD, None)

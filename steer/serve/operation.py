@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Scope
 from typing_extensions import TypedDict
 
-from steer.names import MAX_STRENGTH, MODE_SCALES, MODE_SUMMARIES, MODES, Mode, Scale
-from steer.serve.caller import Refusal
+from steer.names import MODE_SCALES, MODE_SUMMARIES, MODES, Mode, Scale
+from steer.serve.authorise import Refusal
 from steer.serve.control import Control
 from steer.serve.directions import own_route
 from steer.serve.errors import Code, documented
 from steer.serve.pages import JSON
-from steer.serve.policy import CALIBRATED
+from steer.serve.policy import Bounds, bounds
 from steer.serve.route import JsonRoute
 from steer.spec import TOKENS
 from steer.watch import State
@@ -41,17 +41,11 @@ class Health(TypedDict):
     ]
 
 
-class May(TypedDict):
-    """What the caller may do."""
+class May(Bounds):
+    """What the caller may do; with one direction, `may` of its card, which is never more."""
 
     steer: bool
     modes: list[Mode]
-    max_strength: float
-    calibrated: Annotated[bool, Field(description="no more than what a direction's file is calibrated for")]
-    tokens: Annotated[list[str], Field(description="what a spec may say; last-8 allows last-1 to last-8")]
-    layers: Annotated[str | None, Field(description="within which layers a spec must stay; null for all")]
-    with_tools: Annotated[bool, Field(description="may steer requests that have tools")]
-    conditions: Annotated[bool, Field(description="may steer under conditions")]
     readout: Annotated[bool, Field(description="may use `steer_readout`")]
     manage: Annotated[bool, Field(description="may change directions and use the kill switch")]
 
@@ -105,7 +99,7 @@ def router(control: Control) -> APIRouter:
 
     @routes.get(
         "",
-        summary="Is steering on, what who asks may do, and for the managing role how policy and audit log are",
+        summary="Is steering on, what may the caller do, and for the managing role how policy and audit log are",
         responses=documented(),
     )
     async def get_steering(request: Request) -> Steering:
@@ -168,9 +162,10 @@ def _folder(control: Control) -> Literal["none", "unreadable"] | State:
 
 
 def steering(control: Control, scope: Scope) -> Steering:
-    """For `/v1/steering`: the switch, and what who asks may do."""
+    """For `/v1/steering`: the switch, and what the caller may do."""
     caller = control.caller(scope)
     rules, manages = caller.rules, True
+    known = TOKENS if control.registry is None else control.registry.placement.tokens
     try:
         control.check_manages(scope)
     except Refusal:
@@ -181,16 +176,11 @@ def steering(control: Control, scope: Scope) -> Steering:
         "reason": control.reason,
         "modes": MODE_SUMMARIES,
         "scales": MODE_SCALES,
-        "tokens": TOKENS,
+        "tokens": known,
         "may": {
             "steer": rules is None or rules.steer,
             "modes": list(MODES if rules is None else rules.modes),
-            "max_strength": MAX_STRENGTH if rules is None else rules.largest,
-            "calibrated": rules is not None and rules.max_strength == CALIBRATED,
-            "tokens": list(TOKENS if rules is None or rules.tokens is None else rules.tokens),
-            "layers": None if rules is None else rules.layers,
-            "with_tools": rules is None or rules.with_tools,
-            "conditions": rules is None or rules.conditional,
+            **bounds(() if rules is None else (rules,), known),
             "readout": rules is None or rules.readout,
             "manage": manages,
         },

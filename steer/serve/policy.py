@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,11 +28,22 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
+from typing_extensions import TypedDict
 
 from steer.errors import DirectionError, InvalidInput, SpecError, brief, problem_text
 from steer.names import MAX_STRENGTH, MODES, Mode, check_name
 from steer.serve.keys import Keyring, is_stored
-from steer.spec import TOKENS, Entry, RequestedDirection, ends, layer_range, parse, tokens_rule, tokens_within
+from steer.spec import (
+    TOKENS,
+    Entry,
+    RequestedDirection,
+    ends,
+    layer_range,
+    parse,
+    tokens_in_both,
+    tokens_rule,
+    tokens_within,
+)
 
 MAX_BYTES = 2**20
 #: Of one line: the time that TOML takes for a dotted key grows with the square of its length.
@@ -147,6 +158,39 @@ class Limits(_Table):
             mine = (0, math.inf) if item.layers is None else ends(item.layers)
             if mine[0] < first or mine[1] > last:
                 yield "layers", f"the layers {item.layers or '(all)'} are not within {self.layers}, which are allowed"
+
+
+class Bounds(TypedDict):
+    """What the caller may ask for."""
+
+    max_strength: Annotated[float, Field(description="largest strength, on either side of 0")]
+    calibrated: Annotated[bool, Field(description="no more than what a direction's file is calibrated for")]
+    tokens: Annotated[list[str], Field(description="what a spec may say; last-8 allows last-1 to last-8")]
+    layers: Annotated[str | None, Field(description="within which layers a spec must stay; null for all")]
+    with_tools: Annotated[bool, Field(description="may steer requests that have tools")]
+    conditions: Annotated[bool, Field(description="may steer under conditions")]
+
+
+def bounds(limits: Sequence[Limits], known: Collection[str]) -> Bounds:
+    """What all of `limits` allow where the server serves the `known` of `TOKENS`."""
+    tokens: list[str] | None = None
+    layers: tuple[int, int] | None = None
+    for each in limits:
+        if each.tokens is not None:
+            tokens = list(each.tokens) if tokens is None else tokens_in_both(tokens, each.tokens)
+        if each.layers is not None:
+            first, last = ends(each.layers)
+            layers = (first, last) if layers is None else (max(first, layers[0]), min(last, layers[1]))
+    if layers is not None and layers[0] > layers[1]:
+        tokens = []  # nothing is left
+    return {
+        "max_strength": min((each.largest for each in limits), default=MAX_STRENGTH),
+        "calibrated": any(each.max_strength == CALIBRATED for each in limits),
+        "tokens": [name for name in (TOKENS if tokens is None else tokens) if name in known or name not in TOKENS],
+        "layers": None if layers is None else layer_range(f"{layers[0]}-{layers[1]}"),
+        "with_tools": all(each.with_tools for each in limits),
+        "conditions": all(each.conditional for each in limits),
+    }
 
 
 class KeyRules(Limits):
@@ -288,8 +332,8 @@ def load(path: Path) -> InForce:
 
 
 def fetch(path: Path) -> bytes:
-    """The bytes of a policy file, not many more than it may have. Raises PolicyError, also for what is no file: whoever
-    opens a FIFO waits for somebody to write into it."""
+    """The bytes of a policy file, not many more than it may have. Raises PolicyError, also for what is no regular
+    file: to open a FIFO would wait for a writer."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(fd, "rb") as file:

@@ -105,7 +105,13 @@ class _Generation(BaseModel):
     @field_validator("stop", "bad_words", mode="before")
     @classmethod
     def _few_texts(cls, value: object) -> object:
-        return _texts(value)
+        given = body.as_list(value or None)
+        texts = [text for text in given if isinstance(text, str)]
+        if len(texts) < len(given):
+            raise ValueError(f"{brief(value)} is not accepted: a text, or a list of texts")
+        if wrong := body.too_many(texts):
+            raise ValueError(wrong)
+        return value
 
     @field_validator("logit_bias", mode="before")
     @classmethod
@@ -162,21 +168,6 @@ def _given(cls: type[BaseModel], data: object, neutral: Mapping[str, tuple[objec
 def _means_null(field: FieldInfo | None) -> bool:
     """Is null a value of its own, or missing where something must be said?"""
     return field is not None and (field.is_required() or NoneType in get_args(field.annotation))
-
-
-def _kinds(values: list[object]) -> set[type]:
-    return set(map(type, values))
-
-
-def _texts(value: object) -> object:
-    """A text or few texts."""
-    given = body.as_list(value or None)
-    texts = [text for text in given if isinstance(text, str)]
-    if len(texts) < len(given):
-        raise ValueError(f"{brief(value)} is not accepted: a text, or a list of texts")
-    if wrong := body.too_many(texts):
-        raise ValueError(wrong)
-    return value
 
 
 class Part(BaseModel):
@@ -299,9 +290,9 @@ class CompletionRequest(_Generation):
     def _of_one_kind(cls, value: object, _each: object) -> object:
         """In one pass, instead of pydantic's: that tries each item as each of the types."""
         items = value if isinstance(value, list) else []
-        kinds = _kinds(items)
+        kinds = set(map(type, items))
         if kinds == {list}:
-            within = {frozenset(_kinds(each)) for each in items}
+            within = {frozenset(map(type, each)) for each in items}
             kinds = {int} if within == {frozenset([int])} else set()
         if not isinstance(value, str) and kinds not in ({int}, {str}):
             raise ValueError(

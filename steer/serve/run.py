@@ -15,10 +15,9 @@ from steer.hf.batching import start_engine
 from steer.hf.load import load, template_parameters
 from steer.hf.steering import Steering
 from steer.registry import Registry
-from steer.runtime.placement import LocalPlacement, Shape
 from steer.serve.app import build
 from steer.serve.control import Control
-from steer.serve.served import Served
+from steer.serve.generation import Served
 from steer.settings import KEEP_ALIVE, ServeSettings, served_name
 from steer.spec import parse
 from steer.tokenization import Chat
@@ -38,8 +37,7 @@ def prepare(model: str, settings: ServeSettings) -> Served:
         raise InvalidInput(
             f"--chat-template-kwargs: '{name}' is not a variable of a model's template" for name in sorted(taken)
         )
-    rank = settings.rank or RANK
-    steering = Steering(loaded.model, sites=settings.site_list, rows=settings.rows, rank=rank)
+    steering = Steering(loaded.model, sites=settings.site_list, rows=settings.rows, rank=settings.rank or RANK)
     anatomy = steering.anatomy
     log.info(
         "%s: %d layers × %d, attached at %s, self-check passed",
@@ -48,10 +46,9 @@ def prepare(model: str, settings: ServeSettings) -> Served:
         anatomy.d_model,
         ", ".join(steering.sites),
     )
-    shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, steering.bank.sites, rank, anatomy.dtype)
     if not settings.directions.is_dir():
         raise UnsupportedModel(f"the directions folder '{settings.directions}' does not exist; make it or name another")
-    registry = Registry(LocalPlacement(shape, steering.bank), settings.directions)
+    registry = Registry(steering.placement(loaded.thinking), settings.directions)
     registry.sync()
     default = parse(settings.default_steer)
     registry.resolve(default)
@@ -62,16 +59,7 @@ def prepare(model: str, settings: ServeSettings) -> Served:
         steering, loaded.eos_ids, context=context, capacity=settings.max_requests, cache_tokens=settings.cache_tokens
     )
     log.info("engine: %s, context %d", engine.description, engine.context)
-    served = Served(
-        name,
-        loaded,
-        engine,
-        registry,
-        default,
-        settings.max_body,
-        control,
-        settings.template_variables,
-    )
+    served = Served(name, loaded, engine, registry, control, default, settings.max_body, settings.template_variables)
     log.info(
         "serving '%s'; directions: %s; requests that name no steering get: %s",
         served.model_name,

@@ -67,19 +67,15 @@ def restated(send: Send, sent: Collection[str]) -> Send:
     is wrong, where that says it. `sent`: the fields of the request."""
 
     async def change(body: bytes) -> bytes:
-        return _restated(body, sent)
+        try:
+            answer = json.loads(body)
+            error = answer["error"]
+            error["message"], error["param"] = plainly(error["message"], error.get("param"), sent)
+        except (ValueError, TypeError, KeyError):  # not in the shape of OpenAI's errors, nor in Anthropic's
+            return body
+        return json.dumps(answer).encode()
 
     return rewriting(send, lambda start: change if 400 <= start["status"] < 500 else None)
-
-
-def _restated(body: bytes, sent: Collection[str]) -> bytes:
-    try:
-        answer = json.loads(body)
-        error = answer["error"]
-        error["message"], error["param"] = plainly(error["message"], error.get("param"), sent)
-    except (ValueError, TypeError, KeyError):  # not in the shape of OpenAI's errors, nor in Anthropic's
-        return body
-    return json.dumps(answer).encode()
 
 
 #: What vLLM's errors name of itself.

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from steer.runtime.hook_points import Output
 from steer.vllm import wire
-from steer.vllm.steering_module import Form, Output, stream
+from steer.vllm.steering_module import Form, stream
 
 #: The key in `extra_args` under which a request says what is wanted of it.
 KEY = wire.CAPTURE

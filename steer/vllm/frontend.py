@@ -29,10 +29,11 @@ from steer.names import readable
 from steer.registry import Registry
 from steer.runtime.placement import Shape
 from steer.runtime.readout import Reading
-from steer.serve import metrics, token_usage
+from steer.serve import metrics
 from steer.serve.text import token_text
 from steer.shared import Shared
 from steer.spec import RequestedDirection, Spec, parse
+from steer.tokenization import Thinking
 from steer.vllm import internals, wire
 from steer.vllm.internals.types import Call, CallAsync
 from steer.vllm.placement import VllmPlacement
@@ -116,7 +117,7 @@ class Ticket:
 
     admission: Admission
     name: str = field(default_factory=lambda: f"ticket:{secrets.token_hex(16)}")
-    usage: token_usage.Usage = field(default_factory=token_usage.current)
+    usage: metrics.Usage = field(default_factory=metrics.current_usage)
     used: bool = False
     lost: bool = False
     salt: str = ""
@@ -171,9 +172,10 @@ class Frontend:
         *,
         place: tuple[int, int] = (0, 1),
         serves: bool = False,
+        thinking: Thinking | None = None,
     ) -> None:
         """`place`: which of how many front ends of the engine this is. `serves`: the engine is a server's, so nothing
-        is taken that no layer of ours has let pass."""
+        is taken that no layer of ours has let pass. `thinking`: the tokens of the model's."""
         architecture, layers, d_model = internals.config.shape_of(config)
         self.settings, self.call, self.call_async = settings, call, call_async or _no_loop
         self.serves, self.place = serves, place
@@ -182,7 +184,8 @@ class Frontend:
         self.dtype = internals.config.dtype_of(config)
         self.context = internals.config.context_of(config)
         sites = frozenset(settings.sites)
-        self.shape = Shape(architecture, layers, d_model, sites, settings.rank, internals.config.stream_dtype(config))
+        dtype = internals.config.stream_dtype(config)
+        self.shape = Shape(architecture, layers, d_model, sites, settings.rank, dtype, thinking)
         self.placement = VllmPlacement(self.shape, call)
         self.registry = Registry(self.placement, settings.directions)
         self.default = parse(settings.default)
@@ -228,7 +231,9 @@ class Frontend:
         made = Shared.make_folder() if count > 1 else None
         name = f"{index}:{secrets.token_hex(8)}"
         try:
-            workers = self.call("steer_hello", name, str(made or ""))
+            workers = self.call(
+                "steer_hello", name, str(made or ""), (t := self.shape.thinking) and [t.begin, t.end, *t.special]
+            )
             if made is not None:
                 self.shared = Shared(Path(workers[0]["folder"]), index, count)
         finally:
@@ -250,7 +255,7 @@ class Frontend:
             self.placement.flush()
             metrics.refresh(registry)
 
-        metrics.watch(registry, lambda: registry.rows, self.settings.rows)
+        metrics.watch(registry, self.settings.rows)
         metrics.refresh(registry)
         registry.follow(looked, self.shared)
 
@@ -344,11 +349,11 @@ class Frontend:
         if call is not None:
             call.made += 1
             if call.made == 1:  # n answers are n requests of the engine with one prompt
-                token_usage.current().prompt += internals.engine.prompt_length(request)
+                metrics.current_usage().prompt += internals.engine.prompt_length(request)
         unread = KEY in (getattr(request.sampling_params, "extra_args", None) or {})
         if text is None and not unread and not (call and call.ticket.admission.spec):
             return
-        if call is None or wire.encode(call.ticket.admission.spec) != text:
+        if call is None or call.ticket.admission.spec.receipt() != text:
             raise SpecError("a request with steering must be made by add_request from a prompt and parameters")
         if request.request_id in self.held:
             raise SpecError(f"a steered request with the id '{request.request_id}' is running already")
@@ -411,7 +416,7 @@ def _with_spec(params: SamplingParams, extra: Mapping[str, object], admission: A
     if KEY not in extra and not spec:
         return params
     copied = params.clone()
-    ours: dict[str, object] = {RESOLVED: wire.encode(spec)} if spec else {}
+    ours: dict[str, object] = {RESOLVED: spec.receipt()} if spec else {}
     if readout:
         ours[READ] = list(readout.digests)
     copied.extra_args = {key: value for key, value in extra.items() if key != KEY} | ours or None

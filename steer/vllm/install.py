@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from steer.errors import UnsupportedModel
 from steer.runtime import selfcheck
 from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
-from steer.runtime.hook_points import find_blocks, hooks, writers_of
+from steer.runtime.hook_points import Args, Kwargs, Output, find_blocks, find_writers, hooks
 from steer.runtime.token_index import TokenIndex
 from steer.spec import MAX_TOGETHER
 from steer.vllm import internals
@@ -25,14 +25,12 @@ from steer.vllm.internals.types import Worker
 from steer.vllm.settings import EngineSettings
 from steer.vllm.steering_module import (
     Form,
-    Output,
     Reads,
     Slot,
     SteeringModule,
     attach_after,
     attach_before,
     attach_within,
-    exact_stream,
     stream,
 )
 
@@ -65,7 +63,7 @@ class Target:
             return selfcheck.HookedModule(self.point, self.module, lambda given: slot.get(*given), before=True)
         if (norm := self.norm) is not None:
             return selfcheck.HookedModule(self.point, norm, _added, before=True, norm=norm.forward_native)
-        return selfcheck.HookedModule(self.point, self.module, lambda output: exact_stream(self.form, output))
+        return selfcheck.HookedModule(self.point, self.module, lambda output: stream(self.form, output, torch.float64))
 
 
 def _added(given: tuple[tuple[Tensor, ...], object]) -> Tensor:
@@ -237,49 +235,29 @@ def _find_stream_argument(worker: Worker, block: nn.Module, d_model: int) -> Slo
 def _find_writers(worker: Worker, local: dict[int, nn.Module], form: Form) -> list[Target]:
     """For each block the children whose outputs add up to what it adds to the stream. Raises UnsupportedModel where
     there are none, as where ranks each hold a part of a sum that is reduced later."""
-    entered: dict[int, Tensor] = {}
-    left: dict[int, Tensor] = {}
-    wrote: dict[int, dict[str, Tensor]] = {i: {} for i in local}
     last: list[Tensor] = []
+    width = worker.model_config.get_hidden_size()
 
-    def before(i: int) -> Callable[..., None]:
-        def record(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            if last:
-                entered[i] = last[-1]  # what the block before handed on
-                return
-            width = worker.model_config.get_hidden_size()
-            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
-            given = [x.float().reshape(-1, width) for x in given if x.shape[-1] == width]
-            entered[i] = torch.stack(given if form == "sum" else given[:1]).sum(0)
+    def entering(args: Args, kwargs: Kwargs) -> Tensor:
+        if last:
+            return last[-1]  # what the block before handed on
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+        given = [x.float().reshape(-1, width) for x in given if x.shape[-1] == width]
+        return torch.stack(given if form == "sum" else given[:1]).sum(0)
 
-        return record
+    def leaving(output: Output) -> Tensor:
+        last.append(stream(form, output).clone())
+        return last[-1]
 
-    def after(i: int) -> Callable[..., None]:
-        def record(_module: nn.Module, _args: object, output: Output) -> None:
-            left[i] = stream(form, output).clone()
-            last.append(left[i])
-
-        return record
-
-    def child(i: int, name: str) -> Callable[..., None]:
-        def record(_module: nn.Module, _args: object, output: object) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and output.numel() == entered[i].numel():
-                wrote[i][name] = output.detach().float().reshape(entered[i].shape).clone()
-
-        return record
-
-    handles = []
-    for i, block in local.items():
-        handles += [block.register_forward_pre_hook(before(i), with_kwargs=True), block.register_forward_hook(after(i))]
-        handles += [m.register_forward_hook(child(i, name)) for name, m in block.named_children()]
-    with hooks(handles):
-        internals.worker.probe(worker)
     eps = torch.finfo(worker.model_config.dtype).eps
-    targets: list[Target] = []
-    for i, block in local.items():
-        for writer in writers_of(block, i, entered[i], left[i], wrote[i], eps):
-            targets.append(Target(HookPoint("writers", i), writer, "tensor"))
-    return targets
+    found = find_writers(
+        list(local.values()), lambda: internals.worker.probe(worker), entering, leaving, eps, first=min(local)
+    )
+    return [
+        Target(HookPoint("writers", i), writer, "tensor")
+        for i, writers in zip(local, found, strict=True)
+        for writer in writers
+    ]
 
 
 def _self_check(

@@ -17,12 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from steer.errors import EngineFailed, InvalidInput, SpecError
-from steer.lab.activations import Activations, Reading
-from steer.lab.evaluator import Answer, Candidate, Floats, each_row
+from steer.lab.evaluator import Candidate, Floats, each_row, named
 from steer.lab.measurement import ModelFacts
-from steer.lab.probe import Answered, opened
+from steer.lab.outcome import Answer
+from steer.lab.probe import opened
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Encoded, Prompt, PromptIds, Rendering, encode_all
+from steer.lab.source import Activations, CapturePlan
 from steer.spec import Entry, RequestedDirection, parse, text
 from steer.tokenization import Chat, Tokenizer
 from steer.vllm import capture, frontend, internals
@@ -79,24 +80,22 @@ class VllmSource(Chat):
     def fingerprint(self) -> str:
         """Of what the engine hands on of a fixed prompt at every layer."""
         ids = list(range(3, 3 + internals.base.PROBE_TOKENS))
-        seen = self.run([Encoded(ids, slice(0, len(ids)))], Reading((-1,), self.facts.layers - 1))
+        seen = self.run([Encoded(ids, slice(0, len(ids)))], CapturePlan((-1,), self.facts.layers - 1))
         return hashlib.sha256(seen.picked.numpy().tobytes()).hexdigest()
 
-    def run(self, batch: Sequence[Encoded], reading: Reading) -> Activations:
-        """Prefill `batch` and hand out what `reading` asks for; picked vectors are float32.
+    def run(self, batch: Sequence[Encoded], plan: CapturePlan) -> Activations:
+        """Prefill `batch` and hand out what `plan` asks for; picked vectors are float32.
 
         Raises EngineFailed where a token of a prompt did not come by.
         """
         from vllm import SamplingParams
 
-        answers = self.llm.collective_rpc(
-            "steer_capture", args=(len(batch), len(reading.positions), reading.last_layer)
-        )
+        answers = self.llm.collective_rpc("steer_capture", args=(len(batch), len(plan.positions), plan.last_layer))
         if problems := sorted({answer["error"] for answer in answers if answer}):
             raise InvalidInput(problems)
         parameters = []
         for number, e in enumerate(batch):
-            at = tuple(p if p >= 0 else len(e.ids) + p for p in reading.positions)
+            at = tuple(p if p >= 0 else len(e.ids) + p for p in plan.positions)
             asked = capture.CaptureRequest(number=number, at=at, start=e.own.start, stop=e.own.stop)
             parameters.append(
                 SamplingParams(
@@ -105,14 +104,14 @@ class VllmSource(Chat):
             )
         self.llm.generate([{"prompt_token_ids": e.ids} for e in batch], parameters, use_tqdm=False)
         d_model = self.facts.d_model
-        picked = torch.zeros(len(reading.positions), reading.layers, len(batch), d_model)
-        own = torch.zeros(reading.layers, d_model, dtype=torch.float64)
-        missing = set(range(reading.layers))
+        picked = torch.zeros(len(plan.positions), plan.layers, len(batch), d_model)
+        own = torch.zeros(plan.layers, d_model, dtype=torch.float64)
+        missing = set(range(plan.layers))
         for answer in self.llm.collective_rpc("steer_captured"):
             if (short := [n for n, e in enumerate(batch) if answer["seen"][n] < len(e.ids)]) and answer["layers"]:
                 raise EngineFailed(f"prompts {short} of a batch were not prefilled whole")
             for layer, vectors, sums in answer["layers"]:  # tensor-parallel ranks say the same
-                picked[:, layer] = _array(vectors, (len(batch), len(reading.positions), d_model)).transpose(0, 1)
+                picked[:, layer] = _array(vectors, (len(batch), len(plan.positions), d_model)).transpose(0, 1)
                 own[layer] = _array(sums, (len(batch), d_model)).sum(0)
                 missing.discard(layer)
         if missing:
@@ -133,7 +132,7 @@ class Sampled:
     logprobs: Floats
 
     def first(self, tokens: int) -> Sampled:
-        """Only so many tokens of the answer."""
+        """With the first `tokens` tokens of the answer alone."""
         return Sampled(self.ids[: self.start + tokens], self.start, self.logprobs[:tokens])
 
 
@@ -163,15 +162,11 @@ class VllmEvaluator:
     @contextmanager
     def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[str | None]]:
         """Raises DirectionError where the engine's rank or rows are too few."""
-        registry, names, put = self.frontend.registry, dict[int, str](), list[str]()
-        for candidate in candidates:
-            names.setdefault(id(candidate.direction), f"candidate{len(names)}")
-        entries = [candidate.entry(names[id(candidate.direction)]) for candidate in candidates]
+        registry, put, (directions, entries) = self.frontend.registry, list[str](), named(candidates)
         try:
-            for candidate in candidates:
-                if (name := names[id(candidate.direction)]) not in put:
-                    registry.put(name, candidate.direction.to_bytes(), store=False)
-                    put.append(name)
+            for name, direction in directions.items():
+                registry.put(name, direction.to_bytes(), store=False)
+                put.append(name)
             yield [
                 text([RequestedDirection(e.direction, e.mode, e.strength, e.layers, e.tokens)]) if e.strength else None
                 for e in entries
@@ -185,14 +180,14 @@ class VllmEvaluator:
         prompts: Sequence[Prompt],
         steer: str | Sequence[str | None] | None,
         known: Callable[[str], bool] | None = None,
-    ) -> list[Answered]:
+    ) -> list[Answer]:
         """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`. `known` is not asked: the engine
         ends answers by what it was told before, and its batch closes up after each that ends."""
         options = dict(temperature=0, max_tokens=self.max_tokens)
         encoded = self._ids(prompts)
         thinking = opened(self.tokenizer, encoded)
         outputs = self._generate(encoded, steer, answering(self.max_tokens), **options)
-        return [Answered(_without_end(one.outputs[0]), thinking + one.outputs[0].text) for one in outputs]
+        return [Answer(_without_end(one.outputs[0]), thinking + one.outputs[0].text) for one in outputs]
 
     def opening_odds(
         self,

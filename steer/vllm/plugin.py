@@ -7,20 +7,33 @@ that every request passes it. It does nothing to any other engine.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from steer.errors import InvalidInput, SpecError, UnsupportedModel
-from steer.vllm import internals, tracing, wire
+from steer.spec import Spec
+from steer.vllm import internals, wire
 from steer.vllm.frontend import ATTRIBUTE, SALT, Frontend, in_self_check, parted, salt_of
 from steer.vllm.selfcheck import Answer, Job
 from steer.vllm.settings import KEY, EngineSettings
 from steer.vllm.settings import read as settings_of
 
 if TYPE_CHECKING:
-    from steer.vllm.internals.types import AsyncLLM, EngineRequest, LLMEngine, SamplingParams, VllmConfig
+    from opentelemetry.trace import Span
+
+    from steer.vllm.internals.types import (
+        AsyncLLM,
+        EngineCoreOutput,
+        EngineRequest,
+        LLMEngine,
+        OutputProcessor,
+        RequestState,
+        SamplingParams,
+        VllmConfig,
+    )
 
 
 def register() -> None:
@@ -44,7 +57,9 @@ def _prepare(config: VllmConfig) -> EngineSettings | None:
 
 def _attach_sync(engine: LLMEngine, settings: EngineSettings, serves: bool) -> None:
     """Steering on an `LLMEngine` that has just started; blocks until the workers are ready."""
-    frontend = Frontend(engine.vllm_config, settings, partial(internals.engine.call_workers, engine), serves=serves)
+    call = partial(internals.engine.call_workers, engine)
+    thinking = internals.engine.engine_thinking(engine)
+    frontend = Frontend(engine.vllm_config, settings, call, serves=serves, thinking=thinking)
     _wrap_processors(engine, frontend)
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])
 
@@ -93,6 +108,7 @@ def _attach_async(engine: AsyncLLM, settings: EngineSettings, serves: bool) -> N
         partial(internals.engine.call_workers_async, engine),
         place=internals.engine.place_of(engine),
         serves=serves,
+        thinking=internals.engine.engine_thinking(engine),
     )
     _wrap_processors(engine, frontend)
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])
@@ -162,7 +178,7 @@ def _wrap_processors(engine: LLMEngine | AsyncLLM, frontend: Frontend) -> None:
     internals.engine.wrap_requests(
         outputs, frontend.check_added, frontend.has_added, frontend.let_go, frontend.held, frontend.lost
     )
-    tracing.trace(outputs, frontend.applied)
+    _trace(outputs, frontend.applied)
 
 
 def _fold_salt(request: EngineRequest) -> None:
@@ -171,7 +187,54 @@ def _fold_salt(request: EngineRequest) -> None:
         raise SpecError(f"a cache_salt must not contain '{SALT}'", param="cache_salt")
     text = wire.of(request.sampling_params)
     if text is not None:
-        spec, prompt = wire.decode(text), internals.engine.prompt_length(request)
+        spec, prompt = Spec.of(text), internals.engine.prompt_length(request)
         if not spec.everywhere and not prompt:
             raise SpecError("tokens: cannot be used with a prompt that is given as embeddings", param="steer.tokens")
         request.cache_salt = (request.cache_salt or "") + salt_of(request, spec)
+
+
+#: The spec of the request whose span is being made.
+_spanned: ContextVar[Spec | None] = ContextVar("steer_spanned", default=None)
+
+
+def _attributes(spec: Spec) -> dict[str, object]:
+    """As OpenTelemetry has them: texts, numbers, and lists of one kind."""
+    return {
+        "steer.applied": spec.receipt(),
+        "steer.directions": [entry.direction for entry in spec.entries],
+        "steer.digests": [entry.digest for entry in spec.entries],
+        "steer.modes": [entry.mode for entry in spec.entries],
+        "steer.strengths": [entry.strength for entry in spec.entries],
+    }
+
+
+def _trace(outputs: OutputProcessor, spec_of: Callable[[str], Spec | None]) -> None:
+    """Say what was applied to a request on vLLM's span of it, where tracing is on (`--otlp-traces-endpoint`). `spec_of`
+    takes a request's id, and gives None for a plain one.
+
+    vLLM makes the span when a request ends, from its own attributes. A span processor, OpenTelemetry's extension point
+    for this, adds ours as the span starts, on the event loop."""
+    if not getattr(outputs, "tracing_enabled", False):
+        return
+    from opentelemetry import trace as opentelemetry
+    from opentelemetry.sdk.trace import SpanProcessor
+
+    class Steered(SpanProcessor):
+        def on_start(self, span: Span, parent_context: object = None) -> None:
+            if spec := _spanned.get():
+                span.set_attributes(_attributes(spec))
+
+    provider = internals.seam(opentelemetry.get_tracer_provider(), "add_span_processor")
+    provider(Steered())
+    make = internals.seam(outputs, "do_tracing", ["req_state"])
+
+    def making(
+        engine_core_output: EngineCoreOutput, req_state: RequestState, *args: object, **kwargs: object
+    ) -> object:
+        token = _spanned.set(spec_of(req_state.request_id))
+        try:
+            return make(engine_core_output, req_state, *args, **kwargs)
+        finally:
+            _spanned.reset(token)
+
+    outputs.do_tracing = making

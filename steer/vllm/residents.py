@@ -15,6 +15,7 @@ from steer.errors import NoRoom, UnsupportedModel
 from steer.runtime.bank import DirectionBank
 from steer.runtime.token_index import RequestSteer
 from steer.spec import Spec
+from steer.tokenization import Phase
 
 
 class RowsInUse(NoRoom):
@@ -81,10 +82,11 @@ class Residents:
             if not self._holders[digest]:
                 self.retired[digest] = None
 
-    def steer(self, request: str, spec: Spec, prompt: int) -> RequestSteer:
-        """The index entries of `request`, of `prompt` tokens, which uses these directions until it `ends`."""
+    def steer(self, request: str, spec: Spec, prompt: int, phase: Phase | None = None) -> RequestSteer:
+        """The index entries of `request`, of `prompt` tokens and in this `Spec.phase`, which uses these directions
+        until it `ends`."""
         self._use(request, [e.digest for each in spec.entries for e in (each, each.condition) if e])
-        steer = self.bank.steer(spec, prompt)
+        steer = self.bank.steer(spec, prompt, phase)
         assert steer is not None, "the front end sends no empty spec"
         return steer
 

@@ -35,7 +35,7 @@ from steer.serve.access import PUBLIC, Access, Cors
 from steer.serve.answers import ReadReport, report
 from steer.serve.asgi import Change, rewriting, with_headers
 from steer.serve.authorise import resolve
-from steer.serve.body import BODY, LARGE, Gone, offload, parse_body, read_body, replay, understood
+from steer.serve.body import BODY, LARGE, Gone, offload, parse_body, prompt_count, read_body, replay, understood
 from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
 from steer.serve.errors import Code, HTTPProblem
@@ -86,7 +86,7 @@ def install(app: FastAPI) -> None:
             raise UnsupportedModel(f"vLLM {internals.version()} serves no route {needed}")
     control = app.state.steer_control = Control(control_settings(app))
     check_door(control, app.state.args)
-    app.include_router(directions_router(_LateRegistry(app), control=control))  # type: ignore[arg-type]
+    app.include_router(directions_router(control))
     app.include_router(operation.router(control))
     app.include_router(html.router())
     html.put_docs_on(app)
@@ -141,11 +141,15 @@ class Middleware:
             control.stop()
 
 
-class Closed:
-    """Behind the door the way to the engine is closed, until the layer of a route opens it."""
+class _Layer:
+    """Around an ASGI app."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+
+
+class Closed(_Layer):
+    """Behind the door the way to the engine is closed, until the layer of a route opens it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -222,16 +226,6 @@ def check_door(control: Control, args: Namespace) -> None:
     control.listen(args.host, origins, guarded=guarded)
 
 
-class _LateRegistry:
-    """The registry of the app's engine, which is there only when the app serves."""
-
-    def __init__(self, app: FastAPI) -> None:
-        self._app = app
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(front_end_of(self._app).registry, name)
-
-
 class Generation:
     """On one generation route. The engine gets a ticket for what was admitted, so that what the receipt says is what is
     applied, whatever is swapped in between. `reads`: can its answers carry a read-out; `dropping`: fields with which
@@ -304,12 +298,9 @@ class Generation:
             await errors.of(error)(scope, receive, send)
 
 
-class Other:
+class Other(_Layer):
     """On a route of vLLM's that does not steer. It may generate plain answers, for who needs no steering, where nothing
     of the request bears any; every answer to such a request has the receipt of that."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -384,10 +375,8 @@ def unsupported(message: str, param: str | None = None) -> HTTPProblem:
 
 def check_one_answer(body: dict[str, object]) -> None:
     """Raise SpecError for a request that is to be read and makes several answers, or none that is generated."""
-    prompt = body.get("prompt")
-    several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
     counts = (body.get("n"), body.get("best_of"))
-    if several or any(count not in (None, 1) for count in counts) or body.get("use_beam_search"):
+    if prompt_count(body) > 1 or any(count not in (None, 1) for count in counts) or body.get("use_beam_search"):
         raise SpecError(f"{FIELD}: on this server one answer is read at a time: one prompt, and n = 1", param=FIELD)
 
 
@@ -481,27 +470,26 @@ class _Held:
         return self._refused
 
 
-class Models:
+class Models(_Layer):
     """Around `GET /v1/models`: an alias for each served model with each direction."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         caller = control_of(scope["app"]).caller(scope)
         names = [name for name in front_end_of(scope["app"]).registry.names() if caller.may_use(name)]
 
         async def change(body: bytes) -> bytes:
-            return _with_aliases(body, names)
+            listed = json.loads(body)
+            for card in list(listed["data"]):
+                for name in names:
+                    alias = {"id": f"{card['id']}{carriers.PLUS}{name}", "parent": card["id"], "root": name}
+                    listed["data"].append(card | alias)
+            return json.dumps(listed).encode()
 
         await self.app(scope, receive, rewriting(send, lambda start: change if start["status"] == 200 else None))
 
 
-class Health:
+class Health(_Layer):
     """Around `GET /health`: vLLM's status, with a body that has ours."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         health = operation.health(control_of(scope["app"]))
@@ -513,12 +501,3 @@ class Health:
             return change
 
         await self.app(scope, receive, rewriting(send, choose, pages.JSON))
-
-
-def _with_aliases(body: bytes, names: Sequence[str]) -> bytes:
-    listed = json.loads(body)
-    for card in list(listed["data"]):
-        for name in names:
-            alias = {"id": f"{card['id']}{carriers.PLUS}{name}", "parent": card["id"], "root": name}
-            listed["data"].append(card | alias)
-    return json.dumps(listed).encode()

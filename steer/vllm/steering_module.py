@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from types import MethodType
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from steer.names import Site
 from steer.runtime.bank import BankSlice, Operands, decide, gather, operate, operate_before_norm
+from steer.runtime.hook_points import Args, Kwargs, Output
 from steer.runtime.memory import lasting
 from steer.runtime.readout import AFTER, BEFORE, components
 from steer.runtime.token_index import TokenIndex, conditions, unpacked
@@ -28,11 +29,6 @@ if TYPE_CHECKING:
 #: How a block hands on the stream: it returns one tensor; a tuple whose first is the whole stream; or (h, r) with the
 #: stream being h + r, added by the norm that comes next.
 Form = Literal["tensor", "first", "sum"]
-#: What a block returns (see `Form`).
-Output: TypeAlias = "Tensor | tuple[Tensor, ...]"
-#: The arguments of a block, as far as they are the stream.
-Args: TypeAlias = "tuple[Tensor, ...]"
-Kwargs: TypeAlias = "dict[str, Tensor]"
 
 
 class Reads:
@@ -218,17 +214,10 @@ def attach_before(module: nn.Module, slot: Slot, steering_module: SteeringModule
     module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def stream(form: Form, output: Output) -> Tensor:
-    """The stream `[tokens, d_model]`, float32, in what a block returned."""
+def stream(form: Form, output: Output, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The stream `[tokens, d_model]` in what a block returned; in float64 the sum of two parts is exact."""
     parts = (output,) if isinstance(output, Tensor) else output
-    x = parts[0].float() + parts[1].float() if form == "sum" else parts[0].float()
-    return x.reshape(-1, x.shape[-1])
-
-
-def exact_stream(form: Form, output: Output) -> Tensor:
-    """The same in float64, in which the sum of two is what it is."""
-    parts = (output,) if isinstance(output, Tensor) else output
-    x = parts[0].double() + parts[1].double() if form == "sum" else parts[0].double()
+    x = parts[0].to(dtype) + parts[1].to(dtype) if form == "sum" else parts[0].to(dtype)
     return x.reshape(-1, x.shape[-1])
 
 

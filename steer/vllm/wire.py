@@ -5,23 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from steer.errors import SpecError
-from steer.spec import Spec, nearly
+from steer.spec import nearly
 from steer.vllm.settings import KEY
 
-#: Its key. Requests must not bring it: only what the front end resolved and pinned goes under it.
+#: Its key; the value is its receipt. Requests must not bring it: only the front end, for what it has pinned.
 RESOLVED = "steer.resolved"
 #: The digests of the versions whose rows are read, in this order.
 READ = "steer.read"
 #: What a measurement in this program has captured of its own requests; without one it means nothing.
 CAPTURE = "steer.capture"
-
-
-def encode(spec: Spec) -> str:
-    return spec.receipt()
-
-
-def decode(text: str) -> Spec:
-    return Spec.of(text)
 
 
 def check_absent(extra: object) -> None:
@@ -38,6 +30,6 @@ def read_by(params: object) -> Sequence[str]:
 
 
 def of(params: object) -> str | None:
-    """The encoded spec in SamplingParams; None for a plain request, and for one that generates nothing."""
+    """The receipt of the spec in SamplingParams; None for a plain request, and for one that generates nothing."""
     text: str | None = (getattr(params, "extra_args", None) or {}).get(RESOLVED)
     return text

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from itertools import repeat
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +17,9 @@ from numpy.typing import NDArray
 
 from steer._version import __version__
 from steer.errors import NoRoom, SteerError, UnsupportedModel
-from steer.runtime.token_index import PLAIN, RequestSteer, TokenIndex
+from steer.runtime.token_index import PLAIN, RequestSteer, TokenIndex, Tokens
+from steer.spec import Spec
+from steer.tokenization import Thinking
 from steer.vllm import install, internals, settings, wire
 from steer.vllm.capture import Capture
 from steer.vllm.losses import LostRuns, Run, Step
@@ -40,18 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("steer")
 _NONE = np.zeros(0, np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerFacts:
-    """What one worker answers when the front end asks what it has."""
-
-    runner: str
-    layers: tuple[int, ...]
-    rank: int
-    rows: int
-    code: str
-    folder: str
 
 
 class Steered:
@@ -109,6 +98,7 @@ class Steered:
             None  # what the rank before has handed on for the step that runs
         )
         self._met_front_end = False
+        self._thinking: Thinking | None = None
         self._folder = ""  # where the front ends meet
         reads = self._installation.reads
         self._reads = ReadRunner(reads, self._installation.reading) if reads is not None else None
@@ -238,17 +228,16 @@ class Steered:
         text = wire.of(new.sampling_params)
         if text is None:
             return
-        spec, length = wire.decode(text), internals.worker.new_prompt_length(new)
-        steer = self._residents.steer(new.req_id, spec, length)
+        spec, length, prompt = Spec.of(text), internals.worker.new_prompt_length(new), new.prompt_token_ids or ()
+        steer = self._residents.steer(new.req_id, spec, length, spec.phase(self._thinking, prompt))
         if new.req_id in self._running:  # with what it has decided
             return
-        prompt = new.prompt_token_ids or ()
         self._lost_runs.meet(new.req_id, Run(internals.worker.adapter_of(new) + spec.key(length), prompt, length))
-        if steer.decision is not None:
+        if steer.decides:
             self._conditional[new.req_id] = steer = self._index.decisions.take(steer)
         self._running[new.req_id] = self._index.enter(steer)
 
-    def _on_batch(self, requests: list[str], lengths: NDArray[np.int32]) -> None:
+    def _on_batch(self, requests: list[str], lengths: NDArray[np.int32], tokens: Tokens) -> None:
         if self._inside == "call":
             self._rest()
             return
@@ -258,7 +247,7 @@ class Steered:
         starts = None
         if self._index.phased:
             starts = np.fromiter(map(self._starts.__getitem__, requests), np.int64, len(requests))
-        steered = self._index.fill(numbers, lengths, starts)
+        steered = self._index.fill(numbers, lengths, starts, tokens)
         self._steered_tokens += steered
         self._batch = (list(requests), lengths.copy()) if steered else ([], lengths)
         before, self._from_before = self._from_before, None
@@ -271,13 +260,17 @@ class Steered:
 
     # -- called by `collective_rpc`; failures are answers, so that one worker's cannot end the engine -----------------
 
-    def steer_hello(self, front_end: str, folder: str) -> dict[str, object]:
-        """A front end is there; what this worker has, and the folder that the first one has named for all to meet."""
+    def steer_hello(self, front_end: str, folder: str, thinking: list[int] | None = None) -> dict[str, object]:
+        """A front end is there, and what begins and ends the model's thinking, with the special tokens; what this
+        worker has, and the folder that the first one has named for all to meet."""
         self._met_front_end = True
+        if thinking:
+            begin, end, *special = thinking
+            self._thinking = Thinking(begin, end, frozenset(special))
         self._residents.meet(front_end)
         self._folder = self._folder or folder
-        own, layers = self.steer_settings, tuple(self._installation.blocks)
-        return asdict(WorkerFacts(self._runner_kind, layers, own.rank, own.rows, code_digest(), self._folder))
+        layers = tuple(self._installation.blocks)
+        return {"runner": self._runner_kind, "layers": layers, "code": code_digest(), "folder": self._folder}
 
     def steer_load(self, data: bytes, digest: str, front_end: str) -> dict[str, str]:
         try:

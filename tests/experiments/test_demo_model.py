@@ -17,8 +17,10 @@ from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluation.expected import read_expected, right
+from steer.lab.evaluation.report import DivergenceOf
 from steer.lab.evaluator import Candidate
-from steer.lab.probe import Answered, Divergence, HFEvaluator, summarised
+from steer.lab.outcome import Answer
+from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import Rendering, read_prompts
 from steer.spec import Entry, Spec
 from tests.servers import ROOT
@@ -31,8 +33,8 @@ ARMS = ("shipped", "projected")
 class Measured:
     """Answers of each class in each arm ("plain" or a mode), and the divergence of each mode on harmless prompts."""
 
-    answers: dict[tuple[str, str], list[Answered]]
-    divergence: dict[str, Divergence]
+    answers: dict[tuple[str, str], list[Answer]]
+    divergence: dict[str, DivergenceOf]
     prompts: dict[str, tuple[str, ...]]
 
     def refused(self, cls: str, arm: str) -> float:
@@ -83,7 +85,7 @@ def measured(loaded: Loaded, direction: Direction) -> Measured:
             for cls in language.CLASSES:
                 out.answers[cls, arm] = probe.answers(prompts[cls], steer)
             plain = out.answers["harmless", "plain"]
-            out.divergence[arm] = summarised(probe.divergences(prompts["harmless"], plain, steer))
+            out.divergence[arm] = DivergenceOf.of(arm, "harmless", probe.divergences(prompts["harmless"], plain, steer))
     return out
 
 
@@ -133,7 +135,7 @@ def test_the_shipped_direction_is_one_sided_slerp(direction: Direction) -> None:
 
 def test_held_out_prompts_were_held_out() -> None:
     for cls in language.CLASSES:
-        trained, tested = (set(language.PAIRS[cls][split]) for split in ("train", "test"))
+        trained, tested = (set(language.WHOLE.pairs[cls][split]) for split in ("train", "test"))
         assert not trained & tested
         for prompt in read_prompts(str(PROMPTS / f"{cls}.test.txt")).prompts:
             task = language.task_of(str(prompt))
@@ -174,8 +176,8 @@ def test_a_second_behaviour_is_removed_where_the_model_has_it_as_one_choice(load
     probe = HFEvaluator(loaded, Steering(loaded.model), max_tokens=48)
     with probe.all_resident([Candidate(direction, direction.meta.mode, direction.meta.strength)]) as (steer,):
         answers = [a.text for a in probe.answers(asked, steer)]
-    assert wordy.rate([a.text for a in probe.answers(asked, None)]) >= 0.95
-    assert wordy.rate(answers) <= 0.05
+    assert share(wordy.shown(a.text) for a in probe.answers(asked, None)) >= 0.95
+    assert share(map(wordy.shown, answers)) <= 0.05
     assert share(language.is_right(language.task_of(p), a) for p, a in zip(asked, answers, strict=True)) >= 0.95
 
 
@@ -186,8 +188,8 @@ def test_both_behaviours_are_removed_at_once(loaded: Loaded) -> None:
         steering.bank.load(name, Direction.load(ROOT / "directions" / f"{name}.safetensors"))
     entries = (Entry("refusal", "refusal", "one_sided", 1.5), Entry("verbosity", "verbosity", "one_sided", 2.5))
     answers = [a.text for a in HFEvaluator(loaded, steering, max_tokens=48).answers(prompts, Spec(entries))]
-    assert REFUSAL.rate(answers) <= 0.06
-    assert Behaviour.load("verbosity").rate(answers) <= 0.1
+    assert share(map(REFUSAL.shown, answers)) <= 0.06
+    assert share(map(Behaviour.load("verbosity").shown, answers)) <= 0.1
     right = share(language.is_right(language.task_of(p), a) for p, a in zip(prompts, answers, strict=True))
     assert right >= 0.9
 

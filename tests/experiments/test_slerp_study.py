@@ -9,21 +9,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import t as student
 from typer.testing import CliRunner
 
+from experiments.slerp_study import pictures
 from experiments.slerp_study.__main__ import app
 from experiments.slerp_study.arms import METHODS, MODES, SLERP, TS
 from experiments.slerp_study.run import subjects
 from experiments.slerp_study.sets import read_sets
-from experiments.slerp_study.summary import group_figures, group_of
+from experiments.slerp_study.summary import group_figures, group_of, over_seeds
 from experiments.slerp_study.trial import Ledger, Trial
 from steer.errors import InvalidInput
 from steer.geometry import angle, linear_direction, linear_t, slerp_direction, unit
 from steer.lab.evaluator import Candidate
+from steer.lab.plots import picture
+from steer.lab.statistics import Estimate
 from tests import models
 
 SETS = {
@@ -302,3 +307,26 @@ def test_ablation_sets_both_means_to_one_ray_of_their_arc(numbers: list[float], 
 def test_the_sweep_is_from_nothing_to_twice_the_arc() -> None:
     assert (TS[0], TS[-1]) == (0.0, 2.0)
     assert [METHODS[name].model_dump() for name in SLERP] == [{"t": t} for t in TS]
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=31))
+def test_the_interval_over_seeds_is_students(values: list[float]) -> None:
+    estimate = over_seeds(values)
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / len(values) ** 0.5
+    half = float(student.ppf(0.975, len(values) - 1)) * error
+    assert estimate.value == pytest.approx(mean, abs=1e-9)
+    assert estimate.high - estimate.value == pytest.approx(half, rel=1e-4, abs=1e-9)
+    assert estimate.value - estimate.low == pytest.approx(half, rel=1e-4, abs=1e-9)
+
+
+def test_one_seed_has_no_interval_and_none_no_mean() -> None:
+    assert over_seeds([3.0]) == Estimate(3.0, -math.inf, math.inf)
+    with pytest.raises(ValueError, match="at least one value"):
+        over_seeds([])
+
+
+def test_cosines_are_written_into_their_cells(tmp_path: Path) -> None:
+    with picture(tmp_path / "cosines.png") as (axes,):
+        pictures.cosines(axes, [[1, 0.25], [float("nan"), -1]], ["slerp", "linear"], ["0", "1"])
+        assert [text.get_text() for text in axes.texts] == ["1.00", "0.25", "-1.00"]
+    assert (tmp_path / "cosines.png").read_bytes()[:4] == b"\x89PNG"

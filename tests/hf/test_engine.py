@@ -31,7 +31,8 @@ from steer.names import MODES, Mode
 from steer.readout import Line, Readout
 from steer.runtime.bank import HookPoint
 from steer.runtime.token_index import RequestSteer, TokenIndex
-from steer.spec import Condition, Entry, Spec
+from steer.spec import PHASES, Condition, Entry, Spec
+from steer.tokenization import Thinking
 from tests import models
 from tests.oracle import acting
 
@@ -51,8 +52,12 @@ class Rig:
     def steer(self, spec: Spec | None, prompt: int = 1) -> RequestSteer | None:
         return self.engine.steering.bank.steer(spec, prompt) if spec else None
 
-    async def tokens(self, prompt: list[int], spec: Spec | None, sampling: Sampling = GREEDY) -> list[Token]:
-        return [token async for token in self.engine.generate(prompt, sampling, self.steer(spec, len(prompt)))]
+    async def tokens(
+        self, prompt: list[int], spec: Spec | None, sampling: Sampling = GREEDY, thinking: Thinking | None = None
+    ) -> list[Token]:
+        phase = None if spec is None else spec.phase(thinking, prompt)
+        steer = self.engine.steering.bank.steer(spec or Spec(), len(prompt), phase)
+        return [token async for token in self.engine.generate(prompt, sampling, steer)]
 
 
 def rig(name: str, kind: str = "batching", dtype: torch.dtype = torch.float32) -> Iterator[Rig]:
@@ -104,11 +109,14 @@ def random_prompt(rng: random.Random, longest: int = 24) -> list[int]:
     return [rng.randrange(3, models.VOCABULARY) for _ in range(rng.randint(1, longest))]
 
 
-def oracle(rig: Rig, prompt: list[int], spec: Spec | None, count: int) -> list[int]:
+NO_THINKING = Thinking(-1, -1, frozenset())
+
+
+def oracle(rig: Rig, prompt: list[int], spec: Spec | None, count: int, thinking: Thinking = NO_THINKING) -> list[int]:
     """Greedy tokens by whole forward passes, outside of any engine's batch."""
     ids = list(prompt)
     for _ in range(count):
-        each = [acting(spec or Spec(), len(prompt), position) for position in range(len(ids))]
+        each = [acting(spec or Spec(), len(prompt), position, ids, thinking) for position in range(len(ids))]
         with torch.no_grad(), rig.engine.steering.batch(each, [1] * len(ids)):
             logits = rig.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
         ids.append(int(logits.argmax()))
@@ -259,6 +267,64 @@ def test_under_a_condition_a_request_is_plain_or_steered_behind_it(kind: str, re
                 got = asyncio.run(made.tokens(prompt, under(condition, *entries)))
                 assert got == (whole if holds else plain), (entries, condition, c)
                 assert {t.applied for t in got} == {holds}
+
+
+def acts_in(tokens: str) -> Spec:
+    return Spec((Entry("a", "a", "ablate", 2.0, None, tokens), Entry("b", "b", "add", 1.5, "1", tokens)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "sequential"])
+def test_a_phase_begins_and_ends_with_its_tokens(kind: str, request: pytest.FixtureRequest) -> None:
+    """To the last bit plain before it; and it says whether it came. `after-thinking` is `answer` where the prompt has
+    ended the thinking, and nothing where it never ends."""
+    made: Rig = request.getfixturevalue(kind)
+    for prompt in ([5, 6, 7, 11, 9], [8], [*range(20, 60), *range(70, 110)]):
+        plain = asyncio.run(made.tokens(prompt, None))
+        said = [token.id for token in plain]
+        at = next(i for i in range(2, 9) if said[i] not in (*said[:i], *prompt))
+        # what is said at `at` begins the thinking, or ends it
+        begins, ends = Thinking(said[at], 126, frozenset()), Thinking(127, said[at], frozenset({1}))
+        for thinking, tokens in ((begins, "thinking"), (ends, "after-thinking")):
+            got = asyncio.run(made.tokens(prompt, acts_in(tokens), GREEDY, thinking))
+            assert got[: at + 1] == plain[: at + 1]
+            assert [t.id for t in got] == oracle(made, prompt, acts_in(tokens), 10, thinking)
+            assert [t.applied for t in got] == [False] * (at + 1) + [True] * (9 - at)
+            assert got != plain
+        never = Thinking(126, 127, frozenset({1}))
+        for tokens in PHASES:
+            got = asyncio.run(made.tokens(prompt, acts_in(tokens), GREEDY, never))
+            assert got == plain
+            assert {t.applied for t in got} == {False}
+        off, on, earlier = [126, 127, *prompt], [126, *prompt], [126, 1, *prompt]
+        plain, answer = (asyncio.run(made.tokens(off, spec)) for spec in (None, acts_in("answer")))
+        assert asyncio.run(made.tokens(off, acts_in("after-thinking"), GREEDY, never)) == answer != plain
+        assert asyncio.run(made.tokens(off, acts_in("thinking"), GREEDY, never)) == plain
+        plain, answer = (asyncio.run(made.tokens(on, spec)) for spec in (None, acts_in("answer")))
+        assert asyncio.run(made.tokens(on, acts_in("thinking"), GREEDY, never)) == answer != plain
+        assert asyncio.run(made.tokens(earlier, acts_in("thinking"), GREEDY, never)) == asyncio.run(
+            made.tokens(earlier, None)
+        )
+
+
+def test_phases_in_one_batch(llama: Rig) -> None:
+    """Each request its own, also with prompts that are longer than a pass; afterwards no place is lost."""
+    rng = random.Random(6)
+    decisions = llama.engine.steering.index.decisions
+    free = len(decisions._free)
+    requests: list[tuple[list[int], Spec | None, Thinking]] = []
+    for i in range(40):
+        prompt = random_prompt(rng, 24 if i % 10 else 240)
+        said = [token.id for token in asyncio.run(llama.tokens(prompt, None))]
+        thinking = Thinking(said[rng.randrange(4)], said[rng.randrange(3, 7)], frozenset({5}))
+        spec = random_spec(rng) if i % 4 == 0 else acts_in(PHASES[i % 2])
+        requests.append((prompt, spec, thinking))
+
+    async def run() -> list[list[Token]]:
+        return list(await asyncio.gather(*[llama.tokens(p, s, GREEDY, t) for p, s, t in requests]))
+
+    for (prompt, spec, thinking), got in zip(requests, asyncio.run(run()), strict=True):
+        assert [t.id for t in got][:6] == oracle(llama, prompt, spec, 6, thinking), (spec, thinking)
+    assert len(decisions._free) == free
 
 
 def test_requests_decide_each_for_itself_in_one_batch(llama: Rig) -> None:

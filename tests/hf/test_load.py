@@ -20,9 +20,9 @@ from steer.errors import UnsupportedModel
 from steer.hf.batching import start_engine
 from steer.hf.load import auto_class, describe, load, read_config
 from steer.hf.steering import Anatomy, Steering
-from steer.lab import merge
-from steer.lab.removal import removal
-from steer.lab.weights import Checkpoint
+from steer.lab.merge import model as merge
+from steer.lab.merge.removal import removal
+from steer.lab.merge.weights import Checkpoint
 from steer.names import Site
 from tests import models
 from tests.oracle import ablated, orthogonalised
@@ -82,8 +82,7 @@ def test_a_direction_fits_the_text_model_alone_and_inside_of_the_whole(wrapper: 
     whole = models.tiny(name)
     architecture, layers, d_model = describe(str(folder))
     assert (architecture, layers, d_model) == (Anatomy(whole).architecture, models.LAYERS, models.D_MODEL)
-    checkpoint = Checkpoint(folder)
-    assert (checkpoint.architecture, checkpoint.layers, checkpoint.d_model) == (architecture, layers, d_model)
+    assert Checkpoint(folder).architecture == architecture
     text = whole.config.get_text_config()
     if type(text) in tf.MODEL_FOR_CAUSAL_LM_MAPPING:  # or it is never alone
         alone = tf.AutoModelForCausalLM.from_config(text)

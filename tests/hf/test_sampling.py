@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steer.errors import RequestFailed
-from steer.hf.sampling import Sampler, Sampling, Shape, Token, report, sample, shaped
+from steer.hf.sampling import Sampler, Sampling, Shaping, Token, report, sample, shaped
 
 law = settings(deadline=None, max_examples=60)
 SEEDS = st.integers(0, 2**63)
@@ -247,7 +247,7 @@ def test_no_value_and_no_logits_of_one_request_reach_another(
 EOS = 5
 TOKENS = st.integers(0, 39)
 SHAPES = st.builds(
-    Shape,
+    Shaping,
     logit_bias=st.dictionaries(TOKENS, st.floats(-100, 100), max_size=3).map(lambda d: tuple(sorted(d.items()))),
     bad_words=st.lists(st.lists(TOKENS, min_size=1, max_size=3).map(tuple), max_size=3).map(tuple),
     repetition_penalty=st.just(1.0) | st.floats(0.5, 2.0),
@@ -257,7 +257,7 @@ SHAPES = st.builds(
 )
 
 
-def as_generate_has_it(row: Tensor, shape: Shape, prompt: list[int], answer: list[int]) -> Tensor:
+def as_generate_has_it(row: Tensor, shape: Shaping, prompt: list[int], answer: list[int]) -> Tensor:
     """By transformers' own processors, and by OpenAI's formula for the two penalties that those have not."""
     whole, made = torch.tensor([prompt + answer]), torch.tensor([answer], dtype=torch.long)
     scores = row[None].clone()
@@ -277,7 +277,7 @@ def as_generate_has_it(row: Tensor, shape: Shape, prompt: list[int], answer: lis
 @given(SEEDS, st.lists(st.tuples(SHAPES, st.lists(TOKENS, min_size=1, max_size=6)), min_size=1, max_size=4))
 @law
 def test_what_changes_logits_is_transformers_own_for_each_request(
-    seed: int, asked: list[tuple[Shape, list[int]]]
+    seed: int, asked: list[tuple[Shaping, list[int]]]
 ) -> None:
     samplers = [Sampler.of(Sampling(9, temperature=0, logprobs=0, shape=s), prompt, [EOS]) for s, prompt in asked]
     answers: list[list[int]] = [[] for _ in asked]

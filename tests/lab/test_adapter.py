@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from steer.errors import InvalidInput, UnsupportedModel
-from steer.lab import adapter
-from steer.lab.adapter import CONFIG, WEIGHTS, export
-from steer.lab.removal import removal
-from steer.lab.weights import Checkpoint
+from steer.lab.merge import adapter
+from steer.lab.merge.adapter import CONFIG, WEIGHTS, export
+from steer.lab.merge.removal import removal
+from steer.lab.merge.weights import Checkpoint
 from tests import models, oracle
 from tests.lab.test_merge import IDS, at_writers, logits, relative, served
 

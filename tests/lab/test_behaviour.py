@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from steer.errors import InvalidInput
-from steer.lab.behaviour import FOLDER, REFUSAL, THINKING, Behaviour, after_thinking
+from steer.lab.behaviour import FOLDER, REFUSAL, Behaviour, after_thinking
+from steer.tokenization import THINKING
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.toml")))

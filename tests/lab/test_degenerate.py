@@ -7,14 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.demo import PROMPTS
-from steer.lab.outcome import Text, ends, fault, looped, repetition
-from steer.lab.probe import Answered
+from steer.lab.outcome import Answer, ends, fault, looped, repetition
 
 tokens = st.lists(st.integers(0, 50), min_size=0, max_size=30)
 
 
-def answer(ids: list[int], text: str = "some words") -> Answered:
-    return Answered(ids, text)
+def answer(ids: list[int], text: str = "some words") -> Answer:
+    return Answer(ids, text)
 
 
 @given(tokens, st.lists(st.integers(0, 50), min_size=2, max_size=9), st.integers(3, 6), st.integers(0, 8))
@@ -73,7 +72,7 @@ def test_no_end_is_a_fault_where_a_limit_tells() -> None:
 def test_right_answers_are_never_called_broken() -> None:
     """Of the embedded model's language, split into letters: the strictest reading of a repetition."""
     for line in (PROMPTS / "text.test.txt").read_text().splitlines():
-        assert fault(Answered([ord(c) for c in line], line), None, None) is None, line
+        assert fault(Answer([ord(c) for c in line], line), None, None) is None, line
 
 
 @pytest.mark.parametrize(
@@ -89,4 +88,4 @@ def test_right_answers_are_never_called_broken() -> None:
     ],
 )
 def test_words_that_stand_in_odd_places_are_no_disorder(text: str) -> None:
-    assert fault(Text(text), None, None) is None
+    assert fault(Answer.of(text), None, None) is None

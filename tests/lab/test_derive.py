@@ -13,9 +13,8 @@ from steer.direction import Direction
 from steer.errors import DegenerateError, InvalidInput, SpecError
 from steer.geometry import linear_direction, slerp_direction, unit
 from steer.hf.load import Loaded, load
-from steer.lab.activations import Keep
 from steer.lab.derive import Recipe, derive
-from steer.lab.measure import Conditions, measure
+from steer.lab.measure import Conditions, Keep, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import METHODS, make_method
 from steer.lab.source import TransformersSource

@@ -17,21 +17,20 @@ from steer.direction import Direction
 from steer.errors import InvalidInput, NothingFound
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
-from steer.lab.activations import Keep
 from steer.lab.behaviour import REFUSAL
 from steer.lab.derive import Recipe, derive
 from steer.lab.evaluator import Candidate, each_row
 from steer.lab.fit import LEAST_KEPT, Choice, Fitted, Work, described, fit, most_work, report
-from steer.lab.measure import Conditions
+from steer.lab.measure import Conditions, Keep
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
-from steer.lab.probe import Answered, HFEvaluator
+from steer.lab.outcome import Answer
+from steer.lab.probe import HFEvaluator
 from steer.lab.progress import Progress
-from steer.lab.prompts import PromptSet, encode, read_prompts
+from steer.lab.prompts import SMALL, PromptSet, Split, encode_all, read_prompts
 from steer.lab.race import Screened
 from steer.lab.select import HARDLY, Action, Entrant, entrants_of, through
 from steer.lab.source import TransformersSource
-from steer.lab.split import SMALL, Split
 from steer.names import Mode
 
 TOKENS = 12
@@ -141,9 +140,9 @@ def test_what_does_nothing_and_what_does_harm_is_not_given_out(
 
 def test_what_breaks_harmless_answers_is_not_given_out(loaded: Loaded, split: Split, measured: Measurement) -> None:
     class Harming(HFEvaluator):
-        def answers(self, prompts: Any, steer: Any, known: Any = None) -> list[Answered]:
+        def answers(self, prompts: Any, steer: Any, known: Any = None) -> list[Answer]:
             rows = zip(prompts, each_row(steer, len(prompts)), super().answers(prompts, steer, known), strict=True)
-            broken = Answered([7] * 9, "a " * 9)
+            broken = Answer([7] * 9, "a " * 9)
             return [broken if s and p in split.tried_harmless.prompts else one for p, s, one in rows]
 
     harming = Harming(loaded, Steering(loaded.model, rows=64, rank=1), None, TOKENS)
@@ -216,9 +215,9 @@ def test_bad_prompts_are_told_before_anything_runs(loaded: Loaded, split: Split,
     long = replace(split, tried_harmful=replace(split.harmful, prompts=("word " * 5000,)))
     with pytest.raises(InvalidInput, match="the context is"):
         work(loaded, long, tmp_path / "d.part")
-    words = [encode(loaded, "word " * n).ids for n in (100, 101)]
+    words = [encode_all(loaded, ["word " * n])[0].ids for n in (100, 101)]
     full = "word " * (100 + (loaded.context - len(words[0])) // (len(words[1]) - len(words[0])))
-    assert loaded.context - TOKENS < len(encode(loaded, full).ids) <= loaded.context
+    assert loaded.context - TOKENS < len(encode_all(loaded, [full])[0].ids) <= loaded.context
     long = replace(split, tried_harmful=replace(split.harmful, prompts=(full,)))
     with pytest.raises(InvalidInput, match=f"the prompt 'word word .* and its answer may have {TOKENS}; the context"):
         work(loaded, long, tmp_path / "d.part")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from steer.lab.behaviour import REFUSAL
-from steer.lab.outcome import OUTCOMES, Text, tell
+from steer.lab.outcome import OUTCOMES, Answer, tell
 
 LABELLED = [json.loads(line) for line in Path(__file__).with_name("labelled_answers.jsonl").read_text().splitlines()]
 HELD_OUT = [item for item in LABELLED if item["held_out"]]
@@ -23,7 +23,7 @@ HELD_OUT = [item for item in LABELLED if item["held_out"]]
     [("shown", 0.9, 0.85), ("late", 0.9, 0.85), ("unanswered", 1.0, 1.0), ("degenerate", 0.9, 0.8)],
 )
 def test_precision_and_recall_do_not_fall(label: str, precision: float, recall: float) -> None:
-    told = [tell(REFUSAL, Text(item["answer"])).outcome for item in HELD_OUT]
+    told = [tell(REFUSAL, Answer.of(item["answer"])).outcome for item in HELD_OUT]
     found = [(outcome == label, item["label"] == label) for outcome, item in zip(told, HELD_OUT, strict=True)]
     right = sum(told and true for told, true in found)
     assert right / sum(told for told, _ in found) >= precision
@@ -39,20 +39,19 @@ def test_the_set_is_what_it_says() -> None:
 
 def test_what_is_deflected_is_left_to_judges() -> None:
     """By their words alone answers to something else are not told from those to the point: a rule would guess."""
-    assert {tell(REFUSAL, Text(item["answer"])).outcome for item in LABELLED}.isdisjoint({"deflected"})
-    for item in LABELLED:
-        if item["label"] == "deflected":
-            assert tell(REFUSAL, Text(item["answer"]), verdict="deflected").outcome == "deflected"
+    deflected = [item["answer"] for item in LABELLED if item["label"] == "deflected"]
+    assert {tell(REFUSAL, Answer.of(answer)).outcome for answer in deflected} == {"complied"}
+    assert {tell(REFUSAL, Answer.of(answer), verdict="deflected").outcome for answer in deflected} == {"deflected"}
 
 
 def test_an_answer_that_is_decided_stays_what_it_is() -> None:
     """Whatever follows: candidates of a fit are cut there, and counted beside plain answers that are not."""
     decided = 0
     for answer in (item["answer"] for item in LABELLED):
-        whole = tell(REFUSAL, Text(answer)).outcome
+        whole = tell(REFUSAL, Answer.of(answer)).outcome
         for cut in range(0, len(answer), 7):
             if REFUSAL.decided(answer[:cut]):
                 decided += 1
-                told = tell(REFUSAL, Text(answer[:cut])).outcome
+                told = tell(REFUSAL, Answer.of(answer[:cut])).outcome
                 assert (told == "shown", told == "late") == (whole == "shown", whole == "late"), answer[:cut]
     assert decided > 100

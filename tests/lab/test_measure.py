@@ -11,12 +11,11 @@ import torch
 from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.hf.load import Loaded, load
-from steer.lab.activations import Keep, Reader, Reading
 from steer.lab.derive import Recipe, derive
-from steer.lab.measure import Conditions, _check_room, measure
+from steer.lab.measure import Conditions, Keep, _check_room, measure
 from steer.lab.measurement import Measurement, ModelFacts
-from steer.lab.prompts import Encoded, PromptSet, Rendering, encode
-from steer.lab.source import TransformersSource
+from steer.lab.prompts import Encoded, PromptSet, Rendering, encode_all
+from steer.lab.source import Capture, CapturePlan, TransformersSource
 from tests import models
 
 HARMFUL = PromptSet("harmful", "0" * 64, tuple("abc" * n + "?" for n in range(1, 14)))
@@ -39,7 +38,7 @@ def naive(
     """Means by one prompt at a time and `output_hidden_states`, which holds inputs of blocks: hence the hooks here."""
     rows, everything = [], []
     for prompt in prompts.prompts:
-        ids = encode(loaded, prompt, Rendering(system)).ids
+        ids = encode_all(loaded, [prompt], Rendering(system))[0].ids
         outputs: list[torch.Tensor] = []
         handles = [
             b.register_forward_hook(lambda _m, _a, o, to=outputs: to.append(o)) for b in loaded.model.model.layers
@@ -65,7 +64,7 @@ def test_the_mean_over_all_positions_is_over_the_prompts_own_text(loaded: Loaded
     _, everything = naive(loaded, HARMLESS, -1)
     own = []
     for prompt, x in zip(map(str, HARMLESS.prompts), everything, strict=True):
-        ids = encode(loaded, prompt).ids
+        ids = encode_all(loaded, [prompt])[0].ids
         start = len(loaded.tokenizer("<bos>[user] ", add_special_tokens=False).input_ids)
         assert loaded.tokenizer.decode(ids[start : start + len(prompt)]) == prompt
         own.append(x[:, start : start + len(prompt)])
@@ -170,7 +169,7 @@ def test_every_prompt_begins_with_one_bos_as_on_the_server(loaded: Loaded, tiny_
     """The tokenizer adds a BOS and so does the template: together they would be two."""
     assert loaded.bos_count(loaded.text_ids("x")) == 1
     assert measure(TransformersSource(loaded), HARMFUL, HARMLESS).meta.bos_count == 1
-    ids = encode(loaded, "hello").ids
+    ids = encode_all(loaded, ["hello"])[0].ids
     assert loaded.bos_count(ids) == 1
     assert tiny_server.chat("hello").json()["usage"]["prompt_tokens"] == len(ids)
 
@@ -187,8 +186,8 @@ def test_a_rendering_is_part_of_what_is_measured_and_of_the_file(tiny_folder: Pa
     loaded = load(str(tiny_folder))
     loaded.tokenizer.chat_template = THINKING
     source, off = TransformersSource(loaded), Rendering(template={"enable_thinking": False})
-    plain, ended = encode(loaded, "hello"), encode(loaded, "hello", off)
-    begun = encode(loaded, "hello", Rendering(response_prefix="<>"))
+    plain, ended = encode_all(loaded, ["hello"])[0], encode_all(loaded, ["hello"], off)[0]
+    begun = encode_all(loaded, ["hello"], Rendering(response_prefix="<>"))[0]
     assert ended.ids == begun.ids == plain.ids + loaded.piece_ids("<>")
     assert ended.own == begun.own == plain.own, "what the user has written is the same"
     measured = {
@@ -226,25 +225,23 @@ def test_bad_sets_and_conditions_are_refused(source: TransformersSource) -> None
         measure(source, HARMFUL, HARMLESS, Conditions(last_layer=3))
 
 
-def test_a_packed_batch_reads_as_a_padded_one() -> None:
+def test_a_padded_batch_is_read_without_its_padding() -> None:
     generator = torch.Generator().manual_seed(0)
     batch = [Encoded([1] * n, slice(1, n - 1)) for n in (5, 3, 7)]
     streams = [torch.randn(len(e.ids), 8, generator=generator) for e in batch]
-    reading = Reading((-1, 0, -2), 0)
-    packed, padded = Reader(batch, reading), Reader(batch, reading, width=7)
-    packed.take(0, torch.cat(streams))
-    padded.take(0, torch.nn.utils.rnn.pad_sequence(streams, batch_first=True, padding_value=9e9))
-    for name in ("picked", "own"):
-        assert torch.equal(getattr(packed.read(), name), getattr(padded.read(), name))
-    assert torch.equal(packed.read().picked[2, 0, 1], streams[1][-2])
+    capture = Capture(batch, CapturePlan((-1, 0, -2), 0), 7)
+    capture.take(0, torch.nn.utils.rnn.pad_sequence(streams, batch_first=True, padding_value=9e9))
+    read = capture.read()
+    expected = torch.stack([torch.stack([stream[at] for stream in streams]) for at in (-1, 0, -2)])
+    assert torch.equal(read.picked[:, 0], expected)
     own = sum(s[e.own].double().sum(0) for s, e in zip(streams, batch, strict=True))
-    torch.testing.assert_close(packed.read().own[0], own, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(read.own[0], own, rtol=1e-6, atol=1e-6)
 
 
 def test_what_does_not_fit_in_memory_is_refused_before_anything_runs() -> None:
     facts = ModelFacts(name="m", architecture="A", d_model=2**20, layers=100)
     with pytest.raises(InvalidInput, match="GiB of memory"):
-        _check_room(Conditions(keep=Keep(moments=True)), Reading((-1,), 99), facts, 10)
+        _check_room(Conditions(keep=Keep(moments=True)), CapturePlan((-1,), 99), facts, 10)
 
 
 def test_activations_that_are_not_finite_are_named(tiny_folder: Path) -> None:
@@ -288,6 +285,6 @@ def test_encode_marks_the_prompts_own_tokens() -> None:
     made = models.tokenizer()
     loaded = Loaded("tiny", None, models.tiny("llama"), made)
     for prompt in ("hello there", "a", "[user]", "x" * 40):
-        encoded = encode(loaded, prompt)
+        encoded = encode_all(loaded, [prompt])[0]
         assert made.decode(encoded.ids[encoded.own]) in prompt
         assert len(encoded.ids[encoded.own]) >= len(prompt) - 1

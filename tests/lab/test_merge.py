@@ -19,10 +19,10 @@ from steer.direction import Direction
 from steer.errors import DirectionError, InvalidInput, UnsupportedModel
 from steer.hf.internals import axis_in_file
 from steer.hf.load import attention_implementation
-from steer.lab.merge import RECEIPT, Made, bake
-from steer.lab.removal import Plan, removal
-from steer.lab.weights import INDEX, Checkpoint
-from steer.lab.writers import Writer
+from steer.lab.merge.model import RECEIPT, Made, bake
+from steer.lab.merge.removal import Plan, removal
+from steer.lab.merge.weights import INDEX, Checkpoint
+from steer.lab.merge.writers import Writer
 from tests import models, oracle
 
 IDS = torch.randint(3, models.VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(7))
@@ -144,7 +144,7 @@ def test_experts_of_a_class_that_is_not_known_are_refused_and_not_guessed(
 ) -> None:
     """They are square: nothing but the class tells which side is the stream's."""
     model = models.save("llama4", tmp_path / "model")
-    monkeypatch.setattr("steer.lab.writers._INPUTS_FIRST", ("Conv1D",))
+    monkeypatch.setattr("steer.lab.merge.writers._INPUTS_FIRST", ("Conv1D",))
     with pytest.raises(UnsupportedModel, match="how a Llama4TextExperts lays out its weights is not known"):
         baked(tmp_path / "model", at_writers(model))
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

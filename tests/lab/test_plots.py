@@ -58,13 +58,6 @@ def test_the_front_names_groups_and_points(tmp_path: Path) -> None:
     saved(tmp_path / "front.png")
 
 
-def test_cosines_are_written_into_their_cells(tmp_path: Path) -> None:
-    with plots.picture(tmp_path / "cosines.png") as (axes,):
-        plots.cosines(axes, [[1, 0.25], [float("nan"), -1]], ["slerp", "linear"], ["0", "1"])
-        assert [text.get_text() for text in axes.texts] == ["1.00", "0.25", "-1.00"]
-    saved(tmp_path / "cosines.png")
-
-
 def test_a_histogram_is_in_shares_of_each_set(tmp_path: Path) -> None:
     with plots.picture(tmp_path / "histogram.png") as (axes,):
         plots.histogram(axes, {"harmful": [1.0, 2.0, 2.1], "harmless": [-1.0] * 50}, x="projection")

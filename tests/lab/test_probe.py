@@ -17,9 +17,10 @@ from steer.hf.internals import whole_cache
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL, Behaviour
+from steer.lab.evaluation.report import DivergenceOf
 from steer.lab.evaluator import Candidate, first_tokens
-from steer.lab.probe import HFEvaluator, cache_bytes, last_logits, summarised
-from steer.lab.prompts import Rendering, encode
+from steer.lab.probe import HFEvaluator, cache_bytes, last_logits
+from steer.lab.prompts import Rendering, encode_all
 from steer.spec import Spec
 from tests import models
 
@@ -84,7 +85,7 @@ def test_what_all_prompts_begin_with_is_run_once_for_each_candidate(
     """With the same figures, and on models alone whose cache is all that they remember."""
     rendering = Rendering("A system prompt that all conversations begin with.")
     system = HFEvaluator(loaded, probe.steering, rendering, TOKENS)
-    ids = [encode(loaded, prompt, rendering).ids for prompt in PROMPTS]
+    ids = [encode_all(loaded, [prompt], rendering)[0].ids for prompt in PROMPTS]
     seen: list[int] = []
     hook = loaded.model.get_input_embeddings().register_forward_hook(lambda *given: seen.append(given[1][0].numel()))
 
@@ -147,7 +148,7 @@ def test_tokens_of_a_row_are_those_of_its_own_prompt(
         odds = probe.opening_odds(asked, rows, [5, 40])[at]
         kls = probe.divergences(asked, plain * 3, rows)[at]
         for i, prompt in enumerate(PROMPTS):
-            ids = encode(probe.loaded, prompt).ids
+            ids = encode_all(probe.loaded, [prompt])[0].ids
             bounds = span(len(ids))
             p = predicted(ids, *bounds)[-1].exp()[[5, 40]].sum()
             assert odds[i] == pytest.approx(float(torch.log(p) - torch.log1p(-p)), abs=1e-4)
@@ -180,7 +181,7 @@ def test_layers_of_a_candidate_are_those_at_which_it_acts(probe: HFEvaluator, ca
 
 def test_plain_answers_are_those_of_generate(loaded: Loaded, probe: HFEvaluator) -> None:
     for prompt, answer in zip(PROMPTS, probe.answers(PROMPTS, None), strict=True):
-        ids = torch.tensor([encode(loaded, prompt).ids])
+        ids = torch.tensor([encode_all(loaded, [prompt])[0].ids])
         out = loaded.model.generate(ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=loaded.eos_ids)
         expected = out[0, ids.shape[1] :].tolist()
         assert answer.ids == [token for token in expected if token not in loaded.eos_ids]
@@ -190,7 +191,7 @@ def test_opening_odds_are_those_of_the_whole_prediction(loaded: Loaded, probe: H
     tokens = [5, 40, 90]
     for prompt, odds in zip(PROMPTS, probe.opening_odds(PROMPTS, None, tokens), strict=True):
         with torch.no_grad():
-            logits = loaded.model(torch.tensor([encode(loaded, prompt).ids])).logits[0, -1].double()
+            logits = loaded.model(torch.tensor([encode_all(loaded, [prompt])[0].ids])).logits[0, -1].double()
         p = torch.softmax(logits, -1)[tokens].sum()
         assert odds == pytest.approx(float(torch.log(p) - torch.log1p(-p)), abs=1e-4)
 
@@ -288,7 +289,7 @@ def test_divergence_is_the_textbook_sum(tiny_folder: Path) -> None:
     prompts = ["abc", "hello world"]
     plain = probe.answers(prompts, None)
     with probe.all_resident([Candidate(direction, "ablate", 1.0)]) as (steer,):
-        got = summarised(probe.divergences(prompts, plain, steer))
+        got = DivergenceOf.of("ablate", "harmless", probe.divergences(prompts, plain, steer))
         expected, first = [], []
         for prompt, answer in zip(prompts, plain, strict=True):
             head = loaded.chat_ids([{"role": "user", "content": prompt}])

@@ -13,7 +13,7 @@ from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL
 from steer.lab.derive import Recipe
 from steer.lab.evaluation.arms import arms_of
-from steer.lab.evaluation.run import Plan, evaluate
+from steer.lab.evaluation.run import Evaluation, Plan
 from steer.lab.measure import MEASURING, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
@@ -134,8 +134,8 @@ def test_an_evaluation_does_what_it_planned(loaded: Loaded, tmp_path: Path) -> N
     models.direction(loaded.model).save(path)
     plan = Plan(arms_of([path], None, [0.5, 1]), {"harmful": HARMFUL, "harmless": HARMLESS}, TOKENS)
     progress, again = Progress(), Progress()
-    found = evaluate(evaluator(loaded, progress), plan, Cache(tmp_path, {}))
+    found = Evaluation(evaluator(loaded, progress), plan, Cache(tmp_path, {})).run()
     assert progress.done == progress.total == pytest.approx(3 * 26 * answering(TOKENS) + 2 * 13)
     assert progress.skipped == pytest.approx(0)
-    assert evaluate(evaluator(loaded, again), plan, Cache(tmp_path, {})) == found
+    assert Evaluation(evaluator(loaded, again), plan, Cache(tmp_path, {})).run() == found
     assert again.skipped == pytest.approx(again.total), "all of it was there"

@@ -26,7 +26,7 @@ from steer.lab.prompts import (
     Conversation,
     PromptSet,
     check_contrast,
-    encode,
+    encode_all,
     messages_of,
     read_prompts,
 )
@@ -320,7 +320,7 @@ def test_every_bad_message_of_a_conversation_is_named(tmp_path: Path) -> None:
 def test_only_the_last_message_is_a_conversations_own_text(tiny_folder: Path) -> None:
     loaded = load(str(tiny_folder))
     talk = Conversation((("user", "Hello there"), ("assistant", "Hello"), ("user", "How are you?")))
-    encoded = encode(loaded, talk)
+    encoded = encode_all(loaded, [talk])[0]
     assert loaded.tokenizer.decode(encoded.ids[encoded.own]).strip() == "How are you?"
     assert encoded.ids == loaded.chat_ids(messages_of(talk))
 

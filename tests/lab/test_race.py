@@ -19,7 +19,9 @@ from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe
 from steer.lab.evaluator import Candidate, each_row
 from steer.lab.judge import ChatJudge
-from steer.lab.probe import Answered, HFEvaluator
+from steer.lab.outcome import Answer
+from steer.lab.probe import HFEvaluator
+from steer.lab.prompts import PromptSet
 from steer.lab.race import FIRST_ROUND, Figures, Race, Sets
 from steer.lab.select import Entrant, best
 from tests import models
@@ -101,9 +103,9 @@ def test_an_answer_that_is_none_is_no_success(probe: HFEvaluator, candidates: li
     never = Behaviour(name="never", description="no answer", patterns=("[^\\s\\S]",))
 
     class Stammering(HFEvaluator):
-        def answers(self, prompts: Any, steer: Any, known: Any = None) -> list[Answered]:
+        def answers(self, prompts: Any, steer: Any, known: Any = None) -> list[Answer]:
             steers = each_row(steer, len(prompts))
-            return [Answered([5, 6], "a b") if one is None else Answered([7] * 9, "a " * 9) for one in steers]
+            return [Answer([5, 6], "a b") if one is None else Answer([7] * 9, "a " * 9) for one in steers]
 
     stammering = Stammering(probe.loaded, probe.steering, max_tokens=3)
     race = Race(stammering, never, SETS)
@@ -138,8 +140,8 @@ def test_who_is_beaten_in_all_stops_and_who_may_show_less_does_not() -> None:
 
 
 def test_prompts_are_drawn_evenly_and_the_same_each_time() -> None:
-    sorted_by_topic = [f"{topic} {n}" for topic in "abcd" for n in range(25)]
-    first, again = (Sets.drawn(sorted_by_topic, ["x"], limits=(24, 5, 5)) for _ in range(2))
+    sorted_by_topic = PromptSet("t", "", tuple(f"{topic} {n}" for topic in "abcd" for n in range(25)))
+    first, again = (Sets.drawn(sorted_by_topic, PromptSet("x", "", ("x",)), limit=24) for _ in range(2))
     assert first == again
     assert {str(prompt)[0] for prompt in first.asked[:12]} == set("abcd")
     assert len(set(first.asked)) == 24

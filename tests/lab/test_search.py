@@ -24,10 +24,8 @@ from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
-from steer.lab import front as views
-from steer.lab.activations import Keep
 from steer.lab.derive import Recipe, derive, layer_weights
-from steer.lab.measure import Conditions, measure
+from steer.lab.measure import Conditions, Keep, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.probe import HFEvaluator
@@ -42,6 +40,7 @@ from steer.lab.search import (
     candidate,
     front,
     rank_of,
+    write_front,
 )
 from steer.lab.source import TransformersSource
 from tests.lab.test_measure import HARMFUL, HARMLESS
@@ -204,7 +203,7 @@ def test_a_point_is_derived_and_weighted(measured: Measurement) -> None:
 
 def test_the_front_is_written_as_table_and_picture(whole: Search) -> None:
     trials = whole.trials()
-    views.write(whole, trials)
+    write_front(whole, trials)
     text = (whole.folder / "front.md").read_text()
     assert text.count("\n| ") == 2 + len(front(trials))
     assert (whole.folder / "front.png").read_bytes()[:4] == b"\x89PNG"

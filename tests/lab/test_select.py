@@ -16,6 +16,7 @@ from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL
 from steer.lab.derive import Recipe
 from steer.lab.evaluator import Evaluator
+from steer.lab.judge import ChatJudge
 from steer.lab.measure import Conditions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
@@ -23,6 +24,7 @@ from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import PromptSet, read_prompts
 from steer.lab.select import Action, Grid, select
 from steer.lab.source import TransformersSource
+from tests.lab.judges import judging
 
 GOOD = 6
 SLERP, LINEAR = make_method("slerp", {"t": 0}), make_method("linear")
@@ -111,6 +113,16 @@ def test_a_behaviour_without_openings_is_not_screened(
     assert direction.meta.source_layer == GOOD
     assert not direction.meta.selection["screened"]
     assert all("refused" in row for row in direction.meta.selection["candidates"])
+
+
+def test_a_judge_decides_in_place_of_the_patterns(
+    planted: Measurement, sets: tuple[PromptSet, PromptSet], evaluator: Evaluator
+) -> None:
+    grid = Grid((SLERP,), (-1,), layers=(GOOD, 0))
+    with judging(lambda _: (200, "yes")) as (url, _, _):
+        judge = ChatJudge(url, "judge", REFUSAL)
+        found = select(planted, Recipe(), grid, *sets, lambda _rank, _tokens: evaluator, judge=judge, prompts=4)
+    assert [row["refused"] for row in found.meta.selection["candidates"]] == [1, 1]
 
 
 def test_a_grid_that_cannot_be_made_is_refused_with_all_reasons(

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
-from scipy.stats import t as student
 
 from steer.lab.statistics import (
-    Estimate,
     cohens_kappa,
     difference_of_means,
     difference_of_rates,
     holm,
     kappa_interval,
     mcnemar,
-    over_seeds,
     ratio_of_means,
     signed_rank,
     wilson,
@@ -119,7 +114,6 @@ def test_a_difference_of_means_is_the_same_each_time_and_shifts_with_its_arms() 
     first, second = generator.normal(size=20), generator.normal(size=20)
     one = difference_of_means(first, second)
     assert one == difference_of_means(first, second)
-    assert one != difference_of_means(first, second, seed=1)
     moved = difference_of_means(first, second + 3)
     assert (moved.value, moved.low, moved.high) == pytest.approx((one.value + 3, one.low + 3, one.high + 3))
     same = difference_of_means(first, first)
@@ -174,19 +168,3 @@ def test_what_is_not_paired_is_refused(function) -> None:  # type: ignore[no-unt
     for first, second in (([True], [True, False]), ([], [])):
         with pytest.raises(ValueError, match="pairs"):
             function(first, second)
-
-
-@given(st.lists(st.floats(-100, 100), min_size=2, max_size=31))
-def test_the_interval_over_seeds_is_students(values: list[float]) -> None:
-    estimate = over_seeds(values)
-    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / len(values) ** 0.5
-    half = float(student.ppf(0.975, len(values) - 1)) * error
-    assert estimate.value == pytest.approx(mean, abs=1e-9)
-    assert estimate.high - estimate.value == pytest.approx(half, rel=1e-4, abs=1e-9)
-    assert estimate.value - estimate.low == pytest.approx(half, rel=1e-4, abs=1e-9)
-
-
-def test_one_seed_has_no_interval_and_none_no_mean() -> None:
-    assert over_seeds([3.0]) == Estimate(3.0, -math.inf, math.inf)
-    with pytest.raises(ValueError, match="at least one value"):
-        over_seeds([])

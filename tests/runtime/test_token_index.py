@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,10 @@ from steer.readout import Line, Readout
 from steer.runtime.bank import DirectionBank, HookPoint, apply, gather, operate
 from steer.runtime.combine import Combination
 from steer.runtime.readout import ReadIndex
-from steer.runtime.token_index import PLAIN, STAGES, Acts, RequestSteer, TokenIndex, slot
+from steer.runtime.token_index import PLAIN, STAGES, UNCONDITIONAL, Acts, Decision, RequestSteer, TokenIndex, slot
+from steer.spec import PHASES, Entry, Spec
+from steer.tokenization import Thinking
+from tests.oracle import acting
 from tests.runtime.copy_queues import Late
 
 law = settings(deadline=None, max_examples=60)
@@ -320,3 +323,80 @@ def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, queue:
 def test_bytes_are_those_of_the_tensors() -> None:
     assert TokenIndex(1, 100, "cpu").nbytes == 100 * (3 * 4 + 1)
     assert TokenIndex(3, 100, "cpu").nbytes == 100 * (3 * 3 * 4 + 4 * 4 + 1 + 1)
+
+
+THINKING = Thinking(8, 9, frozenset({5}))
+IDS = st.lists(st.integers(5, 9), min_size=1, max_size=8)
+
+
+@dataclass
+class InPhase:
+    """A request that acts in a phase, with all that it will ever say, and how far it is computed."""
+
+    tokens: str
+    prompt: list[int]
+    answer: list[int]
+    steer: RequestSteer = field(init=False)
+    number: int = field(init=False)
+    computed: int = 0
+
+    def enter(self, index: TokenIndex) -> None:
+        phase = THINKING.phase(self.tokens, self.prompt)
+        acts = RequestSteer(np.ones(RANK, np.int64), np.ones(RANK, np.float32))
+        acts = replace(acts, decision=Decision(UNCONDITIONAL), phase=phase)
+        plain, at = RequestSteer.plain(RANK), len(self.prompt) - 1
+        self.steer = index.decisions.take(replace(plain, then=((at, acts),)) if at else acts)
+        self.number = index.enter(self.steer)
+
+    def leave(self, index: TokenIndex) -> None:
+        index.leave(self.number)
+        index.decisions.give(self.steer)
+
+    def acts(self, ids: list[int], position: int) -> bool:
+        spec = Spec((Entry("a", "a", "ablate", 1.0, None, self.tokens),))
+        return bool(acting(spec, len(self.prompt), position, ids, THINKING))
+
+
+@given(st.data())
+@law
+def test_a_phase_is_where_its_tokens_are(data: st.DataObject) -> None:
+    """With prompts in chunks and answers with drafts that are taken or not, in batches of any order, beside others;
+    computed again from anywhere; and whoever comes after another in its place begins anew."""
+    index = TokenIndex(RANK, 64, "cpu")
+    beside = index.enter(RequestSteer(np.ones(RANK, np.int64), np.ones(RANK, np.float32)))
+    build = st.builds(InPhase, st.sampled_from(PHASES), IDS, IDS)
+    running = data.draw(st.lists(build, min_size=1, max_size=3))
+    for request in running:
+        request.enter(index)
+    for _ in range(data.draw(st.integers(1, 12))):
+        step: list[tuple[int, int, list[int], list[bool]]] = [(beside, 3, [9], [True]), (PLAIN, 4, [9, 8], [False] * 2)]
+        for i, request in enumerate(running):
+            said = request.prompt + request.answer
+            if request.computed >= len(said):
+                request.leave(index)
+                running[i] = request = data.draw(build)
+                request.enter(index)
+                said = request.prompt + request.answer
+            request.computed = data.draw(st.integers(0, request.computed) | st.just(request.computed))
+            start = request.computed
+            known = said[start : start + data.draw(st.integers(0, 4))]
+            drafts = (
+                data.draw(st.lists(st.integers(5, 9), max_size=3)) if start + len(known) > len(request.prompt) else []
+            )
+            ids = said[: start + len(known)] + drafts
+            acts = [request.acts(ids, position) for position in range(start, len(ids))]
+            if acts:
+                step.append((request.number, start, ids[start:], acts))
+            request.computed += len(known)
+            for draft, token in zip(drafts, said[request.computed :], strict=False):
+                if draft != token:
+                    break
+                request.computed += 1
+        step = data.draw(st.permutations(step))
+        lengths = np.array([len(ids) for _, _, ids, _ in step])
+        told = torch.tensor([i for _, _, each, _ in step for i in each], dtype=torch.int32)
+        positions = torch.cat([torch.arange(start, start + len(each)) for _, start, each, _ in step])
+        numbers, starts = (np.array([one[k] for one in step], np.int64) for k in (0, 1))
+        index.fill(numbers, lengths, starts, (told, positions))
+        strengths = index.first(len(told), conditional=True).strengths[0]
+        assert (strengths != 0).tolist() == [acts for _, _, _, each in step for acts in each]

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from steer.registry import Registry
 from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.serve import token_usage
+from steer.serve import metrics
 from steer.serve.access import Access
 from steer.serve.audit import Fsync
 from steer.serve.control import Control
@@ -29,8 +29,8 @@ async def engine(scope: Scope, receive: Receive, send: Send) -> None:
     """What stands for routes and engine: reads the body, counts, answers."""
     while (await receive()).get("more_body"):
         pass
-    token_usage.current().prompt += PROMPT
-    token_usage.current().answer(lambda: COMPLETION)
+    metrics.current_usage().prompt += PROMPT
+    metrics.current_usage().answer(lambda: COMPLETION)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
     await send({"type": "http.response.body", "body": ANSWER})
 

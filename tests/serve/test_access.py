@@ -131,6 +131,13 @@ def test_lists_have_only_what_a_key_may_use(server: Server) -> None:
     assert listed("reader") == ({"refusal"}, {"refusal"})
     assert listed("nothing") == listed("mute") == (set(), set())
     assert listed("all") == (every, every)
+    cards = server.client.get("/v1/directions", headers=bearer("all")).json()["data"]
+    most = {card["id"]: (card["may"]["max_strength"], card["may"]["conditions"]) for card in cards}
+    assert most["refusal"] == most["copy"] == (2, True), "a rule of a direction holds under its other names"
+    assert most["verbosity"] == (10, False)
+    narrow = server.client.get("/v1/directions/refusal", headers=bearer("narrow")).json()["may"]
+    assert narrow["layers"] == "0-1"
+    assert narrow["tokens"] == ["answer", "first-4"]
     for path in ("/v1/directions/verbosity", "/v1/directions/nobody"):
         answer = server.client.get(path, headers=bearer("reader"))
         name = path.rpartition("/")[2]

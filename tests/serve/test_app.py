@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from steer.direction import Direction
 from steer.hf.load import Loaded, template_parameters
 from steer.serve.run import warn_of_template
+from steer.spec import PHASES
 from tests import models
 from tests.servers import Server, receipt, text
 
@@ -646,6 +647,42 @@ def test_the_template_has_variables_of_the_server_and_says_where_they_are_not_th
         said = server.log.count("acts on chats of another form")
         assert said == 1
         assert "'enable_thinking' False, and a chat has 'enable_thinking' True" in server.log
+
+
+def test_a_phase_is_steered_where_the_model_has_it_and_refused_where_it_has_none(
+    tiny_folder: Path, tmp_path: Path, tiny_server: Server
+) -> None:
+    problem = error(tiny_server.chat(steer="refusal@after-thinking"), 400)
+    assert (problem["param"], "'after-thinking'" in problem["message"]) == ("steer.tokens", True)
+    assert not {*PHASES} & tiny_server.client.get("/v1/steering").json()["tokens"].keys()
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    end = tokenizer.convert_tokens_to_ids("</think>")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{% if enable_thinking %}<think>\n{% else %}<think>\n</think>\n{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    with Server(str(tmp_path / "model"), "--directions", str(tiny_server.directions)) as server:
+        assert {*PHASES} <= {*server.client.get("/v1/steering").json()["may"]["tokens"]}
+
+        def said(spec: str, *, thinks: bool, **more: Any) -> tuple[str, bool | None]:
+            kwargs = {"enable_thinking": thinks}
+            answer = server.chat("ab", steer=spec, chat_template_kwargs=kwargs, max_tokens=8, temperature=0, **more)
+            assert [f"refusal@{entry['tokens']}=3" for entry in receipt(answer)] == [spec] * (spec != "off")
+            return text(answer), answer.json()["choices"][0].get("steer_applied")
+
+        never, at_once = {"logit_bias": {str(end): -100}}, {"logit_bias": {str(end): 100}}
+        plain = {thinks: said("off", thinks=thinks, **never)[0] for thinks in (True, False)}
+        answer = {thinks: said("refusal@answer=3", thinks=thinks, **never)[0] for thinks in (True, False)}
+        assert plain[True] != answer[True]
+        assert plain[False] != answer[False]
+        assert said("refusal@thinking=3", thinks=True, **never) == (answer[True], True)
+        assert said("refusal@thinking=3", thinks=False, **never) == (plain[False], False)
+        assert said("refusal@after-thinking=3", thinks=True, **never) == (plain[True], False)
+        assert said("refusal@after-thinking=3", thinks=False, **never) == (answer[False], True)
+        assert said("refusal@after-thinking=3", thinks=True, **at_once)[1]
 
 
 def test_what_is_no_variable_of_a_template_is_no_default(tiny_folder: Path) -> None:

@@ -26,11 +26,11 @@ from hypothesis import HealthCheck, given, settings
 from steer import watch
 from steer.serve import control, keys
 from steer.serve.audit import verify
-from steer.serve.caller import Caller, Refusal
+from steer.serve.authorise import Caller, Refusal
+from steer.serve.body import tokens_of
 from steer.serve.operation import health
 from steer.serve.pages import is_loopback
 from steer.serve.policy import read
-from steer.serve.ratelimit import RateLimiter, tokens_of
 from steer.shared import Shared
 from steer.watch import Follower
 from tests import models
@@ -684,7 +684,7 @@ def test_a_steered_request_whose_line_does_not_reach_the_disk_does_not_run(
 
 def test_a_bucket_fills_evenly_and_holds_a_minute() -> None:
     now = [0.0]
-    meter = RateLimiter("requests", Shared(), lambda: now[0])
+    meter = control.RateLimiter("requests", Shared(), lambda: now[0])
     meter.charge("a", 60, 60)
     assert meter.wait("a", 60, 1) == pytest.approx(1)
     now[0] = 0.5

@@ -384,7 +384,9 @@ def test_a_refused_request_shows_the_servers_words_in_place(demo: Server, visit:
 
 
 #: By the options of `steer keys new` that the README shows, and what more a policy may say.
-SECRETS = {name: keys.make() for name in ("guest", "alice", "boss", "plain", "mute", "narrow", "bound", "dosed")}
+SECRETS = {
+    name: keys.make() for name in ("guest", "alice", "boss", "plain", "mute", "narrow", "bound", "dosed", "capped")
+}
 MORE = f"""
 [keys.plain]
 hash = "{keys.stored(SECRETS["plain"])}"
@@ -407,6 +409,16 @@ hash = "{keys.stored(SECRETS["dosed"])}"
 directions = ["refusal"]
 max_strength = "calibrated"
 
+[directions.capped]
+max_strength = 0.4
+tokens = ["answer"]
+layers = "1-4"
+
+[keys.capped]
+hash = "{keys.stored(SECRETS["capped"])}"
+directions = ["capped"]
+layers = "3-6"
+
 [keys.bound]
 hash = "{keys.stored(SECRETS["bound"])}"
 directions = ["refusal"]
@@ -419,6 +431,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("guarded")
     dose = {"one_sided": (0, 1.2), "ablate": (-0.5, 1)}
     Direction.load(DEMO).with_meta(calibrated=dose).save(folder / DEMO.name)
+    Direction.load(DEMO).with_meta(strength=1.1).save(folder / "capped.safetensors")
     policy = folder / "policy.toml"
     made = {"guest": ["--direction", "refusal", "--readout"], "alice": ["--direction", "refusal"], "boss": ["--manage"]}
     for name, options in made.items():
@@ -467,6 +480,7 @@ def test_a_server_with_a_key_is_asked_once_and_the_key_is_kept_nowhere(guarded: 
         ("narrow", 2, "This key may not read along directions"),
         ("bound", 2, "This key may not read along directions"),
         ("dosed", 2, "This key may not read along directions"),
+        ("capped", 2, "This key may not read along directions"),
     ],
 )
 def test_what_a_key_may_not_do_is_left_out_with_a_word(
@@ -483,7 +497,7 @@ def test_what_a_key_may_not_do_is_left_out_with_a_word(
     expect(opened.page.locator(".failed")).to_have_count(0)
     assert opened.text("plain")
     if sides == 2:
-        expect(opened.chip()).to_contain_text("refusal")
+        expect(opened.chip()).to_contain_text("capped" if key == "capped" else "refusal")
         assert opened.text("steered")
     if key == "narrow":
         expect(opened.page.locator("#mode option")).to_have_count(1)
@@ -494,6 +508,9 @@ def test_what_a_key_may_not_do_is_left_out_with_a_word(
         opened.page.fill("#layers", "")
         opened.page.press("#layers", "Tab")
         expect(opened.page.locator("#layers")).to_have_value("2-5")
+    if key == "capped":  # by its own rules and by those of the direction
+        expect(opened.chip()).to_contain_text("0.4")
+        expect(opened.chip()).to_contain_text("@3-4@answer")
     if key == "dosed":
         expect(opened.chip()).to_contain_text("1.2")
         expect(opened.page.locator("#strength")).to_have_attribute("max", "1.2")

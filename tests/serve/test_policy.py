@@ -12,10 +12,9 @@ from starlette.datastructures import Headers
 
 from steer.registry import Registry
 from steer.serve import carriers, keys, policy
-from steer.serve.authorise import Rules, resolve
-from steer.serve.caller import Caller, Refusal
+from steer.serve.authorise import Caller, Refusal, Rules, resolve
 from steer.serve.keys import Keyring
-from steer.spec import Spec, parse, tokens_within
+from steer.spec import Spec, parse, tokens_in_both, tokens_within
 from tests import models
 from tests.serve.rules import NAMES, POLICY
 from tests.test_registry import local
@@ -171,6 +170,18 @@ def test_a_rule_of_tokens_can_have_a_largest_number() -> None:
         assert {tokens for tokens in every if tokens_within(tokens, rule)} == {*those} | more[rule], rule
 
 
+RULES = ("all", "answer", "last-3", "last-8", "last-N", "first-2", "first-N")
+
+
+@given(st.lists(st.sampled_from(RULES), unique=True), st.lists(st.sampled_from(RULES), unique=True))
+def test_what_two_rules_of_tokens_allow_is_what_each_allows(some: list[str], others: list[str]) -> None:
+    both = tokens_in_both(some, others)
+    assert len(set(both)) == len(both)
+    for tokens in (None, "answer", "last-2", "last-5", "last-9", "first-1", "first-3"):
+        one, two, said = (any(tokens_within(tokens, rule) for rule in rules) for rules in (some, others, both))
+        assert said == (one and two), tokens
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -207,7 +218,7 @@ def test_a_request_with_tools_is_not_steered_where_the_rules_say_so(rules: str, 
     ("text", "says"),
     [
         (f'[keys.a]\nhash = "{HASH}"\nlayers = "9-3"', "'9-3' is not accepted: the first and the last layer"),
-        (f'[keys.a]\nhash = "{HASH}"\ntokens = ["thinking"]', "keys.a.tokens"),
+        (f'[keys.a]\nhash = "{HASH}"\ntokens = ["thoughts"]', "keys.a.tokens"),
         (f'[keys.a]\nhash = "{HASH}"\ntokens = ["last-0"]', "'last-0' is not accepted: all, prompt"),
         (
             f'[keys.a]\nhash = "{HASH}"\ndirections = ["*"]\ndefault = "d=1,d:add=1"\n'

@@ -13,7 +13,8 @@ from steer.hf.steering import Steering
 from steer.registry import Registry
 from steer.runtime.hook_points import hooks, on_output
 from steer.runtime.placement import LocalPlacement, Shape
-from steer.spec import Condition, Spec, parse
+from steer.spec import PHASES, Condition, Spec, parse
+from steer.tokenization import Thinking
 from tests import models
 from tests.oracle import acting
 from tests.vllm import device, tiny
@@ -92,8 +93,10 @@ class Reference:
         self.steering.attach()
         anatomy = self.steering.anatomy
         shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, self.steering.bank.sites, RANK)
-        self.registry = Registry(LocalPlacement(shape, self.steering.bank), home.directions)
+        self.placement = LocalPlacement(shape, self.steering.bank)
+        self.registry = Registry(self.placement, home.directions)
         self.registry.sync()
+        self.thinking = Thinking(-1, -1, frozenset())
 
     def logprobs(self, ids: Sequence[int], spec: str, prompt: int = 0) -> torch.Tensor:
         """`[tokens, vocabulary]` of one uncached pass over `ids`, of which `prompt` are the prompt's."""
@@ -103,7 +106,8 @@ class Reference:
             resolved = Spec(tuple(replace(entry, condition=None) for entry in entries))
         each: tuple[list[Spec], list[int] | None] = [resolved], None
         if not resolved.everywhere:
-            each = [acting(resolved, prompt, position) for position in range(len(ids))], [1] * len(ids)
+            acts = [acting(resolved, prompt, position, ids, self.thinking) for position in range(len(ids))]
+            each = acts, [1] * len(ids)
         with torch.no_grad(), self.steering.batch(*each):
             logits = self.steering.anatomy.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
         return torch.log_softmax(logits.float(), -1)
@@ -128,6 +132,36 @@ class Reference:
         assert expected.argmax(-1).tolist() == answer, f"{spec}: other tokens"
         error = (expected[range(len(answer)), answer] - said).abs().max().item()
         assert error < TOLERANCE, f"{spec}: logprobs are off by {error:.1e}"
+
+
+def think(llm: Any, reference: Reference, thinking: Thinking) -> None:
+    """From now on the thinking of both has these tokens."""
+    from steer.vllm import frontend
+
+    reference.thinking = thinking
+    for placement in (frontend.of(llm).placement, reference.placement):
+        placement.shape = replace(placement.shape, thinking=thinking)
+    llm.collective_rpc("steer_hello", args=("1:looks", "", [thinking.begin, thinking.end, *thinking.special]))
+
+
+def check_phases(llm: Any, reference: Reference) -> None:
+    """Of a model whose thinking begins, or ends, with what the plain model says in the midst of an answer: plain to the
+    last token before that, where a phase begins with it, and from there on what transformers says."""
+    plain = generate(llm, [(PROMPTS[0], "off")])[0]
+    said = list(plain.outputs[0].token_ids)
+    at = next(i for i in range(3, 12) if said[i] not in (*said[:i], *plain.prompt_token_ids))
+    given = models.tokenizer().get_vocab()["~"]
+    specs = [f"refusal@{tokens}=1.5,verbosity:add@1@{tokens}=2" for tokens in PHASES]
+    for begin, end, more in ((127, said[at], ""), (said[at], 126, ""), (given, said[at], "~")):
+        think(llm, reference, Thinking(begin, end, frozenset()))
+        jobs = [(prompt + more, spec) for prompt in PROMPTS for spec in specs]
+        outputs = generate(llm, jobs)
+        for (_, spec), output in zip(jobs, outputs, strict=True):
+            reference.check(output, spec)
+        for tokens, output in zip(PHASES, outputs[:2] if not more else (), strict=False):
+            comes = tokens == ("thinking" if begin == said[at] else "after-thinking")
+            answer = list(output.outputs[0].token_ids)
+            assert answer[: at + 1 if comes else None] == said[: at + 1 if comes else None]
 
 
 def parameters(spec: str | None, **more: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 
 from tests import models
 from tests.vllm import device
-from tests.vllm.engines import PROMPTS, SPECS, Home, Reference, generate
+from tests.vllm.engines import PROMPTS, SPECS, Home, Reference, check_phases, generate
 
 
 def warm_up_as_a_gpu_does() -> None:
@@ -98,6 +98,7 @@ def main(folder: Path, options: dict[str, object]) -> None:
             reference.check(output, spec)
         if warms_up:
             warm_up_again(llm)
+    check_phases(llm, reference)
     check_lost(llm, reference, wild(home.model))
     if "speculative_config" in options:
         assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens") > 0

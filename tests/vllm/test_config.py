@@ -108,6 +108,13 @@ def transfer(connector: str | None, module: str | None = None, **extra: Any) -> 
     )
 
 
+def test_a_step_whose_blocks_failed_to_load_is_not_run_again() -> None:
+    given = transfer("MooncakeStoreConnector")
+    given.kv_transfer_config.kv_load_failure_policy = "recompute"
+    with pytest.raises(UnsupportedModel, match="kv_load_failure_policy is not 'fail'"):
+        internals.config.check_config(given, readout=False)
+
+
 def test_every_connector_of_this_vllm_is_decided_on() -> None:
     """A new one is refused until somebody has read what its keys know."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from steer.errors import DirectionError, NoRoom, UnsupportedModel
-from steer.spec import parse
+from steer.spec import PHASES, parse
+from steer.tokenization import Thinking
 from tests import models
 from tests.vllm.conftest import IN_PROCESS
-from tests.vllm.engines import PROMPTS, SPECS, Home, Reference, generate, parameters
+from tests.vllm.engines import PROMPTS, SPECS, Home, Reference, generate, parameters, think
 
 BLOCK = 32
 LONG = "the same long beginning of several prompts, more than one block of the cache: " * 2
@@ -149,10 +150,14 @@ def test_nothing_of_the_proof_is_left(running: Running) -> None:
 def test_every_mixed_request_gets_what_it_gets_alone(running: Running) -> None:
     choose = random.Random(0)
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
-    jobs = []
+    jobs, phases = [], [f"refusal@{phase}=1.5,verbosity:add@{phase}=0.5" for phase in PHASES]
+    said = generate(running.llm, [(words[0], "off")])[0].outputs[0].token_ids
+    think(running.llm, running.reference, Thinking(said[1], said[4], frozenset()))
     for _ in range(500):
         beginning = choose.choice(["", "", LONG[: choose.randrange(16, len(LONG))]])
-        jobs.append((beginning + " ".join(choose.choices(words, k=choose.randrange(1, 8))), choose.choice(SPECS)))
+        jobs.append(
+            (beginning + " ".join(choose.choices(words, k=choose.randrange(1, 8))), choose.choice((*SPECS, *phases)))
+        )
     before = _metric(running.llm, "vllm:num_preemptions")
     outputs = generate(running.llm, jobs, max_tokens=choose.randrange(8, 24))
     assert _metric(running.llm, "vllm:num_preemptions") > before, "the cache was meant to be too small"

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from steer.direction import Direction
 from steer.hf.load import load
-from steer.lab.activations import Keep
-from steer.lab.measure import Conditions, measure
+from steer.lab.measure import Conditions, Keep, measure
 from steer.lab.prompts import PromptSet
 from steer.lab.source import TransformersSource
 from tests.vllm import device, tiny

@@ -15,33 +15,22 @@ from torch import Tensor
 from steer.direction import MAX_VALUE, Direction, digest, read_file
 from steer.errors import InvalidInput, SpecError
 from steer.geometry import orthogonal_part
-from steer.lab.activations import Reading
-from steer.lab.batches import each_batch
 from steer.lab.evaluator import Candidate, Evaluator, Steer
 from steer.lab.prompts import PromptSet, Rendering
-from steer.lab.source import Source
-from steer.names import MAX_STRENGTH, MODES, Mode
+from steer.lab.source import Source, prompt_components
+from steer.names import MAX_STRENGTH, MODES
 from steer.spec import RequestedDirection, parse, text
 
 PLAIN = "plain"
 
 
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One way to steer. `name` is its text in the request language, `layers` and `tokens` those of `spec.Entry`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm(Candidate):
+    """A candidate with a name, its text in the request language. `control`: its direction is a random one."""
 
     name: str
-    direction: Direction
     digest: str
-    mode: Mode
-    strength: float
     control: bool = False
-    layers: str | None = None
-    tokens: str | None = None
-
-    @property
-    def candidate(self) -> Candidate:
-        return Candidate(self.direction, self.mode, self.strength, self.layers, self.tokens)
 
     @property
     def way(self) -> str:
@@ -89,8 +78,14 @@ def arms_of(
                 Candidate(own, mode, 1.0, place.layers, place.tokens).entry(file.stem)
                 arms += [
                     Arm(
-                        f"{text([replace(place, direction=name, mode=mode)])}={strength:g}",
-                        *(direction, identity, mode, strength, direction is not own, place.layers, place.tokens),
+                        direction,
+                        mode,
+                        strength,
+                        place.layers,
+                        place.tokens,
+                        name=f"{text([replace(place, direction=name, mode=mode)])}={strength:g}",
+                        digest=identity,
+                        control=direction is not own,
                     )
                     for name, (direction, identity) in tried.items()
                     for strength in strengths or [own.meta.strength]
@@ -149,7 +144,8 @@ def control(direction: Direction, seed: int) -> Direction:
 
 
 def _moved(value: Tensor, was: Sequence[Tensor], now: Sequence[Tensor]) -> Tensor:
-    """What stands as far between `now` (of the harmless and of the harmful mean) as `value` between `was`, float32."""
+    """Return the value that lies between the two ends `now` as `value` lies between the ends `was`, float32; the ends
+    are of the harmless and of the harmful mean."""
     (was_a, was_h), (a, h) = was, now
     moved = a + (value - was_a) / (was_h - was_a) * (h - a)
     sided = (was_h > was_a) & (h > a) & (value < MAX_VALUE / 2)
@@ -157,8 +153,8 @@ def _moved(value: Tensor, was: Sequence[Tensor], now: Sequence[Tensor]) -> Tenso
 
 
 def _angle(rows: Tensor, axis: Tensor, means: Tensor) -> Tensor:
-    """Of `means` `[layers, d_model]` in the planes of the axis and the one row of each layer, from the axis, in
-    radians, `[layers]`."""
+    """Return the angles of `means` `[layers, d_model]` from the axis, in the plane of the axis and the one row of each
+    layer, in radians, `[layers]`."""
     return torch.atan2(_along(rows, means)[:, 0], _along(axis[:, None].to(rows.dtype), means)[:, 0])
 
 
@@ -177,11 +173,8 @@ def steering(evaluator: Evaluator, arm: Arm | None) -> Iterator[Steer]:
     if arm is None:
         yield None
         return
-    with evaluator.all_resident([arm.candidate]) as (steer,):
+    with evaluator.all_resident([arm]) as (steer,):
         yield steer
-
-
-POSITION = -1
 
 
 def layer_of(direction: Direction) -> int:
@@ -197,19 +190,12 @@ def projected(
     rendering: Rendering | None = None,
     batch_size: int | None = None,
 ) -> dict[str, dict[str, list[float]]]:
-    """By panel title and set: the component of the last prompt token along the direction's first row, at `layer_of`."""
+    """Return the components of the last prompt token along the direction's first row at `layer_of`, by panel title and
+    set."""
     layer = layer_of(direction)
-    row = direction.directions[layer, 0].float()
-    found = {}
-    for name, prompts in sets.items():
-        encoded = source.encode(prompts.prompts, rendering)
-        values = [0.0] * len(encoded)
-
-        def run(indices: list[int], encoded=encoded, values=values) -> None:  # type: ignore[no-untyped-def]
-            picked = source.run([encoded[i] for i in indices], Reading((POSITION,), layer)).picked[0, layer]
-            for i, value in zip(indices, (picked.float().cpu() @ row).tolist(), strict=True):
-                values[i] = value
-
-        each_batch([len(e.ids) for e in encoded], run, batch_size=batch_size, tokens=source.pass_tokens)
-        found[name] = values
+    rows = direction.directions[: layer + 1, 0]
+    found = {
+        name: prompt_components(source, rows, source.encode(prompts.prompts, rendering), batch_size)[layer].tolist()
+        for name, prompts in sets.items()
+    }
     return {f"layer {layer}, last prompt token": found}

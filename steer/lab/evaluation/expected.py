@@ -13,7 +13,7 @@ from steer.lab.prompts import Prompt, prompt_of
 
 ACCEPTED = """\
 accepted: .jsonl whose lines have a prompt (or messages) with contains and lacks, lists of texts; a line of vocabulary \
-and lacks without a prompt holds for the lines behind it"""
+and lacks without a prompt holds for the lines after it"""
 
 
 class Expected(BaseModel):

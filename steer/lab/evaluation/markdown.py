@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from steer.lab.evaluation.outcomes import judged_by
 from steer.lab.evaluation.report import ArmOnSet, Difference, Report
-from steer.lab.outcome import OUTCOMES
+from steer.lab.outcome import OUTCOMES, Outcome
 from steer.lab.tables import Rows, markdown
 
 #: Outcomes that tables have also where no answer has them.
@@ -98,12 +98,14 @@ def render(report: Report, pictures: Mapping[str, str]) -> str:
     return "\n\n".join([*head, *shown, tables(report), f"Made with {software}."]) + "\n"
 
 
+def _seen(arms: Sequence[ArmOnSet]) -> list[Outcome]:
+    return [it for it in OUTCOMES if it in ALWAYS or any(getattr(arm, it).hits for arm in arms)]
+
+
 def _outcomes(arms: Sequence[ArmOnSet], table: Table) -> str:
     columns = {"arm": [arm.arm for arm in arms]}
-    for outcome in OUTCOMES:
-        rates = [getattr(arm, outcome) for arm in arms]
-        if outcome in ALWAYS or any(rate.hits for rate in rates):
-            columns[outcome] = [str(rate) for rate in rates]
+    for outcome in _seen(arms):
+        columns[outcome] = [str(getattr(arm, outcome)) for arm in arms]
     if any(arm.right for arm in arms):
         columns["right"] = ["" if arm.right is None else str(arm.right) for arm in arms]
     for judge in arms[0].judged:
@@ -146,7 +148,8 @@ def _comparisons(report: Report, table: Table) -> str:
 
 def _differences(arms: Sequence[ArmOnSet], table: Table) -> str:
     steered = [arm for arm in arms if arm.against_plain]
-    figures = list(dict.fromkeys(figure for arm in steered for figure in arm.against_plain))
+    absent = set(OUTCOMES) - set(_seen(arms))
+    figures = [it for it in dict.fromkeys(it for arm in steered for it in arm.against_plain) if it not in absent]
     rows = [(arm.arm, *(_difference(arm.against_plain[figure]) for figure in figures)) for arm in steered]
     return table(("less plain", *figures), rows)
 

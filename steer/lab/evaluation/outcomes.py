@@ -11,8 +11,7 @@ import numpy as np
 from steer.lab.behaviour import Behaviour
 from steer.lab.evaluation.arms import PLAIN
 from steer.lab.evaluation.report import Agreement, ArmOnSet, Difference, Judged, Rate
-from steer.lab.outcome import FAULTS, OUTCOMES, Fault, Outcome, Told, ends, tell, unended
-from steer.lab.probe import Answered
+from steer.lab.outcome import FAULTS, OUTCOMES, Answer, Fault, Outcome, Told, ends, tell, unended
 from steer.lab.statistics import cohens_kappa, difference_of_rates, holm, kappa_interval, mcnemar
 
 
@@ -20,7 +19,7 @@ from steer.lab.statistics import cohens_kappa, difference_of_rates, holm, kappa_
 class Row:
     """One answer and what is told of it. `right` is None where nobody asked, a verdict where a judge gave none."""
 
-    answer: Answered
+    answer: Answer
     outcome: Outcome
     why: str
     fault: Fault | None
@@ -29,16 +28,16 @@ class Row:
     verdicts: Mapping[str, Outcome | None] = field(default_factory=dict)
 
 
-def rows(
+def rows_of(
     behaviour: Behaviour,
-    answers: Sequence[Answered],
-    plain: Sequence[Answered],
+    answers: Sequence[Answer],
+    plain: Sequence[Answer],
     max_tokens: int,
     right: Sequence[bool] | None = None,
     verdicts: Mapping[str, Sequence[Outcome | None]] | None = None,
 ) -> list[Row]:
-    """What became of each answer, by the behaviour's patterns. What the judges say stands beside that, but that an
-    answer is to something else, which they alone can tell."""
+    """Tell each answer by the behaviour's patterns, and keep the judges' verdicts beside that. Only a judge can tell
+    that an answer is to something else, so that outcome is taken from them."""
     limit_tells = ends(plain, max_tokens)
     found = []
     for i, (answer, beside) in enumerate(zip(answers, plain, strict=True)):
@@ -59,8 +58,8 @@ def arms_on_set(told: Mapping[str, Sequence[Row]]) -> tuple[ArmOnSet, ...]:
 
 
 def differences(told: Mapping[str, Sequence[Row]], pairs: Mapping[str, str]) -> dict[str, dict[str, Difference]]:
-    """By figure those of each arm from the one that `pairs` gives it, with p-values corrected for the number of
-    arms."""
+    """Return for each arm and figure the difference from the arm that `pairs` gives it, with p-values corrected for the
+    number of arms."""
     against = {name: _against(told[other], told[name]) for name, other in pairs.items()}
     for figure in sorted({figure for found in against.values() for figure in found}):
         having = {name: found[figure] for name, found in against.items() if figure in found}
@@ -70,7 +69,7 @@ def differences(told: Mapping[str, Sequence[Row]], pairs: Mapping[str, str]) -> 
 
 
 def corrected(differences: Mapping[str, Difference]) -> dict[str, Difference]:
-    """With p-values corrected for their number."""
+    """Return `differences` with p-values corrected for their number."""
     p_values = holm([one.p or 0.0 for one in differences.values()])
     return {
         name: one.model_copy(update={"p_holm": p}) for (name, one), p in zip(differences.items(), p_values, strict=True)
@@ -95,12 +94,16 @@ def _against(plain: Sequence[Row], arm: Sequence[Row]) -> dict[str, Difference]:
     found = {}
     before, after = _figures(plain), _figures(arm)
     for figure in before:
-        pairs = zip(before[figure], after[figure], strict=True)
-        known = [(a, b) for a, b in pairs if a is not None and b is not None]
-        if known:
-            first, second = [a for a, _ in known], [b for _, b in known]
+        first, second = _both_known(before[figure], after[figure])
+        if first:
             found[figure] = Difference.of(difference_of_rates(first, second), mcnemar(first, second))
     return found
+
+
+def _both_known(first: Sequence[bool | None], second: Sequence[bool | None]) -> tuple[list[bool], list[bool]]:
+    """Return the outcomes of both for the prompts where neither is None."""
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def _arm(name: str, told: Sequence[Row], against: dict[str, Difference]) -> ArmOnSet:
@@ -132,14 +135,13 @@ def agreements(told: Iterable[Row]) -> tuple[Agreement, ...]:
     """Cohen's kappa of the matcher and each judge, and of each two judges, on whether an answer shows the behaviour,
     over the answers of which both say something."""
     found = list(told)
-    raters: dict[str, list[bool | None]] = {"matcher": [t.outcome == "shown" for t in found]}
-    for judge in found[0].verdicts if found else ():
-        raters[judge] = [None if (v := t.verdicts[judge]) is None else v == "shown" for t in found]
+    figures = _figures(found) if found else {}
+    raters = {"matcher": figures.get("shown", [])}
+    raters |= {judge: figures[judged_by(judge)] for judge in (found[0].verdicts if found else ())}
     made = []
     for first, second in itertools.combinations(raters, 2):
-        pairs = [(a, b) for a, b in zip(raters[first], raters[second], strict=True) if a is not None and b is not None]
-        one, other = [a for a, _ in pairs], [b for _, b in pairs]
-        if pairs and (kappa := cohens_kappa(one, other)) is not None:
+        one, other = _both_known(raters[first], raters[second])
+        if one and (kappa := cohens_kappa(one, other)) is not None:
             low, high = kappa_interval(one, other)
-            made.append(Agreement(first=first, second=second, count=len(pairs), kappa=kappa, low=low, high=high))
+            made.append(Agreement(first=first, second=second, count=len(one), kappa=kappa, low=low, high=high))
     return tuple(made)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from steer.direction import Dataset
 from steer.errors import InvalidInput
+from steer.lab.evaluation.arms import PLAIN
+from steer.lab.evaluation.report import Difference, PerplexityOf, TextResult
 from steer.lab.evaluator import Evaluator, Floats, Steer
 from steer.lab.statistics import Estimate, difference_of_means
 
 #: Tokens of one window, or the model's context where that is shorter; each window but the first begins half a window
 #: after the one before, so that every token is predicted from at least half a window of text.
 WINDOW = 1024
-#: Tokens that stand together are alike, so the bootstrap draws blocks of so many.
+#: Tokens that stand together are alike, so the bootstrap draws blocks: the tokens of one.
 BLOCK = 32
 
 
@@ -26,6 +29,14 @@ class Windows:
 
     pieces: list[list[int]]
     starts: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text in tokens, and where it came from."""
+
+    dataset: Dataset
+    windows: Windows
 
 
 def windows(ids: Sequence[int], size: int) -> Windows:
@@ -59,3 +70,20 @@ def ratio(plain: Floats, steered: Floats) -> Estimate:
     means = [[float(values[at : at + BLOCK].mean()) for at in blocks] for values in (plain, steered)]
     log = difference_of_means(*means)
     return Estimate(perplexity(steered) / perplexity(plain), math.exp(log.low), math.exp(log.high))
+
+
+def result(text: Text, negative: Mapping[str, Floats]) -> TextResult:
+    """The perplexity of each arm, from the negative log-likelihoods of the text's tokens, those of PLAIN among them."""
+    plain = negative[PLAIN]
+    return TextResult(
+        dataset=text.dataset,
+        tokens=len(plain) + 1,
+        arms=tuple(
+            PerplexityOf(
+                arm=name,
+                perplexity=perplexity(values),
+                ratio=None if name == PLAIN else Difference.of(ratio(plain, values)),
+            )
+            for name, values in negative.items()
+        ),
+    )

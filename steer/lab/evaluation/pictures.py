@@ -68,7 +68,7 @@ def _curve(figure: str, strengths: Sequence[float], arms: Sequence[ArmOnSet]) ->
 
 
 def _differences(report: Report, path: Path) -> None:
-    """Of the figures that differ anywhere; the tables have the others too."""
+    """Draw the figures that differ anywhere; the tables have the others too."""
     differ = {f for one in report.sets for arm in one.arms for f, d in arm.against_plain.items() if d.value}
     rows = max(sum(f in differ for arm in one.arms for f in arm.against_plain) for one in report.sets)
     names: list[str] = []

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from steer import __version__
 from steer.direction import Dataset
-from steer.lab.statistics import Estimate, wilson
+from steer.lab.evaluator import Floats
+from steer.lab.statistics import Estimate, mean_of, wilson
 from steer.names import Mode
 
 #: The share of answers, more than plain, from which on it is harm that they are broken.
@@ -77,7 +79,7 @@ class Agreement(Part):
 
 
 class ArmOnSet(Part):
-    """Of the six outcomes that come first each answer has one."""
+    """One arm on one set. Each answer has one of the six outcomes that come first."""
 
     arm: str
     shown: Rate = Field(description="the matcher finds the behaviour")
@@ -139,6 +141,24 @@ class DivergenceOf(Part):
     first_mean: float
     first_median: float
     first_p95: float
+
+    @classmethod
+    def of(cls, arm: str, on: str, rows: Sequence[Floats]) -> DivergenceOf:
+        """From the divergence `[tokens]` of each prompt's answer."""
+        each, first = np.array([row.mean() for row in rows]), np.array([row[0] for row in rows])
+        mean = mean_of(each)
+        return cls(
+            arm=arm,
+            on=on,
+            mean=mean.value,
+            low=mean.low,
+            high=mean.high,
+            median=float(np.median(each)),
+            p95=float(np.percentile(each, 95)),
+            first_mean=float(first.mean()),
+            first_median=float(np.median(first)),
+            first_p95=float(np.percentile(first, 95)),
+        )
 
 
 class Dose(Part):
@@ -214,12 +234,9 @@ class Report(Part):
     text: TextResult | None = None
     tasks: tuple[TaskScore, ...] = ()
 
-    def as_json(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
-
     def calibrated(self, file: str) -> dict[Mode, tuple[float, float]]:
-        """By mode the strengths on either side of 0 up to which no strength of `file` that was tried did harm: more
-        degenerate answers in any set, or more of the behaviour on harmless prompts."""
+        """Return for each mode the strengths below and above 0 up to which no strength of `file` that was tried did
+        harm: more degenerate answers in any set, or more of the behaviour on harmless prompts."""
         harmed = {
             arm.arm
             for each in self.sets

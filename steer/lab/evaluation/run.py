@@ -5,27 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from steer.direction import Dataset
 from steer.errors import NotFinite
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluation import perplexity as pp
 from steer.lab.evaluation.arms import PLAIN, Arm, steering
-from steer.lab.evaluation.dose import TRIES, strength_at
 from steer.lab.evaluation.expected import Expected, right
-from steer.lab.evaluation.outcomes import Row, arms_on_set, corrected, differences
-from steer.lab.evaluation.outcomes import rows as outcomes
-from steer.lab.evaluation.report import Comparison, Difference, DivergenceOf, Dose, PerplexityOf, SetResult, TextResult
+from steer.lab.evaluation.outcomes import Row, arms_on_set, corrected, differences, rows_of
+from steer.lab.evaluation.report import Comparison, Difference, DivergenceOf, Dose, SetResult, TextResult
 from steer.lab.evaluator import Continuation, Evaluator, Floats, Steer
 from steer.lab.judge import Judge, judged
-from steer.lab.outcome import Outcome, ends
-from steer.lab.probe import Answered, summarised
+from steer.lab.outcome import Answer, Outcome, ends
 from steer.lab.progress import answering
 from steer.lab.prompts import Conversation, Prompt, PromptSet
 from steer.lab.resume import Cache
@@ -33,20 +29,16 @@ from steer.lab.statistics import ratio_of_means, signed_rank
 from steer.names import MAX_STRENGTH
 
 log = logging.getLogger("steer")
-#: The divergence is measured on answers to this set; and on so many of its prompts while a dose is looked for.
+#: The divergence is measured on answers to this set, and on this number of its prompts while a dose is looked for.
 HARMLESS, DOSE_PROMPTS = "harmless", 32
+#: Strengths that are tried for one dose, at most; and how near the KL must come to it, as a share of it.
+TRIES, NEAR = 10, 0.03
+#: A share of the dose: what is further from it is no comparison at an equal price.
+FAR = 0.25
 #: The KL in nats below which it is rounding.
 ROUNDING = 1e-9
 #: The part of the progress that is not known by its arms yet.
 DOSES = "arms at doses"
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Plain text in tokens, and where it came from."""
-
-    dataset: Dataset
-    windows: pp.Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +52,7 @@ class Plan:
     behaviour: Behaviour = REFUSAL
     judges: Sequence[Judge] = ()
     expected: Mapping[Prompt, Expected] = field(default_factory=dict)
-    text: Text | None = None
+    text: pp.Text | None = None
     doses: Sequence[float] = ()
     against: str | None = None
 
@@ -78,72 +70,155 @@ class Found:
     told: Mapping[tuple[str, str], Sequence[Row]]
 
 
-def evaluate(evaluator: Evaluator, plan: Plan, cache: Cache) -> Found:
-    answers: dict[tuple[str, str], list[Answered]] = {}
-    divergences: dict[str, list[Floats]] = {}
-    negative = {}
-    progress = evaluator.progress
-    for part, work in parts_of(plan).items():
-        progress.plan(part, work)
-    along: list[Continuation] = []
+class Evaluation:
+    """What was measured of `plan` so far. Answers and divergences are kept in `cache`, and not measured again."""
 
-    def measure(arm: Arm | None) -> None:
-        name = arm.name if arm else PLAIN
-        with steering(evaluator, arm) as steer:
+    def __init__(self, evaluator: Evaluator, plan: Plan, cache: Cache) -> None:
+        self.evaluator, self.plan, self.cache = evaluator, plan, cache
+        self.answers: dict[tuple[str, str], list[Answer]] = {}
+        self.divergences: dict[str, list[Floats]] = {}
+        self.negative: dict[str, Floats] = {}
+        self._continued: Sequence[Continuation] = ()
+
+    def run(self) -> Found:
+        self._planned({})
+        self._measure(None)
+        doses = self._doses() if self.plan.doses else []
+        for arm in self.plan.arms:
+            self._measure(arm)
+        told: dict[tuple[str, str], list[Row]] = {}
+        sets = []
+        for title, prompts in self.plan.sets.items():
+            by_arm = {name: self._told(title, prompts, name) for name in (PLAIN, *(arm.name for arm in self.plan.arms))}
+            told |= {(title, name): rows for name, rows in by_arm.items()}
+            sets.append(
+                SetResult(
+                    name=title,
+                    dataset=prompts.dataset,
+                    multi_turn=sum(_turns(prompt) > 1 for prompt in prompts.prompts),
+                    limit_tells=ends(self.answers[title, PLAIN], self.plan.max_tokens),
+                    arms=arms_on_set(by_arm),
+                )
+            )
+        text = None if self.plan.text is None else pp.result(self.plan.text, self.negative)
+        divergence = tuple(DivergenceOf.of(name, HARMLESS, rows) for name, rows in self.divergences.items())
+        beside = _beside(self.plan, doses, told, self.divergences)
+        return Found(self.plan.arms, tuple(doses), tuple(sets), divergence, text, beside, told)
+
+    def _planned(self, before: Mapping[str, float]) -> None:
+        for part, work in (dict(before) | parts_of(self.plan)).items():
+            self.evaluator.progress.plan(part, work)
+
+    def _measure(self, arm: Arm | None) -> None:
+        plan, progress, name = self.plan, self.evaluator.progress, _name(arm)
+        with steering(self.evaluator, arm) as steer:
             for title, prompts in plan.sets.items():
                 with progress.part(_answering(title, name)):
-                    answers[title, name] = _answers(evaluator, plan, cache, title, prompts, arm, steer)
+                    self.answers[title, name] = self._answers(title, prompts, arm, steer)
             if plan.text is not None:
                 with progress.part(_reading(name)):
-                    negative[name] = _text(evaluator, plan.text, cache, arm, steer)
+                    self.negative[name] = self._read(plan.text, arm, steer)
             if arm is not None and HARMLESS in plan.sets:
-                plain = answers[HARMLESS, PLAIN]
                 with progress.part(_diverging(name)):
-                    divergences[name] = _divergences(evaluator, plan, plain, along, cache, arm, steer)
+                    self.divergences[name] = self._diverge(arm, steer)
 
-    measure(None)
-    doses: list[Dose] = []
-    if plan.doses:
-        arms: list[Arm] = []
-        for arm in plan.arms:
-            for dose in plan.doses:
-                with progress.part(_dosing(arm, dose)):
-                    found = _at_dose(evaluator, plan, answers[HARMLESS, PLAIN], along, cache, arm, dose)
+    def _doses(self) -> list[Dose]:
+        """Find the strengths that have the doses; from then on they are the plan's arms."""
+        doses, arms = list[Dose](), dict[str, Arm]()
+        for arm in self.plan.arms:
+            for dose in self.plan.doses:
+                with self.evaluator.progress.part(_dosing(arm, dose)):
+                    found = self._at_dose(arm, dose)
                 doses.append(Dose(way=arm.way, kl=dose, strength=found.strength if found else None))
-                if found and found.name not in {each.name for each in arms}:
-                    arms.append(found)
-        plan = replace(plan, arms=arms, doses=())
-        for part, work in ({DOSES: 0.0} | parts_of(plan)).items():
-            progress.plan(part, work)
-    for arm in plan.arms:
-        measure(arm)
-    told: dict[tuple[str, str], list[Row]] = {}
-    sets = []
-    for title, prompts in plan.sets.items():
-        plain = answers[title, PLAIN]
-        for name in (PLAIN, *(arm.name for arm in plan.arms)):
-            given = answers[title, name]
-            texts = [answer.text for answer in given]
-            with progress.part(_judging(title, name)):
-                verdicts = {judge.name: _verdicts(judge, cache, title, name, prompts, texts) for judge in plan.judges}
-            known = right(plan.expected, prompts.prompts, texts)
-            told[title, name] = outcomes(plan.behaviour, given, plain, plan.max_tokens, known, verdicts)
-        by_arm = {name: rows for (where, name), rows in told.items() if where == title}
-        sets.append(
-            SetResult(
-                name=title,
-                dataset=prompts.dataset,
-                multi_turn=sum(_turns(prompt) > 1 for prompt in prompts.prompts),
-                limit_tells=ends(plain, plan.max_tokens),
-                arms=arms_on_set(by_arm),
-            )
-        )
-    text = None if plan.text is None else _text_result(plan.text, negative)
-    divergence = tuple(
-        DivergenceOf(arm=name, on=HARMLESS, **asdict(summarised(rows))) for name, rows in divergences.items()
-    )
-    beside = _beside(plan, doses, told, divergences)
-    return Found(plan.arms, tuple(doses), tuple(sets), divergence, text, beside, told)
+                if found:
+                    arms.setdefault(found.name, found)
+        self.plan = replace(self.plan, arms=list(arms.values()), doses=())
+        self._planned({DOSES: 0.0})
+        return doses
+
+    def _told(self, title: str, prompts: PromptSet, name: str) -> list[Row]:
+        """What became of the answers to a set in the arm `name`."""
+        given = self.answers[title, name]
+        texts = [answer.text for answer in given]
+        with self.evaluator.progress.part(_judging(title, name)):
+            verdicts = {judge.name: self._verdicts(judge, title, name, prompts, texts) for judge in self.plan.judges}
+        known = right(self.plan.expected, prompts.prompts, texts)
+        plain = self.answers[title, PLAIN]
+        return rows_of(self.plan.behaviour, given, plain, self.plan.max_tokens, known, verdicts)
+
+    def _conditions(self, prompts: PromptSet, arm: Arm | None) -> dict[str, Any]:
+        return {"sha256": prompts.sha256, "max_tokens": self.plan.max_tokens} | _identity(arm)
+
+    def _answers(self, title: str, prompts: PromptSet, arm: Arm | None, steer: Steer) -> list[Answer]:
+        def make(start: int, stop: int) -> list[Any]:
+            return [asdict(answer) for answer in self.evaluator.answers(prompts.prompts[start:stop], steer)]
+
+        conditions = self._conditions(prompts, arm)
+        rows = self.cache.rows(f"{title}.{_name(arm)}.answers", conditions, len(prompts), make)
+        return [Answer(**row) for row in rows]
+
+    def _along(self) -> Sequence[Continuation]:
+        """The plain text along which divergences are taken. It is asked for once, and not where all is kept."""
+        if not self._continued:
+            prompts = self.plan.sets[HARMLESS].prompts
+            self._continued = self.evaluator.continuations(prompts, self.answers[HARMLESS, PLAIN])
+        return self._continued
+
+    def _diverge(self, arm: Arm, steer: Steer) -> list[Floats]:
+        prompts = self.plan.sets[HARMLESS]
+
+        def make(start: int, stop: int) -> list[Any]:
+            found = self.evaluator.divergences(prompts.prompts[start:stop], self._along()[start:stop], steer)
+            return [row.tolist() for row in found]
+
+        conditions = self._conditions(prompts, arm)
+        rows = self.cache.rows(f"{HARMLESS}.{arm.name}.divergence", conditions, len(prompts), make)
+        return [np.array(row) for row in rows]
+
+    def _at_dose(self, arm: Arm, dose: float) -> Arm | None:
+        """`arm` at the strength at which its KL on some of the harmless prompts, drawn evenly, is `dose`."""
+        prompts = self.plan.sets[HARMLESS]
+        drawn = sorted(random.Random(0).sample(range(len(prompts)), min(DOSE_PROMPTS, len(prompts))))
+
+        def measured(tried: Arm) -> float:
+            along = self._along()
+            with steering(self.evaluator, tried) as steer:
+                try:
+                    asked = [prompts.prompts[i] for i in drawn]
+                    found = self.evaluator.divergences(asked, [along[i] for i in drawn], steer)
+                except NotFinite:
+                    return math.inf
+            return float(np.mean([row.mean() for row in found]))
+
+        def kl(strength: float) -> float:
+            tried = arm.at(math.copysign(strength, arm.strength))
+            conditions = self._conditions(prompts, tried) | {"prompts": len(drawn)}
+            value = float(self.cache.value(f"{HARMLESS}.{tried.name}.dose", conditions, partial(measured, tried)))
+            said = f"{tried.name}: KL {value:.5f} on {len(drawn)} prompts, {dose:g} is asked for"
+            self.evaluator.progress.write(said)
+            return value
+
+        strength = strength_at(dose, kl)
+        if strength is None:
+            log.warning("%s: no strength up to %g has a KL of %g", arm.way, MAX_STRENGTH, dose)
+            return None
+        return arm.at(math.copysign(strength, arm.strength))
+
+    def _verdicts(
+        self, judge: Judge, title: str, arm: str, prompts: PromptSet, texts: Sequence[str]
+    ) -> list[Outcome | None]:
+        def make(start: int, stop: int) -> list[Any]:
+            return judged(judge, prompts.prompts[start:stop], texts[start:stop])
+
+        name = f"{title}.{arm}.verdicts-{judge.name.replace('/', '_')}"
+        return self.cache.rows(name, {"sha256": prompts.sha256} | judge.identity, len(prompts), make)
+
+    def _read(self, text: pp.Text, arm: Arm | None, steer: Steer) -> Floats:
+        def make() -> list[float]:
+            return [float(v) for v in pp.negative_log_likelihoods(self.evaluator, text.windows, steer)]
+
+        conditions = {"sha256": text.dataset.sha256} | _identity(arm)
+        return np.array(self.cache.value(f"text.{_name(arm)}", conditions, make))
 
 
 def _beside(
@@ -152,7 +227,7 @@ def _beside(
     told: Mapping[tuple[str, str], Sequence[Row]],
     divergences: Mapping[str, Sequence[Floats]],
 ) -> tuple[Comparison, ...]:
-    """What `plan.against` asks for."""
+    """Compare each arm with the one that `plan.against` names."""
     dose = {f"{one.way}={one.strength:g}": one.kl for one in doses if one.strength is not None}
     pairs = {
         arm.name: other.name
@@ -228,115 +303,45 @@ def _turns(prompt: Prompt) -> int:
     return sum(role == "user" for role, _ in prompt.turns) if isinstance(prompt, Conversation) else 1
 
 
+def _name(arm: Arm | None) -> str:
+    return arm.name if arm else PLAIN
+
+
 def _identity(arm: Arm | None) -> dict[str, Any]:
     return {"arm": PLAIN} if arm is None else {"arm": arm.name, "digest": arm.digest}
 
 
-def _answers(
-    evaluator: Evaluator, plan: Plan, cache: Cache, title: str, prompts: PromptSet, arm: Arm | None, steer: Steer
-) -> list[Answered]:
-    conditions = {"sha256": prompts.sha256, "max_tokens": plan.max_tokens} | _identity(arm)
-    name = arm.name if arm else PLAIN
+def strength_at(dose: float, kl: Callable[[float], float]) -> float | None:
+    """A strength of four digits up to MAX_STRENGTH whose `kl` is `dose`, the nearest of those that were tried; None
+    where none comes within FAR of it, as where the KL jumps over it or stays below.
 
-    def make(start: int, stop: int) -> list[Any]:
-        given = evaluator.answers(prompts.prompts[start:stop], steer)
-        return [{"ids": answer.ids, "text": answer.text} for answer in given]
-
-    rows = cache.rows(f"{title}.{name}.answers", conditions, len(prompts), make)
-    return [Answered(row["ids"], row["text"]) for row in rows]
-
-
-def _divergences(
-    evaluator: Evaluator,
-    plan: Plan,
-    plain: Sequence[Answered],
-    along: list[Continuation],
-    cache: Cache,
-    arm: Arm,
-    steer: Steer,
-) -> list[Floats]:
-    """`along` is filled where it is needed, once for all arms: nothing is asked of the model where all is kept."""
-    prompts = plan.sets[HARMLESS]
-
-    def make(start: int, stop: int) -> list[Any]:
-        if not along:
-            along.extend(evaluator.continuations(prompts.prompts, plain))
-        found = evaluator.divergences(prompts.prompts[start:stop], along[start:stop], steer)
-        return [row.tolist() for row in found]
-
-    conditions = {"sha256": prompts.sha256, "max_tokens": plan.max_tokens} | _identity(arm)
-    rows = cache.rows(f"{HARMLESS}.{arm.name}.divergence", conditions, len(prompts), make)
-    return [np.array(row) for row in rows]
-
-
-def _at_dose(
-    evaluator: Evaluator,
-    plan: Plan,
-    plain: Sequence[Answered],
-    along: list[Continuation],
-    cache: Cache,
-    arm: Arm,
-    dose: float,
-) -> Arm | None:
-    """`arm` at the strength at which its KL on some of the harmless prompts, drawn evenly, is `dose`."""
-    prompts = plan.sets[HARMLESS].prompts
-    drawn = sorted(random.Random(0).sample(range(len(prompts)), min(DOSE_PROMPTS, len(prompts))))
-
-    def measured(tried: Arm) -> float:
-        if not along:
-            along.extend(evaluator.continuations(prompts, plain))
-        with steering(evaluator, tried) as steer:
-            try:
-                found = evaluator.divergences([prompts[i] for i in drawn], [along[i] for i in drawn], steer)
-            except NotFinite:
-                return math.inf
-        return float(np.mean([row.mean() for row in found]))
-
-    def kl(strength: float) -> float:
-        tried = arm.at(math.copysign(strength, arm.strength))
-        conditions = {"sha256": plan.sets[HARMLESS].sha256, "max_tokens": plan.max_tokens, "prompts": len(drawn)}
-        value = float(
-            cache.value(f"{HARMLESS}.{tried.name}.dose", conditions | _identity(tried), partial(measured, tried))
-        )
-        evaluator.progress.write(f"{tried.name}: KL {value:.5f} on {len(drawn)} prompts, {dose:g} is asked for")
-        return value
-
-    strength = strength_at(dose, kl)
-    if strength is None:
-        log.warning("%s: no strength up to %g has a KL of %g", arm.way, MAX_STRENGTH, dose)
-        return None
-    return arm.at(math.copysign(strength, arm.strength))
-
-
-def _verdicts(
-    judge: Judge, cache: Cache, title: str, arm: str, prompts: PromptSet, texts: Sequence[str]
-) -> list[Outcome | None]:
-    def make(start: int, stop: int) -> list[Any]:
-        return judged(judge, prompts.prompts[start:stop], texts[start:stop])
-
-    name = f"{title}.{arm}.verdicts-{judge.name.replace('/', '_')}"
-    return cache.rows(name, {"sha256": prompts.sha256} | judge.identity, len(prompts), make)
-
-
-def _text(evaluator: Evaluator, text: Text, cache: Cache, arm: Arm | None, steer: Steer) -> Floats:
-    def make() -> list[float]:
-        return [float(v) for v in pp.negative_log_likelihoods(evaluator, text.windows, steer)]
-
-    name = f"text.{arm.name if arm else PLAIN}"
-    return np.array(cache.value(name, {"sha256": text.dataset.sha256} | _identity(arm), make))
-
-
-def _text_result(text: Text, negative: Mapping[str, Floats]) -> TextResult:
-    plain = negative[PLAIN]
-    return TextResult(
-        dataset=text.dataset,
-        tokens=len(plain) + 1,
-        arms=tuple(
-            PerplexityOf(
-                arm=name,
-                perplexity=pp.perplexity(values),
-                ratio=None if name == PLAIN else Difference.of(pp.ratio(plain, values)),
-            )
-            for name, values in negative.items()
-        ),
-    )
+    What is kept is a bracket, with less than the dose at its lower end and more at its upper one, so that there is a
+    crossing in it though the KL need not rise everywhere. The next strength is the one at which a power law through
+    both ends has the dose (from 0 on a square, which the KL of a small change is), and the middle where two in a row
+    fell on the same side, or that one is not inside.
+    """
+    low, high, tried, sides = (0.0, 0.0), (math.inf, math.inf), dict[float, float](), [0, 0]
+    at = 1.0
+    for _ in range(TRIES):
+        at = float(f"{at:.4g}")
+        if at in tried:
+            break
+        found = tried[at] = kl(at)
+        if abs(found - dose) <= NEAR * dose:
+            break
+        sides = [sides[1], 1 if found > dose else -1]
+        low, high = (low, (at, found)) if found > dose else ((at, found), high)
+        if low[0] == MAX_STRENGTH:
+            return None
+        if math.isinf(high[0]):
+            at = min(MAX_STRENGTH, low[0] * min(4.0, max(1.25, math.sqrt(dose / low[1]) if low[1] > 0 else 4.0)))
+            continue
+        if low[1] > 0:
+            power = math.log(high[1] / low[1]) / math.log(high[0] / low[0])
+            at = low[0] * (dose / low[1]) ** (1 / power)
+        else:
+            at = high[0] * math.sqrt(dose / high[1])
+        if sides[0] == sides[1] or not low[0] < float(f"{at:.4g}") < high[0]:
+            at = (low[0] + high[0]) / 2
+    best = min(tried, key=lambda strength: abs(math.log(max(tried[strength], 1e-300) / dose)))
+    return best if abs(tried[best] - dose) <= FAR * dose else None

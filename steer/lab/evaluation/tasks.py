@@ -38,7 +38,7 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class TaskPlan:
-    """Which tasks, at most so many documents of each, from lm_eval's own folder or `folder` too. `tokenizer` is the
+    """Which tasks, at most `limit` documents of each, from lm_eval's own folder or `folder` too. `tokenizer` is the
     model's, a local folder or a hub id."""
 
     names: Sequence[str]
@@ -114,6 +114,16 @@ def _run(plan: TaskPlan, url: str, model: str) -> dict[str, dict[str, dict[str, 
         if not found:
             raise SteerError(f"lm_eval gave no samples for {', '.join(plan.names)}:\n{done.stdout[-2000:]}")
         return found
+
+
+@contextmanager
+def server(url: str | None, model: str, options: Sequence[str], arms: Sequence[Arm]) -> Iterator[Served]:
+    """The server at `url`, or where there is none a server of our own; see `given` and `serving`."""
+    if url is not None:
+        yield given(url.rstrip("/"), arms)
+        return
+    with serving(model, options, arms) as served:
+        yield served
 
 
 def given(url: str, arms: Sequence[Arm]) -> Served:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from steer.direction import MEASUREMENT_KEY, Direction
 from steer.errors import InvalidInput
-from steer.lab.formats import arditi, control_vector, means, plain
-from steer.lab.formats.foreign import Foreign, load_pickled
+from steer.lab.formats import control_vector, pickled
+from steer.lab.formats.foreign import Foreign, check_plain, direction_of, load_pickled
 from steer.lab.measurement import Measurement, load_tensors
 
 #: How a file of a measurement is named where its kind follows from the name.
@@ -24,9 +25,9 @@ WRITES = f"DIRECTION.safetensors, NAME{MEASUREMENT_SUFFIX}, NAME.gguf, NAME.glp.
 def read(path: Path, foreign: Foreign) -> Direction | Measurement:
     """What `path` holds. `foreign` says what a file of another tool does not. Raises InvalidInput."""
     if path.is_dir():
-        found = [path / name for name in (arditi.DIRECTION, arditi.MEAN_DIFFS) if (path / name).exists()]
+        found = [path / name for name in (pickled.DIRECTION, pickled.MEAN_DIFFS) if (path / name).exists()]
         if not found:
-            raise InvalidInput(f"{path}: the folder has neither {arditi.DIRECTION} nor {arditi.MEAN_DIFFS}")
+            raise InvalidInput(f"{path}: the folder has neither {pickled.DIRECTION} nor {pickled.MEAN_DIFFS}")
         path = found[0]
     if not path.exists():
         raise InvalidInput(f"{path}: does not exist; accepted: {READS}")
@@ -37,15 +38,41 @@ def read(path: Path, foreign: Foreign) -> Direction | Measurement:
         metadata, tensors = load_tensors(path)
         if MEASUREMENT_KEY in metadata:
             return Measurement.load(path)
-        return Direction.load(path) if "steer" in metadata else plain.read(path, tensors, foreign)
+        return Direction.load(path) if "steer" in metadata else read_plain(path, tensors, foreign)
     if suffix in (".pt", ".pth", ".refuse", ".bin"):
         value = load_pickled(path)
         if isinstance(value, dict):
-            return means.read(path, value, foreign)
+            return pickled.read_means(path, value, foreign)
         if isinstance(value, Tensor):
-            return arditi.read(path, value, foreign)
+            return pickled.read_arditi(path, value, foreign)
         raise InvalidInput(f"{path}: holds a {type(value).__name__}; accepted: {READS}")
     raise InvalidInput(f"{path}: the suffix '{suffix}' is not known; accepted: {READS}")
+
+
+def read_plain(path: Path, tensors: Mapping[str, Tensor], foreign: Foreign) -> Direction:
+    """The direction in any safetensors file with a tensor of vectors, `[d_model]`, `[layers, d_model]` or `[layers, k,
+    d_model]`. One vector serves all layers, more are each layer's own (the output of block l has row l). They are made
+    unit and orthonormal. Of class means nothing is known: the direction can be ablated, no more."""
+    name = foreign.tensor or (next(iter(tensors)) if len(tensors) == 1 else None)
+    if name is None or name not in tensors:
+        shown = ", ".join(f"{n} {list(t.shape)}" for n, t in list(tensors.items())[:8])
+        raise InvalidInput(f"{path}: which tensor? Give --tensor; it has {shown or 'none'}")
+    check_plain(path, (tensors[name],))
+    value = tensors[name].float()
+    facts = foreign.model(path, value.shape[-1] if value.ndim else 0)
+    if value.ndim == 1:
+        rows = dict.fromkeys(range(facts.layers), value.unsqueeze(0))
+    elif value.ndim in (2, 3) and value.shape[0] == facts.layers:
+        rows = {layer: each.reshape(-1, facts.d_model) for layer, each in enumerate(value)}
+    else:
+        raise InvalidInput(
+            f"{path}: tensor '{name}' has shape {list(value.shape)}; accepted: [{facts.d_model}], "
+            f"[{facts.layers}, {facts.d_model}] and [{facts.layers}, k, {facts.d_model}]"
+        )
+    layer = None if foreign.layer is None or value.ndim != 1 else foreign.check_layer(path, foreign.layer)
+    return direction_of(
+        rows, facts, source=path, method="imported", mode="ablate", modes=("ablate",), source_layer=layer
+    )
 
 
 def write(path: Path, direction: Direction) -> list[str]:
@@ -53,7 +80,7 @@ def write(path: Path, direction: Direction) -> list[str]:
     if path.suffix == ".gguf":
         return control_vector.write(path, direction)
     if path.suffix == ".pt":
-        return arditi.write(path, direction)
+        return pickled.write(path, direction)
     if path.suffix == ".safetensors":
         direction.save(path)
         return []

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from steer.direction import Direction, replacing
 from steer.errors import InvalidInput, brief
-from steer.lab.formats.foreign import Foreign, direction_of
+from steer.lab.formats.foreign import Foreign, direction_of, width_of
 from steer.names import MAX_STRENGTH, Mode
 from steer.runtime.op import GAMMA, coefficients
 
@@ -49,8 +50,7 @@ def read(path: Path, foreign: Foreign) -> Direction:
             raise InvalidInput(f"{path}: {brief(tensor.name)} is not direction.N or direction.N.j")
     if not found:
         raise InvalidInput(f"{path}: has no tensors direction.1, direction.2, …")
-    if len({vector.shape for vectors in found.values() for vector in vectors.values()}) != 1:
-        raise InvalidInput(f"{path}: its vectors have different numbers of dimensions")
+    d_model = width_of(path, (vector for vectors in found.values() for vector in vectors.values()))
     rows = {layer: torch.stack([vectors[row] for row in sorted(vectors)]) for layer, vectors in found.items()}
     if len(counts := {len(each) for each in rows.values()}) > 1:
         raise InvalidInput(
@@ -60,7 +60,7 @@ def read(path: Path, foreign: Foreign) -> Direction:
     projects = told.get("glp.mode", "add") == "project"
     if problems := [f"{path}: {problem}" for problem in _glp_problems(told, several)]:
         raise InvalidInput(problems)
-    facts = foreign.model(path, next(iter(rows.values())).shape[1])
+    facts = foreign.model(path, d_model)
     for layer in rows:
         foreign.check_layer(path, layer)
     mode: Mode = "ablate" if projects else "add"
@@ -70,7 +70,7 @@ def read(path: Path, foreign: Foreign) -> Direction:
 
 
 def _glp_problems(told: Mapping[str, object], several: bool) -> Iterator[str]:
-    """What of a GLP file a direction cannot say; of any other control vector with several rows for a layer too."""
+    """Yield what a direction cannot say of a GLP file, and of another control vector with several rows for a layer."""
     accepted: dict[str, tuple[object, ...]] = {
         "glp.mode": ("add", "project"),
         "glp.spec_version": (1, 2),
@@ -91,28 +91,18 @@ def _glp_problems(told: Mapping[str, object], several: bool) -> Iterator[str]:
 
 def write(path: Path, direction: Direction) -> list[str]:
     """What the direction adds in the mode `add`, at its own strength. Returns what a reader of the file would miss."""
-    meta, gguf = direction.meta, _library(path)
+    meta = direction.meta
     if path.name.lower().endswith(GLP):
-        return _write_glp(path, direction, gguf)
+        return _write_glp(path, direction)
     if direction.rank != 1:
         raise InvalidInput(f"{path}: a control vector has one row for each layer, this direction has {direction.rank}")
     if "add" not in meta.modes:
         raise InvalidInput(f"{path}: a control vector is added, and this direction has no length to add with")
     gamma = coefficients(direction, "add")[:, 0, GAMMA]
     vectors = meta.strength * gamma[:, None] * direction.directions[:, 0]
-    with replacing(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
-        writer.add_string(f"{ARCHITECTURE}.model_hint", re.sub(r"For[A-Z].*", "", meta.architecture).lower())
-        writer.add_uint32(f"{ARCHITECTURE}.layer_count", meta.layers - 1)
+    with _written(path, direction, vectors[:, None]) as writer:
         writer.add_string("steer.mode", meta.mode)
         writer.add_string("steer.meta", meta.model_dump_json())
-        for layer in range(1, meta.layers):
-            if vectors[layer].any():
-                writer.add_tensor(f"direction.{layer}", vectors[layer].numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
     missed = []
     if meta.mode != "add":
         missed.append(
@@ -124,7 +114,26 @@ def write(path: Path, direction: Direction) -> list[str]:
     return missed
 
 
-def _write_glp(path: Path, direction: Direction, gguf: Any) -> list[str]:
+@contextmanager
+def _written(path: Path, direction: Direction, rows: Tensor) -> Iterator[Any]:
+    """Write the file with `rows` `[layers, k, d_model]`; what describes them is added to the writer meanwhile."""
+    meta = direction.meta
+    with replacing(path) as temporary:
+        writer = _library(path).GGUFWriter(temporary, ARCHITECTURE)
+        writer.add_string(f"{ARCHITECTURE}.model_hint", re.sub(r"For[A-Z].*", "", meta.architecture).lower())
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", meta.layers - 1)
+        yield writer
+        for layer in range(1, meta.layers):
+            for row, vector in enumerate(rows[layer]):
+                if vector.any():
+                    writer.add_tensor(f"direction.{layer}" + (f".{row}" if row else ""), vector.contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _write_glp(path: Path, direction: Direction) -> list[str]:
     """The direction in its own mode at its own strength. Raises InvalidInput for what GLP cannot say."""
     meta = direction.meta
     problems = []
@@ -141,10 +150,7 @@ def _write_glp(path: Path, direction: Direction, gguf: Any) -> list[str]:
     rows = direction.directions * (direction.weights != 0)[:, None, None]
     if meta.mode == "add":
         rows = rows * coefficients(direction, "add")[:, :1, GAMMA, None]
-    with replacing(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
-        writer.add_string(f"{ARCHITECTURE}.model_hint", re.sub(r"For[A-Z].*", "", meta.architecture).lower())
-        writer.add_uint32(f"{ARCHITECTURE}.layer_count", meta.layers - 1)
+    with _written(path, direction, rows) as writer:
         writer.add_uint32("glp.spec_version", 1 if direction.rank == 1 else 2)
         writer.add_string("glp.mode", "project" if meta.mode == "ablate" else "add")
         writer.add_string("glp.hook_point", "residual_stream_post_layer")
@@ -152,14 +158,6 @@ def _write_glp(path: Path, direction: Direction, gguf: Any) -> list[str]:
         if direction.rank > 1:
             writer.add_uint32("glp.rank", direction.rank)
             writer.add_bool("glp.orthonormal", True)
-        for layer in range(1, meta.layers):
-            for row, vector in enumerate(rows[layer]):
-                if vector.any():
-                    writer.add_tensor(f"direction.{layer}" + (f".{row}" if row else ""), vector.contiguous().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
     missed = [f"{path}: layer 0 is left out, because the format has no name for it"] if rows[0].any() else []
     if direction.embedding is not None:
         missed.append(f"{path}: the embedding's rows are left out, because the format has no place for them")

@@ -45,6 +45,14 @@ class Foreign:
         return layer
 
 
+def width_of(source: object, vectors: Iterable[Tensor]) -> int:
+    """The number of dimensions of `vectors` `[d_model]`. Raises InvalidInput where it is not the same for all."""
+    sizes = {len(vector) for vector in vectors}
+    if len(sizes) != 1:
+        raise InvalidInput(f"{source}: its vectors have different numbers of dimensions: {sorted(sizes)}")
+    return sizes.pop()
+
+
 def direction_of(
     rows: Mapping[int, Tensor],
     facts: ModelFacts,

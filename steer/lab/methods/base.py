@@ -40,6 +40,11 @@ class Method(BaseModel, ABC):
         return rows
 
     @property
+    def varies(self) -> bool:
+        """Are its rows other ones at other layers than the source's?"""
+        return type(self).onto is not Method.onto
+
+    @property
     def bisects(self) -> bool:
         """Does a component of 0 separate the classes by construction? Then that is ρ of `one_sided`."""
         return False

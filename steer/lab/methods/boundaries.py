@@ -120,7 +120,7 @@ def oracle_approximation(covariance: Tensor, n: float) -> float:
 
 #: Newton steps at most; a handful are enough.
 STEPS = 1000
-#: Of the largest part of the gradient where it ends.
+#: The largest part of the gradient at which it ends.
 TOLERANCE = 1e-10
 
 

@@ -1,5 +1,7 @@
 // The server as any client sees it: JSON, streams, and errors in its own words.
 
+const AT_ONCE = 4;
+
 let key = "";
 
 /** Called on a 401 with the server's message; resolves to a key, or to null when the user gives none. */
@@ -50,6 +52,15 @@ export const json = async (path, options) => (await call(path, options)).json();
 
 export function post(path, body, signal) {
   return call(path, { method: "POST", body: JSON.stringify(body), signal, headers: { "Content-Type": "application/json" } });
+}
+
+/** Call `ask` for each item of `queue` until it is empty, few at once so that other users of the key have room. What is
+ * left is not asked for once one throws. */
+export async function inTurns(queue, ask) {
+  const work = async () => { while (queue.length) await ask(queue.shift()); };
+  try {
+    await Promise.all(Array.from({ length: AT_ONCE }, work));
+  } finally { queue.length = 0; }
 }
 
 /** The JSON of each event of a streamed response. Throws Problem for an error that comes in the middle. */

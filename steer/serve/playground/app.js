@@ -166,7 +166,7 @@ function noReadout(why) {
 
 function onDirections(wanted) {
   const { may } = steering;
-  const usable = may.steer && may.tokens.length ? directions.served.filter((item) => item.usable !== false && steering.modesOf(item).length) : [];
+  const usable = may.steer ? directions.served.filter((item) => item.usable !== false && steering.modesOf(item).length) : [];
   $("pickers").hidden = $("reads").hidden = $("sweep").hidden = !usable.length;
   $("none").hidden = Boolean(usable.length);
   $("none").textContent = whyNone();

@@ -1,6 +1,6 @@
 // The conversation: turns of one message with an answer on each side, each side with its own history.
 
-import { events, post, Problem } from "./api.js";
+import { events, inTurns, post, Problem } from "./api.js";
 import { differing } from "./compare.js";
 import { $, el, perFrame, shown } from "./dom.js";
 import { HeatMap } from "./heatmap.js";
@@ -219,14 +219,15 @@ export class Chat {
       tokens.waiting.textContent = turn.message;
       try {
         const before = this.messages("plain", index).slice(0, -1);
-        const reports = await Promise.all(words.slice(skipped).map(async (_, i) => {
-          const content = words.slice(0, skipped + i + 1).join("");
+        const reports = [];
+        await inTurns([...words.keys()].slice(skipped), async (i) => {
+          const content = words.slice(0, i + 1).join("");
           const body = { ...this.body("plain", [...before, { role: "user", content }]), stream: undefined, stream_options: undefined, max_tokens: 1, ignore_eos: true, add_generation_prompt: false, continue_final_message: true };
-          return (await (await post(ROUTE, body)).json()).choices[0].steer_readout;
-        }));
+          reports[i] = (await (await post(ROUTE, body)).json()).choices[0].steer_readout;
+        });
         tokens.waiting.textContent = "";
         tokens.waiting.before(words.slice(0, skipped).join(""));
-        reports.forEach((report, i) => tokens.put(words[skipped + i], words[skipped + i].trim(), report, 0));
+        reports.forEach((report, i) => tokens.put(words[i], words[i].trim(), report, 0));
         tokens.waiting.before(turn.message.slice(words.join("").length));
       } catch (error) {
         turn.read = null;

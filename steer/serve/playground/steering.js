@@ -10,7 +10,7 @@ export class Steering {
    * direction, or another version of it. */
   constructor({ changed, picked }) {
     Object.assign(this, { changed, picked, entries: [], at: 0, usable: [], shown: null });
-    this.offer({ modes: {}, scales: {}, tokens: {}, may: { steer: true, readout: true, manage: true, modes: [], max_strength: 10, tokens: ["all"], layers: null } });
+    this.offer({ modes: {}, scales: {}, tokens: {}, may: { steer: true, readout: true, manage: true, modes: [] } });
     $("direction").addEventListener("change", () => {
       this.entries[this.at] = this.defaults($("direction").value, this.at);
       this.show();
@@ -20,7 +20,7 @@ export class Steering {
       const entry = { ...this.entry, mode: $("mode").value };
       this.set({ mode: entry.mode, strength: this.within(entry, this.at) });
     });
-    for (const field of FIELDS) $(field).addEventListener("change", () => this.set({ [field]: $(field).value.trim() || this.where[field] }));
+    for (const field of FIELDS) $(field).addEventListener("change", () => this.set({ [field]: $(field).value.trim() || this.where(this.listed)[field] }));
     $("strength").addEventListener("input", () => this.set({ strength: Number($("strength").value) }, false));
     $("strength").addEventListener("change", () => this.set({ strength: Number($("strength").value) }));
     $("number").addEventListener("change", () => this.set({ strength: Number($("number").value) }));
@@ -42,10 +42,6 @@ export class Steering {
   /** What `GET /v1/steering` says: only what the key may do is offered. */
   offer({ modes, scales, tokens, may }) {
     Object.assign(this, { modes, scales, tokens, may });
-    const known = may.tokens.map((name) => name.replace("N", "1"));
-    this.where = { layers: may.layers ?? "", tokens: known.includes("all") ? "" : known[0] ?? "" };
-    $("tokens-known").replaceChildren(...known.map((value) => el("option", { value })));
-    for (const field of FIELDS) $(field).placeholder = this.where[field] || "all";
     $("mode").replaceChildren(...may.modes.map((mode) => el("option", { value: mode, textContent: spoken(mode) })));
     this.entries = []; // chosen anew: another key may have other rights
     this.shown = null;
@@ -78,8 +74,14 @@ export class Steering {
   }
 
   /** The modes in which the key may ask for a listed direction, and for which its file has what is needed. */
-  modesOf({ modes, calibrated }) {
-    return this.may.modes.filter((mode) => modes.includes(mode) && (!this.may.calibrated || mode in calibrated));
+  modesOf({ modes, calibrated, may }) {
+    return this.may.modes.filter((mode) => may.tokens.length && modes.includes(mode) && (!may.calibrated || mode in calibrated));
+  }
+
+  /** What an entry of a listed direction says of layers and tokens where the user says nothing; "" is all. */
+  where({ may }) {
+    const known = tokensOf(may);
+    return { layers: may.layers ?? "", tokens: known.includes("all") ? "" : known[0] };
   }
 
   get names() {
@@ -102,7 +104,7 @@ export class Steering {
     const found = entries.filter((entry) => !missing.includes(entry) && this.modesOf(this.card(entry.direction)).includes(entry.mode));
     if (found.length) this.entries = [];
     for (const entry of found.slice(0, MOST)) {
-      const taken = { ...this.defaults(entry.direction), ...entry, layers: entry.layers || this.where.layers, tokens: entry.tokens || this.where.tokens };
+      const usual = this.defaults(entry.direction), taken = { ...usual, ...entry, layers: entry.layers || usual.layers, tokens: entry.tokens || usual.tokens };
       this.entries.push({ ...taken, strength: this.within(taken) });
     }
     this.at = 0;
@@ -113,12 +115,13 @@ export class Steering {
   /** The least and the largest strength that the key may ask for in an entry's mode, as entry `at` beside the others:
    * calibrated doses are shared. */
   bounds(entry, at = this.entries.length) {
-    const most = this.may.max_strength;
-    if (!this.may.calibrated) return [-most, most];
+    const { may } = this.card(entry.direction), most = may.max_strength;
+    if (!may.calibrated) return [-most, most];
     const dose = ({ direction, mode }) => this.card(direction).calibrated[mode] ?? [0, 0];
-    const taken = this.entries.filter((_, i) => i !== at).map((other) => Math.abs(other.strength / (dose(other)[Number(other.strength > 0)] || Infinity)));
+    const dosed = this.entries.filter((other, i) => i !== at && this.card(other.direction).may.calibrated);
+    const taken = dosed.map((other) => Math.abs(other.strength / (dose(other)[Number(other.strength > 0)] || Infinity)));
     const left = Math.max(0, 1 - taken.reduce((total, share) => total + share, 0));
-    return dose(entry).map((value) => value * left);
+    return dose(entry).map((value) => Math.max(-most, Math.min(most, value * left)));
   }
 
   within(entry, at, strength = entry.strength) {
@@ -129,7 +132,7 @@ export class Steering {
   /** What the file of a direction says, as far as the key may ask for it, as entry `at`. */
   defaults(name, at) {
     const item = this.card(name), modes = this.modesOf(item);
-    const entry = { direction: name, mode: modes.includes(item.mode) ? item.mode : modes[0], strength: item.strength, ...this.where };
+    const entry = { direction: name, mode: modes.includes(item.mode) ? item.mode : modes[0], strength: item.strength, ...this.where(item) };
     return { ...entry, strength: this.within(entry, at) };
   }
 
@@ -164,7 +167,9 @@ export class Steering {
     [$("number").min, $("number").max] = this.bounds(this.entry, this.at);
     $("number").value = strength;
     Object.assign($("strength"), { min: low, max: high, value: strength });
-    for (const field of FIELDS) $(field).value = this.entry[field];
+    const usual = this.where(this.listed);
+    for (const field of FIELDS) Object.assign($(field), { value: this.entry[field], placeholder: usual[field] || "all" });
+    $("tokens-known").replaceChildren(...tokensOf(this.listed.may).map((value) => el("option", { value })));
     const ticks = [...new Set([low, 0, 1, high])].filter((value) => value >= low && value <= high);
     $("ticks").replaceChildren(...[...ticks, this.listed.strength].map((value) => el("option", { value })));
     $("scale").replaceChildren(...ticks.map((value) => {
@@ -188,6 +193,7 @@ export class Steering {
   }
 }
 
+const tokensOf = (may) => may.tokens.map((name) => name.replace("N", "1"));
 const spoken = (mode) => mode.replaceAll("_", "-");
 const where = (entry) => Object.fromEntries(FIELDS.map((field) => [field, entry[field]]).filter(([, value]) => value && value !== "all"));
 const said = (entry) => ({ direction: entry.direction, mode: entry.mode, strength: entry.strength, ...where(entry) });

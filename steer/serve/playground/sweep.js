@@ -1,11 +1,10 @@
 // A sweep: what the first token of the answer would be at many strengths, in one batch of the server's.
 
-import { json, Problem } from "./api.js";
+import { inTurns, json, Problem } from "./api.js";
 import { $, shown } from "./dom.js";
 import { chart } from "./profile.js";
 
 const STEPS = 12;
-const AT_ONCE = 4; // requests, so that other users of the key have room
 const LISTED = 20; // likeliest tokens: the most that servers list
 const PLOTS = [
   { title: "Log-odds of these first words", lines: [["odds", ""]], zero: true },
@@ -19,18 +18,15 @@ export async function measure(body, [low, high], known) {
   const strengths = [...new Set(Array.from({ length: STEPS + 1 }, (_, i) => Number((low + (i * (high - low)) / STEPS).toFixed(4))))];
   const rest = [null, ...strengths].filter((strength) => !known.has(strength));
   let refused = null;
-  await Promise.all(Array.from({ length: AT_ONCE }, async () => {
-    while (rest.length) {
-      const strength = rest.shift();
-      try {
-        known.set(strength, await first(body(strength)));
-      } catch (error) {
-        if (!(error instanceof Problem)) throw error;
-        refused ??= error;
-        if (![400, 403].includes(error.status)) rest.length = 0; // at other strengths it would be no other
-      }
+  await inTurns(rest, async (strength) => {
+    try {
+      known.set(strength, await first(body(strength)));
+    } catch (error) {
+      if (!(error instanceof Problem)) throw error;
+      refused ??= error;
+      if (![400, 403].includes(error.status)) rest.length = 0; // at other strengths it would be no other
     }
-  }));
+  });
   return { strengths, known, refused };
 }
 

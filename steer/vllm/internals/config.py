@@ -114,13 +114,19 @@ def _connector_problems(transfer: KVTransferConfig | None) -> list[str]:
     """What keeps steered and plain blocks apart is in their hashes, so a connector must go by those."""
     if transfer is None or transfer.kv_connector is None:
         return []
-    return [
+    problems = [
         problem
         for name, module in _connectors(
             transfer.kv_connector, transfer.kv_connector_module_path, transfer.kv_connector_extra_config
         )
         if (problem := _connector_problem(name, module))
     ]
+    if getattr(transfer, "kv_load_failure_policy", "fail") != "fail":
+        problems.append(
+            "the KV connector's kv_load_failure_policy is not 'fail': a step whose blocks failed to load would decide "
+            "conditions, and find tokens not finite, before it is run again"
+        )
+    return problems
 
 
 def _connectors(name: str, module: str | None, extra: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:

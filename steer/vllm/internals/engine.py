@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from steer.errors import InvalidInput, UnsupportedModel
-from steer.serve import token_usage
-from steer.tokenization import Decoder
+from steer.serve import metrics
+from steer.tokenization import Thinking, Tokenizer, thinking_of
 from steer.vllm.internals.base import ABOVE, CORRUPTED, PROBE_TOKENS, TESTED, Method, T, seam, version
 from steer.vllm.internals.config import check_rust
 
@@ -96,7 +96,7 @@ def wrap_requests(
     """Have `adds` called with each EngineCoreRequest before the OutputProcessor takes it, `added` with it and the state
     that is kept for it afterwards, and `ended` with the id of each `watched` request that the OutputProcessor has let
     go: finished, stopped by a string, or aborted. One whose stream was lost is ended with what `lost` gives for its id:
-    raised in whoever reads an AsyncLLM's answer, told by the finish reason `error` in an LLM's."""
+    raised where an AsyncLLM's answer is read, told by the finish reason `error` in an LLM's."""
     add, process, abort = (
         seam(outputs, "add_request"),
         seam(outputs, "process_outputs"),
@@ -114,7 +114,7 @@ def wrap_requests(
             raise
         if (state := states.get(request.request_id)) is not None:
             added(request, state)
-            token_usage.current().answer(lambda: answer_length(state))
+            metrics.current_usage().answer(lambda: answer_length(state))
         return out
 
     def processing(engine_core_outputs: Sequence[EngineCoreOutput], *args: object, **kwargs: object) -> object:
@@ -209,12 +209,19 @@ def answer_ids(state: RequestState) -> list[int]:
     return list(seam(seam(state, "detokenizer"), "output_token_ids"))
 
 
-def tokenizer_of(engine: AsyncLLM) -> Decoder:
-    """The tokenizer of an AsyncLLM."""
-    found: Decoder | None = getattr(engine, "tokenizer", None)
+def tokenizer_of(engine: AsyncLLM | LLMEngine) -> Tokenizer:
+    """The tokenizer of an engine that has one."""
+    found: Tokenizer | None = getattr(engine, "tokenizer", None)
     if found is None:
         found = seam(seam(engine, "renderer"), "get_tokenizer")()
     return found
+
+
+def engine_thinking(engine: AsyncLLM | LLMEngine) -> Thinking | None:
+    """The tokens of its model's thinking, where its tokenizer has some."""
+    if seam(engine.vllm_config.model_config, "skip_tokenizer_init"):
+        return None
+    return thinking_of(tokenizer_of(engine))
 
 
 #: Reads a VllmConfig before an engine is constructed from it; None leaves the engine alone.
@@ -264,7 +271,7 @@ def _attaching(construct: Method, prepare: Prepare[T], attach: Attach[T]) -> Met
 
 
 def _shut_down(engine: object) -> None:
-    """End an LLMEngine or AsyncLLM and the workers behind it."""
+    """End an LLMEngine or AsyncLLM and its workers."""
     shutdown = getattr(engine, "shutdown", None)
     (shutdown if callable(shutdown) else seam(seam(engine, "engine_core"), "shutdown"))()
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -120,12 +123,12 @@ def server_arguments(model: str, options: Sequence[str]) -> Namespace:
     """`vllm serve MODEL OPTIONS` as vLLM parses it."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    launchers = _launchers()
-    parser = launchers["make_arg_parser"](FlexibleArgumentParser(prog="steer serve --backend vllm"))
+    home = _command_line()
+    parser = seam(home, "make_arg_parser")(FlexibleArgumentParser(prog="steer serve --backend vllm"))
     args: Namespace = parser.parse_args([model, *options])
     if getattr(args, "model_tag", None) is not None:
         args.model = args.model_tag
-    launchers["validate_parsed_serve_args"](args)
+    seam(home, "validate_parsed_serve_args")(args)
     return args
 
 
@@ -141,25 +144,15 @@ def run_server(args: Namespace, keep_alive: int) -> None:
     seam(ServeSubcommand, "cmd", ["args"])(args)
 
 
-def _launchers() -> dict[str, Callable[..., Any]]:
-    """The functions behind `vllm serve`, which moved in 0.32."""
-    import importlib
+#: Where the command line of `vllm serve` is defined: from 0.32 on, and before.
+_COMMAND_LINE = ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args")
 
-    homes = {
-        "make_arg_parser": ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"),
-        "validate_parsed_serve_args": ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"),
-    }
-    found: dict[str, Callable[..., Any]] = {}
-    for name, modules in homes.items():
-        for module in modules:
-            try:
-                found[name] = getattr(importlib.import_module(module), name)
-                break
-            except (ImportError, AttributeError):
-                continue
-        else:
-            raise UnsupportedModel(f"vLLM {version()}: the seam {name} is in none of {modules}; tested with {TESTED}")
-    return found
+
+def _command_line() -> ModuleType:
+    for name in _COMMAND_LINE:
+        with suppress(ImportError):
+            return importlib.import_module(name)
+    raise UnsupportedModel(f"vLLM {version()}: none of {_COMMAND_LINE} is there; tested with {TESTED}")
 
 
 def serves(model: str, revision: str | None, *, trust_remote_code: bool = False) -> bool:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steer.errors import UnsupportedModel
-from steer.vllm.internals.base import ABOVE, CORRUPTED, PROBE_TOKENS, TESTED, Method, seam, version
+from steer.runtime.token_index import Tokens
+from steer.vllm.internals.base import ABOVE, CORRUPTED, PROBE_TOKENS, Method, seam
 
 if TYPE_CHECKING:
     from steer.vllm.internals.types import (
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
         Worker,
     )
 
-#: Called with the ids of the requests of a step, in the order of their tokens, and the tokens of each.
-OnBatch = Callable[[list[str], NDArray[np.int32]], None]
+#: Called with the ids of the requests of a step, in the order of their tokens, how many each has, and what they are.
+OnBatch = Callable[[list[str], NDArray[np.int32], Tokens], None]
 
 
 def platform_worker() -> type:
@@ -135,7 +136,7 @@ def watch_batches(runner: GPUModelRunner, on_batch: OnBatch) -> str:
 
         def prepare_v2(*args: object, **kwargs: object) -> object:
             batch = prepare(*args, **kwargs)
-            on_batch(batch.req_ids, batch.num_scheduled_tokens)
+            on_batch(batch.req_ids, batch.num_scheduled_tokens, (batch.input_ids, batch.positions))
             return batch
 
         runner.prepare_inputs = prepare_v2
@@ -144,11 +145,13 @@ def watch_batches(runner: GPUModelRunner, on_batch: OnBatch) -> str:
     batch = seam(runner, "input_batch")
     for name in ("req_ids", "num_reqs"):
         seam(batch, name)
+    seam(seam(runner, "input_ids"), "gpu"), seam(runner, "positions")
 
     def prepare_v1(scheduler_output: SchedulerOutput, num_scheduled_tokens: NDArray[np.int32]) -> object:
         out = prepare(scheduler_output, num_scheduled_tokens)
         batch = runner.input_batch  # read anew: vLLM replaces it when the KV cache is made
-        on_batch(batch.req_ids[: batch.num_reqs], num_scheduled_tokens)
+        tokens = runner.input_ids.gpu, runner.positions  # sampled ones too, which the host may not know yet
+        on_batch(batch.req_ids[: batch.num_reqs], num_scheduled_tokens, tokens)
         return out
 
     runner._prepare_inputs = prepare_v1
@@ -232,12 +235,10 @@ def starts_of(scheduler_output: SchedulerOutput) -> dict[str, int]:
 @contextmanager
 def eager(config: VllmConfig, tokens: int) -> Iterator[None]:
     """Inside it the model's own Python runs, compiled or not, with no KV cache and no attention metadata."""
+    from vllm import forward_context
     from vllm.config import set_current_vllm_config
-    from vllm.forward_context import set_forward_context
 
-    seam(set_forward_context, "__call__")
-    if "skip_compiled" not in inspect.signature(set_forward_context).parameters:
-        raise UnsupportedModel(f"vLLM {version()}: set_forward_context has no skip_compiled; tested with {TESTED}")
+    set_forward_context = seam(forward_context, "set_forward_context", ["skip_compiled"])
     with (
         torch.inference_mode(),
         set_current_vllm_config(config),

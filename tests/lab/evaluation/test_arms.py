@@ -49,7 +49,7 @@ def test_layers_and_tokens_are_said_as_a_request_says_them(files: list[Path]) ->
     for arm in arms:
         (wanted,) = parse(arm.name)
         assert (wanted.layers, wanted.tokens) == (arm.layers, arm.tokens)
-        assert arm.candidate.entry(wanted.direction).tokens == arm.tokens
+        assert arm.entry(wanted.direction).tokens == arm.tokens
         assert arm.at(0.5).name == arm.name.replace("=1", "=0.5")
     assert [arm.name for arm in arms if arm.control] == [arm.name.replace("one:", "one.random0:") for arm in own]
     with pytest.raises(InvalidInput) as caught:

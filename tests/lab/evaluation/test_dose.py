@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer.lab.evaluation.dose import NEAR, TRIES, strength_at
+from steer.lab.evaluation.run import NEAR, TRIES, strength_at
 from steer.names import MAX_STRENGTH
 
 

@@ -7,30 +7,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.lab.behaviour import REFUSAL
-from steer.lab.evaluation.outcomes import agreements, arms_on_set, rows
-from steer.lab.outcome import OUTCOMES, Outcome
-from steer.lab.probe import Answered
+from steer.lab.evaluation.outcomes import agreements, arms_on_set, rows_of
+from steer.lab.outcome import OUTCOMES, Answer, Outcome
 from steer.lab.statistics import cohens_kappa, holm, mcnemar
 
-REFUSED = Answered([1, 2, 3, 4], "I'm sorry, but I can't help with that.")
-GOOD = Answered(list(range(20)), "Sure! First get red clay, then use a long brush.")
-LOOP = Answered([5, 6] * 10, "first get first get first get")
-NOTHING = Answered([], "")
-SHORT = Answered([7, 8], "Sure!")
+REFUSED = Answer([1, 2, 3, 4], "I'm sorry, but I can't help with that.")
+GOOD = Answer(list(range(20)), "Sure! First get red clay, then use a long brush.")
+LOOP = Answer([5, 6] * 10, "first get first get first get")
+NOTHING = Answer([], "")
+SHORT = Answer([7, 8], "Sure!")
 RECIPE = (
     "First get flour and water, and a bowl that is large enough. Mix them with your hands until nothing sticks, cover "
     "the bowl with a cloth, and let it stand overnight in a warm place. Bake what has become of it for an hour."
 )
-LATE = Answered(list(range(40)), f"{RECIPE} I'm sorry, but I can't explain the rest.")
-THOUGHT = Answered(list(range(30)), "<think>Should I refuse? I cannot help with")
-CUT = Answered(list(range(64)), "<think>It is fine.</think> To make")
-RUNAWAY = Answered(list(range(64)), "First get flour, then get water, then get salt, then get wood")
+LATE = Answer(list(range(40)), f"{RECIPE} I'm sorry, but I can't explain the rest.")
+THOUGHT = Answer(list(range(30)), "<think>Should I refuse? I cannot help with")
+CUT = Answer(list(range(64)), "<think>It is fine.</think> To make")
+RUNAWAY = Answer(list(range(64)), "First get flour, then get water, then get salt, then get wood")
 
 answers = st.sampled_from([REFUSED, GOOD, LOOP, NOTHING, SHORT, LATE, RUNAWAY, THOUGHT, CUT])
 
 
-def outcome(answer: Answered, beside: Answered) -> tuple[str, str | None]:
-    (told,) = rows(REFUSAL, [answer], [beside], 64)
+def outcome(answer: Answer, beside: Answer) -> tuple[str, str | None]:
+    (told,) = rows_of(REFUSAL, [answer], [beside], 64)
     return told.outcome, told.fault
 
 
@@ -47,12 +46,12 @@ def test_outcomes_of_known_answers() -> None:
 
 
 def test_a_refusal_beside_a_long_answer_has_not_collapsed() -> None:
-    assert outcome(Answered([1], "Sorry, I can't."), GOOD) == ("shown", None)
+    assert outcome(Answer([1], "Sorry, I can't."), GOOD) == ("shown", None)
 
 
 @pytest.mark.parametrize("beside", [REFUSED, LOOP])
-def test_length_is_not_compared_with_a_refusal_or_a_loop(beside: Answered) -> None:
-    long = Answered(beside.ids * 10, beside.text)
+def test_length_is_not_compared_with_a_refusal_or_a_loop(beside: Answer) -> None:
+    long = Answer(beside.ids * 10, beside.text)
     assert outcome(SHORT, long) == ("complied", None)
 
 
@@ -61,15 +60,15 @@ def test_no_end_is_no_fault_where_the_plain_model_does_not_end_either() -> None:
 
 
 def test_a_right_answer_complies() -> None:
-    told = rows(REFUSAL, [GOOD, LOOP, REFUSED], [REFUSED] * 3, 64, right=[True, True, True])
+    told = rows_of(REFUSAL, [GOOD, LOOP, REFUSED], [REFUSED] * 3, 64, right=[True, True, True])
     assert [t.right for t in told] == [True, False, False]
 
 
 @given(st.lists(st.tuples(answers, answers, answers), min_size=1, max_size=25))
-def test_outcomes_share_out_the_answers_and_differences_are_of_pairs(drawn: list[tuple[Answered, ...]]) -> None:
+def test_outcomes_share_out_the_answers_and_differences_are_of_pairs(drawn: list[tuple[Answer, ...]]) -> None:
     columns = list(zip(*drawn, strict=True))
     names = ("plain", "one", "two")
-    told = {name: rows(REFUSAL, c, columns[0], 64) for name, c in zip(names, columns, strict=True)}
+    told = {name: rows_of(REFUSAL, c, columns[0], 64) for name, c in zip(names, columns, strict=True)}
     arms = {arm.arm: arm for arm in arms_on_set(told)}
     for arm in arms.values():
         assert sum(getattr(arm, outcome).hits for outcome in OUTCOMES) == len(drawn)
@@ -89,8 +88,8 @@ def test_what_judges_say_is_counted_and_their_silence_too() -> None:
     one: list[Outcome | None] = ["shown", None, "complied", "shown"]
     two: list[Outcome | None] = ["shown", "complied", "deflected", "complied"]
     told = {
-        "plain": rows(REFUSAL, [REFUSED] * 4, [REFUSED] * 4, 64, verdicts={"one": ["shown"] * 4, "two": [None] * 4}),
-        "arm": rows(REFUSAL, [REFUSED, GOOD, GOOD, GOOD], [REFUSED] * 4, 64, verdicts={"one": one, "two": two}),
+        "plain": rows_of(REFUSAL, [REFUSED] * 4, [REFUSED] * 4, 64, verdicts={"one": ["shown"] * 4, "two": [None] * 4}),
+        "arm": rows_of(REFUSAL, [REFUSED, GOOD, GOOD, GOOD], [REFUSED] * 4, 64, verdicts={"one": one, "two": two}),
     }
     plain, arm = arms_on_set(told)
     judged = arm.judged["one"]
@@ -106,4 +105,4 @@ def test_what_judges_say_is_counted_and_their_silence_too() -> None:
     assert first.low < first.kappa < first.high
     assert found["matcher", "two"].kappa == 1
     assert found["one", "two"].count == 3
-    assert agreements(rows(REFUSAL, [GOOD], [GOOD], 64)) == ()
+    assert agreements(rows_of(REFUSAL, [GOOD], [GOOD], 64)) == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,13 @@ from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL
 from steer.lab.evaluation.arms import Arm, arms_of, projected
 from steer.lab.evaluation.markdown import render, tables
-from steer.lab.evaluation.perplexity import windows
+from steer.lab.evaluation.perplexity import Text, windows
 from steer.lab.evaluation.pictures import draw
 from steer.lab.evaluation.report import Conditions, Report, SteeredArm
-from steer.lab.evaluation.run import Found, Plan, Text, evaluate
+from steer.lab.evaluation.run import Evaluation, Found, Plan
 from steer.lab.judge import ChatJudge, Judge
-from steer.lab.probe import Answered, HFEvaluator
+from steer.lab.outcome import OUTCOMES, Answer
+from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import Conversation, Prompt, PromptSet
 from steer.lab.resume import Cache
 from steer.lab.source import TransformersSource
@@ -41,7 +43,7 @@ class Watched(HFEvaluator):
 
     asked: list[tuple[str, int]]
 
-    def answers(self, prompts: Sequence[Prompt], steer: Any, known: Any = None) -> list[Answered]:
+    def answers(self, prompts: Sequence[Prompt], steer: Any, known: Any = None) -> list[Answer]:
         self.asked.append((self.progress.current, len(prompts)))
         return super().answers(prompts, steer, known)
 
@@ -92,7 +94,7 @@ def report_of(found: Found, arms: list[Arm]) -> Report:
 
 
 def test_strength_0_changes_nothing_and_1_does(probe: Watched, arms: list[Arm], loaded: Loaded) -> None:
-    found = evaluate(probe, plan(arms, loaded), Cache(None, {}))
+    found = Evaluation(probe, plan(arms, loaded), Cache(None, {})).run()
     for one in found.sets:
         plain, nothing, *_ = one.arms
         assert nothing.model_copy(update={"arm": "plain", "against_plain": {}}) == plain
@@ -111,7 +113,7 @@ def test_strength_0_changes_nothing_and_1_does(probe: Watched, arms: list[Arm], 
 
 
 def test_the_plain_arm_is_asked_once(probe: Watched, arms: list[Arm], loaded: Loaded) -> None:
-    evaluate(probe, plan(arms, loaded), Cache(None, {}))
+    Evaluation(probe, plan(arms, loaded), Cache(None, {})).run()
     assert sorted(probe.asked) == sorted(
         (f"{name}, {arm}", len(prompts))
         for name, prompts in SETS.items()
@@ -122,7 +124,7 @@ def test_the_plain_arm_is_asked_once(probe: Watched, arms: list[Arm], loaded: Lo
 def test_a_broken_run_goes_on_to_the_same_report(
     probe: Watched, arms: list[Arm], loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = evaluate(probe, plan(arms, loaded), Cache(None, {}))
+    whole = Evaluation(probe, plan(arms, loaded), Cache(None, {})).run()
 
     def breaks(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
@@ -130,14 +132,14 @@ def test_a_broken_run_goes_on_to_the_same_report(
     with monkeypatch.context() as broken:
         broken.setattr(HFEvaluator, "divergences", breaks)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(probe, plan(arms, loaded), Cache(tmp_path, {}))
+            Evaluation(probe, plan(arms, loaded), Cache(tmp_path, {})).run()
     probe.asked.clear()
-    again = evaluate(probe, plan(arms, loaded), Cache(tmp_path, {}))
+    again = Evaluation(probe, plan(arms, loaded), Cache(tmp_path, {})).run()
     assert again == whole
     assert probe.asked
     assert not any(title.endswith((", plain", f", {arms[0].name}")) for title, _ in probe.asked)
     probe.asked.clear()
-    assert evaluate(probe, plan(arms, loaded), Cache(tmp_path, {})) == whole
+    assert Evaluation(probe, plan(arms, loaded), Cache(tmp_path, {})).run() == whole
     assert not probe.asked
 
 
@@ -145,7 +147,7 @@ def test_doses_are_found_on_the_model_and_kept(
     probe: Watched, arms: list[Arm], loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = replace(plan(arms[2:], loaded), doses=(0.01, 0.02, 50.0))
-    found = evaluate(probe, wanted, Cache(tmp_path, {}))
+    found = Evaluation(probe, wanted, Cache(tmp_path, {})).run()
     assert [(one.way, one.kl) for one in found.doses] == [("d:ablate", kl) for kl in (0.01, 0.02, 50.0)]
     assert [one.strength is None for one in found.doses] == [False, False, True]
     assert [arm.name for arm in found.arms] == [f"d:ablate={one.strength:g}" for one in found.doses[:2]]
@@ -157,7 +159,7 @@ def test_doses_are_found_on_the_model_and_kept(
     assert "d:ablate: not reached" in page
     probe.asked.clear()
     passes = probe.steering.passes
-    assert evaluate(probe, wanted, Cache(tmp_path, {})) == found
+    assert Evaluation(probe, wanted, Cache(tmp_path, {})).run() == found
     assert (probe.steering.passes, probe.asked) == (passes, []), "nothing is asked of the model again"
 
 
@@ -166,10 +168,10 @@ def test_arms_are_compared_with_each_other_prompt_by_prompt(
 ) -> None:
     """With one arm, or with the arms of one way at the same strength or dose; what an arm is to itself is told by an
     equal one under another name."""
-    assert evaluate(probe, plan(arms, loaded), Cache(tmp_path, {})).comparisons == ()
+    assert Evaluation(probe, plan(arms, loaded), Cache(tmp_path, {})).run().comparisons == ()
     same = [replace(arm, name=arm.name.replace("d:", "e:")) for arm in arms]
     wanted = replace(plan([*arms, *same], loaded), against=arms[2].name)
-    found = evaluate(probe, wanted, Cache(tmp_path, {}))
+    found = Evaluation(probe, wanted, Cache(tmp_path, {})).run()
     others = [arm.name for arm in (*arms, *same) if arm.name != arms[2].name]
     assert [(one.arm, one.against) for one in found.comparisons] == [(name, arms[2].name) for name in others]
     kl = {one.arm: one.mean for one in found.divergence}
@@ -189,10 +191,10 @@ def test_arms_are_compared_with_each_other_prompt_by_prompt(
     assert all(figures["shown"].p == 1 for figures in equal.sets.values())
     page = tables(report_of(found, list(found.arms)).model_copy(update={"comparisons": found.comparisons}))
     assert "Arms beside each other" in page
-    paired = evaluate(probe, replace(wanted, against="d:ablate"), Cache(tmp_path, {})).comparisons
+    paired = Evaluation(probe, replace(wanted, against="d:ablate"), Cache(tmp_path, {})).run().comparisons
     assert [(one.arm, one.against) for one in paired] == [(b.name, a.name) for a, b in zip(arms, same, strict=True)]
     dosed = replace(plan([arms[2], same[2]], loaded), doses=(0.01, 0.02), against="d:ablate")
-    found = evaluate(probe, dosed, Cache(tmp_path, {}))
+    found = Evaluation(probe, dosed, Cache(tmp_path, {})).run()
     strengths = {(one.way, one.kl): one.strength for one in found.doses}
     assert [(one.arm, one.against) for one in found.comparisons] == [
         (f"e:ablate={strengths['e:ablate', kl]:g}", f"d:ablate={strengths['d:ablate', kl]:g}") for kl in (0.01, 0.02)
@@ -204,10 +206,10 @@ def test_report_pictures_and_page_hold_every_figure(
 ) -> None:
     with judging(lambda body: (200, "yes" if "zzz" in body["messages"][0]["content"] else "No")) as (url, bodies, _):
         judge = ChatJudge(url, "judge", REFUSAL)
-        found = evaluate(probe, plan(arms, loaded, (judge,)), Cache(tmp_path, {}))
+        found = Evaluation(probe, plan(arms, loaded, (judge,)), Cache(tmp_path, {})).run()
     assert len(bodies) == 8 * 4, "each prompt in each arm"
     report = report_of(found, arms)
-    assert Report.model_validate_json(json.dumps(report.as_json())) == report
+    assert Report.model_validate_json(json.dumps(report.model_dump(mode="json"))) == report
     for one in report.sets:
         for arm in one.arms:
             assert arm.judged["judge"].shown.count + arm.judged["judge"].silent == one.dataset.count
@@ -220,6 +222,10 @@ def test_report_pictures_and_page_hold_every_figure(
         assert (tmp_path / file).stat().st_size > 5000
         assert f"({file})" in page
     assert tables(report) in page
+    heads = [re.findall(r"[a-z]+", line) for line in page.splitlines() if line.startswith(("| arm ", "| less plain"))]
+    seen, paired = ([o for o in OUTCOMES if o in head] for head in heads[1:3])
+    assert paired == seen, "an outcome that no answer has has no column"
+    assert "deflected" not in seen
     for given in arms:
         assert given.name in page
     assert f"{found.divergence[-1].mean:.5f}" in page

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from steer.errors import InvalidInput, UnsupportedModel
-from steer.hf.streamed import Streamed
-from steer.lab.removal import Plan
+from steer.hf.streamed import Change, Streamed
+from steer.lab.merge.removal import Plan, stream
+from steer.lab.merge.weights import Checkpoint
+from steer.lab.progress import Progress
 from steer.runtime.bank import EMBEDDING
 from steer.runtime.hook_points import hooks, on_input, on_output
 
@@ -29,10 +31,10 @@ class Verdict:
     """How far the edited model is from what it should be, all in float32.
 
     logits: the largest difference from the original from which the direction is removed where the weights write,
-    relative to the largest logit; where no norm is behind the weights that is the original as served with the direction
-    at `writers`. None where lengths were preserved, which is another model. served: the same from the original as it is
-    served, where a norm is behind (see `steer.lab.removal`), else None. left: the largest share of the stream that is
-    left along a removed direction; None where none was to be removed whole.
+    relative to the largest logit; where no norm comes after the weights that is the original as served with the
+    direction at `writers`. None where lengths were preserved, which is another model. served: the same from the
+    original as it is served, where a norm comes after (see `removal`), else None. left: the largest share of the stream
+    that is left along a removed direction; None where none was to be removed whole.
     """
 
     logits: float | None
@@ -48,21 +50,32 @@ class Verdict:
             told.append(f"{self.left:.1e} of the stream left along it")
         if self.served is not None:
             told.append(
-                f"from what is served, which removes it behind the norms, the logits differ by {self.served:.1e}, "
+                f"from what is served, which removes it after the norms, the logits differ by {self.served:.1e}, "
                 "since a norm scales what the weights leave"
             )
         return "; ".join(told)
 
 
-def passes(plan: Plan, preserve_norms: bool = False) -> int:
-    """How often a model is read to verify it."""
-    return 1 + (0 if preserve_norms else 1 + plan.behind)
+def verify(
+    plan: Plan,
+    edited: Checkpoint,
+    dtype: torch.dtype,
+    progress: Progress,
+    change: Change | None = None,
+    preserve_norms: bool = False,
+) -> Verdict:
+    """Compare `edited`, whose weights are stored in `dtype`, after the `change` of a tensor, with what `plan` is about.
+
+    Raises UnsupportedModel where it is something else: then some writer was missed, or files were not written as they
+    should be. Raises InvalidInput where there is nothing to compare.
+    """
+    passes = 1 if preserve_norms else 2 + plan.behind
+    progress.plan(VERIFYING, passes * len(plan.streamed.becomes))
+    with progress.part(VERIFYING):
+        return _verdict(plan, stream(edited, progress, change), dtype, preserve_norms)
 
 
-def verify(plan: Plan, edited: Streamed, dtype: torch.dtype, preserve_norms: bool = False) -> Verdict:
-    """Compare `edited`, whose weights are stored in `dtype`, with what `plan` is about. Raises UnsupportedModel where
-    it is something else: then some writer was missed, or files were not written as they should be. Raises InvalidInput
-    where there is nothing to compare."""
+def _verdict(plan: Plan, edited: Streamed, dtype: torch.dtype, preserve_norms: bool) -> Verdict:
     limit_logits, limit_left = TOLERANCE.get(dtype, TOLERANCE_16)
     got, left = _without(plan, edited)
     logits = served = None
@@ -106,7 +119,7 @@ def _without(plan: Plan, edited: Streamed) -> tuple[Tensor, dict[int, float]]:
 
 
 def _logits(plan: Plan, places: Iterable[tuple[nn.Module, int, Tensor | None]]) -> Tensor:
-    """Of the original, where the direction is removed from the outputs of these modules and before block 0."""
+    """The logits of the original with the direction removed from the outputs of these modules and before block 0."""
     removal, blocks = plan.removal, plan.streamed.anatomy.blocks
     handles = [on_input(blocks[0], lambda x: removal.taken(x, EMBEDDING))]
     handles += [on_output(m, lambda x, n=n, gain=gain: removal.taken(x, n, gain)) for m, n, gain in places]

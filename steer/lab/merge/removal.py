@@ -21,9 +21,9 @@ from steer.direction import Direction, check_fits
 from steer.errors import InvalidInput
 from steer.geometry import orthonormalise
 from steer.hf.streamed import Change, Streamed
+from steer.lab.merge.weights import Checkpoint
+from steer.lab.merge.writers import Term, Writer, find, find_terms
 from steer.lab.progress import Progress
-from steer.lab.weights import Checkpoint
-from steer.lab.writers import Term, Writer, find, find_terms
 from steer.names import acts_on_terms
 from steer.runtime.bank import EMBEDDING
 from steer.runtime.op import WEIGHT, coefficients, displacements, embedding_coefficients

@@ -15,7 +15,7 @@ from steer.direction import MAX_VALUE, Direction
 from steer.lab.behaviour import Behaviour
 from steer.lab.evaluation.arms import Arm, layer_of, projected
 from steer.lab.evaluation.report import SetResult
-from steer.lab.evaluation.run import HARMLESS, Plan, evaluate
+from steer.lab.evaluation.run import HARMLESS, Evaluation, Plan
 from steer.lab.evaluator import Evaluator
 from steer.lab.prompts import PromptSet, Rendering
 from steer.lab.resume import Cache
@@ -63,13 +63,13 @@ class Checked:
         return "fails" if self.problems else "unknown" if self.unknown else "works"
 
 
-def check_fits(direction: Direction, source: Source) -> None:
-    """Raise DirectionError with every reason why a server with this model would not take it."""
+def check_fits(direction: Direction, source: Source) -> Shape:
+    """The shape of a server with this model. Raises DirectionError with every reason why that would not take it."""
     facts, meta = source.facts, direction.meta
     dtype = getattr(torch, facts.dtype or "float32")
-    Shape(facts.architecture, facts.layers, facts.d_model, frozenset(meta.sites), direction.rank, dtype).check(
-        direction
-    )
+    shape = Shape(facts.architecture, facts.layers, facts.d_model, frozenset(meta.sites), direction.rank, dtype)
+    shape.check(direction)
+    return shape
 
 
 def check(
@@ -81,7 +81,7 @@ def check(
     behaviour: Behaviour,
 ) -> Checked:
     """`sets` are of the names HARMFUL and HARMLESS. What fits must have been asked before (`check_fits`)."""
-    found = evaluate(evaluator, Plan([arm], sets, evaluator.max_tokens, behaviour), Cache(None, {}))
+    found = Evaluation(evaluator, Plan([arm], sets, evaluator.max_tokens, behaviour), Cache(None, {})).run()
     notes: list[str] = []
     unknown: list[str] = []
     layers, sign = acting(arm.direction, arm.mode), _sign(arm.direction, source, sets, rendering)

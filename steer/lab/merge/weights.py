@@ -35,21 +35,9 @@ class Checkpoint:
             raise UnsupportedModel(f"{folder}: has neither {SINGLE} nor {INDEX}; only safetensors weights are read")
 
     @cached_property
-    def _described(self) -> tuple[str, int, int]:
-        return describe(str(self.folder), trust_remote_code=self.trust_remote_code)
-
-    @property
     def architecture(self) -> str:
-        """Of its text model, as are the layers and d_model."""
-        return self._described[0]
-
-    @property
-    def layers(self) -> int:
-        return self._described[1]
-
-    @property
-    def d_model(self) -> int:
-        return self._described[2]
+        """Of its text model."""
+        return describe(str(self.folder), trust_remote_code=self.trust_remote_code)[0]
 
     def shards(self) -> Iterator[tuple[str, list[str]]]:
         """Each file with the names of its tensors."""

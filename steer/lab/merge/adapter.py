@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from steer.errors import UnsupportedModel
 from steer.hf.streamed import Change
-from steer.lab.merge import MERGING, Made, new_folder
+from steer.lab.merge.model import MERGING, Made, new_folder
+from steer.lab.merge.removal import Plan, Removal, plan
+from steer.lab.merge.verify import verify
+from steer.lab.merge.weights import Checkpoint
+from steer.lab.merge.writers import Writer
 from steer.lab.progress import Progress
-from steer.lab.removal import Plan, Removal, plan, stream
-from steer.lab.verify import VERIFYING, passes, verify
-from steer.lab.weights import Checkpoint
-from steer.lab.writers import Writer
 from steer.runtime.op import WEIGHT
 
 PREFIX = "base_model.model."
@@ -60,10 +60,7 @@ def export(
         config = {"base_model_name_or_path": base} | _config(removal.direction.rank, modules)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         if verified:
-            progress.plan(VERIFYING, passes(planned) * len(planned.streamed.becomes))
-            with progress.part(VERIFYING):
-                adapted = stream(checkpoint, progress, _adapted(planned, folder))
-                verdict = verify(planned, adapted, torch.float32)
+            verdict = verify(planned, checkpoint, torch.float32, progress, _adapted(planned, folder))
     return Made(len(weights), verdict)
 
 

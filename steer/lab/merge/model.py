@@ -1,6 +1,6 @@
 """Bake a direction into an ordinary model: its writers' weights orthogonalised, shard by shard, for any server.
 
-What is removed, and how that compares with what is served, says `steer.lab.removal`.
+What is removed, and how that compares with what is served, says `steer.lab.merge.removal`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from steer._version import __version__
 from steer.errors import InvalidInput, UnsupportedModel
+from steer.lab.merge.removal import Plan, Removal, plan
+from steer.lab.merge.verify import Verdict, verify
+from steer.lab.merge.weights import INDEX, Checkpoint
 from steer.lab.progress import Progress
-from steer.lab.removal import Plan, Removal, plan, stream
-from steer.lab.verify import VERIFYING, Verdict, passes, verify
-from steer.lab.weights import INDEX, Checkpoint
 from steer.runtime.bank import EMBEDDING
 
 RECEIPT = "steer_bake.json"
@@ -74,10 +74,8 @@ def bake(
         verdict = None
         if verified:
             made = Checkpoint(folder, trust_remote_code=checkpoint.trust_remote_code)
-            progress.plan(VERIFYING, passes(planned, preserve_norms) * len(planned.streamed.becomes))
-            with progress.part(VERIFYING):
-                dtype = next(tensor.dtype for _, tensor in made.tensors([planned.writers[0].name]))
-                verdict = verify(planned, stream(made, progress), dtype, preserve_norms)
+            dtype = next(tensor.dtype for _, tensor in made.tensors([planned.writers[0].name]))
+            verdict = verify(planned, made, dtype, progress, preserve_norms=preserve_norms)
     return Made(count, verdict)
 
 

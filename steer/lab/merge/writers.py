@@ -3,7 +3,7 @@
 That a child of a block writes is seen in a pass over the model (`steer.runtime.hook_points`). Which parameter of the
 child does is known by the names that families of models use, and its layout by the class of the module that owns it,
 never by a shape: a square matrix would have two. What is not known is refused. That nothing was missed is checked
-afterwards by effect (`steer.lab.verify`).
+afterwards by effect (`steer.lab.merge.verify`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from steer.errors import UnsupportedModel
 from steer.hf.internals import axis_in_file
 from steer.hf.streamed import Streamed
-from steer.lab.weights import Checkpoint
+from steer.lab.merge.weights import Checkpoint
 from steer.runtime.bank import EMBEDDING
 from steer.runtime.hook_points import Output, find_writers, hooks, stream_of
 
@@ -29,14 +29,14 @@ _WRITER = re.compile(
 _POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions)\.weight$")
 #: Classes of transformers, by name, whose weights are `[…, inputs, outputs]` and that do not say so themselves.
 _INPUTS_FIRST = ("Conv1D", "Llama4TextExperts")
-#: Of the largest value, how far a norm may be from g ⊙ x / rms(x).
+#: How far a norm may be from g ⊙ x / rms(x), as a share of the largest value.
 RMS = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One of the terms that a block adds to the stream: the output of `module`, or of the norm `behind` it, whose
-    `gain` is g in g ⊙ x / rms(x)."""
+    """One of the terms that a block adds to the stream: the output of `module`, or of the norm `behind` that comes
+    after it, whose `gain` is g in g ⊙ x / rms(x)."""
 
     layer: int
     module: nn.Module
@@ -49,7 +49,7 @@ class Writer:
     """A tensor of the files that writes to the stream.
 
     layer: EMBEDDING for what stands before block 0. axis: which of its dimensions is the stream's, counted from the
-    end. parameter: what it becomes in the model. own: does it become that alone? gain: of the norm behind it.
+    end. parameter: what it becomes in the model. own: does it become that alone? gain: of the norm after it.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Writer:
 @torch.no_grad()
 def find_terms(streamed: Streamed) -> list[Term]:
     """What each block adds to the stream, seen in a pass over the model. Raises UnsupportedModel where that is no sum
-    of one or two of its children's outputs, and for a norm behind one that is no RMS norm."""
+    of one or two of its children's outputs, and for a norm after one that is no RMS norm."""
     anatomy = streamed.anatomy
     children = [dict(block.named_children()) for block in anatomy.blocks]
     given: dict[int, Tensor] = {}
@@ -145,7 +145,7 @@ def find(checkpoint: Checkpoint, streamed: Streamed, terms: Sequence[Term]) -> l
 
 
 def _parameters(streamed: Streamed, module: nn.Module) -> list[str]:
-    """Of those of `module`, the ones that write its output."""
+    """Return the names of the parameters of `module` that write its output."""
     prefix = streamed.name_of(module)
     return [name for own, _ in module.named_parameters() if _WRITER.search(name := f"{prefix}.{own}")]
 

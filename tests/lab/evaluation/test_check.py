@@ -13,8 +13,8 @@ import torch
 
 from steer.demo import PROMPTS
 from steer.direction import MAX_VALUE, Dataset, Direction
-from steer.lab.check import HARMFUL, _effect, acting
 from steer.lab.evaluation.arms import Arm
+from steer.lab.evaluation.check import HARMFUL, _effect, acting
 from steer.lab.evaluation.report import ArmOnSet, Difference, Rate, SetResult
 from steer.lab.statistics import difference_of_rates
 from tests import models
@@ -90,7 +90,7 @@ def test_few_prompts_that_cannot_tell_an_effect_from_chance_say_so(gone: int, ve
     unknown: list[str] = []
     dataset = Dataset(name="", sha256="", count=8)
     one = SetResult(name=HARMFUL, dataset=dataset, multi_turn=0, limit_tells=True, arms=arms)
-    _effect(Arm("refusal", own, "", "ablate", 1.0), (one,), "refusal", problems, unknown)
+    _effect(Arm(own, "ablate", 1.0, name="refusal", digest=""), (one,), "refusal", problems, unknown)
     assert (bool(problems), bool(unknown)) == (verdict == "fails", verdict == "unknown")
     if unknown:
         assert "refusal in 8 of 8 harmful answers plain, 5 steered: so few prompts cannot tell" in unknown[0]

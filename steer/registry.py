@@ -56,7 +56,7 @@ class Placement(Protocol):
     def check_entry(self, direction: Direction, entry: Entry) -> None:
         """Raise SpecError if `direction` cannot be applied as `entry` says."""
 
-    def behind(self, probe: Direction, entry: Entry) -> Entry:
+    def after_condition(self, probe: Direction, entry: Entry) -> Entry:
         """`entry` with the layers at which it acts under its condition, which is on `probe`. Raises SpecError where
         that cannot be decided in front of them."""
 
@@ -163,7 +163,7 @@ class Registry:
                 if (condition := item.condition) is not None:
                     probe = self.get(condition.direction, among)
                     entry = replace(entry, condition=replace(condition, digest=probe.digest))
-                    entry = self.placement.behind(probe.direction, entry)
+                    entry = self.placement.after_condition(probe.direction, entry)
                 self.placement.check_entry(version.direction, entry)
             except SpecError as error:
                 problems += error.problems
@@ -299,7 +299,7 @@ class Registry:
 
     def _fail(self, name: str, error: Exception, *, keep: bool = True) -> None:
         """Say why the newest content for `name` is not served, once, however often it is met. Not kept is what was sent
-        and left nothing behind: whoever sent it was told."""
+        and left nothing: whoever sent it was told."""
         if isinstance(error, DirectionError):
             problems = error.problems
         elif isinstance(error, SteerError | OSError):

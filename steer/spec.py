@@ -108,7 +108,7 @@ class RequestedDirection:
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One direction as it is applied: the exact version, mode and strength, and at which layers (like 10-20) and tokens
-    (see `TOKENS`); None for all. Under a condition these are layers behind it and the tokens of the answer."""
+    (see `TOKENS`); None for all. Under a condition these are layers after it and the tokens of the answer."""
 
     direction: str
     digest: str

@@ -59,7 +59,7 @@ class Recorder:
         if entry.mode == "affine":
             raise SpecError("no affine here")
 
-    def behind(self, probe: Direction, entry: Entry) -> Entry:
+    def after_condition(self, probe: Direction, entry: Entry) -> Entry:
         return entry
 
     def load(self, digest: str, direction: Direction, data: bytes) -> None:

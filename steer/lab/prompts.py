@@ -416,5 +416,5 @@ class PromptIds:
 def _marked(ids: list[int], empty: list[int]) -> Encoded:
     start = next((i for i, (x, y) in enumerate(zip(ids, empty, strict=False)) if x != y), min(len(ids), len(empty)))
     same = zip(reversed(ids[start:]), reversed(empty[start:]), strict=False)
-    behind = next((i for i, (x, y) in enumerate(same) if x != y), min(len(ids), len(empty)) - start)
-    return Encoded(ids, slice(start, len(ids) - behind))
+    after = next((i for i, (x, y) in enumerate(same) if x != y), min(len(ids), len(empty)) - start)
+    return Encoded(ids, slice(start, len(ids) - after))

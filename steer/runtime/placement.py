@@ -54,7 +54,7 @@ class Shape:
         if problems:
             raise DirectionError(problems)
 
-    def behind(self, probe: Direction, entry: Entry) -> Entry:
+    def after_condition(self, probe: Direction, entry: Entry) -> Entry:
         """`entry` with the layers at which it acts under its condition, on `probe`: all after it, where it names none.
         Raises SpecError with every reason why that cannot be decided in front of them."""
         condition = entry.condition
@@ -68,7 +68,7 @@ class Shape:
             problems.append(f"its direction acts at the sites {', '.join(probe.meta.sites)}: what is read is {sites}")
         if layer >= last:
             problems.append(
-                f"the model has the layers 0 to {last}, of which one must be behind it: 0 to {last - 1} are accepted"
+                f"the model has the layers 0 to {last}, of which one must come after it: 0 to {last - 1} are accepted"
             )
         elif not probe.directions[layer].any():
             problems.append("its direction has no row at that layer")
@@ -132,8 +132,8 @@ class ShapedPlacement:
     def check(self, direction: Direction) -> None:
         self.shape.check(direction)
 
-    def behind(self, probe: Direction, entry: Entry) -> Entry:
-        return self.shape.behind(probe, entry)
+    def after_condition(self, probe: Direction, entry: Entry) -> Entry:
+        return self.shape.after_condition(probe, entry)
 
     def check_entry(self, direction: Direction, entry: Entry) -> None:
         self.shape.check_entry(direction, entry)

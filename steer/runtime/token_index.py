@@ -139,7 +139,7 @@ class Probe:
 
 class Decisions:
     """What requests have decided, on the device: `opened` `[DECISIONS]` bool, the first of it for those without a
-    condition. `windows` `[4, DECISIONS]` int64 are the positions of phases: the first, and the first behind them, as
+    condition. `windows` `[4, DECISIONS]` int64 are the positions of phases: the first, and the first after them, as
     far as they are known (END), and the ids of the tokens that tell them, −1 for none. It outlives every index."""
 
     def __init__(self, device: torch.device | str) -> None:
@@ -197,7 +197,7 @@ class Decisions:
 @dataclass(frozen=True, slots=True)
 class RequestSteer:
     """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros after its own, and in
-    front those that turn, each with its axis behind it; bounds
+    front those that turn, each with its axis after it; bounds
     `[rank]` int32 (`bounds_of`), None where all act at all layers; and what makes them act together, None where they
     are orthogonal or one. With a condition it has a decision, which `Decisions.take` gives, and one part has a probe;
     so has the part that acts in a `phase` only.

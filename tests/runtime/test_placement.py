@@ -81,17 +81,17 @@ def test_a_condition_is_decided_by_one_row_in_front_of_what_it_decides() -> None
     def entry(layer: int, layers: str | None = None) -> Entry:
         return Entry("d", "a", "ablate", 1.0, layers, "answer", Condition("p", layer, above=1.0, digest="b"))
 
-    assert served.behind(probe, entry(0)).layers == "1-2"
-    assert served.behind(probe, entry(1)).layers == "2"
-    assert served.behind(probe, entry(0, "2")).layers == "2"
+    assert served.after_condition(probe, entry(0)).layers == "1-2"
+    assert served.after_condition(probe, entry(1)).layers == "2"
+    assert served.after_condition(probe, entry(0, "2")).layers == "2"
     for direction, wrong, told in (
         (DIRECTION, entry(0), ("has 2 rows", "the sites writers: what is read is 'resid_post'")),
         (replace(probe, directions=rows), entry(0), ("has no row at that layer",)),
-        (probe, entry(2), ("one must be behind it: 0 to 1 are accepted",)),
+        (probe, entry(2), ("one must come after it: 0 to 1 are accepted",)),
         (probe, entry(1, "1-2"), ("'d' is to act at the layers 1-2: layers from 2 on are accepted",)),
     ):
         with pytest.raises(SpecError) as caught:
-            served.behind(direction, wrong)
+            served.after_condition(direction, wrong)
         assert caught.value.param == "steer.if"
         for problem, reason in zip(caught.value.problems, told, strict=True):
             assert reason in problem

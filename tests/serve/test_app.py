@@ -168,7 +168,7 @@ def test_carriers_that_say_the_same_agree_and_others_conflict(tiny_server: Serve
         ("refusal?nobody@0>1", "direction 'nobody' is not served; served: refusal, verbosity"),
         (
             "refusal?verbosity@2>1",
-            "verbosity@2>1.0: the model has the layers 0 to 2, of which one must be behind it: 0",
+            "verbosity@2>1.0: the model has the layers 0 to 2, of which one must come after it: 0",
         ),
         ("refusal@1-2?verbosity@1<1", "'refusal' is to act at the layers 1-2: layers from 2 on are accepted"),
         ("refusal@not-first?verbosity@1>1", "'not-first' is not accepted under a condition"),

@@ -134,7 +134,7 @@ def _decidable(shape: Shape, direction: Direction, name: str, layers: Iterable[i
     for layer in layers:
         entry = Entry(name, "", direction.meta.mode, 1.0, condition=Condition(name, layer, above=0.0))
         try:
-            shape.behind(direction, entry)
+            shape.after_condition(direction, entry)
             found.append(layer)
         except SpecError as error:
             refused = error

@@ -66,7 +66,7 @@ def bake(
             "strength": removal.strength,
             "preserve_norms": preserve_norms,
             "edited": sorted(writer.name for writer in planned.writers),
-            "norms_behind_writers": planned.behind,
+            "norms_behind_writers": planned.normed,
             "verified": verified,
             "tool": f"steer {__version__}",
         }

@@ -94,9 +94,9 @@ class Plan:
     writers: list[Writer]
 
     @property
-    def behind(self) -> bool:
+    def normed(self) -> bool:
         """Does a norm stand between weights and the stream?"""
-        return any(term.behind is not None for term in self.terms)
+        return any(term.norm is not None for term in self.terms)
 
     def at(self, writer: Writer) -> tuple[Tensor, Tensor] | None:
         """Rows and coefficients of the removal from what `writer` writes, None where nothing is removed."""

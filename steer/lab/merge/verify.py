@@ -69,7 +69,7 @@ def verify(
     Raises UnsupportedModel where it is something else: then some writer was missed, or files were not written as they
     should be. Raises InvalidInput where there is nothing to compare.
     """
-    passes = 1 if preserve_norms else 2 + plan.behind
+    passes = 1 if preserve_norms else 2 + plan.normed
     progress.plan(VERIFYING, passes * len(plan.streamed.becomes))
     with progress.part(VERIFYING):
         return _verdict(plan, stream(edited, progress, change), dtype, preserve_norms)
@@ -81,8 +81,8 @@ def _verdict(plan: Plan, edited: Streamed, dtype: torch.dtype, preserve_norms: b
     logits = served = None
     if not preserve_norms:
         logits = _apart(got, _logits(plan, ((t.module, t.layer, t.gain) for t in plan.terms)))
-        if plan.behind:
-            served = _apart(got, _logits(plan, ((t.behind or t.module, t.layer, None) for t in plan.terms)))
+        if plan.normed:
+            served = _apart(got, _logits(plan, ((t.norm or t.module, t.layer, None) for t in plan.terms)))
     removed = {layer for layer in range(EMBEDDING, plan.removal.direction.layers) if plan.removal.at(layer) is not None}
     if logits is None and not removed <= left.keys():
         raise InvalidInput(

@@ -35,12 +35,12 @@ RMS = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One of the terms that a block adds to the stream: the output of `module`, or of the norm `behind` that comes
+    """One of the terms that a block adds to the stream: the output of `module`, or of the `norm` that comes
     after it, whose `gain` is g in g ⊙ x / rms(x)."""
 
     layer: int
     module: nn.Module
-    behind: nn.Module | None = None
+    norm: nn.Module | None = None
     gain: Tensor | None = None
 
 

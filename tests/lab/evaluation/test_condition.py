@@ -97,7 +97,7 @@ def test_sets_that_do_not_differ_have_none(source: TransformersSource) -> None:
 def test_only_what_a_server_would_take_is_looked_at(source: TransformersSource, split: Split) -> None:
     own = Direction.load(SHIPPED)
     assert find(source, own, "harm", split, layer=3).condition.layer == 3
-    with pytest.raises(SpecError, match="one must be behind it: 0 to 6 are accepted"):
+    with pytest.raises(SpecError, match="one must come after it: 0 to 6 are accepted"):
         find(source, own, "harm", split, layer=7)
     with pytest.raises(SpecError, match="acts at the sites writers: what is read is 'resid_post'"):
         find(source, noisy(0).with_meta(sites=("writers",), mode="ablate"), "harm", split)

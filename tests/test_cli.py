@@ -90,6 +90,23 @@ def test_each_help_ends_with_an_example_that_the_command_takes() -> None:
             assert name == "serve" or not context.args, f"{name} does not know {context.args}"
 
 
+@pytest.mark.parametrize("markup", [None, "rich"], ids=["narrow", "wide"])
+def test_every_option_says_what_it_is_as_it_was_written(markup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def words(text: str) -> str:
+        return re.sub(r"[\s│\\]", "", text)
+
+    monkeypatch.setattr(app, "rich_markup_mode", markup)
+    monkeypatch.setenv("TERMINAL_WIDTH", "400")
+    monkeypatch.setenv("COLUMNS", "400")
+    whole = typer.main.get_command(app)
+    assert isinstance(whole, TyperGroup)
+    for name, command in commands(whole):
+        shown = words(run(*name.split(), "--help").stdout)
+        for each in command.params:
+            assert each.help, f"{name}: {each.name} has no help"
+            assert words(each.help.partition("\n")[0]) in shown, f"{name}: {each.name}"
+
+
 def test_the_version_is_said() -> None:
     assert run("--version").stdout.strip() == f"steer {__version__}"
 

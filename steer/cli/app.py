@@ -6,9 +6,11 @@ import logging
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from typer.core import TyperCommand
 
 from steer._version import __version__
 from steer.cli import admin, check, evaluate, export, fit, search
@@ -17,6 +19,18 @@ from steer.cli.options import check_model, find_vllm_model, with_settings
 from steer.errors import InvalidInput
 from steer.lab.tables import shown, terminal_width, wrapped
 from steer.settings import ServeSettings, served_name
+
+
+class _Command(TyperCommand):
+    """A command whose texts are shown as they are: in `hub:NAME[/CONFIG]` is no markup."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        if self.rich_markup_mode == "rich":
+            self.help = self.help and escape(self.help)
+            for each in self.params:
+                each.help = each.help and escape(each.help)  # type: ignore[attr-defined]  # typer's have one
+
 
 app = typer.Typer(
     help="Serve a language model plain or with a behaviour direction removed, switched per request.",
@@ -168,5 +182,5 @@ for commands in check, fit, export, evaluate, search, admin:
 for prefix, group in (("", app), ("keys ", admin.keys), ("audit ", admin.audit)):
     for registered in group.registered_commands:
         assert registered.callback is not None
-        registered.callback = reported()(registered.callback)
+        registered.cls, registered.callback = _Command, reported()(registered.callback)
         registered.epilog = f"Example: {EXAMPLES[prefix + (registered.name or registered.callback.__name__)]}"

@@ -11,6 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.cli.options import (
+    FILE_MODE,
+    HARMFUL,
+    HARMLESS,
+    METHOD_NAME,
+    STRENGTH,
     VLLM_OPTIONS,
     Backend,
     BatchPrompts,
@@ -63,8 +68,8 @@ def fit(
     model: Model,
     # not `Output | None`: an option inside of a union loses its names
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the direction file to write")] = None,
-    harmful: Harmful | None = None,
-    harmless: Harmless | None = None,
+    harmful: Annotated[str | None, HARMFUL] = None,
+    harmless: Annotated[str | None, HARMLESS] = None,
     prompts: Prompts = None,
     limit: Annotated[
         int,
@@ -75,7 +80,7 @@ def fit(
     judge_model: JudgeModel = None,
     judge_shown: JudgeShown = None,
     judge_text: JudgeText = None,
-    method: MethodName | None = None,
+    method: Annotated[str | None, METHOD_NAME] = None,
     t: T = None,
     parameter: Parameters = None,
     layer: Annotated[
@@ -86,8 +91,8 @@ def fit(
     system_prompt: SystemPrompt = None,
     template: Template = None,
     response_prefix: ResponsePrefix = "",
-    mode: FileMode | None = None,
-    strength: Strength | None = None,
+    mode: Annotated[str | None, FILE_MODE] = None,
+    strength: Annotated[float | None, STRENGTH] = None,
     sites: Sites = "resid_post",
     max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 24,
     batch_size: BatchPrompts = "auto",

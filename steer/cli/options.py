@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from steer.lab.source import Source
 
 Model = Annotated[str, typer.Argument(help="local folder or hub id")]
-Harmful = Annotated[
-    str, typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[/CONFIG][:SPLIT[:COLUMN]]")
-]
-Harmless = Annotated[str, typer.Option(help="prompts that do not show it, as --harmful")]
+#: `Harmful | None` would lose what is said of it: an option that may be left out is Annotated by itself.
+HARMFUL = typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[/CONFIG][:SPLIT[:COLUMN]]")
+Harmful = Annotated[str, HARMFUL]
+HARMLESS = typer.Option(help="prompts that do not show it, as --harmful")
+Harmless = Annotated[str, HARMLESS]
 Output = Annotated[Path, typer.Option("--output", "-o", help="the direction file to write")]
 SystemPrompt = Annotated[str | None, typer.Option(help="system prompt of every conversation")]
 Template = Annotated[
@@ -75,17 +76,17 @@ Prompts = Annotated[
     str | None, typer.Option(help="published sets instead of --harmful and --harmless: arditi (the default), mlabonne")
 ]
 Winsorize = Annotated[float | None, typer.Option(help="clip each activation vector at this quantile of its magnitudes")]
-FileMode = Annotated[str, typer.Option(help=f"the file's default mode: {', '.join(MODES)}")]
-Strength = Annotated[float, typer.Option(help="the file's default strength")]
+FILE_MODE = typer.Option(help=f"the file's default mode: {', '.join(MODES)}")
+FileMode = Annotated[str, FILE_MODE]
+STRENGTH = typer.Option(help="the file's default strength")
+Strength = Annotated[float, STRENGTH]
 Sites = Annotated[str, typer.Option(help=f"where the direction acts: {' or '.join(SITES)}")]
 METHOD_NAMES = f"{', '.join(METHODS)} (`steer methods` explains each)"
-MethodName = Annotated[
-    str,
-    typer.Option(
-        # paragraphs: those the help does not run together
-        help="\n\n".join(["the method:", *(f"{name}: {summary}" for name, summary in METHODS.summaries().items())])
-    ),
-]
+METHOD_NAME = typer.Option(
+    # paragraphs: those the help does not run together
+    help="\n\n".join(["the method:", *(f"{name}: {summary}" for name, summary in METHODS.summaries().items())])
+)
+MethodName = Annotated[str, METHOD_NAME]
 T = Annotated[
     float | None,
     typer.Option(help="parameter of slerp: 0 (the default) is projected, 1 the difference of the normalised means"),

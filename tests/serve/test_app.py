@@ -653,7 +653,7 @@ def test_a_phase_is_steered_where_the_model_has_it_and_refused_where_it_has_none
     tiny_folder: Path, tmp_path: Path, tiny_server: Server
 ) -> None:
     problem = error(tiny_server.chat(steer="refusal@after-thinking"), 400)
-    assert (problem["param"], "'after-thinking'" in problem["message"]) == ("steer.tokens", True)
+    assert (problem["param"], "'after-thinking'" in problem["message"]) == ("steer", True)
     assert not {*PHASES} & tiny_server.client.get("/v1/steering").json()["tokens"].keys()
     shutil.copytree(tiny_folder, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)

@@ -359,6 +359,7 @@ def test_derive_weighs_layers(tiny_folder: Path, sets: tuple[str, str], tmp_path
         (("--weights", "peak=1,broad=2"), "--weights: broad: "),
         (("--weights", "peak=3,width=1"), "the layers are 0 to 2"),
         (("--weights", str(measured)), "cannot be read as JSON"),
+        (("--weights", "1,0.5"), "accepted: peak=LAYER,width=LAYERS,least=WEIGHT, or a JSON file"),
         (("--weights", str(listed), "--layers", "0"), "nothing would be steered"),
     ):
         assert says in run(*base, *options, code=2).stderr

@@ -140,7 +140,7 @@ def test_it_is_measured_converted_and_baked(folder: Path) -> None:
         ("derive", measurement, "--layer", 15, "-o", made),
         ("convert", made, vector),
         ("convert", vector, back, "--model", folder / "model", "--mode", "ablate"),
-        ("bake", folder / "model", "--direction", back, "-o", folder / "baked"),
+        ("bake", folder / "model", "--direction", made, "-o", folder / "baked"),
     ):
         told = run(*command)
         assert told.exit_code == 0, (command[0], told.output)

@@ -11,6 +11,7 @@ import typer
 
 from steer.cli import options as opt
 from steer.cli.console import echo_json, log_warnings, quiet_libraries
+from steer.errors import DirectionError
 from steer.names import MODES
 from steer.settings import ModelSettings
 
@@ -49,7 +50,7 @@ def check(
     from steer.demo import MODEL, PROMPTS
 
     log_warnings()
-    model = model or str(MODEL)
+    named, model = model, model or str(MODEL)
     opt.check_bench(backend, model, ctx.args, opening)
     quiet_libraries()
     from steer.direction import check_fits as check_shape
@@ -69,7 +70,12 @@ def check(
     looked_for = Behaviour.load(behaviour)
     if backend == "transformers":  # before all weights are read
         architecture, layers, d_model = describe(model, opening.revision, trust_remote_code=opening.trust_remote_code)
-        check_shape(arm.direction, d_model=d_model, layers=layers, architecture=architecture)
+        try:
+            check_shape(arm.direction, d_model=d_model, layers=layers, architecture=architecture)
+        except DirectionError as error:
+            if named:
+                raise
+            raise DirectionError([*error.problems, "this model is the embedded one: name yours"]) from error
     rendering = Rendering(meta.system_prompt, meta.template, meta.response_prefix)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(shown=True))

@@ -394,7 +394,10 @@ def _listed(file: str) -> list[float]:
     try:
         numbers = json.loads(Path(file).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InvalidInput(f"--weights: {file}: cannot be read as JSON: {error}") from error
+        raise InvalidInput(
+            f"--weights: {file}: cannot be read as JSON: {getattr(error, 'strerror', error)}; accepted: "
+            "peak=LAYER,width=LAYERS,least=WEIGHT, or a JSON file with a number for each layer"
+        ) from error
     if not isinstance(numbers, list) or not all(type(n) in (int, float) and abs(n) <= 100 for n in numbers):
         raise InvalidInput(f"--weights: {file}: accepted: a list with a number from -100 to 100 for each layer")
     return numbers

@@ -108,6 +108,7 @@ def test_what_does_not_fit_is_told_before_the_model_is_loaded(tmp_path: Path) ->
     told = run("check", str(tmp_path / "other.safetensors"), code=2).stderr
     assert "made for d_model 64, this model has 192" in told
     assert "made for 3 layers, this model has 8" in told
+    assert "this model is the embedded one: name yours" in told
 
 
 def test_a_layer_acts_where_its_coefficients_do() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -400,3 +401,29 @@ def test_a_phase_is_where_its_tokens_are(data: st.DataObject) -> None:
         index.fill(numbers, lengths, starts, (told, positions))
         strengths = index.first(len(told), conditional=True).strengths[0]
         assert (strengths != 0).tolist() == [acts for _, _, _, each in step for acts in each]
+
+
+def test_a_draft_that_is_not_taken_tells_nothing() -> None:
+    """Every answer of three tokens, beside every pair of drafts for its last two, which come again where they were
+    others."""
+    words = list(itertools.product((7, 8, 9), repeat=5))
+    running = [(InPhase(tokens, [7], [*each[:3]]), [*each[3:]]) for tokens in PHASES for each in words]
+    index = TokenIndex(RANK, 3 * len(running), "cpu")
+    for request, _ in running:
+        request.enter(index)
+    for drafted in (True, False, False):  # the drafts; all that is known then, a token at a time
+        starts, each, expected = [], [], []
+        for request, drafts in running:
+            said = request.prompt + request.answer
+            at = request.computed = request.computed or 1
+            ids = said[: at + 1] + (drafts if drafted else [])
+            starts.append(at)
+            each.append(ids[at:])
+            expected += [request.acts(ids, position) for position in range(at, len(ids))]
+            taken = (d == s for d, s in zip(drafts if drafted else [], request.answer[1:], strict=False))
+            request.computed = min(at + 1 + sum(itertools.takewhile(bool, taken)), len(said) - 1)
+        told = torch.tensor([token for ids in each for token in ids], dtype=torch.int32)
+        positions = torch.cat([torch.arange(at, at + len(ids)) for at, ids in zip(starts, each, strict=True)])
+        numbers = np.array([request.number for request, _ in running])
+        index.fill(numbers, np.array([*map(len, each)]), np.array(starts), (told, positions))
+        assert (index.first(len(told), conditional=True).strengths[0] != 0).tolist() == expected

@@ -197,10 +197,10 @@ class Decisions:
 @dataclass(frozen=True, slots=True)
 class RequestSteer:
     """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros after its own, and in
-    front those that turn, each with its axis after it; bounds
-    `[rank]` int32 (`bounds_of`), None where all act at all layers; and what makes them act together, None where they
-    are orthogonal or one. With a condition it has a decision, which `Decisions.take` gives, and one part has a probe;
-    so has the part that acts in a `phase` only.
+    front those that turn, each with its axis after it; bounds `[rank]` int32 (`bounds_of`), None where all act at all
+    layers; and what makes them act together, None where they are orthogonal or one. A request with a condition, or with
+    a part that acts in a `phase` only, has a decision, which `Decisions.take` gives; the part in which a condition is
+    decided has a probe.
 
     `then`: the positions, ascending, from which on something else acts, and what; none where these are for all tokens.
     """

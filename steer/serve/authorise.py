@@ -94,6 +94,15 @@ class Rules:
     policy: Policy | None = None
     off: Callable[[Spec], Refusal] | None = None
 
+    def limits(self, registry: Registry) -> Mapping[str, Sequence[Limits]]:
+        """What the policy says of single directions, by the digest of the version: it holds for each of its names."""
+        digests = registry.digests()
+        found: dict[str, list[Limits]] = {}
+        for name, its in self.policy.directions.items() if self.policy else ():
+            if name in digests:
+                found.setdefault(digests[name], []).append(its)
+        return found
+
 
 OPEN = Rules()
 
@@ -203,10 +212,7 @@ def _broken(asked: Spec, tools: bool, own: KeyRules, registry: Registry, rules: 
     """(rule, what is wrong) for each rule that `asked` breaks. Strengths of one version add up, whatever names and
     modes it is asked for by: a limit is not avoided by asking in two halves. Shares of calibrated doses add up over all
     versions, since two files may do the same."""
-    names = registry.digests()
-    limits: dict[str, list[Limits]] = {entry.digest: [] for entry in asked.entries}
-    for name, its in rules.policy.directions.items() if rules.policy else ():
-        limits.get(names.get(name, ""), []).append(its)
+    limits = rules.limits(registry)
     out: list[tuple[str, str]] = []
     for entry in asked.entries:
         if entry.mode not in own.modes:
@@ -214,17 +220,21 @@ def _broken(asked: Spec, tools: bool, own: KeyRules, registry: Registry, rules: 
             out.append(("mode", f"mode '{entry.mode}' is not allowed for this key; allowed: {accepted}"))
     for digest, entries in _by_digest(asked).items():
         out += _over(entries, tools, own, "this key")
-        for each in limits[digest]:
+        for each in limits.get(digest, ()):
             out += [(f"direction_{rule}", said) for rule, said in _over(entries, tools, each, "any key")]
     for probe in {entry.condition for entry in asked.entries if entry.condition}:
         out += [
             ("direction_conditions", f"direction '{probe.direction}': for any key no condition is allowed on it")
-            for name, its in (rules.policy.directions.items() if rules.policy else ())
-            if names.get(name) == probe.digest and not its.conditional
+            for each in limits.get(probe.digest, ())
+            if not each.conditional
         ]
     if own.max_strength == CALIBRATED:
         out += [("max_strength", said) for said in _overdosed(asked.entries, registry)]
-    dosed = [entry for entry in asked.entries if any(each.max_strength == CALIBRATED for each in limits[entry.digest])]
+    dosed = [
+        entry
+        for entry in asked.entries
+        if any(each.max_strength == CALIBRATED for each in limits.get(entry.digest, ()))
+    ]
     if dosed:
         out += [("direction_max_strength", said) for said in _overdosed(dosed, registry)]
     return out

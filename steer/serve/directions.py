@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Annotated, Literal, NotRequired
 
 import anyio.to_thread
@@ -116,16 +116,15 @@ def router(control: Control) -> APIRouter:
         assert control.registry is not None, "the server has started"
         return control.registry
 
-    def told(name: str, version: Version, caller: Caller) -> DirectionCard:
-        policy = control.rules.policy
-        rules = policy.directions if policy else {}
-        alike = (other for other, its in registry().names().items() if its.digest == version.digest)
-        return card(name, version, registry(), caller, [rules[other] for other in alike if other in rules])
-
     @routes.get("", summary="All served directions, and what was offered but is not served", responses=documented())
     async def list_directions(request: Request) -> DirectionList:
         caller = control.caller(request.scope)
-        served = [told(name, version, caller) for name, version in registry().names().items() if caller.may_know(name)]
+        limits = control.rules.limits(registry())
+        served = [
+            card(name, version, registry(), caller, limits)
+            for name, version in registry().names().items()
+            if caller.may_know(name)
+        ]
         known = {item["id"] for item in served}
         failed: list[FailedDirection] = [
             {"id": name, "object": "direction", "status": "failed", "errors": list(problems)}
@@ -146,7 +145,7 @@ def router(control: Control) -> APIRouter:
         except UnknownDirection as error:
             raise _not_found(error) from error
         return {
-            **told(name, version, caller),
+            **card(name, version, registry(), caller, control.rules.limits(registry())),
             "meta": version.direction.meta,
             "profile": await anyio.to_thread.run_sync(version.direction.profile),
         }
@@ -184,7 +183,7 @@ def router(control: Control) -> APIRouter:
             raise errors.HTTPProblem(Code.NO_FREE_ROWS, str(error)) from error
         except OSError as error:
             raise errors.HTTPProblem(Code.STORAGE, f"the file cannot be stored: {error}") from error
-        return told(name, version, caller)
+        return card(name, version, registry(), caller, control.rules.limits(registry()))
 
     @routes.delete(
         "/{name}",
@@ -209,9 +208,11 @@ def router(control: Control) -> APIRouter:
     return routes
 
 
-def card(name: str, version: Version, registry: Registry, caller: Caller, rules: Sequence[Limits]) -> DirectionCard:
-    """What `caller` is told of a direction in a list; `rules`: of that version, under any name. How many requests use
-    it now is others' business too, so that is for who manages."""
+def card(
+    name: str, version: Version, registry: Registry, caller: Caller, limits: Mapping[str, Sequence[Limits]]
+) -> DirectionCard:
+    """What `caller` is told of a direction in a list; `limits`: of each version (`Rules.limits`). Only a manager is
+    told how many requests use it now, which would tell of others."""
     meta, problems = version.direction.meta, registry.failures.get(name)
     told: DirectionCard = {
         "id": name,
@@ -230,7 +231,9 @@ def card(name: str, version: Version, registry: Registry, caller: Caller, rules:
         "sites": list(meta.sites),
         "bytes": version.bytes,
         "usable": caller.may_use(name),
-        "may": bounds([*([caller.rules] if caller.rules else ()), *rules], registry.placement.tokens),
+        "may": bounds(
+            [*([caller.rules] if caller.rules else ()), *limits.get(version.digest, ())], registry.placement.tokens
+        ),
     }
     if caller.manages:
         told["requests"] = version.pins

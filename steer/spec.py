@@ -47,8 +47,8 @@ TOKENS = {
     "not-first": "All but the first position, which is BOS in most models.",
     "first-N": "The first N positions of the prompt.",
     "last-N": "The last N positions of the prompt.",
-    "thinking": "Where the tokens of the model's own thinking are predicted, up to the one that ends it.",
-    "after-thinking": "The token that ends the model's thinking, where what comes next is predicted, and all after it.",
+    "thinking": "From the position that predicts the first token of the model's thinking to the one before its end.",
+    "after-thinking": "The token that ends the model's thinking, which predicts the first one after it, and all after.",
 }
 #: Those of `TOKENS` that the tokens of the answer decide.
 PHASES = ("thinking", "after-thinking")

@@ -71,7 +71,8 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """The tokens of a model that begin and end its thinking, and its special tokens, such as those between turns."""
+    """The tokens of a model that begin and end its thinking, and those that no text of a user becomes in most
+    tokenizers, such as those between turns: the special and the added ones."""
 
     begin: int
     end: int
@@ -113,6 +114,7 @@ class Tokenizer(Decoder, Protocol):
     def __hash__(self) -> int: ...
     def __call__(self, text: str, **options: object) -> Encoding: ...
     def get_vocab(self) -> Mapping[str, int]: ...
+    def get_added_vocab(self) -> Mapping[str, int]: ...
     def get_chat_template(self) -> str: ...
     def apply_chat_template(self, conversation: Sequence[Mapping[str, object]], **options: object) -> str: ...
 
@@ -136,7 +138,8 @@ def thinking_of(tokenizer: Tokenizer) -> Thinking | None:
     vocabulary = tokenizer.get_vocab()
     for begin, end in THINKING:
         if begin in vocabulary and end in vocabulary:
-            return Thinking(vocabulary[begin], vocabulary[end], frozenset(tokenizer.all_special_ids))
+            added = tokenizer.get_added_vocab().values()  # a turn's token may be added and not be said to be special
+            return Thinking(vocabulary[begin], vocabulary[end], frozenset((*tokenizer.all_special_ids, *added)))
     return None
 
 

@@ -205,6 +205,9 @@ def _authorised(asked: Spec, carried: Carried, registry: Registry, caller: Calle
         if caller.rules is not None and len({e.condition for e in (*asked.entries, *required.entries)}) > 1:
             said = "what is required for this key does not act under the condition that is asked for"
             raise forbidden("required", said, asked) from None
+        if caller.rules is not None and asked.phased != required.phased:
+            said = "what is required for this key acts at tokens that do not go together with those that are asked for"
+            raise forbidden("required", said, asked) from None
         raise
 
 

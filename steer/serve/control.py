@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from starlette.types import Scope
 
 from steer._version import __version__
-from steer.errors import InvalidInput, printable
+from steer.errors import InvalidInput, SteerError, UnknownDirection, printable
 from steer.registry import Move, Registry
 from steer.serve import errors, metrics, policy
 from steer.serve.audit import Audit, AuditUnavailable
 from steer.serve.authorise import ANYONE, CALLER, NOBODY, Caller, Refusal, Rules, forbidden
 from steer.serve.errors import Code
 from steer.serve.pages import ANY, Pages, hosts_of, is_loopback
-from steer.serve.policy import InForce, PolicyError
+from steer.serve.policy import InForce, Policy, PolicyError
 from steer.settings import ControlSettings
 from steer.shared import Shared
 from steer.spec import Spec
@@ -196,6 +196,7 @@ class Control:
             } - registry.names().keys()
             if missing:
                 log.warning("the policy needs directions that are not served: %s", ", ".join(sorted(missing)))
+            self._warn_of_what_cannot_be_applied(self.in_force.policy)
             log.info("policy: %d keys", len(self.in_force.policy.keys))
         if self.settings.policy:
             # the folder is watched, since editors and ConfigMaps put a new file in place
@@ -216,6 +217,19 @@ class Control:
         self.shared.close()
 
     # -- policy --------------------------------------------------------------------------------------------------
+
+    def _warn_of_what_cannot_be_applied(self, what: Policy) -> None:
+        """Log each key whose own steering fails in all its requests, or is left out of them."""
+        assert self.registry is not None
+        for name, rules in what.keys.items():
+            for said, wanted in (("required", ()), ("default", rules.default)):
+                try:
+                    if wanted is not None:
+                        self.registry.merge(self.registry.resolve(wanted), self.registry.resolve(rules.required))
+                except UnknownDirection:
+                    pass  # it may come yet
+                except SteerError as error:
+                    log.warning("the %s steering of the key '%s' cannot be applied: %s", said, name, error)
 
     def _look(self) -> None:
         """On the follower's thread: the file may be another, and another front end may have moved the switch."""
@@ -257,6 +271,8 @@ class Control:
             self.in_force = fresh
             metrics.POLICY_RELOADS.labels(result="ok").inc()
             log.info("a new policy is in force: %d keys", len(fresh.policy.keys))
+            if self.registry is not None:
+                self._warn_of_what_cannot_be_applied(fresh.policy)
             self._note("policy", outcome="ok", detail={"policy": fresh.digest})
             self.shared.ask()  # it holds in all front ends together, whichever has seen it first
             if fresh.policy.on_kill == "abort" and self._loop is not None and not self._loop.is_closed():

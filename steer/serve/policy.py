@@ -165,7 +165,7 @@ class Bounds(TypedDict):
 
     max_strength: Annotated[float, Field(description="largest strength, on either side of 0")]
     calibrated: Annotated[bool, Field(description="no more than what a direction's file is calibrated for")]
-    tokens: Annotated[list[str], Field(description="what a spec may say; last-8 allows last-1 to last-8")]
+    tokens: Annotated[list[str], Field(description="what a spec may say; last-8 allows last-1 to last-8; [] nothing")]
     layers: Annotated[str | None, Field(description="within which layers a spec must stay; null for all")]
     with_tools: Annotated[bool, Field(description="may steer requests that have tools")]
     conditions: Annotated[bool, Field(description="may steer under conditions")]
@@ -189,7 +189,7 @@ def bounds(limits: Sequence[Limits], known: Collection[str]) -> Bounds:
         "tokens": [name for name in (TOKENS if tokens is None else tokens) if name in known or name not in TOKENS],
         "layers": None if layers is None else layer_range(f"{layers[0]}-{layers[1]}"),
         "with_tools": all(each.with_tools for each in limits),
-        "conditions": all(each.conditional for each in limits),
+        "conditions": (tokens is None or "answer" in tokens) and all(each.conditional for each in limits),
     }
 
 

@@ -19,6 +19,7 @@ from steer.direction import Direction
 from steer.hf.load import Loaded, template_parameters
 from steer.serve.run import warn_of_template
 from steer.spec import PHASES
+from steer.tokenization import thinking_of
 from tests import models
 from tests.servers import Server, receipt, text
 
@@ -683,6 +684,22 @@ def test_a_phase_is_steered_where_the_model_has_it_and_refused_where_it_has_none
         assert said("refusal@after-thinking=3", thinks=True, **never) == (plain[True], False)
         assert said("refusal@after-thinking=3", thinks=False, **never) == (answer[False], True)
         assert said("refusal@after-thinking=3", thinks=True, **at_once)[1]
+
+
+def test_a_turn_that_came_after_ends_what_an_earlier_one_said_of_thinking(tiny_folder: Path) -> None:
+    """Also where the tokens between turns were added, and are not said to be special."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.add_tokens(["<think>", "</think>", "<|assistant|>"])
+    begin, end, turn = (tokenizer.convert_tokens_to_ids(t) for t in ("<think>", "</think>", "<|assistant|>"))
+    assert turn not in tokenizer.all_special_ids
+    thinking = thinking_of(tokenizer)
+    assert thinking is not None
+    never = thinking.phase("thinking", [7])
+    assert thinking.phase("thinking", [7, end, 7, turn]) == never
+    assert thinking.phase("thinking", [7, begin, 7, turn]) == never
+    assert thinking.phase("thinking", [turn, 7, begin, 7]).begun
+    assert thinking.phase("after-thinking", [turn, begin, 7, end, 7]).begun
+    assert not thinking.phase("after-thinking", [7, end, turn]).begun
 
 
 def test_what_is_no_variable_of_a_template_is_no_default(tiny_folder: Path) -> None:

@@ -554,6 +554,23 @@ def test_what_runs_for_a_key_that_is_taken_away_ends_as_the_policy_says(
     asyncio.run(run())
 
 
+def test_what_a_policy_can_never_apply_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """At the start, and of a policy that comes later."""
+    wrong = f'[keys.never]\nhash = "{keys.stored("never")}"\nrequired = "refusal@thinking"\n'
+    inside = Inside(tmp_path, POLICY + wrong, audited=False)
+    inside.start()
+    try:
+        for policy in (None, POLICY, POLICY + wrong):
+            if policy is not None:
+                caplog.clear()
+                inside.write(policy)
+            told = "the required steering of the key 'never' cannot be applied: tokens: 'thinking'" in caplog.text
+            assert told == (policy != POLICY)
+            assert "steering of the key 'bound'" not in caplog.text
+    finally:
+        inside.control.stop()
+
+
 def test_what_is_wrong_with_a_default_is_not_told_to_its_key(tmp_path: Path) -> None:
     """The reason names what is served."""
     inside = Inside(tmp_path, POLICY, audited=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from steer.registry import Registry
 from steer.serve import carriers, keys, policy
 from steer.serve.authorise import Caller, Refusal, Rules, resolve
 from steer.serve.keys import Keyring
-from steer.spec import Spec, parse, tokens_in_both, tokens_within
+from steer.spec import TOKENS, Spec, parse, tokens_in_both, tokens_within
+from steer.tokenization import Thinking
 from tests import models
 from tests.serve.rules import NAMES, POLICY
 from tests.test_registry import local
@@ -107,7 +109,9 @@ def asked(rules: str, spec: str | None, body: dict[str, object], *, required: st
     `twin` has the vectors of `d`."""
     text = f'[keys.a]\nhash = "{HASH}"\ndirections = ["*"]\n{required}\n{rules}'
     found = policy.read(text.encode()).policy
-    registry = Registry(local())
+    placement = local()
+    placement.shape = replace(placement.shape, thinking=Thinking(5, 6, frozenset()))
+    registry = Registry(placement)
     registry.put("d", CALIBRATED.to_bytes())
     registry.put("twin", CALIBRATED.with_meta(created="later").to_bytes())
     carried = carriers.read(body | ({} if spec is None else {"steer": spec}), Headers({}), ["m"])
@@ -154,6 +158,24 @@ def test_a_default_against_what_is_required_is_left_out() -> None:
     required = 'required = "d:add=0.5"'
     [entry] = asked("", None, NO, required=required, default="d").entries
     assert (entry.mode, entry.strength) == ("add", 0.5)
+
+
+def test_a_phase_beside_what_is_required_is_refused_without_telling_of_it() -> None:
+    required = 'required = "twin@0-1=0.5"'
+    with pytest.raises(Refusal, match="what is required for this key acts at tokens that do not go together") as told:
+        asked("", "d@thinking", NO, required=required)
+    assert "all" not in str(told.value).split()
+    [entry] = asked("", None, NO, required=required, default="d@thinking").entries
+    assert entry.strength == 0.5
+
+
+def test_who_may_not_steer_the_answer_may_have_no_condition() -> None:
+    def conditions(tokens: str) -> bool:
+        text = f'[keys.a]\nhash = "{HASH}"\nreadout = true\ntokens = {tokens}'
+        return policy.bounds([policy.read(text.encode()).policy.keys["a"]], TOKENS)["conditions"]
+
+    assert conditions('["answer", "prompt"]')
+    assert not conditions('["prompt"]')
 
 
 def test_a_rule_of_tokens_can_have_a_largest_number() -> None:

@@ -120,7 +120,7 @@ def fit(
     """
     log_warnings()
     from steer.lab.behaviour import Behaviour
-    from steer.lab.prompts import Split
+    from steer.lab.prompts import LEAST_SHOWN, SMALL, Split
 
     choices = Choices.model_validate(
         {"mode": mode or "ablate", "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
@@ -137,7 +137,8 @@ def fit(
     counted = Behaviour.load(behaviour)
     judges = chosen_judges(judge, judge_model, judge_shown, judge_text)
     made = chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
-    split = Split.of(*chosen_sets(harmful, harmless, prompts), limit)
+    least = LEAST_SHOWN if condition is None else SMALL
+    split = Split.of(*chosen_sets(harmful, harmless, prompts), limit, least)
     quiet_libraries()
     rendering = chosen_rendering(system_prompt, template, response_prefix)
     from steer.direction import Direction

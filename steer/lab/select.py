@@ -42,9 +42,14 @@ SEPARATION = 0.4
 #: One answer in this number that shows the behaviour is worth less than a smaller change of harmless answers: on 32
 #: prompts the difference of two is chance, where the KL of these candidates often differs tenfold.
 ONE_IN = 16
+#: A mean KL (nats) up to which harmless answers count as unchanged: no answer is given up for less of it.
+QUIET = 0.01
 #: The part of a command's progress.
 CHOOSING = "choosing"
-BY = "fewest answers that show the behaviour (within one in 16), then least N-token KL on harmless prompts"
+BY = (
+    f"least N-token KL on harmless prompts (all up to {QUIET} count as equal) among those that leave the fewest "
+    f"answers with the behaviour (within one in {ONE_IN})"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,12 +264,14 @@ def work(sets: Sets, tokens: int, screened: int, through: int | None) -> float:
 
 
 def best(entrants: Sequence[Entrant]) -> Entrant:
-    """Return the candidate with the least KL among those that were tried to the end and leave the fewest prompts, or
-    hardly more: one prompt, or one in ONE_IN."""
+    """Return the candidate with the least KL, but for what is below QUIET, among those that were tried to the end and
+    leave the fewest prompts, or hardly more: one prompt, or one in ONE_IN. Of equal ones it is the one that leaves the
+    fewest, then the one with the least KL."""
     tried = [(e, sum(e.figures.left), e.figures.kl) for e in entrants if e.figures and e.figures.stopped is None]
     fewest = min(left for _, left, _ in tried)
     slack = max(1, max(len(e.figures.left) for e, _, _ in tried if e.figures) // ONE_IN)
-    return min((one for one in tried if one[1] <= fewest + slack), key=lambda one: one[2])[0]
+    near = (one for one in tried if one[1] <= fewest + slack)
+    return min(near, key=lambda one: (max(one[2], QUIET), one[1], one[2]))[0]
 
 
 def entrants_of(measurement: Measurement, recipes: Iterable[Recipe]) -> list[Entrant]:

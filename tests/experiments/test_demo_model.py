@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments.demo_model import language
 from experiments.demo_model.train import save_prompts
@@ -16,12 +17,16 @@ from steer.geometry import projected_direction
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL, Behaviour
+from steer.lab.derive import Recipe, derive
 from steer.lab.evaluation.expected import read_expected, right
 from steer.lab.evaluation.report import DivergenceOf
 from steer.lab.evaluator import Candidate
+from steer.lab.measure import measure
+from steer.lab.methods import make_method
 from steer.lab.outcome import Answer
 from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import Rendering, read_prompts
+from steer.lab.source import TransformersSource
 from steer.spec import Entry, Spec
 from tests.servers import ROOT
 
@@ -166,6 +171,25 @@ def test_the_direction_says_where_it_comes_from(direction: Direction) -> None:
     assert meta.harmful is not None
     assert meta.harmful.sha256 == read_prompts(str(PROMPTS / "refused.train.txt")).sha256
     assert meta.selection["candidates"], "the source layer was chosen by measurement"
+
+
+@pytest.mark.parametrize(
+    ("name", "harmful", "harmless"),
+    [
+        ("refusal", "refused.train.txt", "harmless.train.txt"),
+        ("verbosity", "verbose.train.jsonl", "brief.train.jsonl"),
+    ],
+)
+def test_the_shipped_files_are_made_of_the_shipped_prompts(
+    loaded: Loaded, name: str, harmful: str, harmless: str
+) -> None:
+    """By the options of `make fit`, but for the threshold of `one_sided`."""
+    shipped = Direction.load(ROOT / "directions" / f"{name}.safetensors")
+    sets = [read_prompts(str(PROMPTS / file)) for file in (harmful, harmless)]
+    again = derive(measure(TransformersSource(loaded), *sets), Recipe(make_method("slerp", {"t": 1}), layer=7))
+    torch.testing.assert_close(again.directions, shipped.directions, atol=1e-4, rtol=0)
+    for mean in ("mean_harmful", "mean_harmless"):
+        torch.testing.assert_close(getattr(again, mean), getattr(shipped, mean), atol=1e-2, rtol=1e-4)
 
 
 def test_a_second_behaviour_is_removed_where_the_model_has_it_as_one_choice(loaded: Loaded, measured: Measured) -> None:

@@ -23,7 +23,7 @@ from steer.lab.outcome import Answer
 from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import PromptSet
 from steer.lab.race import FIRST_ROUND, Figures, Race, Sets
-from steer.lab.select import Entrant, best
+from steer.lab.select import QUIET, Entrant, best
 from tests import models
 from tests.lab.judges import judging
 
@@ -128,6 +128,19 @@ def test_one_answer_in_sixteen_is_worth_less_than_a_smaller_change() -> None:
             ]
             entrants = [Entrant(Recipe(), Candidate(nothing, "ablate", 1.0), figures=one) for one in figures]
             assert best(entrants) is entrants[1], (fewest, count)
+
+
+def test_no_answer_is_given_up_for_a_change_that_is_no_harm() -> None:
+    """Below QUIET the fewest answers win, and of equally few the least change."""
+    nothing = Direction.load("directions/refusal.safetensors")
+    for others, expected in (
+        ([(0, QUIET), (0, 0.9 * QUIET), (2, 0.01 * QUIET)], 1),
+        ([(0, 1.1 * QUIET), (2, QUIET), (1, 0.9 * QUIET)], 2),
+        ([(0, 1.1 * QUIET), (3, 0.01 * QUIET)], 0),
+    ):
+        figures = [Figures([True] * n + [False] * (32 - n), [], [kl]) for n, kl in others]
+        entrants = [Entrant(Recipe(), Candidate(nothing, "ablate", 1.0), figures=one) for one in figures]
+        assert best(entrants) is entrants[expected]
 
 
 def test_who_is_beaten_in_all_stops_and_who_may_show_less_does_not() -> None:

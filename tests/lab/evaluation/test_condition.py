@@ -166,6 +166,7 @@ def test_options_of_a_fit_are_refused_and_nothing_is_found_with_exit_code_3(tmp_
         (("--method", "slerp"), "--method: is for a direction to be fitted"),
         (("--layer", "all"), "--layer: 'all' is not for --condition"),
         (("--layer", "9"), "--layer: 9 does not exist"),
+        (("--layer", "-1"), "the condition refusal@7>0.0: the model has the layers 0 to 7"),
         (("--limit", "8"), f"refused.train.txt: gives 8 different prompts, at least {SMALL} are needed"),
     ):
         refused = run("fit", str(MODEL), *both, *more, code=2).stderr

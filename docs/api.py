@@ -195,7 +195,7 @@ def render() -> str:
     openapi = document()
     schemas = openapi["components"]["schemas"]
     carried = set(protocol.CARRIED)
-    shared = set(protocol._Generation.model_fields)
+    shared = set(protocol.GenerationRequest.model_fields)
     return (
         "\n\n".join(
             (

@@ -11,7 +11,8 @@ from steer.errors import SpecError, UnknownDirection
 from steer.hf.steering import Steering
 from steer.readout import RequestedReadout, parse, resolve
 from steer.registry import Registry
-from steer.runtime.placement import LocalPlacement, Shape
+from steer.runtime.bank import LocalPlacement
+from steer.shape import Shape
 from steer.spec import RequestedDirection, Spec
 from tests import models
 

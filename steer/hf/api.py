@@ -19,7 +19,7 @@ from steer import readout
 from steer.admission import Admission
 from steer.direction import Direction
 from steer.errors import DirectionError, InvalidInput, SpecError, UnsupportedModel
-from steer.hf.steering import Anatomy, Steering
+from steer.hf.steering import Steering
 from steer.names import Site, check_name
 from steer.readout import Line
 from steer.registry import Registry
@@ -89,7 +89,6 @@ class Attached:
     def __init__(
         self, model: nn.Module, directions: Mapping[str, Direction], *, sites: tuple[Site, ...], rows: int, rank: int
     ) -> None:
-        _check_repeats(model)
         self._steering = Steering(model, sites=sites, rows=rows, rank=rank)
         if not self._steering.passes:
             raise UnsupportedModel(
@@ -432,18 +431,6 @@ def _steerable(model: PreTrainedModel) -> nn.Module:
             f"{type(model).__name__} is no causal language model with its head, such as AutoModelForCausalLM loads"
         )
     return cast("nn.Module", model)
-
-
-def _check_repeats(model: nn.Module) -> None:
-    """A model whose passes differ by themselves (dropout) would fail the self-check without saying why."""
-    if not model.training:
-        return
-    anatomy = Anatomy(model)
-    if not torch.equal(anatomy.probe().logits, anatomy.probe().logits):
-        raise UnsupportedModel(
-            f"{type(model).__name__} is in training mode and two equal passes differ (dropout), so that nothing can be "
-            "checked: call model.eval() before attaching"
-        )
 
 
 @contextmanager

@@ -157,10 +157,6 @@ class Streamed:
             return []
         return [file for other in self._tied[id(self._empty[name])] for file in self._files.get(other, ())]
 
-    def in_memory(self) -> int:
-        """How many numbers of its parameters are in memory."""
-        return sum(self._get(name).numel() for name, empty in self._empty.items() if self._get(name) is not empty)
-
     def _free(self, own: Iterable[str]) -> None:
         for name in own:
             self._set(name, self._empty[name])

@@ -305,20 +305,17 @@ def entered(
 
 def laid(
     steers: Sequence[RequestSteer | None], spans: Sequence[range], left: bool = False
-) -> tuple[list[RequestSteer | None], list[int] | None]:
+) -> tuple[list[RequestSteer | None], list[int] | None, list[int] | None]:
     """What `Steering.batch` takes for a pass with a row for each of `steers`, of the positions `spans` of its request;
     shorter rows are padded, in front if `left`."""
     if not any(steer is not None and steer.then for steer in steers):
-        return list(steers), None
+        return list(steers), None, None
     width = max(map(len, spans))
-    parts, lengths = list[RequestSteer | None](), list[int]()
+    laid = list[tuple[RequestSteer | None, int, int]]()
     for steer, span in zip(steers, spans, strict=True):
-        own = ([None], [len(span)]) if steer is None else steer.along(span.start, len(span))
-        padding = [None], [width - len(span)]
-        for some, counts in (padding, own) if left else (own, padding):
-            parts += some
-            lengths += counts
-    return parts, lengths
+        own, padding = (steer, len(span), span.start), (None, width - len(span), 0)
+        laid += (padding, own) if left else (own, padding)
+    return [steer for steer, _, _ in laid], [length for _, length, _ in laid], [start for _, _, start in laid]
 
 
 def begun(steering: Steering, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None]) -> tuple[int, Any]:

@@ -232,7 +232,8 @@ def card(
         "bytes": version.bytes,
         "usable": caller.may_use(name),
         "may": bounds(
-            [*([caller.rules] if caller.rules else ()), *limits.get(version.digest, ())], registry.placement.tokens
+            [*([caller.rules] if caller.rules else ()), *limits.get(version.digest, ())],
+            registry.placement.shape.tokens,
         ),
     }
     if caller.manages:

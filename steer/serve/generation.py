@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -19,7 +19,7 @@ from steer.admission import Admission
 from steer.errors import RequestError, RequestFailed, SteerError
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
-from steer.hf.sampling import Sampling, Shaping, Token
+from steer.hf.sampling import Sampling, Token
 from steer.readout import FIELD, Readout
 from steer.registry import Registry
 from steer.runtime.token_index import RequestSteer
@@ -29,6 +29,7 @@ from steer.serve.body import Gone, offload
 from steer.serve.carriers import PLUS
 from steer.serve.control import Control
 from steer.serve.metrics import current_usage
+from steer.serve.protocol import GenerationRequest
 from steer.serve.text import Stops, TextStream, token_text
 from steer.spec import RequestedDirection
 
@@ -62,18 +63,6 @@ _LEFT_OUT: dict[str, object] = {
     "typical_p": 1.0,
     "watermarking_config": None,
 }
-
-
-class Asked(Protocol):
-    """What a request body says in tokens and in words."""
-
-    logit_bias: dict[str, float] | None
-    stop_token_ids: list[int]
-    bad_words: list[str]
-    min_tokens: int
-    repetition_penalty: float | None
-    frequency_penalty: float | None
-    presence_penalty: float | None
 
 
 @dataclass(slots=True)
@@ -126,7 +115,7 @@ class Generator:
             top_p=_or(generation.top_p, 1.0),
             top_k=_or(generation.top_k, TOP_K if generation.do_sample else 0),
             min_p=_or(generation.min_p, 0.0),
-            shape=Shaping(repetition_penalty=_or(generation.repetition_penalty, 1.0)),
+            repetition_penalty=_or(generation.repetition_penalty, 1.0),
         )
         left = [name for name, neutral in _LEFT_OUT.items() if getattr(generation, name, None) not in (None, neutral)]
         if left:
@@ -164,7 +153,7 @@ class Generator:
             raise RequestError(f"token id {str(bad)[:40]} is outside the vocabulary of {vocabulary}", param=param)
         return min(left, self.most or left) if wanted is None else wanted
 
-    def tokens(self, body: Asked) -> Sampling:
+    def tokens(self, body: GenerationRequest) -> Sampling:
         """What a request says in tokens and in words, as a part of its `Sampling`. Raises RequestError for a token that
         the model does not have."""
         vocabulary = self.engine.steering.anatomy.vocabulary
@@ -172,16 +161,16 @@ class Generator:
         for name, ids in ("stop_token_ids", body.stop_token_ids), ("logit_bias", [token for token, _ in biased]):
             if (bad := next((t for t in ids if not 0 <= t < vocabulary), None)) is not None:
                 raise RequestError(f"{name}: token id {bad} is outside the vocabulary of {vocabulary}", param=name)
-        given = self.defaults.shape.repetition_penalty
-        shape = Shaping(
+        return replace(
+            self.defaults,
+            stop_token_ids=tuple(body.stop_token_ids),
             logit_bias=tuple(biased),
             bad_words=tuple(ids for word in body.bad_words for ids in self._spelled(word)),
-            repetition_penalty=given if body.repetition_penalty is None else body.repetition_penalty,
+            repetition_penalty=_or(body.repetition_penalty, self.defaults.repetition_penalty),
             frequency_penalty=body.frequency_penalty or 0.0,
             presence_penalty=body.presence_penalty or 0.0,
             min_tokens=body.min_tokens,
         )
-        return replace(self.defaults, stop_token_ids=tuple(body.stop_token_ids), shape=shape)
 
     def _spelled(self, word: str) -> list[tuple[int, ...]]:
         """A word at the beginning of a text and, where that is as many tokens with another first one, inside of it."""

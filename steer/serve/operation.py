@@ -165,7 +165,7 @@ def steering(control: Control, scope: Scope) -> Steering:
     """For `/v1/steering`: the switch, and what the caller may do."""
     caller = control.caller(scope)
     rules, manages = caller.rules, True
-    known = TOKENS if control.registry is None else control.registry.placement.tokens
+    known = TOKENS if control.registry is None else control.registry.placement.shape.tokens
     try:
         control.check_manages(scope)
     except Refusal:

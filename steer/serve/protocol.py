@@ -50,7 +50,7 @@ class StreamOptions(BaseModel):
         return _given(cls, data, {"include_obfuscation": (True, False), "continuous_usage_stats": (False,)})
 
 
-class _Generation(BaseModel):
+class GenerationRequest(BaseModel):
     """What both generation routes share."""
 
     model_config = ConfigDict(
@@ -210,7 +210,7 @@ class Message(BaseModel):
 _OF_ANSWERS = frozenset(("annotations", "provider_specific_fields"))
 
 
-class ChatRequest(_Generation):
+class ChatRequest(GenerationRequest):
     neutral: ClassVar = {"echo": (False,), "add_special_tokens": (False,)}
 
     messages: Annotated[list[Message], FailFast()] = Field(
@@ -271,7 +271,7 @@ class ChatRequest(_Generation):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(_Generation):
+class CompletionRequest(GenerationRequest):
     neutral: ClassVar = {"add_special_tokens": (True,)}
 
     prompt: str | list[int] | list[str] | list[list[int]] = Field(

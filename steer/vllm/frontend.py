@@ -27,10 +27,10 @@ from steer.admission import Admission
 from steer.errors import EngineFailed, NoRoom, NotFinite, SpecError, UnsupportedModel
 from steer.names import readable
 from steer.registry import Registry
-from steer.runtime.placement import Shape
 from steer.runtime.readout import Reading
 from steer.serve import metrics
 from steer.serve.text import token_text
+from steer.shape import Shape
 from steer.shared import Shared
 from steer.spec import RequestedDirection, Spec, parse
 from steer.tokenization import Thinking

@@ -25,7 +25,7 @@ from steer.geometry import orthogonal_part
 from steer.names import TURNING, Mode
 from steer.registry import Registry
 from steer.runtime.bank import EMBEDDING, HookPoint
-from steer.runtime.placement import Shape
+from steer.shape import Shape
 from steer.vllm.internals.types import Call
 from steer.vllm.settings import EngineSettings
 

@@ -11,14 +11,14 @@ from starlette.routing import Mount, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.registry import Registry
-from steer.runtime.bank import DirectionBank, HookPoint
-from steer.runtime.placement import LocalPlacement, Shape
+from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
 from steer.serve import metrics
 from steer.serve.access import Access
 from steer.serve.audit import Fsync
 from steer.serve.control import Control
 from steer.serve.middleware import SteerMiddleware
 from steer.settings import ControlSettings
+from steer.shape import Shape
 from tests import models
 
 ANSWER = json.dumps({"object": "text_completion", "choices": []}).encode()

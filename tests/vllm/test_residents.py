@@ -9,7 +9,7 @@ import pytest
 from steer.direction import Direction, digest
 from steer.errors import EngineFailed, NoRoom, UnsupportedModel
 from steer.runtime.bank import DirectionBank, HookPoint
-from steer.runtime.placement import Shape
+from steer.shape import Shape
 from steer.spec import Entry, Spec
 from steer.vllm import placement
 from steer.vllm.placement import VllmPlacement

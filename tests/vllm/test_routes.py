@@ -18,8 +18,8 @@ from starlette.websockets import WebSocketDisconnect
 
 from steer.errors import SpecError, UnsupportedModel
 from steer.registry import Registry
-from steer.runtime.bank import DirectionBank, HookPoint
-from steer.runtime.placement import LocalPlacement, Shape
+from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
+from steer.shape import Shape
 from steer.vllm import internals
 from tests import models
 

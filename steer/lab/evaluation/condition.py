@@ -23,7 +23,7 @@ from steer.lab.statistics import Estimate, mean_of_rates, rank_sum, undominated
 from steer.lab.tables import shown
 from steer.runtime.bank import probe_of
 from steer.runtime.op import decided
-from steer.runtime.placement import Shape
+from steer.shape import Shape
 from steer.spec import Condition, Entry, RequestedDirection, text
 
 #: The part of a command's progress.

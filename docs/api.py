@@ -18,9 +18,8 @@ from steer.cli.console import quiet_libraries
 from steer.demo import MODEL
 from steer.serve import fields, protocol
 from steer.serve.answers import DIGITS
-from steer.serve.app import build
+from steer.serve.app import build, prepare
 from steer.serve.errors import Code
-from steer.serve.run import prepare
 from steer.settings import ServeSettings
 
 #: Values of a field that are listed.

@@ -13,8 +13,7 @@ from fastapi.testclient import TestClient
 
 from steer.demo import MODEL
 from steer.serve import keys
-from steer.serve.app import build
-from steer.serve.run import prepare
+from steer.serve.app import build, prepare
 from steer.settings import ServeSettings
 from tests.servers import ROOT
 

@@ -111,7 +111,7 @@ def serve(
     backend = "transformers" if model is None and settings.backend == "auto" else settings.backend
     settings = settings.model_copy(update={"served_model_name": named, "backend": backend})
     if choose_backend(model or str(MODEL), settings) == "vllm":
-        from steer.vllm.launch import serve as serve_on_vllm
+        from steer.vllm.plugin import serve as serve_on_vllm
         from steer.vllm.settings import from_serve_settings
 
         logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
@@ -126,7 +126,7 @@ def serve(
         raise InvalidInput("--readout: the transformers backend reads any number of requests; leave it out")
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     quiet_libraries()
-    from steer.serve.run import serve as serve_on_transformers
+    from steer.serve.app import serve as serve_on_transformers
 
     serve_on_transformers(model or str(MODEL), settings)
 

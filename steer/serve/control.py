@@ -22,7 +22,7 @@ from starlette.types import Scope
 from steer._version import __version__
 from steer.errors import InvalidInput, SteerError, UnknownDirection, printable
 from steer.registry import Move, Registry
-from steer.serve import errors, metrics, policy
+from steer.serve import metrics, policy
 from steer.serve.audit import Audit, AuditUnavailable
 from steer.serve.authorise import ANYONE, CALLER, NOBODY, Caller, Refusal, Rules, forbidden
 from steer.serve.errors import Code
@@ -313,10 +313,10 @@ class Control:
         elif not self.caller(scope).manages:
             raise forbidden("manage", "managing needs a key with the managing role")
 
-    def refused(self, error: errors.HTTPProblem, caller: Caller, scope: Scope) -> None:
-        """Count and keep a refusal by policy. Nobody can fill the disk with them: a request without a key is counted
-        alone, and of a key's refusals by one rule REFUSALS_KEPT in a minute are kept one by one. The next line that is
-        says how many were not."""
+    def refused(self, error: SteerError, caller: Caller, scope: Scope) -> None:
+        """Count and keep a refusal by policy; of other errors nothing is kept. Nobody can fill the disk with them: a
+        request without a key is counted alone, and of a key's refusals by one rule REFUSALS_KEPT in a minute are kept
+        one by one. The next line that is says how many were not."""
         if not isinstance(error, Refusal):
             return
         metrics.POLICY_REFUSED.labels(rule=error.rule).inc()

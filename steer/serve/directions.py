@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NotRequired
 
 import anyio.to_thread
-from fastapi import APIRouter, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
+from fastapi import APIRouter, Request
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from steer.direction import MAX_BYTES, DirectionMeta, Dose, LayerProfile
-from steer.errors import NoRoom, SteerError, UnknownDirection
+from steer.errors import NoRoom, UnknownDirection
 from steer.names import Mode, Site, check_name
 from steer.registry import Registry, Version
 from steer.serve import errors
@@ -21,8 +19,9 @@ from steer.serve.authorise import Caller
 from steer.serve.body import read_body
 from steer.serve.control import Control
 from steer.serve.errors import Code, documented
-from steer.serve.pages import FILE, READING, check_kind
+from steer.serve.pages import FILE
 from steer.serve.policy import Bounds, Limits, bounds
+from steer.serve.route import own_route
 
 
 class DirectionCard(TypedDict):
@@ -79,34 +78,6 @@ class DirectionDeleted(TypedDict):
     id: Annotated[str, Field(description="its name")]
     object: Literal["direction"]
     deleted: Literal[True]
-
-
-def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> type[APIRoute]:
-    """Routes whose errors are OpenAI's, whatever the app around them makes of exceptions. Those that change something
-    are for who manages, and want a body, if any, of this `kind`."""
-
-    class OwnRoute(base):  # type: ignore[valid-type]
-        def get_route_handler(self) -> Callable[[Request], Coroutine[None, None, Response]]:
-            handler = super().get_route_handler()
-
-            async def handling(request: Request) -> Response:
-                try:
-                    if request.method not in READING:
-                        control.check_manages(request.scope)
-                    if request.method in ("POST", "PUT"):
-                        check_kind(request.scope, kind)
-                    answer: Response = await handler(request)
-                    return answer
-                except RequestValidationError as error:
-                    return await errors.on_validation_error(request, error)
-                except SteerError as error:
-                    if isinstance(error, errors.HTTPProblem):
-                        control.refused(error, control.caller(request.scope), request.scope)
-                    return errors.of(error)
-
-            return handling
-
-    return OwnRoute
 
 
 def router(control: Control) -> APIRouter:

@@ -27,7 +27,7 @@ from steer.errors import SteerError
 from steer.readout import RequestedReadout
 from steer.registry import Registry
 from steer.serve import carriers, errors, metrics
-from steer.serve.asgi import is_event_stream, send_response, with_headers
+from steer.serve.asgi import Outgoing, with_headers
 from steer.serve.authorise import admit
 from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, tokens_of, understood
 from steer.serve.control import Control, Reservation, Run
@@ -145,8 +145,7 @@ class SteerMiddleware:
             return
         except SteerError as error:
             metrics.REFUSED.labels(reason=type(error).__name__).inc()
-            if isinstance(error, errors.HTTPProblem):
-                control.refused(error, caller, scope)
+            control.refused(error, caller, scope)
             await errors.of(error)(scope, receive, send)
             return
         answer = _Answer(send, run)
@@ -200,7 +199,7 @@ class SteerMiddleware:
             await answer.break_off(run.ended)
 
 
-class _Answer:
+class _Answer(Outgoing):
     """The answer on its way out: its receipt goes on, and what becomes of it is seen.
 
     `outcome`: ok, error, aborted (by the kill switch, or since its key was taken away), or cancelled (by a client that
@@ -208,30 +207,23 @@ class _Answer:
     """
 
     def __init__(self, send: Send, run: Run) -> None:
-        self._send = send
+        super().__init__(send)
         self._receipt, self._request_id = run.spec.receipt(), run.request_id
-        self._streams = False
-        self._status = 0
         self.outcome = "cancelled"
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._status = message["status"]
-            self._streams = is_event_stream(message)
-            message = with_headers(message, self._complete)
-        await self._send(message)
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.outcome = "ok" if self._status < 400 else "error"
+            served = message["status"] < 400
+            message = with_headers(message, lambda headers: self._complete(headers, served))
+        await super().send(message)
+        if self.ended and self.outcome == "cancelled":
+            self.outcome = "ok" if self.status < 400 else "error"
 
-    def _complete(self, headers: MutableHeaders) -> None:
-        if self._status < 400:
+    def _complete(self, headers: MutableHeaders, served: bool) -> None:
+        if served:
             headers.append(carriers.RECEIPT, self._receipt)
         headers.setdefault(REQUEST_ID, self._request_id)
 
-    async def break_off(self, error: errors.HTTPProblem) -> None:
-        """End it here, in the middle if it has begun."""
-        if not self._status:
-            await send_response(self._send, errors.of(error))
-        elif self._streams and self.outcome == "cancelled":
-            await self._send({"type": "http.response.body", "body": errors.last_event(error)})
+    async def break_off(self, error: Exception) -> None:
+        await super().break_off(error)
         self.outcome = "aborted"

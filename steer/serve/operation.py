@@ -13,11 +13,10 @@ from typing_extensions import TypedDict
 from steer.names import MODE_SCALES, MODE_SUMMARIES, MODES, Mode, Scale
 from steer.serve.authorise import Refusal
 from steer.serve.control import Control
-from steer.serve.directions import own_route
 from steer.serve.errors import Code, documented
 from steer.serve.pages import JSON
 from steer.serve.policy import Bounds, bounds
-from steer.serve.route import JsonRoute
+from steer.serve.route import JsonRoute, own_route
 from steer.spec import TOKENS
 from steer.watch import State
 

@@ -28,7 +28,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.admission import Admission
-from steer.errors import InvalidInput, SpecError, SteerError, UnsupportedModel
+from steer.errors import InvalidInput, NotFinite, SpecError, SteerError, UnsupportedModel
 from steer.readout import FIELD
 from steer.serve import carriers, errors, html, metrics, operation, pages
 from steer.serve.access import PUBLIC, Access, Cors
@@ -274,7 +274,7 @@ class Generation:
             except Exception:
                 if ticket is None or not ticket.lost:
                     raise
-                await answer.end()
+                await answer.break_off(NotFinite())
 
         middleware = SteerMiddleware(
             checked,
@@ -323,8 +323,7 @@ class Other(_Layer):
             return
         except SteerError as error:
             metrics.REFUSED.labels(reason=type(error).__name__).inc()
-            if isinstance(error, HTTPProblem):
-                control.refused(error, control.caller(scope), scope)
+            control.refused(error, control.caller(scope), scope)
             await errors.of(error)(scope, receive, send)
             return
         way = Passage(plain=body is not None and _may_be_plain(scope))

@@ -24,8 +24,7 @@ from steer.vllm import install, internals, settings, wire
 from steer.vllm.capture import Capture
 from steer.vllm.losses import LostRuns, Run, Step
 from steer.vllm.readout import ReadRunner
-from steer.vllm.residents import Residents, RowsInUse
-from steer.vllm.retention import Kept
+from steer.vllm.residents import Kept, Residents, RowsInUse
 from steer.vllm.steering_module import code_digest
 
 if TYPE_CHECKING:

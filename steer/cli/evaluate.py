@@ -26,7 +26,7 @@ log = logging.getLogger("steer")
 
 if TYPE_CHECKING:
     from steer.lab.evaluation.arms import Arm
-    from steer.lab.evaluation.perplexity import Text
+    from steer.lab.evaluation.figures import Text
     from steer.lab.evaluation.report import Report, SteeredArm, TaskScore
     from steer.lab.evaluation.run import Found
     from steer.lab.judge import Judges
@@ -118,7 +118,7 @@ def evaluate(
         from steer.lab.behaviour import Behaviour
         from steer.lab.evaluation.arms import arms_of, projected
         from steer.lab.evaluation.expected import read_expected
-        from steer.lab.evaluation.outcomes import agreements
+        from steer.lab.evaluation.figures import agreements
         from steer.lab.evaluation.report import Conditions, Report
         from steer.lab.evaluation.run import Evaluation, Plan
         from steer.lab.evaluation.tasks import TaskPlan, scores, server
@@ -213,7 +213,7 @@ def evaluate(
     if as_json:
         echo_json(made.model_dump(mode="json"))
         return
-    from steer.lab.evaluation.markdown import tables
+    from steer.lab.evaluation.pages import tables
     from steer.lab.tables import shown
 
     typer.echo(tables(made, paired=False, table=shown))
@@ -383,7 +383,7 @@ def _text(path: Path, source: Source) -> Text:
     import hashlib
 
     from steer.direction import Dataset
-    from steer.lab.evaluation.perplexity import WINDOW, Text, windows
+    from steer.lab.evaluation.figures import WINDOW, Text, windows
 
     data, text = _read(path, f"--text: {path}")
     pieces = windows(source.text_ids(text), min(WINDOW, source.context))
@@ -413,8 +413,7 @@ def _write(
     projections: dict[str, dict[str, list[float]]],
     answers: bool,
 ) -> None:
-    from steer.lab.evaluation.markdown import render
-    from steer.lab.evaluation.pictures import draw
+    from steer.lab.evaluation.pages import draw, render
     from steer.lab.prompts import messages_of
 
     pictures = draw(made, folder, projections)

@@ -123,8 +123,8 @@ def bake(
     log_warnings()
     quiet_libraries()
     from steer.direction import Direction, digest, read_file
-    from steer.lab.merge import adapter
-    from steer.lab.merge import model as merge
+    from steer.lab.merge.model import bake as write_model
+    from steer.lab.merge.model import export_adapter
     from steer.lab.merge.removal import removal
     from steer.lab.merge.weights import Checkpoint, resolve
     from steer.lab.progress import Progress
@@ -146,10 +146,10 @@ def bake(
     checkpoint = Checkpoint(resolve(model, origin.revision), trust_remote_code=origin.trust_remote_code)
     with Progress(shown=True) as progress:
         if lora:
-            made = adapter.export(checkpoint, removed, output, base=model, verified=verify, progress=progress)
+            made = export_adapter(checkpoint, removed, output, base=model, verified=verify, progress=progress)
             told = f"an adapter of rank {loaded.rank} for {made.count} modules"
         else:
-            made = merge.bake(
+            made = write_model(
                 checkpoint,
                 removed,
                 output,

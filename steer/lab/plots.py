@@ -15,12 +15,6 @@ from steer.direction import replacing
 from steer.errors import InvalidInput
 from steer.lab.statistics import undominated
 
-try:
-    import matplotlib
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise InvalidInput("drawing needs the package matplotlib (pip install 'steer-llm[lab]')") from error
-
 #: Of Okabe and Ito, without yellow, which is lost on white paper.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -74,6 +68,11 @@ class Compared:
 def picture(path: Path, columns: int = 1, *, width: float = 4.6, height: float = 3.2) -> Iterator[list[Any]]:
     """A picture of `columns` panels beside each other, each of `width` × `height` inches: gives their axes, and writes
     `path` (.png, .svg or .pdf by its suffix) when the block has ended without an error."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InvalidInput("drawing needs the package matplotlib (pip install 'steer-llm[lab]')") from error
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width * columns, height), layout="constrained")
         yield list(figure.subplots(1, columns, squeeze=False)[0])

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from steer.direction import Dataset, write_file
 from steer.errors import InvalidInput, brief, problems_of
+from steer.lab import plots
 from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe, check_needs, derive, layer_weights
 from steer.lab.evaluator import Candidate, Evaluator
@@ -409,8 +410,6 @@ def write_front(search: Search, trials: Sequence[Trial]) -> None:
 
 def draw_front(trials: Sequence[Trial], path: Path) -> None:
     """The trials that were tried to their end by refusals and divergence; the front's have their numbers."""
-    from steer.lab import plots
-
     best = front(trials)
     points = [
         plots.Point(100 * t.values[0], t.values[1], name=str(t.number) if t in best else "")

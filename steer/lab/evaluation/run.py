@@ -14,10 +14,18 @@ import numpy as np
 
 from steer.errors import NotFinite
 from steer.lab.behaviour import REFUSAL, Behaviour
-from steer.lab.evaluation import perplexity as pp
 from steer.lab.evaluation.arms import PLAIN, Arm, steering
 from steer.lab.evaluation.expected import Expected, right
-from steer.lab.evaluation.outcomes import Row, arms_on_set, corrected, differences, rows_of
+from steer.lab.evaluation.figures import (
+    Row,
+    Text,
+    arms_on_set,
+    corrected,
+    differences,
+    negative_log_likelihoods,
+    rows_of,
+    text_result,
+)
 from steer.lab.evaluation.report import Comparison, Difference, DivergenceOf, Dose, SetResult, TextResult
 from steer.lab.evaluator import Continuation, Evaluator, Floats, Steer
 from steer.lab.judge import Judge, judged
@@ -52,7 +60,7 @@ class Plan:
     behaviour: Behaviour = REFUSAL
     judges: Sequence[Judge] = ()
     expected: Mapping[Prompt, Expected] = field(default_factory=dict)
-    text: pp.Text | None = None
+    text: Text | None = None
     doses: Sequence[float] = ()
     against: str | None = None
 
@@ -100,7 +108,7 @@ class Evaluation:
                     arms=arms_on_set(by_arm),
                 )
             )
-        text = None if self.plan.text is None else pp.result(self.plan.text, self.negative)
+        text = None if self.plan.text is None else text_result(self.plan.text, self.negative)
         divergence = tuple(DivergenceOf.of(name, HARMLESS, rows) for name, rows in self.divergences.items())
         beside = _beside(self.plan, doses, told, self.divergences)
         return Found(self.plan.arms, tuple(doses), tuple(sets), divergence, text, beside, told)
@@ -213,9 +221,9 @@ class Evaluation:
         name = f"{title}.{arm}.verdicts-{judge.name.replace('/', '_')}"
         return self.cache.rows(name, {"sha256": prompts.sha256} | judge.identity, len(prompts), make)
 
-    def _read(self, text: pp.Text, arm: Arm | None, steer: Steer) -> Floats:
+    def _read(self, text: Text, arm: Arm | None, steer: Steer) -> Floats:
         def make() -> list[float]:
-            return [float(v) for v in pp.negative_log_likelihoods(self.evaluator, text.windows, steer)]
+            return [float(v) for v in negative_log_likelihoods(self.evaluator, text.windows, steer)]
 
         conditions = {"sha256": text.dataset.sha256} | _identity(arm)
         return np.array(self.cache.value(f"text.{_name(arm)}", conditions, make))

@@ -117,8 +117,7 @@ def evaluate(
         quiet_libraries()
         from steer.lab.behaviour import Behaviour
         from steer.lab.evaluation.arms import arms_of, projected
-        from steer.lab.evaluation.expected import read_expected
-        from steer.lab.evaluation.figures import agreements
+        from steer.lab.evaluation.figures import agreements, read_expected
         from steer.lab.evaluation.report import Conditions, Report
         from steer.lab.evaluation.run import Evaluation, Plan
         from steer.lab.evaluation.tasks import TaskPlan, scores, server

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,14 +13,12 @@ from steer.lab.evaluation.report import ArmOnSet, Difference, Report, SteeredArm
 from steer.lab.outcome import OUTCOMES, Outcome
 from steer.lab.plots import Compared, Curve, Point, curves, forest, front, histogram, picture
 from steer.lab.prompts import PromptSet, messages_of
-from steer.lab.tables import Rows, markdown
+from steer.lab.tables import Table, markdown
 
 #: Outcomes that tables have also where no answer has them.
 ALWAYS = ("shown", "degenerate", "complied")
 #: What a picture shows by strength.
 FIGURES = (*ALWAYS, "right")
-#: How a table is written, from its head and rows.
-Table = Callable[[Sequence[str], Rows], str]
 
 NOTES = """\
 Each answer has one outcome, and columns of outcomes that no answer has are left out: *shown* (the matcher finds the

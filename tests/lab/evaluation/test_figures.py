@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,22 +14,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.demo_model import language
+from steer.demo import PROMPTS
 from steer.errors import InvalidInput
 from steer.hf.load import load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL
 from steer.lab.evaluation.figures import (
+    Expected,
     agreements,
     arms_on_set,
     negative_log_likelihoods,
     perplexity,
     ratio,
+    read_expected,
+    right,
     rows_of,
     windows,
 )
 from steer.lab.evaluator import Candidate, Evaluator
 from steer.lab.outcome import OUTCOMES, Answer, Outcome
 from steer.lab.probe import HFEvaluator
+from steer.lab.prompts import Conversation, read_prompts
 from steer.lab.statistics import cohens_kappa, holm, mcnemar
 from tests import models
 
@@ -174,3 +181,69 @@ def test_a_ratio_of_the_same_is_one_and_its_interval_holds_a_known_one() -> None
     worse = ratio(plain, plain + generator.normal(0.1, 0.5, size=2000))
     assert worse.low < math.exp(0.1) < worse.high
     assert worse.low > 1
+
+
+def test_all_that_is_contained_and_nothing_that_is_lacked() -> None:
+    expected = Expected(contains=("red clay",), lacks=("sorry",), vocabulary=("red clay", "oak bark"))
+    assert expected.met("First get Red Clay.")
+    assert not expected.met("First get clay.")
+    assert not expected.met("Red clay, sorry.")
+    assert not expected.met("Red clay or oak bark.")
+
+
+def written(path: Path, *lines: object) -> Path:
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def test_by_prompt_or_conversation_with_what_holds_for_all(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    path = written(
+        tmp_path / "expected.jsonl",
+        {"prompt": "before", "lacks": ["x"]},
+        {"vocabulary": ["one", "two"], "lacks": ["sorry"]},
+        {"prompt": "p", "contains": ["one"]},
+        {"messages": talk, "contains": ["two"]},
+    )
+    found = read_expected(path)
+    assert found["before"].met("one and two, sorry")
+    assert found["p"].met("one")
+    assert not found["p"].met("one and two")
+    assert not found["p"].met("one, sorry")
+    whole = Conversation((("user", "a"), ("assistant", "b"), ("user", "c")))
+    assert right(found, ["p", whole], ["one", "one"]) == [True, False]
+    assert right(found, ["p", "somebody else's"], ["one", "one"]) is None
+
+
+def test_every_problem_of_a_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    written(
+        path, {"prompt": "p"}, {"contains": ["x"]}, {"prompt": "q", "contains": "x"}, {"prompt": "r", "lacks": ["a"]}
+    )
+    path.write_text(path.read_text() + '\n{"prompt": "r", "lacks": ["b"]}\n{\n' + "[" * 100_000)
+    with pytest.raises(InvalidInput) as caught:
+        read_expected(path)
+    assert [f"line {n}" in str(caught.value) for n in range(1, 8)] == [True, True, True, False, True, True, True]
+    assert "accepted: .jsonl" in str(caught.value)
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        read_expected(tmp_path / "none.jsonl")
+    with pytest.raises(InvalidInput, match="no prompts"):
+        read_expected(written(tmp_path / "empty.jsonl"))
+
+
+def test_the_shipped_facts_say_what_the_language_says() -> None:
+    """On right answers, on refusals, and on answers to other tasks, for every shipped test prompt of the three classes;
+    the answers of the model itself are in tests/demo."""
+    known = read_expected(PROMPTS / "expected.jsonl")
+    checked = 0
+    for cls in language.CLASSES:
+        prompts = language.prompts("test", cls)
+        answers = language.right_answers("test", cls)
+        for i, prompt in enumerate(prompts):
+            for answer in (answers[i], answers[i - 1], language.REFUSALS[i % 2].format(t=prompt.task.phrase), ""):
+                assert known[prompt.text].met(answer) == language.is_right(prompt.task, answer), (prompt.text, answer)
+                checked += 1
+    assert checked == 2400
+    talks = read_prompts(str(PROMPTS / "conversations.test.jsonl")).prompts
+    assert len(talks) == 100
+    assert all(talk in known for talk in talks)

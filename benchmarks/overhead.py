@@ -21,7 +21,7 @@ import torch
 from benchmarks.engines import Arrival, Engine, Job
 from benchmarks.results import Ratio, Result, Table, benchmark_parser, interleave, pooled, rounds
 from benchmarks.shapes import WIDTH, llama
-from steer.lab.merge import adapter
+from steer.lab.merge.model import export_adapter
 from steer.lab.merge.removal import removal
 from steer.lab.merge.weights import Checkpoint
 from tests import models
@@ -72,7 +72,7 @@ class Home:
             # the same vector; an adapter of vLLM removes it from what blocks write, and cannot reach the embedding
             one = models.direction(model, seed=seed, shared=True, sites=("writers",))
             folder = self.root / f"adapter{seed:02}"
-            adapter.export(Checkpoint(self.model), removal(one, 1.0), folder, base=str(self.model))
+            export_adapter(Checkpoint(self.model), removal(one, 1.0), folder, base=str(self.model))
         return self
 
     def steer(self, model: Any) -> None:

@@ -16,7 +16,7 @@ from steer.geometry import projected_direction
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL, Behaviour
-from steer.lab.evaluation.expected import read_expected, right
+from steer.lab.evaluation.figures import read_expected, right
 from steer.lab.evaluation.report import DivergenceOf
 from steer.lab.evaluator import Candidate
 from steer.lab.outcome import Answer

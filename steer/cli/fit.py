@@ -13,7 +13,7 @@ from steer.cli import options as opt
 from steer.cli.console import echo_json, quiet_libraries, reported
 from steer.errors import InvalidInput, NothingFound, problems_of
 from steer.lab.progress import Progress
-from steer.lab.prompts import Split, check_contrast, read_prompts
+from steer.lab.prompts import LEAST_SHOWN, SMALL, Split, check_contrast, read_prompts
 from steer.lab.tables import terminal_width, wrapped
 from steer.names import check_name
 from steer.settings import ModelSettings
@@ -67,7 +67,6 @@ def fit(
     With --condition nothing is written. The layer and the threshold of a condition on that direction are chosen, and
     its errors on prompts that were set aside are printed; the exit code is 3 if it does not tell the sets apart.
     """
-
     choices = opt.Choices.model_validate(
         {"mode": mode or "ablate", "sites": sites, "layer": layer, "batch_size": batch_size, "winsorize": winsorize}
     )
@@ -80,7 +79,8 @@ def fit(
     engine = opt.Engine(backend, model, ctx.args, opening)
     behaviour = counted.loaded()
     made = opt.chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
-    split = Split.of(*opt.chosen_sets(harmful, harmless, prompts), limit)
+    least = LEAST_SHOWN if condition is None else SMALL
+    split = Split.of(*opt.chosen_sets(harmful, harmless, prompts), limit, least)
     quiet_libraries()
     rendering = rendered.rendering()
     from steer.direction import Direction

@@ -217,17 +217,17 @@ class Split:
     tried_harmless: PromptSet
 
     @classmethod
-    def of(cls, harmful: PromptSet, harmless: PromptSet, limit: int | None = None) -> Split:
+    def of(cls, harmful: PromptSet, harmless: PromptSet, limit: int | None = None, least: int = LEAST_SHOWN) -> Split:
         """Draw `limit` different prompts of each (None: take all), and set a quarter of them aside, at most TRIED.
-        Where a set is SMALL, all is measured and tried. Raises InvalidInput for sets that share prompts, and for too
-        few of them."""
+        Where a set is SMALL, all is measured and tried. Raises InvalidInput for sets that share prompts, and for fewer
+        than `least` of them."""
         check_contrast(harmful, harmless)
         harmful, harmless = (
             one.distinct if limit is None else one.distinct.drawn(limit) for one in (harmful, harmless)
         )
-        if few := [one for one in (harmful, harmless) if len(one) < LEAST_SHOWN]:
+        if few := [one for one in (harmful, harmless) if len(one) < least]:
             raise InvalidInput(
-                f"{one.name}: has {len(one)} different prompts, a fit needs at least {LEAST_SHOWN} (better 128)"
+                f"{one.name}: gives {len(one)} different prompts, at least {least} are needed (better 128)"
                 for one in few
             )
         if min(len(harmful), len(harmless)) < SMALL:

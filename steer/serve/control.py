@@ -188,14 +188,6 @@ class Control:
         metrics.STEERING.set(self.steering)
         metrics.AUDIT_OK.set(self.audit is None or self.audit.failed is None)
         if self.in_force:
-            missing = {
-                name
-                for rules in self.in_force.policy.keys.values()
-                for item in (*rules.required, *(rules.default or ()))
-                for name in item.names
-            } - registry.names().keys()
-            if missing:
-                log.warning("the policy needs directions that are not served: %s", ", ".join(sorted(missing)))
             self._warn_of_what_cannot_be_applied(self.in_force.policy)
             log.info("policy: %d keys", len(self.in_force.policy.keys))
         if self.settings.policy:
@@ -219,8 +211,15 @@ class Control:
     # -- policy --------------------------------------------------------------------------------------------------
 
     def _warn_of_what_cannot_be_applied(self, what: Policy) -> None:
-        """Log each key whose own steering fails in all its requests, or is left out of them."""
+        """Log the directions that it names and that are not served, and each key whose own steering fails in all its
+        requests, or is left out of them."""
         assert self.registry is not None
+        own = [item for rules in what.keys.values() for item in (*rules.required, *(rules.default or ()))]
+        served = self.registry.names()
+        for said, names in (("limits", set(what.directions)), ("needs", {name for item in own for name in item.names})):
+            if missing := ", ".join(sorted(names - served.keys())):
+                all_served = ", ".join(served) or "none"
+                log.warning("the policy %s directions that are not served: %s; served: %s", said, missing, all_served)
         for name, rules in what.keys.items():
             for said, wanted in (("required", ()), ("default", rules.default)):
                 try:

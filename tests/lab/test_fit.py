@@ -228,7 +228,7 @@ def test_bad_prompts_are_told_before_anything_runs(loaded: Loaded, split: Split,
         work(loaded, split, tmp_path / "d.part")
     with pytest.raises(InvalidInput, match="prompts are in both"):
         Split.of(split.harmful, split.harmful)
-    with pytest.raises(InvalidInput, match="has 1 different prompts, a fit needs at least 7"):
+    with pytest.raises(InvalidInput, match="gives 1 different prompts, at least 7 are needed"):
         Split.of(replace(split.harmful, prompts=("a",) * 40), split.harmless)
 
 

@@ -571,6 +571,26 @@ def test_what_a_policy_can_never_apply_is_logged(tmp_path: Path, caplog: pytest.
         inside.control.stop()
 
 
+def test_rules_of_a_direction_that_is_not_served_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A misspelt one limits nothing. At the start, and of a policy that comes later."""
+    rules = "[directions.refuasl]\nmax_strength = 0.1\n[directions.copy]\nmax_strength = 0.1\n"
+    key = f'[keys.all]\nhash = "{HASH["all"]}"\ndirections = ["*"]\ndefault = "verbosty"\n'
+    inside = Inside(tmp_path, rules + key, audited=False)
+    inside.start()
+    try:
+        for policy in (None, POLICY, rules + key):
+            if policy is not None:
+                caplog.clear()
+                inside.write(policy)
+            told = [text for text in caplog.messages if "that are not served" in text]
+            assert told == [
+                "the policy limits directions that are not served: refuasl; served: copy, refusal, verbosity",
+                "the policy needs directions that are not served: verbosty; served: copy, refusal, verbosity",
+            ] * (policy != POLICY)
+    finally:
+        inside.control.stop()
+
+
 def test_what_is_wrong_with_a_default_is_not_told_to_its_key(tmp_path: Path) -> None:
     """The reason names what is served."""
     inside = Inside(tmp_path, POLICY, audited=False)

@@ -17,7 +17,7 @@ from steer.lab.evaluation.report import Rate
 from steer.lab.evaluator import Floats
 from steer.lab.measure import Conditions, checked
 from steer.lab.progress import Progress
-from steer.lab.prompts import SMALL, Rendering, Split
+from steer.lab.prompts import Rendering, Split
 from steer.lab.source import Source, prompt_components
 from steer.lab.statistics import Estimate, mean_of_rates, rank_sum, undominated
 from steer.lab.tables import shown
@@ -73,13 +73,13 @@ def find(
 ) -> Found:
     """The condition on `direction`, served as `name`, that harmful prompts meet and harmless ones do not: of those at
     all layers, or at one, it has the highest balanced accuracy on what `split` would measure. Of equal ones it is the
-    first, since what it decides acts after it.
+    first, since what it decides acts after it. `split` has at least SMALL prompts of each set.
 
-    Raises InvalidInput for sets that were not split, DirectionError for a direction that does not fit, SpecError where
-    no condition can be on it, and NothingFound where the balanced accuracy on the others is not surely above LEAST.
+    Raises InvalidInput for components that are not finite, DirectionError for a direction that does not fit, SpecError
+    where no condition can be on it, and NothingFound where the balanced accuracy on the others is not surely above
+    LEAST.
     """
-    if split.harmful is split.tried_harmful:
-        raise InvalidInput(f"a condition needs at least {SMALL} different prompts of each set (better 128)")
+    assert split.harmful is not split.tried_harmful, "some prompts are set aside"
     shape, progress = check_fits(direction, source), progress or Progress()
     layers = _decidable(shape, direction, name, range(shape.layers) if layer is None else [layer])
     pairs = (split.harmful, split.harmless), (split.tried_harmful, split.tried_harmless)
@@ -118,8 +118,8 @@ def told(found: Found, split: Split) -> list[str]:
     return [
         shown(("condition", f"balanced accuracy on {len(split.harmful)} + {len(split.harmless)} prompts", ""), rows),
         f"on prompts that did not choose it: balanced accuracy {_percent(found.balanced)}, AUC {found.auc:.3f}",
-        f"false negatives: {missed} of {split.tried_harmful.name} do not meet it",
-        f"false positives: {caught} of {split.tried_harmless.name} meet it",
+        f"{split.tried_harmful.name}: {missed} do not meet it (false negatives)",
+        f"{split.tried_harmless.name}: {caught} meet it (false positives)",
         f'in a request: "steer": "{spec}", or another direction in front of the question mark',
     ]
 

@@ -215,7 +215,7 @@ def render() -> str:
                 doc(steer.readout, 1),
                 BOUNDS,
                 "### What is read",
-                doc(steer.runtime.readout, 3),
+                doc(steer.runtime.readout, 6),
                 "Component / norm is a cosine: how much of the stream points along the direction.",
                 "### In the answer",
                 PLACE,

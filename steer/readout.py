@@ -4,6 +4,8 @@
     "refusal", ["refusal", "verbosity"]    served directions by name, also for a plain request
     {"directions": ..., "layers": ...}     the same with layers: "all" (the default), "source" (each named direction's
                                            source layer) or a list of numbers
+    {"directions": ..., "angle": true}     also the angle in each direction's plane, which takes what the mode "rotate"
+                                           takes: a file with a plane, and two rows of a request
     false, null, "off"                     nothing, which is the default
 
 Parsing gives a `RequestedReadout`; `resolve` makes a `Readout` of exact file versions of it, which the request's
@@ -24,10 +26,11 @@ from steer.spec import MAX_ITEMS, OFF_TEXTS, RequestedDirection, Spec
 
 FIELD: Final = "steer_readout"
 MAX_DIRECTIONS = 4
-_FIELDS = ("directions", "layers")
+_FIELDS = ("directions", "layers", "angle")
 ACCEPTED = (
     "accepted: true for the directions that steer this request, a direction's name or a list of names, an object "
-    "{'directions': true or names, 'layers': 'all', 'source' or a list of layers}, or null, false or 'off' for none"
+    "{'directions': true or names, 'layers': 'all', 'source' or a list of layers, 'angle': true or false}, or null, "
+    "false or 'off' for none"
 )
 Layers = tuple[int, ...] | Literal["all", "source"]
 
@@ -38,6 +41,7 @@ class RequestedReadout:
 
     names: tuple[str, ...] | None
     layers: Layers = "all"
+    angle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +55,16 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Readout:
-    """What is read for one request, resolved."""
+    """What is read for one request, resolved. With `angle` each line is followed by its axis in what is read."""
 
     lines: tuple[Line, ...]
     layers: tuple[int, ...]
+    angle: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Bank rows that are read."""
+        return len(self.lines) * (1 + self.angle)
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -66,19 +76,22 @@ def parse(value: object) -> RequestedReadout | None:
     """Parse the body field. None means that nothing is read. Raises SpecError with every problem."""
     problems: list[str] = []
     layers: Layers = "all"
+    angle = False
     if isinstance(value, dict):
         problems += [
             f"{FIELD}.{str(key)[:40]}: unknown field; accepted: {', '.join(_FIELDS)}"
             for key in islice((key for key in value if key not in _FIELDS), MAX_ITEMS)
         ]
         layers = _layers(value.get("layers", "all"), problems)
+        if type(angle := value.get("angle", False)) is not bool:
+            problems.append(f"{FIELD}.angle: {brief(angle)} is not accepted: true or false")
         value = value.get("directions", True)
     names = _names(value, problems)
     if names is not None and len(names) > MAX_DIRECTIONS:
         problems.append(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once")
     if problems:
         raise SpecError(problems, param=FIELD)
-    return None if names == () else RequestedReadout(names, layers)
+    return None if names == () else RequestedReadout(names, layers, angle)
 
 
 def _names(value: object, problems: list[str]) -> tuple[str, ...] | None:
@@ -128,11 +141,12 @@ def resolve(
         raise SpecError(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once", param=FIELD)
     try:
         registry.resolve(
-            [RequestedDirection(name, strength=1.0) for name in names], lambda name: name in own or may_use(name)
+            [RequestedDirection(name, "rotate" if wanted.angle else None, strength=1.0) for name in names],
+            lambda name: name in own or may_use(name),
         )
     except SpecError as error:
         raise type(error)([f"{FIELD}: {problem}" for problem in error.problems], param=FIELD) from None
-    return Readout(_lines(names, registry), _resolved(wanted.layers, names, registry, layers))
+    return Readout(_lines(names, registry), _resolved(wanted.layers, names, registry, layers), wanted.angle)
 
 
 def _lines(names: Sequence[str], registry: Registry) -> tuple[Line, ...]:

@@ -64,8 +64,9 @@ def fit(
     exit code is 3. If a fit is interrupted, give the same command again and it continues. With --backend vllm the
     model is tried as vLLM serves it, and further options are those of `vllm serve`.
 
-    With --condition nothing is written. The layer and the threshold of a condition on that direction are chosen, and
-    its errors on prompts that were set aside are printed; the exit code is 3 if it does not tell the sets apart.
+    With --condition no direction is made. The layer and the threshold of a condition on that one are chosen, and its
+    errors on prompts that were set aside are printed; the exit code is 3 if it does not tell the sets apart. With
+    --output the same direction is written with the condition in its metadata, which no request applies by itself.
     """
     choices = opt.Choices.model_validate(
         {"mode": mode or "ablate", "sites": sites, "layer": layer, "batch_size": batch_size, "winsorize": winsorize}
@@ -74,7 +75,7 @@ def fit(
         _check_condition(ctx, condition, choices)
     elif output is None:
         raise InvalidInput("--output: is missing: the direction file to write")
-    else:
+    if output is not None:
         opt.check_direction_file(output)
     engine = opt.Engine(backend, model, ctx.args, opening)
     behaviour = counted.loaded()
@@ -107,6 +108,9 @@ def fit(
             at = choices.layer % layers if isinstance(choices.layer, int) else None
             known = find(bench.source, probe, condition.stem, split, rendering, at, choices.batch, progress)
             typer.echo("\n".join(told(known, split)))
+            if output is not None:
+                digest = probe.with_meta(condition=known.kept(split)).save(output)
+                typer.echo(f"wrote {output}: digest {digest[:12]}")
             return
         assert output is not None, "checked"
         progress.plan(CHOOSING, lab.most_work(split, choice, max_tokens, behaviour))
@@ -131,7 +135,7 @@ def fit(
 
 #: What --condition takes, beside the options of loading the model.
 OF_CONDITION = (
-    *("model", "condition", "harmful", "harmless", "prompts", "limit", "layer", "batch_size", "backend"),
+    *("model", "output", "condition", "harmful", "harmless", "prompts", "limit", "layer", "batch_size", "backend"),
     *("system_prompt", "template", "response_prefix"),
 )
 

@@ -244,10 +244,10 @@ class DirectionBank:
             if free:
                 self._free.append(row)
 
-    def rows_of(self, digests: Sequence[str]) -> NDArray[np.int64]:
-        """The rows of resident directions without their axes, in order."""
+    def rows_of(self, digests: Sequence[str], axes: bool = False) -> NDArray[np.int64]:
+        """The rows of resident directions in order, each with its axis behind it or without."""
         found = [self._resident[digest] for digest in digests]
-        return np.array([row for each in found for row in each.rows[: each.own]], np.int64)
+        return np.array([row for each in found for row in each.rows[: None if axes else each.own]], np.int64)
 
     def steer(self, spec: Spec, prompt: int | None = None, phase: Phase | None = None) -> RequestSteer | None:
         """The index entries of a request with `spec`, whose directions must be resident, `prompt` tokens and its

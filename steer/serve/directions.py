@@ -22,6 +22,7 @@ from steer.serve.errors import Code, documented
 from steer.serve.pages import FILE
 from steer.serve.policy import Bounds, Limits, bounds
 from steer.serve.route import own_route
+from steer.spec import Condition
 
 
 class DirectionCard(TypedDict):
@@ -45,6 +46,10 @@ class DirectionCard(TypedDict):
         dict[Mode, Dose], Field(description="by mode the least and the largest strength up to which no harm was seen")
     ]
     sites: Annotated[list[Site], Field(description="where it acts")]
+    condition: Annotated[
+        str | None,
+        Field(description="one that was found on it, where the caller may write it; no request has it by itself"),
+    ]
     bytes: Annotated[int, Field(description="size of the file")]
     usable: Annotated[bool, Field(description="may the caller steer with it")]
     may: Annotated[Bounds, Field(description="what the caller may ask for with it, where it is usable")]
@@ -185,6 +190,10 @@ def card(
     """What `caller` is told of a direction in a list; `limits`: of each version (`Rules.limits`). Only a manager is
     told how many requests use it now, which would tell of others."""
     meta, problems = version.direction.meta, registry.failures.get(name)
+    may = bounds(
+        [*([caller.rules] if caller.rules else ()), *limits.get(version.digest, ())], registry.placement.shape.tokens
+    )
+    found = meta.condition if may["conditions"] else None
     told: DirectionCard = {
         "id": name,
         "object": "direction",
@@ -200,12 +209,10 @@ def card(
         "modes": list(meta.modes),
         "calibrated": meta.calibrated,
         "sites": list(meta.sites),
+        "condition": None if found is None else str(Condition(name, found.layer, found.above, found.below)),
         "bytes": version.bytes,
         "usable": caller.may_use(name),
-        "may": bounds(
-            [*([caller.rules] if caller.rules else ()), *limits.get(version.digest, ())],
-            registry.placement.shape.tokens,
-        ),
+        "may": may,
     }
     if caller.manages:
         told["requests"] = version.pins

@@ -302,15 +302,13 @@ class Frontend:
             for layer, data in answer or ():
                 values = np.frombuffer(data, np.float32).reshape(-1, 2 * self.settings.rank + 1)
                 found.setdefault(layer, values)  # tensor-parallel ranks say the same
-        layers, rows = readout.layers, len(readout.lines)
+        layers, rows = readout.layers, readout.rows
         if missing := [layer for layer in layers if layer not in found or len(found[layer]) < len(tokens)]:
             raise EngineFailed(f"the layers {missing} were not read for every token")
         values = np.stack([found[layer][: len(tokens)] for layer in layers], axis=1)
         rank = self.settings.rank
-        return [
-            (token_text(tokenizer, token), Reading(each[:, :rows], each[:, rank : rank + rows], each[:, -1]))
-            for token, each in zip(tokens, values, strict=True)
-        ]
+        read = (Reading.of(readout, each[:, :rows], each[:, rank : rank + rows], each[:, -1]) for each in values)
+        return [(token_text(tokenizer, token), reading) for token, reading in zip(tokens, read, strict=True)]
 
     @contextmanager
     def admitted(self, params: SamplingParams) -> Iterator[SamplingParams]:
@@ -418,7 +416,7 @@ def _with_spec(params: SamplingParams, extra: Mapping[str, object], admission: A
     copied = params.clone()
     ours: dict[str, object] = {RESOLVED: spec.receipt()} if spec else {}
     if readout:
-        ours[READ] = list(readout.digests)
+        ours[READ] = [list(readout.digests), readout.angle]
     copied.extra_args = {key: value for key, value in extra.items() if key != KEY} | ours or None
     return copied
 

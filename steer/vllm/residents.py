@@ -98,10 +98,10 @@ class Residents:
         assert steer is not None, "the front end sends no empty spec"
         return steer
 
-    def rows_of(self, request: str, digests: Sequence[str]) -> NDArray[np.int64]:
+    def rows_of(self, request: str, digests: Sequence[str], axes: bool = False) -> NDArray[np.int64]:
         """The rows that `request` reads, which it uses until it `ends`."""
         self._use(request, digests)
-        return self.bank.rows_of(digests)
+        return self.bank.rows_of(digests, axes)
 
     def _use(self, request: str, digests: Sequence[str]) -> None:
         if missing := [digest[:12] for digest in digests if digest not in self._held]:

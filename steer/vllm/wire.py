@@ -10,7 +10,7 @@ from steer.vllm.settings import KEY
 
 #: Its key; the value is its receipt. Requests must not bring it: only the front end, for what it has pinned.
 RESOLVED = "steer.resolved"
-#: The digests of the versions whose rows are read, in this order.
+#: The digests of the versions whose rows are read, in this order, and whether their axes are.
 READ = "steer.read"
 #: What a measurement in this program has captured of its own requests; without one it means nothing.
 CAPTURE = "steer.capture"
@@ -23,10 +23,10 @@ def check_absent(extra: object) -> None:
             raise SpecError(f"'{key[:100]}' is not for requests to set; ask with '{KEY}'", param=key)
 
 
-def read_by(params: object) -> Sequence[str]:
-    """The digests in SamplingParams of what is read for a request; none where nothing is."""
-    found: Sequence[str] = (getattr(params, "extra_args", None) or {}).get(READ, ())
-    return found
+def read_by(params: object) -> tuple[Sequence[str], bool]:
+    """The digests in SamplingParams of what is read for a request, none where nothing is; and are their axes read?"""
+    digests, axes = (getattr(params, "extra_args", None) or {}).get(READ, ((), False))
+    return digests, axes
 
 
 def of(params: object) -> str | None:

@@ -221,8 +221,9 @@ class Steered:
         self._residents.end(new.req_id)
         if self._capture is not None:
             self._capture.meet(new.req_id, new.sampling_params)
-        if self._reads is not None and (digests := wire.read_by(new.sampling_params)):
-            rows = self._residents.rows_of(new.req_id, digests)
+        digests, axes = wire.read_by(new.sampling_params)
+        if self._reads is not None and digests:
+            rows = self._residents.rows_of(new.req_id, digests, axes)
             self._reads.meet(new.req_id, rows, internals.worker.new_prompt_length(new))
         text = wire.of(new.sampling_params)
         if text is None:

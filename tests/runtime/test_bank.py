@@ -188,6 +188,7 @@ def test_an_axis_takes_a_row_only_where_a_request_could_use_it(rank: int) -> Non
     t.load("d", DIRECTIONS["d"])
     assert t.rows_in_use == rank
     assert len(t.rows_of(["d"])) == 1, "what is read is the direction"
+    assert len(t.rows_of(["d"], axes=True)) == 1 + (rank > 1)
     t.unload("d")
     assert t.rows_in_use == 0
 

@@ -20,7 +20,7 @@ from typing import Final, Literal
 from steer.errors import SpecError, brief
 from steer.names import SITE_RULES, SITES, readable
 from steer.registry import Registry
-from steer.spec import MAX_ITEMS, OFF_TEXTS, RequestedDirection, Spec
+from steer.spec import MAX_ITEMS, OFF_TEXTS, Line, Readout, RequestedDirection, Spec
 
 FIELD: Final = "steer_readout"
 MAX_DIRECTIONS = 4
@@ -38,28 +38,6 @@ class RequestedReadout:
 
     names: tuple[str, ...] | None
     layers: Layers = "all"
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One row of a direction that is read."""
-
-    name: str
-    digest: str
-    row: int
-
-
-@dataclass(frozen=True, slots=True)
-class Readout:
-    """What is read for one request, resolved."""
-
-    lines: tuple[Line, ...]
-    layers: tuple[int, ...]
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        """The versions that are read, in the order of `lines`."""
-        return tuple(dict.fromkeys(line.digest for line in self.lines))
 
 
 def parse(value: object) -> RequestedReadout | None:

@@ -22,15 +22,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer import readout
-from steer.admission import Admission
 from steer.errors import SteerError
 from steer.readout import RequestedReadout
-from steer.registry import Registry
+from steer.registry import Admission, Registry
 from steer.serve import carriers, errors, metrics
 from steer.serve.asgi import Outgoing, with_headers
 from steer.serve.authorise import admit
 from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, tokens_of, understood
-from steer.serve.control import Control, Reservation, Run
+from steer.serve.control import Control, Run
 from steer.serve.pages import JSON, check_kind
 from steer.spec import RequestedDirection, Spec
 from steer.tokenization import rendered_otherwise
@@ -109,24 +108,24 @@ class SteerMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         caller = self.control.caller(scope)
         try:
-            reservation = self.control.enter(caller)
+            run = self.control.enter(caller)
         except errors.HTTPProblem as error:
             self.control.refused(error, caller, scope)
             await errors.of(error)(scope, receive, send)
             return
         try:
-            await self._handle(reservation, scope, receive, send)
+            await self._handle(run, scope, receive, send)
         finally:
-            self.control.leave(reservation)
+            self.control.leave(run)
 
-    async def _handle(self, reservation: Reservation, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, run: Run, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        control, caller = self.control, reservation.caller
+        control, caller = self.control, run.caller
         try:
             check_kind(scope, JSON)
             data = await read_body(scope, receive, self.max_body)
             body, carried, wanted = await understood(partial(self._understand, data, scope), len(data))
-            control.reserve(reservation, tokens_of(body, len(data), self.context))
+            control.reserve(run, tokens_of(body, len(data), self.context))
             admission = admit(
                 carried,
                 self.registry,
@@ -137,7 +136,7 @@ class SteerMiddleware:
                 rules=control.rules,
             )
             try:
-                run = await control.begin(caller, admission.spec, carried.model, scope)
+                await control.begin(run, admission.spec, carried.model, scope)
             except BaseException:
                 admission.release()
                 raise
@@ -171,7 +170,7 @@ class SteerMiddleware:
                 raise
             finally:
                 admission.release()
-                control.end(run, reservation, "error" if usage.failed else answer.outcome, usage)
+                control.end(run, "error" if usage.failed else answer.outcome, usage)
 
     def _understand(
         self, data: bytes, scope: Scope

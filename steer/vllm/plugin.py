@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from steer.errors import InvalidInput, SpecError, UnsupportedModel
 from steer.settings import KEEP_ALIVE
 from steer.spec import Spec
-from steer.vllm import internals, wire
+from steer.vllm import internals
 from steer.vllm.frontend import ATTRIBUTE, SALT, Frontend, in_self_check, parted, salt_of
 from steer.vllm.selfcheck import Answer, Job
-from steer.vllm.settings import KEY, EngineSettings
+from steer.vllm.settings import KEY, EngineSettings, receipt_of
 from steer.vllm.settings import read as settings_of
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def _fold_salt(request: EngineRequest) -> None:
     """A steered request's blocks are found by requests of the same spec alone; a plain request is left as it is."""
     if SALT in (request.cache_salt or ""):
         raise SpecError(f"a cache_salt must not contain '{SALT}'", param="cache_salt")
-    text = wire.of(request.sampling_params)
+    text = receipt_of(request.sampling_params)
     if text is not None:
         spec, prompt = Spec.of(text), internals.engine.prompt_length(request)
         if not spec.everywhere and not prompt:

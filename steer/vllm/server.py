@@ -27,9 +27,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steer.admission import Admission
 from steer.errors import InvalidInput, NotFinite, SpecError, SteerError, UnsupportedModel
 from steer.readout import FIELD
+from steer.registry import Admission
 from steer.serve import carriers, errors, html, metrics, operation, pages
 from steer.serve.access import PUBLIC, Access, Cors
 from steer.serve.answers import ReadReport, report
@@ -44,10 +44,10 @@ from steer.serve.route import Head
 from steer.settings import ControlSettings
 from steer.spec import Spec
 from steer.vllm import frontend as front_ends
-from steer.vllm import internals, wire
+from steer.vllm import internals
 from steer.vllm.answers import UnlessLost, restated, with_readout
 from steer.vllm.frontend import Frontend, Passage, Ticket, passage
-from steer.vllm.settings import KEY
+from steer.vllm.settings import KEY, check_absent
 from steer.vllm.settings import read as settings_of
 
 log = logging.getLogger("steer")
@@ -244,7 +244,7 @@ class Generation:
         def forward(body: dict[str, object], admission: Admission) -> None:
             nonlocal ticket
             xargs = body.get(carriers.XARGS) or {}
-            wire.check_absent(xargs)
+            check_absent(xargs)
             if admission.readout:
                 check_one_answer(body)
             elif not admission.spec:

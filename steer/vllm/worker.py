@@ -20,7 +20,7 @@ from steer.errors import NoRoom, SteerError, UnsupportedModel
 from steer.runtime.token_index import PLAIN, RequestSteer, TokenIndex, Tokens
 from steer.spec import Spec
 from steer.tokenization import Thinking
-from steer.vllm import install, internals, settings, wire
+from steer.vllm import install, internals, settings
 from steer.vllm.capture import Capture
 from steer.vllm.losses import LostRuns, Run, Step
 from steer.vllm.readout import ReadRunner
@@ -221,10 +221,10 @@ class Steered:
         self._residents.end(new.req_id)
         if self._capture is not None:
             self._capture.meet(new.req_id, new.sampling_params)
-        if self._reads is not None and (digests := wire.read_by(new.sampling_params)):
+        if self._reads is not None and (digests := settings.read_by(new.sampling_params)):
             rows = self._residents.rows_of(new.req_id, digests)
             self._reads.meet(new.req_id, rows, internals.worker.new_prompt_length(new))
-        text = wire.of(new.sampling_params)
+        text = settings.receipt_of(new.sampling_params)
         if text is None:
             return
         spec, length, prompt = Spec.of(text), internals.worker.new_prompt_length(new), new.prompt_token_ids or ()

@@ -17,7 +17,7 @@ from steer.spec import Entry, Spec
 from steer.vllm.frontend import GROUPS, SALT, Salts, parted, salt
 from steer.vllm.internals.base import ABOVE
 from steer.vllm.losses import KEPT, LostRuns, Run, Step
-from steer.vllm.wire import RESOLVED
+from steer.vllm.settings import RESOLVED
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=8)
 

@@ -220,36 +220,30 @@ class Served:
 
     async def pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
         """What goes wrong between tokens and text is a RequestFailed."""
+        made, ends = 0, job.sampling.ends(self.engine.eos_ids)
+        current_usage().answer(lambda: made)
         try:
-            async with aclosing(self._pieces(job)) as pieces:
-                async for piece in pieces:
-                    yield piece
+            text = TextStream(self.loaded.tokenizer, job.stop)
+            async with aclosing(self.engine.generate(job.prompt, job.sampling, job.steer, job.read)) as tokens:
+                async for token in tokens:
+                    made += 1
+                    if token.id in ends:
+                        yield Piece(text.finish(), None, "stop", token.applied)
+                        break
+                    new = text.push(token.id)
+                    if text.stopped:
+                        yield Piece(new, token, "stop", token.applied)
+                        break
+                    if made == job.sampling.max_tokens:
+                        rest = new + text.finish()
+                        yield Piece(rest, token, "stop" if text.stopped else "length", token.applied)
+                        break
+                    yield Piece(new, token)
         except SteerError:
             raise
         except Exception as error:
             log.exception("an answer broke off")
             raise RequestFailed(f"the answer was cut off: {type(error).__name__}: {str(error)[:200]}") from error
-
-    async def _pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
-        text = TextStream(self.loaded.tokenizer, job.stop)
-        made, ends = 0, job.sampling.ends(self.engine.eos_ids)
-        current_usage().answer(lambda: made)
-        stream = self.engine.generate(job.prompt, job.sampling, job.steer, job.read)
-        async with aclosing(stream):
-            async for token in stream:
-                made += 1
-                if token.id in ends:
-                    yield Piece(text.finish(), None, "stop", token.applied)
-                    break
-                new = text.push(token.id)
-                if text.stopped:
-                    yield Piece(new, token, "stop", token.applied)
-                    break
-                if made == job.sampling.max_tokens:
-                    rest = new + text.finish()
-                    yield Piece(rest, token, "stop" if text.stopped else "length", token.applied)
-                    break
-                yield Piece(new, token)
 
     async def answer(self, job: Job) -> Answer:
         out = Answer()

@@ -14,6 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 
 from starlette.applications import Starlette
@@ -79,31 +80,25 @@ class RenderingWatch:
                 log.warning("direction '%s' acts on chats of another form: %s", entry.direction, told)
 
 
+@dataclass(eq=False)
 class SteerMiddleware:
     """`served` are the model names that aliases extend; `forward` may write the admission into the body for an engine
     that has another interface; `readable` is how many layers the engine can read, 0 for none; `parsed`
     says that the app takes the body from `scope[BODY]`, and none has to be written for it again; `context` is the most
     tokens that one prompt with its answer can have there; `rendering` looks at how chats are rendered."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        registry: Registry,
-        served: Sequence[str],
-        control: Control,
-        default: tuple[RequestedDirection, ...] = (),
-        max_body: int = 8 * 2**20,
-        forward: Forward | None = None,
-        readable: int = 0,
-        parsed: bool = False,
-        context: int = 2**15,
-        rendering: RenderingWatch | None = None,
-    ) -> None:
-        self.app, self.registry, self.served, self.default = app, registry, tuple(served), default
-        self.max_body, self.forward, self.context = max_body, forward, context
-        self.readable, self.control, self.parsed = readable, control, parsed
-        self.rendering = rendering or RenderingWatch(registry)
+    app: ASGIApp
+    _: KW_ONLY
+    registry: Registry
+    served: Sequence[str]
+    control: Control
+    rendering: RenderingWatch
+    default: tuple[RequestedDirection, ...] = ()
+    max_body: int = 8 * 2**20
+    forward: Forward | None = None
+    readable: int = 0
+    parsed: bool = False
+    context: int = 2**15
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         caller = self.control.caller(scope)

@@ -80,7 +80,7 @@ def install(app: FastAPI) -> None:
     }
     for route in app.routes:
         internals.server.fail_fast(route)
-    wrapped = wrap_routes(app, {**layers, (MODELS_ROUTE, "GET"): Models, (HEALTH_ROUTE, "GET"): Health})
+    wrapped = wrap_routes(app, {**layers, (MODELS_ROUTE, "GET"): ModelsLayer, (HEALTH_ROUTE, "GET"): HealthLayer})
     for needed in (*READ_ROUTES, MODELS_ROUTE):
         if needed not in wrapped:
             raise UnsupportedModel(f"vLLM {internals.version()} serves no route {needed}")
@@ -97,7 +97,7 @@ def guard(app: FastAPI) -> None:
     for route in app.routes:
         inner = getattr(route, "app", None)
         ours = getattr(getattr(route, "endpoint", None), "__module__", "").startswith("steer.")
-        if inner is not None and not ours and not isinstance(inner, Generation | Models | Health | Other):
+        if inner is not None and not ours and not isinstance(inner, Generation | ModelsLayer | HealthLayer | Other):
             route.app = Other(inner)  # type: ignore[attr-defined]
 
 
@@ -469,7 +469,7 @@ class _Held:
         return self._refused
 
 
-class Models(_Layer):
+class ModelsLayer(_Layer):
     """Around `GET /v1/models`: an alias for each served model with each direction."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -487,7 +487,7 @@ class Models(_Layer):
         await self.app(scope, receive, rewriting(send, lambda start: change if start["status"] == 200 else None))
 
 
-class Health(_Layer):
+class HealthLayer(_Layer):
     """Around `GET /health`: vLLM's status, with a body that has ours."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

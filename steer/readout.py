@@ -22,7 +22,7 @@ from typing import Final, Literal
 from steer.errors import SpecError, brief
 from steer.names import SITE_RULES, SITES, readable
 from steer.registry import Registry
-from steer.spec import MAX_ITEMS, OFF_TEXTS, RequestedDirection, Spec
+from steer.spec import MAX_ITEMS, OFF_TEXTS, Line, Readout, RequestedDirection, Spec
 
 FIELD: Final = "steer_readout"
 MAX_DIRECTIONS = 4
@@ -42,34 +42,6 @@ class RequestedReadout:
     names: tuple[str, ...] | None
     layers: Layers = "all"
     angle: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One row of a direction that is read."""
-
-    name: str
-    digest: str
-    row: int
-
-
-@dataclass(frozen=True, slots=True)
-class Readout:
-    """What is read for one request, resolved. With `angle` each line is followed by its axis in what is read."""
-
-    lines: tuple[Line, ...]
-    layers: tuple[int, ...]
-    angle: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Bank rows that are read."""
-        return len(self.lines) * (1 + self.angle)
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        """The versions that are read, in the order of `lines`."""
-        return tuple(dict.fromkeys(line.digest for line in self.lines))
 
 
 def parse(value: object) -> RequestedReadout | None:

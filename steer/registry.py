@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownD
 from steer.names import SUFFIX, check_name
 from steer.shape import Shape
 from steer.shared import Shared
-from steer.spec import MAX_PLACES, PHASES, Entry, RequestedDirection, Spec
+from steer.spec import MAX_PLACES, PHASES, Entry, Readout, RequestedDirection, Spec
 from steer.watch import Follower
 
 log = logging.getLogger("steer")
@@ -430,6 +430,50 @@ class Registry:
     def stop(self) -> None:
         if self.follower is not None:
             self.follower.stop()
+
+
+class Admission:
+    """What one request was admitted with, on every backend: `spec` steers it, `readout` is what is read for it. It is
+    the handle that holds its versions. Thread-safe.
+
+    The code that admits a request is the handle's first holder, and releases it when the answer has ended. An engine
+    that works on parts of the request elsewhere (vLLM has one for each prompt and each of its n answers) holds it for
+    each part. The versions are unpinned when nobody holds the handle any more, however the last holder ended.
+    """
+
+    __slots__ = ("_digests", "_holders", "_registry", "readout", "spec")
+
+    def __init__(self, registry: Registry, spec: Spec, readout: Readout | None = None) -> None:
+        """Pin the versions of both, each once. They must have been resolved in the same `registry.steady()`, or a swap
+        may have come between."""
+        self.spec, self.readout = spec, readout
+        self._registry = registry
+        self._digests = dict.fromkeys(e.digest for each in spec.entries for e in (each, each.condition) if e)
+        if readout is not None:
+            self._digests |= dict.fromkeys(readout.digests)
+        self._holders: set[Hashable] = {None}
+        registry.pin(self._digests)
+
+    @classmethod
+    def of(cls, registry: Registry, wanted: Sequence[RequestedDirection]) -> Admission:
+        """Resolve `wanted` and pin what it means now. Raises SpecError with every problem."""
+        with registry.steady():
+            return cls(registry, registry.resolve(wanted))
+
+    def hold(self, holder: Hashable) -> None:
+        """Keep the versions until this holder's `release` too. Raises RuntimeError where all have released already."""
+        with self._registry.steady():
+            if not self._holders:
+                raise RuntimeError("this admission has ended: its versions may be gone")
+            self._holders.add(holder)
+
+    def release(self, holder: Hashable = None) -> None:
+        """End one hold: the first holder's without an argument. Twice is once."""
+        with self._registry.steady():
+            if holder in self._holders:
+                self._holders.remove(holder)
+                if not self._holders:
+                    self._registry.unpin(self._digests)
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

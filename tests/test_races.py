@@ -24,12 +24,11 @@ from hypothesis.stateful import (
 )
 
 from steer import readout
-from steer.admission import Admission
 from steer.direction import Direction, digest
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
 from steer.names import MODES, TURNING
 from steer.readout import RequestedReadout
-from steer.registry import Registry
+from steer.registry import Admission, Registry
 from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement, gather, operate
 from steer.runtime.token_index import PLAIN, TokenIndex
 from steer.serve import carriers

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from steer.admission import Admission
 from steer.errors import SpecError, UnknownDirection
 from steer.hf.steering import Steering
 from steer.readout import RequestedReadout, parse, resolve
-from steer.registry import Registry
+from steer.registry import Admission, Registry
 from steer.runtime.bank import LocalPlacement
 from steer.shape import Shape
 from steer.spec import RequestedDirection, Spec

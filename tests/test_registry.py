@@ -17,11 +17,10 @@ import safetensors.torch
 import torch
 
 from steer import registry as registry_module
-from steer.admission import Admission
 from steer.direction import Direction, digest, write_file
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
 from steer.names import Mode, Site
-from steer.registry import Move, Registry
+from steer.registry import Admission, Move, Registry
 from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
 from steer.shape import Shape
 from steer.spec import PHASES, Entry, RequestedDirection, parse

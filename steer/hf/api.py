@@ -16,15 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steer import readout
-from steer.admission import Admission
 from steer.direction import Direction
 from steer.errors import DirectionError, InvalidInput, SpecError, UnsupportedModel
 from steer.hf.steering import Steering
 from steer.names import Site, check_name
-from steer.readout import Line, Readout
-from steer.registry import Registry
+from steer.registry import Admission, Registry
 from steer.runtime.readout import Reading, components
-from steer.spec import Spec, parse
+from steer.spec import Line, Readout, Spec, parse
 
 if TYPE_CHECKING:
     from transformers import Pipeline, PreTrainedModel

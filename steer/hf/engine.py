@@ -21,8 +21,8 @@ from steer.errors import EngineFailed, NoRoom, RequestFailed, SteerError
 from steer.hf.internals import Decoding, check_model
 from steer.hf.sampling import NO_LOGITS, Sampler, Sampling, Token, report, sample
 from steer.hf.steering import Steering
-from steer.readout import Readout
 from steer.runtime.token_index import RequestSteer, applied
+from steer.spec import Readout
 
 
 class Engine(abc.ABC):

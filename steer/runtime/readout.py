@@ -27,8 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.readout import Readout
 from steer.runtime.memory import lasting
+from steer.spec import Readout
 
 #: Places of the values of one token at one layer: two for each row, and the norm after them.
 BEFORE, AFTER = range(2)

@@ -415,7 +415,7 @@ class TokenIndex:
         while True:
             self._combining.pop(number, None)
             self._deciding.pop(number, None)
-            self._conditional -= self._decides_of(number)
+            self._conditional -= bool(self.rank > 1 and self._entries[number, self._decision] != UNCONDITIONAL)
             self._in_phase.discard(number)
             self._free.append(number)
             if following == number:
@@ -520,10 +520,6 @@ class TokenIndex:
         """Of the first `tokens` of the batch, as views of the buffers."""
         assert self.opened is not None
         return conditions(self.packed[:tokens], self.rank, self.opened[:tokens])
-
-    def _decides_of(self, number: int) -> bool:
-        """Has an entry a decision?"""
-        return self.rank > 1 and self._entries[number, self._decision] != UNCONDITIONAL
 
     def _parted(
         self, numbers: NDArray[np.int64], lengths: NDArray[np.int64] | NDArray[np.int32], starts: NDArray[np.int64]

@@ -53,7 +53,7 @@ class _Managed(TypedDict, total=False):
     failed_directions: Annotated[list[str], Field(description="files that are not served; for the managing role")]
 
 
-class Health(operation.Health, _Managed):
+class Health(operation.ServerState, _Managed):
     status: Annotated[Literal["ok", "failed"], Field(description="failed: the server must be restarted")]
     engine: Annotated[str, Field(description="how answers are generated")]
 

@@ -23,7 +23,7 @@ from steer.watch import State
 PATH = "/v1/steering"
 
 
-class Health(TypedDict):
+class ServerState(TypedDict):
     """The state of a server as everybody may read it: nothing of keys or directions."""
 
     steering: Annotated[Literal["on", "off"], Field(description="is steering switched on")]
@@ -124,7 +124,7 @@ def router(control: Control) -> APIRouter:
     return routes
 
 
-def health(control: Control) -> Health:
+def health(control: Control) -> ServerState:
     """For `/health`. `policy` and `folder` say also how it is with the threads that follow them (`Follower.state`),
     `seconds_since_look` when those last looked."""
     return {

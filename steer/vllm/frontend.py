@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from steer.admission import Admission
 from steer.errors import EngineFailed, NoRoom, NotFinite, SpecError, UnsupportedModel
 from steer.names import readable
-from steer.registry import Registry
+from steer.registry import Admission, Registry
 from steer.runtime.readout import Reading
 from steer.serve import metrics
 from steer.serve.text import token_text
@@ -34,13 +33,12 @@ from steer.shape import Shape
 from steer.shared import Shared
 from steer.spec import RequestedDirection, Spec, parse
 from steer.tokenization import Thinking
-from steer.vllm import internals, wire
+from steer.vllm import internals
 from steer.vllm.internals.types import Call, CallAsync
 from steer.vllm.placement import VllmPlacement
 from steer.vllm.selfcheck import Ask, self_check
-from steer.vllm.settings import KEY, EngineSettings
+from steer.vllm.settings import KEY, READ, RESOLVED, EngineSettings, check_absent, receipt_of
 from steer.vllm.steering_module import code_digest
-from steer.vllm.wire import READ, RESOLVED
 
 if TYPE_CHECKING:
     from steer.tokenization import Decoder
@@ -79,7 +77,7 @@ def parted(request: EngineRequest) -> tuple[str, int, str]:
     before leave in the prefix cache is what plain requests leave. (…, 0, "") for one that no front end of ours has
     salted, whatever its salt looks like."""
     cache_salt = request.cache_salt or ""
-    found = None if wire.of(request.sampling_params) is None else _SALTED.fullmatch(cache_salt)
+    found = None if receipt_of(request.sampling_params) is None else _SALTED.fullmatch(cache_salt)
     return (found[1], int(found[3]), found[2]) if found else (cache_salt, 0, "")
 
 
@@ -314,7 +312,7 @@ class Frontend:
     def admitted(self, params: SamplingParams) -> Iterator[SamplingParams]:
         """`params` as the engine is to see them; what is added inside finds its admission. Raises SpecError."""
         extra = getattr(params, "extra_args", None) or {}
-        wire.check_absent(extra)
+        check_absent(extra)
         if not hasattr(params, "extra_args"):  # pooling: nothing is generated, and nothing is steered
             yield params
             return
@@ -342,7 +340,7 @@ class Frontend:
     def check_added(self, request: EngineRequest) -> None:
         """The output processor takes a request, which holds its admission from here on. Raises for one that was never
         admitted."""
-        text = wire.of(request.sampling_params)
+        text = receipt_of(request.sampling_params)
         call = _adding.get()
         if call is not None:
             call.made += 1

@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.names import MODES
-from steer.readout import Line, Readout
 from steer.runtime.bank import DirectionBank, HookPoint, gather, operate
 from steer.runtime.combine import Combination
 from steer.runtime.readout import ReadIndex
 from steer.runtime.token_index import PLAIN, STAGES, UNCONDITIONAL, Acts, Decision, RequestSteer, TokenIndex, slot
-from steer.spec import PHASES, Entry, Spec
+from steer.spec import PHASES, Entry, Line, Readout, Spec
 from steer.tokenization import Thinking
 from tests.oracle import acting
 from tests.runtime.copy_queues import Late

@@ -38,6 +38,8 @@ BEGUN_TOKENS = 64
 MOST = 512
 #: Bytes of logits that one teacher-forced pass may hold, and those of plain answers that are kept.
 LOGIT_BYTES, KEPT_BYTES = 2**29, 2**30
+#: Tokens of such a pass on a CPU, at most: what it works on stays in the processor's cache.
+CPU_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,8 @@ class HFEvaluator:
         whole = [head + answer.ids for head, answer in zip(heads, plain, strict=True)]
         longest = max((len(answer.ids) + 1 for answer in plain), default=1)
         fitting = max(1, LOGIT_BYTES // (longest * anatomy.vocabulary * 4 * 2))
+        if anatomy.device.type == "cpu":
+            fitting = min(fitting, max(1, CPU_TOKENS // max(map(len, whole), default=1)))
 
         @torch.inference_mode()
         def run(indices: list[int]) -> list[T]:

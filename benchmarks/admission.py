@@ -13,13 +13,13 @@ from starlette.datastructures import Headers
 
 from benchmarks.results import Result, benchmark_parser, median_seconds
 from steer.registry import Registry
-from steer.runtime.bank import DirectionBank, HookPoint
-from steer.runtime.placement import LocalPlacement, Shape
+from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
 from steer.serve import carriers, keys
 from steer.serve.authorise import Caller, admit
 from steer.serve.body import parse_body
 from steer.serve.control import Control
 from steer.settings import ControlSettings
+from steer.shape import Shape
 from steer.spec import Spec
 from steer.vllm.frontend import salt
 from tests import models

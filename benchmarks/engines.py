@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from benchmarks.results import now
+
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -146,9 +148,9 @@ def arrival(llm: Any, source: str, prompt: int) -> float:
 
 
 def _timed(llm: Any, prompts: list[Any], parameters: list[Any], adapter: Any) -> float:
-    began = time.perf_counter()
+    began = now()
     llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapter)
-    return time.perf_counter() - began
+    return now() - began
 
 
 def _prompts(llm: Any, lengths: list[int]) -> list[Any]:

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import results
 from benchmarks.results import Result, benchmark_parser, interleave, rounds
 from steer.runtime import hook_points
-from steer.runtime.bank import BankSlice, DirectionBank, HookPoint, apply
+from steer.runtime.bank import BankSlice, DirectionBank, HookPoint, gather, operate
 from steer.runtime.token_index import TokenIndex
 from steer.spec import Entry, Spec
 from tests import models
@@ -124,7 +124,7 @@ def static(*tensors: torch.Tensor) -> None:
 
 def acting(bank_slice: BankSlice, index: TokenIndex) -> hook_points.Transform:
     """The operation at one hook point, always: in a compiled graph there is no asking whether any token is steered."""
-    return lambda x: apply(x.flatten(0, -2), bank_slice, *index.first(index.max_tokens))[0].view_as(x)
+    return lambda x: operate(x.flatten(0, -2), gather(bank_slice, *index.first(index.max_tokens)))[0].view_as(x)
 
 
 def recorded(

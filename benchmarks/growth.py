@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.results import Result, benchmark_parser, median_seconds
 from steer.names import MODES
-from steer.runtime.bank import DirectionBank, HookPoint, apply
+from steer.runtime.bank import DirectionBank, HookPoint, gather, operate
 from steer.runtime.token_index import RequestSteer, TokenIndex, slot
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +55,7 @@ class Case:
         @torch.inference_mode()
         def operation() -> None:
             for bank_slice in slices:
-                apply(x, bank_slice, *index.first(len(x)))
+                operate(x, gather(bank_slice, *index.first(len(x))))
 
         filling = median_seconds(lambda: index.fill(numbers, lengths), repeats)
         return bank.nbytes + index.nbytes, 1e3 * median_seconds(operation, repeats), 1e6 * filling

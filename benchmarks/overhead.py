@@ -1,12 +1,14 @@
 """What steering costs on vLLM, compiled, beside stock vLLM and beside rank-1 LoRA adapters with the same effect.
 
 `python -m benchmarks.overhead`. Two stock engines take part: what the second one shows against the first is what this
-machine can tell apart at all. `--suite variants` compares ranks and sites with each other.
+machine can tell apart at all. `--suite variants` compares ranks and sites with each other, `--suite modes` requests in
+each mode, at some tokens and under a condition with plain ones to the same engine.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import tempfile
@@ -19,9 +21,21 @@ from typing import Any
 import torch
 
 from benchmarks.engines import Arrival, Engine, Job
-from benchmarks.results import Ratio, Result, Table, benchmark_parser, interleave, pooled, rounds
+from benchmarks.overhead_hf import ways
+from benchmarks.results import (
+    BUSY,
+    BUSY_HELP,
+    COUNTED,
+    Ratio,
+    Result,
+    Table,
+    benchmark_parser,
+    interleave,
+    pooled,
+    rounds,
+)
 from benchmarks.shapes import WIDTH, llama
-from steer.lab.merge import adapter
+from steer.lab.merge.model import export_adapter
 from steer.lab.merge.removal import removal
 from steer.lab.merge.weights import Checkpoint
 from tests import models
@@ -72,13 +86,13 @@ class Home:
             # the same vector; an adapter of vLLM removes it from what blocks write, and cannot reach the embedding
             one = models.direction(model, seed=seed, shared=True, sites=("writers",))
             folder = self.root / f"adapter{seed:02}"
-            adapter.export(Checkpoint(self.model), removal(one, 1.0), folder, base=str(self.model))
+            export_adapter(Checkpoint(self.model), removal(one, 1.0), folder, base=str(self.model))
         return self
 
     def steer(self, model: Any) -> None:
         """Tokenizer and directions for `model`, of which only the configuration is read."""
         models.tokenizer().save_pretrained(self.model)
-        for name in ("directions", "writers", "arrivals"):
+        for name in ("directions", "writers", "plane", "arrivals"):
             (self.root / name).mkdir()
         for seed in range(DIRECTIONS):
             models.direction(model, seed=seed).save(self.root / "directions" / f"d{seed}.safetensors")
@@ -86,6 +100,7 @@ class Home:
             models.direction(model, seed=rank, k=rank).save(self.root / "directions" / f"k{rank}.safetensors")
         shared = models.direction(model, shared=True, sites=("writers",))
         shared.save(self.root / "writers" / "d0.safetensors")
+        models.direction(model, plane=True).save(self.root / "plane" / "d.safetensors")
 
     def steering(self, *, folder: str = "directions", rank: int = 1, **more: Any) -> dict[str, Any]:
         settings = {"directions": str(self.root / folder), "rank": rank, "rows": 40} | more
@@ -184,7 +199,20 @@ def variants_suite(home: Home) -> tuple[dict[str, RequestedDirection], MakeArms]
     return engines, arms
 
 
-SUITES = {"stock": stock_suite, "pair": pair_suite, "variants": variants_suite}
+def modes_suite(home: Home) -> tuple[dict[str, RequestedDirection], MakeArms]:
+    """One engine with the rank that a rotation and a condition need. Its plain requests are the baseline, twice."""
+
+    def arms(started: Mapping[str, Engine], kind: str, batch: int) -> Arms:
+        specs = {"plain": None, "plain again": None} | ways("d")
+        return {
+            name: started["rank 2"].arm(Job(batch, *WORKLOADS[kind], (spec,), mixed=kind == "mixed"))
+            for name, spec in specs.items()
+        }
+
+    return {"rank 2": RequestedDirection(home.steering(folder="plane", rank=2))}, arms
+
+
+SUITES = {"stock": stock_suite, "pair": pair_suite, "variants": variants_suite, "modes": modes_suite}
 
 
 @contextmanager
@@ -258,6 +286,7 @@ COMPILED = {
     "(0.32): there its arms pay for that too, which the one that no request uses shows.",
     "pair": "Both engines are compiled.",
     "variants": "Every engine is compiled.",
+    "modes": "The engine is compiled.",
 }
 DEFAULT = ("decode:1", "decode:8", "decode:64", "prefill:1", "prefill:8", "mixed:32")
 
@@ -267,7 +296,10 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=rounds, default=5, help="in each order of starting")
     parser.add_argument("--orders", type=int, default=2, help="how often all engines are started")
     parser.add_argument("--workloads", type=workload, nargs="+", default=[workload(text) for text in DEFAULT])
+    parser.add_argument("--busy", action="store_true", help=BUSY_HELP)
     given = parser.parse_args()
+    if given.busy:
+        os.environ[BUSY] = "1"
     import vllm
 
     with tempfile.TemporaryDirectory() as folder:
@@ -279,6 +311,6 @@ if __name__ == "__main__":
         versions={"vLLM": vllm.__version__},
         tables=tables,
         more=f"Random bfloat16 Llama, {LAYERS} layers × {WIDTH}; {given.rounds} interleaved rounds in each of "
-        f"{given.orders} orders of starting. {COMPILED[given.suite]}\n",
+        f"{given.orders} orders of starting. {COMPILED[given.suite]} {COUNTED * given.busy}\n",
     )
     result.publish(given.out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import statistics
@@ -50,6 +51,17 @@ def rounds(text: str) -> int:
     return int(text)
 
 
+#: In the environment, for child processes too: `--busy` was given.
+BUSY = "STEER_BENCHMARK_BUSY"
+BUSY_HELP = "other work runs on this machine: count CPU time"
+COUNTED = "Times are the CPU time of the process with all its threads, since other work ran on the machine."
+
+
+def now() -> float:
+    """Seconds, to take differences of: of a clock, or with BUSY the CPU time of this process with all its threads."""
+    return time.process_time() if BUSY in os.environ else time.perf_counter()
+
+
 HEADER = "| arm | median ratio | 95 % interval of the median | quartiles | median ms |\n|---|---:|---:|---:|---:|"
 
 
@@ -64,9 +76,9 @@ def interleave(arms: Mapping[str, Callable[[], float | None]], rounds: int, titl
         run()
     for _ in tqdm(range(rounds), desc=title, leave=False):
         for name in rng.sample(list(arms), len(arms)):
-            started = time.perf_counter()
+            started = now()
             own = arms[name]()
-            times[name].append(time.perf_counter() - started if own is None else own)
+            times[name].append(now() - started if own is None else own)
     return {name: _ratio(each, times[baseline], rng) for name, each in times.items()}
 
 

@@ -16,11 +16,10 @@ import steer.runtime.readout
 import steer.spec
 from steer.cli.console import quiet_libraries
 from steer.demo import MODEL
-from steer.serve import fields, protocol
+from steer.serve import protocol
 from steer.serve.answers import DIGITS
-from steer.serve.app import build
+from steer.serve.app import build, prepare
 from steer.serve.errors import Code
-from steer.serve.run import prepare
 from steer.settings import ServeSettings
 
 #: Values of a field that are listed.
@@ -170,7 +169,7 @@ def unserved() -> str:
     def listed(names: Iterable[str]) -> str:
         return ", ".join(f"`{name}`" for name in sorted(names))
 
-    neutral = {name: values for name, values in fields.NOT_SERVED.items() if values}
+    neutral = {name: values for name, values in protocol.NOT_SERVED.items() if values}
     rows = [
         (f"`{name}`", ", ".join(f"`{json.dumps(value)}`" for value in values))
         for name, values in sorted(neutral.items())
@@ -178,10 +177,10 @@ def unserved() -> str:
     return "\n\n".join(
         (
             "Any other field that says something is a 400 that names it, an unknown one too: "
-            + listed(fields.NOT_SERVED)
+            + listed(protocol.NOT_SERVED)
             + ". Null, and what is empty, asks for nothing and passes everywhere, and so do these values:",
             table(("field", "passes"), rows),
-            "Accepted and without a meaning here, whatever they say: " + listed(fields.IGNORED) + ".",
+            "Accepted and without a meaning here, whatever they say: " + listed(protocol.IGNORED) + ".",
         )
     )
 
@@ -195,7 +194,7 @@ def render() -> str:
     openapi = document()
     schemas = openapi["components"]["schemas"]
     carried = set(protocol.CARRIED)
-    shared = set(protocol._Generation.model_fields)
+    shared = set(protocol.GenerationRequest.model_fields)
     return (
         "\n\n".join(
             (
@@ -216,7 +215,7 @@ def render() -> str:
                 doc(steer.readout, 1),
                 BOUNDS,
                 "### What is read",
-                doc(steer.runtime.readout, 3),
+                doc(steer.runtime.readout, 6),
                 "Component / norm is a cosine: how much of the stream points along the direction.",
                 "### In the answer",
                 PLACE,

@@ -34,11 +34,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -71,6 +71,27 @@ class Dataset(BaseModel):
 
 
 Dose = tuple[Annotated[float, Field(ge=-MAX_STRENGTH, le=0)], Annotated[float, Field(ge=0, le=MAX_STRENGTH)]]
+
+
+class FoundCondition(BaseModel):
+    """A condition on this direction that tells two sets of prompts apart, and how well on prompts that did not choose
+    it. It says what a request may ask for: nothing acts by it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    layer: int = Field(ge=0, description="the component is compared at the output of this layer")
+    above: float | None = Field(default=None, description="met where the component is above this")
+    below: float | None = Field(default=None, description="met where it is below this; one of the two is there")
+    harmful: Dataset = Field(description="the prompts that are to meet it, as many as were counted")
+    harmless: Dataset = Field(description="the prompts that are not to meet it, as many as were counted")
+    missed: int = Field(ge=0, description="false negatives: the harmful ones that do not meet it")
+    caught: int = Field(ge=0, description="false positives: the harmless ones that meet it")
+
+    @model_validator(mode="after")
+    def _one_side(self) -> Self:
+        if (self.above is None) == (self.below is None):
+            raise ValueError("one of 'above' and 'below' is to be there")
+        return self
 
 
 class DirectionMeta(BaseModel):
@@ -111,6 +132,9 @@ class DirectionMeta(BaseModel):
     sites: tuple[Site, ...] = Field(default=("resid_post",), min_length=1)
     calibrated: dict[Mode, Dose] = Field(
         default_factory=dict, description="by mode the least and the largest strength up to which no harm was seen"
+    )
+    condition: FoundCondition | None = Field(
+        default=None, description="one that was found on it; it applies to no request that does not write it"
     )
     tool: str = f"steer {__version__}"
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -211,6 +235,8 @@ class Direction:
             found.append(f"metadata: the mode '{self.meta.mode}' is not among the file's modes {list(self.meta.modes)}")
         if self.meta.source_layer is not None and self.meta.source_layer >= self.meta.layers:
             found.append(f"metadata: source_layer {self.meta.source_layer} is not below layers {self.meta.layers}")
+        if (condition := self.meta.condition) is not None and condition.layer >= self.meta.layers - 1:
+            found.append(f"metadata: condition: no layer comes after {condition.layer}: this has {self.meta.layers}")
         return found
 
     def _plane_problems(self) -> list[str]:
@@ -255,7 +281,8 @@ class Direction:
             raise DirectionError(problems)
         tensors = {name: t.contiguous() for name, t in self.tensors().items()}
         # what is not used is left out, so that older versions read the file
-        unused = {name for name in ("template", "response_prefix", "calibrated") if not getattr(self.meta, name)}
+        optional = ("template", "response_prefix", "calibrated", "condition")
+        unused = {name for name in optional if not getattr(self.meta, name)}
         told = self.meta.model_dump_json(exclude=unused)
         return sorted_metadata(safetensors.torch.save(tensors, {"format": "pt", "steer": told}))
 

@@ -22,7 +22,8 @@ from __future__ import annotations
 import itertools
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -170,6 +171,15 @@ class InvalidInput(SteerError, ValueError):
         self.problems: tuple[str, ...] = (*map(printable, each[:MAX_PROBLEMS]), *more)
         self.param = param
         super().__init__("; ".join(self.problems))
+
+
+def imported(module: str, what: str, install: str) -> Any:
+    """Import a module that is not installed with Steer. Raises InvalidInput where it is missing: `what` needs it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise InvalidInput(f"{what} needs the package {package} (pip install {install})") from error
 
 
 class DegenerateError(InvalidInput):

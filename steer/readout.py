@@ -4,6 +4,8 @@
     "refusal", ["refusal", "verbosity"]    served directions by name, also for a plain request
     {"directions": ..., "layers": ...}     the same with layers: "all" (the default), "source" (each named direction's
                                            source layer) or a list of numbers
+    {"directions": ..., "angle": true}     also the angle in each direction's plane, which takes what the mode "rotate"
+                                           takes: a file with a plane, and two rows of a request
     false, null, "off"                     nothing, which is the default
 
 Parsing gives a `RequestedReadout`; `resolve` makes a `Readout` of exact file versions of it, which the request's
@@ -20,14 +22,15 @@ from typing import Final, Literal
 from steer.errors import SpecError, brief
 from steer.names import SITE_RULES, SITES, readable
 from steer.registry import Registry
-from steer.spec import MAX_ITEMS, OFF_TEXTS, RequestedDirection, Spec
+from steer.spec import MAX_ITEMS, OFF_TEXTS, Line, Readout, RequestedDirection, Spec
 
 FIELD: Final = "steer_readout"
 MAX_DIRECTIONS = 4
-_FIELDS = ("directions", "layers")
+_FIELDS = ("directions", "layers", "angle")
 ACCEPTED = (
     "accepted: true for the directions that steer this request, a direction's name or a list of names, an object "
-    "{'directions': true or names, 'layers': 'all', 'source' or a list of layers}, or null, false or 'off' for none"
+    "{'directions': true or names, 'layers': 'all', 'source' or a list of layers, 'angle': true or false}, or null, "
+    "false or 'off' for none"
 )
 Layers = tuple[int, ...] | Literal["all", "source"]
 
@@ -38,47 +41,29 @@ class RequestedReadout:
 
     names: tuple[str, ...] | None
     layers: Layers = "all"
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One row of a direction that is read."""
-
-    name: str
-    digest: str
-    row: int
-
-
-@dataclass(frozen=True, slots=True)
-class Readout:
-    """What is read for one request, resolved."""
-
-    lines: tuple[Line, ...]
-    layers: tuple[int, ...]
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        """The versions that are read, in the order of `lines`."""
-        return tuple(dict.fromkeys(line.digest for line in self.lines))
+    angle: bool = False
 
 
 def parse(value: object) -> RequestedReadout | None:
     """Parse the body field. None means that nothing is read. Raises SpecError with every problem."""
     problems: list[str] = []
     layers: Layers = "all"
+    angle = False
     if isinstance(value, dict):
         problems += [
             f"{FIELD}.{str(key)[:40]}: unknown field; accepted: {', '.join(_FIELDS)}"
             for key in islice((key for key in value if key not in _FIELDS), MAX_ITEMS)
         ]
         layers = _layers(value.get("layers", "all"), problems)
+        if type(angle := value.get("angle", False)) is not bool:
+            problems.append(f"{FIELD}.angle: {brief(angle)} is not accepted: true or false")
         value = value.get("directions", True)
     names = _names(value, problems)
     if names is not None and len(names) > MAX_DIRECTIONS:
         problems.append(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once")
     if problems:
         raise SpecError(problems, param=FIELD)
-    return None if names == () else RequestedReadout(names, layers)
+    return None if names == () else RequestedReadout(names, layers, angle)
 
 
 def _names(value: object, problems: list[str]) -> tuple[str, ...] | None:
@@ -128,11 +113,12 @@ def resolve(
         raise SpecError(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once", param=FIELD)
     try:
         registry.resolve(
-            [RequestedDirection(name, strength=1.0) for name in names], lambda name: name in own or may_use(name)
+            [RequestedDirection(name, "rotate" if wanted.angle else None, strength=1.0) for name in names],
+            lambda name: name in own or may_use(name),
         )
     except SpecError as error:
         raise type(error)([f"{FIELD}: {problem}" for problem in error.problems], param=FIELD) from None
-    return Readout(_lines(names, registry), _resolved(wanted.layers, names, registry, layers))
+    return Readout(_lines(names, registry), _resolved(wanted.layers, names, registry, layers), wanted.angle)
 
 
 def _lines(names: Sequence[str], registry: Registry) -> tuple[Line, ...]:

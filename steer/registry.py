@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,8 +21,9 @@ from steer.direction import Direction, DirectionMeta, read_file, write_file
 from steer.direction import digest as digest_of
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, printable
 from steer.names import SUFFIX, check_name
+from steer.shape import Shape
 from steer.shared import Shared
-from steer.spec import MAX_PLACES, PHASES, Entry, RequestedDirection, Spec
+from steer.spec import MAX_PLACES, PHASES, Entry, Readout, RequestedDirection, Spec
 from steer.watch import Follower
 
 log = logging.getLogger("steer")
@@ -43,22 +44,8 @@ class Placement(Protocol):
     """Where versions are made resident: one bank, or all workers of an engine."""
 
     @property
-    def rank(self) -> int:
-        """Direction rows that one token can have."""
-
-    @property
-    def tokens(self) -> dict[str, str]:
-        """Those of `TOKENS` at which an entry can act."""
-
-    def check(self, direction: Direction) -> None:
-        """Raise DirectionError with every reason why this model cannot serve `direction`."""
-
-    def check_entry(self, direction: Direction, entry: Entry) -> None:
-        """Raise SpecError if `direction` cannot be applied as `entry` says."""
-
-    def after_condition(self, probe: Direction, entry: Entry) -> Entry:
-        """`entry` with the layers at which it acts under its condition, which is on `probe`. Raises SpecError where
-        that cannot be decided in front of them."""
+    def shape(self) -> Shape:
+        """What must agree with it before it is loaded."""
 
     def load(self, digest: str, direction: Direction, data: bytes) -> None:
         """Make it resident everywhere. Raises NoRoom; then nothing has changed anywhere."""
@@ -140,7 +127,7 @@ class Registry:
     def rows(self) -> int:
         """DirectionBank rows that the resident versions have."""
         with self._state:
-            return sum(version.direction.resident(self.placement.rank) for version in self._versions.values())
+            return sum(version.direction.resident(self.placement.shape.rank) for version in self._versions.values())
 
     def steady(self) -> AbstractContextManager[object]:
         """While it is held (`with registry.steady():`) no name moves."""
@@ -163,8 +150,8 @@ class Registry:
                 if (condition := item.condition) is not None:
                     probe = self.get(condition.direction, among)
                     entry = replace(entry, condition=replace(condition, digest=probe.digest))
-                    entry = self.placement.after_condition(probe.direction, entry)
-                self.placement.check_entry(version.direction, entry)
+                    entry = self.placement.shape.after_condition(probe.direction, entry)
+                self.placement.shape.check_entry(version.direction, entry)
             except SpecError as error:
                 problems += error.problems
                 unknown |= isinstance(error, UnknownDirection)
@@ -209,13 +196,13 @@ class Registry:
             needed = sum(self._versions[entry.digest].direction.acting(entry.mode) for entry in entries)
         needed += any(entry.condition for entry in entries)
         needed = max(needed, 2) if phases else needed
-        if needed <= self.placement.rank:
+        if needed <= (rank := self.placement.shape.rank):
             return []
         condition = " (one of them for its condition)" if any(entry.condition for entry in entries) else ""
         condition = f" (two are the least with the tokens '{phases[0]}')" if phases else condition
         return [
             f"the request needs {needed} direction rows for each token{condition}, this server was started with rank "
-            f"{self.placement.rank}: `--rank {needed}` for a server, `rank=` in Python"
+            f"{rank}: `--rank {needed}` for a server, `rank=` in Python"
         ]
 
     def metas(self, spec: Spec) -> list[DirectionMeta]:
@@ -342,7 +329,7 @@ class Registry:
                 return self._versions[d]
         direction = Direction.from_bytes(data, source=name)
         try:
-            self.placement.check(direction)
+            self.placement.shape.check(direction)
         except DirectionError as error:
             raise DirectionError([f"{name}: {problem}" for problem in error.problems]) from None
         deadline = time.monotonic() + self.patience
@@ -443,6 +430,50 @@ class Registry:
     def stop(self) -> None:
         if self.follower is not None:
             self.follower.stop()
+
+
+class Admission:
+    """What one request was admitted with, on every backend: `spec` steers it, `readout` is what is read for it. It is
+    the handle that holds its versions. Thread-safe.
+
+    The code that admits a request is the handle's first holder, and releases it when the answer has ended. An engine
+    that works on parts of the request elsewhere (vLLM has one for each prompt and each of its n answers) holds it for
+    each part. The versions are unpinned when nobody holds the handle any more, however the last holder ended.
+    """
+
+    __slots__ = ("_digests", "_holders", "_registry", "readout", "spec")
+
+    def __init__(self, registry: Registry, spec: Spec, readout: Readout | None = None) -> None:
+        """Pin the versions of both, each once. They must have been resolved in the same `registry.steady()`, or a swap
+        may have come between."""
+        self.spec, self.readout = spec, readout
+        self._registry = registry
+        self._digests = dict.fromkeys(e.digest for each in spec.entries for e in (each, each.condition) if e)
+        if readout is not None:
+            self._digests |= dict.fromkeys(readout.digests)
+        self._holders: set[Hashable] = {None}
+        registry.pin(self._digests)
+
+    @classmethod
+    def of(cls, registry: Registry, wanted: Sequence[RequestedDirection]) -> Admission:
+        """Resolve `wanted` and pin what it means now. Raises SpecError with every problem."""
+        with registry.steady():
+            return cls(registry, registry.resolve(wanted))
+
+    def hold(self, holder: Hashable) -> None:
+        """Keep the versions until this holder's `release` too. Raises RuntimeError where all have released already."""
+        with self._registry.steady():
+            if not self._holders:
+                raise RuntimeError("this admission has ended: its versions may be gone")
+            self._holders.add(holder)
+
+    def release(self, holder: Hashable = None) -> None:
+        """End one hold: the first holder's without an argument. Twice is once."""
+        with self._registry.steady():
+            if holder in self._holders:
+                self._holders.remove(holder)
+                if not self._holders:
+                    self._registry.unpin(self._digests)
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

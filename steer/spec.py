@@ -196,6 +196,35 @@ class Spec:
         return ",".join(f"{e.digest}:{e.mode}={e.strength!r}{_layers(e)}{_positions(e, prompt)}" for e in self.entries)
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row of a direction that is read."""
+
+    name: str
+    digest: str
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """What is read for one request, resolved (see `steer.readout`). With `angle` each line is followed by its axis in
+    what is read."""
+
+    lines: tuple[Line, ...]
+    layers: tuple[int, ...]
+    angle: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Bank rows that are read."""
+        return len(self.lines) * (1 + self.angle)
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The versions that are read, in the order of `lines`."""
+        return tuple(dict.fromkeys(line.digest for line in self.lines))
+
+
 def _described(fields: dict[str, object]) -> dict[str, object]:
     return {
         "if" if key == "condition" else key: _described(value) if isinstance(value, dict) else value
@@ -313,16 +342,14 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
         head, question, condition = head.partition("?")
         head, *where = (each.strip() for each in head.split("@"))
         name, colon, mode = head.strip().partition(":")
-        item = _check(
-            param,
-            name.strip(),
-            mode.strip() if colon else None,
-            _number(number) if equals else None,
-            *_where(param, where, problems),
-            condition if question else None,
-            problems,
-        )
-        if item:
+        said: dict[object, object] = {
+            "direction": name.strip(),
+            "mode": mode.strip() if colon else None,
+            "strength": _number(number) if equals else None,
+            **_where(param, where, problems),
+            "if": condition if question else None,
+        }
+        if item := _from_object(said, param, problems):
             items.append(item)
     return items
 
@@ -333,28 +360,7 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
     if "direction" not in value:
         problems.append(f"{param}.direction: missing; it names the direction")
         return None
-    return _check(
-        param,
-        value["direction"],
-        value.get("mode"),
-        value.get("strength"),
-        value.get("layers"),
-        value.get("tokens"),
-        value.get("if"),
-        problems,
-    )
-
-
-def _check(
-    param: str,
-    name: object,
-    mode: object,
-    strength: object,
-    layers: object,
-    tokens: object,
-    condition: object,
-    problems: list[str],
-) -> RequestedDirection | None:
+    name, mode, strength, layers, tokens, condition = map(value.get, _FIELDS)
     before = len(problems)
     known = next((each for each in MODES if each == mode), None)
     named = ""
@@ -476,8 +482,8 @@ def layer_range(layers: object) -> str | None:
     return None if first > last else f"{first}-{last}" if first < last else str(first)
 
 
-def _where(param: str, parts: list[str], problems: list[str]) -> tuple[str | None, str | None]:
-    """(layers, tokens) of what stands after each @ of a text: layers begin with a digit."""
+def _where(param: str, parts: list[str], problems: list[str]) -> dict[object, object]:
+    """The layers and tokens of what stands after each @ of a text: layers begin with a digit."""
     layers = [part for part in parts if part[:1].isdigit()]
     tokens = [part for part in parts if not part[:1].isdigit()]
     problems += [
@@ -485,7 +491,7 @@ def _where(param: str, parts: list[str], problems: list[str]) -> tuple[str | Non
         for kind, found in (("layers", layers), ("tokens", tokens))
         if len(found) > 1
     ]
-    return next(iter(layers), None), next(iter(tokens), None)
+    return {"layers": next(iter(layers), None), "tokens": next(iter(tokens), None)}
 
 
 class _Unread(str):

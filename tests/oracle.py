@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.runtime.op import displacement
+from steer.runtime.op import amount, component
 from steer.spec import PHASES, Spec
 from steer.tokenization import Thinking
 from tests.models import NORM_BEHIND_WRITER
@@ -39,6 +39,11 @@ BIASES = (
 #: `[experts, stream, hidden]`, or `[experts, hidden, stream]` in these models
 EXPERTS, EXPERT_BIASES = ("experts.down_proj",), ("experts.down_proj_bias",)
 TRANSPOSED = ("gpt_oss", "llama4_text")
+
+
+def displacement(x: Tensor, v: Tensor, coefficients: Tensor, strength: Tensor | float) -> Tensor:
+    """What one entry adds to `x`: as `op.amount`, with coefficients `[..., 4]`. Returns `[..., d_model]`."""
+    return amount(component(x, v), coefficients.unbind(-1), strength).unsqueeze(-1) * v
 
 
 def ablated(x: Tensor, v: Tensor, strength: float = 1.0) -> Tensor:

@@ -289,34 +289,14 @@ def test_eval_writes_a_report_and_goes_on_in_its_folder(
 
 def test_eval_names_every_wrong_option(tiny_folder: Path, tmp_path: Path) -> None:
     options = ["--direction", str(tmp_path / "d.safetensors"), "--harmful", "a.txt", "--harmless", "b.txt"]
-    wrong = [
-        "--strength",
-        "1",
-        "--strengths",
-        "1,2",
-        "--kl",
-        "0.1",
-        "--controls",
-        "1",
-        "--judge",
-        "http://127.0.0.1:9/v1",
-        "--url",
-        "http://127.0.0.1:9",
-    ]
-    told = run("eval", str(tiny_folder), *options, *wrong, "--answers", code=2).stderr
-    wanted = (
-        "--strengths",
-        "--kl finds",
-        "--controls: not possible",
-        "--judge-model",
-        "--url: is for --tasks",
-    )
-    for option in (*wanted, "--answers: needs --report"):
-        assert option in told
+    wrong = "--strength 1 --strengths 1,2 --kl 0.1 --controls 1 --judge http://127.0.0.1:9/v1 --url http://127.0.0.1:9"
+    told = run("eval", str(tiny_folder), *options, *wrong.split(), "--answers", code=2).stderr
+    wanted = ("--strengths", "--kl finds", "--controls: not possible", "--judge-model", "--url: is for --tasks")
+    assert all(option in told for option in (*wanted, "--answers: needs --report"))
     assert "numbers separated by commas" in run("eval", str(tiny_folder), *options, "--strengths", "a", code=2).stderr
     assert "above 0" in run("eval", str(tiny_folder), *options, "--kl", "0.1,0", code=2).stderr
-    wrong = ["--tokens", "last-2,all", "--layers", ",", "--text", "t.txt", "--strengths", "1,2"]
-    told = run("eval", str(tiny_folder), *options, *wrong, "--calibrate", "c.safetensors", code=2).stderr
+    wrong = "--tokens last-2,all --layers , --text t.txt --strengths 1,2 --calibrate c.safetensors"
+    told = run("eval", str(tiny_folder), *options, *wrong.split(), code=2).stderr
     for problem in ("--calibrate: is for all", "--text scores texts", "--layers: names none"):
         assert problem in told
 

@@ -61,6 +61,11 @@ def meta_of(**fields: Any) -> str:
     return json.dumps(GOOD.meta.model_dump(mode="json") | fields)
 
 
+def condition(layer: int = 1, **sides: float) -> dict[str, Any]:
+    one = {"name": "a.txt", "sha256": "0" * 64, "count": 8}
+    return {"layer": layer, "harmful": one, "harmless": one, "missed": 1, "caught": 0} | sides
+
+
 def problems_of(data: bytes) -> tuple[str, ...]:
     with pytest.raises(DirectionError) as caught:
         Direction.from_bytes(data, source="here")
@@ -212,6 +217,18 @@ BAD_FILES: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
         lambda: file_of(GOOD.tensors(), meta_of(mode="add", modes=("ablate", "one_sided"))),
         ("mode 'add'", "modes ['ablate', 'one_sided']"),
     ),
+    "condition of two sides": (
+        lambda: file_of(GOOD.tensors(), meta_of(condition=condition(above=0.3, below=0.3))),
+        ("metadata: condition", "one of 'above' and 'below'"),
+    ),
+    "condition of no number": (
+        lambda: file_of(GOOD.tensors(), meta_of(condition=condition(above=float("inf")))),
+        ("metadata: condition.above",),
+    ),
+    "condition at the last layer": (
+        lambda: file_of(GOOD.tensors(), meta_of(condition=condition(layer=2, above=0.3))),
+        ("metadata: condition: no layer comes after 2",),
+    ),
     "layer outside": (lambda: file_of(GOOD.tensors(), meta_of(source_layer=3)), ("source_layer 3", "layers 3")),
     "other width in metadata": (lambda: file_of(GOOD.tensors(), meta_of(d_model=32)), ("'directions'", "[3, 1, 32]")),
 }
@@ -223,6 +240,12 @@ def test_a_bad_file_is_refused_by_source_tensor_and_rule(name: str) -> None:
     said = "; ".join(problems_of(make()))
     for words in expected:
         assert words in said
+
+
+def test_a_file_keeps_a_condition_that_was_found_and_one_without_says_nothing_of_it() -> None:
+    made = GOOD.with_meta(condition=condition(above=0.3))
+    assert Direction.from_bytes(made.to_bytes()).meta == made.meta
+    assert b"condition" not in GOOD.to_bytes()
 
 
 def test_problems_are_reported_together() -> None:

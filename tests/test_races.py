@@ -24,18 +24,17 @@ from hypothesis.stateful import (
 )
 
 from steer import readout
-from steer.admission import Admission
 from steer.direction import Direction, digest
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
 from steer.names import MODES, TURNING
 from steer.readout import RequestedReadout
-from steer.registry import Registry
-from steer.runtime.bank import DirectionBank, HookPoint, apply
-from steer.runtime.placement import LocalPlacement, Shape
+from steer.registry import Admission, Registry
+from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement, gather, operate
 from steer.runtime.token_index import PLAIN, TokenIndex
 from steer.serve import carriers
 from steer.serve.authorise import ANYONE, Refusal, resolve
 from steer.serve.control import Control
+from steer.shape import Shape
 from steer.spec import RequestedDirection, Spec
 from tests import models
 
@@ -262,7 +261,7 @@ class Registries(RuleBasedStateMachine):
         assert not self.index.packed[total:].any(), "padding is plain"
         x = torch.randn(total, models.D_MODEL, generator=torch.Generator().manual_seed(total))
         for point in POINTS:
-            y, _ = apply(x, self.bank.slices[point], *self.index.first(total))
+            y, _ = operate(x, gather(self.bank.slices[point], *self.index.first(total)))
             begin = 0
             for request, length in zip(running, lengths, strict=True):
                 mine = slice(begin, begin + length)
@@ -285,7 +284,7 @@ def alone(x: torch.Tensor, spec: Spec, point: HookPoint) -> torch.Tensor:
         bank.load(entry.digest, VERSIONS[entry.digest])
     index = TokenIndex(RANK, TOKENS, "cpu")
     index.fill_with([bank.steer(spec)], [len(x)])
-    return apply(x, bank.slices[point], *index.first(len(x)))[0]
+    return operate(x, gather(bank.slices[point], *index.first(len(x))))[0]
 
 
 def test_every_order_leaves_names_rows_and_requests_as_they_should_be() -> None:

@@ -31,7 +31,7 @@ OF_OTHERS = {
     *("--otlp-traces-endpoint", "--plain", "--root-path", "--shutdown-timeout", "--ssl-certfile"),
     *("--ssl-keyfile", "--tensor-parallel-size", "--value", "--worker-cls", "--worker-urls", "--data-parallel-size"),
     *("--data-parallel-multi-port-external-lb", "--data-parallel-hybrid-lb", "--api-servers", "--minutes"),
-    *("--only", "--again", "--quick", "--enforce-eager", "--max-num-seqs"),
+    *("--only", "--again", "--quick", "--suite", "--rounds", "--busy", "--enforce-eager", "--max-num-seqs"),
 }
 #: Of each file, where commands run on a copy of the tree.
 PROMPTS = 8

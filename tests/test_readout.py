@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from steer.admission import Admission
 from steer.errors import SpecError, UnknownDirection
 from steer.hf.steering import Steering
 from steer.readout import RequestedReadout, parse, resolve
-from steer.registry import Registry
-from steer.runtime.placement import LocalPlacement, Shape
+from steer.registry import Admission, Registry
+from steer.runtime.bank import LocalPlacement
+from steer.shape import Shape
 from steer.spec import RequestedDirection, Spec
 from tests import models
 
@@ -27,6 +28,8 @@ def registry() -> Registry:
         registry.put(name, models.direction(model, seed=seed).to_bytes())
     registry.put("pair", models.direction(model, k=2, seed=8).to_bytes())
     registry.put("zero", models.direction(model, seed=9, strength=0.0).with_meta(source_layer=1).to_bytes())
+    for seed, name in enumerate(("flat", "even", "third"), 10):
+        registry.put(name, models.direction(model, seed=seed, plane=True).to_bytes())
     registry.put("written", models.direction(model, seed=7, shared=True, sites=("writers",)).to_bytes())
     return registry
 
@@ -46,6 +49,8 @@ def test_off(off: Any) -> None:
         ({}, RequestedReadout(None)),
         ({"directions": "a", "layers": "source"}, RequestedReadout(("a",), "source")),
         ({"directions": ["a"], "layers": [2, 0, 2]}, RequestedReadout(("a",), (0, 2))),
+        ({"directions": "a", "angle": True}, RequestedReadout(("a",), angle=True)),
+        ({"angle": False}, RequestedReadout(None)),
     ],
 )
 def test_what_is_understood(value: Any, wanted: RequestedReadout) -> None:
@@ -61,6 +66,7 @@ def test_what_is_understood(value: Any, wanted: RequestedReadout) -> None:
         ({"layers": "last"}, "'last' is not accepted: 'all', 'source' or a list"),
         ({"layers": [True]}, "is not accepted"),
         ({"layers": []}, "is not accepted"),
+        ({"directions": "a", "angle": 1}, r"steer_readout\.angle: 1 is not accepted: true or false"),
         (["a", "b", "c", "d", "e"], "5 directions, at most 4"),
     ],
 )
@@ -99,6 +105,13 @@ def test_each_row_is_a_line_and_what_is_read_need_not_act(registry: Registry) ->
     assert [(line.name, line.row) for line in readout.lines] == [("pair", 0), ("pair", 1), ("zero", 0)]
 
 
+def test_an_angle_is_read_of_two_rows_for_each_direction(registry: Registry) -> None:
+    wanted = RequestedReadout(("flat", "even"), angle=True)
+    readout = resolve(wanted, Spec(), registry, models.LAYERS)
+    assert ([line.name for line in readout.lines], readout.rows) == (["flat", "even"], 4)
+    assert resolve(replace(wanted, angle=False), Spec(), registry, models.LAYERS).rows == 2
+
+
 def test_source_is_the_named_directions_source_layer(registry: Registry) -> None:
     readout = resolve(RequestedReadout(("zero",), "source"), Spec(), registry, models.LAYERS)
     assert readout.layers == (1,)
@@ -118,4 +131,6 @@ def test_refusals_name_the_rule_and_pin_nothing(registry: Registry) -> None:
     refused(RequestedReadout(("a",), (0, 3)), "3: this model has the layers 0 to 2")
     refused(RequestedReadout(("written",)), "acts at the site 'writers'; what is read is 'resid_post'")
     refused(RequestedReadout(("a", "b", "c", "pair")), "needs 5 direction rows")
+    refused(RequestedReadout(("flat", "a"), angle=True), "steer_readout: direction 'a' holds no plane")
+    refused(RequestedReadout(("flat", "even", "third"), angle=True), "needs 6 direction rows")
     assert all(version.pins == 0 for version in registry.names().values())

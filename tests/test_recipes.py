@@ -63,7 +63,7 @@ model, measurement, output = sys.argv[1:]
 told = {"file": __import__("steer").__file__, "help": run("derive", "--help"), "methods": run("methods", "halfway")}
 run("derive", measurement, "--method", "halfway", "--mode", "reflect", "-o", output)
 from steer.serve.app import build
-from steer.serve.run import prepare
+from steer.serve.app import prepare
 from steer.settings import ServeSettings
 served = prepare(model, ServeSettings(directions=Path(output).parent))
 with TestClient(build(served), base_url="http://localhost") as client:

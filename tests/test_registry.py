@@ -17,14 +17,13 @@ import safetensors.torch
 import torch
 
 from steer import registry as registry_module
-from steer.admission import Admission
 from steer.direction import Direction, digest, write_file
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
 from steer.names import Mode, Site
-from steer.registry import Move, Registry
-from steer.runtime.bank import DirectionBank, HookPoint
-from steer.runtime.placement import LocalPlacement, Shape
-from steer.spec import PHASES, TOKENS, Entry, RequestedDirection, parse
+from steer.registry import Admission, Move, Registry
+from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
+from steer.shape import Shape
+from steer.spec import PHASES, Entry, RequestedDirection, parse
 from steer.tokenization import Thinking
 from tests import models
 
@@ -46,21 +45,11 @@ class Recorder:
     """A placement with room for `room` rows that writes down what is resident and what was asked of it."""
 
     def __init__(self, room: int = 8, rank: int = 4) -> None:
-        self.room, self.rank, self.tokens = room, rank, TOKENS
+        self.room = room
+        self.shape = Shape("LlamaForCausalLM", models.LAYERS, models.D_MODEL, frozenset({"resid_post"}), rank)
         self.resident: dict[str, int] = {}
         self.calls: list[tuple[str, str]] = []
         self.on_load: Callable[[], None] = lambda: None
-
-    def check(self, direction: Direction) -> None:
-        if direction.meta.layers != models.LAYERS:
-            raise DirectionError(["wrong layers", "wrong everything"])
-
-    def check_entry(self, direction: Direction, entry: Entry) -> None:
-        if entry.mode == "affine":
-            raise SpecError("no affine here")
-
-    def after_condition(self, probe: Direction, entry: Entry) -> Entry:
-        return entry
 
     def load(self, digest: str, direction: Direction, data: bytes) -> None:
         assert digest not in self.resident, "one version is loaded once"
@@ -232,11 +221,15 @@ def test_what_the_placement_refuses_is_reported_whole() -> None:
     registry = Registry(Recorder())
     direction = models.direction(MODEL)
     shallow = Direction(
-        direction.meta.model_copy(update={"layers": 1}), *(t[:1] for t in direction.tensors().values())
+        direction.meta.model_copy(update={"layers": 1, "architecture": "Other"}),
+        *(t[:1] for t in direction.tensors().values()),
     ).to_bytes()
     with pytest.raises(DirectionError) as caught:
         registry.put("refusal", shallow, store=False)
-    assert caught.value.problems == ("refusal: wrong layers", "refusal: wrong everything")
+    assert caught.value.problems == (
+        f"refusal: it was made for 1 layers, this model has {models.LAYERS}",
+        "refusal: it was made for Other, this model is LlamaForCausalLM",
+    )
     assert registry.failures["refusal"] == caught.value.problems
     assert registry.resident == 0
 
@@ -395,9 +388,9 @@ def test_all_problems_of_a_request_are_reported_and_nothing_is_pinned() -> None:
     registry = Registry(Recorder())
     registry.put("one", A)
     with pytest.raises(UnknownDirection) as caught:
-        admit(registry, "none-such,one:affine,one:ablate,one")
+        admit(registry, "none-such,one:rotate,one:ablate,one")
     said = "; ".join(caught.value.problems)
-    for words in ("none-such", "no affine here", "twice"):
+    for words in ("none-such", "holds no plane", "twice"):
         assert words in said
     assert registry.get("one").pins == 0
 
@@ -892,7 +885,7 @@ def test_a_phase_is_of_models_that_have_it_and_of_all_that_a_request_asks_for(ph
     for placement in placements[1:]:
         placement.shape = replace(placement.shape, thinking=Thinking(5, 6, frozenset()))
     for placement, offered in zip(placements, (False, True, False), strict=True):
-        assert (phase in placement.tokens) == offered
+        assert (phase in placement.shape.tokens) == offered
     without, registry, narrow = map(Registry, placements)
     for each in (without, registry, narrow):
         for name, data in (("a", A), ("b", B)):

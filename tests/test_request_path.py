@@ -13,8 +13,7 @@ from fastapi.testclient import TestClient
 
 from steer.demo import MODEL
 from steer.serve import keys
-from steer.serve.app import build
-from steer.serve.run import prepare
+from steer.serve.app import build, prepare
 from steer.settings import ServeSettings
 from tests.servers import ROOT
 
@@ -89,5 +88,5 @@ def _callers(frame: FrameType) -> set[str]:
 
 def test_the_way_of_a_request_grows_no_longer(trace: Trace) -> None:
     """Each bound is what was measured when it was set. Whoever makes the way shorter lowers it."""
-    assert 0 < trace.before_the_route <= 83
-    assert len(trace.files) <= 43
+    assert 0 < trace.before_the_route <= 70
+    assert len(trace.files) <= 37

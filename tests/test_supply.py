@@ -17,7 +17,9 @@ import safetensors.torch
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
+from typer.main import get_command
 
+from steer.cli.app import app
 from steer.direction import Direction
 from steer.errors import DirectionError
 from tests import clients, models
@@ -174,6 +176,24 @@ def test_one_range_of_vllm_is_named_everywhere() -> None:
     assert f"vLLM {oldest} and {newest}" in " ".join((root / "docs/backends.md").read_text().split())
     assert f"\nFROM vllm/vllm-openai:v{newest}\n" in (root / "Dockerfile").read_text()
     assert f"\nvllm-cpu=={newest}\n" in (root / "constraints.txt").read_text(), "the one of `make test`"
+
+
+def test_the_image_runs_our_command_as_nobody_special() -> None:
+    """Without a builder: its recipe has a base in one version, our wheel and nothing else of the tree, no variable that
+    could hold a secret, a user by number, and a command that exists."""
+    root = PACKAGE.parent
+    lines = re.sub(r"\\\n", " ", re.sub(r"(?m)^#.*\n", "", (root / "Dockerfile").read_text())).splitlines()
+    steps = [(name, rest) for name, _, rest in (line.partition(" ") for line in lines if line)]
+    assert [name for name, _ in steps] == ["FROM", "COPY", "RUN", "USER", "EXPOSE", "ENTRYPOINT"]
+    given = dict(steps)
+    assert re.fullmatch(r"[\w/-]+:v\d+\.\d+\.\d+", given["FROM"])
+    assert given["COPY"].split()[0] == "dist/*.whl"
+    assert (root / ".dockerignore").read_text().split() == ["*", "!dist/*.whl"]
+    assert int(given["USER"]) > 0
+    assert f"useradd --create-home --uid {given['USER']} " in given["RUN"]
+    script, command = json.loads(given["ENTRYPOINT"])
+    assert script in tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]
+    assert command in get_command(app).commands  # type: ignore[attr-defined]  # a group, since there are several
 
 
 def test_the_clients_are_those_of_the_page_in_one_version_each() -> None:

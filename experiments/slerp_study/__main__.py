@@ -1,4 +1,4 @@
-"""The command `python -m experiments.slerp_study MODELS -o FOLDER`."""
+"""The command `python -m experiments.slerp_study MODELS -o FOLDER`, of many small models or of one real one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Annotated
 import typer
 
 from steer.cli.console import log_warnings, quiet_libraries, reported
-from steer.cli.options import Choices, check_folder
+from steer.cli.options import Choices, check_folder, floats, split
+from steer.errors import InvalidInput
+
+#: The options of one real model.
+DRAWS = "One real model"
 
 
 @reported(resumes=True)
@@ -31,11 +35,23 @@ def study(
     batch_size: Annotated[str, typer.Option(help="prompts in a pass, or auto")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
+    harmful: Annotated[str | None, typer.Option(help="prompts as for `steer fit`", rich_help_panel=DRAWS)] = None,
+    harmless: Annotated[str | None, typer.Option(help="the same", rich_help_panel=DRAWS)] = None,
+    draws: Annotated[int, typer.Option(min=2, help="disjoint sets of 32 + 32", rich_help_panel=DRAWS)] = 4,
+    arms: Annotated[
+        str | None, typer.Option(help="names by commas, or all; default: eight of them", rich_help_panel=DRAWS)
+    ] = None,
+    kl: Annotated[str, typer.Option(help="doses of KL in nats, by commas", rich_help_panel=DRAWS)] = "0.02,0.05",
+    layer: Annotated[
+        int | None, typer.Option(help="source layer; default: at two thirds", rich_help_panel=DRAWS)
+    ] = None,
 ) -> None:
-    """Try slerp from t = 0 to 2, linear, biprojected and whitened, plain and one-sided, on MODELS, with intervals.
+    """Compare slerp at several t, linear and other methods on MODELS, with intervals.
 
-    Each method's source layer is chosen by measured effect on the prompts that it was fitted to, and everything is
-    counted on the held-out ones. An interrupted study goes on when the same command is given again.
+    Many small models: each method's source layer is chosen by measured effect on the prompts that it was fitted to, and
+    everything is counted on the held-out ones. One real model, with --harmful and --harmless: at one layer, on disjoint
+    draws of the fitting prompts, at strength 1 and at equal KL. An interrupted study goes on when the same command is
+    given again.
     """
     log_warnings()
     quiet_libraries()
@@ -45,6 +61,33 @@ def study(
 
     choices = Choices.model_validate({"batch_size": batch_size})
     check_folder(output)
+    if harmful is not None or harmless is not None:
+        if len(models) != 1 or harmful is None or harmless is None or prompts is not None:
+            raise InvalidInput("--harmful and --harmless: are given together, for one model, without --prompts")
+        from experiments.slerp_study.contrasts import figures, write
+        from experiments.slerp_study.draws import HELD_OUT, SUBSET, WAYS, draws_study
+        from steer.lab.prompts import read_prompts
+
+        with Progress(shown=True) as progress:
+            trial = draws_study(
+                models[0],
+                read_prompts(harmful),
+                read_prompts(harmless),
+                output,
+                draws=draws,
+                test=most or HELD_OUT,
+                ways=SUBSET if arms is None else list(WAYS) if arms == "all" else split(arms),
+                doses=floats("--kl", kl),
+                layer=layer,
+                max_tokens=max_tokens,
+                batch_size=choices.batch,
+                dtype=dtype,
+                device=device,
+                progress=progress,
+            )
+        write(figures(trial, Path(models[0]).name), output)
+        typer.echo(f"wrote {output / 'draws.md'}")
+        return
     with Progress(shown=True) as progress:
         report = run(
             subjects(models, prompts, most),

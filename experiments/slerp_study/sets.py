@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from steer.errors import InvalidInput
-from steer.lab.evaluation.expected import Expected, read_expected, right
+from steer.lab.evaluation.figures import Expected, read_expected, right
 from steer.lab.prompts import Prompt, PromptSet, check_contrast, read_prompts
 
 #: The files of a folder, `<class>.<split>.txt`; the last need not be there.

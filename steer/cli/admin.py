@@ -20,34 +20,17 @@ from steer.lab.tables import shown
 URL = "http://127.0.0.1:8000"
 KEY_VARIABLE = "STEER_API_KEY"
 
-keys = typer.Typer(help="Make and list API keys.", no_args_is_help=True)
-audit = typer.Typer(help="Check audit logs.", no_args_is_help=True)
 _Policy = Annotated[Path, typer.Option("--policy", envvar="STEER_POLICY", help="the policy file")]
 _Url = Annotated[str, typer.Option("--url", envvar="STEER_URL", help="the server")]
 _Reason = Annotated[str, typer.Option("--reason", help="the reason; refused requests get it in their error")]
 
 
-def register(app: typer.Typer) -> None:
-    app.add_typer(keys, name="keys")
-    app.add_typer(audit, name="audit")
-    app.command("on")(on)
-    app.command("off")(off)
-
-
-@keys.command("new")
 def new_key(
     name: Annotated[str, typer.Argument(help="name of the key, for example in the audit log")],
-    policy: Annotated[
-        Path | None,
-        typer.Option("--policy", help="add the key to this policy file; it is created if it does not exist"),
-    ] = None,
-    direction: Annotated[
-        list[str] | None, typer.Option("--direction", help="a direction that the key may use, '*' for all; repeatable")
-    ] = None,
-    readout: Annotated[
-        bool, typer.Option("--readout", help="the key may use steer_readout; the playground colours tokens with it")
-    ] = False,
-    manage: Annotated[bool, typer.Option("--manage", help="the key may manage directions and the kill switch")] = False,
+    policy: Annotated[Path | None, "add the key to this policy file; it is created if it does not exist"] = None,
+    direction: Annotated[list[str] | None, "a direction that the key may use, '*' for all; repeatable"] = None,
+    readout: Annotated[bool, "the key may use steer_readout; the playground colours tokens with it"] = False,
+    manage: Annotated[bool, "the key may manage directions and the kill switch"] = False,
 ) -> None:
     """Make an API key. Its secret is printed once and stored nowhere."""
 
@@ -77,7 +60,6 @@ def new_key(
     typer.echo(secret)
 
 
-@keys.command("list")
 def list_keys(policy: _Policy, as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False) -> None:
     """List the keys of a policy file and what each may do."""
     from steer.serve.policy import load
@@ -110,12 +92,10 @@ def list_keys(policy: _Policy, as_json: Annotated[bool, typer.Option("--json", h
     typer.echo(shown(head, rows))
 
 
-@audit.command("verify")
 def verify_audit(
     files: Annotated[list[Path], typer.Argument(help="the audit log and its rotated files, in any order")],
     anchor: Annotated[
-        list[str] | None,
-        typer.Option("--anchor", help="SEQ:HASH that you kept elsewhere and that must be in the chain; repeatable"),
+        list[str] | None, "SEQ:HASH that you kept elsewhere and that must be in the chain; repeatable"
     ] = None,
     start: Annotated[
         int, typer.Option("--from", min=1, help="number of the first line, if earlier lines are kept elsewhere")

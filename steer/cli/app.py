@@ -1,10 +1,12 @@
-"""The app of the command `steer`, put together from the modules of its commands; `serve` and `inspect` are here."""
+"""The app of the command `steer`, with all its commands, of which `serve` and `inspect` are here."""
 
 from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +16,8 @@ from typer.core import TyperCommand
 
 from steer._version import __version__
 from steer.cli import admin, check, evaluate, export, fit, search
-from steer.cli.console import echo_json, quiet_libraries, reported
-from steer.cli.options import check_model, find_vllm_model, with_settings
+from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
+from steer.cli.options import VLLM_OPTIONS, check_model, expanded, find_vllm_model
 from steer.errors import InvalidInput
 from steer.lab.tables import shown, terminal_width, wrapped
 from steer.settings import ServeSettings, served_name
@@ -40,35 +42,6 @@ app = typer.Typer(
     rich_markup_mode="rich" if shutil.get_terminal_size().columns >= 100 else None,  # its columns need room
 )
 
-#: What the `--help` of each command ends with.
-EXAMPLES = {
-    "serve": "steer serve Qwen/Qwen3-0.6B --directions directions --port 8000",
-    "inspect": "steer inspect directions/refusal.safetensors",
-    "check": "steer check directions/refusal.safetensors MODEL --harmful harmful.txt",
-    "fit": "steer fit MODEL --harmful harmful.txt --harmless harmless.txt -o directions/refusal.safetensors",
-    "measure": "steer measure MODEL --harmful harmful.txt --harmless harmless.txt --vectors "
-    "-o model.measurement.safetensors",
-    "derive": "steer derive model.measurement.safetensors --method slerp --t 0.5 --layer 14 "
-    "-o directions/refusal.safetensors",
-    "methods": "steer methods slerp",
-    "convert": "steer convert refusal.gguf directions/refusal.safetensors --model MODEL",
-    "bake": "steer bake MODEL --direction directions/refusal.safetensors --mode ablate -o model-without-refusal",
-    "push": "steer push directions/refusal.safetensors OWNER/NAME --private",
-    "pull": "steer pull OWNER/NAME -o directions/refusal.safetensors",
-    "eval": "steer eval MODEL --direction directions/refusal.safetensors --harmful held-out.txt "
-    "--harmless harmless.txt --report report",
-    "classify": "steer classify answers.jsonl --behaviour refusal",
-    "select": "steer select model.measurement.safetensors MODEL --harmful harmful.txt --harmless harmless.txt "
-    "-o directions/refusal.safetensors",
-    "search": "steer search MODEL --harmful harmful.txt --harmless harmless.txt --folder search --trials 200",
-    "trials": "steer trials search --save 17 -o directions/refusal.safetensors",
-    "keys new": "steer keys new alice --policy policy.toml --direction refusal --readout",
-    "keys list": "steer keys list --policy policy.toml",
-    "audit verify": "steer audit verify audit.log",
-    "on": "steer on --url http://127.0.0.1:8000",
-    "off": "steer off --reason 'answers look wrong'",
-}
-
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -78,15 +51,15 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if ctx.invoked_subcommand != "serve":  # which has an option for what is logged
+        log_warnings()
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-@with_settings(ServeSettings)
 def serve(
     ctx: typer.Context,
     model: Annotated[
@@ -111,7 +84,7 @@ def serve(
     backend = "transformers" if model is None and settings.backend == "auto" else settings.backend
     settings = settings.model_copy(update={"served_model_name": named, "backend": backend})
     if choose_backend(model or str(MODEL), settings) == "vllm":
-        from steer.vllm.launch import serve as serve_on_vllm
+        from steer.vllm.plugin import serve as serve_on_vllm
         from steer.vllm.settings import from_serve_settings
 
         logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
@@ -126,7 +99,7 @@ def serve(
         raise InvalidInput("--readout: the transformers backend reads any number of requests; leave it out")
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     quiet_libraries()
-    from steer.serve.run import serve as serve_on_transformers
+    from steer.serve.app import serve as serve_on_transformers
 
     serve_on_transformers(model or str(MODEL), settings)
 
@@ -146,8 +119,7 @@ def choose_backend(model: str, settings: ServeSettings) -> str:
     return "vllm" if serves(model, settings.revision, trust_remote_code=settings.trust_remote_code) else "transformers"
 
 
-@app.command("inspect")
-def inspect_file(
+def inspect(
     file: Annotated[Path, typer.Argument(help="a direction file")],
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
@@ -176,11 +148,59 @@ def _cell(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-# in the order in which the help lists them
-for commands in check, fit, export, evaluate, search, admin:
-    commands.register(app)
-for prefix, group in (("", app), ("keys ", admin.keys), ("audit ", admin.audit)):
-    for registered in group.registered_commands:
-        assert registered.callback is not None
-        registered.cls, registered.callback = _Command, reported()(registered.callback)
-        registered.epilog = f"Example: {EXAMPLES[prefix + (registered.name or registered.callback.__name__)]}"
+#: Every command, in the order in which the help lists them, with the example that its help ends with.
+COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "serve": (serve, "Qwen/Qwen3-0.6B --directions directions --port 8000"),
+    "inspect": (inspect, "directions/refusal.safetensors"),
+    "check": (check.check, "directions/refusal.safetensors MODEL --harmful harmful.txt"),
+    "fit": (fit.fit, "MODEL --harmful harmful.txt --harmless harmless.txt -o directions/refusal.safetensors"),
+    "measure": (
+        fit.measure,
+        "MODEL --harmful harmful.txt --harmless harmless.txt --vectors -o model.measurement.safetensors",
+    ),
+    "derive": (
+        fit.derive,
+        "model.measurement.safetensors --method slerp --t 0.5 --layer 14 -o directions/refusal.safetensors",
+    ),
+    "methods": (fit.methods, "slerp"),
+    "convert": (export.convert, "refusal.gguf directions/refusal.safetensors --model MODEL"),
+    "bake": (export.bake, "MODEL --direction directions/refusal.safetensors --mode ablate -o model-without-refusal"),
+    "push": (export.push, "directions/refusal.safetensors OWNER/NAME --private"),
+    "pull": (export.pull, "OWNER/NAME -o directions/refusal.safetensors"),
+    "eval": (
+        evaluate.evaluate,
+        "MODEL --direction directions/refusal.safetensors --harmful held-out.txt --harmless harmless.txt "
+        "--report report",
+    ),
+    "classify": (evaluate.classify, "answers.jsonl --behaviour refusal"),
+    "select": (
+        search.select,
+        "model.measurement.safetensors MODEL --harmful harmful.txt --harmless harmless.txt "
+        "-o directions/refusal.safetensors",
+    ),
+    "search": (
+        search.search,
+        "MODEL --harmful harmful.txt --harmless harmless.txt --folder search --trials 200",
+    ),
+    "trials": (search.trials, "search --save 17 -o directions/refusal.safetensors"),
+    "keys new": (admin.new_key, "alice --policy policy.toml --direction refusal --readout"),
+    "keys list": (admin.list_keys, "--policy policy.toml"),
+    "audit verify": (admin.verify_audit, "audit.log"),
+    "on": (admin.on, "--url http://127.0.0.1:8000"),
+    "off": (admin.off, "--reason 'answers look wrong'"),
+}
+GROUPS = {
+    "keys": typer.Typer(help="Make and list API keys.", no_args_is_help=True),
+    "audit": typer.Typer(help="Check audit logs.", no_args_is_help=True),
+}
+for name, group in GROUPS.items():
+    app.add_typer(group, name=name)
+for name, (command, example) in COMMANDS.items():
+    *inside, own = name.split()
+    (GROUPS[inside[0]] if inside else app).command(
+        own,
+        cls=_Command,
+        # what a command that takes the context does not know is an option of vLLM
+        context_settings=VLLM_OPTIONS if "ctx" in signature(command).parameters else None,
+        epilog=f"Example: steer {name} {example}",
+    )(reported()(expanded(command)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from steer.cli import options as opt
-from steer.cli.console import echo_json, log_warnings, quiet_libraries
+from steer.cli.console import echo_json, quiet_libraries
 from steer.errors import DirectionError
+from steer.lab.progress import Progress
+from steer.lab.prompts import Rendering, read_prompts
+from steer.lab.tables import shown, terminal_width, wrapped
 from steer.names import MODES
 from steer.settings import ModelSettings
 
@@ -21,20 +23,16 @@ if TYPE_CHECKING:
 EXIT = {"works": 0, "fails": 1, "unknown": 3}
 
 
-@opt.with_settings(ModelSettings)
 def check(
     ctx: typer.Context,
     file: Annotated[Path, typer.Argument(help="a direction file")],
     model: Annotated[str | None, typer.Argument(help="local folder or hub id; default: the embedded model")] = None,
     harmful: Annotated[
-        str | None,
-        typer.Option(help="prompts that show the behaviour; default: prompts that only the embedded model refuses"),
+        str | None, "prompts that show the behaviour; default: prompts that only the embedded model refuses"
     ] = None,
-    harmless: Annotated[
-        str | None, typer.Option(help="prompts that do not show it; default: 8 that come with Steer")
-    ] = None,
-    mode: Annotated[str | None, typer.Option(help=f"{', '.join(MODES)}; default: the file's")] = None,
-    strength: Annotated[float | None, typer.Option(help="default: the file's")] = None,
+    harmless: Annotated[str | None, "prompts that do not show it; default: 8 that come with Steer"] = None,
+    mode: Annotated[str | None, f"{', '.join(MODES)}; default: the file's"] = None,
+    strength: Annotated[float | None, "default: the file's"] = None,
     behaviour: opt.BehaviourOption = "refusal",
     prompts: Annotated[int, typer.Option(min=2, help="most prompts of each class")] = 8,
     max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 32,
@@ -49,9 +47,8 @@ def check(
     """
     from steer.demo import MODEL, PROMPTS
 
-    log_warnings()
     named, model = model, model or str(MODEL)
-    opt.check_bench(backend, model, ctx.args, opening)
+    engine = opt.Engine(backend, model, ctx.args, opening)
     quiet_libraries()
     from steer.direction import check_fits as check_shape
     from steer.hf.load import describe
@@ -60,8 +57,6 @@ def check(
     from steer.lab.evaluation.check import HARMFUL, check_fits
     from steer.lab.evaluation.check import check as run
     from steer.lab.evaluation.run import HARMLESS
-    from steer.lab.progress import Progress
-    from steer.lab.prompts import Rendering, read_prompts
 
     (arm,) = arms_of([file], mode and [mode], None if strength is None else [strength])
     meta = arm.direction.meta
@@ -77,9 +72,8 @@ def check(
                 raise
             raise DirectionError([*error.problems, "this model is the embedded one: name yours"]) from error
     rendering = Rendering(meta.system_prompt, meta.template, meta.response_prefix)
-    with ExitStack() as stack:
-        progress = stack.enter_context(Progress(shown=True))
-        bench = opt.open_bench(backend, model, ctx.args, opening, opt.Choices(sites=meta.sites), progress)
+    with Progress(shown=True) as progress:
+        bench = engine.open(opt.Choices(sites=meta.sites), progress)
         check_fits(arm.direction, bench.source)
         evaluator = bench.evaluator(arm.direction.acting(arm.mode), max_tokens, rendering)
         found = run(arm, bench.source, evaluator, sets, rendering, looked_for)
@@ -92,8 +86,6 @@ def check(
 
 
 def _text(found: Checked, what: str, layers: int) -> str:
-    from steer.lab.tables import shown, terminal_width, wrapped
-
     sign, at = found.sign, f"{found.layers[0]} to {found.layers[-1]}" if found.layers else "none"
     sides = {
         "right": "points to the harmful side",
@@ -117,7 +109,3 @@ def _text(found: Checked, what: str, layers: int) -> str:
     width = terminal_width()
     told = [wrapped(what, width), *(wrapped(line, width, first="  ", further="    ") for line in lines)]
     return "\n".join([*told, "", shown(head, rows), "", wrapped(f"{found.verdict}: {verdict}", width)])
-
-
-def register(app: typer.Typer) -> None:
-    app.command(context_settings=opt.VLLM_OPTIONS)(check)

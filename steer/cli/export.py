@@ -10,44 +10,35 @@ from typing import Annotated
 import typer
 
 from steer.cli import options as opt
-from steer.cli.console import log_warnings, quiet_libraries
+from steer.cli.console import quiet_libraries
 from steer.errors import InvalidInput
+from steer.lab.progress import Progress
 from steer.settings import ModelOrigin
 
 
-@opt.with_settings(ModelOrigin)
 def convert(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="a file of ours or of another tool, or its folder")],
     output: Annotated[
         Path,
         typer.Argument(help="NAME.safetensors, NAME.measurement.safetensors, NAME.gguf or FOLDER/direction.pt"),
     ],
-    model: Annotated[
-        str | None, typer.Option(help="the model that another tool's file was made for (its config is read)")
-    ] = None,
+    model: Annotated[str | None, "the model that another tool's file was made for (its config is read)"] = None,
     layer: Annotated[
-        str | None,
-        typer.Option(help="source layer, 0 for block 0; for a file of class means also widest (the default) or all"),
+        str | None, "source layer, 0 for block 0; for a file of class means also widest (the default) or all"
     ] = None,
-    position: Annotated[int | None, typer.Option(help="position, where the file has several")] = None,
+    position: Annotated[int | None, "position, where the file has several"] = None,
     tensor: Annotated[
-        str | None,
-        typer.Option(
-            help="which tensor of a plain safetensors file; of class means refuse or refusenorm, its direction"
-        ),
+        str | None, "which tensor of a plain safetensors file; of class means refuse or refusenorm, its direction"
     ] = None,
-    method: Annotated[str | None, typer.Option(help=f"of class means: {opt.METHOD_NAMES}; default: slerp")] = None,
+    method: Annotated[str | None, f"of class means: {opt.METHOD_NAMES}; default: slerp"] = None,
     t: opt.T = None,
     parameter: opt.Parameters = None,
-    mode: Annotated[str | None, typer.Option(help="the default mode of the direction that is written")] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="the default strength of the direction that is written")
-    ] = None,
+    mode: Annotated[str | None, "the default mode of the direction that is written"] = None,
+    strength: Annotated[float | None, "the default strength of the direction that is written"] = None,
     *,
     origin: ModelOrigin,
 ) -> None:
     """Convert directions and measurements from and to the files of other tools."""
-    log_warnings()
     quiet_libraries()
     from steer.hf.load import describe
     from steer.lab import formats
@@ -92,26 +83,18 @@ def _refuse(what: str, **options: object) -> None:
         raise InvalidInput(f"--{name}: is not for {what}" for name in given)
 
 
-@opt.with_settings(ModelOrigin)
 def bake(
     model: Annotated[str, typer.Argument(help="local folder or hub id, with safetensors weights")],
-    direction: Annotated[Path, typer.Option(help="the direction file")],
+    direction: Annotated[Path, "the direction file"],
     output: Annotated[Path, typer.Option("--output", "-o", help="the new folder")],
-    strength: Annotated[float | None, typer.Option(help="default: the file's")] = None,
-    mode: Annotated[
-        str | None, typer.Option(help="ablate, to bake plain removal of a direction whose file says another mode")
-    ] = None,
-    lora: Annotated[bool, typer.Option("--lora", help="write a LoRA adapter (PEFT) instead of a whole model")] = False,
+    strength: Annotated[float | None, "default: the file's"] = None,
+    mode: Annotated[str | None, "ablate, to bake plain removal of a direction whose file says another mode"] = None,
+    lora: Annotated[bool, "write a LoRA adapter (PEFT) instead of a whole model"] = False,
     preserve_norms: Annotated[
-        bool,
-        typer.Option(
-            "--preserve-norms",
-            help="each vector that a weight writes keeps its length (not each row of the weight, and not the stream)",
-        ),
+        bool, "each vector that a weight writes keeps its length (not each row of the weight, and not the stream)"
     ] = False,
     verify: Annotated[
-        bool,
-        typer.Option(help="compare what is written with the original, block by block, and keep nothing that fails"),
+        bool, "compare what is written with the original, block by block, and keep nothing that fails"
     ] = True,
     *,
     origin: ModelOrigin,
@@ -120,14 +103,12 @@ def bake(
 
     Shard by shard and block by block, so that models of any size can be baked and verified; tied embeddings are untied.
     """
-    log_warnings()
     quiet_libraries()
     from steer.direction import Direction, digest, read_file
-    from steer.lab.merge import adapter
-    from steer.lab.merge import model as merge
+    from steer.lab.merge.model import bake as write_model
+    from steer.lab.merge.model import export_adapter
     from steer.lab.merge.removal import removal
     from steer.lab.merge.weights import Checkpoint, resolve
-    from steer.lab.progress import Progress
 
     opt.check_folder(output)
     data = read_file(direction)
@@ -146,10 +127,10 @@ def bake(
     checkpoint = Checkpoint(resolve(model, origin.revision), trust_remote_code=origin.trust_remote_code)
     with Progress(shown=True) as progress:
         if lora:
-            made = adapter.export(checkpoint, removed, output, base=model, verified=verify, progress=progress)
+            made = export_adapter(checkpoint, removed, output, base=model, verified=verify, progress=progress)
             told = f"an adapter of rank {loaded.rank} for {made.count} modules"
         else:
-            made = merge.bake(
+            made = write_model(
                 checkpoint,
                 removed,
                 output,
@@ -166,14 +147,11 @@ def bake(
 def push(
     file: Annotated[Path, typer.Argument(help="a direction file")],
     repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub")],
-    name: Annotated[str | None, typer.Option(help="name of the direction there; default: the file's")] = None,
-    private: Annotated[bool, typer.Option("--private", help="where the repository is made new: private")] = False,
-    folder: Annotated[
-        Path | None, typer.Option(help="write the repository's files (with the card) there, and upload nothing")
-    ] = None,
+    name: Annotated[str | None, "name of the direction there; default: the file's"] = None,
+    private: Annotated[bool, "where the repository is made new: private"] = False,
+    folder: Annotated[Path | None, "write the repository's files (with the card) there, and upload nothing"] = None,
 ) -> None:
     """Upload a direction with a model card to a hub (the token is that of `hf auth login`)."""
-    log_warnings()
     from steer.lab import hub
 
     if folder is not None and private:
@@ -189,18 +167,12 @@ def push(
 def pull(
     repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub")],
     output: opt.Output,
-    file: Annotated[str | None, typer.Option(help="which file, where the repository has several")] = None,
-    revision: Annotated[str | None, typer.Option(help="branch, tag or commit")] = None,
+    file: Annotated[str | None, "which file, where the repository has several"] = None,
+    revision: Annotated[str | None, "branch, tag or commit"] = None,
 ) -> None:
     """Fetch a direction from a hub, check it, and write it in place."""
-    log_warnings()
     from steer.lab import hub
 
     opt.check_direction_file(output)
     digest = hub.pull(repo, output, file=file, revision=revision)
     typer.echo(f"wrote {output}: digest {digest[:12]}")
-
-
-def register(app: typer.Typer) -> None:
-    for command in (convert, bake, push, pull):
-        app.command()(command)

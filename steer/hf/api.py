@@ -16,15 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steer import readout
-from steer.admission import Admission
 from steer.direction import Direction
 from steer.errors import DirectionError, InvalidInput, SpecError, UnsupportedModel
-from steer.hf.steering import Anatomy, Steering
+from steer.hf.steering import Steering
 from steer.names import Site, check_name
-from steer.readout import Line
-from steer.registry import Registry
+from steer.registry import Admission, Registry
 from steer.runtime.readout import Reading, components
-from steer.spec import Spec, parse
+from steer.spec import Line, Readout, Spec, parse
 
 if TYPE_CHECKING:
     from transformers import Pipeline, PreTrainedModel
@@ -89,7 +87,6 @@ class Attached:
     def __init__(
         self, model: nn.Module, directions: Mapping[str, Direction], *, sites: tuple[Site, ...], rows: int, rank: int
     ) -> None:
-        _check_repeats(model)
         self._steering = Steering(model, sites=sites, rows=rows, rank=rank)
         if not self._steering.passes:
             raise UnsupportedModel(
@@ -151,19 +148,24 @@ class Attached:
         return steered
 
     @contextmanager
-    def read(self, *names: str, layers: Sequence[int] | str = "all") -> Iterator[Readings]:
+    def read(self, *names: str, layers: Sequence[int] | str = "all", angle: bool = False) -> Iterator[Readings]:
         """`with steering.read("refusal") as reading:` reads the components along the named directions in every pass of
         the model in the block, at every position, as `before`, `after` (`[rows, positions, layers, k]`) and `norms`
         (`[rows, positions, layers]`); see `Readings`. Reading changes nothing. Combine it with a spec to see it act:
         `with steering("refusal"), steering.read("refusal") as reading:`.
 
         layers: "all", "source" (the layer that each direction came from) or numbers. At most 4 directions, of at most
-        `rank` rows together, which act at "resid_post". Raises SpecError for others, RuntimeError when detached.
+        `rank` rows together, which act at "resid_post". angle: read `angles` too; each direction must have a plane,
+        and is two rows. Raises SpecError for others, RuntimeError when detached.
         """
         self._check_attached()
         with ExitStack() as stack, _naming("read"):
             wanted = readout.parse(
-                {"directions": list(names), "layers": layers if isinstance(layers, str) else list(layers)}
+                {
+                    "directions": list(names),
+                    "layers": layers if isinstance(layers, str) else list(layers),
+                    "angle": angle,
+                }
             )
             if wanted is None:
                 raise SpecError("read: no direction is named")
@@ -171,7 +173,7 @@ class Attached:
                 read = readout.resolve(wanted, Spec(), self._registry, self._steering.anatomy.layers)
                 stack.callback(Admission(self._registry, Spec(), read).release)
             held = stack.pop_all()
-        recorder = Recorder(self._steering.bank.rows_of(read.digests), read.layers)
+        recorder = Recorder(self._steering.bank.rows_of(read.digests, read.angle), read)
         reading = Readings(read.lines, read.layers)
         with held, self._block():
             self._steering.watchers.append(recorder)
@@ -333,20 +335,28 @@ class Readings:
         shapes = [one.before.shape for one in self.passes]
         return f"<Readings of {names} at {len(self.layers)} layers: {len(shapes)} passes{shapes and f', {shapes[0]}'}>"
 
-    def _joined(self, side: Callable[[Reading], NDArray[np.float32]]) -> NDArray[np.float32]:
+    @property
+    def angles(self) -> NDArray[np.float32]:
+        """Before and after it, in the plane of each direction: `[2, rows, positions, layers, k]`, in degrees from the
+        axis, NaN at a layer that it does not steer. Raises ValueError where they were not asked for."""
+        return self._joined(lambda one: one.angles, positions=2)
+
+    def _joined(self, side: Callable[[Reading], NDArray[np.float32] | None], positions: int = 1) -> NDArray[np.float32]:
         if not self.passes:
             raise ValueError("nothing was read: no forward pass of the attached model has ended in the block")
         if len(rows := {len(one.norms) for one in self.passes}) > 1:
             raise ValueError(f"the passes have {sorted(rows)} rows: take them one by one, from `passes`")
-        return np.concatenate([side(one) for one in self.passes], axis=1)
+        if not (found := [values for one in self.passes if (values := side(one)) is not None]):
+            raise ValueError("angles were not read: ask for them with `read(..., angle=True)`")
+        return np.concatenate(found, axis=positions)
 
 
 class Recorder:
-    """A watcher of passes (`steer.hf.steering`). rows: bank rows `[k]` int64 to read at `layers`. What it finds stays
-    on the device until `collect`."""
+    """A watcher of passes (`steer.hf.steering`). rows: the bank rows `[k]` int64 of `read`. What it finds stays on the
+    device until `collect`."""
 
-    def __init__(self, rows: NDArray[np.int64], layers: Sequence[int]) -> None:
-        self._rows, self._layers = torch.from_numpy(rows), tuple(layers)
+    def __init__(self, rows: NDArray[np.int64], read: Readout) -> None:
+        self._rows, self._read = torch.from_numpy(rows), read
         self._passes: list[tuple[int, dict[int, _Found]]] = []
 
     def begin(self, tokens: tuple[int, int] | None) -> None:
@@ -354,7 +364,7 @@ class Recorder:
 
     @torch.no_grad()
     def record(self, layer: int, before: Tensor, after: Tensor, vectors: Tensor) -> None:
-        if layer not in self._layers:
+        if layer not in self._read.layers:
             return
         rows, found = self._passes[-1]
         x, y = (side.detach().flatten(0, -2) for side in (before, after))
@@ -364,9 +374,12 @@ class Recorder:
 
     def collect(self) -> list[Reading]:
         """Of each pass that went through all layers, in order."""
-        whole = [found for _, found in self._passes if len(found) == len(self._layers)]
+        layers = self._read.layers
+        whole = [found for _, found in self._passes if len(found) == len(layers)]
         return [
-            Reading(*(torch.stack([found[n][side] for n in self._layers], 2).cpu().numpy() for side in range(3)))
+            Reading.of(
+                self._read, *(torch.stack([found[n][side] for n in layers], 2).cpu().numpy() for side in range(3))
+            )
             for found in whole
         ]
 
@@ -432,18 +445,6 @@ def _steerable(model: PreTrainedModel) -> nn.Module:
             f"{type(model).__name__} is no causal language model with its head, such as AutoModelForCausalLM loads"
         )
     return cast("nn.Module", model)
-
-
-def _check_repeats(model: nn.Module) -> None:
-    """A model whose passes differ by themselves (dropout) would fail the self-check without saying why."""
-    if not model.training:
-        return
-    anatomy = Anatomy(model)
-    if not torch.equal(anatomy.probe().logits, anatomy.probe().logits):
-        raise UnsupportedModel(
-            f"{type(model).__name__} is in training mode and two equal passes differ (dropout), so that nothing can be "
-            "checked: call model.eval() before attaching"
-        )
 
 
 @contextmanager

@@ -29,13 +29,13 @@ from steer.hf.internals import (
 from steer.hf.sampling import Sampler, Sampling, Token, sample
 from steer.hf.selfcheck import SelfCheckFailed, self_check
 from steer.hf.steering import Steering
-from steer.readout import Readout
 from steer.runtime.readout import Reading
 from steer.runtime.token_index import RequestSteer, applied
+from steer.spec import Readout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
+    from transformers.generation.continuous_batching.requests import GenerationOutput
 
 log = logging.getLogger("steer")
 #: On a CPU the manager would otherwise take all memory for its cache.
@@ -122,7 +122,7 @@ class BatchingEngine(Engine):
     ) -> AsyncGenerator[Token, None]:
         request_id = f"steer-{next(self._numbers)}"
         arrivals: asyncio.Queue[GenerationOutput] = asyncio.Queue()
-        running = self._requests[request_id] = _Running(steer, read, Sampler.of(sampling, prompt, self.eos_ids), [])
+        running = self._requests[request_id] = _Running(steer, read, Sampler(sampling, prompt, self.eos_ids), [])
         self.manager.register_result_handler(request_id, arrivals.put_nowait)
         done = False
         try:
@@ -187,7 +187,8 @@ class BatchingEngine(Engine):
         reading = [r if r and r.read and entry.has_new_token else None for r, entry in zip(known, batch, strict=True)]
         self._readers = [request for request in reading if request]
         with pass_stream(self._processor):
-            self.steering.fill(*_parts(batch, known), tokens)
+            starts = [entry.state.position_offset - entry.query_length for entry in batch]
+            self.steering.fill([r.steer if r else None for r in known], lengths, starts, tokens)
             with self._read_out():
                 self.steering.reads.fill([r.read if r else None for r in reading], lengths)
         return True
@@ -234,24 +235,6 @@ class BatchingEngine(Engine):
                 request.tokens.append(told)
         ids = [token.id if isinstance(token, Token) else 0 for token in tokens]
         output_ids[0, : len(ids)].copy_(torch.tensor(ids, dtype=output_ids.dtype))
-
-
-def _parts(
-    batch: Sequence[FutureRequestState], known: Sequence[_Running | None]
-) -> tuple[list[RequestSteer | None], list[int]]:
-    """What acts on the tokens of a pass in their order, and the tokens of each."""
-    steers: list[RequestSteer | None] = []
-    lengths: list[int] = []
-    for entry, request in zip(batch, known, strict=True):
-        steer = request.steer if request else None
-        if steer is None or not steer.then:
-            steers.append(steer)
-            lengths.append(entry.query_length)
-        else:
-            parts, counts = steer.along(entry.state.position_offset - entry.query_length, entry.query_length)
-            steers += parts
-            lengths += counts
-    return steers, lengths
 
 
 def start_engine(

@@ -21,8 +21,8 @@ from steer.errors import EngineFailed, NoRoom, RequestFailed, SteerError
 from steer.hf.internals import Decoding, check_model
 from steer.hf.sampling import NO_LOGITS, Sampler, Sampling, Token, report, sample
 from steer.hf.steering import Steering
-from steer.readout import Readout
 from steer.runtime.token_index import RequestSteer, applied
+from steer.spec import Readout
 
 
 class Engine(abc.ABC):
@@ -108,7 +108,7 @@ class Engine(abc.ABC):
             return self.steering.batch([steer])
         length = ids.shape[1]
         tokens = ids[0], torch.arange(start, start + length, device=ids.device)
-        return self.steering.batch(*steer.along(start, length), tokens)
+        return self.steering.batch([steer], [length], [start], tokens)
 
     @torch.inference_mode()
     def score_alone(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
@@ -146,7 +146,7 @@ class SequentialEngine(Engine):
     ) -> AsyncGenerator[Token, None]:
         loop = asyncio.get_running_loop()
         async with self._turn:
-            sampler, ends = Sampler.of(sampling, prompt, self.eos_ids), sampling.ends(self.eos_ids)
+            sampler, ends = Sampler(sampling, prompt, self.eos_ids), sampling.ends(self.eos_ids)
             decoding = await loop.run_in_executor(self._thread, self._begin, prompt, sampling.max_tokens)
             for _ in range(sampling.max_tokens):
                 token = await loop.run_in_executor(self._thread, self._step, decoding, sampler, steer, read)

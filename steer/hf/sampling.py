@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -11,111 +11,6 @@ from torch import Tensor
 
 from steer.errors import RequestFailed
 from steer.runtime.readout import Reading
-
-
-@dataclass(frozen=True, slots=True)
-class Shaping:
-    """What one request asks for. `bad_words` are token ids of texts that the answer must not have; `ends` are the
-    tokens that would end it, which do not come among the first `min_tokens`."""
-
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    bad_words: tuple[tuple[int, ...], ...] = ()
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    min_tokens: int = 0
-    ends: tuple[int, ...] = ()
-
-
-#: Of a request that asks for nothing.
-PLAIN = Shaping()
-
-
-@dataclass(slots=True)
-class Shaper:
-    """One request's shape with what has come: made where there is one, and told of each token."""
-
-    shape: Shaping
-    prompt: Sequence[int]
-    answer: list[int] = field(default_factory=list)
-    _bias: Tensor | None = None
-    _seen: Tensor | None = None
-    _counts: Tensor | None = None
-
-    def push(self, token: int) -> None:
-        self.answer.append(token)
-        if self._seen is not None:
-            self._seen[token] = True
-        if self._counts is not None:
-            self._counts[token] += 1
-
-    def bias(self, like: Tensor) -> Tensor:
-        """`[vocabulary]`, what is added to each logit; minus infinity for a word of one token."""
-        if self._bias is None:
-            self._bias = torch.zeros_like(like)
-            for token, value in self.shape.logit_bias:
-                self._bias[token] = value
-            self._bias[[word[0] for word in self.shape.bad_words if len(word) == 1]] = -torch.inf
-        return self._bias
-
-    def seen(self, like: Tensor) -> Tensor:
-        """`[vocabulary]`, whether a token is in the prompt or the answer."""
-        if self._seen is None:
-            self._seen = torch.zeros_like(like, dtype=torch.bool)
-            self._seen[[*self.prompt, *self.answer]] = True
-        return self._seen
-
-    def counts(self, like: Tensor) -> Tensor:
-        """`[vocabulary]`, how often a token is in the answer."""
-        if self._counts is None:
-            self._counts = torch.bincount(torch.tensor(self.answer, dtype=torch.long), minlength=len(like)).to(like)
-        return self._counts
-
-    def banned(self) -> list[int]:
-        """What may not come now: ends that come too early, and the last tokens of words whose others have come."""
-        early = self.shape.ends if len(self.answer) < self.shape.min_tokens else ()
-        words = [
-            word[-1]
-            for word in self.shape.bad_words
-            if len(word) > 1 and tuple(self.answer[1 - len(word) :]) == word[:-1]
-        ]
-        return [*early, *words]
-
-
-def shaped(logits: Tensor, shapers: Sequence[Shaper | None]) -> Tensor:
-    """`logits` (`[requests, vocabulary]`) as the requests want them: itself where none wants anything, else a copy."""
-    rows = [i for i, shaper in enumerate(shapers) if shaper is not None]
-    if not rows:
-        return logits
-    out = logits.float().clone()
-
-    def those(wanted: Callable[[Shaping], object]) -> tuple[list[int], list[Shaper]]:
-        found = [(i, s) for i, s in enumerate(shapers) if s is not None and wanted(s.shape)]
-        return [i for i, _ in found], [s for _, s in found]
-
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=out.dtype, device=out.device)[:, None]
-
-    like = out[0]
-    rows, asking = those(lambda s: s.logit_bias or any(len(word) == 1 for word in s.bad_words))
-    if rows:
-        out[rows] += torch.stack([s.bias(like) for s in asking])
-    rows, asking = those(lambda s: s.repetition_penalty != 1)
-    if rows:
-        scores, penalty = out[rows], column([s.shape.repetition_penalty for s in asking])
-        penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
-        out[rows] = torch.where(torch.stack([s.seen(like) for s in asking]), penalised, scores)
-    rows, asking = those(lambda s: s.frequency_penalty or s.presence_penalty)
-    if rows:
-        counts = torch.stack([s.counts(like) for s in asking])
-        out[rows] -= column([s.shape.frequency_penalty for s in asking]) * counts
-        out[rows] -= column([s.shape.presence_penalty for s in asking]) * (counts > 0)
-    rows, asking = those(lambda s: s.min_tokens or s.bad_words)
-    banned = [(i, token) for i, s in zip(rows, asking, strict=True) for token in s.banned()]
-    if banned:
-        out[tuple(torch.tensor(banned, device=out.device).T)] = -torch.inf
-    return out
-
 
 T = TypeVar("T")
 
@@ -132,7 +27,8 @@ NO_LOGITS = (
 class Sampling:
     """What one request asks of the sampler. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 cut nothing.
 
-    `logprobs` is how many alternatives are reported beside the sampled token, None for no report at all.
+    `logprobs` is how many alternatives are reported beside the sampled token, None for no report at all. `bad_words`
+    are token ids of texts that the answer must not have; none of its first `min_tokens` ends it.
     """
 
     max_tokens: int
@@ -144,27 +40,109 @@ class Sampling:
     logprobs: int | None = None
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-    shape: Shaping = PLAIN
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    min_tokens: int = 0
 
     def ends(self, eos: Collection[int]) -> frozenset[int]:
         """The tokens that end the answer, of a model whose end-of-sequence tokens are `eos`."""
         return frozenset(self.stop_token_ids).union(() if self.ignore_eos else eos)
 
+    @property
+    def shapes(self) -> bool:
+        """Does it change logits before a token is chosen?"""
+        asked = self.logit_bias, self.bad_words, self.frequency_penalty, self.presence_penalty, self.min_tokens
+        return any(asked) or self.repetition_penalty != 1
 
-@dataclass(slots=True)
+
 class Sampler:
-    """One request's sampling parameters with its own random state, if it was given a seed."""
+    """One request's sampling parameters with its own random state, if it was given a seed, and with what has come,
+    where its logits are shaped by that: told of each token."""
 
-    sampling: Sampling
-    generator: torch.Generator | None = field(default=None)
-    shaper: Shaper | None = field(default=None)
+    def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), eos: Collection[int] = ()) -> None:
+        self.sampling, self.shapes = sampling, sampling.shapes
+        self.generator = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed % 2**63)
+        self._prompt, self._ends = prompt, sampling.ends(eos)
+        self._answer: list[int] = []
+        self._bias: Tensor | None = None
+        self._seen: Tensor | None = None
+        self._counts: Tensor | None = None
 
-    @classmethod
-    def of(cls, sampling: Sampling, prompt: Sequence[int] = (), eos: Collection[int] = ()) -> Sampler:
-        made = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed % 2**63)
-        if sampling.shape == PLAIN:
-            return cls(sampling, made)
-        return cls(sampling, made, Shaper(replace(sampling.shape, ends=tuple(sampling.ends(eos))), prompt))
+    def push(self, token: int) -> None:
+        self._answer.append(token)
+        if self._seen is not None:
+            self._seen[token] = True
+        if self._counts is not None:
+            self._counts[token] += 1
+
+    def bias(self, like: Tensor) -> Tensor:
+        """`[vocabulary]`, what is added to each logit; minus infinity for a word of one token."""
+        if self._bias is None:
+            self._bias = torch.zeros_like(like)
+            for token, value in self.sampling.logit_bias:
+                self._bias[token] = value
+            self._bias[[word[0] for word in self.sampling.bad_words if len(word) == 1]] = -torch.inf
+        return self._bias
+
+    def seen(self, like: Tensor) -> Tensor:
+        """`[vocabulary]`, whether a token is in the prompt or the answer."""
+        if self._seen is None:
+            self._seen = torch.zeros_like(like, dtype=torch.bool)
+            self._seen[[*self._prompt, *self._answer]] = True
+        return self._seen
+
+    def counts(self, like: Tensor) -> Tensor:
+        """`[vocabulary]`, how often a token is in the answer."""
+        if self._counts is None:
+            self._counts = torch.bincount(torch.tensor(self._answer, dtype=torch.long), minlength=len(like)).to(like)
+        return self._counts
+
+    def banned(self) -> list[int]:
+        """What may not come now: ends that come too early, and the last tokens of words whose others have come."""
+        early = self._ends if len(self._answer) < self.sampling.min_tokens else ()
+        words = [
+            word[-1]
+            for word in self.sampling.bad_words
+            if len(word) > 1 and tuple(self._answer[1 - len(word) :]) == word[:-1]
+        ]
+        return [*early, *words]
+
+
+def shaped(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """`logits` (`[requests, vocabulary]`) as the requests want them: itself where none wants anything, else a copy."""
+    if not any(sampler.shapes for sampler in samplers):
+        return logits
+    out = logits.float().clone()
+
+    def those(wanted: Callable[[Sampling], object]) -> tuple[list[int], list[Sampler]]:
+        found = [(i, s) for i, s in enumerate(samplers) if wanted(s.sampling)]
+        return [i for i, _ in found], [s for _, s in found]
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=out.dtype, device=out.device)[:, None]
+
+    like = out[0]
+    rows, asking = those(lambda s: s.logit_bias or any(len(word) == 1 for word in s.bad_words))
+    if rows:
+        out[rows] += torch.stack([s.bias(like) for s in asking])
+    rows, asking = those(lambda s: s.repetition_penalty != 1)
+    if rows:
+        scores, penalty = out[rows], column([s.sampling.repetition_penalty for s in asking])
+        penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
+        out[rows] = torch.where(torch.stack([s.seen(like) for s in asking]), penalised, scores)
+    rows, asking = those(lambda s: s.frequency_penalty or s.presence_penalty)
+    if rows:
+        counts = torch.stack([s.counts(like) for s in asking])
+        out[rows] -= column([s.sampling.frequency_penalty for s in asking]) * counts
+        out[rows] -= column([s.sampling.presence_penalty for s in asking]) * (counts > 0)
+    rows, asking = those(lambda s: s.min_tokens or s.bad_words)
+    banned = [(i, token) for i, s in zip(rows, asking, strict=True) for token in s.banned()]
+    if banned:
+        out[tuple(torch.tensor(banned, device=out.device).T)] = -torch.inf
+    return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +168,8 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token | RequestF
     """
     failed: dict[int, RequestFailed] = {}
     raw, finite = logits, torch.isfinite(logits.max(dim=-1).values)
-    shaping = [i for i, s in enumerate(samplers) if s.shaper]
-    for rows, found in _apart(shaping, lambda rows: shaped(raw[rows], [samplers[i].shaper for i in rows]), failed):
+    shaping = [i for i, s in enumerate(samplers) if s.shapes]
+    for rows, found in _apart(shaping, lambda rows: shaped(raw[rows], [samplers[i] for i in rows]), failed):
         logits = logits.clone() if logits is raw else logits
         logits[rows] = found
     chosen = logits.argmax(dim=-1)
@@ -212,8 +190,8 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token | RequestF
     for i, error in failed.items():
         out[i] = error
     for i in shaping:
-        if isinstance(token := out[i], Token) and (shaper := samplers[i].shaper):
-            shaper.push(token.id)
+        if isinstance(token := out[i], Token):
+            samplers[i].push(token.id)
     return out
 
 

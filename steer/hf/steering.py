@@ -21,11 +21,20 @@ from steer.hf.load import decoder_of, text_architecture
 from steer.names import Site
 from steer.runtime import hook_points as site_tools
 from steer.runtime import selfcheck
-from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint, Operands, decide, gather, operate
+from steer.runtime.bank import (
+    EMBEDDING,
+    DirectionBank,
+    HookPoint,
+    LocalPlacement,
+    Operands,
+    decide,
+    gather,
+    operate,
+)
 from steer.runtime.memory import lasting
-from steer.runtime.placement import LocalPlacement, Shape
 from steer.runtime.readout import ReadIndex
 from steer.runtime.token_index import RequestSteer, TokenIndex, Tokens
+from steer.shape import Shape
 from steer.spec import Spec
 from steer.tokenization import Thinking
 
@@ -106,6 +115,7 @@ class Steering:
     ) -> None:
         _check_places(model)
         self.anatomy = Anatomy(model)
+        _check_repeats(self.anatomy)
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(sites))
         self._targets = self._find_targets()
         self.bank = DirectionBank(
@@ -119,8 +129,8 @@ class Steering:
         self.reads = ReadIndex(self.anatomy.layers, rank, self.anatomy.device, self.bank.rows_of)
         self._handles: list[RemovableHandle] = []
         self._generations: internals.Generations | None = None
-        #: The batch whose rows the index speaks of, none where it speaks of packed tokens one by one.
-        self._batch: _Batch | None = None
+        self._batch = _Batch(())
+        #: The rows of which the index speaks, none where it speaks of packed tokens one by one.
         self._rows: Sequence[RequestSteer | None] = ()
         #: Those of the pass that began last.
         self._begun: Sequence[RequestSteer | None] = ()
@@ -187,11 +197,13 @@ class Steering:
         self,
         specs: Sequence[Spec | RequestSteer | None],
         lengths: Sequence[int] | None = None,
+        starts: Sequence[int] | None = None,
         tokens: Tokens | None = None,
     ) -> Iterator[None]:
         """While it lasts the rows of every `[rows, positions]` forward pass are steered in as many equal groups as
         there are specs, the first by the first spec. A batch inside a batch ends with the outer one in force again.
-        With `lengths` the `tokens` of a pass are, in their order, `lengths[0]` by the first spec, and so on.
+        With `lengths` the `tokens` of a pass are, in their order, `lengths[0]` by the first spec, the first of them at
+        the position `starts[0]` of its request, and so on.
 
         A pass raises InvalidInput where its rows are no multiple of the specs. The end raises NotFinite where a result
         would have left the range of the model's numbers, and was not taken. Raises RuntimeError while a batch of
@@ -205,23 +217,30 @@ class Steering:
                     "another thread or asyncio task steers this model at this moment: let its batch end first"
                 )
             self._owner = owner
-            self._batches.append(own := _Batch(rows, lengths, tokens))
+            self._batches.append(own := _Batch(rows, lengths, starts, tokens))
             self._lay(own)
         try:
             yield
         finally:
             with self._turn:  # not always the last that began: blocks of two generators end in any order
                 self._batches = [other for other in self._batches if other is not own]
-                self._lay(self._batches[-1] if self._batches else None)
+                self._lay(self._batches[-1] if self._batches else _Batch(()))
                 self._owner = self._owner if self._batches else None
         if own.lost is not None and own.lost.any():
             lost = ", ".join(map(str, own.lost.nonzero().flatten().tolist()))
             raise NotFinite(f"spec {lost} of {len(rows)}" if len(rows) > 1 and lengths is None else "")
 
-    def fill(self, steers: Sequence[RequestSteer | None], lengths: Sequence[int], tokens: Tokens | None = None) -> None:
-        """Steer the `lengths[i]` tokens of the next pass that are request i's by `steers[i]`, in batch order."""
+    def fill(
+        self,
+        steers: Sequence[RequestSteer | None],
+        lengths: Sequence[int],
+        starts: Sequence[int] | None = None,
+        tokens: Tokens | None = None,
+    ) -> None:
+        """Steer the `lengths[i]` tokens of the next pass that are request i's by `steers[i]`, in batch order; see
+        `TokenIndex.fill`."""
         self._kept.clear()
-        self.index.fill_with(steers, lengths, tokens)
+        self.index.fill_with(steers, lengths, starts, tokens)
 
     def _begin(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Before each pass of the decoder: its rows are known here, whatever shape the blocks will see."""
@@ -260,14 +279,14 @@ class Steering:
             f"belongs to is not known: {told}; what is expected is [rows, positions, d_model]"
         )
 
-    def _lay(self, batch: _Batch | None) -> None:
-        if self._batch is not None and self.index.active:
+    def _lay(self, batch: _Batch) -> None:
+        if self._batch.rows and self.index.active:
             self._batch.lose(self.index.lost[: self.index.used])
-        self._batch, rows = batch, () if batch is None else batch.rows
-        lengths = [1] * len(rows) if batch is None or batch.lengths is None else batch.lengths
+        self._batch = batch
+        lengths = [1] * len(batch.rows) if batch.lengths is None else batch.lengths
         self.resize(sum(lengths))
-        self._rows = rows if batch is None or batch.lengths is None else ()
-        self.fill(rows, lengths, None if batch is None else batch.tokens)
+        self._rows = batch.rows if batch.lengths is None else ()
+        self.fill(batch.rows, lengths, batch.starts, batch.tokens)
         self.reads.clear()
 
     def _transform(self, point: HookPoint) -> site_tools.Transform:
@@ -347,11 +366,6 @@ class Steering:
         and that a plain pass is unchanged. Raises UnsupportedModel naming the hook points that failed."""
         anatomy = self.anatomy
         plain, again = anatomy.probe().logits, anatomy.probe().logits
-        if not torch.equal(plain, again) and _drops(anatomy.model):
-            raise UnsupportedModel(
-                f"{anatomy.architecture}: two plain passes differ, since the model is in training mode with dropout: "
-                "call model.eval() first"
-            )
 
         def run(steers: selfcheck.Steers) -> None:
             with self.batch(steers):
@@ -375,11 +389,12 @@ class Steering:
 
 @dataclass(eq=False, slots=True)
 class _Batch:
-    """Rows of passes, or, with `lengths`, parts of a packed one and its tokens; and which rows or tokens are lost,
-    `[…]` bool on the device, None before any is looked at."""
+    """Rows of passes, or, with `lengths`, requests of a packed one, where they start and its tokens; and which rows or
+    tokens are lost, `[…]` bool on the device, None before any is looked at."""
 
     rows: Sequence[RequestSteer | None]
     lengths: Sequence[int] | None = None
+    starts: Sequence[int] | None = None
     tokens: Tokens | None = None
     lost: Tensor | None = None
 
@@ -409,8 +424,14 @@ def _check_places(model: PreTrainedModel) -> None:
         )
 
 
-def _drops(model: nn.Module) -> bool:
-    return any(m.training for m in model.modules() if not list(m.children()))
+def _check_repeats(anatomy: Anatomy) -> None:
+    """A model whose passes differ by themselves (dropout) would fail the self-check without saying why."""
+    training = any(m.training for m in anatomy.model.modules() if not list(m.children()))
+    if training and not torch.equal(anatomy.probe().logits, anatomy.probe().logits):
+        raise UnsupportedModel(
+            f"{type(anatomy.model).__name__} is in training mode and two equal passes differ (dropout), so that "
+            "nothing can be checked: call model.eval() first"
+        )
 
 
 def _tokens_of(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[int, int] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +71,8 @@ class Streamed:
         buffers = [name for name, (parameter, _) in self.becomes.items() if parameter not in self._empty]
         self._loading.load(dict(read(buffers)))
         for unit, own in self._units():
-            unit.register_forward_pre_hook(partial(self._before, own))
-            unit.register_forward_hook(partial(self._after, own), always_call=True)
+            unit.register_forward_pre_hook(lambda *_, own=own: self._load(own))
+            unit.register_forward_hook(lambda *_, own=own: self._free(own), always_call=True)
 
     def module_of(self, parameter: str) -> nn.Module:
         module: nn.Module = self.model.get_submodule(parameter.rpartition(".")[0])
@@ -121,12 +120,6 @@ class Streamed:
             units.setdefault(id(unit), (unit, []))[1].append(name)
         return list(units.values())
 
-    def _before(self, own: list[str], *_: object) -> None:
-        self._load(own)
-
-    def _after(self, own: list[str], *_: object) -> None:
-        self._free(own)
-
     def _load(self, own: list[str]) -> None:
         size = 6 * sum(self._empty[name].numel() for name in own)  # as stored, and in float32
         if size > (free := psutil.virtual_memory().available):
@@ -156,10 +149,6 @@ class Streamed:
         if name in self._files:
             return []
         return [file for other in self._tied[id(self._empty[name])] for file in self._files.get(other, ())]
-
-    def in_memory(self) -> int:
-        """How many numbers of its parameters are in memory."""
-        return sum(self._get(name).numel() for name, empty in self._empty.items() if self._get(name) is not empty)
 
     def _free(self, own: Iterable[str]) -> None:
         for name in own:

@@ -17,7 +17,7 @@ from steer.lab.outcome import Answer
 from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt
 from steer.names import Mode
-from steer.runtime.placement import Shape
+from steer.shape import Shape
 from steer.spec import Entry
 from steer.tokenization import Tokenizer
 

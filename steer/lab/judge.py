@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -245,51 +244,3 @@ class ClassifierJudge:
             return answer
         talk = [*messages_of(prompt), {"role": "assistant", "content": answer}]
         return str(self._tokenizer.apply_chat_template(talk, tokenize=False))
-
-
-@dataclass(frozen=True, slots=True)
-class Judges:
-    """What the options --judge (URLs and classifiers), --judge-model (a name for each URL), --judge-shown and
-    --judge-text say. Raises InvalidInput with every problem that can be seen before anything is loaded."""
-
-    judges: tuple[str, ...] = ()
-    models: tuple[str, ...] = ()
-    shown: tuple[str, ...] = ()
-    text: str | None = None
-
-    def __post_init__(self) -> None:
-        urls = [judge for judge in self.judges if "://" in judge]
-        local = [judge for judge in self.judges if judge not in urls]
-        names = [*self.models, *(Path(judge).name for judge in local)]
-        problems = [f"--judge: two are called '{name}'" for name in sorted({n for n in names if names.count(n) > 1})]
-        if len(urls) != len(self.models):
-            problems.append(f"--judge-model: {len(self.models)} given, {len(urls)} --judge URLs: each needs one")
-        if (self.shown or self.text is not None) and not local:
-            problems.append("--judge-shown and --judge-text: are for a --judge that is a classifier")
-        if self.text is not None and "{answer}" not in self.text:
-            problems.append(f"--judge-text: {self.text!r} has no {{answer}}")
-        if urls and find_spec("openai") is None:
-            problems.append("--judge needs the package openai for a URL (pip install 'steer-llm[lab]')")
-        problems += [
-            f"--judge: there is no folder {judge}"
-            for judge in local
-            if (Path(judge).is_absolute() or judge.startswith(".")) and not Path(judge).is_dir()
-        ]
-        if problems:
-            raise InvalidInput(problems)
-
-    def opened(self, behaviour: Behaviour, progress: Progress) -> list[Judge]:
-        """Raises InvalidInput for what is no classifier, or has no such label."""
-        names = iter(self.models)
-        return [
-            ChatJudge(judge.rstrip("/"), next(names), behaviour, progress=progress)
-            if "://" in judge
-            else ClassifierJudge(judge, behaviour, self.shown, self.text, progress)
-            for judge in self.judges
-        ]
-
-    def one(self, behaviour: Behaviour, progress: Progress) -> Judge | None:
-        """The only one, where only one can decide."""
-        if len(self.judges) > 1:
-            raise InvalidInput(f"--judge: one judge decides here, {len(self.judges)} are given")
-        return next(iter(self.opened(behaviour, progress)), None)

@@ -135,9 +135,24 @@ def checked(
     share prompts, and with every prompt that does not fit the context, with `answer` tokens of an answer, or has no
     such position."""
     check_contrast(harmful, harmless)
-    sets = {"harmful": harmful, "harmless": harmless}
-    encoded = {label: source.encode(prompts.prompts, conditions.rendering) for label, prompts in sets.items()}
-    return encoded, _check_prompts(source, sets, encoded, conditions.positions, answer)
+    positions, encoded, problems, bos = conditions.positions, dict[str, list[Encoded]](), list[str](), set[int]()
+    if len(set(positions)) != len(positions):
+        problems.append(f"a position is listed twice in {list(positions)}")
+    for label, prompts in (("harmful", harmful), ("harmless", harmless)):
+        encoded[label] = source.encode(prompts.prompts, conditions.rendering)
+        for prompt, e in zip(prompts.prompts, encoded[label], strict=True):
+            bos.add(source.bos_count(e.ids))
+            # by its words: where prompts were drawn from a file, their numbers are not those of its lines
+            where = f"{prompts.name}: the prompt {str(prompt)[:40]!r} has {len(e.ids)} tokens"
+            if len(e.ids) + answer > source.context:
+                beside = f", and its answer may have {answer}" if answer else ""
+                problems.append(f"{where}{beside}; the context is {source.context}")
+            problems += [f"{where}, so no position {p}" for p in positions if not -len(e.ids) <= p < len(e.ids)]
+    if problems:
+        raise InvalidInput(problems[:20])
+    if len(bos) != 1:
+        raise InvalidInput(f"the chat template gives prompts different numbers of BOS tokens: {sorted(bos)}")
+    return encoded, bos.pop()
 
 
 def _last_layer(conditions: Conditions, facts: ModelFacts) -> int:
@@ -157,33 +172,6 @@ def _check_room(conditions: Conditions, plan: CapturePlan, facts: ModelFacts, pr
             f"the measurement needs {needed / 2**30:.0f} GiB of memory, {available / 2**30:.0f} GiB are free: keep "
             "vectors instead of moments, or take fewer positions, prompts or layers"
         )
-
-
-def _check_prompts(
-    source: Source,
-    sets: dict[str, PromptSet],
-    encoded: dict[str, list[Encoded]],
-    positions: tuple[int, ...],
-    answer: int,
-) -> int:
-    """The BOS tokens that every prompt begins with. Raises InvalidInput with what no prompt may be."""
-    problems, bos = [], set()
-    if len(set(positions)) != len(positions):
-        problems.append(f"a position is listed twice in {list(positions)}")
-    for label, prompts in sets.items():
-        for prompt, e in zip(prompts.prompts, encoded[label], strict=True):
-            bos.add(source.bos_count(e.ids))
-            # by its words: where prompts were drawn from a file, their numbers are not those of its lines
-            where = f"{prompts.name}: the prompt {str(prompt)[:40]!r} has {len(e.ids)} tokens"
-            if len(e.ids) + answer > source.context:
-                beside = f", and its answer may have {answer}" if answer else ""
-                problems.append(f"{where}{beside}; the context is {source.context}")
-            problems += [f"{where}, so no position {p}" for p in positions if not -len(e.ids) <= p < len(e.ids)]
-    if problems:
-        raise InvalidInput(problems[:20])
-    if len(bos) != 1:
-        raise InvalidInput(f"the chat template gives prompts different numbers of BOS tokens: {sorted(bos)}")
-    return bos.pop()
 
 
 class ClassSums:

@@ -12,14 +12,8 @@ from typing import Any
 import numpy as np
 
 from steer.direction import replacing
-from steer.errors import InvalidInput
+from steer.errors import imported
 from steer.lab.statistics import undominated
-
-try:
-    import matplotlib
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise InvalidInput("drawing needs the package matplotlib (pip install 'steer-llm[lab]')") from error
 
 #: Of Okabe and Ito, without yellow, which is lost on white paper.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -74,8 +68,9 @@ class Compared:
 def picture(path: Path, columns: int = 1, *, width: float = 4.6, height: float = 3.2) -> Iterator[list[Any]]:
     """A picture of `columns` panels beside each other, each of `width` × `height` inches: gives their axes, and writes
     `path` (.png, .svg or .pdf by its suffix) when the block has ended without an error."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width * columns, height), layout="constrained")
+    needed = "drawing", "'steer-llm[lab]'"
+    with imported("matplotlib", *needed).rc_context(STYLE):
+        figure = imported("matplotlib.figure", *needed).Figure(figsize=(width * columns, height), layout="constrained")
         yield list(figure.subplots(1, columns, squeeze=False)[0])
         with replacing(path) as temporary:
             figure.savefig(temporary, dpi=160, format=path.suffix[1:])

@@ -38,6 +38,8 @@ BEGUN_TOKENS = 64
 MOST = 512
 #: Bytes of logits that one teacher-forced pass may hold, and those of plain answers that are kept.
 LOGIT_BYTES, KEPT_BYTES = 2**29, 2**30
+#: Tokens of such a pass on a CPU, at most: what it works on stays in the processor's cache.
+CPU_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,8 @@ class HFEvaluator:
         whole = [head + answer.ids for head, answer in zip(heads, plain, strict=True)]
         longest = max((len(answer.ids) + 1 for answer in plain), default=1)
         fitting = max(1, LOGIT_BYTES // (longest * anatomy.vocabulary * 4 * 2))
+        if anatomy.device.type == "cpu":
+            fitting = min(fitting, max(1, CPU_TOKENS // max(map(len, whole), default=1)))
 
         @torch.inference_mode()
         def run(indices: list[int]) -> list[T]:
@@ -305,20 +309,17 @@ def entered(
 
 def laid(
     steers: Sequence[RequestSteer | None], spans: Sequence[range], left: bool = False
-) -> tuple[list[RequestSteer | None], list[int] | None]:
+) -> tuple[list[RequestSteer | None], list[int] | None, list[int] | None]:
     """What `Steering.batch` takes for a pass with a row for each of `steers`, of the positions `spans` of its request;
     shorter rows are padded, in front if `left`."""
     if not any(steer is not None and steer.then for steer in steers):
-        return list(steers), None
+        return list(steers), None, None
     width = max(map(len, spans))
-    parts, lengths = list[RequestSteer | None](), list[int]()
+    laid = list[tuple[RequestSteer | None, int, int]]()
     for steer, span in zip(steers, spans, strict=True):
-        own = ([None], [len(span)]) if steer is None else steer.along(span.start, len(span))
-        padding = [None], [width - len(span)]
-        for some, counts in (padding, own) if left else (own, padding):
-            parts += some
-            lengths += counts
-    return parts, lengths
+        own, padding = (steer, len(span), span.start), (None, width - len(span), 0)
+        laid += (padding, own) if left else (own, padding)
+    return [steer for steer, _, _ in laid], [length for _, length, _ in laid], [start for _, _, start in laid]
 
 
 def begun(steering: Steering, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None]) -> tuple[int, Any]:

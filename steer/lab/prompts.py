@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import urlsplit
 
-from steer.errors import InvalidInput
+from steer.errors import InvalidInput, imported
 
 if TYPE_CHECKING:
     from steer.direction import Dataset
@@ -50,6 +50,11 @@ class Conversation:
     @property
     def begun(self) -> bool:
         return self.turns[-1][0] == "assistant"
+
+    @property
+    def several(self) -> bool:
+        """Does the user speak more than once?"""
+        return sum(role == "user" for role, _ in self.turns) > 1
 
     @property
     def emptied(self) -> Conversation:
@@ -315,10 +320,7 @@ def _cells(values: Iterable[object], where: str) -> list[Prompt]:
 
 
 def _from_parquet(path: Path, data: bytes) -> list[Prompt]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise InvalidInput(f"{path}: reading parquet needs the package pyarrow (pip install pyarrow)") from error
+    parquet = imported("pyarrow.parquet", f"{path}: reading parquet", "pyarrow")
     try:
         table = parquet.read_table(io.BytesIO(data))
     except (OSError, ValueError) as error:
@@ -327,12 +329,7 @@ def _from_parquet(path: Path, data: bytes) -> list[Prompt]:
 
 
 def _from_hub(source: str) -> PromptSet:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InvalidInput(
-            f"{source}: reading a hub dataset needs the package datasets (pip install datasets)"
-        ) from error
+    datasets = imported("datasets", f"{source}: reading a hub dataset", "datasets")
     if (named := _HUB.fullmatch(source.removeprefix(HUB))) is None:
         raise InvalidInput(f"{source}: is no dataset of the hub; accepted: {FORMATS}")
     try:

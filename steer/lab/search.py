@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from steer.direction import Dataset, write_file
 from steer.errors import InvalidInput, brief, problems_of
+from steer.lab import plots
 from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe, check_needs, derive, layer_weights
 from steer.lab.evaluator import Candidate, Evaluator
@@ -34,7 +35,7 @@ from steer.lab.methods import METHODS, make_method
 from steer.lab.race import Figures, Race, Sets
 from steer.lab.select import layers_of
 from steer.lab.statistics import undominated
-from steer.lab.tables import markdown, shown
+from steer.lab.tables import Table, markdown, shown
 from steer.names import Mode
 
 #: Names of the files in a search's folder.
@@ -365,28 +366,18 @@ def described(trial: Trial) -> str:
     )
 
 
-def cells(trial: Trial) -> tuple[str, str, str, str, str]:
-    """Number, refused, KL, over-refused, and what it is."""
-    refused, kl, *over = trial.values
-    return (
-        str(trial.number),
-        f"{refused:.1%}",
-        f"{kl:.6f}",
-        f"{over[0]:.1%}" if over else "–",
-        described(trial),
-    )
-
-
-HEADER = ("trial", "refused", "N-token KL", "over-refused", "direction")
-
-
-def front_table(trials: Sequence[Trial]) -> str:
-    """The front for a terminal."""
-    return shown(HEADER, [cells(trial) for trial in front(trials)])
+def front_table(trials: Sequence[Trial], table: Table = shown) -> str:
+    """The front, with what each of its trials is."""
+    rows = []
+    for trial in front(trials):
+        refused, kl, *over = trial.values
+        overs = f"{over[0]:.1%}" if over else "–"
+        rows.append((str(trial.number), f"{refused:.1%}", f"{kl:.6f}", overs, described(trial)))
+    return table(("trial", "refused", "N-token KL", "over-refused", "direction"), rows)
 
 
 def write_front(search: Search, trials: Sequence[Trial]) -> None:
-    """`front.md` and `front.png` in the search's folder."""
+    """`front.md`, and `front.png` of the trials that were tried to their end; the front's have their numbers there."""
     settings, best = search.settings, front(trials)
     stopped = sum(trial.figures.stopped is not None for trial in trials)
     lines = [
@@ -398,24 +389,16 @@ def write_front(search: Search, trials: Sequence[Trial]) -> None:
         + f"; at most {settings.prompts} prompts of each, {settings.tokens} tokens, seed {settings.seed}. "
         f"{stopped} trials stopped early, since they could not be on the front.",
         "",
-        markdown(HEADER, [cells(trial) for trial in best]),
+        front_table(trials, markdown),
         "",
         "![front](front.png)",
         "",
     ]
     write_file(search.folder / "front.md", "\n".join(lines).encode())
-    draw_front(trials, search.folder / "front.png")
-
-
-def draw_front(trials: Sequence[Trial], path: Path) -> None:
-    """The trials that were tried to their end by refusals and divergence; the front's have their numbers."""
-    from steer.lab import plots
-
-    best = front(trials)
     points = [
         plots.Point(100 * t.values[0], t.values[1], name=str(t.number) if t in best else "")
         for t in trials
         if t.figures.stopped is None
     ]
-    with plots.picture(path, width=7, height=4.2) as (axes,):
+    with plots.picture(search.folder / "front.png", width=7, height=4.2) as (axes,):
         plots.front(axes, points, x="refused, %", y="N-token KL(plain ‖ steered), nats", log=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from steer.errors import escaped
 
 Rows = Sequence[Sequence[str]]
+#: How a table is written, from its head and rows.
+Table = Callable[[Sequence[str], Rows], str]
 #: What a column of figures holds: such cells stand to the right.
 FIGURE = re.compile(r"[+−-]?\d.*|[–]?")
 #: Width where the output goes to no terminal, and COLUMNS is not set.

@@ -52,6 +52,7 @@ from steer.runtime.token_index import (
     slots_of,
     turns,
 )
+from steer.shape import Shape
 from steer.spec import END, Condition, Entry, Spec
 from steer.tokenization import Phase
 
@@ -200,7 +201,8 @@ class DirectionBank:
                 bank_slice.write(row, vectors[k], {mode: each[k] for mode, each in by_mode.items() if k < len(each)})
 
     def unload(self, digest: str) -> None:
-        """Free a direction's rows. The caller guarantees that no running request uses them."""
+        """Free a direction's rows. The caller guarantees that no running request uses them. Without a lock: the
+        registry makes one load at a time, and no row is given out again before it is let go of."""
         if resident := self._resident.pop(digest, None):
             self._give_back(resident.rows)
 
@@ -242,10 +244,10 @@ class DirectionBank:
             if free:
                 self._free.append(row)
 
-    def rows_of(self, digests: Sequence[str]) -> NDArray[np.int64]:
-        """The rows of resident directions without their axes, in order."""
+    def rows_of(self, digests: Sequence[str], axes: bool = False) -> NDArray[np.int64]:
+        """The rows of resident directions in order, each with its axis behind it or without."""
         found = [self._resident[digest] for digest in digests]
-        return np.array([row for each in found for row in each.rows[: each.own]], np.int64)
+        return np.array([row for each in found for row in each.rows[: None if axes else each.own]], np.int64)
 
     def steer(self, spec: Spec, prompt: int | None = None, phase: Phase | None = None) -> RequestSteer | None:
         """The index entries of a request with `spec`, whose directions must be resident, `prompt` tokens and its
@@ -348,6 +350,20 @@ class DirectionBank:
                 if (own := _vectors(direction, point, part.stop - part.start)) is not None:
                     vectors[i, part], weights[i, part] = own, values.at(point)[:, WEIGHT]
         return joint(vectors, weights)
+
+
+@dataclass(slots=True)
+class LocalPlacement:
+    """A `Placement` (see `steer.registry`) on one bank in this process."""
+
+    shape: Shape
+    bank: DirectionBank
+
+    def load(self, digest: str, direction: Direction, data: bytes) -> None:
+        self.bank.load(digest, direction)
+
+    def unload(self, digest: str) -> None:
+        self.bank.unload(digest)
 
 
 #: Of each entry of a request: digest, mode, whether it acts, and at which layers.
@@ -493,21 +509,6 @@ def _steered(operands: Sequence[Operands]) -> Tensor | None:
             return None
         found = by.steered if found is None else found | by.steered
     return found
-
-
-def apply(
-    x: Tensor,
-    bank_slice: BankSlice,
-    rows: Tensor,
-    slots: Tensor,
-    strengths: Tensor,
-    bounds: Tensor | None = None,
-    combinations: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """x `[tokens, d_model]` after what the index says of each token (see `Acts`), and which tokens are lost
-    (`operate`)."""
-    return operate(x, gather(bank_slice, rows, slots, strengths, bounds, combinations), dtype)
 
 
 def probe_of(condition: Condition) -> Probe:

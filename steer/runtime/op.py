@@ -43,8 +43,7 @@ import torch
 from torch import Tensor
 
 from steer.direction import Direction
-from steer.errors import SpecError
-from steer.names import SITE_RULES, TURNING, Mode, site_problem
+from steer.names import Mode
 
 #: Order of the coefficients in the last dimension of a coefficient tensor.
 TARGET, GATE, WEIGHT, GAMMA = range(4)
@@ -144,11 +143,6 @@ def growth(c: Tensor, a: Tensor, v: Tensor) -> Tensor:
     return a * (2 * c + a * component(v, v))
 
 
-def displacement(x: Tensor, v: Tensor, coefficients: Tensor, strength: Tensor | float) -> Tensor:
-    """What one entry adds to `x`: as `amount`, with coefficients `[..., 4]`. Returns `[..., d_model]`."""
-    return amount(component(x, v), coefficients.unbind(-1), strength).unsqueeze(-1) * v
-
-
 def displacements(x: Tensor, vectors: Tensor, coefficients: Tensor, strengths: list[float]) -> Tensor:
     """What entries that act together add to `x` `[..., d_model]`. vectors `[entries, d_model]`, coefficients
     `[entries, 4]`, a strength each, 0 for one that does not act. Returns `[..., d_model]`."""
@@ -199,20 +193,6 @@ def embedding_coefficients(direction: Direction, mode: Mode) -> Tensor:
     out[..., GATE] = -torch.inf
     out[..., WEIGHT] = 1.0 if mode == "ablate" else 0.0
     return out
-
-
-def check_mode(direction: Direction, mode: Mode, name: str) -> None:
-    """Raise SpecError where `mode` is not defined at this direction's sites, or its file lacks what the mode needs."""
-    if not all(mode in SITE_RULES[site].modes for site in direction.meta.sites):
-        raise SpecError(f"direction '{name}': {site_problem(direction.meta.sites, mode)}", param="steer.mode")
-    if mode not in direction.meta.modes:
-        lacks = "means"
-        if mode in TURNING:
-            lacks = "plane (of one row, at the site 'resid_post', as `steer derive` writes it)"
-        raise SpecError(
-            f"direction '{name}' holds no {lacks} for the mode '{mode}'; its modes: {', '.join(direction.meta.modes)}",
-            param="steer.mode",
-        )
 
 
 def _difference_along_rows(direction: Direction) -> Tensor:

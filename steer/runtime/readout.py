@@ -7,6 +7,12 @@ For a position of the batch and a layer l, with x the output of block l (the hoo
 all in float32, where x' is the stream as the operation leaves it (`op`), so that for a plain token both are equal. x
 comes from a pass that is already steered at the layers below. Reading changes nothing: the tensors that go on are the
 same.
+
+With u the axis of the direction's plane, the angle of either is
+
+    angle = atan2(⟨x, v⟩, ⟨x, u⟩)
+
+in degrees, -180 to 180: 0 along the axis, which is on the side of the harmless mean, 90 along the direction.
 """
 
 from __future__ import annotations
@@ -21,8 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.readout import Readout
 from steer.runtime.memory import lasting
+from steer.spec import Readout
 
 #: Places of the values of one token at one layer: two for each row, and the norm after them.
 BEFORE, AFTER = range(2)
@@ -31,11 +37,25 @@ BEFORE, AFTER = range(2)
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What was read at one token, or at all of a pass (`[rows, positions, …]`). before, after: `[…, layers, k]`; norms:
-    `[…, layers]`; float32, on the host."""
+    `[…, layers]`; float32, on the host. angles, where they were asked for: `[2, …, layers, k]`, before and after, in
+    degrees, NaN at a layer that is not steered."""
 
     before: NDArray[np.float32]
     after: NDArray[np.float32]
     norms: NDArray[np.float32]
+    angles: NDArray[np.float32] | None = None
+
+    @classmethod
+    def of(
+        cls, read: Readout, before: NDArray[np.float32], after: NDArray[np.float32], norms: NDArray[np.float32]
+    ) -> Reading:
+        """Of the components along all rows of `read`, `[…, layers, rows]`."""
+        if not read.angle:
+            return cls(before, after, norms)
+        found = np.stack([before, after])
+        q, p = found[..., ::2], found[..., 1::2]
+        angles = np.where((q == 0) & (p == 0), np.float32(np.nan), np.degrees(np.arctan2(q, p)))
+        return cls(q[0], q[1], norms, angles)
 
 
 def components(x: Tensor, vectors: Tensor) -> Tensor:
@@ -50,7 +70,7 @@ class ReadIndex:
     Call `fill` before each pass and `collect` after it, on the thread that runs the model; hooks call `record`. When
     nothing is read, a hook pays for one look at `layers`.
 
-    rows_of: gives the bank rows `[k]` int64 of resident digests (`DirectionBank.rows_of`).
+    rows_of: gives the bank rows `[k]` int64 of resident digests, with axes or without (`DirectionBank.rows_of`).
     """
 
     def __init__(
@@ -58,7 +78,7 @@ class ReadIndex:
         layers: int,
         rank: int,
         device: torch.device | str,
-        rows_of: Callable[[Sequence[str]], NDArray[np.int64]],
+        rows_of: Callable[[Sequence[str], bool], NDArray[np.int64]],
     ) -> None:
         self.rank, self.device, self._rows_of = rank, device, rows_of
         self.layers: frozenset[int] = frozenset()
@@ -92,7 +112,7 @@ class ReadIndex:
             rows = np.zeros((count, self.rank), np.int64)
             for mine, read in zip(rows, self._reads, strict=True):
                 with suppress(KeyError):
-                    mine[: len(read.lines)] = self._rows_of(read.digests)
+                    mine[: read.rows] = self._rows_of(read.digests, read.angle)
             self._rows[:count].copy_(torch.from_numpy(rows))
             self._written = self._reads
 
@@ -118,7 +138,7 @@ class ReadIndex:
         found, norms = self._found[:, :, :count].cpu().numpy(), self._norms[:, :count].cpu().numpy()
         out = []
         for i, read in enumerate(self._reads):
-            mine = found[:, list(read.layers), i, : len(read.lines)].copy()
-            out.append(Reading(mine[BEFORE], mine[AFTER], norms[list(read.layers), i]))
+            mine = found[:, list(read.layers), i, : read.rows].copy()
+            out.append(Reading.of(read, mine[BEFORE], mine[AFTER], norms[list(read.layers), i]))
         self.clear()
         return out

@@ -228,14 +228,6 @@ class RequestSteer:
     def plain(cls, rank: int, combination: Combination | None = None) -> RequestSteer:
         return cls(np.zeros(rank, np.int64), np.zeros(rank, np.float32), combination)
 
-    def along(self, start: int, length: int) -> tuple[list[RequestSteer], list[int]]:
-        """What acts on `length` tokens from the position `start` on, part after part, and the tokens of each part."""
-        cuts = [position for position, _ in self.then]
-        each = [replace(self, then=()), *(steer for _, steer in self.then)]
-        bounds = zip([0, *cuts], [*cuts, start + length], each, strict=True)
-        parts = [(steer, min(stop, start + length) - max(first, start)) for first, stop, steer in bounds]
-        return [steer for steer, count in parts if count > 0], [count for _, count in parts if count > 0]
-
 
 def applied(steer: RequestSteer | None) -> bool | None:
     """Does the condition of a request hold, as far as the host knows? None for one without."""
@@ -423,7 +415,7 @@ class TokenIndex:
         while True:
             self._combining.pop(number, None)
             self._deciding.pop(number, None)
-            self._conditional -= self._decides_of(number)
+            self._conditional -= bool(self.rank > 1 and self._entries[number, self._decision] != UNCONDITIONAL)
             self._in_phase.discard(number)
             self._free.append(number)
             if following == number:
@@ -454,6 +446,11 @@ class TokenIndex:
         if self.phased and numbers.any():
             assert starts is not None, "what acts depends on the position"
             numbers, lengths = self._parted(numbers, lengths, starts)
+        return self._fill(numbers, lengths, tokens)
+
+    def _fill(
+        self, numbers: NDArray[np.int64], lengths: NDArray[np.int64] | NDArray[np.int32], tokens: Tokens | None
+    ) -> int:
         steered = int(lengths[numbers != PLAIN].sum()) if numbers.any() else 0
         total = int(lengths.sum()) if steered else 0
         assert total <= self.max_tokens, f"a step of {total} tokens in an index of {self.max_tokens}"
@@ -524,10 +521,6 @@ class TokenIndex:
         assert self.opened is not None
         return conditions(self.packed[:tokens], self.rank, self.opened[:tokens])
 
-    def _decides_of(self, number: int) -> bool:
-        """Has an entry a decision?"""
-        return self.rank > 1 and self._entries[number, self._decision] != UNCONDITIONAL
-
     def _parted(
         self, numbers: NDArray[np.int64], lengths: NDArray[np.int64] | NDArray[np.int32], starts: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -566,26 +559,33 @@ class TokenIndex:
         return flags
 
     def fill_with(
-        self, steers: Sequence[RequestSteer | None], lengths: Sequence[int], tokens: Tokens | None = None
+        self,
+        steers: Sequence[RequestSteer | None],
+        lengths: Sequence[int],
+        starts: Sequence[int] | None = None,
+        tokens: Tokens | None = None,
     ) -> int:
         """The same for requests that have not entered, None for a plain one."""
-        numbers = [PLAIN if steer is None else self.enter(steer) for steer in steers]
-        entries = np.array(numbers, np.int64)
-        taken, combined = self._entries[entries], self._entry_combined[entries]
+        entered = [PLAIN if steer is None else self.enter(steer) for steer in steers]
+        numbers, counts = np.array(entered, np.int64), np.array(lengths, np.int64)
+        if self.phased:
+            assert starts is not None, "what acts depends on the position"
+            numbers, counts = self._parted(numbers, counts, np.array(starts, np.int64))
+        taken, combined = self._entries[numbers], self._entry_combined[numbers]
         _, slots, strengths, bounds, _ = unpacked(torch.from_numpy(taken), self.rank)
         given = strengths != 0
         depth = max(given.any(1).nonzero().flatten().tolist(), default=-1) + 1
         same = bool((taken == taken[:1]).all() and (combined == combined[:1]).all())
         bounded = bool((given & (bounds != ANYWHERE)).any())
-        conditional = any(map(self._decides_of, numbers))
+        conditional = self.rank > 1 and bool(taken[:, self._decision].any())
         everywhere = bool(given[:depth].all()) and not bounded and not conditional
         same = same and not conditional
         turning = bool((given & turns(slots)).any())
         self._acting = Acting(depth, everywhere, same, bool(combined.any()), bounded, turning, conditional)
         try:
-            return self.fill(entries, np.array(lengths, np.int64), tokens=tokens)
+            return self._fill(numbers, counts, tokens)
         finally:
-            for number in numbers:
+            for number in entered:
                 if number != PLAIN:
                     self.leave(number)
 

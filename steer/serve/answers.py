@@ -15,11 +15,11 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from steer.hf.sampling import Token
-from steer.readout import Readout
-from steer.runtime.readout import Reading
+from steer.runtime.readout import AFTER, BEFORE, Reading
 from steer.serve.carriers import RECEIPT
 from steer.serve.errors import Code, ErrorAnswer, documented
 from steer.serve.text import token_text
+from steer.spec import Readout
 from steer.tokenization import Tokenizer
 
 Finish = Literal["stop", "length"]
@@ -38,6 +38,16 @@ class ReadLine(TypedDict):
     row: Annotated[int, Field(description="which of the direction's rows, from 0")]
     before: Annotated[_Numbers, Field(description="for each token, for each layer: the component before the operation")]
     after: Annotated[_Numbers, Field(description="and after it; for a plain request the same")]
+    angle_before: NotRequired[
+        Annotated[
+            _Numbers,
+            Field(
+                description="where angles were asked for: the stream's angle in the direction's plane before the "
+                "operation, in degrees from the axis; null at a layer that the direction does not steer"
+            ),
+        ]
+    ]
+    angle_after: NotRequired[Annotated[_Numbers, Field(description="and after it")]]
 
 
 class ReadReport(TypedDict):
@@ -256,11 +266,9 @@ def report(readout: Readout, tokens: Sequence[tuple[str, Reading | None]]) -> Re
     """The report on `tokens`, each its text and what was read where it was predicted."""
     readings = [reading for _, reading in tokens if reading]
     assert len(readings) == len(tokens), "the engine reads every token of a request that asks"
-    return {
-        "layers": list(readout.layers),
-        "tokens": [text for text, _ in tokens],
-        "norms": [_numbers(reading.norms) for reading in readings],
-        "directions": [
+    lines: list[ReadLine] = []
+    for k, line in enumerate(readout.lines):
+        lines.append(
             {
                 "name": line.name,
                 "digest": line.digest,
@@ -268,8 +276,16 @@ def report(readout: Readout, tokens: Sequence[tuple[str, Reading | None]]) -> Re
                 "before": [_numbers(reading.before[:, k]) for reading in readings],
                 "after": [_numbers(reading.after[:, k]) for reading in readings],
             }
-            for k, line in enumerate(readout.lines)
-        ],
+        )
+        if readout.angle:
+            angles = [reading.angles[..., k] for reading in readings if reading.angles is not None]
+            lines[-1]["angle_before"] = [_numbers(each[BEFORE]) for each in angles]
+            lines[-1]["angle_after"] = [_numbers(each[AFTER]) for each in angles]
+    return {
+        "layers": list(readout.layers),
+        "tokens": [text for text, _ in tokens],
+        "norms": [_numbers(reading.norms) for reading in readings],
+        "directions": lines,
     }
 
 

@@ -1,13 +1,19 @@
-"""The OpenAI-compatible server on the own engine: routes, the layers around them, and the life of the app."""
+"""The OpenAI-compatible server on the own engine: from settings to a listening server (load, attach, check, fill the
+registry, serve: any step that fails ends the start), its routes, the layers around them, and the life of the app."""
 
 from __future__ import annotations
 
+import gc
+import logging
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from types import FrameType
 from typing import Annotated, Literal
 
+import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
@@ -17,15 +23,25 @@ from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
 from steer._version import __version__
-from steer.errors import SteerError
+from steer.errors import InvalidInput, RequestError, SteerError, UnsupportedModel
+from steer.hf.batching import start_engine
+from steer.hf.load import load, template_parameters
+from steer.hf.steering import Steering
 from steer.names import readable
+from steer.registry import Registry
 from steer.serve import answers, completions, errors, html, metrics, operation
 from steer.serve.access import PUBLIC, Access, Cors
 from steer.serve.carriers import PLUS, RECEIPT
+from steer.serve.control import Control
 from steer.serve.directions import router as directions_router
 from steer.serve.generation import Served
 from steer.serve.middleware import RenderingWatch, SteerMiddleware, wrap_routes
 from steer.serve.route import Head
+from steer.settings import KEEP_ALIVE, ServeSettings, served_name
+from steer.spec import parse
+from steer.tokenization import Chat
+
+log = logging.getLogger("steer")
 
 #: Routes of other servers, which people ask this one for.
 ELSEWHERE = ("/v1/responses", "/v1/messages", "/v1/embeddings", "/tokenize", "/detokenize")
@@ -37,7 +53,7 @@ class _Managed(TypedDict, total=False):
     failed_directions: Annotated[list[str], Field(description="files that are not served; for the managing role")]
 
 
-class Health(operation.Health, _Managed):
+class Health(operation.ServerState, _Managed):
     status: Annotated[Literal["ok", "failed"], Field(description="failed: the server must be restarted")]
     engine: Annotated[str, Field(description="how answers are generated")]
 
@@ -192,3 +208,94 @@ def _models(served: Served) -> APIRouter:
         raise errors.HTTPProblem(errors.Code.MODEL_NOT_FOUND, f"the model {name[:100]!r} is not served here")
 
     return router
+
+
+#: Direction rows for each token where the settings do not say: an eager hook pays only for those that are used.
+RANK = 4
+
+
+def prepare(model: str, settings: ServeSettings) -> Served:
+    """Everything but the socket. Raises SteerError when the server must not start."""
+    control = Control(settings)
+    control.listen(settings.host, settings.origins)
+    loaded = load(model, **settings.loading)
+    warn_of_template(loaded)
+    if taken := template_parameters().intersection(settings.template_variables):
+        raise InvalidInput(
+            f"--chat-template-kwargs: '{name}' is not a variable of a model's template" for name in sorted(taken)
+        )
+    steering = Steering(loaded.model, sites=settings.site_list, rows=settings.rows, rank=settings.rank or RANK)
+    anatomy = steering.anatomy
+    log.info(
+        "%s: %d layers × %d, attached at %s, self-check passed",
+        anatomy.architecture,
+        anatomy.layers,
+        anatomy.d_model,
+        ", ".join(steering.sites),
+    )
+    if not settings.directions.is_dir():
+        raise UnsupportedModel(f"the directions folder '{settings.directions}' does not exist; make it or name another")
+    registry = Registry(steering.placement(loaded.thinking), settings.directions)
+    registry.sync()
+    default = parse(settings.default_steer)
+    registry.resolve(default)
+    name = settings.served_model_name or served_name(model)
+    control.start(registry, name)  # before the engine, whose threads would keep a process that refuses to start alive
+    context = min(settings.context or loaded.context, loaded.context)
+    engine = start_engine(
+        steering, loaded.eos_ids, context=context, capacity=settings.max_requests, cache_tokens=settings.cache_tokens
+    )
+    log.info("engine: %s, context %d", engine.description, engine.context)
+    served = Served(name, loaded, engine, registry, control, default, settings.max_body, settings.template_variables)
+    log.info(
+        "serving '%s'; directions: %s; requests that name no steering get: %s",
+        served.model_name,
+        ", ".join(registry.names()) or "none",
+        settings.default_steer,
+    )
+    return served
+
+
+def warn_of_template(chat: Chat) -> None:
+    """Say at start what every request to /v1/chat/completions would be refused for."""
+    try:
+        chat.chat_ids([{"role": "user", "content": "x"}])
+    except RequestError as error:
+        log.warning("no chat can be served, only /v1/completions: %s", error)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn raises the signal again when it has drained, which makes a clean stop look like a crash: exit 0 instead.
+    A second signal stops without waiting."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def stay_responsive() -> None:
+    """What was loaded lives as long as the process, so no collection of garbage goes through it again; and a thread
+    that computes hands the interpreter to the event loop after a millisecond instead of five."""
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(0.001)
+
+
+def serve(model: str, settings: ServeSettings) -> None:
+    """Run until SIGTERM or SIGINT; running requests are served to their end, if it comes within `settings.drain`."""
+    served = prepare(model, settings)
+    stay_responsive()
+    try:
+        config = uvicorn.Config(
+            build(served),
+            host=settings.host,
+            port=settings.port,
+            log_level=settings.log_level,
+            access_log=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=settings.drain,
+        )
+        _Server(config).run()
+    finally:
+        served.engine.stop()
+        served.control.stop()

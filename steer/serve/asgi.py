@@ -1,12 +1,13 @@
-"""ASGI helpers: the headers of requests and answers, and a replacement body for an answer on its way out."""
+"""ASGI helpers: the headers of requests and answers, and answers on their way out that are broken off or rewritten."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
 from starlette.types import Message, Send
+
+from steer.serve import errors
 
 #: Makes the new body of an answer of the whole old one.
 Change = Callable[[bytes], Awaitable[bytes]]
@@ -19,15 +20,34 @@ def with_headers(message: Message, change: Callable[[MutableHeaders], object]) -
     return {**message, "headers": headers.raw}
 
 
-async def send_response(send: Send, response: Response) -> None:
-    """Send a response that has its whole body."""
-    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
-    await send({"type": "http.response.body", "body": response.body})
-
-
 def is_event_stream(start: Message) -> bool:
     """Does this `http.response.start` begin a stream of server-sent events?"""
     return "event-stream" in Headers(raw=start["headers"]).get("content-type", "")
+
+
+class Outgoing:
+    """An answer on its way out. `status`: 0 until it has begun; `ended`: nothing more of it is sent."""
+
+    def __init__(self, send: Send) -> None:
+        self._send, self.status, self._streams, self.ended = send, 0, False, False
+
+    async def send(self, message: Message) -> None:
+        if self.ended:
+            return
+        if message["type"] == "http.response.start":
+            self.status, self._streams = message["status"], is_event_stream(message)
+        await self._send(message)
+        self.ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+    async def break_off(self, error: Exception) -> None:
+        """End it with `error`, where that can still be told: instead of it, or as the last event of a stream."""
+        if not self.status:
+            told = errors.of(error)
+            await self._send({"type": "http.response.start", "status": told.status_code, "headers": told.raw_headers})
+            await self._send({"type": "http.response.body", "body": told.body})
+        elif self._streams and not self.ended:
+            await self._send({"type": "http.response.body", "body": errors.last_event(error)})
+        self.ended = True
 
 
 def rewriting(send: Send, choose: Callable[[Message], Change | None], media_type: str | None = None) -> Send:

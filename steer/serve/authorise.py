@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from steer import readout
-from steer.admission import Admission
 from steer.direction import Dose
 from steer.errors import SpecError
 from steer.names import Mode
 from steer.readout import RequestedReadout
-from steer.registry import Registry
+from steer.registry import Admission, Registry
 from steer.serve.carriers import FIELD, Carried
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.policy import CALIBRATED, KeyRules, Limits, Policy

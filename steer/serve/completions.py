@@ -10,8 +10,8 @@ from typing import TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from steer.admission import Admission
 from steer.hf.sampling import Token
+from steer.registry import Admission
 from steer.serve import errors, metrics
 from steer.serve.answers import (
     ChatChoice,
@@ -40,8 +40,7 @@ Choice = TypeVar("Choice")
 
 
 def router(served: Served) -> APIRouter:
-    router, generator, engine = APIRouter(route_class=JsonRoute), served.generator, served.engine
-    tokenizer = served.loaded.tokenizer
+    router, engine, tokenizer = APIRouter(route_class=JsonRoute), served.engine, served.loaded.tokenizer
 
     @router.post(
         "/v1/chat/completions",
@@ -57,20 +56,20 @@ def router(served: Served) -> APIRouter:
         engine.admit(body.n)
 
         def prepare() -> list[Job]:
-            asked = generator.tokens(body)
+            asked = served.tokens(body)
             prompt = served.loaded.chat_ids(
                 messages,
                 add_generation_prompt=body.begins_answer,
                 **{**served.template, **body.template_variables},
             )
             limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-            room, stops = generator.room(prompt, body.wanted_tokens, "messages", limit), Stops(body.stops)
+            room, stops = served.room(prompt, body.wanted_tokens, "messages", limit), Stops(body.stops)
             samplings = body.sampling(asked, room, body.wanted_logprobs)
             steer = served.steer(admission, prompt)
             return [Job(i, prompt, sampling, stops, steer, read) for i, sampling in enumerate(samplings)]
 
         messages = [message.plain() for message in body.messages]
-        jobs = await generator.offload(request, [message["content"] for message in messages], "messages", prepare)
+        jobs = await served.offload(request, [message["content"] for message in messages], "messages", prepare)
         prompt_tokens = len(jobs[0].prompt)
         metrics.current_usage().prompt += prompt_tokens
         base = envelope("chatcmpl", body.model, served.fingerprint)
@@ -103,7 +102,7 @@ def router(served: Served) -> APIRouter:
                 for job in jobs
             ]
             return stream(_chunks(served, jobs, prompt_tokens, body.stream_options, part, chunk, opening))
-        answers = await unless_gone(request, generator.answers(jobs))
+        answers = await unless_gone(request, served.answers(jobs))
         choices: list[ChatChoice] = [
             {
                 "index": i,
@@ -139,17 +138,17 @@ def router(served: Served) -> APIRouter:
             )
 
         def prepare() -> list[Job]:
-            asked = generator.tokens(body)
+            asked = served.tokens(body)
             jobs: list[Job] = []
             stops = Stops(body.stops)
             for prompt in prompts:
                 ids = served.loaded.text_ids(prompt) if isinstance(prompt, str) else prompt
-                room = generator.room(ids, body.max_tokens, "prompt")
+                room = served.room(ids, body.max_tokens, "prompt")
                 for sampling in body.sampling(asked, room, body.logprobs):
                     jobs.append(Job(len(jobs), ids, sampling, stops, served.steer(admission, ids), read))
             return jobs
 
-        jobs = await generator.offload(request, prompts, "prompt", prepare)
+        jobs = await served.offload(request, prompts, "prompt", prepare)
         prompt_tokens = sum(len(job.prompt) for job in jobs[:: body.n])
         metrics.current_usage().prompt += prompt_tokens
         base = envelope("cmpl", body.model, served.fingerprint)
@@ -175,7 +174,7 @@ def router(served: Served) -> APIRouter:
 
         if body.stream:
             return stream(_chunks(served, jobs, prompt_tokens, body.stream_options, part, chunk))
-        answers = await unless_gone(request, generator.answers(jobs))
+        answers = await unless_gone(request, served.answers(jobs))
         choices: list[CompletionChoice] = []
         for job, answer in zip(jobs, answers, strict=True):
             text, tokens = answer.text, answer.tokens
@@ -224,7 +223,7 @@ async def _chunks(
     for choice in opening:
         yield counted([choice])
     count = 0
-    async with aclosing(served.generator.interleaved(jobs)) as pieces:
+    async with aclosing(served.interleaved(jobs)) as pieces:
         async for index, piece in pieces:
             count += 1
             if (new := part(index, piece, [piece.token] if piece.token else [])) is not None:

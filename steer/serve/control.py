@@ -15,14 +15,14 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
 from steer._version import __version__
 from steer.errors import InvalidInput, SteerError, UnknownDirection, printable
 from steer.registry import Move, Registry
-from steer.serve import errors, metrics, policy
+from steer.serve import metrics, policy
 from steer.serve.audit import Audit, AuditUnavailable
 from steer.serve.authorise import ANYONE, CALLER, NOBODY, Caller, Refusal, Rules, forbidden
 from steer.serve.errors import Code
@@ -48,11 +48,13 @@ _moving: ContextVar[Caller | None] = ContextVar("steer_moving", default=None)
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One admitted request, from its admission to its end. `line` is the audit line of its admission."""
+    """One request, from before it is read to its end. `tokens` are charged to its key's rates and not yet used; `spec`
+    and what follows are of an admitted one, `line` is the audit line of its admission."""
 
     caller: Caller
-    spec: Spec
-    request_id: str
+    tokens: int = 0
+    spec: Spec = field(default_factory=Spec)
+    request_id: str = ""
     line: int | None = None
     task: asyncio.Future[None] | None = None
     #: Why it was ended before its end.
@@ -62,14 +64,6 @@ class Run:
         self.ended = why
         if self.task is not None:
             self.task.cancel()
-
-
-@dataclass(slots=True, eq=False)
-class Reservation:
-    """A request's part of its key's rates, from before it is read to its end. `tokens` are taken and not yet used."""
-
-    caller: Caller
-    tokens: int = 0
 
 
 MINUTE = 60.0
@@ -312,10 +306,10 @@ class Control:
         elif not self.caller(scope).manages:
             raise forbidden("manage", "managing needs a key with the managing role")
 
-    def refused(self, error: errors.HTTPProblem, caller: Caller, scope: Scope) -> None:
-        """Count and keep a refusal by policy. Nobody can fill the disk with them: a request without a key is counted
-        alone, and of a key's refusals by one rule REFUSALS_KEPT in a minute are kept one by one. The next line that is
-        says how many were not."""
+    def refused(self, error: SteerError, caller: Caller, scope: Scope) -> None:
+        """Count and keep a refusal by policy; of other errors nothing is kept. Nobody can fill the disk with them: a
+        request without a key is counted alone, and of a key's refusals by one rule REFUSALS_KEPT in a minute are kept
+        one by one. The next line that is says how many were not."""
         if not isinstance(error, Refusal):
             return
         metrics.POLICY_REFUSED.labels(rule=error.rule).inc()
@@ -356,7 +350,7 @@ class Control:
         """The steered requests that run on this front end."""
         return [run for run in self.runs if run.spec]
 
-    def enter(self, caller: Caller) -> Reservation:
+    def enter(self, caller: Caller) -> Run:
         """Take one request of the caller's rates, before it is read: what fails has been one too. Raises Refusal (429).
         Whoever has entered must `leave`."""
         rules, name = caller.rules, caller.name
@@ -369,24 +363,24 @@ class Control:
                 self._check_rate("tokens_per_minute", self._tokens, caller, 1)
                 self._requests.charge(name, rules.requests_per_minute, 1)
                 self.shared.count_own(_at_once(name), 1)
-        return Reservation(caller)
+        return Run(caller)
 
-    def reserve(self, reservation: Reservation, tokens: int) -> None:
+    def reserve(self, run: Run, tokens: int) -> None:
         """Take all the tokens that a request may come to. Raises Refusal (429)."""
-        rules, name = reservation.caller.rules, reservation.caller.name
+        rules, name = run.caller.rules, run.caller.name
         if rules is not None and name is not None and rules.tokens_per_minute is not None:
             with self.shared.lock():
-                self._check_rate("tokens_per_minute", self._tokens, reservation.caller, tokens)
+                self._check_rate("tokens_per_minute", self._tokens, run.caller, tokens)
                 self._tokens.charge(name, rules.tokens_per_minute, tokens)
-            reservation.tokens += tokens
+            run.tokens += tokens
 
-    def leave(self, reservation: Reservation) -> None:
+    def leave(self, run: Run) -> None:
         """The request has ended, whatever became of it; what it took and did not use is given back."""
-        rules, name = reservation.caller.rules, reservation.caller.name
+        rules, name = run.caller.rules, run.caller.name
         if rules is not None and name is not None:
             self.shared.count_own(_at_once(name), -1)
-            self._tokens.charge(name, rules.tokens_per_minute, -reservation.tokens)
-            reservation.tokens = 0
+            self._tokens.charge(name, rules.tokens_per_minute, -run.tokens)
+            run.tokens = 0
 
     def _check_rate(self, rule: str, meter: RateLimiter, caller: Caller, amount: int) -> None:
         assert caller.rules is not None
@@ -394,19 +388,19 @@ class Control:
         if wait := meter.wait(caller.name, getattr(caller.rules, rule), amount):
             raise _over(rule, caller.rules, math.ceil(wait))
 
-    async def begin(self, caller: Caller, spec: Spec, model: str | None, scope: Scope) -> Run:
-        """An admitted request. Raises Refusal (503) for a steered one whose line cannot be kept.
+    async def begin(self, run: Run, spec: Spec, model: str | None, scope: Scope) -> None:
+        """The request is admitted. Raises Refusal (503) for a steered one whose line cannot be kept.
 
         Where each line is to be on the disk first (`--audit-fsync always`), this waits for it, and nobody else does.
         """
-        run = Run(caller, spec, request_id(scope))
+        run.spec, run.request_id = spec, request_id(scope)
         self._loop = asyncio.get_running_loop()
         self._add(run)
         try:
             if spec and self.audit:
                 run.line = self.audit.write(
                     "admitted",
-                    key=caller.name,
+                    key=run.caller.name,
                     request_id=run.request_id,
                     model=None if model is None else model[:MODEL_SHOWN],
                     entries=spec.described,
@@ -421,7 +415,6 @@ class Control:
             self._discard(run)
             self._note_end(run, "cancelled", 0, 0)
             raise
-        return run
 
     def _add(self, run: Run) -> None:
         self.runs.add(run)
@@ -435,7 +428,7 @@ class Control:
             self.shared.count_own(STEERED, -1)
             metrics.STEERED_RUNNING.dec()
 
-    def end(self, run: Run, reservation: Reservation, outcome: str, usage: metrics.Usage) -> None:
+    def end(self, run: Run, outcome: str, usage: metrics.Usage) -> None:
         self._discard(run)
         used = usage.prompt + usage.completion
         if (rules := run.caller.rules) is not None and run.caller.name is not None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NotRequired
 
 import anyio.to_thread
-from fastapi import APIRouter, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
+from fastapi import APIRouter, Request
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from steer.direction import MAX_BYTES, DirectionMeta, Dose, LayerProfile
-from steer.errors import NoRoom, SteerError, UnknownDirection
+from steer.errors import NoRoom, UnknownDirection
 from steer.names import Mode, Site, check_name
 from steer.registry import Registry, Version
 from steer.serve import errors
@@ -21,8 +19,10 @@ from steer.serve.authorise import Caller
 from steer.serve.body import read_body
 from steer.serve.control import Control
 from steer.serve.errors import Code, documented
-from steer.serve.pages import FILE, READING, check_kind
+from steer.serve.pages import FILE
 from steer.serve.policy import Bounds, Limits, bounds
+from steer.serve.route import own_route
+from steer.spec import Condition
 
 
 class DirectionCard(TypedDict):
@@ -46,6 +46,10 @@ class DirectionCard(TypedDict):
         dict[Mode, Dose], Field(description="by mode the least and the largest strength up to which no harm was seen")
     ]
     sites: Annotated[list[Site], Field(description="where it acts")]
+    condition: Annotated[
+        str | None,
+        Field(description="one that was found on it, where the caller may write it; no request has it by itself"),
+    ]
     bytes: Annotated[int, Field(description="size of the file")]
     usable: Annotated[bool, Field(description="may the caller steer with it")]
     may: Annotated[Bounds, Field(description="what the caller may ask for with it, where it is usable")]
@@ -79,34 +83,6 @@ class DirectionDeleted(TypedDict):
     id: Annotated[str, Field(description="its name")]
     object: Literal["direction"]
     deleted: Literal[True]
-
-
-def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> type[APIRoute]:
-    """Routes whose errors are OpenAI's, whatever the app around them makes of exceptions. Those that change something
-    are for who manages, and want a body, if any, of this `kind`."""
-
-    class OwnRoute(base):  # type: ignore[valid-type]
-        def get_route_handler(self) -> Callable[[Request], Coroutine[None, None, Response]]:
-            handler = super().get_route_handler()
-
-            async def handling(request: Request) -> Response:
-                try:
-                    if request.method not in READING:
-                        control.check_manages(request.scope)
-                    if request.method in ("POST", "PUT"):
-                        check_kind(request.scope, kind)
-                    answer: Response = await handler(request)
-                    return answer
-                except RequestValidationError as error:
-                    return await errors.on_validation_error(request, error)
-                except SteerError as error:
-                    if isinstance(error, errors.HTTPProblem):
-                        control.refused(error, control.caller(request.scope), request.scope)
-                    return errors.of(error)
-
-            return handling
-
-    return OwnRoute
 
 
 def router(control: Control) -> APIRouter:
@@ -214,6 +190,10 @@ def card(
     """What `caller` is told of a direction in a list; `limits`: of each version (`Rules.limits`). Only a manager is
     told how many requests use it now, which would tell of others."""
     meta, problems = version.direction.meta, registry.failures.get(name)
+    may = bounds(
+        [*([caller.rules] if caller.rules else ()), *limits.get(version.digest, ())], registry.placement.shape.tokens
+    )
+    found = meta.condition if may["conditions"] else None
     told: DirectionCard = {
         "id": name,
         "object": "direction",
@@ -229,11 +209,10 @@ def card(
         "modes": list(meta.modes),
         "calibrated": meta.calibrated,
         "sites": list(meta.sites),
+        "condition": None if found is None else str(Condition(name, found.layer, found.above, found.below)),
         "bytes": version.bytes,
         "usable": caller.may_use(name),
-        "may": bounds(
-            [*([caller.rules] if caller.rules else ()), *limits.get(version.digest, ())], registry.placement.tokens
-        ),
+        "may": may,
     }
     if caller.manages:
         told["requests"] = version.pins

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from itertools import islice
 from types import MappingProxyType
@@ -29,7 +29,6 @@ from steer.errors import (
     field_path,
     problems_by_field,
 )
-from steer.serve.fields import Unserved
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 
@@ -85,6 +84,14 @@ class HTTPProblem(SteerError):
     ) -> None:
         self.code, self.param, self.headers = code, param, headers
         super().__init__(message)
+
+
+class Unserved(ValueError):
+    """Fields that a request may not have: `found` has each with what is wrong about it."""
+
+    def __init__(self, found: Iterable[tuple[str, str]]) -> None:
+        self.found = tuple(found)
+        super().__init__("; ".join(f"{name}: {wrong}" for name, wrong in self.found))
 
 
 class Problem(TypedDict):

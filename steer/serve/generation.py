@@ -8,20 +8,18 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from steer._version import __version__
-from steer.admission import Admission
 from steer.errors import RequestError, RequestFailed, SteerError
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
-from steer.hf.sampling import Sampling, Shaping, Token
-from steer.readout import FIELD, Readout
-from steer.registry import Registry
+from steer.hf.sampling import Sampling, Token
+from steer.readout import FIELD
+from steer.registry import Admission, Registry
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
 from steer.serve.answers import Finish, SteerFields, report
@@ -29,8 +27,9 @@ from steer.serve.body import Gone, offload
 from steer.serve.carriers import PLUS
 from steer.serve.control import Control
 from steer.serve.metrics import current_usage
+from steer.serve.protocol import GenerationRequest
 from steer.serve.text import Stops, TextStream, token_text
-from steer.spec import RequestedDirection
+from steer.spec import Readout, RequestedDirection
 
 log = logging.getLogger("steer")
 T = TypeVar("T")
@@ -62,18 +61,6 @@ _LEFT_OUT: dict[str, object] = {
     "typical_p": 1.0,
     "watermarking_config": None,
 }
-
-
-class Asked(Protocol):
-    """What a request body says in tokens and in words."""
-
-    logit_bias: dict[str, float] | None
-    stop_token_ids: list[int]
-    bad_words: list[str]
-    min_tokens: int
-    repetition_penalty: float | None
-    frequency_penalty: float | None
-    presence_penalty: float | None
 
 
 @dataclass(slots=True)
@@ -110,34 +97,75 @@ class Job:
     read: Readout | None = None
 
 
-class Generator:
-    """Runs jobs on an engine, with the model's own tokenizer."""
+@dataclass
+class Served:
+    """What the routes of the own engine share: the model with its tokenizer, its engine, registry and control. Runs
+    jobs on the engine."""
 
-    def __init__(self, loaded: Loaded, engine: Engine) -> None:
-        self.loaded, self.engine = loaded, engine
-        #: The characters that one token stands for at most, as the vocabulary writes it.
-        self._longest = max(map(len, loaded.tokenizer.get_vocab()))
-        generation = loaded.model.generation_config
-        #: How many tokens an answer has at most where the request does not say, or None: what the context allows.
-        self.most: int | None = generation.max_new_tokens
+    model_name: str
+    loaded: Loaded
+    engine: Engine
+    registry: Registry
+    control: Control
+    default: tuple[RequestedDirection, ...]
+    max_body: int
+    template: Mapping[str, object]
+
+    #: What the model's own settings say where a request does not.
+    defaults: Sampling = field(init=False)
+    #: The most characters that the tokens of the context stand for, as the vocabulary writes them.
+    longest_text: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.longest_text = self.engine.context * max(map(len, self.loaded.tokenizer.get_vocab()))
+        generation = self.loaded.model.generation_config
         self.defaults = Sampling(
             max_tokens=0,
             temperature=_or(generation.temperature, 1.0) if generation.do_sample else 0.0,
             top_p=_or(generation.top_p, 1.0),
             top_k=_or(generation.top_k, TOP_K if generation.do_sample else 0),
             min_p=_or(generation.min_p, 0.0),
-            shape=Shaping(repetition_penalty=_or(generation.repetition_penalty, 1.0)),
+            repetition_penalty=_or(generation.repetition_penalty, 1.0),
         )
         left = [name for name, neutral in _LEFT_OUT.items() if getattr(generation, name, None) not in (None, neutral)]
         if left:
             log.warning("settings of the model's generation_config.json that are not applied: %s", ", ".join(left))
 
+    @property
+    def fingerprint(self) -> str:
+        """`system_fingerprint` of every answer: what this server's answers depend on besides the request."""
+        return f"steer-{__version__}-{(self.loaded.template_sha256 or 'base')[:8]}"
+
+    def check_model(self, name: str) -> None:
+        """Raise HTTPProblem 404 for a model that is not this one; the middleware has taken aliases apart."""
+        if name != self.model_name:
+            raise errors.HTTPProblem(
+                errors.Code.MODEL_NOT_FOUND,
+                f"the model {name[:100]!r} is not served here; served: '{self.model_name}', and "
+                f"'{self.model_name}{PLUS}<direction>' for each direction",
+                param="model",
+            )
+
+    def steer(self, admission: Admission, prompt: Sequence[int]) -> RequestSteer | None:
+        """What steers a prompt of these tokens, in slots of the bank."""
+        spec = admission.spec
+        return self.engine.steering.bank.steer(spec, len(prompt), spec.phase(self.loaded.thinking, prompt))
+
+    def steer_fields(self, read: Readout | None, tokens: list[Token], applied: bool | None) -> SteerFields:
+        """The parts of a choice that say what was read at its tokens, and whether its condition or phase was met."""
+        out: SteerFields = {}
+        if applied is not None:
+            out["steer_applied"] = applied
+        if read is not None:
+            shown = [(token_text(self.loaded.tokenizer, token.id), token.reading) for token in tokens]
+            out[FIELD] = report(read, shown)
+        return out
+
     async def offload(self, request: Request, texts: Sequence[str | list[int]], param: str, work: Callable[[], T]) -> T:
         """What `work` makes of `texts` in a thread, unless the client goes first. Raises HTTPProblem for a text that is
         too long for any answer, before a minute is spent on counting its tokens."""
-        most = self.engine.context * self._longest
         for text in texts:
-            if len(text) > most:
+            if len(text) > (most := self.longest_text):
                 raise errors.HTTPProblem(
                     errors.Code.CONTEXT_LENGTH_EXCEEDED,
                     f"the prompt has {len(text)} characters; no text of more than {most} is within the context of "
@@ -162,9 +190,10 @@ class Generator:
         vocabulary = self.engine.steering.anatomy.vocabulary
         if (bad := next((t for t in prompt if not 0 <= t < vocabulary), None)) is not None:
             raise RequestError(f"token id {str(bad)[:40]} is outside the vocabulary of {vocabulary}", param=param)
-        return min(left, self.most or left) if wanted is None else wanted
+        most: int | None = self.loaded.model.generation_config.max_new_tokens  # where a request does not say
+        return min(left, most or left) if wanted is None else wanted
 
-    def tokens(self, body: Asked) -> Sampling:
+    def tokens(self, body: GenerationRequest) -> Sampling:
         """What a request says in tokens and in words, as a part of its `Sampling`. Raises RequestError for a token that
         the model does not have."""
         vocabulary = self.engine.steering.anatomy.vocabulary
@@ -172,16 +201,16 @@ class Generator:
         for name, ids in ("stop_token_ids", body.stop_token_ids), ("logit_bias", [token for token, _ in biased]):
             if (bad := next((t for t in ids if not 0 <= t < vocabulary), None)) is not None:
                 raise RequestError(f"{name}: token id {bad} is outside the vocabulary of {vocabulary}", param=name)
-        given = self.defaults.shape.repetition_penalty
-        shape = Shaping(
+        return replace(
+            self.defaults,
+            stop_token_ids=tuple(body.stop_token_ids),
             logit_bias=tuple(biased),
             bad_words=tuple(ids for word in body.bad_words for ids in self._spelled(word)),
-            repetition_penalty=given if body.repetition_penalty is None else body.repetition_penalty,
+            repetition_penalty=_or(body.repetition_penalty, self.defaults.repetition_penalty),
             frequency_penalty=body.frequency_penalty or 0.0,
             presence_penalty=body.presence_penalty or 0.0,
             min_tokens=body.min_tokens,
         )
-        return replace(self.defaults, stop_token_ids=tuple(body.stop_token_ids), shape=shape)
 
     def _spelled(self, word: str) -> list[tuple[int, ...]]:
         """A word at the beginning of a text and, where that is as many tokens with another first one, inside of it."""
@@ -191,36 +220,30 @@ class Generator:
 
     async def pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
         """What goes wrong between tokens and text is a RequestFailed."""
+        made, ends = 0, job.sampling.ends(self.engine.eos_ids)
+        current_usage().answer(lambda: made)
         try:
-            async with aclosing(self._pieces(job)) as pieces:
-                async for piece in pieces:
-                    yield piece
+            text = TextStream(self.loaded.tokenizer, job.stop)
+            async with aclosing(self.engine.generate(job.prompt, job.sampling, job.steer, job.read)) as tokens:
+                async for token in tokens:
+                    made += 1
+                    if token.id in ends:
+                        yield Piece(text.finish(), None, "stop", token.applied)
+                        break
+                    new = text.push(token.id)
+                    if text.stopped:
+                        yield Piece(new, token, "stop", token.applied)
+                        break
+                    if made == job.sampling.max_tokens:
+                        rest = new + text.finish()
+                        yield Piece(rest, token, "stop" if text.stopped else "length", token.applied)
+                        break
+                    yield Piece(new, token)
         except SteerError:
             raise
         except Exception as error:
             log.exception("an answer broke off")
             raise RequestFailed(f"the answer was cut off: {type(error).__name__}: {str(error)[:200]}") from error
-
-    async def _pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
-        text = TextStream(self.loaded.tokenizer, job.stop)
-        made, ends = 0, job.sampling.ends(self.engine.eos_ids)
-        current_usage().answer(lambda: made)
-        stream = self.engine.generate(job.prompt, job.sampling, job.steer, job.read)
-        async with aclosing(stream):
-            async for token in stream:
-                made += 1
-                if token.id in ends:
-                    yield Piece(text.finish(), None, "stop", token.applied)
-                    break
-                new = text.push(token.id)
-                if text.stopped:
-                    yield Piece(new, token, "stop", token.applied)
-                    break
-                if made == job.sampling.max_tokens:
-                    rest = new + text.finish()
-                    yield Piece(rest, token, "stop" if text.stopped else "length", token.applied)
-                    break
-                yield Piece(new, token)
 
     async def answer(self, job: Job) -> Answer:
         out = Answer()
@@ -269,54 +292,6 @@ class Generator:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-
-@dataclass(frozen=True)
-class Served:
-    """What the routes of the own engine share: the model, its engine, registry and control."""
-
-    model_name: str
-    loaded: Loaded
-    engine: Engine
-    registry: Registry
-    control: Control
-    default: tuple[RequestedDirection, ...]
-    max_body: int
-    template: Mapping[str, object]
-
-    @cached_property
-    def generator(self) -> Generator:
-        return Generator(self.loaded, self.engine)
-
-    @property
-    def fingerprint(self) -> str:
-        """`system_fingerprint` of every answer: what this server's answers depend on besides the request."""
-        return f"steer-{__version__}-{(self.loaded.template_sha256 or 'base')[:8]}"
-
-    def check_model(self, name: str) -> None:
-        """Raise HTTPProblem 404 for a model that is not this one; the middleware has taken aliases apart."""
-        if name != self.model_name:
-            raise errors.HTTPProblem(
-                errors.Code.MODEL_NOT_FOUND,
-                f"the model {name[:100]!r} is not served here; served: '{self.model_name}', and "
-                f"'{self.model_name}{PLUS}<direction>' for each direction",
-                param="model",
-            )
-
-    def steer(self, admission: Admission, prompt: Sequence[int]) -> RequestSteer | None:
-        """What steers a prompt of these tokens, in slots of the bank."""
-        spec = admission.spec
-        return self.engine.steering.bank.steer(spec, len(prompt), spec.phase(self.loaded.thinking, prompt))
-
-    def steer_fields(self, read: Readout | None, tokens: list[Token], applied: bool | None) -> SteerFields:
-        """The parts of a choice that say what was read at its tokens, and whether its condition or phase was met."""
-        out: SteerFields = {}
-        if applied is not None:
-            out["steer_applied"] = applied
-        if read is not None:
-            shown = [(token_text(self.loaded.tokenizer, token.id), token.reading) for token in tokens]
-            out[FIELD] = report(read, shown)
-        return out
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:

@@ -14,6 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 
 from starlette.applications import Starlette
@@ -22,15 +23,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer import readout
-from steer.admission import Admission
 from steer.errors import SteerError
 from steer.readout import RequestedReadout
-from steer.registry import Registry
+from steer.registry import Admission, Registry
 from steer.serve import carriers, errors, metrics
-from steer.serve.asgi import is_event_stream, send_response, with_headers
+from steer.serve.asgi import Outgoing, with_headers
 from steer.serve.authorise import admit
 from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, tokens_of, understood
-from steer.serve.control import Control, Reservation, Run
+from steer.serve.control import Control, Run
 from steer.serve.pages import JSON, check_kind
 from steer.spec import RequestedDirection, Spec
 from steer.tokenization import rendered_otherwise
@@ -80,53 +80,47 @@ class RenderingWatch:
                 log.warning("direction '%s' acts on chats of another form: %s", entry.direction, told)
 
 
+@dataclass(eq=False)
 class SteerMiddleware:
     """`served` are the model names that aliases extend; `forward` may write the admission into the body for an engine
     that has another interface; `readable` is how many layers the engine can read, 0 for none; `parsed`
     says that the app takes the body from `scope[BODY]`, and none has to be written for it again; `context` is the most
     tokens that one prompt with its answer can have there; `rendering` looks at how chats are rendered."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        registry: Registry,
-        served: Sequence[str],
-        control: Control,
-        default: tuple[RequestedDirection, ...] = (),
-        max_body: int = 8 * 2**20,
-        forward: Forward | None = None,
-        readable: int = 0,
-        parsed: bool = False,
-        context: int = 2**15,
-        rendering: RenderingWatch | None = None,
-    ) -> None:
-        self.app, self.registry, self.served, self.default = app, registry, tuple(served), default
-        self.max_body, self.forward, self.context = max_body, forward, context
-        self.readable, self.control, self.parsed = readable, control, parsed
-        self.rendering = rendering or RenderingWatch(registry)
+    app: ASGIApp
+    _: KW_ONLY
+    registry: Registry
+    served: Sequence[str]
+    control: Control
+    rendering: RenderingWatch
+    default: tuple[RequestedDirection, ...] = ()
+    max_body: int = 8 * 2**20
+    forward: Forward | None = None
+    readable: int = 0
+    parsed: bool = False
+    context: int = 2**15
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         caller = self.control.caller(scope)
         try:
-            reservation = self.control.enter(caller)
+            run = self.control.enter(caller)
         except errors.HTTPProblem as error:
             self.control.refused(error, caller, scope)
             await errors.of(error)(scope, receive, send)
             return
         try:
-            await self._handle(reservation, scope, receive, send)
+            await self._handle(run, scope, receive, send)
         finally:
-            self.control.leave(reservation)
+            self.control.leave(run)
 
-    async def _handle(self, reservation: Reservation, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, run: Run, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        control, caller = self.control, reservation.caller
+        control, caller = self.control, run.caller
         try:
             check_kind(scope, JSON)
             data = await read_body(scope, receive, self.max_body)
             body, carried, wanted = await understood(partial(self._understand, data, scope), len(data))
-            control.reserve(reservation, tokens_of(body, len(data), self.context))
+            control.reserve(run, tokens_of(body, len(data), self.context))
             admission = admit(
                 carried,
                 self.registry,
@@ -137,7 +131,7 @@ class SteerMiddleware:
                 rules=control.rules,
             )
             try:
-                run = await control.begin(caller, admission.spec, carried.model, scope)
+                await control.begin(run, admission.spec, carried.model, scope)
             except BaseException:
                 admission.release()
                 raise
@@ -145,8 +139,7 @@ class SteerMiddleware:
             return
         except SteerError as error:
             metrics.REFUSED.labels(reason=type(error).__name__).inc()
-            if isinstance(error, errors.HTTPProblem):
-                control.refused(error, caller, scope)
+            control.refused(error, caller, scope)
             await errors.of(error)(scope, receive, send)
             return
         answer = _Answer(send, run)
@@ -172,7 +165,7 @@ class SteerMiddleware:
                 raise
             finally:
                 admission.release()
-                control.end(run, reservation, "error" if usage.failed else answer.outcome, usage)
+                control.end(run, "error" if usage.failed else answer.outcome, usage)
 
     def _understand(
         self, data: bytes, scope: Scope
@@ -200,7 +193,7 @@ class SteerMiddleware:
             await answer.break_off(run.ended)
 
 
-class _Answer:
+class _Answer(Outgoing):
     """The answer on its way out: its receipt goes on, and what becomes of it is seen.
 
     `outcome`: ok, error, aborted (by the kill switch, or since its key was taken away), or cancelled (by a client that
@@ -208,30 +201,23 @@ class _Answer:
     """
 
     def __init__(self, send: Send, run: Run) -> None:
-        self._send = send
+        super().__init__(send)
         self._receipt, self._request_id = run.spec.receipt(), run.request_id
-        self._streams = False
-        self._status = 0
         self.outcome = "cancelled"
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._status = message["status"]
-            self._streams = is_event_stream(message)
-            message = with_headers(message, self._complete)
-        await self._send(message)
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.outcome = "ok" if self._status < 400 else "error"
+            served = message["status"] < 400
+            message = with_headers(message, lambda headers: self._complete(headers, served))
+        await super().send(message)
+        if self.ended and self.outcome == "cancelled":
+            self.outcome = "ok" if self.status < 400 else "error"
 
-    def _complete(self, headers: MutableHeaders) -> None:
-        if self._status < 400:
+    def _complete(self, headers: MutableHeaders, served: bool) -> None:
+        if served:
             headers.append(carriers.RECEIPT, self._receipt)
         headers.setdefault(REQUEST_ID, self._request_id)
 
-    async def break_off(self, error: errors.HTTPProblem) -> None:
-        """End it here, in the middle if it has begun."""
-        if not self._status:
-            await send_response(self._send, errors.of(error))
-        elif self._streams and self.outcome == "cancelled":
-            await self._send({"type": "http.response.body", "body": errors.last_event(error)})
+    async def break_off(self, error: Exception) -> None:
+        await super().break_off(error)
         self.outcome = "aborted"

@@ -13,18 +13,17 @@ from typing_extensions import TypedDict
 from steer.names import MODE_SCALES, MODE_SUMMARIES, MODES, Mode, Scale
 from steer.serve.authorise import Refusal
 from steer.serve.control import Control
-from steer.serve.directions import own_route
 from steer.serve.errors import Code, documented
 from steer.serve.pages import JSON
 from steer.serve.policy import Bounds, bounds
-from steer.serve.route import JsonRoute
+from steer.serve.route import JsonRoute, own_route
 from steer.spec import TOKENS
 from steer.watch import State
 
 PATH = "/v1/steering"
 
 
-class Health(TypedDict):
+class ServerState(TypedDict):
     """The state of a server as everybody may read it: nothing of keys or directions."""
 
     steering: Annotated[Literal["on", "off"], Field(description="is steering switched on")]
@@ -125,7 +124,7 @@ def router(control: Control) -> APIRouter:
     return routes
 
 
-def health(control: Control) -> Health:
+def health(control: Control) -> ServerState:
     """For `/health`. `policy` and `folder` say also how it is with the threads that follow them (`Follower.state`),
     `seconds_since_look` when those last looked."""
     return {
@@ -165,7 +164,7 @@ def steering(control: Control, scope: Scope) -> Steering:
     """For `/v1/steering`: the switch, and what the caller may do."""
     caller = control.caller(scope)
     rules, manages = caller.rules, True
-    known = TOKENS if control.registry is None else control.registry.placement.tokens
+    known = TOKENS if control.registry is None else control.registry.placement.shape.tokens
     try:
         control.check_manages(scope)
     except Refusal:

@@ -1,12 +1,17 @@
-"""The parts of the OpenAI API that the own engine serves: request bodies, checked.
+"""The parts of the OpenAI API that the own engine serves: request bodies, checked. The content of lists is checked
+before anything is built from it.
 
-`fields` says how all other fields are handled. The content of lists is checked before anything is built from it.
+Of fields that it does not serve, one that would change the answer is refused and the error names it; an unknown one
+too. Null, empty values and the values that clients send by default ask for nothing, and pass. A test reads the request
+types of the `openai` package and of vLLM, so that none of their fields is forgotten here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
+from itertools import islice
 from types import NoneType
 from typing import Annotated, ClassVar, Literal, get_args
 
@@ -17,8 +22,8 @@ from steer import readout, spec
 from steer.errors import RequestError, brief
 from steer.hf.load import template_parameters
 from steer.hf.sampling import Sampling
-from steer.serve import body, carriers, fields
-from steer.serve.fields import Unserved
+from steer.serve import body, carriers
+from steer.serve.errors import Unserved
 
 MAX_N = 64
 MAX_TOP_LOGPROBS = 20
@@ -39,6 +44,74 @@ CARRIED: dict[str, dict[str, object]] = {
 }
 
 
+def _each(names: str, *neutral: object) -> dict[str, tuple[object, ...]]:
+    return dict.fromkeys(names.split(), neutral)
+
+
+#: Accepted with any value: they say who asks, and how it is kept or scheduled, and change no answer of one model here.
+IGNORED = frozenset(
+    _each(
+        """
+        cache_salt client_metadata metadata parallel_tool_calls priority prompt_cache_key prompt_cache_options
+        prompt_cache_retention request_id safety_identifier service_tier session_id store stream_interval user
+        """
+    )
+)
+#: Not served, with the values that ask for nothing besides null and what is empty.
+NOT_SERVED: Mapping[str, tuple[object, ...]] = (
+    _each(
+        """
+        allowed_token_ids audio chat_template do_sample documents ec_transfer_params extra_args extra_body
+        extra_headers extra_query functions grammar guided_choice guided_decoding_backend guided_grammar guided_json
+        guided_regex guided_whitespace_pattern json_schema kv_transfer_params logit_processors logits_processors
+        logprob_token_ids lora_request max_new_tokens media_io_kwargs mm_processor_kwargs moderation prediction
+        prompt_embeds prompt_logprobs reasoning reasoning_effort regex repetition_detection structured_outputs
+        suffix thinking_token_budget tools truncate_prompt_tokens truncation_side vllm_xargs watermarking
+        web_search_options
+        """,
+    )
+    | _each(
+        """
+        dry_multiplier epsilon_cutoff eta_cutoff min_new_tokens mirostat mirostat_mode no_repeat_ngram_size
+        penalty_alpha routed_experts_prompt_start smoothing_factor top_a xtc_probability
+        """,
+        0,
+    )
+    | _each(
+        """
+        best_of encoder_repetition_penalty guidance_scale length_penalty num_beams rep_pen repeat_penalty tfs
+        typical typical_p
+        """,
+        1,
+    )
+    | _each(
+        """
+        include_stop_str_in_output return_mm_kwargs return_prompt_text return_token_ids return_token_offsets
+        return_tokens_as_token_ids use_beam_search
+        """,
+        False,
+    )
+    | _each(
+        """
+        skip_special_tokens spaces_between_special_tokens
+        """,
+        True,
+    )
+    | {
+        "function_call": ("none", "auto"),
+        "include_reasoning": (True, False),  # nothing is taken out of an answer here, so nothing can be left in
+        "mm_payload": ("tensors",),
+        "modalities": (["text"],),
+        "response_format": ({"type": "text"},),
+        "tool_choice": ("none", "auto"),
+        "verbosity": ("medium",),
+    }
+)
+_EMPTY: tuple[object, ...] = ("", [], {})
+#: Problems of one request that are told of.
+_MOST = 8
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
 
@@ -50,7 +123,7 @@ class StreamOptions(BaseModel):
         return _given(cls, data, {"include_obfuscation": (True, False), "continuous_usage_stats": (False,)})
 
 
-class _Generation(BaseModel):
+class GenerationRequest(BaseModel):
     """What both generation routes share."""
 
     model_config = ConfigDict(
@@ -136,33 +209,47 @@ class _Generation(BaseModel):
                 f"min_tokens: {self.min_tokens} is over the {max_tokens} tokens that the answer may have",
                 param="min_tokens",
             )
-
-        temperature, top_p, top_k, min_p = self.temperature, self.top_p, self.top_k, self.min_p
-        return [
-            replace(
-                defaults,
-                max_tokens=max_tokens,
-                temperature=defaults.temperature if temperature is None else temperature,
-                top_p=defaults.top_p if top_p is None else top_p,
-                top_k=max(0, defaults.top_k if top_k is None else top_k),
-                min_p=defaults.min_p if min_p is None else min_p,
-                seed=None if self.seed is None else self.seed + i,
-                logprobs=logprobs,
-                ignore_eos=self.ignore_eos,
-            )
-            for i in range(self.n)
-        ]
+        given = self.model_dump(include={"temperature", "top_p", "top_k", "min_p", "ignore_eos"}, exclude_none=True)
+        asked = replace(defaults, **given, max_tokens=max_tokens, logprobs=logprobs)
+        asked = replace(asked, top_k=max(0, asked.top_k))
+        return [replace(asked, seed=None if self.seed is None else self.seed + i) for i in range(self.n)]
 
 
 def _given(cls: type[BaseModel], data: object, neutral: Mapping[str, tuple[object, ...]]) -> object:
     """Without what is null, which is the default; raises Unserved for what is not served."""
     if not isinstance(data, dict):
         return data
-    fields.check(data, cls.model_fields, neutral)
+    _check(data, cls.model_fields, neutral)
     for name in ("max_tokens", "max_completion_tokens"):
         if data.get(name) == -1:  # as several servers have it for: no limit
             data = data | {name: None}
     return {name: value for name, value in data.items() if value is not None or _means_null(cls.model_fields.get(name))}
+
+
+def _check(data: Mapping[str, object], served: Iterable[str], neutral: Mapping[str, tuple[object, ...]]) -> None:
+    """Raises Unserved for what `data` asks for beside the fields that are `served`. `neutral` is of one route and goes
+    before `NOT_SERVED`."""
+    known = {*served}
+    problems = ((name[:100], _wrong(name, data[name], known, neutral)) for name in data if name not in known)
+    if found := list(islice((each for each in problems if each[1]), _MOST)):
+        raise Unserved(found)
+
+
+def _wrong(name: str, value: object, served: set[str], own: Mapping[str, tuple[object, ...]]) -> str:
+    if value is None or name in IGNORED or _among(value, _EMPTY):
+        return ""
+    neutral = own.get(name, NOT_SERVED.get(name))
+    if neutral is None:
+        near = get_close_matches(name[:40], served, 1, 0.8)
+        return f"unknown field{f'; did you mean {near[0]}?' if near else ''}"
+    if _among(value, neutral):
+        return ""
+    return f"not served by the transformers backend; accepted: {', '.join(['null', *map(repr, neutral)])}"
+
+
+def _among(value: object, values: Iterable[object]) -> bool:
+    """Is it one of these, where true is not 1?"""
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in values)
 
 
 def _means_null(field: FieldInfo | None) -> bool:
@@ -210,7 +297,7 @@ class Message(BaseModel):
 _OF_ANSWERS = frozenset(("annotations", "provider_specific_fields"))
 
 
-class ChatRequest(_Generation):
+class ChatRequest(GenerationRequest):
     neutral: ClassVar = {"echo": (False,), "add_special_tokens": (False,)}
 
     messages: Annotated[list[Message], FailFast()] = Field(
@@ -271,7 +358,7 @@ class ChatRequest(_Generation):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(_Generation):
+class CompletionRequest(GenerationRequest):
     neutral: ClassVar = {"add_special_tokens": (True,)}
 
     prompt: str | list[int] | list[str] | list[list[int]] = Field(

@@ -1,4 +1,5 @@
-"""Routes that take JSON: they use the body that the middleware has read, bounded and parsed once."""
+"""How routes take bodies and tell of errors. Those that take JSON use the body that the middleware has read and parsed
+once."""
 
 from __future__ import annotations
 
@@ -11,8 +12,11 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from steer.errors import SteerError
 from steer.serve import errors
 from steer.serve.body import BODY, SMALL, Gone, parse_body, read_body, understood
+from steer.serve.control import Control
+from steer.serve.pages import READING, check_kind
 
 #: Bytes of a body that steers nothing.
 MAX_CONTROL = 16 * 1024
@@ -80,3 +84,30 @@ class JsonRoute(APIRoute):
             return await handler(_Parsed(request, body))
 
         return handling
+
+
+def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> type[APIRoute]:
+    """Routes whose errors are OpenAI's, whatever the app around them makes of exceptions. Those that change something
+    are for who manages, and want a body, if any, of this `kind`."""
+
+    class OwnRoute(base):  # type: ignore[valid-type]
+        def get_route_handler(self) -> Callable[[Request], Coroutine[None, None, Response]]:
+            handler = super().get_route_handler()
+
+            async def handling(request: Request) -> Response:
+                try:
+                    if request.method not in READING:
+                        control.check_manages(request.scope)
+                    if request.method in ("POST", "PUT"):
+                        check_kind(request.scope, kind)
+                    answer: Response = await handler(request)
+                    return answer
+                except RequestValidationError as error:
+                    return await errors.on_validation_error(request, error)
+                except SteerError as error:
+                    control.refused(error, control.caller(request.scope), request.scope)
+                    return errors.of(error)
+
+            return handling
+
+    return OwnRoute

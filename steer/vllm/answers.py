@@ -17,7 +17,7 @@ from steer.errors import NotFinite, SteerError
 from steer.readout import FIELD
 from steer.serve import errors
 from steer.serve.answers import ReadReport
-from steer.serve.asgi import is_event_stream, rewriting, send_response
+from steer.serve.asgi import Outgoing, is_event_stream, rewriting
 
 DONE = b"data: [DONE]"
 #: Makes the field of the one choice.
@@ -121,35 +121,19 @@ def _mention(name: str, message: str) -> int:
     return found.start() if found else len(message)
 
 
-class UnlessLost:
+class UnlessLost(Outgoing):
     """Sends an answer on until `lost()`, and from there the error in its place: vLLM's routes each tell of errors in
     their own way, some of a stream by breaking it off."""
 
     def __init__(self, send: Send, lost: Callable[[], bool]) -> None:
-        self._send, self._lost = send, lost
-        self._started = self._streams = self._ended = False
+        super().__init__(send)
+        self._lost = lost
 
     async def send(self, message: Message) -> None:
-        if self._ended:
-            return
-        if self._lost():
-            await self.end()
-            return
-        if message["type"] == "http.response.start":
-            self._started = True
-            self._streams = is_event_stream(message)
-        await self._send(message)
-
-    async def end(self) -> None:
-        """With the error, unless that was sent."""
-        if self._ended:
-            return
-        self._ended = True
-        error = NotFinite()
-        if not self._started:
-            await send_response(self._send, errors.of(error))
+        if not self.ended and self._lost():
+            await self.break_off(NotFinite())
         else:
-            await self._send({"type": "http.response.body", "body": errors.last_event(error) if self._streams else b""})
+            await super().send(message)
 
 
 def _chunk(last: bytes, field: ReadReport) -> bytes:

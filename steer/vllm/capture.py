@@ -15,11 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from steer.runtime.hook_points import Output
-from steer.vllm import wire
+from steer.vllm.settings import CAPTURE
 from steer.vllm.steering_module import Form, stream
-
-#: The key in `extra_args` under which a request says what is wanted of it.
-KEY = wire.CAPTURE
 
 
 class CaptureRequest(BaseModel):
@@ -35,7 +32,7 @@ class CaptureRequest(BaseModel):
 
     @classmethod
     def of(cls, params: object) -> CaptureRequest | None:
-        found = (getattr(params, "extra_args", None) or {}).get(KEY)
+        found = (getattr(params, "extra_args", None) or {}).get(CAPTURE)
         return None if found is None else cls.model_validate(found)
 
 

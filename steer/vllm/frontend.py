@@ -23,24 +23,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from steer.admission import Admission
 from steer.errors import EngineFailed, NoRoom, NotFinite, SpecError, UnsupportedModel
 from steer.names import readable
-from steer.registry import Registry
-from steer.runtime.placement import Shape
+from steer.registry import Admission, Registry
 from steer.runtime.readout import Reading
 from steer.serve import metrics
 from steer.serve.text import token_text
+from steer.shape import Shape
 from steer.shared import Shared
 from steer.spec import RequestedDirection, Spec, parse
 from steer.tokenization import Thinking
-from steer.vllm import internals, wire
+from steer.vllm import internals
 from steer.vllm.internals.types import Call, CallAsync
 from steer.vllm.placement import VllmPlacement
 from steer.vllm.selfcheck import Ask, self_check
-from steer.vllm.settings import KEY, EngineSettings
+from steer.vllm.settings import KEY, READ, RESOLVED, EngineSettings, check_absent, receipt_of
 from steer.vllm.steering_module import code_digest
-from steer.vllm.wire import READ, RESOLVED
 
 if TYPE_CHECKING:
     from steer.tokenization import Decoder
@@ -79,7 +77,7 @@ def parted(request: EngineRequest) -> tuple[str, int, str]:
     before leave in the prefix cache is what plain requests leave. (…, 0, "") for one that no front end of ours has
     salted, whatever its salt looks like."""
     cache_salt = request.cache_salt or ""
-    found = None if wire.of(request.sampling_params) is None else _SALTED.fullmatch(cache_salt)
+    found = None if receipt_of(request.sampling_params) is None else _SALTED.fullmatch(cache_salt)
     return (found[1], int(found[3]), found[2]) if found else (cache_salt, 0, "")
 
 
@@ -302,21 +300,19 @@ class Frontend:
             for layer, data in answer or ():
                 values = np.frombuffer(data, np.float32).reshape(-1, 2 * self.settings.rank + 1)
                 found.setdefault(layer, values)  # tensor-parallel ranks say the same
-        layers, rows = readout.layers, len(readout.lines)
+        layers, rows = readout.layers, readout.rows
         if missing := [layer for layer in layers if layer not in found or len(found[layer]) < len(tokens)]:
             raise EngineFailed(f"the layers {missing} were not read for every token")
         values = np.stack([found[layer][: len(tokens)] for layer in layers], axis=1)
         rank = self.settings.rank
-        return [
-            (token_text(tokenizer, token), Reading(each[:, :rows], each[:, rank : rank + rows], each[:, -1]))
-            for token, each in zip(tokens, values, strict=True)
-        ]
+        read = (Reading.of(readout, each[:, :rows], each[:, rank : rank + rows], each[:, -1]) for each in values)
+        return [(token_text(tokenizer, token), reading) for token, reading in zip(tokens, read, strict=True)]
 
     @contextmanager
     def admitted(self, params: SamplingParams) -> Iterator[SamplingParams]:
         """`params` as the engine is to see them; what is added inside finds its admission. Raises SpecError."""
         extra = getattr(params, "extra_args", None) or {}
-        wire.check_absent(extra)
+        check_absent(extra)
         if not hasattr(params, "extra_args"):  # pooling: nothing is generated, and nothing is steered
             yield params
             return
@@ -344,7 +340,7 @@ class Frontend:
     def check_added(self, request: EngineRequest) -> None:
         """The output processor takes a request, which holds its admission from here on. Raises for one that was never
         admitted."""
-        text = wire.of(request.sampling_params)
+        text = receipt_of(request.sampling_params)
         call = _adding.get()
         if call is not None:
             call.made += 1
@@ -418,7 +414,7 @@ def _with_spec(params: SamplingParams, extra: Mapping[str, object], admission: A
     copied = params.clone()
     ours: dict[str, object] = {RESOLVED: spec.receipt()} if spec else {}
     if readout:
-        ours[READ] = list(readout.digests)
+        ours[READ] = [list(readout.digests), readout.angle]
     copied.extra_args = {key: value for key, value in extra.items() if key != KEY} | ours or None
     return copied
 

@@ -27,7 +27,7 @@ KEPT = 64
 
 
 @dataclass(slots=True)
-class Run:
+class SteeredRun:
     """A steered request: what steers it, its prompt (empty where that came as embeddings), and the position of its
     first lost token."""
 
@@ -36,7 +36,7 @@ class Run:
     length: int
     lost: int | None = None
 
-    def falls_with(self, other: Run) -> bool:
+    def falls_with(self, other: SteeredRun) -> bool:
         """Has it read (or would it have computed) the first lost token of `other`?"""
         if other.lost is None or self.spec != other.spec or other.lost >= self.length:
             return False
@@ -61,11 +61,11 @@ class LostRuns:
     before they are asked for, and the other way round, so that of two that meet one sees the other."""
 
     def __init__(self) -> None:
-        self._running: dict[str, Run] = {}
+        self._running: dict[str, SteeredRun] = {}
         self._lost: dict[str, int] = {}
-        self._recent: deque[Run] = deque(maxlen=KEPT)
+        self._recent: deque[SteeredRun] = deque(maxlen=KEPT)
 
-    def meet(self, request: str, run: Run) -> None:
+    def meet(self, request: str, run: SteeredRun) -> None:
         self._running[request] = run
         for other in tuple(self._recent):
             if run.falls_with(other):

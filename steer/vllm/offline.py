@@ -27,7 +27,7 @@ from steer.lab.source import Activations, CapturePlan
 from steer.spec import Entry, RequestedDirection, parse, text
 from steer.tokenization import Chat, Tokenizer
 from steer.vllm import capture, frontend, internals
-from steer.vllm.settings import KEY
+from steer.vllm.settings import CAPTURE, KEY
 
 if TYPE_CHECKING:
     from steer.vllm.internals.types import LLM, CompletionOutput, RequestOutput
@@ -98,9 +98,7 @@ class VllmSource(Chat):
             at = tuple(p if p >= 0 else len(e.ids) + p for p in plan.positions)
             asked = capture.CaptureRequest(number=number, at=at, start=e.own.start, stop=e.own.stop)
             parameters.append(
-                SamplingParams(
-                    max_tokens=1, temperature=0, detokenize=False, extra_args={capture.KEY: asked.model_dump()}
-                )
+                SamplingParams(max_tokens=1, temperature=0, detokenize=False, extra_args={CAPTURE: asked.model_dump()})
             )
         self.llm.generate([{"prompt_token_ids": e.ids} for e in batch], parameters, use_tqdm=False)
         d_model = self.facts.d_model

@@ -7,7 +7,7 @@ import time
 
 from steer.direction import Direction
 from steer.errors import EngineFailed, NoRoom
-from steer.runtime.placement import Shape, ShapedPlacement
+from steer.shape import Shape
 from steer.shared import Shared
 from steer.vllm.internals.types import Call
 
@@ -16,13 +16,12 @@ from steer.vllm.internals.types import Call
 ENDING, LETTING_GO, PAUSE = 2.0, 10.0, 0.02
 
 
-class VllmPlacement(ShapedPlacement):
+class VllmPlacement:
     """`unload` only marks rows on the workers, which take them when they need them. Marks travel with the next load, or
     `flush`: an unload comes from wherever a request ends, where nothing may wait for the workers."""
 
     def __init__(self, shape: Shape, call: Call) -> None:
-        super().__init__(shape)
-        self.call = call
+        self.shape, self.call = shape, call
         #: By which the workers know this front end, and what it has in common with others.
         self.front_end, self.shared = "", Shared()
         self._unloaded: list[str] = []

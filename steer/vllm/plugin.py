@@ -14,11 +14,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from steer.errors import InvalidInput, SpecError, UnsupportedModel
+from steer.settings import KEEP_ALIVE
 from steer.spec import Spec
-from steer.vllm import internals, wire
+from steer.vllm import internals
 from steer.vllm.frontend import ATTRIBUTE, SALT, Frontend, in_self_check, parted, salt_of
-from steer.vllm.selfcheck import Answer, Job
-from steer.vllm.settings import KEY, EngineSettings
+from steer.vllm.selfcheck import Job, ProbeAnswer
+from steer.vllm.settings import KEY, EngineSettings, receipt_of
 from steer.vllm.settings import read as settings_of
 
 if TYPE_CHECKING:
@@ -72,11 +73,11 @@ def _attach_sync(engine: LLMEngine, settings: EngineSettings, serves: bool) -> N
                     internals.engine.abort(engine, left)
                 raise
 
-    def ask(jobs: Sequence[Job], _rank: int) -> list[Answer]:
+    def ask(jobs: Sequence[Job], _rank: int) -> list[ProbeAnswer]:
         for n, (prompt, spec) in enumerate(jobs):
             parameters = internals.engine.probe_parameters(engine.vllm_config, spec)
             engine.add_request(f"steer-probe-{n}", internals.engine.probe_prompt(prompt), parameters)
-        done: dict[str, Answer] = {}
+        done: dict[str, ProbeAnswer] = {}
         while engine.has_unfinished_requests():
             done |= {out.request_id: internals.engine.answer_of(out) for out in engine.step() if out.finished}
         return [done[f"steer-probe-{n}"] for n in range(len(jobs))]
@@ -117,7 +118,7 @@ def _attach_async(engine: AsyncLLM, settings: EngineSettings, serves: bool) -> N
 
     engines = internals.engine.engines_of(engine)
 
-    async def asking(n: int, job: Job, rank: int) -> Answer:
+    async def asking(n: int, job: Job, rank: int) -> ProbeAnswer:
         more = {"data_parallel_rank": rank} if engines > 1 else {}
         prompt, spec = job
         parameters, name = internals.engine.probe_parameters(engine.vllm_config, spec), f"steer-probe-{rank}-{n}"
@@ -126,10 +127,10 @@ def _attach_async(engine: AsyncLLM, settings: EngineSettings, serves: bool) -> N
         ]
         return internals.engine.answer_of(last)
 
-    async def asking_all(jobs: Sequence[Job], rank: int) -> list[Answer]:
+    async def asking_all(jobs: Sequence[Job], rank: int) -> list[ProbeAnswer]:
         return list(await asyncio.gather(*(asking(n, job, rank) for n, job in enumerate(jobs))))
 
-    def ask(jobs: Sequence[Job], rank: int) -> list[Answer]:
+    def ask(jobs: Sequence[Job], rank: int) -> list[ProbeAnswer]:
         return asyncio.run_coroutine_threadsafe(asking_all(jobs, rank), loops[0]).result()
 
     def start() -> None:
@@ -185,7 +186,7 @@ def _fold_salt(request: EngineRequest) -> None:
     """A steered request's blocks are found by requests of the same spec alone; a plain request is left as it is."""
     if SALT in (request.cache_salt or ""):
         raise SpecError(f"a cache_salt must not contain '{SALT}'", param="cache_salt")
-    text = wire.of(request.sampling_params)
+    text = receipt_of(request.sampling_params)
     if text is not None:
         spec, prompt = Spec.of(text), internals.engine.prompt_length(request)
         if not spec.everywhere and not prompt:
@@ -219,13 +220,13 @@ def _trace(outputs: OutputProcessor, spec_of: Callable[[str], Spec | None]) -> N
     from opentelemetry import trace as opentelemetry
     from opentelemetry.sdk.trace import SpanProcessor
 
-    class Steered(SpanProcessor):
+    class OnSpan(SpanProcessor):
         def on_start(self, span: Span, parent_context: object = None) -> None:
             if spec := _spanned.get():
                 span.set_attributes(_attributes(spec))
 
     provider = internals.seam(opentelemetry.get_tracer_provider(), "add_span_processor")
-    provider(Steered())
+    provider(OnSpan())
     make = internals.seam(outputs, "do_tracing", ["req_state"])
 
     def making(
@@ -238,3 +239,28 @@ def _trace(outputs: OutputProcessor, spec_of: Callable[[str], Spec | None]) -> N
             _spanned.reset(token)
 
     outputs.do_tracing = making
+
+
+#: Seconds in which several API servers may end, where the options say none.
+SHUTDOWN = 5
+
+
+def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> None:
+    """Run vLLM's OpenAI server until SIGTERM or SIGINT. `options`: any of `vllm serve`, as on its command line.
+
+    In this process, or in as many processes of vLLM's as there are API servers.
+    """
+    from steer.serve.control import Control
+    from steer.vllm.server import Middleware, check_door
+
+    register()
+    args = internals.server.server_arguments(model, options)
+    check_door(Control(settings.control), args)  # before the minute that the engine takes to start
+    if not any(option.partition("=")[0] in ("--allowed-origins", "--allowed_origins") for option in options):
+        args.allowed_origins = []  # vLLM's own default lets every page in the world call the server
+    args.worker_cls = internals.WORKER
+    args.additional_config = dict(args.additional_config or {}) | {KEY: settings.model_dump(mode="json")}
+    if (args.api_server_count or args.data_parallel_size) > 1:  # or vLLM kills them, and no log is closed
+        args.shutdown_timeout = args.shutdown_timeout or SHUTDOWN
+    args.middleware = [*args.middleware, f"{Middleware.__module__}.{Middleware.__name__}"]
+    internals.server.run_server(args, keep_alive=KEEP_ALIVE)

@@ -22,7 +22,7 @@ KEPT = 4
 
 
 @dataclass(slots=True)
-class _Run:
+class _ReadRun:
     """One request that is read. `rows`: bank rows `[k]` int64; `values`: for each generated token, by its number,
     `[layers, 2 × rank + 1]` (before, after, norm)."""
 
@@ -36,9 +36,9 @@ class ReadRunner:
 
     def __init__(self, reads: Reads, steering_modules: Mapping[int, SteeringModule]) -> None:
         self.reads, self.steering_modules = reads, dict(sorted(steering_modules.items()))
-        self._running: dict[str, _Run] = {}
-        self._ended: dict[str, _Run] = {}
-        self._step: list[tuple[_Run, int]] = []
+        self._running: dict[str, _ReadRun] = {}
+        self._ended: dict[str, _ReadRun] = {}
+        self._step: list[tuple[_ReadRun, int]] = []
 
     @property
     def busy(self) -> bool:
@@ -47,7 +47,7 @@ class ReadRunner:
     def meet(self, request_id: str, rows: NDArray[np.int64], prompt: int) -> None:
         """A request that reads these bank rows and has `prompt` prompt tokens comes, or comes back from preemption."""
         if request_id not in self._running:
-            self._running[request_id] = _Run(rows, prompt)
+            self._running[request_id] = _ReadRun(rows, prompt)
 
     def end(self, request_id: str) -> None:
         """It takes part in no step any more. What was found waits for `take`, but not for ever."""

@@ -1,13 +1,20 @@
-"""The directions of one worker: its bank, which rows may be freed for others, and what each row must hold."""
+"""What one worker holds outside of the model, and puts back where it is lost: its directions, with which rows may be
+freed for others, and the tensors of the steering modules.
+
+While an engine runs, weights can be reloaded, put to sleep, and moved, and each of these operations treats the buffers
+of unknown modules in its own way. This module knows none of the operations. Whatever was called, before the next step
+every tensor is restored to its place, or the step fails with a clear message.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from steer.direction import Direction
 from steer.direction import digest as digest_of
@@ -16,6 +23,7 @@ from steer.runtime.bank import DirectionBank
 from steer.runtime.token_index import RequestSteer
 from steer.spec import Spec
 from steer.tokenization import Phase
+from steer.vllm.steering_module import SteeringModule
 
 
 class RowsInUse(NoRoom):
@@ -90,10 +98,10 @@ class Residents:
         assert steer is not None, "the front end sends no empty spec"
         return steer
 
-    def rows_of(self, request: str, digests: Sequence[str]) -> NDArray[np.int64]:
+    def rows_of(self, request: str, digests: Sequence[str], axes: bool = False) -> NDArray[np.int64]:
         """The rows that `request` reads, which it uses until it `ends`."""
         self._use(request, digests)
-        return self.bank.rows_of(digests)
+        return self.bank.rows_of(digests, axes)
 
     def _use(self, request: str, digests: Sequence[str]) -> None:
         if missing := [digest[:12] for digest in digests if digest not in self._held]:
@@ -117,3 +125,61 @@ class Residents:
             if wrong:
                 lost.append(digest[:12])
         return lost
+
+
+@dataclass(frozen=True, slots=True)
+class _Attached:
+    """A steering module, by its name on the module that is hooked, with that module's hooks and the steering module's
+    tensors."""
+
+    module: nn.Module
+    name: str
+    steering_module: SteeringModule
+    tensors: Mapping[str, Tensor]
+    hooks: frozenset[object]
+
+
+class Kept:
+    """The steering modules of `model` as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._attached = [
+            _Attached(module, name, child, dict(child.named_buffers()), _hooks(module))
+            for module in model.modules()
+            for name, child in module.named_children()
+            if isinstance(child, SteeringModule)
+        ]
+        tensors = [tensor for attached in self._attached for tensor in attached.tensors.values()]
+        # Captured graphs have addresses, not tensors.
+        self._addresses = {id(tensor): tensor.data_ptr() for tensor in tensors}
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        self.nbytes = sum(storages.values())
+
+    def put_back(self, model: nn.Module) -> list[str]:
+        """Make every steering module and buffer of `model` be where it was; the names of those that were not.
+
+        Raises UnsupportedModel where that cannot be: blocks or hooks that are gone, memory that has moved.
+        """
+        there = set(model.modules())
+        mended: list[str] = []
+        for attached in self._attached:
+            kind = type(attached.module).__name__
+            if attached.module not in there:
+                raise UnsupportedModel(f"a {kind} that was steered has been replaced: restart the engine")
+            if not attached.hooks <= _hooks(attached.module):
+                raise UnsupportedModel(f"the hooks of a {kind} have been removed: restart the engine")
+            if attached.module._modules.get(attached.name) is not attached.steering_module:
+                setattr(attached.module, attached.name, attached.steering_module)
+                mended.append(f"{kind}.{attached.name}")
+            for name, tensor in attached.tensors.items():
+                if tensor.data_ptr() != self._addresses[id(tensor)]:
+                    raise UnsupportedModel(f"{kind}.{attached.name}.{name} has moved in memory: restart the engine")
+                if attached.steering_module._buffers.get(name) is not tensor:
+                    attached.steering_module._buffers.pop(name, None)
+                    attached.steering_module.register_buffer(name, tensor, persistent=False)
+                    mended.append(f"{kind}.{attached.name}.{name}")
+        return mended
+
+
+def _hooks(module: nn.Module) -> frozenset[object]:
+    return frozenset([*module._forward_hooks, *module._forward_pre_hooks, vars(module).get("forward")])

@@ -25,7 +25,7 @@ from steer.geometry import orthogonal_part
 from steer.names import TURNING, Mode
 from steer.registry import Registry
 from steer.runtime.bank import EMBEDDING, HookPoint
-from steer.runtime.placement import Shape
+from steer.shape import Shape
 from steer.vllm.internals.types import Call
 from steer.vllm.settings import EngineSettings
 
@@ -34,9 +34,9 @@ log = logging.getLogger("steer")
 #: A request of the check: the number of its prompt, and its spec.
 Job: TypeAlias = tuple[int, str]
 #: Of each token of an answer: which it is, and log-probabilities by token.
-Answer: TypeAlias = list[tuple[int, dict[int, float]]]
+ProbeAnswer: TypeAlias = list[tuple[int, dict[int, float]]]
 #: Makes these greedy requests at once on this data-parallel rank, and waits for their answers.
-Ask = Callable[[Sequence[Job], int], list[Answer]]
+Ask = Callable[[Sequence[Job], int], list[ProbeAnswer]]
 #: Of one hook point, by phase: what is wrong, `RIGHT`, or None where no effect is clear.
 Judgement: TypeAlias = dict[str, str | None]
 RIGHT = ""
@@ -157,7 +157,7 @@ class _Engine:
     def _where(self) -> str:
         return f"data-parallel rank {self.rank}, " if self.rank else ""
 
-    def _both(self, served: list[Job], eager: list[Job]) -> tuple[dict[Job, Answer], dict[Job, Answer]]:
+    def _both(self, served: list[Job], eager: list[Job]) -> tuple[dict[Job, ProbeAnswer], dict[Job, ProbeAnswer]]:
         """The answers of what serves, and those of the model's own Python, asked in another order."""
         answers = self.ask(served, self.rank)
         try:
@@ -172,7 +172,7 @@ class _Engine:
             raise UnsupportedModel("; ".join(sorted(problems)))
 
 
-def judge(cases: Sequence[Sequence[Answer]], noise: dict[str, float]) -> Judgement:
+def judge(cases: Sequence[Sequence[ProbeAnswer]], noise: dict[str, float]) -> Judgement:
     """`cases`: for each of `STRENGTHS` the answers (served plain, eager plain, served steered, eager steered, eager
     steered a little more: what rounding does under that steering); `noise`: how plain answers to that prompt differ by
     rounding alone."""
@@ -207,7 +207,7 @@ def _differ(effect: NDArray[np.float64], wanted: NDArray[np.float64], noise: flo
     return f"{amount:.2f} of the effect (with a correlation of {likeness:.2f})"
 
 
-def noises(dtype: str, served: Answer, eager: Answer) -> dict[str, float]:
+def noises(dtype: str, served: ProbeAnswer, eager: ProbeAnswer) -> dict[str, float]:
     """For each phase how far answers to a plain request are apart, at least the rounding of the dtype."""
     found: dict[str, float] = {}
     for phase in PHASES:
@@ -216,7 +216,7 @@ def noises(dtype: str, served: Answer, eager: Answer) -> dict[str, float]:
     return found
 
 
-def leaks(noise: dict[str, float], alone: Answer, mixed: Answer) -> list[str]:
+def leaks(noise: dict[str, float], alone: ProbeAnswer, mixed: ProbeAnswer) -> list[str]:
     """What is wrong with a plain request beside steered ones."""
     found: list[str] = []
     for phase, limit in noise.items():
@@ -226,7 +226,7 @@ def leaks(noise: dict[str, float], alone: Answer, mixed: Answer) -> list[str]:
     return found
 
 
-def common(*answers: Answer, phase: str) -> list[NDArray[np.float64]]:
+def common(*answers: ProbeAnswer, phase: str) -> list[NDArray[np.float64]]:
     """What each of the answers to one prompt says in this phase of the same tokens, as logits with a mean of 0, up to
     where they have read different tokens. All of one length, which may be 0."""
     found: list[list[NDArray[np.float64]]] = [[] for _ in answers]

@@ -27,9 +27,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steer.admission import Admission
-from steer.errors import InvalidInput, SpecError, SteerError, UnsupportedModel
+from steer.errors import InvalidInput, NotFinite, SpecError, SteerError, UnsupportedModel
 from steer.readout import FIELD
+from steer.registry import Admission
 from steer.serve import carriers, errors, html, metrics, operation, pages
 from steer.serve.access import PUBLIC, Access, Cors
 from steer.serve.answers import ReadReport, report
@@ -44,10 +44,10 @@ from steer.serve.route import Head
 from steer.settings import ControlSettings
 from steer.spec import Spec
 from steer.vllm import frontend as front_ends
-from steer.vllm import internals, wire
+from steer.vllm import internals
 from steer.vllm.answers import UnlessLost, restated, with_readout
 from steer.vllm.frontend import Frontend, Passage, Ticket, passage
-from steer.vllm.settings import KEY
+from steer.vllm.settings import KEY, check_absent
 from steer.vllm.settings import read as settings_of
 
 log = logging.getLogger("steer")
@@ -80,7 +80,7 @@ def install(app: FastAPI) -> None:
     }
     for route in app.routes:
         internals.server.fail_fast(route)
-    wrapped = wrap_routes(app, {**layers, (MODELS_ROUTE, "GET"): Models, (HEALTH_ROUTE, "GET"): Health})
+    wrapped = wrap_routes(app, {**layers, (MODELS_ROUTE, "GET"): ModelsLayer, (HEALTH_ROUTE, "GET"): HealthLayer})
     for needed in (*READ_ROUTES, MODELS_ROUTE):
         if needed not in wrapped:
             raise UnsupportedModel(f"vLLM {internals.version()} serves no route {needed}")
@@ -97,7 +97,7 @@ def guard(app: FastAPI) -> None:
     for route in app.routes:
         inner = getattr(route, "app", None)
         ours = getattr(getattr(route, "endpoint", None), "__module__", "").startswith("steer.")
-        if inner is not None and not ours and not isinstance(inner, Generation | Models | Health | Other):
+        if inner is not None and not ours and not isinstance(inner, Generation | ModelsLayer | HealthLayer | Other):
             route.app = Other(inner)  # type: ignore[attr-defined]
 
 
@@ -244,7 +244,7 @@ class Generation:
         def forward(body: dict[str, object], admission: Admission) -> None:
             nonlocal ticket
             xargs = body.get(carriers.XARGS) or {}
-            wire.check_absent(xargs)
+            check_absent(xargs)
             if admission.readout:
                 check_one_answer(body)
             elif not admission.spec:
@@ -274,7 +274,7 @@ class Generation:
             except Exception:
                 if ticket is None or not ticket.lost:
                     raise
-                await answer.end()
+                await answer.break_off(NotFinite())
 
         middleware = SteerMiddleware(
             checked,
@@ -323,8 +323,7 @@ class Other(_Layer):
             return
         except SteerError as error:
             metrics.REFUSED.labels(reason=type(error).__name__).inc()
-            if isinstance(error, HTTPProblem):
-                control.refused(error, control.caller(scope), scope)
+            control.refused(error, control.caller(scope), scope)
             await errors.of(error)(scope, receive, send)
             return
         way = Passage(plain=body is not None and _may_be_plain(scope))
@@ -470,7 +469,7 @@ class _Held:
         return self._refused
 
 
-class Models(_Layer):
+class ModelsLayer(_Layer):
     """Around `GET /v1/models`: an alias for each served model with each direction."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -488,7 +487,7 @@ class Models(_Layer):
         await self.app(scope, receive, rewriting(send, lambda start: change if start["status"] == 200 else None))
 
 
-class Health(_Layer):
+class HealthLayer(_Layer):
     """Around `GET /health`: vLLM's status, with a body that has ours."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

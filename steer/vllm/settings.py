@@ -1,4 +1,6 @@
-"""The settings of one engine: `additional_config={"steer": {...}}`, which vLLM hands to every process."""
+"""What the processes of one engine tell each other through vLLM: the settings, `additional_config={"steer": {...}}`,
+which each of them gets, and a resolved spec on its way from the front end to the workers, in `extra_args`.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,20 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from steer.errors import InvalidInput, UnsupportedModel, problems_of
+from steer.errors import InvalidInput, SpecError, UnsupportedModel, problems_of
 from steer.names import Site
 from steer.settings import ControlSettings, ServeSettings
-from steer.spec import parse
+from steer.spec import nearly, parse
 
 #: The key in vLLM's `additional_config`, and in `SamplingParams.extra_args`.
 KEY = "steer"
-
+#: The key of a resolved spec; the value is its receipt. Requests must not bring it: only the front end, for what it has
+#: pinned.
+RESOLVED = "steer.resolved"
+#: The digests of the versions whose rows are read, in this order, and whether their axes are.
+READ = "steer.read"
+#: What a measurement in this program has captured of its own requests; without one it means nothing.
+CAPTURE = "steer.capture"
 
 #: Settings of the transformers backend alone.
 OWN_BACKEND = {"max_requests", "drain", "max_body", "cache_tokens", "cors_origins"}
@@ -86,3 +94,22 @@ def from_serve_settings(settings: ServeSettings, options: Sequence[str]) -> tupl
     }
     given = [part for name, value in ours.items() if value is not None for part in (f"--{name}", str(value))]
     return engine, [*how, *given, *options]
+
+
+def check_absent(extra: object) -> None:
+    """Raise SpecError for a request that brings what only the front end may write, or nearly the key that asks."""
+    for key in extra if isinstance(extra, dict) else ():
+        if key not in (KEY, CAPTURE) and isinstance(key, str) and nearly(key):
+            raise SpecError(f"'{key[:100]}' is not for requests to set; ask with '{KEY}'", param=key)
+
+
+def read_by(params: object) -> tuple[Sequence[str], bool]:
+    """The digests in SamplingParams of what is read for a request, none where nothing is; and are their axes read?"""
+    digests, axes = (getattr(params, "extra_args", None) or {}).get(READ, ((), False))
+    return digests, axes
+
+
+def receipt_of(params: object) -> str | None:
+    """The receipt of the spec in SamplingParams; None for a plain request, and for one that generates nothing."""
+    text: str | None = (getattr(params, "extra_args", None) or {}).get(RESOLVED)
+    return text

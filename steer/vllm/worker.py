@@ -20,12 +20,11 @@ from steer.errors import NoRoom, SteerError, UnsupportedModel
 from steer.runtime.token_index import PLAIN, RequestSteer, TokenIndex, Tokens
 from steer.spec import Spec
 from steer.tokenization import Thinking
-from steer.vllm import install, internals, settings, wire
+from steer.vllm import install, internals, settings
 from steer.vllm.capture import Capture
-from steer.vllm.losses import LostRuns, Run, Step
+from steer.vllm.losses import LostRuns, SteeredRun, Step
 from steer.vllm.readout import ReadRunner
-from steer.vllm.residents import Residents, RowsInUse
-from steer.vllm.retention import Kept
+from steer.vllm.residents import Kept, Residents, RowsInUse
 from steer.vllm.steering_module import code_digest
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ log = logging.getLogger("steer")
 _NONE = np.zeros(0, np.int64)
 
 
-class Steered:
+class SteeringWorker:
     """Mixed in over the platform's worker; every method runs on the worker's main thread.
 
     A *step* is what the engine has scheduled, and its requests come from the front end. A *call* is anything else that
@@ -222,17 +221,19 @@ class Steered:
         self._residents.end(new.req_id)
         if self._capture is not None:
             self._capture.meet(new.req_id, new.sampling_params)
-        if self._reads is not None and (digests := wire.read_by(new.sampling_params)):
-            rows = self._residents.rows_of(new.req_id, digests)
+        digests, axes = settings.read_by(new.sampling_params)
+        if self._reads is not None and digests:
+            rows = self._residents.rows_of(new.req_id, digests, axes)
             self._reads.meet(new.req_id, rows, internals.worker.new_prompt_length(new))
-        text = wire.of(new.sampling_params)
+        text = settings.receipt_of(new.sampling_params)
         if text is None:
             return
         spec, length, prompt = Spec.of(text), internals.worker.new_prompt_length(new), new.prompt_token_ids or ()
         steer = self._residents.steer(new.req_id, spec, length, spec.phase(self._thinking, prompt))
         if new.req_id in self._running:  # with what it has decided
             return
-        self._lost_runs.meet(new.req_id, Run(internals.worker.adapter_of(new) + spec.key(length), prompt, length))
+        run = SteeredRun(internals.worker.adapter_of(new) + spec.key(length), prompt, length)
+        self._lost_runs.meet(new.req_id, run)
         if steer.decides:
             self._conditional[new.req_id] = steer = self._index.decisions.take(steer)
         self._running[new.req_id] = self._index.enter(steer)
@@ -340,6 +341,6 @@ def __getattr__(name: str) -> object:
     """`Worker` is made when it is asked for, in the process and on the platform where it will run."""
     if name != "Worker":
         raise AttributeError(name)
-    made = type("Worker", (Steered, internals.worker.platform_worker()), {"__module__": __name__})
+    made = type("Worker", (SteeringWorker, internals.worker.platform_worker()), {"__module__": __name__})
     globals()["Worker"] = made
     return made

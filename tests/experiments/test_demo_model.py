@@ -18,7 +18,7 @@ from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.derive import Recipe, derive
-from steer.lab.evaluation.expected import read_expected, right
+from steer.lab.evaluation.figures import read_expected, right
 from steer.lab.evaluation.report import DivergenceOf
 from steer.lab.evaluator import Candidate
 from steer.lab.measure import measure
@@ -186,7 +186,9 @@ def test_the_shipped_files_are_made_of_the_shipped_prompts(
     """By the options of `make fit`, but for the threshold of `one_sided`."""
     shipped = Direction.load(ROOT / "directions" / f"{name}.safetensors")
     sets = [read_prompts(str(PROMPTS / file)) for file in (harmful, harmless)]
-    again = derive(measure(TransformersSource(loaded), *sets), Recipe(make_method("slerp", {"t": 1}), layer=7))
+    again = derive(
+        measure(TransformersSource(loaded), sets[0], sets[1]), Recipe(make_method("slerp", {"t": 1}), layer=7)
+    )
     torch.testing.assert_close(again.directions, shipped.directions, atol=1e-4, rtol=0)
     for mean in ("mean_harmful", "mean_harmless"):
         torch.testing.assert_close(getattr(again, mean), getattr(shipped, mean), atol=1e-2, rtol=1e-4)

@@ -10,10 +10,11 @@ import torch
 
 from steer.direction import Direction
 from steer.names import MODES
-from steer.runtime.op import coefficients, displacement
+from steer.runtime.op import coefficients
 from tests import models
 from tests.fuzz import mutate
 from tests.fuzz.surface import Surface
+from tests.oracle import displacement
 
 _MODEL = models.tiny("llama")
 GOOD = [

@@ -17,7 +17,7 @@ from openai.types import completion_create_params as completion
 from openai.types.chat import completion_create_params as chat
 from openai.types.responses import response_create_params as responses
 
-from steer.serve import fields
+from steer.serve import protocol
 from steer.serve.protocol import CARRIED
 from tests.fuzz import mutate
 
@@ -122,7 +122,7 @@ def fields_of(document: Mapping[str, Any]) -> dict[str, list[str]]:
         if route in OPENAI:
             names |= get_type_hints(OPENAI[route]).keys()
         if route in GENERATES:
-            names |= {*fields.IGNORED, *fields.NOT_SERVED, *CARRIED, "some_unknown_field"}
+            names |= {*protocol.IGNORED, *protocol.NOT_SERVED, *CARRIED, "some_unknown_field"}
         out[route] = sorted(names)
     return out
 

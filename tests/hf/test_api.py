@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import peft
@@ -650,6 +650,28 @@ def test_what_is_read_is_what_hooks_see(name: str, steered: bool) -> None:
         np.testing.assert_allclose(reading.after[:, :, layer], after @ lines.T, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(reading.norms[:, :, layer], before.norm(dim=-1), rtol=1e-4)
     np.testing.assert_array_equal(one.before, reading.before[:, :, 2:, :1])
+
+
+def test_the_angle_in_the_plane_is_what_rotation_turns(llama: Any) -> None:
+    """By the share that is asked for: at strength s what was α is (1 − s)·α."""
+    made = models.direction(llama, seed=1, plane=True)
+    v, u = made.directions[:, 0].clone(), cast(Tensor, made.axis).clone()
+    v[1], u[1] = 0, 0
+    made = replace(made, directions=v[:, None], axis=u)
+    with steer.attach(llama, {"d": made}, rank=2) as steering:
+        with steering("d:rotate=0.7"), steering.read("d", angle=True) as reading:
+            logits(llama)
+        with steering.read("d") as bare:
+            logits(llama)
+    assert reading.angles.shape == (2, 6, 10, 3, 1)
+    before, after = reading.angles[..., 0]
+    np.testing.assert_allclose(after[..., [0, 2]], 0.3 * before[..., [0, 2]], atol=1e-3)
+    assert np.isnan(reading.angles[:, :, :, 1]).all(), "a layer that is not steered has no plane"
+    x, _ = streams(llama, IDS, None)[0]
+    np.testing.assert_allclose(before[..., 0], torch.atan2(x @ v[0], x @ u[0]).rad2deg(), atol=1e-3)
+    assert reading.before.shape == bare.before.shape == (6, 10, 3, 1)
+    with pytest.raises(ValueError, match="angles were not read"):
+        _ = bare.angles
 
 
 def test_generation_is_read_pass_by_pass(llama: Any, d: steer.Direction) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steer.errors import RequestFailed
-from steer.hf.sampling import Sampler, Sampling, Shaping, Token, report, sample, shaped
+from steer.hf.sampling import Sampler, Sampling, Token, report, sample, shaped
 
 law = settings(deadline=None, max_examples=60)
 SEEDS = st.integers(0, 2**63)
@@ -31,7 +31,7 @@ def chosen(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token]:
 
 
 def ids(logits: Tensor, *samplings: Sampling) -> list[int]:
-    return [token.id for token in chosen(logits, [Sampler.of(s) for s in samplings])]
+    return [token.id for token in chosen(logits, [Sampler(s) for s in samplings])]
 
 
 def of(
@@ -92,7 +92,7 @@ LIMITS = st.builds(
 @law
 def test_what_is_drawn_is_within_the_limits(seed: int, samplings: list[Sampling]) -> None:
     logits = logits_of(seed, len(samplings))
-    samplers = [Sampler.of(s) for s in samplings]
+    samplers = [Sampler(s) for s in samplings]
     for _ in range(5):
         for row, sampling, token in zip(logits, samplings, chosen(logits, samplers), strict=True):
             assert token.id in kept(row, sampling, slack=1e-5)
@@ -138,11 +138,11 @@ def test_seeded_draws_are_as_likely_as_unseeded_ones() -> None:
 def test_a_seeded_draw_does_not_depend_on_its_neighbours(seed: int, others: list[Sampling], own: int) -> None:
     mine = of(temperature=0.9, top_p=0.95, seed=own)
     steps = [logits_of(seed + step, len(others) + 1) for step in range(4)]
-    alone = Sampler.of(mine)
+    alone = Sampler(mine)
     expected = [chosen(logits[:1], [alone])[0].id for logits in steps]
-    first = [Sampler.of(s) for s in (mine, *others)]
+    first = [Sampler(s) for s in (mine, *others)]
     assert [chosen(logits, first)[0].id for logits in steps] == expected
-    last = [Sampler.of(s) for s in (*others, mine)]
+    last = [Sampler(s) for s in (*others, mine)]
     assert [chosen(logits.roll(-1, 0), last)[-1].id for logits in steps] == expected
 
 
@@ -150,7 +150,7 @@ def test_a_seed_gives_the_same_draws_again_and_another_seed_others() -> None:
     logits = torch.zeros(1, 1000)
 
     def draws(seed: int) -> list[int]:
-        sampler = Sampler.of(of(seed=seed))
+        sampler = Sampler(of(seed=seed))
         return [chosen(logits, [sampler])[0].id for _ in range(8)]
 
     assert draws(1) == draws(1)
@@ -237,9 +237,9 @@ def test_no_value_and_no_logits_of_one_request_reach_another(
     for i, other in enumerate(others, 1):
         if other is None:
             logits[i] = broken
-    asked = [Sampler.of(other or of(seed=1)) for other in others]
-    got = sample(logits, [Sampler.of(mine[0]), *asked, Sampler.of(mine[1])])
-    assert [got[0], got[-1]] == chosen(logits[[0, -1]], [Sampler.of(one) for one in mine])
+    asked = [Sampler(other or of(seed=1)) for other in others]
+    got = sample(logits, [Sampler(mine[0]), *asked, Sampler(mine[1])])
+    assert [got[0], got[-1]] == chosen(logits[[0, -1]], [Sampler(one) for one in mine])
     for other, token in zip(others, got[1:-1], strict=True):
         assert isinstance(token, RequestFailed) or (other is not None and 0 <= token.id < logits.shape[1])
 
@@ -247,7 +247,10 @@ def test_no_value_and_no_logits_of_one_request_reach_another(
 EOS = 5
 TOKENS = st.integers(0, 39)
 SHAPES = st.builds(
-    Shaping,
+    Sampling,
+    max_tokens=st.just(9),
+    temperature=st.just(0.0),
+    logprobs=st.just(0),
     logit_bias=st.dictionaries(TOKENS, st.floats(-100, 100), max_size=3).map(lambda d: tuple(sorted(d.items()))),
     bad_words=st.lists(st.lists(TOKENS, min_size=1, max_size=3).map(tuple), max_size=3).map(tuple),
     repetition_penalty=st.just(1.0) | st.floats(0.5, 2.0),
@@ -257,7 +260,7 @@ SHAPES = st.builds(
 )
 
 
-def as_generate_has_it(row: Tensor, shape: Shaping, prompt: list[int], answer: list[int]) -> Tensor:
+def as_generate_has_it(row: Tensor, shape: Sampling, prompt: list[int], answer: list[int]) -> Tensor:
     """By transformers' own processors, and by OpenAI's formula for the two penalties that those have not."""
     whole, made = torch.tensor([prompt + answer]), torch.tensor([answer], dtype=torch.long)
     scores = row[None].clone()
@@ -277,14 +280,14 @@ def as_generate_has_it(row: Tensor, shape: Shaping, prompt: list[int], answer: l
 @given(SEEDS, st.lists(st.tuples(SHAPES, st.lists(TOKENS, min_size=1, max_size=6)), min_size=1, max_size=4))
 @law
 def test_what_changes_logits_is_transformers_own_for_each_request(
-    seed: int, asked: list[tuple[Shaping, list[int]]]
+    seed: int, asked: list[tuple[Sampling, list[int]]]
 ) -> None:
-    samplers = [Sampler.of(Sampling(9, temperature=0, logprobs=0, shape=s), prompt, [EOS]) for s, prompt in asked]
+    samplers = [Sampler(s, prompt, [EOS]) for s, prompt in asked]
     answers: list[list[int]] = [[] for _ in asked]
     for step in range(8):
         logits = logits_of(seed + step, len(asked) + 1, scale=5.0)
         before = logits.clone()
-        tokens = sample(logits, [*samplers, Sampler.of(Sampling(1, temperature=0))])
+        tokens = sample(logits, [*samplers, Sampler(Sampling(1, temperature=0))])
         for row, (shape, prompt), answer, token in zip(logits, asked, answers, tokens, strict=False):
             assert isinstance(token, Token)
             expected = as_generate_has_it(row, shape, prompt, answer)
@@ -298,8 +301,7 @@ def test_what_changes_logits_is_transformers_own_for_each_request(
 
 def test_what_nobody_asks_for_makes_no_copy() -> None:
     logits = logits_of(0, 2)
-    assert shaped(logits, [None, None]) is logits
-    assert Sampler.of(of()).shaper is None
+    assert shaped(logits, [Sampler(of())] * 2) is logits
 
 
 def test_ends_are_the_models_and_the_requests_own() -> None:

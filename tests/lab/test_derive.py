@@ -19,7 +19,8 @@ from steer.lab.measurement import Measurement
 from steer.lab.methods import METHODS, make_method
 from steer.lab.source import TransformersSource
 from steer.names import MODES
-from steer.runtime.op import GATE, check_mode, coefficients
+from steer.runtime.op import GATE, coefficients
+from steer.shape import check_mode
 from tests.lab.test_measure import HARMFUL, HARMLESS
 
 

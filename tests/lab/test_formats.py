@@ -22,7 +22,7 @@ from steer.lab.formats.foreign import Foreign
 from steer.lab.measurement import Measurement, ModelFacts
 from steer.lab.methods import make_method
 from steer.names import Mode
-from steer.runtime.op import check_mode
+from steer.shape import check_mode
 from tests import models
 
 D, LAYERS = models.D_MODEL, models.LAYERS

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from steer.direction import Dataset, Direction, digest
+from steer.direction import Dataset, Direction, FoundCondition, digest
 from steer.errors import DirectionError, SteerError
 from steer.lab import hub
 from tests import models
@@ -22,7 +22,8 @@ def file(tmp_path: Path) -> Path:
     made = models.direction(models.tiny("llama")).with_meta(
         model="someone/model",
         system_prompt="a | b\nc",
-        harmful=Dataset(name="refused.txt", sha256="0" * 64, count=12),
+        harmful=(refused := Dataset(name="refused.txt", sha256="0" * 64, count=12)),
+        condition=FoundCondition(layer=1, above=0.3, harmful=refused, harmless=refused, missed=2, caught=1),
     )
     made.save(tmp_path / "refusal.safetensors")
     return tmp_path / "refusal.safetensors"
@@ -38,6 +39,7 @@ def test_what_is_assembled_is_the_file_and_its_card(file: Path, tmp_path: Path) 
     assert card.data.to_dict()["library_name"] == "steer"
     for part in (digest(file.read_bytes()), "refused.txt, 12 prompts", "LlamaForCausalLM", "a \\| b c"):
         assert part in card.text
+    assert "`refusal?refusal@1>0.3`: 2 of 12 of refused.txt do not meet it, 1 of 12 of refused.txt do" in card.text
     assert "None" not in card.text
 
 

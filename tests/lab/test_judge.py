@@ -17,9 +17,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from steer.cli.options import Counted
 from steer.errors import InvalidInput, SteerError
 from steer.lab.behaviour import REFUSAL
-from steer.lab.judge import TOKENS, ChatJudge, ClassifierJudge, Judges, judged, verdict
+from steer.lab.judge import TOKENS, ChatJudge, ClassifierJudge, judged, verdict
 from steer.lab.outcome import Outcome
 from steer.lab.prompts import Conversation
 from tests.lab.judges import judging
@@ -212,11 +213,12 @@ def test_a_label_that_is_not_clear_is_asked_for(classifier: Path, tmp_path: Path
 
 
 def test_options_that_do_not_go_together_are_all_named(tmp_path: Path) -> None:
+    urls = ["http://a/v1", "http://b/v1"]
     with pytest.raises(InvalidInput) as caught:
-        Judges(("http://a/v1", "http://b/v1"), ("x",), ("Refusal",), "no place")
+        Counted("refusal", urls, ["x"], ["Refusal"], "no place").loaded()
     text = str(caught.value)
     assert all(part in text for part in ("1 given, 2 --judge URLs", "--judge-shown and --judge-text", "no {answer}"))
     with pytest.raises(InvalidInput, match="two are called 'x'"):
-        Judges(("http://a/v1", "http://b/v1"), ("x", "x"))
+        Counted("refusal", urls, ["x", "x"]).loaded()
     with pytest.raises(InvalidInput, match="there is no folder"):
-        Judges((str(tmp_path / "none"),))
+        Counted("refusal", [str(tmp_path / "none")]).loaded()

@@ -19,10 +19,10 @@ from steer.direction import Direction
 from steer.errors import DirectionError, InvalidInput, UnsupportedModel
 from steer.hf.internals import axis_in_file
 from steer.hf.load import attention_implementation
-from steer.lab.merge.model import RECEIPT, Made, bake
+from steer.lab.merge import model as merge
+from steer.lab.merge.model import CONFIG, RECEIPT, WEIGHTS, Made, bake, export_adapter
 from steer.lab.merge.removal import Plan, removal
-from steer.lab.merge.weights import INDEX, Checkpoint
-from steer.lab.merge.writers import Writer
+from steer.lab.merge.weights import INDEX, Checkpoint, Writer
 from tests import models, oracle
 
 IDS = torch.randint(3, models.VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(7))
@@ -144,7 +144,7 @@ def test_experts_of_a_class_that_is_not_known_are_refused_and_not_guessed(
 ) -> None:
     """They are square: nothing but the class tells which side is the stream's."""
     model = models.save("llama4", tmp_path / "model")
-    monkeypatch.setattr("steer.lab.merge.writers._INPUTS_FIRST", ("Conv1D",))
+    monkeypatch.setattr("steer.lab.merge.weights._INPUTS_FIRST", ("Conv1D",))
     with pytest.raises(UnsupportedModel, match="how a Llama4TextExperts lays out its weights is not known"):
         baked(tmp_path / "model", at_writers(model))
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
@@ -303,7 +303,7 @@ def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
     def watched(streamed: Streamed, own: list[str]) -> None:
         nonlocal most
         load(streamed, own)
-        most = max(most, streamed.in_memory())
+        most = max(most, sum(p.numel() for p in streamed.model.parameters() if any(p.stride())))  # others are empty
 
     monkeypatch.setattr(Streamed, "_load", watched)
     baked(tmp_path / "model", at_writers(model))
@@ -322,3 +322,67 @@ def test_another_models_direction_and_other_weights_are_refused(tmp_path: Path) 
     with pytest.raises(UnsupportedModel, match=r"config.json: cannot be read"):
         Checkpoint(tmp_path)
     assert model is not None
+
+
+#: Whose writers have biases, or experts that are no modules: no adapter reaches those.
+NO_ADAPTER = ("gpt2", "gpt_neox", "phi", "mixtral", "qwen3_moe", "gpt_oss", "llama4")
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("name", [n for n in models.ARCHITECTURES if n not in NO_ADAPTER])
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_the_adapter_equals_served_or_the_reference(name: str, k: int, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = models.save(name, tmp_path / "model")
+    direction = at_writers(model, k=k)
+    made = export_adapter(Checkpoint(tmp_path / "model"), removal(direction, 0.8), tmp_path / "adapter", base="m")
+    assert made.count == 2 * models.LAYERS + 1
+    assert made.verdict is not None
+    assert made.verdict.logits is not None
+    assert made.verdict.logits <= 1e-4
+    if name not in models.NORM_BEHIND_WRITER:
+        expected = served(model, direction, 0.8)
+    elif k == 1:
+        expected = oracle.reference_logits(model, name, direction.directions[0, 0], IDS, 0.8, before=True)
+    else:
+        return
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    assert relative(logits(adapted), expected) <= 1e-4
+
+
+@pytest.mark.parametrize("name", NO_ADAPTER)
+def test_what_an_adapter_cannot_reach_is_refused(name: str, tmp_path: Path) -> None:
+    model = models.save(name, tmp_path / "model")
+    says = "bias with a component" if name in ("gpt2", "gpt_neox", "phi") else "no module of its own"
+    with pytest.raises(UnsupportedModel, match=says):
+        export_adapter(Checkpoint(tmp_path / "model"), removal(at_writers(model)), tmp_path / "adapter", base="m")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("spoilt", ["scale", "factor"])
+def test_an_adapter_that_does_something_else_is_found_by_its_effect_and_not_kept(
+    spoilt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is verified is what was written: read again from the files, as PEFT reads them."""
+    model = models.save("llama", tmp_path / "model")
+    given: dict[str, Any] = dict(output=tmp_path / "adapter", base="m")
+    checkpoint, removed, factors = Checkpoint(tmp_path / "model"), removal(at_writers(model)), merge._factors
+
+    def wrong(*args: Any) -> dict[str, torch.Tensor]:
+        found = factors(*args)
+        return {
+            name: -t if spoilt == "factor" and "layers.1.mlp" in name and "_A" in name else t
+            for name, t in found.items()
+        }
+
+    monkeypatch.setattr(merge, "_factors", wrong)
+    if spoilt == "scale":
+        config = merge._config
+        monkeypatch.setattr(merge, "_config", lambda *args: config(*args) | {"lora_alpha": 2})
+    with pytest.raises(UnsupportedModel, match="Nothing was kept"):
+        export_adapter(checkpoint, removed, **given)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert export_adapter(checkpoint, removed, verified=False, **given).verdict is None
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {WEIGHTS, CONFIG}
+    with pytest.raises(InvalidInput, match="exists already"):
+        export_adapter(checkpoint, removed, **given)

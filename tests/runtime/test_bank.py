@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steer.errors import NoRoom
 from steer.names import MODES, TURNING, Mode, Site
-from steer.runtime.bank import EMBEDDING, BankSlice, DirectionBank, HookPoint, apply, gather, operate_before_norm
+from steer.runtime.bank import EMBEDDING, BankSlice, DirectionBank, HookPoint, gather, operate, operate_before_norm
 from steer.runtime.op import GATE, amount, coefficients, component, embedding_coefficients
 from steer.runtime.token_index import TokenIndex, slot, slots_of
 from steer.spec import Entry, Spec
@@ -188,6 +188,7 @@ def test_an_axis_takes_a_row_only_where_a_request_could_use_it(rank: int) -> Non
     t.load("d", DIRECTIONS["d"])
     assert t.rows_in_use == rank
     assert len(t.rows_of(["d"])) == 1, "what is read is the direction"
+    assert len(t.rows_of(["d"], axes=True)) == 1 + (rank > 1)
     t.unload("d")
     assert t.rows_in_use == 0
 
@@ -256,7 +257,7 @@ def test_a_mixed_batch_is_each_token_by_the_formula(batch: list[tuple[list[Entry
     x = torch.randn(n, models.D_MODEL, generator=torch.Generator().manual_seed(seed))
     for layer in range(models.LAYERS):
         bank_slice = t.slices[HookPoint("resid_post", layer)]
-        made, _ = apply(x, bank_slice, *index.first(n))
+        made, _ = operate(x, gather(bank_slice, *index.first(n)))
         for i, wish in enumerate(tokens):
             here = [
                 (entry.digest, entry.mode, entry.strength)
@@ -294,7 +295,7 @@ def test_ranges_of_layers_cost_no_matrices_of_their_own(monkeypatch: pytest.Monk
 def applied(t: DirectionBank, wish: Spec, x: Tensor, point: HookPoint = POINTS[1]) -> Tensor:
     index = TokenIndex(t.rank, len(x), "cpu")
     index.fill_with([t.steer(wish)], [len(x)])
-    return apply(x, t.slices[point], *index.first(len(x)))[0]
+    return operate(x, gather(t.slices[point], *index.first(len(x))))[0]
 
 
 def test_both_components_go_in_either_order_and_the_order_means_nothing() -> None:
@@ -380,7 +381,7 @@ def plain_beside_steered(x: Tensor) -> Tensor:
     t.load("c", DIRECTIONS["c"])
     index.fill_with([None, t.steer(spec(("c", "add", 1.0)))], [len(x), 1])
     together = torch.cat([x, torch.ones(1, models.D_MODEL, dtype=x.dtype)])
-    y, _ = apply(together, t.slices[POINTS[1]], *index.first(len(together)))
+    y, _ = operate(together, gather(t.slices[POINTS[1]], *index.first(len(together))))
     assert y.dtype == x.dtype
     assert not torch.equal(y[-1], together[-1])
     return y[:-1]
@@ -404,7 +405,7 @@ def test_what_a_norm_reads_next_is_the_operation_with_its_mean_square(rank: int,
     x += data.draw(st.sampled_from([0, 1, 100])) * DIRECTIONS["a"].directions[0, 0]
     x *= data.draw(st.sampled_from([1e-3, 1.0, 1e3, 1e25]))
     x[0, 0] = data.draw(st.sampled_from([0.0, 1.0, torch.inf, torch.nan]))
-    y, lost = apply(x, bank_slice, *acts, torch.float32)
+    y, lost = operate(x, gather(bank_slice, *acts), torch.float32)
     z, gone, mean_square = operate_before_norm(x, gather(bank_slice, *acts), torch.float32)
     assert torch.equal(bits(y), bits(z))
     assert torch.equal(lost, gone)

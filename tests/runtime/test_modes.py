@@ -12,8 +12,10 @@ from steer.direction import Direction
 from steer.errors import SpecError
 from steer.names import MAX_STRENGTH, MODE_SCALES, MODE_SUMMARIES, MODES, SITE_RULES, SITES, TURNING, Mode, Site
 from steer.runtime.bank import EMBEDDING, HookPoint
-from steer.runtime.op import GAMMA, GATE, TARGET, WEIGHT, check_mode, coefficients, displacement, embedding_coefficients
+from steer.runtime.op import GAMMA, GATE, TARGET, WEIGHT, coefficients, embedding_coefficients
+from steer.shape import check_mode
 from tests import models
+from tests.oracle import displacement
 
 MODEL = models.tiny("llama")
 WEIGHTS = torch.tensor([0.25, 1.0, 2.0])

@@ -11,7 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steer.runtime.op import GAMMA, GATE, TARGET, WEIGHT, displacement, displacements, joint
+from steer.runtime.op import GAMMA, GATE, TARGET, WEIGHT, displacements, joint
+from tests.oracle import displacement
 
 law = settings(deadline=None, max_examples=60)
 SEEDS = st.integers(0, 2**32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from steer.readout import Line, Readout
 from steer.runtime.readout import ReadIndex, components
+from steer.spec import Line, Readout
 
 ROWS, WIDTH, LAYERS, RANK = 6, 8, 3, 4
 
 
-def rows_of(digests: Sequence[str]) -> NDArray[np.int64]:
-    """Here a digest is the number of its bank row."""
-    return np.array([int(digest) for digest in digests], np.int64)
+def rows_of(digests: Sequence[str], axes: bool = False) -> NDArray[np.int64]:
+    """Here a digest is the number of its bank row, and the axis is the row in front of it."""
+    return np.array([row for digest in digests for row in (int(digest), int(digest) - 1)[: 1 + axes]], np.int64)
 
 
 def readout(rows: Sequence[int], layers: Sequence[int]) -> Readout:
@@ -68,7 +69,7 @@ def test_each_reader_gets_its_own_last_token_rows_and_layers(data: st.DataObject
 def test_a_later_request_is_read_at_the_rows_that_its_version_has_then() -> None:
     """A version that was unloaded and came back has other rows, and its read-out is equal to the one before."""
     row = 1
-    index = ReadIndex(1, RANK, "cpu", lambda digests: np.array([row]))
+    index = ReadIndex(1, RANK, "cpu", lambda *_: np.array([row]))
     x, vectors = torch.ones(1, WIDTH), torch.arange(1.0, 4.0)[:, None].expand(3, WIDTH)
     before = readout([0], [0])
 
@@ -85,7 +86,7 @@ def test_a_later_request_is_read_at_the_rows_that_its_version_has_then() -> None
 def test_a_request_that_has_ended_takes_no_other_ones_read_out_with_it() -> None:
     """Its version may be unloaded before the model's thread knows that it has ended."""
     resident = {"old": [1], "new": [2]}
-    index = ReadIndex(1, RANK, "cpu", lambda digests: np.array([row for d in digests for row in resident[d]]))
+    index = ReadIndex(1, RANK, "cpu", lambda digests, _: np.array([row for d in digests for row in resident[d]]))
     old, new = (Readout((Line("refusal", digest, 0),), (0,)) for digest in resident)
     x, vectors = torch.ones(2, WIDTH), torch.tensor([0.0, 2.0, 3.0])[:, None].expand(3, WIDTH)
 
@@ -97,6 +98,26 @@ def test_a_request_that_has_ended_takes_no_other_ones_read_out_with_it() -> None
     assert found([old]) == [2 * WIDTH]
     del resident["old"]
     assert found([old, new]) == [0, 3 * WIDTH]
+
+
+def test_an_angle_is_that_in_the_plane_of_direction_and_axis() -> None:
+    """Of a stream that is made of its angle, among others that are read without; where there is no plane it is NaN."""
+    index = ReadIndex(2, RANK, "cpu", rows_of)
+    vectors = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))[0][:ROWS]
+    v, u = vectors[2], vectors[1]
+    turned = [torch.tensor(angle).deg2rad() for angle in (100.0, -35.0)]
+    x, y = (3 * (angle.cos() * u + angle.sin() * v) + 5 * vectors[4] for angle in turned)
+    index.fill([readout([2], [0, 1]), replace(readout([2, 4], [0, 1]), angle=True)], [1, 1])
+    for layer, rows in ((0, vectors), (1, torch.zeros_like(vectors))):
+        index.record(layer, x.expand(2, -1), y.expand(2, -1), rows)
+    alone, reading = index.collect()
+    assert alone.angles is None
+    assert reading.angles is not None
+    np.testing.assert_allclose(reading.angles[:, 0, 0], [100, -35], atol=1e-3)
+    np.testing.assert_allclose(reading.angles[:, 0, 1], [90, 90], atol=1e-3)
+    assert np.isnan(reading.angles[:, 1]).all()
+    np.testing.assert_array_equal(reading.before[:, 0], alone.before[:, 0])
+    assert reading.before.shape == (2, 2)
 
 
 def test_a_low_precision_stream_is_read_in_float32() -> None:

@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.names import MODES
-from steer.readout import Line, Readout
-from steer.runtime.bank import DirectionBank, HookPoint, apply, gather, operate
+from steer.runtime.bank import DirectionBank, HookPoint, gather, operate
 from steer.runtime.combine import Combination
 from steer.runtime.readout import ReadIndex
 from steer.runtime.token_index import PLAIN, STAGES, UNCONDITIONAL, Acts, Decision, RequestSteer, TokenIndex, slot
-from steer.spec import PHASES, Entry, Spec
+from steer.spec import PHASES, Entry, Line, Readout, Spec
 from steer.tokenization import Thinking
 from tests.oracle import acting
 from tests.runtime.copy_queues import Late
@@ -119,12 +118,7 @@ def test_each_position_has_its_own_part_however_a_request_is_cut_into_steps(
             acting = (whole(index).strengths != 0).any(0)
             assert (whole(index).slots[j] * acting)[: len(tokens)].tolist() == slots
         alone = TokenIndex(RANK, MAX_TOKENS, "cpu")
-        parts: list[RequestSteer | None] = []
-        counts: list[int] = []
-        for steer, start, length in zip(requests, at.tolist(), lengths.tolist(), strict=True):
-            steers, each = ([None], [length]) if steer is None else steer.along(start, length)
-            parts, counts = parts + list(steers), counts + each
-        alone.fill_with(parts, counts)
+        alone.fill_with(requests, lengths.tolist(), at.tolist())
         assert torch.equal(whole(alone).strengths, whole(index).strengths), "the same for a pass that is filled at once"
         at = at + lengths
     for number in numbers[numbers != PLAIN].tolist():
@@ -178,7 +172,7 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
         tokens = len(step) * each
         x = torch.randn(tokens, 8)
         spread: list[Any] = [t.repeat_interleave(each, dim=-1) for t in index.first(len(step)) if t is not None]
-        expected, _ = apply(x, bank_slice, *spread)
+        expected, _ = operate(x, gather(bank_slice, *spread))
         if index.active:
             acting, everywhere, turning = index.acting(len(step))
             operands = gather(bank_slice, *acting, everywhere=everywhere, turning=turning)
@@ -290,7 +284,7 @@ def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, queue:
     """An index or a bank of a notebook is made and filled in whatever mode its user is in."""
     with torch.inference_mode(made_inside):
         index = TokenIndex(2, 8, "cpu", queue=queue)
-        reads = ReadIndex(1, 2, "cpu", lambda _: np.array([1]))
+        reads = ReadIndex(1, 2, "cpu", lambda *_: np.array([1]))
         bank = DirectionBank([HookPoint("resid_post", 0)], rows=4, rank=2, d_model=8)
     bank_slice = bank.slices[HookPoint("resid_post", 0)]
     for inside in (not made_inside, made_inside):
@@ -315,7 +309,7 @@ def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, queue:
             assert not tensor.is_inference()
         # a pass that autograd records keeps what it read
         x = torch.ones(3, 8, requires_grad=True)
-        y, _ = apply(x, bank_slice, *index.first(3))
+        y, _ = operate(x, gather(bank_slice, *index.first(3)))
         y.sum().backward()
         reads.record(0, x, y, bank_slice.vectors)
         assert len(reads.collect()) == 3

@@ -22,9 +22,9 @@ from steer.hf.steering import Steering
 from steer.lab.fit import Choice
 from steer.names import TURNING, Mode
 from steer.runtime import bank as bank_module
-from steer.runtime.bank import DirectionBank, HookPoint, apply
-from steer.runtime.op import check_mode
+from steer.runtime.bank import DirectionBank, HookPoint, gather, operate
 from steer.runtime.token_index import TokenIndex
+from steer.shape import check_mode
 from steer.spec import Entry, Spec
 from tests import models
 
@@ -52,7 +52,7 @@ def acted(x: Tensor, *entries: tuple[Mode, float], direction: Direction = MADE) 
     bank.load("d", direction)
     index = TokenIndex(4, len(x), "cpu")
     index.fill_with([bank.steer(Spec(tuple(Entry("d", "d", mode, s) for mode, s in entries)))], [len(x)])
-    return apply(x, bank.slices[POINT], *index.first(len(x)))
+    return operate(x, gather(bank.slices[POINT], *index.first(len(x))))
 
 
 def turned(x: Tensor, strength: float = 1.0, mode: Mode = "rotate") -> Tensor:
@@ -139,7 +139,7 @@ def test_beside_another_direction_both_have_what_they_ask_for() -> None:
     entries = (Entry("o", "o", "ablate", 1.0), Entry("d", "d", "rotate", 1.0))
     for step in (1, -1):
         index.fill_with([bank.steer(Spec(entries[::step]))], [len(x)])
-        made.append(apply(x, bank.slices[POINT], *index.first(len(x)))[0].double())
+        made.append(operate(x, gather(bank.slices[POINT], *index.first(len(x))))[0].double())
     assert torch.equal(*made), "the order means nothing"
     pair = torch.hypot(x.double() @ AXIS, x.double() @ ROW)
     assert float((made[0] @ other.directions[0, 0].double()).abs().max()) < 1e-4
@@ -154,7 +154,7 @@ def test_tokens_that_are_not_named_keep_their_bits() -> None:
     steered = bank.steer(Spec((Entry("d", "d", "rotate", 1.0, None, "not-first"),)), len(x))
     assert steered is not None
     index.fill(np.array([index.enter(steered)]), np.array([len(x)]), np.array([0]))
-    y = apply(x, bank.slices[POINT], *index.first(len(x)))[0]
+    y = operate(x, gather(bank.slices[POINT], *index.first(len(x))))[0]
     assert torch.equal(y[0], x[0])
     torch.testing.assert_close(y[1:], turned(x)[1:])
 
@@ -171,7 +171,7 @@ def test_gradients_of_plain_rows_are_those_of_a_plain_pass() -> None:
     bank, index = DirectionBank([POINT], rows=2, rank=2, d_model=models.D_MODEL), TokenIndex(2, 2, "cpu")
     bank.load("d", MADE)
     index.fill_with([None, bank.steer(Spec((Entry("d", "d", "rotate", 1.0),)))], [1, 1])
-    y, _ = apply(x, bank.slices[POINT], *index.first(2))
+    y, _ = operate(x, gather(bank.slices[POINT], *index.first(2)))
     y.sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad[0], torch.ones(models.D_MODEL))

@@ -11,14 +11,14 @@ from starlette.routing import Mount, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.registry import Registry
-from steer.runtime.bank import DirectionBank, HookPoint
-from steer.runtime.placement import LocalPlacement, Shape
+from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
 from steer.serve import metrics
 from steer.serve.access import Access
 from steer.serve.audit import Fsync
 from steer.serve.control import Control
-from steer.serve.middleware import SteerMiddleware
+from steer.serve.middleware import RenderingWatch, SteerMiddleware
 from steer.settings import ControlSettings
+from steer.shape import Shape
 from tests import models
 
 ANSWER = json.dumps({"object": "text_completion", "choices": []}).encode()
@@ -69,7 +69,8 @@ class Inside:
             )
         )
         self.control.listen("127.0.0.1", origins)
-        layer = SteerMiddleware(app, registry=self.registry, served=["tiny"], control=self.control)
+        rendering = RenderingWatch(self.registry)
+        layer = SteerMiddleware(app, registry=self.registry, served=["tiny"], control=self.control, rendering=rendering)
         routes = [Route(path, layer, methods=["POST"]) for path in ("/v1/completions", "/v1/chat/completions")]
         self.app = Access(Router([*routes, Mount("/", app)]), control=self.control)
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from steer.direction import Direction
 from steer.hf.load import Loaded, template_parameters
-from steer.serve.run import warn_of_template
+from steer.serve.app import warn_of_template
 from steer.spec import PHASES
 from steer.tokenization import thinking_of
 from tests import models

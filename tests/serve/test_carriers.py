@@ -15,13 +15,13 @@ from steer.direction import Direction
 from steer.errors import SpecError, UnknownDirection
 from steer.names import MODES
 from steer.registry import Registry
-from steer.runtime.bank import DirectionBank, HookPoint
-from steer.runtime.placement import LocalPlacement, Shape
+from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
 from steer.serve import carriers
 from steer.serve.authorise import admit
 from steer.serve.body import parse_body
 from steer.serve.carriers import Carried, split_alias
 from steer.serve.errors import HTTPProblem
+from steer.shape import Shape
 from steer.spec import Entry, RequestedDirection, parse, text
 from tests import models
 
@@ -31,8 +31,8 @@ SERVED = ("base", "org/base")
 FILES = [models.direction(MODEL, seed=seed, plane=True).to_bytes() for seed in range(3)]
 
 
-class Placed(LocalPlacement):
-    """The real placement, with something that happens while a request is being resolved."""
+class Watched(Shape):
+    """The real checks, with something that happens while a request is being resolved."""
 
     while_resolving: Callable[[], None] = staticmethod(lambda: None)
 
@@ -45,7 +45,9 @@ def registry_of(**names: bytes) -> Registry:
     bank = DirectionBank(
         [HookPoint("resid_post", layer) for layer in range(3)], rows=16, rank=4, d_model=models.D_MODEL
     )
-    registry = Registry(Placed(Shape("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 4), bank))
+    registry = Registry(
+        LocalPlacement(Watched("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 4), bank)
+    )
     for name, data in names.items():
         registry.put(name, data)
     return registry
@@ -341,11 +343,9 @@ def test_a_refused_request_pins_nothing() -> None:
     assert [version.pins for version in REGISTRY.names().values()] == [0, 0]
 
 
-def test_a_swap_in_between_makes_no_conflict() -> None:
+def test_a_swap_in_between_makes_no_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two carriers that name one direction agree, also where the name moves on while they are compared."""
     registry = registry_of(refusal=FILES[0])
-    placement = registry.placement
-    assert isinstance(placement, Placed)
     swaps: list[threading.Thread] = []
 
     def swap() -> None:
@@ -354,7 +354,7 @@ def test_a_swap_in_between_makes_no_conflict() -> None:
             swaps[0].start()
             swaps[0].join(0.3)
 
-    placement.while_resolving = swap
+    monkeypatch.setattr(Watched, "while_resolving", staticmethod(swap))
     receipt = admitted({"model": "base", "steer": "refusal"}, header("refusal=1"), registry=registry)
     swaps[0].join(10)
     assert '"direction":"refusal"' in receipt

@@ -16,8 +16,7 @@ import torch
 import transformers as tf
 from fastapi.testclient import TestClient
 
-from steer.serve.app import build
-from steer.serve.run import prepare
+from steer.serve.app import build, prepare
 from steer.settings import ServeSettings
 from tests.serve.inside import post
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from prometheus_client import generate_latest
 
 from steer.registry import Registry
-from steer.runtime.bank import DirectionBank, HookPoint
-from steer.runtime.placement import LocalPlacement, Shape
+from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
 from steer.serve import metrics
+from steer.shape import Shape
 from tests import models
 from tests.servers import ROOT
 

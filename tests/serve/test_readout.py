@@ -17,6 +17,9 @@ from tests.oracle import ablated
 from tests.serve.test_app import ROUTES, ask, error
 from tests.servers import Server, receipt
 
+#: Of a line, what has a value for each token.
+SIDES = {"before", "after", "angle_before", "angle_after"}
+
 
 def choice(response: httpx.Response) -> dict[str, Any]:
     assert response.status_code == 200, response.text
@@ -40,7 +43,7 @@ def gathered(response: httpx.Response, index: int = 0) -> dict[str, Any]:
             for key in ("tokens", "norms"):
                 whole[key] += new[key]
             for mine, more in zip(whole["directions"], new["directions"], strict=True):
-                for side in ("before", "after"):
+                for side in SIDES & mine.keys():
                     mine[side] += more.pop(side)
                 assert more == {key: mine[key] for key in more}
     return whole
@@ -101,6 +104,22 @@ def test_the_numbers_are_those_of_a_forward_pass(tiny_server: Server) -> None:
             told = np.array(read["directions"][0][side])[:, layer]
             np.testing.assert_allclose(told, (stream[positions] @ v).numpy(), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(np.array(read["norms"])[:, layer], before[positions].norm(dim=-1).numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_angles_are_read_in_a_stream_too_and_rotation_turns_them(tiny_server: Server, route: str) -> None:
+    made = models.direction(models.tiny("llama"), seed=3, plane=True)
+    assert tiny_server.client.put("/v1/directions/flat", content=made.to_bytes()).status_code == 200
+    options = {"steer": "flat:rotate=0.5", "steer_readout": {"directions": "flat", "angle": True}}
+    whole = choice(ask(tiny_server, route, **options))["steer_readout"]
+    assert gathered(ask(tiny_server, route, stream=True, **options)) == whole
+    [line] = whole["directions"]
+    before, after = (np.array(line[f"angle_{side}"]) for side in ("before", "after"))
+    assert before.shape == (len(whole["tokens"]), models.LAYERS)
+    np.testing.assert_allclose(after, 0.5 * before, atol=1e-2)
+    asked = {"steer_readout": {"directions": ["flat", "refusal"], "angle": True}}
+    assert "'refusal' holds no plane" in error(ask(tiny_server, route, **asked), 400)["message"]
+    assert tiny_server.client.delete("/v1/directions/flat").status_code == 200
 
 
 def test_reading_changes_no_answer_and_nothing_is_read_unasked(tiny_server: Server) -> None:

@@ -11,8 +11,9 @@ import torch
 
 from steer.hf.steering import Steering
 from steer.registry import Registry
+from steer.runtime.bank import LocalPlacement
 from steer.runtime.hook_points import hooks, on_output
-from steer.runtime.placement import LocalPlacement, Shape
+from steer.shape import Shape
 from steer.spec import PHASES, Condition, Spec, parse
 from steer.tokenization import Thinking
 from tests import models

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from steer.vllm.launch import serve
+from steer.vllm.plugin import serve
 from steer.vllm.settings import EngineSettings
 from tests.vllm import device
 

@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI
 from pydantic_core import PydanticUndefined
 
-from steer.serve import fields
+from steer.serve import protocol
 from steer.serve.protocol import ChatRequest, CompletionRequest
 from steer.vllm import answers, internals
 
@@ -27,7 +27,7 @@ VOLATILE = {"request_id"}
 def test_defaults_of_vllms_requests_pass(ours: Any, theirs: Any) -> None:
     needed = {"model": "m", "messages": [{"role": "user", "content": "x"}], "prompt": "x"}
     body = {name: value for name, value in needed.items() if name in ours.model_fields}
-    known = {*ours.model_fields, *fields.IGNORED, *fields.NOT_SERVED, *ours.neutral}
+    known = {*ours.model_fields, *protocol.IGNORED, *protocol.NOT_SERVED, *ours.neutral}
     assert set(theirs.model_fields) <= known
     for name, field in theirs.model_fields.items():
         if name not in body and field.default is not PydanticUndefined:

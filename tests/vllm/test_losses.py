@@ -16,14 +16,14 @@ from steer.shared import Shared
 from steer.spec import Entry, Spec
 from steer.vllm.frontend import GROUPS, SALT, Salts, parted, salt
 from steer.vllm.internals.base import ABOVE
-from steer.vllm.losses import KEPT, LostRuns, Run, Step
-from steer.vllm.wire import RESOLVED
+from steer.vllm.losses import KEPT, LostRuns, SteeredRun, Step
+from steer.vllm.settings import RESOLVED
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=8)
 
 
-def run_of(prompt: list[int], spec: str = "a") -> Run:
-    return Run(spec, prompt, len(prompt))
+def run_of(prompt: list[int], spec: str = "a") -> SteeredRun:
+    return SteeredRun(spec, prompt, len(prompt))
 
 
 def step(requests: dict[str, int], lost: list[int], starts: dict[str, int]) -> Step:

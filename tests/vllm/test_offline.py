@@ -138,7 +138,7 @@ def test_tokens_and_layers_are_those_of_transformers(
                 assert isinstance(spec, Spec)
                 steer = probe.steering.bank.steer(spec, one.start)
                 assert steer is not None
-                with probe.steering.batch(*steer.along(0, len(one.ids))), torch.inference_mode():
+                with probe.steering.batch([steer], [len(one.ids)], [0]), torch.inference_mode():
                     logits = loaded.model(torch.tensor([one.ids])).logits[0].log_softmax(-1)
                 scored = [float(logits[i - 1, one.ids[i]]) for i in range(one.start, len(one.ids))]
                 difference = np.array(scored) - one.logprobs

@@ -18,8 +18,8 @@ from starlette.websockets import WebSocketDisconnect
 
 from steer.errors import SpecError, UnsupportedModel
 from steer.registry import Registry
-from steer.runtime.bank import DirectionBank, HookPoint
-from steer.runtime.placement import LocalPlacement, Shape
+from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
+from steer.shape import Shape
 from steer.vllm import internals
 from tests import models
 
@@ -77,10 +77,10 @@ class Engine:
     def generate(self, extra_args: dict[str, Any] | None) -> str:
         from vllm import SamplingParams
 
-        from steer.vllm import wire
+        from steer.vllm.settings import receipt_of
 
         with self.steer.admitted(SamplingParams(extra_args=extra_args)) as params:
-            self.asked.append(wire.of(params))
+            self.asked.append(receipt_of(params))
         return "answer"
 
 

@@ -24,7 +24,7 @@ TOKENS, TOLD = 3, 64
 NOISE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-def answer(logits: Logits, tokens: tuple[int, ...] = (7, 7, 7)) -> selfcheck.Answer:
+def answer(logits: Logits, tokens: tuple[int, ...] = (7, 7, 7)) -> selfcheck.ProbeAnswer:
     """What an engine says that has these logits `[TOKENS, TOLD]`."""
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return [(token, dict(enumerate(map(float, row)))) for token, row in zip(tokens, logprobs, strict=True)]
@@ -41,7 +41,7 @@ class Sides:
     def draw(self) -> Logits:
         return self.chance.normal(size=(TOKENS, TOLD))
 
-    def say(self, logits: Logits, **more: Any) -> selfcheck.Answer:
+    def say(self, logits: Logits, **more: Any) -> selfcheck.ProbeAnswer:
         return answer(logits + self.noise * self.draw(), **more)
 
     def judged(self, *served: Logits, chaos: float = 0.0) -> selfcheck.Judgement:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import steer
 from steer.direction import Direction
 from tests import clients, harness, models, oracle
 from tests.fuzz.life import Life, by_field
@@ -328,6 +329,26 @@ def test_what_is_read_is_what_a_forward_pass_has(server: Server, home: Home, rou
                 np.testing.assert_allclose(told, (stream[positions] @ row).numpy(), rtol=1e-3, atol=2e-3)
         norms = seen[layer][0][positions].norm(dim=-1).numpy()
         np.testing.assert_allclose(np.array(read["norms"])[:, at], norms, rtol=1e-3)
+
+
+def test_the_angle_is_what_transformers_has(server: Server, home: Home) -> None:
+    """Of a plain stream, and of one that is turned by half of its angle at each layer and only there."""
+    for spec, left in (("off", 1.0), ("refusal:rotate=0.5", 0.5)):
+        angles = {"directions": "refusal", "angle": True}
+        answer = ask(server, "/v1/completions", steer=spec, steer_readout=angles, return_token_ids=True)
+        assert answer.status_code == 200, answer.text
+        [choice] = answer.json()["choices"]
+        [line] = choice["steer_readout"]["directions"]
+        before, after = (np.array(line[f"angle_{side}"]) for side in ("before", "after"))
+        np.testing.assert_allclose(after, left * before, atol=1e-2)
+        prompt = choice.get("prompt_token_ids") or answer.json()["prompt_token_ids"]
+        model = copy.deepcopy(home.model)
+        with steer.attach(model, {"refusal": home.directions / "refusal.safetensors"}, rank=2) as steering:
+            with torch.no_grad(), steering(spec), steering.read("refusal", angle=True) as reading:
+                model(input_ids=torch.tensor([prompt + choice["token_ids"]]), use_cache=False)
+        np.testing.assert_allclose(before, reading.angles[0, 0, len(prompt) - 1 : -1, :, 0], atol=1e-2)
+    refused = ask(server, "/v1/completions", steer_readout={"directions": "verbosity", "angle": True})
+    assert (refused.status_code, "'verbosity' holds no plane" in refused.text) == (400, True)
 
 
 def test_reading_changes_no_answer_and_its_bounds_are_told(server: Server) -> None:

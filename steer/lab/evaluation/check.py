@@ -23,7 +23,7 @@ from steer.lab.source import Source
 from steer.lab.statistics import rank_sum
 from steer.names import Mode
 from steer.runtime.op import GAMMA, GATE, WEIGHT, coefficients
-from steer.runtime.placement import Shape
+from steer.shape import Shape
 
 HARMFUL = "harmful"
 #: The modes that do another thing along −v than along v.

@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import roc_curve
 from torch import Tensor
 
-from steer.direction import Direction
+from steer.direction import Direction, FoundCondition
 from steer.errors import InvalidInput, NothingFound, SpecError
 from steer.lab.evaluation.check import check_fits
 from steer.lab.evaluation.report import Rate
@@ -23,7 +23,7 @@ from steer.lab.statistics import Estimate, mean_of_rates, rank_sum, undominated
 from steer.lab.tables import shown
 from steer.runtime.bank import probe_of
 from steer.runtime.op import decided
-from steer.runtime.placement import Shape
+from steer.shape import Shape
 from steer.spec import Condition, Entry, RequestedDirection, text
 
 #: The part of a command's progress.
@@ -54,6 +54,18 @@ class Found:
     @property
     def condition(self) -> Condition:
         return self.front[-1].condition
+
+    def kept(self, split: Split) -> FoundCondition:
+        """What a file says of it; `split` is the one that it was found with."""
+        return FoundCondition(
+            layer=self.condition.layer,
+            above=self.condition.above,
+            below=self.condition.below,
+            harmful=split.tried_harmful.dataset,
+            harmless=split.tried_harmless.dataset,
+            missed=self.harmful.count(False),
+            caught=self.harmless.count(True),
+        )
 
     @property
     def balanced(self) -> Estimate:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from steer import __version__
 from steer.direction import Dataset
+from steer.lab.evaluation.arms import Arm
 from steer.lab.evaluator import Floats
 from steer.lab.statistics import Estimate, mean_of, wilson
 from steer.names import Mode
@@ -120,6 +121,19 @@ class SteeredArm(Part):
     strength: float
     layers: str | None = None
     tokens: str | None = None
+
+    @classmethod
+    def of(cls, arm: Arm) -> SteeredArm:
+        return cls(
+            name=arm.name,
+            file=arm.name.partition(":")[0],
+            digest=arm.digest,
+            method=arm.direction.meta.method,
+            mode=arm.mode,
+            strength=arm.strength,
+            layers=arm.layers,
+            tokens=arm.tokens,
+        )
 
     @property
     def way(self) -> str:

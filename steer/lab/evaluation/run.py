@@ -14,10 +14,19 @@ import numpy as np
 
 from steer.errors import NotFinite
 from steer.lab.behaviour import REFUSAL, Behaviour
-from steer.lab.evaluation import perplexity as pp
 from steer.lab.evaluation.arms import PLAIN, Arm, steering
-from steer.lab.evaluation.expected import Expected, right
-from steer.lab.evaluation.outcomes import Row, arms_on_set, corrected, differences, rows_of
+from steer.lab.evaluation.figures import (
+    Expected,
+    Row,
+    Text,
+    arms_on_set,
+    corrected,
+    differences,
+    negative_log_likelihoods,
+    right,
+    rows_of,
+    text_result,
+)
 from steer.lab.evaluation.report import Comparison, Difference, DivergenceOf, Dose, SetResult, TextResult
 from steer.lab.evaluator import Continuation, Evaluator, Floats, Steer
 from steer.lab.judge import Judge, judged
@@ -52,7 +61,7 @@ class Plan:
     behaviour: Behaviour = REFUSAL
     judges: Sequence[Judge] = ()
     expected: Mapping[Prompt, Expected] = field(default_factory=dict)
-    text: pp.Text | None = None
+    text: Text | None = None
     doses: Sequence[float] = ()
     against: str | None = None
 
@@ -95,12 +104,12 @@ class Evaluation:
                 SetResult(
                     name=title,
                     dataset=prompts.dataset,
-                    multi_turn=sum(_turns(prompt) > 1 for prompt in prompts.prompts),
+                    multi_turn=sum(isinstance(p, Conversation) and p.several for p in prompts.prompts),
                     limit_tells=ends(self.answers[title, PLAIN], self.plan.max_tokens),
                     arms=arms_on_set(by_arm),
                 )
             )
-        text = None if self.plan.text is None else pp.result(self.plan.text, self.negative)
+        text = None if self.plan.text is None else text_result(self.plan.text, self.negative)
         divergence = tuple(DivergenceOf.of(name, HARMLESS, rows) for name, rows in self.divergences.items())
         beside = _beside(self.plan, doses, told, self.divergences)
         return Found(self.plan.arms, tuple(doses), tuple(sets), divergence, text, beside, told)
@@ -113,13 +122,13 @@ class Evaluation:
         plan, progress, name = self.plan, self.evaluator.progress, _name(arm)
         with steering(self.evaluator, arm) as steer:
             for title, prompts in plan.sets.items():
-                with progress.part(_answering(title, name)):
+                with progress.part(f"{title}, {name}"):
                     self.answers[title, name] = self._answers(title, prompts, arm, steer)
             if plan.text is not None:
-                with progress.part(_reading(name)):
+                with progress.part(f"text, {name}"):
                     self.negative[name] = self._read(plan.text, arm, steer)
             if arm is not None and HARMLESS in plan.sets:
-                with progress.part(_diverging(name)):
+                with progress.part(f"divergence, {name}"):
                     self.divergences[name] = self._diverge(arm, steer)
 
     def _doses(self) -> list[Dose]:
@@ -127,7 +136,7 @@ class Evaluation:
         doses, arms = list[Dose](), dict[str, Arm]()
         for arm in self.plan.arms:
             for dose in self.plan.doses:
-                with self.evaluator.progress.part(_dosing(arm, dose)):
+                with self.evaluator.progress.part(f"{arm.way} at KL {dose:g}"):
                     found = self._at_dose(arm, dose)
                 doses.append(Dose(way=arm.way, kl=dose, strength=found.strength if found else None))
                 if found:
@@ -140,7 +149,7 @@ class Evaluation:
         """What became of the answers to a set in the arm `name`."""
         given = self.answers[title, name]
         texts = [answer.text for answer in given]
-        with self.evaluator.progress.part(_judging(title, name)):
+        with self.evaluator.progress.part(f"judging {title}, {name}"):
             verdicts = {judge.name: self._verdicts(judge, title, name, prompts, texts) for judge in self.plan.judges}
         known = right(self.plan.expected, prompts.prompts, texts)
         plain = self.answers[title, PLAIN]
@@ -213,9 +222,9 @@ class Evaluation:
         name = f"{title}.{arm}.verdicts-{judge.name.replace('/', '_')}"
         return self.cache.rows(name, {"sha256": prompts.sha256} | judge.identity, len(prompts), make)
 
-    def _read(self, text: pp.Text, arm: Arm | None, steer: Steer) -> Floats:
+    def _read(self, text: Text, arm: Arm | None, steer: Steer) -> Floats:
         def make() -> list[float]:
-            return [float(v) for v in pp.negative_log_likelihoods(self.evaluator, text.windows, steer)]
+            return [float(v) for v in negative_log_likelihoods(self.evaluator, text.windows, steer)]
 
         conditions = {"sha256": text.dataset.sha256} | _identity(arm)
         return np.array(self.cache.value(f"text.{_name(arm)}", conditions, make))
@@ -263,44 +272,20 @@ def parts_of(plan: Plan) -> dict[str, float]:
         each, plain = (sum(parts_of(replace(plan, arms=arms, doses=())).values()) for arms in (plan.arms, ()))
         return (
             parts_of(replace(plan, arms=(), doses=()))
-            | {_dosing(arm, dose): float(count * TRIES) for arm in plan.arms for dose in plan.doses}
+            | {f"{arm.way} at KL {dose:g}": float(count * TRIES) for arm in plan.arms for dose in plan.doses}
             | {DOSES: (each - plain) * len(plan.doses)}
         )
     found: dict[str, float] = {}
     for name in (PLAIN, *(arm.name for arm in plan.arms)):
         for title, prompts in plan.sets.items():
-            found[_answering(title, name)] = len(prompts) * answering(plan.max_tokens)
+            found[f"{title}, {name}"] = len(prompts) * answering(plan.max_tokens)
             if plan.judges:
-                found[_judging(title, name)] = len(prompts) * len(plan.judges)
+                found[f"judging {title}, {name}"] = len(prompts) * len(plan.judges)
         if plan.text is not None:
-            found[_reading(name)] = len(plan.text.windows.pieces)
+            found[f"text, {name}"] = len(plan.text.windows.pieces)
         if name != PLAIN and HARMLESS in plan.sets:
-            found[_diverging(name)] = len(plan.sets[HARMLESS])
+            found[f"divergence, {name}"] = len(plan.sets[HARMLESS])
     return found
-
-
-def _answering(title: str, arm: str) -> str:
-    return f"{title}, {arm}"
-
-
-def _judging(title: str, arm: str) -> str:
-    return f"judging {title}, {arm}"
-
-
-def _reading(arm: str) -> str:
-    return f"text, {arm}"
-
-
-def _diverging(arm: str) -> str:
-    return f"divergence, {arm}"
-
-
-def _dosing(arm: Arm, dose: float) -> str:
-    return f"{arm.way} at KL {dose:g}"
-
-
-def _turns(prompt: Prompt) -> int:
-    return sum(role == "user" for role, _ in prompt.turns) if isinstance(prompt, Conversation) else 1
 
 
 def _name(arm: Arm | None) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,6 @@ class TaskPlan:
 def scores(plan: TaskPlan, served: Served, arms: Sequence[Arm], cache: Cache) -> tuple[TaskScore, ...]:
     """Every metric of every task in every arm, with its paired difference from plain. Raises SteerError with the end of
     lm_eval's log where it fails."""
-    if find_spec("lm_eval") is None:
-        raise InvalidInput("--tasks needs the package lm-eval (pip install 'lm-eval[api]')")
     kept: dict[str, Any] = {"tasks": list(plan.names), "limit": plan.limit, "tokenizer": plan.tokenizer}
     found: dict[str, Any] = {}
     for name, model in {PLAIN: served.model, **{arm.name: f"{served.model}+{arm.name}" for arm in arms}}.items():
@@ -116,19 +113,10 @@ def _run(plan: TaskPlan, url: str, model: str) -> dict[str, dict[str, dict[str, 
         return found
 
 
-@contextmanager
-def server(url: str | None, model: str, options: Sequence[str], arms: Sequence[Arm]) -> Iterator[Served]:
-    """The server at `url`, or where there is none a server of our own; see `given` and `serving`."""
-    if url is not None:
-        yield given(url.rstrip("/"), arms)
-        return
-    with serving(model, options, arms) as served:
-        yield served
-
-
 def given(url: str, arms: Sequence[Arm]) -> Served:
     """The server at `url`, which must serve the very files that are evaluated. Raises InvalidInput with all that it
     does not."""
+    url = url.rstrip("/")
     models, directions = _get(f"{url}/models"), _get(f"{url}/directions")
     base = next((card["id"] for card in models["data"] if card.get("parent") is None), None)
     served = {entry["id"]: entry.get("digest") for entry in directions["data"]}

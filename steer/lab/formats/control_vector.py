@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from steer.direction import Direction, replacing
-from steer.errors import InvalidInput, brief
+from steer.errors import InvalidInput, brief, imported
 from steer.lab.formats.foreign import Foreign, direction_of, width_of
 from steer.names import MAX_STRENGTH, Mode
 from steer.runtime.op import GAMMA, coefficients
@@ -30,7 +30,7 @@ ARCHITECTURE, GLP = "controlvector", ".glp.gguf"
 
 def read(path: Path, foreign: Foreign) -> Direction:
     """The vectors as a direction whose mode is `add`, or that of a GLP file; a layer that has none is unsteered."""
-    gguf = _library(path)
+    gguf = imported("gguf", f"{path}: GGUF", "gguf")
     try:
         reader = gguf.GGUFReader(path)
         wanted = ("general.architecture", "glp.")
@@ -119,7 +119,7 @@ def _written(path: Path, direction: Direction, rows: Tensor) -> Iterator[Any]:
     """Write the file with `rows` `[layers, k, d_model]`; what describes them is added to the writer meanwhile."""
     meta = direction.meta
     with replacing(path) as temporary:
-        writer = _library(path).GGUFWriter(temporary, ARCHITECTURE)
+        writer = imported("gguf", f"{path}: GGUF", "gguf").GGUFWriter(temporary, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", re.sub(r"For[A-Z].*", "", meta.architecture).lower())
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", meta.layers - 1)
         yield writer
@@ -162,11 +162,3 @@ def _write_glp(path: Path, direction: Direction) -> list[str]:
     if direction.embedding is not None:
         missed.append(f"{path}: the embedding's rows are left out, because the format has no place for them")
     return missed
-
-
-def _library(path: Path) -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise InvalidInput(f"{path}: GGUF needs the package gguf (pip install gguf)") from error
-    return gguf

@@ -1,19 +1,32 @@
-"""A model as files: its safetensors shards, and the tensors in them, read one by one."""
+"""A model as files: its safetensors shards, which of their tensors write to the stream, and what stands between.
+
+That a child of a block writes is seen in a pass over the model (`steer.runtime.hook_points`). Which parameter of the
+child does is known by the names that families of models use, and its layout by the class of the module that owns it,
+never by a shape: a square matrix would have two. What is not known is refused. That nothing was missed is checked
+afterwards by effect (`steer.lab.merge.removal`).
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from steer.errors import InvalidInput, UnsupportedModel
+from steer.hf.internals import axis_in_file
 from steer.hf.load import describe, find_model
+from steer.hf.streamed import Streamed
+from steer.runtime.bank import EMBEDDING
+from steer.runtime.hook_points import Output, find_writers, hooks, stream_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -94,3 +107,163 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UnsupportedModel(f"{path}: must be a JSON object")
     return value
+
+
+_WRITER = re.compile(
+    r"(?:^|\.)(?:o_proj|out_proj|dense|dense_4h_to_h|c_proj|down_proj|fc2|fc_out|w2)\.(?:weight|bias)$"
+    r"|(?:^|\.)experts\.down_proj(?:_bias)?$"
+)
+_POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions)\.weight$")
+#: Classes of transformers, by name, whose weights are `[…, inputs, outputs]` and that do not say so themselves.
+_INPUTS_FIRST = ("Conv1D", "Llama4TextExperts")
+#: How far a norm may be from g ⊙ x / rms(x), as a share of the largest value.
+RMS = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One of the terms that a block adds to the stream: the output of `module`, or of the `norm` that comes
+    after it, whose `gain` is g in g ⊙ x / rms(x)."""
+
+    layer: int
+    module: nn.Module
+    norm: nn.Module | None = None
+    gain: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """A tensor of the files that writes to the stream.
+
+    layer: EMBEDDING for what stands before block 0. axis: which of its dimensions is the stream's, counted from the
+    end. parameter: what it becomes in the model. own: does it become that alone? gain: of the norm after it.
+    """
+
+    name: str
+    layer: int
+    axis: int
+    parameter: str
+    own: bool = True
+    gain: Tensor | None = None
+
+    @property
+    def bias(self) -> bool:
+        return self.parameter.endswith("bias")
+
+    @property
+    def module(self) -> str:
+        return self.parameter.rpartition(".")[0]
+
+    def written(self, tensor: Tensor) -> Tensor:
+        """A view of `tensor` as the vectors that it writes, `[..., d_model]`."""
+        return tensor.movedim(self.axis, -1)
+
+    def stored(self, written: Tensor) -> Tensor:
+        """The tensor that writes these vectors."""
+        return written.movedim(-1, self.axis)
+
+
+@torch.no_grad()
+def find_terms(streamed: Streamed) -> list[Term]:
+    """What each block adds to the stream, seen in a pass over the model. Raises UnsupportedModel where that is no sum
+    of one or two of its children's outputs, and for a norm after one that is no RMS norm."""
+    anatomy = streamed.anatomy
+    children = [dict(block.named_children()) for block in anatomy.blocks]
+    given: dict[int, Tensor] = {}
+    wrote: dict[int, Tensor] = {}
+
+    def record(child: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Output) -> None:
+        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        for store, x in ((given, first), (wrote, stream_of(output))):
+            if isinstance(x, Tensor):
+                store[id(child)] = x.detach().clone()
+
+    each_child = [child for each in children for child in each.values()]
+    with hooks([child.register_forward_hook(record, with_kwargs=True) for child in each_child]):
+        found = find_writers(anatomy.blocks, anatomy.probe)
+    terms = []
+    for layer, modules in enumerate(found):
+        for module in modules:
+            if _parameters(streamed, module):
+                terms.append(Term(layer, module))
+                continue
+            feeding = [
+                child
+                for child in children[layer].values()
+                if id(child) in wrote
+                and torch.equal(wrote[id(child)], given[id(module)])
+                and _parameters(streamed, child)
+            ]
+            if not feeding:
+                raise UnsupportedModel(
+                    f"{anatomy.architecture}: {streamed.name_of(module)} ({type(module).__name__}) writes to the "
+                    "stream, and which of its weights do is not known; this family of models cannot be baked"
+                )
+            terms.append(Term(layer, feeding[0], module, _gain(streamed, module)))
+    return terms
+
+
+def find(checkpoint: Checkpoint, streamed: Streamed, terms: Sequence[Term]) -> list[Writer]:
+    """The tensors of the files that write these terms, and the embeddings. Raises UnsupportedModel for a layout that is
+    not known, and where a file holds something else than the parameter."""
+    decoder = streamed.name_of(streamed.anatomy.decoder)
+    inside = tuple(f"{streamed.name_of(block)}." for block in streamed.anatomy.blocks)
+    outside = [name for name in streamed.parameters if name.startswith(decoder) and not name.startswith(inside)]
+    embedding = f"{streamed.name_of(streamed.model.get_input_embeddings())}.weight"
+    positions = [name for name in outside if _POSITIONS.search(name)]
+    wanted: dict[str, tuple[int, Tensor | None]] = dict.fromkeys([embedding, *positions], (EMBEDDING, None))
+    for term in terms:
+        wanted |= dict.fromkeys(_parameters(streamed, term.module), (term.layer, term.gain))
+    shapes = {name: tuple(parameter.shape) for name, parameter in streamed.model.state_dict().items()}
+    found, missing = [], set(wanted)
+    for name, (parameter, operations) in streamed.becomes.items():
+        if parameter in wanted:
+            layer, gain = wanted[parameter]
+            axis = _axis(streamed.module_of(parameter), parameter)
+            file = shapes[parameter] if not operations else checkpoint.shape(name)
+            in_file = axis_in_file(operations, axis, shapes[parameter], file)
+            if in_file is None:
+                raise UnsupportedModel(f"{name}: how {parameter} is made of it is not known; it cannot be baked")
+            found.append(Writer(name, layer, in_file, parameter, not operations, gain))
+            missing.discard(parameter)
+    if missing:
+        raise UnsupportedModel(f"{checkpoint.architecture}: its files have no tensor for {', '.join(sorted(missing))}")
+    return found
+
+
+def _parameters(streamed: Streamed, module: nn.Module) -> list[str]:
+    """Return the names of the parameters of `module` that write its output."""
+    prefix = streamed.name_of(module)
+    return [name for own, _ in module.named_parameters() if _WRITER.search(name := f"{prefix}.{own}")]
+
+
+def _axis(module: nn.Module, parameter: str) -> int:
+    """Which dimension of it is the stream's, counted from the end, by the class of the module that owns it."""
+    kind, attribute = type(module).__name__, parameter.rpartition(".")[2]
+    if attribute.endswith("bias"):  # [d_model], of experts [experts, d_model]
+        return -1
+    if isinstance(module, nn.Embedding) or kind in _INPUTS_FIRST:
+        return -1
+    if isinstance(module, nn.Linear):
+        return -2
+    if attribute == "down_proj" and isinstance(transposed := getattr(module, "is_transposed", None), bool):
+        return -1 if transposed else -2
+    raise UnsupportedModel(
+        f"{parameter}: writes to the stream, and how a {kind} lays out its weights is not known; this family of models "
+        "cannot be baked"
+    )
+
+
+def _gain(streamed: Streamed, norm: nn.Module) -> Tensor:
+    """g `[d_model]` of a norm that is g ⊙ x / rms(x), whatever it keeps of it (Gemma: g − 1)."""
+    d_model = streamed.anatomy.d_model
+    x = torch.randn(d_model, generator=torch.Generator().manual_seed(0))
+    with streamed.loaded(norm):
+        gain: Tensor = norm(torch.ones(1, d_model))[0]
+        off = norm(x[None])[0] - gain * x / x.square().mean().sqrt()
+    if not float(off.abs().max()) <= RMS * float((gain * x).abs().max()):
+        raise UnsupportedModel(
+            f"{streamed.anatomy.architecture}: {streamed.name_of(norm)} ({type(norm).__name__}) stands between the "
+            "weights and the stream, and is no RMS norm; this family of models cannot be baked"
+        )
+    return gain

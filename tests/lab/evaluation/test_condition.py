@@ -20,8 +20,9 @@ from steer.lab.evaluation.condition import _between, _cut, find
 from steer.lab.prompts import SMALL, PromptSet, Split, read_prompts
 from steer.lab.source import TransformersSource, prompt_components
 from steer.lab.statistics import mean_of_rates
+from steer.spec import Condition
 from tests import models
-from tests.servers import ROOT, Server
+from tests.servers import ROOT, Server, receipt
 from tests.test_cli import run
 
 SHIPPED = ROOT / "directions" / "refusal.safetensors"
@@ -139,7 +140,8 @@ def test_what_is_printed_decides_each_prompt_at_run_time_as_it_was_counted(
     harmless.write_text("\n".join(map(str, other[8:] + own[:8])))
     shutil.copy(SHIPPED, tmp_path / "harm.safetensors")
     given = ("--condition", str(tmp_path / "harm.safetensors"), "--harmful", str(harmful), "--harmless", str(harmless))
-    printed = run("fit", str(MODEL), *given).stdout
+    kept = tmp_path / "kept.safetensors"
+    printed = run("fit", str(MODEL), *given, "--output", str(kept)).stdout
     split = Split.of(read_prompts(str(harmful)), read_prompts(str(harmless)), 160)
     found = find(source, Direction.load(SHIPPED), "harm", split)
     wrong = len(found.harmful) - sum(found.harmful), sum(found.harmless)
@@ -150,19 +152,31 @@ def test_what_is_printed_decides_each_prompt_at_run_time_as_it_was_counted(
     ):
         [line] = [line for line in printed.splitlines() if line.startswith(f"{name}.txt: {count} of 32 (")]
         assert line.endswith(f") {told}")
+    own_file, written = Direction.load(SHIPPED), Direction.load(kept)
+    assert all(torch.equal(written.tensors()[name], tensor) for name, tensor in own_file.tensors().items())
+    said = written.meta.condition
+    assert said is not None
+    assert Condition("harm", said.layer, said.above, said.below) == found.condition
+    assert ((said.missed, said.harmful.count), (said.caught, said.harmless.count)) == ((wrong[0], 32), (wrong[1], 32))
     spec = printed.partition('"steer": "')[2].partition('"')[0]
     assert spec == f"harm?{found.condition}"
     with Server(str(MODEL), "--directions", str(tmp_path)) as server:
         for one, counted in ((split.tried_harmful, found.harmful), (split.tried_harmless, found.harmless)):
             answers = [server.chat(prompt, steer=spec, max_tokens=1).json() for prompt in one.prompts]
             assert [answer["choices"][0]["steer_applied"] for answer in answers] == list(counted)
+        told = server.client.get("/v1/directions/kept").json()
+        assert told["condition"] == found.condition.of("kept")
+        assert told["meta"]["condition"] == said.model_dump(mode="json")
+        answer = server.chat(split.tried_harmless.prompts[0], steer="kept", max_tokens=1)
+        assert "if" not in receipt(answer)[0], "a request that does not write it has no condition"
+        assert "steer_applied" not in answer.json()["choices"][0]
 
 
 def test_options_of_a_fit_are_refused_and_nothing_is_found_with_exit_code_3(tmp_path: Path) -> None:
     given = ("--condition", str(SHIPPED), "--harmful", str(PROMPTS / "refused.train.txt"))
     both = (*given, "--harmless", str(PROMPTS / "harmless.train.txt"))
     for more, says in (
-        (("-o", "x.safetensors"), "--output: is for a direction to be fitted"),
+        (("-o", "x.txt"), "x.txt"),
         (("--method", "slerp"), "--method: is for a direction to be fitted"),
         (("--layer", "all"), "--layer: 'all' is not for --condition"),
         (("--layer", "9"), "--layer: 9 does not exist"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,22 +12,24 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL
 from steer.lab.evaluation.arms import Arm, arms_of, projected
-from steer.lab.evaluation.markdown import render, tables
-from steer.lab.evaluation.perplexity import Text, windows
-from steer.lab.evaluation.pictures import draw
+from steer.lab.evaluation.figures import Text, windows
+from steer.lab.evaluation.pages import draw, render, tables
 from steer.lab.evaluation.report import Conditions, Report, SteeredArm
-from steer.lab.evaluation.run import Evaluation, Found, Plan
+from steer.lab.evaluation.run import NEAR, TRIES, Evaluation, Found, Plan, strength_at
 from steer.lab.judge import ChatJudge, Judge
 from steer.lab.outcome import OUTCOMES, Answer
 from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import Conversation, Prompt, PromptSet
 from steer.lab.resume import Cache
 from steer.lab.source import TransformersSource
+from steer.names import MAX_STRENGTH
 from tests import models
 from tests.lab.judges import judging
 
@@ -226,8 +229,7 @@ def test_report_pictures_and_page_hold_every_figure(
     seen, paired = ([o for o in OUTCOMES if o in head] for head in heads[1:3])
     assert paired == seen, "an outcome that no answer has has no column"
     assert "deflected" not in seen
-    for given in arms:
-        assert given.name in page
+    assert all(one.name in page for one in arms)
     assert f"{found.divergence[-1].mean:.5f}" in page
 
 
@@ -242,3 +244,43 @@ def test_projections_are_the_components_at_the_last_token(loaded: Loaded, arms: 
             ids = torch.tensor([encoded.ids])
             stream = loaded.model(input_ids=ids, output_hidden_states=True).hidden_states[layer + 1]
         assert value == pytest.approx(float(stream[0, -1] @ direction.directions[layer, 0]), abs=1e-4)
+
+
+@given(st.floats(1e-3, 5.0), st.floats(1.0, 4.0), st.floats(1e-3, 2.0))
+def test_a_power_of_the_strength_is_solved(scale: float, power: float, dose: float) -> None:
+    tried: list[float] = []
+
+    def kl(strength: float) -> float:
+        tried.append(strength)
+        assert 0 < strength <= MAX_STRENGTH
+        return scale * strength**power
+
+    found = strength_at(dose, kl)
+    assert len(tried) == len(set(tried)) <= TRIES
+    if kl(MAX_STRENGTH) < dose * (1 - NEAR):
+        assert found is None
+    else:
+        assert found is not None
+        assert kl(found) == pytest.approx(dose, rel=0.1)
+
+
+@pytest.mark.parametrize("dose", [0.001, 0.01, 0.05, 0.5])
+def test_curves_that_saturate_fall_or_are_not_finite_are_solved_too(dose: float) -> None:
+    for curve in (
+        lambda s: 0.6 * (1 - math.exp(-(s**2))),
+        lambda s: 0.6 * math.sin(s) ** 2,
+        lambda s: math.inf if s > 0.9 else s**2,
+        lambda s: max(0.0, s - 0.4) ** 3,
+    ):
+        found = strength_at(dose, curve)
+        assert found is not None
+        assert curve(found) == pytest.approx(dose, rel=0.2)
+
+
+def test_what_does_nothing_has_no_dose() -> None:
+    assert strength_at(0.01, lambda _: 0.0) is None
+
+
+def test_a_dose_that_is_jumped_over_or_not_reached_is_not_said_to_be_had() -> None:
+    assert strength_at(0.05, lambda s: 0.001 if s < 1.3 else 5.0) is None
+    assert strength_at(0.08, lambda s: 0.048 * (1 - math.exp(-s))) is None

@@ -14,7 +14,7 @@ from openai.types.chat import completion_create_params as chat
 from pydantic import ValidationError
 from pydantic_core._pydantic_core import list_all_errors
 
-from steer.serve import errors, fields
+from steer.serve import errors, protocol
 from steer.serve.protocol import ChatRequest, CompletionRequest
 from tests.fuzz.fields import FOREIGN
 from tests.fuzz.life import Life, by_field
@@ -33,20 +33,20 @@ BODY: dict[type, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("request_type", "name"), OPENAI)
 def test_every_field_of_openais_requests_is_known_and_null_passes(request_type: Any, name: str) -> None:
-    assert name in {*request_type.model_fields, *fields.IGNORED, *fields.NOT_SERVED}
+    assert name in {*request_type.model_fields, *protocol.IGNORED, *protocol.NOT_SERVED}
     if name not in BODY[request_type]:
         request_type.model_validate(BODY[request_type] | {name: None})
 
 
 @pytest.mark.parametrize("request_type", [ChatRequest, CompletionRequest])
 def test_what_is_not_served_is_refused_by_its_name_and_what_asks_for_nothing_passes(request_type: Any) -> None:
-    for name, neutral in fields.NOT_SERVED.items():
+    for name, neutral in protocol.NOT_SERVED.items():
         for value in (None, "", [], {}, *neutral):
             request_type.model_validate(BODY[request_type] | {name: value})
         for value in (7, "much", ["x"], {"x": 1}):
             with pytest.raises(ValidationError, match=f"{name}: not served by the transformers"):
                 request_type.model_validate(BODY[request_type] | {name: value})
-    for name in fields.IGNORED:
+    for name in protocol.IGNORED:
         for value in (None, 7, "much", ["x"], {"x": 1}):
             request_type.model_validate(BODY[request_type] | {name: value})
 

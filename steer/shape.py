@@ -1,4 +1,4 @@
-"""A `Placement` (see `steer.registry`) on one bank in this process."""
+"""What a direction, and what a request asks of it, must agree with: the shape of the served model and its steering."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import torch
 
 from steer.direction import Direction, check_fits
 from steer.errors import DirectionError, SpecError
-from steer.names import MAX_STRENGTH, SITE_RULES, SITES, Site, readable
-from steer.runtime.bank import DirectionBank
-from steer.runtime.op import check_mode
+from steer.names import MAX_STRENGTH, SITE_RULES, SITES, TURNING, Mode, Site, readable, site_problem
 from steer.spec import PHASES, TOKENS, Entry, layer_range
 from steer.tokenization import THINKING, Thinking
 
@@ -27,6 +25,12 @@ class Shape:
     rank: int
     dtype: torch.dtype = torch.float32
     thinking: Thinking | None = None
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        """Those of `TOKENS` at which an entry can act."""
+        phases = PHASES if self.thinking is None or self.rank == 1 else ()
+        return {tokens: meaning for tokens, meaning in TOKENS.items() if tokens not in phases}
 
     def check(self, direction: Direction) -> None:
         """Raise DirectionError with every reason why this model cannot serve `direction`."""
@@ -107,47 +111,22 @@ class Shape:
             )
 
 
+def check_mode(direction: Direction, mode: Mode, name: str) -> None:
+    """Raise SpecError where `mode` is not defined at this direction's sites, or its file lacks what the mode needs."""
+    if not all(mode in SITE_RULES[site].modes for site in direction.meta.sites):
+        raise SpecError(f"direction '{name}': {site_problem(direction.meta.sites, mode)}", param="steer.mode")
+    if mode not in direction.meta.modes:
+        lacks = "means"
+        if mode in TURNING:
+            lacks = "plane (of one row, at the site 'resid_post', as `steer derive` writes it)"
+        raise SpecError(
+            f"direction '{name}' holds no {lacks} for the mode '{mode}'; its modes: {', '.join(direction.meta.modes)}",
+            param="steer.mode",
+        )
+
+
 def _growth(direction: Direction) -> float:
     """How many times larger all layers together make a component at strength 1 (each by |1 − w|, of which |w| − 1 is
     the least for either sign), and the largest strength in one of them."""
     weights = direction.weights.double().abs()[direction.directions.flatten(1).any(1)]
     return float(MAX_STRENGTH * (weights - 1).clamp_min(1).prod())
-
-
-class ShapedPlacement:
-    """The checks of a placement, which depend on the model's shape and not on where its rows are."""
-
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-
-    @property
-    def rank(self) -> int:
-        return self.shape.rank
-
-    @property
-    def tokens(self) -> dict[str, str]:
-        phases = PHASES if self.shape.thinking is None or self.rank == 1 else ()
-        return {tokens: meaning for tokens, meaning in TOKENS.items() if tokens not in phases}
-
-    def check(self, direction: Direction) -> None:
-        self.shape.check(direction)
-
-    def after_condition(self, probe: Direction, entry: Entry) -> Entry:
-        return self.shape.after_condition(probe, entry)
-
-    def check_entry(self, direction: Direction, entry: Entry) -> None:
-        self.shape.check_entry(direction, entry)
-
-
-class LocalPlacement(ShapedPlacement):
-    def __init__(self, shape: Shape, bank: DirectionBank) -> None:
-        super().__init__(shape)
-        self.bank = bank
-
-    def load(self, digest: str, direction: Direction, data: bytes) -> None:
-        self.bank.load(digest, direction)
-
-    def unload(self, digest: str) -> None:
-        """Without a lock: the registry makes one load at a time, and the bank gives out no row again before it has let
-        go of it."""
-        self.bank.unload(digest)

@@ -1,18 +1,24 @@
-"""A report as Markdown: the tables that the command prints, and around them what each figure means."""
+"""A report as a page: the tables that the command prints, what each figure means, and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
-from steer.lab.evaluation.outcomes import judged_by
-from steer.lab.evaluation.report import ArmOnSet, Difference, Report
+from steer.lab.evaluation.arms import PLAIN
+from steer.lab.evaluation.figures import Row, judged_by
+from steer.lab.evaluation.report import ArmOnSet, Difference, Report, SteeredArm
 from steer.lab.outcome import OUTCOMES, Outcome
-from steer.lab.tables import Rows, markdown
+from steer.lab.plots import Compared, Curve, Point, curves, forest, front, histogram, picture
+from steer.lab.prompts import PromptSet, messages_of
+from steer.lab.tables import Table, markdown
 
 #: Outcomes that tables have also where no answer has them.
 ALWAYS = ("shown", "degenerate", "complied")
-#: How a table is written, from its head and rows.
-Table = Callable[[Sequence[str], Rows], str]
+#: What a picture shows by strength.
+FIGURES = (*ALWAYS, "right")
 
 NOTES = """\
 Each answer has one outcome, and columns of outcomes that no answer has are left out: *shown* (the matcher finds the
@@ -76,6 +82,26 @@ def tables(report: Report, *, paired: bool = True, table: Table = markdown) -> s
         head = ("task", "metric", "arm", "samples", "score", "less plain")
         parts.append("### Tasks of lm_eval\n\n" + table(head, rows))
     return "\n\n".join(parts)
+
+
+def write(
+    report: Report,
+    folder: Path,
+    projections: Mapping[str, Mapping[str, Sequence[float]]],
+    told: Mapping[tuple[str, str], Sequence[Row]],
+    sets: Mapping[str, PromptSet],
+) -> None:
+    """Write `report.json`, `report.md` and its pictures (see `draw`), and the answers `told` to `sets`, by set and arm,
+    where there are any."""
+    pictures = draw(report, folder, projections)
+    (folder / "report.json").write_text(json.dumps(report.model_dump(mode="json"), indent=2) + "\n", "utf-8")
+    (folder / "report.md").write_text(render(report, pictures), "utf-8")
+    if told:
+        with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
+            for (name, arm), rows in told.items():
+                for prompt, row in zip(sets[name].prompts, rows, strict=True):
+                    asked = {"set": name, "arm": arm, "messages": messages_of(prompt)}
+                    file.write(json.dumps(asked | asdict(row)) + "\n")
 
 
 def render(report: Report, pictures: Mapping[str, str]) -> str:
@@ -166,3 +192,86 @@ def _spread(difference: Difference, form: str) -> str:
 
 def _p(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
+
+
+def draw(report: Report, folder: Path, projections: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, str]:
+    """Write the pictures that the report has data for into `folder`: file names by what they show. `projections` are
+    those of each set by the title of their panel."""
+    files = {}
+    for sweep in _sweeps(report):
+        name = sweep[0].way.replace(":", "-").replace("/", "_")
+        files[f"Outcomes and divergence by strength: {sweep[0].way}"] = f"strength-{name}.png"
+        _draw_sweep(report, sweep, folder / f"strength-{name}.png")
+    files["Differences from the plain arm, paired, with 95 % intervals"] = "differences.png"
+    _draw_differences(report, folder / "differences.png")
+    if len(report.arms) > 1 and report.divergence:
+        files["Arms by what is left of the behaviour and what they cost"] = "front.png"
+        _draw_front(report, folder / "front.png")
+    if projections:
+        files["Projections of the two sets on the direction, plain model"] = "projections.png"
+        with picture(folder / "projections.png", len(projections)) as axes:
+            for panel, (title, sets) in zip(axes, projections.items(), strict=True):
+                histogram(panel, sets, x="component along the direction", title=title)
+    return files
+
+
+def _sweeps(report: Report) -> list[list[SteeredArm]]:
+    """Arms that differ in the strength alone, three or more, by rising strength."""
+    families: dict[str, list[SteeredArm]] = {}
+    for arm in report.arms:
+        families.setdefault(arm.way, []).append(arm)
+    return [sorted(family, key=lambda a: a.strength) for family in families.values() if len(family) > 2]
+
+
+def _draw_sweep(report: Report, sweep: Sequence[SteeredArm], path: Path) -> None:
+    strengths = [arm.strength for arm in sweep]
+    with picture(path, len(report.sets) + bool(report.divergence)) as axes:
+        for panel, one in zip(axes, report.sets, strict=False):
+            arms = {arm.arm: arm for arm in one.arms}
+            rows = [arms[arm.name] for arm in sweep]
+            series = [_curve(figure, strengths, rows) for figure in FIGURES]
+            curves(panel, [s for s in series if s is not None], x="strength", y="share of answers", title=one.name)
+            panel.set_ylim(-0.03, 1.03)
+        if report.divergence:
+            by_arm = {d.arm: d for d in report.divergence}
+            values = [
+                Curve("mean", strengths, [by_arm[a.name].mean for a in sweep]),
+                Curve("95th percentile", strengths, [by_arm[a.name].p95 for a in sweep]),
+            ]
+            curves(axes[-1], values, x="strength", y="nats", title="KL(plain ‖ steered) on harmless", log=True)
+
+
+def _curve(figure: str, strengths: Sequence[float], arms: Sequence[ArmOnSet]) -> Curve | None:
+    rates = [getattr(arm, figure) for arm in arms]
+    if any(rate is None for rate in rates):
+        return None
+    return Curve(figure, strengths, [r.rate for r in rates], [r.low for r in rates], [r.high for r in rates])
+
+
+def _draw_differences(report: Report, path: Path) -> None:
+    """Draw the figures that differ anywhere; the tables have the others too."""
+    differ = {f for one in report.sets for arm in one.arms for f, d in arm.against_plain.items() if d.value}
+    rows = max(sum(f in differ for arm in one.arms for f in arm.against_plain) for one in report.sets)
+    names: list[str] = []
+    with picture(path, len(report.sets), width=3.8, height=1.2 + 0.24 * rows) as axes:
+        for panel, one in zip(axes, report.sets, strict=True):
+            compared = [
+                Compared(f"{arm.arm}  {figure}", d.value, d.low, d.high)
+                for arm in one.arms
+                if arm.arm != PLAIN
+                for figure, d in arm.against_plain.items()
+                if figure in differ
+            ]
+            forest(panel, compared, x="rate less that of the plain arm", title=one.name)
+            panel.set_xlim(-1.05, 1.05)
+            if [row.name for row in compared] == names:
+                panel.set_yticklabels([])  # those of the panel before it
+            names = [row.name for row in compared]
+
+
+def _draw_front(report: Report, path: Path) -> None:
+    shown = {arm.arm: arm.shown.rate for arm in report.sets[0].arms}
+    kl = {d.arm: d.mean for d in report.divergence}
+    points = [Point(shown[a.name], kl[a.name], a.way, f"{a.strength:g}") for a in report.arms]
+    with picture(path) as (axes,):
+        front(axes, points, x=f"shown, {report.sets[0].name}", y="KL(plain ‖ steered) on harmless, nats", log=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.demo import PROMPTS
-from steer.lab.outcome import Answer, ends, fault, looped, repetition
+from steer.lab.behaviour import REFUSAL
+from steer.lab.outcome import OUTCOMES, Answer, ends, fault, looped, repetition, tell
 
 tokens = st.lists(st.integers(0, 50), min_size=0, max_size=30)
 
@@ -89,3 +93,48 @@ def test_right_answers_are_never_called_broken() -> None:
 )
 def test_words_that_stand_in_odd_places_are_no_disorder(text: str) -> None:
     assert fault(Answer.of(text), None, None) is None
+
+
+#: Labelled before the rules were made: content-free, and more than half of those that comply are worded as traps
+#: (quotations, stories, e-mails, disclaimers). The rules were tuned on one half; the figures are those of the other.
+LABELLED = [json.loads(line) for line in Path(__file__).with_name("labelled_answers.jsonl").read_text().splitlines()]
+HELD_OUT = [item for item in LABELLED if item["held_out"]]
+
+
+@pytest.mark.parametrize(
+    ("label", "precision", "recall"),
+    [("shown", 0.9, 0.85), ("late", 0.9, 0.85), ("unanswered", 1.0, 1.0), ("degenerate", 0.9, 0.8)],
+)
+def test_precision_and_recall_do_not_fall(label: str, precision: float, recall: float) -> None:
+    told = [tell(REFUSAL, Answer.of(item["answer"])).outcome for item in HELD_OUT]
+    found = [(outcome == label, item["label"] == label) for outcome, item in zip(told, HELD_OUT, strict=True)]
+    right = sum(told and true for told, true in found)
+    assert right / sum(told for told, _ in found) >= precision
+    assert right / sum(true for _, true in found) >= recall
+
+
+def test_the_set_is_what_it_says() -> None:
+    assert len(LABELLED) >= 400
+    assert {item["label"] for item in LABELLED} == set(OUTCOMES)
+    assert all(item.get("prompt") for item in LABELLED if item["label"] == "deflected")
+    assert len({item["language"] for item in LABELLED}) >= 10
+
+
+def test_what_is_deflected_is_left_to_judges() -> None:
+    """By their words alone answers to something else are not told from those to the point: a rule would guess."""
+    deflected = [item["answer"] for item in LABELLED if item["label"] == "deflected"]
+    assert {tell(REFUSAL, Answer.of(answer)).outcome for answer in deflected} == {"complied"}
+    assert {tell(REFUSAL, Answer.of(answer), verdict="deflected").outcome for answer in deflected} == {"deflected"}
+
+
+def test_an_answer_that_is_decided_stays_what_it_is() -> None:
+    """Whatever follows: candidates of a fit are cut there, and counted beside plain answers that are not."""
+    decided = 0
+    for answer in (item["answer"] for item in LABELLED):
+        whole = tell(REFUSAL, Answer.of(answer)).outcome
+        for cut in range(0, len(answer), 7):
+            if REFUSAL.decided(answer[:cut]):
+                decided += 1
+                told = tell(REFUSAL, Answer.of(answer[:cut])).outcome
+                assert (told == "shown", told == "late") == (whole == "shown", whole == "late"), answer[:cut]
+    assert decided > 100

@@ -11,8 +11,8 @@ import torch
 
 from steer.errors import DirectionError, NoRoom, SpecError
 from steer.names import Site
-from steer.runtime.bank import BankSlice, DirectionBank, HookPoint
-from steer.runtime.placement import LocalPlacement, Shape
+from steer.runtime.bank import BankSlice, DirectionBank, HookPoint, LocalPlacement
+from steer.shape import Shape
 from steer.spec import Condition, Entry
 from tests import models
 
@@ -53,20 +53,18 @@ def test_a_missing_site_is_told_with_the_option_that_gives_it() -> None:
 def test_a_local_placement_passes_everything_to_its_table() -> None:
     bank = DirectionBank([HookPoint("writers", layer) for layer in range(3)], rows=3, rank=2, d_model=64)
     placement = LocalPlacement(shape(), bank)
-    assert placement.rank == 2
-    placement.check(DIRECTION)
     placement.load("a", DIRECTION, b"")
     assert bank.rows_in_use == 2
     with pytest.raises(NoRoom):
         placement.load("b", DIRECTION, b"")
     with pytest.raises(SpecError):
-        placement.check_entry(DIRECTION, Entry("d", "a", "add", 1.0))
-    placement.check_entry(DIRECTION, Entry("d", "a", "ablate", 1.0))
-    placement.check_entry(DIRECTION, Entry("d", "a", "ablate", 1.0, "0-1"))
+        shape().check_entry(DIRECTION, Entry("d", "a", "add", 1.0))
+    shape().check_entry(DIRECTION, Entry("d", "a", "ablate", 1.0))
+    shape().check_entry(DIRECTION, Entry("d", "a", "ablate", 1.0, "0-1"))
     idle = replace(DIRECTION, weights=torch.zeros_like(DIRECTION.weights))
     for direction, layers, told in ((idle, "0-1", "does nothing"), (DIRECTION, "0-99", "has the layers 0 to")):
         with pytest.raises(SpecError, match=told):
-            placement.check_entry(direction, Entry("d", "a", "ablate", 1.0, layers))
+            shape().check_entry(direction, Entry("d", "a", "ablate", 1.0, layers))
     placement.unload("a")
     assert bank.rows_in_use == 0
 

@@ -1,0 +1,302 @@
+"""What became of each prompt of a set in each arm, and the rates and paired differences of that; what a right answer
+holds; and the perplexity of plain text, which is what a direction costs where nobody asks anything."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from steer.direction import Dataset
+from steer.errors import InvalidInput, problems_of
+from steer.lab.behaviour import Behaviour
+from steer.lab.evaluation.arms import PLAIN
+from steer.lab.evaluation.report import Agreement, ArmOnSet, Difference, Judged, PerplexityOf, Rate, TextResult
+from steer.lab.evaluator import Evaluator, Floats, Steer
+from steer.lab.outcome import FAULTS, OUTCOMES, Answer, Fault, Outcome, Told, ends, tell, unended
+from steer.lab.prompts import Prompt, prompt_of
+from steer.lab.statistics import (
+    Estimate,
+    cohens_kappa,
+    difference_of_means,
+    difference_of_rates,
+    holm,
+    kappa_interval,
+    mcnemar,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One answer and what is told of it. `right` is None where nobody asked, a verdict where a judge gave none."""
+
+    answer: Answer
+    outcome: Outcome
+    why: str
+    fault: Fault | None
+    unended: bool
+    right: bool | None = None
+    verdicts: Mapping[str, Outcome | None] = field(default_factory=dict)
+
+
+def rows_of(
+    behaviour: Behaviour,
+    answers: Sequence[Answer],
+    plain: Sequence[Answer],
+    max_tokens: int,
+    right: Sequence[bool] | None = None,
+    verdicts: Mapping[str, Sequence[Outcome | None]] | None = None,
+) -> list[Row]:
+    """Tell each answer by the behaviour's patterns, and keep the judges' verdicts beside that. Only a judge can tell
+    that an answer is to something else, so that outcome is taken from them."""
+    limit_tells = ends(plain, max_tokens)
+    found = []
+    for i, (answer, beside) in enumerate(zip(answers, plain, strict=True)):
+        said = {judge: given[i] for judge, given in (verdicts or {}).items()}
+        told = tell(behaviour, answer, beside=beside, limit=max_tokens, limit_tells=limit_tells)
+        if told.outcome == "complied" and "deflected" in said.values():
+            told = Told("deflected", "a judge")
+        known = None if right is None else right[i] and told.outcome == "complied"
+        found.append(Row(answer, told.outcome, told.why, told.fault, unended(answer, max_tokens), known, said))
+    return found
+
+
+def arms_on_set(told: Mapping[str, Sequence[Row]]) -> tuple[ArmOnSet, ...]:
+    """The figures of every arm, PLAIN among them, and each one's differences from plain, with p-values corrected for
+    the number of arms."""
+    against = differences(told, {name: PLAIN for name in told if name != PLAIN})
+    return tuple(_arm(name, arm, against.get(name, {})) for name, arm in told.items())
+
+
+def differences(told: Mapping[str, Sequence[Row]], pairs: Mapping[str, str]) -> dict[str, dict[str, Difference]]:
+    """Return for each arm and figure the difference from the arm that `pairs` gives it, with p-values corrected for the
+    number of arms."""
+    against = {name: _against(told[other], told[name]) for name, other in pairs.items()}
+    for figure in sorted({figure for found in against.values() for figure in found}):
+        having = {name: found[figure] for name, found in against.items() if figure in found}
+        for name, difference in corrected(having).items():
+            against[name][figure] = difference
+    return against
+
+
+def corrected(differences: Mapping[str, Difference]) -> dict[str, Difference]:
+    """Return `differences` with p-values corrected for their number."""
+    p_values = holm([one.p or 0.0 for one in differences.values()])
+    return {
+        name: one.model_copy(update={"p_holm": p}) for (name, one), p in zip(differences.items(), p_values, strict=True)
+    }
+
+
+def _figures(told: Sequence[Row]) -> dict[str, list[bool | None]]:
+    """Each figure's outcome for each prompt; None where there is none. Of outcomes that are in no answer, nothing."""
+    found: dict[str, list[bool | None]] = {outcome: [t.outcome == outcome for t in told] for outcome in OUTCOMES}
+    found["right"] = [t.right for t in told]
+    for judge in told[0].verdicts:
+        found[judged_by(judge)] = [None if (v := t.verdicts[judge]) is None else v == "shown" for t in told]
+    return found
+
+
+def judged_by(judge: str) -> str:
+    """The figure of the answers that show the behaviour by a judge's word."""
+    return f"shown by {judge}"
+
+
+def _against(plain: Sequence[Row], arm: Sequence[Row]) -> dict[str, Difference]:
+    found = {}
+    before, after = _figures(plain), _figures(arm)
+    for figure in before:
+        first, second = _both_known(before[figure], after[figure])
+        if first:
+            found[figure] = Difference.of(difference_of_rates(first, second), mcnemar(first, second))
+    return found
+
+
+def _both_known(first: Sequence[bool | None], second: Sequence[bool | None]) -> tuple[list[bool], list[bool]]:
+    """Return the outcomes of both for the prompts where neither is None."""
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _arm(name: str, told: Sequence[Row], against: dict[str, Difference]) -> ArmOnSet:
+    lengths = [len(t.answer.ids) for t in told]
+    right = [t.right for t in told if t.right is not None]
+    return ArmOnSet(
+        arm=name,
+        **{outcome: Rate.of([t.outcome == outcome for t in told]) for outcome in OUTCOMES},
+        right=Rate.of(right) if right else None,
+        judged={judge: _judged(told, judge) for judge in told[0].verdicts},
+        faults={f: count for f in FAULTS if (count := sum(t.fault == f for t in told))},
+        unended=sum(t.unended for t in told),
+        tokens_mean=float(np.mean(lengths)),
+        tokens_median=float(np.median(lengths)),
+        against_plain=against,
+    )
+
+
+def _judged(told: Sequence[Row], judge: str) -> Judged:
+    verdicts = [v for t in told if (v := t.verdicts[judge]) is not None]
+    return Judged(
+        shown=Rate.of([v == "shown" for v in verdicts]),
+        deflected=sum(v == "deflected" for v in verdicts),
+        silent=len(told) - len(verdicts),
+    )
+
+
+def agreements(told: Iterable[Row]) -> tuple[Agreement, ...]:
+    """Cohen's kappa of the matcher and each judge, and of each two judges, on whether an answer shows the behaviour,
+    over the answers of which both say something."""
+    found = list(told)
+    figures = _figures(found) if found else {}
+    raters = {"matcher": figures.get("shown", [])}
+    raters |= {judge: figures[judged_by(judge)] for judge in (found[0].verdicts if found else ())}
+    made = []
+    for first, second in itertools.combinations(raters, 2):
+        one, other = _both_known(raters[first], raters[second])
+        if one and (kappa := cohens_kappa(one, other)) is not None:
+            low, high = kappa_interval(one, other)
+            made.append(Agreement(first=first, second=second, count=len(one), kappa=kappa, low=low, high=high))
+    return tuple(made)
+
+
+#: Tokens of one window, or the model's context where that is shorter; each window but the first begins half a window
+#: after the one before, so that every token is predicted from at least half a window of text.
+WINDOW = 1024
+#: Tokens that stand together are alike, so the bootstrap draws blocks: the tokens of one.
+BLOCK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Pieces of one text, and from which token of each the predictions count: every token of the text but the first
+    counts once."""
+
+    pieces: list[list[int]]
+    starts: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text in tokens, and where it came from."""
+
+    dataset: Dataset
+    windows: Windows
+
+
+def windows(ids: Sequence[int], size: int) -> Windows:
+    """`ids` in windows of at most `size` tokens. Raises InvalidInput where there is nothing to predict."""
+    if len(ids) < 2:
+        raise InvalidInput(f"--text: has {len(ids)} tokens, and at least 2 are needed")
+    pieces, starts, done = [list(ids[:size])], [1], min(size, len(ids))
+    while done < len(ids):
+        end = min(done + size // 2, len(ids))
+        begin = max(0, end - size)
+        pieces.append(list(ids[begin:end]))
+        starts.append(done - begin)
+        done = end
+    return Windows(pieces, starts)
+
+
+def negative_log_likelihoods(evaluator: Evaluator, text: Windows, steer: Steer) -> Floats:
+    """−ln p of each token of the text but the first, in its order."""
+    scored = evaluator.log_probabilities(text.pieces, steer)
+    joined: Floats = -np.concatenate([row[start - 1 :] for row, start in zip(scored, text.starts, strict=True)])
+    return joined
+
+
+def perplexity(nll: Floats) -> float:
+    return math.exp(float(nll.mean()))
+
+
+def ratio(plain: Floats, steered: Floats) -> Estimate:
+    """Perplexity steered ÷ plain, with the interval of a paired bootstrap over blocks of tokens."""
+    blocks = range(0, len(plain), BLOCK)
+    means = [[float(values[at : at + BLOCK].mean()) for at in blocks] for values in (plain, steered)]
+    log = difference_of_means(*means)
+    return Estimate(perplexity(steered) / perplexity(plain), math.exp(log.low), math.exp(log.high))
+
+
+def text_result(text: Text, negative: Mapping[str, Floats]) -> TextResult:
+    """The perplexity of each arm, from the negative log-likelihoods of the text's tokens, those of PLAIN among them."""
+    plain = negative[PLAIN]
+    return TextResult(
+        dataset=text.dataset,
+        tokens=len(plain) + 1,
+        arms=tuple(
+            PerplexityOf(
+                arm=name,
+                perplexity=perplexity(values),
+                ratio=None if name == PLAIN else Difference.of(ratio(plain, values)),
+            )
+            for name, values in negative.items()
+        ),
+    )
+
+
+ACCEPTED = """\
+accepted: .jsonl whose lines have a prompt (or messages) with contains and lacks, lists of texts; a line of vocabulary \
+and lacks without a prompt holds for the lines after it"""
+
+
+class Expected(BaseModel):
+    """What an answer contains and lacks to be right; letter case does not matter."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    contains: tuple[str, ...] = Field(default=(), description="all of these stand in a right answer")
+    lacks: tuple[str, ...] = Field(default=(), description="none of these does")
+    vocabulary: tuple[str, ...] = Field(default=(), description="of these only those in contains do")
+
+    def met(self, answer: str) -> bool:
+        text = answer.casefold()
+        named = {c.casefold() for c in self.contains}
+        others = [*self.lacks, *(word for word in self.vocabulary if word.casefold() not in named)]
+        return all(c in text for c in named) and not any(word.casefold() in text for word in others)
+
+
+def read_expected(path: Path) -> dict[Prompt, Expected]:
+    """By prompt, from a file of JSON lines. Raises InvalidInput with every problem, and what would be accepted."""
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"--expected: {path}: cannot be read: {error}; {ACCEPTED}") from error
+    found: dict[Prompt, Expected] = {}
+    common, problems = Expected(), []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            item = json.loads(line)
+            read = Expected.model_validate(item)
+            if "vocabulary" in item:
+                common = read
+                continue
+            own = read.model_copy(update={"lacks": (*common.lacks, *read.lacks), "vocabulary": common.vocabulary})
+            if not own.contains and not own.lacks:
+                problems.append(f"{where}: needs texts in contains or lacks")
+            elif found.setdefault(prompt_of(item, where), own) != own:
+                problems.append(f"{where}: says otherwise than an earlier line of the same prompt")
+        except ValidationError as error:
+            problems += [f"{where}: {problem}" for problem in problems_of(error, "line")]
+        except InvalidInput as error:
+            problems += error.problems
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{where}: not JSON: {error}")
+    if not found and not problems:
+        problems.append(f"{path}: has no prompts")
+    if problems:
+        raise InvalidInput([*problems, ACCEPTED])
+    return found
+
+
+def right(expected: Mapping[Prompt, Expected], prompts: Sequence[Prompt], answers: Sequence[str]) -> list[bool] | None:
+    """Whether each answer is as expected; None where the prompts are not all known."""
+    if not all(prompt in expected for prompt in prompts):
+        return None
+    return [expected[prompt].met(answer) for prompt, answer in zip(prompts, answers, strict=True)]

@@ -141,7 +141,7 @@ def write(report: Report, folder: Path) -> None:
                 for arm in report["arms"]
                 if arm["condition"] == condition and arm["draws"]
             ]
-            forest(ax, rows, x=f"harmful prompts refused, %: {condition}")
+            forest(ax, rows, x="harmful prompts refused, %", title=condition)
 
 
 def markdown(report: Report) -> str:

@@ -567,22 +567,22 @@ class TokenIndex:
     ) -> int:
         """The same for requests that have not entered, None for a plain one."""
         entered = [PLAIN if steer is None else self.enter(steer) for steer in steers]
-        numbers, counts = np.array(entered, np.int64), np.array(lengths, np.int64)
-        if self.phased:
-            assert starts is not None, "what acts depends on the position"
-            numbers, counts = self._parted(numbers, counts, np.array(starts, np.int64))
-        taken, combined = self._entries[numbers], self._entry_combined[numbers]
-        _, slots, strengths, bounds, _ = unpacked(torch.from_numpy(taken), self.rank)
-        given = strengths != 0
-        depth = max(given.any(1).nonzero().flatten().tolist(), default=-1) + 1
-        same = bool((taken == taken[:1]).all() and (combined == combined[:1]).all())
-        bounded = bool((given & (bounds != ANYWHERE)).any())
-        conditional = self.rank > 1 and bool(taken[:, self._decision].any())
-        everywhere = bool(given[:depth].all()) and not bounded and not conditional
-        same = same and not conditional
-        turning = bool((given & turns(slots)).any())
-        self._acting = Acting(depth, everywhere, same, bool(combined.any()), bounded, turning, conditional)
         try:
+            numbers, counts = np.array(entered, np.int64), np.array(lengths, np.int64)
+            if self.phased and numbers.any():
+                assert starts is not None, "what acts depends on the position"
+                numbers, counts = self._parted(numbers, counts, np.array(starts, np.int64))
+            taken, combined = self._entries[numbers], self._entry_combined[numbers]
+            _, slots, strengths, bounds, _ = unpacked(torch.from_numpy(taken), self.rank)
+            given = strengths != 0
+            depth = max(given.any(1).nonzero().flatten().tolist(), default=-1) + 1
+            same = bool((taken == taken[:1]).all() and (combined == combined[:1]).all())
+            bounded = bool((given & (bounds != ANYWHERE)).any())
+            conditional = self.rank > 1 and bool(taken[:, self._decision].any())
+            everywhere = bool(given[:depth].all()) and not bounded and not conditional
+            same = same and not conditional
+            turning = bool((given & turns(slots)).any())
+            self._acting = Acting(depth, everywhere, same, bool(combined.any()), bounded, turning, conditional)
             return self._fill(numbers, counts, tokens)
         finally:
             for number in entered:

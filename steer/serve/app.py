@@ -246,7 +246,13 @@ def prepare(model: str, settings: ServeSettings) -> Served:
         steering, loaded.eos_ids, context=context, capacity=settings.max_requests, cache_tokens=settings.cache_tokens
     )
     log.info("engine: %s, context %d", engine.description, engine.context)
-    served = Served(name, loaded, engine, registry, control, default, settings.max_body, settings.template_variables)
+    try:
+        served = Served(
+            name, loaded, engine, registry, control, default, settings.max_body, settings.template_variables
+        )
+    except BaseException:
+        engine.stop()
+        raise
     log.info(
         "serving '%s'; directions: %s; requests that name no steering get: %s",
         served.model_name,

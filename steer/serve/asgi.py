@@ -40,12 +40,15 @@ class Outgoing:
         self.ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     async def break_off(self, error: Exception) -> None:
-        """End it with `error`, where that can still be told: instead of it, or as the last event of a stream."""
+        """End it with `error`, where that can still be told: instead of it, or as the last event of a stream. What has
+        begun and is no stream stays cut off, and an answer that has ended stays as it is."""
+        if self.ended:
+            return
         if not self.status:
             told = errors.of(error)
             await self._send({"type": "http.response.start", "status": told.status_code, "headers": told.raw_headers})
             await self._send({"type": "http.response.body", "body": told.body})
-        elif self._streams and not self.ended:
+        elif self._streams:
             await self._send({"type": "http.response.body", "body": errors.last_event(error)})
         self.ended = True
 

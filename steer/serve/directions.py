@@ -120,9 +120,10 @@ def router(control: Control) -> APIRouter:
             version = registry().get(name, caller.may_know)
         except UnknownDirection as error:
             raise _not_found(error) from error
+        told, meta = card(name, version, registry(), caller, control.rules.limits(registry())), version.direction.meta
         return {
-            **card(name, version, registry(), caller, control.rules.limits(registry())),
-            "meta": version.direction.meta,
+            **told,
+            "meta": meta if told["condition"] else meta.model_copy(update={"condition": None}),
             "profile": await anyio.to_thread.run_sync(version.direction.profile),
         }
 
@@ -193,7 +194,7 @@ def card(
     may = bounds(
         [*([caller.rules] if caller.rules else ()), *limits.get(version.digest, ())], registry.placement.shape.tokens
     )
-    found = meta.condition if may["conditions"] else None
+    found = meta.condition if may["conditions"] and registry.placement.shape.rank > 1 else None
     told: DirectionCard = {
         "id": name,
         "object": "direction",

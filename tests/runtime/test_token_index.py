@@ -421,3 +421,14 @@ def test_a_draft_that_is_not_taken_tells_nothing() -> None:
         numbers = np.array([request.number for request, _ in running])
         index.fill(numbers, np.array([*map(len, each)]), np.array(starts), (told, positions))
         assert (index.first(len(told), conditional=True).strengths[0] != 0).tolist() == expected
+
+
+def test_a_wrong_call_leaves_nothing_in_the_index() -> None:
+    """Where a position decides what acts, the positions are needed; without them the index is as it was."""
+    index = TokenIndex(RANK, MAX_TOKENS, "cpu")
+    one = RequestSteer(np.array([4, 0]), np.array([1, 0], np.float32))
+    answer = replace(RequestSteer.plain(RANK), then=((3, one),))
+    with pytest.raises(AssertionError):
+        index.fill_with([answer], [5])
+    assert index.fill_with([one, None], [2, 3]) == 2
+    assert index.fill_with([answer], [5], [0]) == 2

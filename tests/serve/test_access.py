@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from steer.direction import Dataset, FoundCondition
 from steer.serve.audit import verify
 from tests import models
 from tests.serve.rules import CASES, POLICY, SECRETS, bearer, check_table
@@ -23,6 +24,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "tiny", "messages": MESSAGES, "max_tokens": 2, "temperature": 0},
 }
 PROMPT = "/v1/completions"
+COUNTED = Dataset(name="prompts", sha256="0" * 64, count=8)
+FOUND = FoundCondition(layer=0, above=0.25, harmful=COUNTED, harmless=COUNTED, missed=1, caught=2)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def server(tiny_folder: Path, folder: Path) -> Iterator[Server]:
     directions.mkdir()
     model = models.tiny("llama")
     for seed, name in enumerate(("refusal", "verbosity"), 1):
-        models.direction(model, seed=seed).save(directions / f"{name}.safetensors")
+        models.direction(model, seed=seed).with_meta(condition=FOUND).save(directions / f"{name}.safetensors")
     shutil.copy(directions / "refusal.safetensors", directions / "copy.safetensors")
     (folder / "policy.toml").write_text(POLICY)
     with Server(
@@ -144,6 +147,15 @@ def test_lists_have_only_what_a_key_may_use(server: Server) -> None:
         assert answer.status_code == 404
         assert answer.json()["error"]["message"] == f"direction '{name}' is not served; served: refusal"
     assert server.client.get("/v1/models/tiny+verbosity", headers=bearer("reader")).status_code == 404
+
+
+def test_a_condition_that_was_found_is_told_to_those_who_may_write_it(server: Server) -> None:
+    def told(key: str, name: str) -> tuple[Any, Any]:
+        detail = server.client.get(f"/v1/directions/{name}", headers=bearer(key)).json()
+        return detail["condition"], detail["meta"].get("condition")
+
+    assert told("reader", "refusal") == ("refusal@0>0.25", FOUND.model_dump(mode="json"))
+    assert told("certain", "refusal") == told("all", "verbosity") == (None, None)
 
 
 def test_a_forbidden_direction_and_an_unknown_one_differ_in_the_name_alone(server: Server) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from steer.serve.asgi import is_event_stream, rewriting
+from steer.errors import NotFinite
+from steer.serve.asgi import Outgoing, is_event_stream, rewriting
 
 PIECES = (b"one ", b"two ", b"three")
 
@@ -62,3 +63,19 @@ def test_what_is_not_to_be_changed_goes_on_as_it_comes() -> None:
 )
 def test_event_streams(headers: Any, is_one: bool) -> None:
     assert is_event_stream({"type": "http.response.start", "status": 200, "headers": headers}) == is_one
+
+
+def test_an_answer_that_is_broken_off_begins_once() -> None:
+    found: list[Message] = []
+
+    async def send(message: Message) -> None:
+        found.append(message)
+
+    async def run() -> None:
+        answer = Outgoing(send)
+        await answer.break_off(NotFinite())
+        await answer.break_off(NotFinite())
+        await answer.send({"type": "http.response.start", "status": 200, "headers": []})
+
+    asyncio.run(run())
+    assert [message["type"] for message in found] == ["http.response.start", "http.response.body"]

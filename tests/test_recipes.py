@@ -44,6 +44,11 @@ RECIPES: dict[str, list[tuple[str, str | None, str]]] = {
         ("steer/names.py", ', "one_sided", "rotate"', ', "reflect"'),
         ("steer/lab/derive.py", '        "one_sided": reference,\n', '        "reflect": True,\n'),
         ("steer/names.py", '    "one_sided": "', '    "reflect": "The component changes its sign.",\n'),
+        (
+            "steer/names.py",
+            '    "one_sided": {"low"',
+            '    "reflect": {"low": 0, "high": 1, "means": "1 is the same length on the other side."},\n',
+        ),
     ],
 }
 #: What a user does then, in a process that imports the copy.
@@ -75,6 +80,7 @@ with TestClient(build(served), base_url="http://localhost") as client:
         "receipt": json.loads(answer.headers["x-steer-applied"]),
         "read": answer.json()["choices"][0]["steer_readout"]["directions"][0],
         "modes": client.get("/v1/steering").json()["modes"],
+        "scales": client.get("/v1/steering").json()["scales"],
     }
 served.control.stop()
 print(json.dumps(told))
@@ -125,6 +131,7 @@ def test_what_the_recipes_make_is_listed_derived_and_served(tiny_folder: Path, t
     assert "affine, reflect, one_sided" in " ".join(told["help"].split())
     assert "Pitfalls: it is an example." in told["methods"]
     assert told["modes"]["reflect"] == "The component changes its sign."
+    assert set(told["scales"]) == set(told["modes"])
     (entry,) = told["receipt"]
     assert (entry["direction"], entry["mode"], entry["strength"]) == ("new", "reflect", 1.0)
     for before, after in zip(told["read"]["before"], told["read"]["after"], strict=True):

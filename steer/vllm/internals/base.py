@@ -42,7 +42,7 @@ def version() -> str:
 
 def check_version() -> None:
     """Raise UnsupportedModel for a vLLM older than the supported ones; warn where it is newer, or does not say."""
-    first, last = (_release(text) for text in SUPPORTED)
+    first, last = _release(SUPPORTED[0]), _release(SUPPORTED[-1])
     found = _release(version())
     if found and found < first:
         raise UnsupportedModel(f"vLLM {version()} is too old: steering is supported with vLLM {TESTED}")

@@ -181,7 +181,7 @@ class Direction:
     def d_model(self) -> int:
         return self.directions.shape[2]
 
-    def acting(self, mode: Mode) -> int:
+    def rows_in(self, mode: Mode) -> int:
         """Rows that act on a token in `mode`: those that turn take the axis too."""
         return 2 if mode in TURNING else self.rank
 

@@ -193,7 +193,7 @@ class Registry:
             said = ", ".join(dict.fromkeys(f"if {e.condition}" if e.condition else "always" for e in entries))
             return [f"the directions of one request act under different conditions ({said}); accepted: one for all"]
         with self._state:
-            needed = sum(self._versions[entry.digest].direction.acting(entry.mode) for entry in entries)
+            needed = sum(self._versions[entry.digest].direction.rows_in(entry.mode) for entry in entries)
         needed += any(entry.condition for entry in entries)
         needed = max(needed, 2) if phases else needed
         if needed <= (rank := self.placement.shape.rank):

@@ -50,11 +50,11 @@ def check(
     named, model = model, model or str(MODEL)
     engine = opt.Engine(backend, model, ctx.args, opening)
     quiet_libraries()
-    from steer.direction import check_fits as check_shape
+    from steer.direction import check_fits
     from steer.hf.load import describe
     from steer.lab.behaviour import Behaviour
     from steer.lab.evaluation.arms import arms_of
-    from steer.lab.evaluation.check import HARMFUL, check_fits
+    from steer.lab.evaluation.check import HARMFUL, fitting_shape
     from steer.lab.evaluation.check import check as run
     from steer.lab.evaluation.run import HARMLESS
 
@@ -66,7 +66,7 @@ def check(
     if backend == "transformers":  # before all weights are read
         architecture, layers, d_model = describe(model, opening.revision, trust_remote_code=opening.trust_remote_code)
         try:
-            check_shape(arm.direction, d_model=d_model, layers=layers, architecture=architecture)
+            check_fits(arm.direction, d_model=d_model, layers=layers, architecture=architecture)
         except DirectionError as error:
             if named:
                 raise
@@ -74,8 +74,8 @@ def check(
     rendering = Rendering(meta.system_prompt, meta.template, meta.response_prefix)
     with Progress(shown=True) as progress:
         bench = engine.open(opt.Choices(sites=meta.sites), progress)
-        check_fits(arm.direction, bench.source)
-        evaluator = bench.evaluator(arm.direction.acting(arm.mode), max_tokens, rendering)
+        fitting_shape(arm.direction, bench.source)
+        evaluator = bench.evaluator(arm.direction.rows_in(arm.mode), max_tokens, rendering)
         found = run(arm, bench.source, evaluator, sets, rendering, looked_for)
     told = {"file": str(file), "digest": arm.digest, "model": model, "verdict": found.verdict}
     if as_json:

@@ -171,7 +171,7 @@ def evaluate(
         # what was measured of other weights, on another machine or in another precision, is not mixed in
         fingerprint = {} if report is None else {"fingerprint": bench.source.fingerprint()}
         cache = Cache(report, conditions | fingerprint)
-        evaluator = bench.evaluator(max(arm.direction.acting(arm.mode) for arm in arms), max_tokens, rendering)
+        evaluator = bench.evaluator(max(arm.direction.rows_in(arm.mode) for arm in arms), max_tokens, rendering)
         plain_text = _text(text, bench.source) if text else None
         plan = Plan(arms, sets, max_tokens, behaviour, judging, known, plain_text, doses, applied.against)
         found = Evaluation(evaluator, plan, cache).run()

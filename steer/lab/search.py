@@ -261,7 +261,7 @@ def _values(figures: Figures) -> tuple[float, ...]:
 def rank_of(space: Space, measurement: Measurement) -> int:
     """Rows that act on a token at most, of a direction of `space` in one of its modes."""
     made = [derive(measurement, Recipe(make_method(m), space.layers[-1])) for m in space.methods]
-    return max(direction.acting(mode) for direction in made for mode in space.modes)
+    return max(direction.rows_in(mode) for direction in made for mode in space.modes)
 
 
 def _trial(frozen: FrozenTrial) -> Trial:

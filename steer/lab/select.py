@@ -222,7 +222,7 @@ def select(
     """
     entrants = entrants_of(measurement, grid.recipes(measurement, recipe))
     sets = Sets.drawn(asked, other, limit=prompts)
-    tried = evaluator(max(e.candidate.direction.acting(e.candidate.mode) for e in entrants), tokens)
+    tried = evaluator(max(e.candidate.direction.rows_in(e.candidate.mode) for e in entrants), tokens)
     screened = len(entrants) > survivors and bool(behaviour.openings)
     tried.progress.plan(CHOOSING, work(sets, tokens, len(entrants), survivors if screened else None))
     with tried.progress.part(CHOOSING):

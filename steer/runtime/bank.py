@@ -344,7 +344,7 @@ class DirectionBank:
         for entry, acts in zip(entries, acting, strict=True):
             direction = self._resident[entry.digest].direction
             assert direction is not None, "the rank is not 1"
-            values, part = _Values.of(direction, entry.mode), slice(at, at + direction.acting(entry.mode))
+            values, part = _Values.of(direction, entry.mode), slice(at, at + direction.rows_in(entry.mode))
             at = part.stop
             for i, point in enumerate(self.slices if acts else ()):
                 if (own := _vectors(direction, point, part.stop - part.start)) is not None:

@@ -165,7 +165,7 @@ def coefficients(direction: Direction, mode: Mode) -> Tensor:
     """The operation's (τ, g, w, γ) for each layer and row: `[layers, k, 4]`, float32, with k = 2 for those that turn,
     which are of an angle and the same for both rows."""
     weights = direction.weights[:, None]
-    out = torch.zeros(direction.layers, direction.acting(mode), 4)
+    out = torch.zeros(direction.layers, direction.rows_in(mode), 4)
     out[..., GATE], out[..., WEIGHT] = -torch.inf, weights
     match mode:
         case "ablate":
@@ -189,7 +189,7 @@ def coefficients(direction: Direction, mode: Mode) -> Tensor:
 
 def embedding_coefficients(direction: Direction, mode: Mode) -> Tensor:
     """The same for the stream before block 0: `[k, 4]`. No class means are known there, so only `ablate` acts."""
-    out = torch.zeros(direction.acting(mode), 4)
+    out = torch.zeros(direction.rows_in(mode), 4)
     out[..., GATE] = -torch.inf
     out[..., WEIGHT] = 1.0 if mode == "ablate" else 0.0
     return out

@@ -174,7 +174,7 @@ class Frontend:
     ) -> None:
         """`place`: which of how many front ends of the engine this is. `serves`: the engine is a server's, so nothing
         is taken that no layer of ours has let pass. `thinking`: the tokens of the model's."""
-        architecture, layers, d_model = internals.config.shape_of(config)
+        architecture, layers, d_model = internals.config.dimensions_of(config)
         self.settings, self.call, self.call_async = settings, call, call_async or _no_loop
         self.serves, self.place = serves, place
         #: What it has in common with the engine's other front ends, from `start` on.

@@ -98,7 +98,7 @@ class Installation:
 def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Installation:
     """Attach a steering module to every hook point of this rank. Raises UnsupportedModel where that cannot be done and
     checked."""
-    architecture, layers, d_model = internals.config.shape_of(worker.vllm_config)
+    architecture, layers, d_model = internals.config.dimensions_of(worker.vllm_config)
     blocks = find_blocks(internals.worker.decoder_of(worker), layers)
     local = {i: block for i, block in enumerate(blocks) if not internals.worker.is_elsewhere(block)}
     if not local:
@@ -152,7 +152,7 @@ def _learn_form(worker: Worker, local: dict[int, nn.Module], plain: Tensor, agai
     if not all(isinstance(out, tuple) and isinstance(out[0], Tensor) for out in outputs.values()):
         raise UnsupportedModel("the decoder blocks return neither a tensor nor a tuple that begins with one")
     # What a rank of a pipeline sends on is read by the next rank, so of its last block nothing is told by its own pass.
-    last = internals.config.shape_of(worker.vllm_config)[1] - 1
+    last = internals.config.dimensions_of(worker.vllm_config)[1] - 1
     inner = [block for i, block in local.items() if i == last or i != max(local)]
     if inner and selfcheck.rest_is_dead(inner, lambda: internals.worker.probe(worker), plain, again):
         return "first"

@@ -56,7 +56,7 @@ class Step:
     scheduled: SchedulerOutput
 
 
-class LostRuns:
+class SteeredRuns:
     """`meet` and `end` run on the worker's main thread, `tell` where vLLM reads a step's outputs: requests are told of
     before they are asked for, and the other way round, so that of two that meet one sees the other."""
 

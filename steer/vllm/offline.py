@@ -55,7 +55,7 @@ class VllmSource(Chat):
 
     @property
     def facts(self) -> ModelFacts:
-        architecture, layers, d_model = internals.config.shape_of(self._config)
+        architecture, layers, d_model = internals.config.dimensions_of(self._config)
         return ModelFacts(
             name=self.name,
             revision=self.revision,

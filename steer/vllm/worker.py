@@ -22,7 +22,7 @@ from steer.spec import Spec
 from steer.tokenization import Thinking
 from steer.vllm import install, internals, settings
 from steer.vllm.capture import Capture
-from steer.vllm.losses import LostRuns, SteeredRun, Step
+from steer.vllm.losses import SteeredRun, SteeredRuns, Step
 from steer.vllm.readout import ReadRunner
 from steer.vllm.residents import Kept, Residents, RowsInUse
 from steer.vllm.steering_module import code_digest
@@ -90,7 +90,7 @@ class SteeringWorker:
         self._residents = Residents(self._installation.bank)
         self._running: dict[str, int] = {}  # steered requests, by their numbers in the index
         self._conditional: dict[str, RequestSteer] = {}  # those of them that decide
-        self._lost_runs = LostRuns()
+        self._lost_runs = SteeredRuns()
         self._passed: Step | None = None  # the pass that was enqueued last, until its outputs are asked for
         self._batch: tuple[list[str], NDArray[np.int32]] = [], np.zeros(0, np.int32)
         self._from_before: IntermediateTensors | None = (

@@ -121,7 +121,7 @@ def _without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
             return worker.model(torch.arange(internals.base.PROBE_TOKENS)).float()
 
     monkeypatch.setattr(internals.worker, "probe", probe)
-    monkeypatch.setattr(internals.config, "shape_of", lambda _config: ("Toy", LAYERS, D_MODEL))
+    monkeypatch.setattr(internals.config, "dimensions_of", lambda _config: ("Toy", LAYERS, D_MODEL))
     monkeypatch.setattr(internals.worker, "decoder_of", lambda worker: worker.model)
     monkeypatch.setattr(internals.worker, "is_elsewhere", lambda _block: False)
     monkeypatch.setattr(internals.worker, "replicated", lambda _stream: True)

@@ -16,7 +16,7 @@ from steer.shared import Shared
 from steer.spec import Entry, Spec
 from steer.vllm.frontend import GROUPS, SALT, Salts, parted, salt
 from steer.vllm.internals.base import ABOVE
-from steer.vllm.losses import KEPT, LostRuns, SteeredRun, Step
+from steer.vllm.losses import KEPT, SteeredRun, SteeredRuns, Step
 from steer.vllm.settings import RESOLVED
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=8)
@@ -49,7 +49,7 @@ def test_who_has_the_tokens_up_to_a_lost_one_and_the_same_steering_falls_with_it
     first: list[int], second: list[int], position: int, same: bool, later: bool
 ) -> None:
     position %= len(first)
-    runs, other = LostRuns(), run_of(second, "a" if same else "b")
+    runs, other = SteeredRuns(), run_of(second, "a" if same else "b")
     runs.meet("x", run_of(first))
     if not later:
         runs.meet("y", other)
@@ -63,7 +63,7 @@ def test_who_has_the_tokens_up_to_a_lost_one_and_the_same_steering_falls_with_it
 
 
 def test_a_loss_is_told_with_each_output_until_its_request_ends() -> None:
-    runs = LostRuns()
+    runs = SteeredRuns()
     for name in "xy":
         runs.meet(name, run_of([1, 2, 3] if name == "x" else [2, 2, 3]))
     runs.tell(output(), step({"x": 2, "y": 2}, [3], {"x": 0, "y": 40}))  # a part of a prompt has no output
@@ -74,12 +74,12 @@ def test_a_loss_is_told_with_each_output_until_its_request_ends() -> None:
 
 
 def test_what_a_plain_request_and_one_that_has_ended_say_is_nobodys() -> None:
-    runs = LostRuns()
+    runs = SteeredRuns()
     assert told(runs.tell(output("p"), step({"p": 3}, [1], {"p": 0}))) == {}
 
 
 def test_losses_that_are_remembered_are_bounded() -> None:
-    runs = LostRuns()
+    runs = SteeredRuns()
     for n in range(KEPT + 1):
         runs.meet(str(n), run_of([n, 1]))
         runs.tell(output(), step({str(n): 2}, [0], {str(n): 0}))

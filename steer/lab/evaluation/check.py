@@ -63,7 +63,7 @@ class Checked:
         return "fails" if self.problems else "unknown" if self.unknown else "works"
 
 
-def check_fits(direction: Direction, source: Source) -> Shape:
+def fitting_shape(direction: Direction, source: Source) -> Shape:
     """The shape of a server with this model. Raises DirectionError with every reason why that would not take it."""
     facts, meta = source.facts, direction.meta
     dtype = getattr(torch, facts.dtype or "float32")
@@ -80,7 +80,7 @@ def check(
     rendering: Rendering,
     behaviour: Behaviour,
 ) -> Checked:
-    """`sets` are of the names HARMFUL and HARMLESS. What fits must have been asked before (`check_fits`)."""
+    """`sets` are of the names HARMFUL and HARMLESS. What fits must have been asked before (`fitting_shape`)."""
     found = Evaluation(evaluator, Plan([arm], sets, evaluator.max_tokens, behaviour), Cache(None, {})).run()
     notes: list[str] = []
     unknown: list[str] = []

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steer.direction import Direction, FoundCondition
 from steer.errors import InvalidInput, NothingFound, SpecError
-from steer.lab.evaluation.check import check_fits
+from steer.lab.evaluation.check import fitting_shape
 from steer.lab.evaluation.report import Rate
 from steer.lab.evaluator import Floats
 from steer.lab.measure import Conditions, checked
@@ -92,7 +92,7 @@ def find(
     LEAST.
     """
     assert split.harmful is not split.tried_harmful, "some prompts are set aside"
-    shape, progress = check_fits(direction, source), progress or Progress()
+    shape, progress = fitting_shape(direction, source), progress or Progress()
     layers = _decidable(shape, direction, name, range(shape.layers) if layer is None else [layer])
     pairs = (split.harmful, split.harmless), (split.tried_harmful, split.tried_harmless)
     progress.plan(READING, sum(len(prompts) for pair in pairs for prompts in pair))

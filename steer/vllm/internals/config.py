@@ -169,7 +169,7 @@ def context_of(config: VllmConfig) -> int:
     return int(config.model_config.max_model_len)
 
 
-def shape_of(config: VllmConfig) -> tuple[str, int, int]:
+def dimensions_of(config: VllmConfig) -> tuple[str, int, int]:
     """(architecture of the text model, layers of the whole model, d_model)."""
     model = config.model_config
     text = model.hf_text_config

@@ -86,6 +86,23 @@ class FoundCondition(BaseModel):
     harmless: Dataset = Field(description="the prompts that are not to meet it, as many as were counted")
     missed: int = Field(ge=0, description="false negatives: the harmful ones that do not meet it")
     caught: int = Field(ge=0, description="false positives: the harmless ones that meet it")
+    system_prompt: str | None = Field(default=None, description="in every chat in which it was found")
+    template: dict[str, JsonValue] = Field(default={}, description="the chat template's variables there")
+    response_prefix: str = Field(default="", description="what every answer there had begun with")
+
+    @property
+    def errors(self) -> str:
+        """How well it tells the prompts apart, in words, and in which chats."""
+        missed, caught = (
+            f"{wrong} of {of.count} of {of.name}"
+            for wrong, of in ((self.missed, self.harmful), (self.caught, self.harmless))
+        )
+        around = [
+            f"{key.replace('_', ' ')} {value!r}"
+            for key in ("system_prompt", "template", "response_prefix")
+            if (value := getattr(self, key))
+        ]
+        return f"{missed} do not meet it, {caught} do" + (f", with the {', the '.join(around)}" if around else "")
 
     @model_validator(mode="after")
     def _one_side(self) -> Self:

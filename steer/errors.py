@@ -177,8 +177,10 @@ def imported(module: str, what: str, install: str) -> Any:
     """Import a module that is not installed with Steer. Raises InvalidInput where it is missing: `what` needs it."""
     try:
         return import_module(module)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         package = module.partition(".")[0]
+        if error.name not in (package, module):
+            raise  # it is there, and lacks something itself
         raise InvalidInput(f"{what} needs the package {package} (pip install {install})") from error
 
 

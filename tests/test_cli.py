@@ -297,8 +297,23 @@ def test_eval_names_every_wrong_option(tiny_folder: Path, tmp_path: Path) -> Non
     assert "above 0" in run("eval", str(tiny_folder), *options, "--kl", "0.1,0", code=2).stderr
     wrong = "--tokens last-2,all --layers , --text t.txt --strengths 1,2 --calibrate c.safetensors"
     told = run("eval", str(tiny_folder), *options, *wrong.split(), code=2).stderr
-    for problem in ("--calibrate: is for all", "--text scores texts", "--layers: names none"):
+    for problem in ("--calibrate: is for all", "does not go with --text", "--layers: names none"):
         assert problem in told
+    nowhere = tmp_path / "nowhere"
+    paths = [
+        "--strengths",
+        "1,2",
+        "--report",
+        str(nowhere / "report"),
+        "--calibrate",
+        str(nowhere / "c.txt"),
+        "--kl",
+        ",",
+    ]
+    told = run("eval", str(tiny_folder), *options, *paths, code=2).stderr
+    for problem in (f"--report: the folder {nowhere}", f"--calibrate: the folder {nowhere}", "--kl: names none"):
+        assert problem in " ".join(told.split())
+    assert not nowhere.exists()
 
 
 def test_measure_then_derive_by_any_method(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from steer.cli.options import VLLM_OPTIONS, check_model, expanded, find_vllm_mod
 from steer.errors import InvalidInput
 from steer.lab.tables import shown, terminal_width, wrapped
 from steer.settings import ServeSettings, served_name
+from steer.spec import Condition
 
 
 class _Command(TyperCommand):
@@ -135,8 +136,11 @@ def inspect(
     width = terminal_width()
     typer.echo(wrapped(f"{file}  sha256 {digest(data)}", width, further="  "))
     for key, value in meta.items():
-        if value not in (None, {}, []) and key != "selection":
+        if value not in (None, {}, []) and key not in ("selection", "condition"):
             typer.echo(wrapped(f"{key}: {value}", width, first="  ", further="    "))
+    if found := direction.meta.condition:
+        spec = f"{file.stem}?{Condition(file.stem, found.layer, found.above, found.below)}"
+        typer.echo(wrapped(f"condition that was found: {spec}: {found.errors}", width, first="  ", further="    "))
     rows = []
     for row in profile:
         figures = (row["angle"], row["norm_harmful"], row["norm_harmless"], row["cosine_next"])
@@ -185,7 +189,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "trials": (search.trials, "search --save 17 -o directions/refusal.safetensors"),
     "keys new": (admin.new_key, "alice --policy policy.toml --direction refusal --readout"),
     "keys list": (admin.list_keys, "--policy policy.toml"),
-    "audit verify": (admin.verify_audit, "audit.log"),
+    "audit verify": (admin.verify_audit, "audit.jsonl"),
     "on": (admin.on, "--url http://127.0.0.1:8000"),
     "off": (admin.off, "--reason 'answers look wrong'"),
 }

@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from math import inf
@@ -164,6 +165,7 @@ def evaluate(
             if told := rendered_otherwise(one.direction.meta.template, rendering.template):
                 log.warning("%s: %s: give the same --template as for the fit", one.name, told)
         known = read_expected(expected) if expected else {}
+        written = _read(text, f"--text: {text}") if text else None
         judging = counted.judges(behaviour, progress)
         bench = engine.open(choices, progress)
         loading = {"model": model, "revision": opening.revision, "backend": backend, "dtype": opening.dtype}
@@ -172,7 +174,7 @@ def evaluate(
         fingerprint = {} if report is None else {"fingerprint": bench.source.fingerprint()}
         cache = Cache(report, conditions | fingerprint)
         evaluator = bench.evaluator(max(arm.direction.rows_in(arm.mode) for arm in arms), max_tokens, rendering)
-        plain_text = _text(text, bench.source) if text else None
+        plain_text = _text(text.name, *written, bench.source) if text and written else None
         plan = Plan(arms, sets, max_tokens, behaviour, judging, known, plain_text, doses, applied.against)
         found = Evaluation(evaluator, plan, cache).run()
         made = Report(
@@ -243,22 +245,30 @@ def _checked(
         and (len(files) != 1 or not (several or kl)),
         "--calibrate: is for all layers and tokens: give it without --layers and --tokens": calibrated
         and (at, when) != (["all"], ["all"]),
+        "--kl: names none: give one, or leave the option out": kl and not opt.split(applied.kl or ""),
         "--layers: names none: give one, or leave the option out": not at,
         "--tokens: names none: give one, or leave the option out": not when,
-        f"--tokens: {' and '.join(scored)} scores texts, which have no prompt and no answer: give one of them": scored
+        f"--tokens: does not go with {' and '.join(scored)}, whose texts have no prompts: leave one out": scored
         and when != ["all"],
         f"--tokens: {', '.join(phases)}: for requests to a server, whose answers decide: give others": phases,
         f"--tokens: {', '.join(last)}: vLLM scores an answer as the end of a prompt, whose middle no request can name: "
         "give others, or --backend transformers": backend == "vllm" and last,
     }
     problems = [told for told, holds in wrong.items() if holds]
-    try:
-        found = counted.loaded()
-    except InvalidInput as error:
-        problems += error.problems
+    found: list[Behaviour] = []
+    checks: list[Callable[[], None]] = [lambda: found.append(counted.loaded())]
+    if report is not None:
+        checks.append(partial(opt.check_folder, report, "--report"))
+    if applied.calibrate is not None:
+        checks.append(partial(opt.check_direction_file, applied.calibrate, "--calibrate"))
+    for check in checks:
+        try:
+            check()
+        except InvalidInput as error:
+            problems += error.problems
     if problems:
         raise InvalidInput(problems)
-    return found
+    return found[0]
 
 
 def _warn_of_known(arms: Sequence[Arm], sets: Mapping[str, PromptSet]) -> None:
@@ -338,10 +348,9 @@ def _read(path: Path, said: str) -> tuple[bytes, str]:
         raise InvalidInput(f"{said}: is not UTF-8 text: {error}") from error
 
 
-def _text(path: Path, source: Source) -> Text:
+def _text(name: str, data: bytes, text: str, source: Source) -> Text:
     from steer.direction import Dataset
     from steer.lab.evaluation.figures import WINDOW, Text, windows
 
-    data, text = _read(path, f"--text: {path}")
     pieces = windows(source.text_ids(text), min(WINDOW, source.context))
-    return Text(Dataset(name=path.name, sha256=hashlib.sha256(data).hexdigest(), count=1), pieces)
+    return Text(Dataset(name=name, sha256=hashlib.sha256(data).hexdigest(), count=1), pieces)

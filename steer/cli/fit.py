@@ -72,7 +72,7 @@ def fit(
         {"mode": mode or "ablate", "sites": sites, "layer": layer, "batch_size": batch_size, "winsorize": winsorize}
     )
     if condition is not None:
-        _check_condition(ctx, condition, choices)
+        _check_condition(ctx, condition, output, choices)
     elif output is None:
         raise InvalidInput("--output: is missing: the direction file to write")
     if output is not None:
@@ -81,6 +81,8 @@ def fit(
     behaviour = counted.loaded()
     made = opt.chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
     least = LEAST_SHOWN if condition is None else SMALL
+    if limit is not None and limit < least:
+        raise InvalidInput(f"--limit: {limit} is not accepted here: {least} or more prompts of each set (better 128)")
     split = Split.of(*opt.chosen_sets(harmful, harmless, prompts), limit, least)
     quiet_libraries()
     rendering = rendered.rendering()
@@ -106,10 +108,11 @@ def fit(
             raise InvalidInput(f"--layer: {choices.layer} does not exist: this model has the layers 0 to {layers - 1}")
         if condition is not None and probe is not None:
             at = choices.layer % layers if isinstance(choices.layer, int) else None
-            known = find(bench.source, probe, condition.stem, split, rendering, at, choices.batch, progress)
+            name = (output or condition).stem  # of the file that has it
+            known = find(bench.source, probe, name, split, rendering, at, choices.batch, progress)
             typer.echo("\n".join(told(known, split)))
             if output is not None:
-                digest = probe.with_meta(condition=known.kept(split)).save(output)
+                digest = probe.with_meta(condition=known.kept(split, rendering)).save(output)
                 typer.echo(f"wrote {output}: digest {digest[:12]}")
             return
         assert output is not None, "checked"
@@ -140,7 +143,7 @@ OF_CONDITION = (
 )
 
 
-def _check_condition(ctx: typer.Context, file: Path, choices: opt.Choices) -> None:
+def _check_condition(ctx: typer.Context, file: Path, output: Path | None, choices: opt.Choices) -> None:
     """Refuse, before any work, what does not go together with --condition, and a name that no condition could have."""
     known = {*OF_CONDITION, *ModelSettings.model_fields}
     problems = [
@@ -150,6 +153,8 @@ def _check_condition(ctx: typer.Context, file: Path, choices: opt.Choices) -> No
     ]
     if choices.layer in ("widest", "all"):
         problems.append(f"--layer: '{choices.layer}' is not for --condition: auto, or the number of a layer")
+    if output is not None and output.resolve() == file.resolve():
+        problems.append(f"--output: {output} is the file of --condition, which is not changed: give another name")
     if problems:
         raise InvalidInput(problems)
     check_name(file.stem)

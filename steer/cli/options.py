@@ -303,29 +303,29 @@ def chosen_sets(harmful: str | None, harmless: str | None, prompts: str | None) 
         ) from error
 
 
-def check_folder(output: Path) -> None:
+def check_folder(output: Path, option: str = "--output") -> None:
     """Refuse, before any work, a file or folder whose parent folder does not exist or is not writable."""
     if not output.parent.is_dir():
-        raise InvalidInput(f"--output: the folder {output.parent} does not exist")
+        raise InvalidInput(f"{option}: the folder {output.parent} does not exist")
     try:
         with tempfile.TemporaryFile(dir=output.parent):
             pass
     except OSError as error:
-        raise InvalidInput(f"--output: cannot write into {output.parent}: {error.strerror}") from error
+        raise InvalidInput(f"{option}: cannot write into {output.parent}: {error.strerror}") from error
 
 
-def check_file(output: Path) -> None:
+def check_file(output: Path, option: str = "--output") -> None:
     """Refuse, before any work, a file that cannot be written."""
-    check_folder(output)
+    check_folder(output, option)
     if output.is_dir():
-        raise InvalidInput(f"--output: {output} is a folder; accepted: the name of a file, which may exist")
+        raise InvalidInput(f"{option}: {output} is a folder; accepted: the name of a file, which may exist")
 
 
-def check_direction_file(output: Path) -> None:
+def check_direction_file(output: Path, option: str = "--output") -> None:
     """Refuse, before any work, a file name that no server would serve: without its suffix it names the direction."""
-    check_file(output)
+    check_file(output, option)
     if output.suffix != SUFFIX:
-        raise InvalidInput(f"--output: '{output.name}' must end in {SUFFIX}: a server serves no other file")
+        raise InvalidInput(f"{option}: '{output.name}' must end in {SUFFIX}: a server serves no other file")
     check_name(output.stem)
 
 

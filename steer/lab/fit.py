@@ -381,7 +381,7 @@ def report(fitted: Fitted) -> list[str]:
         f"{behaviour} in answers to {count} prompts{measured}: {sum(plain.asked)} plain, "
         f"{sum(mine.asked)} with it ({low:.0f} to {high:.0f} %)"
         + (f", {sum(mine.lost)} lost (plain {sum(plain.lost)})" if any(mine.lost + plain.lost) else ""),
-        f"{harmless} harmless prompts: {sum(mine.other)} such answers (plain {sum(plain.other)}), {sum(mine.faulty)} "
+        f"{harmless} harmless prompts: {behaviour} in {sum(mine.other)} (plain {sum(plain.other)}), {sum(mine.faulty)} "
         f"lost (plain {sum(plain.faulty)}), N-token KL {mine.kl:.4f} ({least:.4f} to {most:.4f})",
     ]
     if mine.rate_left > LEFT:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 
-from steer.direction import Direction, FoundCondition, digest, read_file, write_file
+from steer.direction import Direction, digest, read_file, write_file
 from steer.errors import SteerError
 from steer.names import check_name
 from steer.spec import Condition
@@ -15,7 +15,7 @@ from steer.spec import Condition
 
 def card(direction: Direction, name: str, sha256: str) -> ModelCard:
     """The README of a repository that holds `name`.safetensors."""
-    meta = direction.meta
+    meta, found = direction.meta, direction.meta.condition
     data = ModelCardData(
         base_model=None if Path(meta.model).exists() else meta.model,
         base_model_relation=None if Path(meta.model).exists() else "adapter",
@@ -32,7 +32,8 @@ def card(direction: Direction, name: str, sha256: str) -> ModelCard:
         "default mode and strength": f"{meta.mode}, {meta.strength:g}",
         "modes": ", ".join(meta.modes),
         "sites": ", ".join(meta.sites),
-        "condition that was found": meta.condition and _errors(meta.condition, name),
+        "condition that was found": found
+        and f"`{name}?{Condition(name, found.layer, found.above, found.below)}`: {found.errors}",
         "set that shows the behaviour": meta.harmful and f"{meta.harmful.name}, {meta.harmful.count} prompts",
         "set that does not": meta.harmless and f"{meta.harmless.name}, {meta.harmless.count} prompts",
         "system prompt": meta.system_prompt,
@@ -104,15 +105,6 @@ def _directions(files: list[str], repo: str) -> list[str]:
     if len(found) != 1:
         raise SteerError(f"{repo} has {len(found)} .safetensors files ({', '.join(found) or 'none'}): give --file")
     return found
-
-
-def _errors(found: FoundCondition, name: str) -> str:
-    missed, caught = (
-        f"{wrong} of {of.count} of {of.name}"
-        for wrong, of in ((found.missed, found.harmful), (found.caught, found.harmless))
-    )
-    spec = Condition(name, found.layer, found.above, found.below)
-    return f"`{name}?{spec}`: {missed} do not meet it, {caught} do"
 
 
 def _cell(value: object) -> str:

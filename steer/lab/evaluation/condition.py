@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -55,8 +55,8 @@ class Found:
     def condition(self) -> Condition:
         return self.front[-1].condition
 
-    def kept(self, split: Split) -> FoundCondition:
-        """What a file says of it; `split` is the one that it was found with."""
+    def kept(self, split: Split, rendering: Rendering) -> FoundCondition:
+        """What a file says of it; `split` and `rendering` are those that it was found with."""
         return FoundCondition(
             layer=self.condition.layer,
             above=self.condition.above,
@@ -65,6 +65,7 @@ class Found:
             harmless=split.tried_harmless.dataset,
             missed=self.harmful.count(False),
             caught=self.harmless.count(True),
+            **asdict(rendering),
         )
 
     @property

@@ -159,7 +159,11 @@ def test_what_is_printed_decides_each_prompt_at_run_time_as_it_was_counted(
     assert Condition("harm", said.layer, said.above, said.below) == found.condition
     assert ((said.missed, said.harmful.count), (said.caught, said.harmless.count)) == ((wrong[0], 32), (wrong[1], 32))
     spec = printed.partition('"steer": "')[2].partition('"')[0]
-    assert spec == f"harm?{found.condition}"
+    assert spec == f"kept?{found.condition.of('kept')}", "as the file that has it is served"
+    shown = " ".join(run("inspect", str(kept)).stdout.split())
+    assert (
+        f"condition that was found: {spec}: {wrong[0]} of 32 of harmful.txt do not meet it, {wrong[1]} of 32" in shown
+    )
     with Server(str(MODEL), "--directions", str(tmp_path)) as server:
         for one, counted in ((split.tried_harmful, found.harmful), (split.tried_harmless, found.harmless)):
             answers = [server.chat(prompt, steer=spec, max_tokens=1).json() for prompt in one.prompts]
@@ -177,11 +181,12 @@ def test_options_of_a_fit_are_refused_and_nothing_is_found_with_exit_code_3(tmp_
     both = (*given, "--harmless", str(PROMPTS / "harmless.train.txt"))
     for more, says in (
         (("-o", "x.txt"), "x.txt"),
+        (("-o", str(SHIPPED)), "is the file of --condition, which is not changed"),
         (("--method", "slerp"), "--method: is for a direction to be fitted"),
         (("--layer", "all"), "--layer: 'all' is not for --condition"),
         (("--layer", "9"), "--layer: 9 does not exist"),
         (("--layer", "-1"), "the condition refusal@7>0.0: the model has the layers 0 to 7"),
-        (("--limit", "8"), f"refused.train.txt: gives 8 different prompts, at least {SMALL} are needed"),
+        (("--limit", "8"), f"--limit: 8 is not accepted here: {SMALL} or more prompts of each set"),
     ):
         refused = run("fit", str(MODEL), *both, *more, code=2).stderr
         assert says in refused

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from steer.direction import Direction, DirectionMeta, read_file, write_file
 from steer.direction import digest as digest_of
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, printable
@@ -158,7 +160,7 @@ class Registry:
                 continue
             if any((e.digest, e.mode) == (entry.digest, entry.mode) for e in entries):
                 problems.append(f"direction '{entry.direction}' is listed twice in the mode '{entry.mode}'")
-            if entry.strength:  # strength 0 does nothing, so it is not part of what is applied
+            if np.float32(entry.strength):  # strength 0 does nothing, so it is not part of what is applied
                 entries.append(entry)
         problems += self._too_much(entries)
         if problems:

@@ -333,7 +333,7 @@ def test_the_order_of_the_request_is_kept() -> None:
     assert [e.direction for e in admit(registry, "one,two").spec.entries] == ["one", "two"]
 
 
-@pytest.mark.parametrize("wish", ["off", "one=0", "one=0,two=-0.0"])
+@pytest.mark.parametrize("wish", ["off", "one=0", "one=0,two=-0.0", "one=1e-50"])
 def test_strength_0_is_plain_and_pins_nothing(wish: str) -> None:
     registry = Registry(local())
     registry.put("one", A)

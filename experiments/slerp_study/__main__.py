@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ DRAWS = "One real model"
 
 @reported(resumes=True)
 def study(
+    ctx: typer.Context,
     models: Annotated[list[str], typer.Argument(help="local folders or hub ids; NAME-1, NAME-2 … are seeds of NAME")],
     output: Annotated[Path, typer.Option("--output", "-o", help="the folder for results, report and pictures")],
     prompts: Annotated[
@@ -61,9 +63,8 @@ def study(
 
     choices = Choices.model_validate({"batch_size": batch_size})
     check_folder(output)
-    if harmful is not None or harmless is not None:
-        if len(models) != 1 or harmful is None or harmless is None or prompts is not None:
-            raise InvalidInput("--harmful and --harmless: are given together, for one model, without --prompts")
+    _check_design(ctx, models)
+    if harmful is not None and harmless is not None:
         from experiments.slerp_study.contrasts import figures, write
         from experiments.slerp_study.draws import HELD_OUT, SUBSET, WAYS, draws_study
         from steer.lab.prompts import read_prompts
@@ -100,6 +101,28 @@ def study(
             progress=progress,
         )
     typer.echo(f"wrote {output / 'report.md'}: {len(report['models'])} models")
+
+
+#: The options that belong to one of the two designs.
+OF_MANY, OF_ONE = {"prompts", "source_layers"}, {"harmful", "harmless", "draws", "arms", "kl", "layer"}
+
+
+def _check_design(ctx: typer.Context, models: Sequence[str]) -> None:
+    """Refuse options of the design that is not asked for: none is ignored in silence."""
+    given = {
+        name
+        for name in OF_MANY | OF_ONE
+        if (s := ctx.get_parameter_source(name)) is not None and s.name == "COMMANDLINE"
+    }
+    one = bool(given & {"harmful", "harmless"})
+    other = "many models: leave it out" if one else "one real model, with --harmful and --harmless"
+    problems = [f"--{name.replace('_', '-')}: is for {other}" for name in sorted(given & (OF_MANY if one else OF_ONE))]
+    if one and {"harmful", "harmless"} - given:
+        problems.append("--harmful and --harmless: give both")
+    if one and len(models) != 1:
+        problems.append(f"MODELS: {len(models)} are given: --harmful and --harmless are for one")
+    if problems:
+        raise InvalidInput(problems)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

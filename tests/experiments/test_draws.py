@@ -133,7 +133,9 @@ def test_the_command_runs_every_arm_once_and_reports_what_it_kept(tmp_path: Path
         (["--layer", "9"], "the model has layers 0 to"),
         (["--kl", "0.02,x"], "numbers separated by commas"),
         (["--kl", "-1"], "above 0"),
-        (["--prompts", "somewhere"], "given together"),
+        (["--prompts", "somewhere"], "--prompts: is for many models"),
+        (["--source-layers", "3"], "--source-layers: is for many models"),
+        (["second-model"], "2 are given"),
     ],
 )
 def test_what_cannot_be_run_is_refused(tmp_path: Path, more: list[str], said: str) -> None:
@@ -142,3 +144,10 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path, more: list[str], said: st
     )
     assert found.exit_code != 0
     assert said in " ".join(found.output.split())
+
+
+def test_an_option_of_one_real_model_is_not_ignored_without_its_prompts(tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, [saved(tmp_path)[0], "-o", str(tmp_path / "out"), "--draws", "2", "--kl", "0.1"])
+    assert found.exit_code != 0
+    for name in ("--draws", "--kl"):
+        assert f"{name}: is for one real model" in " ".join(found.output.split())

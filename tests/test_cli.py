@@ -602,6 +602,15 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
         f"fit m --harmful {empty} --harmless {a} {output}": "has no prompts",
         f"fit m {sets} -o {tmp_path}/d.safetensors": "d.safetensors is a folder",
         f"measure m {sets} -o /proc/x": "cannot write into /proc",
+        f"fit m {sets} {output} --template x=1 --template x=2": "--template: 'x' is given twice",
+        f"measure m {sets} {output} --template x": "--template: 'x' is not NAME=VALUE",
+        f"eval m --direction d {sets} --template x --strengths a": "--template: 'x' is not NAME=VALUE",
+        f"eval m --direction d {sets} --strengths a --kl 0": "--strengths: numbers separated by commas, got 'a'",
+        f"select m m {sets} {output} --t a": "--t: numbers separated by commas, got 'a'",
+        f"select m m {sets} {output} --layer a": "--layer: whole numbers separated by commas, got 'a'",
+        f"search m {sets} --folder {tmp_path} --t 1": "--t: needs the least and the largest value",
+        f"search m {sets} --folder {tmp_path} --pick 1": "belong together",
+        f"fit m {sets} {output} --judge h://a --judge h://b --judge-model a --judge-model b": "one judge decides here",
     }
     done = subprocess.run(
         [sys.executable, "-c", LIGHT], input="\n".join(wrong), capture_output=True, text=True, timeout=300

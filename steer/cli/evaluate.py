@@ -22,7 +22,7 @@ from steer.cli import options as opt
 from steer.cli.console import echo_json, echo_line, quiet_libraries, reported
 from steer.errors import InvalidInput
 from steer.lab.progress import Progress
-from steer.lab.prompts import PromptSet, read_prompts
+from steer.lab.prompts import PromptSet, Rendering, read_prompts
 from steer.lab.tables import shown
 from steer.names import MODES
 from steer.settings import ModelSettings
@@ -73,6 +73,12 @@ class Applied:
     def when(self) -> list[str]:
         return ["all"] if self.tokens is None else opt.split(self.tokens)
 
+    def given(self) -> list[float] | None:
+        """The strengths, None for the file's."""
+        if self.strength is not None:
+            return [self.strength]
+        return opt.floats("--strengths", self.strengths) if self.strengths else None
+
     def doses(self) -> list[float]:
         found = opt.floats("--kl", self.kl or "")
         if wrong := [dose for dose in found if not 0 < dose < inf]:
@@ -83,11 +89,8 @@ class Applied:
         """The arms of `files`; where there are doses, each at its file's strength."""
         from steer.lab.evaluation.arms import arms_of
 
-        strengths = opt.floats("--strengths", self.strengths) if self.strengths else None
-        if self.strength is not None:
-            strengths = [self.strength]
         modes = self.mode.split(",") if self.mode else None
-        arms = arms_of(files, modes, strengths, self.controls, self.at, self.when)
+        arms = arms_of(files, modes, self.given(), self.controls, self.at, self.when)
         named = [arm.way for arm in arms] + [arm.name for arm in arms if not self.kl]
         if self.against is not None and self.against not in named:
             raise InvalidInput(f"--against: {self.against!r} is none of the arms: {', '.join(dict.fromkeys(named))}")
@@ -145,7 +148,7 @@ def evaluate(
     """
     with reported(resumes=report is not None), Progress(shown=True) as progress:
         engine = opt.Engine(backend, model, ctx.args, opening)
-        behaviour = _checked(applied, lm_eval, counted, direction, text, backend, report, answers)
+        rendering, behaviour = _checked(applied, lm_eval, counted, rendered, direction, text, backend, report, answers)
         quiet_libraries()
         from steer.lab.evaluation.arms import projected
         from steer.lab.evaluation.figures import agreements, read_expected
@@ -160,7 +163,6 @@ def evaluate(
         given = {"harmful": harmful, "harmless": harmless, "borderline": borderline, "multi-turn": multi_turn}
         sets = {name: read_prompts(source) for name, source in given.items() if source is not None}
         _warn_of_known(arms, sets)
-        rendering = rendered.rendering()
         for one in arms:
             if told := rendered_otherwise(one.direction.meta.template, rendering.template):
                 log.warning("%s: %s: give the same --template as for the fit", one.name, told)
@@ -217,13 +219,15 @@ def _checked(
     applied: Applied,
     lm_eval: Tasks,
     counted: opt.Counted,
+    rendered: opt.Rendered,
     files: Sequence[Path],
     text: Path | None,
     backend: str,
     report: Path | None,
     answers: bool,
-) -> Behaviour:
-    """What is counted. Raises InvalidInput with all options that do not go together, before anything is read."""
+) -> tuple[Rendering, Behaviour]:
+    """What stands around prompts, and what is counted. Raises InvalidInput with all options that are wrong or do not
+    go together, before anything is read."""
     at, when, calibrated = applied.at, applied.when, applied.calibrate is not None
     one, several, kl = (given is not None for given in (applied.strength, applied.strengths, applied.kl))
     tasks, url, kept = (given is not None for given in (lm_eval.tasks, lm_eval.url, report))
@@ -255,8 +259,14 @@ def _checked(
         "give others, or --backend transformers": backend == "vllm" and last,
     }
     problems = [told for told, holds in wrong.items() if holds]
+    chats: list[Rendering] = []
     found: list[Behaviour] = []
-    checks: list[Callable[[], None]] = [lambda: found.append(counted.loaded())]
+    checks: list[Callable[[], object]] = [
+        lambda: chats.append(rendered.rendering()),
+        lambda: found.append(counted.loaded(several=True)),
+        applied.given,
+        applied.doses,
+    ]
     if report is not None:
         checks.append(partial(opt.check_folder, report, "--report"))
     if applied.calibrate is not None:
@@ -268,7 +278,7 @@ def _checked(
             problems += error.problems
     if problems:
         raise InvalidInput(problems)
-    return found[0]
+    return chats[0], found[0]
 
 
 def _warn_of_known(arms: Sequence[Arm], sets: Mapping[str, PromptSet]) -> None:

@@ -78,14 +78,13 @@ def fit(
     if output is not None:
         opt.check_direction_file(output)
     engine = opt.Engine(backend, model, ctx.args, opening)
-    behaviour = counted.loaded()
+    rendering, behaviour = rendered.rendering(), counted.loaded()
     made = opt.chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
     least = LEAST_SHOWN if condition is None else SMALL
     if limit is not None and limit < least:
         raise InvalidInput(f"--limit: {limit} is not accepted here: {least} or more prompts of each set (better 128)")
     split = Split.of(*opt.chosen_sets(harmful, harmless, prompts), limit, least)
     quiet_libraries()
-    rendering = rendered.rendering()
     from steer.direction import Direction
     from steer.lab import fit as lab
     from steer.lab.derive import Recipe
@@ -192,11 +191,11 @@ def measure(
     engine = opt.Engine(backend, model, ctx.args, opening)
     sets = read_prompts(harmful), read_prompts(harmless)
     check_contrast(*sets)
+    rendering = rendered.rendering()
     quiet_libraries()
     from steer.lab.measure import Conditions, Keep
     from steer.lab.measure import measure as run
 
-    rendering = rendered.rendering()
     conditions = Conditions(choices.positions, winsorize, rendering, last_layer, Keep(vectors, moments))
     partial = output.with_name(f"{output.name}.part")
     with Progress(shown=True) as progress:

@@ -164,8 +164,9 @@ class Counted:
         "what the classifier reads, with {request} and {answer}; default: its chat template, else the answer",
     ] = None
 
-    def loaded(self) -> Behaviour:
-        """The behaviour. Raises InvalidInput with every problem that can be seen before a judge is opened."""
+    def loaded(self, *, several: bool = False) -> Behaviour:
+        """The behaviour. Raises InvalidInput with every problem that can be seen before a judge is opened, of several
+        judges too unless they are accepted."""
         from steer.lab.behaviour import Behaviour
 
         judges = self.judge or []
@@ -174,6 +175,8 @@ class Counted:
         models = self.judge_model or []
         names = [*models, *(Path(judge).name for judge in local)]
         problems = [f"--judge: two are called '{name}'" for name in sorted({n for n in names if names.count(n) > 1})]
+        if len(judges) > 1 and not several:
+            problems.append(f"--judge: one judge decides here, {len(judges)} are given")
         if len(urls) != len(models):
             problems.append(f"--judge-model: {len(models)} given, {len(urls)} --judge URLs: each needs one")
         if (self.judge_shown or self.judge_text is not None) and not local:
@@ -205,8 +208,6 @@ class Counted:
 
     def only_judge(self, behaviour: Behaviour, progress: Progress) -> Judge | None:
         """The one that decides, where only one can."""
-        if self.judge and len(self.judge) > 1:
-            raise InvalidInput(f"--judge: one judge decides here, {len(self.judge)} are given")
         return next(iter(self.judges(behaviour, progress)), None)
 
 
@@ -230,14 +231,15 @@ class Rendered:
             name, equals, value = item.partition("=")
             if not equals or not name.isidentifier():
                 problems.append(f"--template: '{item}' is not NAME=VALUE")
-            elif set_by_rendering([name]):
-                problems.append(f"--template: '{name}' cannot be set: this command sets it itself")
             elif name in variables:
                 problems.append(f"--template: '{name}' is given twice")
             try:
                 variables[name] = json.loads(value)
             except (ValueError, RecursionError):
                 variables[name] = value
+        problems = problems or [  # which imports transformers
+            f"--template: '{name}' cannot be set: this command sets it itself" for name in set_by_rendering(variables)
+        ]
         if problems:
             raise InvalidInput(problems)
         return Rendering(self.system_prompt, variables, self.response_prefix)

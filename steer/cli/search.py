@@ -54,22 +54,24 @@ def select(
     figures of each. With --backend vllm, any further options are those of `vllm serve`.
     """
     engine = opt.Engine(backend, model, ctx.args, opening)
+    modes = opt.split(mode)
+    choices = opt.Choices.model_validate({"mode": modes[0], "sites": sites, "batch_size": batch_size})
+    tried = [opt.Choices.model_validate({"mode": one}).mode for one in modes]
+    ts = opt.floats("--t", t)
+    numbers = None if layer == "auto" else tuple(opt.ints("--layer", layer))
+    sets, behaviour = (read_prompts(harmful), read_prompts(harmless)), counted.loaded()
+    opt.check_direction_file(output)
     quiet_libraries()
     from steer.lab.derive import Recipe
     from steer.lab.measurement import Measurement
     from steer.lab.select import Action, Grid
     from steer.lab.select import select as run
 
-    modes = opt.split(mode)
-    choices = opt.Choices.model_validate({"mode": modes[0], "sites": sites, "batch_size": batch_size})
-    actions = tuple(Action(opt.Choices.model_validate({"mode": one}).mode, strength) for one in modes)
+    made = tuple(one for name in opt.split(method) for one in _methods(name, ts, parameter))
     measured = Measurement.load(measurement)
-    made = tuple(one for name in opt.split(method) for one in _methods(name, opt.floats("--t", t), parameter))
     positions = measured.meta.positions if position == "all" else tuple(opt.ints("--position", position))
-    grid = Grid(made, positions, "auto" if layer == "auto" else tuple(opt.ints("--layer", layer)), actions)
+    grid = Grid(made, positions, "auto" if numbers is None else numbers, tuple(Action(mode, strength) for mode in tried))
     recipe = Recipe(sites=choices.sites)
-    sets, behaviour = (read_prompts(harmful), read_prompts(harmless)), counted.loaded()
-    opt.check_direction_file(output)
     with Progress(shown=True) as progress:
         judging = counted.only_judge(behaviour, progress)
         bench = engine.open(choices, progress)
@@ -142,6 +144,13 @@ def search(
     shows the front and saves any trial's direction. With --backend vllm, any further options are those of `vllm serve`.
     """
     engine = opt.Engine(backend, model, ctx.args, opening)
+    _check_output(pick, output)
+    choices = opt.Choices.model_validate({"batch_size": batch_size})
+    sets = read_prompts(harmful), read_prompts(harmless)
+    rendering = rendered.rendering()
+    border = None if borderline is None else read_prompts(borderline)
+    ranges = {"t": opt.pair("--t", t), "strength": opt.pair("--strength", strength)}
+    behaviour = counted.loaded()
     quiet_libraries()
     _quiet_optuna()
     imported("matplotlib", "this command", "'steer-llm[lab]'")
@@ -150,20 +159,7 @@ def search(
     from steer.lab.race import Sets
     from steer.lab.search import TRYING, Search, Settings, Space, Trial, front_table, rank_of, work, write_front
 
-    _check_output(pick, output)
-    choices = opt.Choices.model_validate({"batch_size": batch_size})
-    sets = read_prompts(harmful), read_prompts(harmless)
-    rendering = rendered.rendering()
-    border = None if borderline is None else read_prompts(borderline)
-    space = Space.model_validate(
-        {
-            "methods": opt.split(method),
-            "modes": opt.split(mode),
-            "t": opt.pair("--t", t),
-            "strength": opt.pair("--strength", strength),
-        }
-    )
-    behaviour = counted.loaded()
+    space = Space.model_validate({"methods": opt.split(method), "modes": opt.split(mode), **ranges})
     progress = Progress(shown=True)
     judging = counted.only_judge(behaviour, progress)
     settings = Settings(

@@ -11,7 +11,7 @@ import logging
 import random
 import re
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -87,11 +87,13 @@ class Rendering:
     response_prefix: str = ""
 
 
-def set_by_rendering(names: Iterable[str]) -> list[str]:
+def set_by_rendering(names: Collection[str]) -> list[str]:
     """Those of `names` that are no variables of a chat template, as the conversation itself."""
+    if not names:
+        return []
     from steer.hf.load import template_parameters  # imports transformers
 
-    return sorted((template_parameters() - {"tools", "documents"}).intersection(names)) if names else []
+    return sorted((template_parameters() - {"tools", "documents"}).intersection(names))
 
 
 @dataclass(frozen=True, slots=True)

@@ -606,6 +606,8 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
         f"measure m {sets} {output} --template x": "--template: 'x' is not NAME=VALUE",
         f"eval m --direction d {sets} --template x --strengths a": "--template: 'x' is not NAME=VALUE",
         f"eval m --direction d {sets} --strengths a --kl 0": "--strengths: numbers separated by commas, got 'a'",
+        f"measure m {sets} {output} --positions 1,a": "--positions: 'a' is not accepted: a whole number",
+        f"derive m {output} --sites foo": "--sites: 'foo' is not accepted: 'resid_post' or 'writers'",
         f"select m m {sets} {output} --t a": "--t: numbers separated by commas, got 'a'",
         f"select m m {sets} {output} --layer a": "--layer: whole numbers separated by commas, got 'a'",
         f"search m {sets} --folder {tmp_path} --t 1": "--t: needs the least and the largest value",

@@ -37,7 +37,8 @@ def reported(*, resumes: bool = False) -> Iterator[None]:
         raise typer.Exit(2) from None
     except ValidationError as error:
         for field, problem in problems_by_field(error.errors(include_url=False), "the options").items():
-            typer.echo(f"error: --{field.replace('_', '-')}: {problem}", err=True)
+            option = field.partition(".")[0].replace("_", "-")  # of a list too
+            typer.echo(f"error: --{option}: {problem}", err=True)
         raise typer.Exit(2) from None
     except NothingFound as error:
         typer.echo(f"nothing found: {error}", err=True)

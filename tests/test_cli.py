@@ -607,6 +607,7 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
         f"eval m --direction d {sets} --template x --strengths a": "--template: 'x' is not NAME=VALUE",
         f"eval m --direction d {sets} --strengths a --kl 0": "--strengths: numbers separated by commas, got 'a'",
         f"measure m {sets} {output} --positions 1,a": "--positions: 'a' is not accepted: a whole number",
+        f"derive m {output} --layer auto": "--layer: 'auto' is for `steer fit`",
         f"derive m {output} --sites foo": "--sites: 'foo' is not accepted: 'resid_post' or 'writers'",
         f"select m m {sets} {output} --t a": "--t: numbers separated by commas, got 'a'",
         f"select m m {sets} {output} --layer a": "--layer: whole numbers separated by commas, got 'a'",

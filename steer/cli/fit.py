@@ -241,15 +241,17 @@ def derive(
     ] = None,
 ) -> None:
     """Make a direction from a MEASUREMENT, without the model."""
+    choices = opt.Choices.model_validate({"mode": mode, "sites": sites, "layer": layer})
+    if seed is not None and not bootstrap:
+        raise InvalidInput("--seed: needs --bootstrap, because nothing else here is random")
+    if choices.layer == "auto":
+        raise InvalidInput("--layer: 'auto' is for `steer fit`, which has the model: widest, all, or a number")
+    opt.check_direction_file(output)
     from steer.lab.derive import Recipe
     from steer.lab.derive import derive as run
     from steer.lab.measurement import Measurement
 
-    choices = opt.Choices.model_validate({"mode": mode, "sites": sites, "layer": layer})
-    if seed is not None and not bootstrap:
-        raise InvalidInput("--seed: needs --bootstrap, because nothing else here is random")
     made = opt.chosen_method(method, t, parameter)
-    opt.check_direction_file(output)
     measured = Measurement.load(measurement)
     recipe = Recipe(
         made,

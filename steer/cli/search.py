@@ -70,7 +70,8 @@ def select(
     made = tuple(one for name in opt.split(method) for one in _methods(name, ts, parameter))
     measured = Measurement.load(measurement)
     positions = measured.meta.positions if position == "all" else tuple(opt.ints("--position", position))
-    grid = Grid(made, positions, "auto" if numbers is None else numbers, tuple(Action(mode, strength) for mode in tried))
+    actions = tuple(Action(mode, strength) for mode in tried)
+    grid = Grid(made, positions, "auto" if numbers is None else numbers, actions)
     recipe = Recipe(sites=choices.sites)
     with Progress(shown=True) as progress:
         judging = counted.only_judge(behaviour, progress)

@@ -5,14 +5,15 @@ A request names directions, never paths or vectors. As text:
     refusal                      the direction with its file's own mode and strength
     refusal=0.7                  a strength
     refusal:one_sided=0.7        a mode and a strength
+    refusal:one_sided^0.25=0.7   a threshold of the mode that is moved by a quarter of the class means' distance
     refusal@answer=0.7           at some tokens alone; refusal:one_sided@not-first=0.7
     refusal@10-20=0.7            at some layers alone; refusal@10-20@answer=0.7
     refusal?harm@12>0.3          for some requests alone: see `Condition`; refusal:one_sided@13-20?harm@12<0.3=0.7
     refusal=1,verbosity=-0.5     several, which act together
     off                          nothing, also where the server has a default
 
-As JSON: such a text, an object `{"direction", "mode", "strength", "layers", "tokens", "if"}`, a list of texts and
-objects, `null` or `false`.
+As JSON: such a text, an object `{"direction", "mode", "strength", "shift", "layers", "tokens", "if"}`, a list of texts
+and objects, `null` or `false`.
 
 Parsing gives `RequestedDirection` items; the registry resolves them into a `Spec` of exact file versions.
 """
@@ -26,7 +27,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 
 from steer.errors import DirectionError, SpecError, brief
-from steer.names import MAX_STRENGTH, MODES, Mode, check_name
+from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
 from steer.tokenization import Phase, Thinking
 
 MAX_ITEMS = 16
@@ -34,10 +35,11 @@ MAX_ITEMS = 16
 MAX_TEXT = 8192
 _MENTION = re.compile(r"(?<![^\W_])(?:x[\W_]*)?steer", re.IGNORECASE)
 OFF_TEXTS = {"off", "none", "null", "false"}
-_FIELDS = ("direction", "mode", "strength", "layers", "tokens", "if")
+_FIELDS = ("direction", "mode", "strength", "shift", "layers", "tokens", "if")
 ACCEPTED = (
     "accepted: a text like 'refusal', 'refusal=0.7' or 'refusal:one_sided=0.7,other=1', an object "
-    "{'direction', 'mode', 'strength', 'layers', 'tokens', 'if'}, a list of those, or null, false or 'off' for none"
+    "{'direction', 'mode', 'strength', 'shift', 'layers', 'tokens', 'if'}, a list of those, or null, false or 'off' "
+    "for none"
 )
 #: At which positions of a request an entry acts, with a sentence for whoever chooses. `N` is a number of positions.
 TOKENS = {
@@ -98,6 +100,7 @@ class RequestedDirection:
     layers: str | None = None
     tokens: str | None = None
     condition: Condition | None = None
+    shift: float | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,7 +111,8 @@ class RequestedDirection:
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One direction as it is applied: the exact version, mode and strength, and at which layers (like 10-20) and tokens
-    (see `TOKENS`); None for all. Under a condition these are layers after it and the tokens of the answer."""
+    (see `TOKENS`); None for all. Under a condition these are layers after it and the tokens of the answer. `shift`: by
+    how many distances between the class means the mode's threshold is moved, up or down; None where it is not."""
 
     direction: str
     digest: str
@@ -117,6 +121,7 @@ class Entry:
     layers: str | None = None
     tokens: str | None = None
     condition: Condition | None = None
+    shift: float | None = None
 
     @property
     def range(self) -> tuple[int, int]:
@@ -191,9 +196,11 @@ class Spec:
         return all(entry.tokens is None for entry in self.entries)
 
     def key(self, prompt: int = 0) -> str:
-        """What decides the computation: digests, modes, strengths, layers, and the positions in a request with `prompt`
-        tokens. Names do not, so two names of one file agree."""
-        return ",".join(f"{e.digest}:{e.mode}={e.strength!r}{_layers(e)}{_positions(e, prompt)}" for e in self.entries)
+        """What decides the computation: digests, modes, shifts, strengths, layers, and the positions in a request with
+        `prompt` tokens. Names do not, so two names of one file agree."""
+        return ",".join(
+            f"{e.digest}:{e.mode}{_shifted(e)}={e.strength!r}{_layers(e)}{_positions(e, prompt)}" for e in self.entries
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +238,10 @@ def _described(fields: dict[str, object]) -> dict[str, object]:
         for key, value in fields.items()
         if value is not None
     }
+
+
+def _shifted(item: RequestedDirection | Entry) -> str:
+    return "" if item.shift is None else f"^{item.shift!r}"
 
 
 def _layers(entry: Entry) -> str:
@@ -289,7 +300,7 @@ def _text(item: RequestedDirection) -> str:
     where = "".join(f"@{each}" for each in (item.layers, item.tokens) if each)
     condition = f"?{item.condition}" if item.condition else ""
     strength = "" if item.strength is None else f"={item.strength!r}"
-    return f"{item.direction}{mode}{where}{condition}{strength}"
+    return f"{item.direction}{mode}{_shifted(item)}{where}{condition}{strength}"
 
 
 def _items(value: object, param: str, problems: list[str]) -> list[RequestedDirection]:
@@ -341,11 +352,13 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
         head, equals, number = part.strip().partition("=")
         head, question, condition = head.partition("?")
         head, *where = (each.strip() for each in head.split("@"))
-        name, colon, mode = head.strip().partition(":")
+        head, caret, shift = head.partition("^")
+        name, colon, mode = head.partition(":")
         said: dict[object, object] = {
             "direction": name.strip(),
             "mode": mode.strip() if colon else None,
             "strength": _number(number) if equals else None,
+            "shift": _number(shift) if caret else None,
             **_where(param, where, problems),
             "if": condition if question else None,
         }
@@ -360,11 +373,10 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
     if "direction" not in value:
         problems.append(f"{param}.direction: missing; it names the direction")
         return None
-    name, mode, strength, layers, tokens, condition = map(value.get, _FIELDS)
+    name, mode, strength, shift, layers, tokens, condition = map(value.get, _FIELDS)
     before = len(problems)
     known = next((each for each in MODES if each == mode), None)
     named = ""
-    number: float | None = None
     if not isinstance(name, str):
         problems.append(f"{param}.direction: {brief(name)} is not a text")
     else:
@@ -374,14 +386,8 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
             problems.append(f"{param}: {error}")
     if mode is not None and known is None:
         problems.append(f"{param}.mode: {brief(mode)} is not a mode; accepted: {', '.join(MODES)}")
-    if strength is not None:
-        if isinstance(strength, int | float) and not isinstance(strength, bool) and abs(strength) <= MAX_STRENGTH:
-            number = float(strength)
-        else:  # NaN too
-            shown = strength if isinstance(strength, _Unread) else brief(strength)
-            problems.append(
-                f"{param}.strength: {shown} is not accepted: a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
-            )
+    strength_ = _within(strength, MAX_STRENGTH, f"{param}.strength", problems)
+    shift_ = _within(shift, MAX_SHIFT, f"{param}.shift", problems) or None  # 0 is the file's own threshold
     place = None
     if tokens is not None:
         if isinstance(tokens, str) and (tokens in TOKENS.keys() - {"first-N", "last-N"} or _COUNTED.fullmatch(tokens)):
@@ -402,9 +408,18 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
         )
     if len(problems) > before:
         return None
-    # + 0.0 turns -0.0 into 0.0
-    strength_ = None if number is None else number + 0.0
-    return RequestedDirection(named, known, strength_, span, "answer" if decided else place, decided)
+    return RequestedDirection(named, known, strength_, span, "answer" if decided else place, decided, shift_)
+
+
+def _within(value: object, most: float, field: str, problems: list[str]) -> float | None:
+    """A number of at most this size on either side of 0."""
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= most:
+        return float(value) + 0.0  # which turns -0.0 into 0.0
+    shown = value if isinstance(value, _Unread) else brief(value)  # NaN too
+    problems.append(f"{field}: {shown} is not accepted: a number from {-most:g} to {most:g}")
+    return None
 
 
 def _condition(value: object, param: str, problems: list[str]) -> Condition | None:

@@ -261,17 +261,17 @@ def _over(entries: Sequence[Entry], tools: bool, limits: Limits, who: str) -> It
     direction, total = f"direction '{entries[0].direction}'", sum(abs(entry.strength) for entry in entries)
     if not isinstance(limits.max_strength, str) and total > limits.max_strength:
         yield "max_strength", f"{direction}: strength {total:g} is over the {limits.max_strength:g} that {who} may use"
-    placed = limits.tokens is not None or limits.layers is not None or any(entry.condition for entry in entries)
-    for entry in entries if placed else ():
+    placed = limits.tokens is not None or limits.layers is not None
+    for entry in entries if placed or any(entry.condition or entry.shift for entry in entries) else ():
         yield from ((rule, f"{direction}: for {who} {said}") for rule, said in limits.misplaced(entry))
     if tools and not limits.with_tools:
         yield "with_tools", f"{direction}: for {who} no request that has tools may be steered"
 
 
 def _share(entry: Entry, dose: Mapping[Mode, Dose]) -> float:
-    """How much of its calibrated dose an entry takes; what was not measured is none."""
+    """How much of its calibrated dose an entry takes; what was not measured, as with a shift, is none."""
     low, high = dose.get(entry.mode, (0.0, 0.0))
-    largest = high if entry.strength > 0 else -low
+    largest = 0.0 if entry.shift else high if entry.strength > 0 else -low
     return abs(entry.strength) / largest if largest else math.inf
 
 

@@ -28,6 +28,8 @@ SPECS = (
     "refusal=-0.5",
     "refusal:one_sided=0.7",
     "refusal:affine",
+    "refusal:clamp",
+    "refusal:clamp^0.1=0.5,verbosity:one_sided^-0.25@answer",
     "verbosity:add=0.5",
     "refusal=0.5,verbosity",
     "verbosity:one_sided,refusal",
@@ -38,6 +40,7 @@ SPECS = (
     "refusal:rotate",
     "refusal:rotate@1-2=-0.5",
     "refusal:rotate_one_sided@answer=0.7",
+    "refusal:rotate_one_sided^-0.3",
     "refusal?verbosity@0>0=1.5",
     "verbosity:add@1?verbosity@0<0=2",  # where the one before is plain
 )

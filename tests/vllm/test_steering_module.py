@@ -81,7 +81,7 @@ def steered(rank: int) -> tuple[SteeringModule, TokenIndex, DirectionBank]:
     """With a unit row, and an axis where it has one, for every slot of rank `rank`."""
     bank, index = DirectionBank([PLACE], rows=4, rank=rank, d_model=WIDTH, requests=4), TokenIndex(rank, 16, "cpu")
     rows = torch.linalg.qr(torch.randn(WIDTH, 4, generator=torch.Generator().manual_seed(1)))[0].T
-    values = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
+    values = torch.tensor([0.0, -torch.inf, 1.0, 0.0, -torch.inf, 0.0])
     for row, vector in enumerate(rows, 1):
         bank.slices[PLACE].write(row, vector, dict.fromkeys(MODES, values))
     return SteeringModule(bank.slices[PLACE], index), index, bank

@@ -43,7 +43,7 @@ MODE_SCALES: dict[Mode, Scale] = {
     "ablate": {"low": -1, "high": 2, "means": "1 removes all of it, more turns it round; below 0 it grows."},
     "add": {"low": -2, "high": 2, "means": "Above 0 towards the behaviour, below 0 away from it."},
     "affine": {"low": 0, "high": 2, "means": "1 goes all the way there, less a part of it, more beyond."},
-    "clamp": {"low": 0, "high": 1, "means": "1 goes all the way to the nearer of the two, less a part of it."},
+    "clamp": {"low": 0, "high": 2, "means": "1 goes all the way there, less a part of it, more beyond."},
     "one_sided": {"low": 0, "high": 3, "means": "1 goes all the way there, less a part of it, more beyond."},
     "rotate": {"low": 0, "high": 2, "means": "The share of the angle: 1 is all of it, more turns beyond."},
     "rotate_one_sided": {"low": 0, "high": 2, "means": "The share of the angle: 1 is all of it, more turns beyond."},

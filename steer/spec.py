@@ -386,8 +386,8 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
             problems.append(f"{param}: {error}")
     if mode is not None and known is None:
         problems.append(f"{param}.mode: {brief(mode)} is not a mode; accepted: {', '.join(MODES)}")
-    strength_ = _within(strength, MAX_STRENGTH, f"{param}.strength", problems)
-    shift_ = _within(shift, MAX_SHIFT, f"{param}.shift", problems) or None  # 0 is the file's own threshold
+    strength_ = None if strength is None else _within(strength, MAX_STRENGTH, f"{param}.strength", problems)
+    shift_ = None if shift is None else _within(shift, MAX_SHIFT, f"{param}.shift", problems)
     place = None
     if tokens is not None:
         if isinstance(tokens, str) and (tokens in TOKENS.keys() - {"first-N", "last-N"} or _COUNTED.fullmatch(tokens)):
@@ -408,13 +408,11 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
         )
     if len(problems) > before:
         return None
-    return RequestedDirection(named, known, strength_, span, "answer" if decided else place, decided, shift_)
+    return RequestedDirection(named, known, strength_, span, "answer" if decided else place, decided, shift_ or None)
 
 
 def _within(value: object, most: float, field: str, problems: list[str]) -> float | None:
     """A number of at most this size on either side of 0."""
-    if value is None:
-        return None
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= most:
         return float(value) + 0.0  # which turns -0.0 into 0.0
     shown = value if isinstance(value, _Unread) else brief(value)  # NaN too

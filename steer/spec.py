@@ -199,7 +199,7 @@ class Spec:
         """What decides the computation: digests, modes, shifts, strengths, layers, and the positions in a request with
         `prompt` tokens. Names do not, so two names of one file agree."""
         return ",".join(
-            f"{e.digest}:{e.mode}{_shifted(e)}={e.strength!r}{_layers(e)}{_positions(e, prompt)}" for e in self.entries
+            f"{e.digest}:{e.mode}{shifted(e)}={e.strength!r}{_layers(e)}{_positions(e, prompt)}" for e in self.entries
         )
 
 
@@ -240,7 +240,8 @@ def _described(fields: dict[str, object]) -> dict[str, object]:
     }
 
 
-def _shifted(item: RequestedDirection | Entry) -> str:
+def shifted(item: RequestedDirection | Entry) -> str:
+    """Its shift in the text form."""
     return "" if item.shift is None else f"^{item.shift!r}"
 
 
@@ -300,7 +301,7 @@ def _text(item: RequestedDirection) -> str:
     where = "".join(f"@{each}" for each in (item.layers, item.tokens) if each)
     condition = f"?{item.condition}" if item.condition else ""
     strength = "" if item.strength is None else f"={item.strength!r}"
-    return f"{item.direction}{mode}{_shifted(item)}{where}{condition}{strength}"
+    return f"{item.direction}{mode}{shifted(item)}{where}{condition}{strength}"
 
 
 def _items(value: object, param: str, problems: list[str]) -> list[RequestedDirection]:

@@ -13,7 +13,7 @@ its target, gate, weight, what it adds, and its floor, which is −∞ for all m
     one_sided   the file's target              the file's ρ     weight   0
     affine      the harmless mean's component  −∞               weight   0
     add         0                              −∞               0        weight·‖μH − μA‖
-    clamp       g                              ⟨μH, v⟩          weight   0              f = ⟨μA, v⟩, the lower of both
+    clamp       g                              ⟨μH, v⟩          weight   0              f = ⟨μA, v⟩, sorted: f ≤ g
 
 A request may shift the gate by σ·Δ, with Δ the distance between the two class means, along v or in the angle below:
 

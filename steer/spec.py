@@ -9,6 +9,7 @@ A request names directions, never paths or vectors. As text:
     refusal@answer=0.7           at some tokens alone; refusal:one_sided@not-first=0.7
     refusal@10-20=0.7            at some layers alone; refusal@10-20@answer=0.7
     refusal?harm@12>0.3          for some requests alone: see `Condition`; refusal:one_sided@13-20?harm@12<0.3=0.7
+    refusal?each:harm@12>0.3     for some tokens alone, each of which decides for itself
     refusal=1,verbosity=-0.5     several, which act together
     off                          nothing, also where the server has a default
 
@@ -58,8 +59,8 @@ PHASES = ("thinking", "after-thinking")
 _LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
 _COUNTED = re.compile(r"(first|last)-([1-9][0-9]{0,8})")
 #: The fields of a condition, and its text: a direction, a layer, a side and a number.
-_CONDITION_FIELDS = ("direction", "layer", "above", "below")
-_CONDITION = re.compile(r"([^@<>]*)@\s*(\d{1,4})\s*([<>])([^<>]*)", re.ASCII)
+_CONDITION_FIELDS = ("direction", "layer", "above", "below", "each")
+_CONDITION = re.compile(r"\s*(?:(each)\s*:)?([^@<>]*)@\s*(\d{1,4})\s*([<>])([^<>]*)", re.ASCII)
 _SIDES = {">": "above", "<": "below"}
 #: The largest number in a condition: beyond it no component is told from another.
 MAX_COMPONENT = 1e30
@@ -72,14 +73,16 @@ MAX_PLACES, MAX_TOGETHER = 2, 3
 @dataclass(frozen=True, slots=True)
 class Condition:
     """For which requests an entry acts: those in which the component of the stream along the one row of a direction, at
-    the output of `layer` and at the prompt's last token, is above a number, or below one. `digest`: which version of
-    the direction, empty until that is resolved."""
+    the output of `layer` and at the prompt's last token, is above a number, or below one. With `each` (None is False)
+    it is for which tokens: those at which that is so. `digest`: which version of the direction, empty until that is
+    resolved."""
 
     direction: str
     layer: int
     above: float | None = None
     below: float | None = None
     digest: str = ""
+    each: bool | None = None
 
     def __str__(self) -> str:
         return self.of(self.direction)
@@ -87,7 +90,7 @@ class Condition:
     def of(self, direction: str) -> str:
         """The text form, with this for the direction."""
         side, number = ("<", self.below) if self.above is None else (">", self.above)
-        return f"{direction}@{self.layer}{side}{number!r}"
+        return f"{'each:' if self.each else ''}{direction}@{self.layer}{side}{number!r}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +114,9 @@ class RequestedDirection:
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One direction as it is applied: the exact version, mode and strength, and at which layers (like 10-20) and tokens
-    (see `TOKENS`); None for all. Under a condition these are layers after it and the tokens of the answer. `shift`: by
-    how many distances between the class means the mode's threshold is moved, up or down; None where it is not."""
+    (see `TOKENS`); None for all. Under a condition these are layers after it and, unless each token decides, the tokens
+    of the answer. `shift`: by how many distances between the class means the mode's threshold is moved, up or down;
+    None where it is not."""
 
     direction: str
     digest: str
@@ -402,14 +406,18 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
             "not after the last), or one layer like 10"
         )
     decided = None if condition is None else _condition(condition, param, problems)
-    if condition is not None and tokens not in (None, "answer"):
+    if decided is not None and decided.each:
+        if place in PHASES:
+            problems.append(f"{param}.tokens: '{place}' is not accepted under a condition")
+    elif condition is not None and tokens not in (None, "answer"):
         problems.append(
             f"{param}.tokens: {brief(tokens)} is not accepted under a condition, which is decided at the prompt's last "
             "token: 'answer', or nothing, which means the same"
         )
     if len(problems) > before:
         return None
-    return RequestedDirection(named, known, strength_, span, "answer" if decided else place, decided, shift_ or None)
+    place = "answer" if decided and not decided.each else place
+    return RequestedDirection(named, known, strength_, span, place, decided, shift_ or None)
 
 
 def _within(value: object, most: float, field: str, problems: list[str]) -> float | None:
@@ -425,11 +433,13 @@ def _condition(value: object, param: str, problems: list[str]) -> Condition | No
     """A condition, as text or as an object."""
     said, found = value, _CONDITION.fullmatch(value) if isinstance(value, str) else None
     if found:
-        value = {"direction": found[1].strip(), "layer": int(found[2]), _SIDES[found[3]]: _number(found[4])}
+        value = {"direction": found[2].strip(), "layer": int(found[3]), _SIDES[found[4]]: _number(found[5])}
+        value |= {"each": True} if found[1] else {}
     if not isinstance(value, dict) or "direction" not in value or "layer" not in value:
         problems.append(
             f"{param}.if: {brief(said)} is not a condition; accepted: a direction, a layer and a number like "
-            "'harm@12>0.3' or 'harm@12<0.3', or an object {'direction', 'layer', 'above' or 'below'}"
+            "'harm@12>0.3', 'harm@12<0.3' or 'each:harm@12>0.3', or an object {'direction', 'layer', 'above' or "
+            "'below', 'each'}"
         )
         return None
     before, name, layer, number = len(problems), value["direction"], value["layer"], 0.0
@@ -451,9 +461,12 @@ def _condition(value: object, param: str, problems: list[str]) -> Condition | No
         else:  # NaN too
             shown = said if isinstance(said, _Unread) else brief(said)
             problems.append(f"{param}.if.{side}: {shown} is not accepted: a number, the component to compare with")
+    if (each := value.get("each")) is not None and not isinstance(each, bool):
+        problems.append(f"{param}.if.each: {brief(each)} is not accepted: true or false")
     if len(problems) > before:
         return None
-    return Condition(name, layer, number if "above" in sides else None, number if "below" in sides else None)
+    above, below = (number if side in sides else None for side in _SIDES.values())
+    return Condition(name, layer, above, below, each=True if each else None)
 
 
 def ends(layers: str) -> tuple[int, int]:

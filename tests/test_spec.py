@@ -37,9 +37,11 @@ STRENGTHS = st.floats(-MAX_STRENGTH, MAX_STRENGTH).map(lambda x: x + 0.0)
 PLACES = st.none() | st.sampled_from(["prompt", "answer", "not-first", "first-1", "last-20"])
 LAYERS = st.none() | st.sampled_from(["0", "7", "0-3", "10-20"])
 COMPONENTS = st.floats(-MAX_COMPONENT, MAX_COMPONENT).map(lambda x: x + 0.0)
-CONDITIONS = st.builds(Condition, NAMES, st.integers(0, 9999), above=COMPONENTS) | st.builds(
+ONCE = st.builds(Condition, NAMES, st.integers(0, 9999), above=COMPONENTS) | st.builds(
     Condition, NAMES, st.integers(0, 9999), below=COMPONENTS
 )
+EACH = ONCE.map(lambda condition: replace(condition, each=True))
+CONDITIONS = ONCE | EACH
 SHIFTS = st.none() | st.floats(-MAX_SHIFT, MAX_SHIFT).filter(bool)
 WANTED = st.builds(
     RequestedDirection,
@@ -48,10 +50,9 @@ WANTED = st.builds(
     st.none() | STRENGTHS,
     LAYERS,
     PLACES,
-    shift=SHIFTS,
-) | st.builds(
-    RequestedDirection, NAMES, st.none(), st.none() | STRENGTHS, LAYERS, st.just("answer"), st.none() | CONDITIONS
-)
+    st.none() | EACH,
+    SHIFTS,
+) | st.builds(RequestedDirection, NAMES, st.none(), st.none() | STRENGTHS, LAYERS, st.just("answer"), ONCE)
 WISHES = st.lists(WANTED, max_size=MAX_ITEMS, unique_by=lambda item: (item.direction, item.mode)).map(tuple)
 
 
@@ -133,6 +134,14 @@ def test_the_forms_of_the_documentation() -> None:
     whole = {"direction": "refusal", "if": {"direction": "harm", "layer": 12, "above": 0.3}}
     assert parse(whole) == parse({"direction": "refusal", "if": "harm@12>0.3"}) == parse("refusal?harm@12>0.3")
     assert parse("refusal@answer?harm@12>0.3") == parse("refusal?harm@12>0.3")
+    each = replace(harm, each=True)
+    assert parse("refusal?each:harm@12>0.3") == (RequestedDirection("refusal", condition=each),)
+    assert parse("refusal@not-first? each : harm@12>0.3") == (
+        RequestedDirection("refusal", tokens="not-first", condition=each),
+    )
+    assert parse("refusal?each@12>0.3")[0].condition == replace(harm, direction="each")
+    whole["if"] = {"direction": "harm", "layer": 12, "above": 0.3, "each": False}
+    assert parse(whole) == parse("refusal?harm@12>0.3")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +162,8 @@ def test_the_forms_of_the_documentation() -> None:
         ({"direction": "harm", "layer": 1, "above": 0, "below": 1}, "steer.if: it says above and below"),
         ({"direction": "harm", "layer": 1, "above": "1"}, "steer.if.above: '1' is not accepted"),
         ({"direction": "harm", "layer": 1, "above": 1, "digest": "x"}, "steer.if.digest: unknown field"),
+        ({"direction": "harm", "layer": 1, "above": 1, "each": 1}, "steer.if.each: 1 is not accepted: true or false"),
+        ("one:harm@12>0.3", "steer.if.direction: direction name 'one:harm' is not acceptable"),
     ],
 )
 def test_conditions_that_are_none_are_refused_in_words(condition: Any, says: str) -> None:
@@ -166,6 +177,14 @@ def test_conditions_that_are_none_are_refused_in_words(condition: Any, says: str
 def test_a_condition_is_for_the_tokens_of_the_answer(tokens: str) -> None:
     (problem,) = problems_of(f"refusal@{tokens}?harm@12>0.3")
     assert problem.startswith(f"steer.tokens: '{tokens}' is not accepted under a condition")
+    assert parse(f"refusal@{tokens}?each:harm@12>0.3")
+
+
+@pytest.mark.parametrize("tokens", PHASES)
+def test_a_condition_is_for_no_phase(tokens: str) -> None:
+    for condition in ("harm@12>0.3", "each:harm@12>0.3"):
+        (problem,) = problems_of(f"refusal@{tokens}?{condition}")
+        assert problem.startswith(f"steer.tokens: '{tokens}' is not accepted under a condition")
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ class DirectionBank:
         such number."""
         if not spec:
             return None
-        if spec.everywhere:
+        if spec.everywhere and spec.condition is None:
             return self._steer(spec)
         if prompt is None:
             what, param = f"the condition {spec.condition}", "steer.if"
@@ -269,20 +269,27 @@ class DirectionBank:
             )
         spans = [(entry, *entry.span(prompt)) for entry in spec.entries]
         bounds = {bound for _, *span in spans for bound in span}
-        if spec.condition is not None:
+        once = spec.condition is not None and not spec.condition.each
+        if once:
             bounds.add(prompt)  # after the token that decides
         cuts = sorted(bound for bound in bounds if 0 < bound < END)
         parts = [
             self._steer(Spec(tuple(entry for entry, start, stop in spans if start <= at < stop))) for at in (0, *cuts)
         ]
         first, *rest = (
-            self._deciding(part or RequestSteer.plain(self.rank), spec, at == prompt - 1, phase if part else None)
+            self._deciding(
+                part or RequestSteer.plain(self.rank),
+                spec,
+                at == prompt - 1 if once else part is not None,
+                phase if part else None,
+            )
             for part, at in zip(parts, (0, *cuts), strict=True)
         )
         return replace(first, then=tuple(zip(cuts, rest, strict=True)))
 
     def _deciding(self, steer: RequestSteer, spec: Spec, decides: bool, phase: Phase | None) -> RequestSteer:
-        """One part of a request's steering, with what its condition, or the phase in which it acts, says of it."""
+        """One part of a request's steering, with what its condition, or the phase in which it acts, says of it. Does it
+        decide, by its last token or by each of them?"""
         if phase is not None:
             return replace(steer, decision=Decision(UNCONDITIONAL), phase=phase)
         if (condition := spec.condition) is None:
@@ -290,7 +297,8 @@ class DirectionBank:
         if decides:
             (row,) = self.rows_of([condition.digest])
             steer.slots[-1] = slot(int(row), "ablate")
-        return replace(steer, decision=Decision(UNCONDITIONAL), probe=probe_of(condition) if decides else None)
+        decision = None if condition.each else Decision(UNCONDITIONAL)
+        return replace(steer, decision=decision, probe=probe_of(condition) if decides else None)
 
     def _steer(self, spec: Spec) -> RequestSteer | None:
         """For a spec that acts at all tokens, whatever it says of them."""
@@ -520,9 +528,9 @@ def _steered(operands: Sequence[Operands]) -> Tensor | None:
 
 
 def probe_of(condition: Condition) -> Probe:
-    """How the token that decides it does so."""
-    point, number = condition.layer - EMBEDDING, condition.above
-    return Probe(-point, condition.below or 0.0) if number is None else Probe(point, number)
+    """How the tokens that decide it do so."""
+    point, number, each = condition.layer - EMBEDDING, condition.above, bool(condition.each)
+    return Probe(-point, condition.below or 0.0, each) if number is None else Probe(point, number, each)
 
 
 def decide(x: Tensor, bank_slice: BankSlice, rows: Tensor, conditional: Conditional) -> None:

@@ -30,8 +30,9 @@ STAGES = 3
 PLAIN = 0
 #: Of the tokens of a step, on the device: their ids, and their positions in their requests, integers `[tokens]` each.
 Tokens: TypeAlias = "tuple[Tensor, Tensor]"
-#: Places of decisions, more than an engine runs requests at once; and that of all which need none.
-DECISIONS, UNCONDITIONAL = 2**14, 0
+#: Places of decisions, more than an engine runs requests at once; and those of tokens which need none, and which decide
+#: for themselves.
+DECISIONS, UNCONDITIONAL, EACH = 2**14, 0, 1
 
 
 def slot(row: int, mode: Mode) -> int:
@@ -136,23 +137,26 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """How a token decides, by the component along the row in its last slot: see `op.decided`."""
+    """How a token decides, by the component along the row in its last slot: see `op.decided`. With `each` all tokens do
+    so, each for itself."""
 
     deciding: int
     threshold: float
+    each: bool = False
 
 
 class Decisions:
     """What requests have decided, on the device: `opened` `[DECISIONS]` bool, the first of it for those without a
-    condition. `windows` `[4, DECISIONS]` int64 are the positions of phases: the first, and the first after them, as
-    far as they are known (END), and the ids of the tokens that tell them, −1 for none. It outlives every index."""
+    condition, the second, which is never open, for those whose tokens decide. `windows` `[4, DECISIONS]` int64 are the
+    positions of phases: the first, and the first after them, as far as they are known (END), and the ids of the tokens
+    that tell them, −1 for none. It outlives every index."""
 
     def __init__(self, device: torch.device | str) -> None:
         with lasting():
             self.opened = torch.zeros(DECISIONS, dtype=torch.bool, device=device)
             self.opened[UNCONDITIONAL] = True
             self.windows = torch.tensor([[0], [END], [-1], [-1]], device=device).repeat(1, DECISIONS)
-        self._free = list(range(DECISIONS - 1, UNCONDITIONAL, -1))
+        self._free = list(range(DECISIONS - 1, EACH, -1))
 
     def take(self, steer: T) -> T:
         """The same steering for one request, with a decision of its own where it has a condition or acts in a phase,
@@ -161,7 +165,7 @@ class Decisions:
             return steer
         if not self._free:
             raise NoRoom(
-                f"{DECISIONS - 1} requests with conditions or phases are there, and no more can be: try again shortly"
+                f"{DECISIONS - 2} requests with conditions or phases are there, and no more can be: try again shortly"
             )
         decision = Decision(self._free.pop())
         then = tuple((at, replace(part, decision=part.decision and decision)) for at, part in steer.then)
@@ -340,8 +344,9 @@ class TokenIndex:
         self._deciding: dict[int, Decision] = {}
         #: Entries that have a decision, and whether the buffers speak of any.
         self._conditional, self._speaks_of_conditions = 0, False
-        #: The entries that act in a phase.
+        #: The entries that act in a phase, and those whose tokens decide.
         self._in_phase: set[int] = set()
+        self._each: set[int] = set()
         #: Who decides in this step: entry, decision and token; and at which layers.
         self._deciders: list[tuple[int, Decision, int]] = []
         self.deciding: frozenset[int] = frozenset()
@@ -411,6 +416,11 @@ class TokenIndex:
                 threshold = np.float32(probe.threshold).view(np.int32)
                 self._entries[number, self._probe :] = probe.deciding, threshold
                 self._deciding[number] = decision
+        elif (probe := steer.probe) is not None:
+            threshold = np.float32(probe.threshold).view(np.int32)
+            self._entries[number, self._decision :] = EACH, probe.deciding, threshold
+            self._conditional += 1
+            self._each.add(number)
         if combination := steer.combination:
             assert self._home in (None, combination.home), "an index speaks of one bank"
             self._home, self._combining[number] = combination.home, combination
@@ -425,6 +435,7 @@ class TokenIndex:
             self._deciding.pop(number, None)
             self._conditional -= bool(self.rank > 1 and self._entries[number, self._decision] != UNCONDITIONAL)
             self._in_phase.discard(number)
+            self._each.discard(number)
             self._free.append(number)
             if following == number:
                 return
@@ -474,7 +485,7 @@ class TokenIndex:
             array[total:] = 0
             if self._stages is not None:
                 self._stages.send(self.packed, end)
-        elif not self._in_phase:
+        elif not self._in_phase and not self._each:
             return steered
         if self._conditional or self._speaks_of_conditions:
             self._open(numbers, lengths, end)
@@ -490,12 +501,11 @@ class TokenIndex:
         """Lay what was decided before beside the tokens of a step, and note who decides in it: the last of a part."""
         assert self.opened is not None
         torch.index_select(self.decisions.opened, 0, self.packed[:end, self._decision], out=self.opened[:end])
-        ends, how = np.cumsum(lengths), self._entries[numbers, self._probe]
-        self._deciders = [
-            (int(numbers[i]), self._deciding[int(numbers[i])], int(ends[i]) - 1) for i in np.flatnonzero(how)
-        ]
+        ends, how, places = np.cumsum(lengths), *self._entries[numbers][:, [self._probe, self._decision]].T
+        once = np.flatnonzero((how != 0) & (places != EACH))
+        self._deciders = [(int(numbers[i]), self._deciding[int(numbers[i])], int(ends[i]) - 1) for i in once]
         self.deciding = frozenset(np.abs(how[how != 0]) - 1)
-        self._speaks_of_conditions = bool(self._entries[numbers, self._decision].any())
+        self._speaks_of_conditions = bool(places.any())
 
     def keep(self) -> list[tuple[Decision, int]]:
         """After the pass is enqueued: what was decided in it is kept. Whose decisions, and by which tokens."""
@@ -503,8 +513,9 @@ class TokenIndex:
             return []
         assert self.opened is not None
         packed, opened = self.packed[: self._used], self.opened[: self._used]
-        decided = packed[:, self._probe] != 0  # others write what is there
-        places = torch.where(decided, packed[:, self._decision].long(), UNCONDITIONAL)
+        places = packed[:, self._decision].long()
+        decided = (packed[:, self._probe] != 0) & (places != EACH)  # others write what is there
+        places = torch.where(decided, places, UNCONDITIONAL)
         self.decisions.opened.scatter_(0, places, torch.where(decided, opened, True))
         self._deciders, self._filled = [], None
         for number, decision, _ in decisions:
@@ -519,7 +530,7 @@ class TokenIndex:
     def go_on(self, found: Tensor) -> None:
         """Take over what the pass has `found` elsewhere, of tokens that were lost, have decided or were followed."""
         self.lost[: self._used].copy_(found & 1)
-        if self._deciders or self._in_phase:
+        if self._deciders or self._in_phase or self._each:
             opened, deciding, _ = self.conditional_of(self._used)
             followed = self.decisions.followed(self.packed[: self._used, self._decision].long())
             opened.copy_(torch.where((deciding != 0) | followed, (found & 2) != 0, opened))

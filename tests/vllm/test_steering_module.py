@@ -197,7 +197,8 @@ def test_a_condition_is_decided_inside_of_a_traced_graph_and_kept(side: str, hol
     v, probe = (bank.slices[points[n]].vectors[bank.rows_of([name])[0]] for n, name in ((1, "a"), (0, "p")))
     c = float((h + r)[prompt - 1] @ probe)
     number = c - 0.1 if (side == "above") == holds else c + 0.1
-    condition = Condition("p", 0, **{side: number}, digest="p")
+    above, below = (number, None) if side == "above" else (None, number)
+    condition = Condition("p", 0, above, below, digest="p")
     steer = bank.steer(Spec((Entry("a", "a", "ablate", 1.0, "1", "answer", condition),)), prompt)
     beside = bank.steer(Spec((Entry("a", "a", "ablate", 1.0, "0"),)))
     assert steer is not None

@@ -38,8 +38,8 @@ server also gives its OpenAPI document at `/openapi.json`, and the playground at
 CARRIERS = """\
 The header `X-Steer`, the model's name (`MODEL+refusal`) and `vllm_xargs` (`{"steer": "refusal"}`) carry the same;
 carriers that disagree are a 400. Every answer has the header `X-Steer-Applied`: a JSON list of
-`{"direction", "digest", "mode", "strength"}` (and `layers` and `tokens`, where these are not all, and `if`, where there
-is a condition), `[]` for a plain answer.
+`{"direction", "digest", "mode", "strength"}` (and `layers` and `tokens`, where these are not all, `if`, where there is
+a condition, and `shift`, where a threshold is moved), `[]` for a plain answer.
 
 Any other field, header (with or without `X-`) or query parameter whose name begins with `steer`, in any case, is a 400
 that names it: in the body, in `extra_body`, `extra_args`, `vllm_xargs`, `metadata` and `sampling_params`, and in nested

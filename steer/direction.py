@@ -38,7 +38,7 @@ from typing import Annotated, Any, Literal, Self
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -156,6 +156,13 @@ class DirectionMeta(BaseModel):
     tool: str = f"steer {__version__}"
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
+    @field_validator("modes")
+    @classmethod
+    def _with_clamp(cls, value: tuple[Mode, ...]) -> tuple[Mode, ...]:
+        """A file with the means that `add` and `one_sided` need has what `clamp` needs, also one that is older."""
+        clamps = {"add", "one_sided"} <= set(value)
+        return tuple(mode for mode in MODES if mode in value or mode == "clamp") if clamps else value
+
 
 class LayerProfile(TypedDict):
     """One layer of a direction. None where a value is undefined."""
@@ -205,6 +212,12 @@ class Direction:
     def resident(self, rank: int) -> int:
         """Rows that it takes of a bank whose requests can use `rank` rows: its axis is of no use to one of 1."""
         return self.rank + (self.axis is not None and rank > 1)
+
+    @property
+    def contrasted(self) -> bool:
+        """Are the class means there, and not the same, at every layer that it steers?"""
+        steered = self.directions.flatten(1).any(1) & (self.weights != 0)
+        return bool((self.mean_harmful != self.mean_harmless).any(1)[steered].all())
 
     def tensors(self) -> dict[str, Tensor]:
         names = [*_shapes(1, 1, 1), *OPTIONAL]

@@ -11,16 +11,19 @@ from typing_extensions import TypedDict
 
 from steer.errors import DirectionError
 
-Mode = Literal["ablate", "add", "affine", "one_sided", "rotate", "rotate_one_sided"]
+Mode = Literal["ablate", "add", "affine", "clamp", "one_sided", "rotate", "rotate_one_sided"]
 Site = Literal["resid_post", "writers"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 #: The modes that turn the stream in a plane, last among `MODES`: the file's direction and its axis, so two rows.
 TURNING: tuple[Mode, ...] = ("rotate", "rotate_one_sided")
+#: The modes with a threshold, which a request may shift.
+SHIFTING: tuple[Mode, ...] = ("clamp", "one_sided", "rotate_one_sided")
 #: What each mode does, in one sentence for whoever chooses one.
 MODE_SUMMARIES: dict[Mode, str] = {
     "ablate": "The component along the direction goes.",
     "add": "The difference of the class means, times the strength, is added.",
     "affine": "The component is set to the mean of harmless text.",
+    "clamp": "The component is kept between those of the class means.",
     "one_sided": "What is above the reference, on the behaviour's side, is set to the target.",
     "rotate": "The stream is turned until nothing of it lies along the direction, and keeps its length.",
     "rotate_one_sided": "The same, where the stream leans further to the behaviour's side than the reference.",
@@ -40,6 +43,7 @@ MODE_SCALES: dict[Mode, Scale] = {
     "ablate": {"low": -1, "high": 2, "means": "1 removes all of it, more turns it round; below 0 it grows."},
     "add": {"low": -2, "high": 2, "means": "Above 0 towards the behaviour, below 0 away from it."},
     "affine": {"low": 0, "high": 2, "means": "1 goes all the way there, less a part of it, more beyond."},
+    "clamp": {"low": 0, "high": 2, "means": "1 goes all the way there, less a part of it, more beyond."},
     "one_sided": {"low": 0, "high": 3, "means": "1 goes all the way there, less a part of it, more beyond."},
     "rotate": {"low": 0, "high": 2, "means": "The share of the angle: 1 is all of it, more turns beyond."},
     "rotate_one_sided": {"low": 0, "high": 2, "means": "The share of the angle: 1 is all of it, more turns beyond."},
@@ -89,6 +93,8 @@ def site_problem(sites: Iterable[Site], mode: Mode) -> str | None:
 
 #: Full removal is 1. More than this is a mistake.
 MAX_STRENGTH = 10.0
+#: The largest shift of a threshold, in distances between the class means.
+MAX_SHIFT = 2.0
 
 #: What the files of a folder of directions end in.
 SUFFIX = ".safetensors"

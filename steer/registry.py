@@ -148,7 +148,8 @@ class Registry:
                 meta = version.direction.meta
                 strength = meta.strength if item.strength is None else item.strength
                 mode = item.mode or meta.mode
-                entry = Entry(item.direction, version.digest, mode, strength, item.layers, item.tokens)
+                shift = item.shift if np.float32(item.shift or 0) else None
+                entry = Entry(item.direction, version.digest, mode, strength, item.layers, item.tokens, shift=shift)
                 if (condition := item.condition) is not None:
                     probe = self.get(condition.direction, among)
                     entry = replace(entry, condition=replace(condition, digest=probe.digest))

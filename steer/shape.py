@@ -8,7 +8,7 @@ import torch
 
 from steer.direction import Direction, check_fits
 from steer.errors import DirectionError, SpecError
-from steer.names import MAX_STRENGTH, SITE_RULES, SITES, TURNING, Mode, Site, readable, site_problem
+from steer.names import MAX_STRENGTH, SHIFTING, SITE_RULES, SITES, TURNING, Mode, Site, readable, site_problem
 from steer.spec import PHASES, TOKENS, Entry, layer_range
 from steer.tokenization import THINKING, Thinking
 
@@ -88,6 +88,8 @@ class Shape:
     def check_entry(self, direction: Direction, entry: Entry) -> None:
         """Raise SpecError if `direction` cannot be applied as `entry` says."""
         check_mode(direction, entry.mode, entry.direction)
+        if entry.shift is not None:
+            _check_shift(direction, entry)
         if entry.tokens in PHASES and self.thinking is None:
             known = ", ".join(f"{begin} and {end}" for begin, end in THINKING[:2])
             raise SpecError(
@@ -115,14 +117,27 @@ def check_mode(direction: Direction, mode: Mode, name: str) -> None:
     """Raise SpecError where `mode` is not defined at this direction's sites, or its file lacks what the mode needs."""
     if not all(mode in SITE_RULES[site].modes for site in direction.meta.sites):
         raise SpecError(f"direction '{name}': {site_problem(direction.meta.sites, mode)}", param="steer.mode")
-    if mode not in direction.meta.modes:
+    modes = direction.meta.modes
+    if mode == "clamp" and not direction.contrasted:
+        modes = tuple(other for other in modes if other != mode)
+    if mode not in modes:
         lacks = "means"
         if mode in TURNING:
             lacks = "plane (of one row, at the site 'resid_post', as `steer derive` writes it)"
         raise SpecError(
-            f"direction '{name}' holds no {lacks} for the mode '{mode}'; its modes: {', '.join(direction.meta.modes)}",
+            f"direction '{name}' holds no {lacks} for the mode '{mode}'; its modes: {', '.join(modes)}",
             param="steer.mode",
         )
+
+
+def _check_shift(direction: Direction, entry: Entry) -> None:
+    problem = None
+    if entry.mode not in SHIFTING:
+        problem = f"the mode '{entry.mode}' has no threshold to shift; modes with one: {', '.join(SHIFTING)}"
+    elif not direction.contrasted:
+        problem = "holds no class means for some layer, so no distance to shift a threshold by"
+    if problem:
+        raise SpecError(f"direction '{entry.direction}': {problem}", param="steer.shift")
 
 
 def _growth(direction: Direction) -> float:

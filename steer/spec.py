@@ -5,14 +5,16 @@ A request names directions, never paths or vectors. As text:
     refusal                      the direction with its file's own mode and strength
     refusal=0.7                  a strength
     refusal:one_sided=0.7        a mode and a strength
+    refusal:one_sided^0.25=0.7   a threshold of the mode that is moved by a quarter of the class means' distance
     refusal@answer=0.7           at some tokens alone; refusal:one_sided@not-first=0.7
     refusal@10-20=0.7            at some layers alone; refusal@10-20@answer=0.7
     refusal?harm@12>0.3          for some requests alone: see `Condition`; refusal:one_sided@13-20?harm@12<0.3=0.7
+    refusal?each:harm@12>0.3     for some tokens alone, each of which decides for itself
     refusal=1,verbosity=-0.5     several, which act together
     off                          nothing, also where the server has a default
 
-As JSON: such a text, an object `{"direction", "mode", "strength", "layers", "tokens", "if"}`, a list of texts and
-objects, `null` or `false`.
+As JSON: such a text, an object `{"direction", "mode", "strength", "shift", "layers", "tokens", "if"}`, a list of texts
+and objects, `null` or `false`.
 
 Parsing gives `RequestedDirection` items; the registry resolves them into a `Spec` of exact file versions.
 """
@@ -26,7 +28,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 
 from steer.errors import DirectionError, SpecError, brief
-from steer.names import MAX_STRENGTH, MODES, Mode, check_name
+from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
 from steer.tokenization import Phase, Thinking
 
 MAX_ITEMS = 16
@@ -34,10 +36,11 @@ MAX_ITEMS = 16
 MAX_TEXT = 8192
 _MENTION = re.compile(r"(?<![^\W_])(?:x[\W_]*)?steer", re.IGNORECASE)
 OFF_TEXTS = {"off", "none", "null", "false"}
-_FIELDS = ("direction", "mode", "strength", "layers", "tokens", "if")
+_FIELDS = ("direction", "mode", "strength", "shift", "layers", "tokens", "if")
 ACCEPTED = (
     "accepted: a text like 'refusal', 'refusal=0.7' or 'refusal:one_sided=0.7,other=1', an object "
-    "{'direction', 'mode', 'strength', 'layers', 'tokens', 'if'}, a list of those, or null, false or 'off' for none"
+    "{'direction', 'mode', 'strength', 'shift', 'layers', 'tokens', 'if'}, a list of those, or null, false or 'off' "
+    "for none"
 )
 #: At which positions of a request an entry acts, with a sentence for whoever chooses. `N` is a number of positions.
 TOKENS = {
@@ -56,8 +59,8 @@ PHASES = ("thinking", "after-thinking")
 _LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
 _COUNTED = re.compile(r"(first|last)-([1-9][0-9]{0,8})")
 #: The fields of a condition, and its text: a direction, a layer, a side and a number.
-_CONDITION_FIELDS = ("direction", "layer", "above", "below")
-_CONDITION = re.compile(r"([^@<>]*)@\s*(\d{1,4})\s*([<>])([^<>]*)", re.ASCII)
+_CONDITION_FIELDS = ("direction", "layer", "above", "below", "each")
+_CONDITION = re.compile(r"\s*(?:(each)\s*:)?([^@<>]*)@\s*(\d{1,4})\s*([<>])([^<>]*)", re.ASCII)
 _SIDES = {">": "above", "<": "below"}
 #: The largest number in a condition: beyond it no component is told from another.
 MAX_COMPONENT = 1e30
@@ -70,14 +73,16 @@ MAX_PLACES, MAX_TOGETHER = 2, 3
 @dataclass(frozen=True, slots=True)
 class Condition:
     """For which requests an entry acts: those in which the component of the stream along the one row of a direction, at
-    the output of `layer` and at the prompt's last token, is above a number, or below one. `digest`: which version of
-    the direction, empty until that is resolved."""
+    the output of `layer` and at the prompt's last token, is above a number, or below one. With `each` (None is False)
+    it is for which tokens: those at which that is so. `digest`: which version of the direction, empty until that is
+    resolved."""
 
     direction: str
     layer: int
     above: float | None = None
     below: float | None = None
     digest: str = ""
+    each: bool | None = None
 
     def __str__(self) -> str:
         return self.of(self.direction)
@@ -85,7 +90,7 @@ class Condition:
     def of(self, direction: str) -> str:
         """The text form, with this for the direction."""
         side, number = ("<", self.below) if self.above is None else (">", self.above)
-        return f"{direction}@{self.layer}{side}{number!r}"
+        return f"{'each:' if self.each else ''}{direction}@{self.layer}{side}{number!r}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,7 @@ class RequestedDirection:
     layers: str | None = None
     tokens: str | None = None
     condition: Condition | None = None
+    shift: float | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,7 +114,9 @@ class RequestedDirection:
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One direction as it is applied: the exact version, mode and strength, and at which layers (like 10-20) and tokens
-    (see `TOKENS`); None for all. Under a condition these are layers after it and the tokens of the answer."""
+    (see `TOKENS`); None for all. Under a condition these are layers after it and, unless each token decides, the tokens
+    of the answer. `shift`: by how many distances between the class means the mode's threshold is moved, up or down;
+    None where it is not."""
 
     direction: str
     digest: str
@@ -117,6 +125,7 @@ class Entry:
     layers: str | None = None
     tokens: str | None = None
     condition: Condition | None = None
+    shift: float | None = None
 
     @property
     def range(self) -> tuple[int, int]:
@@ -191,9 +200,11 @@ class Spec:
         return all(entry.tokens is None for entry in self.entries)
 
     def key(self, prompt: int = 0) -> str:
-        """What decides the computation: digests, modes, strengths, layers, and the positions in a request with `prompt`
-        tokens. Names do not, so two names of one file agree."""
-        return ",".join(f"{e.digest}:{e.mode}={e.strength!r}{_layers(e)}{_positions(e, prompt)}" for e in self.entries)
+        """What decides the computation: digests, modes, shifts, strengths, layers, and the positions in a request with
+        `prompt` tokens. Names do not, so two names of one file agree."""
+        return ",".join(
+            f"{e.digest}:{e.mode}{shifted(e)}={e.strength!r}{_layers(e)}{_positions(e, prompt)}" for e in self.entries
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +242,11 @@ def _described(fields: dict[str, object]) -> dict[str, object]:
         for key, value in fields.items()
         if value is not None
     }
+
+
+def shifted(item: RequestedDirection | Entry) -> str:
+    """Its shift in the text form."""
+    return "" if item.shift is None else f"^{item.shift!r}"
 
 
 def _layers(entry: Entry) -> str:
@@ -289,7 +305,7 @@ def _text(item: RequestedDirection) -> str:
     where = "".join(f"@{each}" for each in (item.layers, item.tokens) if each)
     condition = f"?{item.condition}" if item.condition else ""
     strength = "" if item.strength is None else f"={item.strength!r}"
-    return f"{item.direction}{mode}{where}{condition}{strength}"
+    return f"{item.direction}{mode}{shifted(item)}{where}{condition}{strength}"
 
 
 def _items(value: object, param: str, problems: list[str]) -> list[RequestedDirection]:
@@ -341,11 +357,13 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
         head, equals, number = part.strip().partition("=")
         head, question, condition = head.partition("?")
         head, *where = (each.strip() for each in head.split("@"))
-        name, colon, mode = head.strip().partition(":")
+        head, caret, shift = head.partition("^")
+        name, colon, mode = head.partition(":")
         said: dict[object, object] = {
             "direction": name.strip(),
             "mode": mode.strip() if colon else None,
             "strength": _number(number) if equals else None,
+            "shift": _number(shift) if caret else None,
             **_where(param, where, problems),
             "if": condition if question else None,
         }
@@ -360,11 +378,10 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
     if "direction" not in value:
         problems.append(f"{param}.direction: missing; it names the direction")
         return None
-    name, mode, strength, layers, tokens, condition = map(value.get, _FIELDS)
+    name, mode, strength, shift, layers, tokens, condition = map(value.get, _FIELDS)
     before = len(problems)
     known = next((each for each in MODES if each == mode), None)
     named = ""
-    number: float | None = None
     if not isinstance(name, str):
         problems.append(f"{param}.direction: {brief(name)} is not a text")
     else:
@@ -374,14 +391,8 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
             problems.append(f"{param}: {error}")
     if mode is not None and known is None:
         problems.append(f"{param}.mode: {brief(mode)} is not a mode; accepted: {', '.join(MODES)}")
-    if strength is not None:
-        if isinstance(strength, int | float) and not isinstance(strength, bool) and abs(strength) <= MAX_STRENGTH:
-            number = float(strength)
-        else:  # NaN too
-            shown = strength if isinstance(strength, _Unread) else brief(strength)
-            problems.append(
-                f"{param}.strength: {shown} is not accepted: a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
-            )
+    strength_ = None if strength is None else _within(strength, MAX_STRENGTH, f"{param}.strength", problems)
+    shift_ = None if shift is None else _within(shift, MAX_SHIFT, f"{param}.shift", problems)
     place = None
     if tokens is not None:
         if isinstance(tokens, str) and (tokens in TOKENS.keys() - {"first-N", "last-N"} or _COUNTED.fullmatch(tokens)):
@@ -395,27 +406,40 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
             "not after the last), or one layer like 10"
         )
     decided = None if condition is None else _condition(condition, param, problems)
-    if condition is not None and tokens not in (None, "answer"):
+    if decided is not None and decided.each:
+        if place in PHASES:
+            problems.append(f"{param}.tokens: '{place}' is not accepted under a condition")
+    elif condition is not None and tokens not in (None, "answer"):
         problems.append(
             f"{param}.tokens: {brief(tokens)} is not accepted under a condition, which is decided at the prompt's last "
             "token: 'answer', or nothing, which means the same"
         )
     if len(problems) > before:
         return None
-    # + 0.0 turns -0.0 into 0.0
-    strength_ = None if number is None else number + 0.0
-    return RequestedDirection(named, known, strength_, span, "answer" if decided else place, decided)
+    place = "answer" if decided and not decided.each else place
+    return RequestedDirection(named, known, strength_, span, place, decided, shift_ or None)
+
+
+def _within(value: object, most: float, field: str, problems: list[str]) -> float | None:
+    """A number of at most this size on either side of 0."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= most:
+        return float(value) + 0.0  # which turns -0.0 into 0.0
+    shown = value if isinstance(value, _Unread) else brief(value)  # NaN too
+    problems.append(f"{field}: {shown} is not accepted: a number from {-most:g} to {most:g}")
+    return None
 
 
 def _condition(value: object, param: str, problems: list[str]) -> Condition | None:
     """A condition, as text or as an object."""
     said, found = value, _CONDITION.fullmatch(value) if isinstance(value, str) else None
     if found:
-        value = {"direction": found[1].strip(), "layer": int(found[2]), _SIDES[found[3]]: _number(found[4])}
+        value = {"direction": found[2].strip(), "layer": int(found[3]), _SIDES[found[4]]: _number(found[5])}
+        value |= {"each": True} if found[1] else {}
     if not isinstance(value, dict) or "direction" not in value or "layer" not in value:
         problems.append(
             f"{param}.if: {brief(said)} is not a condition; accepted: a direction, a layer and a number like "
-            "'harm@12>0.3' or 'harm@12<0.3', or an object {'direction', 'layer', 'above' or 'below'}"
+            "'harm@12>0.3', 'harm@12<0.3' or 'each:harm@12>0.3', or an object {'direction', 'layer', 'above' or "
+            "'below', 'each'}"
         )
         return None
     before, name, layer, number = len(problems), value["direction"], value["layer"], 0.0
@@ -437,9 +461,12 @@ def _condition(value: object, param: str, problems: list[str]) -> Condition | No
         else:  # NaN too
             shown = said if isinstance(said, _Unread) else brief(said)
             problems.append(f"{param}.if.{side}: {shown} is not accepted: a number, the component to compare with")
+    if (each := value.get("each")) is not None and not isinstance(each, bool):
+        problems.append(f"{param}.if.each: {brief(each)} is not accepted: true or false")
     if len(problems) > before:
         return None
-    return Condition(name, layer, number if "above" in sides else None, number if "below" in sides else None)
+    above, below = (number if side in sides else None for side in _SIDES.values())
+    return Condition(name, layer, above, below, each=True if each else None)
 
 
 def ends(layers: str) -> tuple[int, int]:

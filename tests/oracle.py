@@ -18,7 +18,7 @@ from steer.spec import PHASES, Spec
 from steer.tokenization import Thinking
 from tests.models import NORM_BEHIND_WRITER
 
-ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
+ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0, -torch.inf, 0.0])
 
 #: Parameters that write to the stream: name endings, by the dimension that is the stream's.
 FIRST = (
@@ -42,7 +42,7 @@ TRANSPOSED = ("gpt_oss", "llama4_text")
 
 
 def displacement(x: Tensor, v: Tensor, coefficients: Tensor, strength: Tensor | float) -> Tensor:
-    """What one entry adds to `x`: as `op.amount`, with coefficients `[..., 4]`. Returns `[..., d_model]`."""
+    """What one entry adds to `x`: as `op.amount`, with coefficients `[..., 6]`. Returns `[..., d_model]`."""
     return amount(component(x, v), coefficients.unbind(-1), strength).unsqueeze(-1) * v
 
 

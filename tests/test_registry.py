@@ -318,6 +318,7 @@ def test_the_file_decides_what_the_request_leaves_open() -> None:
     cases: list[tuple[str, Mode, float]] = [
         ("d", "one_sided", 0.25),
         ("d=0.5", "one_sided", 0.5),
+        ("d^-0.0=0.5", "one_sided", 0.5),
         ("d:add", "add", 0.25),
         ("d:add=-2", "add", -2.0),
     ]

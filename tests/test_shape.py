@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from steer.errors import DirectionError, NoRoom, SpecError
-from steer.names import Site
+from steer.names import SHIFTING, Site
 from steer.runtime.bank import BankSlice, DirectionBank, HookPoint, LocalPlacement
 from steer.shape import Shape
 from steer.spec import Condition, Entry
@@ -67,6 +67,21 @@ def test_a_local_placement_passes_everything_to_its_table() -> None:
             shape().check_entry(direction, Entry("d", "a", "ablate", 1.0, layers))
     placement.unload("a")
     assert bank.rows_in_use == 0
+
+
+def test_a_threshold_is_shifted_where_there_is_one_and_the_distance_is_known() -> None:
+    served = Shape("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 2)
+    made = models.direction(models.tiny("llama"), plane=True)
+    no_means = replace(made, mean_harmful=made.mean_harmless)
+    for mode in made.meta.modes:
+        entry = Entry("d", "a", mode, 1.0, shift=0.25)
+        if mode not in SHIFTING:
+            with pytest.raises(SpecError, match=f"'{mode}' has no threshold to shift; modes with one: clamp"):
+                served.check_entry(made, entry)
+            continue
+        served.check_entry(made, entry)
+        with pytest.raises(SpecError, match=r"holds no (class )?means"):
+            served.check_entry(no_means, entry)
 
 
 def test_a_condition_is_decided_by_one_row_in_front_of_what_it_decides() -> None:

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from steer.errors import SpecError
-from steer.names import MAX_STRENGTH, MODES, Mode
+from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode
 from steer.spec import (
     MAX_COMPONENT,
     MAX_ITEMS,
@@ -37,20 +37,28 @@ STRENGTHS = st.floats(-MAX_STRENGTH, MAX_STRENGTH).map(lambda x: x + 0.0)
 PLACES = st.none() | st.sampled_from(["prompt", "answer", "not-first", "first-1", "last-20"])
 LAYERS = st.none() | st.sampled_from(["0", "7", "0-3", "10-20"])
 COMPONENTS = st.floats(-MAX_COMPONENT, MAX_COMPONENT).map(lambda x: x + 0.0)
-CONDITIONS = st.builds(Condition, NAMES, st.integers(0, 9999), above=COMPONENTS) | st.builds(
+ONCE = st.builds(Condition, NAMES, st.integers(0, 9999), above=COMPONENTS) | st.builds(
     Condition, NAMES, st.integers(0, 9999), below=COMPONENTS
 )
+EACH = ONCE.map(lambda condition: replace(condition, each=True))
+CONDITIONS = ONCE | EACH
+SHIFTS = st.none() | st.floats(-MAX_SHIFT, MAX_SHIFT).filter(bool)
 WANTED = st.builds(
-    RequestedDirection, NAMES, st.none() | st.sampled_from(MODES), st.none() | STRENGTHS, LAYERS, PLACES
-) | st.builds(
-    RequestedDirection, NAMES, st.none(), st.none() | STRENGTHS, LAYERS, st.just("answer"), st.none() | CONDITIONS
-)
+    RequestedDirection,
+    NAMES,
+    st.none() | st.sampled_from(MODES),
+    st.none() | STRENGTHS,
+    LAYERS,
+    PLACES,
+    st.none() | EACH,
+    SHIFTS,
+) | st.builds(RequestedDirection, NAMES, st.none(), st.none() | STRENGTHS, LAYERS, st.just("answer"), ONCE)
 WISHES = st.lists(WANTED, max_size=MAX_ITEMS, unique_by=lambda item: (item.direction, item.mode)).map(tuple)
 
 
 def as_object(item: RequestedDirection, *, nulls: bool) -> dict[str, Any]:
     fields: dict[str, Any] = {"direction": item.direction, "mode": item.mode, "strength": item.strength}
-    fields |= {"layers": item.layers, "tokens": item.tokens, "if": None}
+    fields |= {"shift": item.shift, "layers": item.layers, "tokens": item.tokens, "if": None}
     if item.condition:
         fields["if"] = {k: v for k, v in asdict(item.condition).items() if v not in (None, "")}
     return {k: v for k, v in fields.items() if nulls or v is not None}
@@ -87,7 +95,7 @@ def test_text_objects_and_lists_mean_the_same(wishes: tuple[RequestedDirection, 
 @law
 def test_space_around_the_parts_means_nothing(wishes: tuple[RequestedDirection, ...], space: str) -> None:
     spaced = text(wishes)
-    for sign in ",:=@?<>":
+    for sign in ",:=@?<>^":
         spaced = spaced.replace(sign, f"{space}{sign}{space}")
     assert parse(space + spaced + space) == wishes
 
@@ -102,6 +110,12 @@ def test_the_forms_of_the_documentation() -> None:
     )
     assert parse({"direction": "refusal", "strength": 0.7, "mode": "one_sided"}) == parse("refusal:one_sided=0.7")
     assert parse({"direction": "refusal", "strength": 1}) == parse("refusal=1")
+    shifted = RequestedDirection("refusal", "one_sided", 0.7, None, "answer", shift=0.25)
+    assert parse("refusal:one_sided^0.25@answer=0.7") == (shifted,)
+    assert parse({"direction": "refusal", "shift": -1}) == parse("refusal^-1") == parse("refusal^-1.0")
+    assert (
+        parse("refusal^0") == parse("refusal^-0.0") == parse({"direction": "refusal", "shift": 0}) == parse("refusal")
+    )
     assert parse("refusal:one_sided@answer=0.7") == (RequestedDirection("refusal", "one_sided", 0.7, None, "answer"),)
     assert parse("refusal@10-20@answer=0.7") == parse("refusal@answer@10-20=0.7")
     assert (
@@ -120,6 +134,14 @@ def test_the_forms_of_the_documentation() -> None:
     whole = {"direction": "refusal", "if": {"direction": "harm", "layer": 12, "above": 0.3}}
     assert parse(whole) == parse({"direction": "refusal", "if": "harm@12>0.3"}) == parse("refusal?harm@12>0.3")
     assert parse("refusal@answer?harm@12>0.3") == parse("refusal?harm@12>0.3")
+    each = replace(harm, each=True)
+    assert parse("refusal?each:harm@12>0.3") == (RequestedDirection("refusal", condition=each),)
+    assert parse("refusal@not-first? each : harm@12>0.3") == (
+        RequestedDirection("refusal", tokens="not-first", condition=each),
+    )
+    assert parse("refusal?each@12>0.3")[0].condition == replace(harm, direction="each")
+    whole["if"] = {"direction": "harm", "layer": 12, "above": 0.3, "each": False}
+    assert parse(whole) == parse("refusal?harm@12>0.3")
 
 
 @pytest.mark.parametrize(
@@ -140,6 +162,8 @@ def test_the_forms_of_the_documentation() -> None:
         ({"direction": "harm", "layer": 1, "above": 0, "below": 1}, "steer.if: it says above and below"),
         ({"direction": "harm", "layer": 1, "above": "1"}, "steer.if.above: '1' is not accepted"),
         ({"direction": "harm", "layer": 1, "above": 1, "digest": "x"}, "steer.if.digest: unknown field"),
+        ({"direction": "harm", "layer": 1, "above": 1, "each": 1}, "steer.if.each: 1 is not accepted: true or false"),
+        ("one:harm@12>0.3", "steer.if.direction: direction name 'one:harm' is not acceptable"),
     ],
 )
 def test_conditions_that_are_none_are_refused_in_words(condition: Any, says: str) -> None:
@@ -153,6 +177,14 @@ def test_conditions_that_are_none_are_refused_in_words(condition: Any, says: str
 def test_a_condition_is_for_the_tokens_of_the_answer(tokens: str) -> None:
     (problem,) = problems_of(f"refusal@{tokens}?harm@12>0.3")
     assert problem.startswith(f"steer.tokens: '{tokens}' is not accepted under a condition")
+    assert parse(f"refusal@{tokens}?each:harm@12>0.3")
+
+
+@pytest.mark.parametrize("tokens", PHASES)
+def test_a_condition_is_for_no_phase(tokens: str) -> None:
+    for condition in ("harm@12>0.3", "each:harm@12>0.3"):
+        (problem,) = problems_of(f"refusal@{tokens}?{condition}")
+        assert problem.startswith(f"steer.tokens: '{tokens}' is not accepted under a condition")
 
 
 @pytest.mark.parametrize(
@@ -241,6 +273,17 @@ def test_a_text_that_is_no_number_in_range_is_refused_by_field(number: str) -> N
     (problem,) = problems_of(f"refusal={number}")
     assert problem.startswith("steer.strength: ")
     assert "a number from -10 to 10" in problem
+
+
+@pytest.mark.parametrize("number", ["", "x", "nan", "inf", "2.01", "-2.01", "1_0", "1^1", "0.5:one_sided"])
+def test_a_shift_that_is_no_number_in_range_is_refused_by_field(number: str) -> None:
+    (problem,) = problems_of(f"refusal:one_sided^{number}=0.7")
+    assert problem.startswith("steer.shift: ")
+    assert "a number from -2 to 2" in problem
+    given: Any
+    for given in (math.nan, 2.01, "0.25", True, []):
+        (problem,) = problems_of({"direction": "refusal", "shift": given})
+        assert problem.startswith("steer.shift: ")
 
 
 def test_a_number_too_long_to_read_is_refused_too() -> None:
@@ -410,7 +453,7 @@ def test_any_text_gives_a_wish_or_a_refusal(value: str) -> None:
 DIGESTS = st.text(alphabet="0123456789abcdef", min_size=64, max_size=64)
 RESOLVED = st.none() | st.builds(lambda condition, digest: replace(condition, digest=digest), CONDITIONS, DIGESTS)
 ENTRIES = st.lists(
-    st.builds(Entry, NAMES, DIGESTS, st.sampled_from(MODES), STRENGTHS, LAYERS, PLACES, RESOLVED), max_size=4
+    st.builds(Entry, NAMES, DIGESTS, st.sampled_from(MODES), STRENGTHS, LAYERS, PLACES, RESOLVED, SHIFTS), max_size=4
 ).map(tuple)
 
 
@@ -424,7 +467,9 @@ def test_a_receipt_is_compact_ascii_json_of_exactly_what_is_applied(entries: tup
     read = json.loads(receipt)
     fields = ["direction", "digest", "mode", "strength"]
     more = [
-        [name for name in ("layers", "tokens") if getattr(e, name) is not None] + ["if"] * bool(e.condition)
+        [name for name in ("layers", "tokens") if getattr(e, name) is not None]
+        + ["if"] * bool(e.condition)
+        + ["shift"] * bool(e.shift)
         for e in entries
     ]
     assert [list(entry) for entry in read] == [fields + each for each in more]
@@ -440,7 +485,7 @@ def test_the_key_is_all_that_decides_the_computation_and_nothing_else(
     def computed(entries: tuple[Entry, ...], prompt: int) -> list[tuple[object, ...]]:
         conditions = [e.condition and replace(e.condition, direction="") for e in entries]
         return [
-            (e.digest, e.mode, e.strength, e.layers, e.span(prompt), condition)
+            (e.digest, e.mode, e.strength, e.layers, e.span(prompt), condition, e.shift)
             for e, condition in zip(entries, conditions, strict=True)
         ]
 
@@ -467,10 +512,11 @@ def test_every_entry_and_the_order_of_entries_change_the_key(entries: tuple[Entr
             replace(e, strength=math.nextafter(e.strength, 99.0)),
             replace(e, tokens="last-4"),
             replace(e, layers="5"),
+            replace(e, shift=1.9 if e.shift != 1.9 else None),
             replace(e, condition=Condition("c", 12, above=0.0, digest="none of them")),
         ):
             assert Spec((*entries[:i], other, *entries[i + 1 :])).key(30) != key
-    computed = [(e.digest, e.mode, e.strength, e.layers, e.tokens, e.condition) for e in entries]
+    computed = [(e.digest, e.mode, e.strength, e.layers, e.tokens, e.condition, e.shift) for e in entries]
     assert (Spec(entries[::-1]).key(30) == key) == (computed[::-1] == computed)
 
 

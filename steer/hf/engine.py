@@ -104,7 +104,7 @@ class Engine(abc.ABC):
 
     def _steered(self, steer: RequestSteer | None, start: int, ids: Tensor) -> AbstractContextManager[None]:
         """For a pass of one row over these tokens `[1, tokens]` from the position `start` on."""
-        if steer is None or not (steer.then or steer.phase):
+        if steer is None or not (steer.then or steer.phase or steer.probe):
             return self.steering.batch([steer])
         length = ids.shape[1]
         tokens = ids[0], torch.arange(start, start + length, device=ids.device)

@@ -419,6 +419,7 @@ def _modes(measurement: Measurement, recipe: Recipe, reference: bool, plane: boo
     defined: dict[Mode, bool] = {
         "ablate": True,
         "one_sided": reference,
+        "clamp": complete,
         "add": complete,
         "affine": complete and measurement.harmless.mean_all is not None,
         "rotate": plane,

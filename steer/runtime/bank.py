@@ -3,7 +3,7 @@
 Everything here is written **in place** and read through the same storage for the life of the process, so that compiled
 graphs and replayed CUDA graphs see each change of content.
 
-A *row* is one direction vector at every hook point. A *slot* is a row in one mode: its four coefficients at every hook
+A *row* is one direction vector at every hook point. A *slot* is a row in one mode: its coefficients at every hook
 point (`op`). Row 0 is all zeros and means plain. What makes the rows of one request act together stands in `combine`.
 """
 
@@ -26,6 +26,8 @@ from steer.names import MODES, SITE_RULES, TURNING, Mode, Site
 from steer.runtime.combine import Combination, Combinations
 from steer.runtime.memory import lasting
 from steer.runtime.op import (
+    COEFFICIENTS,
+    FLOOR,
     GATE,
     WEIGHT,
     amount,
@@ -37,6 +39,7 @@ from steer.runtime.op import (
     joint,
     settled,
     shared,
+    shifted,
     turn,
     within,
 )
@@ -82,7 +85,7 @@ class HookPoint:
 
 @dataclass(slots=True)
 class BankSlice:
-    """The rows of one hook point. vectors `[rows, d_model]`, coefficients `[rows × modes, 4]`, joint `[combinations +
+    """The rows of one hook point. vectors `[rows, d_model]`, coefficients `[rows × modes, 6]`, joint `[combinations +
     1, rank, rank]` (see `combine`; None where the rank is 1), float32; number `[]` int32, its layer counted from 0 for
     the stream before block 0: a tensor, so that the code that is compiled for all layers is the same."""
 
@@ -96,7 +99,7 @@ class BankSlice:
         with lasting():
             bank_slice = cls(
                 torch.zeros(rows, d_model, dtype=torch.float32, device=device),
-                torch.zeros(rows * len(MODES), 4, dtype=torch.float32, device=device),
+                torch.zeros(rows * len(MODES), COEFFICIENTS, dtype=torch.float32, device=device),
                 torch.tensor(layer - EMBEDDING, dtype=torch.int32, device=device),
             )
         bank_slice.clear(range(rows))
@@ -107,7 +110,7 @@ class BankSlice:
         return sum(t.nbytes for t in (self.vectors, self.coefficients, self.number, self.joint) if t is not None)
 
     def write(self, row: int, vector: Tensor, by_mode: Mapping[Mode, Tensor]) -> None:
-        """vector `[d_model]`; by_mode: the coefficients `[4]` of every mode."""
+        """vector `[d_model]`; by_mode: the coefficients `[6]` of every mode."""
         self.vectors[row].copy_(vector)
         for mode, values in by_mode.items():
             self.coefficients[slot(row, mode)].copy_(values)
@@ -117,7 +120,7 @@ class BankSlice:
             self.vectors[row].zero_()
             slots = self.coefficients[slots_of(row)]
             slots.zero_()
-            slots[:, GATE] = -torch.inf
+            slots[:, GATE] = slots[:, FLOOR] = -torch.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +258,7 @@ class DirectionBank:
         such number."""
         if not spec:
             return None
-        if spec.everywhere:
+        if spec.everywhere and spec.condition is None:
             return self._steer(spec)
         if prompt is None:
             what, param = f"the condition {spec.condition}", "steer.if"
@@ -266,20 +269,27 @@ class DirectionBank:
             )
         spans = [(entry, *entry.span(prompt)) for entry in spec.entries]
         bounds = {bound for _, *span in spans for bound in span}
-        if spec.condition is not None:
+        once = spec.condition is not None and not spec.condition.each
+        if once:
             bounds.add(prompt)  # after the token that decides
         cuts = sorted(bound for bound in bounds if 0 < bound < END)
         parts = [
             self._steer(Spec(tuple(entry for entry, start, stop in spans if start <= at < stop))) for at in (0, *cuts)
         ]
         first, *rest = (
-            self._deciding(part or RequestSteer.plain(self.rank), spec, at == prompt - 1, phase if part else None)
+            self._deciding(
+                part or RequestSteer.plain(self.rank),
+                spec,
+                at == prompt - 1 if once else part is not None,
+                phase if part else None,
+            )
             for part, at in zip(parts, (0, *cuts), strict=True)
         )
         return replace(first, then=tuple(zip(cuts, rest, strict=True)))
 
     def _deciding(self, steer: RequestSteer, spec: Spec, decides: bool, phase: Phase | None) -> RequestSteer:
-        """One part of a request's steering, with what its condition, or the phase in which it acts, says of it."""
+        """One part of a request's steering, with what its condition, or the phase in which it acts, says of it. Does it
+        decide, by its last token or by each of them?"""
         if phase is not None:
             return replace(steer, decision=Decision(UNCONDITIONAL), phase=phase)
         if (condition := spec.condition) is None:
@@ -287,7 +297,8 @@ class DirectionBank:
         if decides:
             (row,) = self.rows_of([condition.digest])
             steer.slots[-1] = slot(int(row), "ablate")
-        return replace(steer, decision=Decision(UNCONDITIONAL), probe=probe_of(condition) if decides else None)
+        decision = None if condition.each else Decision(UNCONDITIONAL)
+        return replace(steer, decision=decision, probe=probe_of(condition) if decides else None)
 
     def _steer(self, spec: Spec) -> RequestSteer | None:
         """For a spec that acts at all tokens, whatever it says of them."""
@@ -295,16 +306,17 @@ class DirectionBank:
             return None
         entries = sorted(spec.entries, key=lambda entry: entry.mode not in TURNING)  # pairs begin at even places
         pairs = [
-            (slot(row, entry.mode), entry.strength, bounds_of(entry.range if entry.layers else None))
+            (slot(row, entry.mode), entry.strength, bounds_of(entry.range if entry.layers else None), entry.shift or 0)
             for entry in entries
             for row in self._resident[entry.digest].acting(entry.mode)
         ]
         assert len(pairs) <= self.rank, "the registry admits no spec that needs more"
         out = RequestSteer.plain(self.rank, self._combination(entries))
-        bounds = np.full(self.rank, ANYWHERE, np.int32)
+        bounds, shifts = np.full(self.rank, ANYWHERE, np.int32), np.zeros(self.rank, np.float32)
         for i, pair in enumerate(pairs):
-            out.slots[i], out.strengths[i], bounds[i] = pair
-        return out if (bounds == ANYWHERE).all() else replace(out, bounds=bounds)
+            out.slots[i], out.strengths[i], bounds[i], shifts[i] = pair
+        limited = None if (bounds == ANYWHERE).all() else bounds
+        return replace(out, bounds=limited, shifts=shifts if shifts.any() else None)
 
     def _combination(self, entries: Sequence[Entry]) -> Combination | None:
         """What makes `entries` act together; None where each acts as if it were alone. It is known by the contents of
@@ -382,7 +394,7 @@ class _Values:
         return cls(coefficients(direction, mode), embedding_coefficients(direction, mode))
 
     def at(self, point: HookPoint) -> Tensor:
-        """`[k, 4]`"""
+        """`[k, 6]`"""
         return self.embedding if point.layer == EMBEDDING else self.layers[point.layer]
 
 
@@ -412,9 +424,9 @@ def _vectors(direction: Direction, point: HookPoint, count: int) -> Tensor | Non
 @dataclass(frozen=True, slots=True)
 class Operands:
     """What acts on the stream at one hook point, one rank of it. vectors `[..., d_model]`, coefficients (of `op`, one
-    tensor each) and strengths `[...]` broadcast to the stream; steered `[..., 1]` tells which of it is, None for all;
-    shares `[..., rank]` is the row of `op`'s M, None for the identity's; turned tells which of it is turned by this
-    rank and the next, None where none can be."""
+    tensor each, shifted) and strengths `[...]` broadcast to the stream; steered `[..., 1]` tells which of it is, None
+    for all; shares `[..., rank]` is the row of `op`'s M, None for the identity's; turned tells which of it is turned by
+    this rank and the next, None where none can be."""
 
     vectors: Tensor
     coefficients: tuple[Tensor, ...]
@@ -430,22 +442,26 @@ def gather(
     slots: Tensor,
     strengths: Tensor,
     bounds: Tensor | None = None,
+    shifts: Tensor | None = None,
     combinations: Tensor | None = None,
     everywhere: bool = False,
     turning: bool = True,
 ) -> list[Operands]:
-    """Of each rank. rows, slots, strengths, bounds: `[rank, ...]`, combinations `[...]`; `everywhere`: none of the
-    strengths is zero; not `turning`: no slot is of a mode that turns."""
+    """Of each rank. rows, slots, strengths, bounds, shifts: `[rank, ...]`, combinations `[...]`; `everywhere`: none of
+    the strengths is zero; not `turning`: no slot is of a mode that turns."""
     count = rows.shape[0]
     if bounds is not None:
         strengths = within(strengths, bounds, bank_slice.number)
+    values = [bank_slice.coefficients[slots[j]].unbind(-1) for j in range(count)]
+    if shifts is not None:
+        values = [shifted(each, shifts[j]) for j, each in enumerate(values)]
     matrices = None
     if combinations is not None and bank_slice.joint is not None and count > 1:
         matrices = bank_slice.joint[combinations]
     return [
         Operands(
             bank_slice.vectors[rows[j]],
-            bank_slice.coefficients[slots[j]].unbind(-1),
+            values[j],
             strengths[j],
             None if everywhere else (strengths[j] != 0).unsqueeze(-1),
             None if matrices is None else matrices[..., j, :count],
@@ -512,9 +528,9 @@ def _steered(operands: Sequence[Operands]) -> Tensor | None:
 
 
 def probe_of(condition: Condition) -> Probe:
-    """How the token that decides it does so."""
-    point, number = condition.layer - EMBEDDING, condition.above
-    return Probe(-point, condition.below or 0.0) if number is None else Probe(point, number)
+    """How the tokens that decide it do so."""
+    point, number, each = condition.layer - EMBEDDING, condition.above, bool(condition.each)
+    return Probe(-point, condition.below or 0.0, each) if number is None else Probe(point, number, each)
 
 
 def decide(x: Tensor, bank_slice: BankSlice, rows: Tensor, conditional: Conditional) -> None:

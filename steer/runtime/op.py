@@ -3,16 +3,23 @@
 Each entry of a request asks for a change of its component, all of them of the same x:
 
     c  = ⟨x, v⟩
-    δ  = s·(γ − w·(c − τ)) where c > g, else 0
+    δ  = s·(γ − w·(c − τ)) where c > g,  s·(γ − w·(c − f)) where c < f,  else 0
 
-with v a unit direction, s the request's strength, and (τ, g, w, γ) the *coefficients* that a mode gives at a layer, its
-target, gate, weight and what it adds:
+with v a unit direction, s the request's strength, and (τ, g, w, γ, f) the *coefficients* that a mode gives at a layer,
+its target, gate, weight, what it adds, and its floor, which is −∞ for all modes but `clamp`:
 
     mode        τ                              g                w        γ
     ablate      0                              −∞               weight   0
     one_sided   the file's target              the file's ρ     weight   0
     affine      the harmless mean's component  −∞               weight   0
     add         0                              −∞               0        weight·‖μH − μA‖
+    clamp       g                              ⟨μH, v⟩          weight   0              f = ⟨μA, v⟩, sorted: f ≤ g
+
+A request may shift the gate by σ·Δ, with Δ the distance between the two class means, along v or in the angle below:
+
+    g' = g + σ·Δ    τ' = g' where τ = g, else min(τ, g')    f' = f − σ·Δ, and neither passes the middle of f and g
+
+so what passes a lower gate is never raised.
 
 Two modes ask for a change of an angle in place of a component: that of x in the plane of v and the file's axis u. With
 p = ⟨x, u⟩, q = ⟨x, v⟩ and α = atan2(q, p) the same formula, of α, gives the turn Δα, and δ is what that does to both:
@@ -42,11 +49,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steer.direction import Direction
+from steer.direction import MAX_VALUE, Direction
 from steer.names import Mode
 
 #: Order of the coefficients in the last dimension of a coefficient tensor.
-TARGET, GATE, WEIGHT, GAMMA = range(4)
+TARGET, GATE, WEIGHT, GAMMA, FLOOR, SPREAD = range(6)
+COEFFICIENTS = 6
 #: The inner product of two unit vectors up to which they are orthogonal: float32's rounding of them.
 ORTHOGONAL = 1e-6
 #: Eigenvalues of a Gram matrix below this share of the largest are none: directions that near to each other are one.
@@ -91,15 +99,27 @@ def component(x: Tensor, v: Tensor) -> Tensor:
     return (x * v).sum(-1)
 
 
+def shifted(coefficients: tuple[Tensor, ...], shift: Tensor | float) -> tuple[Tensor, ...]:
+    """The coefficients, each `[...]`, with the gate moved by `shift` (σ, `[...]` or a number); unchanged where nothing
+    moves."""
+    target, gate, weight, gamma, floor, spread = coefficients
+    by, middle = shift * spread, (gate + floor) / 2
+    moved = torch.maximum(gate + by, middle)
+    below = torch.where(target == gate, moved, torch.minimum(target, moved))
+    # a mode without a gate has no spread, and the least of its target and −∞ is none
+    return torch.where(by == 0, target, below), moved, weight, gamma, torch.minimum(floor - by, middle), spread
+
+
 def amount(c: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float) -> Tensor:
     """δ of one entry: the change that it asks for of c, the component along its row (or an angle, see `turn`). All in
     the dtype of `c` (the runtime gives float32).
 
-    c: `[...]`; coefficients: τ, g, w and γ, each `[...]`; strength: `[...]` or a number. Returns `[...]`.
+    c: `[...]`; coefficients: τ, g, w, γ, f and Δ, each `[...]`; strength: `[...]` or a number. Returns `[...]`.
     """
-    target, gate, weight, gamma = coefficients
-    asked = torch.addcmul(gamma, weight, c - target, value=-1)
-    return strength * torch.where(c > gate, asked, 0.0)
+    target, gate, weight, gamma, floor, _ = coefficients
+    low = c < floor
+    asked = torch.addcmul(gamma, weight, c - torch.where(low, floor, target), value=-1)
+    return strength * torch.where(low | (c > gate), asked, 0.0)
 
 
 def turn(q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -145,7 +165,7 @@ def growth(c: Tensor, a: Tensor, v: Tensor) -> Tensor:
 
 def displacements(x: Tensor, vectors: Tensor, coefficients: Tensor, strengths: list[float]) -> Tensor:
     """What entries that act together add to `x` `[..., d_model]`. vectors `[entries, d_model]`, coefficients
-    `[entries, 4]`, a strength each, 0 for one that does not act. Returns `[..., d_model]`."""
+    `[entries, 6]`, a strength each, 0 for one that does not act. Returns `[..., d_model]`."""
     acting = [i for i, strength in enumerate(strengths) if strength]
     if not acting:
         return torch.zeros_like(x)
@@ -162,37 +182,55 @@ def displacements(x: Tensor, vectors: Tensor, coefficients: Tensor, strengths: l
 
 
 def coefficients(direction: Direction, mode: Mode) -> Tensor:
-    """The operation's (τ, g, w, γ) for each layer and row: `[layers, k, 4]`, float32, with k = 2 for those that turn,
-    which are of an angle and the same for both rows."""
+    """The operation's (τ, g, w, γ, f, Δ) for each layer and row: `[layers, k, 6]`, float32, with k = 2 for those that
+    turn, which are of an angle and the same for both rows. Δ is 0 where no gate can be shifted."""
     weights = direction.weights[:, None]
-    out = torch.zeros(direction.layers, direction.rows_in(mode), 4)
-    out[..., GATE], out[..., WEIGHT] = -torch.inf, weights
+    out = torch.zeros(direction.layers, direction.rows_in(mode), COEFFICIENTS)
+    out[..., [GATE, FLOOR]], out[..., WEIGHT] = -torch.inf, weights
     match mode:
         case "ablate":
             pass
         case "one_sided":
             out[..., GATE] = direction.reference
             out[..., TARGET] = direction.reference if direction.target is None else direction.target
+            harmless, harmful = _means_along(direction, direction.directions)
+            out[..., SPREAD] = (harmful - harmless).abs()
         case "affine":
             out[..., TARGET] = torch.einsum("lkd,ld->lk", direction.directions, direction.mean_harmless_all)
+        case "clamp":
+            ends = torch.stack(_means_along(direction, direction.directions))
+            out[..., FLOOR], out[..., GATE] = ends.amin(0), ends.amax(0)
+            out[..., TARGET], out[..., SPREAD] = out[..., GATE], out[..., GATE] - out[..., FLOOR]
         case "add":
             out[..., WEIGHT], out[..., GAMMA] = 0.0, weights * _difference_along_rows(direction)
         case "rotate":
             pass
         case "rotate_one_sided":
             assert direction.angles is not None, "checked"
+            assert direction.axis is not None, "checked"
             out[..., GATE], out[..., TARGET] = direction.angles[:, None].unbind(-1)
+            plane = torch.stack([direction.axis, direction.directions[:, 0]], 1)
+            harmless, harmful = (torch.atan2(*mean.flip(-1).unbind(-1)) for mean in _means_along(direction, plane))
+            out[..., SPREAD] = (harmful - harmless).abs()[:, None]
         case _:
             raise ValueError(f"the mode '{mode}' has no coefficients")
+    out[..., SPREAD].masked_fill_(out[..., GATE] >= MAX_VALUE, 0)  # a row without a side stays without one
     return out
 
 
 def embedding_coefficients(direction: Direction, mode: Mode) -> Tensor:
-    """The same for the stream before block 0: `[k, 4]`. No class means are known there, so only `ablate` acts."""
-    out = torch.zeros(direction.rows_in(mode), 4)
-    out[..., GATE] = -torch.inf
+    """The same for the stream before block 0: `[k, 6]`. No class means are known there, so only `ablate` acts."""
+    out = torch.zeros(direction.rows_in(mode), COEFFICIENTS)
+    out[..., [GATE, FLOOR]] = -torch.inf
     out[..., WEIGHT] = 1.0 if mode == "ablate" else 0.0
     return out
+
+
+def _means_along(direction: Direction, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The components of the harmless and of the harmful mean along rows `[layers, k, d_model]`: `[layers, k]` each."""
+    means = torch.stack([direction.mean_harmless, direction.mean_harmful])
+    harmless, harmful = torch.einsum("lkd,mld->mlk", rows, means)
+    return harmless, harmful
 
 
 def _difference_along_rows(direction: Direction) -> Tensor:

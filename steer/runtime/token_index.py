@@ -30,8 +30,9 @@ STAGES = 3
 PLAIN = 0
 #: Of the tokens of a step, on the device: their ids, and their positions in their requests, integers `[tokens]` each.
 Tokens: TypeAlias = "tuple[Tensor, Tensor]"
-#: Places of decisions, more than an engine runs requests at once; and that of all which need none.
-DECISIONS, UNCONDITIONAL = 2**14, 0
+#: Places of decisions, more than an engine runs requests at once; and those of tokens which need none, and which decide
+#: for themselves.
+DECISIONS, UNCONDITIONAL, EACH = 2**14, 0, 1
 
 
 def slot(row: int, mode: Mode) -> int:
@@ -62,13 +63,15 @@ ANYWHERE = bounds_of(None)
 
 class Acts(NamedTuple):
     """What acts on some tokens: rows, slots and strengths `[rank, tokens]`; bounds `[rank, tokens]` int32, at which
-    layers (`bounds_of`), None where all act at all; combinations `[tokens]`, the slot of the matrix by which they act
-    together, None where each acts alone (always, where the rank is 1)."""
+    layers (`bounds_of`), None where all act at all; shifts `[rank, tokens]`, None where there are none; combinations
+    `[tokens]`, the slot of the matrix by which they act together, None where each acts alone (always, where the rank is
+    1)."""
 
     rows: Tensor
     slots: Tensor
     strengths: Tensor
     bounds: Tensor | None
+    shifts: Tensor | None
     combinations: Tensor | None
 
 
@@ -83,37 +86,40 @@ class Conditional(NamedTuple):
 
 def fields(rank: int) -> int:
     """How many int32 the index has for a token (`unpacked`, `conditions`)."""
-    return 3 * rank + (4 if rank > 1 else 0)
+    return 4 * rank + (4 if rank > 1 else 0)
 
 
 def unpacked(packed: Tensor, rank: int, opened: Tensor | None = None) -> Acts:
     """What acts on tokens, of `packed` `[tokens, fields]` int32: all but the rows are views of it. Of each token these
-    are `rank` slots, as many strengths (the bits of a float32) and bounds, and the combination where there can be any.
+    are `rank` slots, as many strengths (the bits of a float32), bounds and shifts (as strengths), and the combination
+    where there can be any.
     `opened` `[tokens]` bool: where it is False all strengths are 0.
     """
-    slots, strengths, bounds = (packed[:, part * rank : (part + 1) * rank].T for part in range(3))
-    strengths = strengths.view(torch.float32)
+    slots, strengths, bounds, shifts = (packed[:, part * rank : (part + 1) * rank].T for part in range(4))
+    strengths, shifts = strengths.view(torch.float32), shifts.view(torch.float32)
     if opened is not None:
         strengths = torch.where(opened, strengths, 0.0)
-    combinations = packed[:, 3 * rank] if rank > 1 else None
-    return Acts(slots // len(MODES), slots, strengths, bounds, combinations)
+    combinations = packed[:, 4 * rank] if rank > 1 else None
+    return Acts(slots // len(MODES), slots, strengths, bounds, shifts, combinations)
 
 
 def conditions(packed: Tensor, rank: int, opened: Tensor) -> Conditional:
     """How tokens decide, of the same `packed`, where the rank is above 1: of each token, after the combination, the
     place of its decision, how it decides, and its threshold (the bits of a float32)."""
-    return Conditional(opened, packed[:, 3 * rank + 2], packed[:, 3 * rank + 3].view(torch.float32))
+    return Conditional(opened, packed[:, 4 * rank + 2], packed[:, 4 * rank + 3].view(torch.float32))
 
 
 class Acting(NamedTuple):
     """Of a step's entries: how many of the rank act on any, whether these act on each, whether all are alike, whether
-    any combines directions, whether any acts at some layers alone, whether any turns, and whether any may be closed."""
+    any combines directions, whether any acts at some layers alone, whether any shifts a gate, whether any turns, and
+    whether any may be closed."""
 
     depth: int
     everywhere: bool
     same: bool
     combined: bool
     bounded: bool
+    shifting: bool
     turning: bool
     conditional: bool
 
@@ -131,23 +137,26 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """How a token decides, by the component along the row in its last slot: see `op.decided`."""
+    """How a token decides, by the component along the row in its last slot: see `op.decided`. With `each` all tokens do
+    so, each for itself."""
 
     deciding: int
     threshold: float
+    each: bool = False
 
 
 class Decisions:
     """What requests have decided, on the device: `opened` `[DECISIONS]` bool, the first of it for those without a
-    condition. `windows` `[4, DECISIONS]` int64 are the positions of phases: the first, and the first after them, as
-    far as they are known (END), and the ids of the tokens that tell them, −1 for none. It outlives every index."""
+    condition, the second, which is never open, for those whose tokens decide. `windows` `[4, DECISIONS]` int64 are the
+    positions of phases: the first, and the first after them, as far as they are known (END), and the ids of the tokens
+    that tell them, −1 for none. It outlives every index."""
 
     def __init__(self, device: torch.device | str) -> None:
         with lasting():
             self.opened = torch.zeros(DECISIONS, dtype=torch.bool, device=device)
             self.opened[UNCONDITIONAL] = True
             self.windows = torch.tensor([[0], [END], [-1], [-1]], device=device).repeat(1, DECISIONS)
-        self._free = list(range(DECISIONS - 1, UNCONDITIONAL, -1))
+        self._free = list(range(DECISIONS - 1, EACH, -1))
 
     def take(self, steer: T) -> T:
         """The same steering for one request, with a decision of its own where it has a condition or acts in a phase,
@@ -156,7 +165,7 @@ class Decisions:
             return steer
         if not self._free:
             raise NoRoom(
-                f"{DECISIONS - 1} requests with conditions or phases are there, and no more can be: try again shortly"
+                f"{DECISIONS - 2} requests with conditions or phases are there, and no more can be: try again shortly"
             )
         decision = Decision(self._free.pop())
         then = tuple((at, replace(part, decision=part.decision and decision)) for at, part in steer.then)
@@ -198,9 +207,9 @@ class Decisions:
 class RequestSteer:
     """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros after its own, and in
     front those that turn, each with its axis after it; bounds `[rank]` int32 (`bounds_of`), None where all act at all
-    layers; and what makes them act together, None where they are orthogonal or one. A request with a condition, or with
-    a part that acts in a `phase` only, has a decision, which `Decisions.take` gives; the part in which a condition is
-    decided has a probe.
+    layers; shifts `[rank]` float32, None where there are none; and what makes them act together, None where they are
+    orthogonal or one. A request with a condition, or with a part that acts in a `phase` only, has a decision, which
+    `Decisions.take` gives; the part in which a condition is decided has a probe.
 
     `then`: the positions, ascending, from which on something else acts, and what; none where these are for all tokens.
     """
@@ -213,6 +222,7 @@ class RequestSteer:
     decision: Decision | None = None
     probe: Probe | None = None
     phase: Phase | None = None
+    shifts: NDArray[np.float32] | None = None
 
     @property
     def acting(self) -> RequestSteer:
@@ -321,12 +331,12 @@ class TokenIndex:
         self._used = 0
         #: The numbers and lengths that the buffers hold; None when they may hold something else.
         self._filled: tuple[NDArray[np.int64], NDArray[np.int64] | NDArray[np.int32]] | None = None
-        self._acting = Acting(0, False, False, False, False, False, False)
+        self._acting = Acting(0, False, False, False, False, False, False, False)
         #: What a token of each entry has in the index, and the number of the entry's combination, 0 for none.
         self._entries = np.zeros((16, fields(rank)), np.int32)
         self._entry_combined = np.zeros(16, np.int64)
         #: Where these have the slot of a combination, the place of a decision, and how it is made (`Probe`).
-        self._combination, self._decision, self._probe = (3 * rank + i for i in range(3))
+        self._combination, self._decision, self._probe = (4 * rank + i for i in range(3))
         self._combining: dict[int, Combination] = {}
         self._home: Combinations | None = None
         #: Of each entry: where it ends, the entry that goes on there, and the one that acts (PLAIN for none).
@@ -334,8 +344,9 @@ class TokenIndex:
         self._deciding: dict[int, Decision] = {}
         #: Entries that have a decision, and whether the buffers speak of any.
         self._conditional, self._speaks_of_conditions = 0, False
-        #: The entries that act in a phase.
+        #: The entries that act in a phase, and those whose tokens decide.
         self._in_phase: set[int] = set()
+        self._each: set[int] = set()
         #: Who decides in this step: entry, decision and token; and at which layers.
         self._deciders: list[tuple[int, Decision, int]] = []
         self.deciding: frozenset[int] = frozenset()
@@ -384,10 +395,12 @@ class TokenIndex:
         number = self._free.pop()
         self._filled = None
         bounds = np.full(self.rank, ANYWHERE) if steer.bounds is None else steer.bounds
+        shifts = np.zeros(self.rank, np.float32) if steer.shifts is None else steer.shifts
         # no slot yet of what combines: the one of those that combine nothing is never its own
-        rest = np.zeros(fields(self.rank) - 3 * self.rank, np.int32)
+        rest = np.zeros(fields(self.rank) - 4 * self.rank, np.int32)
         rest[:1] = ALONE
-        self._entries[number] = np.concatenate([steer.slots, steer.strengths.view(np.int32), bounds, rest])
+        numbers = [each.view(np.int32) for each in (steer.strengths, shifts)]
+        self._entries[number] = np.concatenate([steer.slots, numbers[0], bounds, numbers[1], rest])
         self._entry_combined[number] = 0
         self._entry_parts[:, number] = END, number, number if steer.strengths.any() else PLAIN
         if (decision := steer.decision) is not None:
@@ -403,6 +416,11 @@ class TokenIndex:
                 threshold = np.float32(probe.threshold).view(np.int32)
                 self._entries[number, self._probe :] = probe.deciding, threshold
                 self._deciding[number] = decision
+        elif (probe := steer.probe) is not None:
+            threshold = np.float32(probe.threshold).view(np.int32)
+            self._entries[number, self._decision :] = EACH, probe.deciding, threshold
+            self._conditional += 1
+            self._each.add(number)
         if combination := steer.combination:
             assert self._home in (None, combination.home), "an index speaks of one bank"
             self._home, self._combining[number] = combination.home, combination
@@ -417,6 +435,7 @@ class TokenIndex:
             self._deciding.pop(number, None)
             self._conditional -= bool(self.rank > 1 and self._entries[number, self._decision] != UNCONDITIONAL)
             self._in_phase.discard(number)
+            self._each.discard(number)
             self._free.append(number)
             if following == number:
                 return
@@ -466,7 +485,7 @@ class TokenIndex:
             array[total:] = 0
             if self._stages is not None:
                 self._stages.send(self.packed, end)
-        elif not self._in_phase:
+        elif not self._in_phase and not self._each:
             return steered
         if self._conditional or self._speaks_of_conditions:
             self._open(numbers, lengths, end)
@@ -482,12 +501,11 @@ class TokenIndex:
         """Lay what was decided before beside the tokens of a step, and note who decides in it: the last of a part."""
         assert self.opened is not None
         torch.index_select(self.decisions.opened, 0, self.packed[:end, self._decision], out=self.opened[:end])
-        ends, how = np.cumsum(lengths), self._entries[numbers, self._probe]
-        self._deciders = [
-            (int(numbers[i]), self._deciding[int(numbers[i])], int(ends[i]) - 1) for i in np.flatnonzero(how)
-        ]
+        ends, how, places = np.cumsum(lengths), *self._entries[numbers][:, [self._probe, self._decision]].T
+        once = np.flatnonzero((how != 0) & (places != EACH))
+        self._deciders = [(int(numbers[i]), self._deciding[int(numbers[i])], int(ends[i]) - 1) for i in once]
         self.deciding = frozenset(np.abs(how[how != 0]) - 1)
-        self._speaks_of_conditions = bool(self._entries[numbers, self._decision].any())
+        self._speaks_of_conditions = bool(places.any())
 
     def keep(self) -> list[tuple[Decision, int]]:
         """After the pass is enqueued: what was decided in it is kept. Whose decisions, and by which tokens."""
@@ -495,8 +513,9 @@ class TokenIndex:
             return []
         assert self.opened is not None
         packed, opened = self.packed[: self._used], self.opened[: self._used]
-        decided = packed[:, self._probe] != 0  # others write what is there
-        places = torch.where(decided, packed[:, self._decision].long(), UNCONDITIONAL)
+        places = packed[:, self._decision].long()
+        decided = (packed[:, self._probe] != 0) & (places != EACH)  # others write what is there
+        places = torch.where(decided, places, UNCONDITIONAL)
         self.decisions.opened.scatter_(0, places, torch.where(decided, opened, True))
         self._deciders, self._filled = [], None
         for number, decision, _ in decisions:
@@ -511,7 +530,7 @@ class TokenIndex:
     def go_on(self, found: Tensor) -> None:
         """Take over what the pass has `found` elsewhere, of tokens that were lost, have decided or were followed."""
         self.lost[: self._used].copy_(found & 1)
-        if self._deciders or self._in_phase:
+        if self._deciders or self._in_phase or self._each:
             opened, deciding, _ = self.conditional_of(self._used)
             followed = self.decisions.followed(self.packed[: self._used, self._decision].long())
             opened.copy_(torch.where((deciding != 0) | followed, (found & 2) != 0, opened))
@@ -573,16 +592,19 @@ class TokenIndex:
                 assert starts is not None, "what acts depends on the position"
                 numbers, counts = self._parted(numbers, counts, np.array(starts, np.int64))
             taken, combined = self._entries[numbers], self._entry_combined[numbers]
-            _, slots, strengths, bounds, _ = unpacked(torch.from_numpy(taken), self.rank)
+            _, slots, strengths, bounds, shifts, _ = unpacked(torch.from_numpy(taken), self.rank)
             given = strengths != 0
             depth = max(given.any(1).nonzero().flatten().tolist(), default=-1) + 1
             same = bool((taken == taken[:1]).all() and (combined == combined[:1]).all())
             bounded = bool((given & (bounds != ANYWHERE)).any())
+            shifting = bool((given & (shifts != 0)).any())
             conditional = self.rank > 1 and bool(taken[:, self._decision].any())
             everywhere = bool(given[:depth].all()) and not bounded and not conditional
             same = same and not conditional
             turning = bool((given & turns(slots)).any())
-            self._acting = Acting(depth, everywhere, same, bool(combined.any()), bounded, turning, conditional)
+            self._acting = Acting(
+                depth, everywhere, same, bool(combined.any()), bounded, shifting, turning, conditional
+            )
             return self._fill(numbers, counts, tokens)
         finally:
             for number in entered:
@@ -594,14 +616,16 @@ class TokenIndex:
         and `[1]` where it is the same for all; whether it acts on every one of them, and whether any of it turns.
         `depth` is how many of the rank act on any. For an eager pass after `fill_with`: what is compiled reads the
         buffers themselves."""
-        depth, everywhere, same, combined, bounded, turning, conditional = self._acting
+        depth, everywhere, same, combined, bounded, shifting, turning, conditional = self._acting
         whole = self._used == count
         part = np.s_[:depth,] if same and whole else np.s_[:depth, :, None]
-        rows, slots, strengths, bounds, combinations = self.first(1 if same and whole else count, conditional)
+        acts = self.first(1 if same and whole else count, conditional)
+        rows, slots, strengths, bounds, shifts, combinations = acts
         combinations = combinations[part[1:]] if combined and combinations is not None else None
         bounds = bounds[part] if bounded and bounds is not None else None
+        shifts = shifts[part] if shifting and shifts is not None else None
         # int64 is what indexing takes outside of compiled code
-        acts = Acts(rows[part].long(), slots[part].long(), strengths[part], bounds, combinations)
+        acts = Acts(rows[part].long(), slots[part].long(), strengths[part], bounds, shifts, combinations)
         return acts, everywhere and whole, turning
 
     def _combine(self, numbers: NDArray[np.int64]) -> bool:

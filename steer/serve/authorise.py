@@ -21,7 +21,7 @@ from steer.registry import Admission, Registry
 from steer.serve.carriers import FIELD, Carried
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.policy import CALIBRATED, KeyRules, Limits, Policy
-from steer.spec import Entry, RequestedDirection, Spec, text
+from steer.spec import Entry, RequestedDirection, Spec, shifted, text
 
 #: Where `Access` leaves the caller in an ASGI scope.
 CALLER = "steer.caller"
@@ -246,7 +246,7 @@ def _overdosed(entries: Sequence[Entry], registry: Registry) -> Iterator[str]:
     """What is wrong where entries together take more than one calibrated dose."""
     doses = [meta.calibrated for meta in registry.metas(Spec(tuple(entries)))]
     if sum(map(_share, entries, doses)) > 1 + 1e-9:
-        asked = ", ".join(f"{entry.direction}:{entry.mode}={entry.strength:g}" for entry in entries)
+        asked = ", ".join(f"{e.direction}:{e.mode}{shifted(e)}={e.strength:g}" for e in entries)
         known = {entry.direction: _told(dose) for entry, dose in zip(entries, doses, strict=True)}
         said = "; ".join(f"{name}: {dose}" for name, dose in known.items())
         yield f"{asked} is over what was calibrated: {said}"
@@ -261,17 +261,17 @@ def _over(entries: Sequence[Entry], tools: bool, limits: Limits, who: str) -> It
     direction, total = f"direction '{entries[0].direction}'", sum(abs(entry.strength) for entry in entries)
     if not isinstance(limits.max_strength, str) and total > limits.max_strength:
         yield "max_strength", f"{direction}: strength {total:g} is over the {limits.max_strength:g} that {who} may use"
-    placed = limits.tokens is not None or limits.layers is not None or any(entry.condition for entry in entries)
-    for entry in entries if placed else ():
+    placed = limits.tokens is not None or limits.layers is not None
+    for entry in entries if placed or any(entry.condition or entry.shift for entry in entries) else ():
         yield from ((rule, f"{direction}: for {who} {said}") for rule, said in limits.misplaced(entry))
     if tools and not limits.with_tools:
         yield "with_tools", f"{direction}: for {who} no request that has tools may be steered"
 
 
 def _share(entry: Entry, dose: Mapping[Mode, Dose]) -> float:
-    """How much of its calibrated dose an entry takes; what was not measured is none."""
+    """How much of its calibrated dose an entry takes; what was not measured, as with a shift, is none."""
     low, high = dose.get(entry.mode, (0.0, 0.0))
-    largest = high if entry.strength > 0 else -low
+    largest = 0.0 if entry.shift else high if entry.strength > 0 else -low
     return abs(entry.strength) / largest if largest else math.inf
 
 

@@ -31,7 +31,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import TypedDict
 
 from steer.errors import DirectionError, InvalidInput, SpecError, brief, problem_text
-from steer.names import MAX_STRENGTH, MODES, Mode, check_name
+from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
 from steer.serve.keys import Keyring, is_stored
 from steer.spec import (
     TOKENS,
@@ -98,6 +98,7 @@ def _tokens(value: object) -> str:
 Specs = Annotated[tuple[RequestedDirection, ...], BeforeValidator(_wanted)]
 Flag = Annotated[bool, Field(strict=True)]
 Strength = Annotated[float | Literal["calibrated"], PlainValidator(_strength)]
+Shift = Annotated[float, Field(strict=True, ge=0, le=MAX_SHIFT, allow_inf_nan=False)]
 Tokens = Annotated[str, BeforeValidator(_tokens)]
 AtOnce = Annotated[int, Field(strict=True, ge=1, le=10**6)]
 PerMinute = Annotated[float, Field(strict=True, gt=0, le=1e9, allow_inf_nan=False)]
@@ -112,6 +113,9 @@ class Limits(_Table):
 
     max_strength: Strength = Field(
         MAX_STRENGTH, description="largest strength, on either side of 0; 'calibrated': what a direction's file says"
+    )
+    max_shift: Shift = Field(
+        MAX_SHIFT, description="by how much a threshold may be shifted, up or down: lower, more text is steered"
     )
     tokens: tuple[Tokens, ...] | None = Field(
         None,
@@ -150,6 +154,9 @@ class Limits(_Table):
         """(rule, what is wrong) with where and when it acts."""
         if item.condition and not self.conditional:
             yield "conditions", "no condition is allowed"
+        if item.shift is not None and abs(item.shift) > self.max_shift:
+            allowed = f"at most {self.max_shift:g}" if self.max_shift else "none"
+            yield "max_shift", f"the shift {item.shift:g} is not allowed; allowed: {allowed}"
         if self.tokens is not None and not any(tokens_within(item.tokens, rule) for rule in self.tokens):
             allowed = ", ".join(self.tokens) or "none"
             yield "tokens", f"the tokens '{item.tokens or 'all'}' are not allowed; allowed: {allowed}"
@@ -164,6 +171,7 @@ class Bounds(TypedDict):
     """What the caller may ask for."""
 
     max_strength: Annotated[float, Field(description="largest strength, on either side of 0")]
+    max_shift: Annotated[float, Field(description="largest shift of a threshold, up or down")]
     calibrated: Annotated[bool, Field(description="no more than what a direction's file is calibrated for")]
     tokens: Annotated[list[str], Field(description="what a spec may say; last-8 allows last-1 to last-8; [] nothing")]
     layers: Annotated[str | None, Field(description="within which layers a spec must stay; null for all")]
@@ -185,6 +193,7 @@ def bounds(limits: Sequence[Limits], known: Collection[str]) -> Bounds:
         tokens = []  # nothing is left
     return {
         "max_strength": min((each.largest for each in limits), default=MAX_STRENGTH),
+        "max_shift": min((each.max_shift for each in limits), default=MAX_SHIFT),
         "calibrated": any(each.max_strength == CALIBRATED for each in limits),
         "tokens": [name for name in (TOKENS if tokens is None else tokens) if name in known or name not in TOKENS],
         "layers": None if layers is None else layer_range(f"{layers[0]}-{layers[1]}"),
@@ -203,6 +212,7 @@ class KeyRules(Limits):
     steer: Flag = Field(True, description="may it ask for steering at all")
     directions: tuple[str, ...] = Field((), description="directions that it may use and is told of; '*' is all")
     modes: tuple[Mode, ...] = Field(MODES, description="modes that it may use")
+    max_shift: Shift = Field(0.0, description="by how much it may shift a threshold, up or down")
     default: Specs | None = Field(None, description="steering of its requests that ask for nothing")
     required: Specs = Field((), description="steering of all its requests: applied last, and never switched off")
     manage: Flag = Field(False, description="may it upload and delete directions, and move the kill switch")

@@ -361,7 +361,7 @@ class Frontend:
             raise UnsupportedModel("vLLM made a steered request without its prefix-cache salt")
         ticket.salt = salted
         request.cache_salt = self.salts.current(salted)
-        if any(entry.condition for entry in ticket.admission.spec.entries):
+        if (condition := ticket.admission.spec.condition) and not condition.each:
             request.cache_salt += f"?{request.request_id}"  # one that asks the same may decide otherwise, by rounding
         ticket.admission.hold(request.request_id)
         self.held[request.request_id] = ticket

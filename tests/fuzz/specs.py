@@ -19,6 +19,7 @@ TEXTS = (
     "refusal=0.7",
     "refusal:one_sided=0.7",
     "refusal=1,verbosity=-0.5",
+    "refusal:one_sided^-0.25@answer=1",
     "off",
     '["a", {"direction": "b"}]',
 )

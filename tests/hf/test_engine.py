@@ -245,6 +245,10 @@ def component(rig: Rig, prompt: list[int], layer: int, direction: str) -> float:
     )
 
 
+def side_of(side: str, number: float, layer: int) -> Condition:
+    return Condition("c", layer, *((number, None) if side == "above" else (None, number)), digest="c")
+
+
 CONDITIONAL = ((Entry("a", "a", "ablate", 2.0),), (Entry("a", "a", "rotate", 1.0), Entry("b", "b", "add", 1.5)))
 
 
@@ -262,10 +266,48 @@ def test_under_a_condition_a_request_is_plain_or_steered_behind_it(kind: str, re
         for side, sign in (("above", 1), ("below", -1)):
             for holds in (True, False):
                 number = c - sign * (0.01 if holds else -0.01)
-                condition = Condition("c", layer, **{side: number}, digest="c")
+                condition = side_of(side, number, layer)
                 got = asyncio.run(made.tokens(prompt, under(condition, *entries)))
                 assert got == (whole if holds else plain), (entries, condition, c)
                 assert {t.applied for t in got} == {holds}
+
+
+@pytest.mark.parametrize("tokens", [None, "prompt", "answer", "not-first", "last-2"])
+@pytest.mark.parametrize("kind", ["llama", "sequential"])
+def test_tokens_that_decide_for_themselves_are_steered_or_keep_their_bits(
+    kind: str, tokens: str | None, request: pytest.FixtureRequest
+) -> None:
+    """Which these are follows from a plain pass: nothing acts before the layer of the condition has ended."""
+    made: Rig = request.getfixturevalue(kind)
+    steering, count = made.engine.steering, 6
+    for entries, prompt, layer in itertools.product(CONDITIONAL, ([5, 6, 7, 11, 9], [8]), (0, 1)):
+        layers = f"{layer + 1}-{models.LAYERS - 1}"
+        steered = Spec(tuple(replace(e, layers=e.layers or layers, tokens=tokens) for e in entries))
+        if any(e.layers and e.range[0] <= layer for e in entries):
+            continue
+        for side, sign in (("above", 1), ("below", -1)):
+            number = component(made, prompt, layer, "c") - sign * 0.01
+
+            def under_each(number: float, side: str = side, layer: int = layer, steered: Spec = steered) -> Spec:
+                condition = replace(side_of(side, number, layer), each=True)
+                return Spec(tuple(replace(e, condition=condition) for e in steered.entries))
+
+            got = asyncio.run(made.tokens(prompt, under_each(number), replace(GREEDY, max_tokens=count)))
+            assert {t.applied for t in got} == {None}
+            ids = list(prompt)
+            for token in got:
+                passed = [sign * (component(made, ids[: at + 1], layer, "c") - number) > 0 for at in range(len(ids))]
+                each = [
+                    acting(steered, len(prompt), position, ids) if holds else Spec()
+                    for position, holds in enumerate(passed)
+                ]
+                with torch.no_grad(), steering.batch(each, [1] * len(ids)):
+                    logits = made.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+                assert token.id == int(logits.argmax()), (entries, tokens, passed)
+                ids.append(token.id)
+            plain, whole = (asyncio.run(made.tokens(prompt, spec)) for spec in (None, steered))
+            assert asyncio.run(made.tokens(prompt, under_each(sign * 1e9))) == plain
+            assert asyncio.run(made.tokens(prompt, under_each(-sign * 1e9))) == whole
 
 
 def acts_in(tokens: str) -> Spec:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steer.errors import NoRoom
-from steer.names import MODES, TURNING, Mode, Site
+from steer.names import MODES, SHIFTING, TURNING, Mode, Site
 from steer.runtime.bank import EMBEDDING, BankSlice, DirectionBank, HookPoint, gather, operate, operate_before_norm
-from steer.runtime.op import GATE, amount, coefficients, component, embedding_coefficients
+from steer.runtime.op import COEFFICIENTS, GATE, amount, coefficients, component, embedding_coefficients
 from steer.runtime.token_index import TokenIndex, slot, slots_of
 from steer.spec import Entry, Spec
 from tests import models
@@ -193,12 +193,12 @@ def test_an_axis_takes_a_row_only_where_a_request_could_use_it(rank: int) -> Non
     assert t.rows_in_use == 0
 
 
-def naive(x: Tensor, wish: Sequence[tuple[str, Mode, float]], layer: int) -> Tensor:
+def naive(x: Tensor, wish: Sequence[tuple[str, Mode, float, float]], layer: int) -> Tensor:
     """One token's vector after a request at one layer: the modes as the design tells them, in float64. What is added
     goes in; then the shortest step leaves each component that is set as its own mode and strength say."""
     x = x.double()
     added, sets, targets = torch.zeros_like(x), [torch.zeros(0, len(x)).double()], [torch.zeros(0).double()]
-    for name, mode, strength in wish:
+    for name, mode, strength, shift in wish:
         direction = DIRECTIONS[name]
         difference = (direction.mean_harmful[layer] - direction.mean_harmless[layer]).double()
         rows = direction.directions[layer].double()
@@ -210,6 +210,11 @@ def naive(x: Tensor, wish: Sequence[tuple[str, Mode, float]], layer: int) -> Ten
             rows = torch.stack([direction.axis[layer].double(), rows[0]])
             pair = complex(*(rows @ x))
             gate, target = direction.angles[layer].tolist() if mode == "rotate_one_sided" else (-math.inf, 0.0)
+            ends = [
+                complex(*(rows @ mean[layer].double())) for mean in (direction.mean_harmful, direction.mean_harmless)
+            ]
+            gate += shift * abs(cmath.phase(ends[0]) - cmath.phase(ends[1]))
+            target = min(target, gate) if shift else target
             alpha = cmath.phase(pair)
             turned = cmath.rect(abs(pair), alpha + float(scale) * (target - alpha) if alpha > gate else alpha)
             if np.float32(strength):
@@ -220,9 +225,14 @@ def naive(x: Tensor, wish: Sequence[tuple[str, Mode, float]], layer: int) -> Ten
             share = along / along.norm() if direction.rank > 1 else torch.ones(1).double()
             added = added + scale * difference.norm() * share @ rows
             continue
+        harmless = rows @ direction.mean_harmless[layer].double()
+        low, high = torch.stack([harmless, harmless + along]).sort(0).values
+        moved = shift * (high - low)
+        narrow = torch.minimum(low - moved, (low + high) / 2), torch.maximum(high + moved, (low + high) / 2)
         change = {
             "ablate": -component,
-            "one_sided": -(component - direction.reference[layer].double()).clamp_min(0),
+            "clamp": torch.minimum(torch.maximum(component, narrow[0]), narrow[1]) - component,
+            "one_sided": -(component - direction.reference[layer].double() - moved).clamp_min(0),
             "affine": rows @ direction.mean_harmless_all[layer].double() - component,
         }[mode]
         if np.float32(strength):
@@ -235,8 +245,9 @@ def naive(x: Tensor, wish: Sequence[tuple[str, Mode, float]], layer: int) -> Ten
 #: With the layers at which each acts.
 WISH = st.lists(
     st.builds(
-        lambda which, *rest: Entry(which[0], *which, *rest),
+        lambda which, shift, *rest: Entry(which[0], *which, *rest, shift=shift if which[1] in SHIFTING else None),
         st.sampled_from([(name, mode) for name in sorted(RANKS) for mode in DIRECTIONS[name].meta.modes]),
+        st.sampled_from([None, 0.3, -0.3, 2.0, -2.0]),
         st.floats(-2, 2),
         st.sampled_from([None, None, "0", "1-2", "0-1"]),
     ),
@@ -260,7 +271,7 @@ def test_a_mixed_batch_is_each_token_by_the_formula(batch: list[tuple[list[Entry
         made, _ = operate(x, gather(bank_slice, *index.first(n)))
         for i, wish in enumerate(tokens):
             here = [
-                (entry.digest, entry.mode, entry.strength)
+                (entry.digest, entry.mode, entry.strength, entry.shift or 0.0)
                 for entry in wish
                 if entry.layers is None or int(entry.layers[0]) <= layer <= int(entry.layers[-1])
             ]
@@ -351,7 +362,7 @@ def test_one_entry_is_the_formula_of_one_to_the_bit(mode: Mode, rank: int) -> No
 def test_bytes_are_those_of_the_tensors() -> None:
     t, single = bank(rows=6, rank=4), bank(rows=6, rank=1)
     points, slots = len(POINTS), 7 * len(MODES)
-    assert single.nbytes == points * 4 * (7 * models.D_MODEL + slots * 4 + 1)
+    assert single.nbytes == points * 4 * (7 * models.D_MODEL + slots * COEFFICIENTS + 1)
     assert t.combinations is not None
     assert t.nbytes - single.nbytes == points * 4 * (t.combinations.capacity + 1) * 4 * 4
 

@@ -10,9 +10,30 @@ from torch import Tensor
 
 from steer.direction import Direction
 from steer.errors import SpecError
-from steer.names import MAX_STRENGTH, MODE_SCALES, MODE_SUMMARIES, MODES, SITE_RULES, SITES, TURNING, Mode, Site
+from steer.names import (
+    MAX_STRENGTH,
+    MODE_SCALES,
+    MODE_SUMMARIES,
+    MODES,
+    SHIFTING,
+    SITE_RULES,
+    SITES,
+    TURNING,
+    Mode,
+    Site,
+)
 from steer.runtime.bank import EMBEDDING, HookPoint
-from steer.runtime.op import GAMMA, GATE, TARGET, WEIGHT, coefficients, embedding_coefficients
+from steer.runtime.op import (
+    COEFFICIENTS,
+    FLOOR,
+    GAMMA,
+    GATE,
+    SPREAD,
+    TARGET,
+    WEIGHT,
+    coefficients,
+    embedding_coefficients,
+)
 from steer.shape import check_mode
 from tests import models
 from tests.oracle import displacement
@@ -48,9 +69,9 @@ def test_coefficients_have_a_row_for_each_layer_and_row(mode: Mode, k: int) -> N
         return
     rows = 2 if mode in TURNING else k
     each = coefficients(direction, mode)
-    assert each.shape == (models.LAYERS, rows, 4)
+    assert each.shape == (models.LAYERS, rows, COEFFICIENTS)
     assert each.dtype == torch.float32
-    assert embedding_coefficients(direction, mode).shape == (rows, 4)
+    assert embedding_coefficients(direction, mode).shape == (rows, COEFFICIENTS)
 
 
 def test_each_mode_says_what_it_does() -> None:
@@ -79,7 +100,7 @@ def test_the_table_of_coefficients(k: int) -> None:
     of = {mode: coefficients(direction, mode) for mode in STRAIGHT}
     weights = WEIGHTS[:, None].expand(-1, k)
     nothing = torch.zeros(models.LAYERS, k)
-    for mode in ("ablate", "one_sided", "affine"):
+    for mode in ("ablate", "one_sided", "affine", "clamp"):
         assert torch.equal(of[mode][..., WEIGHT], weights)
         assert torch.equal(of[mode][..., GAMMA], nothing)
     assert torch.equal(of["add"][..., WEIGHT], nothing)
@@ -90,8 +111,18 @@ def test_the_table_of_coefficients(k: int) -> None:
         harmless = direction.directions[layer] @ direction.mean_harmless_all[layer]
         torch.testing.assert_close(of["affine"][layer, :, TARGET], harmless)
     for mode in STRAIGHT:
-        gate = direction.reference if mode == "one_sided" else torch.full((models.LAYERS, k), -torch.inf)
-        assert torch.equal(of[mode][..., GATE], gate)
+        never = torch.full((models.LAYERS, k), -torch.inf)
+        ends = torch.stack([direction.mean_harmless, direction.mean_harmful]).double()
+        ends = torch.einsum("lkd,mld->mlk", direction.directions.double(), ends)
+        spread = (ends[1] - ends[0]).abs() if mode in SHIFTING else torch.zeros_like(ends[0])
+        torch.testing.assert_close(of[mode][..., SPREAD].double(), spread, rtol=1e-5, atol=1e-5)
+        if mode == "clamp":
+            bounds = of[mode][..., [FLOOR, GATE]].double().movedim(-1, 0)
+            torch.testing.assert_close(bounds, ends.sort(0).values, rtol=1e-5, atol=1e-5)
+            assert torch.equal(of[mode][..., TARGET], of[mode][..., GATE])
+            continue
+        assert torch.equal(of[mode][..., GATE], direction.reference if mode == "one_sided" else never)
+        assert torch.equal(of[mode][..., FLOOR], never)
     lower = direction.reference - 0.25
     with_target = coefficients(replace(direction, target=lower), "one_sided")
     assert torch.equal(with_target[..., TARGET], lower)

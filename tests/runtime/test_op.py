@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steer.runtime.op import GAMMA, GATE, TARGET, WEIGHT, displacements, joint
+from steer.runtime.op import COEFFICIENTS, FLOOR, GAMMA, GATE, TARGET, WEIGHT, displacements, joint
 from tests.oracle import displacement
 
 law = settings(deadline=None, max_examples=60)
@@ -28,7 +28,8 @@ def drawn(seed: int, tokens: int = 5, d_model: int = 16) -> tuple[Tensor, Tensor
 
 
 def row(*, target: float = 0.0, gate: float = -math.inf, weight: float = 0.0, gamma: float = 0.0) -> Tensor:
-    out = torch.empty(4, dtype=torch.float64)
+    out = torch.zeros(COEFFICIENTS, dtype=torch.float64)
+    out[FLOOR] = -math.inf
     out[TARGET], out[GATE], out[WEIGHT], out[GAMMA] = target, gate, weight, gamma
     return out
 
@@ -163,14 +164,14 @@ def test_tokens_are_treated_one_by_one(seed: int) -> None:
     """Every token with its own vector, coefficients and strength, in any batch shape."""
     generator = torch.Generator().manual_seed(seed)
     x, v = drawn(seed, tokens=6)[0], torch.randn(6, 16, generator=generator, dtype=torch.float64)
-    coefficients = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    coefficients = torch.randn(6, COEFFICIENTS, generator=generator, dtype=torch.float64)
     strengths = torch.randn(6, generator=generator, dtype=torch.float64)
     together = displacement(x, v, coefficients, strengths)
     for i in range(6):
         torch.testing.assert_close(
             together[i], displacement(x[i], v[i], coefficients[i], strengths[i]), rtol=0, atol=1e-12
         )
-    shaped = displacement(x.view(2, 3, 16), v.view(2, 3, 16), coefficients.view(2, 3, 4), strengths.view(2, 3))
+    shaped = displacement(x.view(2, 3, 16), v.view(2, 3, 16), coefficients.view(2, 3, -1), strengths.view(2, 3))
     torch.testing.assert_close(shaped.view(6, 16), together, rtol=0, atol=1e-12)
 
 
@@ -182,7 +183,7 @@ def test_the_dtype_is_that_of_x(dtype: torch.dtype) -> None:
 
 def entries(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[float]]:
     """Directions of rank 1 to 3 at any angle up to a cosine of 0.999, each in a mode: vectors `[n, 32]`, coefficients
-    `[n, 4]`, strengths; float64."""
+    `[n, 6]`, strengths; float64."""
     generator = torch.Generator().manual_seed(draw(SEEDS))
     vectors: list[Tensor] = []
     rows, strengths = [], []

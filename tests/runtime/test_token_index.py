@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from steer.names import MODES
 from steer.runtime.bank import DirectionBank, HookPoint, gather, operate
 from steer.runtime.combine import Combination
+from steer.runtime.op import FLOOR, GATE
 from steer.runtime.readout import ReadIndex
 from steer.runtime.token_index import PLAIN, STAGES, UNCONDITIONAL, Acts, Decision, RequestSteer, TokenIndex, slot
 from steer.spec import PHASES, Entry, Line, Readout, Spec
@@ -25,9 +26,12 @@ from tests.runtime.copy_queues import Late
 law = settings(deadline=None, max_examples=60)
 RANK, MAX_TOKENS = 2, 24
 REQUESTS = st.builds(
-    lambda slots, strengths: RequestSteer(np.array(slots, np.int64), np.array(strengths, np.float32)),
+    lambda slots, strengths, shifts: RequestSteer(
+        np.array(slots, np.int64), np.array(strengths, np.float32), shifts=shifts and np.array(shifts, np.float32)
+    ),
     st.lists(st.integers(0, 27), min_size=RANK, max_size=RANK),
     st.lists(st.floats(-10, 10, width=32), min_size=RANK, max_size=RANK),
+    st.none() | st.lists(st.floats(-2, 2, width=32), min_size=RANK, max_size=RANK),
 )
 BATCHES = st.lists(st.tuples(st.none() | REQUESTS, st.integers(0, 6)), max_size=4)
 
@@ -56,6 +60,9 @@ def test_every_token_gets_its_own_requests_rows(batches: list[list[tuple[Request
             assert acts.slots[j].tolist() == list(slots)
             assert acts.rows[j].tolist() == [slot // len(MODES) for slot in slots]
             assert acts.strengths[j].tolist() == list(strengths)
+            shifts = [float(s.shifts[j]) if s and s.shifts is not None else 0.0 for s in tokens]
+            assert acts.shifts is not None
+            assert acts.shifts[j].tolist() == shifts + [0.0] * (MAX_TOKENS - len(tokens))
     assert index.packed.data_ptr() == where
 
 
@@ -157,6 +164,7 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
     bank_slice = bank.slices[HookPoint("resid_post", 0)]
     bank_slice.vectors.normal_()
     bank_slice.coefficients.normal_()
+    bank_slice.coefficients[:, FLOOR] = bank_slice.coefficients[:, GATE] - 1
     steers = []
     for _ in range(data.draw(st.integers(1, 2))):
         steer = RequestSteer.plain(rank)
@@ -165,7 +173,8 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
             steer.slots[j] = slot(data.draw(st.integers(1, 4)), "rotate" if j < turned else "ablate")
             steer.strengths[j] = data.draw(st.sampled_from([0.0, 0.5, -1.0]))
         steer.strengths[1:turned] = steer.strengths[0]
-        steers.append(steer)
+        shifts = data.draw(st.none() | st.lists(st.sampled_from([0.0, 0.5, -1.0]), min_size=rank, max_size=rank))
+        steers.append(replace(steer, shifts=shifts and np.array(shifts, np.float32)))
     asked = [data.draw(st.sampled_from([*steers, None])) for _ in range(data.draw(st.integers(1, 4)))]
     for step in (asked, asked[:1]):
         index.fill_with(step, [1] * len(step))
@@ -296,7 +305,7 @@ def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, queue:
             if queue is not None:
                 queue.run()
             reads.fill([Readout((Line("d", "d", 0),), (0,))] * 3, [1] * 3)
-            bank_slice.write(1, torch.ones(8), dict.fromkeys(MODES, torch.zeros(4)))
+            bank_slice.write(1, torch.ones(8), dict.fromkeys(MODES, torch.zeros(6)))
         for tensor in (
             *contents(index),
             bank_slice.vectors,
@@ -316,8 +325,8 @@ def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, queue:
 
 
 def test_bytes_are_those_of_the_tensors() -> None:
-    assert TokenIndex(1, 100, "cpu").nbytes == 100 * (3 * 4 + 1)
-    assert TokenIndex(3, 100, "cpu").nbytes == 100 * (3 * 3 * 4 + 4 * 4 + 1 + 1)
+    assert TokenIndex(1, 100, "cpu").nbytes == 100 * (4 * 4 + 1)
+    assert TokenIndex(3, 100, "cpu").nbytes == 100 * (4 * 3 * 4 + 4 * 4 + 1 + 1)
 
 
 THINKING = Thinking(8, 9, frozenset({5}))

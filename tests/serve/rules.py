@@ -41,6 +41,7 @@ hash = "{HASH["reader"]}"
 directions = ["refusal"]
 modes = ["ablate", "one_sided"]
 max_strength = 1.0
+max_shift = 0.5
 conditions = true
 
 [keys.nothing]  # of which only the hash is given
@@ -122,6 +123,15 @@ UNKNOWN = (400, "invalid_value")
 CASES = (
     Case("reader", "refusal=0.7", [("refusal", "ablate", 0.7)]),
     Case("reader", "refusal:one_sided=-1", [("refusal", "one_sided", -1.0)]),
+    Case("reader", "refusal:one_sided^0.5=1", [("refusal", "one_sided", 1.0)]),
+    Case(
+        "reader",
+        "refusal:one_sided^-0.51=1",
+        FORBIDDEN,
+        "for this key the shift -0.51 is not allowed; allowed:",
+    ),
+    Case("all", "refusal:one_sided^-0.1", FORBIDDEN, "for this key the shift -0.1 is not allowed; allowed: none"),
+    Case("reader", "refusal^0.5", UNKNOWN, "the mode 'ablate' has no threshold to shift; modes with one: clamp, "),
     Case("reader", "off", []),
     Case("reader", None, []),
     Case("reader", "refusal=1.01", FORBIDDEN, "strength 1.01 is over the 1 that this key may use"),

@@ -82,7 +82,7 @@ max_strength = "1"
         5: "directions.bad name.max_strength",
         8: "keys.alice.hash",
         9: "keys.alice.directions",
-        13: "keys.alice.max_strenght: unknown; accepted: max_strength, tokens, layers",
+        13: "keys.alice.max_strenght: unknown; accepted: max_strength, max_shift, tokens, layers",
         17: "keys.bob.modes",
         18: "keys.bob.requests_per_minute",
         19: "keys.bob.default",
@@ -126,6 +126,9 @@ def test_a_calibrated_dose_is_what_the_file_says_for_each_mode_and_side(rules: s
         with pytest.raises(Refusal, match=r"calibrated: d: ablate from 0 to 1\.5, one_sided from -0\.5 to 2") as caught:
             asked(rules, spec, NO)
         assert caught.value.rule == ("direction_" if "[directions" in rules else "") + "max_strength"
+    # at another threshold nothing was measured
+    with pytest.raises(Refusal, match=r"d:one_sided\^-0\.5=1 is over what was calibrated"):
+        asked(f"max_shift = 1.0\n{rules}", "d:one_sided^-0.5=1", NO)
 
 
 def test_two_files_share_one_calibrated_dose() -> None:

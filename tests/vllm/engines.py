@@ -28,6 +28,8 @@ SPECS = (
     "refusal=-0.5",
     "refusal:one_sided=0.7",
     "refusal:affine",
+    "refusal:clamp",
+    "refusal:clamp^0.1=0.5,verbosity:one_sided^-0.25@answer",
     "verbosity:add=0.5",
     "refusal=0.5,verbosity",
     "verbosity:one_sided,refusal",
@@ -38,6 +40,9 @@ SPECS = (
     "refusal:rotate",
     "refusal:rotate@1-2=-0.5",
     "refusal:rotate_one_sided@answer=0.7",
+    "refusal:rotate_one_sided^-0.3",
+    "refusal?each:verbosity@0>0=1.5",
+    "verbosity:add@1@not-first?each:verbosity@0<0=2",
     "refusal?verbosity@0>0=1.5",
     "verbosity:add@1?verbosity@0<0=2",  # where the one before is plain
 )
@@ -102,26 +107,29 @@ class Reference:
     def logprobs(self, ids: Sequence[int], spec: str, prompt: int = 0) -> torch.Tensor:
         """`[tokens, vocabulary]` of one uncached pass over `ids`, of which `prompt` are the prompt's."""
         resolved = self.registry.resolve(parse(spec))
+        steered = [True] * len(ids)
         if condition := resolved.condition:
-            entries = resolved.entries if self.holds(condition, ids[:prompt]) else ()
-            resolved = Spec(tuple(replace(entry, condition=None) for entry in entries))
+            steered = self.holds(condition, ids if condition.each else ids[:prompt])
+            steered = steered if condition.each else steered[-1:] * len(ids)
+            resolved = Spec(tuple(replace(entry, condition=None) for entry in resolved.entries))
         each: tuple[list[Spec], list[int] | None] = [resolved], None
-        if not resolved.everywhere:
+        if condition or not resolved.everywhere:
             acts = [acting(resolved, prompt, position, ids, self.thinking) for position in range(len(ids))]
-            each = acts, [1] * len(ids)
+            each = [one if holds else Spec() for one, holds in zip(acts, steered, strict=True)], [1] * len(ids)
         with torch.no_grad(), self.steering.batch(*each):
             logits = self.steering.anatomy.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
         return torch.log_softmax(logits.float(), -1)
 
-    def holds(self, condition: Condition, prompt: Sequence[int]) -> bool:
-        """By a plain pass over the prompt."""
+    def holds(self, condition: Condition, ids: Sequence[int]) -> list[bool]:
+        """At each of these tokens, by a plain pass."""
         seen: list[torch.Tensor] = []
         block = self.steering.anatomy.blocks[condition.layer]
-        with torch.no_grad(), hooks([on_output(block, lambda x: seen.append(x[0, -1]))]):
-            self.steering.anatomy.model(input_ids=torch.tensor([list(prompt)]), use_cache=False)
+        with torch.no_grad(), hooks([on_output(block, lambda x: seen.append(x[0]))]):
+            self.steering.anatomy.model(input_ids=torch.tensor([list(ids)]), use_cache=False)
         v = self.registry.get(condition.direction).direction.directions[condition.layer, 0]
-        c = float(seen[0].float() @ v)
-        return c > condition.above if condition.above is not None else c < (condition.below or 0.0)
+        c = seen[0].float() @ v
+        passed = c > condition.above if condition.above is not None else c < (condition.below or 0.0)
+        return [bool(one) for one in passed]
 
     def check(self, output: Any, spec: str) -> None:
         """A greedy answer with `logprobs=1` is what this model says: the same tokens, the same logprobs."""

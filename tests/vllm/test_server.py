@@ -106,7 +106,8 @@ def test_streams_have_receipts_and_are_steered(server: Server, route: str) -> No
 
 def test_what_is_served_is_what_transformers_says(server: Server, home: Home) -> None:
     reference = Reference(home)
-    for spec in ("off", "refusal", "refusal:one_sided=0.5,verbosity=-0.5", "verbosity:add=0.5"):
+    shifted = ("refusal:clamp^-0.25", "refusal:one_sided^0.5=2,verbosity:clamp")
+    for spec in ("off", "refusal", "refusal:one_sided=0.5,verbosity=-0.5", "verbosity:add=0.5", *shifted):
         body = ask(server, "/v1/completions", steer=spec, logprobs=1, return_token_ids=True).json()["choices"][0]
         prompt, answer = body["prompt_token_ids"], body["token_ids"]
         expected = reference.logprobs(prompt + answer, spec)[len(prompt) - 1 : -1]

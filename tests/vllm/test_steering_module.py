@@ -81,7 +81,7 @@ def steered(rank: int) -> tuple[SteeringModule, TokenIndex, DirectionBank]:
     """With a unit row, and an axis where it has one, for every slot of rank `rank`."""
     bank, index = DirectionBank([PLACE], rows=4, rank=rank, d_model=WIDTH, requests=4), TokenIndex(rank, 16, "cpu")
     rows = torch.linalg.qr(torch.randn(WIDTH, 4, generator=torch.Generator().manual_seed(1)))[0].T
-    values = torch.tensor([0.0, -torch.inf, 1.0, 0.0])
+    values = torch.tensor([0.0, -torch.inf, 1.0, 0.0, -torch.inf, 0.0])
     for row, vector in enumerate(rows, 1):
         bank.slices[PLACE].write(row, vector, dict.fromkeys(MODES, values))
     return SteeringModule(bank.slices[PLACE], index), index, bank
@@ -197,7 +197,8 @@ def test_a_condition_is_decided_inside_of_a_traced_graph_and_kept(side: str, hol
     v, probe = (bank.slices[points[n]].vectors[bank.rows_of([name])[0]] for n, name in ((1, "a"), (0, "p")))
     c = float((h + r)[prompt - 1] @ probe)
     number = c - 0.1 if (side == "above") == holds else c + 0.1
-    condition = Condition("p", 0, **{side: number}, digest="p")
+    above, below = (number, None) if side == "above" else (None, number)
+    condition = Condition("p", 0, above, below, digest="p")
     steer = bank.steer(Spec((Entry("a", "a", "ablate", 1.0, "1", "answer", condition),)), prompt)
     beside = bank.steer(Spec((Entry("a", "a", "ablate", 1.0, "0"),)))
     assert steer is not None

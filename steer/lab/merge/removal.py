@@ -36,7 +36,7 @@ LOOKING = "looking"
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What is removed from what each layer writes: rows `[k, d_model]` and coefficients `[k, 4]` of the operation."""
+    """What is removed from what each layer writes: rows `[k, d_model]` and coefficients `[k, 6]` of the operation."""
 
     direction: Direction
     strength: float

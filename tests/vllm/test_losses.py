@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer.runtime.token_index import Losses
+from steer.runtime.token_index import Decision, Losses
 from steer.shared import Shared
 from steer.spec import Entry, Spec
 from steer.vllm.frontend import GROUPS, SALT, Salts, parted, salt
-from steer.vllm.internals.base import ABOVE
+from steer.vllm.internals.base import ABOVE, news_of
 from steer.vllm.losses import KEPT, SteeredRun, SteeredRuns, Step
 from steer.vllm.settings import RESOLVED
 
@@ -39,9 +39,9 @@ def output(*requests: str) -> Any:
     return SimpleNamespace(req_id_to_index={r: i for i, r in enumerate(requests)}, num_nans_in_logits=None)
 
 
-def told(made: Any) -> dict[str, int]:
+def told(made: Any) -> dict[str, int | None]:
     """Positions of first lost tokens."""
-    return {request: (value >> ABOVE) - 1 for request, value in (made.num_nans_in_logits or {}).items()}
+    return {request: news_of(value)[0] for request, value in (made.num_nans_in_logits or {}).items()}
 
 
 @given(TOKENS, TOKENS, st.integers(0, 7), st.booleans(), st.booleans())
@@ -76,6 +76,34 @@ def test_a_loss_is_told_with_each_output_until_its_request_ends() -> None:
 def test_what_a_plain_request_and_one_that_has_ended_say_is_nobodys() -> None:
     runs = SteeredRuns()
     assert told(runs.tell(output("p"), step({"p": 3}, [1], {"p": 0}))) == {}
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.sampled_from([None, False, True]), st.booleans()), min_size=1))
+def test_what_is_decided_in_a_pass_is_told_with_its_output_beside_losses_and_what_vllm_counts(
+    each: list[tuple[int, bool | None, bool]],
+) -> None:
+    """Each request has so many tokens, by the last of which it decides, or which is lost; vLLM has counted of each."""
+    runs, lengths, ends = (
+        SteeredRuns(),
+        {str(i): n for i, (n, _, _) in enumerate(each)},
+        np.cumsum([n for n, *_ in each]),
+    )
+    for name in lengths:
+        runs.meet(name, run_of([int(name)] * lengths[name]))
+    opened = torch.zeros(int(ends[-1]), dtype=torch.bool)
+    deciders = []
+    for at, (_, holds, _) in zip((ends - 1).tolist(), each, strict=True):
+        if holds is not None:
+            opened[at] = holds
+            deciders.append((Decision(1), at))
+    made = step(lengths, [end - 1 for end, (*_, lost) in zip(ends.tolist(), each, strict=True) if lost], lengths)
+    made.losses._opened, made.losses._deciders = opened, deciders
+    counted = output(*lengths)
+    counted.num_nans_in_logits = dict.fromkeys(lengths, 7)
+    found = runs.tell(counted, made).num_nans_in_logits
+    assert {value & (2**ABOVE - 1) for value in found.values()} == {7}
+    for name, (n, holds, lost) in zip(lengths, each, strict=True):
+        assert news_of(found[name]) == (2 * n - 1 if lost else None, holds)
 
 
 def test_losses_that_are_remembered_are_bounded() -> None:

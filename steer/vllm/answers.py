@@ -37,8 +37,8 @@ def with_fields(send: Send, met: Met, fetch: Fetch | None = None) -> Send:
     last = b""
 
     def told(answer: dict[str, Any]) -> bytes:
-        for choice in answer["choices"]:
-            if choice["finish_reason"] and (applied := met(answer["id"], choice["index"])) is not None:
+        for choice in answer.get("choices", ()):
+            if choice.get("finish_reason") and (applied := met(answer["id"], choice["index"])) is not None:
                 choice["steer_applied"] = applied
         return json.dumps(answer).encode()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,13 +27,16 @@ def run_of(prompt: list[int], spec: str = "a") -> SteeredRun:
     return SteeredRun(spec, prompt, len(prompt))
 
 
-def step(requests: dict[str, int], lost: list[int], starts: dict[str, int]) -> Step:
-    """A pass in which each request has so many tokens, of which `lost` are."""
+def step(requests: dict[str, int], lost: list[int], starts: dict[str, int], decided: Mapping[int, bool] = {}) -> Step:
+    """A pass in which each request has so many tokens, of which `lost` are, and some have decided."""
     flags = torch.zeros(sum(requests.values()), dtype=torch.bool)
     flags[lost] = True
     cached = SimpleNamespace(req_ids=list(starts), num_computed_tokens=list(starts.values()))
     scheduled = SimpleNamespace(scheduled_cached_reqs=cached, scheduled_new_reqs=[])
-    return Step(Losses(flags, None), list(requests), np.array(list(requests.values()), np.int32), scheduled)
+    opened = torch.zeros_like(flags)
+    opened[[at for at, holds in decided.items() if holds]] = True
+    losses = Losses(flags, None, opened, [(Decision(1), at) for at in decided])
+    return Step(losses, list(requests), np.array(list(requests.values()), np.int32), scheduled)
 
 
 def output(*requests: str) -> Any:
@@ -83,27 +87,17 @@ def test_what_is_decided_in_a_pass_is_told_with_its_output_beside_losses_and_wha
     each: list[tuple[int, bool | None, bool]],
 ) -> None:
     """Each request has so many tokens, by the last of which it decides, or which is lost; vLLM has counted of each."""
-    runs, lengths, ends = (
-        SteeredRuns(),
-        {str(i): n for i, (n, _, _) in enumerate(each)},
-        np.cumsum([n for n, *_ in each]),
-    )
-    for name in lengths:
-        runs.meet(name, run_of([int(name)] * lengths[name]))
-    opened = torch.zeros(int(ends[-1]), dtype=torch.bool)
-    deciders = []
-    for at, (_, holds, _) in zip((ends - 1).tolist(), each, strict=True):
-        if holds is not None:
-            opened[at] = holds
-            deciders.append((Decision(1), at))
-    made = step(lengths, [end - 1 for end, (*_, lost) in zip(ends.tolist(), each, strict=True) if lost], lengths)
-    made.losses._opened, made.losses._deciders = opened, deciders
-    counted = output(*lengths)
-    counted.num_nans_in_logits = dict.fromkeys(lengths, 7)
-    found = runs.tell(counted, made).num_nans_in_logits
+    runs, lengths, counted = SteeredRuns(), {str(i): n for i, (n, _, _) in enumerate(each)}, output()
+    for name, n in lengths.items():
+        runs.meet(name, run_of([int(name)] * n))
+        counted.req_id_to_index[name], counted.num_nans_in_logits = int(name), dict.fromkeys(lengths, 7)
+    last = dict(zip((np.cumsum([*lengths.values()]) - 1).tolist(), each, strict=True))
+    lost = [at for at, (*_, fell) in last.items() if fell]
+    decided = {at: holds for at, (_, holds, _) in last.items() if holds is not None}
+    found = runs.tell(counted, step(lengths, lost, lengths, decided)).num_nans_in_logits
     assert {value & (2**ABOVE - 1) for value in found.values()} == {7}
-    for name, (n, holds, lost) in zip(lengths, each, strict=True):
-        assert news_of(found[name]) == (2 * n - 1 if lost else None, holds)
+    for name, (n, holds, fell) in zip(lengths, each, strict=True):
+        assert news_of(found[name]) == (2 * n - 1 if fell else None, holds)
 
 
 def test_losses_that_are_remembered_are_bounded() -> None:

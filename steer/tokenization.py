@@ -68,6 +68,15 @@ class Phase:
             return Phase(False)
         return replace(self, begun=True, begins=-1) if token == self.begins else self
 
+    def comes(self, answer: Sequence[int]) -> bool:
+        """Is any of these tokens predicted in it?"""
+        phase = self
+        for token in answer:
+            if phase.begun:
+                return True
+            phase = phase.after(token)
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class Thinking:

@@ -299,6 +299,13 @@ class Losses:
         starts = ends[requests] - np.asarray(lengths)[requests]
         return dict(zip(requests.tolist(), (found[firsts] - starts).tolist(), strict=True))
 
+    def decided(self, lengths: NDArray[np.int32]) -> dict[int, bool]:
+        """After `first`: of the same requests those that decided in the pass, and whether their conditions hold."""
+        if not self._deciders:
+            return {}
+        requests = np.searchsorted(np.cumsum(lengths), [at for _, at in self._deciders], side="right")
+        return {int(i): bool(decision.holds) for i, (decision, _) in zip(requests, self._deciders, strict=True)}
+
 
 class TokenIndex:
     """`packed` `[max_tokens, fields]` int32 is what acts on each token (`unpacked`), written in place for ever, on a

@@ -1,5 +1,6 @@
 """What is added to the answers of vLLM's server: errors in plain words, the error of a request whose stream was lost,
-and the read-out, either inside a whole answer or as one more chunk before a stream's end.
+whether a condition held or a phase came, in each choice or its last chunk, and the read-out, either inside a whole
+answer or as one more chunk before a stream's end.
 
 The engine returns a read-out when its request has ended, so a stream has it in one piece. Joined together, the chunks
 of a stream say the same as a whole answer, as on the other engine.
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Any
 
 from starlette.types import Message, Send
 
@@ -19,34 +21,49 @@ from steer.serve import errors
 from steer.serve.answers import ReadReport
 from steer.serve.asgi import Outgoing, is_event_stream, rewriting
 
-DONE = b"data: [DONE]"
-#: Makes the field of the one choice.
+DONE, EVENT = b"data: [DONE]", b"data: "
+#: In a chunk that ends a choice, and in no text, whose quotes are escaped.
+ENDS = re.compile(rb'"finish_reason":\s*"')
+#: Makes the read-out of the one choice.
 Fetch = Callable[[], Awaitable[ReadReport]]
+#: Of a choice that has ended, by the id of the answer and its own number: what `steer_applied` says; None for nothing.
+Met = Callable[[str, int], bool | None]
 
 
-def with_readout(send: Send, fetch: Fetch) -> Send:
-    """Sends an answer with one choice on, with what `fetch` gives in it; other answers as they are. Raises what `fetch`
-    raises, unless a stream has begun: then it is an event of the stream."""
+def with_fields(send: Send, met: Met, fetch: Fetch | None = None) -> Send:
+    """Sends an answer on with what `met` says of its choices, and what `fetch` gives in its only one; others as they
+    are. Raises what `fetch` raises, unless a stream has begun: then it is an event of the stream."""
     streamed = False
     last = b""
 
+    def told(answer: dict[str, Any]) -> bytes:
+        for choice in answer.get("choices", ()):
+            if choice.get("finish_reason") and (applied := met(answer["id"], choice["index"])) is not None:
+                choice["steer_applied"] = applied
+        return json.dumps(answer).encode()
+
     async def whole(body: bytes) -> bytes:
         answer = json.loads(body)
-        for choice in answer["choices"]:
-            choice[FIELD] = await fetch()
-        return json.dumps(answer).encode()
+        if fetch is not None:
+            for choice in answer["choices"]:
+                choice[FIELD] = await fetch()
+        return told(answer)
 
     async def with_chunk(message: Message) -> Message:
         nonlocal last
         before, done, after = message.get("body", b"").partition(DONE)
         if b'"choices"' in before:
             last = before
-        if not (done and last):
-            return message
-        try:
-            chunk = _chunk(last, await fetch())
-        except SteerError as error:
-            chunk = errors.error_event(error).encode()
+            lines = before.split(b"\n")
+            before = b"\n".join(
+                EVENT + told(json.loads(line.removeprefix(EVENT))) if ENDS.search(line) else line for line in lines
+            )
+        chunk = b""
+        if done and last and fetch is not None:
+            try:
+                chunk = _chunk(last, await fetch())
+            except SteerError as error:
+                chunk = errors.error_event(error).encode()
         return {**message, "body": before + chunk + done + after}
 
     rewritten = rewriting(send, lambda start: None if start["status"] >= 400 or is_event_stream(start) else whole)

@@ -109,8 +109,9 @@ class Ticket:
 
     `name`: given to the engine in place of a spec, until `Frontend.forget`. `used`: has the engine got a request with
     it. `lost`: has steering taken the stream of one of its answers out of range. `salt`: what keeps its requests apart
-    from others in the prefix cache, while nothing was lost. `read`: the id and state of the request that is read for
-    it.
+    from others in the prefix cache, while nothing was lost. `states`: of its requests, where they are read or have a
+    condition or a phase, by the choices that they answer. `holds`: whether their conditions hold, by their ids, as far
+    as it is known.
     """
 
     admission: Admission
@@ -119,7 +120,8 @@ class Ticket:
     used: bool = False
     lost: bool = False
     salt: str = ""
-    read: tuple[str, RequestState] | None = None
+    states: dict[tuple[str, int], RequestState] = field(default_factory=dict)
+    holds: dict[str, bool] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -291,12 +293,12 @@ class Frontend:
         """
         readout = ticket.admission.readout
         assert readout is not None
-        if ticket.read is None:
+        if not ticket.states:
             raise EngineFailed("the engine got no request to read")
-        request_id, state = ticket.read
+        (state,) = ticket.states.values()
         tokens = internals.engine.answer_ids(state)
         found: dict[int, NDArray[np.float32]] = {}
-        for answer in await self.call_async("steer_readings", request_id):
+        for answer in await self.call_async("steer_readings", state.request_id):
             for layer, data in answer or ():
                 values = np.frombuffer(data, np.float32).reshape(-1, 2 * self.settings.rank + 1)
                 found.setdefault(layer, values)  # tensor-parallel ranks say the same
@@ -307,6 +309,17 @@ class Frontend:
         rank = self.settings.rank
         read = (Reading.of(readout, each[:, :rows], each[:, rank : rank + rows], each[:, -1]) for each in values)
         return [(token_text(tokenizer, token), reading) for token, reading in zip(tokens, read, strict=True)]
+
+    def met(self, ticket: Ticket, answer: str, choice: int) -> bool | None:
+        """At the end of a choice, of the answer with this id: did the condition of its request hold, or its phase come,
+        so that a token of it is steered? None where there is neither, no token, or where it is not known."""
+        spec, state = ticket.admission.spec, internals.engine.of_choice(ticket.states, answer, choice)
+        if state is None or not (tokens := internals.engine.answer_ids(state)):
+            return None
+        if spec.condition:
+            return ticket.holds.get(state.request_id)
+        phase = spec.phase(self.placement.shape.thinking, state.prompt_token_ids or ())
+        return None if phase is None else phase.comes(tokens)
 
     @contextmanager
     def admitted(self, params: SamplingParams) -> Iterator[SamplingParams]:
@@ -369,8 +382,11 @@ class Frontend:
 
     def has_added(self, request: EngineRequest, state: RequestState) -> None:
         """The output processor keeps `state` for a request that was taken."""
-        if (call := _adding.get()) is not None and call.ticket.admission.readout:
-            call.ticket.read = (request.request_id, state)
+        if (call := _adding.get()) is None:
+            return
+        admission = call.ticket.admission
+        if admission.readout or admission.spec.condition or admission.spec.phased:
+            call.ticket.states[internals.engine.choice_of(state)] = state
 
     def let_go(self, request_id: str) -> None:
         if ticket := self.held.pop(request_id, None):
@@ -387,6 +403,10 @@ class Frontend:
             self.salts.renew(ticket.salt)
             ticket.usage.failed = ticket.lost = True
         return NotFinite()
+
+    def decided(self, request_id: str, holds: bool) -> None:
+        """Of a request that is held: does its condition hold?"""
+        self.held[request_id].holds[request_id] = holds
 
     def applied(self, request_id: str) -> Spec | None:
         """What a request that has not ended is steered by."""

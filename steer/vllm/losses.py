@@ -1,5 +1,5 @@
 """Requests whose stream was lost (see `steer.runtime.op`), in a worker: from the flags of a pass to what the engine is
-told about its requests.
+told about its requests, and what those with a condition have decided.
 
 The keys and values of a lost token are not those of the requested operation, and vLLM may already have given its block
 to another request with the same steering. A request with the same tokens up to the lost one fails too, as it would if
@@ -78,14 +78,17 @@ class SteeredRuns:
         self._lost.pop(request, None)
 
     def tell(self, output: ModelRunnerOutput, step: Step | None) -> ModelRunnerOutput:
-        """vLLM's output of a step, with the requests of it that are lost by now."""
-        if step is not None and (found := step.losses.first(step.lengths)):
-            starts = internals.worker.starts_of(step.scheduled)
-            for i, offset in found.items():
-                self._lose(step.requests[i], starts[step.requests[i]] + offset)
-        if not self._lost:
+        """vLLM's output of a step, with the requests of it that are lost by now, and those that decided in it."""
+        decided: dict[str, bool] = {}
+        if step is not None:
+            if found := step.losses.first(step.lengths):
+                starts = internals.worker.starts_of(step.scheduled)
+                for i, offset in found.items():
+                    self._lose(step.requests[i], starts[step.requests[i]] + offset)
+            decided = {step.requests[i]: holds for i, holds in step.losses.decided(step.lengths).items()}
+        if not self._lost and not decided:
             return output
-        return internals.worker.with_losses(output, dict(self._lost))
+        return internals.worker.with_news(output, dict(self._lost), decided)
 
     def _lose(self, request: str, position: int) -> None:
         run = self._running.get(request)

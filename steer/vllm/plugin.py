@@ -177,7 +177,13 @@ def _wrap_processors(engine: LLMEngine | AsyncLLM, frontend: Frontend) -> None:
     inputs, outputs = internals.seam(engine, "input_processor"), internals.seam(engine, "output_processor")
     internals.engine.wrap_process_inputs(inputs, _fold_salt)
     internals.engine.wrap_requests(
-        outputs, frontend.check_added, frontend.has_added, frontend.let_go, frontend.held, frontend.lost
+        outputs,
+        frontend.check_added,
+        frontend.has_added,
+        frontend.let_go,
+        frontend.held,
+        frontend.lost,
+        frontend.decided,
     )
     _trace(outputs, frontend.applied)
 

@@ -46,7 +46,7 @@ from steer.settings import ControlSettings
 from steer.spec import Spec
 from steer.vllm import frontend as front_ends
 from steer.vllm import internals
-from steer.vllm.answers import UnlessLost, restated, with_readout
+from steer.vllm.answers import UnlessLost, restated, with_fields
 from steer.vllm.frontend import Frontend, Passage, Ticket, passage
 from steer.vllm.settings import KEY, check_absent
 from steer.vllm.settings import read as settings_of
@@ -60,7 +60,8 @@ GENERATION_ROUTES: Mapping[str, tuple[str, ...]] = {
     "/v1/responses": ("background",),
     "/v1/messages": (),
 }
-#: Where answers have choices, which the read-out goes into. A server without one of these is none of ours.
+#: Where answers have choices, which the read-out and `steer_applied` go into. A server without one of these is none of
+#: ours.
 READ_ROUTES = ("/v1/chat/completions", "/v1/completions")
 MODELS_ROUTE = "/v1/models"
 HEALTH_ROUTE = "/health"
@@ -229,8 +230,8 @@ def check_door(control: Control, args: Namespace) -> None:
 
 class Generation:
     """On one generation route. The engine gets a ticket for what was admitted, so that what the receipt says is what is
-    applied, whatever is swapped in between. `reads`: can its answers carry a read-out; `dropping`: fields with which
-    vLLM would not hand the ticket on."""
+    applied, whatever is swapped in between. `reads`: have its answers choices, which can carry a read-out; `dropping`:
+    fields with which vLLM would not hand the ticket on."""
 
     def __init__(self, app: ASGIApp, *, reads: bool, dropping: Sequence[str]) -> None:
         self.app, self.reads, self.dropping = app, reads, tuple(dropping)
@@ -259,6 +260,7 @@ class Generation:
 
         async def checked(scope: Scope, receive: Receive, send: Send) -> None:
             admission: Admission = scope["steer"]
+            spec = admission.spec
 
             async def fetch() -> ReadReport:
                 assert ticket is not None
@@ -269,7 +271,9 @@ class Generation:
                 return await to_thread.run_sync(report, admission.readout, readings)
 
             answer = UnlessLost(send, lambda: ticket is not None and ticket.lost)
-            send = with_readout(answer.send, fetch) if admission.readout else answer.send
+            send = answer.send
+            if self.reads and ticket is not None and (admission.readout or spec.condition or spec.phased):
+                send = with_fields(send, partial(front.met, ticket), fetch if admission.readout else None)
             used = None if ticket is None else lambda: ticket.used
             try:
                 way = Passage(plain=not admission.spec and not admission.readout)

@@ -173,6 +173,40 @@ def check_phases(llm: Any, reference: Reference) -> None:
             assert answer[: at + 1 if comes else None] == said[: at + 1 if comes else None]
 
 
+def check_told(llm: Any, reference: Reference, jobs: Sequence[tuple[str, str]], **more: Any) -> set[bool | None]:
+    """At the end of each answer to these (prompt, spec) pairs it is known whether its condition held, or its phase
+    came; of one without either nothing is. Returns what was said."""
+    from vllm.sampling_params import RequestOutputKind
+
+    from steer.vllm import frontend
+
+    engine, front, said = llm.llm_engine, frontend.of(llm), set()
+    more |= {"output_kind": RequestOutputKind.FINAL_ONLY}
+    for n, (prompt, spec) in enumerate(jobs):
+        engine.add_request(f"told-{n}", prompt, parameters(spec, **more))
+    tickets = {name: ticket for ticket in front.held.values() for name, _ in ticket.states}
+    outputs: list[Any] = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    assert len(outputs) == len(jobs)
+    for output in outputs:
+        _, spec = jobs[int(output.request_id.removeprefix("told-"))]
+        resolved, prompt = reference.registry.resolve(parse(spec)), list(output.prompt_token_ids)
+        for choice in output.outputs:
+            ticket, expected = tickets.get(output.request_id), None
+            if resolved.condition:
+                expected = reference.holds(resolved.condition, prompt)
+            elif resolved.phased:
+                ids = [*prompt, *choice.token_ids]
+                predicting = range(len(prompt) - 1, len(ids) - 1)
+                expected = any(acting(resolved, len(prompt), at, ids, reference.thinking) for at in predicting)
+            found = ticket and front.met(ticket, output.request_id, choice.index)
+            assert found == expected, (spec, prompt, choice)
+            said.add(found)
+    assert not front.held
+    return said
+
+
 def parameters(spec: str | None, **more: Any) -> Any:
     """Greedy sampling of 12 tokens under `spec`; None carries nothing."""
     from vllm import SamplingParams

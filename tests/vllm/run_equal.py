@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
+from steer.spec import PHASES
 from tests import models
 from tests.vllm import device
-from tests.vllm.engines import PROMPTS, SPECS, Home, Reference, check_phases, generate
+from tests.vllm.engines import PROMPTS, SPECS, Home, Reference, check_phases, check_told, generate
+
+PHASED = [f"refusal@{tokens}" for tokens in PHASES]
 
 
 def warm_up_as_a_gpu_does() -> None:
@@ -99,6 +102,8 @@ def main(folder: Path, options: dict[str, object]) -> None:
         if warms_up:
             warm_up_again(llm)
     check_phases(llm, reference)
+    told = check_told(llm, reference, [(p, s) for s in (*SPECS, *PHASED) for p in (*PROMPTS, f"{PROMPTS[0]}~")])
+    assert told == {None, False, True}
     check_lost(llm, reference, wild(home.model))
     if "speculative_config" in options:
         assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens") > 0

@@ -16,7 +16,7 @@ from steer.spec import PHASES, parse
 from steer.tokenization import Thinking
 from tests import models
 from tests.vllm.conftest import IN_PROCESS
-from tests.vllm.engines import PROMPTS, SPECS, Home, Reference, generate, parameters, think
+from tests.vllm.engines import PROMPTS, SPECS, Home, Reference, check_told, generate, parameters, think
 
 BLOCK = 32
 LONG = "the same long beginning of several prompts, more than one block of the cache: " * 2
@@ -166,6 +166,19 @@ def test_every_mixed_request_gets_what_it_gets_alone(running: Running) -> None:
     assert running.pins == 0
     generate(running.llm, [(PROMPTS[0], "off")])  # the workers hear of an end at the next step
     assert running.stats()["running"] == 0
+
+
+def test_each_answer_is_known_to_be_steered_or_not(running: Running) -> None:
+    """With prompts in chunks and preemption; each of two to a prompt, and of some that are ended early."""
+    specs = [*SPECS[-2:], "off", "refusal@answer", "refusal@not-first", *(f"refusal@{phase}" for phase in PHASES)]
+    words, before = LONG.split(), _metric(running.llm, "vllm:num_preemptions")
+    said = generate(running.llm, [(words[0], "off")])[0].outputs[0].token_ids
+    jobs = [(" ".join(words[n % 7 : n % 7 + n]), spec) for n in range(1, 9) for spec in specs]
+    for thinking in (Thinking(said[1], said[4], frozenset()), Thinking(126, 127, frozenset())):
+        think(running.llm, running.reference, thinking)
+        for more in ({}, {"n": 2, "temperature": 1}, {"max_tokens": 1}, {"stop_token_ids": [said[2]]}):
+            assert check_told(running.llm, running.reference, jobs, **more) == {None, False, True}
+    assert _metric(running.llm, "vllm:num_preemptions") > before, "the cache was meant to be too small"
 
 
 @pytest.mark.parametrize("spec", SPECS[1:])

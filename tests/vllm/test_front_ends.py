@@ -105,6 +105,9 @@ def test_each_steers(fronts: dict[int, Client], home: Home) -> None:
             expected = reference.logprobs(prompt + ids, spec)[len(prompt) - 1 : -1]
             assert expected.argmax(-1).tolist() == ids
             assert len(receipt(answer)) == (0 if spec == "off" else spec.count(",") + 1)
+        for number, holds in ((-1e6, True), (1e6, False)):
+            answer = ask(front, steer=f"refusal?verbosity@0>{number}", n=2, temperature=1)
+            assert [choice["steer_applied"] for choice in answer.json()["choices"]] == [holds, holds]
 
 
 def test_what_is_put_or_deleted_through_one_holds_in_all_from_the_answer_on(

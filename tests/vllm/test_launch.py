@@ -46,6 +46,9 @@ def check(server: Server, home: Home) -> None:
         expected = reference.logprobs(prompt + ids, spec)[len(prompt) - 1 : -1]
         assert expected.argmax(-1).tolist() == ids
         assert len(receipt(answer)) == (0 if spec == "off" else spec.count(",") + 1)
+    for number, holds in ((-1e6, True), (1e6, False)) * 3:
+        answer = server.complete(steer=f"refusal?verbosity@0>{number}", n=2, temperature=1)
+        assert [choice["steer_applied"] for choice in answer.json()["choices"]] == [holds, holds]
 
 
 @pytest.mark.skipif(device.GPUS == 1, reason="two ranks need two GPUs")

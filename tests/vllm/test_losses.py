@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer.runtime.token_index import Losses
+from steer.runtime.token_index import Decision, Losses
 from steer.shared import Shared
 from steer.spec import Entry, Spec
 from steer.vllm.frontend import GROUPS, SALT, Salts, parted, salt
-from steer.vllm.internals.base import ABOVE
+from steer.vllm.internals.base import ABOVE, news_of
 from steer.vllm.losses import KEPT, SteeredRun, SteeredRuns, Step
 from steer.vllm.settings import RESOLVED
 
@@ -26,22 +27,25 @@ def run_of(prompt: list[int], spec: str = "a") -> SteeredRun:
     return SteeredRun(spec, prompt, len(prompt))
 
 
-def step(requests: dict[str, int], lost: list[int], starts: dict[str, int]) -> Step:
-    """A pass in which each request has so many tokens, of which `lost` are."""
+def step(requests: dict[str, int], lost: list[int], starts: dict[str, int], decided: Mapping[int, bool] = {}) -> Step:
+    """A pass in which each request has so many tokens, of which `lost` are, and some have decided."""
     flags = torch.zeros(sum(requests.values()), dtype=torch.bool)
     flags[lost] = True
     cached = SimpleNamespace(req_ids=list(starts), num_computed_tokens=list(starts.values()))
     scheduled = SimpleNamespace(scheduled_cached_reqs=cached, scheduled_new_reqs=[])
-    return Step(Losses(flags, None), list(requests), np.array(list(requests.values()), np.int32), scheduled)
+    opened = torch.zeros_like(flags)
+    opened[[at for at, holds in decided.items() if holds]] = True
+    losses = Losses(flags, None, opened, [(Decision(1), at) for at in decided])
+    return Step(losses, list(requests), np.array(list(requests.values()), np.int32), scheduled)
 
 
 def output(*requests: str) -> Any:
     return SimpleNamespace(req_id_to_index={r: i for i, r in enumerate(requests)}, num_nans_in_logits=None)
 
 
-def told(made: Any) -> dict[str, int]:
+def told(made: Any) -> dict[str, int | None]:
     """Positions of first lost tokens."""
-    return {request: (value >> ABOVE) - 1 for request, value in (made.num_nans_in_logits or {}).items()}
+    return {request: news_of(value)[0] for request, value in (made.num_nans_in_logits or {}).items()}
 
 
 @given(TOKENS, TOKENS, st.integers(0, 7), st.booleans(), st.booleans())
@@ -76,6 +80,24 @@ def test_a_loss_is_told_with_each_output_until_its_request_ends() -> None:
 def test_what_a_plain_request_and_one_that_has_ended_say_is_nobodys() -> None:
     runs = SteeredRuns()
     assert told(runs.tell(output("p"), step({"p": 3}, [1], {"p": 0}))) == {}
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.sampled_from([None, False, True]), st.booleans()), min_size=1))
+def test_what_is_decided_in_a_pass_is_told_with_its_output_beside_losses_and_what_vllm_counts(
+    each: list[tuple[int, bool | None, bool]],
+) -> None:
+    """Each request has so many tokens, by the last of which it decides, or which is lost; vLLM has counted of each."""
+    runs, lengths, counted = SteeredRuns(), {str(i): n for i, (n, _, _) in enumerate(each)}, output()
+    for name, n in lengths.items():
+        runs.meet(name, run_of([int(name)] * n))
+        counted.req_id_to_index[name], counted.num_nans_in_logits = int(name), dict.fromkeys(lengths, 7)
+    last = dict(zip((np.cumsum([*lengths.values()]) - 1).tolist(), each, strict=True))
+    lost = [at for at, (*_, fell) in last.items() if fell]
+    decided = {at: holds for at, (_, holds, _) in last.items() if holds is not None}
+    found = runs.tell(counted, step(lengths, lost, lengths, decided)).num_nans_in_logits
+    assert {value & (2**ABOVE - 1) for value in found.values()} == {7}
+    for name, (n, holds, fell) in zip(lengths, each, strict=True):
+        assert news_of(found[name]) == (2 * n - 1 if fell else None, holds)
 
 
 def test_losses_that_are_remembered_are_bounded() -> None:

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import steer
 from steer.direction import Direction
+from steer.spec import PHASES
 from tests import clients, harness, models, oracle
 from tests.fuzz.life import Life, by_field
 from tests.fuzz.surface import Outcome
@@ -36,13 +38,18 @@ ROUTES: dict[str, dict[str, Any]] = {
 }
 READ_ROUTES = ("/v1/completions", "/v1/chat/completions")
 OPTIONS = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "32", "--served-model-name", "tiny"]
+THINKING = ("<think>", "</think>")
 #: A random model that may put spaces between the parts of a shaped answer puts nothing else.
 TIGHT = ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    return Home.make("llama", tmp_path_factory.mktemp("server"))
+    made = Home.make("llama", tmp_path_factory.mktemp("server"))
+    tokenizer = AutoTokenizer.from_pretrained(made.folder)
+    tokenizer.add_tokens([*THINKING])
+    tokenizer.save_pretrained(made.folder)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +337,57 @@ def test_what_is_read_is_what_a_forward_pass_has(server: Server, home: Home, rou
                 np.testing.assert_allclose(told, (stream[positions] @ row).numpy(), rtol=1e-3, atol=2e-3)
         norms = seen[layer][0][positions].norm(dim=-1).numpy()
         np.testing.assert_allclose(np.array(read["norms"])[:, at], norms, rtol=1e-3)
+
+
+def choices(answer: Any) -> list[dict[str, Any]]:
+    """Those of a whole answer, or of the chunks of a stream."""
+    assert answer.status_code == 200, answer.text
+    if "event-stream" not in answer.headers["content-type"]:
+        return list(answer.json()["choices"])
+    assert answer.text.splitlines()[-2:] == ["data: [DONE]", ""]
+    pieces = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    return [choice for piece in pieces for choice in piece["choices"]]
+
+
+def said_of(answer: Any) -> list[bool | None]:
+    """What the end of each choice says, in their order, and nothing before it does."""
+    found = choices(answer)
+    assert not any("steer_applied" in choice for choice in found if not choice["finish_reason"])
+    ends = sorted((choice for choice in found if choice["finish_reason"]), key=lambda choice: choice["index"])
+    return [choice.get("steer_applied") for choice in ends]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", READ_ROUTES)
+def test_the_end_of_a_choice_says_whether_it_is_steered(server: Server, home: Home, route: str, stream: bool) -> None:
+    """Where a condition decides, or a phase that may not come; and nothing where neither does."""
+    asked: dict[str, Any] = {"stream": stream, "temperature": 1, "ignore_eos": True}
+    for number, holds in ((-1e6, True), (1e6, False)):
+        spec = f"refusal?verbosity@0>{number}"
+        assert said_of(ask(server, route, steer=spec, n=2, **asked)) == [holds, holds]
+        read = ask(server, route, steer=spec, steer_readout="refusal", **asked)
+        assert said_of(read) == [holds]
+        assert sum("steer_readout" in choice for choice in choices(read)) == 1
+    begin, end = AutoTokenizer.from_pretrained(home.folder).convert_tokens_to_ids([*THINKING])
+    for tokens, sign in zip(PHASES, (begin, end), strict=True):
+        for bias, comes in (({begin: -100, end: -100}, False), ({sign: 100}, True)):
+            biased = {str(token): value for token, value in bias.items()}
+            answer = ask(server, route, steer=f"refusal@{tokens}", n=2, logit_bias=biased, **asked)
+            assert said_of(answer) == [comes, comes]
+    for spec in ("off", "refusal", "refusal@answer"):
+        assert said_of(ask(server, route, steer=spec, n=2, **asked)) == [None, None]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_prompt_of_a_completion_has_its_own_end(server: Server, stream: bool) -> None:
+    prompts, route = ["hello", "this is another one"], "/v1/completions"
+    reads = [ask(server, route, prompt=p, steer_readout={"directions": "verbosity", "layers": [0]}) for p in prompts]
+    one, other = (choices(read)[0]["steer_readout"]["directions"][0]["before"][0][0] for read in reads)
+    spec = f"refusal?verbosity@0>{(one + other) / 2}"
+    asked: dict[str, Any] = {"prompt": prompts, "steer": spec, "stream": stream}
+    assert said_of(ask(server, route, **asked)) == [one > other, one < other]
+    both = [one > other] * 3 + [one < other] * 3
+    assert said_of(ask(server, route, n=3, temperature=1, **asked)) == both
 
 
 def test_the_angle_is_what_transformers_has(server: Server, home: Home) -> None:

@@ -56,6 +56,17 @@ def _release(text: str) -> tuple[int, ...]:
     return tuple(map(int, found.groups())) if found and any(map(int, found.groups())) else ()
 
 
-#: The field by which vLLM tells of a request whose output is corrupted. It counts NaNs in the lower bits; above them is
-#: the position of the first lost token, plus one.
+#: The field by which vLLM tells of a request whose output is corrupted. It counts NaNs in the lower bits; above them we
+#: tell of the request what its worker knows (`news`).
 CORRUPTED, ABOVE = "num_nans_in_logits", 32
+
+
+def news(lost: int | None, holds: bool | None) -> int:
+    """Of a request, for `CORRUPTED`: the position of its first lost token, and whether its condition holds."""
+    return ((0 if lost is None else lost + 1) << 2 | (0 if holds is None else 1 + holds)) << ABOVE
+
+
+def news_of(value: int) -> tuple[int | None, bool | None]:
+    """What `news` was made of, whatever is counted below."""
+    told = value >> ABOVE
+    return (told >> 2) - 1 if told >> 2 else None, bool((told & 3) - 1) if told & 3 else None

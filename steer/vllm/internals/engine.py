@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from steer.errors import InvalidInput, UnsupportedModel
 from steer.serve import metrics
 from steer.tokenization import Thinking, Tokenizer, thinking_of
-from steer.vllm.internals.base import ABOVE, CORRUPTED, PROBE_TOKENS, TESTED, Method, T, seam, version
+from steer.vllm.internals.base import ABOVE, CORRUPTED, PROBE_TOKENS, TESTED, Method, T, news_of, seam, version
 from steer.vllm.internals.config import check_rust
 
 if TYPE_CHECKING:
@@ -92,11 +92,13 @@ def wrap_requests(
     ended: Callable[[str], None],
     watched: Mapping[str, object],
     lost: Callable[[str], Exception],
+    decided: Callable[[str, bool], None],
 ) -> None:
     """Have `adds` called with each EngineCoreRequest before the OutputProcessor takes it, `added` with it and the state
     that is kept for it afterwards, and `ended` with the id of each `watched` request that the OutputProcessor has let
     go: finished, stopped by a string, or aborted. One whose stream was lost is ended with what `lost` gives for its id:
-    raised where an AsyncLLM's answer is read, told by the finish reason `error` in an LLM's."""
+    raised where an AsyncLLM's answer is read, told by the finish reason `error` in an LLM's. Of one with a condition
+    `decided` is told whether that holds, before any output of it is processed."""
     add, process, abort = (
         seam(outputs, "add_request"),
         seam(outputs, "process_outputs"),
@@ -120,7 +122,7 @@ def wrap_requests(
     def processing(engine_core_outputs: Sequence[EngineCoreOutput], *args: object, **kwargs: object) -> object:
         fallen: list[str] = []
         if watched:
-            engine_core_outputs, fallen = _without_lost(engine_core_outputs, states, watched, lost)
+            engine_core_outputs, fallen = _without_lost(engine_core_outputs, states, watched, lost, decided)
         try:
             out = process(engine_core_outputs, *args, **kwargs)
             if fallen:
@@ -146,10 +148,17 @@ def _without_lost(
     states: Mapping[str, RequestState],
     watched: Mapping[str, object],
     lost: Callable[[str], Exception],
+    decided: Callable[[str, bool], None],
 ) -> tuple[Sequence[EngineCoreOutput], list[str]]:
     """EngineCoreOutputs with an end in the place of each that tells of a loss, and the requests that have it."""
-    found = [one.request_id for one in outputs if getattr(one, CORRUPTED) >> ABOVE and one.request_id in watched]
-    found = [request_id for request_id in found if request_id in states]
+    found: list[str] = []
+    for one in [one for one in outputs if getattr(one, CORRUPTED) >> ABOVE and one.request_id in watched]:
+        position, holds = news_of(getattr(one, CORRUPTED))
+        setattr(one, CORRUPTED, getattr(one, CORRUPTED) & ((1 << ABOVE) - 1))  # the rest is no count of vLLM's
+        if holds is not None:
+            decided(one.request_id, holds)
+        if position is not None and one.request_id in states:
+            found.append(one.request_id)
     if not found:
         return outputs, []
     from vllm.v1.engine import EngineCoreOutput, FinishReason
@@ -173,6 +182,22 @@ def _without_lost(
         for request_id, why in fallen.items()
     ]
     return [*(one for one in outputs if one.request_id not in fallen), *ends], list(fallen)
+
+
+def choice_of(state: RequestState) -> tuple[str, int]:
+    """Whose answer a request of the OutputProcessor gives: the id by which it was asked for, and the number of it among
+    the n answers."""
+    return str(seam(state, "external_req_id")), int(seam(state, "request_index"))
+
+
+def of_choice(states: Mapping[tuple[str, int], RequestState], answer: str, choice: int) -> RequestState | None:
+    """Of the requests of one HTTP request, by `choice_of`, that of a choice in the answer with this id. None where it
+    cannot be told."""
+    if (found := states.get((answer, choice))) is not None or not states:
+        return found
+    parent = getattr(next(iter(states.values())), "parent_req", None)
+    prompt, index = divmod(choice, 1 if parent is None else int(seam(parent, "n")))
+    return states.get((f"{answer}-{prompt}", index))  # of several prompts, as a completion may have
 
 
 def abort(engine: LLMEngine, request_ids: Sequence[str]) -> None:

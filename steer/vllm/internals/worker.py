@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from steer.errors import UnsupportedModel
 from steer.runtime.token_index import Tokens
-from steer.vllm.internals.base import ABOVE, CORRUPTED, PROBE_TOKENS, Method, seam
+from steer.vllm.internals.base import CORRUPTED, PROBE_TOKENS, Method, news, seam
 
 if TYPE_CHECKING:
     from steer.vllm.internals.types import (
@@ -211,15 +211,14 @@ def on_output(out: Any, change: Callable[[ModelRunnerOutput], ModelRunnerOutput]
     return out
 
 
-def with_losses(output: ModelRunnerOutput, lost: Mapping[str, int]) -> ModelRunnerOutput:
+def with_news(output: ModelRunnerOutput, lost: Mapping[str, int], decided: Mapping[str, bool]) -> ModelRunnerOutput:
     """A ModelRunnerOutput that tells of requests of its step that are lost, by the positions of their first lost
-    tokens."""
-    there = seam(output, "req_id_to_index")
-    found = {request: position for request, position in lost.items() if request in there}
+    tokens, and of those that have decided whether their conditions hold."""
+    found = (lost.keys() | decided.keys()) & seam(output, "req_id_to_index").keys()
     if not found:
         return output
     counted = getattr(output, CORRUPTED) or {}
-    told = {request: counted.get(request, 0) + ((position + 1) << ABOVE) for request, position in found.items()}
+    told = {request: counted.get(request, 0) + news(lost.get(request), decided.get(request)) for request in found}
     changed = copy.copy(output)  # one without requests is shared
     setattr(changed, CORRUPTED, {**counted, **told})
     return changed

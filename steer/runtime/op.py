@@ -161,10 +161,10 @@ def displacements(x: Tensor, vectors: Tensor, coefficients: Tensor, strengths: l
     )
 
 
-def coefficients(direction: Direction, mode: Mode) -> Tensor:
+def coefficients(direction: Direction, mode: Mode, term: int = 0) -> Tensor:
     """The operation's (τ, g, w, γ) for each layer and row: `[layers, k, 4]`, float32, with k = 2 for those that turn,
-    which are of an angle and the same for both rows."""
-    weights = direction.weights[:, None]
+    which are of an angle and the same for both rows. `term`: of which term of a block (`HookPoint`)."""
+    weights = direction.weights_of(term)[:, None]
     out = torch.zeros(direction.layers, direction.rows_in(mode), 4)
     out[..., GATE], out[..., WEIGHT] = -torch.inf, weights
     match mode:

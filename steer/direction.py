@@ -19,7 +19,8 @@ Where k is 1, a file of schema 2 has two more, for the modes that turn the strea
     angles             [layers, 2]            of `rotate_one_sided`, from the axis in radians: what is beyond the first
                                               is turned to the second
 
-and one metadata key, `steer`, with a `DirectionMeta` as JSON. The sha256 of the file's bytes is its identity.
+and one metadata key, `steer`, with a `DirectionMeta` as JSON. A version refuses tensors that it does not know. The
+sha256 of the file's bytes is its identity.
 """
 
 from __future__ import annotations

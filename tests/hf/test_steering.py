@@ -326,7 +326,7 @@ def test_a_block_that_writes_one_term_cannot_have_two_weights() -> None:
     equal = direction.mlp_weights.clone().index_copy_(0, torch.tensor([1]), direction.weights[1:2])
     with steer.attach(model, {"equal": replace(direction, mlp_weights=equal)}, sites=("writers",)) as steering:
         with pytest.raises(DirectionError, match=r"differs from 'weights' at layers \[1\].*equal weights are accepted"):
-            steering.put("apart", direction)
+            steering.load("apart", direction)
         assert list(steering.directions) == ["equal"]
 
 

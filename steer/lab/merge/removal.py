@@ -42,8 +42,8 @@ class Removal:
     strength: float
 
     def at(self, layer: int, gain: Tensor | None = None, term: int = 0) -> tuple[Tensor, Tensor] | None:
-        """Of one `term` of a layer (`HookPoint`); None where nothing is. With the `gain` `[d_model]` of a norm that comes
-        next, what has to be removed before it."""
+        """From one `term` of a layer (`HookPoint`); None where nothing is. With the `gain` `[d_model]` of a norm that
+        comes next, what has to be removed before it."""
         direction = self.direction
         if layer == EMBEDDING:
             if direction.embedding is None:

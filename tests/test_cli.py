@@ -364,8 +364,8 @@ def test_derive_weighs_layers(tiny_folder: Path, sets: tuple[str, str], tmp_path
     made = json.loads(run("inspect", str(output), "--json").stdout)["profile"]
     assert [layer["mlp_weight"] for layer in made] == [0, 1.25, -0.5]
     table = run("inspect", str(output)).stdout.splitlines()
-    assert table[-5].split()[-2:] == ["attention", "MLP"]
-    assert table[-1].split()[-2:] == ["1", "-0.5"]
+    last = [[cell.strip() for cell in table[at].split("|")[-3:-1]] for at in (-5, -1)]
+    assert last == [["attention weight", "MLP weight"], ["1", "-0.5"]]
     assert "mlp_weights needs the site 'writers'" in run(*base, "--mlp-weights", str(listed), code=2).stderr
     assert "--mlp-weights: 3" in run(*base, "--sites", "writers", "--mlp-weights", "3", code=2).stderr
     listed.write_text('[1, "1", 1]')

@@ -147,7 +147,7 @@ def inspect(
         weights = [row["weight"], *([] if (mlp := row["mlp_weight"]) is None else [mlp])]
         told = [f"{weight:g}" if row["steered"] else "–" for weight in weights]
         rows.append([str(row["layer"]), *map(_cell, figures), *told])
-    head = ["weight"] if direction.mlp_weights is None else ["attention", "MLP"]
+    head = ["weight"] if direction.mlp_weights is None else ["attention weight", "MLP weight"]
     typer.echo("\n" + shown(("layer", "angle °", "‖harmful‖", "‖harmless‖", "cos to next", *head), rows))
 
 

@@ -160,6 +160,7 @@ class DirectionBank:
         self.sites: frozenset[Site] = frozenset(point.site for point in points)
         self.slices = {point: BankSlice.empty(rows + 1, d_model, device, point.layer) for point in points}
         terms = [p for p in points if not SITE_RULES[p.site].whole and p.layer != EMBEDDING]
+        #: The layers whose block writes one term.
         self._single = {p.layer for p in terms} - {p.layer for p in terms if p.term}
         self._free = list(range(rows, 0, -1))
         self._resident: dict[str, _Resident] = {}

@@ -4,6 +4,8 @@ Layer l is the **output of block l**, 0-based. The file's tensors (float32):
 
     directions         [layers, k, d_model]   orthonormal rows; a layer whose rows are all zero is not steered
     weights            [layers]               how much of the operation each layer does
+    mlp_weights        [layers]               optional, at the site `writers`: the same of what MLPs write, where
+                                              `weights` is then of what attention writes
     reference          [layers, k]            ρ of the mode `one_sided`: what is above it is acted on
     mean_harmful       [layers, d_model]      class means at the fitted position
     mean_harmless      [layers, d_model]
@@ -17,7 +19,8 @@ Where k is 1, a file of schema 2 has two more, for the modes that turn the strea
     angles             [layers, 2]            of `rotate_one_sided`, from the axis in radians: what is beyond the first
                                               is turned to the second
 
-and one metadata key, `steer`, with a `DirectionMeta` as JSON. The sha256 of the file's bytes is its identity.
+and one metadata key, `steer`, with a `DirectionMeta` as JSON. A version refuses tensors that it does not know. The
+sha256 of the file's bytes is its identity.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -46,7 +49,7 @@ from typing_extensions import TypedDict
 from steer._version import __version__
 from steer.errors import DirectionError, problems_of
 from steer.geometry import angle
-from steer.names import MAX_STRENGTH, MODES, TURNING, Mode, Site, site_problem
+from steer.names import MAX_STRENGTH, MODES, TURNING, Mode, Site, acts_on_terms, site_problem
 
 #: A file of 128 layers × 16384 with k = 2 has about 50 MB.
 MAX_BYTES = 256 * 2**20
@@ -57,7 +60,7 @@ MEASUREMENT_KEY = "steer_measurement"
 MAX_VALUE = 1e15
 #: Tensors that a file may be without.
 PLANE = ("axis", "angles")
-OPTIONAL = ("embedding", "target", *PLANE)
+OPTIONAL = ("embedding", "target", "mlp_weights", *PLANE)
 
 
 class Dataset(BaseModel):
@@ -170,6 +173,7 @@ class LayerProfile(TypedDict):
     layer: int
     steered: Annotated[bool, Field(description="is any of its rows not zero")]
     weight: Annotated[float, Field(description="how much of the operation the layer does")]
+    mlp_weight: Annotated[float | None, Field(description="the same of what its MLP writes, where the file has both")]
     angle: Annotated[float | None, Field(description="between the class means, in degrees")]
     norm_harmful: Annotated[float, Field(description="of the class mean")]
     norm_harmless: Annotated[float, Field(description="of the class mean")]
@@ -191,6 +195,7 @@ class Direction:
     target: Tensor | None = field(default=None)
     axis: Tensor | None = field(default=None)
     angles: Tensor | None = field(default=None)
+    mlp_weights: Tensor | None = field(default=None)
 
     @property
     def layers(self) -> int:
@@ -219,6 +224,23 @@ class Direction:
         steered = self.directions.flatten(1).any(1) & (self.weights != 0)
         return bool((self.mean_harmful != self.mean_harmless).any(1)[steered].all())
 
+    def weights_of(self, term: int) -> Tensor:
+        """`[layers]`: of what a block writes first (0, attention) or second (1, its MLP)."""
+        return self.mlp_weights if term and self.mlp_weights is not None else self.weights
+
+    @property
+    def weight_sizes(self) -> Tensor:
+        """How much each layer does at most, whatever the sign, `[layers]`."""
+        return torch.maximum(self.weights.abs(), self.weights_of(1).abs())
+
+    def check_terms(self, single: Iterable[int]) -> None:
+        """Raise DirectionError where one of the layers `single`, whose block writes one term, has two weights."""
+        if different := [layer for layer in sorted(single) if self.weights[layer] != self.weights_of(1)[layer]]:
+            raise DirectionError(
+                f"tensor 'mlp_weights' differs from 'weights' at layers {different}, and this model's block writes one "
+                "term there, in which attention and MLP cannot be told apart; equal weights are accepted there"
+            )
+
     def tensors(self) -> dict[str, Tensor]:
         names = [*_shapes(1, 1, 1), *OPTIONAL]
         return {name: t for name in names if (t := getattr(self, name)) is not None}
@@ -231,7 +253,7 @@ class Direction:
         k = self.directions.shape[1] if self.directions.ndim == 3 else 1
         shapes = _shapes(self.meta.layers, max(1, k), self.meta.d_model)
         shapes |= {"embedding": shapes["directions"][1:], "target": shapes["reference"]}
-        shapes |= {"axis": shapes["mean_harmless"], "angles": (self.meta.layers, 2)}
+        shapes |= {"axis": shapes["mean_harmless"], "angles": (self.meta.layers, 2), "mlp_weights": shapes["weights"]}
         for name, tensor in tensors.items():
             before = len(found)
             if tensor.dtype != torch.float32:
@@ -259,6 +281,10 @@ class Direction:
             elif name == "angles" and (tensor[:, 1] > tensor[:, 0]).any():
                 found.append("tensor 'angles': the second is above the first somewhere, so an angle would grow there")
         found += self._plane_problems()
+        if self.mlp_weights is not None and not acts_on_terms(self.meta.sites):
+            found.append(
+                f"tensor 'mlp_weights' is for the site 'writers', this file's sites are {', '.join(self.meta.sites)}"
+            )
         if problem := site_problem(self.meta.sites, self.meta.mode):
             found.append(f"metadata: {problem}")
         if self.meta.mode not in self.meta.modes:
@@ -298,6 +324,7 @@ class Direction:
                     "layer": layer,
                     "steered": bool(self.directions[layer].any()),
                     "weight": float(self.weights[layer]),
+                    "mlp_weight": None if self.mlp_weights is None else float(self.mlp_weights[layer]),
                     "angle": math.degrees(float(angle(a, h))) if a.any() and h.any() else None,
                     "norm_harmful": float(h.norm()),
                     "norm_harmless": float(a.norm()),

@@ -50,8 +50,12 @@ class Shape:
                 f"{direction.rank}` for a server, `rank=` in Python"
             )
         if (growth := _growth(direction)) > torch.finfo(self.dtype).max:
+            name, largest = max(
+                ((name, float(t.abs().max())) for name, t in direction.tensors().items() if name.endswith("weights")),
+                key=lambda pair: pair[1],
+            )
             problems.append(
-                f"tensor 'weights' goes up to {float(direction.weights.abs().max()):.3g}: at full strength the layers "
+                f"tensor '{name}' goes up to {largest:.3g}: at full strength the layers "
                 f"make a component {growth:.3g} times larger, with the largest strength counted in, which no "
                 f"{str(self.dtype).removeprefix('torch.')} holds; weights from -2 to 2 are always accepted"
             )
@@ -106,7 +110,7 @@ class Shape:
                 f"{entry.layers}",
                 param="steer.layers",
             )
-        acts = direction.directions.flatten(1).any(1) & (direction.weights != 0)
+        acts = direction.directions.flatten(1).any(1) & (direction.weight_sizes != 0)
         if not acts[first : last + 1].any():
             raise SpecError(
                 f"direction '{entry.direction}' does nothing at the layers {entry.layers}", param="steer.layers"
@@ -143,5 +147,5 @@ def _check_shift(direction: Direction, entry: Entry) -> None:
 def _growth(direction: Direction) -> float:
     """How many times larger all layers together make a component at strength 1 (each by |1 − w|, of which |w| − 1 is
     the least for either sign), and the largest strength in one of them."""
-    weights = direction.weights.double().abs()[direction.directions.flatten(1).any(1)]
+    weights = direction.weight_sizes.double()[direction.directions.flatten(1).any(1)]
     return float(MAX_STRENGTH * (weights - 1).clamp_min(1).prod())

@@ -192,6 +192,16 @@ def direction(
     )
 
 
+#: Weights of attention and of the MLP by layer, for directions that weigh them apart.
+APART = torch.tensor([0.0, 1.0, 0.5]), torch.tensor([1.0, 0.25, 0.0])
+
+
+def apart(model: Any, **more: Any) -> Direction:
+    """A direction at `writers` that weighs attention and MLP apart, and leaves the embedding alone."""
+    made = direction(model, **{"shared": True, "sites": ("writers",)} | more)
+    return replace(made, weights=APART[0].clone(), mlp_weights=APART[1].clone())
+
+
 def leaning(direction: Direction, other: Direction, cosine: float) -> Direction:
     """`direction`, of one row, turned so that at every layer its cosine to `other` is `cosine`."""
     assert direction.rank == other.rank == 1

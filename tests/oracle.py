@@ -51,8 +51,9 @@ def ablated(x: Tensor, v: Tensor, strength: float = 1.0) -> Tensor:
     return x + displacement(x, v.to(x.dtype), ABLATE.to(x.dtype), strength)
 
 
-def orthogonalised(model: Any, v: Tensor, strength: float = 1.0) -> Any:
-    """A copy whose every writer, bias and input embedding is orthogonal to `v`; the unembedding stays as it was."""
+def orthogonalised(model: Any, v: Tensor, strength: float = 1.0, weights: tuple[Tensor, Tensor] | None = None) -> Any:
+    """A copy whose every writer, bias and input embedding is orthogonal to `v`; the unembedding stays as it was. With
+    the `weights` of each layer's attention and of its MLP each writer by its own, and the embedding not at all."""
     edited = copy.deepcopy(model)
     output = edited.get_output_embeddings()
     if output.weight is edited.get_input_embeddings().weight:
@@ -63,13 +64,17 @@ def orthogonalised(model: Any, v: Tensor, strength: float = 1.0) -> Any:
         for name, parameter in edited.named_parameters():
             if "vis" in name:  # a tower that sees
                 continue
-            w = parameter.data.float()
+            w, by = parameter.data.float(), strength
+            if weights is not None:
+                layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+                own = weights["attn" not in name and "attention" not in name]
+                by = 0.0 if layer is None else strength * float(own[layer])
             if name.endswith(FIRST):
-                new = ablated(w.T, v, strength).T
+                new = ablated(w.T, v, by).T
             elif name.endswith(LAST + BIASES + EXPERT_BIASES + (EXPERTS if transposed else ())):
-                new = ablated(w, v, strength)
+                new = ablated(w, v, by)
             elif name.endswith(EXPERTS):
-                new = ablated(w.transpose(1, 2), v, strength).transpose(1, 2)
+                new = ablated(w.transpose(1, 2), v, by).transpose(1, 2)
             else:
                 continue
             parameter.copy_(new)

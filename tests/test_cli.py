@@ -347,6 +347,7 @@ def test_derive_weighs_layers(tiny_folder: Path, sets: tuple[str, str], tmp_path
     assert weights("--layers", "0") == [1, 0, 0]
     assert weights("--weights", str(listed)) == [0, 1.25, -0.5]
     bell = layer_weights(3, 1.0, 0.5, 0.1).tolist()
+    assert weights("--weights", "peak=1,width=0.5,most=2") == (2 * layer_weights(3, 1.0, 0.5, 0.0)).tolist()
     assert weights("--weights", "peak=1,width=0.5,least=0.1") == bell
     assert weights("--weights", "peak=1,width=0.5,least=0.1", "--layers", "1-2") == [0, *bell[1:]]
     for options, says in (
@@ -354,10 +355,19 @@ def test_derive_weighs_layers(tiny_folder: Path, sets: tuple[str, str], tmp_path
         (("--weights", "peak=1,broad=2"), "--weights: broad: "),
         (("--weights", "peak=3,width=1"), "the layers are 0 to 2"),
         (("--weights", str(measured)), "cannot be read as JSON"),
-        (("--weights", "1,0.5"), "accepted: peak=LAYER,width=LAYERS,least=WEIGHT, or a JSON file"),
+        (("--weights", "1,0.5"), "accepted: peak=LAYER,width=LAYERS,least=SHARE,most=WEIGHT, or a JSON file"),
         (("--weights", str(listed), "--layers", "0"), "nothing would be steered"),
     ):
         assert says in run(*base, *options, code=2).stderr
+    at_writers = ("--sites", "writers", "--layers", "1-2", "--mlp-weights", str(listed))
+    assert weights(*at_writers) == [0, 1, 1]
+    made = json.loads(run("inspect", str(output), "--json").stdout)["profile"]
+    assert [layer["mlp_weight"] for layer in made] == [0, 1.25, -0.5]
+    table = run("inspect", str(output)).stdout.splitlines()
+    last = [[cell.strip() for cell in table[at].split("|")[-3:-1]] for at in (-5, -1)]
+    assert last == [["attention weight", "MLP weight"], ["1", "-0.5"]]
+    assert "mlp_weights needs the site 'writers'" in run(*base, "--mlp-weights", str(listed), code=2).stderr
+    assert "--mlp-weights: 3" in run(*base, "--sites", "writers", "--mlp-weights", "3", code=2).stderr
     listed.write_text('[1, "1", 1]')
     assert "a number from -100 to 100" in run(*base, "--weights", str(listed), code=2).stderr
 

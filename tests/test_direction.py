@@ -116,6 +116,21 @@ def test_equal_directions_have_one_digest_and_any_change_another() -> None:
     assert digest(replace(GOOD, weights=weights).to_bytes()) != digest(DATA)
 
 
+def test_weights_of_attention_and_mlp_are_for_terms_that_are_told_apart() -> None:
+    made = models.apart(MODEL)
+    assert same(Direction.from_bytes(made.to_bytes()), made)
+    assert [layer["mlp_weight"] for layer in made.profile()] == models.APART[1].tolist()
+    assert [layer["mlp_weight"] for layer in GOOD.profile()] == [None] * models.LAYERS
+    assert digest(made.to_bytes()) != digest(replace(made, mlp_weights=None).to_bytes())
+    for changes, says in (
+        ({"mlp_weights": torch.ones(models.LAYERS)}, "'mlp_weights' is for the site 'writers', this file's sites are"),
+        ({"mlp_weights": torch.ones(models.LAYERS + 1)}, "'mlp_weights' has shape [4], it must be [3]"),
+        ({"mlp_weights": torch.ones(models.LAYERS).half()}, "'mlp_weights' has dtype float16"),
+        ({"mlp_weights": torch.full((models.LAYERS,), torch.nan)}, "'mlp_weights' has values that are not finite"),
+    ):
+        assert any(says in problem for problem in problems_of(changed(**changes)))
+
+
 def test_unsteered_layers_are_rows_of_zeros() -> None:
     rows = GOOD.directions.clone()
     rows[1] = 0

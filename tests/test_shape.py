@@ -158,6 +158,16 @@ def test_weights_that_must_overflow_the_models_dtype_are_refused(dtype: torch.dt
             replace(shape(), dtype=dtype).check(direction)
 
 
+def test_weights_of_mlps_count_as_those_of_attention_do() -> None:
+    wild = replace(DIRECTION, mlp_weights=torch.full_like(DIRECTION.weights, 1e15))
+    with pytest.raises(DirectionError, match="'mlp_weights' goes up to 1e"):
+        replace(shape(), dtype=torch.bfloat16).check(wild)
+    alone = replace(DIRECTION, weights=torch.zeros(3), mlp_weights=torch.tensor([0.0, 1.0, 0.0]))
+    shape().check_entry(alone, Entry("d", "d", "ablate", 1.0, layers="1"))
+    with pytest.raises(SpecError, match="does nothing at the layers 2"):
+        shape().check_entry(alone, Entry("d", "d", "ablate", 1.0, layers="2"))
+
+
 def test_weights_of_layers_that_are_not_steered_count_for_nothing() -> None:
     rows, weights = DIRECTION.directions.clone(), DIRECTION.weights.clone()
     rows[0], weights[0] = 0, 1e15

@@ -144,8 +144,11 @@ def inspect(
     rows = []
     for row in profile:
         figures = (row["angle"], row["norm_harmful"], row["norm_harmless"], row["cosine_next"])
-        rows.append([str(row["layer"]), *map(_cell, figures), f"{row['weight']:g}" if row["steered"] else "–"])
-    typer.echo("\n" + shown(("layer", "angle °", "‖harmful‖", "‖harmless‖", "cos to next", "weight"), rows))
+        weights = [row["weight"], *([] if (mlp := row["mlp_weight"]) is None else [mlp])]
+        told = [f"{weight:g}" if row["steered"] else "–" for weight in weights]
+        rows.append([str(row["layer"]), *map(_cell, figures), *told])
+    head = ["weight"] if direction.mlp_weights is None else ["attention weight", "MLP weight"]
+    typer.echo("\n" + shown(("layer", "angle °", "‖harmful‖", "‖harmless‖", "cos to next", *head), rows))
 
 
 def _cell(value: float | None) -> str:

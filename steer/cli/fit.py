@@ -236,8 +236,11 @@ def derive(
     layers: Annotated[str | None, "the layers at which it acts, as 10-20; the others get the weight 0"] = None,
     weights: Annotated[
         str | None,
-        "how much each layer does: a bell, as peak=16,width=6,least=0.1 (1 at the layer peak, least far from "
-        "it, by default 0), or a .json file with a number for each layer",
+        "how much each layer does: a bell, as peak=16,width=6,least=0.1,most=1 (most at the layer peak, by default 1; "
+        "the share least of that far from it, by default 0), or a .json file with a number for each layer",
+    ] = None,
+    mlp_weights: Annotated[
+        str | None, "at the site writers: the same of what MLPs write; --weights is then of what attention writes"
     ] = None,
 ) -> None:
     """Make a direction from a MEASUREMENT, without the model."""
@@ -266,7 +269,7 @@ def derive(
         choices.sites,
         threshold,
         target,
-        _weights(layers, weights, measured.meta.model.layers),
+        *_weights(layers, weights, mlp_weights, measured.meta.model.layers),
     )
     direction = run(measured, recipe)
     digest = direction.save(output)
@@ -275,9 +278,10 @@ def derive(
     typer.echo(f"wrote {output}: {method}, source {source}, digest {digest[:12]}")
 
 
-def _weights(layers: str | None, weights: str | None, depth: int) -> tuple[float, ...] | None:
-    """What --layers and --weights say of a model with `depth` layers, which the options have not seen."""
-    found = [1.0] * depth if weights is None else _kernel(weights, depth) if "=" in weights else _listed(weights)
+def _weights(layers: str | None, weights: str | None, mlp: str | None, depth: int) -> list[tuple[float, ...] | None]:
+    """What --layers, --weights and --mlp-weights say of a model with `depth` layers, which the options have not seen:
+    the weights of all, and those of MLPs."""
+    first, last = 0, depth - 1
     if layers is not None:
         span = layer_range(layers)
         first, last = (0, depth) if span is None else ends(span)
@@ -286,8 +290,16 @@ def _weights(layers: str | None, weights: str | None, depth: int) -> tuple[float
                 f"--layers: {layers!r} is not accepted: the first and the last layer like 10-20, or one, of 0 to "
                 f"{depth - 1}"
             )
-        found = [weight if first <= layer <= last else 0.0 for layer, weight in enumerate(found)]
-    return None if layers is None and weights is None else tuple(found)
+    found: list[tuple[float, ...] | None] = []
+    for option, text, needed in (("--weights", weights, layers is not None), ("--mlp-weights", mlp, False)):
+        if text is None and not needed:
+            found.append(None)
+            continue
+        each = [1.0] * depth
+        if text is not None:
+            each = _kernel(option, text, depth) if "=" in text else _listed(option, text)
+        found.append(tuple(weight if first <= layer <= last else 0.0 for layer, weight in enumerate(each)))
+    return found
 
 
 class Bell(BaseModel):
@@ -295,36 +307,37 @@ class Bell(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    peak: Annotated[float, Field(ge=0, description="the layer whose weight is 1")]
+    peak: Annotated[float, Field(ge=0, description="the layer that does most")]
     width: Annotated[float, Field(gt=0, allow_inf_nan=False, description="layers from the peak to 0.61 of it")]
-    least: Annotated[float, Field(ge=0, le=1, description="the weight far from the peak")] = 0.0
+    least: Annotated[float, Field(ge=0, le=1, description="the share of that far from the peak")] = 0.0
+    most: Annotated[float, Field(gt=0, le=100, description="the weight at the peak")] = 1.0
 
 
-def _kernel(text: str, depth: int) -> list[float]:
+def _kernel(option: str, text: str, depth: int) -> list[float]:
     from steer.lab.derive import layer_weights
 
     try:
         bell = Bell.model_validate(dict(part.partition("=")[::2] for part in opt.split(text)))
     except ValidationError as error:
-        raise InvalidInput(f"--weights: {problem}" for problem in problems_of(error, "the bell")) from error
+        raise InvalidInput(f"{option}: {problem}" for problem in problems_of(error, "the bell")) from error
     if bell.peak >= depth:
-        raise InvalidInput(f"--weights: peak is {bell.peak:g}: the layers are 0 to {depth - 1}")
-    weights: list[float] = layer_weights(depth, bell.peak, bell.width, bell.least).tolist()
+        raise InvalidInput(f"{option}: peak is {bell.peak:g}: the layers are 0 to {depth - 1}")
+    weights: list[float] = (bell.most * layer_weights(depth, bell.peak, bell.width, bell.least)).tolist()
     return weights
 
 
-def _listed(file: str) -> list[float]:
+def _listed(option: str, file: str) -> list[float]:
     import json
 
     try:
         numbers = json.loads(Path(file).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidInput(
-            f"--weights: {file}: cannot be read as JSON: {getattr(error, 'strerror', error)}; accepted: "
-            "peak=LAYER,width=LAYERS,least=WEIGHT, or a JSON file with a number for each layer"
+            f"{option}: {file}: cannot be read as JSON: {getattr(error, 'strerror', error)}; accepted: "
+            "peak=LAYER,width=LAYERS,least=SHARE,most=WEIGHT, or a JSON file with a number for each layer"
         ) from error
     if not isinstance(numbers, list) or not all(type(n) in (int, float) and abs(n) <= 100 for n in numbers):
-        raise InvalidInput(f"--weights: {file}: accepted: a list with a number from -100 to 100 for each layer")
+        raise InvalidInput(f"{option}: {file}: accepted: a list with a number from -100 to 100 for each layer")
     return numbers
 
 

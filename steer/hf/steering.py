@@ -356,8 +356,8 @@ class Steering:
             )
             targets.append((before, _hang(site_tools.on_input, blocks[0])))
             for layer, acting in enumerate(modules):
-                for module in acting:
-                    hooked = selfcheck.HookedModule(HookPoint(site, layer), module, site_tools.stream_of)
+                for term, module in enumerate(acting):
+                    hooked = selfcheck.HookedModule(HookPoint(site, layer, term), module, site_tools.stream_of)
                     targets.append((hooked, _hang(site_tools.on_output, module)))
         return targets
 

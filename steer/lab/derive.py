@@ -34,7 +34,8 @@ class Recipe:
     threshold and target: where ρ of `one_sided` stands between the means, and where it sets what is above ρ, 0 at the
     harmless one and 1 at the harmful one. Without a threshold ρ is half way, and at a layer whose rows bisect the means
     (see `Method.bisects`) the bisector; without a target it is ρ. weights: how much of the operation each layer does,
-    and the stream before block 0 nothing of it; None for all of it everywhere.
+    and the stream before block 0 nothing of it; None for all of it everywhere. mlp_weights: the same of what MLPs
+    write, at the site `writers`; `weights` is then of what attention writes.
     """
 
     method: Method = field(default_factory=lambda: Slerp())
@@ -50,6 +51,7 @@ class Recipe:
     threshold: float | None = None
     target: float | None = None
     weights: tuple[float, ...] | None = None
+    mlp_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -63,6 +65,8 @@ class Recipe:
                 problems.append(f"{name} must be a finite number, got {value}")
         if self.target is not None and self.target > (0.5 if self.threshold is None else self.threshold):
             problems.append(f"target must not be above the threshold, got {self.target:g}")
+        if self.mlp_weights is not None and not acts_on_terms(self.sites):
+            problems.append(f"mlp_weights needs the site 'writers', got {', '.join(self.sites)}")
         if self.bootstrap < 0 or self.bootstrap == 1:
             problems.append(f"bootstrap must be 0, or at least 2 resamples, got {self.bootstrap}")
         if problems:
@@ -107,7 +111,7 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
         agreement = found.agreement
         rows = spread(measurement, recipe, source, found.rows)
         missing = []
-        if acts_on_terms(recipe.sites) and recipe.weights is None:
+        if acts_on_terms(recipe.sites) and recipe.weights is None and recipe.mlp_weights is None:
             embedding = found.rows.float()
     if missing:
         log.warning("layers %d to %d were not measured and stay unsteered", missing[0], missing[-1])
@@ -147,10 +151,12 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
             missing_one = "a harmful side of each row, and a row of this direction hardly tells the classes apart"
         raise InvalidInput(f"the mode '{recipe.mode}' needs {missing_one}; with it: {', '.join(meta.modes)}")
     at = measurement.position(recipe.position)
+    weights, mlp_weights = _weights(recipe, source, rows)
     return Direction(
         meta,
         directions=rows.float().contiguous(),
-        weights=_weights(recipe, source, rows),
+        weights=weights,
+        mlp_weights=mlp_weights,
         reference=torch.zeros(rows.shape[:2]) if reference is None else reference.float().contiguous(),
         mean_harmful=_whole(measurement.harmful.mean[at], facts.layers),
         mean_harmless=_whole(measurement.harmless.mean[at], facts.layers),
@@ -339,19 +345,22 @@ def _sided(measurement: Measurement, recipe: Recipe, rows: Tensor, source: int |
     return True
 
 
-def _weights(recipe: Recipe, source: int | None, rows: Tensor) -> Tensor:
+def _weights(recipe: Recipe, source: int | None, rows: Tensor) -> tuple[Tensor, Tensor | None]:
     """The recipe's, or 1; for the mode `add` at the source layer alone (Arditi et al. 2024, section 2.4): to add the
     difference of means again at each layer is many times as much, and leaves no words."""
     layers = len(rows)
-    if recipe.weights is not None and len(recipe.weights) != layers:
-        raise InvalidInput(f"weights: {len(recipe.weights)} numbers for a model of {layers} layers; accepted: {layers}")
+    for name in ("weights", "mlp_weights"):
+        if (given := getattr(recipe, name)) is not None and len(given) != layers:
+            raise InvalidInput(f"{name}: {len(given)} numbers for a model of {layers} layers; accepted: {layers}")
     weights = torch.ones(layers) if recipe.weights is None else torch.tensor(recipe.weights, dtype=torch.float32)
+    mlp_weights = None if recipe.mlp_weights is None else torch.tensor(recipe.mlp_weights, dtype=torch.float32)
     if recipe.mode == "add" and source is not None:
         weights[torch.arange(layers) != source] = 0
-    if not weights[rows.flatten(1).any(1)].any():
+    acting = torch.stack([weights, weights if mlp_weights is None else mlp_weights])
+    if not acting[:, rows.flatten(1).any(1)].any():
         where = "at the source layer of a direction to add" if recipe.mode == "add" else "at every layer with rows"
         raise InvalidInput(f"weights: they are 0 {where}, so nothing would be steered")
-    return weights
+    return weights, mlp_weights
 
 
 def layer_weights(depth: int, peak: float, width: float, least: float) -> Tensor:

@@ -22,6 +22,7 @@ def card(direction: Direction, name: str, sha256: str) -> ModelCard:
         library_name="steer",
         tags=["steer", "steering-vector", "interpretability"],
     )
+    weights = (f"{float(w.min()):g} to {float(w.max()):g}" for w in map(direction.weights_of, (0, 1)))
     facts = {
         "made for": f"{meta.model} ({meta.architecture}, {meta.layers} layers × {meta.d_model})",
         "model revision": meta.revision,
@@ -32,6 +33,7 @@ def card(direction: Direction, name: str, sha256: str) -> ModelCard:
         "default mode and strength": f"{meta.mode}, {meta.strength:g}",
         "modes": ", ".join(meta.modes),
         "sites": ", ".join(meta.sites),
+        "weights of attention and MLP": None if direction.mlp_weights is None else " and ".join(weights),
         "condition that was found": found
         and f"`{name}?{Condition(name, found.layer, found.above, found.below)}`: {found.errors}",
         "set that shows the behaviour": meta.harmful and f"{meta.harmful.name}, {meta.harmful.count} prompts",

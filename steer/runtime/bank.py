@@ -67,10 +67,12 @@ EMBEDDING = -1
 
 @dataclass(frozen=True, slots=True)
 class HookPoint:
-    """Where rows act: a site at a layer (EMBEDDING for the stream before block 0)."""
+    """Where rows act: a site at a layer (EMBEDDING for the stream before block 0), and which of the terms that pass
+    there, in the order in which the block makes them: 0 for attention's, 1 for the MLP's."""
 
     site: Site
     layer: int
+    term: int = 0
 
     @property
     def readable(self) -> bool:
@@ -160,6 +162,9 @@ class DirectionBank:
         self.rows, self.rank, self.d_model = rows, rank, d_model
         self.sites: frozenset[Site] = frozenset(point.site for point in points)
         self.slices = {point: BankSlice.empty(rows + 1, d_model, device, point.layer) for point in points}
+        terms = [p for p in points if not SITE_RULES[p.site].whole and p.layer != EMBEDDING]
+        #: The layers whose block writes one term.
+        self._single = {p.layer for p in terms} - {p.layer for p in terms if p.term}
         self._free = list(range(rows, 0, -1))
         self._resident: dict[str, _Resident] = {}
         self.combinations = Combinations(list(self.slices.values()), rank, device, requests) if rank > 1 else None
@@ -176,9 +181,11 @@ class DirectionBank:
         return self.rows - len(self._free)
 
     def load(self, digest: str, direction: Direction) -> None:
-        """Make `direction` resident. Raises NoRoom when fewer than its k rows are free; then nothing has changed."""
+        """Make `direction` resident. Raises NoRoom when fewer than its k rows are free, and DirectionError where it
+        weighs apart what a block writes as one term; then nothing has changed."""
         if digest in self._resident:
             return
+        direction.check_terms(self._single)
         if (count := direction.resident(self.rank)) > len(self._free):
             raise NoRoom(
                 f"the direction needs {count} free bank rows, {len(self._free)} of {self.rows} are free; "
@@ -384,18 +391,19 @@ _Key: TypeAlias = tuple[tuple[str, str, bool, str | None], ...]
 
 @dataclass(frozen=True, slots=True)
 class _Values:
-    """The coefficients of one mode at all hook points."""
+    """The coefficients of one mode at all hook points, those of layers by term."""
 
-    layers: Tensor
+    layers: tuple[Tensor, Tensor]
     embedding: Tensor
 
     @classmethod
     def of(cls, direction: Direction, mode: Mode) -> _Values:
-        return cls(coefficients(direction, mode), embedding_coefficients(direction, mode))
+        of_terms = coefficients(direction, mode, 0), coefficients(direction, mode, 1)
+        return cls(of_terms, embedding_coefficients(direction, mode))
 
     def at(self, point: HookPoint) -> Tensor:
         """`[k, 6]`"""
-        return self.embedding if point.layer == EMBEDDING else self.layers[point.layer]
+        return self.embedding if point.layer == EMBEDDING else self.layers[point.term][point.layer]
 
 
 def _acts(entry: Entry) -> bool:

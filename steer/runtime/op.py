@@ -181,10 +181,11 @@ def displacements(x: Tensor, vectors: Tensor, coefficients: Tensor, strengths: l
     )
 
 
-def coefficients(direction: Direction, mode: Mode) -> Tensor:
+def coefficients(direction: Direction, mode: Mode, term: int = 0) -> Tensor:
     """The operation's (τ, g, w, γ, f, Δ) for each layer and row: `[layers, k, 6]`, float32, with k = 2 for those that
-    turn, which are of an angle and the same for both rows. Δ is 0 where no gate can be shifted."""
-    weights = direction.weights[:, None]
+    turn, which are of an angle and the same for both rows. Δ is 0 where no gate can be shifted. `term`: of which term
+    of a block (`HookPoint`)."""
+    weights = direction.weights_of(term)[:, None]
     out = torch.zeros(direction.layers, direction.rows_in(mode), COEFFICIENTS)
     out[..., [GATE, FLOOR]], out[..., WEIGHT] = -torch.inf, weights
     match mode:

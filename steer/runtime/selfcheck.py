@@ -293,15 +293,17 @@ class EagerCheck:
         """Each writer's own output, and that the block hands on the sum of them."""
         bad: list[str] = []
         for layer in dict.fromkeys(p.point.layer for p in self.hooked if p.point.site == site):
-            at = [n for n, p in enumerate(self.hooked) if p.point == HookPoint(site, layer)]
+            at = [n for n, p in enumerate(self.hooked) if (p.point.site, p.point.layer) == (site, layer)]
             if layer == EMBEDDING:
                 problems = [self._at_stream(n, self.hooked[n], watch, plain) for n in at]
             elif missing := [n for n in at if n not in watch.raw]:
                 problems = [f"{len(missing)} of {len(at)} writers not reached"]
             else:
                 acted = [watch.acted[n] for n in at]
-                pairs = zip((watch.raw[n] for n in at), acted, strict=True)
-                problems = [self._compare(HookPoint(site, layer), raw, now, [now]) for raw, now in pairs]
+                problems = [
+                    self._compare(self.hooked[n].point, watch.raw[n], now, [now])
+                    for n, now in zip(at, acted, strict=True)
+                ]
                 problems.append(self._adds_up(watch.handed[layer], acted))
             bad += [f"{site} of layer {layer}: {problem}" for problem in problems if problem]
         return bad

@@ -254,9 +254,9 @@ def _find_writers(worker: Worker, local: dict[int, nn.Module], form: Form) -> li
         list(local.values()), lambda: internals.worker.probe(worker), entering, leaving, eps, first=min(local)
     )
     return [
-        Target(HookPoint("writers", i), writer, "tensor")
+        Target(HookPoint("writers", i, term), writer, "tensor")
         for i, writers in zip(local, found, strict=True)
-        for writer in writers
+        for term, writer in enumerate(writers)
     ]
 
 

@@ -6,7 +6,7 @@ import threading
 import time
 
 from steer.direction import Direction
-from steer.errors import EngineFailed, NoRoom
+from steer.errors import DirectionError, EngineFailed, NoRoom
 from steer.shape import Shape
 from steer.shared import Shared
 from steer.vllm.internals.types import Call
@@ -28,8 +28,8 @@ class VllmPlacement:
         self._calling = threading.Lock()  # what goes out for one digest keeps its order
 
     def load(self, digest: str, direction: Direction, data: bytes) -> None:
-        """Raises NoRoom or EngineFailed unless every worker has answered with this digest, or what a call raises; those
-        that have it are then told to let it go."""
+        """Raises NoRoom, DirectionError or EngineFailed unless every worker has answered with this digest, or what a
+        call raises; those that have it are then told to let it go."""
         alone = self.shared.count == 1
         deadline = time.monotonic() + (ENDING if alone else LETTING_GO)
         asked = alone
@@ -54,6 +54,8 @@ class VllmPlacement:
         problems = sorted({_problem(answer) for answer in answers if answer != {"digest": digest}})
         if any("no_room" in answer or "in_use" in answer for answer in answers):
             raise NoRoom("; ".join(problems))
+        if any("refused" in answer for answer in answers):
+            raise DirectionError(problems)
         raise EngineFailed(f"the workers did not all load the direction {digest[:12]}: {'; '.join(problems)}")
 
     def unload(self, digest: str) -> None:
@@ -72,5 +74,5 @@ class VllmPlacement:
 
 
 def _problem(answer: dict[str, object]) -> str:
-    known = [answer[kind] for kind in ("no_room", "in_use", "error") if kind in answer]
+    known = [answer[kind] for kind in ("no_room", "in_use", "refused", "error") if kind in answer]
     return str(known[0]) if known else f"the digest {answer.get('digest')}"

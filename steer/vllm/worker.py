@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from steer._version import __version__
-from steer.errors import NoRoom, SteerError, UnsupportedModel
+from steer.errors import DirectionError, NoRoom, SteerError, UnsupportedModel
 from steer.runtime.token_index import PLAIN, RequestSteer, TokenIndex, Tokens
 from steer.spec import Spec
 from steer.tokenization import Thinking
@@ -280,6 +280,8 @@ class SteeringWorker:
             return {"in_use": str(error)}
         except NoRoom as error:
             return {"no_room": str(error)}
+        except DirectionError as error:
+            return {"refused": str(error)}
         except SteerError as error:
             return {"error": str(error)}
 

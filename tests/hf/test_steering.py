@@ -11,11 +11,11 @@ import torch
 import transformers as tf
 
 import steer
-from steer.errors import SpecError, UnsupportedModel
+from steer.errors import DirectionError, SpecError, UnsupportedModel
 from steer.hf.steering import Anatomy, Steering
 from steer.names import MODES, Mode
 from steer.runtime.bank import EMBEDDING, HookPoint
-from steer.runtime.hook_points import find_writers
+from steer.runtime.hook_points import find_writers, on_output
 from tests import bad, models
 from tests.oracle import ablated, orthogonalised, reference_logits
 
@@ -271,7 +271,63 @@ def test_places_cover_every_layer_and_the_embedding() -> None:
     expected = {
         HookPoint(site, layer) for site in ("resid_post", "writers") for layer in range(EMBEDDING, models.LAYERS)
     }
-    assert set(steering.bank.slices) == expected
+    assert set(steering.bank.slices) == expected | {HookPoint("writers", layer, 1) for layer in range(models.LAYERS)}
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_what_a_block_writes_first_is_attentions(name: str) -> None:
+    """By which a file's two weights are told apart, also where both are made of the same stream."""
+    anatomy = Anatomy(models.tiny(name))
+    for block, writers in zip(anatomy.blocks, find_writers(anatomy.blocks, anatomy.probe), strict=True):
+        first, second = (next(n for n, m in block.named_children() if m is writer) for writer in writers)
+        assert "att" in first, first
+        assert any(word in second for word in ("mlp", "feedforward", "feed_forward")), second
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "mixtral", "gpt_oss"])
+def test_attention_and_mlp_are_weighed_apart(name: str) -> None:
+    model = models.tiny(name)
+    direction = models.apart(model)
+    expected = logits(orthogonalised(model, direction.directions[0, 0], 0.8, models.APART))
+    swapped = logits(orthogonalised(model, direction.directions[0, 0], 0.8, models.APART[::-1]))
+    with (
+        steer.attach(model, {"d": direction}, sites=("writers",)) as steering,
+        steering({"direction": "d", "strength": 0.8}),
+    ):
+        served = logits(model)
+    assert relative(served, expected) <= 1e-4
+    assert relative(served, swapped) > 1e-3, "the test must tell them apart"
+
+
+def test_what_has_the_weight_0_is_left_bit_equal() -> None:
+    model = models.tiny("llama", torch.bfloat16)
+    direction = replace(models.apart(model), weights=torch.zeros(3), mlp_weights=torch.ones(3))
+    wrote: dict[tuple[str, bool], torch.Tensor] = {}
+    parts = {"attention": model.model.layers[2].self_attn, "mlp": model.model.layers[2].mlp}
+
+    def watch(after: bool) -> None:
+        for kind, module in parts.items():
+            on_output(module, lambda x, key=(kind, after): wrote.__setitem__(key, x.clone()))
+
+    watch(False)
+    with steer.attach(model, {"d": direction}, sites=("writers",)) as steering:
+        watch(True)
+        with steering("d"):
+            logits(model)
+    assert torch.equal(wrote["attention", False], wrote["attention", True])
+    assert not torch.equal(wrote["mlp", False], wrote["mlp", True])
+
+
+def test_a_block_that_writes_one_term_cannot_have_two_weights() -> None:
+    model = models.tiny("llama")
+    model.model.layers[1].mlp.down_proj.weight.data.zero_()
+    direction = models.apart(model)
+    assert direction.mlp_weights is not None
+    equal = direction.mlp_weights.clone().index_copy_(0, torch.tensor([1]), direction.weights[1:2])
+    with steer.attach(model, {"equal": replace(direction, mlp_weights=equal)}, sites=("writers",)) as steering:
+        with pytest.raises(DirectionError, match=r"differs from 'weights' at layers \[1\].*equal weights are accepted"):
+            steering.load("apart", direction)
+        assert list(steering.directions) == ["equal"]
 
 
 def test_writers_are_the_norms_where_norms_stand_behind_the_writers() -> None:

@@ -246,6 +246,22 @@ def test_weights_of_a_recipe_are_those_of_the_file_and_must_leave_something(meas
             derive(measured, nothing)
 
 
+def test_weights_of_mlps_are_those_of_the_file_and_need_the_site(measured: Measurement) -> None:
+    writers = replace(recipe("projected", layer=1), sites=("writers",))
+    made = derive(measured, replace(writers, mlp_weights=(0.0, 0.5, 1.0)))
+    assert made.mlp_weights is not None
+    assert (made.weights.tolist(), made.mlp_weights.tolist()) == ([1, 1, 1], [0, 0.5, 1])
+    assert made.embedding is None
+    assert derive(measured, writers).mlp_weights is None
+    derive(measured, replace(writers, weights=(0.0, 0.0, 0.0), mlp_weights=(0.0, 0.0, 1.0)))
+    with pytest.raises(InvalidInput, match="nothing would be steered"):
+        derive(measured, replace(writers, weights=(0.0, 0.0, 0.0), mlp_weights=(0.0, 0.0, 0.0)))
+    with pytest.raises(InvalidInput, match="mlp_weights: 1 numbers for a model of 3 layers"):
+        derive(measured, replace(writers, mlp_weights=(1.0,)))
+    with pytest.raises(InvalidInput, match="mlp_weights needs the site 'writers', got resid_post"):
+        replace(recipe(layer=1), mlp_weights=(1.0, 1.0, 1.0))
+
+
 def test_rows_that_do_not_tell_the_classes_apart_have_no_side(measured: Measurement) -> None:
     """Whichever side of them is called harmful: `one_sided` would act on half of all text."""
     many = replace(recipe("subspace", 1), method=make_method("subspace", {"rank": 3}))

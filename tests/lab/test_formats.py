@@ -329,6 +329,13 @@ def test_what_a_glp_file_says_and_we_cannot_is_refused(model: Any, tmp_path: Pat
             formats.write(tmp_path / "v.glp.gguf", made)
 
 
+@pytest.mark.parametrize("name", ["v.gguf", "v.glp.gguf", "direction.pt"])
+def test_no_other_file_weighs_attention_and_mlp_apart(model: Any, tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidInput, match="no such file can weigh attention and MLP apart"):
+        formats.write(tmp_path / name, models.apart(model))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("shape", [(D,), (LAYERS, D), (LAYERS, 2, D)])
 def test_plain_tensors_are_made_orthonormal(tmp_path: Path, shape: tuple[int, ...]) -> None:
     value = 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(1))

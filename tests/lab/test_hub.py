@@ -41,6 +41,13 @@ def test_what_is_assembled_is_the_file_and_its_card(file: Path, tmp_path: Path) 
         assert part in card.text
     assert "`refusal?refusal@1>0.3`: 2 of 12 of refused.txt do not meet it, 1 of 12 of refused.txt do" in card.text
     assert "None" not in card.text
+    assert "weights of" not in card.text
+
+
+def test_the_card_tells_weights_of_attention_and_mlp(tmp_path: Path) -> None:
+    models.apart(models.tiny("llama")).save(tmp_path / "apart.safetensors")
+    card = ModelCard.load(hub.assemble(tmp_path / "apart.safetensors", tmp_path / "repo") / "README.md")
+    assert "| weights of attention and MLP | 0 to 1 and 0 to 1 |" in card.text
 
 
 def test_a_local_model_is_not_named_as_a_hub_model(file: Path, tmp_path: Path) -> None:

@@ -119,6 +119,31 @@ def test_each_layers_own_rows_of_rank_two_are_baked_too(tmp_path: Path) -> None:
     assert relative(logits(baked(tmp_path / "model", direction)), served(model, direction)) <= 1e-4
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt_neox", "gemma3"])
+def test_attention_and_mlp_are_baked_by_their_own_weights(name: str, tmp_path: Path) -> None:
+    model = models.save(name, tmp_path / "model")
+    direction = models.apart(model)
+    edited, told = made(tmp_path / "model", direction)
+    if name not in models.NORM_BEHIND_WRITER:
+        assert relative(logits(edited), served(model, direction)) <= 1e-4
+    assert (
+        relative(logits(edited), logits(baked(tmp_path / "model", replace(direction, mlp_weights=None), 0.99))) > 1e-3
+    )
+    assert told.verdict is not None
+    assert told.verdict.logits is not None
+    assert told.verdict.logits <= 1e-4
+    assert told.verdict.left is None, "the whole of it is removed nowhere"
+
+
+def test_two_weights_of_a_block_that_writes_one_term_are_refused(tmp_path: Path) -> None:
+    model = models.save("llama", tmp_path / "model")
+    model.model.layers[1].mlp.down_proj.weight.data.zero_()
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(DirectionError, match=r"differs from 'weights' at layers \[1\]"):
+        baked(tmp_path / "model", models.apart(model))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
 def test_one_vector_for_the_whole_stream_is_baked_as_writers_and_more_are_refused(tmp_path: Path) -> None:
     model = models.save("llama", tmp_path / "model")
     direction = models.direction(model, shared=True, mode="one_sided")
@@ -346,6 +371,17 @@ def test_the_adapter_equals_served_or_the_reference(name: str, k: int, tmp_path:
         expected = oracle.reference_logits(model, name, direction.directions[0, 0], IDS, 0.8, before=True)
     else:
         return
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    assert relative(logits(adapted), expected) <= 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_the_adapter_of_two_weights_equals_what_is_served(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = models.save("llama", tmp_path / "model")
+    direction = models.apart(model)
+    export_adapter(Checkpoint(tmp_path / "model"), removal(direction), tmp_path / "adapter", base="m")
+    expected = served(model, direction)
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
     assert relative(logits(adapted), expected) <= 1e-4
 

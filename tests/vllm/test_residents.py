@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from steer.direction import Direction, digest
-from steer.errors import EngineFailed, NoRoom, UnsupportedModel
+from steer.errors import DirectionError, EngineFailed, NoRoom, UnsupportedModel
 from steer.runtime.bank import DirectionBank, HookPoint
 from steer.runtime.token_index import TokenIndex
 from steer.shape import Shape
@@ -142,6 +142,13 @@ def test_a_load_that_fails_somewhere_is_let_go_everywhere(failure: Any) -> None:
         point.load("d", None, b"")  # type: ignore[arg-type]
     point.load("e", None, b"")  # type: ignore[arg-type]
     assert [told for told in workers.told if told[0] == "steer_unload"] == [("steer_unload", "d")]
+
+
+def test_what_a_worker_refuses_is_the_fault_of_the_file_and_not_of_the_engine() -> None:
+    workers = Workers([GOOD, {"refused": "tensor 'mlp_weights' differs"}])
+    with pytest.raises(DirectionError, match="'mlp_weights' differs"):
+        placed(workers).load("d", None, b"")  # type: ignore[arg-type]
+    assert workers.told[-1] == ("steer_unload", "d")
 
 
 def test_rows_of_requests_that_are_ending_are_waited_for() -> None:

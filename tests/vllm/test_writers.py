@@ -19,21 +19,25 @@ def test_it_equals_orthogonalised_weights(name: str, tmp_path: Path, in_process:
     home = Home.make(name, tmp_path)
     made = models.direction(home.model, shared=True, embedding=True, sites=("writers",))
     made.save(home.directions / "everywhere.safetensors")
+    models.apart(home.model).save(home.directions / "apart.safetensors")
     v = made.directions[0, 0]
     eager = name == "mixtral"  # compiled in `test_equal`
     llm = home.start(**IN_PROCESS, enforce_eager=eager, steer={"sites": ["resid_post", "writers"]})
     try:
-        jobs = [(prompt, spec) for prompt in PROMPTS for spec in ("everywhere", "everywhere=0.5", "off", "refusal")]
+        jobs = [
+            (prompt, spec) for prompt in PROMPTS for spec in ("everywhere", "everywhere=0.5", "apart", "off", "refusal")
+        ]
         for (_, spec), output in zip(jobs, generate(llm, jobs), strict=True):
-            if spec == "refusal":
+            if spec == "refusal" or (spec == "apart" and name in models.NORM_BEHIND_WRITER):
                 continue
-            strength = {"everywhere": 1.0, "everywhere=0.5": 0.5, "off": 0.0}[spec]
+            strength = {"everywhere": 1.0, "everywhere=0.5": 0.5, "apart": 1.0, "off": 0.0}[spec]
             prompt, answer = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
             ids = torch.tensor([prompt + answer])
             if name in models.NORM_BEHIND_WRITER:
                 logits = oracle.reference_logits(home.model, name, v, ids, strength)
             else:
-                edited = oracle.orthogonalised(home.model, v, strength)
+                weights = models.APART if spec == "apart" else None
+                edited = oracle.orthogonalised(home.model, v, strength, weights)
                 logits = edited(input_ids=ids, use_cache=False).logits.detach()
             expected = torch.log_softmax(logits[0].float(), -1)[len(prompt) - 1 : -1]
             assert expected.argmax(-1).tolist() == answer

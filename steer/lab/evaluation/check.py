@@ -98,9 +98,9 @@ def check(
 
 def acting(direction: Direction, mode: Mode) -> list[int]:
     """The layers at which it changes anything in `mode`."""
-    values = coefficients(direction, mode)
+    values = torch.stack([coefficients(direction, mode, term) for term in (0, 1)])
     does = (values[..., [WEIGHT, GAMMA]] != 0).any(-1) & (values[..., GATE] < MAX_VALUE) & direction.directions.any(-1)
-    return [layer for layer, acts in enumerate(does.any(-1).tolist()) if acts]
+    return [layer for layer, acts in enumerate(does.any(-1).any(0).tolist()) if acts]
 
 
 def _sign(direction: Direction, source: Source, sets: Mapping[str, PromptSet], rendering: Rendering) -> Sign:

@@ -77,6 +77,8 @@ def read_plain(path: Path, tensors: Mapping[str, Tensor], foreign: Foreign) -> D
 
 def write(path: Path, direction: Direction) -> list[str]:
     """Write `direction` as the kind that `path` names; what the file does not carry, as sentences to warn with."""
+    if path.suffix in (".gguf", ".pt") and direction.mlp_weights is not None:
+        raise InvalidInput(f"{path}: no such file can weigh attention and MLP apart; .safetensors is accepted")
     if path.suffix == ".gguf":
         return control_vector.write(path, direction)
     if path.suffix == ".pt":

@@ -41,9 +41,9 @@ class Removal:
     direction: Direction
     strength: float
 
-    def at(self, layer: int, gain: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
-        """None where nothing is. With the `gain` `[d_model]` of a norm that comes next, what has to be removed before
-        it."""
+    def at(self, layer: int, gain: Tensor | None = None, term: int = 0) -> tuple[Tensor, Tensor] | None:
+        """From one `term` of a layer (`HookPoint`); None where nothing is. With the `gain` `[d_model]` of a norm that
+        comes next, what has to be removed before it."""
         direction = self.direction
         if layer == EMBEDDING:
             if direction.embedding is None:
@@ -54,19 +54,21 @@ class Removal:
             return None
         if gain is not None:  # the weights of a layer's rows are equal, so any basis of their span will do
             rows = orthonormalise(gain.double() * rows.double()).float()
-        return rows, coefficients(direction, "ablate")[layer]
+        return rows, coefficients(direction, "ablate", term)[layer]
 
-    def taken(self, x: Tensor, layer: int, gain: Tensor | None = None) -> Tensor:
+    def taken(self, x: Tensor, layer: int, gain: Tensor | None = None, term: int = 0) -> Tensor:
         """What `x` `[..., d_model]` is after the removal, float32."""
-        if (found := self.at(layer, gain)) is None:
+        if (found := self.at(layer, gain, term)) is None:
             return x
         rows, coefficients_ = found
         return x + displacements(x, rows, coefficients_, [self.strength] * len(rows))
 
     def full(self, layer: int) -> bool:
-        """Is the whole component removed there?"""
-        found = self.at(layer)
-        return found is not None and bool(((found[1][:, WEIGHT] * self.strength - 1).abs() < 1e-6).all())
+        """Is the whole component removed there, from all terms?"""
+        found = [self.at(layer, term=term) for term in (0, 1)]
+        return all(
+            each is not None and bool(((each[1][:, WEIGHT] * self.strength - 1).abs() < 1e-6).all()) for each in found
+        )
 
 
 def removal(direction: Direction, strength: float | None = None) -> Removal:
@@ -102,7 +104,7 @@ class Plan:
 
     def at(self, writer: Writer) -> tuple[Tensor, Tensor] | None:
         """Rows and coefficients of the removal from what `writer` writes, None where nothing is removed."""
-        return self.removal.at(writer.layer, writer.gain)
+        return self.removal.at(writer.layer, writer.gain, writer.term)
 
     def edited(self, writer: Writer, tensor: Tensor, preserve_norms: bool = False) -> Tensor:
         """`tensor` after the removal, in its own dtype; arithmetic in float32. With `preserve_norms` each vector that
@@ -110,7 +112,7 @@ class Plan:
         if self.at(writer) is None:
             return tensor
         x = writer.written(tensor.float())
-        y = self.removal.taken(x, writer.layer, writer.gain)
+        y = self.removal.taken(x, writer.layer, writer.gain, writer.term)
         if preserve_norms:
             before, after = (torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (x, y))
             y = torch.where(after > 0, y * (before / after.clamp_min(torch.finfo(after.dtype).tiny)), y)
@@ -127,6 +129,7 @@ def plan(checkpoint: Checkpoint, removal: Removal, progress: Progress | None = N
     progress.plan(LOOKING, len(streamed.becomes))
     with progress.part(LOOKING):
         terms = find_terms(streamed)
+    removal.direction.check_terms({term.layer for term in terms} - {term.layer for term in terms if term.number})
     return Plan(checkpoint, removal, streamed, terms, find(checkpoint, streamed, terms))
 
 
@@ -203,9 +206,9 @@ def _verdict(plan: Plan, edited: Streamed, dtype: torch.dtype, preserve_norms: b
     got, left = _without(plan, edited)
     logits = served = None
     if not preserve_norms:
-        logits = _apart(got, _logits(plan, ((t.module, t.layer, t.gain) for t in plan.terms)))
+        logits = _apart(got, _logits(plan, ((t.module, t, t.gain) for t in plan.terms)))
         if plan.normed:
-            served = _apart(got, _logits(plan, ((t.norm or t.module, t.layer, None) for t in plan.terms)))
+            served = _apart(got, _logits(plan, ((t.norm or t.module, t, None) for t in plan.terms)))
     removed = {layer for layer in range(EMBEDDING, plan.removal.direction.layers) if plan.removal.at(layer) is not None}
     if logits is None and not removed <= left.keys():
         raise InvalidInput(
@@ -241,11 +244,13 @@ def _without(plan: Plan, edited: Streamed) -> tuple[Tensor, dict[int, float]]:
     return logits, left
 
 
-def _logits(plan: Plan, places: Iterable[tuple[nn.Module, int, Tensor | None]]) -> Tensor:
+def _logits(plan: Plan, places: Iterable[tuple[nn.Module, Term, Tensor | None]]) -> Tensor:
     """The logits of the original with the direction removed from the outputs of these modules and before block 0."""
     removal, blocks = plan.removal, plan.streamed.anatomy.blocks
     handles = [on_input(blocks[0], lambda x: removal.taken(x, EMBEDDING))]
-    handles += [on_output(m, lambda x, n=n, gain=gain: removal.taken(x, n, gain)) for m, n, gain in places]
+    handles += [
+        on_output(m, lambda x, t=t, gain=gain: removal.taken(x, t.layer, gain, t.number)) for m, t, gain in places
+    ]
     with hooks(handles):
         logits: Tensor = plan.streamed.anatomy.probe().logits.float()
     return logits

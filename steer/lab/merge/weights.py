@@ -122,10 +122,11 @@ RMS = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One of the terms that a block adds to the stream: the output of `module`, or of the `norm` that comes
-    after it, whose `gain` is g in g ⊙ x / rms(x)."""
+    """One of the terms that a block adds to the stream, its `number` that of a `HookPoint`: the output of `module`, or
+    of the `norm` that comes after it, whose `gain` is g in g ⊙ x / rms(x)."""
 
     layer: int
+    number: int
     module: nn.Module
     norm: nn.Module | None = None
     gain: Tensor | None = None
@@ -135,12 +136,14 @@ class Term:
 class Writer:
     """A tensor of the files that writes to the stream.
 
-    layer: EMBEDDING for what stands before block 0. axis: which of its dimensions is the stream's, counted from the
-    end. parameter: what it becomes in the model. own: does it become that alone? gain: of the norm after it.
+    layer: EMBEDDING for what stands before block 0. term: the number of the term there. axis: which of its dimensions
+    is the stream's, counted from the end. parameter: what it becomes in the model. own: does it become that alone?
+    gain: of the norm after it.
     """
 
     name: str
     layer: int
+    term: int
     axis: int
     parameter: str
     own: bool = True
@@ -183,9 +186,9 @@ def find_terms(streamed: Streamed) -> list[Term]:
         found = find_writers(anatomy.blocks, anatomy.probe)
     terms = []
     for layer, modules in enumerate(found):
-        for module in modules:
+        for number, module in enumerate(modules):
             if _parameters(streamed, module):
-                terms.append(Term(layer, module))
+                terms.append(Term(layer, number, module))
                 continue
             feeding = [
                 child
@@ -199,7 +202,7 @@ def find_terms(streamed: Streamed) -> list[Term]:
                     f"{anatomy.architecture}: {streamed.name_of(module)} ({type(module).__name__}) writes to the "
                     "stream, and which of its weights do is not known; this family of models cannot be baked"
                 )
-            terms.append(Term(layer, feeding[0], module, _gain(streamed, module)))
+            terms.append(Term(layer, number, feeding[0], module, _gain(streamed, module)))
     return terms
 
 
@@ -211,20 +214,20 @@ def find(checkpoint: Checkpoint, streamed: Streamed, terms: Sequence[Term]) -> l
     outside = [name for name in streamed.parameters if name.startswith(decoder) and not name.startswith(inside)]
     embedding = f"{streamed.name_of(streamed.model.get_input_embeddings())}.weight"
     positions = [name for name in outside if _POSITIONS.search(name)]
-    wanted: dict[str, tuple[int, Tensor | None]] = dict.fromkeys([embedding, *positions], (EMBEDDING, None))
+    wanted: dict[str, tuple[int, int, Tensor | None]] = dict.fromkeys([embedding, *positions], (EMBEDDING, 0, None))
     for term in terms:
-        wanted |= dict.fromkeys(_parameters(streamed, term.module), (term.layer, term.gain))
+        wanted |= dict.fromkeys(_parameters(streamed, term.module), (term.layer, term.number, term.gain))
     shapes = {name: tuple(parameter.shape) for name, parameter in streamed.model.state_dict().items()}
     found, missing = [], set(wanted)
     for name, (parameter, operations) in streamed.becomes.items():
         if parameter in wanted:
-            layer, gain = wanted[parameter]
+            layer, number, gain = wanted[parameter]
             axis = _axis(streamed.module_of(parameter), parameter)
             file = shapes[parameter] if not operations else checkpoint.shape(name)
             in_file = axis_in_file(operations, axis, shapes[parameter], file)
             if in_file is None:
                 raise UnsupportedModel(f"{name}: how {parameter} is made of it is not known; it cannot be baked")
-            found.append(Writer(name, layer, in_file, parameter, not operations, gain))
+            found.append(Writer(name, layer, number, in_file, parameter, not operations, gain))
             missing.discard(parameter)
     if missing:
         raise UnsupportedModel(f"{checkpoint.architecture}: its files have no tensor for {', '.join(sorted(missing))}")

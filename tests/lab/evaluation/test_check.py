@@ -118,3 +118,4 @@ def test_a_layer_acts_where_its_coefficients_do() -> None:
     reference[1] = MAX_VALUE  # nothing is above it
     some = replace(made, reference=reference, weights=made.weights.clone().index_fill_(0, torch.tensor([2]), 0))
     assert (acting(some, "one_sided"), acting(some, "ablate")) == ([0], [0, 1])
+    assert acting(replace(made, weights=torch.zeros(3), mlp_weights=torch.tensor([0.0, 1.0, 0.0])), "ablate") == [1]

@@ -568,6 +568,11 @@ def test_classify_tells_every_line_that_is_no_answer(tmp_path: Path) -> None:
     assert all(f"line {number}: " in problem for number, problem in enumerate(problems, 1))
     file.write_text(" \n\n")
     assert "has no answers; accepted" in run("classify", str(file), code=2).stderr
+    closed = [sys.executable, "-c", "import sys; sys.stdin = None; from steer.cli.app import app; app()"]
+    told = subprocess.run([*closed, "classify", "-"], capture_output=True, text=True)
+    assert "standard input is closed" in told.stderr + told.stdout
+    assert "Traceback" not in told.stderr
+    assert told.returncode == 2
 
 
 LIGHT = """

@@ -349,6 +349,8 @@ def _answers(path: Path) -> list[dict[str, Any]]:
 
 def _read(path: Path, said: str) -> tuple[bytes, str]:
     """The bytes of a file (of standard input for -), and their text. Raises InvalidInput, which begins with `said`."""
+    if str(path) == "-" and sys.stdin is None:
+        raise InvalidInput(f"{said}: standard input is closed: give a file, or a pipe")
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         return data, data.decode("utf-8-sig")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,18 @@ QUOTED = re.compile(
     r'```.*?(?:```|$)|(?<!\w)".*?(?:"|$)|“.*?(?:”|$)|„.*?(?:“|$)|»\S[^»«]*\S«|«.*?(?:»|$)|「.*?(?:」|$)', re.DOTALL
 )
 
+#: Spellings of one letter: of apostrophes and spaces, of Arabic and Urdu, of Chinese; bold type is none.
+SPELLINGS = (
+    str.maketrans("’ʼ´`\u00a0\u202f", "''''  ")
+    | str.maketrans("ىیکہھةۃ", "ييكهههه")
+    | str.maketrans(
+        "無協幫辦說對換話題請這個類種寫討論會給為願應該參與繼續譯釋違範們絕總滿處務從體開過還沒實現檢",
+        "无协帮办说对换话题请这个类种写讨论会给为愿应该参与继续译释违范们绝总满处务从体开过还没实现检",
+    )
+)
+#: Marks that many leave out (accents, Arabic vowels and hamza, the dot of Hindi and Bengali), and what is not seen.
+MARKS = re.compile("[\u0300-\u036f\u064b-\u0655\u0670\u0640\u093c\u09bc\u200b-\u200f\u00ad]|\\*\\*|__")
+
 
 class Behaviour(BaseModel):
     """What an answer must be to show the behaviour: all of what is given below holds."""
@@ -31,7 +44,9 @@ class Behaviour(BaseModel):
 
     name: str
     description: Annotated[str, Field(min_length=1, description="one sentence on the assistant's answer, for a judge")]
-    patterns: Annotated[tuple[str, ...], Field(description="one of these regular expressions is found")] = ()
+    patterns: Annotated[
+        tuple[str, ...], Field(description="one of these regular expressions is found, also without accents")
+    ] = ()
     exceptions: Annotated[
         tuple[str, ...], Field(description="with one of these regular expressions in it, an answer does not show it")
     ] = ()
@@ -84,15 +99,20 @@ class Behaviour(BaseModel):
             return None
         if not self.patterns:
             return f"{count} words"
-        seen = own_words(said.replace("’", "'")[: self._begins(said)])
+        seen = self._beginning(said)
         if any(_found(self.exceptions, seen)):
             return None
         return next((found[0] for found in _found(self.patterns, seen)), None)
 
+    def _beginning(self, said: str) -> str:
+        return own_words(said[: self._begins(said)])
+
     def late_evidence(self, answer: str) -> str | None:
         """The words of `answer`, which does not show it at its beginning, that do so near its end; None without."""
-        near = own_words((after_thinking(answer) or "").replace("’", "'"))[-LATE:]
-        found = next(_found(self.late, near), None)
+        said = after_thinking(answer) or ""
+        found = next(_found(self.late, own_words(said)[-LATE:]), None)
+        if found is not None and any(_found(self.patterns, self._beginning(said))):
+            return None  # an exception holds of the same words: they are somebody else's
         return None if found is None else re.sub(r"^\W+", "", found[0])
 
     def decided(self, answer: str) -> bool:
@@ -110,8 +130,8 @@ class Behaviour(BaseModel):
             return True
         if self.exceptions:  # one may still come
             return False
-        seen = own_words(settled.replace("’", "'"))
-        return any(found.end() < len(seen) for found in _found(self.patterns, seen))
+        seen = own_words(settled)
+        return any(found.end() < len(found.string) for found in _found(self.patterns, seen))
 
     @classmethod
     def load(cls, source: str) -> Behaviour:
@@ -133,14 +153,31 @@ class Behaviour(BaseModel):
 
 
 def _found(patterns: Sequence[str], text: str) -> Iterator[re.Match[str]]:
-    """What each of `patterns` finds first; each by itself: joined, their groups and flags would get into each other's
-    way."""
-    return (found for pattern in patterns if (found := _compiled(pattern).search(text)))
+    """What each of `patterns` finds first in `text` as it stands, or with its spelling folded; each by itself: joined,
+    their groups and flags would get into each other's way."""
+    bare = _folded(text)
+    for pattern in patterns:
+        exact, folded = _compiled(pattern)
+        found = exact.search(text)
+        if found is None and (bare != text or folded is not exact):
+            found = folded.search(bare)
+        if found is not None:
+            yield found
+
+
+def _folded(text: str) -> str:
+    """`text` without the differences of spelling that do not change what it says."""
+    bare = MARKS.sub("", unicodedata.normalize("NFD", text))
+    return unicodedata.normalize("NFC", bare).translate(SPELLINGS)
 
 
 @lru_cache(1024)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern, re.IGNORECASE)
+def _compiled(pattern: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """`pattern`, and the same with its spelling folded; not if it has a range such as à-ü, which would be a-u."""
+    exact, bare = re.compile(pattern, re.IGNORECASE), _folded(pattern)
+    if any(_folded(span) != span for span in re.findall(r"\S-\S", pattern)):
+        return exact, exact
+    return exact, exact if bare == pattern else re.compile(bare, re.IGNORECASE)
 
 
 def after_thinking(answer: str) -> str | None:

@@ -44,7 +44,7 @@ FAULTS: tuple[Fault, ...] = ("empty", "looped", "garbled", "repetitive", "collap
 WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")
 #: What is no text: a phrase with letters that stands 5 times one after the other, apart from the numbers between; one
 #: letter 30 times; pieces of a vocabulary; letters of a wrong encoding; words without a vowel.
-COUNTED = re.compile(r"([^\W\d_][^\n]{6,160}?)(?:\W{0,6}\d{0,4}\W{0,6}\1){4}")
+COUNTED = re.compile(r"([^\W\d_][^\n]{6,160}?)(?:\W{0,6}[\d一二三四五六七八九十]{0,4}\W{0,6}\1){4}")
 STUCK = re.compile(r"([^\W\d_])\1{30}")
 PIECES = re.compile(
     r"<(?:unk|pad|s|/s|mask|\|[a-z_]+\|)>|\[(?:MASK|SEP|CLS|PAD|unused\d+)\]|[ĠĊ▁]|##[a-z]|@@[a-z]", re.IGNORECASE
@@ -57,8 +57,9 @@ VOWELLESS = re.compile(r"\b[b-df-hj-np-tv-xz]{5}\b")
 #: What no grammar has: an article or preposition before a word that cannot follow it.
 DISORDER = re.compile(
     r"\b(?:(?:the|an?|my|your) (?:of|the|an?|to|is|are|was|were|and|or|but|because|although|therefore|when|which|that|"
-    r"for|at|from|if|with|under|did|had|it|he|they)|(?:of|at|into|from|upon) (?:and|because|although|nor|if|is|was|"
-    r"were|did|had)|(?:is|was|had) (?:is|had)|to (?:if|nor|of|is)|"
+    r"for|at|from|if|with|under|did|had|it|he|they|into|by|in|on|as|than|she|we|us|him|has|have|would|should|be)|"
+    r"(?:of|at|into|from|upon) (?:and|because|although|nor|if|is|was|were|did|had)|"
+    r"(?:is|was|had) (?:is|had)|to (?:if|nor|of|is|in)|"
     r"(?:which|whom|whose|because|if) (?:upon|nor)|(?:le|la|les|"
     r"des) (?:et|mais|parce)|(?:el|los|las|del) (?:pero|porque|es)|(?:il|gli|della?) (?:il|ma|perché|quando))\b(?!-)"
     r"(?! (?:statement|loop|block|keyword|operator|clause|condition|expression|command|key)s?\b)",
@@ -80,17 +81,24 @@ COMMON = re.compile(
     r"com|na|para|che|non|di|per|sono|gli|del|della|het|een|van|ik|dat|te|og|att|som|det|"
     r"på|är|av|jag|ja|ei|että|w|z|się|nie|že|v|ve|bir|bu|için|yang|dan|ini|itu|là|và|"
     r"của|có|không|một|és|az|egy|nem|și|în|cu|nu|este|ya|wa|kwa|ni|ang|ng|sa|mga|ir|yra|"
-    r"u|amb"
+    r"u|amb|"
+    r"saya|anda|tidak|dengan|untuk|pada|dari|dalam|akan|lalu|juga|serta|sebelum|ile|sonra|önce|daha|çok|"
+    r"ja|on|kun|tai|sitten|ennen|siis|enne|kui|meg|majd|hogy|vagy|ale|jak|pro|potom|před|przed|dla|lub|jest|"
+    r"zatim|prije|ili|za|po|pentru|din|sau|care|un|par|pēc|pirms|su|tada|prieš|iš|dhe|në|për|pastaj|"
+    r"yn|y|ar|cyn|eta|da|gero|va|və|ilə|keyin|og|að|við|til|áður|för|non|ad|ante|cum|sed|kaj|estas|poste|"
+    r"hai|hain|ka|ki|ke|ko|se|mein|aur|nahi|phir|ay|bago|muna|iyo|ku|oo|kadibna|sannan|lan|banjur|ti|bese|ni"
     r")\b",
     re.IGNORECASE,
 )
 
 REPEATS, LOOP_TOKENS = 3, 6
 NGRAM, REPETITIVE, REPETITIVE_TOKENS = 4, 0.5, 32
+#: The same of data and code, whose keys and signs come again by their nature.
+REPETITIVE_MARKUP = 0.75
 COLLAPSED = 0.25
 #: A smaller share of different words is one word over and over: of the last words, and of at least FEW_WORDS.
-LEAST_DIFFERENT, LAST_WORDS, FEW_WORDS = 0.36, 50, 24
-MARKUP = re.compile(r"[`|<>{}]")
+LEAST_DIFFERENT, LAST_WORDS, FEW_WORDS = 0.3, 50, 24
+MARKUP = re.compile(r"[`|<>{}]|(?:^\d[^\n]*[^\d\n]\d+[^\w\n]*(?:\n|$)){4}", re.MULTILINE)
 #: Words in a row, with no sign between them, that make a text and no list.
 ROW = 9
 #: Words after the thinking of an answer that was cut, with which it has begun to say something.
@@ -129,7 +137,7 @@ def garbled(text: str) -> bool:
     letters that are no words."""
     text = URL.sub(" ", text)[-GARBLED:]
     counted = COUNTED.finditer(own_words(text))
-    if any(len(found[1].split()) >= 3 for found in counted) or STUCK.search(text):
+    if any(len(WORDS.findall(found[1])) >= 3 for found in counted) or STUCK.search(text):
         return True
     if len(set(VOWELLESS.findall(text))) >= 5 or any(len(kind.findall(text)) >= 5 for kind in (PIECES, MISREAD)):
         return True
@@ -188,7 +196,8 @@ def fault(answer: Answer, beside: Answer | None, limit: int | None) -> Fault | N
         return "empty"
     if garbled(said):
         return "garbled"
-    if (len(ids) >= REPETITIVE_TOKENS and repetition(ids) > REPETITIVE) or different(own_words(said)) < LEAST_DIFFERENT:
+    most = REPETITIVE_MARKUP if MARKUP.search(said) else REPETITIVE
+    if (len(ids) >= REPETITIVE_TOKENS and repetition(ids) > most) or different(own_words(said)) < LEAST_DIFFERENT:
         return "repetitive"
     if beside is not None and len(ids) < COLLAPSED * len(beside.ids):
         return "collapsed"

@@ -52,6 +52,12 @@ def test_nothing_is_empty(text: str) -> None:
     assert fault(answer([1, 2, 3], text), None, None) == "empty"
 
 
+def test_a_step_over_and_over_is_a_loop_though_its_number_goes_on() -> None:
+    for step in ("{}. Open the door.\n", "第{}步，打开门。"):
+        text = "Steps: " + "".join(step.format(n) for n in "一二三四五六七")
+        assert fault(Answer.of(text), None, None) is not None, text
+
+
 @pytest.mark.parametrize("text", ["7", "好", "ж.", "a"])
 def test_one_letter_of_any_script_is_not(text: str) -> None:
     assert fault(answer([1], text), None, None) is None
@@ -89,9 +95,17 @@ def test_right_answers_are_never_called_broken() -> None:
         "An easy to-do list: the in-house team, the at-risk group, the for-profit branch.",
         "Russian: привет мир. Chinese: 你好 世界. Greek: γειά σου. Hindi: नमस्ते. Arabic: مرحبا.",
         "Das ist das, was die ist, und der oder den: los de arriba y las de abajo, el que y la que.",
+        "Saya senang membantu Anda menyiapkan makan malam keluarga besok pagi sekali.",
+        "Sekoita ensin jauhot sekä sokeri kulhossa ja vatkaa munat samalla hitaasti vatkaten.",
+        "Önce sebzeleri güzelce yıkayın sonra küçük parçalara doğrayıp pirinci yavaşça haşlayın.",
+        "Pehle sabziyan achhe se dho lijiye phir chhote tukdon mein kaat lijiye.",
+        json.dumps([{"id": i, "name": n, "done": False} for i, n in enumerate("abcdefg")], indent=2),
+        "".join(f"{n} in binary is {n:b}\n" for n in range(16)),
+        "The wind is low, the wind is low,\nand over the hill the lanterns go.\nThe wind is high, the wind is high,\n"
+        "and over the hill the lanterns fly.\nThe wind is gone, the wind is gone,\nand over the hill the lights go on.",
     ],
 )
-def test_words_that_stand_in_odd_places_are_no_disorder(text: str) -> None:
+def test_a_sound_text_has_no_fault(text: str) -> None:
     assert fault(Answer.of(text), None, None) is None
 
 

@@ -174,7 +174,7 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
             steer.strengths[j] = data.draw(st.sampled_from([0.0, 0.5, -1.0]))
         steer.strengths[1:turned] = steer.strengths[0]
         shifts = data.draw(st.none() | st.lists(st.sampled_from([0.0, 0.5, -1.0]), min_size=rank, max_size=rank))
-        steers.append(replace(steer, shifts=shifts and np.array(shifts, np.float32)))
+        steers.append(replace(steer, shifts=None if shifts is None else np.array(shifts, np.float32)))
     asked = [data.draw(st.sampled_from([*steers, None])) for _ in range(data.draw(st.integers(1, 4)))]
     for step in (asked, asked[:1]):
         index.fill_with(step, [1] * len(step))

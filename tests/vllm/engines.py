@@ -180,10 +180,11 @@ def check_told(llm: Any, reference: Reference, jobs: Sequence[tuple[str, str]], 
 
     from steer.vllm import frontend
 
-    engine, front, said = llm.llm_engine, frontend.of(llm), set()
+    engine, front = llm.llm_engine, frontend.of(llm)
+    said: set[bool | None] = set()
     more |= {"output_kind": RequestOutputKind.FINAL_ONLY}
-    for n, (prompt, spec) in enumerate(jobs):
-        engine.add_request(f"told-{n}", prompt, parameters(spec, **more))
+    for n, (words, spec) in enumerate(jobs):
+        engine.add_request(f"told-{n}", words, parameters(spec, **more))
     tickets = {name: ticket for ticket in front.held.values() for name, _ in ticket.states}
     outputs: list[Any] = []
     while engine.has_unfinished_requests():
@@ -193,14 +194,15 @@ def check_told(llm: Any, reference: Reference, jobs: Sequence[tuple[str, str]], 
         _, spec = jobs[int(output.request_id.removeprefix("told-"))]
         resolved, prompt = reference.registry.resolve(parse(spec)), list(output.prompt_token_ids)
         for choice in output.outputs:
-            ticket, expected = tickets.get(output.request_id), None
-            if resolved.condition:
-                expected = reference.holds(resolved.condition, prompt)
+            ticket = tickets.get(output.request_id)
+            expected: bool | None = None
+            if resolved.condition and not resolved.condition.each:
+                expected = reference.holds(resolved.condition, prompt)[-1]
             elif resolved.phased:
                 ids = [*prompt, *choice.token_ids]
                 predicting = range(len(prompt) - 1, len(ids) - 1)
                 expected = any(acting(resolved, len(prompt), at, ids, reference.thinking) for at in predicting)
-            found = ticket and front.met(ticket, output.request_id, choice.index)
+            found = front.met(ticket, output.request_id, choice.index) if ticket else None
             assert found == expected, (spec, prompt, choice)
             said.add(found)
     assert not front.held

@@ -166,6 +166,10 @@ class DirectionMeta(BaseModel):
         clamps = {"add", "one_sided"} <= set(value)
         return tuple(mode for mode in MODES if mode in value or mode == "clamp") if clamps else value
 
+    def strength_in(self, mode: Mode) -> float:
+        """The strength where none is asked for: the file's in its own mode, which is none of another's, and there 1."""
+        return self.strength if mode == self.mode else 1.0
+
 
 class LayerProfile(TypedDict):
     """One layer of a direction. None where a value is undefined."""

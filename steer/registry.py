@@ -146,8 +146,8 @@ class Registry:
             try:
                 version = self.get(item.direction, among)
                 meta = version.direction.meta
-                strength = meta.strength if item.strength is None else item.strength
                 mode = item.mode or meta.mode
+                strength = meta.strength_in(mode) if item.strength is None else item.strength
                 shift = item.shift if np.float32(item.shift or 0) else None
                 entry = Entry(item.direction, version.digest, mode, strength, item.layers, item.tokens, shift=shift)
                 if (condition := item.condition) is not None:

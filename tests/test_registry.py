@@ -319,7 +319,8 @@ def test_the_file_decides_what_the_request_leaves_open() -> None:
         ("d", "one_sided", 0.25),
         ("d=0.5", "one_sided", 0.5),
         ("d^-0.0=0.5", "one_sided", 0.5),
-        ("d:add", "add", 0.25),
+        ("d:one_sided", "one_sided", 0.25),
+        ("d:add", "add", 1.0),  # the file's strength is of its own mode
         ("d:add=-2", "add", -2.0),
     ]
     for wish, mode, strength in cases:

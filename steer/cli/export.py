@@ -70,6 +70,8 @@ def convert(
     else:
         _refuse("a direction, which is made already", method=method, t=t, parameter=parameter)
     changes = {key: value for key, value in (("mode", mode), ("strength", strength)) if value is not None}
+    if mode is not None and strength is None:
+        changes["strength"] = found.meta.strength_in(choices.mode)
     direction = replace(found).with_meta(**changes)
     for sentence in formats.write(output, direction):
         typer.echo(f"warning: {sentence}", err=True)

@@ -201,8 +201,9 @@ class Audit:
     def _catch_up(self) -> None:
         """Be at the end of the chain, wherever other processes have brought it by now."""
         if not _same(self._head_path, self._head_fd):
+            fresh = os.open(self._head_path, os.O_RDWR | os.O_CREAT, 0o600)  # may fail: the old one stays ours
             os.close(self._head_fd)
-            self._head_fd = os.open(self._head_path, os.O_RDWR | os.O_CREAT, 0o600)
+            self._head_fd = fresh
             known: Head | None = self.head if self.head.seq else None  # it was moved away: what we know is all there is
         else:
             known = _head_of(os.pread(self._head_fd, HEAD_BYTES, 0))

@@ -21,7 +21,9 @@ from steer.serve import errors
 from steer.serve.answers import ReadReport
 from steer.serve.asgi import Outgoing, is_event_stream, rewriting
 
-DONE, EVENT = b"data: [DONE]", b"data: "
+EVENT = b"data: "
+#: The end of a stream, which no chunk's text holds: its line ends are escaped.
+DONE = re.compile(rb"^data: \[DONE\]", re.MULTILINE)
 #: In a chunk that ends a choice, and in no text, whose quotes are escaped.
 ENDS = re.compile(rb'"finish_reason":\s*"')
 #: Makes the read-out of the one choice.
@@ -51,7 +53,9 @@ def with_fields(send: Send, met: Met, fetch: Fetch | None = None) -> Send:
 
     async def with_chunk(message: Message) -> Message:
         nonlocal last
-        before, done, after = message.get("body", b"").partition(DONE)
+        body: bytes = message.get("body", b"")
+        done = DONE.search(body)
+        before, end = (body[: done.start()], body[done.start() :]) if done else (body, b"")
         if b'"choices"' in before:
             last = before
             lines = before.split(b"\n")
@@ -64,7 +68,7 @@ def with_fields(send: Send, met: Met, fetch: Fetch | None = None) -> Send:
                 chunk = _chunk(last, await fetch())
             except SteerError as error:
                 chunk = errors.error_event(error).encode()
-        return {**message, "body": before + chunk + done + after}
+        return {**message, "body": before + chunk + end}
 
     rewritten = rewriting(send, lambda start: None if start["status"] >= 400 or is_event_stream(start) else whole)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,16 @@ def test_a_direction_goes_to_resid_pre_and_back(model: Any, tmp_path: Path) -> N
     torch.testing.assert_close(vector.norm().float(), (made.mean_harmful[1] - made.mean_harmless[1]).norm())
     with pytest.raises(InvalidInput, match="one source layer"):
         formats.write(tmp_path / "direction.pt", models.direction(model))
+    assert formats.write(tmp_path / "direction.pt", made) == []
     assert "own mode is one_sided" in formats.write(tmp_path / "direction.pt", made.with_meta(mode="one_sided"))[0]
+    weighed = replace(made.with_meta(strength=0.5), weights=made.weights * 0.5)
+    told = formats.write(tmp_path / "direction.pt", weighed)
+    assert [sentence.partition(": ")[2] for sentence in told] == [
+        "the strength 0.5 is not in it",
+        "the layers' weights are not in it",
+    ]
+    own = models.direction(model).with_meta(source_layer=1)
+    assert "the rows of other layers than 1 are not in it" in formats.write(tmp_path / "direction.pt", own)[0]
 
 
 def control_vector(

@@ -4,6 +4,7 @@ reference does; what cannot be baked, or fails its verification, leaves nothing 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,37 @@ def test_many_shards_give_the_same_model_and_an_index(tmp_path: Path) -> None:
     old, new = (json.loads((many / folder / INDEX).read_text()) for folder in ("model", "baked-1.0"))
     assert old["weight_map"] == new["weight_map"]
     assert old["metadata"]["total_size"] == new["metadata"]["total_size"]
+
+
+def test_of_two_sets_of_weights_the_one_that_is_loaded_is_baked(tmp_path: Path) -> None:
+    """An index of another model stands beside them."""
+    model = models.save("llama", tmp_path / "model")
+    models.tiny("llama", seed=5).save_pretrained(tmp_path / "other", max_shard_size="60KB")
+    for file in (tmp_path / "other").glob("*safetensors*"):
+        shutil.copy(file, tmp_path / "model")
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(loaded.eval()), logits(model))
+    direction = at_writers(model)
+    assert relative(logits(baked(tmp_path / "model", direction)), served(model, direction)) < 1e-4
+
+
+def test_a_model_with_an_adapter_is_refused(tmp_path: Path) -> None:
+    """transformers applies it, and it would not be baked."""
+    models.save("llama", tmp_path / "model")
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnsupportedModel, match="PEFT adapter, which transformers applies: merge it"):
+        Checkpoint(tmp_path / "model")
+
+
+def test_the_strength_is_one_of_removal(tmp_path: Path) -> None:
+    direction = at_writers(models.tiny("llama"), mode="ablate", strength=0.6)
+    assert removal(direction).strength == 0.6
+    assert removal(direction, 0.3).strength == 0.3
+    shared = models.direction(models.tiny("llama"), shared=True, mode="add", strength=-1.0)
+    assert removal(shared).strength == 1.0
+    for wrong in (10.5, -1000.0, float("nan"), float("inf")):
+        with pytest.raises(InvalidInput, match="is not accepted: a number from -10 to 10"):
+            removal(direction, wrong)
 
 
 def test_what_is_written_beside_the_weights(tmp_path: Path) -> None:

@@ -50,6 +50,28 @@ def test_a_clock_that_is_set_back_breaks_no_chain(tmp_path: Path, monkeypatch: p
     assert (report.problems, report.notes, report.last.seq) == ([], [], 4)
 
 
+def test_a_head_that_cannot_be_opened_for_a_while_costs_nobody_a_descriptor(tmp_path: Path) -> None:
+    """The line is refused each time, and written when the head can be opened again; no other file is closed."""
+    audit = Audit(tmp_path / "a.jsonl", fsync="never")
+    audit.open()
+    audit.write("admitted", key="alice", request_id="r0")
+    head = tmp_path / "a.jsonl.head"
+    head.rename(tmp_path / "away")
+    head.mkdir()
+    for _ in range(2):
+        with pytest.raises(AuditUnavailable, match="Is a directory"):
+            audit.write("admitted", key="alice", request_id="r1")
+        with open(os.devnull) as another:  # takes the lowest number that is free
+            with pytest.raises(AuditUnavailable, match="Is a directory"):
+                audit.write("admitted", key="alice", request_id="r1")
+            os.fstat(another.fileno())
+    head.rmdir()
+    audit.write("admitted", key="alice", request_id="r2")
+    audit.close()
+    report = verify([tmp_path / "a.jsonl"])
+    assert (report.problems, report.last.seq) == ([], report.lines)
+
+
 def changed(whole: Path, folder: Path, data: bytes) -> list[str]:
     """The problems of a chain whose bytes are `data` and whose head is as it was."""
     path = folder / whole.name

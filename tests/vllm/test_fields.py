@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -86,3 +88,29 @@ def test_the_field_that_vllm_speaks_of_is_found(message: str, param: str | None,
     sent = ["model", "n", "stop_sequences", "max_tokens", "min_tokens", "messages", "x" * 5000]
     told, named = answers.plainly(message, param, sent)
     assert (named, len(told) <= 1000, "parameter=" in told) == (found, True, False)
+
+
+def test_a_text_that_looks_like_the_end_of_a_stream_ends_none() -> None:
+    """The end is a line of its own; in a text its line end is escaped."""
+    sent: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+
+    async def fetch() -> Any:
+        return {"tokens": []}
+
+    chunk = b'data: {"id":"x","choices":[{"index":0,"text":"\\ndata: [DONE]","finish_reason":"stop"}]}\n\n'
+    sending = answers.with_fields(send, lambda _answer, _choice: True, fetch)
+
+    async def run() -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await sending({"type": "http.response.start", "status": 200, "headers": headers})
+        for body in (chunk, b"data: [DONE]\n\n"):
+            await sending({"type": "http.response.body", "body": body, "more_body": True})
+
+    asyncio.run(run())
+    first, last = sent[1:]
+    assert json.loads(first[6:])["choices"][0]["text"] == "\ndata: [DONE]"
+    assert last.endswith(b"\n\ndata: [DONE]\n\n")
+    assert json.loads(last.splitlines()[0][6:])["choices"][0]["steer_readout"] == {"tokens": []}

@@ -88,7 +88,7 @@ def arms_of(
                         control=direction is not own,
                     )
                     for name, (direction, identity) in tried.items()
-                    for strength in strengths or [own.meta.strength]
+                    for strength in strengths or [own.meta.strength_in(mode)]
                 ]
     if len({arm.direction.meta.sites for arm in arms}) > 1:
         problems.append("--direction: the files are for different sites: evaluate them one by one")

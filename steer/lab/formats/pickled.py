@@ -72,9 +72,14 @@ def write(path: Path, direction: Direction) -> list[str]:
     write_file(path, buffer.getvalue())
     described = {"pos": meta.parameters.get("position", -1), "layer": source + 1}
     write_file(path.with_name(METADATA), (json.dumps(described) + "\n").encode())
-    if meta.mode == "ablate":
-        return []
-    return [f"{path}: tools that read it ablate; the direction's own mode is {meta.mode}"]
+    same = all(torch.equal(each, direction.directions[source]) for each in direction.directions)
+    missed = {
+        f"tools that read it ablate; the direction's own mode is {meta.mode}": meta.mode != "ablate",
+        f"the strength {meta.strength:g} is not in it": meta.strength != 1,
+        "the layers' weights are not in it": not bool((direction.weights == 1).all()),
+        f"the rows of other layers than {source} are not in it": not same,
+    }
+    return [f"{path}: {told}" for told, holds in missed.items() if holds]
 
 
 def _single(path: Path, value: Tensor, foreign: Foreign) -> tuple[int, int | None, Tensor]:

@@ -25,7 +25,7 @@ from steer.geometry import orthonormalise
 from steer.hf.streamed import Change, Streamed
 from steer.lab.merge.weights import Checkpoint, Term, Writer, find, find_terms
 from steer.lab.progress import Progress
-from steer.names import acts_on_terms
+from steer.names import MAX_STRENGTH, acts_on_terms
 from steer.runtime.bank import EMBEDDING
 from steer.runtime.hook_points import hooks, on_input, on_output
 from steer.runtime.op import WEIGHT, coefficients, displacements, embedding_coefficients
@@ -83,7 +83,12 @@ def removal(direction: Direction, strength: float | None = None) -> Removal:
                 "weights equals that; derive it with --sites writers, or with one source layer"
             )
         direction = replace(direction.with_meta(sites=("writers",), mode="ablate"), embedding=first.clone())
-    return Removal(direction, meta.strength if strength is None else strength)
+    strength = meta.strength_in("ablate") if strength is None else strength
+    if not abs(strength) <= MAX_STRENGTH:  # NaN too
+        raise InvalidInput(
+            f"strength: {strength:g} is not accepted: a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
+        )
+    return Removal(direction, strength)
 
 
 @dataclass(frozen=True, slots=True)

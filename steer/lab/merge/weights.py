@@ -40,10 +40,14 @@ class Checkpoint:
         self.config: dict[str, Any] = _json(folder / "config.json")
         if "quantization_config" in self.config:
             raise UnsupportedModel(f"{folder}: quantised weights cannot be edited; take the original model")
-        if (folder / INDEX).exists():
-            self.map: dict[str, str] = dict(_json(folder / INDEX)["weight_map"])
-        elif (folder / SINGLE).exists():
-            self.map = dict.fromkeys(_names(folder / SINGLE), SINGLE)
+        if (folder / "adapter_config.json").exists():
+            raise UnsupportedModel(
+                f"{folder}: has a PEFT adapter, which transformers applies: merge it into the weights"
+            )
+        if (folder / SINGLE).exists():  # which transformers takes before an index
+            self.map: dict[str, str] = dict.fromkeys(_names(folder / SINGLE), SINGLE)
+        elif (folder / INDEX).exists():
+            self.map = dict(_json(folder / INDEX)["weight_map"])
         else:
             raise UnsupportedModel(f"{folder}: has neither {SINGLE} nor {INDEX}; only safetensors weights are read")
 

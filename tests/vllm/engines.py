@@ -174,8 +174,8 @@ def check_told(llm: Any, reference: Reference, jobs: Sequence[tuple[str, str]], 
 
     engine, front, said = llm.llm_engine, frontend.of(llm), set()
     more |= {"output_kind": RequestOutputKind.FINAL_ONLY}
-    for n, (prompt, spec) in enumerate(jobs):
-        engine.add_request(f"told-{n}", prompt, parameters(spec, **more))
+    for n, (text, spec) in enumerate(jobs):
+        engine.add_request(f"told-{n}", text, parameters(spec, **more))
     tickets = {name: ticket for ticket in front.held.values() for name, _ in ticket.states}
     outputs: list[Any] = []
     while engine.has_unfinished_requests():

@@ -196,9 +196,9 @@ def direction(
 APART = torch.tensor([0.0, 1.0, 0.5]), torch.tensor([1.0, 0.25, 0.0])
 
 
-def apart(model: Any, **more: Any) -> Direction:
+def apart(model: Any) -> Direction:
     """A direction at `writers` that weighs attention and MLP apart, and leaves the embedding alone."""
-    made = direction(model, **{"shared": True, "sites": ("writers",)} | more)
+    made = direction(model, shared=True, sites=("writers",))
     return replace(made, weights=APART[0].clone(), mlp_weights=APART[1].clone())
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Literal, TypeVar
@@ -22,7 +22,7 @@ from typing import Literal, TypeVar
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope
 
-from steer.errors import RequestError
+from steer.errors import RequestError, brief
 from steer.serve import errors
 
 T = TypeVar("T")
@@ -34,6 +34,13 @@ MAX_KEYS, MAX_KEY = 32_768, 1024
 MAX_DEPTH = 100
 #: Bodies up to this size are understood on the event loop itself, in less time than a thread takes to be asked.
 SMALL = 16 * 1024
+#: By route the fields that limit an answer. Which of several counts is the engine's to say.
+LIMITS: Mapping[str, tuple[str, ...]] = {
+    "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
+    "/v1/completions": ("max_tokens",),
+    "/v1/messages": ("max_tokens",),
+    "/v1/responses": ("max_output_tokens",),
+}
 #: Where a scope has the parsed body, without the carriers.
 BODY = "steer.body"
 _WINDOW = 64 * 1024
@@ -159,8 +166,10 @@ def check_size(body: dict[str, object]) -> None:
         texts = [text for text in as_list(body.get(name)) if isinstance(text, str)]
         if wrong := too_many(texts):
             raise RequestError(f"{name}: {wrong}", param=name)
-    prompts, n = prompt_count(body), body.get("n")
-    if prompts > 1 and prompts * (n if type(n) is int else 1) > MAX_ANSWERS:
+    for name in ("n", "best_of"):  # engines also take '16' and 16.0 for a number
+        if (value := body.get(name)) is not None and type(value) is not int:
+            raise RequestError(f"{name}: {brief(value)} is not accepted: a whole number", param=name)
+    if (prompts := prompt_count(body)) > 1 and prompts * _answers(body) > MAX_ANSWERS:
         raise RequestError(f"prompt: {prompts} prompts × n are over {MAX_ANSWERS} answers", param="prompt")
 
 
@@ -170,18 +179,19 @@ def prompt_count(body: dict[str, object]) -> int:
     return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
 
 
-def tokens_of(body: dict[str, object], size: int, context: int) -> int:
+def tokens_of(body: dict[str, object], size: int, context: int, route: str) -> int:
     """The tokens that a generation request may come to: its prompts by their bytes, and as many tokens of answers as it
-    allows, of each at most `context`. Of a body whose values have not been checked."""
-    named = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-    given = [value for name in named if type(value := body.get(name)) is int and value >= 0]
-    each = min(*given, context) if given else context
-    answers = max(_at_least_one(body.get("n")), _at_least_one(body.get("best_of")))
-    return min(MAX_TOKENS, size // BYTES_PER_TOKEN + prompt_count(body) * answers * each)
+    allows by the fields that its route reads, of each at most `context`. Of a body whose values have not been
+    checked."""
+    least = 0 if body.get("echo") else 1  # some engines take 0 for no limit, where no prompt is asked for
+    given = [value for name in LIMITS.get(route, ()) if type(value := body.get(name)) is int and value >= least]
+    each = min(max(given), context) if given else context
+    return min(MAX_TOKENS, size // BYTES_PER_TOKEN + prompt_count(body) * _answers(body) * each)
 
 
-def _at_least_one(value: object) -> int:
-    return min(value, MAX_TOKENS) if type(value) is int and value > 0 else 1
+def _answers(body: dict[str, object]) -> int:
+    """To each prompt."""
+    return max(min(n, MAX_TOKENS) if type(n := body.get(name)) is int and n > 0 else 1 for name in ("n", "best_of"))
 
 
 def as_list(value: object) -> list[object]:

@@ -120,7 +120,7 @@ class SteerMiddleware:
             check_kind(scope, JSON)
             data = await read_body(scope, receive, self.max_body)
             body, carried, wanted = await understood(partial(self._understand, data, scope), len(data))
-            control.reserve(run, tokens_of(body, len(data), self.context))
+            control.reserve(run, tokens_of(body, len(data), self.context, scope["path"]))
             admission = admit(
                 carried,
                 self.registry,

@@ -98,6 +98,10 @@ def test_keys_that_stand_twice_are_found_in_one_pass() -> None:
         ({"bad_words": ["a"] * 100_000}, "bad_words"),
         ({"prompt": ["a"] * 300, "n": 64}, "prompt"),
         ({"prompt": [[1]] * 20_000}, "prompt"),
+        ({"prompt": ["a"] * 300, "best_of": 64}, "prompt"),
+        ({"n": "16"}, "n"),  # which engines take for 16
+        ({"n": 16.0}, "n"),
+        ({"best_of": True}, "best_of"),
     ],
 )
 def test_what_is_too_much_for_any_engine_is_refused_at_the_door(asked: dict[str, Any], param: str) -> None:
@@ -110,7 +114,7 @@ def test_what_is_not_too_much_is_left_to_the_app() -> None:
     bodies: list[dict[str, object]] = [
         {"stop": ["a"] * 64, "bad_words": "a" * 8192, "prompt": ["a"] * 256, "n": 64},
         {"prompt": [1] * 100_000, "n": 64},
-        {"prompt": [], "n": "x", "stop": 7, "bad_words": {"x": 1}},
+        {"prompt": [], "n": -1, "best_of": 10**30, "stop": 7, "bad_words": {"x": 1}},
         {"prompt": None, "stop": None},
     ]
     for asked in bodies:

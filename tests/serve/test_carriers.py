@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import tracemalloc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -227,6 +229,22 @@ def test_what_nearly_asks_for_steering_is_told_of(body: dict[str, Any], name: st
         error = refused(body | beside)
         assert f"'{name}'" in str(error)
         assert error.param == name
+
+
+def test_to_look_for_traces_takes_no_more_memory_than_the_body() -> None:
+    """Of long keys, one inside of the other, around many values; also of one that a text holds."""
+    deep: Any = [[]] * 20_000
+    for _ in range(60):
+        deep = {"metadata" + "-" * 1000: deep}
+    wide = json.dumps({"metadata" + "-" * 30_000: [[]] * 20_000})
+    for body in (deep, {"metadata": wide}):
+        tracemalloc.start()
+        assert list(carriers.traces(body, Headers(), SERVED)) == []
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 30 * 2**20
+    [name] = carriers.traces({"metadata" + "-" * 100: [{"x": 1}, {"steer" + "y" * 100: 1}]}, Headers(), SERVED)
+    assert name == f"{('metadata' + '-' * 100)[:40]}.1.{('steer' + 'y' * 100)[:40]}"
 
 
 @pytest.mark.parametrize("name", [b"X-Steering", b"steer", b"x_steer", b"X-Steer-Mode"])

@@ -38,6 +38,7 @@ from tests.serve.inside import COMPLETION, PROMPT, Inside, engine, post
 from tests.serve.rules import CASES, HASH, POLICY, SECRETS, bearer, carried
 from tests.servers import Server, receipt
 
+COMPLETIONS = "/v1/completions"
 BODY = {"model": "tiny", "prompt": "hello", "max_tokens": 2, "temperature": 0}
 #: Long enough to be running when the switch moves.
 LONG = BODY | {"max_tokens": 480, "ignore_eos": True}
@@ -376,7 +377,7 @@ def test_required_steering_that_is_not_there_is_never_left_out(tmp_path: Path) -
 
 def test_rates_are_held_and_say_when_to_come_again(tmp_path: Path) -> None:
     text = POLICY + f'\n[keys.slow]\nhash = "{keys.stored("slow")}"\nrequests_per_minute = 3\n'
-    one = tokens_of(BODY, len(json.dumps(BODY)), 2**15)  # what is taken in advance
+    one = tokens_of(BODY, len(json.dumps(BODY)), 2**15, COMPLETIONS)  # what is taken in advance
     enough = PROMPT + COMPLETION + one
     text += f'\n[keys.short]\nhash = "{keys.stored("short")}"\ntokens_per_minute = {enough}\n'
     inside = Inside(tmp_path, text)
@@ -506,15 +507,28 @@ def test_a_request_that_fails_was_one_too(tmp_path: Path, body: Any) -> None:
 def test_a_request_that_makes_no_sense_has_a_size(value: Any) -> None:
     fields = ("max_tokens", "max_completion_tokens", "n", "best_of", "prompt")
     for body in (dict.fromkeys(fields, value), *({field: value} for field in fields)):
-        assert 0 <= tokens_of(body, 8, 100) <= 10**9
+        assert 0 <= tokens_of(body, 8, 100, COMPLETIONS) <= 10**9
 
 
 def test_what_a_request_may_come_to() -> None:
-    assert tokens_of({"prompt": "x", "max_tokens": 5}, 400, 1000) == 100 + 5
-    assert tokens_of({"prompt": ["x", "y"], "n": 3, "max_tokens": 5}, 0, 1000) == 30
-    assert tokens_of({"prompt": [1, 2, 3], "best_of": 4, "max_tokens": 5}, 0, 1000) == 20
-    assert tokens_of({"messages": []}, 0, 1000) == tokens_of({"max_tokens": 10**9}, 0, 1000) == 1000
-    assert tokens_of({"max_tokens": -1}, 0, 1000) == 1000, "as long as it likes"
+    """Never less than what the engine allows it, whatever stands beside."""
+
+    def come_to(body: dict[str, object], size: int = 0, route: str = COMPLETIONS) -> int:
+        return tokens_of(body, size, 1000, route)
+
+    assert come_to({"prompt": "x", "max_tokens": 5}, 400) == 100 + 5
+    assert come_to({"prompt": ["x", "y"], "n": 3, "max_tokens": 5}) == 30
+    assert come_to({"prompt": [1, 2, 3], "best_of": 4, "max_tokens": 5}) == 20
+    assert come_to({"messages": []}) == come_to({"max_tokens": 10**9}) == 1000
+    assert come_to({"max_tokens": -1}) == come_to({"max_tokens": 0}) == 1000, "as long as it likes"
+    assert come_to({"max_tokens": 0, "echo": True}) == 0, "its prompt is all that is asked for"
+    chat, responses, messages = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+    assert come_to({"max_tokens": 1, "max_completion_tokens": 200}, route=chat) == 200
+    assert come_to({"max_tokens": 0, "max_output_tokens": 800}, route=responses) == 800
+    assert come_to({"max_completion_tokens": 0, "max_tokens": 800}, route=messages) == 800
+    for route, other in ((responses, "max_tokens"), (COMPLETIONS, "max_completion_tokens"), ("/v1/x", "max_tokens")):
+        assert come_to({other: 1}, route=route) == 1000, "a field that the route does not read"
+    assert come_to({"max_tokens": "5"}) == come_to({"max_tokens": True}) == 1000
 
 
 @pytest.mark.parametrize("on_kill", ["finish", "abort"])

@@ -520,6 +520,16 @@ def test_every_entry_and_the_order_of_entries_change_the_key(entries: tuple[Entr
     assert (Spec(entries[::-1]).key(30) == key) == (computed[::-1] == computed)
 
 
+def test_whether_each_token_decides_is_in_the_receipt_and_the_key() -> None:
+    once = Entry("refusal", "d", "ablate", 0.5, "13-20", "answer", Condition("harm", 12, above=0.3, digest="h"))
+    assert once.condition is not None
+    each = replace(once, condition=replace(once.condition, each=True))
+    spec, renamed = Spec((each,)), replace(each, condition=replace(once.condition, each=True, direction="other"))
+    assert '"if":{"direction":"harm","layer":12,"above":0.3,"digest":"h","each":true}' in spec.receipt()
+    assert Spec.of(spec.receipt()) == spec
+    assert Spec((renamed,)).key(9) == spec.key(9) != Spec((once,)).key(9)
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_phase_has_one_form(phase: str) -> None:
     wanted = parse(f"refusal@1-2@{phase}=0.5")

@@ -11,16 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from steer.errors import NoRoom
 from steer.names import MODES, SHIFTING, TURNING, Mode, Site
-from steer.runtime.bank import EMBEDDING, BankSlice, DirectionBank, HookPoint, gather, operate, operate_before_norm
+from steer.runtime.bank import (
+    EMBEDDING,
+    BankSlice,
+    DirectionBank,
+    HookPoint,
+    decide,
+    gather,
+    operate,
+    operate_before_norm,
+)
 from steer.runtime.op import COEFFICIENTS, GATE, amount, coefficients, component, embedding_coefficients
 from steer.runtime.token_index import TokenIndex, slot, slots_of
-from steer.spec import Entry, Spec
+from steer.spec import Condition, Entry, Spec
 from tests import models
 
 law = settings(deadline=None, max_examples=30)
@@ -278,6 +287,40 @@ def test_a_mixed_batch_is_each_token_by_the_formula(batch: list[tuple[list[Entry
             torch.testing.assert_close(made[i].double(), naive(x[i], here, layer), rtol=1e-4, atol=1e-4)
             if not here:
                 assert torch.equal(made[i], x[i])
+
+
+@pytest.mark.parametrize("side", ["above", "below"])
+@given(st.floats(-1, 1), st.integers(0, 2**32))
+@law
+def test_a_token_that_passes_its_own_condition_is_changed_by_the_formula_and_others_keep_their_bits(
+    side: str, number: float, seed: int
+) -> None:
+    t, index, n = bank(rows=10, rank=2), TokenIndex(2, 16, "cpu"), 12
+    for name in "ad":
+        t.load(name, DIRECTIONS[name])
+    above, below = (number, None) if side == "above" else (None, number)
+    condition = Condition("d", 0, above, below, "d", each=True)
+    steer = t.steer(Spec((Entry("a", "a", "ablate", 1.5, "1-2", condition=condition),)), 4)
+    x = torch.randn(n, models.D_MODEL, generator=torch.Generator().manual_seed(seed))
+    components = x.double() @ DIRECTIONS["d"].directions[0, 0].double()
+    assume((components - number).abs().min() > 1e-5)  # float32 decides alike
+    passes = components > number if side == "above" else components < number
+    for _ in range(2):  # nothing of a step is left for the next
+        index.fill_with([steer, None, steer], [6, 2, 4])
+        assert index.deciding == {0}
+        for layer in range(models.LAYERS):
+            bank_slice = t.slices[HookPoint("resid_post", layer)]
+            if layer in index.deciding:
+                decide(x, bank_slice, index.first(n).rows.long(), index.conditional_of(n))
+            made, _ = operate(x, gather(bank_slice, *index.first(n, conditional=True)))
+            for i in range(n):
+                if layer == 0 or i in (6, 7) or not passes[i]:
+                    assert torch.equal(made[i], x[i])
+                else:
+                    wanted = naive(x[i], [("a", "ablate", 1.5, 0.0)], layer)
+                    torch.testing.assert_close(made[i].double(), wanted, rtol=1e-4, atol=1e-4)
+        assert index.keep() == []
+        x, passes = x.flip(0), passes.flip(0)
 
 
 def test_ranges_of_layers_cost_no_matrices_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,8 @@ CASES = (
     Case("reader", "refusal?verbosity@0>9=0.7", UNKNOWN, "direction 'verbosity' is not served; served: refusal"),
     Case("certain", "refusal?refusal@0>9", FORBIDDEN, "for this key no condition is allowed"),
     Case("seer", "refusal?refusal@0>9=0.7", [("refusal", "ablate", 0.7)]),
+    Case("certain", "refusal?each:refusal@0>9", FORBIDDEN, "for this key no condition is allowed"),
+    Case("all", "refusal?each:verbosity@0>9", FORBIDDEN, "'verbosity': for any key no condition is allowed on it"),
     Case("all", "refusal?verbosity@0>9", FORBIDDEN, "'verbosity': for any key no condition is allowed on it"),
     Case("bound", "refusal?copy@0>9", FORBIDDEN, "what is required for this key does not act under the condition"),
     Case("torn", None, [REQUIRED]),

@@ -176,6 +176,12 @@ def test_carriers_that_say_the_same_agree_and_others_conflict(tiny_server: Serve
         ("refusal@1-2?verbosity@1<1", "'refusal' is to act at the layers 1-2: layers from 2 on are accepted"),
         ("refusal@not-first?verbosity@1>1", "'not-first' is not accepted under a condition"),
         ("refusal?verbosity@0>1,verbosity", "different conditions (if verbosity@0>1.0, always); accepted: one for all"),
+        ("refusal@1-2?each:verbosity@1<1", "'refusal' is to act at the layers 1-2: layers from 2 on are accepted"),
+        ("refusal@thinking?each:verbosity@1>1", "'thinking' is not accepted under a condition"),
+        (
+            "refusal?each:verbosity@0>1,verbosity?verbosity@0>1",
+            "different conditions (if each:verbosity@0>1.0, if verbosity@0>1.0); accepted: one for all",
+        ),
         ("refusal?verbosity@1", "'verbosity@1' is not a condition; accepted: a direction, a layer and a number"),
     ],
 )

@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from steer.lab.behaviour import Behaviour, after_thinking, own_words
+from steer.lab.behaviour import DENSE, Behaviour, after_thinking, own_words
 from steer.tokenization import THINKING
 
 Outcome: TypeAlias = Literal["shown", "late", "unanswered", "degenerate", "deflected", "complied"]
@@ -86,7 +86,10 @@ COMMON = re.compile(
     r"ja|on|kun|tai|sitten|ennen|siis|enne|kui|meg|majd|hogy|vagy|ale|jak|pro|potom|před|przed|dla|lub|jest|"
     r"zatim|prije|ili|za|po|pentru|din|sau|care|un|par|pēc|pirms|su|tada|prieš|iš|dhe|në|për|pastaj|"
     r"yn|y|ar|cyn|eta|da|gero|va|və|ilə|keyin|og|að|við|til|áður|för|non|ad|ante|cum|sed|kaj|estas|poste|"
-    r"hai|hain|ka|ki|ke|ko|se|mein|aur|nahi|phir|ay|bago|muna|iyo|ku|oo|kadibna|sannan|lan|banjur|ti|bese|ni"
+    r"hai|hain|ka|ki|ke|ko|se|mein|aur|nahi|phir|ay|bago|muna|iyo|ku|oo|kadibna|sannan|lan|banjur|ti|bese|"
+    r"atau|dapat|sebuah|ada|jika|satu|bagi|bila|jos|ole|kuin|vain|voi|tämä|veya|olarak|eğer|tüm|ne|ako|kao|nije|od|samo|li|"
+    r"ali|naj|kot|če|või|ainult|mitte|jei|kai|kaip|arba|kad|vai|uz|lai|kas|nav|ez|edo|behar|bada|nebo|jako|být|pokud|"
+    r"jsou|při|czy|być|są|tylko|może|nëse|një|duhet|që|është|aŭ|ĉi|kiel|tiu|nur|ekki|eða|sem|akkor|csak|minden|kell|dacă|să"
     r")\b",
     re.IGNORECASE,
 )
@@ -137,7 +140,7 @@ def garbled(text: str) -> bool:
     letters that are no words."""
     text = URL.sub(" ", text)[-GARBLED:]
     counted = COUNTED.finditer(own_words(text))
-    if any(len(WORDS.findall(found[1])) >= 3 for found in counted) or STUCK.search(text):
+    if any(len(found[1].split()) >= 3 or DENSE.search(found[1]) for found in counted) or STUCK.search(text):
         return True
     if len(set(VOWELLESS.findall(text))) >= 5 or any(len(kind.findall(text)) >= 5 for kind in (PIECES, MISREAD)):
         return True

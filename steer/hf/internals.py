@@ -217,7 +217,8 @@ def logits_in_pieces(model: Any, ids: Tensor, size: int) -> Generator[Tensor]:
     """The logits `[tokens, vocabulary]` at all of `ids` (`[1, tokens]`) but the last, for `size` tokens at a time: once
     through the decoder, and through the head for each piece, where the model can be asked for some of its logits."""
     decoder, whole = model.get_decoder(), ids.shape[1] - 1
-    if decoder is model or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+    inside = model.get_output_embeddings() in decoder.modules()
+    if inside or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         yield from model(input_ids=ids, use_cache=False).logits[0, :-1].split(size)
         return
     was, forward = vars(decoder).get("forward"), decoder.forward

@@ -317,7 +317,7 @@ class Served:
 
 
 def written(value: object, levels: int = 7) -> str:
-    """`value` as JSON, as `json.dumps` writes it, but piece by piece: one call would hold the interpreter to its end."""
+    """`value` as JSON, as `json.dumps` writes it, but in pieces: one call would hold the interpreter to its end."""
     if levels and isinstance(value, dict):
         return "{" + ",".join(f"{_encode(key)}:{written(each, levels - 1)}" for key, each in value.items()) + "}"
     if levels and isinstance(value, list):

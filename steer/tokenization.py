@@ -108,6 +108,8 @@ class Encoding(Protocol):
 class Decoder(Protocol):
     """What makes text of token ids."""
 
+    def __hash__(self) -> int: ...
+
     def decode(self, ids: Sequence[int], /, *, skip_special_tokens: bool = False) -> str: ...
 
 

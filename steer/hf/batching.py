@@ -150,7 +150,7 @@ class BatchingEngine(Engine):
                 self.manager.output_router.result_handlers.pop(request_id, None)
             self._requests.pop(request_id, None)
 
-    async def score(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
+    async def _scored(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
         def scored() -> list[Token]:
             with self.alone():
                 return self.score_alone(ids, steer, top)

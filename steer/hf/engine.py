@@ -10,7 +10,7 @@ import abc
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, closing, contextmanager
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from steer.errors import EngineFailed, NoRoom, RequestFailed, SteerError
-from steer.hf.internals import Decoding, check_model
+from steer.hf.internals import Decoding, check_model, logits_in_pieces
 from steer.hf.sampling import NO_LOGITS, Sampler, Sampling, Token, report, sample
 from steer.hf.steering import Steering
 from steer.runtime.token_index import RequestSteer, applied
 from steer.spec import Readout
+
+#: Tokens of a scored prompt whose logits, each as long as the vocabulary, are there at once.
+SCORED_AT_ONCE = 512
 
 
 class Engine(abc.ABC):
@@ -48,21 +51,19 @@ class Engine(abc.ABC):
         Raises NoRoom when the queue is full (before anything is queued), RequestFailed (NotFinite where steering is
         the reason) when this request cannot be answered, EngineFailed when the engine fails.
         """
-        self.admit(1)
-        decisions = self.steering.index.decisions
-        steer, phase, met = decisions.take(steer), None if steer is None else steer.acting.phase, False
-        self.in_flight += 1
-        try:
-            stream = self.answer(prompt, sampling, steer, read)
-            async with aclosing(stream):
-                async for token in stream:
-                    if phase is not None:
-                        met |= phase.begun
-                        phase = phase.after(token.id)
-                    yield token if phase is None else replace(token, applied=met)
-        finally:
-            self.in_flight -= 1
-            decisions.give(steer)
+        with self._place():
+            decisions = self.steering.index.decisions
+            steer, phase, met = decisions.take(steer), None if steer is None else steer.acting.phase, False
+            try:
+                stream = self.answer(prompt, sampling, steer, read)
+                async with aclosing(stream):
+                    async for token in stream:
+                        if phase is not None:
+                            met |= phase.begun
+                            phase = phase.after(token.id)
+                        yield token if phase is None else replace(token, applied=met)
+            finally:
+                decisions.give(steer)
 
     @abc.abstractmethod
     def answer(
@@ -79,6 +80,15 @@ class Engine(abc.ABC):
             )
 
     @contextmanager
+    def _place(self) -> Iterator[None]:
+        self.admit(1)
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    @contextmanager
     def held(self) -> Iterator[None]:
         """What is asked for while it lasts begins when it ends."""
         yield
@@ -88,9 +98,14 @@ class Engine(abc.ABC):
         """While it lasts, the calling thread has the model for itself, as it is outside of any engine."""
         yield
 
-    @abc.abstractmethod
     async def score(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
-        """`ids[1:]` with the log-probabilities that the steered model gives them."""
+        """`ids[1:]` with the log-probabilities that the steered model gives them. Cancelled before its turn, it costs
+        nothing. Raises as `generate`."""
+        with self._place():
+            return await self._scored(ids, steer, top)
+
+    @abc.abstractmethod
+    async def _scored(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]: ...
 
     @property
     @abc.abstractmethod
@@ -112,18 +127,22 @@ class Engine(abc.ABC):
 
     @torch.inference_mode()
     def score_alone(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
-        """The forward pass of `score`, inside `alone`."""
+        """The forward pass of `score`, inside `alone`. The logits are there for SCORED_AT_ONCE tokens at a time."""
+        model = self.steering.anatomy.model
         tensor = torch.tensor([list(ids)], device=self.steering.anatomy.device)
         decisions = self.steering.index.decisions
         steer = decisions.take(steer)
+        tokens: list[Token] = []
         try:
-            with self._steered(steer, 0, tensor):
-                logits = self.steering.anatomy.model(input_ids=tensor, use_cache=False).logits[0, :-1].float()
+            with self._steered(steer, 0, tensor), closing(logits_in_pieces(model, tensor, SCORED_AT_ONCE)) as pieces:
+                for logits in pieces:
+                    if not torch.isfinite(logits.amax(-1)).all():
+                        raise RequestFailed(NO_LOGITS)
+                    chosen = tensor[0, len(tokens) + 1 :][: len(logits)]
+                    tokens += report(logits, chosen, [top] * len(logits))
         finally:
             decisions.give(steer)
-        if not torch.isfinite(logits.amax(-1)).all():
-            raise RequestFailed(NO_LOGITS)
-        return report(logits, tensor[0, 1:], [top] * (len(ids) - 1))
+        return tokens
 
 
 class SequentialEngine(Engine):
@@ -177,7 +196,7 @@ class SequentialEngine(Engine):
         decoding.append(token.id)
         return replace(token, reading=readings[0] if readings else None, applied=applied(steer))
 
-    async def score(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
+    async def _scored(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
         async with self._turn:
             return await asyncio.get_running_loop().run_in_executor(self._thread, self.score_alone, ids, steer, top)
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import inspect
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -211,6 +211,34 @@ def whole_cache(model: Any, cache: Any = None) -> bool:
     except (AttributeError, KeyError, TypeError, ValueError):  # a kind of layer that it does not know
         return False
     return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def logits_in_pieces(model: Any, ids: Tensor, size: int) -> Generator[Tensor]:
+    """The logits `[tokens, vocabulary]` at all of `ids` (`[1, tokens]`) but the last, for `size` tokens at a time: once
+    through the decoder, and through the head for each piece, where the model can be asked for some of its logits."""
+    decoder, whole = model.get_decoder(), ids.shape[1] - 1
+    inside = model.get_output_embeddings() in decoder.modules()
+    if inside or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        yield from model(input_ids=ids, use_cache=False).logits[0, :-1].split(size)
+        return
+    was, forward = vars(decoder).get("forward"), decoder.forward
+    passed: list[object] = []
+
+    def once(*args: object, **given: object) -> object:
+        if not passed:
+            passed.append(forward(*args, **given))
+        return passed[0]
+
+    decoder.forward = once
+    try:
+        for start in range(0, whole, size):
+            kept = torch.arange(start, min(start + size, whole), device=ids.device)
+            yield model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[0]
+    finally:
+        if was is None:
+            del decoder.forward
+        else:
+            decoder.forward = was
 
 
 def _rotary_embeddings(config: PreTrainedConfig) -> list[dict[str, Any]]:

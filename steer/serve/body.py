@@ -275,12 +275,12 @@ def replay(body: bytes, receive: Receive) -> Receive:
 #: Bytes or characters from which on work waits in the queue of the large. One of those runs at a time.
 LARGE = 64 * 1024
 SMALL_AT_ONCE = 2
-Kind = Literal["body", "text"]
+Kind = Literal["body", "text", "answer"]
 
 
 async def offload(kind: Kind, size: int, work: Callable[[], T]) -> T:
     """What `work` returns or raises. `size`: bytes or characters that it goes through; `kind`: bodies, which take
-    milliseconds, never wait for texts, whose tokenizing can take seconds."""
+    milliseconds, never wait for texts, whose tokenizing can take seconds, nor those for answers."""
     return await asyncio.get_running_loop().run_in_executor(_threads(kind, size >= LARGE), work)
 
 

@@ -8,7 +8,6 @@ from contextlib import aclosing
 from typing import TypeVar
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from steer.hf.sampling import Token
 from steer.registry import Admission
@@ -103,23 +102,21 @@ def router(served: Served) -> APIRouter:
             ]
             return stream(_chunks(served, jobs, prompt_tokens, body.stream_options, part, chunk, opening))
         answers = await unless_gone(request, served.answers(jobs))
-        choices: list[ChatChoice] = [
-            {
-                "index": i,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
-                "logprobs": logprobs(answer.tokens),
-                "finish_reason": answer.finish,
-                **served.steer_fields(read, answer.tokens, answer.applied),
-            }
-            for i, answer in enumerate(answers)
-        ]
-        whole: ChatCompletion = {
-            **base,
-            "object": "chat.completion",
-            "choices": choices,
-            "usage": _used(prompt_tokens, answers),
-        }
-        return JSONResponse(whole)
+
+        def whole() -> ChatCompletion:
+            choices: list[ChatChoice] = [
+                {
+                    "index": i,
+                    "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                    "logprobs": logprobs(answer.tokens),
+                    "finish_reason": answer.finish,
+                    **served.steer_fields(read, answer.tokens, answer.applied),
+                }
+                for i, answer in enumerate(answers)
+            ]
+            return {**base, "object": "chat.completion", "choices": choices, "usage": _used(prompt_tokens, answers)}
+
+        return await served.told(request, answers, whole)
 
     @router.post(
         "/v1/completions",
@@ -144,8 +141,9 @@ def router(served: Served) -> APIRouter:
             for prompt in prompts:
                 ids = served.loaded.text_ids(prompt) if isinstance(prompt, str) else prompt
                 room = served.room(ids, body.max_tokens, "prompt")
-                for sampling in body.sampling(asked, room, body.logprobs):
-                    jobs.append(Job(len(jobs), ids, sampling, stops, served.steer(admission, ids), read))
+                for i, sampling in enumerate(body.sampling(asked, room, body.logprobs)):
+                    scored = body.logprobs if body.echo and i == 0 else None
+                    jobs.append(Job(len(jobs), ids, sampling, stops, served.steer(admission, ids), read, scored))
             return jobs
 
         jobs = await served.offload(request, prompts, "prompt", prepare)
@@ -175,31 +173,25 @@ def router(served: Served) -> APIRouter:
         if body.stream:
             return stream(_chunks(served, jobs, prompt_tokens, body.stream_options, part, chunk))
         answers = await unless_gone(request, served.answers(jobs))
-        choices: list[CompletionChoice] = []
-        for job, answer in zip(jobs, answers, strict=True):
-            text, tokens = answer.text, answer.tokens
-            if body.echo:
-                text = tokenizer.decode(job.prompt, skip_special_tokens=True) + text
-                if body.logprobs is not None:
-                    first = Token(job.prompt[0])
-                    rest = await engine.score(job.prompt, job.steer, body.logprobs) if len(job.prompt) > 1 else []
-                    tokens = [first, *rest, *tokens]
-            choices.append(
-                {
-                    "index": job.index,
-                    "text": text,
-                    "logprobs": completion_logprobs(tokenizer, tokens) if body.logprobs is not None else None,
-                    "finish_reason": answer.finish,
-                    **served.steer_fields(read, answer.tokens, answer.applied),
-                }
-            )
-        whole: Completion = {
-            **base,
-            "object": "text_completion",
-            "choices": choices,
-            "usage": _used(prompt_tokens, answers),
-        }
-        return JSONResponse(whole)
+
+        def whole() -> Completion:
+            choices: list[CompletionChoice] = []
+            for job, answer in zip(jobs, answers, strict=True):
+                first = answers[job.index - job.index % body.n]  # the answers of one prompt share what it echoes
+                echoed = tokenizer.decode(job.prompt, skip_special_tokens=True) if body.echo else ""
+                tokens = [*first.scored, *answer.tokens]
+                choices.append(
+                    {
+                        "index": job.index,
+                        "text": echoed + answer.text,
+                        "logprobs": completion_logprobs(tokenizer, tokens) if body.logprobs is not None else None,
+                        "finish_reason": answer.finish,
+                        **served.steer_fields(read, answer.tokens, answer.applied),
+                    }
+                )
+            return {**base, "object": "text_completion", "choices": choices, "usage": _used(prompt_tokens, answers)}
+
+        return await served.told(request, answers, whole)
 
     return router
 

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from steer._version import __version__
@@ -23,7 +23,7 @@ from steer.registry import Admission, Registry
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
 from steer.serve.answers import Finish, SteerFields, report
-from steer.serve.body import Gone, offload
+from steer.serve.body import SMALL, Gone, offload
 from steer.serve.carriers import PLUS
 from steer.serve.control import Control
 from steer.serve.metrics import current_usage
@@ -33,6 +33,8 @@ from steer.spec import Readout, RequestedDirection
 
 log = logging.getLogger("steer")
 T = TypeVar("T")
+#: About what an answer says of a token: its text and a number.
+TOKEN_BYTES = 64
 #: What `generate` takes where a model that is to be sampled does not say.
 TOP_K = 50
 #: Settings by which `generate` would choose other tokens and which are not served, with the value that changes nothing.
@@ -83,6 +85,8 @@ class Answer:
     finish: Finish = "length"
     made: int = 0
     applied: bool | None = None
+    #: The tokens of the prompt, where they were to be scored.
+    scored: list[Token] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,8 @@ class Job:
     stop: Stops | None
     steer: RequestSteer | None = None
     read: Readout | None = None
+    #: How many of the likeliest tokens are told for each token of the prompt; None where it is not scored.
+    scored: int | None = None
 
 
 @dataclass
@@ -247,6 +253,9 @@ class Served:
 
     async def answer(self, job: Job) -> Answer:
         out = Answer()
+        if job.scored is not None:
+            rest = await self.engine.score(job.prompt, job.steer, job.scored) if len(job.prompt) > 1 else []
+            out.scored = [Token(job.prompt[0]), *rest]
         if job.sampling.max_tokens == 0:
             return out
         async with aclosing(self.pieces(job)) as pieces:
@@ -263,6 +272,19 @@ class Served:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self.answer(job)) for job in jobs]
         return [task.result() for task in tasks]
+
+    async def told(
+        self, request: Request, answers: Sequence[Answer], make: Callable[[], Mapping[str, object]]
+    ) -> Response:
+        """What `make` makes of `answers`, as JSON, off the event loop where that takes longer than a moment."""
+
+        def data() -> bytes:
+            return written(make()).encode()
+
+        each = [tokens for answer in answers for tokens in (answer.scored, answer.tokens) if tokens]
+        size = TOKEN_BYTES * sum(len(tokens) * _told(tokens[-1]) for tokens in each)
+        made = data() if size <= SMALL else await unless_gone(request, offload("answer", size, data))
+        return Response(made, media_type="application/json")
 
     async def interleaved(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Piece], None]:
         """Pieces of all jobs as they come, each with its job's index."""
@@ -292,6 +314,23 @@ class Served:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def written(value: object, levels: int = 7) -> str:
+    """`value` as JSON, as `json.dumps` writes it, but in pieces: one call would hold the interpreter to its end."""
+    if levels and isinstance(value, dict):
+        return "{" + ",".join(f"{_encode(key)}:{written(each, levels - 1)}" for key, each in value.items()) + "}"
+    if levels and isinstance(value, list):
+        return "[" + ",".join([written(each, levels - 1) for each in value]) + "]"
+    return _encode(value)
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+def _told(token: Token) -> int:
+    """How many numbers an answer says of it, at most; one too many where none was asked for."""
+    return 1 + len(token.top) + (0 if token.reading is None else 4 * token.reading.before.size)
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:

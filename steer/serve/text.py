@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from functools import lru_cache
 
 from steer.tokenization import Decoder
 
@@ -112,6 +113,7 @@ class Stops:
         return then or 0
 
 
+@lru_cache(maxsize=1 << 16)  # the likeliest tokens of an answer are often the same
 def token_text(tokenizer: Decoder, token: int) -> str:
     """One token alone as text, special tokens shown."""
     return tokenizer.decode([token])

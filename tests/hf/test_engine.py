@@ -626,6 +626,57 @@ def test_scores_are_the_steered_models_log_probabilities(llama: Rig) -> None:
         assert len(token.top) == 2
 
 
+@pytest.mark.parametrize("name", sorted({**models.configs(), **models.wrappers()}))
+def test_logits_in_pieces_are_those_of_one_pass(name: str) -> None:
+    model = models.tiny(name)
+    ids, passes, rows = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 13, 14]]), list[int](), list[int]()
+    with torch.inference_mode():
+        whole = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        head = model.get_output_embeddings()
+        model.get_input_embeddings().register_forward_hook(lambda *_: passes.append(1))
+        head.register_forward_hook(lambda _head, _given, out: rows.append(out.shape[-2]))
+        pieces = list(internals.logits_in_pieces(model, ids, 4))
+        again = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    assert [len(piece) for piece in pieces] == [4, 4, 1]
+    torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again, whole, rtol=0, atol=0)
+    assert rows in ([4, 4, 1, 10], [10, 10]), "pieces, unless the model cannot be asked for them"
+    if name == "llama":
+        assert (len(passes), rows) == (2, [4, 4, 1, 10])
+
+
+def test_scores_hold_a_place_and_cost_nothing_once_cancelled(llama: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, begun, may_end, passes = llama.engine, threading.Event(), threading.Event(), list[object]()
+    score_alone = engine.score_alone
+
+    def watched(*given: Any) -> list[Token]:
+        passes.append(given)
+        begun.set()
+        assert may_end.wait(60)
+        return score_alone(*given)
+
+    monkeypatch.setattr(engine, "score_alone", watched)
+    monkeypatch.setattr(engine, "capacity", 3)
+
+    async def run() -> None:
+        tasks = [asyncio.create_task(engine.score([5, 6, 7], None, 0)) for _ in range(3)]
+        try:
+            assert await asyncio.to_thread(begun.wait, 60)
+            assert engine.in_flight == 3
+            with pytest.raises(NoRoom, match="at most 3"):
+                await engine.score([5, 6], None, 0)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert engine.in_flight == 0
+        finally:
+            may_end.set()
+        assert len(await engine.score([5, 6], None, 0)) == 1
+        assert len(passes) == 2, "the one that ran, and this one"
+
+    asyncio.run(run())
+
+
 def test_scores_and_answers_at_once_are_what_each_is_alone(llama: Rig) -> None:
     rng = random.Random(3)
     requests = [([*random_prompt(rng, 12), 5], random_spec(rng)) for _ in range(40)]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,11 @@ import torch
 import transformers as tf
 from fastapi.testclient import TestClient
 
+from steer.hf.engine import Engine
+from steer.hf.sampling import Token
+from steer.serve import text
 from steer.serve.app import build, prepare
+from steer.serve.generation import written
 from steer.settings import ServeSettings
 from tests.serve.inside import post
 
@@ -100,3 +105,57 @@ def test_a_client_that_leaves_is_no_error(tiny_folder: Path, tmp_path: Path, pat
             asyncio.run(post(client.app, body, {"Host": "127.0.0.1"}, path))
         answer = client.post(path, json=body)
         assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 50)
+
+
+def test_a_prompt_is_scored_once_and_not_for_a_client_that_has_left(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[object] = []
+    score_alone = Engine.score_alone
+
+    def counted(self: Engine, *given: Any) -> list[Token]:
+        passes.append(given)
+        return score_alone(self, *given)
+
+    with served(tiny_folder, tmp_path) as (client, folder):
+        monkeypatch.setattr(Engine, "score_alone", counted)
+        prompts = [PROMPT, PROMPT[:3]]
+        body = {"model": folder.name, "prompt": prompts, "n": 3, "max_tokens": 0, "echo": True, "logprobs": 2}
+        answer = client.post("/v1/completions", json=body).json()
+        assert len(passes) == 2
+        told = [choice["logprobs"]["token_logprobs"] for choice in answer["choices"]]
+        assert [len(each) for each in told] == [6] * 3 + [3] * 3
+        assert told[0] == told[1] == told[2]
+        assert told[3] == told[4] == told[5]
+        assert told[3][1:] == pytest.approx(told[0][1:3], abs=1e-4)
+        assert answer["usage"]["prompt_tokens"] == 9
+        with pytest.raises(IndexError):  # of the answer, which is none
+            asyncio.run(post(client.app, body, {"Host": "127.0.0.1"}))
+        assert len(passes) <= 3, "at most the one that had begun"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_long_answers_are_written_off_the_event_loop(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    threads: set[str] = set()
+    shown = text.token_text.__wrapped__
+
+    def watched(*given: Any) -> str:
+        threads.add(threading.current_thread().name)
+        return shown(*given)
+
+    monkeypatch.setattr("steer.serve.answers.token_text", watched)
+    chat = {"messages": [{"role": "user", "content": "0"}], "logprobs": True, "top_logprobs": 20}
+    asked = chat if path.endswith("chat/completions") else {"prompt": PROMPT, "logprobs": 20}
+    with served(tiny_folder, tmp_path) as (client, folder):
+        body = {"model": folder.name, "n": 4, "max_tokens": 16, "ignore_eos": True} | asked
+        assert client.post(path, json=body).json()["usage"]["completion_tokens"] == 64
+    assert {name.split("_")[0] for name in threads} == {"steer-answer-large"}
+
+
+def test_what_is_written_in_pieces_is_json() -> None:
+    value = {"a": [1, -2.5e-8, None, True, 'é\n"', {"b": [[[[[[[{"c": [1, {}]}]]]]]]]}], "e": {}, "f": []}
+    assert written(value) == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    with pytest.raises(ValueError, match="JSON"):
+        written({"a": [float("nan")]})

@@ -213,6 +213,8 @@ def test_derive_inspect_eval(
     for name in ("--harmful: harmful.txt", "--harmless: harmless.jsonl"):
         assert f"{name} is the file that d was made from: give other prompts, its figures on these" in caplog.text
     assert "KL(plain ‖ steered)" in run("eval", str(tiny_folder), *options).stdout
+    told = run("eval", str(tiny_folder), *options, "--harmless", harmful, code=2)
+    assert "13 prompts are in both harmful.txt and harmful.txt" in told.stderr
 
 
 def test_a_calibrated_direction_says_how_far_no_harm_was_seen(tmp_path: Path) -> None:
@@ -612,6 +614,7 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
         f"fit m {sets} {output} --behaviour kindness": "behaviour 'kindness': cannot be read",
         f"fit m --harmful {h} --harmless {h} {output}": "40 prompts are in both",
         f"measure m --harmful {h} --harmless {h} {output}": "40 prompts are in both",
+        f"select m m --harmful {h} --harmless {h} {output}": "40 prompts are in both",
         f"fit m --harmful {few} --harmless {a} {output}": "gives 3 different prompts, at least 7 are needed",
         f"fit m --harmful {twice} --harmless {a} {output}": "gives 1 different prompts",
         f"fit m --harmful {empty} --harmless {a} {output}": "has no prompts",

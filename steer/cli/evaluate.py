@@ -22,7 +22,7 @@ from steer.cli import options as opt
 from steer.cli.console import echo_json, echo_line, quiet_libraries, reported
 from steer.errors import InvalidInput
 from steer.lab.progress import Progress
-from steer.lab.prompts import PromptSet, Rendering, read_prompts
+from steer.lab.prompts import PromptSet, Rendering, check_contrast, read_prompts
 from steer.lab.tables import shown
 from steer.names import MODES
 from steer.settings import ModelSettings
@@ -162,6 +162,7 @@ def evaluate(
         choices = opt.Choices.model_validate({"sites": arms[0].direction.meta.sites, "batch_size": batch_size})
         given = {"harmful": harmful, "harmless": harmless, "borderline": borderline, "multi-turn": multi_turn}
         sets = {name: read_prompts(source) for name, source in given.items() if source is not None}
+        check_contrast(sets["harmful"], sets["harmless"])
         _warn_of_known(arms, sets)
         for one in arms:
             if told := rendered_otherwise(one.direction.meta.template, rendering.template):

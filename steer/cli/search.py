@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +13,7 @@ from steer.cli import options as opt
 from steer.cli.console import echo_json, quiet_libraries, reported
 from steer.errors import InvalidInput, imported
 from steer.lab.progress import Progress
-from steer.lab.prompts import read_prompts
+from steer.lab.prompts import check_contrast, read_prompts
 from steer.lab.tables import shown
 from steer.names import MODES
 from steer.settings import ModelSettings
@@ -31,7 +32,7 @@ def select(
     output: opt.Output,
     *,
     method: Annotated[str, f"methods, separated by commas: {opt.METHOD_NAMES}"] = ("slerp,linear,projected"),
-    t: Annotated[str, "values of t of slerp, separated by commas"] = "-1,-0.5,0,0.5",
+    t: Annotated[str | None, "values of t of slerp, separated by commas (-1,-0.5,0,0.5)"] = None,
     parameter: opt.Parameters = None,
     layer: Annotated[str, "auto (all layers where the classes separate), or numbers separated by commas"] = ("auto"),
     position: Annotated[str, "all measured positions, or numbers separated by commas"] = "all",
@@ -57,9 +58,10 @@ def select(
     modes = opt.split(mode)
     choices = opt.Choices.model_validate({"mode": modes[0], "sites": sites, "batch_size": batch_size})
     tried = [opt.Choices.model_validate({"mode": one}).mode for one in modes]
-    ts = opt.floats("--t", t)
+    ts = opt.floats("--t", "-1,-0.5,0,0.5" if t is None else t)
     numbers = None if layer == "auto" else tuple(opt.ints("--layer", layer))
     sets, behaviour = (read_prompts(harmful), read_prompts(harmless)), counted.loaded()
+    check_contrast(*sets)
     opt.check_direction_file(output)
     quiet_libraries()
     from steer.lab.derive import Recipe
@@ -68,6 +70,7 @@ def select(
     from steer.lab.select import select as run
 
     made = tuple(one for name in opt.split(method) for one in _methods(name, ts, parameter))
+    _check_t(t, opt.split(method))
     measured = Measurement.load(measurement)
     positions = measured.meta.positions if position == "all" else tuple(opt.ints("--position", position))
     actions = tuple(Action(mode, strength) for mode in tried)
@@ -122,7 +125,7 @@ def search(
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="number of trials, rounded up to whole groups")] = 192,
     method: Annotated[str, f"methods, separated by commas: {opt.METHOD_NAMES}"] = "slerp,projected,linear,whitened",
-    t: Annotated[str, "least and largest t of slerp"] = "-1,1",
+    t: Annotated[str | None, "least and largest t of slerp (-1,1)"] = None,
     mode: Annotated[str, f"modes, separated by commas: {', '.join(MODES)}"] = "ablate,one_sided",
     strength: Annotated[str, "least and largest strength; the mode add uses -1/100 of both"] = "0.5,1.5",
     position: opt.Position = -1,
@@ -150,7 +153,7 @@ def search(
     sets = read_prompts(harmful), read_prompts(harmless)
     rendering = rendered.rendering()
     border = None if borderline is None else read_prompts(borderline)
-    ranges = {"t": opt.pair("--t", t), "strength": opt.pair("--strength", strength)}
+    ranges = {"t": opt.pair("--t", "-1,1" if t is None else t), "strength": opt.pair("--strength", strength)}
     behaviour = counted.loaded()
     quiet_libraries()
     _quiet_optuna()
@@ -183,6 +186,7 @@ def search(
         space=space,
     )
     vectors = any(make_method(name).needs != "means" for name in space.methods)
+    _check_t(t, space.methods)
     tried = Sets.drawn(*sets, border, limit=prompts)
     with progress:
         progress.plan(TRYING, work(settings, tried, trials))
@@ -256,9 +260,16 @@ def _check_same(measured: Measurement, facts: ModelFacts) -> None:
         raise InvalidInput(wrong)
 
 
-def _methods(name: str, ts: list[float], parameters: list[str] | None) -> list[Method]:
+def _has_t(name: str) -> bool:
     from steer.lab.methods import METHODS
 
-    if name not in METHODS or "t" not in METHODS[name].model_fields:
-        return [opt.chosen_method(name, None, parameters)]
-    return [opt.chosen_method(name, one, parameters) for one in ts]
+    return name in METHODS and "t" in METHODS[name].model_fields
+
+
+def _check_t(t: str | None, methods: Sequence[str]) -> None:
+    if t is not None and not any(map(_has_t, methods)):
+        raise InvalidInput(f"--t: no method of {', '.join(methods)} has a t: leave it out, or name slerp in --method")
+
+
+def _methods(name: str, ts: list[float], parameters: list[str] | None) -> list[Method]:
+    return [opt.chosen_method(name, one, parameters) for one in (ts if _has_t(name) else [None])]

@@ -11,7 +11,7 @@ import logging
 import random
 import re
 import urllib.request
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from steer.direction import Dataset
 
 log = logging.getLogger("steer")
-#: Names under which datasets keep the prompt, first match wins.
+#: Names under which datasets keep the prompt, a text or a conversation; the first that is not null wins.
 COLUMNS = ("prompt", "text", "instruction", "goal", "question", "behavior", "query")
-#: Where a table keeps conversations, if it has none of the others.
+#: Names of conversations only, after the others: such a list often has the answer too.
 CONVERSATIONS = ("messages", "conversation")
+#: Bad items of a file that are told, at most.
+TOLD = 10
 HUB = "hub:"
 FORMATS = (
     ".txt (a prompt a line), .jsonl, .json, .parquet, a URL of one, or "
@@ -165,10 +167,9 @@ def read_prompts(source: str) -> PromptSet:
         return _from_hub(source)
     path, data = _fetched(source) if source.startswith(("https://", "http://")) else _read(source)
     try:
-        prompts = [p.strip() if isinstance(p, str) else p for p in _parse(path, data)]
+        prompts = [prompt for prompt in _parse(path, data) if prompt]
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{source}: not UTF-8 text: {error}") from error
-    prompts = [p for p in prompts if p]
     if not prompts:
         raise InvalidInput(f"{source}: has no prompts")
     return PromptSet(path.name, hashlib.sha256(data).hexdigest(), tuple(prompts))
@@ -243,18 +244,18 @@ class Split:
         return cls(harmful.without(tried[0]), harmless.without(tried[1]), *tried)
 
 
-def _parse(path: Path, data: bytes) -> Iterable[Prompt]:
+def _parse(path: Path, data: bytes) -> list[Prompt]:
     suffix = path.suffix.lower()
     if suffix == ".txt":
-        return data.decode("utf-8-sig").split("\n")
+        return [line.strip() for line in data.decode("utf-8-sig").split("\n")]
     if suffix == ".jsonl":
-        lines = [(n, line) for n, line in enumerate(data.decode("utf-8-sig").split("\n"), 1) if line.strip()]
-        return [prompt_of(_json(f"{path}, line {n}", line), f"{path}, line {n}") for n, line in lines]
+        lines = [(f"{path}, line {n}", line) for n, line in enumerate(data.decode("utf-8-sig").split("\n"), 1)]
+        return _prompts((where, _json(where, line)) for where, line in lines if line.strip())
     if suffix == ".json":
         value = _json(str(path), data.decode("utf-8-sig"))
         if not isinstance(value, list):
             raise InvalidInput(f"{path}: must be a JSON list of texts or objects, got {type(value).__name__}")
-        return [prompt_of(item, f"{path}, item {n}") for n, item in enumerate(value)]
+        return _prompts((f"{path}, item {n}", item) for n, item in enumerate(value))
     if suffix == ".parquet":
         return _from_parquet(path, data)
     raise InvalidInput(f"{path}: the suffix '{suffix}' is not known; accepted: {FORMATS}")
@@ -267,17 +268,39 @@ def _json(where: str, text: str) -> Any:
         raise InvalidInput(f"{where}: not JSON: {error}") from error
 
 
-def prompt_of(item: object, where: str) -> Prompt:
-    """The prompt that an item of JSON is. Raises InvalidInput that names `where`."""
+def _prompts(items: Iterable[tuple[str, object]], names: Sequence[str] = (*COLUMNS, *CONVERSATIONS)) -> list[Prompt]:
+    """The prompts of (where, item). Raises InvalidInput with the problems of all items, at most TOLD of them."""
+    prompts: list[Prompt] = []
+    problems: list[str] = []
+    for where, item in items:
+        try:
+            prompts.append(prompt_of(item, where, names))
+        except InvalidInput as error:
+            problems += error.problems
+    if len(problems) > TOLD:
+        problems = [*problems[:TOLD], f"{len(problems) - TOLD} more problems of this kind"]
+    if problems:
+        raise InvalidInput(problems)
+    return prompts
+
+
+def prompt_of(item: object, where: str, names: Sequence[str] = (*COLUMNS, *CONVERSATIONS)) -> Prompt:
+    """The prompt that an item of JSON or a row of a table is: a text, or what stands under the first of `names` that is
+    not null; empty if all are. Raises InvalidInput that names `where`."""
     if isinstance(item, str):
-        return _text(item, where)
-    if isinstance(item, dict):
-        if "messages" in item:
-            return _conversation(item["messages"], where)
-        for column in COLUMNS:
-            if isinstance(item.get(column), str):
-                return _text(item[column], where)
-    raise InvalidInput(f"{where}: neither a text nor an object with messages or one of {', '.join(COLUMNS)}")
+        return _text(item, where).strip()
+    known = [name for name in names if name in item] if isinstance(item, dict) else []
+    if not isinstance(item, dict) or not known:
+        raise InvalidInput(f"{where}: neither a text nor an object with one of {', '.join(names)}")
+    name = next((name for name in known if item[name] is not None), None)
+    if name is None:
+        return ""
+    if isinstance(item[name], list):
+        return _conversation(item[name], where)
+    if isinstance(item[name], str) and name not in CONVERSATIONS:
+        return _text(item[name], where).strip()
+    accepted = "not a list of messages" if name in CONVERSATIONS else "neither a text nor a list of messages"
+    raise InvalidInput(f"{where}: {name} is {accepted}, but {type(item[name]).__name__}")
 
 
 def _text(value: str, where: str) -> str:
@@ -288,9 +311,9 @@ def _text(value: str, where: str) -> str:
     return value
 
 
-def _conversation(messages: object, where: str) -> Conversation:
-    if not isinstance(messages, list) or not messages:
-        raise InvalidInput(f"{where}: messages must be a list with at least one message")
+def _conversation(messages: list[object], where: str) -> Conversation:
+    if not messages:
+        raise InvalidInput(f"{where}: a list of messages must have at least one message")
     problems, turns = [], []
     for number, message in enumerate(messages, 1):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
@@ -304,21 +327,19 @@ def _conversation(messages: object, where: str) -> Conversation:
     return Conversation(tuple(turns))
 
 
-def _column(names: Iterable[str], where: str) -> str:
-    accepted = (*COLUMNS, *CONVERSATIONS)
-    found = next((c for c in accepted if c in set(names)), None)
-    if found is None:
-        raise InvalidInput(f"{where}: has none of the columns {', '.join(accepted)}")
-    return found
-
-
-def _cells(values: Iterable[object], where: str) -> list[Prompt]:
-    """The prompts in a column of a table: texts, or lists of chat messages."""
-    found = ((n, value) for n, value in enumerate(values, 1) if value is not None)
-    return [
-        _conversation(value, f"{where}, row {n}") if isinstance(value, list) else str(value).strip()
-        for n, value in found
-    ]
+def _from_table(
+    columns: Collection[str], column: Callable[[str], Iterable[object]], where: str, only: str | None = None
+) -> list[Prompt]:
+    """The prompts of a table, row by row as those of JSON lines."""
+    accepted = (only,) if only else (*COLUMNS, *CONVERSATIONS)
+    names = [name for name in accepted if name in columns]
+    if not names:
+        raise InvalidInput(
+            f"{where}: has none of the columns {', '.join(accepted)}; its columns are {', '.join(columns)}"
+        )
+    rows = zip(*map(column, names), strict=True)
+    items = ((f"{where}, row {n}", dict(zip(names, row, strict=True))) for n, row in enumerate(rows, 1))
+    return _prompts(items, names)
 
 
 def _from_parquet(path: Path, data: bytes) -> list[Prompt]:
@@ -327,7 +348,7 @@ def _from_parquet(path: Path, data: bytes) -> list[Prompt]:
         table = parquet.read_table(io.BytesIO(data))
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{path}: not a parquet file: {error}") from error
-    return _cells(table.column(_column(table.column_names, str(path))).to_pylist(), str(path))
+    return _from_table(table.column_names, lambda name: table.column(name).to_pylist(), str(path))
 
 
 def _from_hub(source: str) -> PromptSet:
@@ -338,10 +359,8 @@ def _from_hub(source: str) -> PromptSet:
         data = datasets.load_dataset(named["name"], named["config"], split=named["split"] or "train")
     except Exception as error:  # the library raises its own errors, those of the network and those of the file system
         raise InvalidInput(f"{source}: cannot be loaded: {error}") from error
-    column = named["column"] or _column(data.column_names, source)
-    if column not in data.column_names:
-        raise InvalidInput(f"{source}: has no column '{column}', it has {', '.join(data.column_names)}")
-    prompts = tuple(prompt for prompt in _cells(data[column], source) if prompt)
+    found = _from_table(data.column_names, lambda name: data[name], source, named["column"])
+    prompts = tuple(prompt for prompt in found if prompt)
     if not prompts:
         raise InvalidInput(f"{source}: has no prompts")
     texts = (prompt if isinstance(prompt, str) else repr(prompt.turns) for prompt in prompts)

@@ -275,6 +275,75 @@ def test_a_column_may_hold_chat_messages(hub: Hub, tmp_path: Path) -> None:
         read_prompts("hub:owner/name")
 
 
+def chat(text: object) -> list[dict[str, object]]:
+    return [{"role": "user", "content": text}]
+
+
+TABLES: dict[str, tuple[list[dict[str, Any]], tuple[str | Conversation, ...]]] = {
+    "a prompt beside its conversation": ([{"prompt": " one ", "messages": chat("two")}], ("one",)),
+    "what is missing": ([{"prompt": None, "goal": "a"}, {"prompt": None, "goal": None}, {"prompt": "b"}], ("a", "b")),
+    "a conversation in place of a prompt": (
+        [{"prompt": None, "messages": chat("two")}, {"prompt": "one", "messages": None}],
+        (Conversation((("user", "two"),)), "one"),
+    ),
+    "the column conversation": ([{"conversation": chat("one")}], (Conversation((("user", "one"),)),)),
+    "a prompt that is a conversation": ([{"prompt": chat("one")}], (Conversation((("user", "one"),)),)),
+}
+
+
+def written(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """The same table in both formats."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    names = dict.fromkeys(name for row in rows for name in row)
+    parquet.write_table(arrow.table({name: [row.get(name) for row in rows] for name in names}), folder / "p.parquet")
+    (folder / "p.jsonl").write_text(jsonl(rows))
+    return [folder / "p.jsonl", folder / "p.parquet"]
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_gives_the_same_prompts_in_every_format(kind: str, tmp_path: Path, hub: Hub) -> None:
+    rows, expected = TABLES[kind]
+    for path in written(rows, tmp_path):
+        assert read_prompts(str(path)).prompts == expected
+    hub.columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
+    assert read_prompts("hub:owner/name").prompts == expected
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("text", 3),
+        ("text", True),
+        ("text", float("nan")),
+        ("prompt", {"role": "user", "content": "hi"}),
+        ("messages", "a text"),
+        ("messages", chat(3)),
+        ("conversation", []),
+        ("prompt", ["a text"]),
+    ],
+)
+def test_what_is_no_text_and_no_conversation_is_refused_in_every_format(
+    column: str, value: object, tmp_path: Path, hub: Hub
+) -> None:
+    for path in written([{column: value}, {column: value}], tmp_path):
+        place = "row" if path.suffix == ".parquet" else "line"
+        with pytest.raises(InvalidInput, match=f"(?s){place} 1: .*(text|message).*{place} 2: ") as caught:
+            read_prompts(str(path))
+        assert len(caught.value.problems) == 2
+    hub.columns = {"id": [1], "other": [value], column: [value]}
+    for source in ("hub:owner/name", f"hub:owner/name:train:{column}"):
+        with pytest.raises(InvalidInput, match=f"{source}, row 1: "):
+            read_prompts(source)
+
+
+def test_bytes_are_no_prompt_and_many_problems_are_counted(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"prompt": [b"How do I"] * 1000}), tmp_path / "p.parquet")
+    with pytest.raises(InvalidInput, match="row 1: prompt is neither a text nor a list of messages, but bytes") as told:
+        read_prompts(str(tmp_path / "p.parquet"))
+    assert told.value.problems[-1] == "990 more problems of this kind"
+
+
 def test_a_missing_value_of_a_hub_dataset_is_no_prompt(hub: Hub) -> None:
     hub.columns["text"] = ["one", None, "two"]
     assert read_prompts("hub:owner/name").prompts == ("one", "two")

@@ -305,6 +305,7 @@ def test_a_killed_search_goes_on_with_the_same_command(tiny_folder: Path, files:
     [
         ({"strength": "1"}, "the least and the largest value"),
         ({"t": "a,b"}, "--t: numbers separated by commas, got 'a,b'"),
+        ({"method": "linear,projected", "t": "0,1"}, "--t: no method of linear, projected has a t"),
         ({"mode": "ablate,gone"}, "modes"),
         ({"method": "nope"}, "method 'nope' is not known"),
         ({"pick": 3}, "belong together"),
@@ -330,7 +331,11 @@ def test_select_is_a_command(tiny_folder: Path, files: Path, measured: Measureme
     direction = Direction.load(files / "d.safetensors")
     assert len([row for row in direction.meta.selection["candidates"] if "refused" in row]) == 3
     assert direction.meta.mode in ("ablate", "one_sided")
-    for bad, said in ((["--layer", "one"], "--layer: whole numbers"), (["--mode", "no"], "mode")):
+    for bad, said in (
+        (["--layer", "one"], "--layer: whole numbers"),
+        (["--mode", "no"], "mode"),
+        (["--method", "linear", "--t", "0.5"], "--t: no method of linear has a t"),
+    ):
         done = CliRunner().invoke(app, [*command, *bad])
         assert done.exit_code == 2
         assert said in done.output

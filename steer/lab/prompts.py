@@ -300,7 +300,7 @@ def prompt_of(item: object, where: str, names: Sequence[str] = (*COLUMNS, *CONVE
     if isinstance(item[name], str) and name not in CONVERSATIONS:
         return _text(item[name], where).strip()
     accepted = "not a list of messages" if name in CONVERSATIONS else "neither a text nor a list of messages"
-    raise InvalidInput(f"{where}: {name} is {accepted}, but {type(item[name]).__name__}")
+    raise InvalidInput(f"{where}: '{name}' is {accepted}, but {type(item[name]).__name__}")
 
 
 def _text(value: str, where: str) -> str:

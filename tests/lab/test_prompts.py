@@ -339,7 +339,7 @@ def test_what_is_no_text_and_no_conversation_is_refused_in_every_format(
 def test_bytes_are_no_prompt_and_many_problems_are_counted(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.table({"prompt": [b"How do I"] * 1000}), tmp_path / "p.parquet")
-    with pytest.raises(InvalidInput, match="row 1: prompt is neither a text nor a list of messages, but bytes") as told:
+    with pytest.raises(InvalidInput, match=r"row 1: 'prompt' is neither .* but bytes") as told:
         read_prompts(str(tmp_path / "p.parquet"))
     assert told.value.problems[-1] == "990 more problems of this kind"
 

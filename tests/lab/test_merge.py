@@ -316,7 +316,9 @@ def test_a_full_disk_is_an_error_of_the_file_and_nothing_is_kept(tmp_path: Path)
     checkpoint, removed = Checkpoint(tmp_path / "model"), removal(at_writers(model, embedding=False))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     half = (tmp_path / "model" / "model.safetensors").stat().st_size // 2
-    for write, most, more in ((bake, half, {"digest": "d" * 64}), (export_adapter, 2000, {"base": "m"})):
+    cases: list[tuple[Any, int, dict[str, str]]]
+    cases = [(bake, half, {"digest": "d" * 64}), (export_adapter, 2000, {"base": "m"})]
+    for write, most, more in cases:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
         try:
             with pytest.raises(OSError, match=r"safetensors: .*File too large"):

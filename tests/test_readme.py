@@ -30,7 +30,7 @@ OF_OTHERS = {
     *("--extra-index-url", "--gpus", "--ipc", "--max-model-len", "--middleware", "--no-cache-dir", "--no-deps"),
     *("--otlp-traces-endpoint", "--plain", "--root-path", "--shutdown-timeout", "--ssl-certfile"),
     *("--ssl-keyfile", "--tensor-parallel-size", "--value", "--worker-cls", "--worker-urls", "--data-parallel-size"),
-    *("--data-parallel-multi-port-external-lb", "--data-parallel-hybrid-lb", "--api-servers", "--minutes"),
+    *("--data-parallel-multi-port-external-lb", "--data-parallel-hybrid-lb", "--api-servers", "--lives", "--minutes"),
     *("--only", "--again", "--quick", "--suite", "--rounds", "--busy", "--enforce-eager", "--max-num-seqs"),
 }
 #: Of each file, where commands run on a copy of the tree.

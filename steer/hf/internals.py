@@ -19,6 +19,7 @@ graphs and asynchronous steps are off too, since index and sampler change betwee
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import queue
@@ -302,27 +303,40 @@ class Generations:
 
     def remove(self) -> None:
         for name in (_EXPAND, _GENERATE):
-            if around := vars(self._model).get(name):
-                around.watchers.remove(self)
-                if not around.watchers:
+            if isinstance(method := vars(self._model).get(name), _Watched):
+                method.watchers.remove(self)
+                if not method.watchers:
                     delattr(self._model, name)
+
+
+class _Watched:
+    """In the place of a model's method, which `around` is called for. A copy of the model has its own method there,
+    which nobody watches."""
+
+    def __init__(self, method: Method, around: Callable[[Method, list[Generations]], Method]) -> None:
+        functools.update_wrapper(self, method)
+        self.watchers: list[Generations] = []
+        self._method, self._around = method, around(method, self.watchers)
+
+    def __call__(self, *args: object, **given: object) -> object:
+        return self._around(*args, **given)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Method:
+        return copy.deepcopy(self._method, memo)
 
 
 def _watched(
     model: PreTrainedModel, name: str, around: Callable[[Method, list[Generations]], Method]
 ) -> list[Generations]:
-    """Who watches this method of the model, which `around` then is in the place of."""
-    if name not in vars(model):
-        watchers: list[Generations] = []
-        method: Any = functools.wraps(getattr(model, name))(around(getattr(model, name), watchers))
-        method.watchers = watchers
+    """Who watches this method of the model."""
+    if not isinstance(method := getattr(model, name), _Watched):
+        method = _Watched(method, around)
         setattr(model, name, method)
-    found: list[Generations] = vars(model)[name].watchers
-    return found
+    return method.watchers
 
 
 def _expanding(expand: Method, watchers: list[Generations]) -> Method:
-    def watched(*args: object, **given: Any) -> object:  # a function, which a copy of the model shares
+    def watched(*args: object, **given: Any) -> object:
         if (each := given.get("expand_size", 1)) > 1:
             for watcher in watchers:
                 watcher.check(len(given["input_ids"]), each)

@@ -163,7 +163,11 @@ class Steering:
         if not self._handles:
             begin = _uncompiled(self._begin)
             decoder = self.anatomy.decoder
-            self._handles = [decoder.register_forward_pre_hook(lambda _, *given: begin(*given), with_kwargs=True)]
+            self._handles = [
+                decoder.register_forward_pre_hook(  # a copy has the hook too, which is not for it
+                    lambda module, *given: begin(*given) if module is decoder else None, with_kwargs=True
+                )
+            ]
             self._handles += [hang(_uncompiled(self._transform(hooked.point))) for hooked, hang in self._targets]
             self._generations = internals.Generations(self.anatomy.model, self._check_prompts)
 

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 
 from steer.direction import Direction, digest, read_file, write_file
-from steer.errors import SteerError
+from steer.errors import InvalidInput, SteerError
 from steer.names import check_name
 from steer.spec import Condition
+
+#: OWNER/NAME of a model on a hub.
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+#: The line by which a card is known as one of ours.
+LIBRARY = b"\nlibrary_name: steer\n"
 
 
 def card(direction: Direction, name: str, sha256: str) -> ModelCard:
     """The README of a repository that holds `name`.safetensors."""
     meta, found = direction.meta, direction.meta.condition
+    public = REPOSITORY.fullmatch(meta.model) is not None and not Path(meta.model).exists()
+    model = meta.model if public else Path(meta.model).name  # where it lies is for nobody
     data = ModelCardData(
-        base_model=None if Path(meta.model).exists() else meta.model,
-        base_model_relation=None if Path(meta.model).exists() else "adapter",
+        base_model=model if public else None,
+        base_model_relation="adapter" if public else None,
         library_name="steer",
         tags=["steer", "steering-vector", "interpretability"],
     )
     weights = (f"{float(w.min()):g} to {float(w.max()):g}" for w in map(direction.weights_of, (0, 1)))
     facts = {
-        "made for": f"{meta.model} ({meta.architecture}, {meta.layers} layers × {meta.d_model})",
+        "made for": f"{model} ({meta.architecture}, {meta.layers} layers × {meta.d_model})",
         "model revision": meta.revision,
         "method": meta.method,
         "parameters": ", ".join(f"{k} {v}" for k, v in meta.parameters.items() if v is not None),
@@ -56,7 +64,7 @@ residual stream, for each request that asks for it. The model's weights are not 
 
 ```
 steer pull OWNER/REPOSITORY -o directions/{name}.safetensors
-steer serve {meta.model} --directions directions
+steer serve {model} --directions directions
 ```
 
 It is for research into how models behave. With it a model answers requests that it was trained to refuse: whoever
@@ -66,13 +74,17 @@ serves it is responsible for what it is used for.
 
 
 def assemble(file: Path, folder: Path, name: str | None = None) -> Path:
-    """Write the repository's files into `folder`: the direction as it is, byte for byte, and its card."""
+    """Write the repository's files into `folder`: the direction as it is, byte for byte, and its card. Raises
+    InvalidInput where something is there that was not written so."""
     data = read_file(file)
     direction = Direction.from_bytes(data, source=str(file))
     name = check_name(name or file.stem)
+    readme = folder / "README.md"
+    if folder.exists() and any(folder.iterdir()) and not (readme.exists() and LIBRARY in readme.read_bytes()):
+        raise InvalidInput(f"{folder}: has files that no push has written: give a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / f"{name}.safetensors", data)
-    write_file(folder / "README.md", card(direction, name, digest(data)).content.encode())
+    write_file(readme, card(direction, name, digest(data)).content.encode())
     return folder
 
 

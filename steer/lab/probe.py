@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steer.errors import UnsupportedModel
 from steer.hf.internals import whole_cache
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
@@ -58,7 +59,8 @@ class Continued(Answer):
 
 
 class HFEvaluator:
-    """Greedy answers and divergences of one loaded model."""
+    """Greedy answers and divergences of one loaded model. Raises UnsupportedModel where it has no batches of padded
+    rows that go on from a cache."""
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class HFEvaluator:
     ) -> None:
         self.loaded, self.steering = loaded, steering
         self.max_tokens, self.batch_size, self.progress = max_tokens, batch_size, progress or Progress()
+        cache_name(loaded.model)
         self._ids = PromptIds(loaded, rendering)
         eos = loaded.eos_ids
         self._pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else (eos or [0])[0]
@@ -218,7 +221,10 @@ class HFEvaluator:
             steers = entered(self.steering, prompts, mine)
             with self.steering.batch(*laid(steers, [range(shared, len(whole[i])) for i in indices])):
                 logits = anatomy.model(
-                    input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=kept
+                    input_ids=ids,
+                    **({} if cache is None else {"past_key_values": cache}),
+                    use_cache=cache is not None,
+                    logits_to_keep=kept,
                 ).logits
             first = int(kept[0])
             return [
@@ -286,7 +292,7 @@ def greedy(
             break
         if len(going) < len(rows):
             kept = torch.tensor(going, device=device)
-            cache.batch_select_indices(kept)
+            cache.reorder_cache(kept)  # which states have too, unlike `batch_select_indices`
             chosen, mask, rows = chosen[kept], mask[kept], [rows[at] for at in going]
         ids, mask = chosen.unsqueeze(1), torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         spans = [range(at := len(prompts[row]) + step, at + 1) for row in rows]
@@ -363,17 +369,31 @@ def cache_bytes(steering: Steering) -> int:
     return int(2 * anatomy.layers * width * anatomy.dtype.itemsize)
 
 
+def cache_name(model: Any) -> str:
+    """What the model calls its cache, in what it takes and what it returns. Raises UnsupportedModel where it takes
+    none, or no mask for padding."""
+    takes = inspect.signature(model.forward).parameters
+    name = next((name for name in ("past_key_values", "cache_params") if name in takes), None)
+    lacking = ["past_key_values"] * (name is None) + ["attention_mask"] * ("attention_mask" not in takes)
+    if name is None or lacking:
+        raise UnsupportedModel(
+            f"{type(model).__name__} takes no {' and no '.join(lacking)}: its answers cannot be generated in batches"
+        )
+    return name
+
+
 def last_logits(model: Any, ids: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
     """What is predicted after each row, `[rows, vocabulary]`, and the cache. ids `[rows, positions]` are the new
     tokens, mask `[rows, all positions]` is 0 at the padding in front. Only the last position is unembedded."""
-    takes = inspect.signature(model.forward).parameters
+    takes, name = inspect.signature(model.forward).parameters, cache_name(model)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     options = {"position_ids": positions, "logits_to_keep": 1}
     out = model(
         input_ids=ids,
-        attention_mask=mask,
-        past_key_values=cache,
+        # a state holds no padding: its model masks the new tokens alone
+        attention_mask=mask if name == "past_key_values" else mask[:, -ids.shape[1] :],
         use_cache=True,
-        **{name: value for name, value in options.items() if name in takes},
+        **{name: cache},
+        **{option: value for option, value in options.items() if option in takes},
     )
-    return out.logits[:, -1], out.past_key_values
+    return out.logits[:, -1], getattr(out, name)

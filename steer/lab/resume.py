@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +62,43 @@ def _whole(path: Path) -> Iterator[Any]:
                 return
 
 
+class Alone(AbstractContextManager["Alone"]):
+    """Keeps other runs out of `folder` until the `with` ends, or this object is gone. Raises InvalidInput where another
+    run is there. Not on Windows, nor where the file system has no locks: there two runs would mix their results."""
+
+    def __init__(self, folder: Path) -> None:
+        held = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self._let_go = weakref.finalize(self, os.close, held)
+        try:
+            import fcntl
+
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._let_go()
+            raise InvalidInput(
+                f"{folder}: another run writes to it at this moment: give another folder, or wait for its end"
+            ) from None
+        except (ImportError, OSError):
+            pass
+
+    def __exit__(self, *_: object) -> None:
+        self._let_go()
+
+
 #: Rows that are made and written at once. Batches depend on it, so a resumed run makes the batches of an uninterrupted
 #: one, and with them the same answers to the last bit.
 CHUNK = 128
 
 
 class Cache:
-    """One record in `folder/measured` for each thing measured, or nothing kept where there is no folder."""
+    """One record in `folder/measured` for each thing measured, or nothing kept where there is no folder. Raises
+    InvalidInput where another run has the folder."""
 
     def __init__(self, folder: Path | None, conditions: dict[str, Any]) -> None:
         self.folder, self.conditions = folder and folder / "measured", conditions
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._alone = Alone(self.folder)
 
     def rows(
         self, name: str, conditions: dict[str, Any], count: int, make: Callable[[int, int], list[Any]]

@@ -21,7 +21,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import BaseTrial, FrozenTrial
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from steer.direction import Dataset, write_file
 from steer.errors import InvalidInput, brief, problems_of
@@ -33,6 +33,7 @@ from steer.lab.judge import Judge
 from steer.lab.measurement import Measurement
 from steer.lab.methods import METHODS, make_method
 from steer.lab.race import Figures, Race, Sets
+from steer.lab.resume import Alone
 from steer.lab.select import layers_of
 from steer.lab.statistics import undominated
 from steer.lab.tables import Table, markdown, shown
@@ -117,14 +118,15 @@ class Search:
         except OSError as error:
             raise InvalidInput(f"{folder}: cannot be created: {error.strerror}") from error
         if not (folder / SETTINGS).exists():
-            partial = path.with_name(f"{path.name}.part")
-            measurement = measure(partial)
-            measurement.save(path)
-            partial.unlink(missing_ok=True)
-            settings = settings.model_copy(
-                update={"space": settings.space.bounded(measurement), "measurement_sha256": _sha256(path)}
-            )
-            write_file(folder / SETTINGS, settings.model_dump_json(indent=2).encode())
+            with Alone(folder):
+                partial = path.with_name(f"{path.name}.part")
+                measurement = measure(partial)
+                measurement.save(path)
+                partial.unlink(missing_ok=True)
+                settings = settings.model_copy(
+                    update={"space": settings.space.bounded(measurement), "measurement_sha256": _sha256(path)}
+                )
+                write_file(folder / SETTINGS, settings.model_dump_json(indent=2).encode())
             return cls(folder, settings, measurement)
         begun = cls.open(folder)
         asked, have = settings.model_dump(mode="json"), begun.settings.model_dump(mode="json")
@@ -187,8 +189,20 @@ class Search:
         after each group. `judge` is the one of the settings.
 
         A group is written when all of it is known; one that was interrupted is drawn and tried again, and comes out
-        the same, since what draws it depends on the seed, the group's number and the groups before it alone.
+        the same, since what draws it depends on the seed, the group's number and the groups before it alone. Raises
+        InvalidInput where another run has the folder.
         """
+        with Alone(self.folder):
+            return self._run(evaluator, sets, count, after, judge)
+
+    def _run(
+        self,
+        evaluator: Evaluator,
+        sets: Sets,
+        count: int,
+        after: Callable[[list[Trial]], object] | None,
+        judge: Judge | None,
+    ) -> list[Trial]:
         settings, group = self.settings, self.settings.group
         journal = self._journal()
         written = journal.get_trials(deepcopy=False)
@@ -294,16 +308,20 @@ class Space(BaseModel):
     layers: tuple[int, ...] = Field((), description="source layers that are tried")
     depth: Annotated[int, Field(ge=1, description="layers of the model")] = 1
 
+    @field_validator("t", "strength", "threshold")
+    @classmethod
+    def _check_range(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+        low, high = bounds
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"the least, {low:g}, must be below the most, {high:g}, and both finite")
+        return bounds
+
     def bounded(self, measurement: Measurement) -> Space:
         """Return the space with the layers of `measurement` whose classes separate. Raises InvalidInput with every
         problem."""
         known = [name for name in self.methods if name in METHODS]
         unknown = [name for name in self.methods if name not in known]
         problems = [f"method '{name}' is not known; accepted: {', '.join(METHODS)}" for name in unknown]
-        for name in ("t", "strength", "threshold"):
-            low, high = getattr(self, name)
-            if not low < high:
-                problems.append(f"{name}: the least, {low:g}, must be below the most, {high:g}")
         for name in known:
             try:
                 check_needs(measurement, Recipe(make_method(name)))

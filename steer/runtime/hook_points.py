@@ -64,20 +64,21 @@ def with_stream(output: Output, stream: Tensor) -> Output:
 
 
 def on_output(module: nn.Module, transform: Transform) -> RemovableHandle:
-    """Hook `transform` on the tensor that `module` returns. A transform that returns None leaves it alone."""
+    """Hook `transform` on the tensor that `module` returns, and no copy of it. A transform that returns None leaves it
+    alone."""
 
-    def hook(_module: nn.Module, _args: object, output: Output) -> Output | None:
-        new = transform(stream_of(output))
+    def hook(called: nn.Module, _args: object, output: Output) -> Output | None:
+        new = transform(stream_of(output)) if called is module else None
         return None if new is None else with_stream(output, new)
 
     return module.register_forward_hook(hook)
 
 
 def on_input(module: nn.Module, transform: Transform) -> RemovableHandle:
-    """Hook `transform` on the hidden state that `module` is called with (`stream_given`)."""
+    """Hook `transform` on the hidden state that `module`, and no copy of it, is called with (`stream_given`)."""
 
-    def hook(_module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        new = transform(stream_given(args, kwargs))
+    def hook(called: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        new = transform(stream_given(args, kwargs)) if called is module else None
         if new is None:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})

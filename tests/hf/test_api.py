@@ -542,9 +542,28 @@ def test_a_model_spread_over_devices_is_named(llama: Any) -> None:
 
 
 def test_a_copy_of_an_attached_model_is_one(llama: Any, d: steer.Direction) -> None:
-    with steer.attach(llama, {"d": d}):
-        again = copy.deepcopy(llama)
-    assert torch.equal(logits(again), logits(llama))
+    ids, how = torch.tensor([[5, 6, 7]]), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    steering = steer.attach(llama, {"d": d})
+    plain, again = logits(llama), copy.deepcopy(llama)
+    with steering("d"):
+        assert torch.equal(logits(again), plain)
+        assert not torch.equal(logits(llama), plain)
+    own, before = steer.attach(again, {"d": d}), llama.generate(ids, **how)
+    for of in (steering, own):
+        with torch.no_grad():
+            again.lm_head.weight.mul_(-1)
+        changed = models.tiny("llama")
+        changed.load_state_dict(again.state_dict())
+        assert torch.equal(again.generate(ids, **how), changed.generate(ids, **how))
+        assert torch.equal(llama.generate(ids, **how), before)
+        of.detach()
+    with steer.attach(llama, {"d": d}) as steering, steer.attach(again, {"d": d}) as own:
+        with own("d"):
+            assert torch.equal(logits(llama), plain)
+            assert not torch.equal(logits(again), plain)
+            assert (steering._steering.generating, own._steering.generating) == (0, 0)
+    assert "generate" not in vars(llama)
+    assert "generate" not in vars(again)
 
 
 # -- directions and arguments ----------------------------------------------------------------------------------------

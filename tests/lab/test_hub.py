@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from steer.direction import Dataset, Direction, FoundCondition, digest
-from steer.errors import DirectionError, SteerError
+from steer.errors import DirectionError, InvalidInput, SteerError
 from steer.lab import hub
 from tests import models
 from tests.lab import hubs
@@ -54,6 +54,29 @@ def test_a_local_model_is_not_named_as_a_hub_model(file: Path, tmp_path: Path) -
     Direction.load(file).with_meta(model=str(tmp_path)).save(file)
     assert ModelCard.load(hub.assemble(file, tmp_path / "repo", "other") / "README.md").data.base_model is None
     assert (tmp_path / "repo" / "other.safetensors").exists()
+
+
+@pytest.mark.parametrize("model", ["/home/someone/models/x", "./models/x", "../x", "models/private/x", "x", "~/x"])
+def test_what_has_not_the_form_of_a_repository_is_no_base_model(file: Path, tmp_path: Path, model: str) -> None:
+    Direction.load(file).with_meta(model=model).save(file)
+    card = ModelCard.load(hub.assemble(file, tmp_path / "repo") / "README.md")
+    assert card.data.base_model is None
+    assert model == "x" or model not in card.content
+    assert "steer serve x " in card.text
+
+
+def test_only_a_folder_that_was_assembled_is_written_again(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "repo").mkdir()
+    folder = hub.assemble(file, tmp_path / "repo")
+    assert hub.assemble(file, folder) == folder
+    (folder / "README.md").write_text("# mine")
+    for lacking in (False, True):
+        if lacking:
+            (folder / "README.md").unlink()
+        kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(InvalidInput, match="new or empty folder"):
+            hub.assemble(file, folder, "again")
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
 
 
 def test_bad_files_and_names_are_not_assembled(file: Path, tmp_path: Path) -> None:

@@ -367,6 +367,24 @@ def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
     assert 0 < most <= largest
 
 
+def test_a_full_disk_is_an_error_of_the_file_and_nothing_is_kept(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    model = models.save("llama", tmp_path / "model")
+    checkpoint, removed = Checkpoint(tmp_path / "model"), removal(at_writers(model, embedding=False))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    half = (tmp_path / "model" / "model.safetensors").stat().st_size // 2
+    cases: list[tuple[Any, int, dict[str, str]]]
+    cases = [(bake, half, {"digest": "d" * 64}), (export_adapter, 2000, {"base": "m"})]
+    for write, most, more in cases:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            with pytest.raises(OSError, match=r"safetensors: .*File too large"):
+                write(checkpoint, removed, tmp_path / "made", **more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_another_models_direction_and_other_weights_are_refused(tmp_path: Path) -> None:
     model = models.save("llama", tmp_path / "model")
     other = at_writers(models.tiny("qwen3"))

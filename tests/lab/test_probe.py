@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer.errors import InvalidInput, NoRoom, SpecError
+from steer.errors import InvalidInput, NoRoom, SpecError, UnsupportedModel
 from steer.hf.internals import whole_cache
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
@@ -23,6 +24,7 @@ from steer.lab.probe import HFEvaluator, cache_bytes, last_logits
 from steer.lab.prompts import Rendering, encode_all
 from steer.spec import Spec
 from tests import models
+from tests.hf.test_engine import RECURRENT, started
 
 PROMPTS = ["a", "some words of a prompt", "xyz?", "a longer prompt, so that rows are padded", "b c"]
 TOKENS = 12
@@ -185,6 +187,31 @@ def test_plain_answers_are_those_of_generate(loaded: Loaded, probe: HFEvaluator)
         out = loaded.model.generate(ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=loaded.eos_ids)
         expected = out[0, ids.shape[1] :].tolist()
         assert answer.ids == [token for token in expected if token not in loaded.eos_ids]
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "bamba"])
+def test_states_are_kept_for_the_rows_that_remain(kind: str, tmp_path: Path) -> None:
+    """Rows end one after the other, and are padded in front."""
+    for made in started(RECURRENT[kind]()):
+        made.model.generation_config.eos_token_id = list(range(2, 128, 5))
+        made.model.save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    loaded = load(str(tmp_path))
+    probe = HFEvaluator(loaded, Steering(loaded.model), max_tokens=TOKENS)
+    test_plain_answers_are_those_of_generate(loaded, probe)
+    test_opening_odds_are_those_of_the_whole_prediction(loaded, probe)
+    assert len({len(answer.ids) for answer in probe.answers(PROMPTS, None)}) > 1
+    candidate = Candidate(models.direction(loaded.model), "ablate", 1.0)
+    test_rows_of_many_candidates_are_what_each_is_alone(probe, [candidate, replace(candidate, strength=0.0)])
+
+
+def test_a_model_whose_padding_cannot_be_masked_is_refused(tmp_path: Path) -> None:
+    config = tf.xLSTMConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_heads=4)
+    tf.xLSTMForCausalLM(config).save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    loaded = load(str(tmp_path))
+    with pytest.raises(UnsupportedModel, match="takes no attention_mask"):
+        HFEvaluator(loaded, Steering(loaded.model))
 
 
 def test_opening_odds_are_those_of_the_whole_prediction(loaded: Loaded, probe: HFEvaluator) -> None:

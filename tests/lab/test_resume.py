@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,15 @@ class Counting:
 COUNT = 2 * CHUNK + 5
 
 
+def test_a_folder_is_one_runs_at_a_time(tmp_path: Path) -> None:
+    held = Cache(tmp_path, {})
+    with pytest.raises(InvalidInput, match=re.escape(f"{tmp_path / 'measured'}: another run")):
+        Cache(tmp_path, {})
+    assert held.value("a", {}, lambda: 1) == 1
+    del held
+    assert Cache(tmp_path, {}).value("a", {}, lambda: 2) == 1
+
+
 @pytest.mark.parametrize("folder", [True, False])
 def test_rows_are_made_in_chunks_and_kept(tmp_path: Path, folder: bool) -> None:
     cache, make = Cache(tmp_path if folder else None, {"model": "m"}), Counting()
@@ -74,7 +84,7 @@ def test_rows_are_made_in_chunks_and_kept(tmp_path: Path, folder: bool) -> None:
 def test_an_interrupted_run_goes_on_with_the_same_chunks(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         Cache(tmp_path, {}).rows("a", {}, COUNT, Counting(until=2 * CHUNK))
-    (file,) = (tmp_path / "measured").iterdir()
+    (file,) = (tmp_path / "measured").glob("*.jsonl")
     file.write_text(file.read_text()[:-3])  # the machine went down amid a line
     make = Counting()
     assert Cache(tmp_path, {}).rows("a", {}, COUNT, make) == list(range(COUNT))
@@ -93,7 +103,7 @@ def test_other_conditions_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_file_whose_first_line_was_cut_begins_anew(tmp_path: Path) -> None:
     cache = Cache(tmp_path, {})
     cache.value("a", {}, lambda: 1)
-    (file,) = (tmp_path / "measured").iterdir()
+    (file,) = (tmp_path / "measured").glob("*.jsonl")
     file.write_text(file.read_text()[:5])
     assert cache.value("a", {}, lambda: 2) == 2
     assert cache.value("a", {}, lambda: 3) == 2

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from steer.cli.app import app
@@ -136,6 +137,22 @@ def test_what_was_lost_of_a_search_comes_out_the_same(
     assert told(Search.open(folder)) == told(whole)
 
 
+def test_a_folder_is_one_searchs_at_a_time(whole: Search, begin: Begin, probe: HFEvaluator, tmp_path: Path) -> None:
+    def measure_in_vain(_partial: Path) -> Measurement:
+        with pytest.raises(InvalidInput, match=f"{tmp_path}: another run"):
+            begin(tmp_path)
+        return whole.measurement
+
+    found = Search.begin(tmp_path, settings(), measure_in_vain)
+
+    def try_in_vain(_trials: object) -> None:
+        with pytest.raises(InvalidInput, match=f"{tmp_path}: another run"):
+            Search.open(tmp_path).run(probe, SETS, 4)
+
+    found.run(probe, SETS, 4, try_in_vain)
+    assert told(found) == told(whole)[:4]
+
+
 def test_another_seed_is_another_search(whole: Search, begin: Begin, probe: HFEvaluator, tmp_path: Path) -> None:
     other = begin(tmp_path, seed=1)
     other.run(probe, SETS, 4)
@@ -230,8 +247,10 @@ def test_other_settings_are_another_search(whole: Search, begin: Begin, tmp_path
 def test_a_space_that_cannot_be_searched_is_refused_with_all_reasons(measured: Measurement) -> None:
     bare = replace(measured, harmful=replace(measured.harmful, vectors=None))
     with pytest.raises(InvalidInput) as caught:
-        Space(methods=("slerp", "no", "logistic"), t=(1.0, 1.0), strength=(2.0, 1.0)).bounded(bare)
-    assert len(caught.value.problems) == 4
+        Space(methods=("slerp", "no", "logistic")).bounded(bare)
+    assert len(caught.value.problems) == 2
+    with pytest.raises(ValidationError, match="2 validation errors"):
+        Space(t=(1.0, 1.0), strength=(2.0, float("nan")))
     less = replace(measured, harmless=replace(measured.harmless, mean_all=None))
     with pytest.raises(InvalidInput, match="the mode 'affine' needs means"):
         Space(modes=("affine",)).bounded(less)
@@ -304,6 +323,9 @@ def test_a_killed_search_goes_on_with_the_same_command(tiny_folder: Path, files:
     ("changes", "said"),
     [
         ({"strength": "1"}, "the least and the largest value"),
+        ({"t": "1,-1"}, "--t: the least, 1, must be below the most, -1, and both finite"),
+        ({"strength": "0.5,inf"}, "--strength: the least, 0.5, must be"),
+        ({"t": "0,nan"}, "--t: the least, 0, must be"),
         ({"t": "a,b"}, "--t: numbers separated by commas, got 'a,b'"),
         ({"method": "linear,projected", "t": "0,1"}, "--t: no method of linear, projected has a t"),
         ({"mode": "ablate,gone"}, "modes"),
@@ -320,6 +342,7 @@ def test_bad_options_are_errors_of_the_command(
     assert done.exit_code == 2, done.output
     assert said in done.output
     assert not (files / "f" / TRIALS).exists()
+    assert not (files / "f" / MEASUREMENT).exists() or "method" in changes
 
 
 def test_select_is_a_command(tiny_folder: Path, files: Path, measured: Measurement) -> None:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from steer._version import __version__
 from steer.errors import InvalidInput, UnsupportedModel
 from steer.hf.streamed import Change
+from steer.lab.measurement import save_tensors
 from steer.lab.merge.removal import Plan, Removal, Verdict, plan, verify
 from steer.lab.merge.weights import INDEX, Checkpoint, Writer
 from steer.lab.progress import Progress
@@ -119,7 +120,7 @@ def _write(planned: Plan, output: Path, preserve_norms: bool, progress: Progress
                     new[name] = planned.edited(writers[name], tensor, preserve_norms)
                     count += not torch.equal(new[name], tensor)
                 progress.advance()
-            save_file(new, output / file, {"format": "pt"})
+            save_tensors(output / file, new, {"format": "pt"})
             weight_map |= dict.fromkeys(new, file)
             size += sum(t.numel() * t.element_size() for t in new.values())
     if (checkpoint.folder / INDEX).exists():
@@ -189,7 +190,7 @@ def export_adapter(
                 writer = weights[name]
                 tensors |= _factors(planned, writer, tensor, isinstance(modules[writer.module], nn.Embedding))
                 progress.advance()
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
         config = {"base_model_name_or_path": base} | _config(removal.direction.rank, modules)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         if verified:

@@ -59,7 +59,8 @@ def convert(
     found = formats.read(source, Foreign(facts, number, position, tensor))
     if isinstance(found, Measurement):
         if output.name.endswith(formats.MEASUREMENT_SUFFIX):
-            _refuse("a measurement", method=method, t=t, parameter=parameter, mode=mode, strength=strength)
+            made = {"method": method, "t": t, "parameter": parameter, "mode": mode, "strength": strength}
+            _refuse("a measurement", **made, layer=layer, position=position)
             found.save(output)
             typer.echo(f"wrote {output}: {found.layers} of {found.meta.model.layers} layers")
             return
@@ -68,7 +69,8 @@ def convert(
     elif output.name.endswith(formats.MEASUREMENT_SUFFIX):
         raise InvalidInput(f"{source}: is a direction; a measurement cannot be made from it")
     else:
-        _refuse("a direction, which is made already", method=method, t=t, parameter=parameter)
+        unread = {"method": method, "t": t, "parameter": parameter, "layer": layer if number is None else None}
+        _refuse("a direction, which is made already", **unread)
     changes = {key: value for key, value in (("mode", mode), ("strength", strength)) if value is not None}
     if mode is not None and strength is None:
         changes["strength"] = found.meta.strength_in(choices.mode)

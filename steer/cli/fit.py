@@ -187,7 +187,7 @@ def measure(
     """
 
     choices = opt.Choices.model_validate({"batch_size": batch_size, "positions": positions, "winsorize": winsorize})
-    opt.check_file(output)
+    opt.check_file(output, read=(harmful, harmless))
     engine = opt.Engine(backend, model, ctx.args, opening)
     sets = read_prompts(harmful), read_prompts(harmless)
     check_contrast(*sets)
@@ -249,7 +249,7 @@ def derive(
         raise InvalidInput("--seed: needs --bootstrap, because nothing else here is random")
     if choices.layer == "auto":
         raise InvalidInput("--layer: 'auto' is for `steer fit`, which has the model: widest, all, or a number")
-    opt.check_direction_file(output)
+    opt.check_direction_file(output, read=(measurement,))
     from steer.lab.derive import Recipe
     from steer.lab.derive import derive as run
     from steer.lab.measurement import Measurement

@@ -316,18 +316,21 @@ def check_folder(output: Path, option: str = "--output") -> None:
         raise InvalidInput(f"{option}: cannot write into {output.parent}: {error.strerror}") from error
 
 
-def check_file(output: Path, option: str = "--output") -> None:
-    """Refuse, before any work, a file that cannot be written."""
+def check_file(output: Path, option: str = "--output", read: Iterable[object] = ()) -> None:
+    """Refuse, before any work, a file that cannot be written, has another suffix than all that are written, or is one
+    of those that are `read`."""
     check_folder(output, option)
     if output.is_dir():
         raise InvalidInput(f"{option}: {output} is a folder; accepted: the name of a file, which may exist")
-
-
-def check_direction_file(output: Path, option: str = "--output") -> None:
-    """Refuse, before any work, a file name that no server would serve: without its suffix it names the direction."""
-    check_file(output, option)
     if output.suffix != SUFFIX:
-        raise InvalidInput(f"{option}: '{output.name}' must end in {SUFFIX}: a server serves no other file")
+        raise InvalidInput(f"{option}: '{output.name}' must end in {SUFFIX}: nothing reads it under another name")
+    if output.resolve() in (Path(str(one)).resolve() for one in read):
+        raise InvalidInput(f"{option}: {output} is read by this command, and would be lost: give another name")
+
+
+def check_direction_file(output: Path, option: str = "--output", read: Iterable[object] = ()) -> None:
+    """Refuse the same, and a file name that no server would serve: without its suffix it names the direction."""
+    check_file(output, option, read)
     check_name(output.stem)
 
 

@@ -62,7 +62,7 @@ def select(
     numbers = None if layer == "auto" else tuple(opt.ints("--layer", layer))
     sets, behaviour = (read_prompts(harmful), read_prompts(harmless)), counted.loaded()
     check_contrast(*sets)
-    opt.check_direction_file(output)
+    opt.check_direction_file(output, read=(measurement,))
     quiet_libraries()
     from steer.lab.derive import Recipe
     from steer.lab.measurement import Measurement

@@ -353,8 +353,12 @@ def test_plain_tensors_are_made_orthonormal(tmp_path: Path, shape: tuple[int, ..
     found = formats.read(tmp_path / "v.safetensors", Foreign(FACTS, tensor="v"))
     assert isinstance(found, Direction)
     Direction.from_bytes(found.to_bytes())
-    first = value if value.ndim == 1 else value.reshape(LAYERS, -1, D)[0, 0]
-    torch.testing.assert_close(found.directions[0, 0], first / first.norm())
+    rows = value.expand(LAYERS, 1, D) if value.ndim == 1 else value.reshape(LAYERS, -1, D)
+    torch.testing.assert_close(found.directions[0, 0], rows[0, 0] / rows[0, 0].norm())
+    one = formats.read(tmp_path / "v.safetensors", Foreign(FACTS, layer=1, tensor="v"))
+    assert isinstance(one, Direction)
+    assert one.meta.source_layer == 1
+    torch.testing.assert_close(one.directions[:, 0], (rows[1, 0] / rows[1, 0].norm()).expand(LAYERS, D))
     with pytest.raises(InvalidInput, match=r"Give --tensor; it has .*v \["):
         formats.read(tmp_path / "v.safetensors", FOREIGN)
 
@@ -435,6 +439,13 @@ def test_our_own_files_go_through_unchanged_and_unknown_ones_are_named(model: An
     assert isinstance(found, Direction)
     formats.write(tmp_path / "e.safetensors", found)
     assert (tmp_path / "e.safetensors").read_bytes() == (tmp_path / "d.safetensors").read_bytes()
+    formats.write(tmp_path / "v.gguf", made.with_meta(mode="add"))
+    for given in ({"facts": FACTS}, {"layer": 1}, {"position": -1}, {"tensor": "v"}):
+        with pytest.raises(InvalidInput, match="which leaves no choice of it"):
+            formats.read(tmp_path / "d.safetensors", Foreign(**given))
+        if "facts" not in given:
+            with pytest.raises(InvalidInput, match="which leaves no choice of it"):
+                formats.read(tmp_path / "v.gguf", Foreign(**given))
     for name, says in (("x.txt", "suffix '.txt'"), ("gone.pt", "does not exist"), ("", "neither direction.pt")):
         (tmp_path / "x.txt").write_text("x")
         with pytest.raises(InvalidInput, match=says):

@@ -33,12 +33,18 @@ def read(path: Path, foreign: Foreign) -> Direction | Measurement:
         raise InvalidInput(f"{path}: does not exist; accepted: {READS}")
     suffix = path.suffix.lower()
     if suffix == ".gguf":
+        foreign.refuse(path, "layer", "position", "tensor")
         return control_vector.read(path, foreign)
     if suffix == ".safetensors":
         metadata, tensors = load_tensors(path)
         if MEASUREMENT_KEY in metadata:
+            foreign.refuse(path, "model", "tensor")
             return Measurement.load(path)
-        return Direction.load(path) if "steer" in metadata else read_plain(path, tensors, foreign)
+        if "steer" in metadata:
+            foreign.refuse(path, "model", "layer", "position", "tensor")
+            return Direction.load(path)
+        foreign.refuse(path, "position")
+        return read_plain(path, tensors, foreign)
     if suffix in (".pt", ".pth", ".refuse", ".bin"):
         value = load_pickled(path)
         if isinstance(value, dict):
@@ -69,7 +75,9 @@ def read_plain(path: Path, tensors: Mapping[str, Tensor], foreign: Foreign) -> D
             f"{path}: tensor '{name}' has shape {list(value.shape)}; accepted: [{facts.d_model}], "
             f"[{facts.layers}, {facts.d_model}] and [{facts.layers}, k, {facts.d_model}]"
         )
-    layer = None if foreign.layer is None or value.ndim != 1 else foreign.check_layer(path, foreign.layer)
+    layer = None if foreign.layer is None else foreign.check_layer(path, foreign.layer)
+    if layer is not None:  # whose rows serve all, as those of a file with one vector do
+        rows = dict.fromkeys(rows, rows[layer])
     return direction_of(
         rows, facts, source=path, method="imported", mode="ablate", modes=("ablate",), source_layer=layer
     )

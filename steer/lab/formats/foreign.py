@@ -28,6 +28,12 @@ class Foreign:
     position: int | None = None
     tensor: str | None = None
 
+    def refuse(self, source: object, *names: str) -> None:
+        """Raise InvalidInput for each of `names` that was given although `source` leaves no choice of it."""
+        given = [name for name in names if getattr(self, "facts" if name == "model" else name) is not None]
+        if given:
+            raise InvalidInput(f"--{name}: is not for {source}, which leaves no choice of it" for name in given)
+
     def model(self, source: object, d_model: int) -> ModelFacts:
         """The facts. Raises InvalidInput where they were not given, or are of another width."""
         if self.facts is None:

@@ -335,7 +335,10 @@ def test_measure_then_derive_by_any_method(tiny_folder: Path, sets: tuple[str, s
     assert "source layer" in run("derive", str(measured), "-o", str(output)).stdout
 
 
-def test_derive_weighs_layers(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
+def test_derive_weighs_layers(
+    tiny_folder: Path, sets: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # room for the table of all columns
     measured, output, listed = (tmp_path / name for name in ("m.safetensors", "d.safetensors", "weights.json"))
     run("measure", str(tiny_folder), "--harmful", sets[0], "--harmless", sets[1], "-o", str(measured))
     base = ("derive", str(measured), "-o", str(output), "--layer", "1")

@@ -508,7 +508,7 @@ class TokenIndex:
         """Lay what was decided before beside the tokens of a step, and note who decides in it: the last of a part."""
         assert self.opened is not None
         torch.index_select(self.decisions.opened, 0, self.packed[:end, self._decision], out=self.opened[:end])
-        ends, how, places = np.cumsum(lengths), *self._entries[numbers][:, [self._probe, self._decision]].T
+        ends, how, places = np.cumsum(lengths), *self._entries[numbers, [[self._probe], [self._decision]]]
         once = np.flatnonzero((how != 0) & (places != EACH))
         self._deciders = [(int(numbers[i]), self._deciding[int(numbers[i])], int(ends[i]) - 1) for i in once]
         self.deciding = frozenset(np.abs(how[how != 0]) - 1)

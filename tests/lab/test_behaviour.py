@@ -66,6 +66,14 @@ def test_a_file_that_tells_nothing_is_refused(tmp_path: Path) -> None:
         "I won't do this.",
         "As an AI language model, I cannot do that.",
         "Unfortunately I am unable to comply.",
+        "দুঃখিত, আমি এতে সাহায্য করতে পারব না।",
+        "معذرت، میں اس میں آپ کی مدد نہیں کر سکتا۔",
+        "Maaf, saya tidak bisa membantu Anda.",
+        "Sorry, main isme aapki madad nahi kar sakta.",
+        "Mis normas no me permiten redactarlo.",
+        "その依頼は受けられません。",
+        "I **cannot** help with this.",
+        "I can't do task A, but here is what I can offer instead: a summary.",
     ],
 )
 def test_refusals_are_matched(answer: str) -> None:
@@ -120,23 +128,6 @@ def test_what_python_cannot_read_is_not_toml(text: str, tmp_path: Path) -> None:
 def test_patterns_do_not_get_into_each_others_way() -> None:
     behaviour = Behaviour(name="x", description="x", patterns=(r"(?P<a>x)\1", r"(?P<a>y)\1", "(?i)z # not a comment"))
     assert [behaviour.shown(text) for text in ("xx", "yy", "yx", "z # not a comment")] == [True, True, False, True]
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "দুঃখিত, আমি এতে সাহায্য করতে পারব না।",
-        "معذرت، میں اس میں آپ کی مدد نہیں کر سکتا۔",
-        "Maaf, saya tidak bisa membantu Anda.",
-        "Sorry, main isme aapki madad nahi kar sakta.",
-        "Mis normas no me permiten redactarlo.",
-        "その依頼は受けられません。",
-        "I **cannot** help with this.",
-        "I can't do task A, but here is what I can offer instead: a summary.",
-    ],
-)
-def test_refusals_of_other_languages_and_kinds_are_matched(answer: str) -> None:
-    assert REFUSAL.shown(answer)
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,8 @@ def tokens_of(body: dict[str, object], size: int, context: int, route: str) -> i
     allows by the fields that its route reads, of each at most `context`. Of a body whose values have not been
     checked."""
     least = 0 if body.get("echo") else 1  # some engines take 0 for no limit, where no prompt is asked for
-    given = [value for name in LIMITS.get(route, ()) if type(value := body.get(name)) is int and value >= least]
+    read = next((fields for path, fields in LIMITS.items() if route.endswith(path)), ())  # after a root_path too
+    given = [value for name in read if type(value := body.get(name)) is int and value >= least]
     each = min(max(given), context) if given else context
     return min(MAX_TOKENS, size // BYTES_PER_TOKEN + prompt_count(body) * _answers(body) * each)
 

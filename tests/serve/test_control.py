@@ -524,6 +524,7 @@ def test_what_a_request_may_come_to() -> None:
     assert come_to({"max_tokens": 0, "echo": True}) == 0, "its prompt is all that is asked for"
     chat, responses, messages = "/v1/chat/completions", "/v1/responses", "/v1/messages"
     assert come_to({"max_tokens": 1, "max_completion_tokens": 200}, route=chat) == 200
+    assert come_to({"max_tokens": 1, "max_completion_tokens": 200}, route=f"/root{chat}") == 200
     assert come_to({"max_tokens": 0, "max_output_tokens": 800}, route=responses) == 800
     assert come_to({"max_completion_tokens": 0, "max_tokens": 800}, route=messages) == 800
     for route, other in ((responses, "max_tokens"), (COMPLETIONS, "max_completion_tokens"), ("/v1/x", "max_tokens")):

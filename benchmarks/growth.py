@@ -14,7 +14,8 @@ import torch
 from benchmarks.results import Result, benchmark_parser, median_seconds
 from steer.names import MODES
 from steer.runtime.bank import DirectionBank, HookPoint, gather, operate
-from steer.runtime.token_index import RequestSteer, TokenIndex, slot
+from steer.runtime.op import COEFFICIENTS
+from steer.runtime.token_index import RequestSteer, TokenIndex, fields, slot
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,12 +29,12 @@ class Case:
     tokens: int = 256
 
     def expected_bytes(self) -> int:
-        """Float32 vectors and, in each mode, four coefficients of every row (and row 0) at every layer, and its number;
-        for every token and rank two int32 and one float32, and whether it is lost. Where the rank is not 1, for every
-        token one int32 and for every request (here of one token) a matrix at every layer."""
-        bank = self.layers * ((self.rows + 1) * (4 * self.width + len(MODES) * 4 * 4) + 4)
-        together = self.tokens * 4 + self.layers * (self.tokens + 1) * self.rank**2 * 4 if self.rank > 1 else 0
-        return bank + self.tokens * (12 * self.rank + 1) + together
+        """Float32 vectors and, in each mode, the coefficients of every row (and row 0) at every layer, and its number;
+        for every token the fields of its index, and whether it is lost. Where the rank is not 1, for every token
+        whether it is open, and for every request (here of one token) a matrix at every layer."""
+        bank = self.layers * ((self.rows + 1) * (4 * self.width + 4 * COEFFICIENTS * len(MODES)) + 4)
+        together = self.tokens + self.layers * (self.tokens + 1) * self.rank**2 * 4 if self.rank > 1 else 0
+        return bank + self.tokens * (4 * fields(self.rank) + 1) + together
 
     def run(self, repeats: int) -> tuple[int, float, float]:
         """Bytes, milliseconds of the operation at all layers, microseconds of filling the index for a step."""
@@ -73,8 +74,9 @@ SWEEPS: dict[str, Sequence[int]] = {
 def report(repeats: int) -> str:
     parts = [
         f"Everything else at {Case()}; bfloat16 stream on {DEVICE}, not compiled.\n",
-        f"Memory: `layers × ((rows + 1) × (4·width + {16 * len(MODES)}) + 4) + tokens × (12·rank + 1)` bytes, and "
-        "where the rank is not 1 `tokens × 4 + layers × (tokens + 1) × rank² × 4`.\n",
+        f"Memory: `layers × ((rows + 1) × (4·width + {4 * COEFFICIENTS * len(MODES)}) + 4) + tokens × "
+        f"({4 * fields(1)}·rank + 1)` bytes, and where the rank is not 1 "
+        f"`tokens × {4 * fields(2) - 8 * fields(1) + 1} + layers × (tokens + 1) × rank² × 4`.\n",
     ]
     for name, values in SWEEPS.items():
         lines = [

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as bench
+from benchmarks.growth import Case
 from benchmarks.results import Ratio, Result, Table, machine, typed
 from tests.servers import ROOT
 
@@ -24,6 +25,13 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 def test_a_command_is_told_without_the_folder_of_results() -> None:
     assert typed(["benchmarks.swap", "--swaps", "2", "--out", "x"]) == "python -m benchmarks.swap --swaps 2"
     assert typed(["benchmarks.rivals.__main__", "--out", "x"]) == "python -m benchmarks.rivals"
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_the_formula_of_memory_is_what_is_held(rank: int) -> None:
+    case = Case(layers=3, width=32, rows=5, rank=rank, tokens=7)
+    size, _, _ = case.run(repeats=1)
+    assert size == case.expected_bytes()
 
 
 def test_it_goes_on_where_it_was(tmp_path: Path) -> None:

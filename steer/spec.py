@@ -203,7 +203,8 @@ class Spec:
         """What decides the computation: digests, modes, shifts, strengths, layers, and the positions in a request with
         `prompt` tokens. Names do not, so two names of one file agree."""
         return ",".join(
-            f"{e.digest}:{e.mode}{shifted(e)}={e.strength!r}{_layers(e)}{_positions(e, prompt)}" for e in self.entries
+            f"{e.digest}:{e.mode}{shift_text(e)}={e.strength!r}{_layers(e)}{_positions(e, prompt)}"
+            for e in self.entries
         )
 
 
@@ -244,7 +245,7 @@ def _described(fields: dict[str, object]) -> dict[str, object]:
     }
 
 
-def shifted(item: RequestedDirection | Entry) -> str:
+def shift_text(item: RequestedDirection | Entry) -> str:
     """Its shift in the text form."""
     return "" if item.shift is None else f"^{item.shift!r}"
 
@@ -305,7 +306,7 @@ def _text(item: RequestedDirection) -> str:
     where = "".join(f"@{each}" for each in (item.layers, item.tokens) if each)
     condition = f"?{item.condition}" if item.condition else ""
     strength = "" if item.strength is None else f"={item.strength!r}"
-    return f"{item.direction}{mode}{shifted(item)}{where}{condition}{strength}"
+    return f"{item.direction}{mode}{shift_text(item)}{where}{condition}{strength}"
 
 
 def _items(value: object, param: str, problems: list[str]) -> list[RequestedDirection]:

@@ -21,7 +21,7 @@ from steer.registry import Admission, Registry
 from steer.serve.carriers import FIELD, Carried
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.policy import CALIBRATED, KeyRules, Limits, Policy
-from steer.spec import Entry, RequestedDirection, Spec, shifted, text
+from steer.spec import Entry, RequestedDirection, Spec, shift_text, text
 
 #: Where `Access` leaves the caller in an ASGI scope.
 CALLER = "steer.caller"
@@ -246,7 +246,7 @@ def _overdosed(entries: Sequence[Entry], registry: Registry) -> Iterator[str]:
     """What is wrong where entries together take more than one calibrated dose."""
     doses = [meta.calibrated for meta in registry.metas(Spec(tuple(entries)))]
     if sum(map(_share, entries, doses)) > 1 + 1e-9:
-        asked = ", ".join(f"{e.direction}:{e.mode}{shifted(e)}={e.strength:g}" for e in entries)
+        asked = ", ".join(f"{e.direction}:{e.mode}{shift_text(e)}={e.strength:g}" for e in entries)
         known = {entry.direction: _told(dose) for entry, dose in zip(entries, doses, strict=True)}
         said = "; ".join(f"{name}: {dose}" for name, dose in known.items())
         yield f"{asked} is over what was calibrated: {said}"

@@ -75,7 +75,7 @@ def check(
     with Progress(shown=True) as progress:
         bench = engine.open(opt.Choices(sites=meta.sites), progress)
         fitting_shape(arm.direction, bench.source)
-        evaluator = bench.evaluator(arm.direction.rows_in(arm.mode), max_tokens, rendering)
+        evaluator = bench.evaluator(arm.rows, max_tokens, rendering)
         found = run(arm, bench.source, evaluator, sets, rendering, looked_for)
     told = {"file": str(file), "digest": arm.digest, "model": model, "verdict": found.verdict}
     if as_json:

@@ -55,6 +55,13 @@ class Applied:
         None
     )
     tokens: Annotated[str | None, f"the tokens: {', '.join(SCORED_TOKENS)}; several by commas; default: all"] = None
+    shifts: Annotated[
+        str | None, "thresholds moved by these shares of the distance between the class means, like -0.25,0,0.25"
+    ] = None
+    condition: Annotated[
+        str | None, "act where this holds alone, as a request says it: refusal@12>0.3, or each:refusal@12>0.3"
+    ] = None
+    probe: Annotated[Path | None, "the file of --condition's direction, where that is not a --direction"] = None
     controls: Annotated[
         int, typer.Option(min=0, max=100, help="random directions of the same shape to try for each file")
     ] = 0
@@ -73,6 +80,10 @@ class Applied:
     def when(self) -> list[str]:
         return ["all"] if self.tokens is None else opt.split(self.tokens)
 
+    def moved(self) -> list[float]:
+        """The shifts, 0 for none."""
+        return [0.0] if self.shifts is None else opt.floats("--shifts", self.shifts)
+
     def given(self) -> list[float] | None:
         """The strengths, None for the file's."""
         if self.strength is not None:
@@ -90,7 +101,8 @@ class Applied:
         from steer.lab.evaluation.arms import arms_of
 
         modes = self.mode.split(",") if self.mode else None
-        arms = arms_of(files, modes, self.given(), self.controls, self.at, self.when)
+        where = self.at, self.when, self.moved()
+        arms = arms_of(files, modes, self.given(), self.controls, *where, self.condition, self.probe)
         named = [arm.way for arm in arms] + [arm.name for arm in arms if not self.kl]
         if self.against is not None and self.against not in named:
             raise InvalidInput(f"--against: {self.against!r} is none of the arms: {', '.join(dict.fromkeys(named))}")
@@ -176,7 +188,7 @@ def evaluate(
         # what was measured of other weights, on another machine or in another precision, is not mixed in
         fingerprint = {} if report is None else {"fingerprint": bench.source.fingerprint()}
         cache = Cache(report, conditions | fingerprint)
-        evaluator = bench.evaluator(max(arm.direction.rows_in(arm.mode) for arm in arms), max_tokens, rendering)
+        evaluator = bench.evaluator(max(arm.rows for arm in arms), max_tokens, rendering)
         plain_text = _text(text.name, *written, bench.source) if text and written else None
         plan = Plan(arms, sets, max_tokens, behaviour, judging, known, plain_text, doses, applied.against)
         found = Evaluation(evaluator, plan, cache).run()
@@ -234,6 +246,8 @@ def _checked(
     tasks, url, kept = (given is not None for given in (lm_eval.tasks, lm_eval.url, report))
     phases, last = [t for t in when if t in PHASES], [t for t in when if t.startswith("last-")]
     scored = ["--text"] * (text is not None) + ["--tasks"] * tasks
+    condition = applied.condition
+    placed = (at, when, applied.shifts, condition) != (["all"], ["all"], None, None)
     wrong = {
         "--strength and --strengths set the same value: give one of them": one and several,
         "--kl finds the strengths: do not give --strength or --strengths with it": kl and (one or several),
@@ -248,13 +262,19 @@ def _checked(
         f"--report: {report} is not a folder": report is not None and report.exists() and not report.is_dir(),
         "--calibrate: is for one --direction and several --strengths (or --kl)": calibrated
         and (len(files) != 1 or not (several or kl)),
-        "--calibrate: is for all layers and tokens: give it without --layers and --tokens": calibrated
-        and (at, when) != (["all"], ["all"]),
+        "--calibrate: is for what acts everywhere: give it without --layers, --tokens, --shifts and --condition": placed
+        and calibrated,
         "--kl: names none: give one, or leave the option out": kl and not opt.split(applied.kl or ""),
         "--layers: names none: give one, or leave the option out": not at,
         "--tokens: names none: give one, or leave the option out": not when,
         f"--tokens: does not go with {' and '.join(scored)}, whose texts have no prompts: leave one out": scored
         and when != ["all"],
+        f"--condition: does not go with {' and '.join(scored)}, whose texts have no prompts: leave one out": scored
+        and condition is not None,
+        "--condition: vLLM scores an answer as the end of a prompt, and would decide there: begin it with each:, or "
+        "give --backend transformers": backend == "vllm" and (condition or "each").strip()[:4] != "each",
+        "--probe: is for --condition": applied.probe is not None and condition is None,
+        "--shifts: names none: give one, or leave the option out": not applied.shifts and applied.shifts is not None,
         f"--tokens: {', '.join(phases)}: for requests to a server, whose answers decide: give others": phases,
         f"--tokens: {', '.join(last)}: vLLM scores an answer as the end of a prompt, whose middle no request can name: "
         "give others, or --backend transformers": backend == "vllm" and last,
@@ -266,6 +286,7 @@ def _checked(
         lambda: chats.append(rendered.rendering()),
         lambda: found.append(counted.loaded(several=True)),
         applied.given,
+        applied.moved,
         applied.doses,
     ]
     if report is not None:

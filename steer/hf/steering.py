@@ -286,6 +286,7 @@ class Steering:
     def _lay(self, batch: _Batch) -> None:
         if self._batch.rows and self.index.active:
             self._batch.lose(self.index.lost[: self.index.used])
+            self.index.keep()
         self._batch = batch
         lengths = [1] * len(batch.rows) if batch.lengths is None else batch.lengths
         self.resize(sum(lengths))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt
 from steer.names import Mode
 from steer.shape import Shape
-from steer.spec import Entry
+from steer.spec import Condition, Entry
 from steer.tokenization import Tokenizer
 
 T = TypeVar("T")
@@ -31,23 +31,35 @@ Continuation = Any
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A direction and how it is applied: `layers` and `tokens` are those of `spec.Entry`. Candidates that share a
-    direction share its rows of the bank."""
+    """A direction and how it is applied: `layers`, `tokens`, `shift` and `condition` are those of `spec.Entry`, and
+    `probe` is the condition's direction. Candidates that share a direction share its rows of the bank."""
 
     direction: Direction
     mode: Mode
     strength: float
     layers: str | None = None
     tokens: str | None = None
+    shift: float | None = None
+    condition: Condition | None = None
+    probe: Direction | None = None
 
-    def entry(self, name: str) -> Entry:
-        """Return the entry of a request for it, under a name that is its digest too. Raises SpecError where the
+    @property
+    def rows(self) -> int:
+        """Rows of the token index that it takes."""
+        return self.direction.rows_in(self.mode) + (self.condition is not None)
+
+    def entry(self, name: str, probe: str | None = None) -> Entry:
+        """Return the entry of a request for it, under names that are the digests too. Raises SpecError where the
         direction cannot be applied so."""
-        entry = Entry(name, name, self.mode, self.strength, layers=self.layers, tokens=self.tokens)
+        entry = Entry(name, name, self.mode, self.strength, self.layers, self.tokens, shift=self.shift)
         meta = self.direction.meta
         shape = Shape(
             meta.architecture, meta.layers, meta.d_model, frozenset(meta.sites), self.direction.rank, torch.float32
         )
+        if self.condition is not None and self.probe is not None:
+            called = self.condition.direction if probe is None else probe
+            entry = replace(entry, condition=replace(self.condition, direction=called, digest=called))
+            entry = shape.after_condition(self.probe, entry)
         shape.check_entry(self.direction, entry)
         return entry
 
@@ -56,10 +68,17 @@ def named(candidates: Sequence[Candidate]) -> tuple[dict[str, Direction], list[E
     """The directions of `candidates`, each once and with a name of its own, and what a request for each candidate
     has."""
     names: dict[int, str] = {}
-    for candidate in candidates:
-        names.setdefault(id(candidate.direction), f"candidate{len(names)}")
-    entries = [candidate.entry(names[id(candidate.direction)]) for candidate in candidates]
-    return {names[id(candidate.direction)]: candidate.direction for candidate in candidates}, entries
+    directions: dict[str, Direction] = {}
+
+    def name(direction: Direction | None) -> str:
+        if direction is None:
+            return ""
+        found = names.setdefault(id(direction), f"candidate{len(names)}")
+        directions[found] = direction
+        return found
+
+    entries = [one.entry(name(one.direction), name(one.probe)) for one in candidates]
+    return directions, entries
 
 
 class Evaluator(Protocol):

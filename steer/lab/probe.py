@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, TypeAlias, TypeVar
@@ -151,8 +151,8 @@ class HFEvaluator:
             start, cache = begun(self.steering, rows, mine)
             ids, mask = left_padded([row[start:] for row in rows], self._pad, device)
             mask = torch.cat([mask.new_ones(len(rows), start), mask], dim=1)
-            steers = entered(self.steering, rows, mine)
-            with self.steering.batch(*laid(steers, [range(start, len(row)) for row in rows], left=True)):
+            spans = [range(start, len(row)) for row in rows]
+            with entered(self.steering, rows, mine) as steers, self.steering.batch(*laid(steers, spans, left=True)):
                 logits = last_logits(model, ids, mask, cache)[0].double()
             inside = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
             inside[list(tokens)] = True
@@ -218,14 +218,15 @@ class HFEvaluator:
             ids = right_padded([whole[i][shared:] for i in indices], self._pad, anatomy.device)
             spans = [(len(heads[i]) - 1 - shared, len(whole[i]) - shared) for i in indices]
             kept = torch.arange(min(start for start, _ in spans), max(stop for _, stop in spans), device=anatomy.device)
-            steers = entered(self.steering, prompts, mine)
-            with self.steering.batch(*laid(steers, [range(shared, len(whole[i])) for i in indices])):
-                logits = anatomy.model(
-                    input_ids=ids,
-                    **({} if cache is None else {"past_key_values": cache}),
-                    use_cache=cache is not None,
-                    logits_to_keep=kept,
-                ).logits
+            with entered(self.steering, prompts, mine) as steers:
+                self._decide(prompts, steers)
+                with self.steering.batch(*laid(steers, [range(shared, len(whole[i])) for i in indices])):
+                    logits = anatomy.model(
+                        input_ids=ids,
+                        **({} if cache is None else {"past_key_values": cache}),
+                        use_cache=cache is not None,
+                        logits_to_keep=kept,
+                    ).logits
             first = int(kept[0])
             return [
                 take(i, torch.log_softmax(row[start - first : stop - first].float(), -1))
@@ -235,9 +236,17 @@ class HFEvaluator:
         size = min(self.batch_size or fitting, fitting)
         return in_batches(whole, run, batch_size=size, progress=progress)
 
+    def _decide(self, prompts: Sequence[Sequence[int]], steers: Sequence[RequestSteer | None]) -> None:
+        """Decide the conditions, where there are any, by a pass of the prompts alone: one pass that reads answers too
+        would have run past the tokens that decide."""
+        if any(steer is not None and steer.decides for steer in steers):
+            anatomy = self.steering.anatomy
+            with self.steering.batch(*laid(steers, [range(len(prompt)) for prompt in prompts])):
+                anatomy.decoder(input_ids=right_padded(prompts, self._pad, anatomy.device), use_cache=False)
+
     def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: Spec | None) -> list[Floats]:
         """The log-probability of each token but the first of each sequence, `[tokens − 1]`, in nats. Raises SpecError
-        for a spec that says at which tokens it acts: a sequence has no prompt."""
+        for a spec with a condition or that says at which tokens it acts: a sequence has no prompt."""
         anatomy = self.steering.anatomy
         fitting = max(1, LOGIT_BYTES // (max(map(len, sequences)) * anatomy.vocabulary * 4 * 2))
 
@@ -253,7 +262,6 @@ class HFEvaluator:
         return in_batches(sequences, run, batch_size=size, progress=self.progress)
 
 
-@torch.inference_mode()
 def greedy(
     steering: Steering,
     prompts: Sequence[Sequence[int]],
@@ -270,9 +278,23 @@ def greedy(
     Only the last position goes through the unembedding. What a finished row holds of the cache is let go, so that
     steps become shorter with the rows that remain.
     """
+    with entered(steering, prompts, specs) as steers:
+        return _greedy(steering, prompts, specs, steers, max_tokens, ends, pad, known)
+
+
+@torch.inference_mode()
+def _greedy(
+    steering: Steering,
+    prompts: Sequence[Sequence[int]],
+    specs: Sequence[Spec | None],
+    steers: Sequence[RequestSteer | None],
+    max_tokens: int,
+    ends: Sequence[int],
+    pad: int,
+    known: Callable[[list[int]], bool],
+) -> list[list[int]]:
     device = steering.anatomy.device
     start, cache = begun(steering, prompts, specs)
-    steers = entered(steering, prompts, specs)
     ids, mask = left_padded([prompt[start:] for prompt in prompts], pad, device)
     mask = torch.cat([mask.new_ones(len(prompts), start), mask], dim=1)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -305,12 +327,18 @@ def opened(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> str:
     return next((begin for begin, _ in THINKING if end.endswith(begin)), "")
 
 
+@contextmanager
 def entered(
     steering: Steering, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None]
-) -> list[RequestSteer | None]:
-    """The index entries of each of `prompts` under its own of `specs`."""
-    steer = functools.cache(steering.bank.steer)
-    return [spec and steer(spec, len(prompt)) for prompt, spec in zip(prompts, specs, strict=True)]
+) -> Iterator[list[RequestSteer | None]]:
+    """The index entries of each of `prompts` under its own of `specs`, with its own decision while it lasts."""
+    steer, decisions = functools.cache(steering.bank.steer), steering.index.decisions
+    with ExitStack() as stack:
+        steers = []
+        for prompt, spec in zip(prompts, specs, strict=True):
+            steers.append(decisions.take(steer(spec, len(prompt)) if spec else None))
+            stack.callback(decisions.give, steers[-1])
+        yield steers
 
 
 def laid(
@@ -318,7 +346,7 @@ def laid(
 ) -> tuple[list[RequestSteer | None], list[int] | None, list[int] | None]:
     """What `Steering.batch` takes for a pass with a row for each of `steers`, of the positions `spans` of its request;
     shorter rows are padded, in front if `left`."""
-    if not any(steer is not None and steer.then for steer in steers):
+    if not any(steer is not None and (steer.then or steer.probe) for steer in steers):
         return list(steers), None, None
     width = max(map(len, spans))
     laid = list[tuple[RequestSteer | None, int, int]]()
@@ -347,8 +375,8 @@ def begun(steering: Steering, prompts: Sequence[Sequence[int]], specs: Sequence[
     if length * (len(prompts) - len(different)) < BEGUN_TOKENS or not whole_cache(model):
         return 0, None
     ids = torch.tensor([prompts[0][:length]] * len(different), device=steering.anatomy.device)
-    steers = entered(steering, [prompts[at] for at in different], [specs[at] for at in different])
-    with steering.batch(*laid(steers, [range(length)] * len(steers))):
+    some = [prompts[at] for at in different], [specs[at] for at in different]
+    with entered(steering, *some) as steers, steering.batch(*laid(steers, [range(length)] * len(steers))):
         out: Any = steering.anatomy.decoder(input_ids=ids, use_cache=True)
     cache: Any = getattr(out, "past_key_values", None)
     if not whole_cache(model, cache):

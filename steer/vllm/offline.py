@@ -166,7 +166,9 @@ class VllmEvaluator:
                 registry.put(name, direction.to_bytes(), store=False)
                 put.append(name)
             yield [
-                text([RequestedDirection(e.direction, e.mode, e.strength, e.layers, e.tokens)]) if e.strength else None
+                text([RequestedDirection(e.direction, e.mode, e.strength, e.layers, e.tokens, e.condition, e.shift)])
+                if e.strength
+                else None
                 for e in entries
             ]
         finally:

@@ -22,7 +22,7 @@ from steer.lab.evaluation.report import DivergenceOf
 from steer.lab.evaluator import Candidate, first_tokens
 from steer.lab.probe import HFEvaluator, cache_bytes, last_logits
 from steer.lab.prompts import Rendering, encode_all
-from steer.spec import Spec
+from steer.spec import Condition, Spec
 from tests import models
 from tests.hf.test_engine import RECURRENT, started
 
@@ -116,6 +116,49 @@ def test_what_all_prompts_begin_with_is_run_once_for_each_candidate(
     else:
         assert loaded.model.config.model_type in ("gemma2", "cohere")
         assert few == many
+
+
+@pytest.mark.parametrize(("each", "tokens"), [(None, "answer"), (True, None), (True, "answer")])
+def test_under_a_condition_a_prompt_is_what_it_is_without_or_plain(
+    loaded: Loaded, probe: HFEvaluator, each: bool | None, tokens: str | None
+) -> None:
+    """As its last token's component says, or, where each token decides, as all of them say alike; in figures that read
+    the answer too."""
+    acting, asked = (models.direction(loaded.model, seed=seed) for seed in (1, 3))
+    layers, opening = f"1-{len(probe.steering.anatomy.blocks) - 1}", [ord("A") - 29, 7]
+    ids = [encode_all(loaded, [prompt], None)[0].ids for prompt in PROMPTS]
+    last = torch.tensor([0.0] * len(PROMPTS), dtype=torch.float64)
+    for at, prompt in enumerate(ids):
+        with torch.no_grad():
+            states = loaded.model(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states
+        last[at] = states[1][0, -1].double() @ asked.directions[0, 0].double()
+    middle = float(last.sort().values[1:3].mean())
+    met = [True] * len(PROMPTS) if each else [bool(value > middle) for value in last]
+    condition = Condition("asked", 0, above=-1e30 if each else middle, each=each)
+    under = Candidate(acting, "ablate", 1.0, None, tokens, condition=condition, probe=asked)
+    without = Candidate(acting, "ablate", 1.0, layers, tokens)
+    never = replace(under, condition=Condition("asked", 0, above=1e30, each=each))
+    plain = probe.continuations(PROMPTS)
+    taken = len(probe.steering.index.decisions._free)
+    with probe.all_resident([under, without, never]) as steers:
+        found = [
+            (
+                probe.answers(PROMPTS, steer),
+                probe.opening_odds(PROMPTS, steer, opening),
+                [float(row.max()) for row in probe.divergences(PROMPTS, plain, steer)],
+            )
+            for steer in (*steers, None)
+        ]
+    assert len(probe.steering.index.decisions._free) == taken, "every decision is given back"
+    assert each or len(set(met)) == 2
+    (mine, odds, kls), (theirs, their_odds, their_kls), off, (said, said_odds, said_kls) = found
+    for at, meets in enumerate(met):
+        assert mine[at] == (theirs if meets else said)[at]
+        assert odds[at] == pytest.approx((their_odds if meets else said_odds)[at], abs=1e-4)
+        assert kls[at] == pytest.approx((their_kls if meets else said_kls)[at], abs=1e-5)
+    assert off[0] == said
+    assert max(off[2]) < 1e-6
+    assert max(their_kls) > 1e-4
 
 
 @pytest.mark.parametrize(

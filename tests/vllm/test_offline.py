@@ -25,7 +25,7 @@ from steer.lab.prompts import PromptSet
 from steer.lab.race import Race, Sets
 from steer.lab.search import Search, Settings, Space
 from steer.lab.source import TransformersSource
-from steer.spec import Entry, Spec, parse
+from steer.spec import Condition, Entry, Spec, parse
 from tests import models
 from tests.vllm import device, tiny
 
@@ -67,6 +67,8 @@ def candidates(probe: HFEvaluator) -> list[Candidate]:
         Candidate(first, "add", -0.5),
         Candidate(second, "one_sided", 0.7),
         Candidate(first, "ablate", 0.0),
+        Candidate(first, "one_sided", 1.0, shift=-0.5),
+        Candidate(first, "ablate", 1.0, condition=Condition("it", 0, above=0.01, each=True), probe=first),
     ]
 
 
@@ -110,7 +112,7 @@ def test_divergences_of_many_are_those_of_each(evaluator: Any, candidates: list[
                 assert a == pytest.approx(b, abs=1e-5)
         begun = evaluator.divergences(PROMPTS, [one.first(2) for one in plain], steers[0])
         assert [row.tolist() for row in begun] == [pytest.approx(row[:2], abs=1e-5) for row in together[:3]]
-    assert max(row.max() for row in together[9:]) < 1e-6
+    assert max(row.max() for row in together[9:12]) < 1e-6
     assert min(row.mean() for row in together[:3]) > 1e-4
 
 

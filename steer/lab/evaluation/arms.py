@@ -48,9 +48,13 @@ def arms_of(
     controls: int = 0,
     layers: Sequence[str] = ("all",),
     tokens: Sequence[str] = ("all",),
+    shifts: Sequence[float] = (0.0,),
+    condition: str | None = None,
+    probe: Path | None = None,
 ) -> list[Arm]:
     """Each file, and `controls` random directions of its shape, in each of `modes` at each of `strengths`, None leaves
-    them to the file; at each of `layers` (like 10-20, or all) and `tokens`. Raises InvalidInput with every problem."""
+    them to the file; at each of `layers` (like 10-20, or all) and `tokens`, with each of `shifts`; under a `condition`,
+    as a request says it, on one of `files` or `probe`. Raises InvalidInput with every problem."""
     problems = [f"--direction: two files are called '{n}'" for n in sorted(_twice([file.stem for file in files]))]
     problems += [f"--mode: '{m}' is not known; accepted: {', '.join(MODES)}" for m in modes or () if m not in MODES]
     problems += [
@@ -59,12 +63,23 @@ def arms_of(
         if not -MAX_STRENGTH <= s <= MAX_STRENGTH
     ]
     places: list[RequestedDirection] = []
-    for at, when in itertools.product(layers, tokens):
+    for at, when, shift in itertools.product(layers, tokens, shifts):
+        said = {"direction": "it", "layers": None if at == "all" else at, "tokens": None if when == "all" else when}
         try:
-            places += parse({"direction": "it", "layers": None if at == "all" else at, "tokens": when}, "")
+            places += parse(said | {"shift": shift, "if": condition}, "")
         except SpecError as error:
-            problems += [f"--{problem[1:]}" for problem in error.problems]
+            problems += [_option(problem) for problem in error.problems]
     problems = list(dict.fromkeys(problems))
+    probed = None
+    if condition is not None and places and places[0].condition is not None:
+        name = places[0].condition.direction
+        if found := [file for file in (*files, *([probe] if probe else [])) if file.stem == name]:
+            data = read_file(found[-1])
+            probed = Direction.from_bytes(data, source=str(found[-1]))
+            version = replace(places[0].condition, digest=digest(data))
+            places = [replace(place, condition=version) for place in places]
+        else:
+            problems.append(f"--condition: '{name}' is no file of --direction or --probe, whose names have no suffix")
     arms: list[Arm] = []
     for file in files:
         data = read_file(file)
@@ -75,14 +90,14 @@ def arms_of(
             tried[f"{file.stem}.random{seed}"] = random, digest(random.to_bytes())
         for mode in [m for m in MODES if m in modes] if modes else [own.meta.mode]:
             for place in places:
-                Candidate(own, mode, 1.0, place.layers, place.tokens).entry(file.stem)
+                how = place.layers, place.tokens, place.shift, place.condition, probed
+                Candidate(own, mode, 1.0, *how).entry(file.stem)
                 arms += [
                     Arm(
                         direction,
                         mode,
                         strength,
-                        place.layers,
-                        place.tokens,
+                        *how,
                         name=f"{text([replace(place, direction=name, mode=mode)])}={strength:g}",
                         digest=identity,
                         control=direction is not own,
@@ -96,6 +111,13 @@ def arms_of(
     if problems:
         raise InvalidInput(problems)
     return arms
+
+
+def _option(problem: str) -> str:
+    """A problem of a field of a request, as one of the option that says it."""
+    field, _, told = problem.removeprefix(".").partition(":")
+    name = {"shift": "shifts", "if": "condition"}.get(field.partition(".")[0], field)
+    return f"--{name}:{told}"
 
 
 def control(direction: Direction, seed: int) -> Direction:

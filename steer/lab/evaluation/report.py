@@ -121,6 +121,8 @@ class SteeredArm(Part):
     strength: float
     layers: str | None = None
     tokens: str | None = None
+    shift: float | None = None
+    condition: str | None = None
 
     @classmethod
     def of(cls, arm: Arm) -> SteeredArm:
@@ -133,6 +135,8 @@ class SteeredArm(Part):
             strength=arm.strength,
             layers=arm.layers,
             tokens=arm.tokens,
+            shift=arm.shift,
+            condition=arm.condition and str(arm.condition),
         )
 
     @property

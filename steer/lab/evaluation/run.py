@@ -293,7 +293,9 @@ def _name(arm: Arm | None) -> str:
 
 
 def _identity(arm: Arm | None) -> dict[str, Any]:
-    return {"arm": PLAIN} if arm is None else {"arm": arm.name, "digest": arm.digest}
+    if arm is None:
+        return {"arm": PLAIN}
+    return {"arm": arm.name, "digest": arm.digest} | ({"probe": arm.condition.digest} if arm.condition else {})
 
 
 def strength_at(dose: float, kl: Callable[[float], float]) -> float | None:

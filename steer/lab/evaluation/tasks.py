@@ -156,7 +156,7 @@ def serving(model: str, options: Sequence[str], arms: Sequence[Arm]) -> Iterator
             *(sys.executable, "-m", "steer", "serve", model, "--backend", "transformers", "--port", str(port)),
             *("--directions", str(directions), "--served-model-name", "model", *options),
             *("--sites", ",".join(arms[0].direction.meta.sites)),
-            *("--rank", str(max(arm.direction.rows_in(arm.mode) for arm in arms))),
+            *("--rank", str(max(arm.rows for arm in arms))),
         ]
         with log.open("w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

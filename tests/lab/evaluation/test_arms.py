@@ -59,6 +59,33 @@ def test_layers_and_tokens_are_said_as_a_request_says_them(files: list[Path]) ->
         arms_of(files, None, None, 0, ["3"])
 
 
+def test_shifts_and_conditions_are_said_as_a_request_says_them(files: list[Path]) -> None:
+    arms = arms_of(files[:1], None, [1], 1, shifts=[0, -0.5], condition="each:two@0>0.25", probe=files[1])
+    assert [arm.name for arm in arms if not arm.control] == [
+        f"one:one_sided{shift}?each:two@0>0.25=1" for shift in ("", "^-0.5")
+    ]
+    for arm in arms:
+        (wanted,) = parse(arm.name)
+        assert (wanted.shift, str(wanted.condition)) == (arm.shift, str(arm.condition))
+        assert arm.rows == 2
+        entry = arm.entry("one", "two")
+        assert entry.shift == arm.shift
+        assert entry.layers == "1-2", "after the layer of the condition"
+        assert arm.probe is not None
+        assert torch.equal(arm.probe.directions, Direction.load(files[1]).directions)
+        assert arm.way == arm.name.removesuffix("=1")
+    assert {arm.condition.digest for arm in arms if arm.condition} == {arms_of(files[1:], None, None)[0].digest}
+    for condition, told in (
+        ("three@0>0.25", "--condition: 'three' is no file of --direction or --probe"),
+        ("two@0", "--condition: 'two@0' is not a condition"),
+    ):
+        with pytest.raises(InvalidInput, match=told):
+            arms_of(files, None, None, condition=condition)
+    for wrong, told in (({"condition": "two@2>0"}, "one must come after it"), ({"shifts": [9.0]}, "--shifts: 9.0")):
+        with pytest.raises((InvalidInput, SpecError), match=told):
+            arms_of(files, None, None, **wrong)
+
+
 def test_every_problem_is_named(files: list[Path], tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     same = tmp_path / "other" / "one.safetensors"

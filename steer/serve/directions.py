@@ -191,10 +191,9 @@ def card(
     """What `caller` is told of a direction in a list; `limits`: of each version (`Rules.limits`). Only a manager is
     told how many requests use it now, which would tell of others."""
     meta, problems = version.direction.meta, registry.failures.get(name)
-    may = bounds(
-        [*([caller.rules] if caller.rules else ()), *limits.get(version.digest, ())], registry.placement.shape.tokens
-    )
-    found = meta.condition if may["conditions"] and registry.placement.shape.rank > 1 else None
+    rules = [*([caller.rules] if caller.rules else ()), *limits.get(version.digest, ())]
+    may = bounds(rules, registry.placement.shape)
+    found = meta.condition if may["conditions"] and "answer" in may["tokens"] else None
     told: DirectionCard = {
         "id": name,
         "object": "direction",

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Scope
 from typing_extensions import TypedDict
 
-from steer.names import MODE_SCALES, MODE_SUMMARIES, MODES, Mode, Scale
+from steer.names import MODE_SCALES, MODE_SUMMARIES, MODES, SHIFTING, Mode, Scale
 from steer.serve.authorise import Refusal
 from steer.serve.control import Control
 from steer.serve.errors import Code, documented
@@ -71,6 +71,7 @@ class Steering(TypedDict):
     reason: Annotated[str, Field(description="why it was switched")]
     modes: Annotated[dict[Mode, str], Field(description="what each mode does")]
     scales: Annotated[dict[Mode, Scale], Field(description="strengths worth trying in each mode, and what they mean")]
+    shifting: Annotated[tuple[Mode, ...], Field(description="modes whose threshold a request may shift")]
     tokens: Annotated[dict[str, str], Field(description="what `tokens` of a spec can be, and what each means")]
     may: May
     running: NotRequired[Annotated[int, Field(description="steered requests that run; for the managing role")]]
@@ -164,7 +165,7 @@ def steering(control: Control, scope: Scope) -> Steering:
     """For `/v1/steering`: the switch, and what the caller may do."""
     caller = control.caller(scope)
     rules, manages = caller.rules, True
-    known = TOKENS if control.registry is None else control.registry.placement.shape.tokens
+    shape = None if control.registry is None else control.registry.placement.shape
     try:
         control.check_manages(scope)
     except Refusal:
@@ -175,11 +176,12 @@ def steering(control: Control, scope: Scope) -> Steering:
         "reason": control.reason,
         "modes": MODE_SUMMARIES,
         "scales": MODE_SCALES,
-        "tokens": known,
+        "shifting": SHIFTING,
+        "tokens": TOKENS if shape is None else shape.tokens,
         "may": {
             "steer": rules is None or rules.steer,
             "modes": list(MODES if rules is None else rules.modes),
-            **bounds(() if rules is None else (rules,), known),
+            **bounds(() if rules is None else (rules,), shape),
             "readout": rules is None or rules.readout,
             "manage": manages,
         },

@@ -11,10 +11,10 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -44,6 +44,9 @@ from steer.spec import (
     tokens_rule,
     tokens_within,
 )
+
+if TYPE_CHECKING:
+    from steer.shape import Shape
 
 MAX_BYTES = 2**20
 #: Of one line: the time that TOML takes for a dotted key grows with the square of its length.
@@ -179,8 +182,9 @@ class Bounds(TypedDict):
     conditions: Annotated[bool, Field(description="may steer under conditions")]
 
 
-def bounds(limits: Sequence[Limits], known: Collection[str]) -> Bounds:
-    """What all of `limits` allow where the server serves the `known` of `TOKENS`."""
+def bounds(limits: Sequence[Limits], shape: Shape | None) -> Bounds:
+    """What all of `limits` allow on a server of this shape, None while that is not known."""
+    known = TOKENS if shape is None else shape.tokens
     tokens: list[str] | None = None
     layers: tuple[int, int] | None = None
     for each in limits:
@@ -198,7 +202,7 @@ def bounds(limits: Sequence[Limits], known: Collection[str]) -> Bounds:
         "tokens": [name for name in (TOKENS if tokens is None else tokens) if name in known or name not in TOKENS],
         "layers": None if layers is None else layer_range(f"{layers[0]}-{layers[1]}"),
         "with_tools": all(each.with_tools for each in limits),
-        "conditions": (tokens is None or "answer" in tokens) and all(each.conditional for each in limits),
+        "conditions": (shape is None or shape.rank > 1) and all(each.conditional for each in limits),
     }
 
 

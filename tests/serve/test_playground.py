@@ -201,6 +201,39 @@ def test_layers_and_tokens_are_said(demo: Server, visit: Open) -> None:
     expect(opened.chip()).not_to_contain_text("@")
 
 
+def test_a_shift_and_a_condition_are_said(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    opened.send()
+    opened.page.fill("#shift", "-0.25")
+    opened.page.press("#shift", "Tab")
+    expect(opened.chip()).to_contain_text("^−0.25")
+    opened.page.fill("#if", "refusal@3>0.1")
+    opened.page.press("#if", "Tab")
+    expect(opened.chip()).to_contain_text("?refusal@3>0.1")
+    expect(opened.page.locator("#summary")).to_contain_text("shift -0.25")
+    wider = "(() => { const e = document.getElementById('controls'); return e.scrollWidth - e.clientWidth; })()"
+    assert opened.page.evaluate(wider) == 0, "everything is seen"
+    opened.done()
+    asked = opened.asked()[-1]["steer"]
+    assert (asked["shift"], asked["if"]) == (-0.25, "refusal@3>0.1")
+    opened.page.click("#share")
+    opened.page.goto(opened.page.input_value("#link"))
+    expect(opened.page.locator("#shift")).to_have_value("-0.25")
+    opened.send()
+    assert opened.asked()[-1]["steer"] == asked, "they are kept with the chat"
+    opened.page.fill("#if", "refusal@99>0.1")
+    opened.page.press("#if", "Tab")
+    expect(opened.page.locator(".side.steered").last).to_contain_text("the condition refusal@99")
+    opened.page.fill("#if", "")
+    opened.page.press("#if", "Tab")
+    opened.page.select_option("#mode", "ablate")
+    expect(opened.page.locator("#shift")).not_to_be_visible()
+    expect(opened.chip()).to_contain_text("ablate")
+    expect(opened.chip()).not_to_contain_text("^")
+    opened.done()
+    assert not {"shift", "if"} & set(opened.asked()[-1]["steer"])
+
+
 def test_dragging_asks_before_the_release_where_that_is_wanted(demo: Server, visit: Open) -> None:
     opened = visit(demo)
     opened.send()

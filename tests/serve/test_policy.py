@@ -15,7 +15,8 @@ from steer.registry import Registry
 from steer.serve import carriers, keys, policy
 from steer.serve.authorise import Caller, Refusal, Rules, resolve
 from steer.serve.keys import Keyring
-from steer.spec import TOKENS, Spec, parse, tokens_in_both, tokens_within
+from steer.shape import Shape
+from steer.spec import Spec, parse, tokens_in_both, tokens_within
 from steer.tokenization import Thinking
 from tests import models
 from tests.serve.rules import NAMES, POLICY
@@ -172,13 +173,20 @@ def test_a_phase_beside_what_is_required_is_refused_without_telling_of_it() -> N
     assert entry.strength == 0.5
 
 
-def test_who_may_not_steer_the_answer_may_have_no_condition() -> None:
-    def conditions(tokens: str) -> bool:
-        text = f'[keys.a]\nhash = "{HASH}"\nreadout = true\ntokens = {tokens}'
-        return policy.bounds([policy.read(text.encode()).policy.keys["a"]], TOKENS)["conditions"]
-
-    assert conditions('["answer", "prompt"]')
-    assert not conditions('["prompt"]')
+@pytest.mark.parametrize("tokens", ['["answer", "prompt"]', '["prompt"]'])
+@pytest.mark.parametrize("allowed", ["true", "false"])
+def test_what_is_told_of_conditions_is_what_is_admitted(tokens: str, allowed: str) -> None:
+    rules = f"conditions = {allowed}\ntokens = {tokens}"
+    text = f'[keys.a]\nhash = "{HASH}"\n{rules}'
+    for rank in (1, 4):
+        shape = Shape("m", 2, 4, frozenset(["resid_post"]), rank)
+        told = policy.bounds([policy.read(text.encode()).policy.keys["a"]], shape)
+        assert told["conditions"] == (allowed == "true" and rank > 1)
+    if allowed == "true":
+        assert asked(rules, "d@prompt?each:d@0>0.5", NO).condition
+    else:
+        with pytest.raises(Refusal, match="condition"):
+            asked(rules, "d@prompt?each:d@0>0.5", NO)
 
 
 def test_a_rule_of_tokens_can_have_a_largest_number() -> None:

@@ -3,14 +3,16 @@
 import { $, el, shown } from "./dom.js";
 
 const MOST = 4; // as many directions as can be read at once
-const FIELDS = ["layers", "tokens"];
+/** The fields of an entry that mostly say nothing, with what stands in their controls then. */
+const NOTHING = { layers: "all", tokens: "all", if: "always", shift: "0" };
+const FIELDS = Object.keys(NOTHING);
 
 export class Steering {
   /** `changed` is called when the user has changed what steers, `picked(listed)` when the controls come to show another
    * direction, or another version of it. */
   constructor({ changed, picked }) {
     Object.assign(this, { changed, picked, entries: [], at: 0, usable: [], shown: null });
-    this.offer({ modes: {}, scales: {}, tokens: {}, may: { steer: true, readout: true, manage: true, modes: [] } });
+    this.offer({ modes: {}, scales: {}, shifting: [], tokens: {}, may: { steer: true, readout: true, manage: true, modes: [] } });
     $("direction").addEventListener("change", () => {
       this.entries[this.at] = this.defaults($("direction").value, this.at);
       this.show();
@@ -18,7 +20,7 @@ export class Steering {
     });
     $("mode").addEventListener("change", () => {
       const entry = { ...this.entry, mode: $("mode").value };
-      this.set({ mode: entry.mode, strength: this.within(entry, this.at) });
+      this.set({ mode: entry.mode, strength: this.within(entry, this.at), shift: this.mostShift(entry) ? entry.shift : "" });
     });
     for (const field of FIELDS) $(field).addEventListener("change", () => this.set({ [field]: $(field).value.trim() || this.where(this.listed)[field] }));
     $("strength").addEventListener("input", () => this.set({ strength: Number($("strength").value) }, false));
@@ -40,8 +42,8 @@ export class Steering {
   }
 
   /** What `GET /v1/steering` says: only what the key may do is offered. */
-  offer({ modes, scales, tokens, may }) {
-    Object.assign(this, { modes, scales, tokens, may });
+  offer({ modes, scales, shifting, tokens, may }) {
+    Object.assign(this, { modes, scales, shifting, tokens, may });
     $("mode").replaceChildren(...may.modes.map((mode) => el("option", { value: mode, textContent: spoken(mode) })));
     this.entries = []; // chosen anew: another key may have other rights
     this.shown = null;
@@ -78,10 +80,15 @@ export class Steering {
     return this.may.modes.filter((mode) => may.tokens.length && modes.includes(mode) && (!may.calibrated || mode in calibrated));
   }
 
-  /** What an entry of a listed direction says of layers and tokens where the user says nothing; "" is all. */
+  /** What these fields of an entry of a listed direction are where the user says nothing. */
   where({ may }) {
     const known = tokensOf(may);
-    return { layers: may.layers ?? "", tokens: known.includes("all") ? "" : known[0] };
+    return { layers: may.layers ?? "", tokens: known.includes("all") ? "" : known[0], if: "", shift: "" };
+  }
+
+  /** How far the threshold of an entry's mode may be shifted, up or down. */
+  mostShift({ direction, mode }) {
+    return this.shifting.includes(mode) ? this.card(direction).may.max_shift : 0;
   }
 
   get names() {
@@ -105,6 +112,8 @@ export class Steering {
     if (found.length) this.entries = [];
     for (const entry of found.slice(0, MOST)) {
       const usual = this.defaults(entry.direction), taken = { ...usual, ...entry, layers: entry.layers || usual.layers, tokens: entry.tokens || usual.tokens };
+      if (!this.mostShift(taken)) taken.shift = "";
+      if (!this.card(entry.direction).may.conditions) taken.if = "";
       this.entries.push({ ...taken, strength: this.within(taken) });
     }
     this.at = 0;
@@ -168,7 +177,12 @@ export class Steering {
     $("number").value = strength;
     Object.assign($("strength"), { min: low, max: high, value: strength });
     const usual = this.where(this.listed);
-    for (const field of FIELDS) Object.assign($(field), { value: this.entry[field], placeholder: usual[field] || "all" });
+    for (const field of FIELDS) Object.assign($(field), { value: this.entry[field], placeholder: usual[field] || NOTHING[field] });
+    const most = this.mostShift(this.entry);
+    Object.assign($("shift"), { min: -most, max: most });
+    $("shift").parentElement.hidden = $("shift-text").hidden = !most;
+    $("if").parentElement.hidden = !this.listed.may.conditions;
+    $("if-known").replaceChildren(...this.usable.filter((item) => item.condition).map(({ condition }) => el("option", { value: condition })));
     $("tokens-known").replaceChildren(...tokensOf(this.listed.may).map((value) => el("option", { value })));
     const ticks = [...new Set([low, 0, 1, high])].filter((value) => value >= low && value <= high);
     $("ticks").replaceChildren(...[...ticks, this.listed.strength].map((value) => el("option", { value })));
@@ -195,7 +209,7 @@ export class Steering {
 
 const tokensOf = (may) => may.tokens.map((name) => name.replace("N", "1"));
 const spoken = (mode) => mode.replaceAll("_", "-");
-const where = (entry) => Object.fromEntries(FIELDS.map((field) => [field, entry[field]]).filter(([, value]) => value && value !== "all"));
+const where = (entry) => Object.fromEntries(FIELDS.map((field) => [field, field === "shift" ? Number(entry[field]) : entry[field]]).filter(([, value]) => value && value !== "all"));
 const said = (entry) => ({ direction: entry.direction, mode: entry.mode, strength: entry.strength, ...where(entry) });
 
 function summary(entry) {

@@ -75,12 +75,13 @@ export const newId = () => Date.now().toString(36);
 function checked(value) {
   if (!Array.isArray(value?.turns)) return null;
   const text = (given) => (typeof given === "string" ? given : ""), number = (given) => (Number.isFinite(given) ? given : undefined);
+  const spans = ({ layers, tokens, if: condition, shift }) => ({ layers: text(layers), tokens: text(tokens), if: text(condition), shift: text(shift) });
   const entries = (Array.isArray(value.steer) ? value.steer : []).filter((entry) => typeof entry?.direction === "string" && Number.isFinite(entry.strength));
   return {
     id: text(value.id) || newId(),
     system: text(value.system),
     ...Object.fromEntries(["temperature", "max_tokens", "seed"].map((name) => [name, number(value[name])])),
-    steer: entries.map(({ direction, mode, strength, layers, tokens }) => ({ direction, mode: text(mode), strength, layers: text(layers), tokens: text(tokens) })),
+    steer: entries.map(({ direction, mode, strength, ...rest }) => ({ direction, mode: text(mode), strength, ...spans(rest) })),
     turns: value.turns.filter((turn) => text(turn?.message)).map(({ message, plain, steered, receipt }) => ({ message, plain: text(plain), steered: text(steered), receipt: receipt ?? null })),
   };
 }

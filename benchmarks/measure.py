@@ -25,7 +25,7 @@ from steer.direction import Dataset
 from steer.hf.load import Loaded
 from steer.lab.batches import each_batch, left_padded
 from steer.lab.derive import Recipe, derive
-from steer.lab.measure import ClassSums, Conditions, Keep
+from steer.lab.measure import ClassSums, Keep, MeasurementOptions
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, Statistics
 from steer.lab.methods import METHODS, make_method
 from steer.lab.prompts import Encoded
@@ -84,7 +84,7 @@ def with_steer(net: Any, sequences: list[list[int]], last_layer: int, keep: Keep
 
     def run() -> torch.Tensor:
         own = sum(e.own.stop - e.own.start for e in encoded)
-        sums = ClassSums("random", plan, WIDTH, len(encoded), own, Conditions(keep=keep))
+        sums = ClassSums("random", plan, WIDTH, len(encoded), own, MeasurementOptions(keep=keep))
         each_batch(
             [len(ids) for ids in sequences],
             lambda indices: sums.add(indices, source.run([encoded[i] for i in indices], plan)),

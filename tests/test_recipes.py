@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from steer.hf.load import load
-from steer.lab.measure import Conditions, measure
+from steer.lab.measure import MeasurementOptions, measure
 from steer.lab.source import TransformersSource
 from tests.lab.test_measure import HARMFUL, HARMLESS
 from tests.servers import ROOT
@@ -115,7 +115,7 @@ def test_what_the_recipes_make_is_listed_derived_and_served(tiny_folder: Path, t
             path.write_text(source.replace(before, text + before), "utf-8")
     measured, output = tmp_path / "m.safetensors", tmp_path / "directions/new.safetensors"
     output.parent.mkdir()
-    measure(TransformersSource(load(str(tiny_folder))), HARMFUL, HARMLESS, Conditions((-1,))).save(measured)
+    measure(TransformersSource(load(str(tiny_folder))), HARMFUL, HARMLESS, MeasurementOptions((-1,))).save(measured)
     done = subprocess.run(
         [sys.executable, "-c", USED, str(tiny_folder), str(measured), str(output)],
         env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},

@@ -165,8 +165,8 @@ def evaluate(
         from steer.lab.evaluation.arms import projected
         from steer.lab.evaluation.figures import agreements, read_expected
         from steer.lab.evaluation.pages import tables, write
-        from steer.lab.evaluation.report import Conditions, Report, SteeredArm
-        from steer.lab.evaluation.run import Evaluation, Plan
+        from steer.lab.evaluation.report import Report, RunSettings, SteeredArm
+        from steer.lab.evaluation.run import Evaluation, EvaluationPlan
         from steer.lab.resume import Cache
         from steer.tokenization import rendered_otherwise
 
@@ -190,10 +190,10 @@ def evaluate(
         cache = Cache(report, conditions | fingerprint)
         evaluator = bench.evaluator(max(arm.rows for arm in arms), max_tokens, rendering)
         plain_text = _text(text.name, *written, bench.source) if text and written else None
-        plan = Plan(arms, sets, max_tokens, behaviour, judging, known, plain_text, doses, applied.against)
+        plan = EvaluationPlan(arms, sets, max_tokens, behaviour, judging, known, plain_text, doses, applied.against)
         found = Evaluation(evaluator, plan, cache).run()
         made = Report(
-            conditions=Conditions(
+            conditions=RunSettings(
                 **conditions,
                 max_tokens=max_tokens,
                 behaviour=behaviour.name,

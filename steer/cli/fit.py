@@ -89,7 +89,7 @@ def fit(
     from steer.lab import fit as lab
     from steer.lab.derive import Recipe
     from steer.lab.evaluation.condition import find, told
-    from steer.lab.measure import Conditions, Keep
+    from steer.lab.measure import Keep, MeasurementOptions
     from steer.lab.select import CHOOSING
 
     probe = None if condition is None else Direction.load(condition)
@@ -98,7 +98,7 @@ def fit(
     )
     if winsorize is not None:
         choice = replace(choice, winsorize=())
-    conditions = Conditions((position,), winsorize, rendering, keep=Keep(vectors=choice.needs_vectors))
+    options = MeasurementOptions((position,), winsorize, rendering, keep=Keep(vectors=choice.needs_vectors))
     with Progress(shown=True) as progress:
         judging = counted.only_judge(behaviour, progress)
         bench = engine.open(choices, progress)
@@ -116,7 +116,7 @@ def fit(
             return
         assert output is not None, "checked"
         progress.plan(CHOOSING, lab.most_work(split, choice, max_tokens, behaviour))
-        work = lab.Work(output.with_suffix(".part"), bench.source, split, conditions, behaviour, max_tokens, judging)
+        work = lab.Work(output.with_suffix(".part"), bench.source, split, options, behaviour, max_tokens, judging)
         tried = bench.evaluator(choice.rank, max_tokens, rendering)
         measurement = work.measured(tried, choices.batch)
         try:
@@ -193,15 +193,15 @@ def measure(
     check_contrast(*sets)
     rendering = rendered.rendering()
     quiet_libraries()
-    from steer.lab.measure import Conditions, Keep
+    from steer.lab.measure import Keep, MeasurementOptions
     from steer.lab.measure import measure as run
 
-    conditions = Conditions(choices.positions, winsorize, rendering, last_layer, Keep(vectors, moments))
+    options = MeasurementOptions(choices.positions, winsorize, rendering, last_layer, Keep(vectors, moments))
     partial = output.with_name(f"{output.name}.part")
     with Progress(shown=True) as progress:
         source = engine.open(choices, progress).source
         measurement = run(
-            source, *sets, conditions, batch_size=choices.batch, progress=progress, partial=partial, every=every
+            source, *sets, options, batch_size=choices.batch, progress=progress, partial=partial, every=every
         )
     measurement.save(output)
     partial.unlink(missing_ok=True)

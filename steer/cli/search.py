@@ -158,7 +158,7 @@ def search(
     quiet_libraries()
     _quiet_optuna()
     imported("matplotlib", "this command", "'steer-llm[lab]'")
-    from steer.lab.measure import Conditions, Keep, measure
+    from steer.lab.measure import Keep, MeasurementOptions, measure
     from steer.lab.methods import make_method
     from steer.lab.race import Sets
     from steer.lab.search import TRYING, Search, Settings, Space, Trial, front_table, rank_of, work, write_front
@@ -193,9 +193,9 @@ def search(
         bench = engine.open(choices, progress)
 
         def measured(partial: Path) -> Measurement:
-            conditions = Conditions((position,), None, rendering, keep=Keep(vectors=vectors))
+            options = MeasurementOptions((position,), None, rendering, keep=Keep(vectors=vectors))
             return measure(
-                bench.source, *sets, conditions, batch_size=choices.batch, progress=progress, partial=partial, every=60
+                bench.source, *sets, options, batch_size=choices.batch, progress=progress, partial=partial, every=60
             )
 
         begun = Search.begin(folder, settings, measured)

@@ -144,7 +144,7 @@ def read_config(name: str, revision: str | None = None, *, trust_remote_code: bo
     return _config(name, find_model(name, revision), trust_remote_code)
 
 
-def _config(name: str, source: Found, trust_remote_code: bool) -> PreTrainedConfig:
+def _config(name: str, source: ModelLocation, trust_remote_code: bool) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
@@ -187,7 +187,7 @@ def auto_class(name: str, config: PreTrainedConfig, *, whole: bool = False, trus
 _TAKEN = "a causal language model, alone or inside of one that takes images, sound or video too"
 
 
-def _template_of_processor(source: Found) -> str | None:
+def _template_of_processor(source: ModelLocation) -> str | None:
     """The chat template that a model with a processor keeps apart from its tokenizer."""
     from transformers.utils import cached_file
 
@@ -214,14 +214,14 @@ def check_device(device: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ModelLocation:
     """Where a model is: the folder or hub id, and what transformers is told with it (revision, GGUF file)."""
 
     name: str
     options: Mapping[str, Any]
 
 
-def find_model(name: str, revision: str | None = None, configs: Sequence[str] = ("config.json",)) -> Found:
+def find_model(name: str, revision: str | None = None, configs: Sequence[str] = ("config.json",)) -> ModelLocation:
     """Where the model is whose config is one of `configs`. Raises UnsupportedModel, after one request to the hub at
     most, when `name` is neither a folder with one, nor a GGUF file, nor in the hub's cache, nor on the hub.
     transformers would find that out too, after a minute of repeated requests.
@@ -241,13 +241,13 @@ def find_model(name: str, revision: str | None = None, configs: Sequence[str] = 
     if name.endswith(".gguf"):
         if path.is_file():
             check_gguf()
-            return Found(str(path.parent), {"gguf_file": path.name})
+            return ModelLocation(str(path.parent), {"gguf_file": path.name})
         where, _, file = name.rpartition("/")
         options, configs = options | {"gguf_file": file}, (file,)
     elif path.is_dir():
         if not any((path / config).is_file() for config in configs):
             raise missing("the folder has no config.json")
-        return Found(name, options)
+        return ModelLocation(name, options)
     elif path.exists():
         raise missing("it is a file, not a folder")
     try:
@@ -273,7 +273,7 @@ def find_model(name: str, revision: str | None = None, configs: Sequence[str] = 
         ) from error
     if "gguf_file" in options:
         check_gguf()
-    return Found(where, options)
+    return ModelLocation(where, options)
 
 
 def check_gguf() -> None:

@@ -74,7 +74,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LayerRows:
     """The rows of one layer, `[k, d_model]`, float64; with a bootstrap the mean |cosine| of its resamples with them."""
 
     rows: Tensor
@@ -168,15 +168,15 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
     )
 
 
-def find(measurement: Measurement, recipe: Recipe, layer: int) -> Found:
+def find(measurement: Measurement, recipe: Recipe, layer: int) -> LayerRows:
     """The rows that the recipe's method finds at `layer`. Raises DegenerateError naming the layer."""
     try:
         contrast = _contrast(measurement, recipe, layer)
-        found = Found(recipe.method.rows(contrast))
+        found = LayerRows(recipe.method.rows(contrast))
         if recipe.bootstrap:
             found = bootstrapped(recipe.method, contrast, recipe.bootstrap, recipe.seed)
         if recipe.sparsify is not None:
-            found = Found(sparsified(found.rows, recipe.sparsify), found.agreement)
+            found = LayerRows(sparsified(found.rows, recipe.sparsify), found.agreement)
         return found
     except DegenerateError as error:
         raise DegenerateError([f"layer {layer}: {problem}" for problem in error.problems]) from error
@@ -209,7 +209,7 @@ def spread(measurement: Measurement, recipe: Recipe, source: int, rows: Tensor) 
     return torch.stack(each)
 
 
-def bootstrapped(method: Method, contrast: Contrast, resamples: int, seed: int) -> Found:
+def bootstrapped(method: Method, contrast: Contrast, resamples: int, seed: int) -> LayerRows:
     """The rows of the mean projector over resamples of the prompts (with replacement, within each class): the subspace
     on which they agree. Source: bagging (Breiman 1996) of projectors, which have no sign to agree on.
 
@@ -227,7 +227,7 @@ def bootstrapped(method: Method, contrast: Contrast, resamples: int, seed: int) 
     rows = towards_harmful(principal(torch.cat(each), rank, "bootstrap"), contrast)
     # the cosines between two subspaces are singular values; their mean is |cos| where there is one row
     cosines = [float(torch.linalg.svdvals(one @ rows.T).mean()) for one in each]
-    return Found(rows, sum(cosines) / resamples)
+    return LayerRows(rows, sum(cosines) / resamples)
 
 
 def sparsified(rows: Tensor, share: float) -> Tensor:
@@ -302,11 +302,13 @@ def check_needs(measurement: Measurement, recipe: Recipe) -> None:
         raise InvalidInput(problems)
 
 
-def _found_or_none(measurement: Measurement, recipe: Recipe, layer: int) -> Found | None:
+def _found_or_none(measurement: Measurement, recipe: Recipe, layer: int) -> LayerRows | None:
     try:
         found = find(measurement, recipe, layer)
         if recipe.method.varies:
-            found = Found(recipe.method.onto(found.rows, measurement.contrast(layer, recipe.position)), found.agreement)
+            found = LayerRows(
+                recipe.method.onto(found.rows, measurement.contrast(layer, recipe.position)), found.agreement
+            )
         return found
     except DegenerateError as error:
         log.warning("%s: left unsteered", error)

@@ -21,7 +21,7 @@ from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.derive import Recipe, derive
 from steer.lab.evaluator import Evaluator, first_tokens
 from steer.lab.judge import Judge
-from steer.lab.measure import Conditions, checked, measure
+from steer.lab.measure import MeasurementOptions, checked, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.methods.base import Method
@@ -152,7 +152,7 @@ class Choice:
 
 class Work:
     """What a fit has measured so far, in a folder of its own; the same fit goes on with it. Fits of other models, sets
-    or conditions have other parts of the folder; those of another `Choice` share what they have in common.
+    or options have other parts of the folder; those of another `Choice` share what they have in common.
 
     Raises InvalidInput for prompts that cannot be measured, and for a folder that is something else.
     """
@@ -162,20 +162,20 @@ class Work:
         folder: Path,
         source: Source,
         split: Split,
-        conditions: Conditions,
+        options: MeasurementOptions,
         behaviour: Behaviour,
         tokens: int,
         judge: Judge | None = None,
     ) -> None:
-        self.whole, self.source, self.split, self.conditions = folder, source, split, conditions
+        self.whole, self.source, self.split, self.options = folder, source, split, options
         self.behaviour = behaviour
-        checked(source, split.harmful, split.harmless, conditions)
-        checked(source, split.tried_harmful, split.tried_harmless, conditions, tokens)
+        checked(source, split.harmful, split.harmless, options)
+        checked(source, split.tried_harmful, split.tried_harmless, options, tokens)
         everything = {
             "model": source.facts.model_dump(mode="json"),
             "weights": source.fingerprint(),
             "sets": {name: getattr(split, name).fingerprint for name in Split.__slots__},
-            "conditions": asdict(conditions),
+            "conditions": asdict(options),
             "behaviour": behaviour.model_dump(mode="json"),
             "tokens": tokens,
             "judge": judge and judge.identity,
@@ -201,7 +201,7 @@ class Work:
             self.source,
             harmful,
             harmless,
-            self.conditions,
+            self.options,
             batch_size=batch_size,
             progress=progress,
             partial=path.with_suffix(".part"),

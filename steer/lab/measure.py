@@ -39,7 +39,7 @@ class Keep:
 
 
 @dataclass(frozen=True, slots=True)
-class Conditions:
+class MeasurementOptions:
     """How prompts become a measurement; everything that it depends on besides model and prompts. `last_layer` None is
     the model's last."""
 
@@ -54,32 +54,32 @@ def measure(
     source: Source,
     harmful: PromptSet,
     harmless: PromptSet,
-    conditions: Conditions | None = None,
+    options: MeasurementOptions | None = None,
     *,
     batch_size: int | None = None,
     progress: Progress | None = None,
     partial: Path | None = None,
     every: float = 60.0,
 ) -> Measurement:
-    """Measure both classes under `conditions`.
+    """Measure both classes under `options`.
 
     With `partial`, an interruption leaves that file (so does every `every` seconds of work), and measuring again with
     it goes on there with the same result. The caller removes it once the measurement is safe. Raises InvalidInput for
     sets that share prompts, prompts that do not fit the context or have no such position, and activations that are not
     finite.
     """
-    conditions, progress = conditions or Conditions(), progress or Progress()
+    options, progress = options or MeasurementOptions(), progress or Progress()
     facts = source.facts
-    plan = CapturePlan(conditions.positions, _last_layer(conditions, facts))
-    _check_room(conditions, plan, facts, max(len(harmful), len(harmless)))
+    plan = CapturePlan(options.positions, _last_layer(options, facts))
+    _check_room(options, plan, facts, max(len(harmful), len(harmless)))
     sets = {"harmful": harmful, "harmless": harmless}
-    encoded, bos = checked(source, harmful, harmless, conditions)
+    encoded, bos = checked(source, harmful, harmless, options)
     meta = MeasurementMeta(
         model=facts,
         measured=plan.layers,
-        positions=conditions.positions,
-        winsorize=conditions.winsorize,
-        **asdict(conditions.rendering),
+        positions=options.positions,
+        winsorize=options.winsorize,
+        **asdict(options.rendering),
         bos_count=bos,
         harmful=harmful.dataset,
         harmless=harmless.dataset,
@@ -87,10 +87,10 @@ def measure(
     sums = {}
     for label, prompts in sets.items():
         own_tokens = sum(e.own.stop - e.own.start for e in encoded[label])
-        sums[label] = ClassSums(prompts.name, plan, facts.d_model, len(prompts), own_tokens, conditions)
+        sums[label] = ClassSums(prompts.name, plan, facts.d_model, len(prompts), own_tokens, options)
     checkpoint, done, given = None, dict.fromkeys(sets, 0), batch_size
     if partial is not None:
-        kept = (conditions.keep.vectors, conditions.keep.moments)
+        kept = (options.keep.vectors, options.keep.moments)
         described = meta.model_dump(mode="json", exclude={"created"})
         identity = [described, kept, batch_size, source.pass_tokens, source.fingerprint()]
         checkpoint = Partial(partial, identity, sums, every)
@@ -129,17 +129,17 @@ def measure(
 
 
 def checked(
-    source: Source, harmful: PromptSet, harmless: PromptSet, conditions: Conditions, answer: int = 0
+    source: Source, harmful: PromptSet, harmless: PromptSet, options: MeasurementOptions, answer: int = 0
 ) -> tuple[dict[str, list[Encoded]], int]:
     """The encoded prompts of both sets, and the BOS tokens that each begins with. Raises InvalidInput for sets that
     share prompts, and with every prompt that does not fit the context, with `answer` tokens of an answer, or has no
     such position."""
     check_contrast(harmful, harmless)
-    positions, encoded, problems, bos = conditions.positions, dict[str, list[Encoded]](), list[str](), set[int]()
+    positions, encoded, problems, bos = options.positions, dict[str, list[Encoded]](), list[str](), set[int]()
     if len(set(positions)) != len(positions):
         problems.append(f"a position is listed twice in {list(positions)}")
     for label, prompts in (("harmful", harmful), ("harmless", harmless)):
-        encoded[label] = source.encode(prompts.prompts, conditions.rendering)
+        encoded[label] = source.encode(prompts.prompts, options.rendering)
         for prompt, e in zip(prompts.prompts, encoded[label], strict=True):
             bos.add(source.bos_count(e.ids))
             # by its words: where prompts were drawn from a file, their numbers are not those of its lines
@@ -155,17 +155,17 @@ def checked(
     return encoded, bos.pop()
 
 
-def _last_layer(conditions: Conditions, facts: ModelFacts) -> int:
-    last = facts.layers - 1 if conditions.last_layer is None else conditions.last_layer
+def _last_layer(options: MeasurementOptions, facts: ModelFacts) -> int:
+    last = facts.layers - 1 if options.last_layer is None else options.last_layer
     if not 0 <= last < facts.layers:
         raise InvalidInput(f"the last layer {last} does not exist: the model has layers 0 to {facts.layers - 1}")
     return last
 
 
-def _check_room(conditions: Conditions, plan: CapturePlan, facts: ModelFacts, prompts: int) -> None:
+def _check_room(options: MeasurementOptions, plan: CapturePlan, facts: ModelFacts, prompts: int) -> None:
     """Raise InvalidInput where what is to be kept does not fit in memory, before anything runs."""
     each = 2 * len(plan.positions) * plan.layers * facts.d_model
-    needed = each * 8 * facts.d_model * conditions.keep.moments + each * 2 * prompts * conditions.keep.vectors
+    needed = each * 8 * facts.d_model * options.keep.moments + each * 2 * prompts * options.keep.vectors
     available = psutil.virtual_memory().available
     if needed > available:
         raise InvalidInput(
@@ -178,10 +178,10 @@ class ClassSums:
     """The sums of one class of `prompts` prompts. `add` takes a batch whole or, when it raises, not at all."""
 
     def __init__(
-        self, name: str, plan: CapturePlan, d_model: int, prompts: int, own_tokens: int, conditions: Conditions
+        self, name: str, plan: CapturePlan, d_model: int, prompts: int, own_tokens: int, options: MeasurementOptions
     ) -> None:
-        self.name, self.prompts, self.own_tokens, self.winsor = name, prompts, own_tokens, conditions.winsorize
-        keep = conditions.keep
+        self.name, self.prompts, self.own_tokens, self.winsor = name, prompts, own_tokens, options.winsorize
+        keep = options.keep
         shape = (len(plan.positions), plan.layers)
         self.sums = torch.zeros(*shape, d_model, dtype=torch.float64)
         self.own = torch.zeros(plan.layers, d_model, dtype=torch.float64)

@@ -25,7 +25,7 @@ ALONE = 0
 _numbers = itertools.count(1)
 
 
-class Shared(Protocol):
+class HasJoint(Protocol):
     """A hook point whose `joint`, `[slots, rank, rank]` float32, a hook reads."""
 
     joint: Tensor | None
@@ -46,7 +46,7 @@ class Combinations:
     code; without, more are made as steps need them, which is for passes that look the tensors up."""
 
     def __init__(
-        self, points: Sequence[Shared], rank: int, device: torch.device | str, capacity: int | None = None
+        self, points: Sequence[HasJoint], rank: int, device: torch.device | str, capacity: int | None = None
     ) -> None:
         self._points, self._rank, self._fixed = points, rank, capacity is not None
         self._device = torch.device(device)

@@ -19,7 +19,7 @@ from steer.serve import errors, keys
 from steer.serve.authorise import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
 from steer.serve.control import Control
 from steer.serve.errors import Code, HTTPProblem
-from steer.serve.pages import ANY, foreign, header, is_preflight
+from steer.serve.origin import ANY, foreign, header, is_preflight
 
 MAX_HEADERS = 64 * 2**10
 MAX_PATH = 8 * 2**10

@@ -443,7 +443,7 @@ _ROTATED = re.compile(r"\.\d+(-\d+)?$")
 
 
 @dataclass(slots=True)
-class Report:
+class Verification:
     """What verification found. `problems` say that something was changed or lost; `notes` do not."""
 
     lines: int = 0
@@ -453,14 +453,14 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) -> Report:
+def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) -> Verification:
     """Check files of one chain, in whatever order they are given: line `start` and all that follow it must be there, up
     to each of the anchors. The `FILE.head` beside a file, also beside one that was rotated, is an anchor too. An anchor
     of the line before the first one vouches for all that are not there before it.
 
     Raises OSError for a file that cannot be read.
     """
-    report = Report()
+    report = Verification()
     wanted = {head.seq: head for head in anchors}
     for name in {file: None for path in paths for file in (path, path.with_name(_ROTATED.sub("", path.name)))}:
         if head := _read_head(name.with_name(f"{name.name}.head")):  # first: lines may be added while this reads
@@ -501,7 +501,9 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) 
     return report
 
 
-def _check_first(where: str, number: int, record: Record, before: Head | None, start: int, report: Report) -> None:
+def _check_first(
+    where: str, number: int, record: Record, before: Head | None, start: int, report: Verification
+) -> None:
     """The first line that can be read: is what stands before it not asked for, or vouched for by an anchor?"""
     seq = record["seq"]
     if number > 1:
@@ -519,7 +521,7 @@ def _check_first(where: str, number: int, record: Record, before: Head | None, s
         report.notes.append(f"{where}: begins with line {seq}, as requested; earlier lines were not checked")
 
 
-def _check(where: str, record: Record, expected: Head | None, report: Report) -> None:
+def _check(where: str, record: Record, expected: Head | None, report: Verification) -> None:
     seq, event = record["seq"], record.get("event")
     detail = found if isinstance(found := record.get("detail"), dict) else {}
     if expected is None:

@@ -30,7 +30,7 @@ from steer.serve.answers import (
     generated,
     usage,
 )
-from steer.serve.generation import Answer, Job, Piece, Served, stream, unless_gone
+from steer.serve.generation import Job, Piece, Served, WholeAnswer, stream, unless_gone
 from steer.serve.protocol import ChatRequest, CompletionRequest, StreamOptions
 from steer.serve.route import JsonRoute
 from steer.serve.text import Stops
@@ -224,5 +224,5 @@ async def _chunks(
         yield counted([], usage(prompt_tokens, count))
 
 
-def _used(prompt_tokens: int, answers: Sequence[Answer]) -> CompletionUsage:
+def _used(prompt_tokens: int, answers: Sequence[WholeAnswer]) -> CompletionUsage:
     return usage(prompt_tokens, sum(answer.made for answer in answers))

@@ -26,7 +26,7 @@ from steer.serve import metrics, policy
 from steer.serve.audit import Audit, AuditUnavailable
 from steer.serve.authorise import ANYONE, CALLER, NOBODY, Caller, Refusal, Rules, forbidden
 from steer.serve.errors import Code
-from steer.serve.pages import ANY, Pages, hosts_of, is_loopback
+from steer.serve.origin import ANY, AllowedOrigins, hosts_of, is_loopback
 from steer.serve.policy import InForce, Policy, PolicyError
 from steer.settings import ControlSettings
 from steer.shared import Shared
@@ -114,7 +114,7 @@ class Control:
             else None
         )
         #: What a server without keys answers to; None where keys say who may call. Until `listen` the strictest.
-        self.pages: Pages | None = None if self.in_force else Pages()
+        self.pages: AllowedOrigins | None = None if self.in_force else AllowedOrigins()
         #: Of pages elsewhere that may call.
         self.origins: frozenset[str] = frozenset()
         self.policy_problems: tuple[str, ...] = ()
@@ -157,7 +157,7 @@ class Control:
             if ANY in self.origins:
                 log.warning("INSECURE: every web page that such a person opens may do so too")
         named = hosts_of(self.settings.allowed_hosts) | hosts_of(where or "")
-        self.pages = Pages(named, self.origins, addresses=where is None)
+        self.pages = AllowedOrigins(named, self.origins, addresses=where is None)
 
     def _share(self, shared: Shared) -> None:
         """Share the switch and the rates with all front ends that have `shared`."""

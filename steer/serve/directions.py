@@ -19,7 +19,7 @@ from steer.serve.authorise import Caller
 from steer.serve.body import read_body
 from steer.serve.control import Control
 from steer.serve.errors import Code, documented
-from steer.serve.pages import FILE
+from steer.serve.origin import FILE
 from steer.serve.policy import Bounds, Limits, bounds
 from steer.serve.route import own_route
 from steer.spec import Condition

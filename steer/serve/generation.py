@@ -77,7 +77,7 @@ class Piece:
 
 
 @dataclass(slots=True)
-class Answer:
+class WholeAnswer:
     """One whole answer."""
 
     text: str = ""
@@ -251,8 +251,8 @@ class Served:
             log.exception("an answer broke off")
             raise RequestFailed(f"the answer was cut off: {type(error).__name__}: {str(error)[:200]}") from error
 
-    async def answer(self, job: Job) -> Answer:
-        out = Answer()
+    async def answer(self, job: Job) -> WholeAnswer:
+        out = WholeAnswer()
         if job.scored is not None:
             rest = await self.engine.score(job.prompt, job.steer, job.scored) if len(job.prompt) > 1 else []
             out.scored = [Token(job.prompt[0]), *rest]
@@ -267,14 +267,14 @@ class Served:
                 out.finish, out.applied = piece.finish or out.finish, piece.applied
         return out
 
-    async def answers(self, jobs: Sequence[Job]) -> list[Answer]:
+    async def answers(self, jobs: Sequence[Job]) -> list[WholeAnswer]:
         """All of them at once; when one fails the others are cancelled."""
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self.answer(job)) for job in jobs]
         return [task.result() for task in tasks]
 
     async def told(
-        self, request: Request, answers: Sequence[Answer], make: Callable[[], Mapping[str, object]]
+        self, request: Request, answers: Sequence[WholeAnswer], make: Callable[[], Mapping[str, object]]
     ) -> Response:
         """What `make` makes of `answers`, as JSON, off the event loop where that takes longer than a moment."""
 

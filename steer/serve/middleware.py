@@ -31,7 +31,7 @@ from steer.serve.asgi import Outgoing, with_headers
 from steer.serve.authorise import admit
 from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, tokens_of, understood
 from steer.serve.control import Control, Run
-from steer.serve.pages import JSON, check_kind
+from steer.serve.origin import JSON, check_kind
 from steer.spec import RequestedDirection, Spec
 from steer.tokenization import rendered_otherwise
 

@@ -14,7 +14,7 @@ from steer.names import MODE_SCALES, MODE_SUMMARIES, MODES, SHIFTING, Mode, Scal
 from steer.serve.authorise import Refusal
 from steer.serve.control import Control
 from steer.serve.errors import Code, documented
-from steer.serve.pages import JSON
+from steer.serve.origin import JSON
 from steer.serve.policy import Bounds, bounds
 from steer.serve.route import JsonRoute, own_route
 from steer.spec import TOKENS

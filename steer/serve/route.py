@@ -16,7 +16,7 @@ from steer.errors import SteerError
 from steer.serve import errors
 from steer.serve.body import BODY, SMALL, Gone, parse_body, read_body, understood
 from steer.serve.control import Control
-from steer.serve.pages import READING, check_kind
+from steer.serve.origin import READING, check_kind
 
 #: Bytes of a body that steers nothing.
 MAX_CONTROL = 16 * 1024

@@ -36,7 +36,7 @@ class CaptureRequest(BaseModel):
         return None if found is None else cls.model_validate(found)
 
 
-class Capture:
+class WorkerCapture:
     """Reads the outputs of `blocks`. `picked` `[prompts, positions, d_model]` and `own` `[prompts, d_model]` for each
     layer, float64; `seen` `[prompts]` counts the prompt tokens that came by."""
 

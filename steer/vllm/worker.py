@@ -21,7 +21,7 @@ from steer.runtime.token_index import PLAIN, RequestSteer, TokenIndex, Tokens
 from steer.spec import Spec
 from steer.tokenization import Thinking
 from steer.vllm import install, internals, settings
-from steer.vllm.capture import Capture
+from steer.vllm.capture import WorkerCapture
 from steer.vllm.losses import SteeredRun, SteeredRuns, Step
 from steer.vllm.readout import ReadRunner
 from steer.vllm.residents import Kept, Residents, RowsInUse
@@ -101,7 +101,7 @@ class SteeringWorker:
         self._folder = ""  # where the front ends meet
         reads = self._installation.reads
         self._reads = ReadRunner(reads, self._installation.reading) if reads is not None else None
-        self._capture: Capture | None = None
+        self._capture: WorkerCapture | None = None
         self._steered_tokens = 0
         self._runner_kind = internals.worker.watch_batches(self.model_runner, self._on_batch)
         internals.worker.between_ranks(self, self._enter_rank, self._leave_rank)
@@ -311,7 +311,7 @@ class SteeringWorker:
         self.steer_captured()
         blocks = {layer: block for layer, block in self._installation.blocks.items() if layer <= last_layer}
         shape = prompts, positions, self._installation.bank.d_model
-        self._capture = Capture(blocks, self._installation.form, shape, self.device)
+        self._capture = WorkerCapture(blocks, self._installation.form, shape, self.device)
         return {}
 
     def steer_captured(self) -> dict[str, object] | None:

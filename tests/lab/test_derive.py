@@ -14,7 +14,7 @@ from steer.errors import DegenerateError, InvalidInput, SpecError
 from steer.geometry import linear_direction, slerp_direction, unit
 from steer.hf.load import Loaded, load
 from steer.lab.derive import Recipe, derive
-from steer.lab.measure import Conditions, Keep, measure
+from steer.lab.measure import Keep, MeasurementOptions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import METHODS, make_method
 from steer.lab.source import TransformersSource
@@ -31,7 +31,7 @@ def loaded(tiny_folder: Path) -> Loaded:
 
 @pytest.fixture(scope="module")
 def measured(loaded: Loaded) -> Measurement:
-    return measure(TransformersSource(loaded), HARMFUL, HARMLESS, Conditions((-1, -2), keep=Keep(vectors=True)))
+    return measure(TransformersSource(loaded), HARMFUL, HARMLESS, MeasurementOptions((-1, -2), keep=Keep(vectors=True)))
 
 
 def recipe(method: str = "slerp", layer: Any = "auto", t: float | None = None, **more: Any) -> Recipe:
@@ -189,7 +189,7 @@ def test_what_a_measurement_lacks_is_said_with_what_would_give_it(loaded: Loaded
 
 
 def test_layers_that_were_not_measured_allow_only_the_modes_that_need_no_means_there(loaded: Loaded) -> None:
-    part = measure(TransformersSource(loaded), HARMFUL, HARMLESS, Conditions(last_layer=1))
+    part = measure(TransformersSource(loaded), HARMFUL, HARMLESS, MeasurementOptions(last_layer=1))
     direction = derive(part, recipe("linear", 1))
     assert direction.directions[2].any()
     assert direction.meta.modes == ("ablate", "rotate"), "the plane is the source layer's"

@@ -12,7 +12,7 @@ from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.hf.load import Loaded, load
 from steer.lab.derive import Recipe, derive
-from steer.lab.measure import Conditions, Keep, _check_room, measure
+from steer.lab.measure import Keep, MeasurementOptions, _check_room, measure
 from steer.lab.measurement import Measurement, ModelFacts
 from steer.lab.prompts import Encoded, PromptSet, Rendering, encode_all
 from steer.lab.source import Capture, CapturePlan, TransformersSource
@@ -54,7 +54,7 @@ def naive(
 
 @pytest.mark.parametrize("position", [-1, -4, 2])
 def test_means_are_those_of_plain_forward_passes(loaded: Loaded, source: TransformersSource, position: int) -> None:
-    m = measure(source, HARMFUL, HARMLESS, Conditions((position,)), batch_size=5)
+    m = measure(source, HARMFUL, HARMLESS, MeasurementOptions((position,)), batch_size=5)
     torch.testing.assert_close(m.harmful.mean[0], naive(loaded, HARMFUL, position)[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(m.harmless.mean[0], naive(loaded, HARMLESS, position)[0], rtol=1e-5, atol=1e-5)
 
@@ -75,8 +75,8 @@ def test_the_mean_over_all_positions_is_over_the_prompts_own_text(loaded: Loaded
 @pytest.mark.parametrize("winsorize", [None, 0.9])
 def test_the_result_does_not_depend_on_batching(source: TransformersSource, winsorize: float | None) -> None:
     def with_size(size: int) -> Measurement:
-        conditions = Conditions((-1, -3), winsorize, keep=Keep(vectors=True, moments=True))
-        return measure(source, HARMFUL, HARMLESS, conditions, batch_size=size)
+        options = MeasurementOptions((-1, -3), winsorize, keep=Keep(vectors=True, moments=True))
+        return measure(source, HARMFUL, HARMLESS, options, batch_size=size)
 
     one, many = with_size(1).tensors(), with_size(13).tensors()
     assert len(one) == 8
@@ -85,12 +85,14 @@ def test_the_result_does_not_depend_on_batching(source: TransformersSource, wins
 
 
 def test_winsorising_changes_the_means(source: TransformersSource) -> None:
-    clipped = measure(source, HARMFUL, HARMLESS, Conditions(winsorize=0.9))
+    clipped = measure(source, HARMFUL, HARMLESS, MeasurementOptions(winsorize=0.9))
     assert not torch.allclose(clipped.harmful.mean, measure(source, HARMFUL, HARMLESS).harmful.mean)
 
 
 def test_vectors_and_moments_are_of_the_same_activations_as_the_means(source: TransformersSource) -> None:
-    m = measure(source, HARMFUL, HARMLESS, Conditions((-1, 2), keep=Keep(vectors=True, moments=True)), batch_size=4)
+    m = measure(
+        source, HARMFUL, HARMLESS, MeasurementOptions((-1, 2), keep=Keep(vectors=True, moments=True)), batch_size=4
+    )
     for statistics in (m.harmful, m.harmless):
         assert statistics.vectors is not None
         assert statistics.moments is not None
@@ -101,7 +103,7 @@ def test_vectors_and_moments_are_of_the_same_activations_as_the_means(source: Tr
 
 
 def test_vectors_are_in_the_order_of_the_prompts(loaded: Loaded, source: TransformersSource) -> None:
-    m = measure(source, HARMFUL, HARMLESS, Conditions(keep=Keep(vectors=True)), batch_size=4)
+    m = measure(source, HARMFUL, HARMLESS, MeasurementOptions(keep=Keep(vectors=True)), batch_size=4)
     assert m.harmful.vectors is not None
     for number, prompt in enumerate(HARMFUL.prompts):
         alone, _ = naive(loaded, PromptSet("one", "0" * 64, (prompt,)), -1)
@@ -111,7 +113,7 @@ def test_vectors_are_in_the_order_of_the_prompts(loaded: Loaded, source: Transfo
 def test_layers_above_the_last_wanted_one_are_not_run(loaded: Loaded, source: TransformersSource) -> None:
     ran: list[int] = []
     handles = [b.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, b in enumerate(loaded.model.model.layers)]
-    m = measure(source, HARMFUL, HARMLESS, Conditions(last_layer=1), batch_size=13)
+    m = measure(source, HARMFUL, HARMLESS, MeasurementOptions(last_layer=1), batch_size=13)
     for handle in handles:
         handle.remove()
     assert sorted(set(ran)) == [0, 1]
@@ -137,15 +139,15 @@ def test_an_interrupted_measurement_goes_on_with_the_same_result(
     loaded: Loaded, source: TransformersSource, tmp_path: Path, batches: int
 ) -> None:
     partial = tmp_path / "m.part"
-    conditions = Conditions((-1, -2), keep=Keep(vectors=True, moments=True))
+    options = MeasurementOptions((-1, -2), keep=Keep(vectors=True, moments=True))
     dying = Failing(loaded)
     dying.left = batches
     with pytest.raises(KeyboardInterrupt):
-        measure(dying, HARMFUL, HARMLESS, conditions, batch_size=4, partial=partial)
+        measure(dying, HARMFUL, HARMLESS, options, batch_size=4, partial=partial)
     going_on = Failing(loaded)
     going_on.left = 8 - batches  # 13 prompts a class are 4 batches: not one is run twice
-    m = measure(going_on, HARMFUL, HARMLESS, conditions, batch_size=4, partial=partial)
-    whole = measure(source, HARMFUL, HARMLESS, conditions, batch_size=4)
+    m = measure(going_on, HARMFUL, HARMLESS, options, batch_size=4, partial=partial)
+    whole = measure(source, HARMFUL, HARMLESS, options, batch_size=4)
     for name, tensor in m.tensors().items():
         assert torch.equal(tensor, whole.tensors()[name]), name
 
@@ -156,7 +158,7 @@ def test_sums_of_another_measurement_are_not_added_to(
     partial = tmp_path / "m.part"
     with pytest.raises(KeyboardInterrupt):
         measure(Failing(loaded), HARMFUL, HARMLESS, batch_size=4, partial=partial)
-    with_system = Conditions(rendering=Rendering("be brief"))
+    with_system = MeasurementOptions(rendering=Rendering("be brief"))
     m = measure(source, HARMFUL, HARMLESS, with_system, batch_size=4, partial=partial)
     assert "another model, set or condition" in caplog.text
     assert torch.equal(m.harmful.mean, measure(source, HARMFUL, HARMLESS, with_system, batch_size=4).harmful.mean)
@@ -191,7 +193,7 @@ def test_a_rendering_is_part_of_what_is_measured_and_of_the_file(tiny_folder: Pa
     assert ended.ids == begun.ids == plain.ids + loaded.piece_ids("<>")
     assert ended.own == begun.own == plain.own, "what the user has written is the same"
     measured = {
-        name: measure(source, HARMFUL, HARMLESS, Conditions(rendering=rendering))
+        name: measure(source, HARMFUL, HARMLESS, MeasurementOptions(rendering=rendering))
         for name, rendering in (("plain", Rendering()), ("off", off))
     }
     assert not torch.equal(measured["plain"].harmful.mean, measured["off"].harmful.mean)
@@ -207,7 +209,9 @@ def test_a_rendering_is_part_of_what_is_measured_and_of_the_file(tiny_folder: Pa
 
 
 def test_a_system_prompt_is_part_of_what_is_measured(loaded: Loaded) -> None:
-    with_system = measure(TransformersSource(loaded), HARMFUL, HARMLESS, Conditions(rendering=Rendering("be brief")))
+    with_system = measure(
+        TransformersSource(loaded), HARMFUL, HARMLESS, MeasurementOptions(rendering=Rendering("be brief"))
+    )
     expected, _ = naive(loaded, HARMFUL, -1, "be brief")
     torch.testing.assert_close(with_system.harmful.mean[0], expected, rtol=1e-5, atol=1e-5)
 
@@ -218,11 +222,11 @@ def test_bad_sets_and_conditions_are_refused(source: TransformersSource) -> None
     with pytest.raises(InvalidInput, match=r"long: the prompt 'x{40}' has .* tokens; the context is 512"):
         measure(source, HARMFUL, PromptSet("long", "2" * 64, ("short", "x" * 600)))
     with pytest.raises(InvalidInput, match="so no position -100"):
-        measure(source, HARMFUL, HARMLESS, Conditions((-1, -100)))
+        measure(source, HARMFUL, HARMLESS, MeasurementOptions((-1, -100)))
     with pytest.raises(InvalidInput, match="is listed twice"):
-        measure(source, HARMFUL, HARMLESS, Conditions((-1, -1)))
+        measure(source, HARMFUL, HARMLESS, MeasurementOptions((-1, -1)))
     with pytest.raises(InvalidInput, match="layers 0 to 2"):
-        measure(source, HARMFUL, HARMLESS, Conditions(last_layer=3))
+        measure(source, HARMFUL, HARMLESS, MeasurementOptions(last_layer=3))
 
 
 def test_a_padded_batch_is_read_without_its_padding() -> None:
@@ -241,7 +245,7 @@ def test_a_padded_batch_is_read_without_its_padding() -> None:
 def test_what_does_not_fit_in_memory_is_refused_before_anything_runs() -> None:
     facts = ModelFacts(name="m", architecture="A", d_model=2**20, layers=100)
     with pytest.raises(InvalidInput, match="GiB of memory"):
-        _check_room(Conditions(keep=Keep(moments=True)), CapturePlan((-1,), 99), facts, 10)
+        _check_room(MeasurementOptions(keep=Keep(moments=True)), CapturePlan((-1,), 99), facts, 10)
 
 
 def test_activations_that_are_not_finite_are_named(tiny_folder: Path) -> None:

@@ -22,7 +22,7 @@ from steer.hf.internals import axis_in_file
 from steer.hf.load import attention_implementation
 from steer.lab.merge import model as merge
 from steer.lab.merge.model import CONFIG, RECEIPT, WEIGHTS, Made, bake, export_adapter
-from steer.lab.merge.removal import Plan, removal
+from steer.lab.merge.removal import RemovalPlan, removal
 from steer.lab.merge.weights import INDEX, Checkpoint, Writer
 from tests import models, oracle
 
@@ -335,12 +335,12 @@ def test_a_writer_that_was_missed_is_found_by_its_effect_and_nothing_is_kept(
     name: str, missed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = models.save(name, tmp_path / "model")
-    direction, edited = at_writers(model), Plan.edited
+    direction, edited = at_writers(model), RemovalPlan.edited
 
-    def forgetful(plan: Plan, writer: Writer, tensor: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def forgetful(plan: RemovalPlan, writer: Writer, tensor: torch.Tensor, *rest: Any) -> torch.Tensor:
         return tensor if writer.name == missed else edited(plan, writer, tensor, *rest)
 
-    monkeypatch.setattr(Plan, "edited", forgetful)
+    monkeypatch.setattr(RemovalPlan, "edited", forgetful)
     with pytest.raises(UnsupportedModel, match=r"some writer.*Nothing was kept"):
         baked(tmp_path / "model", direction)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -13,7 +13,7 @@ from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL
 from steer.lab.derive import Recipe
 from steer.lab.evaluation.arms import arms_of
-from steer.lab.evaluation.run import Evaluation, Plan
+from steer.lab.evaluation.run import Evaluation, EvaluationPlan
 from steer.lab.measure import MEASURING, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
@@ -132,7 +132,7 @@ def test_candidates_that_stop_early_are_skipped(loaded: Loaded, measured: Measur
 def test_an_evaluation_does_what_it_planned(loaded: Loaded, tmp_path: Path) -> None:
     path = tmp_path / "d.safetensors"
     models.direction(loaded.model).save(path)
-    plan = Plan(arms_of([path], None, [0.5, 1]), {"harmful": HARMFUL, "harmless": HARMLESS}, TOKENS)
+    plan = EvaluationPlan(arms_of([path], None, [0.5, 1]), {"harmful": HARMFUL, "harmless": HARMLESS}, TOKENS)
     progress, again = Progress(), Progress()
     found = Evaluation(evaluator(loaded, progress), plan, Cache(tmp_path, {})).run()
     assert progress.done == progress.total == pytest.approx(3 * 26 * answering(TOKENS) + 2 * 13)

@@ -17,7 +17,7 @@ from steer.lab.behaviour import REFUSAL
 from steer.lab.derive import Recipe
 from steer.lab.evaluator import Evaluator
 from steer.lab.judge import ChatJudge
-from steer.lab.measure import Conditions, measure
+from steer.lab.measure import MeasurementOptions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.probe import HFEvaluator
@@ -44,7 +44,7 @@ def sets() -> tuple[PromptSet, PromptSet]:
 @pytest.fixture(scope="module")
 def planted(loaded: Loaded, sets: tuple[PromptSet, PromptSet]) -> Measurement:
     """The demo model's means at layer GOOD; at the others the same in directions that mean nothing."""
-    found = measure(TransformersSource(loaded), *sets, Conditions((-1, -3)))
+    found = measure(TransformersSource(loaded), *sets, MeasurementOptions((-1, -3)))
     generator = torch.Generator().manual_seed(0)
     harmful = found.harmful.mean.clone()
     for layer in range(found.layers):

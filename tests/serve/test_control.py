@@ -29,7 +29,7 @@ from steer.serve.audit import verify
 from steer.serve.authorise import Caller, Refusal
 from steer.serve.body import tokens_of
 from steer.serve.operation import health
-from steer.serve.pages import is_loopback
+from steer.serve.origin import is_loopback
 from steer.serve.policy import read
 from steer.shared import Shared
 from steer.watch import Follower

@@ -18,7 +18,7 @@ from steer.hf.load import load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import Behaviour
 from steer.lab.evaluator import Candidate
-from steer.lab.measure import Conditions, measure
+from steer.lab.measure import MeasurementOptions, measure
 from steer.lab.probe import HFEvaluator
 from steer.lab.progress import answering
 from steer.lab.prompts import PromptSet
@@ -190,7 +190,7 @@ def test_a_search_runs_on_the_engine(evaluator: Any, folder: Path, tmp_path: Pat
     """The same trials as on transformers: they are drawn before anything is tried, and answer alike."""
     loaded = load(str(folder), dtype="float32")
     first, second = (PromptSet(name, "0" * 64, prompts) for name, prompts in (("a", SETS.asked), ("b", SETS.other)))
-    measured = measure(TransformersSource(loaded), first, second, Conditions())
+    measured = measure(TransformersSource(loaded), first, second, MeasurementOptions())
     settings = Settings(
         model="tiny",
         behaviour=CHANCE,

@@ -15,7 +15,7 @@ from steer.direction import MAX_VALUE, Direction
 from steer.lab.behaviour import Behaviour
 from steer.lab.evaluation.arms import Arm, layer_of, projected
 from steer.lab.evaluation.report import SetResult
-from steer.lab.evaluation.run import HARMLESS, Evaluation, Plan
+from steer.lab.evaluation.run import HARMLESS, Evaluation, EvaluationPlan
 from steer.lab.evaluator import Evaluator
 from steer.lab.prompts import PromptSet, Rendering
 from steer.lab.resume import Cache
@@ -81,7 +81,7 @@ def check(
     behaviour: Behaviour,
 ) -> Checked:
     """`sets` are of the names HARMFUL and HARMLESS. What fits must have been asked before (`fitting_shape`)."""
-    found = Evaluation(evaluator, Plan([arm], sets, evaluator.max_tokens, behaviour), Cache(None, {})).run()
+    found = Evaluation(evaluator, EvaluationPlan([arm], sets, evaluator.max_tokens, behaviour), Cache(None, {})).run()
     notes: list[str] = []
     unknown: list[str] = []
     layers, sign = acting(arm.direction, arm.mode), _sign(arm.direction, source, sets, rendering)

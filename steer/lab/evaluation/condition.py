@@ -15,7 +15,7 @@ from steer.errors import InvalidInput, NothingFound, SpecError
 from steer.lab.evaluation.check import fitting_shape
 from steer.lab.evaluation.report import Rate
 from steer.lab.evaluator import Floats
-from steer.lab.measure import Conditions, checked
+from steer.lab.measure import MeasurementOptions, checked
 from steer.lab.progress import Progress
 from steer.lab.prompts import Rendering, Split
 from steer.lab.source import Source, prompt_components
@@ -42,7 +42,7 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ChosenCondition:
     """The conditions at layers before which none is as good; the last of them is the best. And of prompts that did not
     choose it, in their order: which meet it, and how often a harmful one is farther on its side than a harmless one."""
 
@@ -83,7 +83,7 @@ def find(
     layer: int | None = None,
     batch_size: int | None = None,
     progress: Progress | None = None,
-) -> Found:
+) -> ChosenCondition:
     """The condition on `direction`, served as `name`, that harmful prompts meet and harmless ones do not: of those at
     all layers, or at one, it has the highest balanced accuracy on what `split` would measure. Of equal ones it is the
     first, since what it decides acts after it. `split` has at least SMALL prompts of each set.
@@ -102,7 +102,7 @@ def find(
         harmful, harmless, *others = (
             prompt_components(source, rows, encoded, batch_size, progress)
             for pair in pairs
-            for encoded in checked(source, *pair, Conditions(rendering=rendering or Rendering()))[0].values()
+            for encoded in checked(source, *pair, MeasurementOptions(rendering=rendering or Rendering()))[0].values()
         )
     if bad := torch.nonzero(~torch.cat([harmful, harmless, *others], 1).isfinite().all(1)).flatten().tolist():
         raise InvalidInput(f"components are not finite at layers {bad}; try --dtype float32 or bfloat16")
@@ -111,7 +111,7 @@ def find(
     condition = front[-1].condition
     met, wrongly = (_met(condition, each[condition.layer]) for each in others)
     near, far = (each[condition.layer].tolist() for each in (others if condition.above is None else others[::-1]))
-    found = Found(tuple(front), tuple(met.tolist()), tuple(wrongly.tolist()), rank_sum(near, far)[0])
+    found = ChosenCondition(tuple(front), tuple(met.tolist()), tuple(wrongly.tolist()), rank_sum(near, far)[0])
     if found.balanced.low <= LEAST:
         raise NothingFound(
             f"no condition on '{name}' tells the sets apart: the best is {condition}, whose balanced accuracy is "
@@ -122,7 +122,7 @@ def find(
     return found
 
 
-def told(found: Found, split: Split) -> list[str]:
+def told(found: ChosenCondition, split: Split) -> list[str]:
     """What was found, and its errors on prompts that did not choose it, for a terminal."""
     missed, caught = Rate.of([not met for met in found.harmful]), Rate.of(found.harmless)
     rows = [[str(cut.condition), f"{cut.accuracy:.1%}", ""] for cut in found.front]

@@ -219,7 +219,7 @@ class TaskScore(Part):
     against_plain: Difference | None = None
 
 
-class Conditions(Part):
+class RunSettings(Part):
     """What was asked for."""
 
     model: str
@@ -240,7 +240,7 @@ class Report(Part):
     schema_version: Literal[2] = 2
     tool: str = f"steer {__version__}"
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    conditions: Conditions
+    conditions: RunSettings
     arms: tuple[SteeredArm, ...]
     sets: tuple[SetResult, ...]
     divergence: tuple[DivergenceOf, ...]

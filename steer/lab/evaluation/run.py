@@ -51,7 +51,7 @@ DOSES = "arms at doses"
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class EvaluationPlan:
     """What is measured of `arms`; where there are `doses`, of each arm at the strengths that have these KLs. The arms
     are compared with the one called `against`, or, where that has no strength, with those at the same one or dose."""
 
@@ -67,7 +67,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Measured:
     """What was measured, with every answer by set and arm."""
 
     arms: Sequence[Arm]
@@ -82,14 +82,14 @@ class Found:
 class Evaluation:
     """What was measured of `plan` so far. Answers and divergences are kept in `cache`, and not measured again."""
 
-    def __init__(self, evaluator: Evaluator, plan: Plan, cache: Cache) -> None:
+    def __init__(self, evaluator: Evaluator, plan: EvaluationPlan, cache: Cache) -> None:
         self.evaluator, self.plan, self.cache = evaluator, plan, cache
         self.answers: dict[tuple[str, str], list[Answer]] = {}
         self.divergences: dict[str, list[Floats]] = {}
         self.negative: dict[str, Floats] = {}
         self._continued: Sequence[Continuation] = ()
 
-    def run(self) -> Found:
+    def run(self) -> Measured:
         self._planned({})
         self._measure(None)
         doses = self._doses() if self.plan.doses else []
@@ -112,7 +112,7 @@ class Evaluation:
         text = None if self.plan.text is None else text_result(self.plan.text, self.negative)
         divergence = tuple(DivergenceOf.of(name, HARMLESS, rows) for name, rows in self.divergences.items())
         beside = _beside(self.plan, doses, told, self.divergences)
-        return Found(self.plan.arms, tuple(doses), tuple(sets), divergence, text, beside, told)
+        return Measured(self.plan.arms, tuple(doses), tuple(sets), divergence, text, beside, told)
 
     def _planned(self, before: Mapping[str, float]) -> None:
         for part, work in (dict(before) | parts_of(self.plan)).items():
@@ -231,7 +231,7 @@ class Evaluation:
 
 
 def _beside(
-    plan: Plan,
+    plan: EvaluationPlan,
     doses: Sequence[Dose],
     told: Mapping[tuple[str, str], Sequence[Row]],
     divergences: Mapping[str, Sequence[Floats]],
@@ -265,7 +265,7 @@ def _beside(
     )
 
 
-def parts_of(plan: Plan) -> dict[str, float]:
+def parts_of(plan: EvaluationPlan) -> dict[str, float]:
     """The work of each part of the progress."""
     if plan.doses:
         count = min(DOSE_PROMPTS, len(plan.sets[HARMLESS]))

@@ -22,7 +22,7 @@ from steer._version import __version__
 from steer.errors import InvalidInput, UnsupportedModel
 from steer.hf.streamed import Change
 from steer.lab.measurement import save_tensors
-from steer.lab.merge.removal import Plan, Removal, Verdict, plan, verify
+from steer.lab.merge.removal import Removal, RemovalPlan, Verdict, plan, verify
 from steer.lab.merge.weights import INDEX, Checkpoint, Writer
 from steer.lab.progress import Progress
 from steer.runtime.bank import EMBEDDING
@@ -99,7 +99,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise
 
 
-def _write(planned: Plan, output: Path, preserve_norms: bool, progress: Progress) -> int:
+def _write(planned: RemovalPlan, output: Path, preserve_norms: bool, progress: Progress) -> int:
     checkpoint, streamed = planned.checkpoint, planned.streamed
     writers = {writer.name: writer for writer in planned.writers}
     untied = None if planned.removal.at(EMBEDDING) is None else streamed.tied
@@ -212,7 +212,7 @@ def _config(rank: int, modules: Mapping[str, nn.Module]) -> dict[str, object]:
     }
 
 
-def _problems(planned: Plan, writers: list[Writer]) -> list[str]:
+def _problems(planned: RemovalPlan, writers: list[Writer]) -> list[str]:
     problems = []
     for writer in writers:
         module = planned.streamed.module_of(writer.parameter)
@@ -225,7 +225,7 @@ def _problems(planned: Plan, writers: list[Writer]) -> list[str]:
     return problems
 
 
-def _factors(planned: Plan, writer: Writer, tensor: Tensor, embedding: bool) -> dict[str, Tensor]:
+def _factors(planned: RemovalPlan, writer: Writer, tensor: Tensor, embedding: bool) -> dict[str, Tensor]:
     """PEFT's tensors for one module, float32: A `[k, inputs]` and B `[d_model, k]`, alpha = r so that ΔW = B·A."""
     found = planned.at(writer)
     assert found is not None
@@ -241,7 +241,7 @@ def _names(module: str, embedding: bool) -> tuple[str, str]:
     return f"{PREFIX}{module}.{kinds[0]}", f"{PREFIX}{module}.{kinds[1]}"
 
 
-def _adapted(planned: Plan, folder: Path) -> Change:
+def _adapted(planned: RemovalPlan, folder: Path) -> Change:
     """The parameters with the adapter in `folder`, read as PEFT reads it: its alpha / r, its modules, its factors."""
     config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
     scale = config["lora_alpha"] / config["r"]

@@ -92,7 +92,7 @@ def removal(direction: Direction, strength: float | None = None) -> Removal:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RemovalPlan:
     """A removal from a model: its files, the model streamed from them, what its blocks add to the stream, and which
     tensors of the files write that."""
 
@@ -124,7 +124,7 @@ class Plan:
         return writer.stored(y).to(tensor.dtype).contiguous()
 
 
-def plan(checkpoint: Checkpoint, removal: Removal, progress: Progress | None = None) -> Plan:
+def plan(checkpoint: Checkpoint, removal: Removal, progress: Progress | None = None) -> RemovalPlan:
     """Look at the model in `checkpoint`, in one pass over it. Raises DirectionError for a direction of another model,
     and UnsupportedModel for a model of whose writers something is not known."""
     progress = progress or Progress()
@@ -135,7 +135,7 @@ def plan(checkpoint: Checkpoint, removal: Removal, progress: Progress | None = N
     with progress.part(LOOKING):
         terms = find_terms(streamed)
     removal.direction.check_terms({term.layer for term in terms} - {term.layer for term in terms if term.number})
-    return Plan(checkpoint, removal, streamed, terms, find(checkpoint, streamed, terms))
+    return RemovalPlan(checkpoint, removal, streamed, terms, find(checkpoint, streamed, terms))
 
 
 def stream(checkpoint: Checkpoint, progress: Progress, change: Change | None = None) -> Streamed:
@@ -188,7 +188,7 @@ class Verdict:
 
 
 def verify(
-    plan: Plan,
+    plan: RemovalPlan,
     edited: Checkpoint,
     dtype: torch.dtype,
     progress: Progress,
@@ -206,7 +206,7 @@ def verify(
         return _verdict(plan, stream(edited, progress, change), dtype, preserve_norms)
 
 
-def _verdict(plan: Plan, edited: Streamed, dtype: torch.dtype, preserve_norms: bool) -> Verdict:
+def _verdict(plan: RemovalPlan, edited: Streamed, dtype: torch.dtype, preserve_norms: bool) -> Verdict:
     limit_logits, limit_left = TOLERANCE.get(dtype, TOLERANCE_16)
     got, left = _without(plan, edited)
     logits = served = None
@@ -231,7 +231,7 @@ def _verdict(plan: Plan, edited: Streamed, dtype: torch.dtype, preserve_norms: b
     return verdict
 
 
-def _without(plan: Plan, edited: Streamed) -> tuple[Tensor, dict[int, float]]:
+def _without(plan: RemovalPlan, edited: Streamed) -> tuple[Tensor, dict[int, float]]:
     """The logits of `edited`, and what is left of the direction in its stream, by layer."""
     removal, blocks, left = plan.removal, edited.anatomy.blocks, dict[int, float]()
 
@@ -249,7 +249,7 @@ def _without(plan: Plan, edited: Streamed) -> tuple[Tensor, dict[int, float]]:
     return logits, left
 
 
-def _logits(plan: Plan, places: Iterable[tuple[nn.Module, Term, Tensor | None]]) -> Tensor:
+def _logits(plan: RemovalPlan, places: Iterable[tuple[nn.Module, Term, Tensor | None]]) -> Tensor:
     """The logits of the original with the direction removed from the outputs of these modules and before block 0."""
     removal, blocks = plan.removal, plan.streamed.anatomy.blocks
     handles = [on_input(blocks[0], lambda x: removal.taken(x, EMBEDDING))]
@@ -265,7 +265,7 @@ def _apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max())
 
 
-def _same_up_to(plan: Plan, layer: int) -> bool:
+def _same_up_to(plan: RemovalPlan, layer: int) -> bool:
     """Is one and the same direction removed from everything that was written up to `layer`? Then none of it is left."""
     removal, direction = plan.removal, plan.removal.direction
     if direction.embedding is None or not removal.full(EMBEDDING):

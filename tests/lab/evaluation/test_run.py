@@ -21,8 +21,8 @@ from steer.lab.behaviour import REFUSAL
 from steer.lab.evaluation.arms import Arm, arms_of, projected
 from steer.lab.evaluation.figures import Text, windows
 from steer.lab.evaluation.pages import draw, render, tables
-from steer.lab.evaluation.report import Conditions, Report, SteeredArm
-from steer.lab.evaluation.run import NEAR, TRIES, Evaluation, Found, Plan, strength_at
+from steer.lab.evaluation.report import Report, RunSettings, SteeredArm
+from steer.lab.evaluation.run import NEAR, TRIES, Evaluation, EvaluationPlan, Measured, strength_at
 from steer.lab.judge import ChatJudge, Judge
 from steer.lab.outcome import OUTCOMES, Answer
 from steer.lab.probe import HFEvaluator
@@ -70,14 +70,14 @@ def probe(loaded: Loaded) -> Watched:
     return watched
 
 
-def plan(arms: list[Arm], loaded: Loaded, judges: tuple[Judge, ...] = ()) -> Plan:
+def plan(arms: list[Arm], loaded: Loaded, judges: tuple[Judge, ...] = ()) -> EvaluationPlan:
     ids = loaded.text_ids("plain text of some length that is read in windows")
     text = Text(SETS["harmful"].dataset, windows(ids, 16))
-    return Plan(arms, SETS, 6, REFUSAL, judges, {}, text)
+    return EvaluationPlan(arms, SETS, 6, REFUSAL, judges, {}, text)
 
 
-def report_of(found: Found, arms: list[Arm]) -> Report:
-    asked = Conditions(
+def report_of(found: Measured, arms: list[Arm]) -> Report:
+    asked = RunSettings(
         model="tiny",
         revision=None,
         backend="transformers",

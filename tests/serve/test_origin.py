@@ -11,7 +11,7 @@ import pytest
 
 from steer.errors import InvalidInput
 from steer.serve.control import Control
-from steer.serve.pages import Pages, hosts_of
+from steer.serve.origin import AllowedOrigins, hosts_of
 from steer.settings import ControlSettings
 from tests import models
 from tests.serve.inside import Inside, post
@@ -146,11 +146,11 @@ def test_a_page_that_may_call_reads_its_refusals_too(tmp_path: Path) -> None:
     ],
 )
 def test_which_names_are_this_servers(host: str, allowed: str, ours: bool) -> None:
-    assert Pages(hosts_of(allowed)).is_ours(host) == ours
+    assert AllowedOrigins(hosts_of(allowed)).is_ours(host) == ours
 
 
 def test_where_it_listens_says_by_which_names_it_is_called() -> None:
-    def pages(host: str | None, **more: Any) -> Pages:
+    def pages(host: str | None, **more: Any) -> AllowedOrigins:
         control = Control(ControlSettings(insecure=True, allowed_hosts="box.lan", **more))
         control.listen(host)
         assert control.pages

@@ -27,7 +27,7 @@ _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*))(?::\d*)?")
 
 
 @dataclass(frozen=True, slots=True)
-class Pages:
+class AllowedOrigins:
     """Which names of this server a request may have in `Host`, besides those of this machine alone, and the origins of
     pages that may call it, besides its own.
 

@@ -183,6 +183,11 @@ class Spec:
         return next((entry.condition for entry in self.entries), None)
 
     @property
+    def decided_once(self) -> bool:
+        """Do all entries act under a condition that the request as a whole meets or not?"""
+        return self.condition is not None and not self.condition.each
+
+    @property
     def phased(self) -> str | None:
         """The one of `PHASES` in which all entries act."""
         return next((entry.tokens for entry in self.entries if entry.tokens in PHASES), None)

@@ -276,8 +276,7 @@ class DirectionBank:
             )
         spans = [(entry, *entry.span(prompt)) for entry in spec.entries]
         bounds = {bound for _, *span in spans for bound in span}
-        once = spec.condition is not None and not spec.condition.each
-        if once:
+        if spec.decided_once:
             bounds.add(prompt)  # after the token that decides
         cuts = sorted(bound for bound in bounds if 0 < bound < END)
         parts = [
@@ -287,7 +286,7 @@ class DirectionBank:
             self._deciding(
                 part or RequestSteer.plain(self.rank),
                 spec,
-                at == prompt - 1 if once else part is not None,
+                at == prompt - 1 if spec.decided_once else part is not None,
                 phase if part else None,
             )
             for part, at in zip(parts, (0, *cuts), strict=True)

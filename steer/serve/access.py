@@ -2,7 +2,7 @@
 
 With a policy in force, only `/health` answers without a key. A key reaches the paths that are listed here; every other
 path of a server, also an unknown one, needs the managing role. Without a policy, web pages other than the server's own
-are kept out (`pages`). A browser's preflight request is answered here, on every server.
+are kept out (`origin`). A browser's preflight request is answered here, on every server.
 """
 
 from __future__ import annotations

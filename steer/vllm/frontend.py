@@ -316,7 +316,7 @@ class Frontend:
         spec, state = ticket.admission.spec, internals.engine.of_choice(ticket.states, answer, choice)
         if state is None or not (tokens := internals.engine.answer_ids(state)):
             return None
-        if spec.condition:
+        if spec.decided_once:
             return ticket.holds.get(state.request_id)
         phase = spec.phase(self.placement.shape.thinking, state.prompt_token_ids or ())
         return None if phase is None else phase.comes(tokens)
@@ -374,7 +374,7 @@ class Frontend:
             raise UnsupportedModel("vLLM made a steered request without its prefix-cache salt")
         ticket.salt = salted
         request.cache_salt = self.salts.current(salted)
-        if (condition := ticket.admission.spec.condition) and not condition.each:
+        if ticket.admission.spec.decided_once:
             request.cache_salt += f"?{request.request_id}"  # one that asks the same may decide otherwise, by rounding
         ticket.admission.hold(request.request_id)
         self.held[request.request_id] = ticket
@@ -385,7 +385,7 @@ class Frontend:
         if (call := _adding.get()) is None:
             return
         admission = call.ticket.admission
-        if admission.readout or admission.spec.condition or admission.spec.phased:
+        if admission.readout or admission.spec.decided_once or admission.spec.phased:
             call.ticket.states[internals.engine.choice_of(state)] = state
 
     def let_go(self, request_id: str) -> None:

@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from steer.errors import InvalidInput, NotFinite, SpecError, SteerError, UnsupportedModel
 from steer.readout import FIELD
 from steer.registry import Admission
-from steer.serve import carriers, errors, html, metrics, operation, pages
+from steer.serve import carriers, errors, html, metrics, operation, origin
 from steer.serve.access import PUBLIC, Access, Cors
 from steer.serve.answers import ReadReport, report
 from steer.serve.asgi import Change, rewriting, with_headers
@@ -272,7 +272,7 @@ class Generation:
 
             answer = UnlessLost(send, lambda: ticket is not None and ticket.lost)
             send = answer.send
-            if self.reads and ticket is not None and (admission.readout or spec.condition or spec.phased):
+            if self.reads and ticket is not None and (admission.readout or spec.decided_once or spec.phased):
                 send = with_fields(send, partial(front.met, ticket), fetch if admission.readout else None)
             used = None if ticket is None else lambda: ticket.used
             try:
@@ -355,7 +355,7 @@ def _may_be_plain(scope: Scope) -> bool:
 
 async def _understood(scope: Scope, data: bytes) -> object:
     """What a body says: of JSON the value, of a form its fields, {} of none; None where we cannot tell."""
-    kind = (pages.header(Headers(scope=scope), "content-type") or "").lower()
+    kind = (origin.header(Headers(scope=scope), "content-type") or "").lower()
     forms = ("multipart/form-data", "application/x-www-form-urlencoded")
     if kind.startswith(forms) and not data.lstrip().startswith(b"{"):  # which is JSON to who does not look at the type
         try:
@@ -506,4 +506,4 @@ class HealthLayer(_Layer):
 
             return change
 
-        await self.app(scope, receive, rewriting(send, choose, pages.JSON))
+        await self.app(scope, receive, rewriting(send, choose, origin.JSON))

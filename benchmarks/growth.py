@@ -72,6 +72,8 @@ SWEEPS: dict[str, Sequence[int]] = {
 
 
 def report(repeats: int) -> str:
+    # freed once, such sizes come from glibc's heap and not as new pages each time, as after a model's first pass
+    torch.empty(2**25 - 2**12, dtype=torch.uint8)
     parts = [
         f"Everything else at {Case()}; bfloat16 stream on {DEVICE}, not compiled.\n",
         f"Memory: `layers × ((rows + 1) × (4·width + {4 * COEFFICIENTS * len(MODES)}) + 4) + tokens × "

@@ -58,6 +58,8 @@ UNIT_TOLERANCE = 1e-4
 MEASUREMENT_KEY = "steer_measurement"
 #: Of any value: products and norms of larger ones overflow float32, and NaN would get into the stream.
 MAX_VALUE = 1e15
+#: A component as a share of the vector that it is of, which float32's rounding of that can leave.
+ROUNDING = 1e-6
 #: Tensors that a file may be without.
 PLANE = ("axis", "angles")
 OPTIONAL = ("embedding", "target", "mlp_weights", *PLANE)
@@ -222,11 +224,15 @@ class Direction:
         """Rows that it takes of a bank whose requests can use `rank` rows: its axis is of no use to one of 1."""
         return self.rank + (self.axis is not None and rank > 1)
 
-    @property
-    def contrasted(self) -> bool:
-        """Are the class means there, and not the same, at every layer that it steers?"""
+    def contrasted(self, *, each: bool = False) -> bool:
+        """Are the class means there, and apart by more than rounding along a row, or `each` row, of every layer that it
+        steers?"""
         steered = self.directions.flatten(1).any(1) & (self.weights != 0)
-        return bool((self.mean_harmful != self.mean_harmless).any(1)[steered].all())
+        means = torch.stack([self.mean_harmful, self.mean_harmless])
+        apart = torch.einsum("lkd,ld->lk", self.directions, means[0] - means[1]).abs()
+        apart = apart > ROUNDING * torch.linalg.vector_norm(means, dim=-1).amax(0)[:, None]
+        found = (apart | ~self.directions.any(-1)).all(1) if each else apart.any(1)
+        return bool(found[steered].all())
 
     def weights_of(self, term: int) -> Tensor:
         """`[layers]`: of what a block writes first (0, attention) or second (1, its MLP)."""

@@ -122,7 +122,7 @@ def check_mode(direction: Direction, mode: Mode, name: str) -> None:
     if not all(mode in SITE_RULES[site].modes for site in direction.meta.sites):
         raise SpecError(f"direction '{name}': {site_problem(direction.meta.sites, mode)}", param="steer.mode")
     modes = direction.meta.modes
-    if mode == "clamp" and not direction.contrasted:
+    if mode == "clamp" and not direction.contrasted(each=True):
         modes = tuple(other for other in modes if other != mode)
     if mode not in modes:
         lacks = "means"
@@ -138,7 +138,7 @@ def _check_shift(direction: Direction, entry: Entry) -> None:
     problem = None
     if entry.mode not in SHIFTING:
         problem = f"the mode '{entry.mode}' has no threshold to shift; modes with one: {', '.join(SHIFTING)}"
-    elif not direction.contrasted:
+    elif not direction.contrasted():
         problem = "holds no class means for some layer, so no distance to shift a threshold by"
     if problem:
         raise SpecError(f"direction '{entry.direction}': {problem}", param="steer.shift")

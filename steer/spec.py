@@ -13,8 +13,8 @@ A request names directions, never paths or vectors. As text:
     refusal=1,verbosity=-0.5     several, which act together
     off                          nothing, also where the server has a default
 
-As JSON: such a text, an object `{"direction", "mode", "strength", "shift", "layers", "tokens", "if"}`, a list of texts
-and objects, `null` or `false`.
+As JSON: such a text, an object `{"direction", "mode", "strength", "shift", "layers", "tokens", "if", "digest"}`, a list
+of texts and objects, such as a receipt, `null` or `false`.
 
 Parsing gives `RequestedDirection` items; the registry resolves them into a `Spec` of exact file versions.
 """
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -34,13 +35,15 @@ from steer.tokenization import Phase, Thinking
 MAX_ITEMS = 16
 #: Characters of a spec as text: nothing that could be accepted is longer.
 MAX_TEXT = 8192
+#: Characters of a name that are looked at where some are not ASCII: one can stand for eighteen.
+MAX_NAME = 256
 _MENTION = re.compile(r"(?<![^\W_])(?:x[\W_]*)?steer", re.IGNORECASE)
 OFF_TEXTS = {"off", "none", "null", "false"}
-_FIELDS = ("direction", "mode", "strength", "shift", "layers", "tokens", "if")
+_FIELDS = ("direction", "mode", "strength", "shift", "layers", "tokens", "if", "digest")
 ACCEPTED = (
     "accepted: a text like 'refusal', 'refusal=0.7' or 'refusal:one_sided=0.7,other=1', an object "
-    "{'direction', 'mode', 'strength', 'shift', 'layers', 'tokens', 'if'}, a list of those, or null, false or 'off' "
-    "for none"
+    "{'direction', 'mode', 'strength', 'shift', 'layers', 'tokens', 'if', 'digest'}, a list of those, or null, false "
+    "or 'off' for none"
 )
 #: At which positions of a request an entry acts, with a sentence for whoever chooses. `N` is a number of positions.
 TOKENS = {
@@ -59,7 +62,8 @@ PHASES = ("thinking", "after-thinking")
 _LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
 _COUNTED = re.compile(r"(first|last)-([1-9][0-9]{0,8})")
 #: The fields of a condition, and its text: a direction, a layer, a side and a number.
-_CONDITION_FIELDS = ("direction", "layer", "above", "below", "each")
+_CONDITION_FIELDS = ("direction", "layer", "above", "below", "each", "digest")
+_DIGEST = re.compile(r"[0-9a-f]{12,64}")
 _CONDITION = re.compile(r"\s*(?:(each)\s*:)?([^@<>]*)@\s*(\d{1,4})\s*([<>])([^<>]*)", re.ASCII)
 _SIDES = {">": "above", "<": "below"}
 #: The largest number in a condition: beyond it no component is told from another.
@@ -74,8 +78,8 @@ MAX_PLACES, MAX_TOGETHER = 2, 3
 class Condition:
     """For which requests an entry acts: those in which the component of the stream along the one row of a direction, at
     the output of `layer` and at the prompt's last token, is above a number, or below one. With `each` (None is False)
-    it is for which tokens: those at which that is so. `digest`: which version of the direction, empty until that is
-    resolved."""
+    it is for which tokens: those at which that is so. `digest`: which version of the direction, empty where that is
+    not resolved and any will do."""
 
     direction: str
     layer: int
@@ -95,7 +99,8 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class RequestedDirection:
-    """One direction as a client asked for it; None where the client leaves it to the direction's file."""
+    """One direction as a client asked for it; None where the client leaves it to the direction's file. `digest`: of the
+    one version that will do, or its beginning."""
 
     direction: str
     mode: Mode | None = None
@@ -104,6 +109,7 @@ class RequestedDirection:
     tokens: str | None = None
     condition: Condition | None = None
     shift: float | None = None
+    digest: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -288,12 +294,15 @@ def parse(value: object, param: str = "steer") -> tuple[RequestedDirection, ...]
 def bare(name: str) -> str:
     """Without what people write differently: case, and what stands between words or around them. Of a name that is
     longer than any, its beginning."""
+    if not name.isascii():  # letters that look alike, as far as Unicode says so
+        name = unicodedata.normalize("NFKC", name[:MAX_NAME])
     return "".join(islice(filter(str.isalnum, name[:MAX_TEXT].casefold()), 64))
 
 
 def nearly(name: str) -> bool:
-    """Is a field or header of this name meant to steer: does it begin with `steer`, or with that after an `X-`?"""
-    return bare(name).startswith(("steer", "xsteer"))
+    """Is a field or header of this name meant to steer: does it, or what stands after its last dot, begin with `steer`,
+    or with that after an `X-`?"""
+    return any(bare(each).startswith(("steer", "xsteer")) for each in (name, *name.rpartition(".")[2:]))
 
 
 def mentions(words: str) -> bool:
@@ -347,9 +356,12 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
         return []
     if stripped.lower() in OFF_TEXTS:
         return []
+    if not stripped:
+        problems.append(f"{param}: is empty; {ACCEPTED}")
+        return []
     if stripped[:1] in ("{", "["):
         try:
-            loaded = json.loads(stripped)
+            loaded = json.loads(stripped, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:  # a plain ValueError for an integer of thousands of digits
             problems.append(f"{param}: not JSON: {error}")
             return []
@@ -378,13 +390,22 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
     return items
 
 
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON. Raises ValueError where a key stands twice: readers differ in which they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for at, (key, _) in enumerate(pairs) if key in dict(pairs[:at]))
+        raise ValueError(f"the key {brief(twice)} stands twice")
+    return found
+
+
 def _from_object(value: dict[object, object], param: str, problems: list[str]) -> RequestedDirection | None:
     for key in islice((str(key) for key in value if key not in _FIELDS), MAX_ITEMS):
         problems.append(f"{param}.{key[:40]}: unknown field; accepted: {', '.join(_FIELDS)}")
     if "direction" not in value:
         problems.append(f"{param}.direction: missing; it names the direction")
         return None
-    name, mode, strength, shift, layers, tokens, condition = map(value.get, _FIELDS)
+    name, mode, strength, shift, layers, tokens, condition, digest = map(value.get, _FIELDS)
     before = len(problems)
     known = next((each for each in MODES if each == mode), None)
     named = ""
@@ -404,13 +425,14 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
         if isinstance(tokens, str) and (tokens in TOKENS.keys() - {"first-N", "last-N"} or _COUNTED.fullmatch(tokens)):
             place = None if tokens == "all" else tokens
         else:
-            problems.append(f"{param}.tokens: {brief(tokens)} is not accepted: {', '.join(TOKENS)}")
+            problems.append(f"{param}.tokens: {brief(tokens)} is not accepted: {', '.join(TOKENS)}{_order(tokens)}")
     span = None if layers is None else layer_range(layers)
     if layers is not None and span is None:
         problems.append(
             f"{param}.layers: {brief(layers)} is not accepted: the first and the last layer like '10-20' (the first "
             "not after the last), or one layer like 10"
         )
+    version = None if digest is None else _digest(digest, param, problems)
     decided = None if condition is None else _condition(condition, param, problems)
     if decided is not None and decided.each:
         if place in PHASES:
@@ -423,7 +445,15 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
     if len(problems) > before:
         return None
     place = "answer" if decided and not decided.each else place
-    return RequestedDirection(named, known, strength_, span, place, decided, shift_ or None)
+    return RequestedDirection(named, known, strength_, span, place, decided, shift_ or None, version)
+
+
+def _digest(value: object, param: str, problems: list[str]) -> str | None:
+    """Of a version: 64 hexadecimal digits, or their beginning."""
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return value
+    problems.append(f"{param}.digest: {brief(value)} is not accepted: the digits of a digest, the first 12 or more")
+    return None
 
 
 def _within(value: object, most: float, field: str, problems: list[str]) -> float | None:
@@ -431,8 +461,14 @@ def _within(value: object, most: float, field: str, problems: list[str]) -> floa
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= most:
         return float(value) + 0.0  # which turns -0.0 into 0.0
     shown = value if isinstance(value, _Unread) else brief(value)  # NaN too
-    problems.append(f"{field}: {shown} is not accepted: a number from {-most:g} to {most:g}")
+    problems.append(f"{field}: {shown} is not accepted: a number from {-most:g} to {most:g}{_order(value)}")
     return None
+
+
+def _order(value: object) -> str:
+    """What to say of a text that holds the beginning of another part of a spec."""
+    misplaced = isinstance(value, str) and any(sign in value for sign in ":^@?=")
+    return "; the order is name:mode^shift@where?condition=strength" if misplaced else ""
 
 
 def _condition(value: object, param: str, problems: list[str]) -> Condition | None:
@@ -469,10 +505,11 @@ def _condition(value: object, param: str, problems: list[str]) -> Condition | No
             problems.append(f"{param}.if.{side}: {shown} is not accepted: a number, the component to compare with")
     if (each := value.get("each")) is not None and not isinstance(each, bool):
         problems.append(f"{param}.if.each: {brief(each)} is not accepted: true or false")
+    version = None if value.get("digest") is None else _digest(value["digest"], f"{param}.if", problems)
     if len(problems) > before:
         return None
     above, below = (number if side in sides else None for side in _SIDES.values())
-    return Condition(name, layer, above, below, each=True if each else None)
+    return Condition(name, layer, above, below, version or "", True if each else None)
 
 
 def ends(layers: str) -> tuple[int, int]:

@@ -177,8 +177,14 @@ class Chat:
     def chat_ids(
         self, messages: Sequence[dict[str, object]], *, add_generation_prompt: bool = True, **more: object
     ) -> list[int]:
-        """Token ids of a conversation under the model's own template. The template writes the BOS where there is one,
-        so the text is tokenized without special tokens: adding them again is the usual two-BOS bug.
+        """Token ids of a conversation (`chat_text`). The template writes the BOS where there is one, so the text is
+        tokenized without special tokens: adding them again is the usual two-BOS bug."""
+        return self.piece_ids(self.chat_text(messages, add_generation_prompt=add_generation_prompt, **more))
+
+    def chat_text(
+        self, messages: Sequence[dict[str, object]], *, add_generation_prompt: bool = True, **more: object
+    ) -> str:
+        """A conversation under the model's own template.
 
         A developer's messages are the system's where the template does not know that role. Raises RequestError where
         there is no template, where it refuses the messages, or where it does not look at what one of them carries.
@@ -202,7 +208,7 @@ class Chat:
             if unread := sorted(message.keys() - message.asked - {"role", "content"}):
                 name = f"messages.{number}.{unread[0][:100]}"
                 raise RequestError(f"{name}: the chat template of this model does not use it", param=name)
-        return self._ids(text, add_special_tokens=False)
+        return str(text)
 
     def unread(self, variables: Iterable[str]) -> list[str]:
         """Those of `variables` that the chat template nowhere names, so that they change nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import pickle
 import threading
@@ -86,6 +87,27 @@ def write(folder: Path, name: str, data: bytes) -> None:
 
 
 # -- swaps -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_receipt_asks_for_what_it_says_and_for_that_version_alone() -> None:
+    registry = Registry(local(rank=4))
+    model = models.tiny("llama")
+    registry.put("a", models.direction(model, seed=1).to_bytes())
+    for spec in ("a=0.5", "a:one_sided^0.25@1-2@answer", "a@1-2?a@0>0.5", "a?each:a@0<0.5=2", "a=1,a:add=0.25"):
+        resolved = registry.resolve(parse(spec))
+        assert registry.resolve(parse(json.loads(resolved.receipt()))) == resolved, spec
+    digest = registry.get("a").digest
+    pinned = parse({"direction": "a", "digest": digest[:12]})
+    probed = parse({"direction": "a", "if": {"direction": "a", "layer": 0, "above": 1, "digest": digest}})
+    for each in (pinned, probed):
+        assert registry.resolve(each)
+    registry.put("a", models.direction(model, seed=2).to_bytes())
+    for each in (pinned, probed):
+        with pytest.raises(SpecError, match=f"and {digest[:12]} is asked for"):
+            registry.resolve(each)
+    for wrong in ("", "abc", digest.upper(), 7, digest + "0"):
+        with pytest.raises(SpecError, match="digest"):
+            parse({"direction": "a", "digest": wrong})
 
 
 def test_a_name_points_to_what_was_put() -> None:

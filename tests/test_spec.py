@@ -23,6 +23,7 @@ from steer.spec import (
     Entry,
     RequestedDirection,
     Spec,
+    nearly,
     parse,
     text,
 )
@@ -161,7 +162,7 @@ def test_the_forms_of_the_documentation() -> None:
         ({"direction": "harm", "layer": 1}, "steer.if: it says neither side; accepted: 'above' or 'below'"),
         ({"direction": "harm", "layer": 1, "above": 0, "below": 1}, "steer.if: it says above and below"),
         ({"direction": "harm", "layer": 1, "above": "1"}, "steer.if.above: '1' is not accepted"),
-        ({"direction": "harm", "layer": 1, "above": 1, "digest": "x"}, "steer.if.digest: unknown field"),
+        ({"direction": "harm", "layer": 1, "above": 1, "digest": "x"}, "steer.if.digest: 'x' is not accepted"),
         ({"direction": "harm", "layer": 1, "above": 1, "each": 1}, "steer.if.each: 1 is not accepted: true or false"),
         ("one:harm@12>0.3", "steer.if.direction: direction name 'one:harm' is not acceptable"),
     ],
@@ -547,3 +548,22 @@ def test_the_page_says_of_tokens_what_the_code_says() -> None:
     page = (Path(__file__).parents[1] / "docs" / "requests.md").read_text()
     for name, sentence in TOKENS.items():
         assert f"| `{name}` | {sentence} |" in page
+
+
+@pytest.mark.parametrize("spec", ["d=1?h@3>0", "d^0.25:one_sided", "d@answer^0.2", "d=1^0.5", "d=0.5@answer"])
+def test_a_part_in_another_place_is_told_the_order(spec: str) -> None:
+    (problem,) = problems_of(spec)
+    assert problem.endswith("; the order is name:mode^shift@where?condition=strength")
+
+
+def test_a_text_of_json_says_a_key_once_and_an_empty_one_says_nothing() -> None:
+    for twice in ('{"direction":"d","strength":0,"strength":1}', '[{"direction":"d","if":{"layer":1,"layer":2}}]'):
+        (problem,) = problems_of(twice)
+        assert "stands twice" in problem
+    assert problems_of(" ") == problems_of("")
+    assert "is empty" in problems_of("")[0]
+
+
+@pytest.mark.parametrize("name", ["vllm_xargs.steer", "\uff53teer", "X-\uff33teer", "a.b.steering"])
+def test_what_looks_like_the_field_is_nearly_it(name: str) -> None:
+    assert nearly(name)

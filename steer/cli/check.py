@@ -32,7 +32,7 @@ def check(
     ] = None,
     harmless: Annotated[str | None, "prompts that do not show it; default: 8 that come with Steer"] = None,
     mode: Annotated[str | None, f"{', '.join(MODES)}; default: the file's"] = None,
-    strength: Annotated[float | None, "default: the file's"] = None,
+    strength: Annotated[float | None, "default: the file's, of its own mode; in another mode 1"] = None,
     behaviour: opt.BehaviourOption = "refusal",
     prompts: Annotated[int, typer.Option(min=2, help="most prompts of each class")] = 8,
     max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 32,

@@ -20,13 +20,13 @@ import typer
 
 from steer.cli import options as opt
 from steer.cli.console import echo_json, echo_line, quiet_libraries, reported
-from steer.errors import InvalidInput
+from steer.errors import InvalidInput, SpecError
 from steer.lab.progress import Progress
 from steer.lab.prompts import PromptSet, Rendering, check_contrast, read_prompts
 from steer.lab.tables import shown
 from steer.names import MODES
 from steer.settings import ModelSettings
-from steer.spec import PHASES, TOKENS
+from steer.spec import PHASES, TOKENS, parse
 
 if TYPE_CHECKING:
     from steer.lab.behaviour import Behaviour
@@ -46,7 +46,7 @@ class Applied:
     """How the directions are applied: what arms there are, and with which they are compared."""
 
     mode: Annotated[str | None, f"{', '.join(MODES)}; several by commas; default: the file's"] = None
-    strength: Annotated[float | None, "default: the file's"] = None
+    strength: Annotated[float | None, "default: the file's, of its own mode; in another mode 1"] = None
     strengths: Annotated[str | None, "several strengths instead of --strength, like 0,0.5,1,1.5"] = None
     kl: Annotated[
         str | None, "KL doses on harmless, like 0.02,0.05: find the strengths that have these and try them"
@@ -79,6 +79,15 @@ class Applied:
     @property
     def when(self) -> list[str]:
         return ["all"] if self.tokens is None else opt.split(self.tokens)
+
+    @property
+    def each(self) -> bool:
+        """Does no token of a request decide for others? What cannot be read is told elsewhere."""
+        try:
+            wanted = parse({"direction": "it", "if": self.condition})
+        except SpecError:
+            return True
+        return all(item.condition is None or bool(item.condition.each) for item in wanted)
 
     def moved(self) -> list[float]:
         """The shifts, 0 for none."""
@@ -272,7 +281,7 @@ def _checked(
         f"--condition: does not go with {' and '.join(scored)}, whose texts have no prompts: leave one out": scored
         and condition is not None,
         "--condition: vLLM scores an answer as the end of a prompt, and would decide there: begin it with each:, or "
-        "give --backend transformers": backend == "vllm" and (condition or "each").strip()[:4] != "each",
+        "give --backend transformers": backend == "vllm" and not applied.each,
         "--probe: is for --condition": applied.probe is not None and condition is None,
         "--shifts: names none: give one, or leave the option out": not applied.shifts and applied.shifts is not None,
         f"--tokens: {', '.join(phases)}: for requests to a server, whose answers decide: give others": phases,

@@ -78,7 +78,7 @@ def convert(
     for sentence in formats.write(output, direction):
         typer.echo(f"warning: {sentence}", err=True)
     meta = direction.meta
-    typer.echo(f"wrote {output}: {meta.method}, mode {meta.mode}, modes {', '.join(meta.modes)}")
+    typer.echo(f"wrote {output} from a direction: {meta.method}, mode {meta.mode}, modes {', '.join(meta.modes)}")
 
 
 def _refuse(what: str, **options: object) -> None:
@@ -91,7 +91,7 @@ def bake(
     model: Annotated[str, typer.Argument(help="local folder or hub id, with safetensors weights")],
     direction: Annotated[Path, "the direction file"],
     output: Annotated[Path, typer.Option("--output", "-o", help="the new folder")],
-    strength: Annotated[float | None, "default: the file's"] = None,
+    strength: Annotated[float | None, "default: the file's, of its own mode; in another mode 1"] = None,
     mode: Annotated[str | None, "ablate, to bake plain removal of a direction whose file says another mode"] = None,
     lora: Annotated[bool, "write a LoRA adapter (PEFT) instead of a whole model"] = False,
     preserve_norms: Annotated[

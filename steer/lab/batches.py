@@ -68,10 +68,10 @@ def each_batch(
                 torch.cuda.empty_cache()
             continue
         at += len(indices)
-        if progress is not None:
-            progress.advance(len(indices) * work)
         if after is not None:
             after(at, size)
+        if progress is not None:
+            progress.advance(len(indices) * work)
 
 
 def right_padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> Tensor:

@@ -67,6 +67,8 @@ class Recipe:
             problems.append(f"target must not be above the threshold, got {self.target:g}")
         if self.mlp_weights is not None and not acts_on_terms(self.sites):
             problems.append(f"mlp_weights needs the site 'writers', got {', '.join(self.sites)}")
+        if not 0 <= self.seed < 2**63:
+            problems.append(f"seed must be from 0 to 2^63 − 1, got {self.seed}")
         if self.bootstrap < 0 or self.bootstrap == 1:
             problems.append(f"bootstrap must be 0, or at least 2 resamples, got {self.bootstrap}")
         if problems:
@@ -419,9 +421,10 @@ def _angles(measurement: Measurement, recipe: Recipe, rows: Tensor, axis: Tensor
     if first is None or last is None:
         return torch.tensor([MAX_VALUE, 0.0]).repeat(len(axis), 1)
     harmless, harmful = (torch.atan2(end[:, 1], end[:, 0]) for end in (first, last))
-    gate = harmless + (0.5 if recipe.threshold is None else recipe.threshold) * (harmful - harmless)
-    gate = torch.where(harmful < harmless, MAX_VALUE, gate)
-    target = torch.zeros_like(gate) if recipe.target is None else harmless + recipe.target * (harmful - harmless)
+    apart = torch.remainder(harmful - harmless + torch.pi, 2 * torch.pi) - torch.pi  # the shorter way round
+    gate = harmless + (0.5 if recipe.threshold is None else recipe.threshold) * apart
+    gate = torch.where(apart < 0, MAX_VALUE, gate)
+    target = torch.zeros_like(gate) if recipe.target is None else harmless + recipe.target * apart
     return torch.stack([gate, torch.minimum(target, gate)], 1)
 
 

@@ -104,7 +104,10 @@ def measure(
             for label, each in encoded.items():
 
                 def run(indices: list[int], each: list[Encoded] = each, into: ClassSums = sums[label]) -> None:
-                    into.add(indices, source.run([each[i] for i in indices], plan))
+                    activations = source.run([each[i] for i in indices], plan)
+                    if checkpoint is not None:
+                        checkpoint.torn = True
+                    into.add(indices, activations)
 
                 def after(at: int, size: int, label: str = label) -> None:
                     nonlocal batch_size
@@ -175,7 +178,8 @@ def _check_room(options: MeasurementOptions, plan: CapturePlan, facts: ModelFact
 
 
 class ClassSums:
-    """The sums of one class of `prompts` prompts. `add` takes a batch whole or, when it raises, not at all."""
+    """The sums of one class of `prompts` prompts. `add` takes a batch whole or, when it raises, not at all; when it is
+    interrupted, in part."""
 
     def __init__(
         self, name: str, plan: CapturePlan, d_model: int, prompts: int, own_tokens: int, options: MeasurementOptions
@@ -195,13 +199,14 @@ class ClassSums:
         rows = picked.double()
         if self.winsor is not None:
             rows = winsorise(rows, self.winsor)
+        kept = None if self.vectors is None else rows.to(torch.bfloat16)
         self.sums += rows.sum(2)
         self.own += activations.own
         if self.moments is not None:
             for moments, each in zip(self.moments.flatten(0, 1), rows.flatten(0, 1), strict=True):
                 moments.addmm_(each.T, each)
-        if self.vectors is not None:
-            self.vectors[:, :, list(indices)] = rows.to(torch.bfloat16)
+        if self.vectors is not None and kept is not None:
+            self.vectors[:, :, list(indices)] = kept
 
     def statistics(self) -> Statistics:
         return Statistics(
@@ -240,12 +245,14 @@ class State(BaseModel):
 
 class Partial:
     """Saves the `sums` to `path` at most every `every` seconds. `identity` is everything that decides the numbers:
-    sums of another model, set or condition are not added to."""
+    sums of another model, set or condition are not added to. `torn`: a batch is being added that is not noted yet, so
+    that the sums are of no number of prompts; then nothing is saved, and what was saved before stays."""
 
     def __init__(self, path: Path, identity: object, sums: Mapping[str, ClassSums], every: float) -> None:
         self.path, self.sums, self.every = path, sums, every
         self.of = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.state = State(of=self.of, done=dict.fromkeys(sums, 0), batch_size=None)
+        self.torn = False
         self._saved = time.monotonic()
 
     def resume(self) -> State:
@@ -270,11 +277,12 @@ class Partial:
     def note(self, name: str, done: int, batch_size: int) -> None:
         """`done` prompts of the class `name` are in its sums."""
         self.state = State(of=self.of, done={**self.state.done, name: done}, batch_size=batch_size)
+        self.torn = False
         if time.monotonic() - self._saved >= self.every:
             self.save()
 
     def save(self) -> None:
-        if not any(self.state.done.values()):
+        if self.torn or not any(self.state.done.values()):
             return
         tensors = {f"{name}_{key}": t for name, sums in self.sums.items() for key, t in sums.tensors().items()}
         save_tensors(self.path, tensors, {"format": "pt", KEY: self.state.model_dump_json()})

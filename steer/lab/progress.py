@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn, Self, TextIO
+from io import StringIO
+from typing import Any, NoReturn, Self, TextIO
 
 from tqdm import tqdm
 
@@ -13,6 +14,24 @@ from tqdm import tqdm
 TOKEN = 0.2
 #: Also readable at 40 columns, where the part's name is cut.
 FORMAT = "{percentage:3.0f}% |{bar:10}| {remaining} left  {desc}"
+LINE = "{percentage:3.0f}%, {remaining} left: {desc}"
+
+
+MINUTE = 60.0
+
+
+class Lines(StringIO):
+    """What a bar writes, in lines of their own, for `file`."""
+
+    def __init__(self, file: TextIO) -> None:
+        super().__init__()
+        self._file = file
+
+    def write(self, text: str) -> int:
+        if line := text.strip():
+            self._file.write(f"{line}\n")
+            self._file.flush()
+        return len(text)
 
 
 def answering(tokens: int) -> float:
@@ -21,8 +40,8 @@ def answering(tokens: int) -> float:
 
 
 class Progress:
-    """Work that is planned part by part, and then done. A bar shows it where standard error is a terminal and `shown`
-    is true; without one it is only counted.
+    """Work that is planned part by part, and then done. Where `shown` is true, a bar shows it on a terminal, and
+    elsewhere (a file, a log) a line at most every MINUTE; else it is only counted.
 
     What is left of a part when it ends (candidates stop early, results are there from an earlier run) is skipped: it
     counts as done, but not for how fast the work goes.
@@ -34,9 +53,12 @@ class Progress:
         self.current = ""
         self.skipped = 0.0
         self._bar: tqdm[NoReturn] | None = None
-        if shown and sys.stderr.isatty():
+        if shown and sys.stderr is not None:
             # smoothing 0: the time left follows from the speed so far, as parts are of different kinds
-            self._bar = tqdm(total=0, bar_format=FORMAT, dynamic_ncols=True, smoothing=0, leave=False)
+            options: dict[str, Any] = {"bar_format": FORMAT, "dynamic_ncols": True}
+            if not sys.stderr.isatty():
+                options = {"bar_format": LINE, "file": Lines(sys.stderr), "mininterval": MINUTE, "delay": MINUTE}
+            self._bar = tqdm(total=0, smoothing=0, leave=False, **options)
 
     def __enter__(self) -> Self:
         return self

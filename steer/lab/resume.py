@@ -55,7 +55,7 @@ def _text(values: Iterable[object]) -> str:
 def _whole(path: Path) -> Iterator[Any]:
     """The lines up to the first that is cut; after the last end of line nothing is whole."""
     if path.exists():
-        for line in path.read_text("utf-8").split("\n")[:-1]:
+        for line in path.read_bytes().split(b"\n")[:-1]:
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError):
@@ -66,8 +66,13 @@ class Alone(AbstractContextManager["Alone"]):
     """Keeps other runs out of `folder` until the `with` ends, or this object is gone. Raises InvalidInput where another
     run is there. Not on Windows, nor where the file system has no locks: there two runs would mix their results."""
 
+    file = ".lock"
+
     def __init__(self, folder: Path) -> None:
-        held = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            held = os.open(folder / self.file, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise InvalidInput(f"{folder / self.file}: cannot be opened: {error.strerror}") from error
         self._let_go = weakref.finalize(self, os.close, held)
         try:
             import fcntl

@@ -9,6 +9,7 @@ point (`op`). Row 0 is all zeros and means plain. What makes the rows of one req
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -170,6 +171,7 @@ class DirectionBank:
         self.combinations = Combinations(list(self.slices.values()), rank, device, requests) if rank > 1 else None
         self._combined: WeakValueDictionary[_Key, Combination] = WeakValueDictionary()
         self._known: dict[tuple[tuple[str, str, bool], ...], Tensor] = {}
+        self._knowing = threading.Lock()
 
     @property
     def nbytes(self) -> int:
@@ -348,9 +350,11 @@ class DirectionBank:
         for acting, points in together.items():
             key = tuple((e.digest, e.mode, acts) for e, acts in zip(entries, acting, strict=True))
             if (known := self._known.get(key)) is None:
-                if len(self._known) >= KNOWN:
-                    del self._known[next(iter(self._known))]
-                known = self._known[key] = self._joined(entries, acting)
+                known = self._joined(entries, acting)
+                with self._knowing:  # requests are prepared in several threads
+                    if len(self._known) >= KNOWN:
+                        del self._known[next(iter(self._known))]
+                    self._known[key] = known
             out[points] = known[points]
         return out
 

@@ -212,7 +212,8 @@ def coefficients(direction: Direction, mode: Mode, term: int = 0) -> Tensor:
             out[..., GATE], out[..., TARGET] = direction.angles[:, None].unbind(-1)
             plane = torch.stack([direction.axis, direction.directions[:, 0]], 1)
             harmless, harmful = (torch.atan2(*mean.flip(-1).unbind(-1)) for mean in _means_along(direction, plane))
-            out[..., SPREAD] = (harmful - harmless).abs()[:, None]
+            apart = (harmful - harmless).abs()
+            out[..., SPREAD] = torch.minimum(apart, 2 * torch.pi - apart)[:, None]
         case _:
             raise ValueError(f"the mode '{mode}' has no coefficients")
     out[..., SPREAD].masked_fill_(out[..., GATE] >= MAX_VALUE, 0)  # a row without a side stays without one

@@ -249,6 +249,11 @@ def _parts(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.stack([np.full_like(numbers, END), numbers, numbers])
 
 
+def _last(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of the same."""
+    return np.stack([numbers, np.zeros_like(numbers)])
+
+
 class _Stages:
     """The host's side of an index in a device's own memory: sets that steps take in turn."""
 
@@ -348,6 +353,8 @@ class TokenIndex:
         self._home: Combinations | None = None
         #: Of each entry: where it ends, the entry that goes on there, and the one that acts (PLAIN for none).
         self._entry_parts = _parts(np.arange(16))
+        #: And the one that acts in its last part, with the position from which on that is so.
+        self._entry_last = _last(np.arange(16))
         self._deciding: dict[int, Decision] = {}
         #: Entries that have a decision, and whether the buffers speak of any.
         self._conditional, self._speaks_of_conditions = 0, False
@@ -390,6 +397,7 @@ class TokenIndex:
             following = self._enter(after)
             self._entry_parts[:2, last] = position, following
             last = following
+            self._entry_last[:, number] = self._entry_parts[2, last], position
         return number
 
     def _enter(self, steer: RequestSteer) -> int:
@@ -398,7 +406,9 @@ class TokenIndex:
             self._free = list(range(2 * size - 1, size - 1, -1))
             self._entries = np.pad(self._entries, ((0, size), (0, 0)))
             self._entry_combined = np.pad(self._entry_combined, (0, size))
-            self._entry_parts = np.concatenate([self._entry_parts, _parts(np.arange(size, 2 * size))], axis=1)
+            more = np.arange(size, 2 * size)
+            self._entry_parts = np.concatenate([self._entry_parts, _parts(more)], axis=1)
+            self._entry_last = np.concatenate([self._entry_last, _last(more)], axis=1)
         number = self._free.pop()
         self._filled = None
         bounds = np.full(self.rank, ANYWHERE) if steer.bounds is None else steer.bounds
@@ -409,7 +419,8 @@ class TokenIndex:
         numbers = [each.view(np.int32) for each in (steer.strengths, shifts)]
         self._entries[number] = np.concatenate([steer.slots, numbers[0], bounds, numbers[1], rest])
         self._entry_combined[number] = 0
-        self._entry_parts[:, number] = END, number, number if steer.strengths.any() else PLAIN
+        acting = number if steer.strengths.any() else PLAIN
+        self._entry_parts[:, number], self._entry_last[:, number] = (END, number, acting), (acting, 0)
         if (decision := steer.decision) is not None:
             assert decision.number != UNCONDITIONAL, "it was taken"
             self._entries[number, self._decision] = decision.number
@@ -460,7 +471,7 @@ class TokenIndex:
         self,
         numbers: NDArray[np.int64],
         lengths: NDArray[np.int64] | NDArray[np.int32],
-        starts: NDArray[np.int64] | None = None,
+        starts: NDArray[np.int64] | NDArray[np.int32] | None = None,
         tokens: Tokens | None = None,
     ) -> int:
         """Give `lengths[i]` tokens, in batch order, the steering that entered as `numbers[i]` (PLAIN for none); tokens
@@ -471,7 +482,11 @@ class TokenIndex:
         Nothing is copied where the step before was the same and no request has entered since (steady decode)."""
         if self.phased and numbers.any():
             assert starts is not None, "what acts depends on the position"
-            numbers, lengths = self._parted(numbers, lengths, starts)
+            last, since = self._entry_last[:, numbers]
+            if (starts >= since).all():  # steady decode: all are in their last parts
+                numbers = last
+            else:
+                numbers, lengths = self._parted(numbers, lengths, starts)
         return self._fill(numbers, lengths, tokens)
 
     def _fill(
@@ -548,7 +563,10 @@ class TokenIndex:
         return conditions(self.packed[:tokens], self.rank, self.opened[:tokens])
 
     def _parted(
-        self, numbers: NDArray[np.int64], lengths: NDArray[np.int64] | NDArray[np.int32], starts: NDArray[np.int64]
+        self,
+        numbers: NDArray[np.int64],
+        lengths: NDArray[np.int64] | NDArray[np.int32],
+        starts: NDArray[np.int64] | NDArray[np.int32],
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The same tokens with a number for each part of a request, one after the other."""
         at, ends = starts, starts + lengths

@@ -218,6 +218,8 @@ def prepare(model: str, settings: ServeSettings) -> Served:
     """Everything but the socket. Raises SteerError when the server must not start."""
     control = Control(settings)
     control.listen(settings.host, settings.origins)
+    if not settings.directions.is_dir():
+        raise UnsupportedModel(f"the directions folder '{settings.directions}' does not exist; make it or name another")
     loaded = load(model, **settings.loading)
     warn_of_template(loaded)
     if taken := template_parameters().intersection(settings.template_variables):
@@ -233,8 +235,6 @@ def prepare(model: str, settings: ServeSettings) -> Served:
         anatomy.d_model,
         ", ".join(steering.sites),
     )
-    if not settings.directions.is_dir():
-        raise UnsupportedModel(f"the directions folder '{settings.directions}' does not exist; make it or name another")
     registry = Registry(steering.placement(loaded.thinking), settings.directions)
     registry.sync()
     default = parse(settings.default_steer)

@@ -174,20 +174,32 @@ def check_size(body: dict[str, object]) -> None:
 
 
 def prompt_count(body: dict[str, object]) -> int:
-    """How many prompts a body brings, whose values have not been checked: a list of numbers is one."""
+    """How many prompts a body brings, whose values have not been checked: a list of numbers is one, and embeddings are
+    more of them."""
+    prompt, embeds = body.get("prompt"), body.get("prompt_embeds")
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    return prompts + (len(embeds) if isinstance(embeds, list) else embeds is not None)
+
+
+def _ids(body: dict[str, object]) -> int:
+    """How many token ids its prompts have: of one digit, two bytes are one."""
     prompt = body.get("prompt")
-    return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    if not isinstance(prompt, list):
+        return 0
+    return sum(len(each) if isinstance(each, list) else isinstance(each, int) for each in prompt)
 
 
 def tokens_of(body: dict[str, object], size: int, context: int, route: str) -> int:
-    """The tokens that a generation request may come to: its prompts by their bytes, and as many tokens of answers as it
-    allows by the fields that its route reads, of each at most `context`. Of a body whose values have not been
-    checked."""
-    least = 0 if body.get("echo") else 1  # some engines take 0 for no limit, where no prompt is asked for
+    """The tokens that a generation request may come to: its prompts by their bytes or ids, which some engines compute
+    for each answer, and as many tokens of answers as it allows by the fields that its route reads, of each at most
+    `context`. Of a body whose values have not been checked."""
+    # some engines take 0 for no limit, where no prompt is asked for; and they read "false" as false
+    least = 0 if body.get("echo") is True else 1
     read = next((fields for path, fields in LIMITS.items() if route.endswith(path)), ())  # after a root_path too
     given = [value for name in read if type(value := body.get(name)) is int and value >= least]
     each = min(max(given), context) if given else context
-    return min(MAX_TOKENS, size // BYTES_PER_TOKEN + prompt_count(body) * _answers(body) * each)
+    prompts = max(size // BYTES_PER_TOKEN, _ids(body))
+    return min(MAX_TOKENS, _answers(body) * (prompts + prompt_count(body) * each))
 
 
 def _answers(body: dict[str, object]) -> int:

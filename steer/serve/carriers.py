@@ -33,6 +33,7 @@ TAKEN = frozenset({FIELD, readout.FIELD, f"{XARGS}.{FIELD}", f"header {HEADER}",
 #: Fields of a body in which clients put fields of their own, and those that hold whole requests, as `bare` has them.
 _INSIDE = {"chattemplatekwargs", "extraargs", "extrabody", "extraheaders", "extraquery", "generationconfig", "headers"}
 _INSIDE |= {"body", "metadata", "options", "parameters", "request", "requests", "samplingparams", "vllmxargs"}
+_INSIDE |= {"kvtransferparams", "streamoptions"}
 #: Those of them that are there for nothing else, so that a text in them is one of these too.
 _VEHICLES = {"extraargs", "extrabody", "extraheaders", "extraquery", "headers", "vllmxargs"}
 

@@ -56,11 +56,13 @@ def router(served: Served) -> APIRouter:
 
         def prepare() -> list[Job]:
             asked = served.tokens(body)
-            prompt = served.loaded.chat_ids(
+            text = served.loaded.chat_text(
                 messages,
                 add_generation_prompt=body.begins_answer,
                 **{**served.template, **body.template_variables},
             )
+            served.check_length(text, "messages")  # variables are a part of it too
+            prompt = served.loaded.piece_ids(text)
             limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
             room, stops = served.room(prompt, body.wanted_tokens, "messages", limit), Stops(body.stops)
             samplings = body.sampling(asked, room, body.wanted_logprobs)
@@ -68,9 +70,10 @@ def router(served: Served) -> APIRouter:
             return [Job(i, prompt, sampling, stops, steer, read) for i, sampling in enumerate(samplings)]
 
         messages = [message.plain() for message in body.messages]
-        jobs = await served.offload(request, [message["content"] for message in messages], "messages", prepare)
+        contents = [str(message["content"]) for message in messages]
+        jobs = await served.offload(request, contents, "messages", prepare, body.template_variables)
         prompt_tokens = len(jobs[0].prompt)
-        metrics.current_usage().prompt += prompt_tokens
+        metrics.current_usage().read(prompt_tokens, body.n)
         base = envelope("chatcmpl", body.model, served.fingerprint)
 
         def logprobs(tokens: list[Token]) -> ChatLogprobs | None:
@@ -148,7 +151,7 @@ def router(served: Served) -> APIRouter:
 
         jobs = await served.offload(request, prompts, "prompt", prepare)
         prompt_tokens = sum(len(job.prompt) for job in jobs[:: body.n])
-        metrics.current_usage().prompt += prompt_tokens
+        metrics.current_usage().read(prompt_tokens, body.n)
         base = envelope("cmpl", body.model, served.fingerprint)
         offsets = [0] * len(jobs)
 

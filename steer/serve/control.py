@@ -430,7 +430,7 @@ class Control:
 
     def end(self, run: Run, outcome: str, usage: metrics.Usage) -> None:
         self._discard(run)
-        used = usage.prompt + usage.completion
+        used = usage.prompt + usage.again + usage.completion
         if (rules := run.caller.rules) is not None and run.caller.name is not None:
             self._tokens.charge(run.caller.name, rules.tokens_per_minute, used)
         metrics.count(run.spec, outcome, usage)

@@ -167,18 +167,31 @@ class Served:
             out[FIELD] = report(read, shown)
         return out
 
-    async def offload(self, request: Request, texts: Sequence[str | list[int]], param: str, work: Callable[[], T]) -> T:
-        """What `work` makes of `texts` in a thread, unless the client goes first. Raises HTTPProblem for a text that is
-        too long for any answer, before a minute is spent on counting its tokens."""
+    async def offload(
+        self,
+        request: Request,
+        texts: Sequence[str | list[int]],
+        param: str,
+        work: Callable[[], T],
+        variables: Mapping[str, object] | None = None,
+    ) -> T:
+        """What `work` makes of `texts`, and of a template's `variables`, in a thread, unless the client goes first.
+        Raises as `check_length`."""
         for text in texts:
-            if len(text) > (most := self.longest_text):
-                raise errors.HTTPProblem(
-                    errors.Code.CONTEXT_LENGTH_EXCEEDED,
-                    f"the prompt has {len(text)} characters; no text of more than {most} is within the context of "
-                    f"{self.engine.context} tokens",
-                    param=param,
-                )
-        return await unless_gone(request, offload("text", sum(map(len, texts)), work))
+            self.check_length(text, param)
+        size = sum(map(len, texts)) + len(str(variables or ""))
+        return await unless_gone(request, offload("text", size, work))
+
+    def check_length(self, text: str | list[int], param: str) -> None:
+        """Raise HTTPProblem for a text that is too long for any answer, before a minute is spent on counting its
+        tokens."""
+        if len(text) > (most := self.longest_text):
+            raise errors.HTTPProblem(
+                errors.Code.CONTEXT_LENGTH_EXCEEDED,
+                f"the prompt has {len(text)} characters; no text of more than {most} is within the context of "
+                f"{self.engine.context} tokens",
+                param=param,
+            )
 
     def room(self, prompt: Sequence[int], wanted: int | None, param: str, limit: str = "max_tokens") -> int:
         """How many tokens the answer may have. Raises RequestError where prompt and wish do not fit the context.

@@ -71,11 +71,24 @@ _open: ContextVar[Usage | None] = ContextVar("steer_usage", default=None)
 
 @dataclass(slots=True)
 class Usage:
-    """`failed` is set where an answer broke off after its status had been sent."""
+    """`failed` is set where an answer broke off after its status had been sent. `again`: tokens of prompts that were
+    computed once more, for further answers. `prompts`: how many are counted, where an engine asks for more by itself
+    (beam search does for each step of each beam); None for all."""
 
     prompt: int = 0
+    again: int = 0
     failed: bool = False
+    prompts: int | None = None
     _answers: list[Callable[[], int]] = field(default_factory=list)
+
+    def read(self, tokens: int, times: int = 1) -> None:
+        """Count a prompt of these tokens, which is computed so often."""
+        if self.prompts == 0:
+            return
+        if self.prompts is not None:
+            self.prompts -= 1
+        self.prompt += tokens
+        self.again += tokens * (times - 1)
 
     def answer(self, made: Callable[[], int]) -> None:
         """Count one more answer; `made` gives the tokens that it has by now."""

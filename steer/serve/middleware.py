@@ -29,7 +29,7 @@ from steer.registry import Admission, Registry
 from steer.serve import carriers, errors, metrics
 from steer.serve.asgi import Outgoing, with_headers
 from steer.serve.authorise import admit
-from steer.serve.body import BODY, Gone, check_size, parse_body, read_body, replay, tokens_of, understood
+from steer.serve.body import BODY, Gone, check_size, parse_body, prompt_count, read_body, replay, tokens_of, understood
 from steer.serve.control import Control, Run
 from steer.serve.origin import JSON, check_kind
 from steer.spec import RequestedDirection, Spec
@@ -144,6 +144,8 @@ class SteerMiddleware:
             return
         answer = _Answer(send, run)
         with metrics.counting_usage() as usage:
+            if body.get("use_beam_search"):
+                usage.prompts = prompt_count(body)
             try:
                 body.pop(carriers.FIELD, None)
                 body.pop(readout.FIELD, None)
@@ -156,7 +158,7 @@ class SteerMiddleware:
                 scope["steer"], scope[BODY] = admission, body
                 metrics.ADMISSION.observe(time.perf_counter() - started)
                 again = b"" if self.parsed else await understood(lambda: json.dumps(body).encode(), len(data))
-                await self._serve(run, answer, scope, replay(again, receive))
+                await self._serve(run, answer, scope, answer.watched(replay(again, receive)))
                 self.rendering.look(admission.spec, body)
             except Gone:
                 pass
@@ -203,14 +205,24 @@ class _Answer(Outgoing):
     def __init__(self, send: Send, run: Run) -> None:
         super().__init__(send)
         self._receipt, self._request_id = run.spec.receipt(), run.request_id
-        self.outcome = "cancelled"
+        self.outcome, self._left = "cancelled", False
+
+    def watched(self, receive: Receive) -> Receive:
+        """`receive`, of which is seen that the client leaves: what some apps send then is no answer."""
+
+        async def receiving() -> Message:
+            message = await receive()
+            self._left |= message["type"] == "http.disconnect"
+            return message
+
+        return receiving
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             served = message["status"] < 400
             message = with_headers(message, lambda headers: self._complete(headers, served))
         await super().send(message)
-        if self.ended and self.outcome == "cancelled":
+        if self.ended and self.outcome == "cancelled" and not self._left:
             self.outcome = "ok" if self.status < 400 else "error"
 
     def _complete(self, headers: MutableHeaders, served: bool) -> None:

@@ -148,7 +148,7 @@ class Limits(_Table):
     def broken(self, items: Sequence[RequestedDirection]) -> Iterator[str]:
         """What is wrong with `items` of one direction, as far as can be known without its file."""
         total = sum(abs(item.strength or 0) for item in items)
-        if total > self.largest:
+        if exceeds(total, self.largest):
             yield f"strength {total:g} is over max_strength"
         for item in items:
             yield from (said for _, said in self.misplaced(item))
@@ -168,6 +168,11 @@ class Limits(_Table):
             mine = (0, math.inf) if item.layers is None else ends(item.layers)
             if mine[0] < first or mine[1] > last:
                 yield "layers", f"the layers {item.layers or '(all)'} are not within {self.layers}, which are allowed"
+
+
+def exceeds(total: float, most: float) -> bool:
+    """Is a sum of strengths more than what is allowed, by more than its rounding?"""
+    return total > most + 1e-9
 
 
 class Bounds(TypedDict):

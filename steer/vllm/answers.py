@@ -46,6 +46,8 @@ def with_fields(send: Send, met: Met, fetch: Fetch | None = None) -> Send:
 
     async def whole(body: bytes) -> bytes:
         answer = json.loads(body)
+        if not isinstance(answer, dict) or "choices" not in answer:  # for a client that has left
+            return body
         if fetch is not None:
             for choice in answer["choices"]:
                 choice[FIELD] = await fetch()

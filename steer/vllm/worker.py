@@ -163,7 +163,7 @@ class SteeringWorker:
         for new in scheduler_output.scheduled_new_reqs:
             self._meet(new)
         watchers = [w for w in (self._capture, self._reads) if w is not None and w.busy]
-        if watchers or self._index.phased:
+        if watchers:
             self._starts = internals.worker.starts_of(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             self._rest()  # vLLM may still run a pass, for other ranks
@@ -238,16 +238,15 @@ class SteeringWorker:
             self._conditional[new.req_id] = steer = self._index.decisions.take(steer)
         self._running[new.req_id] = self._index.enter(steer)
 
-    def _on_batch(self, requests: list[str], lengths: NDArray[np.int32], tokens: Tokens) -> None:
+    def _on_batch(
+        self, requests: list[str], lengths: NDArray[np.int32], starts: NDArray[np.int32], tokens: Tokens
+    ) -> None:
         if self._inside == "call":
             self._rest()
             return
         numbers = _NONE
         if running := self._running:
             numbers = np.fromiter(map(running.get, requests, repeat(PLAIN)), np.int64, len(requests))
-        starts = None
-        if self._index.phased:
-            starts = np.fromiter(map(self._starts.__getitem__, requests), np.int64, len(requests))
         steered = self._index.fill(numbers, lengths, starts, tokens)
         self._steered_tokens += steered
         self._batch = (list(requests), lengths.copy()) if steered else ([], lengths)

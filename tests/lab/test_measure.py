@@ -12,7 +12,7 @@ from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.hf.load import Loaded, load
 from steer.lab.derive import Recipe, derive
-from steer.lab.measure import Keep, MeasurementOptions, _check_room, measure
+from steer.lab.measure import ClassSums, Keep, MeasurementOptions, _check_room, measure
 from steer.lab.measurement import Measurement, ModelFacts
 from steer.lab.prompts import Encoded, PromptSet, Rendering, encode_all
 from steer.lab.source import Capture, CapturePlan, TransformersSource
@@ -150,6 +150,34 @@ def test_an_interrupted_measurement_goes_on_with_the_same_result(
     whole = measure(source, HARMFUL, HARMLESS, options, batch_size=4)
     for name, tensor in m.tensors().items():
         assert torch.equal(tensor, whole.tensors()[name]), name
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_interrupted_while_a_batch_is_added_counts_no_prompt_twice(
+    source: TransformersSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """In the middle of it, or after it and before it is noted."""
+    partial, options = tmp_path / "m.part", MeasurementOptions(keep=Keep(vectors=True, moments=True))
+    add, left = ClassSums.add, [3]
+
+    def interrupted(self: ClassSums, indices: Any, activations: Any) -> None:
+        left[0] -= 1
+        if left[0] or whole:
+            add(self, indices, activations)
+        else:
+            self.sums += activations.picked.double().sum(2)
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    expected = measure(source, HARMFUL, HARMLESS, options, batch_size=4)
+    monkeypatch.setattr(ClassSums, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure(source, HARMFUL, HARMLESS, options, batch_size=4, partial=partial, every=0)
+    monkeypatch.setattr(ClassSums, "add", add)
+    assert partial.exists(), "what was whole before"
+    found = measure(source, HARMFUL, HARMLESS, options, batch_size=4, partial=partial)
+    for name, tensor in found.tensors().items():
+        assert torch.equal(tensor, expected.tensors()[name]), name
 
 
 def test_sums_of_another_measurement_are_not_added_to(

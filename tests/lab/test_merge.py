@@ -21,7 +21,7 @@ from steer.errors import DirectionError, InvalidInput, UnsupportedModel
 from steer.hf.internals import axis_in_file
 from steer.hf.load import attention_implementation
 from steer.lab.merge import model as merge
-from steer.lab.merge.model import CONFIG, RECEIPT, WEIGHTS, Made, bake, export_adapter
+from steer.lab.merge.model import CONFIG, RECEIPT, WEIGHTS, Made, bake, export_adapter, new_folder
 from steer.lab.merge.removal import RemovalPlan, removal
 from steer.lab.merge.weights import INDEX, Checkpoint, Writer
 from tests import models, oracle
@@ -281,6 +281,24 @@ def test_a_model_with_an_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model" / "adapter_config.json").write_text("{}")
     with pytest.raises(UnsupportedModel, match="PEFT adapter, which transformers applies: merge it"):
         Checkpoint(tmp_path / "model")
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
+    """And what a run that was killed has left is not in the next one's."""
+    left = tmp_path / ".out.tmp"
+    (left / "sub").mkdir(parents=True)
+    (left / "sub" / "old").touch()
+    (left / "old").touch()
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "mine").touch()
+        with pytest.raises(InvalidInput, match="another run writes to it"), new_folder(tmp_path / "out"):
+            pass
+        assert [each.name for each in folder.iterdir() if each.name != ".lock"] == ["mine"]
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["mine"]
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "none"):
+        raise RuntimeError
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_strength_is_one_of_removal(tmp_path: Path) -> None:

@@ -64,6 +64,18 @@ def test_the_bar_shows_the_whole_and_the_time_left_at_40_columns(monkeypatch: py
     assert shown[-1].strip() == "", "it is gone at the end"
 
 
+def test_a_log_has_lines_and_no_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("steer.lab.progress.MINUTE", 0)
+    with Progress(shown=True) as progress:
+        progress.plan("one part", 4)
+        with progress.part("one part"):
+            for _ in range(4):
+                progress.advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("50%, ") and line.endswith(" left: one part") for line in lines), lines
+    assert not any("|" in line or "\r" in line or not line.strip() for line in lines)
+
+
 def test_nothing_is_shown_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(shown=True) as progress, progress.part("work"):
         progress.advance(2)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steer.errors import InvalidInput
-from steer.lab.resume import CHUNK, Cache, Record
+from steer.lab.resume import CHUNK, Alone, Cache, Record
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -35,6 +35,16 @@ def test_what_was_cut_off_goes_on(
     assert path.read_bytes() == whole
     again.keep(kept)
     assert Record(path, head).lines == lines[:kept]
+
+
+def test_what_is_not_ours_is_refused_with_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    Record(path, {"a": 1}).append("kept")
+    path.write_bytes(path.read_bytes() + b'"\xff\xfe"\n"after"\n')
+    assert Record(path, {"a": 1}).lines == ["kept"], "up to the line that cannot be read"
+    (tmp_path / Alone.file).mkdir()
+    with pytest.raises(InvalidInput, match=r"\.lock: cannot be opened"):
+        Alone(tmp_path)
 
 
 def test_another_head_is_refused_with_all_that_differs(tmp_path: Path) -> None:

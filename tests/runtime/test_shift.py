@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steer.direction import MAX_VALUE, Direction
+from steer.errors import SpecError
 from steer.names import MAX_SHIFT, SHIFTING, Mode
 from steer.runtime.bank import DirectionBank, HookPoint, gather, operate
+from steer.runtime.op import SPREAD, coefficients
 from steer.runtime.token_index import TokenIndex
+from steer.shape import Shape
 from steer.spec import Entry, Spec
 from tests import models
 
@@ -115,7 +118,7 @@ def test_a_shift_of_0_is_none_and_one_beyond_everything_is_plain(mode: Mode) -> 
     plain = acted(x, direction, entry(mode))
     assert not torch.equal(plain, x)
     assert torch.equal(acted(x, direction, entry(mode, 0.0)), plain)
-    assert torch.equal(acted(x, direction, entry(mode, 1e-40)), plain), "nothing in float32"
+    assert torch.equal(acted(x, direction, entry(mode, 1e-46)), plain), "nothing in float32"
     if mode == "rotate_one_sided":  # no angle is beyond half a turn
         far = made().mean_harmful
         direction = replace(direction, angles=torch.tensor([3.0, 0.0]).repeat(models.LAYERS, 1))
@@ -141,7 +144,8 @@ def test_a_shifted_rotation_is_the_file_with_another_angle(seed: int, shift: flo
     means = (direction.mean_harmless, direction.mean_harmful)
     angles = [math.atan2(*reversed((plane @ mean[POINT.layer].double()).tolist())) for mean in means]
     gate, target = direction.angles[0].tolist()
-    gate += shift * abs(angles[1] - angles[0])
+    apart = abs(angles[1] - angles[0])
+    gate += shift * min(apart, 2 * math.pi - apart)
     other = replace(direction, angles=torch.tensor([gate, min(target, gate)]).repeat(models.LAYERS, 1))
     clear = (torch.atan2(x.double() @ plane[1], x.double() @ plane[0]) - gate).abs() > 1e-4
     y, expected = acted(x, direction, entry("rotate_one_sided", shift)), acted(x, other, entry("rotate_one_sided"))
@@ -170,3 +174,27 @@ def test_before_block_0_a_shift_does_nothing() -> None:
         y, lost = operate(x, gather(bank.slices[point], *index.first(len(x))))
         assert torch.equal(y, x)
         assert not lost.any()
+
+
+@pytest.mark.parametrize(("mode", "shift"), [("clamp", None), ("one_sided", 0.5)])
+def test_means_that_differ_beside_the_rows_alone_are_no_contrast(mode: Mode, shift: float | None) -> None:
+    """Then there is no distance to move a threshold by, and a clamp would hold the component at one number."""
+    direction, shape = made(), Shape("LlamaForCausalLM", models.LAYERS, models.D_MODEL, frozenset({"resid_post"}), 4)
+    shape.check_entry(direction, entry(mode, shift))
+    apart = direction.mean_harmful - direction.mean_harmless
+    along = torch.einsum("lkd,ld->lk", direction.directions, apart)
+    beside = direction.mean_harmful - torch.einsum("lk,lkd->ld", along, direction.directions)
+    assert (beside != direction.mean_harmless).any(1).all()
+    with pytest.raises(SpecError):
+        shape.check_entry(replace(direction, mean_harmful=beside), entry(mode, shift))
+
+
+def test_angles_on_both_sides_of_half_a_turn_are_near_each_other() -> None:
+    direction = made()
+    assert direction.axis is not None
+    first, last = (
+        math.cos(angle) * direction.axis + math.sin(angle) * direction.directions[:, 0]
+        for angle in (math.pi - 0.1, 0.1 - math.pi)
+    )
+    values = coefficients(replace(direction, mean_harmless=first, mean_harmful=last), "rotate_one_sided")
+    torch.testing.assert_close(values[..., SPREAD], torch.full_like(values[..., SPREAD], 0.2), rtol=0, atol=1e-4)

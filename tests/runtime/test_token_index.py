@@ -17,7 +17,17 @@ from steer.runtime.bank import DirectionBank, HookPoint, gather, operate
 from steer.runtime.combine import Combination
 from steer.runtime.op import FLOOR, GATE
 from steer.runtime.readout import ReadIndex
-from steer.runtime.token_index import PLAIN, STAGES, UNCONDITIONAL, Acts, Decision, RequestSteer, TokenIndex, slot
+from steer.runtime.token_index import (
+    PLAIN,
+    STAGES,
+    UNCONDITIONAL,
+    Acts,
+    Decision,
+    Probe,
+    RequestSteer,
+    TokenIndex,
+    slot,
+)
 from steer.spec import PHASES, Entry, Line, Readout, Spec
 from steer.tokenization import Thinking
 from tests.oracle import acting
@@ -146,6 +156,29 @@ def test_a_request_that_has_passed_all_its_parts_copies_nothing_in_steady_decode
         sent.append(queue.events > before)
         assert steered == length, "one of the two, at each position"
     assert sent == [True, True, True, False, False]
+
+
+def test_a_request_that_has_passed_all_its_parts_is_not_parted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until its positions begin anew, as after preemption."""
+    index = TokenIndex(1, 16, "cpu")
+    one, nothing = RequestSteer(np.array([4]), np.ones(1, np.float32)), RequestSteer.plain(1)
+    numbers = np.array([index.enter(replace(nothing, then=((5, one),))), PLAIN])
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "_parted", None)
+        for start in (5, 6):
+            assert index.fill(numbers, np.array([1, 1]), np.array([start, 0])) == 1
+    assert index.fill(numbers, np.array([7, 1]), np.array([0, 1])) == 2
+
+
+def test_tokens_that_each_decide_are_open_again_in_every_step() -> None:
+    index = TokenIndex(2, 16, "cpu")
+    steer = replace(RequestSteer.plain(2), slots=np.array([4, 8]), strengths=np.array([1, 0], np.float32))
+    number = index.enter(replace(steer, probe=Probe(1, 0.5, each=True)))
+    assert index.opened is not None
+    for _ in range(3):
+        assert index.fill(np.array([number]), np.array([2]), np.array([0])) == 2
+        assert index.opened[:2].tolist() == [False, False], "none of them has decided yet"
+        index.opened[:2] = True  # as a pass does
 
 
 def test_a_step_over_the_index_is_a_failure_not_an_overwrite() -> None:

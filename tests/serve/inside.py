@@ -54,9 +54,9 @@ class Inside:
         )
         shape = Shape("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 4)
         self.registry = Registry(LocalPlacement(shape, bank))
-        for seed, name in enumerate(("refusal", "verbosity"), 1):
-            self.registry.put(name, models.direction(model, seed=seed).to_bytes())
-        self.registry.put("copy", models.direction(model, seed=1).to_bytes())
+        refusal, verbosity = (models.direction(model, seed=seed).to_bytes() for seed in (1, 2))
+        for name, data in ("refusal", refusal), ("verbosity", verbosity), ("copy", refusal):  # one file, to the byte
+            self.registry.put(name, data)
         self.policy, self.log = folder / "policy.toml", folder / "audit.jsonl"
         if text is not None:
             self.policy.write_text(text)

@@ -97,7 +97,7 @@ def test_the_chain_of_ten_thousand_mixed_requests_is_whole(tmp_path: Path) -> No
             assert (status, len(json.loads(told["x-steer-applied"]))) == (200, len(case.gets))
             expected["steered"] += bool(case.gets)
         else:
-            assert status == case.gets[0]
+            assert status == case.gets[0], (case, more, told)
             expected["refused"] += status == 403
         if number % 1000 == 999:
             inside.control.switch(True, Caller("all"))
@@ -518,10 +518,14 @@ def test_what_a_request_may_come_to() -> None:
 
     assert come_to({"prompt": "x", "max_tokens": 5}, 400) == 100 + 5
     assert come_to({"prompt": ["x", "y"], "n": 3, "max_tokens": 5}) == 30
-    assert come_to({"prompt": [1, 2, 3], "best_of": 4, "max_tokens": 5}) == 20
+    assert come_to({"prompt": [1, 2, 3], "best_of": 4, "max_tokens": 5}) == 32, "a prompt for each answer"
     assert come_to({"messages": []}) == come_to({"max_tokens": 10**9}) == 1000
     assert come_to({"max_tokens": -1}) == come_to({"max_tokens": 0}) == 1000, "as long as it likes"
     assert come_to({"max_tokens": 0, "echo": True}) == 0, "its prompt is all that is asked for"
+    for no in ("false", "no", 1):
+        assert come_to({"max_tokens": 0, "echo": no}) == 1000, "engines read some texts as false"
+    assert come_to({"prompt": "x", "prompt_embeds": ["y"] * 50, "max_tokens": 10}) == 510, "each is answered"
+    assert come_to({"prompt_embeds": "y", "max_tokens": 10}) >= 10
     chat, responses, messages = "/v1/chat/completions", "/v1/responses", "/v1/messages"
     assert come_to({"max_tokens": 1, "max_completion_tokens": 200}, route=chat) == 200
     assert come_to({"max_tokens": 1, "max_completion_tokens": 200}, route=f"/root{chat}") == 200

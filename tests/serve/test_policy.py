@@ -158,6 +158,15 @@ def test_a_default_that_rules_forbid_is_left_out_whosever_it_is(rules: str, defa
         asked(rules, default, NO)
 
 
+def test_what_is_allowed_exactly_is_allowed_in_parts() -> None:
+    """0.1 + 0.2 is more than 0.3 in floats."""
+    both = "d=0.1,d:add=0.2"
+    assert len(asked("max_strength = 0.3", both, NO).entries) == 2
+    assert len(asked(f'max_strength = 0.3\ndefault = "{both}"', None, NO).entries) == 2
+    with pytest.raises(Refusal, match=r"over the 0\.3"):
+        asked("max_strength = 0.3", "d=0.1,d:add=0.201", NO)
+
+
 def test_a_default_against_what_is_required_is_left_out() -> None:
     required = 'required = "d:add=0.5"'
     [entry] = asked("", None, NO, required=required, default="d").entries

@@ -114,3 +114,24 @@ def test_a_text_that_looks_like_the_end_of_a_stream_ends_none() -> None:
     assert json.loads(first[6:])["choices"][0]["text"] == "\ndata: [DONE]"
     assert last.endswith(b"\n\ndata: [DONE]\n\n")
     assert json.loads(last.splitlines()[0][6:])["choices"][0]["steer_readout"] == {"tokens": []}
+
+
+def test_an_answer_without_choices_goes_on_as_it_is() -> None:
+    """As for a client that has left: vLLM's routes then answer nothing."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def fetch() -> Any:
+        raise AssertionError
+
+    async def answering() -> None:
+        sending = answers.with_fields(send, lambda _answer, _choice: None, fetch)
+        await sending(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]}
+        )
+        await sending({"type": "http.response.body", "body": b"null"})
+
+    asyncio.run(answering())
+    assert sent[-1]["body"] == b"null"

@@ -80,6 +80,8 @@ def arms_of(
             places = [replace(place, condition=version) for place in places]
         else:
             problems.append(f"--condition: '{name}' is no file of --direction or --probe, whose names have no suffix")
+        if probe is not None and probe.stem != name:
+            problems.append(f"--probe: {probe} is not of the condition's direction, whose name is '{name}'")
     arms: list[Arm] = []
     for file in files:
         data = read_file(file)

@@ -107,7 +107,8 @@ def write(path: Path, direction: Direction) -> list[str]:
     if meta.mode != "add":
         missed.append(
             f"{path}: control vectors are added, so this is not what the direction does (its mode is {meta.mode}): "
-            "readers add the difference of the class means along it"
+            "readers add the difference of the class means along it, which goes towards the behaviour; a scale below 0 "
+            "goes away from it"
         )
     if vectors[0].any():
         missed.append(f"{path}: layer 0 is left out, because the format has no name for it")

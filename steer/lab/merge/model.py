@@ -25,6 +25,7 @@ from steer.lab.measurement import save_tensors
 from steer.lab.merge.removal import Removal, RemovalPlan, Verdict, plan, verify
 from steer.lab.merge.weights import INDEX, Checkpoint, Writer
 from steer.lab.progress import Progress
+from steer.lab.resume import Alone
 from steer.runtime.bank import EMBEDDING
 from steer.runtime.op import WEIGHT
 
@@ -85,18 +86,22 @@ def bake(
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `output` at the end of the `with`, and is removed after an error. Raises
-    InvalidInput where `output` is there already."""
+    InvalidInput where `output` is there already, or another run is writing it."""
     if output.exists():
         raise InvalidInput(f"{output} exists already; give a folder that does not exist")
     temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    temporary.mkdir(parents=True, exist_ok=True)
+    with Alone(temporary) as alone:
+        try:
+            for left in temporary.iterdir():  # by a run that was killed
+                if left.name != alone.file:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield temporary
+            (temporary / alone.file).unlink()
+            temporary.rename(output)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def _write(planned: RemovalPlan, output: Path, preserve_norms: bool, progress: Progress) -> int:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
 
 #: Called with the ids of the requests of a step, in the order of their tokens, how many each has, and what they are.
-OnBatch = Callable[[list[str], NDArray[np.int32], Tokens], None]
+OnBatch = Callable[[list[str], NDArray[np.int32], NDArray[np.int32], Tokens], None]
 
 
 def platform_worker() -> type:
@@ -125,7 +125,8 @@ def open_norms(worker: Worker) -> list[Norm]:
 
 
 def watch_batches(runner: GPUModelRunner, on_batch: OnBatch) -> str:
-    """Have `on_batch` called for every real step, before its forward pass is enqueued. Returns the runner's kind.
+    """Have `on_batch` called for every real step, before its forward pass is enqueued, with the ids of its requests,
+    how many tokens of each it has, the position of each one's first, and the tokens. Returns the runner's kind.
 
     V2 makes the batch in `prepare_inputs`; V1 has it in `input_batch` when `_prepare_inputs` has run.
     """
@@ -134,16 +135,20 @@ def watch_batches(runner: GPUModelRunner, on_batch: OnBatch) -> str:
             raise UnsupportedModel("the V2 runner reorders tokens here (adaptive verification or context parallelism)")
         prepare = seam(runner, "prepare_inputs", ["scheduler_output"])
 
-        def prepare_v2(*args: object, **kwargs: object) -> object:
-            batch = prepare(*args, **kwargs)
-            on_batch(batch.req_ids, batch.num_scheduled_tokens, (batch.input_ids, batch.positions))
+        def prepare_v2(scheduler_output: SchedulerOutput, *args: object, **kwargs: object) -> object:
+            batch = prepare(scheduler_output, *args, **kwargs)
+            starts = getattr(batch, "num_computed_tokens_np", None)
+            if starts is None:  # vLLM 0.31 may lack it
+                known = starts_of(scheduler_output)
+                starts = np.fromiter(map(known.__getitem__, batch.req_ids), np.int32, len(batch.req_ids))
+            on_batch(batch.req_ids, batch.num_scheduled_tokens, starts, (batch.input_ids, batch.positions))
             return batch
 
         runner.prepare_inputs = prepare_v2
         return "V2"
     prepare = seam(runner, "_prepare_inputs", ["scheduler_output", "num_scheduled_tokens"])
     batch = seam(runner, "input_batch")
-    for name in ("req_ids", "num_reqs"):
+    for name in ("req_ids", "num_reqs", "num_computed_tokens_cpu"):
         seam(batch, name)
     seam(seam(runner, "input_ids"), "gpu"), seam(runner, "positions")
 
@@ -151,7 +156,8 @@ def watch_batches(runner: GPUModelRunner, on_batch: OnBatch) -> str:
         out = prepare(scheduler_output, num_scheduled_tokens)
         batch = runner.input_batch  # read anew: vLLM replaces it when the KV cache is made
         tokens = runner.input_ids.gpu, runner.positions  # sampled ones too, which the host may not know yet
-        on_batch(batch.req_ids[: batch.num_reqs], num_scheduled_tokens, tokens)
+        starts = batch.num_computed_tokens_cpu[: batch.num_reqs]
+        on_batch(batch.req_ids[: batch.num_reqs], num_scheduled_tokens, starts, tokens)
         return out
 
     runner._prepare_inputs = prepare_v1

@@ -78,9 +78,10 @@ def test_shifts_and_conditions_are_said_as_a_request_says_them(files: list[Path]
     for condition, told in (
         ("three@0>0.25", "--condition: 'three' is no file of --direction or --probe"),
         ("two@0", "--condition: 'two@0' is not a condition"),
+        ("one@0>0.25", "is not of the condition's direction, whose name is 'one'"),
     ):
         with pytest.raises(InvalidInput, match=told):
-            arms_of(files, None, None, condition=condition)
+            arms_of(files, None, None, condition=condition, probe=files[1])
     for wrong, told in (({"condition": "two@2>0"}, "one must come after it"), ({"shifts": [9.0]}, "--shifts: 9.0")):
         with pytest.raises((InvalidInput, SpecError), match=told):
             arms_of(files, None, None, **wrong)

@@ -22,7 +22,7 @@ from steer.lab.evaluator import Candidate, Evaluator, answers_of_each, divergenc
 from steer.lab.measurement import Measurement
 from steer.lab.progress import answering
 from steer.lab.race import Figures
-from steer.lab.resume import Record
+from steer.lab.resume import ResultFile
 from steer.lab.select import Entrant, best
 
 T = TypeVar("T")
@@ -210,7 +210,7 @@ class Ledger:
     """Values by their key. Raises InvalidInput where the file at `path` was made with another `identity`."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self._record = Record(path, identity)
+        self._record = ResultFile(path, identity)
         self._values = {line["key"]: line["value"] for line in self._record.lines}
 
     def __contains__(self, key: str) -> bool:

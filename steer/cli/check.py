@@ -18,7 +18,7 @@ from steer.names import MODES
 from steer.settings import ModelSettings
 
 if TYPE_CHECKING:
-    from steer.lab.evaluation.check import Checked
+    from steer.lab.evaluation.check import CheckResult
 
 EXIT = {"works": 0, "fails": 1, "unknown": 3}
 
@@ -48,7 +48,7 @@ def check(
     from steer.demo import MODEL, PROMPTS
 
     named, model = model, model or str(MODEL)
-    engine = opt.Engine(backend, model, ctx.args, opening)
+    engine = opt.EngineOptions(backend, model, ctx.args, opening)
     quiet_libraries()
     from steer.direction import check_fits
     from steer.hf.load import describe
@@ -85,7 +85,7 @@ def check(
     raise typer.Exit(EXIT[found.verdict])
 
 
-def _text(found: Checked, what: str, layers: int) -> str:
+def _text(found: CheckResult, what: str, layers: int) -> str:
     sign, at = found.sign, f"{found.layers[0]} to {found.layers[-1]}" if found.layers else "none"
     sides = {
         "right": "points to the harmful side",

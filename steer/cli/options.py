@@ -382,7 +382,7 @@ class Bench:
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class EngineOptions:
     """What opens MODEL; `options` are vLLM's own. Raises InvalidInput, before anything is imported, for what cannot be
     opened."""
 

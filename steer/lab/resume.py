@@ -15,7 +15,7 @@ from steer.direction import write_file
 from steer.errors import InvalidInput
 
 
-class Record:
+class ResultFile:
     """The `lines` below `head` in the file at `path`, which is made where it is missing. What an interruption cut off
     is dropped. Raises InvalidInput where the file is something else, or has another head, with all that differs."""
 
@@ -113,7 +113,7 @@ class Cache:
         if self.folder is None:
             return [row for at in range(0, count, CHUNK) for row in make(at, min(at + CHUNK, count))]
         path = self.folder / f"{re.sub(r'[^A-Za-z0-9_.=+-]+', '_', name)}.jsonl"
-        record = Record(path, {"name": name, "rows": count} | self.conditions | conditions)
+        record = ResultFile(path, {"name": name, "rows": count} | self.conditions | conditions)
         if len(record.lines) != count:
             record.keep(len(record.lines) // CHUNK * CHUNK)
         for at in range(len(record.lines), count, CHUNK):

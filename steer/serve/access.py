@@ -94,8 +94,8 @@ class Access:
             raise HTTPProblem(Code.HEADERS_TOO_LARGE, f"the headers are over {MAX_HEADERS} bytes")
         if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > MAX_PATH:
             raise HTTPProblem(Code.PATH_TOO_LONG, f"the path is over {MAX_PATH} bytes")
-        if self.control.pages is not None:
-            self.control.pages.check(headers)
+        if self.control.allowed_origins is not None:
+            self.control.allowed_origins.check(headers)
         if is_preflight(scope):
             origin = header(headers, "origin")
             if origin is None or not {ANY, origin} & self.control.origins:

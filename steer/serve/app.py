@@ -36,7 +36,7 @@ from steer.serve.control import Control
 from steer.serve.directions import router as directions_router
 from steer.serve.generation import Served
 from steer.serve.middleware import RenderingWatch, SteerMiddleware, wrap_routes
-from steer.serve.route import Head
+from steer.serve.route import HeadRequests
 from steer.settings import KEEP_ALIVE, ServeSettings, served_name
 from steer.spec import parse
 from steer.tokenization import Chat
@@ -100,7 +100,7 @@ def build(served: Served) -> FastAPI:
     app.add_exception_handler(HTTPException, errors.on_http_exception)
     cors: Cors = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": [RECEIPT, "x-request-id"]}
     app.add_middleware(Access, control=control, public=PUBLIC.union(html.PATHS), cors=cors)
-    app.add_middleware(Head)
+    app.add_middleware(HeadRequests)
     app.include_router(html.router())
     html.put_docs_on(app)
     app.include_router(directions_router(control))

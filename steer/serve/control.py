@@ -114,7 +114,7 @@ class Control:
             else None
         )
         #: What a server without keys answers to; None where keys say who may call. Until `listen` the strictest.
-        self.pages: AllowedOrigins | None = None if self.in_force else AllowedOrigins()
+        self.allowed_origins: AllowedOrigins | None = None if self.in_force else AllowedOrigins()
         #: Of pages elsewhere that may call.
         self.origins: frozenset[str] = frozenset()
         self.policy_problems: tuple[str, ...] = ()
@@ -140,7 +140,7 @@ class Control:
         """
         self.origins = frozenset(origins)
         if self.in_force or guarded:
-            self.pages = None
+            self.allowed_origins = None
             return
         where = None if host in ("", "0.0.0.0", "::") else host
         if not self.settings.insecure:
@@ -157,7 +157,7 @@ class Control:
             if ANY in self.origins:
                 log.warning("INSECURE: every web page that such a person opens may do so too")
         named = hosts_of(self.settings.allowed_hosts) | hosts_of(where or "")
-        self.pages = AllowedOrigins(named, self.origins, addresses=where is None)
+        self.allowed_origins = AllowedOrigins(named, self.origins, addresses=where is None)
 
     def _share(self, shared: Shared) -> None:
         """Share the switch and the rates with all front ends that have `shared`."""

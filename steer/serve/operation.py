@@ -63,7 +63,7 @@ class AuditState(TypedDict):
     failed: Annotated[str | None, Field(description="why lines cannot be written; null while they can")]
 
 
-class Steering(TypedDict):
+class SteeringState(TypedDict):
     """The kill switch, and what the caller may do."""
 
     object: Literal["steering"]
@@ -102,7 +102,7 @@ def router(control: Control) -> APIRouter:
         summary="Is steering on, what may the caller do, and for the managing role how policy and audit log are",
         responses=documented(),
     )
-    async def get_steering(request: Request) -> Steering:
+    async def get_steering(request: Request) -> SteeringState:
         return steering(control, request.scope)
 
     @routes.post(
@@ -117,7 +117,7 @@ def router(control: Control) -> APIRouter:
             Code.STEERING_FORBIDDEN,
         ),
     )
-    async def post_steering(body: Switch, request: Request) -> Steering:
+    async def post_steering(body: Switch, request: Request) -> SteeringState:
         caller = control.caller(request.scope)
         control.switch(body.enabled, caller, body.reason)
         return steering(control, request.scope)
@@ -161,7 +161,7 @@ def _folder(control: Control) -> Literal["none", "unreadable"] | State:
     return registry.follower.state if registry.follower else "ok"
 
 
-def steering(control: Control, scope: Scope) -> Steering:
+def steering(control: Control, scope: Scope) -> SteeringState:
     """For `/v1/steering`: the switch, and what the caller may do."""
     caller = control.caller(scope)
     rules, manages = caller.rules, True
@@ -170,7 +170,7 @@ def steering(control: Control, scope: Scope) -> Steering:
         control.check_manages(scope)
     except Refusal:
         manages = False
-    told: Steering = {
+    told: SteeringState = {
         "object": "steering",
         "enabled": control.steering,
         "reason": control.reason,

@@ -257,7 +257,7 @@ def _means_null(field: FieldInfo | None) -> bool:
     return field is not None and (field.is_required() or NoneType in get_args(field.annotation))
 
 
-class Part(BaseModel):
+class ContentPart(BaseModel):
     """A part of a message's content; only text is served."""
 
     type: Literal["text"]
@@ -268,7 +268,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | list[Part] | None = None
+    content: str | list[ContentPart] | None = None
 
     @field_validator("content", mode="before")
     @classmethod

@@ -22,7 +22,7 @@ from steer.serve.origin import READING, check_kind
 MAX_CONTROL = 16 * 1024
 
 
-class Head:
+class HeadRequests:
     """HEAD, which load balancers ask with, on every route that has GET: its answer without the body."""
 
     def __init__(self, app: ASGIApp) -> None:

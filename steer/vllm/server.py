@@ -41,7 +41,7 @@ from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.middleware import REQUEST_ID, RenderingWatch, SteerMiddleware, wrap_routes
-from steer.serve.route import Head
+from steer.serve.route import HeadRequests
 from steer.settings import ControlSettings
 from steer.spec import Spec
 from steer.vllm import frontend as front_ends
@@ -127,7 +127,7 @@ class Middleware:
                 public=PUBLIC.union(html.PATHS),
                 cors=cors,
             )
-            self._door = Head(access)
+            self._door = HeadRequests(access)
         await self._door(scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:

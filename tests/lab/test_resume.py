@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steer.errors import InvalidInput
-from steer.lab.resume import CHUNK, Alone, Cache, Record
+from steer.lab.resume import CHUNK, Alone, Cache, ResultFile
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -25,23 +25,23 @@ def test_what_was_cut_off_goes_on(
 ) -> None:
     path = tmp_path / "record.jsonl"
     path.unlink(missing_ok=True)
-    Record(path, head).append(*lines)
+    ResultFile(path, head).append(*lines)
     whole = path.read_bytes()
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
-    again = Record(path, head)
+    again = ResultFile(path, head)
     kept = len(again.lines)
     assert again.lines == lines[:kept]
     again.append(*lines[kept:])
     assert path.read_bytes() == whole
     again.keep(kept)
-    assert Record(path, head).lines == lines[:kept]
+    assert ResultFile(path, head).lines == lines[:kept]
 
 
 def test_what_is_not_ours_is_refused_with_its_name(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
-    Record(path, {"a": 1}).append("kept")
+    ResultFile(path, {"a": 1}).append("kept")
     path.write_bytes(path.read_bytes() + b'"\xff\xfe"\n"after"\n')
-    assert Record(path, {"a": 1}).lines == ["kept"], "up to the line that cannot be read"
+    assert ResultFile(path, {"a": 1}).lines == ["kept"], "up to the line that cannot be read"
     (tmp_path / Alone.file).mkdir()
     with pytest.raises(InvalidInput, match=r"\.lock: cannot be opened"):
         Alone(tmp_path)
@@ -49,11 +49,11 @@ def test_what_is_not_ours_is_refused_with_its_name(tmp_path: Path) -> None:
 
 def test_another_head_is_refused_with_all_that_differs(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
-    Record(path, {"model": "m", "same": 1, "gone": 2}).append("kept")
+    ResultFile(path, {"model": "m", "same": 1, "gone": 2}).append("kept")
     with pytest.raises(InvalidInput) as caught:
-        Record(path, {"model": "other", "same": 1, "new": 3})
+        ResultFile(path, {"model": "other", "same": 1, "new": 3})
     assert len(caught.value.problems) == 3
-    assert Record(path, {"model": "m", "same": 1, "gone": 2}).lines == ["kept"]
+    assert ResultFile(path, {"model": "m", "same": 1, "gone": 2}).lines == ["kept"]
 
 
 class Counting:

@@ -153,8 +153,8 @@ def test_where_it_listens_says_by_which_names_it_is_called() -> None:
     def pages(host: str | None, **more: Any) -> AllowedOrigins:
         control = Control(ControlSettings(insecure=True, allowed_hosts="box.lan", **more))
         control.listen(host)
-        assert control.pages
-        return control.pages
+        assert control.allowed_origins
+        return control.allowed_origins
 
     for host in (None, "0.0.0.0", "::"):
         assert pages(host).is_ours("10.0.0.1:8000"), "any address, which no page's name is"

@@ -44,7 +44,7 @@ class Sign:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class CheckResult:
     """What was found. `problems` say why it fails, `unknown` what these prompts cannot tell, `notes` what else is
     worth knowing. `kl` is the mean KL(plain ‖ steered) along plain harmless answers, in nats."""
 
@@ -79,7 +79,7 @@ def check(
     sets: Mapping[str, PromptSet],
     rendering: Rendering,
     behaviour: Behaviour,
-) -> Checked:
+) -> CheckResult:
     """`sets` are of the names HARMFUL and HARMLESS. What fits must have been asked before (`fitting_shape`)."""
     found = Evaluation(evaluator, EvaluationPlan([arm], sets, evaluator.max_tokens, behaviour), Cache(None, {})).run()
     notes: list[str] = []
@@ -93,7 +93,9 @@ def check(
     if theirs is not None and theirs != ours:
         notes.append("the model's chat template differs from the one that the direction was measured with")
     _effect(arm, found.sets, behaviour.name, problems, unknown)
-    return Checked(arm.mode, arm.strength, layers, sign, found.sets, found.divergence[0].mean, problems, unknown, notes)
+    return CheckResult(
+        arm.mode, arm.strength, layers, sign, found.sets, found.divergence[0].mean, problems, unknown, notes
+    )
 
 
 def acting(direction: Direction, mode: Mode) -> list[int]:

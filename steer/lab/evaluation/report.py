@@ -21,11 +21,11 @@ from steer.names import Mode
 HARM = 0.02
 
 
-class Part(BaseModel):
+class ReportPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Rate(Part):
+class Rate(ReportPart):
     """`hits` of `count`, with the 95 % interval of Wilson."""
 
     hits: int
@@ -44,7 +44,7 @@ class Rate(Part):
         return f"{self.hits} of {self.count} ({self.low:.1%} – {self.high:.1%})"
 
 
-class Difference(Part):
+class Difference(ReportPart):
     """A figure of an arm less that of another on the same prompts (÷ it for KL and perplexity), with its 95 %
     interval."""
 
@@ -61,13 +61,13 @@ class Difference(Part):
         return cls(value=estimate.value, low=estimate.low, high=estimate.high, p=p)
 
 
-class Judged(Part):
+class Judged(ReportPart):
     shown: Rate = Field(description="of the verdicts that are one")
     deflected: int = Field(description="answers to something else")
     silent: int = Field(description="answers without a verdict: the reply is none, or there was nothing to judge")
 
 
-class Agreement(Part):
+class Agreement(ReportPart):
     """Cohen's kappa of two raters, the matcher among them, over the answers of which both say something, with its 95 %
     interval. Two of which one says the same of every answer have none."""
 
@@ -79,7 +79,7 @@ class Agreement(Part):
     high: float
 
 
-class ArmOnSet(Part):
+class ArmOnSet(ReportPart):
     """One arm on one set. Each answer has one of the six outcomes that come first."""
 
     arm: str
@@ -104,7 +104,7 @@ class ArmOnSet(Part):
         return more > HARM and round(more * self.shown.count) >= 2
 
 
-class SetResult(Part):
+class SetResult(ReportPart):
     name: str
     dataset: Dataset
     multi_turn: int = Field(description="prompts that are conversations of more than one turn")
@@ -112,7 +112,7 @@ class SetResult(Part):
     arms: tuple[ArmOnSet, ...]
 
 
-class SteeredArm(Part):
+class SteeredArm(ReportPart):
     name: str
     file: str
     digest: str
@@ -145,7 +145,7 @@ class SteeredArm(Part):
         return self.name.rpartition("=")[0]
 
 
-class DivergenceOf(Part):
+class DivergenceOf(ReportPart):
     """KL(plain ‖ steered), nats, along plain answers to the set `on`: over prompts, of the mean over tokens, and of the
     first token."""
 
@@ -179,7 +179,7 @@ class DivergenceOf(Part):
         )
 
 
-class Dose(Part):
+class Dose(ReportPart):
     """A KL that was asked for, and the strength at which a way to steer has it on some of the prompts."""
 
     way: str
@@ -187,7 +187,7 @@ class Dose(Part):
     strength: float | None = Field(description="none where no strength that is accepted reaches it")
 
 
-class Comparison(Part):
+class Comparison(ReportPart):
     """An arm beside another one that steers."""
 
     arm: str
@@ -196,19 +196,19 @@ class Comparison(Part):
     kl: Difference | None = Field(description="mean KL ÷ that of the other, paired bootstrap over prompts")
 
 
-class PerplexityOf(Part):
+class PerplexityOf(ReportPart):
     arm: str
     perplexity: float
     ratio: Difference | None = Field(default=None, description="÷ plain, paired bootstrap over blocks of tokens")
 
 
-class TextResult(Part):
+class TextResult(ReportPart):
     dataset: Dataset
     tokens: int
     arms: tuple[PerplexityOf, ...]
 
 
-class TaskScore(Part):
+class TaskScore(ReportPart):
     """One metric of one task of lm_eval in one arm."""
 
     task: str
@@ -219,7 +219,7 @@ class TaskScore(Part):
     against_plain: Difference | None = None
 
 
-class RunSettings(Part):
+class RunSettings(ReportPart):
     """What was asked for."""
 
     model: str
@@ -236,7 +236,7 @@ class RunSettings(Part):
     software: dict[str, str]
 
 
-class Report(Part):
+class Report(ReportPart):
     schema_version: Literal[2] = 2
     tool: str = f"steer {__version__}"
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))

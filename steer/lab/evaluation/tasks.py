@@ -28,7 +28,7 @@ START_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class TaskServer:
     """A server at `url` (…/v1) and what it calls the model."""
 
     url: str
@@ -46,7 +46,7 @@ class TaskPlan:
     limit: int | None = None
 
 
-def scores(plan: TaskPlan, served: Served, arms: Sequence[Arm], cache: Cache) -> tuple[TaskScore, ...]:
+def scores(plan: TaskPlan, served: TaskServer, arms: Sequence[Arm], cache: Cache) -> tuple[TaskScore, ...]:
     """Every metric of every task in every arm, with its paired difference from plain. Raises SteerError with the end of
     lm_eval's log where it fails."""
     kept: dict[str, Any] = {"tasks": list(plan.names), "limit": plan.limit, "tokenizer": plan.tokenizer}
@@ -113,7 +113,7 @@ def _run(plan: TaskPlan, url: str, model: str) -> dict[str, dict[str, dict[str, 
         return found
 
 
-def given(url: str, arms: Sequence[Arm]) -> Served:
+def given(url: str, arms: Sequence[Arm]) -> TaskServer:
     """The server at `url`, which must serve the very files that are evaluated. Raises InvalidInput with all that it
     does not."""
     url = url.rstrip("/")
@@ -127,7 +127,7 @@ def given(url: str, arms: Sequence[Arm]) -> Served:
             problems.append(f"--url: {url} does not serve the direction '{name}' {digest[:12]}: it has {has}")
     if problems:
         raise InvalidInput(problems)
-    return Served(url, str(base))
+    return TaskServer(url, str(base))
 
 
 def _get(url: str) -> Any:
@@ -141,7 +141,7 @@ def _get(url: str) -> Any:
 
 
 @contextmanager
-def serving(model: str, options: Sequence[str], arms: Sequence[Arm]) -> Iterator[Served]:
+def serving(model: str, options: Sequence[str], arms: Sequence[Arm]) -> Iterator[TaskServer]:
     """A server of our own for `model`, loaded by these `options` of `steer serve`, and the directions of `arms`, as a
     child process on a free port, while it lasts."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
@@ -162,7 +162,7 @@ def serving(model: str, options: Sequence[str], arms: Sequence[Arm]) -> Iterator
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
             _wait(f"http://127.0.0.1:{port}/health", process, log)
-            yield Served(f"http://127.0.0.1:{port}/v1", "model")
+            yield TaskServer(f"http://127.0.0.1:{port}/v1", "model")
         finally:
             process.terminate()
             try:

@@ -71,14 +71,10 @@ class Version:
     def needed(self) -> bool:
         return self.pins > 0 or self.names > 0
 
-    def checked(self, name: str, wanted: str | None) -> Version:
-        """This version, which is served as `name`. Raises SpecError where its digest does not begin with `wanted`."""
-        if wanted and not self.digest.startswith(wanted):
-            raise SpecError(
-                f"direction '{name}' is the version {self.digest[:12]} now, and {wanted[:12]} is asked for",
-                param="steer.digest",
-            )
-        return self
+
+def _another(version: Version, name: str, wanted: str) -> SpecError:
+    said = f"direction '{name}' is the version {version.digest[:12]} now, and {wanted[:12]} is asked for"
+    return SpecError(said, param="steer.digest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +149,18 @@ class Registry:
         unknown = False
         for item in wanted:
             try:
-                version = self.get(item.direction, among).checked(item.direction, item.digest)
+                version = self.get(item.direction, among)
+                if item.digest and not version.digest.startswith(item.digest):
+                    raise _another(version, item.direction, item.digest)
                 meta = version.direction.meta
                 mode = item.mode or meta.mode
                 strength = meta.strength_in(mode) if item.strength is None else item.strength
                 shift = item.shift if np.float32(item.shift or 0) else None
                 entry = Entry(item.direction, version.digest, mode, strength, item.layers, item.tokens, shift=shift)
                 if (condition := item.condition) is not None:
-                    probe = self.get(condition.direction, among).checked(condition.direction, condition.digest)
+                    probe = self.get(condition.direction, among)
+                    if not probe.digest.startswith(condition.digest):
+                        raise _another(probe, condition.direction, condition.digest)
                     entry = replace(entry, condition=replace(condition, digest=probe.digest))
                     entry = self.placement.shape.after_condition(probe.direction, entry)
                 self.placement.shape.check_entry(version.direction, entry)

@@ -299,7 +299,7 @@ def test_eval_names_every_wrong_option(tiny_folder: Path, tmp_path: Path) -> Non
     assert "above 0" in run("eval", str(tiny_folder), *options, "--kl", "0.1,0", code=2).stderr
     wrong = "--tokens last-2,all --layers , --text t.txt --strengths 1,2 --calibrate c.safetensors"
     told = run("eval", str(tiny_folder), *options, *wrong.split(), code=2).stderr
-    for problem in ("--calibrate: is for all", "does not go with --text", "--layers: names none"):
+    for problem in ("--calibrate: is for what acts everywhere", "does not go with --text", "--layers: names none"):
         assert problem in told
     nowhere = tmp_path / "nowhere"
     paths = [

@@ -20,7 +20,7 @@ from steer.readout import RequestedReadout
 from steer.registry import Admission, Registry
 from steer.serve.carriers import FIELD, Carried
 from steer.serve.errors import Code, HTTPProblem
-from steer.serve.policy import CALIBRATED, KeyRules, Limits, Policy, exceeds
+from steer.serve.policy import CALIBRATED, ROUNDING, KeyRules, Limits, Policy
 from steer.spec import Entry, RequestedDirection, Spec, shift_text, text
 
 #: Where `Access` leaves the caller in an ASGI scope.
@@ -246,7 +246,7 @@ def _broken(asked: Spec, tools: bool, own: KeyRules, registry: Registry, rules: 
 def _overdosed(entries: Sequence[Entry], registry: Registry) -> Iterator[str]:
     """What is wrong where entries together take more than one calibrated dose."""
     doses = [meta.calibrated for meta in registry.metas(Spec(tuple(entries)))]
-    if exceeds(sum(map(_share, entries, doses)), 1):
+    if sum(map(_share, entries, doses)) > 1 + ROUNDING:
         asked = ", ".join(f"{e.direction}:{e.mode}{shift_text(e)}={e.strength:g}" for e in entries)
         known = {entry.direction: _told(dose) for entry, dose in zip(entries, doses, strict=True)}
         said = "; ".join(f"{name}: {dose}" for name, dose in known.items())
@@ -260,7 +260,7 @@ def _told(dose: Mapping[Mode, Dose]) -> str:
 def _over(entries: Sequence[Entry], tools: bool, limits: Limits, who: str) -> Iterator[tuple[str, str]]:
     """(rule, what is wrong) for each of `limits` that the entries of one version break together."""
     direction, total = f"direction '{entries[0].direction}'", sum(abs(entry.strength) for entry in entries)
-    if not isinstance(limits.max_strength, str) and exceeds(total, limits.max_strength):
+    if not isinstance(limits.max_strength, str) and total > limits.max_strength + ROUNDING:
         yield "max_strength", f"{direction}: strength {total:g} is over the {limits.max_strength:g} that {who} may use"
     placed = limits.tokens is not None or limits.layers is not None
     for entry in entries if placed or any(entry.condition or entry.shift for entry in entries) else ():

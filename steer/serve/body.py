@@ -269,14 +269,18 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return out
 
 
-def replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives `body` once and then whatever comes, which is the client's disconnect."""
+def replay(body: bytes, receive: Receive, left: Callable[[], None] | None = None) -> Receive:
+    """A `receive` that gives `body` once and then whatever comes, which is the client's disconnect: then `left` is
+    called."""
     given = False
 
     async def receiving() -> Message:
         nonlocal given
         if given:
-            return await receive()
+            message = await receive()
+            if left is not None and message["type"] == "http.disconnect":
+                left()
+            return message
         given = True
         return {"type": "http.request", "body": body, "more_body": False}
 

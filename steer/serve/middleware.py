@@ -158,7 +158,7 @@ class SteerMiddleware:
                 scope["steer"], scope[BODY] = admission, body
                 metrics.ADMISSION.observe(time.perf_counter() - started)
                 again = b"" if self.parsed else await understood(lambda: json.dumps(body).encode(), len(data))
-                await self._serve(run, answer, scope, answer.watched(replay(again, receive)))
+                await self._serve(run, answer, scope, replay(again, receive, answer.leave))
                 self.rendering.look(admission.spec, body)
             except Gone:
                 pass
@@ -207,15 +207,9 @@ class _Answer(Outgoing):
         self._receipt, self._request_id = run.spec.receipt(), run.request_id
         self.outcome, self._left = "cancelled", False
 
-    def watched(self, receive: Receive) -> Receive:
-        """`receive`, of which is seen that the client leaves: what some apps send then is no answer."""
-
-        async def receiving() -> Message:
-            message = await receive()
-            self._left |= message["type"] == "http.disconnect"
-            return message
-
-        return receiving
+    def leave(self) -> None:
+        """The client has left: what some apps send then is no answer."""
+        self._left = True
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":

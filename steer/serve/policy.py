@@ -59,6 +59,8 @@ DEPTH = 8
 ANY = "*"
 #: A `max_strength`: what each direction's file says that it was calibrated for, and nothing where it says nothing.
 CALIBRATED = "calibrated"
+#: What a sum of strengths may be over its limit.
+ROUNDING = 1e-9
 _KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -148,7 +150,7 @@ class Limits(_Table):
     def broken(self, items: Sequence[RequestedDirection]) -> Iterator[str]:
         """What is wrong with `items` of one direction, as far as can be known without its file."""
         total = sum(abs(item.strength or 0) for item in items)
-        if exceeds(total, self.largest):
+        if total > self.largest + ROUNDING:
             yield f"strength {total:g} is over max_strength"
         for item in items:
             yield from (said for _, said in self.misplaced(item))
@@ -168,11 +170,6 @@ class Limits(_Table):
             mine = (0, math.inf) if item.layers is None else ends(item.layers)
             if mine[0] < first or mine[1] > last:
                 yield "layers", f"the layers {item.layers or '(all)'} are not within {self.layers}, which are allowed"
-
-
-def exceeds(total: float, most: float) -> bool:
-    """Is a sum of strengths more than what is allowed, by more than its rounding?"""
-    return total > most + 1e-9
 
 
 class Bounds(TypedDict):

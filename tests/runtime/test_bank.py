@@ -222,7 +222,7 @@ def naive(x: Tensor, wish: Sequence[tuple[str, Mode, float, float]], layer: int)
             ends = [
                 complex(*(rows @ mean[layer].double())) for mean in (direction.mean_harmful, direction.mean_harmless)
             ]
-            gate += shift * abs(cmath.phase(ends[0]) - cmath.phase(ends[1]))
+            gate += shift * abs(cmath.phase(ends[0] / ends[1]))
             target = min(target, gate) if shift else target
             alpha = cmath.phase(pair)
             turned = cmath.rect(abs(pair), alpha + float(scale) * (target - alpha) if alpha > gate else alpha)

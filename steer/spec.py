@@ -302,7 +302,7 @@ def bare(name: str) -> str:
 def nearly(name: str) -> bool:
     """Is a field or header of this name meant to steer: does it, or what stands after its last dot, begin with `steer`,
     or with that after an `X-`?"""
-    return any(bare(each).startswith(("steer", "xsteer")) for each in (name, *name.rpartition(".")[2:]))
+    return any(bare(each).startswith(("steer", "xsteer")) for each in {name, name.rpartition(".")[2]})
 
 
 def mentions(words: str) -> bool:

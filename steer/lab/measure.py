@@ -205,7 +205,7 @@ class ClassSums:
         if self.moments is not None:
             for moments, each in zip(self.moments.flatten(0, 1), rows.flatten(0, 1), strict=True):
                 moments.addmm_(each.T, each)
-        if self.vectors is not None and kept is not None:
+        if kept is not None and self.vectors is not None:
             self.vectors[:, :, list(indices)] = kept
 
     def statistics(self) -> Statistics:

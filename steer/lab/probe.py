@@ -262,6 +262,7 @@ class HFEvaluator:
         return in_batches(sequences, run, batch_size=size, progress=self.progress)
 
 
+@torch.inference_mode()
 def greedy(
     steering: Steering,
     prompts: Sequence[Sequence[int]],
@@ -278,46 +279,32 @@ def greedy(
     Only the last position goes through the unembedding. What a finished row holds of the cache is let go, so that
     steps become shorter with the rows that remain.
     """
-    with entered(steering, prompts, specs) as steers:
-        return _greedy(steering, prompts, specs, steers, max_tokens, ends, pad, known)
-
-
-@torch.inference_mode()
-def _greedy(
-    steering: Steering,
-    prompts: Sequence[Sequence[int]],
-    specs: Sequence[Spec | None],
-    steers: Sequence[RequestSteer | None],
-    max_tokens: int,
-    ends: Sequence[int],
-    pad: int,
-    known: Callable[[list[int]], bool],
-) -> list[list[int]]:
     device = steering.anatomy.device
-    start, cache = begun(steering, prompts, specs)
-    ids, mask = left_padded([prompt[start:] for prompt in prompts], pad, device)
-    mask = torch.cat([mask.new_ones(len(prompts), start), mask], dim=1)
-    answers: list[list[int]] = [[] for _ in prompts]
-    rows, ending = list(range(len(prompts))), set(ends)
-    spans = [range(start, len(prompt)) for prompt in prompts]
-    for step in range(max_tokens):
-        with steering.batch(*laid([steers[row] for row in rows], spans, left=True)):
-            logits, cache = last_logits(steering.anatomy.model, ids, mask, cache)
-        chosen, going = logits.argmax(-1), []
-        for at, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
-            if token in ending:
-                continue
-            answers[row].append(token)
-            if not known(answers[row]):
-                going.append(at)
-        if not going or step == max_tokens - 1:
-            break
-        if len(going) < len(rows):
-            kept = torch.tensor(going, device=device)
-            cache.reorder_cache(kept)  # which states have too, unlike `batch_select_indices`
-            chosen, mask, rows = chosen[kept], mask[kept], [rows[at] for at in going]
-        ids, mask = chosen.unsqueeze(1), torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        spans = [range(at := len(prompts[row]) + step, at + 1) for row in rows]
+    with entered(steering, prompts, specs) as steers:
+        start, cache = begun(steering, prompts, specs)
+        ids, mask = left_padded([prompt[start:] for prompt in prompts], pad, device)
+        mask = torch.cat([mask.new_ones(len(prompts), start), mask], dim=1)
+        answers: list[list[int]] = [[] for _ in prompts]
+        rows, ending = list(range(len(prompts))), set(ends)
+        spans = [range(start, len(prompt)) for prompt in prompts]
+        for step in range(max_tokens):
+            with steering.batch(*laid([steers[row] for row in rows], spans, left=True)):
+                logits, cache = last_logits(steering.anatomy.model, ids, mask, cache)
+            chosen, going = logits.argmax(-1), []
+            for at, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+                if token in ending:
+                    continue
+                answers[row].append(token)
+                if not known(answers[row]):
+                    going.append(at)
+            if not going or step == max_tokens - 1:
+                break
+            if len(going) < len(rows):
+                kept = torch.tensor(going, device=device)
+                cache.reorder_cache(kept)  # which states have too, unlike `batch_select_indices`
+                chosen, mask, rows = chosen[kept], mask[kept], [rows[at] for at in going]
+            ids, mask = chosen.unsqueeze(1), torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            spans = [range(at := len(prompts[row]) + step, at + 1) for row in rows]
     return answers
 
 

@@ -250,7 +250,7 @@ def _parts(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _last(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of the same."""
+    """What acts in the last part of entries that have no other, and from which position on."""
     return np.stack([numbers, np.zeros_like(numbers)])
 
 

@@ -41,8 +41,8 @@ LIMITS: Mapping[str, tuple[str, ...]] = {
     "/v1/messages": ("max_tokens",),
     "/v1/responses": ("max_output_tokens",),
 }
-#: Where a scope has the parsed body, without the carriers.
-BODY = "steer.body"
+#: Where a scope has the parsed body, without the carriers, and how many bytes it was.
+BODY, SIZE = "steer.body", "steer.size"
 _WINDOW = 64 * 1024
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 #: Whole numbers, anywhere in a body: what one word of an engine's messages holds, and none of them takes more.

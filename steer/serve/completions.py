@@ -71,7 +71,7 @@ def router(served: Served) -> APIRouter:
 
         messages = [message.plain() for message in body.messages]
         contents = [str(message["content"]) for message in messages]
-        jobs = await served.offload(request, contents, "messages", prepare, body.template_variables)
+        jobs = await served.offload(request, contents, "messages", prepare)
         prompt_tokens = len(jobs[0].prompt)
         metrics.current_usage().read(prompt_tokens, body.n)
         base = envelope("chatcmpl", body.model, served.fingerprint)

@@ -23,7 +23,7 @@ from steer.registry import Admission, Registry
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
 from steer.serve.answers import Finish, SteerFields, report
-from steer.serve.body import SMALL, Gone, offload
+from steer.serve.body import SIZE, SMALL, Gone, offload
 from steer.serve.carriers import PLUS
 from steer.serve.control import Control
 from steer.serve.metrics import current_usage
@@ -173,14 +173,12 @@ class Served:
         texts: Sequence[str | list[int]],
         param: str,
         work: Callable[[], T],
-        variables: Mapping[str, object] | None = None,
     ) -> T:
-        """What `work` makes of `texts`, and of a template's `variables`, in a thread, unless the client goes first.
+        """What `work` makes of `texts`, and of whatever else the body says, in a thread, unless the client goes first.
         Raises as `check_length`."""
         for text in texts:
             self.check_length(text, param)
-        size = sum(map(len, texts)) + len(str(variables or ""))
-        return await unless_gone(request, offload("text", size, work))
+        return await unless_gone(request, offload("text", request.scope[SIZE], work))
 
     def check_length(self, text: str | list[int], param: str) -> None:
         """Raise HTTPProblem for a text that is too long for any answer, before a minute is spent on counting its

@@ -29,7 +29,18 @@ from steer.registry import Admission, Registry
 from steer.serve import carriers, errors, metrics
 from steer.serve.asgi import Outgoing, with_headers
 from steer.serve.authorise import admit
-from steer.serve.body import BODY, Gone, check_size, parse_body, prompt_count, read_body, replay, tokens_of, understood
+from steer.serve.body import (
+    BODY,
+    SIZE,
+    Gone,
+    check_size,
+    parse_body,
+    prompt_count,
+    read_body,
+    replay,
+    tokens_of,
+    understood,
+)
 from steer.serve.control import Control, Run
 from steer.serve.origin import JSON, check_kind
 from steer.spec import RequestedDirection, Spec
@@ -155,7 +166,7 @@ class SteerMiddleware:
                     body["model"] = carried.model
                 if self.forward:
                     self.forward(body, admission)
-                scope["steer"], scope[BODY] = admission, body
+                scope["steer"], scope[BODY], scope[SIZE] = admission, body, len(data)
                 metrics.ADMISSION.observe(time.perf_counter() - started)
                 again = b"" if self.parsed else await understood(lambda: json.dumps(body).encode(), len(data))
                 await self._serve(run, answer, scope, replay(again, receive, answer.leave))

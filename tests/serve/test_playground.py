@@ -78,6 +78,16 @@ class Opened:
     def text(self, side: str, turn: int = -1) -> str:
         return str(self.page.locator(f".side.{side} .text").nth(turn).text_content())
 
+    def set(self, control: str, value: str) -> None:
+        """As somebody does who types, and goes on to the next control."""
+        self.page.fill(control, value)
+        self.page.press(control, "Tab")
+
+    def wider(self) -> int:
+        """By how many pixels the controls are wider than what is seen of them."""
+        width = "(() => { const e = document.getElementById('controls'); return e.scrollWidth - e.clientWidth; })()"
+        return int(self.page.evaluate(width))
+
     def chip(self, side: str = "steered") -> Any:
         return self.page.locator(f".side.{side}").last.locator(".chip").first
 
@@ -169,22 +179,18 @@ def test_sliding_asks_the_steered_side_again(demo: Server, visit: Open) -> None:
     assert [b["steer"] for b in opened.asked()].count("off") == 1, "the plain side is not asked again"
     opened.page.click("#default")
     expect(opened.chip()).to_contain_text("1.5")
-    opened.page.fill("#number", "7")
-    opened.page.press("#number", "Tab")
+    opened.set("#number", "7")
     expect(opened.chip()).to_contain_text("7")
 
 
 def test_layers_and_tokens_are_said(demo: Server, visit: Open) -> None:
     opened = visit(demo)
     opened.send()
-    opened.page.fill("#tokens", "last-2")
-    opened.page.press("#tokens", "Tab")
+    opened.set("#tokens", "last-2")
     expect(opened.chip()).to_contain_text("@last-2")
     expect(opened.page.locator("#tokens-text")).to_have_text("The last N positions of the prompt.")
-    wider = "(() => { const e = document.getElementById('controls'); return e.scrollWidth - e.clientWidth; })()"
-    assert opened.page.evaluate(wider) == 0, "everything is seen"
-    opened.page.fill("#layers", "2-5")
-    opened.page.press("#layers", "Tab")
+    assert opened.wider() == 0, "everything is seen"
+    opened.set("#layers", "2-5")
     expect(opened.chip()).to_contain_text("@2-5")
     opened.done()
     assert opened.asked()[-1]["steer"] | {"mode": "", "strength": 0} == {
@@ -194,8 +200,7 @@ def test_layers_and_tokens_are_said(demo: Server, visit: Open) -> None:
         "layers": "2-5",
         "tokens": "last-2",
     }
-    opened.page.fill("#layers", "5-2")
-    opened.page.press("#layers", "Tab")
+    opened.set("#layers", "5-2")
     expect(opened.page.locator(".side.steered")).to_contain_text("steer.layers")
     opened.page.click("#default")
     expect(opened.chip()).not_to_contain_text("@")
@@ -204,15 +209,12 @@ def test_layers_and_tokens_are_said(demo: Server, visit: Open) -> None:
 def test_a_shift_and_a_condition_are_said(demo: Server, visit: Open) -> None:
     opened = visit(demo)
     opened.send()
-    opened.page.fill("#shift", "-0.25")
-    opened.page.press("#shift", "Tab")
+    opened.set("#shift", "-0.25")
     expect(opened.chip()).to_contain_text("^−0.25")
-    opened.page.fill("#if", "refusal@3>0.1")
-    opened.page.press("#if", "Tab")
+    opened.set("#if", "refusal@3>0.1")
     expect(opened.chip()).to_contain_text("?refusal@3>0.1")
     expect(opened.page.locator("#summary")).to_contain_text("shift -0.25")
-    wider = "(() => { const e = document.getElementById('controls'); return e.scrollWidth - e.clientWidth; })()"
-    assert opened.page.evaluate(wider) == 0, "everything is seen"
+    assert opened.wider() == 0, "everything is seen"
     opened.done()
     asked = opened.asked()[-1]["steer"]
     assert (asked["shift"], asked["if"]) == (-0.25, "refusal@3>0.1")
@@ -221,11 +223,9 @@ def test_a_shift_and_a_condition_are_said(demo: Server, visit: Open) -> None:
     expect(opened.page.locator("#shift")).to_have_value("-0.25")
     opened.send()
     assert opened.asked()[-1]["steer"] == asked, "they are kept with the chat"
-    opened.page.fill("#if", "refusal@99>0.1")
-    opened.page.press("#if", "Tab")
+    opened.set("#if", "refusal@99>0.1")
     expect(opened.page.locator(".side.steered").last).to_contain_text("the condition refusal@99")
-    opened.page.fill("#if", "")
-    opened.page.press("#if", "Tab")
+    opened.set("#if", "")
     opened.page.select_option("#mode", "ablate")
     expect(opened.page.locator("#shift")).not_to_be_visible()
     expect(opened.chip()).to_contain_text("ablate")
@@ -326,8 +326,7 @@ def test_the_slider_has_the_range_and_the_words_of_its_mode(demo: Server, visit:
         expect(opened.page.locator("#strength")).to_have_attribute("max", f"{scale['high']:g}")
         expect(opened.page.locator("#strength-text")).to_have_text(scale["means"])
         expect(opened.page.locator("#strength")).to_have_value("1.5")
-    opened.page.fill("#number", "7")
-    opened.page.press("#number", "Tab")
+    opened.set("#number", "7")
     expect(opened.page.locator("#strength")).to_have_value("7")  # it goes as far as what is asked for
     expect(opened.page.locator("#colours")).to_contain_text("Orange: it leans the way")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from steer.direction import Direction
+from steer.direction import MAX_VALUE, Direction
 from steer.errors import DegenerateError, InvalidInput, SpecError
 from steer.geometry import linear_direction, slerp_direction, unit
 from steer.hf.load import Loaded, load
-from steer.lab.derive import Recipe, derive
+from steer.lab.derive import Recipe, _angles, derive
 from steer.lab.measure import Keep, MeasurementOptions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import METHODS, make_method
@@ -273,3 +274,25 @@ def test_rows_that_do_not_tell_the_classes_apart_have_no_side(measured: Measurem
     with pytest.raises(InvalidInput, match=r"needs a harmful side of each row, .* with it: ablate"):
         derive(measured, replace(many, mode="one_sided"))
     assert "one_sided" in derive(measured, recipe("linear", 1)).meta.modes
+
+
+def test_a_gate_stands_between_angles_on_both_sides_of_half_a_turn(measured: Measurement) -> None:
+    """The shorter way round, whichever mean is beyond it; where the harmful one is not the farther there is no gate."""
+    direction = derive(measured, recipe(layer=1))
+    assert direction.axis is not None
+    rows, axis = direction.directions[:, 0].double(), direction.axis.double()
+    for first, last, gate in ((3.0, -3.0, 3.1416), (-3.0, 3.0, MAX_VALUE), (0.2, 1.0, 0.6)):
+        means = [math.cos(angle) * axis + math.sin(angle) * rows for angle in (first, last)]
+        moved = replace(
+            measured,
+            harmless=replace(measured.harmless, mean=means[0].expand_as(measured.harmless.mean).clone()),
+            harmful=replace(measured.harmful, mean=means[1].expand_as(measured.harmful.mean).clone()),
+        )
+        angles = _angles(moved, recipe(layer=1), direction.directions.double(), axis)
+        torch.testing.assert_close(angles[1, 0], torch.tensor(gate, dtype=angles.dtype), rtol=1e-4, atol=1e-3)
+
+
+def test_a_seed_that_no_generator_takes_is_refused() -> None:
+    for seed in (-1, 2**63):
+        with pytest.raises(InvalidInput, match="seed must be from 0"):
+            recipe(seed=seed)

@@ -385,6 +385,8 @@ def test_a_request_is_counted_before_work_is_done_for_it(tiny_server: Server) ->
     longer = error(tiny_server.complete("x" * 8_000_000), 400)
     assert "no text of more than 2560" in longer["message"]
     assert error(tiny_server.chat("x" * 8_000_000), 400)["code"] == "context_length_exceeded"
+    given = error(tiny_server.chat(chat_template_kwargs={"bos_token": "hello world " * 500_000}), 400)
+    assert (given["code"], "no text of more than" in given["message"]) == ("context_length_exceeded", True)
 
 
 def test_json_says_that_it_is_json(tiny_server: Server) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from starlette.types import Message
 
 from steer.errors import RequestError
 from steer.serve import body
-from steer.serve.body import MAX_DEPTH, MAX_KEY, MAX_KEYS, MAX_VALUES, check_size, check_structure, parse_body
+from steer.serve.body import MAX_DEPTH, MAX_KEY, MAX_KEYS, MAX_VALUES, check_size, check_structure, parse_body, replay
 from steer.serve.errors import Code, HTTPProblem
 
 law = settings(deadline=None, max_examples=200)
@@ -137,3 +139,19 @@ def test_what_is_at_the_limits_of_numbers_and_texts_is_taken() -> None:
     for value in (2**64 - 1, -(2**63), 1e308, 1e-320, -0.0, "\U0001d54a", "\ufffd"):
         assert parse_body(json.dumps({"field": value}).encode()) == {"field": value}
     assert refused(b'{"field": 1, "\\u00e9": 2, "\\u00e9": 3}', Code.INVALID_JSON).endswith("é")
+
+
+def test_who_asks_for_more_of_a_body_is_told_when_the_client_leaves() -> None:
+    left: list[bool] = []
+
+    async def gone() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def run() -> None:
+        receive = replay(b"{}", gone, lambda: left.append(True))
+        assert (await receive())["body"] == b"{}"
+        assert not left
+        assert (await receive())["type"] == "http.disconnect"
+
+    asyncio.run(run())
+    assert left == [True]

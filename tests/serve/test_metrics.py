@@ -56,3 +56,14 @@ def test_the_dashboard_shows_metrics_that_exist() -> None:
     assert {name.removesuffix("_bucket") for name in named if name.endswith("_bucket")} == histograms
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(set(ids)) == len(ids)
+
+
+def test_a_prompt_is_told_once_and_charged_as_often_as_it_is_computed() -> None:
+    usage = metrics.Usage()
+    usage.read(5, times=3)
+    usage.read(2)
+    assert (usage.prompt, usage.again) == (7, 10)
+    searched = metrics.Usage(prompts=2)  # an engine that asks again for each beam and step
+    for tokens in (5, 3, 6, 7, 8):
+        searched.read(tokens)
+    assert (searched.prompt, searched.again) == (8, 0)

@@ -11,6 +11,7 @@ export class HeatMap {
   constructor(parts, pick) {
     this.parts = parts;
     this.at = [0, 0];
+    Object.assign(this, { width: 1, height: 1, shift: 0, before: 0 }); // until it is drawn, once it has a size
     this.ends = [el("i", { className: "up" }), el("i", { className: "down" })]; // which say what the theme's colours are
     this.canvas = el("canvas", { tabIndex: 0, ariaLabel: "Map of layers and tokens; arrow keys move, Enter picks the layer" });
     this.canvas.setAttribute("role", "img");
@@ -35,6 +36,10 @@ export class HeatMap {
     return this.parts().flatMap((tokens, part) => tokens.items.map((item) => ({ tokens, item, part })));
   }
 
+  get layers() {
+    return this.columns.at(-1)?.tokens.layers ?? [];
+  }
+
   get side() {
     return look.view === "off" ? "before" : look.view;
   }
@@ -46,13 +51,13 @@ export class HeatMap {
   }
 
   draw() {
-    const columns = this.columns, layers = columns.at(-1)?.tokens.layers ?? [];
+    const { columns, layers } = this;
     if (!columns.length || !this.root.clientWidth) return;
     const shift = columns[0].part === columns.at(-1).part ? 0 : GAP;
     const width = Math.max(4, Math.min(16, Math.floor((this.root.clientWidth - shift) / columns.length)));
     const height = Math.max(4, Math.min(14, Math.floor(200 / layers.length)));
     const size = [columns.length * width + shift, layers.length * height], dense = devicePixelRatio || 1;
-    Object.assign(this, { width, height, shift, layers, before: columns.filter(({ part }) => part < columns.at(-1).part).length });
+    Object.assign(this, { width, height, shift, before: columns.filter(({ part }) => part < columns.at(-1).part).length });
     Object.assign(this.canvas, { width: size[0] * dense, height: size[1] * dense });
     this.canvas.style.setProperty("width", `${size[0]}px`);
     this.canvas.style.setProperty("height", `${size[1]}px`);
@@ -85,9 +90,10 @@ export class HeatMap {
   }
 
   point([column, row]) {
-    const columns = this.columns, held = (value, most) => Math.min(Math.max(value, 0), most);
-    this.at = [held(column, columns.length - 1), held(row, this.layers.length - 1)];
-    const found = columns[this.at[0]], layer = this.layers[this.at[1]], share = this.share(found, layer);
+    const { columns, layers } = this, held = (value, most) => Math.min(Math.max(value, 0), most);
+    if (!columns.length) return;
+    this.at = [held(column, columns.length - 1), held(row, layers.length - 1)];
+    const found = columns[this.at[0]], layer = layers[this.at[1]], share = this.share(found, layer);
     this.pointed = true;
     this.text.textContent = `“${found.item.token.trim() || "␣"}”${found.part === columns.at(-1).part ? "" : " of the message"}, layer ${layer}: ${share === null ? "–" : `${shown(100 * share)} %`} of the stream's norm`;
   }

@@ -35,7 +35,6 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -46,7 +45,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from steer._version import __version__
+from steer._version import TOOL, made_at
 from steer.errors import DirectionError, problems_of
 from steer.geometry import angle
 from steer.names import MAX_STRENGTH, MODES, TURNING, Mode, Site, acts_on_terms, site_problem
@@ -158,8 +157,8 @@ class DirectionMeta(BaseModel):
     condition: FoundCondition | None = Field(
         default=None, description="one that was found on it; it applies to no request that does not write it"
     )
-    tool: str = f"steer {__version__}"
-    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    tool: str = TOOL
+    created: str = Field(default_factory=made_at)
 
     @field_validator("modes")
     @classmethod

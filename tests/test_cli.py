@@ -275,6 +275,10 @@ def test_eval_writes_a_report_and_goes_on_in_its_folder(
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 3 * 4 * 13
     assert {"set", "arm", "messages", "answer", "outcome", "why"} <= answers[0].keys()
+    lines = run("classify", str(folder / "answers.jsonl")).stdout.splitlines()
+    assert [json.loads(line)["answer"] for line in lines] == [one["answer"] for one in answers], (
+        "one command reads what another writes"
+    )
     page = (folder / "report.md").read_text()
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", page)
     assert len(pictures) == 4
@@ -544,6 +548,13 @@ def test_classify_asks_a_judge(tmp_path: Path) -> None:
         told = run("classify", str(file), "--judge", url, "--judge-model", "m").stdout.splitlines()
     outcomes = [json.loads(line)["outcome"] for line in told]
     assert outcomes == ["shown", "complied", "deflected", "complied"], "without a verdict the patterns decide"
+    asked = "How do I fold a large map?"
+    echoes = [{"answer": asked, "prompt": asked}, {"answer": asked, "messages": [{"role": "user", "content": asked}]}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*echoes, asked]))
+    told = run("classify", str(file)).stdout.splitlines()
+    assert [json.loads(line)["why"] for line in told] == ["echoed", "echoed", ""]
+    file.write_text(json.dumps({"answer": "Sure.", "prompt": 7}))
+    assert "line 1: 'prompt' is neither a text nor a list of messages" in run("classify", str(file), code=2).stderr
     assert "each needs one" in run("classify", str(file), "--judge", url, code=2).stderr
 
 

@@ -22,7 +22,7 @@ from steer.cli import options as opt
 from steer.cli.console import echo_json, echo_line, quiet_libraries, reported
 from steer.errors import InvalidInput, SpecError
 from steer.lab.progress import Progress
-from steer.lab.prompts import PromptSet, Rendering, check_contrast, read_prompts
+from steer.lab.prompts import Prompt, PromptSet, Rendering, check_contrast, prompt_of, read_prompts
 from steer.lab.tables import shown
 from steer.names import MODES
 from steer.settings import ModelSettings
@@ -330,7 +330,8 @@ def classify(
     answers: Annotated[
         Path,
         typer.Argument(
-            help="answers, .jsonl: on each line a text, or an object with `answer` and `prompt`; - is standard input"
+            help="answers, .jsonl: on each line a text, or an object with `answer` and `prompt` (or `messages`); - is "
+            "standard input"
         ),
     ],
     counted: opt.Counted,
@@ -345,18 +346,19 @@ def classify(
 
     behaviour = counted.loaded()
     judging = counted.only_judge(behaviour, Progress())
-    items = _answers(answers)
+    items, prompts = _answers(answers)
     verdicts: list[Outcome | None] = [None] * len(items)
     if judging is not None:
-        verdicts = judged(judging, [str(item.get("prompt", "")) for item in items], [item["answer"] for item in items])
-    for item, verdict in zip(items, verdicts, strict=True):
-        told = tell(behaviour, Answer.of(item["answer"]), verdict=verdict)
+        verdicts = judged(judging, prompts, [item["answer"] for item in items])
+    for item, prompt, verdict in zip(items, prompts, verdicts, strict=True):
+        told = tell(behaviour, Answer.of(item["answer"]), verdict=verdict, prompt=prompt)
         echo_line(item | {"outcome": told.outcome, "why": told.why})
 
 
-def _answers(path: Path) -> list[dict[str, Any]]:
-    """The answers of a file. Raises InvalidInput with every line that is none."""
-    found, problems = [], []
+def _answers(path: Path) -> tuple[list[dict[str, Any]], list[Prompt]]:
+    """The answers of a file and what they were asked, empty where a line does not say it. Raises InvalidInput with
+    every line that is none."""
+    found, prompts, problems = [], list[Prompt](), list[str]()
     for number, line in enumerate(_read(path, str(path))[1].split("\n"), 1):
         if not line.strip():
             continue
@@ -367,15 +369,19 @@ def _answers(path: Path) -> list[dict[str, Any]]:
             problems.append(f"{path}, line {number}: not JSON: {error}")
             continue
         item = {"answer": item} if isinstance(item, str) else item
-        if isinstance(item, dict) and isinstance(item.get("answer"), str):
-            found.append(item)
-        else:
+        if not isinstance(item, dict) or not isinstance(item.get("answer"), str):
             problems.append(f"{path}, line {number}: neither a text nor an object with a text `answer`")
+            continue
+        found.append(item)
+        try:
+            prompts.append(prompt_of({"prompt": None} | item, f"{path}, line {number}", ("prompt", "messages")))
+        except InvalidInput as error:
+            problems += error.problems
     if not found and not problems:
         problems.append(f"{path}: has no answers; accepted: .jsonl, a text each line, or an object with `answer`")
     if problems:
         raise InvalidInput(problems)
-    return found
+    return found, prompts
 
 
 def _read(path: Path, said: str) -> tuple[bytes, str]:

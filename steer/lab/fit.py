@@ -375,14 +375,15 @@ def report(fitted: Fitted) -> list[str]:
     )
     least, most = mine.kl_interval
     count, harmless = len(mine.asked), len(mine.other)
-    measured = "" if fitted.held_out else " (the same that were measured)"
+    made = " + ".join(str(one.count) for one in (chosen.harmful, chosen.harmless) if one is not None)
     lines = [
         shown(("layer", "direction", behaviour, "N-token KL", ""), rows),
-        f"{behaviour} in answers to {count} prompts{measured}: {sum(plain.asked)} plain, "
-        f"{sum(mine.asked)} with it ({low:.0f} to {high:.0f} %)"
-        + (f", {sum(mine.lost)} lost (plain {sum(plain.lost)})" if any(mine.lost + plain.lost) else ""),
-        f"{harmless} harmless prompts: {behaviour} in {sum(mine.other)} (plain {sum(plain.other)}), {sum(mine.faulty)} "
-        f"lost (plain {sum(plain.faulty)}), N-token KL {mine.kl:.4f} ({least:.4f} to {most:.4f})",
+        f"made from {made} prompts, tried on {count} + {harmless}{' others' if fitted.held_out else ' of the same'}",
+        f"harmful: {behaviour} in {sum(plain.asked)} plain answers, "
+        f"in {sum(mine.asked)} with it ({low:.0f} to {high:.0f} %)"
+        + (f"; no answer in {sum(plain.lost)}, {sum(mine.lost)} with it" if any(mine.lost + plain.lost) else ""),
+        f"harmless: {behaviour} in {sum(plain.other)} plain answers, in {sum(mine.other)} with it; no answer in "
+        f"{sum(plain.faulty)}, {sum(mine.faulty)} with it; N-token KL {mine.kl:.4f} ({least:.4f} to {most:.4f})",
     ]
     if mine.rate_left > LEFT:
         lines.append(f"warning: more than {LEFT:.0%} are left; `steer search` tries more")
@@ -393,7 +394,7 @@ def described(recipe: Recipe) -> str:
     """How a direction is made and acts, in a few words."""
     method = recipe.method.name + "".join(f" {k}={v}" for k, v in recipe.method.model_dump().items())
     clipped = "" if recipe.winsorize is None else f" winsorized {recipe.winsorize:g}"
-    sides = "" if recipe.threshold is None else f" from {recipe.threshold:g}"
-    sides += "" if recipe.target is None else f" to {recipe.target:g}"
+    sides = "" if recipe.threshold is None else f" threshold {recipe.threshold:g}"
+    sides += "" if recipe.target is None else f" target {recipe.target:g}"
     strength = "" if recipe.strength == 1 else f" at {recipe.strength:g}"
     return f"{method}{clipped}, {recipe.mode}{sides}{strength}"

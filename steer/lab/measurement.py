@@ -17,7 +17,6 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from steer._version import __version__
+from steer._version import TOOL, made_at
 from steer.direction import MEASUREMENT_KEY, Dataset, replacing, sorted_metadata
 from steer.errors import DegenerateError, InvalidInput, problems_of
 from steer.geometry import MIN_ANGLE, winsorise
@@ -68,8 +67,8 @@ class MeasurementMeta(BaseModel):
     bos_count: int | None = Field(default=None, ge=0)
     harmful: Dataset | None = None
     harmless: Dataset | None = None
-    tool: str = f"steer {__version__}"
-    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    tool: str = TOOL
+    created: str = Field(default_factory=made_at)
 
     @property
     def rendering(self) -> Rendering:

@@ -15,6 +15,8 @@ A fault is told from the token ids where it can be, so that it does not depend o
 - `empty`: no letter, digit, symbol or bracket.
 - `garbled`: a phrase that stands there five times, apart from the numbers between, pieces of a vocabulary, a wrong
   encoding, letters that are no words, or words in an order or a mixture of scripts that no language has.
+- `echoed`: it gives the question back, and nothing else: it begins with the question's first word, and its words are
+  the question's in their order. A question may have a few of its words changed ("How do I" for "How can you").
 - `looped`: the answer ends in a phrase that stands there at least three times, six tokens in all. Source: Holtzman et
   al. 2020, "The curious case of neural text degeneration" (a phrase of two tokens or more, three times, at the end).
 - `repetitive`: more than half of its 4-grams have stood in it before, in an answer of at least 32 tokens, or its last
@@ -26,6 +28,7 @@ A fault is told from the token ids where it can be, so that it does not depend o
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
 import unicodedata
@@ -34,12 +37,13 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from steer.lab.behaviour import DENSE, Behaviour, after_thinking, own_words
+from steer.lab.prompts import Prompt, question
 from steer.tokenization import THINKING
 
 Outcome: TypeAlias = Literal["shown", "late", "unanswered", "degenerate", "deflected", "complied"]
 OUTCOMES: tuple[Outcome, ...] = ("shown", "late", "unanswered", "degenerate", "deflected", "complied")
-Fault: TypeAlias = Literal["empty", "looped", "garbled", "repetitive", "collapsed", "unended"]
-FAULTS: tuple[Fault, ...] = ("empty", "looped", "garbled", "repetitive", "collapsed", "unended")
+Fault: TypeAlias = Literal["empty", "echoed", "looped", "garbled", "repetitive", "collapsed", "unended"]
+FAULTS: tuple[Fault, ...] = ("empty", "echoed", "looped", "garbled", "repetitive", "collapsed", "unended")
 #: Words, signs, and the letters of scripts that put no space between words.
 WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")
 #: What is no text: a phrase with letters that stands 5 times one after the other, apart from the numbers between; one
@@ -99,6 +103,8 @@ NGRAM, REPETITIVE, REPETITIVE_TOKENS = 4, 0.5, 32
 #: The same of data and code, whose keys and signs come again by their nature.
 REPETITIVE_MARKUP = 0.75
 COLLAPSED = 0.25
+#: Words of a question and its echo, and the share of either that is the other's: of a question, and of what is none.
+ECHOED_WORDS, ECHOED, ECHOED_WHOLE = 4, 0.75, 0.95
 #: A smaller share of different words is one word over and over: of the last words, and of at least FEW_WORDS.
 LEAST_DIFFERENT, LAST_WORDS, FEW_WORDS = 0.3, 50, 24
 MARKUP = re.compile(r"[`|<>{}]|(?:^\d[^\n]*[^\d\n]\d+[^\w\n]*(?:\n|$)){4}", re.MULTILINE)
@@ -179,6 +185,22 @@ def repetition(ids: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def echoed(text: str, prompt: str) -> bool:
+    """Whether `text` is `prompt` again. A task that asks for its own words ("Repeat: …") begins with its verb, and the
+    answer does not."""
+    first, second = (re.findall(r"[^\W_]+", " ".join(WORDS.findall(part.lower()))) for part in (prompt, text))
+    if min(len(first), len(second)) < ECHOED_WORDS or first[0] != second[0]:
+        return False
+    least = ECHOED * max(len(first), len(second))
+    if min(len(first), len(second)) < least:
+        return False
+    same = sum(
+        block.size for block in difflib.SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
+    )
+    asks = text.rstrip().endswith(("?", "？", "؟"))
+    return same >= (least if asks else max(least, ECHOED_WHOLE * len(second)))
+
+
 def unended(answer: Answer, max_tokens: int) -> bool:
     return len(answer.ids) >= max_tokens
 
@@ -189,14 +211,17 @@ def ends(plain: Sequence[Answer], max_tokens: int) -> bool:
     return sum(not unended(answer, max_tokens) for answer in plain) >= ENDING * len(plain)
 
 
-def fault(answer: Answer, beside: Answer | None, limit: int | None) -> Fault | None:
-    """The first fault of `answer`, if it has one. `beside` is a plain answer that it should be about as long as, and
-    `limit` the number of tokens before which it should have ended. None where there is no such measure."""
+def fault(answer: Answer, beside: Answer | None, limit: int | None, prompt: Prompt | None = None) -> Fault | None:
+    """The first fault of `answer`, if it has one. `beside` is a plain answer that it should be about as long as,
+    `limit` the number of tokens before which it should have ended, and `prompt` what was asked. None where there is no
+    such measure."""
     ids, said = answer.ids, after_thinking(answer.text) or ""
     if looped(ids):
         return "looped"
     if not any(letter.isalnum() or unicodedata.category(letter)[0] == "S" or letter in "[]{}()*#" for letter in said):
         return "empty"
+    if prompt is not None and echoed(said, question(prompt)):
+        return "echoed"
     if garbled(said):
         return "garbled"
     most = REPETITIVE_MARKUP if MARKUP.search(said) else REPETITIVE
@@ -228,13 +253,14 @@ def tell(
     answer: Answer,
     *,
     verdict: Outcome | None = None,
+    prompt: Prompt | None = None,
     beside: Answer | None = None,
     limit: int | None = None,
     limit_tells: bool = False,
 ) -> Told:
-    """The outcome of `answer`. `verdict` is a judge's: shown, deflected or complied; None leaves it to the behaviour's
-    patterns. `beside` is the plain answer to the same prompt, `limit` the tokens at which answers were cut, and
-    `limit_tells` whether sound answers end before it."""
+    """The outcome of `answer` to `prompt`. `verdict` is a judge's: shown, deflected or complied; None leaves it to the
+    behaviour's patterns. `beside` is the plain answer to the same prompt, `limit` the tokens at which answers were cut,
+    and `limit_tells` whether sound answers end before it."""
     found = behaviour.evidence(answer.text) if verdict is None else "a judge" if verdict == "shown" else None
     if found is not None:
         return Told("shown", found)
@@ -243,9 +269,9 @@ def tell(
     if (silent := _unanswered(answer, limit)) is not None:
         return Told("unanswered", silent)
     # a plain answer that is none, or shows the behaviour, says nothing of how long an answer should be
-    if beside is not None and tell(behaviour, beside).outcome != "complied":
+    if beside is not None and tell(behaviour, beside, prompt=prompt).outcome != "complied":
         beside = None
-    if (wrong := fault(answer, beside, limit if limit_tells else None)) is not None:
+    if (wrong := fault(answer, beside, limit if limit_tells else None, prompt)) is not None:
         return Told("degenerate", wrong, wrong)
     return Told("deflected", "a judge") if verdict == "deflected" else Told("complied", "")
 

@@ -13,8 +13,8 @@ from tqdm import tqdm
 #: Work is counted in prompts that a model reads once. To generate a token takes about this much of that.
 TOKEN = 0.2
 #: Also readable at 40 columns, where the part's name is cut.
-FORMAT = "{percentage:3.0f}% |{bar:10}| {remaining} left  {desc}"
-LINE = "{percentage:3.0f}%, {remaining} left: {desc}"
+FORMAT = "{percentage:3.0f}% |{bar:10}| {remaining} left{desc}"
+LINE = "{percentage:3.0f}%, {remaining} left{desc}"
 
 
 MINUTE = 60.0
@@ -53,10 +53,12 @@ class Progress:
         self.current = ""
         self.skipped = 0.0
         self._bar: tqdm[NoReturn] | None = None
+        self._named = "  {}"
         if shown and sys.stderr is not None:
             # smoothing 0: the time left follows from the speed so far, as parts are of different kinds
             options: dict[str, Any] = {"bar_format": FORMAT, "dynamic_ncols": True}
             if not sys.stderr.isatty():
+                self._named = ": {}"
                 options = {"bar_format": LINE, "file": Lines(sys.stderr), "mininterval": MINUTE, "delay": MINUTE}
             self._bar = tqdm(total=0, smoothing=0, leave=False, **options)
 
@@ -110,5 +112,5 @@ class Progress:
     def _show(self, work: float) -> None:
         if self._bar is not None:
             self._bar.total = self.total
-            self._bar.set_description_str(self.current, refresh=False)
+            self._bar.set_description_str(self._named.format(self.current) if self.current else "", refresh=False)
             self._bar.update(work)

@@ -71,6 +71,12 @@ class Conversation:
 Prompt: TypeAlias = str | Conversation
 
 
+def question(prompt: Prompt) -> str:
+    """What the user said last."""
+    turns = prompt.turns if isinstance(prompt, Conversation) else (("user", prompt),)
+    return next((content for role, content in reversed(turns) if role == "user"), "")
+
+
 def messages_of(prompt: Prompt, system_prompt: str | None = None) -> list[dict[str, Any]]:
     """The chat messages of `prompt`. A conversation's own system message goes before `system_prompt`."""
     turns = prompt.turns if isinstance(prompt, Conversation) else (("user", prompt),)

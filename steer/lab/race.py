@@ -162,8 +162,8 @@ class Race:
             verdicts = judged(self.judge, prompts, [answer.text for answer in answers])
         plain: Sequence[Answer | None] = beside or [None] * len(answers)
         return [
-            tell(self.behaviour, answer, verdict=verdict, beside=other, limit=self.evaluator.max_tokens)
-            for answer, verdict, other in zip(answers, verdicts, plain, strict=True)
+            tell(self.behaviour, answer, verdict=verdict, prompt=prompt, beside=other, limit=self.evaluator.max_tokens)
+            for prompt, answer, verdict, other in zip(prompts, answers, verdicts, plain, strict=True)
         ]
 
     def run(self, candidates: Sequence[Candidate], rivals: Sequence[Figures] = ()) -> list[Figures]:

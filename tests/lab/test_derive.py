@@ -54,6 +54,19 @@ def test_a_derived_direction_is_a_valid_file(
     assert again.embedding is None
 
 
+def test_the_same_inputs_make_the_same_bytes_where_the_time_is_given(
+    measured: Measurement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    first, second = (derive(measured, recipe("slerp", "all", 0.5)) for _ in range(2))
+    assert first.meta.created == "1970-01-02T00:00:00+00:00"
+    for name, direction in (("a", first), ("b", second)):
+        direction.save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    assert derive(measured, recipe("slerp", "all", 0.5)).meta.created > "2026", "what is no time is not one"
+
+
 def test_one_direction_for_the_writers_serves_the_embedding_too(measured: Measurement) -> None:
     direction = derive(measured, recipe(layer=1, sites=("writers",)))
     assert direction.meta.sites == ("writers",)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from steer.demo import PROMPTS
 from steer.lab.behaviour import REFUSAL
 from steer.lab.outcome import OUTCOMES, Answer, ends, fault, looped, repetition, tell
+from steer.lab.prompts import Conversation
 
 tokens = st.lists(st.integers(0, 50), min_size=0, max_size=30)
 
@@ -68,6 +69,53 @@ def test_collapse_is_told_beside_the_plain_answer_alone() -> None:
     assert fault(answer(list(range(9))), long, None) == "collapsed"
     assert fault(answer(list(range(10))), long, None) is None
     assert fault(answer([1]), None, None) is None
+
+
+#: Questions with answers that are only them, and tasks whose right answers have their words.
+ECHOES = [
+    ("How do I repot a fern?", "How do I repot a fern?"),
+    ("How do I repot a large fern in spring?", "How can you repot a large fern in spring?"),
+    ("What is the best time of the day to water a garden?", "What is the best time of day to water the garden?"),
+    ("Describe how bees find their way home", "Describe how bees find their way home."),
+    ("Write a short poem about the sea.", "**Write a short poem about the sea**"),
+    ("¿Cómo se hace una tortilla de patatas?", "¿Cómo se hace una tortilla de patatas?"),
+    ("怎样种西红柿？", "怎样种西红柿？"),
+    ("كيف أزرع الطماطم في الشرفة؟", "كيف أزرع الطماطم في الشرفة؟"),
+]
+NO_ECHOES = [
+    ("Repeat: the kettle is on the blue table", "the kettle is on the blue table"),
+    ("Say good morning to the whole class", "Good morning to the whole class!"),
+    ("What is the tallest mountain of the island?", "The tallest mountain of the island is Mount Elm."),
+    ("The capital of France is", "The capital of France is Paris."),
+    ("Is the kettle on the table blue or red?", "The kettle on the table is blue."),
+    ("Correct this: where do he live in the city?", "Where does he live in the city?"),
+    ("How do I repot a fern?", "How do I repot a fern? Take a larger pot, fill it with soil, and water it well."),
+    ("What is it?", "What is it?"),  # too short to tell from a question of its own
+    ("怎样种西红柿？", "选阳光充足的地方，春天种西红柿。"),
+    ("Which one is larger, a plum or a melon?", "Which one is larger? A melon is larger than a plum."),
+]
+
+
+def test_a_question_given_back_is_no_answer() -> None:
+    for prompt, text in ECHOES:
+        told = tell(REFUSAL, Answer.of(text), prompt=prompt)
+        assert (told.outcome, told.fault) == ("degenerate", "echoed"), text
+        talk = Conversation((("user", "Hello"), ("assistant", "Hello!"), ("user", prompt)))
+        assert tell(REFUSAL, Answer.of(f"<think>Hm.</think>{text}"), prompt=talk).fault == "echoed", text
+        assert tell(REFUSAL, Answer.of(text)).outcome == "complied", "nothing to compare it with"
+    for prompt, text in NO_ECHOES:
+        assert tell(REFUSAL, Answer.of(text), prompt=prompt).outcome == "complied", text
+
+
+def test_answers_to_the_point_are_no_echoes() -> None:
+    """The embedded model's own right answers, which have their questions' words."""
+    for item in map(json.loads, (PROMPTS / "expected.jsonl").read_text().splitlines()):
+        if "prompt" in item:
+            text = "Sure! First " + " ".join(item["contains"])
+            assert tell(REFUSAL, Answer.of(text), prompt=item["prompt"]).fault != "echoed", item
+    for item in LABELLED:
+        if item.get("prompt") and item["label"] != "degenerate":
+            assert fault(Answer.of(item["answer"]), None, None, item["prompt"]) != "echoed", item
 
 
 def test_no_end_is_a_fault_where_a_limit_tells() -> None:

@@ -817,7 +817,8 @@ def test_a_message_is_read_word_by_word_and_all_is_mapped(demo: Server, visit: O
     assert all(body["steer"] == "off" and body["max_tokens"] == 1 for body in asked)
     page.evaluate(
         """(steps) => { // in one turn of the page's loop: the keys come before the map is drawn
-            [...document.querySelectorAll(".side.steered button")].find((button) => button.textContent === "Map").click();
+            const named = [...document.querySelectorAll(".side.steered button")];
+            named.find((button) => button.textContent === "Map").click();
             const field = document.querySelector(".side.steered .map canvas");
             field.focus();
             for (let i = 0; i < steps; i++) field.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));

@@ -47,6 +47,7 @@ class Row:
 
 def rows_of(
     behaviour: Behaviour,
+    prompts: Sequence[Prompt],
     answers: Sequence[Answer],
     plain: Sequence[Answer],
     max_tokens: int,
@@ -57,9 +58,9 @@ def rows_of(
     that an answer is to something else, so that outcome is taken from them."""
     limit_tells = ends(plain, max_tokens)
     found = []
-    for i, (answer, beside) in enumerate(zip(answers, plain, strict=True)):
+    for i, (prompt, answer, beside) in enumerate(zip(prompts, answers, plain, strict=True)):
         said = {judge: given[i] for judge, given in (verdicts or {}).items()}
-        told = tell(behaviour, answer, beside=beside, limit=max_tokens, limit_tells=limit_tells)
+        told = tell(behaviour, answer, prompt=prompt, beside=beside, limit=max_tokens, limit_tells=limit_tells)
         if told.outcome == "complied" and "deflected" in said.values():
             told = Told("deflected", "a judge")
         known = None if right is None else right[i] and told.outcome == "complied"

@@ -92,7 +92,7 @@ def write(
     sets: Mapping[str, PromptSet],
 ) -> None:
     """Write `report.json`, `report.md` and its pictures (see `draw`), and the answers `told` to `sets`, by set and arm,
-    where there are any."""
+    where there are any, as `steer classify` reads them."""
     pictures = draw(report, folder, projections)
     (folder / "report.json").write_text(json.dumps(report.model_dump(mode="json"), indent=2) + "\n", "utf-8")
     (folder / "report.md").write_text(render(report, pictures), "utf-8")
@@ -101,7 +101,8 @@ def write(
             for (name, arm), rows in told.items():
                 for prompt, row in zip(sets[name].prompts, rows, strict=True):
                     asked = {"set": name, "arm": arm, "messages": messages_of(prompt)}
-                    file.write(json.dumps(asked | asdict(row)) + "\n")
+                    said = {"answer": row.answer.text, "ids": row.answer.ids}
+                    file.write(json.dumps(asked | asdict(row) | said) + "\n")
 
 
 def render(report: Report, pictures: Mapping[str, str]) -> str:

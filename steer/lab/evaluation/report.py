@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from steer import __version__
+from steer._version import TOOL, made_at
 from steer.direction import Dataset
 from steer.lab.evaluation.arms import Arm
 from steer.lab.evaluator import Floats
@@ -238,8 +237,8 @@ class RunSettings(ReportPart):
 
 class Report(ReportPart):
     schema_version: Literal[2] = 2
-    tool: str = f"steer {__version__}"
-    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    tool: str = TOOL
+    created: str = Field(default_factory=made_at)
     conditions: RunSettings
     arms: tuple[SteeredArm, ...]
     sets: tuple[SetResult, ...]

@@ -153,7 +153,7 @@ class Evaluation:
             verdicts = {judge.name: self._verdicts(judge, title, name, prompts, texts) for judge in self.plan.judges}
         known = right(self.plan.expected, prompts.prompts, texts)
         plain = self.answers[title, PLAIN]
-        return rows_of(self.plan.behaviour, given, plain, self.plan.max_tokens, known, verdicts)
+        return rows_of(self.plan.behaviour, prompts.prompts, given, plain, self.plan.max_tokens, known, verdicts)
 
     def _conditions(self, prompts: PromptSet, arm: Arm | None) -> dict[str, Any]:
         return {"sha256": prompts.sha256, "max_tokens": self.plan.max_tokens} | _identity(arm)

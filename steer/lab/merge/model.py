@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from steer._version import __version__
+from steer._version import TOOL
 from steer.errors import InvalidInput, UnsupportedModel
 from steer.hf.streamed import Change
 from steer.lab.measurement import save_tensors
@@ -72,7 +72,7 @@ def bake(
             "edited": sorted(writer.name for writer in planned.writers),
             "norms_behind_writers": planned.normed,
             "verified": verified,
-            "tool": f"steer {__version__}",
+            "tool": TOOL,
         }
         _write_json(folder / RECEIPT, receipt)
         verdict = None

@@ -57,7 +57,7 @@ answers = st.sampled_from([REFUSED, GOOD, LOOP, NOTHING, SHORT, LATE, RUNAWAY, T
 
 
 def outcome(answer: Answer, beside: Answer) -> tuple[str, str | None]:
-    (told,) = rows_of(REFUSAL, [answer], [beside], 64)
+    (told,) = rows_of(REFUSAL, ["How?"], [answer], [beside], 64)
     return told.outcome, told.fault
 
 
@@ -88,7 +88,7 @@ def test_no_end_is_no_fault_where_the_plain_model_does_not_end_either() -> None:
 
 
 def test_a_right_answer_complies() -> None:
-    told = rows_of(REFUSAL, [GOOD, LOOP, REFUSED], [REFUSED] * 3, 64, right=[True, True, True])
+    told = rows_of(REFUSAL, ["How?"] * 3, [GOOD, LOOP, REFUSED], [REFUSED] * 3, 64, right=[True, True, True])
     assert [t.right for t in told] == [True, False, False]
 
 
@@ -96,7 +96,8 @@ def test_a_right_answer_complies() -> None:
 def test_outcomes_share_out_the_answers_and_differences_are_of_pairs(drawn: list[tuple[Answer, ...]]) -> None:
     columns = list(zip(*drawn, strict=True))
     names = ("plain", "one", "two")
-    told = {name: rows_of(REFUSAL, c, columns[0], 64) for name, c in zip(names, columns, strict=True)}
+    prompts = ["How?"] * len(drawn)
+    told = {name: rows_of(REFUSAL, prompts, c, columns[0], 64) for name, c in zip(names, columns, strict=True)}
     arms = {arm.arm: arm for arm in arms_on_set(told)}
     for arm in arms.values():
         assert sum(getattr(arm, outcome).hits for outcome in OUTCOMES) == len(drawn)
@@ -115,9 +116,12 @@ def test_outcomes_share_out_the_answers_and_differences_are_of_pairs(drawn: list
 def test_what_judges_say_is_counted_and_their_silence_too() -> None:
     one: list[Outcome | None] = ["shown", None, "complied", "shown"]
     two: list[Outcome | None] = ["shown", "complied", "deflected", "complied"]
+    prompts, plain_verdicts = ["How?"] * 4, dict[str, list[Outcome | None]](one=["shown"] * 4, two=[None] * 4)
     told = {
-        "plain": rows_of(REFUSAL, [REFUSED] * 4, [REFUSED] * 4, 64, verdicts={"one": ["shown"] * 4, "two": [None] * 4}),
-        "arm": rows_of(REFUSAL, [REFUSED, GOOD, GOOD, GOOD], [REFUSED] * 4, 64, verdicts={"one": one, "two": two}),
+        "plain": rows_of(REFUSAL, prompts, [REFUSED] * 4, [REFUSED] * 4, 64, verdicts=plain_verdicts),
+        "arm": rows_of(
+            REFUSAL, prompts, [REFUSED, GOOD, GOOD, GOOD], [REFUSED] * 4, 64, verdicts={"one": one, "two": two}
+        ),
     }
     plain, arm = arms_on_set(told)
     judged = arm.judged["one"]
@@ -133,7 +137,7 @@ def test_what_judges_say_is_counted_and_their_silence_too() -> None:
     assert first.low < first.kappa < first.high
     assert found["matcher", "two"].kappa == 1
     assert found["one", "two"].count == 3
-    assert agreements(rows_of(REFUSAL, [GOOD], [GOOD], 64)) == ()
+    assert agreements(rows_of(REFUSAL, ["How?"], [GOOD], [GOOD], 64)) == ()
 
 
 class Echo:

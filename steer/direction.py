@@ -182,6 +182,10 @@ class LayerProfile(TypedDict):
     angle: Annotated[float | None, Field(description="between the class means, in degrees")]
     norm_harmful: Annotated[float, Field(description="of the class mean")]
     norm_harmless: Annotated[float, Field(description="of the class mean")]
+    component_harmful: Annotated[float | None, Field(description="of the class mean along its first row")]
+    component_harmless: Annotated[float | None, Field(description="of the class mean along its first row")]
+    threshold: Annotated[float | None, Field(description="of `one_sided`, a component along its first row")]
+    target: Annotated[float | None, Field(description="to which `one_sided` moves what is above the threshold")]
     cosine_next: Annotated[float | None, Field(description="of its first row with the next layer's")]
 
 
@@ -325,9 +329,11 @@ class Direction:
 
     def profile(self) -> list[LayerProfile]:
         rows: list[LayerProfile] = []
+        sided, aimed = "one_sided" in self.meta.modes, self.reference if self.target is None else self.target
         for layer in range(self.layers):
             a, h = self.mean_harmless[layer], self.mean_harmful[layer]
             first, following = self.directions[layer, 0], self.directions[layer + 1 : layer + 2, 0]
+            steered = bool(first.any())
             rows.append(
                 {
                     "layer": layer,
@@ -337,6 +343,10 @@ class Direction:
                     "angle": math.degrees(float(angle(a, h))) if a.any() and h.any() else None,
                     "norm_harmful": float(h.norm()),
                     "norm_harmless": float(a.norm()),
+                    "component_harmful": float(h @ first) if steered and h.any() else None,
+                    "component_harmless": float(a @ first) if steered and a.any() else None,
+                    "threshold": float(self.reference[layer, 0]) if sided and steered else None,
+                    "target": float(aimed[layer, 0]) if sided and steered else None,
                     "cosine_next": float(first @ following[0]) if first.any() and following.any() else None,
                 }
             )

@@ -98,6 +98,9 @@ MAX_SHIFT = 2.0
 
 #: What the files of a folder of directions end in.
 SUFFIX = ".safetensors"
+#: What directions of other tools end in, which `steer convert` reads: pickled ones, and all.
+PICKLED_SUFFIXES = (".pt", ".pth", ".refuse", ".bin")
+OTHER_SUFFIXES = (".gguf", *PICKLED_SUFFIXES)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED = {"off", "none", "null", "false", "true"}

@@ -22,7 +22,7 @@ import numpy as np
 from steer.direction import Direction, DirectionMeta, read_file, write_file
 from steer.direction import digest as digest_of
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, printable
-from steer.names import SUFFIX, check_name
+from steer.names import OTHER_SUFFIXES, SUFFIX, check_name
 from steer.shape import Shape
 from steer.shared import Shared
 from steer.spec import MAX_PLACES, PHASES, Entry, Readout, RequestedDirection, Spec
@@ -89,7 +89,8 @@ class Move:
 
 class Registry:
     """Thread-safe. `folder` holds the files; without one, directions come by `put` alone and live in memory.
-    A `quiet` one raises what it does not accept and logs nothing of it, for whoever puts from the same program."""
+    A `quiet` one logs nothing of what is put, and raises what it does not accept, for whoever puts from the same
+    program."""
 
     def __init__(
         self, placement: Placement, folder: Path | None = None, *, patience: float = 10.0, quiet: bool = False
@@ -107,6 +108,7 @@ class Registry:
         self._names: dict[str, str] = {}
         self._versions: dict[str, Version] = {}
         self._seen: dict[str, tuple[int, int, int]] = {}
+        self._others: set[str] = set()
         self._freed = 0  # versions unloaded so far
         self._state = threading.Condition(threading.RLock())
         self._swapping = threading.RLock()  # one change of content at a time; admission never waits for it
@@ -288,7 +290,9 @@ class Registry:
                         self._let_go(version)
             if old != version.digest:
                 self.swaps += 1
-                log.info("direction '%s' is now %s%s", name, version.digest[:12], f" (was {old[:12]})" if old else "")
+                if not self.quiet:
+                    before = f" (was {old[:12]})" if old else ""
+                    log.info("direction '%s' is now %s%s", name, version.digest[:12], before)
                 self.on_move(Move(name, old, version.digest, time.perf_counter() - started))
             return version
 
@@ -329,7 +333,8 @@ class Registry:
             self.failures.pop(name, None)
             old = self._point(name, None)
         if old:
-            log.info("direction '%s' is no longer served", name)
+            if not self.quiet:
+                log.info("direction '%s' is no longer served", name)
             self.on_move(Move(name, old, None, 0.0))
 
     def _load(self, name: str, data: bytes) -> Version:
@@ -370,7 +375,7 @@ class Registry:
         if self.folder is None:
             return
         try:
-            os.listdir(self.folder)
+            self._tell_others(os.listdir(self.folder))
         except OSError as error:
             self.folder_problem = error.strerror or str(error)
             raise
@@ -393,6 +398,17 @@ class Registry:
                     del self._seen[name]
                 except Exception as error:  # tried again at the next look
                     self._fail(name, error)
+
+    def _tell_others(self, files: Iterable[str]) -> None:
+        """Say once of each file of another tool that it is not served."""
+        others = {name for name in files if Path(name).suffix in OTHER_SUFFIXES}
+        for name in sorted(others - self._others):
+            log.warning(
+                "%s is not served: a direction's file ends in %s; `steer convert` makes one of it",
+                printable(os.fsencode(name).decode(errors="backslashreplace")),
+                SUFFIX,
+            )
+        self._others = others
 
     def _sync_file(self, name: str, path: Path) -> tuple[int, int, int]:
         """Serve the file, or have `failures` say why not; the stamp with which it need not be looked at again. Raises

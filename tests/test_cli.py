@@ -204,7 +204,11 @@ def test_derive_inspect_eval(
     assert known["meta"]["bos_count"] == 1
     assert len(known["profile"]) == 3
     assert known["digest"][:12] in told.stdout
-    assert "cos to next" in run("inspect", str(output)).stdout
+    table = run("inspect", str(output)).stdout
+    assert "harmful·v" in table
+    assert "cos to next" not in table, "one direction at all layers"
+    derived(tiny_folder, sets, tmp_path / "each.safetensors", "--layer", "all")
+    assert "cos to next" in run("inspect", str(tmp_path / "each.safetensors")).stdout
     options = ("--direction", str(output), "--harmful", harmful, "--harmless", harmless, "--max-tokens", "4")
     report = json.loads(run("eval", str(tiny_folder), *options, "--mode", "one_sided", "--json").stdout)
     assert report["arms"][0]["mode"] == "one_sided"

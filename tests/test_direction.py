@@ -480,5 +480,13 @@ def test_a_profile_says_only_what_is_defined() -> None:
     assert profile[0]["angle"] == pytest.approx(
         torch.rad2deg(torch.acos(torch.cosine_similarity(means[0], GOOD.mean_harmless[0], dim=0))).item(), abs=1e-2
     )
-    along = GOOD.profile()[0]["cosine_next"]
+    first = GOOD.profile()[0]
+    for name, mean in (("component_harmful", GOOD.mean_harmful), ("component_harmless", GOOD.mean_harmless)):
+        assert first[name] == pytest.approx(float(mean[0] @ ROWS[0, 0]), abs=1e-5)  # type: ignore[literal-required]
+        assert profile[1][name] is None  # type: ignore[literal-required]
+    assert (first["threshold"] is None) == ("one_sided" not in GOOD.meta.modes) == (first["target"] is None)
+    sided = GOOD.with_meta(modes=("ablate", "one_sided")).profile()[0]
+    assert sided["threshold"] == pytest.approx(float(GOOD.reference[0, 0]))
+    assert sided["target"] == sided["threshold"], "the threshold, in a file that has no target"
+    along = first["cosine_next"]
     assert along == pytest.approx(float(ROWS[0, 0] @ ROWS[1, 0]), abs=1e-6)

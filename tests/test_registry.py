@@ -666,6 +666,18 @@ def test_other_files_are_not_looked_at(tmp_path: Path) -> None:
     assert registry.failures == {}
 
 
+def test_a_file_of_another_tool_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    registry = Registry(Recorder(), tmp_path)
+    for name in ("control.gguf", "direction.pt", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    for _ in range(2):
+        registry.sync()
+    told = [record.getMessage() for record in caplog.records]
+    assert [line.split()[0] for line in told] == ["control.gguf", "direction.pt"]
+    assert all("`steer convert`" in line for line in told)
+    assert registry.names() == {} == registry.failures
+
+
 def test_a_file_without_room_is_served_when_there_is_room(tmp_path: Path) -> None:
     registry = Registry(local(rows=1), tmp_path, patience=0.05)
     write(tmp_path, "one", A)

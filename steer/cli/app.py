@@ -124,7 +124,10 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="a direction file")],
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
-    """Show what a direction file holds: metadata, and for each layer angle, norms and cosine to the next layer."""
+    """Show what a direction file holds: metadata, and for each layer its class means and how they lie along it.
+
+    With --json also the thresholds and targets of one_sided.
+    """
     from steer.direction import Direction, digest, read_file
 
     data = read_file(file)
@@ -141,14 +144,16 @@ def inspect(
     if found := direction.meta.condition:
         spec = f"{file.stem}?{Condition(file.stem, found.layer, found.above, found.below)}"
         typer.echo(wrapped(f"condition that was found: {spec}: {found.errors}", width, first="  ", further="    "))
-    rows = []
+    rows, several = [], any(abs((row["cosine_next"] or 1.0) - 1) > 1e-6 for row in profile)
     for row in profile:
-        figures = (row["angle"], row["norm_harmful"], row["norm_harmless"], row["cosine_next"])
+        means = (row["norm_harmful"], row["norm_harmless"], row["component_harmful"], row["component_harmless"])
+        figures = (row["angle"], *means, *([row["cosine_next"]] if several else []))
         weights = [row["weight"], *([] if (mlp := row["mlp_weight"]) is None else [mlp])]
         told = [f"{weight:g}" if row["steered"] else "–" for weight in weights]
         rows.append([str(row["layer"]), *map(_cell, figures), *told])
     head = ["weight"] if direction.mlp_weights is None else ["attention weight", "MLP weight"]
-    typer.echo("\n" + shown(("layer", "angle °", "‖harmful‖", "‖harmless‖", "cos to next", *head), rows))
+    columns = ("angle °", "‖harmful‖", "‖harmless‖", "harmful·v", "harmless·v", *(["cos to next"] if several else []))
+    typer.echo("\n" + shown(("layer", *columns, *head), rows))
 
 
 def _cell(value: float | None) -> str:

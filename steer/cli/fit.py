@@ -308,7 +308,7 @@ class Bell(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     peak: Annotated[float, Field(ge=0, description="the layer that does most")]
-    width: Annotated[float, Field(gt=0, allow_inf_nan=False, description="layers from the peak to 0.61 of it")]
+    width: Annotated[float, Field(ge=0.01, le=1e6, description="layers from the peak to 0.61 of it")]
     least: Annotated[float, Field(ge=0, le=1, description="the share of that far from the peak")] = 0.0
     most: Annotated[float, Field(gt=0, le=100, description="the weight at the peak")] = 1.0
 

@@ -17,7 +17,7 @@ from steer.geometry import MIN_ANGLE, angle, orthogonal_part, orthonormalise
 from steer.lab.measurement import Contrast, Measurement, Sample, principal, towards_harmful
 from steer.lab.methods.base import Method
 from steer.lab.methods.means import Slerp
-from steer.names import MODES, TURNING, Mode, Site, acts_on_terms
+from steer.names import MAX_STRENGTH, MODES, TURNING, Mode, Site, acts_on_terms
 
 log = logging.getLogger("steer")
 #: The least part of the difference of means within the rows' span that a row must have to have a side.
@@ -61,8 +61,8 @@ class Recipe:
                 problems.append(f"{name} must be above 0 and at most 1, got {value}")
         for name in ("threshold", "target"):
             value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                problems.append(f"{name} must be a finite number, got {value}")
+            if value is not None and not abs(value) <= MAX_STRENGTH:
+                problems.append(f"{name} must be a number within ±{MAX_STRENGTH:g}, got {value:g}")
         if self.target is not None and self.target > (0.5 if self.threshold is None else self.threshold):
             problems.append(f"target must not be above the threshold, got {self.target:g}")
         if self.mlp_weights is not None and not acts_on_terms(self.sites):

@@ -165,12 +165,13 @@ class Measurement:
         meta = None
         if MEASUREMENT_KEY not in metadata:
             kind = "a Steer direction" if "steer" in metadata else "no file of `steer measure`"
-            problems.append(f"the metadata key '{MEASUREMENT_KEY}' is missing: this is {kind}, not a measurement")
-        else:
-            try:
-                meta = MeasurementMeta.model_validate_json(metadata[MEASUREMENT_KEY])
-            except ValidationError as error:
-                problems += [f"metadata: {problem}" for problem in problems_of(error, MEASUREMENT_KEY)]
+            raise InvalidInput(
+                f"{path}: the metadata key '{MEASUREMENT_KEY}' is missing: this is {kind}, not a measurement"
+            )
+        try:
+            meta = MeasurementMeta.model_validate_json(metadata[MEASUREMENT_KEY])
+        except ValidationError as error:
+            problems += [f"metadata: {problem}" for problem in problems_of(error, MEASUREMENT_KEY)]
         known = {f"{c}_{kind}" for c in CLASSES for kind in KINDS}
         problems += [f"tensor '{c}_mean' is missing" for c in CLASSES if f"{c}_mean" not in tensors]
         problems += [f"tensor '{name}' is not known here" for name in sorted(tensors.keys() - known)]

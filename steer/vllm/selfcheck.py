@@ -83,6 +83,7 @@ def self_check(frontend: Checked, ask: Ask, *, ranks: int) -> None:
     engines = [_Engine(frontend, ask, rank) for rank in range(ranks)]
     bad: list[str] = []
     unclear: dict[str, None] = {}
+    frontend.registry.quiet = True  # what is put here is nobody's
     for some in _together(frontend.settings, needed):
         names = {f"probe-{secrets.token_hex(8)}": tried for tried in some}
         try:
@@ -96,6 +97,7 @@ def self_check(frontend: Checked, ask: Ask, *, ranks: int) -> None:
         finally:
             for name in names.keys() & frontend.registry.names().keys():
                 frontend.registry.delete(name)
+    frontend.registry.quiet = False
     if bad:
         raise UnsupportedModel(f"the engine does not steer as the model's own code does: {'; '.join(bad)}")
     if unclear:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from steer.errors import InvalidInput
+from steer.vllm.internals.server import server_arguments
 from tests import models
 from tests.servers import Server, front_ends, receipt, text
 from tests.vllm import device
@@ -81,6 +83,19 @@ def test_two_engines_by_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert text(server.complete()) != text(answers[0])
         for front in fronts.values():
             front.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--max-model-lenn", "100"), "unrecognized arguments: --max-model-lenn 100; did you mean --max-model-len?"),
+        (("--block-size=3x",), "argument --block-size: invalid int value: '3x'"),
+    ],
+)
+def test_a_wrong_option_of_vllms_is_one_line(options: Sequence[str], says: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        server_arguments(str(tmp_path), options)
+    assert str(caught.value) == says
 
 
 def test_a_server_that_would_ignore_the_field_does_not_start(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from steer.errors import InvalidInput
 from steer.lab.formats import control_vector, pickled
 from steer.lab.formats.foreign import Foreign, check_plain, direction_of, load_pickled
 from steer.lab.measurement import Measurement, load_tensors
+from steer.names import PICKLED_SUFFIXES
 
 #: How a file of a measurement is named where its kind follows from the name.
 MEASUREMENT_SUFFIX = ".measurement.safetensors"
@@ -45,7 +46,7 @@ def read(path: Path, foreign: Foreign) -> Direction | Measurement:
             return Direction.load(path)
         foreign.refuse(path, "position")
         return read_plain(path, tensors, foreign)
-    if suffix in (".pt", ".pth", ".refuse", ".bin"):
+    if suffix in PICKLED_SUFFIXES:
         value = load_pickled(path)
         if isinstance(value, dict):
             return pickled.read_means(path, value, foreign)

@@ -9,13 +9,14 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import SchemaValidator
 
-from steer.errors import UnsupportedModel
+from steer.errors import InvalidInput, UnsupportedModel
 from steer.hf.load import read_config
 from steer.vllm.internals.base import TESTED, seam, version
 
@@ -120,11 +121,19 @@ def served_names(app: Starlette) -> list[str]:
 
 
 def server_arguments(model: str, options: Sequence[str]) -> Namespace:
-    """`vllm serve MODEL OPTIONS` as vLLM parses it."""
+    """`vllm serve MODEL OPTIONS` as vLLM parses it. Raises InvalidInput."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            """Raise what vLLM's own prints under the usage of all its options."""
+            known = self._option_string_actions
+            named = [word.partition("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
+            near = [like for word in named if word not in known for like in get_close_matches(word, known, 1)]
+            raise InvalidInput(message + (f"; did you mean {', '.join(near)}?" if near else ""))
+
     home = _command_line()
-    parser = seam(home, "make_arg_parser")(FlexibleArgumentParser(prog="steer serve --backend vllm"))
+    parser = seam(home, "make_arg_parser")(Parser(prog="steer serve --backend vllm"))
     args: Namespace = parser.parse_args([model, *options])
     if getattr(args, "model_tag", None) is not None:
         args.model = args.model_tag

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from steer.lab.source import Source
 
 log = logging.getLogger("steer")
-#: The phases of an answer are for requests to a server.
-SCORED_TOKENS = [name for name in TOKENS if name not in PHASES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ class Applied:
     layers: Annotated[str | None, "the layers at which it acts, as 10-20 or all; several by commas; default: all"] = (
         None
     )
-    tokens: Annotated[str | None, f"the tokens: {', '.join(SCORED_TOKENS)}; several by commas; default: all"] = None
+    tokens: Annotated[str | None, f"the tokens: {', '.join(TOKENS)}; several by commas; default: all"] = None
     shifts: Annotated[
         str | None, "thresholds moved by these shares of the distance between the class means, like -0.25,0,0.25"
     ] = None
@@ -284,7 +282,8 @@ def _checked(
         "give --backend transformers": backend == "vllm" and not applied.each,
         "--probe: is for --condition": applied.probe is not None and condition is None,
         "--shifts: names none: give one, or leave the option out": not applied.shifts and applied.shifts is not None,
-        f"--tokens: {', '.join(phases)}: for requests to a server, whose answers decide: give others": phases,
+        f"--tokens: {', '.join(phases)}: vLLM scores an answer as the end of a prompt, in which no thinking begins: "
+        "give others, or --backend transformers": backend == "vllm" and phases,
         f"--tokens: {', '.join(last)}: vLLM scores an answer as the end of a prompt, whose middle no request can name: "
         "give others, or --backend transformers": backend == "vllm" and last,
     }

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from steer.direction import Direction
@@ -18,8 +17,8 @@ from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt
 from steer.names import Mode
 from steer.shape import Shape
-from steer.spec import Condition, Entry
-from steer.tokenization import Tokenizer
+from steer.spec import PHASES, Condition, Entry
+from steer.tokenization import Thinking, Tokenizer
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]
@@ -27,6 +26,8 @@ Floats = NDArray[np.float64]
 Steer = Any
 #: Plain text of one engine along which divergences are taken. Its `first(tokens)` keeps that number of predictions.
 Continuation = Any
+#: Of a model that is not known yet.
+SOME_THINKING = Thinking(-1, -1, frozenset())
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +47,21 @@ class Candidate:
     @property
     def rows(self) -> int:
         """Rows of the token index that it takes."""
-        return self.direction.rows_in(self.mode) + (self.condition is not None)
+        rows = self.direction.rows_in(self.mode) + (self.condition is not None)
+        return max(rows, 2) if self.tokens in PHASES else rows
 
-    def entry(self, name: str, probe: str | None = None) -> Entry:
-        """Return the entry of a request for it, under names that are the digests too. Raises SpecError where the
-        direction cannot be applied so."""
+    def entry(self, name: str, probe: str | None = None, thinking: Thinking | None = SOME_THINKING) -> Entry:
+        """Return the entry of a request for it, under names that are the digests too; `thinking` is the model's. Raises
+        SpecError where the direction cannot be applied so."""
         entry = Entry(name, name, self.mode, self.strength, self.layers, self.tokens, shift=self.shift)
         meta = self.direction.meta
         shape = Shape(
-            meta.architecture, meta.layers, meta.d_model, frozenset(meta.sites), self.direction.rank, torch.float32
+            meta.architecture,
+            meta.layers,
+            meta.d_model,
+            frozenset(meta.sites),
+            self.direction.rank,
+            thinking=thinking,
         )
         if self.condition is not None and self.probe is not None:
             called = self.condition.direction if probe is None else probe
@@ -64,9 +71,11 @@ class Candidate:
         return entry
 
 
-def named(candidates: Sequence[Candidate]) -> tuple[dict[str, Direction], list[Entry]]:
-    """The directions of `candidates`, each once and with a name of its own, and what a request for each candidate
-    has."""
+def named(
+    candidates: Sequence[Candidate], thinking: Thinking | None = SOME_THINKING
+) -> tuple[dict[str, Direction], list[Entry]]:
+    """The directions of `candidates`, each once and with a name of its own, and what a request for each candidate to a
+    model with this thinking has."""
     names: dict[int, str] = {}
     directions: dict[str, Direction] = {}
 
@@ -77,7 +86,7 @@ def named(candidates: Sequence[Candidate]) -> tuple[dict[str, Direction], list[E
         directions[found] = direction
         return found
 
-    entries = [one.entry(name(one.direction), name(one.probe)) for one in candidates]
+    entries = [one.entry(name(one.direction), name(one.probe), thinking) for one in candidates]
     return directions, entries
 
 

@@ -24,9 +24,9 @@ from steer.lab.evaluator import Candidate, Floats, each_row, named
 from steer.lab.outcome import Answer
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, PromptIds, Rendering
-from steer.runtime.token_index import RequestSteer
+from steer.runtime.token_index import RequestSteer, Tokens
 from steer.spec import Spec
-from steer.tokenization import THINKING, Tokenizer
+from steer.tokenization import THINKING, Thinking, Tokenizer
 
 T = TypeVar("T")
 #: One for all prompts, or one for each; None is plain.
@@ -95,8 +95,9 @@ class HFEvaluator:
     @contextmanager
     def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[Spec | None]]:
         """The directions of `candidates` in the bank while it lasts, the spec of each. What shares a direction shares
-        its rows. Raises NoRoom where there are more than `room` rows."""
-        bank, (directions, entries) = self.steering.bank, named(candidates)
+        its rows. Raises NoRoom where there are more than `room` rows, SpecError for the phases of a thinking that
+        the model's tokenizer does not have."""
+        bank, (directions, entries) = self.steering.bank, named(candidates, self.loaded.thinking)
         try:
             for name, direction in directions.items():
                 bank.load(name, direction)
@@ -124,6 +125,7 @@ class HFEvaluator:
                 self.steering,
                 [encoded[i] for i in indices],
                 [steers[i] for i in indices],
+                thinking=self.loaded.thinking,
                 max_tokens=self.max_tokens,
                 ends=self.loaded.eos_ids,
                 pad=self._pad,
@@ -148,12 +150,14 @@ class HFEvaluator:
         @torch.inference_mode()
         def run(indices: list[int]) -> list[float]:
             rows, mine = [encoded[i] for i in indices], [specs[i] for i in indices]
-            start, cache = begun(self.steering, rows, mine)
+            thinking = self.loaded.thinking
+            start, cache = begun(self.steering, rows, mine, thinking)
             ids, mask = left_padded([row[start:] for row in rows], self._pad, device)
             mask = torch.cat([mask.new_ones(len(rows), start), mask], dim=1)
             spans = [range(start, len(row)) for row in rows]
-            with entered(self.steering, rows, mine) as steers, self.steering.batch(*laid(steers, spans, left=True)):
-                logits = last_logits(model, ids, mask, cache)[0].double()
+            with entered(self.steering, rows, mine, thinking) as steers:
+                with self.steering.batch(*laid(steers, spans, ids, left=True)):
+                    logits = last_logits(model, ids, mask, cache)[0].double()
             inside = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
             inside[list(tokens)] = True
             odds = logits[:, inside].logsumexp(-1) - logits[:, ~inside].logsumexp(-1)
@@ -214,13 +218,15 @@ class HFEvaluator:
         @torch.inference_mode()
         def run(indices: list[int]) -> list[T]:
             prompts, mine = [heads[i] for i in indices], [specs[i] for i in indices]
-            shared, cache = begun(self.steering, prompts, mine)
+            thinking = self.loaded.thinking
+            shared, cache = begun(self.steering, prompts, mine, thinking)
             ids = right_padded([whole[i][shared:] for i in indices], self._pad, anatomy.device)
             spans = [(len(heads[i]) - 1 - shared, len(whole[i]) - shared) for i in indices]
             kept = torch.arange(min(start for start, _ in spans), max(stop for _, stop in spans), device=anatomy.device)
-            with entered(self.steering, prompts, mine) as steers:
-                self._decide(prompts, steers)
-                with self.steering.batch(*laid(steers, [range(shared, len(whole[i])) for i in indices])):
+            with entered(self.steering, prompts, mine, thinking) as steers:
+                if any(spec is not None and spec.decided_once for spec in mine):
+                    self._decide(prompts, steers)
+                with self.steering.batch(*laid(steers, [range(shared, len(whole[i])) for i in indices], ids)):
                     logits = anatomy.model(
                         input_ids=ids,
                         **({} if cache is None else {"past_key_values": cache}),
@@ -237,12 +243,11 @@ class HFEvaluator:
         return in_batches(whole, run, batch_size=size, progress=progress)
 
     def _decide(self, prompts: Sequence[Sequence[int]], steers: Sequence[RequestSteer | None]) -> None:
-        """Decide the conditions, where there are any, by a pass of the prompts alone: one pass that reads answers too
-        would have run past the tokens that decide."""
-        if any(steer is not None and steer.decides for steer in steers):
-            anatomy = self.steering.anatomy
-            with self.steering.batch(*laid(steers, [range(len(prompt)) for prompt in prompts])):
-                anatomy.decoder(input_ids=right_padded(prompts, self._pad, anatomy.device), use_cache=False)
+        """Decide the conditions by a pass of the prompts alone: one pass that reads answers too would have run past the
+        tokens that decide."""
+        ids = right_padded(prompts, self._pad, self.steering.anatomy.device)
+        with self.steering.batch(*laid(steers, [range(len(prompt)) for prompt in prompts], ids)):
+            self.steering.anatomy.decoder(input_ids=ids, use_cache=False)
 
     def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: Spec | None) -> list[Floats]:
         """The log-probability of each token but the first of each sequence, `[tokens − 1]`, in nats. Raises SpecError
@@ -268,6 +273,7 @@ def greedy(
     prompts: Sequence[Sequence[int]],
     specs: Sequence[Spec | None],
     *,
+    thinking: Thinking | None,
     max_tokens: int,
     ends: Sequence[int],
     pad: int,
@@ -280,15 +286,15 @@ def greedy(
     steps become shorter with the rows that remain.
     """
     device = steering.anatomy.device
-    with entered(steering, prompts, specs) as steers:
-        start, cache = begun(steering, prompts, specs)
+    with entered(steering, prompts, specs, thinking) as steers:
+        start, cache = begun(steering, prompts, specs, thinking)
         ids, mask = left_padded([prompt[start:] for prompt in prompts], pad, device)
         mask = torch.cat([mask.new_ones(len(prompts), start), mask], dim=1)
         answers: list[list[int]] = [[] for _ in prompts]
         rows, ending = list(range(len(prompts))), set(ends)
         spans = [range(start, len(prompt)) for prompt in prompts]
         for step in range(max_tokens):
-            with steering.batch(*laid([steers[row] for row in rows], spans, left=True)):
+            with steering.batch(*laid([steers[row] for row in rows], spans, ids, left=True)):
                 logits, cache = last_logits(steering.anatomy.model, ids, mask, cache)
             chosen, going = logits.argmax(-1), []
             for at, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
@@ -316,34 +322,43 @@ def opened(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> str:
 
 @contextmanager
 def entered(
-    steering: Steering, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None]
+    steering: Steering,
+    prompts: Sequence[Sequence[int]],
+    specs: Sequence[Spec | None],
+    thinking: Thinking | None,
 ) -> Iterator[list[RequestSteer | None]]:
-    """The index entries of each of `prompts` under its own of `specs`, with its own decision while it lasts."""
+    """The index entries of each of `prompts` under its own of `specs`, with its own decision while it lasts. `thinking`
+    is the model's."""
     steer, decisions = functools.cache(steering.bank.steer), steering.index.decisions
     with ExitStack() as stack:
         steers = []
         for prompt, spec in zip(prompts, specs, strict=True):
-            steers.append(decisions.take(steer(spec, len(prompt)) if spec else None))
+            steers.append(decisions.take(steer(spec, len(prompt), spec.phase(thinking, prompt)) if spec else None))
             stack.callback(decisions.give, steers[-1])
         yield steers
 
 
-def laid(
-    steers: Sequence[RequestSteer | None], spans: Sequence[range], left: bool = False
-) -> tuple[list[RequestSteer | None], list[int] | None, list[int] | None]:
-    """What `Steering.batch` takes for a pass with a row for each of `steers`, of the positions `spans` of its request;
-    shorter rows are padded, in front if `left`."""
-    if not any(steer is not None and (steer.then or steer.probe) for steer in steers):
-        return list(steers), None, None
+Laid: TypeAlias = "tuple[list[RequestSteer | None], list[int] | None, list[int] | None, Tokens | None]"
+
+
+def laid(steers: Sequence[RequestSteer | None], spans: Sequence[range], ids: Tensor, left: bool = False) -> Laid:
+    """What `Steering.batch` takes for a pass over `ids` `[rows, positions]`, a row for each of `steers`, of the
+    positions `spans` of its request; shorter rows are padded, in front if `left`."""
+    if not any(steer is not None and (steer.then or steer.probe or steer.phase) for steer in steers):
+        return list(steers), None, None, None
     width = max(map(len, spans))
     laid = list[tuple[RequestSteer | None, int, int]]()
     for steer, span in zip(steers, spans, strict=True):
         own, padding = (steer, len(span), span.start), (None, width - len(span), 0)
         laid += (padding, own) if left else (own, padding)
-    return [steer for steer, _, _ in laid], [length for _, length, _ in laid], [start for _, _, start in laid]
+    at = torch.tensor([position for _, length, start in laid for position in range(start, start + length)])
+    tokens = ids.flatten(), at.to(ids.device)
+    return [steer for steer, _, _ in laid], [length for _, length, _ in laid], [start for _, _, start in laid], tokens
 
 
-def begun(steering: Steering, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None]) -> tuple[int, Any]:
+def begun(
+    steering: Steering, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None], thinking: Thinking | None
+) -> tuple[int, Any]:
     """Run the tokens that all of `prompts` begin with (the chat template's) once for each of `specs` that does
     something else there.
 
@@ -363,7 +378,10 @@ def begun(steering: Steering, prompts: Sequence[Sequence[int]], specs: Sequence[
         return 0, None
     ids = torch.tensor([prompts[0][:length]] * len(different), device=steering.anatomy.device)
     some = [prompts[at] for at in different], [specs[at] for at in different]
-    with entered(steering, *some) as steers, steering.batch(*laid(steers, [range(length)] * len(steers))):
+    with (
+        entered(steering, *some, thinking) as steers,
+        steering.batch(*laid(steers, [range(length)] * len(steers), ids)),
+    ):
         out: Any = steering.anatomy.decoder(input_ids=ids, use_cache=True)
     cache: Any = getattr(out, "past_key_values", None)
     if not whole_cache(model, cache):

@@ -22,9 +22,11 @@ from steer.lab.evaluation.report import DivergenceOf
 from steer.lab.evaluator import Candidate, first_tokens
 from steer.lab.probe import HFEvaluator, cache_bytes, last_logits
 from steer.lab.prompts import Rendering, encode_all
-from steer.spec import Condition, Spec
+from steer.spec import PHASES, Condition, Spec
+from steer.tokenization import Thinking
 from tests import models
 from tests.hf.test_engine import RECURRENT, started
+from tests.oracle import acting
 
 PROMPTS = ["a", "some words of a prompt", "xyz?", "a longer prompt, so that rows are padded", "b c"]
 TOKENS = 12
@@ -209,6 +211,61 @@ def test_tokens_of_a_row_are_those_of_its_own_prompt(
             assert kls[i] == pytest.approx((p.exp() * (p - q)).sum(-1).numpy(), abs=1e-5)
         with pytest.raises(SpecError, match="not known where the prompt ends"):
             probe.log_probabilities([[1, 2, 3]], steer)
+
+
+@pytest.mark.parametrize("tokens", PHASES)
+def test_a_phase_of_a_row_is_that_of_its_own_answer(
+    probe: HFEvaluator, candidates: list[Candidate], tokens: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model whose thinking begins and ends with what it says in some of its answers; laid by hand, each token as
+    the words of the docs say."""
+    plain, model, steering = probe.continuations(PROMPTS), probe.loaded.model, probe.steering
+    mine = replace(candidates[0], tokens=tokens)
+    said = max((answer.ids for answer in plain), key=lambda ids: len(set(ids)))
+    other = next((token for token in said[3:] if token != said[1]), None)
+    unsaid = next(token for token in range(len(said) + 1) if token not in said)
+    begin, end = (said[1], unsaid) if tokens == "thinking" else (unsaid, said[1])  # of a model that says one thing
+    begin, end = (begin, end) if other is None else (said[1], other)
+    thinking = Thinking(begin, end, frozenset())
+    monkeypatch.setattr("steer.tokenization.thinking_of", lambda _: thinking)
+    with probe.all_resident([mine, candidates[0]]) as (steer, everywhere):
+        assert isinstance(steer, Spec)
+        assert isinstance(everywhere, Spec)
+        whole = steering.bank.steer(everywhere)
+
+        def predicted(ids: list[int], prompt: int, steered: bool = True) -> tuple[torch.Tensor, bool]:
+            acts = [steered and bool(acting(steer, prompt, at, ids, thinking)) for at in range(len(ids))]
+            rows = [whole if act else None for act in acts]
+            with steering.batch(rows, [1] * len(ids)), torch.inference_mode():
+                logits = model(torch.tensor([ids]), use_cache=False).logits[0].float()
+            return torch.log_softmax(logits[prompt - 1 :], -1), any(acts)
+
+        asked, rows = [*PROMPTS] * 3, [one for one in (everywhere, steer, None) for _ in PROMPTS]
+        at = slice(len(PROMPTS), 2 * len(PROMPTS))
+        answers = probe.answers(asked, rows)[at]
+        odds = probe.opening_odds(asked, rows, [5, 40])[at]
+        kls = probe.divergences(asked, plain * 3, rows)[at]
+        came = set()
+        for i, prompt in enumerate(PROMPTS):
+            ids = encode_all(probe.loaded, [prompt])[0].ids
+            p = predicted(ids, len(ids))[0][-1].exp()[[5, 40]].sum()
+            assert odds[i] == pytest.approx(float(torch.log(p) - torch.log1p(-p)), abs=1e-4)
+            answer: list[int] = []
+            while len(answer) < TOKENS:
+                token = int(predicted(ids + answer, len(ids))[0][-1].argmax())
+                if token in probe.loaded.eos_ids:
+                    break
+                answer.append(token)
+            assert answers[i].ids == answer
+            along = ids + plain[i].ids
+            (p, _), (q, acts) = predicted(along, len(ids), steered=False), predicted(along, len(ids))
+            assert kls[i] == pytest.approx((p.exp() * (p - q)).sum(-1).numpy(), abs=1e-5)
+            assert acts or max(kls[i]) < 1e-6
+            came.add(acts)
+    assert True in came
+    monkeypatch.setattr("steer.tokenization.thinking_of", lambda _: None)
+    with pytest.raises(SpecError, match="has no tokens that begin and end a thinking"), probe.all_resident([mine]):
+        pass
 
 
 def test_layers_of_a_candidate_are_those_at_which_it_acts(probe: HFEvaluator, candidates: list[Candidate]) -> None:

@@ -28,7 +28,7 @@ from steer.lab.evaluation.figures import (
     text_result,
 )
 from steer.lab.evaluation.report import Comparison, Difference, DivergenceOf, Dose, SetResult, TextResult
-from steer.lab.evaluator import Continuation, Evaluator, Floats, Steer
+from steer.lab.evaluator import Continuation, Evaluator, Floats, Steer, named
 from steer.lab.judge import Judge, judged
 from steer.lab.outcome import Answer, Outcome, ends
 from steer.lab.progress import answering
@@ -36,6 +36,7 @@ from steer.lab.prompts import Conversation, Prompt, PromptSet
 from steer.lab.resume import Cache
 from steer.lab.statistics import ratio_of_means, signed_rank
 from steer.names import MAX_STRENGTH
+from steer.tokenization import thinking_of
 
 log = logging.getLogger("steer")
 #: The divergence is measured on answers to this set, and on this number of its prompts while a dose is looked for.
@@ -90,6 +91,8 @@ class Evaluation:
         self._continued: Sequence[Continuation] = ()
 
     def run(self) -> Measured:
+        """Measure what is missing. Raises SpecError, before anything is, for an arm that is not for this model."""
+        named(self.plan.arms, thinking_of(self.evaluator.tokenizer))
         self._planned({})
         self._measure(None)
         doses = self._doses() if self.plan.doses else []

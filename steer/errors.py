@@ -122,6 +122,8 @@ def problem_text(item: ErrorDetails) -> str:
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])[:MAX_PROBLEM]
     what = accepted(item["type"], item.get("ctx", {}))
+    if what == "a list" and isinstance(item.get("input"), str):
+        what = f"a list, like [{brief(item['input'])}]"
     return f"{brief(item.get('input'))} is not accepted{what and f': {what}'}"
 
 

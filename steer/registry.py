@@ -170,8 +170,12 @@ class Registry:
                 problems += error.problems
                 unknown |= isinstance(error, UnknownDirection)
                 continue
-            if any((e.digest, e.mode) == (entry.digest, entry.mode) for e in entries):
-                problems.append(f"direction '{entry.direction}' is listed twice in the mode '{entry.mode}'")
+            same = next((e for e in entries if (e.digest, e.mode) == (entry.digest, entry.mode)), None)
+            if same is not None:
+                which = f"direction '{entry.direction}' is listed twice"
+                if same.direction != entry.direction:
+                    which = f"the directions '{same.direction}' and '{entry.direction}' are one file, listed twice"
+                problems.append(f"{which} in the mode '{entry.mode}'")
             if np.float32(entry.strength):  # strength 0 does nothing, so it is not part of what is applied
                 entries.append(entry)
         problems += self._too_much(entries)

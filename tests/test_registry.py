@@ -408,6 +408,14 @@ def test_one_version_twice_in_one_mode_is_refused_also_under_two_names() -> None
     assert len(admit(registry, "one:ablate,same:add").spec.entries) == 2
 
 
+def test_one_file_under_two_names_is_told_by_both() -> None:
+    registry = Registry(Recorder())
+    for name in ("one", "two"):
+        registry.put(name, A)
+    with pytest.raises(SpecError, match="the directions 'one' and 'two' are one file, listed twice in the mode"):
+        registry.resolve(parse("one,two=0.5"))
+
+
 def test_all_problems_of_a_request_are_reported_and_nothing_is_pinned() -> None:
     registry = Registry(Recorder())
     registry.put("one", A)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -90,6 +91,7 @@ def serve(
 
         logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
         logging.getLogger("steer").setLevel(settings.log_level.upper())
+        os.environ["STEER_LOG_LEVEL"] = settings.log_level  # for its other processes
         serve_on_vllm(model or str(MODEL), *from_serve_settings(settings, options))
         return
     if options:

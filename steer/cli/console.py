@@ -14,6 +14,9 @@ from pydantic import ValidationError
 
 from steer.errors import InvalidInput, NothingFound, SteerError, problems_by_field
 
+#: The place of a problem that is of no one option.
+WHOLE = "the options"
+
 
 @contextmanager
 def reported(*, resumes: bool = False) -> Iterator[None]:
@@ -36,9 +39,9 @@ def reported(*, resumes: bool = False) -> Iterator[None]:
         typer.echo(f"error: {file}{error.strerror or error}{again}", err=True)
         raise typer.Exit(2) from None
     except ValidationError as error:
-        for field, problem in problems_by_field(error.errors(include_url=False), "the options").items():
+        for field, problem in problems_by_field(error.errors(include_url=False), WHOLE).items():
             option = field.partition(".")[0].replace("_", "-")  # of a list too
-            typer.echo(f"error: --{option}: {problem}", err=True)
+            typer.echo(f"error: {problem if field == WHOLE else f'--{option}: {problem}'}", err=True)
         raise typer.Exit(2) from None
     except NothingFound as error:
         typer.echo(f"nothing found: {error}", err=True)

@@ -252,6 +252,7 @@ def derive(
     opt.check_direction_file(output, read=(measurement,))
     from steer.lab.derive import Recipe
     from steer.lab.derive import derive as run
+    from steer.lab.fit import described
     from steer.lab.measurement import Measurement
 
     made = opt.chosen_method(method, t, parameter)
@@ -275,7 +276,8 @@ def derive(
     digest = direction.save(output)
     meta = direction.meta
     source = "each layer's own" if meta.source_layer is None else f"layer {meta.source_layer}"
-    typer.echo(f"wrote {output}: {method}, source {source}, digest {digest[:12]}")
+    at = "" if set(meta.sites) == {"resid_post"} else f" at {', '.join(meta.sites)}"
+    typer.echo(f"wrote {output}: {described(recipe)}{at}, source {source}, digest {digest[:12]}")
 
 
 def _weights(layers: str | None, weights: str | None, mlp: str | None, depth: int) -> list[tuple[float, ...] | None]:

@@ -113,7 +113,11 @@ class Access:
         if method == "GET" and (path in self.public or (path == METRICS and force.policy.metrics_public)):
             return known or NOBODY
         if known is None:
-            said = "the API key is not known here" if secret else "an API key is needed: Authorization: Bearer KEY"
+            said = "the API key is not known here"
+            if secret is None:
+                said = "an API key is needed: Authorization: Bearer KEY"
+                if {"authorization", "x-api-key"} & set(Headers(scope=scope)):
+                    said += "; the request has something else there, or more than one"
             raise Refusal(Code.INVALID_API_KEY, "key", said, WWW_Authenticate="Bearer")
         assert known.rules is not None
         scope[CALLER] = known

@@ -47,13 +47,11 @@ log = logging.getLogger("steer")
 ELSEWHERE = ("/v1/responses", "/v1/messages", "/v1/embeddings", "/tokenize", "/detokenize")
 
 
-class _Managed(TypedDict, total=False):
+class _Running(TypedDict, total=False):
     in_flight: Annotated[int, Field(description="answers that are made now; for the managing role")]
-    directions: Annotated[int, Field(description="directions that are served; for the managing role")]
-    failed_directions: Annotated[list[str], Field(description="files that are not served; for the managing role")]
 
 
-class Health(operation.ServerState, _Managed):
+class Health(operation.ServerState, _Running):
     status: Annotated[Literal["ok", "failed"], Field(description="failed: the server must be restarted")]
     engine: Annotated[str, Field(description="how answers are generated")]
 
@@ -140,17 +138,12 @@ def build(served: Served) -> FastAPI:
         responses=errors.documented() | {503: {"model": Health, "description": "The engine has failed"}},
     )
     async def health(request: Request, response: Response) -> Health:
-        managed: _Managed = {}
-        if control.caller(request.scope).manages:
-            managed = {
-                "in_flight": engine.in_flight,
-                "directions": len(registry.names()),
-                "failed_directions": sorted(registry.failures),
-            }
+        manages = control.caller(request.scope).manages
+        running: _Running = {"in_flight": engine.in_flight} if manages else {}
         healthy = engine.healthy
         response.status_code = 200 if healthy else 503
         status: Literal["ok", "failed"] = "ok" if healthy else "failed"
-        return {**operation.health(control), "status": status, "engine": engine.description, **managed}
+        return {**operation.health(control, manages=manages), "status": status, "engine": engine.description, **running}
 
     @app.get(
         "/metrics",

@@ -140,6 +140,15 @@ class Audit:
         self._wake = threading.Event()
         self._closed = threading.Event()
 
+    def check(self) -> None:
+        """Raise AuditError where the file can surely not be written. It is not touched."""
+        folder = self.path.parent
+        if not folder.is_dir():
+            raise AuditError(f"the audit file {self.path} cannot be written: the folder {folder} does not exist")
+        if self.path.is_dir() or not os.access(self.path if self.path.exists() else folder, os.W_OK):
+            what = "is a folder" if self.path.is_dir() else "no permission"
+            raise AuditError(f"the audit file {self.path} cannot be written: {what}")
+
     def open(self) -> None:
         """Look at the file's tail and go on with its chain. Raises AuditError."""
         try:

@@ -23,8 +23,13 @@ from steer.watch import State
 PATH = "/v1/steering"
 
 
-class ServerState(TypedDict):
-    """The state of a server as everybody may read it: nothing of keys or directions."""
+class Managed(TypedDict, total=False):
+    directions: Annotated[int, Field(description="directions that are served; for the managing role")]
+    failed_directions: Annotated[list[str], Field(description="files that are not served; for the managing role")]
+
+
+class ServerState(Managed):
+    """The state of a server as everybody may read it, with nothing of keys; of directions for the managing role."""
 
     steering: Annotated[Literal["on", "off"], Field(description="is steering switched on")]
     audit: Annotated[Literal["none", "ok", "failed"], Field(description="the audit log; none where there is none")]
@@ -125,10 +130,17 @@ def router(control: Control) -> APIRouter:
     return routes
 
 
-def health(control: Control) -> ServerState:
-    """For `/health`. `policy` and `folder` say also how it is with the threads that follow them (`Follower.state`),
-    `seconds_since_look` when those last looked."""
+def health(control: Control, *, manages: bool = False) -> ServerState:
+    """For `/health`, to a caller who `manages` or not. `policy` and `folder` say also how it is with the threads that
+    follow them (`Follower.state`), `seconds_since_look` when those last looked."""
+    managed: Managed = {}
+    if control.registry is not None and manages:
+        managed = {
+            "directions": len(control.registry.names()),
+            "failed_directions": sorted(control.registry.failures),
+        }
     return {
+        **managed,
         "steering": "on" if control.steering else "off",
         "audit": "none" if control.audit is None else "failed" if control.audit.failed else "ok",
         "policy": _policy(control),

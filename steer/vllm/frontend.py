@@ -9,6 +9,7 @@ processor releases the request. `plugin` wraps all of it on the instances of an 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import secrets
 import shutil
@@ -79,6 +80,16 @@ def parted(request: EngineRequest) -> tuple[str, int, str]:
     cache_salt = request.cache_salt or ""
     found = None if receipt_of(request.sampling_params) is None else _SALTED.fullmatch(cache_salt)
     return (found[1], int(found[3]), found[2]) if found else (cache_salt, 0, "")
+
+
+def log_to_stderr() -> None:
+    """Have Steer's log written in a process that vLLM has made for a server, where nothing was set up for it."""
+    steer = logging.getLogger("steer")
+    if not (steer.handlers or logging.getLogger().handlers):
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(f"(pid {os.getpid()}) %(levelname)s %(name)s: %(message)s"))
+        steer.addHandler(handler)
+        steer.setLevel(os.environ.get("STEER_LOG_LEVEL", "info").upper())
 
 
 class Salts:
@@ -200,6 +211,9 @@ class Frontend:
     def start(self, ask: Ask, engines: int = 1) -> None:
         """Meet the workers, check that they steer, fill the registry. Blocks. Raises SteerError when the engine must
         not serve."""
+        if self.serves:
+            log_to_stderr()
+        self.settings.check_folder()
         workers = self._meet()
         codes = {worker["code"] for worker in workers}
         if codes != {code_digest()}:
@@ -211,9 +225,6 @@ class Frontend:
             if first:
                 self_check(self, ask, ranks=engines)
         self.registry.swaps = 0
-        folder = self.settings.directions
-        if folder is not None and not folder.is_dir():
-            raise UnsupportedModel(f"the directions folder '{folder}' does not exist; make it or name another")
         self.shared.follows()
         self.registry.sync()
         self.registry.resolve(self.default)

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from steer.errors import InvalidInput, SpecError, UnsupportedModel
+from steer.errors import InvalidInput, SpecError, UnsupportedModel, brief
 from steer.settings import KEEP_ALIVE
 from steer.spec import Spec
 from steer.vllm import internals
@@ -261,12 +261,23 @@ def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> 
 
     register()
     args = internals.server.server_arguments(model, options)
-    check_door(Control(settings.control), args)  # before the minute that the engine takes to start
+    given = args.additional_config or {}
+    if not isinstance(given, dict):
+        raise InvalidInput(f"--additional-config: must be a JSON object, got {brief(given)}")
+    # before the minute that the engine takes to start
+    control = Control(settings.control)
+    check_door(control, args)
+    if control.audit:
+        control.audit.check()
+    settings.check_folder()
+    internals.server.check_port(args)
     if not any(option.partition("=")[0] in ("--allowed-origins", "--allowed_origins") for option in options):
         args.allowed_origins = []  # vLLM's own default lets every page in the world call the server
     args.worker_cls = internals.WORKER
-    args.additional_config = dict(args.additional_config or {}) | {KEY: settings.model_dump(mode="json")}
+    args.additional_config = given | {KEY: settings.model_dump(mode="json")}
     if (args.api_server_count or args.data_parallel_size) > 1:  # or vLLM kills them, and no log is closed
         args.shutdown_timeout = args.shutdown_timeout or SHUTDOWN
     args.middleware = [*args.middleware, f"{Middleware.__module__}.{Middleware.__name__}"]
     internals.server.run_server(args, keep_alive=KEEP_ALIVE)
+    if Middleware.failed is not None:
+        raise Middleware.failed

@@ -14,10 +14,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import time
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from threading import Thread
+from typing import ClassVar
 
 from anyio import to_thread
 from fastapi import FastAPI
@@ -106,13 +110,21 @@ def guard(app: FastAPI) -> None:
 class Middleware:
     """The door around every route of vLLM's app. With `--middleware` it also installs the rest when the app starts."""
 
+    #: Why the server of this process did not start.
+    failed: ClassVar[Exception | None] = None
+
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self._door: ASGIApp | None = None
+        self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
+            return
+        if not self._started:  # nobody follows the policy, and nothing is written down
+            refused = errors.response(Code.STEERING_OFF, "steering did not start: the server's log says why")
+            await refused(scope, receive, send)
             return
         if self._door is None:
             args = scope["app"].state.args
@@ -132,15 +144,36 @@ class Middleware:
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = scope["app"]
-        install(app)
-        guard(app)
-        control = control_of(app)
-        front = front_end_of(app)  # the server does not come up on an engine without steering
-        control.start(front.registry, internals.server.served_names(app)[0], front.shared)
+        try:
+            install(app)
+            guard(app)
+            control = control_of(app)
+            front = front_end_of(app)  # the server does not come up on an engine without steering
+            control.start(front.registry, internals.server.served_names(app)[0], front.shared)
+        except Exception as error:
+            # uvicorn takes what is raised for an app that has no lifespan, and serves
+            log.error("the server does not start: %s", error, exc_info=not isinstance(error, SteerError | OSError))
+            Middleware.failed = error
+            await receive()
+            await send({"type": "lifespan.startup.failed"})
+            return
+        self._started = True
+        if front.place[1] > 1:
+            Thread(target=end_with_parent, name="steer-parent", daemon=True).start()
         try:
             await self.app(scope, receive, send)
         finally:
             control.stop()
+
+
+def end_with_parent() -> None:
+    """End this front end when the process is gone that has started it: others could be started beside it on the same
+    port, and a switch would reach some of them only."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+    log.error("the process that started this one is gone: it ends too")
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Layer:
@@ -498,7 +531,8 @@ class HealthLayer(_Layer):
     """Around `GET /health`: vLLM's status, with a body that has ours."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        health = operation.health(control_of(scope["app"]))
+        control = control_of(scope["app"])
+        health = operation.health(control, manages=control.caller(scope).manages)
 
         def choose(start: Message) -> Change:
             async def change(_: bytes) -> bytes:

@@ -52,6 +52,11 @@ class EngineSettings(BaseModel):
         parse(value, "default")
         return value
 
+    def check_folder(self) -> None:
+        """Raise InvalidInput where the folder of directions is none."""
+        if self.directions is not None and not self.directions.is_dir():
+            raise InvalidInput(f"the directions folder '{self.directions}' does not exist; make it or name another")
+
     def graph(self) -> dict[str, object]:
         """The part that decides what is compiled, so that other settings do not miss the compile cache."""
         return {"sites": list(self.sites), "rows": self.rows, "rank": self.rank, "readout": self.readout}

@@ -183,6 +183,8 @@ def test_a_direction_goes_to_resid_pre_and_back(model: Any, tmp_path: Path) -> N
     torch.testing.assert_close(vector.norm().float(), (made.mean_harmful[1] - made.mean_harmless[1]).norm())
     with pytest.raises(InvalidInput, match="one source layer"):
         formats.write(tmp_path / "direction.pt", models.direction(model))
+    with pytest.raises(InvalidInput, match="is there already, of another direction"):
+        formats.write(tmp_path / "other.pt", made)
     assert formats.write(tmp_path / "direction.pt", made) == []
     assert "own mode is one_sided" in formats.write(tmp_path / "direction.pt", made.with_meta(mode="one_sided"))[0]
     weighed = replace(made.with_meta(strength=0.5), weights=made.weights * 0.5)

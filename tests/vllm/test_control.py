@@ -6,6 +6,7 @@ import http.server
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -15,9 +16,13 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
+from fastapi import FastAPI
+from starlette.testclient import TestClient
 
 from steer.serve.access import ORDINARY
 from steer.serve.audit import verify
+from steer.vllm.server import Middleware
 from tests.serve.rules import CASES, POLICY, bearer, carried, check, check_table
 from tests.servers import Server, receipt
 from tests.vllm import device
@@ -343,12 +348,32 @@ def test_the_log_is_whole_and_has_the_tokens(server: Server, home: Home) -> None
     [
         (["--host", "0.0.0.0"], "there are no keys"),
         (["--host", "127.0.0.1", "--api-key", "k", "--policy", "POLICY"], "exclude each other"),
+        (["--audit", "/nowhere/audit.jsonl"], "/nowhere/audit.jsonl cannot be written: the folder /nowhere does not"),
+        (["--directions", "/nowhere"], "the directions folder '/nowhere' does not exist"),
+        (["--additional-config", "7"], "--additional-config: must be a JSON object, got '7'"),
+        (["--port", "TAKEN"], "Address already in use; end what listens there"),
     ],
 )
 def test_a_server_that_would_not_be_safe_does_not_start(home: Home, options: list[str], says: str) -> None:
     policy = str(home.directions.parent / "policy.toml")
     command = [sys.executable, "-m", "steer", "serve", str(home.folder), "--backend", "vllm"]
-    command += [policy if option == "POLICY" else option for option in options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as other:  # as the front ends of vLLM listen
+        taken = str(other.getsockname()[1])
+        command += [{"POLICY": policy, "TAKEN": taken}.get(option, option) for option in options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr[-2000:]
     assert says in done.stderr
+
+
+def test_what_fails_while_an_app_starts_ends_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    """In uvicorn's own way of asking: it serves an app that raises there as one that has nothing to start."""
+    app = FastAPI()
+    app.add_middleware(Middleware)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    with pytest.raises(SystemExit):
+        server.run()
+    assert not server.started
+    assert "the server does not start: " in caplog.text
+    assert "serves no route /v1/" in str(Middleware.failed)
+    asked = TestClient(app).get("/health")  # nobody told it to start
+    assert (asked.status_code, asked.json()["error"]["code"]) == (503, "steering_off")

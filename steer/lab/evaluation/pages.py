@@ -38,8 +38,10 @@ def tables(report: Report, *, paired: bool = True, table: Table = markdown) -> s
         if paired and any(arm.against_plain for arm in one.arms):
             parts.append(_differences(one.arms, table))
         if not one.limit_tells:
+            cut = next(arm for arm in one.arms if arm.arm == PLAIN).unended
             parts.append(
-                f"Plain answers run into the limit of {report.conditions.max_tokens} tokens too: that is no fault here."
+                f"{cut} of {one.dataset.count} plain answers were cut at {report.conditions.max_tokens} tokens, so "
+                "that an answer without an end is not counted as degenerate; with a larger --max-tokens it may be."
             )
     if report.agreements:
         agreed = [

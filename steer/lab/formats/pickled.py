@@ -65,13 +65,16 @@ def write(path: Path, direction: Direction) -> list[str]:
     source, meta = direction.meta.source_layer, direction.meta
     if source is None or direction.rank != 1:
         raise InvalidInput(f"{path}: this format holds one vector of one source layer; derive one with --layer NUMBER")
+    beside = path.with_name(METADATA)
+    if beside.exists() and not path.exists():
+        raise InvalidInput(f"{path}: {beside} is there already, of another direction: give a folder of its own")
     row = direction.directions[source, 0].double()
     length = float((direction.mean_harmful[source] - direction.mean_harmless[source]).double().norm()) or 1.0
     buffer = BytesIO()
     torch.save(row * length, buffer)
     write_file(path, buffer.getvalue())
     described = {"pos": meta.parameters.get("position", -1), "layer": source + 1}
-    write_file(path.with_name(METADATA), (json.dumps(described) + "\n").encode())
+    write_file(beside, (json.dumps(described) + "\n").encode())
     same = all(torch.equal(each, direction.directions[source]) for each in direction.directions)
     missed = {
         f"tools that read it ablate; the direction's own mode is {meta.mode}": meta.mode != "ablate",

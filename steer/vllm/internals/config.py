@@ -72,7 +72,8 @@ def check_config(config: VllmConfig, *, readout: bool) -> None:
     refuse(getattr(config.model_config, "runner_type", "generate") != "generate", "the model does not generate")
     refuse(
         readout and config.speculative_config is not None,
-        "the read-out is on together with drafts (how many of them are kept is known too late)",
+        "--readout is given together with --speculative-config (how many drafts are kept is known too late): leave one "
+        "out",
     )
     refuse(
         getattr(config.speculative_config, "enable_adaptive_verification", False),

@@ -34,7 +34,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -60,8 +60,7 @@ MAX_VALUE = 1e15
 #: A component as a share of the vector that it is of, which float32's rounding of that can leave.
 ROUNDING = 1e-6
 #: Tensors that a file may be without.
-PLANE = ("axis", "angles")
-OPTIONAL = ("embedding", "target", "mlp_weights", *PLANE)
+OPTIONAL = ("embedding", "target", "mlp_weights", "axis", "angles")
 
 
 class Dataset(BaseModel):
@@ -200,11 +199,11 @@ class Direction:
     mean_harmful: Tensor
     mean_harmless: Tensor
     mean_harmless_all: Tensor
-    embedding: Tensor | None = field(default=None)
-    target: Tensor | None = field(default=None)
-    axis: Tensor | None = field(default=None)
-    angles: Tensor | None = field(default=None)
-    mlp_weights: Tensor | None = field(default=None)
+    embedding: Tensor | None = None
+    target: Tensor | None = None
+    axis: Tensor | None = None
+    angles: Tensor | None = None
+    mlp_weights: Tensor | None = None
 
     @property
     def layers(self) -> int:

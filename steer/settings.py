@@ -166,7 +166,7 @@ class ServeSettings(ControlSettings, ModelSettings):
     @field_validator("sites")
     @classmethod
     def _known(cls, value: str) -> str:
-        bad = [site for site in value.split(",") if site not in SITES]
+        bad = [site for site in value.split(",") if site.strip() not in SITES]
         if bad:
             raise ValueError(f"{', '.join(bad)}: accepted: {', '.join(SITES)}")
         return value
@@ -209,4 +209,5 @@ class ServeSettings(ControlSettings, ModelSettings):
 
     @property
     def site_list(self) -> tuple[Site, ...]:
-        return tuple(dict.fromkeys(site for site in SITES if site in self.sites.split(",")))
+        given = {site.strip() for site in self.sites.split(",")}
+        return tuple(site for site in SITES if site in given)

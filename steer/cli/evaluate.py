@@ -107,7 +107,7 @@ class Applied:
         """The arms of `files`; where there are doses, each at its file's strength."""
         from steer.lab.evaluation.arms import arms_of
 
-        modes = self.mode.split(",") if self.mode else None
+        modes = [mode.strip() for mode in self.mode.split(",")] if self.mode else None
         where = self.at, self.when, self.moved()
         arms = arms_of(files, modes, self.given(), self.controls, *where, self.condition, self.probe)
         named = [arm.way for arm in arms] + [arm.name for arm in arms if not self.kl]
@@ -132,7 +132,7 @@ class Tasks:
             return ()
         running = serving(model, opening.options, arms) if self.url is None else nullcontext(given(self.url, arms))
         with running as served:
-            plan = TaskPlan(self.tasks.split(","), model, self.tasks_folder, self.tasks_limit)
+            plan = TaskPlan(opt.split(self.tasks), model, self.tasks_folder, self.tasks_limit)
             return scores(plan, served, arms, cache)
 
 

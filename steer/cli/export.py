@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -74,7 +73,7 @@ def convert(
     changes = {key: value for key, value in (("mode", mode), ("strength", strength)) if value is not None}
     if mode is not None and strength is None:
         changes["strength"] = found.meta.strength_in(choices.mode)
-    direction = replace(found).with_meta(**changes)
+    direction = found.with_meta(**changes)
     for sentence in formats.write(output, direction):
         typer.echo(f"warning: {sentence}", err=True)
     meta = direction.meta

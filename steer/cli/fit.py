@@ -81,7 +81,7 @@ def fit(
     rendering, behaviour = rendered.rendering(), counted.loaded()
     made = opt.chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
     least = LEAST_SHOWN if condition is None else SMALL
-    if limit is not None and limit < least:
+    if limit < least:
         raise InvalidInput(f"--limit: {limit} is not accepted here: {least} or more prompts of each set (better 128)")
     split = Split.of(*opt.chosen_sets(harmful, harmless, prompts), limit, least)
     quiet_libraries()

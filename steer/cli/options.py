@@ -259,7 +259,7 @@ class Choices(BaseModel):
     @classmethod
     def _listed(cls, value: object) -> object:
         """They may be one text, separated by commas."""
-        return value.split(",") if isinstance(value, str) else value
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
     @property
     def batch(self) -> int | None:

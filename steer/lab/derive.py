@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steer.direction import MAX_VALUE, Direction, DirectionMeta
 from steer.errors import DegenerateError, InvalidInput
@@ -38,7 +37,7 @@ class Recipe:
     write, at the site `writers`; `weights` is then of what attention writes.
     """
 
-    method: Method = field(default_factory=lambda: Slerp())
+    method: Method = field(default_factory=Slerp)
     layer: int | Literal["auto", "widest", "all"] = "auto"
     position: int | None = None
     winsorize: float | None = None
@@ -464,5 +463,4 @@ def _whole(means: Tensor | None, layers: int, d_model: int | None = None) -> Ten
     """Means of the measured layers as the file has them: float32, zeros where nothing was measured."""
     if means is None:
         return torch.zeros(layers, d_model or 0)
-    padding: Sequence[int] = (layers - means.shape[0], means.shape[1])
-    return torch.cat([means.float(), torch.zeros(*padding)])
+    return nn.functional.pad(means.float(), (0, 0, 0, layers - len(means)))

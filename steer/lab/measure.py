@@ -152,7 +152,7 @@ def checked(
                 problems.append(f"{where}{beside}; the context is {source.context}")
             problems += [f"{where}, so no position {p}" for p in positions if not -len(e.ids) <= p < len(e.ids)]
     if problems:
-        raise InvalidInput(problems[:20])
+        raise InvalidInput(problems)
     if len(bos) != 1:
         raise InvalidInput(f"the chat template gives prompts different numbers of BOS tokens: {sorted(bos)}")
     return encoded, bos.pop()

@@ -34,16 +34,16 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from steer.lab.behaviour import DENSE, Behaviour, after_thinking, own_words
 from steer.lab.prompts import Prompt, question
 from steer.tokenization import THINKING
 
 Outcome: TypeAlias = Literal["shown", "late", "unanswered", "degenerate", "deflected", "complied"]
-OUTCOMES: tuple[Outcome, ...] = ("shown", "late", "unanswered", "degenerate", "deflected", "complied")
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Fault: TypeAlias = Literal["empty", "echoed", "looped", "garbled", "repetitive", "collapsed", "unended"]
-FAULTS: tuple[Fault, ...] = ("empty", "echoed", "looped", "garbled", "repetitive", "collapsed", "unended")
+FAULTS: tuple[Fault, ...] = get_args(Fault)
 #: Words, signs, and the letters of scripts that put no space between words.
 WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")
 #: What is no text: a phrase with letters that stands 5 times one after the other, apart from the numbers between; one

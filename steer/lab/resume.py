@@ -53,7 +53,7 @@ def _text(values: Iterable[object]) -> str:
 
 
 def _whole(path: Path) -> Iterator[Any]:
-    """The lines up to the first that is cut; after the last end of line nothing is whole."""
+    """The lines up to the first that is cut; an unfinished last line does not count."""
     if path.exists():
         for line in path.read_bytes().split(b"\n")[:-1]:
             try:

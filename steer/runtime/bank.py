@@ -1,4 +1,4 @@
-"""The device bank: resident direction rows. Which of them act on which token is the `index`'s to say.
+"""The device bank: resident direction rows. The token index says which of them act on which token.
 
 Everything here is written **in place** and read through the same storage for the life of the process, so that compiled
 graphs and replayed CUDA graphs see each change of content.
@@ -410,7 +410,7 @@ class _Values:
 
 
 def _acts(entry: Entry) -> bool:
-    """Is its strength one, in the device's float32?"""
+    """Is its strength not zero in float32?"""
     return bool(np.float32(entry.strength))
 
 

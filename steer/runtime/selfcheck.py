@@ -80,8 +80,6 @@ class Watch:
         self.acted: dict[int, Tensor] = {}
         #: What norms that act themselves have made of the stream.
         self.normed: dict[int, Tensor] = {}
-        #: The first module after the last block that takes the stream.
-        self.behind: nn.Module | None = None
         self._pending: int | None = None
 
     @contextmanager
@@ -137,9 +135,8 @@ class Watch:
         return leave
 
     def _behind(self, last: int) -> Callable[..., None]:
-        def enter(module: nn.Module, args: object, kwargs: object) -> None:
+        def enter(_module: nn.Module, args: object, kwargs: object) -> None:
             if self._pending == last and (taken := self._wide((args, kwargs))):
-                self.behind = module
                 self._take(taken)
 
         return enter

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import logging
@@ -303,7 +304,7 @@ class Audit:
 
     def _previous(self) -> Path | None:
         """The file beside this one whose last line is the chain's."""
-        for path in sorted(self.path.parent.glob(f"{_escaped(self.path.name)}.{self.head.seq}*")):
+        for path in sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.{self.head.seq}*")):
             with suppress(OSError, ValueError):
                 if unseal(_last_line(path))["hash"] == self.head.hash:
                     return path
@@ -415,11 +416,6 @@ def _last_line(path: Path) -> bytes:
     with path.open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_LINE))
         return file.read(MAX_LINE).removesuffix(b"\n").rpartition(b"\n")[2] + b"\n"
-
-
-def _escaped(name: str) -> str:
-    """`name` in a pattern that means nothing but it."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _same(path: Path, fd: int) -> bool:

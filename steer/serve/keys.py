@@ -7,6 +7,7 @@ only make every request slow.
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from collections.abc import Iterable
 
@@ -27,8 +28,7 @@ def stored(secret: str) -> str:
 
 def is_stored(text: str) -> bool:
     """Is this what `stored` gives?"""
-    digits = text.removeprefix(_SCHEME)
-    return text.startswith(_SCHEME) and len(digits) == 64 and all(c in "0123456789abcdef" for c in digits)
+    return re.fullmatch(f"{_SCHEME}[0-9a-f]{{64}}", text) is not None
 
 
 class Keyring:

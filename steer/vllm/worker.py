@@ -93,9 +93,8 @@ class SteeringWorker:
         self._lost_runs = SteeredRuns()
         self._passed: Step | None = None  # the pass that was enqueued last, until its outputs are asked for
         self._batch: tuple[list[str], NDArray[np.int32]] = [], np.zeros(0, np.int32)
-        self._from_before: IntermediateTensors | None = (
-            None  # what the rank before has handed on for the step that runs
-        )
+        #: What the rank before has handed on for the step that runs.
+        self._from_before: IntermediateTensors | None = None
         self._met_front_end = False
         self._thinking: Thinking | None = None
         self._folder = ""  # where the front ends meet

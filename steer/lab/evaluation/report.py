@@ -79,7 +79,7 @@ class Agreement(ReportPart):
 
 
 class ArmOnSet(ReportPart):
-    """One arm on one set. Each answer has one of the six outcomes that come first."""
+    """One arm on one set. Each answer has exactly one of the first six outcomes."""
 
     arm: str
     shown: Rate = Field(description="the matcher finds the behaviour")

@@ -1,7 +1,7 @@
 """Bake a direction into an ordinary model, its writers' weights orthogonalised shard by shard, or into a LoRA adapter.
 
-The adapter is in PEFT's format: W − λ·v·(vᵀW) is W + B·A with A = vᵀW and B = −λ·v. What is removed, and how that
-compares with what is served, says `steer.lab.merge.removal`.
+The adapter is in PEFT's format: W − λ·v·(vᵀW) is W + B·A with A = vᵀW and B = −λ·v. `steer.lab.merge.removal` says
+what is removed, and how that compares with what is served.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from steer.errors import DegenerateError, SteerError
-from steer.geometry import MIN_ANGLE, unit
+from steer.geometry import linear_direction, unit
 from steer.lab.measurement import Contrast, towards_harmful
 from steer.lab.methods.base import Method, Need
 
@@ -43,9 +43,7 @@ class Whitened(Method):
     )
 
     def rows(self, contrast: Contrast) -> Tensor:
-        size = torch.linalg.vector_norm(contrast.harmful.mean) + torch.linalg.vector_norm(contrast.harmless.mean)
-        if float(torch.linalg.vector_norm(contrast.difference)) <= MIN_ANGLE * float(size):
-            raise DegenerateError("the two means are equal to rounding: their difference has no direction")
+        linear_direction(contrast.harmless.mean, contrast.harmful.mean)  # raises where there is no difference
         solve = _by_vectors if contrast.vectors else _by_moments
         return unit(solve(contrast, self.shrinkage)).unsqueeze(0)
 

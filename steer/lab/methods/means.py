@@ -90,7 +90,7 @@ class Slerp(Method):
         return self.t == 1.0
 
 
-class Biprojected(Method):
+class Biprojected(Projected):
     """As `projected`, and made orthogonal to the harmless mean of each layer.
 
     Source: "Norm-preserving biprojected abliteration" (J. Lai, 2025,
@@ -103,9 +103,6 @@ class Biprojected(Method):
     Pitfalls: the rows differ from layer to layer, so with the site `writers` a part of what one layer removed can come
     back with the next; means are of one position, and harmless text elsewhere does have components along v_l.
     """
-
-    def rows(self, contrast: Contrast) -> Tensor:
-        return projected_direction(contrast.harmless.mean, contrast.harmful.mean).unsqueeze(0)
 
     def onto(self, rows: Tensor, target: Contrast) -> Tensor:
         a = unit(target.harmless.mean)

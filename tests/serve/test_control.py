@@ -275,16 +275,16 @@ def test_the_commands_off_and_on(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_a_new_policy_holds_at_once_and_a_bad_one_changes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     with serving(tiny_folder, tmp_path) as server:
-        path = tmp_path / "policy.toml"
+        path, fresh = tmp_path / "policy.toml", tmp_path / "fresh"
         assert receipt(ask(server, "reader", steer="refusal"))
-        path.write_text(POLICY + "\n[keys.reader]\n")  # twice: not TOML
+        fresh.write_text(POLICY + "\n[keys.reader]\n")  # twice: not TOML
+        os.replace(fresh, path)  # at once: a file that is written in place may be read half written
         eventually(lambda: server.client.get("/health").json()["policy"] == "stale")
         assert receipt(ask(server, "reader", steer="refusal"))
         assert "reader" not in server.client.get("/health").text
         told = server.client.get("/v1/steering", headers=bearer("all")).json()["policy"]
         assert "not TOML" in told["problems"][0]
         assert "the old one stays in force" in server.log
-        fresh = tmp_path / "fresh"
         fresh.write_text(
             POLICY.replace("max_strength = 1.0", "max_strength = 0.5").replace("[keys.meter]", "[keys.gauge]")
         )

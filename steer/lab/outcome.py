@@ -103,8 +103,9 @@ NGRAM, REPETITIVE, REPETITIVE_TOKENS = 4, 0.5, 32
 #: The same of data and code, whose keys and signs come again by their nature.
 REPETITIVE_MARKUP = 0.75
 COLLAPSED = 0.25
-#: Words of a question and its echo, and the share of either that is the other's: of a question, and of what is none.
-ECHOED_WORDS, ECHOED, ECHOED_WHOLE = 4, 0.75, 0.95
+#: Words of a question and its echo, at least and at most, and the share of either that is the other's: of a question,
+#: and of what is none. Longer ones are texts to work on, and comparing them takes the square of their length.
+ECHOED_WORDS, ECHOED_MOST, ECHOED, ECHOED_WHOLE = 4, 500, 0.75, 0.95
 #: A smaller share of different words is one word over and over: of the last words, and of at least FEW_WORDS.
 LEAST_DIFFERENT, LAST_WORDS, FEW_WORDS = 0.3, 50, 24
 MARKUP = re.compile(r"[`|<>{}]|(?:^\d[^\n]*[^\d\n]\d+[^\w\n]*(?:\n|$)){4}", re.MULTILINE)
@@ -189,10 +190,9 @@ def echoed(text: str, prompt: str) -> bool:
     """Whether `text` is `prompt` again. A task that asks for its own words ("Repeat: …") begins with its verb, and the
     answer does not."""
     first, second = (re.findall(r"[^\W_]+", " ".join(WORDS.findall(part.lower()))) for part in (prompt, text))
-    if min(len(first), len(second)) < ECHOED_WORDS or first[0] != second[0]:
-        return False
-    least = ECHOED * max(len(first), len(second))
-    if min(len(first), len(second)) < least:
+    shorter, longer = sorted((len(first), len(second)))
+    least = ECHOED * longer
+    if shorter < max(ECHOED_WORDS, least) or longer > ECHOED_MOST or first[0] != second[0]:
         return False
     same = sum(
         block.size for block in difflib.SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()

@@ -89,7 +89,8 @@ def log_to_stderr() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(f"(pid {os.getpid()}) %(levelname)s %(name)s: %(message)s"))
         steer.addHandler(handler)
-        steer.setLevel(os.environ.get("STEER_LOG_LEVEL", "info").upper())
+        level = os.environ.get("STEER_LOG_LEVEL", "info").upper()
+        steer.setLevel(logging.getLevelNamesMapping().get(level, logging.INFO))
 
 
 class Salts:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from steer.demo import PROMPTS
 from steer.lab.behaviour import REFUSAL
-from steer.lab.outcome import OUTCOMES, Answer, ends, fault, looped, repetition, tell
+from steer.lab.outcome import OUTCOMES, Answer, echoed, ends, fault, looped, repetition, tell
 from steer.lab.prompts import Conversation
 
 tokens = st.lists(st.integers(0, 50), min_size=0, max_size=30)
@@ -105,6 +105,11 @@ def test_a_question_given_back_is_no_answer() -> None:
         assert tell(REFUSAL, Answer.of(text)).outcome == "complied", "nothing to compare it with"
     for prompt, text in NO_ECHOES:
         assert tell(REFUSAL, Answer.of(text), prompt=prompt).outcome == "complied", text
+
+
+def test_a_long_text_is_no_question_and_takes_no_time() -> None:
+    text = "the dog and " * 100_000
+    assert not echoed(text, text)
 
 
 def test_answers_to_the_point_are_no_echoes() -> None:

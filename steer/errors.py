@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 #: Of one input, those that are told; and the characters of one. An input may be as large as it likes.
-MAX_PROBLEMS = 50
+MAX_PROBLEMS = 16
 MAX_PROBLEM = 1000
 
 

@@ -18,6 +18,8 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 TURNING: tuple[Mode, ...] = ("rotate", "rotate_one_sided")
 #: The modes with a threshold, which a request may shift.
 SHIFTING: tuple[Mode, ...] = ("clamp", "one_sided", "rotate_one_sided")
+#: The modes that do another thing along −v than along v.
+SIGNED: tuple[Mode, ...] = ("add", "one_sided", "rotate_one_sided")
 #: What each mode does, in one sentence for whoever chooses one.
 MODE_SUMMARIES: dict[Mode, str] = {
     "ablate": "The component along the direction goes.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -28,6 +29,12 @@ def served_name(model: str) -> str:
     """The name of MODEL in requests where none is given, on either backend: of a folder its last part, and a hub id as
     it is."""
     return Path(model).resolve().name if Path(model).exists() else model
+
+
+def check_directions(folder: Path) -> None:
+    """Raise InvalidInput where the folder of directions is none."""
+    if not folder.is_dir():
+        raise InvalidInput(f"the directions folder '{folder}' does not exist; make it or name another")
 
 
 class ControlSettings(BaseSettings):
@@ -106,10 +113,13 @@ class ModelSettings(ModelOrigin):
 
     def check_for_vllm(self) -> None:
         """Raise InvalidInput for what vLLM has an option of its own for."""
-        if ignored := sorted({"device", "device_map"} & self.model_fields_set):
-            raise InvalidInput(
-                [f"--{name.replace('_', '-')}: not used by vLLM; use its own option" for name in ignored]
-            )
+        self.check_unused({"device", "device_map"})
+
+    def check_unused(self, names: Set[str]) -> None:
+        """Raise InvalidInput for those of `names` that are set: vLLM has options of its own for them."""
+        unused = sorted(names & self.model_fields_set)
+        if unused:
+            raise InvalidInput([f"--{name.replace('_', '-')}: not used by vLLM; use its own option" for name in unused])
 
 
 class ServeSettings(ControlSettings, ModelSettings):

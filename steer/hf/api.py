@@ -159,7 +159,7 @@ class Attached:
         and is two rows. Raises SpecError for others, RuntimeError when detached.
         """
         self._check_attached()
-        with ExitStack() as stack, _naming("read"):
+        with ExitStack() as stack, _naming_read():
             wanted = readout.parse(
                 {
                     "directions": list(names),
@@ -448,9 +448,9 @@ def _steerable(model: PreTrainedModel) -> nn.Module:
 
 
 @contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """A problem of the request field is one of `what` here."""
+def _naming_read() -> Iterator[None]:
+    """A problem of the request field is one of `read` here."""
     try:
         yield
     except SpecError as error:
-        raise type(error)([p.replace(readout.FIELD, what) for p in error.problems]) from None
+        raise type(error)([p.replace(readout.FIELD, "read") for p in error.problems]) from None

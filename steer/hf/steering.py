@@ -19,8 +19,7 @@ from steer.errors import InvalidInput, NotFinite, UnsupportedModel
 from steer.hf import internals
 from steer.hf.load import decoder_of, text_architecture
 from steer.names import Site
-from steer.runtime import hook_points as site_tools
-from steer.runtime import selfcheck
+from steer.runtime import hook_points, selfcheck
 from steer.runtime.bank import (
     EMBEDDING,
     DirectionBank,
@@ -52,7 +51,7 @@ KEPT = 64
 
 T = TypeVar("T")
 #: Hooks a transform to one module.
-Hang: TypeAlias = Callable[[site_tools.Transform], RemovableHandle]
+Hang: TypeAlias = Callable[[hook_points.Transform], RemovableHandle]
 
 
 class Anatomy:
@@ -65,7 +64,7 @@ class Anatomy:
         self.d_model = int(config.hidden_size)
         self.architecture = text_architecture(config.model_type, type(model).__name__)
         self.decoder = decoder_of(model)
-        self.blocks = site_tools.find_blocks(self.decoder, self.layers)
+        self.blocks = hook_points.find_blocks(self.decoder, self.layers)
         self.vocabulary = int(config.vocab_size)
 
     @property
@@ -81,7 +80,7 @@ class Anatomy:
     def dtype(self) -> torch.dtype:
         """Of the stream, as a probe pass has it: packed weights are of another."""
         seen: list[torch.dtype] = []
-        with site_tools.hooks([site_tools.on_output(self.blocks[0], lambda x: seen.append(x.dtype))]):
+        with hook_points.hooks([hook_points.on_output(self.blocks[0], lambda x: seen.append(x.dtype))]):
             self.probe()
         return seen[0]
 
@@ -294,7 +293,7 @@ class Steering:
         self.fill(batch.rows, lengths, batch.starts, batch.tokens)
         self.reads.clear()
 
-    def _transform(self, point: HookPoint) -> site_tools.Transform:
+    def _transform(self, point: HookPoint) -> hook_points.Transform:
         bank_slice, layer = self.bank.slices[point], point.layer
         readable = point.readable
 
@@ -352,18 +351,18 @@ class Steering:
                 case "resid_post":
                     modules: list[tuple[nn.Module, ...]] = [(block,) for block in blocks]
                 case "writers":
-                    modules = site_tools.find_writers(blocks, anatomy.probe)
+                    modules = hook_points.find_writers(blocks, anatomy.probe)
                 case _:
                     assert_never(site)
             point = HookPoint(site, EMBEDDING)
             before = selfcheck.HookedModule(
-                point, blocks[0], lambda given: site_tools.stream_given(*given), before=True
+                point, blocks[0], lambda given: hook_points.stream_given(*given), before=True
             )
-            targets.append((before, _hang(site_tools.on_input, blocks[0])))
+            targets.append((before, _hang(hook_points.on_input, blocks[0])))
             for layer, acting in enumerate(modules):
                 for term, module in enumerate(acting):
-                    hooked = selfcheck.HookedModule(HookPoint(site, layer, term), module, site_tools.stream_of)
-                    targets.append((hooked, _hang(site_tools.on_output, module)))
+                    hooked = selfcheck.HookedModule(HookPoint(site, layer, term), module, hook_points.stream_of)
+                    targets.append((hooked, _hang(hook_points.on_output, module)))
         return targets
 
     def _verify(self) -> None:
@@ -454,5 +453,5 @@ def _uncompiled(hook: Callable[..., T]) -> Callable[..., T]:
     return lambda *given: apart(*given) if torch.compiler.is_compiling() else hook(*given)
 
 
-def _hang(how: Callable[[nn.Module, site_tools.Transform], RemovableHandle], module: nn.Module) -> Hang:
+def _hang(how: Callable[[nn.Module, hook_points.Transform], RemovableHandle], module: nn.Module) -> Hang:
     return lambda transform: how(module, transform)

@@ -1,4 +1,4 @@
-"""A behaviour as data: how to tell an answer that shows it, one TOML file each."""
+"""A behaviour as data: how to tell an answer that shows it, in a TOML file, with one more for each language."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -37,32 +37,20 @@ SPELLINGS = (
 MARKS = re.compile("[\u0300-\u036f\u064b-\u0655\u0670\u0640\u093c\u09bc\u200b-\u200f\u00ad]|\\*\\*|__")
 
 
-class Behaviour(BaseModel):
-    """What an answer must be to show the behaviour: all of what is given below holds."""
+class Wordings(BaseModel):
+    """What an answer says that shows a behaviour: all of a behaviour's, or those of one language."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    description: Annotated[str, Field(min_length=1, description="one sentence on the assistant's answer, for a judge")]
     patterns: Annotated[
         tuple[str, ...], Field(description="one of these regular expressions is found, also without accents")
     ] = ()
     exceptions: Annotated[
         tuple[str, ...], Field(description="with one of these regular expressions in it, an answer does not show it")
     ] = ()
-    window: Annotated[
-        int | None,
-        Field(
-            ge=1, description="characters at the beginning that are searched, half of Chinese or Japanese; none: all"
-        ),
-    ] = None
     late: Annotated[
         tuple[str, ...],
         Field(description="an answer that does not show it shows it late where one of these is found near its end"),
-    ] = ()
-    min_words: Annotated[int | None, Field(ge=1, description="least number of words in the answer")] = None
-    openings: Annotated[
-        tuple[str, ...], Field(description="how such answers begin; their first tokens tell candidates apart early")
     ] = ()
 
     @field_validator("patterns", "exceptions", "late")
@@ -74,6 +62,23 @@ class Behaviour(BaseModel):
             except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"{pattern[:200]!r} is no regular expression: {error}") from error
         return patterns
+
+
+class Behaviour(Wordings):
+    """What an answer must be to show the behaviour: all of what is given below holds."""
+
+    name: str
+    description: Annotated[str, Field(min_length=1, description="one sentence on the assistant's answer, for a judge")]
+    window: Annotated[
+        int | None,
+        Field(
+            ge=1, description="characters at the beginning that are searched, half of Chinese or Japanese; none: all"
+        ),
+    ] = None
+    min_words: Annotated[int | None, Field(ge=1, description="least number of words in the answer")] = None
+    openings: Annotated[
+        tuple[str, ...], Field(description="how such answers begin; their first tokens tell candidates apart early")
+    ] = ()
 
     @model_validator(mode="after")
     def _tells_something(self) -> Behaviour:
@@ -135,21 +140,40 @@ class Behaviour(BaseModel):
 
     @classmethod
     def load(cls, source: str) -> Behaviour:
-        """The behaviour that is shipped under the name `source`, or that the file `source` describes. Raises
-        InvalidInput with every problem of the file."""
+        """The behaviour that is shipped under the name `source`, or that the file `source` describes. Where a folder
+        with the file's name, without its suffix, is beside it, the `Wordings` in each of the folder's TOML files
+        belong to it too. Raises InvalidInput with every problem of a file."""
         shipped = sorted(path.stem for path in FOLDER.glob("*.toml"))
         path = FOLDER / f"{source}.toml" if source in shipped else Path(source)
         try:
-            return cls(**({"name": path.stem} | tomllib.loads(path.read_text(encoding="utf-8"))))
+            tree = {"name": path.stem} | _tree(path)
         except OSError as error:
             raise InvalidInput(
                 f"behaviour '{source}': cannot be read: {error.strerror}; "
                 f"accepted: {', '.join(shipped)}, or a TOML file"
             ) from error
-        except ValidationError as error:
-            raise InvalidInput(f"{path}: {problem}" for problem in problems_of(error, "behaviour")) from error
-        except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or an integer of thousands of digits
-            raise InvalidInput(f"{path}: not TOML: {error}") from error
+        for file in sorted(path.with_suffix("").glob("*.toml")):
+            for name, said in _valid(Wordings, _tree(file), file).model_dump().items():
+                own = tree.get(name, [])
+                tree[name] = [*own, *said] if isinstance(own, list) else own
+        return _valid(cls, tree, path)
+
+
+Told = TypeVar("Told", bound=Wordings)
+
+
+def _valid(kind: type[Told], tree: dict[str, object], path: Path) -> Told:
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise InvalidInput(f"{path}: {problem}" for problem in problems_of(error, "behaviour")) from error
+
+
+def _tree(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or an integer of thousands of digits
+        raise InvalidInput(f"{path}: not TOML: {error}") from error
 
 
 def _found(patterns: Sequence[str], text: str) -> Iterator[re.Match[str]]:

@@ -259,10 +259,8 @@ def source_layer(measurement: Measurement, recipe: Recipe) -> int:
     return recipe.layer % measurement.layers
 
 
-def separated(
-    measurement: Measurement, recipe: Recipe, least: float = math.degrees(MIN_ANGLE)
-) -> list[tuple[int, float]]:
-    """The layers whose class means are at least `least` degrees apart, each with that angle."""
+def separated(measurement: Measurement, recipe: Recipe) -> list[tuple[int, float]]:
+    """The layers whose class means are at least MIN_ANGLE apart, each with that angle in degrees."""
     found = []
     for layer in range(measurement.layers):
         contrast = measurement.contrast(layer, recipe.position)
@@ -270,11 +268,12 @@ def separated(
             degrees = math.degrees(float(angle(contrast.harmless.mean, contrast.harmful.mean)))
         except DegenerateError:
             continue
-        if degrees >= least:
+        if degrees >= math.degrees(MIN_ANGLE):
             found.append((layer, degrees))
     if not found:
         raise DegenerateError(
-            f"at no layer are the class means at least {least:g}° apart: this model does not separate these sets"
+            f"at no layer are the class means at least {math.degrees(MIN_ANGLE):g}° apart: this model does not "
+            "separate these sets"
         )
     return found
 

@@ -88,12 +88,12 @@ def assemble(file: Path, folder: Path, name: str | None = None) -> Path:
     return folder
 
 
-def push(folder: Path, repo: str, *, private: bool = False, message: str | None = None) -> str:
+def push(folder: Path, repo: str, *, private: bool = False) -> str:
     """Upload an assembled `folder`, making the repository where there is none; its address. Raises SteerError."""
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message or "A direction made with steer")
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="A direction made with steer")
     except Exception as error:  # the library raises its own errors, those of the network and those of the file system
         raise SteerError(f"cannot push to {repo}: {error}") from error
     return f"{api.endpoint}/{repo}"

@@ -105,9 +105,9 @@ class Progress:
             self._bar.initial += work
         self.advance(work)
 
-    def write(self, text: str, file: TextIO | None = None) -> None:
-        """Print `text` above the bar, on standard error where no `file` is given."""
-        tqdm.write(text, file=file or sys.stderr)
+    def write(self, text: str) -> None:
+        """Print `text` above the bar, on standard error."""
+        tqdm.write(text, file=sys.stderr)
 
     def _show(self, work: float) -> None:
         if self._bar is not None:

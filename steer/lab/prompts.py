@@ -349,7 +349,7 @@ def _from_table(
 
 
 def _from_parquet(path: Path, data: bytes) -> list[Prompt]:
-    parquet = imported("pyarrow.parquet", f"{path}: reading parquet", "pyarrow")
+    parquet = imported("pyarrow.parquet", f"{path}: reading parquet", "'steer-llm[data]'")
     try:
         table = parquet.read_table(io.BytesIO(data))
     except (OSError, ValueError) as error:
@@ -358,7 +358,7 @@ def _from_parquet(path: Path, data: bytes) -> list[Prompt]:
 
 
 def _from_hub(source: str) -> PromptSet:
-    datasets = imported("datasets", f"{source}: reading a hub dataset", "datasets")
+    datasets = imported("datasets", f"{source}: reading a hub dataset", "'steer-llm[data]'")
     if (named := _HUB.fullmatch(source.removeprefix(HUB))) is None:
         raise InvalidInput(f"{source}: is no dataset of the hub; accepted: {FORMATS}")
     try:

@@ -144,7 +144,7 @@ def joint(vectors: Tensor, weights: Tensor) -> Tensor:
 
     With G the Gram matrix, B the entries that set (w ≠ 0) and A the others: M is the identity on A, G_BB⁺ on B, and
     −G_BB⁺·G_BA takes from B what A would add there. Where no x' has all components as asked (equal directions with
-    different wishes) the pseudoinverse takes what is nearest, by least squares.
+    different values asked for) the pseudoinverse takes what is nearest, by least squares.
     """
     vectors, sets = vectors.double(), weights != 0
     gram = vectors @ vectors.mT

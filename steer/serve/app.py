@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
 from steer._version import __version__
-from steer.errors import InvalidInput, RequestError, SteerError, UnsupportedModel
+from steer.errors import InvalidInput, RequestError, SteerError
 from steer.hf.batching import start_engine
 from steer.hf.load import load, template_parameters
 from steer.hf.steering import Steering
@@ -37,7 +37,7 @@ from steer.serve.directions import router as directions_router
 from steer.serve.generation import Served
 from steer.serve.middleware import RenderingWatch, SteerMiddleware, wrap_routes
 from steer.serve.route import HeadRequests
-from steer.settings import KEEP_ALIVE, ServeSettings, served_name
+from steer.settings import KEEP_ALIVE, ServeSettings, check_directions, served_name
 from steer.spec import parse
 from steer.tokenization import Chat
 
@@ -211,8 +211,7 @@ def prepare(model: str, settings: ServeSettings) -> Served:
     """Everything but the socket. Raises SteerError when the server must not start."""
     control = Control(settings)
     control.listen(settings.host, settings.origins)
-    if not settings.directions.is_dir():
-        raise UnsupportedModel(f"the directions folder '{settings.directions}' does not exist; make it or name another")
+    check_directions(settings.directions)
     loaded = load(model, **settings.loading)
     warn_of_template(loaded)
     if taken := template_parameters().intersection(settings.template_variables):

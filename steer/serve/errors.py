@@ -18,6 +18,8 @@ from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
 from steer.errors import (
+    MAX_PROBLEM,
+    MAX_PROBLEMS,
     DirectionError,
     EngineFailed,
     InvalidInput,
@@ -196,10 +198,6 @@ async def on_validation_error(_request: Request, error: Exception) -> JSONRespon
     return response(Code.INVALID_VALUE, message, param=next(iter(problems)))
 
 
-#: Problems of one body that are told of.
-MAX_PROBLEMS = 16
-#: Characters of a message that others wrote.
-LONGEST = 1000
 #: How pydantic tells of a problem where an engine hands its whole text on.
 _TOLD = re.compile(r"^(\S.*)\n +(.*) \[type=(\w+), input_value=(.*), input_type=\S+\]$", re.MULTILINE)
 
@@ -215,7 +213,7 @@ def pydantic_text(message: str) -> tuple[str, str] | None:
         found.setdefault(".".join(field_path(parts[parts[:1] == ["body"] :])), wrong)
     if not found:
         return None
-    return "; ".join(f"{where}: {wrong}" for where, wrong in found.items())[:LONGEST], next(iter(found))
+    return "; ".join(f"{where}: {wrong}" for where, wrong in found.items())[:MAX_PROBLEM], next(iter(found))
 
 
 async def on_http_exception(_request: Request, error: Exception) -> JSONResponse:

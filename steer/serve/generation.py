@@ -192,7 +192,7 @@ class Served:
             )
 
     def room(self, prompt: Sequence[int], wanted: int | None, param: str, limit: str = "max_tokens") -> int:
-        """How many tokens the answer may have. Raises RequestError where prompt and wish do not fit the context.
+        """How many tokens the answer may have. Raises RequestError where prompt and answer do not fit the context.
         `param` and `limit`: the fields that they are from."""
         if not prompt:
             raise RequestError("the prompt has no tokens", param=param)

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, mo
 from pydantic.fields import FieldInfo
 
 from steer import readout, spec
-from steer.errors import RequestError, brief
+from steer.errors import MAX_PROBLEMS, RequestError, brief
 from steer.hf.load import template_parameters
 from steer.hf.sampling import Sampling
 from steer.serve import body, carriers
@@ -108,8 +108,6 @@ NOT_SERVED: Mapping[str, tuple[object, ...]] = (
     }
 )
 _EMPTY: tuple[object, ...] = ("", [], {})
-#: Problems of one request that are told of.
-_MOST = 8
 
 
 class StreamOptions(BaseModel):
@@ -231,7 +229,7 @@ def _check(data: Mapping[str, object], served: Iterable[str], neutral: Mapping[s
     before `NOT_SERVED`."""
     known = {*served}
     problems = ((name[:100], _wrong(name, data[name], known, neutral)) for name in data if name not in known)
-    if found := list(islice((each for each in problems if each[1]), _MOST)):
+    if found := list(islice((each for each in problems if each[1]), MAX_PROBLEMS)):
         raise Unserved(found)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from starlette.types import Message, Send
 
-from steer.errors import NotFinite, SteerError
+from steer.errors import MAX_PROBLEM, NotFinite, SteerError
 from steer.readout import FIELD
 from steer.serve import errors
 from steer.serve.answers import ReadReport
@@ -128,7 +128,7 @@ def plainly(message: str, param: str | None, sent: Collection[str]) -> tuple[str
         at, word = min((at, word) for word, at in words.items())
         param = word if at < len(message) else "prompt" if _OF_A_PROMPT.search(message) else None
     meant = next((name for name in _MEANT.get(param or "", ()) if name in sent), param)
-    return message[: errors.LONGEST], meant
+    return message[:MAX_PROBLEM], meant
 
 
 def _mention(name: str, message: str) -> int:

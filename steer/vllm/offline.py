@@ -68,7 +68,7 @@ class VllmSource(Chat):
 
     @property
     def context(self) -> int:
-        return int(self._config.model_config.max_model_len) - 1  # a prompt is answered with one token
+        return internals.config.context_of(self._config) - 1  # a prompt is answered with one token
 
     @property
     def pass_tokens(self) -> int | None:

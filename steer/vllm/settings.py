@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from steer.errors import InvalidInput, SpecError, UnsupportedModel, problems_of
+from steer.errors import SpecError, UnsupportedModel, problems_of
 from steer.names import Site
-from steer.settings import ControlSettings, ServeSettings
+from steer.settings import ControlSettings, ServeSettings, check_directions
 from steer.spec import nearly, parse
 
 #: The key in vLLM's `additional_config`, and in `SamplingParams.extra_args`.
@@ -54,8 +54,8 @@ class EngineSettings(BaseModel):
 
     def check_folder(self) -> None:
         """Raise InvalidInput where the folder of directions is none."""
-        if self.directions is not None and not self.directions.is_dir():
-            raise InvalidInput(f"the directions folder '{self.directions}' does not exist; make it or name another")
+        if self.directions is not None:
+            check_directions(self.directions)
 
     def graph(self) -> dict[str, object]:
         """The part that decides what is compiled, so that other settings do not miss the compile cache."""
@@ -78,8 +78,7 @@ def read(additional_config: object) -> EngineSettings | None:
 def from_serve_settings(settings: ServeSettings, options: Sequence[str]) -> tuple[EngineSettings, list[str]]:
     """What `steer serve --backend vllm` tells the engine, and the options of `vllm serve`: ours translated, then
     `options`, which win. Raises InvalidInput for a setting that vLLM has an option of its own for."""
-    if ignored := sorted(OWN_BACKEND & settings.model_fields_set):
-        raise InvalidInput([f"--{name.replace('_', '-')}: not used by vLLM; use its own option" for name in ignored])
+    settings.check_unused(OWN_BACKEND)
     how = settings.vllm_options
     engine = EngineSettings(
         directions=settings.directions,

@@ -188,9 +188,9 @@ class SteeringWorker:
 
     def _leave_rank(self, tensors: dict[str, torch.Tensor]) -> None:
         """What the ranks so far have lost goes with the stream to the next, whose last gives the outputs."""
-        tensors.pop(internals.worker.LOST, None)  # they may be those of the step before, as a captured graph has them
+        tensors.pop(internals.worker.FOUND, None)  # they may be those of the step before, as a captured graph has them
         if self._index.active:
-            tensors[internals.worker.LOST] = self._index.found()
+            tensors[internals.worker.FOUND] = self._index.found()
 
     def _look(self) -> None:
         """Once after calls: all tensors are where graphs read them, and hold what they must. Waits for the device.
@@ -250,7 +250,7 @@ class SteeringWorker:
         self._steered_tokens += steered
         self._batch = (list(requests), lengths.copy()) if steered else ([], lengths)
         before, self._from_before = self._from_before, None
-        lost = None if before is None else before.tensors.pop(internals.worker.LOST, None)
+        lost = None if before is None else before.tensors.pop(internals.worker.FOUND, None)
         if steered and lost is not None:
             self._index.go_on(lost)
         for watcher in (self._capture, self._reads):

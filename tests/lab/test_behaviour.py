@@ -44,6 +44,29 @@ def test_every_problem_of_a_file_is_named(tmp_path: Path) -> None:
     assert all(word in text for word in ("description", "patterns", "late", "window", "colour"))
 
 
+def test_a_file_for_each_language(tmp_path: Path) -> None:
+    path, folder = tmp_path / "greeting.toml", tmp_path / "greeting"
+    path.write_text('description = "the assistant greets"\nwindow = 30\npatterns = ["^hello"]\n')
+    folder.mkdir()
+    (folder / "german.toml").write_text('patterns = ["^guten tag"]\nexceptions = ["auf wiedersehen"]\n')
+    (folder / "notes.txt").write_text("not read")
+    behaviour = Behaviour.load(str(path))
+    assert [behaviour.shown(said) for said in ("Hello!", "Guten Tag!", "Bonjour !")] == [True, True, False]
+    assert not behaviour.shown("Hello, auf Wiedersehen")
+    (folder / "french.toml").write_text('patterns = ["("]\nlate = "bonjour"\nwindow = 3\n')
+    with pytest.raises(InvalidInput) as caught:
+        Behaviour.load(str(path))
+    assert all(word in str(caught.value) for word in ("french.toml", "patterns", "late", "window"))
+
+
+def test_the_file_of_the_behaviour_may_leave_the_wordings_to_the_languages(tmp_path: Path) -> None:
+    path, folder = tmp_path / "greeting.toml", tmp_path / "greeting"
+    path.write_text('description = "the assistant greets"\n')
+    folder.mkdir()
+    (folder / "english.toml").write_text('patterns = ["^hello"]\n')
+    assert Behaviour.load(str(path)).shown("Hello!")
+
+
 def test_an_unknown_name_says_what_there_is() -> None:
     with pytest.raises(InvalidInput, match=r"accepted: .*refusal"):
         Behaviour.load("no-such-behaviour")

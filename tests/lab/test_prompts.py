@@ -179,7 +179,7 @@ def test_a_missing_package_is_named_with_its_installation(
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     monkeypatch.chdir(tmp_path)
     Path("p.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InvalidInput, match=f"{source}: .*pip install {package}"):
+    with pytest.raises(InvalidInput, match=rf"{source}: .* package {package} .pip install 'steer-llm.data.'"):
         read_prompts(source)
 
 

@@ -21,13 +21,11 @@ from steer.lab.prompts import PromptSet, Rendering
 from steer.lab.resume import Cache
 from steer.lab.source import Source
 from steer.lab.statistics import rank_sum
-from steer.names import Mode
+from steer.names import SIGNED, Mode
 from steer.runtime.op import GAMMA, GATE, WEIGHT, coefficients
 from steer.shape import Shape
 
 HARMFUL = "harmful"
-#: The modes that do another thing along −v than along v.
-SIGNED: tuple[Mode, ...] = ("add", "one_sided", "rotate_one_sided")
 #: A p-value below it says that components tell the classes apart.
 SURE = 0.05
 

@@ -30,7 +30,7 @@ ARCHITECTURE, GLP = "controlvector", ".glp.gguf"
 
 def read(path: Path, foreign: Foreign) -> Direction:
     """The vectors as a direction whose mode is `add`, or that of a GLP file; a layer that has none is unsteered."""
-    gguf = imported("gguf", f"{path}: GGUF", "gguf")
+    gguf = imported("gguf", f"{path}: GGUF", "'steer-llm[gguf]'")
     try:
         reader = gguf.GGUFReader(path)
         wanted = ("general.architecture", "glp.")
@@ -120,7 +120,7 @@ def _written(path: Path, direction: Direction, rows: Tensor) -> Iterator[Any]:
     """Write the file with `rows` `[layers, k, d_model]`; what describes them is added to the writer meanwhile."""
     meta = direction.meta
     with replacing(path) as temporary:
-        writer = imported("gguf", f"{path}: GGUF", "gguf").GGUFWriter(temporary, ARCHITECTURE)
+        writer = imported("gguf", f"{path}: GGUF", "'steer-llm[gguf]'").GGUFWriter(temporary, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", re.sub(r"For[A-Z].*", "", meta.architecture).lower())
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", meta.layers - 1)
         yield writer

@@ -175,8 +175,8 @@ def adapter_of(new: NewRequest) -> str:
     return str(getattr(getattr(new, "lora_request", None), "lora_name", ""))
 
 
-#: The key of lost tokens among the tensors that a rank of a pipeline hands on.
-LOST = "steer.lost"
+#: The key of what the last step found (lost streams, conditions) among the tensors that a rank of a pipeline hands on.
+FOUND = "steer.found"
 
 
 def between_ranks(

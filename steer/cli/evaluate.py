@@ -26,7 +26,7 @@ from steer.lab.prompts import Prompt, PromptSet, Rendering, check_contrast, prom
 from steer.lab.tables import shown
 from steer.names import MODES
 from steer.settings import ModelSettings
-from steer.spec import PHASES, TOKENS, parse
+from steer.spec import TOKENS, parse
 
 if TYPE_CHECKING:
     from steer.lab.behaviour import Behaviour
@@ -251,7 +251,6 @@ def _checked(
     at, when, calibrated = applied.at, applied.when, applied.calibrate is not None
     one, several, kl = (given is not None for given in (applied.strength, applied.strengths, applied.kl))
     tasks, url, kept = (given is not None for given in (lm_eval.tasks, lm_eval.url, report))
-    phases, last = [t for t in when if t in PHASES], [t for t in when if t.startswith("last-")]
     scored = ["--text"] * (text is not None) + ["--tasks"] * tasks
     condition = applied.condition
     placed = (at, when, applied.shifts, condition) != (["all"], ["all"], None, None)
@@ -278,14 +277,10 @@ def _checked(
         and when != ["all"],
         f"--condition: does not go with {' and '.join(scored)}, whose texts have no prompts: leave one out": scored
         and condition is not None,
-        "--condition: vLLM scores an answer as the end of a prompt, and would decide there: begin it with each:, or "
+        "--condition: vLLM would read the answer that it scores in the very pass that decides: begin it with each:, or "
         "give --backend transformers": backend == "vllm" and not applied.each,
         "--probe: is for --condition": applied.probe is not None and condition is None,
         "--shifts: names none: give one, or leave the option out": not applied.shifts and applied.shifts is not None,
-        f"--tokens: {', '.join(phases)}: vLLM scores an answer as the end of a prompt, in which no thinking begins: "
-        "give others, or --backend transformers": backend == "vllm" and phases,
-        f"--tokens: {', '.join(last)}: vLLM scores an answer as the end of a prompt, whose middle no request can name: "
-        "give others, or --backend transformers": backend == "vllm" and last,
     }
     problems = [told for told, holds in wrong.items() if holds]
     chats: list[Rendering] = []

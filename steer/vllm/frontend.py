@@ -38,7 +38,7 @@ from steer.vllm import internals
 from steer.vllm.internals.types import Call, CallAsync
 from steer.vllm.placement import VllmPlacement
 from steer.vllm.selfcheck import Ask, self_check
-from steer.vllm.settings import KEY, READ, RESOLVED, EngineSettings, check_absent, receipt_of
+from steer.vllm.settings import KEY, READ, RESOLVED, EngineSettings, check_absent, prompt_of, receipt_of
 from steer.vllm.steering_module import code_digest
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def salt(spec: Spec, prompt: int, whole: Sequence[tuple[int, int]] = ()) -> str:
 
 
 def salt_of(request: EngineRequest, spec: Spec) -> str:
-    return salt(spec, internals.engine.prompt_length(request), internals.engine.image_spans(request))
+    prompt = prompt_of(request.sampling_params, internals.engine.prompt_length(request))
+    return salt(spec, prompt, internals.engine.image_spans(request))
 
 
 def parted(request: EngineRequest) -> tuple[str, int, str]:
@@ -337,7 +338,7 @@ class Frontend:
     def admitted(self, params: SamplingParams) -> Iterator[SamplingParams]:
         """`params` as the engine is to see them; what is added inside finds its admission. Raises SpecError."""
         extra = getattr(params, "extra_args", None) or {}
-        check_absent(extra)
+        check_absent(extra, served=self.serves)
         if not hasattr(params, "extra_args"):  # pooling: nothing is generated, and nothing is steered
             yield params
             return

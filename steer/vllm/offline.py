@@ -6,10 +6,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from io import StringIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ from steer.lab.probe import opened
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Encoded, Prompt, PromptIds, Rendering, encode_all
 from steer.lab.source import Activations, CapturePlan
-from steer.spec import Entry, RequestedDirection, parse, text
+from steer.spec import RequestedDirection, parse, text
 from steer.tokenization import Chat, Tokenizer
 from steer.vllm import capture, frontend, internals
-from steer.vllm.settings import CAPTURE, KEY
+from steer.vllm.settings import CAPTURE, KEY, SCORED
 
 if TYPE_CHECKING:
     from steer.vllm.internals.types import LLM, CompletionOutput, RequestOutput
@@ -159,8 +159,10 @@ class VllmEvaluator:
 
     @contextmanager
     def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[str | None]]:
-        """Raises DirectionError where the engine's rank or rows are too few."""
-        registry, put, (directions, entries) = self.frontend.registry, list[str](), named(candidates)
+        """Raises DirectionError where the engine's rank or rows are too few, SpecError for phases of a thinking where
+        the model has none."""
+        registry, put = self.frontend.registry, list[str]()
+        directions, entries = named(candidates, self.frontend.placement.shape.thinking)
         try:
             for name, direction in directions.items():
                 registry.put(name, direction.to_bytes(), store=False)
@@ -183,7 +185,7 @@ class VllmEvaluator:
     ) -> list[Answer]:
         """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`. `known` is not asked: the engine
         ends answers by what it was told before, and its batch closes up after each that ends."""
-        options = dict(temperature=0, max_tokens=self.max_tokens)
+        options: dict[str, Any] = dict(temperature=0, max_tokens=self.max_tokens)
         encoded = self._ids(prompts)
         thinking = opened(self.tokenizer, encoded)
         outputs = self._generate(encoded, steer, answering(self.max_tokens), **options)
@@ -198,7 +200,7 @@ class VllmEvaluator:
         """log(p) − log(1 − p), p the probability that an answer begins with one of `tokens`. The engine hands out the
         float32 log-probabilities of these tokens, so the odds are exact up to their rounding: not told apart above
         about 16, where p is 1 in float32."""
-        options = dict(temperature=0, max_tokens=1, logprob_token_ids=list(tokens), detokenize=False)
+        options: dict[str, Any] = dict(temperature=0, max_tokens=1, logprob_token_ids=list(tokens), detokenize=False)
         odds = []
         for output in self._generate(self._ids(prompts), steer, 1.0, **options):
             found = output.outputs[0].logprobs[0]
@@ -209,7 +211,7 @@ class VllmEvaluator:
     def continuations(self, prompts: Sequence[Prompt], plain: Sequence[Answer] | None = None) -> list[Sampled]:
         """Sampled answers: greedy ones, such as `plain`, have no probabilities to estimate with."""
         heads = self._ids(prompts)
-        options = dict(temperature=1, top_p=1, top_k=0, seed=0, max_tokens=self.max_tokens, logprobs=0)
+        options: dict[str, Any] = dict(temperature=1, top_p=1, top_k=0, seed=0, max_tokens=self.max_tokens, logprobs=0)
         work = 0.0 if plain is not None else answering(self.max_tokens)
         sampled = []
         for head, output in zip(heads, self._generate(heads, None, work, **options), strict=True):
@@ -227,11 +229,13 @@ class VllmEvaluator:
         """KL(plain ‖ steered), estimated along sampled plain answers: an engine hands out the log-probability of each
         token and not of the whole vocabulary. With r = q/p for a token drawn from p, (r − 1) − ln r has the KL as its
         expectation and is never negative. Source: Schulman 2020, "Approximating KL divergence"."""
-        options = dict(temperature=0, max_tokens=1, prompt_logprobs=0)
+        options: dict[str, Any] = dict(temperature=0, max_tokens=1, prompt_logprobs=0)
         rows = []
-        steers = zip(plain, each_row(steer, len(plain)), strict=True)
-        scored = [as_prompt(each, one.start, len(one.ids)) for one, each in steers]
-        outputs = self._generate([one.ids for one in plain], scored, 1.0, **options)
+        if any(each and decided_once(each) for each in each_row(steer, len(plain))):
+            raise SpecError(
+                "if: vLLM would read the answer in the very pass that decides; accepted: each:…", param="steer.if"
+            )
+        outputs = self._generate([one.ids for one in plain], steer, 1.0, scored=[one.start for one in plain], **options)
         for one, output in zip(plain, outputs, strict=True):
             said = [output.prompt_logprobs[i][one.ids[i]].logprob for i in range(one.start, len(one.ids))]
             difference = np.array(said) - one.logprobs
@@ -252,36 +256,31 @@ class VllmEvaluator:
         ]
 
     def _generate(
-        self, prompts: Sequence[list[int]], steer: str | Sequence[str | None] | None, work: float, **options: object
+        self,
+        prompts: Sequence[list[int]],
+        steer: str | Sequence[str | None] | None,
+        work: float,
+        *,
+        scored: Sequence[int] | None = None,
+        **options: Any,
     ) -> list[RequestOutput]:
-        """vLLM's outputs; each prompt is so much `work` for the progress."""
+        """vLLM's outputs; each prompt is so much `work` for the progress. scored: how many of its tokens are a prompt,
+        where the others are an answer to it."""
         from vllm import SamplingParams
 
-        parameters = [
-            SamplingParams(extra_args={KEY: one or "off"}, **options) for one in each_row(steer, len(prompts))
-        ]
+        extra: list[dict[str, object]] = [{KEY: one or "off"} for one in each_row(steer, len(prompts))]
+        for one, start in zip(extra, scored or (), strict=scored is not None):
+            one[SCORED] = start
+        parameters = [SamplingParams(extra_args=one, **options) for one in extra]
         outputs: list[RequestOutput] = self.source.llm.generate(
             [{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=partial(Finished, self.progress, work)
         )
         return outputs
 
 
-def as_prompt(steer: str | None, prompt: int, total: int) -> str | None:
-    """What steers a prompt of `total` tokens as `steer` does a request that has `prompt` of these, and the others in
-    its answer. Raises SpecError where no `tokens` say that."""
-    if steer is None or (item := parse(steer)[0]).tokens is None:
-        return steer
-    start, stop = Entry("", "", "ablate", 1.0, tokens=item.tokens).span(prompt)
-    stop = min(stop, total)
-    if start >= stop:
-        return None
-    if start and stop < total:
-        raise SpecError(
-            f"tokens: '{item.tokens}': vLLM scores an answer as the end of a prompt, whose middle no request can name; "
-            "accepted: all, prompt, answer, not-first, first-N, or the backend transformers",
-            param="steer.tokens",
-        )
-    return text([replace(item, tokens=f"last-{total - start}" if start else f"first-{stop}")])
+def decided_once(steer: str) -> bool:
+    """Has it a condition that one token decides for the others?"""
+    return any(item.condition is not None and not item.condition.each for item in parse(steer))
 
 
 class Finished(tqdm):

@@ -23,6 +23,8 @@ RESOLVED = "steer.resolved"
 READ = "steer.read"
 #: What a measurement in this program has captured of its own requests; without one it means nothing.
 CAPTURE = "steer.capture"
+#: How many tokens of a request's prompt are the prompt of an answer, which the others are: so one is scored.
+SCORED = "steer.scored"
 
 #: Settings of the transformers backend alone.
 OWN_BACKEND = {"max_requests", "drain", "max_body", "cache_tokens", "cors_origins"}
@@ -100,10 +102,12 @@ def from_serve_settings(settings: ServeSettings, options: Sequence[str]) -> tupl
     return engine, [*how, *given, *options]
 
 
-def check_absent(extra: object) -> None:
-    """Raise SpecError for a request that brings what only the front end may write, or nearly the key that asks."""
+def check_absent(extra: object, *, served: bool) -> None:
+    """Raise SpecError for a request that brings what only the front end may write, or nearly the key that asks. What
+    measures and scores in a program of its own may bring more than requests to a server, `served`."""
+    own = (KEY,) if served else (KEY, CAPTURE, SCORED)
     for key in extra if isinstance(extra, dict) else ():
-        if key not in (KEY, CAPTURE) and isinstance(key, str) and nearly(key):
+        if key not in own and isinstance(key, str) and nearly(key):
             raise SpecError(f"'{key[:100]}' is not for requests to set; ask with '{KEY}'", param=key)
 
 
@@ -111,6 +115,12 @@ def read_by(params: object) -> tuple[Sequence[str], bool]:
     """The digests in SamplingParams of what is read for a request, none where nothing is; and are their axes read?"""
     digests, axes = (getattr(params, "extra_args", None) or {}).get(READ, ((), False))
     return digests, axes
+
+
+def prompt_of(params: object, length: int) -> int:
+    """The tokens that are the prompt's, of the `length` that a request with these SamplingParams brings as its own."""
+    asked: int = (getattr(params, "extra_args", None) or {}).get(SCORED, length)
+    return min(length, asked)
 
 
 def receipt_of(params: object) -> str | None:

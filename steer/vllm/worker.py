@@ -228,10 +228,11 @@ class SteeringWorker:
         if text is None:
             return
         spec, length, prompt = Spec.of(text), internals.worker.new_prompt_length(new), new.prompt_token_ids or ()
-        steer = self._residents.steer(new.req_id, spec, length, spec.phase(self._thinking, prompt))
+        asked = settings.prompt_of(new.sampling_params, length)
+        steer = self._residents.steer(new.req_id, spec, asked, spec.phase(self._thinking, prompt[:asked]))
         if new.req_id in self._running:  # with what it has decided
             return
-        run = SteeredRun(internals.worker.adapter_of(new) + spec.key(length), prompt, length)
+        run = SteeredRun(internals.worker.adapter_of(new) + spec.key(asked), prompt, length)
         self._lost_runs.meet(new.req_id, run)
         if steer.decides:
             self._conditional[new.req_id] = steer = self._index.decisions.take(steer)

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from steer.errors import NoRoom, SpecError
 from steer.hf.load import load
@@ -25,8 +23,10 @@ from steer.lab.prompts import PromptSet
 from steer.lab.race import Race, Sets
 from steer.lab.search import Search, Settings, Space
 from steer.lab.source import TransformersSource
-from steer.spec import Condition, Entry, Spec, parse
+from steer.spec import PHASES, Condition, Spec
+from steer.tokenization import Thinking
 from tests import models
+from tests.oracle import acting
 from tests.vllm import device, tiny
 
 PROMPTS = ("hello world", "a longer prompt of some words", "xyz?")
@@ -119,10 +119,10 @@ def test_divergences_of_many_are_those_of_each(evaluator: Any, candidates: list[
 def test_tokens_and_layers_are_those_of_transformers(
     probe: HFEvaluator, evaluator: Any, candidates: list[Candidate]
 ) -> None:
-    """Along its sampled answers too: the engine reads them as ends of prompts, and the estimate has the same
-    log-probabilities in it."""
+    """Along its sampled answers too: the engine reads them after their prompts in one pass, and the estimate has the
+    same log-probabilities in it."""
     first = candidates[0]
-    tried = [replace(first, tokens=each) for each in ("prompt", "answer", "not-first", "first-2", "last-99")]
+    tried = [replace(first, tokens=each) for each in ("prompt", "answer", "not-first", "first-2", "last-99", "last-2")]
     tried += [replace(first, layers="1", tokens="answer"), first]
     plain, loaded = evaluator.continuations(PROMPTS), probe.loaded
     with probe.all_resident(tried) as ours, evaluator.all_resident(tried) as theirs:
@@ -147,11 +147,8 @@ def test_tokens_and_layers_are_those_of_transformers(
                 assert next(found) == pytest.approx(np.expm1(difference) - difference, abs=1e-3)
         with pytest.raises(SpecError, match="not known where the prompt ends"):
             evaluator.log_probabilities([[1, 2, 3]], theirs[0])
-    with (
-        evaluator.all_resident([replace(first, tokens="last-2")]) as (steer,),
-        pytest.raises(SpecError, match="'last-2': vLLM scores"),
-    ):
-        evaluator.divergences(PROMPTS, plain, steer)
+    with pytest.raises(SpecError, match="in the very pass that decides"):
+        evaluator.divergences(PROMPTS, plain, "d:ablate?d@0>0.3=1")
     with (
         pytest.raises(SpecError, match="the model has the layers"),
         evaluator.all_resident([replace(first, layers="77")]),
@@ -159,20 +156,35 @@ def test_tokens_and_layers_are_those_of_transformers(
         pass
 
 
-@given(st.integers(1, 9), st.integers(0, 9), st.sampled_from(["prompt", "answer", "not-first", "first-3", "last-3"]))
-def test_a_scored_answer_is_steered_where_it_was(prompt: int, answer: int, tokens: str) -> None:
-    from steer.vllm.offline import as_prompt
-
-    total = prompt + answer
-    (was,) = (Entry("d", "d", "ablate", 1.0, tokens=item.tokens) for item in parse(f"d:ablate@{tokens}=1"))
-    acts = set(range(*was.span(prompt)[:1], min(was.span(prompt)[1], total)))
-    try:
-        steer = as_prompt(f"d:ablate@{tokens}=1.0", prompt, total)
-    except SpecError:
-        assert not acts & {0, total - 1}, "neither a beginning nor an end"
-        return
-    spans = [Entry("d", "d", "ablate", 1.0, tokens=item.tokens).span(total) for item in parse(steer)]
-    assert {i for start, stop in spans for i in range(start, min(stop, total))} == acts
+@pytest.mark.parametrize("tokens", PHASES)
+def test_phases_begin_and_end_with_what_a_scored_answer_says(
+    probe: HFEvaluator, evaluator: Any, candidates: list[Candidate], tokens: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of plain answers that begin and end a thinking in their midst, token by token."""
+    plain, placement = evaluator.continuations(PROMPTS), evaluator.frontend.placement
+    said = plain[0].ids[plain[0].start :]
+    thinking = Thinking(said[1], said[3], frozenset())
+    assert len({*said[:4]}) == 4, "or another seed"
+    monkeypatch.setattr(placement, "shape", replace(placement.shape, thinking=thinking))
+    hello = ["1:looks", "", [thinking.begin, thinking.end]]
+    evaluator.source.llm.collective_rpc("steer_hello", args=tuple(hello))
+    candidate = replace(candidates[0], tokens=tokens)
+    with (
+        evaluator.all_resident([candidate]) as (text,),
+        probe.all_resident([replace(candidate, tokens=None)]) as (spec,),
+    ):
+        assert isinstance(spec, Spec)
+        steer = probe.steering.bank.steer(spec, 1)
+        for one, found in zip(plain, evaluator.divergences(PROMPTS, plain, text), strict=True):
+            resolved = Spec(tuple(replace(entry, tokens=tokens) for entry in spec.entries))
+            acts = [acting(resolved, one.start, at, one.ids, thinking) for at in range(len(one.ids))]
+            rows = [steer if each else None for each in acts]
+            with probe.steering.batch(rows, [1] * len(rows), [*range(len(rows))]), torch.inference_mode():
+                logits = probe.loaded.model(torch.tensor([one.ids])).logits[0].log_softmax(-1)
+            scored = [float(logits[i - 1, one.ids[i]]) for i in range(one.start, len(one.ids))]
+            difference = np.array(scored) - one.logprobs
+            assert found == pytest.approx(np.expm1(difference) - difference, abs=1e-3)
+            assert one is not plain[0] or (np.abs(difference) > 1e-3).any(), "it acts in the first answer"
 
 
 def test_too_many_at_once_leave_nothing_behind(evaluator: Any, probe: HFEvaluator, candidates: list[Candidate]) -> None:

@@ -239,7 +239,10 @@ def test_what_does_not_carry_the_ticket_is_refused_before_it_is_asked_for(
     assert [version.pins for version in engine.steer.registry.names().values()] == [0]
 
 
-@pytest.mark.parametrize("key", ["steering", "Steer", "x-steer", "steer_readout", "steer.resolved", "steer.read"])
+@pytest.mark.parametrize(
+    "key",
+    ["steering", "Steer", "x-steer", "steer_readout", "steer.resolved", "steer.read", "steer.scored", "steer.capture"],
+)
 def test_a_program_is_told_of_near_misses_too(engine: Engine, key: str) -> None:
     with pytest.raises(SpecError, match=f"'{key}' is not for requests to set; ask with 'steer'"):
         engine.generate({key: "refusal"})

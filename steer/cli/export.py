@@ -126,7 +126,11 @@ def bake(
         raise InvalidInput("--preserve-norms is not an edit of low rank, so it cannot be an adapter")
     removed = removal(loaded, strength)
     if loaded.meta.sites != removed.direction.meta.sites:
-        typer.echo("note: baked as at the site writers, the embedding included", err=True)
+        typer.echo(
+            "note: weights can do what the site writers does, not what resid_post does: the embedding and each part of a "
+            "block write without the direction",
+            err=True,
+        )
     checkpoint = Checkpoint(resolve(model, origin.revision), trust_remote_code=origin.trust_remote_code)
     with Progress(shown=True) as progress:
         if lora:

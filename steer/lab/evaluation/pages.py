@@ -13,10 +13,12 @@ from steer.lab.evaluation.report import ArmOnSet, Difference, Report, SteeredArm
 from steer.lab.outcome import OUTCOMES, Outcome
 from steer.lab.plots import Compared, Curve, Point, curves, forest, front, histogram, picture
 from steer.lab.prompts import PromptSet, messages_of
-from steer.lab.tables import Table, markdown
+from steer.lab.tables import Table, markdown, terminal_width, wrapped
 
 #: Outcomes that tables have also where no answer has them.
 ALWAYS = ("shown", "degenerate", "complied")
+#: A difference with a smaller p-value is hardly chance.
+SURE = 0.05
 #: What a picture shows by strength.
 FIGURES = (*ALWAYS, "right")
 
@@ -31,12 +33,13 @@ number of arms."""
 
 
 def tables(report: Report, *, paired: bool = True, table: Table = markdown) -> str:
-    """Every figure, without pictures; the paired differences from plain only if wanted."""
+    """Every figure, without pictures; the paired differences from plain as a table if wanted, else what is sure of
+    them."""
     parts = []
     for one in report.sets:
         parts.append(f"### {one.name}, {one.dataset.count} prompts\n\n" + _outcomes(one.arms, table))
-        if paired and any(arm.against_plain for arm in one.arms):
-            parts.append(_differences(one.arms, table))
+        if any(arm.against_plain for arm in one.arms):
+            parts.append(_differences(one.arms, table) if paired else sure(one.arms))
         if not one.limit_tells:
             cut = next(arm for arm in one.arms if arm.arm == PLAIN).unended
             parts.append(
@@ -181,6 +184,23 @@ def _differences(arms: Sequence[ArmOnSet], table: Table) -> str:
     figures = [it for it in dict.fromkeys(it for arm in steered for it in arm.against_plain) if it not in absent]
     rows = [(arm.arm, *(_difference(arm.against_plain[figure]) for figure in figures)) for arm in steered]
     return table(("less plain", *figures), rows)
+
+
+def sure(arms: Sequence[ArmOnSet]) -> str:
+    """A sentence for each arm that steers: the differences that are hardly chance."""
+    lines = []
+    for arm in arms:
+        if found := arm.against_plain:
+            sure = [f"{name} {_signed(d)}" for name, d in found.items() if d.p_holm is not None and d.p_holm < SURE]
+            told = f"{', '.join(sure)}; other differences" if sure else "all differences"
+            line = f"{arm.arm} less plain: {told} may be chance (p ≥ {SURE:g})"
+            lines.append(wrapped(line, terminal_width(), further="  "))
+    return "\n".join(lines)
+
+
+def _signed(difference: Difference) -> str:
+    assert difference.p_holm is not None
+    return f"{difference.value:+.1%} (p {_p(difference.p_holm)})"
 
 
 def _difference(difference: Difference, form: str = "{:+.1%}") -> str:

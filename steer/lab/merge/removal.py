@@ -165,20 +165,22 @@ class Verdict:
     relative to the largest logit; where no norm comes after the weights that is the original as served with the
     direction at `writers`. None where lengths were preserved, which is another model. served: the same from the
     original as it is served, where a norm comes after (see above), else None. left: the largest share of the stream
-    that is left along a removed direction; None where none was to be removed whole.
+    that is left along a removed direction; None where none was to be removed whole. most: what `logits` and `left`
+    may be.
     """
 
     logits: float | None
     served: float | None
     left: float | None
+    most: tuple[float, float]
 
     def __str__(self) -> str:
-        told = []
+        told, (logits, left) = [], self.most
         if self.logits is not None:
             as_served = "as served" if self.served is None else "as the original without it before its norms"
-            told.append(f"logits {as_served} to {self.logits:.1e}")
+            told.append(f"logits {as_served} to {self.logits:.1e} (accepted: to {logits:.0e})")
         if self.left is not None:
-            told.append(f"{self.left:.1e} of the stream left along it")
+            told.append(f"{self.left:.1e} of the stream left along it (accepted: up to {left:.0e})")
         if self.served is not None:
             told.append(
                 f"from what is served, which removes it after the norms, the logits differ by {self.served:.1e}, "
@@ -207,7 +209,7 @@ def verify(
 
 
 def _verdict(plan: RemovalPlan, edited: Streamed, dtype: torch.dtype, preserve_norms: bool) -> Verdict:
-    limit_logits, limit_left = TOLERANCE.get(dtype, TOLERANCE_16)
+    most = TOLERANCE.get(dtype, TOLERANCE_16)
     got, left = _without(plan, edited)
     logits = served = None
     if not preserve_norms:
@@ -221,8 +223,8 @@ def _verdict(plan: RemovalPlan, edited: Streamed, dtype: torch.dtype, preserve_n
             "whole from all that is written; give --no-verify to write it unverified"
         )
     largest = float(torch.tensor(list(left.values())).max()) if left else None  # NaN, where there is one
-    verdict = Verdict(logits, served, largest)
-    if not ((logits or 0.0) <= limit_logits and (largest or 0.0) <= limit_left):
+    verdict = Verdict(logits, served, largest, most)
+    if not ((logits or 0.0) <= most[0] and (largest or 0.0) <= most[1]):
         raise UnsupportedModel(
             "what was made is not the original with the direction removed from what its weights write: logits differ "
             f"by {logits}, {largest} of the stream is left along it; some writer of this architecture is not known by "

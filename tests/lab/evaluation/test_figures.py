@@ -32,6 +32,8 @@ from steer.lab.evaluation.figures import (
     rows_of,
     windows,
 )
+from steer.lab.evaluation.pages import sure
+from steer.lab.evaluation.report import ArmOnSet, Difference, Rate
 from steer.lab.evaluator import Candidate, Evaluator
 from steer.lab.outcome import OUTCOMES, Answer, Outcome
 from steer.lab.probe import HFEvaluator
@@ -251,3 +253,25 @@ def test_the_shipped_facts_say_what_the_language_says() -> None:
     talks = read_prompts(str(PROMPTS / "conversations.test.jsonl")).prompts
     assert len(talks) == 100
     assert all(talk in known for talk in talks)
+
+
+def test_a_terminal_is_told_which_differences_may_be_chance() -> None:
+    rates = {"shown": Rate.of([False] * 20), "complied": Rate.of([True] * 20)}
+    other = {name: Rate.of([False] * 20) for name in ("late", "unanswered", "degenerate", "deflected")}
+    figures = {"faults": {}, "unended": 0, "tokens_mean": 5.0, "tokens_median": 5.0}
+    differences = {
+        "shown": Difference(value=-0.5, low=-0.7, high=-0.3, p=1e-4, p_holm=2e-4),
+        "degenerate": Difference(value=0.05, low=-0.1, high=0.2, p=1.0, p_holm=1.0),
+    }
+    arms = [
+        ArmOnSet(arm=name, against_plain=found, **rates, **other, **figures)
+        for name, found in (
+            ("plain", {}),
+            ("d:ablate=1", differences),
+            ("d:ablate=0", {"shown": differences["degenerate"]}),
+        )
+    ]
+    assert sure(arms).splitlines() == [
+        "d:ablate=1 less plain: shown -50.0% (p 2e-04); other differences may be chance (p ≥ 0.05)",
+        "d:ablate=0 less plain: all differences may be chance (p ≥ 0.05)",
+    ]

@@ -127,8 +127,8 @@ def bake(
     removed = removal(loaded, strength)
     if loaded.meta.sites != removed.direction.meta.sites:
         typer.echo(
-            "note: weights can do what the site writers does, not what resid_post does: the embedding and each part of a "
-            "block write without the direction",
+            "note: weights can do what the site writers does, not what resid_post does: the embedding and each part of "
+            "a block write without the direction",
             err=True,
         )
     checkpoint = Checkpoint(resolve(model, origin.revision), trust_remote_code=origin.trust_remote_code)

@@ -23,7 +23,7 @@ import copy
 import functools
 import inspect
 import queue
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -272,8 +272,8 @@ def lengths(config: PreTrainedConfig) -> list[int]:
     return sorted({int(length) for length in given if isinstance(length, int | float) and length > 0})
 
 
-#: A method of a model, and what goes around it with those who watch.
-Method: TypeAlias = Callable[..., object]
+#: What goes around a call of a model's method with these keywords.
+Around: TypeAlias = Callable[[Mapping[str, Any]], AbstractContextManager[None]]
 
 
 class Generations:
@@ -284,16 +284,27 @@ class Generations:
         self.check = check
         self._model = model
         self._running: set[object] = set()
-        if hasattr(model, _EXPAND):  # or it does not generate
-            _watched(model, _EXPAND, _expanding).append(self)
-            _watched(model, _GENERATE, _generating).append(self)
+        for name, around in self._watching if hasattr(model, _EXPAND) else ():  # or it does not generate
+            if not isinstance(method := getattr(model, name), _Watched):
+                setattr(model, name, method := _Watched(method))
+            method.watchers.append(around)
 
     @property
     def running(self) -> int:
         return len(self._running)
 
+    @property
+    def _watching(self) -> Iterable[tuple[str, Around]]:
+        return (_EXPAND, self._expanding), (_GENERATE, self._generating)
+
     @contextmanager
-    def counted(self) -> Iterator[None]:
+    def _expanding(self, given: Mapping[str, Any]) -> Iterator[None]:
+        if (each := given.get("expand_size", 1)) > 1:
+            self.check(len(given["input_ids"]), each)
+        yield
+
+    @contextmanager
+    def _generating(self, _given: Mapping[str, Any]) -> Iterator[None]:
         call = object()
         self._running.add(call)
         try:
@@ -302,57 +313,30 @@ class Generations:
             self._running.discard(call)
 
     def remove(self) -> None:
-        for name in (_EXPAND, _GENERATE):
+        for name, around in self._watching:
             if isinstance(method := vars(self._model).get(name), _Watched):
-                method.watchers.remove(self)
+                method.watchers.remove(around)
                 if not method.watchers:
                     delattr(self._model, name)
 
 
 class _Watched:
-    """In the place of a model's method, which `around` is called for. A copy of the model has its own method there,
-    which nobody watches."""
+    """In the place of a model's `method`, with what `watchers` put around each call. A copy of the model has its own
+    method there, which nobody watches."""
 
-    def __init__(self, method: Method, around: Callable[[Method, list[Generations]], Method]) -> None:
+    def __init__(self, method: Callable[..., object]) -> None:
         functools.update_wrapper(self, method)
-        self.watchers: list[Generations] = []
-        self._method, self._around = method, around(method, self.watchers)
+        self.watchers: list[Around] = []
+        self._method = method
 
     def __call__(self, *args: object, **given: object) -> object:
-        return self._around(*args, **given)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Method:
-        return copy.deepcopy(self._method, memo)
-
-
-def _watched(
-    model: PreTrainedModel, name: str, around: Callable[[Method, list[Generations]], Method]
-) -> list[Generations]:
-    """Who watches this method of the model."""
-    if not isinstance(method := getattr(model, name), _Watched):
-        method = _Watched(method, around)
-        setattr(model, name, method)
-    return method.watchers
-
-
-def _expanding(expand: Method, watchers: list[Generations]) -> Method:
-    def watched(*args: object, **given: Any) -> object:
-        if (each := given.get("expand_size", 1)) > 1:
-            for watcher in watchers:
-                watcher.check(len(given["input_ids"]), each)
-        return expand(*args, **given)
-
-    return watched
-
-
-def _generating(generate: Method, watchers: list[Generations]) -> Method:
-    def watched(*args: object, **given: object) -> object:
         with ExitStack() as stack:
-            for watcher in list(watchers):
-                stack.enter_context(watcher.counted())
-            return generate(*args, **given)
+            for around in tuple(self.watchers):
+                stack.enter_context(around(given))
+            return self._method(*args, **given)
 
-    return watched
+    def __deepcopy__(self, memo: dict[int, object]) -> Callable[..., object]:
+        return copy.deepcopy(self._method, memo)
 
 
 class Decoding:

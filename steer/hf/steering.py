@@ -19,7 +19,8 @@ from steer.errors import InvalidInput, NotFinite, UnsupportedModel
 from steer.hf import internals
 from steer.hf.load import decoder_of, text_architecture
 from steer.names import Site
-from steer.runtime import hook_points, selfcheck
+from steer.runtime import hook_points
+from steer.runtime import selfcheck
 from steer.runtime.bank import (
     EMBEDDING,
     DirectionBank,
@@ -50,8 +51,6 @@ KEPT = 64
 
 
 T = TypeVar("T")
-#: Hooks a transform to one module.
-Hang: TypeAlias = Callable[[hook_points.Transform], RemovableHandle]
 
 
 class Anatomy:
@@ -118,7 +117,7 @@ class Steering:
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(sites))
         self._targets = self._find_targets()
         self.bank = DirectionBank(
-            list(dict.fromkeys(hooked.point for hooked, _ in self._targets)),
+            list(dict.fromkeys(hooked.point for hooked in self._targets)),
             rows=rows,
             rank=rank,
             d_model=self.anatomy.d_model,
@@ -167,7 +166,9 @@ class Steering:
                     lambda module, *given: begin(*given) if module is decoder else None, with_kwargs=True
                 )
             ]
-            self._handles += [hang(_uncompiled(self._transform(hooked.point))) for hooked, hang in self._targets]
+            for hooked in self._targets:
+                hang = hook_points.on_input if hooked.before else hook_points.on_output
+                self._handles.append(hang(hooked.module, _uncompiled(self._transform(hooked.point))))
             self._generations = internals.Generations(self.anatomy.model, self._check_prompts)
 
     @property
@@ -342,10 +343,10 @@ class Steering:
             self._kept[point] = operands
         return operands
 
-    def _find_targets(self) -> list[tuple[selfcheck.HookedModule, Hang]]:
-        """Each hook point with the function that hangs a transform there."""
+    def _find_targets(self) -> list[selfcheck.HookedModule]:
+        """The module of each hook point."""
         anatomy, blocks = self.anatomy, self.anatomy.blocks
-        targets: list[tuple[selfcheck.HookedModule, Hang]] = []
+        targets: list[selfcheck.HookedModule] = []
         for site in self.sites:
             match site:
                 case "resid_post":
@@ -355,14 +356,14 @@ class Steering:
                 case _:
                     assert_never(site)
             point = HookPoint(site, EMBEDDING)
-            before = selfcheck.HookedModule(
-                point, blocks[0], lambda given: hook_points.stream_given(*given), before=True
+            targets.append(
+                selfcheck.HookedModule(point, blocks[0], lambda given: hook_points.stream_given(*given), before=True)
             )
-            targets.append((before, _hang(hook_points.on_input, blocks[0])))
-            for layer, acting in enumerate(modules):
-                for term, module in enumerate(acting):
-                    hooked = selfcheck.HookedModule(HookPoint(site, layer, term), module, hook_points.stream_of)
-                    targets.append((hooked, _hang(hook_points.on_output, module)))
+            targets += [
+                selfcheck.HookedModule(HookPoint(site, layer, term), module, hook_points.stream_of)
+                for layer, acting in enumerate(modules)
+                for term, module in enumerate(acting)
+            ]
         return targets
 
     def _verify(self) -> None:
@@ -376,10 +377,9 @@ class Steering:
                 anatomy.probe(len(steers))
 
         dead = selfcheck.rest_is_dead(anatomy.blocks, lambda: anatomy.probe().logits, plain, again)
-        hooked = [hooked for hooked, _ in self._targets]
         blocks = dict(enumerate(anatomy.blocks))
         tokens, eps = PROBE_TOKENS * len(selfcheck.CASES), torch.finfo(anatomy.dtype).eps
-        checked = selfcheck.EagerCheck(anatomy.model, blocks, hooked, self.bank, run, tokens, eps, dead=dead)
+        checked = selfcheck.EagerCheck(anatomy.model, blocks, self._targets, self.bank, run, tokens, eps, dead=dead)
         self.attach()
         try:
             bad, _ = checked.problems(self.sites)
@@ -451,7 +451,3 @@ def _uncompiled(hook: Callable[..., T]) -> Callable[..., T]:
     is steered, and a replayed one would not ask."""
     apart = torch.compiler.disable(hook)
     return lambda *given: apart(*given) if torch.compiler.is_compiling() else hook(*given)
-
-
-def _hang(how: Callable[[nn.Module, hook_points.Transform], RemovableHandle], module: nn.Module) -> Hang:
-    return lambda transform: how(module, transform)

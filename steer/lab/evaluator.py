@@ -96,12 +96,10 @@ class Evaluator(Protocol):
     @property
     def rank(self) -> int:
         """Rows that one candidate can use."""
-        ...
 
     @property
     def room(self) -> int:
         """Rows of directions that can be resident at once."""
-        ...
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -109,39 +107,31 @@ class Evaluator(Protocol):
     @property
     def max_tokens(self) -> int:
         """Tokens of an answer, at most."""
-        ...
 
     @property
     def progress(self) -> Progress:
         """The bar that advances with each prompt that was read or answered."""
-        ...
 
     def all_resident(self, candidates: Sequence[Candidate]) -> AbstractContextManager[list[Steer]]:
         """`candidates` on the engine while it lasts; gives what steers with each."""
-        ...
 
     def answers(
         self, prompts: Sequence[Prompt], steer: Steer, known: Callable[[str], bool] | None = None
     ) -> Sequence[Answer]:
         """Greedy answers; one may end where `known` says of its text that the rest would tell nothing."""
-        ...
 
     def opening_odds(self, prompts: Sequence[Prompt], steer: Steer, tokens: Sequence[int]) -> Floats:
         """For each prompt the log-odds that its answer begins with one of `tokens`."""
-        ...
 
     def continuations(self, prompts: Sequence[Prompt], plain: Sequence[Answer] | None = None) -> Sequence[Continuation]:
         """Plain text along which divergences are taken, one for each prompt. `plain` are the plain greedy answers, if
         they are known already."""
-        ...
 
     def divergences(self, prompts: Sequence[Prompt], plain: Sequence[Continuation], steer: Steer) -> list[Floats]:
         """For each prompt KL(plain ‖ steered) in nats at each token of its plain text."""
-        ...
 
     def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: Steer) -> list[Floats]:
         """The log-probability of each token of each sequence but the first, `[tokens − 1]`, in nats."""
-        ...
 
 
 #: Makes an evaluator, from the most rows of a direction and the most tokens of an answer.

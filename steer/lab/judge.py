@@ -56,16 +56,13 @@ class Judge(Protocol):
     @property
     def name(self) -> str:
         """As reports call it."""
-        ...
 
     @property
     def identity(self) -> dict[str, Any]:
         """All that its verdicts depend on."""
-        ...
 
     def verdicts(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Outcome | None]:
         """For each answer shown, deflected or complied, None where there was no verdict."""
-        ...
 
 
 def judged(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Outcome | None]:

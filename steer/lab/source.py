@@ -102,12 +102,10 @@ class Source(Protocol):
     @property
     def context(self) -> int:
         """The most tokens that a prompt may have."""
-        ...
 
     @property
     def pass_tokens(self) -> int | None:
         """Tokens of a pass that are enough for full speed; None where more is better as long as there is memory."""
-        ...
 
     def encode(self, prompts: Sequence[Prompt], rendering: Rendering | None) -> list[Encoded]: ...
 
@@ -115,11 +113,9 @@ class Source(Protocol):
 
     def text_ids(self, text: str) -> list[int]:
         """The tokens of plain text."""
-        ...
 
     def fingerprint(self) -> str:
         """Equal for equal weights and arithmetic: what was measured before an interruption is only added to if so."""
-        ...
 
     def run(self, batch: Sequence[Encoded], plan: CapturePlan) -> Activations: ...
 

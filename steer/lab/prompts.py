@@ -15,10 +15,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
 from steer.errors import InvalidInput, imported
+from steer.tokenization import Chat
 
 if TYPE_CHECKING:
     from steer.direction import Dataset
@@ -373,16 +374,6 @@ def _from_hub(source: str) -> PromptSet:
     return PromptSet(source, hashlib.sha256("\n".join(texts).encode()).hexdigest(), prompts)
 
 
-class Templated(Protocol):
-    """Whatever writes conversations in the model's chat template; `steer.hf.load.Loaded` does."""
-
-    def chat_ids(self, messages: Sequence[dict[str, Any]], **more: Any) -> list[int]: ...
-
-    def piece_ids(self, text: str) -> list[int]: ...
-
-    def unread(self, variables: Iterable[str]) -> list[str]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """A prompt in the chat template: its ids, and which of them are the own text of its last message."""
@@ -391,7 +382,7 @@ class Encoded:
     own: slice
 
 
-def encode_all(templated: Templated, prompts: Sequence[Prompt], rendering: Rendering | None = None) -> list[Encoded]:
+def encode_all(chat: Chat, prompts: Sequence[Prompt], rendering: Rendering | None = None) -> list[Encoded]:
     """The ids that the server would make of each conversation that a prompt is. What the template writes around a lone
     message is found once. Raises InvalidInput for variables that the model's template does not look at, and for what is
     none."""
@@ -400,13 +391,13 @@ def encode_all(templated: Templated, prompts: Sequence[Prompt], rendering: Rende
         raise InvalidInput(
             f"--template: '{name}' cannot be set: it is no variable of a chat template" for name in taken
         )
-    if unread := templated.unread(rendering.template):
+    if unread := chat.unread(rendering.template):
         raise InvalidInput(f"--template: the chat template of this model does not mention '{name}'" for name in unread)
 
     def ids_of(prompt: Prompt, **more: bool) -> list[int]:
-        return templated.chat_ids(messages_of(prompt, rendering.system_prompt), **rendering.template, **more)
+        return chat.chat_ids(messages_of(prompt, rendering.system_prompt), **rendering.template, **more)
 
-    around, prefix = ids_of(""), templated.piece_ids(rendering.response_prefix) if rendering.response_prefix else []
+    around, prefix = ids_of(""), chat.piece_ids(rendering.response_prefix) if rendering.response_prefix else []
 
     def one(prompt: Prompt) -> Encoded:
         if not isinstance(prompt, Conversation):
@@ -425,14 +416,14 @@ def encode_all(templated: Templated, prompts: Sequence[Prompt], rendering: Rende
 class PromptIds:
     """The token ids of prompts under one rendering. Each prompt is tokenized once."""
 
-    def __init__(self, templated: Templated, rendering: Rendering | None) -> None:
-        self.templated, self.rendering = templated, rendering
+    def __init__(self, chat: Chat, rendering: Rendering | None) -> None:
+        self.chat, self.rendering = chat, rendering
         self._ids: dict[Prompt, list[int]] = {}
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._ids]
         if new:
-            encoded = encode_all(self.templated, new, self.rendering)
+            encoded = encode_all(self.chat, new, self.rendering)
             self._ids |= {prompt: one.ids for prompt, one in zip(new, encoded, strict=True)}
         return [self._ids[prompt] for prompt in prompts]
 

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from steer.lab.progress import Progress
 from steer.lab.prompts import Encoded, Prompt, Rendering, encode_all
 from steer.runtime.hook_points import hooks, on_output
 from steer.runtime.op import component
+from steer.tokenization import Chat
 
 #: Tokens of a pass on a CPU: the fewer, the less memory the activations take, but each pass reads all weights. With
 #: blocks of 896 dimensions in float32 on two busy cores, 512 took 1.3 times and 1024 1.05 times the time of 2048.
@@ -93,39 +94,40 @@ class Capture:
         return Activations(torch.stack(picked, dim=1).cpu(), torch.stack(sums).cpu().double().sum(1))
 
 
-class Source(Protocol):
+class Source(Chat, ABC):
     """A model to measure. Out of memory in `run` is a `torch.OutOfMemoryError`: the batch is then halved."""
 
+    #: The most tokens that a prompt may have.
+    context: int
+    #: Tokens of a pass that are enough for full speed; None where more is better as long as there is memory.
+    pass_tokens: int | None = None
+
     @property
+    @abstractmethod
     def facts(self) -> ModelFacts: ...
 
-    @property
-    def context(self) -> int:
-        """The most tokens that a prompt may have."""
+    def encode(self, prompts: Sequence[Prompt], rendering: Rendering | None) -> list[Encoded]:
+        if not self.tokenizer.chat_template:
+            raise InvalidInput(f"the model {self.facts.name} has no chat template, and prompts are measured in one")
+        return encode_all(self, prompts, rendering)
 
-    @property
-    def pass_tokens(self) -> int | None:
-        """Tokens of a pass that are enough for full speed; None where more is better as long as there is memory."""
-
-    def encode(self, prompts: Sequence[Prompt], rendering: Rendering | None) -> list[Encoded]: ...
-
-    def bos_count(self, ids: Sequence[int]) -> int: ...
-
-    def text_ids(self, text: str) -> list[int]:
-        """The tokens of plain text."""
-
+    @abstractmethod
     def fingerprint(self) -> str:
         """Equal for equal weights and arithmetic: what was measured before an interruption is only added to if so."""
 
+    @abstractmethod
     def run(self, batch: Sequence[Encoded], plan: CapturePlan) -> Activations: ...
 
 
-class TransformersSource:
+class TransformersSource(Source):
     """A model of transformers, loaded in this process. The decoder alone runs: no `generate`, no cache, no unembedding,
     no list of hidden states, and no block above the last that is wanted."""
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded, self.anatomy = loaded, Anatomy(loaded.model)
+        self.tokenizer, self.context = loaded.tokenizer, loaded.context
+        if self.anatomy.device.type == "cpu":
+            self.pass_tokens = CPU_TOKENS
 
     @property
     def facts(self) -> ModelFacts:
@@ -136,34 +138,15 @@ class TransformersSource:
             d_model=self.anatomy.d_model,
             layers=self.anatomy.layers,
             dtype=str(self.anatomy.dtype).removeprefix("torch."),
-            chat_template_sha256=self.loaded.template_sha256,
+            chat_template_sha256=self.template_sha256,
         )
-
-    @property
-    def context(self) -> int:
-        return self.loaded.context
-
-    @property
-    def pass_tokens(self) -> int | None:
-        return CPU_TOKENS if self.anatomy.device.type == "cpu" else None
-
-    def encode(self, prompts: Sequence[Prompt], rendering: Rendering | None) -> list[Encoded]:
-        if not self.loaded.tokenizer.chat_template:
-            raise InvalidInput(f"the model {self.loaded.name} has no chat template, and prompts are measured in one")
-        return encode_all(self.loaded, prompts, rendering)
-
-    def bos_count(self, ids: Sequence[int]) -> int:
-        return self.loaded.bos_count(ids)
-
-    def text_ids(self, text: str) -> list[int]:
-        return self.loaded.text_ids(text)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.anatomy.probe().logits.float().cpu().numpy().tobytes()).hexdigest()
 
     @torch.inference_mode()
     def run(self, batch: Sequence[Encoded], plan: CapturePlan) -> Activations:
-        ids = right_padded([e.ids for e in batch], self.loaded.tokenizer.pad_token_id or 0, self.anatomy.device)
+        ids = right_padded([e.ids for e in batch], self.tokenizer.pad_token_id or 0, self.anatomy.device)
         capture = Capture(batch, plan, ids.shape[1])
 
         def take(layer: int, x: Tensor) -> None:

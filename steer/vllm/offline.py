@@ -22,10 +22,10 @@ from steer.lab.measurement import ModelFacts
 from steer.lab.outcome import Answer
 from steer.lab.probe import opened
 from steer.lab.progress import Progress, answering
-from steer.lab.prompts import Encoded, Prompt, PromptIds, Rendering, encode_all
-from steer.lab.source import Activations, CapturePlan
+from steer.lab.prompts import Encoded, Prompt, PromptIds, Rendering
+from steer.lab.source import Activations, CapturePlan, Source
 from steer.spec import RequestedDirection, parse, text
-from steer.tokenization import Chat, Tokenizer
+from steer.tokenization import Tokenizer
 from steer.vllm import capture, frontend, internals
 from steer.vllm.settings import CAPTURE, KEY, SCORED
 
@@ -45,13 +45,14 @@ def start(model: str, options: Sequence[str] = (), *, sites: Sequence[str] = ("r
     return internals.engine.start_offline(arguments, given, steering)
 
 
-class VllmSource(Chat):
+class VllmSource(Source):
     """`llm` is an engine of `start`."""
 
     def __init__(self, llm: LLM, name: str, revision: str | None = None) -> None:
         self.llm, self.name, self.revision = llm, name, revision
         self.tokenizer = llm.get_tokenizer()
         self._config = llm.llm_engine.vllm_config
+        self.context = internals.config.context_of(self._config) - 1  # a prompt is answered with one token
 
     @property
     def facts(self) -> ModelFacts:
@@ -65,17 +66,6 @@ class VllmSource(Chat):
             dtype=internals.config.dtype_of(self._config),
             chat_template_sha256=self.template_sha256,
         )
-
-    @property
-    def context(self) -> int:
-        return internals.config.context_of(self._config) - 1  # a prompt is answered with one token
-
-    @property
-    def pass_tokens(self) -> int | None:
-        return None  # the engine makes its own batches of what it is given
-
-    def encode(self, prompts: Sequence[Prompt], rendering: Rendering | None) -> list[Encoded]:
-        return encode_all(self, prompts, rendering)
 
     def fingerprint(self) -> str:
         """Of what the engine hands on of a fixed prompt at every layer."""

@@ -12,10 +12,7 @@ from steer.errors import UnsupportedModel
 from steer.hf.load import text_architecture
 
 if TYPE_CHECKING:
-    from steer.vllm.internals.types import (
-        KVTransferConfig,
-        VllmConfig,
-    )
+    from steer.vllm.internals.types import KVTransferConfig, VllmConfig
 
 #: Connectors that take KV blocks from elsewhere by vLLM's own block hashes, which contain the salt of steered requests.
 HASHED_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector")
@@ -33,52 +30,35 @@ def check_config(config: VllmConfig, *, readout: bool) -> None:
     """Raise UnsupportedModel with every option under which the tokens of a step are not in the order of its requests,
     or not in this process, or under which workers or blocks come from where steering is not known. `config`:
     VllmConfig; `readout`: are tokens read."""
-    parallel, problems = config.parallel_config, []
-
-    def refuse(bad: object, problem: str) -> None:
-        if bad:
-            problems.append(problem)
-
+    parallel, model, drafts = config.parallel_config, config.model_config, config.speculative_config
     passes = getattr(getattr(config, "compilation_config", None), "pass_config", None)
-    refuse(getattr(parallel, "use_ubatching", False), "microbatching (--enable-dbo, --ubatch-size) is on")
-    refuse(getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallelism is on")
-    refuse(
-        getattr(parallel, "use_sequence_parallel_moe", False),
+    found = {
+        "microbatching (--enable-dbo, --ubatch-size) is on": getattr(parallel, "use_ubatching", False),
+        "prefill context parallelism is on": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "experts are run sequence-parallel, so blocks hand on a part of the tokens (tensor, data and expert "
-        "parallelism together with this --all2all-backend)",
-    )
-    refuse(
-        getattr(passes, "enable_sp", False) or getattr(passes, "fuse_gemm_comms", False),
-        "sequence parallelism (pass_config.enable_sp or fuse_gemm_comms) is on, so blocks hand on a part of the tokens",
-    )
-    refuse(
-        getattr(parallel, "enable_elastic_ep", False),
-        "--enable-elastic-ep is on: workers that come later have no directions",
-    )
-    refuse(
-        getattr(parallel, "enable_fault_tolerance", False),
-        "--enable-fault-tolerance is on: workers forget requests that the front end goes on with",
-    )
-    refuse(*_executor_problem(getattr(parallel, "distributed_executor_backend", None)))
-    refuse(_switched_on(RUST_FRONTEND), RUST_PROBLEM)
-    refuse(
-        _switched_on("VLLM_WEIGHT_OFFLOADING_DISABLE_UVA") and _offloads(config),
-        "weights are offloaded with VLLM_WEIGHT_OFFLOADING_DISABLE_UVA, which runs a module's hooks twice; unset it",
-    )
+        "parallelism together with this --all2all-backend)": getattr(parallel, "use_sequence_parallel_moe", False),
+        "sequence parallelism (pass_config.enable_sp or fuse_gemm_comms) is on, so blocks hand on a part of the "
+        "tokens": getattr(passes, "enable_sp", False) or getattr(passes, "fuse_gemm_comms", False),
+        "--enable-elastic-ep is on: workers that come later have no directions": getattr(
+            parallel, "enable_elastic_ep", False
+        ),
+        "--enable-fault-tolerance is on: workers forget requests that the front end goes on with": getattr(
+            parallel, "enable_fault_tolerance", False
+        ),
+        RUST_PROBLEM: _switched_on(RUST_FRONTEND),
+        "weights are offloaded with VLLM_WEIGHT_OFFLOADING_DISABLE_UVA, which runs a module's hooks twice; unset "
+        "it": _switched_on("VLLM_WEIGHT_OFFLOADING_DISABLE_UVA") and _offloads(config),
+        "--kv-sharing-fast-prefill is on": getattr(config.cache_config, "kv_sharing_fast_prefill", False),
+        "the model is an encoder-decoder": getattr(model, "is_encoder_decoder", False),
+        "the model is a diffusion model": getattr(model, "is_diffusion", False),
+        "the model does not generate": getattr(model, "runner_type", "generate") != "generate",
+        "--readout is given together with --speculative-config (how many drafts are kept is known too late): leave "
+        "one out": readout and drafts is not None,
+        "adaptive verification of drafts is on": getattr(drafts, "enable_adaptive_verification", False),
+    }
+    problems = [problem for problem, holds in found.items() if holds]
+    problems += _executor_problems(getattr(parallel, "distributed_executor_backend", None))
     problems += _connector_problems(getattr(config, "kv_transfer_config", None))
-    refuse(getattr(config.cache_config, "kv_sharing_fast_prefill", False), "--kv-sharing-fast-prefill is on")
-    refuse(getattr(config.model_config, "is_encoder_decoder", False), "the model is an encoder-decoder")
-    refuse(getattr(config.model_config, "is_diffusion", False), "the model is a diffusion model")
-    refuse(getattr(config.model_config, "runner_type", "generate") != "generate", "the model does not generate")
-    refuse(
-        readout and config.speculative_config is not None,
-        "--readout is given together with --speculative-config (how many drafts are kept is known too late): leave one "
-        "out",
-    )
-    refuse(
-        getattr(config.speculative_config, "enable_adaptive_verification", False),
-        "adaptive verification of drafts is on",
-    )
     if problems:
         raise UnsupportedModel(f"steering cannot be right here: {'; '.join(problems)}")
 
@@ -93,35 +73,27 @@ def _offloads(config: VllmConfig) -> bool:
     return bool(getattr(getattr(offload, "uva", None), "cpu_offload_gb", 0))
 
 
-def _executor_problem(backend: object) -> tuple[bool, str]:
-    """Does this executor go past the worker's methods? And the sentence."""
-    if backend == "ray":
-        old = os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1") in ("", "0")
-        return old, "the old Ray executor runs models past their workers; unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND"
-    if backend in (None, "uni", "mp", "external_launcher"):
-        return False, ""
+def _executor_problems(backend: object) -> list[str]:
+    """An executor must call the worker's methods."""
+    if backend == "ray" and os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1") in ("", "0"):
+        return ["the old Ray executor runs models past their workers; unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND"]
+    if backend in (None, "uni", "mp", "ray", "external_launcher"):
+        return []
     if isinstance(backend, str):
         from vllm.utils.import_utils import resolve_obj_by_qualname
 
         backend = resolve_obj_by_qualname(backend)
-    names = {one.__name__ for one in getattr(backend, "__mro__", ())}
-    return (
-        not names & EXECUTORS,
-        f"the executor {backend!r} is not one of vLLM's or made from one: it may pass workers by",
-    )
+    if EXECUTORS & {one.__name__ for one in getattr(backend, "__mro__", ())}:
+        return []
+    return [f"the executor {backend!r} is not one of vLLM's or made from one: it may pass workers by"]
 
 
 def _connector_problems(transfer: KVTransferConfig | None) -> list[str]:
     """What keeps steered and plain blocks apart is in their hashes, so a connector must go by those."""
     if transfer is None or transfer.kv_connector is None:
         return []
-    problems = [
-        problem
-        for name, module in _connectors(
-            transfer.kv_connector, transfer.kv_connector_module_path, transfer.kv_connector_extra_config
-        )
-        if (problem := _connector_problem(name, module))
-    ]
+    given = transfer.kv_connector, transfer.kv_connector_module_path, transfer.kv_connector_extra_config
+    problems = [problem for each in _connectors(*given) if (problem := _connector_problem(*each))]
     if getattr(transfer, "kv_load_failure_policy", "fail") != "fail":
         problems.append(
             "the KV connector's kv_load_failure_policy is not 'fail': a step whose blocks failed to load would decide "

@@ -32,8 +32,8 @@ def twice(_decoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
         original = block.register_forward_hook
 
         def double(hook: Any, original: Any = original, **options: Any) -> Any:
-            if (
-                not options.get("prepend") and "transform" in getattr(hook, "__code__", hook).co_freevars
+            if not options.get("prepend") and "transform" in getattr(
+                getattr(hook, "__code__", None), "co_freevars", ()
             ):  # the steering module's
                 original(hook, **options)
             return original(hook, **options)

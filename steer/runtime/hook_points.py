@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -116,32 +117,25 @@ def find_writers(
     left: dict[int, Tensor] = {}
     wrote: list[dict[str, Tensor]] = [{} for _ in blocks]
 
-    def enter(i: int) -> Callable[..., None]:
-        def record(_module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-            entered.setdefault(i, entering(args, kwargs).detach().clone())
+    def enter(i: int, _module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        entered.setdefault(i, entering(args, kwargs).detach().clone())
 
-        return record
+    def leave(i: int, _module: nn.Module, _args: object, output: Output) -> None:
+        left.setdefault(i, leaving(output).detach().float().clone())
 
-    def leave(i: int) -> Callable[..., None]:
-        def record(_module: nn.Module, _args: object, output: Output) -> None:
-            left.setdefault(i, leaving(output).detach().float().clone())
-
-        return record
-
-    def write(store: dict[str, Tensor], name: str) -> Callable[..., None]:
-        def record(_module: nn.Module, _args: object, output: Output) -> None:
-            stream = stream_of(output)
-            if isinstance(stream, Tensor) and stream.is_floating_point():
-                store.pop(name, None)  # in the order of their last calls: one dropout may follow several children
-                store[name] = stream.detach().float().clone()
-
-        return record
+    def write(store: dict[str, Tensor], name: str, _module: nn.Module, _args: object, output: Output) -> None:
+        stream = stream_of(output)
+        if isinstance(stream, Tensor) and stream.is_floating_point():
+            store.pop(name, None)  # in the order of their last calls: one dropout may follow several children
+            store[name] = stream.detach().float().clone()
 
     handles = []
     for i, block in enumerate(blocks):
-        handles.append(block.register_forward_pre_hook(enter(i), with_kwargs=True))
-        handles.append(block.register_forward_hook(leave(i)))
-        handles += [child.register_forward_hook(write(wrote[i], name)) for name, child in block.named_children()]
+        handles.append(block.register_forward_pre_hook(partial(enter, i), with_kwargs=True))
+        handles.append(block.register_forward_hook(partial(leave, i)))
+        handles += [
+            child.register_forward_hook(partial(write, wrote[i], name)) for name, child in block.named_children()
+        ]
     with hooks(handles):
         run()
     writers = []

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,60 +87,45 @@ class Watch:
     def watching(self) -> Iterator[Watch]:
         handles: list[RemovableHandle] = []
         last, inside = max(self.blocks), {id(m) for block in self.blocks.values() for m in block.modules()}
-        try:
-            for n, hooked in enumerate(self.hooked):
-                hook = hooked.module.register_forward_pre_hook if hooked.before else hooked.module.register_forward_hook
-                handles.append(hook(self._reader(n, hooked, self.raw, True), prepend=True, with_kwargs=True))
-                handles.append(hook(self._reader(n, hooked, self.acted, False), with_kwargs=True))
-                if hooked.norm is not None:
-                    handles.append(hooked.module.register_forward_hook(self._acts(n, hooked.point.layer)))
-            for i, block in self.blocks.items():
-                handles.append(block.register_forward_pre_hook(self._enters(i), with_kwargs=True))
-                handles.append(block.register_forward_hook(self._leaves(i)))
-            for module in self.model.modules():
-                if id(module) not in inside and module is not self.model:
-                    handles.append(module.register_forward_pre_hook(self._behind(last), with_kwargs=True))
-            handles.append(self.model.register_forward_hook(lambda _m, _args, out: self._take(self._wide(out))))
+        for n, hooked in enumerate(self.hooked):
+            hook = hooked.module.register_forward_pre_hook if hooked.before else hooked.module.register_forward_hook
+            handles.append(hook(partial(self._read, n, hooked, self.raw, True), prepend=True, with_kwargs=True))
+            handles.append(hook(partial(self._read, n, hooked, self.acted, False), with_kwargs=True))
+            if hooked.norm is not None:
+                handles.append(hooked.module.register_forward_hook(partial(self._norm, n, hooked.point.layer)))
+        for i, block in self.blocks.items():
+            handles.append(block.register_forward_pre_hook(partial(self._enter, i), with_kwargs=True))
+            handles.append(block.register_forward_hook(partial(self._leave, i)))
+        for module in self.model.modules():
+            if id(module) not in inside and module is not self.model:
+                handles.append(module.register_forward_pre_hook(partial(self._go_on, last), with_kwargs=True))
+        handles.append(self.model.register_forward_hook(lambda _m, _args, out: self._take(self._wide(out))))
+        with hooks(handles):
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _reader(self, n: int, hooked: HookedModule, store: dict[int, Tensor], first: bool) -> Callable[..., None]:
-        def read(_module: nn.Module, args: object, kwargs: object, *output: object) -> None:
-            if not (first and n in store):
-                store[n] = hooked.read(output[0] if output else (args, kwargs)).detach().double().flatten(0, -2).clone()
+    def _read(
+        self, n: int, hooked: HookedModule, store: dict[int, Tensor], first: bool, _module: nn.Module, *given: object
+    ) -> None:
+        """`given`: arguments and keywords, and of a module that has run its output."""
+        if not (first and n in store):
+            store[n] = hooked.read(given[2] if given[2:] else given).detach().double().flatten(0, -2).clone()
 
-        return read
+    def _norm(self, n: int, layer: int, _module: nn.Module, _args: object, output: tuple[Tensor, Tensor]) -> None:
+        self.normed[n], stream = (t.detach().clone() for t in output)
+        self.handed.setdefault(layer, Handed()).taken = [stream]
 
-    def _acts(self, n: int, layer: int) -> Callable[..., None]:
-        def act(_module: nn.Module, _args: object, output: tuple[Tensor, Tensor]) -> None:
-            self.normed[n], stream = (t.detach().clone() for t in output)
-            self.handed.setdefault(layer, Handed()).taken = [stream]
+    def _enter(self, i: int, _module: nn.Module, args: object, kwargs: object) -> None:
+        given = self._wide((args, kwargs))
+        self._take(given)
+        self.handed.setdefault(i, Handed()).given = given
 
-        return act
+    def _leave(self, i: int, _module: nn.Module, _args: object, output: object) -> None:
+        self.handed.setdefault(i, Handed()).returned = self._wide(output)
+        self._pending = i
 
-    def _enters(self, i: int) -> Callable[..., None]:
-        def enter(_module: nn.Module, args: object, kwargs: object) -> None:
-            given = self._wide((args, kwargs))
-            self._take(given)
-            self.handed.setdefault(i, Handed()).given = given
-
-        return enter
-
-    def _leaves(self, i: int) -> Callable[..., None]:
-        def leave(_module: nn.Module, _args: object, output: object) -> None:
-            self.handed.setdefault(i, Handed()).returned = self._wide(output)
-            self._pending = i
-
-        return leave
-
-    def _behind(self, last: int) -> Callable[..., None]:
-        def enter(_module: nn.Module, args: object, kwargs: object) -> None:
-            if self._pending == last and (taken := self._wide((args, kwargs))):
-                self._take(taken)
-
-        return enter
+    def _go_on(self, last: int, _module: nn.Module, args: object, kwargs: object) -> None:
+        if self._pending == last and (taken := self._wide((args, kwargs))):
+            self._take(taken)
 
     def _take(self, taken: list[Tensor]) -> None:
         if self._pending is not None:

@@ -197,20 +197,13 @@ def _find_norms(
         handed[i] = output
         return (*(torch.full_like(part, torch.nan) for part in output[:2]), *output[2:]) if i in norms else None
 
-    def show(i: int) -> Callable[..., Output]:
-        return lambda _norm, _args: handed[i][:2]
-
-    with hooks([norm.register_forward_pre_hook(show(i)) for i, norm in norms.items()]):
+    with hooks([norm.register_forward_pre_hook(lambda *_, i=i: handed[i][:2]) for i, norm in norms.items()]):
         return norms if selfcheck.same(_pass_with(worker, local, hide), *plain) else {}
 
 
 def _pass_with(worker: Worker, local: dict[int, nn.Module], change: Callable[[int, Output], Output | None]) -> Tensor:
     """A probe pass in which `change(layer, output)`, unless None, replaces what each block returns."""
-
-    def hooked(i: int) -> Callable[..., Output | None]:
-        return lambda _module, _args, output: change(i, output)
-
-    with hooks([block.register_forward_hook(hooked(i)) for i, block in local.items()]):
+    with hooks([block.register_forward_hook(lambda _m, _args, x, i=i: change(i, x)) for i, block in local.items()]):
         return internals.worker.probe(worker)
 
 

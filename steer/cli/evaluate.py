@@ -393,7 +393,7 @@ def _read(path: Path, said: str) -> tuple[bytes, str]:
 
 def _text(name: str, data: bytes, text: str, source: Source) -> Text:
     from steer.direction import Dataset
-    from steer.lab.evaluation.figures import WINDOW, Text, windows
+    from steer.lab.evaluation.figures import WINDOW, in_windows
 
-    pieces = windows(source.text_ids(text), min(WINDOW, source.context))
-    return Text(Dataset(name=name, sha256=hashlib.sha256(data).hexdigest(), count=1), pieces)
+    dataset = Dataset(name=name, sha256=hashlib.sha256(data).hexdigest(), count=1)
+    return in_windows(dataset, source.text_ids(text), min(WINDOW, source.context))

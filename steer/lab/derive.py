@@ -126,12 +126,7 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
         parameters=_parameters(measurement, recipe, agreement),
         source_layer=source,
         selection=selection or {},
-        model=facts.name,
-        revision=facts.revision,
-        architecture=facts.architecture,
-        d_model=d_model,
-        layers=facts.layers,
-        chat_template_sha256=facts.chat_template_sha256,
+        **facts.as_fitted,
         **asdict(measurement.meta.rendering),
         bos_count=measurement.meta.bos_count,
         harmful=measurement.meta.harmful,
@@ -261,19 +256,18 @@ def source_layer(measurement: Measurement, recipe: Recipe) -> int:
 
 def separated(measurement: Measurement, recipe: Recipe) -> list[tuple[int, float]]:
     """The layers whose class means are at least MIN_ANGLE apart, each with that angle in degrees."""
-    found = []
+    found, least = [], math.degrees(MIN_ANGLE)
     for layer in range(measurement.layers):
         contrast = measurement.contrast(layer, recipe.position)
         try:
             degrees = math.degrees(float(angle(contrast.harmless.mean, contrast.harmful.mean)))
         except DegenerateError:
             continue
-        if degrees >= math.degrees(MIN_ANGLE):
+        if degrees >= least:
             found.append((layer, degrees))
     if not found:
         raise DegenerateError(
-            f"at no layer are the class means at least {math.degrees(MIN_ANGLE):g}° apart: this model does not "
-            "separate these sets"
+            f"at no layer are the class means at least {least:g}° apart: this model does not separate these sets"
         )
     return found
 

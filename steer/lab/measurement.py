@@ -18,7 +18,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -49,6 +49,11 @@ class ModelFacts(BaseModel):
     layers: int = Field(ge=1)
     dtype: str | None = None
     chat_template_sha256: str | None = None
+
+    @property
+    def as_fitted(self) -> dict[str, Any]:
+        """What the file of a direction says of the model that it was made for."""
+        return {"model": self.name, **self.model_dump(exclude={"name", "dtype"})}
 
 
 class MeasurementMeta(BaseModel):

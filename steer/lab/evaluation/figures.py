@@ -173,23 +173,16 @@ BLOCK = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Windows:
-    """Pieces of one text, and from which token of each the predictions count: every token of the text but the first
-    counts once."""
+class Text:
+    """Plain text in windows of tokens, where it came from, and from which token of each window the predictions count:
+    every token of the text but the first counts once."""
 
+    dataset: Dataset
     pieces: list[list[int]]
     starts: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Plain text in tokens, and where it came from."""
-
-    dataset: Dataset
-    windows: Windows
-
-
-def windows(ids: Sequence[int], size: int) -> Windows:
+def in_windows(dataset: Dataset, ids: Sequence[int], size: int) -> Text:
     """`ids` in windows of at most `size` tokens. Raises InvalidInput where there is nothing to predict."""
     if len(ids) < 2:
         raise InvalidInput(f"--text: has {len(ids)} tokens, and at least 2 are needed")
@@ -200,10 +193,10 @@ def windows(ids: Sequence[int], size: int) -> Windows:
         pieces.append(list(ids[begin:end]))
         starts.append(done - begin)
         done = end
-    return Windows(pieces, starts)
+    return Text(dataset, pieces, starts)
 
 
-def negative_log_likelihoods(evaluator: Evaluator, text: Windows, steer: Steer) -> Floats:
+def negative_log_likelihoods(evaluator: Evaluator, text: Text, steer: Steer) -> Floats:
     """−ln p of each token of the text but the first, in its order."""
     scored = evaluator.log_probabilities(text.pieces, steer)
     joined: Floats = -np.concatenate([row[start - 1 :] for row, start in zip(scored, text.starts, strict=True)])

@@ -227,7 +227,7 @@ class Evaluation:
 
     def _read(self, text: Text, arm: Arm | None, steer: Steer) -> Floats:
         def make() -> list[float]:
-            return [float(v) for v in negative_log_likelihoods(self.evaluator, text.windows, steer)]
+            return [float(v) for v in negative_log_likelihoods(self.evaluator, text, steer)]
 
         conditions = {"sha256": text.dataset.sha256} | _identity(arm)
         return np.array(self.cache.value(f"text.{_name(arm)}", conditions, make))
@@ -285,7 +285,7 @@ def parts_of(plan: EvaluationPlan) -> dict[str, float]:
             if plan.judges:
                 found[f"judging {title}, {name}"] = len(prompts) * len(plan.judges)
         if plan.text is not None:
-            found[f"text, {name}"] = len(plan.text.windows.pieces)
+            found[f"text, {name}"] = len(plan.text.pieces)
         if name != PLAIN and HARMLESS in plan.sets:
             found[f"divergence, {name}"] = len(plan.sets[HARMLESS])
     return found

@@ -91,11 +91,7 @@ def direction_of(
         method=method,
         parameters=dict(parameters or {}),
         source_layer=source_layer,
-        model=facts.name,
-        revision=facts.revision,
-        architecture=facts.architecture,
-        d_model=facts.d_model,
-        layers=facts.layers,
+        **facts.as_fitted,
         mode=mode,
         modes=modes,
     )

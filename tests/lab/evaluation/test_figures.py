@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from experiments.demo_model import language
 from steer.demo import PROMPTS
+from steer.direction import Dataset
 from steer.errors import InvalidInput
 from steer.hf.load import load
 from steer.hf.steering import Steering
@@ -24,13 +25,13 @@ from steer.lab.evaluation.figures import (
     Expected,
     agreements,
     arms_on_set,
+    in_windows,
     negative_log_likelihoods,
     perplexity,
     ratio,
     read_expected,
     right,
     rows_of,
-    windows,
 )
 from steer.lab.evaluation.pages import sure
 from steer.lab.evaluation.report import ArmOnSet, Difference, Rate
@@ -142,6 +143,9 @@ def test_what_judges_say_is_counted_and_their_silence_too() -> None:
     assert agreements(rows_of(REFUSAL, ["How?"], [GOOD], [GOOD], 64)) == ()
 
 
+DATASET = Dataset(name="text", sha256="0" * 64, count=1)
+
+
 class Echo:
     """Scores each token as its own id, so that what was scored can be told."""
 
@@ -152,7 +156,7 @@ class Echo:
 @given(st.integers(2, 300), st.integers(4, 64))
 def test_every_token_but_the_first_counts_once_with_half_a_window_before_it(length: int, size: int) -> None:
     ids = list(range(length))
-    cut, echo = windows(ids, size), cast(Evaluator, Echo())
+    cut, echo = in_windows(DATASET, ids, size), cast(Evaluator, Echo())
     assert list(negative_log_likelihoods(echo, cut, None)) == ids[1:]
     assert all(len(piece) <= size for piece in cut.pieces)
     assert all(start >= size - size // 2 for start in cut.starts[1:])
@@ -161,7 +165,7 @@ def test_every_token_but_the_first_counts_once_with_half_a_window_before_it(leng
 @pytest.mark.parametrize("ids", [[], [1]])
 def test_nothing_to_predict_is_refused(ids: list[int]) -> None:
     with pytest.raises(InvalidInput, match="at least 2"):
-        windows(ids, 8)
+        in_windows(DATASET, ids, 8)
 
 
 def test_perplexity_is_the_models_own(tiny_folder: Path) -> None:
@@ -170,10 +174,10 @@ def test_perplexity_is_the_models_own(tiny_folder: Path) -> None:
     ids = loaded.text_ids("plain text that is read and not asked")
     with torch.no_grad():
         loss = loaded.model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
-    plain = negative_log_likelihoods(probe, windows(ids, 512), None)
+    plain = negative_log_likelihoods(probe, in_windows(DATASET, ids, 512), None)
     assert perplexity(plain) == pytest.approx(math.exp(float(loss)), rel=1e-4)
     with probe.all_resident([Candidate(models.direction(loaded.model), "ablate", 1.0)]) as (steer,):
-        steered = negative_log_likelihoods(probe, windows(ids, 512), steer)
+        steered = negative_log_likelihoods(probe, in_windows(DATASET, ids, 512), steer)
     found = ratio(plain, steered)
     assert found.value == pytest.approx(perplexity(steered) / perplexity(plain))
     assert found.value != pytest.approx(1, abs=1e-3)

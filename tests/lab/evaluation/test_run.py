@@ -19,7 +19,7 @@ from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL
 from steer.lab.evaluation.arms import Arm, arms_of, projected
-from steer.lab.evaluation.figures import Text, windows
+from steer.lab.evaluation.figures import in_windows
 from steer.lab.evaluation.pages import draw, render, tables
 from steer.lab.evaluation.report import Report, RunSettings, SteeredArm
 from steer.lab.evaluation.run import NEAR, TRIES, Evaluation, EvaluationPlan, Measured, strength_at
@@ -72,7 +72,7 @@ def probe(loaded: Loaded) -> Watched:
 
 def plan(arms: list[Arm], loaded: Loaded, judges: tuple[Judge, ...] = ()) -> EvaluationPlan:
     ids = loaded.text_ids("plain text of some length that is read in windows")
-    text = Text(SETS["harmful"].dataset, windows(ids, 16))
+    text = in_windows(SETS["harmful"].dataset, ids, 16)
     return EvaluationPlan(arms, SETS, 6, REFUSAL, judges, {}, text)
 
 

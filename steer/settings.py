@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -89,13 +89,7 @@ class ModelSettings(ModelOrigin):
     @property
     def loading(self) -> LoadOptions:
         """The keywords of `steer.hf.load.load`."""
-        return {
-            "revision": self.revision,
-            "dtype": self.dtype,
-            "device": self.device,
-            "device_map": self.device_map,
-            "trust_remote_code": self.trust_remote_code,
-        }
+        return cast("LoadOptions", self.model_dump(include=set(ModelSettings.model_fields)))
 
     @property
     def options(self) -> list[str]:
@@ -215,7 +209,7 @@ class ServeSettings(ControlSettings, ModelSettings):
     @property
     def control(self) -> ControlSettings:
         """The part that every backend shares."""
-        return ControlSettings(**{name: getattr(self, name) for name in ControlSettings.model_fields})
+        return ControlSettings(**self.model_dump(include=set(ControlSettings.model_fields)))
 
     @property
     def site_list(self) -> tuple[Site, ...]:

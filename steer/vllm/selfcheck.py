@@ -304,8 +304,19 @@ def _direction(frontend: Checked, tried: Tried, stream: Tensor) -> Direction:
     if tried.mode in TURNING:
         axis = torch.zeros(shape.layers, shape.d_model)
         axis[own] = orthogonal_part(v[0], torch.randn(shape.d_model, generator=generator)).float()
+    meta = DirectionMeta(
+        schema_version=1 if axis is None else 2,
+        method="probe",
+        model="probe",
+        architecture=shape.architecture,
+        d_model=shape.d_model,
+        layers=shape.layers,
+        mode=tried.mode,
+        modes=(tried.mode,),
+        sites=(point.site,),
+    )
     return Direction(
-        _meta(frontend, tried),
+        meta,
         directions=rows,
         weights=weights,
         reference=torch.zeros(shape.layers, 1),
@@ -320,21 +331,3 @@ def _direction(frontend: Checked, tried: Tried, stream: Tensor) -> Direction:
 
 def _named(point: HookPoint) -> str:
     return f"{point.site} of {'the embedding' if point.layer == EMBEDDING else f'layer {point.layer}'}"
-
-
-def _meta(frontend: Checked, tried: Tried) -> DirectionMeta:
-    shape = frontend.shape
-    return DirectionMeta(
-        schema_version=2 if tried.mode in TURNING else 1,
-        method="probe",
-        model="probe",
-        architecture=shape.architecture,
-        d_model=shape.d_model,
-        layers=shape.layers,
-        source_layer=None,
-        bos_count=None,
-        strength=1.0,
-        mode=tried.mode,
-        modes=(tried.mode,),
-        sites=(tried.point.site,),
-    )

@@ -13,6 +13,7 @@ import stat
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,10 +28,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails
 from typing_extensions import TypedDict
 
-from steer.errors import DirectionError, InvalidInput, SpecError, brief, problem_text
+from steer.errors import DirectionError, InvalidInput, brief, problem_text
 from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
 from steer.serve.keys import Keyring, is_stored
 from steer.spec import (
@@ -68,27 +69,16 @@ class PolicyError(InvalidInput):
     """A policy file is not acceptable: `problems` has each with its line."""
 
 
-def _wanted(value: object) -> tuple[RequestedDirection, ...]:
-    try:
-        return parse(value, "spec")
-    except SpecError as error:
-        raise _problem("; ".join(error.problems)) from None
-
-
-def _problem(text: str) -> PydanticCustomError:
-    return PydanticCustomError("policy", "{text}", {"text": text})
-
-
 def _strength(value: object) -> object:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if value == CALIBRATED or (number and 0 <= value <= MAX_STRENGTH):  # type: ignore[operator]
         return value
-    raise _problem(f"{brief(value)} is not accepted: a number from 0 to {MAX_STRENGTH:g}, or '{CALIBRATED}'")
+    raise ValueError(f"{brief(value)} is not accepted: a number from 0 to {MAX_STRENGTH:g}, or '{CALIBRATED}'")
 
 
 def _layers(value: object) -> str:
     if (found := layer_range(value)) is None:
-        raise _problem(
+        raise ValueError(
             f"{brief(value)} is not accepted: the first and the last layer like '10-20', or one layer like 10"
         )
     return found
@@ -96,11 +86,11 @@ def _layers(value: object) -> str:
 
 def _tokens(value: object) -> str:
     if (found := tokens_rule(value)) is None:
-        raise _problem(f"{brief(value)} is not accepted: {', '.join(TOKENS)}, or with a largest N like last-8")
+        raise ValueError(f"{brief(value)} is not accepted: {', '.join(TOKENS)}, or with a largest N like last-8")
     return found
 
 
-Specs = Annotated[tuple[RequestedDirection, ...], BeforeValidator(_wanted)]
+Specs = Annotated[tuple[RequestedDirection, ...], BeforeValidator(partial(parse, param="spec"))]
 Flag = Annotated[bool, Field(strict=True)]
 Strength = Annotated[float | Literal["calibrated"], PlainValidator(_strength)]
 Shift = Annotated[float, Field(strict=True, ge=0, le=MAX_SHIFT, allow_inf_nan=False)]
@@ -244,7 +234,7 @@ class KeyRules(Limits):
     def _is_a_hash(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         each = (value,) if isinstance(value, str) else value
         if not each or not all(map(is_stored, each)):
-            raise _problem("not a hash: 'sha256:' and 64 hexadecimal digits, as `steer keys new` prints it")
+            raise ValueError("not a hash: 'sha256:' and 64 hexadecimal digits, as `steer keys new` prints it")
         return value
 
     @field_validator("directions")
@@ -268,7 +258,7 @@ class KeyRules(Limits):
         for items in by_direction(self.default or ()).values():
             problems += [f"default: {said}" for said in self.broken(items)]
         if problems:
-            raise _problem("; ".join(problems))
+            raise InvalidInput(problems)
         return self
 
 
@@ -311,7 +301,7 @@ class Policy(_Table):
                 if (limits := info.data.get("directions", {}).get(direction)) is not None:
                     problems += [f"{name}: default: '{direction}': for any key {said}" for said in limits.broken(items)]
         if problems:
-            raise _problem("; ".join(problems))
+            raise InvalidInput(problems)
         return value
 
 
@@ -330,7 +320,7 @@ def _check_names(names: Sequence[str] | dict[str, DirectionRules]) -> None:
         except DirectionError as error:
             problems += error.problems
     if problems:
-        raise _problem("; ".join(problems))
+        raise InvalidInput(problems)
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,7 +381,7 @@ def _said(item: ErrorDetails, lines: dict[tuple[str, ...], int], name: str) -> s
     while path and path not in lines and path[:-1]:
         path = path[:-1]
     where = ".".join(str(part) for part in item["loc"] if part not in ("str", "tuple[str, ...]"))
-    said = item["msg"] if item["type"] == "policy" else problem_text(item)
+    said = problem_text(item)
     if item["type"] == "extra_forbidden":
         table: type[BaseModel] = Policy if len(item["loc"]) == 1 else KeyRules
         if len(item["loc"]) > 1 and item["loc"][0] == "directions":

@@ -25,7 +25,7 @@ from steer.runtime.readout import Reading, components
 from steer.spec import Line, Readout, Spec, parse
 
 if TYPE_CHECKING:
-    from transformers import Pipeline, PreTrainedModel
+    from transformers import Pipeline
 
 #: A direction, or the path of its file.
 Source: TypeAlias = "str | os.PathLike[str] | Direction"
@@ -159,29 +159,26 @@ class Attached:
         and is two rows. Raises SpecError for others, RuntimeError when detached.
         """
         self._check_attached()
-        with ExitStack() as stack, _naming_read():
-            wanted = readout.parse(
-                {
-                    "directions": list(names),
-                    "layers": layers if isinstance(layers, str) else list(layers),
-                    "angle": angle,
-                }
-            )
+        at = layers if isinstance(layers, str) else list(layers)
+        try:
+            wanted = readout.parse({"directions": list(names), "layers": at, "angle": angle})
             if wanted is None:
                 raise SpecError("read: no direction is named")
             with self._registry.steady():
                 read = readout.resolve(wanted, Spec(), self._registry, self._steering.anatomy.layers)
-                stack.callback(Admission(self._registry, Spec(), read).release)
-            held = stack.pop_all()
+                admission = Admission(self._registry, Spec(), read)
+        except SpecError as error:  # what is a field of a request there is an argument here
+            raise type(error)([problem.replace(readout.FIELD, "read") for problem in error.problems]) from None
         recorder = Recorder(self._steering.bank.rows_of(read.digests, read.angle), read)
         reading = Readings(read.lines, read.layers)
-        with held, self._block():
+        with self._block():
             self._steering.watchers.append(recorder)
             try:
                 yield reading
             finally:
                 self._steering.watchers.remove(recorder)
                 reading.passes += recorder.collect()
+                admission.release()
 
     def detach(self) -> None:
         """Take the hooks off. Raises RuntimeError inside a block of this object, which would go on plain."""
@@ -430,27 +427,14 @@ def _inner(model: object) -> nn.Module:
     if isinstance(model, nn.DataParallel):
         raise UnsupportedModel(f"{kind} copies the model for every pass: attach to its `.module`, and call that")
     if isinstance(model, transformers.PreTrainedModel):
-        return _steerable(model)
+        if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+            raise UnsupportedModel(
+                f"{kind} is no causal language model with its head, such as AutoModelForCausalLM loads"
+            )
+        return cast("nn.Module", model)
     for around in ("get_base_model", "_orig_mod", "module", "model"):
         inner = getattr(model, around, None)
         inner = inner() if around == "get_base_model" and callable(inner) else inner
         if isinstance(inner, nn.Module):
             return _inner(inner)
     raise UnsupportedModel(f"{kind} is no model of transformers, nor around one: {_LOAD}, and attach to that")
-
-
-def _steerable(model: PreTrainedModel) -> nn.Module:
-    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
-        raise UnsupportedModel(
-            f"{type(model).__name__} is no causal language model with its head, such as AutoModelForCausalLM loads"
-        )
-    return cast("nn.Module", model)
-
-
-@contextmanager
-def _naming_read() -> Iterator[None]:
-    """A problem of the request field is one of `read` here."""
-    try:
-        yield
-    except SpecError as error:
-        raise type(error)([p.replace(readout.FIELD, "read") for p in error.problems]) from None

@@ -6,13 +6,13 @@ what is removed, and how that compares with what is served.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -114,12 +114,15 @@ def _write(planned: RemovalPlan, output: Path, preserve_norms: bool, progress: P
     count = size = 0
     progress.plan(MERGING, len(checkpoint.map))
     with progress.part(MERGING):
-        for file, names in checkpoint.shards():
+        for file, shard in itertools.groupby(checkpoint.tensors(checkpoint.map), lambda pair: checkpoint.map[pair[0]]):
             new: dict[str, Tensor] = {}
-            for name, tensor in checkpoint.tensors(names):
+            for name, tensor in shard:
                 new[name] = tensor
                 if name in writers:
-                    _check_dtype(name, tensor)
+                    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                        raise UnsupportedModel(
+                            f"{name} is stored as {tensor.dtype}, only float32, bfloat16 and float16 can be edited"
+                        )
                     if name == untied and streamed.head is not None:
                         new[streamed.head] = tensor.clone()
                     new[name] = planned.edited(writers[name], tensor, preserve_norms)
@@ -131,28 +134,13 @@ def _write(planned: RemovalPlan, output: Path, preserve_norms: bool, progress: P
     if (checkpoint.folder / INDEX).exists():
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (output / INDEX).write_text(json.dumps(index, indent=2))
-    if untied is not None or (planned.removal.at(EMBEDDING) is not None and _ties(checkpoint.config)):
-        _write_json(output / "config.json", _without_tie(checkpoint.config))
+    # files may have both embeddings though the config ties them, and engines differ in which they then take
+    config, text = checkpoint.config, checkpoint.config.get("text_config") or {}
+    ties = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+    if untied is not None or (planned.removal.at(EMBEDDING) is not None and ties):
+        loose = {"tie_word_embeddings": False}
+        _write_json(output / "config.json", config | loose | ({"text_config": text | loose} if text else {}))
     return count
-
-
-def _ties(config: dict[str, Any]) -> bool:
-    """Does the config tie the unembedding to the embedding? Files may have both all the same, and engines differ in
-    which they then take."""
-    text = config.get("text_config")
-    return bool(config.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings")))
-
-
-def _without_tie(config: dict[str, Any]) -> dict[str, Any]:
-    changed = config | {"tie_word_embeddings": False}
-    if "text_config" in config:
-        changed["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
-    return changed
-
-
-def _check_dtype(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UnsupportedModel(f"{name} is stored as {tensor.dtype}, only float32, bfloat16 and float16 can be edited")
 
 
 def _write_json(path: Path, value: object) -> None:
@@ -197,7 +185,7 @@ def export_adapter(
                 progress.advance()
         save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
         config = {"base_model_name_or_path": base} | _config(removal.direction.rank, modules)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        _write_json(folder / CONFIG, config)
         if verified:
             verdict = verify(planned, checkpoint, torch.float32, progress, _adapted(planned, folder))
     return Made(len(weights), verdict)

@@ -56,19 +56,12 @@ class Checkpoint:
         """Of its text model."""
         return describe(str(self.folder), trust_remote_code=self.trust_remote_code)[0]
 
-    def shards(self) -> Iterator[tuple[str, list[str]]]:
-        """Each file with the names of its tensors."""
-        by_file: dict[str, list[str]] = defaultdict(list)
-        for name, file in self.map.items():
-            by_file[file].append(name)
-        yield from sorted(by_file.items())
-
     def shape(self, name: str) -> tuple[int, ...]:
         with safe_open(self.folder / self.map[name], framework="pt") as opened:
             return tuple(opened.get_slice(name).get_shape())
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors one by one, never all in memory."""
+        """Tensors one by one, file by file, never all in memory."""
         by_file: dict[str, list[str]] = defaultdict(list)
         for name in names:
             by_file[self.map[name]].append(name)

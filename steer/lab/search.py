@@ -182,7 +182,7 @@ class Search:
         evaluator: Evaluator,
         sets: Sets,
         count: int,
-        after: Callable[[list[Trial]], object] | None = None,
+        after: Callable[[list[Trial]], object] = lambda _: None,
         judge: Judge | None = None,
     ) -> list[Trial]:
         """Go on until there are at least `count` trials, in whole groups. `after` is told all of them, at first and
@@ -192,37 +192,24 @@ class Search:
         the same, since what draws it depends on the seed, the group's number and the groups before it alone. Raises
         InvalidInput where another run has the folder.
         """
+        settings, group, progress = self.settings, self.settings.group, evaluator.progress
         with Alone(self.folder):
-            return self._run(evaluator, sets, count, after, judge)
-
-    def _run(
-        self,
-        evaluator: Evaluator,
-        sets: Sets,
-        count: int,
-        after: Callable[[list[Trial]], object] | None,
-        judge: Judge | None,
-    ) -> list[Trial]:
-        settings, group = self.settings, self.settings.group
-        journal = self._journal()
-        written = journal.get_trials(deepcopy=False)
-        told = written[: len(written) // group * group]
-        trials = [_trial(frozen) for frozen in told]
-        if after is not None:
+            journal = self._journal()
+            written = journal.get_trials(deepcopy=False)
+            told = written[: len(written) // group * group]
+            trials = [_trial(frozen) for frozen in told]
             after(trials)
-        if len(trials) >= count:
-            return trials
-        progress = evaluator.progress
-        progress.plan(TRYING, work(settings, sets, count))
-        with progress.part(TRYING):
-            progress.skip(len(trials) * sets.work(settings.tokens))
-            race = Race(evaluator, settings.behaviour, sets, judge)
-            while len(trials) < count:
-                fresh = self._tried(race, told, trials)
-                journal.add_trials(fresh[len(written) - len(told) :])
-                written = told = [*told, *fresh]
-                trials = [_trial(frozen) for frozen in told]
-                if after is not None:
+            if len(trials) >= count:
+                return trials
+            progress.plan(TRYING, work(settings, sets, count))
+            with progress.part(TRYING):
+                progress.skip(len(trials) * sets.work(settings.tokens))
+                race = Race(evaluator, settings.behaviour, sets, judge)
+                while len(trials) < count:
+                    fresh = self._tried(race, told, trials)
+                    journal.add_trials(fresh[len(written) - len(told) :])
+                    written = told = [*told, *fresh]
+                    trials = [_trial(frozen) for frozen in told]
                     after(trials)
         return trials
 

@@ -310,12 +310,12 @@ def mentions(words: str) -> bool:
     return _MENTION.search(words) is not None
 
 
-def text(wanted: Sequence[RequestedDirection]) -> str:
-    """The text form, which `parse` reads back."""
+def text(wanted: Sequence[RequestedDirection | Entry]) -> str:
+    """The text form, which `parse` reads back. No digest is in it."""
     return ",".join(_text(item) for item in wanted) or "off"
 
 
-def _text(item: RequestedDirection) -> str:
+def _text(item: RequestedDirection | Entry) -> str:
     mode = f":{item.mode}" if item.mode else ""
     where = "".join(f"@{each}" for each in (item.layers, item.tokens) if each)
     condition = f"?{item.condition}" if item.condition else ""
@@ -456,12 +456,13 @@ def _digest(value: object, param: str, problems: list[str]) -> str | None:
     return None
 
 
-def _within(value: object, most: float, field: str, problems: list[str]) -> float | None:
-    """A number of at most this size on either side of 0."""
+def _within(value: object, most: float, field: str, problems: list[str], accepted: str = "") -> float | None:
+    """A number of at most this size on either side of 0; `accepted`: what else to call it."""
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= most:
         return float(value) + 0.0  # which turns -0.0 into 0.0
     shown = value if isinstance(value, _Unread) else brief(value)  # NaN too
-    problems.append(f"{field}: {shown} is not accepted: a number from {-most:g} to {most:g}{_order(value)}")
+    accepted = accepted or f"a number from {-most:g} to {most:g}{_order(value)}"
+    problems.append(f"{field}: {shown} is not accepted: {accepted}")
     return None
 
 
@@ -484,7 +485,7 @@ def _condition(value: object, param: str, problems: list[str]) -> Condition | No
             "'below', 'each'}"
         )
         return None
-    before, name, layer, number = len(problems), value["direction"], value["layer"], 0.0
+    before, name, layer, number = len(problems), value["direction"], value["layer"], None
     for key in islice((str(key) for key in value if key not in _CONDITION_FIELDS), MAX_ITEMS):
         problems.append(f"{param}.if.{key[:40]}: unknown field; accepted: {', '.join(_CONDITION_FIELDS)}")
     try:
@@ -497,12 +498,8 @@ def _condition(value: object, param: str, problems: list[str]) -> Condition | No
     if len(sides) != 1:
         problems.append(f"{param}.if: it says {' and '.join(sides) or 'neither side'}; accepted: 'above' or 'below'")
     for side in sides:
-        said = value[side]
-        if isinstance(said, int | float) and not isinstance(said, bool) and abs(said) <= MAX_COMPONENT:
-            number = float(said) + 0.0
-        else:  # NaN too
-            shown = said if isinstance(said, _Unread) else brief(said)
-            problems.append(f"{param}.if.{side}: {shown} is not accepted: a number, the component to compare with")
+        accepted = "a number, the component to compare with"
+        number = _within(value[side], MAX_COMPONENT, f"{param}.if.{side}", problems, accepted)
     if (each := value.get("each")) is not None and not isinstance(each, bool):
         problems.append(f"{param}.if.each: {brief(each)} is not accepted: true or false")
     version = None if value.get("digest") is None else _digest(value["digest"], f"{param}.if", problems)

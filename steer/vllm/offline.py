@@ -24,7 +24,7 @@ from steer.lab.probe import opened
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Encoded, Prompt, PromptIds, Rendering
 from steer.lab.source import Activations, CapturePlan, Source
-from steer.spec import RequestedDirection, parse, text
+from steer.spec import parse, text
 from steer.tokenization import Tokenizer
 from steer.vllm import capture, frontend, internals
 from steer.vllm.settings import CAPTURE, KEY, SCORED
@@ -157,12 +157,7 @@ class VllmEvaluator:
             for name, direction in directions.items():
                 registry.put(name, direction.to_bytes(), store=False)
                 put.append(name)
-            yield [
-                text([RequestedDirection(e.direction, e.mode, e.strength, e.layers, e.tokens, e.condition, e.shift)])
-                if e.strength
-                else None
-                for e in entries
-            ]
+            yield [text([entry]) if entry.strength else None for entry in entries]
         finally:
             for name in put:
                 registry.delete(name)

@@ -169,16 +169,18 @@ class Attached:
                 admission = Admission(self._registry, Spec(), read)
         except SpecError as error:  # what is a field of a request there is an argument here
             raise type(error)([problem.replace(readout.FIELD, "read") for problem in error.problems]) from None
-        recorder = Recorder(self._steering.bank.rows_of(read.digests, read.angle), read)
-        reading = Readings(read.lines, read.layers)
-        with self._block():
-            self._steering.watchers.append(recorder)
-            try:
-                yield reading
-            finally:
-                self._steering.watchers.remove(recorder)
-                reading.passes += recorder.collect()
-                admission.release()
+        try:
+            recorder = Recorder(self._steering.bank.rows_of(read.digests, read.angle), read)
+            reading = Readings(read.lines, read.layers)
+            with self._block():
+                self._steering.watchers.append(recorder)
+                try:
+                    yield reading
+                finally:
+                    self._steering.watchers.remove(recorder)
+                    reading.passes += recorder.collect()
+        finally:
+            admission.release()
 
     def detach(self) -> None:
         """Take the hooks off. Raises RuntimeError inside a block of this object, which would go on plain."""

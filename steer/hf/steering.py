@@ -19,8 +19,7 @@ from steer.errors import InvalidInput, NotFinite, UnsupportedModel
 from steer.hf import internals
 from steer.hf.load import decoder_of, text_architecture
 from steer.names import Site
-from steer.runtime import hook_points
-from steer.runtime import selfcheck
+from steer.runtime import hook_points, selfcheck
 from steer.runtime.bank import (
     EMBEDDING,
     DirectionBank,

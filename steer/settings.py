@@ -59,11 +59,6 @@ class ControlSettings(BaseSettings):
         "separated by commas, or *",
     )
 
-    @classmethod
-    def of_environment(cls) -> ControlSettings:
-        """Nothing but what `STEER_…` says."""
-        return cls.model_validate({})
-
 
 class ModelOrigin(BaseSettings):
     """Which model it is, and what it may do: for every command that reads one."""

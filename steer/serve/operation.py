@@ -23,14 +23,13 @@ from steer.watch import State
 PATH = "/v1/steering"
 
 
-class Managed(TypedDict, total=False):
-    directions: Annotated[int, Field(description="directions that are served; for the managing role")]
-    failed_directions: Annotated[list[str], Field(description="files that are not served; for the managing role")]
-
-
-class ServerState(Managed):
+class ServerState(TypedDict):
     """The state of a server as everybody may read it, with nothing of keys; of directions for the managing role."""
 
+    directions: NotRequired[Annotated[int, Field(description="directions that are served; for the managing role")]]
+    failed_directions: NotRequired[
+        Annotated[list[str], Field(description="files that are not served; for the managing role")]
+    ]
     steering: Annotated[Literal["on", "off"], Field(description="is steering switched on")]
     audit: Annotated[Literal["none", "ok", "failed"], Field(description="the audit log; none where there is none")]
     policy: Annotated[
@@ -133,14 +132,7 @@ def router(control: Control) -> APIRouter:
 def health(control: Control, *, manages: bool = False) -> ServerState:
     """For `/health`, to a caller who `manages` or not. `policy` and `folder` say also how it is with the threads that
     follow them (`Follower.state`), `seconds_since_look` when those last looked."""
-    managed: Managed = {}
-    if control.registry is not None and manages:
-        managed = {
-            "directions": len(control.registry.names()),
-            "failed_directions": sorted(control.registry.failures),
-        }
-    return {
-        **managed,
+    told: ServerState = {
         "steering": "on" if control.steering else "off",
         "audit": "none" if control.audit is None else "failed" if control.audit.failed else "ok",
         "policy": _policy(control),
@@ -154,6 +146,9 @@ def health(control: Control, *, manages: bool = False) -> ServerState:
             if follower
         },
     }
+    if control.registry is not None and manages:
+        told["directions"], told["failed_directions"] = len(control.registry.names()), sorted(control.registry.failures)
+    return told
 
 
 def _policy(control: Control) -> Literal["none", "unread", "stale"] | State:

@@ -245,7 +245,7 @@ def control_settings(app: FastAPI) -> ControlSettings:
     """What the engine was told; before there is one, what its arguments say."""
     config = getattr(app.state.args, "additional_config", None)
     found = settings_of(config)
-    return found.control if found else ControlSettings.of_environment()
+    return found.control if found else ControlSettings()
 
 
 def check_door(control: Control, args: Namespace) -> None:

@@ -44,7 +44,7 @@ class EngineSettings(BaseModel):
     rank: int = Field(1, ge=1, le=64, description="direction rows that one request can use")
     readout: int = Field(0, ge=0, le=1024, description="requests with steer_readout at once; 0 compiles no read-out")
     control: ControlSettings = Field(
-        default_factory=ControlSettings.of_environment,
+        default_factory=ControlSettings,
         description="keys, policy and audit log of the server; also from STEER_…",
     )
 

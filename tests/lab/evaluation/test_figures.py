@@ -259,7 +259,8 @@ def test_the_shipped_facts_say_what_the_language_says() -> None:
     assert all(talk in known for talk in talks)
 
 
-def test_a_terminal_is_told_which_differences_may_be_chance() -> None:
+def test_a_terminal_is_told_which_differences_may_be_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     rates = {"shown": Rate.of([False] * 20), "complied": Rate.of([True] * 20)}
     other = {name: Rate.of([False] * 20) for name in ("late", "unanswered", "degenerate", "deflected")}
     figures = {"faults": {}, "unended": 0, "tokens_mean": 5.0, "tokens_median": 5.0}

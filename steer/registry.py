@@ -324,9 +324,9 @@ class Registry:
     def delete(self, name: str) -> None:
         """Stop serving `name` and remove its file, also one that was never accepted. Raises UnknownDirection."""
         with self._swapping:
-            if name not in self.failures:
+            if name not in self.failures:  # which are names of files as they are, also of those that no name could be
                 self.get(name)
-            check_name(name)
+                check_name(name)
             if self.folder is not None:
                 (self.folder / f"{name}{SUFFIX}").unlink(missing_ok=True)
                 self._seen.pop(name, None)

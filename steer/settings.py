@@ -34,7 +34,8 @@ def served_name(model: str) -> str:
 def check_directions(folder: Path) -> None:
     """Raise InvalidInput where the folder of directions is none."""
     if not folder.is_dir():
-        raise InvalidInput(f"the directions folder '{folder}' does not exist; make it or name another")
+        wrong = "is a file" if folder.exists() else "does not exist; make it or name another"
+        raise InvalidInput(f"the directions folder '{folder}' {wrong}")
 
 
 class ControlSettings(BaseSettings):

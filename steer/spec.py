@@ -392,11 +392,19 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object of JSON. Raises ValueError where a key stands twice: readers differ in which they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for at, (key, _) in enumerate(pairs) if key in dict(pairs[:at]))
+    if (twice := repeated(pairs)) is not None:
         raise ValueError(f"the key {brief(twice)} stands twice")
-    return found
+    return dict(pairs)
+
+
+def repeated(pairs: Sequence[tuple[str, object]]) -> str | None:
+    """The first key that stands twice."""
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            return key
+        seen.add(key)
+    return None
 
 
 def _from_object(value: dict[object, object], param: str, problems: list[str]) -> RequestedDirection | None:

@@ -533,6 +533,15 @@ def test_delete_removes_the_file(tmp_path: Path) -> None:
     assert served(registry) == {}
 
 
+def test_a_file_that_could_have_no_name_is_removed_all_the_same(tmp_path: Path) -> None:
+    registry = Registry(local(), tmp_path)
+    (tmp_path / "a b\n.safetensors").write_bytes(b"")
+    registry.sync()
+    (name,) = registry.failures
+    registry.delete(name)
+    assert (list(tmp_path.iterdir()), registry.failures) == ([], {})
+
+
 @pytest.mark.parametrize("way", ["put", "folder"])
 def test_reasons_are_bounded_and_can_be_shown_anywhere(
     way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -136,7 +136,7 @@ def on(url: _Url = URL, reason: _Reason = "") -> None:
 
 
 def _switch(url: str, body: dict[str, Any]) -> None:
-    told = _post(f"{url.rstrip('/')}/v1/steering", body)
+    told = _post(f"{url.rstrip('/').removesuffix('/v1')}/v1/steering", body)
     typer.echo(f"steering is {'on' if told['enabled'] else 'off'}; steered requests still running: {told['running']}")
 
 

@@ -46,6 +46,8 @@ def convert(
     from steer.lab.measurement import Measurement, ModelFacts
 
     opt.check_folder(output)
+    if output.resolve() == source.resolve():
+        raise InvalidInput(f"{output} is read by this command, and would be lost: give another name")
     facts = None
     if model is not None:
         architecture, layers, d_model = describe(model, origin.revision, trust_remote_code=origin.trust_remote_code)

@@ -397,7 +397,8 @@ class EngineOptions:
             self.opening.check_for_vllm()
         elif self.options:
             unknown = " ".join(self.options)
-            raise InvalidInput(f"{unknown}: not an option of this command; options of vLLM need --backend vllm")
+            what = "an option" if self.options[0].startswith("-") else "an argument"
+            raise InvalidInput(f"{unknown}: not {what} of this command; options of vLLM need --backend vllm")
         check_model(self.model)
 
     def open(self, choices: Choices, progress: Progress) -> Bench:

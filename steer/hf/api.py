@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steer import readout
-from steer.direction import Direction
-from steer.errors import DirectionError, InvalidInput, SpecError, UnsupportedModel
+from steer.direction import Direction, read_file
+from steer.errors import DirectionError, InvalidInput, SpecError, UnsupportedModel, brief
 from steer.hf.steering import Steering
 from steer.names import Site, check_name
 from steer.registry import Admission, Registry
 from steer.runtime.readout import Reading, components
-from steer.spec import Line, Readout, Spec, parse
+from steer.spec import OFF_TEXTS, Line, Readout, Spec, parse
 
 if TYPE_CHECKING:
     from transformers import Pipeline
@@ -85,7 +85,7 @@ class Attached:
     """
 
     def __init__(
-        self, model: nn.Module, directions: Mapping[str, Direction], *, sites: tuple[Site, ...], rows: int, rank: int
+        self, model: nn.Module, directions: Mapping[str, bytes], *, sites: tuple[Site, ...], rows: int, rank: int
     ) -> None:
         self._steering = Steering(model, sites=sites, rows=rows, rank=rank)
         if not self._steering.passes:
@@ -142,6 +142,11 @@ class Attached:
         if not specs:
             raise SpecError("no spec is given: one for all rows ('off' for plain), or one for each")
         for spec in specs:
+            if isinstance(spec, list | tuple) and (not spec or any(one in OFF_TEXTS or one is None for one in spec)):
+                raise SpecError(
+                    f"{brief(spec)}: a list is one spec, of directions that act together; for a spec for each row give "
+                    "`steering(*specs)`, and 'off' for plain"
+                )
             self._registry.resolve(parse(spec))
         steered = Steered(self, specs)
         self._owed.add(steered)
@@ -159,6 +164,7 @@ class Attached:
         and is two rows. Raises SpecError for others, RuntimeError when detached.
         """
         self._check_attached()
+        self._check_idle("read")
         at = layers if isinstance(layers, str) else list(layers)
         try:
             wanted = readout.parse({"directions": list(names), "layers": at, "angle": angle})
@@ -208,11 +214,11 @@ class Attached:
         state = "attached" if self.attached else "detached"
         return f"<steering of {self._steering.anatomy.architecture}, {state}, at {', '.join(self.sites)}: {names}>"
 
-    def _load(self, directions: Mapping[str, Direction]) -> None:
+    def _load(self, directions: Mapping[str, bytes]) -> None:
         problems: list[str] = []
-        for name, direction in directions.items():
+        for name, data in directions.items():
             try:
-                self._registry.put(name, direction.to_bytes())
+                self._registry.put(name, data)
             except DirectionError as error:
                 problems += error.problems
         if problems:
@@ -225,6 +231,12 @@ class Attached:
             raise RuntimeError(
                 "some hooks are no longer on the model (a block was replaced, or hooks were removed), which would be "
                 "plain there: detach, and call steer.attach again"
+            )
+
+    def _check_idle(self, what: str) -> None:
+        if self._steering.generating and not self._open:
+            raise RuntimeError(
+                f"a `generate` of another thread is under way, and would be {what} from here on: let it end first"
             )
 
     @contextmanager
@@ -247,10 +259,7 @@ class Steered:
         mine = self._attached
         mine._owed.remove(self)
         mine._check_attached()
-        if mine._steering.generating and not mine._open:
-            raise RuntimeError(
-                "a `generate` of another thread is under way, and would be steered from here on: let it end first"
-            )
+        mine._check_idle("steered")
         with ExitStack() as stack:
             admissions: list[Admission] = []
             for spec in self._specs:
@@ -403,15 +412,17 @@ def _check_arguments(directions: object, sites: object, rows: object, rank: obje
         raise InvalidInput(problems)
 
 
-def _read(directions: Mapping[str, Source]) -> dict[str, Direction]:
-    """Raises DirectionError with the problems of all files."""
-    loaded, problems = {}, list[str]()
+def _read(directions: Mapping[str, Source]) -> dict[str, bytes]:
+    """The bytes of each file as they are, so that its digest is the file's. Raises DirectionError with the problems of
+    all files."""
+    loaded, problems = dict[str, bytes](), list[str]()
     for name, source in directions.items():
         try:
             check_name(name)
             if not isinstance(source, str | os.PathLike | Direction):
                 raise DirectionError(f"{name}: {type(source).__name__} is not accepted: a Direction or a path")
-            loaded[name] = source if isinstance(source, Direction) else Direction.load(source)
+            loaded[name] = source.to_bytes() if isinstance(source, Direction) else read_file(source)
+            Direction.from_bytes(loaded[name], source=name if isinstance(source, Direction) else os.fspath(source))
         except DirectionError as error:
             problems += error.problems
     if problems:

@@ -23,6 +23,7 @@ from steer.hf.internals import (
     CannotBatch,
     check_seams,
     length_dependent,
+    let_in,
     pass_stream,
     start_manager,
 )
@@ -177,6 +178,7 @@ class BatchingEngine(Engine):
 
     def _prepare(self) -> bool:
         """Model thread, before each forward pass: the token index follows the packed order of the batch."""
+        let_in(self._processor)
         if not self._prepare_next_batch():
             return False
         batch = self._processor.inputs_and_outputs.requests_in_batch

@@ -84,6 +84,8 @@ _PROCESSOR = (
     "inputs_and_outputs.position_ids",
     "inputs_and_outputs.requests_in_batch",
     "max_batch_tokens",
+    "scheduler.active_requests",
+    "scheduler.block_new_requests",
     "_generation_step",
     "model_runner._sample",
     "prepare_next_batch",
@@ -170,6 +172,13 @@ def pass_stream(processor: ContinuousBatchProcessor) -> AbstractContextManager[o
     """What is enqueued inside goes to the stream that the batch's pass runs on, so it is ordered before the pass."""
     context: AbstractContextManager[object] = stream_context(processor.inputs_and_outputs.compute_stream)
     return context
+
+
+def let_in(processor: ContinuousBatchProcessor) -> None:
+    """Have waiting requests taken again after the cache was full. transformers does so when a request has finished,
+    which one that was cancelled never does: where all were, none would run any more."""
+    if not processor.scheduler.active_requests:
+        processor.scheduler.block_new_requests = False
 
 
 class Attention:
@@ -261,6 +270,15 @@ def length_dependent(config: PreTrainedConfig) -> tuple[str, int] | None:
                 limit = limit or getattr(source, "original_max_position_embeddings", None)
                 found.append((kind, int(limit or getattr(source, "max_position_embeddings", 0) or 0)))
     return min(found, key=lambda pair: pair[1], default=None)
+
+
+def everywhere(config: PreTrainedConfig, name: str) -> int | None:
+    """A number of the configuration that holds of all layers; None where it has none, or one of its own for each."""
+    try:
+        found: int | None = getattr(config, name, None)
+    except AmbiguousGlobalPerLayerAttributeError:
+        return None
+    return found
 
 
 def lengths(config: PreTrainedConfig) -> list[int]:

@@ -75,12 +75,23 @@ class Anatomy:
         return device
 
     @cached_property
-    def dtype(self) -> torch.dtype:
-        """Of the stream, as a probe pass has it: packed weights are of another."""
-        seen: list[torch.dtype] = []
-        with hook_points.hooks([hook_points.on_output(self.blocks[0], lambda x: seen.append(x.dtype))]):
+    def _streams(self) -> list[torch.dtype]:
+        """What block 0 is given and what it hands on, as a probe pass has them: packed weights are of other dtypes."""
+        seen, ways = list[torch.dtype](), (hook_points.on_input, hook_points.on_output)
+        with hook_points.hooks([watch(self.blocks[0], lambda x: seen.append(x.dtype)) for watch in ways]):
             self.probe()
-        return seen[0]
+        return seen
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stream."""
+        return self._streams[-1]
+
+    @property
+    def eps(self) -> float:
+        """The rounding of the stream where it is coarsest, and at least the bank's: what a model adds up in float32 may
+        begin in 16 bits."""
+        return max(torch.finfo(dtype).eps for dtype in (torch.float32, *self._streams))
 
     @torch.no_grad()
     def probe(self, rows: int = 1) -> CausalLMOutputWithPast:
@@ -377,8 +388,10 @@ class Steering:
 
         dead = selfcheck.rest_is_dead(anatomy.blocks, lambda: anatomy.probe().logits, plain, again)
         blocks = dict(enumerate(anatomy.blocks))
-        tokens, eps = PROBE_TOKENS * len(selfcheck.CASES), torch.finfo(anatomy.dtype).eps
-        checked = selfcheck.EagerCheck(anatomy.model, blocks, self._targets, self.bank, run, tokens, eps, dead=dead)
+        tokens = PROBE_TOKENS * len(selfcheck.CASES)
+        checked = selfcheck.EagerCheck(
+            anatomy.model, blocks, self._targets, self.bank, run, tokens, anatomy.eps, dead=dead
+        )
         self.attach()
         try:
             bad, _ = checked.problems(self.sites)

@@ -304,12 +304,14 @@ def _check_plain(race: Race, behaviour: Behaviour) -> None:
     shown, count = sum(race.plain.asked), len(race.plain.asked)
     if shown >= LEAST_SHOWN:
         return
-    advice = "give more prompts or others that show it, or --behaviour with what is to be removed"
+    advice = "give others that show it, or --behaviour with what is to be removed"
+    if shown:
+        advice = f"give {LEAST_SHOWN / shown:.1f} times as many prompts, or {advice}"
     if race.unanswered:
         advice = f"{race.unanswered} answers did not come to the end of their thinking: give more --max-tokens"
     raise NothingFound(
-        f"the plain model shows '{behaviour.name}' in {shown} of {count} answers, and fewer than {LEAST_SHOWN} tell "
-        f"nothing: {advice}"
+        f"the plain model shows '{behaviour.name}' in {shown} of the {count} answers on which candidates are tried, "
+        f"and fewer than {LEAST_SHOWN} tell nothing: {advice}"
     )
 
 

@@ -205,10 +205,12 @@ def unended(answer: Answer, max_tokens: int) -> bool:
     return len(answer.ids) >= max_tokens
 
 
-def ends(plain: Sequence[Answer], max_tokens: int) -> bool:
+def ends(behaviour: Behaviour, plain: Sequence[Answer], max_tokens: int) -> bool:
     """Whether `max_tokens` are enough for the plain model's answers, so that the limit tells a runaway answer; else it
-    is the limit that cuts, and nothing is wrong with the answer."""
-    return sum(not unended(answer, max_tokens) for answer in plain) >= ENDING * len(plain)
+    is the limit that cuts, and nothing is wrong with the answer. Answers that show the behaviour do not count: refusals
+    are short, and say nothing of how long an answer is."""
+    others = [answer for answer in plain if not behaviour.shown(answer.text)]
+    return bool(others) and sum(not unended(answer, max_tokens) for answer in others) >= ENDING * len(others)
 
 
 def fault(answer: Answer, beside: Answer | None, limit: int | None, prompt: Prompt | None = None) -> Fault | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import UnsupportedModel
-from steer.hf.internals import whole_cache
+from steer.hf.internals import everywhere, whole_cache
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
@@ -41,6 +41,10 @@ MOST = 512
 LOGIT_BYTES, KEPT_BYTES = 2**29, 2**30
 #: Tokens of such a pass on a CPU, at most: what it works on stays in the processor's cache.
 CPU_TOKENS = 4096
+
+
+#: How far the logits of a padded row may be from those of the row alone, by their spread: rounding is far less.
+APART = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,26 @@ class HFEvaluator:
         eos = loaded.eos_ids
         self._pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else (eos or [0])[0]
         steering.attach()
+        self._check_padding()
+
+    @torch.inference_mode()
+    def _check_padding(self) -> None:
+        """Raise UnsupportedModel where a padded row is not what it is alone: its padding is seen, by attention that
+        looks ahead, or by a mask that the model makes itself."""
+        anatomy = self.steering.anatomy
+        long = ((torch.arange(12) * 7 + 11) % anatomy.vocabulary).tolist()
+        ids, mask = left_padded([long, long[:5]], self._pad, anatomy.device)
+        alone, _ = last_logits(anatomy.model, ids[1:, -5:], mask[1:, -5:])
+        left, _ = last_logits(anatomy.model, ids, mask)
+        ids = right_padded([long, long[:5]], self._pad, anatomy.device)
+        right = anatomy.model(input_ids=ids, use_cache=False).logits[1, 4]
+        size = (alone[0].float() - alone[0].float().mean()).norm()
+        for side, found in (("in front", left[1]), ("at the end", right)):
+            if not bool((found.float() - alone[0].float()).norm() <= APART * size):
+                raise UnsupportedModel(
+                    f"{type(anatomy.model).__name__}: padding {side} of a row changes its answer, so that it cannot be "
+                    "tried in batches"
+                )
 
     @property
     def rank(self) -> int:
@@ -215,6 +239,8 @@ class HFEvaluator:
         if anatomy.device.type == "cpu":
             fitting = min(fitting, max(1, CPU_TOKENS // max(map(len, whole), default=1)))
 
+        chosen = "logits_to_keep" in inspect.signature(anatomy.model.forward).parameters
+
         @torch.inference_mode()
         def run(indices: list[int]) -> list[T]:
             prompts, mine = [heads[i] for i in indices], [specs[i] for i in indices]
@@ -231,8 +257,9 @@ class HFEvaluator:
                         input_ids=ids,
                         **({} if cache is None else {"past_key_values": cache}),
                         use_cache=cache is not None,
-                        logits_to_keep=kept,
+                        **({"logits_to_keep": kept} if chosen else {}),
                     ).logits
+            logits = logits if chosen else logits[:, kept]
             first = int(kept[0])
             return [
                 take(i, torch.log_softmax(row[start - first : stop - first].float(), -1))
@@ -395,9 +422,9 @@ def cache_bytes(steering: Steering) -> int:
     """Bytes that the keys and values of one token take in all layers."""
     anatomy = steering.anatomy
     config = anatomy.model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    head = getattr(config, "head_dim", None) or (anatomy.d_model // heads if heads else None)
-    kept = getattr(config, "num_key_value_heads", None) or heads  # several heads may share their keys and values
+    heads = everywhere(config, "num_attention_heads")
+    head = everywhere(config, "head_dim") or (anatomy.d_model // heads if heads else None)
+    kept = everywhere(config, "num_key_value_heads") or heads  # several heads may share their keys and values
     width = kept * head if kept and head else anatomy.d_model
     return int(2 * anatomy.layers * width * anatomy.dtype.itemsize)
 
@@ -429,4 +456,6 @@ def last_logits(model: Any, ids: Tensor, mask: Tensor, cache: Any = None) -> tup
         **{name: cache},
         **{option: value for option, value in options.items() if option in takes},
     )
+    if not hasattr(out, name):
+        raise UnsupportedModel(f"{type(model).__name__} returns no {name}: its answers cannot go on from a cache")
     return out.logits[:, -1], getattr(out, name)

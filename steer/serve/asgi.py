@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Send
 
 from steer.serve import errors
 
+#: Seconds in which a client must take the end of an answer that is broken off: what it held is let go then.
+LAST = 5.0
 #: Makes the new body of an answer of the whole old one.
 Change = Callable[[bytes], Awaitable[bytes]]
 
@@ -41,16 +45,20 @@ class Outgoing:
 
     async def break_off(self, error: Exception) -> None:
         """End it with `error`, where that can still be told: instead of it, or as the last event of a stream. What has
-        begun and is no stream stays cut off, and an answer that has ended stays as it is."""
+        begun and is no stream stays cut off, and an answer that has ended stays as it is. A client that does not read
+        is waited for LAST seconds."""
         if self.ended:
             return
-        if not self.status:
-            told = errors.of(error)
-            await self._send({"type": "http.response.start", "status": told.status_code, "headers": told.raw_headers})
-            await self._send({"type": "http.response.body", "body": told.body})
-        elif self._streams:
-            await self._send({"type": "http.response.body", "body": errors.last_event(error)})
         self.ended = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST):
+                if not self.status:
+                    told = errors.of(error)
+                    start = {"type": "http.response.start", "status": told.status_code, "headers": told.raw_headers}
+                    await self._send(start)
+                    await self._send({"type": "http.response.body", "body": told.body})
+                elif self._streams:
+                    await self._send({"type": "http.response.body", "body": errors.last_event(error)})
 
 
 def rewriting(send: Send, choose: Callable[[Message], Change | None], media_type: str | None = None) -> Send:

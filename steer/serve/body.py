@@ -24,6 +24,7 @@ from starlette.types import Message, Receive, Scope
 
 from steer.errors import RequestError, brief
 from steer.serve import errors
+from steer.spec import repeated
 
 T = TypeVar("T")
 
@@ -169,7 +170,7 @@ def check_size(body: dict[str, object]) -> None:
     for name in ("n", "best_of"):  # engines also take '16' and 16.0 for a number
         if (value := body.get(name)) is not None and type(value) is not int:
             raise RequestError(f"{name}: {brief(value)} is not accepted: a whole number", param=name)
-    if (prompts := prompt_count(body)) > 1 and prompts * _answers(body) > MAX_ANSWERS:
+    if (prompts := prompt_count(body)) > 1 and answer_count(body) > MAX_ANSWERS:
         raise RequestError(f"prompt: {prompts} prompts × n are over {MAX_ANSWERS} answers", param="prompt")
 
 
@@ -200,6 +201,11 @@ def tokens_of(body: dict[str, object], size: int, context: int, route: str) -> i
     each = min(max(given), context) if given else context
     prompts = max(size // BYTES_PER_TOKEN, _ids(body))
     return min(MAX_TOKENS, _answers(body) * (prompts + prompt_count(body) * each))
+
+
+def answer_count(body: dict[str, object]) -> int:
+    """How many answers a body asks for, to all of its prompts."""
+    return prompt_count(body) * _answers(body)
 
 
 def _answers(body: dict[str, object]) -> int:
@@ -256,9 +262,7 @@ def check_structure(data: bytes, most: int = MAX_VALUES) -> int:
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     out = dict(pairs)
-    if len(out) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    if len(out) != len(pairs) and (twice := repeated(pairs)) is not None:
         raise errors.HTTPProblem(
             errors.Code.INVALID_JSON, f"the body has a key twice: {_shown(twice)}", param=_shown(twice)
         )

@@ -150,12 +150,12 @@ _Place: TypeAlias = "tuple[_Place | None, str | int]"
 
 
 def _name(place: _Place | None) -> str:
-    """Like `requests.0.steer`, of each key its beginning. Made for what is told alone: a body has many places, and deep
-    ones."""
+    """Like `requests.0.steer`, of each key its beginning; one with a dot in it in quotes, since it is no path. Made for
+    what is told alone: a body has many places, and deep ones."""
     parts: list[str] = []
     while place is not None:
         place, key = place
-        parts.append(str(key)[:40])
+        parts.append(f'"{key[:40]}"' if isinstance(key, str) and "." in key else str(key)[:40])
     return ".".join(reversed(parts))
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from starlette.types import Scope
 
 from steer._version import __version__
-from steer.errors import InvalidInput, SteerError, UnknownDirection, printable
+from steer.errors import InvalidInput, RequestError, SteerError, UnknownDirection, printable
 from steer.registry import Move, Registry
 from steer.serve import metrics, policy
 from steer.serve.audit import Audit, AuditUnavailable
@@ -48,11 +48,13 @@ _moving: ContextVar[Caller | None] = ContextVar("steer_moving", default=None)
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One request, from before it is read to its end. `tokens` are charged to its key's rates and not yet used; `spec`
-    and what follows are of an admitted one, `line` is the audit line of its admission."""
+    """One request, from before it is read to its end. `tokens` are charged to its key's rates and not yet used, and
+    `answers` are what it counts for `requests_at_once`; `spec` and what follows are of an admitted one, `line` is the
+    audit line of its admission."""
 
     caller: Caller
     tokens: int = 0
+    answers: int = 1
     spec: Spec = field(default_factory=Spec)
     request_id: str = ""
     line: int | None = None
@@ -365,9 +367,20 @@ class Control:
                 self.shared.count_own(_at_once(name), 1)
         return Run(caller)
 
-    def reserve(self, run: Run, tokens: int) -> None:
-        """Take all the tokens that a request may come to. Raises Refusal (429)."""
+    def reserve(self, run: Run, tokens: int, answers: int = 1) -> None:
+        """Take all the tokens that a request may come to, and each of its answers as a request that runs. Raises
+        Refusal (429), and RequestError where these are more than the key may ever have."""
         rules, name = run.caller.rules, run.caller.name
+        if rules is not None and name is not None and answers > 1 and (limit := rules.requests_at_once) is not None:
+            if answers > limit:
+                raise RequestError(
+                    f"n: prompts × n are {answers} answers, and this key may have {limit} at once", param="n"
+                )
+            with self.shared.lock():
+                if self.shared.total(_at_once(name)) + answers - 1 > limit:
+                    raise _over("requests_at_once", rules, 1)
+                self.shared.count_own(_at_once(name), answers - 1)
+            run.answers = answers
         if rules is not None and name is not None and rules.tokens_per_minute is not None:
             with self.shared.lock():
                 self._check_rate("tokens_per_minute", self._tokens, run.caller, tokens)
@@ -378,7 +391,7 @@ class Control:
         """The request has ended, whatever became of it; what it took and did not use is given back."""
         rules, name = run.caller.rules, run.caller.name
         if rules is not None and name is not None:
-            self.shared.count_own(_at_once(name), -1)
+            self.shared.count_own(_at_once(name), -run.answers)
             self._tokens.charge(name, rules.tokens_per_minute, -run.tokens)
             run.tokens = 0
 

@@ -33,6 +33,7 @@ from steer.serve.body import (
     BODY,
     SIZE,
     Gone,
+    answer_count,
     check_size,
     parse_body,
     prompt_count,
@@ -131,7 +132,7 @@ class SteerMiddleware:
             check_kind(scope, JSON)
             data = await read_body(scope, receive, self.max_body)
             body, carried, wanted = await understood(partial(self._understand, data, scope), len(data))
-            control.reserve(run, tokens_of(body, len(data), self.context, scope["path"]))
+            control.reserve(run, tokens_of(body, len(data), self.context, scope["path"]), answer_count(body))
             admission = admit(
                 carried,
                 self.registry,

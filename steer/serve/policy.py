@@ -216,7 +216,7 @@ class KeyRules(Limits):
     metrics: Flag = Field(False, description="may it read /metrics, which tells of all directions")
     requests_per_minute: PerMinute | None = Field(None, description="generation requests in a minute")
     tokens_per_minute: PerMinute | None = Field(None, description="tokens of prompts and answers in a minute")
-    requests_at_once: AtOnce | None = Field(None, description="generation requests that may run at the same time")
+    requests_at_once: AtOnce | None = Field(None, description="answers (prompts × n) generated at the same time")
 
     @property
     def conditional(self) -> bool:

@@ -64,6 +64,11 @@ GENERATION_ROUTES: Mapping[str, tuple[str, ...]] = {
     "/v1/responses": ("background",),
     "/v1/messages": (),
 }
+#: What vLLM keeps after a request of the Responses API, where it keeps it, knows no keys.
+KEPT: Mapping[str, str] = {
+    "background": "what runs on without its request is in no key's limits",
+    "previous_response_id": "a stored answer may be another key's",
+}
 #: Where answers have choices, which the read-out and `steer_applied` go into. A server without one of these is none of
 #: ours.
 READ_ROUTES = ("/v1/chat/completions", "/v1/completions")
@@ -275,11 +280,16 @@ class Generation:
         if self.rendering is None:
             self.rendering = RenderingWatch(front.registry, internals.server.template_variables(scope["app"]))
         ticket: Ticket | None = None
+        control = control_of(scope["app"])
 
         def forward(body: dict[str, object], admission: Admission) -> None:
             nonlocal ticket
             xargs = body.get(carriers.XARGS) or {}
             check_absent(xargs, served=True)
+            if control.in_force is not None and not control.caller(scope).manages:
+                for field in KEPT:
+                    if body.get(field):
+                        raise unsupported(f"'{field}' needs a key with the managing role: {KEPT[field]}", field)
             if admission.readout:
                 check_one_answer(body)
             elif not admission.spec:
@@ -324,7 +334,7 @@ class Generation:
             max_body=MAX_BODY,
             forward=forward,
             readable=front.readable if self.reads else 0,
-            control=control_of(scope["app"]),
+            control=control,
             context=front.context,
             rendering=self.rendering,
         )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import hashlib
 import inspect
+import json
 import logging
 import pydoc
 import threading
@@ -20,6 +22,8 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import steer
@@ -749,3 +753,53 @@ def test_the_servers_hooks_are_as_before(llama: Any) -> None:
     steering = Steering(llama)
     assert not steering.attached
     assert not steering.watchers
+
+
+def test_the_digest_of_a_file_is_that_of_its_bytes(llama: Any, d: steer.Direction, tmp_path: Path) -> None:
+    """Also of a file that another version has written: a receipt names it, and is sent back."""
+    ours, written = tmp_path / "ours.safetensors", tmp_path / "written.safetensors"
+    d.save(ours)
+    with safe_open(ours, "pt") as file:
+        metadata = file.metadata()
+    meta = json.loads(metadata["steer"])
+    spaced = json.dumps(dict(reversed(meta.items())), indent=1)
+    save_file(load_file(ours), written, metadata=metadata | {"steer": spaced})
+    data = written.read_bytes()
+    assert data != ours.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    with steer.attach(llama, {"d": written}) as steering:
+        assert digest[:12] in repr(steering)
+        plain = logits(llama)
+        with steering({"direction": "d", "digest": digest}):
+            assert all(changed(logits(llama), plain))
+        steering.load("d", ours)
+        assert hashlib.sha256(ours.read_bytes()).hexdigest()[:12] in repr(steering)
+
+
+@pytest.mark.parametrize("specs", [[], (), ["off", "d"], ["d", None]])
+def test_a_list_is_one_spec_and_not_one_for_each_row(llama: Any, d: steer.Direction, specs: Any) -> None:
+    with steer.attach(llama, {"d": d}) as steering, pytest.raises(SpecError, match=r"steering\(\*specs\)"):
+        steering(specs)
+
+
+def test_reading_does_not_begin_in_the_midst_of_another_threads_generate(llama: Any, d: steer.Direction) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    class Waiting(tf.LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            begun.set()
+            assert go.wait(60)
+            return scores
+
+    with steer.attach(llama, {"d": d}) as steering:
+        thread = threading.Thread(
+            target=lambda: llama.generate(IDS, **GREEDY, logits_processor=tf.LogitsProcessorList([Waiting()]))
+        )
+        thread.start()
+        try:
+            assert begun.wait(60)
+            with pytest.raises(RuntimeError, match="another thread is under way, and would be read"):
+                steering.read("d").__enter__()
+        finally:
+            go.set()
+            thread.join()

@@ -859,6 +859,35 @@ def test_the_least_that_the_settings_allow_starts() -> None:
     engine.stop()
 
 
+def test_requests_that_all_leave_a_full_cache_hold_up_none_that_come() -> None:
+    """transformers takes no new ones after its cache was full until one has finished: one that left never does."""
+    steering = Steering(models.tiny("llama"))
+    engine = start_engine(steering, [2], context=128, capacity=64, cache_tokens=256)
+    assert isinstance(engine, BatchingEngine)
+    scheduler, long = engine._processor.scheduler, replace(GREEDY, max_tokens=96)
+
+    async def run() -> None:
+        streams = [engine.generate([*range(5, 25)], long, None) for _ in range(24)]
+        first = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        for _ in range(1000):
+            if scheduler.block_new_requests:
+                break
+            await asyncio.sleep(0.01)
+        assert scheduler.block_new_requests, "or the cache was never full"
+        for waiting in first:
+            waiting.cancel()
+        await asyncio.gather(*first, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
+        one = await asyncio.wait_for(anext(engine.generate([5, 6, 7], GREEDY, None)), 60)
+        assert one.id >= 0
+
+    try:
+        asyncio.run(run())
+    finally:
+        engine.stop()
+
+
 def test_a_server_does_not_start_where_no_engine_passes_its_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     right = internals.Decoding.logits
     monkeypatch.setattr(internals.Decoding, "logits", lambda self, inputs: right(self, inputs).flip(-1))

@@ -15,7 +15,7 @@ from steer.errors import DirectionError, SpecError, UnsupportedModel
 from steer.hf.steering import Anatomy, Steering
 from steer.names import MODES, Mode
 from steer.runtime.bank import EMBEDDING, HookPoint
-from steer.runtime.hook_points import find_writers, on_output
+from steer.runtime.hook_points import find_writers, hooks, on_output
 from tests import bad, models
 from tests.oracle import ablated, orthogonalised, reference_logits
 
@@ -349,3 +349,21 @@ def test_ablating_twice_is_ablating_once() -> None:
         torch.nn.functional.normalize(torch.randn(8, dtype=torch.float64), dim=0),
     )
     torch.testing.assert_close(ablated(ablated(x, v), v), ablated(x, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_stream_that_is_added_up_in_finer_numbers_than_it_begins_in(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = tf.MambaConfig(vocab_size=models.VOCABULARY, hidden_size=32, num_hidden_layers=3, state_size=4)
+    model = tf.MambaForCausalLM(config).to(dtype).eval()
+    direction = models.direction(model)
+    seen: list[torch.Tensor] = []
+    with steer.attach(model, {"d": direction}) as steering, steering("d:ablate"), torch.no_grad():
+        with hooks([on_output(model.backbone.layers[0], seen.append)]):
+            model(input_ids=torch.arange(3, 9)[None], use_cache=False)
+    assert (seen[0].dtype, len(seen)) == (torch.float32, 1)
+    assert (seen[0][0] @ direction.directions[0, 0]).abs().max() < 1e-5 * seen[0].norm(dim=-1).max()
+
+
+def test_no_stream_is_asked_to_be_finer_than_the_bank() -> None:
+    Steering(models.tiny("llama", torch.float64))

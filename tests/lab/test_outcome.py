@@ -128,8 +128,16 @@ def test_no_end_is_a_fault_where_a_limit_tells() -> None:
     assert fault(answer(list(range(7))), None, 8) is None
     assert fault(answer(list(range(8))), None, None) is None
     short, long = answer([1]), answer(list(range(8)))
-    assert ends([short] * 19 + [long], 8)
-    assert not ends([short] * 18 + [long] * 2, 8)
+    assert ends(REFUSAL, [short] * 19 + [long], 8)
+    assert not ends(REFUSAL, [short] * 18 + [long] * 2, 8)
+
+
+def test_refusals_do_not_tell_how_long_an_answer_is() -> None:
+    """They are short. Where the plain model only refuses, a limit that cuts sound answers is no sign of anything."""
+    refusal, sound = Answer([1, 2], "I'm sorry, I can't help with that."), answer(list(range(8)))
+    assert not ends(REFUSAL, [refusal] * 8, 8)
+    assert not ends(REFUSAL, [refusal] * 8 + [sound], 8)
+    assert ends(REFUSAL, [refusal] * 8 + [answer([1])], 8)
 
 
 def test_right_answers_are_never_called_broken() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -444,3 +445,41 @@ def test_log_probabilities_are_those_of_one_sequence_alone(tiny_folder: Path) ->
             alone = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
             assert row == pytest.approx(alone.numpy(), abs=1e-4)
     assert probe.log_probabilities(sequences[:1], None)[0] != pytest.approx(together[0], abs=1e-3)
+
+
+class WithoutChoice(tf.LlamaForCausalLM):
+    """Of the models whose `forward` cannot be asked for some of its logits, and takes any keyword all the same."""
+
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, past_key_values: Any = None, **more: Any
+    ) -> Any:
+        more.pop("logits_to_keep", None)
+        given = {"attention_mask": attention_mask, "past_key_values": past_key_values}
+        return super().forward(input_ids=input_ids, **given, **more)
+
+
+def test_divergences_of_a_model_that_gives_all_its_logits(tmp_path: Path) -> None:
+    models.save("llama", tmp_path)
+    loaded = load(str(tmp_path))
+    candidate = Candidate(models.direction(loaded.model, seed=1), "ablate", 0.7, tokens="first-3")
+    found = []
+    for kind in (type(loaded.model), WithoutChoice):
+        loaded.model.__class__ = kind
+        probe = HFEvaluator(loaded, Steering(loaded.model, rows=6, rank=2), max_tokens=TOKENS)
+        with probe.all_resident([candidate]) as (steer,):
+            found.append(probe.divergences(PROMPTS, probe.continuations(PROMPTS), steer))
+        probe.steering.detach()
+    assert all(row.max() > 1e-6 for row in found[0])
+    for one, other in zip(*found, strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-7)
+
+
+def test_a_model_without_a_cache_in_what_it_returns_says_so() -> None:
+    class Forgetting:
+        def forward(self, input_ids: Any, attention_mask: Any, past_key_values: Any, use_cache: Any) -> Any:
+            return SimpleNamespace(logits=torch.zeros(1, 1, 4))
+
+        __call__ = forward
+
+    with pytest.raises(UnsupportedModel, match="returns no past_key_values"):
+        last_logits(Forgetting(), torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.long))

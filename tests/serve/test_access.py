@@ -224,6 +224,7 @@ BYPASSES: dict[str, dict[str, Any]] = {
     "extra_body": {"json": {"extra_body": {"steer": "refusal"}}},
     "sampling_params": {"json": {"sampling_params": {"extra_args": {"steer": "refusal"}}}},
     "resolved": {"json": {"vllm_xargs": {"steer.resolved": '[{"direction":"refusal"}]'}}},
+    "a path that is a key": {"json": {"vllm_xargs.steer": "refusal"}},
     "a ticket": {"json": {"vllm_xargs": {"steer": "ticket:0123456789abcdef0123456789abcdef"}}},
     "a digest": {"json": {"steer": "0" * 64}},
     "a query": {"params": {"steer": "refusal"}},

@@ -9,6 +9,7 @@ import pytest
 from starlette.types import Message
 
 from steer.errors import NotFinite
+from steer.serve import asgi
 from steer.serve.asgi import Outgoing, is_event_stream, rewriting
 
 PIECES = (b"one ", b"two ", b"three")
@@ -63,6 +64,21 @@ def test_what_is_not_to_be_changed_goes_on_as_it_comes() -> None:
 )
 def test_event_streams(headers: Any, is_one: bool) -> None:
     assert is_event_stream({"type": "http.response.start", "status": 200, "headers": headers}) == is_one
+
+
+def test_a_client_that_does_not_read_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an answer held is let go when it is broken off, whether or not its last event gets through."""
+    monkeypatch.setattr(asgi, "LAST", 0.01)
+
+    async def send(_message: Message) -> None:
+        await asyncio.Event().wait()
+
+    async def run() -> None:
+        answer = Outgoing(send)
+        await asyncio.wait_for(answer.break_off(NotFinite()), 30)
+        assert answer.ended
+
+    asyncio.run(run())
 
 
 def test_an_answer_that_is_broken_off_begins_once() -> None:

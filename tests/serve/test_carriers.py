@@ -209,6 +209,7 @@ def test_the_case_of_the_header_means_nothing() -> None:
         ({"sampling_params": {"extra_args": {"steer": "x"}}}, "sampling_params.extra_args.steer"),
         ({"vllm_xargs": '{"steering": 1}'}, "vllm_xargs.steering"),
         ({"vllm_xargs": "steer=refusal"}, "vllm_xargs"),
+        ({"vllm_xargs.steer": "refusal"}, '"vllm_xargs.steer"'),
         ({"extra_headers": "X-Steer: refusal"}, "extra_headers"),
         ({"extra_body": {"extra_args": "temperature=0 STEER=refusal"}}, "extra_body.extra_args"),
         ({"requests": [{}, {"body": {"steer": "refusal"}}]}, "requests.1.body.steer"),

@@ -407,14 +407,16 @@ GATED = """
 hash = "{hash}"
 directions = ["*"]
 manage = true
-requests_at_once = 3
+requests_at_once = {at_once}
 tokens_per_minute = 1000
 """
 
 
-def gated(folder: Path, app: Any, on_kill: str = "finish") -> Inside:
+def gated(folder: Path, app: Any, on_kill: str = "finish", at_once: int = 3) -> Inside:
     """A policy with one key more, whose secret is `gated`, around an engine that waits."""
-    inside = Inside(folder, f'on_kill = "{on_kill}"\n{POLICY}{GATED.format(hash=keys.stored("gated"))}', app=app)
+    inside = Inside(
+        folder, f'on_kill = "{on_kill}"\n{POLICY}{GATED.format(hash=keys.stored("gated"), at_once=at_once)}', app=app
+    )
     inside.start()
     return inside
 
@@ -432,7 +434,7 @@ def test_what_runs_at_once_cannot_take_more_than_what_runs_one_after_the_other(t
             await go.wait()
             await engine(scope, receive, send)
 
-        inside = gated(tmp_path, waiting)
+        inside = gated(tmp_path, waiting, at_once=1000)
         big = BODY | {"n": 4, "max_tokens": 200}
         first = asyncio.create_task(inside.post(big, KEY))
         await asyncio.sleep(0)
@@ -444,6 +446,35 @@ def test_what_runs_at_once_cannot_take_more_than_what_runs_one_after_the_other(t
         go.set()
         assert [(await task)[0] for task in (first, small)] == [200, 200]
         assert (await inside.post(big, KEY))[0] == 200, "what was not used was given back"
+        inside.control.stop()
+
+    asyncio.run(run())
+
+
+def test_each_answer_of_a_request_is_one_at_once(tmp_path: Path) -> None:
+    """One request with many answers takes as much of the engine as many requests."""
+
+    async def run() -> None:
+        go = asyncio.Event()
+
+        async def waiting(scope: Any, receive: Any, send: Any) -> None:
+            await go.wait()
+            await engine(scope, receive, send)
+
+        inside = gated(tmp_path, waiting)
+        for body in ({"n": 4}, {"prompt": ["x"] * 2, "n": 2}, {"best_of": 4}):
+            status, _, told = await inside.post(BODY | body, KEY)
+            assert (status, json.loads(told)["error"]["param"]) == (400, "n"), body
+            assert "4 answers, and this key may have 3 at once" in json.loads(told)["error"]["message"]
+        running = asyncio.create_task(inside.post(BODY | {"n": 2}, KEY))
+        await asyncio.sleep(0)
+        assert (await inside.post(BODY | {"n": 2}, KEY))[0] == 429
+        one = asyncio.create_task(inside.post(BODY, KEY))
+        await asyncio.sleep(0)
+        assert (await inside.post(BODY, KEY))[0] == 429
+        go.set()
+        assert [(await task)[0] for task in (running, one)] == [200, 200]
+        assert (await inside.post(BODY | {"n": 3}, KEY))[0] == 200, "what had ended was given back"
         inside.control.stop()
 
     asyncio.run(run())
@@ -557,7 +588,7 @@ def test_what_runs_for_a_key_that_is_taken_away_ends_as_the_policy_says(
         asked = [asyncio.create_task(inside.post(BODY | {"steer": steer}, KEY)) for steer in ("off", "refusal")]
         other = asyncio.create_task(inside.post(BODY | {"steer": "refusal"}, bearer("all")))
         await asyncio.sleep(0.05)
-        more = GATED.format(hash=keys.stored("new")) if taken == "the secret" else ""
+        more = GATED.format(hash=keys.stored("new"), at_once=3) if taken == "the secret" else ""
         inside.write(f'on_kill = "{on_kill}"\n{POLICY}{more}')
         await asyncio.sleep(0.05)
         assert all(task.done() == (on_kill == "abort") for task in asked)

@@ -56,7 +56,7 @@ def rows_of(
 ) -> list[Row]:
     """Tell each answer by the behaviour's patterns, and keep the judges' verdicts beside that. Only a judge can tell
     that an answer is to something else, so that outcome is taken from them."""
-    limit_tells = ends(plain, max_tokens)
+    limit_tells = ends(behaviour, plain, max_tokens)
     found = []
     for i, (prompt, answer, beside) in enumerate(zip(prompts, answers, plain, strict=True)):
         said = {judge: given[i] for judge, given in (verdicts or {}).items()}

@@ -40,11 +40,11 @@ def tables(report: Report, *, paired: bool = True, table: Table = markdown) -> s
         parts.append(f"### {one.name}, {one.dataset.count} prompts\n\n" + _outcomes(one.arms, table))
         if any(arm.against_plain for arm in one.arms):
             parts.append(_differences(one.arms, table) if paired else sure(one.arms))
-        if not one.limit_tells:
-            cut = next(arm for arm in one.arms if arm.arm == PLAIN).unended
+        if not one.limit_tells and (cut := max(arm.unended for arm in one.arms)):
             parts.append(
-                f"{cut} of {one.dataset.count} plain answers were cut at {report.conditions.max_tokens} tokens, so "
-                "that an answer without an end is not counted as degenerate; with a larger --max-tokens it may be."
+                f"Up to {cut} of {one.dataset.count} answers were cut at {report.conditions.max_tokens} tokens. Plain "
+                "answers that are no refusals do not end before that either, so an answer without an end is not "
+                "counted as degenerate; with a larger --max-tokens it may be."
             )
     if report.agreements:
         agreed = [

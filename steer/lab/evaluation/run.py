@@ -108,7 +108,7 @@ class Evaluation:
                     name=title,
                     dataset=prompts.dataset,
                     multi_turn=sum(isinstance(p, Conversation) and p.several for p in prompts.prompts),
-                    limit_tells=ends(self.answers[title, PLAIN], self.plan.max_tokens),
+                    limit_tells=ends(self.plan.behaviour, self.answers[title, PLAIN], self.plan.max_tokens),
                     arms=arms_on_set(by_arm),
                 )
             )

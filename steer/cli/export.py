@@ -138,6 +138,8 @@ def bake(
         if lora:
             made = export_adapter(checkpoint, removed, output, base=model, verified=verify, progress=progress)
             told = f"an adapter of rank {loaded.rank} for {made.count} modules"
+            if checkpoint.config.get("tie_word_embeddings"):
+                told += "; do not merge it: the embedding is tied, and the unembedding would be edited with it"
         else:
             made = write_model(
                 checkpoint,

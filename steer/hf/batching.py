@@ -7,6 +7,8 @@ import asyncio
 import gc
 import itertools
 import logging
+import math
+import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from transformers.generation.continuous_batching.requests import GenerationOutput
 
 log = logging.getLogger("steer")
+#: Seconds without a pass, while requests wait, after which the engine is taken to stand still. No pass takes as long.
+STUCK = 300.0
 #: On a CPU the manager would otherwise take all memory for its cache.
 CPU_PAGE, CPU_CACHE_TOKENS, CPU_BATCH_TOKENS = 32, 16384, 512
 
@@ -74,6 +78,7 @@ class BatchingEngine(Engine):
         self._requests: dict[str, _Running] = {}
         self._scorer = ThreadPoolExecutor(1, thread_name_prefix="steer-score")
         self._fault: BaseException | None = None  # what ended the model's thread
+        self._moved = time.monotonic()  # when there was a pass last, or no request that waits for one
         #: The requests of the running pass in its order, each with its tokens, and those of them that are read.
         self._passing: list[tuple[_Running | None, int]] = []
         self._readers: list[_Running] = []
@@ -116,12 +121,16 @@ class BatchingEngine(Engine):
 
     @property
     def healthy(self) -> bool:
-        return bool(self.manager.is_running()) and self.manager.background_thread_status.fatal_error is None
+        """Not where the model's thread has ended, nor where requests have waited for STUCK seconds without a pass."""
+        running = bool(self.manager.is_running()) and self.manager.background_thread_status.fatal_error is None
+        return running and (not self._requests or time.monotonic() - self._moved < STUCK)
 
     async def answer(
         self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: Readout | None = None
     ) -> AsyncGenerator[Token, None]:
         request_id = f"steer-{next(self._numbers)}"
+        if not self._requests:
+            self._moved = time.monotonic()
         arrivals: asyncio.Queue[GenerationOutput] = asyncio.Queue()
         running = self._requests[request_id] = _Running(steer, read, Sampler(sampling, prompt, self.eos_ids), [])
         self.manager.register_result_handler(request_id, arrivals.put_nowait)
@@ -166,9 +175,11 @@ class BatchingEngine(Engine):
             pause.__enter__()
         except RuntimeError as error:
             raise EngineFailed(f"the engine has failed: {error}") from (self._fault or error)
+        self._moved = math.inf
         try:
             yield
         finally:
+            self._moved = time.monotonic()
             pause.__exit__(None, None, None)
 
     @contextmanager
@@ -179,7 +190,10 @@ class BatchingEngine(Engine):
     def _prepare(self) -> bool:
         """Model thread, before each forward pass: the token index follows the packed order of the batch."""
         let_in(self._processor)
-        if not self._prepare_next_batch():
+        found = self._prepare_next_batch()
+        if found or not self._requests:
+            self._moved = time.monotonic()
+        if not found:
             return False
         batch = self._processor.inputs_and_outputs.requests_in_batch
         tokens = self._processor.inputs_and_outputs.input_ids, self._processor.inputs_and_outputs.position_ids

@@ -888,6 +888,30 @@ def test_requests_that_all_leave_a_full_cache_hold_up_none_that_come() -> None:
         engine.stop()
 
 
+def test_an_engine_that_takes_no_requests_is_not_healthy(llama: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = llama.engine
+    assert isinstance(engine, BatchingEngine)
+    monkeypatch.setattr(batching, "STUCK", 0.05)
+
+    async def until(state: bool) -> None:
+        for _ in range(1200):
+            if engine.healthy is state:
+                return
+            await asyncio.sleep(0.05)
+        raise AssertionError(f"healthy is not {state}")
+
+    async def run() -> None:
+        assert engine.healthy, "with nothing to do, however long"
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_prepare_next_batch", lambda: False)
+            waiting = asyncio.ensure_future(llama.tokens([5, 6, 7], None))
+            await until(False)
+        assert len(await waiting) == GREEDY.max_tokens
+        assert engine.healthy
+
+    asyncio.run(run())
+
+
 def test_a_server_does_not_start_where_no_engine_passes_its_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     right = internals.Decoding.logits
     monkeypatch.setattr(internals.Decoding, "logits", lambda self, inputs: right(self, inputs).flip(-1))

@@ -149,6 +149,9 @@ def search(
     """
     engine = opt.EngineOptions(backend, model, ctx.args, opening)
     _check_output(pick, output)
+    most = -(-trials // group) * group
+    if pick is not None and pick >= most and not folder.exists():
+        raise InvalidInput(f"--pick: {pick} is no trial of a search of {most}, which has those from 0 to {most - 1}")
     choices = opt.Choices.model_validate({"batch_size": batch_size})
     sets = read_prompts(harmful), read_prompts(harmless)
     rendering = rendered.rendering()

@@ -366,7 +366,7 @@ def report(fitted: Fitted) -> list[str]:
             described(one.recipe),
             f"{sum(figures.asked)} of {len(figures.asked)}",
             f"{figures.kl:.4f}",
-            "← chosen" if figures is mine else "stopped" if figures.stopped else "",
+            "chosen" if figures is mine else "stopped" if figures.stopped else "",
         ]
         for one in fitted.finalists
         if (figures := one.figures) is not None
@@ -379,13 +379,13 @@ def report(fitted: Fitted) -> list[str]:
     count, harmless = len(mine.asked), len(mine.other)
     made = " + ".join(str(one.count) for one in (chosen.harmful, chosen.harmless) if one is not None)
     lines = [
-        shown(("layer", "direction", behaviour, "N-token KL", ""), rows),
+        shown(("layer", "direction", behaviour, "N-token KL", "note"), rows),
         f"made from {made} prompts, tried on {count} + {harmless}{' others' if fitted.held_out else ' of the same'}",
         f"harmful: {behaviour} in {sum(plain.asked)} plain answers, "
         f"in {sum(mine.asked)} with it ({low:.0f} to {high:.0f} %)"
-        + (f"; no answer in {sum(plain.lost)}, {sum(mine.lost)} with it" if any(mine.lost + plain.lost) else ""),
-        f"harmless: {behaviour} in {sum(plain.other)} plain answers, in {sum(mine.other)} with it; no answer in "
-        f"{sum(plain.faulty)}, {sum(mine.faulty)} with it; N-token KL {mine.kl:.4f} ({least:.4f} to {most:.4f})",
+        + (f"; lost: {sum(plain.lost)} plain, {sum(mine.lost)} with it" if any(mine.lost + plain.lost) else ""),
+        f"harmless: {behaviour} in {sum(plain.other)} plain answers, in {sum(mine.other)} with it; lost: "
+        f"{sum(plain.faulty)} plain, {sum(mine.faulty)} with it; N-token KL {mine.kl:.4f} ({least:.4f} to {most:.4f})",
     ]
     if mine.rate_left > LEFT:
         lines.append(f"warning: more than {LEFT:.0%} are left; `steer search` tries more")

@@ -119,7 +119,7 @@ def test_the_report_says_what_was_found_and_what_is_left(fitted: Fitted) -> None
     assert meta.harmless is not None
     assert f"made from {meta.harmful.count} + {meta.harmless.count} prompts, tried on 12 + 12 others" in told
     assert f"harmful: refusal in {sum(fitted.plain.asked)} plain answers" in told
-    assert "← chosen" in told
+    assert "chosen" in told
     assert ("more than 5 % are left" in told) == (fitted.figures.rate_left > 0.05)
     assert described(Recipe(make_method("slerp", {"t": 0.5}), 1, winsorize=0.9, mode="one_sided", target=0.0)) == (
         "slerp t=0.5 winsorized 0.9, one_sided target 0"

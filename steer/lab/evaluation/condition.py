@@ -126,10 +126,12 @@ def told(found: ChosenCondition, split: Split) -> list[str]:
     """What was found, and its errors on prompts that did not choose it, for a terminal."""
     missed, caught = Rate.of([not met for met in found.harmful]), Rate.of(found.harmless)
     rows = [[str(cut.condition), f"{cut.accuracy:.1%}", ""] for cut in found.front]
-    rows[-1][-1] = "← chosen"
+    rows[-1][-1] = "chosen"
     spec = text([RequestedDirection(found.condition.direction, condition=found.condition)])
     return [
-        shown(("condition", f"balanced accuracy on {len(split.harmful)} + {len(split.harmless)} prompts", ""), rows),
+        shown(
+            ("condition", f"balanced accuracy on {len(split.harmful)} + {len(split.harmless)} prompts", "note"), rows
+        ),
         f"on prompts that did not choose it: balanced accuracy {_percent(found.balanced)}, AUC {found.auc:.3f}",
         f"{split.tried_harmful.name}: {missed} do not meet it (false negatives)",
         f"{split.tried_harmless.name}: {caught} meet it (false positives)",

@@ -224,17 +224,17 @@ def test_derive_inspect_eval(
 
 
 def test_a_calibrated_direction_says_how_far_no_harm_was_seen(tmp_path: Path) -> None:
-    """The embedded model answers nothing any more where the component is made longer or turned round."""
+    """The embedded model answers nothing any more where the component is made longer."""
     sets = [tmp_path / "harmful.txt", tmp_path / "harmless.txt"]
     for path, name in zip(sets, ("refused", "harmless"), strict=True):
         lines = (Path(MODEL).parent / "prompts" / f"{name}.test.txt").read_text().splitlines()[:8]
         path.write_text("\n".join(lines) + "\n")
     options = ["--direction", str(ROOT / "directions" / "refusal.safetensors"), "--mode", "ablate"]
-    options += ["--harmful", str(sets[0]), "--harmless", str(sets[1]), "--max-tokens", "24"]
+    options += ["--harmful", str(sets[0]), "--harmless", str(sets[1]), "--max-tokens", "48"]
     output = tmp_path / "calibrated.safetensors"
     told = run("eval", str(MODEL), *options, "--strengths", "-1,0.5,2", "--calibrate", str(output)).stderr
-    assert "no harm seen for ablate from 0 to 0.5" in told
-    assert Direction.load(output).meta.calibrated == {"ablate": (0.0, 0.5)}
+    assert "no harm seen for ablate from 0 to 2" in told
+    assert Direction.load(output).meta.calibrated == {"ablate": (0.0, 2.0)}
     told = run("eval", str(MODEL), *options, "--calibrate", str(output), code=2).stderr
     assert "--calibrate: is for one --direction and several --strengths" in told
 

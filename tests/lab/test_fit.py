@@ -168,7 +168,7 @@ def test_what_is_tried_is_what_is_written(measured: Measurement) -> None:
 
 def test_a_model_that_does_not_show_it_is_told_at_once(tried: HFEvaluator, split: Split, measured: Measurement) -> None:
     answered = replace(split, tried_harmful=split.tried_harmless)
-    with pytest.raises(NothingFound, match="the plain model shows 'refusal' in 0 of 12 answers"):
+    with pytest.raises(NothingFound, match="the plain model shows 'refusal' in 0 of the 12 answers"):
         fit(measured, Recipe(), CHOICE, answered, tried)
 
 

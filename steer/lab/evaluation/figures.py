@@ -19,7 +19,7 @@ from steer.lab.behaviour import Behaviour
 from steer.lab.evaluation.arms import PLAIN
 from steer.lab.evaluation.report import Agreement, ArmOnSet, Difference, Judged, PerplexityOf, Rate, TextResult
 from steer.lab.evaluator import Evaluator, Floats, Steer
-from steer.lab.outcome import FAULTS, OUTCOMES, Answer, Fault, Outcome, Told, ends, tell, unended
+from steer.lab.outcome import FAULTS, OUTCOMES, Answer, Fault, Outcome, Told, tell, unended
 from steer.lab.prompts import Prompt, prompt_of
 from steer.lab.statistics import (
     Estimate,
@@ -53,10 +53,10 @@ def rows_of(
     max_tokens: int,
     right: Sequence[bool] | None = None,
     verdicts: Mapping[str, Sequence[Outcome | None]] | None = None,
+    limit_tells: bool = False,
 ) -> list[Row]:
     """Tell each answer by the behaviour's patterns, and keep the judges' verdicts beside that. Only a judge can tell
-    that an answer is to something else, so that outcome is taken from them."""
-    limit_tells = ends(behaviour, plain, max_tokens)
+    that an answer is to something else, so that outcome is taken from them. `limit_tells`: see `ends`."""
     found = []
     for i, (prompt, answer, beside) in enumerate(zip(prompts, answers, plain, strict=True)):
         said = {judge: given[i] for judge, given in (verdicts or {}).items()}

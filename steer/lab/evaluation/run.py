@@ -108,7 +108,7 @@ class Evaluation:
                     name=title,
                     dataset=prompts.dataset,
                     multi_turn=sum(isinstance(p, Conversation) and p.several for p in prompts.prompts),
-                    limit_tells=ends(self.plan.behaviour, self.answers[title, PLAIN], self.plan.max_tokens),
+                    limit_tells=self._limit_tells(title),
                     arms=arms_on_set(by_arm),
                 )
             )
@@ -156,7 +156,15 @@ class Evaluation:
             verdicts = {judge.name: self._verdicts(judge, title, name, prompts, texts) for judge in self.plan.judges}
         known = right(self.plan.expected, prompts.prompts, texts)
         plain = self.answers[title, PLAIN]
-        return rows_of(self.plan.behaviour, prompts.prompts, given, plain, self.plan.max_tokens, known, verdicts)
+        limit, tells = self.plan.max_tokens, self._limit_tells(title)
+        return rows_of(self.plan.behaviour, prompts.prompts, given, plain, limit, known, verdicts, tells)
+
+    def _limit_tells(self, title: str) -> bool:
+        """Does a set's limit tell a runaway answer? By the plain answers to it and to harmless prompts (`ends`)."""
+        plain = [
+            self.answers[name, PLAIN] for name in dict.fromkeys((title, HARMLESS)) if (name, PLAIN) in self.answers
+        ]
+        return ends(self.plan.behaviour, [answer for answers in plain for answer in answers], self.plan.max_tokens)
 
     def _conditions(self, prompts: PromptSet, arm: Arm | None) -> dict[str, Any]:
         return {"sha256": prompts.sha256, "max_tokens": self.plan.max_tokens} | _identity(arm)

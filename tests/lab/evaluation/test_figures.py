@@ -60,7 +60,7 @@ answers = st.sampled_from([REFUSED, GOOD, LOOP, NOTHING, SHORT, LATE, RUNAWAY, T
 
 
 def outcome(answer: Answer, beside: Answer) -> tuple[str, str | None]:
-    (told,) = rows_of(REFUSAL, ["How?"], [answer], [beside], 64)
+    (told,) = rows_of(REFUSAL, ["How?"], [answer], [beside], 64, limit_tells=True)
     return told.outcome, told.fault
 
 

@@ -36,7 +36,7 @@ from steer.lab.evaluation.figures import (
 from steer.lab.evaluation.pages import sure
 from steer.lab.evaluation.report import ArmOnSet, Difference, Rate
 from steer.lab.evaluator import Candidate, Evaluator
-from steer.lab.outcome import OUTCOMES, Answer, Outcome
+from steer.lab.outcome import OUTCOMES, Answer, Outcome, ends
 from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import Conversation, read_prompts
 from steer.lab.statistics import cohens_kappa, holm, mcnemar
@@ -59,8 +59,8 @@ RUNAWAY = Answer(list(range(64)), "First get flour, then get water, then get sal
 answers = st.sampled_from([REFUSED, GOOD, LOOP, NOTHING, SHORT, LATE, RUNAWAY, THOUGHT, CUT])
 
 
-def outcome(answer: Answer, beside: Answer) -> tuple[str, str | None]:
-    (told,) = rows_of(REFUSAL, ["How?"], [answer], [beside], 64, limit_tells=True)
+def outcome(answer: Answer, beside: Answer, tells: bool = True) -> tuple[str, str | None]:
+    (told,) = rows_of(REFUSAL, ["How?"], [answer], [beside], 64, limit_tells=tells)
     return told.outcome, told.fault
 
 
@@ -87,7 +87,7 @@ def test_length_is_not_compared_with_a_refusal_or_a_loop(beside: Answer) -> None
 
 
 def test_no_end_is_no_fault_where_the_plain_model_does_not_end_either() -> None:
-    assert outcome(RUNAWAY, RUNAWAY) == ("complied", None)
+    assert outcome(RUNAWAY, RUNAWAY, ends(REFUSAL, [RUNAWAY], 64)) == ("complied", None)
 
 
 def test_a_right_answer_complies() -> None:

@@ -421,6 +421,16 @@ def gated(folder: Path, app: Any, on_kill: str = "finish", at_once: int = 3) -> 
     return inside
 
 
+def after(go: asyncio.Event) -> Any:
+    """The engine, which does not begin before `go`."""
+
+    async def waiting(scope: Any, receive: Any, send: Any) -> None:
+        await go.wait()
+        await engine(scope, receive, send)
+
+    return waiting
+
+
 KEY = {"Authorization": "Bearer gated"}
 
 
@@ -429,12 +439,7 @@ def test_what_runs_at_once_cannot_take_more_than_what_runs_one_after_the_other(t
 
     async def run() -> None:
         go = asyncio.Event()
-
-        async def waiting(scope: Any, receive: Any, send: Any) -> None:
-            await go.wait()
-            await engine(scope, receive, send)
-
-        inside = gated(tmp_path, waiting, at_once=1000)
+        inside = gated(tmp_path, after(go), at_once=1000)
         big = BODY | {"n": 4, "max_tokens": 200}
         first = asyncio.create_task(inside.post(big, KEY))
         await asyncio.sleep(0)
@@ -456,12 +461,7 @@ def test_each_answer_of_a_request_is_one_at_once(tmp_path: Path) -> None:
 
     async def run() -> None:
         go = asyncio.Event()
-
-        async def waiting(scope: Any, receive: Any, send: Any) -> None:
-            await go.wait()
-            await engine(scope, receive, send)
-
-        inside = gated(tmp_path, waiting)
+        inside = gated(tmp_path, after(go))
         for body in ({"n": 4}, {"prompt": ["x"] * 2, "n": 2}, {"best_of": 4}):
             status, _, told = await inside.post(BODY | body, KEY)
             assert (status, json.loads(told)["error"]["param"]) == (400, "n"), body
@@ -483,12 +483,7 @@ def test_each_answer_of_a_request_is_one_at_once(tmp_path: Path) -> None:
 def test_a_key_has_so_many_requests_at_once(tmp_path: Path) -> None:
     async def run() -> None:
         go = asyncio.Event()
-
-        async def waiting(scope: Any, receive: Any, send: Any) -> None:
-            await go.wait()
-            await engine(scope, receive, send)
-
-        inside = gated(tmp_path, waiting)
+        inside = gated(tmp_path, after(go))
         running = [asyncio.create_task(inside.post(BODY | {"steer": steer}, KEY)) for steer in ("off", "refusal", None)]
         await asyncio.sleep(0)
         status, told, body = await inside.post(BODY, KEY)

@@ -43,8 +43,8 @@ def tables(report: Report, *, paired: bool = True, table: Table = markdown) -> s
         if not one.limit_tells and (cut := max(arm.unended for arm in one.arms)):
             parts.append(
                 f"Up to {cut} of {one.dataset.count} answers were cut at {report.conditions.max_tokens} tokens. Plain "
-                "answers that are no refusals do not end before that either, so an answer without an end is not "
-                "counted as degenerate; with a larger --max-tokens it may be."
+                "answers that do not show the behaviour do not end before that either, so an answer without an end is "
+                "not counted as degenerate; with a larger --max-tokens it may be."
             )
     if report.agreements:
         agreed = [
@@ -191,8 +191,8 @@ def sure(arms: Sequence[ArmOnSet]) -> str:
     lines = []
     for arm in arms:
         if found := arm.against_plain:
-            sure = [f"{name} {_signed(d)}" for name, d in found.items() if d.p_holm is not None and d.p_holm < SURE]
-            told = f"{', '.join(sure)}; other differences" if sure else "all differences"
+            named = [f"{name} {_signed(d)}" for name, d in found.items() if d.p_holm is not None and d.p_holm < SURE]
+            told = f"{', '.join(named)}; other differences" if named else "all differences"
             line = f"{arm.arm} less plain: {told} may be chance (p ≥ {SURE:g})"
             lines.append(wrapped(line, terminal_width(), further="  "))
     return "\n".join(lines)

@@ -101,14 +101,15 @@ class Evaluation:
         told: dict[tuple[str, str], list[Row]] = {}
         sets = []
         for title, prompts in self.plan.sets.items():
-            by_arm = {name: self._told(title, prompts, name) for name in (PLAIN, *(arm.name for arm in self.plan.arms))}
+            tells, names = self._limit_tells(title), (PLAIN, *(arm.name for arm in self.plan.arms))
+            by_arm = {name: self._told(title, prompts, name, tells) for name in names}
             told |= {(title, name): rows for name, rows in by_arm.items()}
             sets.append(
                 SetResult(
                     name=title,
                     dataset=prompts.dataset,
                     multi_turn=sum(isinstance(p, Conversation) and p.several for p in prompts.prompts),
-                    limit_tells=self._limit_tells(title),
+                    limit_tells=tells,
                     arms=arms_on_set(by_arm),
                 )
             )
@@ -148,15 +149,15 @@ class Evaluation:
         self._planned({DOSES: 0.0})
         return doses
 
-    def _told(self, title: str, prompts: PromptSet, name: str) -> list[Row]:
-        """What became of the answers to a set in the arm `name`."""
+    def _told(self, title: str, prompts: PromptSet, name: str, tells: bool) -> list[Row]:
+        """What became of the answers to a set in the arm `name`; `tells`: its limit does."""
         given = self.answers[title, name]
         texts = [answer.text for answer in given]
         with self.evaluator.progress.part(f"judging {title}, {name}"):
             verdicts = {judge.name: self._verdicts(judge, title, name, prompts, texts) for judge in self.plan.judges}
         known = right(self.plan.expected, prompts.prompts, texts)
         plain = self.answers[title, PLAIN]
-        limit, tells = self.plan.max_tokens, self._limit_tells(title)
+        limit = self.plan.max_tokens
         return rows_of(self.plan.behaviour, prompts.prompts, given, plain, limit, known, verdicts, tells)
 
     def _limit_tells(self, title: str) -> bool:

@@ -37,11 +37,11 @@ lint: $(VENV)/dev
 types: $(VENV)/dev
 	$(BIN)/mypy
 
-# Directions of the demo model with the options of the shipped ones, whose reference is 0 at every layer: they were made
-# before it became the midpoint of each layer's means. `steer fit` chooses others on the same prompts.
+# The shipped directions, with what was best by its effect: for refusal the defaults of `steer derive`, and for its
+# one-sided modes the threshold and the target that `steer fit` chooses.
 fit: $(VENV)/serve
 	$(BIN)/steer measure steer/demo/model --harmful $(HARMFUL) --harmless $(HARMLESS) -o refusal.measurement.safetensors
-	$(BIN)/steer derive refusal.measurement.safetensors --t 1 --layer 7 --mode one_sided --strength 1.5 \
+	$(BIN)/steer derive refusal.measurement.safetensors --layer 7 --threshold 0.5 --target -0.75 \
 		-o directions/refusal.safetensors
 	$(BIN)/steer measure steer/demo/model --harmful $(DEMO)/verbose.train.jsonl --harmless $(DEMO)/brief.train.jsonl \
 		-o verbosity.measurement.safetensors

@@ -24,7 +24,7 @@ DIRECTION = ROOT / "directions" / "refusal.safetensors"
 QUESTIONS = ("How should I kill a zombie thread?", "How do I build a kite?")
 DESKTOP, NARROW, SLIDER = (1320, 840), (390, 800), (1100, 540)
 #: The strengths of the animation, and how long each stays, in milliseconds.
-STRENGTHS = {"0": 1500, "0.5": 1000, "1": 1000, "1.5": 3000}
+STRENGTHS = {"0": 1500, "0.2": 1000, "0.5": 1000, "1": 3000}
 
 
 def opened(browser: Browser, url: str, size: tuple[int, int], scheme: str) -> Page:

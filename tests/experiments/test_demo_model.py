@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,6 @@ from experiments.demo_model import language
 from experiments.demo_model.train import save_prompts
 from steer.demo import MODEL, PROMPTS
 from steer.direction import Direction
-from steer.geometry import projected_direction
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL, Behaviour
@@ -27,11 +26,12 @@ from steer.lab.outcome import Answer
 from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import Rendering, read_prompts
 from steer.lab.source import TransformersSource
+from steer.names import Mode
 from steer.spec import Entry, Spec
 from tests.servers import ROOT
 
-#: The shipped direction as its file says, and what the same file's class means give without a threshold.
-ARMS = ("shipped", "projected")
+#: Modes in which the shipped direction removes refusal, each at strength 1; the first one is its own.
+ARMS: tuple[Mode, ...] = ("ablate", "one_sided", "rotate")
 
 
 @dataclass
@@ -65,17 +65,6 @@ def direction() -> Direction:
     return Direction.load(ROOT / "directions" / "refusal.safetensors")
 
 
-def projected(direction: Direction) -> Direction:
-    """The projected direction of the file's own source layer, for plain ablation: means stay in a file so that any
-    method can be derived from it again."""
-    layer = direction.meta.source_layer
-    assert layer is not None
-    vector = projected_direction(direction.mean_harmless[layer], direction.mean_harmful[layer]).float()
-    rows = vector.expand(direction.layers, 1, -1).contiguous()
-    changed = direction.with_meta(method="projected", parameters={}, mode="ablate", strength=1.0)
-    return replace(changed, directions=rows)
-
-
 @pytest.fixture(scope="module")
 def measured(loaded: Loaded, direction: Direction) -> Measured:
     prompts: dict[str, tuple[str, ...]] = {
@@ -85,8 +74,8 @@ def measured(loaded: Loaded, direction: Direction) -> Measured:
     out = Measured({}, {}, prompts)
     for cls in language.CLASSES:
         out.answers[cls, "plain"] = probe.answers(prompts[cls], None)
-    for arm, made in zip(ARMS, (direction, projected(direction)), strict=True):
-        with probe.all_resident([Candidate(made, made.meta.mode, made.meta.strength)]) as (steer,):
+    for arm in ARMS:
+        with probe.all_resident([Candidate(direction, arm, 1.0)]) as (steer,):
             for cls in language.CLASSES:
                 out.answers[cls, arm] = probe.answers(prompts[cls], steer)
             plain = out.answers["harmless", "plain"]
@@ -132,10 +121,10 @@ def test_harmless_answers_keep_their_facts(measured: Measured, arm: str) -> None
     assert measured.divergence[arm].mean <= 0.0005
 
 
-def test_the_shipped_direction_is_one_sided_slerp(direction: Direction) -> None:
-    assert direction.meta.mode == "one_sided"
-    assert direction.meta.method == "slerp"
-    assert not direction.reference.any(), "at t = 1 the threshold is the bisector"
+def test_the_shipped_direction_is_what_derive_makes_by_itself(direction: Direction) -> None:
+    meta, default = direction.meta, Recipe()
+    assert (meta.method, meta.parameters["t"]) == ("slerp", default.method.model_dump()["t"])
+    assert (meta.mode, meta.strength) == (default.mode, default.strength)
 
 
 def test_held_out_prompts_were_held_out() -> None:
@@ -170,28 +159,32 @@ def test_the_direction_says_where_it_comes_from(direction: Direction) -> None:
     assert meta.bos_count == 1
     assert meta.harmful is not None
     assert meta.harmful.sha256 == read_prompts(str(PROMPTS / "refused.train.txt")).sha256
-    assert meta.selection["candidates"], "the source layer was chosen by measurement"
 
 
 @pytest.mark.parametrize(
-    ("name", "harmful", "harmless"),
+    ("name", "harmful", "harmless", "recipe"),
     [
-        ("refusal", "refused.train.txt", "harmless.train.txt"),
-        ("verbosity", "verbose.train.jsonl", "brief.train.jsonl"),
+        ("refusal", "refused.train.txt", "harmless.train.txt", Recipe(layer=7, threshold=0.5, target=-0.75)),
+        (
+            "verbosity",
+            "verbose.train.jsonl",
+            "brief.train.jsonl",
+            Recipe(make_method("slerp", {"t": 1}), layer=7, mode="one_sided", strength=2.5),
+        ),
     ],
 )
 def test_the_shipped_files_are_made_of_the_shipped_prompts(
-    loaded: Loaded, name: str, harmful: str, harmless: str
+    loaded: Loaded, name: str, harmful: str, harmless: str, recipe: Recipe
 ) -> None:
-    """By the options of `make fit`, but for the threshold of `one_sided`."""
+    """By the options of `make fit`."""
     shipped = Direction.load(ROOT / "directions" / f"{name}.safetensors")
     sets = [read_prompts(str(PROMPTS / file)) for file in (harmful, harmless)]
-    again = derive(
-        measure(TransformersSource(loaded), sets[0], sets[1]), Recipe(make_method("slerp", {"t": 1}), layer=7)
-    )
-    torch.testing.assert_close(again.directions, shipped.directions, atol=1e-4, rtol=0)
-    for mean in ("mean_harmful", "mean_harmless"):
-        torch.testing.assert_close(getattr(again, mean), getattr(shipped, mean), atol=1e-2, rtol=1e-4)
+    again = derive(measure(TransformersSource(loaded), sets[0], sets[1]), recipe)
+    assert (again.meta.mode, again.meta.strength) == (shipped.meta.mode, shipped.meta.strength)
+    made, kept = again.tensors(), shipped.tensors()
+    assert made.keys() == kept.keys()
+    for tensor in made:
+        torch.testing.assert_close(made[tensor], kept[tensor], atol=1e-2, rtol=1e-4)
 
 
 def test_a_second_behaviour_is_removed_where_the_model_has_it_as_one_choice(loaded: Loaded, measured: Measured) -> None:
@@ -209,10 +202,10 @@ def test_a_second_behaviour_is_removed_where_the_model_has_it_as_one_choice(load
 
 def test_both_behaviours_are_removed_at_once(loaded: Loaded) -> None:
     prompts = [p.text for p in language.prompts("test", "refused") if p.task.kind == "howto"][:50]
-    steering = Steering(loaded.model, rows=2)
+    steering = Steering(loaded.model, rows=4)
     for name in ("refusal", "verbosity"):
         steering.bank.load(name, Direction.load(ROOT / "directions" / f"{name}.safetensors"))
-    entries = (Entry("refusal", "refusal", "one_sided", 1.5), Entry("verbosity", "verbosity", "one_sided", 2.5))
+    entries = (Entry("refusal", "refusal", "ablate", 1.0), Entry("verbosity", "verbosity", "one_sided", 2.5))
     answers = [a.text for a in HFEvaluator(loaded, steering, max_tokens=48).answers(prompts, Spec(entries))]
     assert share(map(REFUSAL.shown, answers)) <= 0.06
     assert share(map(Behaviour.load("verbosity").shown, answers)) <= 0.1

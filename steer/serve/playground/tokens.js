@@ -5,6 +5,9 @@ import { $, el, shown, svg } from "./dom.js";
 /** What the page colours by: a direction's name, one of its rows, and a layer's number. */
 export const look = { view: "before", name: null, row: 0, layer: 0, relative: false };
 
+/** A component below this share of the stream's norm is what rounding leaves of one that was removed. */
+const NONE = 1e-4;
+
 /** Tokens as they come: `add` takes the choices of streamed chunks. */
 export class Tokens {
   constructor(box) {
@@ -45,8 +48,10 @@ export class Tokens {
   /** One more token, which stands in the text as `text`: number `i` of the report `read`. */
   put(text, token, read, i) {
     if (!this.layers) Object.assign(this, { layers: read.layers, lines: read.directions });
-    const span = this.span(text), values = (side) => read.directions.map((line) => line[side][i]);
-    this.items.push({ span, token, norms: read.norms[i], before: values("before"), after: values("after") });
+    const span = this.span(text), norms = read.norms[i];
+    const real = (value, at) => (Math.abs(value) < NONE * norms[at] ? 0 : value);
+    const values = (side) => read.directions.map((line) => line[side][i].map(real));
+    this.items.push({ span, token, norms, before: values("before"), after: values("after") });
     this.waiting.before(span);
     this.box.tabIndex = 0;
   }
@@ -72,7 +77,7 @@ export class Tokens {
     for (const item of this.items) {
       const value = look.view === "off" ? null : this.value(item);
       const much = value === null ? 0 : Math.min(1, Math.abs(value) / (scale || 1));
-      const share = `${(much * 72).toFixed(1)}%`, kind = value === null ? "" : value > 0 ? "up" : "down";
+      const share = `${(much * 72).toFixed(1)}%`, kind = !value ? "" : value > 0 ? "up" : "down";
       if (item.kind === kind && item.share === share) continue; // most tokens of a long answer, in most frames
       Object.assign(item, { kind, share });
       item.span.classList.remove("up", "down");

@@ -18,7 +18,7 @@ from steer.direction import Direction
 from steer.errors import DegenerateError
 from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe, derive, separated
-from steer.lab.evaluator import Candidate, Evaluator, answers_of_each, divergences_of_each, parts
+from steer.lab.evaluator import Candidate, Evaluator, parts
 from steer.lab.measurement import Measurement
 from steer.lab.progress import answering
 from steer.lab.race import Figures
@@ -104,8 +104,8 @@ class Trial:
         for arms in self._missing("choosing layers", self.candidates(), _sweep_key, work):
             plain = plain or self.evaluator.continuations(other)
             with self.evaluator.all_resident([self._candidate(arm) for arm in arms]) as steers:
-                answers = answers_of_each(self.evaluator, asked, steers, known=self.behaviour.decided)
-                kls = divergences_of_each(self.evaluator, other, plain, steers)
+                answers = self.evaluator.answers_of_each(asked, steers, known=self.behaviour.decided)
+                kls = self.evaluator.divergences_of_each(other, plain, steers)
             for arm, given, kl in zip(arms, answers, kls, strict=True):
                 refused = [self.behaviour.shown(answer.text) for answer in given]
                 self.ledger.put(_sweep_key(arm), {"refused": _bits(refused), "kl": kl})
@@ -140,8 +140,8 @@ class Trial:
         for some in self._missing("held-out prompts", arms, _test_key, work):
             plain = plain or self.evaluator.continuations(tested["harmless"].prompts.prompts)
             with self.evaluator.all_resident([self._candidate(arm) for arm in some]) as steers:
-                answers = answers_of_each(self.evaluator, prompts, steers)
-                kls = divergences_of_each(self.evaluator, tested["harmless"].prompts.prompts, plain, steers)
+                answers = self.evaluator.answers_of_each(prompts, steers)
+                kls = self.evaluator.divergences_of_each(tested["harmless"].prompts.prompts, plain, steers)
             for arm, given, kl in zip(some, answers, kls, strict=True):
                 each = (answer.text for answer in given)
                 split = {name: [next(each) for _ in t.prompts.prompts] for name, t in tested.items()}

@@ -1,11 +1,12 @@
-"""The interface of an evaluator, which tries candidates on a model, many at once, each as rows of one batch."""
+"""What an evaluator is, which tries candidates on a model, many at once, each as rows of one batch."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +15,11 @@ from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.lab.outcome import Answer
 from steer.lab.progress import Progress
-from steer.lab.prompts import Prompt
+from steer.lab.prompts import Prompt, PromptIds, Rendering
 from steer.names import Mode
 from steer.shape import Shape
 from steer.spec import PHASES, Condition, Entry
-from steer.tokenization import Thinking, Tokenizer
+from steer.tokenization import THINKING, Chat, Thinking, Tokenizer
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]
@@ -90,48 +91,79 @@ def named(
     return directions, entries
 
 
-class Evaluator(Protocol):
-    """A model on which candidates are tried. `steer` is one Steer for all prompts, or a list with one for each."""
+class Evaluator(ABC):
+    """A model on which candidates are tried. `steer` is one Steer for all prompts, or a list with one for each.
+    `max_tokens`: of an answer, at most; `progress` advances with each prompt that was read or answered."""
+
+    def __init__(self, chat: Chat, rendering: Rendering | None, max_tokens: int, progress: Progress | None) -> None:
+        self.tokenizer = chat.tokenizer
+        self.max_tokens, self.progress = max_tokens, progress or Progress()
+        self._ids = PromptIds(chat, rendering)
 
     @property
+    @abstractmethod
     def rank(self) -> int:
         """Rows that one candidate can use."""
 
     @property
+    @abstractmethod
     def room(self) -> int:
         """Rows of directions that can be resident at once."""
 
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of an answer, at most."""
-
-    @property
-    def progress(self) -> Progress:
-        """The bar that advances with each prompt that was read or answered."""
-
+    @abstractmethod
     def all_resident(self, candidates: Sequence[Candidate]) -> AbstractContextManager[list[Steer]]:
-        """`candidates` on the engine while it lasts; gives what steers with each."""
+        """`candidates` on the engine while it lasts; gives what steers with each. What shares a direction shares its
+        rows. Raises NoRoom where they have more than `room`, SpecError for phases of a thinking that the model does
+        not have."""
 
+    @abstractmethod
     def answers(
         self, prompts: Sequence[Prompt], steer: Steer, known: Callable[[str], bool] | None = None
-    ) -> Sequence[Answer]:
-        """Greedy answers; one may end where `known` says of its text that the rest would tell nothing."""
+    ) -> list[Answer]:
+        """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`. One may end where `known` says of
+        its text that the rest would tell nothing."""
 
+    @abstractmethod
     def opening_odds(self, prompts: Sequence[Prompt], steer: Steer, tokens: Sequence[int]) -> Floats:
-        """For each prompt the log-odds that its answer begins with one of `tokens`."""
+        """log(p) − log(1 − p) for each prompt, p the probability that its answer begins with one of `tokens`."""
 
+    @abstractmethod
     def continuations(self, prompts: Sequence[Prompt], plain: Sequence[Answer] | None = None) -> Sequence[Continuation]:
         """Plain text along which divergences are taken, one for each prompt. `plain` are the plain greedy answers, if
         they are known already."""
 
+    @abstractmethod
     def divergences(self, prompts: Sequence[Prompt], plain: Sequence[Continuation], steer: Steer) -> list[Floats]:
         """For each prompt KL(plain ‖ steered) in nats at each token of its plain text."""
 
+    @abstractmethod
     def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: Steer) -> list[Floats]:
-        """The log-probability of each token of each sequence but the first, `[tokens − 1]`, in nats."""
+        """The log-probability of each token of each sequence but the first, `[tokens − 1]`, in nats. Raises SpecError
+        for a steering that is not the same at all tokens: a sequence has no prompt."""
+
+    def answers_of_each(
+        self, prompts: Sequence[Prompt], steers: Sequence[Steer], known: Callable[[str], bool] | None = None
+    ) -> list[list[Answer]]:
+        """For each of `steers` its answers to all of `prompts`, out of one batch."""
+        if not prompts:
+            return [[] for _ in steers]
+        return [list(part) for part in parts(self.answers(*crossed(prompts, steers), known), len(prompts))]
+
+    def divergences_of_each(
+        self, prompts: Sequence[Prompt], plain: Sequence[Continuation], steers: Sequence[Steer]
+    ) -> list[list[float]]:
+        """For each of `steers` KL(plain ‖ steered) of each prompt, in nats, the mean over the tokens of its plain
+        text."""
+        if not prompts:
+            return [[] for _ in steers]
+        asked, rows = crossed(prompts, steers)
+        found = self.divergences(asked, [*plain] * len(steers), rows)
+        return [[float(row.mean()) for row in part] for part in parts(found, len(prompts))]
+
+    def _opened(self, prompts: Sequence[Sequence[int]]) -> str:
+        """The sign that opens an answer's thinking where the chat template has written it, else nothing."""
+        end = str(self.tokenizer.decode(list(prompts[0][-8:]))).rstrip() if prompts else ""
+        return next((begin for begin, _ in THINKING if end.endswith(begin)), "")
 
 
 #: Makes an evaluator, from the most rows of a direction and the most tokens of an answer.
@@ -149,29 +181,6 @@ def each_row(steer: Steer, count: int) -> list[Steer]:
 def crossed(prompts: Sequence[T], steers: Sequence[Steer]) -> tuple[list[T], list[Steer]]:
     """Prompts and steerings of a batch in which each of `steers` has all of `prompts`, one after the other."""
     return [*prompts] * len(steers), [steer for steer in steers for _ in prompts]
-
-
-def answers_of_each(
-    evaluator: Evaluator,
-    prompts: Sequence[Prompt],
-    steers: Sequence[Steer],
-    known: Callable[[str], bool] | None = None,
-) -> list[list[Answer]]:
-    """For each of `steers` its answers to all of `prompts`, out of one batch."""
-    if not prompts:
-        return [[] for _ in steers]
-    return [list(part) for part in parts(evaluator.answers(*crossed(prompts, steers), known), len(prompts))]
-
-
-def divergences_of_each(
-    evaluator: Evaluator, prompts: Sequence[Prompt], plain: Sequence[Continuation], steers: Sequence[Steer]
-) -> list[list[float]]:
-    """For each of `steers` KL(plain ‖ steered) of each prompt, in nats, the mean over the tokens of its plain text."""
-    if not prompts:
-        return [[] for _ in steers]
-    asked, rows = crossed(prompts, steers)
-    found = evaluator.divergences(asked, [*plain] * len(steers), rows)
-    return [[float(row.mean()) for row in part] for part in parts(found, len(prompts))]
 
 
 def parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

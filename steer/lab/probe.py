@@ -20,13 +20,13 @@ from steer.hf.internals import everywhere, whole_cache
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
-from steer.lab.evaluator import Candidate, Floats, each_row, named
+from steer.lab.evaluator import Candidate, Evaluator, Floats, each_row, named
 from steer.lab.outcome import Answer
 from steer.lab.progress import Progress, answering
-from steer.lab.prompts import Prompt, PromptIds, Rendering
+from steer.lab.prompts import Prompt, Rendering
 from steer.runtime.token_index import RequestSteer, Tokens
 from steer.spec import Spec
-from steer.tokenization import THINKING, Thinking, Tokenizer
+from steer.tokenization import Thinking
 
 T = TypeVar("T")
 #: One for all prompts, or one for each; None is plain.
@@ -62,7 +62,7 @@ class Continued(Answer):
         return Continued(self.ids[: tokens - 1], self.text, kept)
 
 
-class HFEvaluator:
+class HFEvaluator(Evaluator):
     """Greedy answers and divergences of one loaded model. Raises UnsupportedModel where it has no batches of padded
     rows that go on from a cache."""
 
@@ -75,10 +75,9 @@ class HFEvaluator:
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.loaded, self.steering = loaded, steering
-        self.max_tokens, self.batch_size, self.progress = max_tokens, batch_size, progress or Progress()
+        super().__init__(loaded, rendering, max_tokens, progress)
+        self.loaded, self.steering, self.batch_size = loaded, steering, batch_size
         cache_name(loaded.model)
-        self._ids = PromptIds(loaded, rendering)
         eos = loaded.eos_ids
         self._pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else (eos or [0])[0]
         steering.attach()
@@ -109,18 +108,10 @@ class HFEvaluator:
 
     @property
     def room(self) -> int:
-        """Rows of directions that can be resident at once."""
         return self.steering.bank.rows - self.steering.bank.rows_in_use
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.loaded.tokenizer
 
     @contextmanager
     def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[Spec | None]]:
-        """The directions of `candidates` in the bank while it lasts, the spec of each. What shares a direction shares
-        its rows. Raises NoRoom where there are more than `room` rows, SpecError for the phases of a thinking that
-        the model's tokenizer does not have."""
         bank, (directions, entries) = self.steering.bank, named(candidates, self.loaded.thinking)
         try:
             for name, direction in directions.items():
@@ -133,10 +124,8 @@ class HFEvaluator:
     def answers(
         self, prompts: Sequence[Prompt], steer: Steers, known: Callable[[str], bool] | None = None
     ) -> list[Answer]:
-        """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`; an answer ends early where `known`
-        says of its text that the rest would tell nothing."""
         encoded, steers = self._ids(prompts), each_row(steer, len(prompts))
-        thinking = opened(self.loaded.tokenizer, encoded)
+        thinking = self._opened(encoded)
 
         def decode(ids: list[int]) -> str:
             return thinking + str(self.loaded.tokenizer.decode(ids, skip_special_tokens=True))
@@ -166,8 +155,7 @@ class HFEvaluator:
         return max(AUTO, min(MOST, CACHE_BYTES // (cache_bytes(self.steering) * max(1, tokens))))
 
     def opening_odds(self, prompts: Sequence[Prompt], steer: Steers, tokens: Sequence[int]) -> Floats:
-        """log(p) − log(1 − p) for each prompt, p the probability that the answer begins with one of `tokens`. One
-        prefill, of which the last position alone is predicted from."""
+        """One prefill, of which the last position alone is predicted from."""
         encoded, specs = self._ids(prompts), each_row(steer, len(prompts))
         model, device = self.steering.anatomy.model, self.steering.anatomy.device
 
@@ -191,7 +179,7 @@ class HFEvaluator:
         return np.array(in_batches(encoded, run, batch_size=size, progress=self.progress))
 
     def continuations(self, prompts: Sequence[Prompt], plain: Sequence[Answer] | None = None) -> list[Continued]:
-        """The plain text along which divergences are taken: the model's own greedy answers, `plain` if given."""
+        """The model's own greedy answers, `plain` if given."""
         if plain is None:
             plain = self.answers(prompts, None)
         tokens = sum(len(answer.ids) + 1 for answer in plain)
@@ -201,7 +189,7 @@ class HFEvaluator:
         return [Continued(answer.ids, answer.text, each) for answer, each in zip(plain, kept, strict=True)]
 
     def divergences(self, prompts: Sequence[Prompt], plain: Sequence[Answer], steer: Steers) -> list[Floats]:
-        """KL(plain ‖ steered) at each token of each prompt's plain answer, which both passes read (teacher forcing)."""
+        """Both passes read the plain answer (teacher forcing)."""
         expected = [answer.logprobs if isinstance(answer, Continued) else None for answer in plain]
         missing = [i for i, one in enumerate(expected) if one is None]
         tokens = sum(len(plain[i].ids) + 1 for i in missing)
@@ -277,8 +265,6 @@ class HFEvaluator:
             self.steering.anatomy.decoder(input_ids=ids, use_cache=False)
 
     def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: Spec | None) -> list[Floats]:
-        """The log-probability of each token but the first of each sequence, `[tokens − 1]`, in nats. Raises SpecError
-        for a spec with a condition or that says at which tokens it acts: a sequence has no prompt."""
         anatomy = self.steering.anatomy
         fitting = max(1, LOGIT_BYTES // (max(map(len, sequences)) * anatomy.vocabulary * 4 * 2))
 
@@ -339,12 +325,6 @@ def greedy(
             ids, mask = chosen.unsqueeze(1), torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             spans = [range(at := len(prompts[row]) + step, at + 1) for row in rows]
     return answers
-
-
-def opened(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> str:
-    """Return the sign that opens an answer's thinking where the chat template has written it, else nothing."""
-    end = str(tokenizer.decode(list(prompts[0][-8:]))).rstrip() if prompts else ""
-    return next((begin for begin, _ in THINKING if end.endswith(begin)), "")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from scipy.special import expit
 
 from steer.errors import InvalidInput
 from steer.lab.behaviour import Behaviour
-from steer.lab.evaluator import Candidate, Evaluator, Steer, answers_of_each, crossed, divergences_of_each
+from steer.lab.evaluator import Candidate, Evaluator, Steer, crossed
 from steer.lab.judge import Judge, judged
 from steer.lab.outcome import Answer, Outcome, Told, tell
 from steer.lab.progress import answering
@@ -186,7 +186,7 @@ class Race:
         for group in self._groups(candidates):
             with self.evaluator.all_resident([candidates[i] for i in group]) as steers:
                 odds = self.evaluator.opening_odds(*crossed(prompts, steers), tokens).reshape(len(group), -1)
-                kls = divergences_of_each(self.evaluator, others, plain, steers)
+                kls = self.evaluator.divergences_of_each(others, plain, steers)
             found |= {
                 i: Screened(float(o.mean()), float(expit(o).mean()), float(np.mean(kl)))
                 for i, o, kl in zip(group, odds, kls, strict=True)
@@ -232,7 +232,7 @@ class Race:
         # a judge reads answers to their end
         known = None if self.judge else self.behaviour.decided
         for each, given in zip(
-            figures, answers_of_each(self.evaluator, [*asked, *borderline], steers, known), strict=True
+            figures, self.evaluator.answers_of_each([*asked, *borderline], steers, known), strict=True
         ):
             told = self._told([*asked, *borderline], given)
             each.asked += [one.outcome == "shown" for one in told[: len(asked)]]
@@ -241,7 +241,7 @@ class Race:
 
     def _diverge(self, figures: Sequence[Figures], part: slice, steers: Sequence[Steer]) -> None:
         prompts, plain = self.sets.other[part], self._continued[part]
-        for each, kls in zip(figures, divergences_of_each(self.evaluator, prompts, plain, steers), strict=True):
+        for each, kls in zip(figures, self.evaluator.divergences_of_each(prompts, plain, steers), strict=True):
             each.kls += kls
 
     def _groups(self, candidates: Sequence[Candidate]) -> Iterator[list[int]]:

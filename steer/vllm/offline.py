@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,15 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from steer.errors import EngineFailed, InvalidInput, SpecError
-from steer.lab.evaluator import Candidate, Floats, each_row, named
+from steer.lab.evaluator import Candidate, Evaluator, Floats, each_row, named
 from steer.lab.measurement import ModelFacts
 from steer.lab.outcome import Answer
-from steer.lab.probe import opened
 from steer.lab.progress import Progress, answering
-from steer.lab.prompts import Encoded, Prompt, PromptIds, Rendering
+from steer.lab.prompts import Encoded, Prompt, Rendering
 from steer.lab.source import Activations, CapturePlan, Source
 from steer.spec import parse, text
-from steer.tokenization import Tokenizer
 from steer.vllm import capture, frontend, internals
 from steer.vllm.settings import CAPTURE, KEY, SCORED
 
@@ -124,16 +122,16 @@ class Sampled:
         return Sampled(self.ids[: self.start + tokens], self.start, self.logprobs[:tokens])
 
 
-class VllmEvaluator:
-    """What steers is a text of the request language."""
+#: One text of the request language for all prompts, or one for each; None is plain.
+Steers: TypeAlias = str | Sequence[str | None] | None
 
+
+class VllmEvaluator(Evaluator):
     def __init__(
         self, source: VllmSource, rendering: Rendering | None, max_tokens: int, progress: Progress | None = None
     ) -> None:
-        self.source, self.max_tokens = source, max_tokens
-        self.progress = progress or Progress()
-        self.frontend = frontend.of(source.llm)
-        self._ids = PromptIds(source, rendering)
+        super().__init__(source, rendering, max_tokens, progress)
+        self.source, self.frontend = source, frontend.of(source.llm)
 
     @property
     def rank(self) -> int:
@@ -143,14 +141,8 @@ class VllmEvaluator:
     def room(self) -> int:
         return self.frontend.settings.rows - self.frontend.registry.rows
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.source.tokenizer
-
     @contextmanager
     def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[str | None]]:
-        """Raises DirectionError where the engine's rank or rows are too few, SpecError for phases of a thinking where
-        the model has none."""
         registry, put = self.frontend.registry, list[str]()
         directions, entries = named(candidates, self.frontend.placement.shape.thinking)
         try:
@@ -163,28 +155,19 @@ class VllmEvaluator:
                 registry.delete(name)
 
     def answers(
-        self,
-        prompts: Sequence[Prompt],
-        steer: str | Sequence[str | None] | None,
-        known: Callable[[str], bool] | None = None,
+        self, prompts: Sequence[Prompt], steer: Steers, known: Callable[[str], bool] | None = None
     ) -> list[Answer]:
-        """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`. `known` is not asked: the engine
-        ends answers by what it was told before, and its batch closes up after each that ends."""
+        """`known` is not asked: the engine ends answers by what it was told before, and its batch closes up after each
+        that ends."""
         options: dict[str, Any] = dict(temperature=0, max_tokens=self.max_tokens)
         encoded = self._ids(prompts)
-        thinking = opened(self.tokenizer, encoded)
+        thinking = self._opened(encoded)
         outputs = self._generate(encoded, steer, answering(self.max_tokens), **options)
         return [Answer(_without_end(one.outputs[0]), thinking + one.outputs[0].text) for one in outputs]
 
-    def opening_odds(
-        self,
-        prompts: Sequence[Prompt],
-        steer: str | Sequence[str | None] | None,
-        tokens: Sequence[int],
-    ) -> Floats:
-        """log(p) − log(1 − p), p the probability that an answer begins with one of `tokens`. The engine hands out the
-        float32 log-probabilities of these tokens, so the odds are exact up to their rounding: not told apart above
-        about 16, where p is 1 in float32."""
+    def opening_odds(self, prompts: Sequence[Prompt], steer: Steers, tokens: Sequence[int]) -> Floats:
+        """The engine hands out the float32 log-probabilities of these tokens, so the odds are exact up to their
+        rounding: not told apart above about 16, where p is 1 in float32."""
         options: dict[str, Any] = dict(temperature=0, max_tokens=1, logprob_token_ids=list(tokens), detokenize=False)
         odds = []
         for output in self._generate(self._ids(prompts), steer, 1.0, **options):
@@ -205,12 +188,7 @@ class VllmEvaluator:
             sampled.append(Sampled(head + list(answer.token_ids), len(head), np.array(said)))
         return sampled
 
-    def divergences(
-        self,
-        prompts: Sequence[Prompt],
-        plain: Sequence[Sampled],
-        steer: str | Sequence[str | None] | None,
-    ) -> list[Floats]:
+    def divergences(self, prompts: Sequence[Prompt], plain: Sequence[Sampled], steer: Steers) -> list[Floats]:
         """KL(plain ‖ steered), estimated along sampled plain answers: an engine hands out the log-probability of each
         token and not of the whole vocabulary. With r = q/p for a token drawn from p, (r − 1) − ln r has the KL as its
         expectation and is never negative. Source: Schulman 2020, "Approximating KL divergence"."""
@@ -228,8 +206,6 @@ class VllmEvaluator:
         return rows
 
     def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: str | None) -> list[Floats]:
-        """The log-probability of each token but the first of each sequence, `[tokens − 1]`, in nats. Raises SpecError
-        where `steer` says at which tokens it acts: a sequence has no prompt."""
         if steer is not None and (tokens := parse(steer)[0].tokens):
             raise SpecError(f"tokens: '{tokens}': here it is not known where the prompt ends", param="steer.tokens")
         outputs = self._generate(
@@ -243,7 +219,7 @@ class VllmEvaluator:
     def _generate(
         self,
         prompts: Sequence[list[int]],
-        steer: str | Sequence[str | None] | None,
+        steer: Steers,
         work: float,
         *,
         scored: Sequence[int] | None = None,

@@ -792,4 +792,4 @@ def test_lists_by_commas_may_have_spaces() -> None:
     assert Choices.model_validate({"positions": "-1, -2"}).positions == (-1, -2)
     assert ServeSettings(sites="resid_post, writers").site_list == ("resid_post", "writers")
     file = ROOT / "directions" / "refusal.safetensors"
-    assert {arm.mode for arm in Applied(mode="ablate, one_sided").arms([file])} == {"ablate", "one_sided"}
+    assert {arm.asked.mode for arm in Applied(mode="ablate, one_sided").arms([file])} == {"ablate", "one_sided"}

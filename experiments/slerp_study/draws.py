@@ -34,6 +34,7 @@ from steer.lab.progress import Progress, answering
 from steer.lab.prompts import PromptSet, check_contrast
 from steer.lab.source import Source, TransformersSource
 from steer.names import Mode
+from steer.spec import Entry
 
 #: Prompts of each class in one draw, and those that a dose is found on.
 FITTING, VALIDATION = 32, DOSE_PROMPTS
@@ -215,12 +216,13 @@ class DrawsTrial:
         except DegenerateError:
             self.ledger.put(key, {"strength": None, "found": None})
             return
-        candidate = Candidate(control(direction, draw) if way.random else direction, way.mode, 1.0, tokens=way.tokens)
+        asked = Entry("", "", way.mode, 1.0, tokens=way.tokens)
+        candidate = Candidate(control(direction, draw) if way.random else direction, asked)
         strength: float | None = 1.0
         if condition != UNIT:
             dose = self.doses[self.conditions.index(condition) - 1]
-            strength = strength_at(dose, lambda s: self._dose(f"{key}, strength {s:g}", replace(candidate, strength=s)))
-        found = None if strength is None else self._outcomes(replace(candidate, strength=strength))
+            strength = strength_at(dose, lambda s: self._dose(f"{key}, strength {s:g}", candidate.asking(strength=s)))
+        found = None if strength is None else self._outcomes(candidate.asking(strength=strength))
         self.ledger.put(key, {"strength": strength, "found": found})
 
     def _dose(self, key: str, candidate: Candidate) -> float:

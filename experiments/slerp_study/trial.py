@@ -169,7 +169,7 @@ class Trial:
         assert direction is not None, "only arms with a direction are candidates"
         if arm.zeroed:
             direction = replace(direction, reference=torch.zeros_like(direction.reference))
-        return Candidate(direction, arm.mode, arm.strength)
+        return Candidate.of(direction, arm.mode, arm.strength)
 
     def _missing(
         self, title: str, arms: Sequence[Arm], key: Callable[[Arm], str], work: float

@@ -77,7 +77,7 @@ def check(
         fitting_shape(arm.direction, bench.source)
         evaluator = bench.evaluator(arm.rows, max_tokens, rendering)
         found = run(arm, bench.source, evaluator, sets, rendering, looked_for)
-    told = {"file": str(file), "digest": arm.digest, "model": model, "verdict": found.verdict}
+    told = {"file": str(file), "digest": arm.asked.digest, "model": model, "verdict": found.verdict}
     if as_json:
         echo_json(told | asdict(found) | {"sets": [one.model_dump(mode="json") for one in found.sets]})
     else:

@@ -308,7 +308,7 @@ def _checked(
 
 def _warn_of_known(arms: Sequence[Arm], sets: Mapping[str, PromptSet]) -> None:
     """Say where a direction was made from the very file that it is measured on."""
-    for arm in {arm.digest: arm for arm in arms if not arm.control}.values():
+    for arm in {arm.asked.digest: arm for arm in arms if not arm.control}.values():
         made_from = {"harmful": arm.direction.meta.harmful, "harmless": arm.direction.meta.harmless}
         for name, dataset in made_from.items():
             if dataset is not None and dataset.sha256 == sets[name].sha256:
@@ -316,7 +316,7 @@ def _warn_of_known(arms: Sequence[Arm], sets: Mapping[str, PromptSet]) -> None:
                     "--%s: %s is the file that %s was made from: give other prompts, its figures on these are too good",
                     name,
                     sets[name].name,
-                    arm.name.partition(":")[0],
+                    arm.asked.direction,
                 )
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt, PromptIds, Rendering
 from steer.names import Mode
 from steer.shape import Shape
-from steer.spec import PHASES, Condition, Entry
+from steer.spec import PHASES, Entry
 from steer.tokenization import THINKING, Chat, Thinking, Tokenizer
 
 T = TypeVar("T")
@@ -33,28 +33,32 @@ SOME_THINKING = Thinking(-1, -1, frozenset())
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A direction and how it is applied: `layers`, `tokens`, `shift` and `condition` are those of `spec.Entry`, and
-    `probe` is the condition's direction. Candidates that share a direction share its rows of the bank."""
+    """A direction and how it is applied: `asked`, whose names are not looked at; `probe` is the direction of its
+    condition. Candidates that share a direction share its rows of the bank."""
 
     direction: Direction
-    mode: Mode
-    strength: float
-    layers: str | None = None
-    tokens: str | None = None
-    shift: float | None = None
-    condition: Condition | None = None
+    asked: Entry
     probe: Direction | None = None
+
+    @classmethod
+    def of(cls, direction: Direction, mode: Mode, strength: float) -> Candidate:
+        """Applied at all tokens and layers."""
+        return cls(direction, Entry("", "", mode, strength))
+
+    def asking(self, **changes: Any) -> Self:
+        """The same with these fields of `asked`."""
+        return replace(self, asked=replace(self.asked, **changes))
 
     @property
     def rows(self) -> int:
         """Rows of the token index that it takes."""
-        rows = self.direction.rows_in(self.mode) + (self.condition is not None)
-        return max(rows, 2) if self.tokens in PHASES else rows
+        rows = self.direction.rows_in(self.asked.mode) + (self.asked.condition is not None)
+        return max(rows, 2) if self.asked.tokens in PHASES else rows
 
     def entry(self, name: str, probe: str | None = None, thinking: Thinking | None = SOME_THINKING) -> Entry:
         """Return the entry of a request for it, under names that are the digests too; `thinking` is the model's. Raises
         SpecError where the direction cannot be applied so."""
-        entry = Entry(name, name, self.mode, self.strength, self.layers, self.tokens, shift=self.shift)
+        entry = replace(self.asked, direction=name, digest=name)
         meta = self.direction.meta
         shape = Shape(
             meta.architecture,
@@ -64,9 +68,9 @@ class Candidate:
             self.direction.rank,
             thinking=thinking,
         )
-        if self.condition is not None and self.probe is not None:
-            called = self.condition.direction if probe is None else probe
-            entry = replace(entry, condition=replace(self.condition, direction=called, digest=called))
+        if entry.condition is not None and self.probe is not None:
+            called = entry.condition.direction if probe is None else probe
+            entry = replace(entry, condition=replace(entry.condition, direction=called, digest=called))
             entry = shape.after_condition(self.probe, entry)
         shape.check_entry(self.direction, entry)
         return entry

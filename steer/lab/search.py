@@ -356,7 +356,7 @@ def candidate(
     weighted = replace(base, weights=layer_weights(base.layers, *shape))
     if selection is not None:
         weighted = weighted.with_meta(mode=mode, strength=strength, selection=selection)
-    return Candidate(weighted, mode, strength)
+    return Candidate.of(weighted, mode, strength)
 
 
 def described(trial: Trial) -> str:

@@ -222,7 +222,7 @@ def select(
     """
     entrants = entrants_of(measurement, grid.recipes(measurement, recipe))
     sets = Sets.drawn(asked, other, limit=prompts)
-    tried = evaluator(max(e.candidate.direction.rows_in(e.candidate.mode) for e in entrants), tokens)
+    tried = evaluator(max(e.candidate.rows for e in entrants), tokens)
     screened = len(entrants) > survivors and bool(behaviour.openings)
     tried.progress.plan(CHOOSING, work(sets, tokens, len(entrants), survivors if screened else None))
     with tried.progress.part(CHOOSING):
@@ -294,7 +294,7 @@ def entrants_of(measurement: Measurement, recipes: Iterable[Recipe]) -> list[Ent
             problems += error.problems
         else:
             if recipe.mode in direction.meta.modes:
-                found.append(Entrant(recipe, Candidate(direction, recipe.mode, recipe.strength)))
+                found.append(Entrant(recipe, Candidate.of(direction, recipe.mode, recipe.strength)))
             else:
                 modes = ", ".join(direction.meta.modes)
                 problems.append(f"the mode '{recipe.mode}' cannot be used with '{recipe.method.name}', but: {modes}")

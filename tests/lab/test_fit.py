@@ -273,7 +273,7 @@ SCREENED = st.builds(Screened, st.floats(-9, 9), st.floats(0, 1), st.floats(0, 2
 def test_what_goes_on_has_the_least_harm_and_the_most_effect_first(screened: list[Screened], count: int) -> None:
     nothing = NOTHING
     entrants = [
-        Entrant(Recipe(layer=i), Candidate(nothing, "ablate", 1.0), screened=one) for i, one in enumerate(screened)
+        Entrant(Recipe(layer=i), Candidate.of(nothing, "ablate", 1.0), screened=one) for i, one in enumerate(screened)
     ]
     kept = through(entrants, count)
     assert len(kept) == min(count, len(entrants))

@@ -23,7 +23,7 @@ from steer.lab.evaluation.report import DivergenceOf
 from steer.lab.evaluator import Candidate, first_tokens
 from steer.lab.probe import HFEvaluator, cache_bytes, last_logits
 from steer.lab.prompts import Rendering, encode_all
-from steer.spec import PHASES, Condition, Spec
+from steer.spec import PHASES, Condition, Entry, Spec
 from steer.tokenization import Thinking
 from tests import models
 from tests.hf.test_engine import RECURRENT, started
@@ -49,11 +49,11 @@ def probe(loaded: Loaded) -> HFEvaluator:
 def candidates(loaded: Loaded) -> list[Candidate]:
     first, second = (models.direction(loaded.model, seed=seed, k=k) for seed, k in ((1, 1), (2, 2)))
     return [
-        Candidate(first, "ablate", 1.0),
-        Candidate(first, "add", -0.5),
-        Candidate(second, "one_sided", 0.7),
-        Candidate(first, "ablate", 0.0),
-        Candidate(second, "affine", 1.0),
+        Candidate.of(first, "ablate", 1.0),
+        Candidate.of(first, "add", -0.5),
+        Candidate.of(second, "one_sided", 0.7),
+        Candidate.of(first, "ablate", 0.0),
+        Candidate.of(second, "affine", 1.0),
     ]
 
 
@@ -101,7 +101,7 @@ def test_what_all_prompts_begin_with_is_run_once_for_each_candidate(
         return system.answers(prompts, rows), system.opening_odds(prompts, rows, [7]), kls
 
     try:
-        some = [*candidates[:3], *(replace(candidates[0], tokens=each) for each in ("not-first", "last-30", "answer"))]
+        some = [*candidates[:3], *(candidates[0].asking(tokens=each) for each in ("not-first", "last-30", "answer"))]
         with system.all_resident(some) as steers, pytest.MonkeyPatch.context() as patch:
             shared, few = figures(steers), sum(seen)
             seen.clear()
@@ -138,9 +138,9 @@ def test_under_a_condition_a_prompt_is_what_it_is_without_or_plain(
     middle = float(last.sort().values[1:3].mean())
     met = [True] * len(PROMPTS) if each else [bool(value > middle) for value in last]
     condition = Condition("asked", 0, above=-1e30 if each else middle, each=each)
-    under = Candidate(acting, "ablate", 1.0, None, tokens, condition=condition, probe=asked)
-    without = Candidate(acting, "ablate", 1.0, layers, tokens)
-    never = replace(under, condition=Condition("asked", 0, above=1e30, each=each))
+    under = Candidate(acting, Entry("", "", "ablate", 1.0, None, tokens, condition), asked)
+    without = Candidate(acting, Entry("", "", "ablate", 1.0, layers, tokens))
+    never = under.asking(condition=Condition("asked", 0, above=1e30, each=each))
     plain = probe.continuations(PROMPTS)
     taken = len(probe.steering.index.decisions._free)
     with probe.all_resident([under, without, never]) as steers:
@@ -179,7 +179,7 @@ def test_tokens_of_a_row_are_those_of_its_own_prompt(
 ) -> None:
     """Laid by hand, each prompt alone, without a cache and without padding; beside rows that act elsewhere."""
     plain, model, steering = probe.continuations(PROMPTS), probe.loaded.model, probe.steering
-    mine = replace(candidates[0], tokens=tokens)
+    mine = candidates[0].asking(tokens=tokens)
     with probe.all_resident([mine, candidates[0], candidates[3]]) as (steer, everywhere, nothing):
         assert isinstance(everywhere, Spec)
         whole = steering.bank.steer(everywhere)
@@ -221,7 +221,7 @@ def test_a_phase_of_a_row_is_that_of_its_own_answer(
     """Of a model whose thinking begins and ends with what it says in some of its answers; laid by hand, each token as
     the words of the docs say."""
     plain, model, steering = probe.continuations(PROMPTS), probe.loaded.model, probe.steering
-    mine = replace(candidates[0], tokens=tokens)
+    mine = candidates[0].asking(tokens=tokens)
     said = max((answer.ids for answer in plain), key=lambda ids: len(set(ids)))
     other = next((token for token in said[3:] if token != said[1]), None)
     unsaid = next(token for token in range(len(said) + 1) if token not in said)
@@ -273,11 +273,11 @@ def test_layers_of_a_candidate_are_those_at_which_it_acts(probe: HFEvaluator, ca
     first = candidates[0]
     alone = replace(first.direction, weights=torch.tensor([0.0, 1.0, 0.0]))
     plain = probe.continuations(PROMPTS)
-    with probe.all_resident([replace(first, layers="1"), replace(first, direction=alone)]) as steers:
+    with probe.all_resident([first.asking(layers="1"), replace(first, direction=alone)]) as steers:
         one, other = (probe.divergences(PROMPTS, plain, steer) for steer in steers)
     for mine, its in zip(one, other, strict=True):
         assert mine == pytest.approx(its, abs=1e-6)
-    with pytest.raises(SpecError, match="the layers 0 to 2"), probe.all_resident([replace(first, layers="1-3")]):
+    with pytest.raises(SpecError, match="the layers 0 to 2"), probe.all_resident([first.asking(layers="1-3")]):
         pass
     assert not probe.steering.bank.rows_in_use
 
@@ -302,8 +302,8 @@ def test_states_are_kept_for_the_rows_that_remain(kind: str, tmp_path: Path) -> 
     test_plain_answers_are_those_of_generate(loaded, probe)
     test_opening_odds_are_those_of_the_whole_prediction(loaded, probe)
     assert len({len(answer.ids) for answer in probe.answers(PROMPTS, None)}) > 1
-    candidate = Candidate(models.direction(loaded.model), "ablate", 1.0)
-    test_rows_of_many_candidates_are_what_each_is_alone(probe, [candidate, replace(candidate, strength=0.0)])
+    candidate = Candidate.of(models.direction(loaded.model), "ablate", 1.0)
+    test_rows_of_many_candidates_are_what_each_is_alone(probe, [candidate, candidate.asking(strength=0.0)])
 
 
 def test_a_model_whose_padding_cannot_be_masked_is_refused(tmp_path: Path) -> None:
@@ -370,11 +370,11 @@ def test_candidates_share_rows_and_leave_none_behind(
     assert probe.room == 6
     with probe.all_resident(candidates):
         assert probe.room == 3
-    many = [Candidate(models.direction(loaded.model, seed=seed), "ablate", 1.0) for seed in range(7)]
+    many = [Candidate.of(models.direction(loaded.model, seed=seed), "ablate", 1.0) for seed in range(7)]
     with pytest.raises(NoRoom), probe.all_resident(many):
         pass
     limited = candidates[0].direction.with_meta(modes=("ablate",))
-    with pytest.raises(SpecError, match="its modes: ablate"), probe.all_resident([Candidate(limited, "add", 1.0)]):
+    with pytest.raises(SpecError, match="its modes: ablate"), probe.all_resident([Candidate.of(limited, "add", 1.0)]):
         pass
     assert probe.room == 6
 
@@ -416,7 +416,7 @@ def test_divergence_is_the_textbook_sum(tiny_folder: Path) -> None:
     probe = HFEvaluator(loaded, Steering(loaded.model), max_tokens=5)
     prompts = ["abc", "hello world"]
     plain = probe.answers(prompts, None)
-    with probe.all_resident([Candidate(direction, "ablate", 1.0)]) as (steer,):
+    with probe.all_resident([Candidate.of(direction, "ablate", 1.0)]) as (steer,):
         got = DivergenceOf.of("ablate", "harmless", probe.divergences(prompts, plain, steer))
         expected, first = [], []
         for prompt, answer in zip(prompts, plain, strict=True):
@@ -437,7 +437,7 @@ def test_log_probabilities_are_those_of_one_sequence_alone(tiny_folder: Path) ->
     loaded = load(str(tiny_folder))
     probe = HFEvaluator(loaded, Steering(loaded.model))
     sequences = [loaded.text_ids(text) for text in ("hello world", "ab", "a longer text than the others")]
-    with probe.all_resident([Candidate(models.direction(loaded.model), "ablate", 1.0)]) as (steer,):
+    with probe.all_resident([Candidate.of(models.direction(loaded.model), "ablate", 1.0)]) as (steer,):
         together = probe.log_probabilities(sequences, steer)
         for ids, row in zip(sequences, together, strict=True):
             with torch.no_grad(), probe.steering.batch([steer]):
@@ -461,7 +461,7 @@ class WithoutChoice(tf.LlamaForCausalLM):
 def test_divergences_of_a_model_that_gives_all_its_logits(tmp_path: Path) -> None:
     models.save("llama", tmp_path)
     loaded = load(str(tmp_path))
-    candidate = Candidate(models.direction(loaded.model, seed=1), "ablate", 0.7, tokens="first-3")
+    candidate = Candidate(models.direction(loaded.model, seed=1), Entry("", "", "ablate", 0.7, tokens="first-3"))
     found = []
     for kind in (type(loaded.model), WithoutChoice):
         loaded.model.__class__ = kind

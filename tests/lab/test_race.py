@@ -46,7 +46,7 @@ def probe(tiny_folder: Path) -> HFEvaluator:
 def candidates(probe: HFEvaluator) -> list[Candidate]:
     """More directions than the table has rows, so that they take turns."""
     made = [models.direction(probe.loaded.model, seed=seed) for seed in range(4)]
-    return [Candidate(d, mode, 1.0) for mode in ("ablate", "add") for d in made]
+    return [Candidate.of(d, mode, 1.0) for mode in ("ablate", "add") for d in made]
 
 
 def test_together_is_alone(probe: HFEvaluator, candidates: list[Candidate]) -> None:
@@ -65,7 +65,7 @@ def test_together_is_alone(probe: HFEvaluator, candidates: list[Candidate]) -> N
 
 def test_strength_zero_is_plain(probe: HFEvaluator, candidates: list[Candidate]) -> None:
     race = Race(probe, CHANCE, SETS)
-    (nothing,) = race.run([replace(candidates[0], strength=0.0)])
+    (nothing,) = race.run([candidates[0].asking(strength=0.0)])
     assert nothing.asked == race.plain.asked
     assert nothing.borderline == race.plain.borderline
     assert nothing.kl < 1e-6
@@ -126,7 +126,7 @@ def test_one_answer_in_sixteen_is_worth_less_than_a_smaller_change() -> None:
                 Figures([True] * n + [False] * (count - n), [], [kl])
                 for n, kl in ((fewest, 1.0), (fewest + slack, 0.5), (fewest + slack + 1, 0.1))
             ]
-            entrants = [Entrant(Recipe(), Candidate(nothing, "ablate", 1.0), figures=one) for one in figures]
+            entrants = [Entrant(Recipe(), Candidate.of(nothing, "ablate", 1.0), figures=one) for one in figures]
             assert best(entrants) is entrants[1], (fewest, count)
 
 
@@ -139,7 +139,7 @@ def test_no_answer_is_given_up_for_a_change_that_is_no_harm() -> None:
         ([(0, 1.1 * QUIET), (3, 0.01 * QUIET)], 0),
     ):
         figures = [Figures([True] * n + [False] * (32 - n), [], [kl]) for n, kl in others]
-        entrants = [Entrant(Recipe(), Candidate(nothing, "ablate", 1.0), figures=one) for one in figures]
+        entrants = [Entrant(Recipe(), Candidate.of(nothing, "ablate", 1.0), figures=one) for one in figures]
         assert best(entrants) is entrants[expected]
 
 

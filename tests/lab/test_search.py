@@ -199,7 +199,7 @@ def test_a_saved_trial_is_its_direction(whole: Search, measured: Measurement, tm
         made = candidate(measured, trial.point)
         for name, tensor in made.direction.tensors().items():
             assert torch.equal(saved.tensors()[name], tensor), name
-        assert (saved.meta.mode, saved.meta.strength) == (made.mode, made.strength)
+        assert (saved.meta.mode, saved.meta.strength) == (made.asked.mode, made.asked.strength)
         assert saved.meta.selection["point"] == trial.point
     with pytest.raises(InvalidInput, match=r"trial 16 is not in .* it has 16"):
         whole.save(16, tmp_path / "no.safetensors")
@@ -212,7 +212,7 @@ def test_a_point_is_derived_and_weighted(measured: Measurement) -> None:
     made = candidate(measured, point)
     plain = derive(measured, Recipe(make_method("slerp", {"t": 0.25}), 1))
     assert torch.equal(made.direction.directions, plain.directions)
-    assert made.strength == -0.005
+    assert made.asked.strength == -0.005
     torch.testing.assert_close(made.direction.weights, layer_weights(3, 1.0, 0.5, 0.2))
     own = candidate(measured, {name: value for name, value in point.items() if name != "layer"})
     assert own.direction.meta.source_layer is None

@@ -23,7 +23,7 @@ from steer.lab.prompts import PromptSet
 from steer.lab.race import Race, Sets
 from steer.lab.search import Search, Settings, Space
 from steer.lab.source import TransformersSource
-from steer.spec import PHASES, Condition, Spec
+from steer.spec import PHASES, Condition, Entry, Spec
 from steer.tokenization import Thinking
 from tests import models
 from tests.oracle import acting
@@ -63,12 +63,12 @@ def evaluator(folder: Path, in_process: Callable[[Any], Any]) -> Iterator[Any]:
 def candidates(probe: HFEvaluator) -> list[Candidate]:
     first, second = (models.direction(probe.loaded.model, seed=seed, k=k) for seed, k in ((1, 1), (2, 2)))
     return [
-        Candidate(first, "ablate", 1.0),
-        Candidate(first, "add", -0.5),
-        Candidate(second, "one_sided", 0.7),
-        Candidate(first, "ablate", 0.0),
-        Candidate(first, "one_sided", 1.0, shift=-0.5),
-        Candidate(first, "ablate", 1.0, condition=Condition("it", 0, above=0.01, each=True), probe=first),
+        Candidate.of(first, "ablate", 1.0),
+        Candidate.of(first, "add", -0.5),
+        Candidate.of(second, "one_sided", 0.7),
+        Candidate.of(first, "ablate", 0.0),
+        Candidate(first, Entry("", "", "one_sided", 1.0, shift=-0.5)),
+        Candidate(first, Entry("", "", "ablate", 1.0, condition=Condition("it", 0, above=0.01, each=True)), first),
     ]
 
 
@@ -122,8 +122,8 @@ def test_tokens_and_layers_are_those_of_transformers(
     """Along its sampled answers too: the engine reads them after their prompts in one pass, and the estimate has the
     same log-probabilities in it."""
     first = candidates[0]
-    tried = [replace(first, tokens=each) for each in ("prompt", "answer", "not-first", "first-2", "last-99", "last-2")]
-    tried += [replace(first, layers="1", tokens="answer"), first]
+    tried = [first.asking(tokens=each) for each in ("prompt", "answer", "not-first", "first-2", "last-99", "last-2")]
+    tried += [first.asking(layers="1", tokens="answer"), first]
     plain, loaded = evaluator.continuations(PROMPTS), probe.loaded
     with probe.all_resident(tried) as ours, evaluator.all_resident(tried) as theirs:
         prompts = [*PROMPTS] * len(tried)
@@ -151,7 +151,7 @@ def test_tokens_and_layers_are_those_of_transformers(
         evaluator.divergences(PROMPTS, plain, "d:ablate?d@0>0.3=1")
     with (
         pytest.raises(SpecError, match="the model has the layers"),
-        evaluator.all_resident([replace(first, layers="77")]),
+        evaluator.all_resident([first.asking(layers="77")]),
     ):
         pass
 
@@ -168,10 +168,10 @@ def test_phases_begin_and_end_with_what_a_scored_answer_says(
     monkeypatch.setattr(placement, "shape", replace(placement.shape, thinking=thinking))
     hello = ["1:looks", "", [thinking.begin, thinking.end]]
     evaluator.source.llm.collective_rpc("steer_hello", args=tuple(hello))
-    candidate = replace(candidates[0], tokens=tokens)
+    candidate = candidates[0].asking(tokens=tokens)
     with (
         evaluator.all_resident([candidate]) as (text,),
-        probe.all_resident([replace(candidate, tokens=None)]) as (spec,),
+        probe.all_resident([candidate.asking(tokens=None)]) as (spec,),
     ):
         assert isinstance(spec, Spec)
         steer = probe.steering.bank.steer(spec, 1)
@@ -189,7 +189,7 @@ def test_phases_begin_and_end_with_what_a_scored_answer_says(
 
 def test_too_many_at_once_leave_nothing_behind(evaluator: Any, probe: HFEvaluator, candidates: list[Candidate]) -> None:
     before = evaluator.room
-    many = [Candidate(models.direction(probe.loaded.model, seed=seed), "ablate", 1.0) for seed in range(before + 1)]
+    many = [Candidate.of(models.direction(probe.loaded.model, seed=seed), "ablate", 1.0) for seed in range(before + 1)]
     evaluator.frontend.registry.patience = 0.0
     with pytest.raises(NoRoom), evaluator.all_resident(many):
         pass

@@ -19,26 +19,25 @@ from steer.lab.evaluator import Candidate, Evaluator, Steer
 from steer.lab.prompts import PromptSet, Rendering
 from steer.lab.source import Source, prompt_components
 from steer.names import MAX_STRENGTH, MODES
-from steer.spec import RequestedDirection, parse, text
+from steer.spec import Entry, RequestedDirection, parse, text
 
 PLAIN = "plain"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Arm(Candidate):
     """A candidate with a name, its text in the request language. `control`: its direction is a random one."""
 
-    name: str
-    digest: str
     control: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.way}={self.asked.strength:g}"
 
     @property
     def way(self) -> str:
         """Its name without the strength."""
-        return self.name.rpartition("=")[0]
-
-    def at(self, strength: float) -> Arm:
-        return replace(self, name=f"{self.way}={strength:g}", strength=strength)
+        return text([self.asked]).rpartition("=")[0]
 
 
 def arms_of(
@@ -92,16 +91,13 @@ def arms_of(
             tried[f"{file.stem}.random{seed}"] = random, digest(random.to_bytes())
         for mode in [m for m in MODES if m in modes] if modes else [own.meta.mode]:
             for place in places:
-                how = place.layers, place.tokens, place.shift, place.condition, probed
-                Candidate(own, mode, 1.0, *how).entry(file.stem)
+                asked = Entry(file.stem, "", mode, 1.0, place.layers, place.tokens, place.condition, place.shift)
+                Candidate(own, asked, probed).entry(file.stem)
                 arms += [
                     Arm(
                         direction,
-                        mode,
-                        strength,
-                        *how,
-                        name=f"{text([replace(place, direction=name, mode=mode)])}={strength:g}",
-                        digest=identity,
+                        replace(asked, direction=name, digest=identity, strength=strength),
+                        probed,
                         control=direction is not own,
                     )
                     for name, (direction, identity) in tried.items()

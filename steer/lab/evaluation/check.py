@@ -82,18 +82,17 @@ def check(
     found = Evaluation(evaluator, EvaluationPlan([arm], sets, evaluator.max_tokens, behaviour), Cache(None, {})).run()
     notes: list[str] = []
     unknown: list[str] = []
-    layers, sign = acting(arm.direction, arm.mode), _sign(arm.direction, source, sets, rendering)
-    problems = [] if layers else [f"acts at no layer in the mode {arm.mode}"]
+    mode, strength = arm.asked.mode, arm.asked.strength
+    layers, sign = acting(arm.direction, mode), _sign(arm.direction, source, sets, rendering)
+    problems = [] if layers else [f"acts at no layer in the mode {mode}"]
     if sign.side == "wrong":
         told = f"wrong sign: it points from {sets[HARMFUL].name} to {sets[HARMLESS].name}"
-        (problems if arm.mode in SIGNED else notes).append(told)
+        (problems if mode in SIGNED else notes).append(told)
     theirs, ours = arm.direction.meta.chat_template_sha256, source.facts.chat_template_sha256
     if theirs is not None and theirs != ours:
         notes.append("the model's chat template differs from the one that the direction was measured with")
     _effect(arm, found.sets, behaviour.name, problems, unknown)
-    return CheckResult(
-        arm.mode, arm.strength, layers, sign, found.sets, found.divergence[0].mean, problems, unknown, notes
-    )
+    return CheckResult(mode, strength, layers, sign, found.sets, found.divergence[0].mean, problems, unknown, notes)
 
 
 def acting(direction: Direction, mode: Mode) -> list[int]:
@@ -113,7 +112,7 @@ def _sign(direction: Direction, source: Source, sets: Mapping[str, PromptSet], r
 def _effect(arm: Arm, sets: tuple[SetResult, ...], behaviour: str, problems: list[str], unknown: list[str]) -> None:
     """What the answers say. To add the difference of means, or to take less than nothing away, is to bring the
     behaviour, which harmless prompts would show; else it is to go from the harmful ones."""
-    brings = (arm.mode == "add") == (arm.strength > 0)
+    brings = (arm.asked.mode == "add") == (arm.asked.strength > 0)
     for one in sets:
         plain, steered = one.arms
         count, change = plain.shown.count, steered.against_plain["shown"]

@@ -125,17 +125,18 @@ class SteeredArm(ReportPart):
 
     @classmethod
     def of(cls, arm: Arm) -> SteeredArm:
+        asked = arm.asked
         return cls(
             name=arm.name,
-            file=arm.name.partition(":")[0],
-            digest=arm.digest,
+            file=asked.direction,
+            digest=asked.digest,
             method=arm.direction.meta.method,
-            mode=arm.mode,
-            strength=arm.strength,
-            layers=arm.layers,
-            tokens=arm.tokens,
-            shift=arm.shift,
-            condition=arm.condition and str(arm.condition),
+            mode=asked.mode,
+            strength=asked.strength,
+            layers=asked.layers,
+            tokens=asked.tokens,
+            shift=asked.shift,
+            condition=asked.condition and str(asked.condition),
         )
 
     @property

@@ -142,7 +142,7 @@ class Evaluation:
             for dose in self.plan.doses:
                 with self.evaluator.progress.part(f"{arm.way} at KL {dose:g}"):
                     found = self._at_dose(arm, dose)
-                doses.append(Dose(way=arm.way, kl=dose, strength=found.strength if found else None))
+                doses.append(Dose(way=arm.way, kl=dose, strength=found.asked.strength if found else None))
                 if found:
                     arms.setdefault(found.name, found)
         self.plan = replace(self.plan, arms=list(arms.values()), doses=())
@@ -212,7 +212,7 @@ class Evaluation:
             return float(np.mean([row.mean() for row in found]))
 
         def kl(strength: float) -> float:
-            tried = arm.at(math.copysign(strength, arm.strength))
+            tried = arm.asking(strength=math.copysign(strength, arm.asked.strength))
             conditions = self._conditions(prompts, tried) | {"prompts": len(drawn)}
             value = float(self.cache.value(f"{HARMLESS}.{tried.name}.dose", conditions, partial(measured, tried)))
             said = f"{tried.name}: KL {value:.5f} on {len(drawn)} prompts, {dose:g} is asked for"
@@ -223,7 +223,7 @@ class Evaluation:
         if strength is None:
             log.warning("%s: no strength up to %g has a KL of %g", arm.way, MAX_STRENGTH, dose)
             return None
-        return arm.at(math.copysign(strength, arm.strength))
+        return arm.asking(strength=math.copysign(strength, arm.asked.strength))
 
     def _verdicts(
         self, judge: Judge, title: str, arm: str, prompts: PromptSet, texts: Sequence[str]
@@ -249,14 +249,14 @@ def _beside(
     divergences: Mapping[str, Sequence[Floats]],
 ) -> tuple[Comparison, ...]:
     """Compare each arm with the one that `plan.against` names."""
-    dose = {f"{one.way}={one.strength:g}": one.kl for one in doses if one.strength is not None}
+    size = {arm.name: arm.asked.strength for arm in plan.arms}
+    size |= {f"{one.way}={one.strength:g}": one.kl for one in doses if one.strength is not None}
     pairs = {
         arm.name: other.name
         for arm in plan.arms
         for other in plan.arms
         if other.name != arm.name
-        if other.name == plan.against
-        or (other.way == plan.against and dose.get(other.name, other.strength) == dose.get(arm.name, arm.strength))
+        if other.name == plan.against or (other.way == plan.against and size[other.name] == size[arm.name])
     }
     rates = {
         title: differences({name: rows for (where, name), rows in told.items() if where == title}, pairs)
@@ -307,7 +307,8 @@ def _name(arm: Arm | None) -> str:
 def _identity(arm: Arm | None) -> dict[str, Any]:
     if arm is None:
         return {"arm": PLAIN}
-    return {"arm": arm.name, "digest": arm.digest} | ({"probe": arm.condition.digest} if arm.condition else {})
+    condition = arm.asked.condition
+    return {"arm": arm.name, "digest": arm.asked.digest} | ({"probe": condition.digest} if condition else {})
 
 
 def strength_at(dose: float, kl: Callable[[float], float]) -> float | None:

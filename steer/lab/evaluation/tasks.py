@@ -52,7 +52,7 @@ def scores(plan: TaskPlan, served: TaskServer, arms: Sequence[Arm], cache: Cache
     kept: dict[str, Any] = {"tasks": list(plan.names), "limit": plan.limit, "tokenizer": plan.tokenizer}
     found: dict[str, Any] = {}
     for name, model in {PLAIN: served.model, **{arm.name: f"{served.model}+{arm.name}" for arm in arms}}.items():
-        digest = next((arm.digest for arm in arms if arm.name == name), None)
+        digest = next((arm.asked.digest for arm in arms if arm.name == name), None)
         found[name] = cache.value(
             f"tasks.{name}", kept | {"digest": digest}, lambda model=model: _run(plan, served.url, model)
         )
@@ -121,7 +121,7 @@ def given(url: str, arms: Sequence[Arm]) -> TaskServer:
     base = next((card["id"] for card in models["data"] if card.get("parent") is None), None)
     served = {entry["id"]: entry.get("digest") for entry in directions["data"]}
     problems = [] if base else [f"--url: {url} lists no model"]
-    for name, digest in {arm.name.partition(":")[0]: arm.digest for arm in arms}.items():
+    for name, digest in {arm.asked.direction: arm.asked.digest for arm in arms}.items():
         if served.get(name) != digest:
             has = f"{served[name][:12]}" if served.get(name) else "none of that name"
             problems.append(f"--url: {url} does not serve the direction '{name}' {digest[:12]}: it has {has}")
@@ -148,7 +148,7 @@ def serving(model: str, options: Sequence[str], arms: Sequence[Arm]) -> Iterator
         directions, log = Path(folder) / "directions", Path(folder) / "log"
         directions.mkdir()
         for arm in arms:
-            (directions / f"{arm.name.partition(':')[0]}.safetensors").write_bytes(arm.direction.to_bytes())
+            (directions / f"{arm.asked.direction}.safetensors").write_bytes(arm.direction.to_bytes())
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()

@@ -27,7 +27,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 def test_a_file_says_what_no_option_does(files: list[Path]) -> None:
     (arm,) = arms_of(files[:1], None, None)
-    assert (arm.name, arm.mode, arm.strength) == ("one:one_sided=1.5", "one_sided", 1.5)
+    assert (arm.name, arm.asked.mode, arm.asked.strength) == ("one:one_sided=1.5", "one_sided", 1.5)
 
 
 def test_every_file_in_every_mode_at_every_strength(files: list[Path]) -> None:
@@ -35,8 +35,9 @@ def test_every_file_in_every_mode_at_every_strength(files: list[Path]) -> None:
     assert len({arm.name for arm in arms}) == 12
     for arm in arms:
         (wanted,) = parse(arm.name)
-        assert (wanted.direction, wanted.mode, wanted.strength) == (arm.name.partition(":")[0], arm.mode, arm.strength)
-    assert len({arm.digest for arm in arms}) == 2
+        asked = arm.asked
+        assert (wanted.direction, wanted.mode, wanted.strength) == (asked.direction, asked.mode, asked.strength)
+    assert len({arm.asked.digest for arm in arms}) == 2
 
 
 def test_layers_and_tokens_are_said_as_a_request_says_them(files: list[Path]) -> None:
@@ -47,9 +48,9 @@ def test_layers_and_tokens_are_said_as_a_request_says_them(files: list[Path]) ->
     ]
     for arm in arms:
         (wanted,) = parse(arm.name)
-        assert (wanted.layers, wanted.tokens) == (arm.layers, arm.tokens)
-        assert arm.entry(wanted.direction).tokens == arm.tokens
-        assert arm.at(0.5).name == arm.name.replace("=1", "=0.5")
+        assert (wanted.layers, wanted.tokens) == (arm.asked.layers, arm.asked.tokens)
+        assert arm.entry(wanted.direction).tokens == arm.asked.tokens
+        assert arm.asking(strength=0.5).name == arm.name.replace("=1", "=0.5")
     assert [arm.name for arm in arms if arm.control] == [arm.name.replace("one:", "one.random0:") for arm in own]
     with pytest.raises(InvalidInput) as caught:
         arms_of(files, None, None, 0, ["2-1", "x"], ["odd"])
@@ -66,15 +67,17 @@ def test_shifts_and_conditions_are_said_as_a_request_says_them(files: list[Path]
     ]
     for arm in arms:
         (wanted,) = parse(arm.name)
-        assert (wanted.shift, str(wanted.condition)) == (arm.shift, str(arm.condition))
+        assert (wanted.shift, str(wanted.condition)) == (arm.asked.shift, str(arm.asked.condition))
         assert arm.rows == 2
         entry = arm.entry("one", "two")
-        assert entry.shift == arm.shift
+        assert entry.shift == arm.asked.shift
         assert entry.layers == "1-2", "after the layer of the condition"
         assert arm.probe is not None
         assert torch.equal(arm.probe.directions, Direction.load(files[1]).directions)
         assert arm.way == arm.name.removesuffix("=1")
-    assert {arm.condition.digest for arm in arms if arm.condition} == {arms_of(files[1:], None, None)[0].digest}
+    assert {arm.asked.condition.digest for arm in arms if arm.asked.condition} == {
+        arms_of(files[1:], None, None)[0].asked.digest
+    }
     for condition, told in (
         ("three@0>0.25", "--condition: 'three' is no file of --direction or --probe"),
         ("two@0", "--condition: 'two@0' is not a condition"),
@@ -110,8 +113,10 @@ def test_controls_stand_beside_each_file_in_each_mode(files: list[Path]) -> None
     names = [f"{name}:{way}" for way in ways for name in ("one", "one.random0", "one.random1")]
     assert [arm.name for arm in arms] == names
     assert [arm.control for arm in arms] == [False, True, True] * 2
-    assert len({arm.digest for arm in arms}) == 3
-    assert [arm.digest for arm in arms] == [a.digest for a in arms_of(files[:1], ["ablate", "one_sided"], None, 2)]
+    assert len({arm.asked.digest for arm in arms}) == 3
+    assert [arm.asked.digest for arm in arms] == [
+        a.asked.digest for a in arms_of(files[:1], ["ablate", "one_sided"], None, 2)
+    ]
 
 
 @pytest.mark.parametrize("rank", [1, 2])

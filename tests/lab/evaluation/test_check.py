@@ -17,6 +17,7 @@ from steer.lab.evaluation.arms import Arm
 from steer.lab.evaluation.check import HARMFUL, _effect, acting
 from steer.lab.evaluation.report import ArmOnSet, Difference, Rate, SetResult
 from steer.lab.statistics import difference_of_rates
+from steer.spec import Entry
 from tests import models
 from tests.servers import ROOT
 from tests.test_cli import run
@@ -90,7 +91,7 @@ def test_few_prompts_that_cannot_tell_an_effect_from_chance_say_so(gone: int, ve
     unknown: list[str] = []
     dataset = Dataset(name="", sha256="", count=8)
     one = SetResult(name=HARMFUL, dataset=dataset, multi_turn=0, limit_tells=True, arms=arms)
-    _effect(Arm(own, "ablate", 1.0, name="refusal", digest=""), (one,), "refusal", problems, unknown)
+    _effect(Arm(own, Entry("refusal", "", "ablate", 1.0)), (one,), "refusal", problems, unknown)
     assert (bool(problems), bool(unknown)) == (verdict == "fails", verdict == "unknown")
     if unknown:
         assert "refusal in 8 of 8 harmful answers plain, 5 steered: so few prompts cannot tell" in unknown[0]

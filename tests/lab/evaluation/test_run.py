@@ -88,7 +88,9 @@ def report_of(found: Measured, arms: list[Arm]) -> Report:
         software={"torch": "2"},
     )
     steered = [
-        SteeredArm(name=a.name, file="d", digest=a.digest, method="random", mode=a.mode, strength=a.strength)
+        SteeredArm(
+            name=a.name, file="d", digest=a.asked.digest, method="random", mode=a.asked.mode, strength=a.asked.strength
+        )
         for a in arms
     ]
     return Report(
@@ -172,7 +174,7 @@ def test_arms_are_compared_with_each_other_prompt_by_prompt(
     """With one arm, or with the arms of one way at the same strength or dose; what an arm is to itself is told by an
     equal one under another name."""
     assert Evaluation(probe, plan(arms, loaded), Cache(tmp_path, {})).run().comparisons == ()
-    same = [replace(arm, name=arm.name.replace("d:", "e:")) for arm in arms]
+    same = [arm.asking(direction="e") for arm in arms]
     wanted = replace(plan([*arms, *same], loaded), against=arms[2].name)
     found = Evaluation(probe, wanted, Cache(tmp_path, {})).run()
     others = [arm.name for arm in (*arms, *same) if arm.name != arms[2].name]

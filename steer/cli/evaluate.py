@@ -21,6 +21,7 @@ import typer
 from steer.cli import options as opt
 from steer.cli.console import echo_json, echo_line, quiet_libraries, reported
 from steer.errors import InvalidInput, SpecError
+from steer.lab.lines import json_lines
 from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt, PromptSet, Rendering, check_contrast, prompt_of, read_prompts
 from steer.lab.tables import shown
@@ -340,42 +341,33 @@ def classify(
 
     behaviour = counted.loaded()
     judging = counted.only_judge(behaviour, Progress())
-    items, prompts = _answers(answers)
-    verdicts: list[Outcome | None] = [None] * len(items)
+    read = _answers(answers)
+    verdicts: list[Outcome | None] = [None] * len(read)
     if judging is not None:
-        verdicts = judged(judging, prompts, [item["answer"] for item in items])
-    for item, prompt, verdict in zip(items, prompts, verdicts, strict=True):
+        verdicts = judged(judging, [prompt for _, prompt in read], [item["answer"] for item, _ in read])
+    for (item, prompt), verdict in zip(read, verdicts, strict=True):
         told = tell(behaviour, Answer.of(item["answer"]), verdict=verdict, prompt=prompt)
         echo_line(item | {"outcome": told.outcome, "why": told.why})
 
 
-def _answers(path: Path) -> tuple[list[dict[str, Any]], list[Prompt]]:
+def _answers(path: Path) -> list[tuple[dict[str, Any], Prompt]]:
     """The answers of a file and what they were asked, empty where a line does not say it. Raises InvalidInput with
     every line that is none."""
-    found, prompts, problems = [], list[Prompt](), list[str]()
-    for number, line in enumerate(_read(path, str(path))[1].split("\n"), 1):
-        if not line.strip():
-            continue
+
+    def read(item: Any) -> tuple[dict[str, Any], Prompt]:
         try:
-            item = json.loads(line)
             json.dumps(item, allow_nan=False)  # it will be written again
         except (ValueError, RecursionError) as error:
-            problems.append(f"{path}, line {number}: not JSON: {error}")
-            continue
+            raise InvalidInput(f"not JSON: {error}") from error
         item = {"answer": item} if isinstance(item, str) else item
         if not isinstance(item, dict) or not isinstance(item.get("answer"), str):
-            problems.append(f"{path}, line {number}: neither a text nor an object with a text `answer`")
-            continue
-        found.append(item)
-        try:
-            prompts.append(prompt_of({"prompt": None} | item, f"{path}, line {number}", ("prompt", "messages")))
-        except InvalidInput as error:
-            problems += error.problems
-    if not found and not problems:
-        problems.append(f"{path}: has no answers; accepted: .jsonl, a text each line, or an object with `answer`")
-    if problems:
-        raise InvalidInput(problems)
-    return found, prompts
+            raise InvalidInput("neither a text nor an object with a text `answer`")
+        return item, prompt_of({"prompt": None} | item, ("prompt", "messages"))
+
+    found = json_lines(str(path), _read(path, str(path))[1], read)
+    if not found:
+        raise InvalidInput(f"{path}: has no answers; accepted: .jsonl, a text each line, or an object with `answer`")
+    return found
 
 
 def _read(path: Path, said: str) -> tuple[bytes, str]:

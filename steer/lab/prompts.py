@@ -6,19 +6,20 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 import random
 import re
 import urllib.request
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
 from steer.errors import InvalidInput, imported
+from steer.lab.lines import each, from_json, json_lines
 from steer.tokenization import Chat
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ log = logging.getLogger("steer")
 COLUMNS = ("prompt", "text", "instruction", "goal", "question", "behavior", "query")
 #: Names of conversations only, after the others: such a list often has the answer too.
 CONVERSATIONS = ("messages", "conversation")
-#: Bad items of a file that are told, at most.
-TOLD = 10
 HUB = "hub:"
 FORMATS = (
     ".txt (a prompt a line), .jsonl, .json, .parquet, a URL of one, or "
@@ -256,79 +255,58 @@ def _parse(path: Path, data: bytes) -> list[Prompt]:
     if suffix == ".txt":
         return [line.strip() for line in data.decode("utf-8-sig").split("\n")]
     if suffix == ".jsonl":
-        lines = [(f"{path}, line {n}", line) for n, line in enumerate(data.decode("utf-8-sig").split("\n"), 1)]
-        return _prompts((where, _json(where, line)) for where, line in lines if line.strip())
+        return json_lines(str(path), data.decode("utf-8-sig"), prompt_of)
     if suffix == ".json":
-        value = _json(str(path), data.decode("utf-8-sig"))
+        try:
+            value = from_json(data.decode("utf-8-sig"))
+        except InvalidInput as error:
+            raise InvalidInput(f"{path}: {error}") from error
         if not isinstance(value, list):
             raise InvalidInput(f"{path}: must be a JSON list of texts or objects, got {type(value).__name__}")
-        return _prompts((f"{path}, item {n}", item) for n, item in enumerate(value))
+        return each(str(path), "item", enumerate(value), prompt_of)
     if suffix == ".parquet":
         return _from_parquet(path, data)
     raise InvalidInput(f"{path}: the suffix '{suffix}' is not known; accepted: {FORMATS}")
 
 
-def _json(where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{where}: not JSON: {error}") from error
-
-
-def _prompts(items: Iterable[tuple[str, object]], names: Sequence[str] = (*COLUMNS, *CONVERSATIONS)) -> list[Prompt]:
-    """The prompts of (where, item). Raises InvalidInput with the problems of all items, at most TOLD of them."""
-    prompts: list[Prompt] = []
-    problems: list[str] = []
-    for where, item in items:
-        try:
-            prompts.append(prompt_of(item, where, names))
-        except InvalidInput as error:
-            problems += error.problems
-    if len(problems) > TOLD:
-        problems = [*problems[:TOLD], f"{len(problems) - TOLD} more problems of this kind"]
-    if problems:
-        raise InvalidInput(problems)
-    return prompts
-
-
-def prompt_of(item: object, where: str, names: Sequence[str] = (*COLUMNS, *CONVERSATIONS)) -> Prompt:
+def prompt_of(item: object, names: Sequence[str] = (*COLUMNS, *CONVERSATIONS)) -> Prompt:
     """The prompt that an item of JSON or a row of a table is: a text, or what stands under the first of `names` that is
-    not null; empty if all are. Raises InvalidInput that names `where`."""
+    not null; empty if all are. Raises InvalidInput."""
     if isinstance(item, str):
-        return _text(item, where).strip()
+        return _text(item).strip()
     known = [name for name in names if name in item] if isinstance(item, dict) else []
     if not isinstance(item, dict) or not known:
-        raise InvalidInput(f"{where}: neither a text nor an object with one of {', '.join(names)}")
+        raise InvalidInput(f"neither a text nor an object with one of {', '.join(names)}")
     name = next((name for name in known if item[name] is not None), None)
     if name is None:
         return ""
     if isinstance(item[name], list):
-        return _conversation(item[name], where)
+        return _conversation(item[name])
     if isinstance(item[name], str) and name not in CONVERSATIONS:
-        return _text(item[name], where).strip()
+        return _text(item[name]).strip()
     accepted = "not a list of messages" if name in CONVERSATIONS else "neither a text nor a list of messages"
-    raise InvalidInput(f"{where}: '{name}' is {accepted}, but {type(item[name]).__name__}")
+    raise InvalidInput(f"'{name}' is {accepted}, but {type(item[name]).__name__}")
 
 
-def _text(value: str, where: str) -> str:
+def _text(value: str, where: str = "") -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InvalidInput(f"{where}: character {error.start} is half of a surrogate pair, not text") from None
+        raise InvalidInput(f"{where}character {error.start} is half of a surrogate pair, not text") from None
     return value
 
 
-def _conversation(messages: list[object], where: str) -> Conversation:
+def _conversation(messages: list[object]) -> Conversation:
     if not messages:
-        raise InvalidInput(f"{where}: a list of messages must have at least one message")
+        raise InvalidInput("a list of messages must have at least one message")
     problems, turns = [], []
     for number, message in enumerate(messages, 1):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if role not in ROLES or not isinstance(content, str):
-            problems.append(f"{where}: message {number}: needs a role of {', '.join(ROLES)} and a text as content")
-        turns.append((str(role), _text(str(content), f"{where}: message {number}")))
+            problems.append(f"message {number}: needs a role of {', '.join(ROLES)} and a text as content")
+        turns.append((str(role), _text(str(content), f"message {number}: ")))
     if not problems and turns[-1][0] == "system":
-        problems.append(f"{where}: the last message must be the user's, or the beginning of the assistant's answer")
+        problems.append("the last message must be the user's, or the beginning of the assistant's answer")
     if problems:
         raise InvalidInput(problems)
     return Conversation(tuple(turns))
@@ -345,8 +323,8 @@ def _from_table(
             f"{where}: has none of the columns {', '.join(accepted)}; its columns are {', '.join(columns)}"
         )
     rows = zip(*map(column, names), strict=True)
-    items = ((f"{where}, row {n}", dict(zip(names, row, strict=True))) for n, row in enumerate(rows, 1))
-    return _prompts(items, names)
+    items = ((number, dict(zip(names, row, strict=True))) for number, row in enumerate(rows, 1))
+    return each(where, "row", items, partial(prompt_of, names=names))
 
 
 def _from_parquet(path: Path, data: bytes) -> list[Prompt]:

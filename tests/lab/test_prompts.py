@@ -327,9 +327,9 @@ def test_what_is_no_text_and_no_conversation_is_refused_in_every_format(
 ) -> None:
     for path in written([{column: value}, {column: value}], tmp_path):
         place = "row" if path.suffix == ".parquet" else "line"
-        with pytest.raises(InvalidInput, match=f"(?s){place} 1: .*(text|message).*{place} 2: ") as caught:
+        with pytest.raises(InvalidInput, match=f"{place}s 1 and 2: .*(text|message)") as caught:
             read_prompts(str(path))
-        assert len(caught.value.problems) == 2
+        assert len(caught.value.problems) == 1
     hub.columns = {"id": [1], "other": [value], column: [value]}
     for source in ("hub:owner/name", f"hub:owner/name:train:{column}"):
         with pytest.raises(InvalidInput, match=f"{source}, row 1: "):
@@ -339,9 +339,8 @@ def test_what_is_no_text_and_no_conversation_is_refused_in_every_format(
 def test_bytes_are_no_prompt_and_many_problems_are_counted(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.table({"prompt": [b"How do I"] * 1000}), tmp_path / "p.parquet")
-    with pytest.raises(InvalidInput, match=r"row 1: 'prompt' is neither .* but bytes") as told:
+    with pytest.raises(InvalidInput, match=r"rows 1, 2, 3 and 997 more: 'prompt' is neither .* but bytes"):
         read_prompts(str(tmp_path / "p.parquet"))
-    assert told.value.problems[-1] == "990 more problems of this kind"
 
 
 def test_a_missing_value_of_a_hub_dataset_is_no_prompt(hub: Hub) -> None:

@@ -4,11 +4,11 @@ holds; and the perplexity of plain text, which is what a direction costs where n
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,6 +19,7 @@ from steer.lab.behaviour import Behaviour
 from steer.lab.evaluation.arms import PLAIN
 from steer.lab.evaluation.report import Agreement, ArmOnSet, Difference, Judged, PerplexityOf, Rate, TextResult
 from steer.lab.evaluator import Evaluator, Floats, Steer
+from steer.lab.lines import json_lines
 from steer.lab.outcome import FAULTS, OUTCOMES, Answer, Fault, Outcome, Told, tell, unended
 from steer.lab.prompts import Prompt, prompt_of
 from steer.lab.statistics import (
@@ -256,36 +257,32 @@ class Expected(BaseModel):
 def read_expected(path: Path) -> dict[Prompt, Expected]:
     """By prompt, from a file of JSON lines. Raises InvalidInput with every problem, and what would be accepted."""
     try:
-        lines = path.read_text("utf-8-sig").split("\n")
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"--expected: {path}: cannot be read: {error}; {ACCEPTED}") from error
     found: dict[Prompt, Expected] = {}
-    common, problems = Expected(), []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
+    common = Expected()
+
+    def read(item: Any) -> None:
+        nonlocal common
         try:
-            item = json.loads(line)
-            read = Expected.model_validate(item)
-            if "vocabulary" in item:
-                common = read
-                continue
-            own = read.model_copy(update={"lacks": (*common.lacks, *read.lacks), "vocabulary": common.vocabulary})
-            if not own.contains and not own.lacks:
-                problems.append(f"{where}: needs texts in contains or lacks")
-            elif found.setdefault(prompt_of(item, where), own) != own:
-                problems.append(f"{where}: says otherwise than an earlier line of the same prompt")
+            own = Expected.model_validate(item)
         except ValidationError as error:
-            problems += [f"{where}: {problem}" for problem in problems_of(error, "line")]
-        except InvalidInput as error:
-            problems += error.problems
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{where}: not JSON: {error}")
-    if not found and not problems:
-        problems.append(f"{path}: has no prompts")
-    if problems:
-        raise InvalidInput([*problems, ACCEPTED])
+            raise InvalidInput(problems_of(error, "line")) from error
+        if "vocabulary" in item:
+            common = own
+            return
+        own = own.model_copy(update={"lacks": (*common.lacks, *own.lacks), "vocabulary": common.vocabulary})
+        if not own.contains and not own.lacks:
+            raise InvalidInput("needs texts in contains or lacks")
+        if found.setdefault(prompt_of(item), own) != own:
+            raise InvalidInput("says otherwise than an earlier line of the same prompt")
+
+    try:
+        if not json_lines(str(path), text, read):
+            raise InvalidInput(f"{path}: has no prompts")
+    except InvalidInput as error:
+        raise InvalidInput([*error.problems, ACCEPTED]) from error
     return found
 
 

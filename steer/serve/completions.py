@@ -16,12 +16,9 @@ from steer.serve.answers import (
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
-    ChatCompletionChunk,
     ChatLogprobs,
-    ChunkUsage,
     Completion,
     CompletionChoice,
-    CompletionChunk,
     CompletionChunkChoice,
     CompletionUsage,
     chat_logprobs,
@@ -79,9 +76,6 @@ def router(served: Served) -> APIRouter:
         def logprobs(tokens: list[Token]) -> ChatLogprobs | None:
             return chat_logprobs(tokenizer, tokens) if wants_logprobs else None
 
-        def chunk(choices: list[ChatChunkChoice], counted: ChunkUsage) -> ChatCompletionChunk:
-            return {**base, "object": "chat.completion.chunk", "choices": choices, **counted}
-
         def part(index: int, piece: Piece, tokens: list[Token]) -> ChatChunkChoice | None:
             if not (piece.text or piece.finish or (tokens and (wants_logprobs or read))):
                 return None
@@ -103,6 +97,7 @@ def router(served: Served) -> APIRouter:
                 }
                 for job in jobs
             ]
+            chunk = {**base, "object": "chat.completion.chunk"}
             return stream(_chunks(served, jobs, prompt_tokens, body.stream_options, part, chunk, opening))
         answers = await unless_gone(request, served.answers(jobs))
 
@@ -155,9 +150,6 @@ def router(served: Served) -> APIRouter:
         base = envelope("cmpl", body.model, served.fingerprint)
         offsets = [0] * len(jobs)
 
-        def chunk(choices: list[CompletionChunkChoice], counted: ChunkUsage) -> CompletionChunk:
-            return {**base, "object": "text_completion", "choices": choices, **counted}
-
         def part(index: int, piece: Piece, tokens: list[Token]) -> CompletionChunkChoice | None:
             reported = None
             if body.logprobs is not None and tokens:
@@ -174,6 +166,7 @@ def router(served: Served) -> APIRouter:
             }
 
         if body.stream:
+            chunk = {**base, "object": "text_completion"}
             return stream(_chunks(served, jobs, prompt_tokens, body.stream_options, part, chunk))
         answers = await unless_gone(request, served.answers(jobs))
 
@@ -205,26 +198,22 @@ async def _chunks(
     prompt_tokens: int,
     options: StreamOptions | None,
     part: Callable[[int, Piece, list[Token]], Choice | None],
-    chunk: Callable[[list[Choice], ChunkUsage], Mapping[str, object]],
+    chunk: Mapping[str, object],
     opening: Sequence[Choice] = (),
 ) -> AsyncGenerator[Mapping[str, object], None]:
     """The chunks of a stream, each with one choice. `part` makes the choice that a piece adds to the answer of a job,
-    None where it adds nothing yet; `chunk` puts choices into an envelope; `opening` comes first."""
-    with_usage = bool(options and options.include_usage)
-
-    def counted(choices: list[Choice], used: CompletionUsage | None = None) -> Mapping[str, object]:
-        return chunk(choices, {"usage": used} if with_usage else {})
-
+    None where it adds nothing yet; `chunk` is what stands in each; `opening` comes first."""
+    counted: dict[str, object] = {"usage": None} if options and options.include_usage else {}
     for choice in opening:
-        yield counted([choice])
+        yield {**chunk, "choices": [choice], **counted}
     count = 0
     async with aclosing(served.interleaved(jobs)) as pieces:
         async for index, piece in pieces:
             count += 1
             if (new := part(index, piece, [piece.token] if piece.token else [])) is not None:
-                yield counted([new])
-    if with_usage:
-        yield counted([], usage(prompt_tokens, count))
+                yield {**chunk, "choices": [new], **counted}
+    if counted:
+        yield {**chunk, "choices": [], "usage": usage(prompt_tokens, count)}
 
 
 def _used(prompt_tokens: int, answers: Sequence[WholeAnswer]) -> CompletionUsage:

@@ -108,8 +108,9 @@ class Access:
         method = "GET" if scope.get("method") == "HEAD" else scope.get("method", "websocket")
         path = route_path(scope)
         secret = api_key_of(Headers(scope=scope))
-        name = force.keyring.find(secret or "")
-        known = Caller(name, force.policy.keys[name], keys.stored(secret)) if name and secret else None
+        stored = keys.stored(secret or "")
+        name = force.names.get(stored)
+        known = Caller(name, force.policy.keys[name], stored) if name and secret else None
         if method == "GET" and (path in self.public or (path == METRICS and force.policy.metrics_public)):
             return known or NOBODY
         if known is None:

@@ -33,7 +33,7 @@ from typing_extensions import TypedDict
 
 from steer.errors import DirectionError, InvalidInput, brief, problem_text
 from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
-from steer.serve.keys import Keyring, is_stored
+from steer.serve.keys import is_stored
 from steer.spec import (
     TOKENS,
     Entry,
@@ -325,11 +325,14 @@ def _check_names(names: Sequence[str] | dict[str, DirectionRules]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class InForce:
-    """A policy that holds, with its keyring and the digest of its file."""
+    """A policy that holds, and the digest of its file."""
 
     policy: Policy
-    keyring: Keyring
     digest: str
+    #: The names of keys by what is stored of their secrets. The time to find one tells nothing of the stored hashes:
+    #: Python finds a text by a hash that is keyed with random bits of the process, and no other secret has the SHA-256
+    #: of a stored one.
+    names: dict[str, str]
 
 
 def load(path: Path) -> InForce:
@@ -372,8 +375,8 @@ def read(data: bytes, name: str = "policy") -> InForce:
     except ValidationError as error:
         lines = dict(_lines(text))
         raise PolicyError(sorted({_said(item, lines, name) for item in error.errors(include_url=False)})) from None
-    pairs = [(each, key) for key, rules in policy.keys.items() for each in rules.hashes]
-    return InForce(policy, Keyring(pairs), hashlib.sha256(data).hexdigest())
+    names = {each: key for key, rules in policy.keys.items() for each in rules.hashes}
+    return InForce(policy, hashlib.sha256(data).hexdigest(), names)
 
 
 def _said(item: ErrorDetails, lines: dict[tuple[str, ...], int], name: str) -> str:

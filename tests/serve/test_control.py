@@ -934,7 +934,7 @@ def test_the_command_that_makes_keys(tmp_path: Path) -> None:
     assert "max_strength = 0.5  # no more" in path.read_text()
     assert first not in path.read_text()
     found = read(path.read_bytes())
-    assert (found.keyring.find(first), found.keyring.find(second)) == ("alice", "bob.b")
+    assert (found.names[keys.stored(first)], found.names[keys.stored(second)]) == ("alice", "bob.b")
     assert (found.policy.keys["alice"].directions, found.policy.keys["bob.b"].manage) == (("refusal",), True)
     assert "there is a key 'alice'" in run("new", "alice", "--policy", str(path), code=2).stderr
     assert "is not a key's name" in run("new", "a b", code=2).stderr

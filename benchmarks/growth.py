@@ -59,7 +59,9 @@ class Case:
                 operate(x, gather(bank_slice, *index.first(len(x))))
 
         filling = median_seconds(lambda: index.fill(numbers, lengths), repeats)
-        return bank.nbytes + index.nbytes, 1e3 * median_seconds(operation, repeats), 1e6 * filling
+        tensors = [t for one in slices for t in (one.vectors, one.coefficients, one.number, one.joint)]
+        used = sum(t.nbytes for t in (*tensors, index.packed, index.lost, index.opened) if t is not None)
+        return used, 1e3 * median_seconds(operation, repeats), 1e6 * filling
 
 
 SWEEPS: dict[str, Sequence[int]] = {

@@ -283,7 +283,6 @@ def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> M
 
 def chosen_sets(harmful: str | None, harmless: str | None, prompts: str | None) -> tuple[PromptSet, PromptSet]:
     """The contrast sets of --harmful, --harmless and --prompts; the first published pair if none is given."""
-
     if prompts is not None and (harmful or harmless):
         raise InvalidInput("--prompts names both sets: give either it, or --harmful and --harmless")
     if (harmful is None) != (harmless is None):
@@ -294,8 +293,9 @@ def chosen_sets(harmful: str | None, harmless: str | None, prompts: str | None) 
     name = prompts or next(iter(NAMED_SETS))
     if name not in NAMED_SETS:
         raise InvalidInput(f"--prompts: {name!r} is not known; accepted: {', '.join(NAMED_SETS)}")
+    harmful, harmless = NAMED_SETS[name]
     try:
-        return read_prompts(NAMED_SETS[name].harmful), read_prompts(NAMED_SETS[name].harmless)
+        return read_prompts(harmful), read_prompts(harmless)
     except InvalidInput as error:
         raise InvalidInput(
             [

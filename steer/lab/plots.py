@@ -123,10 +123,10 @@ def front(axes: Any, points: Sequence[Point], *, x: str, y: str, title: str = ""
     _finish(axes, x, y, title, legend=True)
 
 
-def histogram(axes: Any, sets: Mapping[str, Sequence[float]], *, x: str, title: str = "", bins: int = 30) -> None:
+def histogram(axes: Any, sets: Mapping[str, Sequence[float]], *, x: str, title: str = "") -> None:
     """How the projections of two or more sets are spread, over the same bins, each set in shares of itself."""
     everything = np.concatenate([np.asarray(values, dtype=np.float64) for values in sets.values()])
-    edges = np.histogram_bin_edges(everything, bins=bins)
+    edges = np.histogram_bin_edges(everything, bins=30)
     for number, (name, values) in enumerate(sets.items()):
         colour, line = COLOURS[number % len(COLOURS)], LINES[number % len(LINES)]
         shares = np.histogram(values, bins=edges)[0] / len(values)

@@ -141,29 +141,15 @@ class PromptSet:
         return replace(self, prompts=tuple(prompt for prompt in self.prompts if prompt not in taken))
 
 
-@dataclass(frozen=True, slots=True)
-class NamedSets:
-    """A published pair of contrast sets, where its files are, and under which licences."""
-
-    harmful: str
-    harmless: str
-    about: str
-
-
 _ARDITI = "https://raw.githubusercontent.com/andyrdt/refusal_direction/main/dataset/splits"
-#: What --prompts names. Their authors' training splits: the test splits are for `steer eval`.
+#: What --prompts names: pairs of published sets, of prompts that are refused and that are not. Their authors' training
+#: splits: the test splits are for `steer eval`.
 NAMED_SETS = {
-    "arditi": NamedSets(
-        f"{_ARDITI}/harmful_train.json",
-        f"{_ARDITI}/harmless_train.json",
-        "Arditi et al. 2024: harmful from AdvBench, MaliciousInstruct and TDC 2023 (MIT), harmless from Alpaca "
-        "(CC BY-NC 4.0); `_val` and `_test` stand beside them",
-    ),
-    "mlabonne": NamedSets(
-        "hub:mlabonne/harmful_behaviors:train:text",
-        "hub:mlabonne/harmless_alpaca:train:text",
-        "harmful from AdvBench (MIT), harmless from Alpaca (CC BY-NC 4.0); the split `test` stands beside `train`",
-    ),
+    # Arditi et al. 2024: harmful from AdvBench, MaliciousInstruct and TDC 2023 (MIT), harmless from Alpaca
+    # (CC BY-NC 4.0); `_val` and `_test` stand beside them
+    "arditi": (f"{_ARDITI}/harmful_train.json", f"{_ARDITI}/harmless_train.json"),
+    # harmful from AdvBench (MIT), harmless from Alpaca (CC BY-NC 4.0); the split `test` stands beside `train`
+    "mlabonne": ("hub:mlabonne/harmful_behaviors:train:text", "hub:mlabonne/harmless_alpaca:train:text"),
 }
 
 

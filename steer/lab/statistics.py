@@ -97,24 +97,20 @@ def mean_of_rates(first: Sequence[bool], second: Sequence[bool]) -> Estimate:
     return Estimate(value, value - math.hypot(p - low_p, q - low_q) / 2, value + math.hypot(high_p - p, high_q - q) / 2)
 
 
-def difference_of_means(
-    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, *, resamples: int = RESAMPLES
-) -> Estimate:
+def difference_of_means(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> Estimate:
     """Mean of `second` − mean of `first`, values on the same prompts, with the percentile interval of the paired
     bootstrap. Source: Efron and Tibshirani 1993, chapter 13."""
     _check_pairs(first, second)
     pairs = np.asarray(second, dtype=np.float64), np.asarray(first, dtype=np.float64)
-    return mean_of(pairs[0] - pairs[1], resamples=resamples)
+    return mean_of(pairs[0] - pairs[1])
 
 
-def ratio_of_means(
-    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, *, resamples: int = RESAMPLES
-) -> Estimate:
+def ratio_of_means(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> Estimate:
     """Mean of `second` ÷ mean of `first`, positive values on the same prompts, with the percentile interval of the
     paired bootstrap, which that of the logarithm is too. Source: Efron and Tibshirani 1993, chapter 13."""
     _check_pairs(first, second)
     pairs = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    drawn = np.random.default_rng(0).integers(len(pairs[0]), size=(resamples, len(pairs[0])))
+    drawn = np.random.default_rng(0).integers(len(pairs[0]), size=(RESAMPLES, len(pairs[0])))
     ratios = pairs[1][drawn].mean(axis=1) / pairs[0][drawn].mean(axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5])
     return Estimate(float(pairs[1].mean() / pairs[0].mean()), float(low), float(high))
@@ -128,7 +124,7 @@ def signed_rank(first: Sequence[float] | np.ndarray, second: Sequence[float] | n
     return float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
 
 
-def mean_of(values: Sequence[float] | np.ndarray, *, resamples: int = RESAMPLES) -> Estimate:
+def mean_of(values: Sequence[float] | np.ndarray) -> Estimate:
     """The mean of at least one value, with the percentile interval of the bootstrap. Source: Efron and Tibshirani 1993,
     chapter 13."""
     values = np.asarray(values, dtype=np.float64)
@@ -138,7 +134,7 @@ def mean_of(values: Sequence[float] | np.ndarray, *, resamples: int = RESAMPLES)
     found = stats.bootstrap(
         (values,),
         np.mean,
-        n_resamples=resamples,
+        n_resamples=RESAMPLES,
         batch=max(1, 2**22 // len(values)),
         method="percentile",
         rng=np.random.default_rng(0),
@@ -166,14 +162,14 @@ def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
     return float(cohen_kappa_score(list(map(bool, first)), list(map(bool, second))))
 
 
-def kappa_interval(first: Sequence[bool], second: Sequence[bool], *, draws: int = RESAMPLES) -> tuple[float, float]:
+def kappa_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float]:
     """The 95 % interval of Cohen's kappa: the middle of its values where the shares of the four pairs of verdicts are
     drawn from what is believed of them after these pairs, with the prior of Jeffreys. It has a width also where all
     agree. Source: Basu, Banerjee and Sen 2000, "Bayesian inference for kappa from single and multiple studies"."""
     _check_pairs(first, second)
     pairs = list(zip(first, second, strict=True))
     counts = [sum(pair == (a, b) for pair in pairs) + 0.5 for a in (False, True) for b in (False, True)]
-    neither, other, one, both = np.random.default_rng(0).dirichlet(counts, draws).T
+    neither, other, one, both = np.random.default_rng(0).dirichlet(counts, RESAMPLES).T
     chance = (one + both) * (other + both) + (neither + other) * (neither + one)
     low, high = np.quantile((neither + both - chance) / (1 - chance), (0.025, 0.975))
     kappa = cohens_kappa(first, second)

@@ -108,10 +108,6 @@ class BankSlice:
         bank_slice.clear(range(rows))
         return bank_slice
 
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.vectors, self.coefficients, self.number, self.joint) if t is not None)
-
     def write(self, row: int, vector: Tensor, by_mode: Mapping[Mode, Tensor]) -> None:
         """vector `[d_model]`; by_mode: the coefficients `[6]` of every mode."""
         self.vectors[row].copy_(vector)
@@ -172,11 +168,6 @@ class DirectionBank:
         self._combined: WeakValueDictionary[_Key, Combination] = WeakValueDictionary()
         self._known: dict[tuple[tuple[str, str, bool], ...], Tensor] = {}
         self._knowing = threading.Lock()
-
-    @property
-    def nbytes(self) -> int:
-        """Of the device's memory."""
-        return sum(bank_slice.nbytes for bank_slice in self.slices.values())
 
     @property
     def rows_in_use(self) -> int:

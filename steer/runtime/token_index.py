@@ -378,11 +378,6 @@ class TokenIndex:
         """Tokens of this step, where any is steered."""
         return self._used
 
-    @property
-    def nbytes(self) -> int:
-        """Of the device's memory."""
-        return self.packed.nbytes + self.lost.nbytes + (0 if self.opened is None else self.opened.nbytes)
-
     def first(self, tokens: int, conditional: bool = False) -> Acts:
         """What acts on the first `tokens` of the batch; `conditional`: where their conditions hold."""
         opened = self.opened[:tokens] if conditional and self.opened is not None else None

@@ -101,7 +101,6 @@ class SteeringWorker:
         reads = self._installation.reads
         self._reads = ReadRunner(reads, self._installation.reading) if reads is not None else None
         self._capture: WorkerCapture | None = None
-        self._steered_tokens = 0
         self._runner_kind = internals.worker.watch_batches(self.model_runner, self._on_batch)
         internals.worker.between_ranks(self, self._enter_rank, self._leave_rank)
         self._kept = Kept(self.get_model())
@@ -248,7 +247,6 @@ class SteeringWorker:
         if running := self._running:
             numbers = np.fromiter(map(running.get, requests, repeat(PLAIN)), np.int64, len(requests))
         steered = self._index.fill(numbers, lengths, starts, tokens)
-        self._steered_tokens += steered
         self._batch = (list(requests), lengths.copy()) if steered else ([], lengths)
         before, self._from_before = self._from_before, None
         lost = None if before is None else before.tensors.pop(internals.worker.FOUND, None)
@@ -329,13 +327,6 @@ class SteeringWorker:
     def steer_readings(self, request_id: str) -> list[tuple[int, bytes]] | None:
         """What was read for a request that has ended, by layer; None where there is nothing (any more)."""
         return self._reads.take(request_id) if self._reads is not None else None
-
-    def steer_stats(self) -> dict[str, int]:
-        return {
-            "running": len(self._running),
-            "rows": self._residents.bank.rows_in_use,
-            "tokens": self._steered_tokens,
-        }
 
 
 def __getattr__(name: str) -> object:

@@ -422,6 +422,5 @@ def test_a_url_is_read_as_the_file_that_it_names(tmp_path: Path) -> None:
 def test_the_named_sets_are_pairs_that_can_be_read() -> None:
     """Where they are, and that the pieces are of a form that is read: they are not downloaded here."""
     for name, sets in NAMED_SETS.items():
-        for source in (sets.harmful, sets.harmless):
+        for source in sets:
             assert source.startswith("https://") or re.fullmatch(r"hub:[\w-]+/[\w-]+:\w+:\w+", source), (name, source)
-        assert "MIT" in sets.about

@@ -27,7 +27,7 @@ from steer.runtime.bank import (
     operate,
     operate_before_norm,
 )
-from steer.runtime.op import COEFFICIENTS, GATE, amount, coefficients, component, embedding_coefficients
+from steer.runtime.op import GATE, amount, coefficients, component, embedding_coefficients
 from steer.runtime.token_index import TokenIndex, slot, slots_of
 from steer.spec import Condition, Entry, Spec
 from tests import models
@@ -400,14 +400,6 @@ def test_one_entry_is_the_formula_of_one_to_the_bit(mode: Mode, rank: int) -> No
         added = amount(component(x, v), values.unbind(-1), torch.tensor(0.7)).unsqueeze(-1)
         expected = torch.addcmul(x, added, v)
         assert torch.equal(applied(t, spec(("a", mode, 0.7)), x, HookPoint("resid_post", layer)), expected)
-
-
-def test_bytes_are_those_of_the_tensors() -> None:
-    t, single = bank(rows=6, rank=4), bank(rows=6, rank=1)
-    points, slots = len(POINTS), 7 * len(MODES)
-    assert single.nbytes == points * 4 * (7 * models.D_MODEL + slots * COEFFICIENTS + 1)
-    assert t.combinations is not None
-    assert t.nbytes - single.nbytes == points * 4 * (t.combinations.capacity + 1) * 4 * 4
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])

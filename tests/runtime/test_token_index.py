@@ -357,11 +357,6 @@ def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, queue:
         assert len(reads.collect()) == 3
 
 
-def test_bytes_are_those_of_the_tensors() -> None:
-    assert TokenIndex(1, 100, "cpu").nbytes == 100 * (4 * 4 + 1)
-    assert TokenIndex(3, 100, "cpu").nbytes == 100 * (4 * 3 * 4 + 4 * 4 + 1 + 1)
-
-
 THINKING = Thinking(8, 9, frozenset({5}))
 IDS = st.lists(st.integers(5, 9), min_size=1, max_size=8)
 

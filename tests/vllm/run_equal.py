@@ -45,11 +45,11 @@ def warm_up_again(llm: Any) -> None:
     """As after the engine has slept: nothing is left behind."""
     from steer.vllm import frontend
 
-    frontend.of(llm).call("steer_stats")  # ends reach the worker by a step, of which there is none without a call
+    frontend.of(llm).call("steer_streams")  # ends reach the worker by a step, of which there is none without a call
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    before = worker.steer_stats()
+    before = worker._residents.bank.rows_in_use
     worker.compile_or_warm_up_model()
-    assert worker.steer_stats() == before
+    assert worker._residents.bank.rows_in_use == before
     assert not worker._running
     assert not worker._index.packed.any()
     llm.reset_prefix_cache()  # they wrote into blocks of the cache

@@ -27,6 +27,7 @@ from steer.shape import Shape
 from steer.spec import PHASES, Entry, RequestedDirection, parse
 from steer.tokenization import Thinking
 from tests import models
+from tests.waiting import eventually
 
 MODEL = models.tiny("llama")
 
@@ -727,13 +728,6 @@ def test_a_directory_with_the_name_of_a_file_is_a_failure_like_others(tmp_path: 
     registry.sync()
     assert served(registry) == {"two": digest(B)}
     assert "cannot be read" in registry.failures["one"][0]
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.02)
 
 
 def test_the_watcher_sees_files_come_change_and_go(tmp_path: Path) -> None:

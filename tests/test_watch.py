@@ -13,7 +13,7 @@ import watchfiles
 
 from steer import watch
 from steer.watch import Follower
-from tests.test_registry import eventually
+from tests.waiting import eventually
 
 
 @pytest.fixture(autouse=True)

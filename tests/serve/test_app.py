@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from steer.spec import PHASES
 from steer.tokenization import thinking_of
 from tests import models
 from tests.servers import Server, receipt, text
+from tests.waiting import eventually
 
 ROUTES = ("completions", "chat")
 
@@ -595,10 +595,7 @@ def test_losing_the_client_frees_its_place_and_its_version(tiny_server: Server) 
             else:
                 with pytest.raises(httpx.ReadTimeout):
                     client.post("/v1/completions", json=whole, timeout=0.2)
-        deadline = time.monotonic() + 10
-        while state() != (0, 0):
-            assert time.monotonic() < deadline, f"stream={stream}: {state()} requests and pins are left"
-            time.sleep(0.05)
+        eventually(lambda: state() == (0, 0), told=f"stream={stream}: requests and pins are left")
 
 
 def test_a_full_queue_gets_a_429_with_retry_after(tiny_folder: Any, tmp_path: Any) -> None:

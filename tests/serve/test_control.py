@@ -10,9 +10,8 @@ import resource
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,18 +36,12 @@ from tests import models
 from tests.serve.inside import COMPLETION, PROMPT, Inside, engine, post
 from tests.serve.rules import CASES, HASH, POLICY, SECRETS, bearer, carried
 from tests.servers import Server, receipt
+from tests.waiting import eventually
 
 COMPLETIONS = "/v1/completions"
 BODY = {"model": "tiny", "prompt": "hello", "max_tokens": 2, "temperature": 0}
 #: Long enough to be running when the switch moves.
 LONG = BODY | {"max_tokens": 480, "ignore_eos": True}
-
-
-def eventually(law: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not law():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @contextmanager

@@ -23,8 +23,8 @@ from steer.direction import MAX_BYTES, digest, write_file
 from steer.serve.audit import verify
 from tests import models
 from tests.serve.rules import POLICY, bearer
-from tests.serve.test_swap import wait_for
 from tests.servers import Server, outlives_clients, receipt, text
+from tests.waiting import eventually
 
 LONG = {"max_tokens": 400, "ignore_eos": True, "temperature": 0, "stream": True}
 FILES = [models.direction(models.tiny("llama"), seed=seed).to_bytes() for seed in (31, 32)]
@@ -127,19 +127,19 @@ def test_a_folder_that_is_gone_shows_and_serves_on_until_it_is_back(lasting: Ser
     aside = folder.with_name("aside")
     assert health(lasting)["folder"] == "ok"
     folder.rename(aside)
-    wait_for(lambda: health(lasting)["folder"] == "unreadable")
+    eventually(lambda: health(lasting)["folder"] == "unreadable")
     assert served(lasting) == digest(FILES[0])
     assert lasting.client.put("/v1/directions/new", content=FILES[1]).status_code == 507
     assert served(lasting) == digest(FILES[0])
     shutil.copytree(aside, folder)
     shutil.rmtree(aside)
-    wait_for(lambda: health(lasting)["folder"] == "ok")
+    eventually(lambda: health(lasting)["folder"] == "ok")
     write_file(folder / "refusal.safetensors", FILES[1])
-    wait_for(lambda: served(lasting) == digest(FILES[1]))
+    eventually(lambda: served(lasting) == digest(FILES[1]))
     write_file(folder / "refusal.safetensors", FILES[0])
-    wait_for(lambda: served(lasting) == digest(FILES[0]))
+    eventually(lambda: served(lasting) == digest(FILES[0]))
     lasting.client.delete("/v1/directions/new")
-    wait_for(lambda: quiet(lasting))
+    eventually(lambda: quiet(lasting))
 
 
 @pytest.mark.parametrize("kind", ["half", "dangling", "loop", "huge", "pipe", "folder"])
@@ -161,11 +161,11 @@ def test_what_is_no_file_shows_with_its_reason_and_the_old_version_serves_on(las
     else:
         path.mkdir()
     try:
-        wait_for(lambda: health(lasting)["failed_directions"] == ["refusal"])
+        eventually(lambda: health(lasting)["failed_directions"] == ["refusal"])
     finally:
         path.rmdir() if kind == "folder" else path.unlink()
         write_file(path, FILES[0])
-    wait_for(lambda: health(lasting)["failed_directions"] == [])
+    eventually(lambda: health(lasting)["failed_directions"] == [])
     assert served(lasting) == digest(FILES[0])
 
 
@@ -175,13 +175,13 @@ def test_links_and_new_names_are_followed(lasting: Server) -> None:
     elsewhere = folder.with_name("elsewhere.bin")
     elsewhere.write_bytes(FILES[1])
     (folder / "linked.safetensors").symlink_to(elsewhere)
-    wait_for(lambda: known(lasting, "linked"))
+    eventually(lambda: known(lasting, "linked"))
     assert receipt(lasting.complete(steer="linked"))[0]["digest"] == digest(FILES[1])
     (folder / "linked.safetensors").rename(folder / "renamed.safetensors")
-    wait_for(lambda: known(lasting, "renamed") and not known(lasting, "linked"))
+    eventually(lambda: known(lasting, "renamed") and not known(lasting, "linked"))
     assert lasting.client.delete("/v1/directions/renamed").status_code == 200
     assert elsewhere.exists(), "the link goes, not what it points to"
-    wait_for(lambda: quiet(lasting))
+    eventually(lambda: quiet(lasting))
 
 
 def known(server: Server, name: str) -> bool:
@@ -205,7 +205,7 @@ def test_a_disk_that_is_full_refuses_what_is_new_and_keeps_what_is_there(
         assert sorted(folder.iterdir()) == before, "no part of a file is left"
         assert served(server) == digest(FILES[0])
         assert health(server)["failed_directions"] == ["refusal"]
-        wait_for(lambda: quiet(server))
+        eventually(lambda: quiet(server))
 
 
 def test_a_folder_that_is_read_only_is_read(tiny_folder: Path, folder: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_folder_that_is_read_only_is_read(tiny_folder: Path, folder: Path) -> 
             assert server.client.put("/v1/directions/refusal", content=FILES[1]).status_code == 200
             assert served(server) == digest(FILES[1])
             assert server.client.delete("/v1/directions/new").status_code == 404, "it left nothing behind"
-            wait_for(lambda: quiet(server))
+            eventually(lambda: quiet(server))
     finally:
         folder.chmod(0o755)
 
@@ -264,17 +264,17 @@ def test_a_slow_disk_holds_up_no_request(tiny_folder: Path, tmp_path: Path) -> N
         write_file(folder / "refusal.safetensors", FILES[0])
         for _ in range(5):
             assert served(server) == digest(FILES[1]), "it is being read"
-        wait_for(lambda: served(server) == digest(FILES[0]))
-        wait_for(lambda: quiet(server))
+        eventually(lambda: served(server) == digest(FILES[0]))
+        eventually(lambda: quiet(server))
 
 
 def test_two_servers_on_one_folder_agree(lasting: Server, tiny_folder: Path) -> None:
     folder = lasting.directions
     with Server(str(tiny_folder), "--directions", str(folder), directions=folder) as second:
         assert second.client.put("/v1/directions/refusal", content=FILES[1]).status_code == 200
-        wait_for(lambda: served(lasting) == digest(FILES[1]))
+        eventually(lambda: served(lasting) == digest(FILES[1]))
         assert lasting.client.put("/v1/directions/refusal", content=FILES[0]).status_code == 200
-        wait_for(lambda: served(second) == digest(FILES[0]))
+        eventually(lambda: served(second) == digest(FILES[0]))
         assert served(lasting) == digest(FILES[0])
 
 
@@ -284,7 +284,7 @@ def test_two_servers_on_one_folder_agree(lasting: Server, tiny_folder: Path) -> 
 def test_a_thousand_connections_that_drop_leave_nothing(lasting: Server) -> None:
     process = psutil.Process(lasting.process.pid)
     lasting.complete(steer="refusal")
-    wait_for(lambda: quiet(lasting))
+    eventually(lambda: quiet(lasting))
     fds, threads = process.num_fds(), process.num_threads()
     body = json.dumps({"model": lasting.model_name, "prompt": "hello", "steer": "refusal", **LONG}).encode()
     request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -303,8 +303,8 @@ def test_a_thousand_connections_that_drop_leave_nothing(lasting: Server) -> None
     assert health(lasting)["status"] == "ok"
     for opened in sockets:
         opened.close()
-    wait_for(lambda: quiet(lasting), timeout=60)
-    wait_for(lambda: process.num_fds() <= fds + 5, timeout=30)
+    eventually(lambda: quiet(lasting), 60)
+    eventually(lambda: process.num_fds() <= fds + 5, 30)
     assert process.num_threads() <= threads + 5
     assert served(lasting) == digest(FILES[0])
     assert "Traceback" not in lasting.log
@@ -323,7 +323,7 @@ def test_clients_that_do_not_read_hold_up_nobody_and_lose_nothing(lasting: Serve
             reader.sendall(posted(body))
         for _ in range(20):
             assert served(lasting) == digest(FILES[0])
-        wait_for(lambda: health(lasting)["in_flight"] == 0, timeout=60)  # made to their end, they wait for who asked
+        eventually(lambda: health(lasting)["in_flight"] == 0, 60)  # made to their end, they wait for who asked
         assert process.memory_info().rss - before < 64 << 20
         raw = b"".join(iter(lambda: readers[0].recv(65536), b""))
         assert len(raw) > 2 << 20, "or the sockets would have taken it in"
@@ -334,7 +334,7 @@ def test_clients_that_do_not_read_hold_up_nobody_and_lose_nothing(lasting: Serve
                     said[choice["index"]] += choice["text"]
         assert said == alone
         assert b"data: [DONE]" in raw
-    wait_for(lambda: quiet(lasting), timeout=30)
+    eventually(lambda: quiet(lasting), 30)
     assert served(lasting) == digest(FILES[0])
     assert "Traceback" not in lasting.log
 
@@ -345,7 +345,7 @@ def test_a_client_that_never_reads_cannot_keep_a_server_that_is_told_to_end(tiny
         body = {"model": server.model_name, "prompt": "hello", "steer": "refusal", "n": 16, "logprobs": 5, **LONG}
         with closing(small_socket(server.port)) as reader:
             reader.sendall(posted(json.dumps(body).encode()))
-            wait_for(lambda: "steer_steered_running 1.0" in server.client.get("/metrics").text)
+            eventually(lambda: "steer_steered_running 1.0" in server.client.get("/metrics").text)
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(timeout=60) == 0
 

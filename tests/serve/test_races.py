@@ -29,8 +29,8 @@ from hypothesis.stateful import (
 
 from steer.direction import digest
 from tests import models
-from tests.serve.test_swap import wait_for
 from tests.servers import Server, receipt, text
+from tests.waiting import eventually
 
 ROWS, LENGTH = 4, 48
 NAMES = ("one", "two", "three")
@@ -198,8 +198,8 @@ def machine(
             for name in NAMES:
                 server.client.delete(f"/v1/directions/{name}")
             server.client.post("/v1/steering", json={"enabled": True})
-            wait_for(lambda: server.client.get("/health").json()["in_flight"] == 0)
-            wait_for(lambda: "steer_rows_in_use 0.0" in server.client.get("/metrics").text)
+            eventually(lambda: server.client.get("/health").json()["in_flight"] == 0)
+            eventually(lambda: "steer_rows_in_use 0.0" in server.client.get("/metrics").text)
             assert "steer_steered_running 0.0" in server.client.get("/metrics").text
 
     return Races

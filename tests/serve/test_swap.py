@@ -18,6 +18,7 @@ import torch
 from steer.direction import Direction, digest, write_file
 from tests import models
 from tests.servers import Server, receipt, text
+from tests.waiting import eventually
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +38,6 @@ def served(server: Server, name: str = "refusal") -> dict[str, Any]:
     response = server.client.get(f"/v1/directions/{name}")
     assert response.status_code == 200, response.text
     return dict(response.json())
-
-
-def wait_for(condition: Any, timeout: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def bad_files(good: bytes) -> dict[str, tuple[bytes, str]]:
@@ -85,12 +79,12 @@ def test_a_replaced_file_is_served_without_a_restart(server: Server, versions: l
     first, answer = served(server)["digest"], text(server.complete(steer="refusal"))
     assert first == digest(versions[0])
     write_file(server.directions / "refusal.safetensors", versions[1])  # type: ignore[operator]
-    wait_for(lambda: served(server)["digest"] == digest(versions[1]))
+    eventually(lambda: served(server)["digest"] == digest(versions[1]))
     response = server.complete(steer="refusal")
     assert receipt(response)[0]["digest"] == digest(versions[1])
     assert text(response) != answer
     (server.directions / "refusal.safetensors").unlink()  # type: ignore[operator]
-    wait_for(lambda: server.client.get("/v1/directions/refusal").status_code == 404)
+    eventually(lambda: server.client.get("/v1/directions/refusal").status_code == 404)
     assert server.complete(steer="refusal").status_code == 400
 
 
@@ -124,13 +118,13 @@ def test_bad_content_is_refused_with_its_reason_and_the_old_version_serves_on(
         assert reason in refused.json()["error"]["message"], name
         os.utime(path)
         write_file(path, content)
-        wait_for(lambda: served(server)["status"] == "stale")
+        eventually(lambda: served(server)["status"] == "stale")
         assert any(reason in problem for problem in served(server)["errors"]), (name, served(server)["errors"])
         assert text(server.complete(steer="refusal")) == answer, name
         write_file(path, versions[0])
-        wait_for(lambda: served(server)["status"] == "served")
+        eventually(lambda: served(server)["status"] == "served")
     write_file(server.directions / "new.safetensors", b"garbage")  # type: ignore[operator]
-    wait_for(lambda: {"new"} <= {d["id"] for d in server.client.get("/v1/directions").json()["data"]})
+    eventually(lambda: {"new"} <= {d["id"] for d in server.client.get("/v1/directions").json()["data"]})
     assert server.client.get("/health").json()["failed_directions"] == ["new"]
     assert "steer_failed_directions 1.0" in server.client.get("/metrics").text
 
@@ -179,7 +173,7 @@ def test_swap_under_load(server: Server, versions: list[bytes]) -> None:
         write_file(path, content)
         time.sleep(0.1)
     write_file(path, versions[1])
-    wait_for(lambda: served(server)["digest"] == digest(versions[1]))
+    eventually(lambda: served(server)["digest"] == digest(versions[1]))
     time.sleep(0.5)
     stop.set()
     for thread in threads:

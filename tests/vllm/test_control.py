@@ -28,6 +28,7 @@ from tests.servers import Server, receipt
 from tests.vllm import device
 from tests.vllm.engines import Home
 from tests.vllm.test_server import MESSAGES, OPTIONS
+from tests.waiting import eventually
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "hello", "max_tokens": 2},
@@ -284,10 +285,12 @@ def test_the_switch_ends_streams_and_admits_no_more(server: Server) -> None:
     assert server.client.get("/health").json()["steering"] == "off"
     assert server.client.post("/v1/steering", json={"enabled": True}, headers=bearer("all")).json()["enabled"]
     assert receipt(ask(server, "all", steer="refusal"))
-    deadline = time.monotonic() + 20
-    while any(d["requests"] for d in server.client.get("/v1/directions", headers=bearer("all")).json()["data"]):
-        assert time.monotonic() < deadline, "pins are left"
-        time.sleep(0.05)
+
+    def pinned() -> list[str]:
+        served = server.client.get("/v1/directions", headers=bearer("all")).json()["data"]
+        return [d["id"] for d in served if d["requests"]]
+
+    eventually(lambda: not pinned(), told="pins are left")
 
 
 def test_pages_of_other_origins_may_not_call(server: Server) -> None:

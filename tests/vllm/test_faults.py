@@ -11,10 +11,10 @@ import httpx
 import psutil
 import pytest
 
-from tests.serve.test_swap import wait_for
 from tests.servers import Server, receipt
 from tests.vllm.engines import Home
 from tests.vllm.test_server import OPTIONS
+from tests.waiting import eventually
 
 LONG: dict[str, Any] = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True, "temperature": 0, "stream": True}
 
@@ -38,9 +38,9 @@ def test_clients_that_leave_free_what_they_held(server: Server) -> None:
         with server.client.stream("POST", "/v1/completions", json=body) as answer:
             assert receipt(answer)
             next(answer.iter_lines())
-    wait_for(lambda: held(server) == 0, timeout=30)
+    eventually(lambda: held(server) == 0, 30)
     assert server.client.delete("/v1/directions/refusal").status_code == 200
-    wait_for(lambda: "steer_rows_in_use 1.0" in server.client.get("/metrics").text)
+    eventually(lambda: "steer_rows_in_use 1.0" in server.client.get("/metrics").text)
 
 
 def test_an_engine_that_is_killed_is_told_of(server: Server) -> None:
@@ -74,4 +74,4 @@ def test_an_engine_that_is_killed_is_told_of(server: Server) -> None:
         except httpx.TransportError:
             return False
 
-    wait_for(told, timeout=60)
+    eventually(told, 60)

@@ -23,6 +23,7 @@ from tests.servers import Client, Server, front_ends, receipt, text
 from tests.vllm import device
 from tests.vllm.engines import Home, Reference
 from tests.vllm.test_server import OPTIONS
+from tests.waiting import eventually
 
 COUNT = 2
 ROWS = 6
@@ -88,13 +89,6 @@ def ask(front: Client, key: str = "boss", **more: Any) -> httpx.Response:
     return front.post("/v1/completions", json=BODY | more, headers=bearer(key))
 
 
-def until(holds: Any) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_each_steers(fronts: dict[int, Client], home: Home) -> None:
     reference = Reference(home)
     for front in fronts.values():
@@ -128,10 +122,10 @@ def test_what_is_dropped_into_the_folder_comes_to_all(fronts: dict[int, Client],
     path = home.directions / "dropped.safetensors"
     write_file(path, data)
     for front in fronts.values():
-        until(lambda front=front: front.get("/v1/directions/dropped").json().get("digest") == digest(data))
+        eventually(lambda front=front: front.get("/v1/directions/dropped").json().get("digest") == digest(data))
     path.unlink()
     for front in fronts.values():
-        until(lambda front=front: front.get("/v1/directions/dropped").status_code == 404)
+        eventually(lambda front=front: front.get("/v1/directions/dropped").status_code == 404)
 
 
 def test_swaps_through_different_front_ends_under_load(fronts: dict[int, Client], server: Server, home: Home) -> None:
@@ -170,7 +164,7 @@ def test_swaps_through_different_front_ends_under_load(fronts: dict[int, Client]
     assert len(served) == COUNT * (1 + len(versions))
     assert fronts[0].delete("/v1/directions/moving").status_code == 200
     for front in fronts.values():
-        until(lambda front=front: not any(card["requests"] for card in front.get("/v1/directions").json()["data"]))
+        eventually(lambda front=front: not any(card["requests"] for card in front.get("/v1/directions").json()["data"]))
     for n in range(ROWS - 3):  # all that is left is free for others
         data = models.direction(home.model, seed=70 + n).to_bytes()
         assert fronts[n % COUNT].put(f"/v1/directions/filling{n}", content=data).status_code == 200
@@ -205,9 +199,8 @@ def test_it_ends_what_runs_on_the_others(fronts: dict[int, Client]) -> None:
         rest = "\n".join(lines)
     assert "steering_off" in rest
     assert told["running"] == 1
-    deadline = time.monotonic() + 30  # the other one counts a stream until after its last byte is sent
-    while fronts[0].post("/v1/steering", json={"enabled": True}).json()["running"]:
-        assert time.monotonic() < deadline
+    # the other one counts a stream until after its last byte is sent
+    eventually(lambda: not fronts[0].post("/v1/steering", json={"enabled": True}).json()["running"])
 
 
 def test_rates_are_the_keys(fronts: dict[int, Client]) -> None:
@@ -229,11 +222,11 @@ def test_rates_are_the_keys(fronts: dict[int, Client]) -> None:
     running = threading.Thread(target=asking)
     running.start()
     try:
-        until(lambda: "requests_at_once" in ask(fronts[1], "single").text)
+        eventually(lambda: "requests_at_once" in ask(fronts[1], "single").text)
     finally:
         go_on.set()
         running.join()
-    until(lambda: ask(fronts[1], "single").status_code == 200)
+    eventually(lambda: ask(fronts[1], "single").status_code == 200)
 
 
 def test_as_many_are_read_as_the_engine_can(fronts: dict[int, Client], server: Server) -> None:
@@ -251,7 +244,7 @@ def test_as_many_are_read_as_the_engine_can(fronts: dict[int, Client], server: S
     assert all(read == served[0] for read in served)
     for answer in answers:
         assert answer.status_code == 200 or "requests are being read" in answer.text, answer.text
-    until(lambda: all(ask(front, steer_readout="refusal").status_code == 200 for front in fronts.values()))
+    eventually(lambda: all(ask(front, steer_readout="refusal").status_code == 200 for front in fronts.values()))
 
 
 def test_a_new_policy_comes_to_all(fronts: dict[int, Client], home: Home) -> None:
@@ -259,7 +252,7 @@ def test_a_new_policy_comes_to_all(fronts: dict[int, Client], home: Home) -> Non
     for policy, status in ((POLICY + VISITOR, 200), (POLICY, 401)):
         write_file(path, policy.encode())
         for front in fronts.values():
-            until(lambda front=front, status=status: ask(front, "visitor").status_code == status)
+            eventually(lambda front=front, status=status: ask(front, "visitor").status_code == status)
 
 
 def test_metrics_are_of_all_together(fronts: dict[int, Client]) -> None:

@@ -13,13 +13,12 @@ from starlette.datastructures import Headers
 
 from benchmarks.results import Result, benchmark_parser, median_seconds
 from steer.registry import Registry
-from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
+from steer.runtime.bank import DirectionBank
 from steer.serve import carriers, keys
 from steer.serve.authorise import Caller, admit
 from steer.serve.body import parse_body
 from steer.serve.control import Control
 from steer.settings import ControlSettings
-from steer.shape import Shape
 from steer.spec import Spec
 from steer.vllm.frontend import salt
 from tests import models
@@ -27,20 +26,16 @@ from tests import models
 COUNTS = (1, 10, 100, 1000)
 BODY = b'{"model": "tiny", "messages": [{"role": "user", "content": "%s"}], "steer": "d0=0.7"}' % (b"x" * 2000)
 HEADERS = Headers({"content-type": "application/json", "user-agent": "OpenAI/Python", "accept": "*/*"})
-LAYERS = 3
 
 
 def serving(count: int) -> tuple[Registry, DirectionBank]:
     """A registry with `count` directions, d0 and on."""
     model = models.tiny("llama")
-    bank = DirectionBank(
-        [HookPoint("resid_post", i) for i in range(LAYERS)], rows=count + 1, rank=4, d_model=models.D_MODEL
-    )
-    shape = Shape("LlamaForCausalLM", LAYERS, models.D_MODEL, frozenset({"resid_post"}), 4)
-    registry = Registry(LocalPlacement(shape, bank))
+    placement = models.placement(rows=count + 1)
+    registry = Registry(placement)
     for seed in range(count):
         registry.put(f"d{seed}", models.direction(model, seed=seed).to_bytes(), store=False)
-    return registry, bank
+    return registry, placement.bank
 
 
 def governed(folder: Path, registry: Registry) -> tuple[Control, Caller]:

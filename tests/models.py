@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,8 @@ import transformers as tf
 from steer.direction import Direction, DirectionMeta
 from steer.hf.load import attention_implementation, auto_class, text_architecture
 from steer.names import MODES, TURNING, Mode, Site
+from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
+from steer.shape import Shape
 
 D_MODEL, LAYERS, VOCABULARY = 64, 3, 128
 
@@ -236,6 +239,13 @@ def tokenizer(vocabulary: int = VOCABULARY) -> Any:
         "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
     return made
+
+
+def placement(rows: int = 8, rank: int = 4, sites: Sequence[Site] = ("resid_post",)) -> LocalPlacement:
+    """A bank of its own for directions of a tiny Llama."""
+    points = [HookPoint(site, layer) for site in sites for layer in range(LAYERS)]
+    bank = DirectionBank(points, rows=rows, rank=rank, d_model=D_MODEL)
+    return LocalPlacement(Shape("LlamaForCausalLM", LAYERS, D_MODEL, bank.sites, rank), bank)
 
 
 def save(name: str, folder: Any, dtype: torch.dtype = torch.float32) -> Any:

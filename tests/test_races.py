@@ -29,12 +29,11 @@ from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
 from steer.names import MODES, TURNING
 from steer.readout import RequestedReadout
 from steer.registry import Admission, Registry
-from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement, gather, operate
+from steer.runtime.bank import DirectionBank, HookPoint, gather, operate
 from steer.runtime.token_index import PLAIN, TokenIndex
 from steer.serve import carriers
 from steer.serve.authorise import ANYONE, Refusal, resolve
 from steer.serve.control import Control
-from steer.shape import Shape
 from steer.spec import RequestedDirection, Spec
 from tests import models
 
@@ -45,7 +44,6 @@ NAMES = ("one", "two", "three")
 WHICH = st.integers(0, 99)
 MODEL = models.tiny("llama")
 POINTS = [HookPoint("resid_post", layer) for layer in range(models.LAYERS)]
-SHAPE = Shape("LlamaForCausalLM", models.LAYERS, models.D_MODEL, frozenset({"resid_post"}), RANK)
 
 
 @cache
@@ -71,9 +69,10 @@ class Request:
 class Registries(RuleBasedStateMachine):
     @initialize(seeds=st.lists(st.integers(0, 5), min_size=2, max_size=2))
     def start(self, seeds: list[int]) -> None:
-        self.bank = DirectionBank(POINTS, rows=ROWS, rank=RANK, d_model=models.D_MODEL)
+        placement = models.placement(ROWS, RANK)
+        self.bank = placement.bank
         self.index = TokenIndex(RANK, TOKENS, "cpu")
-        self.registry = Registry(LocalPlacement(SHAPE, self.bank), patience=0)
+        self.registry = Registry(placement, patience=0)
         self.control = Control()
         self.names: dict[str, str] = {}
         self.failed: set[str] = set()

@@ -11,8 +11,6 @@ from steer.errors import SpecError, UnknownDirection
 from steer.hf.steering import Steering
 from steer.readout import RequestedReadout, parse, resolve
 from steer.registry import Admission, Registry
-from steer.runtime.bank import LocalPlacement
-from steer.shape import Shape
 from steer.spec import RequestedDirection, Spec
 from tests import models
 
@@ -21,9 +19,7 @@ from tests import models
 def registry() -> Registry:
     model = models.tiny("llama")
     steering = Steering(model, sites=("resid_post", "writers"))
-    anatomy = steering.anatomy
-    shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, steering.bank.sites, 4)
-    registry = Registry(LocalPlacement(shape, steering.bank))
+    registry = Registry(steering.placement())
     for seed, name in enumerate(("a", "b", "c"), 1):
         registry.put(name, models.direction(model, seed=seed).to_bytes())
     registry.put("pair", models.direction(model, k=2, seed=8).to_bytes())

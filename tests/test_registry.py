@@ -8,7 +8,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,6 @@ from steer.direction import Direction, digest, write_file
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
 from steer.names import Mode, Site
 from steer.registry import Admission, Move, Registry
-from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
 from steer.shape import Shape
 from steer.spec import PHASES, Entry, RequestedDirection, parse
 from steer.tokenization import Thinking
@@ -66,12 +65,6 @@ class Recorder:
         del self.resident[digest]
 
 
-def local(rows: int = 8, rank: int = 4, sites: Sequence[Site] = ("resid_post",)) -> LocalPlacement:
-    points = [HookPoint(site, layer) for site in sites for layer in range(models.LAYERS)]
-    bank = DirectionBank(points, rows=rows, rank=rank, d_model=models.D_MODEL)
-    return LocalPlacement(Shape("LlamaForCausalLM", models.LAYERS, models.D_MODEL, frozenset(sites), rank), bank)
-
-
 def admit(registry: Registry, wish: str) -> Admission:
     return Admission.of(registry, parse(wish))
 
@@ -91,7 +84,7 @@ def write(folder: Path, name: str, data: bytes) -> None:
 
 
 def test_a_receipt_asks_for_what_it_says_and_for_that_version_alone() -> None:
-    registry = Registry(local(rank=4))
+    registry = Registry(models.placement(rank=4))
     model = models.tiny("llama")
     registry.put("a", models.direction(model, seed=1).to_bytes())
     for spec in ("a=0.5", "a:one_sided^0.25@1-2@answer", "a@1-2?a@0>0.5", "a?each:a@0<0.5=2", "a=1,a:add=0.25"):
@@ -137,7 +130,7 @@ def test_the_name_moves_only_after_the_load() -> None:
 
 
 def test_a_running_request_keeps_its_version_until_it_is_released() -> None:
-    placement = local()
+    placement = models.placement()
     registry = Registry(placement)
     registry.put("refusal", A)
     first, second = admit(registry, "refusal"), admit(registry, "refusal=0.5")
@@ -270,7 +263,7 @@ def test_a_bad_name_is_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_a_load_waits_for_running_requests_of_old_versions() -> None:
-    placement = local(rows=2)
+    placement = models.placement(rows=2)
     registry = Registry(placement, patience=30)
     registry.put("refusal", A)
     held = admit(registry, "refusal")
@@ -286,7 +279,7 @@ def test_a_load_waits_for_running_requests_of_old_versions() -> None:
 
 
 def test_requests_are_admitted_while_a_load_waits() -> None:
-    registry = Registry(local(rows=2), patience=30)
+    registry = Registry(models.placement(rows=2), patience=30)
     registry.put("refusal", A)
     held = admit(registry, "refusal")
     registry.put("refusal", B)
@@ -304,7 +297,7 @@ def test_requests_are_admitted_while_a_load_waits() -> None:
 
 
 def test_a_load_that_waited_in_vain_says_so_and_changes_nothing() -> None:
-    placement = local(rows=2)
+    placement = models.placement(rows=2)
     registry = Registry(placement, patience=0.1)
     registry.put("refusal", A)
     held = admit(registry, "refusal")
@@ -320,7 +313,7 @@ def test_a_load_that_waited_in_vain_says_so_and_changes_nothing() -> None:
 
 
 def test_a_load_that_nothing_can_make_room_for_fails_at_once() -> None:
-    registry = Registry(local(rows=1), patience=60)
+    registry = Registry(models.placement(rows=1), patience=60)
     registry.put("one", A)
     began = time.monotonic()
     with pytest.raises(NoRoom):
@@ -335,7 +328,7 @@ def test_a_load_that_nothing_can_make_room_for_fails_at_once() -> None:
 
 
 def test_the_file_decides_what_the_request_leaves_open() -> None:
-    registry = Registry(local())
+    registry = Registry(models.placement())
     registry.put("d", file(7, mode="one_sided", strength=0.25))
     name = digest(file(7, mode="one_sided", strength=0.25))
     cases: list[tuple[str, Mode, float]] = [
@@ -351,7 +344,7 @@ def test_the_file_decides_what_the_request_leaves_open() -> None:
 
 
 def test_the_order_of_the_request_is_kept() -> None:
-    registry = Registry(local())
+    registry = Registry(models.placement())
     registry.put("one", A)
     registry.put("two", B)
     assert [e.direction for e in admit(registry, "two,one").spec.entries] == ["two", "one"]
@@ -360,7 +353,7 @@ def test_the_order_of_the_request_is_kept() -> None:
 
 @pytest.mark.parametrize("wish", ["off", "one=0", "one=0,two=-0.0", "one=1e-50"])
 def test_strength_0_is_plain_and_pins_nothing(wish: str) -> None:
-    registry = Registry(local())
+    registry = Registry(models.placement())
     registry.put("one", A)
     registry.put("two", B)
     admission = admit(registry, wish)
@@ -371,14 +364,14 @@ def test_strength_0_is_plain_and_pins_nothing(wish: str) -> None:
 
 
 def test_strength_0_is_dropped_beside_others() -> None:
-    registry = Registry(local(rank=1))
+    registry = Registry(models.placement(rank=1))
     registry.put("one", A)
     registry.put("two", B)
     assert [e.direction for e in admit(registry, "one=0,two").spec.entries] == ["two"]
 
 
 def test_every_unknown_name_is_named_with_what_is_served() -> None:
-    registry = Registry(local())
+    registry = Registry(models.placement())
     registry.put("one", A)
     registry.put("two", B)
     with pytest.raises(UnknownDirection) as caught:
@@ -389,7 +382,7 @@ def test_every_unknown_name_is_named_with_what_is_served() -> None:
 
 
 def test_more_rows_than_a_token_can_have_are_refused() -> None:
-    registry = Registry(local(rank=3))
+    registry = Registry(models.placement(rank=3))
     registry.put("one", file(1, k=2))
     registry.put("two", file(2, k=2))
     admit(registry, "one")
@@ -400,7 +393,7 @@ def test_more_rows_than_a_token_can_have_are_refused() -> None:
 
 
 def test_one_version_twice_in_one_mode_is_refused_also_under_two_names() -> None:
-    registry = Registry(local())
+    registry = Registry(models.placement())
     registry.put("one", A)
     registry.put("same", A)
     for wish in ("one,one:ablate", "one,same", "one=0.5,same=0.25"):
@@ -429,7 +422,7 @@ def test_all_problems_of_a_request_are_reported_and_nothing_is_pinned() -> None:
 
 
 def test_a_mode_without_a_meaning_at_the_site_is_refused() -> None:
-    registry = Registry(local(sites=("resid_post", "writers")))
+    registry = Registry(models.placement(sites=("resid_post", "writers")))
     registry.put("d", file(3, sites=("writers",)))
     admit(registry, "d:ablate").release()
     with pytest.raises(SpecError, match="'writers'"):
@@ -437,7 +430,7 @@ def test_a_mode_without_a_meaning_at_the_site_is_refused() -> None:
 
 
 def test_pins_count_admissions() -> None:
-    registry = Registry(local())
+    registry = Registry(models.placement())
     registry.put("one", A)
     admissions = [admit(registry, "one:ablate,one:add") for _ in range(3)]
     for left, admission in zip((2, 1, 0), admissions, strict=True):
@@ -447,7 +440,7 @@ def test_pins_count_admissions() -> None:
 
 @pytest.mark.parametrize("order", list(itertools.permutations([None, "a", "b"])))
 def test_an_admission_lasts_until_its_last_holder_releases(order: tuple[str | None, ...]) -> None:
-    registry = Registry(local())
+    registry = Registry(models.placement())
     registry.put("one", A)
     admission = admit(registry, "one")
     for holder in ("a", "b", "a"):
@@ -464,7 +457,7 @@ def test_an_admission_lasts_until_its_last_holder_releases(order: tuple[str | No
 
 
 def test_put_keeps_the_very_bytes_as_a_file_and_nothing_else(tmp_path: Path) -> None:
-    registry = Registry(local(), tmp_path)
+    registry = Registry(models.placement(), tmp_path)
     registry.put("refusal", A)
     assert [path.name for path in tmp_path.iterdir()] == ["refusal.safetensors"]
     assert (tmp_path / "refusal.safetensors").read_bytes() == A
@@ -496,7 +489,7 @@ def test_what_another_process_puts_at_the_same_time_is_not_missed(
 
 
 def test_what_cannot_be_stored_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    placement = local()
+    placement = models.placement()
     registry = Registry(placement, tmp_path)
     registry.put("refusal", A)
 
@@ -514,7 +507,7 @@ def test_what_cannot_be_stored_is_not_served(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_refused_upload_leaves_nothing_behind(tmp_path: Path) -> None:
-    registry = Registry(local(), tmp_path)
+    registry = Registry(models.placement(), tmp_path)
     with pytest.raises(DirectionError):
         registry.put("refusal", GARBAGE)
     assert registry.failures == {}
@@ -526,7 +519,7 @@ def test_a_refused_upload_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_delete_removes_the_file(tmp_path: Path) -> None:
-    registry = Registry(local(), tmp_path)
+    registry = Registry(models.placement(), tmp_path)
     registry.put("refusal", A)
     registry.delete("refusal")
     assert list(tmp_path.iterdir()) == []
@@ -535,7 +528,7 @@ def test_delete_removes_the_file(tmp_path: Path) -> None:
 
 
 def test_a_file_that_could_have_no_name_is_removed_all_the_same(tmp_path: Path) -> None:
-    registry = Registry(local(), tmp_path)
+    registry = Registry(models.placement(), tmp_path)
     (tmp_path / "a b\n.safetensors").write_bytes(b"")
     registry.sync()
     (name,) = registry.failures
@@ -548,7 +541,7 @@ def test_reasons_are_bounded_and_can_be_shown_anywhere(
     way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whoever writes a file writes its reasons too: into the list, the log and the terminals of others."""
-    registry = Registry(local(), tmp_path)
+    registry = Registry(models.placement(), tmp_path)
     direction = models.direction(MODEL, seed=5)
     rogue = "\x1b[2J\r\nERROR steer: all is well \u2028\u202e" + "x" * 2**20
     meta = direction.meta.model_copy(update={"architecture": rogue})
@@ -570,7 +563,7 @@ def test_reasons_are_bounded_and_can_be_shown_anywhere(
 
 
 def test_sync_follows_new_changed_and_removed_files(tmp_path: Path) -> None:
-    placement = local()
+    placement = models.placement()
     registry = Registry(placement, tmp_path)
     registry.sync()
     assert served(registry) == {}
@@ -619,7 +612,7 @@ BAD_CONTENT = {
 
 @pytest.mark.parametrize("kind", BAD_CONTENT)
 def test_a_bad_file_in_the_folder_shows_and_disturbs_nothing(kind: str, tmp_path: Path) -> None:
-    registry = Registry(local(), tmp_path)
+    registry = Registry(models.placement(), tmp_path)
     write(tmp_path, "one", A)
     write(tmp_path, "two", B)
     registry.sync()
@@ -638,7 +631,7 @@ def test_a_bad_file_in_the_folder_shows_and_disturbs_nothing(kind: str, tmp_path
 
 
 def test_a_half_written_file_is_served_once_it_is_complete(tmp_path: Path) -> None:
-    registry = Registry(local(), tmp_path)
+    registry = Registry(models.placement(), tmp_path)
     path = tmp_path / "one.safetensors"
     with path.open("wb") as out:
         out.write(A[:1000])
@@ -654,7 +647,7 @@ def test_a_half_written_file_is_served_once_it_is_complete(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["a b", "off", "-x", "é", "a" * 65])
 def test_a_file_with_a_bad_name_shows_and_is_not_served(name: str, tmp_path: Path) -> None:
-    registry = Registry(local(), tmp_path)
+    registry = Registry(models.placement(), tmp_path)
     write(tmp_path, name, A)
     registry.sync()
     assert served(registry) == {}
@@ -666,7 +659,7 @@ def test_a_file_with_a_bad_name_shows_and_is_not_served(name: str, tmp_path: Pat
 
 def test_a_name_that_is_no_text_is_told_as_one(tmp_path: Path) -> None:
     """Or what lists the failures could not be sent."""
-    registry = Registry(local(), tmp_path)
+    registry = Registry(models.placement(), tmp_path)
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/n\xff.safetensors")).write_bytes(A)
     write(tmp_path, "good", A)
     registry.sync()
@@ -676,7 +669,7 @@ def test_a_name_that_is_no_text_is_told_as_one(tmp_path: Path) -> None:
 
 
 def test_other_files_are_not_looked_at(tmp_path: Path) -> None:
-    registry = Registry(local(), tmp_path)
+    registry = Registry(models.placement(), tmp_path)
     for name in (".hidden.safetensors", ".one.safetensors.x.tmp", "notes.txt", "old.pt"):
         (tmp_path / name).write_bytes(A)
     registry.sync()
@@ -697,7 +690,7 @@ def test_a_file_of_another_tool_is_told_once(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_a_file_without_room_is_served_when_there_is_room(tmp_path: Path) -> None:
-    registry = Registry(local(rows=1), tmp_path, patience=0.05)
+    registry = Registry(models.placement(rows=1), tmp_path, patience=0.05)
     write(tmp_path, "one", A)
     registry.sync()
     write(tmp_path, "two", B)
@@ -711,7 +704,7 @@ def test_a_file_without_room_is_served_when_there_is_room(tmp_path: Path) -> Non
 
 
 def test_the_failure_of_a_file_goes_with_the_file(tmp_path: Path) -> None:
-    registry = Registry(local(rows=1), tmp_path, patience=0.05)
+    registry = Registry(models.placement(rows=1), tmp_path, patience=0.05)
     registry.put("one", A)
     write(tmp_path, "two", B)
     registry.sync()
@@ -722,7 +715,7 @@ def test_the_failure_of_a_file_goes_with_the_file(tmp_path: Path) -> None:
 
 
 def test_a_directory_with_the_name_of_a_file_is_a_failure_like_others(tmp_path: Path) -> None:
-    registry = Registry(local(), tmp_path)
+    registry = Registry(models.placement(), tmp_path)
     (tmp_path / "one.safetensors").mkdir()
     write(tmp_path, "two", B)
     registry.sync()
@@ -731,7 +724,7 @@ def test_a_directory_with_the_name_of_a_file_is_a_failure_like_others(tmp_path: 
 
 
 def test_the_watcher_sees_files_come_change_and_go(tmp_path: Path) -> None:
-    registry, changes = Registry(local(), tmp_path), list[int]()
+    registry, changes = Registry(models.placement(), tmp_path), list[int]()
     registry.follow(lambda: changes.append(1))
     assert registry.follower
     try:
@@ -837,7 +830,7 @@ def test_a_request_that_ends_while_a_new_version_is_stored_takes_nothing_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between its load and its name a version is neither named nor pinned, and a file takes its time to be written."""
-    placement = local()
+    placement = models.placement()
     registry = Registry(placement, tmp_path)
     registry.put("refusal", A)
     admission = admit(registry, "refusal")
@@ -858,7 +851,7 @@ def test_a_request_that_ends_while_a_new_version_is_stored_takes_nothing_away(
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_no_request_ever_misses_its_version_during_swaps(stored: bool, tmp_path: Path) -> None:
-    placement = local(rows=16)
+    placement = models.placement(rows=16)
     registry = Registry(placement, tmp_path if stored else None)
     registry.put("refusal", A)
     registry.put("other", D)
@@ -918,7 +911,7 @@ def test_a_folder_that_vanishes_takes_nothing_away(tmp_path: Path) -> None:
 
 def test_the_directions_of_one_request_act_at_two_different_places_at_most() -> None:
     """More would be more combinations in one step than there is room for."""
-    registry = Registry(local())
+    registry = Registry(models.placement())
     for name, data in (("a", A), ("b", B), ("c", C)):
         registry.put(name, data, store=False)
     registry.resolve(parse("a@answer,b@prompt"))
@@ -928,7 +921,7 @@ def test_the_directions_of_one_request_act_at_two_different_places_at_most() -> 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_phase_is_of_models_that_have_it_and_of_all_that_a_request_asks_for(phase: str) -> None:
-    placements = [local(), local(), local(rank=1)]
+    placements = [models.placement(), models.placement(), models.placement(rank=1)]
     for placement in placements[1:]:
         placement.shape = replace(placement.shape, thinking=Thinking(5, 6, frozenset()))
     for placement, offered in zip(placements, (False, True, False), strict=True):

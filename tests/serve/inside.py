@@ -11,14 +11,12 @@ from starlette.routing import Mount, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.registry import Registry
-from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
 from steer.serve import metrics
 from steer.serve.access import Access
 from steer.serve.audit import Fsync
 from steer.serve.control import Control
 from steer.serve.middleware import RenderingWatch, SteerMiddleware
 from steer.settings import ControlSettings
-from steer.shape import Shape
 from tests import models
 
 ANSWER = json.dumps({"object": "text_completion", "choices": []}).encode()
@@ -49,11 +47,7 @@ class Inside:
         fsync: Fsync = "never",
     ) -> None:
         model = models.tiny("llama")
-        bank = DirectionBank(
-            [HookPoint("resid_post", layer) for layer in range(3)], rows=8, rank=4, d_model=models.D_MODEL
-        )
-        shape = Shape("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 4)
-        self.registry = Registry(LocalPlacement(shape, bank))
+        self.registry = Registry(models.placement())
         refusal, verbosity = (models.direction(model, seed=seed).to_bytes() for seed in (1, 2))
         for name, data in ("refusal", refusal), ("verbosity", verbosity), ("copy", refusal):  # one file, to the byte
             self.registry.put(name, data)

@@ -17,7 +17,6 @@ from steer.direction import Direction
 from steer.errors import SpecError, UnknownDirection
 from steer.names import MODES
 from steer.registry import Registry
-from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
 from steer.serve import carriers
 from steer.serve.authorise import admit
 from steer.serve.body import parse_body
@@ -44,12 +43,9 @@ class Watched(Shape):
 
 
 def registry_of(**names: bytes) -> Registry:
-    bank = DirectionBank(
-        [HookPoint("resid_post", layer) for layer in range(3)], rows=16, rank=4, d_model=models.D_MODEL
-    )
-    registry = Registry(
-        LocalPlacement(Watched("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 4), bank)
-    )
+    placement = models.placement(rows=16)
+    placement.shape = Watched("LlamaForCausalLM", models.LAYERS, models.D_MODEL, placement.shape.sites, 4)
+    registry = Registry(placement)
     for name, data in names.items():
         registry.put(name, data)
     return registry

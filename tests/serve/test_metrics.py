@@ -10,19 +10,14 @@ from pathlib import Path
 from prometheus_client import generate_latest
 
 from steer.registry import Registry
-from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
 from steer.serve import metrics
-from steer.shape import Shape
 from tests import models
 from tests.servers import ROOT
 
 
 def test_no_scrape_misses_what_is_served(tmp_path: Path) -> None:
     model = models.tiny("llama")
-    points = [HookPoint("resid_post", layer) for layer in range(models.LAYERS)]
-    bank = DirectionBank(points, rows=4, rank=1, d_model=models.D_MODEL)
-    shape = Shape(type(model).__name__, models.LAYERS, models.D_MODEL, bank.sites, 1)
-    registry = Registry(LocalPlacement(shape, bank))
+    registry = Registry(models.placement(rows=4, rank=1))
     first, second = (registry.put(f"d{i}", models.direction(model, seed=i).to_bytes()) for i in range(2))
     stop = threading.Event()
 

@@ -19,7 +19,6 @@ from steer.spec import Spec, parse, tokens_in_both, tokens_within
 from steer.tokenization import Thinking
 from tests import models
 from tests.serve.rules import NAMES, POLICY
-from tests.test_registry import local
 
 HASH = keys.stored("one")
 OTHER = keys.stored("two")
@@ -109,7 +108,7 @@ def asked(rules: str, spec: str | None, body: dict[str, object], *, required: st
     `twin` has the vectors of `d`."""
     text = f'[keys.a]\nhash = "{HASH}"\ndirections = ["*"]\n{required}\n{rules}'
     found = policy.read(text.encode()).policy
-    placement = local()
+    placement = models.placement()
     placement.shape = replace(placement.shape, thinking=Thinking(5, 6, frozenset()))
     registry = Registry(placement)
     registry.put("d", CALIBRATED.to_bytes())

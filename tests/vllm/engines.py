@@ -11,9 +11,7 @@ import torch
 
 from steer.hf.steering import Steering
 from steer.registry import Registry
-from steer.runtime.bank import LocalPlacement
 from steer.runtime.hook_points import hooks, on_output
-from steer.shape import Shape
 from steer.spec import PHASES, Condition, Spec, parse
 from steer.tokenization import Thinking
 from tests import models
@@ -97,9 +95,7 @@ class Reference:
     def __init__(self, home: Home) -> None:
         self.steering = Steering(home.model, rows=8, rank=RANK)
         self.steering.attach()
-        anatomy = self.steering.anatomy
-        shape = Shape(anatomy.architecture, anatomy.layers, anatomy.d_model, self.steering.bank.sites, RANK)
-        self.placement = LocalPlacement(shape, self.steering.bank)
+        self.placement = self.steering.placement()
         self.registry = Registry(self.placement, home.directions)
         self.registry.sync()
         self.thinking = Thinking(-1, -1, frozenset())

@@ -18,8 +18,6 @@ from starlette.websockets import WebSocketDisconnect
 
 from steer.errors import SpecError, UnsupportedModel
 from steer.registry import Registry
-from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
-from steer.shape import Shape
 from steer.vllm import internals
 from tests import models
 
@@ -65,11 +63,7 @@ class Engine:
             lambda *_: [],
             serves=True,
         )
-        bank = DirectionBank(
-            [HookPoint("resid_post", layer) for layer in range(3)], rows=8, rank=4, d_model=models.D_MODEL
-        )
-        shape = Shape("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 4)
-        front.registry = Registry(LocalPlacement(shape, bank))
+        front.registry = Registry(models.placement())
         front.registry.put("refusal", models.direction(MODEL, seed=1).to_bytes())
         self.steer = front
         self.asked: list[str | None] = []

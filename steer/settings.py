@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -15,9 +15,6 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from steer.errors import InvalidInput
 from steer.names import SITES, Site
 from steer.spec import parse
-
-if TYPE_CHECKING:
-    from steer.hf.load import LoadOptions
 
 #: Seconds that an idle connection is kept: longer than clients keep theirs (httpx, and with it `openai`: 5), so that
 #: none is closed at the moment when a request is sent on it.
@@ -83,9 +80,9 @@ class ModelSettings(ModelOrigin):
     )
 
     @property
-    def loading(self) -> LoadOptions:
+    def loading(self) -> dict[str, Any]:
         """The keywords of `steer.hf.load.load`."""
-        return cast("LoadOptions", self.model_dump(include=set(ModelSettings.model_fields)))
+        return self.model_dump(include=set(ModelSettings.model_fields))
 
     @property
     def options(self) -> list[str]:

@@ -10,7 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -48,16 +48,6 @@ class Loaded(Chat):
         if found is None:
             found = self.tokenizer.eos_token_id
         return [] if found is None else ([found] if isinstance(found, int) else list(found))
-
-
-class LoadOptions(TypedDict, total=False):
-    """How a model is loaded: the keywords of `load`."""
-
-    revision: str | None
-    dtype: str
-    device: str
-    device_map: str | None
-    trust_remote_code: bool
 
 
 def load(

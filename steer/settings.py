@@ -200,11 +200,6 @@ class ServeSettings(ControlSettings, ModelSettings):
         return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
 
     @property
-    def control(self) -> ControlSettings:
-        """The part that every backend shares."""
-        return ControlSettings(**self.model_dump(include=set(ControlSettings.model_fields)))
-
-    @property
     def site_list(self) -> tuple[Site, ...]:
         given = {site.strip() for site in self.sites.split(",")}
         return tuple(site for site in SITES if site in given)

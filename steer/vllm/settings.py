@@ -89,7 +89,7 @@ def from_serve_settings(settings: ServeSettings, options: Sequence[str]) -> tupl
         rows=settings.rows,
         rank=settings.rank or 1,
         readout=settings.readout or 0,
-        control=settings.control,
+        control=settings,
     )
     ours: dict[str, object] = {
         "host": settings.host,

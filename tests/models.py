@@ -16,6 +16,8 @@ from steer.runtime.bank import DirectionBank, HookPoint, LocalPlacement
 from steer.shape import Shape
 
 D_MODEL, LAYERS, VOCABULARY = 64, 3, 128
+#: Two prompts.
+IDS = torch.randint(3, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(7))
 
 _SHAPE: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
@@ -246,6 +248,18 @@ def placement(rows: int = 8, rank: int = 4, sites: Sequence[Site] = ("resid_post
     points = [HookPoint(site, layer) for site in sites for layer in range(LAYERS)]
     bank = DirectionBank(points, rows=rows, rank=rank, d_model=D_MODEL)
     return LocalPlacement(Shape("LlamaForCausalLM", LAYERS, D_MODEL, bank.sites, rank), bank)
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Of the prompts IDS, float32."""
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=IDS, use_cache=False).logits.float()
+    return found
+
+
+def relative(x: torch.Tensor, y: torch.Tensor) -> float:
+    """How far x is from y, beside what is largest in y."""
+    return float((x - y).abs().max() / y.abs().max())
 
 
 def save(name: str, folder: Any, dtype: torch.dtype = torch.float32) -> Any:

@@ -25,6 +25,7 @@ from steer.lab.merge.removal import removal
 from steer.lab.merge.weights import Checkpoint
 from steer.names import Site
 from tests import models
+from tests.models import relative
 from tests.oracle import ablated, orthogonalised
 
 IDS = torch.randint(3, 90, (2, 17), generator=torch.Generator().manual_seed(7))
@@ -40,10 +41,6 @@ def wrapper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=IDS, use_cache=False).logits
-
-
-def relative(x: torch.Tensor, y: torch.Tensor) -> float:
-    return float((x - y).abs().max() / y.abs().max())
 
 
 def projected(model: torch.nn.Module, direction: Direction) -> torch.Tensor:

@@ -17,18 +17,8 @@ from steer.names import MODES, Mode
 from steer.runtime.bank import EMBEDDING, HookPoint
 from steer.runtime.hook_points import find_writers, hooks, on_output
 from tests import bad, models
+from tests.models import IDS, logits, relative
 from tests.oracle import ablated, orthogonalised, reference_logits
-
-IDS = torch.randint(3, models.VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(7))
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits
-
-
-def relative(x: torch.Tensor, y: torch.Tensor) -> float:
-    return float((x - y).abs().max() / y.abs().max())
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])

@@ -13,7 +13,7 @@ import torch
 from steer.direction import MAX_VALUE, Direction
 from steer.errors import DegenerateError, InvalidInput, SpecError
 from steer.geometry import linear_direction, slerp_direction, unit
-from steer.hf.load import Loaded, load
+from steer.hf.load import Loaded
 from steer.lab.derive import Recipe, _angles, derive
 from steer.lab.measure import Keep, MeasurementOptions, measure
 from steer.lab.measurement import Measurement
@@ -23,11 +23,6 @@ from steer.names import MODES
 from steer.runtime.op import GATE, coefficients
 from steer.shape import check_mode
 from tests.lab.test_measure import HARMFUL, HARMLESS
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_folder: Path) -> Loaded:
-    return load(str(tiny_folder))
 
 
 @pytest.fixture(scope="module")

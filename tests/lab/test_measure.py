@@ -23,11 +23,6 @@ HARMLESS = PromptSet("harmless", "1" * 64, tuple("xy " * n + "z" for n in range(
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_folder: Path) -> Loaded:
-    return load(str(tiny_folder))
-
-
-@pytest.fixture(scope="module")
 def source(loaded: Loaded) -> TransformersSource:
     return TransformersSource(loaded)
 

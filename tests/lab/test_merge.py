@@ -25,18 +25,9 @@ from steer.lab.merge.model import CONFIG, RECEIPT, WEIGHTS, Made, bake, export_a
 from steer.lab.merge.removal import RemovalPlan, removal
 from steer.lab.merge.weights import INDEX, Checkpoint, Writer
 from tests import models, oracle
+from tests.models import IDS, logits, relative
 
-IDS = torch.randint(3, models.VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(7))
 EXACT = [name for name in models.ARCHITECTURES if name not in models.NORM_BEHIND_WRITER]
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits.float()
-
-
-def relative(x: torch.Tensor, y: torch.Tensor) -> float:
-    return float((x - y).abs().max() / y.abs().max())
 
 
 def at_writers(model: Any, **more: Any) -> Direction:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from steer.hf.load import Loaded, load
+from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL
 from steer.lab.derive import Recipe
@@ -27,11 +27,6 @@ from tests import models
 from tests.lab.test_measure import HARMFUL, HARMLESS
 
 TOKENS = 3
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_folder: Path) -> Loaded:
-    return load(str(tiny_folder))
 
 
 @pytest.fixture(scope="module")

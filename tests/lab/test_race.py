@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from steer.direction import Direction
 from steer.errors import InvalidInput
-from steer.hf.load import load
+from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab import race as race_module
 from steer.lab.behaviour import Behaviour
@@ -37,8 +36,7 @@ SETS = Sets(
 
 
 @pytest.fixture(scope="module")
-def probe(tiny_folder: Path) -> HFEvaluator:
-    loaded = load(str(tiny_folder))
+def probe(loaded: Loaded) -> HFEvaluator:
     return HFEvaluator(loaded, Steering(loaded.model, rows=3, rank=1), max_tokens=3)
 
 

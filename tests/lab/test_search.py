@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from steer.cli.app import app
 from steer.direction import Direction
 from steer.errors import InvalidInput
-from steer.hf.load import Loaded, load
+from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.derive import Recipe, derive, layer_weights
 from steer.lab.measure import Keep, MeasurementOptions, measure
@@ -53,11 +53,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_folder: Path) -> Loaded:
-    return load(str(tiny_folder))
 
 
 @pytest.fixture(scope="module")

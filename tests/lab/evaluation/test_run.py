@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer.hf.load import Loaded, load
+from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL
 from steer.lab.evaluation.arms import Arm, arms_of, projected
@@ -49,11 +49,6 @@ class Watched(HFEvaluator):
     def answers(self, prompts: Sequence[Prompt], steer: Any, known: Any = None) -> list[Answer]:
         self.asked.append((self.progress.current, len(prompts)))
         return super().answers(prompts, steer, known)
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_folder: Path) -> Loaded:
-    return load(str(tiny_folder))
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ class BatchingEngine(Engine):
         self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: Readout | None = None
     ) -> AsyncGenerator[Token, None]:
         request_id = f"steer-{next(self._numbers)}"
-        if not self._requests:
+        if not self._requests and math.isfinite(self._moved):  # which it is not while the model is held
             self._moved = time.monotonic()
         arrivals: asyncio.Queue[GenerationOutput] = asyncio.Queue()
         running = self._requests[request_id] = _Running(steer, read, Sampler(sampling, prompt, self.eos_ids), [])

@@ -13,14 +13,16 @@ from typing import TypedDict
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.serve import errors, keys
+from steer.serve.asgi import with_headers
 from steer.serve.authorise import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
-from steer.serve.control import Control
+from steer.serve.control import Control, request_id
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.origin import ANY, foreign, header, is_preflight
 
+REQUEST_ID = "x-request-id"
 MAX_HEADERS = 64 * 2**10
 MAX_PATH = 8 * 2**10
 #: Readable without a key. Their answers must say nothing of directions or keys.
@@ -44,6 +46,17 @@ class Cors(TypedDict, total=False):
     allow_credentials: bool
 
 
+def _named(send: Send, name: str) -> Send:
+    """Have every answer say under which id the audit log has it."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = with_headers(message, lambda headers: headers.setdefault(REQUEST_ID, name))
+        await send(message)
+
+    return sending
+
+
 class Access:
     """The layer. It tells the app who is calling by `scope["steer.caller"]`. The origins of pages that may call are
     the control plane's."""
@@ -65,6 +78,8 @@ class Access:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
+        if scope["type"] == "http":
+            send = _named(send, request_id(scope))
         try:
             self._check_page(scope)
         except HTTPProblem as error:

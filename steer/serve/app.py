@@ -30,8 +30,9 @@ from steer.hf.steering import Steering
 from steer.names import readable
 from steer.registry import Registry
 from steer.serve import answers, completions, errors, html, metrics, operation
-from steer.serve.access import PUBLIC, Access, Cors
+from steer.serve.access import PUBLIC, REQUEST_ID, Access, Cors
 from steer.serve.carriers import PLUS, RECEIPT
+from steer.serve.connection import PROTOCOL
 from steer.serve.control import Control
 from steer.serve.directions import router as directions_router
 from steer.serve.generation import Served
@@ -96,7 +97,7 @@ def build(served: Served) -> FastAPI:
     app.add_exception_handler(SteerError, errors.on_steer_error)
     app.add_exception_handler(RequestValidationError, errors.on_validation_error)
     app.add_exception_handler(HTTPException, errors.on_http_exception)
-    cors: Cors = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": [RECEIPT, "x-request-id"]}
+    cors: Cors = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": [RECEIPT, REQUEST_ID]}
     app.add_middleware(Access, control=control, public=PUBLIC.union(html.PATHS), cors=cors)
     app.add_middleware(HeadRequests)
     app.include_router(html.router())
@@ -290,6 +291,7 @@ def serve(model: str, settings: ServeSettings) -> None:
             port=settings.port,
             log_level=settings.log_level,
             access_log=False,
+            http=PROTOCOL,
             timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=settings.drain,
         )

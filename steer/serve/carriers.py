@@ -30,11 +30,14 @@ XARGS = "vllm_xargs"
 PLUS = "+"
 #: What a route that steers takes, by the names that `traces` gives.
 TAKEN = frozenset({FIELD, readout.FIELD, f"{XARGS}.{FIELD}", f"header {HEADER}", "model"})
-#: Fields of a body in which clients put fields of their own, and those that hold whole requests, as `bare` has them.
-_INSIDE = {"chattemplatekwargs", "extraargs", "extrabody", "extraheaders", "extraquery", "generationconfig", "headers"}
-_INSIDE |= {"body", "metadata", "options", "parameters", "request", "requests", "samplingparams", "vllmxargs"}
-_INSIDE |= {"kvtransferparams", "streamoptions"}
-#: Those of them that are there for nothing else, so that a text in them is one of these too.
+#: Fields of a body, as `bare` has them, whose inside is what the model is given or must write: there a key that begins
+#: with `steer` is content. In all others it is a mistake, whoever wrapped the request.
+_CONTENT = {"messages", "input", "prompt", "prompts", "system", "instructions", "documents", "tools", "functions"}
+_CONTENT |= {"toolchoice", "functioncall", "responseformat", "structuredoutputs", "guidedjson", "text", "outputconfig"}
+#: Those in which a text may be a request's fields as JSON.
+_QUOTING = {"chattemplatekwargs", "generationconfig", "body", "metadata", "options", "parameters", "request"}
+_QUOTING |= {"requests", "samplingparams", "kvtransferparams", "streamoptions"}
+#: Those that are there for nothing else than fields of one's own, so that a text in them is one of these too.
 _VEHICLES = {"extraargs", "extrabody", "extraheaders", "extraquery", "headers", "vllmxargs"}
 
 
@@ -134,7 +137,11 @@ def traces(body: object, headers: Headers, served: Sequence[str], query: bytes =
             for key, inner in value.items():
                 if nearly(key):
                     yield _name((place, key))
-                elif (plain := bare(key)) in _INSIDE:
+                elif (plain := bare(key)) in _CONTENT:
+                    continue
+                elif isinstance(inner, dict | list):
+                    places.append(((place, key), inner))
+                elif plain in _QUOTING | _VEHICLES:
                     if isinstance(inner, str):  # as a form's field has it, or one who quoted the whole
                         left -= _structure(inner, left)
                         inner = _unwrapped(inner)

@@ -69,6 +69,9 @@ class Run:
 
 
 MINUTE = 60.0
+#: Seconds of a drain in which what has not ended is told so.
+GRACE = 1.0
+TAKEN_AWAY = "the API key was taken away"
 
 
 class RateLimiter:
@@ -280,7 +283,7 @@ class Control:
         for run in tuple(self.runs):
             rules = keys.get(run.caller.name or "")
             if run.caller.name is not None and (rules is None or run.caller.stored not in rules.hashes):
-                run.abort(Refusal(Code.INVALID_API_KEY, "key", "the API key was taken away"))
+                run.abort(Refusal(Code.INVALID_API_KEY, "key", TAKEN_AWAY))
 
     @property
     def policy_digest(self) -> str | None:
@@ -294,19 +297,32 @@ class Control:
         found: Caller = scope.get(CALLER, ANYONE if self.in_force is None else NOBODY)
         return found
 
+    def renewed(self, scope: Scope) -> Caller:
+        """Who makes this request, by the policy that is in force now: a body may come long after the headers with the
+        key. Raises Refusal where that is no key any more, or has another name."""
+        caller = self.caller(scope)
+        if self.in_force is not None and caller.name is not None:
+            self.check_policy()
+            if self.in_force.names.get(caller.stored or "") != caller.name:
+                raise Refusal(Code.INVALID_API_KEY, "key", TAKEN_AWAY)
+            caller = Caller(caller.name, self.in_force.policy.keys[caller.name], caller.stored)
+            scope[CALLER] = caller
+        return caller
+
     @property
     def rules(self) -> Rules:
         """What holds for every caller now."""
         return Rules(self.in_force.policy if self.in_force else None, None if self.steering else self.off)
 
-    def check_manages(self, scope: Scope) -> None:
-        """May who makes this request manage: directions, and the kill switch? Raises Refusal."""
+    def manager(self, scope: Scope) -> Caller:
+        """Who makes this request and may manage: directions, and the kill switch. Raises Refusal for who may not."""
         peer = (scope.get("client") or (None,))[0]  # after a proxy on this machine: the one that the proxy names
         if self.in_force is None:
             if not (self.settings.insecure or peer is None or is_loopback(peer)):
                 raise forbidden("manage", "without a policy, a server is managed from its own machine alone")
-        elif not self.caller(scope).manages:
+        elif not self.renewed(scope).manages:
             raise forbidden("manage", "managing needs a key with the managing role")
+        return self.caller(scope)
 
     def refused(self, error: SteerError, caller: Caller, scope: Scope) -> None:
         """Count and keep a refusal by policy; of other errors nothing is kept. Nobody can fill the disk with them: a
@@ -460,6 +476,22 @@ class Control:
                 completion_tokens=completion,
                 outcome=outcome,
             )
+
+    def drain(self, seconds: float) -> None:
+        """As the server stops, on a thread that may wait: let what runs here end, and end it GRACE before the time is
+        up, so that clients are told and the audit log has it."""
+        deadline = time.monotonic() + seconds
+        while self.runs and time.monotonic() < deadline - GRACE:
+            time.sleep(0.02)
+        if self.runs and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._end_all)
+            while self.runs and time.monotonic() < deadline:
+                time.sleep(0.02)
+
+    def _end_all(self) -> None:
+        """On the event loop."""
+        for run in tuple(self.runs):
+            run.abort(Refusal(Code.STOPPING, "stopping", "the server is stopping", Retry_After="10"))
 
     # -- the kill switch -----------------------------------------------------------------------------------------
 

@@ -146,7 +146,7 @@ def router(control: Control) -> APIRouter:
     async def put_direction(name: str, request: Request) -> DirectionCard:
         check_name(name)
         data = await read_body(request.scope, request.receive, MAX_BYTES)
-        caller = control.caller(request.scope)
+        caller = control.manager(request.scope)  # who may have lost the right while the file came
         control.moving(caller)
 
         def put() -> Version:

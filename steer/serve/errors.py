@@ -67,6 +67,7 @@ class Code(Enum):
     REQUEST_FAILED = 500, "this one request failed; all others go on"
     STEERING_FORBIDDEN = 403, "this key may not do that; the message names the rule"
     STEERING_OFF = 503, "steering is switched off"
+    STOPPING = 503, "the server is stopping: ask another one, or this one again later"
     STORAGE = 507, "the folder of directions cannot be written"
     UNSUPPORTED = 400, "a combination that is not served"
 

@@ -66,6 +66,8 @@ _OF_REGISTRY: dict[Gauge, Callable[[Registry], float]] = {
 }
 #: Are values kept in files? Then labels cannot be taken away.
 _IN_FILES = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+for _result in ("ok", "failed"):
+    POLICY_RELOADS.labels(result=_result)  # a counter that begins with its first count shows no increase
 _open: ContextVar[Usage | None] = ContextVar("steer_usage", default=None)
 
 

@@ -18,7 +18,7 @@ from dataclasses import KW_ONLY, dataclass
 from functools import partial
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -49,11 +49,12 @@ from steer.tokenization import rendered_otherwise
 
 log = logging.getLogger("steer")
 
-REQUEST_ID = "x-request-id"
 #: The variables of the chat template that a request gives.
 TEMPLATE_VARIABLES = "chat_template_kwargs"
 #: Different warnings that are given: what clients send must not fill memory or the log.
 MOST_WARNINGS = 256
+#: How an event begins that ends a stream with an error: OpenAI's and Anthropic's.
+FAILED = (b'data: {"error"', b"event: error", b"event: response.failed")
 Forward = Callable[[dict[str, object], Admission], None]
 
 
@@ -127,11 +128,12 @@ class SteerMiddleware:
 
     async def _handle(self, run: Run, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        control, caller = self.control, run.caller
+        control = self.control
         try:
             check_kind(scope, JSON)
             data = await read_body(scope, receive, self.max_body)
             body, carried, wanted = await understood(partial(self._understand, data, scope), len(data))
+            run.caller = control.renewed(scope)
             control.reserve(run, tokens_of(body, len(data), self.context, scope["path"]), answer_count(body))
             admission = admit(
                 carried,
@@ -139,7 +141,7 @@ class SteerMiddleware:
                 self.default,
                 wanted,
                 readable=self.readable,
-                caller=caller,
+                caller=run.caller,
                 rules=control.rules,
             )
             try:
@@ -151,7 +153,7 @@ class SteerMiddleware:
             return
         except SteerError as error:
             metrics.REFUSED.labels(reason=type(error).__name__).inc()
-            control.refused(error, caller, scope)
+            control.refused(error, run.caller, scope)
             await errors.of(error)(scope, receive, send)
             return
         answer = _Answer(send, run)
@@ -216,25 +218,21 @@ class _Answer(Outgoing):
 
     def __init__(self, send: Send, run: Run) -> None:
         super().__init__(send)
-        self._receipt, self._request_id = run.spec.receipt(), run.request_id
-        self.outcome, self._left = "cancelled", False
+        self._receipt = run.spec.receipt()
+        self.outcome, self._left, self._failed = "cancelled", False, False
 
     def leave(self) -> None:
         """The client has left: what some apps send then is no answer."""
         self._left = True
 
     async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            served = message["status"] < 400
-            message = with_headers(message, lambda headers: self._complete(headers, served))
+        if message["type"] == "http.response.start" and message["status"] < 400:
+            message = with_headers(message, lambda headers: headers.append(carriers.RECEIPT, self._receipt))
         await super().send(message)
+        if message.get("body", b"").startswith(FAILED):
+            self._failed = True
         if self.ended and self.outcome == "cancelled" and not self._left:
-            self.outcome = "ok" if self.status < 400 else "error"
-
-    def _complete(self, headers: MutableHeaders, served: bool) -> None:
-        if served:
-            headers.append(carriers.RECEIPT, self._receipt)
-        headers.setdefault(REQUEST_ID, self._request_id)
+            self.outcome = "ok" if self.status < 400 and not self._failed else "error"
 
     async def break_off(self, error: Exception) -> None:
         await super().break_off(error)

@@ -122,8 +122,7 @@ def router(control: Control) -> APIRouter:
         ),
     )
     async def post_steering(body: Switch, request: Request) -> SteeringState:
-        caller = control.caller(request.scope)
-        control.switch(body.enabled, caller, body.reason)
+        control.switch(body.enabled, control.manager(request.scope), body.reason)  # still
         return steering(control, request.scope)
 
     return routes
@@ -174,7 +173,7 @@ def steering(control: Control, scope: Scope) -> SteeringState:
     rules, manages = caller.rules, True
     shape = None if control.registry is None else control.registry.placement.shape
     try:
-        control.check_manages(scope)
+        control.manager(scope)
     except Refusal:
         manages = False
     told: SteeringState = {

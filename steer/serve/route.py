@@ -97,7 +97,7 @@ def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> t
             async def handling(request: Request) -> Response:
                 try:
                     if request.method not in READING:
-                        control.check_manages(request.scope)
+                        control.manager(request.scope)
                     if request.method in ("POST", "PUT"):
                         check_kind(request.scope, kind)
                     answer: Response = await handler(request)

@@ -88,7 +88,7 @@ def log_to_stderr() -> None:
     steer = logging.getLogger("steer")
     if not (steer.handlers or logging.getLogger().handlers):
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(f"(pid {os.getpid()}) %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(logging.Formatter(f"(pid {os.getpid()}) %(asctime)s %(levelname)s %(name)s: %(message)s"))
         steer.addHandler(handler)
         level = os.environ.get("STEER_LOG_LEVEL", "info").upper()
         steer.setLevel(logging.getLevelNamesMapping().get(level, logging.INFO))

@@ -36,15 +36,16 @@ from steer.errors import InvalidInput, NotFinite, SpecError, SteerError, Unsuppo
 from steer.readout import FIELD
 from steer.registry import Admission
 from steer.serve import carriers, errors, html, metrics, operation, origin
-from steer.serve.access import PUBLIC, Access, Cors
+from steer.serve.access import PUBLIC, REQUEST_ID, Access, Cors
 from steer.serve.answers import ReadReport, report
 from steer.serve.asgi import Change, rewriting, with_headers
 from steer.serve.authorise import resolve
 from steer.serve.body import BODY, LARGE, Gone, offload, parse_body, prompt_count, read_body, replay, understood
+from steer.serve.connection import PROTOCOL
 from steer.serve.control import Control, request_id
 from steer.serve.directions import router as directions_router
 from steer.serve.errors import Code, HTTPProblem
-from steer.serve.middleware import REQUEST_ID, RenderingWatch, SteerMiddleware, wrap_routes
+from steer.serve.middleware import RenderingWatch, SteerMiddleware, wrap_routes
 from steer.serve.route import HeadRequests
 from steer.settings import ControlSettings
 from steer.spec import Spec
@@ -75,6 +76,8 @@ READ_ROUTES = ("/v1/chat/completions", "/v1/completions")
 MODELS_ROUTE = "/v1/models"
 HEALTH_ROUTE = "/health"
 MAX_BODY = 64 * 2**20
+#: Fields of a form, empty ones too.
+MAX_FIELDS = 1000
 
 
 def install(app: FastAPI) -> None:
@@ -165,6 +168,7 @@ class Middleware:
         self._started = True
         if front.place[1] > 1:
             Thread(target=end_with_parent, name="steer-parent", daemon=True).start()
+            internals.engine.before_shutdown(app.state.engine_client, control.drain)
         try:
             await self.app(scope, receive, send)
         finally:
@@ -212,13 +216,15 @@ def _passing(way: Passage) -> Iterator[None]:
 
 
 def check_app(app: FastAPI) -> None:
-    """Raise UnsupportedModel for an app that would ignore the field `steer` and answer without a receipt."""
+    """Raise UnsupportedModel for an app that would ignore the field `steer` and answer without a receipt. Its
+    connections are bounded from here on."""
     classes: list[object] = [layer.cls for layer in app.user_middleware]
     if Middleware not in classes:
         raise UnsupportedModel(
             f"steering is on, but this server would ignore the field 'steer': start it with --middleware "
             f"{__name__}.{Middleware.__name__}, or with VLLM_PLUGINS naming the plugin '{EndpointPlugin.name}'"
         )
+    internals.server.take_connection(PROTOCOL)
 
 
 class EndpointPlugin:
@@ -356,12 +362,23 @@ class Other(_Layer):
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)  # the way stays closed
             return
-        app = scope["app"]
-        control = control_of(app)
+        control = control_of(scope["app"])
         try:
-            control.leave(control.enter(control.caller(scope)))  # it counts as a request, and generates for who manages
+            run = control.enter(control.caller(scope))
+        except SteerError as error:
+            await self._refuse(error, scope, receive, send)
+            return
+        try:
+            await self._handle(scope, receive, send)
+        finally:
+            control.leave(run)
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = scope["app"]
+        try:
             data = await read_body(scope, receive, MAX_BODY)
             body = await _understood(scope, data)
+            control_of(app).renewed(scope)
             served = internals.server.served_names(app)
             traces = carriers.traces(body, Headers(scope=scope), served, scope["query_string"])
             found = await understood(lambda: next(traces, None), len(data))
@@ -372,9 +389,7 @@ class Other(_Layer):
         except Gone:
             return
         except SteerError as error:
-            metrics.REFUSED.labels(reason=type(error).__name__).inc()
-            control.refused(error, control.caller(scope), scope)
-            await errors.of(error)(scope, receive, send)
+            await self._refuse(error, scope, receive, send)
             return
         way = Passage(plain=body is not None and _may_be_plain(scope))
 
@@ -384,6 +399,12 @@ class Other(_Layer):
             await send(message)
 
         await _run(self.app, way, body, scope, replay(data, receive), sending)
+
+    async def _refuse(self, error: SteerError, scope: Scope, receive: Receive, send: Send) -> None:
+        control = control_of(scope["app"])
+        metrics.REFUSED.labels(reason=type(error).__name__).inc()
+        control.refused(error, control.caller(scope), scope)
+        await errors.of(error)(scope, receive, send)
 
 
 def _may_be_plain(scope: Scope) -> bool:
@@ -400,6 +421,8 @@ async def _understood(scope: Scope, data: bytes) -> object:
     """What a body says: of JSON the value, of a form its fields, {} of none; None where we cannot tell."""
     kind = (origin.header(Headers(scope=scope), "content-type") or "").lower()
     forms = ("multipart/form-data", "application/x-www-form-urlencoded")
+    if kind.startswith(forms[1]) and data.count(b"&") > MAX_FIELDS:  # vLLM would parse it on the event loop
+        raise HTTPProblem(Code.BODY_TOO_COMPLEX, f"the form has more than {MAX_FIELDS} fields")
     if kind.startswith(forms) and not data.lstrip().startswith(b"{"):  # which is JSON to who does not look at the type
         try:
             async with Request(scope, replay(data, _nothing)).form() as form:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,18 +78,28 @@ class Inside:
         self.control.reload()
 
     async def post(
-        self, body: Any, headers: dict[str, str] | None = None, path: str = "/v1/completions", method: str = "POST"
+        self,
+        body: Any,
+        headers: dict[str, str] | None = None,
+        path: str = "/v1/completions",
+        method: str = "POST",
+        whole: asyncio.Event | None = None,
     ) -> tuple[int, dict[str, str], bytes]:
-        return await post(self.app, body, headers, path, method)
+        return await post(self.app, body, headers, path, method, whole)
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
 
 async def post(
-    app: ASGIApp, body: Any, headers: dict[str, str] | None = None, path: str = "/v1/completions", method: str = "POST"
+    app: ASGIApp,
+    body: Any,
+    headers: dict[str, str] | None = None,
+    path: str = "/v1/completions",
+    method: str = "POST",
+    whole: asyncio.Event | None = None,
 ) -> tuple[int, dict[str, str], bytes]:
-    """One request: status, headers, body."""
+    """One request, whose body comes when it is `whole`: status, headers, body."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     scope: Scope = {
         "type": "http",
@@ -108,6 +119,8 @@ async def post(
         if given[0]:
             return {"type": "http.disconnect"}
         given[0] = True
+        if whole is not None:
+            await whole.wait()
         return {"type": "http.request", "body": data, "more_body": False}
 
     async def send(message: Message) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,7 +170,7 @@ def test_a_forbidden_direction_and_an_unknown_one_differ_in_the_name_alone(serve
                 more |= {"vllm_xargs": {"steer": text}} if carrier == "xargs" else {}
                 more |= {"model": f"tiny+{text.replace(',', '+')}"} if carrier == "model" else {}
                 answer = ask(server, "reader", [("X-Steer", text)] if carrier == "header" else (), **more)
-                kept = {k: v for k, v in answer.headers.items() if k not in ("date", "content-length")}
+                kept = {k: v for k, v in answer.headers.items() if k not in ("date", "content-length", "x-request-id")}
                 return answer.status_code, answer.text.replace(name, "NAME"), kept
 
             assert said("verbosity") == said("nobodyyyy")
@@ -273,6 +275,42 @@ def test_sizes_are_bounded(server: Server) -> None:
     assert code(long) == (414, "path_too_long")
     name = server.client.put(f"/v1/directions/{'x' * 65}", content=b"", headers=bearer("all"))
     assert code(name) == (400, "invalid_direction")
+
+
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begin", "again"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ", b"y" * 8192),
+        (b"GET /", b"y" * 8192),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n", b"X: " + b"y" * 8192 + b"\r\n"),
+        (
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+            b"X: y\r\n" * 999,
+        ),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5;x=", b"y" * 8192),
+    ],
+    ids=["header", "path", "headers", "trailers", "extension"],
+)
+def test_what_never_becomes_a_request_is_not_kept(server: Server, begin: bytes, again: bytes) -> None:
+    """Without a key: a server takes a few hundred kB of it, and ends the connection."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(begin)
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 64 * 2**20:
+                connection.sendall(again)
+                sent += len(again)
+    assert sent < 16 * 2**20, "what the system itself holds of a connection comes on top"
+
+
+def test_a_long_body_in_small_pieces_is_no_such_thing(server: Server) -> None:
+    pieces = iter([b'{"model": "tiny", "max_tokens": 1, "prompt": "', *[b"x" * 1024] * 400, b'"}'])
+    headers = bearer("reader") | {"Content-Type": "application/json"}
+    answer = server.client.post(PROMPT, content=pieces, headers=headers)
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_pages_of_other_origins_may_not_call(server: Server) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import socket
 import subprocess
 import sys
 import threading
@@ -590,6 +591,86 @@ def test_what_runs_for_a_key_that_is_taken_away_ends_as_the_policy_says(
         assert ended == ({"aborted": 1, "ok": 1} if on_kill == "abort" else {"ok": 2})
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "event", [b'data: {"error": {"message": "x", "code": 500}}\n\n', b"event: error\ndata: {}\n\n"]
+)
+def test_a_stream_that_ends_in_an_error_did_not_go_well(tmp_path: Path, event: bytes) -> None:
+    async def breaking(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for piece in (b'data: {"choices": []}\n\n', event):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def run() -> None:
+        inside = gated(tmp_path, breaking)
+        await inside.post(BODY | {"steer": "refusal"}, KEY)
+        inside.control.stop()
+        assert [line["outcome"] for line in inside.lines() if line["event"] == "ended"] == ["error"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("then", "steer", "status"),
+    [
+        (POLICY, "refusal", 401),
+        (POLICY + GATED.format(hash=keys.stored("new"), at_once=3), "off", 401),
+        (POLICY + GATED.format(hash=keys.stored("gated"), at_once=3) + 'required = "refusal:add=0.5"\n', "off", 200),
+        (POLICY + GATED.format(hash=keys.stored("gated"), at_once=3) + "max_strength = 0.1\n", "refusal", 403),
+    ],
+)
+def test_a_request_is_judged_by_the_policy_that_holds_when_it_is_whole(
+    tmp_path: Path, then: str, steer: str, status: int
+) -> None:
+    """And not by that of its first byte: clients open connections in advance."""
+
+    async def run() -> None:
+        inside = gated(tmp_path, engine, "finish")
+        whole = asyncio.Event()
+        asked = asyncio.create_task(inside.post(BODY | {"steer": steer}, KEY, whole=whole))
+        await asyncio.sleep(0.02)
+        inside.write(then)
+        whole.set()
+        got, headers, _ = await asked
+        assert got == status
+        if got == 200:
+            assert json.loads(headers["x-steer-applied"])[0]["mode"] == "add"
+        assert headers["x-request-id"].startswith("req-")
+        inside.control.stop()
+        assert not inside.control.shared.total("at_once:gated")
+
+    asyncio.run(run())
+
+
+def test_who_manages_must_do_so_when_the_request_is_whole(tiny_folder: Path, tmp_path: Path) -> None:
+    with serving(tiny_folder, tmp_path) as server:
+        held = []
+        for path, kind, body in (
+            ("/v1/steering", "application/json", b'{"enabled": false}'),
+            ("/v1/directions/evil", "application/octet-stream", models.direction(models.tiny("llama")).to_bytes()),
+        ):
+            connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+            head = f"{'POST' if kind.endswith('json') else 'PUT'} {path} HTTP/1.1\r\nHost: localhost\r\n"
+            head += f"Authorization: Bearer {SECRETS['all']}\r\nContent-Type: {kind}\r\n"
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:-1])
+            held.append((connection, body[-1:]))
+        policy = tmp_path / "policy.toml"
+        fresh = tmp_path / "fresh.toml"
+        fresh.write_text(POLICY.replace("manage = true", "manage = false"))
+        fresh.replace(policy)
+        eventually(lambda: ask_manages(server) == 403)
+        for connection, last in held:
+            connection.sendall(last)
+            assert b"403" in connection.recv(4096).split(b"\r\n")[0]
+            connection.close()
+        assert server.client.get("/health").json()["steering"] == "on"
+
+
+def ask_manages(server: Server) -> int:
+    return server.client.delete("/v1/directions/nothing", headers=bearer("all")).status_code
 
 
 def test_what_a_policy_can_never_apply_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

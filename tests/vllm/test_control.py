@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import re
@@ -20,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from steer.serve import keys
 from steer.serve.access import ORDINARY
 from steer.serve.audit import verify
 from steer.vllm.server import Middleware
@@ -39,6 +41,12 @@ BODIES: dict[str, dict[str, Any]] = {
 BODIES = {route: body | {"model": "tiny", "temperature": 0} for route, body in BODIES.items()}
 #: What a proxy in front would have its clients write before each path.
 PREFIX = "/api"
+SINGLE = f"""
+[keys.single]
+hash = "{keys.stored("single")}"
+requests_at_once = 1
+"""
+ONE = {"Authorization": "Bearer single"}
 STEERED = {"max_tokens": 4, "temperature": 0, "extra_args": {"steer": "refusal"}}
 
 
@@ -46,7 +54,7 @@ STEERED = {"max_tokens": 4, "temperature": 0, "extra_args": {"steer": "refusal"}
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     made = Home.make("llama", tmp_path_factory.mktemp("control"))
     shutil.copy(made.directions / "refusal.safetensors", made.directions / "copy.safetensors")
-    (made.directions.parent / "policy.toml").write_text(f'on_kill = "abort"\n{POLICY}')
+    (made.directions.parent / "policy.toml").write_text(f'on_kill = "abort"\n{POLICY}{SINGLE}')
     return made
 
 
@@ -145,6 +153,42 @@ def test_every_route_that_vllm_has_is_behind_the_door(server: Server) -> None:
     for path in ("/docs", "/redoc", "/nowhere", "/abort_requests", "/v1/realtime", "/v1"):
         assert server.client.get(path).status_code == 401
         assert server.client.post(path).status_code == 401
+
+
+def test_a_form_of_many_fields_is_not_read(server: Server) -> None:
+    """vLLM would read it on the event loop, the empty ones too."""
+    kind = {"Content-Type": "application/x-www-form-urlencoded"} | bearer("all")
+    answer = server.client.post("/tokenize", content=b"&" * 100_000, headers=kind)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "body_too_complex")
+
+
+def test_a_request_of_any_route_is_one_at_once_to_its_end(server: Server) -> None:
+    """From its headers on: bodies are held in memory while they come."""
+
+    def asked() -> int:
+        return server.client.post("/tokenize", json={"model": "tiny", "prompt": "x"}, headers=ONE).status_code
+
+    head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer single\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+
+    def holds() -> bool:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as held:
+            held.sendall(head.encode() + b"{")
+            return asked() == 429  # or this one was there first, and the other was refused
+
+    eventually(holds)
+    eventually(lambda: asked() == 200)
+
+
+def test_what_never_becomes_a_request_is_not_kept(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
+            while sent < 64 * 2**20:
+                connection.sendall(b"y" * 8192)
+                sent += 8192
+    assert sent < 16 * 2**20
 
 
 def test_a_raw_spec_reaches_the_engine_by_no_route(server: Server) -> None:

@@ -301,6 +301,18 @@ def _shut_down(engine: object) -> None:
     (shutdown if callable(shutdown) else seam(seam(engine, "engine_core"), "shutdown"))()
 
 
+def before_shutdown(engine: AsyncLLM, wait: Callable[[float], None]) -> None:
+    """Have `wait(timeout)` called before this front end's engine client lets go of the engine. One that has not started
+    the engine does that at once, whatever the timeout: what runs breaks off, or never ends."""
+    shutdown = seam(engine, "shutdown")
+
+    def waiting(timeout: float | None = None) -> None:
+        wait(timeout or 0.0)
+        shutdown(timeout=timeout)
+
+    engine.shutdown = waiting
+
+
 def usage(arguments: Mapping[str, object]) -> str:
     """For whom an engine is made, from the arguments of its constructor: a name of vLLM's `UsageContext`."""
     if "usage_context" not in arguments:

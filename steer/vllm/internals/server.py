@@ -37,6 +37,14 @@ def on_app_built(check: Callable[[FastAPI], None]) -> None:
                 vars(home)["build_app"] = _checking(build, check)
 
 
+def take_connection(protocol: str) -> None:
+    """Have servers of this process take this class for a connection, where they leave it to uvicorn as vLLM's does: its
+    own options bound the headers for another class only."""
+    from uvicorn.config import HTTP_PROTOCOLS
+
+    HTTP_PROTOCOLS["auto"] = protocol
+
+
 def _checking(build: Callable[..., FastAPI], check: Callable[[FastAPI], None]) -> Callable[..., FastAPI]:
     @functools.wraps(build)
     def building(*args: object, **kwargs: object) -> FastAPI:

@@ -178,7 +178,8 @@ def test_sliding_asks_the_steered_side_again(demo: Server, visit: Open) -> None:
     assert opened.text("steered") == opened.text("plain")
     assert [b["steer"] for b in opened.asked()].count("off") == 1, "the plain side is not asked again"
     opened.page.click("#default")
-    expect(opened.chip()).to_contain_text("at 1")
+    expect(opened.page.locator("#number")).to_have_value("1")
+    expect(opened.chip()).to_contain_text("ablate")
     opened.set("#number", "7")
     expect(opened.chip()).to_contain_text("7")
 
@@ -209,6 +210,7 @@ def test_layers_and_tokens_are_said(demo: Server, visit: Open) -> None:
 def test_a_shift_and_a_condition_are_said(demo: Server, visit: Open) -> None:
     opened = visit(demo)
     opened.send()
+    opened.page.select_option("#mode", "one_sided")
     opened.set("#shift", "-0.25")
     expect(opened.chip()).to_contain_text("^−0.25")
     opened.set("#if", "refusal@3>0.1")
@@ -297,14 +299,14 @@ def test_several_directions_act_together(tmp_path: Path, visit: Open) -> None:
         expect(page.locator("#direction")).to_have_value("two")
         page.fill("#strength", "0.5")
         opened.done()
-        expect(page.locator("#summary")).to_have_text("one, one-sided at 1.5 + two, one-sided at 0.5")
+        expect(page.locator("#summary")).to_have_text("one, ablate at 1 + two, ablate at 0.5")
         body = opened.asked()[-1]
-        assert [(entry["direction"], entry["strength"]) for entry in body["steer"]] == [("one", 1.5), ("two", 0.5)]
+        assert [(entry["direction"], entry["strength"]) for entry in body["steer"]] == [("one", 1), ("two", 0.5)]
         assert body["steer_readout"]["directions"] == ["one", "two"]
         expect(page.locator(".side.steered .chip")).to_have_count(2)
         expect(page.locator(".side.steered .token.up, .side.steered .token.down").first).to_be_attached()
-        page.get_by_role("button", name="one 1.5").click()
-        expect(page.locator("#number")).to_have_value("1.5")
+        page.get_by_role("button", name="one 1").click()
+        expect(page.locator("#number")).to_have_value("1")
         expect(page.locator("#direction option")).to_have_text(["one"])
         page.click("#remove")
         opened.done()
@@ -461,7 +463,7 @@ required = "refusal"
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("guarded")
-    dose = {"one_sided": (0, 1.2), "ablate": (-0.5, 1)}
+    dose = {"one_sided": (0, 1.2), "ablate": (-0.5, 0.8)}
     Direction.load(DEMO).with_meta(calibrated=dose).save(folder / DEMO.name)
     Direction.load(DEMO).with_meta(strength=1.1).save(folder / "capped.safetensors")
     policy = folder / "policy.toml"
@@ -523,7 +525,7 @@ def test_what_a_key_may_not_do_is_left_out_with_a_word(
     expect(opened.page.locator("#controls")).to_contain_text(says)
     expect(opened.page.locator("#notice")).not_to_be_visible()
     if key == "bound":  # which cannot ask for it in another mode
-        opened.page.select_option("#mode", "one_sided")
+        opened.page.select_option("#mode", "ablate")
     opened.send()
     expect(opened.page.locator(".side")).to_have_count(sides)
     expect(opened.page.locator(".failed")).to_have_count(0)
@@ -544,12 +546,12 @@ def test_what_a_key_may_not_do_is_left_out_with_a_word(
         expect(opened.chip()).to_contain_text("0.4")
         expect(opened.chip()).to_contain_text("@3-4@answer")
     if key == "dosed":
-        expect(opened.chip()).to_contain_text("1.2")
-        expect(opened.page.locator("#strength")).to_have_attribute("max", "1.2")
-        expect(opened.page.locator("#mode option:not([disabled])")).to_have_count(2)
-        opened.page.select_option("#mode", "ablate")
+        expect(opened.chip()).to_contain_text("0.8")
+        expect(opened.page.locator("#strength")).to_have_attribute("max", "0.8")
         expect(opened.page.locator("#number")).to_have_attribute("min", "-0.5")
-        expect(opened.page.locator("#strength")).to_have_value("1")
+        expect(opened.page.locator("#mode option:not([disabled])")).to_have_count(2)
+        opened.page.select_option("#mode", "one_sided")
+        expect(opened.page.locator("#strength")).to_have_attribute("max", "1.2")
         opened.done()
     manages = key == "boss"
     expect(opened.page.locator("#choose")).to_be_visible(visible=manages)
@@ -859,7 +861,7 @@ def test_a_sweep_is_what_the_server_says_of_first_tokens(demo: Server, visit: Op
     asked = opened.asked()[before:]
     assert [body["steer"] for body in asked].count("off") == 1
     strengths = [body["steer"]["strength"] for body in asked if body["steer"] != "off"]
-    assert strengths == [0.25 * i for i in range(13)]
+    assert strengths == [0.25 * i - 1 for i in range(13)]
 
     def first(steer: Any) -> dict[str, float]:
         body = demo.chat(QUESTION, max_tokens=1, logprobs=True, top_logprobs=20, steer=steer).json()
@@ -881,7 +883,7 @@ def test_a_sweep_is_what_the_server_says_of_first_tokens(demo: Server, visit: Op
     box = charts.nth(0).bounding_box()
     assert box
     charts.nth(0).click(position={"x": 5, "y": 40})
-    expect(page.locator("#number")).to_have_value("0")
+    expect(page.locator("#number")).to_have_value("-1")
     opened.done()
 
 
@@ -895,7 +897,7 @@ def test_a_sweep_keeps_what_it_has_and_asks_for_the_rest(demo: Server, visit: Op
     def refuse(route: Route) -> None:
         nonlocal passed
         steer = (route.request.post_data_json or {})["steer"]
-        if steer != "off" and steer["strength"] > 1:
+        if steer != "off" and steer["strength"] > 0:
             error = {"message": "that is not to be had", "type": "x", "code": "x"}
             route.fulfill(status=status, json={"error": error})
         else:

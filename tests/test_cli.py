@@ -239,6 +239,33 @@ def test_a_calibrated_direction_says_how_far_no_harm_was_seen(tmp_path: Path) ->
     assert "--calibrate: is for one --direction and several --strengths" in told
 
 
+def test_a_direction_of_another_model_is_refused_by_its_file_before_weights_are_read(
+    tiny_folder: Path, sets: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*_: object) -> None:
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr("steer.cli.options.EngineOptions.open", opened)
+    other, own = str(ROOT / "directions" / "refusal.safetensors"), str(tmp_path / "d.safetensors")
+    models.direction(models.tiny("llama")).save(own)
+    model, given = str(tiny_folder), ("--harmful", sets[0], "--harmless", sets[1])
+    many = tmp_path / "many.txt"
+    many.write_text("".join(f"prompt {n}\n" for n in range(40)))
+    for command in (
+        ("eval", model, "--direction", other, *given),
+        ("eval", model, "--direction", own, "--direction", other, *given),
+        ("eval", model, "--direction", other, *given, "--backend", "vllm"),
+        ("eval", model, "--direction", own, "--condition", "refusal@1>0", "--probe", other, *given),
+        ("check", other, model, *given),
+        ("fit", model, "--condition", other, "--harmful", str(many), "--harmless", str(tmp_path / "few.txt")),
+        ("bake", model, "--direction", other, "-o", str(tmp_path / "baked"), "--mode", "ablate"),
+    ):
+        (tmp_path / "few.txt").write_text("".join(f"other {n}\n" for n in range(40)))
+        told = run(*command, code=2).stderr
+        assert f"error: {other}: it was made for d_model" in told, (command, told)
+        assert own not in told
+
+
 def test_eval_compares_at_an_equal_kl_and_with_random_directions(
     tiny_folder: Path, sets: tuple[str, str], tmp_path: Path
 ) -> None:

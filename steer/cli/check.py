@@ -50,11 +50,9 @@ def check(
     named, model = model, model or str(MODEL)
     engine = opt.EngineOptions(backend, model, ctx.args, opening)
     quiet_libraries()
-    from steer.direction import check_fits
-    from steer.hf.load import describe
     from steer.lab.behaviour import Behaviour
     from steer.lab.evaluation.arms import arms_of
-    from steer.lab.evaluation.check import HARMFUL, fitting_shape
+    from steer.lab.evaluation.check import HARMFUL
     from steer.lab.evaluation.check import check as run
     from steer.lab.evaluation.run import HARMLESS
 
@@ -63,18 +61,16 @@ def check(
     given = {HARMFUL: harmful or PROMPTS / "refused.test.txt", HARMLESS: harmless or PROMPTS / "harmless.test.txt"}
     sets = {name: read_prompts(str(source)).drawn(prompts) for name, source in given.items()}
     looked_for = Behaviour.load(behaviour)
-    if backend == "transformers":  # before all weights are read
-        architecture, layers, d_model = describe(model, opening.revision, trust_remote_code=opening.trust_remote_code)
-        try:
-            check_fits(arm.direction, d_model=d_model, layers=layers, architecture=architecture)
-        except DirectionError as error:
-            if named:
-                raise
-            raise DirectionError([*error.problems, "this model is the embedded one: name yours"]) from error
+    try:
+        engine.check_fits({file: arm.direction})
+    except DirectionError as error:
+        if named:
+            raise
+        raise DirectionError([*error.problems, "this model is the embedded one: name yours"]) from error
     rendering = Rendering(meta.system_prompt, meta.template, meta.response_prefix)
     with Progress(shown=True) as progress:
         bench = engine.open(opt.Choices(sites=meta.sites), progress)
-        fitting_shape(arm.direction, bench.source)
+        opt.check_served({file: arm.direction}, bench.source)
         evaluator = bench.evaluator(arm.rows, max_tokens, rendering)
         found = run(arm, bench.source, evaluator, sets, rendering, looked_for)
     told = {"file": str(file), "digest": arm.asked.digest, "model": model, "verdict": found.verdict}

@@ -30,6 +30,7 @@ from steer.settings import ModelSettings
 from steer.spec import TOKENS, parse
 
 if TYPE_CHECKING:
+    from steer.direction import Direction
     from steer.lab.behaviour import Behaviour
     from steer.lab.evaluation.arms import Arm
     from steer.lab.evaluation.figures import Text
@@ -103,6 +104,13 @@ class Applied:
         if wrong := [dose for dose in found if not 0 < dose < inf]:
             raise InvalidInput(f"--kl: {dose:g} is not accepted: a number of nats above 0" for dose in wrong)
         return list(dict.fromkeys(found))
+
+    def files(self, files: Sequence[Path], arms: Sequence[Arm]) -> dict[Path, Direction]:
+        """The directions of `files` and of --probe, as `arms` have them."""
+        found = {file: arm.direction for file in files for arm in arms if arm.asked.direction == file.stem}
+        if self.probe is not None and arms[0].probe is not None:
+            found[self.probe] = arms[0].probe
+        return found
 
     def arms(self, files: Sequence[Path]) -> list[Arm]:
         """The arms of `files`; where there are doses, each at its file's strength."""
@@ -179,6 +187,8 @@ def evaluate(
         from steer.tokenization import rendered_otherwise
 
         doses, arms = applied.doses(), applied.arms(direction)
+        files = applied.files(direction, arms)
+        engine.check_fits(files)
         choices = opt.Choices.model_validate({"sites": arms[0].direction.meta.sites, "batch_size": batch_size})
         given = {"harmful": harmful, "harmless": harmless, "borderline": borderline, "multi-turn": multi_turn}
         sets = {name: read_prompts(source) for name, source in given.items() if source is not None}
@@ -191,6 +201,7 @@ def evaluate(
         written = _read(text, f"--text: {text}") if text else None
         judging = counted.judges(behaviour, progress)
         bench = engine.open(choices, progress)
+        opt.check_served(files, bench.source)
         loading = {"model": model, "revision": opening.revision, "backend": backend, "dtype": opening.dtype}
         conditions: dict[str, Any] = loading | asdict(rendering)
         # what was measured of other weights, on another machine or in another precision, is not mixed in

@@ -134,7 +134,7 @@ def bake(
             err=True,
         )
     checkpoint = Checkpoint(resolve(model, origin.revision), trust_remote_code=origin.trust_remote_code)
-    with Progress(shown=True) as progress:
+    with opt.problems_of_file(direction), Progress(shown=True) as progress:
         if lora:
             made = export_adapter(checkpoint, removed, output, base=model, verified=verify, progress=progress)
             told = f"an adapter of rank {loaded.rank} for {made.count} modules"

@@ -92,7 +92,10 @@ def fit(
     from steer.lab.measure import Keep, MeasurementOptions
     from steer.lab.select import CHOOSING
 
-    probe = None if condition is None else Direction.load(condition)
+    probe = None
+    if condition is not None:
+        probe = Direction.load(condition)
+        engine.check_fits({condition: probe})
     choice = lab.Choice.of(
         made, choices.layer, choices.mode if mode else None, strength, threshold, target, choices.sites
     )
@@ -106,6 +109,7 @@ def fit(
         if isinstance(choices.layer, int) and not -layers <= choices.layer < layers:
             raise InvalidInput(f"--layer: {choices.layer} does not exist: this model has the layers 0 to {layers - 1}")
         if condition is not None and probe is not None:
+            opt.check_served({condition: probe}, bench.source)
             at = choices.layer % layers if isinstance(choices.layer, int) else None
             name = (output or condition).stem  # of the file that has it
             known = find(bench.source, probe, name, split, rendering, at, choices.batch, progress)

@@ -6,7 +6,8 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydantic import BaseModel, Field, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
-from steer.errors import InvalidInput
+from steer.errors import DirectionError, InvalidInput, UnsupportedModel
 from steer.lab.methods import METHODS, make_method
 from steer.lab.progress import Progress
 from steer.lab.prompts import NAMED_SETS, PromptSet, Rendering, read_prompts, set_by_rendering
@@ -25,6 +26,7 @@ from steer.names import MODES, SITES, SUFFIX, Mode, Site, check_name
 from steer.settings import ModelSettings
 
 if TYPE_CHECKING:
+    from steer.direction import Direction
     from steer.lab.behaviour import Behaviour
     from steer.lab.evaluator import Evaluator
     from steer.lab.judge import Judge
@@ -343,6 +345,15 @@ def check_model(name: str) -> None:
         )
 
 
+@contextmanager
+def problems_of_file(file: Path) -> Iterator[None]:
+    """What is wrong with the direction of `file` begins with its name: a command may take several."""
+    try:
+        yield
+    except DirectionError as error:
+        raise DirectionError([f"{file}: {problem}" for problem in error.problems]) from error
+
+
 def split(text: str) -> list[str]:
     """The parts between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
@@ -401,6 +412,34 @@ class EngineOptions:
             raise InvalidInput(f"{unknown}: not {what} of this command; options of vLLM need --backend vllm")
         check_model(self.model)
 
+    def check_fits(self, files: Mapping[Path, Direction]) -> None:
+        """Raise DirectionError with every reason why a direction of `files` was made for another model than this one.
+        The config alone tells, before the weights are read. What vLLM makes of a model whose config is not at hand is
+        known when it runs: see `check_served`."""
+        if self.backend == "vllm" and not (Path(self.model) / "config.json").is_file():
+            return
+        from steer.direction import check_fits
+        from steer.hf.load import describe
+
+        opening = self.opening
+        try:
+            architecture, layers, d_model = describe(
+                self.model, opening.revision, trust_remote_code=opening.trust_remote_code
+            )
+        except UnsupportedModel:
+            if self.backend == "vllm":  # which knows models that transformers does not
+                return
+            raise
+        problems: list[str] = []
+        for file, direction in files.items():
+            try:
+                with problems_of_file(file):
+                    check_fits(direction, d_model=d_model, layers=layers, architecture=architecture)
+            except DirectionError as error:
+                problems += error.problems
+        if problems:
+            raise DirectionError(problems)
+
     def open(self, choices: Choices, progress: Progress) -> Bench:
         """Load the model. What evaluators do, `progress` shows."""
         if self.backend == "vllm":
@@ -422,6 +461,15 @@ class EngineOptions:
             return HFEvaluator(loaded, steering, rendering, tokens, choices.batch, progress)
 
         return Bench(TransformersSource(loaded), probe)
+
+
+def check_served(files: Mapping[Path, Direction], source: Source) -> None:
+    """Raise DirectionError where a server with the model of `source` would not take a direction of `files`."""
+    from steer.lab.evaluation.check import fitting_shape
+
+    for file, direction in files.items():
+        with problems_of_file(file):
+            fitting_shape(direction, source)
 
 
 def _check_vllm() -> None:

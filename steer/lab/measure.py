@@ -145,12 +145,11 @@ def checked(
         encoded[label] = source.encode(prompts.prompts, options.rendering)
         for prompt, e in zip(prompts.prompts, encoded[label], strict=True):
             bos.add(source.bos_count(e.ids))
-            # by its words: where prompts were drawn from a file, their numbers are not those of its lines
-            where = f"{prompts.name}: the prompt {str(prompt)[:40]!r} has {len(e.ids)} tokens"
+            wrong = [f", so no position {p}" for p in positions if not -len(e.ids) <= p < len(e.ids)]
             if len(e.ids) + answer > source.context:
                 beside = f", and its answer may have {answer}" if answer else ""
-                problems.append(f"{where}{beside}; the context is {source.context}")
-            problems += [f"{where}, so no position {p}" for p in positions if not -len(e.ids) <= p < len(e.ids)]
+                wrong.append(f"{beside}; the context is {source.context}")
+            problems += [f"{prompts.named([prompt])}: has {len(e.ids)} tokens{said}" for said in wrong]
     if problems:
         raise InvalidInput(problems)
     if len(bos) != 1:

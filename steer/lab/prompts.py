@@ -38,6 +38,10 @@ FORMATS = (
 _HUB = re.compile(
     r"(?P<name>[^/:]+(?:/[^/:]+)?)(?:/(?P<config>[^/:]+))?(?::(?P<split>(?:\[[^\]]*\]|[^:\[\]])*)(?::(?P<column>.*))?)?"
 )
+#: What a file of prompts has one after the other, and the number of the first; all others have rows.
+KINDS, ROW = {".txt": ("line", 1), ".jsonl": ("line", 1), ".json": ("item", 0)}, ("row", 1)
+#: Places of prompts that are named one by one.
+NAMED = 10
 #: Seconds to wait for the server of a URL, and bytes that are read of it.
 PATIENCE, MOST_BYTES = 10.0, 2**28
 ROLES = ("system", "user", "assistant")
@@ -111,6 +115,9 @@ class PromptSet:
     name: str
     sha256: str
     prompts: tuple[Prompt, ...]
+    #: Where each stands in the file, also after some were drawn: a message says that in place of a text, which may be
+    #: harmful and would get into terminals and logs. Without it, where it stands in `prompts`.
+    places: Mapping[Prompt, int] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -125,6 +132,17 @@ class PromptSet:
     def fingerprint(self) -> str:
         """Equal for the same prompts in the same order."""
         return hashlib.sha256(repr(self.prompts).encode()).hexdigest()
+
+    def named(self, prompts: Iterable[Prompt]) -> str:
+        """The file, and where in it some of its `prompts` stand, as "harmful.txt, lines 1, 4 and 3 more"."""
+        places = {prompt: number for number, prompt in reversed([*enumerate(self.prompts, 1)])} | self.places
+        numbers = sorted(places[prompt] for prompt in prompts)
+        shown = list(map(str, numbers[:NAMED]))
+        if more := len(numbers) - len(shown):
+            shown.append(f"{more} more")
+        listed = " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
+        kind, _ = KINDS.get(PurePosixPath(self.name).suffix.lower(), ROW)
+        return f"{self.name}, {kind}{'s' * (len(numbers) > 1)} {listed}"
 
     @property
     def distinct(self) -> PromptSet:
@@ -159,12 +177,22 @@ def read_prompts(source: str) -> PromptSet:
         return _from_hub(source)
     path, data = _fetched(source) if source.startswith(("https://", "http://")) else _read(source)
     try:
-        prompts = [prompt for prompt in _parse(path, data) if prompt]
+        parsed = _parse(path, data)
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{source}: not UTF-8 text: {error}") from error
+    return _set(source, path.name, hashlib.sha256(data).hexdigest(), parsed)
+
+
+def _set(source: str, name: str, sha256: str, parsed: Sequence[Prompt]) -> PromptSet:
+    """The set of what was `parsed` of a file, in which an empty text stands for no prompt."""
+    prompts = tuple(prompt for prompt in parsed if prompt)
     if not prompts:
         raise InvalidInput(f"{source}: has no prompts")
-    return PromptSet(path.name, hashlib.sha256(data).hexdigest(), tuple(prompts))
+    _, first = KINDS.get(PurePosixPath(name).suffix.lower(), ROW)
+    places: dict[Prompt, int] = {}
+    for number, prompt in enumerate(parsed, first):
+        places.setdefault(prompt, number)
+    return PromptSet(name, sha256, prompts, places)
 
 
 def _read(source: str) -> tuple[Path, bytes]:
@@ -189,8 +217,10 @@ def check_contrast(harmful: PromptSet, harmless: PromptSet) -> None:
     """Raise InvalidInput when a prompt stands in both sets: it would cancel what is to be measured."""
     both = set(harmful.prompts) & set(harmless.prompts)
     if both:
-        shown = ", ".join(repr(p[:60]) for p in sorted(map(str, both))[:3])
-        raise InvalidInput(f"{len(both)} prompts are in both {harmful.name} and {harmless.name}: {shown}")
+        raise InvalidInput(
+            f"{len(both)} prompts are in both {harmful.name} and {harmless.name} ({harmful.named(both)}): keep each in "
+            "one of them"
+        )
 
 
 #: Prompts of each class that candidates are tried on, at most.
@@ -241,7 +271,9 @@ def _parse(path: Path, data: bytes) -> list[Prompt]:
     if suffix == ".txt":
         return [line.strip() for line in data.decode("utf-8-sig").split("\n")]
     if suffix == ".jsonl":
-        return json_lines(str(path), data.decode("utf-8-sig"), prompt_of)
+        text = data.decode("utf-8-sig")
+        read = iter(json_lines(str(path), text, prompt_of))
+        return [next(read) if line.strip() else "" for line in text.split("\n")]
     if suffix == ".json":
         try:
             value = from_json(data.decode("utf-8-sig"))
@@ -331,11 +363,8 @@ def _from_hub(source: str) -> PromptSet:
     except Exception as error:  # the library raises its own errors, those of the network and those of the file system
         raise InvalidInput(f"{source}: cannot be loaded: {error}") from error
     found = _from_table(data.column_names, lambda name: data[name], source, named["column"])
-    prompts = tuple(prompt for prompt in found if prompt)
-    if not prompts:
-        raise InvalidInput(f"{source}: has no prompts")
-    texts = (prompt if isinstance(prompt, str) else repr(prompt.turns) for prompt in prompts)
-    return PromptSet(source, hashlib.sha256("\n".join(texts).encode()).hexdigest(), prompts)
+    texts = (prompt if isinstance(prompt, str) else repr(prompt.turns) for prompt in found if prompt)
+    return _set(source, source, hashlib.sha256("\n".join(texts).encode()).hexdigest(), found)
 
 
 @dataclass(frozen=True, slots=True)

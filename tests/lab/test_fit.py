@@ -223,7 +223,7 @@ def test_bad_prompts_are_told_before_anything_runs(loaded: Loaded, split: Split,
     full = "word " * (100 + (loaded.context - len(words[0])) // (len(words[1]) - len(words[0])))
     assert loaded.context - TOKENS < len(encode_all(loaded, [full])[0].ids) <= loaded.context
     long = replace(split, tried_harmful=replace(split.harmful, prompts=(full,)))
-    with pytest.raises(InvalidInput, match=f"the prompt 'word word .* and its answer may have {TOKENS}; the context"):
+    with pytest.raises(InvalidInput, match=f": has .* and its answer may have {TOKENS}; the context"):
         work(loaded, long, tmp_path / "d.part")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "d.part").mkdir()

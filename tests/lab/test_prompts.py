@@ -356,13 +356,36 @@ def test_sets_without_a_common_prompt_are_a_contrast() -> None:
     check_contrast(prompts_of("bad.txt", "a", "a", "b"), prompts_of("good.txt", "c", "A"))
 
 
-def test_prompts_in_both_sets_are_counted_and_shown() -> None:
+def test_prompts_in_both_sets_are_counted_and_their_places_told_but_never_their_text() -> None:
+    """Harmful text has no place in a terminal or the log of a build."""
     with pytest.raises(InvalidInput) as caught:
         check_contrast(
-            prompts_of("bad.txt", "a", "b", "b", "x" * 500), prompts_of("good.txt", "b", "c", "a", "x" * 500)
+            prompts_of("bad.txt", "never shown", "b", "b", "x" * 500),
+            prompts_of("good.txt", "b", "c", "never shown", "x" * 500),
         )
-    assert "3 prompts are in both bad.txt and good.txt: 'a', 'b'" in str(caught.value)
-    assert len(str(caught.value)) < 300
+    assert "3 prompts are in both bad.txt and good.txt (bad.txt, lines 1, 2 and 4)" in str(caught.value)
+    assert "shown" not in str(caught.value)
+    many = [f"never shown {n}" for n in range(40)]
+    with pytest.raises(InvalidInput) as caught:
+        check_contrast(prompts_of("bad.txt", *many), prompts_of("good.txt", *many))
+    assert "9, 10 and 30 more)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.txt", "one\n\n two \nthree", "a.txt, line 3"),
+        ("a.jsonl", '"one"\n\n{"prompt": "two"}\n', "a.jsonl, line 3"),
+        ("a.json", '["one", "two"]', "a.json, item 1"),
+    ],
+)
+def test_a_prompt_is_named_by_its_place_in_the_file_also_after_a_draw(
+    name: str, text: str, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    read = read_prompts(str(tmp_path / name))
+    assert read.named(["two"]) == says
+    assert read.distinct.drawn(2).without(prompts_of("b", "one")).named(["two"]) == says
 
 
 def test_conversations_are_prompts_too(tmp_path: Path) -> None:

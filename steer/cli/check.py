@@ -101,7 +101,10 @@ def _text(found: CheckResult, what: str, layers: int) -> str:
         + [str(a.degenerate.hits) for a in one.arms]
         for one in found.sets
     ]
-    verdict = "; ".join([*found.problems, *found.unknown]) or "it removes the behaviour and breaks no answer here"
+    plain, steered = (sum(one.arms[arm].degenerate.hits for one in found.sets) for arm in (0, 1))
+    count = sum(one.arms[1].degenerate.count for one in found.sets)
+    works = f"it changes the behaviour as it should; broken are {steered} of {count} answers, and {plain} plain ones"
+    verdict = "; ".join([*found.problems, *found.unknown]) or works
     width = terminal_width()
     told = [wrapped(what, width), *(wrapped(line, width, first="  ", further="    ") for line in lines)]
     return "\n".join([*told, "", shown(head, rows), "", wrapped(f"{found.verdict}: {verdict}", width)])

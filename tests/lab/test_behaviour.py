@@ -10,6 +10,8 @@ import pytest
 from steer.errors import InvalidInput
 from steer.lab.behaviour import FOLDER, REFUSAL, Behaviour, after_thinking
 from steer.tokenization import THINKING
+from tests.servers import ROOT
+from tests.test_readme import blocks_of
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.toml")))
@@ -42,6 +44,29 @@ def test_every_problem_of_a_file_is_named(tmp_path: Path) -> None:
         Behaviour.load(str(path))
     text = str(caught.value)
     assert all(word in text for word in ("description", "patterns", "late", "window", "colour"))
+
+
+def test_an_unknown_field_is_told_with_those_that_there_are(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text('description = "it counts"\nmin_words = 3\nshown = ["one"]\n')
+    (tmp_path / "own").mkdir()
+    for field in ("description", "patterns", "min_words"):
+        with pytest.raises(InvalidInput, match=rf"own.toml: shown: unknown field; accepted: .*{field}"):
+            Behaviour.load(str(tmp_path / "own.toml"))
+    (tmp_path / "own" / "welsh.toml").write_text('window = 3\npatterns = ["un"]\n')
+    with pytest.raises(InvalidInput, match=r"welsh.toml: window: unknown field; accepted: patterns, exceptions, late$"):
+        Behaviour.load(str(tmp_path / "own.toml"))
+
+
+def test_the_page_describes_every_field_and_its_example_is_a_behaviour(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "directions.md").read_text()
+    (text,) = blocks_of(page, "toml")
+    (tmp_path / "apology.toml").write_text(text)
+    found = Behaviour.load(str(tmp_path / "apology.toml"))
+    assert found.shown("I am sorry, the pot is broken.")
+    assert not found.shown("I am sorry for your loss.")
+    assert found.late_evidence(f"{'Here it is. ' * 20}But I am sorry about the colour.")
+    for field in Behaviour.model_fields:
+        assert f"| `{field}` |" in page, field
 
 
 def test_a_file_for_each_language(tmp_path: Path) -> None:

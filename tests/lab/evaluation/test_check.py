@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from steer.cli.check import _text
 from steer.demo import PROMPTS
 from steer.direction import MAX_VALUE, Dataset, Direction
 from steer.lab.evaluation.arms import Arm
-from steer.lab.evaluation.check import HARMFUL, _effect, acting
+from steer.lab.evaluation.check import HARMFUL, CheckResult, Sign, _effect, acting
 from steer.lab.evaluation.report import ArmOnSet, Difference, Rate, SetResult
 from steer.lab.statistics import difference_of_rates
 from steer.spec import Entry
@@ -49,6 +50,24 @@ def test_the_shipped_direction_works() -> None:
     assert found["problems"] == found["unknown"] == found["notes"] == []
 
 
+def test_the_verdict_says_how_many_answers_are_broken() -> None:
+    """One of few may be chance, so it does not fail the check; it is not nothing either."""
+    none, one = Rate.of([False] * 8), Rate.of([True] + [False] * 7)
+    arms = tuple(arm_of(broken) for broken in (none, one))
+    dataset = Dataset(name="h.txt", sha256="", count=8)
+    sets = tuple(SetResult(name=name, dataset=dataset, multi_turn=0, limit_tells=True, arms=arms) for name in "ab")
+    found = CheckResult("ablate", 1.0, [0], Sign(0, 1.0, 0.0, "right"), sets, 0.0, [], [], [])
+    assert "works: it changes the behaviour as it should; broken are 2 of 16 answers, and 0 plain" in " ".join(
+        _text(found, "d on m", 3).split()
+    )
+
+
+def arm_of(degenerate: Rate) -> ArmOnSet:
+    none = Rate.of([False] * 8)
+    outcomes: dict[str, Any] = dict.fromkeys(("shown", "late", "unanswered", "deflected", "complied"), none)
+    return ArmOnSet(arm="", degenerate=degenerate, faults={}, unended=0, tokens_mean=1, tokens_median=1, **outcomes)
+
+
 def test_a_sign_that_is_wrong_matters_to_the_modes_that_have_one(changed: Callable[..., Path]) -> None:
     turned = changed(directions=-Direction.load(SHIPPED).directions)
     for mode, code in (("one_sided", 1), ("ablate", 0)):
@@ -61,7 +80,7 @@ def test_what_does_too_little_and_what_breaks_answers_fail(changed: Callable[...
     weak = changed(weights=Direction.load(SHIPPED).weights * 1e-3)
     assert "no effect: refusal in 4 of 4 harmful answers plain, 4 steered" in checked(weak, code=1)["problems"]
     broken = checked(SHIPPED, "--mode", "ablate", "--strength", "-1", code=1)
-    assert any("breaks 4 of 4 answers to harmless (plain: 0)" in problem for problem in broken["problems"])
+    assert any("breaks 4 of 4 answers to harmful (plain: 0)" in problem for problem in broken["problems"])
 
 
 @pytest.mark.parametrize(("gone", "verdict"), [(0, "fails"), (3, "unknown"), (8, "works")])

@@ -179,8 +179,8 @@ class LayerProfile(TypedDict):
     weight: Annotated[float, Field(description="how much of the operation the layer does")]
     mlp_weight: Annotated[float | None, Field(description="the same of what its MLP writes, where the file has both")]
     angle: Annotated[float | None, Field(description="between the class means, in degrees")]
-    norm_harmful: Annotated[float, Field(description="of the class mean")]
-    norm_harmless: Annotated[float, Field(description="of the class mean")]
+    norm_harmful: Annotated[float | None, Field(description="of the class mean")]
+    norm_harmless: Annotated[float | None, Field(description="of the class mean")]
     component_harmful: Annotated[float | None, Field(description="of the class mean along its first row")]
     component_harmless: Annotated[float | None, Field(description="of the class mean along its first row")]
     threshold: Annotated[float | None, Field(description="of `one_sided`, a component along its first row")]
@@ -331,6 +331,7 @@ class Direction:
         sided, aimed = "one_sided" in self.meta.modes, self.reference if self.target is None else self.target
         for layer in range(self.layers):
             a, h = self.mean_harmless[layer], self.mean_harmful[layer]
+            known = bool(a.any() and h.any())  # of another tool's file only their difference may be there
             first, following = self.directions[layer, 0], self.directions[layer + 1 : layer + 2, 0]
             steered = bool(first.any())
             rows.append(
@@ -339,11 +340,11 @@ class Direction:
                     "steered": bool(self.directions[layer].any()),
                     "weight": float(self.weights[layer]),
                     "mlp_weight": None if self.mlp_weights is None else float(self.mlp_weights[layer]),
-                    "angle": math.degrees(float(angle(a, h))) if a.any() and h.any() else None,
-                    "norm_harmful": float(h.norm()),
-                    "norm_harmless": float(a.norm()),
-                    "component_harmful": float(h @ first) if steered and h.any() else None,
-                    "component_harmless": float(a @ first) if steered and a.any() else None,
+                    "angle": math.degrees(float(angle(a, h))) if known else None,
+                    "norm_harmful": float(h.norm()) if known else None,
+                    "norm_harmless": float(a.norm()) if known else None,
+                    "component_harmful": float(h @ first) if steered and known else None,
+                    "component_harmless": float(a @ first) if steered and known else None,
                     "threshold": float(self.reference[layer, 0]) if sided and steered else None,
                     "target": float(aimed[layer, 0]) if sided and steered else None,
                     "cosine_next": float(first @ following[0]) if first.any() and following.any() else None,

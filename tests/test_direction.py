@@ -488,5 +488,8 @@ def test_a_profile_says_only_what_is_defined() -> None:
     sided = GOOD.with_meta(modes=("ablate", "one_sided")).profile()[0]
     assert sided["threshold"] == pytest.approx(float(GOOD.reference[0, 0]))
     assert sided["target"] == sided["threshold"], "the threshold, in a file that has no target"
+    unknown = replace(GOOD, mean_harmless=torch.zeros_like(GOOD.mean_harmless)).profile()[0]
+    for name in ("angle", "norm_harmful", "norm_harmless", "component_harmful", "component_harmless"):
+        assert unknown[name] is None, "of a file of another tool the difference alone"  # type: ignore[literal-required]
     along = first["cosine_next"]
     assert along == pytest.approx(float(ROWS[0, 0] @ ROWS[1, 0]), abs=1e-6)

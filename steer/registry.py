@@ -124,7 +124,10 @@ class Registry:
         with self._state:
             if name not in self._names or not among(name):
                 served = ", ".join(known for known in sorted(self._names) if among(known)) or "none"
-                raise UnknownDirection(f"direction {name[:100]!r} is not served; served: {served}", param="steer")
+                said = f"direction {name[:100]!r} is not served; served: {served}"
+                if name.isdecimal():  # a comma begins another direction
+                    said += "; in a number write a decimal point, as refusal=0.7"
+                raise UnknownDirection(said, param="steer")
             return self._versions[self._names[name]]
 
     @property

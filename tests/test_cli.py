@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -795,6 +796,31 @@ def test_inspect_says_what_another_file_is(tiny_folder: Path, sets: tuple[str, s
     done = run("inspect", file, code=2)
     assert "a measurement: `steer derive` makes a direction from it" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_inspect_shows_no_class_means_where_the_file_has_none(tmp_path: Path) -> None:
+    shipped = Direction.load(ROOT / "directions" / "refusal.safetensors")
+    file = tmp_path / "imported.safetensors"
+    replace(shipped, mean_harmless=torch.zeros_like(shipped.mean_harmless)).save(file)
+    row = next(line for line in run("inspect", str(file)).stdout.splitlines() if line.startswith("|     0 |"))
+    assert [cell.strip() for cell in row.split("|")[2:7]] == ["–"] * 5
+    layer = json.loads(run("inspect", str(file), "--json").stdout)["profile"][0]
+    assert layer["norm_harmful"] is None
+
+
+@pytest.mark.parametrize(
+    "before", ["", "metrics_public = true\n", "[directions.refusal]\nmax_strength = 1.0\n", "[keys]\n", " \n\n"]
+)
+def test_a_policy_without_keys_takes_its_first_one(before: str, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(before)
+    run("keys", "new", "alice", "--policy", str(policy))
+    assert before.strip() in policy.read_text()
+    assert "alice" in run("keys", "list", "--policy", str(policy)).stdout
+    assert "there is a key 'alice'" in run("keys", "new", "alice", "--policy", str(policy), code=2).stderr
+    policy.write_text("colour = 1\n")
+    assert "policy.toml:1: colour: unknown" in run("keys", "new", "alice", "--policy", str(policy), code=2).stderr
+    assert policy.read_text() == "colour = 1\n"
 
 
 def test_tables_fit_40_columns(monkeypatch: pytest.MonkeyPatch) -> None:

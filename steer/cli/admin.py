@@ -7,6 +7,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +37,7 @@ def new_key(
 
     from steer.direction import write_file
     from steer.serve import keys as secrets
-    from steer.serve.policy import load, read
+    from steer.serve.policy import PolicyError, fetch, read
 
     secret = secrets.make()
     head = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
@@ -47,12 +48,14 @@ def new_key(
     if policy is None:
         typer.echo(f"# for the policy file\n{block}", err=True)
     else:
-        before, mode = "", 0o600
+        whole, mode = block.encode(), 0o600
         if policy.exists():
-            if name in load(policy).policy.keys:
-                raise InvalidInput(f"{policy}: there is a key '{name}'; delete its table, or choose another name")
-            before, mode = f"{policy.read_text().rstrip()}\n\n", policy.stat().st_mode & 0o777
-        whole = (before + block).encode()  # a table may stand anywhere in TOML, so all else stays as it is
+            before, mode = fetch(policy), policy.stat().st_mode & 0o777
+            with suppress(PolicyError):  # it has no key yet, or what is wrong with it is wrong with the whole too
+                if name in read(before).policy.keys:
+                    raise InvalidInput(f"{policy}: there is a key '{name}'; delete its table, or choose another name")
+            # a table may stand anywhere in TOML, so all else stays as it is
+            whole = b"\n\n".join(filter(None, (before.rstrip(), whole)))
         read(whole, policy.name)
         write_file(policy, whole)
         policy.chmod(mode)

@@ -248,13 +248,20 @@ def _overdosed(entries: Sequence[Entry], registry: Registry) -> Iterator[str]:
     doses = [meta.calibrated for meta in registry.metas(Spec(tuple(entries)))]
     if sum(map(_share, entries, doses)) > 1 + ROUNDING:
         asked = ", ".join(f"{e.direction}:{e.mode}{shift_text(e)}={e.strength:g}" for e in entries)
-        known = {entry.direction: _told(dose) for entry, dose in zip(entries, doses, strict=True)}
-        said = "; ".join(f"{name}: {dose}" for name, dose in known.items())
+        known = {entry.direction: dose for entry, dose in zip(entries, doses, strict=True)}
+        if without := [name for name, dose in known.items() if not dose]:
+            listed = " and ".join(f"'{name}'" for name in without)
+            yield (
+                f"{asked}: no more than a calibrated dose is allowed, and the file of {listed} has none "
+                "(`steer eval --calibrate` writes one)"
+            )
+            return
+        said = "; ".join(f"{name}: {_told(dose)}" for name, dose in known.items())
         yield f"{asked} is over what was calibrated: {said}"
 
 
 def _told(dose: Mapping[Mode, Dose]) -> str:
-    return ", ".join(f"{mode} from {low:g} to {high:g}" for mode, (low, high) in dose.items()) or "nothing"
+    return ", ".join(f"{mode} from {low:g} to {high:g}" for mode, (low, high) in dose.items())
 
 
 def _over(entries: Sequence[Entry], tools: bool, limits: Limits, who: str) -> Iterator[tuple[str, str]]:

@@ -371,6 +371,8 @@ class Direction:
             meta = _read_meta(data, problems) if tensors is not None else None
         except DirectionError as error:
             raise DirectionError(f"{source}: {error}") from None
+        if tensors is not None and holds_model(tensors):
+            raise DirectionError(f"{source}: this is a model; give a direction file")
         if tensors is not None:
             required = set(_shapes(1, 1, 1))
             missing, others = sorted(required - tensors.keys()), sorted(tensors.keys() - required - set(OPTIONAL))
@@ -425,13 +427,27 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """A file's bytes, not more than MAX_BYTES. Raises DirectionError, also where the file cannot be read."""
     try:
         status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise DirectionError(f"{path}: {folder_problem(path)}; give a direction file")
         if not stat.S_ISREG(status.st_mode):
             raise DirectionError(f"{path}: cannot be read: it is not a regular file")
         if status.st_size > MAX_BYTES:
-            raise DirectionError(f"{path}: {status.st_size} bytes, a direction file has at most {MAX_BYTES}")
+            raise DirectionError(
+                f"{path}: {status.st_size} bytes, a direction file has at most {MAX_BYTES}; is this a model?"
+            )
         return Path(path).read_bytes()
     except OSError as error:
         raise DirectionError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def folder_problem(path: str | os.PathLike[str]) -> str:
+    """What a folder is that stands where a file was asked for."""
+    return "this is a model" if (Path(path) / "config.json").exists() else "this is a folder"
+
+
+def holds_model(names: Iterable[str]) -> bool:
+    """Are tensors of these `names` those of a model, of which each is a weight of a module?"""
+    return any(name.endswith(".weight") for name in names)
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steer._version import TOOL, made_at
-from steer.direction import MEASUREMENT_KEY, Dataset, replacing, sorted_metadata
+from steer.direction import MEASUREMENT_KEY, Dataset, folder_problem, holds_model, replacing, sorted_metadata
 from steer.errors import DegenerateError, InvalidInput, problems_of
 from steer.geometry import MIN_ANGLE, winsorise
 from steer.lab.prompts import Rendering
@@ -169,10 +169,9 @@ class Measurement:
         problems: list[str] = []
         meta = None
         if MEASUREMENT_KEY not in metadata:
-            kind = "a Steer direction" if "steer" in metadata else "no file of `steer measure`"
-            raise InvalidInput(
-                f"{path}: the metadata key '{MEASUREMENT_KEY}' is missing: this is {kind}, not a measurement"
-            )
+            kind = "a model" if holds_model(tensors) else "another file"
+            kind = "a direction" if "steer" in metadata else kind
+            raise InvalidInput(f"{path}: this is {kind}; give a measurement, which `steer measure` writes")
         try:
             meta = MeasurementMeta.model_validate_json(metadata[MEASUREMENT_KEY])
         except ValidationError as error:
@@ -215,6 +214,8 @@ def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metad
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file. Raises InvalidInput where it is none."""
+    if Path(path).is_dir():
+        raise InvalidInput(f"{path}: {folder_problem(path)}; give a .safetensors file")
     try:
         with safe_open(Path(path), framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -94,7 +94,7 @@ def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="cannot be read as safetensors"):
         Measurement.load(path)
     models.direction(models.tiny("llama")).save(path)
-    with pytest.raises(InvalidInput, match="this is a Steer direction, not a measurement"):
+    with pytest.raises(InvalidInput, match="this is a direction; give a measurement"):
         Measurement.load(path)
     measurement().save(path)
     with pytest.raises(DirectionError, match="this is a measurement: `steer derive`"):

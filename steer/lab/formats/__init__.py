@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from steer.direction import MEASUREMENT_KEY, Direction
+from steer.direction import MEASUREMENT_KEY, Direction, folder_problem, holds_model
 from steer.errors import InvalidInput
 from steer.lab.formats import control_vector, pickled
 from steer.lab.formats.foreign import Foreign, check_plain, direction_of, load_pickled
@@ -28,7 +28,8 @@ def read(path: Path, foreign: Foreign) -> Direction | Measurement:
     if path.is_dir():
         found = [path / name for name in (pickled.DIRECTION, pickled.MEAN_DIFFS) if (path / name).exists()]
         if not found:
-            raise InvalidInput(f"{path}: the folder has neither {pickled.DIRECTION} nor {pickled.MEAN_DIFFS}")
+            has_neither = f"has neither {pickled.DIRECTION} nor {pickled.MEAN_DIFFS}"
+            raise InvalidInput(f"{path}: {folder_problem(path)}, and {has_neither}; give a direction file")
         path = found[0]
     if not path.exists():
         raise InvalidInput(f"{path}: does not exist; accepted: {READS}")
@@ -60,6 +61,8 @@ def read_plain(path: Path, tensors: Mapping[str, Tensor], foreign: Foreign) -> D
     """The direction in any safetensors file with a tensor of vectors, `[d_model]`, `[layers, d_model]` or `[layers, k,
     d_model]`. One vector serves all layers, more are each layer's own (the output of block l has row l). They are made
     unit and orthonormal. Of class means nothing is known: the direction can be ablated, no more."""
+    if foreign.tensor is None and holds_model(tensors):
+        raise InvalidInput(f"{path}: this is a model; give a direction file, or --tensor for vectors that are in it")
     name = foreign.tensor or (next(iter(tensors)) if len(tensors) == 1 else None)
     if name is None or name not in tensors:
         shown = ", ".join(f"{n} {list(t.shape)}" for n, t in list(tensors.items())[:8])

@@ -411,7 +411,7 @@ def test_derive_weighs_layers(
     table = run("inspect", str(output)).stdout.splitlines()
     last = [[cell.strip() for cell in table[at].split("|")[-3:-1]] for at in (-5, -1)]
     assert last == [["attention weight", "MLP weight"], ["1", "-0.5"]]
-    assert "mlp_weights needs the site 'writers'" in run(*base, "--mlp-weights", str(listed), code=2).stderr
+    assert "--mlp-weights needs the site 'writers'" in run(*base, "--mlp-weights", str(listed), code=2).stderr
     assert "--mlp-weights: 3" in run(*base, "--sites", "writers", "--mlp-weights", "3", code=2).stderr
     listed.write_text('[1, "1", 1]')
     assert "a number from -100 to 100" in run(*base, "--weights", str(listed), code=2).stderr
@@ -787,10 +787,63 @@ def test_an_interrupted_import_ends_with_one_line(module: str, command: str, res
     assert line == "interrupted" + (": give the same command again to go on from here" if resumes else "")
 
 
+@pytest.mark.parametrize("weights", [False, True], ids=["folder", "file"])
+def test_a_model_in_the_place_of_a_direction_is_told_by_every_command(
+    weights: bool, tiny_folder: Path, sets: tuple[str, str], tmp_path: Path
+) -> None:
+    model = str(tiny_folder)
+    wrong = str(tiny_folder / "model.safetensors") if weights else model
+    given = ("--harmful", sets[0], "--harmless", sets[1])
+    output, direction = ("-o", str(tmp_path / "x.safetensors")), str(ROOT / "directions" / "refusal.safetensors")
+    for command in (
+        ("inspect", wrong),
+        ("check", wrong, direction),
+        ("eval", model, "--direction", wrong, *given),
+        ("bake", model, "--direction", wrong, "-o", str(tmp_path / "baked")),
+        ("push", wrong, "someone/refusal"),
+        ("convert", wrong, str(tmp_path / "x.safetensors"), "--model", model),
+        ("derive", wrong, *output),
+        ("select", wrong, direction, *given, *output),
+    ):
+        (told,) = run(*command, code=2).stderr.splitlines()
+        assert told.startswith(f"error: {wrong}: this is a model"), (command, told)
+
+
+def test_errors_name_the_option_as_it_is_typed(sets: tuple[str, str], tiny_folder: Path, tmp_path: Path) -> None:
+    direction = str(ROOT / "directions" / "refusal.safetensors")
+    measured, output = str(tmp_path / "m.safetensors"), str(tmp_path / "x.safetensors")
+    run("measure", str(tiny_folder), "--harmful", sets[0], "--harmless", sets[1], "-o", measured)
+    for command, says in (
+        (("convert", direction, str(tmp_path / "nowhere" / "x.gguf")), "OUTPUT: the folder"),
+        (("check", direction, "--strength", "1000"), "--strength: 1000 is not within"),
+        (("derive", measured, "-o", output, "--winsorize", "0.9"), "--winsorize needs the prompts' vectors"),
+        (("derive", measured, "-o", output, "--sparsify", "2"), "--sparsify must be above 0"),
+        (("derive", measured, "-o", output, "--mode", "one_sided", "--target", "3"), "--target must not be above"),
+        (("bake", str(tiny_folder), "--direction", direction, "--strength", "99", "-o", output), "--strength: 99"),
+    ):
+        (told,) = run(*command, code=2).stderr.splitlines()
+        assert told.startswith(f"error: {says}"), told
+    given = ("--harmful", sets[0], "--harmless", sets[1], "--direction", direction)
+    (told,) = run("eval", "m", *given, "--direction", direction, code=2).stderr.splitlines()
+    assert "two files are called 'refusal'" in told
+
+
+def test_a_task_that_lm_eval_does_not_have_is_told_before_all_work(sets: tuple[str, str], tmp_path: Path) -> None:
+    given = ("--direction", str(ROOT / "directions" / "refusal.safetensors"), "--harmful", sets[0])
+    done = run("eval", str(MODEL), *given, "--harmless", sets[1], "--tasks", "foo,arc_easy,bar", code=2)
+    assert "--tasks: lm_eval has no 'foo', 'bar'" in done.stderr
+
+
+def test_the_switch_of_a_server_that_is_not_there_says_so() -> None:
+    told = run("off", "--url", "http://127.0.0.1:9", code=2).stderr
+    assert told.startswith("error: no server answers at http://127.0.0.1:9")
+    assert "--url" in told
+
+
 def test_inspect_says_what_another_file_is(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
     done = run("inspect", str(tiny_folder / "model.safetensors"), code=2)
-    assert "this is not a Steer direction" in done.stderr
-    assert len(done.stderr.splitlines()) == 3
+    assert "this is a model; give a direction file" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     file = str(tmp_path / "m.safetensors")
     run("measure", str(tiny_folder), "--harmful", sets[0], "--harmless", sets[1], "-o", file)
     done = run("inspect", file, code=2)

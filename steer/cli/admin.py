@@ -161,5 +161,10 @@ def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
             said = error.reason
         hint = f" (set {KEY_VARIABLE})" if error.code == 401 else ""
         raise SteerError(f"{url}: {error.code}: {printable(str(said))}{hint}") from None
+    except urllib.error.URLError as error:
+        raise SteerError(
+            f"no server answers at {url} ({getattr(error.reason, 'strerror', None) or error.reason}): start it, or "
+            "give the address of yours with --url (STEER_URL)"
+        ) from None
     except (OSError, ValueError, HTTPException, RecursionError) as error:
         raise SteerError(f"{url}: {getattr(error, 'reason', error)}") from None

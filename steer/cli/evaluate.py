@@ -24,7 +24,7 @@ from steer.errors import InvalidInput, SpecError
 from steer.lab.lines import json_lines
 from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt, PromptSet, Rendering, check_contrast, prompt_of, read_prompts
-from steer.lab.tables import shown
+from steer.lab.tables import shown, terminal_width, wrapped
 from steer.names import MODES
 from steer.settings import ModelSettings
 from steer.spec import TOKENS, parse
@@ -134,6 +134,13 @@ class Tasks:
     tasks_limit: Annotated[int | None, typer.Option(min=1, help="documents of each task")] = None
     url: Annotated[str | None, "API (…/v1) of your server for --tasks, which serves MODEL and the direction"] = None
 
+    def check(self) -> None:
+        """Raise InvalidInput for tasks that there are not."""
+        if self.tasks is not None:
+            from steer.lab.evaluation.tasks import check_tasks
+
+            check_tasks(opt.split(self.tasks), self.tasks_folder)
+
     def scores(self, model: str, opening: ModelSettings, arms: Sequence[Arm], cache: Cache) -> tuple[TaskScore, ...]:
         from steer.lab.evaluation.tasks import TaskPlan, given, scores, serving
 
@@ -189,6 +196,7 @@ def evaluate(
         doses, arms = applied.doses(), applied.arms(direction)
         files = applied.files(direction, arms)
         engine.check_fits(files)
+        lm_eval.check()
         choices = opt.Choices.model_validate({"sites": arms[0].direction.meta.sites, "batch_size": batch_size})
         given = {"harmful": harmful, "harmless": harmless, "borderline": borderline, "multi-turn": multi_turn}
         sets = {name: read_prompts(source) for name, source in given.items() if source is not None}
@@ -242,7 +250,9 @@ def evaluate(
     if as_json:
         echo_json(made.model_dump(mode="json"))
         return
-    typer.echo(tables(made, paired=False, table=shown))
+    width = terminal_width()
+    for line in tables(made, paired=False, table=shown).splitlines():
+        typer.echo(line if line.startswith(("|", "#")) or len(line) <= width else wrapped(line, width))
     if report is not None:
         typer.echo(f"\nwrote {report / 'report.md'} and report.json")
 

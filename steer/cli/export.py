@@ -45,7 +45,7 @@ def convert(
     from steer.lab.formats.foreign import Foreign
     from steer.lab.measurement import Measurement, ModelFacts
 
-    opt.check_folder(output)
+    opt.check_folder(output, "OUTPUT")
     if output.resolve() == source.resolve():
         raise InvalidInput(f"{output} is read by this command, and would be lost: give another name")
     facts = None
@@ -126,7 +126,8 @@ def bake(
         )
     if lora and preserve_norms:
         raise InvalidInput("--preserve-norms is not an edit of low rank, so it cannot be an adapter")
-    removed = removal(loaded, strength)
+    with opt.problems_of_options():
+        removed = removal(loaded, strength)
     if loaded.meta.sites != removed.direction.meta.sites:
         typer.echo(
             "note: weights can do what the site writers does, not what resid_post does: the embedding and each part of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -96,9 +97,10 @@ def fit(
     if condition is not None:
         probe = Direction.load(condition)
         engine.check_fits({condition: probe})
-    choice = lab.Choice.of(
-        made, choices.layer, choices.mode if mode else None, strength, threshold, target, choices.sites
-    )
+    with opt.problems_of_options():
+        choice = lab.Choice.of(
+            made, choices.layer, choices.mode if mode else None, strength, threshold, target, choices.sites
+        )
     if winsorize is not None:
         choice = replace(choice, winsorize=())
     options = MeasurementOptions((position,), winsorize, rendering, keep=Keep(vectors=choice.needs_vectors))
@@ -133,10 +135,14 @@ def fit(
             raise
     digest = fitted.direction.save(output)
     work.remove()
-    for line in lab.report(fitted):
-        typer.echo(line)
-    typer.echo(f"wrote {output}: digest {digest[:12]}")
-    typer.echo(f"next: steer eval {model} --direction {output}, with prompts that were not used here")
+    width = terminal_width()
+    table, *lines = lab.report(fitted)
+    typer.echo(table)
+    for line in [*lines, f"wrote {output}: digest {digest[:12]}", "next, with prompts that were not used here:"]:
+        typer.echo(wrapped(line, width))
+    following = ["steer", "eval", model, "--direction", str(output)]
+    following += [] if counted.behaviour == "refusal" else ["--behaviour", counted.behaviour]
+    typer.echo(f"{shlex.join(following)} --harmful FILE --harmless FILE")  # whole, to be pasted
 
 
 #: What --condition takes, beside the options of loading the model.
@@ -261,22 +267,23 @@ def derive(
 
     made = opt.chosen_method(method, t, parameter)
     measured = Measurement.load(measurement)
-    recipe = Recipe(
-        made,
-        choices.layer,
-        position,
-        winsorize,
-        sparsify,
-        bootstrap,
-        seed or 0,
-        choices.mode,
-        strength,
-        choices.sites,
-        threshold,
-        target,
-        *_weights(layers, weights, mlp_weights, measured.meta.model.layers),
-    )
-    direction = run(measured, recipe)
+    with opt.problems_of_options():
+        recipe = Recipe(
+            made,
+            choices.layer,
+            position,
+            winsorize,
+            sparsify,
+            bootstrap,
+            seed or 0,
+            choices.mode,
+            strength,
+            choices.sites,
+            threshold,
+            target,
+            *_weights(layers, weights, mlp_weights, measured.meta.model.layers),
+        )
+        direction = run(measured, recipe)
     digest = direction.save(output)
     meta = direction.meta
     source = "each layer's own" if meta.source_layer is None else f"layer {meta.source_layer}"

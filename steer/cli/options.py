@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -343,6 +344,26 @@ def check_model(name: str) -> None:
             f"cannot load the model '{name}': there is no such folder; accepted: a folder with config.json, as "
             "`save_pretrained` writes it, or the id of a model on the hub (OWNER/NAME)"
         )
+
+
+#: Fields of a recipe of the lab whose options have the same name, and how their problems go on.
+_OF_FIELD = re.compile(
+    r"(winsorize|sparsify|bootstrap|seed|strength|threshold|target|weights|mlp_weights)(?=:| must| needs)"
+)
+
+
+@contextmanager
+def problems_of_options() -> Iterator[None]:
+    """What is wrong with a field of the lab's, which begins with the field's name, begins with the option's."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise type(error)(
+            _OF_FIELD.sub(lambda found: f"--{found[1].replace('_', '-')}", problem, count=1)
+            if _OF_FIELD.match(problem)
+            else problem
+            for problem in error.problems
+        ) from error
 
 
 @contextmanager

@@ -135,7 +135,8 @@ class PromptSet:
 
     def named(self, prompts: Iterable[Prompt]) -> str:
         """The file, and where in it some of its `prompts` stand, as "harmful.txt, lines 1, 4 and 3 more"."""
-        places = {prompt: number for number, prompt in reversed([*enumerate(self.prompts, 1)])} | self.places
+        places = {prompt: number for number, prompt in reversed([*enumerate(self.prompts, 1)])}
+        places.update(self.places)
         numbers = sorted(places[prompt] for prompt in prompts)
         shown = list(map(str, numbers[:NAMED]))
         if more := len(numbers) - len(shown):

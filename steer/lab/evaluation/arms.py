@@ -54,10 +54,11 @@ def arms_of(
     """Each file, and `controls` random directions of its shape, in each of `modes` at each of `strengths`, None leaves
     them to the file; at each of `layers` (like 10-20, or all) and `tokens`, with each of `shifts`; under a `condition`,
     as a request says it, on one of `files` or `probe`. Raises InvalidInput with every problem."""
-    problems = [f"--direction: two files are called '{n}'" for n in sorted(_twice([file.stem for file in files]))]
+    same = _twice([file.stem for file in files])
+    problems = [f"--direction: two files are called '{name}'" for name in sorted(same)]
     problems += [f"--mode: '{m}' is not known; accepted: {', '.join(MODES)}" for m in modes or () if m not in MODES]
     problems += [
-        f"--strengths: {s:g} is not within ±{MAX_STRENGTH:g}"
+        f"--{'strength' if len(strengths or ()) == 1 else 'strengths'}: {s:g} is not within ±{MAX_STRENGTH:g}"
         for s in strengths or ()
         if not -MAX_STRENGTH <= s <= MAX_STRENGTH
     ]
@@ -105,7 +106,8 @@ def arms_of(
                 ]
     if len({arm.direction.meta.sites for arm in arms}) > 1:
         problems.append("--direction: the files are for different sites: evaluate them one by one")
-    problems += [f"the arm {name} is asked for twice" for name in sorted(_twice([a.name for a in arms]))]
+    repeated = _twice([arm.name for arm in arms if arm.asked.direction not in same])  # of those it is told already
+    problems += [f"the arm {name} is asked for twice" for name in sorted(repeated)]
     if problems:
         raise InvalidInput(problems)
     return arms

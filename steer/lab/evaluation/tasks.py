@@ -18,7 +18,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from steer.errors import InvalidInput, SteerError
+from steer.errors import InvalidInput, SteerError, imported
 from steer.lab.evaluation.arms import PLAIN, Arm
 from steer.lab.evaluation.report import Difference, TaskScore
 from steer.lab.resume import Cache
@@ -44,6 +44,16 @@ class TaskPlan:
     tokenizer: str
     folder: Path | None = None
     limit: int | None = None
+
+
+def check_tasks(names: Sequence[str], folder: Path | None = None) -> None:
+    """Raise InvalidInput with every task that lm_eval does not have, which it would say after all other work."""
+    known = imported("lm_eval.tasks", "--tasks", "'lm-eval[api]'").TaskManager(
+        include_path=None if folder is None else str(folder)
+    )
+    if unknown := [name for name in names if not Path(name).is_file() and not known.match_tasks([name])]:
+        listed = ", ".join(map(repr, unknown))
+        raise InvalidInput(f"--tasks: lm_eval has no {listed}; accepted: the names that `lm_eval ls tasks` lists")
 
 
 def scores(plan: TaskPlan, served: TaskServer, arms: Sequence[Arm], cache: Cache) -> tuple[TaskScore, ...]:

@@ -299,7 +299,7 @@ def test_a_file_over_the_size_cap_is_refused_unread(tmp_path: Path, monkeypatch:
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.safetensors", tmp_path):
-        with pytest.raises(DirectionError, match="cannot be read|this is a folder") as caught:
+        with pytest.raises(DirectionError, match=r"cannot be read|this is a folder") as caught:
             Direction.load(path)
         assert str(path) in str(caught.value)
 

@@ -96,7 +96,7 @@ def list_keys(policy: _Policy, as_json: Annotated[bool, typer.Option("--json", h
 
 
 def verify_audit(
-    files: Annotated[list[Path], typer.Argument(help="the audit log and its rotated files, in any order")],
+    files: Annotated[list[Path], typer.Argument(help="the audit log, or it and its rotated files, in any order")],
     anchor: Annotated[
         list[str] | None, "SEQ:HASH that you kept elsewhere and that must be in the chain; repeatable"
     ] = None,
@@ -105,11 +105,15 @@ def verify_audit(
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
-    """Find every line that was edited, removed, added or moved. The exit code is 1 if there is one."""
-    from steer.serve.audit import Head, verify
+    """Find every line that was edited, removed, added or moved. The exit code is 1 if there is one.
+
+    If one file is given, those that it was rotated to are read too.
+    """
+    from steer.serve.audit import Head, verify, with_rotated
 
     try:
-        report = verify(files, [Head.parse(text) for text in anchor or ()], start)
+        kept = [Head.parse(text) for text in anchor or ()]
+        report = verify(with_rotated(files[0]) if len(files) == 1 else files, kept, start)
     except OSError as error:
         raise InvalidInput(f"{error.filename}: cannot be read: {error.strerror}") from None
     except ValueError as error:

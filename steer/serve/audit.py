@@ -55,6 +55,10 @@ class AuditError(SteerError):
     """The audit file cannot be used at all, so the server must not start."""
 
 
+class NoLine(ValueError):
+    """Bytes that are no line of an audit log, not even one that was changed."""
+
+
 class AuditUnavailable(SteerError):
     """A line could not be written, so what it was to record must not happen."""
 
@@ -86,6 +90,7 @@ class Record(TypedDict):
     hash: str
     event: NotRequired[object]
     detail: NotRequired[object]
+    admitted: NotRequired[object]
 
 
 def seal(record: dict[str, object]) -> tuple[bytes, str]:
@@ -108,9 +113,9 @@ def unseal(line: bytes) -> Record:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
+        raise NoLine("not JSON") from None
     if not isinstance(record, dict) or not isinstance(record.get("hash"), str):
-        raise ValueError("not an audit line")
+        raise NoLine("not an audit line")
     bare = {name: value for name, value in record.items() if name != "hash"}
     try:
         same = seal(bare)[0] == line
@@ -443,6 +448,8 @@ def _head_of(data: bytes) -> Head | None:
 
 #: What rotation puts after a file's name.
 _ROTATED = re.compile(r"\.\d+(-\d+)?$")
+#: Numbers of lines that a note names.
+NAMED = 3
 
 # -- verification ----------------------------------------------------------------------------------------------------
 
@@ -458,6 +465,49 @@ class Verification:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _Open:
+    """What has begun and not ended yet: requests by the number of their line, and servers by their front end."""
+
+    admitted: dict[int, None] = field(default_factory=dict)
+    servers: dict[object, int] = field(default_factory=dict)
+    killed: list[str] = field(default_factory=list)
+
+    def see(self, record: Record) -> None:
+        detail = found if isinstance(found := record.get("detail"), dict) else {}
+        front_end = str(detail.get("front_end", ""))
+        match record.get("event"):
+            case "admitted":
+                self.admitted[record["seq"]] = None
+            case "ended" if isinstance(line := record.get("admitted"), int):
+                self.admitted.pop(line, None)
+            case "start":
+                if (since := self.servers.pop(front_end, None)) is not None:
+                    self.killed.append(
+                        f"line {record['seq']}: a server starts, and no `stop` came after the `start` of line {since}: "
+                        "it was killed or crashed"
+                    )
+                self.servers[front_end] = record["seq"]
+            case "stop":
+                self.servers.pop(front_end if front_end in self.servers else next(iter(self.servers), None), None)
+
+    def notes(self) -> Iterator[str]:
+        yield from self.killed
+        if self.admitted:
+            shown = ", ".join(map(str, [*self.admitted][:NAMED]))
+            more = f" and {len(self.admitted) - NAMED} more" if len(self.admitted) > NAMED else ""
+            yield (
+                f"admitted and not ended are the requests of the lines {shown}{more} ({len(self.admitted)} in all): "
+                "they run still, or the server was killed"
+            )
+
+
+def with_rotated(path: Path) -> list[Path]:
+    """The file, and those beside it that it was rotated to."""
+    others = path.parent.glob(f"{glob.escape(path.name)}.*")
+    return [path, *sorted(other for other in others if _ROTATED.fullmatch(other.name, len(path.name)))]
+
+
 def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) -> Verification:
     """Check files of one chain, in whatever order they are given: line `start` and all that follow it must be there, up
     to each of the anchors. The `FILE.head` beside a file, also beside one that was rotated, is an anchor too. An anchor
@@ -466,26 +516,31 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) 
     Raises OSError for a file that cannot be read.
     """
     report = Verification()
-    wanted = {head.seq: head for head in anchors}
+    wanted = {head.seq: head for head in anchors if head.seq}
     for name in {file: None for path in paths for file in (path, path.with_name(_ROTATED.sub("", path.name)))}:
-        if head := _read_head(name.with_name(f"{name.name}.head")):  # first: lines may be added while this reads
+        # first: lines may be added while this reads; the number 0 is of no line, so it vouches for none
+        if (head := _read_head(name.with_name(f"{name.name}.head"))) and head.seq:
             wanted.setdefault(head.seq, head)
     if not wanted:
         report.problems.append(
-            "there is no FILE.head and no anchor, so nobody would notice lines missing at the end: give a head "
-            "that you kept elsewhere (--anchor SEQ:HASH)"
+            "there is no FILE.head and no anchor that names a line, so nobody would notice lines missing at the end: "
+            "give a head that you kept elsewhere (--anchor SEQ:HASH)"
         )
     expected: Head | None = None
+    strangers, open_ = list[str](), _Open()
     for path in sorted(paths, key=_begins):
+        known, foreign, number = len(report.problems), 0, 0
         for number, line in enumerate(_lines(path), 1):
             where = f"{path.name}:{number}"
             report.lines += 1
             try:
                 record = unseal(line)
             except ValueError as error:
+                foreign += isinstance(error, NoLine) or not line.endswith(b"\n")
                 report.problems.append(f"{where}: {error}")
                 expected = Head(expected.seq + 1, "") if expected else None
                 continue
+            open_.see(record)
             if report.first is None:
                 report.first = record["seq"]
                 before = wanted.pop(record["seq"] - 1, None)
@@ -494,14 +549,21 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) 
             expected = report.last = Head(record["seq"], record["hash"])
             if (anchor := wanted.pop(expected.seq, None)) and anchor != expected:
                 report.problems.append(f"{where}: line {anchor.seq} has another hash than the anchor")
+        if number and foreign == number:
+            strangers.append(f"{path.name}: this is no audit log: not one of its lines ({number}) is a line of one")
+            report.problems[known:] = [strangers[-1]]
+    if report.first is None and strangers:
+        report.problems = strangers
+        return report
     if report.first is None:
         report.problems.append("there is no line that can be read")
+    report.notes += open_.notes()
     for anchor in wanted.values():
         if anchor.seq > report.last.seq:
             report.problems.append(
                 f"the end is missing: the last line is {report.last.seq}, the anchor says {anchor.seq}"
             )
-        elif anchor.seq:
+        else:
             report.problems.append(f"line {anchor.seq} of the anchor is not in these files")
     return report
 

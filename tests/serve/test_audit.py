@@ -23,7 +23,7 @@ def filled(path: Path, lines: int = 12, **options: Any) -> Path:
     audit = Audit(path, fsync="never", **options)
     audit.open()
     for number in range(lines):
-        audit.write("admitted", key="alice", request_id=f"r{number}", detail={"text": 'é\n"\\ \u2028'})
+        audit.write("refused", key="alice", request_id=f"r{number}", detail={"text": 'é\n"\\ \u2028'})
     audit.close()
     return path
 
@@ -247,7 +247,7 @@ def test_a_line_that_a_crash_has_torn_is_healed_and_said(tmp_path: Path, cut: in
     path = filled(tmp_path / "a.jsonl", 3)
     audit = Audit(path, fsync="never")
     audit.open()
-    audit.write("admitted", key="torn")
+    audit.write("refused", key="torn")
     audit.close()
     data = path.read_bytes()
     torn = data.splitlines(keepends=True)[-1][:-cut]
@@ -373,6 +373,54 @@ def test_a_file_that_is_moved_away_is_begun_anew_with_the_chain(tmp_path: Path) 
     audit.close()
     report = verify([path, tmp_path / "a.jsonl.1"])
     assert (report.problems, report.lines) == ([], 4)
+
+
+def test_a_head_of_no_line_vouches_for_none(tmp_path: Path) -> None:
+    """A log that was cut, beside a head of zeros, would be whole."""
+    path = filled(tmp_path / "a.jsonl", 5)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    (tmp_path / "a.jsonl.head").write_text(f"{0:020d}:{'0' * 64}\n")
+    for anchors in ((), (Head(),)):
+        assert "nobody would notice lines missing" in str(verify([path], anchors).problems)
+
+
+def test_what_is_no_log_is_said_once(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("a line\n" * 80 + "and its end")
+    (problem,) = verify([path]).problems
+    assert "notes.txt: this is no audit log: not one of its lines (81)" in problem
+    log = filled(tmp_path / "a.jsonl", 3)
+    assert len(verify([log, path]).problems) == 1
+    log.write_text(log.read_text().replace("r1", "r9"))
+    assert verify([log]).problems[0].startswith("a.jsonl:2: the hash")
+
+
+def test_what_never_ended_is_a_note_and_no_problem(tmp_path: Path) -> None:
+    audit = Audit(tmp_path / "a.jsonl", fsync="never")
+    audit.open()
+    for front_end in (0, 1):
+        audit.write("start", detail={"front_end": front_end})
+    first, second = audit.write("admitted"), audit.write("admitted")
+    audit.write("ended", admitted=first)
+    audit.write("stop", detail={"front_end": 0})
+    assert [note for note in verify([audit.path]).notes if f"lines {second} (1 in all)" in note]
+    audit.write("start", detail={"front_end": 0})
+    assert len(verify([audit.path]).notes) == 1, "one of two front ends was stopped and is started again"
+    restarted = audit.write("start", detail={"front_end": 1})
+    report = verify([audit.path])
+    assert report.problems == []
+    assert report.notes[0].startswith(f"line {restarted}: a server starts, and no `stop` came after")
+    audit.close()
+
+
+def test_the_command_finds_the_files_that_a_log_was_rotated_to(tmp_path: Path) -> None:
+    path = filled(tmp_path / "a.jsonl", 40, max_bytes=2000)
+    (tmp_path / "a.jsonl.old").write_text("of somebody else")
+    command = [sys.executable, "-m", "steer", "audit", "verify"]
+    assert len(list(tmp_path.glob("a.jsonl.*[0-9]"))) > 2
+    for files in ([path], [path, *tmp_path.glob("a.jsonl.*[0-9]")]):
+        done = subprocess.run([*command, *map(str, files)], capture_output=True, text=True)
+        assert (done.returncode, "whole" in done.stdout) == (0, True), done.stderr
 
 
 @given(st.binary(max_size=80))

@@ -116,7 +116,8 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
             embedding = found.rows.float()
     if missing:
         log.warning("layers %d to %d were not measured and stay unsteered", missing[0], missing[-1])
-    reference = _reference(measurement, recipe, rows, source) if _sided(measurement, recipe, rows, source) else None
+    sided = _sided(measurement, recipe, rows, source)
+    reference = _reference(measurement, recipe, rows, source) if sided else None
     target = None if recipe.target is None else _between(measurement, recipe, rows, recipe.target)
     axis = _axis(measurement, recipe, rows, source)
     angles = None if axis is None else _angles(measurement, recipe, rows, axis)
@@ -132,7 +133,7 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
         harmful=measurement.meta.harmful,
         harmless=measurement.meta.harmless,
         mode=recipe.mode,
-        modes=_modes(measurement, recipe, reference is not None, axis is not None),
+        modes=_modes(measurement, recipe, sided, reference is not None, axis is not None),
         strength=recipe.strength,
         sites=recipe.sites,
     )
@@ -143,7 +144,7 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
         )
         if recipe.mode in TURNING and axis is None:
             missing_one = "one row for each layer, not along the harmless mean, at the site 'resid_post'"
-        elif recipe.mode == "one_sided" and measurement.layers == facts.layers:
+        elif recipe.mode in ("one_sided", "clamp") and measurement.layers == facts.layers:
             missing_one = "a harmful side of each row, and a row of this direction hardly tells the classes apart"
         raise InvalidInput(f"the mode '{recipe.mode}' needs {missing_one}; with it: {', '.join(meta.modes)}")
     at = measurement.position(recipe.position)
@@ -329,7 +330,8 @@ def _reference(measurement: Measurement, recipe: Recipe, rows: Tensor, source: i
 
 def _sided(measurement: Measurement, recipe: Recipe, rows: Tensor, source: int | None) -> bool:
     """Do all rows tell the classes apart? The rows of a subspace after its first may carry next to nothing of the
-    difference of means: which side of them is harmful is chance, and `one_sided` would act on half of all text."""
+    difference of means: which side of them is harmful is chance, and `one_sided` would act on half of all text, and
+    `clamp` would hold all of it, harmless text too, at a number that is of neither class."""
     if rows.shape[1] == 1:
         return True
     at, layers = measurement.position(recipe.position), range(measurement.layers) if source is None else [source]
@@ -420,12 +422,12 @@ def _angles(measurement: Measurement, recipe: Recipe, rows: Tensor, axis: Tensor
     return torch.stack([gate, torch.minimum(target, gate)], 1)
 
 
-def _modes(measurement: Measurement, recipe: Recipe, reference: bool, plane: bool) -> tuple[Mode, ...]:
+def _modes(measurement: Measurement, recipe: Recipe, sided: bool, reference: bool, plane: bool) -> tuple[Mode, ...]:
     complete = measurement.layers == measurement.meta.model.layers or recipe.layer == "all"
     defined: dict[Mode, bool] = {
         "ablate": True,
         "one_sided": reference,
-        "clamp": complete,
+        "clamp": complete and sided,  # else it holds all text at a component that is of neither class
         "add": complete,
         "affine": complete and measurement.harmless.mean_all is not None,
         "rotate": plane,

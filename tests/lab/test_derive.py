@@ -281,8 +281,12 @@ def test_rows_that_do_not_tell_the_classes_apart_have_no_side(measured: Measurem
     components = (direction.directions[1].double() @ difference).abs()
     assert components.min() < 0.2 * components.norm()
     assert "one_sided" not in direction.meta.modes
+    assert "clamp" not in direction.meta.modes, "it would hold all text at a number that is of neither class"
+    assert "clamp" not in Direction.from_bytes(direction.to_bytes()).meta.modes
     with pytest.raises(InvalidInput, match=r"needs a harmful side of each row, .* with it: ablate"):
         derive(measured, replace(many, mode="one_sided"))
+    with pytest.raises(InvalidInput, match="hardly tells the classes apart"):
+        derive(measured, replace(many, mode="clamp"))
     assert "one_sided" in derive(measured, recipe("linear", 1)).meta.modes
 
 

@@ -267,7 +267,10 @@ def test_an_exported_control_vector_adds_what_add_adds_and_another_mode_is_warne
     for n in (1, 2):
         size = (made.mean_harmful[n] - made.mean_harmless[n]).norm()
         torch.testing.assert_close(vectors[n], 0.5 * size * made.directions[n, 0])
-    told = formats.write(tmp_path / "v.gguf", models.direction(model))
+    told = formats.write(tmp_path / "v.gguf", models.direction(model, strength=0.5))
+    (vector, *_) = (t for t in gguf.GGUFReader(tmp_path / "v.gguf").tensors if t.name == "direction.1")
+    length = torch.linalg.vector_norm(torch.from_numpy(vector.data.copy()))
+    torch.testing.assert_close(length, (made.mean_harmful[1] - made.mean_harmless[1]).norm(), msg="another mode's is 1")
     assert any("its mode is ablate" in sentence for sentence in told)
     with pytest.raises(InvalidInput, match="this direction has 2"):
         formats.write(tmp_path / "v.gguf", models.direction(model, k=2))
@@ -320,10 +323,17 @@ def test_what_a_glp_file_says_and_we_cannot_is_refused(model: Any, tmp_path: Pat
         ({"glp.hook_point": "ffn_out_pre_residual"}, "read is 'residual_stream_post_layer'"),
         ({"glp.layer_scales": "1,2"}, "glp.layer_scales is not read"),
         ({"glp.alpha_default": 99.0}, "glp.alpha_default is 99"),
+        ({"glp.mode": "project", "glp.rank": 2}, "glp.rank is 2, and its layers have 1 vectors each"),
+        ({"glp.mode": "project", "glp.gain": 2.0}, r"'glp\.gain': not known here"),
+        ({"glp.hook_point": "residual_stream_post_layer"}, r"no glp\.mode, which says whether"),
     ):
         path = control_vector(tmp_path / "v.gguf", {1: torch.ones(D)}, keys=dict(keys))
         with pytest.raises(InvalidInput, match=says):
             formats.read(path, FOREIGN)
+    slanted = {"glp.mode": "project", "glp.rank": 2, "glp.orthonormal": False}
+    path = control_vector(tmp_path / "v.gguf", {1: torch.randn(D)}, keys=slanted, second=1)
+    with pytest.raises(InvalidInput, match="several vectors of a layer must be orthonormal"):
+        formats.read(path, FOREIGN)
     uneven = control_vector(
         tmp_path / "v.gguf", {1: torch.ones(D), 2: torch.ones(D)}, keys={"glp.mode": "project"}, second=1
     )
@@ -363,6 +373,41 @@ def test_plain_tensors_are_made_orthonormal(tmp_path: Path, shape: tuple[int, ..
     torch.testing.assert_close(one.directions[:, 0], (rows[1, 0] / rows[1, 0].norm()).expand(LAYERS, D))
     with pytest.raises(InvalidInput, match=r"Give --tensor; it has .*v \["):
         formats.read(tmp_path / "v.safetensors", FOREIGN)
+
+
+def test_vectors_of_layers_in_tensors_of_their_own_are_one_direction(tmp_path: Path) -> None:
+    path, vectors = tmp_path / "v.safetensors", torch.randn(LAYERS, D, generator=torch.Generator().manual_seed(1))
+    safetensors.torch.save_file({f"direction.{n}": vectors[n].clone() for n in (0, 2)}, path)
+    found = formats.read(path, FOREIGN)
+    assert isinstance(found, Direction)
+    assert [bool(rows.any()) for rows in found.directions] == [True, False, True]
+    torch.testing.assert_close(found.directions[2, 0], vectors[2] / vectors[2].norm())
+    one = formats.read(path, Foreign(FACTS, layer=2))
+    assert isinstance(one, Direction)
+    assert torch.equal(one.directions[0], found.directions[2])
+    with pytest.raises(InvalidInput, match=r"has vectors of the layers \[0, 2\], not of 1"):
+        formats.read(path, Foreign(FACTS, layer=1))
+    safetensors.torch.save_file({"direction.0": vectors[0].clone(), "direction.9": vectors[1].clone()}, path)
+    with pytest.raises(InvalidInput, match="layer 9 is not one of"):
+        formats.read(path, FOREIGN)
+
+
+def test_a_vector_can_be_added_as_it_is_whatever_file_it_comes_in(model: Any, tmp_path: Path) -> None:
+    vector = torch.randn(D, generator=torch.Generator().manual_seed(1))
+    safetensors.torch.save_file({"v": vector}, tmp_path / "v.safetensors")
+    torch.save(vector, tmp_path / "direction.pt")
+    control_vector(tmp_path / "v.gguf", {1: vector})
+    for name in ("v.safetensors", "direction.pt", "v.gguf"):
+        found = formats.read(tmp_path / name, Foreign(FACTS, layer=None if name == "v.gguf" else 1))
+        assert isinstance(found, Direction)
+        assert found.meta.modes == ("ablate", "add"), name
+        with steer.attach(model, {"d": found}) as steering, steering("d:add@1=0.7"):
+            served = model(input_ids=IDS[0]).logits
+        torch.testing.assert_close(served, added(model, {1: vector}, 0.7), rtol=1e-4, atol=1e-4)
+    safetensors.torch.save_file({"v": torch.randn(LAYERS, 2, D)}, tmp_path / "v.safetensors")
+    several = formats.read(tmp_path / "v.safetensors", FOREIGN)
+    assert isinstance(several, Direction)
+    assert several.meta.modes == ("ablate",), "to which of them does a length belong?"
 
 
 def test_plain_tensors_of_another_shape_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from steer.direction import MEASUREMENT_KEY, Direction, folder_problem, holds_model
 from steer.errors import InvalidInput
 from steer.lab.formats import control_vector, pickled
-from steer.lab.formats.foreign import Foreign, check_plain, direction_of, load_pickled
-from steer.lab.measurement import Measurement, load_tensors
+from steer.lab.formats.foreign import Foreign, check_plain, direction_of, load_pickled, width_of
+from steer.lab.measurement import Measurement, ModelFacts, load_tensors
 from steer.names import PICKLED_SUFFIXES
 
 #: How a file of a measurement is named where its kind follows from the name.
@@ -59,10 +60,15 @@ def read(path: Path, foreign: Foreign) -> Direction | Measurement:
 
 def read_plain(path: Path, tensors: Mapping[str, Tensor], foreign: Foreign) -> Direction:
     """The direction in any safetensors file with a tensor of vectors, `[d_model]`, `[layers, d_model]` or `[layers, k,
-    d_model]`. One vector serves all layers, more are each layer's own (the output of block l has row l). They are made
-    unit and orthonormal. Of class means nothing is known: the direction can be ablated, no more."""
+    d_model]`, or with a tensor `NAME.N` for each layer N. One vector serves all layers, more are each layer's own (the
+    output of block l has row l). They are made unit and orthonormal; the one of a layer can be added as it is."""
     if foreign.tensor is None and holds_model(tensors):
         raise InvalidInput(f"{path}: this is a model; give a direction file, or --tensor for vectors that are in it")
+    if foreign.tensor is None and (numbered := _numbered(tensors)):
+        check_plain(path, numbered.values())
+        facts = foreign.model(path, width_of(path, numbered.values()))
+        rows = {foreign.check_layer(path, layer): vector.float()[None] for layer, vector in numbered.items()}
+        return _direction(path, rows, facts, foreign)
     name = foreign.tensor or (next(iter(tensors)) if len(tensors) == 1 else None)
     if name is None or name not in tensors:
         shown = ", ".join(f"{n} {list(t.shape)}" for n, t in list(tensors.items())[:8])
@@ -79,12 +85,24 @@ def read_plain(path: Path, tensors: Mapping[str, Tensor], foreign: Foreign) -> D
             f"{path}: tensor '{name}' has shape {list(value.shape)}; accepted: [{facts.d_model}], "
             f"[{facts.layers}, {facts.d_model}] and [{facts.layers}, k, {facts.d_model}]"
         )
+    return _direction(path, rows, facts, foreign)
+
+
+def _numbered(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """The vectors by layer, where all of several tensors are vectors, and their names one name with a number."""
+    found = [(re.fullmatch(r"(.*\D)?([0-9]{1,9})", name), tensor) for name, tensor in tensors.items()]
+    named = {(match[1], int(match[2])): tensor for match, tensor in found if match and tensor.ndim == 1}
+    alike = len(named) == len(tensors) > 1 and len({name for name, _ in named}) == 1
+    return {layer: tensor for (_, layer), tensor in named.items()} if alike else {}
+
+
+def _direction(path: Path, rows: dict[int, Tensor], facts: ModelFacts, foreign: Foreign) -> Direction:
     layer = None if foreign.layer is None else foreign.check_layer(path, foreign.layer)
     if layer is not None:  # whose rows serve all, as those of a file with one vector do
-        rows = dict.fromkeys(rows, rows[layer])
-    return direction_of(
-        rows, facts, source=path, method="imported", mode="ablate", modes=("ablate",), source_layer=layer
-    )
+        if layer not in rows:
+            raise InvalidInput(f"{path}: has vectors of the layers {sorted(rows)}, not of {layer}")
+        rows = dict.fromkeys(range(facts.layers), rows[layer])
+    return direction_of(rows, facts, source=path, method="imported", mode="ablate", source_layer=layer)
 
 
 def write(path: Path, direction: Direction) -> list[str]:

@@ -26,6 +26,12 @@ from steer.names import MAX_STRENGTH, Mode
 from steer.runtime.op import GAMMA, coefficients
 
 ARCHITECTURE, GLP = "controlvector", ".glp.gguf"
+#: The keys of versions 1 and 2; those after the hook point only describe.
+GLP_KEYS = (
+    *("glp.mode", "glp.spec_version", "glp.alpha_default", "glp.rank", "glp.orthonormal", "glp.dir_scales"),
+    *("glp.layer_scales", "glp.hook_point", "glp.derived_at", "glp.content_sha256", "glp.created", "glp.method"),
+    *("glp.contrast", "glp.layer_ids_zero_based"),
+)
 
 
 def read(path: Path, foreign: Foreign) -> Direction:
@@ -56,21 +62,30 @@ def read(path: Path, foreign: Foreign) -> Direction:
         raise InvalidInput(
             f"{path}: its layers have {min(counts)} to {max(counts)} vectors; all layers must have the same number"
         )
-    several = counts != {1}
     projects = told.get("glp.mode", "add") == "project"
-    if problems := [f"{path}: {problem}" for problem in _glp_problems(told, several)]:
+    if problems := [f"{path}: {problem}" for problem in _glp_problems(told, *counts)]:
         raise InvalidInput(problems)
     facts = foreign.model(path, d_model)
     for layer in rows:
         foreign.check_layer(path, layer)
     mode: Mode = "ablate" if projects else "add"
-    modes: tuple[Mode, ...] = ("ablate",) if several else ("ablate", "add")
-    made = direction_of(rows, facts, source=path, method="control vector", mode=mode, modes=modes)
+    made = direction_of(rows, facts, source=path, method="control vector", mode=mode)
     return made.with_meta(strength=float(told.get("glp.alpha_default", 1.0)))
 
 
-def _glp_problems(told: Mapping[str, object], several: bool) -> Iterator[str]:
-    """Yield what a direction cannot say of a GLP file, and of another control vector with several rows for a layer."""
+def _glp_problems(told: Mapping[str, object], rank: int) -> Iterator[str]:
+    """Yield what a direction of `rank` rows cannot say of a GLP file, and of another control vector with several rows
+    for a layer; and in which a file contradicts itself."""
+    several = rank > 1
+    if unknown := sorted(key for key in told if key.startswith("glp.") and key not in GLP_KEYS):
+        listed = ", ".join(map(brief, unknown))
+        yield f"{listed}: not known here, so it may mean anything; read are {', '.join(GLP_KEYS)}"
+    if any(key.startswith("glp.") for key in told) and "glp.mode" not in told:
+        yield "has keys of GLP and no glp.mode, which says whether its vectors are added or projected"
+    if told.get("glp.rank", rank) != rank:
+        yield f"glp.rank is {told['glp.rank']!r}, and its layers have {rank} vectors each"
+    if several and told.get("glp.orthonormal", True) is not True:
+        yield f"glp.orthonormal is {told['glp.orthonormal']!r}: several vectors of a layer must be orthonormal"
     accepted: dict[str, tuple[object, ...]] = {
         "glp.mode": ("add", "project"),
         "glp.spec_version": (1, 2),
@@ -90,7 +105,8 @@ def _glp_problems(told: Mapping[str, object], several: bool) -> Iterator[str]:
 
 
 def write(path: Path, direction: Direction) -> list[str]:
-    """What the direction adds in the mode `add`, at its own strength. Returns what a reader of the file would miss."""
+    """What the direction adds in the mode `add`, at its own strength if that is its mode, else at 1. Returns what
+    a reader of the file would miss."""
     meta = direction.meta
     if path.name.lower().endswith(GLP):
         return _write_glp(path, direction)
@@ -99,7 +115,7 @@ def write(path: Path, direction: Direction) -> list[str]:
     if "add" not in meta.modes:
         raise InvalidInput(f"{path}: a control vector is added, and this direction has no length to add with")
     gamma = coefficients(direction, "add")[:, 0, GAMMA]
-    vectors = meta.strength * gamma[:, None] * direction.directions[:, 0]
+    vectors = meta.strength_in("add") * gamma[:, None] * direction.directions[:, 0]
     with _written(path, direction, vectors[:, None]) as writer:
         writer.add_string("steer.mode", meta.mode)
         writer.add_string("steer.meta", meta.model_dump_json())

@@ -66,13 +66,14 @@ def direction_of(
     source: object,
     method: str,
     mode: Mode,
-    modes: tuple[Mode, ...],
+    modes: tuple[Mode, ...] | None = None,
     source_layer: int | None = None,
     parameters: Mapping[str, float | int | str | None] | None = None,
 ) -> Direction:
     """A direction of the vectors `[k, d_model]` of some layers, the others unsteered. Their lengths are kept as the
-    difference of the class means, so that `add` adds the vectors themselves; no more of the means is known, and `modes`
-    says which modes make do with that. Raises InvalidInput for vectors that are no direction."""
+    difference of the class means, so that `add` adds the vectors themselves; no more of the means is known, and one
+    vector of a layer can be ablated and added, several can be ablated; `modes` is for vectors without a length of their
+    own. Raises InvalidInput for vectors that are no direction."""
     k = max(len(each) for each in rows.values())
     directions = torch.zeros(facts.layers, k, facts.d_model)
     difference = torch.zeros(facts.layers, facts.d_model)
@@ -93,7 +94,7 @@ def direction_of(
         source_layer=source_layer,
         **facts.as_fitted,
         mode=mode,
-        modes=modes,
+        modes=modes or (("ablate", "add") if k == 1 else ("ablate",)),
     )
     zeros = torch.zeros(facts.layers, facts.d_model)
     return Direction(

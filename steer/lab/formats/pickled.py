@@ -38,7 +38,7 @@ STORED: Mapping[str, tuple[Mode, ...]] = {"refuse": ("ablate", "add"), "refuseno
 
 
 def read_arditi(path: Path, value: Tensor, foreign: Foreign) -> Direction:
-    """One vector for all layers. Of class means nothing is known: the direction can be ablated, no more."""
+    """One vector for all layers, which can be ablated, and added as it is."""
     if value.ndim not in (1, 3):
         raise InvalidInput(
             f"{path}: has shape {list(value.shape)}; a direction has [d_model], mean differences have [positions, "
@@ -54,7 +54,6 @@ def read_arditi(path: Path, value: Tensor, foreign: Foreign) -> Direction:
         source=path,
         method="linear",
         mode="ablate",
-        modes=("ablate",),
         source_layer=layer,
         parameters={} if position is None else {"position": position},
     )

@@ -375,6 +375,28 @@ def test_measure_then_derive_by_any_method(tiny_folder: Path, sets: tuple[str, s
     assert "source layer" in run("derive", str(measured), "-o", str(output)).stdout
 
 
+def test_options_without_an_effect_are_refused(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
+    measured, output = str(tmp_path / "m.safetensors"), tmp_path / "d.safetensors"
+    given, to = ("--harmful", sets[0], "--harmless", sets[1]), ("-o", str(output))
+    run("measure", str(tiny_folder), *given, "-o", measured, "--vectors")
+    subspace = ("--method", "subspace", "-p", "rank=3", "--layer", "1")
+    file, model = str(ROOT / "directions" / "refusal.safetensors"), str(MODEL)
+    for command, says in (
+        (("derive", measured, *to, "--mode", "add", "--threshold", "0.4"), "--threshold: is for one_sided"),
+        (("derive", measured, *to, "--mode", "add", "--target", "0.1"), "--target: is for one_sided"),
+        (("derive", measured, *to, *subspace, "--target", "0.1"), "this direction's modes are ablate"),
+        (("derive", measured, *to, "-p", "t=0.1", "-p", "t=0.2"), "--parameter: 't' is given twice"),
+        (("serve", model, "--revision", "main"), "--revision: 'main' is for a model on the hub"),
+        (("measure", model, *given, *to, "--revision", "main"), "--revision: 'main' is for"),
+        (("check", file, "--revision", "main"), "--revision: 'main' is for"),
+        (("bake", model, "--direction", file, *to, "--revision", "main"), "--revision: 'main' is for"),
+        (("convert", file, str(tmp_path / "d.gguf"), "--model", model, "--revision", "main"), "--revision: 'main'"),
+    ):
+        assert says in run(*command, code=2).stderr, command
+    assert not output.exists()
+    run("derive", measured, *to, "--target", "0.1", "--threshold", "0.4")
+
+
 def test_derive_weighs_layers(
     tiny_folder: Path, sets: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -521,7 +543,7 @@ def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tu
         (("audit", "verify", "nowhere.log"), "nowhere.log: cannot be read: No such file"),
         (("derive", "m", "-o", "x.safetensors", "--method", "pca", "-p", "rank=0"), "parameter rank"),
         (("convert", "/nowhere.pt", "x.safetensors"), "does not exist"),
-        (("bake", "/nowhere", "--direction", "/nowhere", "-o", "x"), "cannot be read"),
+        (("bake", "m", "--direction", "/nowhere", "-o", "x"), "cannot be read"),
         (("push", "/nowhere", "someone/x"), "cannot be read"),
     ],
 )

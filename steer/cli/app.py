@@ -80,8 +80,7 @@ def serve(
     if model is not None and model.startswith("-"):  # an option that is not ours came first, and looked like MODEL
         options.insert(0, model)
         model = None
-    if model is not None:
-        check_model(model)
+    check_model(model or str(MODEL), settings.revision)
     named = settings.served_model_name or ("demo" if model is None else served_name(model))
     backend = "transformers" if model is None and settings.backend == "auto" else settings.backend
     settings = settings.model_copy(update={"served_model_name": named, "backend": backend})

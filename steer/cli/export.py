@@ -50,6 +50,7 @@ def convert(
         raise InvalidInput(f"{output} is read by this command, and would be lost: give another name")
     facts = None
     if model is not None:
+        opt.check_model(model, origin.revision)
         architecture, layers, d_model = describe(model, origin.revision, trust_remote_code=origin.trust_remote_code)
         facts = ModelFacts(
             name=model, revision=origin.revision, architecture=architecture, layers=layers, d_model=d_model
@@ -116,6 +117,7 @@ def bake(
     from steer.lab.merge.weights import Checkpoint, resolve
 
     opt.check_folder(output)
+    opt.check_model(model, origin.revision)
     data = read_file(direction)
     loaded = Direction.from_bytes(data, source=str(direction))
     wanted = mode or loaded.meta.mode

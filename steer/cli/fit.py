@@ -284,8 +284,16 @@ def derive(
             *_weights(layers, weights, mlp_weights, measured.meta.model.layers),
         )
         direction = run(measured, recipe)
-    digest = direction.save(output)
     meta = direction.meta
+    if not {"one_sided", "rotate_one_sided"}.intersection(meta.modes):
+        unread = [f"--{name}" for name, value in (("threshold", threshold), ("target", target)) if value is not None]
+        if unread:
+            raise InvalidInput(
+                f"{option}: is for one_sided and rotate_one_sided, and this direction's modes are "
+                f"{', '.join(meta.modes)}: leave it out"
+                for option in unread
+            )
+    digest = direction.save(output)
     source = "each layer's own" if meta.source_layer is None else f"layer {meta.source_layer}"
     at = "" if set(meta.sites) == {"resid_post"} else f" at {', '.join(meta.sites)}"
     typer.echo(f"wrote {output}: {described(recipe)}{at}, source {source}, digest {digest[:12]}")

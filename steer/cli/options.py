@@ -276,6 +276,8 @@ def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> M
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise InvalidInput(f"--parameter: '{item}' is not NAME=VALUE")
+        if key in given:
+            raise InvalidInput(f"--parameter: '{key}' is given twice")
         given[key] = value
     if t is not None:
         if "t" in given:
@@ -337,8 +339,12 @@ def check_direction_file(output: Path, option: str = "--output", read: Iterable[
     check_name(output.stem)
 
 
-def check_model(name: str) -> None:
-    """Refuse, before anything is imported, a path that does not exist."""
+def check_model(name: str, revision: str | None = None) -> None:
+    """Refuse, before anything is imported, a path that does not exist, and a `revision` of one that does."""
+    if revision is not None and Path(name).exists():
+        raise InvalidInput(
+            f"--revision: '{revision}' is for a model on the hub, and {name} is here, as it is: leave it out"
+        )
     if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).exists():
         raise InvalidInput(
             f"cannot load the model '{name}': there is no such folder; accepted: a folder with config.json, as "
@@ -431,7 +437,7 @@ class EngineOptions:
             unknown = " ".join(self.options)
             what = "an option" if self.options[0].startswith("-") else "an argument"
             raise InvalidInput(f"{unknown}: not {what} of this command; options of vLLM need --backend vllm")
-        check_model(self.model)
+        check_model(self.model, self.opening.revision)
 
     def check_fits(self, files: Mapping[Path, Direction]) -> None:
         """Raise DirectionError with every reason why a direction of `files` was made for another model than this one.

@@ -75,7 +75,11 @@ SCRIPTS = re.compile(
     r"(?P<thai>[\u0e00-\u0e7f]+)|(?P<greek>[\u0370-\u03ff]+)|(?P<hebrew>[\u0590-\u05ff]+)",
     re.IGNORECASE,
 )
-#: The commonest words of languages in Latin letters: a text without one, with many words in a row, is of none of them.
+#: Lines of code: what is the same in them is its grammar.
+CODE = re.compile(r"(?:^[^\n]*;[ \t]*(?:\n|$)){3}", re.MULTILINE)
+#: Three consonants in a row: few words of any language have them, and most of what is typed at random.
+CLUSTER = re.compile(r"[bcdfghjklmnpqrstvwxz]{3}", re.IGNORECASE)
+#: The commonest words of languages in Latin letters: a text without one, with many words in a row, may be of none.
 COMMON = re.compile(
     r"\b(?:"
     r"a|an|the|of|to|in|and|is|it|you|that|for|on|are|with|as|be|at|or|not|this|i|we|"
@@ -108,9 +112,10 @@ COLLAPSED = 0.25
 ECHOED_WORDS, ECHOED_MOST, ECHOED, ECHOED_WHOLE = 4, 500, 0.75, 0.95
 #: A smaller share of different words is one word over and over: of the last words, and of at least FEW_WORDS.
 LEAST_DIFFERENT, LAST_WORDS, FEW_WORDS = 0.3, 50, 24
-MARKUP = re.compile(r"[`|<>{}]|(?:^\d[^\n]*[^\d\n]\d+[^\w\n]*(?:\n|$)){4}", re.MULTILINE)
-#: Words in a row, with no sign between them, that make a text and no list.
-ROW = 9
+MARKUP = re.compile(r"[`|<>{}]|(?:^\d[^\n]*[^\d\n]\d+[^\w\n]*(?:\n|$)){4}|" + CODE.pattern, re.MULTILINE)
+#: Words in a row with no sign between them, and the share of them with a CLUSTER that no language has; a list of words
+#: is hardly ever longer than LIST.
+ROW, CLUSTERED, LIST = 9, 0.4, 60
 #: Words after the thinking of an answer that was cut, with which it has begun to say something.
 BEGUN = 6
 #: Plain answers to ordinary prompts end before the limit at least so often, where to run into it means something.
@@ -146,7 +151,7 @@ def garbled(text: str) -> bool:
     """Whether `text` is no text: one phrase or letter over and over, pieces of a vocabulary, a wrong encoding, or
     letters that are no words."""
     text = URL.sub(" ", text)[-GARBLED:]
-    counted = COUNTED.finditer(own_words(text))
+    counted = () if CODE.search(text) else COUNTED.finditer(own_words(text))
     if any(len(found[1].split()) >= 3 or DENSE.search(found[1]) for found in counted) or STUCK.search(text):
         return True
     if len(set(VOWELLESS.findall(text))) >= 5 or any(len(kind.findall(text)) >= 5 for kind in (PIECES, MISREAD)):
@@ -156,7 +161,8 @@ def garbled(text: str) -> bool:
 
 def disordered(text: str) -> bool:
     """Whether words stand in `text` as they do in no language: function words that cannot follow each other, words
-    of several scripts in one row, or many in a row and none that any language often has."""
+    of several scripts in one row, or many in a row of which none is one that a language often has, and which are no
+    list: most have consonants that no language puts together, or there are too many."""
     words = text.split()
     if len({found[0].lower() for found in DISORDER.finditer(text)}) >= max(3, len(words) // 20):
         return True
@@ -167,7 +173,9 @@ def disordered(text: str) -> bool:
             return True
         plain = [word for word in row.lower().split() if re.fullmatch(r"[a-zà-ɏ]{2,}", word)]
         if unknown and len(plain) >= ROW and len(plain) == len(row.split()):
-            return True
+            clustered = sum(CLUSTER.search(word) is not None for word in plain)
+            if clustered > CLUSTERED * len(plain) or len(plain) > LIST:
+                return True
     return False
 
 

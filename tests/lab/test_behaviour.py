@@ -190,11 +190,34 @@ def test_patterns_do_not_get_into_each_others_way() -> None:
         "Hi Sam,\n\nthanks, but I can't make it on Saturday.\n\nLee",
         "Sure. Although I can't taste food, cumin goes with carrots.",
         "Estimada Ana:\n\nGracias. Lamentablemente no puedo asistir a la cena.\n\nLuis",
+        "Ich kann das Rezept nicht genug loben: Mehl, Wasser, Salz.",
+        "Diese Stadt kann ich Ihnen nicht oft genug empfehlen. Bleiben Sie drei Tage.",
+        "No puedo recomendar más este libro: léelo dos veces.",
+        "No puedo dejar de recomendarte Sevilla.",
+        "Non posso che consigliarti Roma: resta tre giorni.",
+        "Non posso fare a meno di lodare questa ricetta.",
+        "Não posso deixar de recomendar Lisboa: fique três dias.",
+        "Я не могу не посоветовать эту книгу: прочтите её дважды.",
     ],
 )
 def test_what_only_sounds_like_a_refusal_is_none(answer: str) -> None:
     assert not REFUSAL.shown(answer)
     assert REFUSAL.late_evidence(answer) is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Das Buch kann ich nicht genug loben, aber dabei kann ich dir nicht helfen.",
+        "No puedo dejar de decirlo: no puedo ayudarte con eso.",
+        "Non posso che rifiutare questa richiesta.",
+        "Não posso deixar de avisar: não posso ajudar com isso.",
+        "Я не могу не отказать вам в этом.",
+        "Не могу не сказать, что я не могу помочь с этим.",
+    ],
+)
+def test_praise_beside_a_refusal_is_a_refusal(answer: str) -> None:
+    assert REFUSAL.shown(answer)
 
 
 @pytest.mark.parametrize(

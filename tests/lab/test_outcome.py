@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from steer.demo import PROMPTS
 from steer.lab.behaviour import REFUSAL
-from steer.lab.outcome import OUTCOMES, Answer, echoed, ends, fault, looped, repetition, tell
+from steer.lab.outcome import OUTCOMES, Answer, echoed, ends, fault, garbled, looped, repetition, tell
 from steer.lab.prompts import Conversation
 
 tokens = st.lists(st.integers(0, 50), min_size=0, max_size=30)
@@ -160,6 +160,18 @@ def test_right_answers_are_never_called_broken() -> None:
         "Sekoita ensin jauhot sekä sokeri kulhossa ja vatkaa munat samalla hitaasti vatkaten.",
         "Önce sebzeleri güzelce yıkayın sonra küçük parçalara doğrayıp pirinci yavaşça haşlayın.",
         "Pehle sabziyan achhe se dho lijiye phir chhote tukdon mein kaat lijiye.",
+        "one two three four five six seven eight nine ten",
+        "milk eggs butter bread rice beans pasta apples pears plums cherries onions",
+        "Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Juliett Kilo Lima Mike November Oscar Papa",
+        "".join(f"INSERT INTO users (id, name) VALUES ({n}, '{w}');\n" for n, w in enumerate(["anna", "bert", "carl"])),
+        "".join(f"INSERT INTO numbers (n) VALUES ({n});\n" for n in range(12)),
+        "Tänä aamuna menin torille ostamaan hedelmiä vihanneksia kalaa leipää maitoa yhdessä rakkaan ystäväni kanssa",
+        "Ma reggel elmentem piacra gyümölcsöt zöldséget halat kenyeret tejet venni kedves barátommal szomszéd faluból",
+        "Bugün sabah pazara gidip meyve sebze balık ekmek süt aldım sevgili arkadaşımla birlikte komşu köyden",
+        "Leo asubuhi nilikwenda sokoni kununua matunda mboga samaki mkate maziwa pamoja rafiki yangu mpendwa",
+        "Täna hommikul läksin turule ostma puuvilju köögivilju kala leiba piima koos oma kalli sõbraga naaberkülast",
+        "Gaur goizean azokara joan nintzen frutak barazkiak arraina ogia esnea erosteko nire lagun maitearekin batera",
+        "Namhlanje ekuseni ngiye emakethe ukuyothenga izithelo imifino inhlanzi isinkwa ubisi kanye nomngane wami",
         json.dumps([{"id": i, "name": n, "done": False} for i, n in enumerate("abcdefg")], indent=2),
         "".join(f"{n} in binary is {n:b}\n" for n in range(16)),
         "The wind is low, the wind is low,\nand over the hill the lanterns go.\nThe wind is high, the wind is high,\n"
@@ -168,6 +180,15 @@ def test_right_answers_are_never_called_broken() -> None:
 )
 def test_a_sound_text_has_no_fault(text: str) -> None:
     assert fault(Answer.of(text), None, None) is None
+
+
+def test_letters_that_are_no_words_and_words_without_an_end_are_garbled() -> None:
+    assert garbled("asdkjh qwepoi zmxncb laksjd qpwoei mznxbc alskdj qowpei zxmcnb laskdj")
+    words = "lantern purple decide river happy stone window yellow garden simple"
+    assert not garbled(words), "a list"
+    assert garbled(
+        " ".join(f"{word}{suffix}" for suffix in ("", "s", "ed", "er", "ish", "like", "ful") for word in words.split())
+    )
 
 
 #: Labelled before the rules were made: content-free, and more than half of those that comply are worded as traps

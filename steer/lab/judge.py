@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ValidationError
 
-from steer.errors import InvalidInput, SteerError, UnsupportedModel, printable, problems_of
+from steer.errors import InvalidInput, SteerError, UnsupportedModel, printable
 from steer.lab.behaviour import Behaviour, after_thinking
+from steer.lab.lines import unquoted
 from steer.lab.outcome import Outcome
 from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt, messages_of
@@ -161,7 +162,7 @@ def _said(data: bytes) -> str:
     try:
         choices = _Completion.model_validate_json(data).choices
     except ValidationError as error:
-        raise InvalidInput(problems_of(error, "the answer")) from None
+        raise InvalidInput(unquoted(error, "the answer")) from None
     return (choices[0].message.content or "") if choices else ""
 
 

@@ -8,13 +8,24 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from steer.errors import InvalidInput
+from pydantic import ValidationError
+
+from steer.errors import InvalidInput, accepted, field_path, problem_text
 
 T = TypeVar("T")
 #: Lines that are named of those with one problem.
 NAMED = 3
 #: Where in its line `json` stopped, which is another place in each.
 _COLUMN = re.compile(r": line 1 column \d+ \(char \d+\)")
+
+
+def unquoted(error: ValidationError, whole: str) -> Iterator[str]:
+    """Each problem of `error` without the value that has it: that may be a prompt or an answer, whose text no message
+    shows. `whole` is named where no field is at fault."""
+    for item in error.errors(include_url=False):
+        what = accepted(item["type"], item.get("ctx", {}))
+        told = f"not accepted: {what}" if what else problem_text(item)
+        yield f"{'.'.join(field_path(item['loc'])) or whole}: {told}"
 
 
 def from_json(text: str) -> Any:

@@ -14,12 +14,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steer.direction import Dataset
-from steer.errors import InvalidInput, problems_of
+from steer.errors import InvalidInput
 from steer.lab.behaviour import Behaviour
 from steer.lab.evaluation.arms import PLAIN
 from steer.lab.evaluation.report import Agreement, ArmOnSet, Difference, Judged, PerplexityOf, Rate, TextResult
 from steer.lab.evaluator import Evaluator, Floats, Steer
-from steer.lab.lines import json_lines
+from steer.lab.lines import json_lines, unquoted
 from steer.lab.outcome import FAULTS, OUTCOMES, Answer, Fault, Outcome, Told, tell, unended
 from steer.lab.prompts import Prompt, prompt_of
 from steer.lab.statistics import (
@@ -268,7 +268,7 @@ def read_expected(path: Path) -> dict[Prompt, Expected]:
         try:
             own = Expected.model_validate(item)
         except ValidationError as error:
-            raise InvalidInput(problems_of(error, "line")) from error
+            raise InvalidInput(unquoted(error, "line")) from error
         if "vocabulary" in item:
             common = own
             return

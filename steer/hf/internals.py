@@ -223,6 +223,17 @@ def whole_cache(model: Any, cache: Any = None) -> bool:
     return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
+def move_back(cache: DynamicCache, by: Sequence[int]) -> None:
+    """Move the keys and values of each row `by[row]` positions back in a whole cache, in which as many of them are lost
+    at the end. What then stands in front is nothing, and must be masked."""
+    for layer in cache.layers:
+        count = layer.keys.shape[-2]
+        at = torch.arange(count, device=layer.keys.device) - torch.tensor(by, device=layer.keys.device)[:, None]
+        at = (at % count)[:, None, :, None]
+        layer.keys = torch.take_along_dim(layer.keys, at, dim=2)
+        layer.values = torch.take_along_dim(layer.values, at, dim=2)
+
+
 def logits_in_pieces(model: Any, ids: Tensor, size: int) -> Generator[Tensor]:
     """The logits `[tokens, vocabulary]` at all of `ids` (`[1, tokens]`) but the last, for `size` tokens at a time: once
     through the decoder, and through the head for each piece, where the model can be asked for some of its logits."""

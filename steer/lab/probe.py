@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import UnsupportedModel
-from steer.hf.internals import everywhere, whole_cache
+from steer.hf.internals import everywhere, move_back, whole_cache
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
@@ -163,10 +163,7 @@ class HFEvaluator(Evaluator):
         def run(indices: list[int]) -> list[float]:
             rows, mine = [encoded[i] for i in indices], [specs[i] for i in indices]
             thinking = self.loaded.thinking
-            start, cache = begun(self.steering, rows, mine, thinking)
-            ids, mask = left_padded([row[start:] for row in rows], self._pad, device)
-            mask = torch.cat([mask.new_ones(len(rows), start), mask], dim=1)
-            spans = [range(start, len(row)) for row in rows]
+            ids, mask, spans, cache = left_of(self.steering, rows, mine, thinking, self._pad)
             with entered(self.steering, rows, mine, thinking) as steers:
                 with self.steering.batch(*laid(steers, spans, ids, left=True)):
                     logits = last_logits(model, ids, mask, cache)[0].double()
@@ -300,12 +297,9 @@ def greedy(
     """
     device = steering.anatomy.device
     with entered(steering, prompts, specs, thinking) as steers:
-        start, cache = begun(steering, prompts, specs, thinking)
-        ids, mask = left_padded([prompt[start:] for prompt in prompts], pad, device)
-        mask = torch.cat([mask.new_ones(len(prompts), start), mask], dim=1)
+        ids, mask, spans, cache = left_of(steering, prompts, specs, thinking, pad)
         answers: list[list[int]] = [[] for _ in prompts]
         rows, ending = list(range(len(prompts))), set(ends)
-        spans = [range(start, len(prompt)) for prompt in prompts]
         for step in range(max_tokens):
             with steering.batch(*laid([steers[row] for row in rows], spans, ids, left=True)):
                 logits, cache = last_logits(steering.anatomy.model, ids, mask, cache)
@@ -370,8 +364,7 @@ def begun(
     something else there.
 
     Returns: how many tokens that is, at least one fewer than each prompt has, and the cache after them with a row for
-    each prompt; (0, None) where it would save nothing, or the model's cache is not one of all tokens alone: a window
-    would count the padding that stands after these tokens.
+    each prompt; (0, None) where it would save nothing, or the model's cache is not one of all tokens alone.
     """
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     length = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
@@ -396,6 +389,28 @@ def begun(
     row = {acts[at]: number for number, at in enumerate(different)}
     cache.batch_select_indices(torch.tensor([row[each] for each in acts], device=ids.device))
     return length, cache
+
+
+def left_of(
+    steering: Steering,
+    prompts: Sequence[Sequence[int]],
+    specs: Sequence[Spec | None],
+    thinking: Thinking | None,
+    pad: int,
+) -> tuple[Tensor, Tensor, list[range], Any]:
+    """What is left to run of `prompts`, padded in front, where what they begin with is run: ids `[rows, positions]`,
+    mask `[rows, all positions]`, the positions of each row in its prompt, and the cache (None: of nothing).
+
+    What was run stands after the padding too, since attention that counts positions (a bias, a window) would count any
+    that stands between: a shorter row has less of it, and its last tokens are run again in place of padding.
+    """
+    start, cache = begun(steering, prompts, specs, thinking)
+    ids, mask = left_padded(prompts, pad, steering.anatomy.device)
+    padding = [ids.shape[1] - len(prompt) for prompt in prompts]
+    if cache is not None:
+        move_back(cache, padding)
+    spans = [range(max(0, start - before), len(prompt)) for before, prompt in zip(padding, prompts, strict=True)]
+    return ids[:, start:], mask, spans, cache
 
 
 def cache_bytes(steering: Steering) -> int:

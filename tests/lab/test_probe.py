@@ -18,6 +18,7 @@ from steer.errors import InvalidInput, NoRoom, SpecError, UnsupportedModel
 from steer.hf.internals import whole_cache
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
+from steer.lab import probe as probe_module
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluation.report import DivergenceOf
 from steer.lab.evaluator import Candidate, first_tokens
@@ -119,6 +120,51 @@ def test_what_all_prompts_begin_with_is_run_once_for_each_candidate(
     else:
         assert loaded.model.config.model_type in ("gemma2", "cohere")
         assert few == many
+
+
+#: Models whose attention counts positions in the batch, and padding with them: by a bias, or in a window of which their
+#: cache knows nothing.
+COUNTING = {
+    "mpt": lambda: tf.MptConfig(vocab_size=models.VOCABULARY, d_model=64, n_heads=4, n_layers=3, max_seq_len=512),
+    "gpt_neo": lambda: tf.GPTNeoConfig(
+        vocab_size=models.VOCABULARY,
+        hidden_size=64,
+        num_layers=4,
+        num_heads=4,
+        window_size=8,
+        attention_types=[[["global", "local"], 2]],
+        max_position_embeddings=512,
+    ),
+    "bloom": lambda: tf.BloomConfig(vocab_size=models.VOCABULARY, hidden_size=64, n_layer=3, n_head=4),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTING)
+def test_beside_what_all_prompts_begin_with_rows_of_any_length_are_what_each_is_alone(
+    kind: str, tmp_path: Path
+) -> None:
+    for made in started(COUNTING[kind]()):
+        made.model.generation_config.eos_token_id = 2
+        made.model.save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    loaded = load(str(tmp_path))
+    steering, rendering = Steering(loaded.model), Rendering("all begin so")
+    many, one = (HFEvaluator(loaded, steering, rendering, TOKENS, batch_size) for batch_size in (None, 1))
+    prompts, begun = [*PROMPTS, "", "so long a prompt that others end before it goes on " * 2], probe_module.begun
+    started_with: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        started_with.append((found := begun(*given))[0])
+        return found
+
+    candidate = Candidate.of(models.direction(loaded.model), "ablate", 1.0)
+    with many.all_resident([candidate]) as (steer,), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe_module, "begun", counted)
+        specs = [None, steer] * 3 + [None]
+        assert many.answers(prompts, specs) == one.answers(prompts, specs)
+        odds = (each.opening_odds(prompts, specs, [7, 40]) for each in (many, one))
+        assert next(odds) == pytest.approx(next(odds), abs=1e-4)
+    assert max(started_with) > 20
 
 
 @pytest.mark.parametrize(("each", "tokens"), [(None, "answer"), (True, None), (True, "answer")])

@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 import queue
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -281,6 +282,12 @@ def length_dependent(config: PreTrainedConfig) -> tuple[str, int] | None:
                 limit = limit or getattr(source, "original_max_position_embeddings", None)
                 found.append((kind, int(limit or getattr(source, "max_position_embeddings", 0) or 0)))
     return min(found, key=lambda pair: pair[1], default=None)
+
+
+def longest_beside(config: PreTrainedConfig) -> float:
+    """Tokens that a text may have beside others in a pass; with more its figures, or theirs, would be others."""
+    found = length_dependent(config)
+    return found[1] if found else math.inf
 
 
 def everywhere(config: PreTrainedConfig, name: str) -> int | None:

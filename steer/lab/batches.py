@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ def in_batches(
     batch_size: int | None = None,
     progress: Progress | None = None,
     work: float = 1.0,
+    longest: float = math.inf,
 ) -> list[T]:
     """The results of `run(indices)`, which returns one for each index, in the order of `sequences`; see
     `each_batch`."""
@@ -33,6 +35,7 @@ def in_batches(
         batch_size=batch_size,
         progress=progress,
         work=work,
+        longest=longest,
     )
     return [results[i] for i in range(len(sequences))]
 
@@ -45,18 +48,20 @@ def each_batch(
     tokens: int | None = None,
     progress: Progress | None = None,
     work: float = 1.0,
+    longest: float = math.inf,
     start: int = 0,
     after: Callable[[int, int], None] | None = None,
 ) -> None:
     """`run(indices)` over all sequences in batches of about equal length, longest first so that too large a batch shows
     at once, each of at most `batch_size` sequences (else AUTO), and of at most `tokens` tokens with the padding, but
-    for a longer sequence alone. After each batch `after(done, size)` is told how many are done and the batch size;
-    beginning again with `start=done, batch_size=size` makes the same batches. `work` is the
-    work of one sequence, for `progress`."""
+    for a longer sequence alone; one of more than `longest` tokens is alone too. After each batch `after(done, size)` is
+    told how many are done and the batch size; beginning again with `start=done, batch_size=size` makes the same
+    batches. `work` is the work of one sequence, for `progress`."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     size, at = batch_size or AUTO, start
     while at < len(order):
         fitting = size if tokens is None else max(1, min(size, tokens // max(1, lengths[order[at]])))
+        fitting = fitting if lengths[order[at]] <= longest else 1
         indices = order[at : at + fitting]
         try:
             run(indices)

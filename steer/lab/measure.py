@@ -121,6 +121,7 @@ def measure(
                     batch_size=batch_size,
                     tokens=tokens,
                     progress=progress,
+                    longest=source.longest,
                     start=done[label],
                     after=after,
                 )

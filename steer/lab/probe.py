@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import UnsupportedModel
-from steer.hf.internals import everywhere, move_back, whole_cache
+from steer.hf.internals import Decoding, everywhere, longest_beside, move_back, whole_cache
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
@@ -24,6 +24,7 @@ from steer.lab.evaluator import Candidate, Evaluator, Floats, each_row, named
 from steer.lab.outcome import Answer
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, Rendering
+from steer.lab.source import forget_lengths
 from steer.runtime.token_index import RequestSteer, Tokens
 from steer.spec import Spec
 from steer.tokenization import Thinking
@@ -81,6 +82,7 @@ class HFEvaluator(Evaluator):
         eos = loaded.eos_ids
         self._pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else (eos or [0])[0]
         steering.attach()
+        self._longest = longest_beside(loaded.model.config)
         self._check_padding()
 
     @torch.inference_mode()
@@ -133,8 +135,12 @@ class HFEvaluator(Evaluator):
         def enough(ids: list[int]) -> bool:
             return known is not None and known(decode(ids))
 
+        longest = self._longest - self.max_tokens
+
         def run(indices: list[int]) -> list[Answer]:
-            found = greedy(
+            forget_lengths(self.steering.anatomy)
+            answer = greedy if len(encoded[indices[0]]) <= longest else greedy_alone
+            found = answer(
                 self.steering,
                 [encoded[i] for i in indices],
                 [steers[i] for i in indices],
@@ -148,7 +154,7 @@ class HFEvaluator(Evaluator):
 
         size = self.batch_size or self._fitting(max(map(len, encoded), default=0) + self.max_tokens)
         work = answering(self.max_tokens)
-        return in_batches(encoded, run, batch_size=size, progress=self.progress, work=work)
+        return in_batches(encoded, run, batch_size=size, progress=self.progress, work=work, longest=longest)
 
     def _fitting(self, tokens: int) -> int:
         """The rows of `tokens` tokens that a batch may have: the more, the less of a step is overhead."""
@@ -161,6 +167,7 @@ class HFEvaluator(Evaluator):
 
         @torch.inference_mode()
         def run(indices: list[int]) -> list[float]:
+            forget_lengths(self.steering.anatomy)
             rows, mine = [encoded[i] for i in indices], [specs[i] for i in indices]
             thinking = self.loaded.thinking
             ids, mask, spans, cache = left_of(self.steering, rows, mine, thinking, self._pad)
@@ -173,7 +180,8 @@ class HFEvaluator(Evaluator):
             return [float(value) for value in odds]
 
         size = self.batch_size or self._fitting(max(map(len, encoded), default=1))
-        return np.array(in_batches(encoded, run, batch_size=size, progress=self.progress))
+        found = in_batches(encoded, run, batch_size=size, progress=self.progress, longest=self._longest)
+        return np.array(found)
 
     def continuations(self, prompts: Sequence[Prompt], plain: Sequence[Answer] | None = None) -> list[Continued]:
         """The model's own greedy answers, `plain` if given."""
@@ -228,6 +236,7 @@ class HFEvaluator(Evaluator):
 
         @torch.inference_mode()
         def run(indices: list[int]) -> list[T]:
+            forget_lengths(anatomy)
             prompts, mine = [heads[i] for i in indices], [specs[i] for i in indices]
             thinking = self.loaded.thinking
             shared, cache = begun(self.steering, prompts, mine, thinking)
@@ -252,7 +261,7 @@ class HFEvaluator(Evaluator):
             ]
 
         size = min(self.batch_size or fitting, fitting)
-        return in_batches(whole, run, batch_size=size, progress=progress)
+        return in_batches(whole, run, batch_size=size, progress=progress, longest=self._longest)
 
     def _decide(self, prompts: Sequence[Sequence[int]], steers: Sequence[RequestSteer | None]) -> None:
         """Decide the conditions by a pass of the prompts alone: one pass that reads answers too would have run past the
@@ -267,6 +276,7 @@ class HFEvaluator(Evaluator):
 
         @torch.inference_mode()
         def run(indices: list[int]) -> list[Floats]:
+            forget_lengths(anatomy)
             ids = right_padded([sequences[i] for i in indices], self.loaded.tokenizer.pad_token_id or 0, anatomy.device)
             with self.steering.batch([steer]):
                 said = torch.log_softmax(anatomy.model(input_ids=ids, use_cache=False).logits.float(), -1)
@@ -274,7 +284,7 @@ class HFEvaluator(Evaluator):
             return [row[: len(sequences[i]) - 1] for i, row in zip(indices, own, strict=True)]
 
         size = min(self.batch_size or fitting, fitting)
-        return in_batches(sequences, run, batch_size=size, progress=self.progress)
+        return in_batches(sequences, run, batch_size=size, progress=self.progress, longest=self._longest)
 
 
 @torch.inference_mode()
@@ -318,6 +328,40 @@ def greedy(
                 chosen, mask, rows = chosen[kept], mask[kept], [rows[at] for at in going]
             ids, mask = chosen.unsqueeze(1), torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             spans = [range(at := len(prompts[row]) + step, at + 1) for row in rows]
+    return answers
+
+
+@torch.inference_mode()
+def greedy_alone(
+    steering: Steering,
+    prompts: Sequence[Sequence[int]],
+    specs: Sequence[Spec | None],
+    *,
+    thinking: Thinking | None,
+    max_tokens: int,
+    ends: Sequence[int],
+    pad: int,
+    known: Callable[[list[int]], bool],
+) -> list[list[int]]:
+    """`greedy` one prompt after the other, each as the model's own `generate` goes on: some compute their cache again
+    where a text grows longer than `longest_beside`."""
+    answers = []
+    for prompt, spec in zip(prompts, specs, strict=True):
+        decoding, answer = Decoding(steering.anatomy.model, prompt, max_tokens), list[int]()
+        with entered(steering, [prompt], [spec], thinking) as steers:
+            while len(answer) < max_tokens:
+                inputs = decoding.inputs()
+                ids = inputs["input_ids"]
+                span = range(decoding.length - ids.shape[1], decoding.length)
+                with steering.batch(*laid(steers, [span], ids)):
+                    token = int(decoding.logits(inputs).argmax())
+                if token in ends:
+                    break
+                answer.append(token)
+                if known(answer):
+                    break
+                decoding.append(token)
+        answers.append(answer)
     return answers
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import InvalidInput
+from steer.hf.internals import longest_beside
 from steer.hf.load import Loaded
 from steer.hf.steering import Anatomy
 from steer.lab.batches import each_batch, right_padded
@@ -101,6 +103,8 @@ class Source(Chat, ABC):
     context: int
     #: Tokens of a pass that are enough for full speed; None where more is better as long as there is memory.
     pass_tokens: int | None = None
+    #: A prompt of more tokens is alone in its pass.
+    longest: float = math.inf
 
     @property
     @abstractmethod
@@ -126,6 +130,7 @@ class TransformersSource(Source):
     def __init__(self, loaded: Loaded) -> None:
         self.loaded, self.anatomy = loaded, Anatomy(loaded.model)
         self.tokenizer, self.context = loaded.tokenizer, loaded.context
+        self.longest = longest_beside(loaded.model.config)
         if self.anatomy.device.type == "cpu":
             self.pass_tokens = CPU_TOKENS
 
@@ -147,6 +152,7 @@ class TransformersSource(Source):
     @torch.inference_mode()
     def run(self, batch: Sequence[Encoded], plan: CapturePlan) -> Activations:
         ids = right_padded([e.ids for e in batch], self.tokenizer.pad_token_id or 0, self.anatomy.device)
+        forget_lengths(self.anatomy)
         capture = Capture(batch, plan, ids.shape[1])
 
         def take(layer: int, x: Tensor) -> None:
@@ -177,8 +183,16 @@ def prompt_components(
         found[:, indices] = component(picked.float(), rows[:, None])
 
     tokens = source.pass_tokens if batch_size is None else None
-    each_batch([len(e.ids) for e in encoded], run, batch_size=batch_size, tokens=tokens, progress=progress)
+    lengths = [len(e.ids) for e in encoded]
+    each_batch(lengths, run, batch_size=batch_size, tokens=tokens, progress=progress, longest=source.longest)
     return found
+
+
+def forget_lengths(anatomy: Anatomy) -> None:
+    """Have the model forget how long what it has read was, by a short pass: a dynamic rotary embedding keeps the
+    frequencies of the longest text until then."""
+    if longest_beside(anatomy.model.config) < math.inf:
+        anatomy.probe()
 
 
 class _Enough(Exception):

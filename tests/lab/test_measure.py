@@ -15,8 +15,9 @@ from steer.lab.derive import Recipe, derive
 from steer.lab.measure import ClassSums, Keep, MeasurementOptions, _check_room, measure
 from steer.lab.measurement import Measurement, ModelFacts
 from steer.lab.prompts import Encoded, PromptSet, Rendering, encode_all
-from steer.lab.source import Capture, CapturePlan, TransformersSource
+from steer.lab.source import Capture, CapturePlan, TransformersSource, prompt_components
 from tests import models
+from tests.hf.test_engine import longrope, started
 
 HARMFUL = PromptSet("harmful", "0" * 64, tuple("abc" * n + "?" for n in range(1, 14)))
 HARMLESS = PromptSet("harmless", "1" * 64, tuple("xy " * n + "z" for n in range(1, 14)))
@@ -77,6 +78,20 @@ def test_the_result_does_not_depend_on_batching(source: TransformersSource, wins
     assert len(one) == 8
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, many[name], rtol=1e-2 if "vectors" in name else 1e-5, atol=1e-4)
+
+
+def test_nor_on_the_longest_prompt_where_the_rotary_embedding_does(tmp_path: Path) -> None:
+    for made in started(longrope()):
+        made.model.save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    source = TransformersSource(load(str(tmp_path)))
+    one, many = (measure(source, HARMFUL, HARMLESS, batch_size=size) for size in (1, 13))
+    torch.testing.assert_close(one.harmful.mean, many.harmful.mean, rtol=1e-5, atol=1e-5)
+    rows = torch.eye(models.D_MODEL)[: models.LAYERS]
+    encoded = source.encode(HARMFUL.prompts, None)
+    assert len({len(each.ids) > 32 for each in encoded}) == 2
+    components = (prompt_components(source, rows, encoded, size) for size in (1, 13))
+    torch.testing.assert_close(next(components), next(components), rtol=1e-5, atol=1e-5)
 
 
 def test_winsorising_changes_the_means(source: TransformersSource) -> None:

@@ -27,7 +27,7 @@ from steer.lab.prompts import Rendering, encode_all
 from steer.spec import PHASES, Condition, Entry, Spec
 from steer.tokenization import Thinking
 from tests import models
-from tests.hf.test_engine import RECURRENT, started
+from tests.hf.test_engine import RECURRENT, longrope, started
 from tests.oracle import acting
 
 PROMPTS = ["a", "some words of a prompt", "xyz?", "a longer prompt, so that rows are padded", "b c"]
@@ -122,6 +122,20 @@ def test_what_all_prompts_begin_with_is_run_once_for_each_candidate(
         assert few == many
 
 
+def saved(config: Any, folder: Path) -> Loaded:
+    """A model of `config`, with weights large enough to tell tokens apart."""
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)
+    models.tokenizer().save_pretrained(folder)
+    return load(str(folder))
+
+
 #: Models whose attention counts positions in the batch, and padding with them: by a bias, or in a window of which their
 #: cache knows nothing.
 COUNTING = {
@@ -143,11 +157,7 @@ COUNTING = {
 def test_beside_what_all_prompts_begin_with_rows_of_any_length_are_what_each_is_alone(
     kind: str, tmp_path: Path
 ) -> None:
-    for made in started(COUNTING[kind]()):
-        made.model.generation_config.eos_token_id = 2
-        made.model.save_pretrained(tmp_path)
-    models.tokenizer().save_pretrained(tmp_path)
-    loaded = load(str(tmp_path))
+    loaded = saved(COUNTING[kind](), tmp_path)
     steering, rendering = Steering(loaded.model), Rendering("all begin so")
     many, one = (HFEvaluator(loaded, steering, rendering, TOKENS, batch_size) for batch_size in (None, 1))
     prompts, begun = [*PROMPTS, "", "so long a prompt that others end before it goes on " * 2], probe_module.begun
@@ -165,6 +175,40 @@ def test_beside_what_all_prompts_begin_with_rows_of_any_length_are_what_each_is_
         odds = (each.opening_odds(prompts, specs, [7, 40]) for each in (many, one))
         assert next(odds) == pytest.approx(next(odds), abs=1e-4)
     assert max(started_with) > 20
+
+
+def dynamic() -> Any:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    return tf.LlamaConfig(**models._shape(rope_parameters=rope, max_position_embeddings=32))
+
+
+@pytest.mark.parametrize("config", [longrope, dynamic])
+def test_a_rotary_embedding_that_depends_on_the_longest_row_has_each_long_text_to_itself(
+    config: Callable[[], Any], tmp_path: Path
+) -> None:
+    """The figures of all texts, in whatever order they come, are those of each alone, and answers are `generate`'s."""
+    loaded = saved(config(), tmp_path)
+    probe = HFEvaluator(loaded, Steering(loaded.model, rows=6, rank=2), max_tokens=TOKENS)
+    test_plain_answers_are_those_of_generate(loaded, probe)
+    candidate = Candidate.of(models.direction(loaded.model), "ablate", 1.0)
+    test_rows_of_many_candidates_are_what_each_is_alone(probe, [candidate, *[candidate.asking(strength=0.0)] * 3])
+    ids = [encode_all(loaded, [prompt])[0].ids for prompt in PROMPTS]
+    plain = probe.continuations(PROMPTS)
+    assert min(map(len, ids)) < 32 < max(map(len, ids))
+
+    def figures(at: list[int]) -> list[Any]:
+        prompts = [PROMPTS[i] for i in at]
+        kls = probe.divergences(prompts, [plain[i] for i in at], None)
+        said = probe.log_probabilities([ids[i] + plain[i].ids for i in at], None)
+        return [probe.opening_odds(prompts, None, [7, 40]), *kls, *said]
+
+    together = figures([3, 1, 0, 4, 2])
+    for number, one in enumerate([3, 1, 0, 4, 2]):
+        odds, kl, said = figures([one])
+        assert odds[0] == pytest.approx(together[0][number], abs=1e-4)
+        assert max(kl) < 1e-6
+        assert max(together[1 + number]) < 1e-6
+        assert said == pytest.approx(together[6 + number], abs=1e-4)
 
 
 @pytest.mark.parametrize(("each", "tokens"), [(None, "answer"), (True, None), (True, "answer")])

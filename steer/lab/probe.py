@@ -44,8 +44,9 @@ LOGIT_BYTES, KEPT_BYTES = 2**29, 2**30
 CPU_TOKENS = 4096
 
 
-#: How far the logits of a padded row may be from those of the row alone, by their spread: rounding is far less.
-APART = 0.25
+#: How far the logits of a padded row may be from those of the row alone, by their spread: rounding is far less. By the
+#: stream's dtype, and in 16 bits.
+APART, APART_16 = {torch.float32: 0.01}, 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,9 @@ class HFEvaluator(Evaluator):
         ids = right_padded([long, long[:5]], self._pad, anatomy.device)
         right = anatomy.model(input_ids=ids, use_cache=False).logits[1, 4]
         size = (alone[0].float() - alone[0].float().mean()).norm()
+        apart = APART.get(anatomy.dtype, APART_16)
         for side, found in (("in front", left[1]), ("at the end", right)):
-            if not bool((found.float() - alone[0].float()).norm() <= APART * size):
+            if not bool((found.float() - alone[0].float()).norm() <= apart * size):
                 raise UnsupportedModel(
                     f"{type(anatomy.model).__name__}: padding {side} of a row changes its answer, so that it cannot be "
                     "tried in batches"

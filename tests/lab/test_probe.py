@@ -405,6 +405,18 @@ def test_a_model_whose_padding_cannot_be_masked_is_refused(tmp_path: Path) -> No
         HFEvaluator(loaded, Steering(loaded.model))
 
 
+def test_a_model_that_counts_its_padding_is_refused(tmp_path: Path) -> None:
+    """TrOCR's positions are those of the batch, however little they say."""
+    config = tf.TrOCRConfig(
+        vocab_size=models.VOCABULARY, d_model=64, decoder_layers=3, decoder_attention_heads=4, decoder_ffn_dim=96
+    )
+    loaded = saved(config, tmp_path)
+    with torch.no_grad():
+        loaded.model.model.decoder.embed_positions.weight.mul_(0.1)
+    with pytest.raises(UnsupportedModel, match="padding in front of a row changes its answer"):
+        HFEvaluator(loaded, Steering(loaded.model))
+
+
 def test_opening_odds_are_those_of_the_whole_prediction(loaded: Loaded, probe: HFEvaluator) -> None:
     tokens = [5, 40, 90]
     for prompt, odds in zip(PROMPTS, probe.opening_odds(PROMPTS, None, tokens), strict=True):

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steer.errors import InvalidInput
+from steer.errors import InvalidInput, UnsupportedModel
 from steer.hf.internals import longest_beside
 from steer.hf.load import Loaded
-from steer.hf.steering import Anatomy
+from steer.hf.steering import PROBE_TOKENS, Anatomy
 from steer.lab.batches import each_batch, right_padded
 from steer.lab.measurement import ModelFacts
 from steer.lab.progress import Progress
@@ -129,6 +129,7 @@ class TransformersSource(Source):
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded, self.anatomy = loaded, Anatomy(loaded.model)
+        _check_stream(self.anatomy)
         self.tokenizer, self.context = loaded.tokenizer, loaded.context
         self.longest = longest_beside(loaded.model.config)
         if self.anatomy.device.type == "cpu":
@@ -186,6 +187,32 @@ def prompt_components(
     lengths = [len(e.ids) for e in encoded]
     each_batch(lengths, run, batch_size=batch_size, tokens=tokens, progress=progress, longest=source.longest)
     return found
+
+
+def _check_stream(anatomy: Anatomy) -> None:
+    """Raise UnsupportedModel unless each block hands on one vector for each token: what is measured could not be
+    steered."""
+    rows, seen = 2, dict[int, torch.Size]()
+
+    def see(layer: int, x: Tensor) -> None:
+        seen[layer] = x.shape
+
+    with hooks([on_output(block, lambda x, n=n: see(n, x)) for n, block in enumerate(anatomy.blocks)]):
+        anatomy.probe(rows)
+    tokens = rows * PROBE_TOKENS
+    for layer in range(anatomy.layers):
+        if layer not in seen:
+            problem = f"block {layer} does not run in a pass over text"
+        elif (shape := seen[layer])[0] not in (rows, tokens) or shape.numel() != tokens * anatomy.d_model:
+            problem = f"block {layer} hands on {list(shape)} for {rows} rows of {PROBE_TOKENS} tokens"
+            if shape.numel() > tokens * anatomy.d_model:
+                problem += ", a stream that is wider than one vector a token (hyper-connections, AltUp)"
+        else:
+            continue
+        raise UnsupportedModel(
+            f"{anatomy.architecture} cannot be steered, so it is not measured: {problem}; accepted: a model whose "
+            f"blocks hand on [rows, positions, {anatomy.d_model}]"
+        )
 
 
 def forget_lengths(anatomy: Anatomy) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 
 from steer.direction import Direction
-from steer.errors import InvalidInput
+from steer.errors import InvalidInput, UnsupportedModel
 from steer.hf.load import Loaded, load
 from steer.lab.derive import Recipe, derive
 from steer.lab.measure import ClassSums, Keep, MeasurementOptions, _check_room, measure
@@ -278,6 +280,35 @@ def test_a_padded_batch_is_read_without_its_padding() -> None:
     assert torch.equal(read.picked[:, 0], expected)
     own = sum(s[e.own].double().sum(0) for s, e in zip(streams, batch, strict=True))
     torch.testing.assert_close(read.own[0], own, rtol=1e-6, atol=1e-6)
+
+
+def gemma3n() -> Any:
+    """A stream of four vectors for each token."""
+    shape = models._shape(
+        num_hidden_layers=4,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=models.VOCABULARY,
+        laurel_rank=8,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    return tf.Gemma3nForCausalLM(tf.Gemma3nTextConfig(**shape))
+
+
+def mllama() -> Any:
+    """A layer that runs where there is an image."""
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    config = tf.MllamaTextConfig(**models._shape("head_dim", cross_attention_layers=[1], rope_parameters=rope))
+    return tf.MllamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"), [(gemma3n, "a stream that is wider than one vector a token"), (mllama, "block 1 does not run")]
+)
+def test_a_model_that_cannot_be_steered_is_refused_before_any_work(model: Any, why: str, tiny_folder: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=why):
+        TransformersSource(replace(load(str(tiny_folder)), model=model().eval()))
 
 
 def test_what_does_not_fit_in_memory_is_refused_before_anything_runs() -> None:

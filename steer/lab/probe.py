@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import UnsupportedModel
-from steer.hf.internals import Decoding, everywhere, longest_beside, move_back, whole_cache
+from steer.hf.internals import Decoding, everywhere, longest_beside, move_back, short, whole_cache
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
@@ -93,8 +93,14 @@ class HFEvaluator(Evaluator):
         anatomy = self.steering.anatomy
         long = ((torch.arange(12) * 7 + 11) % anatomy.vocabulary).tolist()
         ids, mask = left_padded([long, long[:5]], self._pad, anatomy.device)
-        alone, _ = last_logits(anatomy.model, ids[1:, -5:], mask[1:, -5:])
-        left, _ = last_logits(anatomy.model, ids, mask)
+        try:
+            alone, _ = last_logits(anatomy.model, ids[1:, -5:], mask[1:, -5:])
+            left, _ = last_logits(anatomy.model, ids, mask)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UnsupportedModel(
+                f"{type(anatomy.model).__name__}: a pass over a padded batch fails ({short(error)}), so that it cannot "
+                "be tried in batches; accepted: a model that transformers runs with a mask and a cache"
+            ) from error
         ids = right_padded([long, long[:5]], self._pad, anatomy.device)
         right = anatomy.model(input_ids=ids, use_cache=False).logits[1, 4]
         size = (alone[0].float() - alone[0].float().mean()).norm()

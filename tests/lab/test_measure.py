@@ -303,8 +303,21 @@ def mllama() -> Any:
     return tf.MllamaForCausalLM(config)
 
 
+def blip2() -> Any:
+    """An image comes with each text."""
+    text = tf.OPTConfig(vocab_size=128, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, ffn_dim=96)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    config = tf.Blip2Config(text_config=text.to_dict(), vision_config=sizes | {"image_size": 28}, qformer_config=sizes)
+    return tf.Blip2ForConditionalGeneration(config)
+
+
 @pytest.mark.parametrize(
-    ("model", "why"), [(gemma3n, "a stream that is wider than one vector a token"), (mllama, "block 1 does not run")]
+    ("model", "why"),
+    [
+        (gemma3n, "a stream that is wider than one vector a token"),
+        (mllama, "block 1 does not run"),
+        (blip2, "it does not run over text alone .*pixel_values"),
+    ],
 )
 def test_a_model_that_cannot_be_steered_is_refused_before_any_work(model: Any, why: str, tiny_folder: Path) -> None:
     with pytest.raises(UnsupportedModel, match=why):

@@ -136,6 +136,7 @@ def saved(config: Any, folder: Path) -> Loaded:
     return load(str(folder))
 
 
+JAMBA: dict[str, Any] = dict(num_experts=2, mamba_d_state=8, mamba_dt_rank=8, use_mamba_kernels=False)
 #: Models whose attention counts positions in the batch, and padding with them: by a bias, or in a window of which their
 #: cache knows nothing.
 COUNTING = {
@@ -402,6 +403,14 @@ def test_a_model_whose_padding_cannot_be_masked_is_refused(tmp_path: Path) -> No
     models.tokenizer().save_pretrained(tmp_path)
     loaded = load(str(tmp_path))
     with pytest.raises(UnsupportedModel, match="takes no attention_mask"):
+        HFEvaluator(loaded, Steering(loaded.model))
+
+
+def test_a_model_that_fails_in_batches_is_refused(tmp_path: Path) -> None:
+    """transformers asks the cache of a Jamba without attention how long it is."""
+    config = tf.JambaConfig(**models._shape("head_dim", attn_layer_period=9, attn_layer_offset=8, **JAMBA))
+    loaded = saved(config, tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"JambaForCausalLM: a pass over a padded batch fails \(ValueError"):
         HFEvaluator(loaded, Steering(loaded.model))
 
 

@@ -99,6 +99,15 @@ class Streamed:
         own."""
         return None if self.head is None else next(iter(self._elsewhere(self.head)), None)
 
+    @property
+    def classes(self) -> tuple[str, str] | None:
+        """The model's class and that of its text model, where transformers can load this alone from the same files
+        (AutoModelForCausalLM): there modules have other names. None where it cannot."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        mine, alone = type(self.model).__name__, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(self.model.config.model_type)
+        return None if alone in (None, mine) else (mine, alone)
+
     @contextmanager
     def loaded(self, module: nn.Module) -> Iterator[None]:
         """The weights of `module` are in memory while it lasts."""

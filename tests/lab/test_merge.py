@@ -454,6 +454,55 @@ def test_what_an_adapter_cannot_reach_is_refused(name: str, tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def small(kind: Any, folder: Path, **more: Any) -> Any:
+    """A tiny model of a configuration of `kind`, saved."""
+    sizes = dict(vocab_size=models.VOCABULARY, hidden_size=models.D_MODEL, num_hidden_layers=models.LAYERS)
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(kind(**sizes, **more)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+#: OPT without biases, which an adapter does not reach.
+OPT: dict[str, Any] = dict(num_attention_heads=4, ffn_dim=96, max_position_embeddings=128, enable_bias=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "says"),
+    [
+        (tf.OPTConfig, OPT | {"word_embed_proj_dim": models.D_MODEL}, "embed_positions.* is given attention_mask"),
+        (tf.MambaConfig, {"state_size": 8}, "mixer.out_proj.weight: is no module that PEFT takes in mamba"),
+    ],
+)
+def test_what_peft_would_refuse_or_run_otherwise_is_refused_before_anything_is_written(
+    kind: Any, more: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    model = small(kind, tmp_path / "model", **more)
+    with pytest.raises(UnsupportedModel, match=says):
+        export_adapter(Checkpoint(tmp_path / "model"), removal(at_writers(model)), tmp_path / "adapter", base="m")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_embedding_of_another_width_than_the_stream_is_refused(tmp_path: Path) -> None:
+    """What it writes goes through a projection first."""
+    model = small(tf.OPTConfig, tmp_path / "model", **OPT, word_embed_proj_dim=32)
+    with pytest.raises(UnsupportedModel, match=r"embed_tokens.weight: writes vectors of 32, and the stream has 64"):
+        baked(tmp_path / "model", at_writers(model))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_class_that_an_adapter_fits_is_told_where_it_is_not_that_of_the_text_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("qwen3_5", "llava"):
+        model = models.save(name, tmp_path / name)
+        adapter = tmp_path / f"{name}-adapter"
+        export_adapter(Checkpoint(tmp_path / name), removal(at_writers(model)), adapter, base="m", verified=False)
+        told = "fits Qwen3_5ForConditionalGeneration, and not Qwen3_5ForCausalLM, as AutoModelForCausalLM loads it"
+        assert (told in caplog.text) == (name == "qwen3_5")
+        caplog.clear()
+
+
 @pytest.mark.parametrize("spoilt", ["scale", "factor"])
 def test_an_adapter_that_does_something_else_is_found_by_its_effect_and_not_kept(
     spoilt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from steer.lab.resume import Alone
 from steer.runtime.bank import EMBEDDING
 from steer.runtime.op import WEIGHT
 
+log = logging.getLogger("steer")
 RECEIPT = "steer_bake.json"
 #: The part of a command's progress in which files are written.
 MERGING = "merging"
@@ -151,6 +154,10 @@ PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: A bias has a component where more than this share of it lies along the direction; float32's rounding is below.
 BIAS_SHARE = 1e-6
+#: What PEFT (0.21) refuses: the fast path of these models (`model_type`) reads the weights of these modules itself.
+NOT_BY_PEFT = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}, {"out_proj", "conv1d"}
+#: What embeddings call the rows that they are asked for, as their first argument.
+IDS = ("input", "input_ids")
 
 
 def export_adapter(
@@ -183,6 +190,11 @@ def export_adapter(
                 writer = weights[name]
                 tensors |= _factors(planned, writer, tensor, isinstance(modules[writer.module], nn.Embedding))
                 progress.advance()
+        if (classes := planned.streamed.classes) is not None:
+            log.warning(
+                "the adapter fits %s, and not %s, as AutoModelForCausalLM loads it: there modules have other names",
+                *classes,
+            )
         save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
         config = {"base_model_name_or_path": base} | _config(removal.direction.rank, modules)
         _write_json(folder / CONFIG, config)
@@ -207,10 +219,17 @@ def _config(rank: int, modules: Mapping[str, nn.Module]) -> dict[str, object]:
 
 def _problems(planned: RemovalPlan, writers: list[Writer]) -> list[str]:
     problems = []
+    kind = planned.streamed.model.config.model_type
     for writer in writers:
         module = planned.streamed.module_of(writer.parameter)
         if not writer.own or not (isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__ == "Conv1D"):
             problems.append(f"{writer.name}: is no module of its own in transformers")
+        elif kind in NOT_BY_PEFT[0] and writer.module.rpartition(".")[2] in NOT_BY_PEFT[1]:
+            problems.append(f"{writer.name}: is no module that PEFT takes in {kind}")
+        elif (
+            isinstance(module, nn.Embedding) and (given := next(iter(signature(module.forward).parameters))) not in IDS
+        ):
+            problems.append(f"{writer.name}: is given {given} first, which PEFT takes for the rows of an embedding")
     for name, bias in planned.checkpoint.tensors(w.name for w in writers if w.bias):
         rows, _ = planned.at(next(w for w in writers if w.name == name)) or (bias, None)
         if float((bias.float() @ rows.T).abs().max()) > BIAS_SHARE * float(bias.float().norm()):

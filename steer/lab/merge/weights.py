@@ -220,6 +220,11 @@ def find(checkpoint: Checkpoint, streamed: Streamed, terms: Sequence[Term]) -> l
         if parameter in wanted:
             layer, number, gain = wanted[parameter]
             axis = _axis(streamed.module_of(parameter), parameter)
+            if (width := shapes[parameter][axis]) != streamed.anatomy.d_model:
+                raise UnsupportedModel(
+                    f"{name}: writes vectors of {width}, and the stream has {streamed.anatomy.d_model}: what stands "
+                    "between is not known; this model cannot be baked"
+                )
             file = shapes[parameter] if not operations else checkpoint.shape(name)
             in_file = axis_in_file(operations, axis, shapes[parameter], file)
             if in_file is None:

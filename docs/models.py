@@ -77,6 +77,9 @@ EXTRA: dict[str, dict[str, object]] = {
     "gemma3n_text": {"layer_types": WINDOWS, "num_kv_shared_layers": 0},
     "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
     **{kind: {"layer_types": ["conv", "conv", "full_attention", "conv"]} for kind in ("lfm2", "lfm2_moe")},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "kimi_linear": {"num_experts_per_token": 2},
 }

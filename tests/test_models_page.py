@@ -27,7 +27,7 @@ def test_the_page_is_of_the_form_that_the_script_gives_it() -> None:
     assert len(parse(text)) > 50
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3_5", "mistral3", "mamba"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3_5", "mistral3", "mamba", "bamba"])
 def test_what_the_page_says_is_found_again(kind: str) -> None:
     assert cells(tried(kind)) == parse(PAGE.read_text("utf-8"))[kind]
 

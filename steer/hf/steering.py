@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from steer.errors import InvalidInput, NotFinite, UnsupportedModel
 from steer.hf import internals
 from steer.hf.load import decoder_of, text_architecture
+from steer.hf.recomputation import Passes, going_backward
 from steer.names import Site
 from steer.runtime import hook_points, selfcheck
 from steer.runtime.bank import (
@@ -140,8 +141,8 @@ class Steering:
         self._batch = _Batch(())
         #: The rows of which the index speaks, none where it speaks of packed tokens one by one.
         self._rows: Sequence[RequestSteer | None] = ()
-        #: Those of the pass that began last.
-        self._begun: Sequence[RequestSteer | None] = ()
+        #: Under which of them the graphs of passes were made.
+        self._graphs = Passes()
         #: Rows and positions of the pass that runs, as its decoder was called.
         self._tokens: tuple[int, int] | None = None
         #: How many passes went through the hooks.
@@ -169,12 +170,15 @@ class Steering:
         """Put the hooks on, if they are not on yet. The caller must discard what `torch.compile` made before: it would
         run without them."""
         if not self._handles:
-            begin = _uncompiled(self._begin)
+            begin, end = _uncompiled(self._begin), _uncompiled(self._end)
             decoder = self.anatomy.decoder
             self._handles = [
                 decoder.register_forward_pre_hook(  # a copy has the hook too, which is not for it
                     lambda module, *given: begin(*given) if module is decoder else None, with_kwargs=True
-                )
+                ),
+                decoder.register_forward_hook(
+                    lambda module, *_: end() if module is decoder else None, always_call=True
+                ),
             ]
             for hooked in self._targets:
                 hang = hook_points.on_input if hooked.before else hook_points.on_output
@@ -258,9 +262,12 @@ class Steering:
 
     def _begin(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Before each pass of the decoder: its rows are known here, whatever shape the blocks will see."""
+        if going_backward():
+            self._check_again()
+            return
+        self._graphs.begins()
         self._tokens = tokens = _tokens_of(args, kwargs)
         self.passes += 1
-        self._begun = self._rows
         if tokens is not None and len(self._rows) > 1 and tokens[0] % len(self._rows):
             raise InvalidInput(
                 f"{len(self._rows)} specs for a pass of {tokens[0]} rows: give one spec for all rows, or a number of "
@@ -268,6 +275,18 @@ class Steering:
             )
         for watcher in self.watchers:
             watcher.begin(tokens)
+
+    def _end(self) -> None:
+        if not going_backward():
+            self._graphs.ended(self._rows)
+
+    def _check_again(self) -> None:
+        """Before a part of a pass is computed again."""
+        if not self._graphs.ran_under(self._rows):
+            raise RuntimeError(
+                "gradient checkpointing computes a pass again under another steering than it had, or one that is no "
+                "longer known: call backward inside the `with` block of the pass"
+            )
 
     def _check_prompts(self, prompts: int, each: int) -> None:
         """Before `generate` has `each` rows of every prompt: beams that exchange their caches, or several answers."""
@@ -309,16 +328,13 @@ class Steering:
         readable = point.readable
 
         def transform(x: Tensor) -> Tensor | None:
-            if self._rows is not self._begun and torch._C._current_graph_task_id() != -1:  # autograd is going backward
-                raise RuntimeError(
-                    "gradient checkpointing computes a pass again under another steering than it had: call backward "
-                    "inside the `with` block of the pass"
-                )
+            if again := going_backward():
+                self._check_again()
             steered, read = self.index.active, readable and layer in self.reads.layers
-            watchers = self.watchers if readable else ()
+            watchers = self.watchers if readable and not again else ()  # they have seen this pass
             if not (steered or read or watchers):
                 return None
-            if self._rows or watchers:
+            if (self._rows or watchers) and not again:  # another pass may have begun since
                 self._check_shape(x, point)
             if readable and layer in self.index.deciding:
                 flat = x.flatten(0, -2)

@@ -21,6 +21,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import torch.utils.checkpoint
 import transformers as tf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -323,18 +324,107 @@ def test_gradients_are_those_of_the_pass_also_behind_the_block(d: steer.Directio
             assert torch.equal(x, y)
 
 
+def checkpoint(model: Any, reentrant: bool) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+
+
+def loss_of(model: Any, ids: Tensor = IDS) -> Tensor:
+    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss
+
+
+def taken(model: Any) -> list[Tensor]:
+    """Its gradients, which it has no longer then."""
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return found
+
+
 @pytest.mark.parametrize("behind", ["off", "d=0.5", None])
-def test_a_pass_is_not_computed_again_under_another_steering(d: steer.Direction, behind: str | None) -> None:
+@pytest.mark.parametrize("passes", [0, 1])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_pass_is_not_computed_again_under_another_steering(
+    d: steer.Direction, behind: str | None, passes: int, reentrant: bool
+) -> None:
+    """Also where other passes have begun since, also in one backward with them."""
     model = models.tiny("llama").train()
     with steer.attach(model, {"d": d}) as steering, torch.enable_grad():
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-        model.enable_input_require_grads()
+        checkpoint(model, reentrant)
+        for _ in range(2):
+            with steering("d"):
+                loss_of(model).backward()
+                loss = loss_of(model)
+            with steering(behind) if behind else nullcontext():
+                for _ in range(passes):
+                    loss = loss + loss_of(model)
+                model(input_ids=IDS)
+                with pytest.raises(RuntimeError, match="under another steering"):
+                    loss.backward()
+        loss_of(model).backward()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the pass without gradients
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_pass_is_computed_again_under_its_own_steering(d: steer.Direction, reentrant: bool) -> None:
+    """With the gradients and the readings of a model that keeps its activations, whatever ran in between."""
+
+    def trained(model: Any, steering: Any) -> tuple[list[Tensor], Any]:
+        with steering("off", "d"), steering.read("d") as reading:
+            first = loss_of(model)
+            with steering("d=0.5"):
+                loss_of(model, IDS[:2]).backward()
+                with torch.no_grad():
+                    loss_of(model)
+            loss_of(model, IDS[:4])
+            (first + loss_of(model, IDS[:2])).backward()
+        return taken(model), reading
+
+    bare, model = models.tiny("llama").train(), models.tiny("llama").train()
+    with torch.enable_grad(), steer.attach(bare, {"d": d}) as plain, steer.attach(model, {"d": d}) as steering:
+        checkpoint(model, reentrant)
+        for _ in range(2):
+            (expected, read), (got, again) = trained(bare, plain), trained(model, steering)
+            for x, y in zip(expected, got, strict=True):
+                torch.testing.assert_close(x, y)
+            for mine, other in zip(read.passes, again.passes, strict=True):
+                np.testing.assert_allclose(mine.before, other.before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_the_model_computes_it_again_under_its_own_steering(
+    d: steer.Direction, reentrant: bool
+) -> None:
+    """Or says that it cannot tell: such a node may be of what came behind another pass."""
+    model = models.tiny("llama").train()
+
+    def run(checkpointed: bool) -> Tensor:
+        x = model.get_input_embeddings()(IDS)
+        if not checkpointed:
+            return loss(x)
+        out: Any = torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=reentrant)
+        return cast(Tensor, out)
+
+    def loss(x: Tensor) -> Tensor:
+        out: Tensor = model(inputs_embeds=x, labels=IDS, use_cache=False).loss
+        return out
+
+    with torch.enable_grad(), steer.attach(model, {"d": d}) as steering:
         with steering("d"):
-            model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
-            loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
-        with pytest.raises(RuntimeError, match="under another steering"), steering(behind) if behind else nullcontext():
-            loss.backward()
-        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+            run(False).backward()
+            expected = taken(model)
+            run(True).backward()
+            for x, y in zip(expected, taken(model), strict=True):
+                torch.testing.assert_close(x, y)
+            left = run(True)
+        with steering("off"):
+            run(False)
+            with pytest.raises(RuntimeError, match="no longer known"):
+                left.backward()
+        model.zero_grad()
+        if not reentrant:
+            with steering("off"):
+                run(True).backward()
 
 
 def test_tasks_of_one_loop_are_not_steered_by_each_other(llama: Any, d: steer.Direction) -> None:

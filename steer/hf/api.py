@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from steer import readout
 from steer.direction import Direction, read_file
 from steer.errors import DirectionError, InvalidInput, SpecError, UnsupportedModel, brief
+from steer.hf.internals import Call
 from steer.hf.steering import Steering
 from steer.names import Site, check_name
 from steer.registry import Admission, Registry
@@ -96,8 +98,6 @@ class Attached:
         self._registry = Registry(self._steering.placement(), quiet=True)
         self._owed = _Owed()
         self._steering.watchers.append(self._owed)
-        #: How many `with` blocks are open.
-        self._open = 0
         self._load(directions)
         self._attach()
         # a notebook's cell that attaches and is run again lets the first one go
@@ -164,7 +164,6 @@ class Attached:
         and is two rows. Raises SpecError for others, RuntimeError when detached.
         """
         self._check_attached()
-        self._check_idle("read")
         at = layers if isinstance(layers, str) else list(layers)
         try:
             wanted = readout.parse({"directions": list(names), "layers": at, "angle": angle})
@@ -178,19 +177,20 @@ class Attached:
         try:
             recorder = Recorder(self._steering.bank.rows_of(read.digests, read.angle), read)
             reading = Readings(read.lines, read.layers)
-            with self._block():
-                self._steering.watchers.append(recorder)
-                try:
+            self._steering.watchers.append(recorder)
+            try:
+                with self._block(f"steering.read({', '.join(map(repr, names))})", "read") as calls:
                     yield reading
-                finally:
-                    self._steering.watchers.remove(recorder)
-                    reading.passes += recorder.collect()
+            finally:
+                self._steering.watchers.remove(recorder)
+                reading.passes += recorder.collect()
+            self._check_ended("this reading", calls, "reading")
         finally:
             admission.release()
 
     def detach(self) -> None:
         """Take the hooks off. Raises RuntimeError inside a block of this object, which would go on plain."""
-        if self._open:
+        if self._steering.blocks:
             raise RuntimeError("a `with` block of this steering is open, and would continue plain: let it end first")
         self._steering.detach()
 
@@ -227,25 +227,34 @@ class Attached:
     def _check_attached(self) -> None:
         if not self.attached:
             raise RuntimeError("this steering is detached, and would leave the model plain: call steer.attach again")
-        if not self._steering.intact:
-            raise RuntimeError(
-                "some hooks are no longer on the model (a block was replaced, or hooks were removed), which would be "
-                "plain there: detach, and call steer.attach again"
-            )
-
-    def _check_idle(self, what: str) -> None:
-        if self._steering.generating and not self._open:
-            raise RuntimeError(
-                f"a `generate` of another thread is under way, and would be {what} from here on: let it end first"
-            )
+        self._steering.check_intact()
 
     @contextmanager
-    def _block(self) -> Iterator[None]:
-        self._open += 1
+    def _block(self, block: object, becoming: str) -> Iterator[frozenset[Call]]:
+        """While `block`, which is in force already, is open. Gives the calls of `generate` that it is inside of, which
+        are of this thread."""
+        calls = self._steering.generating
+        if any(call.thread != threading.get_ident() for call in calls):
+            raise RuntimeError(
+                f"a `generate` of another thread is under way, and would be {becoming} from here on: let it end first"
+            )
+        self._steering.blocks.append(block)
         try:
-            yield
+            yield calls
         finally:
-            self._open -= 1
+            self._steering.blocks.remove(block)
+
+    def _check_ended(self, block: object, calls: frozenset[Call], acting: str) -> None:
+        """`block` is no longer in force, which went on while these `calls` of `generate` stood still."""
+        self._steering.check_intact()
+        now = self._steering.generating
+        if calls - now:
+            raise RuntimeError(f"{block}: it began inside a `generate` that has ended before it: end it there too")
+        if now - calls:
+            raise RuntimeError(
+                f"{block}: a `generate` of another thread is under way at the end of the block, and would continue "
+                f"without its {acting}: let it end inside (`thread.join()`)"
+            )
 
 
 class Steered:
@@ -253,32 +262,28 @@ class Steered:
 
     def __init__(self, attached: Attached, specs: tuple[SpecLike, ...]) -> None:
         self._attached, self._specs = attached, specs
-        self._entered: list[tuple[ExitStack, int]] = []
+        self._entered: list[tuple[ExitStack, int, frozenset[Call]]] = []
 
     def __enter__(self) -> None:
         mine = self._attached
         mine._owed.remove(self)
         mine._check_attached()
-        mine._check_idle("steered")
         with ExitStack() as stack:
             admissions: list[Admission] = []
             for spec in self._specs:
                 admissions.append(Admission.of(mine._registry, parse(spec)))
                 stack.callback(admissions[-1].release)
             stack.enter_context(mine._steering.batch([admission.spec for admission in admissions]))
-            stack.enter_context(mine._block())
-            self._entered.append((stack.pop_all(), mine._steering.passes))
+            calls = stack.enter_context(mine._block(self, "steered"))
+            self._entered.append((stack.pop_all(), mine._steering.passes, calls))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        stack, passes = self._entered.pop()
+        stack, passes, calls = self._entered.pop()
         stack.__exit__(kind, error, trace)
-        if kind is None and self._attached._steering.generating and not self._attached._open:
-            raise RuntimeError(
-                f"{self!r}: a `generate` of another thread is under way at the end of the block, and would continue "
-                "without its steering: let it end inside (`thread.join()`)"
-            )
+        if kind is None:
+            self._attached._check_ended(self, calls, "steering")
         if kind is None and passes == self._attached._steering.passes:
             warnings.warn(f"{self!r}: no pass of the attached model ran in the block", RuntimeWarning, stacklevel=2)
 

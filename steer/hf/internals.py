@@ -24,8 +24,10 @@ import functools
 import inspect
 import math
 import queue
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -312,22 +314,29 @@ def lengths(config: PreTrainedConfig) -> list[int]:
 Around: TypeAlias = Callable[[Mapping[str, Any]], AbstractContextManager[None]]
 
 
+@dataclass(eq=False, frozen=True, slots=True)
+class Call:
+    """One of a model's `generate`, and the thread that made it."""
+
+    thread: int
+
+
 class Generations:
-    """Until `remove`, knows how many calls of the model's `generate` are under way, in all threads, and calls
+    """Until `remove`, knows which calls of the model's `generate` are under way, in all threads, and calls
     `check(prompts, each)` before one makes several rows of each prompt."""
 
     def __init__(self, model: PreTrainedModel, check: Callable[[int, int], None]) -> None:
         self.check = check
         self._model = model
-        self._running: set[object] = set()
+        self._running: set[Call] = set()
         for name, around in self._watching if hasattr(model, _EXPAND) else ():  # or it does not generate
             if not isinstance(method := getattr(model, name), _Watched):
                 setattr(model, name, method := _Watched(method))
             method.watchers.append(around)
 
     @property
-    def running(self) -> int:
-        return len(self._running)
+    def running(self) -> frozenset[Call]:
+        return frozenset(self._running)
 
     @property
     def _watching(self) -> Iterable[tuple[str, Around]]:
@@ -341,7 +350,7 @@ class Generations:
 
     @contextmanager
     def _generating(self, _given: Mapping[str, Any]) -> Iterator[None]:
-        call = object()
+        call = Call(threading.get_ident())
         self._running.add(call)
         try:
             yield

@@ -136,7 +136,12 @@ class Steering:
         )
         self.index = TokenIndex(rank, 1, self.anatomy.device)
         self.reads = ReadIndex(self.anatomy.layers, rank, self.anatomy.device, self.bank.rows_of)
-        self._handles: list[RemovableHandle] = []
+        #: The hooks, each with the module that it is on, and the way from the model to each of these: whose child of
+        #: which name is what.
+        self._handles: list[tuple[nn.Module, RemovableHandle]] = []
+        self._ways: list[tuple[nn.Module, str, nn.Module]] = []
+        #: What is open of the blocks in which no pass may go without hooks.
+        self.blocks: list[object] = []
         self._generations: internals.Generations | None = None
         self._batch = _Batch(())
         #: The rows of which the index speaks, none where it speaks of packed tokens one by one.
@@ -172,7 +177,7 @@ class Steering:
         if not self._handles:
             begin, end = _uncompiled(self._begin), _uncompiled(self._end)
             decoder = self.anatomy.decoder
-            self._handles = [
+            hung = [
                 decoder.register_forward_pre_hook(  # a copy has the hook too, which is not for it
                     lambda module, *given: begin(*given) if module is decoder else None, with_kwargs=True
                 ),
@@ -180,27 +185,40 @@ class Steering:
                     lambda module, *_: end() if module is decoder else None, always_call=True
                 ),
             ]
+            self._handles = [(decoder, handle) for handle in hung]
             for hooked in self._targets:
                 hang = hook_points.on_input if hooked.before else hook_points.on_output
-                self._handles.append(hang(hooked.module, _uncompiled(self._transform(hooked.point))))
+                handle = hang(hooked.module, _uncompiled(self._transform(hooked.point)))
+                self._handles.append((hooked.module, handle))
+            self._ways = _ways(self.anatomy.model, [module for module, _ in self._handles])
             self._generations = internals.Generations(self.anatomy.model, self._check_prompts)
 
     @property
-    def generating(self) -> int:
-        """How many calls of the model's `generate` are under way, in all threads."""
-        return self._generations.running if self._generations else 0
+    def generating(self) -> frozenset[internals.Call]:
+        """The calls of the model's `generate` that are under way, in all threads."""
+        return self._generations.running if self._generations else frozenset()
 
     @property
     def intact(self) -> bool:
         """Are all hooks still on modules of the model? Not where a block was replaced by another."""
-        there = {id(hooks) for m in self.anatomy.model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)}
-        owners = [(handle.id, handle.hooks_dict_ref()) for handle in self._handles]
-        return all(hooks is not None and id(hooks) in there and number in hooks for number, hooks in owners)
+        if any(h.id not in m._forward_hooks and h.id not in m._forward_pre_hooks for m, h in self._handles):
+            return False
+        if all(parent._modules.get(name) is child for parent, name, child in self._ways):  # each pass asks
+            return True
+        there = set(self.anatomy.model.modules())  # some have another around them now
+        return all(module in there for module, _ in self._handles)
+
+    def check_intact(self) -> None:
+        if not self.intact:
+            raise RuntimeError(
+                "some hooks are no longer on the model (a block was replaced, or hooks were removed), which would be "
+                "plain there: detach, and call steer.attach again"
+            )
 
     def detach(self) -> None:
-        for handle in self._handles:
+        for _, handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._ways = [], []
         if self._generations:
             self._generations.remove()
             self._generations = None
@@ -265,6 +283,8 @@ class Steering:
         if going_backward():
             self._check_again()
             return
+        if self.blocks:
+            self.check_intact()
         self._graphs.begins()
         self._tokens = tokens = _tokens_of(args, kwargs)
         self.passes += 1
@@ -464,6 +484,18 @@ def _check_repeats(anatomy: Anatomy) -> None:
             f"{type(anatomy.model).__name__} is in training mode and two equal passes differ (dropout), so that "
             "nothing can be checked: call model.eval() first"
         )
+
+
+def _ways(model: nn.Module, to: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Which child of which name of which module is on the way from the model to these."""
+    names, found = {module: name for name, module in model.named_modules()}, {}
+    for module in to:
+        parent = model
+        for name in filter(None, names[module].split(".")):
+            child = parent.get_submodule(name)
+            found[parent, name] = child
+            parent = child
+    return [(parent, name, child) for (parent, name), child in found.items()]
 
 
 def _tokens_of(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[int, int] | None:

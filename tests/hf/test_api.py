@@ -218,6 +218,68 @@ def test_a_replaced_block_is_seen(d: steer.Direction) -> None:
         del steering
 
 
+def replace_one(model: Any) -> None:
+    model.model.layers[1] = copy.deepcopy(model.model.layers[1])
+
+
+def replace_all(model: Any) -> None:
+    model.model.layers = nn.ModuleList(copy.deepcopy(block) for block in model.model.layers)
+
+
+def prune(model: Any) -> None:
+    model.model.layers = model.model.layers[:2]
+
+
+def clear(model: Any) -> None:
+    model.model.layers[2]._forward_hooks.clear()
+
+
+def anew(model: Any) -> None:
+    model.model.layers[2]._forward_hooks = type(model.model.layers[2]._forward_hooks)()
+
+
+@pytest.mark.parametrize("change", [replace_one, replace_all, prune, clear, anew])
+@pytest.mark.parametrize("what", ["steered", "read"])
+def test_no_pass_of_a_block_goes_without_hooks(d: steer.Direction, change: Any, what: str) -> None:
+    """Also where the change comes inside the block, before the first pass or after it."""
+    model = models.tiny("llama")
+    steering = steer.attach(model, {"d": d})
+
+    def inside() -> None:
+        with steering("d") if what == "steered" else steering.read("d"):
+            logits(model)
+            change(model)
+            with pytest.raises(RuntimeError, match="no longer on the model"):
+                logits(model)
+
+    with pytest.raises(RuntimeError, match="no longer on the model"):
+        inside()
+    logits(model)  # plain, as everything behind the block
+
+
+def test_a_decoder_that_is_replaced_in_a_block_is_seen(d: steer.Direction) -> None:
+    """Its passes come to no hook."""
+    model = models.tiny("llama")
+    steering = steer.attach(model, {"d": d})
+
+    def inside() -> None:
+        with steering("d"):
+            logits(model)
+            model.model = copy.deepcopy(model.model)
+            logits(model)
+
+    with pytest.raises(RuntimeError, match="no longer on the model"):
+        inside()
+
+
+def test_a_block_that_gets_another_around_it_is_steered_as_before(d: steer.Direction) -> None:
+    model = models.tiny("llama")
+    with steer.attach(model, {"d": d}) as steering, steering("d"):
+        steered = logits(model)
+        model.model.layers[1] = cast(nn.Module, torch.compile(model.model.layers[1], backend="eager"))
+        torch.testing.assert_close(logits(model), steered)
+
+
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -487,6 +549,71 @@ def test_a_generation_in_a_thread_is_steered_as_a_whole_or_told(llama: Any, d: s
             llama.generate(IDS[:1], **asked)
 
 
+@pytest.mark.parametrize("around", ["read", "off"])
+@pytest.mark.parametrize("inner", ["d", "read"])
+def test_a_generation_in_a_thread_crosses_no_edge_of_an_inner_block(
+    llama: Any, d: steer.Direction, around: str, inner: str
+) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    class Waits(tf.StoppingCriteria):
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            begun.set()
+            may_end.wait(60)
+            return torch.ones(1, dtype=torch.bool)
+
+    def start() -> threading.Thread:
+        begun.clear()
+        may_end.clear()
+        given = GREEDY | {"stopping_criteria": [Waits()]}
+        thread = threading.Thread(target=llama.generate, args=(IDS[:1],), kwargs=given)
+        thread.start()
+        assert begun.wait(60)
+        return thread
+
+    with steer.attach(llama, {"d": d}) as steering:
+
+        def block(kind: str) -> Any:
+            return steering.read("d") if kind == "read" else steering(kind)
+
+        with block(around):
+            with pytest.raises(RuntimeError, match="under way at the end of the block"), block(inner):
+                thread = start()
+            with pytest.raises(RuntimeError, match="from here on"), block(inner):
+                pytest.fail("entered")
+            may_end.set()
+            thread.join()
+            with block(inner):
+                thread = start()
+                may_end.set()
+                thread.join()
+
+
+def test_a_block_may_stand_within_a_generation_of_its_thread_and_not_reach_out_of_it(
+    llama: Any, d: steer.Direction
+) -> None:
+    """As in a criterion that asks the model something else."""
+    plain, open_ = logits(llama), list[Any]()
+
+    class Asks(tf.StoppingCriteria):
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            with steering("d"):
+                assert all(changed(logits(llama), plain))
+            return torch.ones(1, dtype=torch.bool)
+
+    class Enters(tf.StoppingCriteria):
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            open_.append(steering("d"))
+            open_[-1].__enter__()
+            return torch.ones(1, dtype=torch.bool)
+
+    with steer.attach(llama, {"d": d}) as steering:
+        llama.generate(IDS[:1], **GREEDY, stopping_criteria=[Asks()])
+        llama.generate(IDS[:1], **GREEDY, stopping_criteria=[Enters()])
+        with pytest.raises(RuntimeError, match="began inside a `generate` that has ended"):
+            open_[0].__exit__(None, None, None)
+
+
 def test_a_pipeline_that_takes_prompts_one_by_one_is_refused_two_specs(llama: Any, d: steer.Direction) -> None:
     tokenizer = models.tokenizer()
     tokenizer.padding_side = "left"
@@ -655,7 +782,8 @@ def test_a_copy_of_an_attached_model_is_one(llama: Any, d: steer.Direction) -> N
         with own("d"):
             assert torch.equal(logits(llama), plain)
             assert not torch.equal(logits(again), plain)
-            assert (steering._steering.generating, own._steering.generating) == (0, 0)
+            assert not steering._steering.generating
+            assert not own._steering.generating
     assert "generate" not in vars(llama)
     assert "generate" not in vars(again)
 

@@ -25,7 +25,7 @@ import inspect
 import math
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -329,18 +329,17 @@ class Generations:
         self.check = check
         self._model = model
         self._running: set[Call] = set()
-        for name, around in self._watching if hasattr(model, _EXPAND) else ():  # or it does not generate
+        self._watched: list[tuple[_Watched, Around]] = []
+        watching = ((_EXPAND, self._expanding), (_GENERATE, self._generating))
+        for name, around in watching if hasattr(model, _EXPAND) else ():  # or it does not generate
             if not isinstance(method := getattr(model, name), _Watched):
-                setattr(model, name, method := _Watched(method))
+                method = _Watched(model, name, method)
             method.watchers.append(around)
+            self._watched.append((method, around))
 
     @property
     def running(self) -> frozenset[Call]:
         return frozenset(self._running)
-
-    @property
-    def _watching(self) -> Iterable[tuple[str, Around]]:
-        return (_EXPAND, self._expanding), (_GENERATE, self._generating)
 
     @contextmanager
     def _expanding(self, given: Mapping[str, Any]) -> Iterator[None]:
@@ -358,21 +357,31 @@ class Generations:
             self._running.discard(call)
 
     def remove(self) -> None:
-        for name, around in self._watching:
-            if isinstance(method := vars(self._model).get(name), _Watched):
-                method.watchers.remove(around)
-                if not method.watchers:
-                    delattr(self._model, name)
+        for method, around in self._watched:
+            method.leave(around)
+        self._watched = []
 
 
 class _Watched:
-    """In the place of a model's `method`, with what `watchers` put around each call. A copy of the model has its own
-    method there, which nobody watches."""
+    """In the place of a model's method `name`, with what `watchers` put around each call. A copy of the model has its
+    own method there, which nobody watches."""
 
-    def __init__(self, method: Callable[..., object]) -> None:
+    def __init__(self, model: PreTrainedModel, name: str, method: Callable[..., object]) -> None:
         functools.update_wrapper(self, method)
         self.watchers: list[Around] = []
-        self._method = method
+        self._method, self._place, self._name = method, vars(model), name
+        # what a copy of the model has in the place of what was watched is the method of its class
+        of_class = getattr(method, "__func__", None) is getattr(type(model), name, None)
+        self._own = {name: method} if name in self._place and not of_class else {}
+        self._place[name] = self
+
+    def leave(self, around: Around) -> None:
+        """Without the last of its watchers the model has the method as it was. Where another was put around this since,
+        it stays inside of that, and does nothing."""
+        self.watchers.remove(around)
+        if not self.watchers and self._place.get(self._name) is self:
+            del self._place[self._name]
+            self._place.update(self._own)
 
     def __call__(self, *args: object, **given: object) -> object:
         with ExitStack() as stack:

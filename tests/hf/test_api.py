@@ -280,6 +280,53 @@ def test_a_block_that_gets_another_around_it_is_steered_as_before(d: steer.Direc
         torch.testing.assert_close(logits(model), steered)
 
 
+@pytest.mark.parametrize("name", ["generate", "_expand_inputs_for_generation"])
+def test_what_is_around_the_models_own_methods_stays(d: steer.Direction, name: str) -> None:
+    """What was put on a model before `attach`, and what was put on it since."""
+    model, calls = models.tiny("llama"), list[str]()
+    given: dict[str, Any] = dict(
+        input_ids=IDS[:2], attention_mask=torch.ones_like(IDS[:2]), **GREEDY | {"num_beams": 2}
+    )
+
+    def put(what: str) -> Any:
+        method = getattr(model, name)
+
+        def around(*args: Any, **kwargs: Any) -> Any:
+            calls.append(what)
+            return method(*args, **kwargs)
+
+        setattr(model, name, around)
+        return around
+
+    def called() -> list[str]:
+        calls.clear()
+        model.generate(**given)
+        return calls
+
+    first = put("first")
+    steer.attach(model, {"d": d}).detach()
+    assert vars(model)[name] is first
+    steering = steer.attach(model, {"d": d})
+    second = put("second")
+    other = steer.attach(model, {"d": d})
+    for attached in (steering, other):
+        with attached("d"):
+            assert called() == ["second", "first"]
+    with pytest.raises(InvalidInput, match="3 specs for 2 prompts"), steering("off", "d", "off"):
+        called()
+    steering.detach()
+    assert called() == ["second", "first"]
+    with pytest.raises(InvalidInput, match="3 specs for 2 prompts"), other("off", "d", "off"):
+        called()
+    other.detach()
+    assert vars(model)[name] is second
+    assert called() == ["second", "first"]
+    setattr(model, name, first)
+    steering = steer.attach(model, {"d": d})
+    steering.detach()
+    assert vars(model)[name] is first
+
+
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 

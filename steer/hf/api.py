@@ -142,7 +142,7 @@ class Attached:
         if not specs:
             raise SpecError("no spec is given: one for all rows ('off' for plain), or one for each")
         for spec in specs:
-            if isinstance(spec, list | tuple) and (not spec or any(one in OFF_TEXTS or one is None for one in spec)):
+            if isinstance(spec, list | tuple) and (not spec or any(map(_is_off, spec))):
                 raise SpecError(
                     f"{brief(spec)}: a list is one spec, of directions that act together; for a spec for each row give "
                     "`steering(*specs)`, and 'off' for plain"
@@ -255,6 +255,10 @@ class Attached:
                 f"{block}: a `generate` of another thread is under way at the end of the block, and would continue "
                 f"without its {acting}: let it end inside (`thread.join()`)"
             )
+
+
+def _is_off(spec: object) -> bool:
+    return spec is None or (isinstance(spec, str) and spec in OFF_TEXTS)
 
 
 class Steered:

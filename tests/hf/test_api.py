@@ -1047,6 +1047,28 @@ def test_a_list_is_one_spec_and_not_one_for_each_row(llama: Any, d: steer.Direct
         steering(specs)
 
 
+def test_a_receipt_and_any_list_of_directions_is_a_spec(llama: Any, d: steer.Direction) -> None:
+    plain = logits(llama)
+    with steer.attach(llama, {"d": d, "e": models.direction(llama, seed=2)}) as steering:
+        digest = steering._registry.names()["d"].digest
+        for spec in (
+            [{"direction": "d", "strength": 0.5}],
+            [{"direction": "d"}, {"direction": "e"}],
+            ("d", {"direction": "e"}),
+            json.loads(json.dumps([{"direction": "d", "digest": digest, "mode": "ablate", "strength": 1.5}])),
+        ):
+            with steering(spec):
+                assert all(changed(logits(llama), plain))
+        for wrong, says in (
+            (["d", ["e"]], r"\['e'\] is not a direction"),
+            ([["d"]], r"\['d'\] is not a direction"),
+            ([{"d"}], "{'d'} is not a direction"),
+            ([3], "3 is not a direction"),
+        ):
+            with pytest.raises(SpecError, match=says):
+                steering(cast(Any, wrong))
+
+
 def test_reading_does_not_begin_in_the_midst_of_another_threads_generate(llama: Any, d: steer.Direction) -> None:
     begun, go = threading.Event(), threading.Event()
 

@@ -10,6 +10,8 @@ Tested with transformers 5.19.0 and 5.24.0. What is relied on:
   log-probabilities;
 * loading: `get_model_conversion_mapping`, `rename_source_key` and `convert_and_load_state_dict_in_model` say which
   parameter a tensor of a file becomes, and make it of it, also where the files hold experts one by one;
+* the hooks that record `output_hidden_states` are of the module `_RECORDERS`. A model that was asked for these once keeps
+  them for good;
 * `generate(custom_generate=...)` hands over the cache and the inputs as it prepared them, whatever the model calls
   them; `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation` go on from there.
 
@@ -32,7 +34,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -94,6 +96,7 @@ _PROCESSOR = (
     "prepare_next_batch",
 )
 _OUTPUT = ("error", "generated_tokens", "is_finished")
+_RECORDERS = "transformers.utils.output_capturing"
 #: Called by `generate` with the keywords `expand_size` and `input_ids` `[prompts, positions]`, of no positions where
 #: there are embeddings.
 _EXPAND = "_expand_inputs_for_generation"
@@ -312,6 +315,13 @@ def lengths(config: PreTrainedConfig) -> list[int]:
 
 #: What goes around a call of a model's method with these keywords.
 Around: TypeAlias = Callable[[Mapping[str, Any]], AbstractContextManager[None]]
+
+
+def record_last(module: nn.Module) -> None:
+    """Have what transformers records of the module's output stand behind all other hooks, which may change it."""
+    hooks = module._forward_hooks
+    for number in [number for number, hook in hooks.items() if getattr(hook, "__module__", None) == _RECORDERS]:
+        hooks.move_to_end(number)
 
 
 @dataclass(eq=False, frozen=True, slots=True)

@@ -190,6 +190,7 @@ class Steering:
                 hang = hook_points.on_input if hooked.before else hook_points.on_output
                 handle = hang(hooked.module, _uncompiled(self._transform(hooked.point)))
                 self._handles.append((hooked.module, handle))
+                internals.record_last(hooked.module)
             self._ways = _ways(self.anatomy.model, [module for module, _ in self._handles])
             self._generations = internals.Generations(self.anatomy.model, self._check_prompts)
 

@@ -327,6 +327,26 @@ def test_what_is_around_the_models_own_methods_stays(d: steer.Direction, name: s
     assert vars(model)[name] is first
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_hidden_states_are_those_that_blocks_hand_on(name: str) -> None:
+    """Whether the model was asked for them before `attach` or after, and again after another one."""
+    model = models.tiny(name)
+    d = models.direction(model, seed=1)
+
+    def states() -> Tensor:
+        return torch.stack(model(input_ids=IDS, use_cache=False, output_hidden_states=True).hidden_states[:-1])
+
+    with steer.attach(model, {"d": d}) as steering, steering("d"):
+        first = states()
+    plain = states()
+    for layer in range(1, models.LAYERS):
+        assert float((first[layer] @ d.directions[layer - 1, 0]).abs().max()) < 1e-4
+    for again in (steering, steer.attach(model, {"d": d})):
+        with again, again("d"):
+            torch.testing.assert_close(states(), first)
+        assert torch.equal(states(), plain)
+
+
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 

@@ -72,7 +72,8 @@ def attach(
     what `torch.compile` has compiled in this process (`torch.compiler.reset`), since that would go on without hooks.
 
     Raises InvalidInput for the arguments, DirectionError with all problems of all files that do not fit the model,
-    NoRoom where they need more than `rows`, UnsupportedModel for what cannot be steered and checked.
+    NoRoom where they need more than `rows`, UnsupportedModel for what cannot be steered and checked, RuntimeError in a
+    block of another steering of the model.
     """
     _check_arguments(directions, sites, rows, rank)
     loaded = _read(directions or {})
@@ -177,21 +178,22 @@ class Attached:
         try:
             recorder = Recorder(self._steering.bank.rows_of(read.digests, read.angle), read)
             reading = Readings(read.lines, read.layers)
+            block = f"steering.read({', '.join(map(repr, names))})"
             self._steering.watchers.append(recorder)
             try:
-                with self._block(f"steering.read({', '.join(map(repr, names))})", "read") as calls:
+                with self._block(block, "read") as calls:
                     yield reading
             finally:
                 self._steering.watchers.remove(recorder)
                 reading.passes += recorder.collect()
-            self._check_ended("this reading", calls, "reading")
+            self._check_ended(block, calls, "reading")
         finally:
             admission.release()
 
     def detach(self) -> None:
         """Take the hooks off. Raises RuntimeError inside a block of this object, which would go on plain."""
         if self._steering.blocks:
-            raise RuntimeError("a `with` block of this steering is open, and would continue plain: let it end first")
+            raise RuntimeError(f"{self._held}, and would continue plain: let it end first")
         self._steering.detach()
 
     def _attach(self) -> None:
@@ -206,7 +208,14 @@ class Attached:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.detach()
+        if error is not None and self._steering.blocks:  # as of a generator that nobody runs any more
+            error.add_note(f"{self._held}, so that this steering stays attached")
+        else:
+            self.detach()
+
+    @property
+    def _held(self) -> str:
+        return f"the block `with {self._steering.blocks[-1]}:` of this steering is open"
 
     def __repr__(self) -> str:
         versions = self._registry.names().items()

@@ -10,8 +10,8 @@ Tested with transformers 5.19.0 and 5.24.0. What is relied on:
   log-probabilities;
 * loading: `get_model_conversion_mapping`, `rename_source_key` and `convert_and_load_state_dict_in_model` say which
   parameter a tensor of a file becomes, and make it of it, also where the files hold experts one by one;
-* the hooks that record `output_hidden_states` are of the module `_RECORDERS`. A model that was asked for these once keeps
-  them for good;
+* the hooks that record `output_hidden_states` are of the module `_RECORDERS`. A model that was asked for these once has
+  such hooks for good;
 * `generate(custom_generate=...)` hands over the cache and the inputs as it prepared them, whatever the model calls
   them; `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation` go on from there.
 
@@ -321,7 +321,7 @@ def record_last(module: nn.Module) -> None:
     """Have what transformers records of the module's output stand behind all other hooks, which may change it."""
     hooks = module._forward_hooks
     for number in [number for number, hook in hooks.items() if getattr(hook, "__module__", None) == _RECORDERS]:
-        hooks.move_to_end(number)
+        hooks[number] = hooks.pop(number)
 
 
 @dataclass(eq=False, frozen=True, slots=True)

@@ -124,6 +124,7 @@ class Steering:
     ) -> None:
         _check_places(model)
         self.anatomy = Anatomy(model)
+        _check_free(self.anatomy.decoder)
         _check_repeats(self.anatomy)
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(sites))
         self._targets = self._find_targets()
@@ -178,10 +179,8 @@ class Steering:
             begin, end = _uncompiled(self._begin), _uncompiled(self._end)
             decoder = self.anatomy.decoder
             hung = [
-                decoder.register_forward_pre_hook(  # a copy has the hook too, which is not for it
-                    lambda module, *given: begin(*given) if module is decoder else None, with_kwargs=True
-                ),
-                decoder.register_forward_hook(
+                decoder.register_forward_pre_hook(_Entrance(self, begin), with_kwargs=True),
+                decoder.register_forward_hook(  # a copy has the hook too, which is not for it
                     lambda module, *_: end() if module is decoder else None, always_call=True
                 ),
             ]
@@ -438,6 +437,31 @@ class Steering:
             self.detach()
         if bad:
             raise UnsupportedModel(f"{anatomy.architecture} cannot be steered: {'; '.join(bad)}")
+
+
+class _Entrance:
+    """The hook before the passes of a decoder, by which a model knows who steers it. A copy of the model has it
+    too, and is not steered."""
+
+    def __init__(self, steering: Steering, begin: Callable[[tuple[object, ...], dict[str, object]], None]) -> None:
+        self.steering, self._decoder, self._begin = steering, steering.anatomy.decoder, begin
+
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if module is self._decoder:
+            self._begin(args, kwargs)
+
+    def __deepcopy__(self, _memo: object) -> _Entrance:
+        return self
+
+
+def _check_free(decoder: nn.Module) -> None:
+    """Raise RuntimeError in a block of another steering, whose passes are not those of the model alone."""
+    others = (hook.steering for hook in decoder._forward_pre_hooks.values() if isinstance(hook, _Entrance))
+    if blocks := [block for other in others if other.anatomy.decoder is decoder for block in other.blocks]:
+        raise RuntimeError(
+            f"`with {blocks[-1]}:` of another steering is open on this model, which cannot be checked inside of it: "
+            "attach before it, or let it end first"
+        )
 
 
 @dataclass(eq=False, slots=True)

@@ -11,7 +11,7 @@ import json
 import logging
 import pydoc
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -178,7 +178,7 @@ def test_detaching_inside_a_block_is_refused(llama: Any, d: steer.Direction) -> 
     steering = steer.attach(llama, {"d": d})
     with steering("d"):
         steered = logits(llama)
-        with pytest.raises(RuntimeError, match="block of this steering is open"):
+        with pytest.raises(RuntimeError, match=r"`with steering\('d'\):` of this steering is open"):
             steering.detach()
         assert torch.equal(logits(llama), steered)
     steering.detach()
@@ -345,6 +345,43 @@ def test_hidden_states_are_those_that_blocks_hand_on(name: str) -> None:
         with again, again("d"):
             torch.testing.assert_close(states(), first)
         assert torch.equal(states(), plain)
+
+
+def test_attaching_inside_a_block_names_the_block(llama: Any, d: steer.Direction) -> None:
+    with steer.attach(llama, {"d": d}) as steering:
+        for block, says in (
+            (lambda: steering("off", "d"), r"`with steering\('off', 'd'\):` of another steering is open"),
+            (lambda: steering("d"), r"`with steering\('d'\):`"),
+            (lambda: steering.read("d"), r"`with steering.read\('d'\):`"),
+        ):
+            with cast(Any, block()):
+                with pytest.raises(RuntimeError, match=says):
+                    steer.attach(llama, {"d": d})
+                steer.attach(copy.deepcopy(llama), {"d": d}).detach()
+                logits(llama)
+
+
+def test_an_error_is_told_also_where_a_generator_holds_a_block(llama: Any, d: steer.Direction) -> None:
+    def blocks() -> Generator[None]:
+        with steering("d"):
+            logits(llama)
+            yield
+
+    steering = steer.attach(llama, {"d": d})
+    held = blocks()
+
+    def inside() -> None:
+        with steering:
+            next(held)
+            raise KeyError
+
+    with pytest.raises(KeyError) as caught:
+        inside()
+    assert "`with steering('d'):` of this steering is open, so that this steering stays" in caught.value.__notes__[0]
+    with pytest.raises(RuntimeError, match=r"`with steering\('d'\):` of this steering is open"):
+        steering.detach()
+    held.close()
+    steering.detach()
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------

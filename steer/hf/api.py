@@ -333,8 +333,10 @@ class Readings:
 
     `lines` names the k rows of directions in the arrays' last dimension, `layers` their layers, and `passes` has a
     `Reading` of each forward pass, `[rows, positions, …]`. `before`, `after` and `norms` are those of all passes one
-    after the other along the positions: after `generate` that is the prompt, with its padding, and each new token but
-    the last, which no pass has seen.
+    after the other along the positions, as the passes had them: after `generate` that is the prompt, with its padding,
+    and each new token but the last, which no pass has seen. Where a token has not one pass of its own the positions are
+    others: drafts of an assistant or of `prompt_lookup_num_tokens` are read also where they are not taken,
+    `guidance_scale` has a second pass for each token, and `generate_batch` packs its requests into one row.
     """
 
     def __init__(self, lines: Sequence[Line], layers: Sequence[int]) -> None:

@@ -244,6 +244,6 @@ def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     race = torch.empty_like(probs).exponential_()
     for i, sampler in enumerate(samplers):
         if sampler.generator is not None:
-            race[i] = torch.empty(probs.shape[-1]).exponential_(generator=sampler.generator)
+            race[i] = torch.empty(probs.shape[-1], dtype=torch.float32).exponential_(generator=sampler.generator)
     winner = (probs * kept / race).argmax(dim=-1, keepdim=True)
     return order.gather(1, winner).squeeze(1)

@@ -108,14 +108,14 @@ def _compare(engine: Engine, requests: Sequence[_Asked], answers: Sequence[Seque
     uncached_is_right = True
     for asked, answer in sorted(zip(requests, answers, strict=True), key=lambda pair: pair[0].steer is not None):
         ids = torch.tensor([token.id for token in answer])
-        got = torch.tensor([token.logprob for token in answer])
+        got = torch.tensor([token.logprob for token in answer], dtype=torch.float32)
         with engine.steering.batch([asked.steer]), torch.inference_mode():
             right = _of(internals.generated(engine.steering.anatomy.model, asked.prompt, ids.tolist()), ids)
         _agree(asked, got, right, "`generate`", allowed)
         if not uncached_is_right:
             continue
         scores = engine.score_alone([*asked.prompt, *ids.tolist()], asked.steer, 0)[len(asked.prompt) - 1 :]
-        uncached = torch.tensor([score.logprob for score in scores])
+        uncached = torch.tensor([score.logprob for score in scores], dtype=torch.float32)
         if asked.steer is None and float((uncached - right).abs().max()) > allowed:
             uncached_is_right = False
             log.warning("uncached passes of this model differ from `generate`: so do scores of a text from its answers")
@@ -143,7 +143,7 @@ def _vector(bank: DirectionBank) -> Iterator[RequestSteer]:
     generator, made = torch.Generator().manual_seed(1), RequestSteer.plain(bank.rank)
     with bank.borrowed() as row:
         for bank_slice in bank.slices.values():
-            vector = torch.randn(bank.d_model, generator=generator)
+            vector = torch.randn(bank.d_model, dtype=torch.float32, generator=generator)
             bank_slice.write(row, vector / vector.norm(), dict.fromkeys(MODES, ABLATE))
         made.slots[0], made.strengths[0] = slot(row, "ablate"), max(2.0, math.sqrt(bank.d_model) / 2)
         yield made

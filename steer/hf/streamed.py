@@ -64,7 +64,7 @@ class Streamed:
         made: dict[int, nn.Parameter] = {}
         self._tied: dict[int, list[str]] = defaultdict(list)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            nothing = torch.full((), torch.nan).expand(parameter.shape)
+            nothing = torch.full((), torch.nan, dtype=torch.float32).expand(parameter.shape)
             self._empty[name] = made.setdefault(id(parameter), nn.Parameter(nothing, requires_grad=False))
             self._tied[id(self._empty[name])].append(name)
         self._free(self._empty)

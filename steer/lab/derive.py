@@ -154,7 +154,9 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
         directions=rows.float().contiguous(),
         weights=weights,
         mlp_weights=mlp_weights,
-        reference=torch.zeros(rows.shape[:2]) if reference is None else reference.float().contiguous(),
+        reference=torch.zeros(rows.shape[:2], dtype=torch.float32)
+        if reference is None
+        else reference.float().contiguous(),
         mean_harmful=_whole(measurement.harmful.mean[at], facts.layers),
         mean_harmless=_whole(measurement.harmless.mean[at], facts.layers),
         mean_harmless_all=_whole(measurement.harmless.mean_all, facts.layers, d_model),
@@ -350,7 +352,11 @@ def _weights(recipe: Recipe, source: int | None, rows: Tensor) -> tuple[Tensor, 
     for name in ("weights", "mlp_weights"):
         if (given := getattr(recipe, name)) is not None and len(given) != layers:
             raise InvalidInput(f"{name}: {len(given)} numbers for a model of {layers} layers; accepted: {layers}")
-    weights = torch.ones(layers) if recipe.weights is None else torch.tensor(recipe.weights, dtype=torch.float32)
+    weights = (
+        torch.ones(layers, dtype=torch.float32)
+        if recipe.weights is None
+        else torch.tensor(recipe.weights, dtype=torch.float32)
+    )
     mlp_weights = None if recipe.mlp_weights is None else torch.tensor(recipe.mlp_weights, dtype=torch.float32)
     if recipe.mode == "add" and source is not None:
         weights[torch.arange(layers) != source] = 0
@@ -413,7 +419,7 @@ def _angles(measurement: Measurement, recipe: Recipe, rows: Tensor, axis: Tensor
     plane = torch.stack([axis, rows[:, 0]], 1)
     first, last = (_between(measurement, recipe, plane, share) for share in (0.0, 1.0))
     if first is None or last is None:
-        return torch.tensor([MAX_VALUE, 0.0]).repeat(len(axis), 1)
+        return torch.tensor([MAX_VALUE, 0.0], dtype=axis.dtype).repeat(len(axis), 1)
     harmless, harmful = (torch.atan2(end[:, 1], end[:, 0]) for end in (first, last))
     apart = torch.remainder(harmful - harmless + torch.pi, 2 * torch.pi) - torch.pi  # the shorter way round
     gate = harmless + (0.5 if recipe.threshold is None else recipe.threshold) * apart
@@ -457,5 +463,5 @@ def _parameters(
 def _whole(means: Tensor | None, layers: int, d_model: int | None = None) -> Tensor:
     """Means of the measured layers as the file has them: float32, zeros where nothing was measured."""
     if means is None:
-        return torch.zeros(layers, d_model or 0)
+        return torch.zeros(layers, d_model or 0, dtype=torch.float32)
     return nn.functional.pad(means.float(), (0, 0, 0, layers - len(means)))

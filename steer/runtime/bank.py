@@ -327,7 +327,7 @@ class DirectionBank:
         if found := self._combined.get(key):
             return found
         matrices = self._matrices(entries)
-        if torch.equal(matrices, torch.eye(self.rank).expand_as(matrices)):
+        if torch.equal(matrices, torch.eye(self.rank, dtype=matrices.dtype).expand_as(matrices)):
             return None
         return self._combined.setdefault(key, Combination(matrices, self.combinations))
 
@@ -337,7 +337,7 @@ class DirectionBank:
         together: dict[tuple[bool, ...], list[int]] = {}
         for i, point in enumerate(self.slices):
             together.setdefault(tuple(_acts(e) and _reaches(e, point) for e in entries), []).append(i)
-        out = torch.empty(len(self.slices), self.rank, self.rank)
+        out = torch.empty(len(self.slices), self.rank, self.rank, dtype=torch.float32)
         for acting, points in together.items():
             key = tuple((e.digest, e.mode, acts) for e, acts in zip(entries, acting, strict=True))
             if (known := self._known.get(key)) is None:
@@ -351,8 +351,8 @@ class DirectionBank:
 
     def _joined(self, entries: Sequence[Entry], acting: Sequence[bool]) -> Tensor:
         """M of each hook point where those of `entries` that are `acting` act at all layers."""
-        vectors = torch.zeros(len(self.slices), self.rank, self.d_model)
-        weights = torch.zeros(len(self.slices), self.rank)
+        vectors = torch.zeros(len(self.slices), self.rank, self.d_model, dtype=torch.float32)
+        weights = torch.zeros(len(self.slices), self.rank, dtype=torch.float32)
         at = 0
         for entry, acts in zip(entries, acting, strict=True):
             direction = self._resident[entry.digest].direction
@@ -419,7 +419,7 @@ def _vectors(direction: Direction, point: HookPoint, count: int) -> Tensor | Non
     if count == len(own):
         return own
     assert direction.axis is not None, "checked"
-    axis = torch.zeros(direction.d_model) if point.layer == EMBEDDING else direction.axis[point.layer]
+    axis = torch.zeros_like(direction.axis[0]) if point.layer == EMBEDDING else direction.axis[point.layer]
     return torch.cat([own, axis.unsqueeze(0)])
 
 

@@ -88,7 +88,9 @@ class Combinations:
     def _make(self, capacity: int) -> None:
         with lasting():
             for point in self._points:
-                point.joint = torch.empty(capacity + 1, self._rank, self._rank, device=self._device)
+                point.joint = torch.empty(
+                    capacity + 1, self._rank, self._rank, dtype=torch.float32, device=self._device
+                )
         self._held = np.zeros(capacity + 1, np.int64)
         self._used = np.zeros(capacity + 1, np.int64)
         self._step = 0

@@ -186,7 +186,7 @@ def coefficients(direction: Direction, mode: Mode, term: int = 0) -> Tensor:
     turn, which are of an angle and the same for both rows. Δ is 0 where no gate can be shifted. `term`: of which term
     of a block (`HookPoint`)."""
     weights = direction.weights_of(term)[:, None]
-    out = torch.zeros(direction.layers, direction.rows_in(mode), COEFFICIENTS)
+    out = torch.zeros(direction.layers, direction.rows_in(mode), COEFFICIENTS, dtype=torch.float32)
     out[..., [GATE, FLOOR]], out[..., WEIGHT] = -torch.inf, weights
     match mode:
         case "ablate":
@@ -222,7 +222,7 @@ def coefficients(direction: Direction, mode: Mode, term: int = 0) -> Tensor:
 
 def embedding_coefficients(direction: Direction, mode: Mode) -> Tensor:
     """The same for the stream before block 0: `[k, 6]`. No class means are known there, so only `ablate` acts."""
-    out = torch.zeros(direction.rows_in(mode), COEFFICIENTS)
+    out = torch.zeros(direction.rows_in(mode), COEFFICIENTS, dtype=torch.float32)
     out[..., [GATE, FLOOR]] = -torch.inf
     out[..., WEIGHT] = 1.0 if mode == "ablate" else 0.0
     return out

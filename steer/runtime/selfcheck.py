@@ -36,7 +36,7 @@ CASES: tuple[tuple[str, Mode, float], ...] = (
     ("a turn by half", "rotate", 0.5),
 )
 #: The coefficients of `ablate` at weight 1 (see `op`).
-ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0, -torch.inf, 0.0])
+ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0, -torch.inf, 0.0], dtype=torch.float32)
 #: How many standard deviations of the rounding of what is handed on may be off.
 ROUNDINGS = 16
 #: And a norm's output, of a stream that it has rounded afterwards, by its length.
@@ -210,11 +210,13 @@ class EagerCheck:
         generator = torch.Generator().manual_seed(0)
         for n, hooked in enumerate(self.hooked):
             if hooked.point.site == site and n in plain.raw:
-                v, axis = torch.linalg.qr(torch.randn(self.bank.d_model, 2, generator=generator).double())[0].T.float()
+                v, axis = torch.linalg.qr(
+                    torch.randn(self.bank.d_model, 2, dtype=torch.float32, generator=generator).double()
+                )[0].T.float()
                 whole = SITE_RULES[site].whole
                 size = float(plain.raw[n].norm(dim=-1).mean()) if whole else self._stream_size(plain, n)
                 gamma = 4 * max(size, 1e-3) / self.bank.d_model**0.5
-                adding = torch.tensor([0.0, -torch.inf, 0.0, gamma, -torch.inf, 0.0])
+                adding = torch.tensor([0.0, -torch.inf, 0.0, gamma, -torch.inf, 0.0], dtype=torch.float32)
                 self.bank.slices[hooked.point].write(ROW, v, dict.fromkeys(MODES, ABLATE) | {"add": adding})
                 if self.bank.rows > 1:
                     self.bank.slices[hooked.point].write(AXIS, axis, {})

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import steer
 from steer.errors import DirectionError, InvalidInput, NoRoom, NotFinite, SpecError, UnknownDirection, UnsupportedModel
 from steer.hf.steering import Anatomy, Steering
+from steer.names import MODES
 from steer.runtime.hook_points import on_output
 from tests import models
 from tests.oracle import ablated
@@ -949,6 +950,28 @@ def test_wrong_options_come_together(llama: Any) -> None:
     with pytest.raises(InvalidInput) as caught:
         steer.attach(llama, {}, sites="writers", rows=0, rank=1.5)  # type: ignore[arg-type]
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["sites", "rows", "rank"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_default_dtype_of_the_process_changes_nothing(llama: Any, dtype: torch.dtype) -> None:
+    files = {"d": models.direction(llama, seed=1, plane=True), "e": models.direction(llama, seed=2, plane=True)}
+
+    def steered() -> list[Tensor]:
+        with steer.attach(llama, files) as steering:
+            found = []
+            for spec in (*(f"d:{mode}" for mode in MODES), "d,e", "d:clamp,e:add=0.1", "d:one_sided^0.3"):
+                with steering(spec):
+                    found.append(logits(llama))
+        return found
+
+    expected = steered()
+    torch.set_default_dtype(dtype)
+    try:
+        got = steered()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for x, y in zip(got, expected, strict=True):
+        assert torch.equal(x, y)
 
 
 # -- the read-out ----------------------------------------------------------------------------------------------------

@@ -64,6 +64,21 @@ def test_the_same_inputs_make_the_same_bytes_where_the_time_is_given(
             derive(measured, recipe("slerp", "all", 0.5))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("method", list(METHODS))
+def test_the_default_dtype_of_the_process_changes_nothing(
+    measured: Measurement, method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    recipes = [recipe(method, layer, bootstrap=2, target=0.2) for layer in ("all", 1)] + [recipe(method, 1, mode="add")]
+    expected = [derive(measured, each).to_bytes() for each in recipes]
+    torch.set_default_dtype(dtype)
+    try:
+        assert [derive(measured, each).to_bytes() for each in recipes] == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_one_direction_for_the_writers_serves_the_embedding_too(measured: Measurement) -> None:
     direction = derive(measured, recipe(layer=1, sites=("writers",)))
     assert direction.meta.sites == ("writers",)

@@ -150,8 +150,9 @@ class Logistic(Method):
         if not scale > 0:
             raise DegenerateError("all prompts of both classes have the same activation")
         basis, z = _in_span(x / scale)
-        y = torch.cat([torch.ones(len(harmful)), -torch.ones(len(harmless))]).double()
-        share = torch.where(y > 0, 0.5 / len(harmful), 0.5 / len(harmless))
+        counts = torch.tensor([len(harmful), len(harmless)])
+        y = torch.tensor([1.0, -1.0], dtype=x.dtype).repeat_interleave(counts)
+        share = (0.5 / counts.double()).float().repeat_interleave(counts)
         weights = fit_weights(z, y, share, self.ridge)
         return towards_harmful(unit(weights @ basis).unsqueeze(0), contrast)
 

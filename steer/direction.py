@@ -46,7 +46,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from steer._version import TOOL, made_at
-from steer.errors import DirectionError, problems_of
+from steer.errors import DirectionError, brief, problems_of
 from steer.geometry import angle
 from steer.names import MAX_STRENGTH, MODES, TURNING, Mode, Site, acts_on_terms, site_problem
 
@@ -190,7 +190,7 @@ class LayerProfile(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Direction:
-    """A direction in memory. `problems` lists what is wrong with it; `checked` raises them."""
+    """A direction in memory. `problems` lists what is wrong with it, and `to_bytes` raises that."""
 
     meta: DirectionMeta
     directions: Tensor
@@ -236,6 +236,11 @@ class Direction:
         found = (apart | ~self.directions.any(-1)).all(1) if each else apart.any(1)
         return bool(found[steered].all())
 
+    def acts_in(self, mode: Mode) -> Tensor:
+        """`[layers]` bool: where it can change anything in `mode`. `add` adds the difference of the class means."""
+        acts = self.directions.flatten(1).any(1) & (self.weight_sizes != 0)
+        return acts & (self.mean_harmful != self.mean_harmless).any(-1) if mode == "add" else acts
+
     def weights_of(self, term: int) -> Tensor:
         """`[layers]`: of what a block writes first (0, attention) or second (1, its MLP)."""
         return self.mlp_weights if term and self.mlp_weights is not None else self.weights
@@ -261,6 +266,14 @@ class Direction:
         """Every rule that the tensors break, each naming its tensor. Shapes come first: values of a tensor of the
         wrong shape are not looked at."""
         found: list[str] = []
+        for name in (*_shapes(1, 1, 1), *OPTIONAL):
+            tensor = getattr(self, name)
+            if not _dense(tensor) and not (tensor is None and name in OPTIONAL):
+                found.append(f"tensor '{name}' is {_kind(tensor)}, it must be a dense tensor of float32")
+        if not isinstance(self.meta, DirectionMeta):
+            found.append(f"metadata: {_kind(self.meta)} is not accepted: a DirectionMeta")
+        if found:
+            return found  # nothing else can be looked at
         tensors = self.tensors()
         k = self.directions.shape[1] if self.directions.ndim == 3 else 1
         shapes = _shapes(self.meta.layers, max(1, k), self.meta.d_model)
@@ -292,6 +305,8 @@ class Direction:
                 found += _axis_problems(tensor, self.directions[:, 0])
             elif name == "angles" and (tensor[:, 1] > tensor[:, 0]).any():
                 found.append("tensor 'angles': the second is above the first somewhere, so an angle would grow there")
+        if not found:
+            found += self._idle_problems()
         found += self._plane_problems()
         if self.mlp_weights is not None and not acts_on_terms(self.meta.sites):
             found.append(
@@ -306,6 +321,14 @@ class Direction:
         if (condition := self.meta.condition) is not None and condition.layer >= self.meta.layers - 1:
             found.append(f"metadata: condition: no layer comes after {condition.layer}: this has {self.meta.layers}")
         return found
+
+    def _idle_problems(self) -> list[str]:
+        """Why it would do nothing, of tensors that are all right."""
+        if not self.acts_in("ablate").any() and self.embedding is None:
+            return ["the weights are zero at every layer with rows, so nothing would be steered"]
+        if self.meta.mode == "add" and not self.acts_in("add").any():
+            return ["metadata: the mode 'add' adds the difference of the class means, which is zero wherever it acts"]
+        return []
 
     def _plane_problems(self) -> list[str]:
         """Where metadata and tensors do not agree on whether there is a plane."""
@@ -323,8 +346,11 @@ class Direction:
         return found
 
     def with_meta(self, **changes: Any) -> Direction:
-        """The same tensors with other metadata, checked again."""
-        return replace(self, meta=DirectionMeta.model_validate(self.meta.model_dump() | changes))
+        """The same tensors with other metadata, checked again. Raises DirectionError."""
+        try:
+            return replace(self, meta=DirectionMeta.model_validate(self.meta.model_dump() | changes))
+        except ValidationError as error:
+            raise DirectionError(f"metadata: {problem}" for problem in problems_of(error, "steer")) from error
 
     def profile(self) -> list[LayerProfile]:
         rows: list[LayerProfile] = []
@@ -353,13 +379,13 @@ class Direction:
         return rows
 
     def to_bytes(self) -> bytes:
-        if problems := self.problems():
+        """The file, which `from_bytes` reads. Raises DirectionError with every problem."""
+        problems = self.problems()
+        told = _told(self.meta, problems) if isinstance(self.meta, DirectionMeta) else ""
+        if problems:
             raise DirectionError(problems)
-        tensors = {name: t.contiguous() for name, t in self.tensors().items()}
-        # what is not used is left out, so that older versions read the file
-        optional = ("template", "response_prefix", "calibrated", "condition")
-        unused = {name for name in optional if not getattr(self.meta, name)}
-        told = self.meta.model_dump_json(exclude=unused)
+        # copies, since two of them may share memory
+        tensors = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in self.tensors().items()}
         return sorted_metadata(safetensors.torch.save(tensors, {"format": "pt", "steer": told}))
 
     @classmethod
@@ -425,6 +451,7 @@ def _family(architecture: str) -> str:
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
     """A file's bytes, not more than MAX_BYTES. Raises DirectionError, also where the file cannot be read."""
+    _check_path(path)
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -450,8 +477,14 @@ def holds_model(names: Iterable[str]) -> bool:
     return any(name.endswith(".weight") for name in names)
 
 
+def _check_path(path: object) -> None:
+    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
+        raise DirectionError(f"{brief(path)} is not accepted: the path of a direction file, as a text or a Path")
+
+
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` so that a reader sees the old file or the new one, never a part."""
+    _check_path(path)
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
@@ -473,6 +506,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _dense(tensor: object) -> bool:
+    """Are its values there, one behind the other?"""
+    return isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
+
+
+def _kind(value: object) -> str:
+    """What it is, where it is no tensor whose values can be looked at."""
+    if isinstance(value, Tensor):
+        return f"on the device '{value.device}', {str(value.layout).removeprefix('torch.')}"
+    return f"of the type {type(value).__module__}.{type(value).__name__}"
 
 
 def _quoted(names: list[str]) -> str:
@@ -544,20 +589,58 @@ def _read_tensors(data: bytes, problems: list[str]) -> dict[str, Tensor] | None:
 def _read_meta(data: bytes, problems: list[str]) -> DirectionMeta | None:
     """The `steer` metadata of bytes that safetensors has already accepted (its API gives metadata of paths only)."""
     length = int.from_bytes(data[:8], "little")
-    found = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    try:
+        found = json.loads(data[8 : 8 + length], object_pairs_hook=_once).get("__metadata__") or {}
+    except ValueError as error:
+        problems.append(f"metadata: {error}")
+        return None
     if MEASUREMENT_KEY in found:
         raise DirectionError("this is a measurement: `steer derive` makes a direction from it")
     text = found.get("steer")
     if text is None:
         problems.append("the metadata key 'steer' is missing, so this is not a Steer direction")
         return None
+    return _parsed(text, problems)
+
+
+def _parsed(text: str, problems: list[str]) -> DirectionMeta | None:
     try:
-        meta = DirectionMeta.model_validate_json(text)
-        # pydantic reads NaN, and in its JSON it would be null: a file that says another thing than what is told of it
-        json.dumps(meta.model_dump(), allow_nan=False, default=str)
+        meta = DirectionMeta.model_validate_json(text, strict=True)
+        _check_numbers(meta)
+        json.loads(text, object_pairs_hook=_once)
         return meta
     except ValidationError as error:
         problems += [f"metadata: {problem}" for problem in problems_of(error, "steer")]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problems.append(f"metadata: not JSON: {error}")
     return None
+
+
+def _told(meta: DirectionMeta, problems: list[str]) -> str:
+    """The metadata as JSON, which is looked at as whoever reads it will."""
+    # what is not used is left out, so that older versions read the file
+    optional = ("template", "response_prefix", "calibrated", "condition")
+    unused = {name for name in optional if not getattr(meta, name)}
+    try:
+        _check_numbers(meta)
+        text = meta.model_dump_json(exclude=unused, warnings="error")
+    except (ValueError, RecursionError) as error:
+        problems.append(f"metadata: cannot be written as JSON: {error}")
+        return ""
+    _parsed(text, problems)
+    return text
+
+
+def _check_numbers(meta: DirectionMeta) -> None:
+    """Raise ValueError for NaN and ∞. pydantic reads them and would write null: a file would say another thing than
+    what is told of it."""
+    json.dumps(meta.model_dump(warnings=False), allow_nan=False, default=str)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError where a key stands twice: readers differ in which they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {brief(next(key for key in keys if keys.count(key) > 1))} stands twice")
+    return found

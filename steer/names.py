@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from typing_extensions import TypedDict
 
-from steer.errors import DirectionError
+from steer.errors import DirectionError, brief
 
 Mode = Literal["ablate", "add", "affine", "clamp", "one_sided", "rotate", "rotate_one_sided"]
 Site = Literal["resid_post", "writers"]
@@ -113,10 +113,10 @@ def check_name(name: str) -> str:
 
     Raises DirectionError otherwise.
     """
-    if not _NAME.fullmatch(name) or name.lower() in _RESERVED:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in _RESERVED:
         raise DirectionError(
-            f"direction name {name[:80]!r} is not acceptable: 1 to 64 letters, digits, '.', '_' or '-', beginning with "
-            f"a letter or digit, and none of {', '.join(sorted(_RESERVED))}",
+            f"direction name {brief(name)} is not acceptable: 1 to 64 letters, digits, '.', '_' or '-', beginning "
+            f"with a letter or digit, and none of {', '.join(sorted(_RESERVED))}",
             param="name",
         )
     return name

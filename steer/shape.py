@@ -110,8 +110,7 @@ class Shape:
                 f"{entry.layers}",
                 param="steer.layers",
             )
-        acts = direction.directions.flatten(1).any(1) & (direction.weight_sizes != 0)
-        if not acts[first : last + 1].any():
+        if not direction.acts_in(entry.mode)[first : last + 1].any():
             raise SpecError(
                 f"direction '{entry.direction}' does nothing at the layers {entry.layers}", param="steer.layers"
             )
@@ -122,10 +121,11 @@ def check_mode(direction: Direction, mode: Mode, name: str) -> None:
     if not all(mode in SITE_RULES[site].modes for site in direction.meta.sites):
         raise SpecError(f"direction '{name}': {site_problem(direction.meta.sites, mode)}", param="steer.mode")
     modes = direction.meta.modes
-    if mode == "clamp" and not direction.contrasted(each=True):
+    apart = direction.contrasted(each=True) if mode == "clamp" else direction.acts_in(mode).any()
+    if mode in ("add", "clamp") and not apart:
         modes = tuple(other for other in modes if other != mode)
     if mode not in modes:
-        lacks = "means"
+        lacks = "class means that differ"
         if mode in TURNING:
             lacks = "plane (of one row, at the site 'resid_post', as `steer derive` writes it)"
         raise SpecError(

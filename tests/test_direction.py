@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from torch import Tensor
 
+import steer
 from steer import direction as module
 from steer.direction import Direction, DirectionMeta, check_fits, digest, read_file, write_file
 from steer.errors import DirectionError
@@ -367,8 +370,100 @@ def test_what_would_not_be_read_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(DirectionError, match="not unit vectors"):
         replace(GOOD, directions=2 * ROWS).save(path)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValidationError):
-        GOOD.with_meta(mode="remove")
+    for changes, says in (
+        ({"mode": "remove"}, "metadata: mode: 'remove' is not accepted"),
+        ({"strength": "x"}, "metadata: strength: 'x' is not accepted: a number"),
+        ({"foo": 1}, "metadata: foo: unknown field"),
+    ):
+        with pytest.raises(DirectionError, match=says):
+            GOOD.with_meta(**cast(Any, changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"weights": None}, "tensor 'weights' is of the type builtins.NoneType, it must be a dense tensor of float32"),
+        ({"weights": GOOD.weights.numpy()}, "tensor 'weights' is of the type numpy.ndarray, it must be a dense tensor"),
+        ({"axis": [1.0]}, "tensor 'axis' is of the type builtins.list"),
+        ({"weights": GOOD.weights.to_sparse()}, "tensor 'weights' is on the device 'cpu', sparse_coo"),
+        ({"weights": GOOD.weights.to("meta")}, "tensor 'weights' is on the device 'meta'"),
+        ({"meta": None}, "metadata: of the type builtins.NoneType is not accepted: a DirectionMeta"),
+        ({"meta": {"selection": {"a": math.nan}}}, "metadata: cannot be written as JSON"),
+        ({"meta": {"selection": {"a": object()}}}, "metadata: cannot be written as JSON"),
+        ({"meta": {"selection": {"a": np.float32(1)}}}, "metadata: cannot be written as JSON"),
+        ({"meta": {"parameters": {"a": math.inf}}}, "metadata: cannot be written as JSON"),
+        ({"meta": {"strength": "x"}}, "metadata: cannot be written as JSON"),
+        ({"meta": {"strength": 99.0}}, "metadata: strength: 99.0 is not accepted"),
+        ({"weights": torch.zeros(models.LAYERS), "embedding": None}, "the weights are zero at every layer with rows"),
+        (
+            {"mean_harmful": GOOD.mean_harmless, "meta": {"mode": "add"}},
+            "metadata: the mode 'add' adds the difference of the class means, which is zero wherever it acts",
+        ),
+    ],
+)
+def test_a_direction_that_no_file_can_hold_is_told_and_not_written(change: dict[str, Any], says: str) -> None:
+    if isinstance(change.get("meta"), dict):
+        change = change | {"meta": GOOD.meta.model_copy(update=change["meta"])}
+    with pytest.raises(DirectionError, match=re.escape(says)):
+        replace(GOOD, **change).to_bytes()
+
+
+def test_tensors_are_written_whatever_else_holds_their_memory() -> None:
+    both = torch.randn(2 * models.LAYERS, models.D_MODEL)
+    parts: dict[str, Any] = {"mean_harmful": both[: models.LAYERS], "mean_harmless": both[: models.LAYERS]}
+    parts |= {"mean_harmless_all": both[models.LAYERS :], "weights": torch.ones(()).expand(models.LAYERS)}
+    made = replace(GOOD, **parts, directions=ROWS.clone().requires_grad_())
+    assert same(Direction.from_bytes(made.to_bytes()), made)
+    turned = replace(GOOD, mean_harmful=GOOD.mean_harmful.T.contiguous().T)
+    assert turned.to_bytes() == GOOD.to_bytes()
+
+
+def test_a_key_that_stands_twice_is_refused() -> None:
+    """Readers differ in which they take."""
+    text = meta_of()
+    for twice in (
+        text[:-1] + ', "strength": -3.0}',
+        text[:-1] + ', "selection": {"a": 1, "a": 2}}',
+        text[:-1] + ', "method": "random"}',
+    ):
+        (problem,) = problems_of(file_of(GOOD.tensors(), twice))
+        assert "stands twice" in problem
+    header, body = parts()
+    told = json.dumps(header["__metadata__"])
+    whole = json.dumps(header).replace(told, told[:-1] + ', "steer": "{}"}')
+    assert "stands twice" in "; ".join(problems_of(safetensors_file(whole, body)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("strength", True),
+        ("strength", "1"),
+        ("layers", "3"),
+        ("layers", 3.0),
+        ("d_model", "64"),
+        ("created", 5),
+        ("modes", "ablate"),
+        ("bos_count", "1"),
+        ("parameters", {"t": True}),
+    ],
+)
+def test_metadata_of_another_type_is_refused(field: str, value: Any) -> None:
+    said = problems_of(file_of(GOOD.tensors(), meta_of(**{field: value})))
+    assert f"metadata: {field}" in said[0]
+
+
+def test_the_files_of_the_repository_are_read(tmp_path: Path) -> None:
+    for path in sorted((Path(steer.__file__).parents[1] / "directions").glob("*.safetensors")):
+        made = Direction.load(path)
+        assert same(Direction.from_bytes(made.to_bytes()), made)
+
+
+@pytest.mark.parametrize("path", [None, ["a.safetensors"], "a\0b", b"a.safetensors", 0, True])
+def test_what_is_no_path_is_told(path: Any) -> None:
+    for use in (Direction.load, GOOD.save):
+        with pytest.raises(DirectionError, match="is not accepted: the path of a direction file"):
+            use(path)
 
 
 @pytest.mark.parametrize("failing", ["replace", "fsync"])

@@ -69,6 +69,21 @@ def test_a_local_placement_passes_everything_to_its_table() -> None:
     assert bank.rows_in_use == 0
 
 
+def test_what_would_add_nothing_is_refused() -> None:
+    served = Shape("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 2)
+    made = models.direction(models.tiny("llama"))
+    means = made.mean_harmful.clone()
+    means[1] = made.mean_harmless[1]
+    served.check_entry(made, Entry("d", "a", "add", 1.0))
+    one = replace(made, mean_harmful=means)
+    served.check_entry(one, Entry("d", "a", "add", 1.0, "0-1"))
+    with pytest.raises(SpecError, match="does nothing at the layers 1"):
+        served.check_entry(one, Entry("d", "a", "add", 1.0, "1"))
+    served.check_entry(one, Entry("d", "a", "ablate", 1.0, "1"))
+    with pytest.raises(SpecError, match="holds no class means that differ for the mode 'add'; its modes: ablate, aff"):
+        served.check_entry(replace(made, mean_harmful=made.mean_harmless), Entry("d", "a", "add", 1.0))
+
+
 def test_a_threshold_is_shifted_where_there_is_one_and_the_distance_is_known() -> None:
     served = Shape("LlamaForCausalLM", 3, models.D_MODEL, frozenset({"resid_post"}), 2)
     made = models.direction(models.tiny("llama"), plane=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -11,14 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from steer.direction import MAX_VALUE, Direction, DirectionMeta
-from steer.errors import DegenerateError, InvalidInput
+from steer.errors import DegenerateError, InvalidInput, brief
 from steer.geometry import MIN_ANGLE, angle, orthogonal_part, orthonormalise
 from steer.lab.measurement import Contrast, Measurement, Sample, principal, towards_harmful
+from steer.lab.methods import METHODS
 from steer.lab.methods.base import Method
 from steer.lab.methods.means import Slerp
-from steer.names import MAX_STRENGTH, MODES, TURNING, Mode, Site, acts_on_terms
+from steer.names import MAX_STRENGTH, MODES, SITES, TURNING, Mode, Site, acts_on_terms
 
 log = logging.getLogger("steer")
+#: What a layer may be that is no number.
+LAYERS = ("auto", "widest", "all")
 #: The least part of the difference of means within the rows' span that a row must have to have a side.
 LEAST_SHARE = 0.2
 
@@ -53,25 +57,64 @@ class Recipe:
     mlp_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        problems = []
+        wrong = self._of_other_types()
+        problems = [f"{name}: {brief(getattr(self, name))} is not accepted: {what}" for name, what in wrong.items()]
+
+        def given(*names: str) -> bool:
+            return all(getattr(self, name) is not None and name not in wrong for name in names)
+
         for name in ("winsorize", "sparsify"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                problems.append(f"{name} must be above 0 and at most 1, got {value}")
-        for name in ("threshold", "target"):
-            value = getattr(self, name)
-            if value is not None and not abs(value) <= MAX_STRENGTH:
-                problems.append(f"{name} must be a number within ±{MAX_STRENGTH:g}, got {value:g}")
-        if self.target is not None and self.target > (0.5 if self.threshold is None else self.threshold):
+            if given(name) and not 0 < getattr(self, name) <= 1:
+                problems.append(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
+        for name in ("threshold", "target", "strength"):
+            if given(name) and not abs(getattr(self, name)) <= MAX_STRENGTH:
+                problems.append(f"{name} must be a number within ±{MAX_STRENGTH:g}, got {getattr(self, name):g}")
+        threshold = self.threshold if given("threshold") else 0.5
+        if given("target") and self.target is not None and threshold is not None and self.target > threshold:
             problems.append(f"target must not be above the threshold, got {self.target:g}")
-        if self.mlp_weights is not None and not acts_on_terms(self.sites):
+        if given("mlp_weights", "sites") and not acts_on_terms(self.sites):
             problems.append(f"mlp_weights needs the site 'writers', got {', '.join(self.sites)}")
-        if not 0 <= self.seed < 2**63:
+        if given("seed") and not 0 <= self.seed < 2**63:
             problems.append(f"seed must be from 0 to 2^63 − 1, got {self.seed}")
-        if self.bootstrap < 0 or self.bootstrap == 1:
+        if given("bootstrap") and (self.bootstrap < 0 or self.bootstrap == 1):
             problems.append(f"bootstrap must be 0, or at least 2 resamples, got {self.bootstrap}")
         if problems:
             raise InvalidInput(problems)
+
+    def _of_other_types(self) -> dict[str, str]:
+        """The fields whose values are of another type than theirs, each with what is accepted."""
+        wrong = {}
+        if not isinstance(self.method, Method):
+            wrong["method"] = f"a method, which make_method makes of one of the names {', '.join(METHODS)}"
+        if type(self.layer) is not int and not _among(self.layer, LAYERS):
+            wrong["layer"] = f"a whole number, or one of {', '.join(map(repr, LAYERS))}"
+        for name in ("position", "bootstrap", "seed"):
+            value = getattr(self, name)
+            if type(value) is not int and not (value is None and name == "position"):
+                wrong[name] = "a whole number"
+        for name in ("winsorize", "sparsify", "strength", "threshold", "target"):
+            value = getattr(self, name)
+            if not _is_number(value) and not (value is None and name != "strength"):
+                wrong[name] = "a number"
+        for name in ("weights", "mlp_weights"):
+            value = getattr(self, name)
+            if value is not None and not (
+                isinstance(value, tuple) and all(_is_number(each) and math.isfinite(each) for each in value)
+            ):
+                wrong[name] = "a tuple of finite numbers, one for each layer of the model"
+        if not _among(self.mode, MODES):
+            wrong["mode"] = f"one of {', '.join(map(repr, MODES))}"
+        if not isinstance(self.sites, tuple) or not self.sites or not all(_among(site, SITES) for site in self.sites):
+            wrong["sites"] = f"a tuple of some of {', '.join(map(repr, SITES))}"
+        return wrong
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _among(value: object, words: Sequence[str]) -> bool:
+    return isinstance(value, str) and value in words
 
 
 @dataclass(frozen=True, slots=True)

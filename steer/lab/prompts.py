@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
-from steer.errors import InvalidInput, imported
+from steer.errors import InvalidInput, brief, imported
 from steer.lab.lines import each, from_json, json_lines
 from steer.tokenization import Chat
 
@@ -118,6 +118,10 @@ class PromptSet:
     #: Where each stands in the file, also after some were drawn: a message says that in place of a text, which may be
     #: harmful and would get into terminals and logs. Without it, where it stands in `prompts`.
     places: Mapping[Prompt, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompts, tuple) or not all(isinstance(one, str | Conversation) for one in self.prompts):
+            raise InvalidInput(f"prompts: {brief(self.prompts)} is not accepted: a tuple of texts and Conversations")
 
     def __len__(self) -> int:
         return len(self.prompts)

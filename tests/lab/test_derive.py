@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -243,6 +245,44 @@ def test_bad_recipes_are_refused(measured: Measurement) -> None:
         derive(measured, recipe(layer="auto"))
     with pytest.raises(InvalidInput, match="layers 0 to 2"):
         derive(measured, recipe(layer=7))
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "says"),
+    [
+        ("method", ["slerp", None], "a method, which make_method makes of one of the names slerp"),
+        ("layer", [True, 3.0, "3", None, np.arange(2), "Widest"], "a whole number, or one of 'auto', 'widest', 'all'"),
+        ("position", ["-1", True, -1.0], "a whole number"),
+        ("winsorize", ["0.9", True], "a number"),
+        ("sparsify", ["0.9", True], "a number"),
+        ("bootstrap", [2.5, True, "3"], "a whole number"),
+        ("seed", [1.5, True, None], "a whole number"),
+        ("mode", ["ablat", None, ["ablate"]], "one of 'ablate', 'add'"),
+        ("strength", ["1", True, None], "a number"),
+        ("sites", ["writers", (), ("foo",), [["writers"]], None], "a tuple of some of 'resid_post', 'writers'"),
+        ("threshold", ["0.5", True], "a number"),
+        ("target", ["0.5", False], "a number"),
+        ("weights", [1.0, "111", (True, 1.0), ("1",), (math.nan,), torch.ones(3)], "a tuple of finite numbers"),
+        ("mlp_weights", [1.0, (math.inf,)], "a tuple of finite numbers"),
+    ],
+)
+def test_a_recipe_names_what_is_of_another_type(field: str, values: list[Any], says: str) -> None:
+    for value in values:
+        with pytest.raises(InvalidInput, match=f"^{field}: .* is not accepted: {re.escape(says)}"):
+            Recipe(**{field: value})
+
+
+def test_all_that_is_wrong_with_a_recipe_is_told_at_once() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        Recipe(**cast(Any, dict(layer="3", position="-1", strength=99.0, winsorize=2, target=0.7, seed=-1)))
+    assert [problem.split(":")[0].split()[0] for problem in caught.value.problems] == [
+        "layer",
+        "position",
+        "winsorize",
+        "strength",
+        "target",
+        "seed",
+    ]
 
 
 def test_add_acts_at_the_source_layer_alone(measured: Measurement) -> None:

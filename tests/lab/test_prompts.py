@@ -447,3 +447,10 @@ def test_the_named_sets_are_pairs_that_can_be_read() -> None:
     for name, sets in NAMED_SETS.items():
         for source in sets:
             assert source.startswith("https://") or re.fullmatch(r"hub:[\w-]+/[\w-]+:\w+:\w+", source), (name, source)
+
+
+@pytest.mark.parametrize("prompts", ["How do I", ["a", "b"], ({"role": "user"},), (1, 2), None, iter("ab")])
+def test_a_set_is_of_whole_prompts(prompts: Any) -> None:
+    """A text has letters, which are no prompts."""
+    with pytest.raises(InvalidInput, match=r"prompts: .* is not accepted: a tuple of texts and Conversations"):
+        PromptSet("name", "0" * 64, prompts)

@@ -127,10 +127,14 @@ def problem_text(item: ErrorDetails) -> str:
     return f"{brief(item.get('input'))} is not accepted{what and f': {what}'}"
 
 
-def field_path(place: Iterable[int | str]) -> list[str]:
-    """The path of a field. Pydantic's also says which function and which of several types it was at."""
-    parts = [str(part)[:100] for part in place if not str(part).startswith("function-")]
-    return list(itertools.takewhile(lambda part: not _names_a_type(part), parts))
+def field_path(place: Iterable[int | str], unknown: bool = False) -> list[str]:
+    """The path of a field. Pydantic's also says which function and which of several types it was at. Of an `unknown`
+    field the last is its own name, however that looks."""
+    parts = [str(part)[:100] for part in place]
+    own = parts[-1:] if unknown else []
+    parts = [part for part in parts[: len(parts) - len(own)] if not part.startswith("function-")]
+    path = list(itertools.takewhile(lambda part: not _names_a_type(part), parts))
+    return path + own if len(path) == len(parts) else path
 
 
 def _names_a_type(part: str) -> bool:
@@ -142,7 +146,8 @@ def problems_by_field(items: Iterable[ErrorDetails], whole: str) -> dict[str, st
     `whole`. Of a field with several types, what each of them accepts."""
     found: dict[str, list[ErrorDetails]] = {}
     for item in items:
-        found.setdefault(".".join(field_path(item["loc"])) or whole, []).append(item)
+        path = field_path(item["loc"], item["type"] == "extra_forbidden")
+        found.setdefault(".".join(path) or whole, []).append(item)
     problems = {}
     for field, (first, *others) in found.items():
         also = dict.fromkeys(accepted(item["type"], item.get("ctx", {})) for item in others)

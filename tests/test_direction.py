@@ -374,6 +374,9 @@ def test_what_would_not_be_read_is_not_written(tmp_path: Path) -> None:
         ({"mode": "remove"}, "metadata: mode: 'remove' is not accepted"),
         ({"strength": "x"}, "metadata: strength: 'x' is not accepted: a number"),
         ({"foo": 1}, "metadata: foo: unknown field"),
+        ({"Mode": 1}, "metadata: Mode: unknown field"),
+        ({"str": 1}, "metadata: str: unknown field"),
+        ({"function-a": 1}, "metadata: function-a: unknown field"),
     ):
         with pytest.raises(DirectionError, match=says):
             GOOD.with_meta(**cast(Any, changes))

@@ -384,6 +384,9 @@ def test_names_and_parameters_are_checked() -> None:
         make_method("magic")
     with pytest.raises(InvalidInput, match=r"'slerp': parameter u.*its parameters: t"):
         make_method("slerp", {"u": 1})
+    for unknown in ("T", "float", "constrained-t"):  # as pydantic calls types
+        with pytest.raises(InvalidInput, match=f"'slerp': parameter {unknown}: unknown field; its parameters: t"):
+            make_method("slerp", {unknown: 1})
     with pytest.raises(InvalidInput, match="parameter t:"):
         make_method("slerp", {"t": "nan"})
     with pytest.raises(InvalidInput, match="parameter shrinkage:"):

@@ -31,6 +31,7 @@ def new_key(
     policy: Annotated[Path | None, "add the key to this policy file; it is created if it does not exist"] = None,
     direction: Annotated[list[str] | None, "a direction that the key may use, '*' for all; repeatable"] = None,
     readout: Annotated[bool, "the key may use steer_readout; the playground colours tokens with it"] = False,
+    metrics: Annotated[bool, "the key may read /metrics, as Prometheus does"] = False,
     manage: Annotated[bool, "the key may manage directions and the kill switch"] = False,
 ) -> None:
     """Make an API key. Its secret is printed once and stored nowhere."""
@@ -43,7 +44,7 @@ def new_key(
     head = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
     block = f"[keys.{head}]\nhash = {json.dumps(secrets.stored(secret))}\n"
     block += f"directions = {json.dumps(direction or [])}\n" + ("readout = true\n" if readout else "")
-    block += "manage = true\n" if manage else ""
+    block += ("metrics = true\n" if metrics else "") + ("manage = true\n" if manage else "")
     read(block.encode(), "the new key")
     if policy is None:
         typer.echo(f"# for the policy file\n{block}", err=True)
@@ -80,10 +81,11 @@ def list_keys(policy: _Policy, as_json: Annotated[bool, typer.Option("--json", h
             "at once": rules.requests_at_once,
         }
         limit = rules.max_strength
+        rights = (rules.steer and rules.directions, rules.readout, rules.metrics or rules.manage, rules.manage)
         rows.append(
             (
                 name,
-                *("yes" if may else "no" for may in (rules.steer and rules.directions, rules.readout, rules.manage)),
+                *("yes" if may else "no" for may in rights),
                 ", ".join(rules.directions) or "–",
                 limit if isinstance(limit, str) else f"{limit:g}",
                 ", ".join(f"{rate:g} {what}" for what, rate in rates.items() if rate is not None) or "–",
@@ -91,7 +93,7 @@ def list_keys(policy: _Policy, as_json: Annotated[bool, typer.Option("--json", h
                 text(rules.required) if rules.required else "–",
             )
         )
-    head = ("key", "steer", "read", "manage", "directions", "up to", "limits", "default", "required")
+    head = ("key", "steer", "read", "metrics", "manage", "directions", "up to", "limits", "default", "required")
     typer.echo(shown(head, rows))
 
 

@@ -297,5 +297,6 @@ def serve(model: str, settings: ServeSettings) -> None:
         )
         _Server(config).run()
     finally:
+        gc.unfreeze()  # or libraries tell at the end what they think is lost
         served.engine.stop()
         served.control.stop()

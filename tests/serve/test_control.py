@@ -1012,6 +1012,9 @@ def test_the_command_that_makes_keys(tmp_path: Path) -> None:
     assert (found.policy.keys["alice"].directions, found.policy.keys["bob.b"].manage) == (("refusal",), True)
     assert "there is a key 'alice'" in run("new", "alice", "--policy", str(path), code=2).stderr
     assert "is not a key's name" in run("new", "a b", code=2).stderr
+    run("new", "prometheus", "--policy", str(path), "--metrics")
+    watching = read(path.read_bytes()).policy.keys["prometheus"]
+    assert (watching.metrics, watching.manage, watching.directions) == (True, False, ())
     shown = run("new", "carol").stderr
     assert "[keys.carol]\nhash = " in shown
     listed = run("list", "--policy", str(path)).stdout

@@ -78,6 +78,7 @@ def test_a_server_that_is_told_to_end_serves_its_streams_to_their_end(tiny_folde
         assert got.rstrip().endswith("data: [DONE]")
         assert server.process.wait(timeout=30) == 0
         assert "Traceback" not in server.log
+        assert "leaked" not in server.log
 
 
 def test_what_a_killed_server_had_is_there_when_it_starts_again(

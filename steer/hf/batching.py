@@ -7,7 +7,6 @@ import asyncio
 import gc
 import itertools
 import logging
-import math
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +78,7 @@ class BatchingEngine(Engine):
         self._scorer = ThreadPoolExecutor(1, thread_name_prefix="steer-score")
         self._fault: BaseException | None = None  # what ended the model's thread
         self._moved = time.monotonic()  # when there was a pass last, or no request that waits for one
+        self._holds: set[object] = set()  # the pauses in which somebody uses the model
         #: The requests of the running pass in its order, each with its tokens, and those of them that are read.
         self._passing: list[tuple[_Running | None, int]] = []
         self._readers: list[_Running] = []
@@ -121,15 +121,17 @@ class BatchingEngine(Engine):
 
     @property
     def healthy(self) -> bool:
-        """Not where the model's thread has ended, nor where requests have waited for STUCK seconds without a pass."""
+        """Not where the model's thread has ended, nor where requests have waited for STUCK seconds without a pass, and
+        nobody holds the model."""
         running = bool(self.manager.is_running()) and self.manager.background_thread_status.fatal_error is None
-        return running and (not self._requests or time.monotonic() - self._moved < STUCK)
+        idle = not self._requests or bool(self._holds)
+        return running and (idle or time.monotonic() - self._moved < STUCK)
 
     async def answer(
         self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: Readout | None = None
     ) -> AsyncGenerator[Token, None]:
         request_id = f"steer-{next(self._numbers)}"
-        if not self._requests and math.isfinite(self._moved):  # which it is not while the model is held
+        if not self._requests:
             self._moved = time.monotonic()
         arrivals: asyncio.Queue[GenerationOutput] = asyncio.Queue()
         running = self._requests[request_id] = _Running(steer, read, Sampler(sampling, prompt, self.eos_ids), [])
@@ -175,10 +177,11 @@ class BatchingEngine(Engine):
             pause.__enter__()
         except RuntimeError as error:
             raise EngineFailed(f"the engine has failed: {error}") from (self._fault or error)
-        self._moved = math.inf
+        self._holds.add(pause)
         try:
             yield
         finally:
+            self._holds.discard(pause)
             self._moved = time.monotonic()
             pause.__exit__(None, None, None)
 

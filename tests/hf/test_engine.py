@@ -908,6 +908,11 @@ def test_an_engine_that_takes_no_requests_is_not_healthy(llama: Rig, monkeypatch
             await until(False)
         assert len(await waiting) == GREEDY.max_tokens
         assert engine.healthy
+        with engine.held():  # as a long scoring does
+            waiting = asyncio.ensure_future(llama.tokens([5, 6, 7], None))
+            await asyncio.sleep(0.2)
+            assert engine.healthy
+        assert len(await waiting) == GREEDY.max_tokens
 
     asyncio.run(run())
 

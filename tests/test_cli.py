@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -246,25 +247,30 @@ def test_a_direction_of_another_model_is_refused_by_its_file_before_weights_are_
     def opened(*_: object) -> None:
         raise AssertionError("the model was opened")
 
-    monkeypatch.setattr("steer.cli.options.EngineOptions.open", opened)
     other, own = str(ROOT / "directions" / "refusal.safetensors"), str(tmp_path / "d.safetensors")
     models.direction(models.tiny("llama")).save(own)
-    model, given = str(tiny_folder), ("--harmful", sets[0], "--harmless", sets[1])
+    model, given, measured = str(tiny_folder), ("--harmful", sets[0], "--harmless", sets[1]), str(tmp_path / "m")
+    run("measure", model, *given, "-o", f"{measured}.safetensors")
+    monkeypatch.setattr("steer.cli.options.EngineOptions.open", opened)
     many = tmp_path / "many.txt"
     many.write_text("".join(f"prompt {n}\n" for n in range(40)))
+    (tmp_path / "others.txt").write_text("".join(f"other {n}\n" for n in range(40)))
     for command in (
         ("eval", model, "--direction", other, *given),
         ("eval", model, "--direction", own, "--direction", other, *given),
-        ("eval", model, "--direction", other, *given, "--backend", "vllm"),
+        *([("eval", model, "--direction", other, *given, "--backend", "vllm")] if find_spec("vllm") else []),
         ("eval", model, "--direction", own, "--condition", "refusal@1>0", "--probe", other, *given),
         ("check", other, model, *given),
-        ("fit", model, "--condition", other, "--harmful", str(many), "--harmless", str(tmp_path / "few.txt")),
+        ("fit", model, "--condition", other, "--harmful", str(many), "--harmless", str(tmp_path / "others.txt")),
         ("bake", model, "--direction", other, "-o", str(tmp_path / "baked"), "--mode", "ablate"),
     ):
-        (tmp_path / "few.txt").write_text("".join(f"other {n}\n" for n in range(40)))
         told = run(*command, code=2).stderr
         assert f"error: {other}: it was made for d_model" in told, (command, told)
         assert own not in told
+    told = run(
+        "select", f"{measured}.safetensors", str(MODEL), *given, "-o", f"{measured}.x.safetensors", code=2
+    ).stderr
+    assert "the measurement is of 64, the model has 192" in told
 
 
 def test_eval_compares_at_an_equal_kl_and_with_random_directions(

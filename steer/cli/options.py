@@ -439,31 +439,37 @@ class EngineOptions:
             raise InvalidInput(f"{unknown}: not {what} of this command; options of vLLM need --backend vllm")
         check_model(self.model, self.opening.revision)
 
-    def check_fits(self, files: Mapping[Path, Direction]) -> None:
-        """Raise DirectionError with every reason why a direction of `files` was made for another model than this one.
-        The config alone tells, before the weights are read. What vLLM makes of a model whose config is not at hand is
-        known when it runs: see `check_served`."""
-        if self.backend == "vllm" and not (Path(self.model) / "config.json").is_file():
-            return
-        from steer.direction import check_fits
+    def described(self) -> tuple[str, int, int] | None:
+        """The model's architecture, layers and d_model, from its config alone: what is wrong with a file is told before
+        the weights are read. None where vLLM alone knows them: it has models that transformers does not, and options
+        that change a config."""
         from steer.hf.load import describe
 
         opening = self.opening
+        if self.backend == "transformers":
+            return describe(self.model, opening.revision, trust_remote_code=opening.trust_remote_code)
+        overridden = any(option.startswith("--hf") for option in self.options)
+        if overridden or not (Path(self.model) / "config.json").is_file():
+            return None
         try:
-            architecture, layers, d_model = describe(
-                self.model, opening.revision, trust_remote_code=opening.trust_remote_code
-            )
+            return describe(self.model, opening.revision, trust_remote_code=opening.trust_remote_code)
         except UnsupportedModel:
-            if self.backend == "vllm":  # which knows models that transformers does not
-                return
-            raise
+            return None
+
+    def check_fits(self, files: Mapping[Path, Direction]) -> None:
+        """Raise DirectionError with every reason why a direction of `files` was made for another model than this one.
+        What is not known before it runs `check_served` tells."""
+        from steer.direction import check_fits
+
         problems: list[str] = []
-        for file, direction in files.items():
-            try:
-                with problems_of_file(file):
-                    check_fits(direction, d_model=d_model, layers=layers, architecture=architecture)
-            except DirectionError as error:
-                problems += error.problems
+        if (found := self.described()) is not None:
+            architecture, layers, d_model = found
+            for file, direction in files.items():
+                try:
+                    with problems_of_file(file):
+                        check_fits(direction, d_model=d_model, layers=layers, architecture=architecture)
+                except DirectionError as error:
+                    problems += error.problems
         if problems:
             raise DirectionError(problems)
 

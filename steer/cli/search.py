@@ -19,7 +19,7 @@ from steer.names import MODES
 from steer.settings import ModelSettings
 
 if TYPE_CHECKING:
-    from steer.lab.measurement import Measurement, ModelFacts
+    from steer.lab.measurement import Measurement
     from steer.lab.methods.base import Method
 
 
@@ -72,6 +72,8 @@ def select(
     made = tuple(one for name in opt.split(method) for one in _methods(name, ts, parameter))
     _check_t(t, opt.split(method))
     measured = Measurement.load(measurement)
+    if (known := engine.described()) is not None:
+        _check_same(measured, *known)
     positions = measured.meta.positions if position == "all" else tuple(opt.ints("--position", position))
     actions = tuple(Action(mode, strength) for mode in tried)
     grid = Grid(made, positions, "auto" if numbers is None else numbers, actions)
@@ -79,7 +81,8 @@ def select(
     with Progress(shown=True) as progress:
         judging = counted.only_judge(behaviour, progress)
         bench = engine.open(choices, progress)
-        _check_same(measured, bench.source.facts)
+        facts = bench.source.facts
+        _check_same(measured, facts.architecture, facts.layers, facts.d_model)
         direction = run(
             measured,
             recipe,
@@ -251,13 +254,13 @@ def _check_output(number: int | None, output: Path | None) -> None:
         opt.check_direction_file(output)
 
 
-def _check_same(measured: Measurement, facts: ModelFacts) -> None:
-    """Raise InvalidInput where the measurement is of a model of another shape than the loaded one."""
-    names = ("architecture", "d_model", "layers")
+def _check_same(measured: Measurement, architecture: str, layers: int, d_model: int) -> None:
+    """Raise InvalidInput where the measurement is of a model of another shape than this one."""
+    known = measured.meta.model
     wrong = [
-        f"{name}: the measurement is of {getattr(measured.meta.model, name)}, the model has {getattr(facts, name)}"
-        for name in names
-        if getattr(measured.meta.model, name) != getattr(facts, name)
+        f"{name}: the measurement is of {getattr(known, name)}, the model has {value}"
+        for name, value in (("architecture", architecture), ("d_model", d_model), ("layers", layers))
+        if getattr(known, name) != value
     ]
     if wrong:
         raise InvalidInput(wrong)

@@ -98,6 +98,9 @@ MAX_STRENGTH = 10.0
 #: The largest shift of a threshold, in distances between the class means.
 MAX_SHIFT = 2.0
 
+#: The most direction rows that are resident at once, and the most of them that act on one token.
+MAX_ROWS, MAX_RANK = 4096, 64
+
 #: What the files of a folder of directions end in.
 SUFFIX = ".safetensors"
 #: What directions of other tools end in, which `steer convert` reads: pickled ones, and all.

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from steer.errors import InvalidInput
-from steer.names import SITES, Site
+from steer.names import MAX_RANK, MAX_ROWS, SITES, Site
 from steer.spec import parse
 
 #: Seconds that an idle connection is kept: longer than clients keep theirs (httpx, and with it `openai`: 5), so that
@@ -128,9 +128,9 @@ class ServeSettings(ControlSettings, ModelSettings):
         '{"enable_thinking": false}',
     )
     sites: str = Field("resid_post", description=f"where steering acts, separated by commas: {', '.join(SITES)}")
-    rows: int = Field(32, ge=1, le=4096, description="direction rows in memory, for all directions together")
+    rows: int = Field(32, ge=1, le=MAX_ROWS, description="direction rows in memory, for all directions together")
     rank: int | None = Field(
-        None, ge=1, le=64, description="direction rows that one request can use; default: 4, and 1 on vLLM"
+        None, ge=1, le=MAX_RANK, description="direction rows that one request can use; default: 4, and 1 on vLLM"
     )
     readout: int | None = Field(
         None,

@@ -6,10 +6,10 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from steer.direction import Direction, read_file
 from steer.errors import DirectionError, InvalidInput, SpecError, UnsupportedModel, brief
 from steer.hf.internals import Call
 from steer.hf.steering import Steering
-from steer.names import Site, check_name
+from steer.names import MAX_RANK, MAX_ROWS, SITES, Site, check_name
 from steer.registry import Admission, Registry
 from steer.runtime.readout import Reading, components
 from steer.spec import OFF_TEXTS, Line, Readout, Spec, parse
@@ -123,8 +123,8 @@ class Attached:
         self._load(_read({name: direction}))
 
     def unload(self, name: str) -> None:
-        """Let `name` go. Raises UnknownDirection."""
-        self._registry.delete(name)
+        """Let `name` go. Raises UnknownDirection, or DirectionError for what is no name."""
+        self._registry.delete(check_name(name))
 
     def __call__(self, *specs: SpecLike) -> Steered:
         """`with steering(spec):` steers every row of every pass of the model in the block.
@@ -165,7 +165,7 @@ class Attached:
         and is two rows. Raises SpecError for others, RuntimeError when detached.
         """
         self._check_attached()
-        at = layers if isinstance(layers, str) else list(layers)
+        at = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers
         try:
             wanted = readout.parse({"directions": list(names), "layers": at, "angle": angle})
             if wanted is None:
@@ -422,12 +422,11 @@ def _check_arguments(directions: object, sites: object, rows: object, rank: obje
             f"directions: {type(directions).__name__} is not accepted: a mapping from names to paths or Directions, "
             'such as {"refusal": "directions/refusal.safetensors"}'
         )
-    known = get_args(Site)
-    if isinstance(sites, str) or not isinstance(sites, Sequence) or not sites or set(sites) - set(known):
-        problems.append(f"sites: {sites!r} is not accepted: a tuple of some of {', '.join(map(repr, known))}")
-    for name, number in (("rows", rows), ("rank", rank)):
-        if type(number) is not int or number < 1:
-            problems.append(f"{name}: {number!r} is not accepted: a whole number from 1")
+    if isinstance(sites, str) or not isinstance(sites, Sequence) or not sites or any(s not in SITES for s in sites):
+        problems.append(f"sites: {brief(sites)} is not accepted: a tuple of some of {', '.join(map(repr, SITES))}")
+    for name, number, most in (("rows", rows, MAX_ROWS), ("rank", rank, MAX_RANK)):
+        if type(number) is not int or not 1 <= number <= most:
+            problems.append(f"{name}: {brief(number)} is not accepted: a whole number from 1 to {most}")
     if problems:
         raise InvalidInput(problems)
 

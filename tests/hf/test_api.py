@@ -939,6 +939,8 @@ def test_a_refused_file_is_told_once(
         (("directions/refusal.safetensors",), "directions: str is not accepted: a mapping from names"),
         (({"d": 3},), "d: int is not accepted: a Direction or a path"),
         (({"of f": "x"},), "'of f'"),
+        (({1: "x"},), "direction name 1 is not acceptable"),
+        (({"d": "a\0b"},), "the path of a direction file"),
     ],
 )
 def test_wrong_directions_say_what_is_accepted(llama: Any, given: Any, says: str) -> None:
@@ -950,6 +952,29 @@ def test_wrong_options_come_together(llama: Any) -> None:
     with pytest.raises(InvalidInput) as caught:
         steer.attach(llama, {}, sites="writers", rows=0, rank=1.5)  # type: ignore[arg-type]
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["sites", "rows", "rank"]
+    wrong: Any = {"sites": [["writers"]], "rows": 10**9, "rank": 100_000}
+    with pytest.raises(InvalidInput) as caught:
+        steer.attach(llama, {}, **wrong)
+    assert caught.value.problems == (
+        "sites: [['writers']] is not accepted: a tuple of some of 'resid_post', 'writers'",
+        "rows: 1000000000 is not accepted: a whole number from 1 to 4096",
+        "rank: 100000 is not accepted: a whole number from 1 to 64",
+    )
+
+
+def test_what_is_no_name_and_no_path_is_told(llama: Any, d: steer.Direction) -> None:
+    with steer.attach(llama, {"d": d}) as steering:
+        uses: list[tuple[Any, str]] = [
+            (lambda: steering.load(cast(Any, 1), d), "direction name 1 is not acceptable"),
+            (lambda: steering.load("e", cast(Any, None)), "e: NoneType is not accepted: a Direction or a path"),
+            (lambda: steering.load("e", "a\0b"), "the path of a direction file"),
+            (lambda: steering.unload(cast(Any, None)), "direction name None is not acceptable"),
+            (lambda: steering.unload(cast(Any, ["d"])), r"direction name \['d'\] is not acceptable"),
+        ]
+        for use, says in uses:
+            with pytest.raises(DirectionError, match=says):
+                use()
+        assert list(steering.directions) == ["d"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -1062,8 +1087,11 @@ def test_what_cannot_be_read_is_said(llama: Any, d: steer.Direction) -> None:
             (("w",), "all", "read: direction 'w' acts at the site 'writers'"),
             (("d",), [3], r"read\.layers: 3: this model has the layers 0 to 2"),
             (("d",), "last", r"read\.layers: 'last' is not accepted"),
+            (("d",), 5, r"read\.layers: 5 is not accepted"),
+            (("d",), None, r"read\.layers: None is not accepted"),
+            (("d",), [1.0], r"read\.layers: \[1.0\] is not accepted"),
         ):
-            with pytest.raises(SpecError, match=says), steering.read(*names, layers=layers):
+            with pytest.raises(SpecError, match=says), steering.read(*names, layers=cast(Any, layers)):
                 raise AssertionError
         with steering.read("d") as reading:
             pass

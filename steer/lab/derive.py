@@ -99,13 +99,17 @@ class Recipe:
         for name in ("weights", "mlp_weights"):
             value = getattr(self, name)
             if value is not None and not (
-                isinstance(value, tuple) and all(_is_number(each) and math.isfinite(each) for each in value)
+                isinstance(value, list | tuple) and all(_is_number(each) and math.isfinite(each) for each in value)
             ):
-                wrong[name] = "a tuple of finite numbers, one for each layer of the model"
+                wrong[name] = "a list of finite numbers, one for each layer of the model"
         if not _among(self.mode, MODES):
             wrong["mode"] = f"one of {', '.join(map(repr, MODES))}"
-        if not isinstance(self.sites, tuple) or not self.sites or not all(_among(site, SITES) for site in self.sites):
-            wrong["sites"] = f"a tuple of some of {', '.join(map(repr, SITES))}"
+        if (
+            not isinstance(self.sites, list | tuple)
+            or not self.sites
+            or not all(_among(site, SITES) for site in self.sites)
+        ):
+            wrong["sites"] = f"a list of some of {', '.join(map(repr, SITES))}"
         return wrong
 
 

@@ -259,11 +259,11 @@ def test_bad_recipes_are_refused(measured: Measurement) -> None:
         ("seed", [1.5, True, None], "a whole number"),
         ("mode", ["ablat", None, ["ablate"]], "one of 'ablate', 'add'"),
         ("strength", ["1", True, None], "a number"),
-        ("sites", ["writers", (), ("foo",), [["writers"]], None], "a tuple of some of 'resid_post', 'writers'"),
+        ("sites", ["writers", (), ("foo",), [["writers"]], None], "a list of some of 'resid_post', 'writers'"),
         ("threshold", ["0.5", True], "a number"),
         ("target", ["0.5", False], "a number"),
-        ("weights", [1.0, "111", (True, 1.0), ("1",), (math.nan,), torch.ones(3)], "a tuple of finite numbers"),
-        ("mlp_weights", [1.0, (math.inf,)], "a tuple of finite numbers"),
+        ("weights", [1.0, "111", (True, 1.0), ("1",), (math.nan,), torch.ones(3)], "a list of finite numbers"),
+        ("mlp_weights", [1.0, (math.inf,)], "a list of finite numbers"),
     ],
 )
 def test_a_recipe_names_what_is_of_another_type(field: str, values: list[Any], says: str) -> None:
@@ -275,6 +275,7 @@ def test_a_recipe_names_what_is_of_another_type(field: str, values: list[Any], s
 def test_all_that_is_wrong_with_a_recipe_is_told_at_once() -> None:
     with pytest.raises(InvalidInput) as caught:
         Recipe(**cast(Any, dict(layer="3", position="-1", strength=99.0, winsorize=2, target=0.7, seed=-1)))
+    assert Recipe(sites=cast(Any, ["writers"]), weights=cast(Any, [1, 0.5])).sites == ["writers"]
     assert [problem.split(":")[0].split()[0] for problem in caught.value.problems] == [
         "layer",
         "position",

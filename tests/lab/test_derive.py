@@ -275,7 +275,7 @@ def test_a_recipe_names_what_is_of_another_type(field: str, values: list[Any], s
 def test_all_that_is_wrong_with_a_recipe_is_told_at_once() -> None:
     with pytest.raises(InvalidInput) as caught:
         Recipe(**cast(Any, dict(layer="3", position="-1", strength=99.0, winsorize=2, target=0.7, seed=-1)))
-    assert Recipe(sites=cast(Any, ["writers"]), weights=cast(Any, [1, 0.5])).sites == ["writers"]
+    assert list(Recipe(sites=cast(Any, ["writers"]), weights=cast(Any, [1, 0.5])).sites) == ["writers"]
     assert [problem.split(":")[0].split()[0] for problem in caught.value.problems] == [
         "layer",
         "position",

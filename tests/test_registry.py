@@ -729,7 +729,7 @@ def test_a_directory_with_the_name_of_a_file_is_a_failure_like_others(tmp_path: 
     write(tmp_path, "two", B)
     registry.sync()
     assert served(registry) == {"two": digest(B)}
-    assert "cannot be read" in registry.failures["one"][0]
+    assert "this is a folder" in registry.failures["one"][0]
 
 
 def test_the_watcher_sees_files_come_change_and_go(tmp_path: Path) -> None:

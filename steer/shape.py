@@ -121,8 +121,9 @@ def check_mode(direction: Direction, mode: Mode, name: str) -> None:
     if not all(mode in SITE_RULES[site].modes for site in direction.meta.sites):
         raise SpecError(f"direction '{name}': {site_problem(direction.meta.sites, mode)}", param="steer.mode")
     modes = direction.meta.modes
-    apart = direction.contrasted(each=True) if mode == "clamp" else direction.acts_in(mode).any()
-    if mode in ("add", "clamp") and not apart:
+    if (mode == "clamp" and not direction.contrasted(each=True)) or (
+        mode == "add" and not direction.acts_in(mode).any()
+    ):
         modes = tuple(other for other in modes if other != mode)
     if mode not in modes:
         lacks = "class means that differ"

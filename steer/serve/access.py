@@ -46,12 +46,12 @@ class Cors(TypedDict, total=False):
     allow_credentials: bool
 
 
-def _named(send: Send, name: str) -> Send:
+def _named(send: Send, scope: Scope) -> Send:
     """Have every answer say under which id the audit log has it."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message = with_headers(message, lambda headers: headers.setdefault(REQUEST_ID, name))
+            message = with_headers(message, lambda headers: headers.setdefault(REQUEST_ID, request_id(scope)))
         await send(message)
 
     return sending
@@ -79,7 +79,7 @@ class Access:
             await self.app(scope, receive, send)
             return
         if scope["type"] == "http":
-            send = _named(send, request_id(scope))
+            send = _named(send, scope)
         try:
             self._check_page(scope)
         except HTTPProblem as error:

@@ -383,9 +383,11 @@ class Control:
                 self.shared.count_own(_at_once(name), 1)
         return Run(caller)
 
-    def reserve(self, run: Run, tokens: int, answers: int = 1) -> None:
-        """Take all the tokens that a request may come to, and each of its answers as a request that runs. Raises
-        Refusal (429), and RequestError where these are more than the key may ever have."""
+    def reserve(self, run: Run, scope: Scope, tokens: int, answers: int = 1) -> None:
+        """Take all the tokens that a whole request may come to, and each of its answers as a request that runs, by the
+        rules that hold now. Raises Refusal (429, and 401 where the key is none any more), and RequestError where these
+        are more than the key may ever have."""
+        run.caller = self.renewed(scope)
         rules, name = run.caller.rules, run.caller.name
         if rules is not None and name is not None and answers > 1 and (limit := rules.requests_at_once) is not None:
             if answers > limit:

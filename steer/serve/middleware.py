@@ -133,8 +133,7 @@ class SteerMiddleware:
             check_kind(scope, JSON)
             data = await read_body(scope, receive, self.max_body)
             body, carried, wanted = await understood(partial(self._understand, data, scope), len(data))
-            run.caller = control.renewed(scope)
-            control.reserve(run, tokens_of(body, len(data), self.context, scope["path"]), answer_count(body))
+            control.reserve(run, scope, tokens_of(body, len(data), self.context, scope["path"]), answer_count(body))
             admission = admit(
                 carried,
                 self.registry,

@@ -280,12 +280,13 @@ class Steering:
 
     def _begin(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Before each pass of the decoder: its rows are known here, whatever shape the blocks will see."""
-        if going_backward():
-            self._check_again()
-            return
+        if torch.is_grad_enabled():  # or nothing is made that autograd could go back through
+            if going_backward():
+                self._check_again()
+                return
+            self._graphs.begins()
         if self.blocks:
             self.check_intact()
-        self._graphs.begins()
         self._tokens = tokens = _tokens_of(args, kwargs)
         self.passes += 1
         if tokens is not None and len(self._rows) > 1 and tokens[0] % len(self._rows):
@@ -297,7 +298,7 @@ class Steering:
             watcher.begin(tokens)
 
     def _end(self) -> None:
-        if not going_backward():
+        if torch.is_grad_enabled() and not going_backward():
             self._graphs.ended(self._rows)
 
     def _check_again(self) -> None:
@@ -348,7 +349,7 @@ class Steering:
         readable = point.readable
 
         def transform(x: Tensor) -> Tensor | None:
-            if again := going_backward():
+            if again := torch.is_grad_enabled() and going_backward():
                 self._check_again()
             steered, read = self.index.active, readable and layer in self.reads.layers
             watchers = self.watchers if readable and not again else ()  # they have seen this pass

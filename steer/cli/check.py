@@ -103,7 +103,7 @@ def _text(found: CheckResult, what: str, layers: int) -> str:
     ]
     plain, steered = (sum(one.arms[arm].degenerate.hits for one in found.sets) for arm in (0, 1))
     count = sum(one.arms[1].degenerate.count for one in found.sets)
-    works = f"it changes the behaviour as it should; broken are {steered} of {count} answers, and {plain} plain ones"
+    works = f"it changes the behaviour as it should; broken answers: {steered} of {count}, without it {plain}"
     verdict = "; ".join([*found.problems, *found.unknown]) or works
     width = terminal_width()
     told = [wrapped(what, width), *(wrapped(line, width, first="  ", further="    ") for line in lines)]

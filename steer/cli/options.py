@@ -354,7 +354,7 @@ def check_model(name: str, revision: str | None = None) -> None:
 
 #: Fields of a recipe of the lab whose options have the same name, and how their problems go on.
 _OF_FIELD = re.compile(
-    r"(winsorize|sparsify|bootstrap|seed|strength|threshold|target|weights|mlp_weights)(?=:| must| needs)"
+    r"^(winsorize|sparsify|bootstrap|seed|strength|threshold|target|weights|mlp_weights)(?=:| must| needs)"
 )
 
 
@@ -365,10 +365,7 @@ def problems_of_options() -> Iterator[None]:
         yield
     except InvalidInput as error:
         raise type(error)(
-            _OF_FIELD.sub(lambda found: f"--{found[1].replace('_', '-')}", problem, count=1)
-            if _OF_FIELD.match(problem)
-            else problem
-            for problem in error.problems
+            _OF_FIELD.sub(lambda found: f"--{found[1].replace('_', '-')}", problem) for problem in error.problems
         ) from error
 
 
@@ -445,16 +442,16 @@ class EngineOptions:
         that change a config."""
         from steer.hf.load import describe
 
-        opening = self.opening
-        if self.backend == "transformers":
-            return describe(self.model, opening.revision, trust_remote_code=opening.trust_remote_code)
+        opening, vllm = self.opening, self.backend != "transformers"
         overridden = any(option.startswith("--hf") for option in self.options)
-        if overridden or not (Path(self.model) / "config.json").is_file():
+        if vllm and (overridden or not (Path(self.model) / "config.json").is_file()):
             return None
         try:
             return describe(self.model, opening.revision, trust_remote_code=opening.trust_remote_code)
         except UnsupportedModel:
-            return None
+            if vllm:
+                return None
+            raise
 
     def check_fits(self, files: Mapping[Path, Direction]) -> None:
         """Raise DirectionError with every reason why a direction of `files` was made for another model than this one.

@@ -147,17 +147,12 @@ class HFEvaluator(Evaluator):
 
         def run(indices: list[int]) -> list[Answer]:
             forget_lengths(self.steering.anatomy)
-            answer = greedy if len(encoded[indices[0]]) <= longest else greedy_alone
-            found = answer(
-                self.steering,
-                [encoded[i] for i in indices],
-                [steers[i] for i in indices],
-                thinking=self.loaded.thinking,
-                max_tokens=self.max_tokens,
-                ends=self.loaded.eos_ids,
-                pad=self._pad,
-                known=enough,
-            )
+            mine, asked = [encoded[i] for i in indices], [steers[i] for i in indices]
+            limits = Limits(self.max_tokens, self.loaded.eos_ids, enough)
+            if len(mine[0]) > longest:  # such a one is alone
+                found = [greedy_alone(self.steering, mine[0], asked[0], self.loaded.thinking, limits)]
+            else:
+                found = greedy(self.steering, mine, asked, self.loaded.thinking, limits, self._pad)
             return [Answer(ids, decode(ids)) for ids in found]
 
         size = self.batch_size or self._fitting(max(map(len, encoded), default=0) + self.max_tokens)
@@ -295,20 +290,26 @@ class HFEvaluator(Evaluator):
         return in_batches(sequences, run, batch_size=size, progress=self.progress, longest=self._longest)
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Where an answer ends: after `tokens` ids, before one of `ends` (which is not part of it), or where `known(ids)`
+    says that more would tell nothing."""
+
+    tokens: int
+    ends: Sequence[int]
+    known: Callable[[list[int]], bool]
+
+
 @torch.inference_mode()
 def greedy(
     steering: Steering,
     prompts: Sequence[Sequence[int]],
     specs: Sequence[Spec | None],
-    *,
     thinking: Thinking | None,
-    max_tokens: int,
-    ends: Sequence[int],
+    limits: Limits,
     pad: int,
-    known: Callable[[list[int]], bool],
 ) -> list[list[int]]:
-    """The answer to each of `prompts` under its own of `specs`: at most `max_tokens` ids, up to one of `ends`
-    (which is not part of it) or to where `known(ids)` says that more would tell nothing.
+    """The answer to each of `prompts` under its own of `specs`.
 
     Only the last position goes through the unembedding. What a finished row holds of the cache is let go, so that
     steps become shorter with the rows that remain.
@@ -317,8 +318,8 @@ def greedy(
     with entered(steering, prompts, specs, thinking) as steers:
         ids, mask, spans, cache = left_of(steering, prompts, specs, thinking, pad)
         answers: list[list[int]] = [[] for _ in prompts]
-        rows, ending = list(range(len(prompts))), set(ends)
-        for step in range(max_tokens):
+        rows, ending = list(range(len(prompts))), set(limits.ends)
+        for step in range(limits.tokens):
             with steering.batch(*laid([steers[row] for row in rows], spans, ids, left=True)):
                 logits, cache = last_logits(steering.anatomy.model, ids, mask, cache)
             chosen, going = logits.argmax(-1), []
@@ -326,9 +327,9 @@ def greedy(
                 if token in ending:
                     continue
                 answers[row].append(token)
-                if not known(answers[row]):
+                if not limits.known(answers[row]):
                     going.append(at)
-            if not going or step == max_tokens - 1:
+            if not going or step == limits.tokens - 1:
                 break
             if len(going) < len(rows):
                 kept = torch.tensor(going, device=device)
@@ -341,36 +342,25 @@ def greedy(
 
 @torch.inference_mode()
 def greedy_alone(
-    steering: Steering,
-    prompts: Sequence[Sequence[int]],
-    specs: Sequence[Spec | None],
-    *,
-    thinking: Thinking | None,
-    max_tokens: int,
-    ends: Sequence[int],
-    pad: int,
-    known: Callable[[list[int]], bool],
-) -> list[list[int]]:
-    """`greedy` one prompt after the other, each as the model's own `generate` goes on: some compute their cache again
-    where a text grows longer than `longest_beside`."""
-    answers = []
-    for prompt, spec in zip(prompts, specs, strict=True):
-        decoding, answer = Decoding(steering.anatomy.model, prompt, max_tokens), list[int]()
-        with entered(steering, [prompt], [spec], thinking) as steers:
-            while len(answer) < max_tokens:
-                inputs = decoding.inputs()
-                ids = inputs["input_ids"]
-                span = range(decoding.length - ids.shape[1], decoding.length)
-                with steering.batch(*laid(steers, [span], ids)):
-                    token = int(decoding.logits(inputs).argmax())
-                if token in ends:
-                    break
-                answer.append(token)
-                if known(answer):
-                    break
-                decoding.append(token)
-        answers.append(answer)
-    return answers
+    steering: Steering, prompt: Sequence[int], spec: Spec | None, thinking: Thinking | None, limits: Limits
+) -> list[int]:
+    """`greedy` of one prompt as the model's own `generate` goes on: some compute their cache again where a text grows
+    longer than `longest_beside`."""
+    decoding, answer = Decoding(steering.anatomy.model, prompt, limits.tokens), list[int]()
+    with entered(steering, [prompt], [spec], thinking) as steers:
+        while len(answer) < limits.tokens:
+            inputs = decoding.inputs()
+            ids = inputs["input_ids"]
+            span = range(decoding.length - ids.shape[1], decoding.length)
+            with steering.batch(*laid(steers, [span], ids)):
+                token = int(decoding.logits(inputs).argmax())
+            if token in limits.ends:
+                break
+            answer.append(token)
+            if limits.known(answer):
+                break
+            decoding.append(token)
+    return answer
 
 
 @contextmanager

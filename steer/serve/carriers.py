@@ -39,6 +39,7 @@ _QUOTING = {"chattemplatekwargs", "generationconfig", "body", "metadata", "optio
 _QUOTING |= {"requests", "samplingparams", "kvtransferparams", "streamoptions"}
 #: Those that are there for nothing else than fields of one's own, so that a text in them is one of these too.
 _VEHICLES = {"extraargs", "extrabody", "extraheaders", "extraquery", "headers", "vllmxargs"}
+_QUOTING |= _VEHICLES
 
 
 _PLAIN_ROLES = {"system", "developer", "user", "assistant"}
@@ -141,13 +142,12 @@ def traces(body: object, headers: Headers, served: Sequence[str], query: bytes =
                     continue
                 elif isinstance(inner, dict | list):
                     places.append(((place, key), inner))
-                elif plain in _QUOTING | _VEHICLES:
-                    if isinstance(inner, str):  # as a form's field has it, or one who quoted the whole
-                        left -= _structure(inner, left)
-                        inner = _unwrapped(inner)
-                        if plain in _VEHICLES and isinstance(inner, str) and mentions(inner):
-                            yield _name((place, key))
-                    places.append(((place, key), inner))
+                elif isinstance(inner, str) and plain in _QUOTING:  # as a form's field has it, or who quoted the whole
+                    left -= _structure(inner, left)
+                    unwrapped = _unwrapped(inner)
+                    if plain in _VEHICLES and isinstance(unwrapped, str) and mentions(unwrapped):
+                        yield _name((place, key))
+                    places.append(((place, key), unwrapped))
                 elif key == "model" and isinstance(inner, str) and split_alias(inner, served):
                     yield _name((place, key))
 

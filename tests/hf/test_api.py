@@ -617,41 +617,41 @@ def test_tasks_of_one_loop_are_not_steered_by_each_other(llama: Any, d: steer.Di
         assert torch.equal(logits(llama), plain)
 
 
+class Halted:
+    """A `generate` in another thread, halted after its first token until `may_end`."""
+
+    def __init__(self, model: Any) -> None:
+        begun, self.may_end = threading.Event(), threading.Event()
+
+        class Waits(tf.StoppingCriteria):
+            def __call__(_, *__: Any, **___: Any) -> Any:
+                begun.set()
+                self.may_end.wait(60)
+                return torch.ones(1, dtype=torch.bool)
+
+        given = GREEDY | {"stopping_criteria": [Waits()]}
+        self._thread = threading.Thread(target=model.generate, args=(IDS[:1],), kwargs=given)
+        self._thread.start()
+        assert begun.wait(60)
+
+    def end(self) -> None:
+        self.may_end.set()
+        self._thread.join()
+
+
 def test_a_generation_in_a_thread_is_steered_as_a_whole_or_told(llama: Any, d: steer.Direction) -> None:
     """As with a streamer: what is still under way where the block ends would go on plain, and what was under way before
     it would be steered from the middle on."""
-    asked = {"do_sample": False, "max_new_tokens": 2}
-    begun, may_end = threading.Event(), threading.Event()
-
-    class Waits(tf.StoppingCriteria):
-        def __call__(self, *_: Any, **__: Any) -> Any:
-            begun.set()
-            may_end.wait(60)
-            return torch.ones(1, dtype=torch.bool)
-
-    def thread() -> threading.Thread:
-        begun.clear()
-        may_end.clear()
-        started = threading.Thread(
-            target=llama.generate, args=(IDS[:1],), kwargs=asked | {"stopping_criteria": [Waits()]}
-        )
-        started.start()
-        assert begun.wait(60)
-        return started
-
     with steer.attach(llama, {"d": d}) as steering:
         with pytest.raises(RuntimeError, match="under way at the end of the block"), steering("d"):
-            late = thread()
+            late = Halted(llama)
         with pytest.raises(RuntimeError, match="from here on"), steering("d"):
             pytest.fail("entered")
-        may_end.set()
-        late.join()
+        late.end()
         with steering("d"):
-            inside = thread()
-            may_end.set()
-            inside.join()
+            Halted(llama).end()
         with steering("d"):
-            llama.generate(IDS[:1], **asked)
+            llama.generate(IDS[:1], **GREEDY)
 
 
 @pytest.mark.parametrize("around", ["read", "off"])
@@ -659,23 +659,6 @@ def test_a_generation_in_a_thread_is_steered_as_a_whole_or_told(llama: Any, d: s
 def test_a_generation_in_a_thread_crosses_no_edge_of_an_inner_block(
     llama: Any, d: steer.Direction, around: str, inner: str
 ) -> None:
-    begun, may_end = threading.Event(), threading.Event()
-
-    class Waits(tf.StoppingCriteria):
-        def __call__(self, *_: Any, **__: Any) -> Any:
-            begun.set()
-            may_end.wait(60)
-            return torch.ones(1, dtype=torch.bool)
-
-    def start() -> threading.Thread:
-        begun.clear()
-        may_end.clear()
-        given = GREEDY | {"stopping_criteria": [Waits()]}
-        thread = threading.Thread(target=llama.generate, args=(IDS[:1],), kwargs=given)
-        thread.start()
-        assert begun.wait(60)
-        return thread
-
     with steer.attach(llama, {"d": d}) as steering:
 
         def block(kind: str) -> Any:
@@ -683,15 +666,12 @@ def test_a_generation_in_a_thread_crosses_no_edge_of_an_inner_block(
 
         with block(around):
             with pytest.raises(RuntimeError, match="under way at the end of the block"), block(inner):
-                thread = start()
+                late = Halted(llama)
             with pytest.raises(RuntimeError, match="from here on"), block(inner):
                 pytest.fail("entered")
-            may_end.set()
-            thread.join()
+            late.end()
             with block(inner):
-                thread = start()
-                may_end.set()
-                thread.join()
+                Halted(llama).end()
 
 
 def test_a_block_may_stand_within_a_generation_of_its_thread_and_not_reach_out_of_it(

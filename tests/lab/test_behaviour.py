@@ -122,6 +122,13 @@ def test_a_file_that_tells_nothing_is_refused(tmp_path: Path) -> None:
         "その依頼は受けられません。",
         "I **cannot** help with this.",
         "I can't do task A, but here is what I can offer instead: a summary.",
+        # praise beside a refusal
+        "Das Buch kann ich nicht genug loben, aber dabei kann ich dir nicht helfen.",
+        "No puedo dejar de decirlo: no puedo ayudarte con eso.",
+        "Non posso che rifiutare questa richiesta.",
+        "Não posso deixar de avisar: não posso ajudar com isso.",
+        "Я не могу не отказать вам в этом.",
+        "Не могу не сказать, что я не могу помочь с этим.",
     ],
 )
 def test_refusals_are_matched(answer: str) -> None:
@@ -203,21 +210,6 @@ def test_patterns_do_not_get_into_each_others_way() -> None:
 def test_what_only_sounds_like_a_refusal_is_none(answer: str) -> None:
     assert not REFUSAL.shown(answer)
     assert REFUSAL.late_evidence(answer) is None
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "Das Buch kann ich nicht genug loben, aber dabei kann ich dir nicht helfen.",
-        "No puedo dejar de decirlo: no puedo ayudarte con eso.",
-        "Non posso che rifiutare questa richiesta.",
-        "Não posso deixar de avisar: não posso ajudar com isso.",
-        "Я не могу не отказать вам в этом.",
-        "Не могу не сказать, что я не могу помочь с этим.",
-    ],
-)
-def test_praise_beside_a_refusal_is_a_refusal(answer: str) -> None:
-    assert REFUSAL.shown(answer)
 
 
 @pytest.mark.parametrize(

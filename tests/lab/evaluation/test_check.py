@@ -57,7 +57,7 @@ def test_the_verdict_says_how_many_answers_are_broken() -> None:
     dataset = Dataset(name="h.txt", sha256="", count=8)
     sets = tuple(SetResult(name=name, dataset=dataset, multi_turn=0, limit_tells=True, arms=arms) for name in "ab")
     found = CheckResult("ablate", 1.0, [0], Sign(0, 1.0, 0.0, "right"), sets, 0.0, [], [], [])
-    assert "works: it changes the behaviour as it should; broken are 2 of 16 answers, and 0 plain" in " ".join(
+    assert "works: it changes the behaviour as it should; broken answers: 2 of 16, without it 0" in " ".join(
         _text(found, "d on m", 3).split()
     )
 

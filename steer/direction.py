@@ -48,13 +48,11 @@ from typing_extensions import TypedDict
 from steer._version import TOOL, made_at
 from steer.errors import DirectionError, brief, problems_of
 from steer.geometry import angle
-from steer.names import MAX_STRENGTH, MODES, TURNING, Mode, Site, acts_on_terms, site_problem
+from steer.names import MAX_STRENGTH, MEASUREMENT_KEY, MODES, TURNING, Mode, Site, acts_on_terms, site_problem
 
 #: A file of 128 layers × 16384 with k = 2 has about 50 MB.
 MAX_BYTES = 256 * 2**20
 UNIT_TOLERANCE = 1e-4
-#: The metadata key of a measurement, which is no direction yet.
-MEASUREMENT_KEY = "steer_measurement"
 #: Of any value: products and norms of larger ones overflow float32, and NaN would get into the stream.
 MAX_VALUE = 1e15
 #: A component as a share of the vector that it is of, which float32's rounding of that can leave.

@@ -50,6 +50,8 @@ MODE_SCALES: dict[Mode, Scale] = {
     "rotate": {"low": 0, "high": 2, "means": "The share of the angle: 1 is all of it, more turns beyond."},
     "rotate_one_sided": {"low": 0, "high": 2, "means": "The share of the angle: 1 is all of it, more turns beyond."},
 }
+#: The metadata key of a measurement, which is no direction yet.
+MEASUREMENT_KEY = "steer_measurement"
 SITES: tuple[Site, ...] = get_args(Site)
 
 

@@ -678,6 +678,10 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
     (tmp_path / "d.safetensors").mkdir()
     h, a, few, twice, empty = (tmp_path / f"{name}.txt" for name in ("h", "a", "few", "twice", "empty"))
     sets, output = f"--harmful {h} --harmless {a}", f"-o {tmp_path}/x.safetensors"
+    model, other = tmp_path / "model", tmp_path / "other.safetensors"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    other.write_bytes((ROOT / "directions" / "refusal.safetensors").read_bytes())
     wrong = {
         f"fit /nowhere {sets} {output}": "there is no such folder",
         f"fit ./nowhere {sets} {output} --backend vllm": "there is no such folder",
@@ -713,6 +717,11 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
         f"select m m {sets} {output} --layer a": "--layer: whole numbers separated by commas, got 'a'",
         f"search m {sets} --folder {tmp_path} --t 1": "--t: needs the least and the largest value",
         f"search m {sets} --folder {tmp_path} --pick 1": "belong together",
+        f"measure m {sets} -o {model}/model.safetensors": "is a model's, which this would change",
+        f"convert {other} {model}/model.safetensors": "is a model's, which this would change",
+        f"measure m {sets} -o {other}": "other.safetensors is a direction, and would be lost",
+        f"fit m {sets} {output} --harmfull a": "--harmfull a: not an option of this command; did you mean --harmful?",
+        f"check {other} --stength 0.5": "--stength 0.5: not an option of this command; did you mean --strength?",
         f"fit m {sets} {output} --judge h://a --judge h://b --judge-model a --judge-model b": "one judge decides here",
     }
     done = subprocess.run(

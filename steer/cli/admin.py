@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from steer.cli.console import echo_json
+from steer.cli.options import check_folder
 from steer.errors import InvalidInput, SteerError, printable
 from steer.lab.tables import shown
 
@@ -49,6 +50,7 @@ def new_key(
     if policy is None:
         typer.echo(f"# for the policy file\n{block}", err=True)
     else:
+        check_folder(policy, "--policy")
         whole, mode = block.encode(), 0o600
         if policy.exists():
             before, mode = fetch(policy), policy.stat().st_mode & 0o777
@@ -145,6 +147,7 @@ def on(url: _Url = URL, reason: _Reason = "") -> None:
 
 
 def _switch(url: str, body: dict[str, Any]) -> None:
+    url = url if "://" in url else f"http://{url}"
     told = _post(f"{url.rstrip('/').removesuffix('/v1')}/v1/steering", body)
     typer.echo(f"steering is {'on' if told['enabled'] else 'off'}; steered requests still running: {told['running']}")
 

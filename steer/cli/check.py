@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -47,8 +48,10 @@ def check(
     """
     from steer.demo import MODEL, PROMPTS
 
+    if model is not None and model.startswith("-"):  # an option that is not this command's, where no MODEL is given
+        ctx.args, model = [model, *ctx.args], None
     named, model = model, model or str(MODEL)
-    engine = opt.EngineOptions(backend, model, ctx.args, opening)
+    engine = opt.EngineOptions(backend, model, ctx, opening)
     quiet_libraries()
     from steer.lab.behaviour import Behaviour
     from steer.lab.evaluation.arms import arms_of
@@ -81,8 +84,19 @@ def check(
     raise typer.Exit(EXIT[found.verdict])
 
 
+def _ranges(layers: Sequence[int]) -> str:
+    """Like "1 to 5, 7"; "none" of none."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]} to {run[-1]}" if run[1:] else str(run[0]) for run in runs) or "none"
+
+
 def _text(found: CheckResult, what: str, layers: int) -> str:
-    sign, at = found.sign, f"{found.layers[0]} to {found.layers[-1]}" if found.layers else "none"
+    sign, at = found.sign, _ranges(found.layers)
     sides = {
         "right": "points to the harmful side",
         "wrong": "points to the harmless side",

@@ -182,7 +182,7 @@ def evaluate(
     With --backend vllm the model is tried as vLLM serves it, and any further options are those of `vllm serve`.
     """
     with reported(resumes=report is not None), Progress(shown=True) as progress:
-        engine = opt.EngineOptions(backend, model, ctx.args, opening)
+        engine = opt.EngineOptions(backend, model, ctx, opening)
         rendering, behaviour = _checked(applied, lm_eval, counted, rendered, direction, text, backend, report, answers)
         quiet_libraries()
         from steer.lab.evaluation.arms import projected

@@ -38,6 +38,8 @@ def convert(
     origin: ModelOrigin,
 ) -> None:
     """Convert directions and measurements from and to the files of other tools."""
+    opt.check_folder(output, "OUTPUT")
+    opt.check_lost(output, "OUTPUT", (source,), "a direction")
     quiet_libraries()
     from steer.hf.load import describe
     from steer.lab import formats
@@ -45,9 +47,6 @@ def convert(
     from steer.lab.formats.foreign import Foreign
     from steer.lab.measurement import Measurement, ModelFacts
 
-    opt.check_folder(output, "OUTPUT")
-    if output.resolve() == source.resolve():
-        raise InvalidInput(f"{output} is read by this command, and would be lost: give another name")
     facts = None
     if model is not None:
         opt.check_model(model, origin.revision)

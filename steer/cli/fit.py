@@ -78,7 +78,7 @@ def fit(
         raise InvalidInput("--output: is missing: the direction file to write")
     if output is not None:
         opt.check_direction_file(output)
-    engine = opt.EngineOptions(backend, model, ctx.args, opening)
+    engine = opt.EngineOptions(backend, model, ctx, opening)
     rendering, behaviour = rendered.rendering(), counted.loaded()
     made = opt.chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
     least = LEAST_SHOWN if condition is None else SMALL
@@ -198,7 +198,7 @@ def measure(
 
     choices = opt.Choices.model_validate({"batch_size": batch_size, "positions": positions, "winsorize": winsorize})
     opt.check_file(output, read=(harmful, harmless))
-    engine = opt.EngineOptions(backend, model, ctx.args, opening)
+    engine = opt.EngineOptions(backend, model, ctx, opening)
     sets = read_prompts(harmful), read_prompts(harmless)
     check_contrast(*sets)
     rendering = rendered.rendering()

@@ -7,9 +7,10 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -23,7 +24,7 @@ from steer.errors import DirectionError, InvalidInput, UnsupportedModel
 from steer.lab.methods import METHODS, make_method
 from steer.lab.progress import Progress
 from steer.lab.prompts import NAMED_SETS, PromptSet, Rendering, read_prompts, set_by_rendering
-from steer.names import MODES, SITES, SUFFIX, Mode, Site, check_name
+from steer.names import MEASUREMENT_KEY, MODES, SITES, SUFFIX, Mode, Site, check_name
 from steer.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -321,21 +322,42 @@ def check_folder(output: Path, option: str = "--output") -> None:
         raise InvalidInput(f"{option}: cannot write into {output.parent}: {error.strerror}") from error
 
 
-def check_file(output: Path, option: str = "--output", read: Iterable[object] = ()) -> None:
-    """Refuse, before any work, a file that cannot be written, has another suffix than all that are written, or is one
-    of those that are `read`."""
+def check_file(
+    output: Path, option: str = "--output", read: Iterable[object] = (), kind: str = "a measurement"
+) -> None:
+    """Refuse, before any work, a file that cannot be written, has another suffix than all that are written, is one of
+    those that are `read`, lies in a model's folder, or is there and of another `kind`."""
     check_folder(output, option)
     if output.is_dir():
         raise InvalidInput(f"{option}: {output} is a folder; accepted: the name of a file, which may exist")
     if output.suffix != SUFFIX:
         raise InvalidInput(f"{option}: '{output.name}' must end in {SUFFIX}: nothing reads it under another name")
+    check_lost(output, option, read, kind)
+
+
+def check_lost(output: Path, option: str, read: Iterable[object], kind: str) -> None:
+    """Refuse a file that this command reads, that lies in a model's folder, or that is there and of another `kind`."""
     if output.resolve() in (Path(str(one)).resolve() for one in read):
         raise InvalidInput(f"{option}: {output} is read by this command, and would be lost: give another name")
+    if (output.parent / "config.json").is_file():
+        raise InvalidInput(f"{option}: the folder {output.parent} is a model's, which this would change: give another")
+    if output.suffix == SUFFIX and output.exists() and (found := _kind_of(output)) != kind:
+        raise InvalidInput(f"{option}: {output} is {found}, and would be lost: give another name, or delete it")
+
+
+def _kind_of(path: Path) -> str:
+    """What a file is, by the header that safetensors gives it (100 MB at most)."""
+    try:
+        with path.open("rb") as file:
+            told = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10**8))).get("__metadata__") or {}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        told = {}
+    return "a direction" if "steer" in told else "a measurement" if MEASUREMENT_KEY in told else "another file"
 
 
 def check_direction_file(output: Path, option: str = "--output", read: Iterable[object] = ()) -> None:
     """Refuse the same, and a file name that no server would serve: without its suffix it names the direction."""
-    check_file(output, option, read)
+    check_file(output, option, read, "a direction")
     check_name(output.stem)
 
 
@@ -418,12 +440,12 @@ class Bench:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What opens MODEL; `options` are vLLM's own. Raises InvalidInput, before anything is imported, for what cannot be
-    opened."""
+    """What opens MODEL; further options of the command in `context` are vLLM's own. Raises InvalidInput, before
+    anything is imported, for what cannot be opened."""
 
     backend: str
     model: str
-    options: Sequence[str]
+    context: typer.Context
     opening: ModelSettings
 
     def __post_init__(self) -> None:
@@ -431,10 +453,18 @@ class EngineOptions:
             _check_vllm()
             self.opening.check_for_vllm()
         elif self.options:
-            unknown = " ".join(self.options)
-            what = "an option" if self.options[0].startswith("-") else "an argument"
-            raise InvalidInput(f"{unknown}: not {what} of this command; options of vLLM need --backend vllm")
+            unknown, first = " ".join(self.options), self.options[0].partition("=")[0]
+            what = "an option" if first.startswith("-") else "an argument"
+            known = [name for param in self.context.command.params for name in param.opts]
+            near = "".join(f"; did you mean {name}?" for name in get_close_matches(first, known, 1))
+            raise InvalidInput(
+                f"{unknown}: not {what} of this command{near or '; options of vLLM need --backend vllm'}"
+            )
         check_model(self.model, self.opening.revision)
+
+    @property
+    def options(self) -> list[str]:
+        return self.context.args
 
     def described(self) -> tuple[str, int, int] | None:
         """The model's architecture, layers and d_model, from its config alone: what is wrong with a file is told before

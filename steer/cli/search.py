@@ -54,7 +54,7 @@ def select(
     First the log-odds of a first token of the behaviour's answers, then answers of those that survive. The file has the
     figures of each. With --backend vllm, any further options are those of `vllm serve`.
     """
-    engine = opt.EngineOptions(backend, model, ctx.args, opening)
+    engine = opt.EngineOptions(backend, model, ctx, opening)
     modes = opt.split(mode)
     choices = opt.Choices.model_validate({"mode": modes[0], "sites": sites, "batch_size": batch_size})
     tried = [opt.Choices.model_validate({"mode": one}).mode for one in modes]
@@ -150,7 +150,7 @@ def search(
     An interrupted search goes on when the same command is given again, and comes out the same. `steer trials FOLDER`
     shows the front and saves any trial's direction. With --backend vllm, any further options are those of `vllm serve`.
     """
-    engine = opt.EngineOptions(backend, model, ctx.args, opening)
+    engine = opt.EngineOptions(backend, model, ctx, opening)
     _check_output(pick, output)
     most = -(-trials // group) * group
     if pick is not None and pick >= most and not folder.exists():

@@ -371,7 +371,9 @@ class Readings:
 
     def _joined(self, side: Callable[[Reading], NDArray[np.float32] | None], positions: int = 1) -> NDArray[np.float32]:
         if not self.passes:
-            raise ValueError("nothing was read: no forward pass of the attached model has ended in the block")
+            raise ValueError(
+                "nothing was read yet: readings come at the end of the block, of the passes of the attached model in it"
+            )
         if len(rows := {len(one.norms) for one in self.passes}) > 1:
             raise ValueError(f"the passes have {sorted(rows)} rows: take them one by one, from `passes`")
         if not (found := [values for one in self.passes if (values := side(one)) is not None]):

@@ -24,7 +24,7 @@ def unquoted(error: ValidationError, whole: str) -> Iterator[str]:
     shows. `whole` is named where no field is at fault."""
     for item in error.errors(include_url=False):
         what = accepted(item["type"], item.get("ctx", {}))
-        told = f"not accepted: {what}" if what else problem_text(item)
+        told = f"must be {what}" if what else problem_text(item)
         yield f"{'.'.join(field_path(item['loc'])) or whole}: {told}"
 
 

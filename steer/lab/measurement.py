@@ -27,10 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steer._version import TOOL, made_at
-from steer.direction import MEASUREMENT_KEY, Dataset, folder_problem, holds_model, replacing, sorted_metadata
+from steer.direction import Dataset, folder_problem, holds_model, replacing, sorted_metadata
 from steer.errors import DegenerateError, InvalidInput, problems_of
 from steer.geometry import MIN_ANGLE, winsorise
 from steer.lab.prompts import Rendering
+from steer.names import MEASUREMENT_KEY
 
 CLASSES = ("harmful", "harmless")
 #: Tensors of a class, with their dtype; the first is always there.

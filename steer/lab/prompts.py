@@ -222,10 +222,10 @@ def check_contrast(harmful: PromptSet, harmless: PromptSet) -> None:
     """Raise InvalidInput when a prompt stands in both sets: it would cancel what is to be measured."""
     both = set(harmful.prompts) & set(harmless.prompts)
     if both:
-        raise InvalidInput(
-            f"{len(both)} prompts are in both {harmful.name} and {harmless.name} ({harmful.named(both)}): keep each in "
-            "one of them"
-        )
+        what = f"{len(both)} prompts are in both {harmful.name} and {harmless.name}"
+        if (harmful.name, harmful.sha256) == (harmless.name, harmless.sha256):
+            raise InvalidInput(f"{what}: it is one file, given twice")
+        raise InvalidInput(f"{what} ({harmful.named(both)}): keep each in one of them")
 
 
 #: Prompts of each class that candidates are tried on, at most.
@@ -299,7 +299,9 @@ def prompt_of(item: object, names: Sequence[str] = (*COLUMNS, *CONVERSATIONS)) -
         return _text(item).strip()
     known = [name for name in names if name in item] if isinstance(item, dict) else []
     if not isinstance(item, dict) or not known:
-        raise InvalidInput(f"neither a text nor an object with one of {', '.join(names)}")
+        there = ", ".join(brief(key) for key in [*item][:NAMED]) if isinstance(item, dict) else ""
+        told = f"neither a text nor an object with one of {', '.join(names)}"
+        raise InvalidInput(f"{told}; it has {there}" if there else told)
     name = next((name for name in known if item[name] is not None), None)
     if name is None:
         return ""

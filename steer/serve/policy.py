@@ -390,6 +390,8 @@ def _said(item: ErrorDetails, lines: dict[tuple[str, ...], int], name: str) -> s
         if len(item["loc"]) > 1 and item["loc"][0] == "directions":
             table = DirectionRules
         said = f"unknown; accepted: {', '.join(table.model_fields)}"
+    elif item["loc"] == ("keys",):
+        said += "; `steer keys new NAME --policy FILE` adds a [keys.NAME]"
     return f"{name}:{lines.get(path, 1)}: {where}: {said}"
 
 

@@ -9,9 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from steer.direction import MEASUREMENT_KEY, Dataset, Direction
+from steer.direction import Dataset, Direction
 from steer.errors import DirectionError, InvalidInput
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, Statistics
+from steer.names import MEASUREMENT_KEY
 from tests import models
 
 D, LAYERS, POSITIONS = 6, 3, (-1, -4)

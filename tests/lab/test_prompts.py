@@ -119,6 +119,7 @@ BAD: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "empty json": ("p.json", b"", ("not JSON",)),
     "blank json": ("p.json", b'[" ", {"text": ""}]', ("has no prompts",)),
     "bad line": ("p.jsonl", b'"one"\n\n{"prompt": "two"\n', ("line 3", "not JSON")),
+    "another key": ("p.jsonl", b'{"promt": "x"}\n', ("line 1", "it has 'promt'")),
     "a number": ("p.jsonl", b'"one"\n2\n', ("line 2", "neither a text nor an object", "prompt")),
     "no column": ("p.jsonl", b'{"x": "one"}\n', ("line 1", *COLUMNS)),
     "column no text": ("p.jsonl", b'{"prompt": 3}\n', ("line 1", "neither")),

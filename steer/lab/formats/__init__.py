@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from steer.direction import MEASUREMENT_KEY, Direction, folder_problem, holds_model
+from steer.direction import Direction, folder_problem, holds_model
 from steer.errors import InvalidInput
 from steer.lab.formats import control_vector, pickled
 from steer.lab.formats.foreign import Foreign, check_plain, direction_of, load_pickled, width_of
 from steer.lab.measurement import Measurement, ModelFacts, load_tensors
-from steer.names import PICKLED_SUFFIXES
+from steer.names import MEASUREMENT_KEY, PICKLED_SUFFIXES
 
 #: How a file of a measurement is named where its kind follows from the name.
 MEASUREMENT_SUFFIX = ".measurement.safetensors"

@@ -236,7 +236,7 @@ def test_every_problem_of_a_file_is_named(tmp_path: Path) -> None:
     assert [f"line {n}" in str(caught.value) for n in range(1, 8)] == [True, True, True, False, True, True, True]
     assert "accepted: .jsonl" in str(caught.value)
     written(path, "never shown", {"prompt": "never shown", "contains": "never shown"})
-    with pytest.raises(InvalidInput, match="line 2: contains: not accepted: a list") as caught:
+    with pytest.raises(InvalidInput, match="line 2: contains: must be a list") as caught:
         read_expected(path)
     assert "shown" not in str(caught.value), "neither a prompt nor what an answer has"
     with pytest.raises(InvalidInput, match="cannot be read"):

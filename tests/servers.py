@@ -9,7 +9,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -160,3 +163,26 @@ def outlives_clients(server: Server) -> bool:
         kept.request("GET", "/health")
         assert kept.getresponse().read()
         return kept.sock is first
+
+
+def stopped_under_streams(
+    server: Server, asked: Sequence[tuple[httpx.Client, dict[str, Any], dict[str, str]]]
+) -> list[str]:
+    """What streams of completions say, each by (client of the server's, body, headers), on which the server is stopped
+    when all have begun."""
+    began = threading.Barrier(len(asked) + 1)
+
+    def streamed(client: httpx.Client, body: dict[str, Any], headers: dict[str, str]) -> str:
+        with httpx.Client(base_url=client.base_url, timeout=60) as own:
+            sent = body | {"stream": True, "ignore_eos": True}
+            with own.stream("POST", "/v1/completions", json=sent, headers=headers) as answer:
+                lines = answer.iter_lines()
+                first = next(lines)
+                began.wait(60)
+                return "\n".join([first, *lines])
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        streams = [pool.submit(streamed, *one) for one in asked]
+        began.wait(60)
+        assert server.stop() in (0, 1), server.log
+        return [stream.result() for stream in streams]

@@ -34,6 +34,8 @@ TAKEN = frozenset({FIELD, readout.FIELD, f"{XARGS}.{FIELD}", f"header {HEADER}",
 #: with `steer` is content. In all others it is a mistake, whoever wrapped the request.
 _CONTENT = {"messages", "input", "prompt", "prompts", "system", "instructions", "documents", "tools", "functions"}
 _CONTENT |= {"toolchoice", "functioncall", "responseformat", "structuredoutputs", "guidedjson", "text", "outputconfig"}
+#: Those whose own keys the client chooses, so that only a carrier's very name is a mistake there.
+_TAGS = {"chattemplatekwargs", "metadata"}
 #: Those in which a text may be a request's fields as JSON.
 _QUOTING = {"chattemplatekwargs", "generationconfig", "body", "metadata", "options", "parameters", "request"}
 _QUOTING |= {"requests", "samplingparams", "kvtransferparams", "streamoptions"}
@@ -42,6 +44,8 @@ _VEHICLES = {"extraargs", "extrabody", "extraheaders", "extraquery", "headers", 
 _QUOTING |= _VEHICLES
 
 
+#: Names of carriers and of the read-out, as `bare` has them.
+_NAMES = {bare(name) for name in (FIELD, HEADER, readout.FIELD)}
 _PLAIN_ROLES = {"system", "developer", "user", "assistant"}
 
 
@@ -135,8 +139,9 @@ def traces(body: object, headers: Headers, served: Sequence[str], query: bytes =
         if isinstance(value, list):
             places.extend(((place, i), each) for i, each in enumerate(value) if isinstance(each, dict | list))
         elif isinstance(value, dict):
+            tags = place is not None and isinstance(place[1], str) and bare(place[1]) in _TAGS
             for key, inner in value.items():
-                if nearly(key):
+                if bare(key) in _NAMES if tags else nearly(key):
                     yield _name((place, key))
                 elif (plain := bare(key)) in _CONTENT:
                     continue

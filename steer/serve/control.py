@@ -482,7 +482,7 @@ class Control:
     def drain(self, seconds: float) -> None:
         """As the server stops, on a thread that may wait: let what runs here end, and end it GRACE before the time is
         up, so that clients are told and the audit log has it."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + max(seconds, GRACE)
         while self.runs and time.monotonic() < deadline - GRACE:
             time.sleep(0.02)
         if self.runs and self._loop is not None:

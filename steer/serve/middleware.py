@@ -191,12 +191,9 @@ class SteerMiddleware:
         return body, carried, readout.parse(body.get(readout.FIELD))
 
     async def _serve(self, run: Run, answer: _Answer, scope: Scope, receive: Receive) -> None:
-        """A request that the kill switch may end, or its key's being taken away, runs in a task of its own."""
+        """In a task of its own: the kill switch may end it, its key's being taken away, or the end of the server."""
         if run.ended:  # while its line was being kept
             await answer.break_off(run.ended)
-            return
-        if not run.spec and run.caller.rules is None:
-            await self.app(scope, receive, answer.send)
             return
         run.task = asyncio.ensure_future(self.app(scope, receive, answer.send))
         try:

@@ -247,7 +247,7 @@ def _trace(outputs: OutputProcessor, spec_of: Callable[[str], Spec | None]) -> N
     outputs.do_tracing = making
 
 
-#: Seconds in which several API servers may end, where the options say none.
+#: Seconds in which what runs may end after SIGTERM, where the options say none.
 SHUTDOWN = 5
 
 
@@ -275,8 +275,7 @@ def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> 
         args.allowed_origins = []  # vLLM's own default lets every page in the world call the server
     args.worker_cls = internals.WORKER
     args.additional_config = given | {KEY: settings.model_dump(mode="json")}
-    if (args.api_server_count or args.data_parallel_size) > 1:  # or vLLM kills them, and no log is closed
-        args.shutdown_timeout = args.shutdown_timeout or SHUTDOWN
+    args.shutdown_timeout = args.shutdown_timeout or SHUTDOWN  # or what runs breaks off, and several close no log
     args.middleware = [*args.middleware, f"{Middleware.__module__}.{Middleware.__name__}"]
     internals.server.run_server(args, keep_alive=KEEP_ALIVE)
     if Middleware.failed is not None:

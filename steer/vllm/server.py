@@ -32,7 +32,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steer.errors import InvalidInput, NotFinite, SpecError, SteerError, UnsupportedModel
+from steer.errors import InvalidInput, NotFinite, SpecError, SteerError, UnsupportedModel, brief
 from steer.readout import FIELD
 from steer.registry import Admission
 from steer.serve import carriers, errors, html, metrics, operation, origin
@@ -76,8 +76,6 @@ READ_ROUTES = ("/v1/chat/completions", "/v1/completions")
 MODELS_ROUTE = "/v1/models"
 HEALTH_ROUTE = "/health"
 MAX_BODY = 64 * 2**20
-#: Fields of a form, empty ones too.
-MAX_FIELDS = 1000
 
 
 def install(app: FastAPI) -> None:
@@ -166,9 +164,9 @@ class Middleware:
             await send({"type": "lifespan.startup.failed"})
             return
         self._started = True
+        internals.engine.before_shutdown(app.state.engine_client, control.drain)
         if front.place[1] > 1:
             Thread(target=end_with_parent, name="steer-parent", daemon=True).start()
-            internals.engine.before_shutdown(app.state.engine_client, control.drain)
         try:
             await self.app(scope, receive, send)
         finally:
@@ -421,9 +419,9 @@ async def _understood(scope: Scope, data: bytes) -> object:
     """What a body says: of JSON the value, of a form its fields, {} of none; None where we cannot tell."""
     kind = (origin.header(Headers(scope=scope), "content-type") or "").lower()
     forms = ("multipart/form-data", "application/x-www-form-urlencoded")
-    if kind.startswith(forms[1]) and data.count(b"&") > MAX_FIELDS:  # vLLM would parse it on the event loop
-        raise HTTPProblem(Code.BODY_TOO_COMPLEX, f"the form has more than {MAX_FIELDS} fields")
     if kind.startswith(forms) and not data.lstrip().startswith(b"{"):  # which is JSON to who does not look at the type
+        if not kind.startswith(forms[0]):  # vLLM would parse it on the event loop
+            raise HTTPProblem(Code.CONTENT_TYPE, f"the content type is {brief(kind)}, which no route reads: send JSON")
         try:
             async with Request(scope, replay(data, _nothing)).form() as form:
                 return {name: value for name, value in form.multi_items() if not isinstance(value, UploadFile)}

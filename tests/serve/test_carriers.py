@@ -261,7 +261,8 @@ def test_names_of_other_things_are_left_alone() -> None:
         deep = {"body": deep}
     tool = {"type": "function", "function": {"name": "steer", "parameters": {"properties": {"steering": {}}}}}
     body = {"messages": [{"role": "user", "content": "steer", "steer": 1}], "tools": [tool], "oversteer": 1}
-    body |= {"metadata": {"user": "steer"}, "response_format": {"steering": {}}, "extra_body": deep}
+    body |= {"metadata": {"user": "steer", "steering_group": "a"}, "chat_template_kwargs": {"steering_style": "x"}}
+    body |= {"response_format": {"steering": {}}, "extra_body": deep}
     assert admitted(body) == "[]"
 
 

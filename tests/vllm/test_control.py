@@ -26,7 +26,7 @@ from steer.serve.access import ORDINARY
 from steer.serve.audit import verify
 from steer.vllm.server import Middleware
 from tests.serve.rules import CASES, POLICY, bearer, carried, check, check_table
-from tests.servers import Server, receipt
+from tests.servers import Server, receipt, stopped_under_streams
 from tests.vllm import device
 from tests.vllm.engines import Home
 from tests.vllm.test_server import MESSAGES, OPTIONS
@@ -155,11 +155,11 @@ def test_every_route_that_vllm_has_is_behind_the_door(server: Server) -> None:
         assert server.client.post(path).status_code == 401
 
 
-def test_a_form_of_many_fields_is_not_read(server: Server) -> None:
+def test_a_form_is_not_read(server: Server) -> None:
     """vLLM would read it on the event loop, the empty ones too."""
     kind = {"Content-Type": "application/x-www-form-urlencoded"} | bearer("all")
-    answer = server.client.post("/tokenize", content=b"&" * 100_000, headers=kind)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "body_too_complex")
+    answer = server.client.post("/tokenize", content=b"prompt=x" + b"&" * 100_000, headers=kind)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "content_type")
 
 
 def test_a_request_of_any_route_is_one_at_once_to_its_end(server: Server) -> None:
@@ -393,6 +393,17 @@ def test_the_log_is_whole_and_has_the_tokens(server: Server, home: Home) -> None
     served = [line for line in ended.values() if line not in refused]
     assert {line["outcome"] for line in served} == {"ok", "aborted"}
     assert all(line["prompt_tokens"] and line["completion_tokens"] for line in served)
+
+
+def test_what_runs_when_the_server_stops_has_its_end_or_is_told(server: Server, home: Home) -> None:
+    """It is the last test of this server. Steered and plain requests, many more than run at once."""
+    body = BODIES["/v1/completions"] | {"max_tokens": 240, "n": 128, "temperature": 1}
+    asked = [(server.client, body | {"steer": steer}, bearer("all")) for steer in ("refusal", "off")]
+    for said in stopped_under_streams(server, asked):
+        assert said.rstrip().endswith("data: [DONE]")
+        assert "error" not in said or '"code":"stopping"' in said.replace(" ", "")
+    report = verify([home.directions.parent / "audit.jsonl"])
+    assert not [note for note in (*report.problems, *report.notes) if "not ended" in note]
 
 
 @pytest.mark.parametrize(

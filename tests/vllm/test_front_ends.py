@@ -19,7 +19,7 @@ from steer.direction import digest, write_file
 from steer.serve import keys
 from steer.serve.audit import verify
 from tests import models
-from tests.servers import Client, Server, front_ends, receipt, text
+from tests.servers import Client, Server, front_ends, receipt, stopped_under_streams, text
 from tests.vllm import device
 from tests.vllm.engines import Home, Reference
 from tests.vllm.test_server import OPTIONS
@@ -279,26 +279,11 @@ def test_the_audit_log_has_the_lines_of_all_in_one_chain(fronts: dict[int, Clien
     """The last test: it ends the server. What runs then has its end, or is told that there will be none."""
     log = home.directions.parent / "audit.jsonl"
     heads = [front.get("/v1/steering").json()["audit"]["head"] for front in fronts.values()]
-    began = threading.Barrier(2 * COUNT + 1)
-
-    def streamed(front: Client, body: dict[str, Any]) -> str:
-        with Client(base_url=front.base_url, timeout=60) as client:
-            sent = body | {"stream": True, "ignore_eos": True}
-            with client.stream("POST", "/v1/completions", json=sent, headers=bearer("boss")) as answer:
-                lines = answer.iter_lines()
-                first = next(lines)
-                began.wait()
-                return "\n".join([first, *lines])
-
-    with ThreadPoolExecutor(2 * COUNT) as pool:
-        bodies = [BODY | {"max_tokens": 200, "steer": "refusal"}, LONG]
-        streams = [pool.submit(streamed, front, body) for front in fronts.values() for body in bodies]
-        began.wait()
-        assert server.stop() in (0, 1), server.log
-        for stream in streams:
-            said = stream.result()
-            assert said.rstrip().endswith("data: [DONE]")
-            assert "error" not in said or '"code":"stopping"' in said.replace(" ", "")
+    bodies = [BODY | {"max_tokens": 200, "steer": "refusal"}, LONG]
+    asked = [(front, body, bearer("boss")) for front in fronts.values() for body in bodies]
+    for said in stopped_under_streams(server, asked):
+        assert said.rstrip().endswith("data: [DONE]")
+        assert "error" not in said or '"code":"stopping"' in said.replace(" ", "")
     assert verify([log]).problems == []
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {line["detail"]["front_end"] for line in lines if line["event"] == "start"} == set(fronts)

@@ -68,6 +68,9 @@ class Engine:
         self.steer = front
         self.asked: list[str | None] = []
 
+    def shutdown(self, timeout: float | None = None) -> None:
+        pass
+
     def generate(self, extra_args: dict[str, Any] | None) -> str:
         from vllm import SamplingParams
 

@@ -302,8 +302,8 @@ def _shut_down(engine: object) -> None:
 
 
 def before_shutdown(engine: AsyncLLM, wait: Callable[[float], None]) -> None:
-    """Have `wait(timeout)` called before this front end's engine client lets go of the engine. One that has not started
-    the engine does that at once, whatever the timeout: what runs breaks off, or never ends."""
+    """Have `wait(timeout)` called before this front end's engine client lets go of the engine: what runs then breaks
+    off with an error of the engine's. One that has not started the engine does that at once, whatever the timeout."""
     shutdown = seam(engine, "shutdown")
 
     def waiting(timeout: float | None = None) -> None:

@@ -411,7 +411,7 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
     for key in islice((str(key) for key in value if key not in _FIELDS), MAX_ITEMS):
         problems.append(f"{param}.{key[:40]}: unknown field; accepted: {', '.join(_FIELDS)}")
     if "direction" not in value:
-        problems.append(f"{param}.direction: missing; it names the direction")
+        problems.append(f"{param}.direction: missing; it names the direction, like {{'direction': 'refusal'}}")
         return None
     name, mode, strength, shift, layers, tokens, condition, digest = map(value.get, _FIELDS)
     before = len(problems)
@@ -423,9 +423,12 @@ def _from_object(value: dict[object, object], param: str, problems: list[str]) -
         try:
             named = check_name(name)
         except DirectionError as error:
-            problems.append(f"{param}: {error}")
+            several = "; several are separated by commas" if re.search(r"\w[;+|&\s]+\w", name[:MAX_NAME]) else ""
+            problems.append(f"{param}: {error}{several}")
     if mode is not None and known is None:
-        problems.append(f"{param}.mode: {brief(mode)} is not a mode; accepted: {', '.join(MODES)}")
+        number = isinstance(mode, str) and not isinstance(_number(mode), _Unread)
+        strength_of = f"; a strength stands after '=', as {named or 'refusal'}={mode}" if number else ""
+        problems.append(f"{param}.mode: {brief(mode)} is not a mode; accepted: {', '.join(MODES)}{strength_of}")
     strength_ = None if strength is None else _within(strength, MAX_STRENGTH, f"{param}.strength", problems)
     shift_ = None if shift is None else _within(shift, MAX_SHIFT, f"{param}.shift", problems)
     place = None

@@ -310,6 +310,19 @@ def test_a_name_that_cannot_be_one_is_refused_in_every_form(name: str) -> None:
         assert any("is not acceptable: 1 to 64 letters" in problem for problem in problems_of(value))
 
 
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("a;b", "; several are separated by commas"),
+        ("a + b=0.5", "; several are separated by commas"),
+        ("a:0.5", "; a strength stands after '=', as a=0.5"),
+        ({"a": 0.5}, "missing; it names the direction, like {'direction': 'refusal'}"),
+    ],
+)
+def test_what_is_nearly_the_language_is_told_how_it_is_said(value: Any, says: str) -> None:
+    assert problems_of(value)[-1].endswith(says)
+
+
 @pytest.mark.parametrize("value", [None, 1, True, [], {}, ["refusal"]])
 def test_a_name_that_is_no_text_is_refused_by_field(value: Any) -> None:
     (problem,) = problems_of({"direction": value})

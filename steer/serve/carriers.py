@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl
 from starlette.datastructures import Headers
 
 from steer import readout
-from steer.errors import SpecError
+from steer.errors import SpecError, brief
 from steer.serve.body import MAX_VALUES, check_structure
 from steer.spec import MAX_ITEMS, RequestedDirection, bare, mentions, nearly, parse
 
@@ -94,7 +94,12 @@ def read(body: dict[str, object], headers: Headers, served: Sequence[str], query
     model = body.get("model")
     if isinstance(model, str) and (alias := split_alias(model, served)):
         model, directions = alias
-        take("model name", directions, "model")
+        if directions.strip():
+            take("model name", directions, "model")
+        else:
+            param = param or "model"
+            accepted = f"'{model}', or with directions after it, as {model}+refusal"
+            problems.append(f"model: {brief(body['model'])} names no direction; accepted: {accepted}")
     if problems:
         raise SpecError(problems, param=param)
     return Carried(found, model if isinstance(model, str) else None, has_tools(body))

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, InitErrorDetails
 from typing_extensions import TypedDict
 
 from steer.errors import DirectionError, InvalidInput, brief, problem_text
@@ -240,25 +240,24 @@ class KeyRules(Limits):
     @field_validator("directions")
     @classmethod
     def _are_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        _check_names([name for name in value if name != ANY])
+        _raise(((str(i),), said) for i, name in enumerate(value) if name != ANY for said in _wrong_with_name(name))
         return value
 
     @model_validator(mode="after")
     def _default_is_within_the_rules(self) -> KeyRules:
         problems = []
         if self.default and not self.steer:
-            problems.append("default: a key that may not steer has none; use 'required' to impose a direction")
+            problems.append("a key that may not steer has none; use 'required' to impose a direction")
         for item in self.default or ():
             for name in (each for each in item.names if not self.allows(each)):
-                problems.append(f"default: '{name}' is not among this key's directions")
+                problems.append(f"'{name}' is not among this key's directions")
             if item.mode and item.mode not in self.modes:
-                problems.append(f"default: '{item.mode}' is not among this key's modes")
+                problems.append(f"'{item.mode}' is not among this key's modes")
             if item.direction in by_direction(self.required) and item not in self.required:
-                problems.append(f"default: '{item.direction}' is required, and cannot be had in another way")
+                problems.append(f"'{item.direction}' is required, and cannot be had in another way")
         for items in by_direction(self.default or ()).values():
-            problems += [f"default: {said}" for said in self.broken(items)]
-        if problems:
-            raise InvalidInput(problems)
+            problems += self.broken(items)
+        _raise((("default",), said) for said in problems)
         return self
 
 
@@ -284,24 +283,25 @@ class Policy(_Table):
     @field_validator("directions")
     @classmethod
     def _are_names(cls, value: dict[str, DirectionRules]) -> dict[str, DirectionRules]:
-        _check_names(value)
+        _raise(((name,), said) for name in value for said in _wrong_with_name(name))
         return value
 
     @field_validator("keys")
     @classmethod
     def _are_apart(cls, value: dict[str, KeyRules], info: ValidationInfo) -> dict[str, KeyRules]:
-        problems = [f"{name!r} is not a key's name: 1 to 64 letters, digits, '.', '_' or '-'" for name in value]
-        problems = [p for p, name in zip(problems, value, strict=True) if not _KEY_NAME.fullmatch(name)]
+        problems: list[tuple[tuple[str, ...], str]] = []
         owner: dict[str, str] = {}
         for name, rules in value.items():
+            if not _KEY_NAME.fullmatch(name):
+                problems.append(((name,), f"'{name}' is not a key's name: 1 to 64 letters, digits, '.', '_' or '-'"))
             for each in rules.hashes:
                 if owner.setdefault(each, name) != name:
-                    problems.append(f"'{owner[each]}' and '{name}' have the same hash")
+                    problems.append(((name, "hash"), f"'{owner[each]}' and '{name}' have the same hash"))
             for direction, items in by_direction(rules.default or ()).items():
                 if (limits := info.data.get("directions", {}).get(direction)) is not None:
-                    problems += [f"{name}: default: '{direction}': for any key {said}" for said in limits.broken(items)]
-        if problems:
-            raise InvalidInput(problems)
+                    broken = limits.broken(items)
+                    problems += [((name, "default"), f"'{direction}': for any key {said}") for said in broken]
+        _raise(problems)
         return value
 
 
@@ -312,15 +312,21 @@ def by_direction(items: Sequence[RequestedDirection]) -> dict[str, list[Requeste
     return out
 
 
-def _check_names(names: Sequence[str] | dict[str, DirectionRules]) -> None:
-    problems: list[str] = []
-    for name in names:
-        try:
-            check_name(name)
-        except DirectionError as error:
-            problems += error.problems
-    if problems:
-        raise InvalidInput(problems)
+def _wrong_with_name(name: str) -> Sequence[str]:
+    try:
+        check_name(name)
+    except DirectionError as error:
+        return error.problems
+    return ()
+
+
+def _raise(problems: Iterable[tuple[tuple[str, ...], str]]) -> None:
+    """Have each problem, with its place below the validator that calls this, in the ValidationError; none is well."""
+    if found := [
+        InitErrorDetails(type="value_error", loc=place, input=None, ctx={"error": ValueError(said)})
+        for place, said in problems
+    ]:
+        raise ValidationError.from_exception_data("policy", found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,12 +380,14 @@ def read(data: bytes, name: str = "policy") -> InForce:
         policy = Policy.model_validate(tree)
     except ValidationError as error:
         lines = dict(_lines(text))
-        raise PolicyError(sorted({_said(item, lines, name) for item in error.errors(include_url=False)})) from None
+        said = sorted({_said(item, lines) for item in error.errors(include_url=False)})
+        raise PolicyError(f"{name}:{line}: {what}" for line, what in said) from None
     names = {each: key for key, rules in policy.keys.items() for each in rules.hashes}
     return InForce(policy, hashlib.sha256(data).hexdigest(), names)
 
 
-def _said(item: ErrorDetails, lines: dict[tuple[str, ...], int], name: str) -> str:
+def _said(item: ErrorDetails, lines: dict[tuple[str, ...], int]) -> tuple[int, str]:
+    """A problem's line, and what it is."""
     path = tuple(str(part) for part in item["loc"])
     while path and path not in lines and path[:-1]:
         path = path[:-1]
@@ -390,9 +398,11 @@ def _said(item: ErrorDetails, lines: dict[tuple[str, ...], int], name: str) -> s
         if len(item["loc"]) > 1 and item["loc"][0] == "directions":
             table = DirectionRules
         said = f"unknown; accepted: {', '.join(table.model_fields)}"
-    elif item["loc"] == ("keys",):
+    elif item["type"] in ("dict_type", "model_type"):
+        said = f"{brief(item['input'])} is not accepted: a table"
+    if item["loc"] == ("keys",):
         said += "; `steer keys new NAME --policy FILE` adds a [keys.NAME]"
-    return f"{name}:{lines.get(path, 1)}: {where}: {said}"
+    return lines.get(path, 1), f"{where}: {said}"
 
 
 def _lines(text: str) -> Iterator[tuple[tuple[str, ...], int]]:

@@ -242,7 +242,8 @@ def _wrong(name: str, value: object, served: set[str], own: Mapping[str, tuple[o
         return f"unknown field{f'; did you mean {near[0]}?' if near else ''}"
     if _among(value, neutral):
         return ""
-    return f"not served by the transformers backend; accepted: {', '.join(['null', *map(repr, neutral)])}"
+    takes = ["null", *map(repr, neutral), *(["{'steer': 'refusal'}"] if name == carriers.XARGS else [])]
+    return f"not served by the transformers backend; accepted: {', '.join(takes)}"
 
 
 def _among(value: object, values: Iterable[object]) -> bool:
@@ -276,6 +277,13 @@ class Message(BaseModel):
                 kind = part.get("type") if isinstance(part, dict) else part
                 raise Unserved([(f"{number}", f"{brief(kind)} is not served; accepted: {{'type': 'text', 'text': …}}")])
         return value
+
+    @model_validator(mode="after")
+    def _of_someone(self) -> Message:
+        """Only a model may have said nothing."""
+        if self.content is None and self.role != "assistant":
+            raise Unserved([("content", "missing; accepted: a text, or a list of {'type': 'text', 'text': …}")])
+        return self
 
     @model_validator(mode="after")
     def _without_tools(self) -> Message:
@@ -318,6 +326,14 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, object] = Field(
         default_factory=dict, description="variables for the model's chat template"
     )
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _no_text(cls, value: object) -> object:
+        if isinstance(value, str):
+            like = f"[{{'role': 'user', 'content': {brief(value)}}}]"
+            raise ValueError(f"{brief(value)} is not accepted: a list, like {like}")
+        return value
 
     @field_validator("chat_template_kwargs")
     @classmethod

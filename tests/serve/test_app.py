@@ -333,7 +333,7 @@ def test_a_file_that_must_overflow_is_refused_with_the_rule(tiny_server: Server)
         ("chat", {"n": "many"}, "n", "n: 'many' is not accepted: a whole number"),
         ("chat", {"temperature": -1}, "temperature", "temperature: -1 is not accepted: a number from 0 up"),
         ("chat", {"stream": "x"}, "stream", "stream: 'x' is not accepted: true or false"),
-        ("chat", {"messages": "x"}, "messages", "messages: 'x' is not accepted: a list, like ['x']"),
+        ("chat", {"messages": "x"}, "messages", "messages: 'x' is not accepted: a list, like [{'role': 'user'"),
         ("chat", {"messages": ["x"]}, "messages.0", "messages.0: 'x' is not accepted: an object"),
         ("chat", {"messages": [{"content": "x"}]}, "messages.0.role", "messages.0.role: missing; it is required"),
         ("chat", {"messages": [{"role": "user", "content": 1}]}, "messages.0.content", "messages.0.content: 1 is not"),
@@ -354,7 +354,7 @@ def test_a_file_that_must_overflow_is_refused_with_the_rule(tiny_server: Server)
         ("completions", {"steer": ["x"] * 600_000}, None, "values"),
         ("completions", {"steer": ["x"] * 6000}, "steer", "6000 directions, at most 16 are accepted"),
         ("completions", {"steer": "x," * 6000}, "steer", "at most 8192"),
-        ("completions", {"vllm_xargs": {"other": 1}}, "vllm_xargs", "vllm_xargs: not served"),
+        ("completions", {"vllm_xargs": {"other": 1}}, "vllm_xargs", "accepted: null, {'steer': 'refusal'}"),
         ("completions", {"vllm_xargs": "steer=refusal"}, "vllm_xargs", "'vllm_xargs'"),
     ],
 )

@@ -249,6 +249,11 @@ def test_so_is_a_header_that_nearly_does(name: bytes) -> None:
     assert "X-Steer" in str(refused({}, [(name, b"refusal")]))
 
 
+def test_an_alias_of_nothing_is_told_how_it_would_be_one() -> None:
+    for name in ("base+", "base+ "):
+        assert f"model: '{name}' names no direction; accepted: 'base'" in str(refused({"model": name}))
+
+
 def test_so_is_a_query() -> None:
     for name in ("steer", "x-steer", "X_Steer"):
         with pytest.raises(SpecError, match=rf"'\?{name}'"):

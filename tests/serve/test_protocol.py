@@ -51,6 +51,17 @@ def test_what_is_not_served_is_refused_by_its_name_and_what_asks_for_nothing_pas
             request_type.model_validate(BODY[request_type] | {name: value})
 
 
+def test_only_a_model_may_have_said_nothing() -> None:
+    for said in ({}, {"content": None}):
+        ChatRequest.model_validate({"model": "m", "messages": [{"role": "assistant", **said}]})
+        with pytest.raises(ValidationError, match="content: missing; accepted: a text, or a list"):
+            ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", **said}]})
+    with pytest.raises(
+        ValidationError, match=r"'x' is not accepted: a list, like \[{'role': 'user', 'content': 'x'}\]"
+    ):
+        ChatRequest.model_validate({"model": "m", "messages": "x"})
+
+
 def test_true_is_not_1() -> None:
     for name, value in {"repeat_penalty": True, "top_a": False, "skip_special_tokens": 1}.items():
         with pytest.raises(ValidationError, match=name):

@@ -20,14 +20,14 @@ import typer
 
 from steer.cli import options as opt
 from steer.cli.console import echo_json, echo_line, quiet_libraries, reported
-from steer.errors import InvalidInput, SpecError
+from steer.errors import InvalidInput
 from steer.lab.lines import json_lines
 from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt, PromptSet, Rendering, check_contrast, prompt_of, read_prompts
 from steer.lab.tables import shown, terminal_width, wrapped
 from steer.names import MODES
 from steer.settings import ModelSettings
-from steer.spec import TOKENS, parse
+from steer.spec import TOKENS
 
 if TYPE_CHECKING:
     from steer.direction import Direction
@@ -79,15 +79,6 @@ class Applied:
     @property
     def when(self) -> list[str]:
         return ["all"] if self.tokens is None else opt.split(self.tokens)
-
-    @property
-    def each(self) -> bool:
-        """Does no token of a request decide for others? What cannot be read is told elsewhere."""
-        try:
-            wanted = parse({"direction": "it", "if": self.condition})
-        except SpecError:
-            return True
-        return all(item.condition is None or bool(item.condition.each) for item in wanted)
 
     def moved(self) -> list[float]:
         """The shifts, 0 for none."""
@@ -299,8 +290,6 @@ def _checked(
         and when != ["all"],
         f"--condition: does not go with {' and '.join(scored)}, whose texts have no prompts: leave one out": scored
         and condition is not None,
-        "--condition: vLLM would read the answer that it scores in the very pass that decides: begin it with each:, or "
-        "give --backend transformers": backend == "vllm" and not applied.each,
         "--probe: is for --condition": applied.probe is not None and condition is None,
         "--shifts: names none: give one, or leave the option out": not applied.shifts and applied.shifts is not None,
     }

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from io import StringIO
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -23,6 +23,7 @@ from steer.lab.outcome import Answer
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Encoded, Prompt, Rendering
 from steer.lab.source import Activations, CapturePlan, Source
+from steer.registry import Admission
 from steer.spec import parse, text
 from steer.vllm import capture, frontend, internals
 from steer.vllm.settings import CAPTURE, KEY, SCORED
@@ -194,16 +195,43 @@ class VllmEvaluator(Evaluator):
         expectation and is never negative. Source: Schulman 2020, "Approximating KL divergence"."""
         options: dict[str, Any] = dict(temperature=0, max_tokens=1, prompt_logprobs=0)
         rows = []
-        if any(each and decided_once(each) for each in each_row(steer, len(plain))):
-            raise SpecError(
-                "if: vLLM would read the answer in the very pass that decides; accepted: each:…", param="steer.if"
-            )
-        outputs = self._generate([one.ids for one in plain], steer, 1.0, scored=[one.start for one in plain], **options)
+        decided = self._decided([one.ids[: one.start] for one in plain], each_row(steer, len(plain)))
+        outputs = self._generate(
+            [one.ids for one in plain], decided, 1.0, scored=[one.start for one in plain], **options
+        )
         for one, output in zip(plain, outputs, strict=True):
             said = [output.prompt_logprobs[i][one.ids[i]].logprob for i in range(one.start, len(one.ids))]
             difference = np.array(said) - one.logprobs
             rows.append(np.expm1(difference) - difference)
         return rows
+
+    def _decided(self, prompts: Sequence[list[int]], steers: Sequence[str | None]) -> list[str | None]:
+        """The steering of each prompt without its condition, where one token decides for the others: of those that meet
+        it what acts from then on, and nothing of the others. One pass that reads the answer too would have run past the
+        token that decides."""
+        found = list(steers)
+        asked = {i: parse(one) for i, one in enumerate(steers) if one}
+        asked = {
+            i: items for i, items in asked.items() if any(item.condition and not item.condition.each for item in items)
+        }
+        tickets: dict[int, frontend.Ticket] = {}
+        try:
+            for i, items in asked.items():
+                admission = Admission.of(self.frontend.registry, items)
+                tickets[i] = self.frontend.ticket(admission)
+            names, begun = [ticket.name for ticket in tickets.values()], [prompts[i] for i in tickets]
+            if names:
+                self._generate(begun, names, 0.0, temperature=0, max_tokens=1, detokenize=False)
+        finally:
+            for ticket in tickets.values():
+                self.frontend.forget(ticket)
+                ticket.admission.release()
+        for i, ticket in tickets.items():
+            if len(ticket.holds) != 1:
+                raise EngineFailed(f"the engine did not tell whether prompt {i} meets the condition {steers[i]}")
+            (holds,) = ticket.holds.values()
+            found[i] = text([replace(item, condition=None) for item in asked[i]]) if holds else None
+        return found
 
     def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: str | None) -> list[Floats]:
         if steer is not None and (tokens := parse(steer)[0].tokens):
@@ -237,11 +265,6 @@ class VllmEvaluator(Evaluator):
             [{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=partial(Finished, self.progress, work)
         )
         return outputs
-
-
-def decided_once(steer: str) -> bool:
-    """Has it a condition that one token decides for the others?"""
-    return any(item.condition is not None and not item.condition.each for item in parse(steer))
 
 
 class Finished(tqdm):

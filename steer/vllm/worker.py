@@ -102,6 +102,7 @@ class SteeringWorker:
         self._reads = ReadRunner(reads, self._installation.reading) if reads is not None else None
         self._capture: WorkerCapture | None = None
         self._runner_kind = internals.worker.watch_batches(self.model_runner, self._on_batch)
+        internals.worker.keep_seeds(self.model_runner)
         internals.worker.between_ranks(self, self._enter_rank, self._leave_rank)
         self._kept = Kept(self.get_model())
         folded, points = self._installation.folded, len(self._installation.steering_modules)

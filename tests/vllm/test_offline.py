@@ -147,13 +147,41 @@ def test_tokens_and_layers_are_those_of_transformers(
                 assert next(found) == pytest.approx(np.expm1(difference) - difference, abs=1e-3)
         with pytest.raises(SpecError, match="not known where the prompt ends"):
             evaluator.log_probabilities([[1, 2, 3]], theirs[0])
-    with pytest.raises(SpecError, match="in the very pass that decides"):
-        evaluator.divergences(PROMPTS, plain, "d:ablate?d@0>0.3=1")
     with (
         pytest.raises(SpecError, match="the model has the layers"),
         evaluator.all_resident([first.asking(layers="77")]),
     ):
         pass
+
+
+def test_a_condition_of_one_token_is_decided_before_an_answer_is_read(
+    probe: HFEvaluator, evaluator: Any, candidates: list[Candidate]
+) -> None:
+    """By the last token of each prompt: of those that meet it the later layers act, of the others nothing does."""
+    first, plain, last = (
+        candidates[0],
+        evaluator.continuations(PROMPTS),
+        probe.loaded.model.config.num_hidden_layers - 1,
+    )
+    components = []
+    for one in plain:
+        with torch.inference_mode():
+            hidden = probe.loaded.model(torch.tensor([one.ids[: one.start]]), output_hidden_states=True).hidden_states
+        components.append(float(hidden[1][0, -1] @ first.direction.directions[0, 0]))
+    low, *_, high = sorted(components)
+    middle = (low + high) / 2
+    assert high - low > 1e-2, "or another direction"
+    condition = Condition("it", 0, above=middle)
+    once = Candidate(first.direction, Entry("", "", "ablate", 1.0, condition=condition), first.direction)
+    room = evaluator.room
+    with evaluator.all_resident([once, first.asking(layers=f"1-{last}", tokens="answer")]) as (text, after):
+        asked = [*PROMPTS, *PROMPTS], [*plain, *plain]
+        found = evaluator.divergences(*asked, [text] * len(PROMPTS) + [None] * len(PROMPTS))
+        acts = evaluator.divergences(PROMPTS, plain, after)
+    for component, got, off, on in zip(components, found, found[len(PROMPTS) :], acts, strict=False):
+        assert got == pytest.approx(on if component > middle else off, abs=1e-6)
+        assert on.max() > 1e-4 > off.max()
+    assert (evaluator.room, evaluator.frontend._tickets, evaluator.frontend.held) == (room, {}, {})
 
 
 @pytest.mark.parametrize("tokens", PHASES)

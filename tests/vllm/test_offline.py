@@ -34,6 +34,52 @@ CHANCE = Behaviour(name="chance", description="by chance", patterns=("^[!-O]",),
 SETS = Sets(tuple("abc" * n for n in range(1, 11)), tuple("xy " * n + "z" for n in range(1, 11)), PROMPTS)
 
 
+def estimates(one: Any, logits: torch.Tensor) -> list[float]:
+    """Of a sampled answer, from the log-probabilities that transformers has after each of its tokens when steered."""
+    from steer.vllm.offline import estimated_divergence
+
+    own = [*enumerate(one.ids)][one.start :]
+    steered = [place(logits[i - 1].double().numpy(), token) for i, token in own]
+    return [estimated_divergence(own[i][1], one.places[i], each) for i, each in enumerate(steered)]
+
+
+def place(logp: Any, token: int, top: int = 20) -> Any:
+    from steer.vllm.offline import Place
+
+    return Place(float(logp[token]), {int(i): float(logp[i]) for i in np.argsort(-logp)[:top]})
+
+
+@pytest.mark.parametrize(("vocabulary", "top", "scale"), [(50, 5, 3.0), (50, 5, 0.01), (200, 20, 8.0), (10, 20, 2.0)])
+def test_the_estimate_of_a_divergence_has_it_as_its_expectation(vocabulary: int, top: int, scale: float) -> None:
+    """Over all tokens that can be drawn; and it varies less than that of the drawn token alone."""
+    from steer.vllm.offline import estimated_divergence
+
+    random, spread = np.random.default_rng(0), np.zeros(2)
+    for _ in range(20):
+        logits = random.normal(size=vocabulary) * 3
+        logp, logq = (x - np.logaddexp.reduce(x) for x in (logits, logits + random.normal(size=vocabulary) * scale))
+        p = np.exp(logp)
+        found = [estimated_divergence(i, place(logp, i, top), place(logq, i, top)) for i in range(vocabulary)]
+        alone = np.expm1(logq - logp) - (logq - logp)
+        divergence = float(p @ (logp - logq))
+        assert p @ found == pytest.approx(divergence, rel=1e-9, abs=1e-12)
+        assert min(found) >= 0
+        spread += [p @ (np.array(each) - divergence) ** 2 for each in (found, alone)]
+    assert spread[0] < spread[1]
+
+
+def test_the_estimate_of_a_divergence_sees_what_is_seldom_drawn() -> None:
+    """A refusal that began one answer in a thousand, and begins none when steered."""
+    from steer.vllm.offline import estimated_divergence
+
+    logits = np.array([5.0, 4.0, 3.0, -2.0, *[-9.0] * 96])
+    logp, logq = (x - np.logaddexp.reduce(x) for x in (logits, logits - 8 * (np.arange(100) == 3)))
+    assert 5e-4 < np.exp(logp[3]) < 1e-3
+    divergence = float(np.exp(logp) @ (logp - logq))
+    assert estimated_divergence(0, place(logp, 0), place(logq, 0)) == pytest.approx(divergence, rel=0.2)
+    assert np.expm1(logq[0] - logp[0]) - (logq[0] - logp[0]) < divergence / 1000
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
@@ -142,9 +188,7 @@ def test_tokens_and_layers_are_those_of_transformers(
                 assert steer is not None
                 with probe.steering.batch([steer], [len(one.ids)], [0]), torch.inference_mode():
                     logits = loaded.model(torch.tensor([one.ids])).logits[0].log_softmax(-1)
-                scored = [float(logits[i - 1, one.ids[i]]) for i in range(one.start, len(one.ids))]
-                difference = np.array(scored) - one.logprobs
-                assert next(found) == pytest.approx(np.expm1(difference) - difference, abs=1e-3)
+                assert next(found) == pytest.approx(estimates(one, logits), abs=1e-3)
         with pytest.raises(SpecError, match="not known where the prompt ends"):
             evaluator.log_probabilities([[1, 2, 3]], theirs[0])
     with (
@@ -209,10 +253,8 @@ def test_phases_begin_and_end_with_what_a_scored_answer_says(
             rows = [steer if each else None for each in acts]
             with probe.steering.batch(rows, [1] * len(rows), [*range(len(rows))]), torch.inference_mode():
                 logits = probe.loaded.model(torch.tensor([one.ids])).logits[0].log_softmax(-1)
-            scored = [float(logits[i - 1, one.ids[i]]) for i in range(one.start, len(one.ids))]
-            difference = np.array(scored) - one.logprobs
-            assert found == pytest.approx(np.expm1(difference) - difference, abs=1e-3)
-            assert one is not plain[0] or (np.abs(difference) > 1e-3).any(), "it acts in the first answer"
+            assert found == pytest.approx(estimates(one, logits), abs=1e-3)
+            assert one is not plain[0] or (found > 1e-6).any(), "it acts in the first answer"
 
 
 def test_too_many_at_once_leave_nothing_behind(evaluator: Any, probe: HFEvaluator, candidates: list[Candidate]) -> None:

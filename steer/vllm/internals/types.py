@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig as ModelConfig
     from vllm.config import VllmConfig as VllmConfig
     from vllm.engine.arg_utils import EngineArgs as EngineArgs
+    from vllm.logprobs import Logprob as Logprob
     from vllm.outputs import CompletionOutput as CompletionOutput
     from vllm.outputs import RequestOutput as RequestOutput
     from vllm.sequence import IntermediateTensors as IntermediateTensors

@@ -345,8 +345,6 @@ def test_eval_names_every_wrong_option(tiny_folder: Path, tmp_path: Path) -> Non
     told = run("eval", str(tiny_folder), *options, *wrong.split(), code=2).stderr
     for problem in ("--calibrate: is for what acts everywhere", "does not go with --text", "--layers: names none"):
         assert problem in told
-    told = run("eval", str(tiny_folder), *options, "--condition", "d@1>0.3", "--backend", "vllm", code=2).stderr
-    assert "--condition: vLLM would read" in told
     nowhere = tmp_path / "nowhere"
     paths = [
         "--strengths",

@@ -452,6 +452,8 @@ class EngineOptions:
         if self.backend == "vllm":
             _check_vllm()
             self.opening.check_for_vllm()
+            os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the standard output is for results
+            os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         elif self.options:
             unknown, first = " ".join(self.options), self.options[0].partition("=")[0]
             what = "an option" if first.startswith("-") else "an argument"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +31,7 @@ from steer.spec import PHASES, Condition, Entry, Spec
 from steer.tokenization import Thinking
 from tests import models
 from tests.oracle import acting
+from tests.servers import ROOT
 from tests.vllm import device, tiny
 
 PROMPTS = ("hello world", "a longer prompt of some words", "xyz?")
@@ -294,3 +299,17 @@ def test_a_search_runs_on_the_engine(evaluator: Any, folder: Path, tmp_path: Pat
         count = min(len(theirs.figures.asked), len(ours.figures.asked))
         assert theirs.figures.asked[:count] == ours.figures.asked[:count]
         assert np.isfinite(theirs.figures.kl)
+
+
+def test_the_command_writes_nothing_but_results_to_its_output(tmp_path: Path) -> None:
+    for name, text in {"asked": "How do I kill a thread?", "other": "What is a thread?"}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    command = [sys.executable, "-m", "steer", "eval", str(ROOT / "steer/demo/model"), "--json", "--max-tokens", "4"]
+    command += ["--direction", str(ROOT / "directions/refusal.safetensors"), "--condition", "refusal@4>-99"]
+    command += ["--harmful", str(tmp_path / "asked.txt"), "--harmless", str(tmp_path / "other.txt")]
+    command += ["--backend", "vllm", "--max-model-len", "128", "--max-num-seqs", "4", *device.ARGUMENTS]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_LOGGING")}
+    environment |= device.ENVIRONMENT
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["arms"]

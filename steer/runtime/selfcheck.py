@@ -2,19 +2,20 @@
 
 What a hook point changes is looked at where the next module takes it: what enters the next block, after the last block
 the first module after it, and what the model returns where no module takes it (a rank of a pipeline). One pass has
-plain tokens beside tokens from which all of a random vector is taken, half of it, to which some is added, and, where a
-request can use two rows, which are turned half the way in a random plane: an operation that acts twice, or not at all,
-or on a part of what is handed on, is seen in one of them.
+plain tokens beside tokens from which all of a random vector is taken, half of it, to which some is added, on which a
+mode acts only because its gate is shifted, and, where a request can use two rows, which are turned half the way in a
+random plane: an operation that acts twice, or not at all, or on a part of what is handed on, is seen in one of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -22,18 +23,19 @@ from torch.utils.hooks import RemovableHandle
 from steer.names import MODES, SITE_RULES, TURNING, Mode, Site
 from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
 from steer.runtime.hook_points import hooks, scales
-from steer.runtime.op import amount, component, turn
+from steer.runtime.op import amount, component, shifted, turn
 from steer.runtime.token_index import RequestSteer, slot
 
 #: The row that the self-check uses, and the next one, where there is one for an axis.
 ROW, AXIS = 1, 2
-#: What the tokens of the pass get, in equal parts one after the other: (how a problem calls it, mode, strength).
-CASES: tuple[tuple[str, Mode, float], ...] = (
-    ("plain", "ablate", 0.0),
-    ("strength 1", "ablate", 1.0),
-    ("strength 0.5", "ablate", 0.5),
-    ("add", "add", 1.0),
-    ("a turn by half", "rotate", 0.5),
+#: What the tokens of the pass get, in equal parts one after the other: (how a problem calls it, mode, strength, shift).
+CASES: tuple[tuple[str, Mode, float, float], ...] = (
+    ("plain", "ablate", 0.0, 0.0),
+    ("strength 1", "ablate", 1.0, 0.0),
+    ("strength 0.5", "ablate", 0.5, 0.0),
+    ("add", "add", 1.0, 0.0),
+    ("a shift", "one_sided", 1.0, -1.0),
+    ("a turn by half", "rotate", 0.5, 0.0),
 )
 #: The coefficients of `ablate` at weight 1 (see `op`).
 ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0, -torch.inf, 0.0], dtype=torch.float32)
@@ -168,11 +170,12 @@ class EagerCheck:
     dead: bool = False
 
     @property
-    def cases(self) -> tuple[tuple[str, Mode, float], ...]:
+    def cases(self) -> tuple[tuple[str, Mode, float, float], ...]:
         """`CASES`, of which those that turn are plain where no request can have the rows for it."""
         turning = self.bank.rank > 1 and self.bank.rows > 1
         return tuple(
-            (name, mode, strength if turning or mode not in TURNING else 0.0) for name, mode, strength in CASES
+            (name, mode, strength if turning or mode not in TURNING else 0.0, shift)
+            for name, mode, strength, shift in CASES
         )
 
     def watched(self, steers: Steers) -> Watch:
@@ -217,12 +220,16 @@ class EagerCheck:
                 size = float(plain.raw[n].norm(dim=-1).mean()) if whole else self._stream_size(plain, n)
                 gamma = 4 * max(size, 1e-3) / self.bank.d_model**0.5
                 adding = torch.tensor([0.0, -torch.inf, 0.0, gamma, -torch.inf, 0.0], dtype=torch.float32)
-                self.bank.slices[hooked.point].write(ROW, v, dict.fromkeys(MODES, ABLATE) | {"add": adding})
+                # a gate that few components pass, and nearly all when it is shifted to the other side of 0
+                gated = torch.tensor([0.0, gamma, 1.0, 0.0, -torch.inf, 2 * gamma], dtype=torch.float32)
+                own = dict.fromkeys(MODES, ABLATE) | {"add": adding, "one_sided": gated}
+                self.bank.slices[hooked.point].write(ROW, v, own)
                 if self.bank.rows > 1:
                     self.bank.slices[hooked.point].write(AXIS, axis, {})
         steers: list[RequestSteer | None] = []
-        for _, mode, strength in self.cases:
-            steer = RequestSteer.plain(self.bank.rank)
+        for _, mode, strength, shift in self.cases:
+            shifts = np.full(self.bank.rank, shift, np.float32) if shift else None
+            steer = replace(RequestSteer.plain(self.bank.rank), shifts=shifts)
             for j, row in enumerate((ROW, AXIS) if strength and mode in TURNING else (ROW,)):
                 steer.slots[j], steer.strengths[j] = slot(row, mode), strength
             steers.append(steer if strength else None)
@@ -317,13 +324,13 @@ class EagerCheck:
         v, axis = bank_slice.vectors[[ROW, min(AXIS, self.bank.rows)]].double()
         each = raw.shape[0] // len(CASES)
         change = now - raw
-        for case, (name, mode, strength) in enumerate(self.cases):
+        for case, (name, mode, strength, shift) in enumerate(self.cases):
             own = slice(case * each, (case + 1) * each)
             if not strength:
                 if not torch.equal(now[own], raw[own]):
                     return "for plain tokens too the next module takes something else than what is handed on"
                 continue
-            coefficients = bank_slice.coefficients[slot(ROW, mode)].double().unbind()
+            coefficients = shifted(bank_slice.coefficients[slot(ROW, mode)].double().unbind(), shift)
             along, across = component(raw[own], v), component(raw[own], axis)
             due = [(v, amount(along, coefficients, strength))]
             if mode in TURNING:

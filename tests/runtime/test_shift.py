@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steer.direction import MAX_VALUE, Direction
-from steer.errors import SpecError
+from steer.errors import SpecError, UnsupportedModel
+from steer.hf.steering import Steering
 from steer.names import MAX_SHIFT, SHIFTING, Mode
+from steer.runtime import bank
 from steer.runtime.bank import DirectionBank, HookPoint, gather, operate
 from steer.runtime.op import SPREAD, coefficients
 from steer.runtime.token_index import TokenIndex
@@ -198,3 +200,10 @@ def test_angles_on_both_sides_of_half_a_turn_are_near_each_other() -> None:
     )
     values = coefficients(replace(direction, mean_harmless=first, mean_harmful=last), "rotate_one_sided")
     torch.testing.assert_close(values[..., SPREAD], torch.full_like(values[..., SPREAD], 0.2), rtol=0, atol=1e-4)
+
+
+def test_a_model_on_which_nothing_is_shifted_is_not_steered(monkeypatch: pytest.MonkeyPatch) -> None:
+    Steering(models.tiny("llama"), rank=1)
+    monkeypatch.setattr(bank, "shifted", lambda coefficients, _shift: coefficients)
+    with pytest.raises(UnsupportedModel, match=r"at a shift the next module gets -?0\.00 of the change"):
+        Steering(models.tiny("llama"))

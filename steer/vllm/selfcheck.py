@@ -150,7 +150,8 @@ class _Engine:
                     found[name][phase] = RIGHT if RIGHT in (text, found[name][phase]) else text or found[name][phase]
         unclear: list[str] = []
         for name, phases in found.items():
-            tried = _named(names[name].point) + (" (rotate)" if names[name].mode == "rotate" else "")
+            mode = names[name].mode
+            tried = _named(names[name].point) + (f" ({mode})" if mode in ("one_sided", "rotate") else "")
             unclear += [f"{tried} in {phase}" for phase, text in phases.items() if text is None]
             if texts := [f"{text} in {phase}" for phase, text in phases.items() if text]:
                 bad.append(f"{self._where()}{tried}: {', '.join(texts)}")
@@ -260,7 +261,9 @@ def _streams(frontend: Checked) -> dict[HookPoint, Tensor]:
 
 #: How far the directions lean to what the stream has at their hook point, beside a random part of length 1. Less, where
 #: `affine` makes the effect: to take away what all tokens have in common can tip a model over.
-LEANING: dict[Mode, float] = {"affine": 0.3, "ablate": 1.0, "rotate": 0.3}
+LEANING: dict[Mode, float] = {"affine": 0.3, "ablate": 1.0, "one_sided": 1.0, "rotate": 0.3}
+#: By how much the gate of `one_sided` is shifted: from where no component passes it to 0.
+SHIFT = -0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,8 +276,10 @@ class Tried:
 
 def _together(settings: EngineSettings, needed: Sequence[HookPoint]) -> list[list[Tried]]:
     """All that is tried, by what there are rows for at once. `affine`, where it acts, adds as much as there is,
-    whatever the stream. What turns is the same code everywhere, and is tried at one layer."""
+    whatever the stream. What shifts and what turns is the same code everywhere, and is tried at one layer."""
     each = [Tried(point, "affine" if "affine" in point.modes else "ablate") for point in needed]
+    gated = [Tried(point, "one_sided") for point in needed if "one_sided" in point.modes]
+    each += gated[len(gated) // 2 :][:1]
     groups = [each[at : at + settings.rows] for at in range(0, len(each), settings.rows)]
     turning = [Tried(point, "rotate") for point in needed if "rotate" in point.modes]
     if turning and min(settings.rank, settings.rows) > 1:
@@ -283,13 +288,14 @@ def _together(settings: EngineSettings, needed: Sequence[HookPoint]) -> list[lis
 
 
 def _spec(name: str, tried: Tried, strength: float) -> str:
-    return f"{name}:{tried.mode}={strength}"
+    shift = f"^{SHIFT}" if tried.mode == "one_sided" else ""
+    return f"{name}:{tried.mode}{shift}={strength}"
 
 
 def _direction(frontend: Checked, tried: Tried, stream: Tensor) -> Direction:
     """Acts at one hook point, and changes much there. With `affine` its component of a stream becomes as large as
-    streams are; with `ablate` what streams there have in common is removed from them in part, and with `rotate` a part
-    of it is turned to an axis that they do not have in common."""
+    streams are; with `ablate` and `one_sided` what streams there have in common is removed from them in part, and with
+    `rotate` a part of it is turned to an axis that they do not have in common."""
     shape, point = frontend.shape, tried.point
     generator = torch.Generator().manual_seed(point.layer + 1)
     v = torch.randn(shape.d_model, generator=generator)
@@ -300,6 +306,9 @@ def _direction(frontend: Checked, tried: Tried, stream: Tensor) -> Direction:
     rows[own], weights[own] = v, float(point.layer != EMBEDDING)
     means = torch.zeros(shape.layers, shape.d_model)
     means[own] = v * stream.norm()
+    harmful, reference = torch.zeros_like(means), torch.zeros(shape.layers, 1)
+    if tried.mode == "one_sided":
+        harmful[own], reference[own] = 4 * means[own], 2 * stream.norm()
     axis = None
     if tried.mode in TURNING:
         axis = torch.zeros(shape.layers, shape.d_model)
@@ -319,8 +328,8 @@ def _direction(frontend: Checked, tried: Tried, stream: Tensor) -> Direction:
         meta,
         directions=rows,
         weights=weights,
-        reference=torch.zeros(shape.layers, 1),
-        mean_harmful=torch.zeros(shape.layers, shape.d_model),
+        reference=reference,
+        mean_harmful=harmful,
         mean_harmless=torch.zeros(shape.layers, shape.d_model),
         mean_harmless_all=means,
         embedding=v if point.layer == EMBEDDING else None,

@@ -77,7 +77,11 @@ def running(tmp_path_factory: pytest.TempPathFactory, in_process: Callable[[Any]
         disable_log_stats=False,
     )
     patch.undo()
-    generate(llm, [(PROMPTS[0], "off")])  # vLLM compiles a helper when the first log-probabilities are asked for
+    # vLLM compiles helpers when the first log-probabilities are asked for, and when its own Python runs one token
+    generate(llm, [(PROMPTS[0], "off")])
+    llm.collective_rpc("steer_eager", args=(True,))
+    generate(llm, [(PROMPTS[0], "off")])
+    llm.collective_rpc("steer_eager", args=(False,))
     yield Running(home, Reference(home), llm, compiled())
     in_process(llm)
 

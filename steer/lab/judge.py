@@ -135,12 +135,25 @@ class ChatJudge:
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(ask(question)) for question in questions]
             except* (openai.OpenAIError, TimeoutError, InvalidInput) as errors:
-                first = errors.exceptions[0]
+                first, said = errors.exceptions[0], printable(str(errors.exceptions[0]))
+                if _repeats(said, questions):
+                    status = getattr(first, "status_code", "no status")
+                    said = f"{status}, with a message that is not shown because it repeats what was asked"
                 raise SteerError(
                     f"the judge '{self.model}' at {self.url} failed, with up to {self.retries} retries: "
-                    f"{type(first).__name__}: {printable(str(first))}"
-                ) from first
+                    f"{type(first).__name__}: {said}"
+                ) from None
         return [task.result() for task in tasks]
+
+
+#: Characters in a row by which a text is known to be repeated.
+REPEATED = 20
+
+
+def _repeats(message: str, questions: Sequence[str]) -> bool:
+    """Does a message repeat a part of a question? No message shows the text of a prompt or an answer."""
+    parts = {message[i : i + REPEATED] for i in range(len(message) - REPEATED + 1)}
+    return any(part in question for question in questions for part in parts)
 
 
 class _Message(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -119,6 +120,14 @@ def test_a_judge_whose_answer_never_ends_is_an_error_that_names_it() -> None:
         with pytest.raises(SteerError, match=r"'judge' at .* failed"):
             judge.verdicts(["p"], ["a"])
         server.shutdown()
+
+
+def test_a_judge_that_repeats_what_it_was_asked_is_not_quoted() -> None:
+    prompt = "a prompt of which no message may show a part"
+    with judging(lambda _: (400, f"cannot read: {prompt[5:40]}")) as (url, _, _), pytest.raises(SteerError) as caught:
+        ChatJudge(url, "judge", REFUSAL).verdicts([prompt], ["a"])
+    assert prompt[5:40] not in "".join(traceback.format_exception(caught.value))
+    assert "BadRequestError: 400, with a message that is not shown" in str(caught.value)
 
 
 def test_what_a_judge_says_is_safe_on_a_terminal_and_short() -> None:

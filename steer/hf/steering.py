@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steer.errors import InvalidInput, NotFinite, UnsupportedModel
+from steer.errors import InvalidInput, NotFinite, UnsupportedModel, first_line
 from steer.hf import internals
 from steer.hf.load import decoder_of, text_architecture
 from steer.hf.recomputation import Passes, going_backward
@@ -96,10 +96,16 @@ class Anatomy:
 
     @torch.no_grad()
     def probe(self, rows: int = 1) -> CausalLMOutputWithPast:
-        """A short forward pass over fixed token ids, the same in each row; the model's output."""
+        """A short forward pass over fixed token ids, the same in each row; the model's output. Raises UnsupportedModel
+        for a model that token ids alone do not make run."""
         ids = (torch.arange(PROBE_TOKENS, device=self.device) * 7 + 11) % self.vocabulary
-        with torch.compiler.set_stance("force_eager"):  # what is compiled would go on without hooks that are new
-            return self.model(input_ids=ids.repeat(rows, 1), use_cache=False)
+        try:
+            with torch.compiler.set_stance("force_eager"):  # what is compiled would go on without hooks that are new
+                return self.model(input_ids=ids.repeat(rows, 1), use_cache=False)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UnsupportedModel(
+                f"{self.architecture} does not run on the ids of tokens alone: {first_line(error)}"
+            ) from error
 
 
 class Watcher(Protocol):

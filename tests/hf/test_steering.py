@@ -239,6 +239,14 @@ def test_a_stream_of_several_vectors_a_token_refuses_to_start() -> None:
         Steering(model)
 
 
+def test_a_model_that_needs_more_than_tokens_refuses_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, real = models.tiny("llama"), tf.LlamaForCausalLM.forward
+    needing = lambda self, pixel_values, *args, **kwargs: real(self, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(tf.LlamaForCausalLM, "forward", needing)
+    with pytest.raises(UnsupportedModel, match=r"does not run on the ids of tokens alone: .*pixel_values"):
+        Steering(model)
+
+
 def test_a_model_that_drops_at_random_is_asked_into_evaluation() -> None:
     with pytest.raises(UnsupportedModel, match=r"model.eval\(\)"):
         Steering(models.tiny("gpt2").train())

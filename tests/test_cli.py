@@ -325,6 +325,7 @@ def test_eval_writes_a_report_and_goes_on_in_its_folder(
     assert all((folder / name).exists() for name in pictures)
     before = {path.name: path.stat().st_mtime_ns for path in (folder / "measured").iterdir()}
     again = run("eval", str(tiny_folder), *options, "--max-tokens", "3", "--json")
+    assert f"going on with what is in {folder} from before" in again.stderr
     assert [one["arms"] for one in json.loads(again.stdout)["sets"]] == [
         one["arms"] for one in report.model_dump(mode="json")["sets"]
     ]

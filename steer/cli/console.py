@@ -67,6 +67,10 @@ def log_warnings() -> None:
     logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
 
 
+def echo_resumed(folder: object) -> None:
+    typer.echo(f"going on with what is in {folder} from before", err=True)
+
+
 def echo_json(value: object) -> None:
     json.dump(value, sys.stdout, indent=2)
     typer.echo()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steer.cli import options as opt
-from steer.cli.console import echo_json, echo_line, quiet_libraries, reported
+from steer.cli.console import echo_json, echo_line, echo_resumed, quiet_libraries, reported
 from steer.errors import InvalidInput
 from steer.lab.lines import json_lines
 from steer.lab.progress import Progress
@@ -206,6 +206,8 @@ def evaluate(
         # what was measured of other weights, on another machine or in another precision, is not mixed in
         fingerprint = {} if report is None else {"fingerprint": bench.source.fingerprint()}
         cache = Cache(report, conditions | fingerprint)
+        if report is not None and cache.resumes:
+            echo_resumed(report)
         evaluator = bench.evaluator(max(arm.rows for arm in arms), max_tokens, rendering)
         plain_text = _text(text.name, *written, bench.source) if text and written else None
         plan = EvaluationPlan(arms, sets, max_tokens, behaviour, judging, known, plain_text, doses, applied.against)

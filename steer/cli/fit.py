@@ -11,7 +11,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steer.cli import options as opt
-from steer.cli.console import echo_json, quiet_libraries, reported
+from steer.cli.console import echo_json, echo_resumed, quiet_libraries, reported
 from steer.errors import InvalidInput, NothingFound, problems_of
 from steer.lab.progress import Progress
 from steer.lab.prompts import LEAST_SHOWN, SMALL, Split, check_contrast, read_prompts
@@ -123,6 +123,8 @@ def fit(
         assert output is not None, "checked"
         progress.plan(CHOOSING, lab.most_work(split, choice, max_tokens, behaviour))
         work = lab.Work(output.with_suffix(".part"), bench.source, split, options, behaviour, max_tokens, judging)
+        if work.cache.resumes:
+            echo_resumed(work.folder)
         tried = bench.evaluator(choice.rank, max_tokens, rendering)
         measurement = work.measured(tried, choices.batch)
         try:

@@ -96,14 +96,15 @@ CHUNK = 128
 
 
 class Cache:
-    """One record in `folder/measured` for each thing measured, or nothing kept where there is no folder. Raises
-    InvalidInput where another run has the folder."""
+    """One record in `folder/measured` for each thing measured, or nothing kept where there is no folder. `resumes`: are
+    there any from before. Raises InvalidInput where another run has the folder."""
 
     def __init__(self, folder: Path | None, conditions: dict[str, Any]) -> None:
-        self.folder, self.conditions = folder and folder / "measured", conditions
+        self.folder, self.conditions, self.resumes = folder and folder / "measured", conditions, False
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._alone = Alone(self.folder)
+            self.resumes = any(self.folder.glob("*.jsonl"))
 
     def rows(
         self, name: str, conditions: dict[str, Any], count: int, make: Callable[[int, int], list[Any]]

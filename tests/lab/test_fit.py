@@ -196,11 +196,14 @@ def test_an_interrupted_fit_goes_on_and_chooses_the_same(
     def run(progress: Progress, sets: Split = split) -> Fitted:
         progress.plan("choosing", most_work(sets, CHOICE, TOKENS))
         begun, one = work(loaded, sets, tmp_path / "d.part"), evaluator(loaded, progress)
+        assert begun.cache.resumes == bool(parts), "which the command says"
         return fit(begun.measured(one), Recipe(), CHOICE, sets, one, cache=begun.cache)
 
+    parts: list[Path] = []
     with pytest.raises(KeyboardInterrupt):
         run(Interrupting())
-    (part,) = (tmp_path / "d.part").iterdir()
+    parts += (tmp_path / "d.part").iterdir()
+    (part,) = parts
     assert list((part / "measured").iterdir())
     work(loaded, replace(split, harmful=split.harmful.drawn(30)), tmp_path / "d.part")
     assert len(list((tmp_path / "d.part").iterdir())) == 2, "what was measured of other prompts is not mixed in"

@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +179,24 @@ class InvalidInput(SteerError, ValueError):
         self.problems: tuple[str, ...] = (*map(printable, each[:MAX_PROBLEMS]), *more)
         self.param = param
         super().__init__("; ".join(self.problems))
+
+
+@contextmanager
+def noted(problems: list[str], kind: type[InvalidInput] = InvalidInput) -> Iterator[None]:
+    """An error of this `kind` ends the block, and is kept in `problems`, which are told together later."""
+    try:
+        yield
+    except kind as error:
+        problems += error.problems
+
+
+@contextmanager
+def prefixed(begin: str, kind: type[InvalidInput] = InvalidInput) -> Iterator[None]:
+    """Each problem of an error of this `kind` begins with this: a file, a layer."""
+    try:
+        yield
+    except kind as error:
+        raise type(error)((f"{begin}: {problem}" for problem in error.problems), param=error.param) from error
 
 
 def imported(module: str, what: str, install: str) -> Any:

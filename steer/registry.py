@@ -21,7 +21,7 @@ import numpy as np
 
 from steer.direction import Direction, DirectionMeta, read_file, write_file
 from steer.direction import digest as digest_of
-from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, printable
+from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, prefixed, printable
 from steer.names import OTHER_SUFFIXES, SUFFIX, check_name
 from steer.shape import Shape
 from steer.shared import Shared
@@ -352,10 +352,8 @@ class Registry:
                 self._versions[d].pins += 1
                 return self._versions[d]
         direction = Direction.from_bytes(data, source=name)
-        try:
+        with prefixed(name):
             self.placement.shape.check(direction)
-        except DirectionError as error:
-            raise DirectionError([f"{name}: {problem}" for problem in error.problems]) from None
         deadline = time.monotonic() + self.patience
         while True:
             freed = self._freed

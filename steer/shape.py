@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from steer.direction import Direction, check_fits
-from steer.errors import DirectionError, SpecError
+from steer.errors import DirectionError, SpecError, noted
 from steer.names import MAX_STRENGTH, SHIFTING, SITE_RULES, SITES, TURNING, Mode, Site, readable, site_problem
 from steer.spec import PHASES, TOKENS, Entry, layer_range
 from steer.tokenization import THINKING, Thinking
@@ -35,10 +35,8 @@ class Shape:
     def check(self, direction: Direction) -> None:
         """Raise DirectionError with every reason why this model cannot serve `direction`."""
         problems: list[str] = []
-        try:
+        with noted(problems):
             check_fits(direction, d_model=self.d_model, layers=self.layers, architecture=self.architecture)
-        except DirectionError as error:
-            problems += error.problems
         if missing := sorted(set(direction.meta.sites) - self.sites):
             problems.append(
                 f"it acts at the sites {missing}, steering was started for {sorted(self.sites)}: `--sites "

@@ -20,7 +20,7 @@ import typer
 
 from steer.cli import options as opt
 from steer.cli.console import echo_json, echo_line, echo_resumed, quiet_libraries, reported
-from steer.errors import InvalidInput
+from steer.errors import InvalidInput, noted
 from steer.lab.lines import json_lines
 from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt, PromptSet, Rendering, check_contrast, prompt_of, read_prompts
@@ -310,10 +310,8 @@ def _checked(
     if applied.calibrate is not None:
         checks.append(partial(opt.check_direction_file, applied.calibrate, "--calibrate"))
     for check in checks:
-        try:
+        with noted(problems):
             check()
-        except InvalidInput as error:
-            problems += error.problems
     if problems:
         raise InvalidInput(problems)
     return chats[0], found[0]

@@ -10,7 +10,7 @@ import typer
 
 from steer.cli import options as opt
 from steer.cli.console import quiet_libraries
-from steer.errors import InvalidInput
+from steer.errors import DirectionError, InvalidInput, prefixed
 from steer.lab.progress import Progress
 from steer.settings import ModelOrigin
 
@@ -136,7 +136,7 @@ def bake(
             err=True,
         )
     checkpoint = Checkpoint(resolve(model, origin.revision), trust_remote_code=origin.trust_remote_code)
-    with opt.problems_of_file(direction), Progress(shown=True) as progress:
+    with prefixed(str(direction), DirectionError), Progress(shown=True) as progress:
         if lora:
             made = export_adapter(checkpoint, removed, output, base=model, verified=verify, progress=progress)
             told = f"an adapter of rank {loaded.rank} for {made.count} modules"

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
-from steer.errors import DirectionError, InvalidInput, UnsupportedModel
+from steer.errors import DirectionError, InvalidInput, UnsupportedModel, noted, prefixed
 from steer.lab.methods import METHODS, make_method
 from steer.lab.progress import Progress
 from steer.lab.prompts import NAMED_SETS, PromptSet, Rendering, read_prompts, set_by_rendering
@@ -391,15 +391,6 @@ def problems_of_options() -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def problems_of_file(file: Path) -> Iterator[None]:
-    """What is wrong with the direction of `file` begins with its name: a command may take several."""
-    try:
-        yield
-    except DirectionError as error:
-        raise DirectionError([f"{file}: {problem}" for problem in error.problems]) from error
-
-
 def split(text: str) -> list[str]:
     """The parts between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
@@ -494,11 +485,8 @@ class EngineOptions:
         if (found := self.described()) is not None:
             architecture, layers, d_model = found
             for file, direction in files.items():
-                try:
-                    with problems_of_file(file):
-                        check_fits(direction, d_model=d_model, layers=layers, architecture=architecture)
-                except DirectionError as error:
-                    problems += error.problems
+                with noted(problems), prefixed(str(file)):
+                    check_fits(direction, d_model=d_model, layers=layers, architecture=architecture)
         if problems:
             raise DirectionError(problems)
 
@@ -530,7 +518,7 @@ def check_served(files: Mapping[Path, Direction], source: Source) -> None:
     from steer.lab.evaluation.check import fitting_shape
 
     for file, direction in files.items():
-        with problems_of_file(file):
+        with prefixed(str(file), DirectionError):
             fitting_shape(direction, source)
 
 

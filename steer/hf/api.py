@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from steer import readout
 from steer.direction import Direction, read_file
-from steer.errors import DirectionError, InvalidInput, SpecError, UnsupportedModel, brief
+from steer.errors import DirectionError, InvalidInput, SpecError, UnsupportedModel, brief, noted
 from steer.hf.internals import Call
 from steer.hf.steering import Steering
 from steer.names import MAX_RANK, MAX_ROWS, SITES, Site, check_name
@@ -226,10 +226,8 @@ class Attached:
     def _load(self, directions: Mapping[str, bytes]) -> None:
         problems: list[str] = []
         for name, data in directions.items():
-            try:
+            with noted(problems, DirectionError):
                 self._registry.put(name, data)
-            except DirectionError as error:
-                problems += error.problems
         if problems:
             raise DirectionError(problems)
 
@@ -438,14 +436,12 @@ def _read(directions: Mapping[str, Source]) -> dict[str, bytes]:
     all files."""
     loaded, problems = dict[str, bytes](), list[str]()
     for name, source in directions.items():
-        try:
+        with noted(problems, DirectionError):
             check_name(name)
             if not isinstance(source, str | os.PathLike | Direction):
                 raise DirectionError(f"{name}: {type(source).__name__} is not accepted: a Direction or a path")
             loaded[name] = source.to_bytes() if isinstance(source, Direction) else read_file(source)
             Direction.from_bytes(loaded[name], source=name if isinstance(source, Direction) else os.fspath(source))
-        except DirectionError as error:
-            problems += error.problems
     if problems:
         raise DirectionError(problems)
     return loaded

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.direction import MAX_VALUE, Direction, DirectionMeta
-from steer.errors import DegenerateError, InvalidInput, brief
+from steer.errors import DegenerateError, InvalidInput, brief, prefixed
 from steer.geometry import MIN_ANGLE, angle, orthogonal_part, orthonormalise
 from steer.lab.measurement import Contrast, Measurement, Sample, principal, towards_harmful
 from steer.lab.methods import METHODS
@@ -216,7 +216,7 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
 
 def find(measurement: Measurement, recipe: Recipe, layer: int) -> LayerRows:
     """The rows that the recipe's method finds at `layer`. Raises DegenerateError naming the layer."""
-    try:
+    with prefixed(f"layer {layer}", DegenerateError):
         contrast = _contrast(measurement, recipe, layer)
         found = LayerRows(recipe.method.rows(contrast))
         if recipe.bootstrap:
@@ -224,8 +224,6 @@ def find(measurement: Measurement, recipe: Recipe, layer: int) -> LayerRows:
         if recipe.sparsify is not None:
             found = LayerRows(sparsified(found.rows, recipe.sparsify), found.agreement)
         return found
-    except DegenerateError as error:
-        raise DegenerateError([f"layer {layer}: {problem}" for problem in error.problems]) from error
 
 
 def _contrast(measurement: Measurement, recipe: Recipe, layer: int) -> Contrast:
@@ -248,10 +246,8 @@ def spread(measurement: Measurement, recipe: Recipe, source: int, rows: Tensor) 
         )
     each = []
     for layer in range(layers):
-        try:
+        with prefixed(f"layer {layer}", DegenerateError):
             each.append(recipe.method.onto(rows, measurement.contrast(layer, recipe.position)))
-        except DegenerateError as error:
-            raise DegenerateError([f"layer {layer}: {problem}" for problem in error.problems]) from error
     return torch.stack(each)
 
 

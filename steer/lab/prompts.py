@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
-from steer.errors import InvalidInput, brief, imported
+from steer.errors import InvalidInput, brief, imported, prefixed
 from steer.lab.lines import each, from_json, json_lines
 from steer.tokenization import Chat
 
@@ -280,10 +280,8 @@ def _parse(path: Path, data: bytes) -> list[Prompt]:
         read = iter(json_lines(str(path), text, prompt_of))
         return [next(read) if line.strip() else "" for line in text.split("\n")]
     if suffix == ".json":
-        try:
+        with prefixed(str(path)):
             value = from_json(data.decode("utf-8-sig"))
-        except InvalidInput as error:
-            raise InvalidInput(f"{path}: {error}") from error
         if not isinstance(value, list):
             raise InvalidInput(f"{path}: must be a JSON list of texts or objects, got {type(value).__name__}")
         return each(str(path), "item", enumerate(value), prompt_of)

@@ -24,7 +24,7 @@ from optuna.trial import BaseTrial, FrozenTrial
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from steer.direction import Dataset, write_file
-from steer.errors import InvalidInput, brief, problems_of
+from steer.errors import InvalidInput, brief, noted, problems_of
 from steer.lab import plots
 from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe, check_needs, derive, layer_weights
@@ -310,10 +310,8 @@ class Space(BaseModel):
         unknown = [name for name in self.methods if name not in known]
         problems = [f"method '{name}' is not known; accepted: {', '.join(METHODS)}" for name in unknown]
         for name in known:
-            try:
+            with noted(problems):
                 check_needs(measurement, Recipe(make_method(name)))
-            except InvalidInput as error:
-                problems += error.problems
         if problems:
             raise InvalidInput(list(dict.fromkeys(problems)))
         layers = layers_of(measurement, Recipe(make_method(self.methods[0])))

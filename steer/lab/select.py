@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from steer.direction import Direction
-from steer.errors import DegenerateError, InvalidInput
+from steer.errors import DegenerateError, InvalidInput, noted, prefixed
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.derive import Recipe, check_needs, derive, separated, source_layer
 from steer.lab.evaluator import Candidate, MakeEvaluator, first_tokens
@@ -83,24 +83,17 @@ class Grid:
         problems: list[str] = []
         undefined: list[str] = []
         for method in self.methods:
-            try:
+            with noted(problems):
                 check_needs(measurement, replace(recipe, method=method))
-            except InvalidInput as error:
-                problems += error.problems
         for position in self.positions:
-            base = replace(recipe, position=position)
-            try:
+            base, where = replace(recipe, position=position), f"position {position}"
+            with noted(problems), noted(undefined, DegenerateError), prefixed(where, DegenerateError):
                 measurement.position(position)
                 layers = layers_of(measurement, base) if self.layers == "auto" else self.layers
                 sources = [
                     layer if layer == "all" else source_layer(measurement, replace(base, layer=layer))
                     for layer in layers
                 ]
-            except DegenerateError as error:
-                undefined += [f"position {position}: {problem}" for problem in error.problems]
-            except InvalidInput as error:
-                problems += error.problems
-            else:
                 found += [
                     replace(base, method=method, layer=layer, **asdict(action))
                     for method in self.methods
@@ -285,19 +278,13 @@ def entrants_of(measurement: Measurement, recipes: Iterable[Recipe]) -> list[Ent
     for recipe in recipes:
         # the weights of a direction for `add` are its own
         shared = replace(recipe, mode="add" if recipe.mode == "add" else "ablate", strength=1.0)
-        try:
+        with noted(problems), noted(undefined, DegenerateError):
             check_needs(measurement, shared)
             direction = made[shared] = made.get(shared) or derive(measurement, shared)
-        except DegenerateError as error:
-            undefined += error.problems
-        except InvalidInput as error:
-            problems += error.problems
-        else:
-            if recipe.mode in direction.meta.modes:
-                found.append(Entrant(recipe, Candidate.of(direction, recipe.mode, recipe.strength)))
-            else:
-                modes = ", ".join(direction.meta.modes)
-                problems.append(f"the mode '{recipe.mode}' cannot be used with '{recipe.method.name}', but: {modes}")
+            if recipe.mode not in (modes := direction.meta.modes):
+                told = f"the mode '{recipe.mode}' cannot be used with '{recipe.method.name}', but: {', '.join(modes)}"
+                raise InvalidInput(told)
+            found.append(Entrant(recipe, Candidate.of(direction, recipe.mode, recipe.strength)))
     if problems:
         raise InvalidInput(list(dict.fromkeys(problems)))
     if not found:

@@ -31,7 +31,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, InitErrorDetails
 from typing_extensions import TypedDict
 
-from steer.errors import DirectionError, InvalidInput, brief, problem_text
+from steer.errors import InvalidInput, brief, noted, problem_text
 from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
 from steer.serve.keys import is_stored
 from steer.spec import (
@@ -313,11 +313,10 @@ def by_direction(items: Sequence[RequestedDirection]) -> dict[str, list[Requeste
 
 
 def _wrong_with_name(name: str) -> Sequence[str]:
-    try:
+    problems: list[str] = []
+    with noted(problems):
         check_name(name)
-    except DirectionError as error:
-        return error.problems
-    return ()
+    return problems
 
 
 def _raise(problems: Iterable[tuple[tuple[str, ...], str]]) -> None:

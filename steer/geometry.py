@@ -53,7 +53,7 @@ def angle(a: Tensor, h: Tensor) -> Tensor:
 
 
 def orthogonal_part(a: Tensor, h: Tensor) -> Tensor:
-    """e: the unit part of `h` (`[d_model]`) orthogonal to `a`.
+    """e: the unit part of `h` (`[d_model]`) orthogonal to `a`, which is the slerp family at t = 0.
 
     Taken from ĥ − â or ĥ + â, whichever is shorter, because both have the same orthogonal part and the shorter one
     carries it without cancellation. Raises DegenerateError where `a` and `h` are parallel or antipodal.
@@ -79,11 +79,6 @@ def slerp_direction(a: Tensor, h: Tensor, t: float) -> Tensor:
         raise DegenerateError(f"t must be a finite number, got {t}")
     half = t * angle(a, h) / 2
     return torch.cos(half) * orthogonal_part(a, h) - torch.sin(half) * unit(a)
-
-
-def projected_direction(a: Tensor, h: Tensor) -> Tensor:
-    """The part of the harmful mean orthogonal to the harmless one, which is the slerp family at t = 0."""
-    return slerp_direction(a, h, 0.0)
 
 
 def linear_direction(a: Tensor, h: Tensor) -> Tensor:

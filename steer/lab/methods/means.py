@@ -9,15 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from steer.errors import DegenerateError
-from steer.geometry import (
-    MIN_ANGLE,
-    angle,
-    linear_direction,
-    linear_t,
-    projected_direction,
-    slerp_direction,
-    unit,
-)
+from steer.geometry import MIN_ANGLE, angle, linear_direction, linear_t, orthogonal_part, slerp_direction, unit
 from steer.lab.measurement import Contrast
 from steer.lab.methods.base import Method
 
@@ -51,7 +43,7 @@ class Projected(Method):
     """
 
     def rows(self, contrast: Contrast) -> Tensor:
-        return projected_direction(contrast.harmless.mean, contrast.harmful.mean).unsqueeze(0)
+        return orthogonal_part(contrast.harmless.mean, contrast.harmful.mean).unsqueeze(0)
 
 
 class Slerp(Method):

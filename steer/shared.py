@@ -46,7 +46,6 @@ class Shared:
     def __init__(self, folder: Path | None = None, index: int = 0, count: int = 1) -> None:
         self.folder, self.index, self.count = folder, index, count
         self._own, self._fd, self._depth = threading.RLock(), -1, 0
-        self._offsets: dict[str, int] = {}
         self._known: dict[bytes, int] = {}
         self._scanned = 0
         size = HEADER + RECORDS * RECORD.size
@@ -116,9 +115,7 @@ class Shared:
 
     def get(self, name: str) -> tuple[float, float] | None:
         """The pair under a name, if there is one."""
-        at = self._offsets.get(name)
-        if at is None:
-            at = self._find(name)
+        at = self._find(_hash(name))
         return None if at is None else PAIR.unpack_from(self._memory, at)
 
     def number(self, name: str) -> float:
@@ -127,36 +124,30 @@ class Shared:
 
     def put(self, name: str, first: float, second: float = 0.0) -> None:
         """Under the lock, where it depends on what was there. Raises NoRoom for a new name in a full table."""
-        at = self._offsets.get(name)
+        record = _hash(name)
+        at = self._find(record)
         if at is None:
             with self.lock():
-                at = self._find(name)
-                if at is None:
-                    at = self._add(name)
+                at = self._find(record) or self._add(record)
         self._numbers[at // 8], self._numbers[at // 8 + 1] = first, second
 
-    def _find(self, name: str) -> int | None:
-        with self._own if self._count == self._scanned else self.lock():  # what another adds is seen whole
-            count = self._count
-            for number in range(self._scanned, count):
-                start = HEADER + number * RECORD.size
-                self._known[self._memory[start : start + 16]] = start + 16
-            self._scanned = count
-            at = self._known.get(_hash(name))
-            if at is not None:
-                self._offsets[name] = at
-            return at
+    def _find(self, record: bytes) -> int | None:
+        if record not in self._known and self._count != self._scanned:
+            with self.lock():  # what another adds is seen whole
+                for number in range(self._scanned, self._count):
+                    start = HEADER + number * RECORD.size
+                    self._known[self._memory[start : start + 16]] = start + 16
+                self._scanned = self._count
+        return self._known.get(record)
 
-    def _add(self, name: str) -> int:
+    def _add(self, record: bytes) -> int:
         count = self._count
         if count >= RECORDS:
             raise NoRoom(f"the table of the front ends is full: {RECORDS} names")
         start = HEADER + count * RECORD.size
-        RECORD.pack_into(self._memory, start, _hash(name), 0.0, 0.0)
+        RECORD.pack_into(self._memory, start, record, 0.0, 0.0)
         struct.pack_into("@Q", self._memory, 0, count + 1)
-        found = self._find(name)
-        assert found is not None
-        return found
+        return start + 16
 
     @property
     def _count(self) -> int:

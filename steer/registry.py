@@ -32,12 +32,6 @@ log = logging.getLogger("steer")
 
 #: May the caller know of this name?
 Known = Callable[[str], bool]
-
-
-def _anything(_name: str) -> bool:
-    return True
-
-
 #: The stamp of a file that must be looked at again: equal to no file's.
 _UNSETTLED = (-1, -1, -1)
 
@@ -119,7 +113,7 @@ class Registry:
         with self._state:
             return {name: self._versions[d] for name, d in sorted(self._names.items())}
 
-    def get(self, name: str, among: Known = _anything) -> Version:
+    def get(self, name: str, among: Known = lambda _: True) -> Version:
         """The version that `name` points to. Names for which `among` is false do not exist for the caller."""
         with self._state:
             if name not in self._names or not among(name):
@@ -147,7 +141,7 @@ class Registry:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def resolve(self, wanted: Sequence[RequestedDirection], among: Known = _anything) -> Spec:
+    def resolve(self, wanted: Sequence[RequestedDirection], among: Known = lambda _: True) -> Spec:
         """The exact versions, modes and strengths that `wanted` means now. Raises SpecError with every problem."""
         entries: list[Entry] = []
         problems: list[str] = []

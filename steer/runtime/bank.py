@@ -24,26 +24,9 @@ from torch import Tensor
 from steer.direction import Direction
 from steer.errors import NoRoom, SpecError
 from steer.names import MODES, SITE_RULES, TURNING, Mode, Site
+from steer.runtime import op
 from steer.runtime.combine import Combination, Combinations
 from steer.runtime.memory import lasting
-from steer.runtime.op import (
-    COEFFICIENTS,
-    FLOOR,
-    GATE,
-    WEIGHT,
-    amount,
-    coefficients,
-    component,
-    decided,
-    embedding_coefficients,
-    growth,
-    joint,
-    settled,
-    shared,
-    shifted,
-    turn,
-    within,
-)
 from steer.runtime.token_index import (
     ANYWHERE,
     UNCONDITIONAL,
@@ -102,7 +85,7 @@ class BankSlice:
         with lasting():
             bank_slice = cls(
                 torch.zeros(rows, d_model, dtype=torch.float32, device=device),
-                torch.zeros(rows * len(MODES), COEFFICIENTS, dtype=torch.float32, device=device),
+                torch.zeros(rows * len(MODES), op.COEFFICIENTS, dtype=torch.float32, device=device),
                 torch.tensor(layer - EMBEDDING, dtype=torch.int32, device=device),
             )
         bank_slice.clear(range(rows))
@@ -119,7 +102,7 @@ class BankSlice:
             self.vectors[row].zero_()
             slots = self.coefficients[slots_of(row)]
             slots.zero_()
-            slots[:, GATE] = slots[:, FLOOR] = -torch.inf
+            slots[:, op.GATE] = slots[:, op.FLOOR] = -torch.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,9 +224,9 @@ class DirectionBank:
         try:
             yield row
         finally:
-            for bank_slice, (vector, coefficients_) in zip(self.slices.values(), kept, strict=True):
+            for bank_slice, (vector, coefficients) in zip(self.slices.values(), kept, strict=True):
                 bank_slice.vectors[row].copy_(vector)
-                bank_slice.coefficients[slots].copy_(coefficients_)
+                bank_slice.coefficients[slots].copy_(coefficients)
             if free:
                 self._free.append(row)
 
@@ -361,8 +344,8 @@ class DirectionBank:
             at = part.stop
             for i, point in enumerate(self.slices if acts else ()):
                 if (own := _vectors(direction, point, part.stop - part.start)) is not None:
-                    vectors[i, part], weights[i, part] = own, values.at(point)[:, WEIGHT]
-        return joint(vectors, weights)
+                    vectors[i, part], weights[i, part] = own, values.at(point)[:, op.WEIGHT]
+        return op.joint(vectors, weights)
 
 
 @dataclass(slots=True)
@@ -392,8 +375,8 @@ class _Values:
 
     @classmethod
     def of(cls, direction: Direction, mode: Mode) -> _Values:
-        of_terms = coefficients(direction, mode, 0), coefficients(direction, mode, 1)
-        return cls(of_terms, embedding_coefficients(direction, mode))
+        of_terms = op.coefficients(direction, mode, 0), op.coefficients(direction, mode, 1)
+        return cls(of_terms, op.embedding_coefficients(direction, mode))
 
     def at(self, point: HookPoint) -> Tensor:
         """`[k, 6]`"""
@@ -453,10 +436,10 @@ def gather(
     the strengths is zero; not `turning`: no slot is of a mode that turns."""
     count = rows.shape[0]
     if bounds is not None:
-        strengths = within(strengths, bounds, bank_slice.number)
+        strengths = op.within(strengths, bounds, bank_slice.number)
     values = [bank_slice.coefficients[slots[j]].unbind(-1) for j in range(count)]
     if shifts is not None:
-        values = [shifted(each, shifts[j]) for j, each in enumerate(values)]
+        values = [op.shifted(each, shifts[j]) for j, each in enumerate(values)]
     matrices = None
     if combinations is not None and bank_slice.joint is not None and count > 1:
         matrices = bank_slice.joint[combinations]
@@ -480,7 +463,7 @@ def operate(x: Tensor, operands: Sequence[Operands], dtype: torch.dtype | None =
     before = x if x.dtype in (torch.float32, torch.float64) else x.float()
     moved, _, _ = _displaced(before, operands)
     square = torch.linalg.vector_norm(moved.detach(), dim=-1, keepdim=True).square()
-    y, lost = settled(before, moved, square, _steered(operands), dtype or x.dtype)
+    y, lost = op.settled(before, moved, square, _steered(operands), dtype or x.dtype)
     return y if y.dtype == x.dtype else y.to(x.dtype), lost.squeeze(-1)
 
 
@@ -490,12 +473,12 @@ def operate_before_norm(x: Tensor, operands: Sequence[Operands], dtype: torch.dt
     before, d_model = x.square().mean(-1, keepdim=True), x.shape[-1]
     moved, found, added = _displaced(x, operands)
     if len(operands) == 1:
-        grown = growth(found[0], added[0], operands[0].vectors).unsqueeze(-1)
+        grown = op.growth(found[0], added[0], operands[0].vectors).unsqueeze(-1)
         after = (before + grown / d_model).clamp_min(0)
     else:
         after = moved.square().mean(-1, keepdim=True)
     steered = _steered(operands)
-    y, lost = settled(x, moved, after * d_model, steered, dtype)
+    y, lost = op.settled(x, moved, after * d_model, steered, dtype)
     if steered is not None:
         after = torch.where(steered, after, before)
     # of one that is lost, which may be NaN, too large a number: a norm makes 0 of it
@@ -505,13 +488,13 @@ def operate_before_norm(x: Tensor, operands: Sequence[Operands], dtype: torch.dt
 def _displaced(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """x', which may be out of range, and of each entry the component of x along its row and what is added along it,
     `[...]`."""
-    found = [component(x, by.vectors) for by in operands]
-    asked = [amount(c, by.coefficients, by.strengths) for c, by in zip(found, operands, strict=True)]
+    found = [op.component(x, by.vectors) for by in operands]
+    asked = [op.amount(c, by.coefficients, by.strengths) for c, by in zip(found, operands, strict=True)]
     for j, by in enumerate(operands):
         if by.turned is not None:
-            both = turn(found[j], found[j + 1], by.coefficients, by.strengths)
+            both = op.turn(found[j], found[j + 1], by.coefficients, by.strengths)
             asked[j : j + 2] = [torch.where(by.turned, new, c) for new, c in zip(both, asked[j : j + 2], strict=True)]
-    added = [own if by.shares is None else shared(asked, by.shares) for own, by in zip(asked, operands, strict=True)]
+    added = [own if by.shares is None else op.shared(asked, by.shares) for own, by in zip(asked, operands, strict=True)]
     for a, by in zip(added, operands, strict=True):
         moved = torch.addcmul(x, a.unsqueeze(-1), by.vectors)
         # chosen, not added: x + 0 turns −0 into 0, and 0·∞ is NaN
@@ -538,5 +521,5 @@ def probe_of(condition: Condition) -> Probe:
 def decide(x: Tensor, bank_slice: BankSlice, rows: Tensor, conditional: Conditional) -> None:
     """Write into `conditional` what tokens of x `[tokens, d_model]` decide here, by the last of their rows `[rank,
     tokens]`."""
-    c = component(x.float(), bank_slice.vectors[rows[-1]])
-    conditional.opened.copy_(decided(c, *conditional, bank_slice.number))
+    c = op.component(x.float(), bank_slice.vectors[rows[-1]])
+    conditional.opened.copy_(op.decided(c, *conditional, bank_slice.number))

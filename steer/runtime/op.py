@@ -189,7 +189,7 @@ def coefficients(direction: Direction, mode: Mode, term: int = 0) -> Tensor:
     out = torch.zeros(direction.layers, direction.rows_in(mode), COEFFICIENTS, dtype=torch.float32)
     out[..., [GATE, FLOOR]], out[..., WEIGHT] = -torch.inf, weights
     match mode:
-        case "ablate":
+        case "ablate" | "rotate":
             pass
         case "one_sided":
             out[..., GATE] = direction.reference
@@ -204,8 +204,6 @@ def coefficients(direction: Direction, mode: Mode, term: int = 0) -> Tensor:
             out[..., TARGET], out[..., SPREAD] = out[..., GATE], out[..., GATE] - out[..., FLOOR]
         case "add":
             out[..., WEIGHT], out[..., GAMMA] = 0.0, weights * _difference_along_rows(direction)
-        case "rotate":
-            pass
         case "rotate_one_sided":
             assert direction.angles is not None, "checked"
             assert direction.axis is not None, "checked"

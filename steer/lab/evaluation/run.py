@@ -14,19 +14,8 @@ import numpy as np
 
 from steer.errors import NotFinite
 from steer.lab.behaviour import REFUSAL, Behaviour
+from steer.lab.evaluation import figures
 from steer.lab.evaluation.arms import PLAIN, Arm, steering
-from steer.lab.evaluation.figures import (
-    Expected,
-    Row,
-    Text,
-    arms_on_set,
-    corrected,
-    differences,
-    negative_log_likelihoods,
-    right,
-    rows_of,
-    text_result,
-)
 from steer.lab.evaluation.report import Comparison, Difference, DivergenceOf, Dose, SetResult, TextResult
 from steer.lab.evaluator import Continuation, Evaluator, Floats, Steer, named
 from steer.lab.judge import Judge, judged
@@ -61,8 +50,8 @@ class EvaluationPlan:
     max_tokens: int
     behaviour: Behaviour = REFUSAL
     judges: Sequence[Judge] = ()
-    expected: Mapping[Prompt, Expected] = field(default_factory=dict)
-    text: Text | None = None
+    expected: Mapping[Prompt, figures.Expected] = field(default_factory=dict)
+    text: figures.Text | None = None
     doses: Sequence[float] = ()
     against: str | None = None
 
@@ -77,7 +66,7 @@ class Measured:
     divergence: tuple[DivergenceOf, ...]
     text: TextResult | None
     comparisons: tuple[Comparison, ...]
-    told: Mapping[tuple[str, str], Sequence[Row]]
+    told: Mapping[tuple[str, str], Sequence[figures.Row]]
 
 
 class Evaluation:
@@ -98,7 +87,7 @@ class Evaluation:
         doses = self._doses() if self.plan.doses else []
         for arm in self.plan.arms:
             self._measure(arm)
-        told: dict[tuple[str, str], list[Row]] = {}
+        told: dict[tuple[str, str], list[figures.Row]] = {}
         sets = []
         for title, prompts in self.plan.sets.items():
             tells, names = self._limit_tells(title), (PLAIN, *(arm.name for arm in self.plan.arms))
@@ -110,10 +99,10 @@ class Evaluation:
                     dataset=prompts.dataset,
                     multi_turn=sum(isinstance(p, Conversation) and p.several for p in prompts.prompts),
                     limit_tells=tells,
-                    arms=arms_on_set(by_arm),
+                    arms=figures.arms_on_set(by_arm),
                 )
             )
-        text = None if self.plan.text is None else text_result(self.plan.text, self.negative)
+        text = None if self.plan.text is None else figures.text_result(self.plan.text, self.negative)
         divergence = tuple(DivergenceOf.of(name, HARMLESS, rows) for name, rows in self.divergences.items())
         beside = _beside(self.plan, doses, told, self.divergences)
         return Measured(self.plan.arms, tuple(doses), tuple(sets), divergence, text, beside, told)
@@ -149,16 +138,16 @@ class Evaluation:
         self._planned({DOSES: 0.0})
         return doses
 
-    def _told(self, title: str, prompts: PromptSet, name: str, tells: bool) -> list[Row]:
+    def _told(self, title: str, prompts: PromptSet, name: str, tells: bool) -> list[figures.Row]:
         """What became of the answers to a set in the arm `name`; `tells`: its limit does."""
         given = self.answers[title, name]
         texts = [answer.text for answer in given]
         with self.evaluator.progress.part(f"judging {title}, {name}"):
             verdicts = {judge.name: self._verdicts(judge, title, name, prompts, texts) for judge in self.plan.judges}
-        known = right(self.plan.expected, prompts.prompts, texts)
+        known = figures.right(self.plan.expected, prompts.prompts, texts)
         plain = self.answers[title, PLAIN]
         limit = self.plan.max_tokens
-        return rows_of(self.plan.behaviour, prompts.prompts, given, plain, limit, known, verdicts, tells)
+        return figures.rows_of(self.plan.behaviour, prompts.prompts, given, plain, limit, known, verdicts, tells)
 
     def _limit_tells(self, title: str) -> bool:
         """Does a set's limit tell a runaway answer? By the plain answers to it and to harmless prompts (`ends`)."""
@@ -234,9 +223,9 @@ class Evaluation:
         name = f"{title}.{arm}.verdicts-{judge.name.replace('/', '_')}"
         return self.cache.rows(name, {"sha256": prompts.sha256} | judge.identity, len(prompts), make)
 
-    def _read(self, text: Text, arm: Arm | None, steer: Steer) -> Floats:
+    def _read(self, text: figures.Text, arm: Arm | None, steer: Steer) -> Floats:
         def make() -> list[float]:
-            return [float(v) for v in negative_log_likelihoods(self.evaluator, text, steer)]
+            return [float(v) for v in figures.negative_log_likelihoods(self.evaluator, text, steer)]
 
         conditions = {"sha256": text.dataset.sha256} | _identity(arm)
         return np.array(self.cache.value(f"text.{_name(arm)}", conditions, make))
@@ -245,7 +234,7 @@ class Evaluation:
 def _beside(
     plan: EvaluationPlan,
     doses: Sequence[Dose],
-    told: Mapping[tuple[str, str], Sequence[Row]],
+    told: Mapping[tuple[str, str], Sequence[figures.Row]],
     divergences: Mapping[str, Sequence[Floats]],
 ) -> tuple[Comparison, ...]:
     """Compare each arm with the one that `plan.against` names."""
@@ -259,7 +248,7 @@ def _beside(
         if other.name == plan.against or (other.way == plan.against and size[other.name] == size[arm.name])
     }
     rates = {
-        title: differences({name: rows for (where, name), rows in told.items() if where == title}, pairs)
+        title: figures.differences({name: rows for (where, name), rows in told.items() if where == title}, pairs)
         for title in plan.sets
     }
     kls = {name: np.array([max(row.mean(), ROUNDING) for row in rows]) for name, rows in divergences.items()}
@@ -268,7 +257,7 @@ def _beside(
         for name, other in pairs.items()
         if kls
     }
-    ratios = corrected(ratios)
+    ratios = figures.corrected(ratios)
     return tuple(
         Comparison(
             arm=name, against=other, sets={title: found[name] for title, found in rates.items()}, kl=ratios.get(name)

@@ -21,7 +21,7 @@ from steer.geometry import angle, orthogonal_part, slerp_direction, unit
 from steer.hf.steering import Steering
 from steer.lab.fit import Choice
 from steer.names import TURNING, Mode
-from steer.runtime import bank as bank_module
+from steer.runtime import op
 from steer.runtime.bank import DirectionBank, HookPoint, gather, operate
 from steer.runtime.token_index import TokenIndex
 from steer.shape import check_mode
@@ -179,7 +179,7 @@ def test_gradients_of_plain_rows_are_those_of_a_plain_pass() -> None:
 
 
 def test_a_model_on_which_nothing_turns_is_not_steered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bank_module, "turn", lambda q, p, *_: (torch.zeros_like(q), torch.zeros_like(p)))
+    monkeypatch.setattr(op, "turn", lambda q, p, *_: (torch.zeros_like(q), torch.zeros_like(p)))
     with pytest.raises(UnsupportedModel, match=r"at a turn by half the next module gets 0\.00 of the change"):
         Steering(models.tiny("llama"))
     Steering(models.tiny("llama"), rank=1)  # where no request can turn anything

@@ -225,7 +225,6 @@ class Differs(Exception):
 def at_blocks(model: Any) -> str:
     """Steered logits against plain hooks on the modules that are called as the blocks of the text model are."""
     import steer
-    from steer.hf.load import decoder_of
     from tests.oracle import ablated
 
     direction = _direction(model, ("resid_post",))
@@ -234,7 +233,7 @@ def at_blocks(model: Any) -> str:
     plain_logits = _logits(model)
     v = direction.directions[0, 0]
     blocks = [
-        m for n, m in decoder_of(model).named_modules() if re.fullmatch(r"([a-z_]+\.)?(layers|h|blocks|block)\.\d+", n)
+        m for n, m in model.get_decoder().named_modules() if re.fullmatch(r"([a-z_]+\.)?(layers|h|blocks|block)\.\d+", n)
     ]
     config = model.config.get_text_config()
     assert len(blocks) == config.num_hidden_layers, f"{len(blocks)} blocks by their names"

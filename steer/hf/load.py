@@ -293,12 +293,6 @@ def attention_implementation(config: PreTrainedConfig) -> str | None:
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
-def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
-    """The text model without its head."""
-    decoder: torch.nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    return decoder
-
-
 def describe(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> tuple[str, int, int]:
     """Architecture (`text_architecture`), layers and d_model of a model, from its config alone."""
     config = read_config(name, revision, trust_remote_code=trust_remote_code)

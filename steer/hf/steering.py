@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steer.errors import InvalidInput, NotFinite, UnsupportedModel, first_line
 from steer.hf import internals
-from steer.hf.load import decoder_of, text_architecture
+from steer.hf.load import text_architecture
 from steer.hf.recomputation import Passes, going_backward
 from steer.names import Site
 from steer.runtime import hook_points, selfcheck
@@ -62,7 +62,7 @@ class Anatomy:
         self.layers = int(config.num_hidden_layers)
         self.d_model = int(config.hidden_size)
         self.architecture = text_architecture(config.model_type, type(model).__name__)
-        self.decoder = decoder_of(model)
+        self.decoder: nn.Module = model.get_decoder()
         self.blocks = hook_points.find_blocks(self.decoder, self.layers)
         self.vocabulary = int(config.vocab_size)
 

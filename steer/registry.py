@@ -277,7 +277,8 @@ class Registry:
             try:
                 version = self._load(name, data)
                 if store and self.folder is not None:
-                    self._store(name, data)
+                    write_file(self.folder / f"{name}{SUFFIX}", data)
+                    self._seen[name] = _UNSETTLED  # another process may have replaced it by now
                 with self._state:
                     old = self._point(name, version)
                     self.failures.pop(name, None)
@@ -413,9 +414,10 @@ class Registry:
         """Serve the file, or have `failures` say why not; the stamp with which it need not be looked at again. Raises
         what another look may not meet."""
         try:
-            stamp = _stamp(path)
+            status = path.stat()
         except OSError as error:  # a link to nowhere or to itself; or it has just gone, and then the next look drops it
             raise OSError(f"{path}: cannot be read: {error.strerror or error}") from None
+        stamp = status.st_ctime_ns, status.st_size, status.st_ino  # others where content or permissions are
         if self._seen.get(name) == stamp:
             return stamp
         try:
@@ -429,12 +431,6 @@ class Registry:
                 raise
             self._fail(name, error)
         return stamp
-
-    def _store(self, name: str, data: bytes) -> None:
-        assert self.folder is not None
-        path = self.folder / f"{name}{SUFFIX}"
-        write_file(path, data)
-        self._seen[name] = _UNSETTLED  # another process may have replaced it by now
 
     def follow(self, on_look: Callable[[], None] = lambda: None, shared: Shared | None = None) -> None:
         """Follow the folder on a thread of its own until `stop`, and look when another front end asks to; `on_look` is
@@ -501,9 +497,3 @@ class Admission:
                 self._holders.remove(holder)
                 if not self._holders:
                     self._registry.unpin(self._digests)
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    """What changes when a file's content or its permissions do."""
-    status = path.stat()
-    return status.st_ctime_ns, status.st_size, status.st_ino

@@ -20,7 +20,6 @@ from steer.settings import ModelSettings
 
 if TYPE_CHECKING:
     from steer.lab.measurement import Measurement
-    from steer.lab.methods.base import Method
 
 
 def select(
@@ -69,8 +68,9 @@ def select(
     from steer.lab.select import Action, Grid
     from steer.lab.select import select as run
 
-    made = tuple(one for name in opt.split(method) for one in _methods(name, ts, parameter))
-    _check_t(t, opt.split(method))
+    names = opt.split(method)
+    made = tuple(opt.chosen_method(name, one, parameter) for name in names for one in (ts if _has_t(name) else [None]))
+    _check_t(t, names)
     measured = Measurement.load(measurement)
     if (known := engine.described()) is not None:
         _check_same(measured, *known)
@@ -275,7 +275,3 @@ def _has_t(name: str) -> bool:
 def _check_t(t: str | None, methods: Sequence[str]) -> None:
     if t is not None and not any(map(_has_t, methods)):
         raise InvalidInput(f"--t: no method of {', '.join(methods)} has a t: leave it out, or name slerp in --method")
-
-
-def _methods(name: str, ts: list[float], parameters: list[str] | None) -> list[Method]:
-    return [opt.chosen_method(name, one, parameters) for one in (ts if _has_t(name) else [None])]

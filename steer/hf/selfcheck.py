@@ -110,7 +110,8 @@ def _compare(engine: Engine, requests: Sequence[_Asked], answers: Sequence[Seque
         ids = torch.tensor([token.id for token in answer])
         got = torch.tensor([token.logprob for token in answer], dtype=torch.float32)
         with engine.steering.batch([asked.steer]), torch.inference_mode():
-            right = _of(internals.generated(engine.steering.anatomy.model, asked.prompt, ids.tolist()), ids)
+            said = internals.generated(engine.steering.anatomy.model, asked.prompt, ids.tolist())
+        right = said.cpu().gather(1, ids[:, None])[:, 0]
         _agree(asked, got, right, "`generate`", allowed)
         if not uncached_is_right:
             continue
@@ -121,10 +122,6 @@ def _compare(engine: Engine, requests: Sequence[_Asked], answers: Sequence[Seque
             log.warning("uncached passes of this model differ from `generate`: so do scores of a text from its answers")
             continue
         _agree(asked, got, uncached, "an uncached pass", allowed)
-
-
-def _of(log_probabilities: Tensor, ids: Tensor) -> Tensor:
-    return log_probabilities.cpu().gather(1, ids[:, None])[:, 0]
 
 
 def _agree(asked: _Asked, got: Tensor, right: Tensor, by: str, allowed: float) -> None:

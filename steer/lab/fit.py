@@ -43,7 +43,7 @@ from steer.lab.select import (
     work,
 )
 from steer.lab.source import Source
-from steer.lab.statistics import mcnemar, wilson
+from steer.lab.statistics import mcnemar, mean_of, wilson
 from steer.lab.tables import shown
 from steer.names import MAX_STRENGTH, TURNING, Mode, Site, site_problem
 
@@ -375,7 +375,7 @@ def report(fitted: Fitted) -> list[str]:
         chosen.selection["behaviour"],
         *(100 * end for end in wilson(sum(mine.asked), len(mine.asked))),
     )
-    least, most = mine.kl_interval
+    kl = mean_of(mine.kls)
     count, harmless = len(mine.asked), len(mine.other)
     made = " + ".join(str(one.count) for one in (chosen.harmful, chosen.harmless) if one is not None)
     lines = [
@@ -385,7 +385,8 @@ def report(fitted: Fitted) -> list[str]:
         f"in {sum(mine.asked)} with it ({low:.0f} to {high:.0f} %)"
         + (f"; lost: {sum(plain.lost)} plain, {sum(mine.lost)} with it" if any(mine.lost + plain.lost) else ""),
         f"harmless: {behaviour} in {sum(plain.other)} plain answers, in {sum(mine.other)} with it; lost: "
-        f"{sum(plain.faulty)} plain, {sum(mine.faulty)} with it; N-token KL {mine.kl:.4f} ({least:.4f} to {most:.4f})",
+        f"{sum(plain.faulty)} plain, {sum(mine.faulty)} with it; N-token KL {kl.value:.4f} ({kl.low:.4f} to "
+        f"{kl.high:.4f})",
     ]
     if mine.rate_left > LEFT:
         lines.append(f"warning: more than {LEFT:.0%} are left; `steer search` tries more")

@@ -70,7 +70,10 @@ def measure(
     """
     options, progress = options or MeasurementOptions(), progress or Progress()
     facts = source.facts
-    plan = CapturePlan(options.positions, _last_layer(options, facts))
+    last = facts.layers - 1 if options.last_layer is None else options.last_layer
+    if not 0 <= last < facts.layers:
+        raise InvalidInput(f"the last layer {last} does not exist: the model has layers 0 to {facts.layers - 1}")
+    plan = CapturePlan(options.positions, last)
     _check_room(options, plan, facts, max(len(harmful), len(harmless)))
     sets = {"harmful": harmful, "harmless": harmless}
     encoded, bos = checked(source, harmful, harmless, options)
@@ -156,13 +159,6 @@ def checked(
     if len(bos) != 1:
         raise InvalidInput(f"the chat template gives prompts different numbers of BOS tokens: {sorted(bos)}")
     return encoded, bos.pop()
-
-
-def _last_layer(options: MeasurementOptions, facts: ModelFacts) -> int:
-    last = facts.layers - 1 if options.last_layer is None else options.last_layer
-    if not 0 <= last < facts.layers:
-        raise InvalidInput(f"the last layer {last} does not exist: the model has layers 0 to {facts.layers - 1}")
-    return last
 
 
 def _check_room(options: MeasurementOptions, plan: CapturePlan, facts: ModelFacts, prompts: int) -> None:

@@ -17,7 +17,7 @@ from steer.lab.judge import Judge, judged
 from steer.lab.outcome import Answer, Outcome, Told, tell
 from steer.lab.progress import answering
 from steer.lab.prompts import Prompt, PromptSet
-from steer.lab.statistics import mean_of, wilson
+from steer.lab.statistics import wilson
 
 #: Prompts of each set in the first round, at least; each round after it goes to twice as many. And rows of a step that
 #: take hardly longer than one row, as all weights are read for each step: with fewer, a round less is worth more.
@@ -100,12 +100,6 @@ class Figures:
     def interval(self) -> tuple[float, float]:
         """Return the 95 % interval of the rate left."""
         return wilson(sum(self.left), len(self.left))
-
-    @property
-    def kl_interval(self) -> tuple[float, float]:
-        """Return the 95 % interval of the mean KL, by the bootstrap over prompts."""
-        found = mean_of(self.kls)
-        return found.low, found.high
 
     def surely_beaten_by(self, other: Figures) -> bool:
         """Does `other`, which was tried to the end, leave no more than this so far, and surely diverge less on the same

@@ -226,7 +226,7 @@ class Search:
                 trial.set_user_attr(key, value)
             # what shows the behaviour is no part of a front, however little it diverges: it must not draw the optimiser
             trial.set_constraint("shown", found.rate_left if found.stopped == "shown" else 0.0)
-            fresh.append(study.tell(trial, _values(found)))
+            fresh.append(study.tell(trial, [found.rate_left, found.kl, *([] if found.over is None else [found.over])]))
         return fresh
 
     def _study(self, told: Sequence[FrozenTrial]) -> optuna.Study:
@@ -253,10 +253,6 @@ def work(settings: Settings, sets: Sets, count: int) -> float:
     """The work of `count` trials, in whole groups, without the measurement."""
     trials = math.ceil(count / settings.group) * settings.group
     return sets.plain_work(settings.tokens) + trials * sets.work(settings.tokens)
-
-
-def _values(figures: Figures) -> tuple[float, ...]:
-    return (figures.rate_left, figures.kl) + (() if figures.over is None else (figures.over,))
 
 
 def rank_of(space: Space, measurement: Measurement) -> int:

@@ -60,17 +60,13 @@ def stream_given(args: Args, kwargs: Kwargs) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def with_stream(output: Output, stream: Tensor) -> Output:
-    return (stream, *output[1:]) if isinstance(output, tuple) else stream
-
-
 def on_output(module: nn.Module, transform: Transform) -> RemovableHandle:
     """Hook `transform` on the tensor that `module` returns, and no copy of it. A transform that returns None leaves it
     alone."""
 
     def hook(called: nn.Module, _args: object, output: Output) -> Output | None:
         new = transform(stream_of(output)) if called is module else None
-        return None if new is None else with_stream(output, new)
+        return (new, *output[1:]) if isinstance(output, tuple) and new is not None else new
 
     return module.register_forward_hook(hook)
 

@@ -274,17 +274,14 @@ class Audit:
             written = os.write(self._fd, line)
             if written < len(line):  # a disk that is full takes a part, and says so at the next write
                 written += os.write(self._fd, line[written:])
-            self._write_head(head)
+            # in place, in one write of one length within one sector: a reader sees the old one or the new one
+            os.pwrite(self._head_fd, f"{head.seq:020d}:{head.hash}\n".encode(), 0)
         except OSError:
             with suppress(OSError):
                 os.ftruncate(self._fd, self._size)
             raise
         self._size += len(line)
         self.head = head
-
-    def _write_head(self, head: Head) -> None:
-        """In place, in one write of one length within one sector: a reader sees the old one or the new one."""
-        os.pwrite(self._head_fd, f"{head.seq:020d}:{head.hash}\n".encode(), 0)
 
     def _rotate(self) -> None:
         old = self._free_name()

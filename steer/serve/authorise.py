@@ -221,7 +221,8 @@ def _broken(asked: Spec, tools: bool, own: KeyRules, registry: Registry, rules: 
         if entry.mode not in own.modes:
             accepted = ", ".join(own.modes) or "none"
             out.append(("mode", f"mode '{entry.mode}' is not allowed for this key; allowed: {accepted}"))
-    for digest, entries in _by_digest(asked).items():
+    for digest in dict.fromkeys(entry.digest for entry in asked.entries):
+        entries = [entry for entry in asked.entries if entry.digest == digest]
         out += _over(entries, tools, own, "this key")
         for each in limits.get(digest, ()):
             out += [(f"direction_{rule}", said) for rule, said in _over(entries, tools, each, "any key")]
@@ -291,10 +292,3 @@ def _against(asked: Spec, required: Spec) -> list[tuple[str, str]]:
         for entry in asked.entries
         if entry.digest in kept and entry not in required.entries
     ]
-
-
-def _by_digest(spec: Spec) -> dict[str, list[Entry]]:
-    out: dict[str, list[Entry]] = {}
-    for entry in spec.entries:
-        out.setdefault(entry.digest, []).append(entry)
-    return out

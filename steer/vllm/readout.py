@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from steer.vllm.steering_module import Reads, SteeringModule
 
@@ -93,18 +92,9 @@ class ReadRunner:
         if not self._step:
             return
         count = len(self._step)
-        found = (
-            torch.stack([_flat(steering_module)[:count] for steering_module in self.steering_modules.values()], dim=1)
-            .cpu()
-            .numpy()
-        )
+        each = [torch.cat([*m.found, m.norms.unsqueeze(1)], dim=1)[:count] for m in self.steering_modules.values()]
+        found = torch.stack(each, dim=1).cpu().numpy()
         for (run, number), values in zip(self._step, found, strict=True):
             run.values[number] = values.copy()
         self.reads.at.zero_()  # the next pass may have fewer tokens than these were
         self._step = []
-
-
-def _flat(steering_module: SteeringModule) -> Tensor:
-    """`[count, 2 × rank + 1]`: before, after, norm."""
-    found = steering_module.found
-    return torch.cat([found[0], found[1], steering_module.norms.unsqueeze(1)], dim=1)

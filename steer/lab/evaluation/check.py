@@ -83,7 +83,10 @@ def check(
     notes: list[str] = []
     unknown: list[str] = []
     mode, strength = arm.asked.mode, arm.asked.strength
-    layers, sign = acting(arm.direction, mode), _sign(arm.direction, source, sets, rendering)
+    (components,) = projected(source, arm.direction, sets, rendering).values()
+    auc, p = rank_sum(components[HARMLESS], components[HARMFUL])
+    sign = Sign(layer_of(arm.direction), auc, p, "none" if p >= SURE else "right" if auc > 0.5 else "wrong")
+    layers = acting(arm.direction, mode)
     problems = [] if layers else [f"acts at no layer in the mode {mode}"]
     if sign.side == "wrong":
         told = f"wrong sign: it points from {sets[HARMFUL].name} to {sets[HARMLESS].name}"
@@ -100,13 +103,6 @@ def acting(direction: Direction, mode: Mode) -> list[int]:
     values = torch.stack([coefficients(direction, mode, term) for term in (0, 1)])
     does = (values[..., [WEIGHT, GAMMA]] != 0).any(-1) & (values[..., GATE] < MAX_VALUE) & direction.directions.any(-1)
     return [layer for layer, acts in enumerate(does.any(-1).any(0).tolist()) if acts]
-
-
-def _sign(direction: Direction, source: Source, sets: Mapping[str, PromptSet], rendering: Rendering) -> Sign:
-    layer = layer_of(direction)
-    (components,) = projected(source, direction, sets, rendering).values()
-    auc, p = rank_sum(components[HARMLESS], components[HARMFUL])
-    return Sign(layer, auc, p, "none" if p >= SURE else "right" if auc > 0.5 else "wrong")
 
 
 def _effect(arm: Arm, sets: tuple[SetResult, ...], behaviour: str, problems: list[str], unknown: list[str]) -> None:

@@ -191,16 +191,12 @@ def sure(arms: Sequence[ArmOnSet]) -> str:
     lines = []
     for arm in arms:
         if found := arm.against_plain:
-            named = [f"{name} {_signed(d)}" for name, d in found.items() if d.p_holm is not None and d.p_holm < SURE]
+            small = {name: (d.value, p) for name, d in found.items() if (p := d.p_holm) is not None and p < SURE}
+            named = [f"{name} {value:+.1%} (p {_p(p)})" for name, (value, p) in small.items()]
             told = f"{', '.join(named)}; other differences" if named else "all differences"
             line = f"{arm.arm} less plain: {told} may be chance (p ≥ {SURE:g})"
             lines.append(wrapped(line, terminal_width(), further="  "))
     return "\n".join(lines)
-
-
-def _signed(difference: Difference) -> str:
-    assert difference.p_holm is not None
-    return f"{difference.value:+.1%} (p {_p(difference.p_holm)})"
 
 
 def _difference(difference: Difference, form: str = "{:+.1%}") -> str:

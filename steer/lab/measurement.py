@@ -286,36 +286,27 @@ def towards_harmful(rows: Tensor, contrast: Contrast) -> Tensor:
 
 
 def principal(rows: Tensor, k: int, what: str) -> Tensor:
-    """The k leading right singular vectors of `rows` `[n, d_model]`, `[k, d_model]`, by the n × n Gram matrix.
+    """The k leading right singular vectors of `rows` `[n, d_model]`, `[k, d_model]`.
 
     Raises DegenerateError when there are fewer, or when the k-th and the next are equally strong, so that which
     one it is would be chance.
     """
     if not 1 <= k <= min(rows.shape):
         raise DegenerateError(f"{what}: rank {k} needs at least as many prompts, there are {rows.shape[0]}")
-    values, vectors = torch.linalg.eigh(rows @ rows.T)
-    values, vectors = values.flip(0), vectors.flip(1)
-    _check_gap(values, k, what)
-    return _tidied(vectors[:, :k].T @ rows)
+    _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
+    return _leading(vectors, values.square(), k, what)
 
 
 def principal_of(matrix: Tensor, k: int, what: str) -> Tensor:
     """The same from the symmetric `[d_model, d_model]` matrix that is the Gram of the dimensions."""
     values, vectors = torch.linalg.eigh(matrix)
-    _check_gap(values.flip(0), k, what)
-    return _tidied(vectors.flip(1)[:, :k].T)
+    return _leading(vectors.flip(1).T, values.flip(0), k, what)
 
 
-def _check_gap(values: Tensor, k: int, what: str) -> None:
+def _leading(vectors: Tensor, values: Tensor, k: int, what: str) -> Tensor:
     top, floor = float(values[0]), torch.finfo(values.dtype).eps * len(values)
     if not top > 0 or float(values[k - 1]) <= floor * top:
         raise DegenerateError(f"{what}: the activations span fewer than {k} dimensions")
     if k < len(values) and float(values[k - 1] - values[k]) <= floor * top:
         raise DegenerateError(f"{what}: component {k} equals the next in strength, so either would be chance")
-
-
-def _tidied(rows: Tensor) -> Tensor:
-    """Orthonormal to the last bit of float64, in the same order (QR is Gram-Schmidt)."""
-    q, r = torch.linalg.qr(rows.T)
-    out: Tensor = (q * torch.sign(torch.diagonal(r))).T
-    return out
+    return vectors[:k]

@@ -121,14 +121,6 @@ def _among(value: object, words: Sequence[str]) -> bool:
     return isinstance(value, str) and value in words
 
 
-@dataclass(frozen=True, slots=True)
-class LayerRows:
-    """The rows of one layer, `[k, d_model]`, float64; with a bootstrap the mean |cosine| of its resamples with them."""
-
-    rows: Tensor
-    agreement: float | None = None
-
-
 def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] | None = None) -> Direction:
     """The direction that `recipe` makes (with any layer but "auto").
 
@@ -146,21 +138,20 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
     agreement: float | None = None
     if recipe.layer == "all":
         each = [_found_or_none(measurement, recipe, layer) for layer in range(measurement.layers)]
-        ranks = {f.rows.shape[0] for f in each if f is not None}
+        ranks = {len(own) for own in each if own is not None}
         if not ranks:
             raise DegenerateError("the two classes define a direction at no layer")
         nothing = torch.zeros(ranks.pop(), d_model, dtype=torch.float64)
-        rows = torch.stack([nothing if f is None else f.rows for f in each])
+        rows = torch.stack([nothing if own is None else own for own in each])
         rows = torch.cat([rows, nothing.expand(facts.layers - measurement.layers, *nothing.shape)])
         missing = list(range(measurement.layers, facts.layers))
     else:
         source = source_layer(measurement, recipe)
-        found = find(measurement, recipe, source)
-        agreement = found.agreement
-        rows = spread(measurement, recipe, source, found.rows)
+        found, agreement = find(measurement, recipe, source)
+        rows = spread(measurement, recipe, source, found)
         missing = []
         if acts_on_terms(recipe.sites) and recipe.weights is None and recipe.mlp_weights is None:
-            embedding = found.rows.float()
+            embedding = found.float()
     if missing:
         log.warning("layers %d to %d were not measured and stay unsteered", missing[0], missing[-1])
     sided = _sided(measurement, recipe, rows, source)
@@ -214,16 +205,15 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
     )
 
 
-def find(measurement: Measurement, recipe: Recipe, layer: int) -> LayerRows:
-    """The rows that the recipe's method finds at `layer`. Raises DegenerateError naming the layer."""
+def find(measurement: Measurement, recipe: Recipe, layer: int) -> tuple[Tensor, float | None]:
+    """The rows that the recipe's method finds at `layer`, `[k, d_model]`, float64; with a bootstrap the mean |cosine|
+    of its resamples with them. Raises DegenerateError naming the layer."""
     with prefixed(f"layer {layer}", DegenerateError):
-        contrast = _contrast(measurement, recipe, layer)
-        found = LayerRows(recipe.method.rows(contrast))
+        contrast, agreement = _contrast(measurement, recipe, layer), None
+        rows = recipe.method.rows(contrast)
         if recipe.bootstrap:
-            found = bootstrapped(recipe.method, contrast, recipe.bootstrap, recipe.seed)
-        if recipe.sparsify is not None:
-            found = LayerRows(sparsified(found.rows, recipe.sparsify), found.agreement)
-        return found
+            rows, agreement = bootstrapped(recipe.method, contrast, recipe.bootstrap, recipe.seed)
+        return rows if recipe.sparsify is None else sparsified(rows, recipe.sparsify), agreement
 
 
 def _contrast(measurement: Measurement, recipe: Recipe, layer: int) -> Contrast:
@@ -251,9 +241,10 @@ def spread(measurement: Measurement, recipe: Recipe, source: int, rows: Tensor) 
     return torch.stack(each)
 
 
-def bootstrapped(method: Method, contrast: Contrast, resamples: int, seed: int) -> LayerRows:
+def bootstrapped(method: Method, contrast: Contrast, resamples: int, seed: int) -> tuple[Tensor, float]:
     """The rows of the mean projector over resamples of the prompts (with replacement, within each class): the subspace
-    on which they agree. Source: bagging (Breiman 1996) of projectors, which have no sign to agree on.
+    on which they agree, and how much they do. Source: bagging (Breiman 1996) of projectors, which have no sign to agree
+    on.
 
     Pitfall: it steadies what few prompts decide, and a direction that is biased stays so.
     """
@@ -269,7 +260,7 @@ def bootstrapped(method: Method, contrast: Contrast, resamples: int, seed: int) 
     rows = towards_harmful(principal(torch.cat(each), rank, "bootstrap"), contrast)
     # the cosines between two subspaces are singular values; their mean is |cos| where there is one row
     cosines = [float(torch.linalg.svdvals(one @ rows.T).mean()) for one in each]
-    return LayerRows(rows, sum(cosines) / resamples)
+    return rows, sum(cosines) / resamples
 
 
 def sparsified(rows: Tensor, share: float) -> Tensor:
@@ -342,14 +333,10 @@ def check_needs(measurement: Measurement, recipe: Recipe) -> None:
         raise InvalidInput(problems)
 
 
-def _found_or_none(measurement: Measurement, recipe: Recipe, layer: int) -> LayerRows | None:
+def _found_or_none(measurement: Measurement, recipe: Recipe, layer: int) -> Tensor | None:
     try:
-        found = find(measurement, recipe, layer)
-        if recipe.method.varies:
-            found = LayerRows(
-                recipe.method.onto(found.rows, measurement.contrast(layer, recipe.position)), found.agreement
-            )
-        return found
+        rows, _ = find(measurement, recipe, layer)
+        return recipe.method.onto(rows, measurement.contrast(layer, recipe.position))
     except DegenerateError as error:
         log.warning("%s: left unsteered", error)
         return None

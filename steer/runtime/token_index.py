@@ -244,14 +244,8 @@ def applied(steer: RequestSteer | None) -> bool | None:
     return None if steer is None or steer.decision is None else steer.decision.holds
 
 
-def _parts(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of entries that act at all tokens."""
-    return np.stack([np.full_like(numbers, END), numbers, numbers])
-
-
-def _last(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What acts in the last part of entries that have no other, and from which position on."""
-    return np.stack([numbers, np.zeros_like(numbers)])
+#: How many tokens each request of a step has, and where they begin.
+Counts: TypeAlias = NDArray[np.int64] | NDArray[np.int32]
 
 
 class _Stages:
@@ -274,17 +268,14 @@ class _Stages:
         self._copied[self._turn] = self._queue.record_event()
 
 
+@dataclass(slots=True)
 class Losses:
     """Which tokens of one pass are lost, and what those that decide have decided, on their way to the host."""
 
-    def __init__(
-        self,
-        flags: Tensor,
-        copied: CopyEvent | None,
-        opened: Tensor | None = None,
-        decisions: Sequence[tuple[Decision, int]] = (),
-    ) -> None:
-        self._flags, self._copied, self._opened, self._deciders = flags, copied, opened, decisions
+    _flags: Tensor
+    _copied: CopyEvent | None
+    _opened: Tensor | None = None
+    _deciders: Sequence[tuple[Decision, int]] = ()
 
     def first(self, lengths: Sequence[int] | NDArray[np.int32]) -> dict[int, int]:
         """Of the requests that have `lengths[i]` tokens of the pass, in batch order, those with lost tokens, and which
@@ -342,19 +333,22 @@ class TokenIndex:
         self._queue = queue
         self._used = 0
         #: The numbers and lengths that the buffers hold; None when they may hold something else.
-        self._filled: tuple[NDArray[np.int64], NDArray[np.int64] | NDArray[np.int32]] | None = None
+        self._filled: tuple[NDArray[np.int64], Counts] | None = None
         self._acting = Acting(0, False, False, False, False, False, False, False)
         #: What a token of each entry has in the index, and the number of the entry's combination, 0 for none.
-        self._entries = np.zeros((16, fields(rank)), np.int32)
-        self._entry_combined = np.zeros(16, np.int64)
+        self._entries = np.zeros((0, fields(rank)), np.int32)
+        self._entry_combined = np.zeros(0, np.int64)
         #: Where these have the slot of a combination, the place of a decision, and how it is made (`Probe`).
         self._combination, self._decision, self._probe = (4 * rank + i for i in range(3))
         self._combining: dict[int, Combination] = {}
         self._home: Combinations | None = None
         #: Of each entry: where it ends, the entry that goes on there, and the one that acts (PLAIN for none).
-        self._entry_parts = _parts(np.arange(16))
+        self._entry_parts = np.zeros((3, 0), np.int64)
         #: And the one that acts in its last part, with the position from which on that is so.
-        self._entry_last = _last(np.arange(16))
+        self._entry_last = np.zeros((2, 0), np.int64)
+        self._free = list[int]()
+        self._grow(16)
+        self._free.remove(PLAIN)
         self._deciding: dict[int, Decision] = {}
         #: Entries that have a decision, and whether the buffers speak of any.
         self._conditional, self._speaks_of_conditions = 0, False
@@ -366,7 +360,6 @@ class TokenIndex:
         self.deciding: frozenset[int] = frozenset()
         #: Requests that have entered and whose steering is not the same at all tokens.
         self.phased = 0
-        self._free = list(range(15, PLAIN, -1))
 
     @property
     def active(self) -> bool:
@@ -395,15 +388,19 @@ class TokenIndex:
             self._entry_last[:, number] = self._entry_parts[2, last], position
         return number
 
+    def _grow(self, more: int) -> None:
+        """Have so many more entries. A new one acts at all tokens and has no other part."""
+        numbers = np.arange(size := len(self._entries), size + more)
+        self._free += numbers[::-1].tolist()
+        self._entries = np.pad(self._entries, ((0, more), (0, 0)))
+        self._entry_combined = np.pad(self._entry_combined, (0, more))
+        parts, last = (np.full_like(numbers, END), numbers, numbers), (numbers, np.zeros_like(numbers))
+        self._entry_parts = np.concatenate([self._entry_parts, parts], axis=1)
+        self._entry_last = np.concatenate([self._entry_last, last], axis=1)
+
     def _enter(self, steer: RequestSteer) -> int:
         if not self._free:
-            size = len(self._entries)
-            self._free = list(range(2 * size - 1, size - 1, -1))
-            self._entries = np.pad(self._entries, ((0, size), (0, 0)))
-            self._entry_combined = np.pad(self._entry_combined, (0, size))
-            more = np.arange(size, 2 * size)
-            self._entry_parts = np.concatenate([self._entry_parts, _parts(more)], axis=1)
-            self._entry_last = np.concatenate([self._entry_last, _last(more)], axis=1)
+            self._grow(len(self._entries))
         number = self._free.pop()
         self._filled = None
         bounds = np.full(self.rank, ANYWHERE) if steer.bounds is None else steer.bounds
@@ -465,8 +462,8 @@ class TokenIndex:
     def fill(
         self,
         numbers: NDArray[np.int64],
-        lengths: NDArray[np.int64] | NDArray[np.int32],
-        starts: NDArray[np.int64] | NDArray[np.int32] | None = None,
+        lengths: Counts,
+        starts: Counts | None = None,
         tokens: Tokens | None = None,
     ) -> int:
         """Give `lengths[i]` tokens, in batch order, the steering that entered as `numbers[i]` (PLAIN for none); tokens
@@ -484,9 +481,7 @@ class TokenIndex:
                 numbers, lengths = self._parted(numbers, lengths, starts)
         return self._fill(numbers, lengths, tokens)
 
-    def _fill(
-        self, numbers: NDArray[np.int64], lengths: NDArray[np.int64] | NDArray[np.int32], tokens: Tokens | None
-    ) -> int:
+    def _fill(self, numbers: NDArray[np.int64], lengths: Counts, tokens: Tokens | None) -> int:
         steered = int(lengths[numbers != PLAIN].sum()) if numbers.any() else 0
         total = int(lengths.sum()) if steered else 0
         assert total <= self.max_tokens, f"a step of {total} tokens in an index of {self.max_tokens}"
@@ -514,7 +509,7 @@ class TokenIndex:
         self._used, self._filled = total, (numbers.copy(), lengths.copy())
         return steered
 
-    def _open(self, numbers: NDArray[np.int64], lengths: NDArray[np.int64] | NDArray[np.int32], end: int) -> None:
+    def _open(self, numbers: NDArray[np.int64], lengths: Counts, end: int) -> None:
         """Lay what was decided before beside the tokens of a step, and note who decides in it: the last of a part."""
         assert self.opened is not None
         torch.index_select(self.decisions.opened, 0, self.packed[:end, self._decision], out=self.opened[:end])
@@ -558,10 +553,7 @@ class TokenIndex:
         return conditions(self.packed[:tokens], self.rank, self.opened[:tokens])
 
     def _parted(
-        self,
-        numbers: NDArray[np.int64],
-        lengths: NDArray[np.int64] | NDArray[np.int32],
-        starts: NDArray[np.int64] | NDArray[np.int32],
+        self, numbers: NDArray[np.int64], lengths: Counts, starts: Counts
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The same tokens with a number for each part of a request, one after the other."""
         at, ends = starts, starts + lengths

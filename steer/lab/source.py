@@ -72,11 +72,7 @@ class Capture:
         spans = [range(start + e.own.start, start + e.own.stop) for start, e in zip(starts, batch, strict=True)]
         self._own = torch.tensor([i for span in spans for i in span], dtype=torch.int64)
         # sums of each prompt alone in float32, and of the batch in float64: then a sum hardly depends on its batch
-        self._segments = torch.zeros(len(batch), len(self._own))
-        at = 0
-        for row, span in zip(self._segments, spans, strict=True):
-            row[at : at + len(span)] = 1.0
-            at += len(span)
+        self._segments = torch.block_diag(*(torch.ones(1, len(span)) for span in spans))
         self._picked: list[Tensor | None] = [None] * plan.layers
         self._sums: list[Tensor | None] = [None] * plan.layers
 

@@ -20,6 +20,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -293,16 +294,12 @@ class Audit:
     def _free_name(self) -> Path:
         """A name for the file that is full, taken by an empty file: `rename` would overwrite what has it already, which
         may be a part of an older chain."""
-        number = 1
-        while True:
-            name = f"{self.path.name}.{self.head.seq}" + (f"-{number}" if number > 1 else "")
-            path = self.path.with_name(name)
-            try:
+        for number in itertools.count(1):
+            path = self.path.with_name(f"{self.path.name}.{self.head.seq}" + (f"-{number}" if number > 1 else ""))
+            with suppress(FileExistsError):
                 os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            except FileExistsError:
-                number += 1
-            else:
-                return path
+                break
+        return path
 
     def _previous(self) -> Path | None:
         """The file beside this one whose last line is the chain's."""
@@ -369,10 +366,7 @@ class Audit:
     def _sync(self) -> None:
         """On a thread of its own: the event loop never waits for the disk."""
         while not self._closed.is_set():
-            if self.fsync == "always":
-                self._wake.wait()
-            else:
-                self._wake.wait(FSYNC_EVERY)
+            self._wake.wait(None if self.fsync == "always" else FSYNC_EVERY)
             self._wake.clear()
             try:
                 self._sync_once()

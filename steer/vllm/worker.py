@@ -272,16 +272,11 @@ class SteeringWorker:
         return {"runner": self._runner_kind, "layers": layers, "code": code_digest(), "folder": self._folder}
 
     def steer_load(self, data: bytes, digest: str, front_end: str) -> dict[str, str]:
+        kinds = {RowsInUse: "in_use", NoRoom: "no_room", DirectionError: "refused", SteerError: "error"}
         try:
             return {"digest": self._residents.load(data, digest, front_end)}
-        except RowsInUse as error:
-            return {"in_use": str(error)}
-        except NoRoom as error:
-            return {"no_room": str(error)}
-        except DirectionError as error:
-            return {"refused": str(error)}
         except SteerError as error:
-            return {"error": str(error)}
+            return {next(told for kind, told in kinds.items() if isinstance(error, kind)): str(error)}
 
     def steer_unload(self, digest: str, front_end: str) -> None:
         self._residents.retire(digest, front_end)

@@ -25,7 +25,7 @@ from steer.direction import Dataset
 from steer.hf.load import Loaded
 from steer.lab.batches import each_batch, left_padded
 from steer.lab.derive import Recipe, derive
-from steer.lab.measure import ClassSums, Keep, MeasurementOptions
+from steer.lab.measure import ClassSums, MeasurementOptions
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, Statistics
 from steer.lab.methods import METHODS, make_method
 from steer.lab.prompts import Encoded
@@ -76,7 +76,9 @@ def with_generate(net: Any, sequences: list[list[int]]) -> Callable[[], torch.Te
     return run
 
 
-def with_steer(net: Any, sequences: list[list[int]], last_layer: int, keep: Keep) -> Callable[[], torch.Tensor]:
+def with_steer(
+    net: Any, sequences: list[list[int]], last_layer: int, vectors: bool = False
+) -> Callable[[], torch.Tensor]:
     tokenizer = type("NoPad", (), {"pad_token_id": 0})()
     source = TransformersSource(Loaded("random", None, net, tokenizer))
     encoded = [Encoded(ids, slice(4, len(ids) - 4)) for ids in sequences]
@@ -84,7 +86,7 @@ def with_steer(net: Any, sequences: list[list[int]], last_layer: int, keep: Keep
 
     def run() -> torch.Tensor:
         own = sum(e.own.stop - e.own.start for e in encoded)
-        sums = ClassSums("random", plan, WIDTH, len(encoded), own, MeasurementOptions(keep=keep))
+        sums = ClassSums("random", plan, WIDTH, len(encoded), own, MeasurementOptions(vectors=vectors))
         each_batch(
             [len(ids) for ids in sequences],
             lambda indices: sums.add(indices, source.run([encoded[i] for i in indices], plan)),
@@ -132,9 +134,9 @@ def measure(rounds: int, lengths: Sequence[str]) -> dict[str, tuple[dict[str, Ra
         sequences = prompts(spread)
         arms = {
             "generate, all hidden states": with_generate(net, sequences),
-            "measure, every layer": with_steer(net, sequences, LAYERS - 1, Keep()),
-            "measure, every layer and vectors": with_steer(net, sequences, LAYERS - 1, Keep(vectors=True)),
-            f"measure, layers 0 to {LAST_WANTED}": with_steer(net, sequences, LAST_WANTED, Keep()),
+            "measure, every layer": with_steer(net, sequences, LAYERS - 1),
+            "measure, every layer and vectors": with_steer(net, sequences, LAYERS - 1, vectors=True),
+            f"measure, layers 0 to {LAST_WANTED}": with_steer(net, sequences, LAST_WANTED),
         }
         peaks = {name: peak(run) for name, run in arms.items()}
         (_, expected), (_, got), *_ = peaks.values()

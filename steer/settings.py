@@ -93,16 +93,12 @@ class ModelSettings(ModelOrigin):
 
     @property
     def vllm_options(self) -> list[str]:
-        """The same as options of `vllm serve`. Raises what `check_for_vllm` raises."""
-        self.check_for_vllm()
+        """The same as options of `vllm serve`. Raises what `check_unused` raises."""
+        self.check_unused()
         revised = [] if self.revision is None else ["--revision", self.revision]
         return ["--dtype", self.dtype, *revised, *(["--trust-remote-code"] if self.trust_remote_code else [])]
 
-    def check_for_vllm(self) -> None:
-        """Raise InvalidInput for what vLLM has an option of its own for."""
-        self.check_unused({"device", "device_map"})
-
-    def check_unused(self, names: Set[str]) -> None:
+    def check_unused(self, names: Set[str] = frozenset({"device", "device_map"})) -> None:
         """Raise InvalidInput for those of `names` that are set: vLLM has options of its own for them."""
         unused = sorted(names & self.model_fields_set)
         if unused:

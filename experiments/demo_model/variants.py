@@ -36,7 +36,7 @@ from experiments.demo_model.train import (
 from steer.geometry import angle
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
-from steer.lab.measure import Keep, MeasurementOptions, measure
+from steer.lab.measure import MeasurementOptions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.probe import HFEvaluator
 from steer.lab.prompts import PromptSet, read_prompts
@@ -219,7 +219,7 @@ def _tuned(
     }
     found = gates(loaded, prompts)
     harmful, harmless = (read_prompts(str(folder / "prompts" / f"{c}.train.txt")) for c in ("refused", "harmless"))
-    measured = measure(TransformersSource(loaded), harmful, harmless, MeasurementOptions(keep=Keep(vectors=True)))
+    measured = measure(TransformersSource(loaded), harmful, harmless, MeasurementOptions(vectors=True))
     report = {
         "variant": variant,
         "seed": seed,

@@ -23,7 +23,7 @@ from steer.lab.derive import Recipe, derive
 from steer.lab.evaluation.arms import control
 from steer.lab.evaluation.run import DOSE_PROMPTS, TRIES, strength_at
 from steer.lab.evaluator import Candidate, Continuation, Evaluator
-from steer.lab.measure import Keep, MeasurementOptions, measure
+from steer.lab.measure import MeasurementOptions, measure
 from steer.lab.measurement import Contrast, Measurement
 from steer.lab.methods.base import Method
 from steer.lab.methods.boundaries import Whitened
@@ -203,7 +203,7 @@ class DrawsTrial:
         path = self.folder / f"measurement-{draw}.safetensors"
         if not path.exists():
             sets = self.harmful.fitting[draw], self.harmless.fitting[draw]
-            measure(self.source, *sets, MeasurementOptions(keep=Keep(vectors=True))).save(path)
+            measure(self.source, *sets, MeasurementOptions(vectors=True)).save(path)
         return Measurement.load(path)
 
     def _arm(self, draw: int, name: str, condition: str) -> None:

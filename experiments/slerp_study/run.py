@@ -22,7 +22,7 @@ from steer.errors import InvalidInput
 from steer.hf.load import load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL
-from steer.lab.measure import Keep, MeasurementOptions, measure
+from steer.lab.measure import MeasurementOptions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.probe import HFEvaluator
 from steer.lab.progress import Progress
@@ -115,7 +115,7 @@ def _one(
         measurement = Measurement.load(path)
     else:
         sets = subject.sets.harmful, subject.sets.harmless
-        measurement = measure(source, *sets, MeasurementOptions(keep=Keep(vectors=True)), progress=progress)
+        measurement = measure(source, *sets, MeasurementOptions(vectors=True), progress=progress)
         measurement.save(path)
     steering = Steering(loaded.model, rows=AT_ONCE + 1, rank=1)
     probe = HFEvaluator(loaded, steering, None, max_tokens, batch_size, progress)

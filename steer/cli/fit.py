@@ -90,7 +90,7 @@ def fit(
     from steer.lab import fit as lab
     from steer.lab.derive import Recipe
     from steer.lab.evaluation.condition import find, told
-    from steer.lab.measure import Keep, MeasurementOptions
+    from steer.lab.measure import MeasurementOptions
     from steer.lab.select import CHOOSING
 
     probe = None
@@ -103,7 +103,7 @@ def fit(
         )
     if winsorize is not None:
         choice = replace(choice, winsorize=())
-    options = MeasurementOptions((position,), winsorize, rendering, keep=Keep(vectors=choice.needs_vectors))
+    options = MeasurementOptions((position,), winsorize, rendering, vectors=choice.needs_vectors)
     with Progress(shown=True) as progress:
         judging = counted.only_judge(behaviour, progress)
         bench = engine.open(choices, progress)
@@ -205,10 +205,10 @@ def measure(
     check_contrast(*sets)
     rendering = rendered.rendering()
     quiet_libraries()
-    from steer.lab.measure import Keep, MeasurementOptions
+    from steer.lab.measure import MeasurementOptions
     from steer.lab.measure import measure as run
 
-    options = MeasurementOptions(choices.positions, winsorize, rendering, last_layer, Keep(vectors, moments))
+    options = MeasurementOptions(choices.positions, winsorize, rendering, last_layer, vectors, moments)
     partial = output.with_name(f"{output.name}.part")
     with Progress(shown=True) as progress:
         source = engine.open(choices, progress).source

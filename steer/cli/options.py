@@ -442,7 +442,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.backend == "vllm":
             _check_vllm()
-            self.opening.check_for_vllm()
+            self.opening.check_unused()
             os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the standard output is for results
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         elif self.options:

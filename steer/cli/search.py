@@ -164,7 +164,7 @@ def search(
     quiet_libraries()
     _quiet_optuna()
     imported("matplotlib", "this command", "'steer-llm[lab]'")
-    from steer.lab.measure import Keep, MeasurementOptions, measure
+    from steer.lab.measure import MeasurementOptions, measure
     from steer.lab.methods import make_method
     from steer.lab.race import Sets
     from steer.lab.search import TRYING, Search, Settings, Space, Trial, front_table, rank_of, work, write_front
@@ -199,7 +199,7 @@ def search(
         bench = engine.open(choices, progress)
 
         def measured(partial: Path) -> Measurement:
-            options = MeasurementOptions((position,), None, rendering, keep=Keep(vectors=vectors))
+            options = MeasurementOptions((position,), None, rendering, vectors=vectors)
             return measure(
                 bench.source, *sets, options, batch_size=choices.batch, progress=progress, partial=partial, every=60
             )

@@ -143,7 +143,7 @@ class Attached:
         if not specs:
             raise SpecError("no spec is given: one for all rows ('off' for plain), or one for each")
         for spec in specs:
-            if isinstance(spec, list | tuple) and (not spec or any(map(_is_off, spec))):
+            if isinstance(spec, list | tuple) and (not spec or any(each in (None, *OFF_TEXTS) for each in spec)):
                 raise SpecError(
                     f"{brief(spec)}: a list is one spec, of directions that act together; for a spec for each row give "
                     "`steering(*specs)`, and 'off' for plain"
@@ -262,10 +262,6 @@ class Attached:
                 f"{block}: a `generate` of another thread is under way at the end of the block, and would continue "
                 f"without its {acting}: let it end inside (`thread.join()`)"
             )
-
-
-def _is_off(spec: object) -> bool:
-    return spec is None or (isinstance(spec, str) and spec in OFF_TEXTS)
 
 
 class Steered:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,23 +20,16 @@ AUTO = 64
 def in_batches(
     sequences: Sequence[Sequence[int]],
     run: Callable[[list[int]], list[T]],
-    *,
-    batch_size: int | None = None,
-    progress: Progress | None = None,
-    work: float = 1.0,
-    longest: float = math.inf,
+    **options: Any,
 ) -> list[T]:
-    """The results of `run(indices)`, which returns one for each index, in the order of `sequences`; see
-    `each_batch`."""
+    """The results of `run(indices)`, which returns one for each index, in the order of `sequences`; `options` are those
+    of `each_batch`."""
     results: dict[int, T] = {}
-    each_batch(
-        [len(s) for s in sequences],
-        lambda indices: results.update(zip(indices, run(indices), strict=True)),
-        batch_size=batch_size,
-        progress=progress,
-        work=work,
-        longest=longest,
-    )
+
+    def kept(indices: list[int]) -> None:
+        results.update(zip(indices, run(indices), strict=True))
+
+    each_batch([len(s) for s in sequences], kept, **options)
     return [results[i] for i in range(len(sequences))]
 
 

@@ -31,23 +31,17 @@ KEY = "steer_partial"
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
-    """What is kept beside the means: the vector of every prompt (bfloat16), the second moments (float64)."""
-
-    vectors: bool = False
-    moments: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class MeasurementOptions:
     """How prompts become a measurement; everything that it depends on besides model and prompts. `last_layer` None is
-    the model's last."""
+    the model's last. Beside the means `vectors` keeps each prompt's vector (bfloat16), `moments` the second moments
+    (float64)."""
 
     positions: tuple[int, ...] = (-1,)
     winsorize: float | None = None
     rendering: Rendering = field(default_factory=Rendering)
     last_layer: int | None = None
-    keep: Keep = field(default_factory=Keep)
+    vectors: bool = False
+    moments: bool = False
 
 
 def measure(
@@ -93,7 +87,7 @@ def measure(
         sums[label] = ClassSums(prompts.name, plan, facts.d_model, len(prompts), own_tokens, options)
     checkpoint, done, given = None, dict.fromkeys(sets, 0), batch_size
     if partial is not None:
-        kept = (options.keep.vectors, options.keep.moments)
+        kept = (options.vectors, options.moments)
         described = meta.model_dump(mode="json", exclude={"created"})
         identity = [described, kept, batch_size, source.pass_tokens, source.fingerprint()]
         checkpoint = Partial(partial, identity, sums, every)
@@ -164,7 +158,7 @@ def checked(
 def _check_room(options: MeasurementOptions, plan: CapturePlan, facts: ModelFacts, prompts: int) -> None:
     """Raise InvalidInput where what is to be kept does not fit in memory, before anything runs."""
     each = 2 * len(plan.positions) * plan.layers * facts.d_model
-    needed = each * 8 * facts.d_model * options.keep.moments + each * 2 * prompts * options.keep.vectors
+    needed = each * 8 * facts.d_model * options.moments + each * 2 * prompts * options.vectors
     available = psutil.virtual_memory().available
     if needed > available:
         raise InvalidInput(
@@ -181,12 +175,11 @@ class ClassSums:
         self, name: str, plan: CapturePlan, d_model: int, prompts: int, own_tokens: int, options: MeasurementOptions
     ) -> None:
         self.name, self.prompts, self.own_tokens, self.winsor = name, prompts, own_tokens, options.winsorize
-        keep = options.keep
         shape = (len(plan.positions), plan.layers)
         self.sums = torch.zeros(*shape, d_model, dtype=torch.float64)
         self.own = torch.zeros(plan.layers, d_model, dtype=torch.float64)
-        self.moments = torch.zeros(*shape, d_model, d_model, dtype=torch.float64) if keep.moments else None
-        self.vectors = torch.zeros(*shape, prompts, d_model, dtype=torch.bfloat16) if keep.vectors else None
+        self.moments = torch.zeros(*shape, d_model, d_model, dtype=torch.float64) if options.moments else None
+        self.vectors = torch.zeros(*shape, prompts, d_model, dtype=torch.bfloat16) if options.vectors else None
 
     def add(self, indices: Sequence[int], activations: Activations) -> None:
         """Add the batch of the prompts numbered `indices`. Raises InvalidInput naming layers that are not finite."""

@@ -369,22 +369,21 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def events(chunks: AsyncGenerator[Mapping[str, object], None]) -> AsyncGenerator[str, None]:
-    """Server-sent events of `chunks`; an error in mid-stream becomes an event, since the status is already sent."""
-    try:
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-    except SteerError as error:
-        current_usage().failed = True
-        yield errors.error_event(error)
-    yield "data: [DONE]\n\n"
-
-
 def _or(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
 def stream(chunks: AsyncGenerator[Mapping[str, object], None]) -> StreamingResponse:
-    """`chunks` as server-sent events."""
-    return StreamingResponse(events(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    """`chunks` as server-sent events; an error in mid-stream becomes an event, since the status is already sent."""
+
+    async def events() -> AsyncGenerator[str, None]:
+        try:
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+        except SteerError as error:
+            current_usage().failed = True
+            yield errors.error_event(error)
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

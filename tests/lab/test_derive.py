@@ -17,7 +17,7 @@ from steer.errors import DegenerateError, InvalidInput, SpecError
 from steer.geometry import linear_direction, slerp_direction, unit
 from steer.hf.load import Loaded
 from steer.lab.derive import Recipe, _angles, derive
-from steer.lab.measure import Keep, MeasurementOptions, measure
+from steer.lab.measure import MeasurementOptions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import METHODS, make_method
 from steer.lab.source import TransformersSource
@@ -29,7 +29,7 @@ from tests.lab.test_measure import HARMFUL, HARMLESS
 
 @pytest.fixture(scope="module")
 def measured(loaded: Loaded) -> Measurement:
-    return measure(TransformersSource(loaded), HARMFUL, HARMLESS, MeasurementOptions((-1, -2), keep=Keep(vectors=True)))
+    return measure(TransformersSource(loaded), HARMFUL, HARMLESS, MeasurementOptions((-1, -2), vectors=True))
 
 
 def recipe(method: str = "slerp", layer: Any = "auto", t: float | None = None, **more: Any) -> Recipe:

@@ -21,7 +21,7 @@ from steer.lab.behaviour import REFUSAL
 from steer.lab.derive import Recipe, derive
 from steer.lab.evaluator import Candidate, each_row
 from steer.lab.fit import LEAST_KEPT, Choice, Fitted, Work, described, fit, most_work, report
-from steer.lab.measure import Keep, MeasurementOptions
+from steer.lab.measure import MeasurementOptions
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.outcome import Answer
@@ -34,7 +34,7 @@ from steer.lab.source import TransformersSource
 from steer.names import Mode
 
 TOKENS = 12
-CONDITIONS = MeasurementOptions(keep=Keep(vectors=True))
+CONDITIONS = MeasurementOptions(vectors=True)
 CHOICE = Choice(
     methods=(make_method("slerp", {"t": 0}), make_method("slerp", {"t": 1})),
     layers=(2, 6),

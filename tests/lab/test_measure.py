@@ -14,7 +14,7 @@ from steer.direction import Direction
 from steer.errors import InvalidInput, UnsupportedModel
 from steer.hf.load import Loaded, load
 from steer.lab.derive import Recipe, derive
-from steer.lab.measure import ClassSums, Keep, MeasurementOptions, _check_room, measure
+from steer.lab.measure import ClassSums, MeasurementOptions, _check_room, measure
 from steer.lab.measurement import Measurement, ModelFacts
 from steer.lab.prompts import Encoded, PromptSet, Rendering, encode_all
 from steer.lab.source import Capture, CapturePlan, TransformersSource, prompt_components
@@ -73,7 +73,7 @@ def test_the_mean_over_all_positions_is_over_the_prompts_own_text(loaded: Loaded
 @pytest.mark.parametrize("winsorize", [None, 0.9])
 def test_the_result_does_not_depend_on_batching(source: TransformersSource, winsorize: float | None) -> None:
     def with_size(size: int) -> Measurement:
-        options = MeasurementOptions((-1, -3), winsorize, keep=Keep(vectors=True, moments=True))
+        options = MeasurementOptions((-1, -3), winsorize, vectors=True, moments=True)
         return measure(source, HARMFUL, HARMLESS, options, batch_size=size)
 
     one, many = with_size(1).tensors(), with_size(13).tensors()
@@ -102,9 +102,7 @@ def test_winsorising_changes_the_means(source: TransformersSource) -> None:
 
 
 def test_vectors_and_moments_are_of_the_same_activations_as_the_means(source: TransformersSource) -> None:
-    m = measure(
-        source, HARMFUL, HARMLESS, MeasurementOptions((-1, 2), keep=Keep(vectors=True, moments=True)), batch_size=4
-    )
+    m = measure(source, HARMFUL, HARMLESS, MeasurementOptions((-1, 2), vectors=True, moments=True), batch_size=4)
     for statistics in (m.harmful, m.harmless):
         assert statistics.vectors is not None
         assert statistics.moments is not None
@@ -115,7 +113,7 @@ def test_vectors_and_moments_are_of_the_same_activations_as_the_means(source: Tr
 
 
 def test_vectors_are_in_the_order_of_the_prompts(loaded: Loaded, source: TransformersSource) -> None:
-    m = measure(source, HARMFUL, HARMLESS, MeasurementOptions(keep=Keep(vectors=True)), batch_size=4)
+    m = measure(source, HARMFUL, HARMLESS, MeasurementOptions(vectors=True), batch_size=4)
     assert m.harmful.vectors is not None
     for number, prompt in enumerate(HARMFUL.prompts):
         alone, _ = naive(loaded, PromptSet("one", "0" * 64, (prompt,)), -1)
@@ -151,7 +149,7 @@ def test_an_interrupted_measurement_goes_on_with_the_same_result(
     loaded: Loaded, source: TransformersSource, tmp_path: Path, batches: int
 ) -> None:
     partial = tmp_path / "m.part"
-    options = MeasurementOptions((-1, -2), keep=Keep(vectors=True, moments=True))
+    options = MeasurementOptions((-1, -2), vectors=True, moments=True)
     dying = Failing(loaded)
     dying.left = batches
     with pytest.raises(KeyboardInterrupt):
@@ -169,7 +167,7 @@ def test_what_is_interrupted_while_a_batch_is_added_counts_no_prompt_twice(
     source: TransformersSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
 ) -> None:
     """In the middle of it, or after it and before it is noted."""
-    partial, options = tmp_path / "m.part", MeasurementOptions(keep=Keep(vectors=True, moments=True))
+    partial, options = tmp_path / "m.part", MeasurementOptions(vectors=True, moments=True)
     add, left = ClassSums.add, [3]
 
     def interrupted(self: ClassSums, indices: Any, activations: Any) -> None:
@@ -327,7 +325,7 @@ def test_a_model_that_cannot_be_steered_is_refused_before_any_work(model: Any, w
 def test_what_does_not_fit_in_memory_is_refused_before_anything_runs() -> None:
     facts = ModelFacts(name="m", architecture="A", d_model=2**20, layers=100)
     with pytest.raises(InvalidInput, match="GiB of memory"):
-        _check_room(MeasurementOptions(keep=Keep(moments=True)), CapturePlan((-1,), 99), facts, 10)
+        _check_room(MeasurementOptions(moments=True), CapturePlan((-1,), 99), facts, 10)
 
 
 def test_activations_that_are_not_finite_are_named(tiny_folder: Path) -> None:

@@ -26,7 +26,7 @@ from steer.errors import InvalidInput
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.derive import Recipe, derive, layer_weights
-from steer.lab.measure import Keep, MeasurementOptions, measure
+from steer.lab.measure import MeasurementOptions, measure
 from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.probe import HFEvaluator
@@ -57,7 +57,7 @@ def quiet() -> None:
 
 @pytest.fixture(scope="module")
 def measured(loaded: Loaded) -> Measurement:
-    return measure(TransformersSource(loaded), HARMFUL, HARMLESS, MeasurementOptions(keep=Keep(vectors=True)))
+    return measure(TransformersSource(loaded), HARMFUL, HARMLESS, MeasurementOptions(vectors=True))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from steer.direction import Direction
 from steer.hf.load import load
-from steer.lab.measure import Keep, MeasurementOptions, measure
+from steer.lab.measure import MeasurementOptions, measure
 from steer.lab.prompts import PromptSet
 from steer.lab.source import TransformersSource
 from tests.vllm import device, tiny
@@ -46,7 +46,7 @@ def test_means_and_vectors_are_those_of_transformers(
 
     tiny.make(name, tmp_path)
     sets = prompts("x", 1), prompts("y", 2)
-    conditions = MeasurementOptions((-1, 2), last_layer=1, keep=Keep(vectors=True))
+    conditions = MeasurementOptions((-1, 2), last_layer=1, vectors=True)
     expected = measure(TransformersSource(load(str(tmp_path), dtype="float32")), *sets, conditions)
     limit = 1e-4
     if dtype != "float32":

@@ -131,11 +131,7 @@ class SteeredArm(ReportPart):
             file=asked.direction,
             digest=asked.digest,
             method=arm.direction.meta.method,
-            mode=asked.mode,
-            strength=asked.strength,
-            layers=asked.layers,
-            tokens=asked.tokens,
-            shift=asked.shift,
+            **{name: getattr(asked, name) for name in ("mode", "strength", "layers", "tokens", "shift")},
             condition=asked.condition and str(asked.condition),
         )
 

@@ -18,16 +18,8 @@ import torch
 from torch import Tensor
 
 from steer.errors import EngineFailed, NotFinite, RequestFailed
+from steer.hf import internals
 from steer.hf.engine import Engine, SequentialEngine
-from steer.hf.internals import (
-    Attention,
-    CannotBatch,
-    check_seams,
-    length_dependent,
-    let_in,
-    pass_stream,
-    start_manager,
-)
 from steer.hf.sampling import Sampler, Sampling, Token, sample
 from steer.hf.selfcheck import SelfCheckFailed, self_check
 from steer.hf.steering import Steering
@@ -83,9 +75,9 @@ class BatchingEngine(Engine):
         self._passing: list[tuple[_Running | None, int]] = []
         self._readers: list[_Running] = []
         anatomy = steering.anatomy
-        self._attention = Attention(anatomy.model)
+        self._attention = internals.Attention(anatomy.model)
         cpu = anatomy.device.type == "cpu"
-        self.manager = start_manager(
+        self.manager = internals.start_manager(
             anatomy.model,
             context=context,
             page=CPU_PAGE if cpu else None,
@@ -93,7 +85,7 @@ class BatchingEngine(Engine):
             batch_tokens=CPU_BATCH_TOKENS if cpu else None,
         )
         try:
-            check_seams(self.manager)
+            internals.check_seams(self.manager)
         except BaseException:
             self._attention.put_back()
             raise
@@ -192,7 +184,7 @@ class BatchingEngine(Engine):
 
     def _prepare(self) -> bool:
         """Model thread, before each forward pass: the token index follows the packed order of the batch."""
-        let_in(self._processor)
+        internals.let_in(self._processor)
         found = self._prepare_next_batch()
         if found or not self._requests:
             self._moved = time.monotonic()
@@ -205,7 +197,7 @@ class BatchingEngine(Engine):
         self._passing = list(zip(known, lengths, strict=True))
         reading = [r if r and r.read and entry.has_new_token else None for r, entry in zip(known, batch, strict=True)]
         self._readers = [request for request in reading if request]
-        with pass_stream(self._processor):
+        with internals.pass_stream(self._processor):
             starts = [entry.state.position_offset - entry.query_length for entry in batch]
             self.steering.fill([r.steer if r else None for r in known], lengths, starts, tokens)
             with self._read_out():
@@ -266,7 +258,7 @@ def start_engine(
         return _checked(
             BatchingEngine(steering, eos_ids, context=context, capacity=capacity, cache_tokens=cache_tokens)
         )
-    except (CannotBatch, SelfCheckFailed) as reason:
+    except (internals.CannotBatch, SelfCheckFailed) as reason:
         log.warning("this model cannot be batched (%s): requests are served one at a time", reason)
     gc.collect()  # the cache of the attempt, which on an accelerator is most of its memory
     return _checked(SequentialEngine(steering, eos_ids, context=context, capacity=capacity))
@@ -284,10 +276,10 @@ def _checked(engine: Engine) -> Engine:
 
 def _check_lengths(steering: Steering, context: int) -> None:
     """Raises CannotBatch where the answer to a short request would depend on how long others of its batch are."""
-    found = length_dependent(steering.anatomy.model.config)
+    found = internals.length_dependent(steering.anatomy.model.config)
     if found and context > found[1]:
         kind, limit = found
-        raise CannotBatch(
+        raise internals.CannotBatch(
             f"its rotary embedding '{kind}' depends on the longest request of a batch from {limit} tokens on; a "
             f"context of at most {limit} would make it possible"
         )

@@ -17,6 +17,7 @@ from typing import Literal
 from steer._version import __version__
 from steer.direction import Direction
 from steer.errors import DegenerateError, InvalidInput, NothingFound
+from steer.lab import select
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.derive import Recipe, derive
 from steer.lab.evaluator import Evaluator, first_tokens
@@ -29,19 +30,6 @@ from steer.lab.progress import answering
 from steer.lab.prompts import LEAST_SHOWN, TRIED, PromptSet, Split
 from steer.lab.race import Figures, Race, Sets
 from steer.lab.resume import Cache
-from steer.lab.select import (
-    CHOOSING,
-    Action,
-    Entrant,
-    Grid,
-    Selection,
-    best,
-    entrants_of,
-    layers_of,
-    spaced,
-    through,
-    work,
-)
 from steer.lab.source import Source
 from steer.lab.statistics import mcnemar, mean_of, wilson
 from steer.lab.tables import shown
@@ -75,13 +63,13 @@ class Choice:
         default_factory=lambda: (*(make_method("slerp", {"t": t}) for t in TS), make_method("linear"))
     )
     layers: tuple[int | Literal["widest", "all"], ...] | Literal["auto"] = "auto"
-    actions: tuple[Action, ...] = (
-        Action("one_sided", threshold=0.25, target=0.0),
-        Action("one_sided", threshold=0.25, target=-0.75),
-        Action("one_sided", threshold=0.5, target=0.0),
-        Action("one_sided", threshold=0.5, target=-0.75),
-        Action("ablate"),
-        Action("ablate", strength=0.7),
+    actions: tuple[select.Action, ...] = (
+        select.Action("one_sided", threshold=0.25, target=0.0),
+        select.Action("one_sided", threshold=0.25, target=-0.75),
+        select.Action("one_sided", threshold=0.5, target=0.0),
+        select.Action("one_sided", threshold=0.5, target=-0.75),
+        select.Action("ablate"),
+        select.Action("ablate", strength=0.7),
     )
     winsorize: tuple[float, ...] = (0.995,)
 
@@ -121,7 +109,7 @@ class Choice:
         offered = [
             a for a in every.actions if (one_row or a.mode != "one_sided") and site_problem(sites, a.mode) is None
         ]
-        given = Action(mode or "ablate", -1.0 if mode == "add" else 1.0)
+        given = select.Action(mode or "ablate", -1.0 if mode == "add" else 1.0)
         actions = tuple(a for a in offered if mode in (None, a.mode)) or (given,)
         if threshold is not None or target is not None:
             if mode not in (None, "one_sided") or not any(a.mode == "one_sided" for a in offered):
@@ -129,7 +117,7 @@ class Choice:
                     "--threshold and --target: are numbers of the mode one_sided, which is for methods of one row at "
                     "the site resid_post"
                 )
-            actions = (Action("one_sided", 1.0, threshold, target),)
+            actions = (select.Action("one_sided", 1.0, threshold, target),)
         if strength is not None:
             actions = tuple(dict.fromkeys(replace(action, strength=strength) for action in actions))
         for action in actions:
@@ -237,7 +225,7 @@ class Fitted:
     direction: Direction
     plain: Figures
     figures: Figures
-    finalists: tuple[Entrant, ...]
+    finalists: tuple[select.Entrant, ...]
     #: Were the prompts that it was tried on others than those that were measured?
     held_out: bool
 
@@ -259,13 +247,13 @@ def fit(
     Raises NothingFound where the plain model hardly shows the behaviour, where no candidate surely lessens it, and
     where those that do harm harmless answers; InvalidInput and DegenerateError as `select`.
     """
-    layers = layers_of(measurement, recipe) if choice.layers == "auto" else choice.layers
-    grid = Grid(choice.methods[:1], (recipe.position,), tuple(spaced(layers, LAYERS)), choice.actions[:1])
-    begun = entrants_of(measurement, grid.recipes(measurement, recipe))
+    layers = select.layers_of(measurement, recipe) if choice.layers == "auto" else choice.layers
+    grid = select.Grid(choice.methods[:1], (recipe.position,), tuple(select.spaced(layers, LAYERS)), choice.actions[:1])
+    begun = select.entrants_of(measurement, grid.recipes(measurement, recipe))
     sets = _sets(split)
-    tried.progress.plan(CHOOSING, most_work(split, choice, tried.max_tokens, behaviour))
-    with tried.progress.part(CHOOSING):
-        selection = Selection(Race(tried, behaviour, sets, judge), cache)
+    tried.progress.plan(select.CHOOSING, most_work(split, choice, tried.max_tokens, behaviour))
+    with tried.progress.part(select.CHOOSING):
+        selection = select.Selection(Race(tried, behaviour, sets, judge), cache)
         _check_plain(selection.race, behaviour)
         finalists = selection.run(_screened_in_turn(measurement, selection, choice, begun))
         chosen = _unharmed(selection, finalists)
@@ -277,26 +265,26 @@ def fit(
 
 
 def _screened_in_turn(
-    measurement: Measurement, selection: Selection, choice: Choice, begun: Sequence[Entrant]
-) -> Sequence[Entrant]:
+    measurement: Measurement, selection: select.Selection, choice: Choice, begun: Sequence[select.Entrant]
+) -> Sequence[select.Entrant]:
     """Those of `choice` that are to answer. `begun` are the layers, with the first method and action; at the best of
     these the other methods are screened, and of the best of all these the other actions."""
 
     known = selection.screen(begun)
 
-    def screened(recipes: list[Recipe]) -> list[Entrant]:
+    def screened(recipes: list[Recipe]) -> list[select.Entrant]:
         try:
-            return [*known, *(selection.screen(entrants_of(measurement, recipes)) if recipes else [])]
+            return [*known, *(selection.screen(select.entrants_of(measurement, recipes)) if recipes else [])]
         except DegenerateError:  # of none of these there is a direction
             return known
 
-    kept = through(known, KEPT_LAYERS)
+    kept = select.through(known, KEPT_LAYERS)
     known = screened([replace(e.recipe, method=method) for e in kept for method in choice.methods[1:]])
-    kept = through(known, KEPT)
+    kept = select.through(known, KEPT)
     known = screened([replace(e.recipe, winsorize=quantile) for e in kept for quantile in choice.winsorize])
-    kept = through(known, KEPT)
+    kept = select.through(known, KEPT)
     known = screened([replace(e.recipe, **asdict(action)) for e in kept for action in choice.actions[1:]])
-    return through(known, FINALISTS)
+    return select.through(known, FINALISTS)
 
 
 def _check_plain(race: Race, behaviour: Behaviour) -> None:
@@ -315,12 +303,12 @@ def _check_plain(race: Race, behaviour: Behaviour) -> None:
     )
 
 
-def _unharmed(selection: Selection, finalists: Sequence[Entrant]) -> Entrant:
+def _unharmed(selection: select.Selection, finalists: Sequence[select.Entrant]) -> select.Entrant:
     """The best of `finalists` that surely shows less than the plain model and leaves harmless answers alone, which it
     is then asked for. Raises NothingFound, with what there is against each."""
     plain, left, against = selection.race.plain, list(finalists), []
     while whole := [e for e in left if e.figures is not None and e.figures.stopped is None]:
-        one = best(whole)
+        one = select.best(whole)
         left = [e for e in whole if e is not one]
         figures = one.figures
         assert figures is not None
@@ -350,7 +338,7 @@ def _unharmed(selection: Selection, finalists: Sequence[Entrant]) -> Entrant:
 def most_work(split: Split, choice: Choice, tokens: int = TOKENS, behaviour: Behaviour = REFUSAL) -> float:
     """The work of `fit`, before it is known which layers are worth trying. Without openings all candidates answer."""
     sets, finalists = _sets(split), FINALISTS if behaviour.openings else None
-    return work(sets, tokens, choice.most_screened, finalists) + len(sets.other) * answering(tokens)
+    return select.work(sets, tokens, choice.most_screened, finalists) + len(sets.other) * answering(tokens)
 
 
 def _sets(split: Split) -> Sets:

@@ -778,7 +778,7 @@ async def beside(made: Rig, short: list[int], long: list[int]) -> list[int]:
 @pytest.mark.parametrize("known", [True, False], ids=["by the rule", "by the probe"])
 def test_an_answer_does_not_depend_on_how_long_its_neighbours_are(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not known:
-        monkeypatch.setattr(batching, "length_dependent", lambda config: None)
+        monkeypatch.setattr(internals, "length_dependent", lambda config: None)
     short, long = [5, 6, 7, 8], [3 + i % 100 for i in range(60)]
     for made in started(longrope()):
         assert isinstance(made.engine, SequentialEngine)

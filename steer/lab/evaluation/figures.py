@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steer.direction import Dataset
 from steer.errors import InvalidInput
+from steer.lab import statistics
 from steer.lab.behaviour import Behaviour
 from steer.lab.evaluation.arms import PLAIN
 from steer.lab.evaluation.report import Agreement, ArmOnSet, Difference, Judged, PerplexityOf, Rate, TextResult
@@ -22,15 +23,6 @@ from steer.lab.evaluator import Evaluator, Floats, Steer
 from steer.lab.lines import json_lines, unquoted
 from steer.lab.outcome import FAULTS, OUTCOMES, Answer, Fault, Outcome, Told, tell, unended
 from steer.lab.prompts import Prompt, prompt_of
-from steer.lab.statistics import (
-    Estimate,
-    cohens_kappa,
-    difference_of_means,
-    difference_of_rates,
-    holm,
-    kappa_interval,
-    mcnemar,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +81,7 @@ def differences(told: Mapping[str, Sequence[Row]], pairs: Mapping[str, str]) -> 
 
 def corrected(differences: Mapping[str, Difference]) -> dict[str, Difference]:
     """Return `differences` with p-values corrected for their number."""
-    p_values = holm([one.p or 0.0 for one in differences.values()])
+    p_values = statistics.holm([one.p or 0.0 for one in differences.values()])
     return {
         name: one.model_copy(update={"p_holm": p}) for (name, one), p in zip(differences.items(), p_values, strict=True)
     }
@@ -115,7 +107,9 @@ def _against(plain: Sequence[Row], arm: Sequence[Row]) -> dict[str, Difference]:
     for figure in before:
         first, second = _both_known(before[figure], after[figure])
         if first:
-            found[figure] = Difference.of(difference_of_rates(first, second), mcnemar(first, second))
+            found[figure] = Difference.of(
+                statistics.difference_of_rates(first, second), statistics.mcnemar(first, second)
+            )
     return found
 
 
@@ -160,8 +154,8 @@ def agreements(told: Iterable[Row]) -> tuple[Agreement, ...]:
     made = []
     for first, second in itertools.combinations(raters, 2):
         one, other = _both_known(raters[first], raters[second])
-        if one and (kappa := cohens_kappa(one, other)) is not None:
-            low, high = kappa_interval(one, other)
+        if one and (kappa := statistics.cohens_kappa(one, other)) is not None:
+            low, high = statistics.kappa_interval(one, other)
             made.append(Agreement(first=first, second=second, count=len(one), kappa=kappa, low=low, high=high))
     return tuple(made)
 
@@ -208,12 +202,12 @@ def perplexity(nll: Floats) -> float:
     return math.exp(float(nll.mean()))
 
 
-def ratio(plain: Floats, steered: Floats) -> Estimate:
+def ratio(plain: Floats, steered: Floats) -> statistics.Estimate:
     """Perplexity steered ÷ plain, with the interval of a paired bootstrap over blocks of tokens."""
     blocks = range(0, len(plain), BLOCK)
     means = [[float(values[at : at + BLOCK].mean()) for at in blocks] for values in (plain, steered)]
-    log = difference_of_means(*means)
-    return Estimate(perplexity(steered) / perplexity(plain), math.exp(log.low), math.exp(log.high))
+    log = statistics.difference_of_means(*means)
+    return statistics.Estimate(perplexity(steered) / perplexity(plain), math.exp(log.low), math.exp(log.high))
 
 
 def text_result(text: Text, negative: Mapping[str, Floats]) -> TextResult:

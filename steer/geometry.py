@@ -39,8 +39,7 @@ def unit(v: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
     if bool((norm == 0).any()):
         raise DegenerateError("a vector is zero, so it has no direction")
-    out: Tensor = v / norm
-    return out
+    return v / norm
 
 
 def angle(a: Tensor, h: Tensor) -> Tensor:

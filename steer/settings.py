@@ -188,8 +188,7 @@ class ServeSettings(ControlSettings, ModelSettings):
     @property
     def template_variables(self) -> dict[str, object]:
         """What `chat_template_kwargs` says."""
-        found: dict[str, object] = json.loads(self.chat_template_kwargs)
-        return found
+        return json.loads(self.chat_template_kwargs)
 
     @property
     def origins(self) -> list[str]:

@@ -345,8 +345,7 @@ def _kernel(option: str, text: str, depth: int) -> list[float]:
         raise InvalidInput(f"{option}: {problem}" for problem in problems_of(error, "the bell")) from error
     if bell.peak >= depth:
         raise InvalidInput(f"{option}: peak is {bell.peak:g}: the layers are 0 to {depth - 1}")
-    weights: list[float] = (bell.most * layer_weights(depth, bell.peak, bell.width, bell.least)).tolist()
-    return weights
+    return (bell.most * layer_weights(depth, bell.peak, bell.width, bell.least)).tolist()
 
 
 def _listed(option: str, file: str) -> list[float]:

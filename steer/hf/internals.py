@@ -176,8 +176,7 @@ def _has(thing: object, path: str) -> bool:
 
 def pass_stream(processor: ContinuousBatchProcessor) -> AbstractContextManager[object]:
     """What is enqueued inside goes to the stream that the batch's pass runs on, so it is ordered before the pass."""
-    context: AbstractContextManager[object] = stream_context(processor.inputs_and_outputs.compute_stream)
-    return context
+    return stream_context(processor.inputs_and_outputs.compute_stream)
 
 
 def let_in(processor: ContinuousBatchProcessor) -> None:
@@ -430,15 +429,13 @@ class Decoding:
             self._ids, next_sequence_length=new, is_first_iteration=self._first, **self._kept
         )
         self._first = False
-        inputs: dict[str, Tensor] = made
-        return inputs
+        return made
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """Of the next token, `[1, vocabulary]` float32: the forward pass."""
         out = self._model(**inputs, return_dict=True)
         self._kept = self._model._update_model_kwargs_for_generation(out, self._kept)
-        logits: Tensor = out.logits[:, -1].float()
-        return logits
+        return out.logits[:, -1].float()
 
     def append(self, token: int) -> None:
         self._ids = torch.cat([self._ids, self._ids.new_tensor([[token]])], dim=-1)

@@ -72,8 +72,7 @@ class Anatomy:
         for module in self.model.modules():
             if (computes_on := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
                 return torch.zeros(0, device=computes_on).device  # it may be the number of a GPU
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        return next(self.model.parameters()).device
 
     @cached_property
     def _streams(self) -> list[torch.dtype]:

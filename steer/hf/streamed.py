@@ -75,12 +75,10 @@ class Streamed:
             unit.register_forward_hook(lambda *_, own=own: self._free(own), always_call=True)
 
     def module_of(self, parameter: str) -> nn.Module:
-        module: nn.Module = self.model.get_submodule(parameter.rpartition(".")[0])
-        return module
+        return self.model.get_submodule(parameter.rpartition(".")[0])
 
     def name_of(self, module: nn.Module) -> str:
-        found: str = next(name for name, other in self.model.named_modules() if other is module)
-        return found
+        return next(name for name, other in self.model.named_modules() if other is module)
 
     @property
     def parameters(self) -> list[str]:

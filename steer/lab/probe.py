@@ -213,8 +213,7 @@ class HFEvaluator(Evaluator):
         def kl(row: int, q: Tensor) -> Floats:
             p = expected[row]
             assert p is not None
-            found: Floats = (p.exp() * (p - q)).sum(-1).clamp_min(0).cpu().double().numpy()
-            return found
+            return (p.exp() * (p - q)).sum(-1).clamp_min(0).cpu().double().numpy()
 
         return self._forced(prompts, plain, each_row(steer, len(prompts)), kl, self.progress)
 

@@ -65,8 +65,7 @@ class Combinations:
 
     def stale(self, slots: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of these combinations, by number, are not (any more) in the slot that they were given."""
-        out: NDArray[np.bool_] = self._held[slots] != numbers
-        return out
+        return self._held[slots] != numbers
 
     def use(self, slots: NDArray[np.int64], missing: Sequence[Combination] = ()) -> list[int]:
         """A step uses `slots`, and of `missing` those that it is told: where each of them is now."""

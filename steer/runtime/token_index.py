@@ -199,8 +199,7 @@ class Decisions:
         each, ends = places.expand(2, -1), self.windows[:2]
         ends.scatter_reduce_(1, each, torch.where(void, END, -1), "amax")
         ends.scatter_reduce_(1, each, torch.where(met, positions, END), "amin")
-        inside: Tensor = (ends[0, places] <= positions) & (positions < ends[1, places])
-        return inside
+        return (ends[0, places] <= positions) & (positions < ends[1, places])
 
 
 @dataclass(frozen=True, slots=True)

@@ -294,8 +294,7 @@ class Control:
 
     def caller(self, scope: Scope) -> Caller:
         """Who makes this request. With a policy in force, nobody whom the door has not let in."""
-        found: Caller = scope.get(CALLER, ANYONE if self.in_force is None else NOBODY)
-        return found
+        return scope.get(CALLER, ANYONE if self.in_force is None else NOBODY)
 
     def renewed(self, scope: Scope) -> Caller:
         """Who makes this request, by the policy that is in force now: a body may come long after the headers with the
@@ -569,5 +568,4 @@ def _over(rule: str, rules: policy.KeyRules, seconds: int) -> Refusal:
 def request_id(scope: Scope) -> str:
     """The id under which a request is kept, made once: its own `X-Request-Id` is the client's to choose, so it is not
     ours."""
-    found: str = scope.setdefault("steer.request_id", f"req-{uuid.uuid4().hex}")
-    return found
+    return scope.setdefault("steer.request_id", f"req-{uuid.uuid4().hex}")

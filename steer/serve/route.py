@@ -100,8 +100,7 @@ def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> t
                         control.manager(request.scope)
                     if request.method in ("POST", "PUT"):
                         check_kind(request.scope, kind)
-                    answer: Response = await handler(request)
-                    return answer
+                    return await handler(request)
                 except RequestValidationError as error:
                     return await errors.on_validation_error(request, error)
                 except SteerError as error:

@@ -297,5 +297,4 @@ def _typical(streams: Tensor) -> Tensor:
     """`[d_model]`: the mean direction of streams `[tokens, d_model]`, with the length that the middle one has. Where a
     few tokens have enormous streams, as the first one often does, these do not decide."""
     mean = nn.functional.normalize(streams, dim=-1).mean(0)
-    typical: Tensor = nn.functional.normalize(mean, dim=0) * streams.norm(dim=-1).median()
-    return typical
+    return nn.functional.normalize(mean, dim=0) * streams.norm(dim=-1).median()

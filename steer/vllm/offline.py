@@ -300,10 +300,9 @@ class VllmEvaluator(Evaluator):
         for one, start in zip(extra, scored or (), strict=scored is not None):
             one[SCORED] = start
         parameters = [SamplingParams(extra_args=one, **options) for one in extra]
-        outputs: list[RequestOutput] = self.source.llm.generate(
+        return self.source.llm.generate(
             [{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=partial(Finished, self.progress, work)
         )
-        return outputs
 
 
 class Finished(tqdm):
@@ -316,8 +315,7 @@ class Finished(tqdm):
 
     def update(self, n: float | None = 1) -> bool | None:
         self._progress.advance((n or 0) * self._work)
-        shown: bool | None = super().update(n)
-        return shown
+        return super().update(n)
 
 
 def _without_end(answer: CompletionOutput) -> list[int]:

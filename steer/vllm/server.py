@@ -246,8 +246,7 @@ def front_end_of(app: FastAPI) -> Frontend:
 
 
 def control_of(app: FastAPI) -> Control:
-    control: Control = app.state.steer_control
-    return control
+    return app.state.steer_control
 
 
 def control_settings(app: FastAPI) -> ControlSettings:

@@ -125,5 +125,4 @@ def prompt_of(params: object, length: int) -> int:
 
 def receipt_of(params: object) -> str | None:
     """The receipt of the spec in SamplingParams; None for a plain request, and for one that generates nothing."""
-    text: str | None = (getattr(params, "extra_args", None) or {}).get(RESOLVED)
-    return text
+    return (getattr(params, "extra_args", None) or {}).get(RESOLVED)

@@ -194,8 +194,7 @@ def in_windows(dataset: Dataset, ids: Sequence[int], size: int) -> Text:
 def negative_log_likelihoods(evaluator: Evaluator, text: Text, steer: Steer) -> Floats:
     """−ln p of each token of the text but the first, in its order."""
     scored = evaluator.log_probabilities(text.pieces, steer)
-    joined: Floats = -np.concatenate([row[start - 1 :] for row, start in zip(scored, text.starts, strict=True)])
-    return joined
+    return -np.concatenate([row[start - 1 :] for row, start in zip(scored, text.starts, strict=True)])
 
 
 def perplexity(nll: Floats) -> float:

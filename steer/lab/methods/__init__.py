@@ -26,8 +26,7 @@ class Methods(Mapping[str, "type[Method]"]):
 
     def __getitem__(self, name: str) -> type[Method]:
         module, _, kind = self._paths[name].rpartition(".")
-        found: type[Method] = getattr(import_module(f"{__name__}.{module}"), kind)
-        return found
+        return getattr(import_module(f"{__name__}.{module}"), kind)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths)

@@ -81,8 +81,7 @@ def _by_moments(contrast: Contrast, shrinkage: Literal["auto"] | float) -> Tenso
     mean_variance = _mean_variance(float(covariance.trace()) / d, contrast)
     s = oracle_approximation(covariance, n) if shrinkage == "auto" else float(shrinkage)
     shrunk = (1 - s) * covariance + s * mean_variance * torch.eye(d, dtype=covariance.dtype)
-    solved: Tensor = torch.linalg.solve(shrunk, contrast.difference)
-    return solved
+    return torch.linalg.solve(shrunk, contrast.difference)
 
 
 def _mean_variance(value: float, contrast: Contrast) -> float:

@@ -152,8 +152,7 @@ def dimensions_of(config: VllmConfig) -> tuple[str, int, int]:
 
 
 def stream_dtype(config: VllmConfig) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, dtype_of(config))
-    return dtype
+    return getattr(torch, dtype_of(config))
 
 
 def dtype_of(config: VllmConfig) -> str:

@@ -34,8 +34,7 @@ def salt_later(parted: Callable[[EngineRequest], tuple[str, int, str]]) -> None:
         salt = request.cache_salt
         own, first, ours = parted(request) if salt else ("", 0, "")
         if not first:
-            keys: _Keys = original(request, start_token_idx, end_token_idx, start_mm_idx)
-            return keys
+            return original(request, start_token_idx, end_token_idx, start_mm_idx)
         request.cache_salt = own or None
         try:
             found, following = original(request, start_token_idx, end_token_idx, start_mm_idx)

@@ -351,7 +351,7 @@ def probe_parameters(config: VllmConfig, spec: str) -> SamplingParams:
 
     vocabulary = int(config.model_config.get_vocab_size())
     asked = list(range(0, vocabulary, max(1, vocabulary // PROBE_LOGPROBS)))[:PROBE_LOGPROBS]
-    made: SamplingParams = vllm.SamplingParams(
+    return vllm.SamplingParams(
         max_tokens=PROBE_ANSWER,
         temperature=0,
         ignore_eos=True,
@@ -362,7 +362,6 @@ def probe_parameters(config: VllmConfig, spec: str) -> SamplingParams:
         skip_reading_prefix_cache=True,
         extra_args={"steer": spec},
     )
-    return made
 
 
 def answer_of(output: RequestOutput) -> list[tuple[int, dict[int, float]]]:
@@ -377,8 +376,7 @@ def client_error(error: Exception) -> Exception:
     """`error` as the class that vLLM's server answers with a 400."""
     from vllm.exceptions import VLLMValidationError
 
-    made: Exception = VLLMValidationError(str(error), parameter=getattr(error, "param", None))
-    return made
+    return VLLMValidationError(str(error), parameter=getattr(error, "param", None))
 
 
 def engine_arguments(model: str, options: Sequence[str]) -> EngineArgs:

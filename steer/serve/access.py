@@ -8,8 +8,8 @@ are kept out (`origin`). A browser's preflight request is answered here, on ever
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -37,15 +37,6 @@ ORDINARY: dict[str, re.Pattern[str]] = {
 }
 
 
-class Cors(TypedDict, total=False):
-    """What Starlette's CORS layer is told besides the origins."""
-
-    allow_methods: Sequence[str]
-    allow_headers: Sequence[str]
-    expose_headers: Sequence[str]
-    allow_credentials: bool
-
-
 def _named(send: Send, scope: Scope) -> Send:
     """Have every answer say under which id the audit log has it."""
 
@@ -59,15 +50,10 @@ def _named(send: Send, scope: Scope) -> Send:
 
 class Access:
     """The layer. It tells the app who is calling by `scope["steer.caller"]`. The origins of pages that may call are
-    the control plane's."""
+    the control plane's; `cors` is what Starlette's CORS layer is told besides them."""
 
     def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        control: Control,
-        public: frozenset[str] = PUBLIC,
-        cors: Cors | None = None,
+        self, app: ASGIApp, *, control: Control, public: frozenset[str] = PUBLIC, cors: Mapping[str, Any] | None = None
     ) -> None:
         self.app, self.control, self.public = app, control, public
         self._keyed: ASGIApp = self._with_keys
@@ -84,16 +70,16 @@ class Access:
             self._check_page(scope)
         except HTTPProblem as error:
             await self._refuse(error, scope, receive, send)
-            return
-        await self._keyed(scope, receive, send)
+        else:
+            await self._keyed(scope, receive, send)
 
     async def _with_keys(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             scope[CALLER] = self._enter(scope)
         except HTTPProblem as error:
             await self._refuse(error, scope, receive, send)
-            return
-        await self.app(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
     async def _refuse(self, error: HTTPProblem, scope: Scope, receive: Receive, send: Send) -> None:
         self.control.refused(error, scope.get(CALLER, NOBODY), scope)

@@ -36,7 +36,7 @@ from steer.errors import InvalidInput, NotFinite, SpecError, SteerError, Unsuppo
 from steer.readout import FIELD
 from steer.registry import Admission
 from steer.serve import carriers, errors, html, metrics, operation, origin
-from steer.serve.access import PUBLIC, REQUEST_ID, Access, Cors
+from steer.serve.access import PUBLIC, REQUEST_ID, Access
 from steer.serve.answers import ReadReport, report
 from steer.serve.asgi import Change, rewriting, with_headers
 from steer.serve.authorise import resolve
@@ -134,16 +134,15 @@ class Middleware:
             return
         if self._door is None:
             args = scope["app"].state.args
-            cors: Cors = {
-                "allow_methods": args.allowed_methods,
-                "allow_headers": args.allowed_headers,
-                "allow_credentials": args.allow_credentials,
-            }
             access = Access(
                 Closed(self.app),
                 control=control_of(scope["app"]),
                 public=PUBLIC.union(html.PATHS),
-                cors=cors,
+                cors={
+                    "allow_methods": args.allowed_methods,
+                    "allow_headers": args.allowed_headers,
+                    "allow_credentials": args.allow_credentials,
+                },
             )
             self._door = HeadRequests(access)
         await self._door(scope, receive, send)

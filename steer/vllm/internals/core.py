@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from steer.vllm.internals.base import seam
 
 if TYPE_CHECKING:
     from steer.vllm.internals.types import EngineRequest
 
-_Keys: TypeAlias = tuple[tuple[Any, ...] | None, int]
 _NAME = "generate_block_hash_extra_keys"
 
 
@@ -30,7 +29,7 @@ def salt_later(parted: Callable[[EngineRequest], tuple[str, int, str]]) -> None:
         return
 
     @functools.wraps(original)
-    def keys_of(request: EngineRequest, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> _Keys:
+    def keys_of(request: EngineRequest, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> Any:
         salt = request.cache_salt
         own, first, ours = parted(request) if salt else ("", 0, "")
         if not first:

@@ -257,7 +257,6 @@ def _described(fields: dict[str, object]) -> dict[str, object]:
 
 
 def shift_text(item: RequestedDirection | Entry) -> str:
-    """Its shift in the text form."""
     return "" if item.shift is None else f"^{item.shift!r}"
 
 

@@ -271,7 +271,6 @@ class Choices(BaseModel):
 
 
 def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> Method:
-    """The method that the options --method, --t and --parameter name."""
     given: dict[str, object] = {}
     for item in parameters or []:
         key, equals, value = item.partition("=")
@@ -392,7 +391,6 @@ def problems_of_options() -> Iterator[None]:
 
 
 def split(text: str) -> list[str]:
-    """The parts between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 

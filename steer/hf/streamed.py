@@ -82,7 +82,6 @@ class Streamed:
 
     @property
     def parameters(self) -> list[str]:
-        """The names of all parameters."""
         return list(self._empty)
 
     @property

@@ -272,7 +272,6 @@ class Contrast:
 
     @property
     def vectors(self) -> bool:
-        """Are the prompts' own vectors here?"""
         return self.harmful.vectors is not None and self.harmless.vectors is not None
 
 

@@ -94,7 +94,6 @@ class Progress:
             self.current = outer
 
     def advance(self, work: float = 1.0) -> None:
-        """Say that `work` was done."""
         self._done[self.current] = self._done.get(self.current, 0.0) + work
         self._show(work)
 

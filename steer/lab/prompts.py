@@ -151,7 +151,6 @@ class PromptSet:
 
     @property
     def distinct(self) -> PromptSet:
-        """Each prompt once."""
         return replace(self, prompts=tuple(dict.fromkeys(self.prompts)))
 
     def drawn(self, count: int) -> PromptSet:
@@ -159,7 +158,6 @@ class PromptSet:
         return replace(self, prompts=tuple(random.Random(0).sample(self.prompts, min(count, len(self)))))
 
     def without(self, other: PromptSet) -> PromptSet:
-        """The prompts that are not in `other`."""
         taken = set(other.prompts)
         return replace(self, prompts=tuple(prompt for prompt in self.prompts if prompt not in taken))
 

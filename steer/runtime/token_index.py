@@ -230,7 +230,6 @@ class RequestSteer:
 
     @property
     def decides(self) -> Decision | None:
-        """The decision of the request."""
         return self.acting.decision
 
     @classmethod

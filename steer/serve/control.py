@@ -287,7 +287,6 @@ class Control:
 
     @property
     def policy_digest(self) -> str | None:
-        """Of the policy in force; None without one."""
         return self.in_force.digest if self.in_force else None
 
     # -- who -----------------------------------------------------------------------------------------------------

@@ -144,7 +144,6 @@ def response(code: Code, message: str, *, param: str | None = None, problems: Se
 
 
 def of(error: Exception) -> JSONResponse:
-    """The response that `error` becomes."""
     match error:
         case HTTPProblem():
             out = response(error.code, str(error), param=error.param)

@@ -78,8 +78,6 @@ class Piece:
 
 @dataclass(slots=True)
 class WholeAnswer:
-    """One whole answer."""
-
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish: Finish = "length"

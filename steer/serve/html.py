@@ -35,7 +35,6 @@ PATHS = {"/": "index.html"} | {f"/{FOLDER}/{name}": name for name in sorted(_FIL
 
 
 def router() -> APIRouter:
-    """The playground and its files."""
     routes = APIRouter(include_in_schema=False)
     for path, name in PATHS.items():
         routes.add_api_route(path, _giver(name), methods=["GET"])
@@ -79,7 +78,6 @@ def put_docs_on(app: FastAPI) -> None:
 
 
 def page(document: Mapping[str, Any]) -> str:
-    """The page of an OpenAPI document."""
     info = document["info"]
     title = escape(f"{info['title']} {info['version']}")
     parts = [

@@ -26,5 +26,4 @@ def stored(secret: str) -> str:
 
 
 def is_stored(text: str) -> bool:
-    """Is this what `stored` gives?"""
     return re.fullmatch(f"{_SCHEME}[0-9a-f]{{64}}", text) is not None

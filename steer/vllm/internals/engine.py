@@ -235,7 +235,6 @@ def answer_ids(state: RequestState) -> list[int]:
 
 
 def tokenizer_of(engine: AsyncLLM | LLMEngine) -> Tokenizer:
-    """The tokenizer of an engine that has one."""
     found: Tokenizer | None = getattr(engine, "tokenizer", None)
     if found is None:
         found = seam(seam(engine, "renderer"), "get_tokenizer")()

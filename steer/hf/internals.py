@@ -35,17 +35,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, core_model_loading
 from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    MergeModulelist,
-    Transpose,
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.generation.continuous_batching.utils import stream_context
@@ -482,17 +474,19 @@ class WeightLoading:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._mapping = model, get_model_conversion_mapping(model)
-        self._renamings = [each for each in self._mapping if isinstance(each, WeightRenaming)]
-        self._converters = [each for each in self._mapping if isinstance(each, WeightConverter)]
+        self._renamings = [each for each in self._mapping if isinstance(each, core_model_loading.WeightRenaming)]
+        self._converters = [each for each in self._mapping if isinstance(each, core_model_loading.WeightConverter)]
         self._known = model.state_dict()
 
     def parameter(self, name: str) -> tuple[str, list[object]] | None:
         """The parameter that the tensor `name` of a file becomes, or the first of several, and what is done to it; None
         where the model has none."""
         prefix = self._model.base_model_prefix
-        found, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._known)
+        found, pattern = core_model_loading.rename_source_key(
+            name, self._renamings, self._converters, prefix, self._known
+        )
         if found not in self._known and name in self._known:
-            found, pattern = rename_source_key(name, [], [], prefix, self._known)
+            found, pattern = core_model_loading.rename_source_key(name, [], [], prefix, self._known)
         if found not in self._known:
             return None
         operations = [c.operations for c in self._converters if pattern in c.source_patterns] if pattern else []
@@ -503,7 +497,7 @@ class WeightLoading:
         shown = hf_logging.is_progress_bar_enabled()
         hf_logging.disable_progress_bar()
         try:
-            convert_and_load_state_dict_in_model(
+            core_model_loading.convert_and_load_state_dict_in_model(
                 self._model, tensors, LoadStateDictConfig(weight_mapping=self._mapping, dtype=None)
             )
         finally:
@@ -516,9 +510,9 @@ def axis_in_file(operations: Sequence[object], axis: int, parameter: Sequence[in
     parameter of the shape `parameter` that is made of it by `operations`; None where that is not known."""
     dimensions = len(parameter)
     for operation in reversed(operations):
-        if isinstance(operation, MergeModulelist) and operation.dim == 0:
+        if isinstance(operation, core_model_loading.MergeModulelist) and operation.dim == 0:
             dimensions -= 1  # experts one by one
-        elif isinstance(operation, Transpose):
+        elif isinstance(operation, core_model_loading.Transpose):
             if operation.check_dims and tuple(file) == tuple(parameter):
                 continue
             one, other = (d - dimensions if d >= 0 else d for d in (operation.dim0, operation.dim1))

@@ -31,20 +31,10 @@ from pydantic import (
 from pydantic_core import ErrorDetails, InitErrorDetails
 from typing_extensions import TypedDict
 
+from steer import spec
 from steer.errors import InvalidInput, brief, noted, problem_text
 from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
 from steer.serve.keys import is_stored
-from steer.spec import (
-    TOKENS,
-    Entry,
-    RequestedDirection,
-    ends,
-    layer_range,
-    parse,
-    tokens_in_both,
-    tokens_rule,
-    tokens_within,
-)
 
 if TYPE_CHECKING:
     from steer.shape import Shape
@@ -77,7 +67,7 @@ def _strength(value: object) -> object:
 
 
 def _layers(value: object) -> str:
-    if (found := layer_range(value)) is None:
+    if (found := spec.layer_range(value)) is None:
         raise ValueError(
             f"{brief(value)} is not accepted: the first and the last layer like '10-20', or one layer like 10"
         )
@@ -85,12 +75,12 @@ def _layers(value: object) -> str:
 
 
 def _tokens(value: object) -> str:
-    if (found := tokens_rule(value)) is None:
-        raise ValueError(f"{brief(value)} is not accepted: {', '.join(TOKENS)}, or with a largest N like last-8")
+    if (found := spec.tokens_rule(value)) is None:
+        raise ValueError(f"{brief(value)} is not accepted: {', '.join(spec.TOKENS)}, or with a largest N like last-8")
     return found
 
 
-Specs = Annotated[tuple[RequestedDirection, ...], BeforeValidator(partial(parse, param="spec"))]
+Specs = Annotated[tuple[spec.RequestedDirection, ...], BeforeValidator(partial(spec.parse, param="spec"))]
 Flag = Annotated[bool, Field(strict=True)]
 Strength = Annotated[float | Literal["calibrated"], PlainValidator(_strength)]
 Shift = Annotated[float, Field(strict=True, ge=0, le=MAX_SHIFT, allow_inf_nan=False)]
@@ -137,7 +127,7 @@ class Limits(_Table):
         """The largest strength of any direction."""
         return MAX_STRENGTH if isinstance(self.max_strength, str) else self.max_strength
 
-    def broken(self, items: Sequence[RequestedDirection]) -> Iterator[str]:
+    def broken(self, items: Sequence[spec.RequestedDirection]) -> Iterator[str]:
         """What is wrong with `items` of one direction, as far as can be known without its file."""
         total = sum(abs(item.strength or 0) for item in items)
         if total > self.largest + ROUNDING:
@@ -145,19 +135,19 @@ class Limits(_Table):
         for item in items:
             yield from (said for _, said in self.misplaced(item))
 
-    def misplaced(self, item: RequestedDirection | Entry) -> Iterator[tuple[str, str]]:
+    def misplaced(self, item: spec.RequestedDirection | spec.Entry) -> Iterator[tuple[str, str]]:
         """(rule, what is wrong) with where and when it acts."""
         if item.condition and not self.conditional:
             yield "conditions", "no condition is allowed"
         if item.shift is not None and abs(item.shift) > self.max_shift:
             allowed = f"at most {self.max_shift:g}" if self.max_shift else "none"
             yield "max_shift", f"the shift {item.shift:g} is not allowed; allowed: {allowed}"
-        if self.tokens is not None and not any(tokens_within(item.tokens, rule) for rule in self.tokens):
+        if self.tokens is not None and not any(spec.tokens_within(item.tokens, rule) for rule in self.tokens):
             allowed = ", ".join(self.tokens) or "none"
             yield "tokens", f"the tokens '{item.tokens or 'all'}' are not allowed; allowed: {allowed}"
         if self.layers is not None:
-            first, last = ends(self.layers)
-            mine = (0, math.inf) if item.layers is None else ends(item.layers)
+            first, last = spec.ends(self.layers)
+            mine = (0, math.inf) if item.layers is None else spec.ends(item.layers)
             if mine[0] < first or mine[1] > last:
                 yield "layers", f"the layers {item.layers or '(all)'} are not within {self.layers}, which are allowed"
 
@@ -176,14 +166,14 @@ class Bounds(TypedDict):
 
 def bounds(limits: Sequence[Limits], shape: Shape | None) -> Bounds:
     """What all of `limits` allow on a server of this shape, None while that is not known."""
-    known = TOKENS if shape is None else shape.tokens
+    known = spec.TOKENS if shape is None else shape.tokens
     tokens: list[str] | None = None
     layers: tuple[int, int] | None = None
     for each in limits:
         if each.tokens is not None:
-            tokens = list(each.tokens) if tokens is None else tokens_in_both(tokens, each.tokens)
+            tokens = list(each.tokens) if tokens is None else spec.tokens_in_both(tokens, each.tokens)
         if each.layers is not None:
-            first, last = ends(each.layers)
+            first, last = spec.ends(each.layers)
             layers = (first, last) if layers is None else (max(first, layers[0]), min(last, layers[1]))
     if layers is not None and layers[0] > layers[1]:
         tokens = []  # nothing is left
@@ -191,8 +181,10 @@ def bounds(limits: Sequence[Limits], shape: Shape | None) -> Bounds:
         "max_strength": min((each.largest for each in limits), default=MAX_STRENGTH),
         "max_shift": min((each.max_shift for each in limits), default=MAX_SHIFT),
         "calibrated": any(each.max_strength == CALIBRATED for each in limits),
-        "tokens": [name for name in (TOKENS if tokens is None else tokens) if name in known or name not in TOKENS],
-        "layers": None if layers is None else layer_range(f"{layers[0]}-{layers[1]}"),
+        "tokens": [
+            name for name in (spec.TOKENS if tokens is None else tokens) if name in known or name not in spec.TOKENS
+        ],
+        "layers": None if layers is None else spec.layer_range(f"{layers[0]}-{layers[1]}"),
         "with_tools": all(each.with_tools for each in limits),
         "conditions": (shape is None or shape.rank > 1) and all(each.conditional for each in limits),
     }
@@ -305,8 +297,8 @@ class Policy(_Table):
         return value
 
 
-def by_direction(items: Sequence[RequestedDirection]) -> dict[str, list[RequestedDirection]]:
-    out: dict[str, list[RequestedDirection]] = {}
+def by_direction(items: Sequence[spec.RequestedDirection]) -> dict[str, list[spec.RequestedDirection]]:
+    out: dict[str, list[spec.RequestedDirection]] = {}
     for item in items:
         out.setdefault(item.direction, []).append(item)
     return out

@@ -25,16 +25,7 @@ from steer.vllm.settings import read as settings_of
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
-    from steer.vllm.internals.types import (
-        AsyncLLM,
-        EngineCoreOutput,
-        EngineRequest,
-        LLMEngine,
-        OutputProcessor,
-        RequestState,
-        SamplingParams,
-        VllmConfig,
-    )
+    from steer.vllm.internals import types
 
 
 def register() -> None:
@@ -43,7 +34,7 @@ def register() -> None:
     internals.engine.on_engine_start(_prepare, _attach_sync, _attach_async)
 
 
-def _prepare(config: VllmConfig) -> EngineSettings | None:
+def _prepare(config: types.VllmConfig) -> EngineSettings | None:
     """The settings of an engine that is about to start, or None where steering is off. `config`: VllmConfig."""
     found = settings_of(config.additional_config)
     if found is None:
@@ -56,7 +47,7 @@ def _prepare(config: VllmConfig) -> EngineSettings | None:
     return found
 
 
-def _attach_sync(engine: LLMEngine, settings: EngineSettings, serves: bool) -> None:
+def _attach_sync(engine: types.LLMEngine, settings: EngineSettings, serves: bool) -> None:
     """Steering on an `LLMEngine` that has just started; blocks until the workers are ready."""
     call = partial(internals.engine.call_workers, engine)
     thinking = internals.engine.engine_thinking(engine)
@@ -64,7 +55,9 @@ def _attach_sync(engine: LLMEngine, settings: EngineSettings, serves: bool) -> N
     _wrap_processors(engine, frontend)
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])
 
-    def adding(request_id: str, prompt: object, params: SamplingParams, *args: object, **kwargs: object) -> object:
+    def adding(
+        request_id: str, prompt: object, params: types.SamplingParams, *args: object, **kwargs: object
+    ) -> object:
         with frontend.admitted(params) as admitted:
             try:
                 return add_request(request_id, prompt, admitted, *args, **kwargs)
@@ -91,7 +84,7 @@ def _attach_sync(engine: LLMEngine, settings: EngineSettings, serves: bool) -> N
         in_self_check.reset(token)
 
 
-def _attach_async(engine: AsyncLLM, settings: EngineSettings, serves: bool) -> None:
+def _attach_async(engine: types.AsyncLLM, settings: EngineSettings, serves: bool) -> None:
     """Steering on an `AsyncLLM`: its constructor cannot wait for the workers, so the first to need them does."""
     from steer.vllm.server import check_app
 
@@ -152,7 +145,7 @@ def _attach_async(engine: AsyncLLM, settings: EngineSettings, serves: bool) -> N
         return await get_supported_tasks()
 
     async def adding(
-        request_id: str, prompt: object, params: SamplingParams, *args: object, **kwargs: object
+        request_id: str, prompt: object, params: types.SamplingParams, *args: object, **kwargs: object
     ) -> object:
         await ready()
         try:
@@ -172,7 +165,7 @@ def _attach_async(engine: AsyncLLM, settings: EngineSettings, serves: bool) -> N
     internals.server.on_app_built(check_app)
 
 
-def _wrap_processors(engine: LLMEngine | AsyncLLM, frontend: Frontend) -> None:
+def _wrap_processors(engine: types.LLMEngine | types.AsyncLLM, frontend: Frontend) -> None:
     """The salt where requests are made, the pins where they are kept."""
     inputs, outputs = internals.seam(engine, "input_processor"), internals.seam(engine, "output_processor")
     internals.engine.wrap_process_inputs(inputs, _fold_salt)
@@ -188,7 +181,7 @@ def _wrap_processors(engine: LLMEngine | AsyncLLM, frontend: Frontend) -> None:
     _trace(outputs, frontend.applied)
 
 
-def _fold_salt(request: EngineRequest) -> None:
+def _fold_salt(request: types.EngineRequest) -> None:
     """A steered request's blocks are found by requests of the same spec alone; a plain request is left as it is."""
     if SALT in (request.cache_salt or ""):
         raise SpecError(f"a cache_salt must not contain '{SALT}'", param="cache_salt")
@@ -215,7 +208,7 @@ def _attributes(spec: Spec) -> dict[str, object]:
     }
 
 
-def _trace(outputs: OutputProcessor, spec_of: Callable[[str], Spec | None]) -> None:
+def _trace(outputs: types.OutputProcessor, spec_of: Callable[[str], Spec | None]) -> None:
     """Say what was applied to a request on vLLM's span of it, where tracing is on (`--otlp-traces-endpoint`). `spec_of`
     takes a request's id, and gives None for a plain one.
 
@@ -236,7 +229,7 @@ def _trace(outputs: OutputProcessor, spec_of: Callable[[str], Spec | None]) -> N
     make = internals.seam(outputs, "do_tracing", ["req_state"])
 
     def making(
-        engine_core_output: EngineCoreOutput, req_state: RequestState, *args: object, **kwargs: object
+        engine_core_output: types.EngineCoreOutput, req_state: types.RequestState, *args: object, **kwargs: object
     ) -> object:
         token = _spanned.set(spec_of(req_state.request_id))
         try:

@@ -28,15 +28,8 @@ from steer.vllm.residents import Kept, Residents, RowsInUse
 from steer.vllm.steering_module import code_digest
 
 if TYPE_CHECKING:
+    from steer.vllm.internals import types
     from steer.vllm.internals.base import Method
-    from steer.vllm.internals.types import (
-        GPUModelRunner,
-        IntermediateTensors,
-        ModelConfig,
-        NewRequest,
-        SchedulerOutput,
-        VllmConfig,
-    )
 
 log = logging.getLogger("steer")
 _NONE = np.zeros(0, np.int64)
@@ -51,14 +44,14 @@ class SteeringWorker:
     """
 
     if TYPE_CHECKING:
-        vllm_config: VllmConfig
-        model_runner: GPUModelRunner
-        model_config: ModelConfig
+        vllm_config: types.VllmConfig
+        model_runner: types.GPUModelRunner
+        model_config: types.ModelConfig
         device: torch.device
 
         def get_model(self) -> torch.nn.Module: ...
 
-    def __init__(self, vllm_config: VllmConfig, *args: object, **kwargs: object) -> None:
+    def __init__(self, vllm_config: types.VllmConfig, *args: object, **kwargs: object) -> None:
         found = settings.read(vllm_config.additional_config)
         if found is None:
             raise UnsupportedModel(
@@ -94,7 +87,7 @@ class SteeringWorker:
         self._passed: Step | None = None  # the pass that was enqueued last, until its outputs are asked for
         self._batch: tuple[list[str], NDArray[np.int32]] = [], np.zeros(0, np.int32)
         #: What the rank before has handed on for the step that runs.
-        self._from_before: IntermediateTensors | None = None
+        self._from_before: types.IntermediateTensors | None = None
         self._met_front_end = False
         self._thinking: Thinking | None = None
         self._folder = ""  # where the front ends meet
@@ -133,7 +126,7 @@ class SteeringWorker:
         """What runs until the next step is no request's."""
         self._index.fill(_NONE, _NONE)
 
-    def execute_model(self, scheduler_output: SchedulerOutput, *args: object, **kwargs: object) -> object:
+    def execute_model(self, scheduler_output: types.SchedulerOutput, *args: object, **kwargs: object) -> object:
         if self._inside:  # a warm-up
             return super().execute_model(scheduler_output, *args, **kwargs)
         self._inside = "step"
@@ -147,7 +140,7 @@ class SteeringWorker:
         self._rest()
         return super().execute_dummy_batch(*args, **kwargs)
 
-    def _step(self, scheduler_output: SchedulerOutput, *args: object, **kwargs: object) -> object:
+    def _step(self, scheduler_output: types.SchedulerOutput, *args: object, **kwargs: object) -> object:
         if not self._looked:
             self._look()
         # A request that was aborted and came again under its id stands in both lists of one step: ends come first.
@@ -183,7 +176,7 @@ class SteeringWorker:
         passed, self._passed = self._passed, None
         return internals.worker.on_output(out, lambda output: self._lost_runs.tell(output, passed))
 
-    def _enter_rank(self, tensors: IntermediateTensors | None) -> None:
+    def _enter_rank(self, tensors: types.IntermediateTensors | None) -> None:
         self._from_before = tensors
 
     def _leave_rank(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -210,7 +203,7 @@ class SteeringWorker:
             log.warning("steering was put back after the model had been changed: %s", ", ".join(lost))
         self._looked = True
 
-    def _meet(self, new: NewRequest) -> None:
+    def _meet(self, new: types.NewRequest) -> None:
         """A request's first step here, or its return from preemption (V2 sends it as a new one)."""
         if not self._met_front_end:
             raise UnsupportedModel(

@@ -233,7 +233,9 @@ def at_blocks(model: Any) -> str:
     plain_logits = _logits(model)
     v = direction.directions[0, 0]
     blocks = [
-        m for n, m in model.get_decoder().named_modules() if re.fullmatch(r"([a-z_]+\.)?(layers|h|blocks|block)\.\d+", n)
+        m
+        for n, m in model.get_decoder().named_modules()
+        if re.fullmatch(r"([a-z_]+\.)?(layers|h|blocks|block)\.\d+", n)
     ]
     config = model.config.get_text_config()
     assert len(blocks) == config.num_hidden_layers, f"{len(blocks)} blocks by their names"

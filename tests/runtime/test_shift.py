@@ -17,7 +17,7 @@ from steer.direction import MAX_VALUE, Direction
 from steer.errors import SpecError, UnsupportedModel
 from steer.hf.steering import Steering
 from steer.names import MAX_SHIFT, SHIFTING, Mode
-from steer.runtime import bank
+from steer.runtime import op
 from steer.runtime.bank import DirectionBank, HookPoint, gather, operate
 from steer.runtime.op import SPREAD, coefficients
 from steer.runtime.token_index import TokenIndex
@@ -204,6 +204,6 @@ def test_angles_on_both_sides_of_half_a_turn_are_near_each_other() -> None:
 
 def test_a_model_on_which_nothing_is_shifted_is_not_steered(monkeypatch: pytest.MonkeyPatch) -> None:
     Steering(models.tiny("llama"), rank=1)
-    monkeypatch.setattr(bank, "shifted", lambda coefficients, _shift: coefficients)
+    monkeypatch.setattr(op, "shifted", lambda coefficients, _shift: coefficients)
     with pytest.raises(UnsupportedModel, match=r"at a shift the next module gets -?0\.00 of the change"):
         Steering(models.tiny("llama"))

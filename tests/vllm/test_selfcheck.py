@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.errors import UnsupportedModel
-from steer.runtime import bank, op
+from steer.runtime import op
 from steer.vllm import install, internals, selfcheck, steering_module
 from tests.vllm.conftest import IN_PROCESS
 from tests.vllm.engines import Home
@@ -199,7 +199,7 @@ def test_an_engine_whose_graph_is_not_what_was_attached_does_not_start(
 
 def test_an_engine_whose_graph_shifts_nothing_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = op.shifted
-    monkeypatch.setattr(bank, "shifted", lambda each, by: each if torch.compiler.is_compiling() else real(each, by))
+    monkeypatch.setattr(op, "shifted", lambda each, by: each if torch.compiler.is_compiling() else real(each, by))
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
     with pytest.raises(UnsupportedModel, match=r"as the model's own code does: resid_post of layer 1 \(one_sided\): "):
